@@ -29,7 +29,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.budget import StepBudget
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
-from engine.scheduling.record import Recorder, StepClock, StepRecord
+from engine.scheduling.record import Recorder, RowRecord, StepClock, StepRecord
 from engine.scheduling.request import Scheduled, ScheduledOutput, Status, Step, new_request, without_early_end
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import choose_policy
@@ -75,7 +75,7 @@ class Engine:
         self.runner = loaded.runner
         self.model_config = loaded.config
         self.adapters = loaded.adapters
-        self.recorder = Recorder()
+        self.recorder = Recorder(keeps_tokens=config.keep_token_ids)
         # If a row's result depends on the number of rows, a draft could change the answer.
         is_lossless = loaded.runner.kernels.deterministic
         is_cheap = loaded.device.type == "cpu"
@@ -288,8 +288,16 @@ class Engine:
             StepRecord(
                 step_id=step.step_id,
                 started=clock.started,
-                scheduled=[
-                    (item.request.request_id, item.request.index, item.start, item.num_tokens)
+                rows=[
+                    RowRecord(
+                        item.request.record,
+                        item.start,
+                        item.num_tokens,
+                        item.is_prompt,
+                        item.num_generated,
+                        len(item.draft_token_ids),
+                        item.num_accepted,
+                    )
                     for item in step.scheduled
                 ],
                 num_running=stats.num_running,

@@ -20,6 +20,7 @@ import torch
 from engine.api_connections import ApiConnections, Damaged
 from engine.config import EngineProcessConfig
 from engine.core import BrokenDeviceError, Engine
+from engine.inspection.reader import RecordReader
 from engine.loading import load_model
 from engine.lora.slots import AdapterGoneError
 from engine.lora.updates import AdapterUpdates
@@ -44,6 +45,7 @@ from engine.shared.messages import (
     Vocabulary,
 )
 from engine.shared.parent_death import die_with_parent
+from engine.shared.records import Question
 from engine.startup import capture_graphs, engine_info, log_plan, process_age, progress_bar, warm_up
 
 logger = logging.getLogger("lightwell.engine")
@@ -60,6 +62,7 @@ class EngineLoop:
         self.info = info
         self.connections = connections
         self.adapter_updates = AdapterUpdates(engine.adapters, engine.model_config, engine.scheduler)
+        self.reader = RecordReader(engine.recorder, engine.scheduler, caches_prefixes=engine.enable_prefix_caching)
         self.refused: list[TokenEvent] = []  # of choices that were refused before they were queued
 
     def run(self, step_timeout: float) -> None:
@@ -105,6 +108,8 @@ class EngineLoop:
             self.connections.forget(message.request_id, message.index)
         elif isinstance(message, Vocabulary):
             self.engine.set_tokenizer(message.tokenizer)
+        elif isinstance(message, Question):
+            self.connections.send(identity, self.reader.answer(message))
         else:
             self.end(identity, message)
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from engine.shared.messages import RequestTimes, TokenEvent
+from engine.shared.messages import TokenEvent
+from engine.shared.records import RequestTimes
 
 
 @dataclass(slots=True)

@@ -34,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_loras: int = 0  # LoRA adapters that can be loaded at a time
     max_lora_rank: int | None = None  # None: the largest rank of lora_modules, at least 16
     step_timeout: float = 60.0  # seconds after which a step counts as hung
+    keep_token_ids: bool = False  # of the last requests, to tell why a prefix was not cached
 
 
 class EngineProcessConfig(msgspec.Struct, frozen=True, kw_only=True):

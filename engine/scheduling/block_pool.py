@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ROOT = b"lightwell.prefix"
+MAX_EVICTED = 1 << 15  # hashes of overwritten blocks that are remembered, about 4 MB
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +61,7 @@ class BlockPool:
         self.blocks: list[Block] = []  # that have been used at least once
         self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before: without a hash, then oldest first
         self.published: dict[bytes, Block] = {}
+        self.evicted: dict[bytes, None] = {}  # hashes of blocks that were overwritten, the latest last
 
     @property
     def num_free(self) -> int:
@@ -134,9 +136,16 @@ class BlockPool:
             self.blocks.append(block)
         else:
             _, block = self.free_blocks.popitem(last=False)
+            self._remember_evicted(block)
         self.unpublish([block])
         block.ref_count = 1
         return block
+
+    def _remember_evicted(self, block: Block) -> None:
+        if block.block_hash is not None:
+            self.evicted[block.block_hash] = None
+            if len(self.evicted) > MAX_EVICTED:
+                del self.evicted[next(iter(self.evicted))]
 
     def check(self, holders: Iterable[Sequence[Block]] = ()) -> None:
         """Raise RuntimeError if the pool is inconsistent. `holders` are the block lists of all unfinished requests."""

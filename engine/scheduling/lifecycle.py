@@ -13,7 +13,7 @@ from types import TracebackType
 
 from engine.scheduling.fair_queue import FairQueue
 from engine.scheduling.kv_manager import KVManager
-from engine.scheduling.record import Recorder, RequestRecord
+from engine.scheduling.record import Recorder
 from engine.scheduling.request import Request, Status
 from engine.shared.messages import FinishReason, TokenEvent
 
@@ -103,7 +103,7 @@ class Lifecycle:
         if request.matcher is not None:
             request.matcher.cancel()
         event.finish_reason = reason
-        self._record_end(request.record, event, reason)
+        self._record_end(request, event, reason)
         if request.children:  # its prompt is not computed yet
             new_parent, *new_parent.children = request.children
             request.children = []
@@ -122,11 +122,12 @@ class Lifecycle:
                 other.children.remove(request)
                 return
 
-    def _record_end(self, record: RequestRecord, event: TokenEvent, reason: FinishReason) -> None:
+    def _record_end(self, request: Request, event: TokenEvent, reason: FinishReason) -> None:
+        record = request.record
         try:
             record.finished = time.monotonic()
             record.finish_reason = reason.value
-            self.recorder.add_request(record)
+            self.recorder.add_request(record, request.token_ids)
             event.times = record.times()
         except (SystemExit, KeyboardInterrupt):
             raise

@@ -4,14 +4,21 @@ The timings in a request's events, from which metrics are made, are read from it
 `time.monotonic()`.
 """
 
-import time
-from collections import deque
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-from engine.shared.messages import RequestTimes
+import time
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from engine.shared.records import PrefixResult, RequestTimes
 
 NUM_STEPS_KEPT = 4096
 NUM_REQUESTS_KEPT = 1024
+MAX_TOKEN_BYTES = 64 << 20  # of the token ids of finished requests
+TOKEN_BYTES = 4
 
 
 @dataclass(slots=True)
@@ -25,7 +32,7 @@ class ChunkRecord:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Times and token counts of one choice."""
+    """Whose request a choice belongs to, its times and its token counts."""
 
     request_id: str
     index: int
@@ -43,15 +50,27 @@ class RequestRecord:
     num_ahead: int = 0  # choices ahead of it when it joined the queue
     preemptions: list[float] = field(default_factory=list)
     resumptions: list[float] = field(default_factory=list)  # when it was scheduled again after each preemption
+    ids: tuple[str, ...] = ()  # see `Submit.ids`
+    prompt: int = 0  # see `Submit.prompt`
+    tenant: str = ""
+    lora_name: str = ""  # empty: no LoRA adapter
+    salt: bytes = b""  # of its cached prefixes
+    prefix_result: PrefixResult = PrefixResult.PENDING
+    num_reusable_tokens: int = 0  # of the prompt, with an ideal prefix cache
+    token_ids: array[int] | None = None  # int32, prompt and output, once it has ended; None: they are not kept
 
     def take_back(self, step_id: int) -> None:
         """Remove what a step that does not run was to compute, if it is the last one."""
         if self.chunks and self.chunks[-1].step_id == step_id:
             self.chunks.pop()
 
-    def times(self) -> RequestTimes:
-        """Return the timings so far, as sent with the request's events."""
-        waits = zip(self.preemptions, self.resumptions, strict=False)  # a request may end while preempted
+    def times(self, now: float | None = None) -> RequestTimes:
+        """Return the timings so far, as sent with the request's events.
+
+        `now`: count the wait of a request that is preempted until then.
+        """
+        resumptions = self.resumptions if now is None else [*self.resumptions, now]
+        waits = zip(self.preemptions, resumptions, strict=False)  # a request may end while preempted
         waited_before, waited_after = 0.0, 0.0
         for preempted, resumed in waits:
             if self.first_token is None or preempted < self.first_token:
@@ -76,13 +95,25 @@ class RequestRecord:
         )
 
 
+class RowRecord(NamedTuple):
+    """What one step computed for a choice."""
+
+    request: RequestRecord
+    position: int  # of its first token
+    num_tokens: int
+    is_prompt: bool  # it computed prompt tokens; otherwise generated ones
+    num_generated: int
+    num_drafts: int  # draft tokens, part of `num_tokens`
+    num_accepted: int  # draft tokens that were accepted
+
+
 @dataclass(slots=True)
 class StepRecord:
     """What one step computed, and how long each part of it took."""
 
     step_id: int
     started: float
-    scheduled: list[tuple[str, int, int, int]]  # (request_id, index, first position, number of tokens)
+    rows: list[RowRecord]
     num_running: int
     num_waiting: int
     num_blocks_used: int
@@ -90,7 +121,7 @@ class StepRecord:
 
     @property
     def num_tokens(self) -> int:
-        return sum(num_tokens for *_, num_tokens in self.scheduled)
+        return sum(row.num_tokens for row in self.rows)
 
 
 class StepClock:
@@ -110,12 +141,33 @@ class StepClock:
 class Recorder:
     """The records of the last steps and the last finished requests. An unfinished request holds its own record."""
 
-    def __init__(self, num_steps: int = NUM_STEPS_KEPT, num_requests: int = NUM_REQUESTS_KEPT) -> None:
+    def __init__(
+        self, num_steps: int = NUM_STEPS_KEPT, num_requests: int = NUM_REQUESTS_KEPT, *, keeps_tokens: bool = False
+    ) -> None:
+        """`keeps_tokens`: keep the token ids of finished requests, at most `MAX_TOKEN_BYTES` of them."""
         self.steps: deque[StepRecord] = deque(maxlen=num_steps)
         self.requests: deque[RequestRecord] = deque(maxlen=num_requests)
+        self.keeps_tokens = keeps_tokens
+        self.num_token_bytes = 0
 
     def add_step(self, record: StepRecord) -> None:
         self.steps.append(record)
 
-    def add_request(self, record: RequestRecord) -> None:
+    def add_request(self, record: RequestRecord, token_ids: Sequence[int] = ()) -> None:
+        """Add the record of a request that has ended. If token ids exceed their limit, the oldest are forgotten."""
+        if len(self.requests) == self.requests.maxlen:
+            self._forget_tokens(self.requests.popleft())  # rows of steps may still hold the record
         self.requests.append(record)
+        if not self.keeps_tokens:
+            return
+        record.token_ids = array("i", token_ids)
+        self.num_token_bytes += TOKEN_BYTES * len(token_ids)
+        for oldest in self.requests:
+            if self.num_token_bytes <= MAX_TOKEN_BYTES:
+                return
+            self._forget_tokens(oldest)
+
+    def _forget_tokens(self, record: RequestRecord) -> None:
+        if record.token_ids is not None:
+            self.num_token_bytes -= TOKEN_BYTES * len(record.token_ids)
+            record.token_ids = None

@@ -318,6 +318,8 @@ class Scheduled:
     num_prompt_logprobs: int = 0  # leading rows that give the log probability of the next prompt token
     draft_token_ids: list[int] = field(default_factory=list)
     is_ahead: bool = False  # True if its only row reads a token that the previous step is still sampling
+    num_generated: int = 0  # tokens, once the step has been read
+    num_accepted: int = 0  # draft tokens, once the step has been read
 
     @property
     def is_prompt(self) -> bool:
@@ -415,6 +417,11 @@ def new_request(
                 arrival=submit.arrival,
                 queued=now,
                 num_prompt_tokens=len(submit.prompt_token_ids),
+                ids=submit.ids,
+                prompt=submit.prompt,
+                tenant=submit.tenant,
+                lora_name=submit.lora_name,
+                salt=salt,
             ),
             kv=KVState(salt),
             sampling=SamplingState(allowed_ids),

@@ -249,6 +249,7 @@ class Scheduler:
         request.status = Status.RUNNING
         if request.record.scheduled is None:
             _record_first_schedule(request, self.stats)
+            request.record.prefix_result, request.record.num_reusable_tokens = self.kv.prefix_result(request)
         else:
             request.record.resumptions.append(time.monotonic())
         return True
@@ -361,7 +362,8 @@ class Scheduler:
             self._fault(step, item, "the engine could not apply the outputs of this request")
             return None
         # From here on, a fault ends the request.
-        self.drafting.settle(item, len(item.draft_token_ids) - rejected)
+        item.num_generated, item.num_accepted = len(event.token_ids), len(item.draft_token_ids) - rejected
+        self.drafting.settle(item, item.num_accepted)
         # Later steps compute no token before these: of a generating request, the last one is still to be computed.
         self.kv.slide(request, min(item.start + item.num_tokens, request.num_tokens - 1))
         if not item.num_samples:

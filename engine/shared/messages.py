@@ -13,6 +13,8 @@ from typing import Self
 
 import msgspec
 
+from engine.shared.records import Answer, Question, RequestTimes
+
 
 class FinishReason(StrEnum):
     """Why a choice ended. Each admitted choice ends with exactly one of these."""
@@ -159,25 +161,6 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
         return type(self)(self.logprob, self.rank, self.packed_ids[: 4 * num_top], self.packed_logprobs[: 4 * num_top])
 
 
-class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Times and counts of one choice. Its first event has those so far; its last event has all."""
-
-    arrival: float  # the API process received the request
-    queued: float  # the engine received it
-    scheduled: float | None = None  # the choice became part of a batch for the first time
-    first_token: float | None = None
-    finished: float | None = None
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
-    num_output_tokens: int = 0
-    num_preemptions: int = 0
-    num_ahead: int = 0  # choices ahead of it in the queue when it was queued
-    preempted_before_first_token: float = 0.0  # seconds
-    preempted_after_first_token: float = 0.0  # seconds
-    num_chunks: int = 0  # steps that computed prompt tokens, or recomputed tokens after a preemption
-    num_accepted_tokens: int = 0  # output tokens that came from accepted drafts
-
-
 class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The result of one step for one choice: its new tokens, and its end if it ended."""
 
@@ -268,6 +251,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     lora_name: str = ""  # the LoRA adapter to use; empty: none
     lora_fingerprint: str = ""  # of the adapter's weights, because the name may have got other weights meanwhile
+    ids: tuple[str, ...] = ()  # by which clients know the request, that of its answer first; for records only
+    prompt: int = 0  # which of the request's prompts it is; for records only
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -338,8 +323,8 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     started: list[str] = []  # ids of the requests that the step was the first to compute tokens of
 
 
-ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter
-FromEngine = Ready | Outputs | Adapters | AdapterDone
+ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter | Question
+FromEngine = Ready | Outputs | Adapters | AdapterDone | Answer
 
 HEARTBEAT_SECONDS = 1.0
 MAX_UNREAD_MESSAGES = 256  # at either end of a connection; an engine whose messages are not read computes no more

@@ -26,6 +26,7 @@ from server.api.admin.schemas import (
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.completions.schemas import Completion
 from server.api.embeddings.schemas import EmbeddingList
+from server.api.inspection.schemas import RequestDetails, RequestList, StepList
 from server.api.messages.schemas import (
     AnthropicMessage,
     ContentBlockDelta,
@@ -211,6 +212,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         CancelResponse, answer_example=CancelResponse(f"chatcmpl-{ID}")
     ),
     ("/v1/requests/{request_id}/replay", "post"): Operation(Replay),
+    ("/lightwell/v1/steps", "get"): Operation(StepList),
+    ("/lightwell/v1/requests", "get"): Operation(RequestList),
+    ("/lightwell/v1/requests/{request_id}", "get"): Operation(RequestDetails),
     ("/v1/load_lora_adapter", "post"): Operation(
         str, ADAPTER | {"lora_path": "./adapters/sql"}, answer_example=ADAPTER_DONE.format("added"), has_model=False
     ),

@@ -26,6 +26,7 @@ from server.engine_client.adapters import LoadedAdapters
 from server.engine_client.admission import SHUTTING_DOWN, Admission, AdmissionLimits
 from server.engine_client.connection import Damaged, EngineConnection
 from server.engine_client.liveness import EngineLiveness
+from server.engine_client.records import RecordQuestions
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import OpenStreams, RequestStream
 from server.http.errors import APIError, EngineDeadError, EngineUnavailableError, ServerError
@@ -79,6 +80,7 @@ class EngineClient:
         self._admission = Admission(self._liveness, metrics, limits)
         self._streams = OpenStreams(self._send_if_ready, self._admission, metrics)
         self._adapters = LoadedAdapters(self._connection.send)
+        self.records = RecordQuestions(self._connection.send)
         self._tasks: list[asyncio.Task[None]] = []  # of the current engine
         self._watchers: list[asyncio.Task[None]] = []  # of the heartbeat and of timeouts
         metrics.set_stats_source(self._current_stats)
@@ -246,6 +248,7 @@ class EngineClient:
         """End all open streams with `error`, and their requests in the engine. Fail pending changes of adapters."""
         self._streams.fail(error)
         self._adapters.fail(error)
+        self.records.fail(error)
 
     # LoRA adapters.
 
@@ -293,6 +296,8 @@ class EngineClient:
                 self._adapters.update(message.adapters)
             case AdapterDone():
                 self._adapters.finish(message)
+            case _:
+                self.records.finish(message)
 
     def _on_outputs(self, message: Outputs, now: float) -> None:
         self.stats = message.stats
@@ -355,6 +360,7 @@ class EngineClient:
         self._tasks = []
         self._connection.disconnect()
         self._adapters.fail(EngineDeadError())
+        self.records.fail(EngineDeadError())
         self.stats = msgspec.structs.replace(
             self.stats, num_running=0, num_waiting=0, num_blocks_used=0, running_adapters=[], waiting_adapters=[]
         )

@@ -381,6 +381,8 @@ def _make_submit(
         cache_salt=body.cache_salt or "",
         lora_name=job.model.lora_name,
         lora_fingerprint=job.model.lora_fingerprint,
+        ids=job.ids,
+        prompt=index,
     )
 
 

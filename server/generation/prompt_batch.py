@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+import msgspec
 from fastapi import Request
 
 from engine.shared.messages import FinishReason, Submit, TokenEvent
@@ -80,7 +81,9 @@ async def _run_prompts(
     context = get_context(request)
     events: list[TokenEvent] = []
     endings: list[ChoiceEnd] = []
-    submits = await context.run_text_work(request, make_submits)
+    made = await context.run_text_work(request, make_submits)
+    ids = (request.state.request_id,)
+    submits = [msgspec.structs.replace(submit, ids=ids, prompt=number) for number, submit in enumerate(made)]
     share = reservation.answer
     if (
         share is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from engine.shared.messages import RequestTimes
+from engine.shared.records import RequestTimes
 from server.schemas.answers import RequestTimings, StageSeconds
 
 

@@ -29,35 +29,52 @@ EXPOSED_HEADERS = (
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class HostMiddleware:
-    """Protects a server on loopback from web pages that use DNS rebinding.
+class HostRules:
+    """Which hosts and origins a request may name, to protect a server without keys from web pages of others.
 
-    That attack needs a domain that resolves to this machine, so a Host with a domain must be one of `hosts`; addresses
-    and names without a dot are accepted. An Origin must be a page of this machine or one of `origins`.
+    DNS rebinding needs a domain that resolves to this machine, so a Host with a domain must be one of `hosts`;
+    addresses and names without a dot are accepted. An Origin must be a page of this machine or one of `origins`.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str], origins: Iterable[str]) -> None:
-        self._app = app
-        self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
-        self._hosts = LOOPBACK_NAMES | {host.lower() for host in hosts} | set(map(host_of_url, self._origins))
+    def __init__(self, hosts: Iterable[str], origins: Iterable[str]) -> None:
+        self.origins = frozenset(origin.rstrip("/").lower() for origin in origins)
+        self._hosts = LOOPBACK_NAMES | {host.lower() for host in hosts} | set(map(host_of_url, self.origins))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and "*" not in self._origins and (error := self._check(Headers(scope=scope))):
-            await error.response(scope)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+    def check(self, headers: Headers) -> APIError | None:
+        """Return why a request is refused, or None."""
+        return self.check_host(headers) or self.check_origin(headers)
 
-    def _check(self, headers: Headers) -> APIError | None:
+    def check_host(self, headers: Headers) -> APIError | None:
+        """Return why a request is refused for its Host, or None."""
         for host in headers.getlist("host"):
             if self._is_foreign(host_of_url(f"//{host}")):
                 return ForbiddenError(host_not_allowed(host))
+        return None
+
+    def check_origin(self, headers: Headers, own_host: str | None = None) -> APIError | None:
+        """Return why a request is refused for its Origin, or None. Pages of `own_host` are accepted."""
         for origin in headers.getlist("origin"):
-            if origin.lower() not in self._origins and host_of_url(origin) not in LOOPBACK_NAMES:
+            if origin.lower() not in self.origins and host_of_url(origin) not in LOOPBACK_NAMES | {own_host}:
                 return ForbiddenError(origin_not_allowed(origin))
         return None
 
     def _is_foreign(self, host: str) -> bool:
         return host == "" or (host not in self._hosts and "." in host and not is_address(host))
+
+
+class HostMiddleware:
+    """Applies `HostRules` to all requests, unless all origins are allowed."""
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], origins: Iterable[str]) -> None:
+        self._app = app
+        self._rules = HostRules(hosts, origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_checked = scope["type"] == "http" and "*" not in self._rules.origins
+        if is_checked and (error := self._rules.check(Headers(scope=scope))) is not None:
+            await error.response(scope)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 def host_not_allowed(host: str) -> str:

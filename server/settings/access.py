@@ -73,6 +73,25 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ()
 
+    inspect: Annotated[
+        bool,
+        Setting(
+            ACCESS,
+            BOOLEAN,
+            "Show under /lightwell/v1/ what the engine does: its steps, its requests, its KV blocks. No text is shown. "
+            "With API keys, a client sees its own requests and an admin key all.",
+        ),
+    ] = True
+    inspect_public: Annotated[
+        bool,
+        Setting(
+            ACCESS,
+            BOOLEAN,
+            "Show it to everybody where there are no API keys. By default only clients on this machine see it: not "
+            "through a proxy, not with --allowed-origins '*', and not if the server listens beyond loopback.",
+        ),
+    ] = False
+
     @property
     def needs_key(self) -> bool:
         """True if requests need an API key."""

@@ -51,4 +51,5 @@ def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str,
         max_loras=settings.max_loaded_adapters,
         max_lora_rank=settings.max_lora_rank,
         step_timeout=settings.step_timeout,
+        keep_token_ids=settings.inspect and (not settings.needs_key or settings.record_requests > 0),
     )

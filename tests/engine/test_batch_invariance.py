@@ -162,14 +162,14 @@ def test_choices_of_a_request_differ(alone: dict[tuple[str, int], Answer]) -> No
 def test_full_batch(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
     engine = make_engine(loaded)
     assert_same(run(engine, submits), alone)
-    assert max(len(step.scheduled) for step in engine.recorder.steps) >= len(submits)
+    assert max(len(step.rows) for step in engine.recorder.steps) >= len(submits)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunks(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer], chunk: int) -> None:
     engine = make_engine(loaded, chunk=chunk)
     assert_same(run(engine, submits), alone)
-    assert all(num_tokens <= chunk for step in engine.recorder.steps for *_, num_tokens in step.scheduled)
+    assert all(row.num_tokens <= chunk for step in engine.recorder.steps for row in step.rows)
 
 
 def test_chunks_alone(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:

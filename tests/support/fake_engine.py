@@ -32,12 +32,24 @@ from engine.shared.messages import (
     LoraAdapter,
     Outputs,
     Ready,
-    RequestTimes,
     Submit,
     ToEngine,
     TokenEvent,
     TokenLogprobs,
     UnloadAdapter,
+)
+from engine.shared.records import (
+    Chunk,
+    Prefix,
+    PrefixResult,
+    ReadRequests,
+    ReadSteps,
+    RequestDetail,
+    RequestInfo,
+    Requests,
+    RequestTimes,
+    StepInfo,
+    Steps,
 )
 
 EOS_TOKEN_ID = 256  # of the tokenizer in tests/support/tiny_tokenizer_model.py
@@ -70,6 +82,7 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     max_loras: int = 0
     adapter_error: AdapterDone | None = None  # result of every load, with its request id
     ignores_adapters: bool = False  # loads and unloads get no reply
+    steps: list[StepInfo] = []  # that it has recorded
     forgets_adapters: bool = False  # weights are dropped when their adapter is unloaded; otherwise they stay forever
 
 
@@ -174,6 +187,11 @@ class _Loop:
             case Abort():
                 self._abort(message)
                 self._send_outputs({})
+            case ReadSteps():
+                steps = self.config.steps[: message.limit]
+                self._send(identity, Steps(read_id=message.read_id, steps=steps, num_lost=0, has_more=False))
+            case ReadRequests():
+                self._send(identity, self._requests(message))
             case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
                 done = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
                 self._weights |= {adapter.fingerprint for adapter in self.adapters.values()}
@@ -183,6 +201,33 @@ class _Loop:
                     for client in self._clients:
                         self._send(client, Adapters(list(self.adapters.values())))
                 self._send(identity, done)
+
+    def _requests(self, question: ReadRequests) -> Requests:
+        """Return the choices that have not ended, like the reader of the real engine."""
+        choices = [
+            choice
+            for choice in (*self.waiting, *self.running)
+            if question.tenant in (None, choice.submit.tenant) and question.id in (None, *choice.submit.ids)
+        ]
+        now = time.monotonic()
+        prefix = Prefix(result=PrefixResult.NEW, num_reusable_tokens=0)
+        detail = RequestDetail(chunks=[Chunk(1, 0, 4)], preemptions=[], resumptions=[], prefix=prefix)
+        infos = [
+            RequestInfo(
+                ids=choice.submit.ids,
+                prompt=choice.submit.prompt,
+                index=choice.index,
+                tenant=choice.submit.tenant,
+                lora_name=choice.submit.lora_name,
+                state="running" if choice in self.running else "waiting",
+                finish_reason=None,
+                times=self._times(choice, None),
+                num_blocks=1,
+                detail=None if question.id is None else detail,
+            )
+            for choice in choices
+        ]
+        return Requests(read_id=question.read_id, now=now, requests=infos)
 
     def _load(self, message: LoadAdapter) -> AdapterDone:
         id, name = message.request_id, message.name
@@ -297,7 +342,7 @@ class _Loop:
         elif choice.num_output_tokens == params.max_tokens or not choice.reply:
             event.finish_reason = FinishReason.LENGTH
 
-    def _times(self, choice: _Running, now: float) -> RequestTimes:
+    def _times(self, choice: _Running, now: float | None) -> RequestTimes:
         return RequestTimes(
             arrival=choice.submit.arrival,
             queued=choice.queued,

@@ -77,7 +77,7 @@ def _resubmission(submit: Submit, choices: Sequence[RecordedChoice]) -> Submit:
     max_tokens = max(len(choice.token_ids) for choice in choices)
     params = msgspec.structs.replace(submit.params, max_tokens=max_tokens)
     return msgspec.structs.replace(
-        submit, request_id=f"replay-{secrets.token_hex(16)}", params=params, arrival=time.monotonic()
+        submit, request_id=f"replay-{secrets.token_hex(16)}", ids=(), params=params, arrival=time.monotonic()
     )
 
 

@@ -265,6 +265,17 @@ def test_a_published_block_is_found_until_it_is_reused() -> None:
     assert pool.acquire([HASHES[0]]) == []
 
 
+def test_the_hashes_of_overwritten_blocks_are_remembered_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.scheduling.block_pool.MAX_EVICTED", 3)
+    pool = BlockPool(2, 4)
+    for number, block_hash in enumerate(HASHES):
+        blocks = pool.allocate(1) or []
+        pool.publish(blocks[0], block_hash)
+        pool.release(blocks)
+        overwritten = HASHES[: max(0, number - 1)]  # blocks never used are handed out first
+        assert list(pool.evicted) == overwritten[-3:]
+
+
 def test_the_first_of_equal_blocks_is_kept_and_a_block_keeps_its_first_hash() -> None:
     pool = BlockPool(num_blocks=2, block_size=1)
     first, second = pool.allocate(2) or []

@@ -10,10 +10,11 @@ from engine.scheduling.record import (
     ChunkRecord,
     Recorder,
     RequestRecord,
+    RowRecord,
     StepClock,
     StepRecord,
 )
-from engine.shared.messages import RequestTimes
+from engine.shared.records import RequestTimes
 
 
 def request_record(index: int = 0) -> RequestRecord:
@@ -21,7 +22,11 @@ def request_record(index: int = 0) -> RequestRecord:
 
 
 def step_record(step_id: int = 1) -> StepRecord:
-    return StepRecord(step_id, 1.0, [("a", 0, 0, 7), ("b", 1, 9, 1)], num_running=2, num_waiting=3, num_blocks_used=4)
+    rows = [
+        RowRecord(request_record(), 0, 7, is_prompt=True, num_generated=0, num_drafts=0, num_accepted=0),
+        RowRecord(request_record(1), 9, 1, is_prompt=False, num_generated=1, num_drafts=0, num_accepted=0),
+    ]
+    return StepRecord(step_id, 1.0, rows, num_running=2, num_waiting=3, num_blocks_used=4)
 
 
 def test_the_recorder_keeps_the_last_steps_and_requests() -> None:
@@ -89,3 +94,20 @@ def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         clock.lap(part)
     assert clock.started == 10.0
     assert clock.seconds == {"schedule": 0.5, "forward": 2.0, "update": 0.5}
+
+
+def test_token_ids_are_kept_only_if_asked_for_and_only_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.scheduling.record.MAX_TOKEN_BYTES", 40)
+    without, recorder = Recorder(), Recorder(num_requests=4, keeps_tokens=True)
+    records = [request_record(number) for number in range(5)]
+    for number, record in enumerate(records):
+        without.add_request(request_record(number), [1, 2, 3, 4])
+        recorder.add_request(record, [number] * 4)
+        assert recorder.num_token_bytes <= 40
+    assert {record.token_ids for record in without.requests} == {None}
+    kept = [None if record.token_ids is None else record.token_ids.tolist() for record in records]
+    assert kept == [None, None, None, [3] * 4, [4] * 4]
+    for number in range(5, 10):
+        recorder.add_request(request_record(number), [])
+    assert recorder.num_token_bytes == 0
+    assert records[4].token_ids is None  # rows of steps may still hold the record

@@ -35,12 +35,12 @@ from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import (
     FinishReason,
     RepetitionDetection,
-    RequestTimes,
     SamplingParams,
     Submit,
     TokenEvent,
     TokenLogprobs,
 )
+from engine.shared.records import RequestTimes
 from tests.support.examples import num_examples
 
 EOS = 5

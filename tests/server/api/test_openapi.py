@@ -11,7 +11,8 @@ import pytest
 from tests.server.conftest import StartServer
 from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngine
-from tests.support.serving import RunningServer
+from tests.support.records import example_step
+from tests.support.serving import RunningServer, wait_until
 
 
 @pytest.fixture
@@ -99,10 +100,14 @@ def test_the_answers_that_are_shown_are_as_described(server: RunningServer) -> N
     assert num_shown > 9
 
 
-def test_requests_without_a_body(server: RunningServer) -> None:
+def test_requests_without_a_body(server: RunningServer, fake_engine: FakeEngine) -> None:
     whole = document(server)
-    created = httpx.post(f"{server.url}/v1/responses", json={"model": "tiny", "input": "Hi"}).json()
-    values = {"{response_id}": created["id"], "{model_id}": "tiny"}
+    fake_engine.config.endless, fake_engine.config.steps = True, [example_step()]
+    body = {"model": "tiny", "input": "Hi", "background": True, "max_output_tokens": 2000}
+    created = httpx.post(f"{server.url}/v1/responses", json=body, headers={"x-request-id": "mine"}).json()
+    fake_engine.pause()
+    wait_until(lambda: fake_engine.num_choices == 1)
+    values = {"{response_id}": created["id"], "{model_id}": "tiny", "{request_id}": "mine"}
     for path, methods in whole["paths"].items():
         for method in set(methods) & {"get", "delete"}:
             filled = path

@@ -5,7 +5,7 @@ import time
 import msgspec
 import pytest
 
-from engine.shared.messages import RequestTimes
+from engine.shared.records import RequestTimes
 from server.generation.timings import ChoiceEnd, request_timings
 from server.schemas.answers import RequestTimings
 

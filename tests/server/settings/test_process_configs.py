@@ -1,8 +1,10 @@
 """The configurations of the API process and the engine."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pytest
 
 from engine.config import EngineConfig
 from server.settings.process_configs import engine_config
@@ -22,5 +24,21 @@ def test_engine_config_has_everything_the_engine_asks_for() -> None:
     assert config.model_path == "/m.gguf"
     assert config.lora_modules == {"sql": "/a/sql"}
     for field in msgspec.structs.fields(EngineConfig):
-        if field.name not in ("model_path", "lora_modules"):
+        if field.name not in ("model_path", "lora_modules", "keep_token_ids"):
             assert getattr(config, field.name) == changed[field.name] != field.default
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"inspect": False}, False),
+        ({"api_key": ("k",)}, False),
+        ({"admin_key": "k"}, False),
+        ({"api_keys_file": "keys.yaml"}, False),
+        ({"api_key": ("k",), "record_requests": 1}, True),
+        ({"api_key": ("k",), "record_requests": 1, "inspect": False}, False),
+    ],
+)
+def test_token_ids_are_kept_without_keys_or_if_requests_are_recorded(settings: dict[str, Any], expected: bool) -> None:
+    assert engine_config(Settings(**settings), Path("/m.gguf"), {}).keep_token_ids is expected

@@ -1,0 +1,202 @@
+"""Answers questions about the engine's records and state. Nothing here runs unless somebody asks. No torch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice, repeat
+
+from engine.inspection.prefix import explain_prefix
+from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
+from engine.scheduling.request import Request, Status
+from engine.scheduling.scheduler import Scheduler
+from engine.shared.records import (
+    Answer,
+    Chunk,
+    Question,
+    ReadFailed,
+    ReadRequests,
+    ReadSteps,
+    RequestDetail,
+    RequestInfo,
+    Requests,
+    StepInfo,
+    StepRow,
+    Steps,
+)
+
+MAX_ROWS = 8192  # of the steps in one answer, which takes some milliseconds
+MAX_EXPLAINED = 8  # choices of one answer whose prompts are compared with those of other requests
+
+Choice = tuple[RequestRecord, Request | None]  # the request only while it has not ended
+
+logger = logging.getLogger("lightwell.engine")
+
+
+class RecordReader:
+    """Reads the records of an engine, between its steps."""
+
+    def __init__(self, recorder: Recorder, scheduler: Scheduler, *, caches_prefixes: bool) -> None:
+        self.recorder = recorder
+        self.scheduler = scheduler
+        self.caches_prefixes = caches_prefixes
+
+    def answer(self, question: Question) -> Answer:
+        """Return the answer to a question. A fault in it does not end the engine."""
+        try:
+            match question:
+                case ReadSteps():
+                    return self._steps(question)
+                case ReadRequests():
+                    return self._requests(question)
+        except Exception:
+            logger.exception("a question about the engine's records cannot be answered")
+            return ReadFailed(question.read_id)
+
+    # Steps.
+
+    def _steps(self, question: ReadSteps) -> Steps:
+        steps, after, limit = self.recorder.steps, question.after, question.limit
+        if after is None:
+            latest = list(islice(reversed(steps), limit))
+            return Steps(read_id=question.read_id, steps=_bounded(latest[::-1]), num_lost=0, has_more=False)
+        later: list[StepRecord] = []
+        for step in reversed(steps):
+            if step.step_id <= after:
+                break
+            later.append(step)
+        later.reverse()
+        is_full = len(steps) == steps.maxlen
+        num_lost = later[0].step_id - after - 1 if is_full and later and later[0] is steps[0] else 0
+        infos = _bounded(later[:limit])
+        return Steps(read_id=question.read_id, steps=infos, num_lost=num_lost, has_more=len(infos) < len(later))
+
+    # Requests.
+
+    def _requests(self, question: ReadRequests) -> Requests:
+        now = time.monotonic()
+        matching = [pair for pair in self._all() if _matches(*pair, question)]
+        if question.id is not None:
+            matching = _of_one_request(matching)
+        shown, has_more = matching[: question.limit], len(matching) > question.limit
+        details = repeat(None) if question.id is None else self._details(question.tenant, shown)
+        infos = [_info(*pair, now, detail) for pair, detail in zip(shown, details, strict=False)]
+        return Requests(read_id=question.read_id, now=now, requests=infos, has_more=has_more)
+
+    def _all(self) -> Iterator[Choice]:
+        """Yield the records of all choices, each with its request while that has not ended; the latest first."""
+        living = sorted(self.scheduler.requests(), key=lambda request: request.record.queued, reverse=True)
+        for request in living:
+            yield request.record, request
+        for record in reversed(self.recorder.requests):
+            yield record, None
+
+    def _details(self, tenant: str | None, choices: Sequence[Choice]) -> list[RequestDetail | None]:
+        """Return the details of choices. Why a prefix was not found is compared with requests of the same tenant."""
+        others = [
+            (other, other.token_ids or () if request is None else request.token_ids)
+            for other, request in self._all()
+            if tenant in (None, other.tenant)
+        ]
+        block_size = self.scheduler.pool.block_size
+        details: list[RequestDetail | None] = []
+        for number, (record, request) in enumerate(choices):
+            is_known = self.recorder.keeps_tokens and number < MAX_EXPLAINED
+            token_ids = record.token_ids if request is None else request.token_ids
+            prefix = explain_prefix(record, token_ids if is_known else None, others, self.caches_prefixes, block_size)
+            details.append(
+                RequestDetail(
+                    chunks=[Chunk(chunk.step_id, chunk.start, chunk.num_tokens) for chunk in record.chunks],
+                    preemptions=record.preemptions,
+                    resumptions=record.resumptions,
+                    prefix=prefix,
+                )
+            )
+        return details
+
+
+def _of_one_request(choices: Sequence[Choice]) -> list[Choice]:
+    """Return the choices of the latest of several requests, in order."""
+    if not choices:
+        return []
+    latest = max((record for record, _ in choices), key=lambda record: record.queued)
+    own = [pair for pair in choices if (pair[0].ids, pair[0].arrival) == (latest.ids, latest.arrival)]
+    return sorted(own, key=lambda pair: (pair[0].prompt, pair[0].index))
+
+
+def _bounded(steps: list[StepRecord]) -> list[StepInfo]:
+    """Return the first steps, at least one, that have at most `MAX_ROWS` rows together."""
+    infos: list[StepInfo] = []
+    num_rows = 0
+    for step in steps:
+        num_rows += len(step.rows)
+        if infos and num_rows > MAX_ROWS:
+            break
+        infos.append(_step_info(step))
+    return infos
+
+
+def _step_info(step: StepRecord) -> StepInfo:
+    return StepInfo(
+        step_id=step.step_id,
+        started=step.started,
+        seconds=step.seconds,
+        rows=[_row(row) for row in step.rows],
+        num_running=step.num_running,
+        num_waiting=step.num_waiting,
+        num_blocks_used=step.num_blocks_used,
+    )
+
+
+def _row(row: RowRecord) -> StepRow:
+    record = row.request
+    return StepRow(
+        id=_id(record),
+        prompt=record.prompt,
+        index=record.index,
+        tenant=record.tenant,
+        position=row.position,
+        num_tokens=row.num_tokens,
+        is_prompt=row.is_prompt,
+        num_generated=row.num_generated,
+        num_drafts=row.num_drafts,
+        num_accepted=row.num_accepted,
+    )
+
+
+def _id(record: RequestRecord) -> str:
+    """Return the id by which a request is shown; work that no client has asked for has only the engine's own."""
+    return record.ids[0] if record.ids else record.request_id
+
+
+def _state(request: Request | None) -> str:
+    if request is None:
+        return "finished"
+    return "running" if request.status is Status.RUNNING else "waiting"
+
+
+def _matches(record: RequestRecord, request: Request | None, question: ReadRequests) -> bool:
+    return (
+        question.tenant in (None, record.tenant)
+        and (question.id is None or question.id in record.ids)
+        and question.lora_name in (None, record.lora_name)
+        and question.state in (None, _state(request))
+    )
+
+
+def _info(
+    record: RequestRecord, request: Request | None, now: float, detail: RequestDetail | None = None
+) -> RequestInfo:
+    return RequestInfo(
+        ids=record.ids or (record.request_id,),
+        prompt=record.prompt,
+        index=record.index,
+        tenant=record.tenant,
+        lora_name=record.lora_name,
+        state=_state(request),
+        finish_reason=record.finish_reason,
+        times=record.times(None if request is None else now),
+        num_blocks=0 if request is None else request.kv.num_blocks,
+        detail=detail,
+    )

@@ -1,0 +1,170 @@
+"""What the engine did and does, as the API process reads it: questions, and one answer to each. No torch.
+
+Times are seconds of `time.monotonic()`, which the processes of a machine share.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Times and counts of one choice. Its first event has those so far; its last event has all."""
+
+    arrival: float  # the API process received the request
+    queued: float  # the engine received it
+    scheduled: float | None = None  # the choice became part of a batch for the first time
+    first_token: float | None = None
+    finished: float | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_ahead: int = 0  # choices ahead of it in the queue when it was queued
+    preempted_before_first_token: float = 0.0  # seconds
+    preempted_after_first_token: float = 0.0  # seconds
+    num_chunks: int = 0  # steps that computed prompt tokens, or recomputed tokens after a preemption
+    num_accepted_tokens: int = 0  # output tokens that came from accepted drafts
+
+
+class StepRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a step computed for one choice."""
+
+    id: str  # of the request, see `Submit.ids`
+    prompt: int  # which of the request's prompts
+    index: int  # which of the prompt's choices
+    tenant: str
+    position: int  # of its first token
+    num_tokens: int
+    is_prompt: bool  # it computed prompt tokens; otherwise generated ones
+    num_generated: int
+    num_drafts: int  # draft tokens, part of `num_tokens`
+    num_accepted: int  # draft tokens that were accepted
+
+
+class StepInfo(msgspec.Struct, frozen=True, array_like=True):
+    """One step."""
+
+    step_id: int  # steps of an engine are numbered from 1
+    started: float
+    seconds: dict[str, float]  # part of the step -> duration
+    rows: list[StepRow]
+    num_running: int  # choices, after the step
+    num_waiting: int
+    num_blocks_used: int
+
+
+class PrefixResult(StrEnum):
+    """Why the prefix cache had as much of a prompt as it had when its request began."""
+
+    PENDING = "pending"  # the request has not begun
+    FOUND = "found"  # it had all that can be reused
+    TOO_SHORT = "too_short"  # the prompt fills no block before its last token, which is always computed
+    CACHING_OFF = "caching_off"
+    ALL_ROWS = "all_rows"  # the request needs outputs of all prompt positions, which are not cached
+    EVICTED = "evicted"  # the next block had been cached, and was overwritten since
+    NOT_FOUND = "not_found"  # the next block was not cached; why is not known
+    # These need the token ids of earlier requests.
+    NEW = "new"  # no earlier request begins with the same token
+    DIVERGED = "diverged"  # the most similar earlier request has another token at `Prefix.position`
+    OTHER_SALT = "other_salt"  # cached for another `cache_salt` only
+    OTHER_ADAPTER = "other_adapter"  # cached for another LoRA adapter, or for none
+    NOT_COMPUTED = "not_computed"  # an earlier request with the same tokens had not computed them yet
+    GENERATED = "generated"  # an earlier request generated these tokens: its keys are not used for a prompt
+
+
+class Prefix(msgspec.Struct, frozen=True, kw_only=True):
+    """The cached prefix of a choice when it began."""
+
+    result: PrefixResult
+    num_reusable_tokens: int  # of the prompt, with an ideal cache
+    position: int | None = None  # of the first token that differs from the most similar earlier request
+    token_id: int | None = None  # of the prompt, at `position`
+    similar_id: str | None = None  # of the most similar earlier request
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Prompt tokens, or tokens lost to a preemption, that one step computed for a choice."""
+
+    step_id: int
+    start: int
+    num_tokens: int
+
+
+class RequestDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """What is reported of a choice only if somebody asks for its request."""
+
+    chunks: list[Chunk]
+    preemptions: list[float]
+    resumptions: list[float]  # when it was scheduled again after each preemption
+    prefix: Prefix
+
+
+class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice of a request."""
+
+    ids: tuple[str, ...]  # see `Submit.ids`
+    prompt: int
+    index: int
+    tenant: str
+    lora_name: str  # empty: no LoRA adapter
+    state: str  # waiting, running or finished
+    finish_reason: str | None
+    times: RequestTimes
+    num_blocks: int  # of the KV cache, that it holds
+    detail: RequestDetail | None = None
+
+
+# Questions. The answer has the same `read_id`.
+
+
+class ReadSteps(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ask for steps, the oldest first."""
+
+    read_id: int = 0
+    after: int | None = None  # the steps after this one; None: the latest ones
+    limit: int
+
+
+class ReadRequests(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ask for choices: those that have not ended, and then those that have, the latest first."""
+
+    read_id: int = 0
+    tenant: str | None = None  # whose; None: of all
+    state: str | None = None
+    lora_name: str | None = None
+    id: str | None = None  # the choices of the latest request with this id, in order and with details
+    limit: int
+
+
+# Answers.
+
+
+class Steps(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `ReadSteps`."""
+
+    read_id: int
+    steps: list[StepInfo]
+    num_lost: int  # steps after `ReadSteps.after` that are no longer recorded
+    has_more: bool  # there are later steps
+
+
+class Requests(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `ReadRequests`."""
+
+    read_id: int
+    now: float
+    requests: list[RequestInfo]
+    has_more: bool = False
+
+
+class ReadFailed(msgspec.Struct, frozen=True, tag=True):
+    """Answer to a question that the engine failed to answer, because of a bug. The reason is in its log."""
+
+    read_id: int
+
+
+Question = ReadSteps | ReadRequests
+Answer = Steps | Requests | ReadFailed

@@ -1,0 +1,93 @@
+"""Who may read the records of the engine.
+
+They hold no text, but they say who sends how much and when: without keys, they are for the user of this machine.
+"""
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+
+from engine.shared.records import Question
+from server.context import ServerContext, get_context
+from server.http.access_control import HostRules, host_of_url
+from server.http.errors import APIError, EngineUnavailableError, ForbiddenError
+from server.settings.load import is_loopback
+from server.settings.table import Settings
+from server.tenants import Tenant, get_tenant
+
+FORWARDING_HEADERS = frozenset(
+    {"forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip", "cf-connecting-ip"}
+)
+FORWARDING_PREFIX = "x-forwarded-"
+ALLOWED_BY = "; --inspect-public allows it."
+
+
+async def check_may_read(request: Request) -> None:
+    """Raise APIError unless the client may read records: its own ones, or with an admin key those of all."""
+    settings = get_context(request).settings
+    if not settings.inspect:
+        raise APIError(404, "This server was started with --no-inspect.", code="not_enabled")
+    if (error := _check_page(settings, request.headers)) is not None:
+        raise error
+    if not settings.needs_key and not settings.inspect_public and (reason := _refusal(settings, request.headers)):
+        raise ForbiddenError(reason + ALLOWED_BY)
+
+
+def _check_page(settings: Settings, headers: Headers) -> APIError | None:
+    """Return why a request is refused for its Host or Origin, or None. Origins must be named: `*` allows none here.
+
+    With keys, a page that names another host gains nothing: it does not have the key.
+    """
+    rules = HostRules([settings.host], [origin for origin in settings.allowed_origins if origin != "*"])
+    host_error = None if settings.needs_key else rules.check_host(headers)
+    return host_error or rules.check_origin(headers, own_host=host_of_url(f"//{headers.get('host', '')}"))
+
+
+def _refusal(settings: Settings, headers: Headers) -> str | None:
+    """Return why a client without a key may not read, or None."""
+    if settings.uds is None and not is_loopback(settings.host):
+        return "Without API keys, what the engine does is shown only by a server that listens on loopback"
+    if "*" in settings.allowed_origins:
+        return "Without API keys, what the engine does is not shown where all origins are allowed"
+    for name in headers:
+        if name in FORWARDING_HEADERS or name.startswith(FORWARDING_PREFIX):
+            return f"Without API keys, what the engine does is not shown through a proxy (header {name})"
+    return None
+
+
+class RecordAccess:
+    """The records that the client of a request may see."""
+
+    def __init__(self, request: Request) -> None:
+        self.context: ServerContext = get_context(request)
+        self.tenant: Tenant = get_tenant(request)
+        self.has_keys = self.context.settings.needs_key
+
+    @property
+    def own_name(self) -> str | None:
+        """The name of the tenant whose requests are shown; None: those of all."""
+        return None if self.tenant.is_admin else self.tenant.name
+
+    def may_see(self, tenant: str) -> bool:
+        return self.own_name in (None, tenant)
+
+    def key_name(self, tenant: str) -> str | None:
+        """Return the name of the key of a tenant. Without keys, tenants are addresses, which are not shown."""
+        return tenant if self.has_keys and tenant else None
+
+    @property
+    def engine_id(self) -> str:
+        """An id of the engine process. Steps of another one are numbered from 1 again."""
+        return f"{self.context.created}-{self.context.client.num_restarts}"
+
+    @property
+    def clock_offset(self) -> float:
+        """Unix time of the engine's times."""
+        return self.context.client.records.clock_offset
+
+    async def ask(self, question: Question) -> object:
+        """Return the engine's answer. Raises APIError while there is no engine that could answer."""
+        client = self.context.client
+        client.ready_info()
+        if client.is_restarting:
+            raise EngineUnavailableError("The engine is being restarted. Please retry later.")
+        return await client.records.ask(question)

@@ -1,0 +1,81 @@
+"""`/lightwell/v1/`: what the engine does, read from its records. No text of prompts or answers is in them."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from engine.shared.records import ReadRequests, ReadSteps, Requests, Steps
+from server.api.inspection.access import RecordAccess, check_may_read
+from server.api.inspection.schemas import RequestDetails, RequestList, State, StepList
+from server.api.inspection.views import choice_detail, request_view, step_view
+from server.http.errors import APIError, clip
+from server.http.json_response import StructResponse
+
+MAX_STEPS = 1024
+MAX_REQUESTS = 1024
+MAX_CHOICES = 128
+
+router = APIRouter(dependencies=[Depends(check_may_read)])
+
+
+@router.get("/lightwell/v1/steps")
+async def list_steps(
+    request: Request,
+    after: Annotated[
+        int | None, Query(ge=0, le=1 << 53, description="Only steps after this id. Unset: the latest steps.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_STEPS, description="Maximum number of steps.")] = 100,
+) -> Response:
+    """Return steps of the engine: how long each part took, and what was computed for which request."""
+    access = RecordAccess(request)
+    answer = await access.ask(ReadSteps(after=after, limit=limit))
+    assert isinstance(answer, Steps)
+    return StructResponse(step_list(access, answer))
+
+
+def step_list(access: RecordAccess, answer: Steps) -> StepList:
+    """Return what a client sees of some steps."""
+    return StepList(
+        engine=access.engine_id,
+        num_blocks=access.context.client.ready_info().num_blocks,
+        num_lost=answer.num_lost,
+        has_more=answer.has_more,
+        data=[step_view(access, step) for step in answer.steps],
+    )
+
+
+@router.get("/lightwell/v1/requests")
+async def list_requests(
+    request: Request,
+    state: Annotated[State | None, Query(description="Only choices in this state.")] = None,
+    model: Annotated[str | None, Query(description="Only choices of this model or LoRA adapter.")] = None,
+    key: Annotated[str | None, Query(description="Only choices of the client with this name.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Maximum number of choices.")] = 100,
+) -> Response:
+    """Return the choices that wait or run, and the last 1,024 that have ended."""
+    access = RecordAccess(request)
+    if key is not None and (not access.has_keys or not access.may_see(key)):
+        return StructResponse(RequestList(has_more=False, data=[]))
+    question = ReadRequests(
+        tenant=access.own_name if key is None else key,
+        state=state,
+        lora_name="" if model in access.context.model_names else model,
+        limit=limit,
+    )
+    answer = await access.ask(question)
+    assert isinstance(answer, Requests)
+    data = [request_view(access, info, answer.now) for info in answer.requests]
+    return StructResponse(RequestList(has_more=answer.has_more, data=data))
+
+
+@router.get("/lightwell/v1/requests/{request_id}")
+async def retrieve_request(request: Request, request_id: str) -> Response:
+    """Return what happened to the latest request with this id: that of its answer, or its x-request-id."""
+    access = RecordAccess(request)
+    answer = await access.ask(ReadRequests(tenant=access.own_name, id=request_id, limit=MAX_CHOICES))
+    assert isinstance(answer, Requests)
+    if not answer.requests:
+        message = f"No request with the id '{clip(request_id)}' is running or among the last that have ended."
+        raise APIError(404, message, code="request_not_found")
+    choices = [choice_detail(access, info, answer.now, info.detail) for info in answer.requests if info.detail]
+    return StructResponse(RequestDetails(id=choices[0].id, has_more=answer.has_more, choices=choices))

@@ -1,0 +1,130 @@
+"""The engine's records as clients see them. Times are Unix times, durations are in seconds."""
+
+from typing import Literal
+
+import msgspec
+
+from engine.shared.records import PrefixResult
+
+State = Literal["waiting", "running", "finished"]
+
+
+class StepRowView(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step computed for one choice. Of another client's request, it is not said which one it is."""
+
+    id: str | None  # of the request
+    prompt: int | None  # which of its prompts
+    index: int | None  # which of the prompt's choices
+    key: str | None  # name of the key
+    position: int | None  # of its first token
+    num_tokens: int
+    kind: Literal["prompt", "generated"]
+    num_generated: int
+    num_drafts: int  # of `num_tokens`
+    num_accepted: int  # of the drafts
+
+
+class StepView(msgspec.Struct, frozen=True, kw_only=True):
+    id: int
+    started: float
+    seconds: dict[str, float]  # part of the step -> duration
+    num_running: int  # choices, after the step
+    num_waiting: int
+    num_blocks_used: int
+    rows: list[StepRowView]
+
+
+class StepList(msgspec.Struct, frozen=True, kw_only=True):
+    """Steps, the oldest first."""
+
+    object: Literal["list"] = "list"
+    engine: str  # changes when the engine is restarted; its steps are numbered from 1
+    num_blocks: int  # of the KV cache
+    num_lost: int  # steps after `after` that are no longer recorded
+    has_more: bool
+    data: list[StepView]
+
+
+class Stages(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of a choice in each stage so far. They add up to `wall_s`."""
+
+    tokenizing: float  # from its arrival until the engine had it
+    queue: float  # until its first batch
+    prefill: float  # until its first token
+    decode: float  # until its end
+    preempted: float  # in the queue after a preemption; not counted as prefill or decode
+
+
+class ChunkView(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that one step computed: of the prompt, or lost to a preemption."""
+
+    step: int
+    position: int
+    num_tokens: int
+
+
+class PreemptionView(msgspec.Struct, frozen=True, kw_only=True):
+    at: float
+    resumed: float | None
+
+
+class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
+    """Why as much of the prompt was cached as was."""
+
+    result: PrefixResult
+    num_cached_tokens: int
+    num_reusable_tokens: int  # with a cache that had seen the prompt before
+    position: int | None  # of the first token that differs from the most similar earlier request
+    token_id: int | None  # of the prompt, at `position`
+    similar_id: str | None  # of the most similar earlier request
+
+
+class RequestView(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice of a request."""
+
+    id: str  # of the answer; of embeddings and scores, its x-request-id
+    other_ids: list[str]  # the x-request-id, and the `request_id` of the body
+    prompt: int
+    index: int
+    key: str | None
+    model: str
+    state: State
+    finish_reason: str | None
+    arrival: float
+    wall_s: float
+    seconds: Stages
+    first_token: float | None
+    finished: float | None
+    num_ahead: int  # choices ahead of it when it was queued
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_accepted_tokens: int  # of the output, from drafts
+    num_preemptions: int
+    num_chunks: int
+    num_blocks: int  # of the KV cache, that it holds
+
+
+class RequestList(msgspec.Struct, frozen=True, kw_only=True):
+    """Choices: those that have not ended, and then those that have, each the latest first."""
+
+    object: Literal["list"] = "list"
+    has_more: bool
+    data: list[RequestView]
+
+
+class ChoiceDetail(RequestView, frozen=True, kw_only=True):
+    """One choice, and what happened to it."""
+
+    chunks: list[ChunkView]
+    preemptions: list[PreemptionView]
+    prefix: PrefixView
+
+
+class RequestDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """One request with its choices."""
+
+    object: Literal["request"] = "request"
+    id: str
+    has_more: bool  # there are more choices
+    choices: list[ChoiceDetail]

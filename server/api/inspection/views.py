@@ -1,0 +1,118 @@
+"""Makes what a client sees of the engine's records."""
+
+from typing import Any
+
+from engine.shared.records import RequestDetail, RequestInfo, RequestTimes, StepInfo, StepRow
+from server.api.inspection.access import RecordAccess
+from server.api.inspection.schemas import (
+    ChoiceDetail,
+    ChunkView,
+    PreemptionView,
+    PrefixView,
+    RequestView,
+    Stages,
+    StepRowView,
+    StepView,
+)
+
+
+def step_view(access: RecordAccess, step: StepInfo) -> StepView:
+    """Return a step, in which other clients' rows have no names."""
+    return StepView(
+        id=step.step_id,
+        started=step.started + access.clock_offset,
+        seconds=step.seconds,
+        num_running=step.num_running,
+        num_waiting=step.num_waiting,
+        num_blocks_used=step.num_blocks_used,
+        rows=[_row_view(access, row) for row in step.rows],
+    )
+
+
+def _row_view(access: RecordAccess, row: StepRow) -> StepRowView:
+    is_visible = access.may_see(row.tenant)
+    return StepRowView(
+        id=row.id if is_visible else None,
+        prompt=row.prompt if is_visible else None,
+        index=row.index if is_visible else None,
+        key=access.key_name(row.tenant) if is_visible else None,
+        position=row.position if is_visible else None,
+        num_tokens=row.num_tokens,
+        kind="prompt" if row.is_prompt else "generated",
+        num_generated=row.num_generated,
+        num_drafts=row.num_drafts,
+        num_accepted=row.num_accepted,
+    )
+
+
+def stages(times: RequestTimes, now: float) -> Stages:
+    """Return the stages of a choice until `now`, or until its end. Times are `time.monotonic()`."""
+    end = now if times.finished is None else times.finished
+    scheduled = end if times.scheduled is None else times.scheduled
+    first_token = end if times.first_token is None else times.first_token
+    before, after = times.preempted_before_first_token, times.preempted_after_first_token
+    return Stages(
+        tokenizing=times.queued - times.arrival,
+        queue=scheduled - times.queued,
+        prefill=first_token - scheduled - before,
+        decode=end - first_token - after,
+        preempted=before + after,
+    )
+
+
+def request_view(access: RecordAccess, info: RequestInfo, now: float) -> RequestView:
+    """Return a choice. `now` is when the engine reported it."""
+    return RequestView(**_fields(access, info, now))
+
+
+def choice_detail(access: RecordAccess, info: RequestInfo, now: float, detail: RequestDetail) -> ChoiceDetail:
+    """Return a choice with what happened to it."""
+    offset = access.clock_offset
+    resumptions: list[float | None] = [*detail.resumptions]
+    resumptions += [None] * (len(detail.preemptions) - len(resumptions))
+    return ChoiceDetail(
+        **_fields(access, info, now),
+        chunks=[
+            ChunkView(step=each.step_id, position=each.start, num_tokens=each.num_tokens) for each in detail.chunks
+        ],
+        preemptions=[
+            PreemptionView(at=at + offset, resumed=None if resumed is None else resumed + offset)
+            for at, resumed in zip(detail.preemptions, resumptions, strict=True)
+        ],
+        prefix=PrefixView(
+            result=detail.prefix.result,
+            num_cached_tokens=info.times.num_cached_tokens,
+            num_reusable_tokens=detail.prefix.num_reusable_tokens,
+            position=detail.prefix.position,
+            token_id=detail.prefix.token_id,
+            similar_id=detail.prefix.similar_id,
+        ),
+    )
+
+
+def _fields(access: RecordAccess, info: RequestInfo, now: float) -> dict[str, Any]:
+    times, offset = info.times, access.clock_offset
+    end = now if times.finished is None else times.finished
+    return {
+        "id": info.ids[0],
+        "other_ids": list(info.ids[1:]),
+        "prompt": info.prompt,
+        "index": info.index,
+        "key": access.key_name(info.tenant),
+        "model": info.lora_name or access.context.model_names[0],
+        "state": info.state,
+        "finish_reason": info.finish_reason,
+        "arrival": times.arrival + offset,
+        "wall_s": end - times.arrival,
+        "seconds": stages(times, now),
+        "first_token": None if times.first_token is None else times.first_token + offset,
+        "finished": None if times.finished is None else times.finished + offset,
+        "num_ahead": times.num_ahead,
+        "num_prompt_tokens": times.num_prompt_tokens,
+        "num_cached_tokens": times.num_cached_tokens,
+        "num_output_tokens": times.num_output_tokens,
+        "num_accepted_tokens": times.num_accepted_tokens,
+        "num_preemptions": times.num_preemptions,
+        "num_chunks": times.num_chunks,
+        "num_blocks": info.num_blocks,
+    }

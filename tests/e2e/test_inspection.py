@@ -1,0 +1,157 @@
+"""What the engine has recorded, read over HTTP from a real server with a real model."""
+
+import concurrent.futures
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import StartServer
+from tests.support.kv_cache_memory import kv_cache_flag
+from tests.support.server_process import ServerProcess
+from tests.support.serving import wait_until
+
+SECRET = "The secret word is xylophone."
+STORY = "Once upon a time in a land far away there lived a king who had a castle by the sea. " * 8
+
+
+def read(server: ServerProcess, path: str, **headers: str) -> dict[str, Any]:
+    response = server.get(f"/lightwell/v1/{path}", **headers)
+    assert response.status_code == 200, response.text
+    content: dict[str, Any] = response.json()
+    return content
+
+
+def complete(server: ServerProcess, prompt: str, name: str, **fields: Any) -> dict[str, Any]:
+    body = {"prompt": prompt, "max_tokens": 12, "ignore_eos": True, "temperature": 0} | fields
+    response = server.http.post("/v1/completions", json=body, headers={"x-request-id": name})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def choices(server: ServerProcess, id: str, **headers: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = read(server, f"requests/{id}", **headers)["choices"]
+    return found
+
+
+def wait_for_one(server: ServerProcess, state: str) -> dict[str, Any]:
+    """Return the first choice that is seen in a state."""
+    seen: list[dict[str, Any]] = []
+
+    def is_seen() -> bool:
+        seen.extend(read(server, f"requests?state={state}")["data"])
+        return bool(seen)
+
+    wait_until(is_seen, 60)
+    return seen[0]
+
+
+def check_sums(choice: dict[str, Any]) -> None:
+    assert sum(choice["seconds"].values()) == pytest.approx(choice["wall_s"], abs=1e-6)
+    assert min(choice["seconds"].values()) >= -1e-6, choice
+
+
+def test_a_request_and_its_steps(server: ServerProcess) -> None:
+    last = max((step["id"] for step in read(server, "steps?limit=1")["data"]), default=0)
+    answer = complete(server, SECRET, "a-request", n=2, cache_salt="own")
+    usage = answer["usage"]
+    found = choices(server, "a-request")
+    assert found == choices(server, answer["id"])
+    assert [(choice["index"], choice["state"], choice["finish_reason"]) for choice in found] == [
+        (0, "finished", "length"),
+        (1, "finished", "length"),
+    ]
+    for choice in found:
+        check_sums(choice)
+        assert choice["num_prompt_tokens"] == usage["prompt_tokens"]
+        assert choice["num_output_tokens"] == 12
+    steps = read(server, f"steps?after={last}&limit=1000")
+    assert (steps["num_lost"], steps["has_more"]) == (0, False)
+    rows = [(step["id"], row) for step in steps["data"] for row in step["rows"] if row["id"] == answer["id"]]
+    for index in (0, 1):
+        own = [row for _, row in rows if row["index"] == index]
+        assert sum(row["num_generated"] for row in own) == 12
+        assert sum(row["num_accepted"] for row in own) == found[index]["num_accepted_tokens"]
+        computed = [(step, row["position"], row["num_tokens"]) for step, row in rows if row["index"] == index]
+        chunks = [(chunk["step"], chunk["position"], chunk["num_tokens"]) for chunk in found[index]["chunks"]]
+        assert set(chunks) <= set(computed)
+    for step in steps["data"]:
+        assert {"schedule", "forward", "sample", "update"} <= set(step["seconds"])
+        assert sum(row["num_tokens"] for row in step["rows"]) > 0
+    page = server.get("/lightwell/v1/requests/a-request").text + server.get("/lightwell/v1/requests").text
+    assert "xylophone" not in page
+    assert answer["choices"][0]["text"].strip()[:8] not in page
+
+
+def test_why_a_prefix_was_cached_or_not(server: ServerProcess) -> None:
+    for name, prompt, salt in (
+        ("cold", STORY, "tales"),
+        ("warm", STORY, "tales"),
+        ("other-end", STORY[:300] + "But the queen was never seen again. " * 4, "tales"),
+        ("other-salt", STORY, "other tales"),
+        ("short", "Hi", "tales"),
+    ):
+        complete(server, prompt, name, cache_salt=salt)
+    prefixes = {
+        name: choices(server, name)[0]["prefix"] for name in ("cold", "warm", "other-end", "other-salt", "short")
+    }
+    assert {name: prefix["result"] for name, prefix in prefixes.items()} == {
+        "cold": "new",
+        "warm": "found",
+        "other-end": "diverged",
+        "other-salt": "other_salt",
+        "short": "too_short",
+    }
+    assert prefixes["warm"]["num_cached_tokens"] == prefixes["warm"]["num_reusable_tokens"] >= 32
+    other_end = prefixes["other-end"]
+    token_ids = server.answer("/tokenize", {"prompt": STORY[:300] + "But the queen was never seen again. " * 4})[
+        "tokens"
+    ]
+    told = server.answer("/tokenize", {"prompt": STORY})["tokens"]
+    position = next(index for index, pair in enumerate(zip(token_ids, told, strict=False)) if pair[0] != pair[1])
+    assert (other_end["position"], other_end["token_id"]) == (position, token_ids[position])
+    assert 0 < other_end["num_cached_tokens"] <= position
+
+
+def test_living_requests(start_server: StartServer) -> None:
+    """One runs and one waits; then one has been preempted, and its stages still add up."""
+    server = start_server("--max-model-len=512", kv_cache_flag(12), "--speculative=off")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(complete, server, "Light", name, max_tokens=480) for name in ("first", "second")]
+        wait_until(lambda: len(read(server, "requests?state=running")["data"]) == 2, 60)
+        for choice in read(server, "requests")["data"]:
+            check_sums(choice)
+            assert choice["num_blocks"] > 0
+        waiting = wait_for_one(server, "waiting")
+        check_sums(waiting)
+        assert waiting["num_preemptions"] >= 1
+        assert waiting["seconds"]["preempted"] > 0
+        for answer in answers:
+            answer.result()
+    (ended,) = choices(server, waiting["other_ids"][0])
+    check_sums(ended)
+    assert ended["preemptions"][0]["resumed"] > ended["preemptions"][0]["at"]
+
+
+def test_with_keys(start_server: StartServer) -> None:
+    """Clients see themselves; token ids are not kept, so why a prefix was not found is not compared."""
+    server = start_server("--api-key=a", "--api-key=b", "--admin-key=root")
+    for key, name in (("a", "of-a"), ("b", "of-b")):
+        headers = {"authorization": f"Bearer {key}", "x-request-id": name}
+        body = {"prompt": STORY, "max_tokens": 3}
+        assert server.http.post("/v1/completions", json=body, headers=headers).status_code == 200
+    for key, names, keys in (
+        ("a", ["of-a"], {"key-1", None}),
+        ("b", ["of-b"], {"key-2", None}),
+        ("root", ["of-b", "of-a"], {"key-1", "key-2"}),
+    ):
+        listed = read(server, "requests", authorization=f"Bearer {key}")["data"]
+        assert [choice["other_ids"][0] for choice in listed] == names
+        rows = [row for step in read(server, "steps", authorization=f"Bearer {key}")["data"] for row in step["rows"]]
+        assert {row["key"] for row in rows} == keys
+    (own,) = choices(server, "of-b", authorization="Bearer b")
+    assert own["prefix"]["result"] == "not_found"
+    assert own["prefix"]["token_id"] is None
+    assert server.get("/lightwell/v1/requests/of-a", authorization="Bearer b").status_code == 404
+    assert httpx.get(f"{server.url}/lightwell/v1/requests").status_code == 401

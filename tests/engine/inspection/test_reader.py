@@ -1,0 +1,266 @@
+"""Questions about the records of a scheduler that runs a fake model, with blocks of four tokens."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.inspection.reader import MAX_ROWS, RecordReader
+from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
+from engine.scheduling.request import Request, new_request
+from engine.shared.messages import FromEngine, SamplingParams, Submit
+from engine.shared.records import (
+    PrefixResult,
+    ReadFailed,
+    ReadRequests,
+    ReadSteps,
+    RequestInfo,
+    Requests,
+    StepInfo,
+    Steps,
+)
+from tests.engine.scheduling.test_scheduler import Rig, prompt
+
+DECODER = msgspec.msgpack.Decoder(FromEngine)
+
+
+def received(answer: object) -> Any:
+    """Return an answer as the other process gets it."""
+    return DECODER.decode(msgspec.msgpack.encode(answer))
+
+
+class Reading:
+    """A reader of a rig's records."""
+
+    def __init__(self, *, keeps_tokens: bool = True, caches_prefixes: bool = True, **limits: Any) -> None:
+        self.rig = Rig(**limits)
+        self.rig.recorder.keeps_tokens = keeps_tokens
+        self.reader = RecordReader(self.rig.recorder, self.rig.scheduler, caches_prefixes=caches_prefixes)
+        self.num_added = 0
+
+    def add(self, token_ids: range | list[int], id: str = "", *, salt: bytes = b"", **fields: Any) -> Request:
+        params = SamplingParams(max_tokens=fields.pop("max_tokens", 2))
+        number = self.num_added
+        self.num_added += 1
+        name = id or f"r{number}"
+        submit = Submit(
+            request_id=f"{name}-0",
+            prompt_token_ids=list(token_ids),
+            params=params,
+            arrival=float(number),
+            ids=(name, "same"),
+            **fields,
+        )
+        request = new_request(submit, salt=salt, arrival_number=number, now=float(number))
+        self.rig.scheduler.add(request)
+        return request
+
+    def steps(self, after: int | None = None, limit: int = 100) -> Steps:
+        steps = received(self.reader.answer(ReadSteps(read_id=7, after=after, limit=limit)))
+        assert isinstance(steps, Steps)
+        assert steps.read_id == 7
+        return steps
+
+    def requests(self, limit: int = 100, **filters: Any) -> Requests:
+        requests = received(self.reader.answer(ReadRequests(read_id=8, limit=limit, **filters)))
+        assert isinstance(requests, Requests)
+        return requests
+
+    def one(self, id: str, **filters: Any) -> RequestInfo:
+        (info,) = self.requests(id=id, **filters).requests
+        return info
+
+    def record_step(self, step_id: int, num_rows: int = 1) -> None:
+        record = RequestRecord("r-0", 0, 0.0, 0.0, 4, ids=("r",), tenant="t")
+        row = RowRecord(record, 5, 1, is_prompt=False, num_generated=1, num_drafts=0, num_accepted=0)
+        step = StepRecord(step_id, 1.0, [row] * num_rows, num_running=1, num_waiting=0, num_blocks_used=1)
+        self.rig.recorder.add_step(step)
+
+
+def ids(steps: Steps) -> list[int]:
+    return [step.step_id for step in steps.steps]
+
+
+def test_steps_after_one() -> None:
+    reading = Reading()
+    reading.rig.recorder.steps = Recorder(num_steps=5).steps
+    assert (ids(reading.steps()), ids(reading.steps(after=0))) == ([], [])
+    for step_id in (1, 2, 4):  # 3 has failed
+        reading.record_step(step_id)
+    for after, expected in ((0, [1, 2, 4]), (1, [2, 4]), (2, [4]), (3, [4]), (4, []), (99, [])):
+        steps = reading.steps(after=after)
+        assert (ids(steps), steps.num_lost, steps.has_more) == (expected, 0, False)
+    first = reading.steps(after=0, limit=2)
+    assert (ids(first), first.has_more) == ([1, 2], True)
+    assert ids(reading.steps(limit=2)) == [2, 4]
+
+
+def test_a_reader_is_told_how_many_steps_it_has_missed() -> None:
+    reading = Reading()
+    reading.rig.recorder.steps = Recorder(num_steps=5).steps
+    for step_id in range(1, 9):
+        reading.record_step(step_id)
+    assert [(ids(steps), steps.num_lost) for steps in map(reading.steps, (0, 2, 3, 4))] == [
+        ([4, 5, 6, 7, 8], 3),
+        ([4, 5, 6, 7, 8], 1),
+        ([4, 5, 6, 7, 8], 0),
+        ([5, 6, 7, 8], 0),
+    ]
+
+
+def test_an_answer_has_a_bounded_number_of_rows_but_at_least_one_step() -> None:
+    reading = Reading()
+    reading.record_step(1, num_rows=MAX_ROWS + 1)
+    for step_id in (2, 3, 4):
+        reading.record_step(step_id, num_rows=MAX_ROWS // 2)
+    assert (ids(reading.steps(after=0)), reading.steps(after=0).has_more) == ([1], True)
+    assert (ids(reading.steps(after=1)), reading.steps(after=1).has_more) == ([2, 3], True)
+    assert (ids(reading.steps(after=3)), reading.steps(after=3).has_more) == ([4], False)
+    assert ids(reading.steps()) == [1]
+
+
+def test_rows_say_whose_they_are() -> None:
+    reading = Reading()
+    reading.record_step(1)
+    (step,) = reading.steps().steps
+    assert isinstance(step, StepInfo)
+    (row,) = step.rows
+    assert (row.id, row.tenant, row.position, row.num_generated, row.is_prompt) == ("r", "t", 5, 1, False)
+
+
+def test_requests_the_living_before_the_ended_and_the_latest_first() -> None:
+    reading = Reading(max_num_seqs=1)
+    for number in range(4):
+        reading.add(
+            prompt(3, 100 * number), tenant="even" if number % 2 == 0 else "odd", lora_name="lora"[: number * 4]
+        )
+    while len(reading.rig.recorder.requests) < 2:
+        reading.rig.step()
+    reading.rig.step()
+    assert [info.ids[0] for info in reading.requests().requests] == ["r3", "r2", "r1", "r0"]
+    assert [info.state for info in reading.requests().requests] == ["waiting", "running", "finished", "finished"]
+    cases: tuple[tuple[dict[str, Any], list[str]], ...] = (
+        ({"state": "running"}, ["r2"]),
+        ({"tenant": "odd"}, ["r3", "r1"]),
+        ({"tenant": "odd", "state": "finished"}, ["r1"]),
+        ({"tenant": "nobody"}, []),
+        ({"lora_name": ""}, ["r0"]),
+        ({"lora_name": "lora"}, ["r3", "r2", "r1"]),
+    )
+    for filters, expected in cases:
+        assert [info.ids[0] for info in reading.requests(**filters).requests] == expected
+    first = reading.requests(limit=3)
+    assert (len(first.requests), first.has_more) == (3, True)
+    running, finished = reading.one("r2"), reading.one("r1")
+    assert (running.num_blocks, finished.num_blocks, finished.finish_reason) == (1, 0, "length")
+    assert finished.times.num_output_tokens == 2
+    assert finished.detail is not None
+    assert [(chunk.start, chunk.num_tokens) for chunk in finished.detail.chunks] == [(0, 3)]
+
+
+def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> None:
+    reading = Reading(max_num_seqs=4)
+    reading.add(prompt(3), "first")
+    reading.rig.run()
+    reading.add(prompt(3), "second", n=2)
+    reading.rig.step()
+    found = reading.requests(id="same").requests
+    assert [(info.ids[0], info.index) for info in found] == [("second", 0), ("second", 1)]
+    assert reading.requests(id="first").requests[0].state == "finished"
+    assert reading.requests(id="none").requests == []
+    assert reading.requests(id="first", tenant="another").requests == []
+    limited = reading.requests(id="same", limit=1)
+    assert (len(limited.requests), limited.has_more) == (1, True)
+
+
+def why(reading: Reading, id: str, **filters: Any) -> tuple[PrefixResult, int, int | None, int | None, str | None]:
+    detail = reading.one(id, **filters).detail
+    assert detail is not None
+    prefix = detail.prefix
+    return prefix.result, prefix.num_reusable_tokens, prefix.position, prefix.token_id, prefix.similar_id
+
+
+def test_why_a_prefix_was_or_was_not_found() -> None:
+    reading = Reading(num_blocks=32)
+    for id, token_ids, salt, lora_name in (
+        ("base", prompt(9), b"", ""),
+        ("again", prompt(9), b"", ""),
+        ("short", prompt(4), b"", ""),
+        ("other", prompt(9, 900), b"", ""),
+        ("later", [*prompt(6), 1, *prompt(4, 300)], b"", ""),
+        ("salted", prompt(9), b"salt", ""),
+        ("adapted", prompt(9), b"adapter", "lora"),
+    ):
+        reading.add(token_ids, id, salt=salt, lora_name=lora_name)
+        reading.rig.run()
+    assert why(reading, "base") == (PrefixResult.NEW, 8, None, None, None)
+    assert why(reading, "again") == (PrefixResult.FOUND, 8, None, None, None)
+    assert why(reading, "short") == (PrefixResult.TOO_SHORT, 0, None, None, None)
+    assert why(reading, "other") == (PrefixResult.NEW, 8, None, None, None)
+    assert why(reading, "later") == (PrefixResult.DIVERGED, 8, 6, 1, "again")
+    assert reading.one("later").times.num_cached_tokens == 4
+    assert why(reading, "salted") == (PrefixResult.OTHER_SALT, 8, None, None, "later")
+    assert why(reading, "adapted")[0] is PrefixResult.OTHER_ADAPTER
+
+
+def test_an_evicted_prefix() -> None:
+    reading = Reading(num_blocks=8, keeps_tokens=False)
+    reading.add(prompt(9), "first")
+    reading.rig.run()
+    reading.add(prompt(30, 500), "large", max_tokens=1)
+    reading.rig.run()
+    reading.add(prompt(9), "again")
+    assert why(reading, "again")[0] is PrefixResult.PENDING
+    reading.rig.run()
+    assert why(reading, "again")[:2] == (PrefixResult.EVICTED, 8)
+
+
+def test_a_prefix_that_is_not_computed_yet() -> None:
+    reading = Reading(long_prefill_token_threshold=4, num_blocks=32)
+    reading.add(prompt(20), "first")
+    reading.add(prompt(20), "second")
+    reading.rig.run()
+    assert why(reading, "first") == (PrefixResult.NEW, 16, None, None, None)
+    assert why(reading, "second") == (PrefixResult.NOT_COMPUTED, 16, None, None, "first")
+
+
+def test_a_prefix_that_was_generated() -> None:
+    reading = Reading(separates_prompts=True, num_blocks=32)
+    reading.add(prompt(4), "first", max_tokens=7)  # the model generates 9, 9, 9 ...
+    reading.rig.run()
+    reading.add([*prompt(4), 9, 9, 9, 9, 5], "second")
+    reading.rig.run()
+    assert why(reading, "second") == (PrefixResult.GENERATED, 8, None, None, "first")
+    assert reading.one("second").times.num_cached_tokens == 4
+
+
+def test_without_token_ids_only_the_scheduler_knows() -> None:
+    reading = Reading(keeps_tokens=False)
+    reading.add(prompt(9), "first")
+    reading.rig.run()
+    assert why(reading, "first") == (PrefixResult.NOT_FOUND, 8, None, None, None)
+    assert all(record.token_ids is None for record in reading.rig.recorder.requests)
+
+
+def test_the_requests_of_other_tenants_explain_nothing() -> None:
+    reading = Reading(num_blocks=32)
+    reading.add(prompt(9), "theirs", salt=b"a", tenant="a")
+    reading.rig.run()
+    reading.add(prompt(9), "mine", salt=b"b", tenant="b")
+    reading.rig.run()
+    assert why(reading, "mine", tenant="b") == (PrefixResult.NEW, 8, None, None, None)
+    assert why(reading, "mine") == (PrefixResult.OTHER_SALT, 8, None, None, "theirs")
+
+
+def test_without_a_prefix_cache() -> None:
+    reading = Reading(caches_prefixes=False)
+    reading.add(prompt(9), "first")
+    reading.rig.run()
+    assert why(reading, "first")[0] is PrefixResult.CACHING_OFF
+
+
+def test_a_fault_of_the_reader_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Reading()
+    monkeypatch.setattr(reading.reader, "_steps", lambda question: 1 / 0)
+    answer = received(reading.reader.answer(ReadSteps(read_id=3, limit=1)))
+    assert answer == ReadFailed(3)

@@ -1,0 +1,82 @@
+"""Who may read the engine's records, over real sockets."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import StartServer
+from tests.support.serving import RunningServer, check_error
+
+KEYS = {"api_key": ("key-a", "key-b"), "admin_key": "root"}
+BEYOND = {"host": "0.0.0.0", "allow_unauthenticated": True}
+PAGE = "https://page.example"
+
+
+def read(server: RunningServer, key: str = "", path: str = "steps", **headers: str) -> httpx.Response:
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    if key:
+        fields["authorization"] = f"Bearer {key}"
+    return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=fields)
+
+
+@pytest.mark.parametrize("path", ["steps", "requests", "requests/mine"])
+def test_it_can_be_turned_off(start_server: StartServer, path: str) -> None:
+    server = start_server(inspect=False)
+    assert check_error(read(server, path=path), 404)["code"] == "not_enabled"
+    server = start_server(inspect=False, inspect_public=True, **KEYS)
+    assert check_error(read(server, "root", path), 404)["code"] == "not_enabled"
+
+
+def test_on_loopback_without_keys_everybody_reads(server: RunningServer) -> None:
+    assert read(server).status_code == 200
+    assert read(server, origin="http://localhost:3000").status_code == 200
+
+
+@pytest.mark.parametrize("header", ["forwarded", "X-Forwarded-For", "x_forwarded_proto", "via", "cf-connecting-ip"])
+def test_not_through_a_proxy(start_server: StartServer, header: str) -> None:
+    server = start_server()
+    message = check_error(read(server, **{header: "for=10.0.0.1"}), 403)["message"]
+    assert header.lower().replace("_", "-") in message
+    assert "--inspect-public" in message
+    assert read(start_server(inspect_public=True), **{header: "for=10.0.0.1"}).status_code == 200
+    assert read(start_server(**KEYS), "key-a", **{header: "for=10.0.0.1"}).status_code == 200
+
+
+@pytest.mark.parametrize("settings", [{"allowed_origins": ("*",)}, {"allowed_origins": (PAGE, "*")}, BEYOND])
+def test_not_where_others_may_be(start_server: StartServer, settings: dict[str, Any]) -> None:
+    assert "--inspect-public" in check_error(read(start_server(**settings)), 403)["message"]
+    assert read(start_server(inspect_public=True, **settings)).status_code == 200
+    assert read(start_server(**KEYS, **settings), "key-a").status_code == 200
+
+
+@pytest.mark.parametrize("settings", [{}, {"allowed_origins": ("*",)}, BEYOND])
+def test_hosts_and_origins_are_checked_even_if_it_is_public(
+    start_server: StartServer, settings: dict[str, Any]
+) -> None:
+    server = start_server(inspect_public=True, **settings)
+    for headers in ({"host": "rebound.example"}, {"origin": PAGE}, {"origin": "null"}):
+        check_error(read(server, **headers), 403)
+    for headers in ({"host": "192.0.2.7:8000"}, {"host": "my-machine"}, {"origin": f"http://localhost:{server.port}"}):
+        assert read(server, **headers).status_code == 200
+
+
+def test_named_origins_may_read(start_server: StartServer) -> None:
+    server = start_server(allowed_origins=(PAGE,))
+    assert read(server, origin=PAGE).status_code == 200
+    assert read(server, host="page.example").status_code == 200
+    check_error(read(server, origin="https://other.example"), 403)
+
+
+def test_with_keys_a_page_of_the_server_itself_may_read(start_server: StartServer) -> None:
+    server = start_server(allowed_origins=("*",), **KEYS)
+    assert read(server, "key-a", host="ai.example", origin="https://ai.example").status_code == 200
+    check_error(read(server, "key-a", host="ai.example", origin=PAGE), 403)
+    check_error(read(server, host="ai.example"), 401)
+
+
+def test_there_is_nothing_to_read_until_the_engine_is_ready(start_server: StartServer) -> None:
+    server = start_server()
+    server.engine.config.never_ready = True
+    other = start_server(server={"wait_ready": False})
+    check_error(read(other), 503)

@@ -1,0 +1,176 @@
+"""Steps and requests over real sockets, with a fake engine. What the real one records is tested in tests/e2e."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import StartServer
+from tests.support.fake_engine import FakeEngine
+from tests.support.records import example_step
+from tests.support.serving import RunningServer, check_error, wait_until
+
+KEYS = {"api_key": ("key-a", "key-b"), "admin_key": "root"}
+REQUEST = {"model": "tiny", "prompt": "abcd", "max_tokens": 1000, "stream": True}
+
+
+@pytest.fixture(autouse=True)
+def _endless(fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.01
+
+
+def get(server: RunningServer, path: str, key: str = "") -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=headers)
+
+
+def data(server: RunningServer, path: str, key: str = "") -> list[dict[str, Any]]:
+    response = get(server, path, key)
+    assert response.status_code == 200, response.text
+    entries: list[dict[str, Any]] = response.json()["data"]
+    return entries
+
+
+@pytest.fixture
+def streams() -> Iterator[list[httpx.Response]]:
+    """Streams that are closed at the end."""
+    opened: list[httpx.Response] = []
+    yield opened
+    for stream in opened:
+        stream.close()
+
+
+def start(server: RunningServer, streams: list[httpx.Response], name: str, key: str = "", **fields: Any) -> None:
+    """Start a stream with the x-request-id `name`, and wait until the engine has it."""
+    num_choices = server.engine.num_choices
+    headers = {"x-request-id": name} | ({"authorization": f"Bearer {key}"} if key else {})
+    client = httpx.Client(timeout=20)
+    request = client.build_request("POST", server.url + "/v1/completions", json=REQUEST | fields, headers=headers)
+    streams.append(client.send(request, stream=True))
+    wait_until(lambda: server.engine.num_choices > num_choices)
+
+
+def test_a_step(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.config.steps = [example_step()]
+    before = time.time() - time.monotonic()
+    answer = get(server, "steps").json()
+    (step,) = answer.pop("data")
+    assert answer.pop("engine") == f"{server.context.created}-0"
+    assert answer == {"object": "list", "num_blocks": 256, "num_lost": 0, "has_more": False}
+    assert step.pop("started") == pytest.approx(before + 1, abs=5)
+    assert step == {
+        "id": 7,
+        "seconds": {"forward": 0.5},
+        "num_running": 2,
+        "num_waiting": 1,
+        "num_blocks_used": 3,
+        "rows": [
+            {
+                "id": "of-",
+                "prompt": 0,
+                "index": 1,
+                "key": None,
+                "position": 40,
+                "num_tokens": 3,
+                "kind": "generated",
+                "num_generated": 2,
+                "num_drafts": 2,
+                "num_accepted": 1,
+            }
+        ],
+    }
+
+
+def test_rows_of_other_clients_have_no_names(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    server = start_server(**KEYS)
+    fake_engine.config.steps = [example_step(tenants=("key-1", "key-2"))]
+    for key, names in (
+        ("key-a", ["of-key-1", None]),
+        ("key-b", [None, "of-key-2"]),
+        ("root", ["of-key-1", "of-key-2"]),
+    ):
+        (step,) = data(server, "steps", key)
+        assert [row["id"] for row in step["rows"]] == names
+        for row in step["rows"]:
+            hidden = {row["prompt"], row["index"], row["key"], row["position"]}
+            assert (hidden == {None}) == (row["id"] is None)
+            assert row["num_tokens"] == 3
+    for key, own in (("key-a", "key-1"), ("key-b", "key-2")):
+        others = {"key-1", "key-2"} - {own}
+        assert not any(other in get(server, "steps", key).text for other in others)
+
+
+def test_requests(server: RunningServer, streams: list[httpx.Response]) -> None:
+    start(server, streams, "mine", n=2)
+    choices = data(server, "requests")
+    assert [(choice["index"], choice["state"], choice["key"]) for choice in choices] == [
+        (0, "running", None),
+        (1, "running", None),
+    ]
+    assert all(choice["other_ids"] == ["mine"] and choice["model"] == "tiny" for choice in choices)
+    for id in ("mine", choices[0]["id"]):
+        request = get(server, f"requests/{id}").json()
+        assert request["id"] == choices[0]["id"]
+        assert [choice["index"] for choice in request["choices"]] == [0, 1]
+        for choice in request["choices"]:
+            assert sum(choice["seconds"].values()) == pytest.approx(choice["wall_s"])
+            assert choice["prefix"]["result"] == "new"
+            assert choice["chunks"] == [{"step": 1, "position": 0, "num_tokens": 4}]
+    error = check_error(get(server, "requests/other"), 404)
+    assert error["code"] == "request_not_found"
+
+
+def test_a_client_sees_its_own_requests(start_server: StartServer, streams: list[httpx.Response]) -> None:
+    server = start_server(**KEYS)
+    for name, key in (("one", "key-a"), ("two", "key-b"), ("same", "key-a"), ("same", "key-b")):
+        start(server, streams, name, key)
+    for path, key, expected in (
+        ("requests", "key-a", ["one", "same"]),
+        ("requests", "key-b", ["same", "two"]),
+        ("requests", "root", ["one", "same", "same", "two"]),
+        ("requests?key=key-2", "root", ["same", "two"]),
+        ("requests?key=key-2", "key-a", []),
+        ("requests?key=key-1", "key-a", ["one", "same"]),
+        ("requests?key=nobody", "root", []),
+    ):
+        assert sorted(choice["other_ids"][0] for choice in data(server, path, key)) == expected
+    assert {choice["key"] for choice in data(server, "requests", "root")} == {"key-1", "key-2"}
+    check_error(get(server, "requests/two", "key-a"), 404)
+    ids = [get(server, "requests/same", key).json()["id"] for key in ("key-a", "key-b")]
+    assert ids[0] != ids[1]
+    check_error(get(server, f"requests/{ids[1]}", "key-a"), 404)
+    assert get(server, f"requests/{ids[1]}", "root").json()["id"] == ids[1]
+
+
+def test_without_keys_there_are_none_to_filter_by(server: RunningServer, streams: list[httpx.Response]) -> None:
+    start(server, streams, "mine")
+    assert data(server, "requests?key=127.0.0.1") == []
+    assert "127.0.0.1" not in get(server, "requests").text
+
+
+def test_embeddings_are_found_by_their_x_request_id(server: RunningServer, fake_engine: FakeEngine) -> None:
+    body = {"model": "tiny", "input": ["a", "b"]}
+    assert httpx.post(f"{server.url}/v1/embeddings", json=body, headers={"x-request-id": "e"}).status_code == 200
+    assert [(submit.ids, submit.prompt) for submit in fake_engine.submits] == [(("e",), 0), (("e",), 1)]
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("steps?after=-1", "after"),
+        ("steps?after=x", "after"),
+        ("steps?after=1e3", "after"),
+        (f"steps?after={1 << 64}", "after"),
+        ("steps?limit=0", "limit"),
+        ("steps?limit=1025", "limit"),
+        ("requests?limit=1025", "limit"),
+        ("requests?state=done", "state"),
+    ],
+)
+def test_bad_parameters(server: RunningServer, path: str, param: str) -> None:
+    error = check_error(get(server, path), 400)
+    assert error["param"] == param
+    assert param in error["message"] or "Supported values" in error["message"]
