@@ -47,10 +47,10 @@ from server.engine_client.supervisor_channel import (
     EngineStarted,
     Heartbeat,
 )
-from server.garbage import collect_in_steps
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
 from server.metrics import Metrics
+from server.processes.garbage import collect_in_steps
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models

@@ -175,9 +175,8 @@ class CausalLM:
     def set_max_model_len(self, max_model_len: int) -> None:
         """Make the tables of rotary embeddings for contexts of this length."""
         self.rotary: list[RotaryEmbedding] = []  # tables for another length are freed first
-        self.rotary = [
-            RotaryEmbedding(rope, max_model_len, self.device, self.allowed_len) for rope in self.config.ropes
-        ]
+        for rope in self.config.ropes:
+            self.rotary.append(RotaryEmbedding(rope, max_model_len, self.device, self.allowed_len))
 
     def extend_rotary(self, num_positions: int) -> None:
         """Compute what the tables of rotary embeddings lack for the first `num_positions` positions."""

@@ -12,10 +12,10 @@ MAX_GROWTH = 1_000_000  # objects; 100 to 200 MB
 
 
 def collect_in_steps(max_growth: int = MAX_GROWTH) -> None:
-    """From now on, leave out of a full collection what has survived one before.
+    """Let each full collection leave out what has survived one before.
 
-    Most of it is freed without the collector. So that garbage in it does not add up, all is collected when there are
-    `max_growth` more survivors than the last time.
+    Most of that is freed without the collector. So that garbage in it does not add up, everything is collected when
+    there are `max_growth` more survivors than the last time.
     """
     limit = gc.get_freeze_count() + max_growth
     is_complete = False  # whether the next full collection goes over everything

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.garbage import collect_in_steps
+from server.processes.garbage import collect_in_steps
 
 
 class Node:
