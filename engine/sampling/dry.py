@@ -26,7 +26,7 @@ def repeat_penalties(row: SamplingRow, extra: ExtraSamplers) -> dict[int, float]
     A repeat is a run of tokens at the end of the text that also occurs earlier; the penalised token is the one that
     followed it there. Repeats do not extend back across a sequence breaker, and single-token breakers get no penalty.
     """
-    ids = np.array([*row.request.history(), *row.draft_token_ids], dtype=np.int32)
+    ids = np.concatenate([np.array(some, dtype=np.int32) for some in (row.request.history(), row.draft_token_ids)])
     first = max(0, len(ids) - extra.dry_penalty_last_n) if extra.dry_penalty_last_n >= 0 else 0
     window = ids[first:]
     lengths = _repeat_lengths(row, ids)[first:]
