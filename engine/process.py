@@ -6,6 +6,7 @@ stacks of all threads are written to stderr. Whether it hangs or only got no CPU
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import logging
 import os
@@ -24,6 +25,7 @@ from engine.inspection.reader import RecordReader
 from engine.loading import load_model
 from engine.lora.slots import AdapterGoneError
 from engine.lora.updates import AdapterUpdates
+from engine.model.memory_plan import is_out_of_memory
 from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
 from engine.scheduling.record import StepClock
 from engine.shared.launcher import collect_garbage
@@ -172,8 +174,13 @@ def run(process_config: EngineProcessConfig) -> int:
     """Serve until SIGTERM or a failure. Return the exit code."""
     try:
         loop = start(process_config)
-    except (ValueError, OSError, torch.OutOfMemoryError, BrokenDeviceError) as error:
-        logger.error("%s", error)
+    except Exception as error:
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            logger.error("there is not enough memory to load the model: %s", str(error) or type(error).__name__)
+        elif isinstance(error, ValueError | OSError | BrokenDeviceError):
+            logger.error("%s", error)
+        else:
+            raise
         return 1
     try:
         loop.run(process_config.config.step_timeout)

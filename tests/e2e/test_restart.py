@@ -1,5 +1,6 @@
 """Tests of an engine that dies or hangs under load and is started again: what each client gets, and what is left."""
 
+import resource
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -133,6 +134,30 @@ def test_five_deaths_in_a_minute_end_the_server(start_server: StartServer) -> No
         pytest.skip("the machine is too slow for five restarts in a minute")
     assert server.wait(10) == 1
     assert "the engine process was killed by SIGKILL; that was failure 5 in " in server.log.splitlines()[-1]
+    server.assert_nothing_is_left()
+
+
+@pytest.mark.checklist("F03", "F11")
+@pytest.mark.parametrize("share", [0.25, 0.85])
+def test_another_engine_gets_too_little_memory(start_server: StartServer, share: float) -> None:
+    """A share of what the first one had: too little for its libraries, or for the model."""
+    server = start_server()
+    engine = engine_of(server)
+    limit = int(share * engine.memory_info().vms)
+    running = start_streams(server, 1, max_tokens=900)
+    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit, limit))
+    with ThreadPoolExecutor() as threads:
+        engine.kill()
+        check_running(running)
+        assert server.get("/health").json()["status"] == "restarting"
+        waiting = [threads.submit(server.complete) for _ in range(4)]
+        assert server.wait(RESTARTED) == 1
+        for request in waiting:
+            check_error(request.result(), 503)
+    assert "Traceback" not in server.log
+    assert server.log.count("not enough memory") == 4
+    assert server.log.count("the engine process exited with code 1; another one starts in") == 3
+    assert "the engine process exited with code 1; that was failure 5 in" in server.log.splitlines()[-1]
     server.assert_nothing_is_left()
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.paths import ROOT
 
 MODULE = """
@@ -27,3 +29,22 @@ def test_garbage_is_collected_only_once_the_module_is_loaded(tmp_path: Path) -> 
     environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == ["some_process", ["some_process", "--flag"], False, 0, True, True]
+
+
+@pytest.mark.checklist("F11")
+@pytest.mark.parametrize(
+    ("error", "is_short"),
+    [
+        ("ImportError('lib.so: failed to map segment from shared object')", True),
+        ("MemoryError()", True),
+        ("ImportError('no name x')", False),
+    ],
+)
+def test_a_module_for_which_there_is_no_memory(tmp_path: Path, error: str, *, is_short: bool) -> None:
+    (tmp_path / "some_process.py").write_text(f"raise {error}")
+    command = [sys.executable, "-m", "engine.shared.launcher", "some_process"]
+    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert ("there is not enough memory to load some_process" in done.stderr) == is_short
+    assert ("Traceback" in done.stderr) != is_short
