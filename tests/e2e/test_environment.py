@@ -2,15 +2,20 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from tests.e2e.conftest import StartServer
-from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess, starting_server
-from tests.support.serving import check_error
+from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess, free_port, starting_server
+from tests.support.serving import check_error, wait_until
 from tests.support.streams import Stream
 
 KEY, OTHER_KEY = "key-canary-1", "key-canary-2"
@@ -126,3 +131,34 @@ def test_a_broken_model(tmp_path: Path) -> None:
 def test_beyond_loopback_without_a_key(smollm2_path: Path) -> None:
     (line,) = failed_start(smollm2_path, "--host=0.0.0.0")
     assert "--api-key" in line
+
+
+@pytest.mark.checklist("G07")
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"], ids=["full disk", "closed"])
+def test_a_log_that_cannot_be_written(smollm2_path: Path, redirection: str) -> None:
+    """The server starts, restarts its engine and ends as with any other log."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    flags = f"--port={port} --kv-cache-memory=64MiB"
+    command = f'exec "$0" -m server.cli serve "$1" {flags} {redirection}'
+    process = subprocess.Popen(["sh", "-c", command, sys.executable, str(smollm2_path)])
+    try:
+        for number in range(2):
+            wait_until(lambda number=number: restarts(url) == number, 120)
+            body = {"model": smollm2_path.name, "prompt": "x", "max_tokens": 3}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+            if number == 0:
+                (engine,) = (c for c in psutil.Process(process.pid).children() if "engine.process" in c.cmdline())
+                engine.kill()
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def restarts(url: str) -> int | None:
+    """Return how often a server's engine has been restarted, or None while it is not ready."""
+    with suppress(httpx.TransportError):
+        answer = httpx.get(f"{url}/health")
+        return answer.json()["restarts"] if answer.status_code == 200 else None
+    return None

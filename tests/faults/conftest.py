@@ -74,12 +74,15 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> FailingCalls:
 
 @pytest.fixture(scope="module")
 def start_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartApi]:
-    """A function that starts an API process with more environment variables: `start_api(NAME="value")`."""
+    """A function that starts an API process with more environment variables: `start_api(NAME="value")`.
+
+    `redirection` is the shell's, for example "2>&-".
+    """
     model = tmp_path_factory.mktemp("model")
     write_tiny_model(model)
     with ExitStack() as stack:
 
-        def start(*, stderr: int = subprocess.DEVNULL, **environment: str) -> Api:
+        def start(*, stderr: int = subprocess.DEVNULL, redirection: str = "", **environment: str) -> Api:
             address = stack.enter_context(own_address())
             engine = stack.enter_context(FakeEngine(FakeEngineConfig(address=address)))
             port = free_port()
@@ -91,7 +94,7 @@ def start_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartApi]:
                 engine_pid=os.getpid(),
             )
             process = subprocess.Popen(
-                [sys.executable, "-m", "server.main"],
+                ["sh", "-c", f'exec "$0" -m server.main {redirection}', sys.executable],
                 stdin=subprocess.PIPE,
                 stderr=stderr,
                 env=os.environ | environment,

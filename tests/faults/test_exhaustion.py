@@ -77,3 +77,16 @@ def test_a_log_that_is_not_read(start_api: StartApi) -> None:
     api.process.terminate()
     assert api.process.wait(10) == 0
     os.close(reader)
+
+
+@pytest.mark.checklist("G07")
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"], ids=["full disk", "closed"])
+def test_a_log_that_cannot_be_written(start_api: StartApi, redirection: str) -> None:
+    api = start_api(redirection=redirection)
+    num_files, num_threads = api.process.num_fds() + 2, api.process.num_threads() + 10
+    for _ in range(30):
+        assert api.post("/v1/completions", prompt="x").status_code == 200
+        assert api.post("/v1/completions", prompt="x", n=0).status_code == 400
+    api.check_well(num_files, num_threads)
+    api.process.terminate()
+    assert api.process.wait(10) == 0
