@@ -76,7 +76,7 @@ DESCRIPTION = "Language models over HTTP, compatible with clients of the APIs of
 class Operation:
     """The parts of an operation's description that FastAPI cannot derive."""
 
-    answer: Any  # a type that msgspec encodes
+    answer: Any  # a type that msgspec encodes; None: the answer is always a stream
     example: Mapping[str, Any] | None = None  # a body that works with any model; its `model` is added
     events: Any = None  # type of the data of a stream's events
     answer_example: Any = None
@@ -85,7 +85,7 @@ class Operation:
 
     @property
     def types(self) -> list[Any]:
-        return [self.answer] if self.events is None else [self.answer, self.events]
+        return [each for each in (self.answer, self.events) if each is not None]
 
     @property
     def reports_generation(self) -> bool:
@@ -213,6 +213,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("/v1/requests/{request_id}/replay", "post"): Operation(Replay),
     ("/lightwell/v1/steps", "get"): Operation(StepList),
+    ("/lightwell/v1/events", "get"): Operation(None, events=StepList),
     ("/lightwell/v1/requests", "get"): Operation(RequestList),
     ("/lightwell/v1/requests/{request_id}", "get"): Operation(RequestDetails),
     ("/v1/load_lora_adapter", "post"): Operation(
@@ -312,13 +313,15 @@ ERROR_HEADERS = {
 
 def _responses(operation: Operation, described: Mapping[str, Any], error: Mapping[str, Any]) -> dict[str, Any]:
     kind = "text/plain" if operation.answer is str else "application/json"
-    content = {kind: {"schema": described[repr(operation.answer)]}}
+    content = {} if operation.answer is None else {kind: {"schema": described[repr(operation.answer)]}}
     if operation.answer_example is not None:
         content[kind]["example"] = msgspec.to_builtins(operation.answer_example)
     description = "The answer."
     if operation.events is not None:
         content[operation.stream_format.media_type] = {"schema": described[repr(operation.events)]}
         description = "The answer; with `stream`, events whose data has the given schema."
+    if operation.answer is None:
+        description = "Events whose data has the given schema."
     headers = REQUEST_ID_HEADER | GENERATION_HEADERS if operation.reports_generation else REQUEST_ID_HEADER
     error_response = {
         "description": "An error.",

@@ -304,6 +304,7 @@ class EngineClient:
         if message.num_step_tokens:
             self._metrics.observe_step(message.num_step_tokens)
             self._admission.count_step(message, now)
+            self.records.num_steps += 1
         self._streams.start(message.started)
         self._streams.push(message.events, now)
 

@@ -21,6 +21,7 @@ class RecordQuestions:
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
         self.clock_offset = time.time() - time.monotonic()  # Unix time of the engine's times
+        self.num_steps = 0  # that the engine has reported: while it grows, there is something new to ask for
         self._send = send
         self._slots = asyncio.Semaphore(MAX_QUESTIONS)
         self._numbers = itertools.count(1)

@@ -1,6 +1,7 @@
 """What the engine has recorded, read over HTTP from a real server with a real model."""
 
 import concurrent.futures
+import json
 from typing import Any
 
 import httpx
@@ -155,3 +156,21 @@ def test_with_keys(start_server: StartServer) -> None:
     assert own["prefix"]["token_id"] is None
     assert server.get("/lightwell/v1/requests/of-a", authorization="Bearer b").status_code == 404
     assert httpx.get(f"{server.url}/lightwell/v1/requests").status_code == 401
+
+
+def test_the_stream_of_steps_misses_none(start_server: StartServer) -> None:
+    server = start_server()
+    steps: list[int] = []
+    num_generated = 0
+    with concurrent.futures.ThreadPoolExecutor(4) as pool, server.http.stream("GET", "/lightwell/v1/events") as events:
+        lines = (line for line in events.iter_lines() if line.startswith("data: "))
+        answers = [pool.submit(complete, server, "Light", f"s{number}", max_tokens=30) for number in range(4)]
+        while num_generated < 120:
+            event = json.loads(next(lines).removeprefix("data: "))
+            assert event["num_lost"] == 0
+            steps += [step["id"] for step in event["data"]]
+            num_generated += sum(row["num_generated"] for step in event["data"] for row in step["rows"])
+        for answer in answers:
+            answer.result()
+    assert num_generated == 120
+    assert steps == list(range(1, len(steps) + 1))

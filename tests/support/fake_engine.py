@@ -188,8 +188,7 @@ class _Loop:
                 self._abort(message)
                 self._send_outputs({})
             case ReadSteps():
-                steps = self.config.steps[: message.limit]
-                self._send(identity, Steps(read_id=message.read_id, steps=steps, num_lost=0, has_more=False))
+                self._send(identity, self._steps_after(message))
             case ReadRequests():
                 self._send(identity, self._requests(message))
             case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
@@ -201,6 +200,12 @@ class _Loop:
                     for client in self._clients:
                         self._send(client, Adapters(list(self.adapters.values())))
                 self._send(identity, done)
+
+    def _steps_after(self, question: ReadSteps) -> Steps:
+        steps, after = self.config.steps, question.after
+        later = steps[-question.limit :] if after is None else [step for step in steps if step.step_id > after]
+        has_more = len(later) > question.limit
+        return Steps(read_id=question.read_id, steps=later[: question.limit], num_lost=0, has_more=has_more)
 
     def _requests(self, question: ReadRequests) -> Requests:
         """Return the choices that have not ended, like the reader of the real engine."""

@@ -115,9 +115,11 @@ def test_requests_without_a_body(server: RunningServer, fake_engine: FakeEngine)
                 filled = filled.replace(name, value)
             if method == "delete":
                 continue
+            content = methods[method]["responses"]["200"]["content"]
+            if list(content) == ["text/event-stream"]:  # without an end
+                continue
             response = httpx.get(server.url + filled)
             assert response.status_code == 200, path
-            content = methods[method]["responses"]["200"]["content"]
             if "application/json" in content:
                 check(response.json(), content["application/json"]["schema"], whole)
 

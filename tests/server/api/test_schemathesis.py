@@ -28,6 +28,7 @@ def test_answers_match_the_document(start_server: StartServer, tmp_path: Path) -
         "--suppress-health-check=too_slow",
         "--continue-on-failure",
         f"--exclude-checks={UNKNOWN}",
+        "--exclude-path=/lightwell/v1/events",  # a stream without an end
         "--generation-database=none",
         "--no-color",
     ]

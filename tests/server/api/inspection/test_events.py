@@ -1,0 +1,124 @@
+"""The stream of steps over real sockets, with a fake engine whose records the tests write."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.inspection.events import MAX_READERS_EACH
+from tests.server.conftest import StartServer
+from tests.support.fake_engine import FakeEngine
+from tests.support.records import example_step
+from tests.support.serving import RunningServer, check_error, wait_until
+
+PATH = "/lightwell/v1/events"
+KEYS = {"api_key": ("key-a", "key-b"), "admin_key": "root"}
+Event = tuple[str, dict[str, Any]]
+
+
+@contextmanager
+def following(server: RunningServer, **headers: str) -> Iterator[Iterator[Event]]:
+    """Yield the ids and the data of the events as they come."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    with httpx.stream("GET", server.url + PATH, headers=fields, timeout=20) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        yield _parse(response.iter_lines())
+
+
+def _parse(lines: Iterator[str]) -> Iterator[Event]:
+    event_id = ""
+    for line in lines:
+        if line.startswith("id: "):
+            event_id = line.removeprefix("id: ")
+        elif line.startswith("data: "):
+            yield event_id, json.loads(line.removeprefix("data: "))
+
+
+def run_step(server: RunningServer, engine: FakeEngine, step_id: int, tenants: tuple[str, ...] = ("",)) -> None:
+    """Record a step, and let the engine report that it has run one."""
+    engine.config.steps = [*engine.config.steps, example_step(step_id, tenants)]
+    key = "key-a" if server.context.settings.needs_key else "none"
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    headers = {"authorization": f"Bearer {key}"}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == 200
+
+
+def ids(event: Event) -> list[int]:
+    return [step["id"] for step in event[1]["data"]]
+
+
+def num_readers(server: RunningServer) -> int:
+    return server.context.num_step_readers.total()
+
+
+def test_steps_from_now_on(server: RunningServer, fake_engine: FakeEngine) -> None:
+    run_step(server, fake_engine, 1)
+    with following(server) as events:
+        run_step(server, fake_engine, 2)
+        first = next(events)
+        run_step(server, fake_engine, 3)
+        second = next(events)
+    assert (ids(first), ids(second)) == ([2], [3])
+    assert second[0] == f"{server.context.created}-0-3"
+    assert second[1]["engine"] == f"{server.context.created}-0"
+    wait_until(lambda: num_readers(server) == 0)
+
+
+def test_going_on_after_an_event(server: RunningServer, fake_engine: FakeEngine) -> None:
+    for step_id in (1, 2, 3):
+        run_step(server, fake_engine, step_id)
+    for last, expected in ((f"{server.context.created}-0-2", [3]), ("1-0-2", [1, 2, 3]), ("1-7-99", [1, 2, 3])):
+        with following(server, last_event_id=last) as events:
+            assert ids(next(events)) == expected
+    for bad in ("2", "x", "1-2", "-1-0-1", "1-0-1²"):
+        response = httpx.get(server.url + PATH, headers={b"last-event-id": bad.encode("latin-1")})
+        assert check_error(response, 400)["param"] == "last-event-id"
+
+
+def test_an_idle_engine_is_not_asked(server: RunningServer, fake_engine: FakeEngine) -> None:
+    with following(server) as events:
+        run_step(server, fake_engine, 1)
+        next(events)
+        time.sleep(0.3)
+        num_received = len(fake_engine.received)
+        time.sleep(0.5)
+        assert len(fake_engine.received) == num_received
+
+
+def test_rows_of_other_clients_have_no_names(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    server = start_server(**KEYS)
+    with following(server, authorization="Bearer key-b") as events:
+        run_step(server, fake_engine, 1, tenants=("key-1", "key-2"))
+        (step,) = next(events)[1]["data"]
+    assert [row["id"] for row in step["rows"]] == [None, "of-key-2"]
+    assert httpx.get(server.url + PATH).status_code == 401
+
+
+def test_the_number_of_streams_is_limited(server: RunningServer) -> None:
+    with httpx.Client() as client:
+        opened = [client.send(client.build_request("GET", server.url + PATH), stream=True) for _ in range(8)]
+        assert len(opened) == MAX_READERS_EACH == num_readers(server)
+        assert check_error(httpx.get(server.url + PATH), 429)["code"] == "rate_limit_exceeded"
+        for response in opened:
+            response.close()
+    wait_until(lambda: num_readers(server) == 0)
+    with following(server):
+        assert num_readers(server) == 1
+
+
+@pytest.mark.parametrize("settings", [{"inspect": False}, {"allowed_origins": ("*",)}])
+def test_who_may_not_read(start_server: StartServer, settings: dict[str, Any]) -> None:
+    assert httpx.get(start_server(**settings).url + PATH).status_code in (403, 404)
+
+
+def test_it_ends_when_the_server_shuts_down(server: RunningServer, fake_engine: FakeEngine) -> None:
+    with following(server) as events:
+        run_step(server, fake_engine, 1)
+        next(events)
+        server.context.client.drain_requested.set()
+        assert list(events) == []
