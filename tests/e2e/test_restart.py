@@ -70,9 +70,10 @@ def wait_for_restart(server: ServerProcess, num_restarts: int) -> None:
 
 
 def resources(server: ServerProcess) -> list[int]:
-    """Return the numbers of file descriptors and threads of supervisor and API process."""
+    """Return the numbers of file descriptors, without those of clients, and threads of supervisor and API process."""
     processes = (psutil.Process(server.process.pid), api_of(server))
-    return [number for each in processes for number in (each.num_fds(), each.num_threads())]
+    counts = ((each.num_fds() - len(each.net_connections("inet")), each.num_threads()) for each in processes)
+    return [number for pair in counts for number in pair]
 
 
 @pytest.mark.checklist("F05", "F06")
@@ -97,7 +98,7 @@ def test_the_engine_dies_or_hangs_under_load(start_server: StartServer) -> None:
             wait_for_end_of(engine.pid)
             wait_until(lambda: server.is_idle, 30)
             used.append(resources(server))
-    # Connections of clients, and threads and processes for text, come and go.
+    # Threads and processes for text come and go.
     assert all(last <= second + 3 for last, second in zip(used[-1], used[1], strict=True)), used
     assert server.metric("lightwell_engine_restarts_total") == 3
     server.family = [*server.family, *psutil.Process(server.process.pid).children(recursive=True)]
