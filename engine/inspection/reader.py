@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, repeat
 
 from engine.inspection.prefix import explain_prefix
+from engine.scheduling.fair_queue import order_key
 from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
 from engine.scheduling.request import Request, Status
 from engine.scheduling.scheduler import Scheduler
@@ -15,7 +16,10 @@ from engine.shared.records import (
     Answer,
     Chunk,
     Question,
+    Queue,
+    QueuedChoice,
     ReadFailed,
+    ReadQueue,
     ReadRequests,
     ReadSteps,
     RequestDetail,
@@ -50,6 +54,8 @@ class RecordReader:
                     return self._steps(question)
                 case ReadRequests():
                     return self._requests(question)
+                case ReadQueue():
+                    return self._queue(question)
         except Exception:
             logger.exception("a question about the engine's records cannot be answered")
             return ReadFailed(question.read_id)
@@ -71,6 +77,25 @@ class RecordReader:
         num_lost = later[0].step_id - after - 1 if is_full and later and later[0] is steps[0] else 0
         infos = _bounded(later[:limit])
         return Steps(read_id=question.read_id, steps=infos, num_lost=num_lost, has_more=len(infos) < len(later))
+
+    # The queue.
+
+    def _queue(self, question: ReadQueue) -> Queue:
+        """Return the queue as if tenants took turns: the first of each, then the second of each."""
+        queues = list(self.scheduler.waiting.by_tenant.values())
+        num_ahead, places = 0, []
+        for place in range(max(map(len, queues), default=0)):
+            if num_ahead >= question.limit:
+                break
+            turn = sorted((queue[place] for queue in queues if len(queue) > place), key=order_key)
+            places += [(request, num_ahead) for request in turn]
+            num_ahead += len(turn)
+        return Queue(
+            read_id=question.read_id,
+            now=time.monotonic(),
+            num_waiting=len(self.scheduler.waiting),
+            choices=[_queued(request, num_before) for request, num_before in places[: question.limit]],
+        )
 
     # Requests.
 
@@ -162,6 +187,21 @@ def _row(row: RowRecord) -> StepRow:
         num_generated=row.num_generated,
         num_drafts=row.num_drafts,
         num_accepted=row.num_accepted,
+    )
+
+
+def _queued(request: Request, num_ahead: int) -> QueuedChoice:
+    record = request.record
+    return QueuedChoice(
+        id=_id(record),
+        prompt=record.prompt,
+        index=record.index,
+        tenant=record.tenant,
+        queued=record.queued,
+        num_ahead=num_ahead,
+        num_tokens=request.num_tokens,
+        was_preempted=bool(record.preemptions),
+        can_start=request.can_start,
     )
 
 

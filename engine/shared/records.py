@@ -117,6 +117,20 @@ class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
     detail: RequestDetail | None = None
 
 
+class QueuedChoice(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A choice in the queue."""
+
+    id: str  # of the request, see `Submit.ids`
+    prompt: int
+    index: int
+    tenant: str
+    queued: float  # when the engine received it
+    num_ahead: int  # choices that start before it, if tenants take turns
+    num_tokens: int  # of its prompt, and of its output if it was preempted
+    was_preempted: bool
+    can_start: bool  # False while its grammar is compiled
+
+
 # Questions. The answer has the same `read_id`.
 
 
@@ -136,6 +150,13 @@ class ReadRequests(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     state: str | None = None
     lora_name: str | None = None
     id: str | None = None  # the choices of the latest request with this id, in order and with details
+    limit: int
+
+
+class ReadQueue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ask for the choices in the queue, the next ones first."""
+
+    read_id: int = 0
     limit: int
 
 
@@ -160,11 +181,20 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     has_more: bool = False
 
 
+class Queue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `ReadQueue`."""
+
+    read_id: int
+    now: float
+    num_waiting: int
+    choices: list[QueuedChoice]
+
+
 class ReadFailed(msgspec.Struct, frozen=True, tag=True):
     """Answer to a question that the engine failed to answer, because of a bug. The reason is in its log."""
 
     read_id: int
 
 
-Question = ReadSteps | ReadRequests
-Answer = Steps | Requests | ReadFailed
+Question = ReadSteps | ReadRequests | ReadQueue
+Answer = Steps | Requests | Queue | ReadFailed

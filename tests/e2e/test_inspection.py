@@ -135,6 +135,19 @@ def test_living_requests(start_server: StartServer) -> None:
     assert ended["preemptions"][0]["resumed"] > ended["preemptions"][0]["at"]
 
 
+def test_the_queue(start_server: StartServer) -> None:
+    server = start_server("--max-num-seqs=1")
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(complete, server, "Light", f"q{number}", max_tokens=300) for number in range(3)]
+        wait_until(lambda: read(server, "queue")["num_waiting"] == 2, 60)
+        waiting = read(server, "queue")["data"]
+        for answer in answers:
+            answer.result()
+    assert [choice["num_ahead"] for choice in waiting] == list(range(len(waiting)))
+    assert all(choice["waited"] > 0 and not choice["was_preempted"] for choice in waiting)
+    assert read(server, "queue") == {"object": "list", "num_waiting": 0, "data": []}
+
+
 def test_with_keys(start_server: StartServer) -> None:
     """Clients see themselves; token ids are not kept, so why a prefix was not found is not compared."""
     server = start_server("--api-key=a", "--api-key=b", "--admin-key=root")

@@ -39,9 +39,14 @@ from engine.shared.messages import (
     UnloadAdapter,
 )
 from engine.shared.records import (
+    Answer,
     Chunk,
     Prefix,
     PrefixResult,
+    Question,
+    Queue,
+    QueuedChoice,
+    ReadQueue,
     ReadRequests,
     ReadSteps,
     RequestDetail,
@@ -187,10 +192,8 @@ class _Loop:
             case Abort():
                 self._abort(message)
                 self._send_outputs({})
-            case ReadSteps():
-                self._send(identity, self._steps_after(message))
-            case ReadRequests():
-                self._send(identity, self._requests(message))
+            case ReadSteps() | ReadQueue() | ReadRequests():
+                self._send(identity, self._answer(message))
             case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
                 done = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
                 self._weights |= {adapter.fingerprint for adapter in self.adapters.values()}
@@ -201,11 +204,38 @@ class _Loop:
                         self._send(client, Adapters(list(self.adapters.values())))
                 self._send(identity, done)
 
+    def _answer(self, question: Question) -> Answer:
+        match question:
+            case ReadSteps():
+                return self._steps_after(question)
+            case ReadQueue():
+                return self._queue(question)
+            case ReadRequests():
+                return self._requests(question)
+
     def _steps_after(self, question: ReadSteps) -> Steps:
         steps, after = self.config.steps, question.after
         later = steps[-question.limit :] if after is None else [step for step in steps if step.step_id > after]
         has_more = len(later) > question.limit
         return Steps(read_id=question.read_id, steps=later[: question.limit], num_lost=0, has_more=has_more)
+
+    def _queue(self, question: ReadQueue) -> Queue:
+        choices = [
+            QueuedChoice(
+                choice.submit.ids[0],
+                choice.submit.prompt,
+                choice.index,
+                choice.submit.tenant,
+                choice.queued,
+                num_ahead=place,
+                num_tokens=len(choice.submit.prompt_token_ids),
+                was_preempted=False,
+                can_start=True,
+            )
+            for place, choice in enumerate(self.waiting)
+        ]
+        now, shown = time.monotonic(), choices[: question.limit]
+        return Queue(read_id=question.read_id, now=now, num_waiting=len(choices), choices=shown)
 
     def _requests(self, question: ReadRequests) -> Requests:
         """Return the choices that have not ended, like the reader of the real engine."""

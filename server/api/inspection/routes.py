@@ -4,10 +4,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from engine.shared.records import ReadRequests, ReadSteps, Requests, Steps
+from engine.shared.records import Queue, ReadQueue, ReadRequests, ReadSteps, Requests, Steps
 from server.api.inspection.access import RecordAccess, check_may_read
-from server.api.inspection.schemas import RequestDetails, RequestList, State, StepList
-from server.api.inspection.views import choice_detail, request_view, step_view
+from server.api.inspection.schemas import QueueList, RequestDetails, RequestList, State, StepList
+from server.api.inspection.views import choice_detail, queued_view, request_view, step_view
 from server.http.errors import APIError, clip
 from server.http.json_response import StructResponse
 
@@ -42,6 +42,19 @@ def step_list(access: RecordAccess, answer: Steps) -> StepList:
         has_more=answer.has_more,
         data=[step_view(access, step) for step in answer.steps],
     )
+
+
+@router.get("/lightwell/v1/queue")
+async def list_queue(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Maximum number of choices.")] = 100,
+) -> Response:
+    """Return the choices that wait for a slot or for KV blocks, the next ones first."""
+    access = RecordAccess(request)
+    answer = await access.ask(ReadQueue(limit=limit))
+    assert isinstance(answer, Queue)
+    data = [queued_view(access, choice, answer.now) for choice in answer.choices]
+    return StructResponse(QueueList(num_waiting=answer.num_waiting, data=data))
 
 
 @router.get("/lightwell/v1/requests")

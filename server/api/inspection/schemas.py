@@ -45,6 +45,28 @@ class StepList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[StepView]
 
 
+class QueuedChoiceView(msgspec.Struct, frozen=True, kw_only=True):
+    """A choice in the queue. Of another client's request, it is not said which one it is."""
+
+    id: str | None  # of the request
+    prompt: int | None
+    index: int | None
+    key: str | None
+    waited: float  # seconds since the engine received it
+    num_ahead: int  # choices that start before it, if clients take turns
+    num_tokens: int  # of its prompt, and of its output if it was preempted
+    was_preempted: bool
+    can_start: bool  # false while its grammar is compiled
+
+
+class QueueList(msgspec.Struct, frozen=True, kw_only=True):
+    """The choices in the queue, the next ones first."""
+
+    object: Literal["list"] = "list"
+    num_waiting: int  # in all
+    data: list[QueuedChoiceView]
+
+
 class Stages(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a choice in each stage so far. They add up to `wall_s`."""
 

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from engine.shared.records import RequestDetail, RequestInfo, RequestTimes, StepInfo, StepRow
+from engine.shared.records import QueuedChoice, RequestDetail, RequestInfo, RequestTimes, StepInfo, StepRow
 from server.api.inspection.access import RecordAccess
 from server.api.inspection.schemas import (
     ChoiceDetail,
     ChunkView,
     PreemptionView,
     PrefixView,
+    QueuedChoiceView,
     RequestView,
     Stages,
     StepRowView,
@@ -42,6 +43,22 @@ def _row_view(access: RecordAccess, row: StepRow) -> StepRowView:
         num_generated=row.num_generated,
         num_drafts=row.num_drafts,
         num_accepted=row.num_accepted,
+    )
+
+
+def queued_view(access: RecordAccess, choice: QueuedChoice, now: float) -> QueuedChoiceView:
+    """Return a choice in the queue, without a name if it is another client's."""
+    is_visible = access.may_see(choice.tenant)
+    return QueuedChoiceView(
+        id=choice.id if is_visible else None,
+        prompt=choice.prompt if is_visible else None,
+        index=choice.index if is_visible else None,
+        key=access.key_name(choice.tenant) if is_visible else None,
+        waited=now - choice.queued,
+        num_ahead=choice.num_ahead,
+        num_tokens=choice.num_tokens,
+        was_preempted=choice.was_preempted,
+        can_start=choice.can_start,
     )
 
 

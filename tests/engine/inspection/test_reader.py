@@ -11,7 +11,10 @@ from engine.scheduling.request import Request, new_request
 from engine.shared.messages import FromEngine, SamplingParams, Submit
 from engine.shared.records import (
     PrefixResult,
+    Queue,
+    QueuedChoice,
     ReadFailed,
+    ReadQueue,
     ReadRequests,
     ReadSteps,
     RequestInfo,
@@ -65,6 +68,11 @@ class Reading:
         requests = received(self.reader.answer(ReadRequests(read_id=8, limit=limit, **filters)))
         assert isinstance(requests, Requests)
         return requests
+
+    def queue(self, limit: int = 100) -> list[QueuedChoice]:
+        queue = received(self.reader.answer(ReadQueue(read_id=9, limit=limit)))
+        assert isinstance(queue, Queue)
+        return queue.choices
 
     def one(self, id: str, **filters: Any) -> RequestInfo:
         (info,) = self.requests(id=id, **filters).requests
@@ -156,6 +164,25 @@ def test_requests_the_living_before_the_ended_and_the_latest_first() -> None:
     assert finished.times.num_output_tokens == 2
     assert finished.detail is not None
     assert [(chunk.start, chunk.num_tokens) for chunk in finished.detail.chunks] == [(0, 3)]
+
+
+def test_the_queue_as_if_tenants_took_turns() -> None:
+    reading = Reading(max_num_seqs=1)
+    reading.add(prompt(3), "running", tenant="a")
+    reading.rig.step()
+    assert reading.queue() == []
+    for name, tenant in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b"), ("c1", "c")):
+        request = reading.add(prompt(5), name, tenant=tenant)
+        assert request.record.num_ahead <= 5
+    expected = [("a1", 0), ("b1", 0), ("c1", 0), ("a2", 3), ("b2", 3), ("a3", 5)]
+    assert [(choice.id, choice.num_ahead) for choice in reading.queue()] == expected
+    assert [choice.id for choice in reading.queue(limit=4)] == ["a1", "b1", "c1", "a2"]
+    assert reading.reader.answer(ReadQueue(limit=1)).num_waiting == 6  # type: ignore[union-attr]
+    last = reading.queue()[-1]
+    assert (last.tenant, last.num_tokens, last.was_preempted, last.can_start) == ("a", 5, False, True)
+    for request in reading.rig.scheduler.waiting:
+        ahead = next(choice.num_ahead for choice in reading.queue() if choice.id == request.record.ids[0])
+        assert ahead == reading.rig.scheduler.queue.num_ahead(request)
 
 
 def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -145,6 +146,31 @@ def test_a_client_sees_its_own_requests(start_server: StartServer, streams: list
     assert get(server, f"requests/{ids[1]}", "root").json()["id"] == ids[1]
 
 
+def test_the_queue(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    server = start_server(**KEYS)
+    fake_engine.pause()
+    body = REQUEST | {"max_tokens": 1, "stream": False}
+    with ThreadPoolExecutor() as threads:
+        for num_before, key in enumerate(("key-b", "key-a")):
+            headers = {"authorization": f"Bearer {key}"}
+            threads.submit(httpx.post, server.url + "/v1/completions", json=body, headers=headers)
+            wait_until(lambda num=num_before: fake_engine.num_choices > num)
+        check_queue(server)
+        fake_engine.resume()
+
+
+def check_queue(server: RunningServer) -> None:
+    """Check that a choice of key-b waits, and one of key-a after it."""
+    for key, keys in (("key-a", [None, "key-1"]), ("key-b", ["key-2", None]), ("root", ["key-2", "key-1"])):
+        queue = data(server, "queue", key)
+        assert [choice["key"] for choice in queue] == keys
+        assert [choice["id"] is None for choice in queue] == [name is None for name in keys]
+        assert [choice["num_ahead"] for choice in queue] == [0, 1]
+        assert all(choice["waited"] > 0 and choice["num_tokens"] == 4 for choice in queue)
+    limited = get(server, "queue?limit=1", "root").json()
+    assert (limited["num_waiting"], len(limited["data"])) == (2, 1)
+
+
 def test_without_keys_there_are_none_to_filter_by(server: RunningServer, streams: list[httpx.Response]) -> None:
     start(server, streams, "mine")
     assert data(server, "requests?key=127.0.0.1") == []
@@ -167,6 +193,7 @@ def test_embeddings_are_found_by_their_x_request_id(server: RunningServer, fake_
         ("steps?limit=0", "limit"),
         ("steps?limit=1025", "limit"),
         ("requests?limit=1025", "limit"),
+        ("queue?limit=1025", "limit"),
         ("requests?state=done", "state"),
     ],
 )
