@@ -157,6 +157,10 @@ class Clients:
 
     def _end_of_response(self, response: dict[str, Any]) -> str:
         if response.get("status") == "failed":
+            error = response["error"]
+            if error["code"] == "rate_limit_exceeded":  # it had to make room for another client's while it waited
+                raise RefusedError("429")
+            assert "engine" in error["message"].lower(), error
             raise RefusedError("failed by a death")
         self._check("responses", stable(response["output"]), stable(self._known["responses"]["output"]))
         return "answered"

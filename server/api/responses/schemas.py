@@ -401,7 +401,7 @@ class ResponseUsage(msgspec.Struct, frozen=True):
 
 class ResponseError(msgspec.Struct, frozen=True):
     message: str
-    code: str = "server_error"
+    code: Literal["server_error", "rate_limit_exceeded"]
 
 
 class IncompleteDetails(msgspec.Struct, frozen=True):

@@ -160,7 +160,8 @@ class ResponseWriter:
 
     def _fail(self, error: APIError) -> Iterator[StreamEvent]:
         self.response.status = "failed"
-        self.response.error = ResponseError(error.message)
+        is_limit = error.status == 429
+        self.response.error = ResponseError(error.message, "rate_limit_exceeded" if is_limit else "server_error")
         self._save()
         yield Failed(response=self.response)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -14,6 +15,7 @@ from server.api.responses.store import ResponseStore, StoredResponse
 from server.api.responses.writer import ResponseWriter
 from server.generation.choice_delta import TokenPosition, ToolCallDelta
 from server.generation.endpoint import AnswerMetadata
+from server.http.errors import APIError, EngineDeadError, QueueFullError
 from server.schemas.answers import PromptTokensDetails, Usage
 from server.text.tokenizer import Tokenizer
 from tests.support.deltas import NO_LOGPROBS, content, delta, reasoning_part
@@ -131,6 +133,17 @@ def test_the_request_is_echoed(tokenizer: Tokenizer) -> None:
     assert (echoed["tools"], echoed["tool_choice"], echoed["text"]) == ([tool], choice, text)
     assert echoed["reasoning"] == {"effort": "low", "summary": None}
     assert (echoed["temperature"], echoed["top_p"], echoed["instructions"]) == (0.6, 0.5, "I")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(QueueFullError(5), "rate_limit_exceeded"), (EngineDeadError(), "server_error")]
+)
+def test_a_response_that_fails_says_whether_a_limit_is_the_cause(
+    tokenizer: Tokenizer, error: APIError, code: str
+) -> None:
+    *_, failed = parse(make_writer(tokenizer).failure(error))
+    assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
+    assert failed["response"]["error"] == {"message": error.message, "code": code}
 
 
 def test_calls_and_texts_without_end_take_linear_time(tokenizer: Tokenizer) -> None:
