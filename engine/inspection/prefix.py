@@ -47,7 +47,7 @@ def explain_prefix(
         num_reusable_tokens=num_reusable,
         position=longest,
         token_id=start[longest],
-        similar_id=_shown_id(nearest),
+        similar_id=nearest.shown_id,
     )
 
 
@@ -68,12 +68,8 @@ def _length(pair: tuple[int, RequestRecord]) -> int:
     return pair[0]
 
 
-def _shown_id(record: RequestRecord) -> str:
-    return record.ids[0] if record.ids else record.request_id
-
-
 def _named(result: PrefixResult, other: RequestRecord, num_reusable: int) -> Prefix:
-    return Prefix(result=result, num_reusable_tokens=num_reusable, similar_id=_shown_id(other))
+    return Prefix(result=result, num_reusable_tokens=num_reusable, similar_id=other.shown_id)
 
 
 def num_common(token_ids: array[int], other: Sequence[int]) -> int:

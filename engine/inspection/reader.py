@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice, repeat
 
+from engine.inspection.blocks import read_blocks
 from engine.inspection.prefix import explain_prefix
 from engine.scheduling.fair_queue import order_key
 from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
@@ -18,6 +19,7 @@ from engine.shared.records import (
     Question,
     Queue,
     QueuedChoice,
+    ReadBlocks,
     ReadFailed,
     ReadQueue,
     ReadRequests,
@@ -56,6 +58,8 @@ class RecordReader:
                     return self._requests(question)
                 case ReadQueue():
                     return self._queue(question)
+                case ReadBlocks():
+                    return read_blocks(question, self.scheduler)
         except Exception:
             logger.exception("a question about the engine's records cannot be answered")
             return ReadFailed(question.read_id)
@@ -177,7 +181,7 @@ def _step_info(step: StepRecord) -> StepInfo:
 def _row(row: RowRecord) -> StepRow:
     record = row.request
     return StepRow(
-        id=_id(record),
+        id=record.shown_id,
         prompt=record.prompt,
         index=record.index,
         tenant=record.tenant,
@@ -193,7 +197,7 @@ def _row(row: RowRecord) -> StepRow:
 def _queued(request: Request, num_ahead: int) -> QueuedChoice:
     record = request.record
     return QueuedChoice(
-        id=_id(record),
+        id=record.shown_id,
         prompt=record.prompt,
         index=record.index,
         tenant=record.tenant,
@@ -203,11 +207,6 @@ def _queued(request: Request, num_ahead: int) -> QueuedChoice:
         was_preempted=bool(record.preemptions),
         can_start=request.can_start,
     )
-
-
-def _id(record: RequestRecord) -> str:
-    """Return the id by which a request is shown; work that no client has asked for has only the engine's own."""
-    return record.ids[0] if record.ids else record.request_id
 
 
 def _state(request: Request | None) -> str:

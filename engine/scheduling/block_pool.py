@@ -25,6 +25,7 @@ class Block:
     block_id: int
     ref_count: int = 0  # number of requests that hold it
     block_hash: bytes | None = None  # set while it is published
+    step_id: int = 0  # for which it was handed out
 
 
 def extend_block_hashes(
@@ -58,6 +59,7 @@ class BlockPool:
         self.block_size = block_size
         self.separates_prompts = separates_prompts
         self.num_blocks = num_blocks
+        self.step_id = 0  # for which blocks are handed out now
         self.blocks: list[Block] = []  # that have been used at least once
         self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before: without a hash, then oldest first
         self.published: dict[bytes, Block] = {}
@@ -138,7 +140,7 @@ class BlockPool:
             _, block = self.free_blocks.popitem(last=False)
             self._remember_evicted(block)
         self.unpublish([block])
-        block.ref_count = 1
+        block.ref_count, block.step_id = 1, self.step_id
         return block
 
     def _remember_evicted(self, block: Block) -> None:

@@ -59,6 +59,11 @@ class RequestRecord:
     num_reusable_tokens: int = 0  # of the prompt, with an ideal prefix cache
     token_ids: array[int] | None = None  # int32, prompt and output, once it has ended; None: they are not kept
 
+    @property
+    def shown_id(self) -> str:
+        """The id by which the request is shown. Work that no client has asked for has only the engine's own."""
+        return self.ids[0] if self.ids else self.request_id
+
     def take_back(self, step_id: int) -> None:
         """Remove what a step that does not run was to compute, if it is the last one."""
         if self.chunks and self.chunks[-1].step_id == step_id:

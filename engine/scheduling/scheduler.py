@@ -143,6 +143,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Hand out the tokens of the next step and the blocks they need. Return None if there is nothing to compute."""
+        self.pool.step_id = self.stats.steps_total + 1
         num_rows = self.budget.num_rows(self.running) - len(self.running)
         draft = StepInProgress(num_rows, self.queue.next_waiting())
         for requests in self.queue.turns():

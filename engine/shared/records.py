@@ -131,6 +131,35 @@ class QueuedChoice(msgspec.Struct, frozen=True, array_like=True, gc=False):
     can_start: bool  # False while its grammar is compiled
 
 
+class BlockOwner(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A choice that holds blocks."""
+
+    id: str  # of the request, see `Submit.ids`
+    prompt: int
+    index: int
+    tenant: str
+
+
+class BlockGroup(msgspec.Struct, frozen=True, array_like=True):
+    """Layers whose keys and values of the same tokens are in the same blocks."""
+
+    num_layers: int
+    window: int | None  # tokens that they see; None: all
+
+
+class BlockRun(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Blocks with consecutive numbers that are used alike."""
+
+    start: int  # number of the first block
+    num_blocks: int
+    num_holders: int  # choices that hold each of them; 0: they are free
+    is_cached: bool  # they can be found by the prefix of a later request
+    owner: int | None  # index into `Blocks.owners`: of their holders, the one that was queued first
+    group: int | None  # index into `Blocks.groups`; None: they are free
+    position: int | None  # of the first token, if their owner is named; those of the next block follow
+    age: int | None  # steps since they were handed out; None: never
+
+
 # Questions. The answer has the same `read_id`.
 
 
@@ -158,6 +187,15 @@ class ReadQueue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     read_id: int = 0
     limit: int
+
+
+class ReadBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ask how the blocks of the KV cache are used."""
+
+    read_id: int = 0
+    tenant: str | None = None  # whose requests are named; None: those of all
+    start: int  # number of the first block
+    limit: int  # blocks
 
 
 # Answers.
@@ -190,11 +228,23 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     choices: list[QueuedChoice]
 
 
+class Blocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `ReadBlocks`."""
+
+    read_id: int
+    block_size: int  # tokens
+    num_blocks: int  # of the KV cache
+    num_used: int
+    groups: list[BlockGroup]
+    owners: list[BlockOwner]
+    runs: list[BlockRun]
+
+
 class ReadFailed(msgspec.Struct, frozen=True, tag=True):
     """Answer to a question that the engine failed to answer, because of a bug. The reason is in its log."""
 
     read_id: int
 
 
-Question = ReadSteps | ReadRequests | ReadQueue
-Answer = Steps | Requests | Queue | ReadFailed
+Question = ReadSteps | ReadRequests | ReadQueue | ReadBlocks
+Answer = Steps | Requests | Queue | Blocks | ReadFailed

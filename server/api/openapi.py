@@ -26,7 +26,7 @@ from server.api.admin.schemas import (
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.completions.schemas import Completion
 from server.api.embeddings.schemas import EmbeddingList
-from server.api.inspection.schemas import QueueList, RequestDetails, RequestList, StepList
+from server.api.inspection.schemas import BlockMap, QueueList, RequestDetails, RequestList, StepList
 from server.api.messages.schemas import (
     AnthropicMessage,
     ContentBlockDelta,
@@ -215,6 +215,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/lightwell/v1/steps", "get"): Operation(StepList),
     ("/lightwell/v1/events", "get"): Operation(None, events=StepList),
     ("/lightwell/v1/queue", "get"): Operation(QueueList),
+    ("/lightwell/v1/blocks", "get"): Operation(BlockMap),
     ("/lightwell/v1/requests", "get"): Operation(RequestList),
     ("/lightwell/v1/requests/{request_id}", "get"): Operation(RequestDetails),
     ("/v1/load_lora_adapter", "post"): Operation(

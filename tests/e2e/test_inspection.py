@@ -148,6 +148,28 @@ def test_the_queue(start_server: StartServer) -> None:
     assert read(server, "queue") == {"object": "list", "num_waiting": 0, "data": []}
 
 
+def test_the_blocks(start_server: StartServer) -> None:
+    """Two choices of one prompt share its blocks; when they have ended, the blocks are cached."""
+    server = start_server("--speculative=off")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(complete, server, STORY, "blocks", n=2, max_tokens=300)
+        wait_until(lambda: len(read(server, "requests?state=running")["data"]) == 2, 60)
+        blocks = read(server, "blocks")
+        id = answer.result()["id"]
+    assert {(owner["id"], owner["index"]) for owner in blocks["owners"]} == {(id, 0), (id, 1)}
+    shared = [run for run in blocks["data"] if run["num_holders"] == 2]
+    num_full = choices(server, "blocks")[0]["num_prompt_tokens"] // blocks["block_size"]
+    assert num_full - 1 <= sum(run["num_blocks"] for run in shared) <= num_full
+    assert all(run["is_cached"] for run in shared)
+    held = sum(run["num_blocks"] for run in blocks["data"] if run["state"] == "held")
+    assert held == blocks["num_used"] > num_full
+    assert sum(run["num_blocks"] for run in blocks["data"]) == min(blocks["num_blocks"], 1 << 14)
+    after = read(server, "blocks")
+    assert after["num_used"] == 0
+    assert {run["state"] for run in after["data"]} <= {"cached", "free", "unused"}
+    assert sum(run["num_blocks"] for run in after["data"] if run["state"] == "cached") >= num_full
+
+
 def test_with_keys(start_server: StartServer) -> None:
     """Clients see themselves; token ids are not kept, so why a prefix was not found is not compared."""
     server = start_server("--api-key=a", "--api-key=b", "--admin-key=root")

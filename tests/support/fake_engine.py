@@ -40,12 +40,17 @@ from engine.shared.messages import (
 )
 from engine.shared.records import (
     Answer,
+    BlockGroup,
+    BlockOwner,
+    BlockRun,
+    Blocks,
     Chunk,
     Prefix,
     PrefixResult,
     Question,
     Queue,
     QueuedChoice,
+    ReadBlocks,
     ReadQueue,
     ReadRequests,
     ReadSteps,
@@ -192,7 +197,7 @@ class _Loop:
             case Abort():
                 self._abort(message)
                 self._send_outputs({})
-            case ReadSteps() | ReadQueue() | ReadRequests():
+            case ReadSteps() | ReadQueue() | ReadBlocks() | ReadRequests():
                 self._send(identity, self._answer(message))
             case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
                 done = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
@@ -210,6 +215,8 @@ class _Loop:
                 return self._steps_after(question)
             case ReadQueue():
                 return self._queue(question)
+            case ReadBlocks():
+                return self._blocks(question)
             case ReadRequests():
                 return self._requests(question)
 
@@ -236,6 +243,31 @@ class _Loop:
         ]
         now, shown = time.monotonic(), choices[: question.limit]
         return Queue(read_id=question.read_id, now=now, num_waiting=len(choices), choices=shown)
+
+    def _blocks(self, question: ReadBlocks) -> Blocks:
+        """Return a pool in which each running choice holds a block; one more is cached, and one was never used."""
+        choices = self.running
+        named = [choice for choice in choices if question.tenant in (None, choice.submit.tenant)]
+        runs = [
+            BlockRun(number, 1, 1, False, named.index(choice), 0, 32, 5)
+            if choice in named
+            else BlockRun(number, 1, 1, False, None, 0, None, 5)
+            for number, choice in enumerate(choices)
+        ]
+        runs.append(BlockRun(len(runs), 1, 0, True, None, None, None, 9))
+        runs.append(BlockRun(len(runs), 1, 0, False, None, None, None, None))
+        return Blocks(
+            read_id=question.read_id,
+            block_size=32,
+            num_blocks=len(runs),
+            num_used=len(choices),
+            groups=[BlockGroup(2, None)],
+            owners=[
+                BlockOwner(choice.submit.ids[0], choice.submit.prompt, choice.index, choice.submit.tenant)
+                for choice in named
+            ],
+            runs=runs,
+        )
 
     def _requests(self, question: ReadRequests) -> Requests:
         """Return the choices that have not ended, like the reader of the real engine."""

@@ -4,16 +4,17 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from engine.shared.records import Queue, ReadQueue, ReadRequests, ReadSteps, Requests, Steps
+from engine.shared.records import Blocks, Queue, ReadBlocks, ReadQueue, ReadRequests, ReadSteps, Requests, Steps
 from server.api.inspection.access import RecordAccess, check_may_read
 from server.api.inspection.schemas import QueueList, RequestDetails, RequestList, State, StepList
-from server.api.inspection.views import choice_detail, queued_view, request_view, step_view
+from server.api.inspection.views import block_map, choice_detail, queued_view, request_view, step_view
 from server.http.errors import APIError, clip
 from server.http.json_response import StructResponse
 
 MAX_STEPS = 1024
 MAX_REQUESTS = 1024
 MAX_CHOICES = 128
+MAX_BLOCKS = 1 << 14  # the engine needs some milliseconds for these
 
 router = APIRouter(dependencies=[Depends(check_may_read)])
 
@@ -55,6 +56,19 @@ async def list_queue(
     assert isinstance(answer, Queue)
     data = [queued_view(access, choice, answer.now) for choice in answer.choices]
     return StructResponse(QueueList(num_waiting=answer.num_waiting, data=data))
+
+
+@router.get("/lightwell/v1/blocks")
+async def list_blocks(
+    request: Request,
+    start: Annotated[int, Query(ge=0, le=1 << 53, description="Number of the first block.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=MAX_BLOCKS, description="Maximum number of blocks.")] = MAX_BLOCKS,
+) -> Response:
+    """Return which blocks of the KV cache are held by which choices, cached or free."""
+    access = RecordAccess(request)
+    answer = await access.ask(ReadBlocks(tenant=access.own_name, start=start, limit=limit))
+    assert isinstance(answer, Blocks)
+    return StructResponse(block_map(access, answer, start + limit))
 
 
 @router.get("/lightwell/v1/requests")

@@ -67,6 +67,50 @@ class QueueList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[QueuedChoiceView]
 
 
+class BlockOwnerView(msgspec.Struct, frozen=True, kw_only=True):
+    """A choice that holds blocks."""
+
+    id: str  # of the request
+    prompt: int
+    index: int
+    key: str | None
+
+
+class BlockGroupView(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers whose keys and values of the same tokens are in the same blocks."""
+
+    num_layers: int
+    window: int | None  # tokens that these layers see
+
+
+class BlockRunView(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks with consecutive numbers that are used alike."""
+
+    start: int  # number of the first block
+    num_blocks: int
+    state: Literal["held", "cached", "free", "unused"]
+    num_holders: int  # choices that hold each of them
+    is_cached: bool  # a later prompt with the same beginning finds them
+    owner: int | None  # index into `owners`
+    group: int | None  # index into `groups`
+    position: int | None  # of the first token in the first block
+    age: int | None  # steps since they were handed out
+
+
+class BlockMap(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks of the KV cache, in runs in the order of their numbers."""
+
+    object: Literal["list"] = "list"
+    engine: str
+    block_size: int  # tokens
+    num_blocks: int  # of the KV cache
+    num_used: int
+    has_more: bool  # there are later blocks
+    groups: list[BlockGroupView]
+    owners: list[BlockOwnerView]
+    data: list[BlockRunView]
+
+
 class Stages(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a choice in each stage so far. They add up to `wall_s`."""
 

@@ -1,10 +1,23 @@
 """Makes what a client sees of the engine's records."""
 
-from typing import Any
+from typing import Any, Literal
 
-from engine.shared.records import QueuedChoice, RequestDetail, RequestInfo, RequestTimes, StepInfo, StepRow
+from engine.shared.records import (
+    BlockRun,
+    Blocks,
+    QueuedChoice,
+    RequestDetail,
+    RequestInfo,
+    RequestTimes,
+    StepInfo,
+    StepRow,
+)
 from server.api.inspection.access import RecordAccess
 from server.api.inspection.schemas import (
+    BlockGroupView,
+    BlockMap,
+    BlockOwnerView,
+    BlockRunView,
     ChoiceDetail,
     ChunkView,
     PreemptionView,
@@ -60,6 +73,44 @@ def queued_view(access: RecordAccess, choice: QueuedChoice, now: float) -> Queue
         was_preempted=choice.was_preempted,
         can_start=choice.can_start,
     )
+
+
+def block_map(access: RecordAccess, blocks: Blocks, end: int) -> BlockMap:
+    """Return how the blocks before number `end` are used. The engine has named only owners that the client may see."""
+    return BlockMap(
+        engine=access.engine_id,
+        block_size=blocks.block_size,
+        num_blocks=blocks.num_blocks,
+        num_used=blocks.num_used,
+        has_more=end < blocks.num_blocks,
+        groups=[BlockGroupView(num_layers=group.num_layers, window=group.window) for group in blocks.groups],
+        owners=[
+            BlockOwnerView(id=owner.id, prompt=owner.prompt, index=owner.index, key=access.key_name(owner.tenant))
+            for owner in blocks.owners
+        ],
+        data=[
+            BlockRunView(
+                start=run.start,
+                num_blocks=run.num_blocks,
+                state=_block_state(run),
+                num_holders=run.num_holders,
+                is_cached=run.is_cached,
+                owner=run.owner,
+                group=run.group,
+                position=run.position,
+                age=run.age,
+            )
+            for run in blocks.runs
+        ],
+    )
+
+
+def _block_state(run: BlockRun) -> Literal["held", "cached", "free", "unused"]:
+    if run.num_holders:
+        return "held"
+    if run.age is None:
+        return "unused"
+    return "cached" if run.is_cached else "free"
 
 
 def stages(times: RequestTimes, now: float) -> Stages:

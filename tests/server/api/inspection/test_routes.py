@@ -171,6 +171,36 @@ def check_queue(server: RunningServer) -> None:
     assert (limited["num_waiting"], len(limited["data"])) == (2, 1)
 
 
+def test_blocks(start_server: StartServer, streams: list[httpx.Response]) -> None:
+    server = start_server(**KEYS)
+    for name, key in (("one", "key-a"), ("two", "key-b")):
+        start(server, streams, name, key)
+    ids = {key: get(server, "requests", key).json()["data"][0]["id"] for key in ("key-a", "key-b")}
+    for key, owned in (("key-a", ["key-1", None]), ("key-b", [None, "key-2"]), ("root", ["key-1", "key-2"])):
+        blocks = get(server, "blocks", key).json()
+        runs, owners = blocks.pop("data"), blocks.pop("owners")
+        assert blocks == {
+            "object": "list",
+            "engine": f"{server.context.created}-0",
+            "block_size": 32,
+            "num_blocks": 4,
+            "num_used": 2,
+            "has_more": False,
+            "groups": [{"num_layers": 2, "window": None}],
+        }
+        assert [run["state"] for run in runs] == ["held", "held", "cached", "unused"]
+        assert [None if run["owner"] is None else owners[run["owner"]]["key"] for run in runs[:2]] == owned
+        assert [run["position"] for run in runs[:2]] == [None if name is None else 32 for name in owned]
+        assert [owner["id"] for owner in owners] == [ids[f"key-{'ab'[int(name[-1]) - 1]}"] for name in owned if name]
+        assert runs[2:] == [
+            {"start": start, "num_blocks": 1, "state": state, "num_holders": 0, "is_cached": state == "cached"}
+            | {"owner": None, "group": None, "position": None, "age": age}
+            for start, state, age in ((2, "cached", 9), (3, "unused", None))
+        ]
+    assert get(server, "blocks?start=1&limit=2", "root").json()["has_more"]
+    assert not get(server, "blocks?start=2&limit=2", "root").json()["has_more"]
+
+
 def test_without_keys_there_are_none_to_filter_by(server: RunningServer, streams: list[httpx.Response]) -> None:
     start(server, streams, "mine")
     assert data(server, "requests?key=127.0.0.1") == []
@@ -194,6 +224,9 @@ def test_embeddings_are_found_by_their_x_request_id(server: RunningServer, fake_
         ("steps?limit=1025", "limit"),
         ("requests?limit=1025", "limit"),
         ("queue?limit=1025", "limit"),
+        ("blocks?start=-1", "start"),
+        ("blocks?limit=0", "limit"),
+        ("blocks?limit=16385", "limit"),
         ("requests?state=done", "state"),
     ],
 )

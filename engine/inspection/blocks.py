@@ -1,0 +1,108 @@
+"""The map of the KV cache: which blocks are held by whom, cached or free. No torch.
+
+A pool has up to some 100,000 blocks, so they are not looked at one by one, but as arrays, and blocks that are used
+alike are reported as one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.scheduling.record import RequestRecord
+from engine.scheduling.request import Request
+from engine.scheduling.scheduler import Scheduler
+from engine.shared.records import BlockGroup, BlockOwner, BlockRun, Blocks, ReadBlocks
+
+NONE = -1  # in an array, a block without an owner or a group
+
+Column = NDArray[np.int64]  # a number of each block
+
+
+def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> Blocks:
+    """Return how blocks are used, in runs of consecutive ones that are used alike."""
+    pool, step_id = scheduler.pool, scheduler.stats.steps_total
+    first = min(question.start, pool.num_blocks)
+    end = min(first + question.limit, pool.num_blocks)
+    used = pool.blocks[first:end]
+    holders = _Holders(first, len(used))
+    for request in sorted(scheduler.requests(), key=_queued, reverse=True):
+        holders.add(request, is_named=question.tenant in (None, request.tenant))
+    ref_counts = np.array([block.ref_count for block in used], dtype=np.int64)
+    is_cached = np.array([block.block_hash is not None for block in used], dtype=np.int64)
+    ages = np.array([max(0, step_id - block.step_id) for block in used], dtype=np.int64)
+    runs = [
+        BlockRun(
+            start=first + start,
+            num_blocks=stop - start,
+            num_holders=int(ref_counts[start]),
+            is_cached=bool(is_cached[start]),
+            owner=_number(holders.owners[start]),
+            group=_number(holders.groups[start]),
+            position=None if holders.owners[start] == NONE else int(holders.shifts[start] + start) * pool.block_size,
+            age=int(ages[start]),
+        )
+        for start, stop in _equal([ref_counts, is_cached, ages, holders.owners, holders.groups, holders.shifts])
+    ]
+    if (num_unused := end - first - len(used)) > 0:
+        runs.append(BlockRun(end - num_unused, num_unused, 0, False, None, None, None, None))
+    return Blocks(
+        read_id=question.read_id,
+        block_size=pool.block_size,
+        num_blocks=pool.num_blocks,
+        num_used=pool.num_used,
+        groups=[BlockGroup(len(group.layers), group.window) for group in scheduler.kv.groups],
+        owners=[_owner(record) for record in holders.records],
+        runs=runs,
+    )
+
+
+class _Holders:
+    """Who holds each of `num_blocks` blocks from number `first` on: of several that are named, the last one added."""
+
+    def __init__(self, first: int, num_blocks: int) -> None:
+        self.first = first
+        self.records: list[RequestRecord] = []  # of the choices that are named
+        self.owners: Column = np.full(num_blocks, NONE)  # index into `records`
+        self.groups: Column = np.full(num_blocks, NONE)
+        self.shifts: Column = np.zeros(num_blocks, np.int64)  # place among the blocks of its owner, less its own index
+
+    def add(self, request: Request, *, is_named: bool) -> None:
+        """Add the blocks of a choice. Those that only choices without a name hold have no owner."""
+        is_seen = False
+        for group, table in enumerate(request.kv.tables):
+            indices = np.array(table.block_ids, dtype=np.int64)[table.num_slid :] - self.first
+            places = np.flatnonzero((indices >= 0) & (indices < len(self.owners)))
+            inside = indices[places]
+            self.groups[inside] = group
+            if is_named and len(inside):
+                is_seen = True
+                self.owners[inside] = len(self.records)
+                self.shifts[inside] = places + table.num_slid - inside
+        if is_seen:
+            self.records.append(request.record)
+
+
+def _equal(columns: Iterable[Column]) -> list[tuple[int, int]]:
+    """Return the start and the end of each run of rows that are equal in all columns."""
+    table = np.stack(list(columns))
+    num_rows = table.shape[1]
+    if num_rows == 0:
+        return []
+    changes = np.flatnonzero((table[:, 1:] != table[:, :-1]).any(axis=0)) + 1
+    starts = [0, *changes.tolist()]
+    return list(zip(starts, [*starts[1:], num_rows], strict=True))
+
+
+def _owner(record: RequestRecord) -> BlockOwner:
+    return BlockOwner(record.shown_id, record.prompt, record.index, record.tenant)
+
+
+def _queued(request: Request) -> float:
+    return request.record.queued
+
+
+def _number(value: np.int64) -> int | None:
+    return None if value == NONE else int(value)
