@@ -6,8 +6,6 @@ alike are reported as one run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,21 +28,31 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> Blocks:
     holders = _Holders(first, len(used))
     for request in sorted(scheduler.requests(), key=_queued, reverse=True):
         holders.add(request, is_named=question.tenant in (None, request.tenant))
-    ref_counts = np.array([block.ref_count for block in used], dtype=np.int64)
-    is_cached = np.array([block.block_hash is not None for block in used], dtype=np.int64)
-    ages = np.array([max(0, step_id - block.step_id) for block in used], dtype=np.int64)
+    table = np.stack(
+        [
+            np.array([block.ref_count for block in used], dtype=np.int64),
+            np.array([block.block_hash is not None for block in used], dtype=np.int64),
+            np.array([max(0, step_id - block.step_id) for block in used], dtype=np.int64),
+            holders.owners,
+            holders.groups,
+            holders.shifts,
+        ]
+    )
+    starts, ends = _equal_columns(table)
     runs = [
         BlockRun(
             start=first + start,
             num_blocks=stop - start,
-            num_holders=int(ref_counts[start]),
-            is_cached=bool(is_cached[start]),
-            owner=_number(holders.owners[start]),
-            group=_number(holders.groups[start]),
-            position=None if holders.owners[start] == NONE else int(holders.shifts[start] + start) * pool.block_size,
-            age=int(ages[start]),
+            num_holders=num_holders,
+            is_cached=bool(is_cached),
+            owner=None if owner == NONE else owner,
+            group=None if group == NONE else group,
+            position=None if owner == NONE else (shift + start) * pool.block_size,
+            age=age,
         )
-        for start, stop in _equal([ref_counts, is_cached, ages, holders.owners, holders.groups, holders.shifts])
+        for start, stop, (num_holders, is_cached, age, owner, group, shift) in zip(
+            starts, ends, table[:, np.array(starts, dtype=np.int64)].T.tolist(), strict=True
+        )
     ]
     if (num_unused := end - first - len(used)) > 0:
         runs.append(BlockRun(end - num_unused, num_unused, 0, False, None, None, None, None))
@@ -85,15 +93,14 @@ class _Holders:
             self.records.append(request.record)
 
 
-def _equal(columns: Iterable[Column]) -> list[tuple[int, int]]:
-    """Return the start and the end of each run of rows that are equal in all columns."""
-    table = np.stack(list(columns))
-    num_rows = table.shape[1]
-    if num_rows == 0:
-        return []
+def _equal_columns(table: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    """Return where runs of columns that are equal start, and where they end."""
+    num_columns = table.shape[1]
+    if num_columns == 0:
+        return [], []
     changes = np.flatnonzero((table[:, 1:] != table[:, :-1]).any(axis=0)) + 1
     starts = [0, *changes.tolist()]
-    return list(zip(starts, [*starts[1:], num_rows], strict=True))
+    return starts, [*starts[1:], num_columns]
 
 
 def _owner(record: RequestRecord) -> BlockOwner:
@@ -102,7 +109,3 @@ def _owner(record: RequestRecord) -> BlockOwner:
 
 def _queued(request: Request) -> float:
     return request.record.queued
-
-
-def _number(value: np.int64) -> int | None:
-    return None if value == NONE else int(value)

@@ -67,13 +67,14 @@ class RecordReader:
     # Steps.
 
     def _steps(self, question: ReadSteps) -> Steps:
-        steps, after, limit = self.recorder.steps, question.after, question.limit
-        if after is None:
+        steps, limit = self.recorder.steps, question.limit
+        after, since = question.after or 0, question.since or 0.0
+        if question.after is None and question.since is None:
             latest = list(islice(reversed(steps), limit))
             return Steps(read_id=question.read_id, steps=_bounded(latest[::-1]), num_lost=0, has_more=False)
         later: list[StepRecord] = []
         for step in reversed(steps):
-            if step.step_id <= after:
+            if step.step_id <= after or step.started < since:
                 break
             later.append(step)
         later.reverse()
@@ -109,7 +110,8 @@ class RecordReader:
         if question.id is not None:
             matching = _of_one_request(matching)
         shown, has_more = matching[: question.limit], len(matching) > question.limit
-        details = repeat(None) if question.id is None else self._details(question.tenant, shown)
+        has_details = question.id is not None or question.since is not None
+        details = self._details(question, shown) if has_details else repeat(None)
         infos = [_info(*pair, now, detail) for pair, detail in zip(shown, details, strict=False)]
         return Requests(read_id=question.read_id, now=now, requests=infos, has_more=has_more)
 
@@ -121,17 +123,18 @@ class RecordReader:
         for record in reversed(self.recorder.requests):
             yield record, None
 
-    def _details(self, tenant: str | None, choices: Sequence[Choice]) -> list[RequestDetail | None]:
+    def _details(self, question: ReadRequests, choices: Sequence[Choice]) -> list[RequestDetail | None]:
         """Return the details of choices. Why a prefix was not found is compared with requests of the same tenant."""
         others = [
             (other, other.token_ids or () if request is None else request.token_ids)
             for other, request in self._all()
-            if tenant in (None, other.tenant)
+            if question.tenant in (None, other.tenant)
         ]
+        num_explained = 0 if question.id is None else MAX_EXPLAINED
         block_size = self.scheduler.pool.block_size
         details: list[RequestDetail | None] = []
         for number, (record, request) in enumerate(choices):
-            is_known = self.recorder.keeps_tokens and number < MAX_EXPLAINED
+            is_known = self.recorder.keeps_tokens and number < num_explained
             token_ids = record.token_ids if request is None else request.token_ids
             prefix = explain_prefix(record, token_ids if is_known else None, others, self.caches_prefixes, block_size)
             details.append(
@@ -221,6 +224,7 @@ def _matches(record: RequestRecord, request: Request | None, question: ReadReque
         and (question.id is None or question.id in record.ids)
         and question.lora_name in (None, record.lora_name)
         and question.state in (None, _state(request))
+        and (question.since is None or record.finished is None or record.finished >= question.since)
     )
 
 

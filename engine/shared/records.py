@@ -167,7 +167,8 @@ class ReadSteps(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Ask for steps, the oldest first."""
 
     read_id: int = 0
-    after: int | None = None  # the steps after this one; None: the latest ones
+    after: int | None = None  # the steps after this one
+    since: float | None = None  # the steps that have started since then; None, without `after`: the latest ones
     limit: int
 
 
@@ -179,6 +180,7 @@ class ReadRequests(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     state: str | None = None
     lora_name: str | None = None
     id: str | None = None  # the choices of the latest request with this id, in order and with details
+    since: float | None = None  # those that have not ended before then, with details, but prefixes are not compared
     limit: int
 
 

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import StartServer
+from tests.support.chrome_trace import check_trace, requests_in, slices_named
 from tests.support.kv_cache_memory import kv_cache_flag
 from tests.support.server_process import ServerProcess
 from tests.support.serving import wait_until
@@ -85,6 +86,37 @@ def test_a_request_and_its_steps(server: ServerProcess) -> None:
     assert answer["choices"][0]["text"].strip()[:8] not in page
 
 
+def test_the_trace_of_a_request(server: ServerProcess) -> None:
+    """What it says is what the request and the steps say, and its stages fill the wall time."""
+    answer = complete(server, "A bird sang in the old garden. " * 20, "traced", cache_salt="traced", n=2)
+    trace = read(server, "requests/traced/trace")
+    check_trace(trace)
+    assert trace["otherData"]["is_complete"]
+    found = choices(server, "traced")
+    for (whole, *parts), choice in zip(requests_in(trace), found, strict=True):
+        assert whole["args"]["id"] == answer["id"]
+        assert whole["dur"] == pytest.approx(1e6 * choice["wall_s"], abs=2)
+        stages = {name: 0 for name in choice["seconds"]}
+        for part in parts:
+            if part["name"] != "chunk":
+                stages[part["name"]] += part["dur"]
+        assert sum(stages.values()) == whole["dur"]
+        assert stages == pytest.approx({name: 1e6 * seconds for name, seconds in choice["seconds"].items()}, abs=4)
+        chunks = [part["args"] for part in parts if part["name"] == "chunk"]
+        assert chunks == choice["chunks"]
+    steps = {step["id"]: step for step in read(server, "steps?limit=1000")["data"]}
+    own = [step for step in steps.values() if any(row["id"] == answer["id"] for row in step["rows"])]
+    traced = {event["args"]["id"]: event for event in slices_named(trace, "step")}
+    assert {step["id"] for step in own} <= set(traced)
+    for id, event in traced.items():
+        assert event["dur"] == pytest.approx(1e6 * sum(steps[id]["seconds"].values()), abs=2)
+        assert event["args"]["generated_tokens"] == sum(row["num_generated"] for row in steps[id]["rows"])
+    assert len(slices_named(trace, "forward")) == len(traced)
+    recent = read(server, "trace?seconds=60")
+    check_trace(recent)
+    assert set(traced) <= {event["args"]["id"] for event in slices_named(recent, "step")}
+
+
 def test_why_a_prefix_was_cached_or_not(server: ServerProcess) -> None:
     for name, prompt, salt in (
         ("cold", STORY, "tales"),
@@ -133,6 +165,11 @@ def test_living_requests(start_server: StartServer) -> None:
     (ended,) = choices(server, waiting["other_ids"][0])
     check_sums(ended)
     assert ended["preemptions"][0]["resumed"] > ended["preemptions"][0]["at"]
+    trace = read(server, f"requests/{waiting['other_ids'][0]}/trace")
+    check_trace(trace)
+    preempted = slices_named(trace, "preempted")
+    assert len(preempted) == ended["num_preemptions"]
+    assert sum(event["dur"] for event in preempted) == pytest.approx(1e6 * ended["seconds"]["preempted"], abs=100)
 
 
 def test_the_queue(start_server: StartServer) -> None:

@@ -222,9 +222,12 @@ class _Loop:
 
     def _steps_after(self, question: ReadSteps) -> Steps:
         steps, after = self.config.steps, question.after
-        later = steps[-question.limit :] if after is None else [step for step in steps if step.step_id > after]
-        has_more = len(later) > question.limit
-        return Steps(read_id=question.read_id, steps=later[: question.limit], num_lost=0, has_more=has_more)
+        if after is None and question.since is None:
+            return Steps(read_id=question.read_id, steps=steps[-question.limit :], num_lost=0, has_more=False)
+        num_lost = 0 if after is None or not steps else max(0, steps[0].step_id - after - 1)
+        later = [step for step in steps if step.step_id > (after or 0) and step.started >= (question.since or 0.0)]
+        shown, has_more = later[: question.limit], len(later) > question.limit
+        return Steps(read_id=question.read_id, steps=shown, num_lost=num_lost, has_more=has_more)
 
     def _queue(self, question: ReadQueue) -> Queue:
         choices = [
@@ -290,7 +293,7 @@ class _Loop:
                 finish_reason=None,
                 times=self._times(choice, None),
                 num_blocks=1,
-                detail=None if question.id is None else detail,
+                detail=None if question.id is None and question.since is None else detail,
             )
             for choice in choices
         ]

@@ -99,10 +99,16 @@ async def list_requests(
 async def retrieve_request(request: Request, request_id: str) -> Response:
     """Return what happened to the latest request with this id: that of its answer, or its x-request-id."""
     access = RecordAccess(request)
+    answer = await read_request(access, request_id)
+    choices = [choice_detail(access, info, answer.now, info.detail) for info in answer.requests if info.detail]
+    return StructResponse(RequestDetails(id=choices[0].id, has_more=answer.has_more, choices=choices))
+
+
+async def read_request(access: RecordAccess, request_id: str) -> Requests:
+    """Return the choices of the latest request with an id, with details. Raises APIError if there is none."""
     answer = await access.ask(ReadRequests(tenant=access.own_name, id=request_id, limit=MAX_CHOICES))
     assert isinstance(answer, Requests)
     if not answer.requests:
         message = f"No request with the id '{clip(request_id)}' is running or among the last that have ended."
         raise APIError(404, message, code="request_not_found")
-    choices = [choice_detail(access, info, answer.now, info.detail) for info in answer.requests if info.detail]
-    return StructResponse(RequestDetails(id=choices[0].id, has_more=answer.has_more, choices=choices))
+    return answer

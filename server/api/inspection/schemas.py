@@ -194,3 +194,28 @@ class RequestDetails(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     has_more: bool  # there are more choices
     choices: list[ChoiceDetail]
+
+
+class TraceEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An event of Chrome's trace format. Times are whole microseconds; `ts` is a Unix time."""
+
+    ph: Literal["X", "C", "M"]  # a slice of a track; values of counters; the name or the place of a track
+    name: str
+    pid: int
+    tid: int  # the track
+    ts: int | None = None
+    dur: int | None = None
+    args: dict[str, str | int | None] | None = None
+
+
+class TraceInfo(msgspec.Struct, frozen=True, kw_only=True):
+    engine: str
+    is_complete: bool  # no steps or choices are missing
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A trace that Perfetto and chrome://tracing open."""
+
+    trace_events: list[TraceEvent]
+    display_time_unit: Literal["ms"] = "ms"
+    other_data: TraceInfo

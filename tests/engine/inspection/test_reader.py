@@ -116,6 +116,44 @@ def test_a_reader_is_told_how_many_steps_it_has_missed() -> None:
     ]
 
 
+def test_steps_since_a_time() -> None:
+    reading = Reading()
+    reading.rig.recorder.steps = Recorder(num_steps=5).steps
+    for step_id in range(1, 8):
+        reading.record_step(step_id)
+        reading.rig.recorder.steps[-1].started = float(step_id)
+
+    def since(time: float, limit: int = 100, after: int | None = None) -> tuple[list[int], int, bool]:
+        question = ReadSteps(read_id=7, since=time, limit=limit, after=after)
+        steps = received(reading.reader.answer(question))
+        return ids(steps), steps.num_lost, steps.has_more
+
+    assert since(5.0) == ([5, 6, 7], 0, False)
+    assert since(5.5, limit=1) == ([6], 0, True)
+    assert since(5.5, limit=1, after=6) == ([7], 0, False)
+    assert since(2.0) == ([3, 4, 5, 6, 7], 2, False)  # the first two are no longer recorded
+    assert since(8.0) == ([], 0, False)
+
+
+def test_requests_that_had_not_ended_before_a_time() -> None:
+    reading = Reading(max_num_seqs=2)
+    for number in range(3):
+        reading.add(prompt(9), f"r{number}")
+        reading.rig.run()
+        reading.rig.recorder.requests[-1].finished = float(number)
+    reading.add(prompt(9), "living")
+    reading.rig.step()
+    found = reading.requests(since=1.0).requests
+    assert [info.ids[0] for info in found] == ["living", "r2", "r1"]
+    for info in found:
+        assert info.detail is not None
+        assert [chunk.start for chunk in info.detail.chunks] == [info.times.num_cached_tokens]
+    first = reading.requests(since=0.0).requests[-1]
+    assert first.detail is not None
+    assert first.detail.prefix.result is PrefixResult.NOT_FOUND  # not compared with others
+    assert reading.requests().requests[0].detail is None
+
+
 def test_an_answer_has_a_bounded_number_of_rows_but_at_least_one_step() -> None:
     reading = Reading()
     reading.record_step(1, num_rows=MAX_ROWS + 1)

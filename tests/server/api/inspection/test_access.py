@@ -20,7 +20,7 @@ def read(server: RunningServer, key: str = "", path: str = "steps", **headers: s
     return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=fields)
 
 
-@pytest.mark.parametrize("path", ["steps", "queue", "blocks", "requests", "requests/mine"])
+@pytest.mark.parametrize("path", ["steps", "queue", "blocks", "trace", "requests", "requests/mine"])
 def test_it_can_be_turned_off(start_server: StartServer, path: str) -> None:
     server = start_server(inspect=False)
     assert check_error(read(server, path=path), 404)["code"] == "not_enabled"

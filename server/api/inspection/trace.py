@@ -1,0 +1,98 @@
+"""`/lightwell/v1/trace` and `/lightwell/v1/requests/{id}/trace`: what the engine did, on a time axis."""
+
+import math
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from engine.shared.records import ReadRequests, ReadSteps, RequestInfo, Requests, Steps
+from server.api.inspection.access import RecordAccess, check_may_read
+from server.api.inspection.routes import read_request
+from server.api.inspection.schemas import Trace, TraceInfo
+from server.api.inspection.trace_events import Args, TraceBuilder
+from server.http.json_response import StructResponse
+
+STEPS_AT_A_TIME = 256  # between them, other requests are served
+MAX_QUESTIONS = 16  # for steps
+MAX_TRACED = 256  # choices
+MAX_SECONDS = 600
+
+router = APIRouter(dependencies=[Depends(check_may_read)])
+
+
+@router.get("/lightwell/v1/trace")
+async def trace_engine(
+    request: Request,
+    seconds: Annotated[
+        float, Query(gt=0, le=MAX_SECONDS, allow_inf_nan=False, description="How far back the trace goes.")
+    ] = 10.0,
+) -> Response:
+    """Return the last steps, and the choices that have not ended before them, in Chrome's trace format."""
+    access, since = RecordAccess(request), time.monotonic() - seconds
+    trace = TraceBuilder(access.clock_offset)
+    is_complete = await _add_steps(access, trace, since)
+    answer = await access.ask(ReadRequests(tenant=access.own_name, since=since, limit=MAX_TRACED))
+    assert isinstance(answer, Requests)
+    return _response(access, trace, answer, is_complete=is_complete)
+
+
+@router.get("/lightwell/v1/requests/{request_id}/trace")
+async def trace_request(request: Request, request_id: str) -> Response:
+    """Return one request, and the steps from its beginning to its end, in Chrome's trace format."""
+    access = RecordAccess(request)
+    answer = await read_request(access, request_id)
+    times = [info.times for info in answer.requests]
+    since = min(each.queued for each in times)
+    until = max(answer.now if each.finished is None else each.finished for each in times)
+    trace = TraceBuilder(access.clock_offset)
+    is_complete = await _add_steps(access, trace, since, until)
+    return _response(access, trace, answer, is_complete=is_complete)
+
+
+async def _add_steps(access: RecordAccess, trace: TraceBuilder, since: float, until: float = math.inf) -> bool:
+    """Add the steps that started between two times. Return whether these are all."""
+    after: int | None = None
+    num_lost = 0
+    for _ in range(MAX_QUESTIONS):
+        answer = await access.ask(ReadSteps(after=after, since=since, limit=STEPS_AT_A_TIME))
+        assert isinstance(answer, Steps)
+        num_lost += answer.num_lost
+        trace.add_steps(step for step in answer.steps if step.started <= until)
+        if not answer.has_more or answer.steps[-1].started > until:
+            return num_lost == 0
+        after = answer.steps[-1].step_id
+    return False
+
+
+def _response(access: RecordAccess, trace: TraceBuilder, answer: Requests, *, is_complete: bool) -> Response:
+    for info in sorted(answer.requests, key=_queued):
+        if info.detail is not None:
+            trace.add_choice(_name(info), info.times, info.detail, answer.now, _args(access, info))
+    about = TraceInfo(engine=access.engine_id, is_complete=is_complete and not answer.has_more)
+    return StructResponse(Trace(trace_events=trace.events, other_data=about))
+
+
+def _queued(info: RequestInfo) -> tuple[float, int, int]:
+    return info.times.queued, info.prompt, info.index
+
+
+def _name(info: RequestInfo) -> str:
+    return f"{info.ids[0]} {info.prompt}.{info.index}"
+
+
+def _args(access: RecordAccess, info: RequestInfo) -> Args:
+    return {
+        "id": info.ids[0],
+        "prompt": info.prompt,
+        "index": info.index,
+        "key": access.key_name(info.tenant),
+        "model": info.lora_name or access.context.model_names[0],
+        "state": info.state,
+        "finish_reason": info.finish_reason,
+        "num_prompt_tokens": info.times.num_prompt_tokens,
+        "num_cached_tokens": info.times.num_cached_tokens,
+        "num_output_tokens": info.times.num_output_tokens,
+        "num_accepted_tokens": info.times.num_accepted_tokens,
+        "num_preemptions": info.times.num_preemptions,
+    }
