@@ -1,8 +1,10 @@
 """Tests of an engine that dies or hangs under load and is started again: what each client gets, and what is left."""
 
+import json
 import resource
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from tests.support.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess
 from tests.support.serving import check_error, wait_until
 from tests.support.streams import Stream, merge, start_streams
 
+EVENTS = "/lightwell/v1/events"
 NUM_SLOTS = 4
 SLOTS = f"--max-num-seqs={NUM_SLOTS}"
 RESTARTED = 120.0  # seconds; bounds hangs only, since other jobs on the machine slow the start of a process
@@ -216,3 +219,30 @@ def test_sigterm_while_the_engine_is_restarted(start_server: StartServer) -> Non
     assert waiting.result().is_complete, waiting.error
     assert server.wait(10) == 0, server.end_of_log()
     assert not any(is_running(each.pid) for each in server.family)
+
+
+def next_event(lines: Iterator[str]) -> tuple[str, list[int]]:
+    """Return the engine and the steps of the next event."""
+    event = json.loads(next(line for line in lines if line.startswith("data: ")).removeprefix("data: "))
+    return event["engine"], [step["id"] for step in event["data"]]
+
+
+def test_a_stream_of_steps_goes_on_with_the_restarted_engine(start_server: StartServer) -> None:
+    """One that is open, and one that is opened later with the id of the dead engine's last event."""
+    server = start_server()
+    with server.http.stream("GET", EVENTS) as response:
+        lines = response.iter_lines()
+        assert server.complete(max_tokens=4).status_code == 200
+        last = server.get("/lightwell/v1/steps?limit=1").json()["data"][0]["id"]
+        engine, steps = next_event(lines)
+        while steps[-1] < last:
+            steps = next_event(lines)[1]
+        time.sleep(0.5)  # the engine has answered whatever it was asked after that
+        kill_engine(server)
+        wait_until(lambda: server.status("/health") == 200, RESTARTED)
+        assert server.complete(max_tokens=4).status_code == 200
+        restarted, steps = next_event(lines)
+    assert (restarted != engine, steps[0]) == (True, 1)
+    with server.http.stream("GET", EVENTS, headers={"last-event-id": f"{engine}-{last}"}) as response:
+        later, steps = next_event(response.iter_lines())
+    assert (later, steps[0]) == (restarted, 1)

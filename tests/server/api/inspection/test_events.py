@@ -1,6 +1,7 @@
 """The stream of steps over real sockets, with a fake engine whose records the tests write."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.shared.records import ReadSteps
 from server.api.inspection.events import MAX_READERS_EACH
 from tests.server.conftest import StartServer
 from tests.support.fake_engine import FakeEngine
@@ -18,6 +20,7 @@ from tests.support.serving import RunningServer, check_error, wait_until
 PATH = "/lightwell/v1/events"
 KEYS = {"api_key": ("key-a", "key-b"), "admin_key": "root"}
 Event = tuple[str, dict[str, Any]]
+KEPT = 3  # steps of an engine with a small record
 
 
 @contextmanager
@@ -36,7 +39,7 @@ def _parse(lines: Iterator[str]) -> Iterator[Event]:
         if line.startswith("id: "):
             event_id = line.removeprefix("id: ")
         elif line.startswith("data: "):
-            yield event_id, json.loads(line.removeprefix("data: "))
+            yield event_id.strip(), json.loads(line.removeprefix("data: "))
 
 
 def run_step(server: RunningServer, engine: FakeEngine, step_id: int, tenants: tuple[str, ...] = ("",)) -> None:
@@ -78,6 +81,61 @@ def test_going_on_after_an_event(server: RunningServer, fake_engine: FakeEngine)
     for bad in ("2", "x", "1-2", "-1-0-1", "1-0-1²"):
         response = httpx.get(server.url + PATH, headers={b"last-event-id": bad.encode("latin-1")})
         assert check_error(response, 400)["param"] == "last-event-id"
+
+
+def test_a_reader_that_stalls_is_told_what_it_has_lost(server: RunningServer, fake_engine: FakeEngine) -> None:
+    """Nothing is stored for it: once the connection is full, the engine is not asked until the client reads on."""
+    step_id = 0
+
+    def run_large_step() -> None:
+        nonlocal step_id
+        step_id += 1
+        run_step(server, fake_engine, step_id, tenants=("",) * 4000)
+        fake_engine.config.steps = fake_engine.config.steps[-KEPT:]
+
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        wait_until(lambda: num_readers(server) == 1)
+        run_large_step()
+        while is_asked_again(fake_engine):
+            assert step_id < 200
+            run_large_step()
+        num_asked = num_questions(fake_engine)
+        for _ in range(2 * KEPT):
+            run_large_step()
+        assert not is_asked_again(fake_engine)
+        assert num_questions(fake_engine) == num_asked
+        connection.settimeout(20)
+        with connection.makefile("rb") as stream:
+            events = _parse(line.decode() for line in stream)
+            check_gaps(events, last=step_id)
+
+
+def check_gaps(events: Iterator[Event], last: int) -> None:
+    """Check that all steps until the last one are there or counted as lost, and that some are lost."""
+    position, num_lost = 0, 0
+    while position < last:
+        event = next(events)
+        assert ids(event)[0] == position + event[1]["num_lost"] + 1
+        num_lost += event[1]["num_lost"]
+        position = ids(event)[-1]
+        assert event[0].endswith(f"-{position}")
+    assert position == last
+    assert num_lost >= KEPT
+
+
+def num_questions(engine: FakeEngine) -> int:
+    return sum(isinstance(message, ReadSteps) for message in list(engine.received))
+
+
+def is_asked_again(engine: FakeEngine) -> bool:
+    """Return whether the engine is asked for steps in the next two seconds."""
+    num_asked, end = num_questions(engine), time.monotonic() + 2
+    while num_questions(engine) == num_asked and time.monotonic() < end:
+        time.sleep(0.01)
+    return num_questions(engine) > num_asked
 
 
 def test_an_idle_engine_is_not_asked(server: RunningServer, fake_engine: FakeEngine) -> None:
