@@ -51,6 +51,7 @@ class AnswerShare:
     def release(self) -> None:
         """Count the answer no longer. Has no effect the second time."""
         self._budget.update(self, -self.num_bytes)
+        self._refuse = _ignore  # it refers to the request, which refers to this share
 
 
 class AnswerBudget:
@@ -90,3 +91,7 @@ class AnswerBudget:
                 return
             largest = holders[totals.index(max(totals))]
             max(largest, key=lambda share: share.num_bytes).refuse(BuffersExceedMemoryError("large answers"))
+
+
+def _ignore(error: APIError) -> None:
+    """End nothing: the request has ended."""

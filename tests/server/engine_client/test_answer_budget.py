@@ -1,5 +1,8 @@
 """The limit on the bytes of all answers, as a state machine."""
 
+import gc
+import weakref
+
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
@@ -79,3 +82,25 @@ def test_small_answers_of_others_stay() -> None:
             share.add(size)
     AnswerShare(budget, Tenant(name="carol"), lambda _: refused.append(0), BadRequestError("too large")).add(450)
     assert refused == [400]
+
+
+def test_a_released_share_does_not_keep_its_request() -> None:
+    """Their reference to each other ends, so that the request is freed without the garbage collector."""
+
+    class Request:
+        def __init__(self) -> None:
+            self.share = AnswerShare(AnswerBudget(MAX_BYTES), TENANTS[0], self.refuse, BadRequestError("too large"))
+
+        def refuse(self, error: APIError) -> None:
+            raise AssertionError
+
+    request = Request()
+    reference = weakref.ref(request)
+    request.share.add(10)
+    request.share.release()
+    gc.disable()
+    try:
+        del request
+        assert reference() is None
+    finally:
+        gc.enable()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from server.processes import garbage
 from server.processes.garbage import collect_in_steps
 
 
@@ -53,3 +54,21 @@ def test_garbage_among_the_survivors_does_not_add_up() -> None:
         num_alive.append(sum(each() is not None for each in nodes))
     assert 500 < max(num_alive) < 6500
     assert min(num_alive[10:]) <= 1000
+
+
+def test_a_few_survivors_that_hold_much_memory_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    gc.freeze()  # what other tests have left
+    size = 0
+    monkeypatch.setattr(garbage, "resident_bytes", lambda: size)
+    collect_in_steps(max_growth_bytes=1000)
+    survivor = Node()
+    node = weakref.ref(survivor)
+    gc.collect()
+    del survivor
+    gc.collect()
+    assert node() is not None  # left out
+    size = 1001
+    gc.collect()
+    gc.collect()
+    assert node() is None
