@@ -10,7 +10,8 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from heapq import heapify, heapreplace
+from heapq import heapify, heappop, heapreplace
+from itertools import count
 
 from server.tenants import network_of
 
@@ -73,11 +74,10 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 break
             except OSError as error:
-                if error.errno not in EXHAUSTED:
-                    raise
                 logger.error("a connection cannot be accepted: %s", error.strerror)
-                self._pause()  # the listener would be ready again at once
-                self._retry = self._loop.call_later(RETRY_SECONDS, self._listen)
+                if error.errno in EXHAUSTED:  # the listener would be ready again at once
+                    self._pause()
+                    self._retry = self._loop.call_later(RETRY_SECONDS, self._listen)
                 break
             # Clients of UNIX sockets have no address.
             self._waiting.add(network_of(address[0]) if isinstance(address, tuple) else "", connection)
@@ -104,21 +104,23 @@ class Waiting:
     """Sockets that wait to be started, in a queue for each network."""
 
     def __init__(self) -> None:
-        self._of_network: dict[str, deque[socket.socket]] = {}  # the network whose turn it is first
+        # The network whose turn it is first; each socket after its number in the order of arrival.
+        self._of_network: dict[str, deque[tuple[int, socket.socket]]] = {}
+        self._arrivals = count()
         self._num_sockets = 0
 
     def __len__(self) -> int:
         return self._num_sockets
 
     def add(self, network: str, connection: socket.socket) -> None:
-        self._of_network.setdefault(network, deque()).append(connection)
+        self._of_network.setdefault(network, deque()).append((next(self._arrivals), connection))
         self._num_sockets += 1
 
     def take(self) -> socket.socket:
         """Remove and return the longest waiting socket of the network whose turn it is."""
         network = next(iter(self._of_network))
         queue = self._of_network.pop(network)
-        connection = queue.popleft()
+        _, connection = queue.popleft()
         if queue:
             self._of_network[network] = queue  # now the last one
         self._num_sockets -= 1
@@ -128,11 +130,15 @@ class Waiting:
         """Close the longest waiting sockets of the network that has most, until there are no more than that."""
         if self._num_sockets <= max_sockets:
             return
-        largest = [(-len(queue), network) for network, queue in self._of_network.items()]
+        largest = [(-len(queue), queue[0], network) for network, queue in self._of_network.items()]
         heapify(largest)
         while self._num_sockets > max_sockets:
-            size, network = largest[0]
-            self._of_network[network].popleft().close()
+            size, _, network = largest[0]
+            queue = self._of_network[network]
+            queue.popleft()[1].close()
             self._num_sockets -= 1
-            heapreplace(largest, (size + 1, network))
+            if queue:
+                heapreplace(largest, (size + 1, queue[0], network))
+            else:
+                heappop(largest)
         self._of_network = {network: queue for network, queue in self._of_network.items() if queue}

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from server.sockets import acceptor
-from server.sockets.acceptor import Acceptor
+from server.sockets.acceptor import Acceptor, Waiting
 from server.sockets.listeners import bind
 
 FLOOD, OTHER = "127.0.0.1", "127.0.0.3"
@@ -78,6 +79,19 @@ def test_what_there_is_no_room_for_is_closed(listener: socket.socket, monkeypatc
         assert 40 < len(started) < 60
 
 
+@pytest.mark.checklist("A16")
+def test_of_networks_that_have_as_many_the_longest_waiting_connection_is_closed() -> None:
+    """Whatever the networks are called."""
+    waiting = Waiting()
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(10)]
+        for number, each in enumerate(sockets):
+            waiting.add(f"network {9 - number}", each)
+        waiting.shrink_to(4)
+        assert [each.fileno() == -1 for each in sockets] == [True] * 6 + [False] * 4
+        assert [waiting.take() for _ in range(len(waiting))] == sockets[6:]
+
+
 def test_connections_that_wait_are_closed_at_the_end(listener: socket.socket) -> None:
     async def accept_and_close() -> None:
         transports: list[asyncio.Transport] = []
@@ -102,28 +116,31 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
-class Exhausted(socket.socket):
-    """A listening socket for whose first connection the system has no file descriptor."""
+class Failing(socket.socket):
+    """A listening socket that fails to accept the second connection at first."""
 
-    has_failed = False
+    error = errno.EMFILE
+    num_calls = 0
 
     def accept(self) -> tuple[socket.socket, object]:
-        if not self.has_failed:
-            self.has_failed = True
-            raise OSError(errno.EMFILE, "Too many open files")
+        self.num_calls += 1
+        if self.num_calls == 2:
+            raise OSError(self.error, os.strerror(self.error))
         return super().accept()
 
 
-def test_accepting_goes_on_when_there_are_files_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM, errno.EPERM, errno.EPROTO])
+def test_accepting_goes_on_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
 ) -> None:
     monkeypatch.setattr(acceptor, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(Failing, "error", error)
     with ExitStack() as stack:
-        listener = stack.enter_context(Exhausted(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+        listener = stack.enter_context(Failing(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        connection = connect(stack, listener, FLOOD)
-        assert asyncio.run(accept_all(listener)) == [connection.getsockname()]
+        connections = [connect(stack, listener, FLOOD) for _ in range(2)]
+        assert asyncio.run(accept_all(listener)) == [each.getsockname() for each in connections]
     assert [record.getMessage() for record in caplog.records] == [
-        "a connection cannot be accepted: Too many open files"
+        f"a connection cannot be accepted: {os.strerror(error)}"
     ]
