@@ -168,16 +168,16 @@ class FairQueue:
         others = [tenant for tenant in self.running.by_tenant if tenant != request.tenant]
         if self._is_overdue(request, time.monotonic()):
             return max((some for tenant in others for some in self.running.of(tenant)), key=order_key, default=None)
-        others = [tenant for tenant in others if not any(map(self._is_sheltered, self.running.of(tenant)))]
         num_needed = self.kv.num_held(request.tenant) + self.kv.num_blocks_for(request.num_tokens)
         if several := [tenant for tenant in others if len(self.running.of(tenant)) > 1]:
-            largest = self.running.of(max(several, key=self._share))
-            newest, own = largest[-1], self.running.of(request.tenant)
+            largest, own = self.running.of(max(several, key=self._share)), self.running.of(request.tenant)
+            newest = next(some for some in reversed(largest) if not self._is_sheltered(some))
             gained = self._dominant_share(len(own) + 1, num_needed, request.weight)
             num_blocks = self.kv.num_held(newest.tenant) - self.kv.num_unshared(newest)
             if self._dominant_share(len(largest) - 1, num_blocks, newest.weight) >= gained:
                 return newest
         single = [self.running.of(tenant)[0] for tenant in others if len(self.running.of(tenant)) == 1]
+        single = [some for some in single if not self._is_sheltered(some)]
         if lacks_blocks and single:
             num_held = {some: self.kv.num_held(some.tenant) / some.weight for some in single}
             only = max(single, key=num_held.__getitem__)

@@ -156,10 +156,12 @@ class RequestStream:
         stats = self.choices[index]
         stats.has_ended = True
         self._num_open -= 1
-        self._observer.on_choice_end(self, stats, reason, now)
-        if not self._num_open:
-            self._observer.on_stream_end(self)
-        self._changed.set()
+        try:
+            self._observer.on_choice_end(self, stats, reason, now)
+        finally:  # the capacity is free again, whatever happens
+            if not self._num_open:
+                self._observer.on_stream_end(self)
+            self._changed.set()
 
 
 class OpenStreams:

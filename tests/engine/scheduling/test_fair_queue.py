@@ -408,6 +408,31 @@ def test_endless_new_tenants_do_not_starve_a_huge_request(monkeypatch: pytest.Mo
     assert longest < 100
 
 
+def test_a_sheltered_request_does_not_shelter_the_others_of_its_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(max_num_seqs=4, max_num_batched_tokens=256, num_blocks=200)
+    monkeypatch.setattr(time, "monotonic", lambda: rig.now)
+    huge = rig.add("a", 600, 150)
+    while not huge.num_output_tokens:
+        rig.step()
+    small = [rig.add("b", 150, 600)]
+    while huge.status is Status.RUNNING:
+        rig.step()
+    rig.now = 400.0
+    while huge.status is not Status.RUNNING:  # it is overdue, and displaces the other
+        rig.step()
+    rig.scheduler.abort(small[0].request_id)
+    others = [rig.add("a", 3, 30) for _ in range(6)]
+    rig.step()
+    assert huge.status is Status.RUNNING
+    assert len(rig.running("a")) == 4
+    newcomer = rig.add("c", 3, 8)
+    for _ in range(3):
+        rig.step()
+    assert newcomer.num_output_tokens > 0
+    assert huge.status is Status.RUNNING
+    assert sum(other.status is Status.RUNNING for other in others) == 2
+
+
 def test_two_requests_that_do_not_fit_together_do_not_take_turns() -> None:
     """The smaller one gets the blocks while it is small, and keeps them."""
     rig = Rig(max_num_seqs=16, max_num_batched_tokens=256, num_blocks=500)
