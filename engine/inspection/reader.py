@@ -78,8 +78,7 @@ class RecordReader:
                 break
             later.append(step)
         later.reverse()
-        is_full = len(steps) == steps.maxlen
-        num_lost = later[0].step_id - after - 1 if is_full and later and later[0] is steps[0] else 0
+        num_lost = max(0, self.recorder.last_dropped - after) if later and later[0] is steps[0] else 0
         infos = _bounded(later[:limit])
         return Steps(read_id=question.read_id, steps=infos, num_lost=num_lost, has_more=len(infos) < len(later))
 

@@ -17,6 +17,7 @@ from engine.shared.records import PrefixResult, RequestTimes
 
 NUM_STEPS_KEPT = 4096
 NUM_REQUESTS_KEPT = 1024
+MAX_ROWS_KEPT = 1 << 17  # of all steps; each may be the only one that holds the record of its request, about 1 KB
 MAX_TOKEN_BYTES = 64 << 20  # of the token ids of finished requests
 TOKEN_BYTES = 4
 
@@ -154,8 +155,16 @@ class Recorder:
         self.requests: deque[RequestRecord] = deque(maxlen=num_requests)
         self.keeps_tokens = keeps_tokens
         self.num_token_bytes = 0
+        self.num_rows = 0  # of all steps
+        self.last_dropped = 0  # id of the latest step that is no longer recorded
 
     def add_step(self, record: StepRecord) -> None:
+        """Add a step. The oldest ones are dropped if there are too many, or if they have too many rows together."""
+        self.num_rows += len(record.rows)
+        while self.steps and (self.num_rows > MAX_ROWS_KEPT or len(self.steps) == self.steps.maxlen):
+            oldest = self.steps.popleft()
+            self.num_rows -= len(oldest.rows)
+            self.last_dropped = oldest.step_id
         self.steps.append(record)
 
     def add_request(self, record: RequestRecord, token_ids: Sequence[int] = ()) -> None:

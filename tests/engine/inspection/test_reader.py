@@ -116,6 +116,21 @@ def test_a_reader_is_told_how_many_steps_it_has_missed() -> None:
     ]
 
 
+def test_a_reader_is_told_what_it_has_missed_if_steps_were_dropped_for_their_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.scheduling.record.MAX_ROWS_KEPT", 6)
+    reading = Reading()
+    for step_id in range(1, 6):
+        reading.record_step(step_id, num_rows=2)
+    assert [(ids(steps), steps.num_lost) for steps in map(reading.steps, (0, 1, 2, 3))] == [
+        ([3, 4, 5], 2),
+        ([3, 4, 5], 1),
+        ([3, 4, 5], 0),
+        ([4, 5], 0),
+    ]
+
+
 def test_steps_since_a_time() -> None:
     reading = Reading()
     reading.rig.recorder.steps = Recorder(num_steps=5).steps

@@ -42,6 +42,24 @@ def test_the_recorder_is_bounded_unless_told_otherwise() -> None:
     assert (Recorder().steps.maxlen, Recorder().requests.maxlen) == (NUM_STEPS_KEPT, NUM_REQUESTS_KEPT)
 
 
+def test_the_oldest_steps_are_dropped_when_there_are_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.scheduling.record.MAX_ROWS_KEPT", 7)
+    recorder = Recorder(num_steps=100)
+
+    def kept() -> tuple[list[int], int, int]:
+        return [record.step_id for record in recorder.steps], recorder.num_rows, recorder.last_dropped
+
+    for number in range(1, 6):
+        recorder.add_step(step_record(number))  # of two rows each
+    assert kept() == ([3, 4, 5], 6, 2)
+    large = step_record(6)
+    large.rows *= 5
+    recorder.add_step(large)
+    assert kept() == ([6], 10, 5)
+    recorder.add_step(step_record(7))
+    assert kept() == ([7], 2, 6)
+
+
 def test_a_step_counts_its_tokens() -> None:
     assert step_record().num_tokens == 8
 
