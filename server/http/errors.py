@@ -362,7 +362,7 @@ class UnsupportedMediaTypeError(APIError):
 
 
 class QueueFullError(APIError):
-    """The maximum number of choices is in flight, the wait would be too long, or too many grammars wait to be checked.
+    """The maximum number of choices is in flight, the wait would be too long, or too much else of its kind waits.
 
     `retry_after` is in seconds.
     """

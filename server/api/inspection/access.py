@@ -9,7 +9,7 @@ from starlette.requests import Request
 from engine.shared.records import Question
 from server.context import ServerContext, get_context
 from server.http.access_control import HostRules, host_of_url
-from server.http.errors import APIError, EngineUnavailableError, ForbiddenError
+from server.http.errors import APIError, ForbiddenError
 from server.settings.load import is_loopback
 from server.settings.table import Settings
 from server.tenants import Tenant, get_tenant
@@ -85,9 +85,5 @@ class RecordAccess:
         return self.context.client.records.clock_offset
 
     async def ask(self, question: Question) -> object:
-        """Return the engine's answer. Raises APIError while there is no engine that could answer."""
-        client = self.context.client
-        client.ready_info()
-        if client.is_restarting:
-            raise EngineUnavailableError("The engine is being restarted. Please retry later.")
-        return await client.records.ask(question)
+        """Return the engine's answer; see `RecordQuestions.ask`. Raises APIError."""
+        return await self.context.client.records.ask(question)

@@ -69,7 +69,7 @@ async def _events(access: RecordAccess, engine: str, after: int) -> AsyncGenerat
     """Yield events until the server shuts down or the engine is dead. Another engine is read from its first step."""
     client, num_seen = access.context.client, -1
     while not client.drain_requested.is_set():
-        if not client.is_restarting and num_seen != client.records.num_steps:
+        if not client.is_restarting and client.records.has_room and num_seen != client.records.num_steps:
             if engine != access.engine_id:
                 engine, after = access.engine_id, 0
             num_reported = client.records.num_steps

@@ -6,8 +6,8 @@ import pytest
 
 from engine.shared.messages import ToEngine
 from engine.shared.records import ReadFailed, ReadRequests, ReadSteps, Requests, Steps
-from server.engine_client.records import MAX_QUESTIONS, RecordQuestions
-from server.http.errors import EngineDeadError, ServerError
+from server.engine_client.records import MAX_QUESTIONS, MAX_WAITING, RecordQuestions
+from server.http.errors import EngineDeadError, EngineUnavailableError, QueueFullError, ServerError
 from tests.support.engine_clients import ready, until
 from tests.support.fake_engine import FakeEngine
 
@@ -16,13 +16,17 @@ pytestmark = pytest.mark.anyio
 QUESTION = ReadSteps(limit=1)
 
 
+def always_ready() -> None:
+    pass
+
+
 def steps(read_id: int, num_lost: int = 0) -> Steps:
     return Steps(read_id=read_id, steps=[], num_lost=num_lost, has_more=False)
 
 
 async def test_each_caller_gets_its_own_answer() -> None:
     sent: list[ToEngine] = []
-    questions = RecordQuestions(sent.append)
+    questions = RecordQuestions(sent.append, always_ready)
     tasks = [asyncio.create_task(questions.ask(QUESTION)) for _ in range(3)]
     await until(lambda: len(sent) == 3)
     for message in reversed(sent):
@@ -33,24 +37,39 @@ async def test_each_caller_gets_its_own_answer() -> None:
     questions.finish(steps(1))  # nobody waits for it any more
 
 
-async def test_few_questions_are_asked_at_a_time_and_cancelled_ones_make_room() -> None:
+async def test_few_questions_are_asked_at_a_time_whether_or_not_their_callers_wait() -> None:
     sent: list[ToEngine] = []
-    questions = RecordQuestions(sent.append)
-    tasks = [asyncio.create_task(questions.ask(QUESTION)) for _ in range(MAX_QUESTIONS + 2)]
+    questions = RecordQuestions(sent.append, always_ready)
+    tasks = [asyncio.create_task(questions.ask(QUESTION)) for _ in range(MAX_QUESTIONS + 3)]
     await until(lambda: len(sent) == MAX_QUESTIONS)
+    for task in (tasks[0], tasks[MAX_QUESTIONS]):  # the engine has the first one; the other is never asked
+        task.cancel()
     await asyncio.sleep(0.01)
     assert len(sent) == MAX_QUESTIONS
-    tasks[0].cancel()
-    await until(lambda: len(sent) == MAX_QUESTIONS + 1)
-    questions.finish(steps(2))
-    await until(lambda: len(sent) == MAX_QUESTIONS + 2)
+    for number in range(1, MAX_QUESTIONS + 3):
+        questions.finish(steps(number))
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sum(isinstance(answer, Steps) for answer in answers) == len(tasks) - 2
+    assert len(sent) == len(tasks) - 1
+
+
+async def test_only_so_many_questions_wait() -> None:
+    sent: list[ToEngine] = []
+    questions = RecordQuestions(sent.append, always_ready)
+    tasks = [asyncio.create_task(questions.ask(QUESTION)) for _ in range(MAX_QUESTIONS + MAX_WAITING)]
+    await until(lambda: not questions.has_room)
+    with pytest.raises(QueueFullError):
+        await questions.ask(QUESTION)
+    tasks[-1].cancel()
+    await until(lambda: questions.has_room)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    assert len(sent) == MAX_QUESTIONS
 
 
 async def test_a_question_that_the_engine_fails_to_answer() -> None:
-    questions = RecordQuestions(lambda message: None)
+    questions = RecordQuestions(lambda message: None, always_ready)
     task = asyncio.create_task(questions.ask(QUESTION))
     await asyncio.sleep(0)
     questions.finish(ReadFailed(1))
@@ -58,13 +77,20 @@ async def test_a_question_that_the_engine_fails_to_answer() -> None:
         await task
 
 
-async def test_questions_to_a_lost_engine_fail() -> None:
-    questions = RecordQuestions(lambda message: None)
-    task = asyncio.create_task(questions.ask(QUESTION))
-    await asyncio.sleep(0)
+async def test_questions_to_a_lost_engine_fail_those_that_wait_too() -> None:
+    sent: list[ToEngine] = []
+    questions = RecordQuestions(sent.append, always_ready)
+    tasks = [asyncio.create_task(questions.ask(QUESTION)) for _ in range(MAX_QUESTIONS + 2)]
+    await until(lambda: len(sent) == MAX_QUESTIONS)
     questions.fail(EngineDeadError())
-    with pytest.raises(EngineDeadError):
-        await task
+    async with asyncio.timeout(5):
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(answer, EngineDeadError) for answer in answers)
+    assert len(sent) == MAX_QUESTIONS
+    other = asyncio.create_task(questions.ask(QUESTION))
+    await until(lambda: len(sent) == MAX_QUESTIONS + 1)
+    questions.finish(steps(MAX_QUESTIONS + 1))
+    assert isinstance(await other, Steps)
 
 
 async def test_over_the_connection_of_a_client(fake_engine: FakeEngine) -> None:
@@ -73,8 +99,12 @@ async def test_over_the_connection_of_a_client(fake_engine: FakeEngine) -> None:
         assert isinstance(await client.records.ask(ReadRequests(limit=1)), Requests)
         fake_engine.hang()
         await asyncio.sleep(0.1)  # it may still read a message
-        task = asyncio.create_task(client.records.ask(QUESTION))
+        tasks = [asyncio.create_task(client.records.ask(QUESTION)) for _ in range(MAX_QUESTIONS + 1)]
         await asyncio.sleep(0.01)
         client.mark_dead("a test")
-        with pytest.raises(EngineDeadError):
-            await task
+        async with asyncio.timeout(5):
+            for task in tasks:
+                with pytest.raises(EngineDeadError):
+                    await task
+        with pytest.raises(EngineUnavailableError):
+            await client.records.ask(QUESTION)
