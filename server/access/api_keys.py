@@ -24,6 +24,7 @@ class ApiKeys:
     def __init__(self, settings: Settings) -> None:
         """Read the keys file, if there is one. Raises SettingsError."""
         self.everybody = Account()  # of all clients where there are no keys
+        self.num_reloads = 0  # of the keys file
         self._settings = settings
         self._lock = threading.Lock()
         self._accounts: dict[str, Account] = {}  # of tenants that are gone, too: they may come back
@@ -54,7 +55,7 @@ class ApiKeys:
     def reload(self) -> None:
         """Read the keys file again. If it is invalid, log an error and keep the keys. May be called in any thread.
 
-        Running requests whose key is removed go on.
+        Running requests whose key is removed go on, streams of the engine's steps do not.
         """
         with self._lock:  # so that the last of several calls reads last
             try:
@@ -62,6 +63,7 @@ class ApiKeys:
             except SettingsError as error:
                 logger.error("%s; the keys stay as they were", error)
             else:
+                self.num_reloads += 1
                 logger.info("read %s again: %d keys", self._settings.api_keys_file, len(self._by_digest))
 
     def _with_accounts(self, keys: list[tuple[bytes, Tenant]]) -> list[tuple[bytes, Tenant]]:

@@ -155,8 +155,13 @@ class AuthMiddleware:
             return tenant_of_address(scope, self._keys.everybody)
         if is_open(scope, self._open_paths):
             return ANYBODY
-        found = [self._keys.find(key) for key in _keys_of(scope)]
-        return next((tenant for tenant in found if tenant is not None), None)
+        return tenant_of_keys(scope, self._keys)
+
+
+def tenant_of_keys(scope: Scope, keys: ApiKeys) -> Tenant | None:
+    """Return the tenant of the first key in the headers of a request that is valid now, or None if none is."""
+    found = [keys.find(key) for key in _keys_of(scope)]
+    return next((tenant for tenant in found if tenant is not None), None)
 
 
 def _keys_of(scope: Scope) -> list[bytes]:

@@ -8,8 +8,8 @@ from starlette.requests import Request
 
 from engine.shared.records import Question
 from server.context import ServerContext, get_context
-from server.http.access_control import HostRules, host_of_url
-from server.http.errors import APIError, ForbiddenError
+from server.http.access_control import HostRules, host_of_url, tenant_of_keys
+from server.http.errors import APIError, ForbiddenError, UnauthorizedError
 from server.settings.load import is_loopback
 from server.settings.table import Settings
 from server.tenants import Tenant, get_tenant
@@ -61,6 +61,19 @@ class RecordAccess:
         self.context: ServerContext = get_context(request)
         self.tenant: Tenant = get_tenant(request)
         self.has_keys = self.context.settings.needs_key
+        self._scope = request.scope
+        self._num_reloads: int | None = None  # of the keys, when `check_key` last found the tenant
+
+    def check_key(self) -> None:
+        """Find the tenant again if the keys may have been read again. Raises UnauthorizedError if its key is gone."""
+        keys = self.context.api_keys
+        if not self.has_keys or self._num_reloads == keys.num_reloads:
+            return
+        self._num_reloads = keys.num_reloads
+        tenant = tenant_of_keys(self._scope, keys)
+        if tenant is None:
+            raise UnauthorizedError(key_given=True)
+        self.tenant = tenant
 
     @property
     def own_name(self) -> str | None:

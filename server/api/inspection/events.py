@@ -43,6 +43,8 @@ async def stream_steps(
 
     def leave() -> None:
         readers[name] -= 1
+        if not readers[name]:
+            del readers[name]
 
     return sse_response(
         _events(access, *position), on_close=leave, on_error=_error_event, request_id=request.state.request_id
@@ -66,9 +68,13 @@ def _parse(event_id: str) -> tuple[str, int]:
 
 
 async def _events(access: RecordAccess, engine: str, after: int) -> AsyncGenerator[bytes, None]:
-    """Yield events until the server shuts down or the engine is dead. Another engine is read from its first step."""
+    """Yield events until the server shuts down, the engine is dead or the client's key is no longer valid.
+
+    Another engine is read from its first step.
+    """
     client, num_seen = access.context.client, -1
     while not client.drain_requested.is_set():
+        access.check_key()
         if not client.is_restarting and client.records.has_room and num_seen != client.records.num_steps:
             if engine != access.engine_id:
                 engine, after = access.engine_id, 0

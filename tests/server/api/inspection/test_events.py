@@ -1,10 +1,12 @@
 """The stream of steps over real sockets, with a fake engine whose records the tests write."""
 
+import hashlib
 import json
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -157,6 +159,32 @@ def test_rows_of_other_clients_have_no_names(start_server: StartServer, fake_eng
     assert httpx.get(server.url + PATH).status_code == 401
 
 
+def test_a_stream_follows_the_keys_file(start_server: StartServer, fake_engine: FakeEngine, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    own, other = (hashlib.sha256(key.encode()).hexdigest() for key in ("key-b", "key-c"))
+
+    def write(server: RunningServer | None, **fields: object) -> None:
+        file.write_text(json.dumps({"team": {"keys": [other, own], **fields}}))
+        if server is not None:
+            server.context.api_keys.reload()
+
+    write(None, admin=True)
+    server = start_server(api_key=("key-a",), api_keys_file=str(file))
+    with following(server, authorization="Bearer key-b") as events:
+        run_step(server, fake_engine, 1, tenants=("key-1", "team"))
+        assert shown(next(events)) == ["of-key-1", "of-team"]
+        write(server)
+        run_step(server, fake_engine, 2, tenants=("key-1", "team"))
+        assert shown(next(events)) == [None, "of-team"]
+        write(server, keys=other)
+        assert [event[1]["error"]["code"] for event in events] == ["invalid_api_key"]
+    wait_until(lambda: not server.context.num_step_readers)
+
+
+def shown(event: Event) -> list[str | None]:
+    return [row["id"] for step in event[1]["data"] for row in step["rows"]]
+
+
 def test_the_number_of_streams_is_limited(server: RunningServer) -> None:
     with httpx.Client() as client:
         opened = [client.send(client.build_request("GET", server.url + PATH), stream=True) for _ in range(8)]
@@ -164,7 +192,7 @@ def test_the_number_of_streams_is_limited(server: RunningServer) -> None:
         assert check_error(httpx.get(server.url + PATH), 429)["code"] == "rate_limit_exceeded"
         for response in opened:
             response.close()
-    wait_until(lambda: num_readers(server) == 0)
+    wait_until(lambda: not server.context.num_step_readers)
     with following(server):
         assert num_readers(server) == 1
 
