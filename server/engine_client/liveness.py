@@ -5,18 +5,19 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 
 from engine.shared.messages import HEARTBEAT_SECONDS, EngineInfo
 from server.http.errors import EngineUnavailableError
-from server.processes.run_queue import cpu_waits, longest_wait
+from server.processes.run_queue import Silence
 
 logger = logging.getLogger(__name__)
 
 MISSED_HEARTBEATS = 3  # tolerated on top of the longest step
+MAX_WAIT_FACTOR = 10  # an engine that waits for a CPU may be silent for this many times as long
 CHECK_SECONDS = 0.5
 
 
@@ -52,8 +53,7 @@ class EngineLiveness:
         self._on_loss = on_loss
         self._on_death = on_death
         self._silence_limit = step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
-        self._silence = 0.0  # seconds, see `watch_heartbeat`
-        self._cpu_waits: Mapping[int, float] = {}  # of the engine's threads, at the last check, while it is silent
+        self._silence = Silence(CHECK_SECONDS)
         self._lost_at = 0.0
         self._pidfd: int | None = None
 
@@ -103,7 +103,7 @@ class EngineLiveness:
 
     def on_message(self) -> None:
         """Note that a message of any kind arrived."""
-        self._silence = 0.0
+        self._silence.reset()
 
     def set_ready(self, info: EngineInfo) -> None:
         """The engine can compute. If it was restarted with other properties, it is dead: requests rely on them."""
@@ -115,7 +115,7 @@ class EngineLiveness:
             logger.info("the engine is ready again after %.1f s (restart %d)", seconds, self.num_restarts)
         self.info = info
         self.restarting_since = None
-        self._silence = 0.0
+        self._silence.reset()
         self.became_ready.set()
         if self._pidfd is None:
             self._watch_process(info.pid)
@@ -150,30 +150,32 @@ class EngineLiveness:
         logger.error("the engine died: %s", reason)
         self.dead_reason = reason
         self.restarting_since = None
-        self._on_death()
         self.died.set()
+        self._on_death()
 
     async def watch_heartbeat(self) -> None:
         """End the engine whenever it has been silent for too long.
 
-        Only time counts in which it could have sent a message that this process would have read: neither time for which
-        this process was suspended or got no CPU, nor time for which one of the engine's threads waited for a CPU.
+        Only time counts in which it could have sent a message that this process would have read, see `Silence`. A check
+        that fails is logged, and the next one is made: nothing else notices an engine that hangs.
         """
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            if self.is_ready:
-                self._count_silence()
+            try:
+                self._check_silence()
+            except Exception:
+                logger.exception("the engine's heartbeat cannot be checked")
 
-    def _count_silence(self) -> None:
-        before, self._cpu_waits = self._cpu_waits, {}
-        if self._silence >= HEARTBEAT_SECONDS and self._engine_pid is not None:
-            self._cpu_waits = cpu_waits(self._engine_pid)
-        self._silence += max(0.0, CHECK_SECONDS - longest_wait(before, self._cpu_waits))
+    def _check_silence(self) -> None:
+        if not self.is_ready:
+            return
+        self._silence.count(self._engine_pid if self._silence.total >= HEARTBEAT_SECONDS else None)
         if self._is_silent():
             self.lose(f"no step for more than {self._silence_limit:g} seconds")
 
     def _is_silent(self) -> bool:
-        return self._silence > self._silence_limit
+        silence, limit = self._silence, self._silence_limit
+        return silence.seconds > limit or silence.total > MAX_WAIT_FACTOR * limit
 
     def _kill(self) -> None:
         """Kill the engine's process, if it still runs but must be replaced. Its parent then notices its end."""

@@ -4,11 +4,12 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
 from engine.shared.messages import Hello
-from server.engine_client.liveness import CHECK_SECONDS
+from server.engine_client.liveness import EngineLiveness
 from server.http.errors import EngineDeadError, EngineUnavailableError
 from tests.support.engine_clients import connected, read, ready, request, until
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
@@ -102,18 +103,60 @@ async def test_an_engine_that_waits_for_a_cpu_does_not_hang(
     fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
-    share, waited = 0.9, 0.0  # of the time, and seconds in all
-
-    def cpu_waits(_pid: int) -> dict[int, float]:
-        nonlocal waited
-        waited += share * CHECK_SECONDS
-        return {1: 7.0, 2: waited}
-
-    monkeypatch.setattr("server.engine_client.liveness.cpu_waits", cpu_waits)
-    async with ready(fake_engine.config.address, step_timeout=1.5) as client:
+    clock: Callable[[], float] = time.monotonic  # a thread that always waits
+    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _pid: {1: 7.0, 2: clock()})
+    async with ready(fake_engine.config.address, step_timeout=1.5, engine_pid=os.getpid()) as client:
         fake_engine.hang()
         await asyncio.sleep(4)
         assert client.is_healthy
-        share = 0.0
+        ended = time.monotonic()
+        clock = lambda: ended  # noqa: E731
         async with asyncio.timeout(4):
             await client.died.wait()
+
+
+async def test_an_engine_that_waits_for_a_cpu_forever_is_dead(
+    fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread may hang while another one waits."""
+    monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
+    monkeypatch.setattr("server.engine_client.liveness.MAX_WAIT_FACTOR", 2)
+    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _pid: {1: time.monotonic()})
+    async with ready(fake_engine.config.address, step_timeout=1.5, engine_pid=os.getpid()) as client:
+        fake_engine.hang()
+        await asyncio.sleep(3)
+        assert client.is_healthy
+        async with asyncio.timeout(4):
+            await client.died.wait()
+
+
+@pytest.mark.checklist("F06")
+async def test_a_hang_is_noticed_after_checks_have_failed(
+    fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_calls = 0
+
+    def fail_at_first(_pid: int) -> dict[int, float]:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls <= 3:
+            raise RuntimeError
+        return {}
+
+    monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
+    monkeypatch.setattr("server.processes.run_queue.cpu_waits", fail_at_first)
+    async with ready(fake_engine.config.address, step_timeout=1.5, engine_pid=os.getpid()) as client:
+        fake_engine.hang()
+        async with asyncio.timeout(6):
+            await client.died.wait()
+        assert num_calls > 3
+
+
+async def test_a_death_is_announced_though_its_handling_fails() -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    liveness = EngineLiveness(step_timeout=1.0, engine_pid=None, can_restart=False, on_loss=fail, on_death=fail)
+    with pytest.raises(MemoryError):
+        liveness.lose("it hangs")
+    assert liveness.died.is_set()

@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from server.processes.run_queue import cpu_waits, longest_wait
+import pytest
+
+from server.processes.run_queue import Silence, cpu_waits, longest_wait
 
 BUSY = "import os; os.sched_setaffinity(0, {%d}); print(flush=True)\nwhile True: pass"
 IDLE = "import time; print(flush=True); time.sleep(60)"
@@ -40,3 +43,62 @@ def test_processes_that_share_a_cpu_wait_for_it() -> None:
 def test_threads_that_have_begun_or_ended_meanwhile() -> None:
     assert longest_wait({1: 5.0, 2: 1.0}, {2: 1.5, 3: 100.0}) == 0.5
     assert longest_wait({}, {}) == 0.0
+
+
+def test_waits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_path: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert cpu_waits(os.getpid()) == {}
+
+
+class Machine:
+    """A clock, and how long the threads of a process have waited for a CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.waits = 100.0, {1: 0.0, 2: 50.0}
+        monkeypatch.setattr("server.processes.run_queue.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: dict(self.waits))
+        self.silence = Silence(0.5)
+
+    def count(self, *, elapsed: float = 0.5, wait: float = 0.0) -> None:
+        self.now += elapsed
+        self.waits[1] += wait
+        self.silence.count(1)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_silence_counts_until_it_is_broken(machine: Machine) -> None:
+    for _ in range(6):
+        machine.count()
+    assert machine.silence.seconds == machine.silence.total == pytest.approx(3.0)
+    machine.silence.reset()
+    assert machine.silence.seconds == machine.silence.total == 0.0
+
+
+def test_a_pause_of_this_process_counts_as_one_period(machine: Machine) -> None:
+    machine.count(elapsed=60.0)
+    machine.count(elapsed=60.0, wait=59.9)
+    assert machine.silence.seconds == pytest.approx(0.6)
+    assert machine.silence.total == 1.0
+
+
+def test_checks_that_are_late_count_what_a_thread_did_not_wait(machine: Machine) -> None:
+    for _ in range(10):
+        machine.count(elapsed=0.8, wait=0.5)
+    assert machine.silence.seconds == pytest.approx(0.5 + 9 * 0.3)
+
+
+def test_a_wait_that_is_reported_when_it_is_over_takes_back_what_was_counted(machine: Machine) -> None:
+    for _ in range(8):
+        machine.count()
+    machine.count(wait=3.0)
+    assert machine.silence.seconds == pytest.approx(1.5)
+    machine.count(wait=30.0)
+    assert machine.silence.seconds == 0.0
+    assert machine.silence.total == pytest.approx(5.0)
