@@ -80,7 +80,7 @@ class EngineClient:
         self._admission = Admission(self._liveness, metrics, limits)
         self._streams = OpenStreams(self._send_if_ready, self._admission, metrics)
         self._adapters = LoadedAdapters(self._connection.send)
-        self.records = RecordQuestions(self._connection.send, self.check_ready)
+        self.records = RecordQuestions(self._connection.send, self._liveness.check_ready)
         self._tasks: list[asyncio.Task[None]] = []  # of the current engine
         self._watchers: list[asyncio.Task[None]] = []  # of the heartbeat and of timeouts
         metrics.set_stats_source(self._current_stats)
@@ -131,12 +131,6 @@ class EngineClient:
     def ready_info(self) -> EngineInfo:
         """Return the engine's properties; see `EngineLiveness.ready_info`. Raises EngineUnavailableError."""
         return self._liveness.ready_info()
-
-    def check_ready(self) -> None:
-        """Raise EngineUnavailableError unless the engine is ready."""
-        self.ready_info()
-        if self.is_restarting:
-            raise EngineUnavailableError("The engine is being restarted. Please retry later.")
 
     @property
     def is_ready(self) -> bool:
@@ -275,7 +269,7 @@ class EngineClient:
 
     def _check_adapters_can_change(self) -> None:
         self.check_open()
-        self.check_ready()
+        self._liveness.check_ready()
 
     # Messages from the engine.
 

@@ -101,6 +101,12 @@ class EngineLiveness:
             raise EngineUnavailableError("The model is still being loaded. Please retry later.")
         return self.info
 
+    def check_ready(self) -> None:
+        """Raise EngineUnavailableError unless the engine is ready."""
+        self.ready_info()
+        if self.is_restarting:
+            raise EngineUnavailableError("The engine is being restarted. Please retry later.")
+
     def on_message(self) -> None:
         """Note that a message of any kind arrived."""
         self._silence.reset()
