@@ -38,8 +38,19 @@ def _check_page(settings: Settings, headers: Headers) -> APIError | None:
     With keys, a page that names another host gains nothing: it does not have the key.
     """
     rules = HostRules([settings.host], [origin for origin in settings.allowed_origins if origin != "*"])
+    own_host = host_of_url(f"//{headers.get('host', '')}") or None  # of the origin `null`, it is empty, too
     host_error = None if settings.needs_key else rules.check_host(headers)
-    return host_error or rules.check_origin(headers, own_host=host_of_url(f"//{headers.get('host', '')}"))
+    return host_error or rules.check_origin(headers, own_host=own_host) or _check_site(headers)
+
+
+def _check_site(headers: Headers) -> APIError | None:
+    """Return why a request is refused that another site's page makes for an image or a link, or None.
+
+    Browsers send no Origin with it. The page cannot read the answer, but the engine would work for it.
+    """
+    if headers.get("sec-fetch-site") == "cross-site" and "origin" not in headers:
+        return ForbiddenError("What the engine does is not shown to other sites' pages that send no Origin.")
+    return None
 
 
 def _refusal(settings: Settings, headers: Headers) -> str | None:

@@ -61,6 +61,26 @@ def test_hosts_and_origins_are_checked_even_if_it_is_public(
         assert read(server, **headers).status_code == 200
 
 
+def test_pages_of_other_sites_start_no_work(server: RunningServer) -> None:
+    """A browser sends such requests for images and links, without an Origin."""
+    for path in ("steps", "trace", "events", "requests/mine"):
+        check_error(read(server, path=path, sec_fetch_site="cross-site", sec_fetch_mode="no-cors"), 403)
+    for site in ("none", "same-origin", "same-site"):
+        assert read(server, sec_fetch_site=site).status_code == 200
+    page = "http://127.0.0.1:3000"  # may read, and is another site than localhost
+    assert read(server, origin=page, sec_fetch_site="cross-site").status_code == 200
+
+
+@pytest.mark.parametrize("settings", [{"allowed_origins": ("*",), "inspect_public": True}, KEYS])
+def test_a_file_may_not_read_without_a_host(start_server: StartServer, settings: dict[str, Any]) -> None:
+    server = start_server(**settings)
+    with server.connect() as connection:
+        headers = "Origin: null\r\nAuthorization: Bearer key-a\r\n"
+        connection.sendall(f"GET /lightwell/v1/steps HTTP/1.0\r\n{headers}\r\n".encode())
+        with connection.makefile("rb") as answer:
+            assert answer.readline().split()[1] == b"403"
+
+
 def test_named_origins_may_read(start_server: StartServer) -> None:
     server = start_server(allowed_origins=(PAGE,))
     assert read(server, origin=PAGE).status_code == 200
