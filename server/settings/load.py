@@ -140,6 +140,17 @@ def check_adapter_names(settings: Settings, model_names: Collection[str]) -> Non
             raise SettingsError(f"--lora-modules: {name} is the name of the model; choose another adapter name")
 
 
+def hidden_without_keys(settings: Settings) -> str | None:
+    """Return why a server without API keys shows nobody what the engine does, or None if it may show it."""
+    if settings.inspect_public:
+        return None
+    if settings.uds is None and not is_loopback(settings.host):
+        return "Without API keys, what the engine does is shown only by a server that listens on loopback"
+    if "*" in settings.allowed_origins:
+        return "Without API keys, what the engine does is not shown where all origins are allowed"
+    return None
+
+
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach `host`. Names other than localhost count as reachable."""
     try:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from server.settings.load import hidden_without_keys
 from server.settings.table import Settings
 
 if TYPE_CHECKING:
@@ -51,5 +52,15 @@ def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str,
         max_loras=settings.max_loaded_adapters,
         max_lora_rank=settings.max_lora_rank,
         step_timeout=settings.step_timeout,
-        keep_token_ids=settings.inspect and (not settings.needs_key or settings.record_requests > 0),
+        keep_token_ids=_keeps_token_ids(settings),
     )
+
+
+def _keeps_token_ids(settings: Settings) -> bool:
+    """Return whether the engine keeps tokens of prompts for those who may read what was cached of theirs.
+
+    With keys, they stay as private as other texts: they are kept only where requests are recorded.
+    """
+    if settings.needs_key:
+        return settings.inspect and settings.record_requests > 0
+    return settings.inspect and hidden_without_keys(settings) is None

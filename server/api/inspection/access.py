@@ -10,7 +10,7 @@ from engine.shared.records import Question
 from server.context import ServerContext, get_context
 from server.http.access_control import HostRules, host_of_url, tenant_of_keys
 from server.http.errors import APIError, ForbiddenError, UnauthorizedError
-from server.settings.load import is_loopback
+from server.settings.load import hidden_without_keys
 from server.settings.table import Settings
 from server.tenants import Tenant, get_tenant
 
@@ -55,10 +55,8 @@ def _check_site(headers: Headers) -> APIError | None:
 
 def _refusal(settings: Settings, headers: Headers) -> str | None:
     """Return why a client without a key may not read, or None."""
-    if settings.uds is None and not is_loopback(settings.host):
-        return "Without API keys, what the engine does is shown only by a server that listens on loopback"
-    if "*" in settings.allowed_origins:
-        return "Without API keys, what the engine does is not shown where all origins are allowed"
+    if (reason := hidden_without_keys(settings)) is not None:
+        return reason
     for name in headers:
         if name in FORWARDING_HEADERS or name.startswith(FORWARDING_PREFIX):
             return f"Without API keys, what the engine does is not shown through a proxy (header {name})"

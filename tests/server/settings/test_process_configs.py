@@ -37,8 +37,17 @@ def test_engine_config_has_everything_the_engine_asks_for() -> None:
         ({"admin_key": "k"}, False),
         ({"api_keys_file": "keys.yaml"}, False),
         ({"api_key": ("k",), "record_requests": 1}, True),
+        ({"api_key": ("k",), "record_requests": 1, "host": "0.0.0.0"}, True),
+        ({"host": "0.0.0.0"}, False),
+        ({"host": "0.0.0.0", "uds": "/tmp/socket"}, True),
+        ({"host": "0.0.0.0", "inspect_public": True}, True),
+        ({"allowed_origins": ("*",)}, False),
+        ({"allowed_origins": ("*",), "record_requests": 1}, False),
+        ({"allowed_origins": ("*",), "inspect_public": True}, True),
         ({"api_key": ("k",), "record_requests": 1, "inspect": False}, False),
     ],
 )
-def test_token_ids_are_kept_without_keys_or_if_requests_are_recorded(settings: dict[str, Any], expected: bool) -> None:
+def test_token_ids_are_kept_where_they_are_read_and_with_keys_if_requests_are_recorded(
+    settings: dict[str, Any], expected: bool
+) -> None:
     assert engine_config(Settings(**settings), Path("/m.gguf"), {}).keep_token_ids is expected
