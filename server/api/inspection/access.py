@@ -3,8 +3,13 @@
 They hold no text, but they say who sends how much and when: without keys, they are for the user of this machine.
 """
 
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple, Unpack
+
+import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.responses import Response
 
 from engine.shared.records import Question
 from server.context import ServerContext, get_context
@@ -13,6 +18,10 @@ from server.http.errors import APIError, ForbiddenError, UnauthorizedError
 from server.settings.load import hidden_without_keys
 from server.settings.table import Settings
 from server.tenants import Tenant, get_tenant
+from server.text.text_threads import LONG_BYTES
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 FORWARDING_HEADERS = frozenset(
     {"forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip", "cf-connecting-ip"}
@@ -70,7 +79,7 @@ class RecordAccess:
         self.context: ServerContext = get_context(request)
         self.tenant: Tenant = get_tenant(request)
         self.has_keys = self.context.settings.needs_key
-        self._scope = request.scope
+        self._request = request
         self._num_reloads: int | None = None  # of the keys, when `check_key` last found the tenant
 
     def check_key(self) -> None:
@@ -79,7 +88,7 @@ class RecordAccess:
         if not self.has_keys or self._num_reloads == keys.num_reloads:
             return
         self._num_reloads = keys.num_reloads
-        tenant = tenant_of_keys(self._scope, keys)
+        tenant = tenant_of_keys(self._request.scope, keys)
         if tenant is None:
             raise UnauthorizedError(key_given=True)
         self.tenant = tenant
@@ -109,3 +118,15 @@ class RecordAccess:
     async def ask(self, question: Question) -> object:
         """Return the engine's answer; see `RecordQuestions.ask`. Raises APIError."""
         return await self.context.client.records.ask(question)
+
+    async def run(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+        """Run `function`, which converts records and may need some 20 ms, in a thread."""
+        return await self.context.text_threads.run(self.tenant, LONG_BYTES, function, *args)
+
+    async def respond(self, function: Callable[[Unpack[Ts]], object], *args: *Ts) -> Response:
+        """Return what `function` makes of records, as JSON that counts in the memory limit of answers."""
+        return self.context.long_answer(self._request, await self.run(_encode, function, args))
+
+
+def _encode(function: Callable[[Unpack[Ts]], object], args: tuple[*Ts]) -> bytes:
+    return msgspec.json.encode(function(*args))

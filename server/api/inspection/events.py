@@ -85,7 +85,7 @@ async def _events(access: RecordAccess, engine: str, after: int) -> AsyncGenerat
                 num_seen = num_reported
             if answer.steps:
                 after = answer.steps[-1].step_id
-                data = msgspec.json.encode(step_list(access, answer))
+                data = msgspec.json.encode(await access.run(step_list, access, answer))
                 yield f"id: {engine}-{after}\ndata: ".encode() + data + b"\n\n"
         await asyncio.sleep(INTERVAL)
 

@@ -31,7 +31,7 @@ async def list_steps(
     access = RecordAccess(request)
     answer = await access.ask(ReadSteps(after=after, limit=limit))
     assert isinstance(answer, Steps)
-    return StructResponse(step_list(access, answer))
+    return await access.respond(step_list, access, answer)
 
 
 def step_list(access: RecordAccess, answer: Steps) -> StepList:
@@ -54,8 +54,12 @@ async def list_queue(
     access = RecordAccess(request)
     answer = await access.ask(ReadQueue(limit=limit))
     assert isinstance(answer, Queue)
+    return await access.respond(_queue_list, access, answer)
+
+
+def _queue_list(access: RecordAccess, answer: Queue) -> QueueList:
     data = [queued_view(access, choice, answer.now) for choice in answer.choices]
-    return StructResponse(QueueList(num_waiting=answer.num_waiting, data=data))
+    return QueueList(num_waiting=answer.num_waiting, data=data)
 
 
 @router.get("/lightwell/v1/blocks")
@@ -68,7 +72,7 @@ async def list_blocks(
     access = RecordAccess(request)
     answer = await access.ask(ReadBlocks(tenant=access.own_name, start=start, limit=limit))
     assert isinstance(answer, Blocks)
-    return StructResponse(block_map(access, answer, start + limit))
+    return await access.respond(block_map, access, answer, start + limit)
 
 
 @router.get("/lightwell/v1/requests")
@@ -91,8 +95,12 @@ async def list_requests(
     )
     answer = await access.ask(question)
     assert isinstance(answer, Requests)
+    return await access.respond(_request_list, access, answer)
+
+
+def _request_list(access: RecordAccess, answer: Requests) -> RequestList:
     data = [request_view(access, info, answer.now) for info in answer.requests]
-    return StructResponse(RequestList(has_more=answer.has_more, data=data))
+    return RequestList(has_more=answer.has_more, data=data)
 
 
 @router.get("/lightwell/v1/requests/{request_id}")
@@ -100,8 +108,12 @@ async def retrieve_request(request: Request, request_id: str) -> Response:
     """Return what happened to the latest request with this id: that of its answer, or its x-request-id."""
     access = RecordAccess(request)
     answer = await read_request(access, request_id)
+    return await access.respond(_request_details, access, answer)
+
+
+def _request_details(access: RecordAccess, answer: Requests) -> RequestDetails:
     choices = [choice_detail(access, info, answer.now, info.detail) for info in answer.requests if info.detail]
-    return StructResponse(RequestDetails(id=choices[0].id, has_more=answer.has_more, choices=choices))
+    return RequestDetails(id=choices[0].id, has_more=answer.has_more, choices=choices)
 
 
 async def read_request(access: RecordAccess, request_id: str) -> Requests:

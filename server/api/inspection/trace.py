@@ -11,7 +11,6 @@ from server.api.inspection.access import RecordAccess, check_may_read
 from server.api.inspection.routes import read_request
 from server.api.inspection.schemas import Trace, TraceInfo
 from server.api.inspection.trace_events import Args, TraceBuilder
-from server.http.json_response import StructResponse
 
 STEPS_AT_A_TIME = 256  # between them, other requests are served
 MAX_QUESTIONS = 16  # for steps
@@ -34,7 +33,7 @@ async def trace_engine(
     is_complete = await _add_steps(access, trace, since)
     answer = await access.ask(ReadRequests(tenant=access.own_name, since=since, limit=MAX_TRACED))
     assert isinstance(answer, Requests)
-    return _response(access, trace, answer, is_complete=is_complete)
+    return await access.respond(_whole, access, trace, answer, is_complete)
 
 
 @router.get("/lightwell/v1/requests/{request_id}/trace")
@@ -47,7 +46,7 @@ async def trace_request(request: Request, request_id: str) -> Response:
     until = max(answer.now if each.finished is None else each.finished for each in times)
     trace = TraceBuilder(access.clock_offset)
     is_complete = await _add_steps(access, trace, since, until)
-    return _response(access, trace, answer, is_complete=is_complete)
+    return await access.respond(_whole, access, trace, answer, is_complete)
 
 
 async def _add_steps(access: RecordAccess, trace: TraceBuilder, since: float, until: float = math.inf) -> bool:
@@ -58,19 +57,20 @@ async def _add_steps(access: RecordAccess, trace: TraceBuilder, since: float, un
         answer = await access.ask(ReadSteps(after=after, since=since, limit=STEPS_AT_A_TIME))
         assert isinstance(answer, Steps)
         num_lost += answer.num_lost
-        trace.add_steps(step for step in answer.steps if step.started <= until)
+        await access.run(trace.add_steps, [step for step in answer.steps if step.started <= until])
         if not answer.has_more or answer.steps[-1].started > until:
             return num_lost == 0
         after = answer.steps[-1].step_id
     return False
 
 
-def _response(access: RecordAccess, trace: TraceBuilder, answer: Requests, *, is_complete: bool) -> Response:
+def _whole(access: RecordAccess, trace: TraceBuilder, answer: Requests, is_complete: bool) -> Trace:
+    """Add the choices to the steps. `is_complete`: these are all."""
     for info in sorted(answer.requests, key=_queued):
         if info.detail is not None:
             trace.add_choice(_name(info), info.times, info.detail, answer.now, _args(access, info))
     about = TraceInfo(engine=access.engine_id, is_complete=is_complete and not answer.has_more)
-    return StructResponse(Trace(trace_events=trace.events, other_data=about))
+    return Trace(trace_events=trace.events, other_data=about)
 
 
 def _queued(info: RequestInfo) -> tuple[float, int, int]:

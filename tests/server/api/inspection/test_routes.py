@@ -1,5 +1,6 @@
 """Steps and requests over real sockets, with a fake engine. What the real one records is tested in tests/e2e."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.shared.records import StepInfo
+from server.api.inspection import routes
+from server.api.inspection.access import RecordAccess
+from server.api.inspection.schemas import StepView
+from server.api.inspection.views import step_view
 from tests.server.conftest import StartServer
 from tests.support.fake_engine import FakeEngine
 from tests.support.records import example_step
@@ -234,3 +240,33 @@ def test_bad_parameters(server: RunningServer, path: str, param: str) -> None:
     error = check_error(get(server, path), 400)
     assert error["param"] == param
     assert param in error["message"] or "Supported values" in error["message"]
+
+
+def test_large_answers_count_in_the_memory_limit(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    server = start_server(max_buffered_bytes=1 << 20)
+    for num_rows, status in ((100, 200), (8000, 400)):
+        fake_engine.config.steps = [example_step(tenants=("",) * num_rows)]
+        assert get(server, "steps").status_code == status
+        assert server.context.answers.num_bytes == 0
+
+
+def test_other_requests_are_served_while_an_answer_is_made(
+    server: RunningServer, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    def slow(access: RecordAccess, step: StepInfo) -> StepView:
+        began.set()
+        assert may_end.wait(20)
+        return step_view(access, step)
+
+    monkeypatch.setattr(routes, "step_view", slow)
+    fake_engine.config.steps = [example_step()]
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(get, server, "steps")
+        assert began.wait(20)
+        try:
+            assert httpx.get(server.url + "/health", timeout=10).status_code == 200
+        finally:
+            may_end.set()
+        assert answer.result().status_code == 200
