@@ -12,6 +12,8 @@ import logging
 import os
 import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Iterable
 from types import FrameType
 
@@ -47,11 +49,12 @@ from engine.shared.messages import (
     Vocabulary,
 )
 from engine.shared.parent_death import die_with_parent
-from engine.shared.records import Question
+from engine.shared.records import Question, ReadFailed
 from engine.startup import capture_graphs, engine_info, log_plan, process_age, progress_bar, warm_up
 
 logger = logging.getLogger("lightwell.engine")
 
+MAX_QUESTIONS = 64  # that wait; an API process has a few at a time
 UNREADABLE = "the request cannot be read"
 ADAPTER_UPDATE_WAIT = 0.005  # seconds between checks of adapters that are loading, if the engine is idle
 
@@ -65,6 +68,8 @@ class EngineLoop:
         self.connections = connections
         self.adapter_updates = AdapterUpdates(engine.adapters, engine.model_config, engine.scheduler)
         self.reader = RecordReader(engine.recorder, engine.scheduler, caches_prefixes=engine.enable_prefix_caching)
+        self.questions: deque[tuple[bytes, Question]] = deque()  # with the API process that asks
+        self.last_work = time.monotonic()  # when there was something to do other than to answer questions
         self.refused: list[TokenEvent] = []  # of choices that were refused before they were queued
 
     def run(self, step_timeout: float) -> None:
@@ -72,20 +77,27 @@ class EngineLoop:
         while True:
             faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS)
             idle = ADAPTER_UPDATE_WAIT if self.adapter_updates else HEARTBEAT_SECONDS
-            self.run_once(0.0 if self.engine.has_work else idle)
+            self.run_once(0.0 if self.engine.has_work or self.questions else idle)
 
     def run_once(self, timeout: float) -> None:
-        """Receive messages, run at most one step, and send its events. Wait up to `timeout` seconds for a message."""
+        """Receive messages, answer at most one question, run at most one step, and send its events.
+
+        Wait up to `timeout` seconds for a message.
+        """
         messages = self.connections.receive(timeout)
         for identity, message in messages:
             self.handle(identity, message)
-        if timeout == HEARTBEAT_SECONDS and not messages:
+        if self.engine.has_work or not all(isinstance(message, Question) for _, message in messages):
+            self.last_work = time.monotonic()
+        is_idle = time.monotonic() >= self.last_work + HEARTBEAT_SECONDS or not messages
+        if timeout == HEARTBEAT_SECONDS and is_idle:
             self.engine.prepare_grammars()
             self.engine.runner.capture_next()
         for identity, done in self.adapter_updates.advance():
             self.announce_adapters(identity, done)
         if not self.connections.flush():
             return  # what is computed now would have to be kept
+        self.answer_question()
         step, events = self.engine.step()
         refused, self.refused = self.refused, []
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
@@ -111,9 +123,23 @@ class EngineLoop:
         elif isinstance(message, Vocabulary):
             self.engine.set_tokenizer(message.tokenizer)
         elif isinstance(message, Question):
-            self.connections.send(identity, self.reader.answer(message))
+            self.ask(identity, message)
         else:
             self.end(identity, message)
+
+    def ask(self, identity: bytes, question: Question) -> None:
+        """Queue a question about the engine's records, unless too many wait."""
+        if len(self.questions) >= MAX_QUESTIONS:
+            self.connections.send(identity, ReadFailed(question.read_id))
+        else:
+            self.questions.append((identity, question))
+
+    def answer_question(self) -> None:
+        """Answer the next question, if any. Each takes up to some milliseconds, so a step follows before the next."""
+        if self.questions:
+            identity, question = self.questions.popleft()
+            if identity in self.connections.identities:
+                self.connections.send(identity, self.reader.answer(question))
 
     def end(self, identity: bytes, damaged: Damaged) -> None:
         """End the request that an unreadable message is about."""

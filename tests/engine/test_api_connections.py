@@ -2,6 +2,7 @@
 
 import errno
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.process import EngineLoop
 from engine.shared.messages import (
+    HEARTBEAT_SECONDS,
     Abort,
     AdapterDone,
     FinishReason,
@@ -29,6 +31,7 @@ from engine.shared.messages import (
     Submit,
     TokenEvent,
 )
+from engine.shared.records import ReadFailed, ReadSteps, Steps
 from tests.engine.test_core import load_tiny_model
 from tests.engine.test_out_of_memory import mixed_submits, never, new_engine
 from tests.support.engine_info import ENGINE_INFO
@@ -373,3 +376,49 @@ def test_events_go_to_the_api_process_that_waits_for_them(connected: Connected) 
     other.close()
     assert isinstance(messages[0], Ready)
     assert all(isinstance(message, Outputs) and message.events == [] for message in messages[1:])
+
+
+def answers(connected: Connected) -> list[Steps | ReadFailed]:
+    """Return the answers that have arrived."""
+    messages = []
+    while connected.socket.poll(20):
+        messages.append(connected.decoder.decode(connected.socket.recv()))
+    return [message for message in messages if isinstance(message, Steps | ReadFailed)]
+
+
+def test_between_two_steps_one_question_is_answered(connected: Connected) -> None:
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    connected.send(Submit(request_id="a", prompt_token_ids=[1], params=params, arrival=0.0))
+    for number in range(1, 6):
+        connected.send(ReadSteps(read_id=number, limit=1))
+    time.sleep(0.05)
+    for number in range(1, 6):
+        num_steps = connected.engine.stats().steps_total
+        connected.loop.run_once(timeout=0.0)
+        assert [answer.read_id for answer in answers(connected)] == [number]
+        assert connected.engine.stats().steps_total == num_steps + 1
+    connected.run([Abort("a")])
+
+
+def test_of_too_many_questions_the_last_ones_fail(connected: Connected, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.process.MAX_QUESTIONS", 2)
+    for number in range(1, 5):
+        connected.send(ReadSteps(read_id=number, limit=1))
+    time.sleep(0.05)
+    for _ in range(3):
+        connected.loop.run_once(timeout=0.0)
+    found = {answer.read_id: type(answer) for answer in answers(connected)}
+    assert found == {1: Steps, 2: Steps, 3: ReadFailed, 4: ReadFailed}
+
+
+def test_questions_do_not_keep_an_idle_engine_from_its_preparations(connected: Connected) -> None:
+    engine = connected.engine
+    with (
+        mock.patch.object(engine, "prepare_grammars") as prepare,
+        mock.patch.object(engine.runner, "capture_next", create=True),
+    ):
+        for seconds_idle, num_calls in ((0.0, 0), (HEARTBEAT_SECONDS, 1)):
+            connected.loop.last_work = time.monotonic() - seconds_idle
+            connected.send(ReadSteps(limit=1))
+            connected.loop.run_once(timeout=HEARTBEAT_SECONDS)
+            assert prepare.call_count == num_calls
