@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
 
 from engine.inspection.blocks import read_blocks
@@ -70,8 +70,8 @@ class RecordReader:
         steps, limit = self.recorder.steps, question.limit
         after, since = question.after or 0, question.since or 0.0
         if question.after is None and question.since is None:
-            latest = list(islice(reversed(steps), limit))
-            return Steps(read_id=question.read_id, steps=_bounded(latest[::-1]), num_lost=0, has_more=False)
+            latest = _bounded(islice(reversed(steps), limit))
+            return Steps(read_id=question.read_id, steps=latest[::-1], num_lost=0, has_more=False)
         later: list[StepRecord] = []
         for step in reversed(steps):
             if step.step_id <= after or step.started < since:
@@ -156,7 +156,7 @@ def _of_one_request(choices: Sequence[Choice]) -> list[Choice]:
     return sorted(own, key=lambda pair: (pair[0].prompt, pair[0].index))
 
 
-def _bounded(steps: list[StepRecord]) -> list[StepInfo]:
+def _bounded(steps: Iterable[StepRecord]) -> list[StepInfo]:
     """Return the first steps, at least one, that have at most `MAX_ROWS` rows together."""
     infos: list[StepInfo] = []
     num_rows = 0

@@ -177,7 +177,7 @@ def test_an_answer_has_a_bounded_number_of_rows_but_at_least_one_step() -> None:
     assert (ids(reading.steps(after=0)), reading.steps(after=0).has_more) == ([1], True)
     assert (ids(reading.steps(after=1)), reading.steps(after=1).has_more) == ([2, 3], True)
     assert (ids(reading.steps(after=3)), reading.steps(after=3).has_more) == ([4], False)
-    assert ids(reading.steps()) == [1]
+    assert (ids(reading.steps()), reading.steps().has_more) == ([3, 4], False)  # the latest
 
 
 def test_rows_say_whose_they_are() -> None:
