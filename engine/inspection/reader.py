@@ -203,7 +203,7 @@ def _queued(request: Request, num_ahead: int) -> QueuedChoice:
         prompt=record.prompt,
         index=record.index,
         tenant=record.tenant,
-        queued=record.queued,
+        queued=record.preemptions[-1] if record.preemptions else record.queued,
         num_ahead=num_ahead,
         num_tokens=request.num_tokens,
         was_preempted=bool(record.preemptions),

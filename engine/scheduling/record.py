@@ -73,10 +73,11 @@ class RequestRecord:
     def times(self, now: float | None = None) -> RequestTimes:
         """Return the timings so far, as sent with the request's events.
 
-        `now`: count the wait of a request that is preempted until then.
+        `now`: count the wait of a request that is preempted until then. One that has ended waited until its end.
         """
-        resumptions = self.resumptions if now is None else [*self.resumptions, now]
-        waits = zip(self.preemptions, resumptions, strict=False)  # a request may end while preempted
+        end = self.finished if now is None else now
+        resumptions = self.resumptions if end is None else [*self.resumptions, end]
+        waits = zip(self.preemptions, resumptions, strict=False)
         waited_before, waited_after = 0.0, 0.0
         for preempted, resumed in waits:
             if self.first_token is None or preempted < self.first_token:

@@ -124,7 +124,7 @@ class QueuedChoice(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt: int
     index: int
     tenant: str
-    queued: float  # when the engine received it
+    queued: float  # when the engine received it, or preempted it last
     num_ahead: int  # choices that start before it, if tenants take turns
     num_tokens: int  # of its prompt, and of its output if it was preempted
     was_preempted: bool

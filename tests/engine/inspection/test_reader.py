@@ -238,6 +238,17 @@ def test_the_queue_as_if_tenants_took_turns() -> None:
         assert ahead == reading.rig.scheduler.queue.num_ahead(request)
 
 
+def test_a_preempted_choice_waits_since_its_preemption() -> None:
+    reading = Reading(max_num_seqs=1)
+    reading.add(prompt(3), "running")
+    reading.rig.step()
+    waiting = reading.add(prompt(5), "waiting")
+    assert [choice.queued for choice in reading.queue()] == [1.0]
+    waiting.record.preemptions += [5.0, 8.0]
+    waiting.record.resumptions += [6.0]
+    assert [choice.queued for choice in reading.queue()] == [8.0]
+
+
 def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> None:
     reading = Reading(max_num_seqs=4)
     reading.add(prompt(3), "first")

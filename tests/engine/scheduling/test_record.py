@@ -84,7 +84,7 @@ def test_timings_of_a_request() -> None:
         num_preemptions=3,
         num_ahead=6,
         preempted_before_first_token=0.5,
-        preempted_after_first_token=0.25,
+        preempted_after_first_token=0.5,
         num_chunks=2,
         num_accepted_tokens=3,
     )
