@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from engine.scheduling.record import RequestRecord
 from engine.shared.records import Prefix, PrefixResult
 
 PART = 256  # tokens that are compared at a time
+MAX_COMPARED = 1 << 18  # tokens compared for one choice, which takes one to ten milliseconds
 Other = tuple[RequestRecord, Sequence[int]]  # a request, and its token ids if they are kept
+
+
+class Nearest(NamedTuple):
+    """The earlier request that has most tokens in common with another one."""
+
+    num_common: int = 0
+    other: RequestRecord | None = None
+    num_tokens: int = 0  # of the earlier request
 
 
 def explain_prefix(
@@ -31,24 +41,51 @@ def explain_prefix(
     started = record.scheduled
     needed = record.num_cached_tokens + block_size  # the first block that was missing ends here
     start = array("i", token_ids[:needed])
-    earlier = [(num_common(start, ids), other) for other, ids in others if _is_earlier(other, started, record)]
-    similar = [pair for pair in earlier if pair[1].salt == record.salt]
-    longest, nearest = max(similar, key=_length, default=(0, None))
-    if longest >= needed and nearest is not None:
-        return _named(_why_not_shared(nearest, needed, started), nearest, num_reusable)
-    elsewhere, other = max(earlier, key=_length, default=(0, None))
-    if elsewhere >= needed and other is not None:
-        is_adapter = other.lora_name != record.lora_name
-        return _named(PrefixResult.OTHER_ADAPTER if is_adapter else PrefixResult.OTHER_SALT, other, num_reusable)
-    if longest == 0 or nearest is None:
+    similar, elsewhere = _nearest(start, (other for other in others if _is_earlier(other[0], started, record)), record)
+    if similar is None or elsewhere is None:
+        return Prefix(result=result, num_reusable_tokens=num_reusable)
+    if similar.other is not None and similar.num_common >= needed:
+        return _named(_why_not_shared(similar.other, needed, started), similar.other, num_reusable)
+    if elsewhere.other is not None and elsewhere.num_common >= needed:
+        is_adapter = elsewhere.other.lora_name != record.lora_name
+        why = PrefixResult.OTHER_ADAPTER if is_adapter else PrefixResult.OTHER_SALT
+        return _named(why, elsewhere.other, num_reusable)
+    if similar.num_common < record.num_cached_tokens:  # the token ids of the request that cached them are forgotten
+        return Prefix(result=result, num_reusable_tokens=num_reusable)
+    if similar.other is None:
         return Prefix(result=PrefixResult.NEW, num_reusable_tokens=num_reusable)
+    if similar.num_common == similar.num_tokens:
+        return _named(PrefixResult.ENDED, similar.other, num_reusable)
     return Prefix(
         result=PrefixResult.DIVERGED,
         num_reusable_tokens=num_reusable,
-        position=longest,
-        token_id=start[longest],
-        similar_id=nearest.shown_id,
+        position=similar.num_common,
+        token_id=start[similar.num_common],
+        similar_id=similar.other.shown_id,
     )
+
+
+def _nearest(
+    start: array[int], others: Iterable[Other], record: RequestRecord
+) -> tuple[Nearest, Nearest] | tuple[None, None]:
+    """Return which request with the salt of `record` has most of `start` in common, and which one with another salt.
+
+    Return None for both if more than `MAX_COMPARED` tokens would have to be compared.
+    """
+    nearest = {True: Nearest(), False: Nearest()}
+    num_left = MAX_COMPARED
+    for other, ids in others:
+        best = nearest[other.salt == record.salt]
+        longest = best.num_common
+        if longest == len(start) or longest >= len(ids) or ids[longest] != start[longest]:
+            continue  # it has no more in common
+        length = num_common(start, ids)
+        if length > longest:
+            nearest[other.salt == record.salt] = Nearest(length, other, len(ids))
+        num_left -= length
+        if num_left < 0:
+            return None, None
+    return nearest[True], nearest[False]
 
 
 def _why_not_shared(other: RequestRecord, needed: int, started: float) -> PrefixResult:
@@ -62,10 +99,6 @@ def _why_not_shared(other: RequestRecord, needed: int, started: float) -> Prefix
 
 def _is_earlier(other: RequestRecord, started: float, record: RequestRecord) -> bool:
     return other is not record and other.scheduled is not None and other.scheduled <= started
-
-
-def _length(pair: tuple[int, RequestRecord]) -> int:
-    return pair[0]
 
 
 def _named(result: PrefixResult, other: RequestRecord, num_reusable: int) -> Prefix:

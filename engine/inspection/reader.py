@@ -124,18 +124,18 @@ class RecordReader:
 
     def _details(self, question: ReadRequests, choices: Sequence[Choice]) -> list[RequestDetail | None]:
         """Return the details of choices. Why a prefix was not found is compared with requests of the same tenant."""
+        num_explained = MAX_EXPLAINED if question.id is not None and self.recorder.keeps_tokens else 0
         others = [
             (other, other.token_ids or () if request is None else request.token_ids)
-            for other, request in self._all()
+            for other, request in (self._all() if num_explained else ())
             if question.tenant in (None, other.tenant)
         ]
-        num_explained = 0 if question.id is None else MAX_EXPLAINED
         block_size = self.scheduler.pool.block_size
         details: list[RequestDetail | None] = []
         for number, (record, request) in enumerate(choices):
-            is_known = self.recorder.keeps_tokens and number < num_explained
             token_ids = record.token_ids if request is None else request.token_ids
-            prefix = explain_prefix(record, token_ids if is_known else None, others, self.caches_prefixes, block_size)
+            known_ids = token_ids if number < num_explained else None
+            prefix = explain_prefix(record, known_ids, others, self.caches_prefixes, block_size)
             details.append(
                 RequestDetail(
                     chunks=[Chunk(chunk.step_id, chunk.start, chunk.num_tokens) for chunk in record.chunks],

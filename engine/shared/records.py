@@ -69,6 +69,7 @@ class PrefixResult(StrEnum):
     # These need the token ids of earlier requests.
     NEW = "new"  # no earlier request begins with the same token
     DIVERGED = "diverged"  # the most similar earlier request has another token at `Prefix.position`
+    ENDED = "ended"  # the most similar earlier request has the same tokens, but too few to fill the block
     OTHER_SALT = "other_salt"  # cached for another `cache_salt` only
     OTHER_ADAPTER = "other_adapter"  # cached for another LoRA adapter, or for none
     NOT_COMPUTED = "not_computed"  # an earlier request with the same tokens had not computed them yet

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine.inspection.prefix import num_common
 from engine.inspection.reader import MAX_ROWS, RecordReader
 from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
 from engine.scheduling.request import Request, new_request
@@ -292,6 +293,65 @@ def test_why_a_prefix_was_or_was_not_found() -> None:
     assert reading.one("later").times.num_cached_tokens == 4
     assert why(reading, "salted") == (PrefixResult.OTHER_SALT, 8, None, None, "later")
     assert why(reading, "adapted")[0] is PrefixResult.OTHER_ADAPTER
+
+
+def test_a_prompt_that_goes_on_where_an_earlier_request_ended() -> None:
+    reading = Reading(num_blocks=32)
+    reading.add(prompt(6), "first", max_tokens=1)
+    reading.rig.run()
+    (record,) = reading.rig.recorder.requests
+    assert record.token_ids is not None
+    reading.add([*record.token_ids, *prompt(6, 700)], "second")
+    reading.rig.run()
+    assert reading.one("second").times.num_cached_tokens == 4
+    assert why(reading, "second") == (PrefixResult.ENDED, 12, None, None, "first")
+
+
+def test_a_prefix_whose_token_ids_are_forgotten() -> None:
+    reading = Reading(num_blocks=32)
+    reading.add(prompt(9), "first")
+    reading.rig.run()
+    reading.rig.recorder.requests[-1].token_ids = None
+    for id, token_ids in (("none", [*prompt(4), *prompt(6, 700)]), ("other", [*prompt(2), *prompt(8, 900)])):
+        reading.add(token_ids, id)
+        reading.rig.run()
+    reading.rig.recorder.requests[-2].token_ids = None
+    reading.add([*prompt(4), *prompt(6, 800)], "last")
+    reading.rig.run()
+    assert reading.one("last").times.num_cached_tokens == 4
+    assert why(reading, "none")[0] is PrefixResult.NOT_FOUND
+    assert why(reading, "last")[0] is PrefixResult.NOT_FOUND  # "other" has two of the tokens
+
+
+def test_a_bounded_number_of_tokens_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Reading(num_blocks=64)
+    for number in range(4):  # each has more in common with the last one than the one after it
+        reading.add([*prompt(7 - number), *prompt(6, 100 * (number + 5))], f"r{number}", salt=b"a")
+        reading.rig.run()
+    reading.add(prompt(12), "last", salt=b"b")
+    reading.rig.run()
+    compared: list[int] = []
+
+    def counting(token_ids: Any, other: Any) -> int:
+        compared.append(num_common(token_ids, other))
+        return compared[-1]
+
+    monkeypatch.setattr("engine.inspection.prefix.num_common", counting)
+    assert why(reading, "last")[0] is PrefixResult.OTHER_SALT
+    assert compared == [4]  # all others have no more of the first block
+    monkeypatch.setattr("engine.inspection.prefix.MAX_COMPARED", 3)
+    assert why(reading, "last")[0] is PrefixResult.NOT_FOUND
+
+
+def test_nothing_is_compared_for_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Reading()
+    reading.add(prompt(9), "first")
+    reading.rig.run()
+    seen = []
+    original = reading.reader._all
+    monkeypatch.setattr(reading.reader, "_all", lambda: [seen.append(pair[0]) or pair for pair in original()])
+    assert reading.requests(since=0.0).requests[0].detail is not None
+    assert len(seen) == 1  # to find the requests
 
 
 def test_an_evicted_prefix() -> None:
