@@ -38,7 +38,7 @@ from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.processes.child_process import RELOAD_SIGNAL, Child
 from server.processes.error_line import print_error
-from server.processes.run_queue import cpu_waits, longest_wait
+from server.processes.run_queue import MAX_WAIT_FACTOR, Silence, cpu_waits
 from server.settings.load import check_adapter_names, check_certificate
 from server.settings.process_configs import ApiProcessConfig, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings
@@ -146,8 +146,7 @@ class Supervisor:
         self._failure = ""  # why the latest engine could not be started
         self._restart_at: float | None = None
         self._hangs_at: float | None = None  # the API process, unless a heartbeat comes; None before the first one
-        self._is_overdue = False
-        self._cpu_waits: Mapping[int, float] = {}  # of the API process, when it was last found overdue
+        self._overdue = Silence(2 * HEARTBEAT_SECONDS)  # of the API process, from then on
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -227,17 +226,19 @@ class Supervisor:
         return self._step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
 
     def _hangs(self, api: Child) -> bool:
-        """Return whether the API process hangs: it is overdue twice, and has not waited for a CPU in between.
+        """Return whether the API process hangs: it is overdue, and has since had time in which it could run.
 
         If all processes were suspended, its heartbeat comes soon after this process wakes up.
         """
         now = time.monotonic()
         if self._hangs_at is None or now < self._hangs_at:
             return False
-        was_overdue, self._is_overdue = self._is_overdue, True
-        before, self._cpu_waits = self._cpu_waits, cpu_waits(api.pid)
         self._hangs_at = now + 2 * HEARTBEAT_SECONDS
-        return was_overdue and longest_wait(before, self._cpu_waits) < HEARTBEAT_SECONDS
+        self._overdue.count(api.pid)
+        return (
+            self._overdue.seconds > MISSED_HEARTBEATS * HEARTBEAT_SECONDS
+            or self._overdue.total > MAX_WAIT_FACTOR * self._silence_limit
+        )
 
     def _after_hang(self, engine: Child, api: Child) -> int:
         """Kill the API process, which cannot drain, and stop the engine. The server ends: no connection is left."""
@@ -258,7 +259,7 @@ class Supervisor:
         if self._engine_deadline is None or time.monotonic() < self._engine_deadline:
             return engine
         if self._restart_at is None:
-            self._load_wait = max(cpu_waits(engine.pid).values(), default=0.0)
+            self._load_wait = max([self._load_wait, *cpu_waits(engine.pid).values()])  # threads may end
             if time.monotonic() < self._started + self._load_limit:
                 return engine
             self._report(f"the engine process has not become ready within {self._load_limit:.0f} s")
@@ -345,7 +346,8 @@ class Supervisor:
     def _read_channel(self, channel: Channel) -> None:
         """Read the heartbeats of the API process."""
         for message in channel.receive():
-            self._hangs_at, self._is_overdue = time.monotonic() + self._silence_limit, False
+            self._hangs_at = time.monotonic() + self._silence_limit
+            self._overdue.reset()
             if isinstance(message, Heartbeat) and message.ready_pid == self._engine_pid and not self._is_ready:
                 self._is_ready = True
                 self._load_seconds = self._load_seconds or time.monotonic() - self._started

@@ -12,12 +12,11 @@ import msgspec
 
 from engine.shared.messages import HEARTBEAT_SECONDS, EngineInfo
 from server.http.errors import EngineUnavailableError
-from server.processes.run_queue import Silence
+from server.processes.run_queue import MAX_WAIT_FACTOR, Silence
 
 logger = logging.getLogger(__name__)
 
 MISSED_HEARTBEATS = 3  # tolerated on top of the longest step
-MAX_WAIT_FACTOR = 10  # an engine that waits for a CPU may be silent for this many times as long
 CHECK_SECONDS = 0.5
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+MAX_WAIT_FACTOR = 10  # a process that waits for a CPU may be silent for this many times as long
+
 
 def cpu_waits(pid: int) -> dict[int, float]:
     """Return for each thread of a process for how many seconds it could have run but got no CPU.

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -498,6 +499,47 @@ def test_a_pause_of_all_processes_is_no_hang(start: Start) -> None:
     os.kill(api, signal.SIGSTOP)
     assert running.end(within=15.0)[0] == 1
     running.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.0, 15), (0.4, 15), (0.7, 17), (0.9, 25), (1.0, 143), (1.2, 143)])
+def test_a_silent_api_process_hangs_even_if_the_machine_is_busy(
+    monkeypatch: pytest.MonkeyPatch, share: float, seconds: int
+) -> None:
+    """`share` of the time, one of its threads waits for a CPU, while another one may loop."""
+    now = began = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: {1: share * now})
+    api: Any = SimpleNamespace(pid=0)
+    with (
+        supervisor.StopSignals() as signals,
+        supervisor.Supervisor(signals, Settings(step_timeout=10.0)) as watched,
+    ):
+        assert not watched._hangs(api)
+        watched._hangs_at = now + 13.0
+        while not watched._hangs(api) and now < began + 200:
+            now += 1.0
+    assert now - began == seconds
+
+
+def test_threads_that_waited_for_a_cpu_may_have_ended_when_the_engine_is_late(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    waits = iter([{1: 5.0, 2: 1.0}, {2: 1.5}])
+    monkeypatch.setattr(supervisor, "cpu_waits", lambda _: next(waits))
+    killed: list[float] = []
+    engine: Any = SimpleNamespace(pid=0, kill=lambda: killed.append(now))
+    with (
+        supervisor.StopSignals() as signals,
+        supervisor.Supervisor(signals, Settings(step_timeout=10.0)) as watched,
+    ):
+        watched._load_seconds = 2.0  # of the first engine
+        while not killed:
+            now += 1.0
+            watched._keep_deadlines(engine, lambda: engine)
+    assert killed == [1000.0 + 3 * 2.0 + 10.0 + 5.0]
+    assert "has not become ready within 21 s" in capfd.readouterr().err
 
 
 def test_when_engines_are_started_again() -> None:
