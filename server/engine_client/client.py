@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import get_args
 
 import msgspec
 
@@ -22,6 +23,7 @@ from engine.shared.messages import (
     ToEngine,
     Vocabulary,
 )
+from engine.shared.records import Answer
 from server.engine_client.adapters import LoadedAdapters
 from server.engine_client.admission import SHUTTING_DOWN, Admission, AdmissionLimits
 from server.engine_client.connection import Damaged, EngineConnection
@@ -33,6 +35,7 @@ from server.http.errors import APIError, EngineDeadError, EngineUnavailableError
 from server.metrics import Metrics
 from server.tenants import ANYBODY, Tenant
 
+ANSWERS = {answer.__name__ for answer in get_args(Answer)}
 UNREADABLE = "The engine's reply cannot be read. Please retry later."
 
 logger = logging.getLogger(__name__)
@@ -308,13 +311,15 @@ class EngineClient:
         self._streams.push(message.events, now)
 
     def _on_damaged(self, message: Damaged) -> None:
-        """End the requests that a message is about which cannot be read: all of them, if it does not even say that."""
+        """End what a message is about which cannot be read: all questions or requests, if it does not even say that."""
         if not self.is_ready or message.type == Ready.__name__:
             self._liveness.lose("its messages cannot be read")
         elif message.request_id:
             self._adapters.finish(AdapterDone(request_id=message.request_id, error=UNREADABLE, is_temporary=True))
         elif message.events:
             self._streams.discard([event.request_id for event in message.events], ServerError())
+        elif message.type in ANSWERS:
+            self.records.fail(ServerError())
         elif message.type != Adapters.__name__:
             self.fail_streams(ServerError())
 

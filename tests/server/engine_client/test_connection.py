@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from engine.shared.messages import LoadAdapter
+from engine.shared.records import ReadQueue
 from server.http.errors import AdaptersBusyError, EngineDeadError, ServerError
 from tests.support.engine_clients import connected, read, ready, request, tokens, until
 from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine, FakeEngineConfig
@@ -68,6 +69,23 @@ async def test_a_message_that_does_not_say_whose_events_are_lost(fake_engine: Fa
         fake_engine.resume()
         assert await read(client.submit(request("next")))
         assert client.num_in_flight == 0
+
+
+@pytest.mark.checklist("F01")
+@pytest.mark.parametrize("name", ["Steps", "Requests", "Queue", "Blocks", "ReadFailed"])
+async def test_an_answer_about_records_that_cannot_be_read(
+    fake_engine: FakeEngine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The questions end, and the requests go on."""
+    monkeypatch.setattr(fake_engine._loop, "_answer", lambda _: {"type": name, "read_id": "x"})
+    async with ready(fake_engine.config.address) as client:
+        fake_engine.pause()
+        stream = client.submit(request())
+        await until(lambda: fake_engine.num_choices)
+        with pytest.raises(ServerError):
+            await client.records.ask(ReadQueue(limit=1))
+        fake_engine.resume()
+        assert tokens(await read(stream)) == [*fake_engine.config.reply, EOS_TOKEN_ID]
 
 
 async def test_a_reply_about_an_adapter_that_cannot_be_read(fake_engine: FakeEngine) -> None:
