@@ -107,7 +107,7 @@ class ApiConnections:
         while self.unsent:
             identity, content = self.unsent[0]
             try:
-                repeat(partial(self.socket.send, identity, zmq.SNDMORE | zmq.NOBLOCK))
+                repeat(partial(self.socket.send, identity, zmq.SNDMORE | zmq.NOBLOCK), final=zmq.Again)
             except zmq.Again:
                 return False
             except zmq.ZMQError as error:
@@ -201,11 +201,13 @@ class ApiConnections:
         self.context.term()
 
 
-def repeat(call: Callable[[], Result]) -> Result:
-    """Return what `call` returns. If it fails, call it up to `MAX_ATTEMPTS` times, then raise."""
+def repeat(call: Callable[[], Result], final: type[Exception] | tuple[()] = ()) -> Result:
+    """Return what `call` returns. If it fails, call it up to `MAX_ATTEMPTS` times, then raise; `final` at once."""
     for _ in range(MAX_ATTEMPTS - 1):
         try:
             return call()
+        except final:
+            raise
         except (zmq.ZMQError, MemoryError):
             time.sleep(PAUSE)
     return call()

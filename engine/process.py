@@ -1,7 +1,7 @@
 """The engine process: a loop that receives messages, runs steps, and sends events.
 
-Each iteration sends at most one message to each API process. If an iteration takes longer than `step_timeout`, the
-stacks of all threads are written to stderr. Whether it hangs or only got no CPU is for the API process to judge.
+Each iteration sends at most one message to each API process. If one takes longer than `step_timeout`, the stacks of
+all threads are written to stderr. Whether it hangs or only got no CPU is for the API process to judge.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ logger = logging.getLogger("lightwell.engine")
 
 MAX_QUESTIONS = 64  # that wait; an API process has a few at a time
 UNREADABLE = "the request cannot be read"
-ADAPTER_UPDATE_WAIT = 0.005  # seconds between checks of adapters that are loading, if the engine is idle
+POLL_SECONDS = 0.005  # between checks of adapters that are loading, if the engine is idle, and of unsent messages
 
 
 class EngineLoop:
@@ -74,10 +74,20 @@ class EngineLoop:
 
     def run(self, step_timeout: float) -> None:
         """Loop forever. If there is nothing to compute, wait for messages and send a heartbeat each second."""
+        armed = -HEARTBEAT_SECONDS
         while True:
-            faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS)
-            idle = ADAPTER_UPDATE_WAIT if self.adapter_updates else HEARTBEAT_SECONDS
-            self.run_once(0.0 if self.engine.has_work or self.questions else idle)
+            if time.monotonic() >= armed + HEARTBEAT_SECONDS:  # not each time: it starts a thread
+                armed = time.monotonic()
+                faulthandler.dump_traceback_later(step_timeout + 2 * HEARTBEAT_SECONDS)
+            self.run_once(self.seconds_to_wait())
+
+    def seconds_to_wait(self) -> float:
+        """Return for how long to wait for messages before the next step. None is computed while one is unsent."""
+        if self.connections.unsent:
+            return POLL_SECONDS
+        if self.engine.has_work or self.questions:
+            return 0.0
+        return POLL_SECONDS if self.adapter_updates else HEARTBEAT_SECONDS
 
     def run_once(self, timeout: float) -> None:
         """Receive messages, answer at most one question, run at most one step, and send its events.

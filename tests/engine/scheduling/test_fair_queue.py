@@ -418,7 +418,7 @@ def test_a_sheltered_request_does_not_shelter_the_others_of_its_tenant(monkeypat
     while huge.status is Status.RUNNING:
         rig.step()
     rig.now = 400.0
-    while huge.status is not Status.RUNNING:  # it is overdue, and displaces the other
+    while not rig.running("a"):  # it is overdue, and displaces the other
         rig.step()
     rig.scheduler.abort(small[0].request_id)
     others = [rig.add("a", 3, 30) for _ in range(6)]
