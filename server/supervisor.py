@@ -298,7 +298,7 @@ class Supervisor:
         if engine.has_ended:
             self._tell(EngineGone("its process has ended, and the server is shutting down"))
         self._stop(api, self._drain_timeout + DRAIN_GRACE_SECONDS)
-        was_in_step = not self._stop(engine, STOP_SECONDS)  # whose result nobody waits for
+        was_in_step = not self._stop(engine, STOP_SECONDS) and engine.was_killed  # nobody waits for the result
         failed = [child for child in (engine, api) if not child.ended_well and not (child is engine and was_in_step)]
         for child in failed:
             self._report(child.outcome)

@@ -77,6 +77,11 @@ class Child:
         return self._process.returncode in (0, -signal.SIGTERM)
 
     @property
+    def was_killed(self) -> bool:
+        """True if the process was ended by SIGKILL, and is reaped."""
+        return self._process.returncode == -signal.SIGKILL
+
+    @property
     def outcome(self) -> str:
         """Description of the end of the process, for the log."""
         code = self._process.returncode

@@ -23,6 +23,7 @@ import pytest
 from engine.config import EngineProcessConfig
 from server import supervisor
 from server.model_paths import ModelError, ResolvedModel
+from server.processes import child_process
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
@@ -276,6 +277,32 @@ def test_an_engine_in_a_long_step_is_killed_after_the_drain(start: Start) -> Non
     running.signal(signal.SIGTERM)
     assert running.end() == (0, [])
     running.assert_nothing_is_left()
+
+
+def test_an_engine_that_cannot_be_killed_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It hangs in a driver, for example."""
+    killpg = os.killpg
+    monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(child_process, "KILL_SECONDS", 0.2)
+    ignore_sigterm = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    with (
+        supervisor.StopSignals() as signals,
+        supervisor.Supervisor(signals, Settings(drain_timeout=0.0)) as watched,
+    ):
+        reader, writer = os.pipe()
+        monkeypatch.setattr(os, "killpg", lambda *_: None)
+        code = f"{ignore_sigterm}; os.write({writer}, b'x'); time.sleep(60)"
+        engine = watched.start("engine", [sys.executable, "-c", code], msgspec.Struct(), [writer])
+        api = watched.start("API", [sys.executable, "-c", "pass"], msgspec.Struct())
+        assert os.read(reader, 1)
+        status = watched._after_signal(engine, api)
+        monkeypatch.setattr(os, "killpg", killpg)
+    os.close(reader)
+    os.close(writer)
+    assert status == 1
+    assert "the engine process cannot be killed" in capfd.readouterr().err
 
 
 def test_an_api_that_fails_to_drain_is_reported(start: Start) -> None:
