@@ -127,8 +127,9 @@ class EngineLiveness:
 
     def engine_started(self, pid: int) -> None:
         """Watch the process of another engine, which has been started in place of a lost one."""
-        if not self.is_restarting:
-            self.lose("its process has ended")  # this process has not noticed yet
+        if not self.is_restarting:  # this process has not noticed yet
+            self._engine_pid = None  # it may have become that of another process, which must not be killed
+            self.lose("its process has ended")
         if self.is_restarting:
             self._watch_process(pid)
 

@@ -3,15 +3,18 @@
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from engine.shared.messages import Hello
 from server.engine_client.liveness import EngineLiveness
 from server.http.errors import EngineDeadError, EngineUnavailableError
 from tests.support.engine_clients import connected, read, ready, request, until
+from tests.support.engine_info import ENGINE_INFO
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
 
 pytestmark = pytest.mark.anyio
@@ -160,3 +163,24 @@ async def test_a_death_is_announced_though_its_handling_fails() -> None:
     with pytest.raises(MemoryError):
         liveness.lose("it hangs")
     assert liveness.died.is_set()
+
+
+async def test_a_process_that_has_the_id_of_an_engine_that_has_ended_is_not_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_pid: int) -> int:
+        raise OSError
+
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    process = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220
+    liveness = EngineLiveness(
+        step_timeout=1.0, engine_pid=process.pid, can_restart=True, on_loss=lambda: None, on_death=lambda: None
+    )
+    liveness.start()
+    liveness.set_ready(msgspec.structs.replace(ENGINE_INFO, pid=process.pid))
+    liveness.engine_started(os.getpid())
+    assert liveness.is_restarting
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.kill()
+    process.wait()
