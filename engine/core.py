@@ -200,7 +200,7 @@ class Engine:
             return None, [], None
         in_flight, self.in_flight = self.in_flight, None
         step, clock = in_flight.step, in_flight.clock
-        clock.lap("overlap")
+        clock.lap("overlap_next")
         outputs = self._attempt(step, in_flight.outputs.read)
         if isinstance(outputs, Failure):
             return None, [], (step, outputs)

@@ -310,7 +310,8 @@ def hidden_share(bench: Bench, loaded: LoadedModel, num_streams: int) -> float:
     engine = engine_with(loaded, runner, num_streams, bench.context, NUM_GENERATED)
     run_all(engine)
     steps = list(engine.recorder.steps)[-NUM_GENERATED // 2 :]  # all streams decode, and the graphs are captured
-    host = sum(seconds for step in steps for part, seconds in step.seconds.items() if part not in ("overlap", "wait"))
+    others = ("overlap", "overlap_next", "wait")
+    host = sum(seconds for step in steps for part, seconds in step.seconds.items() if part not in others)
     return max(0.0, 1.0 - runner.idle_seconds(len(steps)) / host)
 
 

@@ -13,7 +13,7 @@ from server.api.inspection.schemas import Trace, TraceInfo
 from server.api.inspection.trace_events import Args, TraceBuilder
 
 STEPS_AT_A_TIME = 256  # between them, other requests are served
-MAX_QUESTIONS = 16  # for steps
+MAX_QUESTIONS = 40  # for steps
 MAX_TRACED = 256  # choices
 MAX_SECONDS = 600
 

@@ -1,6 +1,7 @@
 """Questions about the records of a scheduler that runs a fake model, with blocks of four tokens."""
 
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -343,21 +344,13 @@ def test_a_bounded_number_of_tokens_is_compared(monkeypatch: pytest.MonkeyPatch)
     assert why(reading, "last")[0] is PrefixResult.NOT_FOUND
 
 
-def test_nothing_is_compared_for_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compared_for_traces() -> None:
     reading = Reading()
     reading.add(prompt(9), "first")
     reading.rig.run()
-    num_calls = 0
-    original = reading.reader._all
-
-    def count_calls() -> object:
-        nonlocal num_calls
-        num_calls += 1
-        return original()
-
-    monkeypatch.setattr(reading.reader, "_all", count_calls)
-    assert reading.requests(since=0.0).requests[0].detail is not None
-    assert num_calls == 1  # to find the requests
+    with mock.patch.object(reading.reader, "_all", wraps=reading.reader._all) as read_all:
+        assert reading.requests(since=0.0).requests[0].detail is not None
+    assert read_all.call_count == 1  # to find the requests
 
 
 def test_an_evicted_prefix() -> None:

@@ -415,7 +415,7 @@ def test_a_sheltered_request_does_not_shelter_the_others_of_its_tenant(monkeypat
     while not huge.num_output_tokens:
         rig.step()
     small = [rig.add("b", 150, 600)]
-    while huge.status is Status.RUNNING:
+    while rig.running("a"):
         rig.step()
     rig.now = 400.0
     while not rig.running("a"):  # it is overdue, and displaces the other

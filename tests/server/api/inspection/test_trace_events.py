@@ -18,7 +18,7 @@ from tests.support.records import example_step
 
 OFFSET = 1.7e9  # Unix time of the engine's times
 STAGES = ("tokenizing", "queue", "prefill", "decode", "preempted")
-PARTS = ("schedule", "prepare", "forward", "sample", "overlap", "wait", "update")
+PARTS = ("schedule", "prepare", "forward", "overlap", "sample", "overlap_next", "wait", "update")
 
 
 def built(trace: TraceBuilder) -> dict[str, Any]:
