@@ -413,7 +413,7 @@ def seen(server: RunningServer, path: str, body: Fields) -> tuple[str, list[Any]
     text = re.sub(r'"(created|created_at|[a-z_]+_s|[a-z_]+_duration)":([0-9.e-]+|"[^"]*")', "", text)
     submits = [msgspec.to_builtins(submit) for submit in server.engine.submits[num_submits:]]
     for submit in submits:
-        for name in ("request_id", "arrival"):
+        for name in ("request_id", "arrival", "ids"):
             del submit[name]
         if "seed" not in body:
             submit["params"].pop("seed", None)

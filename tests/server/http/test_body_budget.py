@@ -155,17 +155,17 @@ def large_request(server: RunningServer, num_bytes: int) -> Iterator[threading.T
 def test_a_complete_body_counts_until_its_response(start_server: StartServer) -> None:
     """Small requests pass meanwhile, large ones are refused."""
     server = start_server(max_buffered_bytes=MAX_BYTES)
-    large = json.dumps({"prompt": "x" * 300_000}).encode()
+    large = json.dumps({"tokens": [97] * 80_000}).encode()  # whose answer is much smaller
     headers = {"content-type": "application/json"}
 
-    def tokenize(body: bytes) -> int:
-        return httpx.post(server.url + "/tokenize", content=body, headers=headers).status_code
+    def detokenize(body: bytes) -> int:
+        return httpx.post(server.url + "/detokenize", content=body, headers=headers).status_code
 
     with large_request(server, 900_000):
         wait_until(lambda: server.engine.num_choices == 1)
-        assert tokenize(large) == 503
-        assert tokenize(b'{"prompt": "x"}') == 200
-    assert tokenize(large) == 200
+        assert detokenize(large) == 503
+        assert detokenize(b'{"tokens": [97]}') == 200
+    assert detokenize(large) == 200
 
 
 def test_openais_client_retries(start_server: StartServer) -> None:
