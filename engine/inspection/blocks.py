@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.scheduling.record import RequestRecord
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
-from engine.shared.records import BlockGroup, BlockOwner, BlockRun, Blocks, ReadBlocks
+from engine.shared.records import BlockGroup, BlockRun, Blocks, ChoiceName, ReadBlocks
 
 NONE = -1  # in an array, a block without an owner or a group
 
@@ -103,8 +103,8 @@ def _equal_columns(table: NDArray[np.int64]) -> tuple[list[int], list[int]]:
     return starts, [*starts[1:], num_columns]
 
 
-def _owner(record: RequestRecord) -> BlockOwner:
-    return BlockOwner(record.shown_id, record.prompt, record.index, record.tenant)
+def _owner(record: RequestRecord) -> ChoiceName:
+    return ChoiceName(*record.name)
 
 
 def _queued(request: Request) -> float:

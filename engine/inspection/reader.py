@@ -15,7 +15,6 @@ from engine.scheduling.request import Request, Status
 from engine.scheduling.scheduler import Scheduler
 from engine.shared.records import (
     Answer,
-    Chunk,
     Question,
     Queue,
     QueuedChoice,
@@ -138,7 +137,7 @@ class RecordReader:
             prefix = explain_prefix(record, known_ids, others, self.caches_prefixes, block_size)
             details.append(
                 RequestDetail(
-                    chunks=[Chunk(chunk.step_id, chunk.start, chunk.num_tokens) for chunk in record.chunks],
+                    chunks=record.chunks,
                     preemptions=record.preemptions,
                     resumptions=record.resumptions,
                     prefix=prefix,
@@ -181,28 +180,21 @@ def _step_info(step: StepRecord) -> StepInfo:
 
 
 def _row(row: RowRecord) -> StepRow:
-    record = row.request
     return StepRow(
-        id=record.shown_id,
-        prompt=record.prompt,
-        index=record.index,
-        tenant=record.tenant,
-        position=row.position,
-        num_tokens=row.num_tokens,
-        is_prompt=row.is_prompt,
-        num_generated=row.num_generated,
-        num_drafts=row.num_drafts,
-        num_accepted=row.num_accepted,
+        *row.request.name,
+        row.position,
+        row.num_tokens,
+        row.is_prompt,
+        row.num_generated,
+        row.num_drafts,
+        row.num_accepted,
     )
 
 
 def _queued(request: Request, num_ahead: int) -> QueuedChoice:
     record = request.record
     return QueuedChoice(
-        id=record.shown_id,
-        prompt=record.prompt,
-        index=record.index,
-        tenant=record.tenant,
+        *record.name,
         queued=record.preemptions[-1] if record.preemptions else record.queued,
         num_ahead=num_ahead,
         num_tokens=request.num_tokens,

@@ -13,22 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.shared.records import PrefixResult, RequestTimes
+from engine.shared.records import Chunk, PrefixResult, RequestTimes
 
 NUM_STEPS_KEPT = 4096
 NUM_REQUESTS_KEPT = 1024
 MAX_ROWS_KEPT = 1 << 17  # of all steps; each may be the only one that holds the record of its request, about 1 KB
 MAX_TOKEN_BYTES = 64 << 20  # of the token ids of finished requests
 TOKEN_BYTES = 4
-
-
-@dataclass(slots=True)
-class ChunkRecord:
-    """Prompt tokens, or tokens lost to a preemption, that one step computed for a request."""
-
-    step_id: int
-    start: int
-    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -47,7 +38,7 @@ class RequestRecord:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_accepted_tokens: int = 0
-    chunks: list[ChunkRecord] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     num_ahead: int = 0  # choices ahead of it when it joined the queue
     preemptions: list[float] = field(default_factory=list)
     resumptions: list[float] = field(default_factory=list)  # when it was scheduled again after each preemption
@@ -64,6 +55,11 @@ class RequestRecord:
     def shown_id(self) -> str:
         """The id by which the request is shown. Work that no client has asked for has only the engine's own."""
         return self.ids[0] if self.ids else self.request_id
+
+    @property
+    def name(self) -> tuple[str, int, int, str]:
+        """The fields of its `ChoiceName`."""
+        return self.shown_id, self.prompt, self.index, self.tenant
 
     def take_back(self, step_id: int) -> None:
         """Remove what a step that does not run was to compute, if it is the last one."""

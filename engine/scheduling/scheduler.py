@@ -28,11 +28,12 @@ from engine.scheduling.drafting import Drafting
 from engine.scheduling.fair_queue import FairQueue
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.lifecycle import Lifecycle, new_event
-from engine.scheduling.record import ChunkRecord, Recorder
+from engine.scheduling.record import Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step
 from engine.scheduling.sequences import Sequences, num_rejected
 from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import EngineStats, TokenEvent
+from engine.shared.records import Chunk
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -264,7 +265,7 @@ class Scheduler:
         if num_samples and not self.sequences.ends_next(request):
             kv.num_expected = kv.num_computed + 1
         if num_tokens > 1 or start < request.num_prompt_tokens:
-            request.record.chunks.append(ChunkRecord(self.stats.steps_total + 1, start, num_tokens))
+            request.record.chunks.append(Chunk(self.stats.steps_total + 1, start, num_tokens))
         num_prompt_logprobs = 0
         if request.needs_prompt_logprobs:  # a token's row gives the log probability of the next token
             num_prompt_logprobs = max(0, min(kv.num_computed, request.num_prompt_tokens - 1) - start)
@@ -280,7 +281,7 @@ class Scheduler:
         for item in (running := _running(items)):
             chunks = item.request.record.chunks
             if chunks and chunks[-1].start == item.start:
-                chunks[-1].step_id = self.stats.steps_total + 1
+                chunks[-1] = Chunk(self.stats.steps_total + 1, item.start, chunks[-1].num_tokens)
             item.is_ahead = False
             with self.lifecycle.isolated(item.request):
                 item.request.rewind()

@@ -29,13 +29,18 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_accepted_tokens: int = 0  # output tokens that came from accepted drafts
 
 
-class StepRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a step computed for one choice."""
+class ChoiceName(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which choice of whose request."""
 
     id: str  # of the request, see `Submit.ids`
     prompt: int  # which of the request's prompts
     index: int  # which of the prompt's choices
     tenant: str
+
+
+class StepRow(ChoiceName, frozen=True, array_like=True, gc=False):
+    """What a step computed for one choice."""
+
     position: int  # of its first token
     num_tokens: int
     is_prompt: bool  # it computed prompt tokens; otherwise generated ones
@@ -118,27 +123,14 @@ class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
     detail: RequestDetail | None = None
 
 
-class QueuedChoice(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class QueuedChoice(ChoiceName, frozen=True, array_like=True, gc=False):
     """A choice in the queue."""
 
-    id: str  # of the request, see `Submit.ids`
-    prompt: int
-    index: int
-    tenant: str
     queued: float  # when the engine received it, or preempted it last
     num_ahead: int  # choices that start before it, if tenants take turns
     num_tokens: int  # of its prompt, and of its output if it was preempted
     was_preempted: bool
     can_start: bool  # False while its grammar is compiled
-
-
-class BlockOwner(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A choice that holds blocks."""
-
-    id: str  # of the request, see `Submit.ids`
-    prompt: int
-    index: int
-    tenant: str
 
 
 class BlockGroup(msgspec.Struct, frozen=True, array_like=True):
@@ -239,7 +231,7 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_blocks: int  # of the KV cache
     num_used: int
     groups: list[BlockGroup]
-    owners: list[BlockOwner]
+    owners: list[ChoiceName]
     runs: list[BlockRun]
 
 

@@ -41,9 +41,9 @@ from engine.shared.messages import (
 from engine.shared.records import (
     Answer,
     BlockGroup,
-    BlockOwner,
     BlockRun,
     Blocks,
+    ChoiceName,
     Chunk,
     Prefix,
     PrefixResult,
@@ -232,10 +232,7 @@ class _Loop:
     def _queue(self, question: ReadQueue) -> Queue:
         choices = [
             QueuedChoice(
-                choice.submit.ids[0],
-                choice.submit.prompt,
-                choice.index,
-                choice.submit.tenant,
+                *_name(choice),
                 choice.queued,
                 num_ahead=place,
                 num_tokens=len(choice.submit.prompt_token_ids),
@@ -265,10 +262,7 @@ class _Loop:
             num_blocks=len(runs),
             num_used=len(choices),
             groups=[BlockGroup(2, None)],
-            owners=[
-                BlockOwner(choice.submit.ids[0], choice.submit.prompt, choice.index, choice.submit.tenant)
-                for choice in named
-            ],
+            owners=[ChoiceName(*_name(choice)) for choice in named],
             runs=runs,
         )
 
@@ -443,6 +437,11 @@ class _Loop:
 
     def _send(self, identity: bytes, message: FromEngine) -> None:
         self._socket.send_multipart([identity, self._encoder.encode(message)])
+
+
+def _name(choice: _Running) -> tuple[str, int, int, str]:
+    """Return the fields of a `ChoiceName`."""
+    return choice.submit.ids[0], choice.submit.prompt, choice.index, choice.submit.tenant
 
 
 def _adapters_of(choices: list[_Running]) -> list[str]:

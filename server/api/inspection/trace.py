@@ -11,11 +11,16 @@ from server.api.inspection.access import RecordAccess, check_may_read
 from server.api.inspection.routes import read_request
 from server.api.inspection.schemas import Trace, TraceInfo
 from server.api.inspection.trace_events import Args, TraceBuilder
+from server.api.inspection.views import request_view
 
 STEPS_AT_A_TIME = 256  # between them, other requests are served
 MAX_QUESTIONS = 40  # for steps
 MAX_TRACED = 256  # choices
 MAX_SECONDS = 600
+
+# What Perfetto shows of a choice.
+SHOWN: tuple[str, ...] = ("id", "prompt", "index", "key", "model", "state", "finish_reason")
+SHOWN += ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "num_accepted_tokens", "num_preemptions")
 
 router = APIRouter(dependencies=[Depends(check_may_read)])
 
@@ -68,7 +73,9 @@ def _whole(access: RecordAccess, trace: TraceBuilder, answer: Requests, is_compl
     """Add the choices to the steps. `is_complete`: these are all."""
     for info in sorted(answer.requests, key=_queued):
         if info.detail is not None:
-            trace.add_choice(_name(info), info.times, info.detail, answer.now, _args(access, info))
+            view = request_view(access, info, answer.now)
+            args: Args = {name: getattr(view, name) for name in SHOWN}
+            trace.add_choice(_name(info), info.times, info.detail, answer.now, args)
     about = TraceInfo(engine=access.engine_id, is_complete=is_complete and not answer.has_more)
     return Trace(trace_events=trace.events, other_data=about)
 
@@ -79,20 +86,3 @@ def _queued(info: RequestInfo) -> tuple[float, int, int]:
 
 def _name(info: RequestInfo) -> str:
     return f"{info.ids[0]} {info.prompt}.{info.index}"
-
-
-def _args(access: RecordAccess, info: RequestInfo) -> Args:
-    return {
-        "id": info.ids[0],
-        "prompt": info.prompt,
-        "index": info.index,
-        "key": access.key_name(info.tenant),
-        "model": info.lora_name or access.context.model_names[0],
-        "state": info.state,
-        "finish_reason": info.finish_reason,
-        "num_prompt_tokens": info.times.num_prompt_tokens,
-        "num_cached_tokens": info.times.num_cached_tokens,
-        "num_output_tokens": info.times.num_output_tokens,
-        "num_accepted_tokens": info.times.num_accepted_tokens,
-        "num_preemptions": info.times.num_preemptions,
-    }

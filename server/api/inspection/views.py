@@ -5,6 +5,7 @@ from typing import Any, Literal
 from engine.shared.records import (
     BlockRun,
     Blocks,
+    ChoiceName,
     QueuedChoice,
     RequestDetail,
     RequestInfo,
@@ -30,6 +31,14 @@ from server.api.inspection.schemas import (
 )
 
 
+def _name(access: RecordAccess, choice: ChoiceName) -> dict[str, Any]:
+    """Return the fields that say which choice it is: None for another client's."""
+    if not access.may_see(choice.tenant):
+        return {"id": None, "prompt": None, "index": None, "key": None}
+    key = access.key_name(choice.tenant)
+    return {"id": choice.id, "prompt": choice.prompt, "index": choice.index, "key": key}
+
+
 def step_view(access: RecordAccess, step: StepInfo) -> StepView:
     """Return a step, in which other clients' rows have no names."""
     return StepView(
@@ -44,13 +53,9 @@ def step_view(access: RecordAccess, step: StepInfo) -> StepView:
 
 
 def _row_view(access: RecordAccess, row: StepRow) -> StepRowView:
-    is_visible = access.may_see(row.tenant)
     return StepRowView(
-        id=row.id if is_visible else None,
-        prompt=row.prompt if is_visible else None,
-        index=row.index if is_visible else None,
-        key=access.key_name(row.tenant) if is_visible else None,
-        position=row.position if is_visible else None,
+        **_name(access, row),
+        position=row.position if access.may_see(row.tenant) else None,
         num_tokens=row.num_tokens,
         kind="prompt" if row.is_prompt else "generated",
         num_generated=row.num_generated,
@@ -61,12 +66,8 @@ def _row_view(access: RecordAccess, row: StepRow) -> StepRowView:
 
 def queued_view(access: RecordAccess, choice: QueuedChoice, now: float) -> QueuedChoiceView:
     """Return a choice in the queue, without a name if it is another client's."""
-    is_visible = access.may_see(choice.tenant)
     return QueuedChoiceView(
-        id=choice.id if is_visible else None,
-        prompt=choice.prompt if is_visible else None,
-        index=choice.index if is_visible else None,
-        key=access.key_name(choice.tenant) if is_visible else None,
+        **_name(access, choice),
         waited=now - choice.queued,
         num_ahead=choice.num_ahead,
         num_tokens=choice.num_tokens,
@@ -84,10 +85,7 @@ def block_map(access: RecordAccess, blocks: Blocks, end: int) -> BlockMap:
         num_used=blocks.num_used,
         has_more=end < blocks.num_blocks,
         groups=[BlockGroupView(num_layers=group.num_layers, window=group.window) for group in blocks.groups],
-        owners=[
-            BlockOwnerView(id=owner.id, prompt=owner.prompt, index=owner.index, key=access.key_name(owner.tenant))
-            for owner in blocks.owners
-        ],
+        owners=[BlockOwnerView(**_name(access, owner)) for owner in blocks.owners],
         data=[
             BlockRunView(
                 start=run.start,

@@ -17,7 +17,7 @@ from engine.scheduling.record import Recorder
 from engine.scheduling.request import Request, ScheduledOutput, new_request
 from engine.scheduling.scheduler import Scheduler
 from engine.shared.messages import FromEngine, SamplingParams, Submit
-from engine.shared.records import BlockGroup, BlockOwner, BlockRun, Blocks, ReadBlocks
+from engine.shared.records import BlockGroup, BlockRun, Blocks, ChoiceName, ReadBlocks
 from tests.support.examples import num_examples
 
 BLOCK_SIZE = 4
@@ -109,7 +109,7 @@ def test_blocks_of_a_request_while_it_runs_and_after() -> None:
     blocks = books.read()
     assert (blocks.num_blocks, blocks.num_used, blocks.block_size) == (8, 2, 4)
     assert blocks.groups == [BlockGroup(2, None)]
-    assert blocks.owners == [BlockOwner("r0", 0, 0, "")]
+    assert blocks.owners == [ChoiceName("r0", 0, 0, "")]
     assert [(run.start, run.num_blocks, run.num_holders, run.is_cached, run.age) for run in blocks.runs] == [
         (0, 2, 1, True, 0),
         (2, 6, 0, False, None),
@@ -228,7 +228,7 @@ class BlockMapMachine(RuleBasedStateMachine):
         self,
         run: BlockRun,
         holders: list[tuple[Request, int, int]],
-        owners: list[BlockOwner],
+        owners: list[ChoiceName],
         tenant: str | None,
     ) -> None:
         assert run.num_holders == len(holders)
@@ -239,7 +239,7 @@ class BlockMapMachine(RuleBasedStateMachine):
             return
         request, _, place = min(named, key=lambda holder: holder[0].record.queued)
         assert run.owner is not None
-        assert owners[run.owner] == BlockOwner(request.record.ids[0], 0, 0, request.tenant)
+        assert owners[run.owner] == ChoiceName(request.record.ids[0], 0, 0, request.tenant)
         assert run.position == place * BLOCK_SIZE
 
 

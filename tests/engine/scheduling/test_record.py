@@ -7,14 +7,13 @@ import pytest
 from engine.scheduling.record import (
     NUM_REQUESTS_KEPT,
     NUM_STEPS_KEPT,
-    ChunkRecord,
     Recorder,
     RequestRecord,
     RowRecord,
     StepClock,
     StepRecord,
 )
-from engine.shared.records import RequestTimes
+from engine.shared.records import Chunk, RequestTimes
 
 
 def request_record(index: int = 0) -> RequestRecord:
@@ -68,7 +67,7 @@ def test_timings_of_a_request() -> None:
     record = request_record()
     record.scheduled, record.first_token, record.finished = 3.0, 4.0, 5.0
     record.num_cached_tokens, record.num_output_tokens, record.num_accepted_tokens = 2, 7, 3
-    record.chunks += [ChunkRecord(1, 2, 2), ChunkRecord(2, 4, 1)]
+    record.chunks += [Chunk(1, 2, 2), Chunk(2, 4, 1)]
     record.num_ahead = 6
     record.preemptions += [3.25, 4.25, 4.75]
     record.resumptions += [3.75, 4.5]  # it ended while preempted
@@ -97,7 +96,7 @@ def test_timings_of_a_request_that_never_ran() -> None:
 
 def test_records_share_no_lists() -> None:
     first, second = request_record(), request_record(1)
-    first.chunks.append(ChunkRecord(1, 0, 5))
+    first.chunks.append(Chunk(1, 0, 5))
     first.preemptions.append(1.0)
     assert second.chunks == []
     assert second.preemptions == []
