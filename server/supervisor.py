@@ -11,7 +11,6 @@ import os
 import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resol
 from server.processes.child_process import RELOAD_SIGNAL, Child
 from server.processes.error_line import print_error
 from server.processes.run_queue import MAX_WAIT_FACTOR, Silence, cpu_waits
+from server.processes.stop_signals import StopSignals
 from server.settings.load import check_adapter_names, check_certificate
 from server.settings.process_configs import ApiProcessConfig, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings
@@ -46,7 +46,6 @@ from server.settings.table import REPEAT_LORA_MODULES, Settings
 DEATH_GRACE_SECONDS = 3.0  # for the API process to end its streams with an error after the engine's death
 DRAIN_GRACE_SECONDS = 2.5  # for the API process to exit after --drain-timeout
 STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to finish
-ECHO_SECONDS = 0.1  # signals closer together count as one: `timeout`, for example, signals the process and its group
 CRASH_WINDOW = 60.0  # seconds for which a death of the engine counts
 RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0)  # seconds before a start after the first, second ... death; then no more
 MISSED_HEARTBEATS = 3  # of the API process, tolerated on top of --step-timeout
@@ -56,8 +55,6 @@ MAX_IPC_PATH_BYTES = 100
 SHOW_CURSOR = "\x1b[?25h"
 
 LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher")
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,51 +74,6 @@ class StopNowError(Exception):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
-
-
-class StopSignals:
-    """Receives `STOP_SIGNALS` through a file descriptor that a selector can wait for.
-
-    If the server `reloads`, `RELOAD_SIGNAL` is passed on to `reloader` instead.
-    """
-
-    def __init__(self, *, reloads: bool = False) -> None:
-        self._reloads = reloads
-        self.reloader: Child | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._last = -ECHO_SECONDS
-        # nohup ignores SIGHUP; that must stay.
-        signums = {signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN}
-        signums |= {RELOAD_SIGNAL} if self._reloads else set()
-        self._handlers = {signum: signal.signal(signum, lambda *_: None) for signum in signums}
-        self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno())
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        signal.set_wakeup_fd(self._wakeup_fd)
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._reader.close()
-        self._writer.close()
-
-    def fileno(self) -> int:
-        return self._reader.fileno()
-
-    def take(self) -> int | None:
-        """Read a signal. Return its number, or None if it is no stop signal or follows one within `ECHO_SECONDS`."""
-        signum = self._reader.recv(1)[0]
-        if self._reloads and signum == RELOAD_SIGNAL:
-            if self.reloader is not None:
-                self.reloader.send(RELOAD_SIGNAL)
-            return None
-        now = time.monotonic()
-        if signum not in self._handlers or now - self._last < ECHO_SECONDS:
-            return None
-        self._last = now
-        return signum
 
 
 class Supervisor:

@@ -24,6 +24,7 @@ from engine.config import EngineProcessConfig
 from server import supervisor
 from server.model_paths import ModelError, ResolvedModel
 from server.processes import child_process
+from server.processes.stop_signals import StopSignals
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
@@ -288,7 +289,7 @@ def test_an_engine_that_cannot_be_killed_is_reported(
     monkeypatch.setattr(child_process, "KILL_SECONDS", 0.2)
     ignore_sigterm = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     with (
-        supervisor.StopSignals() as signals,
+        StopSignals() as signals,
         supervisor.Supervisor(signals, Settings(drain_timeout=0.0)) as watched,
     ):
         reader, writer = os.pipe()
@@ -538,7 +539,7 @@ def test_a_silent_api_process_hangs_even_if_the_machine_is_busy(
     monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: {1: share * now})
     api: Any = SimpleNamespace(pid=0)
     with (
-        supervisor.StopSignals() as signals,
+        StopSignals() as signals,
         supervisor.Supervisor(signals, Settings(step_timeout=10.0)) as watched,
     ):
         assert not watched._hangs(api)
@@ -558,7 +559,7 @@ def test_threads_that_waited_for_a_cpu_may_have_ended_when_the_engine_is_late(
     killed: list[float] = []
     engine: Any = SimpleNamespace(pid=0, kill=lambda: killed.append(now))
     with (
-        supervisor.StopSignals() as signals,
+        StopSignals() as signals,
         supervisor.Supervisor(signals, Settings(step_timeout=10.0)) as watched,
     ):
         watched._load_seconds = 2.0  # of the first engine
