@@ -23,6 +23,7 @@ import torch
 from engine.api_connections import ApiConnections, Damaged
 from engine.config import EngineProcessConfig
 from engine.core import BrokenDeviceError, Engine
+from engine.inspection.inspector import Inspector
 from engine.inspection.reader import RecordReader
 from engine.loading import load_model
 from engine.lora.slots import AdapterGoneError
@@ -49,7 +50,7 @@ from engine.shared.messages import (
     Vocabulary,
 )
 from engine.shared.parent_death import die_with_parent
-from engine.shared.records import Question, ReadFailed
+from engine.shared.records import Answer, Inspect, Question, ReadFailed, RecordQuestion
 from engine.startup import capture_graphs, engine_info, log_plan, process_age, progress_bar, warm_up
 
 logger = logging.getLogger("lightwell.engine")
@@ -68,7 +69,8 @@ class EngineLoop:
         self.connections = connections
         self.adapter_updates = AdapterUpdates(engine.adapters, engine.model_config, engine.scheduler)
         self.reader = RecordReader(engine.recorder, engine.scheduler, caches_prefixes=engine.enable_prefix_caching)
-        self.questions: deque[tuple[bytes, Question]] = deque()  # with the API process that asks
+        self.inspector = Inspector(engine)
+        self.questions: deque[tuple[bytes, RecordQuestion]] = deque()  # with the API process that asks
         self.last_work = time.monotonic()  # when there was something to do other than to answer questions
         self.refused: list[TokenEvent] = []  # of choices that were refused before they were queued
 
@@ -85,7 +87,7 @@ class EngineLoop:
         """Return for how long to wait for messages before the next step. None is computed while one is unsent."""
         if self.connections.unsent:
             return POLL_SECONDS
-        if self.engine.has_work or self.questions:
+        if self.engine.has_work or self.questions or self.inspector.has_work:
             return 0.0
         return POLL_SECONDS if self.adapter_updates else HEARTBEAT_SECONDS
 
@@ -108,11 +110,15 @@ class EngineLoop:
         if not self.connections.flush():
             return  # what is computed now would have to be kept
         self.answer_question()
+        started_at = time.monotonic()
         step, events = self.engine.step()
+        step_seconds = time.monotonic() - started_at if self.engine.has_work or step else None
         refused, self.refused = self.refused, []
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
         for abort in self.connections.send_outputs(refused + events, self.engine.stats(), num_tokens, started):
             self.engine.abort(abort.request_id, abort.index)
+        if self.inspector.has_work and (answer := self.inspector.advance(step_seconds)) is not None:
+            self.reply(*answer)
 
     def handle(self, identity: bytes, message: ToEngine | Damaged) -> None:
         """Act on a message of the API process `identity`."""
@@ -139,7 +145,10 @@ class EngineLoop:
 
     def ask(self, identity: bytes, question: Question) -> None:
         """Queue a question about the engine's records, unless too many wait."""
-        if len(self.questions) >= MAX_QUESTIONS:
+        if isinstance(question, Inspect):
+            if (refusal := self.inspector.begin(identity, question)) is not None:
+                self.connections.send(identity, refusal)
+        elif len(self.questions) >= MAX_QUESTIONS:
             self.connections.send(identity, ReadFailed(question.read_id))
         else:
             self.questions.append((identity, question))
@@ -148,8 +157,12 @@ class EngineLoop:
         """Answer the next question, if any. Each takes up to some milliseconds, so a step follows before the next."""
         if self.questions:
             identity, question = self.questions.popleft()
-            if identity in self.connections.identities:
-                self.connections.send(identity, self.reader.answer(question))
+            self.reply(identity, self.reader.answer(question))
+
+    def reply(self, identity: bytes, answer: Answer) -> None:
+        """Send an answer to the API process that asked, unless it has gone."""
+        if identity in self.connections.identities:
+            self.connections.send(identity, answer)
 
     def end(self, identity: bytes, damaged: Damaged) -> None:
         """End the request that an unreadable message is about."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.batch.transfer import HostCopy, packed_copy
-from engine.execution.load import prepare_execution
+from engine.execution.interface import ObservedExecution
+from engine.execution.load import prepare_execution, prepare_observed_execution
 from engine.kernels.interface import Kernels, TokenSampler
 from engine.model import CausalLM
 from engine.model.kv_cache import KVCache
@@ -90,6 +91,12 @@ class ModelRunner:
         with torch.inference_mode():
             self.execution = prepare_execution(kernels, model, kv_cache, builder)
         self.sampled: Tensor | None = None  # [R] int64: the tokens of the previous step, on the device
+
+    @torch.inference_mode()
+    def new_observed_execution(self, max_num_rows: int) -> ObservedExecution:
+        """Return an execution of the same model, for steps of one request with at most so many rows."""
+        builder = self.builder.smaller(max_num_rows)
+        return prepare_observed_execution(self.kernels, self.model, self.kv_cache, builder)
 
     @torch.inference_mode()
     def capture_next(self) -> None:

@@ -9,7 +9,7 @@ from server.api.admin import health, lora_adapters, metrics_page, models, reques
 from server.api.chat import routes as chat
 from server.api.completions import routes as completions
 from server.api.embeddings import routes as embeddings
-from server.api.inspection import events, trace
+from server.api.inspection import events, inspect, trace
 from server.api.inspection import routes as inspection
 from server.api.messages import routes as messages
 from server.api.ollama import routes as ollama
@@ -59,7 +59,10 @@ def create_app(context: ServerContext) -> FastAPI:
         ("OpenAI", (completions, chat, responses, embeddings, rerank, models)),
         ("Anthropic", (messages,)),
         ("Ollama", (ollama,)),
-        ("Lightwell", (inspection, events, trace, requests, usage, lora_adapters, tokenize, health, metrics_page)),
+        (
+            "Lightwell",
+            (inspection, events, inspect, trace, requests, usage, lora_adapters, tokenize, health, metrics_page),
+        ),
     ):
         for module in modules:
             app.include_router(module.router, tags=[tag])

@@ -53,6 +53,19 @@ class BatchBuilder:
         self.tables = np.zeros((num_groups, max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
         self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
 
+    def smaller(self, max_num_tokens: int) -> BatchBuilder:
+        """Return a builder with buffers of its own for batches of one sequence."""
+        max_model_len = self.tables.shape[2] * self.block_size
+        return BatchBuilder(
+            max_num_tokens,
+            1,
+            max_model_len,
+            self.block_size,
+            self.device,
+            num_groups=len(self.tables),
+            planners=self.planners,
+        )
+
     def buffers(self) -> BatchInputs:
         """Return the buffers at full length.
 

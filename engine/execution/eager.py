@@ -1,10 +1,16 @@
 """Run a model operation by operation."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
+from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
+from engine.model.observation import Observation, observe
+from engine.scheduling.request import Step
 
 
 class EagerExecution:
@@ -29,3 +35,20 @@ class EagerExecution:
     def compute_logits(self, rows: Tensor) -> Tensor:
         assert self.hidden is not None
         return self.model.compute_logits(self.hidden, rows)
+
+
+class EagerObservedExecution:
+    """Runs the model's code for every step."""
+
+    def __init__(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.builder = builder
+
+    def forward(self, step: Step) -> Iterator[Observation]:
+        batch = self.builder.build(step)
+        self.model.extend_rotary(int(batch.seq_lens.max()))
+        return observe(self.model, batch, self.kv_cache)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.model.compute_logits(hidden, torch.arange(len(hidden), device=hidden.device))

@@ -1,10 +1,15 @@
-"""The protocol of an execution: a model that is ready to run step after step."""
+"""The protocols of executions: models that are ready to run step after step, or part by part."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs
+from engine.model.observation import Observation
+from engine.scheduling.request import Step
+
+OBSERVED_LOGIT_ROWS = 8  # that are computed at once: with the weights of an LM head, a few take as long as one
 
 
 class Execution(Protocol):
@@ -32,4 +37,19 @@ class Execution(Protocol):
 
     def compute_logits(self, rows: Tensor) -> Tensor:
         """Return the float32 logits [R, V] of the rows [R] int64 of `hidden_rows`, valid until the next call."""
+        ...
+
+
+class ObservedExecution(Protocol):
+    """A model that shows what happens inside. It has buffers of its own, so that other steps may run in between."""
+
+    def forward(self, step: Step) -> Iterator[Observation]:
+        """Run a step with the kernels that serve, and yield after each part. Each is valid until the next."""
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits, float32 [R, V], of at most `OBSERVED_LOGIT_ROWS` hidden states [R, hidden_size].
+
+        They may be those of any layer. The result is valid until the next call.
+        """
         ...

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.batch.builder import BatchBuilder
-from engine.execution.eager import EagerExecution
-from engine.execution.interface import Execution
+from engine.execution.eager import EagerExecution, EagerObservedExecution
+from engine.execution.interface import Execution, ObservedExecution
 from engine.kernels.interface import Kernels
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
@@ -23,3 +23,16 @@ def prepare_execution(kernels: Kernels, model: CausalLM, kv_cache: KVCache, buil
 
         return GraphedExecution(model, kv_cache, builder, CudaDevice(builder.device))
     return EagerExecution(model, kv_cache)
+
+
+def prepare_observed_execution(
+    kernels: Kernels, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder
+) -> ObservedExecution:
+    """Return an execution of a model that shows what happens inside, for the batches of a builder of its own."""
+    if kernels.execution == "program":
+        from engine.execution.cpu_program import CpuObservedExecution
+        from engine.kernels.cpu.kernels import CpuKernels
+
+        assert isinstance(kernels, CpuKernels)
+        return CpuObservedExecution(kernels, model, kv_cache, builder)
+    return EagerObservedExecution(model, kv_cache, builder)

@@ -15,7 +15,7 @@ from engine.scheduling.request import Request, Status
 from engine.scheduling.scheduler import Scheduler
 from engine.shared.records import (
     Answer,
-    Question,
+    Inspect,
     Queue,
     QueuedChoice,
     ReadBlocks,
@@ -23,6 +23,7 @@ from engine.shared.records import (
     ReadQueue,
     ReadRequests,
     ReadSteps,
+    RecordQuestion,
     RequestDetail,
     RequestInfo,
     Requests,
@@ -47,7 +48,7 @@ class RecordReader:
         self.scheduler = scheduler
         self.caches_prefixes = caches_prefixes
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: RecordQuestion) -> Answer:
         """Return the answer to a question. A fault in it does not end the engine."""
         try:
             match question:
@@ -104,29 +105,21 @@ class RecordReader:
 
     def _requests(self, question: ReadRequests) -> Requests:
         now = time.monotonic()
-        matching = [pair for pair in self._all() if _matches(*pair, question)]
+        matching = [pair for pair in all_choices(self.recorder, self.scheduler) if _matches(*pair, question)]
         if question.id is not None:
-            matching = _of_one_request(matching)
+            matching = of_one_request(matching)
         shown, has_more = matching[: question.limit], len(matching) > question.limit
         has_details = question.id is not None or question.since is not None
         details = self._details(question, shown) if has_details else repeat(None)
         infos = [_info(*pair, now, detail) for pair, detail in zip(shown, details, strict=False)]
         return Requests(read_id=question.read_id, now=now, requests=infos, has_more=has_more)
 
-    def _all(self) -> Iterator[Choice]:
-        """Yield the records of all choices, each with its request while that has not ended; the latest first."""
-        living = sorted(self.scheduler.requests(), key=lambda request: request.record.queued, reverse=True)
-        for request in living:
-            yield request.record, request
-        for record in reversed(self.recorder.requests):
-            yield record, None
-
     def _details(self, question: ReadRequests, choices: Sequence[Choice]) -> list[RequestDetail | None]:
         """Return the details of choices. Why a prefix was not found is compared with requests of the same tenant."""
         num_explained = MAX_EXPLAINED if question.id is not None and self.recorder.keeps_tokens else 0
         others = [
             (other, other.token_ids or () if request is None else request.token_ids)
-            for other, request in (self._all() if num_explained else ())
+            for other, request in (all_choices(self.recorder, self.scheduler) if num_explained else ())
             if question.tenant in (None, other.tenant)
         ]
         block_size = self.scheduler.pool.block_size
@@ -146,7 +139,16 @@ class RecordReader:
         return details
 
 
-def _of_one_request(choices: Sequence[Choice]) -> list[Choice]:
+def all_choices(recorder: Recorder, scheduler: Scheduler) -> Iterator[Choice]:
+    """Yield the records of all choices, each with its request while that has not ended; the latest first."""
+    living = sorted(scheduler.requests(), key=lambda request: request.record.queued, reverse=True)
+    for request in living:
+        yield request.record, request
+    for record in reversed(recorder.requests):
+        yield record, None
+
+
+def of_one_request(choices: Sequence[Choice]) -> list[Choice]:
     """Return the choices of the latest of several requests, in order."""
     if not choices:
         return []
@@ -209,10 +211,14 @@ def _state(request: Request | None) -> str:
     return "running" if request.status is Status.RUNNING else "waiting"
 
 
+def has_id(record: RequestRecord, question: ReadRequests | Inspect) -> bool:
+    """Return whether a choice is one of a tenant and of a request with an id, if these are asked for."""
+    return question.tenant in (None, record.tenant) and (question.id is None or question.id in record.ids)
+
+
 def _matches(record: RequestRecord, request: Request | None, question: ReadRequests) -> bool:
     return (
-        question.tenant in (None, record.tenant)
-        and (question.id is None or question.id in record.ids)
+        has_id(record, question)
         and question.lora_name in (None, record.lora_name)
         and question.state in (None, _state(request))
         and (question.since is None or record.finished is None or record.finished >= question.since)

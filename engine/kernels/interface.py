@@ -227,6 +227,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def cached_keys(self, cache: LayerCache, block_ids: Tensor) -> Tensor:
+        """Return the keys in blocks, int64 [B'], one after the other: float32 [B' * N, KH, D]."""
+        ...
+
     def rope_and_store_kv(
         self,
         q: Tensor,

@@ -74,30 +74,30 @@ class DecoderLayer:
         q = self.self_attn.project(x, rows, group, cache)
         return [q, x] if self.spec.is_parallel else [q]
 
-    def __call__(
-        self,
-        residual: Tensor,
-        projected: list[Tensor],
-        group: int,
-        cache: LayerCache,
-        inputs: AttentionInputs,
-        lora_slots: Tensor,
+    def attend(
+        self, residual: Tensor, q: Tensor, group: int, cache: LayerCache, inputs: AttentionInputs, lora_slots: Tensor
     ) -> None:
-        """Update the residual stream, given the result of `project`."""
-        q, *attention_input = projected
+        """Add the result of attention to the residual stream."""
 
         def attend(out: Tensor | None) -> Tensor:
             return self.self_attn(q, group, cache, inputs, lora_slots, out)
 
         self._add(attend, residual, self.post_attention_layernorm)
-        x = attention_input[0] if self.spec.is_parallel else residual
-        if self.pre_feedforward_layernorm is not None:
-            x = self.pre_feedforward_layernorm(residual)
+
+    def feed_forward(self, residual: Tensor, projected: list[Tensor], lora_slots: Tensor) -> None:
+        """Add the result of MLP or experts to the residual stream, given the result of `project`."""
+        x = self.feed_forward_input(residual, projected)
 
         def feed_forward(out: Tensor | None) -> Tensor:
             return self._feed_forward(x, residual, lora_slots, out)
 
         self._add(feed_forward, residual, self.post_feedforward_layernorm)
+
+    def feed_forward_input(self, residual: Tensor, projected: list[Tensor]) -> Tensor:
+        """Return what MLP or experts read."""
+        if self.pre_feedforward_layernorm is not None:
+            return self.pre_feedforward_layernorm(residual)
+        return projected[1] if self.spec.is_parallel else residual
 
     def _feed_forward(self, x: Tensor, residual: Tensor, lora_slots: Tensor, out: Tensor | None) -> Tensor:
         """Return the result of MLP or experts for x, or add it to `out` in place. If there are both, add them up."""
@@ -107,12 +107,15 @@ class DecoderLayer:
         if self.mlp is None:
             return self.experts(x, residual, lora_slots, out)
         assert self.post_feedforward_layernorm_1 is not None
-        assert self.pre_feedforward_layernorm_2 is not None
         assert self.post_feedforward_layernorm_2 is not None
         total = self.post_feedforward_layernorm_1(self.mlp(x, lora_slots, None))
-        routed = self.experts(self.pre_feedforward_layernorm_2(residual), residual, lora_slots, None)
+        routed = self.experts(self.experts_input(x, residual), residual, lora_slots, None)
         self.post_feedforward_layernorm_2.add(total, routed)
         return total
+
+    def experts_input(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return what experts read: x, or beside an MLP, the residual stream through a norm of their own."""
+        return x if self.pre_feedforward_layernorm_2 is None else self.pre_feedforward_layernorm_2(residual)
 
     def _add(self, compute: Callable[[Tensor | None], Tensor], residual: Tensor, norm: Norm | None) -> None:
         """Add a result to the residual stream: normed, scaled, or as it is, which needs no memory of its own."""
@@ -187,13 +190,13 @@ class CausalLM:
         """Return the last hidden states [L, hidden_size] of `hidden_rows`; store the keys and values of every row."""
         kernels, last = self.kernels, self.last_stored
         x = kernels.embed(batch.token_ids, self.embed_tokens, self.config.embedding_scale)
-        rows = self._row_inputs(batch, x)
-        inputs = self._plan(batch, batch.query_lens, range(last))
+        rows = self.row_inputs(batch, x)
+        inputs = self.plan(batch, batch.query_lens, range(last))
         for index in range(last):
             with kernels.temporaries():
                 self._compute_layer(index, x, rows, kv_cache, inputs)
         # Once the last layer that has keys and values has stored them, only `hidden_rows` are still needed.
-        inputs = self._plan(batch, batch.hidden_lens, range(last, len(self.layers)))
+        inputs = self.plan(batch, batch.hidden_lens, range(last, len(self.layers)))
         hidden = kernels.gather(x, batch.hidden_rows)
         hidden_inputs = self._hidden_inputs(batch, rows)
         with kernels.temporaries():
@@ -205,7 +208,8 @@ class CausalLM:
                 self._compute_layer(index, hidden, hidden_inputs, kv_cache, inputs)
         return hidden
 
-    def _row_inputs(self, batch: BatchInputs, x: Tensor) -> RowInputs:
+    def row_inputs(self, batch: BatchInputs, x: Tensor) -> RowInputs:
+        """Return the inputs of all rows besides their embeddings x."""
         layer_inputs: list[Tensor] = []
         if self.per_layer_embedding is not None:
             layer_inputs = self.per_layer_embedding(batch.token_ids, x, batch.lora_slots)
@@ -233,19 +237,14 @@ class CausalLM:
         self._finish_layer(index, x, projected, rows, kv_cache, inputs)
 
     def _finish_layer(
-        self,
-        index: int,
-        x: Tensor,
-        projected: list[Tensor],
-        rows: RowInputs,
-        kv_cache: KVCache,
-        inputs: AttentionInputs,
+        self, index: int, x: Tensor, projected: list[Tensor], rows: RowInputs, cache: KVCache, inputs: AttentionInputs
     ) -> None:
-        layer, group, cache = self.layers[index], kv_cache.groups[index], kv_cache.layers[index]
-        layer(x, projected, group, cache, inputs, rows.lora_slots)
+        layer = self.layers[index]
+        layer.attend(x, projected[0], cache.groups[index], cache.layers[index], inputs, rows.lora_slots)
+        layer.feed_forward(x, projected, rows.lora_slots)
         layer.finish(x, rows.layer_inputs, index, rows.lora_slots)
 
-    def _plan(self, batch: BatchInputs, query_lens: Lengths, layers: range) -> AttentionInputs:
+    def plan(self, batch: BatchInputs, query_lens: Lengths, layers: range) -> AttentionInputs:
         """Plan the attention of the last `query_lens` rows of each sequence, for each kind of layer among `layers`."""
         numbers = {kind: index for index, kind in enumerate(self.config.attention_kinds)}
         kinds = dict.fromkeys(self.config.layers[index].attention.kind for index in layers)

@@ -74,10 +74,15 @@ class Experts:
         `stream` is the residual stream before its norm, which some routers read through a norm of their own.
         """
         kernels, spec = self.kernels, self.spec
-        normed = x if self.router_norm is None else kernels.rms_norm(stream, self.router_norm, self.eps)
-        routing = kernels.route(self.router(normed), spec.router, self.correction_bias, self.expert_scales)
+        logits = self.router_logits(x, stream)
+        routing = kernels.route(logits, spec.router, self.correction_bias, self.expert_scales)
         gate, up = torch.split(self.gate_up_proj(x, routing), spec.intermediate_size, dim=1)
         hidden = kernels.act_and_mul(gate, up, spec.activation)
         del gate, up
         out = kernels.combine_experts(self.down_proj(hidden, routing), routing, residual)
         return out if self.shared is None else self.shared(x, lora_slots, out)
+
+    def router_logits(self, x: Tensor, stream: Tensor) -> Tensor:
+        """Return the logits of the experts, float32 [T, E], for what `__call__` gets."""
+        normed = x if self.router_norm is None else self.kernels.rms_norm(stream, self.router_norm, self.eps)
+        return self.router(normed)

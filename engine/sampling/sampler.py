@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from engine.batch.transfer import packed_copy, to_device
-from engine.sampling.ops import apply_ops, token_index, update_mirostat
+from engine.sampling.ops import SAMPLING_OPS, apply_ops, token_index, update_mirostat
 from engine.sampling.rng import gumbel_noise, hash_token_ids
 from engine.scheduling.request import SamplingRow
 from engine.shared.messages import GREEDY_TEMPERATURE
 
 NO_MASKS: Mapping[int, bytes] = {}
+GREEDY_ORDER = ("penalties",)
+SAMPLED_ORDER = ("temperature", "min_p", "top_k", "top_p")  # of rows that are not special, after GREEDY_ORDER
 
 
 @dataclass(slots=True)
@@ -68,6 +70,38 @@ class Sampler:
             is_finite[on_device] &= torch.isfinite(logits[on_device].amax(dim=-1))  # the ops may leave no token
         return SamplerOutput(token_ids, is_finite)
 
+    def stages(
+        self, logits: Tensor, row: SamplingRow, masks: Mapping[int, bytes] = NO_MASKS
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `sample` does with the logits [1, V] of a row: after each stage that applies, its name and a copy.
+
+        The first stage is `logits` itself. The last one is `noise`, which is added before the argmax is taken, unless
+        the row is greedy.
+        """
+        rows, params = [row], row.params
+        logits = logits.clone()
+        yield "logits", logits.clone()
+        if masks:
+            apply_masks(logits, masks)
+            yield "grammar", logits.clone()
+        if params.logit_bias:
+            self._apply_bias(logits, rows)
+            yield "logit_bias", logits.clone()
+        if banned_token_ids(row, self.eos_token_ids):
+            self._ban_tokens(logits, rows)
+            yield "banned_tokens", logits.clone()
+        if params.allowed_token_ids:
+            self._allow_only(logits, rows)
+            yield "allowed_token_ids", logits.clone()
+        is_sampled = params.is_special or params.temperature >= GREEDY_TEMPERATURE
+        order = params.order if params.is_special else GREEDY_ORDER + (SAMPLED_ORDER if is_sampled else ())
+        for name in order:
+            if SAMPLING_OPS[name].is_on(params):
+                logits = apply_ops(logits, rows, (name,))
+                yield name, logits.clone()
+        if is_sampled:
+            yield "noise", gumbel_noise(self.hashed_ids, rows)
+
     # Settings that change single tokens.
 
     def _apply_bias(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -100,13 +134,13 @@ class Sampler:
 
     def _sample_plain(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """Return token ids [R] of rows that are not special."""
-        logits = apply_ops(logits, rows, ("penalties",))
+        logits = apply_ops(logits, rows, GREEDY_ORDER)
         token_ids = logits.argmax(dim=-1)  # on ties the first
         sampled = [index for index, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE]
         if sampled:
             on_device = to_device(sampled, np.int64, self.device)
             some = [rows[index] for index in sampled]
-            x = apply_ops(logits[on_device], some, ("temperature", "min_p", "top_k", "top_p"))
+            x = apply_ops(logits[on_device], some, SAMPLED_ORDER)
             token_ids[on_device] = (x + gumbel_noise(self.hashed_ids, some)).argmax(dim=-1)
         return token_ids
 

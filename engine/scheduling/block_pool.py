@@ -82,6 +82,23 @@ class BlockPool:
             return None
         return [self._take() for _ in range(num_blocks)]
 
+    def borrow(self, num_blocks: int) -> list[Block] | None:
+        """Return free blocks that may be written to as long as they have the same hash; None if too few are free.
+
+        They stay free, like those of a cached prefix that was used just now. `give_back` ends this.
+        """
+        blocks = self.allocate(num_blocks)
+        for block in blocks or ():
+            self.publish(block, b"borrowed %d" % block.block_id)  # no prefix has such a hash
+        self.release(blocks or ())
+        return blocks
+
+    def give_back(self, blocks: Sequence[Block]) -> None:
+        """Free borrowed blocks that nobody holds for other use."""
+        self.unpublish(blocks)
+        for block in blocks:
+            self._free(block)
+
     def acquire(self, block_hashes: Iterable[bytes]) -> list[Block]:
         """Hold and return the published blocks of the longest prefix of `block_hashes` that has one for each hash."""
         found: list[Block] = []

@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
+from engine.shared.messages import SamplingParams
 from engine.shared.records import Chunk, PrefixResult, RequestTimes
 
 NUM_STEPS_KEPT = 4096
 NUM_REQUESTS_KEPT = 1024
 MAX_ROWS_KEPT = 1 << 17  # of all steps; each may be the only one that holds the record of its request, about 1 KB
-MAX_TOKEN_BYTES = 64 << 20  # of the token ids of finished requests
+MAX_KEPT_BYTES = 64 << 20  # of the token ids and parameters of finished requests
 TOKEN_BYTES = 4
+PARAMETER_BYTES = 10  # that an object takes for a byte of its encoding, about
 
 
 @dataclass(slots=True)
@@ -49,7 +53,10 @@ class RequestRecord:
     salt: bytes = b""  # of its cached prefixes
     prefix_result: PrefixResult = PrefixResult.PENDING
     num_reusable_tokens: int = 0  # of the prompt, with an ideal prefix cache
+    lora_fingerprint: str = ""
+    params: SamplingParams | None = None  # None: they are not kept
     token_ids: array[int] | None = None  # int32, prompt and output, once it has ended; None: they are not kept
+    num_kept_bytes: int = 0  # of these two, once it has ended
 
     @property
     def shown_id(self) -> str:
@@ -147,11 +154,11 @@ class Recorder:
     def __init__(
         self, num_steps: int = NUM_STEPS_KEPT, num_requests: int = NUM_REQUESTS_KEPT, *, keeps_tokens: bool = False
     ) -> None:
-        """`keeps_tokens`: keep the token ids of finished requests, at most `MAX_TOKEN_BYTES` of them."""
+        """`keeps_tokens`: keep token ids and parameters of finished requests, at most `MAX_KEPT_BYTES` of them."""
         self.steps: deque[StepRecord] = deque(maxlen=num_steps)
         self.requests: deque[RequestRecord] = deque(maxlen=num_requests)
         self.keeps_tokens = keeps_tokens
-        self.num_token_bytes = 0
+        self.num_kept_bytes = 0
         self.num_rows = 0  # of all steps
         self.last_dropped = 0  # id of the latest step that is no longer recorded
 
@@ -165,20 +172,23 @@ class Recorder:
         self.steps.append(record)
 
     def add_request(self, record: RequestRecord, token_ids: Sequence[int] = ()) -> None:
-        """Add the record of a request that has ended. If token ids exceed their limit, the oldest are forgotten."""
+        """Add the record of a request that has ended. If what is kept exceeds its limit, the oldest is forgotten."""
         if len(self.requests) == self.requests.maxlen:
-            self._forget_tokens(self.requests.popleft())  # rows of steps may still hold the record
+            self._forget(self.requests.popleft())  # rows of steps may still hold the record
         self.requests.append(record)
         if not self.keeps_tokens:
+            record.params = None
             return
         record.token_ids = array("i", token_ids)
-        self.num_token_bytes += TOKEN_BYTES * len(token_ids)
+        record.num_kept_bytes = TOKEN_BYTES * len(token_ids)
+        if record.params is not None:
+            record.num_kept_bytes += PARAMETER_BYTES * len(msgspec.msgpack.encode(record.params))
+        self.num_kept_bytes += record.num_kept_bytes
         for oldest in self.requests:
-            if self.num_token_bytes <= MAX_TOKEN_BYTES:
+            if self.num_kept_bytes <= MAX_KEPT_BYTES:
                 return
-            self._forget_tokens(oldest)
+            self._forget(oldest)
 
-    def _forget_tokens(self, record: RequestRecord) -> None:
-        if record.token_ids is not None:
-            self.num_token_bytes -= TOKEN_BYTES * len(record.token_ids)
-            record.token_ids = None
+    def _forget(self, record: RequestRecord) -> None:
+        self.num_kept_bytes -= record.num_kept_bytes
+        record.token_ids, record.params, record.num_kept_bytes = None, None, 0

@@ -153,6 +153,55 @@ class BlockRun(msgspec.Struct, frozen=True, array_like=True, gc=False):
     age: int | None  # steps since they were handed out; None: never
 
 
+class InspectionProblem(StrEnum):
+    """Why nothing can be shown of a request."""
+
+    BUSY = "busy"  # another inspection runs
+    NOT_FOUND = "not_found"
+    NOT_KEPT = "not_kept"  # its tokens and parameters are not kept
+    OUT_OF_RANGE = "out_of_range"  # it has no such positions
+    NO_ADAPTER = "no_adapter"  # its adapter has been unloaded
+    NO_BLOCKS = "no_blocks"  # other requests need the blocks of the KV cache
+
+
+class LayerView(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a layer does at one position."""
+
+    lens: list[tuple[int, float]]  # token -> log probability after this layer, the likeliest first
+    residual_norm: float  # L2 norm of the residual stream after the layer
+    attention_norm: float  # ... of what attention adds to it
+    feed_forward_norm: float  # ... of what MLP or experts add to it
+    heads: list[list[tuple[int, float]]]  # of each head: position -> attention weight, the largest first
+    experts: list[tuple[int, float]]  # expert -> weight, the largest score first
+
+
+class PositionView(msgspec.Struct, frozen=True, array_like=True):
+    """What happens at one position."""
+
+    position: int
+    layers: list[LayerView]
+    attention: list[float]  # weights of the positions 0 .. `position` in the head that was asked for
+    token_id: int | None  # that the sampler chooses as the next one; None: the next one is of the prompt
+
+
+class StageView(msgspec.Struct, frozen=True, array_like=True):
+    """The distribution after one stage of the sampler."""
+
+    name: str
+    num_tokens: int  # that are possible
+    num_removed: int  # by this stage
+    top: list[tuple[int, float]]  # token -> log probability, the likeliest first
+    removed: list[tuple[int, float]]  # the likeliest that this stage removes, with their log probabilities before
+
+
+class Candidate(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A token among which the noise decides."""
+
+    token_id: int
+    logit: float  # after all stages
+    noise: float  # Gumbel noise; the largest sum is chosen
+
+
 # Questions. The answer has the same `read_id`.
 
 
@@ -191,6 +240,26 @@ class ReadBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tenant: str | None = None  # whose requests are named; None: those of all
     start: int  # number of the first block
     limit: int  # blocks
+
+
+class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ask what happens inside the model: in a choice that is recorded, or in a prompt."""
+
+    read_id: int = 0
+    tenant: str | None = None  # whose; None: of all
+    id: str | None = None  # of the choice's request; None: of none
+    prompt: int = 0
+    index: int = 0
+    prompt_token_ids: list[int] = []  # without an id
+    lora_name: str = ""
+    lora_fingerprint: str = ""
+    start: int | None = None  # of the positions; None: the last ones, or of a prompt the first one
+    end: int | None = None
+    max_positions: int
+    max_end: int
+    top: int  # tokens and positions to name
+    layer: int | None = None  # whose attention is shown in full
+    head: int | None = None
 
 
 # Answers.
@@ -235,11 +304,31 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     runs: list[BlockRun]
 
 
+class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `Inspect`."""
+
+    read_id: int
+    problem: InspectionProblem | None = None  # if there is one, only this and `num_tokens` count
+    num_tokens: int = 0  # of the choice, prompt and output
+    ids: tuple[str, ...] = ()  # see `Submit.ids`
+    lora_name: str = ""
+    token_ids: list[int] = []  # of positions 0 to the end, and the one after, if there is one
+    num_prompt_tokens: int = 0
+    start: int = 0
+    end: int = 0
+    num_heads: int = 0  # of the layer that has most
+    num_experts: int = 0
+    positions: list[PositionView] = []
+    stages: list[StageView] = []  # of the last position, unless the next token is of the prompt
+    candidates: list[Candidate] = []  # the likeliest by their sums; empty: greedy
+
+
 class ReadFailed(msgspec.Struct, frozen=True, tag=True):
     """Answer to a question that the engine failed to answer, because of a bug. The reason is in its log."""
 
     read_id: int
 
 
-Question = ReadSteps | ReadRequests | ReadQueue | ReadBlocks
-Answer = Steps | Requests | Queue | Blocks | ReadFailed
+RecordQuestion = ReadSteps | ReadRequests | ReadQueue | ReadBlocks
+Question = RecordQuestion | Inspect
+Answer = Steps | Requests | Queue | Blocks | Inspected | ReadFailed

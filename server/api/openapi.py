@@ -26,7 +26,7 @@ from server.api.admin.schemas import (
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.completions.schemas import Completion
 from server.api.embeddings.schemas import EmbeddingList
-from server.api.inspection.schemas import BlockMap, QueueList, RequestDetails, RequestList, StepList, Trace
+from server.api.inspection.schemas import BlockMap, Inspection, QueueList, RequestDetails, RequestList, StepList, Trace
 from server.api.messages.schemas import (
     AnthropicMessage,
     ContentBlockDelta,
@@ -220,6 +220,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/lightwell/v1/requests/{request_id}", "get"): Operation(RequestDetails),
     ("/lightwell/v1/requests/{request_id}/trace", "get"): Operation(Trace),
     ("/lightwell/v1/trace", "get"): Operation(Trace),
+    ("/lightwell/v1/inspect", "post"): Operation(Inspection, {"prompt": "Once upon a time"}, has_model=False),
     ("/v1/load_lora_adapter", "post"): Operation(
         str, ADAPTER | {"lora_path": "./adapters/sql"}, answer_example=ADAPTER_DONE.format("added"), has_model=False
     ),

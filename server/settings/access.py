@@ -78,8 +78,8 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             ACCESS,
             BOOLEAN,
-            "Show under /lightwell/v1/ what the engine does: its steps, its requests, its KV blocks. No text is shown. "
-            "With API keys, a client sees its own requests and an admin key all.",
+            "Show under /lightwell/v1/ what the engine does (its steps, its requests, its KV blocks) and what happens "
+            "inside the model. With API keys, a client sees its own requests and an admin key all.",
         ),
     ] = True
     inspect_public: Annotated[

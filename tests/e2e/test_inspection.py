@@ -37,18 +37,6 @@ def choices(server: ServerProcess, id: str, **headers: str) -> list[dict[str, An
     return found
 
 
-def wait_for_one(server: ServerProcess, state: str) -> dict[str, Any]:
-    """Return the first choice that is seen in a state."""
-    seen: list[dict[str, Any]] = []
-
-    def is_seen() -> bool:
-        seen.extend(read(server, f"requests?state={state}")["data"])
-        return bool(seen)
-
-    wait_until(is_seen, 60)
-    return seen[0]
-
-
 def check_sums(choice: dict[str, Any]) -> None:
     assert sum(choice["seconds"].values()) == pytest.approx(choice["wall_s"], abs=1e-6)
     assert min(choice["seconds"].values()) >= -1e-6, choice
@@ -147,21 +135,28 @@ def test_why_a_prefix_was_cached_or_not(server: ServerProcess) -> None:
     assert 0 < other_end["num_cached_tokens"] <= position
 
 
+def find_preempted(server: ServerProcess) -> dict[str, Any] | None:
+    """Run two requests that have too few blocks, and return a choice that has been seen waiting for blocks."""
+    waiting = None
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(complete, server, "Light", name, max_tokens=480) for name in ("first", "second")]
+        while not all(answer.done() for answer in answers):
+            for choice in read(server, "requests")["data"]:
+                check_sums(choice)
+                assert (choice["num_blocks"] > 0) == (choice["state"] == "running"), choice
+                if choice["state"] == "waiting" and choice["num_preemptions"]:
+                    waiting = choice
+        for answer in answers:
+            answer.result()
+    return waiting
+
+
 def test_living_requests(start_server: StartServer) -> None:
     """One runs and one waits; then one has been preempted, and its stages still add up."""
     server = start_server("--max-model-len=512", kv_cache_flag(12), "--speculative=off")
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(complete, server, "Light", name, max_tokens=480) for name in ("first", "second")]
-        wait_until(lambda: len(read(server, "requests?state=running")["data"]) == 2, 60)
-        for choice in read(server, "requests")["data"]:
-            check_sums(choice)
-            assert choice["num_blocks"] > 0
-        waiting = wait_for_one(server, "waiting")
-        check_sums(waiting)
-        assert waiting["num_preemptions"] >= 1
-        assert waiting["seconds"]["preempted"] > 0
-        for answer in answers:
-            answer.result()
+    waiting = next(filter(None, (find_preempted(server) for _ in range(5))))  # it waits for some seconds only
+    assert waiting["num_preemptions"] >= 1
+    assert waiting["seconds"]["preempted"] > 0
     (ended,) = choices(server, waiting["other_ids"][0])
     check_sums(ended)
     assert ended["preemptions"][0]["resumed"] > ended["preemptions"][0]["at"]
@@ -246,3 +241,51 @@ def test_the_stream_of_steps_misses_none(start_server: StartServer) -> None:
             answer.result()
     assert num_generated == 120
     assert steps == list(range(1, len(steps) + 1))
+
+
+def inspect(server: ServerProcess, **body: Any) -> dict[str, Any]:
+    response = server.http.post("/lightwell/v1/inspect", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    content: dict[str, Any] = response.json()
+    return content
+
+
+def test_inside_the_model(server: ServerProcess) -> None:
+    """What was sent is computed again, token by token, while other requests run."""
+    chat = {
+        "model": "default",
+        "messages": [{"role": "user", "content": "Name a city, its country and its river."}],
+        "max_tokens": 40,
+        "seed": 3,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "response_format": {"type": "json_object"},
+    }
+    chat["model"] = server.get("/v1/models").json()["data"][0]["id"]
+    story = {"max_tokens": 40, "temperature": 1.1, "min_p": 0.02, "repetition_penalty": 1.1, "seed": 4, "n": 2}
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        response = server.http.post("/v1/chat/completions", json=chat, headers={"x-request-id": "as-json"})
+        assert response.status_code == 200, response.text
+        complete(server, STORY, "a-story", **story)
+        others = [pool.submit(complete, server, STORY, f"beside-{number}", max_tokens=200) for number in range(3)]
+        for name, index in (("as-json", 0), ("a-story", 0), ("a-story", 1)):
+            whole = inspect(server, id=name, index=index)
+            first = whole["num_prompt_tokens"] - 1
+            answer = inspect(server, id=name, index=index, start=first, end=whole["num_tokens"] - 1, top=1)
+            assert answer["is_equal"], answer["positions"][-1]
+            assert len(answer["positions"]) == whole["num_tokens"] - 1 - first
+            assert all(position["is_equal"] for position in answer["positions"])
+            assert len(answer["positions"][0]["layers"]) == answer["num_layers"]
+        stages = [stage["name"] for stage in inspect(server, id="as-json")["sampling"]["stages"]]
+        assert stages == ["logits", "grammar", "temperature", "top_p"]
+        for other in others:
+            assert other.result()["usage"]["completion_tokens"] == 200
+
+
+def test_a_prompt_inside_the_model(server: ServerProcess) -> None:
+    answer = inspect(server, prompt="The capital of France is", layer=0, head=0)
+    assert "".join(token["token"] for token in answer["tokens"]) == "The capital of France is"
+    assert answer["positions"][-1]["layers"][-1]["lens"][0]["token"] == " Paris"
+    for position, row in zip(answer["positions"], answer["attention"]["rows"], strict=True):
+        assert len(row) == position["position"] + 1
+        assert sum(row) == pytest.approx(1, abs=1e-4)

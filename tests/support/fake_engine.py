@@ -43,8 +43,14 @@ from engine.shared.records import (
     BlockGroup,
     BlockRun,
     Blocks,
+    Candidate,
     ChoiceName,
     Chunk,
+    Inspect,
+    Inspected,
+    InspectionProblem,
+    LayerView,
+    PositionView,
     Prefix,
     PrefixResult,
     Question,
@@ -58,6 +64,7 @@ from engine.shared.records import (
     RequestInfo,
     Requests,
     RequestTimes,
+    StageView,
     StepInfo,
     Steps,
 )
@@ -87,6 +94,7 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     max_model_len: int = 2048
     max_num_seqs: int = 8
     num_blocks: int = 256
+    inspection_problem: InspectionProblem | None = None  # of every inspection
     vocab_size: int = 260
     adapters: list[LoraAdapter] = []  # loaded at start-up
     max_loras: int = 0
@@ -197,7 +205,7 @@ class _Loop:
             case Abort():
                 self._abort(message)
                 self._send_outputs({})
-            case ReadSteps() | ReadQueue() | ReadBlocks() | ReadRequests():
+            case ReadSteps() | ReadQueue() | ReadBlocks() | ReadRequests() | Inspect():
                 self._send(identity, self._answer(message))
             case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
                 done = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
@@ -219,6 +227,8 @@ class _Loop:
                 return self._blocks(question)
             case ReadRequests():
                 return self._requests(question)
+            case Inspect():
+                return self._inspected(question)
 
     def _steps_after(self, question: ReadSteps) -> Steps:
         steps, after = self.config.steps, question.after
@@ -264,6 +274,35 @@ class _Loop:
             groups=[BlockGroup(2, None)],
             owners=[ChoiceName(*_name(choice)) for choice in named],
             runs=runs,
+        )
+
+    def _inspected(self, question: Inspect) -> Inspected:
+        """Return what happens in a model of two layers with one head, of a prompt or of a running choice."""
+        if self.config.inspection_problem is not None:
+            return Inspected(read_id=question.read_id, problem=self.config.inspection_problem, num_tokens=3)
+        token_ids, ids = question.prompt_token_ids, tuple[str, ...]()
+        if question.id is not None:
+            submits = [choice.submit for choice in self.running if question.id in choice.submit.ids]
+            submits = [submit for submit in submits if question.tenant in (None, submit.tenant)]
+            if not submits:
+                return Inspected(read_id=question.read_id, problem=InspectionProblem.NOT_FOUND)
+            token_ids, ids = [*submits[0].prompt_token_ids, 98], submits[0].ids
+        layer = LayerView([(97, -0.5)], 1.0, 2.0, 3.0, [[(0, 0.75)]], [])
+        end = len(token_ids) - len(ids[:1])
+        stages = [StageView("logits", 3, 0, [(97, -0.5)], []), StageView("top_k", 1, 2, [(98, 0.0)], [(97, -0.5)])]
+        return Inspected(
+            read_id=question.read_id,
+            num_tokens=len(token_ids),
+            ids=ids,
+            lora_name=question.lora_name,
+            token_ids=token_ids,
+            num_prompt_tokens=end,
+            start=end - 1,
+            end=end,
+            num_heads=1,
+            positions=[PositionView(end - 1, [layer, layer], [0.75, 0.25], 98 if ids else None)],
+            stages=stages if ids else [],
+            candidates=[Candidate(98, 1.5, 0.5)] if ids else [],
         )
 
     def _requests(self, question: ReadRequests) -> Requests:

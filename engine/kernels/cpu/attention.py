@@ -89,6 +89,16 @@ def _layers_of(
         yield LayerCache(next(parts).view(keys_shape), next(parts).view(values_shape), *scales_of_layer)
 
 
+def cached_keys(cache: LayerCache, block_ids: Tensor) -> Tensor:
+    """Return the keys in blocks [B'] in float32, one block after the other: [B' * N, KH, D]."""
+    keys = cache.keys[block_ids].float()
+    if cache.keys.dtype == torch.bfloat16:
+        keys = keys.transpose(3, 4).flatten(2, 3)  # [B', KH, D / 2, N, 2] -> [B', KH, D, N]
+    if cache.key_scales is not None:
+        keys *= cache.key_scales[block_ids][:, :, None]
+    return keys.permute(0, 3, 1, 2).flatten(0, 1)
+
+
 def rope_and_store_kv(
     recorder: ProgramRecorder,
     q: Tensor,

@@ -314,6 +314,9 @@ class CpuKernels:
     ) -> list[list[LayerCache]]:
         return attention.new_kv_cache(self.cache_dtype, groups, num_blocks, block_size)
 
+    def cached_keys(self, cache: LayerCache, block_ids: Tensor) -> Tensor:
+        return attention.cached_keys(cache, block_ids)
+
     def rope_and_store_kv(
         self,
         q: Tensor,

@@ -37,6 +37,14 @@ class Program:
         program.keep = self.keep
         return program
 
+    def part(self, calls: range) -> Program:
+        """Return some of the calls as a program on the same buffers."""
+        program = Program(self.library, self.team)
+        for index in calls:
+            program.add(self.names[index], self.parameters[index])
+        program.keep = self.keep
+        return program
+
     def measure(self) -> None:
         """Start to add up in `durations` the nanoseconds that each call takes, from zero."""
         self.durations = (c_int64 * len(self.names))()

@@ -82,6 +82,14 @@ def new_kv_cache(
     return [[LayerCache(*pair) for pair in zip(some[::2], some[1::2], strict=True)] for some in tensors]
 
 
+def cached_keys(cache: LayerCache, block_ids: Tensor) -> Tensor:
+    """Return the keys [B', N, KH, D] in blocks [B'] in float32, one block after the other: [B' * N, KH, D]."""
+    keys = cache.keys[block_ids].float()
+    if cache.key_scales is not None:
+        keys *= cache.key_scales[block_ids].transpose(1, 2)[..., None]
+    return keys.flatten(0, 1)
+
+
 def plan_attention(
     query_lens: Lengths,
     seq_lens: Lengths,

@@ -134,6 +134,9 @@ class TorchKernels:
     ) -> list[list[LayerCache]]:
         return attention.new_kv_cache(groups, num_blocks, block_size, self.dtype, self.device)
 
+    def cached_keys(self, cache: LayerCache, block_ids: Tensor) -> Tensor:
+        return attention.cached_keys(cache, block_ids)
+
     def rope_and_store_kv(
         self,
         q: Tensor,

@@ -28,6 +28,7 @@ from engine.kernels.interface import (
     LoraWeights,
     Rotations,
 )
+from engine.kernels.torch.attention import cached_keys
 from engine.kernels.torch.kernels import joined
 from engine.kernels.torch.linear import adding
 from engine.kernels.torch.lora import new_lora_weights
@@ -237,6 +238,9 @@ class TritonKernels:
         self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
     ) -> list[list[LayerCache]]:
         return kv_cache.new_kv_cache(groups, num_blocks, block_size, self.cache_dtype, self.device)
+
+    def cached_keys(self, cache: LayerCache, block_ids: Tensor) -> Tensor:
+        return cached_keys(cache, block_ids)
 
     def rope_and_store_kv(
         self,

@@ -3,7 +3,7 @@
 They hold no text, but they say who sends how much and when: without keys, they are for the user of this machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import msgspec
@@ -123,9 +123,11 @@ class RecordAccess:
         """Run `function`, which converts records and may need some 20 ms, in a thread."""
         return await self.context.text_threads.run(self.tenant, LONG_BYTES, function, *args)
 
-    async def respond(self, function: Callable[[Unpack[Ts]], object], *args: *Ts) -> Response:
+    async def respond(
+        self, function: Callable[[Unpack[Ts]], object], *args: *Ts, headers: Mapping[str, str] | None = None
+    ) -> Response:
         """Return what `function` makes of records, as JSON that counts in the memory limit of answers."""
-        return self.context.long_answer(self._request, await self.run(_encode, function, args))
+        return self.context.long_answer(self._request, await self.run(_encode, function, args), headers)
 
 
 def _encode(function: Callable[[Unpack[Ts]], object], args: tuple[*Ts]) -> bytes:

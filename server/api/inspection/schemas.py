@@ -219,3 +219,91 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     trace_events: list[TraceEvent]
     display_time_unit: Literal["ms"] = "ms"
     other_data: TraceInfo
+
+
+class InspectedToken(msgspec.Struct, frozen=True):
+    token_id: int
+    token: str
+
+
+class RankedToken(msgspec.Struct, frozen=True):
+    token_id: int
+    token: str
+    logprob: float
+
+
+class LayerInside(msgspec.Struct, frozen=True):
+    """What a layer does at one position."""
+
+    lens: list[RankedToken]  # what the final norm and the LM head make of the residual stream after this layer
+    residual_norm: float  # L2 norms: of the residual stream after the layer,
+    attention_norm: float  # of what attention adds to it,
+    mlp_norm: float  # and of what MLP or experts add
+    heads: list[list[tuple[int, float]]]  # of each head: positions and their weights, the largest first
+    experts: list[tuple[int, float]] | None  # the router's choice, and its weights
+
+
+class PositionInside(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens at one position."""
+
+    position: int
+    layers: list[LayerInside]
+    next: InspectedToken | None  # the token that follows
+    recomputed: InspectedToken | None  # the token that the sampler chooses now; null: the next one is of the prompt
+    is_equal: bool | None  # whether these are the same
+
+
+class FullAttention(msgspec.Struct, frozen=True):
+    """The attention of one head, for each position in the range."""
+
+    layer: int
+    head: int
+    rows: list[list[float]]  # weights of the positions from 0 on
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """The distribution after one stage of the sampler."""
+
+    name: str
+    num_tokens: int  # that are possible
+    num_removed: int  # by this stage
+    top: list[RankedToken]
+    removed: list[RankedToken]  # the likeliest of those
+
+
+class NoisyToken(msgspec.Struct, frozen=True):
+    """A candidate. The one with the largest sum of logit and noise is chosen."""
+
+    token_id: int
+    token: str
+    logit: float
+    noise: float
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the token after the last position is chosen."""
+
+    position: int
+    stages: list[Stage]
+    noise: list[NoisyToken]  # empty for greedy decoding
+    recomputed: InspectedToken | None
+    sent: InspectedToken | None
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens inside the model at some positions."""
+
+    id: str | None
+    model: str
+    num_layers: int
+    num_heads: int  # of the layer that has most
+    num_experts: int
+    num_prompt_tokens: int
+    num_tokens: int
+    start: int
+    end: int
+    tokens: list[InspectedToken]  # from position 0 to the end
+    positions: list[PositionInside]
+    attention: FullAttention | None
+    sampling: Sampling | None
+    is_equal: bool | None  # whether all recomputed tokens are those that were sent; null: there are none

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from engine.inspection.prefix import num_common
-from engine.inspection.reader import MAX_ROWS, RecordReader
+from engine.inspection.reader import MAX_ROWS, RecordReader, all_choices
 from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
 from engine.scheduling.request import Request, new_request
 from engine.shared.messages import FromEngine, SamplingParams, Submit
@@ -348,7 +348,7 @@ def test_nothing_is_compared_for_traces() -> None:
     reading = Reading()
     reading.add(prompt(9), "first")
     reading.rig.run()
-    with mock.patch.object(reading.reader, "_all", wraps=reading.reader._all) as read_all:
+    with mock.patch("engine.inspection.reader.all_choices", wraps=all_choices) as read_all:
         assert reading.requests(since=0.0).requests[0].detail is not None
     assert read_all.call_count == 1  # to find the requests
 

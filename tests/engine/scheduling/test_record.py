@@ -114,17 +114,17 @@ def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_token_ids_are_kept_only_if_asked_for_and_only_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.scheduling.record.MAX_TOKEN_BYTES", 40)
+    monkeypatch.setattr("engine.scheduling.record.MAX_KEPT_BYTES", 40)
     without, recorder = Recorder(), Recorder(num_requests=4, keeps_tokens=True)
     records = [request_record(number) for number in range(5)]
     for number, record in enumerate(records):
         without.add_request(request_record(number), [1, 2, 3, 4])
         recorder.add_request(record, [number] * 4)
-        assert recorder.num_token_bytes <= 40
+        assert recorder.num_kept_bytes <= 40
     assert {record.token_ids for record in without.requests} == {None}
     kept = [None if record.token_ids is None else record.token_ids.tolist() for record in records]
     assert kept == [None, None, None, [3] * 4, [4] * 4]
     for number in range(5, 10):
         recorder.add_request(request_record(number), [])
-    assert recorder.num_token_bytes == 0
+    assert recorder.num_kept_bytes == 0
     assert records[4].token_ids is None  # rows of steps may still hold the record

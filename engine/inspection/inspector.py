@@ -1,0 +1,289 @@
+"""Computes a part of a request again to show what happens inside: between steps, a little at a time.
+
+Rows are computed by the kernels that serve, and a row's result does not depend on others, so it is bit for bit what the
+request got. Only free blocks are used.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from engine.core import Engine
+from engine.execution.interface import ObservedExecution
+from engine.inspection.borrowed_blocks import BlocksGoneError, BorrowedBlocks
+from engine.inspection.layers import LayerObserver
+from engine.inspection.reader import all_choices, has_id, of_one_request
+from engine.inspection.sampling import view_stages
+from engine.lora.slots import AdapterGoneError
+from engine.sampling.masks import step_masks
+from engine.sampling.sampler import Sampler
+from engine.scheduling.request import (
+    Request,
+    SamplingRow,
+    Scheduled,
+    Status,
+    Step,
+    choice_seed,
+    new_request,
+    without_early_end,
+)
+from engine.shared.messages import SamplingParams, Submit
+from engine.shared.records import (
+    Candidate,
+    Inspect,
+    Inspected,
+    InspectionProblem,
+    PositionView,
+    ReadFailed,
+    StageView,
+)
+
+MAX_ROWS = 64  # that are computed at once
+MAX_PRODUCTS = 1 << 19  # of queries and keys of a layer that are computed at once
+SHARE_OF_STEP = 0.1  # of the time of a step that may be spent after it
+IDLE_SECONDS = 0.005  # that may be spent before messages are received, if there are no steps
+DEFAULT_POSITIONS = 16  # the last ones of a request
+
+PARAMS = SamplingParams(max_tokens=1)  # of a prompt
+
+logger = logging.getLogger("lightwell.engine")
+
+
+class InspectionError(Exception):
+    """There is nothing to show."""
+
+    def __init__(self, problem: InspectionProblem, num_tokens: int = 0) -> None:
+        super().__init__(problem.value)
+        self.problem = problem
+        self.num_tokens = num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The tokens that are computed again, and how they were sampled."""
+
+    token_ids: list[int]  # prompt and output
+    num_prompt_tokens: int
+    params: SamplingParams
+    index: int  # which of the prompt's choices
+    salt: bytes  # of cached prefixes
+    lora_name: str
+    lora_fingerprint: str
+    ids: tuple[str, ...] = ()  # of the request; empty: it is only a prompt
+
+    def positions(self, question: Inspect) -> tuple[int, int]:
+        """Return the range that is asked for. Raises InspectionError if there is no such range."""
+        num_tokens = len(self.token_ids)
+        last = num_tokens if question.id is None else max(1, num_tokens - 1)  # nothing follows the last token
+        end = last if question.end is None else question.end
+        first = 0 if question.id is None else max(0, end - DEFAULT_POSITIONS)
+        start = first if question.start is None else question.start
+        if not 0 <= start < end <= min(num_tokens, question.max_end) or end - start > question.max_positions:
+            raise InspectionError(InspectionProblem.OUT_OF_RANGE, num_tokens)
+        return start, end
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What the sampler chooses at each position, and how it does at the last one."""
+
+    token_ids: list[int | None]  # None: the next token is one of the prompt
+    stages: list[StageView] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+class Inspector:
+    """Runs one inspection at a time, in slices."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._execution: ObservedExecution | None = None  # made for the first inspection
+        self._identity = b""
+        self._question: Inspect | None = None
+        self._slices: Generator[None, None, Inspected] | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self._slices is not None
+
+    def begin(self, identity: bytes, question: Inspect) -> Inspected | None:
+        """Begin an inspection for the API process `identity`. Return the refusal if another one runs."""
+        if self._slices is not None:
+            return Inspected(read_id=question.read_id, problem=InspectionProblem.BUSY)
+        self._identity, self._question, self._slices = identity, question, self._inspect(question)
+        return None
+
+    @torch.inference_mode()
+    def advance(self, step_seconds: float | None) -> tuple[bytes, Inspected | ReadFailed] | None:
+        """Run slices for a part of the time of the last step; None: there was none.
+
+        Return the answer and who asked for it, once it is complete.
+        """
+        if self._slices is None or self._question is None:
+            return None
+        seconds = IDLE_SECONDS if step_seconds is None else SHARE_OF_STEP * step_seconds
+        answer = _run(self._slices, self._question, time.monotonic() + seconds)
+        if answer is None:
+            return None
+        self._slices = None
+        return self._identity, answer
+
+    def _inspect(self, question: Inspect) -> Generator[None, None, Inspected]:
+        """Yield after each slice. Raises InspectionError, AdapterGoneError or BlocksGoneError."""
+        engine = self._engine
+        target = self._target(question)
+        start, end = target.positions(question)
+        if self._execution is None:
+            self._execution = engine.runner.new_observed_execution(MAX_ROWS)
+            yield
+        request = self._request(target)
+        request.token_ids = target.token_ids[:end]
+        seen = yield from self._look(request, target, start, question)
+        logits = [row for observer in seen for row in observer.logits]
+        sampled = yield from self._sample(request, target, start, logits, question.top)
+        attention = [row for observer in seen for row in observer.attention] or [[]] * len(logits)
+        layers = [row for observer in seen for row in observer.views()]
+        config = engine.model_config
+        return Inspected(
+            read_id=question.read_id,
+            num_tokens=len(target.token_ids),
+            ids=target.ids,
+            lora_name=target.lora_name,
+            token_ids=target.token_ids[: end + 1],
+            num_prompt_tokens=target.num_prompt_tokens,
+            start=start,
+            end=end,
+            num_heads=max(layer.attention.num_heads for layer in config.layers),
+            num_experts=max(layer.experts.router.num_experts if layer.experts else 0 for layer in config.layers),
+            positions=list(map(PositionView, range(start, end), layers, attention, sampled.token_ids)),
+            stages=sampled.stages,
+            candidates=sampled.candidates,
+        )
+
+    def _look(
+        self, request: Request, target: Target, start: int, question: Inspect
+    ) -> Generator[None, None, list[LayerObserver]]:
+        """Compute a request, and return what was seen of its steps from position `start` on."""
+        engine, execution = self._engine, self._execution
+        assert execution is not None
+        seen: list[LayerObserver] = []
+        with closing(BorrowedBlocks(engine.scheduler.kv, request, start)) as blocks:
+            for first, last in pairwise(self._bounds(request, start)):
+                step = Step(0, [Scheduled(request, first, last - first, num_samples=0)])
+                slices: Iterator[object] = execution.forward(step)
+                if first >= start:
+                    seen.append(LayerObserver(engine.runner, request, first, question))
+                    slices = seen[-1].run(execution, step)
+                for _ in slices:
+                    yield
+                    blocks.check()
+                    engine.adapters.find(target.lora_fingerprint)
+        return seen
+
+    def _target(self, question: Inspect) -> Target:
+        """Return what is inspected. Raises InspectionError."""
+        if question.id is None:
+            prompt = question.prompt_token_ids
+            return Target(prompt, len(prompt), PARAMS, 0, b"", question.lora_name, question.lora_fingerprint)
+        recorder, scheduler = self._engine.recorder, self._engine.scheduler
+        choices = of_one_request([pair for pair in all_choices(recorder, scheduler) if has_id(pair[0], question)])
+        chosen = [pair for pair in choices if (pair[0].prompt, pair[0].index) == (question.prompt, question.index)]
+        if not chosen:
+            raise InspectionError(InspectionProblem.NOT_FOUND)
+        (record, living), *_ = chosen
+        token_ids = record.token_ids if living is None else living.token_ids
+        if token_ids is None or record.params is None or not recorder.keeps_tokens:
+            raise InspectionError(InspectionProblem.NOT_KEPT)
+        return Target(
+            list(token_ids),
+            record.num_prompt_tokens,
+            record.params,
+            record.index,
+            record.salt,
+            record.lora_name,
+            record.lora_fingerprint,
+            record.ids,
+        )
+
+    def _request(self, target: Target) -> Request:
+        """Return a request for a target, of which the scheduler does not know. Raises AdapterGoneError."""
+        engine, params = self._engine, target.params
+        slot = engine.adapters.find(target.lora_fingerprint)
+        prompt = target.token_ids[: target.num_prompt_tokens]
+        submit = Submit(request_id="inspection", prompt_token_ids=prompt, params=params, arrival=0.0)
+        request = new_request(submit, salt=target.salt, arrival_number=0, now=0.0, lora_slot=slot)
+        request.seed = choice_seed(params.seed, target.index)
+        request.status = Status.RUNNING
+        if params.grammar is not None:
+            request.matcher = engine.grammars.new_matcher(params)
+            request.params = without_early_end(params)
+        return request
+
+    def _bounds(self, request: Request, start: int) -> Iterator[int]:
+        """Yield the first row of each step, and the end. Prompt and output are never in one step."""
+        position, end = request.kv.num_computed, request.num_tokens
+        num_heads = max(layer.attention.num_heads for layer in self._engine.model_config.layers)
+        while position < end:
+            yield position
+            limits = [limit for limit in (start, request.num_prompt_tokens, end) if limit > position]
+            num_rows = MAX_ROWS if position < start else MAX_PRODUCTS // (num_heads * end)
+            position = min(position + max(1, min(num_rows, MAX_ROWS)), *limits, end)
+        yield end
+
+    def _sample(
+        self, request: Request, target: Target, start: int, logits: Sequence[Tensor], num_top: int
+    ) -> Generator[None, None, Sampled]:
+        """Sample after each position of the output that was asked for, and view the stages of the last one."""
+        sampled = Sampled([None] * len(logits))
+        needs_earlier = "mirostat" in request.params.order and start > request.num_prompt_tokens - 1
+        if target.ids == () or needs_earlier:
+            return sampled
+        while not request.can_start:
+            request.wait_for_grammar(IDLE_SECONDS / 2)
+            yield
+        runner = self._engine.runner
+        for number, row_logits in enumerate(logits):
+            position = start + number
+            if position < request.num_prompt_tokens - 1:
+                continue
+            request.token_ids = target.token_ids[: position + 1]
+            row = SamplingRow(request)
+            masks = step_masks(Step(0, [Scheduled(request, position, 1, num_samples=1)]))
+            if number == len(logits) - 1:
+                sampler = Sampler(len(row_logits), self._engine.model_config.eos_token_ids, row_logits.device)
+                yield
+                sampled.stages, sampled.candidates = view_stages(sampler, row_logits[None], row, masks, num_top)
+                yield
+            output = runner.sampler.sample(row_logits[None].clone(), [row], masks)
+            sampled.token_ids[number] = int(output.token_ids[0]) if output.is_finite[0] else None
+            yield
+        return sampled
+
+
+def _run(slices: Generator[None, None, Inspected], question: Inspect, deadline: float) -> Inspected | ReadFailed | None:
+    """Run slices until the deadline, at least one. Return the answer if it is complete."""
+    try:
+        while True:
+            next(slices)
+            if time.monotonic() >= deadline:
+                return None
+    except StopIteration as end:
+        answer: Inspected = end.value
+        return answer
+    except InspectionError as error:
+        return Inspected(read_id=question.read_id, problem=error.problem, num_tokens=error.num_tokens)
+    except AdapterGoneError:
+        return Inspected(read_id=question.read_id, problem=InspectionProblem.NO_ADAPTER)
+    except BlocksGoneError:
+        return Inspected(read_id=question.read_id, problem=InspectionProblem.NO_BLOCKS)
+    except Exception:
+        logger.exception("an inspection fails")
+        return ReadFailed(question.read_id)

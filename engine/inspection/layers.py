@@ -1,0 +1,121 @@
+"""What the layers do at some rows: attention weights, the logit lens, norms, and the choice of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.execution.interface import OBSERVED_LOGIT_ROWS, ObservedExecution
+from engine.inspection.attention_weights import attention_weights
+from engine.kernels.torch.experts import route
+from engine.model.observation import Observation, Part
+from engine.runner import ModelRunner
+from engine.scheduling.request import Request, Step
+from engine.shared.records import Inspect, LayerView
+
+Pairs = list[tuple[int, float]]  # of a token, a position or an expert and its number
+
+
+@dataclass(slots=True)
+class LayerRows:
+    """What one layer does at each row."""
+
+    heads: list[list[Pairs]] = field(default_factory=list)
+    attention_norms: list[float] = field(default_factory=list)
+    feed_forward_norms: list[float] = field(default_factory=list)
+    residual_norms: list[float] = field(default_factory=list)
+    experts: list[Pairs] = field(default_factory=list)
+    lens: list[Pairs] = field(default_factory=list)
+
+
+class LayerObserver:
+    """Sees one step of a request, whose rows are the positions from `first` on."""
+
+    def __init__(self, runner: ModelRunner, request: Request, first: int, question: Inspect) -> None:
+        self._model = runner.model
+        self._kv_cache = runner.kv_cache
+        self._request = request
+        self._first = first
+        self._question = question
+        self._layers = [LayerRows() for _ in self._model.layers]
+        self._residuals: list[Tensor] = []  # [T, hidden_size] before the first layer and after each part of a layer
+        self.attention: list[list[float]] = []  # of each row, the weights of the head that is shown in full
+        self.logits: list[Tensor] = []  # [V] of each row
+
+    def run(self, execution: ObservedExecution, step: Step) -> Generator[None]:
+        """Compute a step. Yields after each slice."""
+        for observation in execution.forward(step):
+            self._see(observation)
+            yield
+        after_layers = self._residuals[2::2]
+        for layer, residual in zip(self._layers, after_layers, strict=True):
+            self.logits = []
+            for rows in torch.split(residual, OBSERVED_LOGIT_ROWS):
+                logits = execution.compute_logits(rows)
+                layer.lens += top_pairs(logits.log_softmax(dim=-1), self._question.top)
+                if layer is self._layers[-1]:
+                    self.logits += logits.clone()
+                yield
+
+    def views(self) -> list[list[LayerView]]:
+        """Return what each layer does, row by row."""
+        rows = range(len(self._layers[0].residual_norms))
+        return [[_view(layer, row) for layer in self._layers] for row in rows]
+
+    def _see(self, observation: Observation) -> None:
+        index = observation.layer
+        if observation.q is not None:
+            self._see_attention(index, observation.q)
+            return
+        residual = observation.residual.float().clone()
+        self._residuals.append(residual)
+        if observation.part is Part.EMBEDDING:
+            return
+        layer, added = self._layers[index], (residual - self._residuals[-2]).norm(dim=-1).tolist()
+        if observation.part is Part.ATTENTION:
+            layer.attention_norms = added
+            return
+        layer.feed_forward_norms, layer.residual_norms = added, residual.norm(dim=-1).tolist()
+        if observation.router_logits is not None:
+            layer.experts = self._chosen_experts(index, observation.router_logits)
+
+    def _see_attention(self, index: int, q: Tensor) -> None:
+        model, attention = self._model, self._model.layers[index].self_attn
+        table = self._request.kv.tables[self._kv_cache.groups[index]]
+        block_ids = torch.tensor(table.block_ids, dtype=torch.int64, device=q.device)
+        num_keys = self._first + len(q)
+        keys = model.kernels.cached_keys(self._kv_cache.layers[index], block_ids)[:num_keys]
+        heads = q.view(len(q), attention.spec.num_heads, attention.spec.head_dim)
+        weights = attention_weights(heads, keys, self._first, attention.scores, attention.spec.window)
+        self._layers[index].heads = [top_pairs(row, self._question.top) for row in weights]
+        if index == self._question.layer and self._question.head is not None:
+            rows = weights[:, self._question.head].tolist()
+            self.attention = [row[: self._first + number + 1] for number, row in enumerate(rows)]
+
+    def _chosen_experts(self, index: int, logits: Tensor) -> list[Pairs]:
+        experts = self._model.layers[index].experts
+        assert experts is not None
+        routing = route(logits, experts.spec.router, experts.correction_bias, experts.expert_scales)
+        pairs = zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
+        return [list(zip(*row, strict=True)) for row in pairs]
+
+
+def _view(layer: LayerRows, row: int) -> LayerView:
+    return LayerView(
+        lens=layer.lens[row],
+        residual_norm=layer.residual_norms[row],
+        attention_norm=layer.attention_norms[row],
+        feed_forward_norm=layer.feed_forward_norms[row],
+        heads=layer.heads[row],
+        experts=layer.experts[row] if layer.experts else [],
+    )
+
+
+def top_pairs(values: Tensor, num_top: int) -> list[Pairs]:
+    """Return the columns of the largest values of each row [R, C] with these, but none that is 0 or -infinity."""
+    largest = values.topk(min(num_top, values.shape[1]), dim=-1)
+    rows = zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
+    return [[pair for pair in zip(*row, strict=True) if pair[1] not in (0.0, float("-inf"))] for row in rows]

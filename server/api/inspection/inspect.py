@@ -1,0 +1,220 @@
+"""`POST /lightwell/v1/inspect`: what happens inside the model, computed again for one request or prompt."""
+
+from collections.abc import Iterable
+from functools import cache
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.shared.records import Inspect, Inspected, InspectionProblem, LayerView, PositionView, StageView
+from server.api.inspection.access import RecordAccess, check_may_read
+from server.api.inspection.schemas import (
+    FullAttention,
+    InspectedToken,
+    Inspection,
+    LayerInside,
+    NoisyToken,
+    PositionInside,
+    RankedToken,
+    Sampling,
+    Stage,
+)
+from server.context import ServerContext
+from server.generation.preamble import begin
+from server.generation.prompts import encode_prompt
+from server.http.errors import (
+    APIError,
+    EngineUnavailableError,
+    InvalidValueError,
+    MissingParameterError,
+    QueueFullError,
+    clip,
+)
+from server.http.json_route import StrictJSONRoute
+from server.text.choice_text import token_text
+
+MAX_POSITIONS = 64
+MAX_END = 8192  # attention to so many positions takes the engine some milliseconds for each position and layer
+MAX_ATTENDED = 1 << 18  # positions that are named for all heads of all layers at all positions, about 6 MB of JSON
+MAX_TOP = 20
+
+router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(check_may_read)])
+
+
+class InspectRequest(BaseModel):
+    """Either the id of a request, or a prompt."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    id: str | None = Field(None, description="Of the answer, or its x-request-id.")
+    prompt_index: int = Field(0, ge=0, description="Which of the request's prompts.")
+    index: int = Field(0, ge=0, description="Which of the prompt's choices.")
+    prompt: str | list[int] | None = Field(None, description="A text, or token ids.")
+    model: str | None = Field(None, description="Of a prompt: the model or LoRA adapter. Default: the model.")
+    start: int | None = Field(None, ge=0, description="First position. Default: 16 before the end; of a prompt 0.")
+    end: int | None = Field(None, ge=1, description="Position after the last one. Default: that of the last token.")
+    top: int = Field(5, ge=1, le=MAX_TOP, description="How many tokens and attended positions are named.")
+    layer: int | None = Field(None, ge=0, description="With `head`: return its attention in full.")
+    head: int | None = Field(None, ge=0)
+
+    def check(self, layer_heads: list[int]) -> None:
+        """Raise BadRequestError if fields contradict each other, or the model's number of heads in each layer."""
+        if self.id is None and self.prompt is None:
+            raise MissingParameterError("id")
+        if self.id is not None and self.prompt is not None:
+            raise InvalidValueError("Expected either 'id' or 'prompt', but got both.", param="prompt")
+        if self.id is not None and self.model is not None:
+            raise InvalidValueError("Expected 'model' only with 'prompt': a request has its own.", param="model")
+        if (self.layer is None) != (self.head is None):
+            missing = "layer" if self.layer is None else "head"
+            raise InvalidValueError("Expected 'layer' and 'head' together.", param=missing)
+        if self.layer is not None and self.layer >= len(layer_heads):
+            message = f"Invalid 'layer': expected 0 to {len(layer_heads) - 1}, but got {self.layer} instead."
+            raise InvalidValueError(message, param="layer")
+        if self.layer is not None and self.head is not None and self.head >= layer_heads[self.layer]:
+            message = f"Invalid 'head': expected 0 to {layer_heads[self.layer] - 1}, but got {self.head} instead."
+            raise InvalidValueError(message, param="head")
+
+
+@router.post("/lightwell/v1/inspect")
+async def inspect(request: Request, body: InspectRequest) -> Response:
+    """Show what happens inside the model: logit lens, attention, norms, experts and the stages of the sampler."""
+    access = RecordAccess(request)
+    context = access.context
+    preamble = begin(request, body, model=body.model)
+    headers = preamble.accept()
+    layer_heads = [layer.attention.num_heads for layer in context.model_config.layers]
+    body.check(layer_heads)
+    token_ids: list[int] = []
+    if body.prompt is not None:
+        prompt = await context.run_text_work(request, encode_prompt, context, body.prompt)
+        token_ids = prompt.token_ids
+    adapter = preamble.model.adapter
+    max_positions = min(MAX_POSITIONS, max(1, MAX_ATTENDED // (sum(layer_heads) * body.top)))
+    answer = await access.ask(
+        Inspect(
+            tenant=access.own_name,
+            id=body.id,
+            prompt=body.prompt_index,
+            index=body.index,
+            prompt_token_ids=token_ids,
+            lora_name=preamble.model.lora_name,
+            lora_fingerprint="" if adapter is None else adapter.fingerprint,
+            start=body.start,
+            end=body.end,
+            max_positions=max_positions,
+            max_end=MAX_END,
+            top=body.top,
+            layer=body.layer,
+            head=body.head,
+        )
+    )
+    assert isinstance(answer, Inspected)
+    if answer.problem is not None:
+        raise _error(answer.problem, answer.num_tokens, body, max_positions)
+    return await access.respond(_inspection, context, body, answer, headers=headers)
+
+
+def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, max_positions: int) -> APIError:
+    match problem:
+        case InspectionProblem.BUSY:
+            return QueueFullError(1, "Another inspection runs. Please retry later.")
+        case InspectionProblem.NO_BLOCKS:
+            message = "Other requests need the free blocks of the KV cache. Please retry later."
+            return EngineUnavailableError(message, code="overloaded")
+        case InspectionProblem.NO_ADAPTER:
+            message = "The LoRA adapter of this request is no longer loaded."
+            return APIError(404, message, code="adapter_not_loaded", param="id")
+        case InspectionProblem.OUT_OF_RANGE:
+            expected = f"0 <= start < end <= {min(num_tokens, MAX_END)}, and at most {max_positions} positions"
+            message = f"Invalid 'end': of {num_tokens} positions, expected {expected} with this 'top'."
+            return InvalidValueError(message, param="end")
+        case InspectionProblem.NOT_KEPT:
+            message = "The tokens of this request are not kept. With API keys, --record-requests keeps them."
+            return APIError(404, message, code="tokens_not_kept", param="id")
+        case InspectionProblem.NOT_FOUND:
+            message = f"No request with the id '{clip(body.id or '')}' and this choice is running or among the last."
+            return APIError(404, message, code="request_not_found", param="id")
+
+
+class _Texts:
+    """The texts of tokens, each looked up once."""
+
+    def __init__(self, context: ServerContext) -> None:
+        @cache
+        def text(token_id: int) -> str:
+            return token_text(context.tokenizer, token_id)
+
+        self._text = text
+
+    def token(self, token_id: int) -> InspectedToken:
+        return InspectedToken(token_id, self._text(token_id))
+
+    def ranked(self, pairs: Iterable[tuple[int, float]]) -> list[RankedToken]:
+        return [RankedToken(token_id, self._text(token_id), logprob) for token_id, logprob in pairs]
+
+
+def _inspection(context: ServerContext, body: InspectRequest, answer: Inspected) -> Inspection:
+    """Return what a client sees of an answer. `body` is the question."""
+    texts = _Texts(context)
+    positions = [_position(texts, view, answer) for view in answer.positions]
+    compared = [position.is_equal for position in positions if position.is_equal is not None]
+    attention = None
+    if body.layer is not None and body.head is not None:
+        attention = FullAttention(body.layer, body.head, [view.attention for view in answer.positions])
+    last = positions[-1]
+    sampling = Sampling(
+        position=last.position,
+        stages=[_stage(texts, view) for view in answer.stages],
+        noise=[
+            NoisyToken(each.token_id, texts.token(each.token_id).token, each.logit, each.noise)
+            for each in answer.candidates
+        ],
+        recomputed=last.recomputed,
+        sent=last.next,
+    )
+    return Inspection(
+        id=answer.ids[0] if answer.ids else None,
+        model=answer.lora_name or context.model_names[0],
+        num_layers=len(context.model_config.layers),
+        num_heads=answer.num_heads,
+        num_experts=answer.num_experts,
+        num_prompt_tokens=answer.num_prompt_tokens,
+        num_tokens=answer.num_tokens,
+        start=answer.start,
+        end=answer.end,
+        tokens=[texts.token(token_id) for token_id in answer.token_ids[: answer.end]],
+        positions=positions,
+        attention=attention,
+        sampling=sampling if answer.stages else None,
+        is_equal=all(compared) if compared else None,
+    )
+
+
+def _position(texts: _Texts, view: PositionView, answer: Inspected) -> PositionInside:
+    following = answer.token_ids[view.position + 1 : view.position + 2]
+    recomputed = None if view.token_id is None else texts.token(view.token_id)
+    return PositionInside(
+        position=view.position,
+        layers=[_layer(texts, layer) for layer in view.layers],
+        next=texts.token(following[0]) if following else None,
+        recomputed=recomputed,
+        is_equal=view.token_id == following[0] if recomputed is not None and following else None,
+    )
+
+
+def _layer(texts: _Texts, view: LayerView) -> LayerInside:
+    return LayerInside(
+        lens=texts.ranked(view.lens),
+        residual_norm=view.residual_norm,
+        attention_norm=view.attention_norm,
+        mlp_norm=view.feed_forward_norm,
+        heads=view.heads,
+        experts=view.experts or None,
+    )
+
+
+def _stage(texts: _Texts, view: StageView) -> Stage:
+    return Stage(
+        view.name, view.num_tokens, view.num_removed, top=texts.ranked(view.top), removed=texts.ranked(view.removed)
+    )

@@ -1,0 +1,374 @@
+"""What happens inside, compared with transformers, and computed again while requests run.
+
+Prompts are compared for models of several families, in float32, on the kernels that serve.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.inspection.inspector import Inspector
+from engine.loading import LoadedModel, load_model
+from engine.model.observation import Observation
+from engine.scheduling.request import Step
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams, Submit
+from engine.shared.records import Inspect, Inspected, InspectionProblem, ReadFailed
+from tests.support.family_models import VOCAB_SIZE, save_family_model
+from tests.support.kernel_choice import choose_kernels
+
+FAMILIES = ("llama3", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "deepseek_v2_lite", "cohere2", "phi3")
+TOLERANCE = 1e-4
+TOP = 5
+NUM_TOKENS = 70  # more than a chunk, and than the windows of these models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[LoadedModel, Any]]:
+    """Return a function that loads the model of a family on some kernels, and in transformers."""
+
+    @cache
+    def saved(family: str) -> tuple[str, Any]:
+        folder = tmp_path_factory.mktemp(family)
+        model = save_family_model(family, folder, 0)
+        model.set_attn_implementation("eager")
+        return str(folder), model
+
+    @cache
+    def load(family: str, kernels: str) -> tuple[LoadedModel, Any]:
+        folder, model = saved(family)
+        with choose_kernels(kernels):
+            config = EngineConfig(model_path=folder, dtype="float32", quantization="none", keep_token_ids=True)
+            return load_model(config), model
+
+    return load
+
+
+def new_engine(loaded: LoadedModel, **fields: Any) -> Engine:
+    return Engine(EngineConfig(model_path="", keep_token_ids=True, **fields), loaded)
+
+
+def ask(inspector: Inspector, **fields: Any) -> Inspected:
+    """Return the answer to a question, with no steps in between."""
+    question = Inspect(**{"read_id": 7, "max_positions": 128, "max_end": 4096, "top": TOP} | fields)
+    assert inspector.begin(b"api", question) is None
+    while (reply := inspector.advance(None)) is None:
+        pass
+    identity, answer = reply
+    assert identity == b"api"
+    assert isinstance(answer, Inspected), answer
+    assert answer.read_id == 7
+    return answer
+
+
+def random_prompt(num_tokens: int = NUM_TOKENS) -> list[int]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return torch.randint(VOCAB_SIZE, (num_tokens,), generator=generator).tolist()
+
+
+@torch.inference_mode()
+def logits_of(model: Any, stream: torch.Tensor) -> torch.Tensor:
+    """Return what the final norm and the LM head make of a hidden state."""
+    logits = model.get_output_embeddings()(model.base_model.norm(stream))
+    logits *= getattr(model.config, "logit_scale", 1.0)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    capped: torch.Tensor = logits if softcap is None else softcap * (logits / softcap).tanh()
+    return capped
+
+
+@pytest.mark.parametrize("kernels", ["torch", "default"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts(models: Callable[[str, str], tuple[LoadedModel, Any]], family: str, kernels: str) -> None:
+    loaded, model = models(family, kernels)
+    prompt = random_prompt()
+    inspector = Inspector(new_engine(loaded))
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt]), output_attentions=True, output_hidden_states=True)
+    streams = [hidden[0] for hidden in expected.hidden_states]  # the last one is normed
+    num_layers = len(expected.attentions)
+    for layer in range(num_layers):
+        weights = expected.attentions[layer][0]  # [H, n, n]
+        head = layer % weights.shape[0]
+        answer = ask(inspector, prompt_token_ids=prompt, layer=layer, head=head)
+        assert (answer.start, answer.end, answer.num_tokens) == (0, len(prompt), len(prompt))
+        assert len(answer.positions) == len(prompt)
+        for view in answer.positions:
+            position = view.position
+            torch.testing.assert_close(
+                torch.tensor(view.attention), weights[head, position, : position + 1], rtol=0, atol=TOLERANCE
+            )
+            seen = view.layers[layer]
+            assert len(seen.heads) == weights.shape[0]
+            for pairs, row in zip(seen.heads, weights[:, position], strict=True):
+                largest = row.topk(min(TOP, position + 1)).values
+                assert [weight for _, weight in pairs] == pytest.approx(
+                    [weight for weight in largest.tolist() if weight], abs=TOLERANCE
+                )
+                for key, weight in pairs:
+                    assert row[key].item() == pytest.approx(weight, abs=TOLERANCE)
+            if layer == num_layers - 1:
+                logits = expected.logits[0, position]
+            else:
+                stream = streams[layer + 1][position]
+                assert seen.residual_norm == pytest.approx(stream.norm().item(), rel=TOLERANCE)
+                logits = logits_of(model, stream)
+            lens = logits.log_softmax(dim=-1)
+            for token_id, logprob in seen.lens:
+                assert lens[token_id].item() == pytest.approx(logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize(("cache", "tolerance"), [("auto", 0.03), ("int8", 0.05)])
+def test_keys_of_smaller_formats(tmp_path: Path, cache: str, tolerance: float) -> None:
+    """Attention weights are computed from the keys as they are cached: in bfloat16, or 8 bits with scales."""
+    model = save_family_model("qwen3", tmp_path, 0)
+    model.set_attn_implementation("eager")
+    config = EngineConfig(model_path=str(tmp_path), dtype="bfloat16", quantization="none", kv_cache_dtype=cache)
+    prompt = random_prompt()
+    answer = ask(Inspector(Engine(config, load_model(config))), prompt_token_ids=prompt, layer=0, head=1)
+    with torch.inference_mode():
+        weights = model(torch.tensor([prompt]), output_attentions=True).attentions[0][0, 1]
+    for view in answer.positions:
+        expected = weights[view.position, : view.position + 1]
+        torch.testing.assert_close(torch.tensor(view.attention), expected, rtol=0, atol=tolerance)
+
+
+# Requests.
+
+
+def run(engine: Engine, params: SamplingParams, name: str, num_prompt_tokens: int = 37, n: int = 1) -> list[list[int]]:
+    """Run a request to its end, and return the output of each choice."""
+    engine.add(
+        Submit(
+            request_id=name,
+            prompt_token_ids=random_prompt(num_prompt_tokens),
+            params=params,
+            arrival=0.0,
+            n=n,
+            ids=(name, "latest"),
+        )
+    )
+    outputs: list[list[int]] = [[] for _ in range(n)]
+    while engine.has_work:
+        for event in engine.step()[1]:
+            outputs[event.index] += event.token_ids
+    return outputs
+
+
+EXTRA = ExtraSamplers(
+    order=("dry", "penalties", "typ_p", "temperature", "xtc"),
+    typical_p=0.9,
+    dry_multiplier=0.8,
+    xtc_probability=0.5,
+    xtc_threshold=0.05,
+)
+SETTINGS = {
+    "greedy": SamplingParams(max_tokens=24, temperature=0.0),
+    "sampled": SamplingParams(max_tokens=24, seed=11),
+    "truncated": SamplingParams(max_tokens=24, seed=12, temperature=1.3, top_k=40, top_p=0.9, min_p=0.01),
+    "penalties": SamplingParams(max_tokens=24, seed=13, repetition_penalty=1.2, presence_penalty=0.5),
+    "bias": SamplingParams(max_tokens=24, seed=14, logit_bias={5: 6.0, 7: -100.0}, min_tokens=20),
+    "allowed": SamplingParams(max_tokens=24, seed=15, allowed_token_ids=tuple(range(10, 60))),
+    "chain": SamplingParams(max_tokens=24, seed=16, extra_samplers=EXTRA),
+    "mirostat": SamplingParams(
+        max_tokens=24, seed=17, extra_samplers=ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=3.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3_text"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_same_tokens_are_sampled_again(
+    models: Callable[[str, str], tuple[LoadedModel, Any]], family: str, name: str
+) -> None:
+    engine = new_engine(models(family, "default")[0])
+    outputs = run(engine, SETTINGS[name], name, n=2)
+    inspector = Inspector(engine)
+    for index, output in enumerate(outputs):
+        answer = ask(inspector, id=name, index=index, start=36, end=37 + len(output) - 1)
+        assert [view.token_id for view in answer.positions] == output
+        assert answer.token_ids == random_prompt(37) + output
+        last = answer.stages[-1]
+        assert sum(math.exp(logprob) for _, logprob in last.top) <= 1.0001
+        assert answer.stages[0].name == "logits"
+        if answer.candidates:
+            assert max(answer.candidates, key=lambda each: each.logit + each.noise).token_id == output[-1]
+        else:
+            assert last.top[0][0] == output[-1]
+        removed = sum(stage.num_removed for stage in answer.stages)
+        assert answer.stages[0].num_tokens == last.num_tokens + removed
+
+
+def test_stages_are_those_of_the_request(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    engine = new_engine(models("llama3", "default")[0])
+    inspector = Inspector(engine)
+    for name, stages in {
+        "greedy": ["logits"],
+        "truncated": ["logits", "temperature", "min_p", "top_k", "top_p"],
+        "penalties": ["logits", "penalties", "temperature"],
+        "bias": ["logits", "logit_bias", "temperature"],
+        "allowed": ["logits", "allowed_token_ids", "temperature"],
+        "chain": ["logits", "dry", "typ_p", "temperature", "xtc"],
+    }.items():
+        run(engine, SETTINGS[name], name)
+        answer = ask(inspector, id=name)
+        assert [stage.name for stage in answer.stages] == stages
+        assert (answer.start, answer.end) == (answer.num_tokens - 17, answer.num_tokens - 1)
+    truncated = ask(inspector, id="truncated").stages
+    assert truncated[3].num_tokens <= 40
+    assert truncated[3].num_removed == truncated[2].num_tokens - truncated[3].num_tokens
+
+
+def test_mirostat_needs_the_output_from_its_beginning(
+    models: Callable[[str, str], tuple[LoadedModel, Any]],
+) -> None:
+    engine = new_engine(models("llama3", "default")[0])
+    run(engine, SETTINGS["mirostat"], "mirostat")
+    answer = ask(Inspector(engine), id="mirostat")
+    assert {view.token_id for view in answer.positions} == {None}
+    assert answer.stages == []
+
+
+def test_a_request_that_runs(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    engine = new_engine(models("llama3", "default")[0])
+    inspector = Inspector(engine)
+    engine.add(
+        Submit(
+            request_id="r",
+            prompt_token_ids=random_prompt(9),
+            params=SamplingParams(max_tokens=200, ignore_eos=True, seed=3),
+            arrival=0.0,
+            ids=("r",),
+        )
+    )
+    for _ in range(20):
+        engine.step()
+    question = Inspect(read_id=1, id="r", max_positions=16, max_end=4096, top=3)
+    assert inspector.begin(b"api", question) is None
+    answer = None
+    while answer is None:  # a step before each slice
+        engine.step()
+        answer = inspector.advance(0.0)
+    view = answer[1]
+    assert isinstance(view, Inspected)
+    assert view.num_tokens == 30  # it begins with its first slice
+    assert [each.token_id for each in view.positions] == view.token_ids[view.start + 1 :]
+    assert engine.scheduler.running
+    engine.abort("r")
+    engine.scheduler.check()
+
+
+def test_blocks_go_to_requests(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    """Requests take the blocks of an inspection, which ends. None of them is preempted for it."""
+    loaded, _ = models("llama3", "default")
+    engine = new_engine(loaded)
+    pool = engine.scheduler.pool
+    inspector = Inspector(engine)
+    assert (
+        inspector.begin(b"api", Inspect(prompt_token_ids=random_prompt(64), max_positions=64, max_end=4096, top=3))
+        is None
+    )
+    assert inspector.advance(0.0) is None
+    assert inspector.advance(0.0) is None
+    assert pool.num_free == pool.num_blocks
+    taken = pool.allocate(pool.num_blocks)
+    assert taken is not None
+    answer = inspector.advance(0.0)
+    assert answer is not None
+    assert isinstance(answer[1], Inspected)
+    assert answer[1].problem is InspectionProblem.NO_BLOCKS
+    assert ask(inspector, prompt_token_ids=random_prompt(64)).problem is InspectionProblem.NO_BLOCKS
+    pool.release(taken)
+    assert not pool.published
+    assert ask(inspector, prompt_token_ids=random_prompt(64)).problem is None
+    assert not pool.published
+    engine.scheduler.check()
+
+
+def test_a_cached_beginning_is_not_computed_again(
+    models: Callable[[str, str], tuple[LoadedModel, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(models("llama3", "default")[0], enable_prefix_caching=True)
+    run(engine, SETTINGS["sampled"], "r", num_prompt_tokens=100)
+    inspector = Inspector(engine)
+    first = ask(inspector, id="r", start=99)
+    computed: list[tuple[int, int]] = []
+    forward = inspector._execution.forward  # type: ignore[union-attr]
+
+    def counting(step: Step) -> Iterator[Observation]:
+        computed.append((step.scheduled[0].start, step.scheduled[0].num_tokens))
+        return forward(step)
+
+    monkeypatch.setattr(inspector._execution, "forward", counting)
+    assert ask(inspector, id="r", start=99) == first
+    assert computed[0] == (96, 3)  # three blocks of 32 tokens are cached
+    engine.scheduler.pool.unpublish(list(engine.scheduler.pool.blocks))
+    computed.clear()
+    assert ask(inspector, id="r", start=99) == first
+    assert computed[0][0] == 0
+
+
+# Refusals.
+
+
+def test_one_at_a_time(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    inspector = Inspector(new_engine(models("llama3", "default")[0]))
+    question = Inspect(read_id=1, prompt_token_ids=[1, 2], max_positions=64, max_end=4096, top=3)
+    assert inspector.begin(b"api", question) is None
+    refusal = inspector.begin(b"other", question)
+    assert refusal is not None
+    assert refusal.problem is InspectionProblem.BUSY
+    while inspector.advance(None) is None:
+        pass
+    assert not inspector.has_work
+    assert ask(inspector, prompt_token_ids=[1, 2]).problem is None
+
+
+def test_positions_that_are_not_there(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    engine = new_engine(models("llama3", "default")[0])
+    run(engine, SETTINGS["greedy"], "r", num_prompt_tokens=4)
+    inspector = Inspector(engine)
+    for fields in (
+        {"start": 5, "end": 5},
+        {"start": 6, "end": 5},
+        {"end": 29},
+        {"start": 0, "end": 28, "max_positions": 27},
+        {"start": 0, "end": 20, "max_end": 19},
+    ):
+        answer = ask(inspector, id="r", **fields)
+        assert (answer.problem, answer.num_tokens) == (InspectionProblem.OUT_OF_RANGE, 28), fields
+    last = ask(inspector, id="r", start=27, end=28)
+    assert last.positions[0].token_id is not None  # what would have come next
+    assert len(last.token_ids) == 28
+
+
+def test_requests_that_are_not_there(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    loaded, _ = models("llama3", "default")
+    engine = new_engine(loaded)
+    run(engine, SETTINGS["greedy"], "r")
+    inspector = Inspector(engine)
+    for fields in ({"id": "other"}, {"id": "r", "index": 1}, {"id": "r", "prompt": 1}, {"id": "r", "tenant": "b"}):
+        assert ask(inspector, **fields).problem is InspectionProblem.NOT_FOUND
+    assert ask(inspector, id="latest", tenant="").problem is None
+    engine = Engine(EngineConfig(model_path=""), loaded)
+    run(engine, SETTINGS["greedy"], "r")
+    assert ask(Inspector(engine), id="r").problem is InspectionProblem.NOT_KEPT
+
+
+def test_a_fault_ends_the_inspection_alone(
+    models: Callable[[str, str], tuple[LoadedModel, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspector = Inspector(new_engine(models("llama3", "default")[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.inspection.layers.attention_weights", lambda *args: 1 / 0)
+        question = Inspect(read_id=3, prompt_token_ids=[1, 2], max_positions=64, max_end=4096, top=3)
+        assert inspector.begin(b"api", question) is None
+        while (reply := inspector.advance(None)) is None:
+            pass
+        assert reply == (b"api", ReadFailed(3))
+    assert ask(inspector, prompt_token_ids=[1, 2]).problem is None

@@ -1,0 +1,156 @@
+"""`POST /lightwell/v1/inspect` over real sockets, with a fake engine. What it shows is tested with the real one."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.shared.records import InspectionProblem
+from server.api.inspection.inspect import MAX_END, MAX_POSITIONS
+from tests.server.api.inspection.test_routes import start, streams
+from tests.server.conftest import StartServer
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_error
+
+__all__ = ["streams"]
+
+KEYS = {"api_key": ("key-a", "key-b"), "admin_key": "root"}
+
+
+@pytest.fixture(autouse=True)
+def _endless(fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.01
+
+
+def ask(server: RunningServer, key: str = "", **body: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.post(f"{server.url}/lightwell/v1/inspect", json=body, headers=headers, timeout=20)
+
+
+def test_a_prompt(server: RunningServer) -> None:
+    response = ask(server, prompt="ab", layer=1, head=0)
+    assert response.status_code == 200, response.text
+    layer = {
+        "lens": [{"token_id": 97, "token": "a", "logprob": -0.5}],
+        "residual_norm": 1.0,
+        "attention_norm": 2.0,
+        "mlp_norm": 3.0,
+        "heads": [[[0, 0.75]]],
+        "experts": None,
+    }
+    assert response.json() == {
+        "id": None,
+        "model": "tiny",
+        "num_layers": 2,
+        "num_heads": 1,
+        "num_experts": 0,
+        "num_prompt_tokens": 2,
+        "num_tokens": 2,
+        "start": 1,
+        "end": 2,
+        "tokens": [{"token_id": 97, "token": "a"}, {"token_id": 98, "token": "b"}],
+        "positions": [{"position": 1, "layers": [layer, layer], "next": None, "recomputed": None, "is_equal": None}],
+        "attention": {"layer": 1, "head": 0, "rows": [[0.75, 0.25]]},
+        "sampling": None,
+        "is_equal": None,
+    }
+    assert ask(server, prompt=[97, 98]).json()["tokens"] == response.json()["tokens"]
+
+
+def test_a_request(server: RunningServer, streams: list[httpx.Response]) -> None:
+    start(server, streams, "mine", prompt="ab")
+    body = ask(server, id="mine").json()
+    assert body["id"].startswith("cmpl-")
+    (position,) = body["positions"]
+    b = {"token_id": 98, "token": "b"}
+    assert (position["next"], position["recomputed"], position["is_equal"], body["is_equal"]) == (b, b, True, True)
+    assert body["attention"] is None
+    assert body["sampling"] == {
+        "position": 1,
+        "stages": [
+            {
+                "name": "logits",
+                "num_tokens": 3,
+                "num_removed": 0,
+                "top": [{"token_id": 97, "token": "a", "logprob": -0.5}],
+                "removed": [],
+            },
+            {
+                "name": "top_k",
+                "num_tokens": 1,
+                "num_removed": 2,
+                "top": [b | {"logprob": 0.0}],
+                "removed": [{"token_id": 97, "token": "a", "logprob": -0.5}],
+            },
+        ],
+        "noise": [b | {"logit": 1.5, "noise": 0.5}],
+        "recomputed": b,
+        "sent": b,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "id"),
+        ({"id": "a", "prompt": "a"}, "prompt"),
+        ({"id": "a", "model": "tiny"}, "model"),
+        ({"prompt": "a", "layer": 0}, "head"),
+        ({"prompt": "a", "head": 0}, "layer"),
+        ({"prompt": "a", "layer": 99, "head": 0}, "layer"),
+        ({"prompt": "a", "layer": 0, "head": 99}, "head"),
+        ({"prompt": "a", "top": 0}, "top"),
+        ({"prompt": "a", "top": 21}, "top"),
+        ({"prompt": "a", "start": -1}, "start"),
+        ({"prompt": "a", "end": 0}, "end"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [1000]}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"id": 7}, "id"),
+    ],
+)
+def test_invalid_fields(server: RunningServer, body: dict[str, Any], param: str) -> None:
+    error = check_error(ask(server, **body), 400)
+    assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "code"),
+    [
+        (InspectionProblem.BUSY, 429, "rate_limit_exceeded"),
+        (InspectionProblem.NO_BLOCKS, 503, "overloaded"),
+        (InspectionProblem.NO_ADAPTER, 404, "adapter_not_loaded"),
+        (InspectionProblem.NOT_FOUND, 404, "request_not_found"),
+        (InspectionProblem.NOT_KEPT, 404, "tokens_not_kept"),
+        (InspectionProblem.OUT_OF_RANGE, 400, "invalid_value"),
+    ],
+)
+def test_problems(
+    server: RunningServer, fake_engine: FakeEngine, problem: InspectionProblem, status: int, code: str
+) -> None:
+    fake_engine.config.inspection_problem = problem
+    response = ask(server, id="a")
+    assert check_error(response, status)["code"] == code
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+def test_the_range_is_named(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.config.inspection_problem = InspectionProblem.OUT_OF_RANGE
+    message = check_error(ask(server, id="a", end=9), 400)["message"]
+    assert "of 3 positions, expected 0 <= start < end <= 3" in message
+    assert f"at most {MAX_POSITIONS} positions" in message
+    assert MAX_END > MAX_POSITIONS
+
+
+def test_keys(start_server: StartServer, streams: list[httpx.Response]) -> None:
+    server = start_server(**KEYS)
+    start(server, streams, "mine", "key-a")
+    check_error(ask(server, id="mine"), 401)
+    check_error(ask(server, "key-b", id="mine"), 404)
+    assert ask(server, "key-a", id="mine").status_code == 200
+    assert ask(server, "root", id="mine").status_code == 200
+
+
+def test_it_is_off(start_server: StartServer) -> None:
+    check_error(ask(start_server(inspect=False), prompt="a"), 404)
