@@ -1,4 +1,4 @@
-"""The pages for browsers: `/`, which says how to use this server, and `/docs`, the API's documentation.
+"""The pages for browsers: `/`, which shows the model at work, and `/docs`, the API's documentation.
 
 Pages and assets are public, so they hold no data: their scripts ask the API, with the key that the user enters.
 """

@@ -170,7 +170,7 @@ def test_paths_may_have_the_prefix_of_a_proxy(start_server: StartServer, prefix:
     """A proxy may remove it or not; either way the rest of the path decides, also which paths need a key."""
     server = start_server(root_path="/llm", api_key=("k",))
     with httpx.Client(base_url=server.url + prefix, timeout=60) as client:
-        for path in ("/", "/docs", "/assets/index.js", "/healthz"):
+        for path in ("/", "/docs", "/assets/app/main.js", "/healthz"):
             assert client.get(path).status_code == 200, path
         assert [client.get(path).status_code for path in ("/v1/models", "/llmv1/models")] == [401, 401]
         client.headers["authorization"] = "Bearer k"

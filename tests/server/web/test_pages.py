@@ -1,5 +1,7 @@
 """The pages for browsers, as HTTP clients and as Chromium see them."""
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -14,12 +16,30 @@ from tests.support.serving import RunningServer, check_error
 
 PAGES = ("/", "/docs")
 KEY = "sk-secret"
+VENDOR = STATIC / "vendor"
+OWN_FILES = sorted(
+    path.relative_to(STATIC).as_posix()
+    for path in STATIC.rglob("*.*")
+    if path.suffix in (".css", ".html", ".js", ".svg") and VENDOR not in path.parents
+)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture
 def guarded(start_server: StartServer) -> RunningServer:
     return start_server(api_key=(KEY,))
+
+
+def imported(server: RunningServer, path: str) -> set[str]:
+    """Return the paths of a script and of all that it imports, from the server."""
+    found, rest = set[str](), [path]
+    while rest:
+        found.add(path := rest.pop())
+        response = httpx.get(server.url + path)
+        assert response.headers["content-type"].startswith("text/javascript"), path
+        names = re.findall(r"""(?:from|import) ?\(?"(\.[^"]+)""", response.text)
+        rest += {str(httpx.URL(server.url + path).join(name).path) for name in names} - found
+    return found
 
 
 def linked(page: str) -> list[str]:
@@ -38,6 +58,14 @@ def test_pages_and_their_files_are_public(guarded: RunningServer, path: str) -> 
     check_error(httpx.get(f"{guarded.url}/openapi.json"), 401)
 
 
+def test_modules_are_served_from_subfolders_with_the_policy(guarded: RunningServer) -> None:
+    modules = imported(guarded, "/assets/app/main.js")
+    assert {"/assets/app/views/chat.js", "/assets/vendor/preact.js", "/assets/key.js"} <= modules
+    policy = httpx.get(guarded.url).headers["content-security-policy"]
+    for path in modules:
+        assert httpx.get(guarded.url + path).headers["content-security-policy"] == policy
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_head(server: RunningServer, path: str) -> None:
     """Clients of other servers probe `/` with HEAD."""
@@ -45,7 +73,7 @@ def test_head(server: RunningServer, path: str) -> None:
     check_error(httpx.post(server.url + path), 405)
 
 
-@pytest.mark.parametrize("path", [*PAGES, "/assets/index.js", "/healthz"])
+@pytest.mark.parametrize("path", [*PAGES, "/assets/app/main.js", "/healthz"])
 def test_only_reading_needs_no_key(guarded: RunningServer, path: str) -> None:
     check_error(httpx.post(guarded.url + path, content=b"x"), 401)
 
@@ -57,10 +85,26 @@ def test_the_policy_allows_nothing_but_this_server(server: RunningServer) -> Non
     assert "default-src 'none'" in policy
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in STATIC.glob("*.*s*")))
+@pytest.mark.parametrize("file", OWN_FILES)
 def test_files_need_no_other_host(file: str) -> None:
     text = (STATIC / file).read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert re.findall(r"https?://[^\s\"'`$]+", text) == []
+
+
+@pytest.mark.parametrize("file", [file for file in OWN_FILES if file.endswith((".js", ".html"))])
+def test_text_never_becomes_markup(file: str) -> None:
+    """What models and users write is shown as text."""
+    text = (STATIC / file).read_text(encoding="utf-8")
+    assert re.findall(r"\w*(?:innerHTML|outerHTML|insertAdjacentHTML|document\.write|InnerHTML|srcdoc)\w*", text) == []
+
+
+def test_libraries_are_those_that_are_listed() -> None:
+    packages = json.loads((VENDOR / "SOURCES.json").read_text(encoding="utf-8"))["packages"]
+    hashes = {each["file"]: each["sha256"] for package in packages for each in package["files"]}
+    listed = {*hashes, *(package["license_file"] for package in packages), "SOURCES.json"}
+    assert {path.name for path in VENDOR.iterdir()} == listed
+    for file, value in hashes.items():
+        assert hashlib.sha256((VENDOR / file).read_bytes()).hexdigest() == value, file
 
 
 def test_a_current_copy_is_not_sent_again(server: RunningServer) -> None:
@@ -103,14 +147,14 @@ def dom(url: str, folder: Path) -> str:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_chromium(server: RunningServer, tmp_path: Path) -> None:
     page = dom(server.url, tmp_path)
-    assert "<option>tiny</option>" in page
-    assert f'<code id="base-url">{server.url}/v1</code>' in page
+    assert '<span id="state" role="status">Ready</span>' in page
+    assert "<h1>Chat</h1>" in page
     assert "Create Chat Completion" in dom(f"{server.url}/docs", tmp_path)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_chromium_asks_for_the_key(guarded: RunningServer, tmp_path: Path) -> None:
     page = dom(guarded.url, tmp_path)
-    assert 'id="key-form" class="card">' in page
-    assert "<option" not in page
+    assert 'id="key-form"' in page
+    assert "<h1>" not in page
     assert 'id="no-key">' in dom(f"{guarded.url}/docs", tmp_path)

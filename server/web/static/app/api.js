@@ -1,0 +1,170 @@
+// Calls of the server's API, with the key that was entered. Paths are relative to the page, which a proxy may prefix.
+import { authorization, forgetKey, hasKey } from "../key.js";
+import { signal } from "./lib.js";
+
+const FIRST_RETRY = 500; // ms
+const LAST_RETRY = 10000; // ms
+
+/** Why the server wants a key: it has none yet, or did not accept the one it got. */
+export const keyProblem = signal(/** @type {"" | "missing" | "rejected"} */ (""));
+
+/** An answer of the server that is an error, or status 0 if there was no answer. */
+export class ApiError extends Error {
+  /**
+   * @param {string} message
+   * @param {{status?: number, code?: string | null, retryAfter?: number | null}} [details]
+   */
+  constructor(message, { status = 0, code = null, retryAfter = null } = {}) {
+    super(message);
+    this.name = "ApiError";
+    this.status = status;
+    this.code = code;
+    this.retryAfter = retryAfter; // seconds
+  }
+}
+
+/**
+ * Sends a request and returns the response; throws an ApiError if it is not a good one.
+ * @param {string} path
+ * @param {RequestInit} [options]
+ * @returns {Promise<Response>}
+ */
+export async function call(path, options = {}) {
+  const response = await fetch(path, { ...options, headers: { ...options.headers, ...authorization() } }).catch((error) => {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server cannot be reached.");
+  });
+  if (response.ok) return response;
+  if (response.status === 401) {
+    keyProblem.value = hasKey() ? "rejected" : "missing";
+    forgetKey();
+  }
+  throw await errorOf(response);
+}
+
+/**
+ * Returns the JSON of an answer; with a body, sends it as JSON by POST.
+ * @param {string} path
+ * @param {RequestInit & {json?: unknown}} [options]
+ */
+export async function callJson(path, { json, ...options } = {}) {
+  return (await call(path, json === undefined ? options : { ...options, ...posted(json) })).json();
+}
+
+/**
+ * Options of a request that posts JSON.
+ * @param {unknown} json
+ * @returns {RequestInit}
+ */
+export const posted = (json) => ({
+  method: "POST",
+  headers: { "Content-Type": "application/json" },
+  body: JSON.stringify(json),
+});
+
+/** @param {Response} response */
+async function errorOf(response) {
+  const body = await response.json().catch(() => null);
+  const message = body?.error?.message ?? `The server answered with status ${response.status}.`;
+  const retryAfter = Number(response.headers.get("retry-after")) || null;
+  return new ApiError(message, { status: response.status, code: body?.error?.code ?? null, retryAfter });
+}
+
+/**
+ * Yields the server-sent events of a response.
+ * @param {ReadableStream<Uint8Array>} body
+ * @returns {AsyncGenerator<{event: string, id: string, data: string}>}
+ */
+export async function* sse(body) {
+  let buffer = "";
+  for await (const text of texts(body)) {
+    const blocks = (buffer + text).replaceAll("\r\n", "\n").split("\n\n");
+    buffer = /** @type {string} */ (blocks.pop());
+    for (const block of blocks) {
+      const event = parseEvent(block);
+      if (event.data) yield event;
+    }
+  }
+}
+
+// Safari's streams cannot be iterated.
+/** @param {ReadableStream<Uint8Array>} body */
+async function* texts(body) {
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
+  try {
+    for (let { done, value } = await reader.read(); !done; { done, value } = await reader.read()) {
+      yield decoder.decode(value, { stream: true });
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // ends the request if the caller stopped reading
+  }
+}
+
+/** @param {string} block */
+function parseEvent(block) {
+  const event = { event: "message", id: "", data: "" };
+  const data = [];
+  for (const line of block.split("\n")) {
+    const [, name, value] = /^([^:]*):? ?(.*)$/s.exec(line) ?? [];
+    if (name === "data") data.push(value);
+    else if (name === "event" || name === "id") event[name] = value;
+  }
+  return { ...event, data: data.join("\n") };
+}
+
+/**
+ * Follows a stream of events with JSON data, and connects again after the last one when it breaks.
+ * @param {string} path
+ * @param {(message: {event: string, id: string, data: any}) => void} onMessage
+ * @param {(state: "connecting" | "open" | "waiting", error: Error | null) => void} [onState]
+ * @returns {() => void} stops it
+ */
+export function follow(path, onMessage, onState = () => {}) {
+  const controller = new AbortController();
+  run(path, onMessage, onState, controller.signal).catch((error) => {
+    if (!controller.signal.aborted) throw error;
+  });
+  return () => controller.abort();
+}
+
+/**
+ * @param {string} path
+ * @param {(message: {event: string, id: string, data: any}) => void} onMessage
+ * @param {(state: "connecting" | "open" | "waiting", error: Error | null) => void} onState
+ * @param {AbortSignal} stopped
+ */
+async function run(path, onMessage, onState, stopped) {
+  let lastId = "";
+  let delay = FIRST_RETRY;
+  while (!stopped.aborted) {
+    let problem = null;
+    onState("connecting", null);
+    try {
+      const headers = lastId ? { "Last-Event-ID": lastId } : undefined;
+      const response = await call(path, { headers, signal: stopped });
+      onState("open", null);
+      for await (const { event, id, data } of sse(/** @type {ReadableStream<Uint8Array>} */ (response.body))) {
+        delay = FIRST_RETRY;
+        lastId = id || lastId;
+        if (!stopped.aborted) onMessage({ event, id, data: JSON.parse(data) });
+      }
+    } catch (error) {
+      problem = /** @type {Error} */ (error);
+    }
+    if (stopped.aborted) return;
+    onState("waiting", problem);
+    await sleep(delay, stopped);
+    delay = Math.min(2 * delay, LAST_RETRY);
+  }
+}
+
+/**
+ * @param {number} ms
+ * @param {AbortSignal} stopped
+ */
+const sleep = (ms, stopped) =>
+  new Promise((resolve) => {
+    const timer = setTimeout(resolve, ms);
+    stopped.addEventListener("abort", () => (clearTimeout(timer), resolve(undefined)), { once: true });
+  });

@@ -1,0 +1,162 @@
+// Small parts that the views share.
+import { html, useEffect, useId, useRef, useState } from "./lib.js";
+
+/**
+ * Paths of icons on a grid of 24, drawn as lines.
+ * @type {Record<string, string>}
+ */
+const ICONS = {
+  check: "M5 13l4 4L19 7",
+  close: "M6 6l12 12M18 6L6 18",
+  copy: "M9 9h10v11H9zM5 15V4h10",
+  download: "M12 4v11m0 0l-4-4m4 4l4-4M5 20h14",
+  edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
+  left: "M15 5l-7 7 7 7",
+  menu: "M4 7h16M4 12h16M4 17h16",
+  moon: "M20 14A8 8 0 0 1 10 4a8 8 0 1 0 10 10z",
+  plus: "M12 5v14M5 12h14",
+  refresh: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
+  right: "M9 5l7 7-7 7",
+  send: "M12 20V5m0 0l-6 6m6-6l6 6",
+  settings: "M4 7h9m5 0h2M4 17h2m5 0h9M13 7a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0M6 17a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0",
+  stop: "M7 7h10v10H7z",
+  sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2m0 16v2M2 12h2m16 0h2M5 5l1.5 1.5m11 11L19 19M5 19l1.5-1.5m11-11L19 5",
+  trash: "M5 7h14M10 7V4h4v3m-7 0l1 13h8l1-13",
+};
+
+/** @param {{name: string}} props */
+export const Icon = ({ name }) => html`
+  <svg class="icon" viewBox="0 0 24 24" width="20" height="20" aria-hidden="true"><path d=${ICONS[name]} /></svg>
+`;
+
+/**
+ * A button. One with an icon and no children is named by its label.
+ * @param {{label?: string, icon?: string, kind?: "primary" | "quiet" | "danger", children?: any, [attribute: string]: any}} props
+ */
+export function Button({ label, icon, kind, children, class: extra = "", ...rest }) {
+  const isSquare = icon && !children;
+  return html`
+    <button type="button" class="button ${kind ?? ""} ${isSquare ? "square" : ""} ${extra}" aria-label=${isSquare ? label : undefined}
+      title=${isSquare ? label : undefined} ...${rest}>
+      ${icon && html`<${Icon} name=${icon} />`}${children ?? (isSquare ? null : label)}
+    </button>
+  `;
+}
+
+/**
+ * A label, one control, and what it does. The control is made by a function that gets the attributes it needs.
+ * @param {{label: string, hint?: any, children: (attributes: {id: string, "aria-describedby"?: string}) => any}} props
+ */
+export function Field({ label, hint, children }) {
+  const id = useId();
+  return html`
+    <div class="field">
+      <label for=${id}>${label}</label>
+      ${children({ id, "aria-describedby": hint ? `${id}-hint` : undefined })}
+      ${hint && html`<p class="hint" id="${id}-hint">${hint}</p>`}
+    </div>
+  `;
+}
+
+/**
+ * A slider with a box for the exact value. `null` is the server's default.
+ * @param {{label: string, hint?: any, value: number | null, min: number, max: number, step?: number,
+ *   onInput: (value: number | null) => void}} props
+ */
+export function Slider({ label, hint, value, min, max, step = 1, onInput }) {
+  const read = (/** @type {any} */ event) => onInput(event.target.value === "" ? null : Number(event.target.value));
+  return html`
+    <${Field} label=${label} hint=${hint}>
+      ${(/** @type {any} */ attributes) => html`
+        <div class="slider">
+          <input type="range" ...${attributes} min=${min} max=${max} step=${step} value=${value ?? min} onInput=${read} />
+          <input type="number" aria-label="${label}, exact" min=${min} max=${max} step=${step} value=${value ?? ""} placeholder="auto"
+            onChange=${read} />
+        </div>
+      `}
+    <//>
+  `;
+}
+
+/**
+ * @param {{label: string, hint?: any, value: string, options: (string | [string, string])[], onChange: (value: string) => void}} props
+ */
+export const Select = ({ label, hint, value, options, onChange }) => html`
+  <${Field} label=${label} hint=${hint}>
+    ${(/** @type {any} */ attributes) => html`
+      <select ...${attributes} value=${value} onChange=${(/** @type {any} */ event) => onChange(event.target.value)}>
+        ${options.map((option) => {
+          const [key, text] = Array.isArray(option) ? option : [option, option];
+          return html`<option value=${key} selected=${key === value}>${text}</option>`;
+        })}
+      </select>
+    `}
+  <//>
+`;
+
+/**
+ * What is shown where there is nothing yet.
+ * @param {{title: string, children?: any}} props
+ */
+export const Empty = ({ title, children }) => html`
+  <div class="empty"><p class="empty-title">${title}</p>${children && html`<p>${children}</p>`}</div>
+`;
+
+/**
+ * An error, and a button to try again.
+ * @param {{error: {message: string} | string, onRetry?: () => void}} props
+ */
+export const Problem = ({ error, onRetry }) => html`
+  <div class="problem" role="alert">
+    <p>${typeof error === "string" ? error : error.message}</p>
+    ${onRetry && html`<${Button} icon="refresh" onClick=${onRetry}>Try again<//>`}
+  </div>
+`;
+
+/**
+ * A button that copies a text. Pages that browsers do not trust have no clipboard: then there is no button.
+ * @param {{text: string | (() => string), label?: string, children?: any}} props
+ */
+export function Copy({ text, label = "Copy", children }) {
+  const [isCopied, setCopied] = useState(false);
+  useEffect(() => {
+    if (!isCopied) return undefined;
+    const timer = setTimeout(() => setCopied(false), 2000);
+    return () => clearTimeout(timer);
+  }, [isCopied]);
+  if (!navigator.clipboard) return null;
+  const copy = () => navigator.clipboard.writeText(typeof text === "string" ? text : text()).then(() => setCopied(true));
+  return html`
+    <${Button} kind="quiet" icon=${isCopied ? "check" : "copy"} label=${isCopied ? "Copied" : label} onClick=${copy}>${children}<//>
+  `;
+}
+
+/**
+ * A dialog over the page. Escape and a click beside it close it.
+ * @param {{title: string, onClose: () => void, children: any, class?: string}} props
+ */
+export function Dialog({ title, onClose, children, class: extra = "" }) {
+  const ref = useRef(/** @type {HTMLDialogElement | null} */ (null));
+  const id = useId();
+  useEffect(() => ref.current?.showModal(), []);
+  const closeBeside = (/** @type {any} */ event) => event.target === ref.current && onClose();
+  return html`
+    <dialog ref=${ref} class="dialog ${extra}" aria-labelledby=${id} onClose=${onClose} onClick=${closeBeside}>
+      <div class="dialog-body">
+        <header><h2 id=${id}>${title}</h2><${Button} kind="quiet" icon="close" label="Close" onClick=${onClose} /></header>
+        ${children}
+      </div>
+    </dialog>
+  `;
+}
+
+/**
+ * Text that appears beside its children while the pointer or the focus is on them.
+ * @param {{text: any, children: any}} props
+ */
+export function Tooltip({ text, children }) {
+  const id = useId();
+  return html`
+    <span class="tooltip" tabindex="0" aria-describedby=${id}>${children}<span class="tooltip-text" role="tooltip" id=${id}>${text}</span></span>
+  `;
+}

@@ -1,0 +1,105 @@
+// What all views know: the server's state, its models, the key and the theme.
+import { forgetKey, keepKey } from "../key.js";
+import { call, callJson, keyProblem } from "./api.js";
+import { computed, effect, signal } from "./lib.js";
+
+const INTERVAL = 5000; // ms between two looks at the server's state
+const MODEL = "lightwell-model";
+const THEME = "lightwell-theme";
+
+/** "connecting", "ready", "unreachable", or what the server says why it is not ready. */
+export const server = signal("connecting");
+/** @typedef {{id: string, max_model_len?: number, reasoning_format?: string | null, tool_format?: string, parent?: string | null}} Model */
+/** The models, as the API lists them. */
+export const models = signal(/** @type {Model[]} */ ([]));
+/** The name of the chosen model. */
+export const model = signal(stored(MODEL) ?? "");
+/** How many tokens a prompt and its answer may have together; null before it is known. */
+export const contextLength = computed(() => models.value.find(({ id }) => id === model.value)?.max_model_len ?? null);
+/** Whether the server wants a key. */
+export const needsKey = computed(() => keyProblem.value !== "");
+/** Whether the server serves the documentation of its API. */
+export const hasDocs = signal(false);
+/** "auto", "light" or "dark". */
+export const theme = signal(document.documentElement.dataset.theme ?? "auto");
+export const baseUrl = new URL("v1", document.baseURI).href;
+
+effect(() => {
+  document.documentElement.dataset.theme = theme.value;
+  store(THEME, theme.value === "auto" ? null : theme.value);
+});
+effect(() => {
+  if (models.value.length > 0) store(MODEL, model.value);
+});
+
+/** Reads the state and, if they are not known, the models of the server. */
+export async function refresh() {
+  try {
+    await call("readyz");
+    if (models.value.length === 0 && !needsKey.value) await readModels();
+    server.value = "ready";
+  } catch (error) {
+    const { status, message } = /** @type {import("./api.js").ApiError} */ (error);
+    if (status === 401) server.value = "ready"; // the form for the key says the rest
+    else {
+      models.value = []; // it may be another server when it is back
+      server.value = status ? message : "unreachable";
+    }
+  }
+}
+
+async function readModels() {
+  const { data } = await callJson("v1/models");
+  if (!data.some((/** @type {Model} */ { id }) => id === model.value)) model.value = data[0]?.id ?? "";
+  models.value = data;
+}
+
+/** Watches the state from now on. */
+export async function watch() {
+  if (!document.hidden || server.value !== "ready") await refresh();
+  setTimeout(watch, INTERVAL);
+}
+
+/**
+ * Uses a key from now on.
+ * @param {string} key
+ */
+export async function useKey(key) {
+  keepKey(key);
+  keyProblem.value = "";
+  await refresh();
+}
+
+/** Forgets the key and what was read with it. */
+export async function dropKey() {
+  forgetKey();
+  models.value = [];
+  await refresh();
+}
+
+/** Looks whether the server serves the documentation. */
+export async function findDocs() {
+  hasDocs.value = await fetch("docs", { method: "HEAD" }).then(({ ok }) => ok, () => false);
+}
+
+/** @param {string} name */
+function stored(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null; // storage is blocked
+  }
+}
+
+/**
+ * @param {string} name
+ * @param {string | null} value
+ */
+function store(name, value) {
+  try {
+    if (value === null) localStorage.removeItem(name);
+    else localStorage.setItem(name, value);
+  } catch {
+    // The choice lasts until the page is closed.
+  }
+}
