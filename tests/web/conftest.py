@@ -1,0 +1,42 @@
+"""Fixtures for tests of the page: Chromium, and a real server with a real model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from tests.support.browser import CHROMIUM, NO_CHROMIUM, PageWatch, running_browser
+from tests.support.server_process import REQUEST_SECONDS, ServerProcess, shared_server
+
+FLAGS = ("--max-num-seqs=64", "--max-model-len=2048", "--kv-cache-memory=256MiB", "--record-requests=64")
+ACTION_SECONDS = 60.0  # bounds hangs only
+
+
+@pytest.fixture(scope="session")
+def real_server(smollm2_path: Path) -> Iterator[ServerProcess]:
+    """A server that the tests of all views share."""
+    with shared_server(smollm2_path, *FLAGS) as server:
+        yield server
+
+
+# Not for the session: while Playwright runs, no other event loop can run in this thread, which other tests need.
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip(NO_CHROMIUM)
+    with running_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """An empty page with nothing in its storage. The test fails if `PageWatch` has seen a problem on it."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(1000 * ACTION_SECONDS)
+    context.set_default_navigation_timeout(1000 * REQUEST_SECONDS)
+    page = context.new_page()
+    watch = PageWatch(page)
+    yield page
+    context.close()
+    assert watch.problems == []

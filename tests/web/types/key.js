@@ -1,0 +1,1 @@
+../../../server/web/static/key.js
