@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from tests.support.browser import CHROMIUM, NO_CHROMIUM, PageWatch, running_browser
 from tests.support.server_process import REQUEST_SECONDS, ServerProcess, shared_server
@@ -34,6 +34,7 @@ def page(browser: Browser) -> Iterator[Page]:
     """An empty page with nothing in its storage. The test fails if `PageWatch` has seen a problem on it."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(1000 * ACTION_SECONDS)
+    expect.set_options(timeout=1000 * ACTION_SECONDS)
     context.set_default_navigation_timeout(1000 * REQUEST_SECONDS)
     page = context.new_page()
     watch = PageWatch(page)

@@ -1,5 +1,5 @@
 // Small parts that the views share.
-import { html, useEffect, useId, useRef, useState } from "./lib.js";
+import { html, useEffect, useId, useMemo, useRef, useState } from "./lib.js";
 
 /**
  * Paths of icons on a grid of 24, drawn as lines.
@@ -8,6 +8,7 @@ import { html, useEffect, useId, useRef, useState } from "./lib.js";
 const ICONS = {
   check: "M5 13l4 4L19 7",
   close: "M6 6l12 12M18 6L6 18",
+  code: "M9 7l-5 5 5 5M15 7l5 5-5 5",
   copy: "M9 9h10v11H9zM5 15V4h10",
   download: "M12 4v11m0 0l-4-4m4 4l4-4M5 20h14",
   edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
@@ -19,7 +20,7 @@ const ICONS = {
   right: "M9 5l7 7-7 7",
   send: "M12 20V5m0 0l-6 6m6-6l6 6",
   settings: "M4 7h9m5 0h2M4 17h2m5 0h9M13 7a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0M6 17a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0",
-  stop: "M7 7h10v10H7z",
+  stop: "M7.5 7.5h9v9h-9zM9 9h6v6h-6zM11 11h2v2h-2z",
   sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2m0 16v2M2 12h2m16 0h2M5 5l1.5 1.5m11 11L19 19M5 19l1.5-1.5m11-11L19 5",
   trash: "M5 7h14M10 7V4h4v3m-7 0l1 13h8l1-13",
 };
@@ -59,19 +60,18 @@ export function Field({ label, hint, children }) {
 }
 
 /**
- * A slider with a box for the exact value. `null` is the server's default.
- * @param {{label: string, hint?: any, value: number | null, min: number, max: number, step?: number,
+ * A slider with a box for the exact value. `null`, an empty box, is the default, which `fallback` tells.
+ * @param {{label: string, hint?: any, value: number | null, min: number, max: number, step?: number, fallback?: number,
  *   onInput: (value: number | null) => void}} props
  */
-export function Slider({ label, hint, value, min, max, step = 1, onInput }) {
+export function Slider({ label, hint, value, min, max, step = 1, fallback, onInput }) {
   const read = (/** @type {any} */ event) => onInput(event.target.value === "" ? null : Number(event.target.value));
   return html`
     <${Field} label=${label} hint=${hint}>
       ${(/** @type {any} */ attributes) => html`
         <div class="slider">
-          <input type="range" ...${attributes} min=${min} max=${max} step=${step} value=${value ?? min} onInput=${read} />
-          <input type="number" aria-label="${label}, exact" min=${min} max=${max} step=${step} value=${value ?? ""} placeholder="auto"
-            onChange=${read} />
+          <input type="range" ...${attributes} min=${min} max=${max} step=${step} value=${value ?? fallback ?? min} onInput=${read} />
+          <input type="number" aria-label="${label}, exact" step=${step} value=${value ?? ""} placeholder=${fallback ?? "auto"} onChange=${read} />
         </div>
       `}
     <//>
@@ -148,6 +148,21 @@ export function Dialog({ title, onClose, children, class: extra = "" }) {
       </div>
     </dialog>
   `;
+}
+
+/**
+ * Whether a media query holds now.
+ * @param {string} query
+ */
+export function useMedia(query) {
+  const list = useMemo(() => matchMedia(query), [query]);
+  const [matches, setMatches] = useState(list.matches);
+  useEffect(() => {
+    const change = () => setMatches(list.matches);
+    list.addEventListener("change", change);
+    return () => list.removeEventListener("change", change);
+  }, [list]);
+  return matches;
 }
 
 /**

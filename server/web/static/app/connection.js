@@ -4,7 +4,7 @@ import { keyProblem } from "./api.js";
 import { Button, Copy, Dialog, Select } from "./components.js";
 import { count } from "./format.js";
 import { html, useState } from "./lib.js";
-import { baseUrl, contextLength, dropKey, hasDocs, model, models, server, theme, useKey } from "./state.js";
+import { baseUrl, contextLength, dropKey, hasDocs, model, models, needsKey, server, theme, useKey } from "./state.js";
 
 const HINTS = {
   "": "",
@@ -26,7 +26,7 @@ export function KeyForm() {
   return html`
     <form id="key-form" class="card key-form" onSubmit=${submit}>
       <label for="key">API key</label>
-      <p class="hint" id="key-hint" role="status">${HINTS[isValid ? keyProblem.value : "invalid"]}</p>
+      <p class="hint ${isValid && keyProblem.value !== "rejected" ? "" : "error"}" id="key-hint" role="status">${HINTS[isValid ? keyProblem.value : "invalid"]}</p>
       <div class="row">
         <input id="key" name="key" type="password" autocomplete="off" required aria-describedby="key-hint" ref=${focus} />
         <button class="button primary">Use key</button>
@@ -41,7 +41,7 @@ const focus = (element) => element?.focus();
 /** The server's state in words. */
 export function stateText() {
   if (server.value === "connecting") return "Connecting …";
-  if (server.value === "ready") return "Ready";
+  if (server.value === "ready") return needsKey.value ? "Needs a key" : "Ready";
   return server.value === "unreachable" ? "The server cannot be reached." : server.value;
 }
 

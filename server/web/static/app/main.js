@@ -2,7 +2,7 @@
 import { Problem } from "./components.js";
 import { Connection, KeyForm, stateText } from "./connection.js";
 import { html, render, useEffect, useErrorBoundary, useState } from "./lib.js";
-import { linkTo, route } from "./router.js";
+import { linkBack, linkTo, route } from "./router.js";
 import { findDocs, needsKey, server, watch } from "./state.js";
 
 /**
@@ -15,21 +15,22 @@ const VIEWS = {
 
 function Header() {
   const [isOpen, setOpen] = useState(false);
-  const isGood = server.value === "ready";
+  const isDown = server.value !== "ready" && server.value !== "connecting";
+  const isGood = server.value === "ready" && !needsKey.value;
   return html`
     <header class="top">
       <a class="brand" href=${linkTo("chat")}><img src="assets/icon.svg" alt="" width="24" height="24" /> Lightwell</a>
       <nav aria-label="Views">
         ${Object.entries(VIEWS).map(([name, { label }]) => html`
-          <a href=${linkTo(name)} aria-current=${route.value.view === name ? "page" : undefined}>${label}</a>
+          <a href=${linkBack(name)} aria-current=${route.value.view === name ? "page" : undefined}>${label}</a>
         `)}
       </nav>
-      <button type="button" class="state-button state ${isGood ? "good" : server.value === "connecting" ? "" : "bad"}" aria-haspopup="dialog"
+      <button type="button" class="state-button state ${isGood ? "good" : isDown ? "bad" : ""}" aria-haspopup="dialog"
         title="Connection" onClick=${() => setOpen(true)}>
-        <span id="state" role="status">${isGood || server.value === "connecting" ? stateText() : "Not ready"}</span>
+        <span id="state" role="status">${isDown ? "Not ready" : stateText()}</span>
       </button>
     </header>
-    ${!isGood && server.value !== "connecting" && html`<p class="banner" role="alert">${stateText()}</p>`}
+    ${isDown && html`<p class="banner" role="alert">${stateText()}</p>`}
     ${isOpen && html`<${Connection} onClose=${() => setOpen(false)} />`}
   `;
 }

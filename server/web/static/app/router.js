@@ -1,5 +1,5 @@
 // Views have URLs in the fragment: #/requests/ID?name=value.
-import { signal } from "./lib.js";
+import { effect, signal } from "./lib.js";
 
 /** @typedef {{view: string, id: string, params: URLSearchParams}} Route */
 
@@ -31,13 +31,29 @@ export function linkTo(view, { id = "", params = {} } = {}) {
 }
 
 export const route = signal(read());
+/** @type {Map<string, string>} */
+const lastLinks = new Map(); // by view
+
+effect(() => {
+  lastLinks.set(route.value.view, linkTo(route.value.view, { id: route.value.id, params: Object.fromEntries(route.value.params) }));
+});
 addEventListener("hashchange", () => (route.value = read()));
 
 /**
- * Goes to a view.
+ * The link to what a view has shown last.
  * @param {string} view
- * @param {{id?: string, params?: Record<string, string | number>}} [options]
  */
-export function go(view, options) {
-  location.hash = linkTo(view, options);
+export const linkBack = (view) => lastLinks.get(view) ?? linkTo(view);
+
+/**
+ * Goes to a view; with `replace`, Back does not come back here.
+ * @param {string} view
+ * @param {{id?: string, params?: Record<string, string | number>, replace?: boolean}} [options]
+ */
+export function go(view, { replace = false, ...options } = {}) {
+  if (!replace) location.hash = linkTo(view, options);
+  else {
+    history.replaceState(null, "", linkTo(view, options));
+    route.value = read();
+  }
 }

@@ -9,13 +9,18 @@ const THEME = "lightwell-theme";
 
 /** "connecting", "ready", "unreachable", or what the server says why it is not ready. */
 export const server = signal("connecting");
-/** @typedef {{id: string, max_model_len?: number, reasoning_format?: string | null, tool_format?: string, parent?: string | null}} Model */
+/**
+ * @typedef {{id: string, max_model_len?: number, reasoning_format?: string | null, tool_format?: string,
+ *   default_sampling?: Record<string, any>}} Model
+ */
 /** The models, as the API lists them. */
 export const models = signal(/** @type {Model[]} */ ([]));
 /** The name of the chosen model. */
 export const model = signal(stored(MODEL) ?? "");
+/** What the API says about the chosen model. */
+export const modelInfo = computed(() => models.value.find(({ id }) => id === model.value) ?? null);
 /** How many tokens a prompt and its answer may have together; null before it is known. */
-export const contextLength = computed(() => models.value.find(({ id }) => id === model.value)?.max_model_len ?? null);
+export const contextLength = computed(() => modelInfo.value?.max_model_len ?? null);
 /** Whether the server wants a key. */
 export const needsKey = computed(() => keyProblem.value !== "");
 /** Whether the server serves the documentation of its API. */

@@ -1,51 +1,99 @@
-// Chat: a prompt, and the model's answer as it arrives.
-import { call, posted, sse } from "../api.js";
-import { Button, Problem } from "../components.js";
-import { html, useState } from "../lib.js";
-import { model } from "../state.js";
+// Chat: conversations with the model.
+import { CodeDialog } from "../chat/code_dialog.js";
+import { Composer, drafts } from "../chat/composer.js";
+import { ConversationList } from "../chat/conversation_list.js";
+import { runs } from "../chat/generate.js";
+import { Messages } from "../chat/message.js";
+import { SettingsPanel } from "../chat/settings_panel.js";
+import { current } from "../chat/store.js";
+import { Button, Dialog, useMedia } from "../components.js";
+import { html, useEffect, useLayoutEffect, useRef, useState } from "../lib.js";
+import { go } from "../router.js";
 
 export const title = "Chat";
-export const about = "The model reads the text so far and chooses the next token, again and again; each is shown as it is chosen.";
+export const about =
+  "The model reads the conversation and chooses one token after the other; each is shown as soon as it is chosen.";
+
+const EXAMPLES = [
+  "Explain in three sentences why the sky is blue.",
+  "Write a short poem about the first snow.",
+  "What are prime numbers? Give five examples in a list.",
+  "Write a Python function that reverses a string.",
+];
+const NEAR_END = 120; // pixels
 
 export default function Chat() {
-  const [answer, setAnswer] = useState("");
-  const [error, setError] = useState(/** @type {Error | null} */ (null));
-  const [request, setRequest] = useState(/** @type {AbortController | null} */ (null));
-
-  const send = async (/** @type {any} */ event) => {
-    event.preventDefault();
-    const controller = new AbortController();
-    setRequest(controller);
-    setAnswer("");
-    setError(null);
-    try {
-      const messages = [{ role: "user", content: new FormData(event.target).get("prompt") }];
-      const response = await call("v1/chat/completions", {
-        ...posted({ model: model.value, messages, stream: true }),
-        signal: controller.signal,
-      });
-      for await (const { data } of sse(/** @type {ReadableStream<Uint8Array>} */ (response.body))) {
-        if (data === "[DONE]") break;
-        const chunk = JSON.parse(data);
-        if (chunk.error) throw new Error(chunk.error.message);
-        setAnswer((text) => text + (chunk.choices[0]?.delta.content ?? ""));
-      }
-    } catch (problem) {
-      if (!controller.signal.aborted) setError(/** @type {Error} */ (problem));
-    } finally {
-      setRequest(null);
-    }
-  };
-
+  const hasRoomForList = useMedia("(min-width: 60rem)");
+  const hasRoomForSettings = useMedia("(min-width: 84rem)");
+  const startsWithSettings = useMedia("(min-width: 100rem)");
+  const [isSettingsOpen, setSettingsOpen] = useState(startsWithSettings);
+  const [open, setOpen] = useState(/** @type {"" | "list" | "code"} */ (""));
+  const close = () => setOpen("");
+  const toggleSettings = () => setSettingsOpen(!isSettingsOpen);
+  const draft = drafts.value[current.value?.id ?? ""] ?? "";
   return html`
-    <form class="card" onSubmit=${send}>
-      <textarea name="prompt" rows="3" aria-label="Message" required>Write one sentence about the sea.</textarea>
-      <div class="row">
-        <button class="button primary" disabled=${request !== null}>Send</button>
-        <${Button} disabled=${request === null} onClick=${() => request?.abort()}>Stop<//>
-      </div>
-      <p class="answer" aria-live="polite">${answer}</p>
-      ${error && html`<${Problem} error=${error} />`}
-    </form>
+    ${hasRoomForList && html`<aside class="chat-list"><${ConversationList} /></aside>`}
+    <section class="thread" aria-label="Conversation">
+      <header class="thread-head">
+        ${!hasRoomForList && html`<${Button} icon="menu" label="Conversations" onClick=${() => setOpen("list")} />`}
+        <h2>${current.value?.title ?? "New chat"}</h2>
+        <${Button} kind="quiet" icon="code" label="Use it from a program" onClick=${() => setOpen("code")} />
+        <${Button} kind="quiet" icon="settings" label="Settings" aria-expanded=${isSettingsOpen} onClick=${toggleSettings} />
+      </header>
+      <${Thread} />
+      <${Composer} onSettings=${() => setSettingsOpen(true)} />
+    </section>
+    ${isSettingsOpen && (hasRoomForSettings
+      ? html`<aside class="chat-settings" aria-label="Settings"><${SettingsPanel} /></aside>`
+      : html`<${Dialog} title="Settings" class="sheet" onClose=${() => setSettingsOpen(false)}><${SettingsPanel} /><//>`)}
+    ${open === "list" && html`<${Dialog} title="Conversations" class="sheet" onClose=${close}><${ConversationList} onChoose=${close} /><//>`}
+    ${open === "code" && html`<${CodeDialog} draft=${draft} onClose=${close} />`}
+  `;
+}
+
+/** The messages; the page follows their end while it is in sight. */
+function Thread() {
+  const conversation = current.value;
+  const id = conversation?.id ?? "";
+  const isAtEnd = useRef(true);
+  const [isEndShown, setEndShown] = useState(true);
+  const progress = runs.value.get(id)?.progress.value; // each token may move the end
+
+  useEffect(() => {
+    const look = () => {
+      isAtEnd.current = distanceToEnd() < NEAR_END;
+      setEndShown(isAtEnd.current);
+    };
+    addEventListener("scroll", look, { passive: true });
+    return () => removeEventListener("scroll", look);
+  }, []);
+  useLayoutEffect(() => {
+    isAtEnd.current = true;
+  }, [id, conversation?.messages.length]);
+  useLayoutEffect(() => {
+    if (isAtEnd.current && conversation) toEnd();
+  }, [progress, conversation]);
+
+  if (!conversation) return html`<${Start} />`;
+  return html`
+    <div class="messages" role="log" aria-busy=${progress !== undefined}><${Messages} conversation=${conversation} /></div>
+    ${!isEndShown && html`<${Button} class="to-end" onClick=${toEnd}>Go to the end<//>`}
+  `;
+}
+
+const distanceToEnd = () => document.documentElement.scrollHeight - innerHeight - scrollY;
+const toEnd = () => scrollTo({ top: document.documentElement.scrollHeight });
+
+function Start() {
+  const use = (/** @type {string} */ text) => () => {
+    drafts.value = { ...drafts.value, "": text };
+    go("chat");
+    document.querySelector("textarea")?.focus();
+  };
+  return html`
+    <div class="start">
+      <p class="start-title">What do you want to ask?</p>
+      <div class="examples">${EXAMPLES.map((text) => html`<button type="button" key=${text} onClick=${use(text)}>${text}</button>`)}</div>
+    </div>
   `;
 }

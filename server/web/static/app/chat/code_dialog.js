@@ -1,0 +1,41 @@
+// The conversation's request as a command or a program.
+import { Dialog } from "../components.js";
+import { html, useState } from "../lib.js";
+import { baseUrl, model } from "../state.js";
+import { Code } from "./markdown.js";
+import { requestBody } from "./request.js";
+import { SAMPLES } from "./samples.js";
+import { branch, current, settings } from "./store.js";
+
+/**
+ * @param {{draft: string, onClose: () => void}} props
+ */
+export function CodeDialog({ draft, onClose }) {
+  const [language, setLanguage] = useState("curl");
+  return html`
+    <${Dialog} title="Use it from a program" class="wide" onClose=${onClose}>
+      <p class="hint">The request for the last answer, with all settings of this conversation.</p>
+      <div class="row" role="radiogroup" aria-label="Language">
+        ${Object.keys(SAMPLES).map((name) => html`
+          <label class="choice"><input type="radio" name="language" checked=${name === language} onChange=${() => setLanguage(name)} />${name}</label>
+        `)}
+      </div>
+      <${Code} language=${language} text=${sample(language, draft)} />
+    <//>
+  `;
+}
+
+/**
+ * @param {string} language
+ * @param {string} draft
+ */
+function sample(language, draft) {
+  const messages = current.value ? branch(current.value) : [];
+  if (messages.at(-1)?.role === "assistant") messages.pop();
+  if (messages.length === 0) messages.push({ id: "", parent: null, role: "user", content: draft.trim() || "hello" });
+  try {
+    return SAMPLES[language](baseUrl, requestBody(settings.value, messages, model.value));
+  } catch (error) {
+    return /** @type {Error} */ (error).message;
+  }
+}

@@ -1,0 +1,489 @@
+"""The view Chat, as a person uses it."""
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from playwright.sync_api import Locator, Page, Route, expect
+
+from tests.support.browser import check_accessibility
+from tests.support.paths import ROOT
+from tests.support.server_process import CHAT, MODEL, ServerProcess
+from tests.support.serving import wait_until
+
+PROMPT = "What is the capital of France?"
+ENDLESS = {"ignore_eos": True, "max_completion_tokens": 1500}
+GREEDY = {"temperature": 0, "max_completion_tokens": 24}
+HOSTILE = """<img src=x onerror="document.title='hacked'"> <script>document.title='hacked'</script>
+[link](javascript:document.title='hacked') ![picture](http://elsewhere.test/a.png) `<b>code</b>`
+
+```html
+</code></pre><script>document.title='hacked'</script>
+```"""
+TOOL = {"type": "function", "function": {"name": "<b>tool</b>", "parameters": {"type": "object", "properties": {}}}}
+
+
+def open_chat(page: Page, server: ServerProcess, **settings: Any) -> None:
+    """Open a new chat whose settings differ from the defaults."""
+    page.add_init_script(f"localStorage.setItem('lightwell-chat-settings', JSON.stringify({json.dumps(settings)}))")
+    page.goto(server.url)
+    expect(box(page)).to_be_visible()
+    expect(page.get_by_text("Ready", exact=True)).to_be_visible()
+
+
+def box(page: Page) -> Locator:
+    return page.get_by_role("textbox", name="Message", exact=True)
+
+
+def send(page: Page, text: str = PROMPT) -> None:
+    box(page).fill(text)
+    box(page).press("Enter")
+
+
+def answers(page: Page) -> Locator:
+    return page.get_by_role("article", name="The model")
+
+
+def wait_for_answer(page: Page, num: int = 1) -> Locator:
+    """Return the answer that is the `num`th of the branch, when it is complete."""
+    answer = answers(page).nth(num - 1)
+    expect(answer).to_have_attribute("aria-busy", "false")
+    return answer
+
+
+def stream(*deltas: dict[str, Any], is_complete: bool = True) -> str:
+    """Return a stream of chunks as the server would send it."""
+    chunks = [
+        {"id": "chatcmpl-1", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
+    ]
+    events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    return "".join([*events, "data: [DONE]\n\n" if is_complete else ""])
+
+
+def answer_with(page: Page, body: str, status: int = 200, **headers: str) -> None:
+    """Answer the requests of the page in place of the server."""
+    kind = "text/event-stream" if status == 200 else "application/json"
+
+    def fulfill(route: Route) -> None:
+        route.fulfill(status=status, headers={"content-type": kind} | headers, body=body)
+
+    page.route(f"**{CHAT}", fulfill)
+
+
+def sent(page: Page, action: Any) -> dict[str, Any]:
+    """Return the request that an action sends."""
+    with page.expect_request(f"**{CHAT}") as request:
+        action()
+    body: dict[str, Any] = request.value.post_data_json
+    return body
+
+
+def ask(server: ServerProcess, **fields: Any) -> str:
+    body = {"messages": [{"role": "user", "content": PROMPT}]} | fields
+    return str(server.answer(CHAT, body)["choices"][0]["message"]["content"])
+
+
+def test_an_answer(page: Page, real_server: ServerProcess) -> None:
+    """It is what the API answers, it is measured, and the conversation is kept."""
+    open_chat(page, real_server, parameters=GREEDY)
+    send(page)
+    answer = wait_for_answer(page)
+    expect(answer.locator(".markdown")).to_contain_text(ask(real_server, **GREEDY).split("\n")[0])
+    expect(answer.locator(".stats")).to_have_text(
+        re.compile(r"\d+ tokens · .* tokens/s · first after .* in the prompt")
+    )
+    expect(page).to_have_url(re.compile("#/chat/[0-9a-f]{18}$"))
+    shown = answer.inner_text()
+    page.reload()
+    expect(answers(page)).to_have_text(re.compile(re.escape(shown.split("\n")[0])))
+    expect(page.get_by_role("link", name=PROMPT)).to_have_attribute("aria-current", "page")
+
+
+def test_stop_and_continue(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters=ENDLESS)
+    send(page)
+    expect(answers(page).locator(".markdown")).to_contain_text(re.compile(r"\w"))
+    expect(answers(page).locator(".stats")).to_contain_text("first after")
+    page.get_by_role("button", name="Stop").click()
+    answer = wait_for_answer(page)
+    expect(answer.locator(".stats")).to_contain_text("stopped")
+    wait_until(lambda: real_server.is_idle, 60)
+    text = page.evaluate(
+        "JSON.parse(Object.entries(localStorage).find(([k]) => k.startsWith('lightwell-chat:'))[1]).messages[1].content"
+    )
+    body = sent(page, page.get_by_role("button", name="Continue").click)
+    assert body["messages"][-1] == {"role": "assistant", "content": text}
+    assert body["continue_final_message"] is True
+    box(page).press("Escape")
+    wait_for_answer(page)
+    expect(answers(page)).to_have_count(1)
+
+
+def test_branches(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters=GREEDY | {"max_completion_tokens": 4})
+    send(page)
+    wait_for_answer(page)
+    page.get_by_role("button", name="Answer again").click()
+    answer = wait_for_answer(page)
+    expect(answer).to_contain_text("2/2")
+    answer.get_by_role("button", name="Branch before").click()
+    expect(answers(page)).to_contain_text("1/2")
+    page.get_by_role("article", name="You").hover()
+    page.get_by_role("button", name="Edit").first.click()
+    page.get_by_role("textbox", name="Edit the message").fill("And of Spain?")
+    body = sent(page, page.locator("form.editor").get_by_role("button", name="Send").click)
+    assert body["messages"] == [{"role": "user", "content": "And of Spain?"}]
+    wait_for_answer(page)
+    page.get_by_role("article", name="You").get_by_role("button", name="Branch before").click()
+    expect(page.get_by_role("article", name="You")).to_contain_text(PROMPT)
+    expect(answers(page)).to_contain_text("2/2")
+    answers(page).get_by_role("button", name="Edit").click()
+    page.get_by_role("textbox", name="Edit the message").fill("Rome")
+    page.get_by_role("button", name="Save").click()
+    expect(answers(page).locator(".markdown")).to_have_text("Rome")
+    body = sent(page, lambda: send(page, "Sure?"))
+    assert [message["content"] for message in body["messages"]] == [PROMPT, "Rome", "Sure?"]
+
+
+def test_settings_are_sent(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Temperature, exact").fill("0.3")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Stop texts").fill("One\nTwo")
+    page.get_by_text("Repetition", exact=True).click()
+    page.get_by_role("slider", name="Presence penalty").fill("0.5")
+    page.get_by_text("Words and order").click()
+    page.get_by_label("Logit bias").fill('{"5": -1}')
+    page.get_by_text("Other parameters").click()
+    page.get_by_label("JSON", exact=True).fill('{"max_completion_tokens": 3}')
+    page.get_by_role("button", name="Close").click()
+    expect(page.get_by_role("button", name="temperature 0.3")).to_be_visible()
+    body = sent(page, lambda: send(page))
+    assert body.pop("stream_options") == {"include_usage": True, "continuous_usage_stats": True}
+    assert body == {
+        "model": MODEL,
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}],
+        "temperature": 0.3,
+        "seed": 7,
+        "stop": ["One", "Two"],
+        "presence_penalty": 0.5,
+        "logit_bias": {"5": -1},
+        "max_completion_tokens": 3,
+        "stream": True,
+    }
+    expect(wait_for_answer(page).locator(".stats")).to_contain_text("3 tokens")
+
+
+def test_each_control_is_a_parameter_of_the_api(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server)
+    controls = page.evaluate("import('/assets/app/chat/parameters.js').then((module) => module.PARAMETERS)")
+    schemas = real_server.get("/openapi.json").json()["components"]["schemas"]
+    parameters = schemas["ChatCompletionRequest"]["properties"]
+    assert len(controls) > 25
+    for control in controls:
+        (schema,) = [each for each in parameters[control["name"]]["anyOf"] if each.get("type") != "null"][:1]
+        if "min" in control:
+            assert control["min"] >= schema.get("minimum", schema.get("exclusiveMinimum")), control
+        if "max" in control:
+            assert control["max"] <= schema["maximum"], control
+
+
+def test_json_that_matches_a_schema(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_text("Format of the answer").click()
+    page.get_by_label("Format", exact=True).select_option("json_schema")
+    schema = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}, "required": ["capital"]}
+    page.get_by_label("JSON schema").fill("{")
+    expect(page.get_by_text("cannot be read as JSON")).to_be_visible()
+    page.get_by_label("JSON schema").fill(json.dumps(schema))
+    page.get_by_role("button", name="Close").click()
+    send(page)
+    text = wait_for_answer(page).locator(".markdown").inner_text()
+    assert json.loads(text)["capital"] in ("Paris", "Rome")
+
+
+def test_tools(page: Page, real_server: ServerProcess) -> None:
+    tool = {"name": "look_up", "parameters": {"type": "object", "properties": {"n": {"enum": [1]}}, "required": ["n"]}}
+    open_chat(page, real_server, tools=json.dumps([{"type": "function", "function": tool}]), toolChoice="required")
+    send(page)
+    answer = wait_for_answer(page)
+    expect(answer).to_contain_text("Call of look_up")
+    answer.get_by_label("Result of look_up").first.fill("42")
+    num_calls = answer.get_by_label("Result of look_up").count()
+    for i in range(num_calls):
+        answer.get_by_label("Result of look_up").nth(i).fill("42")
+    body = sent(page, answer.get_by_role("button", name="Send the results").click)
+    calls = body["messages"][1]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["look_up"] * num_calls
+    assert json.loads(calls[0]["function"]["arguments"]) == {"n": 1}
+    assert body["messages"][2] == {"role": "tool", "tool_call_id": calls[0]["id"], "content": "42"}
+    wait_for_answer(page, 2)
+
+
+def test_thinking_is_folded_away(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server)
+    answer_with(
+        page, stream({"reasoning_content": "Hm, "}, {"reasoning_content": "let me see."}, {"content": "Paris."})
+    )
+    send(page)
+    answer = wait_for_answer(page)
+    expect(answer.get_by_text("Paris.")).to_be_visible()
+    expect(answer.get_by_text("Hm, let me see.")).to_be_hidden()
+    answer.get_by_text("Thought").click()
+    expect(answer.get_by_text("Hm, let me see.")).to_be_visible()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_refusals_are_shown(page: Page, real_server: ServerProcess, status: int) -> None:
+    open_chat(page, real_server, parameters=GREEDY)
+    answer_with(page, json.dumps({"error": {"message": "No room."}}), status, **{"retry-after": "7"})
+    send(page)
+    expect(page.get_by_role("alert")).to_contain_text("No room. Try again in 7 s.")
+    page.unroute(f"**{CHAT}")
+    page.get_by_role("button", name="Try again").click()
+    wait_for_answer(page)
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_invalid_settings_are_shown(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters={"temperature": 3}, other="")
+    send(page)
+    expect(page.get_by_role("alert")).to_contain_text("temperature")
+
+
+def test_a_stream_that_breaks(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server)
+    answer_with(page, stream({"content": "Once upon "}, is_complete=False))
+    send(page)
+    expect(page.get_by_role("alert")).to_contain_text("ended before it was complete")
+    expect(answers(page)).to_contain_text("Once upon")
+    expect(page.get_by_role("button", name="Continue")).to_be_visible()
+
+
+def test_the_engine_dies_while_it_answers(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters=ENDLESS)
+    send(page)
+    expect(answers(page).locator(".stats")).to_contain_text("first after")
+    real_server.engine.kill()
+    expect(page.get_by_role("alert").filter(has_text="Try again")).to_be_visible()
+    expect(answers(page).locator(".markdown")).to_contain_text(re.compile(r"\w"))
+    real_server.wait_until_ready()
+    expect(page.get_by_text("Ready", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Try again").click()
+    expect(answers(page).locator(".stats")).to_contain_text("first after")
+    box(page).press("Escape")
+    wait_for_answer(page)
+
+
+def test_text_of_others_stays_text(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, system=HOSTILE, tools=json.dumps([TOOL]))
+    call = {"index": 0, "id": "1", "function": {"name": "<b>tool</b>", "arguments": HOSTILE}}
+    answer_with(page, stream({"reasoning_content": HOSTILE}, {"content": HOSTILE}, {"tool_calls": [call]}))
+    send(page, HOSTILE)
+    answer = wait_for_answer(page)
+    answer.get_by_text("Thought").click()
+    page.get_by_role("button", name="Use it from a program").click()
+    thread = page.locator("#app")
+    for tag in ("script", "b", "img[src=x]", "a[href^=javascript]", "img[src*=elsewhere]"):
+        expect(thread.locator(tag)).to_have_count(0)
+    expect(answer.locator(".thoughts")).to_contain_text("<script>document.title='hacked'</script>")
+    expect(answer.locator(".markdown")).to_contain_text("[link](javascript:document.title='hacked')")
+    expect(answer).to_contain_text("Call of <b>tool</b>")
+    assert page.title() == "Chat · Lightwell"
+
+
+def test_conversations_are_kept(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters=GREEDY | {"max_completion_tokens": 2})
+    for text in ("First", "Second"):
+        page.get_by_role("link", name="New chat").click()
+        send(page, text)
+        wait_for_answer(page)
+    names = page.get_by_role("navigation", name="Conversations").get_by_role("listitem")
+    expect(names).to_have_text(["Second", "First"])
+    second = names.first
+    with page.expect_download() as download:
+        second.get_by_role("button", name="Export as JSON").click()
+    exported = json.loads(download.value.path().read_text())
+    assert [message["role"] for message in exported["messages"]] == ["user", "assistant"]
+    second.get_by_role("button", name="Rename").click()
+    page.get_by_role("textbox", name="Title").fill("Another name")
+    page.get_by_role("button", name="Rename", exact=True).last.click()
+    expect(names).to_have_text(["Another name", "First"])
+    second.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(names).to_have_text(["First"])
+    expect(answers(page)).to_have_count(0)
+    page.get_by_role("link", name="First").click()
+    expect(answers(page)).to_have_count(1)
+
+
+def test_the_oldest_conversations_make_room(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters={"max_completion_tokens": 1})
+    page.evaluate("""() => {
+      for (let i = 0; i < 250; i += 1) {
+        const messages = [{ id: `m${i}`, parent: null, role: "user", content: "x".repeat(i < 200 ? 10 : 15000) }];
+        const conversation = { id: `c${i}`, title: "T", updated: i, settings: { parameters: {} }, messages, tip: "" };
+        localStorage.setItem(`lightwell-chat:c${i}`, JSON.stringify(conversation));
+      }
+    }""")
+    page.reload()
+    send(page)
+    wait_for_answer(page)
+    kept = page.evaluate("Object.keys(localStorage).filter((name) => name.startsWith('lightwell-chat:'))")
+    assert len(kept) == 200
+    assert {"lightwell-chat:c249", "lightwell-chat:c51"} <= set(kept)
+    assert "lightwell-chat:c50" not in kept
+
+
+def program(page: Page, language: str) -> str:
+    page.get_by_role("button", name="Use it from a program").click()
+    page.get_by_role("radio", name=language).check()
+    return page.get_by_role("dialog").locator("pre").inner_text()
+
+
+@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
+def test_programs_get_the_same_answer(page: Page, real_server: ServerProcess, language: str) -> None:
+    settings = {"temperature": 0, "max_completion_tokens": 12, "min_p": 0.1, "stop": ["#'\"\\"]}
+    open_chat(page, real_server, parameters=settings, system='Don\'t say "hello".')
+    send(page)
+    wait_for_answer(page)
+    text = program(page, language)
+    system = {"role": "system", "content": 'Don\'t say "hello".'}
+    expected = ask(real_server, **settings, messages=[system, {"role": "user", "content": PROMPT}])
+    folder = ROOT / "tests/conformance"
+    if language == "JavaScript" and not (folder / "node_modules/openai").exists():
+        pytest.skip("needs the package openai of npm")
+    commands = {
+        "curl": ["bash", "-c", text],
+        "Python": [sys.executable, "-c", text],
+        "JavaScript": ["node", "--input-type=module", "--eval", text],
+    }
+    process = subprocess.run(commands[language], capture_output=True, text=True, check=True, cwd=folder)
+    found = json.loads(process.stdout)["choices"][0]["message"]["content"] if language == "curl" else process.stdout
+    assert found.strip() == expected.strip()
+
+
+def test_the_key(page: Page, real_server: ServerProcess) -> None:
+    """A key that the server no longer accepts is asked for, and the conversation is there afterwards."""
+    open_chat(page, real_server)
+    answer_with(page, json.dumps({"error": {"message": "Invalid API key."}}), 401)
+    page.evaluate("sessionStorage.setItem('lightwell-api-key', 'old')")
+    send(page)
+    expect(page.get_by_text("The server does not accept this key.")).to_be_visible()
+    page.get_by_label("API key").fill("ключ")
+    page.get_by_label("API key").press("Enter")
+    expect(page.get_by_text("A key has only letters, digits and punctuation")).to_be_visible()
+    page.get_by_label("API key").fill("new")
+    page.get_by_label("API key").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("Invalid API key.")
+    with page.expect_request(f"**{CHAT}") as request:
+        page.get_by_role("button", name="Try again").click()
+    assert request.value.headers["authorization"] == "Bearer new"
+
+
+def test_keyboard_only(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters=ENDLESS)
+    expect(box(page)).to_be_focused()
+    page.keyboard.type("Tell me")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("a story")
+    body = sent(page, lambda: page.keyboard.press("Enter"))
+    assert body["messages"][0]["content"] == "Tell me\na story"
+    expect(answers(page).locator(".stats")).to_contain_text("first after")
+    page.keyboard.press("Escape")
+    wait_for_answer(page)
+    for _ in range(12):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.getAttribute('aria-label')") == "Answer again, in a new branch":
+            break
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("2/2")
+    box(page).press("Escape")
+    wait_for_answer(page)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280, 2560])
+def test_everybody_can_read_it(page: Page, real_server: ServerProcess, theme: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=theme)
+    open_chat(page, real_server, tools=json.dumps([TOOL]))
+    check_accessibility(page)
+    call = {"index": 0, "id": "1", "function": {"name": "tool", "arguments": "{}"}}
+    text = (
+        "# Title\n\n1. one\n   - two\n\n> quote\n\n|a|b|\n|-|-|\n|1|2|\n\n```python\n"
+        + "x = 1; " * 40
+        + "\n```\n"
+        + "w" * 300
+    )
+    answer_with(page, stream({"reasoning_content": "Hm"}, {"content": text}, {"tool_calls": [call]}))
+    send(page)
+    wait_for_answer(page)
+    check_accessibility(page)
+    if width < 2560:
+        page.get_by_role("button", name="Settings").click()
+    page.get_by_text("Which tokens may be chosen").click()
+    check_accessibility(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_markdown(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server)
+    blocks = page.evaluate(
+        """import("/assets/app/chat/markdown_parser.js").then(({ parseBlocks }) =>
+          parseBlocks("# A\\n\\n- x\\n  - y\\n\\n2) z\\n\\n~~~c\\n#\\n"))"""
+    )
+    paragraph = {"type": "paragraph"}
+    inner = {"type": "list", "isOrdered": False, "start": 1, "items": [[paragraph | {"text": "y"}]]}
+    assert blocks == [
+        {"type": "heading", "level": 1, "text": "A"},
+        {"type": "list", "isOrdered": False, "start": 1, "items": [[paragraph | {"text": "x"}, inner]]},
+        {"type": "list", "isOrdered": True, "start": 2, "items": [[paragraph | {"text": "z"}]]},
+        {"type": "code", "language": "c", "text": "#\n"},
+    ]
+    inline = page.evaluate(
+        "import('/assets/app/chat/markdown_parser.js').then(({ parseInline }) =>"
+        " parseInline('a **b *c*** `d` my_var_x 2*3*4 [e](https://e.test/(x)) [f](data:x)'))"
+    )
+    assert inline == [
+        {"type": "text", "text": "a "},
+        {"type": "strong", "text": "b *c*"},
+        {"type": "text", "text": " "},
+        {"type": "code", "text": "d"},
+        {"type": "text", "text": " my_var_x 2"},
+        {"type": "emphasis", "text": "3"},
+        {"type": "text", "text": "4 "},
+        {"type": "link", "text": "e", "url": "https://e.test/(x)"},
+        {"type": "text", "text": " "},
+        {"type": "text", "text": "[f](data:x)"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "part", ["**a ", "*a ", "`", "[", "[a](", "_a ", "> ", "- ", "|-\n", "a\n", "- a\n", "~~~\n", "https://"]
+)
+def test_markdown_that_is_made_to_be_slow(page: Page, real_server: ServerProcess, part: str) -> None:
+    """Twice the text takes about twice the time, not four times."""
+    open_chat(page, real_server)
+    seconds = page.evaluate(
+        """async (part) => {
+          const { parseBlocks, parseInline } = await import("/assets/app/chat/markdown_parser.js");
+          const read = (blocks) => blocks.forEach(readBlock);
+          const readBlock = ({ text = "", blocks = [], items = [] }) => {
+            parseInline(text);
+            read(blocks);
+            items.forEach(read);
+          };
+          const start = performance.now();
+          read(parseBlocks(part.repeat(8000)));
+          return (performance.now() - start) / 1000;
+        }""",
+        part,
+    )
+    assert seconds < 5
