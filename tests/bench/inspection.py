@@ -1,0 +1,124 @@
+"""Measure what streams pay for somebody who looks inside the model meanwhile.
+
+    python -m tests.bench.inspection [MODEL] [--rounds 5] [--streams 8] [-- FLAGS OF lightwell serve]
+
+Each round runs the same streams twice, in turn: alone, and beside a client that inspects one request after another. The
+figures are the median and the 99th percentile of the times between two tokens of a stream, and their ratios.
+"""
+
+import argparse
+import statistics
+import sys
+import threading
+from dataclasses import replace
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from server.cli.bench import Summary, run_benchmark
+from server.cli.load_generator import LoadOptions
+from tests.bench.serve import MODEL_NAME, running_server, split_at_dashes
+
+INSPECTED = "inspected"  # x-request-id
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    console = Console(stderr=True)
+    load = LoadOptions(
+        url="",
+        model=MODEL_NAME,
+        num_requests=3 * arguments.streams,
+        concurrency=arguments.streams,
+        input_len=64,
+        output_len=128,
+        warmup=arguments.streams,
+    )
+    alone: list[Summary] = []
+    beside: list[Summary] = []
+    counts: list[int] = []
+    with running_server([*arguments.model, *arguments.flags]) as (url, _):
+        generate(url)
+        run_benchmark(replace(load, url=url, seed=0))
+        for number in range(arguments.rounds):
+            for is_inspected in (number % 2 == 0, number % 2 == 1):
+                console.print(f"round {number + 1}, {'beside an inspection' if is_inspected else 'alone'} ...")
+                with Inspecting(url if is_inspected else None) as inspecting:
+                    report = run_benchmark(replace(load, url=url, seed=number + 1))
+                assert report.inter_token_latency_ms is not None, report.errors
+                (beside if is_inspected else alone).append(report.inter_token_latency_ms)
+                counts += [inspecting.num_answers] if is_inspected else []
+    print_table(alone, beside, counts)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.inspection",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=8)
+    own, flags = split_at_dashes(sys.argv[1:])
+    arguments = parser.parse_args(own)
+    arguments.flags = flags
+    return arguments
+
+
+def generate(url: str) -> None:
+    """Run the request that is inspected."""
+    body = {"model": MODEL_NAME, "prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "seed": 1}
+    response = httpx.post(f"{url}/v1/completions", json=body, headers={"x-request-id": INSPECTED}, timeout=60)
+    response.raise_for_status()
+
+
+class Inspecting:
+    """A thread that inspects the 16 last positions of a request, again and again."""
+
+    def __init__(self, url: str | None) -> None:
+        self.num_answers = 0
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Inspecting":
+        if self._url is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._url is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self._url or "", timeout=120) as client:
+            while not self._stop.is_set():
+                response = client.post("/lightwell/v1/inspect", json={"id": INSPECTED})
+                response.raise_for_status()
+                if not response.json()["is_equal"]:
+                    raise AssertionError("another token than the one that was sent")
+                self.num_answers += 1
+
+
+def print_table(alone: list[Summary], beside: list[Summary], counts: list[int]) -> None:
+    table = Table("round", "alone: p50, p99 (ms)", "beside: p50, p99 (ms)", "ratios", "inspections")
+    for number, (a, b, count) in enumerate(zip(alone, beside, counts, strict=True), start=1):
+        table.add_row(
+            str(number),
+            f"{a.p50:.1f}, {a.p99:.1f}",
+            f"{b.p50:.1f}, {b.p99:.1f}",
+            f"{b.p50 / a.p50:.2f}, {b.p99 / a.p99:.2f}",
+            str(count),
+        )
+    pairs = list(zip(alone, beside, strict=True))
+    medians = [statistics.median(getattr(b, name) / getattr(a, name) for a, b in pairs) for name in ("p50", "p99")]
+    table.add_row("median", "", "", ", ".join(f"{median:.2f}" for median in medians), str(statistics.median(counts)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
