@@ -9,7 +9,7 @@ from engine.batch.inputs import BatchInputs
 from engine.model.observation import Observation
 from engine.scheduling.request import Step
 
-OBSERVED_LOGIT_ROWS = 8  # that are computed at once: with the weights of an LM head, a few take as long as one
+OBSERVED_LOGIT_ROWS = 4  # that are computed at once: with the weights of an LM head, a few take as long as one
 
 
 class Execution(Protocol):

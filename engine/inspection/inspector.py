@@ -260,8 +260,8 @@ class Inspector:
             if number == len(logits) - 1:
                 sampler = Sampler(len(row_logits), self._engine.model_config.eos_token_ids, row_logits.device)
                 yield
-                sampled.stages, sampled.candidates = view_stages(sampler, row_logits[None], row, masks, num_top)
-                yield
+                stages = view_stages(sampler, row_logits[None], row, masks, num_top)
+                sampled.stages, sampled.candidates = yield from stages
             output = runner.sampler.sample(row_logits[None].clone(), [row], masks)
             sampled.token_ids[number] = int(output.token_ids[0]) if output.is_finite[0] else None
             yield

@@ -52,12 +52,11 @@ class LayerObserver:
             yield
         after_layers = self._residuals[2::2]
         for layer, residual in zip(self._layers, after_layers, strict=True):
-            self.logits = []
             for rows in torch.split(residual, OBSERVED_LOGIT_ROWS):
-                logits = execution.compute_logits(rows)
+                logits = execution.compute_logits(rows).clone()
+                yield
                 layer.lens += top_pairs(logits.log_softmax(dim=-1), self._question.top)
-                if layer is self._layers[-1]:
-                    self.logits += logits.clone()
+                self.logits += logits if layer is self._layers[-1] else ()
                 yield
 
     def views(self) -> list[list[LayerView]]:

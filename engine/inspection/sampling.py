@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 
 from torch import Tensor
 
@@ -16,10 +16,10 @@ NUM_CANDIDATES = 8
 
 def view_stages(
     sampler: Sampler, logits: Tensor, row: SamplingRow, masks: Mapping[int, bytes], num_top: int
-) -> tuple[list[StageView], list[Candidate]]:
+) -> Generator[None, None, tuple[list[StageView], list[Candidate]]]:
     """Return the distribution after each stage, and the tokens with the largest sums of logit and noise.
 
-    `logits` [1, V] are those of the model. There are no candidates if the row is greedy.
+    `logits` [1, V] are those of the model. There are no candidates if the row is greedy. Yields after each stage.
     """
     views: list[StageView] = []
     candidates: list[Candidate] = []
@@ -30,6 +30,7 @@ def view_stages(
         else:
             views.append(_view(name, before, after, num_top))
             before = after
+        yield
     return views, candidates
 
 
