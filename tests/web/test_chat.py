@@ -77,7 +77,8 @@ def sent(page: Page, action: Any) -> dict[str, Any]:
     """Return the request that an action sends."""
     with page.expect_request(f"**{CHAT}") as request:
         action()
-    body: dict[str, Any] = request.value.post_data_json
+    body = request.value.post_data_json
+    assert isinstance(body, dict)
     return body
 
 

@@ -2,7 +2,7 @@
 import { Problem } from "./components.js";
 import { Connection, KeyForm, stateText } from "./connection.js";
 import { html, render, useEffect, useErrorBoundary, useState } from "./lib.js";
-import { linkBack, linkTo, route } from "./router.js";
+import { linkBack, linkTo, route, viewNames } from "./router.js";
 import { findDocs, needsKey, server, watch } from "./state.js";
 
 /**
@@ -72,6 +72,7 @@ const App = () => html`
   <main id="main" tabindex="-1">${needsKey.value ? html`<${KeyForm} />` : html`<${View} key=${route.value.view} />`}</main>
 `;
 
+viewNames.value = Object.keys(VIEWS);
 render(html`<${App} />`, /** @type {HTMLElement} */ (document.getElementById("app")));
 watch();
 findDocs();

@@ -31,6 +31,8 @@ export function linkTo(view, { id = "", params = {} } = {}) {
 }
 
 export const route = signal(read());
+/** The names of the views that there are. */
+export const viewNames = signal(/** @type {string[]} */ ([]));
 /** @type {Map<string, string>} */
 const lastLinks = new Map(); // by view
 

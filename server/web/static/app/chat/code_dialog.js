@@ -17,7 +17,7 @@ export function CodeDialog({ draft, onClose }) {
       <p class="hint">The request for the last answer, with all settings of this conversation.</p>
       <div class="row" role="radiogroup" aria-label="Language">
         ${Object.keys(SAMPLES).map((name) => html`
-          <label class="choice"><input type="radio" name="language" checked=${name === language} onChange=${() => setLanguage(name)} />${name}</label>
+          <label class="language"><input type="radio" name="language" checked=${name === language} onChange=${() => setLanguage(name)} />${name}</label>
         `)}
       </div>
       <${Code} language=${language} text=${sample(language, draft)} />

@@ -77,7 +77,7 @@ function Chips({ hasKeyboard, onClick }) {
     <p class="chips">
       <span>${model.value || "No model"}</span>
       ${shown.map((part) => html`<button type="button" key=${part} onClick=${onClick}>${part}</button>`)}
-      ${hasKeyboard && html`<span class="keys">Enter sends, Shift + Enter begins a line</span>`}
+      ${hasKeyboard && html`<span class="key-hint">Enter sends, Shift + Enter begins a line</span>`}
     </p>
   `;
 }

@@ -32,7 +32,7 @@ export function ConversationList({ onChoose }) {
 const Row = ({ conversation, onChoose, onRename, onDelete }) => html`
   <li>
     <a href=${linkTo("chat", { id: conversation.id })} aria-current=${route.value.id === conversation.id ? "page" : undefined} title=${conversation.title} onClick=${onChoose}>
-      ${runs.value.has(conversation.id) && html`<span class="running" aria-label="Answering"></span>`}${conversation.title}
+      ${runs.value.has(conversation.id) && html`<span class="answering" aria-label="Answering"></span>`}${conversation.title}
     </a>
     <span class="row-actions">
       <${Button} kind="quiet" icon="edit" label="Rename" onClick=${onRename} />

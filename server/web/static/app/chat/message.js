@@ -2,6 +2,7 @@
 import { Button, Copy, Icon, Problem } from "../components.js";
 import { count, duration, number } from "../format.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
+import { linkTo, viewNames } from "../router.js";
 import { answer, goOn, runs, tokensPerSecond } from "./generate.js";
 import { Code, Markdown } from "./markdown.js";
 import { addMessage, alternatives, branch, showBranch, updateMessage } from "./store.js";
@@ -34,7 +35,7 @@ const UserMessage = ({ conversation, message, onEdit }) => html`
 /** @param {Props} props */
 const ToolResult = ({ message }) => html`
   <article class="message tool" aria-label="Result of a tool">
-    <p class="legend">Result</p>
+    <p class="part-title">Result</p>
     <${Code} language="" text=${message.content} />
   </article>
 `;
@@ -59,7 +60,7 @@ function AssistantMessage({ conversation, message, isLast, onEdit }) {
 /** @param {{run: import("./generate.js").Run}} props */
 function Arriving({ run }) {
   const { content, reasoning, calls, first } = run.progress.value;
-  if (first === null && !content) return html`<p class="waiting"><span class="sr">Waiting for the first token</span></p>`;
+  if (first === null && !content) return html`<p class="first-token"><span class="sr">Waiting for the first token</span></p>`;
   return html`<${Body} content=${content} reasoning=${reasoning} calls=${calls} isThinking=${!content && calls.length === 0} />`;
 }
 
@@ -74,7 +75,7 @@ const Body = ({ content, reasoning, calls, seconds, isThinking = false }) => htm
   ${content && html`<${Markdown} text=${content} />`}
   ${calls.map((call) => html`
     <div class="call">
-      <p class="legend">Call of <code>${call.name}</code></p>
+      <p class="part-title">Call of <code>${call.name}</code></p>
       <${Code} language="arguments" text=${indented(call.arguments)} />
     </div>
   `)}
@@ -130,16 +131,27 @@ function Ended({ conversation, message, isLast, isBusy, onEdit }) {
       <${Button} kind="quiet" icon="refresh" label="Answer again, in a new branch" disabled=${isBusy} onClick=${again} />
       ${message.content && html`<${Button} kind="quiet" icon="edit" label="Edit, in a new branch" disabled=${isBusy} onClick=${onEdit} />`}
       ${canContinue && html`<${Button} disabled=${isBusy} onClick=${continueIt}>Continue<//>`}
-      <p class="stats num">${report ? endedText(report, message) : "Interrupted"}</p>
+      <p class="stats num">${report ? endedText(report) : "Interrupted"}</p>
+      ${report?.id && html`<${OtherViews} id=${report.id} />`}
     </div>
   `;
 }
 
 /**
- * @param {import("./store.js").Answer} report
- * @param {Message} message
+ * Links to what other views show of an answer.
+ * @param {{id: string}} props
  */
-function endedText(report, message) {
+function OtherViews({ id }) {
+  const links = [
+    { view: "tokens", text: "Tokens", link: linkTo("tokens", { params: { id } }) },
+    { view: "inside", text: "Inside", link: linkTo("inside", { params: { id } }) },
+    { view: "requests", text: "Request", link: linkTo("requests", { id }) },
+  ].filter(({ view }) => viewNames.value.includes(view));
+  return html`<span class="other-views">${links.map(({ text, link }) => html`<a href=${link}>${text}</a>`)}</span>`;
+}
+
+/** @param {import("./store.js").Answer} report */
+function endedText(report) {
   const { tokens, tokensPerSecond: rate, first, finish, promptTokens, cachedTokens, seconds } = report;
   const parts = tokens > 0 ? [statsText(tokens, rate, first), duration(seconds)] : [];
   if (promptTokens !== null) parts.push(`${count(promptTokens)} in the prompt${cachedTokens ? `, ${count(cachedTokens)} cached` : ""}`);
@@ -163,7 +175,7 @@ function Branches({ conversation, message }) {
   const isBusy = runs.value.has(conversation.id);
   const show = (/** @type {number} */ step) => () => showBranch(conversation.id, all[index + step].id);
   return html`
-    <span class="branches" role="group" aria-label="Branches">
+    <span class="branch-switch" role="group" aria-label="Branches">
       <${Button} kind="quiet" icon="left" label="Branch before" disabled=${isBusy || index === 0} onClick=${show(-1)} />
       <span class="num">${index + 1}/${all.length}</span>
       <${Button} kind="quiet" icon="right" label="Next branch" disabled=${isBusy || index === all.length - 1} onClick=${show(1)} />

@@ -29,7 +29,7 @@ export function SettingsPanel() {
   const { system, tools, toolChoice, format, schema, other } = settings.value;
   const isReasoning = Boolean(modelInfo.value?.reasoning_format);
   return html`
-    <div class="settings">
+    <div class="setting-groups">
       ${models.value.length > 1 && html`
         <${Select} label="Model" value=${model.value} options=${models.value.map(({ id }) => id)} onChange=${(/** @type {string} */ id) => (model.value = id)} />
       `}
