@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -52,6 +53,11 @@ def wait_for_answer(page: Page, num: int = 1) -> Locator:
     answer = answers(page).nth(num - 1)
     expect(answer).to_have_attribute("aria-busy", "false")
     return answer
+
+
+def wait_for_tokens(page: Page) -> None:
+    """Return when an answer is arriving, and its speed is shown."""
+    expect(page.locator(".composer .stats")).to_contain_text("first after")
 
 
 def stream(*deltas: dict[str, Any], is_complete: bool = True) -> str:
@@ -107,7 +113,7 @@ def test_stop_and_continue(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters=ENDLESS)
     send(page)
     expect(answers(page).locator(".markdown")).to_contain_text(re.compile(r"\w"))
-    expect(answers(page).locator(".stats")).to_contain_text("first after")
+    wait_for_tokens(page)
     page.get_by_role("button", name="Stop").click()
     answer = wait_for_answer(page)
     expect(answer.locator(".stats")).to_contain_text("stopped")
@@ -270,14 +276,14 @@ def test_a_stream_that_breaks(page: Page, real_server: ServerProcess) -> None:
 def test_the_engine_dies_while_it_answers(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters=ENDLESS)
     send(page)
-    expect(answers(page).locator(".stats")).to_contain_text("first after")
+    wait_for_tokens(page)
     real_server.engine.kill()
     expect(page.get_by_role("alert").filter(has_text="Try again")).to_be_visible()
     expect(answers(page).locator(".markdown")).to_contain_text(re.compile(r"\w"))
     real_server.wait_until_ready()
     expect(page.get_by_text("Ready", exact=True)).to_be_visible()
     page.get_by_role("button", name="Try again").click()
-    expect(answers(page).locator(".stats")).to_contain_text("first after")
+    wait_for_tokens(page)
     box(page).press("Escape")
     wait_for_answer(page)
 
@@ -396,7 +402,7 @@ def test_keyboard_only(page: Page, real_server: ServerProcess) -> None:
     page.keyboard.type("a story")
     body = sent(page, lambda: page.keyboard.press("Enter"))
     assert body["messages"][0]["content"] == "Tell me\na story"
-    expect(answers(page).locator(".stats")).to_contain_text("first after")
+    wait_for_tokens(page)
     page.keyboard.press("Escape")
     wait_for_answer(page)
     for _ in range(12):
@@ -488,3 +494,23 @@ def test_markdown_that_is_made_to_be_slow(page: Page, real_server: ServerProcess
         part,
     )
     assert seconds < 5
+
+
+@pytest.mark.alone
+def test_an_answer_arrives_smoothly(page: Page, real_server: ServerProcess) -> None:
+    """The page is drawn at least ten times a second, and only the answer itself grows."""
+    open_chat(page, real_server, parameters={"ignore_eos": True, "max_completion_tokens": 300})
+    page.evaluate("""() => {
+      Object.assign(window, { frames: 0, shift: 0 });
+      const count = () => { frames += 1; requestAnimationFrame(count); };
+      count();
+      const add = (list) => list.getEntries().forEach((entry) => { if (!entry.hadRecentInput) shift += entry.value; });
+      new PerformanceObserver(add).observe({ type: "layout-shift" });
+    }""")
+    send(page)
+    wait_for_tokens(page)
+    first, start = page.evaluate("frames"), time.monotonic()
+    wait_for_answer(page)
+    num_frames, seconds = page.evaluate("frames") - first, time.monotonic() - start
+    assert num_frames > 10 * seconds
+    assert page.evaluate("shift") < 0.05

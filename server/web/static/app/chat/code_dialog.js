@@ -2,15 +2,14 @@
 import { Dialog } from "../components.js";
 import { html, useState } from "../lib.js";
 import { baseUrl, model } from "../state.js";
+import { drafts } from "./composer.js";
 import { Code } from "./markdown.js";
 import { requestBody } from "./request.js";
 import { SAMPLES } from "./samples.js";
 import { branch, current, settings } from "./store.js";
 
-/**
- * @param {{draft: string, onClose: () => void}} props
- */
-export function CodeDialog({ draft, onClose }) {
+/** @param {{onClose: () => void}} props */
+export function CodeDialog({ onClose }) {
   const [language, setLanguage] = useState("curl");
   return html`
     <${Dialog} title="Use it from a program" class="wide" onClose=${onClose}>
@@ -20,19 +19,16 @@ export function CodeDialog({ draft, onClose }) {
           <label class="language"><input type="radio" name="language" checked=${name === language} onChange=${() => setLanguage(name)} />${name}</label>
         `)}
       </div>
-      <${Code} language=${language} text=${sample(language, draft)} />
+      <${Code} language=${language} text=${sample(language)} />
     <//>
   `;
 }
 
-/**
- * @param {string} language
- * @param {string} draft
- */
-function sample(language, draft) {
+/** @param {string} language */
+function sample(language) {
   const messages = current.value ? branch(current.value) : [];
   if (messages.at(-1)?.role === "assistant") messages.pop();
-  if (messages.length === 0) messages.push({ id: "", parent: null, role: "user", content: draft.trim() || "hello" });
+  if (messages.length === 0) messages.push({ id: "", parent: null, role: "user", content: drafts.value[""]?.trim() || "hello" });
   try {
     return SAMPLES[language](baseUrl, requestBody(settings.value, messages, model.value));
   } catch (error) {

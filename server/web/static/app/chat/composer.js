@@ -5,6 +5,7 @@ import { go } from "../router.js";
 import { model, server } from "../state.js";
 import { answer, runs, stop } from "./generate.js";
 import { settingsSummary } from "./settings_panel.js";
+import { LiveStats } from "./stats.js";
 import { addMessage, create, current } from "./store.js";
 
 const MAX_CHIPS = 5;
@@ -72,12 +73,13 @@ export function Composer({ onSettings }) {
  */
 function Chips({ hasKeyboard, onClick }) {
   const parts = settingsSummary();
+  const run = runs.value.get(current.value?.id ?? "");
   const shown = parts.length > MAX_CHIPS ? [...parts.slice(0, MAX_CHIPS), `${parts.length - MAX_CHIPS} more`] : parts;
   return html`
-    <p class="chips">
+    <div class="chips">
       <span>${model.value || "No model"}</span>
       ${shown.map((part) => html`<button type="button" key=${part} onClick=${onClick}>${part}</button>`)}
-      ${hasKeyboard && html`<span class="key-hint">Enter sends, Shift + Enter begins a line</span>`}
-    </p>
+      ${run ? html`<${LiveStats} run=${run} />` : hasKeyboard && html`<span class="key-hint">Enter sends, Shift + Enter begins a line</span>`}
+    </div>
   `;
 }

@@ -1,10 +1,11 @@
 // A message of a conversation, with what can be done with it.
 import { Button, Copy, Icon, Problem } from "../components.js";
-import { count, duration, number } from "../format.js";
+import { count, duration } from "../format.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { linkTo, viewNames } from "../router.js";
-import { answer, goOn, runs, tokensPerSecond } from "./generate.js";
+import { answer, goOn, runs } from "./generate.js";
 import { Code, Markdown } from "./markdown.js";
+import { statsText } from "./stats.js";
 import { addMessage, alternatives, branch, showBranch, updateMessage } from "./store.js";
 
 /** @typedef {import("./store.js").Conversation} Conversation */
@@ -51,7 +52,7 @@ function AssistantMessage({ conversation, message, isLast, onEdit }) {
         : html`<${Body} content=${message.content} reasoning=${message.reasoning ?? ""} calls=${message.calls ?? []} seconds=${message.answer?.thinking} />`}
       ${!isRunning && isLast && (message.calls ?? []).length > 0 && html`<${ToolForm} conversation=${conversation} message=${message} />`}
       ${isRunning
-        ? html`<div class="actions"><${Branches} conversation=${conversation} message=${message} /><${LiveStats} run=${run} /></div>`
+        ? html`<div class="actions"><${Branches} conversation=${conversation} message=${message} /></div>`
         : html`<${Ended} conversation=${conversation} message=${message} isLast=${isLast} isBusy=${run !== undefined} onEdit=${onEdit} />`}
     </article>
   `;
@@ -88,32 +89,6 @@ function indented(json) {
   } catch {
     return json; // it is still arriving
   }
-}
-
-/** @param {{run: import("./generate.js").Run}} props */
-function LiveStats({ run }) {
-  const state = run.progress.value;
-  const [now, setNow] = useState(performance.now());
-  const isWaiting = state.first === null;
-  useEffect(() => {
-    if (!isWaiting) return undefined;
-    const timer = setInterval(() => setNow(performance.now()), 100);
-    return () => clearInterval(timer);
-  }, [isWaiting]);
-  if (state.first === null) return html`<p class="stats num">Waiting ${(Math.max(now - state.start, 0) / 1000).toFixed(1)} s …</p>`;
-  return html`<p class="stats num">${statsText(state.tokens, tokensPerSecond(state), (state.first - state.start) / 1000)}</p>`;
-}
-
-/**
- * @param {number} tokens
- * @param {number} rate
- * @param {number | null} first
- */
-function statsText(tokens, rate, first) {
-  const parts = [`${count(tokens)} ${tokens === 1 ? "token" : "tokens"}`];
-  if (rate > 0) parts.push(`${number(rate)} tokens/s`);
-  if (first !== null) parts.push(`first after ${duration(first)}`);
-  return parts.join(" · ");
 }
 
 /** @param {Props & {isBusy: boolean, onEdit: () => void}} props */

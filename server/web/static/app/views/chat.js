@@ -30,7 +30,6 @@ export default function Chat() {
   const [open, setOpen] = useState(/** @type {"" | "list" | "code"} */ (""));
   const close = () => setOpen("");
   const toggleSettings = () => setSettingsOpen(!isSettingsOpen);
-  const draft = drafts.value[current.value?.id ?? ""] ?? "";
   return html`
     ${hasRoomForList && html`<aside class="chat-list"><${ConversationList} /></aside>`}
     <section class="thread" aria-label="Conversation">
@@ -47,17 +46,27 @@ export default function Chat() {
       ? html`<aside class="chat-settings" aria-label="Settings"><${SettingsPanel} /></aside>`
       : html`<${Dialog} title="Settings" class="sheet" onClose=${() => setSettingsOpen(false)}><${SettingsPanel} /><//>`)}
     ${open === "list" && html`<${Dialog} title="Conversations" class="sheet" onClose=${close}><${ConversationList} onChoose=${close} /><//>`}
-    ${open === "code" && html`<${CodeDialog} draft=${draft} onClose=${close} />`}
+    ${open === "code" && html`<${CodeDialog} onClose=${close} />`}
   `;
 }
 
-/** The messages; the page follows their end while it is in sight. */
 function Thread() {
   const conversation = current.value;
-  const id = conversation?.id ?? "";
+  if (!conversation) return html`<${Start} />`;
+  return html`
+    <div class="messages" role="log" aria-busy=${runs.value.has(conversation.id)}><${Messages} conversation=${conversation} /></div>
+    <${End} conversation=${conversation} />
+  `;
+}
+
+/**
+ * Follows the end of the conversation while it is in sight.
+ * @param {{conversation: import("../chat/store.js").Conversation}} props
+ */
+function End({ conversation }) {
   const isAtEnd = useRef(true);
   const [isEndShown, setEndShown] = useState(true);
-  const progress = runs.value.get(id)?.progress.value; // each token may move the end
+  const progress = runs.value.get(conversation.id)?.progress.value; // each token may move the end
 
   useEffect(() => {
     const look = () => {
@@ -69,16 +78,11 @@ function Thread() {
   }, []);
   useLayoutEffect(() => {
     isAtEnd.current = true;
-  }, [id, conversation?.messages.length]);
+  }, [conversation.id, conversation.messages.length]);
   useLayoutEffect(() => {
-    if (isAtEnd.current && conversation) toEnd();
+    if (isAtEnd.current) toEnd();
   }, [progress, conversation]);
-
-  if (!conversation) return html`<${Start} />`;
-  return html`
-    <div class="messages" role="log" aria-busy=${progress !== undefined}><${Messages} conversation=${conversation} /></div>
-    ${!isEndShown && html`<${Button} class="to-end" onClick=${toEnd}>Go to the end<//>`}
-  `;
+  return !isEndShown && html`<${Button} class="to-end" onClick=${toEnd}>Go to the end<//>`;
 }
 
 const distanceToEnd = () => document.documentElement.scrollHeight - innerHeight - scrollY;
