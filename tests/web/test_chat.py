@@ -318,13 +318,23 @@ def test_conversations_are_kept(page: Page, real_server: ServerProcess) -> None:
         second.get_by_role("button", name="Export as JSON").click()
     exported = json.loads(download.value.path().read_text())
     assert [message["role"] for message in exported["messages"]] == ["user", "assistant"]
+    page.get_by_label("Import conversations").first.set_input_files(download.value.path())
+    expect(names).to_have_text(["Second", "Second", "First"])
+    for wrong in (
+        {},
+        exported | {"settings": {}},
+        exported | {"messages": [{"id": "1", "role": "user", "content": 1}]},
+    ):
+        file: Any = {"name": "a.json", "mimeType": "application/json", "buffer": json.dumps(wrong).encode()}
+        page.get_by_label("Import conversations").first.set_input_files(file)
+        expect(page.get_by_role("alert")).to_contain_text("a.json is no conversation")
     second.get_by_role("button", name="Rename").click()
     page.get_by_role("textbox", name="Title").fill("Another name")
     page.get_by_role("button", name="Rename", exact=True).last.click()
-    expect(names).to_have_text(["Another name", "First"])
+    expect(names).to_have_text(["Another name", "Second", "First"])
     second.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    expect(names).to_have_text(["First"])
+    expect(names).to_have_text(["Second", "First"])
     expect(answers(page)).to_have_count(0)
     page.get_by_role("link", name="First").click()
     expect(answers(page)).to_have_count(1)
@@ -332,10 +342,11 @@ def test_conversations_are_kept(page: Page, real_server: ServerProcess) -> None:
 
 def test_the_oldest_conversations_make_room(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters={"max_completion_tokens": 1})
-    page.evaluate("""() => {
+    page.evaluate("""async () => {
+      const { NO_SETTINGS: settings } = await import("/assets/app/chat/settings_store.js");
       for (let i = 0; i < 250; i += 1) {
         const messages = [{ id: `m${i}`, parent: null, role: "user", content: "x".repeat(i < 200 ? 10 : 15000) }];
-        const conversation = { id: `c${i}`, title: "T", updated: i, settings: { parameters: {} }, messages, tip: "" };
+        const conversation = { id: `c${i}`, title: "T", updated: i, settings, messages, tip: "" };
         localStorage.setItem(`lightwell-chat:c${i}`, JSON.stringify(conversation));
       }
     }""")
@@ -346,6 +357,18 @@ def test_the_oldest_conversations_make_room(page: Page, real_server: ServerProce
     assert len(kept) == 200
     assert {"lightwell-chat:c249", "lightwell-chat:c51"} <= set(kept)
     assert "lightwell-chat:c50" not in kept
+
+
+def test_text_files(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters={"max_completion_tokens": 1})
+    box(page).fill("Explain this.")
+    texts = {"a.py": b"x = 1\n", "b.md": b"```\n", "c.bin": b"\0\xff"}
+    files: Any = [{"name": name, "mimeType": "text/plain", "buffer": text} for name, text in texts.items()]
+    page.get_by_label("Add text files").first.set_input_files(files)
+    expect(page.get_by_role("alert")).to_have_text("c.bin is not a text in UTF-8.")
+    expect(box(page)).to_have_value("Explain this.\n\na.py\n```\nx = 1\n```\n\nb.md\n````\n```\n````")
+    body = sent(page, lambda: box(page).press("Enter"))
+    assert body["messages"][0]["content"].startswith("Explain this.")
 
 
 def program(page: Page, language: str) -> str:

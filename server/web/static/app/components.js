@@ -6,6 +6,7 @@ import { html, useEffect, useId, useMemo, useRef, useState } from "./lib.js";
  * @type {Record<string, string>}
  */
 const ICONS = {
+  attach: "M20 11l-8.5 8.5a5 5 0 0 1-7-7L13 4a3.4 3.4 0 0 1 4.8 4.8L9.4 17.2a1.7 1.7 0 0 1-2.4-2.4L15 7",
   check: "M5 13l4 4L19 7",
   close: "M6 6l12 12M18 6L6 18",
   code: "M9 7l-5 5 5 5M15 7l5 5-5 5",
@@ -22,6 +23,7 @@ const ICONS = {
   settings: "M4 7h9m5 0h2M4 17h2m5 0h9M13 7a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0M6 17a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0",
   stop: "M6.5 6.5h11v11h-11zM8.5 8.5h7v7h-7zM10.5 10.5h3v3h-3z",
   sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2m0 16v2M2 12h2m16 0h2M5 5l1.5 1.5m11 11L19 19M5 19l1.5-1.5m11-11L19 5",
+  upload: "M12 16V5m0 0l-4 4m4-4l4 4M5 20h14",
   trash: "M5 7h14M10 7V4h4v3m-7 0l1 13h8l1-13",
 };
 
@@ -128,6 +130,22 @@ export function Copy({ text, label = "Copy", children }) {
   const copy = () => navigator.clipboard.writeText(typeof text === "string" ? text : text()).then(() => setCopied(true));
   return html`
     <${Button} kind="quiet" icon=${isCopied ? "check" : "copy"} label=${isCopied ? "Copied" : label} onClick=${copy}>${children}<//>
+  `;
+}
+
+/**
+ * A button that opens files.
+ * @param {{label: string, icon: string, accept?: string, children?: any, onOpen: (files: File[]) => void}} props
+ */
+export function OpenFiles({ label, icon, accept, children, onOpen }) {
+  const ref = useRef(/** @type {HTMLInputElement | null} */ (null));
+  const open = (/** @type {any} */ event) => {
+    onOpen([...event.target.files]);
+    event.target.value = ""; // so that the same file can be opened again
+  };
+  return html`
+    <input ref=${ref} type="file" multiple hidden accept=${accept} aria-label=${label} onChange=${open} />
+    <${Button} kind="quiet" icon=${icon} label=${label} onClick=${() => ref.current?.click()}>${children}<//>
   `;
 }
 

@@ -1,6 +1,6 @@
 // Where the next message is written.
-import { Button, Icon, useMedia } from "../components.js";
-import { html, signal, useLayoutEffect, useRef } from "../lib.js";
+import { Button, Icon, OpenFiles, Problem, useMedia } from "../components.js";
+import { html, signal, useLayoutEffect, useRef, useState } from "../lib.js";
 import { go } from "../router.js";
 import { model, server } from "../state.js";
 import { answer, runs, stop } from "./generate.js";
@@ -9,6 +9,7 @@ import { LiveStats } from "./stats.js";
 import { addMessage, create, current } from "./store.js";
 
 const MAX_CHIPS = 5;
+const MAX_FILE_BYTES = 1e6;
 
 /** What is typed and not sent, by conversation; "" is a new one. */
 export const drafts = signal(/** @type {Record<string, string>} */ ({}));
@@ -29,6 +30,7 @@ export function Composer({ onSettings }) {
   const hasKeyboard = !useMedia("(pointer: coarse)");
   const id = current.value?.id ?? "";
   const text = drafts.value[id] ?? "";
+  const [problem, setProblem] = useState("");
   const isRunning = runs.value.has(id);
   const isReady = model.value !== "" && server.value === "ready" && !isRunning;
   const write = (/** @type {string} */ draft) => (drafts.value = { ...drafts.value, [id]: draft });
@@ -42,6 +44,18 @@ export function Composer({ onSettings }) {
     if (hasKeyboard) ref.current?.focus({ preventScroll: true });
   }, [id]);
 
+  const attach = async (/** @type {File[]} */ files) => {
+    const parts = await Promise.all(files.map(readFile));
+    setProblem(parts.map(({ problem }) => problem).filter(Boolean).join(" "));
+    write([drafts.value[id] ?? "", ...parts.map(({ text }) => text)].filter(Boolean).join("\n\n"));
+    ref.current?.focus();
+  };
+  const onDrop = (/** @type {DragEvent} */ event) => {
+    const files = [...(event.dataTransfer?.files ?? [])];
+    if (files.length === 0) return;
+    event.preventDefault();
+    attach(files);
+  };
   const submit = (/** @type {Event} */ event) => {
     event.preventDefault();
     if (!isReady || !text.trim()) return;
@@ -54,8 +68,10 @@ export function Composer({ onSettings }) {
     if (isEnter && (event.ctrlKey || event.metaKey || (hasKeyboard && !event.shiftKey))) submit(event);
   };
   return html`
-    <form class="composer" onSubmit=${submit}>
+    <form class="composer" onSubmit=${submit} onDragOver=${(/** @type {Event} */ event) => event.preventDefault()} onDrop=${onDrop}>
+      ${problem && html`<${Problem} error=${problem} />`}
       <div class="composer-box">
+        <${OpenFiles} icon="attach" label="Add text files" onOpen=${attach} />
         <textarea ref=${ref} rows="1" aria-label="Message" placeholder="Write a message"
           value=${text} onInput=${(/** @type {any} */ event) => write(event.target.value)} onKeyDown=${onKeyDown}></textarea>
         ${isRunning
@@ -65,6 +81,18 @@ export function Composer({ onSettings }) {
       <${Chips} hasKeyboard=${hasKeyboard} onClick=${onSettings} />
     </form>
   `;
+}
+
+/**
+ * Returns the text of a file as a block of code, or why it has none.
+ * @param {File} file
+ */
+async function readFile(file) {
+  if (file.size > MAX_FILE_BYTES) return { text: "", problem: `${file.name} is larger than 1 MB.` };
+  const text = await file.text();
+  if (/[\0\ufffd]/.test(text)) return { text: "", problem: `${file.name} is not a text in UTF-8.` };
+  const fence = "`".repeat(Math.max(3, ...[...text.matchAll(/`+/g)].map(([ticks]) => ticks.length + 1)));
+  return { text: `${file.name}\n${fence}\n${text.trimEnd()}\n${fence}`, problem: "" };
 }
 
 /**

@@ -1,19 +1,34 @@
 // The conversations that the browser keeps.
-import { Button, Dialog } from "../components.js";
+import { Button, Dialog, OpenFiles } from "../components.js";
 import { html, useState } from "../lib.js";
 import { go, linkTo, route } from "../router.js";
 import { runs, stop } from "./generate.js";
-import { conversations, remove, storageProblem, update } from "./store.js";
+import { conversations, importConversation, remove, storageProblem, update } from "./store.js";
 
 /** @typedef {import("./store.js").Conversation} Conversation */
 
 /** @param {{onChoose?: () => void}} props */
 export function ConversationList({ onChoose }) {
   const [dialog, setDialog] = useState(/** @type {{kind: "rename" | "delete", conversation: Conversation} | null} */ (null));
+  const [problem, setProblem] = useState("");
   const close = () => setDialog(null);
+  const importFiles = async (/** @type {File[]} */ files) => {
+    setProblem("");
+    for (const file of files) {
+      try {
+        go("chat", { id: importConversation(await file.text()) });
+      } catch {
+        setProblem(`${file.name} is no conversation that was exported here.`);
+      }
+    }
+  };
   return html`
     <nav class="conversations" aria-label="Conversations">
-      <a class="button" href=${linkTo("chat")} onClick=${onChoose}>New chat</a>
+      <div class="row">
+        <a class="button" href=${linkTo("chat")} onClick=${onChoose}>New chat</a>
+        <${OpenFiles} icon="upload" label="Import conversations" accept=".json,application/json" onOpen=${importFiles} />
+      </div>
+      ${problem && html`<p class="hint error" role="alert">${problem}</p>`}
       ${storageProblem.value && html`<p class="hint error" role="alert">${storageProblem.value}</p>`}
       ${conversations.value.length === 0 && html`<p class="hint">Conversations are kept in this browser, and nowhere else.</p>`}
       <ul>

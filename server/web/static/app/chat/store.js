@@ -1,6 +1,7 @@
 // Conversations, kept in the browser. Each is a tree of messages: an edit or another answer begins a branch.
 import { computed, signal } from "../lib.js";
 import { route } from "../router.js";
+import { isConversation } from "./checks.js";
 import { startSettings } from "./settings_store.js";
 
 /** @typedef {{id: string, name: string, arguments: string}} ToolCall */
@@ -91,6 +92,20 @@ export function create(title) {
 export function update(id, change) {
   const old = find(id);
   if (old) put({ ...old, ...change, updated: Date.now() });
+}
+
+/**
+ * Adds a conversation that was exported, as a new one. Throws an error if it is none.
+ * @param {string} text JSON
+ * @returns {string} its id
+ */
+export function importConversation(text) {
+  const value = JSON.parse(text);
+  if (!isConversation(value)) throw new Error("It is no conversation.");
+  const { title, settings: own, messages, tip } = value;
+  const conversation = { id: newId(), title: shorten(title), updated: Date.now(), settings: own, messages, tip };
+  put(conversation);
+  return conversation.id;
 }
 
 /** @param {string} id */
@@ -192,7 +207,7 @@ function write(conversation) {
 function readAll() {
   const names = attempt(() => Object.keys(localStorage).filter((name) => name.startsWith(PREFIX))) ?? [];
   const found = names.map((name) => attempt(() => JSON.parse(localStorage.getItem(name) ?? "null")));
-  return found.filter((each) => Array.isArray(each?.messages)).sort((a, b) => b.updated - a.updated);
+  return found.filter(isConversation).sort((a, b) => b.updated - a.updated);
 }
 
 /**
