@@ -36,11 +36,11 @@ class ServerProcess:
     """The supervisor, its child processes, and an HTTP client for them."""
 
     def __init__(self, model: Path, folder: Path, *flags: str, **environment: str) -> None:
-        """Start the server, with its log and temporary files in `folder`.
+        """Start the server, with its log and temporary files in `folder`, on a free port unless a flag says which.
 
         It leads its own process group, like a command started in a terminal.
         """
-        self.port = free_port()
+        self.port = next((int(flag[7:]) for flag in flags if flag.startswith("--port=")), None) or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
         self.family: list[psutil.Process] = []  # set when it is ready; the supervisor first

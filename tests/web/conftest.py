@@ -1,16 +1,19 @@
 """Fixtures for tests of the page: Chromium, and a real server with a real model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support.browser import CHROMIUM, NO_CHROMIUM, PageWatch, running_browser
-from tests.support.server_process import REQUEST_SECONDS, ServerProcess, shared_server
+from tests.support.server_process import REQUEST_SECONDS, ServerProcess, running_server, shared_server
 
 FLAGS = ("--max-num-seqs=64", "--max-model-len=2048", "--kv-cache-memory=256MiB", "--record-requests=64")
 ACTION_SECONDS = 60.0  # bounds hangs only
+
+StartServer = Callable[..., ServerProcess]
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +21,18 @@ def real_server(smollm2_path: Path) -> Iterator[ServerProcess]:
     """A server that the tests of all views share."""
     with shared_server(smollm2_path, *FLAGS) as server:
         yield server
+
+
+@pytest.fixture
+def start_server(smollm2_path: Path) -> Iterator[StartServer]:
+    """A function that starts a server for one test: `start_server("--flag=value")`."""
+    with ExitStack() as stack:
+
+        def start(*flags: str) -> ServerProcess:
+            small = ("--max-model-len=1024", "--kv-cache-memory=64MiB")
+            return stack.enter_context(running_server(smollm2_path, *small, *flags))
+
+        yield start
 
 
 # Not for the session: while Playwright runs, no other event loop can run in this thread, which other tests need.

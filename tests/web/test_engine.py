@@ -1,0 +1,190 @@
+"""The view Engine: what it draws of a real engine at work, with the mouse and without."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from playwright.sync_api import CDPSession, Page, expect
+
+from tests.support.server_process import ServerProcess
+from tests.support.streams import Stream, start_streams
+from tests.web.conftest import StartServer
+
+PROMPT = "Once upon a time in a land far away there lived a king who had a castle by the sea. "
+NUM_STREAMS = 64
+ROW_BYTES = 400  # of a row of a step
+GROWTH_BYTES = 2 << 20
+GROWTH_NODES = 500
+
+
+def open_engine(page: Page, server: ServerProcess, query: str = "") -> None:
+    page.goto(f"{server.url}/#/engine{query}")
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+
+def last_step(page: Page) -> int:
+    return int(page.get_by_role("slider", name="Steps of the engine").get_attribute("aria-valuemax") or 0)
+
+
+def steps_of(server: ServerProcess, id: str) -> list[dict[str, Any]]:
+    steps = server.get("/lightwell/v1/steps?limit=1000").json()["data"]
+    return [step for step in steps if any(row["id"] == id for row in step["rows"])]
+
+
+def complete(server: ServerProcess, **fields: Any) -> str:
+    """Run a completion, and return its id."""
+    body = {"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True} | fields
+    id: str = server.answer("/v1/completions", body)["id"]
+    return id
+
+
+def test_a_step_chosen_by_keyboard(page: Page, real_server: ServerProcess) -> None:
+    """It shows what the API says of that step, and leads to the request."""
+    open_engine(page, real_server)
+    id = complete(real_server)
+    steps = steps_of(real_server, id)
+    slider = page.get_by_role("slider", name="Steps of the engine")
+    expect(slider).to_have_attribute("aria-valuemax", str(steps[-1]["id"]))
+    slider.focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    chosen = page.get_by_role("region", name=f"Choices of step {steps[-2]['id']}")
+    row = chosen.get_by_role("row").nth(1)
+    expect(row).to_contain_text("next token")
+    expect(row.get_by_role("link")).to_have_attribute("href", f"#/requests/{id}")
+    page.keyboard.press("Escape")
+    expect(chosen).to_be_hidden()
+
+
+def test_a_prompt_and_generated_tokens_are_told_apart_in_words(page: Page, real_server: ServerProcess) -> None:
+    id = complete(real_server, prompt="Completely new: " + PROMPT, max_tokens=3)
+    first = steps_of(real_server, id)[0]
+    page.goto(f"{real_server.url}/#/engine?step={first['id']}&request={id}")
+    row = page.get_by_role("region", name=f"Choices of step {first['id']}").get_by_role("row").nth(1)
+    (computed,) = [row["num_tokens"] for row in first["rows"] if row["id"] == id]
+    expect(row).to_contain_text(re.compile(rf"prompt\s*{computed}"))
+    expect(page.get_by_role("button", name="Go on")).to_be_visible()
+
+
+def test_pause(page: Page, real_server: ServerProcess) -> None:
+    open_engine(page, real_server)
+    complete(real_server)
+    page.get_by_role("button", name="Pause").click()
+    expect(page.get_by_text("Paused", exact=True)).to_be_visible()
+    before = last_step(page)
+    id = complete(real_server)
+    page.wait_for_timeout(1500)
+    assert last_step(page) == before
+    page.get_by_role("button", name="Go on").click()
+    expect(page.get_by_role("slider", name="Steps of the engine")).to_have_attribute(
+        "aria-valuemax", str(steps_of(real_server, id)[-1]["id"])
+    )
+
+
+def test_blocks_and_queue(page: Page, start_server: StartServer) -> None:
+    server = start_server("--max-num-seqs=1")
+    open_engine(page, server)
+    expect(page.get_by_text("Nobody waits.")).to_be_visible()
+    running, waiting = (Stream(server, {"prompt": PROMPT * 4, "max_tokens": 120, "ignore_eos": True}) for _ in "ab")
+    running.wait_for_start()
+    table = page.get_by_role("region", name="Choices in the queue")
+    expect(table.get_by_role("row").nth(1)).to_contain_text("is next")
+    expect(page.get_by_text(re.compile(r"^[1-9]\d* of \d+ blocks are held"))).to_be_visible()
+    grid = page.get_by_role("slider", name="Blocks of the KV cache")
+    grid.focus()
+    page.keyboard.press("Home")
+    expect(grid).to_have_attribute("aria-valuetext", re.compile(r"^Block 0: "))
+    page.keyboard.press("ArrowRight")
+    expect(grid).to_have_attribute("aria-valuenow", "1")
+    grid.blur()
+    running.result()
+    waiting.result()
+    expect(page.get_by_text("Nobody waits.")).to_be_visible()
+    expect(page.get_by_text(re.compile("^0 of"))).to_be_visible()
+
+
+def test_after_a_restart_of_the_engine(page: Page, start_server: StartServer) -> None:
+    server = start_server()
+    open_engine(page, server)
+    complete(server, max_tokens=40)
+    server.engine.kill()
+    id = complete(server, max_tokens=3)  # waits for the new engine
+    last = steps_of(server, id)[-1]["id"]
+    assert last < 40
+    expect(page.get_by_role("slider", name="Steps of the engine")).to_have_attribute("aria-valuemax", str(last))
+
+
+def test_after_a_restart_of_the_server(page: Page, start_server: StartServer) -> None:
+    first = start_server()
+    open_engine(page, first)
+    complete(first, max_tokens=40)
+    first.close()
+    expect(page.get_by_text("The connection broke. Trying again …")).to_be_visible()
+    second = start_server(f"--port={first.port}")
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    id = complete(second, max_tokens=3)
+    slider = page.get_by_role("slider", name="Steps of the engine")
+    expect(slider).to_have_attribute("aria-valuemax", str(steps_of(second, id)[-1]["id"]))
+
+
+def test_nothing_is_shown_where_nobody_may_read(page: Page, start_server: StartServer) -> None:
+    server = start_server("--no-inspect")
+    page.goto(f"{server.url}/#/engine")
+    expect(page.get_by_text("This server was started with --no-inspect.").first).to_be_visible()
+
+
+def test_what_is_remembered_is_bounded(page: Page, real_server: ServerProcess) -> None:
+    """Also where steps are lost and numbers start again, as after a restart."""
+    page.goto(real_server.url)
+    script = """async () => {
+        const { History } = await import("/assets/app/engine/history.js");
+        const history = new History();
+        const row = { prompt: 0, index: 0, key: null, position: 5, num_tokens: 1, kind: "generated",
+            num_generated: 1, num_drafts: 0, num_accepted: 0 };
+        const step = (id) => ({ id, started: id / 4, seconds: { forward: 0.2 }, num_running: 64, num_waiting: 0,
+            num_blocks_used: 9, rows: Array.from({ length: 64 }, (_, each) => ({ ...row, id: `${id}-${each}` })) });
+        const list = (engine, first, num_lost) => ({ engine, num_blocks: 10, num_lost, has_more: false,
+            data: Array.from({ length: 100 }, (_, index) => step(first + index)) });
+        for (let first = 1; first < 4000; first += 100) history.add(list("a", first, 3));
+        const { steps, seconds, lastTokens, lanes } = history;
+        const full = [steps.length, seconds.length, lastTokens.size, lanes.owners.length];
+        const lost = history.numLost;
+        history.add(list("b", 1, 0));
+        return { full, lost, after: [history.steps.length, history.lastId, history.numLost] };
+    }"""
+    answer = page.evaluate(script)
+    assert answer["full"] == [800, 150, 64, 64]
+    assert answer["lost"] == 120
+    assert answer["after"] == [100, 100, 0]
+
+
+@dataclass
+class Memory:
+    """What a page holds, after its garbage has been collected."""
+
+    num_bytes: int
+    num_nodes: int
+
+    @classmethod
+    def of(cls, session: CDPSession) -> "Memory":
+        session.send("HeapProfiler.collectGarbage")
+        num_bytes = int(session.send("Runtime.getHeapUsage")["usedSize"])
+        return cls(num_bytes, int(session.send("Memory.getDOMCounters")["nodes"]))
+
+
+@pytest.mark.alone
+def test_memory_beside_many_streams(page: Page, start_server: StartServer) -> None:
+    """It is flat for a minute, except for the rows of the last 800 steps, which the page remembers."""
+    server = start_server(f"--max-num-seqs={NUM_STREAMS}", "--kv-cache-memory=512MiB")
+    open_engine(page, server)
+    session = page.context.new_cdp_session(page)
+    start_streams(server, NUM_STREAMS, max_tokens=900)
+    page.wait_for_timeout(10000)
+    before, first = Memory.of(session), last_step(page)
+    page.wait_for_timeout(50000)
+    after, last = Memory.of(session), last_step(page)
+    assert last > first
+    remembered = ROW_BYTES * NUM_STREAMS * min(last - first, 800)
+    assert after.num_bytes - before.num_bytes < GROWTH_BYTES + remembered, (before, after, last - first)
+    assert after.num_nodes - before.num_nodes < GROWTH_NODES, (before, after)
