@@ -9,9 +9,10 @@ import { linkTo } from "../router.js";
  */
 export function RequestLink({ id, index = 0, prompt = 0 }) {
   if (id === null) return html`<span class="soft">another client’s</span>`;
-  const choice = index || prompt ? ` · choice ${prompt ? `${prompt}.` : ""}${index}` : "";
+  const choice = index || prompt ? ` #${prompt ? `${prompt}.` : ""}${index}` : "";
+  const params = /** @type {Record<string, string>} */ (choice ? { choice: `${prompt}.${index}` } : {});
   return html`
-    <a class="request" href=${linkTo("requests", { id })} title=${id}>
+    <a class="request" href=${linkTo("requests", { id, params })} title=${id}>
       <span class="dot" style=${{ background: requestColor(id) }}></span><span>${short(id)}${choice}</span>
     </a>
   `;
@@ -22,6 +23,12 @@ export function RequestLink({ id, index = 0, prompt = 0 }) {
  * @param {string} id
  */
 export const short = (id) => (id.length > 18 ? `${id.slice(0, 12)}…${id.slice(-4)}` : id);
+
+/**
+ * A time of the day.
+ * @param {number} seconds Unix time
+ */
+export const clock = (seconds) => new Date(1000 * seconds).toLocaleTimeString([], { hourCycle: "h23" });
 
 /**
  * A number with its name, and how much of a limit it is.

@@ -3,7 +3,7 @@ import { Button, Empty, Select } from "../components.js";
 import { count, duration } from "../format.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { useTheme, watchSize } from "./canvas.js";
-import { RequestLink, short } from "./parts.js";
+import { clock, RequestLink, short } from "./parts.js";
 import { Schedule } from "./schedule.js";
 
 /** @typedef {import("./history.js").DrawnStep} DrawnStep */
@@ -137,7 +137,7 @@ function ChosenStep({ step, onClose }) {
   return html`
     <div class="chosen">
       <header>
-        <h3>Step ${step.id} <span class="soft num">${new Date(1000 * step.started).toLocaleTimeString()} · ${duration(step.total)}</span></h3>
+        <h3>Step ${step.id} <span class="soft num">${clock(step.started)} · ${duration(step.total)}</span></h3>
         <${Button} kind="quiet" icon="close" label="Close the step" onClick=${onClose} />
       </header>
       <dl class="parts num">

@@ -84,8 +84,9 @@ function followSteps(history, onSteps, onState, onRefused) {
  * Reads something again and again while the page can be seen. Returns the latest answer, and why there is none.
  * @param {string} path "": nothing is read
  * @param {number} interval in ms
+ * @param {(data: any) => boolean} [isFinal] whether an answer will not change any more
  */
-export function usePolled(path, interval) {
+export function usePolled(path, interval, isFinal = () => false) {
   const isVisible = useVisible();
   const [data, setData] = useState(/** @type {any} */ (null));
   const [error, setError] = useState(/** @type {import("../api.js").ApiError | null} */ (null));
@@ -96,8 +97,10 @@ export function usePolled(path, interval) {
     let timer = 0;
     const read = async () => {
       try {
-        setData(await callJson(path, { signal: controller.signal }));
+        const answer = await callJson(path, { signal: controller.signal });
+        setData(answer);
         setError(null);
+        if (isFinal(answer)) return;
       } catch (problem) {
         if (controller.signal.aborted) return;
         setError(/** @type {any} */ (problem));

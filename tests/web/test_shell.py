@@ -1,0 +1,68 @@
+"""The page as a whole: its views have URLs, explain themselves, and can be read by everybody, in both themes.
+
+That none asks another host or violates the page's policy is what the fixture `page` checks in every test.
+"""
+
+import re
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.support.browser import check_accessibility
+from tests.support.server_process import ServerProcess
+
+SIZES = {"phone": (360, 740), "desktop": (1280, 900), "large": (2560, 1440)}
+
+
+def views(page: Page) -> list[str]:
+    """Return the URLs of the views that the navigation links to."""
+    links = page.get_by_role("navigation", name="Views").get_by_role("link")
+    expect(links.first).to_be_visible()
+    return [str(link.get_attribute("href")) for link in links.all()]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_view(page: Page, real_server: ServerProcess, theme: str, size: str) -> None:
+    """It has a title and an explanation, fits the screen, and has no serious finding of axe-core."""
+    real_server.complete(max_tokens=5)
+    width, height = SIZES[size]
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme="dark" if theme == "dark" else "light")
+    page.goto(real_server.url)
+    for view in views(page):
+        page.goto(f"{real_server.url}/{view}")
+        expect(page.locator(f'nav a[href="{view}"]')).to_have_attribute("aria-current", "page")
+        expect(page.locator(".intro h1")).not_to_be_empty()
+        expect(page.locator(".intro p")).to_have_text(re.compile(r"\w+ \w+ .*\."))
+        assert page.title().endswith(" · Lightwell")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        check_accessibility(page)
+
+
+def test_one_request_can_be_read_by_everybody(page: Page, real_server: ServerProcess) -> None:
+    id = real_server.complete(max_tokens=5).json()["id"]
+    page.goto(f"{real_server.url}/#/requests/{id}")
+    expect(page.get_by_role("heading", name="Where its time went")).to_be_visible()
+    check_accessibility(page)
+    page.get_by_role("link", name="See it in the schedule").click()
+    expect(page.get_by_role("region", name=re.compile("^Choices of step"))).to_be_visible()
+    check_accessibility(page)
+
+
+def test_views_are_reached_by_keyboard(page: Page, real_server: ServerProcess) -> None:
+    page.goto(real_server.url)
+    names = views(page)
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    links = page.get_by_role("navigation", name="Views").get_by_role("link")
+    for index, view in enumerate(names):
+        links.nth(index).focus()
+        page.keyboard.press("Enter")
+        expect(links.nth(index)).to_have_attribute("aria-current", "page")
+        assert page.url.endswith(view)
+
+
+def test_a_view_that_does_not_exist(page: Page, real_server: ServerProcess) -> None:
+    page.goto(f"{real_server.url}/#/nothing")
+    expect(page.get_by_role("alert")).to_contain_text("no such view")
