@@ -53,6 +53,10 @@ def engine_info(loaded: LoadedModel, model_path: str) -> EngineInfo:
         deterministic=deterministic,
         fingerprint=fingerprint(model_path, loaded),
         max_loras=loaded.adapters.max_loras,
+        max_num_batched_tokens=loaded.limits.max_num_batched_tokens,
+        weight_bytes=loaded.weight_bytes,
+        kv_cache_bytes=loaded.memory.kv_cache_bytes,
+        activation_bytes=loaded.memory.activation_bytes,
     )
 
 

@@ -222,6 +222,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool  # whether a request gets the same answer, bit for bit, in any batch (batch invariance)
     fingerprint: str  # identifies the weights, the version and the settings that affect the output
     max_loras: int = 0  # LoRA adapters that can be loaded at a time
+    max_num_batched_tokens: int = 0  # of a step
+    weight_bytes: int = 0
+    kv_cache_bytes: int = 0
+    activation_bytes: int = 0  # of the largest step; 0: not measured
 
 
 # From the API process to the engine.

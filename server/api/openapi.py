@@ -26,7 +26,16 @@ from server.api.admin.schemas import (
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.completions.schemas import Completion
 from server.api.embeddings.schemas import EmbeddingList
-from server.api.inspection.schemas import BlockMap, Inspection, QueueList, RequestDetails, RequestList, StepList, Trace
+from server.api.inspection.schemas import (
+    BlockMap,
+    EngineView,
+    Inspection,
+    QueueList,
+    RequestDetails,
+    RequestList,
+    StepList,
+    Trace,
+)
 from server.api.messages.schemas import (
     AnthropicMessage,
     ContentBlockDelta,
@@ -212,6 +221,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         CancelResponse, answer_example=CancelResponse(f"chatcmpl-{ID}")
     ),
     ("/v1/requests/{request_id}/replay", "post"): Operation(Replay),
+    ("/lightwell/v1/engine", "get"): Operation(EngineView),
     ("/lightwell/v1/steps", "get"): Operation(StepList),
     ("/lightwell/v1/events", "get"): Operation(None, events=StepList),
     ("/lightwell/v1/queue", "get"): Operation(QueueList),

@@ -74,6 +74,19 @@ def test_a_request_and_its_steps(server: ServerProcess) -> None:
     assert answer["choices"][0]["text"].strip()[:8] not in page
 
 
+def test_the_limits_of_the_engine(server: ServerProcess) -> None:
+    engine = read(server, "engine")
+    assert (engine["device"], engine["max_num_seqs"], engine["max_model_len"]) == ("cpu", 64, 4096)
+    assert engine["max_num_batched_tokens"] >= engine["max_num_seqs"]
+    blocks, steps = read(server, "blocks?limit=1"), read(server, "steps?limit=1")
+    assert (engine["num_blocks"], engine["block_size"]) == (blocks["num_blocks"], blocks["block_size"])
+    assert engine["engine"] == blocks["engine"] == steps["engine"]
+    block_bytes = engine["kv_cache_bytes"] / engine["num_blocks"]
+    assert 256 << 20 >= engine["kv_cache_bytes"] > (256 << 20) - block_bytes
+    assert 135e6 / 2 < engine["weight_bytes"] < 4 * 135e6
+    assert engine["available_bytes"] > 0
+
+
 def test_the_trace_of_a_request(server: ServerProcess) -> None:
     """What it says is what the request and the steps say, and its stages fill the wall time."""
     answer = complete(server, "A bird sang in the old garden. " * 20, "traced", cache_salt="traced", n=2)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from engine.shared.records import Blocks, Queue, ReadBlocks, ReadQueue, ReadRequests, ReadSteps, Requests, Steps
 from server.api.inspection.access import RecordAccess, check_may_read
 from server.api.inspection.schemas import QueueList, RequestDetails, RequestList, State, StepList
-from server.api.inspection.views import block_map, choice_detail, queued_view, request_view, step_view
+from server.api.inspection.views import block_map, choice_detail, engine_view, queued_view, request_view, step_view
 from server.http.errors import APIError, clip
 from server.http.json_response import StructResponse
 
@@ -17,6 +17,13 @@ MAX_CHOICES = 128
 MAX_BLOCKS = 1 << 14  # the engine needs some milliseconds for these
 
 router = APIRouter(dependencies=[Depends(check_may_read)])
+
+
+@router.get("/lightwell/v1/engine")
+async def describe_engine(request: Request) -> Response:
+    """Return the limits of the engine, and how its memory is divided."""
+    access = RecordAccess(request)
+    return await access.respond(engine_view, access, access.context.client.ready_info())
 
 
 @router.get("/lightwell/v1/steps")

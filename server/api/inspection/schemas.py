@@ -9,6 +9,26 @@ from engine.shared.records import PrefixResult
 State = Literal["waiting", "running", "finished"]
 
 
+class EngineView(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of the engine, and how its memory is divided."""
+
+    object: Literal["engine"] = "engine"
+    engine: str  # changes when the engine is restarted
+    device: str
+    dtype: str
+    kernels: str
+    deterministic: bool  # a request gets the same answer, bit for bit, in any batch
+    max_model_len: int  # tokens of a prompt and its answer
+    max_num_seqs: int  # choices in the batch
+    max_num_batched_tokens: int  # of a step
+    block_size: int  # tokens
+    num_blocks: int  # of the KV cache
+    weight_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int  # of the largest step; 0: not measured
+    available_bytes: int  # memory of the host that is free now
+
+
 class StepRowView(msgspec.Struct, frozen=True, kw_only=True):
     """What a step computed for one choice. Of another client's request, it is not said which one it is."""
 

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from engine.shared.host_memory import available_memory
+from engine.shared.messages import EngineInfo
 from engine.shared.records import (
     BlockRun,
     Blocks,
@@ -21,6 +23,7 @@ from server.api.inspection.schemas import (
     BlockRunView,
     ChoiceDetail,
     ChunkView,
+    EngineView,
     PreemptionView,
     PrefixView,
     QueuedChoiceView,
@@ -37,6 +40,26 @@ def _name(access: RecordAccess, choice: ChoiceName) -> dict[str, Any]:
         return {"id": None, "prompt": None, "index": None, "key": None}
     key = access.key_name(choice.tenant)
     return {"id": choice.id, "prompt": choice.prompt, "index": choice.index, "key": key}
+
+
+def engine_view(access: RecordAccess, info: EngineInfo) -> EngineView:
+    """Return the engine's limits."""
+    return EngineView(
+        engine=access.engine_id,
+        device=info.device,
+        dtype=info.dtype,
+        kernels=info.kernels,
+        deterministic=info.deterministic,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        block_size=info.block_size,
+        num_blocks=info.num_blocks,
+        weight_bytes=info.weight_bytes,
+        kv_cache_bytes=info.kv_cache_bytes,
+        activation_bytes=info.activation_bytes,
+        available_bytes=available_memory(),
+    )
 
 
 def step_view(access: RecordAccess, step: StepInfo) -> StepView:

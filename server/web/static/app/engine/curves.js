@@ -6,6 +6,7 @@ import { useTheme, watchSize } from "./canvas.js";
 
 export const SPAN = 120; // s
 const HEIGHT = 130; // px
+const HOLD = 4; // s
 
 /**
  * @typedef {{label: string, color: string, dash?: number[]}} Series its color is the name of a custom property
@@ -75,10 +76,16 @@ function options(element, series, format, max) {
     ],
     series: [
       {},
-      ...series.map(({ color, dash }) => ({ stroke: themeColor(`--${color}`), width: 1.75, dash, points: { show: false }, spanGaps: true })),
+      ...series.map(({ color, dash }) => ({ stroke: themeColor(`--${color}`), width: 1.75, dash, points: { show: false } })),
     ],
   };
 }
+
+/**
+ * Values without the short gaps that come from steps of more than a second.
+ * @param {(number | null)[]} values
+ */
+const held = (values) => values.map((value, index) => value ?? values.slice(Math.max(0, index - HOLD), index).findLast((each) => each !== null) ?? null);
 
 /**
  * The data of the curves.
@@ -96,7 +103,7 @@ export function curveData(history) {
   });
   const rate = (/** @type {"generated" | "prompt"} */ name) => seconds.map(({ second, last: before }) => second?.[name] ?? (before ? 0 : null));
   const level = (/** @type {"running" | "waiting" | "blocks"} */ name) => seconds.map(({ last: before }) => before?.[name] ?? null);
-  const gap = (/** @type {"median" | "slowest"} */ name) => seconds.map(({ second }) => second?.[name] ?? null);
+  const gap = (/** @type {"median" | "slowest"} */ name) => held(seconds.map(({ second }) => second?.[name] ?? null));
   const used = level("blocks").map((blocks) => (blocks === null || !history.numBlocks ? null : blocks / history.numBlocks));
   return {
     throughput: [times, rate("generated"), rate("prompt")],

@@ -13,7 +13,7 @@ const MAX_GAP = 10; // s: a longer pause of a choice is no time between two toke
  * @typedef {{lane: number, row: Row}} Cell a row of a step, and the line on which it is drawn
  * @typedef {Step & {total: number, numTokens: number, cells: Cell[], numLanes: number}} DrawnStep
  * @typedef {{second: number, generated: number, prompt: number, drafts: number, accepted: number, busy: number,
- *   gaps: number[], median: number | null, slowest: number | null, running: number, waiting: number, blocks: number}} Second
+ *   steps: number, largest: number, gaps: number[], median: number | null, slowest: number | null, running: number, waiting: number, blocks: number}} Second
  *   `gaps` are the times between two tokens of a choice; of those of an earlier second, only quantiles are kept
  */
 
@@ -102,6 +102,8 @@ export class History {
     const end = step.started + total;
     const second = this.secondOf(Math.floor(end));
     second.busy += total;
+    second.steps += 1;
+    second.largest = Math.max(second.largest, sum(step.rows.map((row) => row.num_tokens)));
     second.running = step.num_running;
     second.waiting = step.num_waiting;
     second.blocks = step.num_blocks_used;
@@ -129,7 +131,7 @@ export class History {
       last.slowest = quantile(last.gaps, 0.99);
       last.gaps = [];
     }
-    const counts = { generated: 0, prompt: 0, drafts: 0, accepted: 0, busy: 0 };
+    const counts = { generated: 0, prompt: 0, drafts: 0, accepted: 0, busy: 0, steps: 0, largest: 0 };
     const fresh = { second, ...counts, gaps: [], median: null, slowest: null, running: 0, waiting: 0, blocks: 0 };
     this.seconds.push(fresh);
     return fresh;
@@ -148,12 +150,14 @@ export class History {
   recent(numSeconds) {
     const until = this.now();
     const seconds = this.seconds.filter(({ second }) => second >= until - numSeconds && second < until);
-    const total = (/** @type {"generated" | "prompt" | "drafts" | "accepted" | "busy"} */ name) => sum(seconds.map((each) => each[name]));
+    const total = (/** @type {"generated" | "prompt" | "drafts" | "accepted" | "busy" | "steps"} */ name) => sum(seconds.map((each) => each[name]));
     return {
       generated: total("generated") / numSeconds,
       prompt: total("prompt") / numSeconds,
       drafts: total("drafts"),
       accepted: total("accepted"),
+      steps: total("steps") / numSeconds,
+      largest: Math.max(0, ...seconds.map(({ largest }) => largest)),
       busy: Math.min(1, total("busy") / numSeconds),
       gap: seconds.findLast(({ median }) => median !== null)?.median ?? null,
     };

@@ -104,7 +104,7 @@ export class Schedule {
     const columns = visible.map((step, index) => ({ step, x: total - (visible.length - index) * this.columnWidth }));
     this.paintTimes(context, columns, total);
     this.paintLanes(context, columns, height);
-    this.paintAxis(context, columns, height);
+    this.paintAxis(context, columns, total, height);
     this.paintSelection(context, columns, height);
   }
 
@@ -205,12 +205,13 @@ export class Schedule {
   /**
    * @param {CanvasRenderingContext2D} context
    * @param {{step: DrawnStep, x: number}[]} columns
+   * @param {number} total
    * @param {number} height
    */
-  paintAxis(context, columns, height) {
+  paintAxis(context, columns, total, height) {
     const every = niceInterval(LABEL / this.columnWidth);
     for (const { step, x } of columns) {
-      if (step.id % every !== 0) continue;
+      if (step.id % every !== 0 || x > total - LABEL / 3) continue;
       context.fillStyle = this.colors.line;
       context.fillRect(x + this.columnWidth / 2, height - AXIS, 1, 4);
       this.label(context, String(step.id), x + this.columnWidth / 2, height - 5, "center");

@@ -4,6 +4,7 @@ import { Button, Empty, Problem } from "../components.js";
 import { BlocksCard } from "../engine/blocks_card.js";
 import { Curve, curveData } from "../engine/curves.js";
 import { History } from "../engine/history.js";
+import { LimitsCard } from "../engine/limits_card.js";
 import { Figure } from "../engine/parts.js";
 import { QueueCard } from "../engine/queue_card.js";
 import { ScheduleCard } from "../engine/schedule_card.js";
@@ -33,7 +34,7 @@ export default function Engine() {
   const { history, state, error, retry } = useSteps((known) => {
     if (!paused.current) show.current(known.steps);
   });
-  useInterval(RENDER_INTERVAL);
+  const tick = useInterval(RENDER_INTERVAL);
   useLinkedStep((steps, step, id) => {
     setPaused(true);
     setFrozen(steps);
@@ -61,7 +62,7 @@ export default function Engine() {
         onChoose=${setChosen} onRequest=${setRequest} isEmpty=${state === "open" && steps.length === 0} />
       <div class="pair">
         <${BlocksCard} isPaused=${isPaused} request=${request} />
-        <${QueueCard} isPaused=${isPaused} />
+        <div class="stack"><${LimitsCard} history=${history} tick=${tick} /><${QueueCard} isPaused=${isPaused} /></div>
       </div>
       <${Curves} history=${history} />
       <${Spoken} history=${history} />
@@ -140,15 +141,16 @@ function Spoken({ history }) {
 }
 
 /**
- * Renders a component again at an interval, while the page can be seen.
+ * Renders a component again at an interval, while the page can be seen. Returns a number that is another one each time.
  * @param {number} interval in ms
  */
 function useInterval(interval) {
-  const [, setTick] = useState(0);
+  const [tick, setTick] = useState(0);
   useEffect(() => {
     const timer = setInterval(() => document.hidden || setTick((tick) => tick + 1), interval);
     return () => clearInterval(timer);
   }, []);
+  return tick;
 }
 
 /**
