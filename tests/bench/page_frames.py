@@ -1,0 +1,114 @@
+"""Count the frames that the view Engine draws in a second, from a recorded stream of steps and beside a running engine.
+
+    python -m tests.bench.page_frames [--streams 64] [--seconds 20] [--width 1280] [--height 900]
+
+The server, its streams and Chromium without a GPU share the processor. The recorded stream has as many steps in a
+second as the page gets at most: ten events, each of some steps with a row for each stream.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Page
+from rich.console import Console
+from rich.table import Table
+
+from server.model_paths import resolve_model
+from tests.support.browser import running_browser
+from tests.support.server_process import MODEL, ServerProcess, running_server
+from tests.support.streams import start_streams
+
+STEPS_EACH = 5  # of a recorded event
+
+# Replaces the events of the server with recorded steps, again and again, under new numbers.
+REPLAY = """({ list, stepsEach }) => {
+    const original = window.fetch;
+    window.fetch = (path, options) => {
+        if (!String(path).endsWith("/events")) return original(path, options);
+        let id = list.data.at(-1).id;
+        let next = 0;
+        let timer = 0;
+        const encoder = new TextEncoder();
+        const send = (controller) => {
+            const data = Array.from({ length: stepsEach }, () => ({ ...list.data[next++ % list.data.length], id: ++id,
+                started: Date.now() / 1000 }));
+            controller.enqueue(encoder.encode(`id: ${id}\\ndata: ${JSON.stringify({ ...list, data })}\\n\\n`));
+        };
+        const body = new ReadableStream({
+            start: (controller) => { timer = setInterval(send, 100, controller); },
+            cancel: () => clearInterval(timer),
+        });
+        return Promise.resolve(new Response(body));
+    };
+}"""
+
+COUNT = """(seconds) => new Promise((resolve) => {
+    const counts = [];
+    let frames = 0;
+    const frame = () => { frames += 1; if (counts.length < seconds) requestAnimationFrame(frame); };
+    requestAnimationFrame(frame);
+    const timer = setInterval(() => {
+        counts.push(frames);
+        frames = 0;
+        if (counts.length === seconds) { clearInterval(timer); resolve(counts); }
+    }, 1000);
+})"""
+
+
+def count_frames(page: Page, seconds: int) -> list[int]:
+    """Return the number of frames in each second."""
+    counts: list[int] = page.evaluate(COUNT, seconds)
+    return counts
+
+
+def open_engine(page: Page, server: ServerProcess) -> None:
+    page.goto(f"{server.url}/#/engine")
+    page.get_by_text("Live", exact=True).wait_for()
+    page.wait_for_timeout(3000)
+
+
+def record(server: ServerProcess, num_streams: int) -> dict[str, Any]:
+    """Return the steps that have a row for each stream."""
+    steps: dict[str, Any] = server.get("/lightwell/v1/steps?limit=200").json()
+    full = [step for step in steps["data"] if len(step["rows"]) >= num_streams]
+    assert full
+    return steps | {"data": full, "num_lost": 0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, default=900)
+    arguments = parser.parse_args()
+    model: Path = resolve_model(MODEL).path
+    flags = (f"--max-num-seqs={arguments.streams}", "--kv-cache-memory=2GiB", "--max-model-len=4096")
+    results: dict[str, list[int]] = {}
+    with running_browser() as browser:
+        size = {"width": arguments.width, "height": arguments.height}
+        with running_server(model, *flags) as server:
+            streams = start_streams(server, arguments.streams, max_tokens=3000)
+            page = browser.new_page(viewport=size)  # type: ignore[arg-type]
+            open_engine(page, server)
+            results["live, beside the engine"] = count_frames(page, arguments.seconds)
+            page.close()
+            recorded = record(server, len(streams))
+        with running_server(model, *flags) as server:
+            page = browser.new_page(viewport=size)  # type: ignore[arg-type]
+            page.goto(server.url)
+            page.evaluate(REPLAY, {"list": recorded, "stepsEach": STEPS_EACH})
+            page.get_by_role("link", name="Engine").click()
+            page.wait_for_timeout(3000)
+            results["recorded, idle engine"] = count_frames(page, arguments.seconds)
+            page.close()
+    table = Table("", "median frames/s", "fewest frames/s", title=f"{arguments.streams} streams, {size}")
+    for name, counts in results.items():
+        table.add_row(name, str(statistics.median(counts)), str(min(counts)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
