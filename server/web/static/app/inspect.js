@@ -1,0 +1,115 @@
+// Asks the engine what happened inside the model at some positions of a text: `POST /lightwell/v1/inspect`.
+import { ApiError, callJson } from "./api.js";
+
+/** @typedef {{token_id: number, token: string}} Token */
+/** @typedef {Token & {logprob: number}} Candidate */
+/** @typedef {[number, number]} Weight of a position or an expert */
+/**
+ * @typedef {object} Layer
+ * @property {Candidate[]} lens
+ * @property {number} residual_norm
+ * @property {number} attention_norm
+ * @property {number} mlp_norm
+ * @property {Weight[][]} heads
+ * @property {Weight[] | null} experts
+ */
+/**
+ * @typedef {object} Position
+ * @property {number} position
+ * @property {Layer[]} layers
+ * @property {Token | null} next
+ * @property {Token | null} recomputed
+ * @property {boolean | null} is_equal
+ */
+/** @typedef {{name: string, num_tokens: number, num_removed: number, top: Candidate[], removed: Candidate[]}} Stage */
+/** @typedef {Token & {score: number, noise: number}} NoisyToken */
+/**
+ * @typedef {object} Sampling
+ * @property {number} position
+ * @property {Stage[]} stages
+ * @property {NoisyToken[]} noise
+ * @property {Token} recomputed
+ * @property {Token | null} sent
+ */
+/**
+ * @typedef {object} Inspection
+ * @property {string | null} id
+ * @property {string} model
+ * @property {number} num_layers
+ * @property {number} num_heads
+ * @property {number} num_experts
+ * @property {number} start
+ * @property {number} end
+ * @property {number} num_prompt_tokens
+ * @property {Token[]} tokens
+ * @property {Position[]} positions
+ * @property {{layer: number, head: number, rows: number[][]} | null} attention
+ * @property {Sampling | null} sampling
+ * @property {boolean | null} is_equal
+ */
+/**
+ * @typedef {object} Question
+ * @property {string} [id]
+ * @property {string | number[]} [prompt]
+ * @property {string} [model]
+ * @property {number} [start]
+ * @property {number} [end]
+ * @property {number} [top]
+ * @property {number} [layer]
+ * @property {number} [head]
+ */
+
+const MAX_TRIES = 8; // while the engine inspects something else
+
+/**
+ * @param {Question} question
+ * @param {AbortSignal} signal
+ * @returns {Promise<Inspection>}
+ */
+export async function inspect(question, signal) {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await callJson("lightwell/v1/inspect", { json: question, signal });
+    } catch (error) {
+      if (!(error instanceof ApiError) || error.status !== 429 || attempt === MAX_TRIES) throw error;
+      await sleep(1000 * (error.retryAfter ?? 1), signal);
+    }
+  }
+}
+
+/**
+ * Waits; throws an AbortError if the signal says so.
+ * @param {number} ms
+ * @param {AbortSignal} signal
+ * @returns {Promise<void>}
+ */
+export const sleep = (ms, signal) =>
+  new Promise((resolve, reject) => {
+    const fail = () => (clearTimeout(timer), reject(new DOMException("Stopped.", "AbortError")));
+    const timer = setTimeout(() => (signal.removeEventListener("abort", fail), resolve()), ms);
+    if (signal.aborted) fail();
+    else signal.addEventListener("abort", fail, { once: true });
+  });
+
+/** @param {unknown} error */
+export const isAbort = (error) => error instanceof Error && error.name === "AbortError";
+
+/** What the refusals of the engine mean to the reader, by status. */
+const MEANINGS = new Map([
+  [400, "The engine cannot inspect this"],
+  [401, "The server needs an API key"],
+  [403, "Looking inside is not allowed from here"],
+  [404, "There is nothing left to look at"],
+  [429, "The engine is inspecting something else"],
+  [503, "The memory is needed for answers just now"],
+]);
+
+/**
+ * Returns what an error means, and whether the same question may succeed later.
+ * @param {Error} error
+ */
+export function meaning(error) {
+  const { status, code } = error instanceof ApiError ? error : { status: 0, code: null };
+  const title = code === "not_enabled" ? "Inspection is turned off" : MEANINGS.get(status);
+  return { title: title ?? "The engine could not be asked", mayRetry: ![400, 401, 403, 404].includes(status) };
+}

@@ -1,0 +1,160 @@
+"""The view of tokens: probabilities, what could have been written instead, branches."""
+
+import re
+from typing import Any
+
+import pytest
+from playwright.sync_api import Locator, Page, Route, expect
+
+from tests.support.browser import check_accessibility
+from tests.support.server_process import MODEL, ServerProcess
+
+PROMPT = "The cat sat on the"
+HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script> &amp;'
+INSPECT = "**/lightwell/v1/inspect"
+
+
+def tokens_of(page: Page, branch: int = 1) -> Locator:
+    return page.get_by_role("listbox", name=f"Tokens of branch {branch}").get_by_role("option")
+
+
+def generate(page: Page, server: ServerProcess, prompt: str = PROMPT, **settings: float) -> None:
+    """Open the view and let the model go on with a prompt."""
+    page.goto(f"{server.url}/#/tokens")
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_text("Settings of the sampler").click()
+    for label, value in settings.items():
+        box = page.get_by_label(f"{label.replace('_', ' ')}, exact", exact=True)
+        box.fill(str(value))
+        box.blur()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_text("of them written")).to_be_visible()
+
+
+def text_of(page: Page, branch: int = 1) -> str:
+    return "".join(tokens_of(page, branch).all_text_contents()).replace("⏎\n", "\n")
+
+
+def completion(server: ServerProcess, prompt: Any, **fields: Any) -> Any:
+    response = server.http.post("/v1/completions", json={"model": MODEL, "prompt": prompt, **fields})
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+def test_tokens_have_the_probabilities_of_the_api(page: Page, real_server: ServerProcess) -> None:
+    generate(page, real_server, Tokens_to_write=8, Temperature=0)
+    choice = completion(real_server, PROMPT, max_tokens=8, temperature=0, echo=True, logprobs=1)
+    assert text_of(page) == choice["text"]
+    labels = [token.get_attribute("aria-label") for token in tokens_of(page).all()]
+    assert labels[0] == "The, no probability"
+    for label, logprob in zip(labels[1:], choice["logprobs"]["token_logprobs"][1:], strict=True):
+        shown = re.search(r"(< )?([\d.]+) %$", label or "")
+        assert shown is not None, label
+        assert float(shown[2]) == pytest.approx(100 * 2.718281828**logprob, abs=0.11)
+
+
+def test_an_alternative_begins_a_branch(page: Page, real_server: ServerProcess) -> None:
+    generate(page, real_server, Tokens_to_write=6, Temperature=0)
+    tokens_of(page).nth(6).click()
+    alternatives = page.get_by_role("list", name="Alternatives").get_by_role("listitem")
+    expect(alternatives).to_have_count(10)
+    button = alternatives.nth(3).get_by_role("button")
+    chosen = (button.locator("code").text_content() or "").replace("␣", " ").replace("⏎", "\n")
+    button.click()
+    expect(page.get_by_text("of them written")).to_have_count(2)
+    prompt = "".join(tokens_of(page).all_text_contents()[:6]) + chosen
+    assert text_of(page, 2) == completion(real_server, prompt, max_tokens=6, temperature=0, echo=True)["text"]
+    page.get_by_role("button", name="Close branch 1").click()
+    expect(page.get_by_role("listbox")).to_have_count(1)
+
+
+def test_by_keyboard(page: Page, real_server: ServerProcess) -> None:
+    generate(page, real_server, Tokens_to_write=6, Temperature=0)
+    tokens_of(page).last.focus()
+    page.keyboard.press("Home")
+    expect(tokens_of(page).first).to_be_focused()
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    expect(tokens_of(page).nth(6)).to_be_focused()
+    expect(tokens_of(page).nth(6)).to_have_attribute("aria-selected", "true")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("list", name="Alternatives").get_by_role("button").first).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(tokens_of(page).nth(6)).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("of them written")).to_have_count(2)
+
+
+def test_the_chart_is_told_in_words(page: Page, real_server: ServerProcess) -> None:
+    generate(page, real_server, Tokens_to_write=6, Temperature=0)
+    chart = page.get_by_role("img", name="Surprise and entropy of 11 tokens.")
+    expect(chart).to_have_attribute("aria-label", re.compile(r"on average, at most [\d.]+ at position \d+, “"))
+
+
+def test_a_chat_is_shown_with_its_template(page: Page, real_server: ServerProcess) -> None:
+    page.goto(f"{real_server.url}/#/tokens")
+    page.get_by_label("Prompt").fill("Say hi")
+    page.get_by_label("Message of a chat").check()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_text("of them written")).to_be_visible()
+    rendered = real_server.http.post(
+        "/v1/chat/completions/render", json={"model": MODEL, "messages": [{"role": "user", "content": "Say hi"}]}
+    ).json()
+    assert text_of(page).startswith(rendered["prompt"])
+
+
+def test_hostile_text_stays_text(page: Page, real_server: ServerProcess) -> None:
+    generate(page, real_server, HOSTILE, Tokens_to_write=2, Temperature=0)
+    assert text_of(page).startswith(HOSTILE)
+    assert page.locator("main img, main script").count() == 0
+    assert page.title() == "Tokens · Lightwell"
+
+
+def test_parts_of_characters_are_shown_as_bytes(page: Page, real_server: ServerProcess) -> None:
+    generate(page, real_server, "\u202e", Tokens_to_write=1, Temperature=0)
+    assert text_of(page).startswith("⟨e2 80⟩⟨ae⟩")
+
+
+def test_a_refused_request_says_why(page: Page, real_server: ServerProcess) -> None:
+    page.goto(f"{real_server.url}/#/tokens")
+    page.get_by_label("Prompt").fill("word " * 3000)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text("2048")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "title", "may_retry"),
+    [
+        (403, "forbidden", "Looking inside is not allowed from here.", False),
+        (404, "not_enabled", "Inspection is turned off.", False),
+        (404, "not_found", "There is nothing left to look at.", False),
+        (503, "overloaded", "The memory is needed for answers just now.", True),
+    ],
+)
+def test_a_refused_inspection_is_explained(
+    page: Page, real_server: ServerProcess, status: int, code: str, title: str, may_retry: bool
+) -> None:
+    def refuse(route: Route) -> None:
+        route.fulfill(status=status, json={"error": {"message": "Because.", "code": code}})
+
+    page.route(INSPECT, refuse)
+    generate(page, real_server, Tokens_to_write=2, Temperature=0)
+    tokens_of(page).last.click()
+    expect(page.get_by_role("alert")).to_contain_text(f"{title} Because.")
+    expect(page.get_by_role("button", name="Try again")).to_have_count(int(may_retry))
+    expect(page.get_by_role("list", name="Alternatives")).to_be_visible()
+
+
+def test_everybody_can_read_it(page: Page, real_server: ServerProcess) -> None:
+    generate(page, real_server, Tokens_to_write=6)
+    tokens_of(page).last.click()
+    check_accessibility(page)
+
+
+def test_no_token_is_lost_on_a_narrow_screen(page: Page, real_server: ServerProcess) -> None:
+    page.set_viewport_size({"width": 360, "height": 780})
+    generate(page, real_server, Tokens_to_write=24)
+    tokens_of(page).last.click()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
