@@ -89,7 +89,7 @@ class LayerObserver:
         keys = model.kernels.cached_keys(self._kv_cache.layers[index], block_ids)[:num_keys]
         heads = q.view(len(q), attention.spec.num_heads, attention.spec.head_dim)
         weights = attention_weights(heads, keys, self._first, attention.scores, attention.spec.window)
-        self._layers[index].heads = [top_pairs(row, self._question.top) for row in weights]
+        self._layers[index].heads = [top_pairs(row, self._question.top, above=0.0) for row in weights]
         if index == self._question.layer and self._question.head is not None:
             rows = weights[:, self._question.head].tolist()
             self.attention = [row[: self._first + number + 1] for number, row in enumerate(rows)]
@@ -113,8 +113,8 @@ def _view(layer: LayerRows, row: int) -> LayerView:
     )
 
 
-def top_pairs(values: Tensor, num_top: int) -> list[Pairs]:
-    """Return the columns of the largest values of each row [R, C] with these, but none that is 0 or -infinity."""
+def top_pairs(values: Tensor, num_top: int, *, above: float = float("-inf")) -> list[Pairs]:
+    """Return the columns of the largest values of each row [R, C] with these, but only values greater than `above`."""
     largest = values.topk(min(num_top, values.shape[1]), dim=-1)
     rows = zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
-    return [[pair for pair in zip(*row, strict=True) if pair[1] not in (0.0, float("-inf"))] for row in rows]
+    return [[pair for pair in zip(*row, strict=True) if pair[1] > above] for row in rows]
