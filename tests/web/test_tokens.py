@@ -11,6 +11,7 @@ from tests.support.server_process import MODEL, ServerProcess
 
 PROMPT = "The cat sat on the"
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script> &amp;'
+LABELS = {"max_tokens": "Tokens to write", "temperature": "Temperature", "top_k": "Top-k"}
 INSPECT = "**/lightwell/v1/inspect"
 
 
@@ -23,8 +24,8 @@ def generate(page: Page, server: ServerProcess, prompt: str = PROMPT, **settings
     page.goto(f"{server.url}/#/tokens")
     page.get_by_label("Prompt").fill(prompt)
     page.get_by_text("Settings of the sampler").click()
-    for label, value in settings.items():
-        box = page.get_by_label(f"{label.replace('_', ' ')}, exact", exact=True)
+    for name, value in settings.items():
+        box = page.get_by_label(f"{LABELS[name]}, exact", exact=True)
         box.fill(str(value))
         box.blur()
     page.get_by_role("button", name="Generate").click()
@@ -42,7 +43,7 @@ def completion(server: ServerProcess, prompt: Any, **fields: Any) -> Any:
 
 
 def test_tokens_have_the_probabilities_of_the_api(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, Tokens_to_write=8, Temperature=0)
+    generate(page, real_server, max_tokens=8, temperature=0)
     choice = completion(real_server, PROMPT, max_tokens=8, temperature=0, echo=True, logprobs=1)
     assert text_of(page) == choice["text"]
     labels = [token.get_attribute("aria-label") for token in tokens_of(page).all()]
@@ -54,7 +55,7 @@ def test_tokens_have_the_probabilities_of_the_api(page: Page, real_server: Serve
 
 
 def test_an_alternative_begins_a_branch(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, Tokens_to_write=6, Temperature=0)
+    generate(page, real_server, max_tokens=6, temperature=0)
     tokens_of(page).nth(6).click()
     alternatives = page.get_by_role("list", name="Alternatives").get_by_role("listitem")
     expect(alternatives).to_have_count(10)
@@ -68,8 +69,18 @@ def test_an_alternative_begins_a_branch(page: Page, real_server: ServerProcess) 
     expect(page.get_by_role("listbox")).to_have_count(1)
 
 
+def test_what_the_sampler_did_is_shown(page: Page, real_server: ServerProcess) -> None:
+    generate(page, real_server, max_tokens=4, temperature=0.8, top_k=5)
+    tokens_of(page).nth(6).click()
+    stages = page.get_by_role("region", name="Stages of the sampler")
+    expect(stages.get_by_role("row", name="Possible")).to_contain_text(re.compile(r"49,152.*49,152.*5"))
+    written = (tokens_of(page).nth(6).text_content() or "").replace(" ", "␣").replace("⏎\n", "⏎")
+    expect(page.get_by_text("Computed again just now")).to_contain_text(f"{written}, the token that was sent.")
+    expect(page.get_by_role("region", name="Noise").get_by_role("row", name="wins")).to_contain_text(written)
+
+
 def test_by_keyboard(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, Tokens_to_write=6, Temperature=0)
+    generate(page, real_server, max_tokens=6, temperature=0)
     tokens_of(page).last.focus()
     page.keyboard.press("Home")
     expect(tokens_of(page).first).to_be_focused()
@@ -88,7 +99,7 @@ def test_by_keyboard(page: Page, real_server: ServerProcess) -> None:
 
 
 def test_the_chart_is_told_in_words(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, Tokens_to_write=6, Temperature=0)
+    generate(page, real_server, max_tokens=6, temperature=0)
     chart = page.get_by_role("img", name="Surprise and entropy of 11 tokens.")
     expect(chart).to_have_attribute("aria-label", re.compile(r"on average, at most [\d.]+ at position \d+, “"))
 
@@ -106,14 +117,14 @@ def test_a_chat_is_shown_with_its_template(page: Page, real_server: ServerProces
 
 
 def test_hostile_text_stays_text(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, HOSTILE, Tokens_to_write=2, Temperature=0)
+    generate(page, real_server, HOSTILE, max_tokens=2, temperature=0)
     assert text_of(page).startswith(HOSTILE)
     assert page.locator("main img, main script").count() == 0
     assert page.title() == "Tokens · Lightwell"
 
 
 def test_parts_of_characters_are_shown_as_bytes(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, "\u202e", Tokens_to_write=1, Temperature=0)
+    generate(page, real_server, "\u202e", max_tokens=1, temperature=0)
     assert text_of(page).startswith("⟨e2 80⟩⟨ae⟩")
 
 
@@ -140,7 +151,7 @@ def test_a_refused_inspection_is_explained(
         route.fulfill(status=status, json={"error": {"message": "Because.", "code": code}})
 
     page.route(INSPECT, refuse)
-    generate(page, real_server, Tokens_to_write=2, Temperature=0)
+    generate(page, real_server, max_tokens=2, temperature=0)
     tokens_of(page).last.click()
     expect(page.get_by_role("alert")).to_contain_text(f"{title} Because.")
     expect(page.get_by_role("button", name="Try again")).to_have_count(int(may_retry))
@@ -148,13 +159,16 @@ def test_a_refused_inspection_is_explained(
 
 
 def test_everybody_can_read_it(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, Tokens_to_write=6)
+    generate(page, real_server, max_tokens=6)
     tokens_of(page).last.click()
+    expect(page.get_by_text("the token that was sent")).to_be_visible()
+    page.get_by_role("list", name="Alternatives").get_by_role("button").first.click()
+    expect(page.get_by_text("of them written")).to_have_count(2)
     check_accessibility(page)
 
 
 def test_no_token_is_lost_on_a_narrow_screen(page: Page, real_server: ServerProcess) -> None:
     page.set_viewport_size({"width": 360, "height": 780})
-    generate(page, real_server, Tokens_to_write=24)
+    generate(page, real_server, max_tokens=24)
     tokens_of(page).last.click()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -11,7 +11,10 @@ const MAX_ROWS = 12;
 /** What the stages of a sampler do, in the order of the settings. */
 export const STAGES = new Map([
   ["logits", ["Model", "The model's own probabilities, before any setting."]],
+  ["grammar", ["Grammar", "Removes the tokens that the required format does not allow here."]],
   ["logit_bias", ["Bias", "Adds what the request asks for to the scores of some tokens."]],
+  ["banned_tokens", ["Banned", "Removes tokens that must not come here, such as the end before the least length."]],
+  ["allowed_token_ids", ["Allowed", "Keeps the tokens that the request allows."]],
   ["penalties", ["Penalties", "Make tokens less likely that are in the text already."]],
   ["dry", ["DRY", "Makes tokens less likely that would extend a repetition."]],
   ["top_n_sigma", ["Top-nσ", "Keeps the tokens whose scores are near the best one."]],
@@ -22,7 +25,6 @@ export const STAGES = new Map([
   ["min_p", ["Min-p", "Keeps the tokens that have a given fraction of the best one's probability."]],
   ["xtc", ["XTC", "Now and then removes all likely tokens but the least likely of them."]],
   ["mirostat", ["Mirostat", "Keeps the tokens that hold the surprise of the text near a target."]],
-  ["grammar", ["Grammar", "Removes the tokens that the required format does not allow here."]],
 ]);
 
 /** @param {string} name */
@@ -32,13 +34,19 @@ export const stageLabel = (name) => STAGES.get(name)?.[0] ?? name.replaceAll("_"
  * The tint of a cell: the stronger, the likelier.
  * @param {number} probability
  */
-export const strength = (probability) => `color-mix(in oklab, var(--accent) ${Math.round(46 * Math.sqrt(probability))}%, transparent)`;
+export const strength = (probability) => `color-mix(in oklab, var(--accent) ${Math.round(46 * probability ** 0.7)}%, transparent)`;
 
 /**
  * Returns a token as the API writes it, but with bytes that are only a part of a character in a short form: ⟨e2 80⟩.
  * @param {string} text
  */
 export const withBytes = (text) => text.replace(/^bytes: ?((?:\\x[0-9a-f]{2})+)$/, (_, bytes) => `⟨${bytes.slice(2).replaceAll("\\x", " ")}⟩`);
+
+/**
+ * Returns a token as a part of running text, in which line ends and tabs are marked.
+ * @param {string} text
+ */
+export const inText = (text) => (text === "" ? "∅" : withBytes(text).replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t"));
 
 /**
  * A token of the vocabulary, with its white space marked.
@@ -77,15 +85,15 @@ export const CandidateBars = ({ candidates, label, action, onChoose }) => html`
  * @param {{sampling: Sampling}} props
  */
 export const SamplerStages = ({ sampling }) => html`
-  <${StageTable} ...${sampling} />
-  <${StageNotes} ...${sampling} />
-  <${Noise} ...${sampling} />
-  <${Proof} ...${sampling} />
+  <div class="sampler">
+    <div><${StageTable} ...${sampling} /><${StageNotes} ...${sampling} /></div>
+    <div><${Noise} ...${sampling} /><${Proof} ...${sampling} /></div>
+  </div>
 `;
 
 /** @param {Sampling} props */
 function StageTable({ stages, recomputed }) {
-  const rows = candidatesOf(stages, recomputed.token_id);
+  const rows = candidatesOf(stages, recomputed?.token_id);
   return html`
     <div class="scroll" tabindex="0" role="region" aria-label="Stages of the sampler">
       <table class="stages">
@@ -97,7 +105,7 @@ function StageTable({ stages, recomputed }) {
         </thead>
         <tbody>
           ${rows.map((token) => html`
-            <tr class=${token.token_id === recomputed.token_id ? "winner" : ""}>
+            <tr class=${token.token_id === recomputed?.token_id ? "winner" : ""}>
               <th scope="row"><${TokenText} text=${token.token} /></th>
               ${stages.map((stage, index) => html`<${StageCell} stages=${stages} index=${index} id=${token.token_id} />`)}
             </tr>
@@ -129,7 +137,7 @@ const StageNotes = ({ stages }) => html`
 /**
  * Returns the tokens to show: the likeliest of each stage, and the likeliest that each removed.
  * @param {Stage[]} stages
- * @param {number} chosenId
+ * @param {number | undefined} chosenId
  */
 function candidatesOf(stages, chosenId) {
   const found = new Map(stages.flatMap(({ top, removed }) => [...top, ...removed]).map((token) => [token.token_id, token]));
@@ -160,11 +168,11 @@ function Noise({ noise, recomputed }) {
       <table class="noise">
         <thead><tr><th scope="col">Token</th><th scope="col">Score</th><th scope="col">Noise</th><th scope="col">Sum</th></tr></thead>
         <tbody>
-          ${noise.map(({ token_id, token, score, noise: added }) => html`
-            <tr class=${token_id === recomputed.token_id ? "winner" : ""}>
+          ${noise.map(({ token_id, token, logit, noise: added }) => html`
+            <tr class=${token_id === recomputed?.token_id ? "winner" : ""}>
               <th scope="row"><${TokenText} text=${token} /></th>
-              <td>${fixed(score)}</td><td>${signed(added)}</td>
-              <td>${fixed(score + added)}${token_id === recomputed.token_id ? html` <span class="badge">wins</span>` : ""}</td>
+              <td>${fixed(logit)}</td><td>${signed(added)}</td>
+              <td>${fixed(logit + added)}${token_id === recomputed?.token_id ? html` <span class="badge">wins</span>` : ""}</td>
             </tr>
           `)}
         </tbody>
@@ -175,7 +183,7 @@ function Noise({ noise, recomputed }) {
 
 /** @param {Sampling} props */
 function Proof({ recomputed, sent }) {
-  if (sent === null) return null;
+  if (recomputed === null || sent === null) return null;
   const isEqual = recomputed.token_id === sent.token_id;
   return html`
     <p class="proof ${isEqual ? "good" : "bad"}">

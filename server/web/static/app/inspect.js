@@ -22,13 +22,13 @@ import { ApiError, callJson } from "./api.js";
  * @property {boolean | null} is_equal
  */
 /** @typedef {{name: string, num_tokens: number, num_removed: number, top: Candidate[], removed: Candidate[]}} Stage */
-/** @typedef {Token & {score: number, noise: number}} NoisyToken */
+/** @typedef {Token & {logit: number, noise: number}} NoisyToken */
 /**
  * @typedef {object} Sampling
  * @property {number} position
  * @property {Stage[]} stages
  * @property {NoisyToken[]} noise
- * @property {Token} recomputed
+ * @property {Token | null} recomputed
  * @property {Token | null} sent
  */
 /**
@@ -41,6 +41,7 @@ import { ApiError, callJson } from "./api.js";
  * @property {number} start
  * @property {number} end
  * @property {number} num_prompt_tokens
+ * @property {number} num_tokens
  * @property {Token[]} tokens
  * @property {Position[]} positions
  * @property {{layer: number, head: number, rows: number[][]} | null} attention
@@ -59,9 +60,28 @@ import { ApiError, callJson } from "./api.js";
  * @property {number} [head]
  */
 
-const MAX_TRIES = 8; // while the engine inspects something else
+const MAX_TRIES = 30; // while the engine inspects something else
+
+/** What the refusals of the engine mean to the reader, by status. */
+const MEANINGS = new Map([
+  [400, "The engine cannot inspect this."],
+  [403, "Looking inside is not allowed from here."],
+  [404, "There is nothing left to look at."],
+  [429, "The engine is inspecting something else."],
+  [503, "The memory is needed for answers just now."],
+]);
+
+/** A refusal to inspect, with what it means. */
+export class InspectionError extends Error {
+  /** @param {ApiError} error */
+  constructor({ status, code, message }) {
+    super(`${(code === "not_enabled" ? "Inspection is turned off." : MEANINGS.get(status)) ?? ""} ${message}`.trim());
+    this.mayRetry = ![400, 403, 404].includes(status);
+  }
+}
 
 /**
+ * Asks the engine; while it inspects for somebody else, asks again.
  * @param {Question} question
  * @param {AbortSignal} signal
  * @returns {Promise<Inspection>}
@@ -69,12 +89,41 @@ const MAX_TRIES = 8; // while the engine inspects something else
 export async function inspect(question, signal) {
   for (let attempt = 1; ; attempt++) {
     try {
-      return await callJson("lightwell/v1/inspect", { json: question, signal });
+      return await askInTurn(question, signal);
     } catch (error) {
-      if (!(error instanceof ApiError) || error.status !== 429 || attempt === MAX_TRIES) throw error;
+      if (!(error instanceof ApiError)) throw error;
+      if (error.status !== 429 || attempt === MAX_TRIES) throw new InspectionError(error);
       await sleep(1000 * (error.retryAfter ?? 1), signal);
     }
   }
+}
+
+/** What the engine works on: it finishes what it has begun, and refuses a second question until then. */
+let current = Promise.resolve();
+
+/**
+ * @param {Question} question
+ * @param {AbortSignal} signal
+ */
+async function askInTurn(question, signal) {
+  for (let seen = null; seen !== current; ) await (seen = current);
+  signal.throwIfAborted();
+  const answer = callJson("lightwell/v1/inspect", { json: question });
+  current = answer.catch(() => {});
+  await current;
+  signal.throwIfAborted();
+  return answer;
+}
+
+/**
+ * Returns the tokens of a request, and the model that wrote them.
+ * @param {string} id
+ * @param {AbortSignal} signal
+ */
+export async function tokensOf(id, signal) {
+  const { tokens, positions, num_prompt_tokens: numPrompt, ...rest } = await inspect({ id, top: 1 }, signal);
+  const last = positions.at(-1)?.next;
+  return { ...rest, tokens: last ? [...tokens, last] : tokens, numPrompt };
 }
 
 /**
@@ -93,23 +142,3 @@ export const sleep = (ms, signal) =>
 
 /** @param {unknown} error */
 export const isAbort = (error) => error instanceof Error && error.name === "AbortError";
-
-/** What the refusals of the engine mean to the reader, by status. */
-const MEANINGS = new Map([
-  [400, "The engine cannot inspect this"],
-  [401, "The server needs an API key"],
-  [403, "Looking inside is not allowed from here"],
-  [404, "There is nothing left to look at"],
-  [429, "The engine is inspecting something else"],
-  [503, "The memory is needed for answers just now"],
-]);
-
-/**
- * Returns what an error means, and whether the same question may succeed later.
- * @param {Error} error
- */
-export function meaning(error) {
-  const { status, code } = error instanceof ApiError ? error : { status: 0, code: null };
-  const title = code === "not_enabled" ? "Inspection is turned off" : MEANINGS.get(status);
-  return { title: title ?? "The engine could not be asked", mayRetry: ![400, 401, 403, 404].includes(status) };
-}

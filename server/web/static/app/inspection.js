@@ -1,6 +1,6 @@
 // The states of an inspection, as components show them.
 import { Problem } from "./components.js";
-import { isAbort, inspect, meaning, sleep } from "./inspect.js";
+import { inspect, InspectionError, isAbort, sleep } from "./inspect.js";
 import { html, useEffect, useRef, useState } from "./lib.js";
 
 /** @typedef {import("./inspect.js").Inspection} Inspection */
@@ -35,10 +35,9 @@ export function useInspection(question) {
 }
 
 /**
- * Says what a refusal means.
+ * An error, with a button to try again if that may help.
  * @param {{error: Error, onRetry: () => void}} props
  */
-export function InspectionProblem({ error, onRetry }) {
-  const { title, mayRetry } = meaning(error);
-  return html`<${Problem} error=${`${title}. ${error.message}`} onRetry=${mayRetry ? onRetry : undefined} />`;
-}
+export const Refusal = ({ error, onRetry }) => html`
+  <${Problem} error=${error} onRetry=${error instanceof InspectionError && !error.mayRetry ? undefined : onRetry} />
+`;

@@ -12,6 +12,7 @@ import { findDocs, needsKey, server, watch } from "./state.js";
 const VIEWS = {
   chat: { label: "Chat", load: () => import("./views/chat.js") },
   tokens: { label: "Tokens", load: () => import("./views/tokens.js") },
+  inside: { label: "Inside", load: () => import("./views/inside.js") },
   engine: { label: "Engine", load: () => import("./views/engine.js") },
   requests: { label: "Requests", load: () => import("./views/requests.js") },
 };

@@ -1,7 +1,8 @@
 // One branch: its tokens, tinted by probability, and its chart.
-import { withBytes } from "../candidates.js";
-import { Button, Problem } from "../components.js";
+import { inText } from "../candidates.js";
+import { Button } from "../components.js";
 import { number, percent, probabilityColor, visible } from "../format.js";
+import { Refusal } from "../inspection.js";
 import { html, useMemo, useRef } from "../lib.js";
 import { chosen, close, hovered } from "./branches.js";
 import { Chart } from "./chart.js";
@@ -19,12 +20,12 @@ export function BranchColumn({ branch, isOnly }) {
     <section class="card branch" aria-label="Branch ${name}">
       <header>
         <h2>${isOnly ? "Text" : `Branch ${name}`}</h2>
-        <p class="hint">${originOf(branch)}</p>
         <span class="space"></span>
         ${isRunning && html`<${Button} icon="stop" onClick=${() => controller.abort()}>Stop<//>`}
         ${!isOnly && html`<${Button} kind="quiet" icon="close" label="Close branch ${name}" onClick=${() => close(branch)} />`}
       </header>
-      ${error && html`<${Problem} error=${error} />`}
+      ${!isOnly && html`<p class="hint origin">${originOf(branch)}</p>`}
+      ${error && html`<${Refusal} error=${error} onRetry=${branch.retry} />`}
       <${TokenList} branch=${branch} />
       <p class="hint summary" role="status">${isRunning ? "The model is writing …" : summary(tokens)}</p>
       ${tokens.length > 1 && html`<${Chart} branch=${branch} />`}
@@ -34,7 +35,8 @@ export function BranchColumn({ branch, isOnly }) {
 
 /** @param {Branch} branch */
 function originOf({ tokens, numShared, parent }) {
-  if (parent === null || tokens.length <= numShared) return "";
+  if (parent === null) return "the first text";
+  if (tokens.length <= numShared) return "";
   return `from branch ${parent}, with “${visible(tokens[numShared].text)}” at position ${numShared}`;
 }
 
@@ -155,9 +157,6 @@ function TokenSpan({ token, index, isShared, isChosen, isReachable }) {
   return html`
     <span class="token ${origin} ${isShared ? "shared" : ""}" role="option" tabindex=${isReachable ? 0 : -1} data-index=${index}
       aria-label=${label} aria-selected=${isChosen ? "true" : "false"}
-      style=${{ background: probability === null ? "none" : probabilityColor(probability) }}>${shown(text)}</span>
+      style=${{ background: probability === null || isShared ? "none" : probabilityColor(probability) }}>${inText(text)}</span>
   `;
 }
-
-/** @param {string} text */
-const shown = (text) => (text === "" ? "∅" : withBytes(text).replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t"));

@@ -1,5 +1,5 @@
 // The texts of the view, side by side: the first one, and those that go on from an alternative of another.
-import { inspect, isAbort } from "../inspect.js";
+import { isAbort, tokensOf } from "../inspect.js";
 import { batch, signal } from "../lib.js";
 import { model } from "../state.js";
 import { encode, generate, idOf, score } from "./generation.js";
@@ -15,6 +15,7 @@ import { encode, generate, idOf, score } from "./generation.js";
  * @property {boolean} isRunning
  * @property {Error | null} error
  * @property {AbortController} controller
+ * @property {() => void} retry makes the branch again, after an error
  */
 /** @typedef {{branch: number, index: number}} Place of a token */
 
@@ -38,7 +39,7 @@ export const branchOf = (number) => branches.value.find((branch) => branch.numbe
  * @param {string} text
  */
 export function start(kind, text) {
-  const branch = replaceAll("");
+  const branch = replaceAll("", () => start(kind, text));
   return run(branch, async ({ signal }) => {
     const ids = await encode(kind, text, branch.model, signal);
     add(branch, await score(ids, branch.model, signal));
@@ -51,13 +52,11 @@ export function start(kind, text) {
  * @param {string} id
  */
 export function open(id) {
-  const branch = replaceAll(id);
+  const branch = replaceAll(id, () => open(id));
   return run(branch, async ({ signal }) => {
-    const { tokens, positions, num_prompt_tokens: numPrompt, model: name } = await inspect({ id, top: 1 }, signal);
-    const last = positions.at(-1)?.next;
-    const ids = [...tokens, ...(last ? [last] : [])].map(({ token_id }) => token_id);
+    const { tokens, numPrompt, model: name } = await tokensOf(id, signal);
     update(branch, { model: name });
-    const scored = await score(ids, name, signal);
+    const scored = await score(tokens.map(({ token_id }) => token_id), name, signal);
     add(branch, scored.map((token, index) => (index < numPrompt ? token : { ...token, origin: "generated", requestId: id })));
   });
 }
@@ -71,7 +70,11 @@ export function goOn({ branch: number, index }, alternative) {
   const parent = /** @type {Branch} */ (branchOf(number));
   const replaced = parent.tokens[index];
   const before = parent.tokens.slice(0, index);
-  const branch = makeBranch(parent.model, { tokens: before, numShared: index, parent: number });
+  const retry = () => {
+    close(branch);
+    if (branchOf(number)) goOn({ branch: number, index }, alternative);
+  };
+  const branch = makeBranch(parent.model, { tokens: before, numShared: index, parent: number, retry });
   batch(() => {
     branches.value = [...branches.value, branch];
     chosen.value = { branch: branch.number, index };
@@ -93,10 +96,13 @@ export function close({ number, controller }) {
   hovered.value = null;
 }
 
-/** @param {string} id */
-function replaceAll(id) {
+/**
+ * @param {string} id
+ * @param {() => void} retry
+ */
+function replaceAll(id, retry) {
   for (const { controller } of branches.value) controller.abort();
-  const branch = { ...makeBranch(model.value), number: 1 };
+  const branch = { ...makeBranch(model.value, { retry }), number: 1 };
   batch(() => {
     branches.value = [branch];
     chosen.value = hovered.value = null;
@@ -119,6 +125,7 @@ const makeBranch = (name, fields = {}) => ({
   isRunning: true,
   error: null,
   controller: new AbortController(),
+  retry: () => {},
   ...fields,
 });
 

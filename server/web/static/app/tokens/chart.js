@@ -39,8 +39,8 @@ export function Chart({ branch: { number: name, tokens } }) {
   return html`
     <figure class="chart">
       <figcaption>
-        <span class="key surprise">Surprise</span><span class="key entropy">Entropy, at least</span>
-        <span class="space"></span><span>${top} bits${top === MAX_BITS ? " and more" : ""}</span>
+        <span class="key surprise">Surprise</span><span class="key entropy">Entropy ≥</span>
+        <span class="space"></span><span>${top === MAX_BITS ? "≥ " : ""}${top} bits</span>
       </figcaption>
       <canvas ref=${canvas} role="img" aria-label=${description(tokens, surprises, entropies)} onPointerMove=${hover}
         onPointerLeave=${() => (hovered.value = null)} onClick=${choose}></canvas>

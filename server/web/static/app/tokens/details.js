@@ -2,8 +2,9 @@
 import { CandidateBars, SamplerStages, TokenText } from "../candidates.js";
 import { Empty } from "../components.js";
 import { count, number, percent, visible } from "../format.js";
-import { InspectionProblem, useInspection } from "../inspection.js";
+import { Refusal, useInspection } from "../inspection.js";
 import { html } from "../lib.js";
+import { linkTo } from "../router.js";
 import { branchOf, chosen, goOn, hovered } from "./branches.js";
 import { entropy, surprise } from "./generation.js";
 
@@ -77,7 +78,8 @@ function Sampler({ requestId, position, origin }) {
     <h3>What the sampler did</h3>
     ${origin === "chosen" && html`<p class="hint">When the text was written that this branch left.</p>`}
     ${isBusy && html`<p class="hint" role="status">The engine computes it again …</p>`}
-    ${error && html`<${InspectionProblem} error=${error} onRetry=${retry} />`}
+    ${error && html`<${Refusal} error=${error} onRetry=${retry} />`}
     ${answer?.sampling && html`<${SamplerStages} sampling=${answer.sampling} />`}
+    ${answer && html`<p><a href=${linkTo("inside", { params: { id: requestId, position } })}>See the whole model at this position</a></p>`}
   `;
 }

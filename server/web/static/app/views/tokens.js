@@ -87,7 +87,7 @@ function Settings() {
 }
 
 const Legend = () => html`
-  <p class="scale hint" aria-label="Colours from certain to surprising">
+  <p class="scale hint" role="img" aria-label="Colours from certain to surprising">
     certain ${LEVELS.map((level) => html`<span style=${{ background: probabilityColor(level) }}></span>`)} surprising
   </p>
 `;
