@@ -128,14 +128,7 @@ class RecordReader:
             token_ids = record.token_ids if request is None else request.token_ids
             known_ids = token_ids if number < num_explained else None
             prefix = explain_prefix(record, known_ids, others, self.caches_prefixes, block_size)
-            details.append(
-                RequestDetail(
-                    chunks=record.chunks,
-                    preemptions=record.preemptions,
-                    resumptions=record.resumptions,
-                    prefix=prefix,
-                )
-            )
+            details.append(RequestDetail(chunks=record.chunks, prefix=prefix))
         return details
 
 
@@ -236,7 +229,7 @@ def _info(
         lora_name=record.lora_name,
         state=_state(request),
         finish_reason=record.finish_reason,
-        times=record.times(None if request is None else now),
+        times=record.times(),
         num_blocks=0 if request is None else request.kv.num_blocks,
         detail=detail,
     )

@@ -73,20 +73,8 @@ class RequestRecord:
         if self.chunks and self.chunks[-1].step_id == step_id:
             self.chunks.pop()
 
-    def times(self, now: float | None = None) -> RequestTimes:
-        """Return the timings so far, as sent with the request's events.
-
-        `now`: count the wait of a request that is preempted until then. One that has ended waited until its end.
-        """
-        end = self.finished if now is None else now
-        resumptions = self.resumptions if end is None else [*self.resumptions, end]
-        waits = zip(self.preemptions, resumptions, strict=False)
-        waited_before, waited_after = 0.0, 0.0
-        for preempted, resumed in waits:
-            if self.first_token is None or preempted < self.first_token:
-                waited_before += resumed - preempted
-            else:
-                waited_after += resumed - preempted
+    def times(self) -> RequestTimes:
+        """Return the timings so far, as sent with the request's events."""
         return RequestTimes(
             arrival=self.arrival,
             queued=self.queued,
@@ -96,10 +84,9 @@ class RequestRecord:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
-            num_preemptions=len(self.preemptions),
+            preemptions=tuple(self.preemptions),
+            resumptions=tuple(self.resumptions),
             num_ahead=self.num_ahead,
-            preempted_before_first_token=waited_before,
-            preempted_after_first_token=waited_after,
             num_chunks=len(self.chunks),
             num_accepted_tokens=self.num_accepted_tokens,
         )

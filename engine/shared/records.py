@@ -6,6 +6,7 @@ Times are seconds of `time.monotonic()`, which the processes of a machine share.
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import zip_longest
 
 import msgspec
 
@@ -21,12 +22,25 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_output_tokens: int = 0
-    num_preemptions: int = 0
+    preemptions: tuple[float, ...] = ()
+    resumptions: tuple[float, ...] = ()  # when it was scheduled again after each preemption
     num_ahead: int = 0  # choices ahead of it in the queue when it was queued
-    preempted_before_first_token: float = 0.0  # seconds
-    preempted_after_first_token: float = 0.0  # seconds
     num_chunks: int = 0  # steps that computed prompt tokens, or recomputed tokens after a preemption
     num_accepted_tokens: int = 0  # output tokens that came from accepted drafts
+
+    @property
+    def num_preemptions(self) -> int:
+        return len(self.preemptions)
+
+    def preempted(self, end: float) -> tuple[float, float]:
+        """Return for how many seconds it was preempted until `end`, before its first token and after it."""
+        before, after = 0.0, 0.0
+        for preempted, resumed in zip_longest(self.preemptions, self.resumptions, fillvalue=end):
+            if self.first_token is None or preempted < self.first_token:
+                before += resumed - preempted
+            else:
+                after += resumed - preempted
+        return before, after
 
 
 class ChoiceName(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -103,8 +117,6 @@ class RequestDetail(msgspec.Struct, frozen=True, kw_only=True):
     """What is reported of a choice only if somebody asks for its request."""
 
     chunks: list[Chunk]
-    preemptions: list[float]
-    resumptions: list[float]  # when it was scheduled again after each preemption
     prefix: Prefix
 
 

@@ -314,7 +314,7 @@ class _Loop:
         ]
         now = time.monotonic()
         prefix = Prefix(result=PrefixResult.NEW, num_reusable_tokens=0)
-        detail = RequestDetail(chunks=[Chunk(1, 0, 4)], preemptions=[], resumptions=[], prefix=prefix)
+        detail = RequestDetail(chunks=[Chunk(1, 0, 4)], prefix=prefix)
         infos = [
             RequestInfo(
                 ids=choice.submit.ids,

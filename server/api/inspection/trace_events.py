@@ -5,24 +5,17 @@ part of, those that follow one another meet, and their durations add up.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from engine.shared.records import Chunk, RequestDetail, RequestTimes, StepInfo
 from server.api.inspection.schemas import TraceEvent
+from server.generation.timings import stage_spans
 
 ENGINE, REQUESTS = 1, 2  # the two groups of tracks, which the format calls processes
 FIRST_CHOICE = 100  # number of the first choice's track; those of the engine come before
 
 Args = dict[str, str | int | None]
-
-
-class Span(NamedTuple):
-    """A part of a choice's time, from and to times of `time.monotonic()`."""
-
-    name: str
-    start: float
-    end: float
 
 
 class Slice(NamedTuple):
@@ -31,26 +24,6 @@ class Slice(NamedTuple):
     name: str
     start: int
     end: int
-
-
-def stage_spans(times: RequestTimes, detail: RequestDetail, now: float) -> list[Span]:
-    """Return the stages of a choice until `now`, or until its end. Each starts where the one before ends.
-
-    Their names are the fields of `Stages`. Stages after a preemption come again.
-    """
-    end = now if times.finished is None else times.finished
-    start = end if times.scheduled is None else times.scheduled
-    spans = [Span("tokenizing", times.arrival, times.queued), Span("queue", times.queued, start)]
-    for preempted, resumed in zip_longest(detail.preemptions, detail.resumptions, fillvalue=end):
-        spans += [*_computing(start, preempted, times.first_token), Span("preempted", preempted, resumed)]
-        start = resumed
-    return [*spans, *_computing(start, end, times.first_token)]
-
-
-def _computing(start: float, end: float, first_token: float | None) -> list[Span]:
-    """Return the stages between two times in which a choice was not preempted."""
-    middle = end if first_token is None else min(max(start, first_token), end)
-    return [Span("prefill", start, middle), Span("decode", middle, end)]
 
 
 class TraceBuilder:
@@ -98,7 +71,7 @@ class TraceBuilder:
         self._num_choices += 1
         stages = [
             Slice(span.name, self._microseconds(span.start), self._microseconds(span.end))
-            for span in stage_spans(times, detail, now)
+            for span in stage_spans(times, now)
         ]
         self.events += [
             _label("thread_name", REQUESTS, track, name),

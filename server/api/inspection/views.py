@@ -1,5 +1,6 @@
 """Makes what a client sees of the engine's records."""
 
+from itertools import zip_longest
 from typing import Any, Literal
 
 from engine.shared.host_memory import available_memory
@@ -139,7 +140,7 @@ def stages(times: RequestTimes, now: float) -> Stages:
     end = now if times.finished is None else times.finished
     scheduled = end if times.scheduled is None else times.scheduled
     first_token = end if times.first_token is None else times.first_token
-    before, after = times.preempted_before_first_token, times.preempted_after_first_token
+    before, after = times.preempted(end)
     return Stages(
         tokenizing=times.queued - times.arrival,
         queue=scheduled - times.queued,
@@ -156,9 +157,7 @@ def request_view(access: RecordAccess, info: RequestInfo, now: float) -> Request
 
 def choice_detail(access: RecordAccess, info: RequestInfo, now: float, detail: RequestDetail) -> ChoiceDetail:
     """Return a choice with what happened to it."""
-    offset = access.clock_offset
-    resumptions: list[float | None] = [*detail.resumptions]
-    resumptions += [None] * (len(detail.preemptions) - len(resumptions))
+    times, offset = info.times, access.clock_offset
     return ChoiceDetail(
         **_fields(access, info, now),
         chunks=[
@@ -166,11 +165,11 @@ def choice_detail(access: RecordAccess, info: RequestInfo, now: float, detail: R
         ],
         preemptions=[
             PreemptionView(at=at + offset, resumed=None if resumed is None else resumed + offset)
-            for at, resumed in zip(detail.preemptions, resumptions, strict=True)
+            for at, resumed in zip_longest(times.preemptions, times.resumptions)
         ],
         prefix=PrefixView(
             result=detail.prefix.result,
-            num_cached_tokens=info.times.num_cached_tokens,
+            num_cached_tokens=times.num_cached_tokens,
             num_reusable_tokens=detail.prefix.num_reusable_tokens,
             position=detail.prefix.position,
             token_id=detail.prefix.token_id,

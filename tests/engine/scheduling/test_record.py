@@ -80,13 +80,14 @@ def test_timings_of_a_request() -> None:
         num_prompt_tokens=5,
         num_cached_tokens=2,
         num_output_tokens=7,
-        num_preemptions=3,
+        preemptions=(3.25, 4.25, 4.75),
+        resumptions=(3.75, 4.5),
         num_ahead=6,
-        preempted_before_first_token=0.5,
-        preempted_after_first_token=0.5,
         num_chunks=2,
         num_accepted_tokens=3,
     )
+
+    assert record.times().preempted(5.0) == (0.5, 0.5)
 
 
 def test_timings_of_a_request_that_never_ran() -> None:

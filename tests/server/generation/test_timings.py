@@ -18,11 +18,10 @@ TIMES = RequestTimes(
     num_prompt_tokens=50,
     num_cached_tokens=32,
     num_output_tokens=9,
-    num_preemptions=2,
+    preemptions=(105.0, 109.0),
+    resumptions=(106.0, 111.5),
     num_chunks=3,
     num_ahead=4,
-    preempted_before_first_token=1.0,
-    preempted_after_first_token=2.5,
 )
 
 
@@ -69,7 +68,9 @@ def test_an_end_that_the_engine_does_not_know(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_request_that_is_only_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = compute(msgspec.structs.replace(TIMES, first_token=None, preempted_after_first_token=0.0), monkeypatch)
+    computed = compute(
+        msgspec.structs.replace(TIMES, first_token=None, preemptions=(105.0,), resumptions=(106.0,)), monkeypatch
+    )
     assert (computed.seconds.prefill, computed.seconds.decode) == (13.0, 0.0)
     check_sum(computed)
 

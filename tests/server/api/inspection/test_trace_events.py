@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from engine.scheduling.record import RequestRecord
 from engine.shared.records import Chunk, Prefix, PrefixResult, RequestDetail, StepInfo
 from server.api.inspection.schemas import Trace, TraceInfo
-from server.api.inspection.trace_events import TraceBuilder, stage_spans
+from server.api.inspection.trace_events import TraceBuilder
 from server.api.inspection.views import stages
+from server.generation.timings import stage_spans
 from tests.support.chrome_trace import check_trace, requests_in, slices_named, tracks
 from tests.support.records import example_step
 
@@ -30,13 +31,8 @@ def built(trace: TraceBuilder) -> dict[str, Any]:
     return answer
 
 
-def detail_of(record: RequestRecord, chunks: tuple[Chunk, ...] = ()) -> RequestDetail:
-    return RequestDetail(
-        chunks=list(chunks),
-        preemptions=record.preemptions,
-        resumptions=record.resumptions,
-        prefix=Prefix(result=PrefixResult.NEW, num_reusable_tokens=0),
-    )
+def detail_of(chunks: tuple[Chunk, ...] = ()) -> RequestDetail:
+    return RequestDetail(chunks=list(chunks), prefix=Prefix(result=PrefixResult.NEW, num_reusable_tokens=0))
 
 
 def is_running(record: RequestRecord) -> bool:
@@ -69,8 +65,8 @@ def lives(draw: st.DrawFn) -> tuple[RequestRecord, float]:
 @given(life=lives())
 def test_the_stages_of_a_choice_follow_one_another_and_add_up(life: tuple[RequestRecord, float]) -> None:
     record, now = life
-    times = record.times(None if record.finished else now)
-    spans = stage_spans(times, detail_of(record), now)
+    times = record.times()
+    spans = stage_spans(times, now)
     assert (spans[0].start, spans[-1].end) == (record.arrival, now)
     for before, after in pairwise(spans):
         assert before.end == after.start
@@ -90,8 +86,7 @@ def test_the_slices_of_a_choice(life: tuple[RequestRecord, float], chunk_steps: 
         at += pause
         trace.add_steps([step(number + 1, at, {"forward": seconds})])
     chunks = tuple(Chunk(number + 1, 4 * number, 4) for number in range(len(chunk_steps)))
-    times = record.times(None if record.finished else now)
-    trace.add_choice("r 0.0", times, detail_of(record, chunks), now, {"id": "r"})
+    trace.add_choice("r 0.0", record.times(), detail_of(chunks), now, {"id": "r"})
     answer = built(trace)
     check_trace(answer)
     wall = round(1e6 * (now + OFFSET)) - round(1e6 * (record.arrival + OFFSET))
@@ -166,8 +161,8 @@ def test_a_prompt_in_two_chunks() -> None:
     trace = TraceBuilder(OFFSET)
     trace.add_steps([step(1, 3.0, {"forward": 1.0}), step(2, 4.0, {"forward": 1.0, "update": 1.0})])
     record = RequestRecord("r-0", 0, arrival=1.0, queued=2.0, num_prompt_tokens=9, scheduled=3.25, first_token=5.5)
-    detail = detail_of(record, (Chunk(1, 0, 8), Chunk(2, 8, 1), Chunk(99, 9, 1)))
-    trace.add_choice("r 0.0", record.times(8.0), detail, 8.0, {})
+    detail = detail_of((Chunk(1, 0, 8), Chunk(2, 8, 1), Chunk(99, 9, 1)))
+    trace.add_choice("r 0.0", record.times(), detail, 8.0, {})
     ((_, *parts),) = requests_in(built(trace))
     second = 1_000_000
     assert [(part["name"], part["ts"] - 1_700_000_000 * second, part["dur"]) for part in parts] == [
