@@ -38,6 +38,8 @@ def create_app(context: ServerContext) -> FastAPI:
         await context.grammar_checker.close()
         if context.chat_template is not None:
             context.chat_template.close()
+        if context.tracer is not None:
+            await context.tracer.close()
 
     with_docs = context.settings.enable_docs
     app = FastAPI(

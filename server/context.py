@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple, Unpack, cast
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, Unpack, cast
 
 from starlette.requests import Request
 
@@ -33,6 +33,9 @@ from server.text.text_threads import TextThreads
 from server.text.token_sequences import SequenceBreakers
 from server.text.tokenizer import Tokenizer
 from server.weight_files import WeightFiles, describe_weights
+
+if TYPE_CHECKING:
+    from server.otel.tracer import Tracer
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -80,6 +83,7 @@ class ServerContext:
     score_token_ids: tuple[int, ...] = ()  # of --score-tokens: true, false
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     text_threads: TextThreads = field(default_factory=TextThreads)
+    tracer: "Tracer | None" = None  # None: without --otlp-endpoint
     num_step_readers: Counter[str] = field(default_factory=Counter)  # streams of steps, by tenant
 
     async def run_text_work(self, request: Request, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import uvicorn
@@ -63,6 +63,9 @@ from server.sockets.listeners import listening, url
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.templates.renderer import TemplateProcesses
 from server.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from server.otel.tracer import Tracer
 
 logger = logging.getLogger("lightwell.api")  # __name__ is __main__ here
 
@@ -197,9 +200,19 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         api_keys=api_keys,
         answers=AnswerBudget(settings.max_buffered_bytes),
         score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
+        tracer=make_tracer(settings),
         # The last one, since it starts a process.
         chat_template=make_chat_template(tokenizer, settings.chat_template),
     )
+
+
+def make_tracer(settings: Settings) -> "Tracer | None":
+    """Return what sends spans to --otlp-endpoint, or None without it. Raises ValueError for invalid OTEL_ variables."""
+    if settings.otlp_endpoint is None:
+        return None
+    from server.otel.tracer import Tracer
+
+    return Tracer(settings.otlp_endpoint)
 
 
 def default_sampling(config: ApiProcessConfig, model_config: ModelConfig) -> DefaultSampling:

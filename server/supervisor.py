@@ -39,7 +39,7 @@ from server.processes.child_process import RELOAD_SIGNAL, Child
 from server.processes.error_line import print_error
 from server.processes.run_queue import MAX_WAIT_FACTOR, Silence, cpu_waits
 from server.processes.stop_signals import StopSignals
-from server.settings.load import check_adapter_names, check_certificate
+from server.settings.load import check_adapter_names, check_certificate, check_otel
 from server.settings.process_configs import ApiProcessConfig, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings
 
@@ -336,6 +336,7 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
     """Serve until a signal or a failure. Return the exit status. Raises ModelError, SupervisorError, SettingsError."""
     commands = commands or Commands()
     check_certificate(settings)
+    check_otel(settings)
     reloads = settings.api_keys_file is not None
     if reloads:
         from server.access.api_keys import ApiKeys

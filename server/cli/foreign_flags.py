@@ -76,6 +76,7 @@ _SERVE: Mapping[str, str] = {
     "--mmproj -mm --limit-mm-per-prompt": "images and audio are not supported",
     "--ssl-key-file --ssl-cert-file": "--ssl-certfile and --ssl-keyfile are the files of a certificate and its key",
     "--ssl-ca-certs --ssl-cert-reqs": _PROXY,
+    "--otlp-traces-endpoint --enable-trace": "--otlp-endpoint is the receiver of OpenTelemetry traces",
     "--api-prefix": "--root-path is the prefix of all paths",
     "--api-key-file": "set LIGHTWELL_API_KEY in the environment, or api-key in the file of --config",
     "--allowed-methods --allowed-headers --allow-credentials": "--allowed-origins is enough for web pages",

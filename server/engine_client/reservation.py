@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -31,13 +32,13 @@ class Reservation:
         self.tenant = tenant
         self.count = 0  # reserved choices that no stream uses yet
         self.num_choices = 0  # these and those in streams
-        self.has_started = False  # the engine has computed something for it
+        self.started: float | None = None  # when the engine has reported that it has begun with it
         self.has_output = False  # there are events of it
         self.num_lost_starts = 0  # how often it had started, without output, in an engine that was lost
         self.is_answered = False  # the client has its HTTP status
         self.num_waiting_tokens = 0.0  # that the engine is expected to compute for choices that it has not begun with
         self.queue_timeout = math.inf  # seconds
-        self.start_by = self.end_by = math.inf  # times of time.monotonic()
+        self.start_by = self.end_by = math.inf  # times of time.monotonic(), like `started`
         self.answer: AnswerShare | None = None  # counts its events; None: they are few
         self._on_change = on_change
         self._streams: set[FailingStream] = set()
@@ -53,7 +54,7 @@ class Reservation:
     @property
     def is_waiting(self) -> bool:
         """True if nothing is lost by ending the request, because the engine has not begun with it."""
-        return not self.has_started and self._error is None
+        return self.started is None and self._error is None
 
     def add(self, count: int) -> None:
         """Reserve the capacity of `count` more choices, which the caller has found free."""
@@ -81,13 +82,13 @@ class Reservation:
 
     def start(self) -> None:
         """Note that the engine has begun with the request."""
-        self.has_started = True
+        self.started = self.started or time.monotonic()
         self._is_settled.set()
 
     def lose_start(self) -> None:
         """Note that the engine is lost. A request without output waits for the next one, in its place in the queue."""
-        if self.has_started and not self.has_output:
-            self.has_started = False
+        if self.started is not None and not self.has_output:
+            self.started = None
             self.num_lost_starts += 1
 
     def check(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -177,3 +177,20 @@ def best_choices(choices: Sequence[ChoiceDelta], num_choices: int, num_best: int
 def _mean_logprob(delta: ChoiceDelta) -> float:
     logprobs = [position.logprobs.logprob for position in delta.positions if position.logprobs is not None]
     return sum(logprobs) / len(logprobs) if logprobs else -math.inf
+
+
+async def pace(batches: AsyncIterator[list[ChoiceDelta]], num_tokens: int) -> AsyncGenerator[list[ChoiceDelta], None]:
+    """Join the deltas of each choice until they hold `num_tokens` tokens. Its first and last delta do not wait."""
+    started: set[int] = set()
+    held: dict[int, ChoiceAccumulator] = {}
+    async for batch in batches:
+        for delta in batch:
+            held.setdefault(delta.index, ChoiceAccumulator(delta.index)).add(delta)
+        ready = [
+            index
+            for index, joined in held.items()
+            if index not in started or joined.num_tokens >= num_tokens or joined.has_ended
+        ]
+        started.update(ready)
+        if ready:
+            yield [held.pop(index).join() for index in ready]

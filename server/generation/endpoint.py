@@ -80,6 +80,11 @@ class Endpoint(Protocol[Body_contra]):
         """Prefix of the ids of answers."""
         ...
 
+    @property
+    def operation(self) -> str:
+        """`gen_ai.operation.name` of its spans."""
+        ...
+
     def max_tokens_field(self, body: Body_contra) -> str:
         """Return the name of the field with the maximum number of output tokens that the client sent."""
         ...

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import FinishReason, TokenEvent
+from server.choice_stats import ChoiceStats
 from server.engine_client.answer_budget import AnswerBudget, AnswerShare
 from server.engine_client.answer_size import event_bytes
 from server.engine_client.reservation import Reservation
@@ -106,9 +107,14 @@ class Generation:
             details,
         )
 
+    @property
+    def stats(self) -> list[ChoiceStats]:
+        """Statistics of the choices, in their order."""
+        return [stats for stream in self._streams for stats in stream.choices]
+
     def log_fields(self) -> dict[str, object]:
         """Return token counts and speeds so far, for the log. Speed is that of the tokens after the first ones."""
-        usage, choices = self.usage, [stats for stream in self._streams for stats in stream.choices]
+        usage, choices = self.usage, self.stats
         fields: dict[str, object] = {
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.prompt_tokens_details.cached_tokens,

@@ -21,11 +21,10 @@ from server.engine_client.answer_budget import AnswerShare
 from server.engine_client.answer_size import least_bytes, prompt_bytes, too_large
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
-from server.generation.choice_delta import ChoiceAccumulator, best_choices
+from server.generation.choice_delta import ChoiceAccumulator, best_choices, pace
 from server.generation.choice_state import ChoiceParser, ChoiceState
 from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
 from server.generation.generation import Generation
-from server.generation.pacing import pace
 from server.generation.parameters import (
     check_token_ids,
     choose_seed,
@@ -36,6 +35,7 @@ from server.generation.parameters import (
 from server.generation.preamble import WARNINGS, begin_generation
 from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens, truncate_prompt, vocab_size
 from server.generation.reasoning_budget import reasoning_limit
+from server.generation.request_span import RequestSpan
 from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
 from server.http.body_middleware import get_text_size
@@ -97,35 +97,43 @@ class _Started:
     share: AnswerShare  # of the answer
     num_prompt_bytes: int  # of the prompts' part of the answer
     headers: dict[str, str]  # of the response
+    span: RequestSpan
+
+    def failure(self, error: APIError) -> bytes:
+        """Return the last events of a stream that failed."""
+        self.span.fail(error)
+        return self.writer.failure(error)
 
     def close(self) -> None:
         """End the generation, and count its answer no longer."""
         self.running.close()
         self.share.release()
+        self.span.end()
 
 
 async def respond(
     request: Request, body: Body, endpoint: Endpoint[Body], *, stream_format: StreamFormat = SERVER_SENT_EVENTS
 ) -> Response:
     """Answer a request, as JSON or as a stream. Raises APIError for errors before the first byte of the answer."""
-    job = _validate(request, body, endpoint)
-    started = await _start(job)
+    job, started = await _begin(request, body, endpoint)
     request.scope["state"][LOG_FIELDS] = started.generation.log_fields
     try:
         if body.stream:
             await run_until_disconnect(request, started.generation.reservation.wait_for_start(MAX_HELD_SECONDS))
         else:
             content = await run_until_disconnect(request, _collect(job, started))
-    except BaseException:
+    except BaseException as error:
+        started.span.fail(error)
         started.close()
         raise
     if not body.stream:
         started.running.close()
+        started.span.end()
         return AnswerResponse(content, started.share, started.headers)
     return sse_response(
         _stream(job, started),
         on_close=started.close,
-        on_error=started.writer.failure,
+        on_error=started.failure,
         headers=started.headers,
         request_id=job.request_id,
         format=stream_format,
@@ -140,10 +148,9 @@ async def start_in_background(
     `on_end` is called when the task is done. Returns the metadata of the answer and the headers of the response to the
     client. Raises APIError for errors before the generation starts.
     """
-    job = _validate(request, body, endpoint)
-    started = await _start(job)
+    job, started = await _begin(request, body, endpoint)
     started.generation.reservation.is_answered = True
-    account, writer = job.tenant.account, started.writer
+    account = job.tenant.account
 
     async def generate() -> None:
         account.num_running += 1
@@ -154,10 +161,10 @@ async def start_in_background(
             else:
                 await _collect(job, started)
         except APIError as error:
-            writer.failure(error)
+            started.failure(error)
         except Exception:
             logger.exception("a background request failed", extra={"request_id": job.request_id})
-            writer.failure(ServerError(job.request_id))
+            started.failure(ServerError(job.request_id))
         finally:
             account.num_running -= 1
             started.close()
@@ -254,7 +261,19 @@ def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
     return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": job.context.deterministic, **warnings}
 
 
-async def _start(job: _Job[Body]) -> _Started:
+async def _begin(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[_Job[Body], _Started]:
+    """Validate a request and submit it to the engine. Raises APIError."""
+    span = RequestSpan(request, body, endpoint.operation)
+    try:
+        job = _validate(request, body, endpoint)
+        return job, await _start(job, span)
+    except BaseException as error:
+        span.fail(error)
+        span.end()
+        raise
+
+
+async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
     """Reserve capacity, tokenize the request and submit it to the engine.
 
     Capacity is reserved first: a request that exceeds it must be refused before time is spent on tokenizing it.
@@ -285,6 +304,7 @@ async def _start(job: _Job[Body]) -> _Started:
         submitted=submitted,
         recording=recording,
     )
+    span.submit(generation, job.metadata, prepared.submits[0].params)
     share = generation.count_in(answers, limit_error)
     num_prompt_bytes = prompt_bytes(body, prepared.submits)
     share.add(num_prompt_bytes)
@@ -294,7 +314,7 @@ async def _start(job: _Job[Body]) -> _Started:
         on_close = partial(context.recordings.add, recording)
     running = context.running.add(generation, *job.ids, owner=job.tenant.owner, on_close=on_close)
     writer = job.endpoint.writer(context, body, job.metadata, prompts)
-    return _Started(generation, running, writer, share, num_prompt_bytes, _headers(job, prepared))
+    return _Started(generation, running, writer, share, num_prompt_bytes, _headers(job, prepared), span)
 
 
 @dataclass(frozen=True, slots=True)

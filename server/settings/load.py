@@ -4,6 +4,7 @@ import ipaddress
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from server.settings.setting import ENV_PREFIX, SettingsError
@@ -128,6 +129,18 @@ def check_certificate(settings: Settings) -> None:
     """Raise SettingsError if there is a private key without a certificate."""
     if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
         raise SettingsError("--ssl-keyfile: set --ssl-certfile too, the file of its certificate")
+
+
+def check_otel(settings: Settings) -> None:
+    """Raise SettingsError if the packages are missing that --otlp-endpoint needs."""
+    if settings.otlp_endpoint is None:
+        return
+    try:
+        is_installed = find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:  # a package around it is missing
+        is_installed = False
+    if not is_installed:
+        raise SettingsError("--otlp-endpoint needs more packages: pip install 'lightwell[otel]'")
 
 
 def check_adapter_names(settings: Settings, model_names: Collection[str]) -> None:

@@ -19,6 +19,7 @@ from server.settings.value_types import (
     BOOLEAN,
     INT64,
     choice,
+    http_url,
     int_choice,
     integer,
     named_paths,
@@ -413,6 +414,15 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
         Setting(_LOGS, choice("LEVEL", "debug", "info", "warning", "error"), "Minimum severity of logged messages."),
     ] = "info"
     log_format: Annotated[str, Setting(_LOGS, choice("FORMAT", "human", "json"), "Format of log messages.")] = "human"
+    otlp_endpoint: Annotated[
+        str | None,
+        Setting(
+            _LOGS,
+            http_url("a URL such as http://localhost:4318, without user, query and fragment", "URL"),
+            "OpenTelemetry receiver (OTLP over HTTP) that gets a trace of each generation request; /v1/traces is "
+            "appended. Needs lightwell[otel]. OTEL_* variables set headers, sampling and more (docs/metrics.md).",
+        ),
+    ] = None
     metrics_prefix: Annotated[
         str,
         Setting(

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -166,6 +167,19 @@ def networks(metavar: str) -> ValueType:
         return items if items == ("*",) else tuple(str(ipaddress.ip_network(item, strict=False)) for item in items)
 
     return ValueType("an address such as 10.0.0.1, a network such as 10.0.0.0/8, or *", parse, metavar, is_list=True)
+
+
+def http_url(expected: str, metavar: str) -> ValueType:
+    """Return the type of an http or https URL without user, password, query and fragment."""
+
+    def parse(value: object) -> str:
+        text = _text(value)
+        url = urlsplit(text)
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or re.search(r"[\s@?#]", text):
+            raise ValueError
+        return text
+
+    return ValueType(expected, parse, metavar)
 
 
 class _NamedPath(msgspec.Struct, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ import pytest
 
 from server.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.otlp_receiver import OTLPReceiver
 from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
 from tests.support.stub_hub import StubHub
 from tests.support.tiny_tokenizer_model import write_tiny_model
@@ -70,6 +71,29 @@ def start_server(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartS
 @pytest.fixture
 def server(start_server: StartServer) -> RunningServer:
     return start_server()
+
+
+@pytest.fixture
+def receiver() -> Iterator[OTLPReceiver]:
+    """A receiver of spans."""
+    with OTLPReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def start_traced(start_server: StartServer, receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch) -> StartServer:
+    """A function that starts a server which sends its spans to `receiver`, soon after they are made."""
+
+    def start(**settings: Any) -> RunningServer:
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+        return start_server(otlp_endpoint=receiver.url, **settings)
+
+    return start
+
+
+@pytest.fixture
+def traced(start_traced: StartServer) -> RunningServer:
+    return start_traced()
 
 
 @pytest.fixture(scope="session")

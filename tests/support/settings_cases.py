@@ -74,6 +74,10 @@ VALID: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "allow_runtime_lora_updating": (("true", True), ("on", True)),
     "log_level": (("debug", "debug"), ("error", "error")),
     "log_format": (("json", "json"), ("json", "json")),
+    "otlp_endpoint": (
+        ("http://localhost:4318", "http://localhost:4318"),
+        ("https://[::1]:4318/a/v1/traces", "https://[::1]:4318/a/v1/traces"),
+    ),
     "metrics_prefix": (("vllm:", "vllm:"), ("a_1", "a_1")),
 }
 # For each setting: texts that are rejected.
@@ -141,6 +145,20 @@ INVALID: dict[str, list[str]] = {
     "allow_runtime_lora_updating": ["maybe", "2"],
     "log_level": ["INFO", "trace"],
     "log_format": ["text"],
+    "otlp_endpoint": [
+        "localhost:4318",
+        "grpc://localhost:4317",
+        "http://",
+        "http://a:0",
+        "http://a:65536",
+        "http://a:x",
+        "http://[::1",
+        "http://user:secret@a",
+        "http://a?b=c",
+        "http://a#b",
+        "http://a/b c",
+        "",
+    ],
     "metrics_prefix": ["1a", "a-b", ""],
 }
 

@@ -41,6 +41,7 @@ class ChatEndpoint:
 
     noun = "messages"
     id_prefix = "chatcmpl-"
+    operation = "chat"
 
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
         return "max_tokens" if body.max_completion_tokens in (None, NO_LIMIT) else "max_completion_tokens"

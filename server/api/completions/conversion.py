@@ -20,6 +20,7 @@ class CompletionEndpoint:
 
     noun = "prompt"
     id_prefix = "cmpl-"
+    operation = "text_completion"
 
     def max_tokens_field(self, body: CompletionRequest) -> str:
         return "max_tokens"

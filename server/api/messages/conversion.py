@@ -305,6 +305,7 @@ class MessagesEndpoint:
 
     noun = "messages"
     id_prefix = "msg_"
+    operation = "chat"
 
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
         return "max_tokens"

@@ -307,6 +307,10 @@ class OllamaEndpoint(Generic[Body]):
 
     id_prefix = "ollama-"
 
+    @property
+    def operation(self) -> str:
+        return self.inner.operation
+
     def max_tokens_field(self, body: Body) -> str:
         return "options.num_predict"
 

@@ -300,6 +300,7 @@ class ResponsesEndpoint:
 
     noun = "input"
     id_prefix = "resp_"
+    operation = "chat"
 
     def __init__(
         self,

@@ -139,7 +139,7 @@ class ManyTenants(RuleBasedStateMachine):
             assert after > part or total > CAPACITY * 1.5, "the tenant is within its part"
             return None
         assert (total <= CAPACITY) <= (not ended), "a request was ended although there was room"
-        assert all(not request.has_started and request.tenant != tenant for request in ended)
+        assert all(request.started is None and request.tenant != tenant for request in ended)
         return self.holdings.requests[-1]
 
     @rule(request=requests)

@@ -5,8 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from server.generation.choice_delta import ChoiceDelta
-from server.generation.pacing import pace
+from server.generation.choice_delta import ChoiceDelta, pace
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, ask_stream, finish_reasons, stream_texts
 from tests.support.deltas import content

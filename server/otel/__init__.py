@@ -1,0 +1,1 @@
+"""OpenTelemetry: a span for each generation request, sent to `--otlp-endpoint`."""

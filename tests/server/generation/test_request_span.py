@@ -1,0 +1,329 @@
+"""Spans of requests, as a receiver gets them over a socket, with a fake engine. Those of a model are in tests/e2e."""
+
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from opentelemetry.semconv._incubating.metrics import gen_ai_metrics
+from opentelemetry.semconv.attributes import error_attributes, http_attributes
+
+from engine.shared.messages import FinishReason
+from server.generation.request_span import MAX_CHOICES
+from tests.server.conftest import StartServer
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask, ask_json, ask_stream
+from tests.support.fake_engine import FakeEngine
+from tests.support.otlp_receiver import OTLPReceiver, attributes
+from tests.support.serving import RunningServer, wait_until
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+CONVENTIONS = {
+    value
+    for module in (gen_ai_attributes, gen_ai_metrics, error_attributes, http_attributes)
+    for value in vars(module).values()
+    if isinstance(value, str)
+}
+
+
+def one_root(receiver: OTLPReceiver) -> tuple[Span, dict[str, Any]]:
+    """Return the only span of a request, and its attributes."""
+    (root,) = receiver.wait_for_roots()
+    return root, attributes(root.attributes)
+
+
+def check_sum(receiver: OTLPReceiver, root: Span, children: list[Span] | None = None) -> None:
+    """The children follow one another and fill their parent, to the nanosecond."""
+    children = receiver.children(root) if children is None else children
+    assert children[0].start_time_unix_nano == root.start_time_unix_nano
+    assert children[-1].end_time_unix_nano == root.end_time_unix_nano
+    assert all(before.end_time_unix_nano == after.start_time_unix_nano for before, after in pairwise(children))
+    assert all(child.trace_id == root.trace_id and child.kind == Span.SPAN_KIND_INTERNAL for child in children)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request(traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine, stream: bool) -> None:
+    fake_engine.config.num_cached_tokens = 3
+    fake_engine.config.step_seconds = 0.005
+    settings = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": -5, "max_tokens": 20, "presence_penalty": 0.25}
+    headers = {"x-request-id": "mine"}
+    fields = {"model": "tiny", "messages": MESSAGES, "stream": stream} | settings
+    answer = httpx.post(traced.url + CHAT, json=fields, headers=headers)
+    root, found = one_root(receiver)
+    assert (root.name, root.status.code, root.parent_span_id) == ("chat tiny", Status.STATUS_CODE_UNSET, b"")
+    first_token = found.pop("gen_ai.server.time_to_first_token")
+    if stream:
+        assert found.pop("gen_ai.response.time_to_first_chunk") >= first_token
+    answer_id = found.pop("gen_ai.response.id")
+    assert answer_id in answer.text
+    assert found == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "lightwell",
+        "gen_ai.request.model": "tiny",
+        "gen_ai.request.stream": stream,
+        "gen_ai.request.max_tokens": 20,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_k": 7,
+        "gen_ai.request.top_p": 0.9,
+        "gen_ai.request.frequency_penalty": 0.0,
+        "gen_ai.request.presence_penalty": 0.25,
+        "gen_ai.request.seed": -5,
+        "gen_ai.response.model": "tiny",
+        "gen_ai.response.finish_reasons": ["stop"],
+        "gen_ai.usage.input_tokens": len(fake_engine.submits[0].prompt_token_ids),
+        "gen_ai.usage.output_tokens": 14,
+        "gen_ai.usage.cache_read.input_tokens": 3,
+        "http.route": CHAT,
+        "lightwell.request_id": "mine",
+        "lightwell.num_ahead": 0,
+        "lightwell.num_preemptions": 0,
+    }
+    children = receiver.children(root)
+    # The fake engine begins with a choice when it generates its first token.
+    assert [child.name for child in children] == ["tokenizing", "queue", "decode", "writing"]
+    check_sum(receiver, root)
+    before_token = sum(child.end_time_unix_nano - child.start_time_unix_nano for child in children[:2])
+    assert first_token == pytest.approx(1e-9 * before_token, abs=1e-6)
+    assert children[2].end_time_unix_nano - children[2].start_time_unix_nano >= 13 * 5e6  # 13 steps after the first
+
+
+def test_names_are_those_of_the_conventions(
+    traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine
+) -> None:
+    ask_stream(traced.url, CHAT, n=2, top_k=3)
+    ask(traced.url, CHAT, model="other")
+    names = {name for root in receiver.wait_for_roots(2) for name in attributes(root.attributes)}
+    assert {"gen_ai.request.choice.count", "gen_ai.request.top_k", "error.type"} <= names
+    assert {name for name in names if not name.startswith("lightwell.")} <= CONVENTIONS
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "operation"),
+    [
+        (COMPLETIONS, {"prompt": "Hi"}, "text_completion"),
+        (CHAT, {"messages": MESSAGES}, "chat"),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 9}, "chat"),
+        ("/v1/responses", {"input": "Hi"}, "chat"),
+        ("/api/chat", {"messages": MESSAGES}, "chat"),
+        ("/api/generate", {"prompt": "Hi", "raw": True}, "text_completion"),
+    ],
+)
+def test_each_api(traced: RunningServer, receiver: OTLPReceiver, path: str, body: Any, operation: str) -> None:
+    response = httpx.post(traced.url + path, json={"model": "tiny"} | body)
+    assert response.status_code == 200, response.text
+    root, found = one_root(receiver)
+    assert root.name == f"{operation} tiny"
+    assert (found["http.route"], found["gen_ai.operation.name"]) == (path, operation)
+    check_sum(receiver, root)
+
+
+def test_a_response_in_the_background(traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine) -> None:
+    fake_engine.config.step_seconds = 0.01
+    fields = {"model": "tiny", "input": "Hi", "background": True}
+    answer = httpx.post(traced.url + "/v1/responses", json=fields).json()
+    root, found = one_root(receiver)
+    assert (found["gen_ai.response.id"], found["gen_ai.usage.output_tokens"]) == (answer["id"], 14)
+    check_sum(receiver, root)
+
+
+def test_each_choice_has_stages(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    ask_json(traced.url, COMPLETIONS, prompt=["Hi", "Ho"], n=2)
+    root, found = one_root(receiver)
+    assert found["gen_ai.response.finish_reasons"] == ["stop"] * 4
+    *stages, writing = receiver.children(root)
+    assert (writing.name, attributes(writing.attributes)) == ("writing", {})
+    longest = None
+    for prompt, choice in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        name = {"lightwell.prompt": prompt, "lightwell.choice": choice}
+        own = [child for child in stages if attributes(child.attributes) == name]
+        assert [child.name for child in own] == ["tokenizing", "queue", "decode"]
+        assert own[0].start_time_unix_nano == root.start_time_unix_nano
+        if own[-1].end_time_unix_nano == writing.start_time_unix_nano:
+            longest = own
+    assert longest is not None
+    check_sum(receiver, root, [*longest, writing])
+
+
+def test_very_many_choices(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    ask_json(traced.url, COMPLETIONS, prompt=["Hi"] * (MAX_CHOICES + 5))
+    root, found = one_root(receiver)
+    assert len(found["gen_ai.response.finish_reasons"]) == MAX_CHOICES + 5
+    assert sum(child.name == "decode" for child in receiver.children(root)) == MAX_CHOICES
+
+
+def test_a_stop_string(traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine) -> None:
+    """It ends a choice in this process, so the engine reports no end of it."""
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.005
+    ask_json(traced.url, CHAT, stop=["world"])
+    root, found = one_root(receiver)
+    assert found["gen_ai.response.finish_reasons"] == ["stop"]
+    check_sum(receiver, root)
+
+
+# Context from the request.
+
+
+def test_a_trace_that_the_client_has_begun(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    headers = {"traceparent": PARENT, "tracestate": "a=1, b@c=x:y"}
+    httpx.post(traced.url + CHAT, json={"model": "tiny", "messages": MESSAGES}, headers=headers)
+    root, _ = one_root(receiver)
+    assert root.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
+    assert root.parent_span_id.hex() == "b7ad6b7169203331"
+    assert root.trace_state == "a=1,b@c=x:y"
+    check_sum(receiver, root)
+
+
+def test_a_trace_that_is_not_sampled(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    for flags in ("00", "02", "01"):
+        headers = {"traceparent": PARENT[:-2] + flags, "x-request-id": flags}
+        httpx.post(traced.url + CHAT, json={"model": "tiny", "messages": MESSAGES}, headers=headers)
+    root, found = one_root(receiver)
+    assert found["lightwell.request_id"] == "01"
+    assert len(receiver.spans) == 1 + len(receiver.children(root))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["", "x", PARENT[:-1], PARENT + "0", PARENT.upper(), PARENT + "-00", "ff" + PARENT[2:], "0" + PARENT],
+        [PARENT.replace("0af7651916cd43dd8448eb211c80319c", "0" * 32), PARENT.replace("b7ad6b7169203331", "0" * 16)],
+        ["01" * 4000, "00-" + "\xe9" * 32 + "-b7ad6b7169203331-01"],
+    ],
+)
+def test_invalid_parents_are_ignored(traced: RunningServer, receiver: OTLPReceiver, values: list[str]) -> None:
+    for value in values:
+        headers = [(b"traceparent", value.encode("latin-1")), (b"tracestate", b"a=1")]
+        response = httpx.post(traced.url + COMPLETIONS, json={"prompt": "Hi"}, headers=headers)
+        assert response.status_code == 200
+    roots = receiver.wait_for_roots(len(values))
+    assert len({root.trace_id for root in roots}) == len(values)
+    assert all(root.parent_span_id == b"" and root.trace_state == "" for root in roots)
+
+
+def test_two_parents_are_none(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    headers = [("traceparent", PARENT), ("traceparent", PARENT)]
+    httpx.post(traced.url + COMPLETIONS, json={"prompt": "Hi"}, headers=headers)
+    assert one_root(receiver)[0].parent_span_id == b""
+
+
+@pytest.mark.parametrize("state", ["", "=", "a", "a=1,a=2", "A=1", "a=\xe9", ",".join(f"k{n}=1" for n in range(40))])
+def test_an_invalid_state_is_ignored(traced: RunningServer, receiver: OTLPReceiver, state: str) -> None:
+    headers = [(b"traceparent", PARENT.encode()), (b"tracestate", state.encode("latin-1"))]
+    httpx.post(traced.url + COMPLETIONS, json={"prompt": "Hi"}, headers=headers)
+    root, _ = one_root(receiver)
+    assert (root.parent_span_id.hex(), root.trace_state) == ("b7ad6b7169203331", "")
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"model": "other"}, "model_not_found"),
+        ({"min_tokens": 9, "max_tokens": 8}, "invalid_value"),
+        ({"prompt": "x" * 3000}, "context_length_exceeded"),
+    ],
+)
+def test_a_refused_request(traced: RunningServer, receiver: OTLPReceiver, fields: dict[str, Any], error: str) -> None:
+    assert ask(traced.url, COMPLETIONS, **fields).status_code in (400, 404)
+    root, found = one_root(receiver)
+    assert (root.name, root.status.code, root.status.message) == ("text_completion", Status.STATUS_CODE_ERROR, "")
+    assert found["error.type"] == error
+    assert receiver.children(root) == []
+    assert root.end_time_unix_nano >= root.start_time_unix_nano
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_request(traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine, stream: bool) -> None:
+    fake_engine.config.fail_request = True
+    ask(traced.url, CHAT, stream=stream)
+    root, found = one_root(receiver)
+    assert root.status.code == Status.STATUS_CODE_ERROR
+    assert found["error.type"] == "server_error"
+    assert found["gen_ai.response.finish_reasons"] == ["error"]
+    check_sum(receiver, root)
+    assert b"a secret of the engine" not in receiver.requests[0].SerializeToString()
+
+
+def test_a_failed_response_in_the_background(
+    traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine
+) -> None:
+    fake_engine.config.fail_request = True
+    httpx.post(traced.url + "/v1/responses", json={"model": "tiny", "input": "Hi", "background": True})
+    root, found = one_root(receiver)
+    assert (root.status.code, found["error.type"]) == (Status.STATUS_CODE_ERROR, "server_error")
+
+
+def test_a_full_queue(start_traced: StartServer, receiver: OTLPReceiver, fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless, fake_engine.config.max_num_seqs = True, 1
+    fake_engine.config.step_seconds = 0.01
+    server = start_traced(max_queued_requests=1)
+    fields = {"prompt": "Hi", "max_tokens": 1000, "n": 2, "stream": True}
+    with httpx.stream("POST", server.url + COMPLETIONS, json=fields):
+        assert ask(server.url, CHAT).status_code == 429
+        root, found = one_root(receiver)
+    assert (root.status.code, found["error.type"]) == (Status.STATUS_CODE_ERROR, "rate_limit_exceeded")
+    assert receiver.children(root) == []
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_a_client_that_leaves(
+    traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine, num_tokens: int
+) -> None:
+    """That is no error. The last stage is the one that its request was in."""
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    fake_engine.config.num_prompt_steps = 0 if num_tokens else 10_000
+    fields = {"prompt": "Hi", "max_tokens": 1000, "stream": True}
+    if num_tokens:
+        with httpx.stream("POST", traced.url + COMPLETIONS, json=fields) as stream:
+            lines = stream.iter_lines()
+            for _ in range(num_tokens):
+                next(lines)
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(traced.url + COMPLETIONS, json=fields, timeout=1)
+    root, found = one_root(receiver)
+    wait_until(lambda: traced.engine.num_choices == 0)
+    assert (root.status.code, "error.type" in found) == (Status.STATUS_CODE_UNSET, False)
+    assert found["gen_ai.response.finish_reasons"] == [FinishReason.ABORT.value]
+    assert receiver.children(root)[-1].name == ("decode" if num_tokens else "prefill")
+    check_sum(receiver, root)
+
+
+# Privacy.
+
+
+def test_no_text_and_no_key_is_in_a_span(start_traced: StartServer, receiver: OTLPReceiver) -> None:
+    server = start_traced(api_key=("sk-secret", "sk-other"), admin_key="sk-admin")
+    secret = "xylophone"
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "system", "content": secret}, {"role": "user", "content": secret, "name": secret}],
+        "stop": [secret],
+        "user": secret,
+        "metadata": {"a": secret},
+        "response_format": {"type": "json_schema", "json_schema": {"name": secret, "schema": {"const": secret}}},
+        "tools": [{"type": "function", "function": {"name": secret, "description": secret}}],
+        "cache_salt": secret,
+        secret: secret,
+    }
+    headers = {"authorization": "Bearer sk-secret", "user-agent": secret, "cookie": secret, "baggage": f"a={secret}"}
+    responses = [
+        httpx.post(f"{server.url}{path}?{secret}", json=body | fields, headers=headers)
+        for path, fields in ((CHAT, {}), (CHAT, {"stream": True}), (CHAT, {"logit_bias": {secret: 1}}))
+    ]
+    assert [response.status_code for response in responses[:2]] == [200, 200]
+    roots = receiver.wait_for_roots(2)
+    assert {attributes(root.attributes)["lightwell.key"] for root in roots} == {"key-1"}
+    sent = b"".join(request.SerializeToString() for request in receiver.requests)
+    for text in (secret, "sk-secret", "sk-other", "sk-admin", "Hello", "127.0.0.1"):
+        assert text.encode() not in sent
+
+
+def test_without_keys_no_client_is_named(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    ask_json(traced.url, CHAT)
+    _, found = one_root(receiver)
+    assert "lightwell.key" not in found
+    assert "127.0.0.1" not in str(found)

@@ -1,0 +1,282 @@
+"""What the receiver of spans does, and what the environment says. No request is slower or fails because of it."""
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from starlette.datastructures import Headers
+
+from server.otel import tracer
+from server.otel.tracer import CLOSE_SECONDS, Tracer
+from tests.server.conftest import StartServer
+from tests.support.clients import CHAT, ask_json
+from tests.support.otlp_receiver import OTLPReceiver, Reply, accept, attributes
+from tests.support.serving import RunningServer, wait_until
+
+EXPORT_SECONDS = 10  # after which the SDK gives up a batch
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == tracer.__name__]
+
+
+def record(spans: Tracer, name: str = "chat", headers: Headers | None = None) -> None:
+    now = time.monotonic()
+    spans.record(name, headers or Headers(), {"a": 1}, [], start=now - 1, end=now, is_error=False)
+
+
+def status(code: int, **headers: str) -> Reply:
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("content-length", "0")
+        handler.end_headers()
+
+    return reply
+
+
+def nonsense(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(os.urandom(1000))
+    handler.close_connection = True
+
+
+def hang_up(handler: BaseHTTPRequestHandler) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize(
+    "reply", [status(500), status(404), status(429, retry_after="100000"), status(503), nonsense, hang_up]
+)
+def test_a_receiver_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+    start_traced: StartServer,
+    receiver: OTLPReceiver,
+    reply: Reply,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its spans may be lost; later ones arrive when it works again. Each kind of failure is logged once."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2.5")  # seconds in which a batch is tried again
+    traced = start_traced()
+    receiver.reply = reply
+    for _ in range(3):
+        count = len(receiver.requests)
+        ask_json(traced.url, CHAT)
+        wait_until(lambda count=count: len(receiver.requests) > count, 30)
+    wait_until(lambda: any("OpenTelemetry" in message for message in messages(caplog)), 30)
+    receiver.reply = accept
+    receiver.requests.clear()
+    ask_json(traced.url, CHAT)
+    receiver.wait_for_roots()
+    failures = [message for message in messages(caplog) if "OpenTelemetry" in message]
+    assert len(failures) == len({message.split("retrying in")[0] for message in failures}) <= 2
+
+
+def test_an_endless_answer_is_not_read(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    closed = threading.Event()
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(bytes(1 << 16))
+        except OSError:
+            closed.set()
+
+    receiver.reply = reply
+    ask_json(traced.url, CHAT)
+    assert closed.wait(30)
+    receiver.reply = accept
+    ask_json(traced.url, CHAT)
+    receiver.wait_for_roots(2)
+
+
+def test_nobody_listens(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    server = start_server(otlp_endpoint=f"http://127.0.0.1:{port}")
+    for _ in range(20):
+        ask_json(server.url, CHAT)
+    wait_until(lambda: any("refused" in message for message in messages(caplog)), 30)
+    assert len(messages(caplog)) <= 3, "the address, and at most two failures"
+
+
+def test_a_receiver_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, start_traced: StartServer, receiver: OTLPReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requests go on, and the queue stays bounded: the oldest spans are dropped, and a line says so."""
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8")
+    server, released = start_traced(), threading.Event()
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        released.wait(60)
+        accept(handler)
+
+    receiver.reply = reply
+    for _ in range(30):
+        ask_json(server.url, CHAT)
+    assert len(receiver.requests) <= 2
+    released.set()
+    wait_until(lambda: len(receiver.spans) >= 24, 30)
+    time.sleep(0.2)
+    assert len(receiver.spans) <= 3 * 8 + 16, "the batches that were sent meanwhile, and the queue"
+    assert [message for message in messages(caplog) if "Queue full" in message] == [
+        "OpenTelemetry: Queue full, dropping Span."
+    ]
+
+
+def test_messages_are_repeated_after_a_while(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler, sdk = tracer._SeldomHandler(), logging.Logger("opentelemetry.x")
+    sdk.addHandler(handler)
+    moments = iter([0.0, 1.0, 599.0, 600.0, 601.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
+    for number in range(5):
+        sdk.warning("number %d", number)
+    assert messages(caplog) == ["OpenTelemetry: number 0", "OpenTelemetry: number 3"]
+
+
+# Shutdown.
+
+
+def test_the_last_spans_are_sent_at_the_end(monkeypatch: pytest.MonkeyPatch, receiver: OTLPReceiver) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    spans = Tracer(receiver.url)
+    record(spans)
+    asyncio.run(spans.close())
+    assert [span.name for span in receiver.spans] == ["chat"]
+
+
+def test_the_end_does_not_wait_for_a_receiver_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, receiver: OTLPReceiver
+) -> None:
+    released = threading.Event()
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        released.wait(60)
+
+    receiver.reply = reply
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    spans = Tracer(receiver.url)
+    record(spans)
+    wait_until(lambda: bool(receiver.requests), 30)
+    record(spans)
+    started = time.monotonic()
+    asyncio.run(spans.close())
+    assert CLOSE_SECONDS <= time.monotonic() - started < EXPORT_SECONDS
+    released.set()
+
+
+# The environment.
+
+
+@pytest.mark.parametrize(
+    ("suffix", "path"),
+    [("", "/v1/traces"), ("/", "/v1/traces"), ("/a/b/", "/a/b/v1/traces"), ("/a/v1/traces", "/a/v1/traces")],
+)
+def test_the_path(receiver: OTLPReceiver, suffix: str, path: str) -> None:
+    spans = Tracer(receiver.url + suffix)
+    record(spans)
+    asyncio.run(spans.close())
+    assert receiver.paths == [path]
+
+
+def test_headers_and_names(monkeypatch: pytest.MonkeyPatch, receiver: OTLPReceiver) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-token=a%20b,other=c")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "my-models")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test,service.version=7")
+    spans = Tracer(receiver.url)
+    record(spans)
+    asyncio.run(spans.close())
+    assert (receiver.headers[0]["x-token"], receiver.headers[0]["other"]) == ("a b", "c")
+    resource = receiver.resource
+    assert resource["service.name"] == "my-models"
+    assert resource["deployment.environment.name"] == "test"
+    assert resource["service.version"] == "7"
+
+
+def test_default_names(receiver: OTLPReceiver) -> None:
+    spans = Tracer(receiver.url)
+    record(spans)
+    asyncio.run(spans.close())
+    assert (receiver.resource["service.name"], receiver.resource["service.version"]) == ("lightwell", "0.1.0")
+    scope = receiver.requests[0].resource_spans[0].scope_spans[0].scope
+    assert (scope.name, scope.version) == ("lightwell", "0.1.0")
+
+
+def test_a_sampler(monkeypatch: pytest.MonkeyPatch, receiver: OTLPReceiver) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    spans = Tracer(receiver.url)
+    record(spans, "alone")
+    record(spans, "child", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    asyncio.run(spans.close())
+    assert [span.name for span in receiver.spans] == ["child"]
+
+
+def test_invalid_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "0")
+    with pytest.raises(ValueError, match="max_queue_size must be a positive integer"):
+        Tracer("http://127.0.0.1:9")
+
+
+# Whatever the headers are.
+
+
+@pytest.fixture(scope="module")
+def spans() -> Iterator[tuple[Tracer, OTLPReceiver]]:
+    with OTLPReceiver() as receiver:
+        spans = Tracer(receiver.url)
+        yield spans, receiver
+        asyncio.run(spans.close())
+
+
+HEX = st.text("0123456789abcdef", min_size=1, max_size=32)
+PARENTS = st.builds(
+    "-".join, st.tuples(st.sampled_from(["00", "01", "ff", "0"]), HEX, HEX, st.sampled_from(["01", "1"]))
+)
+LATIN = st.text(st.characters(max_codepoint=255), max_size=600)
+
+
+@given(parent=PARENTS | LATIN, state=LATIN | st.builds(",".join, st.lists(LATIN, max_size=40)))
+def test_any_headers(spans: tuple[Tracer, OTLPReceiver], parent: str, state: str) -> None:
+    headers = Headers(raw=[(b"traceparent", parent.encode("latin-1")), (b"tracestate", state.encode("latin-1"))])
+    record(spans[0], "any", headers)
+
+
+def test_spans_of_any_headers_can_be_sent(spans: tuple[Tracer, OTLPReceiver]) -> None:
+    record(spans[0], "last")
+    processor = spans[0]._provider._active_span_processor._span_processors[0]
+    assert isinstance(processor, BatchSpanProcessor)
+    wait_until(lambda: any(span.name == "last" for span in spans[1].spans), 30)
+    assert all(attributes(span.attributes) == {"a": 1} for span in spans[1].spans)
+
+
+# Without it.
+
+WITHOUT = """
+import pkgutil, sys
+import server
+for module in pkgutil.walk_packages(server.__path__, "server."):
+    if module.name not in ("server.otel.tracer", "server.settings.__main__", "server.cli.__main__"):
+        __import__(module.name)
+print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter", "google."))])
+"""
+
+
+def test_nothing_is_imported_without_it() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "[]\n"
