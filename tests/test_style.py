@@ -42,7 +42,6 @@ TESTED_ELSEWHERE = {
     "engine/grammar/compiler.py": "tests/engine/grammar/test_matcher.py",
     "engine/inspection/attention_weights.py": "tests/engine/inspection/test_inspector.py",
     "engine/inspection/borrowed_blocks.py": "tests/engine/inspection/test_inspector.py",
-    "engine/inspection/layers.py": "tests/engine/inspection/test_inspector.py",
     "engine/inspection/sampling.py": "tests/engine/inspection/test_inspector.py",
     "engine/kernels/cpu/c_structs.py": "tests/engine/kernels/cpu/test_library.py",
     "engine/kernels/cpu/heads.py": "tests/parity/test_model_families.py",

@@ -320,11 +320,12 @@ def test_conversations_are_kept(page: Page, real_server: ServerProcess) -> None:
     assert [message["role"] for message in exported["messages"]] == ["user", "assistant"]
     page.get_by_label("Import conversations").first.set_input_files(download.value.path())
     expect(names).to_have_text(["Second", "Second", "First"])
-    for wrong in (
+    wrong_files: list[dict[str, Any]] = [
         {},
         exported | {"settings": {}},
         exported | {"messages": [{"id": "1", "role": "user", "content": 1}]},
-    ):
+    ]
+    for wrong in wrong_files:
         file: Any = {"name": "a.json", "mimeType": "application/json", "buffer": json.dumps(wrong).encode()}
         page.get_by_label("Import conversations").first.set_input_files(file)
         expect(page.get_by_role("alert")).to_contain_text("a.json is no conversation")
