@@ -109,6 +109,17 @@ def test_an_answer(page: Page, real_server: ServerProcess) -> None:
     expect(page.get_by_role("link", name=PROMPT)).to_have_attribute("aria-current", "page")
 
 
+def test_an_answer_links_to_the_other_views(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters=GREEDY)
+    send(page)
+    links = wait_for_answer(page).locator(".other-views a")
+    views = page.get_by_role("navigation", name="Views").get_by_role("link").all_inner_texts()
+    texts = [{"Requests": "Request"}.get(view, view) for view in ("Tokens", "Inside", "Requests") if view in views]
+    expect(links).to_have_text(texts)
+    for link in links.all():
+        assert "chatcmpl-" in (link.get_attribute("href") or "")
+
+
 def test_stop_and_continue(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters=ENDLESS)
     send(page)

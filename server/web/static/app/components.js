@@ -21,7 +21,7 @@ const ICONS = {
   right: "M9 5l7 7-7 7",
   send: "M12 20V5m0 0l-6 6m6-6l6 6",
   settings: "M4 7h9m5 0h2M4 17h2m5 0h9M13 7a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0M6 17a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0",
-  stop: "M6.5 6.5h11v11h-11zM8.5 8.5h7v7h-7zM10.5 10.5h3v3h-3z",
+  stop: "M7 7h10v10H7z",
   sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2m0 16v2M2 12h2m16 0h2M5 5l1.5 1.5m11 11L19 19M5 19l1.5-1.5m11-11L19 5",
   upload: "M12 16V5m0 0l-4 4m4-4l4 4M5 20h14",
   trash: "M5 7h14M10 7V4h4v3m-7 0l1 13h8l1-13",
@@ -29,7 +29,7 @@ const ICONS = {
 
 /** @param {{name: string}} props */
 export const Icon = ({ name }) => html`
-  <svg class="icon" viewBox="0 0 24 24" width="20" height="20" aria-hidden="true"><path d=${ICONS[name]} /></svg>
+  <svg class="icon" viewBox="0 0 24 24" width="20" height="20" aria-hidden="true"><path d=${ICONS[name]} fill=${name === "stop" ? "currentColor" : undefined} /></svg>
 `;
 
 /**

@@ -122,7 +122,8 @@ function OtherViews({ id }) {
     { view: "inside", text: "Inside", link: linkTo("inside", { params: { id } }) },
     { view: "requests", text: "Request", link: linkTo("requests", { id }) },
   ].filter(({ view }) => viewNames.value.includes(view));
-  return html`<span class="other-views">${links.map(({ text, link }) => html`<a href=${link}>${text}</a>`)}</span>`;
+  if (links.length === 0) return null;
+  return html`<span class="other-views">Look closer: ${links.map(({ text, link }) => html`<a href=${link}>${text}</a>`)}</span>`;
 }
 
 /** @param {import("./store.js").Answer} report */
