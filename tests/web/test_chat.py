@@ -371,6 +371,19 @@ def test_the_oldest_conversations_make_room(page: Page, real_server: ServerProce
     assert "lightwell-chat:c50" not in kept
 
 
+def test_a_conversation_that_is_too_large_drops_no_other(page: Page, real_server: ServerProcess) -> None:
+    open_chat(page, real_server, parameters={"max_completion_tokens": 1})
+    send(page)
+    wait_for_answer(page)
+    page.get_by_role("link", name="New chat").click()
+    answer_with(page, stream({"content": "x" * 4_000_000}))
+    send(page, "Much")
+    wait_for_answer(page)
+    expect(page.get_by_role("alert")).to_contain_text("no room to keep the conversation")
+    page.reload()
+    expect(page.get_by_role("link", name=PROMPT)).to_be_visible()
+
+
 def test_text_files(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters={"max_completion_tokens": 1})
     box(page).fill("Explain this.")

@@ -49,6 +49,9 @@ const MAX_CONVERSATIONS = 200;
 const MAX_CHARACTERS = 4e6; // browsers keep about 5 million for a site
 const TITLE_LENGTH = 60;
 
+/** @type {Map<string, number>} */
+const sizes = new Map(); // characters that each conversation takes, by id
+
 /** All conversations, the one changed last first. */
 export const conversations = signal(readAll());
 /** Why conversations are not kept, or "". */
@@ -193,20 +196,26 @@ function put(conversation) {
  */
 function write(conversation) {
   const text = JSON.stringify(conversation);
-  let room = MAX_CHARACTERS - text.length;
+  const isTooLarge = text.length > MAX_CHARACTERS; // then it is not kept, and no other one is dropped for it
+  sizes.set(conversation.id, text.length);
+  let room = MAX_CHARACTERS - (isTooLarge ? 0 : text.length);
   for (const [index, { id }] of conversations.value.entries()) {
     if (id === conversation.id) continue;
-    room -= attempt(() => localStorage.getItem(PREFIX + id)?.length) ?? 0;
+    room -= sizes.get(id) ?? 0;
     if (room < 0 || index >= MAX_CONVERSATIONS) remove(id);
   }
-  const isKept = room >= 0 || text.length <= MAX_CHARACTERS ? attempt(() => (localStorage.setItem(PREFIX + conversation.id, text), true)) : false;
+  const isKept = !isTooLarge && attempt(() => (localStorage.setItem(PREFIX + conversation.id, text), true));
   storageProblem.value = isKept ? "" : "This browser has no room to keep the conversation: it is lost when the page is closed.";
 }
 
 /** @returns {Conversation[]} */
 function readAll() {
   const names = attempt(() => Object.keys(localStorage).filter((name) => name.startsWith(PREFIX))) ?? [];
-  const found = names.map((name) => attempt(() => JSON.parse(localStorage.getItem(name) ?? "null")));
+  const found = names.map((name) => {
+    const text = attempt(() => localStorage.getItem(name)) ?? "null";
+    sizes.set(name.slice(PREFIX.length), text.length);
+    return attempt(() => JSON.parse(text));
+  });
   return found.filter(isConversation).sort((a, b) => b.updated - a.updated);
 }
 
