@@ -162,6 +162,7 @@ def test_branches(page: Page, real_server: ServerProcess) -> None:
     page.get_by_role("textbox", name="Edit the message").fill("Rome")
     page.get_by_role("button", name="Save").click()
     expect(answers(page).locator(".markdown")).to_have_text("Rome")
+    expect(answers(page).locator(".other-views")).to_have_count(0)  # no request has written this
     body = sent(page, lambda: send(page, "Sure?"))
     assert [message["content"] for message in body["messages"]] == [PROMPT, "Rome", "Sure?"]
 

@@ -172,7 +172,7 @@ function Editor({ conversation, message, onEnd }) {
     const { parent, role } = message;
     const id = addMessage(conversation.id, { parent, role, content });
     if (isUser) answer(conversation.id, id);
-    else updateMessage(conversation.id, id, { answer: message.answer && { ...message.answer, error: null, finish: "edited", tokens: 0, promptTokens: null } });
+    else updateMessage(conversation.id, id, { answer: message.answer && { ...message.answer, id: undefined, error: null, finish: "edited", tokens: 0, promptTokens: null } });
   };
   const cancelOnEscape = (/** @type {KeyboardEvent} */ event) => event.key === "Escape" && onEnd();
   return html`
