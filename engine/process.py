@@ -117,7 +117,7 @@ class EngineLoop:
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
         for abort in self.connections.send_outputs(refused + events, self.engine.stats(), num_tokens, started):
             self.engine.abort(abort.request_id, abort.index)
-        if self.inspector.has_work and (answer := self.inspector.advance(step_seconds)) is not None:
+        if self.inspector.has_work and (answer := self.inspector.advance_after(step_seconds)) is not None:
             self.reply(*answer)
 
     def handle(self, identity: bytes, message: ToEngine | Damaged) -> None:

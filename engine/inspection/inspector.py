@@ -48,7 +48,7 @@ from engine.shared.records import (
 
 MAX_ROWS = 64  # that are computed at once
 MAX_PRODUCTS = 1 << 19  # of queries and keys of a layer that are computed at once
-SHARE_OF_STEP = 0.1  # of the time of a step that may be spent after it
+SHARE_OF_STEPS = 0.05  # of the time of steps that may be spent between them
 IDLE_SECONDS = 0.005  # that may be spent before messages are received, if there are no steps
 DEFAULT_POSITIONS = 16  # the last ones of a request
 
@@ -109,6 +109,7 @@ class Inspector:
         self._identity = b""
         self._question: Inspect | None = None
         self._slices: Generator[None, None, Inspected] | None = None
+        self._seconds = 0.0  # that slices may take now; negative: they have taken too long
 
     @property
     def has_work(self) -> bool:
@@ -121,15 +122,19 @@ class Inspector:
         self._identity, self._question, self._slices = identity, question, self._inspect(question)
         return None
 
-    @torch.inference_mode()
-    def advance(self, step_seconds: float | None) -> tuple[bytes, Inspected | ReadFailed] | None:
-        """Run slices for a part of the time of the last step; None: there was none.
+    def advance_after(self, step_seconds: float | None) -> tuple[bytes, Inspected | ReadFailed] | None:
+        """Run slices for a share of the time of steps. `step_seconds` is that of the last one; None: there was none."""
+        started = time.monotonic()
+        self._seconds = IDLE_SECONDS if step_seconds is None else self._seconds + SHARE_OF_STEPS * step_seconds
+        reply = self.advance(self._seconds) if self._seconds > 0 else None
+        self._seconds = min(0.0, self._seconds - (time.monotonic() - started))  # what is too much, later ones wait for
+        return reply
 
-        Return the answer and who asked for it, once it is complete.
-        """
+    @torch.inference_mode()
+    def advance(self, seconds: float) -> tuple[bytes, Inspected | ReadFailed] | None:
+        """Run slices for so many seconds, at least one. Return the answer and who asked for it, once it is complete."""
         if self._slices is None or self._question is None:
             return None
-        seconds = IDLE_SECONDS if step_seconds is None else SHARE_OF_STEP * step_seconds
         answer = _run(self._slices, self._question, time.monotonic() + seconds)
         if answer is None:
             return None

@@ -16,6 +16,8 @@ from engine.runner import ModelRunner
 from engine.scheduling.request import Request, Step
 from engine.shared.records import Inspect, LayerView
 
+DIGITS = 6  # after the point: float32 has about as many, and further ones would make answers twice as long
+
 Pairs = list[tuple[int, float]]  # of a token, a position or an expert and its number
 
 
@@ -117,4 +119,5 @@ def top_pairs(values: Tensor, num_top: int, *, above: float = float("-inf")) -> 
     """Return the columns of the largest values of each row [R, C] with these, but only values greater than `above`."""
     largest = values.topk(min(num_top, values.shape[1]), dim=-1)
     rows = zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
-    return [[pair for pair in zip(*row, strict=True) if pair[1] > above] for row in rows]
+    pairs = (zip(*row, strict=True) for row in rows)
+    return [[(column, round(value, DIGITS)) for column, value in row if value > above] for row in pairs]

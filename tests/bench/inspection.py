@@ -7,10 +7,13 @@ figures are the median and the 99th percentile of the times between two tokens o
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -29,7 +32,7 @@ def main() -> int:
     load = LoadOptions(
         url="",
         model=MODEL_NAME,
-        num_requests=3 * arguments.streams,
+        num_requests=8 * arguments.streams,
         concurrency=arguments.streams,
         input_len=64,
         output_len=128,
@@ -44,11 +47,11 @@ def main() -> int:
         for number in range(arguments.rounds):
             for is_inspected in (number % 2 == 0, number % 2 == 1):
                 console.print(f"round {number + 1}, {'beside an inspection' if is_inspected else 'alone'} ...")
-                with Inspecting(url if is_inspected else None) as inspecting:
+                with inspecting(url if is_inspected else None) as num_answers:
                     report = run_benchmark(replace(load, url=url, seed=number + 1))
                 assert report.inter_token_latency_ms is not None, report.errors
                 (beside if is_inspected else alone).append(report.inter_token_latency_ms)
-                counts += [inspecting.num_answers] if is_inspected else []
+                counts += num_answers
     print_table(alone, beside, counts)
     return 0
 
@@ -75,33 +78,36 @@ def generate(url: str) -> None:
     response.raise_for_status()
 
 
-class Inspecting:
-    """A thread that inspects the 16 last positions of a request, again and again."""
+@contextmanager
+def inspecting(url: str | None) -> Iterator[list[int]]:
+    """Inspect the 16 last positions of a request again and again, in a process of its own.
 
-    def __init__(self, url: str | None) -> None:
-        self.num_answers = 0
-        self._url = url
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+    At the end, the list has the number of answers. Without a URL, nothing happens.
+    """
+    counts: list[int] = []
+    if url is None:
+        yield counts
+        return
+    processes = multiprocessing.get_context("spawn")
+    is_done, num_answers = processes.Event(), processes.Value("i", 0)
+    process = processes.Process(target=inspect_again, args=(url, is_done, num_answers))
+    process.start()
+    yield counts
+    is_done.set()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError("an inspection has failed")
+    counts.append(num_answers.value)
 
-    def __enter__(self) -> "Inspecting":
-        if self._url is not None:
-            self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._url is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        with httpx.Client(base_url=self._url or "", timeout=120) as client:
-            while not self._stop.is_set():
-                response = client.post("/lightwell/v1/inspect", json={"id": INSPECTED})
-                response.raise_for_status()
-                if not response.json()["is_equal"]:
-                    raise AssertionError("another token than the one that was sent")
-                self.num_answers += 1
+def inspect_again(url: str, is_done: Any, num_answers: Any) -> None:
+    with httpx.Client(base_url=url, timeout=120) as client:
+        while not is_done.is_set():
+            response = client.post("/lightwell/v1/inspect", json={"id": INSPECTED})
+            response.raise_for_status()
+            if not response.json()["is_equal"]:
+                raise AssertionError("another token than the one that was sent")
+            num_answers.value += 1
 
 
 def print_table(alone: list[Summary], beside: list[Summary], counts: list[int]) -> None:

@@ -4,6 +4,7 @@ Prompts are compared for models of several families, in float32, on the kernels 
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.inspection.inspector import Inspector
+from engine.inspection.inspector import SHARE_OF_STEPS, Inspector
 from engine.loading import LoadedModel, load_model
 from engine.model.observation import Observation
 from engine.scheduling.request import Step
@@ -58,7 +59,7 @@ def ask(inspector: Inspector, **fields: Any) -> Inspected:
     """Return the answer to a question, with no steps in between."""
     question = Inspect(**{"read_id": 7, "max_positions": 128, "max_end": 4096, "top": TOP} | fields)
     assert inspector.begin(b"api", question) is None
-    while (reply := inspector.advance(None)) is None:
+    while (reply := inspector.advance(1.0)) is None:
         pass
     identity, answer = reply
     assert identity == b"api"
@@ -313,6 +314,26 @@ def test_a_cached_beginning_is_not_computed_again(
     assert computed[0][0] == 0
 
 
+def test_slices_take_a_share_of_the_time_of_steps(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    inspector = Inspector(new_engine(models("llama3", "default")[0]))
+    ask(inspector, prompt_token_ids=random_prompt(64))  # prepares the model
+    question = Inspect(prompt_token_ids=random_prompt(64), max_positions=64, max_end=4096, top=3)
+    assert inspector.begin(b"api", question) is None
+    spent, num_steps, num_pauses, step_seconds = 0.0, 0, 0, 0.002
+    while True:
+        num_steps += 1
+        started = time.monotonic()
+        reply = inspector.advance_after(step_seconds)
+        spent += (seconds := time.monotonic() - started)
+        num_pauses += seconds < 1e-5
+        if reply is not None:
+            break
+    assert spent < SHARE_OF_STEPS * step_seconds * num_steps + 0.1  # a slice may be late on a busy machine
+    assert num_pauses > num_steps / 10
+    assert inspector.begin(b"api", question) is None
+    assert inspector.advance_after(None) is None or not inspector.has_work
+
+
 # Refusals.
 
 
@@ -323,7 +344,7 @@ def test_one_at_a_time(models: Callable[[str, str], tuple[LoadedModel, Any]]) ->
     refusal = inspector.begin(b"other", question)
     assert refusal is not None
     assert refusal.problem is InspectionProblem.BUSY
-    while inspector.advance(None) is None:
+    while inspector.advance(1.0) is None:
         pass
     assert not inspector.has_work
     assert ask(inspector, prompt_token_ids=[1, 2]).problem is None
@@ -368,7 +389,7 @@ def test_a_fault_ends_the_inspection_alone(
         patch.setattr("engine.inspection.layers.attention_weights", lambda *args: 1 / 0)
         question = Inspect(read_id=3, prompt_token_ids=[1, 2], max_positions=64, max_end=4096, top=3)
         assert inspector.begin(b"api", question) is None
-        while (reply := inspector.advance(None)) is None:
+        while (reply := inspector.advance(1.0)) is None:
             pass
         assert reply == (b"api", ReadFailed(3))
     assert ask(inspector, prompt_token_ids=[1, 2]).problem is None
