@@ -86,7 +86,7 @@ export function AttentionMap() {
   return html`
     <canvas class="map" ref=${canvas} style=${{ height: `${columns.value.length * ROW}px` }} role="img" aria-label=${description(tokens, rowOf(cursor.value))}
       onPointerMove=${point} onPointerLeave=${() => setPointed(null)}></canvas>
-    <p class="hint readout">${pointed ? readout(tokens, weights, pointed) : "Rows look at columns: point at a cell to read it."}</p>
+    <p class="hint pointed-at">${pointed ? readout(tokens, weights, pointed) : "Rows look at columns: point at a cell to read it."}</p>
   `;
 }
 

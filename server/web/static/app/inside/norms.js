@@ -25,11 +25,11 @@ export function Norms({ layers }) {
     <div class="norms">
       <svg viewBox="0 0 ${WIDTH} ${HEIGHT}" preserveAspectRatio="none" role="img" aria-label=${description(layers)}>
         ${ticks.map((tick) => html`<line class="tick" x1="0" x2=${WIDTH} y1=${y(tick)} y2=${y(tick)} />`)}
-        <line class="mark" x1=${x(layer.value)} x2=${x(layer.value)} y1="0" y2=${HEIGHT} />
+        <line class="here" x1=${x(layer.value)} x2=${x(layer.value)} y1="0" y2=${HEIGHT} />
         ${SERIES.map(([name], index) => html`<polyline class=${name} points=${logs[index].map((log, at) => `${x(at)},${y(log)}`).join(" ")} />`)}
       </svg>
-      <p class="axis"><span>layer 1</span><span>logarithmic, ${10 ** low} to ${10 ** high}</span><span>layer ${layers.length}</span></p>
-      <dl class="figures">
+      <p class="norm-axis"><span>layer 1</span><span>logarithmic, ${10 ** low} to ${10 ** high}</span><span>layer ${layers.length}</span></p>
+      <dl class="measures">
         ${SERIES.map(([name, label, read]) => html`<div class=${name}><dt>${label}</dt><dd>${number(read(layers[layer.value]))}</dd></div>`)}
       </dl>
     </div>

@@ -155,7 +155,7 @@ function TokenSpan({ token, index, isShared, isChosen, isReachable }) {
   const probability = logprob === null ? null : Math.exp(logprob);
   const label = `${visible(text)}, ${probability === null ? "no probability" : percent(probability)}`;
   return html`
-    <span class="token ${origin} ${isShared ? "shared" : ""}" role="option" tabindex=${isReachable ? 0 : -1} data-index=${index}
+    <span class="token-span from-${origin} ${isShared ? "shared" : ""}" role="option" tabindex=${isReachable ? 0 : -1} data-index=${index}
       aria-label=${label} aria-selected=${isChosen ? "true" : "false"}
       style=${{ background: probability === null || isShared ? "none" : probabilityColor(probability) }}>${inText(text)}</span>
   `;

@@ -16,7 +16,7 @@ export function Details() {
   const token = place && branchOf(place.branch)?.tokens[place.index];
   const leave = (/** @type {KeyboardEvent} */ event) => {
     if (event.key !== "Escape") return;
-    /** @type {HTMLElement | null} */ (document.querySelector('.token[aria-selected="true"]'))?.focus();
+    /** @type {HTMLElement | null} */ (document.querySelector('.token-span[aria-selected="true"]'))?.focus();
   };
   return html`
     <aside class="card details" aria-label="The token" onKeyDown=${leave}>
@@ -49,7 +49,7 @@ function Figures({ token }) {
   if (bits === null) return html`<p>Nothing comes before the first token, so the model gave it no probability.</p>`;
   const rank = token.alternatives.findIndex(({ logprob }) => logprob <= /** @type {number} */ (token.logprob));
   return html`
-    <dl class="figures">
+    <dl class="measures">
       <div><dt>Probability</dt><dd>${percent(2 ** -bits)}</dd></div>
       <div><dt>Surprise</dt><dd>${number(Math.max(0, bits))} bits</dd></div>
       <div><dt>Entropy, at least</dt><dd>${number(entropy(token) ?? 0)} bits</dd></div>

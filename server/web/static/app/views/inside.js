@@ -65,7 +65,7 @@ function PromptForm() {
           <textarea rows="2" required ...${attributes} value=${prompt} onInput=${(/** @type {any} */ event) => setPrompt(event.target.value)}></textarea>
         `}
       <//>
-      <div class="settings">
+      <div class="fields">
         <${Select} label="The prompt is" value=${kind} options=${[["completion", "a text to go on with"], ["chat", "a message of a chat"]]} onChange=${setKind} />
         <${Slider} label="Tokens to write" value=${maxTokens} min=${1} max=${64} onInput=${setMaxTokens} />
         <${Slider} label="Temperature" value=${temperature} min=${0} max=${2} step=${0.05} onInput=${setTemperature} />

@@ -27,7 +27,7 @@ export default function TokensView() {
       : html`
           <${Legend} />
           <div class="tokens-layout">
-            <div class="branches">
+            <div class="side-by-side">
               ${branches.value.map((branch) => html`<${BranchColumn} key=${branch.number} branch=${branch} isOnly=${branches.value.length === 1} />`)}
             </div>
             <${Details} />
@@ -55,7 +55,7 @@ function PromptForm() {
         `}
       <//>
       <div class="row">
-        <fieldset class="choice">
+        <fieldset class="kinds">
           <legend class="sr">What the prompt is</legend>
           ${[["completion", "Text to go on with"], ["chat", "Message of a chat"]].map(([value, label]) => html`
             <label><input type="radio" name="kind" value=${value} checked=${kind === value} onChange=${() => setKind(/** @type {any} */ (value))} /> ${label}</label>
@@ -66,7 +66,7 @@ function PromptForm() {
       </div>
       <details>
         <summary>Settings of the sampler</summary>
-        <div class="settings"><${Settings} /></div>
+        <div class="fields"><${Settings} /></div>
       </details>
     </form>
   `;
