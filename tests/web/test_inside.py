@@ -86,6 +86,22 @@ def test_a_head_shows_where_it_looks(page: Page, real_server: ServerProcess) -> 
     expect(chart).to_have_attribute("aria-label", re.compile(f"looks most at “[^”]*” at position {position}: "))
 
 
+def test_chosen_experts_are_named(page: Page, real_server: ServerProcess) -> None:
+    def add_experts(route: Route) -> None:
+        response = route.fetch()
+        answer = response.json() | {"num_experts": 16}
+        for position in answer["positions"]:
+            for layer in position["layers"]:
+                layer["experts"] = [[3, 0.625], [11, 0.375]]
+        route.fulfill(response=response, json=answer)
+
+    page.route(INSPECT, add_experts)
+    look_inside(page, real_server)
+    expect(section(page, "Layers")).to_contain_text("The MLP of this layer has 16 experts.")
+    expect(section(page, "Layers").locator(".experts")).to_have_text("Expert 3 62.5 %Expert 11 37.5 %")
+    page.unroute_all(behavior="wait")
+
+
 def test_it_plays_to_the_end(page: Page, real_server: ServerProcess) -> None:
     look_inside(page, real_server, num_tokens=2)
     page.get_by_role("button", name="Play").click()

@@ -35,7 +35,7 @@ export function Player() {
       <input type="range" aria-label="Position" aria-valuetext=${here} min="0" max=${lastCursor.value} value=${cursor.value}
         onInput=${(/** @type {any} */ event) => ((isPlaying.value = false), moveTo(Number(event.target.value)))} />
       <p class="now" aria-live=${isPlaying.value ? "off" : "polite"}>
-        <span class="hint">${here}</span> <${TokenText} text=${tokens[cursor.value]?.token ?? ""} /> <span aria-label="comes">→</span>
+        <span class="hint">${here}</span> <${TokenText} text=${tokens[cursor.value]?.token ?? ""} /> <span aria-hidden="true">→</span><span class="sr">comes</span>
         <${TokenText} text=${tokens[cursor.value + 1]?.token ?? ""} />
       </p>
     </div>

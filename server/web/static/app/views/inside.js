@@ -5,7 +5,7 @@ import { percent } from "../format.js";
 import { AttentionMap, AttentionText, Heads } from "../inside/attention.js";
 import { Lens } from "../inside/lens.js";
 import { Norms } from "../inside/norms.js";
-import { cursor, head, isPlaying, isWriting, layer, numTries, open, problem, reading, readShown, retry, text, write } from "../inside/playback.js";
+import { cursor, head, isPlaying, isWriting, layer, moveTo, numTries, open, problem, reading, readShown, retry, text, write } from "../inside/playback.js";
 import { Player } from "../inside/player.js";
 import { Embedding, FedBack, Ids } from "../inside/text.js";
 import { Refusal } from "../inspection.js";
@@ -44,7 +44,9 @@ function useOpened() {
   const id = params.get("id") ?? "";
   const position = params.has("position") ? Number(params.get("position")) : null;
   useEffect(() => {
-    if (id && model.value !== "") open(id, position);
+    if (id === "" || model.value === "") return;
+    if (id !== text.value?.id) open(id, position);
+    else if (position !== null) moveTo(position);
   }, [id, position, model.value !== ""]);
 }
 
