@@ -65,7 +65,7 @@ export const CandidateBars = ({ candidates, label, action, onChoose }) => html`
       const probability = Math.exp(logprob);
       const content = html`
         <${TokenText} text=${text} />
-        <span class="share" aria-hidden="true"><span style=${{ width: `${100 * probability}%` }}></span></span>
+        <span class="meter" aria-hidden="true"><span style=${{ width: `${100 * probability}%` }}></span></span>
         <span class="bar-value">${percent(probability)}</span>
         ${note && html`<span class="bar-note">${note}</span>`}
       `;
@@ -95,7 +95,7 @@ export const SamplerStages = ({ sampling }) => html`
 function StageTable({ stages, recomputed }) {
   const rows = candidatesOf(stages, recomputed?.token_id);
   return html`
-    <div class="wide" tabindex="0" role="region" aria-label="Stages of the sampler">
+    <div class="scroller" tabindex="0" role="region" aria-label="Stages of the sampler">
       <table class="sampler-stages">
         <thead>
           <tr>
@@ -164,7 +164,7 @@ function Noise({ noise, recomputed }) {
   if (noise.length === 0) return html`<p class="hint">No noise: the temperature is 0, so the likeliest token is taken.</p>`;
   return html`
     <p class="hint">Chance enters as noise: each token that is left gets a random number, and the largest sum wins. Likely tokens win often.</p>
-    <div class="wide" tabindex="0" role="region" aria-label="Noise">
+    <div class="scroller" tabindex="0" role="region" aria-label="Noise">
       <table class="noise">
         <thead><tr><th scope="col">Token</th><th scope="col">Score</th><th scope="col">Noise</th><th scope="col">Sum</th></tr></thead>
         <tbody>

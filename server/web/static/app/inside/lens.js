@@ -29,7 +29,7 @@ export function Lens() {
     scroll.scrollLeft = cell.offsetLeft + cell.offsetWidth / 2 - scroll.clientWidth / 2;
   }, [layer.value, cursor.value, text.value]);
   return html`
-    <div class="wide">
+    <div class="scroller">
       <table class="lens" role="grid" aria-label="Likeliest token after each layer" ref=${table} onKeyDown=${onKeyDown}>
         <thead>
           <tr>
