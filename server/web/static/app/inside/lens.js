@@ -30,7 +30,8 @@ export function Lens() {
   }, [layer.value, cursor.value, text.value]);
   return html`
     <div class="scroller">
-      <table class="lens" role="grid" aria-label="Likeliest token after each layer" ref=${table} onKeyDown=${onKeyDown}>
+      <table class="lens" role="grid" aria-label="Likeliest token after each layer" ref=${table}
+        style=${{ minWidth: `${3 + 4.25 * columns.value.length}rem` }} onKeyDown=${onKeyDown}>
         <thead>
           <tr>
             <th scope="col">Layer</th>
