@@ -218,4 +218,6 @@ def test_everybody_can_read_it(page: Page, real_server: ServerProcess) -> None:
 def test_it_fits_a_narrow_screen(page: Page, real_server: ServerProcess) -> None:
     page.set_viewport_size({"width": 360, "height": 780})
     look_inside(page, real_server)
+    expect(page.get_by_role("gridcell", selected=True)).to_be_visible()
+    expect(page.get_by_role("region", name="Stages of the sampler")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

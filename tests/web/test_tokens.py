@@ -171,4 +171,5 @@ def test_no_token_is_lost_on_a_narrow_screen(page: Page, real_server: ServerProc
     page.set_viewport_size({"width": 360, "height": 780})
     generate(page, real_server, max_tokens=24)
     tokens_of(page).last.click()
+    expect(page.get_by_role("region", name="Stages of the sampler")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
