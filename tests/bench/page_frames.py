@@ -65,7 +65,7 @@ def count_frames(page: Page, seconds: int) -> list[int]:
 
 def open_engine(page: Page, server: ServerProcess) -> None:
     page.goto(f"{server.url}/#/engine")
-    page.get_by_text("Live", exact=True).wait_for()
+    page.get_by_text("Live", exact=True).wait_for(timeout=120_000)
     page.wait_for_timeout(3000)
 
 

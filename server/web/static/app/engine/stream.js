@@ -11,6 +11,7 @@ export function useVisible() {
   const [isVisible, setVisible] = useState(!document.hidden);
   useEffect(() => {
     const read = () => setVisible(!document.hidden);
+    read(); // it may have changed since the first rendering
     document.addEventListener("visibilitychange", read);
     return () => document.removeEventListener("visibilitychange", read);
   }, []);
