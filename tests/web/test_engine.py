@@ -101,7 +101,7 @@ def test_blocks_and_queue(page: Page, start_server: StartServer) -> None:
     running.result()
     waiting.result()
     expect(page.get_by_text("Nobody waits.")).to_be_visible()
-    expect(page.get_by_text(re.compile("^0 of"))).to_be_visible()
+    expect(page.get_by_text(re.compile("^0 of .* blocks are held"))).to_be_visible()
 
 
 def test_after_a_restart_of_the_engine(page: Page, start_server: StartServer) -> None:

@@ -1,4 +1,5 @@
 // Small parts of the views of the engine and of requests.
+import { Button, Empty } from "../components.js";
 import { requestColor } from "../format.js";
 import { html } from "../lib.js";
 import { linkTo } from "../router.js";
@@ -40,4 +41,12 @@ export const Figure = ({ name, value, note, part = null }) => html`
     <dd><span class="value num">${value}</span>${note && html` <span class="note num">${note}</span>`}</dd>
     ${part !== null && html`<dd class="bar" aria-hidden="true"><span style=${{ width: `${100 * Math.min(1, part)}%` }}></span></dd>`}
   </div>
+`;
+
+/**
+ * What is shown in place of a view that cannot be shown.
+ * @param {{title: string, error: Error, onRetry: () => void}} props
+ */
+export const Refused = ({ title, error, onRetry }) => html`
+  <div class="refused"><${Empty} title=${title}>${error.message}<//><${Button} icon="refresh" onClick=${onRetry}>Try again<//></div>
 `;

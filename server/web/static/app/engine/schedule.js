@@ -114,6 +114,7 @@ export class Schedule {
    * @param {number} total
    */
   paintTimes(context, columns, total) {
+    if (columns.length === 0) return;
     const longest = Math.max(...columns.map(({ step }) => step.total), 1e-3);
     const scale = (TIMES - 14) / longest;
     const tops = new Map();

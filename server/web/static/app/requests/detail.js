@@ -1,7 +1,7 @@
 // One request: what happened to it, and why it took as long as it did.
 import { call } from "../api.js";
-import { Button, Copy, Empty, Problem, Select } from "../components.js";
-import { clock, Figure } from "../engine/parts.js";
+import { Button, Copy, Problem, Select } from "../components.js";
+import { clock, Figure, Refused } from "../engine/parts.js";
 import { usePolled } from "../engine/stream.js";
 import { count, duration, number } from "../format.js";
 import { html, useState } from "../lib.js";
@@ -24,7 +24,7 @@ export function Detail({ id }) {
   const path = `lightwell/v1/requests/${encodeURIComponent(id)}`;
   const { data, error, retry } = usePolled(path, INTERVAL, hasEnded);
   const back = html`<p><a href=${linkTo("requests")}>All requests</a></p>`;
-  if (error && !data) return html`${back}<${Empty} title=${error.status === 404 ? "This request is not recorded" : "It cannot be shown"}>${error.message}<//><${Problem} error=${error} onRetry=${retry} />`;
+  if (error && !data) return html`${back}<${Refused} title=${error.status === 404 ? "This request is not recorded" : "It cannot be shown"} error=${error} onRetry=${retry} />`;
   if (!data) return back;
   const chosen = route.value.params.get("choice") ?? nameOf(data.choices[0]);
   const choice = data.choices.find((/** @type {ChoiceDetail} */ each) => nameOf(each) === chosen) ?? data.choices[0];

@@ -1,6 +1,6 @@
 // The table of requests: those that live, and the last ones that have ended.
 import { Button, Empty, Problem, Select } from "../components.js";
-import { clock, RequestLink } from "../engine/parts.js";
+import { clock, Refused, RequestLink } from "../engine/parts.js";
 import { usePolled } from "../engine/stream.js";
 import { count, duration, number } from "../format.js";
 import { html, useRef } from "../lib.js";
@@ -63,7 +63,7 @@ export function Table() {
     go("requests", { params: Object.fromEntries(Object.entries({ state, model, key, sort, limit, ...changes }).filter(([, value]) => value)) });
   if (error && !data) {
     const text = error.status === 404 ? "Requests are not shown here" : error.status === 403 ? "You may not see requests" : "Requests cannot be read";
-    return html`<${Empty} title=${text}>${error.message}<//><${Problem} error=${error} onRetry=${retry} />`;
+    return html`<${Refused} title=${text} error=${error} onRetry=${retry} />`;
   }
   const isUseful = /** @type {Record<string, boolean>} */ ({ key: keys.current.size > 0, model: models.value.length > 1 });
   const columns = COLUMNS.filter(({ name }) => isUseful[name] ?? true);

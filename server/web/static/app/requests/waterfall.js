@@ -19,7 +19,7 @@ export function Waterfall({ choice }) {
     <section class="card" aria-labelledby="waterfall-title">
       <header>
         <h2 id="waterfall-title">Where its time went</h2>
-        <p class="hint">Every moment from its arrival ${choice.finished === null ? "until now" : "to its end"} belongs to one stage.</p>
+        <p class="hint">Every moment from its arrival ${choice.finished === null ? "until now" : "to its end"} belongs to one stage. Narrow bars in the prefill are chunks, each computed by one step.</p>
       </header>
       <table class="waterfall">
         <colgroup><col class="names" /><col /><col class="times" /><col class="shares" /></colgroup>
@@ -76,8 +76,8 @@ export function Chunks({ choice }) {
   return html`
     <section class="card" aria-labelledby="chunks-title">
       <header>
-        <h2 id="chunks-title">Chunks of its prompt</h2>
-        <p class="hint">A long prompt is computed in chunks, so that others get their tokens in between.</p>
+        <h2 id="chunks-title">Chunks</h2>
+        <p class="hint">A long prompt is computed in chunks, so that others get their tokens in between. What a preemption lost is computed again in the same way.</p>
       </header>
       ${chunks.length === 0 && html`<p class="quiet">No step has computed tokens of its prompt yet.</p>`}
       ${chunks.length > 0 && html`

@@ -1,11 +1,11 @@
 // Engine: the schedule as it runs, the KV cache, the queue, and how near the engine is to its limits.
 import { callJson } from "../api.js";
-import { Button, Empty, Problem } from "../components.js";
+import { Button } from "../components.js";
 import { BlocksCard } from "../engine/blocks_card.js";
 import { Curve, curveData } from "../engine/curves.js";
 import { History } from "../engine/history.js";
 import { LimitsCard } from "../engine/limits_card.js";
-import { Figure } from "../engine/parts.js";
+import { Figure, Refused } from "../engine/parts.js";
 import { QueueCard } from "../engine/queue_card.js";
 import { ScheduleCard } from "../engine/schedule_card.js";
 import { useSteps } from "../engine/stream.js";
@@ -48,7 +48,7 @@ export default function Engine() {
     show.current(history.steps);
     setPaused(!isPaused);
   };
-  if (error) return html`<${Refused} error=${error} onRetry=${retry} />`;
+  if (error) return html`<${Refused} title=${error.status === 404 ? "What the engine does is not shown here" : "You may not see what the engine does"} error=${error} onRetry=${retry} />`;
   const steps = isPaused ? frozen : history.steps;
   return html`
     <div class="engine">
@@ -77,12 +77,6 @@ export default function Engine() {
 function stateText(state, isPaused) {
   if (isPaused) return "Paused";
   return { connecting: "Connecting …", open: "Live", waiting: "The connection broke. Trying again …" }[state];
-}
-
-/** @param {{error: import("../api.js").ApiError, onRetry: () => void}} props */
-function Refused({ error, onRetry }) {
-  const text = error.status === 404 ? "What the engine does is not shown here" : "You may not see what the engine does";
-  return html`<${Empty} title=${text}>${error.message}<//><${Problem} error=${error} onRetry=${onRetry} />`;
 }
 
 /** @param {{history: History}} props */
