@@ -32,7 +32,6 @@ export class Schedule {
     this.glide = 0; // px that the columns have still to move
     this.frame = 0;
     this.lastFrame = 0;
-    this.numFrames = 0;
     this.isStill = matchMedia("(prefers-reduced-motion: reduce)").matches;
     this.strip = document.createElement("canvas"); // all columns that are or come into sight, as one picture
     this.isStripOld = true;
@@ -74,7 +73,6 @@ export class Schedule {
   /** @param {number} now */
   paint(now) {
     this.frame = 0;
-    this.numFrames += 1;
     const { context, width, height, ratio } = prepare(this.canvas);
     if (this.isStripOld) this.paintStrip(width, height, ratio);
     this.isStripOld = false;
