@@ -10,6 +10,7 @@ const AXIS = 20; // px: the numbers of the steps
 const MIN_LANES = 8; // lines for which there is always room
 const MAX_LANE = 24; // px
 const GLIDE = 90; // ms: columns come in at a speed that shows all that wait after some times this
+const BETWEEN_FRAMES = 30; // ms at least: the engine may need the same cores
 const LABEL = 84; // px between two numbers of steps
 const DIMMED = 0.18;
 
@@ -72,7 +73,9 @@ export class Schedule {
 
   /** @param {number} now */
   paint(now) {
-    this.frame = 0;
+    const isEarly = now - this.lastFrame < BETWEEN_FRAMES && !this.isStripOld;
+    this.frame = isEarly ? requestAnimationFrame((next) => this.paint(next)) : 0;
+    if (isEarly) return;
     const { context, width, height, ratio } = prepare(this.canvas);
     if (this.isStripOld) this.paintStrip(width, height, ratio);
     this.isStripOld = false;
