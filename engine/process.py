@@ -50,7 +50,7 @@ from engine.shared.messages import (
     Vocabulary,
 )
 from engine.shared.parent_death import die_with_parent
-from engine.shared.records import Answer, Inspect, Question, ReadFailed, RecordQuestion
+from engine.shared.records import Answer, Inspect, Question, ReadFailed, RecordQuestion, StopReading
 from engine.startup import capture_graphs, engine_info, log_plan, process_age, progress_bar, warm_up
 
 logger = logging.getLogger("lightwell.engine")
@@ -140,6 +140,9 @@ class EngineLoop:
             self.engine.set_tokenizer(message.tokenizer)
         elif isinstance(message, Question):
             self.ask(identity, message)
+        elif isinstance(message, StopReading):
+            if (answer := self.inspector.stop(identity, message.read_id)) is not None:
+                self.connections.send(identity, answer)
         else:
             self.end(identity, message)
 

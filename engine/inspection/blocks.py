@@ -31,7 +31,7 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> Blocks:
     table = np.stack(
         [
             np.array([block.ref_count for block in used], dtype=np.int64),
-            np.array([block.block_hash is not None for block in used], dtype=np.int64),
+            np.array([block.is_cached for block in used], dtype=np.int64),
             np.array([max(0, step_id - block.step_id) for block in used], dtype=np.int64),
             holders.owners,
             holders.groups,

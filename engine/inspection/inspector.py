@@ -22,7 +22,7 @@ from engine.inspection.borrowed_blocks import BlocksGoneError, BorrowedBlocks
 from engine.inspection.layers import LayerObserver
 from engine.inspection.reader import all_choices, has_id, of_one_request
 from engine.inspection.sampling import view_stages
-from engine.lora.slots import AdapterGoneError
+from engine.lora.slots import AdapterGoneError, prefix_salt
 from engine.sampling.masks import step_masks
 from engine.sampling.sampler import Sampler
 from engine.scheduling.request import (
@@ -50,6 +50,7 @@ MAX_ROWS = 64  # that are computed at once
 MAX_PRODUCTS = 1 << 19  # of queries and keys of a layer that are computed at once
 SHARE_OF_STEPS = 0.05  # of the time of steps that may be spent between them
 IDLE_SECONDS = 0.005  # that may be spent before messages are received, if there are no steps
+MAX_SECONDS = 60.0  # of an inspection: others wait for it
 DEFAULT_POSITIONS = 16  # the last ones of a request
 
 PARAMS = SamplingParams(max_tokens=1)  # of a prompt
@@ -83,8 +84,9 @@ class Target:
         """Return the range that is asked for. Raises InspectionError if there is no such range."""
         num_tokens = len(self.token_ids)
         last = num_tokens if question.id is None else max(1, num_tokens - 1)  # nothing follows the last token
+        last = min(last, question.max_end)
         end = last if question.end is None else question.end
-        first = 0 if question.id is None else max(0, end - DEFAULT_POSITIONS)
+        first = 0 if question.id is None else max(0, end - min(DEFAULT_POSITIONS, question.max_positions))
         start = first if question.start is None else question.start
         if not 0 <= start < end <= min(num_tokens, question.max_end) or end - start > question.max_positions:
             raise InspectionError(InspectionProblem.OUT_OF_RANGE, num_tokens)
@@ -109,6 +111,7 @@ class Inspector:
         self._identity = b""
         self._question: Inspect | None = None
         self._slices: Generator[None, None, Inspected] | None = None
+        self._deadline = 0.0  # in seconds of time.monotonic()
         self._seconds = 0.0  # that slices may take now; negative: they have taken too long
 
     @property
@@ -120,7 +123,20 @@ class Inspector:
         if self._slices is not None:
             return Inspected(read_id=question.read_id, problem=InspectionProblem.BUSY)
         self._identity, self._question, self._slices = identity, question, self._inspect(question)
+        self._deadline = time.monotonic() + MAX_SECONDS
         return None
+
+    def stop(self, identity: bytes, read_id: int) -> ReadFailed | None:
+        """End an inspection whose answer nobody waits for. Return an answer, unless another one runs or none."""
+        if (
+            self._slices is None
+            or self._question is None
+            or (identity, read_id) != (self._identity, self._question.read_id)
+        ):
+            return None
+        self._slices.close()
+        self._slices = None
+        return ReadFailed(read_id)
 
     def advance_after(self, step_seconds: float | None) -> tuple[bytes, Inspected | ReadFailed] | None:
         """Run slices for a share of the time of steps. `step_seconds` is that of the last one; None: there was none."""
@@ -135,7 +151,11 @@ class Inspector:
         """Run slices for so many seconds, at least one. Return the answer and who asked for it, once it is complete."""
         if self._slices is None or self._question is None:
             return None
-        answer = _run(self._slices, self._question, time.monotonic() + seconds)
+        now = time.monotonic()
+        answer = _run(self._slices, self._question, now + seconds)
+        if answer is None and now > self._deadline:
+            self._slices.close()
+            answer = Inspected(read_id=self._question.read_id, problem=InspectionProblem.TOO_SLOW)
         if answer is None:
             return None
         self._slices = None
@@ -146,6 +166,9 @@ class Inspector:
         engine = self._engine
         target = self._target(question)
         start, end = target.positions(question)
+        kv = engine.scheduler.kv
+        if kv.pool.num_blocks_for(end) * len(kv.groups) > kv.pool.num_blocks:
+            raise InspectionError(InspectionProblem.TOO_LONG, len(target.token_ids))
         if self._execution is None:
             self._execution = engine.runner.new_observed_execution(MAX_ROWS)
             yield
@@ -154,7 +177,7 @@ class Inspector:
         seen = yield from self._look(request, target, start, question)
         logits = [row for observer in seen for row in observer.logits]
         sampled = yield from self._sample(request, target, start, logits, question.top)
-        attention = [row for observer in seen for row in observer.attention] or [[]] * len(logits)
+        attention = [row for observer in seen for row in observer.attention] or [b""] * len(logits)
         layers = [row for observer in seen for row in observer.views()]
         config = engine.model_config
         return Inspected(
@@ -197,7 +220,9 @@ class Inspector:
         """Return what is inspected. Raises InspectionError."""
         if question.id is None:
             prompt = question.prompt_token_ids
-            return Target(prompt, len(prompt), PARAMS, 0, b"", question.lora_name, question.lora_fingerprint)
+            fingerprint = question.lora_fingerprint
+            salt = prefix_salt(fingerprint)
+            return Target(prompt, len(prompt), PARAMS, 0, salt, question.lora_name, fingerprint)
         recorder, scheduler = self._engine.recorder, self._engine.scheduler
         choices = of_one_request([pair for pair in all_choices(recorder, scheduler) if has_id(pair[0], question)])
         chosen = [pair for pair in choices if (pair[0].prompt, pair[0].index) == (question.prompt, question.index)]
@@ -289,6 +314,8 @@ def _run(slices: Generator[None, None, Inspected], question: Inspect, deadline: 
         return Inspected(read_id=question.read_id, problem=InspectionProblem.NO_ADAPTER)
     except BlocksGoneError:
         return Inspected(read_id=question.read_id, problem=InspectionProblem.NO_BLOCKS)
-    except Exception:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:  # a panic of a library in Rust is no Exception
         logger.exception("an inspection fails")
         return ReadFailed(question.read_id)

@@ -43,8 +43,8 @@ class LayerObserver:
         self._first = first
         self._question = question
         self._layers = [LayerRows() for _ in self._model.layers]
-        self._residuals: list[Tensor] = []  # [T, hidden_size] before the first layer and after each part of a layer
-        self.attention: list[list[float]] = []  # of each row, the weights of the head that is shown in full
+        self._residual = torch.empty(0)  # float32 [T, hidden_size], after the last part
+        self.attention: list[bytes] = []  # of each row, the weights of the head that is shown in full: float32
         self.logits: list[Tensor] = []  # [V] of each row
 
     def run(self, execution: ObservedExecution, step: Step) -> Generator[None]:
@@ -52,14 +52,18 @@ class LayerObserver:
         for observation in execution.forward(step):
             self._see(observation)
             yield
-        after_layers = self._residuals[2::2]
-        for layer, residual in zip(self._layers, after_layers, strict=True):
-            for rows in torch.split(residual, OBSERVED_LOGIT_ROWS):
-                logits = execution.compute_logits(rows).clone()
-                yield
-                layer.lens += top_pairs(logits.log_softmax(dim=-1), self._question.top)
-                self.logits += logits if layer is self._layers[-1] else ()
-                yield
+            if observation.part is Part.FEED_FORWARD:
+                yield from self._look_through_lens(execution, observation)
+
+    def _look_through_lens(self, execution: ObservedExecution, observation: Observation) -> Generator[None]:
+        """Compute the logits of a residual stream, in its own type: after the last layer, those of the step."""
+        layer = self._layers[observation.layer]
+        for rows in torch.split(observation.residual, OBSERVED_LOGIT_ROWS):
+            logits = execution.compute_logits(rows).clone()
+            yield
+            layer.lens += top_pairs(logits.log_softmax(dim=-1), self._question.top)
+            self.logits += logits if layer is self._layers[-1] else ()
+            yield
 
     def views(self) -> list[list[LayerView]]:
         """Return what each layer does, row by row."""
@@ -71,11 +75,11 @@ class LayerObserver:
         if observation.q is not None:
             self._see_attention(index, observation.q)
             return
-        residual = observation.residual.float().clone()
-        self._residuals.append(residual)
+        before, residual = self._residual, observation.residual.to(torch.float32, copy=True)
+        self._residual = residual
         if observation.part is Part.EMBEDDING:
             return
-        layer, added = self._layers[index], (residual - self._residuals[-2]).norm(dim=-1).tolist()
+        layer, added = self._layers[index], (residual - before).norm(dim=-1).tolist()
         if observation.part is Part.ATTENTION:
             layer.attention_norms = added
             return
@@ -93,8 +97,8 @@ class LayerObserver:
         weights = attention_weights(heads, keys, self._first, attention.scores, attention.spec.window)
         self._layers[index].heads = [top_pairs(row, self._question.top, above=0.0) for row in weights]
         if index == self._question.layer and self._question.head is not None:
-            rows = weights[:, self._question.head].tolist()
-            self.attention = [row[: self._first + number + 1] for number, row in enumerate(rows)]
+            rows = weights[:, self._question.head].cpu().numpy()
+            self.attention = [row[: self._first + number + 1].tobytes() for number, row in enumerate(rows)]
 
     def _chosen_experts(self, index: int, logits: Tensor) -> list[Pairs]:
         experts = self._model.layers[index].experts

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ROOT = b"lightwell.prefix"
+BORROWED = b"borrowed "  # begins the hash of a block that is borrowed, and that of no prefix
 MAX_EVICTED = 1 << 15  # hashes of overwritten blocks that are remembered, about 4 MB
 
 
@@ -26,6 +27,11 @@ class Block:
     ref_count: int = 0  # number of requests that hold it
     block_hash: bytes | None = None  # set while it is published
     step_id: int = 0  # for which it was handed out
+
+    @property
+    def is_cached(self) -> bool:
+        """True if it holds a prefix that later requests find."""
+        return self.block_hash is not None and not self.block_hash.startswith(BORROWED)
 
 
 def extend_block_hashes(
@@ -89,7 +95,7 @@ class BlockPool:
         """
         blocks = self.allocate(num_blocks)
         for block in blocks or ():
-            self.publish(block, b"borrowed %d" % block.block_id)  # no prefix has such a hash
+            self.publish(block, BORROWED + block.block_id.to_bytes(8))
         self.release(blocks or ())
         return blocks
 
@@ -161,7 +167,7 @@ class BlockPool:
         return block
 
     def _remember_evicted(self, block: Block) -> None:
-        if block.block_hash is not None:
+        if block.block_hash is not None and block.is_cached:
             self.evicted[block.block_hash] = None
             if len(self.evicted) > MAX_EVICTED:
                 del self.evicted[next(iter(self.evicted))]

@@ -13,7 +13,7 @@ from typing import Self
 
 import msgspec
 
-from engine.shared.records import Answer, Question, RequestTimes
+from engine.shared.records import Answer, Question, RequestTimes, StopReading
 
 
 class FinishReason(StrEnum):
@@ -327,7 +327,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     started: list[str] = []  # ids of the requests that the step was the first to compute tokens of
 
 
-ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter | Question
+ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter | Question | StopReading
 FromEngine = Ready | Outputs | Adapters | AdapterDone | Answer
 
 HEARTBEAT_SECONDS = 1.0

@@ -172,6 +172,8 @@ class InspectionProblem(StrEnum):
     NOT_FOUND = "not_found"
     NOT_KEPT = "not_kept"  # its tokens and parameters are not kept
     OUT_OF_RANGE = "out_of_range"  # it has no such positions
+    TOO_LONG = "too_long"  # the KV cache has too few blocks for it
+    TOO_SLOW = "too_slow"  # it did not come to its end in time
     NO_ADAPTER = "no_adapter"  # its adapter has been unloaded
     NO_BLOCKS = "no_blocks"  # other requests need the blocks of the KV cache
 
@@ -192,7 +194,7 @@ class PositionView(msgspec.Struct, frozen=True, array_like=True):
 
     position: int
     layers: list[LayerView]
-    attention: list[float]  # weights of the positions 0 .. `position` in the head that was asked for
+    attention: bytes  # float32: weights of the positions 0 .. `position` in the head that was asked for
     token_id: int | None  # that the sampler chooses as the next one; None: the next one is of the prompt
 
 
@@ -272,6 +274,12 @@ class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     top: int  # tokens and positions to name
     layer: int | None = None  # whose attention is shown in full
     head: int | None = None
+
+
+class StopReading(msgspec.Struct, frozen=True, tag=True):
+    """Stop to work on a question whose answer nobody waits for. It is answered all the same, in whatever way."""
+
+    read_id: int
 
 
 # Answers.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from engine.shared.messages import ToEngine
-from engine.shared.records import Answer, Question, ReadFailed
+from engine.shared.records import Answer, Inspect, Question, ReadFailed, StopReading
 from server.http.errors import APIError, QueueFullError, ServerError
 
 MAX_QUESTIONS = 4  # that the engine has at a time, since they delay its steps
@@ -53,8 +53,17 @@ class RecordQuestions:
         self._send_next()
         try:
             return await answer
+        except asyncio.CancelledError:
+            self._stop(answer, question)
+            raise
         finally:
             self._waiting.pop(answer, None)
+
+    def _stop(self, answer: asyncio.Future[Answer], question: Question) -> None:
+        """Tell the engine that nobody waits for an answer that may take it long."""
+        numbers = [number for number, asked in self._asked.items() if asked is answer]
+        if numbers and isinstance(question, Inspect):
+            self._send(StopReading(numbers[0]))
 
     def finish(self, answer: Answer) -> None:
         """Hand over an answer, unless nobody waits for it any more, and ask the next question."""

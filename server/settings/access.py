@@ -87,8 +87,9 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             ACCESS,
             BOOLEAN,
-            "Show it to everybody where there are no API keys. By default only clients on this machine see it: not "
-            "through a proxy, not with --allowed-origins '*', and not if the server listens beyond loopback.",
+            "Show it, with the texts of all requests, to everybody where there are no API keys. By default "
+            "only clients on this machine see it: not through a proxy, not with --allowed-origins '*', and not if the "
+            "server listens beyond loopback.",
         ),
     ] = False
 

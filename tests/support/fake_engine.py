@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
 
 import msgspec
@@ -300,7 +301,7 @@ class _Loop:
             start=end - 1,
             end=end,
             num_heads=1,
-            positions=[PositionView(end - 1, [layer, layer], [0.75, 0.25], 98 if ids else None)],
+            positions=[PositionView(end - 1, [layer, layer], array("f", [0.75, 0.25]).tobytes(), 98 if ids else None)],
             stages=stages if ids else [],
             candidates=[Candidate(98, 1.5, 0.5)] if ids else [],
         )

@@ -1,6 +1,6 @@
 """Who may read the records of the engine.
 
-They hold no text, but they say who sends how much and when: without keys, they are for the user of this machine.
+They say who sends how much and when, and an inspection shows texts: without keys, they are for this machine's user.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,5 +1,6 @@
 """`POST /lightwell/v1/inspect`: what happens inside the model, computed again for one request or prompt."""
 
+from array import array
 from collections.abc import Iterable
 from functools import cache
 
@@ -24,6 +25,7 @@ from server.generation.preamble import begin
 from server.generation.prompts import encode_prompt
 from server.http.errors import (
     APIError,
+    ContextLengthExceededError,
     EngineUnavailableError,
     InvalidValueError,
     MissingParameterError,
@@ -31,11 +33,12 @@ from server.http.errors import (
     clip,
 )
 from server.http.json_route import StrictJSONRoute
+from server.http.sse import run_until_disconnect
 from server.text.choice_text import token_text
 
 MAX_POSITIONS = 64
 MAX_END = 8192  # attention to so many positions takes the engine some milliseconds for each position and layer
-MAX_ATTENDED = 1 << 18  # positions that are named for all heads of all layers at all positions, about 6 MB of JSON
+MAX_ATTENDED = 1 << 17  # positions that are named for all heads of all layers at all positions, about 3 MB of JSON
 MAX_TOP = 20
 
 router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(check_may_read)])
@@ -89,33 +92,34 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
     if body.prompt is not None:
         prompt = await context.run_text_work(request, encode_prompt, context, body.prompt)
         token_ids = prompt.token_ids
+        if len(token_ids) > context.max_model_len:
+            raise ContextLengthExceededError(context.max_model_len, len(token_ids), noun="prompt")
     adapter = preamble.model.adapter
     max_positions = min(MAX_POSITIONS, max(1, MAX_ATTENDED // (sum(layer_heads) * body.top)))
-    answer = await access.ask(
-        Inspect(
-            tenant=access.own_name,
-            id=body.id,
-            prompt=body.prompt_index,
-            index=body.index,
-            prompt_token_ids=token_ids,
-            lora_name=preamble.model.lora_name,
-            lora_fingerprint="" if adapter is None else adapter.fingerprint,
-            start=body.start,
-            end=body.end,
-            max_positions=max_positions,
-            max_end=MAX_END,
-            top=body.top,
-            layer=body.layer,
-            head=body.head,
-        )
+    question = Inspect(
+        tenant=access.own_name,
+        id=body.id,
+        prompt=body.prompt_index,
+        index=body.index,
+        prompt_token_ids=token_ids,
+        lora_name=preamble.model.lora_name,
+        lora_fingerprint="" if adapter is None else adapter.fingerprint,
+        start=body.start,
+        end=body.end,
+        max_positions=max_positions,
+        max_end=min(MAX_END, context.max_model_len),
+        top=body.top,
+        layer=body.layer,
+        head=body.head,
     )
+    answer = await run_until_disconnect(request, access.ask(question))
     assert isinstance(answer, Inspected)
     if answer.problem is not None:
-        raise _error(answer.problem, answer.num_tokens, body, max_positions)
+        raise _error(answer.problem, answer.num_tokens, body, question)
     return await access.respond(_inspection, context, body, answer, headers=headers)
 
 
-def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, max_positions: int) -> APIError:
+def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, question: Inspect) -> APIError:
     match problem:
         case InspectionProblem.BUSY:
             return QueueFullError(1, "Another inspection runs. Please retry later.")
@@ -126,9 +130,16 @@ def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, ma
             message = "The LoRA adapter of this request is no longer loaded."
             return APIError(404, message, code="adapter_not_loaded", param="id")
         case InspectionProblem.OUT_OF_RANGE:
-            expected = f"0 <= start < end <= {min(num_tokens, MAX_END)}, and at most {max_positions} positions"
+            last, most = min(num_tokens, question.max_end), question.max_positions
+            expected = f"0 <= start < end <= {last}, and at most {most} positions"
             message = f"Invalid 'end': of {num_tokens} positions, expected {expected} with this 'top'."
             return InvalidValueError(message, param="end")
+        case InspectionProblem.TOO_LONG:
+            message = "Invalid 'end': the KV cache has too few blocks for so many positions."
+            return InvalidValueError(message, param="end")
+        case InspectionProblem.TOO_SLOW:
+            message = "The inspection did not come to its end beside other requests. Please retry later."
+            return EngineUnavailableError(message, code="overloaded")
         case InspectionProblem.NOT_KEPT:
             message = "The tokens of this request are not kept. With API keys, --record-requests keeps them."
             return APIError(404, message, code="tokens_not_kept", param="id")
@@ -161,7 +172,8 @@ def _inspection(context: ServerContext, body: InspectRequest, answer: Inspected)
     compared = [position.is_equal for position in positions if position.is_equal is not None]
     attention = None
     if body.layer is not None and body.head is not None:
-        attention = FullAttention(body.layer, body.head, [view.attention for view in answer.positions])
+        rows = [[round(weight, 6) for weight in array("f", view.attention)] for view in answer.positions]
+        attention = FullAttention(body.layer, body.head, rows)
     last = positions[-1]
     sampling = Sampling(
         position=last.position,

@@ -15,12 +15,13 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.inspection.borrowed_blocks import BorrowedBlocks
 from engine.inspection.inspector import SHARE_OF_STEPS, Inspector
 from engine.loading import LoadedModel, load_model
 from engine.model.observation import Observation
-from engine.scheduling.request import Step
-from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams, Submit
-from engine.shared.records import Inspect, Inspected, InspectionProblem, ReadFailed
+from engine.scheduling.request import NO_LORA_SLOT, Step
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, Pooling, ReasoningLimit, SamplingParams, Submit
+from engine.shared.records import Inspect, Inspected, InspectionProblem, PositionView, ReadFailed
 from tests.support.family_models import VOCAB_SIZE, save_family_model
 from tests.support.kernel_choice import choose_kernels
 
@@ -51,8 +52,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tup
     return load
 
 
-def new_engine(loaded: LoadedModel, **fields: Any) -> Engine:
-    return Engine(EngineConfig(model_path="", keep_token_ids=True, **fields), loaded)
+def new_engine(loaded: LoadedModel, overlaps: bool | None = None, **fields: Any) -> Engine:
+    return Engine(EngineConfig(model_path="", keep_token_ids=True, **fields), loaded, overlaps=overlaps)
 
 
 def ask(inspector: Inspector, **fields: Any) -> Inspected:
@@ -66,6 +67,10 @@ def ask(inspector: Inspector, **fields: Any) -> Inspected:
     assert isinstance(answer, Inspected), answer
     assert answer.read_id == 7
     return answer
+
+
+def weights_of(view: PositionView) -> torch.Tensor:
+    return torch.frombuffer(bytearray(view.attention), dtype=torch.float32)
 
 
 def random_prompt(num_tokens: int = NUM_TOKENS) -> list[int]:
@@ -102,7 +107,7 @@ def test_prompts(models: Callable[[str, str], tuple[LoadedModel, Any]], family: 
         for view in answer.positions:
             position = view.position
             torch.testing.assert_close(
-                torch.tensor(view.attention), weights[head, position, : position + 1], rtol=0, atol=TOLERANCE
+                weights_of(view), weights[head, position, : position + 1], rtol=0, atol=TOLERANCE
             )
             seen = view.layers[layer]
             assert len(seen.heads) == weights.shape[0]
@@ -136,7 +141,7 @@ def test_keys_of_smaller_formats(tmp_path: Path, cache: str, tolerance: float) -
         weights = model(torch.tensor([prompt]), output_attentions=True).attentions[0][0, 1]
     for view in answer.positions:
         expected = weights[view.position, : view.position + 1]
-        torch.testing.assert_close(torch.tensor(view.attention), expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(weights_of(view), expected, rtol=0, atol=tolerance)
 
 
 # Requests.
@@ -168,6 +173,7 @@ EXTRA = ExtraSamplers(
     xtc_probability=0.5,
     xtc_threshold=0.05,
 )
+REASONING = ReasoningLimit(max_tokens=5, start_id=6, end_id=7, is_open=True)
 SETTINGS = {
     "greedy": SamplingParams(max_tokens=24, temperature=0.0),
     "sampled": SamplingParams(max_tokens=24, seed=11),
@@ -331,10 +337,123 @@ def test_slices_take_a_share_of_the_time_of_steps(models: Callable[[str, str], t
     assert spent < SHARE_OF_STEPS * step_seconds * num_steps + 0.1  # a slice may be late on a busy machine
     assert num_pauses > num_steps / 10
     assert inspector.begin(b"api", question) is None
-    assert inspector.advance_after(None) is None or not inspector.has_work
+    num_slices = 0
+    while inspector.advance_after(None) is None:  # without steps, it goes on all the time
+        num_slices += 1
+    assert num_slices < 10 * num_pauses
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"overlaps": True, "speculative": "off"},
+        {"speculative": "ngram"},
+        {"enable_prefix_caching": False},
+    ],
+    ids=["overlapping", "drafts", "no-cache"],
+)
+def test_other_engines(models: Callable[[str, str], tuple[LoadedModel, Any]], fields: dict[str, Any]) -> None:
+    engine = new_engine(models("llama3", "default")[0], **fields)
+    for name, params in {
+        "plain": SETTINGS["penalties"],
+        "logprobs": SamplingParams(max_tokens=24, seed=21, logprobs=3, prompt_logprobs=2, post_sampling_probs=True),
+        "reasoning": SamplingParams(
+            max_tokens=24, seed=22, reasoning_limit=ReasoningLimit(max_tokens=5, start_id=6, end_id=7, is_open=True)
+        ),
+    }.items():
+        (output,) = run(engine, params, name)
+        answer = ask(Inspector(engine), id=name, start=36, end=37 + len(output) - 1)
+        assert [view.token_id for view in answer.positions] == output, name
+
+
+def test_a_preempted_request(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    engine = new_engine(models("llama3", "default")[0], enable_prefix_caching=False)
+    params = SamplingParams(max_tokens=40, seed=8, ignore_eos=True)
+    engine.add(Submit(request_id="r", prompt_token_ids=random_prompt(50), params=params, arrival=0.0, ids=("r",)))
+    for _ in range(20):
+        engine.step()
+    (request,) = engine.scheduler.running
+    engine.scheduler._preempt(request)
+    while engine.has_work:
+        engine.step()
+    answer = ask(Inspector(engine), id="r", start=49)
+    assert [view.token_id for view in answer.positions] == answer.token_ids[50:]
+    assert len(answer.positions) == 40
+
+
+def test_an_embedding(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    """Of a request without output, the prompt is shown."""
+    engine = new_engine(models("llama3", "default")[0])
+    run(engine, SamplingParams(max_tokens=0, pooling=Pooling.MEAN), "r")
+    answer = ask(Inspector(engine), id="r")
+    assert (answer.start, answer.end, answer.stages) == (20, 36, [])
+
+
+def test_an_adapter_has_no_keys_of_the_model(
+    models: Callable[[str, str], tuple[LoadedModel, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(models("llama3", "default")[0])
+    run(engine, SETTINGS["sampled"], "r", num_prompt_tokens=100)
+    monkeypatch.setattr(engine.adapters, "find", lambda fingerprint: NO_LORA_SLOT)
+    read: list[int] = []
+    blocks = BorrowedBlocks.__init__
+
+    def counting(self: BorrowedBlocks, kv: Any, request: Any, num_computed: int) -> None:
+        blocks(self, kv, request, num_computed)
+        read.append(request.kv.num_computed)
+
+    monkeypatch.setattr(BorrowedBlocks, "__init__", counting)
+    for fingerprint in ("", "ab" * 16):
+        ask(Inspector(engine), prompt_token_ids=random_prompt(100), lora_fingerprint=fingerprint, start=70)
+    assert read == [64, 0]
 
 
 # Refusals.
+
+
+def test_an_inspection_that_is_stopped(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    engine = new_engine(models("llama3", "default")[0])
+    inspector = Inspector(engine)
+    question = Inspect(read_id=5, prompt_token_ids=random_prompt(64), max_positions=64, max_end=4096, top=3)
+    assert inspector.begin(b"api", question) is None
+    assert inspector.advance(0.0) is None
+    assert inspector.advance(0.0) is None
+    assert inspector.stop(b"api", 4) is None
+    assert inspector.stop(b"other", 5) is None
+    assert inspector.has_work
+    assert inspector.stop(b"api", 5) == ReadFailed(5)
+    assert not inspector.has_work
+    assert not engine.scheduler.pool.published
+    assert inspector.stop(b"api", 5) is None
+
+
+def test_an_inspection_that_takes_too_long(
+    models: Callable[[str, str], tuple[LoadedModel, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.inspection.inspector.MAX_SECONDS", -1.0)
+    inspector = Inspector(new_engine(models("llama3", "default")[0]))
+    question = Inspect(read_id=5, prompt_token_ids=random_prompt(64), max_positions=64, max_end=4096, top=3)
+    assert inspector.begin(b"api", question) is None
+    reply = inspector.advance(0.0)
+    assert reply is not None
+    assert isinstance(reply[1], Inspected)
+    assert reply[1].problem is InspectionProblem.TOO_SLOW
+    assert not inspector.has_work
+
+
+def test_a_sequence_that_the_cache_cannot_hold(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    engine = new_engine(models("gemma3_text", "default")[0])
+    num_tokens = engine.scheduler.pool.num_blocks * 32 // 2 + 33  # there are two groups
+    bounds = {"start": 0, "end": num_tokens, "max_positions": num_tokens, "max_end": num_tokens}
+    answer = ask(Inspector(engine), prompt_token_ids=[1] * num_tokens, **bounds)
+    assert answer.problem is InspectionProblem.TOO_LONG
+
+
+def test_a_default_range_that_fits(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
+    engine = new_engine(models("llama3", "default")[0])
+    run(engine, SETTINGS["greedy"], "r")
+    answer = ask(Inspector(engine), id="r", max_positions=3)
+    assert (answer.start, answer.end) == (answer.num_tokens - 4, answer.num_tokens - 1)
 
 
 def test_one_at_a_time(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
@@ -381,12 +500,20 @@ def test_requests_that_are_not_there(models: Callable[[str, str], tuple[LoadedMo
     assert ask(Inspector(engine), id="r").problem is InspectionProblem.NOT_KEPT
 
 
+class Panic(BaseException):
+    """A fault of a library in Rust."""
+
+
+def panic(*args: Any) -> None:
+    raise Panic
+
+
 def test_a_fault_ends_the_inspection_alone(
     models: Callable[[str, str], tuple[LoadedModel, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inspector = Inspector(new_engine(models("llama3", "default")[0]))
     with monkeypatch.context() as patch:
-        patch.setattr("engine.inspection.layers.attention_weights", lambda *args: 1 / 0)
+        patch.setattr("engine.inspection.layers.attention_weights", panic)
         question = Inspect(read_id=3, prompt_token_ids=[1, 2], max_positions=64, max_end=4096, top=3)
         assert inspector.begin(b"api", question) is None
         while (reply := inspector.advance(1.0)) is None:

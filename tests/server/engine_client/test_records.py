@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from engine.shared.messages import ToEngine
-from engine.shared.records import ReadFailed, ReadRequests, ReadSteps, Requests, Steps
+from engine.shared.records import Inspect, ReadFailed, ReadRequests, ReadSteps, Requests, Steps, StopReading
 from server.engine_client.records import MAX_QUESTIONS, MAX_WAITING, RecordQuestions
 from server.http.errors import EngineDeadError, EngineUnavailableError, QueueFullError, ServerError
 from tests.support.engine_clients import ready, until
@@ -108,3 +108,17 @@ async def test_over_the_connection_of_a_client(fake_engine: FakeEngine) -> None:
                     await task
         with pytest.raises(EngineUnavailableError):
             await client.records.ask(QUESTION)
+
+
+async def test_an_inspection_whose_caller_is_gone_is_stopped() -> None:
+    sent: list[ToEngine] = []
+    questions = RecordQuestions(sent.append, always_ready)
+    task = asyncio.create_task(questions.ask(Inspect(prompt_token_ids=[1], max_positions=1, max_end=1, top=1)))
+    other = asyncio.create_task(questions.ask(QUESTION))
+    await until(lambda: len(sent) == 2)
+    for each in (task, other):
+        each.cancel()
+    await asyncio.gather(task, other, return_exceptions=True)
+    assert sent[2:] == [StopReading(1)]
+    questions.finish(ReadFailed(1))
+    assert questions.has_room

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from engine.shared.records import InspectionProblem
-from server.api.inspection.inspect import MAX_END, MAX_POSITIONS
+from server.api.inspection.inspect import MAX_POSITIONS
 from tests.server.api.inspection.test_routes import start, streams
 from tests.server.conftest import StartServer
 from tests.support.fake_engine import FakeEngine
@@ -124,6 +124,8 @@ def test_invalid_fields(server: RunningServer, body: dict[str, Any], param: str)
         (InspectionProblem.NOT_FOUND, 404, "request_not_found"),
         (InspectionProblem.NOT_KEPT, 404, "tokens_not_kept"),
         (InspectionProblem.OUT_OF_RANGE, 400, "invalid_value"),
+        (InspectionProblem.TOO_LONG, 400, "invalid_value"),
+        (InspectionProblem.TOO_SLOW, 503, "overloaded"),
     ],
 )
 def test_problems(
@@ -140,7 +142,6 @@ def test_the_range_is_named(server: RunningServer, fake_engine: FakeEngine) -> N
     message = check_error(ask(server, id="a", end=9), 400)["message"]
     assert "of 3 positions, expected 0 <= start < end <= 3" in message
     assert f"at most {MAX_POSITIONS} positions" in message
-    assert MAX_END > MAX_POSITIONS
 
 
 def test_keys(start_server: StartServer, streams: list[httpx.Response]) -> None:
@@ -154,3 +155,8 @@ def test_keys(start_server: StartServer, streams: list[httpx.Response]) -> None:
 
 def test_it_is_off(start_server: StartServer) -> None:
     check_error(ask(start_server(inspect=False), prompt="a"), 404)
+
+
+def test_a_prompt_longer_than_the_context(server: RunningServer, fake_engine: FakeEngine) -> None:
+    too_long = fake_engine.config.max_model_len + 1
+    assert check_error(ask(server, prompt=[97] * too_long), 400)["code"] == "context_length_exceeded"
