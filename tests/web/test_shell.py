@@ -9,8 +9,21 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.support.browser import check_accessibility
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import MODEL, ServerProcess
 
+# What each view shows when it has read all that it reads at first.
+CONTENT = {
+    "#/chat": [".start", f".chips :text-is('{MODEL}')"],
+    "#/tokens": [":text-is('No text yet')"],
+    "#/inside": [":text-is('Nothing computed yet')"],
+    "#/engine": [
+        ".state.good:text-is('Live')",
+        ".blocks .readout:text('held')",
+        ".limits .nearness",
+        ".queue h2 .num",
+    ],
+    "#/requests": [".requests tbody tr"],
+}
 SIZES = {"phone": (360, 740), "desktop": (1280, 900), "large": (2560, 1440)}
 
 
@@ -33,6 +46,9 @@ def test_every_view(page: Page, real_server: ServerProcess, theme: str, size: st
     for view in views(page):
         page.goto(f"{real_server.url}/{view}")
         expect(page.locator(f'header nav a[href="{view}"]')).to_have_attribute("aria-current", "page")
+        expect(page.locator("#state")).to_have_text("Ready")
+        for selector in CONTENT[view]:
+            expect(page.locator(selector).first).to_be_visible()
         expect(page.locator(".intro h1")).not_to_be_empty()
         expect(page.locator(".intro p")).to_have_text(re.compile(r"\w+ \w+ .*\."))
         expect(page).to_have_title(re.compile(r"\w · Lightwell$"))
@@ -62,6 +78,7 @@ def test_views_are_reached_by_keyboard(page: Page, real_server: ServerProcess) -
         page.keyboard.press("Enter")
         expect(links.nth(index)).to_have_attribute("aria-current", "page")
         expect(page).to_have_url(re.compile(re.escape(view)))
+        expect(page.locator(".intro h1")).to_have_text(links.nth(index).inner_text())  # the chat takes the focus then
 
 
 def test_a_view_that_does_not_exist(page: Page, real_server: ServerProcess) -> None:
