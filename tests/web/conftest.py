@@ -1,17 +1,25 @@
 """Fixtures for tests of the page: Chromium, and a real server with a real model."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support.browser import CHROMIUM, NO_CHROMIUM, PageWatch, running_browser
-from tests.support.server_process import REQUEST_SECONDS, ServerProcess, running_server, shared_server
+from tests.support.server_process import (
+    COMPLETIONS,
+    MODEL,
+    REQUEST_SECONDS,
+    ServerProcess,
+    running_server,
+    shared_server,
+)
 
 FLAGS = ("--max-num-seqs=64", "--max-model-len=2048", "--kv-cache-memory=256MiB", "--record-requests=64")
 ACTION_SECONDS = 60.0  # bounds hangs only
+FLAGS_OF_A_LONG_ANSWER = ("--max-model-len=8192", "--kv-cache-memory=256MiB", "--speculative=off")
 
 StartServer = Callable[..., ServerProcess]
 
@@ -42,6 +50,16 @@ def browser() -> Iterator[Browser]:
         pytest.skip(NO_CHROMIUM)
     with running_browser() as browser:
         yield browser
+
+
+@contextmanager
+def long_answer(server: ServerProcess, **headers: str) -> Iterator[None]:
+    """Stream an answer that is aborted after the block. The server needs `FLAGS_OF_A_LONG_ANSWER`."""
+    body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", COMPLETIONS, json=body, headers=headers) as response:
+        lines = response.iter_lines()  # the stream ends when nothing refers to it any more
+        next(lines)
+        yield
 
 
 @pytest.fixture

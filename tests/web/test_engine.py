@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from playwright.sync_api import CDPSession, Page, expect
+from playwright.sync_api import CDPSession, Page, Route, expect
 
 from tests.support.server_process import ServerProcess
 from tests.support.streams import Stream, start_streams
-from tests.web.conftest import StartServer
+from tests.web.conftest import FLAGS_OF_A_LONG_ANSWER, StartServer, long_answer
 
 PROMPT = "Once upon a time in a land far away there lived a king who had a castle by the sea. "
 NUM_STREAMS = 64
@@ -83,22 +83,21 @@ def test_pause(page: Page, real_server: ServerProcess) -> None:
 
 
 def test_blocks_and_queue(page: Page, start_server: StartServer) -> None:
-    server = start_server("--max-num-seqs=1")
+    server = start_server("--max-num-seqs=1", *FLAGS_OF_A_LONG_ANSWER)
     open_engine(page, server)
     expect(page.get_by_text("Nobody waits.")).to_be_visible()
-    running, waiting = (Stream(server, {"prompt": PROMPT * 4, "max_tokens": 120, "ignore_eos": True}) for _ in "ab")
-    running.wait_for_start()
-    table = page.get_by_role("region", name="Choices in the queue")
-    expect(table.get_by_role("row").nth(1)).to_contain_text("is next")
-    expect(page.get_by_text(re.compile(r"^[1-9]\d* of \d+ blocks are held"))).to_be_visible()
-    grid = page.get_by_role("slider", name="Blocks of the KV cache")
-    grid.focus()
-    page.keyboard.press("Home")
-    expect(grid).to_have_attribute("aria-valuetext", re.compile(r"^Block 0: "))
-    page.keyboard.press("ArrowRight")
-    expect(grid).to_have_attribute("aria-valuenow", "1")
-    grid.blur()
-    running.result()
+    with long_answer(server):
+        waiting = Stream(server, {"prompt": PROMPT, "max_tokens": 4})
+        table = page.get_by_role("region", name="Choices in the queue")
+        expect(table.get_by_role("row").nth(1)).to_contain_text("is next")
+        expect(page.get_by_text(re.compile(r"^[1-9]\d* of [\d,]+ blocks are held"))).to_be_visible()
+        grid = page.get_by_role("slider", name="Blocks of the KV cache")
+        grid.focus()
+        page.keyboard.press("Home")
+        expect(grid).to_have_attribute("aria-valuetext", re.compile(r"^Block 0: "))
+        page.keyboard.press("ArrowRight")
+        expect(grid).to_have_attribute("aria-valuenow", "1")
+        grid.blur()
     waiting.result()
     expect(page.get_by_text("Nobody waits.")).to_be_visible()
     expect(page.get_by_text(re.compile("^0 of .* blocks are held"))).to_be_visible()
@@ -116,12 +115,24 @@ def test_after_a_restart_of_the_engine(page: Page, start_server: StartServer) ->
 
 
 def test_after_a_restart_of_the_server(page: Page, start_server: StartServer) -> None:
+    """The second server has a port of its own, since another process could have taken that of the first."""
     first = start_server()
+    running = [first]
+
+    def redirect(route: Route) -> None:
+        if running:
+            route.continue_(url=route.request.url.replace(first.url, running[0].url))
+        else:
+            route.abort("connectionrefused")
+
+    page.route(f"{first.url}/**", redirect)
     open_engine(page, first)
     complete(first, max_tokens=40)
+    running.clear()
     first.close()
     expect(page.get_by_text("The connection broke. Trying again …")).to_be_visible()
-    second = start_server(f"--port={first.port}")
+    second = start_server()
+    running.append(second)
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
     id = complete(second, max_tokens=3)
     slider = page.get_by_role("slider", name="Steps of the engine")

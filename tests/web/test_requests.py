@@ -12,7 +12,7 @@ from tests.support.chrome_trace import check_trace
 from tests.support.kv_cache_memory import kv_cache_flag
 from tests.support.server_process import ServerProcess
 from tests.support.streams import Stream
-from tests.web.conftest import StartServer
+from tests.web.conftest import FLAGS_OF_A_LONG_ANSWER, StartServer, long_answer
 
 STORY = "Once upon a time in a land far away there lived a king who had a castle by the sea. " * 8
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
@@ -145,17 +145,10 @@ def test_replay(page: Page, real_server: ServerProcess) -> None:
     expect(page.get_by_text("Bit-equal. All 12 tokens")).to_be_visible()
 
 
-def test_a_living_request_is_followed_to_its_end(page: Page, real_server: ServerProcess) -> None:
-    headers = {"x-request-id": "alive"}
-    with real_server.http.stream(
-        "POST",
-        "/v1/completions",
-        json={"prompt": STORY, "max_tokens": 1500, "ignore_eos": True, "stream": True},
-        headers=headers,
-    ) as response:
-        lines = response.iter_lines()
-        next(lines)
-        open_request(page, real_server, "alive")
+def test_a_living_request_is_followed_to_its_end(page: Page, start_server: StartServer) -> None:
+    server = start_server(*FLAGS_OF_A_LONG_ANSWER)
+    with long_answer(server, **{"x-request-id": "alive"}):
+        open_request(page, server, "alive")
         expect(page.get_by_text("running", exact=True)).to_be_visible()
         expect(page.get_by_role("button", name="Run again and compare")).to_be_disabled()
     expect(page.get_by_text("aborted", exact=True)).to_be_visible()

@@ -11,7 +11,7 @@ from tests.support.server_process import MODEL, ServerProcess
 
 PROMPT = "The cat sat on the"
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script> &amp;'
-LABELS = {"max_tokens": "Tokens to write", "temperature": "Temperature", "top_k": "Top-k"}
+LABELS = {"max_tokens": "Tokens to write", "temperature": "Temperature", "top_k": "Top-k", "seed": "Seed"}
 INSPECT = "**/lightwell/v1/inspect"
 
 
@@ -70,7 +70,7 @@ def test_an_alternative_begins_a_branch(page: Page, real_server: ServerProcess) 
 
 
 def test_what_the_sampler_did_is_shown(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, max_tokens=4, temperature=0.8, top_k=5)
+    generate(page, real_server, max_tokens=4, temperature=0.8, top_k=5, seed=1)
     tokens_of(page).nth(6).click()
     stages = page.get_by_role("region", name="Stages of the sampler")
     expect(stages.get_by_role("row", name="Possible")).to_contain_text(re.compile(r"49,152.*49,152.*5"))
@@ -159,7 +159,7 @@ def test_a_refused_inspection_is_explained(
 
 
 def test_everybody_can_read_it(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, max_tokens=6)
+    generate(page, real_server, max_tokens=6, temperature=0)
     tokens_of(page).last.click()
     expect(page.get_by_text("the token that was sent")).to_be_visible()
     page.get_by_role("list", name="Alternatives").get_by_role("button").first.click()
@@ -169,7 +169,7 @@ def test_everybody_can_read_it(page: Page, real_server: ServerProcess) -> None:
 
 def test_no_token_is_lost_on_a_narrow_screen(page: Page, real_server: ServerProcess) -> None:
     page.set_viewport_size({"width": 360, "height": 780})
-    generate(page, real_server, max_tokens=24)
+    generate(page, real_server, max_tokens=24, temperature=0)
     tokens_of(page).last.click()
     expect(page.get_by_role("region", name="Stages of the sampler")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
