@@ -1,4 +1,4 @@
-"""Count the frames that the view Engine draws in a second, from a recorded stream of steps and beside a running engine.
+"""Count how often the view Engine paints the schedule in a second: from recorded steps, and beside a running engine.
 
     python -m tests.bench.page_frames [--streams 64] [--seconds 20] [--width 1280] [--height 900]
 
@@ -44,21 +44,29 @@ REPLAY = """({ list, stepsEach }) => {
     };
 }"""
 
+# Each painting of a canvas begins with `clearRect`.
 COUNT = """(seconds) => new Promise((resolve) => {
     const counts = [];
-    let frames = 0;
-    const frame = () => { frames += 1; if (counts.length < seconds) requestAnimationFrame(frame); };
-    requestAnimationFrame(frame);
+    let paints = 0;
+    const { prototype } = CanvasRenderingContext2D;
+    const { clearRect } = prototype;
+    prototype.clearRect = function (...area) {
+        if (this.canvas.closest(".schedule")) paints += 1;
+        return clearRect.apply(this, area);
+    };
     const timer = setInterval(() => {
-        counts.push(frames);
-        frames = 0;
-        if (counts.length === seconds) { clearInterval(timer); resolve(counts); }
+        counts.push(paints);
+        paints = 0;
+        if (counts.length < seconds) return;
+        clearInterval(timer);
+        prototype.clearRect = clearRect;
+        resolve(counts);
     }, 1000);
 })"""
 
 
-def count_frames(page: Page, seconds: int) -> list[int]:
-    """Return the number of frames in each second."""
+def count_paints(page: Page, seconds: int) -> list[int]:
+    """Return how often the schedule was painted in each second."""
     counts: list[int] = page.evaluate(COUNT, seconds)
     return counts
 
@@ -93,7 +101,7 @@ def main() -> None:
             streams = start_streams(server, arguments.streams, max_tokens=3000)
             page = browser.new_page(viewport=size)  # type: ignore[arg-type]
             open_engine(page, server)
-            results["live, beside the engine"] = count_frames(page, arguments.seconds)
+            results["live, beside the engine"] = count_paints(page, arguments.seconds)
             page.close()
             recorded = record(server, len(streams))
         with running_server(model, *flags) as server:
@@ -102,9 +110,9 @@ def main() -> None:
             page.evaluate(REPLAY, {"list": recorded, "stepsEach": STEPS_EACH})
             page.get_by_role("link", name="Engine").click()
             page.wait_for_timeout(3000)
-            results["recorded, idle engine"] = count_frames(page, arguments.seconds)
+            results["recorded, idle engine"] = count_paints(page, arguments.seconds)
             page.close()
-    table = Table("", "median frames/s", "fewest frames/s", title=f"{arguments.streams} streams, {size}")
+    table = Table("", "median paints/s", "fewest paints/s", title=f"{arguments.streams} streams, {size}")
     for name, counts in results.items():
         table.add_row(name, str(statistics.median(counts)), str(min(counts)))
     Console().print(table)

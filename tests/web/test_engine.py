@@ -76,10 +76,18 @@ def test_pause(page: Page, real_server: ServerProcess) -> None:
     id = complete(real_server)
     page.wait_for_timeout(1500)
     assert last_step(page) == before
+    canvas = page.get_by_role("slider", name="Steps of the engine")
+    canvas.click(position={"x": canvas.evaluate("canvas => canvas.clientWidth") - 3, "y": 60})
+    expect(page.get_by_role("region", name=f"Choices of step {before}", exact=True)).to_be_visible()
     page.get_by_role("button", name="Go on").click()
     expect(page.get_by_role("slider", name="Steps of the engine")).to_have_attribute(
         "aria-valuemax", str(steps_of(real_server, id)[-1]["id"])
     )
+
+
+def test_a_step_that_is_not_recorded(page: Page, real_server: ServerProcess) -> None:
+    open_engine(page, real_server, "?step=99999999")
+    expect(page.get_by_text("Step 99,999,999 is not recorded any more.")).to_be_visible()
 
 
 def test_blocks_and_queue(page: Page, start_server: StartServer) -> None:
@@ -159,7 +167,7 @@ def test_what_is_remembered_is_bounded(page: Page, real_server: ServerProcess) -
             data: Array.from({ length: 100 }, (_, index) => step(first + index)) });
         for (let first = 1; first < 4000; first += 100) history.add(list("a", first, 3));
         const { steps, seconds, lastTokens, lanes } = history;
-        const full = [steps.length, seconds.length, lastTokens.size, lanes.owners.length];
+        const full = [steps.length, seconds.length, lastTokens.size, lanes.owned.size];
         const lost = history.numLost;
         history.add(list("b", 1, 0));
         return { full, lost, after: [history.steps.length, history.lastId, history.numLost] };
@@ -168,6 +176,25 @@ def test_what_is_remembered_is_bounded(page: Page, real_server: ServerProcess) -
     assert answer["full"] == [800, 150, 64, 64]
     assert answer["lost"] == 120
     assert answer["after"] == [100, 100, 0]
+
+
+@pytest.mark.parametrize("clock", [0, 3600, -3600])
+def test_rates_do_not_depend_on_the_clock_of_the_browser(page: Page, real_server: ServerProcess, clock: int) -> None:
+    """Only steps of a moment ago count as work of now, however many seconds ahead the server's `clock` is."""
+    page.goto(real_server.url)
+    script = """async (clock) => {
+        const { History } = await import("/assets/app/engine/history.js");
+        const busy = (age, isLive) => {
+            const history = new History();
+            const now = Math.floor(Date.now() / 1000) + clock;
+            const step = { id: 1, started: now - age - 1, seconds: { forward: 1 }, rows: [], num_blocks_used: 0 };
+            history.setClock(now + 0.5);
+            history.add({ engine: "a", num_blocks: 10, num_lost: 0, data: [step] }, isLive);
+            return history.recent(5).busy;
+        };
+        return [busy(1000, false), busy(2, false), busy(2, true)];
+    }"""
+    assert page.evaluate(script, clock) == [0, 0.2, 0.2]
 
 
 @dataclass

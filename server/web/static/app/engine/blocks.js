@@ -1,5 +1,5 @@
 // The map of the KV cache: each block is a square.
-import { ownerColor, palette, prepare } from "./canvas.js";
+import { ownerColor, palette, prepare } from "../canvas.js";
 
 /**
  * @typedef {{start: number, num_blocks: number, state: "held" | "cached" | "free" | "unused", num_holders: number,

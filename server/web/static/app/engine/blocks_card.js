@@ -3,7 +3,7 @@ import { Button, Problem } from "../components.js";
 import { count } from "../format.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { BlockGrid, countStates, findBlock, numShown } from "./blocks.js";
-import { useTheme, watchSize } from "./canvas.js";
+import { useTheme, watchSize } from "../canvas.js";
 import { short } from "./parts.js";
 import { usePolled } from "./stream.js";
 
@@ -15,7 +15,7 @@ const PLAIN_KEYS = /** @type {Record<string, number>} */ ({ ArrowLeft: -1, Arrow
 export function BlocksCard({ isPaused, request }) {
   const [start, setStart] = useState(0);
   const [block, setBlock] = useState(-1);
-  const { data: map, error, retry } = usePolled(isPaused ? "" : `lightwell/v1/blocks?start=${start}&limit=${AT_ONCE}`, INTERVAL);
+  const { data: map, error, retry } = usePolled(`lightwell/v1/blocks?start=${start}&limit=${AT_ONCE}`, INTERVAL, { isPaused });
   const ref = useRef(/** @type {HTMLCanvasElement | null} */ (null));
   const grid = useRef(/** @type {BlockGrid | null} */ (null));
   const theme = useTheme();
@@ -36,6 +36,7 @@ export function BlocksCard({ isPaused, request }) {
 
   const last = map ? start + numShown(map) - 1 : 0;
   const point = (/** @type {any} */ event) => setBlock(/** @type {BlockGrid} */ (grid.current).at(event.offsetX, event.offsetY));
+  const leave = (/** @type {any} */ { pointerType }) => pointerType === "mouse" && setBlock(-1); // a finger leaves at once
   const onKeyDown = (/** @type {any} */ event) => {
     const rows = /** @type {Record<string, number>} */ ({ ArrowUp: -1, ArrowDown: 1 });
     const move = PLAIN_KEYS[event.key] ?? (rows[event.key] ?? 0) * (grid.current?.numColumns ?? 1);
@@ -53,9 +54,9 @@ export function BlocksCard({ isPaused, request }) {
       </header>
       ${error && html`<${Problem} error=${error} onRetry=${retry} />`}
       <canvas ref=${ref} tabindex="0" role="slider" aria-label="Blocks of the KV cache" aria-valuemin=${start} aria-valuemax=${last}
-        aria-valuenow=${Math.max(start, block)} aria-valuetext=${map ? describe(map, Math.max(start, block)) : "not read yet"}
-        onPointerMove=${point} onPointerLeave=${() => setBlock(-1)} onBlur=${() => setBlock(-1)} onKeyDown=${onKeyDown}></canvas>
-      <p class="readout num">${map && block >= 0 ? describe(map, block) : map ? `${count(map.num_used)} of ${count(map.num_blocks)} blocks are held by choices that run.` : "\u00a0"}</p>
+        aria-valuenow=${Math.max(start, block)} aria-valuetext=${map && block >= 0 ? describe(map, block) : "none chosen"}
+        onPointerDown=${point} onPointerMove=${point} onPointerLeave=${leave} onBlur=${() => setBlock(-1)} onKeyDown=${onKeyDown}></canvas>
+      <p class="readout num">${map && block >= 0 ? `${describe(map, block)}${ageOf(map, block)}` : map ? `${count(map.num_used)} of ${count(map.num_blocks)} blocks are held by choices that run.` : "\u00a0"}</p>
       <ul class="legend">
         <li><span class="mark solid"></span>held${counts ? ` ${count(counts.held - counts.shared)}` : ""}</li>
         <li><span class="mark dotted"></span>shared${counts ? ` ${count(counts.shared)}` : ""}</li>
@@ -82,13 +83,22 @@ function describe(map, block) {
   const found = findBlock(map, block);
   if (!found) return `Block ${block}`;
   const { run, position, owner } = found;
-  const age = run.age === null ? "" : `, handed out ${count(run.age)} steps ago`;
   if (run.state === "unused") return `Block ${block}: never used`;
-  if (run.state === "cached") return `Block ${block}: cached, free for others${age}`;
-  if (run.state === "free") return `Block ${block}: free${age}`;
+  if (run.state === "cached") return `Block ${block}: cached, free for others`;
+  if (run.state === "free") return `Block ${block}: free`;
   const who = owner ? short(owner.id) : "another client";
   const shared = run.num_holders > 1 ? `, shared by ${run.num_holders} choices` : "";
   const tokens = position === null ? "" : `, tokens from position ${count(position)}`;
   const layers = map.groups.length > 1 && run.group !== null ? `, ${map.groups[run.group].num_layers} layers` : "";
-  return `Block ${block}: held by ${who}${shared}${tokens}${layers}${age}`;
+  return `Block ${block}: held by ${who}${shared}${tokens}${layers}`;
+}
+
+/**
+ * How long ago a block was handed out: with each step another text, which no screen reader should read again and again.
+ * @param {import("./blocks.js").BlockMap} map
+ * @param {number} block
+ */
+function ageOf(map, block) {
+  const age = findBlock(map, block)?.run.age ?? null;
+  return age === null ? "" : `, handed out ${count(age)} steps ago`;
 }

@@ -2,7 +2,7 @@
 import uPlot from "../../vendor/uPlot.js";
 import { themeColor } from "../format.js";
 import { html, useEffect, useRef } from "../lib.js";
-import { useTheme, watchSize } from "./canvas.js";
+import { useTheme, watchSize } from "../canvas.js";
 
 export const SPAN = 120; // s
 const HEIGHT = 130; // px

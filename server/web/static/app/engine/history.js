@@ -1,6 +1,7 @@
 // What the page remembers of the engine's steps: the last ones whole, and of the last minutes a summary of each second.
 
 const MAX_STEPS = 800;
+const MAX_ROWS = 131072; // of all these steps together
 const MAX_SECONDS = 150;
 const MAX_GAP = 10; // s: a longer pause of a choice is no time between two tokens
 
@@ -23,8 +24,8 @@ export const choiceName = (row) => (row.id === null ? null : `${row.id}/${row.pr
 /** Gives each choice a line of its own, from its first step to its last. */
 class Lanes {
   constructor() {
-    /** @type {(string | null)[]} */
-    this.owners = [];
+    /** @type {Map<string, number>} the line of each choice */
+    this.owned = new Map();
   }
 
   /**
@@ -33,19 +34,21 @@ class Lanes {
    */
   place(rows) {
     const names = rows.map(choiceName);
-    const present = new Set(names);
-    this.owners = this.owners.map((owner) => (owner !== null && present.has(owner) ? owner : null));
-    const taken = new Set();
-    const lanes = names.map((name) => (name === null ? -1 : this.owners.indexOf(name)));
-    for (const lane of lanes) taken.add(lane);
-    return rows.map((row, index) => {
-      if (lanes[index] >= 0) return { lane: lanes[index], row };
-      let lane = 0;
-      while (taken.has(lane)) lane += 1;
-      taken.add(lane);
-      this.owners[lane] = names[index];
-      return { lane, row };
+    const lanes = names.map((name) => (name === null ? undefined : this.owned.get(name)));
+    const taken = new Set(lanes);
+    let next = 0;
+    const cells = rows.map((row, index) => {
+      const known = lanes[index];
+      if (known !== undefined) return { lane: known, row };
+      while (taken.has(next)) next += 1;
+      return { lane: next++, row };
     });
+    this.owned = new Map();
+    cells.forEach(({ lane }, index) => {
+      const name = names[index];
+      if (name !== null) this.owned.set(name, lane);
+    });
+    return cells;
   }
 }
 
@@ -57,6 +60,7 @@ export class History {
     this.clockOffset = -Infinity; // s: the server's clock minus that of the browser
     /** @type {DrawnStep[]} */
     this.steps = [];
+    this.numRows = 0;
     /** @type {Second[]} */
     this.seconds = [];
     this.lanes = new Lanes();
@@ -69,18 +73,29 @@ export class History {
   }
 
   /**
-   * Adds steps that are not known yet. Returns how many there were.
-   * @param {StepList} list
+   * Learns the time of the server. It is raised by steps as they happen, which are known a little later than they end.
+   * @param {number} time in seconds
    */
-  add(list) {
-    if (list.engine !== this.engine) Object.assign(this, new History(list.engine)); // its steps are numbered from 1 again
+  setClock(time) {
+    this.clockOffset = Math.max(this.clockOffset, time - Date.now() / 1000);
+  }
+
+  /**
+   * Adds steps that are not known yet.
+   * @param {StepList} list
+   * @param {boolean} [isLive] whether they have happened just now
+   */
+  add(list, isLive = true) {
+    const { clockOffset } = this;
+    if (list.engine !== this.engine) Object.assign(this, new History(list.engine), { clockOffset }); // its steps are numbered from 1 again
     this.numBlocks = list.num_blocks;
     this.numLost += list.num_lost;
     const fresh = list.data.filter(({ id }) => id > this.lastId);
     for (const step of fresh) this.addStep(step);
-    this.steps.splice(0, this.steps.length - MAX_STEPS);
+    const last = fresh.at(-1);
+    if (last && isLive) this.setClock(last.started + sum(Object.values(last.seconds)));
+    while (this.steps.length > MAX_STEPS || this.numRows > MAX_ROWS) this.numRows -= this.steps.shift()?.rows.length ?? 0;
     this.seconds.splice(0, this.seconds.length - MAX_SECONDS);
-    return fresh.length;
   }
 
   /** @param {Step} step */
@@ -90,7 +105,7 @@ export class History {
     const numTokens = sum(step.rows.map((row) => row.num_tokens));
     const numLanes = 1 + Math.max(-1, ...cells.map(({ lane }) => lane));
     this.steps.push({ ...step, total, numTokens, cells, numLanes });
-    this.clockOffset = Math.max(this.clockOffset, step.started + total - Date.now() / 1000);
+    this.numRows += step.rows.length;
     this.summarize(step, total);
   }
 

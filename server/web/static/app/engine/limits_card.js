@@ -7,11 +7,9 @@ import { usePolled } from "./stream.js";
 const INTERVAL = 10000; // ms
 const SPAN = 10; // s: how far back the largest step is looked for
 
-/**
- * @param {{history: import("./history.js").History, tick: number}} props `tick` changes when the history has
- */
-export function LimitsCard({ history }) {
-  const { data: engine, error, retry } = usePolled("lightwell/v1/engine", INTERVAL);
+/** @param {{history: import("./history.js").History, isPaused: boolean}} props */
+export function LimitsCard({ history, isPaused }) {
+  const { data: engine, error, retry } = usePolled("lightwell/v1/engine", INTERVAL, { isPaused });
   return html`
     <section class="card limits" aria-labelledby="limits-title">
       <header>
@@ -30,7 +28,7 @@ function Memory({ engine }) {
     ["weights", "Weights", engine.weight_bytes],
     ["kv", "KV cache", engine.kv_cache_bytes],
     ["activations", "Activations", engine.activation_bytes],
-    ["rest", "Free on the host", engine.available_bytes],
+    ["rest", "Free on the host", engine.device === "cpu" ? engine.available_bytes : 0], // the bar is one memory
   ].filter(([, , size]) => size > 0);
   const whole = parts.reduce((total, [, , size]) => total + size, 0);
   return html`
@@ -58,7 +56,7 @@ function Nearness({ engine, history }) {
             <td class="right">${count(used)} of ${count(limit)}</td>
           </tr>
         `)}
-        <tr><th scope="row">Weights read</th><td class="soft">each step reads them all</td><td class="right">${bytes(engine.weight_bytes * recent.steps)}/s</td></tr>
+        <tr><th scope="row">Weights read</th><td class="soft">at most: experts that no token chose are not read</td><td class="right">${bytes(engine.weight_bytes * recent.steps)}/s</td></tr>
         <tr><th scope="row">Context</th><td class="soft">a prompt and its answer</td><td class="right">${count(engine.max_model_len)} tokens</td></tr>
         <tr><th scope="row">Computes on</th><td class="soft">${engine.deterministic ? "the same answer in any batch" : "answers may depend on the batch"}</td><td class="right">${engine.device}, ${engine.dtype}</td></tr>
       </tbody>

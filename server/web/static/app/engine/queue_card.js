@@ -10,7 +10,7 @@ const LIMIT = 50;
 
 /** @param {{isPaused: boolean}} props */
 export function QueueCard({ isPaused }) {
-  const { data, error, retry } = usePolled(isPaused ? "" : `lightwell/v1/queue?limit=${LIMIT}`, INTERVAL);
+  const { data, error, retry } = usePolled(`lightwell/v1/queue?limit=${LIMIT}`, INTERVAL, { isPaused });
   return html`
     <section class="card queue" aria-labelledby="queue-title">
       <header>

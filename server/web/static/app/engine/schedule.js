@@ -1,6 +1,6 @@
-// The schedule: each step is a column, each choice a line. New columns come in from the right.
+// The schedule: each step is a column, each choice a line. The last step is at the right.
 import { duration } from "../format.js";
-import { ownerColor, palette, prepare, stripes } from "./canvas.js";
+import { ownerColor, palette, prepare, stripes } from "../canvas.js";
 
 /** @typedef {import("./history.js").DrawnStep} DrawnStep */
 /** @typedef {import("./history.js").Cell} Cell */
@@ -9,8 +9,6 @@ const TIMES = 44; // px: the strip that shows how long steps took
 const AXIS = 20; // px: the numbers of the steps
 const MIN_LANES = 8; // lines for which there is always room
 const MAX_LANE = 24; // px
-const GLIDE = 90; // ms: columns come in at a speed that shows all that wait after some times this
-const BETWEEN_FRAMES = 30; // ms at least: the engine may need the same cores
 const LABEL = 84; // px between two numbers of steps
 const DIMMED = 0.18;
 
@@ -30,13 +28,7 @@ export class Schedule {
     this.columnWidth = 12;
     this.selected = 0;
     this.highlighted = "";
-    this.glide = 0; // px that the columns have still to move
     this.frame = 0;
-    this.lastFrame = 0;
-    this.isStill = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.strip = document.createElement("canvas"); // all columns that are or come into sight, as one picture
-    this.isStripOld = true;
-    this.overhang = 0; // px of the strip that are not in sight yet
     this.colors = palette();
     /** @type {Map<string, CanvasPattern>} */
     this.patterns = new Map();
@@ -49,21 +41,16 @@ export class Schedule {
   }
 
   /**
-   * Shows steps, of which the last ones may be new.
+   * Shows steps. They are copied, because the history goes on to change its list.
    * @param {DrawnStep[]} steps
    */
   show(steps) {
-    const last = this.steps.at(-1)?.id ?? Infinity;
-    const numNew = steps.filter(({ id }) => id > last).length;
-    const width = this.canvas.clientWidth;
-    this.glide = this.isStill ? 0 : Math.min(this.glide + numNew * this.columnWidth, width / 2);
-    this.steps = steps;
+    this.steps = [...steps];
     this.redraw();
   }
 
   redraw() {
-    this.isStripOld = true;
-    if (this.frame === 0) this.frame = requestAnimationFrame((now) => this.paint(now));
+    if (this.frame === 0) this.frame = requestAnimationFrame(() => this.paint());
   }
 
   stop() {
@@ -71,50 +58,23 @@ export class Schedule {
     this.frame = -1; // nothing is drawn any more
   }
 
-  /** @param {number} now */
-  paint(now) {
-    const isEarly = now - this.lastFrame < BETWEEN_FRAMES && !this.isStripOld;
-    this.frame = isEarly ? requestAnimationFrame((next) => this.paint(next)) : 0;
-    if (isEarly) return;
-    const { context, width, height, ratio } = prepare(this.canvas);
-    if (this.isStripOld) this.paintStrip(width, height, ratio);
-    this.isStripOld = false;
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    context.drawImage(this.strip, -Math.round((this.overhang - this.glide) * ratio), 0);
-    const elapsed = Math.min(now - this.lastFrame, 50);
-    this.lastFrame = now;
-    if (this.glide > 0) {
-      this.glide = Math.max(0, this.glide - elapsed * Math.max(this.glide / GLIDE, 0.05));
-      this.frame = requestAnimationFrame((next) => this.paint(next));
-    }
-  }
-
-  /**
-   * Draws all columns that can be seen until the glide ends, to be moved as one picture.
-   * @param {number} width
-   * @param {number} height
-   * @param {number} ratio
-   */
-  paintStrip(width, height, ratio) {
-    this.overhang = Math.ceil(this.glide);
-    const total = width + this.overhang;
-    [this.strip.width, this.strip.height] = [Math.round(total * ratio), Math.round(height * ratio)];
-    const context = /** @type {CanvasRenderingContext2D} */ (this.strip.getContext("2d"));
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    const visible = this.steps.slice(-Math.ceil(total / this.columnWidth) - 1);
-    const columns = visible.map((step, index) => ({ step, x: total - (visible.length - index) * this.columnWidth }));
-    this.paintTimes(context, columns, total);
+  paint() {
+    this.frame = 0;
+    const { context, width, height } = prepare(this.canvas);
+    const visible = this.steps.slice(-Math.ceil(width / this.columnWidth) - 1);
+    const columns = visible.map((step, index) => ({ step, x: width - (visible.length - index) * this.columnWidth }));
+    this.paintTimes(context, columns, width);
     this.paintLanes(context, columns, height);
-    this.paintAxis(context, columns, total, height);
+    this.paintAxis(context, columns, width, height);
     this.paintSelection(context, columns, height);
   }
 
   /**
    * @param {CanvasRenderingContext2D} context
    * @param {{step: DrawnStep, x: number}[]} columns
-   * @param {number} total
+   * @param {number} width
    */
-  paintTimes(context, columns, total) {
+  paintTimes(context, columns, width) {
     if (columns.length === 0) return;
     const longest = Math.max(...columns.map(({ step }) => step.total), 1e-3);
     const scale = (TIMES - 14) / longest;
@@ -130,9 +90,9 @@ export class Schedule {
       }
     }
     context.globalAlpha = 1;
-    this.label(context, `longest step ${duration(longest)}`, total - 4, 10, "right");
+    this.label(context, `longest step ${duration(longest)}`, width - 4, 10, "right");
     context.fillStyle = this.colors.line;
-    context.fillRect(0, TIMES, total, 1);
+    context.fillRect(0, TIMES, width, 1);
   }
 
   /**
@@ -207,13 +167,13 @@ export class Schedule {
   /**
    * @param {CanvasRenderingContext2D} context
    * @param {{step: DrawnStep, x: number}[]} columns
-   * @param {number} total
+   * @param {number} width
    * @param {number} height
    */
-  paintAxis(context, columns, total, height) {
+  paintAxis(context, columns, width, height) {
     const every = niceInterval(LABEL / this.columnWidth);
     for (const { step, x } of columns) {
-      if (step.id % every !== 0 || x > total - LABEL / 3) continue;
+      if (step.id % every !== 0 || x > width - LABEL / 3) continue;
       context.fillStyle = this.colors.line;
       context.fillRect(x + this.columnWidth / 2, height - AXIS, 1, 4);
       this.label(context, String(step.id), x + this.columnWidth / 2, height - 5, "center");
@@ -260,7 +220,7 @@ export class Schedule {
    * @param {number} y
    */
   at(x, y) {
-    const column = Math.floor((this.canvas.clientWidth - x + this.glide) / this.columnWidth);
+    const column = Math.floor((this.canvas.clientWidth - x) / this.columnWidth);
     const step = this.steps.at(-1 - column);
     const lane = Math.floor((y - TIMES - 3) / this.laneHeight(this.canvas.clientHeight));
     return { step, cell: step?.cells.find((cell) => cell.lane === lane) };

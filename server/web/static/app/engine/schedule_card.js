@@ -2,7 +2,7 @@
 import { Button, Empty, Select } from "../components.js";
 import { count, duration } from "../format.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
-import { useTheme, watchSize } from "./canvas.js";
+import { useTheme, watchSize } from "../canvas.js";
 import { clock, RequestLink, short } from "./parts.js";
 import { Schedule } from "./schedule.js";
 
@@ -47,7 +47,7 @@ export function ScheduleCard({ register, steps, chosen, request, onChoose, onReq
   useEffect(() => schedule.current?.updateTheme(), [theme]);
   useEffect(() => {
     const made = /** @type {Schedule} */ (schedule.current);
-    Object.assign(made, { columnWidth: Number(width), selected: chosen?.id ?? 0, highlighted: request, glide: 0 });
+    Object.assign(made, { columnWidth: Number(width), selected: chosen?.id ?? 0, highlighted: request });
     made.redraw();
   }, [width, chosen?.id, request]);
 
@@ -77,7 +77,7 @@ export function ScheduleCard({ register, steps, chosen, request, onChoose, onReq
       </header>
       <div class="stage">
         <canvas ref=${ref} tabindex="0" role="slider" aria-label="Steps of the engine" aria-valuemin=${steps[0]?.id ?? 0}
-          aria-valuemax=${steps.at(-1)?.id ?? 0} aria-valuenow=${shown?.id ?? 0} aria-valuetext=${shown ? describe(shown) : "no steps"}
+          aria-valuemax=${steps.at(-1)?.id ?? 0} aria-valuenow=${(chosen ?? steps[0])?.id ?? 0} aria-valuetext=${chosen ? describe(chosen) : "none chosen"}
           aria-describedby="schedule-keys" onPointerMove=${onMove} onPointerLeave=${() => setHover("")} onClick=${onClick} onKeyDown=${onKeyDown}></canvas>
         ${isEmpty && html`<${Empty} title="No steps yet">Send a prompt in <a href="#/chat">Chat</a>, and its steps appear here.<//>`}
       </div>

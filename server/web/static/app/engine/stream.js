@@ -25,24 +25,29 @@ export function useVisible() {
 export function useSteps(onSteps) {
   const isVisible = useVisible();
   const [state, setState] = useState(/** @type {"connecting" | "open" | "waiting"} */ ("connecting"));
+  const [problem, setProblem] = useState(/** @type {import("../api.js").ApiError | null} */ (null));
   const [error, setError] = useState(/** @type {import("../api.js").ApiError | null} */ (null));
   const [attempt, setAttempt] = useState(0);
+  const onState = (/** @type {typeof state} */ next, /** @type {typeof problem} */ why) => {
+    setState(next);
+    setProblem(why);
+  };
   const history = useRef(new History());
   const listener = useRef(onSteps);
   listener.current = onSteps;
   useEffect(() => {
     if (!isVisible) return undefined;
     setError(null);
-    return followSteps(history.current, (known) => listener.current(known), setState, setError);
+    return followSteps(history.current, (known) => listener.current(known), onState, setError);
   }, [isVisible, attempt]);
-  return { history: history.current, state, error, retry: () => setAttempt((value) => value + 1) };
+  return { history: history.current, state, problem, error, retry: () => setAttempt((value) => value + 1) };
 }
 
 /**
  * Reads the latest steps, and then those that follow. Events that arrive before the latest steps are kept until then.
  * @param {History} history
  * @param {(history: History) => void} onSteps
- * @param {(state: "connecting" | "open" | "waiting") => void} onState
+ * @param {(state: "connecting" | "open" | "waiting", problem: import("../api.js").ApiError | null) => void} onState
  * @param {(error: import("../api.js").ApiError) => void} onRefused
  */
 function followSteps(history, onSteps, onState, onRefused) {
@@ -54,9 +59,17 @@ function followSteps(history, onSteps, onState, onRefused) {
     onSteps(history);
   };
   const readEarlier = async () => {
-    const list = await callJson(`lightwell/v1/steps?limit=${NUM_EARLIER}`, { signal: controller.signal });
-    for (const each of [{ ...list, num_lost: 0 }, .../** @type {any[]} */ (early)]) add(each);
+    const response = await call(`lightwell/v1/steps?limit=${NUM_EARLIER}`, { signal: controller.signal });
+    const time = Date.parse(response.headers.get("date") ?? "") / 1000;
+    if (time) history.setClock(time);
+    history.add({ ...(await response.json()), num_lost: 0 }, false);
+  };
+  const begin = async () => {
+    await readEarlier().catch(() => {}); // then only those that follow are shown
+    if (controller.signal.aborted) return;
+    for (const each of early ?? []) history.add(each);
     early = null;
+    onSteps(history);
   };
   const stop = follow(
     "lightwell/v1/events",
@@ -71,8 +84,8 @@ function followSteps(history, onSteps, onState, onRefused) {
         stop();
         onRefused(error);
       }
-      onState(state);
-      if (state === "open" && early) readEarlier().catch(() => (early = null));
+      onState(state, error);
+      if (state === "open" && early) begin();
     },
   );
   return () => {
@@ -83,28 +96,32 @@ function followSteps(history, onSteps, onState, onRefused) {
 
 /**
  * Reads something again and again while the page can be seen. Returns the latest answer, and why there is none.
- * @param {string} path "": nothing is read
+ * @param {string} path
  * @param {number} interval in ms
- * @param {(data: any) => boolean} [isFinal] whether an answer will not change any more
+ * @param {{isPaused?: boolean, isFinal?: (data: any) => boolean}} [options] during a pause, it is read once at most;
+ *   `isFinal` says whether an answer will not change any more
  */
-export function usePolled(path, interval, isFinal = () => false) {
+export function usePolled(path, interval, { isPaused = false, isFinal = () => false } = {}) {
   const isVisible = useVisible();
   const [data, setData] = useState(/** @type {any} */ (null));
   const [error, setError] = useState(/** @type {import("../api.js").ApiError | null} */ (null));
   const [attempt, setAttempt] = useState(0);
+  const known = useRef(""); // the path of the answer
   useEffect(() => {
-    if (!isVisible || !path) return undefined;
+    if (!isVisible || (isPaused && known.current === path)) return undefined;
     const controller = new AbortController();
     let timer = 0;
     const read = async () => {
       try {
         const answer = await callJson(path, { signal: controller.signal });
+        known.current = path;
         setData(answer);
         setError(null);
-        if (isFinal(answer)) return;
+        if (isPaused || isFinal(answer)) return;
       } catch (problem) {
         if (controller.signal.aborted) return;
         setError(/** @type {any} */ (problem));
+        if ([403, 404].includes(/** @type {any} */ (problem).status)) return;
       }
       timer = setTimeout(read, interval);
     };
@@ -113,6 +130,6 @@ export function usePolled(path, interval, isFinal = () => false) {
       controller.abort();
       clearTimeout(timer);
     };
-  }, [path, interval, isVisible, attempt]);
+  }, [path, interval, isVisible, isPaused, attempt]);
   return { data, error, retry: () => setAttempt((value) => value + 1) };
 }

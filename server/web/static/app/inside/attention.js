@@ -83,9 +83,10 @@ export function AttentionMap() {
     const key = Math.floor(((offsetX - LABELS) / (target.clientWidth - LABELS)) * numKeys);
     setPointed(weights[row]?.[key] === undefined ? null : [row, key]);
   };
+  const leave = (/** @type {any} */ { pointerType }) => pointerType === "mouse" && setPointed(null); // a finger leaves at once
   return html`
     <canvas class="map" ref=${canvas} style=${{ height: `${columns.value.length * ROW}px` }} role="img" aria-label=${description(tokens, rowOf(cursor.value))}
-      onPointerMove=${point} onPointerLeave=${() => setPointed(null)}></canvas>
+      onPointerDown=${point} onPointerMove=${point} onPointerLeave=${leave}></canvas>
     <p class="hint pointed-at">${pointed ? readout(tokens, weights, pointed) : "Rows look at columns: point at a cell to read it."}</p>
   `;
 }

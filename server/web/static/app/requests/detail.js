@@ -22,7 +22,7 @@ const nameOf = (/** @type {ChoiceDetail} */ choice) => `${choice.prompt}.${choic
 /** @param {{id: string}} props */
 export function Detail({ id }) {
   const path = `lightwell/v1/requests/${encodeURIComponent(id)}`;
-  const { data, error, retry } = usePolled(path, INTERVAL, hasEnded);
+  const { data, error, retry } = usePolled(path, INTERVAL, { isFinal: hasEnded });
   const back = html`<p><a href=${linkTo("requests")}>All requests</a></p>`;
   if (error && !data) return html`${back}<${Refused} title=${error.status === 404 ? "This request is not recorded" : "It cannot be shown"} error=${error} onRetry=${retry} />`;
   if (!data) return back;

@@ -30,7 +30,7 @@ export function Replay({ id, isFinished }) {
     <section class="card" aria-labelledby="replay-title">
       <header>
         <h2 id="replay-title">Replay</h2>
-        <p class="hint">The same request with the same seed gets the same answer, whatever else runs beside it. Run it again, and compare every token and every bit of its log probabilities.</p>
+        <p class="hint">Where the engine’s answers do not depend on the batch, the same request with the same seed gets the same answer, whatever else runs beside it. Run it again, and compare every token and every bit of its log probabilities.</p>
       </header>
       <div class="row">
         <${Button} icon="refresh" disabled=${!isFinished || isRunning} onClick=${run}>${isRunning ? "Running …" : "Run again and compare"}<//>

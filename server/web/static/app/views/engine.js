@@ -10,7 +10,7 @@ import { QueueCard } from "../engine/queue_card.js";
 import { ScheduleCard } from "../engine/schedule_card.js";
 import { useSteps } from "../engine/stream.js";
 import { count, duration, number, percent } from "../format.js";
-import { html, useEffect, useRef, useState } from "../lib.js";
+import { html, useEffect, useMemo, useRef, useState } from "../lib.js";
 import { go, route } from "../router.js";
 
 export const title = "Engine";
@@ -31,11 +31,11 @@ export default function Engine() {
   const show = useRef((/** @type {DrawnStep[]} */ _steps) => {});
   const paused = useRef(false);
   paused.current = isPaused;
-  const { history, state, error, retry } = useSteps((known) => {
+  const { history, state, problem, error, retry } = useSteps((known) => {
     if (!paused.current) show.current(known.steps);
   });
   const tick = useInterval(RENDER_INTERVAL);
-  useLinkedStep((steps, step, id) => {
+  const missing = useLinkedStep((steps, step, id) => {
     setPaused(true);
     setFrozen(steps);
     setChosen(step);
@@ -48,24 +48,29 @@ export default function Engine() {
     show.current(history.steps);
     setPaused(!isPaused);
   };
+  const held = (isPaused && history.lastId > 0) || tick; // what is made with it stays as it is during a pause
+  const figures = useMemo(() => html`<${Figures} history=${history} />`, [held]);
+  const limits = useMemo(() => html`<${LimitsCard} history=${history} isPaused=${isPaused} />`, [held]);
+  const curves = useMemo(() => html`<${Curves} history=${history} />`, [held]);
   if (error) return html`<${Refused} title=${error.status === 404 ? "What the engine does is not shown here" : "You may not see what the engine does"} error=${error} onRetry=${retry} />`;
   const steps = isPaused ? frozen : history.steps;
   return html`
     <div class="engine">
       <div class="toolbar">
-        <p class="state ${state === "open" && !isPaused ? "good" : state === "waiting" ? "bad" : ""}" role="status">${stateText(state, isPaused)}</p>
+        <p class="state ${state === "open" && !isPaused ? "good" : state === "waiting" ? "bad" : ""}" role="status">${stateText(state, isPaused, problem)}</p>
+        ${missing && html`<p class="hint" role="alert">${missing}</p>`}
         ${history.numLost > 0 && html`<p class="hint num">${count(history.numLost)} steps passed unseen.</p>`}
         <${Button} icon=${isPaused ? "right" : "stop"} aria-pressed=${isPaused} onClick=${pause}>${isPaused ? "Go on" : "Pause"}<//>
       </div>
-      <${Figures} history=${history} />
+      ${figures}
       <${ScheduleCard} register=${(/** @type {any} */ draw) => (show.current = draw)} steps=${steps} chosen=${chosen} request=${request}
         onChoose=${setChosen} onRequest=${setRequest} isEmpty=${state === "open" && steps.length === 0} />
       <div class="pair">
         <${BlocksCard} isPaused=${isPaused} request=${request} />
-        <div class="stack"><${LimitsCard} history=${history} tick=${tick} /><${QueueCard} isPaused=${isPaused} /></div>
+        <div class="stack">${limits}<${QueueCard} isPaused=${isPaused} /></div>
       </div>
-      <${Curves} history=${history} />
-      <${Spoken} history=${history} />
+      ${curves}
+      ${!isPaused && html`<${Spoken} history=${history} />`}
     </div>
   `;
 }
@@ -73,10 +78,12 @@ export default function Engine() {
 /**
  * @param {string} state
  * @param {boolean} isPaused
+ * @param {import("../api.js").ApiError | null} problem
  */
-function stateText(state, isPaused) {
+function stateText(state, isPaused, problem) {
   if (isPaused) return "Paused";
-  return { connecting: "Connecting …", open: "Live", waiting: "The connection broke. Trying again …" }[state];
+  const why = problem?.status ? problem.message : "The connection broke.";
+  return { connecting: "Connecting …", open: "Live", waiting: `${why} Trying again …` }[state];
 }
 
 /** @param {{history: History}} props */
@@ -148,19 +155,24 @@ function useInterval(interval) {
 }
 
 /**
- * Reads the steps around the one that the URL names, such as #/engine?step=40&request=ID.
- * @param {(steps: DrawnStep[], step: DrawnStep | null, request: string) => void} onRead
+ * Reads the steps around the one that the URL names, such as #/engine?step=40&request=ID. Returns why it cannot be shown.
+ * @param {(steps: DrawnStep[], step: DrawnStep, request: string) => void} onRead
  */
 function useLinkedStep(onRead) {
   const { params } = route.value;
   const [step, id] = [Number(params.get("step")), params.get("request") ?? ""];
+  const [missing, setMissing] = useState("");
   useEffect(() => {
+    setMissing("");
     if (!step) return;
     const after = Math.max(0, step - NUM_AROUND);
     callJson(`lightwell/v1/steps?after=${after}&limit=${2 * NUM_AROUND}`).then((list) => {
       const around = new History();
       around.add(list);
-      onRead(around.steps, around.steps.find((each) => each.id === step) ?? null, id);
-    }, () => {});
+      const found = around.steps.find((each) => each.id === step);
+      if (found) onRead(around.steps, found, id);
+      else setMissing(`Step ${count(step)} is not recorded any more.`);
+    }, ({ message }) => setMissing(message));
   }, [step, id]);
+  return missing;
 }

@@ -6,7 +6,7 @@ import { route } from "../router.js";
 
 export const title = "Requests";
 export const about =
-  "What each request waited for and how long, from its arrival to its last token. No text of prompts or answers is kept here.";
+  "What each request waited for and how long, from its arrival to its last token. This table shows no text of prompts or answers.";
 
 export default function Requests() {
   const { id } = route.value;
