@@ -159,6 +159,13 @@ def test_an_answer_is_opened_by_its_id(page: Page, real_server: ServerProcess) -
     )
 
 
+def test_a_position_that_is_no_number_is_the_first(page: Page, real_server: ServerProcess) -> None:
+    answer = real_server.answer("/v1/completions", {"prompt": PROMPT, "max_tokens": 2, "temperature": 0})
+    page.goto(f"{real_server.url}/#/inside?id={answer['id']}&position=abc")
+    slider = page.get_by_role("slider", name="Position")
+    expect(slider).to_have_attribute("aria-valuetext", re.compile("^After token 1 of"))
+
+
 def test_hostile_text_stays_text(page: Page, real_server: ServerProcess) -> None:
     look_inside(page, real_server, HOSTILE, num_tokens=1)
     expect(section(page, "Fed back")).to_contain_text(HOSTILE)

@@ -135,6 +135,19 @@ def test_a_refused_request_says_why(page: Page, real_server: ServerProcess) -> N
     expect(page.get_by_role("alert")).to_contain_text("2048")
 
 
+def test_an_answer_that_breaks_off_says_so(page: Page, real_server: ServerProcess) -> None:
+    def cut(route: Route) -> None:
+        if "stream" in (route.request.post_data or ""):
+            route.fulfill(content_type="text/event-stream", body=": nothing comes\n\n")
+        else:
+            route.continue_()
+
+    page.route("**/v1/completions", cut)
+    page.goto(f"{real_server.url}/#/tokens")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text("The answer broke off")
+
+
 @pytest.mark.parametrize(
     ("status", "code", "title", "may_retry"),
     [

@@ -61,6 +61,7 @@ import { ApiError, callJson } from "./api.js";
  */
 
 const MAX_TRIES = 30; // while the engine inspects something else
+const LONGEST = 90; // s that an answer is waited for
 
 /** What the refusals of the engine mean to the reader, by status. */
 const MEANINGS = new Map([
@@ -98,7 +99,7 @@ export async function inspect(question, signal) {
   }
 }
 
-/** What the engine works on: it finishes what it has begun, and refuses a second question until then. */
+/** What the engine works on: it refuses a second question until then. */
 let current = Promise.resolve();
 
 /**
@@ -108,10 +109,11 @@ let current = Promise.resolve();
 async function askInTurn(question, signal) {
   for (let seen = null; seen !== current; ) await (seen = current);
   signal.throwIfAborted();
-  const answer = callJson("lightwell/v1/inspect", { json: question });
+  const late = AbortSignal.timeout(1000 * LONGEST);
+  const answer = callJson("lightwell/v1/inspect", { json: question, signal: AbortSignal.any([signal, late]) }).catch((error) => {
+    throw late.aborted && !signal.aborted ? new ApiError(`The engine did not answer in ${LONGEST} seconds.`) : error;
+  });
   current = answer.catch(() => {});
-  await current;
-  signal.throwIfAborted();
   return answer;
 }
 

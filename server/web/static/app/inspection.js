@@ -3,20 +3,21 @@ import { Problem } from "./components.js";
 import { inspect, InspectionError, isAbort, sleep } from "./inspect.js";
 import { html, useEffect, useRef, useState } from "./lib.js";
 
-/** @typedef {import("./inspect.js").Inspection} Inspection */
-/** @typedef {{answer: Inspection | null, error: Error | null, isBusy: boolean, retry: () => void}} Inspected */
+/** @typedef {Pick<import("./inspect.js").Inspection, "sampling">} Answer */
+/** @typedef {{answer: Answer | null, error: Error | null, isBusy: boolean, retry: () => void}} Inspected */
 
+const MAX_ANSWERS = 50; // that are kept
 const DELAY = 150; // ms that a question stays the same before it is asked
 
 /**
- * Asks a question while it is not null, and keeps the answers to earlier ones.
+ * Asks a question while it is not null, and keeps what the answers to earlier ones say of the sampler.
  * @param {import("./inspect.js").Question | null} question
  * @returns {Inspected}
  */
 export function useInspection(question) {
-  const answers = useRef(/** @type {Map<string, Inspection>} */ (new Map()));
+  const answers = useRef(/** @type {Map<string, Answer>} */ (new Map()));
   const [failure, setFailure] = useState(/** @type {{key: string, error: Error} | null} */ (null));
-  const [, setNumAnswers] = useState(0);
+  const [, setVersion] = useState(0);
   const [numTries, setNumTries] = useState(0);
   const key = JSON.stringify(question);
   useEffect(() => {
@@ -24,7 +25,12 @@ export function useInspection(question) {
     const controller = new AbortController();
     sleep(DELAY, controller.signal)
       .then(() => inspect(question, controller.signal))
-      .then((answer) => setNumAnswers(answers.current.set(key, answer).size))
+      .then(({ sampling }) => {
+        answers.current.set(key, { sampling });
+        const [oldest] = answers.current.keys();
+        if (answers.current.size > MAX_ANSWERS) answers.current.delete(oldest);
+        setVersion((version) => version + 1);
+      })
       .catch((error) => isAbort(error) || setFailure({ key, error }));
     return () => controller.abort();
   }, [key, numTries]);

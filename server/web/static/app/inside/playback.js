@@ -10,6 +10,7 @@ import { encode, generate } from "../tokens/generation.js";
 
 export const NUM_COLUMNS = 12; // positions in the table of layers
 const NUM_CANDIDATES = 8;
+const MAX_ROWS = 512; // of attention weights that are kept
 const DELAY = 60; // ms that a position is shown before the engine is asked about it
 
 export const text = signal(/** @type {Text | null} */ (null));
@@ -36,27 +37,30 @@ export const columns = computed(() => {
 /** What the engine said about the position that is shown. */
 export const reading = computed(() => readings.value.get(cursor.value) ?? null);
 
+/**
+ * @param {{layer: number, head: number}} place
+ * @param {number} position
+ */
+const rowKey = (place, position) => `${place.layer}.${place.head}.${position}`;
 /** @param {number} position */
-const rowKey = (position) => `${layer.value}.${head.value}.${position}`;
-/** @param {number} position */
-export const rowOf = (position) => rows.value.get(rowKey(position)) ?? null;
+export const rowOf = (position) => rows.value.get(rowKey({ layer: layer.value, head: head.value }, position)) ?? null;
 
 /**
  * Chooses a layer. It may have fewer heads than the last one.
  * @param {number} index
  */
 export function chooseLayer(index) {
-  const numHeads = reading.value?.layers[index].heads.length ?? 1;
+  const numHeads = reading.value?.layers[index].heads.length ?? text.value?.num_heads ?? 1;
   batch(() => {
     layer.value = index;
     head.value = Math.min(head.value, Math.max(0, numHeads - 1));
   });
 }
 
-/** @param {number} position */
+/** @param {number} position which is clamped, since it may come from a URL */
 export function moveTo(position) {
   batch(() => {
-    cursor.value = Math.min(Math.max(position, 0), lastCursor.value);
+    cursor.value = Math.min(Math.max(Math.trunc(position) || 0, 0), lastCursor.value);
     if (cursor.value < firstColumn.value) firstColumn.value = cursor.value;
     firstColumn.value = Math.max(firstColumn.value, cursor.value - NUM_COLUMNS + 1);
   });
@@ -155,15 +159,16 @@ export async function readShown(signal) {
  */
 async function ask(start, end, top, signal) {
   const { id } = /** @type {Text} */ (text.value);
-  const answer = await inspect({ id, start, end, top, layer: layer.value, head: head.value }, signal);
+  const place = { layer: layer.value, head: head.value }; // others may be chosen before the answer comes
+  const answer = await inspect({ id, start, end, top, ...place }, signal);
   const isFull = top === NUM_CANDIDATES;
   const known = new Map(readings.value);
   for (const each of answer.positions) {
     if (isFull || !known.has(each.position)) known.set(each.position, { ...each, isFull, sampling: isFull ? answer.sampling : null });
   }
-  const weights = answer.attention?.rows.map((row, index) => /** @type {const} */ ([rowKey(start + index), row])) ?? [];
+  const weights = answer.attention?.rows.map((row, index) => /** @type {const} */ ([rowKey(place, start + index), row])) ?? [];
   batch(() => {
     readings.value = known;
-    rows.value = new Map([...rows.value, ...weights]);
+    rows.value = new Map([...rows.value, ...weights].slice(-MAX_ROWS));
   });
 }

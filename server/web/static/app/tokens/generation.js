@@ -82,6 +82,7 @@ export async function* generate(ids, settings, model, signal) {
     if (error) throw new Error(error.message);
     for (const { token_ids, logprobs } of choices) if (logprobs) yield generated(id, token_ids, logprobs);
   }
+  throw new Error("The answer broke off: the server ended it before its end.");
 }
 
 /**
