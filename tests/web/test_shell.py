@@ -6,10 +6,10 @@ That none asks another host or violates the page's policy is what the fixture `p
 import re
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.support.browser import check_accessibility
-from tests.support.server_process import MODEL, ServerProcess
+from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess
 
 # What each view shows when it has read all that it reads at first.
 CONTENT = {
@@ -84,3 +84,75 @@ def test_views_are_reached_by_keyboard(page: Page, real_server: ServerProcess) -
 def test_a_view_that_does_not_exist(page: Page, real_server: ServerProcess) -> None:
     page.goto(f"{real_server.url}/#/nothing")
     expect(page.get_by_role("alert")).to_contain_text("no such view")
+
+
+BROKEN_VIEW = """
+import { html } from "../lib.js";
+import { route } from "../router.js";
+export const title = "Requests";
+export const about = "Breaks for an id.";
+export default () => {
+  if (route.value.id) throw new Error("oh");
+  return html`<p>All is well.</p>`;
+};
+"""
+
+
+def test_a_view_that_failed_can_be_left(browser: Browser, real_server: ServerProcess) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(1000 * REQUEST_SECONDS)
+    page.route(
+        "**/app/views/requests.js", lambda route: route.fulfill(content_type="text/javascript", body=BROKEN_VIEW)
+    )
+    page.goto(f"{real_server.url}/#/requests/1")
+    page.get_by_text("This view failed: oh").wait_for()
+    page.get_by_role("link", name="Requests").click()
+    page.get_by_text("All is well.").wait_for()
+    page.close()
+
+
+def test_forgetting_the_key_drops_what_was_read_with_it(page: Page, real_server: ServerProcess) -> None:
+    page.goto(real_server.url)
+    page.evaluate("sessionStorage.setItem('lightwell-api-key', 'key'); window.before = true")
+    page.get_by_role("button", name="Connection").click()
+    with page.expect_navigation():
+        page.get_by_role("button", name="Forget API key").click()
+    assert page.evaluate("[sessionStorage.length, window.before ?? null]") == [0, None]
+
+
+def test_a_server_that_does_not_answer(page: Page, real_server: ServerProcess) -> None:
+    page.add_init_script("""AbortSignal.timeout = (ms) => {
+      const controller = new AbortController();
+      setTimeout(() => controller.abort(new DOMException("", "TimeoutError")), ms / 100);
+      return controller.signal;
+    }""")
+    page.route("**/readyz", lambda _route: None)
+    page.goto(real_server.url)
+    expect(page.get_by_role("alert").first).to_contain_text("The server cannot be reached.")
+
+
+def test_a_stream_that_falls_silent_is_opened_again(page: Page, real_server: ServerProcess) -> None:
+    """Comments count as a sign of life."""
+    page.clock.install(time=0)
+    page.goto(real_server.url)
+    page.clock.pause_at(1_000_000)
+    page.evaluate("""async () => {
+      const { follow } = await import("/assets/app/api.js");
+      const original = window.fetch;
+      window.streams = [];
+      window.fetch = async (path, options) => {
+        if (path !== "stream") return original(path, options);
+        const start = (stream) => {
+          streams.push(stream);
+          options.signal.addEventListener("abort", () => stream.error(options.signal.reason));
+        };
+        return new Response(new ReadableStream({ start }));
+      };
+      follow("stream", () => {});
+    }""")
+    page.clock.run_for(40_000)
+    page.evaluate("streams[0].enqueue(new TextEncoder().encode(': alive\\n\\n'))")
+    page.clock.run_for(40_000)
+    assert page.evaluate("streams.length") == 1
+    page.clock.run_for(10_000)
+    assert page.evaluate("streams.length") == 2

@@ -4,9 +4,13 @@ import { signal } from "./lib.js";
 
 const FIRST_RETRY = 500; // ms
 const LAST_RETRY = 10000; // ms
+const READ_TIMEOUT = 30000; // ms
+const SILENCE = 45000; // ms without a byte of a stream; the server sends a comment every 15 s
 
 /** Why the server wants a key: it has none yet, or did not accept the one it got. */
 export const keyProblem = signal(/** @type {"" | "missing" | "rejected"} */ (""));
+/** How often the server did not know a model. */
+export const numUnknownModels = signal(0);
 
 /** An answer of the server that is an error, or status 0 if there was no answer. */
 export class ApiError extends Error {
@@ -39,7 +43,19 @@ export async function call(path, options = {}) {
     keyProblem.value = hasKey() ? "rejected" : "missing";
     forgetKey();
   }
-  throw await errorOf(response);
+  const error = await errorOf(response);
+  if (error.code === "model_not_found") numUnknownModels.value += 1;
+  throw error;
+}
+
+/**
+ * Calls the API to read something, and fails if the server does not answer.
+ * @param {string} path
+ * @param {RequestInit} [options]
+ */
+export function callToRead(path, { signal: stopped, ...options } = {}) {
+  const timeout = AbortSignal.timeout(READ_TIMEOUT);
+  return call(path, { ...options, signal: stopped ? AbortSignal.any([stopped, timeout]) : timeout });
 }
 
 /**
@@ -48,7 +64,7 @@ export async function call(path, options = {}) {
  * @param {RequestInit & {json?: unknown}} [options]
  */
 export async function callJson(path, { json, ...options } = {}) {
-  return (await call(path, json === undefined ? options : { ...options, ...posted(json) })).json();
+  return (await (json === undefined ? callToRead(path, options) : call(path, { ...options, ...posted(json) }))).json();
 }
 
 /**
@@ -73,11 +89,13 @@ async function errorOf(response) {
 /**
  * Yields the server-sent events of a response.
  * @param {ReadableStream<Uint8Array>} body
+ * @param {() => void} [onBytes] is called for comments too
  * @returns {AsyncGenerator<{event: string, id: string, data: string}>}
  */
-export async function* sse(body) {
+export async function* sse(body, onBytes = () => {}) {
   let buffer = "";
   for await (const text of texts(body)) {
+    onBytes();
     const blocks = (buffer + text).replaceAll("\r\n", "\n").split("\n\n");
     buffer = /** @type {string} */ (blocks.pop());
     for (const block of blocks) {
@@ -139,18 +157,24 @@ async function run(path, onMessage, onState, stopped) {
   let delay = FIRST_RETRY;
   while (!stopped.aborted) {
     let problem = null;
+    const silence = new Watchdog(SILENCE);
     onState("connecting", null);
     try {
       const headers = lastId ? { "Last-Event-ID": lastId } : undefined;
-      const response = await call(path, { headers, signal: stopped });
+      const response = await call(path, { headers, signal: AbortSignal.any([stopped, silence.signal]) });
       onState("open", null);
-      for await (const { event, id, data } of sse(/** @type {ReadableStream<Uint8Array>} */ (response.body))) {
+      const onBytes = () => {
         delay = FIRST_RETRY;
+        silence.restart();
+      };
+      for await (const { event, id, data } of sse(/** @type {ReadableStream<Uint8Array>} */ (response.body), onBytes)) {
         lastId = id || lastId;
         if (!stopped.aborted) onMessage({ event, id, data: JSON.parse(data) });
       }
     } catch (error) {
       problem = /** @type {Error} */ (error);
+    } finally {
+      silence.end();
     }
     if (stopped.aborted) return;
     onState("waiting", problem);
@@ -165,6 +189,37 @@ async function run(path, onMessage, onState, stopped) {
  */
 const sleep = (ms, stopped) =>
   new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
-    stopped.addEventListener("abort", () => (clearTimeout(timer), resolve(undefined)), { once: true });
+    const end = () => {
+      clearTimeout(timer);
+      stopped.removeEventListener("abort", end);
+      resolve(undefined);
+    };
+    const timer = setTimeout(end, ms);
+    stopped.addEventListener("abort", end);
   });
+
+/** A signal that aborts unless it is restarted in time. */
+class Watchdog {
+  #controller = new AbortController();
+  #timer = 0;
+  #ms;
+
+  /** @param {number} ms */
+  constructor(ms) {
+    this.#ms = ms;
+    this.restart();
+  }
+
+  get signal() {
+    return this.#controller.signal;
+  }
+
+  restart() {
+    this.end();
+    this.#timer = setTimeout(() => this.#controller.abort(new ApiError("The server has fallen silent.")), this.#ms);
+  }
+
+  end() {
+    clearTimeout(this.#timer);
+  }
+}

@@ -15,14 +15,11 @@ const ICONS = {
   edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
   left: "M15 5l-7 7 7 7",
   menu: "M4 7h16M4 12h16M4 17h16",
-  moon: "M20 14A8 8 0 0 1 10 4a8 8 0 1 0 10 10z",
-  plus: "M12 5v14M5 12h14",
   refresh: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
   right: "M9 5l7 7-7 7",
   send: "M12 20V5m0 0l-6 6m6-6l6 6",
   settings: "M4 7h9m5 0h2M4 17h2m5 0h9M13 7a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0M6 17a2.5 2.5 0 1 0 5 0 2.5 2.5 0 1 0-5 0",
   stop: "M7 7h10v10H7z",
-  sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2m0 16v2M2 12h2m16 0h2M5 5l1.5 1.5m11 11L19 19M5 19l1.5-1.5m11-11L19 5",
   upload: "M12 16V5m0 0l-4 4m4-4l4 4M5 20h14",
   trash: "M5 7h14M10 7V4h4v3m-7 0l1 13h8l1-13",
 };
@@ -150,13 +147,30 @@ export function OpenFiles({ label, icon, accept, children, onOpen }) {
 }
 
 /**
- * A dialog over the page. Escape and a click beside it close it.
+ * Saves something as a file.
+ * @param {Blob} blob
+ * @param {string} name of the file
+ */
+export function download(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+/**
+ * A dialog over the page. Escape and a click beside it close it, and the focus returns to where it was.
  * @param {{title: string, onClose: () => void, children: any, class?: string}} props
  */
 export function Dialog({ title, onClose, children, class: extra = "" }) {
   const ref = useRef(/** @type {HTMLDialogElement | null} */ (null));
   const id = useId();
-  useEffect(() => ref.current?.showModal(), []);
+  useEffect(() => {
+    const before = /** @type {HTMLElement | null} */ (document.activeElement);
+    ref.current?.showModal();
+    return () => before?.focus({ preventScroll: true }); // browsers do so only for one that is closed before it is removed
+  }, []);
   const closeBeside = (/** @type {any} */ event) => event.target === ref.current && onClose();
   return html`
     <dialog ref=${ref} class="dialog ${extra}" aria-labelledby=${id} onClose=${onClose} onClick=${closeBeside}>
@@ -181,15 +195,4 @@ export function useMedia(query) {
     return () => list.removeEventListener("change", change);
   }, [list]);
   return matches;
-}
-
-/**
- * Text that appears beside its children while the pointer or the focus is on them.
- * @param {{text: any, children: any}} props
- */
-export function Tooltip({ text, children }) {
-  const id = useId();
-  return html`
-    <span class="tooltip" tabindex="0" aria-describedby=${id}>${children}<span class="tooltip-text" role="tooltip" id=${id}>${text}</span></span>
-  `;
 }

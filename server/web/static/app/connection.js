@@ -1,10 +1,10 @@
 // The form for the key, and the dialog that says how to connect to the server.
-import { hasKey, isValidKey } from "../key.js";
+import { forgetKey, hasKey, isValidKey } from "../key.js";
 import { keyProblem } from "./api.js";
 import { Button, Copy, Dialog, Select } from "./components.js";
 import { count } from "./format.js";
-import { html, useState } from "./lib.js";
-import { baseUrl, contextLength, dropKey, hasDocs, model, models, needsKey, server, theme, useKey } from "./state.js";
+import { html, useEffect, useState } from "./lib.js";
+import { baseUrl, contextLength, hasDocs, model, models, needsKey, readModels, server, theme, useKey } from "./state.js";
 
 const HINTS = {
   "": "",
@@ -54,7 +54,13 @@ function curl() {
 
 /** @param {{onClose: () => void}} props */
 export function Connection({ onClose }) {
-  const forget = () => (onClose(), dropKey());
+  useEffect(() => {
+    if (!needsKey.value) readModels().catch(() => {}); // those that are known stay
+  }, []);
+  const forget = () => {
+    forgetKey();
+    location.reload(); // drops all that was read with it
+  };
   return html`
     <${Dialog} title="Connection" onClose=${onClose}>
       <p class="state ${server.value === "ready" ? "good" : "bad"}">${stateText()}</p>

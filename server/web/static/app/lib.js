@@ -1,7 +1,7 @@
 // The libraries that all modules of the page use.
 import { Fragment, h, render } from "../vendor/preact.js";
 import { useCallback, useEffect, useErrorBoundary, useId, useLayoutEffect, useMemo, useRef, useState } from "../vendor/preact-hooks.js";
-import { batch, computed, effect, signal, untracked, useComputed, useSignal, useSignalEffect } from "../vendor/signals.js";
+import { batch, computed, effect, signal } from "../vendor/signals.js";
 import htm from "../vendor/htm.js";
 
 export const html = htm.bind(h);
@@ -12,16 +12,12 @@ export {
   Fragment,
   render,
   signal,
-  untracked,
   useCallback,
-  useComputed,
   useEffect,
   useErrorBoundary,
   useId,
   useLayoutEffect,
   useMemo,
   useRef,
-  useSignal,
-  useSignalEffect,
   useState,
 };

@@ -26,7 +26,7 @@ function Header() {
       <a class="brand" href=${linkTo("chat")}><img src="assets/icon.svg" alt="" width="24" height="24" /> Lightwell</a>
       <nav aria-label="Views">
         ${Object.entries(VIEWS).map(([name, { label }]) => html`
-          <a href=${linkBack(name)} aria-current=${route.value.view === name ? "page" : undefined}>${label}</a>
+          <a href=${route.value.view === name ? linkTo(name) : linkBack(name)} aria-current=${route.value.view === name ? "page" : undefined}>${label}</a>
         `)}
       </nav>
       <button type="button" class="state-button state ${isGood ? "good" : isDown ? "bad" : ""}" aria-haspopup="dialog"
@@ -50,6 +50,7 @@ function View() {
     VIEWS[view]?.load().then((loaded) => setModule({ view, ...loaded }), () => setFailure("This view could not be loaded."));
   };
   useEffect(load, [view]);
+  useEffect(reset, [route.value]); // what failed for one URL may do for another one
   useEffect(() => {
     if (module) document.title = `${module.title} · Lightwell`;
   }, [module]);

@@ -1,6 +1,6 @@
 // What all views know: the server's state, its models, the key and the theme.
-import { forgetKey, keepKey } from "../key.js";
-import { call, callJson, keyProblem } from "./api.js";
+import { keepKey } from "../key.js";
+import { callJson, callToRead, keyProblem, numUnknownModels } from "./api.js";
 import { computed, effect, signal } from "./lib.js";
 
 const INTERVAL = 5000; // ms between two looks at the server's state
@@ -36,11 +36,14 @@ effect(() => {
 effect(() => {
   if (models.value.length > 0) store(MODEL, model.value);
 });
+effect(() => {
+  if (numUnknownModels.value > 0) readModels().catch(() => {}); // the next look at the state says why
+});
 
 /** Reads the state and, if they are not known, the models of the server. */
 export async function refresh() {
   try {
-    await call("readyz");
+    await callToRead("readyz");
     if (models.value.length === 0 && !needsKey.value) await readModels();
     server.value = "ready";
   } catch (error) {
@@ -53,7 +56,8 @@ export async function refresh() {
   }
 }
 
-async function readModels() {
+/** Reads which models there are, and chooses another one if the chosen one is gone. */
+export async function readModels() {
   const { data } = await callJson("v1/models");
   if (!data.some((/** @type {Model} */ { id }) => id === model.value)) model.value = data[0]?.id ?? "";
   models.value = data;
@@ -72,13 +76,6 @@ export async function watch() {
 export async function useKey(key) {
   keepKey(key);
   keyProblem.value = "";
-  await refresh();
-}
-
-/** Forgets the key and what was read with it. */
-export async function dropKey() {
-  forgetKey();
-  models.value = [];
   await refresh();
 }
 
