@@ -64,7 +64,8 @@ export function Composer({ onSettings }) {
   };
   const onKeyDown = (/** @type {KeyboardEvent} */ event) => {
     if (event.key === "Escape") stop(id);
-    const isEnter = event.key === "Enter" && !event.isComposing;
+    const isComposing = event.isComposing || event.keyCode === 229; // Safari ends the composition before its Enter
+    const isEnter = event.key === "Enter" && !isComposing;
     if (isEnter && (event.ctrlKey || event.metaKey || (hasKeyboard && !event.shiftKey))) submit(event);
   };
   return html`

@@ -1,5 +1,5 @@
 // The conversations that the browser keeps.
-import { Button, Dialog, OpenFiles } from "../components.js";
+import { Button, Dialog, download, OpenFiles } from "../components.js";
 import { html, useState } from "../lib.js";
 import { go, linkTo, route } from "../router.js";
 import { runs, stop } from "./generate.js";
@@ -51,7 +51,7 @@ const Row = ({ conversation, onChoose, onRename, onDelete }) => html`
     </a>
     <span class="row-actions">
       <${Button} kind="quiet" icon="edit" label="Rename" onClick=${onRename} />
-      <${Button} kind="quiet" icon="download" label="Export as JSON" onClick=${() => download(conversation)} />
+      <${Button} kind="quiet" icon="download" label="Export as JSON" onClick=${() => exportIt(conversation)} />
       <${Button} kind="quiet" icon="trash" label="Delete" onClick=${onDelete} />
     </span>
   </li>
@@ -92,11 +92,7 @@ function Delete({ conversation, onClose }) {
 }
 
 /** @param {Conversation} conversation */
-function download(conversation) {
-  const url = URL.createObjectURL(new Blob([JSON.stringify(conversation, null, 2)], { type: "application/json" }));
-  const link = document.createElement("a");
-  link.href = url;
-  link.download = `${conversation.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "conversation"}.json`;
-  link.click();
-  URL.revokeObjectURL(url);
+function exportIt(conversation) {
+  const name = conversation.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "conversation";
+  download(new Blob([JSON.stringify(conversation, null, 2)], { type: "application/json" }), `${name}.json`);
 }

@@ -33,13 +33,15 @@ const MIN_SPAN = 20; // ms, for a rate that means something
 export const runs = signal(/** @type {ReadonlyMap<string, Run>} */ (new Map()));
 
 /**
- * Generates an answer to the message `parent`.
+ * Generates an answer to the message `parent`, and returns its id; null while another one arrives.
  * @param {string} id of the conversation
  * @param {string | null} parent
  */
 export function answer(id, parent) {
-  if (runs.value.has(id)) return;
-  run(id, addMessage(id, { parent, role: "assistant", content: "" }));
+  if (runs.value.has(id)) return null;
+  const messageId = addMessage(id, { parent, role: "assistant", content: "" });
+  run(id, messageId);
+  return messageId;
 }
 
 /**
@@ -114,7 +116,8 @@ async function receive(id, messageId, aborted, state, show) {
 function take(state, chunk) {
   if (chunk.error) throw new ApiError(chunk.error.message, { status: chunk.error.status ?? 0, code: chunk.error.code });
   const now = performance.now();
-  const { delta = {}, finish_reason: finish = null } = chunk.choices[0] ?? {};
+  const choice = chunk.choices.find((/** @type {{index: number}} */ { index }) => index === 0); // one answer is shown
+  const { delta = {}, finish_reason: finish = null } = choice ?? {};
   const { content = "", reasoning_content: reasoning = "", tool_calls: calls = [] } = delta;
   state.id = chunk.id;
   state.finish = finish ?? state.finish;
@@ -191,7 +194,6 @@ function report(state, error) {
     warnings,
     finish,
     error,
-    model: model.value,
     tokens,
     promptTokens,
     cachedTokens,

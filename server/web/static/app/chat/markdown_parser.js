@@ -11,12 +11,13 @@
  */
 
 const MAX_DEPTH = 6; // of quotes and lists in one another
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)[\s#]*$/;
+// None of these can match a part of a line in two ways, so that their time is linear.
+const FENCE = /^ {0,3}(`{3,}|~{3,}(?!~))([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})\s([^]*)$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}> ?/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+)(.*)$/;
-const DELIMITERS = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+)([^]*)$/;
+const DELIMITER = /^:?-+:?$/;
 
 /**
  * @param {string} text
@@ -45,7 +46,8 @@ const empty = { begins: (lines, i) => isEmpty(lines[i]), read: (_, i) => [null, 
 const code = {
   begins: (lines, i) => FENCE.test(lines[i]),
   read(lines, i) {
-    const [, fence, language] = /** @type {RegExpExecArray} */ (FENCE.exec(lines[i]));
+    const [, fence, rest] = /** @type {RegExpExecArray} */ (FENCE.exec(lines[i]));
+    const [language] = rest.trim().split(/\s/, 1);
     const isEnd = (/** @type {string} */ line) => line.startsWith(fence) && line === fence[0].repeat(line.length);
     const end = endOf(lines, i + 1, (line) => isEnd(line.trim())); // without one, the code is still arriving
     return [{ type: "code", language, text: lines.slice(i + 1, end).join("\n") }, end + 1];
@@ -57,9 +59,19 @@ const heading = {
   begins: (lines, i) => HEADING.test(lines[i]),
   read(lines, i) {
     const [, marks, text] = /** @type {RegExpExecArray} */ (HEADING.exec(lines[i]));
-    return [{ type: "heading", level: marks.length, text }, i + 1];
+    return [{ type: "heading", level: marks.length, text: withoutMarks(text.trim()) }, i + 1];
   },
 };
+
+/**
+ * The text of a heading without the marks that may close it.
+ * @param {string} text
+ */
+function withoutMarks(text) {
+  let end = text.length;
+  while (text[end - 1] === "#") end -= 1;
+  return end === 0 || /\s/.test(text[end - 1]) ? text.slice(0, end).trim() : text;
+}
 
 /** @type {Reader} */
 const rule = { begins: (lines, i) => RULE.test(lines[i]), read: (_, i) => [{ type: "rule" }, i + 1] };
@@ -76,7 +88,7 @@ const quote = {
 
 /** @type {Reader} */
 const table = {
-  begins: (lines, i) => lines[i].includes("|") && (lines[i + 1] ?? "").includes("-") && DELIMITERS.test(lines[i + 1]),
+  begins: (lines, i) => lines[i].includes("|") && (lines[i + 1] ?? "").includes("-") && cells(lines[i + 1]).every((cell) => DELIMITER.test(cell)),
   read(lines, i) {
     const end = endOf(lines, i + 2, (line) => !line.includes("|"));
     const alignments = cells(lines[i + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "left"));
@@ -163,7 +175,7 @@ const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell
 const INLINE = new RegExp(
   [
     /\\(?<escaped>[\\`*_{}[\]()#+\-.!~>|])/,
-    /(?<ticks>`+)(?<code>[^`](?:[^]{0,2000}?[^`])??)\k<ticks>(?!`)/,
+    /(?<ticks>`{1,20})(?<code>[^`](?:[^]{0,2000}?[^`])??)\k<ticks>(?!`)/,
     /\*\*(?=\S)(?<strong>[^]{0,1000}?\S)\*\*(?!\*)/,
     /(?<![\w_])__(?=\S)(?<strong2>[^]{0,1000}?\S)__(?![\w_])/,
     /\*(?=[^\s*])(?<emphasis>[^*]{0,1000}?[^\s*])\*(?!\*)/,
@@ -171,7 +183,7 @@ const INLINE = new RegExp(
     /~~(?=\S)(?<strike>[^]{0,1000}?\S)~~/,
     /\[(?<label>[^[\]\n]{1,500})\]\((?<target>[^\s()]{1,2000}(?:\([^\s()]{0,200}\))?)\)/,
     /(?<url>https?:\/\/[^\s<>"'`)\]]{1,2000}[^\s<>"'`)\].,;:!?*_])/,
-    /(?<break>(?: {2,}|\\)\n)/,
+    /(?<break>(?:(?<! ) {2,}|\\)\n)/,
   ]
     .map(({ source }) => source)
     .join("|"),

@@ -12,23 +12,41 @@ import { addMessage, alternatives, branch, showBranch, updateMessage } from "./s
 /** @typedef {import("./store.js").Message} Message */
 /** @typedef {{conversation: Conversation, message: Message, isLast: boolean}} Props */
 
+const EDIT = "Edit, in a new branch";
+
+/**
+ * Moves the focus to a message that has taken the place of the one that had it, or to a button of it.
+ * @param {string | null} id
+ * @param {string} [label] of the button
+ */
+const focusMessage = (id, label = "") =>
+  requestAnimationFrame(() => {
+    const article = document.getElementById(`message-${id}`);
+    const button = /** @type {HTMLElement | null | undefined} */ (article?.querySelector(`[aria-label="${label}"]:enabled`));
+    (button ?? article)?.focus({ preventScroll: true });
+  });
+
 /** @param {Props} props */
 export function MessageView(props) {
   const [isEditing, setEditing] = useState(false);
   const { role } = props.message;
-  if (isEditing) return html`<${Editor} ...${props} onEnd=${() => setEditing(false)} />`;
+  const cancel = () => {
+    setEditing(false);
+    focusMessage(props.message.id, EDIT);
+  };
+  if (isEditing) return html`<${Editor} ...${props} onEnd=${() => setEditing(false)} onCancel=${cancel} />`;
   const View = role === "user" ? UserMessage : role === "tool" ? ToolResult : AssistantMessage;
   return html`<${View} ...${props} onEdit=${() => setEditing(true)} />`;
 }
 
 /** @param {Props & {onEdit: () => void}} props */
 const UserMessage = ({ conversation, message, onEdit }) => html`
-  <article class="message user" aria-label="You">
+  <article class="message user" id="message-${message.id}" tabindex="-1" aria-label="You">
     <div class="bubble">${message.content}</div>
     <div class="actions">
       <${Branches} conversation=${conversation} message=${message} />
       <${Copy} text=${message.content} label="Copy the message" />
-      <${Button} kind="quiet" icon="edit" label="Edit, in a new branch" disabled=${runs.value.has(conversation.id)} onClick=${onEdit} />
+      <${Button} kind="quiet" icon="edit" label=${EDIT} disabled=${runs.value.has(conversation.id)} onClick=${onEdit} />
     </div>
   </article>
 `;
@@ -46,7 +64,7 @@ function AssistantMessage({ conversation, message, isLast, onEdit }) {
   const run = runs.value.get(conversation.id);
   const isRunning = run?.messageId === message.id;
   return html`
-    <article class="message assistant" aria-label="The model" aria-busy=${isRunning}>
+    <article class="message assistant" id="message-${message.id}" tabindex="-1" aria-label="The model" aria-busy=${isRunning}>
       ${isRunning
         ? html`<${Arriving} run=${run} />`
         : html`<${Body} content=${message.content} reasoning=${message.reasoning ?? ""} calls=${message.calls ?? []} seconds=${message.answer?.thinking} />`}
@@ -94,8 +112,11 @@ function indented(json) {
 /** @param {Props & {isBusy: boolean, onEdit: () => void}} props */
 function Ended({ conversation, message, isLast, isBusy, onEdit }) {
   const { answer: report } = message;
-  const again = () => answer(conversation.id, message.parent);
-  const continueIt = () => goOn(conversation.id, message.id);
+  const again = () => focusMessage(answer(conversation.id, message.parent));
+  const continueIt = () => {
+    goOn(conversation.id, message.id);
+    focusMessage(message.id);
+  };
   const canContinue = isLast && message.content && report?.finish !== "stop" && !message.calls?.length;
   return html`
     ${report?.error && html`<${Problem} error=${problemText(report.error)} onRetry=${isBusy ? undefined : again} />`}
@@ -104,7 +125,7 @@ function Ended({ conversation, message, isLast, isBusy, onEdit }) {
       <${Branches} conversation=${conversation} message=${message} />
       ${message.content && html`<${Copy} text=${message.content} label="Copy the answer" />`}
       <${Button} kind="quiet" icon="refresh" label="Answer again, in a new branch" disabled=${isBusy} onClick=${again} />
-      ${message.content && html`<${Button} kind="quiet" icon="edit" label="Edit, in a new branch" disabled=${isBusy} onClick=${onEdit} />`}
+      ${message.content && html`<${Button} kind="quiet" icon="edit" label=${EDIT} disabled=${isBusy} onClick=${onEdit} />`}
       ${canContinue && html`<${Button} disabled=${isBusy} onClick=${continueIt}>Continue<//>`}
       <p class="stats num">${report ? endedText(report) : "Interrupted"}</p>
       ${report?.id && html`<${OtherViews} id=${report.id} />`}
@@ -149,7 +170,11 @@ function Branches({ conversation, message }) {
   const index = all.findIndex(({ id }) => id === message.id);
   if (all.length < 2) return null;
   const isBusy = runs.value.has(conversation.id);
-  const show = (/** @type {number} */ step) => () => showBranch(conversation.id, all[index + step].id);
+  const show = (/** @type {number} */ step) => (/** @type {any} */ event) => {
+    const { id } = all[index + step];
+    showBranch(conversation.id, id);
+    focusMessage(id, event.currentTarget.ariaLabel);
+  };
   return html`
     <span class="branch-switch" role="group" aria-label="Branches">
       <${Button} kind="quiet" icon="left" label="Branch before" disabled=${isBusy || index === 0} onClick=${show(-1)} />
@@ -159,28 +184,29 @@ function Branches({ conversation, message }) {
   `;
 }
 
-/** @param {Props & {onEnd: () => void}} props */
-function Editor({ conversation, message, onEnd }) {
+/** @param {Props & {onEnd: () => void, onCancel: () => void}} props */
+function Editor({ conversation, message, onEnd, onCancel }) {
   const ref = useRef(/** @type {HTMLTextAreaElement | null} */ (null));
   const isUser = message.role === "user";
   useEffect(() => ref.current?.focus(), []);
   const save = (/** @type {any} */ event) => {
     event.preventDefault();
     const content = ref.current?.value.trim() ?? "";
+    if (!content) return onCancel();
     onEnd();
-    if (!content) return;
     const { parent, role } = message;
     const id = addMessage(conversation.id, { parent, role, content });
     if (isUser) answer(conversation.id, id);
     else updateMessage(conversation.id, id, { answer: message.answer && { ...message.answer, id: undefined, error: null, finish: "edited", tokens: 0, promptTokens: null } });
+    focusMessage(id);
   };
-  const cancelOnEscape = (/** @type {KeyboardEvent} */ event) => event.key === "Escape" && onEnd();
+  const cancelOnEscape = (/** @type {KeyboardEvent} */ event) => event.key === "Escape" && onCancel();
   return html`
     <form class="message editor" onSubmit=${save} onKeyDown=${cancelOnEscape}>
       <textarea ref=${ref} aria-label="Edit the message" rows=${Math.min(message.content.split("\n").length + 2, 16)} defaultValue=${message.content}></textarea>
       <div class="row">
         <button class="button primary">${isUser ? "Send" : "Save"}</button>
-        <${Button} onClick=${onEnd}>Cancel<//>
+        <${Button} onClick=${onCancel}>Cancel<//>
         <span class="hint">What is there now stays, as another branch.</span>
       </div>
     </form>
@@ -199,7 +225,7 @@ function ToolForm({ conversation, message }) {
     for (const [index, { id }] of (message.calls ?? []).entries()) {
       parent = addMessage(conversation.id, { parent, role: "tool", content: results[index], callId: id });
     }
-    answer(conversation.id, parent);
+    focusMessage(answer(conversation.id, parent));
   };
   return html`
     <form class="tool-form" onSubmit=${send}>

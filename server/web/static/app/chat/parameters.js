@@ -25,7 +25,7 @@ export const GROUPS = [
       },
       {
         name: "seed", label: "Seed", kind: "number", fallback: "random",
-        hint: "The same request with the same seed gets the same answer, however busy the server is. Empty: a new one each time.",
+        hint: "The same request with the same seed gets the same answer, unless the server runs with --no-batch-invariant: then other requests may change it. Empty: a new one each time.",
       },
     ],
   },

@@ -88,7 +88,7 @@ function Control({ parameter }) {
   }
   if (kind === "lines") {
     const read = (/** @type {string} */ text) => set(text === "" ? null : text.split("\n"));
-    return html`<${Text} label=${label} hint=${hint} rows=${2} value=${(value ?? []).join("\n")} onInput=${read} />`;
+    return html`<${Text} label=${label} hint=${hint} rows=${2} value=${[value ?? []].flat().join("\n")} onInput=${read} />`;
   }
   if (kind === "json") return html`<${JsonText} label=${label} hint=${hint} value=${value} onInput=${set} />`;
   const read = (/** @type {any} */ event) => set(event.target.value === "" ? null : Number(event.target.value));

@@ -33,8 +33,18 @@ effect(() => {
 /** @returns {Settings} */
 function read() {
   try {
-    return { ...NO_SETTINGS, ...JSON.parse(localStorage.getItem(NAME) ?? "{}") };
+    const kept = { ...NO_SETTINGS, ...JSON.parse(localStorage.getItem(NAME) ?? "{}") };
+    return areSettings(kept) ? kept : NO_SETTINGS;
   } catch {
     return NO_SETTINGS;
   }
+}
+
+/**
+ * Whether a value that was stored or imported is settings.
+ * @param {any} value
+ */
+export function areSettings(value) {
+  const haveTypes = Object.entries(NO_SETTINGS).every(([name, example]) => typeof value?.[name] === typeof example);
+  return haveTypes && value.parameters !== null && !Array.isArray(value.parameters);
 }

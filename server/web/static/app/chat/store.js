@@ -10,7 +10,6 @@ import { startSettings } from "./settings_store.js";
  * What is known about an answer: seconds until its first token and until its end, and its numbers of tokens.
  * @typedef {object} Answer
  * @property {string} [id]
- * @property {string} model
  * @property {string | null} finish "stop", "length", "tool_calls", or "stopped" by the user
  * @property {Failure | null} error
  * @property {number | null} first
@@ -59,8 +58,8 @@ export const storageProblem = signal("");
 /** The conversation that the URL names; null for a new one. */
 export const current = computed(() => conversations.value.find(({ id }) => id === route.value.id) ?? null);
 
-addEventListener("storage", ({ key }) => {
-  if (key === null || key.startsWith(PREFIX)) conversations.value = readAll(); // another tab has changed them
+addEventListener("storage", ({ key, newValue }) => {
+  if (key?.startsWith(PREFIX)) merge(key.slice(PREFIX.length), newValue); // another tab has changed this one
 });
 
 /** The settings of the conversation that is shown. */
@@ -211,12 +210,36 @@ function write(conversation) {
 /** @returns {Conversation[]} */
 function readAll() {
   const names = attempt(() => Object.keys(localStorage).filter((name) => name.startsWith(PREFIX))) ?? [];
-  const found = names.map((name) => {
-    const text = attempt(() => localStorage.getItem(name)) ?? "null";
-    sizes.set(name.slice(PREFIX.length), text.length);
-    return attempt(() => JSON.parse(text));
-  });
-  return found.filter(isConversation).sort((a, b) => b.updated - a.updated);
+  const found = names.map((name) => parse(name.slice(PREFIX.length), attempt(() => localStorage.getItem(name)) ?? null));
+  return byTime(found.filter((conversation) => conversation !== null));
+}
+
+/**
+ * Takes over what another tab has stored, or deleted. Others may be in the memory of this tab only, and stay.
+ * @param {string} id
+ * @param {string | null} text JSON; null: it was deleted
+ */
+function merge(id, text) {
+  const others = conversations.value.filter((conversation) => conversation.id !== id);
+  const changed = parse(id, text);
+  if (changed) conversations.value = byTime([changed, ...others]);
+  else if (text === null) conversations.value = others;
+}
+
+/**
+ * @param {string} id
+ * @param {string | null} text JSON
+ * @returns {Conversation | null}
+ */
+function parse(id, text) {
+  sizes.set(id, text?.length ?? 0);
+  const value = attempt(() => JSON.parse(text ?? "null"));
+  return isConversation(value) ? { ...value, id } : null;
+}
+
+/** @param {Conversation[]} list */
+function byTime(list) {
+  return list.sort((a, b) => b.updated - a.updated);
 }
 
 /**
