@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import CDPSession, Page, Route, expect
 
 from tests.support.server_process import ServerProcess
+from tests.support.serving import wait_until
 from tests.support.streams import Stream, start_streams
 from tests.web.conftest import FLAGS_OF_A_LONG_ANSWER, StartServer, long_answer
 
@@ -225,4 +226,5 @@ def test_memory_beside_many_streams(page: Page, start_server: StartServer) -> No
     assert last > first
     remembered = ROW_BYTES * NUM_STREAMS * min(last - first, 800)
     assert after.num_bytes - before.num_bytes < GROWTH_BYTES + remembered, (before, after, last - first)
-    assert after.num_nodes - before.num_nodes < GROWTH_NODES, (before, after)
+    # Nodes that are no longer in the page may outlast a collection.
+    wait_until(lambda: Memory.of(session).num_nodes - before.num_nodes < GROWTH_NODES, 60)
