@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.scheduling.block_pool import Block, extend_block_hashes
+from engine.scheduling.block_pool import extend_block_hashes
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.request import BlockTable, Request
 
@@ -35,11 +35,10 @@ class BorrowedBlocks:
         if blocks is None:
             raise BlocksGoneError
         self._pool = pool
-        self._borrowed = [(block, block.block_hash) for block in blocks]
-        self._read: list[tuple[Block, bytes | None]] = []
+        self._hashes = [(block, block.block_hash) for block in blocks]
         for number, suffix in enumerate(kv.suffixes):
             cached = [pool.published[block_hash + suffix] for block_hash in hashes[:num_cached]]
-            self._read += [(block, block.block_hash) for block in cached]
+            self._hashes += [(block, block.block_hash) for block in cached]
             table = BlockTable()
             table.append(cached + blocks[number * num_new : (number + 1) * num_new])
             request.kv.tables.append(table)
@@ -47,12 +46,13 @@ class BorrowedBlocks:
 
     def check(self) -> None:
         """Raise BlocksGoneError if a block has been handed out since."""
-        if any(block.block_hash != block_hash for block, block_hash in self._borrowed + self._read):
+        if any(block.block_hash != block_hash for block, block_hash in self._hashes):
             raise BlocksGoneError
 
     def close(self) -> None:
         """Give back what has not been handed out."""
-        self._pool.give_back([block for block, block_hash in self._borrowed if block.block_hash == block_hash])
+        same = [block for block, block_hash in self._hashes if block.block_hash == block_hash]
+        self._pool.give_back([block for block in same if not block.is_cached])
 
 
 def _num_published(kv: KVManager, hashes: Sequence[bytes]) -> int:

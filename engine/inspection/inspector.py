@@ -102,40 +102,44 @@ class Sampled:
     candidates: list[Candidate] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The inspection that runs."""
+
+    identity: bytes  # of the API process that asks for it
+    question: Inspect
+    slices: Generator[None, None, Inspected]
+    deadline: float  # in seconds of time.monotonic()
+
+
 class Inspector:
     """Runs one inspection at a time, in slices."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._num_heads = max(layer.attention.num_heads for layer in engine.model_config.layers)
         self._execution: ObservedExecution | None = None  # made for the first inspection
-        self._identity = b""
-        self._question: Inspect | None = None
-        self._slices: Generator[None, None, Inspected] | None = None
-        self._deadline = 0.0  # in seconds of time.monotonic()
+        self._running: Running | None = None
         self._seconds = 0.0  # that slices may take now; negative: they have taken too long
 
     @property
     def has_work(self) -> bool:
-        return self._slices is not None
+        return self._running is not None
 
     def begin(self, identity: bytes, question: Inspect) -> Inspected | None:
         """Begin an inspection for the API process `identity`. Return the refusal if another one runs."""
-        if self._slices is not None:
+        if self._running is not None:
             return Inspected(read_id=question.read_id, problem=InspectionProblem.BUSY)
-        self._identity, self._question, self._slices = identity, question, self._inspect(question)
-        self._deadline = time.monotonic() + MAX_SECONDS
+        self._running = Running(identity, question, self._inspect(question), time.monotonic() + MAX_SECONDS)
         return None
 
     def stop(self, identity: bytes, read_id: int) -> ReadFailed | None:
         """End an inspection whose answer nobody waits for. Return an answer, unless another one runs or none."""
-        if (
-            self._slices is None
-            or self._question is None
-            or (identity, read_id) != (self._identity, self._question.read_id)
-        ):
+        running = self._running
+        if running is None or (identity, read_id) != (running.identity, running.question.read_id):
             return None
-        self._slices.close()
-        self._slices = None
+        running.slices.close()
+        self._running = None
         return ReadFailed(read_id)
 
     def advance_after(self, step_seconds: float | None) -> tuple[bytes, Inspected | ReadFailed] | None:
@@ -149,17 +153,17 @@ class Inspector:
     @torch.inference_mode()
     def advance(self, seconds: float) -> tuple[bytes, Inspected | ReadFailed] | None:
         """Run slices for so many seconds, at least one. Return the answer and who asked for it, once it is complete."""
-        if self._slices is None or self._question is None:
+        if (running := self._running) is None:
             return None
         now = time.monotonic()
-        answer = _run(self._slices, self._question, now + seconds)
-        if answer is None and now > self._deadline:
-            self._slices.close()
-            answer = Inspected(read_id=self._question.read_id, problem=InspectionProblem.TOO_SLOW)
+        answer = _run(running.slices, running.question, now + seconds)
+        if answer is None and now > running.deadline:
+            running.slices.close()
+            answer = Inspected(read_id=running.question.read_id, problem=InspectionProblem.TOO_SLOW)
         if answer is None:
             return None
-        self._slices = None
-        return self._identity, answer
+        self._running = None
+        return running.identity, answer
 
     def _inspect(self, question: Inspect) -> Generator[None, None, Inspected]:
         """Yield after each slice. Raises InspectionError, AdapterGoneError or BlocksGoneError."""
@@ -189,7 +193,7 @@ class Inspector:
             num_prompt_tokens=target.num_prompt_tokens,
             start=start,
             end=end,
-            num_heads=max(layer.attention.num_heads for layer in config.layers),
+            num_heads=self._num_heads,
             num_experts=max(layer.experts.router.num_experts if layer.experts else 0 for layer in config.layers),
             positions=list(map(PositionView, range(start, end), layers, attention, sampled.token_ids)),
             stages=sampled.stages,
@@ -260,12 +264,11 @@ class Inspector:
     def _bounds(self, request: Request, start: int) -> Iterator[int]:
         """Yield the first row of each step, and the end. Prompt and output are never in one step."""
         position, end = request.kv.num_computed, request.num_tokens
-        num_heads = max(layer.attention.num_heads for layer in self._engine.model_config.layers)
+        num_observed = max(1, min(MAX_ROWS, MAX_PRODUCTS // (self._num_heads * end)))
         while position < end:
             yield position
             limits = [limit for limit in (start, request.num_prompt_tokens, end) if limit > position]
-            num_rows = MAX_ROWS if position < start else MAX_PRODUCTS // (num_heads * end)
-            position = min(position + max(1, min(num_rows, MAX_ROWS)), *limits, end)
+            position = min(position + (MAX_ROWS if position < start else num_observed), *limits)
         yield end
 
     def _sample(

@@ -48,6 +48,6 @@ def _view(name: str, before: Tensor | None, after: Tensor, num_top: int) -> Stag
 
 def _candidates(logits: Tensor, noise: Tensor) -> list[Candidate]:
     sums = (logits + noise).topk(min(NUM_CANDIDATES, len(logits)))
-    pairs = [(token_id, value) for token_id, value in zip(sums.indices.tolist(), sums.values.tolist(), strict=True)]
+    pairs = zip(sums.indices.tolist(), sums.values.tolist(), strict=True)
     possible = [token_id for token_id, value in pairs if value != float("-inf")]
     return [Candidate(token_id, logits[token_id].item(), noise[token_id].item()) for token_id in possible]
