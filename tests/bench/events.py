@@ -1,26 +1,56 @@
 """Measure what streams pay for a reader of the engine's steps: `python -m tests.bench.events [MODEL] [--streams 32]`.
 
-Clients stream answers of 128 tokens, alone and beside one reader of `/lightwell/v1/events`. Rounds alternate on the
-same server, with the same prompts and without a prefix cache, so that both cases compute the same; the median of the
-rounds counts. The reader is in this process, whose processor time counts, too.
+Clients in another process stream answers of 1,900 tokens, so long that steps change slowly. Meanwhile a reader of
+`/lightwell/v1/events` comes and goes: pairs of windows of some seconds, one without and one with the reader, in
+alternating order. The median of the pairs' ratios of tokens per second counts, with its bootstrap interval of 95 %. The
+processor time of the server's API process is measured, too, which varies less.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import random
+import statistics
+import subprocess
 import sys
 import threading
-from dataclasses import replace
+import time
+from collections.abc import Iterator
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
-from server.cli.bench import run_benchmark
-from server.cli.load_generator import LoadOptions
-from tests.bench.serve import MODEL_NAME, running_server
-from tests.bench.streams import compare
+from tests.bench.serve import running_server
+
+SETTLE_SECONDS = 0.5  # from the arrival of a reader to the beginning of a window
+RESAMPLES = 10_000
 
 
 def main() -> int:
+    arguments = parse_arguments()
+    with (
+        running_server([*arguments.model, "--no-enable-prefix-caching"]) as (url, _),
+        load(url, arguments.streams),
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
+        time.sleep(arguments.seconds)
+        pairs = [measure_pair(client, arguments.seconds, number) for number in range(arguments.pairs)]
+    for name, unit, values in (
+        ("throughput", "tokens/s", [(alone[0], beside[0]) for alone, beside in pairs]),
+        ("API process", "CPU s per 1,000 tokens", [(alone[1], beside[1]) for alone, beside in pairs]),
+    ):
+        ratios = [beside / alone for alone, beside in values]
+        low, high = interval(ratios)
+        alone, beside = (statistics.median(column) for column in zip(*values, strict=True))
+        print(
+            f"{name}: {alone:.4g} alone, {beside:.4g} beside a reader ({unit}); "
+            f"ratio {statistics.median(ratios):.2%}, 95 % interval {low:.2%} to {high:.2%}, {len(ratios)} pairs"
+        )
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.events",
         description=__doc__,
@@ -28,56 +58,77 @@ def main() -> int:
     )
     parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
     parser.add_argument("--streams", type=int, default=32, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds of each case; default: %(default)s")
-    arguments = parser.parse_args()
-    with running_server([*arguments.model, "--no-enable-prefix-caching"]) as (url, _):
-        load = LoadOptions(
-            url=url,
-            model=MODEL_NAME,
-            num_requests=2 * arguments.streams,
-            concurrency=arguments.streams,
-            input_len=32,
-            output_len=128,
-        )
-
-        def alone(number: int) -> float:
-            report = run_benchmark(replace(load, seed=number))
-            assert report.num_completed == load.num_requests, report.errors
-            return report.output_tokens_per_second
-
-        def beside_a_reader(number: int) -> float:
-            with Reader(url):
-                return alone(number)
-
-        compare({"alone": alone, "beside a reader": beside_a_reader}, arguments.rounds)
-    return 0
+    parser.add_argument("--pairs", type=int, default=60, metavar="N", help="pairs of windows; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a window; default: %(default)s")
+    return parser.parse_args()
 
 
-class Reader:
-    """A thread that reads the stream of steps."""
+@contextlib.contextmanager
+def load(url: str, num_streams: int) -> Iterator[None]:
+    """Keep a number of streams running."""
+    numbers = f"--concurrency {num_streams} --num-requests 5000 --input-len 32 --output-len 1900"
+    command = [sys.executable, "-m", "server.cli", "bench", "--url", url, *numbers.split()]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+        assert process.poll() is None, "the streams have run until now"
+    finally:
+        process.kill()
+        process.wait()
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._is_done = False
-        self._thread = threading.Thread(target=self._read)
 
-    def __enter__(self) -> Reader:
-        self._thread.start()
-        return self
+def measure_pair(client: httpx.Client, seconds: float, number: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return what `measure` returns without and with a reader. The order depends on the pair's number."""
+    found = {}
+    for with_reader in (False, True) if number % 2 else (True, False):
+        with reader(client) if with_reader else contextlib.nullcontext():
+            time.sleep(SETTLE_SECONDS)
+            found[with_reader] = measure(client, seconds)
+    return found[False], found[True]
 
-    def __exit__(self, *exc_info: object) -> None:
-        assert self._thread.is_alive(), "it has read until now"
-        self._is_done = True
-        body = {"model": MODEL_NAME, "prompt": "The last step", "max_tokens": 1}
-        httpx.post(f"{self._url}/v1/completions", json=body, timeout=60, trust_env=False).raise_for_status()
-        self._thread.join()
 
-    def _read(self) -> None:
-        with httpx.stream("GET", f"{self._url}/lightwell/v1/events", timeout=60, trust_env=False) as response:
-            response.raise_for_status()
-            for _ in response.iter_raw():
-                if self._is_done:
-                    return
+def measure(client: httpx.Client, seconds: float) -> tuple[float, float]:
+    """Return the tokens per second, and the API process's seconds of CPU time per 1,000 tokens, of some seconds."""
+    start, (tokens, cpu) = time.perf_counter(), read_counters(client)
+    time.sleep(seconds)
+    duration, (tokens_after, cpu_after) = time.perf_counter() - start, read_counters(client)
+    return (tokens_after - tokens) / duration, 1000 * (cpu_after - cpu) / (tokens_after - tokens)
+
+
+def read_counters(client: httpx.Client) -> tuple[float, float]:
+    """Return the number of generated tokens, and the seconds of CPU time of the API process."""
+    families = text_string_to_metric_families(client.get("/metrics").raise_for_status().text)
+    samples = {sample.name: sample.value for family in families for sample in family.samples}
+    return samples["lightwell_generation_tokens_total"], samples["process_cpu_seconds_total"]
+
+
+@contextlib.contextmanager
+def reader(client: httpx.Client) -> Iterator[None]:
+    """Read the stream of steps in a thread."""
+    with client.stream("GET", "/lightwell/v1/events") as response:
+        response.raise_for_status()
+        is_done = threading.Event()
+        thread = threading.Thread(target=_read, args=(response, is_done))
+        thread.start()
+        yield
+        is_done.set()  # the next event comes within a step
+        thread.join()
+
+
+def _read(response: httpx.Response, is_done: threading.Event) -> None:
+    num_bytes = 0
+    for chunk in response.iter_raw():
+        num_bytes += len(chunk)
+        if is_done.is_set():
+            break
+    assert num_bytes, "the reader got events"
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Return the bootstrap interval of 95 % of the median."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return medians[RESAMPLES // 40], medians[-RESAMPLES // 40]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Count how often the view Engine paints the schedule in a second: from recorded steps, and beside a running engine.
+"""Count the frames of the view Engine in a second: with recorded steps, and beside a running engine.
 
     python -m tests.bench.page_frames [--streams 64] [--seconds 20] [--width 1280] [--height 900]
 
-The server, its streams and Chromium without a GPU share the processor. The recorded stream has as many steps in a
-second as the page gets at most: ten events, each of some steps with a row for each stream.
+The server, its streams and Chromium without a GPU share the processor. A server sends at most ten events in a second,
+and the schedule is painted once for each; the recorded stream has sixty, each a step with a row for each stream.
+"frames" is how often the browser could have painted anything at all: what remains of its time.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from tests.support.browser import running_browser
 from tests.support.server_process import MODEL, ServerProcess, running_server
 from tests.support.streams import start_streams
 
-STEPS_EACH = 5  # of a recorded event
+MILLISECONDS = 16  # between recorded events
 
 # Replaces the events of the server with recorded steps, again and again, under new numbers.
-REPLAY = """({ list, stepsEach }) => {
+REPLAY = """({ list, milliseconds }) => {
     const original = window.fetch;
     window.fetch = (path, options) => {
         if (!String(path).endsWith("/events")) return original(path, options);
@@ -32,12 +33,11 @@ REPLAY = """({ list, stepsEach }) => {
         let timer = 0;
         const encoder = new TextEncoder();
         const send = (controller) => {
-            const data = Array.from({ length: stepsEach }, () => ({ ...list.data[next++ % list.data.length], id: ++id,
-                started: Date.now() / 1000 }));
+            const data = [{ ...list.data[next++ % list.data.length], id: ++id, started: Date.now() / 1000 }];
             controller.enqueue(encoder.encode(`id: ${id}\\ndata: ${JSON.stringify({ ...list, data })}\\n\\n`));
         };
         const body = new ReadableStream({
-            start: (controller) => { timer = setInterval(send, 100, controller); },
+            start: (controller) => { timer = setInterval(send, milliseconds, controller); },
             cancel: () => clearInterval(timer),
         });
         return Promise.resolve(new Response(body));
@@ -48,6 +48,12 @@ REPLAY = """({ list, stepsEach }) => {
 COUNT = """(seconds) => new Promise((resolve) => {
     const counts = [];
     let paints = 0;
+    let frames = 0;
+    const countFrame = () => {
+        frames += 1;
+        if (counts.length < seconds) requestAnimationFrame(countFrame);
+    };
+    requestAnimationFrame(countFrame);
     const { prototype } = CanvasRenderingContext2D;
     const { clearRect } = prototype;
     prototype.clearRect = function (...area) {
@@ -55,8 +61,9 @@ COUNT = """(seconds) => new Promise((resolve) => {
         return clearRect.apply(this, area);
     };
     const timer = setInterval(() => {
-        counts.push(paints);
+        counts.push([paints, frames]);
         paints = 0;
+        frames = 0;
         if (counts.length < seconds) return;
         clearInterval(timer);
         prototype.clearRect = clearRect;
@@ -65,9 +72,9 @@ COUNT = """(seconds) => new Promise((resolve) => {
 })"""
 
 
-def count_paints(page: Page, seconds: int) -> list[int]:
-    """Return how often the schedule was painted in each second."""
-    counts: list[int] = page.evaluate(COUNT, seconds)
+def count_paints(page: Page, seconds: int) -> list[list[int]]:
+    """Return how often the schedule was painted in each second, and the number of frames."""
+    counts: list[list[int]] = page.evaluate(COUNT, seconds)
     return counts
 
 
@@ -94,7 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model: Path = resolve_model(MODEL).path
     flags = (f"--max-num-seqs={arguments.streams}", "--kv-cache-memory=2GiB", "--max-model-len=4096")
-    results: dict[str, list[int]] = {}
+    results: dict[str, list[list[int]]] = {}
     with running_browser() as browser:
         size = {"width": arguments.width, "height": arguments.height}
         with running_server(model, *flags) as server:
@@ -107,14 +114,17 @@ def main() -> None:
         with running_server(model, *flags) as server:
             page = browser.new_page(viewport=size)  # type: ignore[arg-type]
             page.goto(server.url)
-            page.evaluate(REPLAY, {"list": recorded, "stepsEach": STEPS_EACH})
+            page.evaluate(REPLAY, {"list": recorded, "milliseconds": MILLISECONDS})
             page.get_by_role("link", name="Engine").click()
             page.wait_for_timeout(3000)
             results["recorded, idle engine"] = count_paints(page, arguments.seconds)
             page.close()
-    table = Table("", "median paints/s", "fewest paints/s", title=f"{arguments.streams} streams, {size}")
+    columns = ("median paints/s", "fewest paints/s", "median frames/s", "fewest frames/s")
+    table = Table("", *columns, title=f"{arguments.streams} streams, {size}")
     for name, counts in results.items():
-        table.add_row(name, str(statistics.median(counts)), str(min(counts)))
+        paints, frames = zip(*counts, strict=True)
+        figures = (statistics.median(paints), min(paints), statistics.median(frames), min(frames))
+        table.add_row(name, *(f"{figure:g}" for figure in figures))
     Console().print(table)
 
 
