@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import ServerError, is_for_anthropic
@@ -22,7 +23,10 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
 # Requested every few seconds, so logged at level DEBUG.
-QUIET_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
+POLLED_BY_THE_PAGE = ("engine", "queue", "blocks", "requests")
+QUIET_PATHS = frozenset(
+    {"/health", "/healthz", "/readyz", "/metrics", *(f"/lightwell/v1/{name}" for name in POLLED_BY_THE_PAGE)}
+)
 QUIET_STATUSES = (200, 503)  # 503: the model is being loaded
 LOG_FIELDS = "log_fields"  # in the scope's state: a function that returns what else to log at the end of the request
 CLIENT_CLOSED_REQUEST = 499  # in logs and metrics only
@@ -48,15 +52,21 @@ class RequestMiddleware:
 
 
 class RootPathMiddleware:
-    """Removes a prefix from paths, since a proxy may have left it there: all other code sees paths without it."""
+    """Removes a prefix from paths, since a proxy may have left it there: all other code sees paths without it.
+
+    The prefix alone is redirected to the one that ends with a slash, to which the page's own paths are relative.
+    """
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
         self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{self._root_path}/"):
-            scope["path"] = scope["path"].removeprefix(self._root_path) or "/"
+        if scope["type"] == "http" and scope["path"] == self._root_path:
+            await RedirectResponse(f"{self._root_path}/")(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"].startswith(f"{self._root_path}/"):
+            scope["path"] = scope["path"].removeprefix(self._root_path)
         await self._app(scope, receive, send)
 
 

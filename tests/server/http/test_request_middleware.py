@@ -180,6 +180,14 @@ def test_paths_may_have_the_prefix_of_a_proxy(start_server: StartServer, prefix:
         assert client.post("/v1/messages", json={}).json()["type"] == "error"  # Anthropic's envelope, by the path
 
 
+def test_the_prefix_alone_leads_to_the_page(start_server: StartServer) -> None:
+    """With a slash, to which the page's paths are relative."""
+    server = start_server(root_path="/llm")
+    response = httpx.get(server.url + "/llm", follow_redirects=True)
+    assert (response.status_code, response.url.path) == (200, "/llm/")
+    assert httpx.get(server.url + "/llmx").status_code == 404
+
+
 @pytest.mark.parametrize(
     ("trusted", "forwarded", "client"),
     [
