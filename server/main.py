@@ -171,15 +171,16 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
     metrics = Metrics(settings.metrics_prefix, config.model_names[0])
     api_keys = ApiKeys(settings)
     metrics.set_usage_source(api_keys.usage)
+    (engine,) = config.engines
     client = EngineClient(
-        config.engine_address,
+        engine.address,
         limits=AdmissionLimits(
             max_queued_requests=settings.max_queued_requests,
             queue_timeout=settings.queue_timeout,
             request_timeout=settings.request_timeout or math.inf,
         ),
         step_timeout=settings.step_timeout,
-        engine_pid=config.engine_pid,
+        engine_pid=engine.pid,
         can_restart=config.supervisor_fd is not None and settings.on_engine_death == "restart",
         metrics=metrics,
         vocabulary=Vocabulary(vocabulary),
@@ -311,6 +312,7 @@ class Lifecycle:
         self._server = server
         self._context = context
         self._client = context.client
+        self._engines = (context.client,)  # by number
         self._drain_timeout = context.settings.drain_timeout
         self._flush_logs = flush_logs
         self._channel = channel
@@ -351,8 +353,7 @@ class Lifecycle:
         asyncio.get_running_loop().add_reader(channel, self._on_supervisor_message, channel)
         became_ready = self._client.became_ready
         while True:
-            info = self._client.info if self._client.is_ready else None
-            channel.send(Heartbeat(0 if info is None else info.pid))
+            channel.send(Heartbeat(tuple(engine.ready_info().pid for engine in self._engines if engine.is_ready)))
             if became_ready.is_set():
                 await asyncio.sleep(HEARTBEAT_SECONDS)
             else:
@@ -363,9 +364,9 @@ class Lifecycle:
         for message in channel.receive():
             match message:
                 case EngineStarted():
-                    self._client.engine_started(message.pid)
+                    self._engines[message.number].engine_started(message.pid)
                 case EngineGone():
-                    self._client.mark_dead(message.reason)
+                    self._engines[message.number].mark_dead(message.reason)
         if channel.has_ended:
             asyncio.get_running_loop().remove_reader(channel)
 

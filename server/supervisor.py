@@ -1,7 +1,7 @@
-"""The supervisor of `lightwell serve`: runs the engine process and the API process.
+"""The supervisor of `lightwell serve`: runs the engines and the API process.
 
-It starts the engine again if it dies after it has been ready, and otherwise ends both processes when either ends, or
-when the API process hangs. It sleeps until a child ends, or a signal or a heartbeat of the API process arrives, and
+It starts an engine again if it dies after it has been ready. It ends all processes when no engine is left, and when the
+API process ends or hangs. It sleeps until a child ends, or a signal or a heartbeat of the API process arrives, and
 imports nothing heavy. No child outlives it. Each child has its own process group, so that Ctrl-C in the terminal
 reaches only the supervisor, and a child's subprocesses end with it.
 """
@@ -35,23 +35,23 @@ from server.engine_client.supervisor_channel import (
 )
 from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
-from server.processes.child_process import RELOAD_SIGNAL, Child
+from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
 from server.processes.error_line import print_error
-from server.processes.run_queue import MAX_WAIT_FACTOR, Silence, cpu_waits
+from server.processes.run_queue import MAX_WAIT_FACTOR, Silence
 from server.processes.stop_signals import StopSignals
+from server.processes.supervised_engine import SupervisedEngine
 from server.settings.load import check_adapter_names, check_certificate, check_otel
-from server.settings.process_configs import ApiProcessConfig, engine_config
+from server.settings.process_configs import ApiProcessConfig, EngineProcess, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings
 
 DEATH_GRACE_SECONDS = 3.0  # for the API process to end its streams with an error after the engine's death
 DRAIN_GRACE_SECONDS = 2.5  # for the API process to exit after --drain-timeout
 STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to finish
-CRASH_WINDOW = 60.0  # seconds for which a death of the engine counts
-RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0)  # seconds before a start after the first, second ... death; then no more
 MISSED_HEARTBEATS = 3  # of the API process, tolerated on top of --step-timeout
 DUMP_SECONDS = 0.5  # for a hanging API process to write the stacks of its threads
-LOAD_FACTOR = 3.0  # a restarted engine may take this many times as long as the first one, plus --step-timeout
 MAX_IPC_PATH_BYTES = 100
+ENDED = "its process has ended"
+ENDED_AT_SHUTDOWN = f"{ENDED}, and the server is shutting down"
 SHOW_CURSOR = "\x1b[?25h"
 
 LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher")
@@ -65,10 +65,6 @@ class Commands:
     api: Sequence[str] = (*LAUNCHER, "server.main")
 
 
-class SupervisorError(Exception):
-    """The server cannot be started. The message is one line for the user."""
-
-
 class StopNowError(Exception):
     """A second signal arrived: stop at once instead of waiting."""
 
@@ -77,26 +73,16 @@ class StopNowError(Exception):
 
 
 class Supervisor:
-    """The engine and API processes, and the order in which they are stopped. Leaving its context kills both."""
+    """The engines and the API process, and the order in which they are stopped. Leaving its context kills all."""
 
     def __init__(self, signals: StopSignals, settings: Settings) -> None:
         self._signals = signals
-        self._drain_timeout = settings.drain_timeout
-        self._log_format = settings.log_format
-        self._restarts_engine = settings.on_engine_death == "restart"
-        self._step_timeout = settings.step_timeout
+        self._settings = settings
         self._selector = selectors.DefaultSelector()
         self._selector.register(signals, selectors.EVENT_READ)
         self._children: list[Child] = []
+        self._engines: list[SupervisedEngine] = []  # those that run or are to be started again
         self._channel: Channel | None = None
-        self._crashes = Crashes()
-        self._engine_pid = 0
-        self._started = time.monotonic()  # the latest engine
-        self._is_ready = False  # the latest engine, at some time
-        self._load_wait = 0.0  # seconds for which the latest engine waited for a CPU while it loaded, so far
-        self._load_seconds: float | None = None  # of the first engine; None until it is ready
-        self._failure = ""  # why the latest engine could not be started
-        self._restart_at: float | None = None
         self._hangs_at: float | None = None  # the API process, unless a heartbeat comes; None before the first one
         self._overdue = Silence(2 * HEARTBEAT_SECONDS)  # of the API process, from then on
 
@@ -120,62 +106,69 @@ class Supervisor:
         self._selector.register(child, selectors.EVENT_READ)
         return child
 
-    def watch(self, engine: Child, api: Child, channel: Channel, start_engine: Callable[[], Child]) -> int:
-        """Wait until a signal arrives or a child ends, then stop both. Return the supervisor's exit status.
+    def start_engine(self, number: int, name: str, command: Sequence[str], config: msgspec.Struct) -> Child:
+        """Start an engine, which `watch` starts again if it dies. Return its process. Raises SupervisorError."""
+        engine = SupervisedEngine(
+            number,
+            partial(self.start, name, command, config),
+            restarts=self._settings.on_engine_death == "restart",
+            step_timeout=self._settings.step_timeout,
+            report=self._report,
+        )
+        self._engines.append(engine)
+        return engine.process
 
-        If the engine ends after it has been ready, `start_engine` starts another one; see `Crashes`.
+    def watch(self, api: Child, channel: Channel) -> int:
+        """Wait until a signal arrives, the API process ends, or no engine is left. Then stop all that is left.
+
+        Return the supervisor's exit status.
         """
         self._channel = channel
         self._selector.register(channel, selectors.EVENT_READ)
-        self._engine_pid = engine.pid
         try:
             while True:
                 event = self._wait(self._seconds_to_deadline())
                 if isinstance(event, int):
-                    return self._after_signal(engine, api)
+                    return self._after_signal(api)
                 if event is None and self._hangs(api):
-                    return self._after_hang(engine, api)
+                    return self._after_hang(api)
                 if event is api:
-                    return self._after_death(api, engine, api)
-                if event is engine:
-                    self._plan_restart(engine)
-                engine = self._keep_deadlines(engine, start_engine)
-                if engine.has_ended and self._restart_at is None:
-                    return self._after_death(engine, engine, api)
+                    return self._after_api_death(api)
+                for engine in list(self._engines):
+                    self._advance(engine)
+                    if engine.is_gone and len(self._engines) == 1:
+                        return self._after_last_death(engine, api)
+                    if engine.is_gone:
+                        self._go_on_without(engine)
         except StopNowError as stop:
             return 128 + stop.signum
 
-    def _plan_restart(self, engine: Child, failure: str = "") -> None:
-        """Plan the start of another engine after this one has ended, unless the server must end.
+    def _advance(self, engine: SupervisedEngine) -> None:
+        """Do what is due for an engine, and tell the API process if it has another process."""
+        before = engine.process
+        engine.advance()
+        if engine.process is not before:
+            self._children.remove(before)
+            before.close()
+            self._tell(EngineStarted(engine.number, engine.process.pid))
 
-        `failure` says why the one that was to replace it could not be started.
-        """
-        self._failure = failure
-        if not self._restarts_engine or self._load_seconds is None:
-            return
-        now = time.monotonic()
-        if (delay := self._crashes.add(now, was_ready=self._is_ready)) is not None:
-            engine.kill()  # reaps it and ends its subprocesses
-            wait = f" in {delay:g} s" if delay else ""
-            self._report(f"{failure or engine.outcome}; another one starts{wait}")
-            self._restart_at = now + delay
+    def _go_on_without(self, engine: SupervisedEngine) -> None:
+        """Forget an engine that is not started again, since others are left."""
+        self._engines.remove(engine)
+        self._tell(EngineGone(engine.number, ENDED))
+        engine.process.kill()  # reaps it and ends its subprocesses
+        self._report(f"{engine.outcome}; the server goes on without it")
 
     def _seconds_to_deadline(self) -> float | None:
         """Return the seconds until something is due, without a heartbeat before. None: nothing is."""
-        deadlines = [deadline for deadline in (self._engine_deadline, self._hangs_at) if deadline is not None]
+        due = [self._hangs_at, *(engine.deadline for engine in self._engines)]
+        deadlines = [deadline for deadline in due if deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-
-    @property
-    def _engine_deadline(self) -> float | None:
-        """When another engine is to be started, or a restarted one must be ready."""
-        if self._restart_at is None and self._load_seconds is not None and not self._is_ready:
-            return self._started + self._load_limit
-        return self._restart_at
 
     @property
     def _silence_limit(self) -> float:
         """Seconds without a heartbeat after which the API process hangs."""
-        return self._step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
+        return self._settings.step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
 
     def _hangs(self, api: Child) -> bool:
         """Return whether the API process hangs: it is overdue, and has since had time in which it could run.
@@ -192,94 +185,81 @@ class Supervisor:
             or self._overdue.total > MAX_WAIT_FACTOR * self._silence_limit
         )
 
-    def _after_hang(self, engine: Child, api: Child) -> int:
-        """Kill the API process, which cannot drain, and stop the engine. The server ends: no connection is left."""
+    def _after_hang(self, api: Child) -> int:
+        """Kill the API process, which cannot drain, and stop the engines. The server ends: no connection is left."""
         api.send(DUMP_SIGNAL)  # which it handles, since it has sent a heartbeat
-        self._wait_for(api, DUMP_SECONDS)
+        self._wait_for([api], DUMP_SECONDS)
         api.kill()
-        self._stop(engine, STOP_SECONDS)
+        self._stop_engines()
         self._report(f"the API process has not responded for more than {self._silence_limit:g} s")
         return 1
-
-    @property
-    def _load_limit(self) -> float:
-        """Seconds in which a restarted engine must become ready, besides those for which it waited for a CPU."""
-        return LOAD_FACTOR * (self._load_seconds or 0.0) + self._step_timeout + self._load_wait
-
-    def _keep_deadlines(self, engine: Child, start_engine: Callable[[], Child]) -> Child:
-        """Do what is due: start another engine, or kill one that does not become ready. Return the current engine."""
-        if self._engine_deadline is None or time.monotonic() < self._engine_deadline:
-            return engine
-        if self._restart_at is None:
-            self._load_wait = max([self._load_wait, *cpu_waits(engine.pid).values()])  # threads may end
-            if time.monotonic() < self._started + self._load_limit:
-                return engine
-            self._report(f"the engine process has not become ready within {self._load_limit:.0f} s")
-            engine.kill()
-            return engine
-        self._restart_at = None
-        self._started, self._is_ready, self._load_wait = time.monotonic(), False, 0.0
-        try:
-            another = start_engine()
-        except SupervisorError as error:
-            self._plan_restart(engine, str(error))
-            return engine
-        self._children.remove(engine)
-        engine.close()
-        self._engine_pid = another.pid
-        self._tell(EngineStarted(another.pid))
-        return another
 
     def _tell(self, message: Message) -> None:
         """Send a message to the API process."""
         if self._channel is not None:
             self._channel.send(message)
 
-    def _after_death(self, dead: Child, engine: Child, api: Child) -> int:
-        """Stop the other child after one has ended by itself, if the engine is not restarted."""
-        if dead is engine:
-            self._tell(EngineGone("its process has ended"))
-            self._wait_for(api, DEATH_GRACE_SECONDS)  # it ends its streams with an error and exits
-        self._stop(api, STOP_SECONDS)
-        self._stop(engine, STOP_SECONDS)
-        self._report((self._failure or dead.outcome) + self._crashes.summary if dead is engine else dead.outcome)
+    def _after_last_death(self, engine: SupervisedEngine, api: Child) -> int:
+        """Stop the API process after the last engine has ended for good."""
+        self._tell(EngineGone(engine.number, ENDED))
+        self._wait_for([api], DEATH_GRACE_SECONDS)  # it ends its streams with an error and exits
+        self._stop([api], STOP_SECONDS)
+        engine.process.kill()  # reaps it and ends its subprocesses
+        self._report(engine.outcome)
         return 1
 
-    def _after_signal(self, engine: Child, api: Child) -> int:
-        """Drain: the API process finishes the running requests, then the engine is stopped."""
-        if engine.has_ended:
-            self._tell(EngineGone("its process has ended, and the server is shutting down"))
-        self._stop(api, self._drain_timeout + DRAIN_GRACE_SECONDS)
-        was_in_step = not self._stop(engine, STOP_SECONDS) and engine.was_killed  # nobody waits for the result
-        failed = [child for child in (engine, api) if not child.ended_well and not (child is engine and was_in_step)]
+    def _after_api_death(self, api: Child) -> int:
+        self._stop([api], STOP_SECONDS)
+        self._stop_engines()
+        self._report(api.outcome)
+        return 1
+
+    def _after_signal(self, api: Child) -> int:
+        """Drain: the API process finishes the running requests, then the engines are stopped."""
+        for engine in self._engines:
+            if engine.process.has_ended:
+                self._tell(EngineGone(engine.number, ENDED_AT_SHUTDOWN))
+        self._stop([api], self._settings.drain_timeout + DRAIN_GRACE_SECONDS)
+        engines = self._stop_engines()
+        in_step = [engine for engine in engines if not engine.has_ended and engine.was_killed]  # nobody waits for it
+        failed = [child for child in (*engines, api) if not child.ended_well and child not in in_step]
         for child in failed:
             self._report(child.outcome)
         return 1 if failed else 0
 
     def _report(self, message: str) -> None:
         """Print how a child ended, as the last line if the server ends. The child itself has logged the cause."""
-        print_error(message, logger=__name__, log_format=self._log_format)
+        print_error(message, logger=__name__, log_format=self._settings.log_format)
 
-    def _stop(self, child: Child, seconds: float) -> bool:
-        """Ask the child to end, and kill it after `seconds`. Return whether it has ended before that."""
-        child.terminate()
-        self._wait_for(child, seconds)
-        child.kill()
-        return child.has_ended
+    def _stop_engines(self) -> Sequence[Child]:
+        """Stop the engines that are left, and return their processes."""
+        processes = [engine.process for engine in self._engines]
+        self._stop(processes, STOP_SECONDS)
+        return processes
 
-    def _wait_for(self, child: Child, seconds: float) -> None:
-        """Wait for the child to end, at most `seconds`, or `DEATH_GRACE_SECONDS` from the death of the other child.
+    def _stop(self, children: Sequence[Child], seconds: float) -> None:
+        """Ask children to end, and kill them after `seconds`."""
+        for child in children:
+            child.terminate()
+        self._wait_for(children, seconds)
+        for child in children:
+            child.kill()
+
+    def _wait_for(self, children: Sequence[Child], seconds: float) -> None:
+        """Wait for children to end, at most `seconds`, or `DEATH_GRACE_SECONDS` from the death of the last engine.
 
         Raises StopNowError on a signal.
         """
         deadline = time.monotonic() + seconds
-        while not child.has_ended and (left := deadline - time.monotonic()) > 0:
+        while not all(child.has_ended for child in children) and (left := deadline - time.monotonic()) > 0:
             event = self._wait(left)
             if isinstance(event, int):
                 raise StopNowError(event)
-            if event is not None and event is not child:
-                self._tell(EngineGone("its process has ended, and the server is shutting down"))
-                deadline = min(deadline, time.monotonic() + DEATH_GRACE_SECONDS)
+            for engine in self._engines:
+                if event is engine.process and event not in children:
+                    self._tell(EngineGone(engine.number, ENDED_AT_SHUTDOWN))
+                    if all(engine.process.has_ended for engine in self._engines):
+                        deadline = min(deadline, time.monotonic() + DEATH_GRACE_SECONDS)
 
     def _wait(self, seconds: float | None) -> "Child | int | None":
         """Sleep until something happens. Return the ended child, the number of a stop signal, or None for neither."""
@@ -300,36 +280,11 @@ class Supervisor:
         for message in channel.receive():
             self._hangs_at = time.monotonic() + self._silence_limit
             self._overdue.reset()
-            if isinstance(message, Heartbeat) and message.ready_pid == self._engine_pid and not self._is_ready:
-                self._is_ready = True
-                self._load_seconds = self._load_seconds or time.monotonic() - self._started
+            if isinstance(message, Heartbeat):
+                for engine in self._engines:
+                    engine.note_ready(message.ready_pids)
         if channel.has_ended:
             self._selector.unregister(channel)
-
-
-class Crashes:
-    """The recent deaths of the engine, which decide whether and when another one is started."""
-
-    def __init__(self) -> None:
-        self._times: list[float] = []
-
-    def add(self, now: float, *, was_ready: bool) -> float | None:
-        """Record a death at time `now`. Return the seconds to wait before the next start, or None for no other one.
-
-        A death counts for `CRASH_WINDOW` seconds, and as long as the engines after it die before they are ready.
-        """
-        if was_ready:
-            self._times = [time for time in self._times if now - time < CRASH_WINDOW]
-        self._times.append(now)
-        if len(self._times) > len(RESTART_DELAYS):
-            return None
-        return RESTART_DELAYS[len(self._times) - 1]
-
-    @property
-    def summary(self) -> str:
-        """Description of the deaths, for the last line of the log. Empty if the last one was the only one."""
-        num = len(self._times)
-        return f"; that was failure {num} in {self._times[-1] - self._times[0]:.0f} s" if num > 1 else ""
 
 
 def supervise(settings: Settings, commands: Commands | None = None) -> int:
@@ -348,21 +303,21 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
         check_adapter_names(settings, _model_names(settings, model))
         lora_paths = _resolve_adapters(settings)
         with (
-            ipc_address() as address,
+            ipc_folder() as folder,
             StopSignals(reloads=reloads) as signals,
             Supervisor(signals, settings) as supervisor,
         ):
-            engine_process_config = _engine_config(settings, model, lora_paths, address)
-            start_engine = partial(supervisor.start, "engine", commands.engine, engine_process_config)
-            engine = start_engine()
+            address = ipc_address(folder, 0)
+            process_config = _engine_config(settings, model, lora_paths, address)
+            engine = supervisor.start_engine(0, "engine", commands.engine, process_config)
             channel, api_end = make_channel()
             with closing(channel):
                 with closing(api_end):
                     fd = api_end.fileno()
-                    config = _api_config(settings, model, address, engine.pid, fd)
+                    config = _api_config(settings, model, (EngineProcess(address, engine.pid),), fd)
                     api = supervisor.start("API", commands.api, config, pass_fds=(fd,))
                 signals.reloader = api
-                return supervisor.watch(engine, api, channel, start_engine)
+                return supervisor.watch(api, channel)
 
 
 def _resolve_model(settings: Settings) -> ResolvedModel:
@@ -404,15 +359,14 @@ def _engine_config(
 
 
 def _api_config(
-    settings: Settings, model: ResolvedModel, address: str, engine_pid: int, supervisor_fd: int | None = None
+    settings: Settings, model: ResolvedModel, engines: tuple[EngineProcess, ...], supervisor_fd: int | None = None
 ) -> ApiProcessConfig:
     return ApiProcessConfig(
         settings=settings,
-        engine_address=address,
+        engines=engines,
         model_path=str(model.path),
         model_names=_model_names(settings, model),
         model_card_sampling=dict(model.card_sampling),
-        engine_pid=engine_pid,
         supervisor_fd=supervisor_fd,
     )
 
@@ -433,18 +387,22 @@ def _handling(signums: Sequence[signal.Signals], handler: signal.Handlers | Call
 
 
 @contextmanager
-def ipc_address() -> Iterator[str]:
-    """Create a folder for the engine's socket and yield its ZeroMQ address; remove the folder at the end.
+def ipc_folder() -> Iterator[Path]:
+    """Create a folder for the sockets of the engines and yield it; remove it at the end.
 
-    Only this user can enter the folder. The path is within the kernel's limit for socket paths. Raises SupervisorError.
+    Only this user can enter the folder. Paths in it are within the kernel's limit for sockets. Raises SupervisorError.
     """
-    name = "engine.sock"
-    too_long = len(os.fsencode(tempfile.gettempdir())) + len("/lightwell-XXXXXXXX/") + len(name) > MAX_IPC_PATH_BYTES
+    longest = len(os.fsencode(tempfile.gettempdir())) + len("/lightwell-XXXXXXXX/engine-NNNN.sock")
     try:
-        folder = Path(tempfile.mkdtemp(prefix="lightwell-", dir="/tmp" if too_long else None))
+        folder = Path(tempfile.mkdtemp(prefix="lightwell-", dir="/tmp" if longest > MAX_IPC_PATH_BYTES else None))
     except OSError as error:
         raise SupervisorError(f"cannot create a folder for the engine's socket: {error}") from None
     try:
-        yield f"ipc://{folder / name}"
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def ipc_address(folder: Path, number: int) -> str:
+    """Return the ZeroMQ address of an engine."""
+    return f"ipc://{folder}/engine-{number}.sock"

@@ -156,7 +156,8 @@ def run(settings: Settings, chat_flags: dict[str, Any]) -> int:
 def main() -> int:
     """Serve with the settings on standard input, as `lightwell serve` does. Return the exit status."""
     from server.model_paths import ModelError
-    from server.supervisor import SupervisorError, supervise
+    from server.processes.child_process import SupervisorError
+    from server.supervisor import supervise
 
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
     try:

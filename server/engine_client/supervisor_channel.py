@@ -11,18 +11,20 @@ import msgspec
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """From the API process, each second and when the engine becomes ready: its event loop runs."""
 
-    ready_pid: int  # process id of the engine, 0 if none is ready
+    ready_pids: tuple[int, ...] = ()  # process ids of the engines that are ready
 
 
 class EngineStarted(msgspec.Struct, frozen=True, tag=True):
-    """From the supervisor: another engine process loads the model, in place of one that has ended."""
+    """From the supervisor: another process of an engine loads the model, in place of one that has ended."""
 
+    number: int  # of the engine
     pid: int
 
 
 class EngineGone(msgspec.Struct, frozen=True, tag=True):
-    """From the supervisor: the engine has ended, and no other one will be started."""
+    """From the supervisor: an engine has ended, and no other process of it will be started."""
 
+    number: int
     reason: str  # for the log
 
 

@@ -18,6 +18,10 @@ SPIN_COUNT = {"GOMP_SPINCOUNT": "1000"}
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # if the user sets one of them, SPIN_COUNT does not apply
 
 
+class SupervisorError(Exception):
+    """The server cannot be started. The message is one line for the user."""
+
+
 class Child:
     """A child process, which gets its configuration on standard input."""
 

@@ -13,15 +13,21 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
 
 
+class EngineProcess(msgspec.Struct, frozen=True):
+    """Where the API process finds an engine."""
+
+    address: str  # ZeroMQ address (ipc://...) that the engine binds
+    pid: int | None = None  # lets the API process notice the end of an engine that never became ready
+
+
 class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration that the supervisor writes to the API process's standard input, as JSON."""
 
     settings: Settings
-    engine_address: str  # ZeroMQ address (ipc://...) that the engine binds
+    engines: tuple[EngineProcess, ...]  # by number, at least one
     model_path: str
     model_names: tuple[str, ...]  # names of the model in the API, at least one
     model_card_sampling: dict[str, float] = {}  # sampling fields that the card of the alias recommends
-    engine_pid: int | None = None  # lets the API process notice the end of an engine that never became ready
     supervisor_fd: int | None = None  # an inherited end of a `server.engine_client.supervisor_channel`
 
 

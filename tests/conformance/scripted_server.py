@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.app import create_app
 from server.main import make_context
-from server.settings.process_configs import ApiProcessConfig
+from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.serving import running_server
@@ -86,7 +86,7 @@ def scripted_server() -> Iterator[ScriptedServer]:
         config = FakeEngineConfig(address=f"ipc://{folder}/engine", max_model_len=CONTEXT, num_blocks=CONTEXT // 32)
         engine = stack.enter_context(FakeEngine(config, script.reply_to))
         api_config = ApiProcessConfig(
-            settings=Settings(), engine_address=config.address, model_path=str(folder), model_names=NAMES
+            settings=Settings(), engines=(EngineProcess(config.address),), model_path=str(folder), model_names=NAMES
         )
         context = make_context(api_config)
         app = create_app(context)

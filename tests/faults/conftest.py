@@ -12,7 +12,7 @@ import msgspec
 import psutil
 import pytest
 
-from server.settings.process_configs import ApiProcessConfig
+from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
 from tests.faults.failing_calls import FailingCalls
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
@@ -88,10 +88,9 @@ def start_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartApi]:
             port = free_port()
             config = ApiProcessConfig(
                 settings=Settings(port=port),
-                engine_address=address,
+                engines=(EngineProcess(address, os.getpid()),),
                 model_path=str(model),
                 model_names=("tiny",),
-                engine_pid=os.getpid(),
             )
             process = subprocess.Popen(
                 ["sh", "-c", f'exec "$0" -m server.main {redirection}', sys.executable],

@@ -33,7 +33,7 @@ from server.engine_client.supervisor_channel import (
     make_channel,
 )
 from server.main import Lifecycle, make_context, raise_file_limit, run
-from server.settings.process_configs import ApiProcessConfig
+from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
 from server.sockets.listeners import bind, url
 from tests.support.clients import write_adapter
@@ -110,10 +110,9 @@ def start_api(address: str, model_folder: Path, tmp_path: Path) -> Iterator[Star
             port = free_port()
             config = ApiProcessConfig(
                 settings=Settings(port=port, **settings),
-                engine_address=address,
+                engines=(EngineProcess(address, fake.pid),),
                 model_path=str(model_path),
                 model_names=("tiny",),
-                engine_pid=fake.pid,
                 supervisor_fd=supervisor_fd,
             )
             log = tmp_path / "api.log"
@@ -283,11 +282,11 @@ def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple
     supervisor, api_end = channel
     api = start_api(SLOW | {"max_num_seqs": 1}, supervisor_fd=api_end.fileno())
     beats = [*supervisor.receive()]
-    assert beats[0] == Heartbeat(0)
+    assert beats[0] == Heartbeat()
 
     def is_announced() -> bool:
         beats.extend(supervisor.receive())
-        return beats[-1] == Heartbeat(api.engine.pid)
+        return beats[-1] == Heartbeat((api.engine.pid,))
 
     wait_until(is_announced)
     running_stream = Background(lambda: api.complete(max_tokens=2000, stream=True))
@@ -308,17 +307,17 @@ def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple
     waiting.append(Background(lambda: api.complete(max_tokens=5)))
     wait_until(lambda: waiting_choices(api) == 3)
     with FakeEngineProcess(FakeEngineConfig(address=address, max_num_seqs=1)) as another:
-        supervisor.send(EngineStarted(another.pid))
+        supervisor.send(EngineStarted(0, another.pid))
         for each in waiting:
             assert each.result().status_code == 200
             assert "error" not in each.result().text
         assert api.get("/readyz").json() == {"status": "ok", "restarts": 1}
         assert "lightwell_engine_restarts_total{" in api.get("/metrics").text
         supervisor.receive()
-        wait_until(lambda: Heartbeat(another.pid) in supervisor.receive())
+        wait_until(lambda: Heartbeat((another.pid,)) in supervisor.receive())
     last = Background(api.complete)
     wait_until(lambda: api.get("/health").status_code == 503)
-    supervisor.send(EngineGone("five deaths"))
+    supervisor.send(EngineGone(0, "five deaths"))
     assert api.wait(5) == 1
     check_error(last.result(), 503)
     assert "the engine died: five deaths" in api.log.read_text()
@@ -502,7 +501,7 @@ def test_an_invalid_default_sampling_is_one_line(start_api: StartApi) -> None:
 def test_a_model_card_recommends_sampling(address: str, model_folder: Path) -> None:
     config = ApiProcessConfig(
         settings=Settings(default_sampling={"alias": {"top_p": 0.5}}, model="alias"),
-        engine_address=address,
+        engines=(EngineProcess(address),),
         model_path=str(model_folder),
         model_names=("m",),
         model_card_sampling={"temperature": 0.2, "top_p": 0.9},
@@ -523,7 +522,7 @@ def test_a_missing_model_is_one_line(address: str, tmp_path: Path) -> None:
 
 def failed_start(tmp_path: Path, *, port: int, address: str, model_path: Path) -> list[str]:
     config = ApiProcessConfig(
-        settings=Settings(port=port), engine_address=address, model_path=str(model_path), model_names=("m",)
+        settings=Settings(port=port), engines=(EngineProcess(address),), model_path=str(model_path), model_names=("m",)
     )
     process = start_process(config, tmp_path / "log")
     assert process.wait(10) == 1
@@ -544,7 +543,7 @@ def test_environments(start_api: StartApi, environment: dict[str, str]) -> None:
 def test_it_does_not_outlive_its_parent(model_folder: Path, address: str, tmp_path: Path) -> None:
     config = ApiProcessConfig(
         settings=Settings(port=0, log_level="debug"),
-        engine_address=address,
+        engines=(EngineProcess(address),),
         model_path=str(model_folder),
         model_names=("m",),
     )
@@ -678,7 +677,7 @@ def test_a_failure_of_the_running_server_is_logged_with_its_traceback(
     monkeypatch.setattr(Lifecycle, "run", fail)
     settings = Settings(port=0)
     config = ApiProcessConfig(
-        settings=settings, engine_address=address, model_path=str(model_folder), model_names=("tiny",)
+        settings=settings, engines=(EngineProcess(address),), model_path=str(model_folder), model_names=("tiny",)
     )
     assert run(config, lambda: None) == 1
     gc.unfreeze()

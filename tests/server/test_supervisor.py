@@ -11,8 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,10 +23,12 @@ import pytest
 
 from engine.config import EngineProcessConfig
 from server import supervisor
+from server.engine_client.supervisor_channel import EngineGone, Message, make_channel
 from server.model_paths import ModelError, ResolvedModel
-from server.processes import child_process
+from server.processes import child_process, supervised_engine
+from server.processes.child_process import SupervisorError
 from server.processes.stop_signals import StopSignals
-from server.settings.process_configs import ApiProcessConfig
+from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
 from tests.support.clients import write_adapter
@@ -39,9 +42,10 @@ STUB = ROOT / "tests" / "support" / "stub_child.py"
 DRIVER = """
 import json, sys
 from server import supervisor
+from server.processes import supervised_engine
 from server.settings.table import Settings
 settings, grace, engine, api, delays = json.loads(sys.argv[1])
-supervisor.RESTART_DELAYS = delays
+supervised_engine.RESTART_DELAYS = delays
 supervisor.DEATH_GRACE_SECONDS, supervisor.DRAIN_GRACE_SECONDS, supervisor.STOP_SECONDS = grace, 0.4, 0.3
 status = supervisor.supervise(Settings(**settings), supervisor.Commands(engine=engine, api=api))
 heavy = [name for name in ("torch", "numpy", "fastapi", "pydantic", "httpx", "zmq", "rich") if name in sys.modules]
@@ -124,7 +128,7 @@ def start(tmp_path: Path, temporary: str) -> Iterator[Start]:
         engine: tuple[str, ...] = ("run",),
         api: tuple[str, ...] = ("run",),
         grace: float = 0.6,
-        delays: tuple[float, ...] = supervisor.RESTART_DELAYS,
+        delays: tuple[float, ...] = supervised_engine.RESTART_DELAYS,
         **settings: Any,
     ) -> Running:
         running.append(Running(tmp_path, temporary, engine, api, grace, delays, **settings))
@@ -152,8 +156,7 @@ def test_children_get_their_configuration(start: Start) -> None:
     assert engine.config.max_num_seqs == 7
     assert engine.config.model_path == api.model_path == str(running.folder / "model.gguf")
     assert engine.log_format == "json"
-    assert engine.address == api.engine_address
-    assert api.engine_pid == engine_pid
+    assert api.engines == (EngineProcess(engine.address, engine_pid),)
     assert api.model_names == ("model.gguf",)
     assert api.settings.api_key == ("k",)
     assert api.settings.seed == 3
@@ -180,7 +183,7 @@ def test_served_model_names(start: Start) -> None:
 
 def test_the_sampling_of_an_alias_is_passed_on() -> None:
     model = ResolvedModel(Path("/m.gguf"), "m", {"temperature": 0.2})
-    assert supervisor._api_config(Settings(), model, "ipc://x", 1).model_card_sampling == {"temperature": 0.2}
+    assert supervisor._api_config(Settings(), model, ()).model_card_sampling == {"temperature": 0.2}
 
 
 def test_adapters_are_resolved_before_the_engine_starts(start: Start, tmp_path: Path) -> None:
@@ -281,27 +284,25 @@ def test_an_engine_in_a_long_step_is_killed_after_the_drain(start: Start) -> Non
 
 
 def test_an_engine_that_cannot_be_killed_is_reported(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """It hangs in a driver, for example."""
     killpg = os.killpg
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(child_process, "KILL_SECONDS", 0.2)
-    ignore_sigterm = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    ignore_sigterm = "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    ignores = tmp_path / "ignores"
     with (
         StopSignals() as signals,
         supervisor.Supervisor(signals, Settings(drain_timeout=0.0)) as watched,
     ):
-        reader, writer = os.pipe()
         monkeypatch.setattr(os, "killpg", lambda *_: None)
-        code = f"{ignore_sigterm}; os.write({writer}, b'x'); time.sleep(60)"
-        engine = watched.start("engine", [sys.executable, "-c", code], msgspec.Struct(), [writer])
+        code = f"{ignore_sigterm}; pathlib.Path({str(ignores)!r}).touch(); time.sleep(60)"
+        watched.start_engine(0, "engine", [sys.executable, "-c", code], msgspec.Struct())
         api = watched.start("API", [sys.executable, "-c", "pass"], msgspec.Struct())
-        assert os.read(reader, 1)
-        status = watched._after_signal(engine, api)
+        wait_until(ignores.exists)
+        status = watched._after_signal(api)
         monkeypatch.setattr(os, "killpg", killpg)
-    os.close(reader)
-    os.close(writer)
     assert status == 1
     assert "the engine process cannot be killed" in capfd.readouterr().err
 
@@ -477,6 +478,46 @@ def test_a_restarted_engine_that_never_becomes_ready_is_killed(start: Start) -> 
     running.assert_nothing_is_left()
 
 
+def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    channel, api_end = make_channel()
+    wait = f"while not pathlib.Path({str(tmp_path / 'end')!r}).exists(): time.sleep(0.05)"
+    with (
+        closing(channel),
+        closing(api_end),
+        StopSignals() as signals,
+        supervisor.Supervisor(signals, Settings()) as watched,
+    ):
+        for number, code in enumerate(("pass", f"{wait}; sys.exit(3)", "sys.exit(7)")):
+            command = [sys.executable, "-c", f"import pathlib, sys, time\n{code}"]
+            watched.start_engine(number, f"engine {number}", command, msgspec.Struct())
+        api = watched.start("API", [sys.executable, "-c", "import time; time.sleep(60)"], msgspec.Struct())
+        gone: list[Message] = []
+
+        def read() -> None:
+            while len(gone) < 2:
+                gone.extend(api_end.receive())
+                time.sleep(0.01)
+            (tmp_path / "end").touch()
+            while len(gone) < 3:
+                gone.extend(api_end.receive())
+                time.sleep(0.01)
+            api.terminate()
+
+        reader = Thread(target=read)
+        reader.start()
+        assert watched.watch(api, channel) == 1
+        reader.join()
+    assert {message.number for message in gone[:2] if isinstance(message, EngineGone)} == {0, 2}
+    assert gone[2] == EngineGone(1, supervisor.ENDED)
+    lines = capfd.readouterr().err.splitlines()
+    goes_on = "; the server goes on without it"
+    assert sorted(lines[:2]) == [
+        f"lightwell: error: the engine 0 process exited with code 0{goes_on}",
+        f"lightwell: error: the engine 2 process exited with code 7{goes_on}",
+    ]
+    assert lines[2:] == ["lightwell: error: the engine 1 process exited with code 3"]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_no_engine_runs(start: Start, signum: int) -> None:
     running = start(api=("report", "9"), grace=60.0, delays=(60.0,))
@@ -547,37 +588,6 @@ def test_a_silent_api_process_hangs_even_if_the_machine_is_busy(
         while not watched._hangs(api) and now < began + 200:
             now += 1.0
     assert now - began == seconds
-
-
-def test_threads_that_waited_for_a_cpu_may_have_ended_when_the_engine_is_late(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    waits = iter([{1: 5.0, 2: 1.0}, {2: 1.5}])
-    monkeypatch.setattr(supervisor, "cpu_waits", lambda _: next(waits))
-    killed: list[float] = []
-    engine: Any = SimpleNamespace(pid=0, kill=lambda: killed.append(now))
-    with (
-        StopSignals() as signals,
-        supervisor.Supervisor(signals, Settings(step_timeout=10.0)) as watched,
-    ):
-        watched._load_seconds = 2.0  # of the first engine
-        while not killed:
-            now += 1.0
-            watched._keep_deadlines(engine, lambda: engine)
-    assert killed == [1000.0 + 3 * 2.0 + 10.0 + 5.0]
-    assert "has not become ready within 21 s" in capfd.readouterr().err
-
-
-def test_when_engines_are_started_again() -> None:
-    crashes = supervisor.Crashes()
-    assert [crashes.add(now, was_ready=True) for now in (0.0, 1.0, 2.0, 3.0)] == [0.0, 1.0, 2.0, 4.0]
-    assert crashes.add(60.5, was_ready=True) == 4.0  # the first one is too long ago
-    assert crashes.add(60.6, was_ready=True) is None
-    assert crashes.summary == "; that was failure 5 in 60 s"
-    assert crashes.add(1000.0, was_ready=True) == 0.0
-    assert [crashes.add(1000.0 + 100 * i, was_ready=False) for i in range(1, 5)] == [1.0, 2.0, 4.0, None]
 
 
 @pytest.mark.checklist("A16", "F11")
@@ -652,8 +662,8 @@ def test_a_long_path_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Mon
     long = tmp_path / ("x" * 90)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    with supervisor.ipc_address() as address:
-        socket = Path(address.removeprefix("ipc://"))
+    with supervisor.ipc_folder() as folder:
+        socket = Path(supervisor.ipc_address(folder, 9999).removeprefix("ipc://"))
         assert socket.parent.is_dir()
         assert len(os.fsencode(socket)) <= supervisor.MAX_IPC_PATH_BYTES
     assert not socket.parent.exists()
@@ -663,6 +673,6 @@ def test_a_missing_command(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     settings = Settings(model=str(model))
-    with pytest.raises(supervisor.SupervisorError, match=r"cannot start the engine process: .*No such file"):
+    with pytest.raises(SupervisorError, match=r"cannot start the engine process: .*No such file"):
         supervisor.supervise(settings, supervisor.Commands(engine=["/nonexistent"], api=["/nonexistent"]))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -19,7 +19,7 @@ from server.app import create_app
 from server.context import ServerContext
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
-from server.settings.process_configs import ApiProcessConfig
+from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
 from server.sockets.certificate import Certificate
 from server.sockets.listeners import bind, url
@@ -82,7 +82,10 @@ def wait_until(condition: Any, timeout: float = 5.0) -> None:
 
 def make_test_context(address: str, model_folder: Path, **settings: Any) -> ServerContext:
     config = ApiProcessConfig(
-        settings=Settings(**settings), engine_address=address, model_path=str(model_folder), model_names=MODEL_NAMES
+        settings=Settings(**settings),
+        engines=(EngineProcess(address),),
+        model_path=str(model_folder),
+        model_names=MODEL_NAMES,
     )
     return make_context(config)
 

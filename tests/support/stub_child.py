@@ -54,7 +54,7 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     if behaviour in TALKS:
         TALKS[behaviour](folder, msgspec.json.decode(config), int(argument))
     if behaviour == "outlive-engine":  # like the API process when its engine dies
-        wait_for_end_of(msgspec.json.decode(config)["engine_pid"])
+        wait_for_end_of(msgspec.json.decode(config)["engines"][0]["pid"])
         leave(folder, f"{name}-end", float(argument), 1)
     while True:
         time.sleep(60)
@@ -72,11 +72,11 @@ def report(folder: Path, config: dict[str, Any], num_ready: int) -> None:
     Write the process ids of the engines to FOLDER/engines, and what the supervisor says last to FOLDER/gone.
     """
     channel = Channel.from_fd(config["supervisor_fd"])
-    engines = [config["engine_pid"]]
+    engines = [config["engines"][0]["pid"]]
     while True:
         (folder / "engines.tmp").write_text(" ".join(map(str, engines)))
         (folder / "engines.tmp").rename(folder / "engines")
-        channel.send(Heartbeat(engines[-1] if len(engines) <= num_ready else 0))
+        channel.send(Heartbeat((engines[-1],) if len(engines) <= num_ready else ()))
         select.select([channel], [], [], HEARTBEAT_SECONDS)
         for message in channel.receive():
             if isinstance(message, EngineStarted):
@@ -88,7 +88,7 @@ def report(folder: Path, config: dict[str, Any], num_ready: int) -> None:
 
 def fall_silent(folder: Path, config: dict[str, Any], argument: int) -> None:
     """Send one heartbeat."""
-    Channel.from_fd(config["supervisor_fd"]).send(Heartbeat(config["engine_pid"]))
+    Channel.from_fd(config["supervisor_fd"]).send(Heartbeat((config["engines"][0]["pid"],)))
 
 
 TALKS = {"report": report, "fall-silent": fall_silent}

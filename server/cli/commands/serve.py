@@ -54,7 +54,8 @@ def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from server.model_paths import ModelError
-    from server.supervisor import SupervisorError, supervise
+    from server.processes.child_process import SupervisorError
+    from server.supervisor import supervise
 
     settings = load_settings(vars(arguments), os.environ, arguments.config)
     try:
