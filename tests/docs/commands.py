@@ -18,6 +18,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "docker build ": "Docker",
     "docker run ": "Docker",
     "lightwell serve MODEL --device cuda:0": "GPU",
+    "kubectl ": "a Kubernetes cluster",
     "make bench-gpu": "GPU",
     ".venv/bin/python -m tests.conformance.try_clients": "downloads programs, 10 GB",
     "python3 -m venv .venv": INSTALLS,

@@ -48,6 +48,16 @@ VLLM_CORE: dict[str, tuple[str, tuple[str, ...]]] = {
     "request_decode_time_seconds": ("histogram", ()),
 }
 
+# What the endpoint picker of the Gateway API inference extension reads: the setting of its core-metrics-extractor, the
+# metric that it takes by default, without vLLM's prefix, and the labels, of which it parses numbers and lists.
+PICKER_METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "queuedRequestsSpec": ("num_requests_waiting", ()),
+    "runningRequestsSpec": ("num_requests_running", ()),
+    "kvUsageSpec": ("kv_cache_usage_perc", ()),
+    "cacheInfoSpec": ("cache_config_info", ("block_size", "num_gpu_blocks")),
+    "loraSpec": ("lora_requests_info", ("max_lora", "running_lora_adapters", "waiting_lora_adapters")),
+}
+
 
 @pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
 def test_vllm_names_types_and_labels(prefix: str) -> None:
@@ -157,6 +167,22 @@ def test_the_page_over_http(server: RunningServer) -> None:
 
 def test_the_prefix_is_a_setting(start_server: StartServer) -> None:
     assert "\nvllm:num_requests_running{" in httpx.get(start_server(metrics_prefix="vllm:").url + "/metrics").text
+
+
+@pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
+def test_an_endpoint_picker_reads_the_metrics(prefix: str, start_server: StartServer, fake_engine: FakeEngine) -> None:
+    """It sends no key, and takes the first sample of a gauge, whose numbers in labels must be whole."""
+    fake_engine.config.max_loras = 4
+    server = start_server(metrics_prefix=prefix, api_key=("sk-client",), public_metrics=True)
+    families = {family.name: family for family in parse_text(httpx.get(server.url + "/metrics").text)}
+    for name, labels in PICKER_METRICS.values():
+        family = families[prefix + name]
+        assert family.type == "gauge"
+        sample = family.samples[0]
+        assert sample.labels.keys() >= set(labels)
+        for label in {"block_size", "num_gpu_blocks", "max_lora"}.intersection(labels):
+            assert int(sample.labels[label]) > 0
+    assert httpx.get(server.url + "/v1/models").status_code == 401
 
 
 @pytest.mark.checklist("G08")
