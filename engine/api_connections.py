@@ -131,9 +131,16 @@ class ApiConnections:
         self.lost += lost
 
     def send_outputs(
-        self, events: list[TokenEvent], stats: EngineStats, num_step_tokens: int, started: Iterable[str] = ()
+        self,
+        events: list[TokenEvent],
+        stats: EngineStats,
+        num_step_tokens: int,
+        started: Iterable[str] = (),
+        prefixes: tuple[list[bytes], list[bytes]] = ([], []),
     ) -> list[Abort]:
         """Send one message to each API process, with the events of its own requests and which of them have started.
+
+        `prefixes`: the names of those that have been cached and evicted.
 
         Return what is to be aborted: a choice whose event cannot be encoded, which ends with an error instead, and the
         requests of API processes that have gone.
@@ -149,7 +156,14 @@ class ApiConnections:
         failed: list[TokenEvent] = []
         for identity, own_events in by_identity.items():
             own_started = started_of.get(identity, [])
-            outputs = Outputs(stats=stats, events=own_events, num_step_tokens=num_step_tokens, started=own_started)
+            outputs = Outputs(
+                stats=stats,
+                events=own_events,
+                num_step_tokens=num_step_tokens,
+                started=own_started,
+                cached=prefixes[0],
+                evicted=prefixes[1],
+            )
             content, own_failed = self._encode(outputs)
             failed += own_failed
             self._send(identity, content)

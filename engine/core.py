@@ -22,7 +22,6 @@ from typing import TypeVar
 from engine.config import EngineConfig
 from engine.grammar.matcher import GrammarManager
 from engine.loading import LoadedModel
-from engine.lora.slots import prefix_salt
 from engine.model.memory_plan import is_out_of_memory, max_in_flight, release_memory
 from engine.runner import PendingOutputs
 from engine.scheduling.block_pool import BlockPool
@@ -33,6 +32,7 @@ from engine.scheduling.record import Recorder, RowRecord, StepClock, StepRecord
 from engine.scheduling.request import Scheduled, ScheduledOutput, Status, Step, new_request, without_early_end
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import choose_policy
+from engine.shared.block_hashes import prefix_salt
 from engine.shared.messages import EngineStats, SamplingParams, Submit, TokenEvent
 
 MAX_STEP_MS = {"cuda": 100.0}  # by device: 8,192 rows of an 8B model take about half a second there
@@ -81,6 +81,8 @@ class Engine:
         is_cheap = loaded.device.type == "cpu"
         separates_prompts = loaded.runner.kernels.separates_prompts
         pool = BlockPool(loaded.memory.num_blocks, loaded.memory.block_size, separates_prompts=separates_prompts)
+        if config.data_parallel_size > 1 and config.enable_prefix_caching:
+            pool.changes = {}  # for the API process, which chooses the engine of a request
         self.scheduler = Scheduler(
             KVManager(pool, loaded.config.kv_groups, max_in_flight(loaded.limits.max_num_batched_tokens)),
             self.recorder,
@@ -115,7 +117,7 @@ class Engine:
         Raises AdapterGoneError if its adapter is no longer loaded.
         """
         slot = self.adapters.find(submit.lora_fingerprint)
-        salt = prefix_salt(submit.lora_fingerprint) + submit.cache_salt.encode()
+        salt = prefix_salt(submit.lora_fingerprint, submit.cache_salt)
         salt = salt if self.enable_prefix_caching else os.urandom(16)
         parent = new_request(
             submit, salt=salt, arrival_number=next(self.arrivals), now=time.monotonic(), lora_slot=slot

@@ -78,7 +78,7 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     """
     clock = clock or StepClock()
     model_config = load_model_config(Path(config.model_path))
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.data_parallel_rank, config.data_parallel_size)
     card = CudaMemory(device, config.gpu_memory_utilization) if device.type == "cuda" else None
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
@@ -86,12 +86,13 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
         name: read_adapter(name, path, model_config, config.max_lora_rank) for name, path in config.lora_modules.items()
     }
     max_lora_rank = choose_lora_rank(config, checkpoints)
-    check_lora_memory(model_config, config.max_loras, max_lora_rank, dtype.itemsize, free_memory(device))
+    device_memory: DeviceMemory = card or HostMemory(limit=config.memory_limit)
+    free = device_memory.free() if card is None else free_memory(device)
+    check_lora_memory(model_config, config.max_loras, max_lora_rank, dtype.itemsize, free)
     kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits, max_lora_rank))
     sizes = ContextSizes(model_config, config, limits.max_num_batched_tokens, kernels)
-    device_memory: DeviceMemory = card or HostMemory()
     device_memory.reserved = least_weight_bytes(Path(config.model_path))
-    check_weight_memory(device_memory.reserved, free_memory(device))
+    check_weight_memory(device_memory.reserved, free)
     max_model_len = plan_memory(sizes, config, limits.max_model_len, device_memory).max_model_len
     clock.lap("kernels")
     parameters = load_parameters(Path(config.model_path), model_config, dtype, kernels, device, progress)
@@ -231,10 +232,10 @@ def kernel_options(
     )
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, rank: int = 0, num_engines: int = 1) -> torch.device:
     """Return the device called `name` (auto, cpu, cuda or cuda:N), a GPU always with its index.
 
-    Raises ValueError if there is no such device.
+    Each of several engines, of which this is number `rank`, needs a GPU of its own. Raises ValueError if there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -243,10 +244,13 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cpu":
         return device
-    index = device.index or 0
+    if num_engines > 1 and device.index is not None:
+        raise ValueError(f"--device {name}: {num_engines} engines need a GPU each; use --device cuda")
+    index = rank if device.index is None else device.index
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= num_devices:
-        raise ValueError(f"--device {name}: torch finds {num_devices} CUDA devices here")
+        which = f", engine {rank} of {num_engines}" if num_engines > 1 else ""
+        raise ValueError(f"--device {name}{which}: torch finds {num_devices} CUDA devices here")
     return torch.device("cuda", index)  # without an index, torch does not make it the current device
 
 

@@ -115,7 +115,10 @@ class EngineLoop:
         step_seconds = time.monotonic() - started_at if self.engine.has_work or step else None
         refused, self.refused = self.refused, []
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
-        for abort in self.connections.send_outputs(refused + events, self.engine.stats(), num_tokens, started):
+        prefixes = self.engine.scheduler.kv.pool.take_changes()
+        for abort in self.connections.send_outputs(
+            refused + events, self.engine.stats(), num_tokens, started, prefixes
+        ):
             self.engine.abort(abort.request_id, abort.index)
         if self.inspector.has_work and (answer := self.inspector.advance_after(step_seconds)) is not None:
             self.reply(*answer)
@@ -124,7 +127,9 @@ class EngineLoop:
         """Act on a message of the API process `identity`."""
         if isinstance(message, Hello):
             self.connections.identities.add(identity)
-            self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded()))
+            pool = self.engine.scheduler.kv.pool
+            prefixes = [] if pool.changes is None else pool.prefix_names()
+            self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded(), prefixes))
         elif identity not in self.connections.identities:
             logger.error("a message of an API process is dropped, since its connection was not announced")
         elif isinstance(message, Submit):
@@ -216,7 +221,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(os.getppid())
     process_config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineProcessConfig)
-    close_log = configure_logging(process_config.log_level, process_config.log_format)
+    config = process_config.config
+    label = f" {config.data_parallel_rank}" if config.data_parallel_size > 1 else ""
+    close_log = configure_logging(process_config.log_level, process_config.log_format, label=label)
     exit_code = run(process_config)
     close_log()
     os._exit(exit_code)  # sys.exit would take the interpreter and torch apart for half a second
@@ -254,13 +261,14 @@ def start(process_config: EngineProcessConfig) -> EngineLoop:
     connections = ApiConnections(process_config.address)
     age = process_age()
     clock = StepClock()
-    loaded = load_model(config, clock, progress_bar("weights", is_bytes=True))
+    shows_progress = config.data_parallel_rank == 0  # bars of several processes would overwrite each other
+    loaded = load_model(config, clock, progress_bar("weights", is_bytes=True) if shows_progress else None)
     # The kernels have their own threads. Torch's threads would busy-wait on the same cores.
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     warm_up(Engine(config, loaded), loaded.limits.max_model_len)  # a separate engine, so that statistics start at zero
     clock.lap("warm-up")
     if loaded.runner.execution.uncaptured:
-        capture_graphs(loaded.runner, progress_bar("CUDA graphs", is_bytes=False))
+        capture_graphs(loaded.runner, progress_bar("CUDA graphs", is_bytes=False) if shows_progress else None)
         clock.lap("CUDA graphs")
     engine = Engine(config, loaded)
     log_plan(loaded, config)

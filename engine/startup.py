@@ -108,6 +108,10 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
         "; ".join(describe_kinds(shape)),
         loaded.limits.max_model_len,
     )
+    if config.data_parallel_size > 1:
+        cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        limit = "" if config.memory_limit is None else f", at most {config.memory_limit / MIB:.0f} MiB of memory"
+        logger.info("engine %d of %d: CPUs %s%s", config.data_parallel_rank, config.data_parallel_size, cpus, limit)
     kernels = loaded.runner.kernels
     logger.info("device: %s, %d threads, kernels: %s", loaded.device, kernels.num_threads, kernels.name)
     invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"

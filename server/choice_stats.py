@@ -17,6 +17,7 @@ class ChoiceStats:
     max_tokens: int
     num_prompt_tokens: int
     num_expected_tokens: float = 0.0  # that the engine is expected to compute, until it begins with the choice
+    load: float = 0.0  # tokens that it is expected to take of its engine, more or less
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     first_token: float | None = None

@@ -39,6 +39,7 @@ from server.context import ServerContext
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.answer_budget import AnswerBudget
 from server.engine_client.client import EngineClient
+from server.engine_client.connected_engine import EngineOptions
 from server.engine_client.supervisor_channel import (
     DUMP_SIGNAL,
     HEARTBEAT_SECONDS,
@@ -171,19 +172,20 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
     metrics = Metrics(settings.metrics_prefix, config.model_names[0])
     api_keys = ApiKeys(settings)
     metrics.set_usage_source(api_keys.usage)
-    (engine,) = config.engines
+    options = EngineOptions(
+        step_timeout=settings.step_timeout,
+        can_restart=config.supervisor_fd is not None and settings.on_engine_death == "restart",
+        vocabulary=Vocabulary(vocabulary),
+    )
     client = EngineClient(
-        engine.address,
+        config.engines,
+        options,
         limits=AdmissionLimits(
             max_queued_requests=settings.max_queued_requests,
             queue_timeout=settings.queue_timeout,
             request_timeout=settings.request_timeout or math.inf,
         ),
-        step_timeout=settings.step_timeout,
-        engine_pid=engine.pid,
-        can_restart=config.supervisor_fd is not None and settings.on_engine_death == "restart",
         metrics=metrics,
-        vocabulary=Vocabulary(vocabulary),
     )
     return ServerContext(
         settings=settings,
@@ -312,7 +314,6 @@ class Lifecycle:
         self._server = server
         self._context = context
         self._client = context.client
-        self._engines = (context.client,)  # by number
         self._drain_timeout = context.settings.drain_timeout
         self._flush_logs = flush_logs
         self._channel = channel
@@ -353,7 +354,7 @@ class Lifecycle:
         asyncio.get_running_loop().add_reader(channel, self._on_supervisor_message, channel)
         became_ready = self._client.became_ready
         while True:
-            channel.send(Heartbeat(tuple(engine.ready_info().pid for engine in self._engines if engine.is_ready)))
+            channel.send(Heartbeat(self._client.ready_pids))
             if became_ready.is_set():
                 await asyncio.sleep(HEARTBEAT_SECONDS)
             else:
@@ -364,9 +365,9 @@ class Lifecycle:
         for message in channel.receive():
             match message:
                 case EngineStarted():
-                    self._engines[message.number].engine_started(message.pid)
+                    self._client.engines[message.number].engine_started(message.pid)
                 case EngineGone():
-                    self._engines[message.number].mark_dead(message.reason)
+                    self._client.engines[message.number].liveness.mark_dead(message.reason)
         if channel.has_ended:
             asyncio.get_running_loop().remove_reader(channel)
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from server.engine_client.supervisor_channel import (
 from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
+from server.processes.cpu_shares import cpu_shares
 from server.processes.error_line import print_error
 from server.processes.run_queue import MAX_WAIT_FACTOR, Silence
 from server.processes.stop_signals import StopSignals
@@ -96,21 +97,30 @@ class Supervisor:
         if sys.stderr.isatty():
             sys.stderr.write(SHOW_CURSOR)  # a child killed while it shows a progress bar leaves it hidden
 
-    def start(self, name: str, command: Sequence[str], config: msgspec.Struct, pass_fds: Sequence[int] = ()) -> Child:
-        """Start a child process with its configuration. Raises SupervisorError."""
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        config: msgspec.Struct,
+        pass_fds: Sequence[int] = (),
+        cpus: Collection[int] = (),
+    ) -> Child:
+        """Start a child process with its configuration; see `Child`. Raises SupervisorError."""
         try:
-            child = Child(name, command, msgspec.json.encode(config), pass_fds)
+            child = Child(name, command, msgspec.json.encode(config), pass_fds, cpus)
         except (OSError, MemoryError, subprocess.SubprocessError) as error:
             raise SupervisorError(f"cannot start the {name} process: {error or 'no memory'}") from None
         self._children.append(child)
         self._selector.register(child, selectors.EVENT_READ)
         return child
 
-    def start_engine(self, number: int, name: str, command: Sequence[str], config: msgspec.Struct) -> Child:
+    def start_engine(
+        self, number: int, name: str, command: Sequence[str], config: msgspec.Struct, cpus: Collection[int] = ()
+    ) -> Child:
         """Start an engine, which `watch` starts again if it dies. Return its process. Raises SupervisorError."""
         engine = SupervisedEngine(
             number,
-            partial(self.start, name, command, config),
+            partial(self.start, name, command, config, cpus=cpus),
             restarts=self._settings.on_engine_death == "restart",
             step_timeout=self._settings.step_timeout,
             report=self._report,
@@ -307,14 +317,18 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
             StopSignals(reloads=reloads) as signals,
             Supervisor(signals, settings) as supervisor,
         ):
-            address = ipc_address(folder, 0)
-            process_config = _engine_config(settings, model, lora_paths, address)
-            engine = supervisor.start_engine(0, "engine", commands.engine, process_config)
+            engines = []
+            for number, cpus in enumerate(cpu_shares(settings.data_parallel_size)):
+                address = ipc_address(folder, number)
+                name = "engine" if settings.data_parallel_size == 1 else f"engine {number}"
+                process_config = _engine_config(settings, model, lora_paths, address, number)
+                engine = supervisor.start_engine(number, name, commands.engine, process_config, cpus)
+                engines.append(EngineProcess(address, engine.pid))
             channel, api_end = make_channel()
             with closing(channel):
                 with closing(api_end):
                     fd = api_end.fileno()
-                    config = _api_config(settings, model, (EngineProcess(address, engine.pid),), fd)
+                    config = _api_config(settings, model, tuple(engines), fd)
                     api = supervisor.start("API", commands.api, config, pass_fds=(fd,))
                 signals.reloader = api
                 return supervisor.watch(api, channel)
@@ -346,13 +360,13 @@ def _resolve_adapters(settings: Settings) -> dict[str, Path]:
 
 
 def _engine_config(
-    settings: Settings, model: ResolvedModel, lora_paths: Mapping[str, Path], address: str
+    settings: Settings, model: ResolvedModel, lora_paths: Mapping[str, Path], address: str, number: int
 ) -> msgspec.Struct:
     from engine.config import EngineProcessConfig
 
     return EngineProcessConfig(
         address=address,
-        config=engine_config(settings, model.path, lora_paths),
+        config=engine_config(settings, model.path, lora_paths, number),
         log_level=settings.log_level,
         log_format=settings.log_format,
     )

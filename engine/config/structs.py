@@ -35,6 +35,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_lora_rank: int | None = None  # None: the largest rank of lora_modules, at least 16
     step_timeout: float = 60.0  # seconds after which a step counts as hung
     keep_token_ids: bool = False  # of the last requests, to tell why a prefix was not cached
+    data_parallel_size: int = 1  # engines with the same model on this machine
+    data_parallel_rank: int = 0  # which of them this is
+    memory_limit: int | None = None  # bytes of host memory that this engine may use; None: all that is free
 
 
 class EngineProcessConfig(msgspec.Struct, frozen=True, kw_only=True):

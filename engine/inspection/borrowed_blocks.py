@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.scheduling.block_pool import extend_block_hashes
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.request import BlockTable, Request
+from engine.shared.block_hashes import extend_block_hashes
 
 
 class BlocksGoneError(RuntimeError):

@@ -22,7 +22,7 @@ from engine.inspection.borrowed_blocks import BlocksGoneError, BorrowedBlocks
 from engine.inspection.layers import LayerObserver
 from engine.inspection.reader import all_choices, has_id, of_one_request
 from engine.inspection.sampling import view_stages
-from engine.lora.slots import AdapterGoneError, prefix_salt
+from engine.lora.slots import AdapterGoneError
 from engine.sampling.masks import step_masks
 from engine.sampling.sampler import Sampler
 from engine.scheduling.request import (
@@ -35,6 +35,7 @@ from engine.scheduling.request import (
     new_request,
     without_early_end,
 )
+from engine.shared.block_hashes import prefix_salt
 from engine.shared.messages import SamplingParams, Submit
 from engine.shared.records import (
     Candidate,
@@ -225,7 +226,7 @@ class Inspector:
         if question.id is None:
             prompt = question.prompt_token_ids
             fingerprint = question.lora_fingerprint
-            salt = prefix_salt(fingerprint)
+            salt = prefix_salt(fingerprint, "")
             return Target(prompt, len(prompt), PARAMS, 0, salt, question.lora_name, fingerprint)
         recorder, scheduler = self._engine.recorder, self._engine.scheduler
         choices = of_one_request([pair for pair in all_choices(recorder, scheduler) if has_id(pair[0], question)])

@@ -158,15 +158,6 @@ def num_lora_slots(max_loras: int) -> int:
     return max_loras + 1 if max_loras else 0
 
 
-def prefix_salt(fingerprint: str) -> bytes:
-    """Return the salt of an adapter's block hashes; empty for none.
-
-    Keys and values that were computed with other weights must not match. The first byte occurs in no UTF-8 text, so no
-    salt of a client (`cache_salt`) is equal.
-    """
-    return b"\xff" + bytes.fromhex(fingerprint) if fingerprint else b""
-
-
 def read_adapter(name: str, path: str, config: ModelConfig, max_rank: int | None) -> LoraCheckpoint:
     """Read an adapter's matrices, of rank `max_rank` at most. Raises AdapterError, which names the adapter."""
     try:

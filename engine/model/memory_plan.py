@@ -17,7 +17,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.kernels.interface import Kernels
 from engine.model.kv_cache import bytes_per_block
 from engine.model.rotary import table_bytes as rotary_bytes
-from engine.shared.host_memory import available_memory
+from engine.shared.host_memory import available_memory, own_memory
 
 FULL_LENGTH_REQUESTS = 4  # requests of max_model_len tokens that the default cache on a CPU holds
 CPU_MEMORY_SHARE = 0.5  # of the memory that is free once the weights are loaded
@@ -89,11 +89,16 @@ class HostMemory:
 
     activation_bytes = 0
 
-    def __init__(self, reserved: int = 0) -> None:
+    def __init__(self, reserved: int = 0, limit: int | None = None) -> None:
+        """`limit`: bytes that this process may use, beside mapped files; None: all that is free."""
         self.reserved = reserved
+        self.limit = limit
 
     def free(self) -> int:
-        return available_memory() - self.reserved
+        available = available_memory()
+        if self.limit is not None:
+            available = min(available, self.limit - own_memory())
+        return available - self.reserved
 
     def default_kv_cache_bytes(self, full_length_bytes: int, table_bytes: int = 0) -> int:
         return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(self.free() * CPU_MEMORY_SHARE) - table_bytes)

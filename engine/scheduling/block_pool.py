@@ -8,13 +8,12 @@ cached prefix is lost while there is unused memory.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-ROOT = b"lightwell.prefix"
+from engine.shared.block_hashes import is_prefix, name_of
+
 BORROWED = b"borrowed "  # begins the hash of a block that is borrowed, and that of no prefix
 MAX_EVICTED = 1 << 15  # hashes of overwritten blocks that are remembered, about 4 MB
 
@@ -34,26 +33,6 @@ class Block:
         return self.block_hash is not None and not self.block_hash.startswith(BORROWED)
 
 
-def extend_block_hashes(
-    block_hashes: list[bytes],
-    token_ids: Sequence[int],
-    block_size: int,
-    salt: bytes = b"",
-    num_prompt_tokens: int | None = None,
-) -> None:
-    """Append the chained SHA-256 hash of each full block of `token_ids` that `block_hashes` lacks.
-
-    A hash covers the salt and all tokens up to the block's end, so equal hashes mean equal keys and values. Pass
-    `num_prompt_tokens` if keys and values also depend on which tokens are prompt; the hash then covers it too.
-    """
-    for index in range(len(block_hashes), len(token_ids) // block_size):
-        parent = block_hashes[-1] if block_hashes else hashlib.sha256(ROOT + salt).digest()
-        tokens = token_ids[index * block_size : (index + 1) * block_size]
-        if num_prompt_tokens is not None and index == num_prompt_tokens // block_size:
-            parent += struct.pack("<I", num_prompt_tokens % block_size)
-        block_hashes.append(hashlib.sha256(parent + struct.pack(f"<{block_size}I", *tokens)).digest())
-
-
 class BlockPool:
     """All blocks of the KV cache.
 
@@ -70,6 +49,8 @@ class BlockPool:
         self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before: without a hash, then oldest first
         self.published: dict[bytes, Block] = {}
         self.evicted: dict[bytes, None] = {}  # hashes of blocks that were overwritten, the latest last
+        # Hash -> whether it is published now, of those for which that has changed; None: they are not recorded.
+        self.changes: dict[bytes, bool] | None = None
 
     @property
     def num_free(self) -> int:
@@ -141,13 +122,32 @@ class BlockPool:
         if block.block_hash is None and block_hash not in self.published:
             block.block_hash = block_hash
             self.published[block_hash] = block
+            if self.changes is not None:
+                self.changes[block_hash] = True
 
     def unpublish(self, blocks: Iterable[Block]) -> None:
         """Remove blocks from the published ones, because their contents are invalid or about to be overwritten."""
         for block in blocks:
             if block.block_hash is not None:
                 del self.published[block.block_hash]
+                if self.changes is not None:
+                    self.changes[block.block_hash] = False
                 block.block_hash = None
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Return the names of prefixes that have been published, and of those that are no longer, since the last call.
+
+        With several KV groups, those of the first one.
+        """
+        if not self.changes:
+            return [], []
+        changes, self.changes = self.changes, {}
+        prefixes = [(name_of(block_hash), is_new) for block_hash, is_new in changes.items() if is_prefix(block_hash)]
+        return [name for name, is_new in prefixes if is_new], [name for name, is_new in prefixes if not is_new]
+
+    def prefix_names(self) -> list[bytes]:
+        """Return the names of the published prefixes, as `take_changes` does."""
+        return [name_of(block_hash) for block_hash in self.published if is_prefix(block_hash)]
 
     def _free(self, block: Block) -> None:
         self.free_blocks[block.block_id] = block

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 from operator import countOf
 
 from engine.config import KVGroup
-from engine.scheduling.block_pool import Block, BlockPool, extend_block_hashes
+from engine.scheduling.block_pool import Block, BlockPool
 from engine.scheduling.request import BlockTable, Request
+from engine.shared.block_hashes import extend_block_hashes
 from engine.shared.records import PrefixResult
 
 TWO_STEPS = 2  # tokens in flight of a request that generates

@@ -25,6 +25,13 @@ def available_memory() -> int:
     return max(0, min(available, unused))
 
 
+def own_memory() -> int:
+    """Return the bytes of host memory that this process uses by itself, without files that it has mapped."""
+    with open("/proc/self/statm") as file:
+        _, resident, of_files, *_ = map(int, file.read().split())
+    return (resident - of_files) * resource.getpagesize()
+
+
 def _read_numbers(path: str) -> dict[str, str]:
     """Read a file of lines `name number ...`: name -> number."""
     with open(path) as file:

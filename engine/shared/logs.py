@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from logging.handlers import QueueHandler
 
 MAX_WAITING_RECORDS = 10_000
@@ -27,8 +28,10 @@ VERBOSE_LOGGERS = ("sse_starlette", "httpx", "httpcore", "asyncio", "uvicorn")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def configure_logging(level: str, log_format: str, fd: int = STDERR_FD) -> Callable[[], None]:
+def configure_logging(level: str, log_format: str, fd: int = STDERR_FD, label: str = "") -> Callable[[], None]:
     """Send all logs of this process to `fd`, formatted as "human" or "json".
+
+    `label` is added to the names of loggers, to tell apart processes that run the same code.
 
     Return a function that writes the remaining records; call it at the end of the process.
     """
@@ -36,12 +39,19 @@ def configure_logging(level: str, log_format: str, fd: int = STDERR_FD) -> Calla
     writer = _Writer(fd)
     handler = _DroppingQueueHandler(writer.records)
     handler.setFormatter(formatter)
+    if label:
+        handler.addFilter(partial(_add_label, label))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
     for name in VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     return writer.close
+
+
+def _add_label(label: str, record: logging.LogRecord) -> bool:
+    record.name += label
+    return True
 
 
 class HumanFormatter(logging.Formatter):

@@ -297,6 +297,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     info: EngineInfo
     adapters: list[LoraAdapter] = []
+    prefixes: list[bytes] = []  # names of the cached ones, if there are several engines
 
 
 class Adapters(msgspec.Struct, frozen=True, tag=True):
@@ -325,6 +326,8 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     events: list[TokenEvent] = []
     num_step_tokens: int = 0  # tokens that the step computed; 0: there was no step
     started: list[str] = []  # ids of the requests that the step was the first to compute tokens of
+    cached: list[bytes] = []  # names of prefixes that can be found from now on, if there are several engines
+    evicted: list[bytes] = []  # names of those that no longer can
 
 
 ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter | Question | StopReading

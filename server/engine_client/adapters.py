@@ -27,26 +27,26 @@ class LoadedAdapters:
         self._is_restoring = False
         self._reported: Sequence[LoraAdapter] = ()  # by the engine
 
-    async def load(self, name: str, path: str, *, replaces: bool) -> None:
-        """Load an adapter and return once requests can use it.
+    def load(self, name: str, path: str, *, replaces: bool) -> asyncio.Future[None]:
+        """Load an adapter. The result comes once requests can use it.
 
         Raises BadRequestError or AdaptersBusyError with the engine's message, or the error passed to `fail`.
         """
-        await self._change(LoadAdapter(request_id=secrets.token_hex(16), name=name, path=path, replaces=replaces))
+        return self._change(LoadAdapter(request_id=secrets.token_hex(16), name=name, path=path, replaces=replaces))
 
-    async def unload(self, name: str) -> None:
+    def unload(self, name: str) -> asyncio.Future[None]:
         """Unload an adapter. New requests cannot use it from now on; requests that already use it are completed.
 
         Raises AdapterNotFoundError, and what `load` raises.
         """
         self.by_name.pop(name, None)
-        await self._change(UnloadAdapter(request_id=secrets.token_hex(16), name=name))
+        return self._change(UnloadAdapter(request_id=secrets.token_hex(16), name=name))
 
-    async def _change(self, message: Change) -> None:
-        done = asyncio.get_running_loop().create_future()
+    def _change(self, message: Change) -> asyncio.Future[None]:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._changes[message.request_id] = message, done
         self._send(message)
-        await done
+        return done
 
     def update(self, adapters: Sequence[LoraAdapter]) -> None:
         """Set the loaded adapters, except those being unloaded: the engine may not have read that request yet.

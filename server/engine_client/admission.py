@@ -8,10 +8,10 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from engine.shared.messages import Outputs
+from engine.shared.messages import EngineInfo
 from server.choice_stats import ChoiceStats
-from server.engine_client.liveness import EngineLiveness
 from server.engine_client.reservation import Reservation
 from server.engine_client.shares import Shares
 from server.engine_client.wait_estimate import WaitEstimate
@@ -41,12 +41,33 @@ class AdmissionLimits:
     request_timeout: float = math.inf  # until it ends
 
 
+class Engines(Protocol):
+    """The part of an `EngineGroup` that admission uses."""
+
+    @property
+    def info(self) -> EngineInfo | None: ...
+
+    @property
+    def dead_reason(self) -> str | None: ...
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Number of choices that run at a time. Raises EngineUnavailableError like `ready_info`."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of choices that wait in the engines."""
+
+    def ready_info(self) -> EngineInfo:
+        """Return the properties of the engines. Raises EngineUnavailableError."""
+
+
 class Admission:
     """Admits requests up to the capacity of the engine and its queue, and shares it between tenants."""
 
-    def __init__(self, liveness: EngineLiveness, metrics: Metrics, limits: AdmissionLimits) -> None:
+    def __init__(self, engines: Engines, metrics: Metrics, limits: AdmissionLimits) -> None:
         self.drain_requested = asyncio.Event()  # set: no new work is admitted
-        self._liveness = liveness
+        self._engines = engines
         self._metrics = metrics
         self._limits = limits
         self._estimate = WaitEstimate()
@@ -59,14 +80,14 @@ class Admission:
 
     @property
     def max_in_flight(self) -> int:
-        """Maximum number of choices in flight: those in the engine's batch and those that wait for it."""
-        return self._liveness.ready_info().max_num_seqs + self._limits.max_queued_requests
+        """Maximum number of choices in flight: those in the engines' batches and those that wait for it."""
+        return self._engines.max_num_seqs + self._limits.max_queued_requests
 
     def check_open(self) -> None:
         """Raise EngineUnavailableError if the server accepts no new work."""
         if self.drain_requested.is_set():
             raise EngineUnavailableError(SHUTTING_DOWN, close=True)
-        self._liveness.ready_info()
+        self._engines.ready_info()
 
     def reserve(self, count: int, *, param: str, tenant: Tenant, queue_timeout: float | None) -> Reservation:
         """Reserve capacity for `count` choices (n for each prompt) of a tenant's request, all or none.
@@ -105,17 +126,21 @@ class Admission:
         the request.
         """
         while (num_free := min(count, self.max_in_flight - self.num_in_flight)) <= 0:
-            self._liveness.ready_info()
+            self._engines.ready_info()
             await asyncio.sleep(REFILL_SECONDS)
         reservation.check()
         reservation.add(num_free)
         return num_free
 
+    def expected_output(self, max_tokens: int) -> float:
+        """Return the expected number of output tokens of a choice."""
+        return self._estimate.expected_output(max_tokens)
+
     def expect(self, reservation: Reservation, choices: Sequence[ChoiceStats]) -> None:
         """Note the work of choices that are sent to the engine. They share their prompt."""
         for index, stats in enumerate(choices):
             num_prompt_tokens = 0 if index else stats.num_prompt_tokens
-            stats.num_expected_tokens = num_prompt_tokens + self._estimate.expected_output(stats.max_tokens)
+            stats.num_expected_tokens = num_prompt_tokens + self.expected_output(stats.max_tokens)
             reservation.num_waiting_tokens += stats.num_expected_tokens
 
     def start_choice(self, reservation: Reservation, stats: ChoiceStats, num_cached_tokens: int) -> None:
@@ -130,9 +155,9 @@ class Admission:
             self._estimate.add_output(stats.num_output_tokens)
         reservation.end_choice()
 
-    def count_step(self, outputs: Outputs, now: float) -> None:
+    def count_step(self, num_tokens: int, now: float) -> None:
         """Count the tokens of a step, for the estimate of waits."""
-        self._estimate.add_step(outputs.num_step_tokens, now, is_saturated=outputs.stats.num_waiting > 0)
+        self._estimate.add_step(num_tokens, now, is_saturated=self._engines.num_waiting > 0)
 
     async def watch_timeouts(self) -> None:
         """End requests that wait or take too long, until cancelled."""
@@ -178,8 +203,7 @@ class Admission:
 
     def _predicted_wait(self, tenant: Tenant) -> float:
         """Return the seconds that a tenant's next request would wait."""
-        info = self._liveness.info
-        if info is None or self.num_in_flight < info.max_num_seqs:
+        if self._engines.info is None or self.num_in_flight < self._engines.max_num_seqs:
             return 0.0
         return self._estimate.seconds(*self._shares.backlogs(tenant))
 
@@ -192,8 +216,8 @@ class Admission:
             return "predicted_wait"
         if self.drain_requested.is_set():
             return "draining"
-        if self._liveness.dead_reason is not None:
+        if self._engines.dead_reason is not None:
             return "engine_dead"
-        if self._liveness.info is None:
+        if self._engines.info is None:
             return "loading"
         return "too_many_choices" if count > self.max_in_flight else "queue_full"

@@ -36,17 +36,23 @@ class EngineLiveness:
         can_restart: bool,
         on_loss: Callable[[], None],
         on_death: Callable[[], None],
+        name: str = "the engine",
     ) -> None:
-        """Start in the loading state. `step_timeout`, `engine_pid` and `can_restart` are as in `EngineClient`.
+        """Start in the loading state.
 
-        `on_loss` is called each time a restart begins, `on_death` once, when the engine dies for good.
+        Args:
+            step_timeout: Seconds that the longest step may take. An engine that is silent for longer is dead.
+            engine_pid: Process id of the engine. None: its death is noticed only after it has become ready.
+            can_restart: Whether an engine that dies after it has been ready is replaced, see `engine_started`.
+            on_loss: Called each time a restart begins.
+            on_death: Called once, when the engine dies for good.
+            name: Names it in the log.
         """
         self.info: EngineInfo | None = None  # of the latest ready engine; None until the first one is ready
         self.dead_reason: str | None = None
         self.restarting_since: float | None = None  # Unix time of the loss
         self.num_restarts = 0  # including one that is in progress
-        self.became_ready = asyncio.Event()
-        self.died = asyncio.Event()
+        self._name = name
         self._engine_pid = engine_pid
         self._can_restart = can_restart
         self._on_loss = on_loss
@@ -89,6 +95,17 @@ class EngineLiveness:
         """True if the engine is ready and its step loop is responsive."""
         return self.is_ready and not self._is_silent()
 
+    @property
+    def status(self) -> str:
+        """The state in a word."""
+        if self.dead_reason is not None:
+            return "dead"
+        if self.info is None:
+            return "loading"
+        if self.is_restarting:
+            return "restarting"
+        return "ok" if self.is_healthy else "silent"
+
     def ready_info(self) -> EngineInfo:
         """Return the engine's properties, which a restart does not change.
 
@@ -112,16 +129,15 @@ class EngineLiveness:
 
     def set_ready(self, info: EngineInfo) -> None:
         """The engine can compute. If it was restarted with other properties, it is dead: requests rely on them."""
-        if self.info is not None and _properties(info) != _properties(self.info):
+        if self.info is not None and not same_properties(info, self.info):
             self.mark_dead("it was restarted with other properties; has its model been changed?")
             return
         if self.is_restarting:
             seconds = time.monotonic() - self._lost_at
-            logger.info("the engine is ready again after %.1f s (restart %d)", seconds, self.num_restarts)
+            logger.info("%s is ready again after %.1f s (restart %d)", self._name, seconds, self.num_restarts)
         self.info = info
         self.restarting_since = None
         self._silence.reset()
-        self.became_ready.set()
         if self._pidfd is None:
             self._watch_process(info.pid)
 
@@ -142,7 +158,7 @@ class EngineLiveness:
         if self.info is None or not self._can_restart:
             self.mark_dead(reason)
             return
-        logger.error("the engine died: %s; it is being restarted", reason)
+        logger.error("%s died: %s; it is being restarted", self._name, reason)
         self.num_restarts += 1
         self.restarting_since = time.time()
         self._lost_at = time.monotonic()
@@ -153,10 +169,9 @@ class EngineLiveness:
         self.close()
         if self.dead_reason is not None:
             return
-        logger.error("the engine died: %s", reason)
+        logger.error("%s died: %s", self._name, reason)
         self.dead_reason = reason
         self.restarting_since = None
-        self.died.set()
         self._on_death()
 
     async def watch_heartbeat(self) -> None:
@@ -206,6 +221,11 @@ class EngineLiveness:
             asyncio.get_running_loop().add_reader(self._pidfd, self.lose, "its process has ended")
 
 
+def same_properties(info: EngineInfo, other: EngineInfo) -> bool:
+    """Return whether two engines are the same for their requests: the size of the KV cache and the GPU may differ."""
+    return _properties(info) == _properties(other)
+
+
 def _properties(info: EngineInfo) -> EngineInfo:
-    """Return the properties that requests rely on."""
-    return msgspec.structs.replace(info, pid=0, num_blocks=0)
+    device = info.device.partition(":")[0]
+    return msgspec.structs.replace(info, pid=0, device=device, num_blocks=0, kv_cache_bytes=0, activation_bytes=0)

@@ -14,8 +14,8 @@ from server.choice_stats import ChoiceStats
 from server.engine_client.admission import Admission
 from server.engine_client.answer_size import event_bytes
 from server.engine_client.reservation import Reservation
+from server.engine_metrics import EngineMetrics
 from server.http.errors import AdapterLostError, APIError, ServerError
-from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,8 @@ class RequestStream:
 class OpenStreams:
     """The open streams by request id. Implements `StreamObserver`: returns capacity and records metrics."""
 
-    def __init__(self, send: Callable[[ToEngine], None], admission: Admission, metrics: Metrics) -> None:
+    def __init__(self, send: Callable[[ToEngine], None], admission: Admission, metrics: EngineMetrics) -> None:
+        self.load = 0.0  # tokens that the requests are expected to take, more or less
         self._send = send
         self._admission = admission
         self._metrics = metrics
@@ -178,14 +179,23 @@ class OpenStreams:
         """Number of choices of the requests without an event."""
         return sum(stream.num_open for stream in self._streams.values() if stream.waiting)
 
-    def open(self, message: Submit, reservation: Reservation) -> RequestStream:
-        """Send a request and return its stream, which takes over its capacity. The request id must not be in use."""
+    def open(self, message: Submit, reservation: Reservation, num_cached_tokens: int = 0) -> RequestStream:
+        """Send a request and return its stream, which takes over its capacity. The request id must not be in use.
+
+        `num_cached_tokens` of its prompt are expected to be cached.
+        """
         assert message.request_id not in self._streams
         self._send(message)
         stream = self._streams[message.request_id] = RequestStream(message, reservation, self)
         reservation.hand_over(message.n, stream)
         self._admission.expect(reservation, stream.choices)
+        for index, stats in enumerate(stream.choices):
+            self._set_load(stats, stats.num_expected_tokens - (0 if index else num_cached_tokens))
         return stream
+
+    def _set_load(self, stats: ChoiceStats, num_tokens: float) -> None:
+        self.load += num_tokens - stats.load
+        stats.load = num_tokens
 
     def start(self, request_ids: Sequence[str]) -> None:
         """Note that the engine has begun with requests."""
@@ -245,6 +255,7 @@ class OpenStreams:
     def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
         stream.reservation.start()
         stream.reservation.has_output = True
+        self._set_load(stats, min(stats.load, self._admission.expected_output(stats.max_tokens)))  # without the prompt
         self._admission.start_choice(stream.reservation, stats, event.num_cached_tokens)
 
     def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
@@ -255,6 +266,7 @@ class OpenStreams:
         stats.count_tokens(event, now)
 
     def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
+        self._set_load(stats, 0.0)
         self._admission.end_choice(stream.reservation, stats)
         self._metrics.observe_choice(stats, reason, now)
 

@@ -60,7 +60,7 @@ async def answer_prompts(
     """
     context = get_context(request)
     # Reserve no more capacity than the engine can use at a time.
-    size = min(num_prompts, context.client.ready_info().max_num_seqs, context.client.max_in_flight)
+    size = min(num_prompts, context.client.max_num_seqs, context.client.max_in_flight)
     tenant, timeout = get_tenant(request), body.queue_timeout
     with context.client.reserve(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
         too_large = too_large_error(param, "answer", context.answers.max_bytes)

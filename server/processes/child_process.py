@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -25,18 +25,26 @@ class SupervisorError(Exception):
 class Child:
     """A child process, which gets its configuration on standard input."""
 
-    def __init__(self, name: str, command: Sequence[str], config: bytes, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        config: bytes,
+        pass_fds: Sequence[int] = (),
+        cpus: Collection[int] = (),
+    ) -> None:
+        """Start it. `cpus`: those on which it may run; empty: all that this process may use."""
         self.name = name
         self.has_ended = False
-        # Set before exec, so that the child also ends with its parent while it is still importing modules.
-        set_parent_death_signal = partial(_prepare_child, os.getpid())
+        # Before exec, so that the child also ends with its parent while it is still importing modules.
+        prepare = partial(_prepare_child, os.getpid(), cpus)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             env=child_environment(),
             process_group=0,
             pass_fds=pass_fds,
-            preexec_fn=set_parent_death_signal,  # noqa: PLW1509  (this process has one thread)
+            preexec_fn=prepare,  # noqa: PLW1509  (this process has one thread)
         )
         assert self._process.stdin is not None
         try:
@@ -95,9 +103,11 @@ class Child:
         return f"the {self.name} process {how}"
 
 
-def _prepare_child(parent: int) -> None:
-    """Let a child end with its parent. `RELOAD_SIGNAL` waits until the child handles and unblocks it."""
+def _prepare_child(parent: int, cpus: Collection[int]) -> None:
+    """Let a child end with its parent, and run on `cpus`. `RELOAD_SIGNAL` waits until the child handles it."""
     die_with_parent(parent)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
     signal.pthread_sigmask(signal.SIG_BLOCK, [RELOAD_SIGNAL])
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from engine.shared.host_memory import available_memory
 from server.settings.load import hidden_without_keys
 from server.settings.table import Settings
 
@@ -31,10 +32,16 @@ class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     supervisor_fd: int | None = None  # an inherited end of a `server.engine_client.supervisor_channel`
 
 
-def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str, Path]) -> "EngineConfig":
-    """Return the engine's configuration. `lora_paths` maps adapter names to the local paths of --lora-modules."""
+def engine_config(
+    settings: Settings, model_path: Path, lora_paths: Mapping[str, Path], number: int = 0
+) -> "EngineConfig":
+    """Return the configuration of an engine, with its share of the memory.
+
+    `lora_paths` maps adapter names to the local paths of --lora-modules.
+    """
     from engine.config import EngineConfig
 
+    num_engines = settings.data_parallel_size
     return EngineConfig(
         model_path=str(model_path),
         device=settings.device,
@@ -48,7 +55,7 @@ def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str,
         max_step_ms=settings.max_step_ms,
         block_size=settings.block_size,
         enable_prefix_caching=settings.enable_prefix_caching,
-        kv_cache_memory=settings.kv_cache_memory,
+        kv_cache_memory=None if settings.kv_cache_memory is None else settings.kv_cache_memory // num_engines,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         speculative=settings.speculative,
         batch_invariant=settings.batch_invariant,
@@ -59,6 +66,9 @@ def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str,
         max_lora_rank=settings.max_lora_rank,
         step_timeout=settings.step_timeout,
         keep_token_ids=_keeps_token_ids(settings),
+        data_parallel_size=num_engines,
+        data_parallel_rank=number,
+        memory_limit=None if num_engines == 1 else available_memory() // num_engines,
     )
 
 

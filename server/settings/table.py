@@ -70,6 +70,15 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
             "Device to run on: auto, cpu, cuda or cuda:N.",
         ),
     ] = "auto"
+    data_parallel_size: Annotated[
+        int,
+        Setting(
+            _ENGINE,
+            integer(1, 64),
+            "Number of engines with the whole model. They share the CPUs and the memory of the machine, or have a GPU "
+            "each. A request goes to one of them: the one that has cached most of its prompt, unless it is busy.",
+        ),
+    ] = 1
     dtype: Annotated[
         str,
         Setting(_ENGINE, choice("DTYPE", "auto", "float32", "bfloat16", "float16"), "Data type of the computation."),
@@ -338,7 +347,9 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     kv_cache_memory: Annotated[
         int | None,
         Setting(
-            _MEMORY, size(1 << 20), "Memory for the KV cache, such as 2GiB. Unset: depends on the device and the model."
+            _MEMORY,
+            size(1 << 20),
+            "Memory for the KV caches of all engines, such as 2GiB. Unset: depends on the device and the model.",
         ),
     ] = None
     gpu_memory_utilization: Annotated[

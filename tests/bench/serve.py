@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from server.cli.bench import Report, Summary, run_benchmark
 from server.cli.load_generator import LoadOptions
 
+LIGHTWELL = [str(Path(sys.executable).with_name("lightwell"))]
 READY_SECONDS = 300.0
 MODEL_NAME = "m"
 
@@ -74,10 +75,10 @@ def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 @contextlib.contextmanager
-def running_server(flags: list[str]) -> Iterator[tuple[str, float]]:
+def running_server(flags: list[str], command: Sequence[str] = LIGHTWELL) -> Iterator[tuple[str, float]]:
     """Start a server; yield its address and the seconds until it was ready. Raises RuntimeError if it fails."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("lightwell")), "serve", f"--port={port}"]
+    command = [*command, "serve", f"--port={port}"]
     command += [f"--served-model-name={MODEL_NAME}", "--log-level=warning", *flags]
     started = time.monotonic()
     process = subprocess.Popen(command)

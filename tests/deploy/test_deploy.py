@@ -51,10 +51,11 @@ def load_yaml(path: Path) -> Any:
 def exposed_metrics(prefix: str) -> Metrics:
     """Return the metrics of a server that has answered a request."""
     metrics = Metrics(prefix, "m")
-    metrics.set_engine_info(ENGINE_INFO)
-    metrics.set_stats_source(lambda: EngineStats(num_blocks=100, num_blocks_used=3, prompt_tokens_total=9))
-    metrics.observe_step(9)
-    metrics.observe_first_token(0.1)
+    stats = EngineStats(num_blocks=100, num_blocks_used=3, prompt_tokens_total=9)
+    engine = metrics.add_engine(0, lambda: stats)
+    engine.set_info(ENGINE_INFO)
+    engine.observe_step(9)
+    engine.observe_first_token(0.1)
     metrics.observe_http("/v1/completions", "POST", 200, 3.0)
     return metrics
 

@@ -14,8 +14,7 @@ PREFIX = "lightwell_"
 def exposed_families() -> list[Metric]:
     """Return every family of a server whose engine is ready and which has answered a request."""
     metrics = Metrics(PREFIX, "model")
-    metrics.set_engine_info(msgspec.structs.replace(ENGINE_INFO, max_loras=1))
-    metrics.set_stats_source(EngineStats)
+    metrics.add_engine(0, EngineStats).set_info(msgspec.structs.replace(ENGINE_INFO, max_loras=1))
     metrics.set_usage_source(lambda: {"alice": Usage()})
     metrics.observe_http("/v1/completions", "POST", 200, 1.0)
     return list(metrics.registry.collect())

@@ -18,6 +18,7 @@ from engine.api_connections import ApiConnections
 from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.process import POLL_SECONDS, EngineLoop
+from engine.shared.block_hashes import prefix_names
 from engine.shared.messages import (
     HEARTBEAT_SECONDS,
     Abort,
@@ -425,3 +426,44 @@ def test_questions_do_not_keep_an_idle_engine_from_its_preparations(connected: C
             connected.send(ReadSteps(limit=1))
             connected.loop.run_once(timeout=HEARTBEAT_SECONDS)
             assert prepare.call_count == num_calls
+
+
+def test_the_cached_prefixes_of_several_engines_are_reported(loaded: LoadedModel) -> None:
+    """Both to an API process that follows from the start and to one that connects later."""
+    connected = Connected(new_engine(loaded, never, num_blocks=8, data_parallel_size=2)[0])
+    pool = connected.engine.scheduler.kv.pool
+    known: set[bytes] = set()
+    num_evicted = 0
+    for number in range(4):
+        prompt = [number + 1] * (2 * pool.block_size + 5)
+        submit = Submit(request_id=f"{number}", prompt_token_ids=prompt, params=SamplingParams(max_tokens=1), arrival=0)
+        connected.send(submit)
+        for _ in range(5):
+            connected.loop.run_once(timeout=0.01)
+        while connected.socket.poll(0):
+            message = connected.decoder.decode(connected.socket.recv())
+            assert isinstance(message, Outputs)
+            known |= set(message.cached)
+            known -= set(message.evicted)
+            num_evicted += len(message.evicted)
+        assert set(prefix_names(prompt, pool.block_size, b"")) <= known
+        assert known == set(pool.prefix_names())
+    assert num_evicted
+    connected.send(Hello())
+    connected.loop.run_once(timeout=5.0)
+    assert connected.socket.poll(5000)
+    ready = connected.decoder.decode(connected.socket.recv())
+    assert isinstance(ready, Ready)
+    assert set(ready.prefixes) == known
+    connected.close()
+
+
+def test_a_single_engine_reports_no_prefixes(connected: Connected) -> None:
+    connected.send(Submit(request_id="r", prompt_token_ids=[1] * 100, params=SamplingParams(max_tokens=1), arrival=0))
+    for _ in range(5):
+        connected.loop.run_once(timeout=0.01)
+    messages = []
+    while connected.socket.poll(0):
+        messages.append(connected.decoder.decode(connected.socket.recv()))
+    assert connected.engine.scheduler.kv.pool.published
+    assert not any(message.cached or message.evicted for message in messages if isinstance(message, Outputs))

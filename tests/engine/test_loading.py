@@ -49,6 +49,18 @@ def test_device_number_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
         choose_device("cuda:2")
 
 
+def test_each_of_several_engines_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device("auto", rank, 2).index for rank in (0, 1)] == [0, 1]
+    assert choose_device("cuda", 1, 2) == torch.device("cuda", 1)
+    assert choose_device("cpu", 1, 2) == CPU
+    with pytest.raises(ValueError, match="--device cuda, engine 2 of 3: torch finds 2 CUDA devices here"):
+        choose_device("cuda", 2, 3)
+    with pytest.raises(ValueError, match="--device cuda:1: 2 engines need a GPU each; use --device cuda"):
+        choose_device("cuda:1", 1, 2)
+
+
 @pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
 def test_unknown_device(name: str) -> None:
     with pytest.raises(ValueError, match=f"--device {name}"):

@@ -3,12 +3,11 @@
 import time
 
 import httpx
-import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from engine.shared.messages import EngineStats
-from server.metrics import Metrics, buckets_1_2_5
+from server.metrics import Metrics
 from tests.server.conftest import StartServer
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.fake_engine import FakeEngine
@@ -62,7 +61,7 @@ PICKER_METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 @pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
 def test_vllm_names_types_and_labels(prefix: str) -> None:
     metrics = Metrics(prefix, "m")
-    metrics.set_engine_info(ENGINE_INFO)
+    metrics.add_engine(0, EngineStats).set_info(ENGINE_INFO)
     page, content_type = metrics.exposition()
     assert content_type.startswith("text/plain; version=0.0.4")
     families = {family.name: family for family in parse_text(page.decode())}
@@ -79,7 +78,7 @@ def test_vllm_names_types_and_labels(prefix: str) -> None:
 
 def test_vllm_buckets() -> None:
     metrics = Metrics("vllm:", "m")
-    metrics.set_engine_info(ENGINE_INFO)
+    metrics.add_engine(0, EngineStats).set_info(ENGINE_INFO)
     families = {family.name: family for family in parse_text(metrics.exposition()[0].decode())}
 
     def buckets(name: str) -> list[str]:
@@ -95,65 +94,6 @@ def test_vllm_buckets() -> None:
     assert buckets("inter_token_latency_seconds")[-2] == "80.0"
     assert buckets("e2e_request_latency_seconds")[0] == "0.3"
     assert buckets("e2e_request_latency_seconds")[-2] == "7680.0"
-
-
-def test_buckets_1_2_5() -> None:
-    assert buckets_1_2_5(1) == [1]
-    assert buckets_1_2_5(5) == [1, 2, 5]
-    assert buckets_1_2_5(999) == [1, 2, 5, 10, 20, 50, 100, 200, 500]
-
-
-def test_engine_metrics_show_the_latest_statistics() -> None:
-    metrics = Metrics("x_", "m")
-    stats = EngineStats(
-        num_running=3,
-        num_waiting=2,
-        num_blocks=200,
-        num_blocks_used=50,
-        prompt_tokens_total=100,
-        prompt_tokens_cached_total=30,
-        generation_tokens_total=7,
-        drafts_total=4,
-        draft_tokens_total=9,
-        accepted_tokens_total=5,
-    )
-    metrics.set_stats_source(lambda: stats)
-
-    def value(name: str, **labels: str) -> float | None:
-        return metrics.registry.get_sample_value(name, {"model_name": "m", "engine": "0"} | labels)
-
-    assert value("x_num_requests_running") == 3
-    assert value("x_num_requests_waiting_by_reason", reason="capacity") == 2
-    assert value("x_kv_cache_usage_perc") == 0.25
-    assert value("x_prompt_tokens_by_source_total", source="local_compute") == 70
-    assert value("x_prompt_tokens_by_source_total", source="local_cache_hit") == 30
-    assert value("x_spec_decode_num_drafts_total") == 4
-    assert value("x_spec_decode_num_draft_tokens_total") == 9
-    assert value("x_spec_decode_num_accepted_tokens_total") == 5
-    stats.num_running = 0
-    assert value("x_num_requests_running") == 0
-
-
-@pytest.mark.parametrize("max_loras", [0, 3])
-def test_adapters_in_use(max_loras: int) -> None:
-    """The metric has vLLM's labels with sorted names, for the latest statistics only, and only if LoRA is enabled."""
-    metrics = Metrics("vllm:", "m")
-    stats = EngineStats(running_adapters=["b", "a"], waiting_adapters=["c"])
-    metrics.set_stats_source(lambda: stats)
-    metrics.set_engine_info(msgspec.structs.replace(ENGINE_INFO, max_loras=max_loras))
-
-    def labels() -> list[dict[str, str]]:
-        families = {family.name: family for family in parse_text(metrics.exposition()[0].decode())}
-        family = families.get("vllm:lora_requests_info")
-        assert family is None or family.type == "gauge"
-        assert family is None or all(abs(sample.value - time.time()) < 5 for sample in family.samples)
-        return [] if family is None else [sample.labels for sample in family.samples]
-
-    first = {"max_lora": "3", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
-    assert labels() == ([first] if max_loras else [])
-    stats.running_adapters, stats.waiting_adapters = ["c"], []
-    second = {"max_lora": "3", "running_lora_adapters": "c", "waiting_lora_adapters": ""}
-    assert labels() == ([second] if max_loras else [])
 
 
 def test_the_page_over_http(server: RunningServer) -> None:

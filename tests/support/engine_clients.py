@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -10,15 +10,17 @@ import pytest
 from engine.shared.messages import SamplingParams, Submit, TokenEvent
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
+from server.engine_client.connected_engine import EngineOptions
 from server.engine_client.streams import RequestStream
 from server.metrics import Metrics
+from server.settings.process_configs import EngineProcess
 
 PROMPT = list(b"hi")
 
 
 @asynccontextmanager
 async def connected(
-    address: str,
+    address: str | Sequence[str],
     *,
     max_queued_requests: int = 4,
     step_timeout: float = 60.0,
@@ -28,17 +30,15 @@ async def connected(
     can_restart: bool = False,
     metrics: Metrics | None = None,
 ) -> AsyncIterator[EngineClient]:
-    """Start a client, and close it at the end."""
+    """Start a client of the engine at `address`, or of several, and close it at the end."""
     limits = AdmissionLimits(
         max_queued_requests=max_queued_requests, queue_timeout=queue_timeout, request_timeout=request_timeout
     )
     client = EngineClient(
-        address,
+        [EngineProcess(each, engine_pid) for each in ([address] if isinstance(address, str) else address)],
+        EngineOptions(step_timeout=step_timeout, can_restart=can_restart),
         limits=limits,
-        step_timeout=step_timeout,
         metrics=metrics or Metrics("lightwell_", "m"),
-        engine_pid=engine_pid,
-        can_restart=can_restart,
     )
     await client.start()
     try:
@@ -48,10 +48,10 @@ async def connected(
 
 
 @asynccontextmanager
-async def ready(address: str, **options: object) -> AsyncIterator[EngineClient]:
-    """Start a client and wait until its engine is ready."""
+async def ready(address: str | Sequence[str], **options: object) -> AsyncIterator[EngineClient]:
+    """Start a client and wait until its engines are ready."""
     async with connected(address, **options) as client:  # type: ignore[arg-type]
-        await until(lambda: client.is_ready)
+        await until(lambda: all(engine.liveness.is_ready for engine in client.engines))
         yield client
 
 

@@ -45,7 +45,7 @@ def _makes_progress(context: ServerContext) -> bool:
 def _answer(context: ServerContext, *, is_ok: bool) -> Response:
     client = context.client
     if is_ok:
-        return StructResponse({"status": "ok", "restarts": client.num_restarts})
+        return StructResponse({"status": "ok", "restarts": client.num_restarts} | _engines(client))
     if client.restarting_since is not None:
         return _restarting(client, client.restarting_since)
     if client.dead_reason is not None:
@@ -62,5 +62,12 @@ def _answer(context: ServerContext, *, is_ok: bool) -> Response:
 def _restarting(client: EngineClient, since: float) -> Response:
     """Return an error that also says since when (Unix time) the engine is being restarted, and how often it was."""
     error = EngineUnavailableError("The engine died and is being restarted.")
-    state = {"status": "restarting", "since": int(since), "restarts": client.num_restarts}
+    state = {"status": "restarting", "since": int(since), "restarts": client.num_restarts} | _engines(client)
     return StructResponse(state | msgspec.json.decode(error.body()), error.status, error.headers)
+
+
+def _engines(client: EngineClient) -> dict[str, object]:
+    """Return the state of each engine, if there are several."""
+    if len(client.engines) == 1:
+        return {}
+    return {"engines": [{"number": engine.number, "status": engine.liveness.status} for engine in client.engines]}

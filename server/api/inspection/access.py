@@ -3,10 +3,12 @@
 They say who sends how much and when, and an inspection shows texts: without keys, they are for this machine's user.
 """
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import Annotated, Self, TypeVar, TypeVarTuple, Unpack
 
 import msgspec
+from fastapi import Query
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,11 +16,13 @@ from starlette.responses import Response
 from engine.shared.records import Question
 from server.context import ServerContext, get_context
 from server.http.access_control import HostRules, host_of_url, tenant_of_keys
-from server.http.errors import APIError, ForbiddenError, UnauthorizedError
+from server.http.errors import APIError, ForbiddenError, InvalidValueError, UnauthorizedError
 from server.settings.load import hidden_without_keys
 from server.settings.table import Settings
 from server.tenants import Tenant, get_tenant
 from server.text.text_threads import LONG_BYTES
+
+EngineNumber = Annotated[int, Query(ge=0, description="Number of the engine, with --data-parallel-size.")]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -75,8 +79,14 @@ def _refusal(settings: Settings, headers: Headers) -> str | None:
 class RecordAccess:
     """The records that the client of a request may see."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, engine: int = 0) -> None:
+        """`engine`: number of the engine whose records are read. Raises InvalidValueError if there is none."""
         self.context: ServerContext = get_context(request)
+        engines = self.context.client.engines
+        if engine >= len(engines):
+            message = f"Invalid 'engine': expected 0 to {len(engines) - 1}, but got {engine} instead."
+            raise InvalidValueError(message, param="engine")
+        self.engine = engines[engine]
         self.tenant: Tenant = get_tenant(request)
         self.has_keys = self.context.settings.needs_key
         self._request = request
@@ -108,16 +118,26 @@ class RecordAccess:
     @property
     def engine_id(self) -> str:
         """An id of the engine process. Steps of another one are numbered from 1 again."""
-        return f"{self.context.created}-{self.context.client.num_restarts}"
+        number = "" if len(self.context.client.engines) == 1 else f"-{self.engine.number}"
+        return f"{self.context.created}{number}-{self.engine.liveness.num_restarts}"
 
     @property
     def clock_offset(self) -> float:
         """Unix time of the engine's times."""
-        return self.context.client.records.clock_offset
+        return self.engine.records.clock_offset
 
     async def ask(self, question: Question) -> object:
         """Return the engine's answer; see `RecordQuestions.ask`. Raises APIError."""
-        return await self.context.client.records.ask(question)
+        return await self.engine.records.ask(question)
+
+    def of_all_engines(self) -> list[Self]:
+        """Return the same access to the records of each engine that can answer, or to these if none can."""
+        accesses = []
+        for engine in self.context.client.engines:
+            access = copy.copy(self)
+            access.engine = engine
+            accesses.append(access)
+        return [access for access in accesses if access.engine.liveness.is_ready] or [self]
 
     async def run(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which converts records and may need some 20 ms, in a thread."""

@@ -13,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from engine.shared.records import ReadSteps, Steps
-from server.api.inspection.access import RecordAccess, check_may_read
+from server.api.inspection.access import EngineNumber, RecordAccess, check_may_read
 from server.api.inspection.routes import MAX_STEPS, step_list
 from server.http.errors import APIError, InvalidValueError
 from server.http.sse import sse_response
@@ -22,7 +22,7 @@ INTERVAL = 0.1  # seconds between events, at least
 MAX_READERS = 32
 MAX_READERS_EACH = 8  # of a tenant
 
-_EVENT_ID = re.compile(r"(\d{1,15}-\d{1,15})-(\d{1,15})", re.ASCII)  # engine, step
+_EVENT_ID = re.compile(r"(\d{1,15}(?:-\d{1,15}){1,2})-(\d{1,15})", re.ASCII)  # engine, step
 
 router = APIRouter(dependencies=[Depends(check_may_read)])
 
@@ -31,9 +31,10 @@ router = APIRouter(dependencies=[Depends(check_may_read)])
 async def stream_steps(
     request: Request,
     last_event_id: Annotated[str | None, Header(description="Go on after the event with this id.")] = None,
+    engine: EngineNumber = 0,
 ) -> Response:
     """Stream the steps of the engine from now on, in batches like those of `/lightwell/v1/steps`."""
-    access = RecordAccess(request)
+    access = RecordAccess(request, engine)
     position = await _latest(access) if last_event_id is None else _parse(last_event_id)
     readers, name = access.context.num_step_readers, access.tenant.name
     if readers.total() >= MAX_READERS or readers[name] >= MAX_READERS_EACH:
@@ -72,13 +73,13 @@ async def _events(access: RecordAccess, engine: str, after: int) -> AsyncGenerat
 
     Another engine is read from its first step.
     """
-    client, num_seen = access.context.client, -1
+    client, records, num_seen = access.context.client, access.engine.records, -1
     while not client.drain_requested.is_set():
         access.check_key()
-        if not client.is_restarting and client.records.has_room and num_seen != client.records.num_steps:
+        if not access.engine.liveness.is_restarting and records.has_room and num_seen != records.num_steps:
             if engine != access.engine_id:
                 engine, after = access.engine_id, 0
-            num_reported = client.records.num_steps
+            num_reported = records.num_steps
             answer = await access.ask(ReadSteps(after=after, limit=MAX_STEPS))
             assert isinstance(answer, Steps)
             if not answer.has_more:

@@ -112,11 +112,22 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
         layer=body.layer,
         head=body.head,
     )
-    answer = await run_until_disconnect(request, access.ask(question))
-    assert isinstance(answer, Inspected)
+    answer = await run_until_disconnect(request, _ask(access, question))
     if answer.problem is not None:
         raise _error(answer.problem, answer.num_tokens, body, question)
     return await access.respond(_inspection, context, body, answer, headers=headers)
+
+
+async def _ask(access: RecordAccess, question: Inspect) -> Inspected:
+    """Return the answer of the engine that has the request, or of the first one that is ready. Raises APIError."""
+    first, *others = access.of_all_engines()
+    answer = await first.ask(question)
+    assert isinstance(answer, Inspected)
+    for other in others:
+        if answer.problem is InspectionProblem.NOT_FOUND:
+            answer = await other.ask(question)
+            assert isinstance(answer, Inspected)
+    return answer
 
 
 def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, question: Inspect) -> APIError:

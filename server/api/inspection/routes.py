@@ -1,11 +1,13 @@
 """`/lightwell/v1/`: what the engine does, read from its records. No text of prompts or answers is in them."""
 
+import math
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from engine.shared.records import Blocks, Queue, ReadBlocks, ReadQueue, ReadRequests, ReadSteps, Requests, Steps
-from server.api.inspection.access import RecordAccess, check_may_read
+from server.api.inspection.access import EngineNumber, RecordAccess, check_may_read
 from server.api.inspection.schemas import QueueList, RequestDetails, RequestList, State, StepList
 from server.api.inspection.views import block_map, choice_detail, engine_view, queued_view, request_view, step_view
 from server.http.errors import APIError, clip
@@ -20,10 +22,10 @@ router = APIRouter(dependencies=[Depends(check_may_read)])
 
 
 @router.get("/lightwell/v1/engine")
-async def describe_engine(request: Request) -> Response:
+async def describe_engine(request: Request, engine: EngineNumber = 0) -> Response:
     """Return the limits of the engine, and how its memory is divided."""
-    access = RecordAccess(request)
-    return await access.respond(engine_view, access, access.context.client.ready_info())
+    access = RecordAccess(request, engine)
+    return await access.respond(engine_view, access, access.engine.liveness.ready_info())
 
 
 @router.get("/lightwell/v1/steps")
@@ -33,9 +35,10 @@ async def list_steps(
         int | None, Query(ge=0, le=1 << 53, description="Only steps after this id. Unset: the latest steps.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_STEPS, description="Maximum number of steps.")] = 100,
+    engine: EngineNumber = 0,
 ) -> Response:
     """Return steps of the engine: how long each part took, and what was computed for which request."""
-    access = RecordAccess(request)
+    access = RecordAccess(request, engine)
     answer = await access.ask(ReadSteps(after=after, limit=limit))
     assert isinstance(answer, Steps)
     return await access.respond(step_list, access, answer)
@@ -45,7 +48,7 @@ def step_list(access: RecordAccess, answer: Steps) -> StepList:
     """Return what a client sees of some steps."""
     return StepList(
         engine=access.engine_id,
-        num_blocks=access.context.client.ready_info().num_blocks,
+        num_blocks=access.engine.liveness.ready_info().num_blocks,
         num_lost=answer.num_lost,
         has_more=answer.has_more,
         data=[step_view(access, step) for step in answer.steps],
@@ -56,9 +59,10 @@ def step_list(access: RecordAccess, answer: Steps) -> StepList:
 async def list_queue(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Maximum number of choices.")] = 100,
+    engine: EngineNumber = 0,
 ) -> Response:
     """Return the choices that wait for a slot or for KV blocks, the next ones first."""
-    access = RecordAccess(request)
+    access = RecordAccess(request, engine)
     answer = await access.ask(ReadQueue(limit=limit))
     assert isinstance(answer, Queue)
     return await access.respond(_queue_list, access, answer)
@@ -74,9 +78,10 @@ async def list_blocks(
     request: Request,
     start: Annotated[int, Query(ge=0, le=1 << 53, description="Number of the first block.")] = 0,
     limit: Annotated[int, Query(ge=1, le=MAX_BLOCKS, description="Maximum number of blocks.")] = MAX_BLOCKS,
+    engine: EngineNumber = 0,
 ) -> Response:
     """Return which blocks of the KV cache are held by which choices, cached or free."""
-    access = RecordAccess(request)
+    access = RecordAccess(request, engine)
     answer = await access.ask(ReadBlocks(tenant=access.own_name, start=start, limit=limit))
     assert isinstance(answer, Blocks)
     return await access.respond(block_map, access, answer, start + limit)
@@ -100,21 +105,30 @@ async def list_requests(
         lora_name="" if model in access.context.model_names else model,
         limit=limit,
     )
+    answers = [(each, await read_requests(each, question)) for each in access.of_all_engines()]
+    return await access.respond(_request_list, answers, limit)
+
+
+async def read_requests(access: RecordAccess, question: ReadRequests) -> Requests:
+    """Return an engine's answer. Raises APIError."""
     answer = await access.ask(question)
     assert isinstance(answer, Requests)
-    return await access.respond(_request_list, access, answer)
+    return answer
 
 
-def _request_list(access: RecordAccess, answer: Requests) -> RequestList:
-    data = [request_view(access, info, answer.now) for info in answer.requests]
-    return RequestList(has_more=answer.has_more, data=data)
+def _request_list(answers: Sequence[tuple[RecordAccess, Requests]], limit: int) -> RequestList:
+    """Return the choices of all engines: those that have not ended, and then those that have, the latest first."""
+    data = [request_view(access, info, answer.now) for access, answer in answers for info in answer.requests]
+    if len(answers) > 1:
+        data.sort(key=lambda view: -math.inf if view.finished is None else -view.finished)
+    has_more = len(data) > limit or any(answer.has_more for _, answer in answers)
+    return RequestList(has_more=has_more, data=data[:limit])
 
 
 @router.get("/lightwell/v1/requests/{request_id}")
 async def retrieve_request(request: Request, request_id: str) -> Response:
     """Return what happened to the latest request with this id: that of its answer, or its x-request-id."""
-    access = RecordAccess(request)
-    answer = await read_request(access, request_id)
+    access, answer = await read_request(RecordAccess(request), request_id)
     return await access.respond(_request_details, access, answer)
 
 
@@ -123,11 +137,16 @@ def _request_details(access: RecordAccess, answer: Requests) -> RequestDetails:
     return RequestDetails(id=choices[0].id, has_more=answer.has_more, choices=choices)
 
 
-async def read_request(access: RecordAccess, request_id: str) -> Requests:
-    """Return the choices of the latest request with an id, with details. Raises APIError if there is none."""
-    answer = await access.ask(ReadRequests(tenant=access.own_name, id=request_id, limit=MAX_CHOICES))
-    assert isinstance(answer, Requests)
-    if not answer.requests:
+async def read_request(access: RecordAccess, request_id: str) -> tuple[RecordAccess, Requests]:
+    """Return the choices of the latest request with an id, with details, and access to the engine that has them.
+
+    Of a request with several prompts, engines may have one each: the others are left out. Raises APIError if there is
+    none.
+    """
+    question = ReadRequests(tenant=access.own_name, id=request_id, limit=MAX_CHOICES)
+    answers = [(each, await read_requests(each, question)) for each in access.of_all_engines()]
+    found = [(each, answer) for each, answer in answers if answer.requests]
+    if not found:
         message = f"No request with the id '{clip(request_id)}' is running or among the last that have ended."
         raise APIError(404, message, code="request_not_found")
-    return answer
+    return max(found, key=lambda pair: pair[1].requests[0].times.arrival)

@@ -26,6 +26,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     kv_cache_bytes: int
     activation_bytes: int  # of the largest step; 0: not measured
+    num_engines: int  # with --data-parallel-size
     available_bytes: int  # memory of the host that is free now
 
 
@@ -189,6 +190,7 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     num_chunks: int
     num_blocks: int  # of the KV cache, that it holds
+    engine: int  # number of the engine that computes it
 
 
 class RequestList(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from engine.shared.records import ReadRequests, ReadSteps, RequestInfo, Requests, Steps
-from server.api.inspection.access import RecordAccess, check_may_read
+from server.api.inspection.access import EngineNumber, RecordAccess, check_may_read
 from server.api.inspection.routes import read_request
 from server.api.inspection.schemas import Trace, TraceInfo
 from server.api.inspection.trace_events import Args, TraceBuilder
@@ -31,9 +31,10 @@ async def trace_engine(
     seconds: Annotated[
         float, Query(gt=0, le=MAX_SECONDS, allow_inf_nan=False, description="How far back the trace goes.")
     ] = 10.0,
+    engine: EngineNumber = 0,
 ) -> Response:
     """Return the last steps, and the choices that have not ended before them, in Chrome's trace format."""
-    access, since = RecordAccess(request), time.monotonic() - seconds
+    access, since = RecordAccess(request, engine), time.monotonic() - seconds
     trace = TraceBuilder(access.clock_offset)
     is_complete = await _add_steps(access, trace, since)
     answer = await access.ask(ReadRequests(tenant=access.own_name, since=since, limit=MAX_TRACED))
@@ -44,8 +45,7 @@ async def trace_engine(
 @router.get("/lightwell/v1/requests/{request_id}/trace")
 async def trace_request(request: Request, request_id: str) -> Response:
     """Return one request, and the steps from its beginning to its end, in Chrome's trace format."""
-    access = RecordAccess(request)
-    answer = await read_request(access, request_id)
+    access, answer = await read_request(RecordAccess(request), request_id)
     times = [info.times for info in answer.requests]
     since = min(each.queued for each in times)
     until = max(answer.now if each.finished is None else each.finished for each in times)

@@ -59,6 +59,7 @@ def engine_view(access: RecordAccess, info: EngineInfo) -> EngineView:
         weight_bytes=info.weight_bytes,
         kv_cache_bytes=info.kv_cache_bytes,
         activation_bytes=info.activation_bytes,
+        num_engines=len(access.context.client.engines),
         available_bytes=available_memory(),
     )
 
@@ -203,4 +204,5 @@ def _fields(access: RecordAccess, info: RequestInfo, now: float) -> dict[str, An
         "num_preemptions": times.num_preemptions,
         "num_chunks": times.num_chunks,
         "num_blocks": info.num_blocks,
+        "engine": access.engine.number,
     }

@@ -48,6 +48,13 @@ def free_memory(monkeypatch: pytest.MonkeyPatch) -> int:
     return 64 * MIB
 
 
+def test_an_engine_among_several_keeps_to_its_share(monkeypatch: pytest.MonkeyPatch, free_memory: int) -> None:
+    monkeypatch.setattr(memory_plan, "own_memory", lambda: 10 * MIB)
+    assert HostMemory(MIB).free() == free_memory - MIB
+    assert HostMemory(MIB, limit=32 * MIB).free() == (32 - 10 - 1) * MIB
+    assert HostMemory(limit=500 * MIB).free() == free_memory
+
+
 @given(
     max_model_len=st.integers(1, 5000), block_size=st.sampled_from([16, 32, 64, 128]), memory=st.integers(1, 8 * MIB)
 )

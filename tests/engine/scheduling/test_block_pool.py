@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.scheduling.block_pool import Block, BlockPool, extend_block_hashes
+from engine.scheduling.block_pool import Block, BlockPool
+from engine.shared.block_hashes import extend_block_hashes, name_of, prefix_names
 from tests.support.examples import num_examples
 
 HASHES = [bytes([number]) * 32 for number in range(8)]
@@ -197,6 +198,30 @@ def test_releasing_what_nobody_holds_is_a_programmer_error() -> None:
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
 def test_blocks_that_so_many_tokens_need(num_tokens: int, num_blocks: int) -> None:
     assert BlockPool(num_blocks=1, block_size=4).num_blocks_for(num_tokens) == num_blocks
+
+
+def test_changes_of_the_published_prefixes() -> None:
+    """Each prefix is named once, as it is now; borrowed blocks and further KV groups are left out."""
+    first, second, third = hashes = block_hashes_of(range(6), 2)
+    pool = BlockPool(num_blocks=3, block_size=2)
+    pool.changes = {}
+    blocks = pool.allocate(3)
+    assert blocks is not None
+    for block, block_hash in zip(blocks, (first, second, third + b"\0\1"), strict=True):
+        pool.publish(block, block_hash)
+    assert pool.take_changes() == (prefix_names(range(4), 2, b""), [])
+    assert pool.prefix_names() == prefix_names(range(4), 2, b"")
+    assert pool.take_changes() == ([], [])
+    pool.unpublish(blocks[1:])
+    pool.publish(blocks[1], third)
+    assert pool.take_changes() == ([name_of(third)], [name_of(second)])
+    pool.unpublish(blocks[1:2])
+    pool.publish(blocks[1], third)
+    assert pool.take_changes() == ([name_of(third)], [])
+    pool.release(blocks)
+    assert pool.borrow(3) is not None
+    new, gone = pool.take_changes()
+    assert (new, sorted(gone)) == ([], sorted(map(name_of, (hashes[0], third))))
 
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=20)

@@ -8,13 +8,21 @@ import psutil
 import pytest
 
 from engine.shared import host_memory
-from engine.shared.host_memory import available_memory
+from engine.shared.host_memory import available_memory, own_memory
 
 MIB = 1024 * 1024
 
 
 def test_available_memory_is_plausible() -> None:
     assert MIB < available_memory() <= psutil.virtual_memory().total
+
+
+def test_own_memory_grows_with_what_is_written() -> None:
+    before = own_memory()
+    assert MIB < before < psutil.Process().memory_info().rss
+    written = bytearray(b"x" * (64 * MIB))
+    assert own_memory() - before > 60 * MIB
+    del written
 
 
 def test_a_limit_of_the_address_space_counts() -> None:

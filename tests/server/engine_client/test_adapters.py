@@ -75,7 +75,7 @@ async def test_adapters_reported_before_the_engine_has_read_an_unload() -> None:
     loaded = LoadedAdapters(sent.append)
     chess, go = make_adapter("chess"), make_adapter("go")
     loaded.update([chess])
-    unloading = asyncio.create_task(loaded.unload("chess"))
+    unloading = loaded.unload("chess")
     await asyncio.sleep(0)
     loaded.update([chess, go])
     assert list(loaded.by_name) == ["go"]

@@ -26,7 +26,7 @@ async def test_an_error_of_the_receive_task_counts_as_death(fake_engine: FakeEng
         fake_engine.pause()
         stream = client.submit(request())
         await until(lambda: fake_engine.num_choices)
-        client._streams.start = None  # type: ignore[method-assign,assignment]
+        client.engines[0].streams.start = None  # type: ignore[method-assign,assignment]
         fake_engine.resume()
         with pytest.raises(EngineDeadError):
             await read(stream)
@@ -83,7 +83,7 @@ async def test_an_answer_about_records_that_cannot_be_read(
         stream = client.submit(request())
         await until(lambda: fake_engine.num_choices)
         with pytest.raises(ServerError):
-            await client.records.ask(ReadQueue(limit=1))
+            await client.engines[0].records.ask(ReadQueue(limit=1))
         fake_engine.resume()
         assert tokens(await read(stream)) == [*fake_engine.config.reply, EOS_TOKEN_ID]
 

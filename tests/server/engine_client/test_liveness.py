@@ -12,7 +12,7 @@ import pytest
 
 from engine.shared.messages import Hello
 from server.engine_client.liveness import EngineLiveness
-from server.http.errors import EngineDeadError, EngineUnavailableError
+from server.http.errors import APIError, EngineDeadError, EngineUnavailableError
 from tests.support.engine_clients import connected, read, ready, request, until
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
@@ -46,7 +46,7 @@ async def test_death_of_the_engine_ends_every_stream_once(address: str) -> None:
             assert not client.is_healthy
             assert not client.is_alive
             assert client.num_in_flight == 0
-            assert client.stats.num_running == 0
+            assert client.engines[0].stats.num_running == 0
             with pytest.raises(EngineUnavailableError):
                 client.reserve(1)
             for stream in streams:
@@ -155,14 +155,18 @@ async def test_a_hang_is_noticed_after_checks_have_failed(
         assert num_calls > 3
 
 
-async def test_a_death_is_announced_though_its_handling_fails() -> None:
-    def fail() -> None:
+async def test_a_death_is_announced_though_its_handling_fails(
+    fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_error: APIError) -> None:
         raise MemoryError
 
-    liveness = EngineLiveness(step_timeout=1.0, engine_pid=None, can_restart=False, on_loss=fail, on_death=fail)
-    with pytest.raises(MemoryError):
-        liveness.lose("it hangs")
-    assert liveness.died.is_set()
+    async with connected(fake_engine.config.address) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(client.engines[0], "fail_streams", fail)
+            with pytest.raises(MemoryError):
+                client.engines[0].liveness.lose("it hangs")
+        assert client.died.is_set()
 
 
 async def test_a_process_that_has_the_id_of_an_engine_that_has_ended_is_not_killed(

@@ -95,19 +95,19 @@ async def test_questions_to_a_lost_engine_fail_those_that_wait_too() -> None:
 
 async def test_over_the_connection_of_a_client(fake_engine: FakeEngine) -> None:
     async with ready(fake_engine.config.address) as client:
-        assert isinstance(await client.records.ask(QUESTION), Steps)
-        assert isinstance(await client.records.ask(ReadRequests(limit=1)), Requests)
+        assert isinstance(await client.engines[0].records.ask(QUESTION), Steps)
+        assert isinstance(await client.engines[0].records.ask(ReadRequests(limit=1)), Requests)
         fake_engine.hang()
         await asyncio.sleep(0.1)  # it may still read a message
-        tasks = [asyncio.create_task(client.records.ask(QUESTION)) for _ in range(MAX_QUESTIONS + 1)]
+        tasks = [asyncio.create_task(client.engines[0].records.ask(QUESTION)) for _ in range(MAX_QUESTIONS + 1)]
         await asyncio.sleep(0.01)
-        client.mark_dead("a test")
+        client.engines[0].liveness.mark_dead("a test")
         async with asyncio.timeout(5):
             for task in tasks:
                 with pytest.raises(EngineDeadError):
                     await task
         with pytest.raises(EngineUnavailableError):
-            await client.records.ask(QUESTION)
+            await client.engines[0].records.ask(QUESTION)
 
 
 async def test_an_inspection_whose_caller_is_gone_is_stopped() -> None:

@@ -46,7 +46,7 @@ class Engines:
         self.current = FakeEngineProcess(
             FakeEngineConfig(address=self._address, **({"max_num_seqs": 1} | config))
         ).__enter__()
-        self.client.engine_started(self.current.pid)
+        self.client.engines[0].engine_started(self.current.pid)
 
     async def run_and_wait(self) -> tuple[RequestStream, RequestStream]:
         """Return the stream of a request that has tokens, and one of a request that waits. The engine must be SLOW."""
@@ -162,7 +162,7 @@ async def test_a_request_that_ends_meanwhile_is_not_sent_again(address: str) -> 
         await both.replace()
         await until(lambda: both.client.is_ready)
         await read(both.client.submit(request("after")))
-        assert both.client.stats.prompt_tokens_total == len(request().prompt_token_ids)
+        assert both.client.engines[0].stats.prompt_tokens_total == len(request().prompt_token_ids)
         with pytest.raises(EngineDeadError):
             await read(running)
 
@@ -192,7 +192,7 @@ async def test_no_other_engine(address: str) -> None:
     async with engines(address, **SLOW) as both:
         _, waiting = await both.run_and_wait()
         await both.lose()
-        both.client.mark_dead("five deaths")
+        both.client.engines[0].liveness.mark_dead("five deaths")
         with pytest.raises(EngineDeadError):
             await read(waiting)
         with pytest.raises(EngineUnavailableError):

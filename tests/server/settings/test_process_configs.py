@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from engine.config import EngineConfig
+from server.settings import process_configs
 from server.settings.process_configs import engine_config
 from server.settings.table import Settings
 from tests.support.settings_cases import VALID, settings_from_flags
@@ -20,12 +21,25 @@ def test_settings_cross_the_process_border() -> None:
 def test_engine_config_has_everything_the_engine_asks_for() -> None:
     """Every field of EngineConfig is set from the setting of the same name."""
     changed = {name: cases[0][1] for name, cases in VALID.items()}
+    changed["kv_cache_memory"] *= changed["data_parallel_size"]
     config = engine_config(Settings(**changed), Path("/m.gguf"), {"sql": Path("/a/sql")})
     assert config.model_path == "/m.gguf"
     assert config.lora_modules == {"sql": "/a/sql"}
     for field in msgspec.structs.fields(EngineConfig):
-        if field.name not in ("model_path", "lora_modules", "keep_token_ids"):
+        if field.name == "kv_cache_memory":
+            assert config.kv_cache_memory == changed["kv_cache_memory"] // changed["data_parallel_size"]
+        elif field.name not in ("model_path", "lora_modules", "keep_token_ids", "data_parallel_rank", "memory_limit"):
             assert getattr(config, field.name) == changed[field.name] != field.default
+
+
+def test_engines_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_configs, "available_memory", lambda: 900)
+    settings = Settings(data_parallel_size=3, kv_cache_memory=100)
+    config = engine_config(settings, Path("/m.gguf"), {}, 2)
+    assert (config.data_parallel_size, config.data_parallel_rank) == (3, 2)
+    assert (config.kv_cache_memory, config.memory_limit) == (33, 300)
+    single = engine_config(Settings(kv_cache_memory=100), Path("/m.gguf"), {})
+    assert (single.kv_cache_memory, single.memory_limit, single.data_parallel_rank) == (100, None, 0)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def model_names(server: RunningServer) -> list[str]:
 
 def of_thread(server: RunningServer, call: Callable[[], None]) -> None:
     """Call a function in the server's event loop thread."""
-    server.context.client._tasks[0].get_loop().call_soon_threadsafe(call)
+    server.context.client.engines[0]._tasks[0].get_loop().call_soon_threadsafe(call)
 
 
 def lora_names(submits: list[Submit]) -> set[str]:

@@ -1,0 +1,261 @@
+"""One of the engines that the API process is connected to, and the requests that it computes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import msgspec
+
+from engine.shared.messages import (
+    AdapterDone,
+    Adapters,
+    EngineInfo,
+    EngineStats,
+    FromEngine,
+    Hello,
+    Outputs,
+    Ready,
+    Submit,
+    ToEngine,
+    Vocabulary,
+)
+from engine.shared.records import Answer
+from server.engine_client.adapters import LoadedAdapters
+from server.engine_client.admission import Admission
+from server.engine_client.connection import Damaged, EngineConnection
+from server.engine_client.liveness import EngineLiveness
+from server.engine_client.records import RecordQuestions
+from server.engine_client.reservation import Reservation
+from server.engine_client.streams import OpenStreams, RequestStream
+from server.http.errors import APIError, EngineDeadError, ServerError
+from server.metrics import Metrics
+from server.settings.process_configs import EngineProcess
+
+ANSWERS = {answer.__name__ for answer in get_args(Answer)}
+UNREADABLE = "The engine's reply cannot be read. Please retry later."
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What all engines of a client have in common."""
+
+    step_timeout: float  # seconds that the longest step may take; an engine that is silent for longer is dead
+    can_restart: bool = False  # an engine that dies after it has been ready is replaced, see `engine_started`
+    vocabulary: Vocabulary | None = None  # that engines need for grammars; None: no request may have a grammar
+
+
+class ConnectedEngine:
+    """The connection to an engine, its liveness and LoRA adapters, the streams of its requests, and questions to it.
+
+    All methods but `__init__` must be called on the event loop that called `start`.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        process: EngineProcess,
+        options: EngineOptions,
+        *,
+        name: str,
+        admission: Admission,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+        accepts: Callable[[EngineInfo], bool],
+    ) -> None:
+        """Create the connection; `start` opens it.
+
+        Args:
+            number: Number of the engine, which metrics and records show.
+            process: Where it is. Without its id, its death is noticed only after it has become ready.
+            options: What it has in common with other engines.
+            name: Names it in the log.
+            admission: To which it returns capacity.
+            metrics: To which its own are added.
+            on_change: Called when it becomes ready, is lost, or dies.
+            accepts: Whether an engine with such properties can take part with the others.
+        """
+        self.number = number
+        self.stats = EngineStats()
+        self.cached: set[bytes] = set()  # names of prefixes, if there are several engines
+        self._options = options
+        self._admission = admission
+        self._on_change = on_change
+        self._accepts = accepts
+        self._connection = EngineConnection(process.address)
+        self.liveness = EngineLiveness(
+            step_timeout=options.step_timeout,
+            engine_pid=process.pid,
+            can_restart=options.can_restart,
+            on_loss=self._on_loss,
+            on_death=self._on_death,
+            name=name,
+        )
+        self._metrics = metrics.add_engine(number, self._current_stats)
+        self.streams = OpenStreams(self._send_if_ready, admission, self._metrics)
+        self.adapters = LoadedAdapters(self._connection.send)
+        self.records = RecordQuestions(self._connection.send, self.liveness.check_ready)
+        self._tasks: list[asyncio.Task[None]] = []  # of the current process
+        self._watcher: asyncio.Task[None] | None = None  # of the heartbeat
+
+    def start(self) -> None:
+        """Connect and ask the engine to report when it is ready. The engine may start later."""
+        self._connect()
+        self.liveness.start()
+        self._watcher = asyncio.create_task(self.liveness.watch_heartbeat())
+
+    def engine_started(self, pid: int) -> None:
+        """Connect to the process that replaces a lost one. When it is ready, it gets the waiting requests."""
+        self.liveness.engine_started(pid)
+        if self.liveness.is_restarting:
+            self._leave_engine()
+            self._connect()
+
+    def _connect(self) -> None:
+        self._connection.open()
+        self._connection.send(Hello())
+        if self._options.vocabulary is not None:
+            self._connection.send(self._options.vocabulary)
+        self._tasks.append(asyncio.create_task(self._receive()))
+
+    async def close(self, error: APIError) -> None:
+        """Stop the tasks, fail the open streams with `error`, and close the connection."""
+        tasks = [*self._tasks, *([] if self._watcher is None else [self._watcher])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks, self._watcher = [], None
+        self.fail_streams(error)
+        self.liveness.close()
+        self._connection.close()
+
+    def num_cached_tokens(self, prefixes: Sequence[bytes], block_size: int) -> int:
+        """Return how long the longest cached prefix is, by the names of those that end with a block, in order.
+
+        With a sliding window, the blocks before the last one need not be cached any more.
+        """
+        num_blocks = next((number for number in range(len(prefixes), 0, -1) if prefixes[number - 1] in self.cached), 0)
+        return num_blocks * block_size
+
+    def submit(self, message: Submit, reservation: Reservation, num_cached_tokens: int = 0) -> RequestStream:
+        """Send a request, and return the stream of its events. `num_cached_tokens` of the prompt may be cached."""
+        return self.streams.open(message, reservation, num_cached_tokens)
+
+    def fail_streams(self, error: APIError) -> None:
+        """End all open streams with `error`, and their requests in the engine. Fail changes of adapters, questions."""
+        self.streams.fail(error)
+        self.adapters.fail(error)
+        self.records.fail(error)
+
+    # Messages from the engine.
+
+    async def _receive(self) -> None:
+        try:
+            await self._connection.receive(self._on_message)
+        except Exception:
+            logger.exception("cannot read from the engine")
+            self.liveness.lose("its messages cannot be read")
+
+    def _on_message(self, message: FromEngine | Damaged) -> None:
+        if isinstance(message, Damaged):
+            self._on_damaged(message)
+            return
+        now = time.monotonic()
+        self.liveness.on_message()
+        match message:
+            case Outputs():
+                self._on_outputs(message, now)
+            case Ready():
+                self._on_ready(message)
+            case Adapters():
+                self.adapters.update(message.adapters)
+            case AdapterDone():
+                self.adapters.finish(message)
+            case _:
+                self.records.finish(message)
+
+    def _on_outputs(self, message: Outputs, now: float) -> None:
+        self.stats = message.stats
+        if message.num_step_tokens:
+            self._metrics.observe_step(message.num_step_tokens)
+            self._admission.count_step(message.num_step_tokens, now)
+            self.records.num_steps += 1
+        self.cached.update(message.cached)
+        self.cached.difference_update(message.evicted)
+        self.streams.start(message.started)
+        self.streams.push(message.events, now)
+
+    def _on_damaged(self, message: Damaged) -> None:
+        """End what a message is about which cannot be read: all questions or requests, if it does not even say that."""
+        if not self.liveness.is_ready or message.type == Ready.__name__:
+            self.liveness.lose("its messages cannot be read")
+        elif message.request_id:
+            self.adapters.finish(AdapterDone(request_id=message.request_id, error=UNREADABLE, is_temporary=True))
+        elif message.events:
+            self.streams.discard([event.request_id for event in message.events], ServerError())
+        elif message.type in ANSWERS:
+            self.records.fail(ServerError())
+        elif message.type != Adapters.__name__:
+            self.fail_streams(ServerError())
+
+    def _on_ready(self, message: Ready) -> None:
+        if self.liveness.info is None and not self._accepts(message.info):
+            self.liveness.mark_dead("its answers would not be those of the other engines; has the model been changed?")
+            return
+        self._metrics.set_info(message.info)
+        self.cached = set(message.prefixes)
+        if self.liveness.is_restarting:
+            self._tasks.append(asyncio.create_task(self._resume(message)))
+        elif self.liveness.info is None:
+            self.adapters.update(message.adapters)
+            self.liveness.set_ready(message.info)
+            self._on_change()
+
+    async def _resume(self, message: Ready) -> None:
+        """Give a restarted engine the adapters that were loaded, and then the waiting requests."""
+        await self.adapters.restore(message.adapters)
+        self.liveness.set_ready(message.info)
+        self.streams.submit_again(self.adapters.by_name)
+        self._on_change()
+
+    def _send_if_ready(self, message: ToEngine) -> None:
+        """Send a message about a request. A restarting engine gets all waiting requests when it is ready."""
+        if self.liveness.is_ready:
+            self._connection.send(message)
+
+    def _current_stats(self) -> EngineStats:
+        """Return the engine's latest statistics. While it is being restarted, requests wait in this process."""
+        if not self.liveness.is_restarting:
+            return self.stats
+        return msgspec.structs.replace(self.stats, num_waiting=self.streams.num_waiting)
+
+    def _on_loss(self) -> None:
+        """The engine is being restarted: fail the requests that have had tokens; the others wait for it."""
+        self._metrics.count_restart()
+        self.adapters.keep()
+        self._leave_engine()
+        self.streams.lose_engine(EngineDeadError())
+        self._on_change()
+
+    def _on_death(self) -> None:
+        self._on_change()  # whatever fails then
+        self._leave_engine()
+        self.fail_streams(EngineDeadError())
+
+    def _leave_engine(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+        self._connection.disconnect()
+        self.adapters.fail(EngineDeadError())
+        self.records.fail(EngineDeadError())
+        self.cached = set()
+        self.stats = msgspec.structs.replace(
+            self.stats, num_running=0, num_waiting=0, num_blocks_used=0, running_adapters=[], waiting_adapters=[]
+        )

@@ -1,0 +1,131 @@
+"""The engines of a client as one: the state in which they are together, and which of them gets a request."""
+
+import asyncio
+
+from engine.shared.block_hashes import prefix_names, prefix_salt
+from engine.shared.messages import EngineInfo, LoraAdapter, Submit
+from server.engine_client.connected_engine import ConnectedEngine
+from server.engine_client.liveness import EngineLiveness, same_properties
+
+
+class EngineGroup:
+    """Engines with the same model. They can compute as long as one of them can."""
+
+    def __init__(self) -> None:
+        self.engines: list[ConnectedEngine] = []
+        self.became_ready = asyncio.Event()  # the first one
+        self.died = asyncio.Event()  # the last one
+
+    def update(self) -> None:
+        """Note that the state of an engine has changed."""
+        if self.is_ready:
+            self.became_ready.set()
+        if self.dead_reason is not None:
+            self.died.set()
+
+    def accepts(self, info: EngineInfo) -> bool:
+        """Return whether the answers of an engine that loads are those of the other ones."""
+        return all(liveness.info is None or same_properties(info, liveness.info) for liveness in self._alive)
+
+    @property
+    def alive(self) -> list[ConnectedEngine]:
+        """The engines that load, are ready or are being restarted."""
+        return [engine for engine in self.engines if engine.liveness.dead_reason is None]
+
+    @property
+    def _alive(self) -> list[EngineLiveness]:
+        return [engine.liveness for engine in self.alive]
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """The properties of the engines, with the shortest context. None while all load the model the first time."""
+        livenesses = self._alive or [engine.liveness for engine in self.engines]
+        infos = [liveness.info for liveness in livenesses if liveness.info is not None]
+        return min(infos, key=lambda info: info.max_model_len, default=None)
+
+    def ready_info(self) -> EngineInfo:
+        """Return `info`. Raises EngineUnavailableError before an engine was ready, and once all are dead."""
+        info = self.info
+        if info is None or not self._alive:
+            return (self._alive or [self.engines[0].liveness])[0].ready_info()  # which raises
+        return info
+
+    @property
+    def ready_pids(self) -> tuple[int, ...]:
+        """Process ids of the engines that are ready."""
+        return tuple(liveness.ready_info().pid for liveness in self._alive if liveness.is_ready)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Number of choices that run at a time. Raises EngineUnavailableError like `ready_info`."""
+        self.ready_info()
+        return sum(liveness.info.max_num_seqs for liveness in self._alive if liveness.info is not None)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of choices in the queues of the engines."""
+        return sum(engine.stats.num_waiting for engine in self.engines)
+
+    @property
+    def is_ready(self) -> bool:
+        """True if an engine is ready."""
+        return any(liveness.is_ready for liveness in self._alive)
+
+    @property
+    def is_restarting(self) -> bool:
+        """True while no engine is ready, but one that was is being restarted."""
+        return self.restarting_since is not None
+
+    @property
+    def restarting_since(self) -> float | None:
+        """Unix time of the first loss, while no engine is ready and one is being restarted."""
+        if self.is_ready:
+            return None
+        losses = [liveness.restarting_since for liveness in self._alive]
+        return min((loss for loss in losses if loss is not None), default=None)
+
+    @property
+    def num_restarts(self) -> int:
+        """Number of restarts of the engines, including those that are in progress."""
+        return sum(engine.liveness.num_restarts for engine in self.engines)
+
+    @property
+    def is_alive(self) -> bool:
+        """True if an engine is loading or being restarted, or its step loop is responsive."""
+        return any(liveness.is_alive for liveness in self._alive)
+
+    @property
+    def is_healthy(self) -> bool:
+        """True if an engine is ready and its step loop is responsive."""
+        return any(liveness.is_healthy for liveness in self._alive)
+
+    @property
+    def dead_reason(self) -> str | None:
+        """Why the last engine died for good, for the log; None while one is left."""
+        return None if self._alive else self.engines[-1].liveness.dead_reason
+
+    @property
+    def adapters(self) -> dict[str, LoraAdapter]:
+        """The LoRA adapters that all engines have loaded, by name."""
+        first, *others = [engine.adapters.by_name for engine in self.alive or self.engines]
+        return {name: adapter for name, adapter in first.items() if all(each.get(name) == adapter for each in others)}
+
+    def choose(self, message: Submit) -> tuple[ConnectedEngine, int]:
+        """Return the engine for a request, and how many tokens of its prompt that has cached.
+
+        It is the one that would be through with its other requests and this one first: a cached prefix saves as many
+        tokens as it is long, and each request in the engine costs those that it is still expected to take. Ties go to
+        the engine that has cached least. Only if none is ready, the request waits for one that is being restarted.
+
+        Raises EngineUnavailableError like `ready_info`.
+        """
+        info = self.ready_info()
+        if len(self.engines) == 1:
+            return self.engines[0], 0
+        salt = prefix_salt(message.lora_fingerprint, message.cache_salt)
+        prefixes = prefix_names(message.prompt_token_ids, info.block_size, salt)
+        alive = [engine for engine in self.alive if engine.liveness.info is not None]
+        candidates = [engine for engine in alive if engine.liveness.is_ready] or alive
+        cached = {engine: engine.num_cached_tokens(prefixes, info.block_size) for engine in candidates}
+        best = min(cached, key=lambda engine: (engine.streams.load - cached[engine], len(engine.cached), engine.number))
+        return best, cached[best]

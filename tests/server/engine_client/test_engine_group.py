@@ -1,0 +1,213 @@
+"""Tests of a client of several engines: which one gets a request, and what the loss of one means."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+
+import msgspec
+import pytest
+
+from engine.shared.block_hashes import prefix_names, prefix_salt
+from engine.shared.messages import AdapterDone, EngineStats, Outputs, Submit
+from server.engine_client.client import EngineClient
+from server.http.errors import AdaptersBusyError, EngineDeadError, EngineUnavailableError
+from server.tenants import Tenant
+from tests.support.engine_clients import connected, read, ready, request, tokens, until
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess, make_adapter
+from tests.support.serving import own_address
+
+pytestmark = pytest.mark.anyio
+
+PROMPT = list(range(100))  # three full blocks of 32 tokens
+OTHER_PROMPT = list(range(100, 200))
+
+
+@pytest.fixture
+def addresses() -> Iterator[list[str]]:
+    with own_address() as first, own_address() as second:
+        yield [first, second]
+
+
+@pytest.fixture
+def fakes(addresses: list[str]) -> Iterator[list[FakeEngine]]:
+    """Two engines that begin with no request, so that all stay open."""
+    with ExitStack() as stack:
+        fakes = [stack.enter_context(FakeEngine(FakeEngineConfig(address=each, max_loras=2))) for each in addresses]
+        for fake in fakes:
+            fake.pause()
+        yield fakes
+
+
+@pytest.fixture
+async def client(fakes: list[FakeEngine], addresses: list[str]) -> AsyncIterator[EngineClient]:
+    async with ready(addresses, max_queued_requests=1000) as client:
+        yield client
+
+
+def prompt(token_ids: list[int], request_id: str = "r", **fields: object) -> Submit:
+    return msgspec.structs.replace(request(request_id), prompt_token_ids=token_ids, **fields)
+
+
+async def cache(client: EngineClient, fake: FakeEngine, number: int, token_ids: list[int], salt: bytes = b"") -> None:
+    """Have an engine report that it has cached a prompt."""
+    names = prefix_names(token_ids, 32, salt)
+    fake.send_raw(Outputs(stats=EngineStats(), cached=names))
+    await until(lambda: client.engines[number].cached >= set(names))
+
+
+def chosen(client: EngineClient, message: Submit) -> tuple[int, int]:
+    """Return the number of the engine for a request, and how many tokens it has cached."""
+    engine, num_cached_tokens = client.choose(message)
+    return engine.number, num_cached_tokens
+
+
+async def test_a_request_goes_to_the_engine_with_the_longest_cached_prefix(
+    client: EngineClient, fakes: list[FakeEngine]
+) -> None:
+    assert chosen(client, prompt(PROMPT)) == (0, 0)
+    await cache(client, fakes[1], 1, PROMPT[:64])
+    assert chosen(client, prompt(PROMPT)) == (1, 64)
+    assert chosen(client, prompt(OTHER_PROMPT)) == (0, 0)  # which has cached less
+    await cache(client, fakes[0], 0, PROMPT)
+    assert chosen(client, prompt(PROMPT)) == (0, 96)
+    fakes[0].send_raw(Outputs(stats=EngineStats(), evicted=prefix_names(PROMPT, 32, b"")[1:]))
+    await until(lambda: len(client.engines[0].cached) == 1)
+    assert chosen(client, prompt(PROMPT)) == (1, 64)
+
+
+async def test_the_first_blocks_of_a_sliding_window_may_be_gone(client: EngineClient, fakes: list[FakeEngine]) -> None:
+    await cache(client, fakes[1], 1, PROMPT)
+    fakes[1].send_raw(Outputs(stats=EngineStats(), evicted=prefix_names(PROMPT, 32, b"")[:2]))
+    await until(lambda: len(client.engines[1].cached) == 1)
+    assert chosen(client, prompt(PROMPT)) == (1, 96)
+
+
+async def test_prefixes_of_other_salts_and_adapters_do_not_count(client: EngineClient, fakes: list[FakeEngine]) -> None:
+    await cache(client, fakes[1], 1, PROMPT, prefix_salt("ab", "secret"))
+    assert chosen(client, prompt(PROMPT)) == (0, 0)
+    assert chosen(client, prompt(PROMPT, cache_salt="secret")) == (0, 0)
+    assert chosen(client, prompt(PROMPT, lora_fingerprint="ab")) == (0, 0)
+    assert chosen(client, prompt(PROMPT, lora_fingerprint="ab", cache_salt="secret")) == (1, 96)
+
+
+async def test_a_tenant_with_a_cache_of_its_own(client: EngineClient, fakes: list[FakeEngine]) -> None:
+    """The salt is the one that the engine gets."""
+    tenant = Tenant(name="alice", has_own_cache=True)
+    await cache(client, fakes[1], 1, PROMPT, prefix_salt("", tenant.salt("")))
+    with client.reserve(1, tenant=tenant) as reservation:
+        client.submit(prompt(PROMPT), reservation)
+    await until(lambda: len(fakes[1].submits) == 1)
+
+
+async def test_an_engine_with_too_long_a_queue_is_passed_over(client: EngineClient, fakes: list[FakeEngine]) -> None:
+    """A cached prefix saves the time of its tokens. What the others cost is known by the outputs that have ended."""
+    await cache(client, fakes[1], 1, PROMPT)
+    streams = [client.submit(prompt(PROMPT, f"{i}")) for i in range(6)]
+    await until(lambda: sum(len(fake.submits) for fake in fakes) == 6)
+    assert len(fakes[1].submits) in (3, 4)
+    for fake in fakes:
+        fake.resume()
+    for stream in streams:
+        await read(stream)
+    assert all(engine.streams.load == 0.0 for engine in client.engines)
+    assert chosen(client, prompt(PROMPT)) == (1, 96)
+
+
+async def test_requests_without_a_cached_prefix_are_spread(client: EngineClient, fakes: list[FakeEngine]) -> None:
+    for number in range(10):
+        client.submit(prompt([number] * 10, f"{number}", n=2 if number == 0 else 1))
+    await until(lambda: sum(len(fake.submits) for fake in fakes) == 10)
+    assert sorted(sum(submit.n for submit in fake.submits) for fake in fakes) == [5, 6]
+
+
+async def test_a_lost_engine_does_not_touch_the_others(addresses: list[str]) -> None:
+    configs = [FakeEngineConfig(address=address, endless=True, step_seconds=0.01) for address in addresses]
+    with FakeEngineProcess(configs[0]) as first, FakeEngineProcess(configs[1]) as second:
+        async with ready(addresses, can_restart=True) as client:
+            streams = [client.submit(request(f"{i}", max_tokens=100_000)) for i in range(2)]
+            await until(lambda: all(stream.choices[0].num_output_tokens for stream in streams))
+            client.engines[1].cached = {b"x"}
+            second.kill()
+            with pytest.raises(EngineDeadError):
+                await read(streams[1])
+            assert (client.is_ready, client.is_restarting, client.num_restarts) == (True, False, 1)
+            assert client.engines[1].cached == set()
+            assert [engine.liveness.status for engine in client.engines] == ["ok", "restarting"]
+            assert len(tokens(await read(client.submit(request("late", max_tokens=3))))) == 3
+            with pytest.raises(EngineUnavailableError, match="being restarted"):
+                await client.load_adapter("a", "/a", replaces=False)
+            with FakeEngineProcess(configs[1]) as another:
+                client.engines[1].engine_started(another.pid)
+                await until(lambda: client.engines[1].liveness.is_ready)
+                assert chosen(client, request("next")) == (1, 0)  # the other one is busy
+                assert not streams[0].choices[0].has_ended
+            first.kill()
+            with pytest.raises(EngineDeadError):
+                await read(streams[0])
+
+
+async def test_the_last_engine(addresses: list[str]) -> None:
+    """Requests wait for any that is restarted, and the client is dead when none will be."""
+    configs = [FakeEngineConfig(address=address) for address in addresses]
+    with FakeEngineProcess(configs[0]) as first, FakeEngineProcess(configs[1]) as second:
+        async with ready(addresses, can_restart=True) as client:
+            for process in (first, second):
+                process.kill()
+            await until(lambda: client.is_restarting)
+            assert client.restarting_since is not None
+            waiting = client.submit(request("waiting"))  # for the first one
+            client.engines[1].liveness.mark_dead("a test")
+            assert not client.died.is_set()
+            with FakeEngineProcess(configs[0]) as another:
+                client.engines[0].engine_started(another.pid)
+                await read(waiting)
+            await until(lambda: client.is_restarting)
+            waiting = client.submit(request("waiting again"))
+            client.engines[0].liveness.mark_dead("a test")
+            assert client.died.is_set()
+            with pytest.raises(EngineDeadError):
+                await read(waiting)
+
+
+async def test_an_engine_that_would_give_other_answers_is_not_used(addresses: list[str]) -> None:
+    with (
+        FakeEngine(FakeEngineConfig(address=addresses[0])),
+        FakeEngine(FakeEngineConfig(address=addresses[1], vocab_size=7, load_seconds=0.3)),
+    ):
+        async with connected(addresses) as client:
+            await until(lambda: client.engines[1].liveness.dead_reason)
+            assert "its answers would not be those" in str(client.engines[1].liveness.dead_reason)
+            assert client.is_ready
+            await read(client.submit(request()))
+
+
+async def test_adapters_are_loaded_into_all_engines(client: EngineClient, fakes: list[FakeEngine]) -> None:
+    await client.load_adapter("sql", "/sql", replaces=False)
+    assert [fake.adapters for fake in fakes] == [["sql"], ["sql"]]
+    assert list(client.adapters) == ["sql"]
+    fakes[1].config.adapter_error = AdapterDone(request_id="", error="no room", is_temporary=True)
+    with pytest.raises(AdaptersBusyError, match="no room"):
+        await client.load_adapter("chess", "/chess", replaces=False)
+    assert list(client.adapters) == ["sql"]
+    assert fakes[0].adapters == ["sql"]
+    await client.unload_adapter("sql")
+    assert [fake.adapters for fake in fakes] == [[], []]
+    assert client.adapters == {}
+
+
+async def test_an_adapter_that_one_engine_lacks_cannot_be_used(addresses: list[str]) -> None:
+    adapters = [make_adapter("sql"), make_adapter("chess")]
+    with (
+        FakeEngine(FakeEngineConfig(address=addresses[0], adapters=adapters, max_loras=2)),
+        FakeEngine(FakeEngineConfig(address=addresses[1], adapters=adapters[:1], max_loras=2)),
+    ):
+        async with ready(addresses) as client:
+            assert list(client.adapters) == ["sql"]
+
+
+async def test_limits_are_those_of_all_engines_together(client: EngineClient) -> None:
+    assert client.max_num_seqs == 16
+    assert client.max_in_flight == 1016
+    assert client.ready_info().max_num_seqs == 8
+    assert len(set(client.ready_pids)) == 1  # both run in this process
+    client.engines[1].liveness.mark_dead("a test")
+    assert client.max_num_seqs == 8
