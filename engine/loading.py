@@ -15,6 +15,7 @@ from engine.batch.builder import BatchBuilder
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
+from engine.lora.checkpoint import LoraCheckpoint
 from engine.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_lora_slots, read_adapter
 from engine.model import CausalLM, Parameters
 from engine.model.kv_cache import KVCache
@@ -82,9 +83,7 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     card = CudaMemory(device, config.gpu_memory_utilization) if device.type == "cuda" else None
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
-    checkpoints = {
-        name: read_adapter(name, path, model_config, config.max_lora_rank) for name, path in config.lora_modules.items()
-    }
+    checkpoints = read_adapters(config, model_config)
     max_lora_rank = choose_lora_rank(config, checkpoints)
     device_memory: DeviceMemory = card or HostMemory(limit=config.memory_limit)
     free = device_memory.free() if card is None else free_memory(device)
@@ -130,6 +129,13 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     runner = new_runner(model, limits, memory, device)
     clock.lap("KV cache")
     return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)
+
+
+def read_adapters(config: EngineConfig, model_config: ModelConfig) -> dict[str, LoraCheckpoint]:
+    """Return the matrices of the adapters to load at start, by name. Raises AdapterError."""
+    return {
+        name: read_adapter(name, path, model_config, config.max_lora_rank) for name, path in config.lora_modules.items()
+    }
 
 
 def load_parameters(

@@ -349,17 +349,14 @@ class Lifecycle:
         self._terminated.set()
 
     async def _talk_to_supervisor(self, channel: Channel) -> None:
-        """Read the supervisor's messages, and send a heartbeat each second and when the engine is ready first."""
+        """Read the supervisor's messages, and send a heartbeat each second and when the state of an engine changes."""
         faulthandler.register(DUMP_SIGNAL)
         asyncio.get_running_loop().add_reader(channel, self._on_supervisor_message, channel)
-        became_ready = self._client.became_ready
         while True:
             channel.send(Heartbeat(self._client.ready_pids))
-            if became_ready.is_set():
-                await asyncio.sleep(HEARTBEAT_SECONDS)
-            else:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(became_ready.wait(), HEARTBEAT_SECONDS)
+            self._client.changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._client.changed.wait(), HEARTBEAT_SECONDS)
 
     def _on_supervisor_message(self, channel: Channel) -> None:
         for message in channel.receive():

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.shared.messages import EngineInfo
-from server.choice_stats import ChoiceStats
 from server.engine_client.reservation import Reservation
 from server.engine_client.shares import Shares
 from server.engine_client.wait_estimate import WaitEstimate
@@ -25,6 +24,7 @@ from server.http.errors import (
     WaitTooLongError,
 )
 from server.metrics import Metrics
+from server.statistics.choice_stats import ChoiceStats
 from server.tenants import Tenant
 
 SHUTTING_DOWN = "The server is shutting down. Please retry later."

@@ -15,9 +15,11 @@ class EngineGroup:
         self.engines: list[ConnectedEngine] = []
         self.became_ready = asyncio.Event()  # the first one
         self.died = asyncio.Event()  # the last one
+        self.changed = asyncio.Event()  # the state of one, since its reader has cleared it
 
     def update(self) -> None:
         """Note that the state of an engine has changed."""
+        self.changed.set()
         if self.is_ready:
             self.became_ready.set()
         if self.dead_reason is not None:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from engine.shared.messages import Abort, FinishReason, LoraAdapter, Submit, ToEngine, TokenEvent
-from server.choice_stats import ChoiceStats
 from server.engine_client.admission import Admission
 from server.engine_client.answer_size import event_bytes
 from server.engine_client.reservation import Reservation
-from server.engine_metrics import EngineMetrics
 from server.http.errors import AdapterLostError, APIError, ServerError
+from server.statistics.choice_stats import ChoiceStats
+from server.statistics.engine_metrics import EngineMetrics
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import msgspec
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """From the API process, each second and when the engine becomes ready: its event loop runs."""
+    """From the API process, each second and when the state of an engine changes: its event loop runs."""
 
     ready_pids: tuple[int, ...] = ()  # process ids of the engines that are ready
 

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Sequence
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import FinishReason, TokenEvent
-from server.choice_stats import ChoiceStats
 from server.engine_client.answer_budget import AnswerBudget, AnswerShare
 from server.engine_client.answer_size import event_bytes
 from server.engine_client.reservation import Reservation
@@ -22,6 +21,7 @@ from server.http.errors import APIError, ServerError
 from server.metrics import Metrics
 from server.recordings import Recording
 from server.schemas.answers import CompletionTokensDetails, PromptTokensDetails, Usage
+from server.statistics.choice_stats import ChoiceStats
 
 logger = logging.getLogger(__name__)
 

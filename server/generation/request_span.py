@@ -16,7 +16,6 @@ from starlette.requests import ClientDisconnect
 
 from engine.shared.messages import FinishReason, SamplingParams
 from engine.shared.records import RequestTimes
-from server.choice_stats import ChoiceStats
 from server.context import get_context
 from server.generation.endpoint import AnswerMetadata
 from server.generation.generation import Generation
@@ -24,6 +23,7 @@ from server.generation.timings import stage_spans
 from server.http.errors import APIError, clip
 from server.otel.child_span import AttributeValue, ChildSpan
 from server.schemas.generation_request import GenerationRequest
+from server.statistics.choice_stats import ChoiceStats
 from server.tenants import get_tenant
 
 if TYPE_CHECKING:

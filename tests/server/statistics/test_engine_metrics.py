@@ -9,8 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from engine.shared.messages import EngineStats
-from server.engine_metrics import buckets_1_2_5
 from server.metrics import Metrics
+from server.statistics.engine_metrics import buckets_1_2_5
 from tests.support.engine_info import ENGINE_INFO
 
 

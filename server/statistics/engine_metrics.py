@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.shared.messages import EngineInfo, EngineStats, FinishReason
-from server.choice_stats import ChoiceStats
+from server.statistics.choice_stats import ChoiceStats
 
 LABELS = ("model_name", "engine")
 
