@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 CONFORMANCE := tests/conformance
 WEB := tests/web
-CLIENTS := $(patsubst %,.venv-clients/%/installed,agents clients instructor lm-eval) \
+CLIENTS := $(patsubst %,.venv-clients/%/installed,agents clients instructor lm-eval router) \
 	$(CONFORMANCE)/node_modules/installed $(CONFORMANCE)/npm/node_modules/installed $(WEB)/node_modules/installed
 ARGS ?=
 WORKERS ?= auto

@@ -39,10 +39,10 @@ def command(client: Client) -> list[str]:
     return [str(python), "-m", "tests.conformance.clients.harness", client.file.removesuffix(".py")]
 
 
-@pytest.mark.parametrize("client", CLIENTS, ids=[client.file for client in CLIENTS])
-def test_client(client: Client, server: ServerProcess) -> None:
+def run_checks(client: Client, url: str) -> list[dict[str, Any]]:
+    """Return the result of each of the client's checks at a server or a router that accepts `KEY`."""
     process = subprocess.run(
-        [*command(client), server.url, KEY, MODEL],
+        [*command(client), url, KEY, MODEL],
         cwd=ROOT,
         env=os.environ | OFFLINE,
         capture_output=True,
@@ -51,9 +51,17 @@ def test_client(client: Client, server: ServerProcess) -> None:
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    checks: list[dict[str, Any]] = [json.loads(line) for line in process.stdout.splitlines()]
-    failures = [f"{check['check']}: {check['failure']}" for check in checks if check["failure"]]
-    assert not failures, "\n".join(failures)
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def failures(checks: list[dict[str, Any]]) -> list[str]:
+    return [f"{check['check']}: {check['failure']}" for check in checks if check["failure"]]
+
+
+@pytest.mark.parametrize("client", CLIENTS, ids=[client.file for client in CLIENTS])
+def test_client(client: Client, server: ServerProcess) -> None:
+    checks = run_checks(client, server.url)
+    assert not failures(checks), "\n".join(failures(checks))
     exercised = {capability for check in checks for capability in check["exercises"]}
     assert exercised == client.exercises != set()
     assert exercised <= set(CAPABILITIES)

@@ -19,6 +19,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "docker run ": "Docker",
     "lightwell serve MODEL --device cuda:0": "GPU",
     "kubectl ": "a Kubernetes cluster",
+    "vllm-router ": "servers on other machines; tests/conformance/test_router.py runs it",
     "make bench-gpu": "GPU",
     ".venv/bin/python -m tests.conformance.try_clients": "downloads programs, 10 GB",
     "python3 -m venv .venv": INSTALLS,
