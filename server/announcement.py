@@ -18,8 +18,9 @@ WILDCARDS = {"//0.0.0.0": "//127.0.0.1", "//[::]": "//[::1]"}  # addresses to li
 
 async def announce(context: ServerContext, url: str) -> None:
     """Wait until the model is loaded, log how to use it, and keep the server registered until the task is cancelled."""
-    await context.client.became_ready.wait()
-    name = context.model_names[0]
+    model = context.models.default
+    await model.client.became_ready.wait()
+    name = model.name
     logger.info("%s is ready, listening on %s", name, url, extra={"details": first_steps(context, client_url(url))})
     with registered(RunningServer(url=client_url(url), model=name)):
         await asyncio.Event().wait()
@@ -34,8 +35,9 @@ def client_url(url: str) -> str:
 
 def first_steps(context: ServerContext, url: str) -> dict[str, object]:
     """Return the base URL for clients, a curl command, and the command to chat if the model can. They hold no key."""
-    body: dict[str, object] = {"model": context.model_names[0], "max_tokens": 64}
-    if context.chat_template is None:
+    model = context.models.default
+    body: dict[str, object] = {"model": model.name, "max_tokens": 64}
+    if model.chat_template is None:
         path, body["prompt"] = "/v1/completions", "Once upon a time"
     else:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "hello"}]
@@ -46,7 +48,7 @@ def first_steps(context: ServerContext, url: str) -> dict[str, object]:
         socket = shlex.quote(url.removeprefix("unix:"))
         return {"base_url": url, "curl": f"curl --unix-socket {socket} http://localhost{path}{options}"}
     steps: dict[str, object] = {"base_url": f"{url}/v1", "curl": f"curl {url}{path}{options}"}
-    if context.chat_template is not None:
+    if model.chat_template is not None:
         flags = ("" if url == DEFAULT_URL else f" --url {url}") + (f" --api-key {KEY}" if key else "")
         steps["chat"] = f"lightwell chat{flags}"
     return steps

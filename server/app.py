@@ -32,12 +32,11 @@ def create_app(context: ServerContext) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await context.client.start()
+        for model in context.models.models:
+            await model.client.start()
         yield
-        await context.client.close()
-        await context.grammar_checker.close()
-        if context.chat_template is not None:
-            context.chat_template.close()
+        for model in context.models.models:
+            await model.close()
         if context.tracer is not None:
             await context.tracer.close()
 
@@ -52,7 +51,7 @@ def create_app(context: ServerContext) -> FastAPI:
         redirect_slashes=False,
         servers=[{"url": context.settings.root_path}] if context.settings.root_path else None,
     )
-    install_document(app, context.model_names[0], needs_key=context.settings.needs_key)
+    install_document(app, context.models.default.name, needs_key=context.settings.needs_key)
     app.state.context = context
     app.state.response_store = ResponseStore(
         context.settings.max_stored_responses, context.settings.stored_responses_memory

@@ -51,6 +51,8 @@ from server.engine_client.supervisor_channel import (
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
 from server.metrics import Metrics
+from server.models.registry import ModelRegistry
+from server.models.served_model import ServedModel
 from server.processes.garbage import collect_in_steps
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
@@ -165,13 +167,29 @@ def load_certificate(settings: Settings) -> Certificate | None:
 def make_context(config: ApiProcessConfig) -> ServerContext:
     """Create the context from the model's files. Raises ValueError if they are missing or invalid."""
     settings = config.settings
+    metrics = Metrics(settings.metrics_prefix, config.model_names[0])
+    api_keys = ApiKeys(settings)
+    metrics.set_usage_source(api_keys.usage)
+    return ServerContext(
+        settings=settings,
+        created=int(time.time()),
+        metrics=metrics,
+        running=RunningRequests(),
+        recordings=Recordings(settings.record_requests),
+        api_keys=api_keys,
+        answers=AnswerBudget(settings.max_buffered_bytes),
+        tracer=make_tracer(settings),
+        models=ModelRegistry([make_model(config, metrics)]),  # the last one, since it starts a process
+    )
+
+
+def make_model(config: ApiProcessConfig, metrics: Metrics) -> ServedModel:
+    """Create the text tools of a model and the client of its engine. Raises ValueError."""
+    settings = config.settings
     path = Path(config.model_path)
     tokenizer = Tokenizer.from_model(path)
     model_config = load_model_config(path)
     vocabulary = tokenizer.to_json()
-    metrics = Metrics(settings.metrics_prefix, config.model_names[0])
-    api_keys = ApiKeys(settings)
-    metrics.set_usage_source(api_keys.usage)
     options = EngineOptions(
         step_timeout=settings.step_timeout,
         can_restart=config.supervisor_fd is not None and settings.on_engine_death == "restart",
@@ -187,23 +205,16 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         ),
         metrics=metrics,
     )
-    return ServerContext(
+    return ServedModel(
         settings=settings,
+        names=config.model_names,
+        path=path,
         client=client,
         tokenizer=tokenizer,
         grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),
-        model_config=model_config,
+        config=model_config,
         default_sampling=default_sampling(config, model_config),
-        model_path=path,
-        model_names=config.model_names,
-        created=int(time.time()),
-        metrics=metrics,
-        running=RunningRequests(),
-        recordings=Recordings(settings.record_requests),
-        api_keys=api_keys,
-        answers=AnswerBudget(settings.max_buffered_bytes),
         score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
-        tracer=make_tracer(settings),
         # The last one, since it starts a process.
         chat_template=make_chat_template(tokenizer, settings.chat_template),
     )
@@ -313,7 +324,7 @@ class Lifecycle:
     ) -> None:
         self._server = server
         self._context = context
-        self._client = context.client
+        self._client = context.models.default.client
         self._drain_timeout = context.settings.drain_timeout
         self._flush_logs = flush_logs
         self._channel = channel

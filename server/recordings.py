@@ -34,12 +34,15 @@ class RecordedChoice:
 class Recording:
     """One request: a message to the engine for each prompt, and the output of each choice."""
 
-    def __init__(self, submits: Sequence[Submit], ids: Sequence[str] = (), owner: str = EVERYBODY) -> None:
-        """Start a recording of `submits`. Only `owner` may look it up, by `ids`.
+    def __init__(
+        self, submits: Sequence[Submit], ids: Sequence[str] = (), owner: str = EVERYBODY, model: str = ""
+    ) -> None:
+        """Start a recording of `submits`, sent to the base model `model`. Only `owner` may look it up, by `ids`.
 
         `self.submits` ask the engine for log probabilities even if the request does not.
         """
         self.owner = owner
+        self.model = model
         self.keys: list[OwnedId] = [(owner, request_id) for request_id in ids]
         self.hides_logprobs = submits[0].params.logprobs is None
         self.submits = [_with_logprobs(submit) for submit in submits]

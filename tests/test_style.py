@@ -104,6 +104,7 @@ TESTED_ELSEWHERE = {
     "server/hub/client.py": "tests/server/hub/test_fetch.py",
     "server/hub/errors.py": "tests/server/hub/test_fetch.py",
     "server/hub/repository.py": "tests/server/hub/test_fetch.py",
+    "server/models/served_model.py": "tests/server/models/test_registry.py",
     "server/otel/child_span.py": "tests/server/generation/test_request_span.py",
     "server/running_requests.py": "tests/server/api/admin/test_requests.py",
     "server/schemas/answers.py": "tests/server/generation/test_timings.py",

@@ -8,10 +8,10 @@ import msgspec
 from msgspec import UnsetType
 
 from server.constrained.constraints import Constraint
-from server.context import ServerContext
 from server.generation.choice_delta import ChoiceDelta
 from server.generation.prompts import Prompt
 from server.http.errors import APIError
+from server.models.served_model import ServedModel
 from server.schemas.answers import RequestTimings, Usage
 from server.schemas.generation_request import GenerationRequest
 
@@ -89,21 +89,21 @@ class Endpoint(Protocol[Body_contra]):
         """Return the name of the field with the maximum number of output tokens that the client sent."""
         ...
 
-    def ignored_fields(self, context: ServerContext, body: Body_contra) -> list[str]:
+    def ignored_fields(self, model: ServedModel, body: Body_contra) -> list[str]:
         """Return the names of fields without effect, apart from undeclared top-level ones."""
         ...
 
-    def encode(self, context: ServerContext, body: Body_contra, *, limit: int | None = None) -> list[Prompt]:
+    def encode(self, model: ServedModel, body: Body_contra, *, limit: int | None = None) -> list[Prompt]:
         """Return the tokenized prompts. May be slow; called in a thread.
 
         Raises BadRequestError, before tokenizing if a long text certainly has more tokens than `limit`.
         """
         ...
 
-    def constraint(self, context: ServerContext, body: Body_contra, prompt: Prompt) -> Constraint | None:
+    def constraint(self, model: ServedModel, body: Body_contra, prompt: Prompt) -> Constraint | None:
         """Return the constraint on the answers to a prompt, if any. Called in a thread. Raises BadRequestError."""
         ...
 
     def writer(
-        self, context: ServerContext, body: Body_contra, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+        self, model: ServedModel, body: Body_contra, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> Writer: ...

@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import EngineInfo, Submit
 from server.constrained.constraints import Constraint, check_constraint
-from server.context import ServedModel, ServerContext, get_context
+from server.context import ServerContext, get_context
 from server.engine_client.answer_budget import AnswerShare
 from server.engine_client.answer_size import least_bytes, prompt_bytes, too_large
 from server.engine_client.reservation import Reservation
@@ -32,7 +32,7 @@ from server.generation.parameters import (
     resolve_num_logprobs,
     sampling_params,
 )
-from server.generation.preamble import WARNINGS, begin_generation
+from server.generation.preamble import WARNINGS, begin, find_generating_model
 from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens, truncate_prompt, vocab_size
 from server.generation.reasoning_budget import reasoning_limit
 from server.generation.request_span import RequestSpan
@@ -43,6 +43,7 @@ from server.http.errors import APIError, ServerError
 from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, StreamFormat, run_until_disconnect, sse_response
+from server.models.served_model import ModelVariant, ServedModel
 from server.recordings import Recording
 from server.running_requests import RunningRequest
 from server.schemas.answers import RequestTimings
@@ -70,7 +71,7 @@ class _Job(Generic[Body]):
     context: ServerContext
     endpoint: Endpoint[Body]
     body: Body
-    model: ServedModel
+    model: ModelVariant
     info: EngineInfo
     metadata: AnswerMetadata
     seed: int
@@ -197,7 +198,7 @@ def _rendered(job: _Job[Body], submit: Submit) -> RenderedPrompt:
     return RenderedPrompt(
         request_id=submit.request_id,
         model=job.model.name,
-        prompt=job.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False),
+        prompt=job.model.base.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False),
         token_ids=submit.prompt_token_ids,
         max_tokens=submit.params.max_tokens,
         sampling_params=params | {"seed": None if job.body.requested_seed is None else submit.params.seed},
@@ -212,14 +213,17 @@ def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default
     """
     arrival = time.monotonic()
     context = get_context(request)
-    preamble = begin_generation(request, body, ignored=endpoint.ignored_fields(context, body))
+    model = find_generating_model(request, body.model)
+    base, is_missing = model.base, body.model is None
+    ignored = endpoint.ignored_fields(base, body)
+    preamble = begin(request, body, is_model_missing=is_missing, ignored=ignored)
     body.check()
-    info = context.client.ready_info()
-    check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
-    body = resolve_num_logprobs(body, context.settings.max_logprobs, vocab_size(context))
-    body = context.default_sampling.apply(body)
+    info = base.client.ready_info()
+    check_token_ids(body, vocab_size(base), base.config.eos_token_ids)
+    body = resolve_num_logprobs(body, context.settings.max_logprobs, vocab_size(base))
+    body = base.default_sampling.apply(body)
     warnings = preamble.accept()
-    model, seed = preamble.model, default_seed if body.requested_seed is None else body.requested_seed
+    seed = default_seed if body.requested_seed is None else body.requested_seed
     return _Job(
         context=context,
         endpoint=endpoint,
@@ -230,7 +234,7 @@ def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default
             id=f"{endpoint.id_prefix}{secrets.token_hex(16)}",
             created=int(time.time()),
             model=model.name,
-            system_fingerprint=context.system_fingerprint(model),
+            system_fingerprint=model.system_fingerprint,
         ),
         seed=choose_seed(context.settings.seed, _next_number(request)) if seed is None else seed,
         arrival=arrival,
@@ -258,7 +262,7 @@ def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
     priority = job.body.priority or 0
     if job.tenant.allowed_priority(priority) != priority:
         warnings[WARNINGS] = "; ".join([*warnings.values(), "priority raised to 0: the API key allows no lower one"])
-    return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": job.context.deterministic, **warnings}
+    return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": job.model.base.deterministic, **warnings}
 
 
 async def _begin(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[_Job[Body], _Started]:
@@ -278,11 +282,11 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
 
     Capacity is reserved first: a request that exceeds it must be refused before time is spent on tokenizing it.
     """
-    context, body = job.context, job.body
+    context, body, base = job.context, job.body, job.model.base
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     count = body.num_prompts * body.num_choices
-    client, timeout = context.client, body.queue_timeout
-    with client.reserve(count, param=param, tenant=job.tenant, queue_timeout=timeout) as reservation:
+    timeout = body.queue_timeout
+    with base.client.reserve(count, param=param, tenant=job.tenant, queue_timeout=timeout) as reservation:
         prepared = await _prepare(job)
         context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         answers = context.answers
@@ -293,8 +297,8 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
         choices = [_make_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         recording = None
         if context.recordings.max_requests:
-            recording = Recording(prepared.submits, job.ids, job.tenant.owner)
-        streams = _submit_all(context, prepared.submits if recording is None else recording.submits, reservation)
+            recording = Recording(prepared.submits, job.ids, job.tenant.owner, base.name)
+        streams = _submit_all(base, prepared.submits if recording is None else recording.submits, reservation)
     generation = Generation(
         prompts,
         streams,
@@ -313,7 +317,7 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
         context.recordings.begin(recording)
         on_close = partial(context.recordings.add, recording)
     running = context.running.add(generation, *job.ids, owner=job.tenant.owner, on_close=on_close)
-    writer = job.endpoint.writer(context, body, job.metadata, prompts)
+    writer = job.endpoint.writer(base, body, job.metadata, prompts)
     return _Started(generation, running, writer, share, num_prompt_bytes, _headers(job, prepared), span)
 
 
@@ -331,7 +335,7 @@ async def _prepare(job: _Job[Body]) -> _Prepared:
     """Tokenize the request in a thread and check its grammar. Raises BadRequestError."""
     prepared = await job.context.text_threads.run(job.tenant, job.text_size, _tokenize, job)
     if prepared.constraint is not None:
-        await check_constraint(job.context.grammar_checker, prepared.constraint, job.body, job.tenant)
+        await check_constraint(job.model.base.grammar_checker, prepared.constraint, job.body, job.tenant)
     return prepared
 
 
@@ -340,30 +344,29 @@ def _tokenize(job: _Job[Body]) -> _Prepared:
     prompts, tokenized = _encode(job)
     seconds = time.monotonic() - start
     # The constraint depends on the prompt only for chats, which have a single one.
-    constraint = job.endpoint.constraint(job.context, job.body, prompts[0])
+    constraint = job.endpoint.constraint(job.model.base, job.body, prompts[0])
     grammar = None if constraint is None else constraint.grammar
     submits = [_make_submit(job, prompt, index, tokenized, grammar) for index, prompt in enumerate(prompts)]
     return _Prepared(prompts, submits, constraint, seconds)
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
-    prompts = encode_prompts(job.context, job.body, job.endpoint, limit=job.context.max_model_len)
-    return prompts, tokenize_settings(job.context, job.body)
+    base = job.model.base
+    prompts = encode_prompts(base, job.body, job.endpoint, limit=base.max_model_len)
+    return prompts, tokenize_settings(base, job.body)
 
 
 def encode_prompts(
-    context: ServerContext, body: Body, endpoint: Endpoint[Body], *, limit: int | None = None
+    model: ServedModel, body: Body, endpoint: Endpoint[Body], *, limit: int | None = None
 ) -> list[Prompt]:
     """Return the tokenized prompts, truncated to `truncate_prompt_tokens`.
 
     Raises BadRequestError, before tokenizing if a long text that is not truncated certainly exceeds `limit`.
     """
     num_tokens = body.truncate_prompt_tokens
-    prompts = endpoint.encode(context, body, limit=limit if num_tokens is None else None)
+    prompts = endpoint.encode(model, body, limit=limit if num_tokens is None else None)
     if num_tokens is not None:
-        num_tokens = (
-            max_prompt_tokens(body.max_output_tokens, context.max_model_len) if num_tokens == -1 else num_tokens
-        )
+        num_tokens = max_prompt_tokens(body.max_output_tokens, model.max_model_len) if num_tokens == -1 else num_tokens
         prompts = [truncate_prompt(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
     return prompts
 
@@ -375,26 +378,27 @@ def _make_submit(
 
     Raises ContextLengthExceededError, or InvalidValueError for a min_tokens above max_tokens.
     """
-    context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
+    base, body, num_prompt_tokens = job.model.base, job.body, len(prompt.token_ids)
+    settings = job.context.settings
     max_tokens = fit_max_tokens(
         body.max_output_tokens,
         num_prompt_tokens,
-        context.max_model_len,
+        base.max_model_len,
         job.endpoint.noun,
-        default=context.settings.default_max_tokens or body.default_max_output_tokens,
-        is_strict=context.settings.strict,
+        default=settings.default_max_tokens or body.default_max_output_tokens,
+        is_strict=settings.strict,
     )
     params = sampling_params(
         body,
         tokenized,
         max_tokens=max_tokens,
         seed=prompt_seed(job.seed, index),
-        vocab_size=vocab_size(context),
+        vocab_size=vocab_size(base),
     )
     return Submit(
         request_id=f"{job.metadata.id}-{index}",
         prompt_token_ids=prompt.token_ids,
-        params=msgspec.structs.replace(params, grammar=grammar, reasoning_limit=reasoning_limit(context, body, prompt)),
+        params=msgspec.structs.replace(params, grammar=grammar, reasoning_limit=reasoning_limit(base, body, prompt)),
         arrival=job.arrival,
         n=body.num_choices,
         priority=job.body.priority or 0,
@@ -406,12 +410,12 @@ def _make_submit(
     )
 
 
-def _submit_all(context: ServerContext, submits: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:
+def _submit_all(model: ServedModel, submits: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:
     """Submit all of the prompts or none."""
     streams: list[RequestStream] = []
     try:
         for submit in submits:
-            streams.append(context.client.submit(submit, reservation))
+            streams.append(model.client.submit(submit, reservation))
     except BaseException:
         for stream in streams:
             stream.close()
@@ -420,18 +424,18 @@ def _submit_all(context: ServerContext, submits: Sequence[Submit], reservation: 
 
 
 def _make_choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceState:
-    context, body = job.context, job.body
+    tokenizer, body = job.model.base.tokenizer, job.body
     include_stop = bool(body.include_stop_str_in_output)
     skip_special_tokens = body.skip_special_tokens is not False
     format = prompts[index // body.num_choices].answer_format
     # Special tokens that delimit reasoning and tool calls are never skipped: the parser must see them to remove them.
-    special = {} if format is None else context.tokenizer.special_ids_in(format.markers)
+    special = {} if format is None else tokenizer.special_ids_in(format.markers)
     parser = None
     if format is not None:
         hidden = (*format.content_markers, *special) if skip_special_tokens else ()
         parser = ChoiceParser(format.new_parser(hidden=hidden), f"{job.metadata.id}-{index}")
     text = ChoiceText(
-        context.tokenizer,
+        tokenizer,
         stop=body.stop or (),
         include_stop=include_stop,
         min_tokens=body.min_tokens or 0,

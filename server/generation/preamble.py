@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastapi import Request
 from pydantic import BaseModel
 
-from server.context import ServedModel, ServerContext, get_context
+from server.context import ServerContext, get_context
 from server.http.errors import MissingParameterError, UnknownParameterError, UnsupportedParameterError, clip
-from server.schemas.generation_request import GenerationRequest
+from server.models.served_model import ModelVariant
 from server.tenants import get_tenant
 
 WARNINGS = "x-lightwell-warnings"  # response header
@@ -144,7 +144,6 @@ class Preamble:
     """The result of the first checks of a request."""
 
     context: ServerContext
-    model: ServedModel
     ignored: list[str]  # fields without effect
     is_model_missing: bool = False  # whether the only model is used because the request names none
 
@@ -157,37 +156,51 @@ class Preamble:
         return {WARNINGS: "; ".join(warnings)} if warnings else {}
 
 
-def begin(request: Request, body: BaseModel, *, model: str | None, ignored: Sequence[str] = ()) -> Preamble:
-    """Find the model of a request and check its undeclared fields.
+def find_model(request: Request, name: str | None) -> ModelVariant:
+    """Return the model or LoRA adapter with this name; None: the server's first model.
+
+    Raises:
+        MissingParameterError: the name is empty.
+        ModelNotFoundError: there is no such model.
+        EngineUnavailableError: it is an adapter that is loaded together with the engine, which is not ready.
+    """
+    models = get_context(request).models
+    if name is None:
+        return ModelVariant(models.default.name, models.default)
+    return models.find(name, get_tenant(request))
+
+
+def find_generating_model(request: Request, name: str | None) -> ModelVariant:
+    """Do as `find_model` for a request that should name its model, but need not if there is only one.
+
+    Raises MissingParameterError if there are more models or LoRA adapters, or the server is strict.
+    """
+    context = get_context(request)
+    if name is None and (context.settings.strict or context.models.is_ambiguous(get_tenant(request))):
+        raise MissingParameterError("model")
+    return find_model(request, name)
+
+
+def begin(
+    request: Request,
+    body: BaseModel,
+    *,
+    is_model_missing: bool = False,
+    ignored: Sequence[str] = (),
+) -> Preamble:
+    """Check the undeclared fields of a request.
 
     Args:
-        model: the name of a model or LoRA adapter; None: the server's model.
+        is_model_missing: whether the request should have named its model.
         ignored: further fields without effect, such as options that the chat template does not read.
 
     Raises:
-        MissingParameterError: `model` is empty.
-        ModelNotFoundError: there is no such model.
-        EngineUnavailableError: `model` is an adapter that is loaded together with the engine, which is not ready.
         UnsupportedParameterError: a field cannot be ignored, because it would change the answer.
         UnknownParameterError: a field is ignored, and the server is strict.
     """
     context = get_context(request)
-    served = ServedModel(context.model_names[0]) if model is None else context.find_model(model, get_tenant(request))
-    return Preamble(context, served, ignored_fields(body, strict=context.settings.strict, ignored=ignored))
-
-
-def begin_generation(request: Request, body: GenerationRequest, *, ignored: Sequence[str] = ()) -> Preamble:
-    """Do as `begin` for a request that should name a model, but need not if there is only one.
-
-    Raises MissingParameterError if there are LoRA adapters too, or the server is strict.
-    """
-    context = get_context(request)
-    if body.model is not None:
-        return begin(request, body, model=body.model, ignored=ignored)
-    adapters = {*context.settings.lora_paths, *context.client.adapters}
-    if context.settings.strict or any(map(get_tenant(request).may_use, adapters)):
-        raise MissingParameterError("model")
-    return replace(begin(request, body, model=None, ignored=ignored), is_model_missing=True)
+    names = ignored_fields(body, strict=context.settings.strict, ignored=ignored)
+    return Preamble(context, names, is_model_missing)
 
 
 def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()) -> list[str]:

@@ -9,7 +9,7 @@ import msgspec
 from fastapi import Request
 
 from engine.shared.messages import FinishReason, Submit, TokenEvent
-from server.context import ServerContext, get_context
+from server.context import get_context
 from server.engine_client.answer_budget import AnswerShare
 from server.engine_client.answer_size import least_embedding_bytes, too_large_error
 from server.engine_client.reservation import Reservation
@@ -18,6 +18,7 @@ from server.generation.timings import ChoiceEnd
 from server.http.errors import ServerError
 from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
+from server.models.served_model import ServedModel
 from server.schemas.request_fields import QueueFields
 from server.tenants import get_tenant
 
@@ -38,6 +39,7 @@ class PromptBatch:
 
 async def answer_prompts(
     request: Request,
+    model: ServedModel,
     body: QueueFields,
     make_submits: Callable[[], Sequence[Submit]],
     num_prompts: int,
@@ -60,13 +62,13 @@ async def answer_prompts(
     """
     context = get_context(request)
     # Reserve no more capacity than the engine can use at a time.
-    size = min(num_prompts, context.client.max_num_seqs, context.client.max_in_flight)
+    size = min(num_prompts, model.client.max_num_seqs, model.client.max_in_flight)
     tenant, timeout = get_tenant(request), body.queue_timeout
-    with context.client.reserve(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
+    with model.client.reserve(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
         too_large = too_large_error(param, "answer", context.answers.max_bytes)
         share = reservation.answer = AnswerShare(context.answers, tenant, reservation.fail, too_large)
         try:
-            batch = await _run_prompts(request, make_submits, reservation, size)
+            batch = await _run_prompts(request, model, make_submits, reservation, size)
             content = await context.run_text_work(request, write, batch)
         except BaseException:
             share.release()
@@ -75,7 +77,11 @@ async def answer_prompts(
 
 
 async def _run_prompts(
-    request: Request, make_submits: Callable[[], Sequence[Submit]], reservation: Reservation, size: int
+    request: Request,
+    model: ServedModel,
+    make_submits: Callable[[], Sequence[Submit]],
+    reservation: Reservation,
+    size: int,
 ) -> PromptBatch:
     """Run prompts, up to `size` at a time."""
     context = get_context(request)
@@ -85,16 +91,13 @@ async def _run_prompts(
     ids = (request.state.request_id,)
     submits = [msgspec.structs.replace(submit, ids=ids, prompt=number) for number, submit in enumerate(made)]
     share = reservation.answer
-    if (
-        share is not None
-        and least_embedding_bytes(submits, context.model_config.hidden_size) > context.answers.max_bytes
-    ):
+    if share is not None and least_embedding_bytes(submits, model.config.hidden_size) > context.answers.max_bytes:
         raise share.too_large
     submitted = time.monotonic()
     while len(events) < len(submits):
         waiting = submits[len(events) :]
-        num_ready = reservation.count or await context.client.refill(reservation, min(size, len(waiting)))
-        for event, ending in await _run(context, waiting[:num_ready], reservation, request.state.request_id):
+        num_ready = reservation.count or await model.client.refill(reservation, min(size, len(waiting)))
+        for event, ending in await _run(model, waiting[:num_ready], reservation, request.state.request_id):
             events.append(event)
             endings.append(ending)
     num_prompt_tokens = sum(len(submit.prompt_token_ids) for submit in submits)
@@ -103,10 +106,10 @@ async def _run_prompts(
 
 
 async def _run(
-    context: ServerContext, submits: Sequence[Submit], reservation: Reservation, request_id: str
+    model: ServedModel, submits: Sequence[Submit], reservation: Reservation, request_id: str
 ) -> list[tuple[TokenEvent, ChoiceEnd]]:
     async with AsyncExitStack() as stack:
-        streams = [await stack.enter_async_context(context.client.submit(submit, reservation)) for submit in submits]
+        streams = [await stack.enter_async_context(model.client.submit(submit, reservation)) for submit in submits]
         return [await _read(stream, request_id) for stream in streams]
 
 

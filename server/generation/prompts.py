@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 from engine.shared.messages import TokenLogprobs
-from server.context import ServerContext
 from server.http.errors import ContextLengthExceededError, InvalidValueError, clip
+from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT
 from server.text.parsers.answer_parser import AnswerFormat
 
@@ -31,9 +31,9 @@ def truncate_prompt(prompt: Prompt, num_tokens: int, side: str) -> Prompt:
     return replace(prompt, token_ids=token_ids, text=None)
 
 
-def vocab_size(context: ServerContext) -> int:
+def vocab_size(model: ServedModel) -> int:
     """Return the number of usable tokens: the model's embedding table may have more rows than there are tokens."""
-    return min(context.client.ready_info().vocab_size, context.tokenizer.vocab_size)
+    return min(model.client.ready_info().vocab_size, model.tokenizer.vocab_size)
 
 
 def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
@@ -46,19 +46,19 @@ def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
         raise ContextLengthExceededError(max_model_len, num_tokens, noun=noun, at_least=True)
 
 
-def check_min_tokens(context: ServerContext, text: str, limit: int | None, noun: str) -> None:
+def check_min_tokens(model: ServedModel, text: str, limit: int | None, noun: str) -> None:
     """Raise ContextLengthExceededError for a long text that certainly has more tokens than `limit`. None is no limit.
 
     This takes a fraction of the time to tokenize it.
     """
     if limit is None or len(text) <= max(limit, MAX_COUNTED):
         return
-    if (num_tokens := context.tokenizer.min_tokens(text, enough=limit)) > limit:
+    if (num_tokens := model.tokenizer.min_tokens(text, enough=limit)) > limit:
         raise ContextLengthExceededError(limit, num_tokens, noun=noun, at_least=True)
 
 
 def encode_prompt(
-    context: ServerContext,
+    model: ServedModel,
     value: str | list[int],
     *,
     noun: str = "prompt",
@@ -71,11 +71,11 @@ def encode_prompt(
     `limit` is not tokenized.
     """
     if isinstance(value, str):
-        check_text_size(len(value.encode()), context.max_model_len, noun)
-        check_min_tokens(context, value, limit, noun)
-        prompt = Prompt(context.tokenizer.encode(value, add_special_tokens=add_special_tokens), value)
+        check_text_size(len(value.encode()), model.max_model_len, noun)
+        check_min_tokens(model, value, limit, noun)
+        prompt = Prompt(model.tokenizer.encode(value, add_special_tokens=add_special_tokens), value)
     else:
-        _check_range(value, vocab_size(context), noun)
+        _check_range(value, vocab_size(model), noun)
         prompt = Prompt(value)
     if not prompt.token_ids:
         raise InvalidValueError(f"Invalid '{noun}': expected at least one token, but got none.", param=noun)
@@ -83,7 +83,7 @@ def encode_prompt(
 
 
 def encode_fim_prompt(
-    context: ServerContext,
+    model: ServedModel,
     prefix: str | list[int],
     suffix: str,
     *,
@@ -95,18 +95,18 @@ def encode_fim_prompt(
     As at llama.cpp's /infill, the text of special tokens is plain text in both. Raises BadRequestError. A long
     prefix or suffix that certainly has more tokens than `limit` is not tokenized.
     """
-    tokenizer = context.tokenizer
+    tokenizer = model.tokenizer
     if tokenizer.fim is None:
         message = "Invalid 'suffix': not supported by this model, which has no fill-in-the-middle (FIM) tokens."
         raise InvalidValueError(message, param="suffix", code="unsupported_parameter")
     text = prefix if isinstance(prefix, str) else ""
-    check_text_size(len(text.encode()) + len(suffix.encode()), context.max_model_len, "prompt")
+    check_text_size(len(text.encode()) + len(suffix.encode()), model.max_model_len, "prompt")
     for part in (text, suffix):
-        check_min_tokens(context, part, limit, "prompt")
+        check_min_tokens(model, part, limit, "prompt")
     if isinstance(prefix, str):
         prefix = tokenizer.encode_plain(prefix)
     else:
-        _check_range(prefix, vocab_size(context), "prompt")
+        _check_range(prefix, vocab_size(model), "prompt")
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer.add_bos else []
     joined = tokenizer.fim.join(prefix, tokenizer.encode_plain(suffix, is_continuation=True))
     return Prompt([*(bos if add_special_tokens else ()), *joined])

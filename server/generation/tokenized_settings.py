@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers
-from server.context import ServerContext
 from server.http.errors import InvalidValueError
 from server.http.validation import echo
+from server.models.served_model import ServedModel
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.samplers import SamplerFields
 from server.text.token_sequences import word_sequences
@@ -31,10 +31,10 @@ class TokenizedSettings(NamedTuple):
     extra_samplers: ExtraSamplers | None = None
 
 
-def tokenize_settings(context: ServerContext, body: GenerationRequest) -> TokenizedSettings:
+def tokenize_settings(model: ServedModel, body: GenerationRequest) -> TokenizedSettings:
     """Return the settings of a request. May be slow. Raises InvalidValueError for a bad word without tokens."""
     return TokenizedSettings(
-        bad_words=_bad_words(context.tokenizer, body.bad_words or ()), extra_samplers=_extra_samplers(context, body)
+        bad_words=_bad_words(model.tokenizer, body.bad_words or ()), extra_samplers=_extra_samplers(model, body)
     )
 
 
@@ -49,7 +49,7 @@ def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, .
     return tuple(found)
 
 
-def _extra_samplers(context: ServerContext, body: SamplerFields) -> ExtraSamplers | None:
+def _extra_samplers(model: ServedModel, body: SamplerFields) -> ExtraSamplers | None:
     """Return the samplers that the request turns on, or None if it sets neither samplers nor their order."""
     fields: dict[str, Any] = {}
     for name, (off, details) in SAMPLERS.items():
@@ -64,5 +64,5 @@ def _extra_samplers(context: ServerContext, body: SamplerFields) -> ExtraSampler
         fields["order"] = MIROSTAT_ORDER
     if "dry_multiplier" in fields:
         strings = SEQUENCE_BREAKERS if body.dry_sequence_breakers is None else body.dry_sequence_breakers
-        fields["dry_breakers"] = context.sequence_breakers.find(strings)
+        fields["dry_breakers"] = model.sequence_breakers.find(strings)
     return ExtraSamplers(**fields) if fields else None

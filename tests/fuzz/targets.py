@@ -89,7 +89,7 @@ def request(data: bytes) -> None:
     assert response.status_code < 500, response.text
     if response.status_code != 200:
         assert "error" in response.json()
-    wait_until(lambda: _server().context.client.num_in_flight == 0)
+    wait_until(lambda: _server().model.client.num_in_flight == 0)
 
 
 def http(data: bytes) -> None:

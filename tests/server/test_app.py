@@ -86,7 +86,7 @@ def test_the_sdk_does_not_retry_a_bad_request(server: RunningServer) -> None:
 
 @pytest.mark.checklist("E01")
 def test_a_full_queue_is_429_without_waiting(server: RunningServer, fake_engine: FakeEngine) -> None:
-    client = server.context.client
+    client = server.model.client
     reservation = client.reserve(client.max_in_flight, tenant=Tenant(name="127.0.0.1"))
     body = {"model": "tiny", "prompt": "x", "stream": True}
     durations = []
@@ -126,7 +126,7 @@ async def test_every_request_of_a_burst_is_answered(start_server: StartServer, f
             assert "error" not in response.text
         elif response.status_code == 200:
             assert len(response.json()["choices"]) == 1 + number % 3
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
     wait_until(lambda: fake_engine.num_choices == 0)
 
 
@@ -146,7 +146,7 @@ async def test_clients_that_disconnect_at_any_time_leave_nothing_behind(
                 await stream.receive()
 
     await asyncio.gather(*(disconnect(number) for number in range(100)))
-    wait_until(lambda: server.context.client.num_in_flight == 0, timeout=1.0)
+    wait_until(lambda: server.model.client.num_in_flight == 0, timeout=1.0)
     wait_until(lambda: fake_engine.num_choices == 0, timeout=1.0)
     finished = [
         server.metric("lightwell_request_success_total", finished_reason=reason)
@@ -165,8 +165,8 @@ def test_a_streaming_client_that_stops_reading_ends_its_request(server: RunningS
     with httpx.stream("POST", server.url + "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
-        assert server.context.client.num_in_flight == 1
-    wait_until(lambda: server.context.client.num_in_flight == 0, timeout=1.0)
+        assert server.model.client.num_in_flight == 1
+    wait_until(lambda: server.model.client.num_in_flight == 0, timeout=1.0)
     wait_until(lambda: len(fake_engine.aborts) == 1, timeout=1.0)
 
 

@@ -507,9 +507,9 @@ def test_a_model_card_recommends_sampling(address: str, model_folder: Path) -> N
         model_card_sampling={"temperature": 0.2, "top_p": 0.9},
     )
     context = make_context(config)
-    if context.chat_template is not None:
-        context.chat_template.close()
-    default = context.default_sampling
+    if context.models.default.chat_template is not None:
+        context.models.default.chat_template.close()
+    default = context.models.default.default_sampling
     assert default.values == {"top_p": 0.5, "temperature": 0.2}
     assert default.sources == {"top_p": "--default-sampling", "temperature": "model card"}
 

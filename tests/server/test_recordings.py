@@ -136,4 +136,4 @@ def test_an_engine_that_fails(start_server: StartServer, fake_engine: FakeEngine
     response = httpx.post(f"{server.url}/v1/requests/{answer_id}/replay")
     check_error(response, 500)
     assert "secret" not in response.text
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0

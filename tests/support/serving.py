@@ -19,6 +19,7 @@ from server.app import create_app
 from server.context import ServerContext
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
+from server.models.served_model import ServedModel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
 from server.sockets.certificate import Certificate
@@ -36,6 +37,11 @@ class RunningServer:
         self.context = context
         self._app = app
         self._engine = engine
+
+    @property
+    def model(self) -> ServedModel:
+        """The first model."""
+        return self.context.models.default
 
     @property
     def port(self) -> int:
@@ -123,7 +129,7 @@ def running_server(
     try:
         wait_until(lambda: server.started)
         if wait_ready:
-            wait_until(lambda: context.client.is_ready)
+            wait_until(lambda: context.models.default.client.is_ready)
         yield RunningServer(url(sockets[0], is_tls=certificate is not None), app, context, engine)
     finally:
         loops[0].call_soon_threadsafe(server.stop)

@@ -57,13 +57,13 @@ def write_tool_model(folder: Path, *, special_tags: bool) -> Path:
 
 def say(server: RunningServer, text: str) -> None:
     """Set the text that the model generates."""
-    server.engine.config.reply = server.context.tokenizer.encode(text, add_special_tokens=False)
+    server.engine.config.reply = server.model.tokenizer.encode(text, add_special_tokens=False)
 
 
 def prompt(server: RunningServer, **fields: Any) -> str:
     """Send a request and return its prompt as text."""
     ask_json(server.url, CHAT, **fields)
-    return server.context.tokenizer.decode(server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
+    return server.model.tokenizer.decode(server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
 
 
 def messages_of(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

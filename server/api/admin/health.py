@@ -27,7 +27,7 @@ async def health(request: Request) -> Response:
 async def alive(request: Request) -> Response:
     """Return 200 while the model loads, or the engine runs or is being restarted; 503 once it is dead or hangs."""
     context = get_context(request)
-    return _answer(context, is_ok=context.client.is_alive)
+    return _answer(context, is_ok=context.models.default.client.is_alive)
 
 
 @router.head("/readyz", include_in_schema=False)
@@ -35,15 +35,17 @@ async def alive(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Return 200 while new requests are admitted."""
     context = get_context(request)
-    return _answer(context, is_ok=_makes_progress(context) and not context.client.drain_requested.is_set())
+    return _answer(
+        context, is_ok=_makes_progress(context) and not context.models.default.client.drain_requested.is_set()
+    )
 
 
 def _makes_progress(context: ServerContext) -> bool:
-    return context.client.is_healthy and not context.text_threads.is_stuck
+    return context.models.default.client.is_healthy and not context.text_threads.is_stuck
 
 
 def _answer(context: ServerContext, *, is_ok: bool) -> Response:
-    client = context.client
+    client = context.models.default.client
     if is_ok:
         return StructResponse({"status": "ok", "restarts": client.num_restarts} | _engines(client))
     if client.restarting_since is not None:

@@ -17,6 +17,7 @@ from server.engine_client.answer_size import too_large_error
 from server.engine_client.streams import RequestStream
 from server.generation.choice_delta import json_logprob
 from server.http.errors import RecordedAdapterError, ServerError
+from server.models.served_model import ServedModel
 from server.recordings import RecordedChoice, Recording
 from server.tenants import Tenant
 from server.text.choice_text import token_text
@@ -28,22 +29,23 @@ async def replay(context: ServerContext, tenant: Tenant, request_id: str, record
 
     Raises APIError if the engine is full, fails, or does not have the request's adapter loaded.
     """
-    _check_adapter(context, tenant, recording.submits[0])
+    model = context.models.find(recording.model, tenant).base
+    _check_adapter(model, tenant, recording.submits[0])
     submits = [
         _resubmission(submit, choices) for submit, choices in zip(recording.submits, recording.choices, strict=True)
     ]
     with contextlib.ExitStack() as stack:
-        reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in submits), tenant=tenant))
+        reservation = stack.enter_context(model.client.reserve(sum(submit.n for submit in submits), tenant=tenant))
         too_large = too_large_error(None, "replayed answer", context.answers.max_bytes)
         share = reservation.answer = AnswerShare(context.answers, tenant, reservation.fail, too_large)
         stack.callback(share.release)
         streams = []
         for submit in submits:
-            streams.append(context.client.submit(submit, reservation))
+            streams.append(model.client.submit(submit, reservation))
             stack.callback(streams[-1].close)
         replayed = [await _collect(stream, submit) for stream, submit in zip(streams, submits, strict=True)]
         choices = await context.text_threads.run(
-            tenant, share.num_bytes, _compare, context.tokenizer, recording, replayed
+            tenant, share.num_bytes, _compare, model.tokenizer, recording, replayed
         )
         share.check()
     return Replay(id=request_id, bit_equal=all(choice.bit_equal for choice in choices), choices=choices)
@@ -60,11 +62,11 @@ def _compare(
     return choices
 
 
-def _check_adapter(context: ServerContext, tenant: Tenant, submit: Submit) -> None:
+def _check_adapter(model: ServedModel, tenant: Tenant, submit: Submit) -> None:
     """Raise RecordedAdapterError unless the adapter that the request used is still loaded under its name."""
     if not submit.lora_name:
         return
-    loaded = context.client.adapters.get(submit.lora_name)
+    loaded = model.client.adapters.get(submit.lora_name)
     if loaded is None or not tenant.may_use(submit.lora_name) or loaded.fingerprint != submit.lora_fingerprint:
         raise RecordedAdapterError(submit.lora_name)
 

@@ -16,12 +16,13 @@ from server.api.admin.schemas import (
     TokenizerInfo,
 )
 from server.api.chat.conversion import encode_request, unknown_in_messages
-from server.context import ServerContext, get_context
-from server.generation.preamble import begin
+from server.context import get_context
+from server.generation.preamble import begin, find_model
 from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError
 from server.http.json_response import StructResponse
 from server.http.json_route import StrictJSONRoute
+from server.models.served_model import ServedModel
 
 router = APIRouter()
 json_router = APIRouter(route_class=StrictJSONRoute)
@@ -33,12 +34,12 @@ MAX_TEXT_BYTES = 1 << 20
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Encode a prompt, or messages rendered by the chat template, as token ids."""
     context = get_context(request)
-    preamble = begin(request, body, model=body.model, ignored=unknown_in_messages(body.messages or ()))
-    headers = preamble.accept()
+    model = find_model(request, body.model)
+    headers = begin(request, body, ignored=unknown_in_messages(body.messages or ())).accept()
     body.check()
-    max_model_len = context.max_model_len
+    max_model_len = model.base.max_model_len
     start = time.monotonic()
-    answer = await context.run_text_work(request, _tokenize, context, body, max_model_len)
+    answer = await context.run_text_work(request, _tokenize, model.base, body, max_model_len)
     context.metrics.observe_tokenizer(time.monotonic() - start)
     return context.long_answer(request, answer, headers)
 
@@ -47,19 +48,20 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """Decode token ids to text."""
     context = get_context(request)
-    headers = begin(request, body, model=body.model).accept()
-    _check_token_ids(body.tokens, vocab_size(context))
-    answer = await context.run_text_work(request, _detokenize, context, body)
+    model = find_model(request, body.model)
+    headers = begin(request, body).accept()
+    _check_token_ids(body.tokens, vocab_size(model.base))
+    answer = await context.run_text_work(request, _detokenize, model.base, body)
     return context.long_answer(request, answer, headers)
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template, for clients that render and count by themselves."""
-    context = get_context(request)
-    tokenizer, template = context.tokenizer, context.chat_template
+    model = find_model(request, request.query_params.get("model")).base
+    tokenizer, template = model.tokenizer, model.chat_template
     info = TokenizerInfo(
-        model_max_length=context.max_model_len,
+        model_max_length=model.max_model_len,
         vocab_size=tokenizer.vocab_size,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
@@ -72,25 +74,23 @@ async def tokenizer_info(request: Request) -> Response:
 router.include_router(json_router)
 
 
-def _detokenize(context: ServerContext, body: DetokenizeRequest) -> bytes:
-    text = context.tokenizer.decode(body.tokens, skip_special_tokens=False)
+def _detokenize(model: ServedModel, body: DetokenizeRequest) -> bytes:
+    text = model.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return msgspec.json.encode(DetokenizeResponse(text))
 
 
-def _tokenize(context: ServerContext, body: TokenizeRequest, max_model_len: int) -> bytes:
-    token_ids = (
-        _encode_prompt(context, body) if body.messages is None else encode_request(context, body.chat()).token_ids
-    )
+def _tokenize(model: ServedModel, body: TokenizeRequest, max_model_len: int) -> bytes:
+    token_ids = _encode_prompt(model, body) if body.messages is None else encode_request(model, body.chat()).token_ids
     token_strs = None
     if body.return_token_strs:
-        token_strs = [context.tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
+        token_strs = [model.tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
     return msgspec.json.encode(TokenizeResponse(len(token_ids), max_model_len, token_ids, token_strs))
 
 
-def _encode_prompt(context: ServerContext, body: TokenizeRequest) -> list[int]:
+def _encode_prompt(model: ServedModel, body: TokenizeRequest) -> list[int]:
     prompt = body.prompt or ""
     _check_size(prompt, "prompt")
-    return context.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+    return model.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
 
 def _check_size(text: str, param: str) -> None:

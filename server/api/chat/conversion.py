@@ -10,12 +10,12 @@ from server.api.chat.constraints import chat_constraint, unenforced_in_chat
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.chat.writer import ChatWriter
 from server.constrained.constraints import Constraint
-from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
 from server.generation.preamble import undeclared_fields
 from server.generation.prompts import Prompt, check_min_tokens, check_text_size
 from server.generation.token_fields import TokenFields
 from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
+from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT
 from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.parsers.answer_parser import AnswerFormat
@@ -46,24 +46,24 @@ class ChatEndpoint:
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
         return "max_tokens" if body.max_completion_tokens in (None, NO_LIMIT) else "max_completion_tokens"
 
-    def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
-        unread = unread_options(context.chat_template, body)
+    def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
+        unread = unread_options(model.chat_template, body)
         return [*unknown_in_messages(body.messages), *unread, *unenforced_in_chat(body)]
 
-    def encode(self, context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
-        return [encode_request(context, body, limit=limit)]
+    def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+        return [encode_request(model, body, limit=limit)]
 
-    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(context.constraint_builder, body, prompt)
+    def constraint(self, model: ServedModel, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(model.constraint_builder, body, prompt)
 
     def writer(
-        self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+        self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> ChatWriter:
         prompt_text: str | UnsetType = UNSET
         if body.return_prompt_text:
-            prompt_text = context.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
+            prompt_text = model.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
         return ChatWriter(
-            context.tokenizer,
+            model.tokenizer,
             metadata,
             body.stream_options,
             with_logprobs=bool(body.logprobs),
@@ -74,12 +74,12 @@ class ChatEndpoint:
         )
 
 
-def encode_request(context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> Prompt:
+def encode_request(model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> Prompt:
     """Return the prompt of a chat request.
 
     Raises BadRequestError, before tokenizing if a long prompt certainly has more tokens than `limit`.
     """
-    template = context.chat_template
+    template = model.chat_template
     if template is None:
         raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
     messages = [message.for_template() for message in body.messages]
@@ -89,27 +89,27 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest, *, limit
     options = template_options(template, body)
     if template.is_harmony:
         messages, tools, options = harmony_messages(messages), harmony_tools(tools), harmony_options(options)
-    check_text_size(len(msgspec.json.encode([messages, tools, options])), context.max_model_len, "messages")
+    check_text_size(len(msgspec.json.encode([messages, tools, options])), model.max_model_len, "messages")
     try:
         token_ids = encode_chat(
             template,
-            context.tokenizer,
+            model.tokenizer,
             messages,
             add_generation_prompt=body.opens_answer,
             continue_final_message=bool(body.continue_final_message),
             tools=tools,
             template_kwargs=options,
-            check_prompt=lambda prompt: check_min_tokens(context, prompt, limit, "messages"),
+            check_prompt=lambda prompt: check_min_tokens(model, prompt, limit, "messages"),
         )
     except (ChatTemplateError, TemplateLimitError) as error:
         raise InvalidValueError(str(error), param="messages") from error
-    if body.add_special_tokens and context.tokenizer.add_bos and context.tokenizer.bos_token_id is not None:
-        token_ids = [context.tokenizer.bos_token_id, *token_ids]
+    if body.add_special_tokens and model.tokenizer.add_bos and model.tokenizer.bos_token_id is not None:
+        token_ids = [model.tokenizer.bos_token_id, *token_ids]
     if not token_ids:
         raise InvalidValueError(
             "Invalid 'messages': the model's chat template renders them as an empty prompt.", param="messages"
         )
-    format = _output_format(template, context.tokenizer, body, token_ids)
+    format = _output_format(template, model.tokenizer, body, token_ids)
     return Prompt(token_ids, answer_format=None if format.is_plain else format)
 
 

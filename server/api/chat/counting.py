@@ -6,7 +6,7 @@ from server.api.chat.schemas import ChatCompletionRequest
 from server.context import get_context
 from server.generation.endpoint import Endpoint
 from server.generation.pipeline import encode_prompts
-from server.generation.preamble import begin_generation
+from server.generation.preamble import begin, find_generating_model
 
 
 async def count_prompt_tokens(
@@ -17,8 +17,10 @@ async def count_prompt_tokens(
     Raises BadRequestError or ModelNotFoundError.
     """
     context = get_context(request)
-    preamble = begin_generation(request, body, ignored=endpoint.ignored_fields(context, body))
+    model = find_generating_model(request, body.model)
+    ignored = endpoint.ignored_fields(model.base, body)
+    preamble = begin(request, body, is_model_missing=body.model is None, ignored=ignored)
     body.check()
     headers = preamble.accept()
-    (prompt,) = await context.run_text_work(request, encode_prompts, context, body, endpoint)
+    (prompt,) = await context.run_text_work(request, encode_prompts, model.base, body, endpoint)
     return len(prompt.token_ids), headers

@@ -9,10 +9,10 @@ from server.api.completions.schemas import (
 )
 from server.api.completions.writer import CompletionWriter
 from server.constrained.constraints import Constraint, unenforced_keywords
-from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt
 from server.generation.token_fields import TokenFields
+from server.models.served_model import ServedModel
 
 
 class CompletionEndpoint:
@@ -25,22 +25,22 @@ class CompletionEndpoint:
     def max_tokens_field(self, body: CompletionRequest) -> str:
         return "max_tokens"
 
-    def ignored_fields(self, context: ServerContext, body: CompletionRequest) -> list[str]:
+    def ignored_fields(self, model: ServedModel, body: CompletionRequest) -> list[str]:
         return unenforced_keywords(body)
 
-    def encode(self, context: ServerContext, body: CompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+    def encode(self, model: ServedModel, body: CompletionRequest, *, limit: int | None = None) -> list[Prompt]:
         options: Any = {"add_special_tokens": body.add_special_tokens is not False, "limit": limit}
         if body.suffix:
-            return [encode_fim_prompt(context, text, body.suffix, **options) for text in body.prompt]
-        return [encode_prompt(context, value, **options) for value in body.prompt]
+            return [encode_fim_prompt(model, text, body.suffix, **options) for text in body.prompt]
+        return [encode_prompt(model, value, **options) for value in body.prompt]
 
-    def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
-        return context.constraint_builder.content(body)
+    def constraint(self, model: ServedModel, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
+        return model.constraint_builder.content(body)
 
     def writer(
-        self, context: ServerContext, body: CompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+        self, model: ServedModel, body: CompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> CompletionWriter:
-        tokenizer, with_logprobs = context.tokenizer, body.logprobs is not None
+        tokenizer, with_logprobs = model.tokenizer, body.logprobs is not None
         echoes = None
         if body.echo:
             echoes = PromptEchoes(tokenizer, prompts, num_choices=body.num_returned_choices, num_top=body.logprobs)

@@ -4,29 +4,28 @@ from typing import Any
 
 from engine.shared.messages import Pooling, SamplingParams, Submit
 from server.api.embeddings.schemas import EmbeddingRequest
-from server.context import ServedModel, ServerContext
 from server.generation.prompts import encode_prompt, fit_max_tokens, truncate_prompt
+from server.models.served_model import ModelVariant, ServedModel
 
 
-def encode_inputs(context: ServerContext, body: EmbeddingRequest) -> list[list[int]]:
+def encode_inputs(model: ServedModel, body: EmbeddingRequest) -> list[list[int]]:
     """Return the token ids of each input. Raises BadRequestError."""
     num_tokens = body.truncate_prompt_tokens
     options: Any = {
         "add_special_tokens": body.add_special_tokens is not False,
-        "limit": context.max_model_len if num_tokens is None else None,
+        "limit": model.max_model_len if num_tokens is None else None,
     }
-    prompts = [encode_prompt(context, value, noun="input", **options) for value in body.input]
+    prompts = [encode_prompt(model, value, noun="input", **options) for value in body.input]
     if num_tokens is not None:
-        num_tokens = context.max_model_len if num_tokens == -1 else num_tokens
+        num_tokens = model.max_model_len if num_tokens == -1 else num_tokens
         prompts = [truncate_prompt(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
     for prompt in prompts:
-        fit_max_tokens(0, len(prompt.token_ids), context.max_model_len, "input")
+        fit_max_tokens(0, len(prompt.token_ids), model.max_model_len, "input")
     return [prompt.token_ids for prompt in prompts]
 
 
 def make_submit(
-    context: ServerContext,
-    model: ServedModel,
+    model: ModelVariant,
     request_id: str,
     token_ids: list[int],
     arrival: float,
@@ -34,7 +33,7 @@ def make_submit(
     priority: int = 0,
 ) -> Submit:
     """Return the engine message that asks for the embedding of a prompt."""
-    params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(context.settings.pooling))
+    params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(model.base.settings.pooling))
     return Submit(
         request_id=request_id,
         prompt_token_ids=token_ids,

@@ -10,12 +10,12 @@ from fastapi import Request, Response
 from engine.shared.messages import Submit
 from server.api.embeddings.conversion import encode_inputs, make_submit
 from server.api.embeddings.schemas import EmbeddingRequest
-from server.context import ServedModel, get_context
-from server.generation.preamble import begin
+from server.generation.preamble import begin, find_model
 from server.generation.prompt_batch import PromptBatch, answer_prompts
 from server.generation.timings import ChoiceEnd, request_timings
 from server.http.errors import InvalidValueError, ServerError
 from server.http.sse import run_until_disconnect
+from server.models.served_model import ModelVariant
 from server.schemas.answers import RequestTimings
 
 NO_SEED = 0  # nothing is sampled
@@ -42,36 +42,36 @@ async def respond(request: Request, body: EmbeddingRequest, write: Callable[[Emb
     return await run_until_disconnect(request, _embed(request, body, model, headers, write))
 
 
-def _validate(request: Request, body: EmbeddingRequest) -> tuple[ServedModel, dict[str, str]]:
+def _validate(request: Request, body: EmbeddingRequest) -> tuple[ModelVariant, dict[str, str]]:
     """Return the model to use and the headers of the answer.
 
     Raises BadRequestError, ModelNotFoundError or EngineUnavailableError.
     """
-    context = get_context(request)
-    preamble = begin(request, body, model=body.model)
-    size = context.model_config.hidden_size
+    model = find_model(request, body.model)
+    preamble = begin(request, body)
+    size = model.base.config.hidden_size
     if body.dimensions is not None and body.dimensions > size:
         message = (
             f"Invalid 'dimensions': integer above maximum value. Expected a value <= {size}, "
             f"but got {body.dimensions} instead."
         )
         raise InvalidValueError(message, param="dimensions", code="integer_above_max_value")
-    return preamble.model, {"x-lightwell-deterministic": context.deterministic, **preamble.accept()}
+    return model, {"x-lightwell-deterministic": model.base.deterministic, **preamble.accept()}
 
 
 async def _embed(
     request: Request,
     body: EmbeddingRequest,
-    model: ServedModel,
+    model: ModelVariant,
     headers: dict[str, str],
     write: Callable[[Embeddings], bytes],
 ) -> Response:
-    context, arrival, name = get_context(request), time.monotonic(), f"embd-{secrets.token_hex(16)}"
+    arrival, name = time.monotonic(), f"embd-{secrets.token_hex(16)}"
 
     def make_submits() -> list[Submit]:
         return [
-            make_submit(context, model, f"{name}-{index}", token_ids, arrival, priority=body.priority or 0)
-            for index, token_ids in enumerate(encode_inputs(context, body))
+            make_submit(model, f"{name}-{index}", token_ids, arrival, priority=body.priority or 0)
+            for index, token_ids in enumerate(encode_inputs(model.base, body))
         ]
 
     def write_batch(batch: PromptBatch) -> bytes:
@@ -81,5 +81,5 @@ async def _embed(
         return write(Embeddings(vectors, batch.num_prompt_tokens, arrival, batch.submitted, batch.last_end))
 
     return await answer_prompts(
-        request, body, make_submits, len(body.input), param="input", write=write_batch, headers=headers
+        request, model.base, body, make_submits, len(body.input), param="input", write=write_batch, headers=headers
     )

@@ -15,8 +15,10 @@ from starlette.responses import Response
 
 from engine.shared.records import Question
 from server.context import ServerContext, get_context
+from server.generation.preamble import find_model
 from server.http.access_control import HostRules, host_of_url, tenant_of_keys
 from server.http.errors import APIError, ForbiddenError, InvalidValueError, UnauthorizedError
+from server.models.served_model import ServedModel
 from server.settings.load import hidden_without_keys
 from server.settings.table import Settings
 from server.tenants import Tenant, get_tenant
@@ -34,9 +36,13 @@ FORWARDING_PREFIX = "x-forwarded-"
 ALLOWED_BY = "; --inspect-public allows it."
 
 
-async def check_may_read(request: Request) -> None:
+async def check_may_read(
+    request: Request,
+    model: Annotated[str | None, Query(description="The model whose engine is asked. Default: the first one.")] = None,
+) -> None:
     """Raise APIError unless the client may read records: its own ones, or with an admin key those of all."""
     settings = get_context(request).settings
+    request.state.model = model
     if not settings.inspect:
         raise APIError(404, "This server was started with --no-inspect.", code="not_enabled")
     if (error := _check_page(settings, request.headers)) is not None:
@@ -76,13 +82,20 @@ def _refusal(settings: Settings, headers: Headers) -> str | None:
     return None
 
 
+def _requested_model(request: Request) -> ServedModel:
+    """Return the base model of the query parameter `model`, or the first one. Raises ModelNotFoundError."""
+    name, models = request.state.model, get_context(request).models
+    return models.default if name is None or len(models.models) == 1 else find_model(request, name).base
+
+
 class RecordAccess:
     """The records that the client of a request may see."""
 
     def __init__(self, request: Request, engine: int = 0) -> None:
         """`engine`: number of the engine whose records are read. Raises InvalidValueError if there is none."""
         self.context: ServerContext = get_context(request)
-        engines = self.context.client.engines
+        self.model: ServedModel = _requested_model(request)
+        engines = self.model.client.engines
         if engine >= len(engines):
             message = f"Invalid 'engine': expected 0 to {len(engines) - 1}, but got {engine} instead."
             raise InvalidValueError(message, param="engine")
@@ -118,7 +131,7 @@ class RecordAccess:
     @property
     def engine_id(self) -> str:
         """An id of the engine process. Steps of another one are numbered from 1 again."""
-        number = "" if len(self.context.client.engines) == 1 else f"-{self.engine.number}"
+        number = "" if len(self.model.client.engines) == 1 else f"-{self.engine.number}"
         return f"{self.context.created}{number}-{self.engine.liveness.num_restarts}"
 
     @property
@@ -133,7 +146,7 @@ class RecordAccess:
     def of_all_engines(self) -> list[Self]:
         """Return the same access to the records of each engine that can answer, or to these if none can."""
         accesses = []
-        for engine in self.context.client.engines:
+        for engine in self.model.client.engines:
             access = copy.copy(self)
             access.engine = engine
             accesses.append(access)

@@ -73,7 +73,7 @@ async def _events(access: RecordAccess, engine: str, after: int) -> AsyncGenerat
 
     Another engine is read from its first step.
     """
-    client, records, num_seen = access.context.client, access.engine.records, -1
+    client, records, num_seen = access.model.client, access.engine.records, -1
     while not client.drain_requested.is_set():
         access.check_key()
         if not access.engine.liveness.is_restarting and records.has_room and num_seen != records.num_steps:

@@ -20,8 +20,7 @@ from server.api.inspection.schemas import (
     Sampling,
     Stage,
 )
-from server.context import ServerContext
-from server.generation.preamble import begin
+from server.generation.preamble import begin, find_model
 from server.generation.prompts import encode_prompt
 from server.http.errors import (
     APIError,
@@ -34,6 +33,7 @@ from server.http.errors import (
 )
 from server.http.json_route import StrictJSONRoute
 from server.http.sse import run_until_disconnect
+from server.models.served_model import ServedModel
 from server.text.choice_text import token_text
 
 MAX_POSITIONS = 64
@@ -83,18 +83,18 @@ class InspectRequest(BaseModel):
 async def inspect(request: Request, body: InspectRequest) -> Response:
     """Show what happens inside the model: logit lens, attention, norms, experts and the stages of the sampler."""
     access = RecordAccess(request)
-    context = access.context
-    preamble = begin(request, body, model=body.model)
-    headers = preamble.accept()
-    layer_heads = [layer.attention.num_heads for layer in context.model_config.layers]
+    model = find_model(request, access.model.name if body.model is None else body.model)
+    access.model = base = model.base
+    access.engine = base.client.engines[0]
+    headers = begin(request, body).accept()
+    layer_heads = [layer.attention.num_heads for layer in base.config.layers]
     body.check(layer_heads)
     token_ids: list[int] = []
     if body.prompt is not None:
-        prompt = await context.run_text_work(request, encode_prompt, context, body.prompt)
+        prompt = await access.context.run_text_work(request, encode_prompt, base, body.prompt)
         token_ids = prompt.token_ids
-        if len(token_ids) > context.max_model_len:
-            raise ContextLengthExceededError(context.max_model_len, len(token_ids), noun="prompt")
-    adapter = preamble.model.adapter
+        if len(token_ids) > base.max_model_len:
+            raise ContextLengthExceededError(base.max_model_len, len(token_ids), noun="prompt")
     max_positions = min(MAX_POSITIONS, max(1, MAX_ATTENDED // (sum(layer_heads) * body.top)))
     question = Inspect(
         tenant=access.own_name,
@@ -102,12 +102,12 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
         prompt=body.prompt_index,
         index=body.index,
         prompt_token_ids=token_ids,
-        lora_name=preamble.model.lora_name,
-        lora_fingerprint="" if adapter is None else adapter.fingerprint,
+        lora_name=model.lora_name,
+        lora_fingerprint=model.lora_fingerprint,
         start=body.start,
         end=body.end,
         max_positions=max_positions,
-        max_end=min(MAX_END, context.max_model_len),
+        max_end=min(MAX_END, base.max_model_len),
         top=body.top,
         layer=body.layer,
         head=body.head,
@@ -115,7 +115,7 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
     answer = await run_until_disconnect(request, _ask(access, question))
     if answer.problem is not None:
         raise _error(answer.problem, answer.num_tokens, body, question)
-    return await access.respond(_inspection, context, body, answer, headers=headers)
+    return await access.respond(_inspection, base, body, answer, headers=headers)
 
 
 async def _ask(access: RecordAccess, question: Inspect) -> Inspected:
@@ -162,10 +162,10 @@ def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, qu
 class _Texts:
     """The texts of tokens, each looked up once."""
 
-    def __init__(self, context: ServerContext) -> None:
+    def __init__(self, model: ServedModel) -> None:
         @cache
         def text(token_id: int) -> str:
-            return token_text(context.tokenizer, token_id)
+            return token_text(model.tokenizer, token_id)
 
         self._text = text
 
@@ -176,9 +176,9 @@ class _Texts:
         return [RankedToken(token_id, self._text(token_id), logprob) for token_id, logprob in pairs]
 
 
-def _inspection(context: ServerContext, body: InspectRequest, answer: Inspected) -> Inspection:
+def _inspection(model: ServedModel, body: InspectRequest, answer: Inspected) -> Inspection:
     """Return what a client sees of an answer. `body` is the question."""
-    texts = _Texts(context)
+    texts = _Texts(model)
     positions = [_position(texts, view, answer) for view in answer.positions]
     compared = [position.is_equal for position in positions if position.is_equal is not None]
     attention = None
@@ -198,8 +198,8 @@ def _inspection(context: ServerContext, body: InspectRequest, answer: Inspected)
     )
     return Inspection(
         id=answer.ids[0] if answer.ids else None,
-        model=answer.lora_name or context.model_names[0],
-        num_layers=len(context.model_config.layers),
+        model=answer.lora_name or model.name,
+        num_layers=len(model.config.layers),
         num_heads=answer.num_heads,
         num_experts=answer.num_experts,
         num_prompt_tokens=answer.num_prompt_tokens,

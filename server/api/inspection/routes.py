@@ -102,7 +102,7 @@ async def list_requests(
     question = ReadRequests(
         tenant=access.own_name if key is None else key,
         state=state,
-        lora_name="" if model in access.context.model_names else model,
+        lora_name="" if model in access.model.names else model,
         limit=limit,
     )
     answers = [(each, await read_requests(each, question)) for each in access.of_all_engines()]

@@ -59,7 +59,7 @@ def engine_view(access: RecordAccess, info: EngineInfo) -> EngineView:
         weight_bytes=info.weight_bytes,
         kv_cache_bytes=info.kv_cache_bytes,
         activation_bytes=info.activation_bytes,
-        num_engines=len(access.context.client.engines),
+        num_engines=len(access.model.client.engines),
         available_bytes=available_memory(),
     )
 
@@ -188,7 +188,7 @@ def _fields(access: RecordAccess, info: RequestInfo, now: float) -> dict[str, An
         "prompt": info.prompt,
         "index": info.index,
         "key": access.key_name(info.tenant),
-        "model": info.lora_name or access.context.model_names[0],
+        "model": info.lora_name or access.model.name,
         "state": info.state,
         "finish_reason": info.finish_reason,
         "arrival": times.arrival + offset,

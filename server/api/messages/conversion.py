@@ -35,11 +35,11 @@ from server.api.messages.schemas import (
 )
 from server.api.messages.writer import MessagesWriter
 from server.constrained.constraints import Constraint
-from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
 from server.generation.reasoning_budget import supports_reasoning_budget
 from server.http.errors import InvalidValueError, MissingParameterError
+from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT
 
 RESPONSE_FORMAT = r"response_format(\.json_schema)?"
@@ -61,10 +61,10 @@ class ModelCapabilities:
     keeps_system_position: bool = True  # renders system messages at their position in the conversation
 
     @classmethod
-    def of(cls, context: ServerContext) -> "ModelCapabilities":
-        template = context.chat_template
+    def of(cls, model: ServedModel) -> "ModelCapabilities":
+        template = model.chat_template
         return cls(
-            supports_reasoning_budget=supports_reasoning_budget(context),
+            supports_reasoning_budget=supports_reasoning_budget(model),
             reads_effort=reads_effort(template),
             keeps_system_position=template is not None and template.keeps_system_position,
         )
@@ -310,16 +310,16 @@ class MessagesEndpoint:
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
         return "max_tokens"
 
-    def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
-        return ChatEndpoint().ignored_fields(context, body)
+    def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
+        return ChatEndpoint().ignored_fields(model, body)
 
-    def encode(self, context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
-        return ChatEndpoint().encode(context, body, limit=limit)
+    def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+        return ChatEndpoint().encode(model, body, limit=limit)
 
-    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(context.constraint_builder, body, prompt)
+    def constraint(self, model: ServedModel, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(model.constraint_builder, body, prompt)
 
     def writer(
-        self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+        self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> MessagesWriter:
         return MessagesWriter(metadata, with_thinking=body.include_reasoning is not False)

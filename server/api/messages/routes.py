@@ -9,6 +9,7 @@ from server.api.messages.conversion import MessagesEndpoint, ModelCapabilities, 
 from server.api.messages.schemas import CountTokensRequest, CountTokensResponse, MessagesRequest
 from server.context import get_context
 from server.generation.pipeline import respond
+from server.generation.preamble import find_model
 from server.http.json_response import StructResponse
 from server.http.json_route import StrictJSONRoute
 
@@ -39,5 +40,5 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
 
 
 async def _to_chat(request: Request, body: CountTokensRequest) -> ChatCompletionRequest:
-    context = get_context(request)
-    return await context.convert(request, to_chat, body, ModelCapabilities.of(context))
+    model = find_model(request, body.model).base
+    return await get_context(request).convert(request, to_chat, body, ModelCapabilities.of(model))

@@ -25,10 +25,11 @@ from server.api.ollama.schemas import (
 )
 from server.api.ollama.writer import MakeAnswer, OllamaWriter
 from server.constrained.constraints import Constraint
-from server.context import ServerContext, get_context
+from server.context import get_context
 from server.generation.endpoint import AnswerMetadata, Endpoint
 from server.generation.prompts import Prompt, encode_prompt
 from server.http.errors import InvalidValueError, UnsupportedParameterError
+from server.models.served_model import ServedModel
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import get_tenant
 
@@ -88,7 +89,7 @@ def served_name(request: Request, name: str) -> str:
 
     As in Ollama, the case of letters is irrelevant unless two served names differ by it alone.
     """
-    models = get_context(request).served_models(get_tenant(request))
+    models = get_context(request).models.variants(get_tenant(request))
     for fold in (str, str.lower):
         served = {fold(model.name): model.name for model in models}
         wanted = fold(name)
@@ -314,25 +315,25 @@ class OllamaEndpoint(Generic[Body]):
     def max_tokens_field(self, body: Body) -> str:
         return "options.num_predict"
 
-    def ignored_fields(self, context: ServerContext, body: Body) -> list[str]:
-        return self.inner.ignored_fields(context, body)
+    def ignored_fields(self, model: ServedModel, body: Body) -> list[str]:
+        return self.inner.ignored_fields(model, body)
 
-    def encode(self, context: ServerContext, body: Body, *, limit: int | None = None) -> list[Prompt]:
-        prompts = self.inner.encode(context, body, limit=limit)
+    def encode(self, model: ServedModel, body: Body, *, limit: int | None = None) -> list[Prompt]:
+        prompts = self.inner.encode(model, body, limit=limit)
         if self.context_ids:
-            earlier = encode_prompt(context, list(self.context_ids), noun="context").token_ids
+            earlier = encode_prompt(model, list(self.context_ids), noun="context").token_ids
             for prompt in prompts:
                 prompt.token_ids = [*earlier, *prompt.token_ids]
         return prompts
 
-    def constraint(self, context: ServerContext, body: Body, prompt: Prompt) -> Constraint | None:
-        return self.inner.constraint(context, body, prompt)
+    def constraint(self, model: ServedModel, body: Body, prompt: Prompt) -> Constraint | None:
+        return self.inner.constraint(model, body, prompt)
 
     def writer(
-        self, context: ServerContext, body: Body, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+        self, model: ServedModel, body: Body, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> OllamaWriter:
         return OllamaWriter(
-            context.tokenizer,
+            model.tokenizer,
             self.model,
             self.make_answer,
             prompt_ids=None if self.context_ids is None else prompts[0].token_ids,

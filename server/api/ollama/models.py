@@ -9,78 +9,80 @@ from typing import Any
 from server.api.ollama.conversion import OPTIONS, tagged_name
 from server.api.ollama.schemas import OllamaModel, OllamaModelDetails, OllamaModelInfo, OllamaModelList
 from server.api.ollama.writer import time_text
-from server.context import ServedModel, ServerContext
-from server.tenants import Tenant
+from server.models.served_model import ModelVariant, ServedModel
 
 NEVER = "2318-01-01T00:00:00Z"  # when the model is unloaded
 PARAMETERS = {**OPTIONS, "repeat_penalty": "repetition_penalty"}  # Ollama's name -> name in the default sampling
 UNITS = ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0))  # size of a unit, its name, digits after the point
 
 
-def list_models(context: ServerContext, tenant: Tenant) -> OllamaModelList:
-    """Return the served models for /api/tags. Raises EngineUnavailableError while the engine is not ready."""
-    return OllamaModelList([_model(context, model) for model in context.served_models(tenant)])
+def list_models(models: Iterable[ModelVariant], created: int) -> OllamaModelList:
+    """Return models for /api/tags. Raises EngineUnavailableError while an engine is not ready."""
+    return OllamaModelList([_model(model, created) for model in models])
 
 
-def list_loaded(context: ServerContext, tenant: Tenant) -> OllamaModelList:
-    """Return the served models, which are always loaded, for /api/ps."""
-    models = [_model(context, model) for model in context.served_models(tenant)]
-    on_gpu = context.client.ready_info().device != "cpu"
-    for model in models:
-        model.expires_at, model.context_length = NEVER, context.max_model_len
-        model.size_vram = model.size if on_gpu else 0
-    return OllamaModelList(models)
+def list_loaded(models: Iterable[ModelVariant], created: int) -> OllamaModelList:
+    """Return models, which are loaded, for /api/ps."""
+    return OllamaModelList([_loaded(model, created) for model in models])
 
 
-def show_model(context: ServerContext, model: ServedModel) -> OllamaModelInfo:
+def show_model(model: ModelVariant, created: int) -> OllamaModelInfo:
     """Return the properties of a model for /api/show."""
-    defaults = context.default_sampling.values
+    base = model.base
+    defaults = base.default_sampling.values
     named = {name: defaults[field] for name, field in PARAMETERS.items() if field in defaults}
-    source = "" if context.chat_template is None else context.chat_template.source
     return OllamaModelInfo(
         modelfile=f"FROM {tagged_name(model.name)}\n",
         parameters="\n".join(f"{name:30} {json.dumps(value)}" for name, value in named.items()),
-        template=source,
-        details=_details(context, model),
-        model_info=_model_info(context),
-        capabilities=_capabilities(context),
-        modified_at=_created(context),
+        template="" if base.chat_template is None else base.chat_template.source,
+        details=_details(model),
+        model_info=_model_info(base),
+        capabilities=_capabilities(base),
+        modified_at=_time(created),
     )
 
 
-def _model(context: ServerContext, model: ServedModel) -> OllamaModel:
+def _model(model: ModelVariant, created: int) -> OllamaModel:
     name = tagged_name(model.name)
     return OllamaModel(
         name=name,
         model=name,
-        modified_at=_created(context),
-        size=context.weight_files.num_bytes,
-        digest=hashlib.sha256(context.system_fingerprint(model).encode()).hexdigest(),
-        details=_details(context, model),
-        capabilities=_capabilities(context),
+        modified_at=_time(created),
+        size=model.base.weight_files.num_bytes,
+        digest=hashlib.sha256(model.system_fingerprint.encode()).hexdigest(),
+        details=_details(model),
+        capabilities=_capabilities(model.base),
     )
 
 
-def _details(context: ServerContext, model: ServedModel) -> OllamaModelDetails:
-    files, config = context.weight_files, context.model_config
+def _loaded(model: ModelVariant, created: int) -> OllamaModel:
+    entry = _model(model, created)
+    entry.expires_at, entry.context_length = NEVER, model.base.max_model_len
+    entry.size_vram = 0 if model.base.client.ready_info().device == "cpu" else entry.size
+    return entry
+
+
+def _details(model: ModelVariant) -> OllamaModelDetails:
+    base = model.base
+    files, config = base.weight_files, base.config
     return OllamaModelDetails(
-        parent_model="" if model.adapter is None else tagged_name(context.model_names[0]),
+        parent_model="" if model.adapter is None else tagged_name(base.name),
         format=files.format,
         family=config.architecture,
         families=[config.architecture],
         parameter_size=short_number(files.num_parameters),
         quantization_level=files.number_format,
-        context_length=context.max_model_len,
+        context_length=base.max_model_len,
         embedding_length=config.hidden_size,
     )
 
 
-def _model_info(context: ServerContext) -> dict[str, Any]:
+def _model_info(model: ServedModel) -> dict[str, Any]:
     """Return the metadata by their names in GGUF files. The context length is that of this server."""
-    config = context.model_config
+    config = model.config
     all_experts = [layer.experts for layer in config.layers if layer.experts is not None]
     of_architecture = {
-        "context_length": context.max_model_len,
+        "context_length": model.max_model_len,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": _of_layers(layer.mlp.intermediate_size for layer in config.layers if layer.mlp),
@@ -94,7 +96,7 @@ def _model_info(context: ServerContext) -> dict[str, Any]:
     }
     return {
         "general.architecture": config.architecture,
-        "general.parameter_count": context.weight_files.num_parameters,
+        "general.parameter_count": model.weight_files.num_parameters,
         **{f"{config.architecture}.{name}": value for name, value in of_architecture.items() if value is not None},
     }
 
@@ -105,20 +107,20 @@ def _of_layers(numbers: Iterable[int]) -> int | list[int] | None:
     return found[0] if len(set(found)) == 1 else found or None
 
 
-def _capabilities(context: ServerContext) -> list[str]:
+def _capabilities(model: ServedModel) -> list[str]:
     """Return what clients can ask of the model. Tools are described to models whose template does not know them."""
-    template = context.chat_template
+    template = model.chat_template
     available = {
         "completion": True,
         "tools": template is not None,
         "thinking": template is not None and template.reasoning_tags is not None,
-        "insert": context.tokenizer.fim is not None,
+        "insert": model.tokenizer.fim is not None,
     }
     return [name for name, is_available in available.items() if is_available]
 
 
-def _created(context: ServerContext) -> str:
-    return time_text(datetime.fromtimestamp(context.created, UTC))
+def _time(created: int) -> str:
+    return time_text(datetime.fromtimestamp(created, UTC))
 
 
 def short_number(number: int) -> str:

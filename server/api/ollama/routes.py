@@ -48,7 +48,7 @@ from server.api.ollama.writer import (
 )
 from server.context import get_context
 from server.generation.pipeline import respond
-from server.generation.preamble import begin
+from server.generation.preamble import begin, find_model
 from server.http.errors import NotImplementedAPIError
 from server.http.json_response import StructResponse
 from server.http.json_route import StrictJSONRoute
@@ -87,9 +87,9 @@ async def chat(request: Request, body: OllamaChatRequest) -> Response:
         return _loaded(request, body, chat_answer)
     context = get_context(request)
     with renamed_errors(error_names(body)):
-        model = served_name(request, body.model)
-        to_request = partial(to_chat, reads_effort=reads_effort(context.chat_template))
-        converted = await context.convert(request, to_request, body, model)
+        model = find_model(request, served_name(request, body.model))
+        to_request = partial(to_chat, reads_effort=reads_effort(model.base.chat_template))
+        converted = await context.convert(request, to_request, body, model.name)
         endpoint = OllamaEndpoint(ChatEndpoint(), body.model, "messages", chat_answer, bool(body.logprobs))
         return await respond(request, converted, endpoint, stream_format=NDJSON)
 
@@ -99,14 +99,14 @@ async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
     """Generate an answer to a prompt."""
     if not body.prompt:
         return _loaded(request, body, generate_answer)
-    context, with_logprobs = get_context(request), bool(body.logprobs)
-    model = served_name(request, body.model)
+    with_logprobs = bool(body.logprobs)
+    model = find_model(request, served_name(request, body.model))
     with renamed_errors(error_names(body)):
         if body.raw or body.suffix:
-            completion = generate_to_completion(body, model)
+            completion = generate_to_completion(body, model.name)
             raw = OllamaEndpoint(CompletionEndpoint(), body.model, "prompt", generate_answer, with_logprobs)
             return await respond(request, completion, raw, stream_format=NDJSON)
-        converted = generate_to_chat(body, model, reads_effort=reads_effort(context.chat_template))
+        converted = generate_to_chat(body, model.name, reads_effort=reads_effort(model.base.chat_template))
         endpoint = OllamaEndpoint(
             ChatEndpoint(), body.model, "prompt", generate_answer, with_logprobs, context_ids=body.context or ()
         )
@@ -115,16 +115,16 @@ async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
 
 def _loaded(request: Request, body: OllamaRequest, make_answer: MakeAnswer) -> Response:
     """Answer a request without a prompt, by which clients load a model or unload it."""
-    get_context(request).client.ready_info()
+    find_model(request, served_name(request, body.model)).base.client.ready_info()
     reason = "unload" if unloads(body.keep_alive) else "load"
     return _without_input(request, body, loaded_answer(make_answer, body.model, reason=reason))
 
 
 def _without_input(request: Request, body: OllamaRequest, answer: msgspec.Struct) -> Response:
     """Send an answer that needs no engine, if the request is valid."""
-    model = served_name(request, body.model)
-    preamble = begin(request, body, model=model, ignored=ignored_names(body))
-    return StructResponse(answer, headers=preamble.accept())
+    find_model(request, served_name(request, body.model))
+    headers = begin(request, body, ignored=ignored_names(body)).accept()
+    return StructResponse(answer, headers=headers)
 
 
 @router.post("/api/embed")
@@ -151,10 +151,10 @@ async def embed_text(request: Request, body: OllamaEmbeddingsRequest) -> Respons
 async def show(request: Request, body: OllamaShowRequest) -> Response:
     """Return the properties of a model."""
     context = get_context(request)
-    name = body.model or body.name or ""
-    preamble = begin(request, body, model=served_name(request, name))
-    info = await context.run_text_work(request, show_model, context, preamble.model)
-    return StructResponse(info, headers=preamble.accept())
+    model = find_model(request, served_name(request, body.model or body.name or ""))
+    headers = begin(request, body).accept()
+    info = await context.run_text_work(request, show_model, model, context.created)
+    return StructResponse(info, headers=headers)
 
 
 @router.head("/api/tags", include_in_schema=False)
@@ -162,14 +162,18 @@ async def show(request: Request, body: OllamaShowRequest) -> Response:
 async def tags(request: Request) -> Response:
     """List the served model and its LoRA adapters."""
     context = get_context(request)
-    return StructResponse(await context.run_text_work(request, list_models, context, get_tenant(request)))
+    return StructResponse(
+        await context.run_text_work(request, list_models, context.models.variants(get_tenant(request)), context.created)
+    )
 
 
 @router.get("/api/ps")
 async def running(request: Request) -> Response:
     """List the loaded models, which are all of them."""
     context = get_context(request)
-    return StructResponse(await context.run_text_work(request, list_loaded, context, get_tenant(request)))
+    return StructResponse(
+        await context.run_text_work(request, list_loaded, context.models.variants(get_tenant(request)), context.created)
+    )
 
 
 @router.head("/api/version", include_in_schema=False)

@@ -20,11 +20,12 @@ from server.api.rerank.schemas import (
     ScoringUsage,
 )
 from server.api.rerank.scorers import Pair, choose_scorer
-from server.context import ServedModel, get_context
-from server.generation.preamble import begin
+from server.context import get_context
+from server.generation.preamble import begin, find_model
 from server.generation.prompt_batch import PromptBatch, answer_prompts
 from server.http.json_route import StrictJSONRoute
 from server.http.sse import run_until_disconnect
+from server.models.served_model import ModelVariant
 from server.text.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictJSONRoute)
@@ -37,7 +38,7 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
     """Return documents by their relevance to a query, best first."""
     context = get_context(request)
     model, headers = _begin(request, body)
-    tokenizer, num_tokens = context.tokenizer, body.max_tokens_per_doc
+    tokenizer, num_tokens = model.base.tokenizer, body.max_tokens_per_doc
     documents = await context.run_text_work(request, _shorten, tokenizer, body.documents, num_tokens)
     pairs = [(body.query, document) for document in documents]
 
@@ -71,18 +72,18 @@ async def score(request: Request, body: ScoreRequest) -> Response:
     return await run_until_disconnect(request, _score(request, body, model, pairs, fields, answer, headers))
 
 
-def _begin(request: Request, body: ScoringRequest) -> tuple[ServedModel, dict[str, str]]:
+def _begin(request: Request, body: ScoringRequest) -> tuple[ModelVariant, dict[str, str]]:
     """Return the model to use and the headers of the answer. Raises BadRequestError or ModelNotFoundError."""
-    context = get_context(request)
-    unread = body.instruction is not None and not context.score_token_ids
-    preamble = begin(request, body, model=body.model, ignored=["instruction"] if unread else [])
-    return preamble.model, {"x-lightwell-deterministic": context.deterministic, **preamble.accept()}
+    model = find_model(request, body.model)
+    unread = body.instruction is not None and not model.base.score_token_ids
+    preamble = begin(request, body, ignored=["instruction"] if unread else [])
+    return model, {"x-lightwell-deterministic": model.base.deterministic, **preamble.accept()}
 
 
 async def _score(
     request: Request,
     body: ScoringRequest,
-    model: ServedModel,
+    model: ModelVariant,
     pairs: Sequence[Pair],
     fields: tuple[str, str],
     answer: Callable[[list[float], ScoringUsage], msgspec.Struct],
@@ -92,8 +93,8 @@ async def _score(
 
     Raises APIError.
     """
-    context, arrival, name = get_context(request), time.monotonic(), _new_id("score")
-    scorer = choose_scorer(context, model, body.instruction, fields)
+    arrival, name = time.monotonic(), _new_id("score")
+    scorer = choose_scorer(model, body.instruction, fields)
 
     def make_submits() -> list[Submit]:
         return [
@@ -106,7 +107,9 @@ async def _score(
         return msgspec.json.encode(answer(scorer.scores(pairs, batch.events), usage))
 
     num_prompts = scorer.num_prompts(pairs)
-    return await answer_prompts(request, body, make_submits, num_prompts, param=fields[1], write=write, headers=headers)
+    return await answer_prompts(
+        request, model.base, body, make_submits, num_prompts, param=fields[1], write=write, headers=headers
+    )
 
 
 def _new_id(prefix: str) -> str:

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from engine.shared.messages import SamplingParams, Submit, TokenEvent
 from server.api.embeddings.conversion import make_submit
-from server.context import ServedModel, ServerContext
 from server.generation.prompts import Prompt, check_min_tokens, check_text_size, encode_prompt, fit_max_tokens
 from server.http.errors import BadRequestError, InvalidValueError
+from server.models.served_model import ModelVariant
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.renderer import TemplateLimitError
 from server.text.templates.sandbox import ChatTemplateError
@@ -43,13 +43,11 @@ class Scorer(Protocol):
         ...
 
 
-def choose_scorer(
-    context: ServerContext, model: ServedModel, instruction: str | None, fields: tuple[str, str]
-) -> Scorer:
+def choose_scorer(model: ModelVariant, instruction: str | None, fields: tuple[str, str]) -> Scorer:
     """Return the scorer that --score-tokens selects. `fields` hold the queries and the documents, for errors."""
-    if context.score_token_ids:
-        return TokenScorer(context, model, instruction or DEFAULT_INSTRUCTION, fields)
-    return EmbeddingScorer(context, model, fields)
+    if model.base.score_token_ids:
+        return TokenScorer(model, instruction or DEFAULT_INSTRUCTION, fields)
+    return EmbeddingScorer(model, fields)
 
 
 def score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:
@@ -66,8 +64,7 @@ def score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:
 class EmbeddingScorer:
     """Scores by the cosine similarity of the two texts' embeddings. Each distinct text is computed once."""
 
-    def __init__(self, context: ServerContext, model: ServedModel, fields: tuple[str, str]) -> None:
-        self._context = context
+    def __init__(self, model: ModelVariant, fields: tuple[str, str]) -> None:
         self._model = model
         self._fields = fields
 
@@ -81,12 +78,12 @@ class EmbeddingScorer:
         return [self._prompt(text, names[text]) for text in _texts(pairs)]
 
     def _prompt(self, text: str, field: str) -> Prompt:
-        prompt = encode_prompt(self._context, text, noun=field, limit=self._context.max_model_len)
-        fit_max_tokens(0, len(prompt.token_ids), self._context.max_model_len, field)
+        prompt = encode_prompt(self._model.base, text, noun=field, limit=self._model.base.max_model_len)
+        fit_max_tokens(0, len(prompt.token_ids), self._model.base.max_model_len, field)
         return prompt
 
     def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit:
-        return make_submit(self._context, self._model, request_id, prompt.token_ids, arrival, priority=priority)
+        return make_submit(self._model, request_id, prompt.token_ids, arrival, priority=priority)
 
     def scores(self, pairs: Sequence[Pair], events: Sequence[TokenEvent]) -> list[float]:
         embeddings = {text: event.embedding or [] for text, event in zip(_texts(pairs), events, strict=True)}
@@ -96,8 +93,7 @@ class EmbeddingScorer:
 class TokenScorer:
     """Scores by the probability that a reranker answers with the token for true rather than that for false."""
 
-    def __init__(self, context: ServerContext, model: ServedModel, instruction: str, fields: tuple[str, str]) -> None:
-        self._context = context
+    def __init__(self, model: ModelVariant, instruction: str, fields: tuple[str, str]) -> None:
         self._model = model
         self._fields = fields
         self._instruction = instruction
@@ -113,7 +109,7 @@ class TokenScorer:
             request_id=request_id,
             prompt_token_ids=prompt.token_ids,
             params=SamplingParams(
-                max_tokens=1, temperature=0.0, logprobs=2, logprob_token_ids=self._context.score_token_ids
+                max_tokens=1, temperature=0.0, logprobs=2, logprob_token_ids=self._model.base.score_token_ids
             ),
             arrival=arrival,
             priority=priority,
@@ -128,11 +124,11 @@ class TokenScorer:
         assert event.logprobs is not None
         (position,) = event.logprobs
         logprobs = dict(zip(position.top_token_ids, position.top_logprobs, strict=True))
-        true, false = (logprobs[token_id] for token_id in self._context.score_token_ids)
+        true, false = (logprobs[token_id] for token_id in self._model.base.score_token_ids)
         return 1 / (1 + math.exp(min(false - true, 700.0)))
 
     def _prompt(self, query: str, document: str, names: tuple[str, str]) -> Prompt:
-        template, max_model_len = self._context.chat_template, self._context.max_model_len
+        template, max_model_len = self._model.base.chat_template, self._model.base.max_model_len
         longer = names[len(document) >= len(query)]
         if template is None:
             raise BadRequestError("This model has no chat template, which --score-tokens needs.", param="model")
@@ -144,17 +140,17 @@ class TokenScorer:
                 {"role": "document", "content": document},
             ]
         else:
-            true, false = (self._context.settings.score_tokens or "").split(",")
+            true, false = (self._model.base.settings.score_tokens or "").split(",")
             text = f"<Instruct>: {self._instruction}\n<Query>: {query}\n<Document>: {document}"
             messages = [
                 {"role": "system", "content": SYSTEM.format(true=true, false=false)},
                 {"role": "user", "content": text},
             ]
         options = {"enable_thinking": False} if "enable_thinking" in template.options else {}
-        check = partial(check_min_tokens, self._context, limit=max_model_len, noun=longer)
+        check = partial(check_min_tokens, self._model.base, limit=max_model_len, noun=longer)
         try:
             token_ids = encode_chat(
-                template, self._context.tokenizer, messages, template_kwargs=options, check_prompt=check
+                template, self._model.base.tokenizer, messages, template_kwargs=options, check_prompt=check
             )
         except (ChatTemplateError, TemplateLimitError) as error:
             raise InvalidValueError(str(error), param=names[1]) from error

@@ -44,11 +44,11 @@ from server.api.responses.store import ResponseStore, StoredResponse
 from server.api.responses.truncation import encode_newest
 from server.api.responses.writer import ResponseWriter
 from server.constrained.constraints import Constraint
-from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
 from server.generation.token_fields import TokenFields
 from server.http.errors import InvalidValueError, MissingParameterError, clip
+from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT
 from server.tenants import EVERYBODY
 from server.text.templates.chat_template import ChatTemplate
@@ -321,22 +321,22 @@ class ResponsesEndpoint:
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
         return "max_output_tokens"
 
-    def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
-        return ChatEndpoint().ignored_fields(context, body)
+    def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
+        return ChatEndpoint().ignored_fields(model, body)
 
-    def encode(self, context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+    def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
         if self._body.truncation == "auto":
-            return [encode_newest(context, body, limit=limit)]
-        return ChatEndpoint().encode(context, body, limit=limit)
+            return [encode_newest(model, body, limit=limit)]
+        return ChatEndpoint().encode(model, body, limit=limit)
 
-    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(context.constraint_builder, body, prompt)
+    def constraint(self, model: ServedModel, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(model.constraint_builder, body, prompt)
 
     def writer(
-        self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+        self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> ResponseWriter:
         original = self._body
-        response = new_response(original, metadata, context.default_sampling.values)
+        response = new_response(original, metadata, model.default_sampling.values)
         earlier = [] if self._previous is None else self._previous.items
         events = EventLog(metadata.id) if original.background and original.stream else None
         stored = self._stored = StoredResponse(response, self._items, earlier, events, self._owner)
@@ -344,7 +344,7 @@ class ResponsesEndpoint:
         if store is not None and (original.stream or original.background):
             store.put(stored)
         return ResponseWriter(
-            context.tokenizer,
+            model.tokenizer,
             stored,
             store,
             with_logprobs=bool(body.logprobs),

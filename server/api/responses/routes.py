@@ -15,6 +15,7 @@ from server.api.responses.store import StoredResponse, get_response_store
 from server.api.responses.writer import error_event
 from server.context import get_context
 from server.generation.pipeline import respond, start_in_background
+from server.generation.preamble import find_generating_model, find_model
 from server.http.body_middleware import note_text_size
 from server.http.errors import (
     BadRequestError,
@@ -25,6 +26,7 @@ from server.http.errors import (
 from server.http.json_response import StructResponse
 from server.http.json_route import StrictJSONRoute
 from server.http.sse import sse_response
+from server.models.served_model import ServedModel
 from server.tenants import get_owner
 
 router = APIRouter()
@@ -38,7 +40,8 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """Generate a response, which may continue a stored conversation."""
     context = get_context(request)
     check(body)
-    chat, endpoint = await _convert(request, body)
+    model = find_generating_model(request, body.model).base
+    chat, endpoint = await _convert(request, body, model)
     with renamed_errors(error_names(body)):
         if not body.background:
             return await respond(request, chat, endpoint)
@@ -56,32 +59,33 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
 @json_router.post("/v1/responses/input_tokens")
 async def count_input_tokens(request: Request, body: InputTokensRequest) -> Response:
     """Count the prompt tokens of a conversation without generating or storing anything."""
-    context = get_context(request)
     check(body)
-    if body.model is None:
-        body.model = context.model_names[0]
-    chat, endpoint = await _convert(request, body)
+    model = find_model(request, body.model)
+    body.model = model.name
+    chat, endpoint = await _convert(request, body, model.base)
     with renamed_errors(error_names(body)):
         num_tokens, headers = await count_prompt_tokens(request, chat, endpoint)
     return StructResponse(InputTokens(num_tokens), headers=headers)
 
 
-async def _convert(request: Request, body: ResponsesRequest) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+async def _convert(
+    request: Request, body: ResponsesRequest, model: ServedModel
+) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
     """Convert a request and the conversation it continues to a chat request. Raises BadRequestError."""
     previous = None if body.previous_response_id is None else _previous(request, body.previous_response_id)
     if previous is not None:
         note_text_size(request, previous.num_json_bytes)
-    return await get_context(request).convert(request, _to_chat, request, body, previous)
+    return await get_context(request).convert(request, _to_chat, request, body, model, previous)
 
 
 def _to_chat(
-    request: Request, body: ResponsesRequest, previous: StoredResponse | None
+    request: Request, body: ResponsesRequest, model: ServedModel, previous: StoredResponse | None
 ) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
-    context, store, owner = get_context(request), get_response_store(request), get_owner(request)
+    store, owner = get_response_store(request), get_owner(request)
     items = input_items(body, store, owner)
     with renamed_errors(error_names(body)):
         conversation = [*(previous.items if previous else ()), *items]
-        chat = to_chat(body, conversation, ignored_fields(body, context.chat_template))
+        chat = to_chat(body, conversation, ignored_fields(body, model.chat_template))
     note_text_size(request, sum(len(message.text) for message in chat.messages))
     return chat, ResponsesEndpoint(body, items, previous, store, owner)
 

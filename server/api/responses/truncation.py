@@ -5,22 +5,22 @@ from collections.abc import Sequence
 
 from server.api.chat.conversion import encode_request
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
-from server.context import ServerContext
 from server.generation.prompts import Prompt, max_prompt_tokens
 from server.http.errors import BadRequestError
+from server.models.served_model import ServedModel
 
 SYSTEM_ROLES = ("system", "developer")
 
 
-def encode_newest(context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> Prompt:
+def encode_newest(model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> Prompt:
     """Return the prompt of the longest suffix of the conversation that fits. System messages are always kept.
 
     If even the last message does not fit, return the prompt of the whole conversation; the pipeline then reports its
     length in an error. Raises BadRequestError, then also for a long conversation that certainly has more tokens than
     `limit`, which is not tokenized.
     """
-    room = max_prompt_tokens(body.max_output_tokens, context.max_model_len)
-    whole = _encode(context, body)
+    room = max_prompt_tokens(body.max_output_tokens, model.max_model_len)
+    whole = _encode(model, body)
     if whole is not None and len(whole.token_ids) <= room:
         return whole
 
@@ -28,7 +28,7 @@ def encode_newest(context: ServerContext, body: ChatCompletionRequest, *, limit:
         kept = [
             message for index, message in enumerate(body.messages) if index >= start or message.role in SYSTEM_ROLES
         ]
-        prompt = _encode(context, body.model_copy(update={"messages": kept}), is_truncated=True)
+        prompt = _encode(model, body.model_copy(update={"messages": kept}), is_truncated=True)
         return prompt if prompt is not None and len(prompt.token_ids) <= room else None
 
     for starts in _starts(body.messages):
@@ -36,7 +36,7 @@ def encode_newest(context: ServerContext, body: ChatCompletionRequest, *, limit:
         first = bisect_left(starts, True, key=lambda start: prompt_from(start) is not None)
         if first < len(starts) and (prompt := prompt_from(starts[first])) is not None:
             return prompt
-    return encode_request(context, body, limit=limit) if whole is None else whole
+    return encode_request(model, body, limit=limit) if whole is None else whole
 
 
 def _starts(messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
@@ -51,10 +51,10 @@ def _starts(messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
     return [index for index in users if index != others[0]], [index for index in within if index != others[0]]
 
 
-def _encode(context: ServerContext, body: ChatCompletionRequest, *, is_truncated: bool = False) -> Prompt | None:
+def _encode(model: ServedModel, body: ChatCompletionRequest, *, is_truncated: bool = False) -> Prompt | None:
     """Return the prompt; None if it is far too long, or if the template rejects a truncated conversation."""
     try:
-        return encode_request(context, body, limit=context.max_model_len)
+        return encode_request(model, body, limit=model.max_model_len)
     except BadRequestError as error:
         if not is_truncated and error.code != "context_length_exceeded":
             raise

@@ -43,7 +43,7 @@ def client(model: RunningServer) -> Iterator[OpenAI]:
 
 
 def prompt(model: RunningServer) -> str:
-    return model.context.tokenizer.decode(model.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
+    return model.model.tokenizer.decode(model.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
 
 
 def test_messages(model: RunningServer, anthropic_client: Anthropic) -> None:

@@ -67,7 +67,7 @@ def test_chat(model: RunningServer) -> None:
     say(model, f"{ANALYSIS}{FINAL}Yes")
     (choice,) = ask_json(model.url, CHAT)["choices"]
     assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "Yes")
-    num_tokens = len(model.context.tokenizer.encode("<|channel|>analysis<|mess"))
+    num_tokens = len(model.model.tokenizer.encode("<|channel|>analysis<|mess"))
     (choice,) = ask_json(model.url, CHAT, max_tokens=num_tokens)["choices"]
     assert not choice["message"]["content"]  # no part of a header
 
@@ -75,7 +75,7 @@ def test_chat(model: RunningServer) -> None:
 def test_reasoning_tokens_are_counted(model: RunningServer) -> None:
     say(model, f"{ANALYSIS}{FINAL}Yes")
     usage = ask_json(model.url, CHAT)["usage"]
-    is_special = "<|end|>" in model.context.tokenizer.special_tokens
+    is_special = "<|end|>" in model.model.tokenizer.special_tokens
     num_reasoning = 1 + len("Hm.") + (0 if is_special else len("<|end|>") - 1)  # from the end of the header on
     assert usage["completion_tokens_details"] == {"reasoning_tokens": num_reasoning}
 
@@ -123,7 +123,7 @@ def test_grammars(model: RunningServer, fields: dict[str, Any], good: str, bad: 
 
 
 def accepts(model: RunningServer, grammar: str, text: str) -> bool:
-    tokenizer = model.context.tokenizer
+    tokenizer = model.model.tokenizer
     matcher = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID]).compile(grammar)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
@@ -155,7 +155,7 @@ def test_responses(model: RunningServer, client: OpenAI) -> None:
         f'{NEXT} to=functions.weather<|channel|>commentary json<|message|>{{"city": "東京"}}<|call|>'
         f'<|start|>functions.weather to=assistant<|channel|>commentary<|message|>"sunny"<|end|>{NEXT}'
     )
-    text = model.context.tokenizer.decode(model.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
+    text = model.model.tokenizer.decode(model.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
     assert text.endswith(expected)
     assert "\nReasoning: low\n" in text
 

@@ -19,7 +19,7 @@ Fields = dict[str, Any]
 def allows(server: RunningServer, grammar: str | None, text: str) -> bool:
     """Return whether the grammar allows the text, which may contain special tokens, as a whole answer."""
     assert grammar is not None
-    tokenizer = server.context.tokenizer
+    tokenizer = server.model.tokenizer
     matcher = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID]).compile(grammar)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()

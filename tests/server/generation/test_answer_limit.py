@@ -39,7 +39,7 @@ def ask(server: RunningServer, path: str = COMPLETIONS, key: str = "alice", **fi
 
 def is_empty(server: RunningServer) -> bool:
     """Whether neither the engine nor this process has anything of a request."""
-    return server.context.answers.num_bytes == server.context.client.num_in_flight == server.engine.num_choices == 0
+    return server.context.answers.num_bytes == server.model.client.num_in_flight == server.engine.num_choices == 0
 
 
 @pytest.mark.checklist("A19")

@@ -62,7 +62,7 @@ def test_another_key_is_admitted_and_the_newest_get_a_real_429(
     assert check_error(ask(server, "bob"), 429)["code"] == "rate_limit_exceeded"
     fake_engine.resume()
     assert [future.result().status_code for future in bob + alice[: CAPACITY // 2]] == [200] * CAPACITY
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
     assert server.metric("lightwell_requests_rejected_total", reason="evicted") == CAPACITY // 2
     assert server.metric("lightwell_requests_rejected_total", reason="queue_full") == 1
 
@@ -101,7 +101,7 @@ def test_one_request_with_all_choices_does_not_keep_others_out(
     alice = threads.submit(ask, server, "alice", prompt=["x", "y"], n=CAPACITY // 2, max_tokens=200, stream=True)
     wait_until(lambda: server.metric("lightwell_num_requests_running") == 2)
     bob = [threads.submit(ask, server, "bob", max_tokens=2) for _ in range(CAPACITY // 2)]
-    wait_until(lambda: server.context.client.num_in_flight == CAPACITY + CAPACITY // 2)
+    wait_until(lambda: server.model.client.num_in_flight == CAPACITY + CAPACITY // 2)
     check_error(ask(server, "alice"), 429)
     assert [future.result().status_code for future in bob] == [200] * len(bob)
     assert sum(event.count('"finish_reason":"length"') for event in data(alice.result())) == CAPACITY
@@ -115,7 +115,7 @@ def test_a_client_that_leaves_before_its_status_frees_its_place(server: RunningS
             headers={"authorization": "Bearer alice"},
             timeout=0.3,
         )
-    wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
+    wait_until(lambda: server.model.client.num_in_flight == 0 == server.engine.num_choices)
 
 
 SCORING: dict[str, dict[str, Any]] = {
@@ -134,7 +134,7 @@ def test_a_request_for_embeddings_or_scores_can_limit_its_wait(server: RunningSe
     error = check_error(post(queue_timeout=0.2), 503)
     assert error["code"] == "request_timeout"
     assert "0.2 seconds" in error["message"]
-    wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
+    wait_until(lambda: server.model.client.num_in_flight == 0 == server.engine.num_choices)
     assert check_error(post(queue_timeout=0), 400)["param"] == "queue_timeout"
 
 
@@ -146,7 +146,7 @@ def test_a_request_can_limit_its_wait(server: RunningServer, path: str, stream: 
     assert error["code"] == "request_timeout"
     assert "0.2 seconds" in error["message"]
     assert 1 <= int(response.headers["retry-after"]) <= 60
-    wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
+    wait_until(lambda: server.model.client.num_in_flight == 0 == server.engine.num_choices)
     check_error(ask(server, "alice", queue_timeout=0), 400)
 
 
@@ -160,4 +160,4 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(
     assert "choices" in first
     assert check_envelope(error.encode())["code"] == "request_timeout"
     assert done == "[DONE]"
-    wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
+    wait_until(lambda: server.model.client.num_in_flight == 0 == server.engine.num_choices)

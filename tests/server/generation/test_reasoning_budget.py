@@ -21,7 +21,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_reasoning_budget(model: RunningServer) -> None:
     body = {"model": "tiny", "max_tokens": 9, "messages": MESSAGES, "thinking": {"type": "enabled", "budget_tokens": 7}}
-    tokenizer = model.context.tokenizer
+    tokenizer = model.model.tokenizer
     if "<think>" not in tokenizer.special_tokens:
         error = check_error(ask(model.url, CHAT, thinking_token_budget=5), 400)
         assert (error["param"], error["code"]) == ("thinking_token_budget", "unsupported_parameter")

@@ -129,7 +129,7 @@ def test_a_bug_is_500_without_details(
     def explode(*args: object, **kwargs: object) -> None:
         raise RuntimeError("/secret/path at 0x7f00")
 
-    monkeypatch.setattr(type(server.context.tokenizer), "encode", explode)
+    monkeypatch.setattr(type(server.model.tokenizer), "encode", explode)
     response = httpx.post(server.url + "/tokenize", json={"prompt": "hi"})
     error = check_error(response, 500)
     assert (error["type"], error["code"], error["param"]) == ("server_error", None, None)

@@ -143,7 +143,7 @@ def test_bad_value_is_refused_by_name(server: RunningServer, path: str, name: st
             assert f"'{error['param']}'" in error["message"], error
         assert len(error["message"]) < 400
     assert len(server.engine.submits) == num_submits
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
 
 
 @pytest.mark.parametrize("path", BOTH)

@@ -70,9 +70,9 @@ SHORT: list[tuple[str, dict[str, Any]]] = [
 def test_short_requests_pass_long_ones_of_the_same_tenant(
     guarded: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = SlowTokenizer(guarded.context.tokenizer, monkeypatch)
+    tokenizer = SlowTokenizer(guarded.model.tokenizer, monkeypatch)
     with long_requests(guarded, 40) as waiting:
-        wait_until(lambda: guarded.context.client.num_in_flight == 40)
+        wait_until(lambda: guarded.model.client.num_in_flight == 40)
         for path, body in SHORT:
             start = time.monotonic()
             assert ask(guarded, path, body).status_code == 200
@@ -83,14 +83,14 @@ def test_short_requests_pass_long_ones_of_the_same_tenant(
 
 
 def test_tenants_take_turns_with_long_texts(guarded: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = SlowTokenizer(guarded.context.tokenizer, monkeypatch)
+    tokenizer = SlowTokenizer(guarded.model.tokenizer, monkeypatch)
     other = "y" * len(LONG)
     with long_requests(guarded, 30) as waiting, ThreadPoolExecutor(1) as pool:
-        wait_until(lambda: guarded.context.client.num_in_flight == 30)
+        wait_until(lambda: guarded.model.client.num_in_flight == 30)
         wait_until(lambda: len(tokenizer.begun) > 0)
         num_threads = len(tokenizer.begun)
         answer = pool.submit(ask, guarded, "/v1/completions", {"prompt": other, "max_tokens": 1}, KEYS[1])
-        wait_until(lambda: guarded.context.client.num_in_flight == 31)
+        wait_until(lambda: guarded.model.client.num_in_flight == 31)
         tokenizer.go_on.release(num_threads + 2)
         assert answer.result(10).status_code == 200
         assert tokenizer.begun.index(other) <= num_threads + 1
@@ -101,7 +101,7 @@ def test_tenants_take_turns_with_long_texts(guarded: RunningServer, monkeypatch:
 def test_a_long_stored_conversation_counts_as_a_long_text(
     guarded: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = SlowTokenizer(guarded.context.tokenizer, monkeypatch)
+    tokenizer = SlowTokenizer(guarded.model.tokenizer, monkeypatch)
     tokenizer.go_on.release()
     stored = ask(guarded, "/v1/responses", {"input": LONG, "max_output_tokens": 1}).json()["id"]
     count = 1 + (os.cpu_count() or 1)  # as many as fill the threads for short texts
@@ -113,7 +113,7 @@ def test_a_long_stored_conversation_counts_as_a_long_text(
         return await run_in_thread(tenant, num_bytes, *work)
 
     with long_requests(guarded, 30) as waiting, ThreadPoolExecutor(count) as pool:
-        wait_until(lambda: guarded.context.client.num_in_flight == 30)
+        wait_until(lambda: guarded.model.client.num_in_flight == 30)
         monkeypatch.setattr(threads, "run", run)
         body = {"input": "a", "previous_response_id": stored, "max_output_tokens": 1}
         continued = [pool.submit(ask, guarded, "/v1/responses", body) for _ in range(count)]

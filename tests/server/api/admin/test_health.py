@@ -71,7 +71,7 @@ def test_loading(loading: RunningServer) -> None:
 
 
 def test_draining(server: RunningServer) -> None:
-    server.context.client.drain()
+    server.model.client.drain()
     assert statuses(server) == (200, 200, 503)
     response = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x"})
     check_error(response, 503)
@@ -119,7 +119,7 @@ def test_dead(address: str, model_folder: Path) -> None:
 def test_probes_answer_under_load(server: RunningServer, fake_engine: FakeEngine) -> None:
     """Probes are answered while the queue is full."""
     fake_engine.pause()
-    client = server.context.client
+    client = server.model.client
     reservation = client.reserve(client.max_in_flight, tenant=Tenant(name="127.0.0.1"))
     try:
         check_error(httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x"}), 429)

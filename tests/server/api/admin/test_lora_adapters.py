@@ -75,7 +75,7 @@ def model_names(server: RunningServer) -> list[str]:
 
 def of_thread(server: RunningServer, call: Callable[[], None]) -> None:
     """Call a function in the server's event loop thread."""
-    server.context.client.engines[0]._tasks[0].get_loop().call_soon_threadsafe(call)
+    server.model.client.engines[0]._tasks[0].get_loop().call_soon_threadsafe(call)
 
 
 def lora_names(submits: list[Submit]) -> set[str]:
@@ -152,7 +152,7 @@ def test_the_engine_gets_the_adapter(server: RunningServer, path: str) -> None:
         expected = ("", "") if adapter is None else (adapter.name, adapter.fingerprint)
         submits = server.engine.submits[num_submits:]
         assert {(submit.lora_name, submit.lora_fingerprint) for submit in submits} == {expected}
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -424,7 +424,7 @@ def test_changed_between_validation_and_submit(
     assert {(submit.lora_name, submit.lora_fingerprint) for submit in submits} == {("chess", CHESS.fingerprint)}
     if path in (COMPLETIONS, CHAT):
         assert answer.result().json()["system_fingerprint"] == f"fp_fake-{CHESS.fingerprint[:12]}"
-    assert updatable.context.client.num_in_flight == 0
+    assert updatable.model.client.num_in_flight == 0
 
 
 @pytest.mark.parametrize("path", GENERATING)
@@ -438,7 +438,7 @@ def test_weights_that_are_gone_at_submit(
         with pause:
             assert unload(updatable, "chess").status_code == 200
         assert answer.result().status_code == 500 or answer.result().json()["status"] == "failed"
-    assert updatable.context.client.num_in_flight == 0
+    assert updatable.model.client.num_in_flight == 0
 
 
 def test_an_unload_amid_many_texts(updatable: RunningServer, fake_engine: FakeEngine) -> None:
@@ -485,7 +485,7 @@ def test_replay(start_server: StartServer, tmp_path: Path) -> None:
     num_submits = len(server.engine.submits)
     assert [replay(server, answer).json()["bit_equal"] for answer in (of_go, of_sql, of_model)] == [True] * 3
     assert [submit.lora_name for submit in server.engine.submits[num_submits:]] == ["go", "org/sql", ""]
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
 
 
 def test_death_of_the_engine_during_a_load(address: str, model_folder: Path, tmp_path: Path) -> None:
@@ -499,7 +499,7 @@ def test_death_of_the_engine_during_a_load(address: str, model_folder: Path, tmp
         engine.kill()
         check_error(answer.result(), 503)
         check_error(load(server, lora_name="go", lora_path=path), 503)
-        assert "go" not in server.context.client.adapters
+        assert "go" not in server.model.client.adapters
 
 
 # Shutdown.
@@ -521,7 +521,7 @@ def test_shutdown_ends_the_wait_for_adapters(updatable: RunningServer, fake_engi
         ]
         changes = (LoadAdapter, UnloadAdapter)
         wait_until(lambda: sum(isinstance(message, changes) for message in fake_engine.received) == 2)
-        of_thread(updatable, updatable.context.client.drain)
+        of_thread(updatable, updatable.model.client.drain)
         for answer in answers:
             check_shutting_down(answer.result(5))
     check_shutting_down(load(updatable, lora_name="go", lora_path=path))
@@ -542,7 +542,7 @@ def test_shutdown_ends_the_wait_for_what_is_fetched(updatable: RunningServer, mo
         with ThreadPoolExecutor() as threads:
             answer = threads.submit(load, updatable, lora_name="go", lora_path="org/go")
             assert started.wait(10)
-            of_thread(updatable, updatable.context.client.drain)
+            of_thread(updatable, updatable.model.client.drain)
             check_shutting_down(answer.result(5))
     finally:
         fetched.set()

@@ -54,7 +54,7 @@ def test_a_whole_answer(server: RunningServer, threads: ThreadPoolExecutor, path
         assert choice["finish_reason"] == "abort"
     assert 2 <= body["usage"]["completion_tokens"] < 2000
     wait_until(lambda: server.engine.num_choices == 0)
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
     wait_until(lambda: len(server.context.running) == 0)
 
 
@@ -72,7 +72,7 @@ def test_a_stream_by_the_id_of_its_answer(server: RunningServer, path: str) -> N
     else:
         assert json.loads(events[-1])["choices"][0]["finish_reason"] == "abort"
         assert last == "[DONE]"
-    wait_until(lambda: server.context.client.num_in_flight == 0)
+    wait_until(lambda: server.model.client.num_in_flight == 0)
     wait_until(lambda: len(server.context.running) == 0)
 
 

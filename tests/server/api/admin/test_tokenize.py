@@ -122,7 +122,7 @@ def test_time_is_observed(server: RunningServer) -> None:
 
 def test_tokenizer_info(shared_server: RunningServer) -> None:
     info = httpx.get(shared_server.url + "/tokenizer_info").json()
-    tokenizer = shared_server.context.tokenizer
+    tokenizer = shared_server.model.tokenizer
     assert (info["bos_token"], info["eos_token"], info["add_bos_token"]) == (None, "<|endoftext|>", False)
     assert tokenize(shared_server, prompt=info["eos_token"]).json()["tokens"] == [tokenizer.eos_token_id]
     assert (info["model_max_length"], info["vocab_size"]) == (MAX_MODEL_LEN, tokenizer.vocab_size)

@@ -74,7 +74,7 @@ def matches(server: RunningServer, text: str, **fields: Any) -> bool:
     ask_json(server.url, CHAT, **fields)
     grammar = server.engine.submits[-1].params.grammar
     assert grammar is not None
-    tokenizer = server.context.tokenizer
+    tokenizer = server.model.tokenizer
     matcher = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID]).compile(grammar)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()

@@ -39,7 +39,7 @@ def test_reasoning_has_two_names(model: RunningServer) -> None:
 
 def test_reasoning_tokens_are_counted(model: RunningServer) -> None:
     say(model, "<think>Hm</think>Yes")
-    tokenizer = model.context.tokenizer
+    tokenizer = model.model.tokenizer
     expected = len(tokenizer.encode("<think>Hm</think>")) - 1  # the token that ends the reasoning does not count
     if "<think>" not in tokenizer.special_tokens:
         expected -= len("<think")  # not recognised as a tag before its last token
@@ -72,7 +72,7 @@ def test_options_are_those_that_the_template_reads(plain: RunningServer, model_f
         answer = ask(plain.url, CHAT, chat_template_kwargs={name: True, "enable_thinking": True})
         assert answer.headers["x-lightwell-warnings"] == f"ignored parameters: chat_template_kwargs.{name}"
         token_ids = plain.engine.submits[-1].prompt_token_ids
-        text = plain.context.tokenizer.decode(token_ids, skip_special_tokens=False)
+        text = plain.model.tokenizer.decode(token_ids, skip_special_tokens=False)
         assert text == prompt(plain, chat_template_kwargs={"enable_thinking": True})
     values: list[Any] = [[], {}, [True]]
     for value in values:

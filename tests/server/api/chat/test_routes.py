@@ -393,7 +393,7 @@ def test_a_template_that_refuses_is_a_400(start_server: StartServer, model_folde
     error = check_error(ask(server.url, CHAT), 400)
     assert error["param"] == "messages"
     assert "A system message first!" in error["message"]
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
 
 
 # Length.

@@ -49,7 +49,7 @@ def test_what_the_official_client_returned_can_be_sent_back(plain: RunningServer
     token_ids = plain.engine.submits[-1].prompt_token_ids
     assert (
         '<think>Hm</think>\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
-        in plain.context.tokenizer.decode(token_ids)
+        in plain.model.tokenizer.decode(token_ids)
     )
 
 
@@ -119,7 +119,7 @@ def test_answers(
     """Streamed and whole answers agree and have log probabilities for each token. Control tokens are not content."""
     say(model, reply)
     fields = {"tools": TOOLS, "logprobs": True, "n": 1, **fields}
-    if "<tool_call>" in model.context.tokenizer.special_tokens:
+    if "<tool_call>" in model.model.tokenizer.special_tokens:
         content = content.replace("<tool_call>", "").replace("</tool_call>", "")
     answer = ask_json(model.url, CHAT, **fields)
     chunks = ask_stream(model.url, CHAT, **fields)
@@ -150,7 +150,7 @@ def test_log_probabilities_are_those_of_all_tokens(model: RunningServer) -> None
     tokens = [*model.engine.config.reply, 256]
     entries = ask_json(model.url, CHAT, tools=TOOLS, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert [bytes(entry["bytes"]) for entry in entries] == [
-        model.context.tokenizer.token_bytes(token) for token in tokens
+        model.model.tokenizer.token_bytes(token) for token in tokens
     ]
 
 
@@ -159,7 +159,7 @@ def test_every_length_has_the_beginning_of_the_whole(model: RunningServer, strea
     reply = '<think>Hm</think>Well. <tool_call>{"name": "time", "arguments": {"a": 1}}</tool_call>'
     say(model, reply)
     visible = reply.removeprefix("<think>Hm</think>")
-    if "<tool_call>" in model.context.tokenizer.special_tokens:
+    if "<tool_call>" in model.model.tokenizer.special_tokens:
         visible = visible.replace("<tool_call>", "")
     num_tokens = len(model.engine.config.reply)
     for max_tokens in range(1, num_tokens + 1):

@@ -117,7 +117,7 @@ async def test_async_clients_at_once(tiny: RunningServer) -> None:
         lengths = [*range(1, 14)] * 2
         requested = [(stream if index % 2 else whole)(client, length) for index, length in enumerate(lengths)]
         assert await asyncio.gather(*requested) == [REPLY[:length] for length in lengths]
-    assert tiny.context.client.num_in_flight == 0
+    assert tiny.model.client.num_in_flight == 0
 
 
 # Prompts.
@@ -274,7 +274,7 @@ def test_bad_prompts(tiny: RunningServer, prompt: Any) -> None:
     assert error["param"] == "prompt"
     assert len(error["message"]) < 300
     assert len(tiny.engine.submits) == num_submits
-    assert tiny.context.client.num_in_flight == 0
+    assert tiny.model.client.num_in_flight == 0
 
 
 def test_more_choices_than_the_server_holds(tiny: RunningServer) -> None:
@@ -356,7 +356,7 @@ def test_context_length(tiny: RunningServer) -> None:
         assert alone["code"] == "context_length_exceeded"
         assert "resulted in" in alone["message"]
     assert len(tiny.engine.submits) == num_submits
-    assert tiny.context.client.num_in_flight == 0
+    assert tiny.model.client.num_in_flight == 0
 
 
 def test_a_default_that_nobody_sent_is_no_reason_to_refuse(tiny: RunningServer) -> None:
@@ -397,7 +397,7 @@ def test_max_tokens_0_scores_the_prompt(tiny: RunningServer) -> None:
 
 
 def test_too_many_choices_name_what_there_is_too_much_of(tiny: RunningServer) -> None:
-    limit = tiny.context.client.max_in_flight
+    limit = tiny.model.client.max_in_flight
     for fields, param in (({}, "prompt"), ({"n": 2}, "n")):
         error = check_error(ask(tiny.url, COMPLETIONS, prompt=["a"] * (limit + 1), **fields), 400)
         assert error["param"] == param
@@ -681,7 +681,7 @@ def test_disconnect_aborts(server: RunningServer, fake_engine: FakeEngine, strea
             assert connection.recv(100)
     wait_until(lambda: fake_engine.num_choices == 0, timeout=1)
     assert {abort.request_id for abort in fake_engine.aborts} == {s.request_id for s in fake_engine.submits}
-    wait_until(lambda: server.context.client.num_in_flight == 0, timeout=1)
+    wait_until(lambda: server.model.client.num_in_flight == 0, timeout=1)
     assert ask_json(server.url, COMPLETIONS, max_tokens=5)["choices"][0]["text"] == "Hello"
 
 
@@ -699,7 +699,7 @@ def test_failure_of_the_engine_is_a_500(server: RunningServer, fake_engine: Fake
         assert (done, rest) == ("data: [DONE]", "")
         assert check_envelope(event.removeprefix("data: ").encode())["type"] == "server_error"
         assert "secret" not in stream.text
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
     with openai_client(server.url) as client:
         with pytest.raises(openai.InternalServerError):
             client.completions.create(model="tiny", prompt="Hi")
@@ -718,7 +718,7 @@ def test_death_of_the_engine(address: str, model_folder: Path, prompt: Any) -> N
     ):
         whole = pool.submit(ask, server.url, COMPLETIONS, **fields)
         stream = pool.submit(ask, server.url, COMPLETIONS, stream=True, **fields)
-        wait_until(lambda: server.context.client.num_in_flight == 2 * (1 if prompt == "Hi" else 2))
+        wait_until(lambda: server.model.client.num_in_flight == 2 * (1 if prompt == "Hi" else 2))
         time.sleep(0.05)
         engine.kill()
         assert check_error(whole.result(timeout=3), 503)["type"] == "service_unavailable_error"
@@ -726,7 +726,7 @@ def test_death_of_the_engine(address: str, model_folder: Path, prompt: Any) -> N
         assert (done, rest) == ("data: [DONE]", "")
         assert check_envelope(event.removeprefix("data: ").encode())["type"] == "service_unavailable_error"
         check_error(ask(server.url, COMPLETIONS), 503)
-        assert server.context.client.num_in_flight == 0
+        assert server.model.client.num_in_flight == 0
 
 
 @pytest.mark.checklist("E01")
@@ -751,4 +751,4 @@ def test_queue_full_is_429_before_tokenizing(start_server: StartServer, fake_eng
 
 
 def test_end_token_is_the_tiny_models(tiny: RunningServer) -> None:
-    assert tiny.context.tokenizer.eos_token_id == EOS_TOKEN_ID
+    assert tiny.model.tokenizer.eos_token_id == EOS_TOKEN_ID

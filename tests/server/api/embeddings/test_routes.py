@@ -156,13 +156,13 @@ def test_more_inputs_than_capacity(start_server: StartServer, fake_engine: FakeE
     assert [item["index"] for item in answer.json()["data"]] == list(range(2048))
     assert vectors(answer) == [vectors(ask(server, text))[0] for text in texts[:3]] + vectors(answer)[3:]
     assert [bytes(submit.prompt_token_ids).decode() for submit in fake_engine.submits[:2048]] == texts
-    assert server.context.client.num_in_flight == 0
+    assert server.model.client.num_in_flight == 0
 
 
 def test_little_free_capacity_suffices(start_server: StartServer, fake_engine: FakeEngine) -> None:
     """A single free choice in flight suffices while all others are busy."""
     server = start_server(max_queued_requests=1)
-    client = server.context.client
+    client = server.model.client
     fake_engine.pause()
     with ThreadPoolExecutor() as threads:
         embeddings = threads.submit(ask, server, [f"{number}" for number in range(30)])
@@ -198,7 +198,7 @@ def test_an_engine_that_fails(server: RunningServer) -> None:
     finally:
         server.engine.config.fail_request = False
     assert "secret" not in error["message"]
-    wait_until(lambda: server.context.client.num_in_flight == 0)
+    wait_until(lambda: server.model.client.num_in_flight == 0)
 
 
 def test_a_client_that_goes_away(server: RunningServer) -> None:
@@ -206,6 +206,6 @@ def test_a_client_that_goes_away(server: RunningServer) -> None:
     try:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(server.url + PATH, json={"model": "tiny", "input": ["a", "b"]}, timeout=0.5)
-        wait_until(lambda: server.engine.num_choices == server.context.client.num_in_flight == 0)
+        wait_until(lambda: server.engine.num_choices == server.model.client.num_in_flight == 0)
     finally:
         server.engine.resume()

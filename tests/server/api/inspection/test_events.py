@@ -206,5 +206,5 @@ def test_it_ends_when_the_server_shuts_down(server: RunningServer, fake_engine: 
     with following(server) as events:
         run_step(server, fake_engine, 1)
         next(events)
-        server.context.client.drain_requested.set()
+        server.model.client.drain_requested.set()
         assert list(events) == []

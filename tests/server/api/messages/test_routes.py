@@ -328,7 +328,7 @@ def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
 def test_a_full_queue(start_server: StartServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.max_num_seqs = 1
     server = start_server(max_queued_requests=1)
-    with server.context.client.reserve(2, tenant=Tenant(name="127.0.0.1")):
+    with server.model.client.reserve(2, tenant=Tenant(name="127.0.0.1")):
         response = ask(server.url)
     assert error_of(response, 429)[0] == "rate_limit_error"
     assert response.headers["retry-after"]

@@ -118,7 +118,7 @@ def test_effort_without_a_template_that_reads_it(tiny: RunningServer, effort: st
 
 def test_effort_with_one_that_does(reasoning_server: RunningServer) -> None:
     ask_json(reasoning_server.url, output_config={"effort": "low"})
-    tokenizer = reasoning_server.context.tokenizer
+    tokenizer = reasoning_server.model.tokenizer
     prompt = tokenizer.decode(reasoning_server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
     assert prompt.endswith("<think>\n")
 
@@ -175,7 +175,7 @@ def test_tools_of_the_client_get_their_schema(reasoning_server: RunningServer, k
     answer = ask(reasoning_server.url, tools=[tool], tool_choice={"type": "tool", "name": tool["name"]})
     assert (answer.status_code, "x-lightwell-warnings" in answer.headers) == (200, False), answer.text
     submit = reasoning_server.engine.submits[-1]
-    prompt = reasoning_server.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False)
+    prompt = reasoning_server.model.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False)
     description, schema = CLIENT_TOOLS[kind]
     Draft202012Validator.check_schema(schema)
     assert f'{{"name": "{tool["name"]}", "description": "{description}"' in prompt
@@ -369,7 +369,7 @@ def test_the_official_client(tiny: RunningServer) -> None:
             streamed = stream.get_final_message()
         assert message.content[0].text == streamed.content[0].text == "Hello, "  # type: ignore[union-attr]
         assert message.stop_sequence == streamed.stop_sequence == "wor"
-        prompt = tiny.context.tokenizer.decode(tiny.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
+        prompt = tiny.model.tokenizer.decode(tiny.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
         shown = ("user\nA\nSo?", "tool\nDocument: T\nA", "tool\nError: no such city", "system\nBe brief.")
         places = [prompt.find(f"<|im_start|>{turn}<|im_end|>") for turn in shown]
         assert -1 not in places

@@ -55,7 +55,7 @@ def error_of(response: httpx.Response, status: int) -> str:
 
 
 def prompt_of(server: RunningServer) -> str:
-    return server.context.tokenizer.decode(server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
+    return server.model.tokenizer.decode(server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
 
 
 # Chat.

@@ -70,7 +70,7 @@ def test_a_reranker(start_server: StartServer) -> None:
     assert len(others) == len(DOCUMENTS) - 1
     assert (submit.params.max_tokens, submit.params.temperature) == (1, 0.0)
     assert submit.params.logprob_token_ids == (ord("y"), ord("n"))
-    prompt = server.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False)
+    prompt = server.model.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False)
     assert "<Instruct>: Find the letter\n<Query>: a\n<Document>: z" in prompt
     assert 'can only be "y" or "n"' in prompt
     # The fake engine's log probabilities are -0.5 and -1.5.
@@ -94,7 +94,7 @@ def test_text_of_the_request_is_never_a_control_token(start_server: StartServer)
     ordinary, special = rerank(server, documents=["x"]), rerank(server, documents=["<|im_end|>"])
     assert ordinary.status_code == special.status_code == 200
     first, second = (submit.prompt_token_ids for submit in server.engine.submits[-2:])
-    (end,) = server.context.tokenizer.special_ids_in(["<|im_end|>"]).values()
+    (end,) = server.model.tokenizer.special_ids_in(["<|im_end|>"]).values()
     assert first.count(end) == second.count(end) > 0
 
 

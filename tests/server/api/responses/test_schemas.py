@@ -117,7 +117,7 @@ def test_calls_of_custom_tools(tools: RunningServer, reply: str, text: str) -> N
     ask_json(tools, previous_response_id=whole["id"], tools=[CUSTOM, FUNCTION], input=results)
     expected = prompt_of(tools)
     shown = json.dumps({"input": text}, ensure_ascii=False)
-    assert f'{{"name": "patch", "arguments": {shown}}}' in tools.context.tokenizer.decode(expected)
+    assert f'{{"name": "patch", "arguments": {shown}}}' in tools.model.tokenizer.decode(expected)
     ask_json(tools, **fields | {"input": [*fields["input"], *whole["output"], *results]})
     assert prompt_of(tools) == expected
 
@@ -126,7 +126,7 @@ def test_custom_tools_are_described_and_can_be_forced(tools: RunningServer) -> N
     answer = ask(tools, tools=[FUNCTION, CUSTOM | {"format": GRAMMAR}], tool_choice={"type": "custom", "name": "patch"})
     assert (answer.status_code, answer.headers[WARNINGS]) == (200, "ignored parameters: tools[1].format")
     submit = tools.engine.submits[-1]
-    assert '{"name": "patch", "description": "Edits a file."' in tools.context.tokenizer.decode(submit.prompt_token_ids)
+    assert '{"name": "patch", "description": "Edits a file."' in tools.model.tokenizer.decode(submit.prompt_token_ids)
     assert '"input"' in str(submit.params.grammar).replace("\\", "")
 
 
@@ -154,7 +154,7 @@ def test_items_by_reference(tools: RunningServer) -> None:
     user = {"role": "user", "content": "Hi"}
     ask_json(tools, tools=[FUNCTION], input=[user, *first["output"], result])
     expected = prompt_of(tools)
-    assert "<think>Hm.</think>So" in tools.context.tokenizer.decode(expected, skip_special_tokens=False)
+    assert "<think>Hm.</think>So" in tools.model.tokenizer.decode(expected, skip_special_tokens=False)
     references: list[dict[str, Any]] = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
     references[1] = {"id": references[1]["id"]}  # the type is optional
     second = ask_json(tools, tools=[FUNCTION], input=[user, *references, result])
@@ -246,7 +246,7 @@ def test_calls_of_other_tools_are_shown_as_those_of_functions(
     INPUT.validate_python(items)  # as the official client describes them
     answer = ask(tools, input=items)
     assert (answer.status_code, WARNINGS in answer.headers) == (200, False)
-    prompt = tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False)
+    prompt = tools.model.tokenizer.decode(prompt_of(tools), skip_special_tokens=False)
     assert f'<tool_call>\n{{"name": "{shown_call}}}\n</tool_call>' in prompt
     assert f"<|im_start|>tool\n{shown_output}<|im_end|>" in prompt
     stored = get(tools, f"{answer.json()['id']}/input_items").json()["data"]
@@ -308,7 +308,7 @@ def test_text_that_stops(tiny: RunningServer) -> None:
 
 def test_template_options(tools: RunningServer) -> None:
     ask_json(tools, chat_template_kwargs={"enable_thinking": True})
-    assert tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith("<think>\n")
+    assert tools.model.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith("<think>\n")
     answer = ask(tools, chat_template_kwargs={"mood": 1})
     assert answer.headers[WARNINGS] == "ignored parameters: chat_template_kwargs.mood"
 
@@ -345,7 +345,7 @@ def test_hints_that_are_neutral_or_followed(tiny: RunningServer, tools: RunningS
         assert WARNINGS not in ask(tiny, **fields).headers
     for effort, end in (("high", "<think>\n"), ("none", "assistant\n")):
         assert WARNINGS not in ask(tools, reasoning={"effort": effort}).headers
-        assert tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith(end)
+        assert tools.model.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith(end)
 
 
 # Start of a stream.

@@ -82,7 +82,7 @@ def test_calls_and_their_results_are_left_out_together(tools: RunningServer) -> 
         items += [call | {"call_id": f"call_{number}"}]
         items += [{"type": "function_call_output", "call_id": f"call_{number}", "output": output}]
     ask_json(tools, input=items, truncation="auto")
-    text = tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False)
+    text = tools.model.tokenizer.decode(prompt_of(tools), skip_special_tokens=False)
     assert (text.count("<tool_call>"), text.count("<|im_start|>tool\n")) == (3, 3)
     assert (text.count(LONG), "last" in text) == (2, True)
 
@@ -102,7 +102,7 @@ def test_a_template_that_wants_a_user_first(tmp_path: Path) -> None:
         items += [{"type": "function_call_output", "call_id": call_id, "output": "Rain"}]
     with shared_server(folder, vocab_size=263) as server:
         ask_json(server, input=items, truncation="auto", max_output_tokens=10)
-        text = server.context.tokenizer.decode(prompt_of(server), skip_special_tokens=False)
+        text = server.model.tokenizer.decode(prompt_of(server), skip_special_tokens=False)
     assert text.startswith(f"<|im_start|>user\n{LONG}<|im_end|>\n<|im_start|>assistant\nb")
     assert text.count("Rain") == 6
 
