@@ -19,6 +19,7 @@ from engine.shared.messages import (
     EngineStats,
     FinishReason,
     FromEngine,
+    LoadFailed,
     Outputs,
     Submit,
     ToEngine,
@@ -209,6 +210,12 @@ class ApiConnections:
             open_choices.difference_update(set(open_choices) if index is None else {index})
             if not open_choices:
                 del self.owners[request_id]
+
+    def refuse(self, reason: str, seconds: float) -> None:
+        """Tell the API process that the engine cannot load its model, if it connects within some seconds."""
+        for identity, _ in self.receive(seconds)[:1]:
+            self.socket.linger = int(1000 * seconds)
+            self.send(identity, LoadFailed(reason))
 
     def close(self) -> None:
         self.socket.close()

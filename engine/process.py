@@ -57,6 +57,7 @@ logger = logging.getLogger("lightwell.engine")
 
 MAX_QUESTIONS = 64  # that wait; an API process has a few at a time
 UNREADABLE = "the request cannot be read"
+REFUSAL_SECONDS = 1.0  # for an API process to connect that learns why there is no engine
 POLL_SECONDS = 0.005  # between checks of adapters that are loading, if the engine is idle, and of unsent messages
 
 
@@ -231,15 +232,19 @@ def main() -> None:
 
 def run(process_config: EngineProcessConfig) -> int:
     """Serve until SIGTERM or a failure. Return the exit code."""
+    connections = ApiConnections(process_config.address)
     try:
-        loop = start(process_config)
+        loop = start(process_config, connections)
     except Exception as error:
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            logger.error("there is not enough memory to load the model: %s", str(error) or type(error).__name__)
+            reason = f"there is not enough memory to load the model: {str(error) or type(error).__name__}"
         elif isinstance(error, ValueError | OSError | BrokenDeviceError):
-            logger.error("%s", error)
+            reason = str(error)
         else:
             raise
+        logger.error("%s", reason)
+        connections.refuse(reason, REFUSAL_SECONDS)
+        connections.close()
         return 1
     try:
         loop.run(process_config.config.step_timeout)
@@ -255,10 +260,9 @@ def run(process_config: EngineProcessConfig) -> int:
     return 1
 
 
-def start(process_config: EngineProcessConfig) -> EngineLoop:
+def start(process_config: EngineProcessConfig, connections: ApiConnections) -> EngineLoop:
     """Load the model, warm it up, and return the loop, ready to run."""
     config = process_config.config
-    connections = ApiConnections(process_config.address)
     age = process_age()
     clock = StepClock()
     shows_progress = config.data_parallel_rank == 0  # bars of several processes would overwrite each other

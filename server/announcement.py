@@ -17,12 +17,12 @@ WILDCARDS = {"//0.0.0.0": "//127.0.0.1", "//[::]": "//[::1]"}  # addresses to li
 
 
 async def announce(context: ServerContext, url: str) -> None:
-    """Wait until the model is loaded, log how to use it, and keep the server registered until the task is cancelled."""
-    model = context.models.default
-    await model.client.became_ready.wait()
-    name = model.name
-    logger.info("%s is ready, listening on %s", name, url, extra={"details": first_steps(context, client_url(url))})
-    with registered(RunningServer(url=client_url(url), model=name)):
+    """Wait until the models are loaded, log how to use them, and keep the server registered until cancelled."""
+    manager = context.model_manager
+    await (context.models.default.client.became_ready if manager is None else manager.has_started).wait()
+    names = ", ".join(slot.name for slot in context.models.slots)
+    logger.info("%s is ready, listening on %s", names, url, extra={"details": first_steps(context, client_url(url))})
+    with registered(RunningServer(url=client_url(url), model=context.models.name)):
         await asyncio.Event().wait()
 
 
@@ -35,9 +35,10 @@ def client_url(url: str) -> str:
 
 def first_steps(context: ServerContext, url: str) -> dict[str, object]:
     """Return the base URL for clients, a curl command, and the command to chat if the model can. They hold no key."""
-    model = context.models.default
-    body: dict[str, object] = {"model": model.name, "max_tokens": 64}
-    if model.chat_template is None:
+    served = context.models.slots[0].served
+    can_chat = served is None or served.chat_template is not None
+    body: dict[str, object] = {"model": context.models.name, "max_tokens": 64}
+    if not can_chat:
         path, body["prompt"] = "/v1/completions", "Once upon a time"
     else:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "hello"}]
@@ -48,7 +49,7 @@ def first_steps(context: ServerContext, url: str) -> dict[str, object]:
         socket = shlex.quote(url.removeprefix("unix:"))
         return {"base_url": url, "curl": f"curl --unix-socket {socket} http://localhost{path}{options}"}
     steps: dict[str, object] = {"base_url": f"{url}/v1", "curl": f"curl {url}{path}{options}"}
-    if model.chat_template is not None:
+    if can_chat:
         flags = ("" if url == DEFAULT_URL else f" --url {url}") + (f" --api-key {KEY}" if key else "")
         steps["chat"] = f"lightwell chat{flags}"
     return steps

@@ -32,10 +32,14 @@ def create_app(context: ServerContext) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for model in context.models.models:
+        for model in context.models.loaded:
             await model.client.start()
+        if context.model_manager is not None:
+            await context.model_manager.start()
         yield
-        for model in context.models.models:
+        if context.model_manager is not None:
+            await context.model_manager.close()
+        for model in context.models.loaded:
             await model.close()
         if context.tracer is not None:
             await context.tracer.close()
@@ -51,7 +55,7 @@ def create_app(context: ServerContext) -> FastAPI:
         redirect_slashes=False,
         servers=[{"url": context.settings.root_path}] if context.settings.root_path else None,
     )
-    install_document(app, context.models.default.name, needs_key=context.settings.needs_key)
+    install_document(app, context.models.name, needs_key=context.settings.needs_key)
     app.state.context = context
     app.state.response_store = ResponseStore(
         context.settings.max_stored_responses, context.settings.stored_responses_memory

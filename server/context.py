@@ -14,6 +14,7 @@ from server.engine_client.answer_size import too_large_error
 from server.http.body_middleware import get_text_size
 from server.http.json_response import AnswerResponse
 from server.metrics import Metrics
+from server.models.manager import ModelManager
 from server.models.registry import ModelRegistry
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
@@ -36,6 +37,7 @@ class ServerContext:
 
     settings: Settings
     models: ModelRegistry
+    model_manager: ModelManager | None  # None: the only model stays loaded
     created: int  # Unix time in seconds
     metrics: Metrics
     running: RunningRequests

@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import functools
 import logging
-import math
 import os
 import resource
 import signal
@@ -18,28 +17,20 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import msgspec
 import uvicorn
 from fastapi import FastAPI
 
-from engine.config import ModelConfig, load_model_config
 from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
-from engine.shared.messages import Vocabulary
 from engine.shared.parent_death import die_with_parent
 from server.access.api_keys import ApiKeys
 from server.announcement import announce
-from server.api.rerank.scorers import score_token_ids
 from server.app import create_app
-from server.constrained.grammar_checker import GrammarChecker
 from server.context import ServerContext
-from server.engine_client.admission import AdmissionLimits
 from server.engine_client.answer_budget import AnswerBudget
-from server.engine_client.client import EngineClient
-from server.engine_client.connected_engine import EngineOptions
 from server.engine_client.supervisor_channel import (
     DUMP_SIGNAL,
     HEARTBEAT_SECONDS,
@@ -51,21 +42,19 @@ from server.engine_client.supervisor_channel import (
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
 from server.metrics import Metrics
+from server.models.load_model import load_served_model
+from server.models.manager import ModelManager
 from server.models.registry import ModelRegistry
-from server.models.served_model import ServedModel
+from server.models.slot import ModelSlot
 from server.processes.garbage import collect_in_steps
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
-from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
 from server.sockets.acceptor import ACCEPTS_AT_ONCE, Acceptor
 from server.sockets.certificate import Certificate
 from server.sockets.handshake import MAX_HANDSHAKES, Handshakes
 from server.sockets.listeners import listening, url
-from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
-from server.text.templates.renderer import TemplateProcesses
-from server.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from server.otel.tracer import Tracer
@@ -138,7 +127,8 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
         try:
             certificate = load_certificate(settings)
             sockets = stack.enter_context(listening(settings.host, settings.port, settings.uds))
-            context = make_context(config)
+            channel = None if config.supervisor_fd is None else Channel.from_fd(config.supervisor_fd)
+            context = make_context(config, channel)
         except (OSError, ValueError) as error:  # errors in the configuration, which need no traceback
             logger.error("%s", error)
             return 1
@@ -152,7 +142,6 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
             collect_garbage()
             address = url(sockets[0], is_tls=certificate is not None)
             logger.debug("%s is open for health probes", address)
-            channel = None if config.supervisor_fd is None else Channel.from_fd(config.supervisor_fd)
             return asyncio.run(Lifecycle(server, context, flush_logs, channel).run(sockets, address))
         except Exception:
             logger.exception("the server failed")
@@ -164,13 +153,21 @@ def load_certificate(settings: Settings) -> Certificate | None:
     return None if settings.ssl_certfile is None else Certificate(settings.ssl_certfile, settings.ssl_keyfile)
 
 
-def make_context(config: ApiProcessConfig) -> ServerContext:
-    """Create the context from the model's files. Raises ValueError if they are missing or invalid."""
+def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> ServerContext:
+    """Create the context from the models' files. Raises ValueError if they are missing or invalid.
+
+    `channel` leads to the supervisor; without one, no engine is restarted.
+    """
     settings = config.settings
-    metrics = Metrics(settings.metrics_prefix, config.model_names[0])
+    slots = [ModelSlot(model, Metrics(settings.metrics_prefix, model.names[0])) for model in config.models]
+    metrics = slots[0].metrics
     api_keys = ApiKeys(settings)
     metrics.set_usage_source(api_keys.usage)
-    return ServerContext(
+    manager = None
+    if settings.unloads_models:
+        assert channel is not None
+        manager = ModelManager(slots, channel.send, settings.idle_unload)
+    context = ServerContext(
         settings=settings,
         created=int(time.time()),
         metrics=metrics,
@@ -179,45 +176,12 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         api_keys=api_keys,
         answers=AnswerBudget(settings.max_buffered_bytes),
         tracer=make_tracer(settings),
-        models=ModelRegistry([make_model(config, metrics)]),  # the last one, since it starts a process
+        models=ModelRegistry(slots),
+        model_manager=manager,
     )
-
-
-def make_model(config: ApiProcessConfig, metrics: Metrics) -> ServedModel:
-    """Create the text tools of a model and the client of its engine. Raises ValueError."""
-    settings = config.settings
-    path = Path(config.model_path)
-    tokenizer = Tokenizer.from_model(path)
-    model_config = load_model_config(path)
-    vocabulary = tokenizer.to_json()
-    options = EngineOptions(
-        step_timeout=settings.step_timeout,
-        can_restart=config.supervisor_fd is not None and settings.on_engine_death == "restart",
-        vocabulary=Vocabulary(vocabulary),
-    )
-    client = EngineClient(
-        config.engines,
-        options,
-        limits=AdmissionLimits(
-            max_queued_requests=settings.max_queued_requests,
-            queue_timeout=settings.queue_timeout,
-            request_timeout=settings.request_timeout or math.inf,
-        ),
-        metrics=metrics,
-    )
-    return ServedModel(
-        settings=settings,
-        names=config.model_names,
-        path=path,
-        client=client,
-        tokenizer=tokenizer,
-        grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),
-        config=model_config,
-        default_sampling=default_sampling(config, model_config),
-        score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
-        # The last one, since it starts a process.
-        chat_template=make_chat_template(tokenizer, settings.chat_template),
-    )
+    if manager is None:  # the last step, since it starts a process
+        slots[0].served = load_served_model(config.models[0], metrics, can_restart=channel is not None)
+    return context
 
 
 def make_tracer(settings: Settings) -> "Tracer | None":
@@ -227,56 +191,6 @@ def make_tracer(settings: Settings) -> "Tracer | None":
     from server.otel.tracer import Tracer
 
     return Tracer(settings.otlp_endpoint)
-
-
-def default_sampling(config: ApiProcessConfig, model_config: ModelConfig) -> DefaultSampling:
-    """Resolve the default sampling and log it. Raises ValueError if a source has an invalid field."""
-    files = "generation_config.json" if Path(config.model_path).is_dir() else "GGUF metadata general.sampling"
-    setting, names = config.settings.default_sampling, {config.settings.model, *config.model_names}
-    if unknown := unknown_models(setting, names):
-        message = "--default-sampling: no effect for %s, which is none of this model's names (%s)"
-        logger.warning(message, ", ".join(unknown), ", ".join(sorted(names)))
-    default = resolve_default_sampling(
-        setting,
-        names,
-        [(files, model_config.recommended_sampling), ("model card", config.model_card_sampling)],
-    )
-    logger.info("default sampling: %s; a request's own fields have precedence", default)
-    return default
-
-
-def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
-    """Compile the chat template in `file`, or the model's own if `file` is None.
-
-    Returns None if there is neither. Raises ValueError if the template is invalid or the file cannot be read.
-    """
-    if file is None:
-        try:
-            return None if tokenizer.chat_template is None else _compile(tokenizer, tokenizer.chat_template)
-        except ValueError as error:
-            raise ValueError(f"{error} --chat-template FILE replaces the model's template.") from error
-    try:
-        return _compile(tokenizer, Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
-        raise ValueError(f"--chat-template {file}: {reason}") from error
-
-
-def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
-    renderer = TemplateProcesses(source)
-    try:
-        template = ChatTemplate(renderer, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-    except EngineUnavailableError as error:  # its processes hang or are killed
-        renderer.close()
-        raise ValueError(error.message) from error
-    except BaseException:
-        renderer.close()
-        raise
-    if template.tool_format_name == UNRECOGNIZED:
-        logger.warning("the chat template writes tool calls in a form that is not recognized; a generic one is used")
-    if template.reasoning_format_name == UNRECOGNIZED:
-        logger.warning("the chat template has a switch for reasoning, but its tags are not recognized: it is content")
-    return template
 
 
 def make_server(
@@ -324,7 +238,9 @@ class Lifecycle:
     ) -> None:
         self._server = server
         self._context = context
-        self._client = context.models.default.client
+        self._models = context.models
+        self._manager = context.model_manager
+        self._died = asyncio.Event() if self._manager else context.models.default.client.died  # the only engine
         self._drain_timeout = context.settings.drain_timeout
         self._flush_logs = flush_logs
         self._channel = channel
@@ -339,19 +255,20 @@ class Lifecycle:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])  # the supervisor starts this process so
         serving = asyncio.create_task(self._server.serve(sockets))
         announcing = asyncio.create_task(announce(self._context, address))
-        events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._client.died)]
+        events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._died)]
         talking = [] if self._channel is None else [asyncio.create_task(self._talk_to_supervisor(self._channel))]
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
         if self._terminated.is_set():
             await self._drain()
-        if self._client.died.is_set():
+        if self._died.is_set():
             await self._on_engine_death()
         for task in (announcing, *events, *talking):
             task.cancel()
-        self._client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))
+        for model in self._models.loaded:
+            model.client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))
         self._server.stop()
         await serving
-        return 0 if self._terminated.is_set() and not self._client.died.is_set() else 1
+        return 0 if self._terminated.is_set() and not self._died.is_set() else 1
 
     def _on_sigterm(self) -> None:
         if self._terminated.is_set():
@@ -364,28 +281,42 @@ class Lifecycle:
         faulthandler.register(DUMP_SIGNAL)
         asyncio.get_running_loop().add_reader(channel, self._on_supervisor_message, channel)
         while True:
-            channel.send(Heartbeat(self._client.ready_pids))
-            self._client.changed.clear()
+            channel.send(Heartbeat(tuple(pid for model in self._models.loaded for pid in model.client.ready_pids)))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._client.changed.wait(), HEARTBEAT_SECONDS)
+                await asyncio.wait_for(self._change(), HEARTBEAT_SECONDS)
+
+    async def _change(self) -> None:
+        """Wait until the state of an engine changes. If models are loaded and unloaded, the next heartbeat says so."""
+        if self._manager is not None:
+            await asyncio.Event().wait()
+        changed = self._models.default.client.changed
+        changed.clear()
+        await changed.wait()
 
     def _on_supervisor_message(self, channel: Channel) -> None:
         for message in channel.receive():
             match message:
+                case EngineStarted() if self._manager:
+                    self._manager.engine_started(message.number, message.pid)
+                case EngineGone() if self._manager:
+                    self._manager.engine_gone(message.number, message.reason)
                 case EngineStarted():
-                    self._client.engines[message.number].engine_started(message.pid)
+                    self._models.default.client.engines[message.number].engine_started(message.pid)
                 case EngineGone():
-                    self._client.engines[message.number].liveness.mark_dead(message.reason)
+                    self._models.default.client.engines[message.number].liveness.mark_dead(message.reason)
         if channel.has_ended:
             asyncio.get_running_loop().remove_reader(channel)
 
     async def _drain(self) -> None:
         """Accept no new work and wait for the current requests, but at most --drain-timeout seconds."""
-        self._client.drain()
+        if self._manager is not None:
+            self._manager.drain()
+        for model in self._models.loaded:
+            model.client.drain()
         requests = set(self._server.server_state.tasks)
         logger.info("draining: waiting for %d running requests", len(requests))
         if requests:
-            death = asyncio.create_task(self._client.died.wait())
+            death = asyncio.create_task(self._died.wait())
             finished = asyncio.create_task(_finish(requests))
             waiting = {death, finished}
             await asyncio.wait(waiting, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -394,7 +325,7 @@ class Lifecycle:
 
     async def _on_engine_death(self) -> None:
         """Keep serving for `DEATH_GRACE` seconds if the engine had been ready. Its requests have already failed."""
-        if self._client.info is not None:
+        if self._models.default.client.info is not None:
             await asyncio.sleep(DEATH_GRACE)
 
 

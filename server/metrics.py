@@ -6,7 +6,7 @@ number of time series, no label value comes from a request, except the names of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -41,8 +41,8 @@ class Metrics:
 
     def __init__(self, prefix: str, model_name: str) -> None:
         self.registry = CollectorRegistry()
-        self._prefix = prefix
-        self._model_name = model_name
+        self.prefix = self._prefix = prefix
+        self.model_name = self._model_name = model_name
         self._labels = {"model_name": model_name, "engine": "0"}  # of what no engine does
         self._families = MetricFamilies(prefix, self.registry)
         self._engines: list[EngineMetrics] = []
@@ -84,6 +84,10 @@ class Metrics:
         self._engines.append(engine)
         return engine
 
+    def remove_engines(self) -> None:
+        """Remove the metrics of engines that have ended, but those that this process counts."""
+        self._engines.clear()
+
     def set_usage_source(self, usage: Callable[[], Mapping[str, Usage]]) -> None:
         """Set the function that returns what each tenant has used, by name; each scrape calls it."""
         self.registry.register(_UsageCollector(self._prefix, list(self._labels.values()), usage))
@@ -112,13 +116,36 @@ class Metrics:
         self._http.labels(handler, method, status).inc()
         self._http_seconds.labels(handler, method).observe(seconds)
 
-    def exposition(self) -> tuple[bytes, str]:
-        """Return the metrics page and its content type.
 
-        The format is always Prometheus text: the library's OpenMetrics format replaces the colon in a prefix such as
-        `vllm:` with an underscore.
-        """
-        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+def exposition(metrics: Sequence[Metrics]) -> tuple[bytes, str]:
+    """Return the page with the metrics of all models, and its content type.
+
+    The format is always Prometheus text: the library's OpenMetrics format replaces the colon in a prefix such as
+    `vllm:` with an underscore.
+    """
+    page = generate_latest(metrics[0].registry if len(metrics) == 1 else _JoinedRegistry(metrics))
+    return page, CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _JoinedRegistry(CollectorRegistry):
+    """The metrics of several models. Each has the label `model_name`, but what is not about a model."""
+
+    def __init__(self, metrics: Sequence[Metrics]) -> None:
+        super().__init__()
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for metrics in self._metrics:
+            for family in metrics.registry.collect():
+                if family.name.startswith(metrics.prefix):
+                    label = {"model_name": metrics.model_name}
+                    family.samples = [sample._replace(labels=label | sample.labels) for sample in family.samples]
+                    families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                    families[family.name].samples += family.samples
+                else:  # of the process and its HTTP responses: the same for all models
+                    families.setdefault(family.name, family)
+        yield from families.values()
 
 
 class _UsageCollector(Collector):

@@ -15,13 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from server.engine_client.supervisor_channel import (
     DUMP_SIGNAL,
@@ -31,19 +34,23 @@ from server.engine_client.supervisor_channel import (
     EngineStarted,
     Heartbeat,
     Message,
+    StartEngine,
+    StopEngine,
     make_channel,
 )
-from server.hub.progress import progress_on_stderr
-from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
 from server.processes.cpu_shares import cpu_shares
 from server.processes.error_line import print_error
+from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
 from server.processes.run_queue import MAX_WAIT_FACTOR, Silence
 from server.processes.stop_signals import StopSignals
 from server.processes.supervised_engine import SupervisedEngine
-from server.settings.load import check_adapter_names, check_certificate, check_otel
-from server.settings.process_configs import ApiProcessConfig, EngineProcess, engine_config
-from server.settings.table import REPEAT_LORA_MODULES, Settings
+from server.settings.load import check_certificate, check_otel
+from server.settings.process_configs import ApiProcessConfig, EngineProcess
+from server.settings.table import Settings
+
+if TYPE_CHECKING:
+    from engine.config import EngineProcessConfig
 
 DEATH_GRACE_SECONDS = 3.0  # for the API process to end its streams with an error after the engine's death
 DRAIN_GRACE_SECONDS = 2.5  # for the API process to exit after --drain-timeout
@@ -66,6 +73,15 @@ class Commands:
     api: Sequence[str] = (*LAUNCHER, "server.main")
 
 
+class EngineLaunch(NamedTuple):
+    """How to start an engine."""
+
+    name: str  # of its process, for messages
+    command: Sequence[str]
+    config: "EngineProcessConfig"
+    cpus: Collection[int] = ()  # on which it runs; empty: all
+
+
 class StopNowError(Exception):
     """A second signal arrived: stop at once instead of waiting."""
 
@@ -78,11 +94,14 @@ class Supervisor:
 
     def __init__(self, signals: StopSignals, settings: Settings) -> None:
         self._signals = signals
+        self.unloads_models = settings.unloads_models  # the API process decides which engines run
         self._settings = settings
         self._selector = selectors.DefaultSelector()
         self._selector.register(signals, selectors.EVENT_READ)
         self._children: list[Child] = []
+        self._launches: dict[int, EngineLaunch] = {}
         self._engines: list[SupervisedEngine] = []  # those that run or are to be started again
+        self._orders: deque[StartEngine | StopEngine] = deque()  # of the API process, to be carried out
         self._channel: Channel | None = None
         self._hangs_at: float | None = None  # the API process, unless a heartbeat comes; None before the first one
         self._overdue = Silence(2 * HEARTBEAT_SECONDS)  # of the API process, from then on
@@ -114,13 +133,22 @@ class Supervisor:
         self._selector.register(child, selectors.EVENT_READ)
         return child
 
-    def start_engine(
-        self, number: int, name: str, command: Sequence[str], config: msgspec.Struct, cpus: Collection[int] = ()
-    ) -> Child:
-        """Start an engine, which `watch` starts again if it dies. Return its process. Raises SupervisorError."""
+    def add_engine(self, number: int, launch: "EngineLaunch") -> None:
+        """Make an engine known, which can then be started."""
+        self._launches[number] = launch
+
+    def start_engine(self, number: int, memory_limit: int | None = None) -> Child:
+        """Start an engine, which `watch` starts again if it dies. Return its process. Raises SupervisorError.
+
+        `memory_limit`: bytes of host memory that it may use.
+        """
+        launch = self._launches[number]
+        config = launch.config
+        if memory_limit is not None:
+            config = replace(config, config=replace(config.config, memory_limit=memory_limit))
         engine = SupervisedEngine(
             number,
-            partial(self.start, name, command, config, cpus=cpus),
+            partial(self.start, launch.name, launch.command, config, cpus=launch.cpus),
             restarts=self._settings.on_engine_death == "restart",
             step_timeout=self._settings.step_timeout,
             report=self._report,
@@ -144,14 +172,30 @@ class Supervisor:
                     return self._after_hang(api)
                 if event is api:
                     return self._after_api_death(api)
+                while self._orders:
+                    self._obey(self._orders.popleft())
                 for engine in list(self._engines):
                     self._advance(engine)
-                    if engine.is_gone and len(self._engines) == 1:
+                    if engine.is_gone and len(self._engines) == 1 and not self.unloads_models:
                         return self._after_last_death(engine, api)
                     if engine.is_gone:
                         self._go_on_without(engine)
         except StopNowError as stop:
             return 128 + stop.signum
+
+    def _obey(self, order: StartEngine | StopEngine) -> None:
+        """Start or stop an engine as the API process wants."""
+        running = [engine for engine in self._engines if engine.number == order.number]
+        if isinstance(order, StopEngine):
+            for engine in running:
+                engine.stop(STOP_SECONDS)
+        elif not running:
+            try:
+                process = self.start_engine(order.number, order.memory_limit)
+            except SupervisorError as error:
+                self._tell(EngineGone(order.number, str(error)))
+            else:
+                self._tell(EngineStarted(order.number, process.pid))
 
     def _advance(self, engine: SupervisedEngine) -> None:
         """Do what is due for an engine, and tell the API process if it has another process."""
@@ -165,9 +209,11 @@ class Supervisor:
     def _go_on_without(self, engine: SupervisedEngine) -> None:
         """Forget an engine that is not started again, since others are left."""
         self._engines.remove(engine)
+        self._children.remove(engine.process)
+        engine.process.close()
         self._tell(EngineGone(engine.number, ENDED))
-        engine.process.kill()  # reaps it and ends its subprocesses
-        self._report(f"{engine.outcome}; the server goes on without it")
+        if not engine.is_stopped:
+            self._report(f"{engine.outcome}; the server goes on without it")
 
     def _seconds_to_deadline(self) -> float | None:
         """Return the seconds until something is due, without a heartbeat before. None: nothing is."""
@@ -286,13 +332,15 @@ class Supervisor:
         return None
 
     def _read_channel(self, channel: Channel) -> None:
-        """Read the heartbeats of the API process."""
+        """Read the heartbeats and the orders of the API process."""
         for message in channel.receive():
             self._hangs_at = time.monotonic() + self._silence_limit
             self._overdue.reset()
             if isinstance(message, Heartbeat):
                 for engine in self._engines:
                     engine.note_ready(message.ready_pids)
+            if isinstance(message, StartEngine | StopEngine):
+                self._orders.append(message)
         if channel.has_ended:
             self._selector.unregister(channel)
 
@@ -309,80 +357,47 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
         ApiKeys(settings)  # an error in the file must not wait for the model
     # By default, PID 1 of a container ignores SIGTERM.
     with _handling([signal.SIGTERM], _exit), _handling([RELOAD_SIGNAL] if reloads else [], signal.SIG_IGN):
-        model = _resolve_model(settings)
-        check_adapter_names(settings, _model_names(settings, model))
-        lora_paths = _resolve_adapters(settings)
+        models = resolve_models(settings)
         with (
             ipc_folder() as folder,
             StopSignals(reloads=reloads) as signals,
             Supervisor(signals, settings) as supervisor,
         ):
-            engines = []
-            for number, cpus in enumerate(cpu_shares(settings.data_parallel_size)):
-                address = ipc_address(folder, number)
-                name = "engine" if settings.data_parallel_size == 1 else f"engine {number}"
-                process_config = _engine_config(settings, model, lora_paths, address, number)
-                engine = supervisor.start_engine(number, name, commands.engine, process_config, cpus)
-                engines.append(EngineProcess(address, engine.pid))
+            engines = [_add_engines(supervisor, model, number, commands, folder) for number, model in enumerate(models)]
             channel, api_end = make_channel()
             with closing(channel):
                 with closing(api_end):
                     fd = api_end.fileno()
-                    config = _api_config(settings, model, tuple(engines), fd)
+                    configs = tuple(map(api_model_config, models, engines))
+                    config = ApiProcessConfig(settings=settings, models=configs, supervisor_fd=fd)
                     api = supervisor.start("API", commands.api, config, pass_fds=(fd,))
                 signals.reloader = api
                 return supervisor.watch(api, channel)
 
 
-def _resolve_model(settings: Settings) -> ResolvedModel:
-    """Resolve --model. Raises ModelError."""
-    try:
-        return resolve_model(settings.model, progress_on_stderr())
-    except ModelError as error:
-        if settings.lora_modules and "=" in settings.model:  # it is the second value after one --lora-modules
-            raise ModelError(f"{error}; {REPEAT_LORA_MODULES}") from None
-        raise
+def _add_engines(
+    supervisor: Supervisor, model: ModelOnDisk, first: int, commands: Commands, folder: Path
+) -> tuple[EngineProcess, ...]:
+    """Make the engines of a model known to the supervisor, numbered from `first`.
+
+    Start them, unless the API process decides when they run: then each model has one.
+    """
+    processes = []
+    for rank, cpus in enumerate(cpu_shares(model.settings.data_parallel_size)):
+        number = first + rank
+        address = ipc_address(folder, number)
+        config = engine_process_config(model, address, rank)
+        supervisor.add_engine(number, EngineLaunch(_engine_name(model, rank), commands.engine, config, cpus))
+        pid = None if supervisor.unloads_models else supervisor.start_engine(number).pid
+        processes.append(EngineProcess(address, pid, number))
+    return tuple(processes)
 
 
-def _model_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:
-    return settings.served_model_name or (model.name,)
-
-
-def _resolve_adapters(settings: Settings) -> dict[str, Path]:
-    """Return the paths of the adapters of --lora-modules by name, downloading them if necessary. Raises ModelError."""
-    paths = {}
-    for name, path in settings.lora_paths.items():
-        try:
-            paths[name] = resolve_adapter(path, progress_on_stderr())
-        except ModelError as error:
-            raise ModelError(f"--lora-modules {name}: {error}") from None
-    return paths
-
-
-def _engine_config(
-    settings: Settings, model: ResolvedModel, lora_paths: Mapping[str, Path], address: str, number: int
-) -> msgspec.Struct:
-    from engine.config import EngineProcessConfig
-
-    return EngineProcessConfig(
-        address=address,
-        config=engine_config(settings, model.path, lora_paths, number),
-        log_level=settings.log_level,
-        log_format=settings.log_format,
-    )
-
-
-def _api_config(
-    settings: Settings, model: ResolvedModel, engines: tuple[EngineProcess, ...], supervisor_fd: int | None = None
-) -> ApiProcessConfig:
-    return ApiProcessConfig(
-        settings=settings,
-        engines=engines,
-        model_path=str(model.path),
-        model_names=_model_names(settings, model),
-        model_card_sampling=dict(model.card_sampling),
-        supervisor_fd=supervisor_fd,
-    )
+def _engine_name(model: ModelOnDisk, rank: int) -> str:
+    """Return what messages call an engine."""
+    if model.settings.unloads_models:
+        return f"engine ({model.names[0]})"
+    return "engine" if model.settings.data_parallel_size == 1 else f"engine {rank}"
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:

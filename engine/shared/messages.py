@@ -300,6 +300,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     prefixes: list[bytes] = []  # names of the cached ones, if there are several engines
 
 
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """Reply to `Hello` of an engine that cannot load its model, and ends."""
+
+    reason: str
+
+
 class Adapters(msgspec.Struct, frozen=True, tag=True):
     """The loaded LoRA adapters, sent to every API process after each load or unload."""
 
@@ -331,7 +337,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
 
 
 ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter | Question | StopReading
-FromEngine = Ready | Outputs | Adapters | AdapterDone | Answer
+FromEngine = Ready | LoadFailed | Outputs | Adapters | AdapterDone | Answer
 
 HEARTBEAT_SECONDS = 1.0
 MAX_UNREAD_MESSAGES = 256  # at either end of a connection; an engine whose messages are not read computes no more

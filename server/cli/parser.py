@@ -3,7 +3,7 @@
 import argparse
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
 from server.cli.foreign_flags import FOREIGN_ARGUMENTS, FOREIGN_FLAGS
@@ -65,21 +65,6 @@ class Parser(argparse.ArgumentParser):
 
 def _flag_of(argument: str) -> str:
     return argument.partition("=")[0]
-
-
-class StoreOnce(argparse.Action):
-    """Stores a value that can be given by several flags, but only once."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        if hasattr(namespace, self.dest):
-            parser.error(f"{self.dest.upper()} is given twice")
-        setattr(namespace, self.dest, values)
 
 
 class _Formatter(argparse.HelpFormatter):

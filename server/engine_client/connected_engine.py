@@ -18,6 +18,7 @@ from engine.shared.messages import (
     EngineStats,
     FromEngine,
     Hello,
+    LoadFailed,
     Outputs,
     Ready,
     Submit,
@@ -173,6 +174,8 @@ class ConnectedEngine:
                 self._on_outputs(message, now)
             case Ready():
                 self._on_ready(message)
+            case LoadFailed():
+                self.liveness.mark_dead(message.reason)
             case Adapters():
                 self.adapters.update(message.adapters)
             case AdapterDone():

@@ -1,4 +1,4 @@
-"""The channel between the supervisor and the API process: heartbeats one way, news of the engine the other."""
+"""The channel between the supervisor and the API process: heartbeats and orders one way, news of the engines back."""
 
 import signal
 import socket
@@ -28,7 +28,20 @@ class EngineGone(msgspec.Struct, frozen=True, tag=True):
     reason: str  # for the log
 
 
-Message = Heartbeat | EngineStarted | EngineGone
+class StartEngine(msgspec.Struct, frozen=True, tag=True):
+    """From the API process: load the model of an engine that does not run. `EngineStarted` or `EngineGone` follows."""
+
+    number: int
+    memory_limit: int | None = None  # bytes of host memory that it may use; None: all that is free
+
+
+class StopEngine(msgspec.Struct, frozen=True, tag=True):
+    """From the API process: end an engine, which has nothing to do. `EngineGone` follows."""
+
+    number: int
+
+
+Message = Heartbeat | EngineStarted | EngineGone | StartEngine | StopEngine
 
 HEARTBEAT_SECONDS = 1.0
 DUMP_SIGNAL = signal.SIGUSR2  # has the API process write the stacks of its threads to stderr

@@ -288,7 +288,7 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
     timeout = body.queue_timeout
     with base.client.reserve(count, param=param, tenant=job.tenant, queue_timeout=timeout) as reservation:
         prepared = await _prepare(job)
-        context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
+        base.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         answers = context.answers
         limit_error = too_large(body, job.endpoint.max_tokens_field(body), answers.max_bytes)
         if least_bytes(body, prepared.submits) > answers.max_bytes:
@@ -303,7 +303,7 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
         prompts,
         streams,
         choices,
-        metrics=context.metrics,
+        metrics=base.metrics,
         request_id=job.request_id,
         submitted=submitted,
         recording=recording,

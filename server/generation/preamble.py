@@ -164,10 +164,7 @@ def find_model(request: Request, name: str | None) -> ModelVariant:
         ModelNotFoundError: there is no such model.
         EngineUnavailableError: it is an adapter that is loaded together with the engine, which is not ready.
     """
-    models = get_context(request).models
-    if name is None:
-        return ModelVariant(models.default.name, models.default)
-    return models.find(name, get_tenant(request))
+    return get_context(request).models.find(name, get_tenant(request))
 
 
 def find_generating_model(request: Request, name: str | None) -> ModelVariant:

@@ -34,9 +34,16 @@ class StrictJSONRoute(APIRoute):
             if request.method == "POST":
                 check_media_type(request.headers)
                 await request.json()
+                return await self.respond(request, handler)
             return await handler(request)
 
         return strict_handler
+
+    async def respond(
+        self, request: StrictJSONRequest, handler: Callable[[Request], Coroutine[Any, Any, Response]]
+    ) -> Response:
+        """Answer a request that has valid JSON. `handler` validates its fields."""
+        return await handler(request)
 
 
 def check_media_type(headers: Headers) -> None:

@@ -56,12 +56,22 @@ class EventStream(EventSourceResponse):
             ping_message_factory=_keep_alive,
             sep="\n",
         )
+        self._chunks = events
         self._on_close = on_close
         self._has_comments = format.has_comments
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        finally:
+            if self._on_close is not None:
+                self._on_close()
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Yield the events, for another stream that they become a part of."""
+        try:
+            async for chunk in self._chunks:
+                yield chunk
         finally:
             if self._on_close is not None:
                 self._on_close()

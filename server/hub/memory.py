@@ -69,19 +69,27 @@ def memory_lines(weights: int, shape: ModelShape) -> Iterator[str]:
         f"Takes about {format_bytes(weights)} of memory for the weights, "
         f"and {cache} for the KV cache of one request of {shape.context} tokens"
     )
-    for memory in (*_gpus(), Memory("Memory", available_memory(), 0, CPU_SHARE)):
-        yield memory.describe_fit(weights, shape)
+    if gpu := gpu_memory():
+        allowed = min(int(gpu.total * GPU_SHARE), gpu.free)
+        yield Memory("GPU", allowed, GPU_RESERVE, 1.0).describe_fit(weights, shape)
+    yield Memory("Memory", available_memory(), 0, CPU_SHARE).describe_fit(weights, shape)
 
 
-def _gpus() -> Iterator[Memory]:
-    """Yield the memory of the first GPU that nvidia-smi reports, if there is one."""
-    query = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits", "--id=0"]
+class GPUMemory(NamedTuple):
+    """The memory of a GPU, in bytes."""
+
+    total: int
+    free: int
+
+
+def gpu_memory(number: int = 0) -> GPUMemory | None:
+    """Return the memory of a GPU as nvidia-smi reports it, or None if there is no such GPU."""
+    query = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits", f"--id={number}"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-        total, free = (int(number) * MIB for number in output.split(","))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return
-    yield Memory("GPU", min(int(total * GPU_SHARE), free), GPU_RESERVE, 1.0)
+        return GPUMemory(*(int(number) * MIB for number in output.split(",")))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
+        return None
 
 
 def gguf_shape(metadata: Mapping[str, Any]) -> ModelShape | None:

@@ -3,48 +3,86 @@
 from collections.abc import Sequence
 from itertools import chain
 
-from server.http.errors import MissingParameterError, ModelNotFoundError
+from server.http.errors import EngineUnavailableError, MissingParameterError, ModelNotFoundError
 from server.models.served_model import ModelVariant, ServedModel
+from server.models.slot import ModelSlot
 from server.tenants import Tenant
 
 
 class ModelRegistry:
-    """All served models. The first one answers requests that name none, where that is allowed."""
+    """All models. The first one answers requests that name none, where that is allowed."""
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.models = models
+    def __init__(self, slots: Sequence[ModelSlot]) -> None:
+        self.slots = slots
+
+    @property
+    def loaded(self) -> list[ServedModel]:
+        """The models that are in memory, or are being loaded together with the server."""
+        return [slot.served for slot in self.slots if slot.served is not None]
 
     @property
     def default(self) -> ServedModel:
-        return self.models[0]
+        """The first model. Raises EngineUnavailableError if it is not loaded."""
+        return _served(self.slots[0])
+
+    @property
+    def name(self) -> str:
+        """The name of the first model."""
+        return self.slots[0].name
+
+    def names(self, tenant: Tenant) -> list[str]:
+        """Return the names that the tenant can use: those of each model, then those of its adapters."""
+        return list(chain.from_iterable(_names(slot, tenant) for slot in self.slots))
 
     def variants(self, tenant: Tenant) -> list[ModelVariant]:
-        """Return each model under each of its names, then its loaded adapters that the tenant may use."""
-        return list(chain.from_iterable(_variants(model, tenant) for model in self.models))
+        """Return each loaded model under each of its names, then its loaded adapters that the tenant may use."""
+        return list(chain.from_iterable(_variants(model, tenant) for model in self.loaded))
 
-    def find(self, name: str, tenant: Tenant) -> ModelVariant:
-        """Return the model or adapter with this name.
+    def find_slot(self, name: str | None, tenant: Tenant) -> ModelSlot | None:
+        """Return the slot of the model or adapter with this name, or None. A name of None is that of the first."""
+        if name is None:
+            return self.slots[0]
+        return next((slot for slot in self.slots if name in _names(slot, tenant)), None)
+
+    def find(self, name: str | None, tenant: Tenant) -> ModelVariant:
+        """Return the model or adapter with this name, or the first model if it is None.
 
         Raises:
             MissingParameterError: The name is empty.
             ModelNotFoundError: There is no such model or adapter for the tenant.
-            EngineUnavailableError: The adapter is loaded at start-up, and the engine is not ready yet.
+            EngineUnavailableError: The model is not loaded, or the adapter is loaded together with it.
         """
+        if name is None:
+            return ModelVariant(self.default.name, self.default)
         if not name:
             raise MissingParameterError("model")
-        variants = self.variants(tenant)
-        for variant in variants:
-            if variant.name == name:
-                return variant
-        for model in self.models:
-            if model.client.info is None and name in model.settings.lora_paths and tenant.may_use(name):
-                model.client.ready_info()
-        raise ModelNotFoundError(name, [variant.name for variant in variants])
+        slot = self.find_slot(name, tenant)
+        if slot is None:
+            raise ModelNotFoundError(name, self.names(tenant))
+        model = _served(slot)
+        if name in model.names:
+            return ModelVariant(name, model)
+        if name not in model.client.adapters:
+            model.client.ready_info()
+            raise ModelNotFoundError(name, self.names(tenant))
+        return ModelVariant(name, model, model.client.adapters[name])
 
     def is_ambiguous(self, tenant: Tenant) -> bool:
         """Return whether a request of the tenant must name its model, since there are several, or adapters."""
-        adapters = [name for model in self.models for name in (*model.settings.lora_paths, *model.client.adapters)]
-        return len(self.models) > 1 or any(map(tenant.may_use, adapters))
+        return len(self.slots) > 1 or len(self.names(tenant)) > len(self.slots[0].names)
+
+
+def _served(slot: ModelSlot) -> ServedModel:
+    if slot.served is None:
+        raise EngineUnavailableError(f"The model `{slot.name}` is not loaded. Please retry later.")
+    return slot.served
+
+
+def _names(slot: ModelSlot, tenant: Tenant) -> list[str]:
+    """Return the names of a model, and of its adapters: those that are loaded, or will be together with it."""
+    client = None if slot.served is None else slot.served.client
+    adapters = slot.config.settings.lora_names if client is None or client.info is None else client.adapters
+    return [*slot.names, *(name for name in adapters if tenant.may_use(name))]
 
 
 def _variants(model: ServedModel, tenant: Tenant) -> list[ModelVariant]:

@@ -10,12 +10,12 @@ from engine.shared.messages import LoraAdapter
 from server.constrained.constraints import ConstraintBuilder
 from server.constrained.grammar_checker import GrammarChecker
 from server.engine_client.client import EngineClient
+from server.metrics import Metrics
 from server.schemas.default_sampling import DefaultSampling
 from server.settings.table import Settings
 from server.text.templates.chat_template import ChatTemplate
 from server.text.token_sequences import SequenceBreakers
 from server.text.tokenizer import Tokenizer
-from server.weight_files import WeightFiles, describe_weights
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class ServedModel:
     names: tuple[str, ...]  # accepted in `model`; the first is the id in responses
     path: Path
     client: EngineClient
+    metrics: Metrics
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None  # None: the model has none, and chat requests are rejected
     grammar_checker: GrammarChecker
@@ -55,11 +56,6 @@ class ServedModel:
     @cached_property
     def constraint_builder(self) -> ConstraintBuilder:
         return ConstraintBuilder(self.tokenizer, self.settings.allow_additional_properties)
-
-    @cached_property
-    def weight_files(self) -> WeightFiles:
-        """The model's files. The first call reads their headers. Raises OSError or ValueError."""
-        return describe_weights(self.path)
 
     @cached_property
     def sequence_breakers(self) -> SequenceBreakers:

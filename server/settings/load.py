@@ -1,17 +1,20 @@
 """Read the settings from flags, the environment and the config file, and check that they fit together."""
 
 import ipaddress
-import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from server.settings.setting import ENV_PREFIX, SettingsError
 from server.settings.suggestions import did_you_mean
-from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS, Settings
+from server.settings.table import CONFIG_VARIABLE, OF_A_MODEL, OTHER_VARIABLES, SETTINGS, Settings
 
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")  # LIGHTWELL_PORT=tcp://10.0.0.1:8000
+_MODELS = frozenset({"model", "models"})
 _LINKS = " (Kubernetes sets it for a Service named lightwell; disable that with enableServiceLinks: false)"
 
 
@@ -24,13 +27,46 @@ def load_settings(
     """
     environ = environ or {}
     config = config or environ.get(CONFIG_VARIABLE)
-    values = {}
-    sources = (_from_file(Path(config)) if config else (), _from_environment(environ), _from_flags(flags or {}))
-    for name, value, source in itertools.chain(*sources):
-        values[name] = SETTINGS[name].parse(value, source)
-    settings = Settings(**values)
+    values: dict[str, Any] = {}
+    for source in (_from_file(Path(config)) if config else (), _from_environment(environ), _from_flags(flags or {})):
+        found = {name: _parse(name, value, origin) for name, value, origin in source}
+        if not found.keys().isdisjoint(_MODELS):  # they say together what is served
+            values = {name: value for name, value in values.items() if name not in _MODELS}
+        values |= found
+    settings = Settings(**_with_models(values))
     _check(settings)
     return settings
+
+
+def _parse(name: str, value: object, origin: str) -> Any:
+    """Parse a value. Raises SettingsError."""
+    parsed = SETTINGS[name].parse(value, origin)
+    if name != "models":
+        return parsed
+    return tuple(_parse_entry(entry, f"{origin}[{index}]") for index, entry in enumerate(parsed))
+
+
+def _parse_entry(entry: dict[str, object], origin: str) -> dict[str, Any]:
+    """Parse the settings of one of several models. Raises SettingsError."""
+    parsed = {}
+    for key, value in entry.items():
+        name = str(key).replace("-", "_")
+        if name not in OF_A_MODEL:
+            known = [SETTINGS[each].key for each in OF_A_MODEL]
+            reason = "applies to all models" if name in SETTINGS else f"unknown setting{did_you_mean(str(key), known)}"
+            raise SettingsError(f"{origin}: {key}: {reason}")
+        if value is not None:
+            parsed[name] = SETTINGS[name].parse(value, f"{origin}: {key}")
+    return parsed
+
+
+def _with_models(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the first model as `model`, and all with their settings as `models` if there are more."""
+    first = [{"model": values["model"]}] if "model" in values else []
+    entries = [*first, *values.get("models", ())]
+    if len(entries) < 2:
+        return {name: value for name, value in values.items() if name != "models"} | (entries[0] if entries else {})
+    return values | {"model": entries[0]["model"], "models": tuple(entries)}
 
 
 # Sources. Each yields (setting name, unparsed value, source as named in errors).
@@ -118,10 +154,27 @@ def _check(settings: Settings) -> None:
             f"--host {settings.host} is reachable from other machines: "
             "set --api-key, or --allow-unauthenticated if everyone may use this server"
         )
-    check_adapter_names(settings, settings.served_model_name)
-    if len(settings.lora_modules) > settings.max_loras:
+    if settings.unloads_models and settings.data_parallel_size > 1:
+        raise SettingsError("--data-parallel-size: not with several models, --load on-first-use or --idle-unload")
+    if settings.models and (settings.served_model_name or settings.lora_modules):
+        name = "served-model-name" if settings.served_model_name else "lora-modules"
         raise SettingsError(
-            f"--lora-modules names {len(settings.lora_modules)} adapters, but --max-loras is {settings.max_loras}"
+            f"--{name}: there are several models; set {name} of its model in the list models of the --config file"
+        )
+    for model in settings.each_model:
+        check_adapter_names(model, model.served_model_name)
+        if len(model.lora_modules) > model.max_loras:
+            raise SettingsError(
+                f"--lora-modules names {len(model.lora_modules)} adapters, but --max-loras is {model.max_loras}"
+            )
+
+
+def check_model_names(names: Sequence[Collection[str]]) -> None:
+    """Raise SettingsError if several models or adapters share a name. `names` are those of each model."""
+    counts = Counter(chain.from_iterable(map(set, names)))
+    if shared := [name for name, count in counts.items() if count > 1]:
+        raise SettingsError(
+            f"two models are named {shared[0]}; set served-model-name of one in the list models of the --config file"
         )
 
 

@@ -19,16 +19,24 @@ class EngineProcess(msgspec.Struct, frozen=True):
 
     address: str  # ZeroMQ address (ipc://...) that the engine binds
     pid: int | None = None  # lets the API process notice the end of an engine that never became ready
+    number: int = 0  # by which the supervisor knows it
+
+
+class ServedModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A model, and where its engines are."""
+
+    settings: Settings  # of this model
+    path: str
+    names: tuple[str, ...]  # in the API, at least one
+    engines: tuple[EngineProcess, ...]  # at least one
+    card_sampling: dict[str, float] = {}  # sampling fields that the card of the alias recommends
 
 
 class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration that the supervisor writes to the API process's standard input, as JSON."""
 
     settings: Settings
-    engines: tuple[EngineProcess, ...]  # by number, at least one
-    model_path: str
-    model_names: tuple[str, ...]  # names of the model in the API, at least one
-    model_card_sampling: dict[str, float] = {}  # sampling fields that the card of the alias recommends
+    models: tuple[ServedModelConfig, ...]  # at least one
     supervisor_fd: int | None = None  # an inherited end of a `server.engine_client.supervisor_channel`
 
 

@@ -22,6 +22,7 @@ class Setting:
     help: str
     secret: bool = False  # the value is never shown
     positional: bool = False
+    singular: str = ""  # of the name, for the flag of a list; empty: the same
     name: str = ""
     default: Any = None
 
@@ -32,7 +33,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        return self.name.upper() if self.positional else f"--{self.key}"
+        return self.name.upper() if self.positional else f"--{self.singular or self.key}"
 
     @property
     def is_switch(self) -> bool:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
-from server.settings.access import ACCESS, AccessSettings
+from server.settings.access import ACCESS
+from server.settings.models import MODELS, ModelSettings
 from server.settings.sampling import SAMPLING
 from server.settings.setting import Setting
 from server.settings.value_types import (
@@ -46,22 +47,12 @@ REPEAT_LORA_MODULES = "repeat --lora-modules for each adapter"
 
 _API, _LIMITS, _ENGINE, _MEMORY, _LOGS = "API", "Limits", "Engine", "Memory and scheduling", "Logs and metrics"
 _LORA = "LoRA adapters"
-_GROUPS = (_ENGINE, _API, ACCESS, _LIMITS, _MEMORY, _LORA, _LOGS)  # in help and documentation
+_GROUPS = (MODELS, _ENGINE, _API, ACCESS, _LIMITS, _MEMORY, _LORA, _LOGS)  # in help and documentation
 
 
-class ApiSettings(AccessSettings, frozen=True, kw_only=True):
-    """The settings of the model, the API and its limits."""
+class ApiSettings(ModelSettings, frozen=True, kw_only=True):
+    """The settings of the models, the API and its limits."""
 
-    model: Annotated[
-        str,
-        Setting(
-            _ENGINE,
-            text("MODEL"),
-            "Alias (smollm2-135m, qwen3:4b), GGUF file, folder with config.json and safetensors files, or Hugging Face "
-            "id (org/name, org/name:Q4_K_M, org/name:file.gguf, org/name@revision).",
-            positional=True,
-        ),
-    ] = "smollm2-135m"
     device: Annotated[
         str,
         Setting(
@@ -444,6 +435,19 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     ] = "lightwell_"
 
     @property
+    def each_model(self) -> list["Settings"]:
+        """The settings of each model, which its entry in `models` changes."""
+        if not self.models:
+            return [self]
+        shared = msgspec.to_builtins(self) | {"models": ()}
+        return [msgspec.convert(shared | entry, Settings) for entry in self.models]
+
+    @property
+    def unloads_models(self) -> bool:
+        """True if models are loaded and unloaded while the server runs: there are several, or one that is not kept."""
+        return bool(self.models) or self.load != "at-start" or self.idle_unload is not None
+
+    @property
     def lora_names(self) -> list[str]:
         """Names of the adapters to load at startup, repeated ones included."""
         return [module.partition("=")[0] for module in self.lora_modules]
@@ -477,3 +481,12 @@ def _table() -> dict[str, Setting]:
 
 
 SETTINGS: Mapping[str, Setting] = _table()
+
+# The settings that a model can have for itself, if there are several: what is about engines, and how it is served.
+OF_A_MODEL = {
+    *(name for name, setting in SETTINGS.items() if setting.group in (_ENGINE, _MEMORY, _LORA)),
+    "model",
+    "load",
+    "served_model_name",
+    "chat_template",
+} - {"data_parallel_size", "seed", "allow_runtime_lora_updating"}

@@ -218,6 +218,20 @@ def _from_json(value: object) -> tuple[str, str]:
     return module.name, module.path
 
 
+def model_entries(metavar: str) -> ValueType:
+    """Return the type of a list of models: each a name, or a mapping of `model` and settings of its own."""
+
+    def parse_one(value: object) -> dict[str, Any]:
+        entry = value if isinstance(value, dict) else {"model": value}
+        _text(entry.get("model"))
+        return entry
+
+    def parse(value: object) -> tuple[dict[str, Any], ...]:
+        return tuple(parse_one(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+    return ValueType("a model, or a mapping with the key model and settings of its own", parse, metavar, is_list=True)
+
+
 BOOLEAN = ValueType("true or false", _boolean)
 INT64 = ValueType("a 64-bit integer", _within(_int, -(2**63), 2**63 - 1), "N")
 

@@ -15,10 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.app import create_app
 from server.main import make_context
-from server.settings.process_configs import ApiProcessConfig, EngineProcess
+from server.settings.process_configs import EngineProcess
 from server.settings.table import Settings
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
-from tests.support.serving import running_server
+from tests.support.serving import api_config, running_server
 from tests.support.tiny_tokenizer_model import IM_START_ID
 from tests.support.tool_model import write_tool_model
 
@@ -85,10 +85,7 @@ def scripted_server() -> Iterator[ScriptedServer]:
         write_tool_model(folder, special_tags=False)
         config = FakeEngineConfig(address=f"ipc://{folder}/engine", max_model_len=CONTEXT, num_blocks=CONTEXT // 32)
         engine = stack.enter_context(FakeEngine(config, script.reply_to))
-        api_config = ApiProcessConfig(
-            settings=Settings(), engines=(EngineProcess(config.address),), model_path=str(folder), model_names=NAMES
-        )
-        context = make_context(api_config)
+        context = make_context(api_config(Settings(), EngineProcess(config.address), folder, NAMES))
         app = create_app(context)
         app.add_middleware(Recorder, exchanges=exchanges)
         server = stack.enter_context(running_server(context, engine, app=app))

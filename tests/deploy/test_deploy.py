@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from deploy.bake_model import bake
 from deploy.check_dashboard import load_dashboard, queries
 from engine.shared.messages import EngineStats
-from server.metrics import Metrics
+from server.metrics import Metrics, exposition
 from server.model_paths import resolve_model
 from server.processes.child_process import KILL_SECONDS
 from server.settings.load import load_settings
@@ -62,7 +62,7 @@ def exposed_metrics(prefix: str) -> Metrics:
 
 def exposed_labels(prefix: str) -> Labels:
     """Return the labels of each exposed sample, as a scraper parses them."""
-    page, _ = exposed_metrics(prefix).exposition()
+    page, _ = exposition([exposed_metrics(prefix)])
     return labels_on_page(page)
 
 

@@ -12,12 +12,12 @@ import msgspec
 import psutil
 import pytest
 
-from server.settings.process_configs import ApiProcessConfig, EngineProcess
+from server.settings.process_configs import EngineProcess
 from server.settings.table import Settings
 from tests.faults.failing_calls import FailingCalls
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.server_process import free_port
-from tests.support.serving import own_address, wait_until
+from tests.support.serving import api_config, own_address, wait_until
 from tests.support.tiny_tokenizer_model import write_tiny_model
 
 SECONDS = 60.0  # bounds hangs only
@@ -86,12 +86,7 @@ def start_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartApi]:
             address = stack.enter_context(own_address())
             engine = stack.enter_context(FakeEngine(FakeEngineConfig(address=address)))
             port = free_port()
-            config = ApiProcessConfig(
-                settings=Settings(port=port),
-                engines=(EngineProcess(address, os.getpid()),),
-                model_path=str(model),
-                model_names=("tiny",),
-            )
+            config = api_config(Settings(port=port), EngineProcess(address, os.getpid()), model, ("tiny",))
             process = subprocess.Popen(
                 ["sh", "-c", f'exec "$0" -m server.main {redirection}', sys.executable],
                 stdin=subprocess.PIPE,

@@ -19,7 +19,7 @@ from server.access.keys_file import read_keys_file
 from server.cli.chat import _content
 from server.cli.http_client import RemoteError
 from server.cli.load_generator import LoadOptions, Target
-from server.main import make_chat_template
+from server.models.load_model import make_chat_template
 from server.settings.setting import SettingsError
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.answer_parts import AnswerPart

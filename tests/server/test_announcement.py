@@ -10,7 +10,6 @@ import pytest
 
 from server.announcement import client_url, first_steps
 from server.context import ServerContext
-from server.models.registry import ModelRegistry
 from tests.support.serving import make_test_context
 
 
@@ -18,9 +17,10 @@ from tests.support.serving import make_test_context
 def context_of(model_folder: Path, **settings: Any) -> Iterator[ServerContext]:
     """Make a context, and end the process of its chat template."""
     context = make_test_context("ipc:///nowhere", model_folder, **settings)
-    assert context.models.default.chat_template is not None
+    template = context.models.default.chat_template
+    assert template is not None
     yield context
-    context.models.default.chat_template.close()
+    template.close()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_key_is_named_but_not_shown(model_folder: Path, tmp_path: Path) -> Non
 
 def test_a_model_without_a_chat_template_completes(model_folder: Path) -> None:
     with context_of(model_folder) as context:
-        plain = ModelRegistry([dataclasses.replace(context.models.default, chat_template=None)])
-        steps = first_steps(dataclasses.replace(context, models=plain), "http://127.0.0.1:8000")
+        context.models.slots[0].served = dataclasses.replace(context.models.default, chat_template=None)
+        steps = first_steps(context, "http://127.0.0.1:8000")
     assert "chat" not in steps
     assert "/v1/completions -H" in str(steps["curl"])

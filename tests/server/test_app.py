@@ -45,6 +45,7 @@ def test_a_model_id_may_have_slashes(server: RunningServer) -> None:
         "owned_by": "lightwell",
         "root": "tiny",
         "parent": None,
+        "state": "loaded",
         "max_model_len": MAX_MODEL_LEN,
         "default_max_tokens": None,
         "default_sampling": {},

@@ -39,7 +39,7 @@ from server.sockets.listeners import bind, url
 from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.support.paths import ROOT
-from tests.support.serving import check_envelope, check_error, wait_until
+from tests.support.serving import api_config, check_envelope, check_error, wait_until
 
 COMMAND = [sys.executable, "-m", "server.main"]
 MAX_RSS = 150 << 20
@@ -108,11 +108,11 @@ def start_api(address: str, model_folder: Path, tmp_path: Path) -> Iterator[Star
         ) -> Api:
             fake = stack.enter_context(FakeEngineProcess(FakeEngineConfig(address=address, **(engine or {}))))
             port = free_port()
-            config = ApiProcessConfig(
-                settings=Settings(port=port, **settings),
-                engines=(EngineProcess(address, fake.pid),),
-                model_path=str(model_path),
-                model_names=("tiny",),
+            config = api_config(
+                Settings(port=port, **settings),
+                EngineProcess(address, fake.pid),
+                model_path,
+                ("tiny",),
                 supervisor_fd=supervisor_fd,
             )
             log = tmp_path / "api.log"
@@ -499,12 +499,11 @@ def test_an_invalid_default_sampling_is_one_line(start_api: StartApi) -> None:
 
 
 def test_a_model_card_recommends_sampling(address: str, model_folder: Path) -> None:
-    config = ApiProcessConfig(
-        settings=Settings(default_sampling={"alias": {"top_p": 0.5}}, model="alias"),
-        engines=(EngineProcess(address),),
-        model_path=str(model_folder),
-        model_names=("m",),
-        model_card_sampling={"temperature": 0.2, "top_p": 0.9},
+    config = api_config(
+        Settings(default_sampling={"alias": {"top_p": 0.5}}, model="alias"),
+        EngineProcess(address),
+        model_folder,
+        card_sampling={"temperature": 0.2, "top_p": 0.9},
     )
     context = make_context(config)
     if context.models.default.chat_template is not None:
@@ -521,9 +520,7 @@ def test_a_missing_model_is_one_line(address: str, tmp_path: Path) -> None:
 
 
 def failed_start(tmp_path: Path, *, port: int, address: str, model_path: Path) -> list[str]:
-    config = ApiProcessConfig(
-        settings=Settings(port=port), engines=(EngineProcess(address),), model_path=str(model_path), model_names=("m",)
-    )
+    config = api_config(Settings(port=port), EngineProcess(address), model_path)
     process = start_process(config, tmp_path / "log")
     assert process.wait(10) == 1
     return (tmp_path / "log").read_text().splitlines()
@@ -541,12 +538,7 @@ def test_environments(start_api: StartApi, environment: dict[str, str]) -> None:
 
 @pytest.mark.checklist("F09")
 def test_it_does_not_outlive_its_parent(model_folder: Path, address: str, tmp_path: Path) -> None:
-    config = ApiProcessConfig(
-        settings=Settings(port=0, log_level="debug"),
-        engines=(EngineProcess(address),),
-        model_path=str(model_folder),
-        model_names=("m",),
-    )
+    config = api_config(Settings(port=0, log_level="debug"), EngineProcess(address), model_folder)
     log = tmp_path / "log"
     code = (
         "import subprocess, sys, time\n"
@@ -675,10 +667,7 @@ def test_a_failure_of_the_running_server_is_logged_with_its_traceback(
         raise ValueError("a bug")
 
     monkeypatch.setattr(Lifecycle, "run", fail)
-    settings = Settings(port=0)
-    config = ApiProcessConfig(
-        settings=settings, engines=(EngineProcess(address),), model_path=str(model_folder), model_names=("tiny",)
-    )
+    config = api_config(Settings(port=0), EngineProcess(address), model_folder)
     assert run(config, lambda: None) == 1
     gc.unfreeze()
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]

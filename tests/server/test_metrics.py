@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from engine.shared.messages import EngineStats
-from server.metrics import Metrics
+from server.metrics import Metrics, exposition
 from tests.server.conftest import StartServer
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.fake_engine import FakeEngine
@@ -62,7 +62,7 @@ PICKER_METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 def test_vllm_names_types_and_labels(prefix: str) -> None:
     metrics = Metrics(prefix, "m")
     metrics.add_engine(0, EngineStats).set_info(ENGINE_INFO)
-    page, content_type = metrics.exposition()
+    page, content_type = exposition([metrics])
     assert content_type.startswith("text/plain; version=0.0.4")
     families = {family.name: family for family in parse_text(page.decode())}
     for name, (kind, labels) in VLLM_CORE.items():
@@ -79,7 +79,7 @@ def test_vllm_names_types_and_labels(prefix: str) -> None:
 def test_vllm_buckets() -> None:
     metrics = Metrics("vllm:", "m")
     metrics.add_engine(0, EngineStats).set_info(ENGINE_INFO)
-    families = {family.name: family for family in parse_text(metrics.exposition()[0].decode())}
+    families = {family.name: family for family in parse_text(exposition([metrics])[0].decode())}
 
     def buckets(name: str) -> list[str]:
         return [s.labels["le"] for s in families["vllm:" + name].samples if s.name.endswith("_bucket")]

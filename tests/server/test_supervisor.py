@@ -21,12 +21,20 @@ import msgspec
 import psutil
 import pytest
 
-from engine.config import EngineProcessConfig
+from engine.config import EngineConfig, EngineProcessConfig
 from server import supervisor
-from server.engine_client.supervisor_channel import EngineGone, Message, make_channel
+from server.engine_client.supervisor_channel import (
+    Channel,
+    EngineGone,
+    EngineStarted,
+    Message,
+    StartEngine,
+    StopEngine,
+    make_channel,
+)
 from server.model_paths import ModelError, ResolvedModel
-from server.processes import child_process, supervised_engine
-from server.processes.child_process import SupervisorError
+from server.processes import child_process, model_files, supervised_engine
+from server.processes.child_process import Child, SupervisorError
 from server.processes.stop_signals import StopSignals
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.setting import SettingsError
@@ -37,6 +45,7 @@ from tests.support.processes import is_running, wait_for_end_of
 from tests.support.serving import wait_until
 
 STUB = ROOT / "tests" / "support" / "stub_child.py"
+ENGINE_CONFIG = EngineProcessConfig(address="", config=EngineConfig(model_path=""))
 
 # Runs a supervisor with short timeouts and stub children. Fails if it has imported a heavy module.
 DRIVER = """
@@ -154,10 +163,11 @@ def test_children_get_their_configuration(start: Start) -> None:
     engine = msgspec.json.decode((running.folder / "engine.json").read_bytes(), type=EngineProcessConfig)
     api = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig)
     assert engine.config.max_num_seqs == 7
-    assert engine.config.model_path == api.model_path == str(running.folder / "model.gguf")
+    (model,) = api.models
+    assert engine.config.model_path == model.path == str(running.folder / "model.gguf")
     assert engine.log_format == "json"
-    assert api.engines == (EngineProcess(engine.address, engine_pid),)
-    assert api.model_names == ("model.gguf",)
+    assert model.engines == (EngineProcess(engine.address, engine_pid),)
+    assert model.names == ("model.gguf",)
     assert api.settings.api_key == ("k",)
     assert api.settings.seed == 3
 
@@ -177,9 +187,9 @@ def test_children_get_their_configuration(start: Start) -> None:
 def test_several_engines_have_addresses_and_cpus_of_their_own(start: Start) -> None:
     running = start(data_parallel_size=2)
     running.pid("api")
-    api = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig)
-    assert [Path(engine.address).name for engine in api.engines] == ["engine-0.sock", "engine-1.sock"]
-    first, second = (psutil.Process(engine.pid) for engine in api.engines)
+    (model,) = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig).models
+    assert [Path(engine.address).name for engine in model.engines] == ["engine-0.sock", "engine-1.sock"]
+    first, second = (psutil.Process(engine.pid) for engine in model.engines)
     cpus = os.sched_getaffinity(0)
     if len(cpus) > 1:
         assert {*first.cpu_affinity(), *second.cpu_affinity()} == cpus
@@ -195,13 +205,14 @@ def test_several_engines_have_addresses_and_cpus_of_their_own(start: Start) -> N
 def test_served_model_names(start: Start) -> None:
     running = start(served_model_name=["a", "b"])
     running.pid("api")
-    api = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig)
-    assert api.model_names == ("a", "b")
+    (model,) = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig).models
+    assert model.names == ("a", "b")
 
 
 def test_the_sampling_of_an_alias_is_passed_on() -> None:
-    model = ResolvedModel(Path("/m.gguf"), "m", {"temperature": 0.2})
-    assert supervisor._api_config(Settings(), model, ()).model_card_sampling == {"temperature": 0.2}
+    resolved = ResolvedModel(Path("/m.gguf"), "m", {"temperature": 0.2})
+    model = model_files.ModelOnDisk(Settings(), resolved, ("m",), {})
+    assert model_files.api_model_config(model, ()).card_sampling == {"temperature": 0.2}
 
 
 def test_adapters_are_resolved_before_the_engine_starts(start: Start, tmp_path: Path) -> None:
@@ -277,7 +288,7 @@ def test_with_a_keys_file_a_hangup_reaches_the_api_process_alone(start: Start, k
 
 def test_a_bad_keys_file_is_found_before_the_model(monkeypatch: pytest.MonkeyPatch, keys_file: Path) -> None:
     keys_file.write_text("alice: {keys: secret}")
-    monkeypatch.setattr(supervisor, "resolve_model", lambda *_: pytest.fail("the model was resolved first"))
+    monkeypatch.setattr(model_files, "resolve_model", lambda *_: pytest.fail("the model was resolved first"))
     with pytest.raises(SettingsError, match=r"keys.yaml: alice: keys: expected .* hashes"):
         supervisor.supervise(Settings(api_keys_file=str(keys_file)))
 
@@ -316,7 +327,8 @@ def test_an_engine_that_cannot_be_killed_is_reported(
     ):
         monkeypatch.setattr(os, "killpg", lambda *_: None)
         code = f"{ignore_sigterm}; pathlib.Path({str(ignores)!r}).touch(); time.sleep(60)"
-        watched.start_engine(0, "engine", [sys.executable, "-c", code], msgspec.Struct())
+        watched.add_engine(0, supervisor.EngineLaunch("engine", [sys.executable, "-c", code], ENGINE_CONFIG))
+        watched.start_engine(0)
         api = watched.start("API", [sys.executable, "-c", "pass"], msgspec.Struct())
         wait_until(ignores.exists)
         status = watched._after_signal(api)
@@ -507,7 +519,8 @@ def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture
     ):
         for number, code in enumerate(("pass", f"{wait}; sys.exit(3)", "sys.exit(7)")):
             command = [sys.executable, "-c", f"import pathlib, sys, time\n{code}"]
-            watched.start_engine(number, f"engine {number}", command, msgspec.Struct())
+            watched.add_engine(number, supervisor.EngineLaunch(f"engine {number}", command, ENGINE_CONFIG))
+            watched.start_engine(number)
         api = watched.start("API", [sys.executable, "-c", "import time; time.sleep(60)"], msgspec.Struct())
         gone: list[Message] = []
 
@@ -534,6 +547,84 @@ def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture
         f"lightwell: error: the engine 2 process exited with code 7{goes_on}",
     ]
     assert lines[2:] == ["lightwell: error: the engine 1 process exited with code 3"]
+
+
+class Orders:
+    """The orders of an API process to a supervisor, in a thread. `act` is given it; its errors are kept."""
+
+    def __init__(self, api_end: Channel, api: Child, act: Callable[["Orders"], None]) -> None:
+        self.errors: list[BaseException] = []
+        self._channel, self._api, self._act = api_end, api, act
+        self.thread = Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._act(self)
+        except BaseException as error:
+            self.errors.append(error)
+        self._api.terminate()
+
+    def send(self, order: Message) -> Message:
+        """Send an order, and return the answer."""
+        self._channel.send(order)
+        return self.next()
+
+    def next(self) -> Message:
+        messages: list[Message] = []
+
+        def has_received() -> bool:
+            messages.extend(self._channel.receive())
+            return bool(messages)
+
+        wait_until(has_received)
+        (message,) = messages
+        return message
+
+    def start(self, number: int, memory_limit: int | None = None) -> int:
+        """Start an engine, and return its process id."""
+        answer = self.send(StartEngine(number, memory_limit))
+        assert isinstance(answer, EngineStarted)
+        assert answer.number == number
+        assert is_running(answer.pid)
+        return answer.pid
+
+
+def test_the_api_process_starts_and_stops_engines(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    channel, api_end = make_channel()
+    copy = f"import pathlib, sys, time; pathlib.Path({str(tmp_path)!r}, 'config').write_text(sys.stdin.read())"
+    config = tmp_path / "config"
+
+    def act(orders: Orders) -> None:
+        first = orders.start(5, 123)
+        wait_until(lambda: config.exists() and config.read_text())
+        assert msgspec.json.decode(config.read_bytes(), type=EngineProcessConfig).config.memory_limit == 123
+        assert orders.send(StopEngine(5)) == EngineGone(5, supervisor.ENDED)
+        assert not is_running(first)
+        second = orders.start(5)
+        assert second != first
+        os.kill(second, signal.SIGKILL)  # it has not been ready, so it is not started again
+        assert orders.next() == EngineGone(5, supervisor.ENDED)
+        gone = orders.send(StartEngine(6))
+        assert isinstance(gone, EngineGone)
+        assert gone.reason.startswith("cannot start the missing process: ")
+
+    with (
+        closing(channel),
+        closing(api_end),
+        StopSignals() as signals,
+        supervisor.Supervisor(signals, Settings(load="on-first-use")) as watched,
+    ):
+        command = [sys.executable, "-c", f"{copy}; time.sleep(60)"]
+        watched.add_engine(5, supervisor.EngineLaunch("engine", command, ENGINE_CONFIG))
+        watched.add_engine(6, supervisor.EngineLaunch("missing", ["/no/such/program"], ENGINE_CONFIG))
+        api = watched.start("API", [sys.executable, "-c", "import time; time.sleep(60)"], msgspec.Struct())
+        orders = Orders(api_end, api, act)
+        assert watched.watch(api, channel) == 1
+        orders.thread.join()
+    assert orders.errors == []
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "lightwell: error: the engine process was killed by SIGKILL; the server goes on without it"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

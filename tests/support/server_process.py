@@ -35,10 +35,10 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 class ServerProcess:
     """The supervisor, its child processes, and an HTTP client for them."""
 
-    def __init__(self, model: Path, folder: Path, *flags: str, **environment: str) -> None:
+    def __init__(self, model: Path | None, folder: Path, *flags: str, **environment: str) -> None:
         """Start the server, with its log and temporary files in `folder`, on a free port unless a flag says which.
 
-        It leads its own process group, like a command started in a terminal.
+        It leads its own process group, like a command started in a terminal. Without a model, flags name the models.
         """
         self.port = next((int(flag[7:]) for flag in flags if flag.startswith("--port=")), None) or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -50,10 +50,11 @@ class ServerProcess:
         self._log = folder / "log"
         self._temporary = folder / "tmp"
         self._temporary.mkdir()
-        command = [sys.executable, "-m", "server.cli.main", "serve", str(model), f"--port={self.port}"]
+        command = [sys.executable, "-m", "server.cli.main", "serve", f"--port={self.port}"]
+        named = [] if model is None else [str(model), f"--served-model-name={MODEL}"]
         with self.open_log() as log:
             self.process = subprocess.Popen(
-                [*command, f"--served-model-name={MODEL}", *flags],
+                [*command, *named, *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -174,7 +175,7 @@ class ServerProcess:
 
 
 @contextmanager
-def starting_server(model: Path, *flags: str, **environment: str) -> Iterator[ServerProcess]:
+def starting_server(model: Path | None, *flags: str, **environment: str) -> Iterator[ServerProcess]:
     """Start a server without waiting for it. Its folder has a short path, since socket paths are limited."""
     folder = Path(tempfile.mkdtemp(prefix="lw-"))
     server = ServerProcess(model, folder, *flags, **environment)
@@ -186,7 +187,7 @@ def starting_server(model: Path, *flags: str, **environment: str) -> Iterator[Se
 
 
 @contextmanager
-def running_server(model: Path, *flags: str, **environment: str) -> Iterator[ServerProcess]:
+def running_server(model: Path | None, *flags: str, **environment: str) -> Iterator[ServerProcess]:
     """Start a server and wait until it is ready."""
     with starting_server(model, *flags, **environment) as server:
         server.wait_until_ready()
@@ -194,7 +195,7 @@ def running_server(model: Path, *flags: str, **environment: str) -> Iterator[Ser
 
 
 @contextmanager
-def shared_server(model: Path, *flags: str, **environment: str) -> Iterator[ServerProcess]:
+def shared_server(model: Path | None, *flags: str, **environment: str) -> Iterator[ServerProcess]:
     """Run a server for several tests. At its end it must exit with 0 and leave nothing behind."""
     with running_server(model, *flags, **environment) as server:
         yield server

@@ -20,7 +20,7 @@ from server.context import ServerContext
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
 from server.models.served_model import ServedModel
-from server.settings.process_configs import ApiProcessConfig, EngineProcess
+from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
 from server.sockets.certificate import Certificate
 from server.sockets.listeners import bind, url
@@ -87,13 +87,23 @@ def wait_until(condition: Any, timeout: float = 5.0) -> None:
 
 
 def make_test_context(address: str, model_folder: Path, **settings: Any) -> ServerContext:
-    config = ApiProcessConfig(
-        settings=Settings(**settings),
-        engines=(EngineProcess(address),),
-        model_path=str(model_folder),
-        model_names=MODEL_NAMES,
+    return make_context(api_config(Settings(**settings), EngineProcess(address), model_folder, MODEL_NAMES))
+
+
+def api_config(
+    settings: Settings,
+    engine: EngineProcess,
+    path: Path,
+    names: tuple[str, ...] = ("m",),
+    *,
+    card_sampling: dict[str, float] | None = None,
+    supervisor_fd: int | None = None,
+) -> ApiProcessConfig:
+    """Return the configuration of an API process for one model."""
+    model = ServedModelConfig(
+        settings=settings, path=str(path), names=names, engines=(engine,), card_sampling=card_sampling or {}
     )
-    return make_context(config)
+    return ApiProcessConfig(settings=settings, models=(model,), supervisor_fd=supervisor_fd)
 
 
 @contextmanager

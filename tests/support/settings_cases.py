@@ -9,6 +9,9 @@ from server.settings.table import Settings
 # For each setting: two texts that are accepted, the first of which is not the default, and their values.
 VALID: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "model": (("org/name", "org/name"), ("/models/x.gguf", "/models/x.gguf")),
+    "models": (("org/name", ({"model": "org/name"},)), ("x.gguf", ({"model": "x.gguf"},))),
+    "load": (("on-first-use", "on-first-use"), ("at-start", "at-start")),
+    "idle_unload": (("600", 600.0), ("1", 1.0)),
     "device": (("cpu", "cpu"), ("cuda:1", "cuda:1")),
     "dtype": (("bfloat16", "bfloat16"), ("float32", "float32")),
     "quantization": (("int8", "int8"), ("none", "none")),
@@ -89,6 +92,9 @@ INVALID: dict[str, list[str]] = {
     "root_path": ["llm", "/", "/llm/", "/a b", "/a?b"],
     "forwarded_allow_ips": ["proxy", "10.0.0.256", "10.0.0.0/33", ""],
     "model": ["", " ", "a\nb"],
+    "models": ["", " ", "a\nb"],
+    "load": ["never", "", "AT-START"],
+    "idle_unload": ["0", "-1", "10m", "nan"],
     "device": ["gpu", "cuda:", "CPU"],
     "dtype": ["fp16", ""],
     "quantization": ["INT8", "int4", ""],

@@ -54,7 +54,7 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     if behaviour in TALKS:
         TALKS[behaviour](folder, msgspec.json.decode(config), int(argument))
     if behaviour == "outlive-engine":  # like the API process when its engine dies
-        wait_for_end_of(msgspec.json.decode(config)["engines"][0]["pid"])
+        wait_for_end_of(msgspec.json.decode(config)["models"][0]["engines"][0]["pid"])
         leave(folder, f"{name}-end", float(argument), 1)
     while True:
         time.sleep(60)
@@ -72,7 +72,7 @@ def report(folder: Path, config: dict[str, Any], num_ready: int) -> None:
     Write the process ids of the engines to FOLDER/engines, and what the supervisor says last to FOLDER/gone.
     """
     channel = Channel.from_fd(config["supervisor_fd"])
-    engines = [config["engines"][0]["pid"]]
+    engines = [config["models"][0]["engines"][0]["pid"]]
     while True:
         (folder / "engines.tmp").write_text(" ".join(map(str, engines)))
         (folder / "engines.tmp").rename(folder / "engines")
@@ -88,7 +88,7 @@ def report(folder: Path, config: dict[str, Any], num_ready: int) -> None:
 
 def fall_silent(folder: Path, config: dict[str, Any], argument: int) -> None:
     """Send one heartbeat."""
-    Channel.from_fd(config["supervisor_fd"]).send(Heartbeat((config["engines"][0]["pid"],)))
+    Channel.from_fd(config["supervisor_fd"]).send(Heartbeat((config["models"][0]["engines"][0]["pid"],)))
 
 
 TALKS = {"report": report, "fall-silent": fall_silent}

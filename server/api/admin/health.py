@@ -1,7 +1,10 @@
 """Health endpoints for load balancers and orchestrators. They answer from memory, in any state, without an API key.
 
 `/health` and `/readyz` report whether to send requests to this server; `/healthz` whether to keep the process alive.
+Of several models, one that can be loaded is enough, and `/readyz` waits for those that are loaded at the start.
 """
+
+from collections import Counter
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -10,8 +13,12 @@ from server.context import ServerContext, get_context
 from server.engine_client.client import EngineClient
 from server.http.errors import EngineUnavailableError
 from server.http.json_response import StructResponse
+from server.models.slot import ModelState
 
 router = APIRouter()
+
+SHUTTING_DOWN = "The server is shutting down."
+NO_PROGRESS = "The work on texts makes no progress."
 
 
 @router.head("/health", include_in_schema=False)
@@ -19,6 +26,8 @@ router = APIRouter()
 async def health(request: Request) -> Response:
     """Return 200 while the engine's step loop and the work on texts make progress. The path is vLLM's."""
     context = get_context(request)
+    if context.model_manager is not None:
+        return _models_answer(context, NO_PROGRESS if context.text_threads.is_stuck else None)
     return _answer(context, is_ok=_makes_progress(context))
 
 
@@ -27,6 +36,8 @@ async def health(request: Request) -> Response:
 async def alive(request: Request) -> Response:
     """Return 200 while the model loads, or the engine runs or is being restarted; 503 once it is dead or hangs."""
     context = get_context(request)
+    if context.model_manager is not None:
+        return _models_answer(context, None)
     return _answer(context, is_ok=context.models.default.client.is_alive)
 
 
@@ -35,13 +46,26 @@ async def alive(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Return 200 while new requests are admitted."""
     context = get_context(request)
-    return _answer(
-        context, is_ok=_makes_progress(context) and not context.models.default.client.drain_requested.is_set()
-    )
+    if (manager := context.model_manager) is not None:
+        problem = None if manager.has_started.is_set() else "The models are still being loaded."
+        return _models_answer(context, SHUTTING_DOWN if manager.is_draining else problem)
+    is_draining = context.models.default.client.drain_requested.is_set()
+    return _answer(context, is_ok=_makes_progress(context) and not is_draining)
 
 
 def _makes_progress(context: ServerContext) -> bool:
     return context.models.default.client.is_healthy and not context.text_threads.is_stuck
+
+
+def _models_answer(context: ServerContext, problem: str | None) -> Response:
+    """Return 200 with the number of models in each state, unless there is a problem or no model can be used."""
+    states = Counter(slot.state for slot in context.models.slots)
+    if states[ModelState.FAILED] == states.total():
+        problem = "No model can be loaded."
+    if problem is not None:
+        return EngineUnavailableError(problem).response()
+    restarts = sum(model.client.num_restarts for model in context.models.loaded)
+    return StructResponse({"status": "ok", "restarts": restarts, "models": states})
 
 
 def _answer(context: ServerContext, *, is_ok: bool) -> Response:
@@ -55,9 +79,9 @@ def _answer(context: ServerContext, *, is_ok: bool) -> Response:
     if not client.is_ready:
         return EngineUnavailableError("The model is still being loaded.").response()
     if client.drain_requested.is_set():
-        return EngineUnavailableError("The server is shutting down.").response()
+        return EngineUnavailableError(SHUTTING_DOWN).response()
     if client.is_healthy:
-        return EngineUnavailableError("The work on texts makes no progress.").response()
+        return EngineUnavailableError(NO_PROGRESS).response()
     return EngineUnavailableError("The engine does not respond.").response()
 
 

@@ -13,14 +13,22 @@ from fastapi import APIRouter, Request, Response
 from server.api.admin.schemas import LoadAdapterRequest, UnloadAdapterRequest
 from server.context import get_context
 from server.engine_client.client import EngineClient
+from server.generation.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.http.access_control import require_admin
-from server.http.errors import AdapterNotFoundError, InvalidValueError, UpdatesNotAllowedError
-from server.http.json_route import StrictJSONRoute
+from server.http.errors import AdapterNotFoundError, InvalidValueError, MissingParameterError, UpdatesNotAllowedError
 from server.model_paths import ModelError, resolve_adapter
 from server.models.served_model import ServedModel
+from server.tenants import get_tenant
 
-router = APIRouter(route_class=StrictJSONRoute)
+
+class AdapterRoute(ModelRoute):
+    """A route for requests that name the model of an adapter."""
+
+    name_fields = ("base_model_name",)
+
+
+router = APIRouter(route_class=AdapterRoute)
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +36,15 @@ logger = logging.getLogger(__name__)
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Response:
     """Load a LoRA adapter. Requests can then pass its name as `model`."""
-    model, headers = _begin(request, body)
+    headers = _begin(request, body)
+    model = _base_model(request, body.base_model_name)
     name, replaces = body.lora_name, bool(body.load_inplace)
-    if name in model.names:
-        raise InvalidValueError(f"Invalid 'lora_name': '{name}' is the name of the model.", param="lora_name")
+    models, tenant = get_context(request).models, get_tenant(request)
+    if any(name in slot.names for slot in models.slots):
+        raise InvalidValueError(f"Invalid 'lora_name': '{name}' is the name of a model.", param="lora_name")
+    if (owner := models.find_slot(name, tenant)) is not None and owner.served is not model:
+        message = f"Invalid 'lora_name': '{name}' is an adapter of the model '{owner.name}'."
+        raise InvalidValueError(message, param="lora_name")
     if name in model.client.adapters and not replaces:
         message = (
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
@@ -47,26 +60,34 @@ async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Respo
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> Response:
     """Unload a LoRA adapter. Running requests that use it finish normally."""
-    model, headers = _begin(request, body)
-    if body.lora_name not in model.client.adapters:
+    headers = _begin(request, body)
+    models = [model for model in get_context(request).models.loaded if body.lora_name in model.client.adapters]
+    if not models:
         raise AdapterNotFoundError(body.lora_name)
-    await model.client.unload_adapter(body.lora_name)
+    await models[0].client.unload_adapter(body.lora_name)
     logger.info("unloaded the LoRA adapter %s", body.lora_name)
     return _done(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", headers)
 
 
-def _begin(request: Request, body: LoadAdapterRequest | UnloadAdapterRequest) -> tuple[ServedModel, dict[str, str]]:
-    """Return the base model and the headers of the answer.
+def _begin(request: Request, body: LoadAdapterRequest | UnloadAdapterRequest) -> dict[str, str]:
+    """Return the headers of the answer.
 
     Raises ForbiddenError, UpdatesNotAllowedError, BadRequestError or EngineUnavailableError.
     """
     require_admin(request)
     if not get_context(request).settings.allow_runtime_lora_updating:
         raise UpdatesNotAllowedError
-    model = find_model(request, None)
     headers = begin(request, body).accept()
-    model.base.client.check_open()
-    return model.base, headers
+    for model in get_context(request).models.loaded:
+        model.client.check_open()
+    return headers
+
+
+def _base_model(request: Request, name: str | None) -> ServedModel:
+    """Return the model of an adapter. Raises MissingParameterError if there are several, or ModelNotFoundError."""
+    if name is None and len(get_context(request).models.slots) > 1:
+        raise MissingParameterError("base_model_name")
+    return find_model(request, name).base
 
 
 async def _resolve_path(client: EngineClient, lora_path: str) -> Path:

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.context import get_context
 from server.http.access_control import require_admin
+from server.metrics import exposition
 
 router = APIRouter()
 
@@ -13,5 +14,5 @@ async def metrics(request: Request) -> Response:
     """Return the metrics for Prometheus. With several API keys, an admin key is required."""
     if not get_context(request).settings.public_metrics:
         require_admin(request)
-    page, content_type = get_context(request).metrics.exposition()
+    page, content_type = exposition([slot.metrics for slot in get_context(request).models.slots])
     return Response(page, headers={"content-type": content_type})

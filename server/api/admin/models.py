@@ -7,12 +7,14 @@ import importlib.metadata
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
 
-from server.api.admin.schemas import AnthropicModel, AnthropicModelList, Model, ModelList, ServerVersion
+from server.api.admin.schemas import AnthropicModel, AnthropicModelList, LoadProgress, Model, ModelList, ServerVersion
 from server.context import ServerContext, get_context
-from server.http.errors import InvalidURLError, is_for_anthropic
+from server.http.errors import InvalidURLError, ModelNotFoundError, is_for_anthropic
 from server.http.json_response import StructResponse
-from server.models.served_model import ModelVariant
+from server.models.slot import ModelSlot, ModelState
+from server.schemas.default_sampling import DefaultSampling
 from server.tenants import Tenant, get_tenant
 
 router = APIRouter()
@@ -20,37 +22,41 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """List the served models and their LoRA adapters."""
-    context, tenant = get_context(request), get_tenant(request)
-    variants = context.models.variants(tenant)
+    """List the models and their LoRA adapters, with their state."""
+    tenant = get_tenant(request)
+    names = get_context(request).models.names(tenant)
     if is_for_anthropic(request.scope):
-        models = [_anthropic_model(context, model) for model in variants]
+        models = [_anthropic_model(request, name) for name in names]
         return StructResponse(AnthropicModelList(data=models, first_id=models[0].id, last_id=models[-1].id))
-    return StructResponse(ModelList(data=[_model(context, model, tenant) for model in variants]))
+    return StructResponse(ModelList(data=[_model(request, name) for name in names]))
 
 
 @router.get("/v1/models/{model_id:path}")
 async def retrieve_model(request: Request, model_id: str) -> Response:
-    """Return one model or LoRA adapter."""
-    context = get_context(request)
+    """Return one model or LoRA adapter, with its state."""
     if not model_id:
         raise InvalidURLError(request.method, request.scope["path"], "/v1/models")
-    tenant = get_tenant(request)
-    model = context.models.find(model_id, tenant)
     if is_for_anthropic(request.scope):
-        return StructResponse(_anthropic_model(context, model))
-    return StructResponse(_model(context, model, tenant))
+        return StructResponse(_anthropic_model(request, model_id))
+    return StructResponse(_model(request, model_id))
 
 
 @router.get("/version")
 async def version(request: Request) -> Response:
     """Return the version of the server, and the default sampling."""
-    sampling = get_context(request).models.default.default_sampling
+    served = get_context(request).models.slots[0].served
+    sampling = DefaultSampling() if served is None else served.default_sampling
     version = importlib.metadata.version("lightwell")
     return StructResponse(ServerVersion(version, sampling.values, sampling.sources))
 
 
-def _model(context: ServerContext, model: ModelVariant, tenant: Tenant) -> Model:
+def _model(request: Request, name: str) -> Model:
+    """Return the model or adapter with this name. Raises ModelNotFoundError."""
+    context, tenant = get_context(request), get_tenant(request)
+    slot = _find_slot(context, name, tenant)
+    if context.model_manager is not None and slot.state is not ModelState.LOADED:
+        return _unloaded_model(slot, name, context.created, shows_reason=tenant.is_admin)
+    model = context.models.find(name, tenant)
     base, adapter, template = model.base, model.adapter, model.base.chat_template
     root = model.name if adapter is None or not tenant.is_admin else adapter.path  # paths are for admins
     return Model(
@@ -58,6 +64,7 @@ def _model(context: ServerContext, model: ModelVariant, tenant: Tenant) -> Model
         created=context.created,
         root=base.name if adapter is None else root,
         parent=None if adapter is None else base.name,
+        state=ModelState.LOADED,
         max_model_len=base.max_model_len,
         default_max_tokens=context.settings.default_max_tokens,
         default_sampling=base.default_sampling.values,
@@ -67,8 +74,29 @@ def _model(context: ServerContext, model: ModelVariant, tenant: Tenant) -> Model
     )
 
 
-def _anthropic_model(context: ServerContext, model: ModelVariant) -> AnthropicModel:
-    created_at = datetime.fromtimestamp(context.created, UTC).isoformat().replace("+00:00", "Z")
+def _find_slot(context: ServerContext, name: str, tenant: Tenant) -> ModelSlot:
+    slot = context.models.find_slot(name, tenant)
+    if slot is None:
+        raise ModelNotFoundError(name, context.models.names(tenant))
+    return slot
+
+
+def _unloaded_model(slot: ModelSlot, name: str, created: int, *, shows_reason: bool) -> Model:
+    seconds = slot.seconds_loading
+    return Model(
+        id=name,
+        created=created,
+        root=slot.name if name in slot.names else name,
+        parent=None if name in slot.names else slot.name,
+        state=slot.state,
+        reason=slot.reason if slot.reason and shows_reason else UNSET,  # it may name files
+        loading=UNSET if seconds is None else LoadProgress(seconds, slot.fraction_loaded),
+    )
+
+
+def _anthropic_model(request: Request, name: str) -> AnthropicModel:
+    model = _model(request, name)
+    created_at = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
     return AnthropicModel(
-        id=model.name, display_name=model.name, created_at=created_at, max_input_tokens=model.base.max_model_len
+        id=model.id, display_name=model.id, created_at=created_at, max_input_tokens=model.max_model_len
     )

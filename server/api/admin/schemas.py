@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.chat.schemas import ChatCompletionRequest, Messages, TemplateOptions
 from server.http.errors import InvalidValueError, MissingParameterError
 from server.limits.accounts import Limits
+from server.models.slot import ModelState
 from server.schemas.tools import Tools
 from server.settings.table import ADAPTER_NAME
 
@@ -19,6 +21,13 @@ CHAT_FIELDS = frozenset(ChatCompletionRequest.model_fields) - {"prompt"}
 # `GET /v1/models`: OpenAI's fields with vLLM's `root`, `parent` and `max_model_len`; or Anthropic's fields.
 
 
+class LoadProgress(msgspec.Struct, frozen=True):
+    """How far the load of a model is."""
+
+    seconds: float  # since it was requested
+    fraction: float | None  # of the time that the last load took; None: it has not been loaded before
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: Literal["model"] = "model"
@@ -26,14 +35,17 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     owned_by: str = "lightwell"
     root: str  # for a LoRA adapter: its path
     parent: str | None = None  # for a LoRA adapter: the id of its base model
-    max_model_len: int  # tokens
-    default_max_tokens: int | None  # --default-max-tokens; None: the rest of the context
-    default_sampling: Mapping[str, Any]  # for fields that requests leave out; others have OpenAI's defaults
-    default_sampling_sources: Mapping[str, str]  # where each of these comes from
+    state: ModelState
+    reason: str | UnsetType = UNSET  # why it has failed
+    loading: LoadProgress | UnsetType = UNSET
+    max_model_len: int | None = None  # tokens. None: not known before the model is loaded, like what follows
+    default_max_tokens: int | None = None  # --default-max-tokens; None: the rest of the context
+    default_sampling: Mapping[str, Any] = {}  # for fields that requests leave out; others have OpenAI's defaults
+    default_sampling_sources: Mapping[str, str] = {}  # where each of these comes from
     # How the model writes tool calls: the format's name; `generic` where the chat template has no form of its own, and
     # `unrecognized` where it has one that the server does not know. None: the model has no chat template.
-    tool_format: str | None
-    reasoning_format: str | None  # tag that begins reasoning, or `unrecognized`. None: the model does not reason
+    tool_format: str | None = None
+    reasoning_format: str | None = None  # tag that begins reasoning, or `unrecognized`. None: the model does not reason
 
 
 class ServerVersion(msgspec.Struct, frozen=True):
@@ -70,7 +82,7 @@ class AnthropicModel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
     display_name: str
     created_at: str  # RFC 3339
     lifecycle: Literal["active"] = "active"
-    max_input_tokens: int
+    max_input_tokens: int | None  # None: not known before the model is loaded
 
 
 class AnthropicModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +116,9 @@ class LoadAdapterRequest(BaseModel):
         None,
         description="Replace a loaded adapter of the same name. Running requests finish with the adapter they "
         "started with.",
+    )
+    base_model_name: str | None = Field(
+        None, description="The model that the adapter belongs to. It can be left out if there is only one."
     )
 
 

@@ -17,15 +17,15 @@ from server.api.admin.schemas import (
 )
 from server.api.chat.conversion import encode_request, unknown_in_messages
 from server.context import get_context
+from server.generation.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError
 from server.http.json_response import StructResponse
-from server.http.json_route import StrictJSONRoute
 from server.models.served_model import ServedModel
 
 router = APIRouter()
-json_router = APIRouter(route_class=StrictJSONRoute)
+json_router = APIRouter(route_class=ModelRoute)
 
 MAX_TEXT_BYTES = 1 << 20
 
@@ -40,7 +40,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     max_model_len = model.base.max_model_len
     start = time.monotonic()
     answer = await context.run_text_work(request, _tokenize, model.base, body, max_model_len)
-    context.metrics.observe_tokenizer(time.monotonic() - start)
+    model.base.metrics.observe_tokenizer(time.monotonic() - start)
     return context.long_answer(request, answer, headers)
 
 

@@ -4,11 +4,11 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.completions.conversion import CompletionEndpoint
 from server.api.completions.schemas import CompletionRequest
+from server.generation.model_route import StreamRoute
 from server.generation.pipeline import render, respond
 from server.http.json_response import StructResponse
-from server.http.json_route import StrictJSONRoute
 
-router = APIRouter(route_class=StrictJSONRoute)
+router = APIRouter(route_class=StreamRoute)
 
 
 @router.post("/v1/completions")

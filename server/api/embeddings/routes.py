@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 from server.api.embeddings.pipeline import respond
 from server.api.embeddings.schemas import EmbeddingRequest
 from server.api.embeddings.writer import write_answer
-from server.http.json_route import StrictJSONRoute
+from server.generation.model_route import ModelRoute
 
-router = APIRouter(route_class=StrictJSONRoute)
+router = APIRouter(route_class=ModelRoute)
 
 
 @router.post("/v1/embeddings")

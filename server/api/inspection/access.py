@@ -85,7 +85,7 @@ def _refusal(settings: Settings, headers: Headers) -> str | None:
 def _requested_model(request: Request) -> ServedModel:
     """Return the base model of the query parameter `model`, or the first one. Raises ModelNotFoundError."""
     name, models = request.state.model, get_context(request).models
-    return models.default if name is None or len(models.models) == 1 else find_model(request, name).base
+    return models.default if name is None or len(models.slots) == 1 else find_model(request, name).base
 
 
 class RecordAccess:

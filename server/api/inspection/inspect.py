@@ -20,6 +20,7 @@ from server.api.inspection.schemas import (
     Sampling,
     Stage,
 )
+from server.generation.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import encode_prompt
 from server.http.errors import (
@@ -31,7 +32,6 @@ from server.http.errors import (
     QueueFullError,
     clip,
 )
-from server.http.json_route import StrictJSONRoute
 from server.http.sse import run_until_disconnect
 from server.models.served_model import ServedModel
 from server.text.choice_text import token_text
@@ -41,7 +41,7 @@ MAX_END = 8192  # attention to so many positions takes the engine some milliseco
 MAX_ATTENDED = 1 << 17  # positions that are named for all heads of all layers at all positions, about 3 MB of JSON
 MAX_TOP = 20
 
-router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(check_may_read)])
+router = APIRouter(route_class=ModelRoute, dependencies=[Depends(check_may_read)])
 
 
 class InspectRequest(BaseModel):

@@ -7,13 +7,23 @@ from server.api.chat.request_builder import reject_chat_only_fields, renamed_err
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.messages.conversion import MessagesEndpoint, ModelCapabilities, error_names, to_chat
 from server.api.messages.schemas import CountTokensRequest, CountTokensResponse, MessagesRequest
+from server.api.messages.writer import failure_event
 from server.context import get_context
+from server.generation.model_route import StreamRoute
 from server.generation.pipeline import respond
 from server.generation.preamble import find_model
+from server.http.errors import APIError
 from server.http.json_response import StructResponse
-from server.http.json_route import StrictJSONRoute
 
-router = APIRouter(route_class=StrictJSONRoute)
+
+class MessagesRoute(StreamRoute):
+    """A route whose streams fail as Anthropic's do."""
+
+    def failure(self, error: APIError) -> bytes:
+        return failure_event(error)
+
+
+router = APIRouter(route_class=MessagesRoute)
 
 
 @router.post("/v1/messages")

@@ -1,5 +1,6 @@
 """Converts requests of Ollama's API to chat completion requests, and those without a chat template to completions."""
 
+import math
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ from server.tenants import get_tenant
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
+DURATION_UNITS = {"": 1, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+_DURATION = re.compile(rf"-?(\d{{1,9}}(\.\d{{1,9}})?({'|'.join(DURATION_UNITS)}))+")
 LATEST = ":latest"  # the tag of a name without one
 SAME_OPTIONS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop"),
@@ -89,9 +92,9 @@ def served_name(request: Request, name: str) -> str:
 
     As in Ollama, the case of letters is irrelevant unless two served names differ by it alone.
     """
-    models = get_context(request).models.variants(get_tenant(request))
+    names = get_context(request).models.names(get_tenant(request))
     for fold in (str, str.lower):
-        served = {fold(model.name): model.name for model in models}
+        served = {fold(each): each for each in names}
         wanted = fold(name)
         if found := served.get(wanted) or served.get(wanted.removesuffix(LATEST)):
             return found
@@ -125,12 +128,19 @@ def ignored_names(body: OllamaRequest) -> list[str]:
     return options if body.keep_alive is None else [*options, "keep_alive"]
 
 
-def unloads(keep_alive: float | str | None) -> bool:
-    """Return whether a request without a prompt asks to unload the model: with 0, or a duration of zero as text."""
-    if isinstance(keep_alive, str):
-        digits = re.sub(r"[a-zµ]", "", keep_alive)
-        return digits != "" and digits.strip("0.") == ""
-    return keep_alive == 0
+def keep_alive_seconds(keep_alive: object) -> float | None:
+    """Return for how long a model stays loaded: by a number of seconds, or a duration such as `1h30m` as text.
+
+    A negative one has no end. None: it says nothing.
+    """
+    if isinstance(keep_alive, int | float) and not isinstance(keep_alive, bool):
+        return math.inf if keep_alive < 0 else keep_alive
+    if not isinstance(keep_alive, str) or not _DURATION.fullmatch(keep_alive):
+        return None
+    if keep_alive.startswith("-"):
+        return math.inf
+    parts = re.findall(r"([\d.]+)([a-zµ]*)", keep_alive)
+    return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
 
 
 def to_chat(body: OllamaChatRequest, model: str, *, reads_effort: bool = True) -> OllamaChatCompletionRequest:

@@ -22,11 +22,11 @@ from server.api.ollama.conversion import (
     generate_to_chat,
     generate_to_completion,
     ignored_names,
+    keep_alive_seconds,
     served_name,
     to_chat,
-    unloads,
 )
-from server.api.ollama.models import list_loaded, list_models, show_model
+from server.api.ollama.models import find_slot, list_loaded, list_models, show_model
 from server.api.ollama.schemas import (
     OllamaChatRequest,
     OllamaEmbedAnswer,
@@ -47,18 +47,19 @@ from server.api.ollama.writer import (
     write_embeddings,
 )
 from server.context import get_context
+from server.generation.model_route import Handler, ModelRoute
 from server.generation.pipeline import respond
 from server.generation.preamble import begin, find_model
 from server.http.errors import NotImplementedAPIError
 from server.http.json_response import StructResponse
-from server.http.json_route import StrictJSONRoute
+from server.http.json_route import StrictJSONRequest, StrictJSONRoute
 from server.http.sse import NDJSON
 from server.tenants import get_tenant
 
 OLLAMA_VERSION = "0.32.15"
 
 
-class OllamaRoute(StrictJSONRoute):
+class LenientRoute(StrictJSONRoute):
     """A route for JSON bodies of any Content-Type: curl as in Ollama's documentation sends none for JSON.
 
     A web page must say that its body is JSON, so that its browser asks first whether it may send it.
@@ -75,6 +76,24 @@ class OllamaRoute(StrictJSONRoute):
             return await handler(request)
 
         return lenient_handler
+
+
+class OllamaRoute(LenientRoute, ModelRoute):
+    """A route for requests to a model. While it is loaded, a client gets no lines, as from Ollama."""
+
+    def served_name(self, request: Request, name: str) -> str:
+        return served_name(request, name)
+
+    async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
+        body, has_manager = await request.json(), get_context(request).model_manager is not None
+        slot = self.find_slot(request, body) if has_manager else None
+        limit = keep_alive_seconds(body.get("keep_alive")) if get_tenant(request).is_admin else None
+        if slot is None or limit is None:
+            return await super().respond(request, handler)
+        slot.idle_limit = limit
+        del body["keep_alive"]  # which the handler would report as ignored
+        request.state.unloads = limit == 0 and not any(body.get(name) for name in ("prompt", "messages", "input"))
+        return await (handler(request) if request.state.unloads else super().respond(request, handler))
 
 
 router = APIRouter(route_class=OllamaRoute)
@@ -115,14 +134,16 @@ async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
 
 def _loaded(request: Request, body: OllamaRequest, make_answer: MakeAnswer) -> Response:
     """Answer a request without a prompt, by which clients load a model or unload it."""
+    if getattr(request.state, "unloads", False):
+        return _without_input(request, body, loaded_answer(make_answer, body.model, reason="unload"))
     find_model(request, served_name(request, body.model)).base.client.ready_info()
-    reason = "unload" if unloads(body.keep_alive) else "load"
+    reason = "unload" if keep_alive_seconds(body.keep_alive) == 0 else "load"
     return _without_input(request, body, loaded_answer(make_answer, body.model, reason=reason))
 
 
 def _without_input(request: Request, body: OllamaRequest, answer: msgspec.Struct) -> Response:
     """Send an answer that needs no engine, if the request is valid."""
-    find_model(request, served_name(request, body.model))
+    find_slot(get_context(request).models, served_name(request, body.model), get_tenant(request))
     headers = begin(request, body, ignored=ignored_names(body)).accept()
     return StructResponse(answer, headers=headers)
 
@@ -147,33 +168,37 @@ async def embed_text(request: Request, body: OllamaEmbeddingsRequest) -> Respons
         return await respond_with_embeddings(request, converted, write_embedding)
 
 
-@router.post("/api/show")
+file_router = APIRouter(route_class=LenientRoute)  # for what needs no loaded model
+
+
+@file_router.post("/api/show")
 async def show(request: Request, body: OllamaShowRequest) -> Response:
     """Return the properties of a model."""
     context = get_context(request)
-    model = find_model(request, served_name(request, body.model or body.name or ""))
+    name, tenant = served_name(request, body.model or body.name or ""), get_tenant(request)
+    find_slot(context.models, name, tenant)
     headers = begin(request, body).accept()
-    info = await context.run_text_work(request, show_model, model, context.created)
+    info = await context.run_text_work(request, show_model, context.models, name, tenant, context.created)
     return StructResponse(info, headers=headers)
 
 
 @router.head("/api/tags", include_in_schema=False)
 @router.get("/api/tags")
 async def tags(request: Request) -> Response:
-    """List the served model and its LoRA adapters."""
-    context = get_context(request)
-    return StructResponse(
-        await context.run_text_work(request, list_models, context.models.variants(get_tenant(request)), context.created)
-    )
+    """List the models and their LoRA adapters."""
+    context, tenant = get_context(request), get_tenant(request)
+    models = await context.run_text_work(request, list_models, context.models, tenant, context.created)
+    return StructResponse(models)
 
 
 @router.get("/api/ps")
 async def running(request: Request) -> Response:
-    """List the loaded models, which are all of them."""
-    context = get_context(request)
-    return StructResponse(
-        await context.run_text_work(request, list_loaded, context.models.variants(get_tenant(request)), context.created)
-    )
+    """List the models in memory."""
+    context, tenant = get_context(request), get_tenant(request)
+    manager = context.model_manager
+    limits = {slot.name: None if manager is None else manager.idle_limit(slot) for slot in context.models.slots}
+    models = await context.run_text_work(request, list_loaded, context.models, tenant, context.created, limits)
+    return StructResponse(models)
 
 
 @router.head("/api/version", include_in_schema=False)
@@ -201,4 +226,5 @@ async def not_implemented(request: Request) -> Response:
     )
 
 
+router.include_router(file_router)
 router.include_router(file_operations)

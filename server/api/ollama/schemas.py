@@ -70,7 +70,9 @@ class OllamaRequest(OllamaObject):
 
     model: str = Field(description="Name of the model, with or without `:latest`.")
     keep_alive: int | float | str | None = Field(
-        None, description="Ignored: the model stays loaded. 0 without a prompt answers as if it had been unloaded."
+        None,
+        description="For how long the model stays loaded without a request, where models are unloaded. Otherwise it is "
+        "ignored, and 0 without a prompt is answered as if the model had been unloaded.",
     )
     options: Annotated[dict[str, Any], Field(max_length=MAX_OPTIONS)] | None = Field(
         None, description="Sampling options by Ollama's names; those of its runtime, such as num_ctx, are ignored."
@@ -204,13 +206,13 @@ class OllamaEmbeddingsAnswer(msgspec.Struct):
 
 class OllamaModelDetails(msgspec.Struct, frozen=True, kw_only=True):
     parent_model: str = ""  # for a LoRA adapter: the name of its base model
-    format: str  # gguf, safetensors
-    family: str
-    families: list[str]
-    parameter_size: str  # 134.52M, 8B
-    quantization_level: str  # Q4_1, BF16
-    context_length: int  # tokens
-    embedding_length: int
+    format: str = ""  # gguf, safetensors; this and what follows is empty if the files cannot be read
+    family: str = ""
+    families: list[str] = []
+    parameter_size: str = ""  # 134.52M, 8B
+    quantization_level: str = ""  # Q4_1, BF16
+    context_length: int = 0  # tokens
+    embedding_length: int = 0
 
 
 class OllamaModel(msgspec.Struct, kw_only=True):

@@ -21,14 +21,14 @@ from server.api.rerank.schemas import (
 )
 from server.api.rerank.scorers import Pair, choose_scorer
 from server.context import get_context
+from server.generation.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompt_batch import PromptBatch, answer_prompts
-from server.http.json_route import StrictJSONRoute
 from server.http.sse import run_until_disconnect
 from server.models.served_model import ModelVariant
 from server.text.tokenizer import Tokenizer
 
-router = APIRouter(route_class=StrictJSONRoute)
+router = APIRouter(route_class=ModelRoute)
 
 
 @router.post("/v2/rerank", include_in_schema=False)

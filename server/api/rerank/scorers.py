@@ -14,7 +14,6 @@ from server.models.served_model import ModelVariant
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.renderer import TemplateLimitError
 from server.text.templates.sandbox import ChatTemplateError
-from server.text.tokenizer import Tokenizer
 
 Pair = tuple[str, str]  # query, document
 
@@ -48,17 +47,6 @@ def choose_scorer(model: ModelVariant, instruction: str | None, fields: tuple[st
     if model.base.score_token_ids:
         return TokenScorer(model, instruction or DEFAULT_INSTRUCTION, fields)
     return EmbeddingScorer(model, fields)
-
-
-def score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:
-    """Return the tokens of `--score-tokens TRUE,FALSE`, or () if it is not set.
-
-    Raises ValueError unless each of the two words is one token.
-    """
-    found = [tokenizer.encode(word, add_special_tokens=False) for word in words.split(",")] if words else []
-    if any(len(token_ids) != 1 for token_ids in found):
-        raise ValueError(f"--score-tokens {words}: expected two words that are one token each in this model")
-    return tuple(token_id for (token_id,) in found)
 
 
 class EmbeddingScorer:

@@ -14,23 +14,33 @@ from server.api.responses.schemas import DeletedResponse, InputTokens, InputToke
 from server.api.responses.store import StoredResponse, get_response_store
 from server.api.responses.writer import error_event
 from server.context import get_context
+from server.generation.model_route import StreamRoute
 from server.generation.pipeline import respond, start_in_background
 from server.generation.preamble import find_generating_model, find_model
 from server.http.body_middleware import note_text_size
 from server.http.errors import (
+    APIError,
     BadRequestError,
     InvalidValueError,
     PreviousResponseNotFoundError,
     ResponseNotFoundError,
 )
 from server.http.json_response import StructResponse
-from server.http.json_route import StrictJSONRoute
 from server.http.sse import sse_response
 from server.models.served_model import ServedModel
 from server.tenants import get_owner
 
 router = APIRouter()
-json_router = APIRouter(route_class=StrictJSONRoute)
+
+
+class ResponsesRoute(StreamRoute):
+    """A route whose streams fail as those of responses do."""
+
+    def failure(self, error: APIError) -> bytes:
+        return error_event(error, 0)
+
+
+json_router = APIRouter(route_class=ResponsesRoute)
 
 MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 100, 20  # input items
 

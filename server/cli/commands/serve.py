@@ -4,7 +4,7 @@ import argparse
 import os
 
 from server.cli.foreign_flags import MODEL_SYNONYMS
-from server.cli.parser import Commands, Parser, StoreOnce, fail
+from server.cli.parser import Commands, Parser, fail
 from server.settings.load import load_settings
 from server.settings.setting import ENV_PREFIX, Setting
 from server.settings.table import SETTINGS
@@ -45,11 +45,11 @@ def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
     if setting.is_switch:
         group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, default=unset, help=text)
     elif setting.positional:
-        group.add_argument(setting.name, action=StoreOnce, nargs="?", metavar=metavar, default=unset, help=text)
-        group.add_argument(*MODEL_SYNONYMS, dest=setting.name, action=StoreOnce, default=unset, help=argparse.SUPPRESS)
+        group.add_argument(setting.name, nargs="?", metavar=metavar, default=unset, help=text)
     else:
         action = "append" if setting.value_type.is_list else "store"
-        group.add_argument(setting.flag, action=action, metavar=metavar, default=unset, help=text)
+        flags = MODEL_SYNONYMS if setting.name == "models" else (setting.flag,)
+        group.add_argument(*flags, dest=setting.name, action=action, metavar=metavar, default=unset, help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:

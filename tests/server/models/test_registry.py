@@ -8,8 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
+from server.metrics import Metrics
 from server.models.registry import ModelRegistry
+from server.models.slot import ModelSlot
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, make_adapter
 from tests.support.records import example_step
 from tests.support.serving import RunningServer, check_error, make_test_context, own_address, running_server, wait_until
@@ -40,16 +43,19 @@ class TwoModels:
 def two(model_folder: Path) -> Iterator[TwoModels]:
     """A server of the models `one` and `two`; `two` has the adapter `dialect`."""
     with ExitStack() as stack:
-        engines, models = {}, []
+        engines: dict[str, FakeEngine] = {}
+        slots: list[ModelSlot] = []
         for name in ("one", "two"):
             adapters = [make_adapter("dialect")] if name == "two" else []
             config = FakeEngineConfig(address=stack.enter_context(own_address()), adapters=adapters, max_loras=1)
             engines[name] = stack.enter_context(FakeEngine(config))
             context = make_test_context(config.address, model_folder)
-            models.append(dataclasses.replace(context.models.default, names=(name,)))
-        context = dataclasses.replace(context, models=ModelRegistry(models))
+            slot_config = replace(context.models.slots[0].config, names=(name,))
+            metrics = Metrics("lightwell_", name)
+            slots.append(ModelSlot(slot_config, metrics, dataclasses.replace(context.models.default, names=(name,))))
+        context = dataclasses.replace(context, models=ModelRegistry(slots))
         server = stack.enter_context(running_server(context))
-        wait_until(lambda: all(model.client.is_ready for model in models))
+        wait_until(lambda: all(model.client.is_ready for model in context.models.loaded))
         yield TwoModels(server, engines)
 
 

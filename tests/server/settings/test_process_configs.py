@@ -19,7 +19,7 @@ def test_settings_cross_the_process_border() -> None:
 
 
 def test_engine_config_has_everything_the_engine_asks_for() -> None:
-    """Every field of EngineConfig is set from the setting of the same name."""
+    """Every field of EngineConfig is set from the setting of the same name, but those that depend on other models."""
     changed = {name: cases[0][1] for name, cases in VALID.items()}
     changed["kv_cache_memory"] *= changed["data_parallel_size"]
     config = engine_config(Settings(**changed), Path("/m.gguf"), {"sql": Path("/a/sql")})

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from engine.shared.messages import EngineStats
-from server.metrics import Metrics
+from server.metrics import Metrics, exposition
 from server.statistics.engine_metrics import buckets_1_2_5
 from tests.support.engine_info import ENGINE_INFO
 
@@ -59,7 +59,7 @@ def test_adapters_in_use(max_loras: int) -> None:
     metrics.add_engine(0, lambda: stats).set_info(msgspec.structs.replace(ENGINE_INFO, max_loras=max_loras))
 
     def labels() -> list[dict[str, str]]:
-        families = {family.name: family for family in parse_text(metrics.exposition()[0].decode())}
+        families = {family.name: family for family in parse_text(exposition([metrics])[0].decode())}
         family = families.get("vllm:lora_requests_info")
         assert family is None or family.type == "gauge"
         assert family is None or all(abs(sample.value - time.time()) < 5 for sample in family.samples)
@@ -88,7 +88,7 @@ def test_several_engines() -> None:
     assert values("x_num_requests_running") == {"0": 1, "1": 2}
     assert values("x_time_to_first_token_seconds_count") == {"0": 0, "1": 1}
     assert values("x_engine_restarts_total") == {"0": 0, "1": 1}
-    families = {family.name: family for family in parse_text(metrics.exposition()[0].decode())}
+    families = {family.name: family for family in parse_text(exposition([metrics])[0].decode())}
     memory = families["x_engine_process_resident_memory_bytes"].samples
     assert [sample.labels for sample in memory] == [{"engine": "0"}, {"engine": "1"}]
     assert all(sample.value > 1e6 for sample in memory)

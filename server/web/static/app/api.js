@@ -9,6 +9,8 @@ const SILENCE = 45000; // ms without a byte of a stream; the server sends a comm
 
 /** Why the server wants a key: it has none yet, or did not accept the one it got. */
 export const keyProblem = signal(/** @type {"" | "missing" | "rejected"} */ (""));
+/** The model whose engine is asked what it does; empty if there is only one. */
+export const askedModel = signal("");
 /** How often the server did not know a model. */
 export const numUnknownModels = signal(0);
 
@@ -34,7 +36,7 @@ export class ApiError extends Error {
  * @returns {Promise<Response>}
  */
 export async function call(path, options = {}) {
-  const response = await fetch(path, { ...options, headers: { ...options.headers, ...authorization() } }).catch((error) => {
+  const response = await fetch(withModel(path), { ...options, headers: { ...options.headers, ...authorization() } }).catch((error) => {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The server cannot be reached.");
   });
@@ -46,6 +48,15 @@ export async function call(path, options = {}) {
   const error = await errorOf(response);
   if (error.code === "model_not_found") numUnknownModels.value += 1;
   throw error;
+}
+
+/**
+ * Adds the model to a question about what its engine does.
+ * @param {string} path
+ */
+function withModel(path) {
+  if (!path.startsWith("lightwell/v1/") || !askedModel.value || /[?&]model=/.test(path)) return path;
+  return `${path}${path.includes("?") ? "&" : "?"}model=${encodeURIComponent(askedModel.value)}`;
 }
 
 /**

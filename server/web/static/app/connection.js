@@ -4,7 +4,7 @@ import { keyProblem } from "./api.js";
 import { Button, Copy, Dialog, Select } from "./components.js";
 import { count } from "./format.js";
 import { html, useEffect, useState } from "./lib.js";
-import { baseUrl, contextLength, hasDocs, model, models, needsKey, readModels, server, theme, useKey } from "./state.js";
+import { baseUrl, contextLength, hasDocs, model, modelOptions, models, needsKey, readModels, server, theme, useKey } from "./state.js";
 
 const HINTS = {
   "": "",
@@ -69,7 +69,7 @@ export function Connection({ onClose }) {
         <dt>Context</dt><dd>${contextLength.value === null ? "unknown" : `${count(contextLength.value)} tokens`}</dd>
       </dl>
       ${models.value.length > 0 && html`
-        <${Select} label="Model" value=${model.value} options=${models.value.map(({ id }) => id)} onChange=${(/** @type {string} */ id) => (model.value = id)} />
+        <${Select} label="Model" value=${model.value} options=${modelOptions.value} onChange=${(/** @type {string} */ id) => (model.value = id)} />
         <div class="command"><pre><code id="curl">${curl()}</code></pre><${Copy} text=${curl} label="Copy the command" /></div>
       `}
       <${Select} label="Theme" value=${theme.value} options=${THEMES} onChange=${(/** @type {string} */ name) => (theme.value = name)} />

@@ -1,6 +1,6 @@
 // What all views know: the server's state, its models, the key and the theme.
 import { keepKey } from "../key.js";
-import { callJson, callToRead, keyProblem, numUnknownModels } from "./api.js";
+import { askedModel, callJson, callToRead, keyProblem, numUnknownModels } from "./api.js";
 import { computed, effect, signal } from "./lib.js";
 
 const INTERVAL = 5000; // ms between two looks at the server's state
@@ -10,13 +10,18 @@ const THEME = "lightwell-theme";
 /** "connecting", "ready", "unreachable", or what the server says why it is not ready. */
 export const server = signal("connecting");
 /**
- * @typedef {{id: string, max_model_len?: number, reasoning_format?: string | null, tool_format?: string,
+ * @typedef {{id: string, root: string, parent: string | null, state?: string, max_model_len?: number | null, reasoning_format?: string | null, tool_format?: string,
  *   default_sampling?: Record<string, any>}} Model
  */
 /** The models, as the API lists them. */
 export const models = signal(/** @type {Model[]} */ ([]));
 /** The name of the chosen model. */
 export const model = signal(stored(MODEL) ?? "");
+/** The models to choose from: the name of each, with its state unless it is loaded. */
+export const modelOptions = computed(() => models.value.map(({ id, state }) => {
+  if (state === undefined || state === "loaded") return id;
+  return [id, `${id} (${state === "unloaded" ? "not loaded" : state})`];
+}));
 /** What the API says about the chosen model. */
 export const modelInfo = computed(() => models.value.find(({ id }) => id === model.value) ?? null);
 /** How many tokens a prompt and its answer may have together; null before it is known. */
@@ -37,14 +42,19 @@ effect(() => {
   if (models.value.length > 0) store(MODEL, model.value);
 });
 effect(() => {
+  const hasSeveral = new Set(models.value.map(({ root, parent }) => parent ?? root)).size > 1; // not only several names
+  askedModel.value = hasSeveral ? model.value : "";
+});
+effect(() => {
   if (numUnknownModels.value > 0) readModels().catch(() => {}); // the next look at the state says why
 });
 
 /** Reads the state and, if they are not known, the models of the server. */
 export async function refresh() {
   try {
-    await callToRead("readyz");
-    if (models.value.length === 0 && !needsKey.value) await readModels();
+    const response = await callToRead("readyz");
+    const { models: states } = await response.json().catch(() => ({})); // of models that are loaded and unloaded
+    if ((models.value.length === 0 || states) && !needsKey.value) await readModels();
     server.value = "ready";
   } catch (error) {
     const { status, message } = /** @type {import("./api.js").ApiError} */ (error);

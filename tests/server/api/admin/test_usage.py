@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 
+from server.metrics import exposition
 from tests.server.conftest import StartServer
 from tests.support.serving import RunningServer
 
@@ -52,7 +53,7 @@ def test_usage_without_keys_is_that_of_all(start_server: StartServer) -> None:
         "total_tokens_today": 6,
         "limits": None,
     }
-    assert b"tenant=" not in server.context.metrics.exposition()[0]
+    assert b"tenant=" not in exposition([server.context.metrics])[0]
 
 
 def test_an_admin_sees_all(start_server: StartServer) -> None:

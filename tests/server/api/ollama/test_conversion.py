@@ -1,6 +1,7 @@
 """Conversion of Ollama's requests to chat completions, completions and embeddings."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from server.api.ollama.conversion import (
     generate_to_chat,
     generate_to_completion,
     ignored_names,
+    keep_alive_seconds,
     tagged_name,
     to_chat,
-    unloads,
 )
 from server.api.ollama.schemas import (
     OllamaChatRequest,
@@ -226,6 +227,10 @@ def test_names_get_a_tag() -> None:
     ]
 
 
-def test_when_a_model_is_unloaded() -> None:
-    assert [value for value in (0, 0.0, "0", "0s", "0h0m", "0.0s") if not unloads(value)] == []
-    assert [value for value in (None, -1, 1, "5m", "10s", "-1", "", "s", "0h1m") if unloads(value)] == []
+def test_durations() -> None:
+    seconds = {"5m": 300, "1h30m": 5400, "10s": 10, "0": 0, "0s": 0, "0h0m": 0, "1.5s": 1.5, "100ms": 0.1}
+    for text, value in seconds.items():
+        assert keep_alive_seconds(text) == pytest.approx(value)
+    assert [keep_alive_seconds(value) for value in (0, 0.0, 60, 1.5)] == [0, 0, 60, 1.5]
+    assert [keep_alive_seconds(value) for value in (-1, "-1", "-1m")] == [math.inf] * 3
+    assert [value for value in (None, "", "s", "m5", "5 m", True, "1d") if keep_alive_seconds(value) is not None] == []

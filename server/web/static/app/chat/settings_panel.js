@@ -1,7 +1,7 @@
 // The settings of a conversation: system prompt, sampling, tools, format of the answer.
 import { Button, Field, Select, Slider } from "../components.js";
 import { html } from "../lib.js";
-import { model, modelInfo, models } from "../state.js";
+import { model, modelInfo, modelOptions, models } from "../state.js";
 import { GROUPS } from "./parameters.js";
 import { jsonProblem } from "./request.js";
 import { NO_SETTINGS } from "./settings_store.js";
@@ -31,7 +31,7 @@ export function SettingsPanel() {
   return html`
     <div class="setting-groups">
       ${models.value.length > 1 && html`
-        <${Select} label="Model" value=${model.value} options=${models.value.map(({ id }) => id)} onChange=${(/** @type {string} */ id) => (model.value = id)} />
+        <${Select} label="Model" value=${model.value} options=${modelOptions.value} onChange=${(/** @type {string} */ id) => (model.value = id)} />
       `}
       <${Text} label="System prompt" value=${system} rows=${4} hint="What the model is told before the conversation: its role, its tone, what it must know."
         onInput=${(/** @type {string} */ text) => changeSettings({ system: text })} />

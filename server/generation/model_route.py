@@ -1,0 +1,118 @@
+"""Routes whose requests name a model, which is loaded before their handler runs."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import ExitStack, aclosing
+from typing import Any, TypeAlias
+
+from fastapi.exceptions import RequestValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.context import get_context
+from server.http.error_handlers import from_validation_error
+from server.http.errors import APIError
+from server.http.json_route import StrictJSONRequest, StrictJSONRoute
+from server.http.sse import KEEP_ALIVE_SECONDS, EventStream, error_event, run_until_disconnect, sse_response
+from server.models.manager import LoadTimeoutError, ModelManager
+from server.models.slot import ModelSlot
+from server.tenants import get_tenant
+
+Handler: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
+
+MAX_HELD_SECONDS = KEEP_ALIVE_SECONDS  # for which the status of a stream waits, so that most errors have their own
+COMMENT_SECONDS = 5.0  # between comments to a client that waits for a model
+
+
+class ModelRoute(StrictJSONRoute):
+    """A route for JSON bodies that name a model. A request for one that is not loaded waits until it is."""
+
+    name_fields: tuple[str, ...] = ("model",)  # those that may hold the name
+
+    async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
+        manager, body = get_context(request).model_manager, await request.json()
+        slot = None if manager is None else self.find_slot(request, body)
+        if manager is None or slot is None:
+            return await handler(request)
+        with slot.in_use():
+            if slot.served is None:
+                await run_until_disconnect(
+                    request, manager.wait_loaded(slot, patience(request, body), get_tenant(request))
+                )
+            return await handler(request)
+
+    def find_slot(self, request: Request, body: dict[str, Any]) -> ModelSlot | None:
+        """Return the model that a request names, or None if its handler will refuse it."""
+        name = next((body[field] for field in self.name_fields if body.get(field) is not None), None)
+        models, tenant = get_context(request).models, get_tenant(request)
+        if name is None:
+            return None if models.is_ambiguous(tenant) else models.slots[0]
+        return models.find_slot(self.served_name(request, name), tenant) if isinstance(name, str) else None
+
+    def served_name(self, request: Request, name: str) -> str:
+        """Return the name of a served model for the one that the client sent."""
+        return name
+
+
+class StreamRoute(ModelRoute):
+    """A route that can answer with server-sent events. While a model is loaded, they are comments."""
+
+    def failure(self, error: APIError) -> bytes:
+        """Return the last events of a stream that failed."""
+        return error_event(error)
+
+    async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
+        manager, body = get_context(request).model_manager, await request.json()
+        slot = None if manager is None else self.find_slot(request, body)
+        seconds = patience(request, body)
+        is_stream = body.get("stream") is True and seconds > MAX_HELD_SECONDS
+        if manager is None or slot is None or slot.served is not None or not is_stream:
+            return await super().respond(request, handler)
+        with ExitStack() as stack:
+            stack.enter_context(slot.in_use())
+            try:
+                await run_until_disconnect(request, manager.wait_loaded(slot, MAX_HELD_SECONDS, get_tenant(request)))
+            except LoadTimeoutError:
+                return sse_response(
+                    _events(request, handler, manager, slot, seconds),
+                    on_close=stack.pop_all().close,
+                    on_error=self.failure,
+                    request_id=request.state.request_id,
+                )
+            return await handler(request)
+
+
+def patience(request: Request, body: dict[str, Any]) -> float:
+    """Return the seconds that a request may wait for its model."""
+    settings, own = get_context(request).settings, body.get("queue_timeout")
+    limits = [settings.queue_timeout, settings.request_timeout, own if isinstance(own, int | float) else None]
+    return min(limit for limit in limits if limit)
+
+
+async def _events(
+    request: Request, handler: Handler, manager: ModelManager, slot: ModelSlot, seconds: float
+) -> AsyncGenerator[bytes, None]:
+    """Yield comments until the model is loaded, then the events of the stream that the handler returns."""
+    waiting = asyncio.create_task(manager.wait_loaded(slot, seconds - MAX_HELD_SECONDS, get_tenant(request)))
+    try:
+        while not waiting.done():
+            yield _comment(slot)
+            await asyncio.wait([waiting], timeout=COMMENT_SECONDS)
+        waiting.result()
+    finally:
+        waiting.cancel()
+    try:
+        response = await handler(request)
+    except RequestValidationError as error:
+        raise from_validation_error(list(error.errors()), error.body) from None
+    assert isinstance(response, EventStream)
+    async with aclosing(response.events()) as events:
+        async for chunk in events:
+            yield chunk
+
+
+def _comment(slot: ModelSlot) -> bytes:
+    """Return a comment that says how far the load is."""
+    fraction = slot.fraction_loaded
+    done = "" if fraction is None else f", {fraction:.0%}"
+    return f": loading {slot.name}, {slot.seconds_loading or 0.0:.0f} s{done}\n\n".encode()

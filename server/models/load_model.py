@@ -1,0 +1,124 @@
+"""Makes a served model from its files: the text tools, and the client of its engine."""
+
+import logging
+import math
+from pathlib import Path
+
+from engine.config import ModelConfig, load_model_config
+from engine.shared.messages import Vocabulary
+from server.constrained.grammar_checker import GrammarChecker
+from server.engine_client.admission import AdmissionLimits
+from server.engine_client.client import EngineClient
+from server.engine_client.connected_engine import EngineOptions
+from server.http.errors import EngineUnavailableError
+from server.metrics import Metrics
+from server.models.served_model import ServedModel
+from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
+from server.settings.process_configs import ServedModelConfig
+from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
+from server.text.templates.renderer import TemplateProcesses
+from server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("lightwell.api")
+
+
+def load_served_model(config: ServedModelConfig, metrics: Metrics, *, can_restart: bool) -> ServedModel:
+    """Create the text tools of a model and the client of its engine, which is not connected yet.
+
+    `can_restart`: whether the supervisor replaces an engine that dies. Raises OSError or ValueError if the model's
+    files, or those of its settings, are missing or invalid.
+    """
+    settings, path = config.settings, Path(config.path)
+    tokenizer = Tokenizer.from_model(path)
+    model_config = load_model_config(path)
+    vocabulary = tokenizer.to_json()
+    options = EngineOptions(
+        step_timeout=settings.step_timeout,
+        can_restart=can_restart and settings.on_engine_death == "restart",
+        vocabulary=Vocabulary(vocabulary),
+    )
+    client = EngineClient(
+        config.engines,
+        options,
+        limits=AdmissionLimits(
+            max_queued_requests=settings.max_queued_requests,
+            queue_timeout=settings.queue_timeout,
+            request_timeout=settings.request_timeout or math.inf,
+        ),
+        metrics=metrics,
+    )
+    return ServedModel(
+        settings=settings,
+        names=config.names,
+        path=path,
+        client=client,
+        metrics=metrics,
+        tokenizer=tokenizer,
+        grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),
+        config=model_config,
+        default_sampling=_default_sampling(config, model_config),
+        score_token_ids=_score_token_ids(tokenizer, settings.score_tokens),
+        # The last one, since it starts a process.
+        chat_template=make_chat_template(tokenizer, settings.chat_template),
+    )
+
+
+def _score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:
+    """Return the tokens of `--score-tokens TRUE,FALSE`, or () if it is not set.
+
+    Raises ValueError unless each of the two words is one token.
+    """
+    found = [tokenizer.encode(word, add_special_tokens=False) for word in words.split(",")] if words else []
+    if any(len(token_ids) != 1 for token_ids in found):
+        raise ValueError(f"--score-tokens {words}: expected two words that are one token each in this model")
+    return tuple(token_id for (token_id,) in found)
+
+
+def _default_sampling(config: ServedModelConfig, model_config: ModelConfig) -> DefaultSampling:
+    """Resolve the default sampling and log it. Raises ValueError if a source has an invalid field."""
+    files = "generation_config.json" if Path(config.path).is_dir() else "GGUF metadata general.sampling"
+    setting, names = config.settings.default_sampling, {config.settings.model, *config.names}
+    if unknown := unknown_models(setting, names):
+        message = "--default-sampling: no effect for %s, which is none of this model's names (%s)"
+        logger.warning(message, ", ".join(unknown), ", ".join(sorted(names)))
+    default = resolve_default_sampling(
+        setting,
+        names,
+        [(files, model_config.recommended_sampling), ("model card", config.card_sampling)],
+    )
+    logger.info("default sampling: %s; a request's own fields have precedence", default)
+    return default
+
+
+def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
+    """Compile the chat template in `file`, or the model's own if `file` is None.
+
+    Returns None if there is neither. Raises ValueError if the template is invalid or the file cannot be read.
+    """
+    if file is None:
+        try:
+            return None if tokenizer.chat_template is None else _compile(tokenizer, tokenizer.chat_template)
+        except ValueError as error:
+            raise ValueError(f"{error} --chat-template FILE replaces the model's template.") from error
+    try:
+        return _compile(tokenizer, Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise ValueError(f"--chat-template {file}: {reason}") from error
+
+
+def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
+    renderer = TemplateProcesses(source)
+    try:
+        template = ChatTemplate(renderer, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    except EngineUnavailableError as error:  # its processes hang or are killed
+        renderer.close()
+        raise ValueError(error.message) from error
+    except BaseException:
+        renderer.close()
+        raise
+    if template.tool_format_name == UNRECOGNIZED:
+        logger.warning("the chat template writes tool calls in a form that is not recognized; a generic one is used")
+    if template.reasoning_format_name == UNRECOGNIZED:
+        logger.warning("the chat template has a switch for reasoning, but its tags are not recognized: it is content")
+    return template

@@ -1,0 +1,105 @@
+"""A server of several models in a thread, whose engines are fake ones that start and stop as it wants."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from server.engine_client.supervisor_channel import Message, StartEngine, StopEngine, make_channel
+from server.main import make_context
+from server.models.manager import ModelManager
+from server.models.slot import ModelSlot
+from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
+from server.settings.table import Settings
+from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
+from tests.support.serving import RunningServer, own_address, running_server
+
+NAMES = ("one", "two", "three")
+
+
+class StubSupervisor:
+    """Starts and stops fake engines in processes, as the API process orders. It lives on the server's event loop."""
+
+    def __init__(self, configs: Sequence[FakeEngineConfig]) -> None:
+        self.configs = list(configs)
+        self.orders: list[Message] = []
+        self.processes: dict[int, FakeEngineProcess] = {}
+        self.manager: ModelManager | None = None
+
+    def send(self, order: Message) -> None:
+        self.orders.append(order)
+        assert self.manager is not None
+        loop = asyncio.get_running_loop()
+        match order:
+            case StartEngine():
+                process = self.processes[order.number] = FakeEngineProcess(self.configs[order.number])
+                process.__enter__()
+                loop.call_soon(self.manager.engine_started, order.number, process.pid)
+            case StopEngine():
+                self.end(order.number)
+                loop.call_soon(self.manager.engine_gone, order.number, "its process has ended")
+
+    def end(self, number: int) -> None:
+        """Kill an engine."""
+        if (process := self.processes.pop(number, None)) is not None:
+            process.kill()
+
+    def close(self) -> None:
+        for number in list(self.processes):
+            self.end(number)
+
+
+class SeveralModels:
+    """A running server of several models."""
+
+    def __init__(self, server: RunningServer, supervisor: StubSupervisor) -> None:
+        self.url = server.url
+        self.context = server.context
+        self.supervisor = supervisor
+
+    @property
+    def slots(self) -> Sequence[ModelSlot]:
+        return self.context.models.slots
+
+    @property
+    def states(self) -> dict[str, str]:
+        models = httpx.get(f"{self.url}/v1/models").json()["data"]
+        return {model["id"]: model["state"] for model in models}
+
+    def describe(self, name: str) -> dict[str, Any]:
+        model: dict[str, Any] = httpx.get(f"{self.url}/v1/models/{name}").json()
+        return model
+
+    def complete(self, model: str, **fields: Any) -> httpx.Response:
+        body = {"model": model, "prompt": "Hi", "max_tokens": 4, **fields}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+
+
+@contextmanager
+def several_models(
+    folder: Path, *, models: Sequence[dict[str, Any]] = ({}, {}), engines: dict[str, Any] | None = None, **settings: Any
+) -> Iterator[SeveralModels]:
+    """Run a server of models in `folder` with the names of `NAMES`; `models` are settings of each."""
+    with ExitStack() as stack:
+        entries = tuple({"model": str(folder), "load": "on-first-use", **model} for model in models)
+        base = Settings(models=entries, **settings)
+        addresses = [stack.enter_context(own_address()) for _ in models]
+        supervisor = StubSupervisor([FakeEngineConfig(address=address, **(engines or {})) for address in addresses])
+        configs = tuple(
+            ServedModelConfig(
+                settings=each, path=str(folder), names=(name,), engines=(EngineProcess(address, None, number),)
+            )
+            for number, (each, name, address) in enumerate(zip(base.each_model, NAMES, addresses, strict=False))
+        )
+        channel, other_end = make_channel()
+        stack.callback(other_end.close)
+        stack.callback(channel.close)
+        channel.send = supervisor.send  # type: ignore[method-assign, assignment]
+        context = make_context(ApiProcessConfig(settings=base, models=configs), channel)
+        supervisor.manager = context.model_manager
+        stack.callback(supervisor.close)
+        server = stack.enter_context(running_server(context, wait_ready=False))
+        yield SeveralModels(server, supervisor)
