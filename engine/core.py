@@ -84,7 +84,7 @@ class Engine:
         if config.data_parallel_size > 1 and config.enable_prefix_caching:
             pool.changes = {}  # for the API process, which chooses the engine of a request
         self.scheduler = Scheduler(
-            KVManager(pool, loaded.config.kv_groups, max_in_flight(loaded.limits.max_num_batched_tokens)),
+            KVManager(pool, loaded.runner.model.config.kv_groups, max_in_flight(loaded.limits.max_num_batched_tokens)),
             self.recorder,
             StepBudget(loaded.limits.max_num_batched_tokens, config.max_step_ms or MAX_STEP_MS.get(loaded.device.type)),
             max_num_seqs=loaded.limits.max_num_seqs,
@@ -93,8 +93,9 @@ class Engine:
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             speculation=choose_policy(config.speculative, auto_enabled=is_lossless and is_cheap),
         )
-        # With drafts, neither the next token nor its position is known before the step has been read.
-        can_overlap = self.scheduler.drafting.policy is None
+        # With drafts, neither the next token nor its position is known before the step has been read. Of several ranks,
+        # only the first has sampled tokens on its device.
+        can_overlap = self.scheduler.drafting.policy is None and loaded.num_ranks == 1
         self.overlaps = can_overlap and (loaded.device.type == "cuda" if overlaps is None else overlaps)
         self.scheduler.drafting.drafts_forced = not self.overlaps
         self.device = loaded.device

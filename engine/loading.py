@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.batch.builder import BatchBuilder
+from engine.batch.builder import BatchBuilder, NewBuffer, zeros
 from engine.config import EngineConfig, ModelConfig, load_model_config
+from engine.distributed.group import RankGroup
+from engine.distributed.part import ModelPart, WholeModel
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
 from engine.lora.checkpoint import LoraCheckpoint
@@ -66,48 +68,59 @@ class LoadedModel:
     memory: MemoryPlan
     device: torch.device
     dtype: torch.dtype
-    weight_bytes: int
+    weight_bytes: int  # of this rank
     adapters: LoraAdapters
+    num_ranks: int = 1
 
 
-def load_model(config: EngineConfig, clock: StepClock | None = None, progress: Progress | None = None) -> LoadedModel:
+def load_model(
+    config: EngineConfig,
+    clock: StepClock | None = None,
+    progress: Progress | None = None,
+    group: RankGroup | None = None,
+) -> LoadedModel:
     """Load the weights and adapters, size the KV cache and make a runner.
 
     `clock` records the time of each part; `progress` is called with the bytes of weights read so far and the total.
+    `group`: all ranks of the model, of which this one loads its part; None: there is only this one.
 
     Raises ValueError if there is no such model, or the model or a setting is not supported or does not fit in memory.
     """
     clock = clock or StepClock()
-    model_config = load_model_config(Path(config.model_path))
-    device = choose_device(config.device, config.data_parallel_rank, config.data_parallel_size)
+    path = Path(config.model_path)
+    model_config = load_model_config(path)
+    part = WholeModel(model_config) if group is None else ModelPart(model_config, path, group)
+    config = part.settings(config)
+    number = config.data_parallel_rank * part.num_ranks + part.rank
+    device = choose_device(config.device, number, config.data_parallel_size)
     card = CudaMemory(device, config.gpu_memory_utilization) if device.type == "cuda" else None
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
     checkpoints = read_adapters(config, model_config)
     max_lora_rank = choose_lora_rank(config, checkpoints)
-    device_memory: DeviceMemory = card or HostMemory(limit=config.memory_limit)
+    device_memory: DeviceMemory = card or HostMemory(limit=config.memory_limit, num_ranks=part.num_ranks)
     free = device_memory.free() if card is None else free_memory(device)
-    check_lora_memory(model_config, config.max_loras, max_lora_rank, dtype.itemsize, free)
-    kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits, max_lora_rank))
-    sizes = ContextSizes(model_config, config, limits.max_num_batched_tokens, kernels)
-    device_memory.reserved = least_weight_bytes(Path(config.model_path))
+    check_lora_memory(part.config, config.max_loras, max_lora_rank, dtype.itemsize, free)
+    kernels = load_kernels(device, kernel_options(config, part.config, dtype, limits, max_lora_rank))
+    sizes = ContextSizes(part.config, config, limits.max_num_batched_tokens, kernels)
+    device_memory.reserved = least_weight_bytes(path) // part.num_ranks
     check_weight_memory(device_memory.reserved, free)
+    part.least()  # no rank has loaded weights before
     max_model_len = plan_memory(sizes, config, limits.max_model_len, device_memory).max_model_len
     clock.lap("kernels")
-    parameters = load_parameters(Path(config.model_path), model_config, dtype, kernels, device, progress)
+    parameters = load_parameters(part, path, model_config, dtype, kernels, device, progress)
     weight_bytes = parameters.num_bytes
     clock.lap("weights")
     with torch.inference_mode():
-        model = CausalLM(
-            model_config,
+        model = part.build(
             parameters,
-            kernels,
+            kernels=kernels,
             max_model_len=max_model_len,
             device=device,
             allowed_len=limits.max_model_len,
         )
     clock.lap("model")
-    adapters = LoraAdapters(model.linears, config.max_loras, max_lora_rank)
+    adapters = part.new_adapters(model, config.max_loras, max_lora_rank)
     for name, checkpoint in checkpoints.items():
         adapters.load(name, config.lora_modules[name], checkpoint)
     clock.lap("adapters")
@@ -115,20 +128,11 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     if card is not None:
         measure_activations(card, model, replace(limits, max_model_len=max_model_len), config)
         clock.lap("activations")
-    memory = plan_memory(sizes, config, max_model_len, device_memory, has_rotary=card is not None)
-    if memory.max_model_len < max_model_len:
-        with torch.inference_mode():
-            model.set_max_model_len(memory.max_model_len)
-    if memory.max_model_len < limits.max_model_len:
-        logger.warning(
-            "contexts are limited to %d tokens, of %d that the model was trained for, because memory holds no more",
-            memory.max_model_len,
-            limits.max_model_len,
-        )
-        limits = replace(limits, max_model_len=memory.max_model_len)
-    runner = new_runner(model, limits, memory, device)
+    kernels.deterministic = bool(part.least(kernels.deterministic)[0])  # when all have loaded their weights
+    memory, limits = plan_cache(part, model, sizes, config, device_memory, limits, max_model_len)
+    runner = new_runner(model, limits, memory, device, part.new_buffer)
     clock.lap("KV cache")
-    return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)
+    return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters, part.num_ranks)
 
 
 def read_adapters(config: EngineConfig, model_config: ModelConfig) -> dict[str, LoraCheckpoint]:
@@ -138,7 +142,37 @@ def read_adapters(config: EngineConfig, model_config: ModelConfig) -> dict[str, 
     }
 
 
+def plan_cache(
+    part: WholeModel,
+    model: CausalLM,
+    sizes: ContextSizes,
+    config: EngineConfig,
+    device_memory: DeviceMemory,
+    limits: Limits,
+    max_model_len: int,
+) -> tuple[MemoryPlan, Limits]:
+    """Return the plan of the KV cache that all ranks have room for, and the limits with the context that it holds.
+
+    The model has been made for contexts of `max_model_len` tokens. Raises ValueError as `plan_memory` does.
+    """
+    has_rotary = isinstance(device_memory, CudaMemory)
+    own = plan_memory(sizes, config, max_model_len, device_memory, has_rotary=has_rotary)
+    num_blocks, length = part.least(own.num_blocks, own.max_model_len)
+    memory = replace(own, num_blocks=num_blocks, max_model_len=length, blocks_per_request=sizes.num_blocks(length))
+    if length < max_model_len:
+        with torch.inference_mode():
+            model.set_max_model_len(length)
+    if length < limits.max_model_len:
+        logger.warning(
+            "contexts are limited to %d tokens, of %d that the model was trained for, because memory holds no more",
+            length,
+            limits.max_model_len,
+        )
+    return memory, replace(limits, max_model_len=length)
+
+
 def load_parameters(
+    part: WholeModel,
     path: Path,
     model_config: ModelConfig,
     dtype: torch.dtype,
@@ -156,11 +190,13 @@ def load_parameters(
         )
         return Parameters(
             (name, weight.to(device) if isinstance(weight, Tensor) and is_vector(name, weight) else weight)
-            for name, weight in weights
+            for name, weight in part.weights(weights, dtype)
         )
 
 
-def new_runner(model: CausalLM, limits: Limits, memory: MemoryPlan, device: torch.device) -> ModelRunner:
+def new_runner(
+    model: CausalLM, limits: Limits, memory: MemoryPlan, device: torch.device, new_buffer: NewBuffer = zeros
+) -> ModelRunner:
     """Allocate the KV cache and the buffers of batches, and return a runner with them."""
     config, kernels = model.config, model.kernels
     planners = [kernels.attention_planner(kind) for kind in config.attention_kinds]
@@ -175,6 +211,7 @@ def new_runner(model: CausalLM, limits: Limits, memory: MemoryPlan, device: torc
             device,
             num_groups=len(config.kv_groups),
             planners=[planner for planner in planners if planner is not None],
+            new_buffer=new_buffer,
         ),
         kernels.new_sampler(config.num_token_ids, config.eos_token_ids),
         kernels,
@@ -238,10 +275,10 @@ def kernel_options(
     )
 
 
-def choose_device(name: str, rank: int = 0, num_engines: int = 1) -> torch.device:
+def choose_device(name: str, number: int = 0, num_engines: int = 1) -> torch.device:
     """Return the device called `name` (auto, cpu, cuda or cuda:N), a GPU always with its index.
 
-    Each of several engines, of which this is number `rank`, needs a GPU of its own. Raises ValueError if there is none.
+    `number` is that of this process among those of all engines, each of which needs a GPU. Raises ValueError.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,10 +289,10 @@ def choose_device(name: str, rank: int = 0, num_engines: int = 1) -> torch.devic
         return device
     if num_engines > 1 and device.index is not None:
         raise ValueError(f"--device {name}: {num_engines} engines need a GPU each; use --device cuda")
-    index = rank if device.index is None else device.index
+    index = (device.index or 0) + number
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= num_devices:
-        which = f", engine {rank} of {num_engines}" if num_engines > 1 else ""
+        which = f", engine {number} of {num_engines}" if num_engines > 1 else f", rank {number}" if number else ""
         raise ValueError(f"--device {name}{which}: torch finds {num_devices} CUDA devices here")
     return torch.device("cuda", index)  # without an index, torch does not make it the current device
 

@@ -14,7 +14,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import FrameType
 
 import msgspec
@@ -25,10 +26,10 @@ from engine.config import EngineProcessConfig
 from engine.core import BrokenDeviceError, Engine
 from engine.inspection.inspector import Inspector
 from engine.inspection.reader import RecordReader
-from engine.loading import load_model
 from engine.lora.slots import AdapterGoneError
 from engine.lora.updates import AdapterUpdates
 from engine.model.memory_plan import is_out_of_memory
+from engine.ranks import load
 from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
 from engine.scheduling.record import StepClock
 from engine.shared.launcher import collect_garbage
@@ -225,16 +226,23 @@ def main() -> None:
     config = process_config.config
     label = f" {config.data_parallel_rank}" if config.data_parallel_size > 1 else ""
     close_log = configure_logging(process_config.log_level, process_config.log_format, label=label)
-    exit_code = run(process_config)
+    exit_code = run(process_config, partial(end_with_rank, close_log))
     close_log()
     os._exit(exit_code)  # sys.exit would take the interpreter and torch apart for half a second
 
 
-def run(process_config: EngineProcessConfig) -> int:
-    """Serve until SIGTERM or a failure. Return the exit code."""
+def end_with_rank(close_log: Callable[[], None], what: str) -> None:
+    """End this process after a rank has ended: a step that waits for it cannot be stopped in another way."""
+    logger.error("the engine cannot go on: %s", what)
+    close_log()
+    os._exit(1)
+
+
+def run(process_config: EngineProcessConfig, on_rank_death: Callable[[str], None]) -> int:
+    """Serve until SIGTERM or a failure. Return the exit code. `on_rank_death`: see `Leader`."""
     connections = ApiConnections(process_config.address)
     try:
-        loop = start(process_config, connections)
+        loop = start(process_config, connections, on_rank_death)
     except Exception as error:
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
             reason = f"there is not enough memory to load the model: {str(error) or type(error).__name__}"
@@ -260,13 +268,16 @@ def run(process_config: EngineProcessConfig) -> int:
     return 1
 
 
-def start(process_config: EngineProcessConfig, connections: ApiConnections) -> EngineLoop:
+def start(
+    process_config: EngineProcessConfig, connections: ApiConnections, on_rank_death: Callable[[str], None]
+) -> EngineLoop:
     """Load the model, warm it up, and return the loop, ready to run."""
     config = process_config.config
     age = process_age()
     clock = StepClock()
     shows_progress = config.data_parallel_rank == 0  # bars of several processes would overwrite each other
-    loaded = load_model(config, clock, progress_bar("weights", is_bytes=True) if shows_progress else None)
+    progress = progress_bar("weights", is_bytes=True) if shows_progress else None
+    loaded = load(process_config, on_rank_death, clock, progress)
     # The kernels have their own threads. Torch's threads would busy-wait on the same cores.
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     warm_up(Engine(config, loaded), loaded.limits.max_model_len)  # a separate engine, so that statistics start at zero

@@ -79,7 +79,8 @@ def fingerprint(model_path: str, loaded: LoadedModel) -> str:
         f"{version} {loaded.device.type} {dtype} {kernels.name} {kernels.formats} {torch.__version__}".encode()
     )
     mode = "invariant" if kernels.deterministic else "varying"
-    return f"lightwell-{version}-{dtype}-{mode}-{digest.hexdigest()[:12]}"
+    ranks = f"tp{loaded.num_ranks}-" if loaded.num_ranks > 1 else ""
+    return f"lightwell-{version}-{dtype}-{mode}-{ranks}{digest.hexdigest()[:12]}"
 
 
 def describe_kinds(config: ModelConfig) -> list[str]:
@@ -113,11 +114,13 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
         limit = "" if config.memory_limit is None else f", at most {config.memory_limit / MIB:.0f} MiB of memory"
         logger.info("engine %d of %d: CPUs %s%s", config.data_parallel_rank, config.data_parallel_size, cpus, limit)
     kernels = loaded.runner.kernels
-    logger.info("device: %s, %d threads, kernels: %s", loaded.device, kernels.num_threads, kernels.name)
+    ranks = f"{loaded.num_ranks} ranks of " if loaded.num_ranks > 1 else ""
+    logger.info("device: %s, %s%d threads, kernels: %s", loaded.device, ranks, kernels.num_threads, kernels.name)
     invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
     logger.info("formats: %s; answers are %s", kernels.formats, invariant)
     logger.info(
-        "memory: weights %.0f MiB, %sKV cache %.0f MiB for %d tokens, or %.1f requests of full length%s",
+        "memory%s: weights %.0f MiB, %sKV cache %.0f MiB for %d tokens, or %.1f requests of full length%s",
+        " of each rank" if ranks else "",
         loaded.weight_bytes / MIB,
         f"activations {memory.activation_bytes / MIB:.0f} MiB, " if memory.activation_bytes else "",
         memory.kv_cache_bytes / MIB,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch.inputs import AttentionPlanner, AttentionWork, BatchInputs, Lengths
@@ -26,6 +28,13 @@ ROWS = (
 )
 
 
+NewBuffer: TypeAlias = Callable[[tuple[int, ...]], NDArray[np.int64]]  # of a shape, zeroed
+
+
+def zeros(shape: tuple[int, ...]) -> NDArray[np.int64]:
+    return np.zeros(shape, dtype=np.int64)
+
+
 class BatchBuilder:
     """Fills buffers that each batch reuses."""
 
@@ -39,19 +48,26 @@ class BatchBuilder:
         *,
         num_groups: int = 1,
         planners: Sequence[AttentionPlanner] = (),
+        new_buffer: NewBuffer = zeros,
     ) -> None:
-        """`num_groups`: number of KV groups; `planners`: of each kind of attention, if the kernels need work lists."""
+        """`num_groups`: number of KV groups; `planners`: of each kind of attention, if the kernels need work lists.
+
+        `new_buffer` returns the buffers. Another process in which they are in the same memory may read each batch.
+        """
         self.block_size = block_size
         self.planners = planners
+        self.new_buffer = new_buffer
         self.device = device
         # Each holds two numbers: all rows, and the rows of generating requests, which come first.
-        self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
-        self.num_seqs = np.zeros(1, dtype=np.int64)
-        self.rows = np.zeros((len(ROWS), max_num_tokens), dtype=np.int64)
-        self.slot_mappings = np.zeros((num_groups, max_num_tokens), dtype=np.int64)
+        self.num_rows, self.num_hidden_rows = new_buffer((2, 2))
+        self.num_seqs = new_buffer((1,))
+        self.rows = new_buffer((len(ROWS), max_num_tokens))
+        self.lengths = new_buffer((len(ROWS),))  # of `rows`
+        self.max_blocks = new_buffer((1,))  # of a sequence
+        self.slot_mappings = new_buffer((num_groups, max_num_tokens))
         self.sampled: dict[Request, int] = {}  # request -> index of its token among those sampled by the previous step
-        self.tables = np.zeros((num_groups, max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
-        self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
+        self.tables = new_buffer((num_groups, max_num_seqs, -(-max_model_len // block_size)))
+        self.query_lens, self.hidden_lens, self.seq_lens = new_buffer((3, max_num_seqs))
 
     def smaller(self, max_num_tokens: int) -> BatchBuilder:
         """Return a builder with buffers of its own for batches of one sequence."""
@@ -64,6 +80,7 @@ class BatchBuilder:
             self.device,
             num_groups=len(self.tables),
             planners=self.planners,
+            new_buffer=self.new_buffer,
         )
 
     def buffers(self) -> BatchInputs:
@@ -76,6 +93,10 @@ class BatchBuilder:
 
     def build(self, step: Step) -> BatchInputs:
         """Return the inputs of a step. The next call overwrites the lengths and, on a CPU, the tensors."""
+        self._fill(step)
+        return self.current()
+
+    def _fill(self, step: Step) -> None:
         num_seqs = len(step.scheduled)
         self.query_lens[:num_seqs] = [item.num_tokens for item in step.scheduled]
         self.hidden_lens[:num_seqs] = [item.num_hidden for item in step.scheduled]
@@ -93,11 +114,16 @@ class BatchBuilder:
         sample_rows = last_rows(self.hidden_lens[:num_seqs], np.array([item.num_samples for item in step.scheduled]))
         rows["sample_rows"][: len(sample_rows)] = sample_rows
         num_ahead = self._fill_ahead(step, rows["ahead_rows"], rows["ahead_samples"])
-        max_blocks = self._fill_tables(step)
+        self.max_blocks[0] = self._fill_tables(step)
         self._fill_positions(rows["positions"][:num_rows], num_seqs)
         has_adapters = max(lora_slots) != NO_LORA_SLOT
         lengths = [num_rows, num_rows, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters]
-        lengths += [len(sample_rows), num_ahead, num_ahead]
+        self.lengths[:] = [*lengths, len(sample_rows), num_ahead, num_ahead]
+
+    def current(self) -> BatchInputs:
+        """Return the inputs of the step that the buffers hold."""
+        num_seqs, max_blocks, lengths = int(self.num_seqs[0]), int(self.max_blocks[0]), self.lengths.tolist()
+        num_rows = lengths[0]
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         parts += [*self.slot_mappings[:, :num_rows], *self.tables[:, :num_seqs, :max_blocks]]
         work = [planner.plan(self.query_lens[:num_seqs], self.seq_lens[:num_seqs]) for planner in self.planners]

@@ -14,6 +14,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model_path: str  # a GGUF file, or a folder with config.json and safetensors
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+    tensor_parallel_size: int = 1  # processes that run the model together, each with a part of every layer
+    cpu_affinity: str = "none"  # auto: cores of its own for each of these processes; none
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantization: str = "auto"  # auto: that of the checkpoint; none: all weights in `dtype`; int8: groups of 32
     kv_cache_dtype: str = "auto"  # auto: `dtype`; int8, fp8: with a scale per token and head

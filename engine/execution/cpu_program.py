@@ -12,12 +12,12 @@ from torch import Tensor
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.execution.interface import OBSERVED_LOGIT_ROWS
+from engine.execution.observer import AttentionObserver
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.program import Program
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
 from engine.model.observation import Observation, observe
-from engine.scheduling.request import Step
 
 LOGIT_ROWS_PER_SEQ = 8  # a sampled token and its draft
 MIN_LOGIT_ROWS = 64
@@ -79,11 +79,12 @@ class CpuExecution:
         return out[:num_rows]
 
 
-class CpuObservedExecution:
+class CpuObservedExecution(AttentionObserver):
     """Runs the parts of a program that is recorded once."""
 
     def __init__(self, kernels: CpuKernels, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
         self.model = model
+        self.kv_cache = kv_cache
         self.builder = builder
         batch = builder.buffers()
         index_rows = dict.fromkeys(
@@ -104,8 +105,8 @@ class CpuObservedExecution:
         with kernels.recording(self.logits_program, {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}):
             self.logits = model.compute_logits(self.hidden, self.logit_rows)
 
-    def forward(self, step: Step) -> Iterator[Observation]:
-        batch = self.builder.build(step)
+    def forward(self) -> Iterator[Observation]:
+        batch = self.builder.current()
         self.model.extend_rotary(int(batch.seq_lens.max()))
         for observation, program in self.parts:
             program.run()

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
+from engine.execution.observer import AttentionObserver
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
 from engine.model.observation import Observation, observe
-from engine.scheduling.request import Step
 
 
 class EagerExecution:
@@ -37,7 +37,7 @@ class EagerExecution:
         return self.model.compute_logits(self.hidden, rows)
 
 
-class EagerObservedExecution:
+class EagerObservedExecution(AttentionObserver):
     """Runs the model's code for every step."""
 
     def __init__(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
@@ -45,8 +45,8 @@ class EagerObservedExecution:
         self.kv_cache = kv_cache
         self.builder = builder
 
-    def forward(self, step: Step) -> Iterator[Observation]:
-        batch = self.builder.build(step)
+    def forward(self) -> Iterator[Observation]:
+        batch = self.builder.current()
         self.model.extend_rotary(int(batch.seq_lens.max()))
         return observe(self.model, batch, self.kv_cache)
 

@@ -5,9 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.model.observation import Observation
-from engine.scheduling.request import Step
 
 OBSERVED_LOGIT_ROWS = 4  # that are computed at once: with the weights of an LM head, a few take as long as one
 
@@ -43,8 +43,20 @@ class Execution(Protocol):
 class ObservedExecution(Protocol):
     """A model that shows what happens inside. It has buffers of its own, so that other steps may run in between."""
 
-    def forward(self, step: Step) -> Iterator[Observation]:
-        """Run a step with the kernels that serve, and yield after each part. Each is valid until the next."""
+    builder: BatchBuilder
+
+    def forward(self) -> Iterator[Observation]:
+        """Run the step that the builder's buffers hold, with the kernels that serve, and yield after each part.
+
+        What is yielded is valid until the next.
+        """
+        ...
+
+    def attention_weights(self, layer: int, q: Tensor, block_ids: Tensor, first: int) -> Tensor:
+        """Return the attention weights, float32 [R, H, n], of a projection's queries q, of positions from `first` on.
+
+        `block_ids`, int64, are the blocks of all positions up to the last.
+        """
         ...
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

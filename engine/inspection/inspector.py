@@ -211,10 +211,11 @@ class Inspector:
         with closing(BorrowedBlocks(engine.scheduler.kv, request, start)) as blocks:
             for first, last in pairwise(self._bounds(request, start)):
                 step = Step(0, [Scheduled(request, first, last - first, num_samples=0)])
-                slices: Iterator[object] = execution.forward(step)
+                execution.builder.build(step)
+                slices: Iterator[object] = execution.forward()
                 if first >= start:
                     seen.append(LayerObserver(engine.runner, request, first, question))
-                    slices = seen[-1].run(execution, step)
+                    slices = seen[-1].run(execution)
                 for _ in slices:
                     yield
                     blocks.check()

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.execution.interface import OBSERVED_LOGIT_ROWS, ObservedExecution
-from engine.inspection.attention_weights import attention_weights
 from engine.kernels.torch.experts import route
 from engine.model.observation import Observation, Part
 from engine.runner import ModelRunner
-from engine.scheduling.request import Request, Step
+from engine.scheduling.request import Request
 from engine.shared.records import Inspect, LayerView
 
 DIGITS = 6  # after the point: float32 has about as many, and further ones would make answers twice as long
@@ -47,10 +46,10 @@ class LayerObserver:
         self.attention: list[bytes] = []  # of each row, the weights of the head that is shown in full: float32
         self.logits: list[Tensor] = []  # [V] of each row
 
-    def run(self, execution: ObservedExecution, step: Step) -> Generator[None]:
-        """Compute a step. Yields after each slice."""
-        for observation in execution.forward(step):
-            self._see(observation)
+    def run(self, execution: ObservedExecution) -> Generator[None]:
+        """Compute the step of the builder. Yields after each slice."""
+        for observation in execution.forward():
+            self._see(execution, observation)
             yield
             if observation.part is Part.FEED_FORWARD:
                 yield from self._look_through_lens(execution, observation)
@@ -70,10 +69,10 @@ class LayerObserver:
         rows = range(len(self._layers[0].residual_norms))
         return [[_view(layer, row) for layer in self._layers] for row in rows]
 
-    def _see(self, observation: Observation) -> None:
+    def _see(self, execution: ObservedExecution, observation: Observation) -> None:
         index = observation.layer
         if observation.q is not None:
-            self._see_attention(index, observation.q)
+            self._see_attention(execution, index, observation.q)
             return
         before, residual = self._residual, observation.residual.to(torch.float32, copy=True)
         self._residual = residual
@@ -87,14 +86,10 @@ class LayerObserver:
         if observation.router_logits is not None:
             layer.experts = self._chosen_experts(index, observation.router_logits)
 
-    def _see_attention(self, index: int, q: Tensor) -> None:
-        model, attention = self._model, self._model.layers[index].self_attn
+    def _see_attention(self, execution: ObservedExecution, index: int, q: Tensor) -> None:
         table = self._request.kv.tables[self._kv_cache.groups[index]]
         block_ids = torch.tensor(table.block_ids, dtype=torch.int64, device=q.device)
-        num_keys = self._first + len(q)
-        keys = model.kernels.cached_keys(self._kv_cache.layers[index], block_ids)[:num_keys]
-        heads = q.view(len(q), attention.spec.num_heads, attention.spec.head_dim)
-        weights = attention_weights(heads, keys, self._first, attention.scores, attention.spec.window)
+        weights = execution.attention_weights(index, q, block_ids, self._first)
         self._layers[index].heads = [top_pairs(row, self._question.top, above=0.0) for row in weights]
         if index == self._question.layer and self._question.head is not None:
             rows = weights[:, self._question.head].cpu().numpy()

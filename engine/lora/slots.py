@@ -17,8 +17,7 @@ import torch
 
 from engine.batch.transfer import send, to_device
 from engine.config import EngineConfig, ModelConfig
-from engine.kernels.interface import LoraWeights
-from engine.lora.checkpoint import LoraCheckpoint, module_shapes
+from engine.lora.checkpoint import LoraCheckpoint, LoraMatrices, module_shapes
 from engine.lora.reader import load_lora
 from engine.model.linear import Linear
 from engine.model.memory_plan import MIB
@@ -107,9 +106,25 @@ class LoraAdapters:
 
     def write(self, slot: int, checkpoint: LoraCheckpoint) -> Iterator[None]:
         """Write the matrices into a reserved slot; yields after each linear layer."""
-        for names, weights in self._linears:
-            _write(weights, slot, names, checkpoint)
+        for index, (names, _) in enumerate(self._linears):
+            matrices = {name: checkpoint.modules[name] for name in names if name in checkpoint.modules}
+            self.write_layer(index, slot, matrices)
             yield
+
+    @torch.inference_mode()
+    def write_layer(self, index: int, slot: int, matrices: Mapping[str, LoraMatrices]) -> None:
+        """Write the matrices of one linear layer. Projections that the adapter does not update get rank 0."""
+        names, weights = self._linears[index]
+        device = weights.ranks.device
+        first = 0
+        ranks = [0] * len(names)
+        for number, (name, size) in enumerate(zip(names, weights.sizes, strict=True)):
+            if (update := matrices.get(name)) is not None:
+                rank = ranks[number] = len(update.a)
+                weights.a[slot, number, :rank] = send(update.a, device)
+                weights.b[slot, :rank, first : first + size] = send(update.b, device).T
+            first += size
+        weights.ranks[slot] = to_device(ranks, np.int64, device)
 
     def publish(self, name: str, path: str, slot: int, checkpoint: LoraCheckpoint) -> None:
         """Make the weights that were written to a slot available under a name, in place of the name's old weights."""
@@ -136,21 +151,6 @@ class LoraAdapters:
     def _remove(self, name: str) -> None:
         if (loaded := self._loaded.pop(name, None)) is not None:
             self._unloaded_at[loaded.slot] = next(self._ticks)
-
-
-@torch.inference_mode()
-def _write(weights: LoraWeights, slot: int, names: Sequence[str], checkpoint: LoraCheckpoint) -> None:
-    """Write the matrices of one linear layer. Projections that the adapter does not update get rank 0."""
-    device = weights.ranks.device
-    first = 0
-    ranks = [0] * len(names)
-    for index, (name, size) in enumerate(zip(names, weights.sizes, strict=True)):
-        if (matrices := checkpoint.modules.get(name)) is not None:
-            rank = ranks[index] = len(matrices.a)
-            weights.a[slot, index, :rank] = send(matrices.a, device)
-            weights.b[slot, :rank, first : first + size] = send(matrices.b, device).T
-        first += size
-    weights.ranks[slot] = to_device(ranks, np.int64, device)
 
 
 def num_lora_slots(max_loras: int) -> int:

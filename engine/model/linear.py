@@ -28,8 +28,9 @@ class Linear:
         biases = [parameters.take(f"{name}.bias", size) for name, size in projections] if has_bias else []
         self.kernels = kernels
         self.names = [name for name, _ in projections]
+        self.sizes = [size for _, size in projections]
         self.product = kernels.linear(kernels.pack(weights), torch.cat(biases) if biases else None)
-        self.lora = kernels.new_lora_weights([size for _, size in projections], num_inputs)
+        self.lora = kernels.new_lora_weights(self.sizes, num_inputs)
 
     def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None = None) -> Tensor:
         out = self.product(x, residual)

@@ -89,13 +89,17 @@ class HostMemory:
 
     activation_bytes = 0
 
-    def __init__(self, reserved: int = 0, limit: int | None = None) -> None:
-        """`limit`: bytes that this process may use, beside mapped files; None: all that is free."""
+    def __init__(self, reserved: int = 0, limit: int | None = None, num_ranks: int = 1) -> None:
+        """`limit`: bytes that this process may use, beside mapped files; None: all that is free.
+
+        `num_ranks`: processes that share what is free equally.
+        """
         self.reserved = reserved
         self.limit = limit
+        self.num_ranks = num_ranks
 
     def free(self) -> int:
-        available = available_memory()
+        available = available_memory() // self.num_ranks
         if self.limit is not None:
             available = min(available, self.limit - own_memory())
         return available - self.reserved

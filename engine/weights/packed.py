@@ -36,6 +36,17 @@ class PackedTensor:
         return PackedTensor(self.type_name, (len(data), self.shape[1]), data.reshape(-1))
 
     @property
+    def column_block(self) -> int:
+        """Return the columns of a block, which cannot be divided."""
+        return GGML_TYPES_BY_NAME[self.type_name].block_size
+
+    def select_columns(self, columns: slice) -> PackedTensor:
+        """Return a copy of some whole blocks of each row."""
+        blocks = self.data.reshape(self.shape[0], self.shape[1] // self.column_block, -1)
+        data = blocks[:, columns.start // self.column_block : columns.stop // self.column_block]
+        return PackedTensor(self.type_name, (self.shape[0], columns.stop - columns.start), data.reshape(-1))
+
+    @property
     def layout(self) -> Hashable:
         return self.type_name
 

@@ -65,6 +65,18 @@ class GroupQuantized:
         zero_points = None if self.zero_points is None else self.zero_points[index]
         return GroupQuantized(self.bits, self.codes[index], self.scales[index], zero_points, self.column_groups)
 
+    @property
+    def column_block(self) -> int:
+        """Return the number of successive columns that cannot be divided."""
+        return self.shape[1] if self.column_groups is not None else self.group_size
+
+    def select_columns(self, columns: slice) -> GroupQuantized:
+        """Return a copy of some whole groups of each row."""
+        codes = self.codes[:, columns.start * self.bits // 8 : columns.stop * self.bits // 8].clone()
+        groups = slice(columns.start // self.column_block, columns.stop // self.column_block)
+        zero_points = None if self.zero_points is None else self.zero_points[:, groups].clone()
+        return GroupQuantized(self.bits, codes, self.scales[:, groups].clone(), zero_points)
+
     def offsets(self) -> Tensor:
         """Return the zero points as float32 [rows, groups]."""
         if self.zero_points is None:
@@ -143,6 +155,19 @@ class Float8Tensor:
         index = rows if isinstance(rows, slice) else torch.from_numpy(rows)
         scales = self.scales.repeat_interleave(self.group_rows, dim=0)[: len(self.codes)]
         return Float8Tensor(self.codes.view(torch.uint8)[index].view(torch.float8_e4m3fn), scales[index])
+
+    @property
+    def column_block(self) -> int:
+        """Return the number of successive columns that cannot be divided."""
+        return FLOAT8_BLOCK if self.scales.shape[1] > 1 else 1
+
+    def select_columns(self, columns: slice) -> Float8Tensor:
+        """Return a copy of some whole blocks of columns."""
+        codes = self.codes.view(torch.uint8)[:, columns].clone().view(torch.float8_e4m3fn)
+        if self.scales.shape[1] == 1:
+            return Float8Tensor(codes, self.scales)
+        blocks = slice(columns.start // FLOAT8_BLOCK, -(-columns.stop // FLOAT8_BLOCK))
+        return Float8Tensor(codes, self.scales[:, blocks].clone())
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix as a tensor [rows, columns] in `dtype`, computed in float32."""

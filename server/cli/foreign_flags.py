@@ -31,8 +31,9 @@ _SERVE: Mapping[str, str] = {
     "-t --threads -tb --threads-batch --threads-http": "set OMP_NUM_THREADS in the environment",
     "-ngl --gpu-layers --n-gpu-layers": "--device cuda runs all layers on the GPU, --device cpu none",
     "-mg --main-gpu": "--device cuda:N chooses the GPU",
-    "-tp --tp --tp-size --tensor-parallel-size -pp --pipeline-parallel-size --pp-size -dp --data-parallel-size "
-    "--dp-size -ts --tensor-split -sm --split-mode --api-server-count": _ONE_DEVICE,
+    "-tp --tp --tp-size -ts --tensor-split -sm --split-mode": "--tensor-parallel-size is the number of processes, each "
+    "on a device of its own, that run the model together",
+    "-pp --pipeline-parallel-size --pp-size -dp --data-parallel-size --dp-size --api-server-count": _ONE_DEVICE,
     "--mem-fraction-static": "--gpu-memory-utilization is the share of a GPU's memory that the server may use",
     "--max-total-tokens --num-gpu-blocks-override --kv-cache-memory-bytes": _KV_CACHE_MEMORY,
     "--swap-space --cpu-offload-gb --mlock --no-mmap --numa": "it is not needed: weights and KV cache stay in the "

@@ -53,6 +53,8 @@ def engine_config(
     return EngineConfig(
         model_path=str(model_path),
         device=settings.device,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        cpu_affinity=settings.cpu_affinity,
         dtype=settings.dtype,
         quantization=settings.quantization,
         kv_cache_dtype=settings.kv_cache_dtype,

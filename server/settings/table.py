@@ -70,6 +70,24 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
             "each. A request goes to one of them: the one that has cached most of its prompt, unless it is busy.",
         ),
     ] = 1
+    tensor_parallel_size: Annotated[
+        int,
+        Setting(
+            _ENGINE,
+            integer(1, 64),
+            "Number of processes that run the model together, each with a part of every layer: on a CPU, each with its "
+            "share of the threads; on GPUs, each on the next one. It divides the model's attention heads.",
+        ),
+    ] = 1
+    cpu_affinity: Annotated[
+        str,
+        Setting(
+            _ENGINE,
+            choice("MODE", "none", "auto"),
+            "auto: each process of --tensor-parallel-size runs on cores of its own, those of a NUMA node if possible, "
+            "where its memory is then too.",
+        ),
+    ] = "none"
     dtype: Annotated[
         str,
         Setting(_ENGINE, choice("DTYPE", "auto", "float32", "bfloat16", "float16"), "Data type of the computation."),

@@ -82,6 +82,15 @@ class AddParameters(Structure):
     ]
 
 
+class MeetParameters(Structure):
+    _fields_ = [
+        ("counters", c_void_p),
+        ("num_met", c_void_p),
+        ("rank", c_int64),
+        ("num_ranks", c_int64),
+    ]
+
+
 class ScaleParameters(Structure):
     _fields_ = [
         ("num_rows", c_void_p),

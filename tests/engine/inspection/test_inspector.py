@@ -5,7 +5,7 @@ Prompts are compared for models of several families, in float32, on the kernels 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.inspection.borrowed_blocks import BorrowedBlocks
 from engine.inspection.inspector import SHARE_OF_STEPS, Inspector
 from engine.loading import LoadedModel, load_model
-from engine.model.observation import Observation
 from engine.scheduling.request import NO_LORA_SLOT, Step
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, Pooling, ReasoningLimit, SamplingParams, Submit
 from engine.shared.records import Inspect, Inspected, InspectionProblem, PositionView, ReadFailed
@@ -305,13 +305,14 @@ def test_a_cached_beginning_is_not_computed_again(
     inspector = Inspector(engine)
     first = ask(inspector, id="r", start=99)
     computed: list[tuple[int, int]] = []
-    forward = inspector._execution.forward  # type: ignore[union-attr]
+    builder = inspector._execution.builder  # type: ignore[union-attr]
+    build = builder.build
 
-    def counting(step: Step) -> Iterator[Observation]:
+    def counting(step: Step) -> BatchInputs:
         computed.append((step.scheduled[0].start, step.scheduled[0].num_tokens))
-        return forward(step)
+        return build(step)
 
-    monkeypatch.setattr(inspector._execution, "forward", counting)
+    monkeypatch.setattr(builder, "build", counting)
     assert ask(inspector, id="r", start=99) == first
     assert computed[0] == (96, 3)  # three blocks of 32 tokens are cached
     engine.scheduler.pool.unpublish(list(engine.scheduler.pool.blocks))
@@ -513,7 +514,7 @@ def test_a_fault_ends_the_inspection_alone(
 ) -> None:
     inspector = Inspector(new_engine(models("llama3", "default")[0]))
     with monkeypatch.context() as patch:
-        patch.setattr("engine.inspection.layers.attention_weights", panic)
+        patch.setattr("engine.execution.observer.attention_weights", panic)
         question = Inspect(read_id=3, prompt_token_ids=[1, 2], max_positions=64, max_end=4096, top=3)
         assert inspector.begin(b"api", question) is None
         while (reply := inspector.advance(1.0)) is None:

@@ -35,6 +35,9 @@ const lightwell::Field lightwell::FIELDS[] = {
 #define STRUCT AddParameters
     FIELD(num_rows), FIELD(input), FIELD(input_stride), FIELD(size), FIELD(scale), FIELD(output), FIELD(output_stride),
 #undef STRUCT
+#define STRUCT MeetParameters
+    FIELD(counters), FIELD(num_met), FIELD(rank), FIELD(num_ranks),
+#undef STRUCT
 #define STRUCT ScaleParameters
     FIELD(num_rows), FIELD(values), FIELD(stride), FIELD(size), FIELD(scale), FIELD(softcap),
 #undef STRUCT

@@ -6,6 +6,7 @@
 #include "experts.h"
 #include "linear.h"
 #include "lora.h"
+#include "meet.h"
 #include "pack.h"
 #include "rope.h"
 #include "rows.h"
@@ -19,6 +20,7 @@ const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
     {"rms_norm", rms_norm},
     {"layer_norm", layer_norm},
     {"add", add},
+    {"meet", meet},
     {"scale", scale},
     {"act_and_mul", act_and_mul},
     {"route", route},

@@ -1,0 +1,38 @@
+"""Load a model in this process, and its other parts in other processes if the settings say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.config import EngineProcessConfig, load_model_config
+from engine.distributed.adapters import ShardedAdapters
+from engine.distributed.cores import use_own_cores
+from engine.distributed.execution import lead
+from engine.distributed.group import Leader
+from engine.distributed.plan import check_num_ranks
+from engine.loading import LoadedModel, Progress, load_model
+from engine.scheduling.record import StepClock
+
+
+def load(
+    process_config: EngineProcessConfig,
+    on_rank_death: Callable[[str], None],
+    clock: StepClock | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a model, of which this process is rank 0. `on_rank_death` is that of `Leader`, the others of `load_model`.
+
+    Raises ValueError if the model does not divide among so many ranks, and as `load_model` does.
+    """
+    config = process_config.config
+    num_ranks = config.tensor_parallel_size
+    if num_ranks == 1:
+        return load_model(config, clock, progress)
+    check_num_ranks(load_model_config(Path(config.model_path)), num_ranks)
+    use_own_cores(0, num_ranks, binds=config.cpu_affinity == "auto")
+    group = Leader(process_config, on_rank_death)
+    loaded = load_model(config, clock, progress, group)
+    assert isinstance(loaded.adapters, ShardedAdapters)
+    return dataclasses.replace(loaded, runner=lead(group, loaded.runner, loaded.adapters))
