@@ -214,9 +214,8 @@ def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default
     arrival = time.monotonic()
     context = get_context(request)
     model = find_generating_model(request, body.model)
-    base, is_missing = model.base, body.model is None
-    ignored = endpoint.ignored_fields(base, body)
-    preamble = begin(request, body, is_model_missing=is_missing, ignored=ignored)
+    base, ignored = model.base, endpoint.ignored_fields(model.base, body)
+    preamble = begin(request, body, is_model_missing=body.model is None, ignored=ignored)
     body.check()
     info = base.client.ready_info()
     check_token_ids(body, vocab_size(base), base.config.eos_token_ids)
@@ -285,8 +284,7 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
     context, body, base = job.context, job.body, job.model.base
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     count = body.num_prompts * body.num_choices
-    timeout = body.queue_timeout
-    with base.client.reserve(count, param=param, tenant=job.tenant, queue_timeout=timeout) as reservation:
+    with base.client.reserve(count, param=param, tenant=job.tenant, queue_timeout=body.queue_timeout) as reservation:
         prepared = await _prepare(job)
         base.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         answers = context.answers

@@ -105,7 +105,7 @@ class ModelSlot:
 
     @property
     def fraction_loaded(self) -> float | None:
-        """How much of a load is done, by the time that the last one took. None: it is not known."""
+        """The part of a load that is done, by the time that the last one took. None: it is not known."""
         if self.load_began is None or self.load_seconds is None:
             return None
         return min(0.99, (time.monotonic() - self.load_began) / self.load_seconds)

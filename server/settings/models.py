@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from server.settings.access import AccessSettings
 from server.settings.setting import Setting
-from server.settings.value_types import choice, model_entries, seconds, text
+from server.settings.value_types import choice, model_entries, seconds, text, texts
 
 MODELS = "Models"
 
@@ -32,6 +32,18 @@ class ModelSettings(AccessSettings, frozen=True, kw_only=True):
             singular="model",
         ),
     ] = ()
+    served_model_name: Annotated[
+        tuple[str, ...],
+        Setting(
+            MODELS,
+            texts("NAME"),
+            "Name of the model in the API. Can be repeated. Unset: the alias, or the last part of MODEL.",
+        ),
+    ] = ()
+    chat_template: Annotated[
+        str | None,
+        Setting(MODELS, text("FILE"), "Jinja chat template to use instead of the model's own."),
+    ] = None
     load: Annotated[
         str,
         Setting(

@@ -30,7 +30,6 @@ from server.settings.value_types import (
     seconds,
     size,
     text,
-    texts,
 )
 
 CONFIG_VARIABLE = "LIGHTWELL_CONFIG"
@@ -180,18 +179,6 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
             "socket. Can be repeated.",
         ),
     ] = ()
-    served_model_name: Annotated[
-        tuple[str, ...],
-        Setting(
-            _API,
-            texts("NAME"),
-            "Name of the model in the API. Can be repeated. Unset: the alias, or the last part of MODEL.",
-        ),
-    ] = ()
-    chat_template: Annotated[
-        str | None,
-        Setting(_API, text("FILE"), "Jinja chat template to use instead of the model's own."),
-    ] = None
     allow_additional_properties: Annotated[
         bool,
         Setting(

@@ -11,9 +11,9 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
 from server.api.admin.schemas import LoadAdapterRequest, UnloadAdapterRequest
+from server.api.model_route import ModelRoute
 from server.context import get_context
 from server.engine_client.client import EngineClient
-from server.generation.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.http.access_control import require_admin
 from server.http.errors import AdapterNotFoundError, InvalidValueError, MissingParameterError, UpdatesNotAllowedError

@@ -16,8 +16,8 @@ from server.api.admin.schemas import (
     TokenizerInfo,
 )
 from server.api.chat.conversion import encode_request, unknown_in_messages
+from server.api.model_route import ModelRoute
 from server.context import get_context
-from server.generation.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError

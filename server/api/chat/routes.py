@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.chat.conversion import ChatEndpoint
 from server.api.chat.schemas import ChatCompletionRequest
-from server.generation.model_route import StreamRoute
+from server.api.model_route import StreamRoute
 from server.generation.pipeline import render, respond
 from server.http.json_response import StructResponse
 

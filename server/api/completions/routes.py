@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.completions.conversion import CompletionEndpoint
 from server.api.completions.schemas import CompletionRequest
-from server.generation.model_route import StreamRoute
+from server.api.model_route import StreamRoute
 from server.generation.pipeline import render, respond
 from server.http.json_response import StructResponse
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.embeddings.pipeline import respond
 from server.api.embeddings.schemas import EmbeddingRequest
 from server.api.embeddings.writer import write_answer
-from server.generation.model_route import ModelRoute
+from server.api.model_route import ModelRoute
 
 router = APIRouter(route_class=ModelRoute)
 

@@ -20,7 +20,7 @@ from server.api.inspection.schemas import (
     Sampling,
     Stage,
 )
-from server.generation.model_route import ModelRoute
+from server.api.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import encode_prompt
 from server.http.errors import (

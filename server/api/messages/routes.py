@@ -8,8 +8,8 @@ from server.api.chat.schemas import ChatCompletionRequest
 from server.api.messages.conversion import MessagesEndpoint, ModelCapabilities, error_names, to_chat
 from server.api.messages.schemas import CountTokensRequest, CountTokensResponse, MessagesRequest
 from server.api.messages.writer import failure_event
+from server.api.model_route import StreamRoute
 from server.context import get_context
-from server.generation.model_route import StreamRoute
 from server.generation.pipeline import respond
 from server.generation.preamble import find_model
 from server.http.errors import APIError

@@ -12,6 +12,7 @@ from server.api.chat.conversion import ChatEndpoint, reads_effort
 from server.api.chat.request_builder import renamed_errors
 from server.api.completions.conversion import CompletionEndpoint
 from server.api.embeddings.pipeline import respond as respond_with_embeddings
+from server.api.model_route import Handler, ModelRoute
 from server.api.ollama.conversion import (
     EMBED_NAMES,
     EMBEDDINGS_NAMES,
@@ -47,7 +48,6 @@ from server.api.ollama.writer import (
     write_embeddings,
 )
 from server.context import get_context
-from server.generation.model_route import Handler, ModelRoute
 from server.generation.pipeline import respond
 from server.generation.preamble import begin, find_model
 from server.http.errors import NotImplementedAPIError

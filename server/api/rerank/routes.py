@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from engine.shared.messages import Submit
+from server.api.model_route import ModelRoute
 from server.api.rerank.schemas import (
     RerankAnswer,
     RerankRequest,
@@ -21,7 +22,6 @@ from server.api.rerank.schemas import (
 )
 from server.api.rerank.scorers import Pair, choose_scorer
 from server.context import get_context
-from server.generation.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompt_batch import PromptBatch, answer_prompts
 from server.http.sse import run_until_disconnect

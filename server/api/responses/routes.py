@@ -8,13 +8,13 @@ from fastapi import APIRouter, Query, Request, Response
 from server.api.chat.counting import count_prompt_tokens
 from server.api.chat.request_builder import renamed_errors
 from server.api.chat.schemas import ChatCompletionRequest
+from server.api.model_route import StreamRoute
 from server.api.responses.conversion import ResponsesEndpoint, check, error_names, ignored_fields, input_items, to_chat
 from server.api.responses.event_log import EventLog
 from server.api.responses.schemas import DeletedResponse, InputTokens, InputTokensRequest, ItemList, ResponsesRequest
 from server.api.responses.store import StoredResponse, get_response_store
 from server.api.responses.writer import error_event
 from server.context import get_context
-from server.generation.model_route import StreamRoute
 from server.generation.pipeline import respond, start_in_background
 from server.generation.preamble import find_generating_model, find_model
 from server.http.body_middleware import note_text_size

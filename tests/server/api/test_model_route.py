@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.generation import model_route
+from server.api import model_route
 from tests.support.serving import wait_until
 from tests.support.several_models import SeveralModels, several_models
 
