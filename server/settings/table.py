@@ -70,22 +70,10 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
         ),
     ] = 1
     tensor_parallel_size: Annotated[
-        int,
-        Setting(
-            _ENGINE,
-            integer(1, 64),
-            "Number of processes that run the model together, each with a part of every layer: on a CPU, each with its "
-            "share of the threads; on GPUs, each on the next one. It divides the model's attention heads.",
-        ),
+        int, Setting(_ENGINE, integer(1, 64), "Number of processes that run the model together, a part of it each.")
     ] = 1
     cpu_affinity: Annotated[
-        str,
-        Setting(
-            _ENGINE,
-            choice("MODE", "none", "auto"),
-            "auto: each process of --tensor-parallel-size runs on cores of its own, those of a NUMA node if possible, "
-            "where its memory is then too.",
-        ),
+        str, Setting(_ENGINE, choice("MODE", "none", "auto"), "auto: each of these processes has cores of its own.")
     ] = "none"
     dtype: Annotated[
         str,
