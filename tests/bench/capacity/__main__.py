@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 
 import msgspec
@@ -103,6 +104,10 @@ def api(arguments: argparse.Namespace) -> None:
         table.add_row(str(prompt), str(answer), f"{1e3 * seconds:.2f}", f"{1e3 * cost.seconds(prompt, answer):.2f}")
     Console().print(table)
     print(cost)
+    for name, shape in SHAPES.items():
+        trace = make_trace(shape, 5.0, 600.0, seed=arguments.seed)
+        means = [statistics.fmean(len(getattr(some, part)) for some in trace) for part in ("prompt", "answer")]
+        print(f"{name}: {cost.num_processes(1000, *means):.0f} API processes for 1,000 requests per second")
 
 
 def run(arguments: argparse.Namespace) -> None:

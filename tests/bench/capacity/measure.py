@@ -141,7 +141,7 @@ def make_profile(name: str, url: str, step_time: Fit, processor: str, model: str
         max_num_batched_tokens=engine.max_num_batched_tokens,
         max_model_len=engine.max_model_len,
         shares_answers=shares_answers(url),
-        max_ttft=2.0,
+        max_ttft=10.0,
         max_itl=0.1,
     )
 

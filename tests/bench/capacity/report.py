@@ -16,7 +16,7 @@ SWEEPS = {  # profile, shape: rates of one replica
     (GPU, "conversation"): (10, 20, 30, 35, 40, 50),
     (GPU, "burst"): (10, 20, 25, 30, 40),
     (GPU, "code"): (0.5, 1, 2, 5, 10, 20),
-    (CPU, "conversation"): (0.05, 0.1, 0.2, 0.3, 0.4, 0.6),
+    (CPU, "conversation"): (0.4, 0.6, 0.8, 1.0, 1.2),
 }
 NUM_REPLICAS = (1, 4, 16, 64)
 FEW, MANY = (1, 2, 5, 10, 15, 20), (10, 15, 20)  # requests per second of each replica, with few replicas and with many

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -52,14 +53,14 @@ def summarize(profile: Profile, outcome: Outcome, start: float = 0.0) -> Summary
 
 
 def goodput(points: Sequence[tuple[float, float]]) -> float:
-    """Return the rate at which the attainment falls to ATTAINMENT. `points`: rising rates with their attainment."""
-    before = (0.0, 1.0)
-    for rate, attainment in points:
-        if attainment < ATTAINMENT:
-            part = (before[1] - ATTAINMENT) / (before[1] - attainment)
-            return before[0] + part * (rate - before[0])
-        before = (rate, attainment)
-    return before[0]
+    """Return the rate at which the attainment falls to ATTAINMENT. `points`: rising rates with their attainment.
+
+    It is 0 if the lowest rate is too high already, and at most the highest one.
+    """
+    for (rate, share), (next_rate, next_share) in pairwise(((0.0, 0.0), *points)):
+        if share >= ATTAINMENT > next_share:
+            return rate + (share - ATTAINMENT) / (share - next_share) * (next_rate - rate)
+    return points[-1][0] if points[-1][1] >= ATTAINMENT else 0.0
 
 
 def jain_index(values: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ from tests.bench.capacity.experiments import flood, shares
 from tests.bench.capacity.profiles import Profile, load_profiles, roofline
 from tests.bench.capacity.routing import ROUTERS, FewestTokens, LongestPrefix, RoundRobin
 from tests.bench.capacity.simulator import Clock, Job, Replica, simulate
+from tests.bench.capacity.sizing import Load, num_replicas
 from tests.bench.capacity.step_time import StepTime, StepWork, fit
 from tests.bench.capacity.summary import goodput, jain_index, summarize
 from tests.bench.capacity.traces import (
@@ -257,7 +258,7 @@ def test_a_session_stays_when_a_replica_is_added() -> None:
 def test_goodput_is_where_attainment_falls_below_nine_tenths() -> None:
     assert goodput([(10.0, 1.0), (20.0, 0.8)]) == pytest.approx(15.0)
     assert goodput([(10.0, 1.0), (20.0, 0.95)]) == 20.0
-    assert goodput([(10.0, 0.0)]) == pytest.approx(1.0)
+    assert goodput([(10.0, 0.0), (20.0, 0.0)]) == 0.0
 
 
 def test_the_index_of_fairness() -> None:
@@ -285,3 +286,9 @@ def test_profiles_can_be_read() -> None:
     for profile in profiles.values():
         one = profile.step_time.seconds(StepWork(0, 1, 1, 0, 100))
         assert 0 < one < profile.max_itl
+
+
+def test_the_sizing_rule_counts_reading_writing_and_bursts() -> None:
+    load = Load(rate=2.0, prompt_tokens=100, answer_tokens=10, hit_rate=0.5, gap_cv=3.0)
+    # A prompt takes 50 · 0.01 s; an answer 10 · (1 + 2 · 0.1) / 2 s; a burst of 2 · 9 prompts 10 s at most.
+    assert num_replicas(PROFILE, load, num_streams=2) == pytest.approx(2 * (0.5 + 6) / 0.8 + 18 * 0.5 / 10)
