@@ -8,8 +8,10 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 CONFORMANCE := tests/conformance
 WEB := tests/web
+MANIFESTS := tests/deploy
 CLIENTS := $(patsubst %,.venv-clients/%/installed,agents clients instructor lm-eval router) \
-	$(CONFORMANCE)/node_modules/installed $(CONFORMANCE)/npm/node_modules/installed $(WEB)/node_modules/installed
+	$(CONFORMANCE)/node_modules/installed $(CONFORMANCE)/npm/node_modules/installed $(WEB)/node_modules/installed \
+	$(MANIFESTS)/node_modules/installed
 ARGS ?=
 WORKERS ?= auto
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
@@ -66,7 +68,7 @@ test-image: ## Build the container image and try it
 	deploy/test-image.sh
 
 clean: ## Remove .venv and all caches
-	rm -rf .venv .venv-clients $(CONFORMANCE)/node_modules $(CONFORMANCE)/npm/node_modules $(WEB)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients $(CONFORMANCE)/node_modules $(CONFORMANCE)/npm/node_modules $(WEB)/node_modules $(MANIFESTS)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made anew only when the dependencies change, so that the second time needs no network.
@@ -95,7 +97,7 @@ endif
 	@touch $@
 
 # Without npm, the tests that need it say so.
-$(CONFORMANCE)/node_modules/installed $(WEB)/node_modules/installed: %/node_modules/installed: %/package-lock.json
+$(patsubst %,%/node_modules/installed,$(CONFORMANCE) $(WEB) $(MANIFESTS)): %/node_modules/installed: %/package-lock.json
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $* --ignore-scripts --no-audit --no-fund --no-update-notifier && touch $@; fi
 

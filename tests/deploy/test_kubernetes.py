@@ -1,5 +1,6 @@
 """The manifests of deploy/kubernetes as kustomize builds them: schemas, settings, times, rights, names of metrics."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -120,6 +121,24 @@ def test_built_in_kinds_match_their_schemas(manifests: list[Manifest], version: 
     }
     for each in built_in:
         validate(each, version, strict=True)
+
+
+def test_custom_resources_match_their_schemas(example: list[Manifest]) -> None:
+    """The pool of the inference extension is missing: no package has its schema."""
+    kinds = ["HTTPRoute", "PrometheusRule", "ScaledObject", "ServiceMonitor"]
+    custom = [find(example, kind) for kind in kinds]
+    assert invalid_custom_resources(custom) == []
+    broken = [each | {"spec": "none"} for each in custom]
+    assert [line.split(":")[0] for line in invalid_custom_resources(broken)] == kinds
+
+
+def invalid_custom_resources(manifests: list[Manifest]) -> list[str]:
+    """Return a line for each manifest that its schema does not allow. Unknown fields are not found."""
+    assert shutil.which("node"), "this test needs node and npm (on Debian and Ubuntu: the package npm)"
+    assert (ROOT / "tests/deploy/node_modules").exists(), "`make test` installs the schemas from npm"
+    command = ["node", "tests/deploy/validate_custom.mjs"]
+    done = subprocess.run(command, cwd=ROOT, input=json.dumps(manifests), capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 def test_all_objects_are_in_the_namespace(manifests: list[Manifest]) -> None:
