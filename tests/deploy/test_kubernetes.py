@@ -14,6 +14,7 @@ from kubernetes_validate.utils import validate
 
 from server.engine_client.liveness import MISSED_HEARTBEATS
 from server.engine_client.supervisor_channel import HEARTBEAT_SECONDS
+from server.metrics import exposition
 from server.processes.child_process import KILL_SECONDS
 from server.settings.load import load_settings
 from server.settings.table import SETTINGS, Settings
@@ -325,7 +326,7 @@ def test_the_picker_reads_what_the_server_exposes(example: list[Manifest]) -> No
 @pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
 def test_prometheus_parses_the_metrics(prefix: str) -> None:
     """promtool has the parser of the picker. It exits with 1 if that fails, with 3 if it would use another name."""
-    page, _ = exposed_metrics(prefix).exposition()
+    page, _ = exposition([exposed_metrics(prefix)])
     checked = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, check=False, timeout=60)
     assert checked.returncode in (0, 3), checked.stderr
     assert b"error" not in checked.stderr
