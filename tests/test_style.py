@@ -117,6 +117,8 @@ TESTED_ELSEWHERE = {
     "server/models/slot.py": "tests/server/models/test_manager.py",
     "server/otel/child_span.py": "tests/server/generation/test_request_span.py",
     "server/processes/model_files.py": "tests/server/test_supervisor.py",
+    "server/ray/child.py": "tests/server/ray/test_replica.py",
+    "server/ray/messages.py": "tests/server/ray/test_ingress.py",
     "server/running_requests.py": "tests/server/api/admin/test_requests.py",
     "server/schemas/answers.py": "tests/server/generation/test_timings.py",
     "server/schemas/rendered_prompt.py": "tests/server/generation/test_pipeline.py",

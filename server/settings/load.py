@@ -3,7 +3,7 @@
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -94,17 +94,24 @@ def _unknown_variables(variables: list[str], known: Collection[str]) -> str:
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
-    """Yield the settings of a YAML file. Keys may be in kebab or snake case; a null value leaves a setting unset."""
+    return named_settings(_load_yaml(path), str(path))
+
+
+def named_settings(pairs: Iterable[tuple[object, object]], source: str) -> Iterator[tuple[str, object, str]]:
+    """Yield the settings of a mapping. Keys may be in kebab or snake case; a null value leaves a setting unset.
+
+    Raises SettingsError for keys that are unknown or repeated.
+    """
     seen = set()
-    for key, value in _load_yaml(path):
+    for key, value in pairs:
         name = key.replace("-", "_") if isinstance(key, str) else ""
         if name not in SETTINGS:
-            raise SettingsError(f"{path}: unknown setting {key!r}{_suggested_key(name)}")
+            raise SettingsError(f"{source}: unknown setting {key!r}{_suggested_key(name)}")
         if name in seen:
-            raise SettingsError(f"{path}: {key} is set twice")
+            raise SettingsError(f"{source}: {key} is set twice")
         seen.add(name)
         if value is not None:
-            yield name, value, f"{path}: {key}"
+            yield name, value, f"{source}: {key}"
 
 
 def _suggested_key(name: str) -> str:

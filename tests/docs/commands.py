@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tests.support.documents import DOCUMENTS, commands
 
 INSTALLS = "installs PyTorch, for which there is tests/install/try_install.py"
+RAY = "starts or needs a Ray cluster; tests/e2e/test_ray.py deploys the same file on one"
 HUB = "downloads other servers from package registries, 6 GB"
 
 # The beginning of a command -> why no test runs it. All others are run by tests/e2e/test_documented_commands.py.
@@ -15,6 +16,10 @@ EXCEPTIONS: Mapping[str, str] = {
     "LIGHTWELL_API_KEY=choose-one lightwell serve --host 0.0.0.0 --ssl-certfile": "needs a certificate",
     ".venv/bin/lightwell serve": "serves in an environment that no test makes",
     ".venv/bin/pip install": INSTALLS,
+    ".venv/bin/serve run": RAY,
+    "serve deploy": RAY,
+    "serve status": RAY,
+    "kubectl ": "Kubernetes",
     "docker build ": "Docker",
     "docker run ": "Docker",
     "lightwell serve MODEL --device cuda:0": "GPU",

@@ -10,7 +10,7 @@ from tests.support.paths import ROOT
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "deploy/*.md", "examples/*.md", "tests/bench/*.md")
+    for pattern in ("*.md", "docs/*.md", "deploy/**/*.md", "examples/*.md", "tests/bench/*.md")
     for path in ROOT.glob(pattern)
 )
 SHELL = ("sh", "")  # languages of the blocks that hold commands

@@ -1,0 +1,49 @@
+"""The application for `serve run server.ray.app:app` and for the `import_path` of a `serve deploy` file."""
+
+import os
+from collections.abc import Mapping
+
+from ray import serve
+
+from server.ray.ingress import Ingress
+from server.ray.replica import STOP_SECONDS, Replica
+from server.ray.router import PrefixRouter
+from server.settings.load import load_settings, named_settings
+from server.settings.setting import SettingsError
+from server.settings.table import Settings
+
+# Ray Serve has the socket and the certificate, and several machines can share no file of keys.
+RAY_SETTINGS = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile", "root_path", "forwarded_allow_ips")
+OTHER_REQUESTS = 64  # besides those that generate: health probes, metrics
+
+
+def app(args: Mapping[str, object]) -> serve.Application:
+    """Return the application. `args` are settings by the names of the config file, such as `max-num-seqs`.
+
+    Raises SettingsError.
+    """
+    settings = replica_settings(args)
+    room = settings.max_num_seqs + settings.max_queued_requests + OTHER_REQUESTS
+    grace = settings.drain_timeout + STOP_SECONDS
+    replicas = serve.deployment(
+        name="Lightwell",
+        max_ongoing_requests=room,  # the server itself refuses requests, with status 429
+        graceful_shutdown_timeout_s=grace,
+        request_router_config={"request_router_class": PrefixRouter},
+    )(Replica)
+    ingress = serve.deployment(name="Ingress", max_ongoing_requests=100_000, graceful_shutdown_timeout_s=grace)(Ingress)
+    return ingress.bind(replicas.bind(settings), settings.max_body_size)
+
+
+def replica_settings(args: Mapping[str, object]) -> Settings:
+    """Return the settings of each replica, from `args` and the environment. Raises SettingsError."""
+    flags = {name: value for name, value, _ in named_settings(args.items(), "args")}
+    if refused := sorted(flags.keys() & set(RAY_SETTINGS)):
+        raise SettingsError(f"args: {', '.join(refused)}: Ray Serve has this in its http_options and route_prefix")
+    settings = load_settings(flags, os.environ)
+    if not (settings.needs_key or settings.allow_unauthenticated):
+        raise SettingsError(
+            "args: other machines may reach Ray Serve: set api-key (or LIGHTWELL_API_KEY), "
+            "or allow-unauthenticated: true if everyone may use this server"
+        )
+    return settings

@@ -1,0 +1,124 @@
+"""A replica: an actor with the whole server as its child process, to which it passes requests through a UNIX socket.
+
+The supervisor, the API process and the engine are those of `lightwell serve`: an engine that dies is restarted, and
+nothing of the server runs in Ray's process, whose event loop only copies bytes.
+"""
+
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import msgspec
+from ray import serve
+
+from server.ray.messages import ForwardedRequest, ResponseHead
+from server.settings.table import Settings
+
+logger = logging.getLogger("ray.serve")
+
+BASE_URL = "http://localhost"
+POLL_SECONDS = 0.1
+STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL for a server without requests
+COMMAND = (sys.executable, "-P", "-m", "server.ray.child")
+
+
+def start_server(settings: Settings) -> subprocess.Popen[bytes]:
+    """Start the server as a child of this thread, with which it ends."""
+    process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        stdin.write(msgspec.json.encode(settings))
+    return process
+
+
+def wait_until_ready(path: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the server that listens on a UNIX socket admits requests. Raises RuntimeError if it ends before."""
+    with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url=BASE_URL) as client:
+        while (status := process.poll()) is None:
+            with suppress(httpx.TransportError):
+                if _listens(path) and client.get("/readyz").is_success:
+                    return
+            time.sleep(POLL_SECONDS)
+    raise RuntimeError(f"the server ended with exit status {status}; the replica's log says why")
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(path) == 0
+
+
+def outgoing(request: ForwardedRequest) -> httpx.Request:
+    """Return a request for the server."""
+    url = httpx.URL(BASE_URL).copy_with(raw_path=request.target)
+    return httpx.Request(request.method, url, headers=request.headers, content=request.body)
+
+
+class Replica:
+    """The deployment of the servers. Ray Serve makes one for each replica, and drains it before `__del__`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Start the server, and wait until it is ready: only then does the replica get requests.
+
+        Raises RuntimeError if it ends before.
+        """
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._folder = tempfile.mkdtemp(prefix="lightwell-")
+        path = str(Path(self._folder) / "api.sock")
+        self._process = start_server(msgspec.structs.replace(settings, uds=path, forwarded_allow_ips=("*",)))
+        self._is_stopping = False
+        wait_until_ready(path, self._process)
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=path, limits=httpx.Limits(max_connections=None)),
+            base_url=BASE_URL,
+            timeout=None,
+        )
+        threading.Thread(target=self._end_with_server, daemon=True).start()
+
+    def _end_with_server(self) -> None:
+        """End this process, which Ray Serve replaces, as soon as the server has ended."""
+        status = self._process.wait()
+        if not self._is_stopping:
+            logger.error("the server ended with exit status %d", status)
+            os._exit(1)
+
+    async def respond(self, request: ForwardedRequest) -> AsyncGenerator[ResponseHead | bytes, None]:
+        """Yield the head of the server's response, and the chunks of its body. Closing it cancels the request.
+
+        Raises httpx.TransportError if the server ends.
+        """
+        response = await self._http.send(outgoing(request), stream=True)
+        try:
+            yield ResponseHead(response.status_code, response.headers.raw, self._id)
+            async for chunk in response.aiter_raw():
+                yield chunk
+        finally:
+            await response.aclose()
+
+    async def fetch(self, request: ForwardedRequest) -> tuple[ResponseHead, bytes]:
+        """Return the server's whole response."""
+        response = await self._http.send(outgoing(request))
+        return ResponseHead(response.status_code, response.headers.raw, self._id), response.content
+
+    async def check_health(self) -> None:
+        """Raise httpx.HTTPError if the server is to be replaced. While it restarts its engine, it is not."""
+        (await self._http.get("/healthz")).raise_for_status()
+
+    def __del__(self) -> None:
+        """Stop the server."""
+        self._is_stopping = True
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,82 @@
+"""The application's arguments and its deployments."""
+
+from typing import Any, cast
+
+import pytest
+import yaml
+from ray.serve import Application
+
+from server.ray.app import app, replica_settings
+from server.settings.setting import SettingsError
+from tests.support.paths import ROOT
+
+FOLDER = ROOT / "deploy/ray"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LIGHTWELL_API_KEY", "LIGHTWELL_CONFIG", "LIGHTWELL_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_arguments_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replica_settings({"max-num-seqs": "8", "kv_cache_memory": "64MiB", "allow-unauthenticated": True})
+    assert (settings.max_num_seqs, settings.kv_cache_memory) == (8, 64 << 20)
+    monkeypatch.setenv("LIGHTWELL_API_KEY", "sk-secret")
+    monkeypatch.setenv("LIGHTWELL_MODEL", "of the environment")
+    assert replica_settings({"model": "of the arguments"}).model == "of the arguments"
+    assert replica_settings({}).model == "of the environment"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"max-num-sequences": 8}, "args: unknown setting 'max-num-sequences'"),
+        ({"max-num-seqs": 0}, "--max-num-seqs: expected an integer from 1 to 65536, got 0"),
+        ({"port": 80, "root-path": "/llm"}, "args: port, root_path: Ray Serve has"),
+        ({}, "set api-key"),
+    ],
+)
+def test_arguments_that_are_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        app(args)
+
+
+def test_deployments() -> None:
+    found = app({"api-key": "k", "drain-timeout": 50, "max-num-seqs": 8, "max-queued-requests": 100})
+    ingress = found._bound_deployment
+    replicas, max_body_size = cast("tuple[Application, int]", ingress.init_args)
+    assert max_body_size == 10 << 20
+    assert (ingress.name, replicas._bound_deployment.name) == ("Ingress", "Lightwell")
+    options = replicas._bound_deployment._deployment_config
+    assert options.graceful_shutdown_timeout_s > 50, "the server ends its requests before Serve kills it"
+    assert options.max_ongoing_requests > 108, "the server's own limits apply, with their errors"
+
+
+def applications(file: str) -> list[dict[str, Any]]:
+    config = yaml.safe_load((FOLDER / file).read_text(encoding="utf-8"))
+    config = yaml.safe_load(config["spec"]["serveConfigV2"]) if "spec" in config else config
+    found: list[dict[str, Any]] = config["applications"]
+    return found
+
+
+def test_shipped_files_describe_this_application() -> None:
+    (application,) = applications("serve.yaml")
+    assert applications("rayservice.yaml") == [application]
+    assert application["import_path"] == f"{app.__module__}:{app.__name__}"
+    settings = replica_settings(application["args"] | {"api-key": "k"})
+    options = {each["name"]: each for each in application["deployments"]}
+    assert options.keys() == {"Ingress", "Lightwell"}
+    assert options["Lightwell"]["graceful_shutdown_timeout_s"] > settings.drain_timeout
+    assert options["Lightwell"]["autoscaling_config"]["target_ongoing_requests"] < settings.max_num_seqs
+
+
+def test_pods_outlive_the_requests_of_their_replicas() -> None:
+    service = yaml.safe_load((FOLDER / "rayservice.yaml").read_text(encoding="utf-8"))
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (replicas,) = [d for d in applications("rayservice.yaml")[0]["deployments"] if d["name"] == "Lightwell"]
+    grace = workers["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > replicas["graceful_shutdown_timeout_s"]
+    assert workers["maxReplicas"] >= replicas["autoscaling_config"]["max_replicas"]
+    cpus = float(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert cpus > replicas["ray_actor_options"]["num_cpus"]

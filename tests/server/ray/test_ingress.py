@@ -1,0 +1,167 @@
+"""The ingress with replicas that are generators: what is forwarded, and what happens when one of them dies."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from ray.exceptions import RayActorError
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from server.ray.ingress import Ingress
+from server.ray.messages import ForwardedRequest, Headers, ResponseHead
+
+JSON: Headers = [(b"Content-Type", b"application/json"), (b"Date", b"then"), (b"x-request-id", b"r"), (b"x-own", b"1")]
+SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+NDJSON: Headers = [(b"content-type", b"application/x-ndjson")]
+
+Parts = list[ResponseHead | bytes | Exception]
+
+
+class Answer:
+    """Yields the parts of a response, and raises those that are exceptions."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = iter(parts)
+        self.is_cancelled = False
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> ResponseHead | bytes:
+        await asyncio.sleep(0)
+        part = next(self._parts, None)
+        if part is None:
+            raise StopAsyncIteration
+        if isinstance(part, Exception):
+            raise part
+        return part
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Replicas:
+    """Stands in for a handle. Each call gets the next answer."""
+
+    def __init__(self, *answers: Parts) -> None:
+        self.answers = [Answer(parts) for parts in answers]
+        self.requests: list[ForwardedRequest] = []
+        self.pages: list[Any] = []
+
+    def options(self, **options: object) -> "Replicas":
+        assert options == {"method_name": "respond", "stream": True}
+        return self
+
+    def remote(self, request: ForwardedRequest) -> Answer:
+        self.requests.append(request)
+        return self.answers[len(self.requests) - 1]
+
+    def broadcast(self, method: str, request: ForwardedRequest) -> "Replicas":
+        assert method == "fetch"
+        return self
+
+    async def results_async(self, *, return_exceptions: bool) -> list[Any]:
+        assert return_exceptions
+        return self.pages
+
+
+def ask(replicas: Replicas, path: str = "/v1/chat/completions", **request: Any) -> httpx.Response:
+    """Send a request to an ingress below the route prefix /llm."""
+    ingress = Ingress(replicas, max_body_size=1000)  # type: ignore[arg-type]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await ingress(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app, root_path="/llm")
+        async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+            return await client.request(**{"method": "POST", "url": f"/llm{path}", **request})
+
+    return asyncio.run(send())
+
+
+def test_requests_and_responses_are_forwarded() -> None:
+    replicas = Replicas([ResponseHead(201, JSON, "one"), b'{"a":', b"1}"])
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    headers = {"authorization": "Bearer k", "x-lightwell-replica": "one", "x-forwarded-for": "8.8.8.8"}
+    response = ask(replicas, "/v1/chat%20x?a=b&c", json=body, headers=headers)
+    (request,) = replicas.requests
+    assert (request.method, request.target, json.loads(request.body)) == ("POST", b"/v1/chat%20x?a=b&c", body)
+    assert request.replica == "one"
+    assert request.opening is not None
+    assert (b"authorization", b"Bearer k") in request.headers
+    assert [value for name, value in request.headers if name == b"x-forwarded-for"] == [b"127.0.0.1"]
+    assert (response.status_code, response.json()) == (201, {"a": 1})
+    assert dict(response.headers) == {"content-type": "application/json", "x-own": "1", "x-lightwell-replica": "one"}
+    assert replicas.answers[0].is_cancelled, "it may still hold resources of the replica"
+
+
+def test_a_request_whose_replica_dies_before_it_answers_goes_to_another_one() -> None:
+    replicas = Replicas([RayActorError()], [ResponseHead(200, JSON, "two"), b"{}"])
+    assert ask(replicas).headers["x-lightwell-replica"] == "two"
+    assert replicas.requests[0] == replicas.requests[1]
+
+
+def test_a_request_of_which_replicas_go_on_dying_fails() -> None:
+    response = ask(Replicas([RayActorError()], [RayActorError()], [httpx.ReadError("its server ended")]))
+    assert response.status_code == 503
+    assert "died" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "last_line", "message_of"),
+    [
+        ("/v1/chat/completions", SSE, "data: [DONE]", lambda events: json.loads(events[1][6:])["error"]["message"]),
+        ("/v1/messages", SSE, "", lambda events: json.loads(events[2][6:])["error"]["message"]),
+        ("/api/chat", NDJSON, "", lambda events: json.loads(events[1])["error"]),
+    ],
+)
+def test_a_stream_whose_replica_dies_ends_with_an_error(
+    path: str, headers: Headers, last_line: str, message_of: Callable[[list[str]], str]
+) -> None:
+    begin = b"{}\n" if headers is NDJSON else b"data: {}\n\n"
+    response = ask(Replicas([ResponseHead(200, headers, "one"), begin, RayActorError()]), path)
+    lines = [line for line in response.text.splitlines() if line]
+    assert response.text.startswith(begin.decode())
+    assert "died" in message_of(lines)
+    assert response.text.rstrip("\n").endswith(last_line)
+
+
+def test_another_answer_whose_replica_dies_is_cut_off() -> None:
+    with pytest.raises(RayActorError):
+        ask(Replicas([ResponseHead(200, JSON, "one"), b"{", RayActorError()]))
+
+
+def test_bodies_that_are_too_large_are_refused() -> None:
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        for _ in range(5):
+            yield b"x" * 300
+
+    for content in (b"x" * 1001, chunks()):
+        response = ask(Replicas(), content=content)
+        assert response.status_code == 413
+        assert "1000" in response.json()["error"]["message"]
+
+
+def test_metrics_are_those_of_all_replicas() -> None:
+    replicas = Replicas()
+    pages = [
+        (ResponseHead(200, [], name), f"# TYPE n gauge\nn {number}\n".encode()) for number, name in enumerate("ab")
+    ]
+    replicas.pages = [*pages, RayActorError()]
+    assert [line for line in ask(replicas, "/metrics", method="GET").text.splitlines() if line[0] != "#"] == [
+        'n{replica="a"} 0.0',
+        'n{replica="b"} 1.0',
+    ]
+    replicas.pages = [(ResponseHead(401, JSON, "a"), b"{}")]
+    assert ask(replicas, "/metrics", method="GET").status_code == 401
+
+
+def test_metrics_of_one_replica() -> None:
+    replicas = Replicas([ResponseHead(200, [], "a"), b"n 1"])
+    assert ask(replicas, "/metrics", method="GET", headers={"x-lightwell-replica": "a"}).text == "n 1"

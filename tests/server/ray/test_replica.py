@@ -1,0 +1,111 @@
+"""A replica with a real server as its child, outside of Ray."""
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from server.ray.messages import ForwardedRequest, ResponseHead
+from server.ray.replica import Replica
+from server.settings.load import load_settings
+from tests.support.processes import wait_for_end_of
+from tests.support.server_process import MODEL
+from tests.support.serving import wait_until
+
+SECONDS = 20.0  # for processes to end, on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def _a_replica_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
+
+
+def supervisor() -> psutil.Process:
+    """Return the server of the replica."""
+    (found,) = [child for child in psutil.Process().children() if "server.ray.child" in " ".join(child.cmdline())]
+    return found
+
+
+def run(model: Path, use: Callable[[Replica], Coroutine[Any, Any, None]], **settings: str) -> None:
+    """Start a replica, use it, and stop it. Assert that nothing is left."""
+
+    async def start_and_use() -> list[psutil.Process]:
+        small = {"max_model_len": "1024", "kv_cache_memory": "64MiB", "served_model_name": MODEL}
+        replica = Replica(load_settings({"model": str(model), **small, **settings}))
+        try:
+            family = [supervisor(), *supervisor().children(recursive=True)]
+            await use(replica)
+        finally:
+            await replica._http.aclose()
+            replica.__del__()
+        return family
+
+    family = asyncio.run(start_and_use())
+    wait_for_end_of(*[process.pid for process in family], seconds=SECONDS)
+
+
+def request(body: dict[str, Any] | None = None, path: str = "/v1/completions") -> ForwardedRequest:
+    content = b"" if body is None else json.dumps({"model": MODEL} | body).encode()
+    headers = [(b"content-type", b"application/json"), (b"x-forwarded-for", b"10.0.0.1")]
+    return ForwardedRequest("POST" if body else "GET", path.encode(), headers, content, None, None)
+
+
+async def num_running(replica: Replica) -> float:
+    _, page = await replica.fetch(request(path="/metrics"))
+    (line,) = [line for line in page.decode().splitlines() if line.startswith("lightwell_num_requests_running{")]
+    return float(line.split()[-1])
+
+
+def test_requests_streams_and_cancellation(smollm2_path: Path) -> None:
+    async def use(replica: Replica) -> None:
+        head, body = await replica.fetch(request({"prompt": "Once", "max_tokens": 4}))
+        assert (head.status, head.replica) == (200, "one")
+        assert json.loads(body)["usage"]["completion_tokens"] == 4
+        head, _ = await replica.fetch(request(path="/lightwell/v1/steps"))
+        assert head.status == 403, "without keys, other machines see nothing of the engine"
+        endless = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        async with aclosing(replica.respond(request(endless))) as parts:
+            assert isinstance(await anext(parts), ResponseHead)
+            assert isinstance(await anext(parts), bytes)
+            assert await num_running(replica) == 1
+        async with asyncio.timeout(SECONDS):
+            while await num_running(replica) > 0:
+                pass
+
+    run(smollm2_path, use)
+
+
+def test_a_replica_ends_with_its_server(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+
+    async def use(replica: Replica) -> None:
+        await replica.check_health()
+        endless = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        async with aclosing(replica.respond(request(endless))) as parts:
+            await anext(parts)
+            supervisor().kill()
+            with pytest.raises(httpx.TransportError):
+                [_ async for _ in parts]
+        wait_until(lambda: statuses == [1], SECONDS)
+
+    run(smollm2_path, use)
+    assert statuses == [1], "stopping it is another end"
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def use(replica: Replica) -> None:
+        pytest.fail("it has started")
+
+    with pytest.raises(RuntimeError, match="exit status 1; the replica's log says why"):
+        run(tmp_path / "missing.gguf", use)
+    assert "missing.gguf" in capfd.readouterr().err
