@@ -23,7 +23,7 @@ def app(args: Mapping[str, object]) -> serve.Application:
     Raises SettingsError.
     """
     settings = replica_settings(args)
-    room = settings.max_num_seqs + settings.max_queued_requests + OTHER_REQUESTS
+    room = settings.data_parallel_size * settings.max_num_seqs + settings.max_queued_requests + OTHER_REQUESTS
     grace = settings.drain_timeout + STOP_SECONDS
     replicas = serve.deployment(
         name="Lightwell",

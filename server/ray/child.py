@@ -8,9 +8,10 @@ import msgspec
 from engine.shared.parent_death import die_with_parent
 from server.cli.parser import USAGE_ERROR, fail
 from server.model_paths import ModelError
+from server.processes.child_process import SupervisorError
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
-from server.supervisor import SupervisorError, supervise
+from server.supervisor import supervise
 
 
 def main() -> int:

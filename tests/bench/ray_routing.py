@@ -1,8 +1,7 @@
-"""Measure Ray Serve's replicas beside one server: `python -m tests.bench.ray_routing [MODEL]`.
+"""Measure the prefix cache of replicas on Ray Serve: `python -m tests.bench.ray_routing [MODEL]`.
 
-The first table has the share of prompt tokens that were found in a prefix cache, over chats of several turns that take
-turns with each other: in one server, and in three replicas by how requests are routed. The second one has the speed of
-one server, called directly and through Ray.
+The table has the share of prompt tokens that were cached, over chats of several turns that take turns with each other:
+in one server, and in three replicas, by how requests are routed.
 """
 
 import argparse
@@ -19,14 +18,12 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from rich.console import Console
 from rich.table import Column, Table
 
-from server.cli.bench import Report, run_benchmark
-from server.cli.load_generator import LoadOptions
 from server.model_paths import resolve_model
 from tests.bench.quality import TEXT
-from tests.bench.serve import MODEL_NAME, print_table, running_server
+from tests.bench.serve import MODEL_NAME, running_server
 from tests.support.ray_cluster import KEY, ray_cluster
 
-NUM_CHATS, NUM_TURNS, CONCURRENCY, NUM_REPLICAS = 24, 5, 6, 3
+NUM_CHATS, NUM_TURNS, CONCURRENCY, NUM_REPLICAS = 16, 4, 6, 3
 SYSTEM_WORDS, QUESTION_WORDS, ANSWER_TOKENS = 100, 60, 24
 SETTINGS = {"kv-cache-memory": "512MiB", "max-model-len": "1024"}
 ROUTERS = {
@@ -78,14 +75,6 @@ def hit_rate(url: str, seed: int) -> float:
     return num_cached / num_tokens
 
 
-def speeds(name: str, url: str) -> dict[str, Report]:
-    loads = {
-        num: LoadOptions(url=url, api_key=KEY, model=MODEL_NAME, num_requests=8 * num, concurrency=num, warmup=2)
-        for num in (1, 8)
-    }
-    return {f"{name}, {num} clients": run_benchmark(load) for num, load in loads.items()}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.ray_routing", description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="model to serve")
@@ -95,17 +84,13 @@ def main() -> int:
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     with running_server([str(model), *flags, f"--api-key={KEY}"]) as (url, _):
         rates = {"one server": hit_rate(url, arguments.seed)}
-        reports = speeds("direct", url)
     for name, router in ROUTERS.items():
         with deployed(model, NUM_REPLICAS, router) as url:
             rates[f"{NUM_REPLICAS} replicas, {name}"] = hit_rate(url, arguments.seed)
-    with deployed(model, 1, ROUTERS["by prefix"]) as url:
-        reports |= speeds("through Ray", url)
     table = Table("", Column("cached tokens", justify="right"), Column("of one server's", justify="right"))
     for name, rate in rates.items():
         table.add_row(name, f"{rate:.1%}", f"{rate / rates['one server']:.1%}")
     Console().print(table)
-    print_table(reports)
     return 0 if rates[f"{NUM_REPLICAS} replicas, by prefix"] >= 0.9 * rates["one server"] else 1
 
 
