@@ -19,7 +19,6 @@ EXCEPTIONS: Mapping[str, str] = {
     ".venv/bin/serve run": RAY,
     "serve deploy": RAY,
     "serve status": RAY,
-    "kubectl ": "Kubernetes",
     "docker build ": "Docker",
     "docker run ": "Docker",
     "lightwell serve MODEL --device cuda:0": "GPU",

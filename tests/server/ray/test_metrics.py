@@ -1,17 +1,17 @@
 """The metrics of all replicas as one page."""
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import Metrics
 from server.ray.metrics import merged
-from tests.support.engine_info import ENGINE_INFO
 
 
-def page(num_tokens: int) -> str:
-    metrics = Metrics("lightwell:", "m")
-    metrics.set_engine_info(ENGINE_INFO)
-    metrics.observe_step(num_tokens)
-    return metrics.exposition()[0].decode()
+def page(value: int) -> str:
+    registry = CollectorRegistry()
+    Gauge("vllm:waiting", "A gauge.", ["model_name"], registry=registry).labels("m").set(value)
+    Counter("lightwell_tokens", "A counter.", registry=registry).inc(value)
+    Histogram("lightwell_seconds", "A histogram.", ["model_name"], registry=registry).labels("m").observe(value)
+    return generate_latest(registry).decode()
 
 
 def test_each_sample_gets_the_label_of_its_replica() -> None:
