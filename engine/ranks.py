@@ -31,8 +31,8 @@ def load(
     if num_ranks == 1:
         return load_model(config, clock, progress)
     check_num_ranks(load_model_config(Path(config.model_path)), num_ranks)
+    group = Leader(process_config, on_rank_death)  # whose processes inherit the cores that this one may use
     use_own_cores(0, num_ranks, binds=config.cpu_affinity == "auto")
-    group = Leader(process_config, on_rank_death)
     loaded = load_model(config, clock, progress, group)
     assert isinstance(loaded.adapters, ShardedAdapters)
     return dataclasses.replace(loaded, runner=lead(group, loaded.runner, loaded.adapters))

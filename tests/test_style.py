@@ -66,7 +66,6 @@ TESTED_ELSEWHERE = {
     "engine/model/per_layer_input.py": "tests/parity/test_model_families.py",
     "engine/process.py": "tests/e2e/test_death.py",
     "engine/rank.py": "tests/e2e/test_ranks.py",
-    "engine/ranks.py": "tests/e2e/test_ranks.py",
     "engine/scheduling/kv_manager.py": "tests/engine/scheduling/test_scheduler.py",
     "engine/shared/block_hashes.py": "tests/engine/scheduling/test_block_pool.py",
     "engine/shared/machine.py": "tests/engine/test_doctor.py",
