@@ -161,7 +161,7 @@ class EngineClient(EngineGroup):
         if not errors:
             return
         if len(errors) < len(engines):
-            unloads = [engine.adapters.unload(name) for engine in engines]
+            unloads = [engine.adapters.unload(name) for engine in engines if engine.liveness.is_ready]
             await asyncio.gather(*unloads, return_exceptions=True)
         raise errors[0]
 

@@ -136,6 +136,10 @@ class ConnectedEngine:
         self.liveness.close()
         self._connection.close()
 
+    def has_adapter(self, fingerprint: str) -> bool:
+        """Return whether the engine has loaded an adapter."""
+        return any(adapter.fingerprint == fingerprint for adapter in self.adapters.by_name.values())
+
     def num_cached_tokens(self, prefixes: Sequence[bytes], block_size: int) -> int:
         """Return how long the longest cached prefix is, by the names of those that end with a block, in order.
 
@@ -175,13 +179,18 @@ class ConnectedEngine:
             case Ready():
                 self._on_ready(message)
             case LoadFailed():
-                self.liveness.mark_dead(message.reason)
+                self._on_load_failed(message)
             case Adapters():
                 self.adapters.update(message.adapters)
             case AdapterDone():
                 self.adapters.finish(message)
             case _:
                 self.records.finish(message)
+
+    def _on_load_failed(self, message: LoadFailed) -> None:
+        """Give up an engine that has never been ready. The supervisor decides how often a restart is tried."""
+        if not self.liveness.is_restarting:
+            self.liveness.mark_dead(message.reason)
 
     def _on_outputs(self, message: Outputs, now: float) -> None:
         self.stats = message.stats

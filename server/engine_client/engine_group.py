@@ -2,6 +2,8 @@
 
 import asyncio
 
+import msgspec
+
 from engine.shared.block_hashes import prefix_names, prefix_salt
 from engine.shared.messages import EngineInfo, LoraAdapter, Submit
 from server.engine_client.connected_engine import ConnectedEngine
@@ -27,7 +29,10 @@ class EngineGroup:
 
     def accepts(self, info: EngineInfo) -> bool:
         """Return whether the answers of an engine that loads are those of the other ones."""
-        return all(liveness.info is None or same_properties(info, liveness.info) for liveness in self._alive)
+        # Free memory, by which a context may be shortened, differs.
+        own = msgspec.structs.replace(info, max_model_len=0)
+        infos = [liveness.info for liveness in self._alive if liveness.info is not None]
+        return all(same_properties(own, msgspec.structs.replace(other, max_model_len=0)) for other in infos)
 
     @property
     def alive(self) -> list[ConnectedEngine]:
@@ -108,9 +113,13 @@ class EngineGroup:
 
     @property
     def adapters(self) -> dict[str, LoraAdapter]:
-        """The LoRA adapters that all engines have loaded, by name."""
-        first, *others = [engine.adapters.by_name for engine in self.alive or self.engines]
-        return {name: adapter for name, adapter in first.items() if all(each.get(name) == adapter for each in others)}
+        """The LoRA adapters that all engines have which have been ready, by name.
+
+        While one is replaced, engines may have different ones of that name: it is then that of the first engine.
+        """
+        engines = [engine for engine in self.alive if engine.liveness.info is not None] or self.engines
+        first, *others = [engine.adapters.by_name for engine in engines]
+        return {name: adapter for name, adapter in first.items() if all(name in each for each in others)}
 
     def choose(self, message: Submit) -> tuple[ConnectedEngine, int]:
         """Return the engine for a request, and how many tokens of its prompt that has cached.
@@ -128,6 +137,8 @@ class EngineGroup:
         prefixes = prefix_names(message.prompt_token_ids, info.block_size, salt)
         alive = [engine for engine in self.alive if engine.liveness.info is not None]
         candidates = [engine for engine in alive if engine.liveness.is_ready] or alive
+        if message.lora_fingerprint:
+            candidates = [engine for engine in candidates if engine.has_adapter(message.lora_fingerprint)] or candidates
         cached = {engine: engine.num_cached_tokens(prefixes, info.block_size) for engine in candidates}
         best = min(cached, key=lambda engine: (engine.streams.load - cached[engine], len(engine.cached), engine.number))
         return best, cached[best]

@@ -77,6 +77,7 @@ class SupervisedEngine:
     def stop(self, seconds: float) -> None:
         """Ask the process to end, and kill it after `seconds`. No other one is started."""
         self.is_stopped, self._restarts, self._kill_at = True, False, time.monotonic() + seconds
+        self._restart_at = None
         self.process.terminate()
 
     def advance(self) -> None:

@@ -30,6 +30,7 @@ from engine.shared.messages import (
     FromEngine,
     Hello,
     LoadAdapter,
+    LoadFailed,
     LoraAdapter,
     Outputs,
     Ready,
@@ -86,6 +87,7 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     step_seconds: float = 0.0
     load_seconds: float = 0.0
     never_ready: bool = False
+    load_failure: str = ""  # why it cannot load its model
     hang_after_steps: int | None = None  # no steps, heartbeats or reads from then on
     exit_after_steps: int | None = None  # exit of the process; only for FakeEngineProcess
     num_prompt_steps: int = 0  # before the first token of each choice
@@ -199,7 +201,10 @@ class _Loop:
                 while not self._is_ready():
                     if self.stop.wait(0.01):
                         return
-                self._send(identity, Ready(self._info(), list(self.adapters.values())))
+                if self.config.load_failure:
+                    self._send(identity, LoadFailed(self.config.load_failure))
+                else:
+                    self._send(identity, Ready(self._info(), list(self.adapters.values())))
             case Submit():
                 self._add(identity, message)
                 self._send_outputs({})

@@ -1,5 +1,6 @@
 """Tests of a client of several engines: which one gets a request, and what the loss of one means."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 
@@ -192,6 +193,48 @@ async def test_adapters_are_loaded_into_all_engines(client: EngineClient, fakes:
     await client.unload_adapter("sql")
     assert [fake.adapters for fake in fakes] == [[], []]
     assert client.adapters == {}
+
+
+async def test_an_engine_is_lost_while_it_loads_an_adapter(client: EngineClient, fakes: list[FakeEngine]) -> None:
+    """The others unload it again."""
+    loading = asyncio.create_task(client.load_adapter("sql", "/sql", replaces=False))
+    await asyncio.sleep(0)
+    client.engines[1].liveness.mark_dead("a test")
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(loading, 60)
+    await until(lambda: fakes[0].adapters == [])
+    assert client.adapters == {}
+
+
+async def test_adapters_can_be_used_while_another_engine_loads(addresses: list[str]) -> None:
+    configs = [FakeEngineConfig(address=each, adapters=[make_adapter("sql")], max_loras=2) for each in addresses]
+    async with connected(addresses) as client:
+        with FakeEngine(configs[0]):
+            await until(lambda: client.is_ready)
+            assert list(client.adapters) == ["sql"]
+            with FakeEngine(configs[1]):
+                await until(lambda: client.engines[1].liveness.is_ready)
+                assert list(client.adapters) == ["sql"]
+
+
+async def test_requests_go_to_an_engine_that_has_their_adapter(client: EngineClient, fakes: list[FakeEngine]) -> None:
+    """While one is replaced, engines have different ones of the same name."""
+    await client.load_adapter("sql", "/sql", replaces=False)
+    old = client.adapters["sql"]
+    client.engines[0].adapters.by_name["sql"] = new = msgspec.structs.replace(old, fingerprint="ab")
+    assert client.adapters == {"sql": new}
+    assert [chosen(client, prompt(PROMPT, lora_fingerprint=each.fingerprint))[0] for each in (old, new)] == [1, 0]
+    assert chosen(client, prompt(PROMPT, lora_fingerprint="cd")) == (0, 0)
+
+
+async def test_engines_may_have_different_contexts(addresses: list[str]) -> None:
+    """A context may be shortened to what fits into the memory of an engine."""
+    with (
+        FakeEngine(FakeEngineConfig(address=addresses[0], max_model_len=100)),
+        FakeEngine(FakeEngineConfig(address=addresses[1], max_model_len=80)),
+    ):
+        async with ready(addresses) as client:
+            assert client.ready_info().max_model_len == 80
 
 
 async def test_an_adapter_that_one_engine_lacks_cannot_be_used(addresses: list[str]) -> None:

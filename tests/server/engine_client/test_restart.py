@@ -272,3 +272,15 @@ async def test_an_engine_that_dies_while_adapters_are_loaded_again(address: str)
         await both.replace(max_loras=2)
         assert (await read(waiting))[-1].finish_reason is FinishReason.LENGTH
         assert client.adapters == {"go": go}
+
+
+async def test_a_restarted_engine_that_cannot_load_is_not_the_last(address: str) -> None:
+    """The supervisor decides how often another one is started."""
+    async with engines(address, max_num_seqs=1) as both:
+        await both.lose()
+        await both.replace(load_failure="no memory")
+        await asyncio.sleep(0.5)
+        assert both.client.is_restarting
+        await both.replace()
+        await until(lambda: both.client.is_ready)
+        await read(both.client.submit(request()))

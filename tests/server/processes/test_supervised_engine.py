@@ -39,6 +39,31 @@ def test_threads_that_waited_for_a_cpu_may_have_ended_when_the_engine_is_late(mo
     assert reports == ["it ended; another one starts", "the engine process has not become ready within 21 s"]
 
 
+def test_an_engine_that_is_stopped_before_it_is_started_again_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    processes: list[Any] = []
+
+    def launch() -> Any:
+        process = SimpleNamespace(pid=len(processes), name="engine", has_ended=False, outcome="it ended")
+        process.kill = process.terminate = lambda: None
+        processes.append(process)
+        return process
+
+    engine = SupervisedEngine(0, launch, restarts=True, step_timeout=10.0, report=lambda _: None)
+    for _ in range(2):  # another one starts at once, and the next one a second later
+        engine.note_ready([engine.process.pid])
+        engine.process.has_ended = True
+        engine.advance()
+    assert engine.deadline == now + 1.0
+    engine.stop(5.0)
+    engine.advance()
+    assert engine.is_gone
+    now += 100.0
+    engine.advance()
+    assert len(processes) == 2
+
+
 def test_when_engines_are_started_again() -> None:
     crashes = Crashes()
     assert [crashes.add(now, was_ready=True) for now in (0.0, 1.0, 2.0, 3.0)] == [0.0, 1.0, 2.0, 4.0]
