@@ -184,12 +184,14 @@ class Supervisor:
             return 128 + stop.signum
 
     def _obey(self, order: StartEngine | StopEngine) -> None:
-        """Start or stop an engine as the API process wants."""
+        """Start or stop an engine as the API process wants. It is told once when one that is stopped has ended."""
         running = [engine for engine in self._engines if engine.number == order.number]
         if isinstance(order, StopEngine):
             for engine in running:
                 engine.stop(STOP_SECONDS)
-        elif not running:
+        elif running:
+            self._tell(EngineStarted(order.number, running[0].process.pid))
+        else:
             try:
                 process = self.start_engine(order.number, order.memory_limit)
             except SupervisorError as error:

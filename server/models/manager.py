@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import anyio.to_thread
 from msgspec.structs import replace
@@ -17,10 +18,13 @@ from server.hub.format import format_bytes
 from server.models.load_model import load_served_model
 from server.models.memory import HostBudget, is_on_host, least_memory, memory_taken
 from server.models.served_model import ServedModel
-from server.models.slot import ModelSlot
+from server.models.slot import ModelSlot, ModelState
 from server.tenants import Tenant
 
+T = TypeVar("T")
+
 RETRY_SECONDS = 10.0  # after a failure, until the model is loaded again for another request
+LOAD_TIMEOUT = 1800.0  # seconds after which a load hangs, such as on a file system that does not answer
 POLL_SECONDS = 0.1  # between looks for an idle model that can make room
 IDLE_POLL_SECONDS = 0.5
 
@@ -47,8 +51,12 @@ class NoRoomError(Exception):
     """A model does not fit in memory. The message is the reason."""
 
 
+class AbandonedError(Exception):
+    """No request waits for a model any longer, which has not begun to load."""
+
+
 class EngineGoneError(Exception):
-    """The engine of a model that is being loaded has ended. The message is the reason."""
+    """The engine of a model that is being loaded has ended, or hangs. The message is the reason."""
 
 
 class ModelManager:
@@ -77,13 +85,13 @@ class ModelManager:
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to load the models that are loaded at the start, and to look for idle ones."""
+        """Begin to load the models that are loaded at the start, and to look for idle and dead ones."""
         for slot in self._slots.values():
             if slot in self._starting:
                 self._begin_load(slot)
         if not self._starting:
             self.has_started.set()
-        self._watcher = asyncio.create_task(self._unload_idle())
+        self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
         """Stop what is being loaded and unloaded."""
@@ -92,11 +100,15 @@ class ModelManager:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _unload_idle(self) -> None:
+    async def _watch(self) -> None:
+        """Unload models that are idle, and those whose client has given up an engine that may still run."""
         while True:
             await asyncio.sleep(IDLE_POLL_SECONDS)
             for slot in self._slots.values():
-                if not slot.is_idle:
+                served = slot.served
+                if served is not None and (reason := served.client.dead_reason) is not None:
+                    self._give_up(slot, served, reason)
+                elif not slot.is_idle:
                     slot.last_used = time.monotonic()
                 elif (limit := self.idle_limit(slot)) is not None and time.monotonic() - slot.last_used >= limit:
                     self._begin_unload(slot)
@@ -112,6 +124,10 @@ class ModelManager:
             if slot.task is not None and slot.load_requested is not None:
                 slot.task.cancel()
 
+    def is_usable(self, slot: ModelSlot) -> bool:
+        """Return whether requests use a model, or load it: they do not soon after it has failed."""
+        return slot.state is not ModelState.FAILED or time.monotonic() >= slot.failed_at + RETRY_SECONDS
+
     async def wait_loaded(self, slot: ModelSlot, seconds: float, tenant: Tenant) -> None:
         """Wait until a model is loaded, which begins now if need be. Only an admin learns why it cannot be.
 
@@ -122,7 +138,7 @@ class ModelManager:
         while slot.served is None:
             if self.is_draining:
                 raise EngineUnavailableError(SHUTTING_DOWN, close=True)
-            if slot.task is None and slot.failure and time.monotonic() < slot.failed_at + RETRY_SECONDS:
+            if slot.task is None and not self.is_usable(slot):
                 raise ModelLoadError(slot.name, slot.failure if tenant.is_admin else "")
             task = slot.task or self._begin_load(slot)
             await asyncio.wait([task], timeout=max(0.0, deadline - time.monotonic()))
@@ -133,7 +149,7 @@ class ModelManager:
 
     def engine_started(self, number: int, pid: int) -> None:
         """A process of an engine runs: the first one, or one in place of another that has ended."""
-        if (started := self._started.pop(number, None)) is not None:
+        if (started := self._pending(number)) is not None:
             started.set_result(pid)
         elif (served := self._slots[number].served) is not None:
             served.client.engines[0].engine_started(pid)
@@ -142,14 +158,23 @@ class ModelManager:
         """An engine has ended, and is not started again until its model is needed."""
         if number in self._gone:
             self._gone[number].set()
-        if (started := self._started.pop(number, None)) is not None:
+        if (started := self._pending(number)) is not None:
             started.set_exception(EngineGoneError(reason))
         slot = self._slots[number]
         if slot.served is not None:
             slot.served.client.engines[0].liveness.mark_dead(reason)
-            self._note_failure(slot, reason)
-            served, slot.served = slot.served, None
-            slot.task = asyncio.create_task(self._close(slot, served))
+            self._give_up(slot, slot.served, reason)
+
+    def _pending(self, number: int) -> asyncio.Future[int] | None:
+        """Return what waits for the process of an engine, unless the load has been cancelled."""
+        started = self._started.pop(number, None)
+        return None if started is None or started.done() else started
+
+    def _give_up(self, slot: ModelSlot, served: ServedModel, reason: str) -> None:
+        """Unload a model that is dead, so that it can be loaded again."""
+        self._note_failure(slot, reason)
+        slot.served = None
+        slot.task = asyncio.create_task(self._close(slot, served))
 
     # Loading.
 
@@ -161,7 +186,10 @@ class ModelManager:
     async def _load(self, slot: ModelSlot) -> None:
         try:
             async with self._lock:
-                slot.served = await self._start(slot, await self._make_room(slot))
+                memory_limit = await self._make_room(slot)
+                slot.served = await _within_limit(self._start(slot, memory_limit))
+        except AbandonedError:
+            logger.info("%s is not loaded: no request waits for it any longer", slot.name)
         except (EngineGoneError, NoRoomError, OSError, ValueError) as error:
             self._note_failure(slot, str(error))
             await self._stop(slot)
@@ -185,10 +213,11 @@ class ModelManager:
     async def _make_room(self, slot: ModelSlot) -> int:
         """Unload idle models until this one fits, the least recently used first. Return the bytes that it may use.
 
-        While all others are in use, it waits. Raises NoRoomError if the model can never fit, or nobody waits for it any
-        longer, and OSError or ValueError if its files are invalid.
+        While all others are in use, it waits. Raises NoRoomError if the model can never fit, AbandonedError if nobody
+        waits for it any longer, and OSError or ValueError if its files are invalid, or EngineGoneError if they hang.
         """
-        needed = await anyio.to_thread.run_sync(lambda: least_memory(slot.config, slot.weight_files))
+        read = anyio.to_thread.run_sync(lambda: least_memory(slot.config, slot.weight_files))
+        needed = await _within_limit(read)
         while True:
             others = [other for other in self._slots.values() if other is not slot]
             taken = sum(other.memory for other in others)
@@ -198,16 +227,21 @@ class ModelManager:
             if needed > room.num_bytes:
                 limit = format_bytes(room.num_bytes)
                 raise NoRoomError(f"it needs about {format_bytes(needed)} of memory, and the server may use {limit}")
-            if all(other.served is None and other.task is None for other in others):
+            if not any(self._runs(other) for other in others):
                 free = format_bytes(room.free)
                 raise NoRoomError(f"it needs about {format_bytes(needed)} of memory, and {free} are free")
             if slot.num_users == 0 and slot not in self._starting:
-                raise NoRoomError("other models are in use, and no request waits for it any longer")
+                raise AbandonedError
             idle = [other for other in others if other.is_idle]
             if idle:
                 await self._begin_unload(min(idle, key=lambda other: other.last_used))
             else:
                 await asyncio.sleep(POLL_SECONDS)
+
+    def _runs(self, slot: ModelSlot) -> bool:
+        """Return whether a model has an engine, which holds memory."""
+        gone = self._gone.get(slot.number)
+        return gone is not None and not gone.is_set()
 
     async def _start(self, slot: ModelSlot, memory_limit: int) -> ServedModel:
         """Start the engine of a model, and return the model when it is ready.
@@ -215,7 +249,7 @@ class ModelManager:
         Raises EngineGoneError if the engine ends, and OSError or ValueError if the model's files are invalid.
         """
         slot.load_began = time.monotonic()
-        self._gone[slot.number] = asyncio.Event()
+        gone = self._gone[slot.number] = asyncio.Event()
         started = self._started[slot.number] = asyncio.get_running_loop().create_future()
         self._order(StartEngine(slot.number, memory_limit))
         (engine,) = slot.config.engines
@@ -224,7 +258,7 @@ class ModelManager:
         served = await anyio.to_thread.run_sync(load)
         try:
             await served.client.start()
-            await _wait_ready(served.client)
+            await _wait_ready(served.client, gone)
         except BaseException:
             await served.close()
             raise
@@ -248,7 +282,9 @@ class ModelManager:
         try:
             served.client.drain()
             await served.close()
-            slot.metrics.remove_engines()
+        except Exception:
+            logger.exception("%s cannot be closed", slot.name)
+        try:
             await self._stop(slot)
             logger.info("%s is unloaded", slot.name)
         finally:
@@ -256,21 +292,32 @@ class ModelManager:
 
     async def _stop(self, slot: ModelSlot) -> None:
         """End the engine of a model, if it runs."""
-        gone = self._gone.pop(slot.number, None)
-        if gone is not None and not gone.is_set():
-            self._gone[slot.number] = gone
+        slot.metrics.remove_engines()
+        if self._runs(slot):
             self._order(StopEngine(slot.number))
-            await gone.wait()
+            await self._gone[slot.number].wait()
         slot.memory, slot.idle_limit = 0, None
 
 
-async def _wait_ready(client: EngineClient) -> None:
-    """Wait until an engine is ready. Raises EngineGoneError if it dies before."""
-    waits = [asyncio.create_task(event.wait()) for event in (client.became_ready, client.died)]
+async def _within_limit(loading: Awaitable[T]) -> T:
+    """Return the result of a step of a load. Raises EngineGoneError if it hangs."""
+    limit = asyncio.timeout(LOAD_TIMEOUT)
+    try:
+        async with limit:
+            return await loading
+    except TimeoutError:
+        if limit.expired():
+            raise EngineGoneError(f"it was not ready within {LOAD_TIMEOUT:g} seconds") from None
+        raise
+
+
+async def _wait_ready(client: EngineClient, gone: asyncio.Event) -> None:
+    """Wait until an engine is ready. Raises EngineGoneError if it dies before, or ends."""
+    waits = [asyncio.create_task(event.wait()) for event in (client.became_ready, client.died, gone)]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for wait in waits:
             wait.cancel()
-    if client.dead_reason is not None:
-        raise EngineGoneError(client.dead_reason)
+    if client.dead_reason is not None or gone.is_set():
+        raise EngineGoneError(client.dead_reason or "its process has ended")

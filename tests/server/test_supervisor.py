@@ -597,6 +597,7 @@ def test_the_api_process_starts_and_stops_engines(capfd: pytest.CaptureFixture[s
 
     def act(orders: Orders) -> None:
         first = orders.start(5, 123)
+        assert orders.send(StartEngine(5)) == EngineStarted(5, first)
         wait_until(lambda: config.exists() and config.read_text())
         assert msgspec.json.decode(config.read_bytes(), type=EngineProcessConfig).config.memory_limit == 123
         assert orders.send(StopEngine(5)) == EngineGone(5, supervisor.ENDED)

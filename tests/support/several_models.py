@@ -1,7 +1,7 @@
 """A server of several models in a thread, whose engines are fake ones that start and stop as it wants."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,16 @@ class StubSupervisor:
         self.orders: list[Message] = []
         self.processes: dict[int, FakeEngineProcess] = {}
         self.manager: ModelManager | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.starts_nothing = False  # orders to start an engine are lost
 
     def send(self, order: Message) -> None:
         self.orders.append(order)
         assert self.manager is not None
-        loop = asyncio.get_running_loop()
+        loop = self.loop = asyncio.get_running_loop()
         match order:
+            case StartEngine() if self.starts_nothing:
+                pass
             case StartEngine():
                 process = self.processes[order.number] = FakeEngineProcess(self.configs[order.number])
                 process.__enter__()
@@ -59,6 +63,20 @@ class SeveralModels:
         self.url = server.url
         self.context = server.context
         self.supervisor = supervisor
+
+    @property
+    def manager(self) -> ModelManager:
+        assert self.context.model_manager is not None
+        return self.context.model_manager
+
+    def call(self, function: Callable[..., None], *args: object) -> None:
+        """Call a function on the server's event loop, which must have ordered something. Raises what it raises."""
+
+        async def on_loop() -> None:
+            function(*args)
+
+        assert self.supervisor.loop is not None
+        asyncio.run_coroutine_threadsafe(on_loop(), self.supervisor.loop).result(30)
 
     @property
     def slots(self) -> Sequence[ModelSlot]:

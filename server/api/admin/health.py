@@ -1,7 +1,8 @@
 """Health endpoints for load balancers and orchestrators. They answer from memory, in any state, without an API key.
 
 `/health` and `/readyz` report whether to send requests to this server; `/healthz` whether to keep the process alive.
-Of several models, one that can be loaded is enough, and `/readyz` waits for those that are loaded at the start.
+Of several models, one that is loaded, or that the next request loads, is enough; while none is, `/healthz` still
+answers 200, since a request can load one again. `/readyz` waits for those that are loaded at the start.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from server.context import ServerContext, get_context
 from server.engine_client.client import EngineClient
 from server.http.errors import EngineUnavailableError
 from server.http.json_response import StructResponse
-from server.models.slot import ModelState
+from server.models.manager import ModelManager
 
 router = APIRouter()
 
@@ -26,8 +27,8 @@ NO_PROGRESS = "The work on texts makes no progress."
 async def health(request: Request) -> Response:
     """Return 200 while the engine's step loop and the work on texts make progress. The path is vLLM's."""
     context = get_context(request)
-    if context.model_manager is not None:
-        return _models_answer(context, NO_PROGRESS if context.text_threads.is_stuck else None)
+    if (manager := context.model_manager) is not None:
+        return _models_answer(context, NO_PROGRESS if context.text_threads.is_stuck else _no_model(manager, context))
     return _answer(context, is_ok=_makes_progress(context))
 
 
@@ -47,7 +48,7 @@ async def ready(request: Request) -> Response:
     """Return 200 while new requests are admitted."""
     context = get_context(request)
     if (manager := context.model_manager) is not None:
-        problem = None if manager.has_started.is_set() else "The models are still being loaded."
+        problem = _no_model(manager, context) if manager.has_started.is_set() else "The models are still being loaded."
         return _models_answer(context, SHUTTING_DOWN if manager.is_draining else problem)
     is_draining = context.models.default.client.drain_requested.is_set()
     return _answer(context, is_ok=_makes_progress(context) and not is_draining)
@@ -57,13 +58,16 @@ def _makes_progress(context: ServerContext) -> bool:
     return context.models.default.client.is_healthy and not context.text_threads.is_stuck
 
 
+def _no_model(manager: ModelManager, context: ServerContext) -> str | None:
+    """Return the problem that no model can be used at this time, or None."""
+    return None if any(map(manager.is_usable, context.models.slots)) else "No model can be loaded."
+
+
 def _models_answer(context: ServerContext, problem: str | None) -> Response:
-    """Return 200 with the number of models in each state, unless there is a problem or no model can be used."""
-    states = Counter(slot.state for slot in context.models.slots)
-    if states[ModelState.FAILED] == states.total():
-        problem = "No model can be loaded."
+    """Return 200 with the number of models in each state, unless there is a problem."""
     if problem is not None:
         return EngineUnavailableError(problem).response()
+    states = Counter(slot.state for slot in context.models.slots)
     restarts = sum(model.client.num_restarts for model in context.models.loaded)
     return StructResponse({"status": "ok", "restarts": restarts, "models": states})
 

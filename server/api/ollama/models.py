@@ -33,6 +33,8 @@ def list_loaded(
     """Return the models in memory, for /api/ps. `idle_limits`: seconds after which a model is unloaded, by its name."""
     loaded = []
     for variant in models.variants(tenant):
+        if variant.base.client.dead_reason is not None:
+            continue
         slot = models.find_slot(variant.name, tenant)
         entry = _model(models, variant.name, tenant, created)
         entry.expires_at = NEVER if slot is None else _expiry(slot, idle_limits[slot.name])

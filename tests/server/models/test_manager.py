@@ -1,5 +1,6 @@
 """Models are loaded when they are needed, and unloaded when they are idle or another one needs their memory."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from server.engine_client.supervisor_channel import StartEngine, StopEngine
 from server.models import manager as manager_module
 from server.models import memory
 from server.models.memory import Room
+from server.models.served_model import ServedModel
 from tests.support.serving import check_error, wait_until
 from tests.support.several_models import SeveralModels, several_models
 
@@ -157,12 +159,8 @@ def test_an_engine_that_is_given_up_is_started_again_later(two: SeveralModels, m
     two.complete("one")
     two.complete("two")
     monkeypatch.setattr(manager_module, "RETRY_SECONDS", 0.0)
-    manager, loop = two.context.model_manager, two.slots[0].served
-    assert manager is not None
-    assert loop is not None
-    task_loop = loop.client.engines[0]._tasks[0].get_loop()
     two.supervisor.end(0)
-    task_loop.call_soon_threadsafe(manager.engine_gone, 0, "its process has ended")
+    two.call(two.manager.engine_gone, 0, "its process has ended")
     wait_until(lambda: two.states == {"one": "failed", "two": "loaded"})
     assert two.complete("one").status_code == 200
 
@@ -171,8 +169,131 @@ def test_all_models_failing_is_a_failure_of_the_server(model_folder: Path, monke
     set_room(monkeypatch, needed=2, total=1)
     with several_models(model_folder, models=({"load": "at-start"},)) as server:
         wait_until(lambda: server.states == {"one": "failed"})
-        for path in ("/health", "/healthz", "/readyz"):
+        for path in ("/health", "/readyz"):
             check_error(httpx.get(server.url + path), 503)
+        assert httpx.get(server.url + "/healthz").status_code == 200  # it need not be killed
+        monkeypatch.setattr(manager_module, "RETRY_SECONDS", 0.0)
+        for path in ("/health", "/healthz", "/readyz"):  # the next request tries again
+            assert httpx.get(server.url + path).json()["models"] == {"failed": 1}
+
+
+def mark_dead(server: SeveralModels, number: int) -> None:
+    """Let the client of a loaded model give up its engine, which goes on."""
+    served = server.slots[number].served
+    assert served is not None
+    server.call(served.client.engines[0].liveness.mark_dead, "it was restarted with other properties")
+
+
+def test_an_engine_that_its_client_gives_up_is_stopped(two: SeveralModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "RETRY_SECONDS", 0.0)
+    two.complete("one")
+    mark_dead(two, 0)
+    wait_until(lambda: two.supervisor.processes == {})
+    wait_until(lambda: two.slots[0].task is None)
+    assert two.describe("one")["reason"] == "it was restarted with other properties"
+    assert two.complete("one").status_code == 200
+
+
+def test_a_dead_model_is_not_in_memory(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "IDLE_POLL_SECONDS", 60.0)  # so that nobody notices
+    with several_models(model_folder) as server:
+        for number, name in enumerate(("one", "two")):
+            server.complete(name)
+            loaded = httpx.get(server.url + "/api/ps").json()["models"]
+            assert [model["model"] for model in loaded] == [f"{name}:latest"]
+            mark_dead(server, number)
+
+
+def test_nothing_is_left_of_a_load_that_fails(model_folder: Path) -> None:
+    with several_models(model_folder, engines={"never_ready": True}) as server, ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.complete, "one")
+        metric = 'num_requests_running{engine="0",model_name="one"}'
+        wait_until(lambda: metric in httpx.get(server.url + "/metrics").text)
+        server.supervisor.end(0)
+        assert check_error(answer.result(), 503)["code"] == "model_load_failed"
+        assert metric not in httpx.get(server.url + "/metrics").text
+
+
+def test_a_load_for_which_nobody_waits_is_no_failure(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_room(monkeypatch, needed=6, total=10)
+    engines = {"endless": True, "step_seconds": 0.02}
+    with several_models(model_folder, engines=engines) as server, ThreadPoolExecutor() as pool:
+        first = pool.submit(server.complete, "one", max_tokens=200)
+        wait_until(lambda: server.states["one"] == "loaded")
+        assert check_error(server.complete("two", queue_timeout=0.3), 503)["code"] == "request_timeout"
+        wait_until(lambda: server.states["two"] == "unloaded")
+        assert not first.done()
+        assert first.result().status_code == 200
+
+
+@pytest.mark.parametrize("starts_nothing", [False, True])
+def test_a_load_that_hangs_ends(model_folder: Path, monkeypatch: pytest.MonkeyPatch, starts_nothing: bool) -> None:
+    monkeypatch.setattr(manager_module, "LOAD_TIMEOUT", 1.0)
+    with several_models(model_folder, engines={"never_ready": True}) as server:
+        server.supervisor.starts_nothing = starts_nothing
+        error = check_error(server.complete("one", queue_timeout=30), 503)
+        assert error["message"] == "The model `one` cannot be loaded: it was not ready within 1 seconds."
+        assert server.supervisor.processes == {}
+        assert [type(order) for order in server.supervisor.orders] == [StartEngine, StopEngine]
+        monkeypatch.setattr(manager_module, "LOAD_TIMEOUT", 60.0)
+        server.supervisor.starts_nothing = False
+        server.supervisor.configs[1].never_ready = False
+        assert server.complete("two").status_code == 200
+
+
+def test_files_that_cannot_be_read_in_time(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(manager_module, "LOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(manager_module, "least_memory", lambda config, files: release.wait(60))
+    with several_models(model_folder) as server:
+        error = check_error(server.complete("one", queue_timeout=30), 503)
+        assert error["message"] == "The model `one` cannot be loaded: it was not ready within 0.5 seconds."
+        release.set()
+
+
+def test_an_engine_is_stopped_if_its_client_cannot_be_closed(
+    two: SeveralModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = ServedModel.close
+
+    async def fail(served: ServedModel) -> None:
+        await close(served)
+        raise RuntimeError("cannot be closed")
+
+    two.complete("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(ServedModel, "close", fail)
+        unload(two, "one")
+        wait_until(lambda: two.slots[0].task is None)
+    assert two.supervisor.processes == {}
+    assert two.complete("one").status_code == 200
+
+
+def test_models_that_do_not_fit_do_not_wait_for_each_other(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def least_memory(config: object, files: object) -> int:
+        time.sleep(0.5)  # in which the other one is requested
+        return 6
+
+    monkeypatch.setattr(manager_module, "least_memory", least_memory)
+    monkeypatch.setattr(memory.HostBudget, "room", lambda self, settings, taken: Room(10, 5))
+    with several_models(model_folder) as server, ThreadPoolExecutor() as pool:
+        answers = [pool.submit(server.complete, name, queue_timeout=20) for name in ("one", "two")]
+        for answer in answers:
+            assert check_error(answer.result(), 503)["code"] == "model_load_failed"
+
+
+def test_an_engine_that_starts_while_the_server_shuts_down(model_folder: Path) -> None:
+    with several_models(model_folder) as server, ThreadPoolExecutor() as pool:
+        server.supervisor.starts_nothing = True
+        answer = pool.submit(server.complete, "one")
+        wait_until(lambda: server.supervisor.orders)
+
+        def shut_down() -> None:
+            server.manager.drain()
+            server.manager.engine_started(0, os.getpid())  # which was under way
+
+        server.call(shut_down)
+        check_error(answer.result(), 503)
 
 
 def test_a_load_ends_with_the_server(model_folder: Path) -> None:
@@ -186,10 +307,7 @@ def test_a_load_ends_with_the_server(model_folder: Path) -> None:
         thread = threading.Thread(target=ask)
         thread.start()
         wait_until(lambda: server.states["one"] == "loading")
-        assert server.context.model_manager is not None
-        asking: Any = server.context.model_manager
-        loop = server.slots[0].task
-        assert loop is not None
-        loop.get_loop().call_soon_threadsafe(asking.drain)
+        wait_until(lambda: server.supervisor.orders)
+        server.call(server.manager.drain)
         thread.join(10)
     assert check_error(results[0], 503)["message"] == "The server is shutting down. Please retry later."
