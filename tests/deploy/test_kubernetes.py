@@ -285,6 +285,7 @@ def test_autoscaling_alone_sets_the_number_of_replicas(example: list[Manifest]) 
     assert "replicas" not in find(example, "Deployment")["spec"]
     threshold = next(each for each in scaled["triggers"] if each["name"] == "running")["metadata"]["threshold"]
     assert 2 * int(threshold) == settings_of(example).max_num_seqs
+    assert all(trigger["metadata"]["ignoreNullValues"] == "false" for trigger in scaled["triggers"])
 
 
 def test_the_pool_has_its_picker(example: list[Manifest]) -> None:
@@ -353,7 +354,7 @@ def test_promtool_accepts_the_alerts(example: list[Manifest], tmp_path: Path) ->
     rules = tmp_path / "rules.yml"
     rules.write_text(yaml.safe_dump(find(example, "PrometheusRule")["spec"]), encoding="utf-8")
     checked = promtool("check", "rules", "--lint=all", "--lint-fatal", str(rules))
-    assert "6 rules found" in checked
+    assert "7 rules found" in checked
 
 
 @needs_promtool
