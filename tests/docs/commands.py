@@ -6,6 +6,7 @@ from tests.support.documents import DOCUMENTS, commands
 
 INSTALLS = "installs PyTorch, for which there is tests/install/try_install.py"
 RAY = "starts or needs a Ray cluster; tests/e2e/test_ray.py deploys the same file on one"
+SEVERAL_MODELS = "a server of its own; tests/e2e/test_several_models.py"
 HUB = "downloads other servers from package registries, 6 GB"
 
 # The beginning of a command -> why no test runs it. All others are run by tests/e2e/test_documented_commands.py.
@@ -22,6 +23,13 @@ EXCEPTIONS: Mapping[str, str] = {
     "docker build ": "Docker",
     "docker run ": "Docker",
     "lightwell serve MODEL --device cuda:0": "GPU",
+    "lightwell serve smollm2-135m --model gemma3:270m": SEVERAL_MODELS,
+    "curl http://127.0.0.1:8000/v1/models/gemma3:270m": SEVERAL_MODELS,
+    """curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "gemma3""": (
+        SEVERAL_MODELS
+    ),
+    "lightwell serve smollm2-135m --data-parallel-size": "a server of its own; tests/e2e/test_data_parallel.py",
+    "lightwell serve smollm2-135m --tensor-parallel-size": "a server of its own; tests/e2e/test_ranks.py",
     "kubectl ": "a Kubernetes cluster",
     "vllm-router ": "servers on other machines; tests/conformance/test_router.py runs it",
     "make bench-gpu": "GPU",
