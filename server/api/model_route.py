@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 from fastapi.exceptions import RequestValidationError
@@ -30,15 +30,9 @@ class ModelRoute(StrictJSONRoute):
     name_fields: tuple[str, ...] = ("model",)  # those that may hold the name
 
     async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
-        manager, body = get_context(request).model_manager, await request.json()
-        slot = None if manager is None else self.find_slot(request, body)
-        if manager is None or slot is None:
-            return await handler(request)
-        with slot.in_use():
-            if slot.served is None:
-                await run_until_disconnect(
-                    request, manager.wait_loaded(slot, patience(request, body), get_tenant(request))
-                )
+        body = await request.json()
+        seconds = patience(request, body.get("queue_timeout"))
+        async with loaded(request, None if seconds is None else self.find_slot(request, body), seconds or 0.0):
             return await handler(request)
 
     def find_slot(self, request: Request, body: dict[str, Any]) -> ModelSlot | None:
@@ -46,7 +40,7 @@ class ModelRoute(StrictJSONRoute):
         name = next((body[field] for field in self.name_fields if body.get(field) is not None), None)
         models, tenant = get_context(request).models, get_tenant(request)
         if name is None:
-            return None if models.is_ambiguous(tenant) else models.slots[0]
+            return models.slots[0] if len(models.slots) == 1 else None
         return models.find_slot(self.served_name(request, name), tenant) if isinstance(name, str) else None
 
     def served_name(self, request: Request, name: str) -> str:
@@ -64,7 +58,7 @@ class StreamRoute(ModelRoute):
     async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
         manager, body = get_context(request).model_manager, await request.json()
         slot = None if manager is None else self.find_slot(request, body)
-        seconds = patience(request, body)
+        seconds = patience(request, body.get("queue_timeout")) or 0.0
         is_stream = body.get("stream") is True and seconds > MAX_HELD_SECONDS
         if manager is None or slot is None or slot.served is not None or not is_stream:
             return await super().respond(request, handler)
@@ -82,11 +76,31 @@ class StreamRoute(ModelRoute):
             return await handler(request)
 
 
-def patience(request: Request, body: dict[str, Any]) -> float:
-    """Return the seconds that a request may wait for its model."""
-    settings, own = get_context(request).settings, body.get("queue_timeout")
-    limits = [settings.queue_timeout, settings.request_timeout, own if isinstance(own, int | float) else None]
-    return min(limit for limit in limits if limit)
+@asynccontextmanager
+async def loaded(request: Request, slot: ModelSlot | None, seconds: float) -> AsyncGenerator[None, None]:
+    """Wait until a model is loaded, at most `seconds`, and keep it loaded in the context. None: there is none.
+
+    Raises APIError if it cannot be loaded in time, ClientDisconnect if the client disconnects before.
+    """
+    manager = get_context(request).model_manager
+    if manager is None or slot is None:
+        yield
+        return
+    with slot.in_use():
+        if slot.served is None:
+            await run_until_disconnect(request, manager.wait_loaded(slot, seconds, get_tenant(request)))
+        yield
+
+
+def patience(request: Request, queue_timeout: object = None) -> float | None:
+    """Return the seconds that a request may wait for its model. None: its own `queue_timeout` is invalid."""
+    settings = get_context(request).settings
+    limits = [limit for limit in (settings.queue_timeout, settings.request_timeout) if limit]
+    if queue_timeout is None:
+        return min(limits)
+    if isinstance(queue_timeout, bool) or not isinstance(queue_timeout, int | float) or not queue_timeout > 0:
+        return None
+    return min([*limits, queue_timeout])
 
 
 async def _events(

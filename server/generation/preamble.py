@@ -157,10 +157,10 @@ class Preamble:
 
 
 def find_model(request: Request, name: str | None) -> ModelVariant:
-    """Return the model or LoRA adapter with this name; None: the server's first model.
+    """Return the model or LoRA adapter with this name; None: the server's only model.
 
     Raises:
-        MissingParameterError: the name is empty.
+        MissingParameterError: the name is empty, or None although there are several models.
         ModelNotFoundError: there is no such model.
         EngineUnavailableError: it is an adapter that is loaded together with the engine, which is not ready.
     """

@@ -10,7 +10,7 @@ from server.tenants import Tenant
 
 
 class ModelRegistry:
-    """All models. The first one answers requests that name none, where that is allowed."""
+    """All models. If there is only one, it answers requests that name none, where that is allowed."""
 
     def __init__(self, slots: Sequence[ModelSlot]) -> None:
         self.slots = slots
@@ -45,14 +45,14 @@ class ModelRegistry:
         return next((slot for slot in self.slots if name in _names(slot, tenant)), None)
 
     def find(self, name: str | None, tenant: Tenant) -> ModelVariant:
-        """Return the model or adapter with this name, or the first model if it is None.
+        """Return the model or adapter with this name, or the only model if it is None.
 
         Raises:
-            MissingParameterError: The name is empty.
+            MissingParameterError: The name is empty, or None although there are several models.
             ModelNotFoundError: There is no such model or adapter for the tenant.
             EngineUnavailableError: The model is not loaded, or the adapter is loaded together with it.
         """
-        if name is None:
+        if name is None and len(self.slots) == 1:
             return ModelVariant(self.default.name, self.default)
         if not name:
             raise MissingParameterError("model")

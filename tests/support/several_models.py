@@ -15,7 +15,7 @@ from server.models.slot import ModelSlot
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
-from tests.support.serving import RunningServer, own_address, running_server
+from tests.support.serving import RunningServer, own_address, running_server, wait_until
 
 NAMES = ("one", "two", "three")
 
@@ -121,3 +121,11 @@ def several_models(
         stack.callback(supervisor.close)
         server = stack.enter_context(running_server(context, wait_ready=False))
         yield SeveralModels(server, supervisor)
+
+
+def unload(server: SeveralModels, name: str) -> None:
+    """Unload a model as clients of Ollama do."""
+    answer = httpx.post(server.url + "/api/generate", json={"model": name, "keep_alive": 0})
+    assert answer.json()["done_reason"] == "unload"
+    assert "x-lightwell-warnings" not in answer.headers
+    wait_until(lambda: server.states[name] == "unloaded")

@@ -11,12 +11,13 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
 from server.api.admin.schemas import LoadAdapterRequest, UnloadAdapterRequest
-from server.api.model_route import ModelRoute
+from server.api.model_route import Handler, ModelRoute
 from server.context import get_context
 from server.engine_client.client import EngineClient
 from server.generation.preamble import begin, find_model
 from server.http.access_control import require_admin
 from server.http.errors import AdapterNotFoundError, InvalidValueError, MissingParameterError, UpdatesNotAllowedError
+from server.http.json_route import StrictJSONRequest
 from server.model_paths import ModelError, resolve_adapter
 from server.models.served_model import ServedModel
 from server.tenants import get_tenant
@@ -26,6 +27,13 @@ class AdapterRoute(ModelRoute):
     """A route for requests that name the model of an adapter."""
 
     name_fields = ("base_model_name",)
+
+    async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
+        """Raise ForbiddenError or UpdatesNotAllowedError before the model is loaded."""
+        require_admin(request)
+        if not get_context(request).settings.allow_runtime_lora_updating:
+            raise UpdatesNotAllowedError
+        return await super().respond(request, handler)
 
 
 router = APIRouter(route_class=AdapterRoute)
@@ -70,13 +78,7 @@ async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> R
 
 
 def _begin(request: Request, body: LoadAdapterRequest | UnloadAdapterRequest) -> dict[str, str]:
-    """Return the headers of the answer.
-
-    Raises ForbiddenError, UpdatesNotAllowedError, BadRequestError or EngineUnavailableError.
-    """
-    require_admin(request)
-    if not get_context(request).settings.allow_runtime_lora_updating:
-        raise UpdatesNotAllowedError
+    """Return the headers of the answer. Raises BadRequestError or EngineUnavailableError."""
     headers = begin(request, body).accept()
     for model in get_context(request).models.loaded:
         model.client.check_open()

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.admin.replay import replay
 from server.api.admin.schemas import CancelResponse
+from server.api.model_route import loaded, patience
 from server.context import get_context
 from server.http.errors import RecordingNotFoundError, RequestNotFoundError
 from server.http.json_response import StructResponse
@@ -28,5 +29,7 @@ async def replay_request(request: Request, request_id: str) -> Response:
     recording = context.recordings.get(request_id, get_owner(request))
     if recording is None:
         raise RecordingNotFoundError(request_id, num_kept=context.recordings.max_requests)
-    again = replay(context, get_tenant(request), request_id, recording)
-    return StructResponse(await run_until_disconnect(request, again))
+    tenant = get_tenant(request)
+    async with loaded(request, context.models.find_slot(recording.model, tenant), patience(request) or 0.0):
+        again = replay(context, tenant, request_id, recording)
+        return StructResponse(await run_until_disconnect(request, again))

@@ -82,6 +82,8 @@ class InspectRequest(BaseModel):
 @router.post("/lightwell/v1/inspect")
 async def inspect(request: Request, body: InspectRequest) -> Response:
     """Show what happens inside the model: logit lens, attention, norms, experts and the stages of the sampler."""
+    if body.model is not None:
+        request.state.model = body.model
     access = RecordAccess(request)
     model = find_model(request, access.model.name if body.model is None else body.model)
     access.model = base = model.base

@@ -90,10 +90,12 @@ class OllamaRoute(LenientRoute, ModelRoute):
         limit = keep_alive_seconds(body.get("keep_alive")) if get_tenant(request).is_admin else None
         if slot is None or limit is None:
             return await super().respond(request, handler)
-        slot.idle_limit = limit
         del body["keep_alive"]  # which the handler would report as ignored
         request.state.unloads = limit == 0 and not any(body.get(name) for name in ("prompt", "messages", "input"))
-        return await (handler(request) if request.state.unloads else super().respond(request, handler))
+        response = await (handler(request) if request.state.unloads else super().respond(request, handler))
+        if slot.served is not None:
+            slot.idle_limit = limit
+        return response
 
 
 router = APIRouter(route_class=OllamaRoute)

@@ -331,7 +331,7 @@ class ResponsesRequest(BaseModel):
 class InputTokensRequest(ResponsesRequest):
     """A request whose prompt tokens are counted. Fields that do not affect the prompt are validated too."""
 
-    model: str | None = Field(None, description="Name of the model, as listed by GET /v1/models. Default: the first.")  # type: ignore[assignment]
+    model: str | None = Field(None, description="Name of the model, as in GET /v1/models. Default: the only one.")  # type: ignore[assignment]
 
 
 # Answers.

@@ -1,5 +1,6 @@
 """Requests wait for their model: streams with comments, so that proxies keep the connection."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import httpx
 import pytest
 
 from server.api import model_route
-from tests.support.serving import wait_until
-from tests.support.several_models import SeveralModels, several_models
+from server.models import manager as manager_module
+from tests.support.fake_engine import make_adapter
+from tests.support.serving import check_error, wait_until
+from tests.support.several_models import SeveralModels, several_models, unload
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 STREAMS: list[tuple[str, dict[str, Any], str]] = [
@@ -75,3 +78,89 @@ def test_a_short_load_leaves_the_status_to_the_answer(
     with several_models(model_folder) as server:
         assert ": loading" not in stream(server, path, body).text
         assert stream(server, path, {**body, "temperature": 99}).status_code == 400
+
+
+NO_NAME: list[tuple[str, dict[str, Any]]] = [
+    ("/tokenize", {"prompt": "Hi"}),
+    ("/detokenize", {"tokens": [72]}),
+    ("/v1/responses/input_tokens", {"input": "Hi"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), NO_NAME)
+def test_the_only_model_is_loaded_if_a_request_names_none(model_folder: Path, path: str, body: dict[str, Any]) -> None:
+    models: tuple[dict[str, Any], ...] = ({"lora_modules": ("dialect=/adapters/dialect",)},)
+    engines = {"adapters": [make_adapter("dialect")], "max_loras": 1}
+    with several_models(model_folder, models=models, engines=engines) as server:
+        answer = httpx.post(server.url + path, json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_request_must_name_one_of_several_models(model_folder: Path) -> None:
+    with several_models(model_folder) as server:
+        others = [("/v1/embeddings", {"input": "Hi"}), ("/v1/rerank", {"query": "Hi", "documents": ["a"]})]
+        for path, body in [*NO_NAME, *others]:
+            assert "model" in check_error(httpx.post(server.url + path, json=body), 400)["message"]
+        assert server.supervisor.orders == []
+
+
+def test_a_replayed_request_waits_for_its_model(model_folder: Path) -> None:
+    with several_models(model_folder, record_requests=4) as server:
+        request_id = server.complete("two").json()["id"]
+        unload(server, "two")
+        answer = httpx.post(f"{server.url}/v1/requests/{request_id}/replay", timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert server.states == {"one": "unloaded", "two": "loaded"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("seconds", [-3, 0, True, "3"])
+def test_an_invalid_timeout_loads_nothing(model_folder: Path, seconds: object, stream: bool) -> None:
+    with several_models(model_folder) as server:
+        answer = server.complete("one", queue_timeout=seconds, stream=stream)
+        assert check_error(answer, 400)["param"] == "queue_timeout"
+        assert server.supervisor.orders == []
+
+
+def test_a_change_of_adapters_that_is_not_allowed_loads_nothing(model_folder: Path) -> None:
+    body = {"lora_name": "dialect", "lora_path": "/adapters/dialect", "base_model_name": "one"}
+    with several_models(model_folder) as server:
+        check_error(httpx.post(server.url + "/v1/load_lora_adapter", json=body), 404)
+        assert server.supervisor.orders == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [({}, 200), ({"prompt": "Hi", "stream": False, "options": {"temperature": "hot"}}, 400)]
+)
+def test_a_keep_alive_without_effect_is_not_kept(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], status: int
+) -> None:
+    monkeypatch.setattr(manager_module, "IDLE_POLL_SECONDS", 0.05)
+    with several_models(model_folder) as server:
+        if status != 200:
+            server.complete("one")
+        answer = httpx.post(server.url + "/api/generate", json={"model": "one", "keep_alive": 0, **body})
+        assert answer.status_code == status, answer.text
+        server.complete("one")
+        time.sleep(0.5)
+        assert server.states["one"] == "loaded"
+        assert len(server.supervisor.orders) == 1  # it has not been unloaded meanwhile
+
+
+def test_an_inspection_needs_only_its_own_model(model_folder: Path) -> None:
+    with several_models(model_folder) as server:
+        body = {"model": "two", "prompt": "Hi"}
+        answer = httpx.post(server.url + "/lightwell/v1/inspect", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert server.states == {"one": "unloaded", "two": "loaded"}
+
+
+def test_each_engine_has_its_own_id(model_folder: Path) -> None:
+    with several_models(model_folder) as server:
+        ids = []
+        for name in ("one", "two", "one"):
+            server.complete(name)
+            ids.append(httpx.get(server.url + "/lightwell/v1/engine", params={"model": name}).json()["engine"])
+            if name == "one":
+                unload(server, name)
+        assert len(set(ids)) == 3

@@ -17,7 +17,7 @@ from server.models import memory
 from server.models.memory import Room
 from server.models.served_model import ServedModel
 from tests.support.serving import check_error, wait_until
-from tests.support.several_models import SeveralModels, several_models
+from tests.support.several_models import SeveralModels, several_models, unload
 
 
 @pytest.fixture
@@ -70,14 +70,6 @@ def test_the_progress_of_a_load_can_be_seen(model_folder: Path) -> None:
             assert answer.result().status_code == 200
             assert "loading" not in server.describe("one")
             unload(server, "one")
-
-
-def unload(server: SeveralModels, name: str) -> None:
-    """Unload a model as clients of Ollama do."""
-    answer = httpx.post(server.url + "/api/generate", json={"model": name, "keep_alive": 0})
-    assert answer.json()["done_reason"] == "unload"
-    assert "x-lightwell-warnings" not in answer.headers
-    wait_until(lambda: server.states[name] == "unloaded")
 
 
 def test_a_client_can_unload_a_model(two: SeveralModels) -> None:
