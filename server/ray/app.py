@@ -10,10 +10,11 @@ from server.ray.replica import STOP_SECONDS, Replica
 from server.ray.router import PrefixRouter
 from server.settings.load import load_settings, named_settings
 from server.settings.setting import SettingsError
-from server.settings.table import Settings
+from server.settings.table import SETTINGS, Settings
 
-# Ray Serve has the socket and the certificate, and several machines can share no file of keys.
-RAY_SETTINGS = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile", "root_path", "forwarded_allow_ips")
+# What Ray Serve has: the socket, the certificate and the path.
+ADDRESS = ("host", "port")  # refused as arguments only, since the image of the server sets them in its environment
+OWNED = ("uds", "ssl_certfile", "ssl_keyfile", "root_path", "forwarded_allow_ips")
 OTHER_REQUESTS = 64  # besides those that generate: health probes, metrics
 
 
@@ -32,15 +33,16 @@ def app(args: Mapping[str, object]) -> serve.Application:
         request_router_config={"request_router_class": PrefixRouter},
     )(Replica)
     ingress = serve.deployment(name="Ingress", max_ongoing_requests=100_000, graceful_shutdown_timeout_s=grace)(Ingress)
-    return ingress.bind(replicas.bind(settings), settings.max_body_size)
+    return ingress.bind(replicas.bind(settings), settings)
 
 
 def replica_settings(args: Mapping[str, object]) -> Settings:
     """Return the settings of each replica, from `args` and the environment. Raises SettingsError."""
     flags = {name: value for name, value, _ in named_settings(args.items(), "args")}
-    if refused := sorted(flags.keys() & set(RAY_SETTINGS)):
-        raise SettingsError(f"args: {', '.join(refused)}: Ray Serve has this in its http_options and route_prefix")
     settings = load_settings(flags, os.environ)
+    owned = [name for name in OWNED if getattr(settings, name) != SETTINGS[name].default]
+    if refused := [name for name in ADDRESS if name in flags] + owned:
+        raise SettingsError(f"{', '.join(refused)}: not here, Ray Serve has this in its http_options and route_prefix")
     if not (settings.needs_key or settings.allow_unauthenticated):
         raise SettingsError(
             "args: other machines may reach Ray Serve: set api-key (or LIGHTWELL_API_KEY), "

@@ -3,7 +3,6 @@
 A proxy routes by the head of a request alone, so this deployment reads the body, which decides the replica.
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from http import HTTPStatus
@@ -15,21 +14,19 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.http.body_middleware import BODY_TIMEOUT
-from server.http.errors import (
-    APIError,
-    BodyTimeoutError,
-    BodyTooLargeError,
-    EngineUnavailableError,
-    is_for_anthropic,
-    is_for_ollama,
-)
+from server.access.api_keys import ApiKeys
+from server.api.responses.writer import error_event as responses_error_event
+from server.http.access_control import METRICS, AuthMiddleware
+from server.http.body_middleware import BodyMiddleware
+from server.http.errors import APIError, BadRequestError, EngineUnavailableError, is_for_anthropic, is_for_ollama
 from server.http.sse import NDJSON, SERVER_SENT_EVENTS, error_event
 from server.ray.messages import ForwardedRequest, ResponseHead
 from server.ray.metrics import merged
 from server.ray.placement import opening
+from server.ray.replica import FETCH_SECONDS
+from server.settings.table import Settings
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,9 +34,10 @@ ATTEMPTS = 3  # for a request whose replica dies before it has answered
 REPLICA_HEADER = b"x-lightwell-replica"
 PROXY_HEADERS = {b"connection", b"date", b"server", b"transfer-encoding", b"x-request-id"}  # which Ray's proxy sets
 
-CONNECTION_HEADERS = {b"connection", b"transfer-encoding", b"x-forwarded-for"}  # not forwarded
+CONNECTION_HEADERS = {b"connection", b"content-length", b"transfer-encoding", b"x-forwarded-for"}  # not forwarded
 
 LOST = (RayActorError, httpx.TransportError)  # the replica, or its server
+SEPARATORS = {SERVER_SENT_EVENTS.media_type: b"\n\n", NDJSON.media_type: b"\n"}  # of the events in a stream
 
 Answer = DeploymentResponseGenerator[Any]  # a ResponseHead, and the chunks of the body
 
@@ -47,60 +45,83 @@ Answer = DeploymentResponseGenerator[Any]  # a ResponseHead, and the chunks of t
 class Ingress:
     """The deployment that Ray Serve's proxies call."""
 
-    def __init__(self, replicas: DeploymentHandle[Any], max_body_size: int) -> None:
+    def __init__(self, replicas: DeploymentHandle[Any], settings: Settings) -> None:
+        """Raises SettingsError if the file of keys is invalid."""
         self._replicas = replicas.options(method_name="respond", stream=True)
-        self._max_body_size = max_body_size
+        reader = BodyMiddleware(self._forward, settings.max_body_size, settings.max_buffered_bytes)
+        self._read_and_forward = AuthMiddleware(reader, ApiKeys(settings), public_metrics=settings.public_metrics)
 
     async def __call__(self, request: Request) -> Response:
-        """Forward a request. One that has no answer yet when its replica dies is sent to another one."""
-        scope = below_prefix(request.scope)
+        """Return the response to a request. The body of a POST is read if its key is valid, others have none."""
+        app = self._read_and_forward if request.method == "POST" else self._forward
+        return AppResponse(app, below_prefix(request.scope))
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await Request(scope, receive).body() if scope["method"] == "POST" else b""
         try:
-            forwarded = forwarded_request(scope, await self._read_body(request))
-            if forwarded.target == b"/metrics" and forwarded.replica is None:
-                return await self._metrics(forwarded)
-            for _ in range(ATTEMPTS):
-                answer = cast("Answer", self._replicas.remote(forwarded))
-                try:
-                    head = await anext(answer)
-                except LOST:
-                    logger.warning("a replica died; its request is sent to another one")
-                    continue
-                except BaseException:
-                    answer.cancel()
-                    raise
-                return forwarded_response(scope, head, answer)
-            raise EngineUnavailableError("The replicas that had this request died.")
+            response = await self._respond(scope, forwarded_request(scope, body))
         except APIError as error:
-            return error.response(scope)
+            response = error.response(scope)
+        await response(scope, receive, send)
+
+    async def _respond(self, scope: Scope, request: ForwardedRequest) -> Response:
+        """Return a replica's response. A request that has none yet when its replica dies is sent to another one.
+
+        Raises BadRequestError or EngineUnavailableError.
+        """
+        if request.target == METRICS.encode() and request.replica is None:
+            return await self._metrics(request)
+        for _ in range(ATTEMPTS):
+            answer = cast("Answer", self._replicas.remote(request))
+            try:
+                head = await anext(answer)
+            except httpx.LocalProtocolError:
+                raise BadRequestError("The URL or a header of your request is invalid.") from None
+            except LOST:
+                logger.warning("a replica died; its request is sent to another one")
+                continue
+            except BaseException:
+                answer.cancel()
+                raise
+            return forwarded_response(scope, head, answer)
+        raise EngineUnavailableError("The replicas that had this request died.")
 
     async def _metrics(self, request: ForwardedRequest) -> Response:
-        """Return the metrics of all replicas, or the first error."""
-        pages = await self._replicas.broadcast("fetch", request).results_async(return_exceptions=True)
+        """Return the metrics of the replicas that answer, or the first error.
+
+        Raises EngineUnavailableError if there are none.
+        """
+        try:
+            answers = self._replicas.broadcast("fetch", request)
+            pages = await answers.results_async(return_exceptions=True, timeout_s=2 * FETCH_SECONDS)
+        except TimeoutError:
+            pages = []
         found = [page for page in pages if not isinstance(page, BaseException)]
+        if not found:
+            raise EngineUnavailableError("No replica has answered.")
         for head, body in found:
             if head.status != HTTPStatus.OK:
                 return Response(body, head.status, media_type="application/json")
         return Response(merged({head.replica: body.decode() for head, body in found}), media_type=CONTENT_TYPE_LATEST)
 
-    async def _read_body(self, request: Request) -> bytes:
-        """Return the body. Raises BodyTooLargeError or BodyTimeoutError."""
-        body = bytearray()
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > self._max_body_size:
-                        raise BodyTooLargeError(self._max_body_size)
-        except TimeoutError:
-            raise BodyTimeoutError(BODY_TIMEOUT) from None
-        return bytes(body)
+
+class AppResponse(Response):
+    """The response that an application sends."""
+
+    def __init__(self, app: ASGIApp, scope: Scope) -> None:
+        super().__init__()
+        self._app = app
+        self._scope = scope
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(self._scope, receive, send)
 
 
 def below_prefix(scope: Scope) -> Scope:
     """Return the scope of a request without the application's route prefix, which servers do not know."""
     prefix: str = scope["root_path"]
     raw_path = scope["raw_path"].removeprefix(prefix.encode()) or b"/"
-    return {**scope, "path": scope["path"].removeprefix(prefix) or "/", "raw_path": raw_path}
+    return {**scope, "path": scope["path"].removeprefix(prefix) or "/", "raw_path": raw_path, "state": {}}
 
 
 def forwarded_request(scope: Scope, body: bytes) -> ForwardedRequest:
@@ -124,22 +145,39 @@ def forwarded_response(scope: Scope, head: ResponseHead, answer: Answer) -> Resp
 
 
 async def _body(scope: Scope, content_type: str, answer: Answer) -> AsyncGenerator[bytes, None]:
-    """Yield the body. If the replica dies, a stream ends with an error event; another body is cut off."""
+    """Yield the body, that of a stream by whole events.
+
+    If the replica dies, a stream ends with an error event; another body is cut off.
+    """
+    separator = SEPARATORS.get(content_type.partition(";")[0])
+    begun, num_events = b"", 0
     try:
         async for chunk in answer:
-            yield chunk
+            if separator is None:
+                yield chunk
+                continue
+            events, end, begun = (begun + chunk).rpartition(separator)
+            num_events += events.count(separator) + len(end) // len(separator)
+            if end:
+                yield events + end
+        if begun:
+            yield begun
     except LOST:
-        if not content_type.startswith((SERVER_SENT_EVENTS.media_type, NDJSON.media_type)):
+        if separator is None:
             raise
-        yield last_events(scope, EngineUnavailableError("The replica that generated this answer died."))
+        yield last_events(scope, EngineUnavailableError("The replica that generated this answer died."), num_events)
     finally:
         answer.cancel()
 
 
-def last_events(scope: Scope, error: APIError) -> bytes:
-    """Return the end of a stream that failed, in the format of the API that the request uses."""
+def last_events(scope: Scope, error: APIError, num_events: int) -> bytes:
+    """Return the end of a stream that failed after `num_events`, in the format of the API that the request uses."""
     if is_for_anthropic(scope):
         return b"event: error\ndata: " + error.anthropic_body() + b"\n\n"
     if is_for_ollama(scope):
         return error.ollama_body() + b"\n"
+    if scope["path"].startswith("/v1/responses"):
+        return responses_error_event(error, num_events)
+    if scope["path"].startswith("/lightwell/"):
+        return b"data: " + error.body() + b"\n\n"
     return error_event(error)

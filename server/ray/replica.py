@@ -4,6 +4,7 @@ The supervisor, the API process and the engine are those of `lightwell serve`: a
 nothing of the server runs in Ray's process, whose event loop only copies bytes.
 """
 
+import asyncio
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -29,6 +31,8 @@ logger = logging.getLogger("ray.serve")
 BASE_URL = "http://localhost"
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL for a server without requests
+FETCH_SECONDS = 5.0
+VISIBLE = bytes(range(0x21, 0x7F)).decode()  # characters
 COMMAND = (sys.executable, "-P", "-m", "server.ray.child")
 
 
@@ -58,9 +62,18 @@ def _listens(path: str) -> bool:
 
 
 def outgoing(request: ForwardedRequest) -> httpx.Request:
-    """Return a request for the server."""
-    url = httpx.URL(BASE_URL).copy_with(raw_path=request.target)
-    return httpx.Request(request.method, url, headers=request.headers, content=request.body)
+    """Return a request for the server. Its target stays as it is, apart from bytes that no target may have."""
+    target = quote(request.target, safe=VISIBLE).encode()
+    return httpx.Request(
+        request.method, BASE_URL, headers=request.headers, content=request.body, extensions={"target": target}
+    )
+
+
+def is_refused(error: BaseException | None) -> bool:
+    """Return whether a connection failed since nobody listens, and not for want of files."""
+    while error is not None and not isinstance(error, ConnectionRefusedError | FileNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class Replica:
@@ -96,7 +109,7 @@ class Replica:
 
         Raises httpx.TransportError if the server ends.
         """
-        response = await self._http.send(outgoing(request), stream=True)
+        response = await self._send(request)
         try:
             yield ResponseHead(response.status_code, response.headers.raw, self._id)
             async for chunk in response.aiter_raw():
@@ -105,9 +118,26 @@ class Replica:
             await response.aclose()
 
     async def fetch(self, request: ForwardedRequest) -> tuple[ResponseHead, bytes]:
-        """Return the server's whole response."""
-        response = await self._http.send(outgoing(request))
-        return ResponseHead(response.status_code, response.headers.raw, self._id), response.content
+        """Return the server's whole response. Raises TimeoutError if it takes longer than `FETCH_SECONDS`."""
+        async with asyncio.timeout(FETCH_SECONDS):
+            response = await self._send(request)
+            try:
+                return ResponseHead(response.status_code, response.headers.raw, self._id), await response.aread()
+            finally:
+                await response.aclose()
+
+    async def _send(self, request: ForwardedRequest) -> httpx.Response:
+        """Return the head of the server's response. Ends this process if nobody listens: the server is ending.
+
+        Until its supervisor has ended, Serve would go on sending requests to this replica.
+        """
+        try:
+            return await self._http.send(outgoing(request), stream=True)
+        except httpx.ConnectError as error:
+            if is_refused(error):
+                logger.error("the server does not listen any more")
+                os._exit(1)
+            raise
 
     async def check_health(self) -> None:
         """Raise httpx.HTTPError if the server is to be replaced. While it restarts its engine, it is not."""

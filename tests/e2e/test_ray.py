@@ -60,11 +60,11 @@ def body(text: str, num_tokens: int, **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": messages, "max_tokens": num_tokens, "seed": 1, "ignore_eos": True, **fields}
 
 
-def metric(http: httpx.Client, name: str) -> dict[str, float]:
-    """Return the value of a metric by replica."""
+def metric(http: httpx.Client, name: str, **labels: str) -> float:
+    """Return the sum of the samples of a metric that have these labels."""
     page = http.get("/metrics").raise_for_status().text
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
-    return {sample.labels["replica"]: sample.value for sample in samples if sample.name == name}
+    return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
 
 
 def stream(
@@ -131,12 +131,16 @@ def test_turns_of_a_conversation_meet_the_same_replica(http: httpx.Client) -> No
 
 
 def test_a_stream_ends_in_the_engine_when_its_client_disconnects(http: httpx.Client) -> None:
+    def num_aborts() -> float:
+        return metric(http, "lightwell_request_success_total", finished_reason="abort")
+
+    before = num_aborts()
     with http.stream("POST", CHAT, json=body("Count.", 900, stream=True)) as response:
         lines = response.iter_lines()
         next(lines)
-        wait_until(lambda: sum(metric(http, "lightwell_num_requests_running").values()) == 1, REQUEST_SECONDS)
-    wait_until(lambda: sum(metric(http, "lightwell_num_requests_running").values()) == 0, REQUEST_SECONDS)
-    assert sum(metric(http, "lightwell_generation_tokens_total").values()) > 0
+        wait_until(lambda: metric(http, "lightwell_num_requests_running") == 1, REQUEST_SECONDS)
+    wait_until(lambda: metric(http, "lightwell_num_requests_running") == 0, REQUEST_SECONDS)
+    wait_until(lambda: num_aborts() == before + 1, REQUEST_SECONDS)
 
 
 def test_a_replica_that_is_killed_ends_its_streams_only(cluster: RayCluster, http: httpx.Client) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.ray.ingress import Ingress
 from server.ray.messages import ForwardedRequest, Headers, ResponseHead
+from server.settings.table import Settings
 
 JSON: Headers = [(b"Content-Type", b"application/json"), (b"Date", b"then"), (b"x-request-id", b"r"), (b"x-own", b"1")]
 SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -50,7 +51,7 @@ class Replicas:
     def __init__(self, *answers: Parts) -> None:
         self.answers = [Answer(parts) for parts in answers]
         self.requests: list[ForwardedRequest] = []
-        self.pages: list[Any] = []
+        self.pages: Any = []
 
     def options(self, **options: object) -> "Replicas":
         assert options == {"method_name": "respond", "stream": True}
@@ -64,22 +65,31 @@ class Replicas:
         assert method == "fetch"
         return self
 
-    async def results_async(self, *, return_exceptions: bool) -> list[Any]:
+    async def results_async(self, *, return_exceptions: bool, timeout_s: float) -> list[Any]:
         assert return_exceptions
-        return self.pages
+        assert timeout_s < 60
+        if isinstance(self.pages, Exception):
+            raise self.pages
+        pages: list[Any] = self.pages
+        return pages
 
 
-def ask(replicas: Replicas, path: str = "/v1/chat/completions", **request: Any) -> httpx.Response:
-    """Send a request to an ingress below the route prefix /llm."""
-    ingress = Ingress(replicas, max_body_size=1000)  # type: ignore[arg-type]
+def client_of(replicas: Replicas, **settings: Any) -> httpx.AsyncClient:
+    """Return a client of an ingress below the route prefix /llm."""
+    ingress = Ingress(replicas, Settings(**settings))  # type: ignore[arg-type]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         response = await ingress(Request(scope, receive, send))
         await response(scope, receive, send)
 
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, root_path="/llm"), base_url="http://host")
+
+
+def ask(
+    replicas: Replicas, path: str = "/v1/chat/completions", settings: dict[str, Any] | None = None, **request: Any
+) -> httpx.Response:
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app, root_path="/llm")
-        async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+        async with client_of(replicas, **(settings or {})) as client:
             return await client.request(**{"method": "POST", "url": f"/llm{path}", **request})
 
     return asyncio.run(send())
@@ -113,23 +123,43 @@ def test_a_request_of_which_replicas_go_on_dying_fails() -> None:
     assert "died" in response.json()["error"]["message"]
 
 
+def test_a_head_that_no_server_gets_is_refused() -> None:
+    response = ask(Replicas([httpx.LocalProtocolError("illegal target characters")]))
+    assert response.status_code == 400
+    assert "URL" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
-    ("path", "headers", "last_line", "message_of"),
+    ("path", "headers", "end"),
     [
-        ("/v1/chat/completions", SSE, "data: [DONE]", lambda events: json.loads(events[1][6:])["error"]["message"]),
-        ("/v1/messages", SSE, "", lambda events: json.loads(events[2][6:])["error"]["message"]),
-        ("/api/chat", NDJSON, "", lambda events: json.loads(events[1])["error"]),
+        ("/v1/chat/completions", SSE, ['data: {"error":{"message":"...', "data: [DONE]"]),
+        ("/v1/messages", SSE, ["event: error", 'data: {"type":"error","error":{']),
+        ("/v1/responses", SSE, ["event: error", 'data: {"type":"error","sequence_number":2,']),
+        ("/lightwell/v1/events", SSE, ['data: {"error":{"message":"...']),
+        ("/api/chat", NDJSON, ['{"error":"...']),
     ],
 )
-def test_a_stream_whose_replica_dies_ends_with_an_error(
-    path: str, headers: Headers, last_line: str, message_of: Callable[[list[str]], str]
-) -> None:
-    begin = b"{}\n" if headers is NDJSON else b"data: {}\n\n"
-    response = ask(Replicas([ResponseHead(200, headers, "one"), begin, RayActorError()]), path)
-    lines = [line for line in response.text.splitlines() if line]
-    assert response.text.startswith(begin.decode())
-    assert "died" in message_of(lines)
-    assert response.text.rstrip("\n").endswith(last_line)
+def test_a_stream_whose_replica_dies_ends_with_an_error(path: str, headers: Headers, end: list[str]) -> None:
+    """What has come of the next event is left out, since the error would become part of it."""
+    is_lines = headers is NDJSON
+    whole = b"{}\n{}\n" if is_lines else b"data: {}\n\ndata: {}\n\n"
+    half = b'{"a":' if is_lines else b'data: {"a":'
+    chunks: Parts = [whole[:3], whole[3:9], whole[9:] + half]
+    response = ask(Replicas([ResponseHead(200, headers, "one"), *chunks, RayActorError()]), path)
+    assert response.text.startswith(whole.decode())
+    lines = [line for line in response.text[len(whole) :].splitlines() if line]
+    message = "The replica that generated this answer died."
+    assert message in response.text
+    assert len(lines) == len(end)
+    for line, begin in zip(lines, end, strict=True):
+        assert line.replace(message, "...").startswith(begin)
+    assert response.text.endswith("\n" if is_lines else "\n\n")
+
+
+@pytest.mark.parametrize("headers", [SSE, NDJSON, JSON])
+def test_bodies_are_passed_on_as_they_are(headers: Headers) -> None:
+    chunks: Parts = [b"a\n", b"\nb\n\nc\n", b"", b"\nd", b"e"]
+    assert ask(Replicas([ResponseHead(200, headers, "one"), *chunks])).text == "a\n\nb\n\nc\n\nde"
 
 
 def test_another_answer_whose_replica_dies_is_cut_off() -> None:
@@ -143,9 +173,48 @@ def test_bodies_that_are_too_large_are_refused() -> None:
             yield b"x" * 300
 
     for content in (b"x" * 1001, chunks()):
-        response = ask(Replicas(), content=content)
+        response = ask(Replicas(), settings={"max_body_size": 1000}, content=content)
         assert response.status_code == 413
         assert "1000" in response.json()["error"]["message"]
+
+
+def test_a_body_is_read_after_the_key_of_its_request() -> None:
+    sizes = []
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        for _ in range(2):
+            sizes.append(300)
+            yield b"x" * 300
+
+    assert ask(Replicas(), settings={"api_key": ("k",)}, content=chunks()).status_code == 401
+    assert sizes == []
+    replicas = Replicas([ResponseHead(200, JSON, "one"), b"{}"])
+    answer = ask(replicas, settings={"api_key": ("k",)}, content=chunks(), headers={"authorization": "Bearer k"})
+    assert (answer.status_code, len(replicas.requests[0].body)) == (200, 600)
+
+
+def test_bodies_share_the_memory() -> None:
+    replicas = Replicas([ResponseHead(200, JSON, "one"), b"{}"])
+
+    async def post_two() -> tuple[httpx.Response, httpx.Response]:
+        first_came = asyncio.Event()
+
+        async def never_ends() -> AsyncGenerator[bytes, None]:
+            yield b"x" * 30_000
+            first_came.set()
+            await asyncio.sleep(3600)
+
+        async def after_the_first() -> AsyncGenerator[bytes, None]:
+            await first_came.wait()
+            yield b"x" * 30_000
+
+        async with client_of(replicas, max_buffered_bytes=50_000) as client:
+            first = client.post("/llm/v1/completions", content=never_ends())
+            second = client.post("/llm/v1/completions", content=after_the_first())
+            return await asyncio.gather(first, second)
+
+    refused, answered = asyncio.run(post_two())
+    assert (refused.status_code, answered.status_code) == (503, 200)
 
 
 def test_metrics_are_those_of_all_replicas() -> None:
@@ -160,6 +229,13 @@ def test_metrics_are_those_of_all_replicas() -> None:
     ]
     replicas.pages = [(ResponseHead(401, JSON, "a"), b"{}")]
     assert ask(replicas, "/metrics", method="GET").status_code == 401
+
+
+@pytest.mark.parametrize("pages", [[], [RayActorError(), TimeoutError()], TimeoutError()])
+def test_metrics_of_no_replica(pages: Any) -> None:
+    replicas = Replicas()
+    replicas.pages = pages
+    assert ask(replicas, "/metrics", method="GET").status_code == 503
 
 
 def test_metrics_of_one_replica() -> None:

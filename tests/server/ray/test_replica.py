@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from server.ray.messages import ForwardedRequest, ResponseHead
 from server.ray.replica import Replica
@@ -20,11 +21,12 @@ from tests.support.processes import wait_for_end_of
 from tests.support.server_process import MODEL
 from tests.support.serving import wait_until
 
-SECONDS = 20.0  # for processes to end, on a busy machine
+SECONDS = 60.0  # for processes to end, on a busy machine
 
 
 @pytest.fixture(autouse=True)
 def _a_replica_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.ray.replica.FETCH_SECONDS", SECONDS)
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
     monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
 
@@ -59,10 +61,17 @@ def request(body: dict[str, Any] | None = None, path: str = "/v1/completions") -
     return ForwardedRequest("POST" if body else "GET", path.encode(), headers, content, None, None)
 
 
-async def num_running(replica: Replica) -> float:
+async def metric(replica: Replica, name: str, **labels: str) -> float:
     _, page = await replica.fetch(request(path="/metrics"))
-    (line,) = [line for line in page.decode().splitlines() if line.startswith("lightwell_num_requests_running{")]
-    return float(line.split()[-1])
+    families = text_string_to_metric_families(page.decode())
+    samples = [sample for family in families for sample in family.samples if sample.name == f"lightwell_{name}"]
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+
+async def wait_for(replica: Replica, value: float, name: str, **labels: str) -> None:
+    async with asyncio.timeout(SECONDS):
+        while await metric(replica, name, **labels) != value:
+            pass
 
 
 def test_requests_streams_and_cancellation(smollm2_path: Path) -> None:
@@ -72,14 +81,49 @@ def test_requests_streams_and_cancellation(smollm2_path: Path) -> None:
         assert json.loads(body)["usage"]["completion_tokens"] == 4
         head, _ = await replica.fetch(request(path="/lightwell/v1/steps"))
         assert head.status == 403, "without keys, other machines see nothing of the engine"
-        endless = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
-        async with aclosing(replica.respond(request(endless))) as parts:
+        endless = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True}
+        async with aclosing(replica.respond(request(endless | {"stream": True}))) as parts:
             assert isinstance(await anext(parts), ResponseHead)
             assert isinstance(await anext(parts), bytes)
-            assert await num_running(replica) == 1
+            assert await metric(replica, "num_requests_running") == 1
+        await wait_for(replica, 1, "request_success_total", finished_reason="abort")
+        answer = asyncio.create_task(replica.fetch(request(endless)))  # not streamed
+        await wait_for(replica, 1, "num_requests_running")
+        answer.cancel()
+        await wait_for(replica, 2, "request_success_total", finished_reason="abort")
+        for target, status in (("/v1/../metrics", 404), ("/healthz?q=\u00e9", 200), ("*", 404)):
+            head, _ = await replica.fetch(request(path=target))
+            assert (target, head.status) == (target, status)
+        head, _ = await replica.fetch(request(path=f"/healthz?{'x' * 70_000}"))
+        assert 400 <= head.status < 500
+
+    run(smollm2_path, use)
+
+
+def api_process() -> psutil.Process:
+    (found,) = [child for child in supervisor().children() if "server.main" in " ".join(child.cmdline())]
+    return found
+
+
+def test_a_server_that_hangs_or_loses_its_api(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr("server.ray.replica.FETCH_SECONDS", 0.5)
+
+    async def use(replica: Replica) -> None:
+        supervisor().suspend()  # so that it does not end
+        api = api_process()
+        api.suspend()
         async with asyncio.timeout(SECONDS):
-            while await num_running(replica) > 0:
-                pass
+            with pytest.raises(TimeoutError):
+                await replica.fetch(request(path="/metrics"))
+        assert statuses == []
+        api.kill()
+        wait_until(lambda: api.status() == psutil.STATUS_ZOMBIE, SECONDS)
+        with pytest.raises(httpx.ConnectError):
+            await anext(replica.respond(request(path="/metrics")))
+        assert statuses == [1]
+        supervisor().resume()
 
     run(smollm2_path, use)
 
