@@ -35,7 +35,6 @@ TESTED_ELSEWHERE = {
     "engine/config/rope.py": "tests/engine/model/test_rotary.py",
     "engine/config/structs.py": "tests/engine/config/test_huggingface.py",
     "engine/distributed/collectives.py": "tests/engine/test_promise.py",
-    "engine/distributed/execution.py": "tests/engine/test_promise.py",
     "engine/distributed/parallelize.py": "tests/parity/test_tensor_parallel.py",
     "engine/distributed/part.py": "tests/parity/test_tensor_parallel.py",
     "engine/execution/cpu_program.py": "tests/engine/test_runner.py",

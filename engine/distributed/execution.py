@@ -39,6 +39,7 @@ class LeadingExecution:
         self.execution = execution
         self.group = group
         self.message = message
+        self.max_logit_rows = execution.max_logit_rows
         self.uncaptured: list[int] = []
 
     def capture_next(self) -> None:
@@ -52,6 +53,9 @@ class LeadingExecution:
         return self.execution.compute_hidden(rows)  # which are the same on all ranks
 
     def compute_logits(self, rows: Tensor) -> Tensor:
+        """Compute the logits in one run for each command: a second run would write to memory that ranks still read."""
+        if len(rows) > self.max_logit_rows:
+            return torch.cat([self.compute_logits(some).clone() for some in torch.split(rows, self.max_logit_rows)])
         self.message.write_rows(rows)
         with self.group.everywhere(Command.LOGITS):
             return self.execution.compute_logits(rows)

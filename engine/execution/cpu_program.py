@@ -35,8 +35,8 @@ class CpuExecution:
         with kernels.recording(self.forward_program, index_rows, num_seqs):
             hidden = model.forward(batch, kv_cache)
         max_num_seqs = len(batch.block_tables[0])
-        num_logit_rows = max(MIN_LOGIT_ROWS, min(len(batch.token_ids), LOGIT_ROWS_PER_SEQ * max_num_seqs))
-        self.logit_rows = torch.zeros(num_logit_rows, dtype=torch.int64)
+        self.max_logit_rows = max(MIN_LOGIT_ROWS, min(len(batch.token_ids), LOGIT_ROWS_PER_SEQ * max_num_seqs))
+        self.logit_rows = torch.zeros(self.max_logit_rows, dtype=torch.int64)
         self.num_logit_rows = np.zeros(2, dtype=np.int64)  # RowCounts
         self.logits_program = Program(kernels.library, kernels.team)
         index_rows = {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}
@@ -67,10 +67,10 @@ class CpuExecution:
     def _compute(self, program: Program, out: Tensor, rows: Tensor) -> Tensor:
         """Return the rows that `program` writes to `out`, in pieces if they do not fit into the buffer.
 
-        The rows that a step samples always fit.
+        The rows that a step samples fit, unless it has long drafts.
         """
-        if len(rows) > len(self.logit_rows):
-            parts = torch.split(rows, len(self.logit_rows))
+        if len(rows) > self.max_logit_rows:
+            parts = torch.split(rows, self.max_logit_rows)
             return torch.cat([self._compute(program, out, some).clone() for some in parts])
         num_rows = len(rows)
         self.logit_rows[:num_rows] = rows

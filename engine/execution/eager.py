@@ -1,5 +1,6 @@
 """Run a model operation by operation."""
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,7 @@ class EagerExecution:
         self.model = model
         self.kv_cache = kv_cache
         self.hidden: Tensor | None = None
+        self.max_logit_rows = sys.maxsize
         self.uncaptured: list[int] = []
 
     def capture_next(self) -> None:

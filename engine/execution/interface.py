@@ -15,6 +15,7 @@ OBSERVED_LOGIT_ROWS = 4  # that are computed at once: with the weights of an LM 
 class Execution(Protocol):
     """A model that is ready to run step after step in the same buffers."""
 
+    max_logit_rows: int  # whose logits one run of the model's head computes
     uncaptured: list[int]  # batch sizes whose CUDA graphs are still to be captured, the next one last
 
     def capture_next(self) -> None:

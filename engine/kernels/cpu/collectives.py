@@ -2,7 +2,7 @@
 
 Each process writes its part to its own slot, waits until all have written theirs, and reads all slots. Successive
 exchanges use two sets of slots in turn: once a process writes to a set again, all have written to the other one, and so
-have read this.
+have read this. All have to meet in another way before a recorded program runs again, which begins with the same sets.
 """
 
 from __future__ import annotations
