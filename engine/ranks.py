@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from engine.config import EngineProcessConfig, load_model_config
 from engine.distributed.adapters import ShardedAdapters
-from engine.distributed.cores import use_own_cores
+from engine.distributed.cores import check_cores, use_own_cores
 from engine.distributed.execution import lead
 from engine.distributed.group import Leader
 from engine.distributed.plan import check_num_ranks
@@ -31,8 +32,12 @@ def load(
     if num_ranks == 1:
         return load_model(config, clock, progress)
     check_num_ranks(load_model_config(Path(config.model_path)), num_ranks)
+    binds = config.cpu_affinity == "auto"
+    if binds:
+        check_cores(len(os.sched_getaffinity(0)), num_ranks)
     group = Leader(process_config, on_rank_death)  # whose processes inherit the cores that this one may use
-    use_own_cores(0, num_ranks, binds=config.cpu_affinity == "auto")
-    loaded = load_model(config, clock, progress, group)
+    use_own_cores(0, num_ranks, binds=binds)
+    with group.loading():
+        loaded = load_model(config, clock, progress, group)
     assert isinstance(loaded.adapters, ShardedAdapters)
     return dataclasses.replace(loaded, runner=lead(group, loaded.runner, loaded.adapters))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +13,9 @@ import torch
 from engine.distributed.plan import divide
 
 NODES = Path("/sys/devices/system/node")
+TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/{}"
+
+Place = tuple[int, ...]  # NUMA node, package and core, as far as they are known
 
 
 def use_own_cores(rank: int, num_ranks: int, *, binds: bool) -> None:
@@ -23,32 +28,47 @@ def use_own_cores(rank: int, num_ranks: int, *, binds: bool) -> None:
     share = divide(num_threads, num_ranks, 1)[rank]
     num_own = share.stop - share.start
     if binds:
-        own = own_cores(os.sched_getaffinity(0), node_of_cores(), rank, num_ranks)
+        allowed = os.sched_getaffinity(0)
+        own = own_cores(allowed, places_of(allowed), rank, num_ranks)
         os.sched_setaffinity(0, own)
         num_own = min(max(1, num_own), len(own))
     torch.set_num_threads(max(1, num_own))
 
 
-def own_cores(allowed: set[int], nodes: dict[int, int], rank: int, num_ranks: int) -> set[int]:
-    """Return a rank's share of the cores that this process may use, in node order, so that few ranks have two nodes.
-
-    Raises ValueError if there are fewer cores than ranks.
-    """
-    if len(allowed) < num_ranks:
+def check_cores(num_cores: int, num_ranks: int) -> None:
+    """Raise ValueError if there are fewer cores than ranks."""
+    if num_cores < num_ranks:
         raise ValueError(
-            f"--cpu-affinity auto: {num_ranks} ranks need a core each, but this process may use {len(allowed)}"
+            f"--cpu-affinity auto: {num_ranks} ranks need a core each, but this process may use {num_cores}"
         )
-    cores = sorted(allowed, key=lambda core: (nodes.get(core, 0), core))
+
+
+def own_cores(allowed: set[int], places: Mapping[int, Place], rank: int, num_ranks: int) -> set[int]:
+    """Return a rank's share of the cores that this process may use, in the order of their places.
+
+    So few ranks have two nodes, and hardware threads of a core stay together. Raises ValueError if there are fewer
+    cores than ranks.
+    """
+    check_cores(len(allowed), num_ranks)
+    cores = sorted(allowed, key=lambda core: (places.get(core, ()), core))
     return set(cores[divide(len(cores), num_ranks, 1)[rank]])
 
 
-def node_of_cores() -> dict[int, int]:
-    """Return the NUMA node of each core of this machine; nothing if the kernel does not tell."""
+def places_of(cores: set[int]) -> dict[int, Place]:
+    """Return the places of cores of this machine."""
     nodes: dict[int, int] = {}
     for path in NODES.glob("node[0-9]*/cpulist"):
         node = int(path.parent.name.removeprefix("node"))
         nodes |= dict.fromkeys(parse_cores(path.read_text()), node)
-    return nodes
+    return {core: (nodes.get(core, 0), *package_and_core(core)) for core in cores}
+
+
+def package_and_core(cpu: int) -> Place:
+    """Return the numbers of the package and the core of a hardware thread, or nothing if they cannot be read."""
+    with suppress(OSError, ValueError):
+        names = ("physical_package_id", "core_id")
+        return tuple(int(Path(TOPOLOGY.format(cpu, name)).read_text()) for name in names)
+    return ()
 
 
 def parse_cores(text: str) -> list[int]:

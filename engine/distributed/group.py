@@ -26,6 +26,8 @@ from engine.kernels.interface import Kernels
 
 LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher", "engine.rank")
 LOAD_SECONDS = 3600.0  # for all ranks to load their weights
+END_SECONDS = 5.0  # between the loss of a connection and the end of its process
+LOAD_GRACE = 30.0  # seconds for this rank to report why it cannot load either
 DONE = b"\0"
 
 logger = logging.getLogger("lightwell.engine")
@@ -97,7 +99,9 @@ class Leader(RankGroup):
         memory = SharedMemory()
         self._connections: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._is_closing = False
+        self._ranks: dict[int, int] = {}  # by the descriptor of their process
+        self._is_closing = threading.Event()
+        self._grace = 0.0
         self._on_death = on_death
         store = os.memfd_create("lightwell-store")  # which needs no name, and ends with the group
         for rank in range(1, num_ranks):
@@ -124,6 +128,7 @@ class Leader(RankGroup):
             stdin.write(msgspec.json.encode(rank_config))
         self._connections.append(own)
         self._processes.append(process)
+        self._ranks[os.pidfd_open(process.pid)] = rank
 
     @contextmanager
     def everywhere(self, command: Command) -> Iterator[None]:
@@ -131,34 +136,48 @@ class Leader(RankGroup):
 
         If this rank's part fails, the group cannot go on: the others wait for it in vain.
         """
-        for connection in self._connections:
-            connection.sendall(bytes([command]))
         try:
+            for connection in self._connections:
+                connection.sendall(bytes([command]))
             yield
+            for connection in self._connections:
+                if connection.recv(1) != DONE:
+                    raise ConnectionError("a rank has closed its connection")
         except Exception as error:
-            self._on_death(f"rank 0 of {self.num_ranks} has failed: {error or type(error).__name__}")
+            self._watcher.join(END_SECONDS)  # if another rank's end is the cause, it is reported
+            if self._watcher.is_alive():
+                self._on_death(f"rank 0 of {self.num_ranks} has failed: {error or type(error).__name__}")
             raise
-        for connection in self._connections:
-            if connection.recv(1) != DONE:
-                self._watcher.join()  # which knows more, and ends this process
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """While the caller loads its part, give it time to report why it cannot if another rank ends.
+
+        What one rank finds wrong with the model or the settings, all do.
+        """
+        self._grace = LOAD_GRACE
+        yield
+        self._grace = 0.0
 
     def _watch(self) -> None:
         """Wait until a rank ends, and report it."""
         poll = select.poll()
-        ranks = {os.pidfd_open(process.pid): index + 1 for index, process in enumerate(self._processes)}
-        for descriptor in ranks:
+        for descriptor in self._ranks:
             poll.register(descriptor, select.POLLIN)
-        ended = ranks[poll.poll()[0][0]]
+        ended = self._ranks[poll.poll()[0][0]]
         code = self._processes[ended - 1].wait()
-        for descriptor in ranks:
+        for descriptor in self._ranks:
             os.close(descriptor)
-        if not self._is_closing:
-            how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-            self._on_death(f"rank {ended} of {len(self._processes) + 1} {how}")
+        how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        what = f"rank {ended} of {len(self._processes) + 1} {how}"
+        if self._grace and not self._is_closing.is_set():
+            logger.error("%s", what)
+        if not self._is_closing.wait(self._grace):
+            self._on_death(what)
 
     def close(self) -> None:
         """End the other ranks."""
-        self._is_closing = True
+        self._is_closing.set()
         for connection in self._connections:
             connection.close()
         for process in self._processes:

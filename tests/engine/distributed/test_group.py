@@ -1,6 +1,8 @@
 """The processes of a group: how they find each other, and how their end is noticed."""
 
+import os
 import queue
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig, EngineProcessConfig
-from engine.distributed.group import Leader
+from engine.distributed.group import Command, Leader
 from tests.support.tiny_models import save_random_model
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
@@ -39,11 +41,40 @@ def rank_process() -> psutil.Process:
     return process
 
 
+def lose_rank() -> None:
+    """Do what a collective does when another rank is killed."""
+    rank_process().kill()
+    raise RuntimeError("Connection reset by peer")
+
+
 def test_the_end_of_a_rank_is_reported(folder: Path) -> None:
     deaths: queue.Queue[str] = queue.Queue()
     with started(folder, deaths):
         rank_process().kill()
         assert deaths.get(timeout=SECONDS) == "rank 1 of 2 was killed by SIGKILL"
+
+
+def test_a_connection_that_breaks_is_no_failure_of_rank_0(folder: Path) -> None:
+    """The collective that fails in rank 0 knows less than the end of the other rank tells."""
+    deaths: queue.Queue[str] = queue.Queue()
+    with started(folder, deaths) as group:
+        with pytest.raises(RuntimeError), group.everywhere(Command.FORWARD):
+            lose_rank()
+        assert deaths.get(timeout=SECONDS) == "rank 1 of 2 was killed by SIGKILL"
+        assert deaths.empty()
+        with pytest.raises(OSError), group.everywhere(Command.FORWARD):
+            pass
+        assert deaths.empty()
+
+
+def test_a_rank_that_ends_while_the_model_is_loaded(tmp_path: Path) -> None:
+    """What is wrong with the model or the settings is for rank 0 to report."""
+    deaths: queue.Queue[str] = queue.Queue()
+    with started(tmp_path, deaths) as group, group.loading():
+        assert select.select([os.pidfd_open(rank_process().pid)], [], [], SECONDS)[0]
+        with pytest.raises(queue.Empty):
+            deaths.get(timeout=1)
+    assert deaths.empty()
 
 
 def test_a_rank_that_cannot_load_its_part(tmp_path: Path) -> None:
