@@ -92,7 +92,7 @@ def load_model(
     part = WholeModel(model_config) if group is None else ModelPart(model_config, path, group)
     config = part.settings(config)
     number = config.data_parallel_rank * part.num_ranks + part.rank
-    device = choose_device(config.device, number, config.data_parallel_size)
+    device = choose_device(config.device, number, config.data_parallel_size, part.num_ranks)
     card = CudaMemory(device, config.gpu_memory_utilization) if device.type == "cuda" else None
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
@@ -105,8 +105,8 @@ def load_model(
     sizes = ContextSizes(part.config, config, limits.max_num_batched_tokens, kernels)
     device_memory.reserved = least_weight_bytes(path) // part.num_ranks
     check_weight_memory(device_memory.reserved, free)
-    part.least()  # no rank has loaded weights before
     max_model_len = plan_memory(sizes, config, limits.max_model_len, device_memory).max_model_len
+    part.least()  # no rank loads weights before all have seen what is free
     clock.lap("kernels")
     parameters = load_parameters(part, path, model_config, dtype, kernels, device, progress)
     weight_bytes = parameters.num_bytes
@@ -275,10 +275,10 @@ def kernel_options(
     )
 
 
-def choose_device(name: str, number: int = 0, num_engines: int = 1) -> torch.device:
+def choose_device(name: str, number: int = 0, num_engines: int = 1, num_ranks: int = 1) -> torch.device:
     """Return the device called `name` (auto, cpu, cuda or cuda:N), a GPU always with its index.
 
-    `number` is that of this process among those of all engines, each of which needs a GPU. Raises ValueError.
+    `number` is that of this process among the ranks of all engines, each of which needs a GPU. Raises ValueError.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +292,8 @@ def choose_device(name: str, number: int = 0, num_engines: int = 1) -> torch.dev
     index = (device.index or 0) + number
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= num_devices:
-        which = f", engine {number} of {num_engines}" if num_engines > 1 else f", rank {number}" if number else ""
+        which = f", engine {number // num_ranks} of {num_engines}" if num_engines > 1 else ""
+        which += f", rank {number % num_ranks}" if num_ranks > 1 else ""
         raise ValueError(f"--device {name}{which}: torch finds {num_devices} CUDA devices here")
     return torch.device("cuda", index)  # without an index, torch does not make it the current device
 

@@ -40,6 +40,7 @@ FINGERPRINT_BYTES = 1024 * 1024  # read at the start, the middle and the end of 
 def engine_info(loaded: LoadedModel, model_path: str) -> EngineInfo:
     """Return the description of the engine that API processes receive when it is ready."""
     deterministic = loaded.runner.kernels.deterministic
+    num_ranks = loaded.num_ranks  # whose parts are of about the same size
     return EngineInfo(
         pid=os.getpid(),
         max_model_len=loaded.limits.max_model_len,
@@ -54,9 +55,10 @@ def engine_info(loaded: LoadedModel, model_path: str) -> EngineInfo:
         fingerprint=fingerprint(model_path, loaded),
         max_loras=loaded.adapters.max_loras,
         max_num_batched_tokens=loaded.limits.max_num_batched_tokens,
-        weight_bytes=loaded.weight_bytes,
-        kv_cache_bytes=loaded.memory.kv_cache_bytes,
-        activation_bytes=loaded.memory.activation_bytes,
+        num_ranks=num_ranks,
+        weight_bytes=num_ranks * loaded.weight_bytes,
+        kv_cache_bytes=num_ranks * loaded.memory.kv_cache_bytes,
+        activation_bytes=num_ranks * loaded.memory.activation_bytes,
     )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from engine.lora.checkpoint import LoraMatrices
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
 from engine.weights import Weight
-from engine.weights.packed import select_rows
+from engine.weights.packed import PackedTensor, select_rows
 from engine.weights.quantized import FLOAT8_BLOCK
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -60,8 +61,8 @@ def _part(name: str, weight: Weight, plan: ShardingPlan, dtype: torch.dtype) -> 
     parts = plan.parts(name, rule.axis, weight.shape[rule.dim])
     part = parts[plan.rank]
     if rule.dim == 0:
-        rows = select_rows(weight, part)
-        return rows.clone() if isinstance(rows, Tensor) else rows  # a view would keep the rest
+        is_mapped = isinstance(weight, PackedTensor)
+        return select_rows(weight, part if is_mapped else np.arange(part.start, part.stop))  # a view keeps the rest
     if isinstance(weight, Tensor):
         return weight[:, part].clone()
     if any(border % weight.column_block for some in parts for border in (some.start, some.stop)):

@@ -108,7 +108,8 @@ class HostMemory:
         return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(self.free() * CPU_MEMORY_SHARE) - table_bytes)
 
     def explain(self, full_length_bytes: int, table_bytes: int, config: EngineConfig) -> str:
-        return f"--kv-cache-memory {-(-full_length_bytes // MIB)}MiB or more"
+        of_all = config.tensor_parallel_size * full_length_bytes
+        return f"--kv-cache-memory {-(-of_all // MIB)}MiB or more"
 
 
 class CudaMemory:
@@ -233,8 +234,11 @@ def plan_memory(
     request of `max_model_len` tokens, or if `kv_cache_memory` is more than is free.
     """
     requested, free = engine_config.kv_cache_memory, memory.free()
+    num_ranks = engine_config.tensor_parallel_size  # this is one, but messages are about all
     if requested is not None and requested > free:
-        raise ValueError(f"--kv-cache-memory {requested // MIB}MiB: only {max(0, free) // MIB} MiB are free")
+        raise ValueError(
+            f"--kv-cache-memory {num_ranks * requested // MIB}MiB: only {num_ranks * max(0, free) // MIB} MiB are free"
+        )
 
     def table_bytes(length: int) -> int:
         return sizes.table_bytes(length, has_rotary=has_rotary)
@@ -250,9 +254,9 @@ def plan_memory(
         shorter = f"--max-model-len {length} or less, or " if length else ""
         limiting = memory if requested is None else HostMemory()
         raise ValueError(
-            f"a KV cache of {budget(length) / MIB:.0f} MiB holds {length} tokens, but one request of "
-            f"max_model_len {max_model_len} needs {min_bytes / MIB:.0f} MiB ({sizes.describe()}); use {shorter}"
-            f"{limiting.explain(min_bytes, table_bytes(max_model_len), engine_config)}"
+            f"a KV cache of {num_ranks * budget(length) / MIB:.0f} MiB holds {length} tokens, but one request of "
+            f"max_model_len {max_model_len} needs {num_ranks * min_bytes / MIB:.0f} MiB ({sizes.describe()}); "
+            f"use {shorter}{limiting.explain(min_bytes, table_bytes(max_model_len), engine_config)}"
         )
     min_blocks = sizes.num_blocks(length)
     num_blocks = max(min_blocks, budget(length) // sizes.block_bytes)  # the free memory may have changed since

@@ -223,6 +223,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str  # identifies the weights, the version and the settings that affect the output
     max_loras: int = 0  # LoRA adapters that can be loaded at a time
     max_num_batched_tokens: int = 0  # of a step
+    num_ranks: int = 1  # processes that have a part of the model each; the bytes are of all together
     weight_bytes: int = 0
     kv_cache_bytes: int = 0
     activation_bytes: int = 0  # of the largest step; 0: not measured

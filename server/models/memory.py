@@ -13,7 +13,7 @@ from server.settings.process_configs import ServedModelConfig
 from server.settings.table import Settings
 from server.weight_files import WeightFiles
 
-HOST_RESERVE = 384 * MIB  # the engine's process with its libraries, and the activations of a step on a CPU
+HOST_RESERVE = 384 * MIB  # a process of the engine with its libraries, and the activations of a step on a CPU
 MIN_TOKENS = 4096  # of context, that a KV cache of default size must hold
 BYTES_PER_PARAMETER = {"int8": 1.125, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
@@ -25,7 +25,8 @@ def least_memory(config: ServedModelConfig, files: WeightFiles) -> int:
     """
     settings, path = config.settings, Path(config.path)
     weights = weight_bytes(files, settings)
-    return weights + kv_cache_bytes(_shape(path), settings) + (HOST_RESERVE if is_on_host(settings) else GPU_RESERVE)
+    reserve = settings.tensor_parallel_size * (HOST_RESERVE if is_on_host(settings) else GPU_RESERVE)
+    return weights + kv_cache_bytes(_shape(path), settings) + reserve
 
 
 def weight_bytes(files: WeightFiles, settings: Settings) -> int:
@@ -69,7 +70,7 @@ def _gpu_number(settings: Settings) -> int:
 
 def memory_taken(info: EngineInfo) -> int:
     """Return the bytes of host memory that an engine holds, or will hold when its KV cache has been used."""
-    return info.weight_bytes + info.kv_cache_bytes + info.activation_bytes + HOST_RESERVE
+    return info.weight_bytes + info.kv_cache_bytes + info.activation_bytes + info.num_ranks * HOST_RESERVE
 
 
 class Room(NamedTuple):

@@ -57,6 +57,8 @@ def test_each_of_several_engines_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_device("cpu", 1, 2) == CPU
     with pytest.raises(ValueError, match="--device cuda, engine 2 of 3: torch finds 2 CUDA devices here"):
         choose_device("cuda", 2, 3)
+    with pytest.raises(ValueError, match="--device cuda, engine 1 of 2, rank 2: torch finds 2 CUDA devices here"):
+        choose_device("cuda", 5, 2, num_ranks=3)
     with pytest.raises(ValueError, match="--device cuda:1: 2 engines need a GPU each; use --device cuda"):
         choose_device("cuda:1", 1, 2)
 

@@ -45,6 +45,13 @@ def test_parts_together_are_the_whole(form: str) -> None:
         assert torch.equal(torch.cat([numbers(part) for part in parts], dim=dim), numbers(weight))
 
 
+@pytest.mark.parametrize("form", ["float32", "uint4", "uint8", "float8"])
+def test_parts_of_rows_do_not_keep_the_whole(form: str) -> None:
+    for part in parts_of(UP, weight_of(form, WIDTH, 256), plans(3, config(9, 3, WIDTH))):
+        tensors = [part] if isinstance(part, Tensor) else [part.codes, part.scales]
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+
+
 def test_packed_columns_are_unpacked_where_ranks_cut_their_blocks() -> None:
     weight = weight_of("q4_k", 64, WIDTH)
     parts = parts_of(DOWN, weight, plans(9, config(9, 3, WIDTH), 256))

@@ -4,6 +4,7 @@ import re
 from contextlib import nullcontext
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -110,6 +111,17 @@ def test_more_than_the_machine_has_is_refused(free_memory: int) -> None:
     """Otherwise an allocation would fail, or the operating system would kill the process later."""
     with pytest.raises(ValueError, match=r"--kv-cache-memory.*64 MiB"):
         plan(100, kv_cache_memory=65 * MIB)
+
+
+def test_what_is_asked_for_and_suggested_is_the_memory_of_all_ranks(free_memory: int) -> None:
+    config = EngineConfig(model_path="", kv_cache_memory=MIB, max_model_len=5000, tensor_parallel_size=3)
+    needed = -(-5000 // config.block_size) * config.block_size * TOKEN_BYTES
+    with pytest.raises(ValueError, match=f"--kv-cache-memory {-(-3 * needed // MIB)}MiB or more") as caught:
+        plan_memory(sizes(config), config, 5000, HostMemory())
+    assert str(caught.value).startswith("a KV cache of 3 MiB holds")
+    config = msgspec.structs.replace(config, kv_cache_memory=65 * MIB)
+    with pytest.raises(ValueError, match="--kv-cache-memory 195MiB: only 192 MiB are free"):
+        plan_memory(sizes(config), config, 5000, HostMemory())
 
 
 # The context of the model's file, which may be longer than memory holds.
