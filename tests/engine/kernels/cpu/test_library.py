@@ -27,7 +27,7 @@ def test_functions() -> None:
 
 def test_every_structure_is_checked() -> None:
     names = {kind.__name__ for kind in STRUCTURES}
-    assert len(STRUCTURES) == 30
+    assert len(STRUCTURES) == 31
     assert {"Call", "RowCounts", "AttentionPlan", "SampledRow", "LinearParameters"} <= names
 
 
