@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -162,6 +163,22 @@ def test_a_replica_that_is_killed_ends_its_streams_only(cluster: RayCluster, htt
         assert {end.result()["choices"][0]["finish_reason"] for end in ends[1::2]} == {"length"}
     wait_until(lambda: len(cluster.replicas()) == 2 and victim not in cluster.replicas(), SCALE_SECONDS)
     assert all(http.post(CHAT, json=body(f"Question {number}", 4)).status_code == 200 for number in range(8))
+
+
+def test_requests_go_on_when_the_api_process_of_a_replica_dies(cluster: RayCluster, http: httpx.Client) -> None:
+    before = cluster.replicas()
+    victim = http.post(CHAT, json=body("Where am I?", 1)).headers[REPLICA]
+    (api,) = [
+        child for child in psutil.Process(before[victim]).children(recursive=True) if "server.main" in child.cmdline()
+    ]
+    supervisor = api.parent()
+    assert supervisor is not None
+    supervisor.suspend()  # so that it does not end the replica
+    api.kill()
+    answer = http.post(CHAT, json=body("Where am I?", 1))
+    assert answer.status_code == 200
+    assert answer.headers[REPLICA] != victim
+    wait_until(lambda: len(cluster.replicas()) == 2 and victim not in cluster.replicas(), SCALE_SECONDS)
 
 
 def test_no_request_fails_while_replicas_are_added_and_removed(
