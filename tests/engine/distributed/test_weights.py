@@ -48,6 +48,7 @@ def test_parts_together_are_the_whole(form: str) -> None:
 @pytest.mark.parametrize("form", ["float32", "uint4", "uint8", "float8"])
 def test_parts_of_rows_do_not_keep_the_whole(form: str) -> None:
     for part in parts_of(UP, weight_of(form, WIDTH, 256), plans(3, config(9, 3, WIDTH))):
+        assert isinstance(part, Tensor | GroupQuantized | Float8Tensor)
         tensors = [part] if isinstance(part, Tensor) else [part.codes, part.scales]
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
 
