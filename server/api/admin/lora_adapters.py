@@ -16,7 +16,13 @@ from server.context import get_context
 from server.engine_client.client import EngineClient
 from server.generation.preamble import begin, find_model
 from server.http.access_control import require_admin
-from server.http.errors import AdapterNotFoundError, InvalidValueError, MissingParameterError, UpdatesNotAllowedError
+from server.http.errors import (
+    AdapterNotFoundError,
+    InvalidValueError,
+    MissingParameterError,
+    ModelNotFoundError,
+    UpdatesNotAllowedError,
+)
 from server.http.json_route import StrictJSONRequest
 from server.model_paths import ModelError, resolve_adapter
 from server.models.served_model import ServedModel
@@ -86,10 +92,13 @@ def _begin(request: Request, body: LoadAdapterRequest | UnloadAdapterRequest) ->
 
 
 def _base_model(request: Request, name: str | None) -> ServedModel:
-    """Return the model of an adapter. Raises MissingParameterError if there are several, or ModelNotFoundError."""
+    """Return the model of an adapter. Raises MissingParameterError if there are several, or InvalidValueError."""
     if name is None and len(get_context(request).models.slots) > 1:
         raise MissingParameterError("base_model_name")
-    return find_model(request, name).base
+    try:
+        return find_model(request, name).base
+    except ModelNotFoundError as error:
+        raise InvalidValueError(f"Invalid 'base_model_name': {error.message}", param="base_model_name") from None
 
 
 async def _resolve_path(client: EngineClient, lora_path: str) -> Path:

@@ -379,7 +379,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     OLLAMA_EMBED: {"keep_alive": IGNORED, "options": IGNORED, "truncate": "ollama/test_routes.py"},
     OLLAMA_EMBEDDINGS: {"model": "any of the names", "keep_alive": IGNORED, "options": IGNORED},
     OLLAMA_SHOW: {"name": "alias of model; ollama/test_routes.py"},
-    LOAD: {"lora_path": "test_adapters", "load_inplace": "test_adapters"},
+    LOAD: {"lora_path": "test_adapters", "load_inplace": "test_adapters", "base_model_name": "test_model_route"},
 }
 # At least one of these values is invalid for any field.
 WRONG: list[Any] = [{"?": "?"}, [5.5], "\ud800", -7.5, True, "?"]
