@@ -44,6 +44,9 @@ class FakeDevice:
         deterministic = True
         separates_prompts = False
 
+    class model:  # noqa: N801 an attribute of a runner
+        config = MODEL
+
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.queue: list[Callable[[], None]] = []

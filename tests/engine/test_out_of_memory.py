@@ -46,6 +46,7 @@ class SmallDevice:
 
     def __init__(self, runner: ModelRunner, fails: Fails) -> None:
         self.runner = runner
+        self.model = runner.model
         self.kernels = runner.kernels
         self.fails = fails
         self.num_failed = 0

@@ -273,7 +273,8 @@ WITHOUT = """
 import pkgutil, sys
 import server
 for module in pkgutil.walk_packages(server.__path__, "server."):
-    if module.name not in ("server.otel.tracer", "server.settings.__main__", "server.cli.__main__"):
+    own = module.name not in ("server.otel.tracer", "server.settings.__main__", "server.cli.__main__")
+    if own and not module.name.startswith("server.ray"):
         __import__(module.name)
 print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter", "google."))])
 """
