@@ -18,10 +18,14 @@ WILDCARDS = {"//0.0.0.0": "//127.0.0.1", "//[::]": "//[::1]"}  # addresses to li
 
 async def announce(context: ServerContext, url: str) -> None:
     """Wait until the models are loaded, log how to use them, and keep the server registered until cancelled."""
-    manager = context.model_manager
-    await (context.models.default.client.became_ready if manager is None else manager.has_started).wait()
-    names = ", ".join(slot.name for slot in context.models.slots)
-    logger.info("%s is ready, listening on %s", names, url, extra={"details": first_steps(context, client_url(url))})
+    manager, slots = context.model_manager, context.models.slots
+    if manager is None:
+        await context.models.default.client.became_ready.wait()
+        state = f"{slots[0].name} is ready"
+    else:
+        await manager.has_started.wait()
+        state = ", ".join(f"{slot.name} ({slot.state})" for slot in slots)
+    logger.info("%s, listening on %s", state, url, extra={"details": first_steps(context, client_url(url))})
     with registered(RunningServer(url=client_url(url), model=context.models.name)):
         await asyncio.Event().wait()
 

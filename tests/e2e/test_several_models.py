@@ -61,6 +61,7 @@ def unload(server: ServerProcess, name: str) -> None:
 
 def test_a_model_is_loaded_on_first_use_and_unloaded(server: ServerProcess) -> None:
     assert states(server)["first"] == "loaded"
+    assert f"first (loaded), second (unloaded), broken (unloaded), listening on {server.url}" in server.log
     (first_engine,) = engines(server)
     assert states(server)["second"] == "unloaded"
     fields = {"temperature": 0, "max_tokens": 16, "seed": 1}
