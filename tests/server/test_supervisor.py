@@ -510,14 +510,14 @@ def test_a_restarted_engine_that_never_becomes_ready_is_killed(start: Start) -> 
 
 def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     channel, api_end = make_channel()
-    wait = f"while not pathlib.Path({str(tmp_path / 'end')!r}).exists(): time.sleep(0.05)"
+    wait = f"while not pathlib.Path({str(tmp_path / 'end')!r}).exists():\n    time.sleep(0.05)"
     with (
         closing(channel),
         closing(api_end),
         StopSignals() as signals,
         supervisor.Supervisor(signals, Settings()) as watched,
     ):
-        for number, code in enumerate(("pass", f"{wait}; sys.exit(3)", "sys.exit(7)")):
+        for number, code in enumerate(("pass", f"{wait}\nsys.exit(3)", "sys.exit(7)")):
             command = [sys.executable, "-c", f"import pathlib, sys, time\n{code}"]
             watched.add_engine(number, supervisor.EngineLaunch(f"engine {number}", command, ENGINE_CONFIG))
             watched.start_engine(number)

@@ -328,6 +328,7 @@ def test_conversations_are_kept(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters=GREEDY | {"max_completion_tokens": 2})
     for text in ("First", "Second"):
         page.get_by_role("link", name="New chat").click()
+        expect(answers(page)).to_have_count(0)  # the box of the last chat is gone
         send(page, text)
         wait_for_answer(page)
     names = page.get_by_role("navigation", name="Conversations").get_by_role("listitem")
