@@ -1,7 +1,7 @@
-"""The supervisor of `lightwell serve`: runs the engines and the API process.
+"""The supervisor of `lightwell serve`: runs the engines and the API processes.
 
-It starts an engine again if it dies after it has been ready. It ends all processes when no engine is left, and when the
-API process ends or hangs. It sleeps until a child ends, or a signal or a heartbeat of the API process arrives, and
+It starts an engine again if it dies after it has been ready. It ends all processes when no engine is left, and when an
+API process ends or hangs. It sleeps until a child ends, or a signal or a heartbeat of an API process arrives, and
 imports nothing heavy. No child outlives it. Each child has its own process group, so that Ctrl-C in the terminal
 reaches only the supervisor, and a child's subprocesses end with it.
 """
@@ -28,7 +28,6 @@ from msgspec.structs import replace
 
 from server.engine_client.supervisor_channel import (
     DUMP_SIGNAL,
-    HEARTBEAT_SECONDS,
     Channel,
     EngineGone,
     EngineStarted,
@@ -42,8 +41,8 @@ from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
 from server.processes.cpu_shares import cpu_shares
 from server.processes.error_line import print_error
 from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
-from server.processes.run_queue import MAX_WAIT_FACTOR, Silence
 from server.processes.stop_signals import StopSignals
+from server.processes.supervised_api import SupervisedApi, linked_configs
 from server.processes.supervised_engine import SupervisedEngine
 from server.settings.load import check_certificate, check_otel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
@@ -52,11 +51,10 @@ from server.settings.table import Settings
 if TYPE_CHECKING:
     from engine.config import EngineProcessConfig
 
-DEATH_GRACE_SECONDS = 3.0  # for the API process to end its streams with an error after the engine's death
-DRAIN_GRACE_SECONDS = 2.5  # for the API process to exit after --drain-timeout
+DEATH_GRACE_SECONDS = 3.0  # for the API processes to end their streams with an error after the engine's death
+DRAIN_GRACE_SECONDS = 2.5  # for the API processes to exit after --drain-timeout
 STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to finish
-MISSED_HEARTBEATS = 3  # of the API process, tolerated on top of --step-timeout
-DUMP_SECONDS = 0.5  # for a hanging API process to write the stacks of its threads
+DUMP_SECONDS = 0.5  # for hanging API processes to write the stacks of its threads
 MAX_IPC_PATH_BYTES = 100
 ENDED = "its process has ended"
 ENDED_AT_SHUTDOWN = f"{ENDED}, and the server is shutting down"
@@ -90,21 +88,23 @@ class StopNowError(Exception):
 
 
 class Supervisor:
-    """The engines and the API process, and the order in which they are stopped. Leaving its context kills all."""
+    """The engines and the API processes, and the order in which they are stopped. Leaving its context kills all.
+
+    The first of the API processes is the coordinator: it has the connections to the engines.
+    """
 
     def __init__(self, signals: StopSignals, settings: Settings) -> None:
         self._signals = signals
-        self.unloads_models = settings.unloads_models  # the API process decides which engines run
+        self.unloads_models = settings.unloads_models  # the coordinator decides which engines run
         self._settings = settings
         self._selector = selectors.DefaultSelector()
         self._selector.register(signals, selectors.EVENT_READ)
         self._children: list[Child] = []
         self._launches: dict[int, EngineLaunch] = {}
         self._engines: list[SupervisedEngine] = []  # those that run or are to be started again
-        self._orders: deque[StartEngine | StopEngine] = deque()  # of the API process, to be carried out
-        self._channel: Channel | None = None
-        self._hangs_at: float | None = None  # the API process, unless a heartbeat comes; None before the first one
-        self._overdue = Silence(2 * HEARTBEAT_SECONDS)  # of the API process, from then on
+        self._orders: deque[StartEngine | StopEngine] = deque()  # of the coordinator, to be carried out
+        self._apis: list[SupervisedApi] = []
+        self._channels: list[Channel] = []  # to be closed at the end
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -113,6 +113,8 @@ class Supervisor:
         self._selector.close()
         for child in self._children:
             child.close()
+        for channel in self._channels:
+            channel.close()
         if sys.stderr.isatty():
             sys.stderr.write(SHOW_CURSOR)  # a child killed while it shows a progress bar leaves it hidden
 
@@ -156,35 +158,48 @@ class Supervisor:
         self._engines.append(engine)
         return engine.process
 
-    def watch(self, api: Child, channel: Channel) -> int:
-        """Wait until a signal arrives, the API process ends, or no engine is left. Then stop all that is left.
+    def start_api(self, name: str, command: Sequence[str], config: ApiProcessConfig) -> Child:
+        """Start an API process, with a channel to it. Return it. Raises SupervisorError."""
+        channel, api_end = make_channel()
+        self._channels.append(channel)
+        with closing(api_end):
+            config = replace(config, supervisor_fd=api_end.fileno())
+            process = self.start(name, command, config, config.inherited_fds)
+        self.add_api(process, channel)
+        return process
+
+    def add_api(self, process: Child, channel: Channel) -> None:
+        """Make an API process known, which `watch` watches: first the coordinator."""
+        self._apis.append(SupervisedApi(process, channel, self._settings.step_timeout))
+        self._selector.register(channel, selectors.EVENT_READ)
+
+    def watch(self) -> int:
+        """Wait until a signal arrives, an API process ends or hangs, or no engine is left. Then stop all that is left.
 
         Return the supervisor's exit status.
         """
-        self._channel = channel
-        self._selector.register(channel, selectors.EVENT_READ)
         try:
             while True:
                 event = self._wait(self._seconds_to_deadline())
                 if isinstance(event, int):
-                    return self._after_signal(api)
-                if event is None and self._hangs(api):
-                    return self._after_hang(api)
-                if event is api:
-                    return self._after_api_death(api)
+                    return self._after_signal()
+                if event is None and (hanging := [api for api in self._apis if api.hangs()]):
+                    return self._after_hang(hanging)
+                if isinstance(event, Child) and event in self._api_processes:
+                    return self._after_api_death(event)
                 while self._orders:
                     self._obey(self._orders.popleft())
                 for engine in list(self._engines):
                     self._advance(engine)
                     if engine.is_gone and len(self._engines) == 1 and not self.unloads_models:
-                        return self._after_last_death(engine, api)
+                        return self._after_last_death(engine)
                     if engine.is_gone:
                         self._go_on_without(engine)
         except StopNowError as stop:
             return 128 + stop.signum
 
     def _obey(self, order: StartEngine | StopEngine) -> None:
-        """Start or stop an engine as the API process wants. It is told once when one that is stopped has ended."""
+        """Start or stop an engine as the coordinator wants. It is told once when one that is stopped has ended."""
         running = [engine for engine in self._engines if engine.number == order.number]
         if isinstance(order, StopEngine):
             for engine in running:
@@ -200,7 +215,7 @@ class Supervisor:
                 self._tell(EngineStarted(order.number, process.pid))
 
     def _advance(self, engine: SupervisedEngine) -> None:
-        """Do what is due for an engine, and tell the API process if it has another process."""
+        """Do what is due for an engine, and tell the coordinator if it has another process."""
         before = engine.process
         engine.advance()
         if engine.process is not before:
@@ -219,68 +234,57 @@ class Supervisor:
 
     def _seconds_to_deadline(self) -> float | None:
         """Return the seconds until something is due, without a heartbeat before. None: nothing is."""
-        due = [self._hangs_at, *(engine.deadline for engine in self._engines)]
+        due = [*(api.hangs_at for api in self._apis), *(engine.deadline for engine in self._engines)]
         deadlines = [deadline for deadline in due if deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     @property
-    def _silence_limit(self) -> float:
-        """Seconds without a heartbeat after which the API process hangs."""
-        return self._settings.step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
+    def _api_processes(self) -> list[Child]:
+        return [api.process for api in self._apis]
 
-    def _hangs(self, api: Child) -> bool:
-        """Return whether the API process hangs: it is overdue, and has since had time in which it could run.
-
-        If all processes were suspended, its heartbeat comes soon after this process wakes up.
-        """
-        now = time.monotonic()
-        if self._hangs_at is None or now < self._hangs_at:
-            return False
-        self._hangs_at = now + 2 * HEARTBEAT_SECONDS
-        self._overdue.count(api.pid)
-        return (
-            self._overdue.seconds > MISSED_HEARTBEATS * HEARTBEAT_SECONDS
-            or self._overdue.total > MAX_WAIT_FACTOR * self._silence_limit
-        )
-
-    def _after_hang(self, api: Child) -> int:
-        """Kill the API process, which cannot drain, and stop the engines. The server ends: no connection is left."""
-        api.send(DUMP_SIGNAL)  # which it handles, since it has sent a heartbeat
-        self._wait_for([api], DUMP_SECONDS)
-        api.kill()
+    def _after_hang(self, hanging: Sequence[SupervisedApi]) -> int:
+        """Kill API processes that hang, which cannot drain, and stop all others. The server ends."""
+        processes = [api.process for api in hanging]
+        for process in processes:
+            process.send(DUMP_SIGNAL)  # which it handles, since it has sent a heartbeat
+        self._wait_for(processes, DUMP_SECONDS)
+        for process in processes:
+            process.kill()
+        self._stop([process for process in self._api_processes if process not in processes], STOP_SECONDS)
         self._stop_engines()
-        self._report(f"the API process has not responded for more than {self._silence_limit:g} s")
+        for api in hanging:
+            self._report(f"the {api.process.name} process has not responded for more than {api.silence_limit:g} s")
         return 1
 
     def _tell(self, message: Message) -> None:
-        """Send a message to the API process."""
-        if self._channel is not None:
-            self._channel.send(message)
+        """Send a message to the coordinator."""
+        if self._apis:
+            self._apis[0].channel.send(message)
 
-    def _after_last_death(self, engine: SupervisedEngine, api: Child) -> int:
-        """Stop the API process after the last engine has ended for good."""
+    def _after_last_death(self, engine: SupervisedEngine) -> int:
+        """Stop the API processes after the last engine has ended for good."""
         self._tell(EngineGone(engine.number, ENDED))
-        self._wait_for([api], DEATH_GRACE_SECONDS)  # it ends its streams with an error and exits
-        self._stop([api], STOP_SECONDS)
+        self._wait_for(self._api_processes, DEATH_GRACE_SECONDS)  # they end their streams with an error and exit
+        self._stop(self._api_processes, STOP_SECONDS)
         engine.process.kill()  # reaps it and ends its subprocesses
         self._report(engine.outcome)
         return 1
 
     def _after_api_death(self, api: Child) -> int:
-        self._stop([api], STOP_SECONDS)
+        self._stop(self._api_processes, STOP_SECONDS)
         self._stop_engines()
         self._report(api.outcome)
         return 1
 
-    def _after_signal(self, api: Child) -> int:
-        """Drain: the API process finishes the running requests, then the engines are stopped."""
+    def _after_signal(self) -> int:
+        """Drain: the API processes finish the running requests, then the engines are stopped."""
         for engine in self._engines:
             if engine.process.has_ended:
                 self._tell(EngineGone(engine.number, ENDED_AT_SHUTDOWN))
-        self._stop([api], self._settings.drain_timeout + DRAIN_GRACE_SECONDS)
+        self._stop(self._api_processes, self._settings.drain_timeout + DRAIN_GRACE_SECONDS)
         engines = self._stop_engines()
         in_step = [engine for engine in engines if not engine.has_ended and engine.was_killed]  # nobody waits for it
-        failed = [child for child in (*engines, api) if not child.ended_well and child not in in_step]
+        failed = [child for child in (*engines, *self._api_processes) if not child.ended_well and child not in in_step]
         for child in failed:
             self._report(child.outcome)
         return 1 if failed else 0
@@ -322,8 +326,9 @@ class Supervisor:
     def _wait(self, seconds: float | None) -> "Child | int | None":
         """Sleep until something happens. Return the ended child, the number of a stop signal, or None for neither."""
         ready = [key.fileobj for key, _ in self._selector.select(seconds)]
-        if self._channel in ready:
-            self._read_channel(self._channel)
+        for api in self._apis:
+            if api.channel in ready:
+                self._read_channel(api)
         if self._signals in ready:
             return self._signals.take()
         for child in self._children:
@@ -333,18 +338,16 @@ class Supervisor:
                 return child
         return None
 
-    def _read_channel(self, channel: Channel) -> None:
-        """Read the heartbeats and the orders of the API process."""
-        for message in channel.receive():
-            self._hangs_at = time.monotonic() + self._silence_limit
-            self._overdue.reset()
+    def _read_channel(self, api: SupervisedApi) -> None:
+        """Read the heartbeats of an API process, and the orders of the coordinator."""
+        for message in api.receive():
             if isinstance(message, Heartbeat):
                 for engine in self._engines:
                     engine.note_ready(message.ready_pids)
             if isinstance(message, StartEngine | StopEngine):
                 self._orders.append(message)
-        if channel.has_ended:
-            self._selector.unregister(channel)
+        if api.channel.has_ended:
+            self._selector.unregister(api.channel)
 
 
 def supervise(settings: Settings, commands: Commands | None = None) -> int:
@@ -366,15 +369,18 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
             Supervisor(signals, settings) as supervisor,
         ):
             engines = [_add_engines(supervisor, model, number, commands, folder) for number, model in enumerate(models)]
-            channel, api_end = make_channel()
-            with closing(channel):
-                with closing(api_end):
-                    fd = api_end.fileno()
-                    configs = tuple(map(api_model_config, models, engines))
-                    config = ApiProcessConfig(settings=settings, models=configs, supervisor_fd=fd)
-                    api = supervisor.start("API", commands.api, config, pass_fds=(fd,))
-                signals.reloader = api
-                return supervisor.watch(api, channel)
+            configs = tuple(map(api_model_config, models, engines))
+            config = ApiProcessConfig(settings=settings, models=configs)
+            signals.reloaders = _start_apis(supervisor, config, commands, folder)
+            return supervisor.watch()
+
+
+def _start_apis(supervisor: Supervisor, config: ApiProcessConfig, commands: Commands, folder: Path) -> list[Child]:
+    """Start the API processes, first the coordinator. Return them."""
+    addresses = [api_address(folder, number) for number in range(1, config.settings.api_server_count)]
+    names = [f"API {number}" for number in range(1 + len(addresses))] if addresses else ["API"]
+    with linked_configs(config, addresses) as configs:
+        return [supervisor.start_api(name, commands.api, each) for name, each in zip(names, configs, strict=True)]
 
 
 def _add_engines(
@@ -382,7 +388,7 @@ def _add_engines(
 ) -> tuple[EngineProcess, ...]:
     """Make the engines of a model known to the supervisor, numbered from `first`.
 
-    Start them, unless the API process decides when they run: then each model has one.
+    Start them, unless the coordinator decides when they run: then each model has one.
     """
     processes = []
     for rank, cpus in enumerate(cpu_shares(model.settings.data_parallel_size)):
@@ -419,7 +425,7 @@ def _handling(signums: Sequence[signal.Signals], handler: signal.Handlers | Call
 
 @contextmanager
 def ipc_folder() -> Iterator[Path]:
-    """Create a folder for the sockets of the engines and yield it; remove it at the end.
+    """Create a folder for the sockets of the children and yield it; remove it at the end.
 
     Only this user can enter the folder. Paths in it are within the kernel's limit for sockets. Raises SupervisorError.
     """
@@ -437,3 +443,8 @@ def ipc_folder() -> Iterator[Path]:
 def ipc_address(folder: Path, number: int) -> str:
     """Return the ZeroMQ address of an engine."""
     return f"ipc://{folder}/engine-{number}.sock"
+
+
+def api_address(folder: Path, number: int) -> str:
+    """Return the ZeroMQ address at which the coordinator listens for another API process."""
+    return f"ipc://{folder}/api-{number}.sock"

@@ -34,7 +34,7 @@ _SERVE: Mapping[str, str] = {
     "-tp --tp --tp-size -ts --tensor-split -sm --split-mode": "--tensor-parallel-size is the number of processes, each "
     "on a device of its own, that run the model together",
     "-dp --dp-size": "--data-parallel-size is the number of engines, each with the whole model",
-    "-pp --pipeline-parallel-size --pp-size --api-server-count": _ONE_DEVICE,
+    "-pp --pipeline-parallel-size --pp-size": _ONE_DEVICE,
     "--mem-fraction-static": "--gpu-memory-utilization is the share of a GPU's memory that the server may use",
     "--max-total-tokens --num-gpu-blocks-override --kv-cache-memory-bytes": _KV_CACHE_MEMORY,
     "--swap-space --cpu-offload-gb --mlock --no-mmap --numa": "it is not needed: weights and KV cache stay in the "

@@ -3,6 +3,7 @@
 import signal
 import socket
 import time
+from collections.abc import Sequence
 
 from server.processes.child_process import RELOAD_SIGNAL, Child
 
@@ -13,12 +14,12 @@ ECHO_SECONDS = 0.1  # signals closer together count as one: `timeout`, for examp
 class StopSignals:
     """Receives `STOP_SIGNALS` through a file descriptor that a selector can wait for.
 
-    If the server `reloads`, `RELOAD_SIGNAL` is passed on to `reloader` instead.
+    If the server `reloads`, `RELOAD_SIGNAL` is passed on to `reloaders` instead.
     """
 
     def __init__(self, *, reloads: bool = False) -> None:
         self._reloads = reloads
-        self.reloader: Child | None = None
+        self.reloaders: Sequence[Child] = ()
 
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = socket.socketpair()
@@ -45,8 +46,8 @@ class StopSignals:
         """Read a signal. Return its number, or None if it is no stop signal or follows one within `ECHO_SECONDS`."""
         signum = self._reader.recv(1)[0]
         if self._reloads and signum == RELOAD_SIGNAL:
-            if self.reloader is not None:
-                self.reloader.send(RELOAD_SIGNAL)
+            for child in self.reloaders:
+                child.send(RELOAD_SIGNAL)
             return None
         now = time.monotonic()
         if signum not in self._handlers or now - self._last < ECHO_SECONDS:

@@ -161,8 +161,9 @@ def _check(settings: Settings) -> None:
             f"--host {settings.host} is reachable from other machines: "
             "set --api-key, or --allow-unauthenticated if everyone may use this server"
         )
-    if settings.unloads_models and settings.data_parallel_size > 1:
-        raise SettingsError("--data-parallel-size: not with several models, --load on-first-use or --idle-unload")
+    for name in ("data_parallel_size", "api_server_count"):
+        if settings.unloads_models and getattr(settings, name) > 1:
+            raise SettingsError(f"{SETTINGS[name].flag}: not with several models, --load on-first-use or --idle-unload")
     if settings.models and (settings.served_model_name or settings.lora_modules):
         name = "served-model-name" if settings.served_model_name else "lora-modules"
         raise SettingsError(

@@ -32,12 +32,31 @@ class ServedModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     card_sampling: dict[str, float] = {}  # sampling fields that the card of the alias recommends
 
 
+class WorkerLink(msgspec.Struct, frozen=True):
+    """How the coordinator and a worker (API processes) are connected."""
+
+    address: str  # ZeroMQ address (ipc://...) that the coordinator binds
+    sockets_fd: int  # inherited end of the pair over which accepted connections are passed
+
+
 class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The configuration that the supervisor writes to the API process's standard input, as JSON."""
+    """The configuration that the supervisor writes to an API process's standard input, as JSON.
+
+    With --api-server-count, the first process is the coordinator of the others, the workers.
+    """
 
     settings: Settings
     models: tuple[ServedModelConfig, ...]  # at least one
     supervisor_fd: int | None = None  # an inherited end of a `server.engine_client.supervisor_channel`
+    workers: tuple[WorkerLink, ...] = ()  # of the coordinator
+    coordinator: WorkerLink | None = None  # of a worker; None: this process is the coordinator
+
+    @property
+    def inherited_fds(self) -> list[int]:
+        """The file descriptors that the process inherits."""
+        links = [*self.workers, *([self.coordinator] if self.coordinator else [])]
+        channel = [] if self.supervisor_fd is None else [self.supervisor_fd]
+        return channel + [link.sockets_fd for link in links]
 
 
 def engine_config(

@@ -150,6 +150,14 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
         str | None,
         Setting(_API, text("FILE"), "Private key of --ssl-certfile, not encrypted. Unset: it is in the same file."),
     ] = None
+    api_server_count: Annotated[
+        int,
+        Setting(
+            _API,
+            integer(1, 64),
+            "Number of API processes, which share the connections. More than one are for many streams at a time.",
+        ),
+    ] = 1
     root_path: Annotated[
         str,
         Setting(

@@ -11,10 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
+from itertools import chain
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -24,16 +24,18 @@ import pytest
 from engine.config import EngineConfig, EngineProcessConfig
 from server import supervisor
 from server.engine_client.supervisor_channel import (
+    HEARTBEAT_SECONDS,
     Channel,
     EngineGone,
     EngineStarted,
+    Heartbeat,
     Message,
     StartEngine,
     StopEngine,
     make_channel,
 )
 from server.model_paths import ModelError, ResolvedModel
-from server.processes import child_process, model_files, supervised_engine
+from server.processes import child_process, model_files, supervised_api, supervised_engine
 from server.processes.child_process import Child, SupervisorError
 from server.processes.stop_signals import StopSignals
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
@@ -202,6 +204,88 @@ def test_several_engines_have_addresses_and_cpus_of_their_own(start: Start) -> N
     running.assert_nothing_is_left()
 
 
+def socket_of(pid: int, fd: int) -> str:
+    return os.readlink(f"/proc/{pid}/fd/{fd}")
+
+
+def test_several_api_processes_are_linked(start: Start) -> None:
+    running = start(api_server_count=3)
+    names = ("api", "api-1", "api-2")
+    pids = [running.pid(name) for name in names]
+    coordinator, *workers = [
+        msgspec.json.decode((running.folder / f"{name}.json").read_bytes(), type=ApiProcessConfig) for name in names
+    ]
+    assert coordinator.coordinator is None
+    assert [Path(link.address).name for link in coordinator.workers] == ["api-1.sock", "api-2.sock"]
+    held = {os.readlink(file) for file in Path(f"/proc/{running.process.pid}/fd").iterdir()}
+    passed = []
+    for pid, worker, link in zip(pids[1:], workers, coordinator.workers, strict=True):
+        assert worker.workers == ()
+        assert worker.coordinator is not None
+        assert worker.coordinator.address == link.address
+        passed += [socket_of(pids[0], link.sockets_fd), socket_of(pid, worker.coordinator.sockets_fd)]
+    assert all(each.startswith("socket:") for each in passed)
+    assert len(set(passed)) == 4
+    assert held.isdisjoint(passed)
+    assert {psutil.Process(pid).ppid() for pid in pids} == {running.process.pid}
+    running.signal(signal.SIGTERM)
+    assert running.end() == (0, [])
+    running.assert_nothing_is_left()
+
+
+def test_a_signal_drains_all_api_processes_at_once(start: Start) -> None:
+    running = start(api=("drain", "0.3"), api_server_count=3)
+    names = ("api", "api-1", "api-2")
+    for name in names:
+        running.pid(name)
+    running.signal(signal.SIGTERM)
+    for name in names:
+        running.pid(f"{name}-end")
+    assert running.end() == (0, [])
+    running.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(("name", "title"), [("api", "API 0"), ("api-2", "API 2")])
+def test_the_death_of_an_api_process_ends_all(start: Start, name: str, title: str) -> None:
+    running = start(api=("drain", "0"), api_server_count=3)
+    for each in ("engine", "api", "api-1", "api-2"):
+        running.pid(each)
+    os.kill(running.pid(name), signal.SIGKILL)
+    assert running.end() == (1, [f"lightwell: error: the {title} process was killed by SIGKILL"])
+    assert (running.folder / "api-1-end.pid").exists()  # it was asked to end
+    running.assert_nothing_is_left()
+
+
+def test_an_api_process_that_hangs_ends_all(start: Start) -> None:
+    running = start(api=("beat",), api_server_count=2, step_timeout=0.5)
+    running.pid("api")
+    worker = running.pid("api-1")
+    time.sleep(1)
+    os.kill(worker, signal.SIGSTOP)
+    status, lines = running.end(within=20.0)
+    assert (status, lines) == (1, ["lightwell: error: the API 1 process has not responded for more than 3.5 s"])
+    running.assert_nothing_is_left()
+
+
+def test_the_death_of_the_last_engine_ends_all_api_processes(start: Start) -> None:
+    running = start(api=("outlive-engine", "0.2"), api_server_count=2, grace=60.0)
+    running.pid("api"), running.pid("api-1")
+    os.kill(running.pid("engine"), signal.SIGKILL)
+    assert running.end() == (1, ["lightwell: error: the engine process was killed by SIGKILL"])
+    assert all((running.folder / f"{name}-end.pid").exists() for name in ("api", "api-1"))
+    running.assert_nothing_is_left()
+
+
+def test_an_api_process_that_cannot_be_started(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(SupervisorError, match=r"cannot start the API 0 process: .*No such file"):
+        supervisor.supervise(
+            Settings(model=str(model), api_server_count=2), supervisor.Commands(engine=wait, api=["/nonexistent"])
+        )
+
+
 def test_served_model_names(start: Start) -> None:
     running = start(served_model_name=["a", "b"])
     running.pid("api")
@@ -286,6 +370,15 @@ def test_with_a_keys_file_a_hangup_reaches_the_api_process_alone(start: Start, k
     running.assert_nothing_is_left()
 
 
+def test_a_hangup_reaches_all_api_processes(start: Start, keys_file: Path) -> None:
+    running = start(api=("reload",), api_server_count=2, api_keys_file=str(keys_file))
+    running.pid("api"), running.pid("api-1")
+    running.signal(signal.SIGHUP)
+    running.pid("api-reload"), running.pid("api-1-reload")
+    running.signal(signal.SIGTERM)
+    assert running.end() == (0, [])
+
+
 def test_a_bad_keys_file_is_found_before_the_model(monkeypatch: pytest.MonkeyPatch, keys_file: Path) -> None:
     keys_file.write_text("alice: {keys: secret}")
     monkeypatch.setattr(model_files, "resolve_model", lambda *_: pytest.fail("the model was resolved first"))
@@ -329,9 +422,9 @@ def test_an_engine_that_cannot_be_killed_is_reported(
         code = f"{ignore_sigterm}; pathlib.Path({str(ignores)!r}).touch(); time.sleep(60)"
         watched.add_engine(0, supervisor.EngineLaunch("engine", [sys.executable, "-c", code], ENGINE_CONFIG))
         watched.start_engine(0)
-        api = watched.start("API", [sys.executable, "-c", "pass"], msgspec.Struct())
+        watched.start_api("API", [sys.executable, "-c", "pass"], ApiProcessConfig(settings=Settings(), models=()))
         wait_until(ignores.exists)
-        status = watched._after_signal(api)
+        status = watched._after_signal()
         monkeypatch.setattr(os, "killpg", killpg)
     assert status == 1
     assert "the engine process cannot be killed" in capfd.readouterr().err
@@ -522,6 +615,7 @@ def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture
             watched.add_engine(number, supervisor.EngineLaunch(f"engine {number}", command, ENGINE_CONFIG))
             watched.start_engine(number)
         api = watched.start("API", [sys.executable, "-c", "import time; time.sleep(60)"], msgspec.Struct())
+        watched.add_api(api, channel)
         gone: list[Message] = []
 
         def read() -> None:
@@ -536,7 +630,7 @@ def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture
 
         reader = Thread(target=read)
         reader.start()
-        assert watched.watch(api, channel) == 1
+        assert watched.watch() == 1
         reader.join()
     assert {message.number for message in gone[:2] if isinstance(message, EngineGone)} == {0, 2}
     assert gone[2] == EngineGone(1, supervisor.ENDED)
@@ -547,6 +641,38 @@ def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture
         f"lightwell: error: the engine 2 process exited with code 7{goes_on}",
     ]
     assert lines[2:] == ["lightwell: error: the engine 1 process exited with code 3"]
+
+
+def test_news_of_engines_are_for_the_coordinator(tmp_path: Path) -> None:
+    ends = [make_channel() for _ in range(2)]
+    wait = "import time; time.sleep(60)"
+    with ExitStack() as stack:
+        for channel in chain.from_iterable(ends):
+            stack.enter_context(closing(channel))
+        watched = supervisor.Supervisor(stack.enter_context(StopSignals()), Settings())
+        stack.enter_context(watched)
+        for number, code in enumerate(("pass", wait)):
+            launch = supervisor.EngineLaunch(f"engine {number}", [sys.executable, "-c", code], ENGINE_CONFIG)
+            watched.add_engine(number, launch)
+            watched.start_engine(number)
+        for number, (channel, _) in enumerate(ends):
+            watched.add_api(watched.start(f"API {number}", [sys.executable, "-c", wait], msgspec.Struct()), channel)
+        (_, coordinator), (_, worker) = ends
+        news: list[Message] = []
+
+        def read() -> None:
+            while not news:
+                news.extend(coordinator.receive())
+                time.sleep(0.01)
+            worker.send(Heartbeat())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        reader = Thread(target=read)
+        reader.start()
+        assert watched.watch() == 0
+        reader.join()
+        assert news == [EngineGone(0, supervisor.ENDED)]
+        assert worker.receive() == []
 
 
 class Orders:
@@ -620,8 +746,9 @@ def test_the_api_process_starts_and_stops_engines(capfd: pytest.CaptureFixture[s
         watched.add_engine(5, supervisor.EngineLaunch("engine", command, ENGINE_CONFIG))
         watched.add_engine(6, supervisor.EngineLaunch("missing", ["/no/such/program"], ENGINE_CONFIG))
         api = watched.start("API", [sys.executable, "-c", "import time; time.sleep(60)"], msgspec.Struct())
+        watched.add_api(api, channel)
         orders = Orders(api_end, api, act)
-        assert watched.watch(api, channel) == 1
+        assert watched.watch() == 1
         orders.thread.join()
     assert orders.errors == []
     lines = capfd.readouterr().err.splitlines()
@@ -656,7 +783,7 @@ def test_an_api_process_without_heartbeats(start: Start) -> None:
     running.pid("api")
     started = time.monotonic()
     status, lines = running.end(within=15.0)
-    assert time.monotonic() - started > 0.5 + supervisor.MISSED_HEARTBEATS
+    assert time.monotonic() - started > 0.5 + supervised_api.MISSED_HEARTBEATS * HEARTBEAT_SECONDS
     assert (status, lines) == (1, ["lightwell: error: the API process has not responded for more than 3.5 s"])
     assert (running.folder / "dumped.pid").exists()
     running.assert_nothing_is_left()
@@ -678,26 +805,6 @@ def test_a_pause_of_all_processes_is_no_hang(start: Start) -> None:
     os.kill(api, signal.SIGSTOP)
     assert running.end(within=15.0)[0] == 1
     running.assert_nothing_is_left()
-
-
-@pytest.mark.parametrize(("share", "seconds"), [(0.0, 15), (0.4, 15), (0.7, 17), (0.9, 25), (1.0, 143), (1.2, 143)])
-def test_a_silent_api_process_hangs_even_if_the_machine_is_busy(
-    monkeypatch: pytest.MonkeyPatch, share: float, seconds: int
-) -> None:
-    """`share` of the time, one of its threads waits for a CPU, while another one may loop."""
-    now = began = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: {1: share * now})
-    api: Any = SimpleNamespace(pid=0)
-    with (
-        StopSignals() as signals,
-        supervisor.Supervisor(signals, Settings(step_timeout=10.0)) as watched,
-    ):
-        assert not watched._hangs(api)
-        watched._hangs_at = now + 13.0
-        while not watched._hangs(api) and now < began + 200:
-            now += 1.0
-    assert now - began == seconds
 
 
 @pytest.mark.checklist("A16", "F11")

@@ -1,7 +1,7 @@
 """A child process for tests of the supervisor that ends as its arguments say.
 
 `stub_child.py FOLDER NAME BEHAVIOUR [ARGUMENT]` writes its configuration to FOLDER/NAME.json and its process id to
-FOLDER/NAME.pid, then follows BEHAVIOUR.
+FOLDER/NAME.pid, then follows BEHAVIOUR. For an API process that is a worker, NAME becomes api-1, api-2 ...
 """
 
 import os
@@ -27,6 +27,7 @@ from server.engine_client.supervisor_channel import (
 
 def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     config = sys.stdin.buffer.read()
+    name = worker_name(config) or name
     (folder / f"{name}.json").write_bytes(config)
     if behaviour == "exit":
         leave(folder, name, float(argument), 7)
@@ -60,6 +61,12 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
         time.sleep(60)
 
 
+def worker_name(config: bytes) -> str | None:
+    """Return the name of an API process that is a worker."""
+    link = msgspec.json.decode(config).get("coordinator")
+    return None if link is None else Path(link["address"]).stem
+
+
 def announce(folder: Path, name: str, pid: int) -> None:
     """Write the process id atomically."""
     (folder / f"{name}.tmp").write_text(str(pid))
@@ -91,7 +98,15 @@ def fall_silent(folder: Path, config: dict[str, Any], argument: int) -> None:
     Channel.from_fd(config["supervisor_fd"]).send(Heartbeat((config["models"][0]["engines"][0]["pid"],)))
 
 
-TALKS = {"report": report, "fall-silent": fall_silent}
+def beat(folder: Path, config: dict[str, Any], argument: int) -> None:
+    """Send heartbeats."""
+    channel = Channel.from_fd(config["supervisor_fd"])
+    while True:
+        channel.send(Heartbeat())
+        time.sleep(HEARTBEAT_SECONDS)
+
+
+TALKS = {"beat": beat, "report": report, "fall-silent": fall_silent}
 
 
 def leave(folder: Path, name: str, seconds: float, code: int) -> None:

@@ -56,7 +56,7 @@ def test_a_hangup_is_passed_on_if_the_server_reloads() -> None:
     with StopSignals(reloads=True) as signals:
         send(signal.SIGHUP)
         assert taken(signals) is None  # before there is a process
-        signals.reloader = reloader
+        signals.reloaders = [reloader]
         send(signal.SIGHUP)
         assert taken(signals) is None
         assert passed_on == [signal.SIGHUP]

@@ -111,6 +111,8 @@ def test_the_settings_of_the_only_entry_are_those_of_the_server(tmp_path: Path) 
             "models: [a, b]\nserved-model-name: x",
             "--served-model-name: there are several models; set served-model-",
         ),
+        ("models: [a, b]\napi-server-count: 2", "--api-server-count: not with several models, --load on-first-use or"),
+        ("model: a\nload: on-first-use\ndata-parallel-size: 2", "--data-parallel-size: not with several models, --l"),
         ("models: [a, b]\nlora-modules: x=/y", "--lora-modules: there are several models; set lora-modules of its"),
         ("models: [a, {model: b, max-loras: 1, lora-modules: [x=/y, z=/y]}]", "names 2 adapters, but --max-loras is 1"),
     ],
