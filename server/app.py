@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize, usage
 from server.api.chat import routes as chat
@@ -18,6 +19,7 @@ from server.api.rerank import routes as rerank
 from server.api.responses import routes as responses
 from server.api.responses.store import ResponseStore
 from server.context import ServerContext
+from server.coordination.forwarded_requests import ForwardingMiddleware
 from server.http.access_control import AuthMiddleware, CrossOriginMiddleware, HostMiddleware
 from server.http.body_middleware import BodyMiddleware
 from server.http.error_handlers import install_error_handlers
@@ -36,7 +38,11 @@ def create_app(context: ServerContext) -> FastAPI:
             await model.client.start()
         if context.model_manager is not None:
             await context.model_manager.start()
+        for worker in context.workers:
+            worker.start()
         yield
+        for worker in context.workers:
+            await worker.close()
         if context.model_manager is not None:
             await context.model_manager.close()
         for model in context.models.loaded:
@@ -77,17 +83,26 @@ def create_app(context: ServerContext) -> FastAPI:
     return app
 
 
+def generation_paths() -> frozenset[str]:
+    """Return the paths of the requests that a worker answers itself: those to generate, embed, score or tokenize."""
+    modules = (completions, chat, messages, ollama, embeddings, rerank, tokenize)
+    routes = [route for module in modules for route in module.router.routes if isinstance(route, APIRoute)]
+    return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
+
+
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add the middleware, innermost first: a request passes the last one added first."""
     settings = context.settings
     app.add_middleware(
-        BodyMiddleware, max_body_size=settings.max_body_size, max_buffered_bytes=settings.max_buffered_bytes
+        BodyMiddleware, max_body_size=settings.max_body_size, max_buffered_bytes=context.answers.max_bytes
     )
-    app.add_middleware(LimitsMiddleware)
+    app.add_middleware(LimitsMiddleware, ledger=context.ledger)
     app.add_middleware(AuthMiddleware, keys=context.api_keys, public_metrics=settings.public_metrics)
     app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
     if settings.uds is None and is_loopback(settings.host):  # web pages cannot reach a UNIX socket
         app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
+    if context.forwarder is not None:
+        app.add_middleware(ForwardingMiddleware, paths=generation_paths(), forwarder=context.forwarder)
     if settings.root_path:
         app.add_middleware(RootPathMiddleware, root_path=settings.root_path)

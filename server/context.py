@@ -4,15 +4,17 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, Unpack, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, TypeVarTuple, Unpack, cast
 
 from starlette.requests import Request
+from starlette.types import ASGIApp
 
 from server.access.api_keys import ApiKeys
 from server.engine_client.answer_budget import AnswerBudget, AnswerShare
 from server.engine_client.answer_size import too_large_error
 from server.http.body_middleware import get_text_size
 from server.http.json_response import AnswerResponse
+from server.limits.ledger import Ledger
 from server.metrics import Metrics
 from server.models.manager import ModelManager
 from server.models.registry import ModelRegistry
@@ -31,6 +33,19 @@ Ts = TypeVarTuple("Ts")
 LONG_BYTES = 1 << 14  # of a request; converting several hundred messages takes some ten milliseconds
 
 
+class Worker(Protocol):
+    """Another API process, which answers requests with the engines of this one."""
+
+    def start(self) -> None:
+        """Wait for its requests."""
+
+    async def close(self) -> None:
+        """End what it waits for."""
+
+    async def cancel(self, request_id: str, owner: str) -> bool:
+        """Do what `RunningRequests.cancel` does."""
+
+
 @dataclass(frozen=True)
 class ServerContext:
     """Settings, the served models and the state shared by all requests."""
@@ -44,6 +59,9 @@ class ServerContext:
     recordings: Recordings
     api_keys: ApiKeys
     answers: AnswerBudget
+    ledger: Ledger = field(default_factory=Ledger)
+    workers: list[Worker] = field(default_factory=list)  # other API processes, if this one is the coordinator
+    forwarder: ASGIApp | None = None  # in a worker: answers requests that only the coordinator can answer
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     text_threads: TextThreads = field(default_factory=TextThreads)
     tracer: "Tracer | None" = None  # None: without --otlp-endpoint
@@ -58,6 +76,11 @@ class ServerContext:
         if get_text_size(request) <= LONG_BYTES:
             return function(*args)
         return await self.run_text_work(request, function, *args)
+
+    async def cancel(self, request_id: str, owner: str) -> bool:
+        """End the requests of `owner` with this id, in all API processes; see `RunningRequests.cancel`."""
+        found = await asyncio.gather(*(worker.cancel(request_id, owner) for worker in self.workers))
+        return self.running.cancel(request_id, owner) or any(found)
 
     def long_answer(self, request: Request, content: bytes, headers: Mapping[str, str] | None = None) -> AnswerResponse:
         """Return an answer, as JSON, that counts in the memory limit of answers until it is sent."""

@@ -30,6 +30,8 @@ from server.access.api_keys import ApiKeys
 from server.announcement import announce
 from server.app import create_app
 from server.context import ServerContext
+from server.coordination.relay import Relay
+from server.coordination.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings
 from server.engine_client.answer_budget import AnswerBudget
 from server.engine_client.supervisor_channel import (
     DUMP_SIGNAL,
@@ -41,6 +43,7 @@ from server.engine_client.supervisor_channel import (
 )
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
+from server.limits.ledger import Ledger
 from server.metrics import Metrics
 from server.models.load_model import load_served_model
 from server.models.manager import ModelManager
@@ -133,8 +136,10 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
             logger.error("%s", error)
             return 1
         try:
+            app = create_app(context)
+            context.workers.extend(Relay(link.address, context, app) for link in config.workers)
             server = make_server(
-                create_app(context),
+                app,
                 max_connections=raise_file_limit(),
                 certificate=certificate,
                 forwarded_allow_ips=settings.forwarded_allow_ips,
@@ -158,8 +163,9 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
 
     `channel` leads to the supervisor; without one, no engine is restarted.
     """
-    settings = config.settings
-    slots = [ModelSlot(model, Metrics(settings.metrics_prefix, model.names[0])) for model in config.models]
+    settings, running = config.settings, RunningRequests()
+    coordinator = None if config.coordinator is None else Coordinator(config.coordinator.address, running)
+    slots = [ModelSlot(model, _make_metrics(settings, model.names[0], coordinator)) for model in config.models]
     metrics = slots[0].metrics
     api_keys = ApiKeys(settings)
     metrics.set_usage_source(api_keys.usage)
@@ -167,21 +173,32 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
     if settings.unloads_models:
         assert channel is not None
         manager = ModelManager(slots, channel.send, settings.idle_unload)
+    max_requests = settings.record_requests
     context = ServerContext(
         settings=settings,
         created=int(time.time()),
         metrics=metrics,
-        running=RunningRequests(),
-        recordings=Recordings(settings.record_requests),
+        running=running,
+        recordings=Recordings(max_requests) if coordinator is None else RemoteRecordings(max_requests, coordinator),
         api_keys=api_keys,
-        answers=AnswerBudget(settings.max_buffered_bytes),
+        answers=AnswerBudget(settings.max_buffered_bytes // settings.api_server_count),
         tracer=make_tracer(settings),
         models=ModelRegistry(slots),
         model_manager=manager,
+        ledger=Ledger() if coordinator is None else RemoteLedger(coordinator),
+        forwarder=None if coordinator is None else coordinator.forwarder,
     )
     if manager is None:  # the last step, since it starts a process
-        slots[0].served = load_served_model(config.models[0], metrics, can_restart=channel is not None)
+        slots[0].served = load_served_model(
+            config.models[0], metrics, can_restart=channel is not None, coordinator=coordinator
+        )
     return context
+
+
+def _make_metrics(settings: Settings, model_name: str, coordinator: Coordinator | None) -> Metrics:
+    if coordinator is None:
+        return Metrics(settings.metrics_prefix, model_name)
+    return RemoteMetrics(settings.metrics_prefix, model_name, coordinator)
 
 
 def make_tracer(settings: Settings) -> "Tracer | None":
@@ -254,7 +271,7 @@ class Lifecycle:
             loop.add_signal_handler(signal.SIGHUP, loop.run_in_executor, None, self._context.api_keys.reload)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])  # the supervisor starts this process so
         serving = asyncio.create_task(self._server.serve(sockets))
-        announcing = asyncio.create_task(announce(self._context, address))
+        announcing = [] if self._context.forwarder else [asyncio.create_task(announce(self._context, address))]
         events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._died)]
         talking = [] if self._channel is None else [asyncio.create_task(self._talk_to_supervisor(self._channel))]
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
@@ -262,7 +279,7 @@ class Lifecycle:
             await self._drain()
         if self._died.is_set():
             await self._on_engine_death()
-        for task in (announcing, *events, *talking):
+        for task in (*announcing, *events, *talking):
             task.cancel()
         for model in self._models.loaded:
             model.client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))

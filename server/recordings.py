@@ -107,13 +107,19 @@ class Recordings:
 
     def add(self, recording: Recording) -> None:
         """Add the recording of a request that has ended. Adding it again has no effect."""
+        self.end(recording)
         if id(recording) in self._recordings or recording.is_abandoned:
-            self._running.pop(id(recording), None)
             return
-        is_new = self._running.pop(id(recording), None) is None
         self._recordings[id(recording)] = recording
         self._by_id.update(dict.fromkeys(recording.keys, recording))
-        self._count(recording.num_bytes if is_new else 0)
+        self._count(recording.num_bytes)
+
+    def end(self, recording: Recording) -> bool:
+        """Count the recording of a request that runs no longer. Return whether it was counted."""
+        if self._running.pop(id(recording), None) is None:
+            return False
+        self._num_bytes -= recording.num_bytes
+        return True
 
     def _count(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes

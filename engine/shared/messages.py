@@ -260,11 +260,12 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     prompt: int = 0  # which of the request's prompts it is; for records only
 
 
-class Abort(msgspec.Struct, frozen=True, tag=True):
+class Abort(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """End choices of a request early. Ignored if they are unknown or finished; no event follows."""
 
     request_id: str
     index: int | None = None  # the choice; None: all choices
+    reason: FinishReason = FinishReason.ABORT  # for metrics only: STOP for a stop string
 
 
 class AdapterField(StrEnum):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -56,6 +56,7 @@ class EngineClient(EngineGroup):
                 accepts=self.accepts,
             )
             self.engines.append(engine)
+        self.adapter_listeners: list[Callable[[], None]] = []  # called when adapters have been loaded or unloaded
         self._watcher: asyncio.Task[None] | None = None  # of timeouts
 
     async def start(self) -> None:
@@ -99,6 +100,12 @@ class EngineClient(EngineGroup):
     ) -> Reservation:
         """Reserve capacity for `count` choices; see `Admission.reserve`."""
         return self._admission.reserve(count, param=param, tenant=tenant, queue_timeout=queue_timeout)
+
+    async def admit(
+        self, count: int, *, param: str = "n", tenant: Tenant, queue_timeout: float | None = None
+    ) -> Reservation:
+        """Like `reserve`, wherever the capacity is counted."""
+        return self.reserve(count, param=param, tenant=tenant, queue_timeout=queue_timeout)
 
     async def refill(self, reservation: Reservation, count: int) -> int:
         """Wait for capacity for up to `count` more choices; see `Admission.refill`."""
@@ -158,6 +165,7 @@ class EngineClient(EngineGroup):
         engines = self._engines_to_change()
         loads = [engine.adapters.load(name, path, replaces=replaces) for engine in engines]
         errors = [result for result in await asyncio.gather(*loads, return_exceptions=True) if result is not None]
+        self._adapters_changed()
         if not errors:
             return
         if len(errors) < len(engines):
@@ -167,7 +175,13 @@ class EngineClient(EngineGroup):
 
     async def unload_adapter(self, name: str) -> None:
         """Unload an adapter; see `LoadedAdapters.unload`. Raises EngineUnavailableError if no new work is accepted."""
-        await asyncio.gather(*[engine.adapters.unload(name) for engine in self._engines_to_change()])
+        unloads = [engine.adapters.unload(name) for engine in self._engines_to_change()]
+        self._adapters_changed()
+        await asyncio.gather(*unloads)
+
+    def _adapters_changed(self) -> None:
+        for listener in self.adapter_listeners:
+            listener()
 
     def _engines_to_change(self) -> Sequence[ConnectedEngine]:
         """Return the engines that are left. Raises EngineUnavailableError unless all are ready."""

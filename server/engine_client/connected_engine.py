@@ -49,7 +49,8 @@ class EngineOptions:
 
     step_timeout: float  # seconds that the longest step may take; an engine that is silent for longer is dead
     can_restart: bool = False  # an engine that dies after it has been ready is replaced, see `engine_started`
-    vocabulary: Vocabulary | None = None  # that engines need for grammars; None: no request may have a grammar
+    vocabulary: Vocabulary | None = None  # that engines need for grammars; None: they have it
+    connect: Callable[[str], EngineConnection] = EngineConnection  # to an address
 
 
 class ConnectedEngine:
@@ -89,7 +90,7 @@ class ConnectedEngine:
         self._admission = admission
         self._on_change = on_change
         self._accepts = accepts
-        self._connection = EngineConnection(process.address)
+        self._connection = options.connect(process.address)
         self.liveness = EngineLiveness(
             step_timeout=options.step_timeout,
             engine_pid=process.pid,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import zmq
@@ -29,10 +30,12 @@ class Damaged(msgspec.Struct):
 class EngineConnection:
     """Sends and receives msgpack messages over a DEALER socket, a new one for each engine at the address."""
 
+    received: Any = FromEngine  # the type of the messages
+
     def __init__(self, address: str) -> None:
         self._address = address
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._decoder = msgspec.msgpack.Decoder(self.received)
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
 
@@ -42,7 +45,10 @@ class EngineConnection:
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in ((zmq.SNDHWM, 0), (zmq.RCVHWM, MAX_UNREAD_MESSAGES), (zmq.LINGER, 0)):
             self._socket.setsockopt(option, value)
-        self._socket.connect(self._address)
+        self._attach(self._socket, self._address)
+
+    def _attach(self, socket: zmq.asyncio.Socket, address: str) -> None:
+        socket.connect(address)
 
     def send(self, message: ToEngine) -> None:
         """Queue a message, unless the connection is closed or disconnected.
@@ -63,7 +69,8 @@ class EngineConnection:
 
     def _decode(self, content: bytes) -> FromEngine | Damaged:
         try:
-            return self._decoder.decode(content)
+            message: FromEngine = self._decoder.decode(content)
+            return message
         except Exception:
             logger.exception("a message of the engine cannot be read")
         try:

@@ -40,6 +40,8 @@ class Reservation:
         self.queue_timeout = math.inf  # seconds
         self.start_by = self.end_by = math.inf  # times of time.monotonic(), like `started`
         self.answer: AnswerShare | None = None  # counts its events; None: they are few
+        self.on_start: Callable[[], None] | None = None  # called when the engine begins with it
+        self.on_failure: Callable[[APIError], None] | None = None  # called when an error ends it
         self._on_change = on_change
         self._streams: set[FailingStream] = set()
         self._error: APIError | None = None
@@ -82,8 +84,11 @@ class Reservation:
 
     def start(self) -> None:
         """Note that the engine has begun with the request."""
-        self.started = self.started or time.monotonic()
-        self._is_settled.set()
+        if self.started is None:
+            self.started = time.monotonic()
+            self._is_settled.set()
+            if self.on_start is not None:
+                self.on_start()
 
     def lose_start(self) -> None:
         """Note that the engine is lost. A request without output waits for the next one, in its place in the queue."""
@@ -101,6 +106,8 @@ class Reservation:
         if self._error is not None:
             return
         self._error = error
+        if self.on_failure is not None:
+            self.on_failure(error)
         self.release()
         for stream in list(self._streams):
             stream.fail(error)

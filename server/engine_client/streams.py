@@ -26,7 +26,7 @@ MAX_BATCH_EVENTS = 256  # read at a time; more would hold up other requests for 
 class StreamObserver(Protocol):
     """Handles the aborts, tokens and ends of the choices of a stream."""
 
-    def on_abort(self, request_id: str, index: int | None = None) -> None:
+    def on_abort(self, message: Abort) -> None:
         """End a choice, or the whole request, in the engine."""
 
     def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
@@ -107,14 +107,14 @@ class RequestStream:
         """
         self._events = deque(event for event in self._events if event.index != index)
         if not self.choices[index].has_ended:
-            self._observer.on_abort(self.request_id, index)
+            self._observer.on_abort(Abort(self.request_id, index, reason))
             self._end(index, reason, time.monotonic())
 
     def abort(self, reason: FinishReason) -> None:
         """End the choices that still run, in the engine too. Unread events can still be read."""
         if not self._num_open:
             return
-        self._observer.on_abort(self.request_id)
+        self._observer.on_abort(Abort(self.request_id, reason=reason))
         now = time.monotonic()
         for index, stats in enumerate(self.choices):
             if not stats.has_ended:
@@ -216,6 +216,10 @@ class OpenStreams:
                     logger.exception("an event of request %s cannot be used", event.request_id)
                     stream.discard(ServerError())
 
+    def find(self, request_id: str) -> RequestStream | None:
+        """Return an open stream."""
+        return self._streams.get(request_id)
+
     def discard(self, request_ids: Sequence[str], error: APIError) -> None:
         """End requests with `error`, in the engine too, and drop their unread events."""
         for request_id in request_ids:
@@ -249,8 +253,8 @@ class OpenStreams:
             else:
                 self._send(message)
 
-    def on_abort(self, request_id: str, index: int | None = None) -> None:
-        self._send(Abort(request_id, index))
+    def on_abort(self, message: Abort) -> None:
+        self._send(message)
 
     def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
         stream.reservation.start()

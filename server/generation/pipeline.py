@@ -27,12 +27,11 @@ from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
 from server.generation.generation import Generation
 from server.generation.parameters import (
     check_token_ids,
-    choose_seed,
     prompt_seed,
     resolve_num_logprobs,
     sampling_params,
 )
-from server.generation.preamble import WARNINGS, begin, find_generating_model
+from server.generation.preamble import WARNINGS, begin, find_generating_model, next_seed
 from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens, truncate_prompt, vocab_size
 from server.generation.reasoning_budget import reasoning_limit
 from server.generation.request_span import RequestSpan
@@ -181,7 +180,9 @@ async def start_in_background(
 
 async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[list[RenderedPrompt], dict[str, str]]:
     """Return the prompts as they would be sent to the engine, and response headers. Raises APIError."""
-    job = _validate(request, body, endpoint, default_seed=0)  # rendering must not change the seeds of later requests
+    job = await _validate(
+        request, body, endpoint, default_seed=0
+    )  # rendering must not change the seeds of later requests
     context = job.context
     prepared = await _prepare(job)
 
@@ -205,7 +206,9 @@ def _rendered(job: _Job[Body], submit: Submit) -> RenderedPrompt:
     )
 
 
-def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default_seed: int | None = None) -> _Job[Body]:
+async def _validate(
+    request: Request, body: Body, endpoint: Endpoint[Body], *, default_seed: int | None = None
+) -> _Job[Body]:
     """Make all checks that need no tokenizer.
 
     A request without a seed gets `default_seed`, or a seed that is chosen here. Raises BadRequestError,
@@ -235,21 +238,13 @@ def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default
             model=model.name,
             system_fingerprint=model.system_fingerprint,
         ),
-        seed=choose_seed(context.settings.seed, _next_number(request)) if seed is None else seed,
+        seed=await next_seed(context) if seed is None else seed,
         arrival=arrival,
         request_id=request.state.request_id,
         warnings=warnings,
         tenant=get_tenant(request),
         text_size=get_text_size(request),
     )
-
-
-def _next_number(request: Request) -> int:
-    """Return the number of earlier requests without a seed, and count this one."""
-    state = request.app.state
-    number: int = getattr(state, "num_unseeded_requests", 0)
-    state.num_unseeded_requests = number + 1
-    return number
 
 
 def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
@@ -268,7 +263,7 @@ async def _begin(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
     """Validate a request and submit it to the engine. Raises APIError."""
     span = RequestSpan(request, body, endpoint.operation)
     try:
-        job = _validate(request, body, endpoint)
+        job = await _validate(request, body, endpoint)
         return job, await _start(job, span)
     except BaseException as error:
         span.fail(error)
@@ -284,7 +279,8 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
     context, body, base = job.context, job.body, job.model.base
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     count = body.num_prompts * body.num_choices
-    with base.client.reserve(count, param=param, tenant=job.tenant, queue_timeout=body.queue_timeout) as reservation:
+    queue_timeout = body.queue_timeout
+    with await base.client.admit(count, param=param, tenant=job.tenant, queue_timeout=queue_timeout) as reservation:
         prepared = await _prepare(job)
         base.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         answers = context.answers

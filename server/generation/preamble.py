@@ -8,6 +8,7 @@ from fastapi import Request
 from pydantic import BaseModel
 
 from server.context import ServerContext, get_context
+from server.generation.parameters import choose_seed
 from server.http.errors import MissingParameterError, UnknownParameterError, UnsupportedParameterError, clip
 from server.models.served_model import ModelVariant
 from server.tenants import get_tenant
@@ -238,3 +239,9 @@ def warnings_header(names: Sequence[str]) -> str:
     shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 80)) or "?" for name in names]
     text = f"ignored parameters: {', '.join(shown)}"
     return text if len(text) <= MAX_WARNINGS_CHARS else f"{text[:MAX_WARNINGS_CHARS].rsplit(', ', 1)[0]}, ..."
+
+
+async def next_seed(context: ServerContext) -> int:
+    """Return the seed of a request that has none."""
+    seed = context.settings.seed
+    return choose_seed(seed, 0 if seed is None else await context.ledger.take_number())

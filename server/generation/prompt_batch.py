@@ -64,7 +64,7 @@ async def answer_prompts(
     # Reserve no more capacity than the engine can use at a time.
     size = min(num_prompts, model.client.max_num_seqs, model.client.max_in_flight)
     tenant, timeout = get_tenant(request), body.queue_timeout
-    with model.client.reserve(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
+    with await model.client.admit(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
         too_large = too_large_error(param, "answer", context.answers.max_bytes)
         share = reservation.answer = AnswerShare(context.answers, tenant, reservation.fail, too_large)
         try:

@@ -1,10 +1,13 @@
 """Middleware that holds each tenant to the limits of its entry in the keys file."""
 
+from contextlib import AsyncExitStack
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import APIError, ConcurrencyLimitError, QuotaExceededError, RateLimitError
 from server.limits.accounts import LimitReachedError
+from server.limits.ledger import Ledger
 from server.tenants import TENANT, Tenant
 
 
@@ -14,34 +17,31 @@ class LimitsMiddleware:
     What counts is every POST but the cancelling of a request.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, ledger: Ledger) -> None:
         self._app = app
+        self._ledger = ledger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         tenant: Tenant = scope["state"][TENANT]
-        account = tenant.account
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(account.headers())
+                MutableHeaders(scope=message).update(await self._ledger.headers(tenant))
             await send(message)
 
         if not _is_counted(scope):
             await self._app(scope, receive, send_with_headers)
             return
-        try:
-            account.admit()
-        except LimitReachedError as error:
-            await _api_error(error).response(scope)(scope, receive, send_with_headers)
-            return
-        account.num_running += 1
-        try:
-            await self._app(scope, receive, send_with_headers)
-        finally:
-            account.num_running -= 1
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self._ledger.request(tenant))
+            except LimitReachedError as error:
+                await _api_error(error).response(scope)(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
 
 
 def _api_error(error: LimitReachedError) -> APIError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.config import ModelConfig, load_model_config
 from engine.shared.messages import Vocabulary
 from server.constrained.grammar_checker import GrammarChecker
+from server.coordination.worker import Coordinator, WorkerClient
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
@@ -22,31 +23,22 @@ from server.text.tokenizer import Tokenizer
 logger = logging.getLogger("lightwell.api")
 
 
-def load_served_model(config: ServedModelConfig, metrics: Metrics, *, can_restart: bool) -> ServedModel:
+def load_served_model(
+    config: ServedModelConfig, metrics: Metrics, *, can_restart: bool, coordinator: Coordinator | None = None
+) -> ServedModel:
     """Create the text tools of a model and the client of its engine, which is not connected yet.
 
-    `can_restart`: whether the supervisor replaces an engine that dies. Raises OSError or ValueError if the model's
-    files, or those of its settings, are missing or invalid.
+    `can_restart`: whether the supervisor replaces an engine that dies. `coordinator`: in a worker, that is its engine.
+    Raises OSError or ValueError if the model's files, or those of its settings, are missing or invalid.
     """
     settings, path = config.settings, Path(config.path)
     tokenizer = Tokenizer.from_model(path)
     model_config = load_model_config(path)
     vocabulary = tokenizer.to_json()
-    options = EngineOptions(
-        step_timeout=settings.step_timeout,
-        can_restart=can_restart and settings.on_engine_death == "restart",
-        vocabulary=Vocabulary(vocabulary),
-    )
-    client = EngineClient(
-        config.engines,
-        options,
-        limits=AdmissionLimits(
-            max_queued_requests=settings.max_queued_requests,
-            queue_timeout=settings.queue_timeout,
-            request_timeout=settings.request_timeout or math.inf,
-        ),
-        metrics=metrics,
-    )
+    if coordinator is None:
+        client = _make_client(config, vocabulary, metrics, can_restart=can_restart)
+    else:
+        client = WorkerClient(coordinator, step_timeout=settings.step_timeout, metrics=metrics)
     return ServedModel(
         settings=settings,
         names=config.names,
@@ -61,6 +53,21 @@ def load_served_model(config: ServedModelConfig, metrics: Metrics, *, can_restar
         # The last one, since it starts a process.
         chat_template=make_chat_template(tokenizer, settings.chat_template),
     )
+
+
+def _make_client(config: ServedModelConfig, vocabulary: str, metrics: Metrics, *, can_restart: bool) -> EngineClient:
+    settings = config.settings
+    options = EngineOptions(
+        step_timeout=settings.step_timeout,
+        can_restart=can_restart and settings.on_engine_death == "restart",
+        vocabulary=Vocabulary(vocabulary),
+    )
+    limits = AdmissionLimits(
+        max_queued_requests=settings.max_queued_requests,
+        queue_timeout=settings.queue_timeout,
+        request_timeout=settings.request_timeout or math.inf,
+    )
+    return EngineClient(config.engines, options, limits=limits, metrics=metrics)
 
 
 def _score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:

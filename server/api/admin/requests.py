@@ -17,7 +17,7 @@ router = APIRouter()
 @router.post("/v1/requests/{request_id}/cancel")
 async def cancel_request(request: Request, request_id: str) -> Response:
     """Cancel a request by its answer's id or its x-request-id. The answer ends with the finish reason `abort`."""
-    if not get_context(request).running.cancel(request_id, get_owner(request)):
+    if not await get_context(request).cancel(request_id, get_owner(request)):
         raise RequestNotFoundError(request_id)
     return StructResponse(CancelResponse(request_id))
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from engine.shared.messages import Abort, TokenEvent
+from engine.shared.messages import Abort, FinishReason, TokenEvent
 from server.http.errors import (
     EngineUnavailableError,
     InvalidValueError,
@@ -105,7 +105,7 @@ async def test_the_newest_waiting_request_makes_room_for_another_tenant(fake_eng
         assert 1 <= int(caught.value.headers["retry-after"]) <= 60
         with pytest.raises(QueueFullError):
             await read(streams[-1])
-        await until(lambda: fake_engine.aborts == [Abort(streams[-1].request_id)])
+        await until(lambda: fake_engine.aborts == [Abort(streams[-1].request_id, reason=FinishReason.ERROR)])
         fake_engine.resume()
         for stream in [*streams[:-1], *others]:
             assert tokens(await read(stream))[:-1] == fake_engine.config.reply
@@ -178,7 +178,8 @@ async def test_a_request_that_waits_for_too_long_ends(fake_engine: FakeEngine) -
         with pytest.raises(QueueTimeoutError):
             client.submit(request("late"), tokenizing)
         assert client.num_in_flight == 0
-        await until(lambda: fake_engine.aborts == [Abort("hasty"), Abort("patient")])
+        expected = [Abort(name, reason=FinishReason.ERROR) for name in ("hasty", "patient")]
+        await until(lambda: fake_engine.aborts == expected)
         labels = {"model_name": "m", "engine": "0", "reason": "queue_timeout"}
         assert metrics.registry.get_sample_value("lightwell_requests_rejected_total", labels) == 3
 
@@ -199,7 +200,7 @@ async def test_a_request_that_takes_too_long_ends(fake_engine: FakeEngine) -> No
         assert (caught.value.status, caught.value.code) == (503, "request_timeout")
         assert caught.value.headers == {"x-should-retry": "false"}
         assert client.num_in_flight == 0
-        await until(lambda: fake_engine.aborts == [Abort("r")])
+        await until(lambda: fake_engine.aborts == [Abort("r", reason=FinishReason.ERROR)])
 
 
 @pytest.mark.checklist("E11")

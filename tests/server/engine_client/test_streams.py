@@ -116,7 +116,7 @@ async def test_abort_choice_ends_only_that_choice(fake_engine: FakeEngine) -> No
         assert {event.index for event in rest} == {0}
         assert len(tokens(first + rest, 0)) == 50
         assert client.num_in_flight == 0
-        assert fake_engine.aborts == [Abort("r", 1)]
+        assert fake_engine.aborts == [Abort("r", 1, FinishReason.STOP)]
 
 
 @pytest.mark.checklist("E09")
@@ -156,7 +156,7 @@ async def test_fail_streams_reaches_readers_and_engine(fake_engine: FakeEngine) 
         with pytest.raises(EngineUnavailableError, match="over"):
             await read(stream)
         assert client.num_in_flight == 0
-        await until(lambda: fake_engine.aborts == [Abort("r")])
+        await until(lambda: fake_engine.aborts == [Abort("r", reason=FinishReason.ERROR)])
 
 
 async def test_close_ends_streams(fake_engine: FakeEngine) -> None:

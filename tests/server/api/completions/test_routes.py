@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 from openai.types import Completion
 from tokenizers import processors
 
-from engine.shared.messages import Abort
+from engine.shared.messages import Abort, FinishReason
 from server.generation.preamble import WARNINGS
 from tests.server.conftest import StartServer
 from tests.support.clients import (
@@ -570,7 +570,8 @@ def test_stop_string_ends_its_choice_in_the_engine(
     assert time.monotonic() - start < 1.5  # 2,000 steps would take 2 seconds
     wait_until(lambda: len(fake_engine.aborts) == 4 and not fake_engine.num_choices)
     ids = [submit.request_id for submit in fake_engine.submits]
-    assert sorted(fake_engine.aborts, key=str) == sorted([Abort(id, j) for id in ids for j in (0, 1)], key=str)
+    expected = [Abort(id, j, FinishReason.STOP) for id in ids for j in (0, 1)]
+    assert sorted(fake_engine.aborts, key=str) == sorted(expected, key=str)
     assert server.metric("lightwell_request_success_total", finished_reason="stop") == 4
 
 

@@ -1,0 +1,331 @@
+"""The coordinator's end: serves one worker as its engine, and answers the requests that it forwards."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+import zmq.asyncio
+from msgspec.structs import replace
+from starlette.types import ASGIApp
+
+from engine.shared.messages import (
+    HEARTBEAT_SECONDS,
+    Abort,
+    Adapters,
+    EngineStats,
+    Hello,
+    LoadFailed,
+    LoraAdapter,
+    Outputs,
+    Ready,
+    Submit,
+    TokenEvent,
+)
+from server.context import ServerContext
+from server.coordination.forwarded_requests import ForwardedRequests
+from server.coordination.messages import (
+    Admit,
+    Answered,
+    Cancel,
+    Cancelled,
+    ErrorFields,
+    Failed,
+    Forget,
+    Forward,
+    FromWorker,
+    Leave,
+    Observe,
+    PartSent,
+    ReadRates,
+    Recorded,
+    Refill,
+    Refused,
+    Release,
+    Reply,
+    RequestPart,
+    Reserve,
+    TakeNumber,
+    Use,
+)
+from server.engine_client.client import EngineClient
+from server.engine_client.connection import EngineConnection
+from server.engine_client.reservation import Reservation
+from server.engine_client.streams import RequestStream
+from server.http.errors import APIError
+from server.limits.accounts import LimitReachedError
+from server.tenants import Tenant
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerConnection(EngineConnection):
+    """The socket that a worker connects to."""
+
+    received = FromWorker
+
+    def _attach(self, socket: zmq.asyncio.Socket, address: str) -> None:
+        socket.bind(address)
+
+
+class _Held:
+    """The capacity that a request of the worker holds, and its streams so far."""
+
+    def __init__(self, reservation: Reservation) -> None:
+        self.reservation = reservation
+        self.request_ids: list[str] = []
+        self.refill: asyncio.Task[None] | None = None
+
+
+class Relay:
+    """Serves a worker: reserves capacity for its requests, submits them, and passes their events on.
+
+    What the engines do in one step reaches the worker as one message.
+    """
+
+    def __init__(self, address: str, context: ServerContext, app: ASGIApp) -> None:
+        self._context = context
+        self._client: EngineClient = context.models.default.client
+        self._connection = WorkerConnection(address)
+        self._send: Callable[[Any], None] = self._connection.send
+        self._forwarded = ForwardedRequests(app, self._send)
+        self._held: dict[int, _Held] = {}  # by the number of the reservation
+        self._uses: dict[str, _Held] = {}  # by the id of a request that is about to come
+        self._streams: dict[str, RequestStream] = {}
+        self._admitted: dict[int, Tenant] = {}  # of requests that run
+        self._events: list[TokenEvent] = []  # to be sent, like the following
+        self._started: list[str] = []
+        self._is_flushing = False
+        self._adapters: list[LoraAdapter] | None = None  # that the worker knows of
+        self._cancels: dict[int, asyncio.Future[bool]] = {}
+        self._numbers = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            Hello: self._on_hello,
+            Reserve: self._on_reserve,
+            Refill: self._on_refill,
+            Use: self._on_use,
+            Submit: self._on_submit,
+            Abort: self._on_abort,
+            Answered: self._on_answered,
+            Release: self._on_release,
+            Admit: self._on_admit,
+            Leave: self._on_leave,
+            ReadRates: self._on_read_rates,
+            TakeNumber: self._on_take_number,
+            Observe: self._on_observe,
+            Recorded: self._on_recorded,
+            Cancelled: self._on_cancelled,
+            Forward: self._forwarded.begin,
+            RequestPart: self._forwarded.take_part,
+            PartSent: self._forwarded.part_sent,
+            Forget: self._forwarded.forget,
+        }
+
+    def start(self) -> None:
+        """Wait for the worker."""
+        self._connection.open()
+        self._client.adapter_listeners.append(self.publish_adapters)
+        self._run(self._connection.receive(self._on_message))
+        self._run(self._beat())
+
+    async def close(self) -> None:
+        """End what the worker waits for, and the connection."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._forwarded.close()
+        self._connection.close()
+
+    def publish_adapters(self) -> None:
+        """Tell the worker which adapters are loaded, if they have changed."""
+        adapters = list(self._client.adapters.values())
+        if self._adapters is not None and adapters != self._adapters:
+            self._adapters = adapters
+            self._send(Adapters(adapters))
+
+    async def cancel(self, request_id: str, owner: str) -> bool:
+        """End the requests of `owner` with this id in the worker. Return whether any was running."""
+        number = next(self._numbers)
+        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._cancels[number] = found
+        self._send(Cancel(number, request_id, owner))
+        try:
+            return await found
+        finally:
+            del self._cancels[number]
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _on_message(self, message: Any) -> None:
+        handler = self._handlers.get(type(message))
+        if handler is None:  # it cannot be read
+            return
+        try:
+            handler(message)
+        except Exception:
+            logger.exception("a message of an API process cannot be used")
+
+    # As an engine.
+
+    def _on_hello(self, message: Hello) -> None:
+        self._run(self._report_ready())
+
+    async def _report_ready(self) -> None:
+        events = [asyncio.create_task(event.wait()) for event in (self._client.became_ready, self._client.died)]
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        for event in events:
+            event.cancel()
+        if not self._client.became_ready.is_set():
+            self._send(LoadFailed(self._client.dead_reason or ""))
+            return
+        # The worker's engine is this process.
+        info = replace(self._client.ready_info(), pid=os.getpid(), max_num_seqs=self._client.max_num_seqs)
+        self._adapters = list(self._client.adapters.values())
+        self._send(Ready(info, self._adapters))
+
+    async def _beat(self) -> None:
+        """Send a heartbeat each second."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            self.publish_adapters()
+            self._flush()
+
+    def _flush_soon(self) -> None:
+        """Send the events when all streams with events of the current step have passed them on."""
+        if not self._is_flushing:
+            self._is_flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flushing = False
+        events, started = self._events, self._started
+        self._events, self._started = [], []
+        self._send(Outputs(stats=EngineStats(), events=events, started=started))
+
+    # Capacity and requests.
+
+    def _tenant(self, name: str) -> Tenant:
+        """Return a tenant of the worker, with this process's account."""
+        keys = self._context.api_keys
+        return keys.tenants.get(name) or Tenant(name=name, has_negative_priority=True, account=keys.everybody)
+
+    def _on_reserve(self, message: Reserve) -> None:
+        try:
+            reservation = self._client.reserve(
+                message.count,
+                param=message.param,
+                tenant=self._tenant(message.tenant),
+                queue_timeout=message.queue_timeout,
+            )
+        except APIError as error:
+            self._send(Reply(message.number, error=ErrorFields.of(error)))
+            return
+        held = self._held[message.number] = _Held(reservation)
+        reservation.on_start = lambda: self._on_start(held)
+        reservation.on_failure = lambda error: self._send(Refused(message.number, ErrorFields.of(error)))
+        self._send(Reply(message.number))
+
+    def _on_start(self, held: _Held) -> None:
+        self._started += held.request_ids[:1]
+        self._flush_soon()
+
+    def _on_refill(self, message: Refill) -> None:
+        if held := self._held.get(message.reservation):
+            held.refill = self._run(self._refill(held.reservation, message))
+
+    async def _refill(self, reservation: Reservation, message: Refill) -> None:
+        try:
+            self._send(Reply(message.number, await self._client.refill(reservation, message.count)))
+        except APIError as error:
+            self._send(Reply(message.number, error=ErrorFields.of(error)))
+
+    def _on_use(self, message: Use) -> None:
+        self._uses[message.request_id] = self._held[message.reservation]
+
+    def _on_submit(self, message: Submit) -> None:
+        held = self._uses.pop(message.request_id)
+        try:
+            stream = self._client.submit(message, held.reservation)
+        except APIError as error:
+            self._send(Failed(message.request_id, ErrorFields.of(error)))
+            return
+        held.request_ids.append(message.request_id)
+        self._streams[message.request_id] = stream
+        self._run(self._pass_on(stream))
+
+    async def _pass_on(self, stream: RequestStream) -> None:
+        """Send the events of a request until it ends."""
+        try:
+            async with stream:
+                async for events in stream:
+                    self._events += events
+                    self._flush_soon()
+        except APIError as error:
+            self._flush()
+            self._send(Failed(stream.request_id, ErrorFields.of(error)))
+        finally:
+            del self._streams[stream.request_id]
+
+    def _on_abort(self, message: Abort) -> None:
+        if (stream := self._streams.get(message.request_id)) is None:
+            return
+        if message.index is None:
+            stream.abort(message.reason)
+        else:
+            stream.abort_choice(message.index, message.reason)
+
+    def _on_answered(self, message: Answered) -> None:
+        if held := self._held.get(message.reservation):
+            held.reservation.is_answered = True
+
+    def _on_release(self, message: Release) -> None:
+        if held := self._held.pop(message.reservation, None):
+            if held.refill is not None:
+                held.refill.cancel()
+            held.reservation.release()
+
+    # What all API processes share.
+
+    def _on_admit(self, message: Admit) -> None:
+        tenant = self._tenant(message.tenant)
+        try:
+            self._context.ledger.begin(tenant)
+        except LimitReachedError as error:
+            self._send(Reply(message.number, (error.name, error.limit, error.retry_after)))
+        else:
+            self._admitted[message.number] = tenant
+            self._send(Reply(message.number))
+
+    def _on_leave(self, message: Leave) -> None:
+        if tenant := self._admitted.pop(message.number, None):
+            self._context.ledger.end(tenant)
+
+    def _on_read_rates(self, message: ReadRates) -> None:
+        self._send(Reply(message.number, self._tenant(message.tenant).account.headers()))
+
+    def _on_take_number(self, message: TakeNumber) -> None:
+        self._run(self._take_number(message))
+
+    async def _take_number(self, message: TakeNumber) -> None:
+        self._send(Reply(message.number, await self._context.ledger.take_number()))
+
+    def _on_observe(self, message: Observe) -> None:
+        getattr(self._context.metrics, message.method)(*message.arguments)
+
+    def _on_recorded(self, message: Recorded) -> None:
+        self._context.recordings.add(message.recording())
+
+    def _on_cancelled(self, message: Cancelled) -> None:
+        if (found := self._cancels.get(message.number)) is not None:
+            with suppress(asyncio.InvalidStateError):
+                found.set_result(message.was_running)

@@ -1,0 +1,42 @@
+"""The accounts of tenants, for the requests that begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from itertools import count
+
+from server.tenants import Tenant
+
+
+class Ledger:
+    """Counts requests in the accounts of their tenants, and numbers those that have no seed."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+
+    @asynccontextmanager
+    async def request(self, tenant: Tenant) -> AsyncGenerator[None, None]:
+        """Count a request that runs in the context. Raises LimitReachedError if it exceeds a limit of its tenant."""
+        self.begin(tenant)
+        try:
+            yield
+        finally:
+            self.end(tenant)
+
+    def begin(self, tenant: Tenant) -> None:
+        """Count a request; `end` must follow. Raises LimitReachedError."""
+        tenant.account.admit()
+        tenant.account.num_running += 1
+
+    def end(self, tenant: Tenant) -> None:
+        """Count a request that `begin` has counted as ended."""
+        tenant.account.num_running -= 1
+
+    async def headers(self, tenant: Tenant) -> Mapping[str, str]:
+        """Return OpenAI's headers for the rates of the tenant that are limited."""
+        return tenant.account.headers()
+
+    async def take_number(self) -> int:
+        """Return how often this has been called before."""
+        return next(self._numbers)
