@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -52,10 +52,11 @@ from server.models.slot import ModelSlot
 from server.processes.garbage import collect_in_steps
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
-from server.settings.process_configs import ApiProcessConfig
+from server.settings.process_configs import ApiProcessConfig, WorkerLink
 from server.settings.table import Settings
 from server.sockets.acceptor import ACCEPTS_AT_ONCE, Acceptor
 from server.sockets.certificate import Certificate
+from server.sockets.handover import Receiver, Workers
 from server.sockets.handshake import MAX_HANDSHAKES, Handshakes
 from server.sockets.listeners import listening, url
 
@@ -75,22 +76,50 @@ TICK = 1.0  # seconds between updates of the Date header
 class APIServer(uvicorn.Server):
     """uvicorn without its signal handlers, which re-raise the signal at the end, and with fewer wake-ups when idle."""
 
-    def __init__(self, config: uvicorn.Config, max_connections: int, certificate: Certificate | None = None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        max_connections: int,
+        certificate: Certificate | None = None,
+        workers: Sequence[WorkerLink] = (),
+        coordinator: WorkerLink | None = None,
+    ) -> None:
         super().__init__(config)
         self._max_connections = max_connections
         self._certificate = certificate
+        self._links = workers
+        self._workers: Workers | None = None
+        self._coordinator = coordinator
         self._stopping = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, and listen on the sockets, which uvicorn itself would do through asyncio."""
+        """Start the application, and listen on the sockets, which uvicorn itself would do through asyncio.
+
+        A worker gets its connections from the coordinator.
+        """
         await super().startup([])
         make_http: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
-        acceptor = Acceptor(
-            sockets or (),
-            lambda: make_http(config=self.config, server_state=self.server_state, app_state=self.lifespan.state),
-            num_free=lambda: self._max_connections - len(self.server_state.connections),
+        make_protocol = functools.partial(
+            make_http, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
-        self.servers = [cast("asyncio.Server", acceptor)]
+        source: Acceptor | Receiver
+        if self._coordinator is not None:
+            source = Receiver(inherited(self._coordinator), make_protocol)
+        else:
+            if self._links:
+                self._workers = Workers(map(inherited, self._links), self._max_connections)
+            source = Acceptor(sockets or (), make_protocol, self._num_free, self._workers)
+        self.servers = [cast("asyncio.Server", source)]
+
+    def _num_free(self) -> int:
+        return self._max_connections - len(self.server_state.connections)
+
+    async def finish(self, requests: Set[asyncio.Task[None]]) -> None:
+        """Wait until requests have ended, and until the workers have, whose requests this process may serve."""
+        if requests:
+            await asyncio.wait(requests)
+        if self._workers is not None:
+            await self._workers.stopped.wait()
 
     def stop(self) -> None:
         self.should_exit = True
@@ -129,7 +158,9 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
     with contextlib.ExitStack() as stack:
         try:
             certificate = load_certificate(settings)
-            sockets = stack.enter_context(listening(settings.host, settings.port, settings.uds))
+            sockets = []
+            if config.coordinator is None:
+                sockets = stack.enter_context(listening(settings.host, settings.port, settings.uds))
             channel = None if config.supervisor_fd is None else Channel.from_fd(config.supervisor_fd)
             context = make_context(config, channel)
         except (OSError, ValueError) as error:  # errors in the configuration, which need no traceback
@@ -140,13 +171,16 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
             context.workers.extend(Relay(link.address, context, app) for link in config.workers)
             server = make_server(
                 app,
-                max_connections=raise_file_limit(),
+                max_connections=raise_file_limit(settings.api_server_count),
                 certificate=certificate,
                 forwarded_allow_ips=settings.forwarded_allow_ips,
+                workers=config.workers,
+                coordinator=config.coordinator,
             )
             collect_garbage()
-            address = url(sockets[0], is_tls=certificate is not None)
-            logger.debug("%s is open for health probes", address)
+            address = url(sockets[0], is_tls=certificate is not None) if sockets else None
+            if address is not None:
+                logger.debug("%s is open for health probes", address)
             return asyncio.run(Lifecycle(server, context, flush_logs, channel).run(sockets, address))
         except Exception:
             logger.exception("the server failed")
@@ -217,6 +251,8 @@ def make_server(
     protocol: type[HTTPProtocol] = HTTPProtocol,
     certificate: Certificate | None = None,
     forwarded_allow_ips: Sequence[str] = (),
+    workers: Sequence[WorkerLink] = (),
+    coordinator: WorkerLink | None = None,
 ) -> APIServer:
     """Return a server for the application, which speaks TLS if there is a certificate."""
     config = uvicorn.Config(
@@ -237,7 +273,7 @@ def make_server(
     if certificate is not None:
         make_http = Handshakes(certificate.context, make_http)
     config.http_protocol_class = cast("type[asyncio.Protocol]", make_http)
-    return APIServer(config, max_connections, certificate)
+    return APIServer(config, max_connections, certificate, workers, coordinator)
 
 
 class Lifecycle:
@@ -263,7 +299,7 @@ class Lifecycle:
         self._channel = channel
         self._terminated = asyncio.Event()
 
-    async def run(self, sockets: list[socket.socket], address: str) -> int:
+    async def run(self, sockets: list[socket.socket], address: str | None) -> int:
         """Serve until the end, announced as the URL `address`. Return the exit code: 0 after SIGTERM, otherwise 1."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
@@ -271,7 +307,7 @@ class Lifecycle:
             loop.add_signal_handler(signal.SIGHUP, loop.run_in_executor, None, self._context.api_keys.reload)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])  # the supervisor starts this process so
         serving = asyncio.create_task(self._server.serve(sockets))
-        announcing = [] if self._context.forwarder else [asyncio.create_task(announce(self._context, address))]
+        announcing = [] if address is None else [asyncio.create_task(announce(self._context, address))]
         events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._died)]
         talking = [] if self._channel is None else [asyncio.create_task(self._talk_to_supervisor(self._channel))]
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
@@ -332,13 +368,12 @@ class Lifecycle:
             model.client.drain()
         requests = set(self._server.server_state.tasks)
         logger.info("draining: waiting for %d running requests", len(requests))
-        if requests:
-            death = asyncio.create_task(self._died.wait())
-            finished = asyncio.create_task(_finish(requests))
-            waiting = {death, finished}
-            await asyncio.wait(waiting, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
-            death.cancel()
-            finished.cancel()
+        death = asyncio.create_task(self._died.wait())
+        finished = asyncio.create_task(self._server.finish(requests))
+        waiting = {death, finished}
+        await asyncio.wait(waiting, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        death.cancel()
+        finished.cancel()
 
     async def _on_engine_death(self) -> None:
         """Keep serving for `DEATH_GRACE` seconds if the engine had been ready. Its requests have already failed."""
@@ -346,18 +381,25 @@ class Lifecycle:
             await asyncio.sleep(DEATH_GRACE)
 
 
-async def _finish(requests: set[asyncio.Task[None]]) -> None:
-    await asyncio.wait(requests)
+def inherited(link: WorkerLink) -> socket.socket:
+    """Return this process's end of the pair over which connections are passed."""
+    return socket.socket(fileno=link.sockets_fd)
 
 
-def raise_file_limit() -> int:
-    """Raise the soft limit of open files as far as needed and allowed. Return the number of connections it allows."""
+def raise_file_limit(num_processes: int = 1) -> int:
+    """Raise the soft limit of open files as far as needed and allowed. Return the number of connections it allows.
+
+    With several API processes, this is that of each: the coordinator may hold the connections of all, until it has
+    passed them on.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = MAX_CONNECTIONS + SPARE_FILES
+    needed = num_processes * MAX_CONNECTIONS + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(16, min(MAX_CONNECTIONS, (soft - SPARE_FILES) // num_processes))
 
 
 if __name__ == "__main__":

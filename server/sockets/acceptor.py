@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heapreplace
 from itertools import count
 
+from server.sockets.handover import Workers
+from server.sockets.starter import STARTS_AT_ONCE, Starter
 from server.tenants import network_of
 
 logger = logging.getLogger(__name__)
 
 ACCEPTS_AT_ONCE = 128  # between other events; takes 1 or 2 ms
-STARTS_AT_ONCE = 4  # the same with TLS
 RETRY_SECONDS = 1.0  # after which connections are accepted again where the system had no more files or memory
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -27,7 +28,7 @@ class Acceptor:
     """Accepts the connections of listening sockets.
 
     When more connections wait to be started than `num_free` says there is room for, the longest waiting ones of the
-    network that has most of them are closed.
+    network that has most of them are closed. `workers` take their share of the connections, and have room of their own.
     """
 
     def __init__(
@@ -35,15 +36,16 @@ class Acceptor:
         listeners: Sequence[socket.socket],
         make_protocol: Callable[[], asyncio.BaseProtocol],
         num_free: Callable[[], int],
+        workers: Workers | None = None,
     ) -> None:
         self._listeners = listeners
-        self._make_protocol = make_protocol
+        self._starter = Starter(make_protocol)
+        self._workers = workers
         self._num_free = num_free
         self._waiting = Waiting()
         self._loop = asyncio.get_running_loop()
         self._next_start: asyncio.Handle | None = None
         self._retry: asyncio.TimerHandle | None = None
-        self._starting: set[asyncio.Task[None]] = set()
         self._listen()
 
     def close(self) -> None:
@@ -53,10 +55,12 @@ class Acceptor:
             if handle is not None:
                 handle.cancel()
         self._waiting.shrink_to(0)
+        if self._workers is not None:
+            self._workers.close()
 
     async def wait_closed(self) -> None:
         """Wait until the connections that are being started are the protocols' own."""
-        await asyncio.gather(*self._starting)
+        await self._starter.wait()
 
     def _listen(self) -> None:
         for listener in self._listeners:
@@ -81,23 +85,18 @@ class Acceptor:
                 break
             # Clients of UNIX sockets have no address.
             self._waiting.add(network_of(address[0]) if isinstance(address, tuple) else "", connection)
-        self._waiting.shrink_to(max(ACCEPTS_AT_ONCE, self._num_free()))
+        num_free = self._num_free() + (self._workers.num_free if self._workers is not None else 0)
+        self._waiting.shrink_to(max(ACCEPTS_AT_ONCE, num_free))
         if self._next_start is None:
             self._start_some()
 
     def _start_some(self) -> None:
         for _ in range(min(STARTS_AT_ONCE, len(self._waiting))):
-            task = self._loop.create_task(self._start(self._waiting.take()))
-            self._starting.add(task)
-            task.add_done_callback(self._starting.discard)
+            connection = self._waiting.take()
+            own = connection if self._workers is None else self._workers.assign(connection)
+            if own is not None:
+                self._starter.start(own)
         self._next_start = self._loop.call_soon(self._start_some) if len(self._waiting) else None
-
-    async def _start(self, connection: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
-        except Exception:
-            logger.exception("a connection could not be started")
-            connection.close()
 
 
 class Waiting:

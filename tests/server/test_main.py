@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -12,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,14 +33,15 @@ from server.engine_client.supervisor_channel import (
     Heartbeat,
     make_channel,
 )
-from server.main import Lifecycle, make_context, raise_file_limit, run
+from server.main import MAX_CONNECTIONS, SPARE_FILES, Lifecycle, make_context, raise_file_limit, run
+from server.processes.supervised_api import linked_configs
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
 from server.sockets.listeners import bind, url
 from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.support.paths import ROOT
-from tests.support.serving import api_config, check_envelope, check_error, wait_until
+from tests.support.serving import api_config, check_envelope, check_error, own_address, wait_until
 
 COMMAND = [sys.executable, "-m", "server.main"]
 MAX_RSS = 150 << 20
@@ -48,9 +50,10 @@ TLS = ROOT / "tests/support/tls"
 
 @dataclass
 class Api:
-    """A running API process and its fake engine."""
+    """A running API process and its fake engine. If there are workers, it is their coordinator."""
 
     process: subprocess.Popen[bytes]
+    workers: Sequence[subprocess.Popen[bytes]]
     engine: FakeEngineProcess
     url: str
     log: Path
@@ -81,10 +84,9 @@ def free_port() -> int:
 
 
 def start_process(config: ApiProcessConfig, log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    pass_fds = () if config.supervisor_fd is None else (config.supervisor_fd,)
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            COMMAND, stdin=subprocess.PIPE, stderr=stderr, env=os.environ | environment, pass_fds=pass_fds
+            COMMAND, stdin=subprocess.PIPE, stderr=stderr, env=os.environ | environment, pass_fds=config.inherited_fds
         )
     assert process.stdin is not None
     with process.stdin as stdin:
@@ -104,21 +106,28 @@ def start_api(address: str, model_folder: Path, tmp_path: Path) -> Iterator[Star
             wait_ready: bool = True,
             environment: dict[str, str] | None = None,
             supervisor_fd: int | None = None,
+            num_workers: int = 0,
             **settings: Any,
         ) -> Api:
             fake = stack.enter_context(FakeEngineProcess(FakeEngineConfig(address=address, **(engine or {}))))
             port = free_port()
             config = api_config(
-                Settings(port=port, **settings),
+                Settings(port=port, api_server_count=1 + num_workers, **settings),
                 EngineProcess(address, fake.pid),
                 model_path,
                 ("tiny",),
                 supervisor_fd=supervisor_fd,
             )
-            log = tmp_path / "api.log"
-            api = Api(start_process(config, log, **(environment or {})), fake, f"http://127.0.0.1:{port}", log)
-            stack.callback(api.process.wait)
-            stack.callback(api.process.kill)
+            logs = [tmp_path / "api.log", *(tmp_path / f"api-{number}.log" for number in range(num_workers))]
+            addresses = [stack.enter_context(own_address()) for _ in range(num_workers)]
+            with linked_configs(config, addresses) as configs:
+                processes = [
+                    start_process(each, log, **(environment or {})) for each, log in zip(configs, logs, strict=True)
+                ]
+            for process in processes:
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+            api = Api(processes[0], processes[1:], fake, f"http://127.0.0.1:{port}", logs[0])
             if wait_ready:
                 wait_until(api.is_ready, timeout=20)
             return api
@@ -193,6 +202,33 @@ def test_sigterm_lets_running_requests_finish(start_api: StartApi) -> None:
     assert stream.result().text.endswith("data: [DONE]\n\n")
     assert "error" not in stream.result().text
     assert api.wait(3) == 0
+
+
+def connect_to(worker: subprocess.Popen[bytes], api: Api) -> httpx.Client:
+    """Return a client whose connection a worker has got."""
+    deadline = time.monotonic() + 20
+    while True:
+        assert time.monotonic() < deadline, "the worker gets no connections"
+        client = httpx.Client(base_url=api.url, timeout=30)
+        client.get("/healthz")
+        if psutil.Process(worker.pid).net_connections("tcp"):
+            return client
+        client.close()
+
+
+def test_sigterm_lets_requests_of_workers_finish(start_api: StartApi) -> None:
+    """All processes drain at once. The coordinator does not leave before the worker."""
+    api = start_api(SLOW, num_workers=1)
+    (worker,) = api.workers
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 40, "stream": True}
+    with closing(connect_to(worker, api)) as client:
+        stream = Background(lambda: client.post("/v1/completions", json=body))
+        wait_until(lambda: running(api) == 1)
+        for process in (api.process, worker):
+            process.terminate()
+        assert stream.result().text.endswith("data: [DONE]\n\n")
+        assert "error" not in stream.result().text
+        assert [process.wait(5) for process in (api.process, worker)] == [0, 0]
 
 
 def test_requests_that_outlast_the_drain_timeout_fail(start_api: StartApi) -> None:
@@ -704,3 +740,14 @@ def test_bind() -> None:
 @pytest.mark.checklist("A16")
 def test_the_file_limit_allows_connections() -> None:
     assert raise_file_limit() >= 16
+
+
+def test_the_file_limit_is_shared_by_api_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one may hold the connections of all."""
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 5000))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    assert raise_file_limit(4) == (5000 - SPARE_FILES) // 4
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1 << 20))
+    assert raise_file_limit(4) == MAX_CONNECTIONS
+    assert limits == [(5000, 5000), (4 * MAX_CONNECTIONS + SPARE_FILES, 1 << 20)]

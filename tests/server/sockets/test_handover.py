@@ -1,0 +1,446 @@
+"""Connections that are passed on to other processes, over real sockets: who gets which, and what is counted."""
+
+import asyncio
+import os
+import resource
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from http.client import HTTPConnection, HTTPSConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from server import main
+from server.main import make_server
+from server.settings.process_configs import WorkerLink
+from server.sockets import acceptor
+from server.sockets.acceptor import Acceptor
+from server.sockets.certificate import Certificate
+from server.sockets.handover import NUMBER_BYTES, Receiver, Workers
+from server.sockets.listeners import bind, bind_unix
+from tests.support.paths import ROOT
+from tests.support.serving import wait_until
+
+TLS = ROOT / "tests/support/tls"
+ROOM = 1000
+HAS_STARTED = bytes(NUMBER_BYTES)
+
+Connect = Callable[[], socket.socket]
+
+
+class Echo(asyncio.Protocol):
+    """Sends back what it receives, and is in a list while it is open."""
+
+    def __init__(self, connections: list["Echo"]) -> None:
+        self._connections = connections
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._connections.append(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.remove(self)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let other tasks run until `condition()` is true."""
+    await asyncio.to_thread(wait_until, condition, timeout=20)
+
+
+async def until_open(connections: list[Echo], number: int) -> None:
+    await until(lambda: len(connections) == number)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def listener(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> socket.socket:
+    """A listening socket."""
+    if request.param == "unix":
+        return stack.enter_context(bind_unix(str(tmp_path / "socket")))
+    return stack.enter_context(bind("127.0.0.1", 0)[0])
+
+
+@pytest.fixture
+def connect(listener: socket.socket, stack: ExitStack) -> Connect:
+    """A function that opens a connection to `listener`."""
+
+    def connect() -> socket.socket:
+        connection = stack.enter_context(socket.socket(listener.family, socket.SOCK_STREAM))
+        connection.settimeout(10)
+        connection.connect(listener.getsockname())
+        return connection
+
+    return connect
+
+
+def pair(stack: ExitStack) -> tuple[socket.socket, socket.socket]:
+    """Return the coordinator's end and the worker's."""
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return stack.enter_context(first), stack.enter_context(second)
+
+
+class Coordinator:
+    """An acceptor with its workers, and the connections that it keeps."""
+
+    def __init__(self, listener: socket.socket, ends: Sequence[socket.socket], num_free: int = ROOM) -> None:
+        self.own: list[Echo] = []
+        self.workers = Workers(ends, ROOM)
+        self._num_ends = len(ends)
+        self.acceptor = Acceptor([listener], lambda: Echo(self.own), lambda: num_free, self.workers)
+
+    @property
+    def num_passed_on(self) -> int:
+        """Number of open connections of all workers."""
+        return self._num_ends * ROOM - self.workers.num_free
+
+    async def until_passed_on(self, number: int) -> None:
+        await until(lambda: self.num_passed_on == number)
+
+    async def close(self) -> None:
+        self.acceptor.close()
+        await self.acceptor.wait_closed()
+        for connection in self.own:
+            connection.transport.abort()
+
+
+class Worker:
+    """A receiver, and the connections that it has."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.own: list[Echo] = []
+        self.receiver = Receiver(end, lambda: Echo(self.own))
+
+    async def close(self) -> None:
+        self.receiver.close()
+        await self.receiver.wait_closed()
+        for connection in self.own:
+            connection.transport.abort()
+        await until(lambda: not self.own)
+
+
+@asynccontextmanager
+async def running(
+    listener: socket.socket, num_workers: int, num_free: int = ROOM
+) -> AsyncIterator[tuple[Coordinator, list[Worker]]]:
+    """Run a coordinator with workers, which have started."""
+    with ExitStack() as stack:
+        pairs = [pair(stack) for _ in range(num_workers)]
+        coordinator = Coordinator(listener, [first for first, _ in pairs], num_free)
+        workers = [Worker(second) for _, second in pairs]
+        await until(lambda: coordinator.workers.num_free == num_workers * ROOM)
+        yield coordinator, workers
+        await coordinator.close()
+        for worker in workers:
+            await worker.close()
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_connections_are_spread_evenly(listener: socket.socket, connect: Connect) -> None:
+    async def spread() -> None:
+        async with running(listener, 3) as (coordinator, workers):
+            clients = [connect() for _ in range(40)]
+            processes = [coordinator.own, *(worker.own for worker in workers)]
+            await until(lambda: sum(map(len, processes)) == 40)
+            assert list(map(len, processes)) == [10] * 4
+            assert coordinator.num_passed_on == 30
+            for number, client in enumerate(clients):
+                client.send(b"%d" % number)
+                assert await asyncio.to_thread(client.recv, 10) == b"%d" % number
+
+    asyncio.run(spread())
+
+
+def test_small_writes_of_a_worker_are_not_delayed(listener: socket.socket, connect: Connect) -> None:
+    async def check() -> None:
+        async with running(listener, 1) as (_, (worker,)):
+            client = connect()
+            await until(lambda: len(worker.own) == 1)
+            transport = worker.own[0].transport
+            passed_on = transport.get_extra_info("socket")
+            assert not os.get_inheritable(passed_on.fileno())
+            if listener.family == socket.AF_INET:
+                assert transport.get_extra_info("peername") == client.getsockname()
+                assert passed_on.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    asyncio.run(check())
+
+
+def test_the_next_connection_goes_where_some_have_been_closed(listener: socket.socket, connect: Connect) -> None:
+    async def close_and_connect() -> None:
+        async with running(listener, 2) as (coordinator, workers):
+            processes = [coordinator.own, *(worker.own for worker in workers)]
+            clients = [connect() for _ in range(12)]
+            await until(lambda: list(map(len, processes)) == [4, 4, 4])
+            for process in (2, 0, 1):
+                names = [connection.transport.get_extra_info("peername") for connection in processes[process]]
+                if listener.family == socket.AF_INET:
+                    for client in [each for each in clients if each.getsockname() in names]:
+                        clients.remove(client)
+                        client.close()
+                else:
+                    for connection in processes[process]:
+                        connection.transport.close()
+                await until_open(processes[process], 0)
+                await coordinator.until_passed_on(8 if process == 0 else 4)
+                clients += [connect() for _ in range(4)]
+                await until(lambda: list(map(len, processes)) == [4, 4, 4])
+
+    asyncio.run(close_and_connect())
+
+
+def test_a_worker_that_still_starts_gets_nothing(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
+    async def check() -> None:
+        end, other_end = pair(stack)
+        coordinator = Coordinator(listener, [end])
+        for _ in range(3):
+            connect()
+        await until(lambda: len(coordinator.own) == 3)
+        assert coordinator.workers.num_free == 0
+        worker = Worker(other_end)
+        await until(lambda: coordinator.workers.num_free == ROOM)
+        connect()
+        await until(lambda: len(worker.own) == 1)
+        await coordinator.close()
+        await worker.close()
+
+    asyncio.run(check())
+
+
+def test_a_busy_worker_gets_a_few(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
+    """The coordinator has the others. When the worker is no longer busy, it has what it was sent."""
+
+    async def check() -> None:
+        end, other_end = pair(stack)
+        coordinator = Coordinator(listener, [end])
+        other_end.send(HAS_STARTED)
+        await until(lambda: coordinator.workers.num_free == ROOM)
+        clients = [connect() for _ in range(200)]
+        await until(lambda: len(coordinator.own) + coordinator.num_passed_on == 200)
+        num_waiting = coordinator.num_passed_on
+        assert 0 < num_waiting < 80
+        worker = Worker(other_end)
+        await until(lambda: len(worker.own) == num_waiting)
+        for client in clients:
+            client.send(b"x")
+            assert await asyncio.to_thread(client.recv, 1) == b"x"
+        await coordinator.close()
+        await worker.close()
+
+    asyncio.run(check())
+
+
+def test_the_room_of_workers_counts(listener: socket.socket, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections wait for it. Without it, all but some are closed."""
+    monkeypatch.setattr(acceptor, "ACCEPTS_AT_ONCE", 20)
+    monkeypatch.setattr(acceptor, "STARTS_AT_ONCE", 1)
+
+    async def check() -> None:
+        async with running(listener, 1, num_free=0) as (coordinator, (worker,)):
+            clients = [connect() for _ in range(100)]
+            await until(lambda: len(coordinator.own) == len(worker.own) == 50)
+            for client in clients:
+                client.send(b"x")
+                assert await asyncio.to_thread(client.recv, 1) == b"x"
+
+    asyncio.run(check())
+
+
+def test_a_dead_worker_gets_nothing(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
+    """What it had is closed, and counts no longer."""
+    end, other_end = pair(stack)
+    end_in_worker = f"socket.socket(fileno={other_end.fileno()})"
+    code = f"import socket, time; end = {end_in_worker}; end.send({HAS_STARTED!r}); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[other_end.fileno()])
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    other_end.close()
+
+    async def check() -> None:
+        coordinator = Coordinator(listener, [end])
+        await until(lambda: coordinator.workers.num_free == ROOM)
+        clients = [connect() for _ in range(4)]
+        await until(lambda: len(coordinator.own) == coordinator.num_passed_on == 2)
+        process.kill()
+        await until(lambda: coordinator.workers.num_free == 0)
+        kept = [connection.transport.get_extra_info("peername") for connection in coordinator.own]
+        if listener.family == socket.AF_INET:
+            assert all(is_closed(client) for client in clients if client.getsockname() not in kept)
+        for _ in range(6):
+            connect()
+        await until(lambda: len(coordinator.own) == 8)
+        await coordinator.close()
+
+    asyncio.run(check())
+
+
+def test_workers_get_nothing_after_the_end(listener: socket.socket, connect: Connect) -> None:
+    async def check() -> None:
+        async with running(listener, 1) as (coordinator, (worker,)):
+            first = connect()
+            await until(lambda: len(worker.own) == 1)
+            coordinator.acceptor.close()
+            connect()
+            await asyncio.sleep(0.2)
+            assert (len(worker.own), len(coordinator.own)) == (1, 0)
+            first.send(b"x")
+            assert await asyncio.to_thread(first.recv, 1) == b"x"  # goes on
+            first.close()
+            await until(lambda: not worker.own)
+
+    asyncio.run(check())
+
+
+def test_a_worker_that_has_stopped_gets_nothing(listener: socket.socket, connect: Connect) -> None:
+    async def check() -> None:
+        async with running(listener, 2) as (coordinator, (first, second)):
+            first.receiver.close()
+            await until(lambda: coordinator.workers.num_free == ROOM)
+            assert not coordinator.workers.stopped.is_set()
+            for _ in range(4):
+                connect()
+            await until(lambda: len(coordinator.own) == len(second.own) == 2)
+            assert first.own == []
+            second.receiver.close()
+            await asyncio.wait_for(coordinator.workers.stopped.wait(), 20)
+
+    asyncio.run(check())
+
+
+def numbers(end: socket.socket) -> list[int]:
+    """Return the numbers of closed connections that were reported."""
+    found = []
+    while True:
+        try:
+            found.append(int.from_bytes(end.recv(NUMBER_BYTES)))
+        except BlockingIOError:
+            return found
+
+
+def test_closed_connections_are_reported_when_the_coordinator_is_busy(stack: ExitStack) -> None:
+    async def check() -> None:
+        end, other_end = pair(stack)
+        end.setblocking(False)
+        other_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        worker = Worker(other_end)
+        clients = []
+        for number in range(50):
+            client, passed_on = map(stack.enter_context, socket.socketpair())
+            clients.append(client)
+            socket.send_fds(end, [b"\0"], [passed_on.fileno()])
+            passed_on.close()
+            await until_open(worker.own, number + 1)
+        for number, client in enumerate(clients):
+            client.close()
+            await until_open(worker.own, 49 - number)
+        reported = numbers(end)
+        assert len(reported) < 40
+        while sum(reported) < 50:
+            await asyncio.sleep(0.01)
+            reported += numbers(end)
+        assert sum(reported) == 50
+        assert len(reported) < 50
+        await worker.close()
+
+    asyncio.run(check())
+
+
+def test_a_worker_without_file_descriptors(stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
+    """It closes the connection, and has room for the next one."""
+
+    async def check() -> None:
+        end, other_end = pair(stack)
+        end.setblocking(False)
+        worker = Worker(other_end)
+        connections = [tuple(map(stack.enter_context, socket.socketpair())) for _ in range(2)]
+        await asyncio.sleep(0)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        next_fd = os.dup(end.fileno())
+        os.close(next_fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_fd, hard))
+        try:
+            client, passed_on = connections[0]
+            socket.send_fds(end, [b"\0"], [passed_on.fileno()])
+            await until(lambda: bool(caplog.records))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        passed_on.close()
+        assert is_closed(client)
+        assert numbers(end) == [0, 1]
+        socket.send_fds(end, [b"\0"], [connections[1][1].fileno()])
+        await until(lambda: len(worker.own) == 1)
+        await worker.close()
+
+    asyncio.run(check())
+    assert [record.getMessage() for record in caplog.records] == [
+        "a connection cannot be received: too many open files"
+    ]
+
+
+@contextmanager
+def serving(name: str, *, listeners: Sequence[socket.socket] = (), **arguments: Any) -> Iterator[None]:
+    """Run a server in a thread, which answers with its name."""
+    app = FastAPI()
+    app.get("/")(lambda: name)
+    server = make_server(app, max_connections=16, **arguments)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(list(listeners))))
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield
+    finally:
+        server.stop()
+        thread.join(20)
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_servers_share_their_connections(stack: ExitStack, monkeypatch: pytest.MonkeyPatch, is_tls: bool) -> None:
+    """Each speaks TLS itself."""
+    monkeypatch.setattr(main, "TICK", 0.05)
+    certificate = Certificate(str(TLS / "one.crt"), str(TLS / "one.key")) if is_tls else None
+    (listener,) = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    links = [tuple(WorkerLink("", end.detach()) for end in ends) for ends in pairs]
+    workers = [first for first, _ in links]
+    stack.enter_context(serving("coordinator", listeners=[listener], certificate=certificate, workers=workers))
+    for number, (_, link) in enumerate(links):
+        stack.enter_context(serving(f"worker {number}", certificate=certificate, coordinator=link))
+    context = ssl._create_unverified_context()
+
+    def connect() -> HTTPConnection:
+        if is_tls:
+            return HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
+        return HTTPConnection("127.0.0.1", port, timeout=20)
+
+    connections = [connect() for _ in range(9)]
+    names: Counter[str] = Counter()
+    for connection in connections:
+        connection.request("GET", "/")
+        names[connection.getresponse().read().decode().strip('"')] += 1
+    assert names == {"coordinator": 3, "worker 0": 3, "worker 1": 3}
+    for connection in connections:
+        connection.close()
