@@ -257,8 +257,11 @@ class ConnectedEngine:
         self._on_change()
 
     def _on_death(self) -> None:
-        self._on_change()  # whatever fails then
-        self._leave_engine()
+        try:
+            self._leave_engine()
+            self.streams.lose_engine(EngineDeadError())
+        finally:
+            self._on_change()  # other engines may take the rest
         self.fail_streams(EngineDeadError())
 
     def _leave_engine(self) -> None:

@@ -20,10 +20,11 @@ class EngineGroup:
         self.changed = asyncio.Event()  # the state of one, since its reader has cleared it
 
     def update(self) -> None:
-        """Note that the state of an engine has changed."""
+        """Note that the state of an engine has changed. What waits for one that is lost goes to one that is ready."""
         self.changed.set()
         if self.is_ready:
             self.became_ready.set()
+            self._move_waiting()
         if self.dead_reason is not None:
             self.died.set()
 
@@ -134,7 +135,8 @@ class EngineGroup:
         if len(self.engines) == 1:
             return self.engines[0], 0
         salt = prefix_salt(message.lora_fingerprint, message.cache_salt)
-        prefixes = prefix_names(message.prompt_token_ids, info.block_size, salt)
+        has_cached = any(engine.cached for engine in self.engines)
+        prefixes = prefix_names(message.prompt_token_ids, info.block_size, salt) if has_cached else []
         alive = [engine for engine in self.alive if engine.liveness.info is not None]
         candidates = [engine for engine in alive if engine.liveness.is_ready] or alive
         if message.lora_fingerprint:
@@ -142,3 +144,10 @@ class EngineGroup:
         cached = {engine: engine.num_cached_tokens(prefixes, info.block_size) for engine in candidates}
         best = min(cached, key=lambda engine: (engine.streams.load - cached[engine], len(engine.cached), engine.number))
         return best, cached[best]
+
+    def _move_waiting(self) -> None:
+        for engine in self.engines:
+            if not engine.liveness.is_ready:
+                for stream, message in engine.streams.take_waiting():
+                    other, num_cached_tokens = self.choose(message)
+                    other.streams.adopt(stream, message, num_cached_tokens)

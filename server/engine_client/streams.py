@@ -58,7 +58,7 @@ class RequestStream:
             ChoiceStats(message.arrival, message.params.max_tokens, len(message.prompt_token_ids))
             for _ in range(message.n)
         ]
-        self._observer = observer
+        self.observer = observer
         self._num_open = message.n
         # Bounded by max_tokens of each choice, and by the reservation's `answer`.
         self._events: deque[TokenEvent] = deque()
@@ -107,14 +107,14 @@ class RequestStream:
         """
         self._events = deque(event for event in self._events if event.index != index)
         if not self.choices[index].has_ended:
-            self._observer.on_abort(Abort(self.request_id, index, reason))
+            self.observer.on_abort(Abort(self.request_id, index, reason))
             self._end(index, reason, time.monotonic())
 
     def abort(self, reason: FinishReason) -> None:
         """End the choices that still run, in the engine too. Unread events can still be read."""
         if not self._num_open:
             return
-        self._observer.on_abort(Abort(self.request_id, reason=reason))
+        self.observer.on_abort(Abort(self.request_id, reason=reason))
         now = time.monotonic()
         for index, stats in enumerate(self.choices):
             if not stats.has_ended:
@@ -137,14 +137,14 @@ class RequestStream:
             return
         self.waiting = None
         if stats.times is None and not stats.num_output_tokens:
-            self._observer.on_choice_start(self, stats, event)
+            self.observer.on_choice_start(self, stats, event)
         stats.times = event.times or stats.times
         if event.token_ids:
             account = self.reservation.tenant.account
             account.count_output(len(event.token_ids))
             if event.index == 0 and stats.first_token is None:
                 account.count_cached(event.num_cached_tokens)
-            self._observer.on_tokens(stats, event, now)
+            self.observer.on_tokens(stats, event, now)
         self._events.append(event)
         self._changed.set()
         if event.finish_reason is not None:
@@ -157,10 +157,10 @@ class RequestStream:
         stats.has_ended = True
         self._num_open -= 1
         try:
-            self._observer.on_choice_end(self, stats, reason, now)
+            self.observer.on_choice_end(self, stats, reason, now)
         finally:  # the capacity is free again, whatever happens
             if not self._num_open:
-                self._observer.on_stream_end(self)
+                self.observer.on_stream_end(self)
             self._changed.set()
 
 
@@ -184,14 +184,29 @@ class OpenStreams:
 
         `num_cached_tokens` of its prompt are expected to be cached.
         """
-        assert message.request_id not in self._streams
-        self._send(message)
-        stream = self._streams[message.request_id] = RequestStream(message, reservation, self)
+        stream = RequestStream(message, reservation, self)
         reservation.hand_over(message.n, stream)
         self._admission.expect(reservation, stream.choices)
+        self.adopt(stream, message, num_cached_tokens)
+        return stream
+
+    def adopt(self, stream: RequestStream, message: Submit, num_cached_tokens: int = 0) -> None:
+        """Send the request of a stream that has no event yet, also one that another engine was to compute."""
+        assert message.request_id not in self._streams
+        self._send(message)
+        self._streams[message.request_id] = stream
+        stream.observer = self
         for index, stats in enumerate(stream.choices):
             self._set_load(stats, stats.num_expected_tokens - (0 if index else num_cached_tokens))
-        return stream
+
+    def take_waiting(self) -> list[tuple[RequestStream, Submit]]:
+        """Remove and return the streams without an event, with their requests, so that another engine adopts them."""
+        waiting = [(stream, stream.waiting) for stream in self._streams.values() if stream.waiting is not None]
+        for stream, message in waiting:
+            del self._streams[message.request_id]
+            for stats in stream.choices:
+                self._set_load(stats, 0.0)
+        return waiting
 
     def _set_load(self, stats: ChoiceStats, num_tokens: float) -> None:
         self.load += num_tokens - stats.load

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # Memory for some 20 connections that a worker has not received. A busy worker gets no more, so that they need not wait.
 QUEUE_BYTES = 8 << 10
 NUMBER_BYTES = 4
+# What a stream of a worker costs the coordinator, of what one of its own does (tests/bench/api_servers.py).
+RELAY_COST = 1 / 6
 
 
 class CountedSocket(socket.socket):
@@ -38,19 +40,22 @@ class CountedSocket(socket.socket):
 class Workers:
     """The workers, as the coordinator sees them, and the connections that it keeps for itself."""
 
-    def __init__(self, ends: Iterable[socket.socket], max_connections: int) -> None:
+    def __init__(self, ends: Iterable[socket.socket], max_connections: int, relay_cost: float = RELAY_COST) -> None:
         """Each end leads to a worker, which has room for `max_connections`."""
         self.stopped = asyncio.Event()  # no worker takes connections any more
         self._workers = [Worker(end, self._on_stop) for end in ends]
         self._max_connections = max_connections
+        self._relay_cost = relay_cost
         self._num_own = 0
 
     def assign(self, connection: socket.socket) -> socket.socket | None:
-        """Give a connection to the process that has fewest. Return it if this is the one, and None otherwise.
+        """Give a connection to the process that has least to do. Return it if this is the one, and None otherwise.
 
-        Of those that have as many, this process is the last, since it works for all of them.
+        Connections of workers cost this process something, too.
         """
-        candidates = [worker for worker in self._workers if worker.is_running and worker.num_open <= self._num_own]
+        running = [worker for worker in self._workers if worker.is_running]
+        own_load = self._num_own + self._relay_cost * sum(worker.num_open for worker in running)
+        candidates = [worker for worker in running if worker.num_open <= own_load]
         if any(worker.send(connection) for worker in sorted(candidates, key=lambda worker: worker.num_open)):
             return None
         self._num_own += 1

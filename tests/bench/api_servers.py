@@ -2,8 +2,8 @@
 
     python -m tests.bench.api_servers [--model FOLDER]
 
-prints the processor time of a streamed chat completion in a server of one API process, and in a coordinator and a worker
-that gets all requests, and from it how many workers one coordinator can feed.
+prints the processor time of a streamed chat completion in a server of one API process, and in a coordinator and a
+worker that gets all requests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.support.serving import MODEL_NAMES, api_config, own_address, running_server
 
 ANSWER_TOKENS = (1, 64, 256)
-ROUNDS = 1
+ROUNDS = 3
 
 
 def serve_coordinator(engine: str, worker: str | None, model: Path, connection: Connection) -> None:
@@ -74,7 +74,7 @@ def process(target: object, *arguments: object) -> Iterator[tuple[str, psutil.Pr
 
 @contextmanager
 def servers(model: Path, *, has_worker: bool) -> Iterator[tuple[str, Sequence[psutil.Process]]]:
-    """Run API processes in front of a fake engine. Yield the address of the last one, and all, the coordinator first."""
+    """Run API processes in front of a fake engine. Yield the address of the last one, and all of them in order."""
     with ExitStack() as stack:
         engine, worker = stack.enter_context(own_address()), stack.enter_context(own_address())
         config = FakeEngineConfig(

@@ -146,6 +146,34 @@ async def test_a_lost_engine_does_not_touch_the_others(addresses: list[str]) -> 
                 await read(streams[0])
 
 
+@pytest.mark.parametrize("can_restart", [False, True])
+async def test_requests_without_a_token_go_to_an_engine_that_is_ready(addresses: list[str], can_restart: bool) -> None:
+    """Those that no engine could begin with twice end, so that they do not end all engines."""
+    config = FakeEngineConfig(address=addresses[0], num_prompt_steps=10**6, step_seconds=0.01)
+    with FakeEngineProcess(config) as lost, FakeEngine(FakeEngineConfig(address=addresses[1])) as other:
+        other.pause()
+        async with ready(addresses, can_restart=can_restart, max_queued_requests=100) as client:
+            waiting = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(4)]
+            on_lost = [stream for stream in waiting if client.engines[0].streams.find(stream.request_id)]
+            assert len(on_lost) == 2
+            on_lost[0].reservation.num_lost_starts = 1
+            await until(lambda: all(stream.reservation.started for stream in on_lost))
+            lost.kill()
+            await until(lambda: not client.engines[0].liveness.is_ready)
+            with pytest.raises(EngineDeadError):
+                await read(on_lost[0])
+            assert client.engines[1].streams.find(on_lost[1].request_id) is on_lost[1]
+            assert client.engines[0].streams.load == 0.0
+            assert client.engines[1].streams.load > 0.0
+            other.resume()
+            for stream in waiting:
+                if stream is not on_lost[0]:
+                    events = await read(stream)
+                    assert [bytes(tokens(events, index)) for index in (0, 1)] == [b"Hel", b"Hel"]
+            assert client.num_in_flight == 0
+            assert client.engines[1].streams.load == 0.0
+
+
 async def test_the_last_engine(addresses: list[str]) -> None:
     """Requests wait for any that is restarted, and the client is dead when none will be."""
     configs = [FakeEngineConfig(address=address) for address in addresses]

@@ -24,7 +24,7 @@ from server.settings.process_configs import WorkerLink
 from server.sockets import acceptor
 from server.sockets.acceptor import Acceptor
 from server.sockets.certificate import Certificate
-from server.sockets.handover import NUMBER_BYTES, Receiver, Workers
+from server.sockets.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
 from server.sockets.listeners import bind, bind_unix
 from tests.support.paths import ROOT
 from tests.support.serving import wait_until
@@ -100,9 +100,11 @@ def pair(stack: ExitStack) -> tuple[socket.socket, socket.socket]:
 class Coordinator:
     """An acceptor with its workers, and the connections that it keeps."""
 
-    def __init__(self, listener: socket.socket, ends: Sequence[socket.socket], num_free: int = ROOM) -> None:
+    def __init__(
+        self, listener: socket.socket, ends: Sequence[socket.socket], num_free: int = ROOM, relay_cost: float = 0.0
+    ) -> None:
         self.own: list[Echo] = []
-        self.workers = Workers(ends, ROOM)
+        self.workers = Workers(ends, ROOM, relay_cost)
         self._num_ends = len(ends)
         self.acceptor = Acceptor([listener], lambda: Echo(self.own), lambda: num_free, self.workers)
 
@@ -138,12 +140,12 @@ class Worker:
 
 @asynccontextmanager
 async def running(
-    listener: socket.socket, num_workers: int, num_free: int = ROOM
+    listener: socket.socket, num_workers: int, num_free: int = ROOM, relay_cost: float = 0.0
 ) -> AsyncIterator[tuple[Coordinator, list[Worker]]]:
     """Run a coordinator with workers, which have started."""
     with ExitStack() as stack:
         pairs = [pair(stack) for _ in range(num_workers)]
-        coordinator = Coordinator(listener, [first for first, _ in pairs], num_free)
+        coordinator = Coordinator(listener, [first for first, _ in pairs], num_free, relay_cost)
         workers = [Worker(second) for _, second in pairs]
         await until(lambda: coordinator.workers.num_free == num_workers * ROOM)
         yield coordinator, workers
@@ -170,6 +172,23 @@ def test_connections_are_spread_evenly(listener: socket.socket, connect: Connect
             for number, client in enumerate(clients):
                 client.send(b"%d" % number)
                 assert await asyncio.to_thread(client.recv, 10) == b"%d" % number
+
+    asyncio.run(spread())
+
+
+@pytest.mark.parametrize(("num_workers", "shares"), [(1, [5, 7]), (3, [6, 12, 11, 11]), (7, [0] + 7 * [10])])
+def test_the_coordinator_keeps_fewer(
+    listener: socket.socket, connect: Connect, num_workers: int, shares: list[int]
+) -> None:
+    """It works for the streams of all."""
+
+    async def spread() -> None:
+        async with running(listener, num_workers, relay_cost=RELAY_COST) as (coordinator, workers):
+            processes = [coordinator.own, *(worker.own for worker in workers)]
+            for number in range(sum(shares)):
+                connect()
+                await until(lambda: sum(map(len, processes)) == number + 1)  # noqa: B023  (used at once)
+            assert list(map(len, processes)) == shares
 
     asyncio.run(spread())
 
@@ -441,6 +460,6 @@ def test_servers_share_their_connections(stack: ExitStack, monkeypatch: pytest.M
     for connection in connections:
         connection.request("GET", "/")
         names[connection.getresponse().read().decode().strip('"')] += 1
-    assert names == {"coordinator": 3, "worker 0": 3, "worker 1": 3}
+    assert names == {"coordinator": 2, "worker 0": 4, "worker 1": 3}
     for connection in connections:
         connection.close()
