@@ -27,11 +27,12 @@ from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.parent_death import die_with_parent
 from server.access.api_keys import ApiKeys
+from server.access.ledger import Ledger
 from server.announcement import announce
 from server.app import create_app
 from server.context import ServerContext
 from server.coordination.relay import Relay
-from server.coordination.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings
+from server.coordination.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
 from server.engine_client.answer_budget import AnswerBudget
 from server.engine_client.supervisor_channel import (
     DUMP_SIGNAL,
@@ -43,7 +44,6 @@ from server.engine_client.supervisor_channel import (
 )
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
-from server.limits.ledger import Ledger
 from server.metrics import Metrics
 from server.models.load_model import load_served_model
 from server.models.manager import ModelManager
@@ -223,9 +223,11 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
         forwarder=None if coordinator is None else coordinator.forwarder,
     )
     if manager is None:  # the last step, since it starts a process
-        slots[0].served = load_served_model(
-            config.models[0], metrics, can_restart=channel is not None, coordinator=coordinator
-        )
+        client = None
+        if coordinator is not None:
+            client = WorkerClient(coordinator, step_timeout=settings.step_timeout, metrics=metrics)
+        can_restart = channel is not None
+        slots[0].served = load_served_model(config.models[0], metrics, can_restart=can_restart, client=client)
     return context
 
 

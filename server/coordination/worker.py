@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from engine.shared.messages import FromEngine, Submit
+from server.access.ledger import Ledger
 from server.coordination.forwarded_requests import Forwarder
 from server.coordination.messages import (
     Admit,
@@ -41,7 +42,6 @@ from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.http.errors import APIError, EngineDeadError
 from server.limits.accounts import LimitReachedError, Limits
-from server.limits.ledger import Ledger
 from server.metrics import Metrics
 from server.recordings import Recording, Recordings
 from server.running_requests import RunningRequests

@@ -5,9 +5,9 @@ from contextlib import AsyncExitStack
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access.ledger import Ledger
 from server.http.errors import APIError, ConcurrencyLimitError, QuotaExceededError, RateLimitError
 from server.limits.accounts import LimitReachedError
-from server.limits.ledger import Ledger
 from server.tenants import TENANT, Tenant
 
 

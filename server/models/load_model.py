@@ -7,7 +7,6 @@ from pathlib import Path
 from engine.config import ModelConfig, load_model_config
 from engine.shared.messages import Vocabulary
 from server.constrained.grammar_checker import GrammarChecker
-from server.coordination.worker import Coordinator, WorkerClient
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
@@ -24,26 +23,22 @@ logger = logging.getLogger("lightwell.api")
 
 
 def load_served_model(
-    config: ServedModelConfig, metrics: Metrics, *, can_restart: bool, coordinator: Coordinator | None = None
+    config: ServedModelConfig, metrics: Metrics, *, can_restart: bool, client: EngineClient | None = None
 ) -> ServedModel:
-    """Create the text tools of a model and the client of its engine, which is not connected yet.
+    """Create the text tools of a model and, unless it is given, the client of its engine, which is not connected yet.
 
-    `can_restart`: whether the supervisor replaces an engine that dies. `coordinator`: in a worker, that is its engine.
-    Raises OSError or ValueError if the model's files, or those of its settings, are missing or invalid.
+    `can_restart`: whether the supervisor replaces an engine that dies. Raises OSError or ValueError if the model's
+    files, or those of its settings, are missing or invalid.
     """
     settings, path = config.settings, Path(config.path)
     tokenizer = Tokenizer.from_model(path)
     model_config = load_model_config(path)
     vocabulary = tokenizer.to_json()
-    if coordinator is None:
-        client = _make_client(config, vocabulary, metrics, can_restart=can_restart)
-    else:
-        client = WorkerClient(coordinator, step_timeout=settings.step_timeout, metrics=metrics)
     return ServedModel(
         settings=settings,
         names=config.names,
         path=path,
-        client=client,
+        client=client or _make_client(config, vocabulary, metrics, can_restart=can_restart),
         metrics=metrics,
         tokenizer=tokenizer,
         grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),

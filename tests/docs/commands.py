@@ -30,6 +30,7 @@ EXCEPTIONS: Mapping[str, str] = {
     ),
     "lightwell serve smollm2-135m --data-parallel-size": "a server of its own; tests/e2e/test_data_parallel.py",
     "lightwell serve smollm2-135m --tensor-parallel-size": "a server of its own; tests/e2e/test_ranks.py",
+    "lightwell serve smollm2-135m --api-server-count": "a server of its own; tests/e2e/test_api_servers.py",
     "kubectl ": "a Kubernetes cluster",
     "vllm-router ": "servers on other machines; tests/conformance/test_router.py runs it",
     "make bench-gpu": "GPU",
