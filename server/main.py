@@ -34,14 +34,6 @@ from server.context import ServerContext
 from server.coordination.relay import Relay
 from server.coordination.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
 from server.engine_client.answer_budget import AnswerBudget
-from server.engine_client.supervisor_channel import (
-    DUMP_SIGNAL,
-    HEARTBEAT_SECONDS,
-    Channel,
-    EngineGone,
-    EngineStarted,
-    Heartbeat,
-)
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
 from server.metrics import Metrics
@@ -50,6 +42,14 @@ from server.models.manager import ModelManager
 from server.models.registry import ModelRegistry
 from server.models.slot import ModelSlot
 from server.processes.garbage import collect_in_steps
+from server.processes.supervisor_channel import (
+    DUMP_SIGNAL,
+    HEARTBEAT_SECONDS,
+    Channel,
+    EngineGone,
+    EngineStarted,
+    Heartbeat,
+)
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.settings.process_configs import ApiProcessConfig, WorkerLink

@@ -26,7 +26,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from server.engine_client.supervisor_channel import (
+from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
+from server.processes.cpu_shares import cpu_shares
+from server.processes.error_line import print_error
+from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
+from server.processes.stop_signals import StopSignals
+from server.processes.supervised_api import SupervisedApi, linked_configs
+from server.processes.supervised_engine import SupervisedEngine
+from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
     Channel,
     EngineGone,
@@ -37,13 +44,6 @@ from server.engine_client.supervisor_channel import (
     StopEngine,
     make_channel,
 )
-from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
-from server.processes.cpu_shares import cpu_shares
-from server.processes.error_line import print_error
-from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
-from server.processes.stop_signals import StopSignals
-from server.processes.supervised_api import SupervisedApi, linked_configs
-from server.processes.supervised_engine import SupervisedEngine
 from server.settings.load import check_certificate, check_otel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings

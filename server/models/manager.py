@@ -12,13 +12,13 @@ from msgspec.structs import replace
 
 from server.engine_client.admission import SHUTTING_DOWN
 from server.engine_client.client import EngineClient
-from server.engine_client.supervisor_channel import StartEngine, StopEngine
 from server.http.errors import EngineUnavailableError
 from server.hub.format import format_bytes
 from server.models.load_model import load_served_model
 from server.models.memory import HostBudget, is_on_host, least_memory, memory_taken
 from server.models.served_model import ServedModel
 from server.models.slot import ModelSlot, ModelState
+from server.processes.supervisor_channel import StartEngine, StopEngine
 from server.tenants import Tenant
 
 T = TypeVar("T")

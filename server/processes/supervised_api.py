@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 
 from msgspec.structs import replace
 
-from server.engine_client.supervisor_channel import HEARTBEAT_SECONDS, Channel, Message
 from server.processes.child_process import Child
 from server.processes.run_queue import MAX_WAIT_FACTOR, Silence
+from server.processes.supervisor_channel import HEARTBEAT_SECONDS, Channel, Message
 from server.settings.process_configs import ApiProcessConfig, WorkerLink
 
 MISSED_HEARTBEATS = 3  # tolerated on top of --step-timeout

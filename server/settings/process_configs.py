@@ -47,7 +47,7 @@ class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     settings: Settings
     models: tuple[ServedModelConfig, ...]  # at least one
-    supervisor_fd: int | None = None  # an inherited end of a `server.engine_client.supervisor_channel`
+    supervisor_fd: int | None = None  # an inherited end of a `server.processes.supervisor_channel`
     workers: tuple[WorkerLink, ...] = ()  # of the coordinator
     coordinator: WorkerLink | None = None  # of a worker; None: this process is the coordinator
 

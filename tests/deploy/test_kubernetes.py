@@ -13,9 +13,9 @@ import yaml
 from kubernetes_validate.utils import validate
 
 from server.engine_client.liveness import MISSED_HEARTBEATS
-from server.engine_client.supervisor_channel import HEARTBEAT_SECONDS
 from server.metrics import exposition
 from server.processes.child_process import KILL_SECONDS
+from server.processes.supervisor_channel import HEARTBEAT_SECONDS
 from server.settings.load import load_settings
 from server.settings.table import SETTINGS, Settings
 from server.supervisor import DRAIN_GRACE_SECONDS, STOP_SECONDS

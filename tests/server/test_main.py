@@ -25,7 +25,9 @@ import msgspec
 import psutil
 import pytest
 
-from server.engine_client.supervisor_channel import (
+from server.main import MAX_CONNECTIONS, SPARE_FILES, Lifecycle, make_context, raise_file_limit, run
+from server.processes.supervised_api import linked_configs
+from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
     Channel,
     EngineGone,
@@ -33,8 +35,6 @@ from server.engine_client.supervisor_channel import (
     Heartbeat,
     make_channel,
 )
-from server.main import MAX_CONNECTIONS, SPARE_FILES, Lifecycle, make_context, raise_file_limit, run
-from server.processes.supervised_api import linked_configs
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
 from server.sockets.listeners import bind, url

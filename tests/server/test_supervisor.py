@@ -23,7 +23,11 @@ import pytest
 
 from engine.config import EngineConfig, EngineProcessConfig
 from server import supervisor
-from server.engine_client.supervisor_channel import (
+from server.model_paths import ModelError, ResolvedModel
+from server.processes import child_process, model_files, supervised_api, supervised_engine
+from server.processes.child_process import Child, SupervisorError
+from server.processes.stop_signals import StopSignals
+from server.processes.supervisor_channel import (
     HEARTBEAT_SECONDS,
     Channel,
     EngineGone,
@@ -34,10 +38,6 @@ from server.engine_client.supervisor_channel import (
     StopEngine,
     make_channel,
 )
-from server.model_paths import ModelError, ResolvedModel
-from server.processes import child_process, model_files, supervised_api, supervised_engine
-from server.processes.child_process import Child, SupervisorError
-from server.processes.stop_signals import StopSignals
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.setting import SettingsError
 from server.settings.table import Settings

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from server.engine_client.supervisor_channel import (
+from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
     HEARTBEAT_SECONDS,
     Channel,

@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine_client.supervisor_channel import StartEngine, StopEngine
 from server.models import manager as manager_module
 from server.models import memory
 from server.models.memory import Room
 from server.models.served_model import ServedModel
+from server.processes.supervisor_channel import StartEngine, StopEngine
 from tests.support.serving import check_error, wait_until
 from tests.support.several_models import SeveralModels, several_models, unload
 

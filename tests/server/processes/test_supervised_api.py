@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from server.engine_client.supervisor_channel import Heartbeat, make_channel
 from server.processes.supervised_api import SupervisedApi, linked_configs
+from server.processes.supervisor_channel import Heartbeat, make_channel
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
 

@@ -2,7 +2,7 @@
 
 import os
 
-from server.engine_client.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat, make_channel
+from server.processes.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat, make_channel
 
 
 def test_messages_arrive_in_order() -> None:
