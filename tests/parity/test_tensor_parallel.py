@@ -1,4 +1,4 @@
-"""Every family in two or three ranks, compared with the same model in one process."""
+"""Every family and every packed format in two or three ranks, compared with the same model in one process."""
 
 from itertools import count
 from pathlib import Path
@@ -12,9 +12,13 @@ from engine.core import Engine
 from engine.distributed.plan import check_num_ranks
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
+from tests.bench.random_gguf import MIXES, Shape, write_random_gguf
+from tests.bench.test_random_gguf import TOKENIZER
 from tests.parity.test_model_families import NOT_IN_CPP
 from tests.support.family_models import FAMILIES, VOCAB_SIZE, save_family_model
+from tests.support.gguf_files import write_gguf
 from tests.support.kernel_choice import choose_kernels
+from tests.support.quantized_files import SCHEMES, save_quantized_model
 from tests.support.ranks import load_threads
 
 TOLERANCE = 2e-4  # of a log probability, in float32
@@ -36,11 +40,11 @@ def save_divisible(name: str, folder: Path) -> int:
     raise AssertionError
 
 
-def log_probabilities(loaded: LoadedModel) -> torch.Tensor:
+def log_probabilities(loaded: LoadedModel, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
     """Return those of the prompt's tokens, and of the likeliest tokens at each position of a greedy answer."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(3, VOCAB_SIZE, (LENGTH,), generator=generator).tolist()
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=0)
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=0)
     engine = Engine(EngineConfig(model_path="", speculative="off"), loaded)
     engine.add(Submit(request_id="r", prompt_token_ids=prompt, params=params, arrival=0.0))
     values: list[float] = []
@@ -49,7 +53,7 @@ def log_probabilities(loaded: LoadedModel) -> torch.Tensor:
             assert event.error is None
             values += [entry.logprob for entry in event.prompt_logprobs or []]
             values += [logprob for entry in event.logprobs or [] for logprob in entry.top_logprobs]
-    assert len(values) == LENGTH - 1 + 3 * NUM_TOKENS
+    assert len(values) == LENGTH - 1 + 3 * num_tokens
     return torch.tensor(values)
 
 
@@ -74,3 +78,38 @@ def test_ranks_agree_with_one_process(name: str, kernels: str, tmp_path: Path) -
             assert loaded.num_ranks == num_ranks
             actual = log_probabilities(loaded)
     assert torch.allclose(actual, expected, atol=TOLERANCE), (actual - expected).abs().max()
+
+
+SHAPES = {
+    "dense": Shape("llama", 512, 2, 4, 2, 128, 1024),
+    "moe": Shape("qwen3moe", 512, 2, 4, 2, 128, 512, num_experts=4, num_experts_per_tok=4),
+}
+
+
+def check_packed(path: Path) -> None:
+    """Check that the parts are those of the whole, and that kernels which round activations lose no more than there."""
+    settings: dict[str, Any] = {"model_path": str(path), "dtype": "float32", "max_model_len": 64}
+    found = {}
+    for kernels in ("torch", "default"):
+        with choose_kernels(kernels, num_threads=1):
+            found[kernels, 1] = log_probabilities(load_model(EngineConfig(**settings)), num_tokens=1)
+            with load_threads(EngineConfig(tensor_parallel_size=2, **settings)) as loaded:
+                found[kernels, 2] = log_probabilities(loaded, num_tokens=1)
+    exact = found.pop(("torch", 1))
+    differences = {key: (values - exact).abs().mean().item() for key, values in found.items()}
+    assert torch.allclose(found["torch", 2], exact, atol=TOLERANCE), differences
+    assert differences["default", 2] < 2 * differences["default", 1] + TOLERANCE, differences
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_gguf_files(shape: str, mix: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_random_gguf(path, SHAPES[shape], MIXES[mix], write_gguf(tmp_path / "tokenizer.gguf", TOKENIZER))
+    check_packed(path)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_packed_safetensors(scheme: str, tmp_path: Path) -> None:
+    save_quantized_model(tmp_path, SCHEMES[scheme], seed=1, vocab_size=VOCAB_SIZE)
+    check_packed(tmp_path)
