@@ -146,6 +146,8 @@ def main() -> None:
     die_with_parent(os.getppid())
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiProcessConfig)
     flush_logs = configure_logging(config.settings.log_level, config.settings.log_format)
+    if config.coordinator is not None:
+        logger.setLevel(logging.ERROR)  # the coordinator says all else
     collect_in_steps()
     exit_code = run(config, flush_logs)
     flush_logs()
