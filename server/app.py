@@ -102,7 +102,8 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     if settings.uds is None and is_loopback(settings.host):  # web pages cannot reach a UNIX socket
         app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
-    if context.forwarder is not None:
-        app.add_middleware(ForwardingMiddleware, paths=generation_paths(), forwarder=context.forwarder)
     if settings.root_path:
         app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
+    if context.forwarder is not None:
+        paths = {prefix + path for prefix in ("", settings.root_path) for path in generation_paths()}
+        app.add_middleware(ForwardingMiddleware, paths=paths, forwarder=context.forwarder)

@@ -93,6 +93,7 @@ TESTED_ELSEWHERE = {
     "server/api/rerank/scorers.py": "tests/server/api/rerank/test_routes.py",
     "server/api/responses/custom_tools.py": "tests/server/api/responses/test_schemas.py",
     "server/api/responses/event_schemas.py": "tests/server/api/responses/test_writer.py",
+    "server/coordination/messages.py": "tests/server/coordination/test_worker.py",
     "server/statistics/choice_stats.py": "tests/server/engine_client/test_client.py",
     "server/cli/commands/build_kernels.py": "tests/server/cli/test_main.py",
     "server/cli/commands/clients.py": "tests/server/cli/test_main.py",

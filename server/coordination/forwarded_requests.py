@@ -18,6 +18,7 @@ from server.coordination.messages import (
     ResponseEnd,
     ResponsePart,
 )
+from server.http.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Forwarder:
         self._send = send
         self._next_number = next_number
         self._running: dict[int, asyncio.Queue[NextPart | ResponsePart | ResponseEnd]] = {}
+        self._is_lost = False  # the coordinator
 
     def on_message(self, message: NextPart | ResponsePart | ResponseEnd) -> None:
         """Take a message about a request; nobody may wait for it any more."""
@@ -109,15 +111,20 @@ class Forwarder:
             messages.put_nowait(message)
 
     def fail(self) -> None:
-        """End all requests, since the coordinator is lost. Those that have no response get none."""
+        """End all requests with an error, and those that come, since the coordinator is lost."""
+        self._is_lost = True
         for number, messages in self._running.items():
             messages.put_nowait(ResponseEnd(number, has_failed=True))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request as the coordinator does. Raises RuntimeError if that fails after it has begun to."""
+        if self._is_lost:
+            await EngineDeadError().response(scope)(scope, receive, send)
+            return
         number = self._next_number()
         messages = self._running[number] = asyncio.Queue()
         reading: asyncio.Task[None] | None = None
+        has_begun = False
         self._send(_forward(number, scope))
         try:
             while True:
@@ -125,11 +132,14 @@ class Forwarder:
                     case NextPart() if reading is None or reading.done():
                         reading = asyncio.create_task(self._send_request_part(number, receive))
                     case ResponsePart() as part:
+                        has_begun = True
                         await send(part.message)
                         self._send(PartSent(number))
                     case ResponseEnd() as end:
-                        if end.has_failed:
+                        if end.has_failed and has_begun:
                             raise RuntimeError("the coordinator could not answer a request")
+                        if end.has_failed:
+                            await EngineDeadError().response(scope)(scope, receive, send)
                         return
         finally:
             if reading is not None:

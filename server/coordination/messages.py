@@ -89,7 +89,7 @@ class Admit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
-    """A request that has been admitted has ended, or nobody waits for the reply."""
+    """A request that has been admitted has ended, or nobody waits to be admitted. A `Reply` follows."""
 
     number: int
 
@@ -173,7 +173,7 @@ class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class RequestPart(msgspec.Struct, frozen=True, tag=True):
     """The next ASGI message of a forwarded request: a part of its body, or the client's disconnect.
 
-    The coordinator asks for each with `NextPart`, but the first.
+    The coordinator asks for each with `NextPart`.
     """
 
     number: int

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
+from weakref import WeakValueDictionary
 
 import zmq.asyncio
 from msgspec.structs import replace
@@ -94,13 +95,15 @@ class Relay:
         self._connection = WorkerConnection(address)
         self._send: Callable[[Any], None] = self._connection.send
         self._forwarded = ForwardedRequests(app, self._send)
-        self._held: dict[int, _Held] = {}  # by the number of the reservation
+        self._held: dict[int, _Held] = {}  # by the number of the reservation, until it is released
+        self._reservations: WeakValueDictionary[int, Reservation] = WeakValueDictionary()  # as long as streams use them
         self._uses: dict[str, _Held] = {}  # by the id of a request that is about to come
         self._streams: dict[str, RequestStream] = {}
         self._admitted: dict[int, Tenant] = {}  # of requests that run
         self._events: list[TokenEvent] = []  # to be sent, like the following
         self._started: list[str] = []
         self._is_flushing = False
+        self._has_worker = False  # it has connected
         self._adapters: list[LoraAdapter] | None = None  # that the worker knows of
         self._cancels: dict[int, asyncio.Future[bool]] = {}
         self._numbers = itertools.count()
@@ -151,6 +154,8 @@ class Relay:
 
     async def cancel(self, request_id: str, owner: str) -> bool:
         """End the requests of `owner` with this id in the worker. Return whether any was running."""
+        if not self._has_worker:
+            return False
         number = next(self._numbers)
         found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._cancels[number] = found
@@ -178,6 +183,7 @@ class Relay:
     # As an engine.
 
     def _on_hello(self, message: Hello) -> None:
+        self._has_worker = True
         self._run(self._report_ready())
 
     async def _report_ready(self) -> None:
@@ -231,6 +237,7 @@ class Relay:
             self._send(Reply(message.number, error=ErrorFields.of(error)))
             return
         held = self._held[message.number] = _Held(reservation)
+        self._reservations[message.number] = reservation
         reservation.on_start = lambda: self._on_start(held)
         reservation.on_failure = lambda error: self._send(Refused(message.number, ErrorFields.of(error)))
         self._send(Reply(message.number))
@@ -285,8 +292,8 @@ class Relay:
             stream.abort_choice(message.index, message.reason)
 
     def _on_answered(self, message: Answered) -> None:
-        if held := self._held.get(message.reservation):
-            held.reservation.is_answered = True
+        if reservation := self._reservations.get(message.reservation):
+            reservation.is_answered = True
 
     def _on_release(self, message: Release) -> None:
         if held := self._held.pop(message.reservation, None):
@@ -309,6 +316,7 @@ class Relay:
     def _on_leave(self, message: Leave) -> None:
         if tenant := self._admitted.pop(message.number, None):
             self._context.ledger.end(tenant)
+        self._send(Reply(message.number))
 
     def _on_read_rates(self, message: ReadRates) -> None:
         self._send(Reply(message.number, self._tenant(message.tenant).account.headers()))

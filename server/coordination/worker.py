@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -98,7 +98,7 @@ class Coordinator:
     def send(self, message: Any) -> None:
         self.connection.send(message)
 
-    async def ask(self, message: Reserve | Refill | Admit | ReadRates | TakeNumber) -> Any:
+    async def ask(self, message: Reserve | Refill | Admit | Leave | ReadRates | TakeNumber) -> Any:
         """Send a message, and return the reply to it. Raises the APIError that the coordinator replies."""
         if not self.connection.is_open:
             raise EngineDeadError
@@ -229,7 +229,12 @@ class RemoteLedger(Ledger):
                 raise LimitReachedError(*limit)
             yield
         finally:
-            self._coordinator.send(Leave(message.number))
+            leave = Leave(message.number)
+            if tenant.limits == Limits():
+                self._coordinator.send(leave)
+            else:  # the client's next request, through another process, must not find this one running
+                with suppress(EngineDeadError):
+                    await self._coordinator.ask(leave)
 
     async def headers(self, tenant: Tenant) -> Mapping[str, str]:
         if tenant.limits == Limits():

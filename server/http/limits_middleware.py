@@ -36,12 +36,18 @@ class LimitsMiddleware:
             await self._app(scope, receive, send_with_headers)
             return
         async with AsyncExitStack() as stack:
+
+            async def send_and_leave(message: Message) -> None:
+                if message["type"] == "http.response.body" and not message.get("more_body", False):
+                    await stack.aclose()  # a client that has its answer may send the next request
+                await send_with_headers(message)
+
             try:
                 await stack.enter_async_context(self._ledger.request(tenant))
             except LimitReachedError as error:
                 await _api_error(error).response(scope)(scope, receive, send_with_headers)
             else:
-                await self._app(scope, receive, send_with_headers)
+                await self._app(scope, receive, send_and_leave)
 
 
 def _api_error(error: LimitReachedError) -> APIError:

@@ -13,8 +13,10 @@ from tests.support.otlp_receiver import OTLPReceiver
 from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
 from tests.support.stub_hub import StubHub
 from tests.support.tiny_tokenizer_model import write_tiny_model
+from tests.support.workers import Pair, running_worker
 
 StartServer = Callable[..., RunningServer]
+StartPair = Callable[..., Pair]
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +73,13 @@ def start_server(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartS
 @pytest.fixture
 def server(start_server: StartServer) -> RunningServer:
     return start_server()
+
+
+@pytest.fixture
+def start_pair(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartPair]:
+    """A function that starts a coordinator in front of `fake_engine`, and a worker, and returns both."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(running_worker(fake_engine, model_folder, **settings))
 
 
 @pytest.fixture

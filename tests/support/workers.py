@@ -1,27 +1,41 @@
 """A coordinator and a worker, as API processes would be, each on a port of its own."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from server.app import create_app
 from server.coordination.relay import Relay
 from server.main import make_context
+from server.processes.supervisor_channel import make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, WorkerLink
 from server.settings.table import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import MODEL_NAMES, RunningServer, api_config, own_address, running_server
 
+Pair: TypeAlias = tuple[RunningServer, RunningServer]  # the coordinator, and the worker
+
 
 @contextmanager
 def running_worker(
-    fake_engine: FakeEngine, model_folder: Path, *, server: dict[str, Any] | None = None, **settings: Any
-) -> Iterator[tuple[RunningServer, RunningServer]]:
-    """Run a coordinator in front of `fake_engine`, and a worker. Yield both, the coordinator first."""
+    fake_engine: FakeEngine,
+    model_folder: Path,
+    *,
+    server: dict[str, Any] | None = None,
+    can_restart: bool = False,
+    **settings: Any,
+) -> Iterator[Pair]:
+    """Run a coordinator in front of `fake_engine`, and a worker. Yield both, the coordinator first.
+
+    `can_restart`: with a supervisor, which a test is, an engine that dies is replaced.
+    """
     config = api_config(Settings(**settings), EngineProcess(fake_engine.config.address), model_folder, MODEL_NAMES)
-    with own_address() as address:
-        context = make_context(config)
+    with own_address() as address, ExitStack() as stack:
+        channel, other = make_channel()
+        stack.callback(channel.close)
+        stack.callback(other.close)
+        context = make_context(config, channel if can_restart else None)
         app = create_app(context)
         context.workers.append(Relay(address, context, app))
         link = WorkerLink(address, sockets_fd=-1)

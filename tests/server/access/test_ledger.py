@@ -1,0 +1,155 @@
+"""Limits of keys and the numbers of requests without a seed, in one process and in two that share a ledger."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.access.ledger import Ledger
+from server.limits.accounts import Account, LimitReachedError, Limits
+from server.tenants import Tenant
+from tests.server.conftest import StartPair, StartServer
+from tests.support.clients import CHAT, COMPLETIONS
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_error, wait_until
+from tests.support.workers import Pair
+
+REQUEST = {"model": "tiny", "prompt": "abcd", "max_tokens": 2}
+Start = Callable[..., Pair]
+
+
+@pytest.fixture
+def start(start_pair: StartPair, tmp_path: Path) -> Start:
+    """A function that starts a coordinator and a worker with the tenant `alice`, who has limits, and `bob`."""
+
+    def start(**limits: int) -> Pair:
+        fields = "".join(f", {name.replace('_', '-')}: {value}" for name, value in limits.items())
+        digests = [hashlib.sha256(key.encode()).hexdigest() for key in ("a", "b")]
+        file = tmp_path / "keys.yaml"
+        file.write_text(f"alice: {{keys: {digests[0]}{fields}}}\nbob: {{keys: {digests[1]}}}\n")
+        return start_pair(api_keys_file=str(file))
+
+    return start
+
+
+def send(server: RunningServer, key: str = "a", path: str = COMPLETIONS, **fields: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(server.url + path, json=REQUEST | fields, headers=headers, timeout=30)
+
+
+def usage(server: RunningServer, key: str = "a") -> dict[str, Any]:
+    (entry,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
+    return dict(entry)
+
+
+def rates(response: httpx.Response, noun: str) -> tuple[str, str]:
+    headers = response.headers
+    assert headers[f"x-ratelimit-reset-{noun}"].endswith("s")
+    return headers[f"x-ratelimit-limit-{noun}"], headers[f"x-ratelimit-remaining-{noun}"]
+
+
+def in_turn(pair: Pair) -> Iterator[RunningServer]:
+    """Yield both servers in turn, the worker first."""
+    return itertools.cycle(reversed(pair))
+
+
+def test_requests_per_minute(start: Start) -> None:
+    pair = start(requests_per_minute=4)
+    answers = [send(server, path=path) for server, path in zip(in_turn(pair), (COMPLETIONS, CHAT) * 2, strict=False)]
+    assert [answer.status_code for answer in answers] == [200, 400, 200, 400]
+    assert [rates(answer, "requests") for answer in answers] == [("4", left) for left in "3210"]
+    for server in pair:
+        refused = send(server)
+        error = check_error(refused, 429)
+        assert (error["code"], error["type"]) == ("rate_limit_exceeded", "requests")
+        assert error["message"].startswith("Rate limit reached: 4 requests per minute. Please try again in ")
+        assert rates(refused, "requests") == ("4", "0")
+        assert 1 <= int(refused.headers["retry-after"]) <= 15
+        others = send(server, "b")
+        assert others.status_code == 200
+        assert not [name for name in others.headers if name.startswith("x-ratelimit")]
+    assert usage(pair[0]) == usage(pair[1])
+    assert usage(pair[0])["num_requests"] == 4
+    assert usage(pair[0], "b")["num_requests"] == 2
+
+
+def test_tokens_per_minute(start: Start) -> None:
+    pair = start(tokens_per_minute=15)
+    answers = [send(server) for server, _ in zip(in_turn(pair), range(3), strict=False)]  # of 6 tokens each
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    for server in pair:
+        assert check_error(send(server), 429)["type"] == "tokens"
+        used = usage(server)
+        assert (used["prompt_tokens"], used["completion_tokens"]) == (12, 6)
+
+
+def test_tokens_per_day(start: Start) -> None:
+    pair = start(tokens_per_day=12)
+    assert [send(server).status_code for server in pair] == [200, 200]
+    first, second = (send(server) for server in pair)
+    assert check_error(first, 429) == check_error(second, 429)
+    assert first.json()["error"]["code"] == "insufficient_quota"
+    assert usage(pair[1])["total_tokens_today"] == 12
+
+
+@pytest.mark.parametrize("holder", [0, 1], ids=["coordinator", "worker"])
+def test_requests_at_a_time(start: Start, fake_engine: FakeEngine, holder: int) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    pair = start(max_concurrent_requests=1)
+    body = REQUEST | {"max_tokens": 1000, "stream": True}
+    headers = {"authorization": "Bearer a"}
+    with httpx.stream("POST", pair[holder].url + COMPLETIONS, json=body, headers=headers, timeout=30) as streamed:
+        assert streamed.status_code == 200
+        assert [usage(server)["num_running_requests"] for server in pair] == [1, 1]
+        first, second = (send(server) for server in pair)
+        assert check_error(first, 429) == check_error(second, 429)
+        assert first.json()["error"]["message"].startswith("Rate limit reached: 1 requests at a time")
+    wait_until(lambda: usage(pair[1])["num_running_requests"] == 0, 30)
+    for server in pair:
+        assert send(server).status_code == 200
+
+
+def test_a_request_that_is_answered_runs_no_longer(start: Start) -> None:
+    pair = start(max_concurrent_requests=1)
+    statuses = [send(server, stream=number % 3 == 0).status_code for number, server in enumerate(pair * 20)]
+    assert statuses == [200] * 40
+
+
+def test_seeds_are_those_of_one_server(
+    start_pair: StartPair, start_server: StartServer, fake_engine: FakeEngine
+) -> None:
+    alone = start_server(seed=7)
+    pair = start_pair(seed=7)
+    fields: list[dict[str, Any]] = [{}, {}, {"seed": 5}, {}, {"max_tokens": 0}, {}, {"temperature": -1}, {}]
+    expected = [send(alone, **each).headers.get("x-lightwell-seed") for each in fields]
+    seeds = [
+        send(server, **each).headers.get("x-lightwell-seed")
+        for server, each in zip(in_turn(pair), fields, strict=False)
+    ]
+    assert seeds == expected
+    assert len({seed for seed in seeds if seed is not None}) >= 6
+    submitted = [submit.params.seed for submit in fake_engine.submits]
+    half = len(submitted) // 2
+    assert submitted[:half] == submitted[half:]
+
+
+@pytest.mark.anyio
+async def test_a_request_that_is_refused_does_not_run() -> None:
+    ledger, account = Ledger(), Account()
+    account.set_limits(Limits(max_concurrent_requests=1))
+    tenant = Tenant(name="alice", account=account)
+    async with ledger.request(tenant):
+        assert account.num_running == 1
+        with pytest.raises(LimitReachedError):
+            async with ledger.request(tenant):
+                pass
+        assert (account.num_running, account.usage.num_requests) == (1, 1)
+    with pytest.raises(ZeroDivisionError):
+        async with ledger.request(tenant):
+            raise ZeroDivisionError
+    assert account.num_running == 0
+    assert [await ledger.take_number() for _ in range(3)] == [0, 1, 2]

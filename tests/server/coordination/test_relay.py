@@ -1,0 +1,291 @@
+"""What a worker shares with the coordinator: ids, recordings, adapters, and the state of the engine."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.coordination.relay import Relay
+from tests.server.conftest import StartPair
+from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, ask_json, write_adapter
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+from tests.support.serving import RunningServer, check_envelope, check_error, wait_until
+from tests.support.workers import Pair, running_worker
+
+KEYS = ("key-one", "key-two")
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+Order = pytest.mark.parametrize("is_reversed", [False, True], ids=["coordinator first", "worker first"])
+
+
+def ordered(pair: Pair, is_reversed: bool) -> Pair:
+    first, second = pair
+    return (second, first) if is_reversed else pair
+
+
+def post(server: RunningServer, path: str, key: str = KEYS[0], **body: Any) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, headers={"authorization": f"Bearer {key}"}, timeout=30)
+
+
+def loop_of(server: RunningServer) -> asyncio.AbstractEventLoop:
+    watcher = server.model.client._watcher
+    assert watcher is not None
+    return watcher.get_loop()
+
+
+def relay_of(coordinator: RunningServer) -> Relay:
+    (relay,) = coordinator.context.workers
+    assert isinstance(relay, Relay)
+    return relay
+
+
+@Order
+def test_a_request_is_cancelled_through_the_other_process(
+    start_pair: StartPair, fake_engine: FakeEngine, is_reversed: bool
+) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    pair = start_pair(api_key=KEYS)
+    runner, other = ordered(pair, is_reversed)
+    headers = {"authorization": f"Bearer {KEYS[0]}", "x-request-id": "mine"}
+    body = MINIMAL[COMPLETIONS] | {"max_tokens": 1500, "stream": True}
+    with httpx.stream("POST", runner.url + COMPLETIONS, json=body, headers=headers, timeout=30) as answer:
+        lines = answer.iter_lines()
+        first = json.loads(next(lines).removeprefix("data: "))
+        for server in pair:
+            for id in ("mine", first["id"]):
+                check_error(post(server, f"/v1/requests/{id}/cancel", KEYS[1]), 404)
+            check_error(post(server, "/v1/requests/none/cancel"), 404)
+        assert post(other, f"/v1/requests/{first['id']}/cancel").status_code == 200
+        assert '"finish_reason":"abort"' in "\n".join(lines)
+    wait_until(lambda: not len(runner.context.running), 30)
+    for server in pair:
+        check_error(post(server, "/v1/requests/mine/cancel"), 404)
+    assert fake_engine.num_choices == 0
+
+
+def test_requests_with_the_same_id_are_cancelled_in_both(start_pair: StartPair, fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    pair = start_pair()
+    answers: list[httpx.Response] = []
+
+    def send(server: RunningServer) -> None:
+        answers.append(ask(server.url, COMPLETIONS, request_id="mine"))
+
+    threads = [threading.Thread(target=send, args=(server,)) for server in pair]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: all(len(server.context.running) for server in pair))
+    assert post(pair[1], "/v1/requests/mine/cancel").status_code == 200
+    for thread in threads:
+        thread.join(30)
+    assert [answer.json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
+
+
+def test_a_worker_that_has_not_started_delays_no_cancel(
+    start_pair: StartPair, fake_engine: FakeEngine, address: str
+) -> None:
+    fake_engine.pause()
+    coordinator, _ = start_pair()
+    relay = Relay(f"{address}-other", coordinator.context, coordinator._app)
+    loop_of(coordinator).call_soon_threadsafe(relay.start)
+    coordinator.context.workers.append(relay)
+    thread = threading.Thread(target=lambda: ask(coordinator.url, COMPLETIONS, request_id="mine"))
+    thread.start()
+    wait_until(lambda: len(coordinator.context.running))
+    assert post(coordinator, "/v1/requests/mine/cancel").status_code == 200
+    thread.join(30)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_of_the_worker_is_replayed(
+    start_pair: StartPair, fake_engine: FakeEngine, path: str, stream: bool
+) -> None:
+    pair = start_pair(record_requests=3, api_key=KEYS)
+    headers = {"authorization": f"Bearer {KEYS[0]}", "x-request-id": "mine"}
+    body = MINIMAL[path] | {"n": 2, "max_tokens": 5, "stream": stream}
+    answer = httpx.post(pair[1].url + path, json=body, headers=headers, timeout=30)
+    assert answer.status_code == 200
+    assert 'logprobs":{' not in answer.text
+    wait_until(lambda: len(pair[0].context.recordings) == 1)
+    for server in pair:
+        check_error(post(server, "/v1/requests/mine/replay", KEYS[1]), 404)
+        assert post(server, "/v1/requests/mine/replay").json() == {
+            "id": "mine",
+            "object": "replay",
+            "bit_equal": True,
+            "choices": [{"index": i, "num_tokens": 5, "bit_equal": True, "difference": None} for i in range(2)],
+        }
+    fake_engine.config.reply = list(b"HelLo")
+    difference = post(pair[1], "/v1/requests/mine/replay").json()["choices"][1]["difference"]
+    assert (difference["recorded"]["token"], difference["replayed"]["token"]) == ("l", "L")
+    assert len(difference["recorded"]["top"]) == len(difference["replayed"]["top"])
+
+
+@Order
+def test_an_adapter_is_usable_at_once_through_the_other_process(
+    start_pair: StartPair, fake_engine: FakeEngine, tmp_path: Path, is_reversed: bool
+) -> None:
+    fake_engine.config.max_loras = 2
+    pair = start_pair(allow_runtime_lora_updating=True)
+    first, second = ordered(pair, is_reversed)
+    for number in range(5):
+        folder = write_adapter(tmp_path / f"adapter-{number}")
+        assert post(first, LOAD, lora_name="sql", lora_path=str(folder)).status_code == 200
+        for server in (second, first):
+            assert ask_json(server.url, COMPLETIONS, model="sql")["model"] == "sql"
+        fingerprints = {submit.lora_fingerprint for submit in fake_engine.submits[-2:]}
+        assert fingerprints == {pair[0].model.client.adapters["sql"].fingerprint}
+        assert post(first, UNLOAD, lora_name="sql").status_code == 200
+        for server in (second, first):
+            assert check_error(ask(server.url, COMPLETIONS, model="sql"), 404)["code"] == "model_not_found"
+
+
+@Order
+def test_an_adapter_is_replaced_for_both(
+    start_pair: StartPair, fake_engine: FakeEngine, tmp_path: Path, is_reversed: bool
+) -> None:
+    fake_engine.config.max_loras = 1
+    pair = start_pair(allow_runtime_lora_updating=True)
+    first, second = ordered(pair, is_reversed)
+    used = []
+    for number in range(3):
+        body: dict[str, Any] = {
+            "lora_name": "sql",
+            "lora_path": str(write_adapter(tmp_path / str(number))),
+            "load_inplace": number > 0,
+        }
+        assert post(first, LOAD, **body).status_code == 200
+        ask_json(second.url, COMPLETIONS, model="sql")
+        used.append(fake_engine.submits[-1].lora_fingerprint)
+    assert len(set(used)) == 3
+
+
+def test_an_engine_that_becomes_ready_later(address: str, model_folder: Path) -> None:
+    with (
+        FakeEngine(FakeEngineConfig(address=address, load_seconds=1.5)) as engine,
+        running_worker(engine, model_folder, server={"wait_ready": False}) as pair,
+    ):
+        first, second = (ask(server.url, COMPLETIONS) for server in pair)
+        assert check_error(first, 503) == check_error(second, 503)
+        assert "loaded" in first.text
+        assert {*first.headers} == {*second.headers}
+        first, second = (httpx.get(f"{server.url}/health") for server in pair)
+        assert (first.status_code, first.content) == (second.status_code, second.content)
+        for server in pair:
+            wait_until(lambda server=server: server.model.client.is_ready, 30)
+            assert ask(server.url, COMPLETIONS).status_code == 200
+
+
+def test_an_engine_that_cannot_load(address: str, model_folder: Path) -> None:
+    config = FakeEngineConfig(address=address, load_seconds=0.3, load_failure="no memory")
+    with (
+        FakeEngine(config) as engine,
+        running_worker(engine, model_folder, server={"wait_ready": False}) as (coordinator, worker),
+    ):
+        wait_until(lambda: worker.model.client.dead_reason is not None, 30)
+        assert worker.model.client.dead_reason == coordinator.model.client.dead_reason == "no memory"
+
+
+def test_while_the_coordinator_drains(start_pair: StartPair, fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    pair = start_pair()
+    coordinator, worker = pair
+    body = MINIMAL[COMPLETIONS] | {"max_tokens": 100, "stream": True}
+    with httpx.stream("POST", worker.url + COMPLETIONS, json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        loop_of(coordinator).call_soon_threadsafe(coordinator.model.client.drain)
+        wait_until(coordinator.model.client.drain_requested.is_set)
+        first, second = (ask(server.url, COMPLETIONS) for server in pair)
+        assert check_error(first, 503) == check_error(second, 503)
+        assert [response.headers["connection"] for response in (first, second)] == ["close", "close"]
+        assert '"finish_reason":"length"' in "\n".join(lines)  # what runs is finished
+
+
+class Engines:
+    """Engine processes at one address, in front of a coordinator and a worker."""
+
+    def __init__(self, config: FakeEngineConfig) -> None:
+        self._config = config
+        self.current = FakeEngineProcess(config).__enter__()
+
+    def kill(self) -> None:
+        self.current.kill()
+
+    def replace(self, coordinator: RunningServer) -> None:
+        """Start another engine, and tell the coordinator."""
+        self.current = FakeEngineProcess(self._config).__enter__()
+        client, pid = coordinator.model.client, self.current.pid
+        loop_of(coordinator).call_soon_threadsafe(client.engines[0].engine_started, pid)
+
+
+@contextmanager
+def mortal_engine(address: str, model_folder: Path, **options: Any) -> Iterator[tuple[Engines, Pair]]:
+    """Run servers in front of an engine that can be killed. It runs one choice at a time, slowly."""
+    config = FakeEngineConfig(address=address, max_num_seqs=1, endless=True, step_seconds=0.01)
+    with ExitStack() as stack:
+        engines = Engines(config)
+        stack.callback(engines.kill)
+        yield engines, stack.enter_context(running_worker(FakeEngine(config), model_folder, **options))
+
+
+def start_stream(stack: ExitStack, server: RunningServer) -> Iterator[str]:
+    """Return the lines of a long stream that has begun."""
+    body = MINIMAL[COMPLETIONS] | {"max_tokens": 1500, "stream": True}
+    answer = stack.enter_context(httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60))
+    assert answer.status_code == 200
+    lines = answer.iter_lines()
+    next(lines)
+    return lines
+
+
+def check_failed(lines: Iterator[str]) -> None:
+    """Assert that a stream ends with an error event."""
+    *_, error, done = (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+    assert done == "[DONE]"
+    assert "engine" in check_envelope(error.encode())["message"]
+
+
+def test_the_engine_dies_for_good(address: str, model_folder: Path) -> None:
+    with ExitStack() as stack:
+        engines, pair = stack.enter_context(mortal_engine(address, model_folder))
+        lines = start_stream(stack, pair[1])
+        engines.kill()
+        check_failed(lines)
+        first, second = (ask(server.url, COMPLETIONS) for server in pair)
+        assert check_error(first, 503) == check_error(second, 503)
+        assert pair[0].model.client.num_in_flight == 0
+
+
+def test_the_engine_is_restarted(address: str, model_folder: Path) -> None:
+    with ExitStack() as stack:
+        engines, pair = stack.enter_context(mortal_engine(address, model_folder, can_restart=True))
+        coordinator, worker = pair
+        lines = start_stream(stack, worker)
+        answers: list[httpx.Response] = []
+        threads = [
+            threading.Thread(
+                target=lambda stream=stream: answers.append(
+                    httpx.post(worker.url + COMPLETIONS, json=MINIMAL[COMPLETIONS] | {"stream": stream}, timeout=60)
+                )
+            )
+            for stream in (False, True)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: coordinator.model.client.num_in_flight == 3)
+        engines.kill()
+        check_failed(lines)
+        wait_until(lambda: coordinator.model.client.is_restarting)
+        engines.replace(coordinator)
+        for thread in threads:
+            thread.join(60)
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert ask(worker.url, COMPLETIONS).status_code == 200
+        assert coordinator.model.client.num_in_flight == 0
