@@ -19,6 +19,7 @@ from engine.shared.messages import (
     HEARTBEAT_SECONDS,
     Abort,
     Adapters,
+    EngineInfo,
     EngineStats,
     Hello,
     LoadFailed,
@@ -105,6 +106,7 @@ class Relay:
         self._is_flushing = False
         self._has_worker = False  # it has connected
         self._adapters: list[LoraAdapter] | None = None  # that the worker knows of
+        self._info: EngineInfo | None = None  # likewise
         self._cancels: dict[int, asyncio.Future[bool]] = {}
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -194,16 +196,23 @@ class Relay:
         if not self._client.became_ready.is_set():
             self._send(LoadFailed(self._client.dead_reason or ""))
             return
-        # The worker's engine is this process.
-        info = replace(self._client.ready_info(), pid=os.getpid(), max_num_seqs=self._client.max_num_seqs)
         self._adapters = list(self._client.adapters.values())
-        self._send(Ready(info, self._adapters))
+        self._publish_info(self._adapters)
+
+    def _publish_info(self, adapters: list[LoraAdapter]) -> None:
+        """Tell the worker the properties of its engine, which is this process, if they have changed."""
+        info = replace(self._client.ready_info(), pid=os.getpid(), max_num_seqs=self._client.max_num_seqs)
+        if info != self._info:
+            self._info = info
+            self._send(Ready(info, adapters))
 
     async def _beat(self) -> None:
-        """Send a heartbeat each second."""
+        """Send a heartbeat each second, and what has changed: engines become ready one by one, and may die."""
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             self.publish_adapters()
+            if self._adapters is not None and self._client.dead_reason is None:
+                self._publish_info(self._adapters)
             self._flush()
 
     def _flush_soon(self) -> None:

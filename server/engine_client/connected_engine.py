@@ -229,6 +229,8 @@ class ConnectedEngine:
             self.adapters.update(message.adapters)
             self.liveness.set_ready(message.info)
             self._on_change()
+        else:  # from a coordinator whose engines have changed
+            self.liveness.info = message.info
 
     async def _resume(self, message: Ready) -> None:
         """Give a restarted engine the adapters that were loaded, and then the waiting requests."""

@@ -1,9 +1,11 @@
 """A coordinator and a worker, as API processes would be, each on a port of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from msgspec.structs import replace
 
 from server.app import create_app
 from server.coordination.relay import Relay
@@ -24,13 +26,16 @@ def running_worker(
     *,
     server: dict[str, Any] | None = None,
     can_restart: bool = False,
+    more_engines: Sequence[FakeEngine] = (),
     **settings: Any,
 ) -> Iterator[Pair]:
     """Run a coordinator in front of `fake_engine`, and a worker. Yield both, the coordinator first.
 
     `can_restart`: with a supervisor, which a test is, an engine that dies is replaced.
     """
-    config = api_config(Settings(**settings), EngineProcess(fake_engine.config.address), model_folder, MODEL_NAMES)
+    engines = tuple(EngineProcess(engine.config.address) for engine in (fake_engine, *more_engines))
+    config = api_config(Settings(**settings), engines[0], model_folder, MODEL_NAMES)
+    config = replace(config, models=(replace(config.models[0], engines=engines),))
     with own_address() as address, ExitStack() as stack:
         channel, other = make_channel()
         stack.callback(channel.close)

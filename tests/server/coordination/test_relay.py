@@ -15,7 +15,7 @@ from server.coordination.relay import Relay
 from tests.server.conftest import StartPair
 from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, ask_json, write_adapter
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
-from tests.support.serving import RunningServer, check_envelope, check_error, wait_until
+from tests.support.serving import RunningServer, check_envelope, check_error, own_address, wait_until
 from tests.support.workers import Pair, running_worker
 
 KEYS = ("key-one", "key-two")
@@ -180,6 +180,24 @@ def test_an_engine_that_becomes_ready_later(address: str, model_folder: Path) ->
         for server in pair:
             wait_until(lambda server=server: server.model.client.is_ready, 30)
             assert ask(server.url, COMPLETIONS).status_code == 200
+
+
+def test_a_second_engine_that_becomes_ready_later(model_folder: Path) -> None:
+    with own_address() as first, own_address() as second:
+        config = FakeEngineConfig(address=second, max_model_len=100, load_seconds=1.5)
+        with (
+            FakeEngine(FakeEngineConfig(address=first)) as engine,
+            FakeEngine(config) as other,
+            running_worker(engine, model_folder, more_engines=[other]) as pair,
+        ):
+            for server in pair:
+                wait_until(lambda server=server: server.model.client.max_num_seqs == 16, 30)
+                assert server.model.max_model_len == 100
+                error = check_error(ask(server.url, COMPLETIONS, prompt="x" * 200), 400)
+                assert error["code"] == "context_length_exceeded"
+            assert not engine.submits
+            assert not other.submits
+            assert ask(pair[1].url, COMPLETIONS).status_code == 200
 
 
 def test_an_engine_that_cannot_load(address: str, model_folder: Path) -> None:
