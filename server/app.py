@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import chain
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -85,8 +86,9 @@ def create_app(context: ServerContext) -> FastAPI:
 
 def generation_paths() -> frozenset[str]:
     """Return the paths of the requests that a worker answers itself: those to generate, embed, score or tokenize."""
-    modules = (completions, chat, messages, ollama, embeddings, rerank, tokenize)
-    routes = [route for module in modules for route in module.router.routes if isinstance(route, APIRoute)]
+    routers = [module.router for module in (completions, chat, messages, ollama, embeddings, rerank)]
+    every = chain.from_iterable(router.routes for router in (*routers, tokenize.json_router))
+    routes = [route for route in every if isinstance(route, APIRoute)]
     return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
 
 

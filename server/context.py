@@ -42,6 +42,10 @@ class Worker(Protocol):
     async def close(self) -> None:
         """End what it waits for."""
 
+    @property
+    def num_running(self) -> int:
+        """Number of requests that it is answering."""
+
     async def cancel(self, request_id: str, owner: str) -> bool:
         """Do what `RunningRequests.cancel` does."""
 
@@ -79,8 +83,8 @@ class ServerContext:
 
     async def cancel(self, request_id: str, owner: str) -> bool:
         """End the requests of `owner` with this id, in all API processes; see `RunningRequests.cancel`."""
-        found = await asyncio.gather(*(worker.cancel(request_id, owner) for worker in self.workers))
-        return self.running.cancel(request_id, owner) or any(found)
+        found = self.running.cancel(request_id, owner)
+        return any([found, *await asyncio.gather(*(worker.cancel(request_id, owner) for worker in self.workers))])
 
     def long_answer(self, request: Request, content: bytes, headers: Mapping[str, str] | None = None) -> AnswerResponse:
         """Return an answer, as JSON, that counts in the memory limit of answers until it is sent."""

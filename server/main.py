@@ -90,6 +90,8 @@ class APIServer(uvicorn.Server):
         self._links = workers
         self._workers: Workers | None = None
         self._coordinator = coordinator
+        self._receiver: Receiver | None = None
+        self._listens = asyncio.Event()
         self._stopping = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -104,12 +106,19 @@ class APIServer(uvicorn.Server):
         )
         source: Acceptor | Receiver
         if self._coordinator is not None:
-            source = Receiver(inherited(self._coordinator), make_protocol)
+            source = self._receiver = Receiver(inherited(self._coordinator), make_protocol)
         else:
             if self._links:
                 self._workers = Workers(map(inherited, self._links), self._max_connections)
             source = Acceptor(sockets or (), make_protocol, self._num_free, self._workers)
         self.servers = [cast("asyncio.Server", source)]
+        self._listens.set()
+
+    async def open(self) -> None:
+        """In a worker: ask for connections, once the application has started."""
+        await self._listens.wait()
+        if self._receiver is not None:
+            self._receiver.open()
 
     def _num_free(self) -> int:
         return self._max_connections - len(self.server_state.connections)
@@ -311,7 +320,8 @@ class Lifecycle:
             loop.add_signal_handler(signal.SIGHUP, loop.run_in_executor, None, self._context.api_keys.reload)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])  # the supervisor starts this process so
         serving = asyncio.create_task(self._server.serve(sockets))
-        announcing = [] if address is None else [asyncio.create_task(announce(self._context, address))]
+        opening = self._open() if address is None else announce(self._context, address)
+        announcing = asyncio.create_task(opening)
         events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._died)]
         talking = [] if self._channel is None else [asyncio.create_task(self._talk_to_supervisor(self._channel))]
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
@@ -319,13 +329,19 @@ class Lifecycle:
             await self._drain()
         if self._died.is_set():
             await self._on_engine_death()
-        for task in (*announcing, *events, *talking):
+        for task in (announcing, *events, *talking):
             task.cancel()
         for model in self._models.loaded:
             model.client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))
+        exit_code = 0 if self._terminated.is_set() and not self._died.is_set() else 1
         self._server.stop()
         await serving
-        return 0 if self._terminated.is_set() and not self._died.is_set() else 1
+        return exit_code
+
+    async def _open(self) -> None:
+        """Have the coordinator pass connections on to this process once it can answer."""
+        await self._models.default.client.became_ready.wait()
+        await self._server.open()
 
     def _on_sigterm(self) -> None:
         if self._terminated.is_set():
@@ -371,7 +387,8 @@ class Lifecycle:
         for model in self._models.loaded:
             model.client.drain()
         requests = set(self._server.server_state.tasks)
-        logger.info("draining: waiting for %d running requests", len(requests))
+        num_requests = len(requests) + sum(worker.num_running for worker in self._context.workers)
+        logger.info("draining: waiting for %d running requests", num_requests)
         death = asyncio.create_task(self._died.wait())
         finished = asyncio.create_task(self._server.finish(requests))
         waiting = {death, finished}

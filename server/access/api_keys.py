@@ -27,7 +27,9 @@ class ApiKeys:
         self.num_reloads = 0  # of the keys file
         self._settings = settings
         self._lock = threading.Lock()
-        self._accounts: dict[str, Account] = {}  # of tenants that are gone, too: they may come back
+        # With tenants that are gone: they may come back, and their requests may still run.
+        self.known: dict[str, Tenant] = {}
+        self._accounts: dict[str, Account] = {}
         self._by_digest = self._with_accounts(_read(settings))
 
     @property
@@ -73,6 +75,7 @@ class ApiKeys:
             account = self._accounts.setdefault(tenant.name, Account())
             account.set_limits(tenant.limits)
             tenants[tenant.name] = msgspec.structs.replace(tenant, account=account)
+        self.known |= tenants
         return [(digest, tenants[tenant.name]) for digest, tenant in keys]
 
 

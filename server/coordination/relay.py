@@ -59,11 +59,13 @@ from server.engine_client.client import EngineClient
 from server.engine_client.connection import EngineConnection
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
-from server.http.errors import APIError
+from server.http.errors import APIError, EngineUnavailableError, ServerError
 from server.limits.accounts import LimitReachedError
 from server.tenants import Tenant
 
 logger = logging.getLogger(__name__)
+
+CANCEL_SECONDS = 1.0  # for a worker to answer; it may have ended
 
 
 class WorkerConnection(EngineConnection):
@@ -163,9 +165,17 @@ class Relay:
         self._cancels[number] = found
         self._send(Cancel(number, request_id, owner))
         try:
-            return await found
+            async with asyncio.timeout(CANCEL_SECONDS):
+                return await found
+        except TimeoutError:
+            return False
         finally:
             del self._cancels[number]
+
+    @property
+    def num_running(self) -> int:
+        """Number of requests that the worker is answering itself."""
+        return len(self._admitted)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -179,8 +189,19 @@ class Relay:
             return
         try:
             handler(message)
+        except APIError as error:
+            self._fail(message, error)
         except Exception:
             logger.exception("a message of an API process cannot be used")
+            self._fail(message, ServerError())
+
+    def _fail(self, message: Any, error: APIError) -> None:
+        """Say that a message has led to an error, if anybody waits for what it leads to."""
+        match message:
+            case Submit():
+                self._send(Failed(message.request_id, ErrorFields.of(error)))
+            case Reserve() | Refill() | Admit() | Leave() | ReadRates() | TakeNumber():
+                self._send(Reply(message.number, error=ErrorFields.of(error)))
 
     # As an engine.
 
@@ -230,26 +251,38 @@ class Relay:
     # Capacity and requests.
 
     def _tenant(self, name: str) -> Tenant:
-        """Return a tenant of the worker, with this process's account."""
+        """Return a tenant of the worker, with this process's account.
+
+        Raises EngineUnavailableError if this process has not read the key of the tenant yet.
+        """
         keys = self._context.api_keys
-        return keys.tenants.get(name) or Tenant(name=name, has_negative_priority=True, account=keys.everybody)
+        if tenant := keys.known.get(name):
+            return tenant
+        if keys.are_required:
+            raise EngineUnavailableError("The keys of the server are being read again. Please retry.")
+        return Tenant(name=name, has_negative_priority=True, account=keys.everybody)
 
     def _on_reserve(self, message: Reserve) -> None:
-        try:
-            reservation = self._client.reserve(
-                message.count,
-                param=message.param,
-                tenant=self._tenant(message.tenant),
-                queue_timeout=message.queue_timeout,
-            )
-        except APIError as error:
-            self._send(Reply(message.number, error=ErrorFields.of(error)))
-            return
+        reservation = self._client.reserve(
+            message.count,
+            param=message.param,
+            tenant=self._tenant(message.tenant),
+            queue_timeout=message.queue_timeout,
+        )
         held = self._held[message.number] = _Held(reservation)
         self._reservations[message.number] = reservation
         reservation.on_start = lambda: self._on_start(held)
-        reservation.on_failure = lambda error: self._send(Refused(message.number, ErrorFields.of(error)))
+        reservation.on_failure = lambda error: self._refuse_soon(message.number, error)
         self._send(Reply(message.number))
+
+    def _refuse_soon(self, number: int, error: APIError) -> None:
+        """Say that a reservation has failed, after the events that its streams have not passed on yet."""
+
+        def refuse() -> None:
+            self._flush()
+            self._send(Refused(number, ErrorFields.of(error)))
+
+        asyncio.get_running_loop().call_soon(refuse)
 
     def _on_start(self, held: _Held) -> None:
         self._started += held.request_ids[:1]
@@ -263,18 +296,17 @@ class Relay:
         try:
             self._send(Reply(message.number, await self._client.refill(reservation, message.count)))
         except APIError as error:
-            self._send(Reply(message.number, error=ErrorFields.of(error)))
+            self._fail(message, error)
+        except Exception:
+            logger.exception("capacity cannot be added to a reservation")
+            self._fail(message, ServerError())
 
     def _on_use(self, message: Use) -> None:
         self._uses[message.request_id] = self._held[message.reservation]
 
     def _on_submit(self, message: Submit) -> None:
         held = self._uses.pop(message.request_id)
-        try:
-            stream = self._client.submit(message, held.reservation)
-        except APIError as error:
-            self._send(Failed(message.request_id, ErrorFields.of(error)))
-            return
+        stream = self._client.submit(message, held.reservation)
         held.request_ids.append(message.request_id)
         self._streams[message.request_id] = stream
         self._run(self._pass_on(stream))

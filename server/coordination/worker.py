@@ -184,7 +184,6 @@ class WorkerClient(EngineClient):
         self, count: int, *, param: str = "n", tenant: Tenant = ANYBODY, queue_timeout: float | None = None
     ) -> Reservation:
         """Reserve capacity in the coordinator; see `Admission.reserve`."""
-        self.check_open()
         reservation = HeldReservation(self._coordinator.next_number(), tenant, self._coordinator)
         try:
             await self._coordinator.ask(Reserve(reservation.number, tenant.name, count, param, queue_timeout))
@@ -266,7 +265,8 @@ class RemoteMetrics(Metrics):
         self._observe("observe_detokenizer", seconds)
 
     def count_unknown_parameters(self, num_parameters: int) -> None:
-        self._observe("count_unknown_parameters", num_parameters)
+        if num_parameters:
+            self._observe("count_unknown_parameters", num_parameters)
 
     def count_retry(self) -> None:
         self._observe("count_retry")

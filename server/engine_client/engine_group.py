@@ -20,13 +20,13 @@ class EngineGroup:
         self.changed = asyncio.Event()  # the state of one, since its reader has cleared it
 
     def update(self) -> None:
-        """Note that the state of an engine has changed. What waits for one that is lost goes to one that is ready."""
+        """Note that the state of an engine has changed. What waits for one that is lost goes to another."""
         self.changed.set()
         if self.is_ready:
             self.became_ready.set()
-            self._move_waiting()
         if self.dead_reason is not None:
             self.died.set()
+        self._move_waiting()
 
     def accepts(self, info: EngineInfo) -> bool:
         """Return whether the answers of an engine that loads are those of the other ones."""
@@ -147,7 +147,8 @@ class EngineGroup:
 
     def _move_waiting(self) -> None:
         for engine in self.engines:
-            if not engine.liveness.is_ready:
+            is_dead = engine.liveness.dead_reason is not None
+            if (self.is_ready and not engine.liveness.is_ready) or (is_dead and self.is_restarting):
                 for stream, message in engine.streams.take_waiting():
                     other, num_cached_tokens = self.choose(message)
                     other.streams.adopt(stream, message, num_cached_tokens)

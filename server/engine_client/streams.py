@@ -200,8 +200,15 @@ class OpenStreams:
             self._set_load(stats, stats.num_expected_tokens - (0 if index else num_cached_tokens))
 
     def take_waiting(self) -> list[tuple[RequestStream, Submit]]:
-        """Remove and return the streams without an event, with their requests, so that another engine adopts them."""
-        waiting = [(stream, stream.waiting) for stream in self._streams.values() if stream.waiting is not None]
+        """Remove and return the streams that no engine has begun with, and their requests: another engine adopts them.
+
+        A request that the lost engine had begun with may have killed it, so it waits for the restart.
+        """
+        waiting = [
+            (stream, stream.waiting)
+            for stream in self._streams.values()
+            if stream.waiting is not None and not stream.reservation.num_lost_starts
+        ]
         for stream, message in waiting:
             del self._streams[message.request_id]
             for stats in stream.choices:

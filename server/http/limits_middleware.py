@@ -44,13 +44,15 @@ class LimitsMiddleware:
 
             try:
                 await stack.enter_async_context(self._ledger.request(tenant))
-            except LimitReachedError as error:
+            except (LimitReachedError, APIError) as error:
                 await _api_error(error).response(scope)(scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_and_leave)
 
 
-def _api_error(error: LimitReachedError) -> APIError:
+def _api_error(error: LimitReachedError | APIError) -> APIError:
+    if isinstance(error, APIError):
+        return error
     match error.name:
         case "max_concurrent_requests":
             return ConcurrencyLimitError(error.limit)

@@ -55,7 +55,7 @@ class Workers:
         """
         running = [worker for worker in self._workers if worker.is_running]
         own_load = self._num_own + self._relay_cost * sum(worker.num_open for worker in running)
-        candidates = [worker for worker in running if worker.num_open <= own_load]
+        candidates = [worker for worker in running if worker.num_open <= min(own_load, self._max_connections - 1)]
         if any(worker.send(connection) for worker in sorted(candidates, key=lambda worker: worker.num_open)):
             return None
         self._num_own += 1
@@ -137,19 +137,23 @@ class Receiver:
         self._starter = Starter(make_protocol)
         self._num_unreported = 0  # closed connections
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(end, self._receive_some)
+
+    def open(self) -> None:
+        """Ask the coordinator for connections."""
+        self._loop.add_reader(self._end, self._receive_some)
         self._report()
 
     def close(self) -> None:
-        """Receive nothing more, and close what has not been received."""
+        """Receive nothing more. The coordinator notices it when the connections have ended."""
         if self._end.fileno() != -1:
             self._loop.remove_reader(self._end)
             self._loop.remove_writer(self._end)
-            self._end.close()
+            self._end.shutdown(socket.SHUT_RD)
 
     async def wait_closed(self) -> None:
         """Wait until the connections that are being started are the protocols' own."""
         await self._starter.wait()
+        self._end.close()
 
     def _receive_some(self) -> None:
         with suppress(BlockingIOError):

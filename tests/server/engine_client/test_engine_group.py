@@ -147,31 +147,56 @@ async def test_a_lost_engine_does_not_touch_the_others(addresses: list[str]) -> 
 
 
 @pytest.mark.parametrize("can_restart", [False, True])
-async def test_requests_without_a_token_go_to_an_engine_that_is_ready(addresses: list[str], can_restart: bool) -> None:
-    """Those that no engine could begin with twice end, so that they do not end all engines."""
-    config = FakeEngineConfig(address=addresses[0], num_prompt_steps=10**6, step_seconds=0.01)
-    with FakeEngineProcess(config) as lost, FakeEngine(FakeEngineConfig(address=addresses[1])) as other:
+async def test_what_an_engine_has_not_begun_with_goes_to_another(addresses: list[str], can_restart: bool) -> None:
+    """What it had begun with may have killed it, and would kill the other one: it waits for the restart, or ends."""
+    config = FakeEngineConfig(address=addresses[0], max_num_seqs=2, num_prompt_steps=10**6, step_seconds=0.01)
+    other_config = FakeEngineConfig(address=addresses[1], max_num_seqs=2)
+    with FakeEngineProcess(config) as lost, FakeEngine(other_config) as other:
         other.pause()
         async with ready(addresses, can_restart=can_restart, max_queued_requests=100) as client:
-            waiting = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(4)]
-            on_lost = [stream for stream in waiting if client.engines[0].streams.find(stream.request_id)]
-            assert len(on_lost) == 2
-            on_lost[0].reservation.num_lost_starts = 1
-            await until(lambda: all(stream.reservation.started for stream in on_lost))
+            streams = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(4)]
+            begun, waiting = (each for each in streams if client.engines[0].streams.find(each.request_id))
+            await until(lambda: begun.reservation.started)
             lost.kill()
             await until(lambda: not client.engines[0].liveness.is_ready)
-            with pytest.raises(EngineDeadError):
-                await read(on_lost[0])
-            assert client.engines[1].streams.find(on_lost[1].request_id) is on_lost[1]
-            assert client.engines[0].streams.load == 0.0
-            assert client.engines[1].streams.load > 0.0
+            assert waiting.reservation.started is None
+            assert client.engines[1].streams.find(waiting.request_id) is waiting
+            assert (client.engines[0].streams.load > 0.0) == can_restart
+            if can_restart:
+                assert client.engines[0].streams.find(begun.request_id) is begun
+                begun.close()
+            else:
+                with pytest.raises(EngineDeadError):
+                    await read(begun)
             other.resume()
-            for stream in waiting:
-                if stream is not on_lost[0]:
+            for stream in streams:
+                if stream is not begun:
                     events = await read(stream)
                     assert [bytes(tokens(events, index)) for index in (0, 1)] == [b"Hel", b"Hel"]
             assert client.num_in_flight == 0
-            assert client.engines[1].streams.load == 0.0
+            assert [engine.streams.load for engine in client.engines] == [0.0, 0.0]
+
+
+async def test_the_requests_of_a_dead_engine_wait_for_one_that_is_restarted(addresses: list[str]) -> None:
+    slow = {"num_prompt_steps": 10**6, "step_seconds": 0.01}
+    with (
+        FakeEngineProcess(FakeEngineConfig(address=addresses[0], max_num_seqs=2)) as first,
+        FakeEngineProcess(FakeEngineConfig(address=addresses[1], max_num_seqs=2, **slow)) as second,
+    ):
+        async with ready(addresses, can_restart=True, max_queued_requests=100) as client:
+            first.kill()
+            await until(lambda: not client.engines[0].liveness.is_ready)
+            begun, waiting = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(2)]
+            await until(lambda: begun.reservation.started)
+            client.engines[1].liveness.mark_dead("its process has ended")
+            with pytest.raises(EngineDeadError):
+                await read(begun)
+            assert client.engines[0].streams.find(waiting.request_id) is waiting
+            second.kill()
+            with FakeEngineProcess(FakeEngineConfig(address=addresses[0], max_num_seqs=2)) as again:
+                client.engines[0].engine_started(again.pid)
+                events = await read(waiting)
+                assert [bytes(tokens(events, index)) for index in (0, 1)] == [b"Hel", b"Hel"]
 
 
 async def test_the_last_engine(addresses: list[str]) -> None:

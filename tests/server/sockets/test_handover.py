@@ -129,6 +129,7 @@ class Worker:
     def __init__(self, end: socket.socket) -> None:
         self.own: list[Echo] = []
         self.receiver = Receiver(end, lambda: Echo(self.own))
+        self.receiver.open()
 
     async def close(self) -> None:
         self.receiver.close()
@@ -337,13 +338,15 @@ def test_a_worker_that_has_stopped_gets_nothing(listener: socket.socket, connect
     async def check() -> None:
         async with running(listener, 2) as (coordinator, (first, second)):
             first.receiver.close()
-            await until(lambda: coordinator.workers.num_free == ROOM)
-            assert not coordinator.workers.stopped.is_set()
             for _ in range(4):
                 connect()
             await until(lambda: len(coordinator.own) == len(second.own) == 2)
             assert first.own == []
-            second.receiver.close()
+            assert coordinator.workers.num_free == 2 * ROOM - 2
+            await first.close()
+            await until(lambda: coordinator.workers.num_free == ROOM - 2)
+            assert not coordinator.workers.stopped.is_set()
+            await second.close()
             await asyncio.wait_for(coordinator.workers.stopped.wait(), 20)
 
     asyncio.run(check())
@@ -425,7 +428,13 @@ def serving(name: str, *, listeners: Sequence[socket.socket] = (), **arguments: 
     app = FastAPI()
     app.get("/")(lambda: name)
     server = make_server(app, max_connections=16, **arguments)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(list(listeners))))
+
+    async def serve() -> None:
+        opening = asyncio.create_task(server.open())
+        await server.serve(list(listeners))
+        await opening
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     try:
         wait_until(lambda: server.started)
