@@ -119,6 +119,26 @@ def test_a_request_that_is_answered_runs_no_longer(start: Start) -> None:
     assert statuses == [200] * 40
 
 
+def test_processes_read_the_keys_again_one_after_the_other(start_pair: StartPair, tmp_path: Path) -> None:
+    """A new tenant is refused for a moment; one that is gone keeps its limits for requests that have begun."""
+    file = tmp_path / "keys.yaml"
+    entries = [f"{name}: {{keys: {hashlib.sha256(name.encode()).hexdigest()}}}\n" for name in ("a", "b")]
+    file.write_text(entries[0])
+    coordinator, worker = start_pair(api_keys_file=str(file), isolate_keys=True)
+    file.write_text("".join(entries))
+    worker.context.api_keys.reload()
+    assert check_error(send(worker, "b"), 503)["code"] == "engine_unavailable"
+    coordinator.context.api_keys.reload()
+    assert send(worker, "b", priority=-5).status_code == 200
+    file.write_text(entries[0])
+    coordinator.context.api_keys.reload()
+    assert send(worker, "b", priority=-5).status_code == 200
+    before, after = coordinator.engine.submits
+    assert (before.tenant, before.cache_salt, before.priority) == (after.tenant, after.cache_salt, after.priority)
+    assert (before.cache_salt, before.priority) == ("b\0", 0)
+    assert coordinator.context.api_keys.known["b"].account.usage.num_requests == 2
+
+
 def test_seeds_are_those_of_one_server(
     start_pair: StartPair, start_server: StartServer, fake_engine: FakeEngine
 ) -> None:
