@@ -230,7 +230,7 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
         tracer=make_tracer(settings),
         models=ModelRegistry(slots),
         model_manager=manager,
-        ledger=Ledger() if coordinator is None else RemoteLedger(coordinator),
+        ledger=Ledger() if coordinator is None else RemoteLedger(coordinator, records_requests=max_requests > 0),
         forwarder=None if coordinator is None else coordinator.forwarder,
     )
     if manager is None:  # the last step, since it starts a process

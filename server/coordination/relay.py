@@ -146,6 +146,8 @@ class Relay:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for held in self._held.values():
+            held.reservation.release()
         self._forwarded.close()
         self._connection.close()
 

@@ -214,9 +214,10 @@ class WorkerClient(EngineClient):
 class RemoteLedger(Ledger):
     """The accounts that the coordinator keeps."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, *, records_requests: bool) -> None:
         super().__init__()
         self._coordinator = coordinator
+        self._records_requests = records_requests
 
     @asynccontextmanager
     async def request(self, tenant: Tenant) -> AsyncGenerator[None, None]:
@@ -229,9 +230,9 @@ class RemoteLedger(Ledger):
             yield
         finally:
             leave = Leave(message.number)
-            if tenant.limits == Limits():
+            if tenant.limits == Limits() and not self._records_requests:
                 self._coordinator.send(leave)
-            else:  # the client's next request, through another process, must not find this one running
+            else:  # the client's next request, through another process, must find that this one has ended
                 with suppress(EngineDeadError):
                     await self._coordinator.ask(leave)
 

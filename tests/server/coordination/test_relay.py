@@ -9,9 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+import zmq
 
+from engine.shared.messages import Abort, SamplingParams, Submit
+from server.coordination.messages import (
+    Answered,
+    Cancelled,
+    ErrorFields,
+    Failed,
+    Forget,
+    FromCoordinator,
+    Leave,
+    NextPart,
+    Observe,
+    PartSent,
+    Refill,
+    Refused,
+    Release,
+    Reply,
+    RequestPart,
+    Reserve,
+    ResponseEnd,
+    ResponsePart,
+    TakeNumber,
+    Use,
+)
 from server.coordination.relay import Relay
+from server.http.errors import ServerError
 from tests.server.conftest import StartPair
 from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, ask_json, write_adapter
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
@@ -168,7 +194,7 @@ def test_an_adapter_is_replaced_for_both(
 
 def test_an_engine_that_becomes_ready_later(address: str, model_folder: Path) -> None:
     with (
-        FakeEngine(FakeEngineConfig(address=address, load_seconds=1.5)) as engine,
+        FakeEngine(FakeEngineConfig(address=address, never_ready=True)) as engine,
         running_worker(engine, model_folder, server={"wait_ready": False}) as pair,
     ):
         first, second = (ask(server.url, COMPLETIONS) for server in pair)
@@ -177,6 +203,7 @@ def test_an_engine_that_becomes_ready_later(address: str, model_folder: Path) ->
         assert {*first.headers} == {*second.headers}
         first, second = (httpx.get(f"{server.url}/health") for server in pair)
         assert (first.status_code, first.content) == (second.status_code, second.content)
+        engine.config.never_ready = False
         for server in pair:
             wait_until(lambda server=server: server.model.client.is_ready, 30)
             assert ask(server.url, COMPLETIONS).status_code == 200
@@ -307,3 +334,104 @@ def test_the_engine_is_restarted(address: str, model_folder: Path) -> None:
         assert [answer.status_code for answer in answers] == [200, 200]
         assert ask(worker.url, COMPLETIONS).status_code == 200
         assert coordinator.model.client.num_in_flight == 0
+
+
+@pytest.fixture
+def raw(address: str, start_pair: StartPair) -> Iterator[tuple[RunningServer, zmq.Socket[bytes]]]:
+    """A coordinator, and a socket that speaks to a second relay of it as a worker does."""
+    coordinator, _ = start_pair()
+    relay = Relay(f"{address}-raw", coordinator.context, coordinator._app)
+    loop_of(coordinator).call_soon_threadsafe(relay.start)
+    coordinator.context.workers.append(relay)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, 20_000)
+        socket.connect(f"{address}-raw")
+        yield coordinator, socket
+
+
+def receive(socket: "zmq.Socket[bytes]", kind: type) -> Any:
+    """Return the next message of a kind."""
+    while not isinstance(message := msgspec.msgpack.decode(socket.recv(), type=FromCoordinator), kind):
+        pass
+    return message
+
+
+def test_messages_that_cannot_be_used_harm_nothing(raw: tuple[RunningServer, "zmq.Socket[bytes]"]) -> None:
+    coordinator, socket = raw
+    encode = msgspec.msgpack.encode
+    socket.send(encode(Reserve(1, "", 1, "n", None)))
+    assert receive(socket, Reply) == Reply(1)
+    assert coordinator.model.client.num_in_flight == 1
+    for content in (b"", b"\xc1", b"x" * 100, encode({"type": "Reserve"}), encode({"type": "Observe", "method": 3})):
+        socket.send(content)
+    unknown: list[Any] = [
+        Use(9, "x"),
+        Submit(request_id="x", prompt_token_ids=[1], params=SamplingParams(max_tokens=1), arrival=0.0),
+        Abort("x"),
+        Abort("x", 5),
+        Answered(9),
+        Release(9),
+        Leave(9),
+        Refill(9, 9, 1),
+        Cancelled(9, True),
+        RequestPart(9, {}),
+        PartSent(9),
+        Forget(9),
+        Observe("no_such_method", ()),
+        Observe("observe_tokenizer", ("x", "y", "z")),
+    ]
+    for message in unknown:
+        socket.send(encode(message))
+    socket.send(encode(TakeNumber(2)))
+    while (reply := receive(socket, Reply)).number != 2:
+        pass
+    assert (reply.value, reply.error) == (0, None)
+    socket.send(encode(Release(1)))
+    wait_until(lambda: coordinator.model.client.num_in_flight == 0)
+    assert ask(coordinator.url, COMPLETIONS).status_code == 200
+
+
+def test_a_relay_that_closes_ends_what_its_worker_had(raw: tuple[RunningServer, "zmq.Socket[bytes]"]) -> None:
+    coordinator, socket = raw
+    coordinator.engine.pause()
+    encode = msgspec.msgpack.encode
+    params = SamplingParams(max_tokens=5)
+    for message in (
+        Reserve(2, "", 1, "n", None),
+        Reserve(1, "", 2, "n", None),
+        Use(1, "x"),
+        Submit(request_id="x", prompt_token_ids=[1], params=params, arrival=0.0, n=2),
+    ):
+        socket.send(encode(message))
+    wait_until(lambda: coordinator.engine.num_choices == 2)
+    relay = coordinator.context.workers.pop()
+    asyncio.run_coroutine_threadsafe(relay.close(), loop_of(coordinator)).result(30)
+    wait_until(lambda: coordinator.engine.num_choices == coordinator.model.client.num_in_flight == 0)
+
+
+def test_what_the_worker_cannot_read_harms_nothing_else(start_pair: StartPair) -> None:
+    coordinator, worker = start_pair()
+    relay = relay_of(coordinator)
+
+    def send_raw() -> None:
+        assert relay._connection._socket is not None
+        for content in (b"\xc1", msgspec.msgpack.encode({"type": "Reply", "number": "x"})):
+            relay._connection._socket.send(content)
+        for message in (
+            Reply(999),
+            Refused(999, ErrorFields.of(ServerError())),
+            Failed("x", ErrorFields.of(ServerError())),
+            ResponsePart(999, {}),
+            ResponseEnd(999),
+            NextPart(999),
+        ):
+            relay._send(message)
+
+    with httpx.stream("GET", f"{worker.url}/lightwell/v1/events", timeout=30) as events:
+        assert events.status_code == 200
+        loop_of(coordinator).call_soon_threadsafe(send_raw)
+        for _ in range(3):
+            assert ask(worker.url, COMPLETIONS).status_code == 200
+            assert httpx.get(f"{worker.url}/v1/models").status_code == 200
+        assert coordinator.context.num_step_readers.total() == 1

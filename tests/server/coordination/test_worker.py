@@ -13,9 +13,9 @@ import pytest
 from server.coordination.relay import Relay
 from server.generation import pipeline
 from tests.server.conftest import StartPair
-from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, parse_events
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, parse_events
 from tests.support.fake_engine import FakeEngine
-from tests.support.serving import RunningServer, check_envelope, check_error, wait_until
+from tests.support.serving import RunningServer, check_envelope, check_error, raw_request, wait_until
 from tests.support.workers import Pair
 
 EMBEDDINGS = "/v1/embeddings"
@@ -255,8 +255,7 @@ def test_a_stop_string_ends_a_choice_for_the_coordinator(
 
 def _post(path: str, **fields: Any) -> bytes:
     body = json.dumps(MINIMAL.get(path, {}) | fields).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    return raw_request("POST", path, body, content_type="application/json", authorization=f"Bearer {KEYS[0]}")
 
 
 def loop_of(server: RunningServer) -> Any:
@@ -264,3 +263,161 @@ def loop_of(server: RunningServer) -> Any:
     watcher = server.model.client._watcher
     assert watcher is not None
     return watcher.get_loop()
+
+
+ANSWERED: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": ["Hi", "Ho"], "n": 2, "logprobs": 2, "echo": True},
+    CHAT: {"messages": MESSAGES, "n": 2, "logprobs": True, "top_logprobs": 3, "stop": "wor"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
+    "/v1/messages/count_tokens": {"messages": MESSAGES},
+    "/api/chat": {"messages": MESSAGES, "stream": False},
+    "/api/generate": {"prompt": "Hi", "stream": False},
+    "/api/embed": {"input": ["Hi", "Ho"]},
+    EMBEDDINGS: {"input": [f"text {number}" for number in range(30)]},
+    "/v1/rerank": {"query": "Hi", "documents": ["a", "b", "c"]},
+    "/tokenize": {"prompt": "Hi"},
+    "/detokenize": {"tokens": [72, 105]},
+    f"{COMPLETIONS}/render": {"prompt": "Hi"},
+    f"{CHAT}/render": {"messages": MESSAGES},
+}
+CHANGING = {
+    "id",
+    "request_id",
+    "created",
+    "created_at",
+    "total_duration",
+    "load_duration",
+    "prompt_eval_duration",
+    "eval_duration",
+}
+
+
+def without_times(value: Any) -> Any:
+    """Return a JSON value without ids and times."""
+    if isinstance(value, list):
+        return [without_times(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: without_times(item) for name, item in value.items() if name not in CHANGING}
+
+
+@pytest.mark.parametrize("path", ANSWERED)
+def test_answers_are_those_of_the_coordinator(start_pair: StartPair, fake_engine: FakeEngine, path: str) -> None:
+    fake_engine.config.max_num_seqs = 3
+    pair = start_pair(max_queued_requests=1)
+    for stream in (False, True):
+        fields = {"model": "tiny", "seed": 7, **ANSWERED[path]} | ({"stream": True} if stream else {})
+        first, second = (send(server, path, **fields) for server in pair)
+        assert first.status_code == second.status_code
+        assert first.headers["content-type"] == second.headers["content-type"]
+        assert {*first.headers} == {*second.headers}
+        if first.headers["content-type"] == "application/json":
+            assert without_times(first.json()) == without_times(second.json())
+        else:
+            assert _text(first) == _text(second)
+        wait_for_rest(pair[0])
+
+
+def _text(stream: httpx.Response) -> str:
+    """Return the text of a stream's events, choice by choice: how many come in an event depends on time."""
+    events = [line.removeprefix("data: ") for line in stream.text.splitlines() if "{" in line]
+    parts = [part for event in events for part in _parts(json.loads(event))]
+    return "".join(text for _, text in sorted(parts, key=lambda part: part[0]))
+
+
+def _parts(value: Any, index: int = 0) -> Iterator[tuple[int, str]]:
+    """Yield the texts in a JSON value, with the index of their choice."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _parts(item, index)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name in ("text", "content", "response", "finish_reason", "stop_reason") and isinstance(item, str):
+                yield value.get("index", index), item
+            else:
+                yield from _parts(item, value.get("index", index))
+
+
+def test_more_prompts_than_the_capacity(start_pair: StartPair, fake_engine: FakeEngine, start: Start) -> None:
+    """They are sent as capacity becomes free, of which other requests get some."""
+    fake_engine.config.max_num_seqs, fake_engine.config.step_seconds = 2, 0.005
+    coordinator, worker = start_pair(max_queued_requests=3)
+    texts = [f"text {number}" for number in range(40)]
+    answers = [start(server, EMBEDDINGS, model="tiny", input=texts) for server in (worker, coordinator)]
+    wait_until(lambda: len({submit.ids for submit in fake_engine.submits}) == 2, 30)
+    others = [start(server, max_tokens=3, queue_timeout=60) for server in (worker, coordinator)]
+    embeddings = [[item["embedding"] for item in answer.result().json()["data"]] for answer in answers]
+    assert embeddings[0] == embeddings[1]
+    assert len({tuple(embedding) for embedding in embeddings[0]}) > 5
+    assert {answer.result().status_code for answer in others} <= {200, 429}
+    wait_for_rest(coordinator)
+
+
+def test_a_disconnect_while_more_capacity_is_awaited(start_pair: StartPair, fake_engine: FakeEngine) -> None:
+    fake_engine.config.max_num_seqs, fake_engine.config.step_seconds = 1, 0.05
+    coordinator, worker = start_pair(max_queued_requests=0)
+    with worker.connect() as connection:
+        connection.sendall(_post(EMBEDDINGS, model="tiny", input=[f"text {number}" for number in range(500)]))
+        wait_until(lambda: len(fake_engine.submits) > 3, 30)
+    wait_for_rest(coordinator)
+    assert len(fake_engine.submits) < 100
+    assert send(worker).status_code == 200
+
+
+def test_metrics_count_the_requests_of_both(start_pair: StartPair) -> None:
+    pair = start_pair()
+    coordinator, _ = pair
+    for server in pair:
+        for _ in range(2):
+            assert send(server, foo=1).status_code == 200
+        assert send(server, CHAT, stop="wor", stream=True).status_code == 200
+        assert send(server, "/none").status_code == 404
+        assert send(server, n=99_999).status_code == 400
+        headers = {"x-stainless-retry-count": "1"}
+        assert httpx.post(server.url + COMPLETIONS, json=MINIMAL[COMPLETIONS], headers=headers).status_code == 200
+    expected = {
+        ("http_requests_total", "handler", COMPLETIONS, "method", "POST", "status", "200"): 6,
+        ("http_requests_total", "handler", COMPLETIONS, "method", "POST", "status", "400"): 2,
+        ("http_requests_total", "handler", CHAT, "method", "POST", "status", "200"): 2,
+        ("http_requests_total", "handler", "none", "method", "POST", "status", "404"): 2,
+        ("lightwell_request_success_total", "finished_reason", "stop"): 8,
+        ("lightwell_tokenizer_seconds_count",): 8,
+        ("lightwell_detokenizer_seconds_count",): 8,
+        ("lightwell_e2e_request_latency_seconds_count",): 8,
+        ("lightwell_unknown_parameters_total",): 4,
+        ("lightwell_retried_requests_total",): 2,
+        ("lightwell_prompt_tokens_total",): 6 * 2 + 2 * len(coordinator.engine.submits[2].prompt_token_ids),
+        ("lightwell_requests_rejected_total", "reason", "too_many_choices"): 0,
+    }
+    for (name, *labels), value in expected.items():
+        by_name = dict(zip(labels[::2], labels[1::2], strict=True))
+        wait_until(lambda: coordinator.metric(name, **by_name) == value, 5)  # noqa: B023
+    pages = [
+        {line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "process_" not in line}
+        for server in pair
+    ]
+    changed = {line for line in pages[0] ^ pages[1] if "metrics" not in line}
+    assert not changed
+
+
+def test_many_requests_at_once(start_pair: StartPair, fake_engine: FakeEngine, start: Start) -> None:
+    """Of several tenants, through both, whole and streamed; some are refused, some disconnect."""
+    fake_engine.config.max_num_seqs, fake_engine.config.step_seconds = 3, 0.001
+    pair = start_pair(max_queued_requests=4, api_key=KEYS)
+    kinds: list[dict[str, Any]] = [{"stream": True}, {"n": 2}, {"stop": "wor", "stream": True}, {"prompt": ["a", "b"]}]
+    answers = [
+        start(server, key=key, queue_timeout=30, **kind)
+        for _ in range(10)
+        for key in KEYS
+        for server in pair
+        for kind in kinds
+    ]
+    for number in range(20):
+        with pair[1].connect() as connection:
+            connection.sendall(_post(COMPLETIONS, stream=number % 2 == 0))
+    statuses = {answer.result().status_code for answer in answers}
+    assert 200 in statuses
+    assert statuses <= {200, 429}
+    wait_for_rest(pair[0])
+    assert fake_engine.num_choices == 0
+    wait_until(lambda: not len(pair[1].context.running), 30)

@@ -155,7 +155,7 @@ async def test_what_an_engine_has_not_begun_with_goes_to_another(addresses: list
         other.pause()
         async with ready(addresses, can_restart=can_restart, max_queued_requests=100) as client:
             streams = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(4)]
-            begun, waiting = (each for each in streams if client.engines[0].streams.find(each.request_id))
+            begun, waiting = [each for each in streams if client.engines[0].streams.find(each.request_id)]
             await until(lambda: begun.reservation.started)
             lost.kill()
             await until(lambda: not client.engines[0].liveness.is_ready)
@@ -178,10 +178,10 @@ async def test_what_an_engine_has_not_begun_with_goes_to_another(addresses: list
 
 
 async def test_the_requests_of_a_dead_engine_wait_for_one_that_is_restarted(addresses: list[str]) -> None:
-    slow = {"num_prompt_steps": 10**6, "step_seconds": 0.01}
+    config = FakeEngineConfig(address=addresses[1], max_num_seqs=2, num_prompt_steps=10**6, step_seconds=0.01)
     with (
         FakeEngineProcess(FakeEngineConfig(address=addresses[0], max_num_seqs=2)) as first,
-        FakeEngineProcess(FakeEngineConfig(address=addresses[1], max_num_seqs=2, **slow)) as second,
+        FakeEngineProcess(config) as second,
     ):
         async with ready(addresses, can_restart=True, max_queued_requests=100) as client:
             first.kill()
