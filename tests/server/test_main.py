@@ -41,7 +41,7 @@ from server.sockets.listeners import bind, url
 from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.support.paths import ROOT
-from tests.support.serving import api_config, check_envelope, check_error, own_address, wait_until
+from tests.support.serving import api_config, check_envelope, check_error, own_address, raw_request, wait_until
 
 COMMAND = [sys.executable, "-m", "server.main"]
 MAX_RSS = 150 << 20
@@ -75,6 +75,7 @@ class Api:
 
 
 StartApi = Callable[..., Api]
+TLS = ROOT / "tests/support/tls"
 
 
 def free_port() -> int:
@@ -229,6 +230,29 @@ def test_sigterm_lets_requests_of_workers_finish(start_api: StartApi) -> None:
         assert stream.result().text.endswith("data: [DONE]\n\n")
         assert "error" not in stream.result().text
         assert [process.wait(5) for process in (api.process, worker)] == [0, 0]
+
+
+def test_a_client_that_is_slow_to_close_is_no_failure(start_api: StartApi) -> None:
+    """A TLS connection is closed once the client answers, which these do not. The coordinator waits for the worker."""
+    files = {"ssl_certfile": str(TLS / "one.crt"), "ssl_keyfile": str(TLS / "one.key")}
+    api = start_api(num_workers=1, wait_ready=False, **files)
+    (worker,) = api.workers
+    context = ssl._create_unverified_context()
+    port = int(api.url.rpartition(":")[2])
+    with ExitStack() as stack:
+
+        def worker_has_connection() -> bool:
+            with suppress(OSError):
+                connection = context.wrap_socket(socket.create_connection(("127.0.0.1", port)))
+                stack.enter_context(connection).sendall(raw_request("GET", "/readyz"))
+                assert connection.recv(1000).startswith(b"HTTP/1.1 ")
+            return bool(psutil.Process(worker.pid).net_connections("tcp"))
+
+        wait_until(worker_has_connection, 20)
+        for process in (api.process, worker):
+            process.terminate()
+        assert [process.wait(10) for process in (api.process, worker)] == [0, 0]
+    assert "died" not in api.log.read_text()
 
 
 def test_requests_that_outlast_the_drain_timeout_fail(start_api: StartApi) -> None:
