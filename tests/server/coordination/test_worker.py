@@ -248,7 +248,7 @@ def test_a_stop_string_ends_a_choice_for_the_coordinator(
     reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
     assert reasons == ["stop", "stop"]
     wait_for_rest(coordinator)
-    assert fake_engine.num_choices == 0
+    wait_until(lambda: fake_engine.num_choices == 0)
     assert coordinator.metric("lightwell_request_success_total", finished_reason="stop") == 2
     assert coordinator.metric("lightwell_request_success_total", finished_reason="abort") == 0
 
@@ -419,5 +419,5 @@ def test_many_requests_at_once(start_pair: StartPair, fake_engine: FakeEngine, s
     assert 200 in statuses
     assert statuses <= {200, 429}
     wait_for_rest(pair[0])
-    assert fake_engine.num_choices == 0
+    wait_until(lambda: fake_engine.num_choices == 0)
     wait_until(lambda: not len(pair[1].context.running), 30)
