@@ -191,19 +191,19 @@ class Relay:
             return
         try:
             handler(message)
-        except APIError as error:
+        except Exception as error:
             self._fail(message, error)
-        except Exception:
-            logger.exception("a message of an API process cannot be used")
-            self._fail(message, ServerError())
 
-    def _fail(self, message: Any, error: APIError) -> None:
+    def _fail(self, message: Any, error: Exception) -> None:
         """Say that a message has led to an error, if anybody waits for what it leads to."""
+        if not isinstance(error, APIError):
+            logger.error("a message of an API process cannot be used", exc_info=error)
+        fields = ErrorFields.of(error if isinstance(error, APIError) else ServerError())
         match message:
             case Submit():
-                self._send(Failed(message.request_id, ErrorFields.of(error)))
+                self._send(Failed(message.request_id, fields))
             case Reserve() | Refill() | Admit() | Leave() | ReadRates() | TakeNumber():
-                self._send(Reply(message.number, error=ErrorFields.of(error)))
+                self._send(Reply(message.number, error=fields))
 
     # As an engine.
 
@@ -297,11 +297,8 @@ class Relay:
     async def _refill(self, reservation: Reservation, message: Refill) -> None:
         try:
             self._send(Reply(message.number, await self._client.refill(reservation, message.count)))
-        except APIError as error:
+        except Exception as error:
             self._fail(message, error)
-        except Exception:
-            logger.exception("capacity cannot be added to a reservation")
-            self._fail(message, ServerError())
 
     def _on_use(self, message: Use) -> None:
         self._uses[message.request_id] = self._held[message.reservation]
@@ -311,18 +308,18 @@ class Relay:
         stream = self._client.submit(message, held.reservation)
         held.request_ids.append(message.request_id)
         self._streams[message.request_id] = stream
-        self._run(self._pass_on(stream))
+        self._run(self._pass_on(stream, message))
 
-    async def _pass_on(self, stream: RequestStream) -> None:
+    async def _pass_on(self, stream: RequestStream, message: Submit) -> None:
         """Send the events of a request until it ends."""
         try:
             async with stream:
                 async for events in stream:
                     self._events += events
                     self._flush_soon()
-        except APIError as error:
+        except Exception as error:
             self._flush()
-            self._send(Failed(stream.request_id, ErrorFields.of(error)))
+            self._fail(message, error)
         finally:
             del self._streams[stream.request_id]
 
