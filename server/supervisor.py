@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 DEATH_GRACE_SECONDS = 3.0  # for the API processes to end their streams with an error after the engine's death
 DRAIN_GRACE_SECONDS = 2.5  # for the API processes to exit after --drain-timeout
 STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to finish
-DUMP_SECONDS = 0.5  # for hanging API processes to write the stacks of its threads
+DUMP_SECONDS = 0.5  # for API processes that hang to write the stacks of their threads
 MAX_IPC_PATH_BYTES = 100
 ENDED = "its process has ended"
 ENDED_AT_SHUTDOWN = f"{ENDED}, and the server is shutting down"

@@ -27,9 +27,7 @@ class ApiKeys:
         self.num_reloads = 0  # of the keys file
         self._settings = settings
         self._lock = threading.Lock()
-        # With tenants that are gone: they may come back, and their requests may still run.
-        self.known: dict[str, Tenant] = {}
-        self._accounts: dict[str, Account] = {}
+        self.known: dict[str, Tenant] = {}  # by name, also those that are gone: they may come back
         self._by_digest = self._with_accounts(_read(settings))
 
     @property
@@ -72,7 +70,8 @@ class ApiKeys:
         """Give each tenant the account that it had before, with its limits of now."""
         tenants: dict[str, Tenant] = {}
         for tenant in {tenant.name: tenant for _, tenant in keys}.values():
-            account = self._accounts.setdefault(tenant.name, Account())
+            before = self.known.get(tenant.name)
+            account = Account() if before is None else before.account
             account.set_limits(tenant.limits)
             tenants[tenant.name] = msgspec.structs.replace(tenant, account=account)
         self.known |= tenants

@@ -47,7 +47,7 @@ class ForwardedRequests:
     def forget(self, message: Forget) -> None:
         """Let the application notice that the client has disconnected."""
         if run := self._running.get(message.number):
-            run.is_forgotten = True
+            run.is_gone = True
             run.sent.set()
             run.parts.put_nowait(DISCONNECT)
 
@@ -62,11 +62,10 @@ class _Run:
     def __init__(self, request: Forward, app: ASGIApp, send: Callable[[Any], None], running: dict[int, _Run]) -> None:
         self.parts: asyncio.Queue[Message] = asyncio.Queue()
         self.sent = asyncio.Event()
-        self.is_forgotten = False
+        self.is_gone = False  # the client
         self._number = request.number
         self._app = app
         self._send = send
-        self._has_ended = False  # the client has disconnected
         self.task = asyncio.create_task(self._answer(_scope(request)))
         self.task.add_done_callback(lambda task: running.pop(self._number, None))
 
@@ -80,16 +79,16 @@ class _Run:
             self._send(ResponseEnd(self._number))
 
     async def _receive(self) -> Message:
-        if self._has_ended or self.is_forgotten:
+        if self.is_gone:
             return DISCONNECT
         if self.parts.empty():
             self._send(NextPart(self._number))
         part = await self.parts.get()
-        self._has_ended = part["type"] == DISCONNECT["type"]
+        self.is_gone = self.is_gone or part["type"] == DISCONNECT["type"]
         return part
 
     async def _send_part(self, part: Message) -> None:
-        if self.is_forgotten:
+        if self.is_gone:
             return
         self.sent.clear()
         self._send(ResponsePart(self._number, dict(part)))

@@ -9,7 +9,6 @@ worker that gets all requests.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,8 +27,13 @@ from server.main import make_context
 from server.model_paths import resolve_model
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, WorkerLink
 from server.settings.table import Settings
-from tests.bench.capacity.api_process import CONCURRENCY, NUM_REQUESTS, STEP_SECONDS, processor_seconds
-from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
+from tests.bench.capacity.api_process import (
+    CONCURRENCY,
+    NUM_REQUESTS,
+    fake_engine,
+    processor_seconds,
+    server_process,
+)
 from tests.support.serving import MODEL_NAMES, api_config, own_address, running_server
 
 ANSWER_TOKENS = (1, 64, 256)
@@ -58,40 +62,16 @@ def serve_worker(engine: str, address: str, model: Path, connection: Connection)
 
 
 @contextmanager
-def process(target: object, *arguments: object) -> Iterator[tuple[str, psutil.Process]]:
-    """Run a server in a process of its own, and yield its address and the process."""
-    context = multiprocessing.get_context("spawn")
-    parent, child = context.Pipe()
-    started = context.Process(target=target, args=(*arguments, child))  # type: ignore[arg-type]
-    started.start()
-    assert started.pid is not None
-    try:
-        yield parent.recv(), psutil.Process(started.pid)
-    finally:
-        parent.close()
-        started.join()
-
-
-@contextmanager
 def servers(model: Path, *, has_worker: bool) -> Iterator[tuple[str, Sequence[psutil.Process]]]:
     """Run API processes in front of a fake engine. Yield the address of the last one, and all of them in order."""
     with ExitStack() as stack:
         engine, worker = stack.enter_context(own_address()), stack.enter_context(own_address())
-        config = FakeEngineConfig(
-            address=engine,
-            reply=list(range(1000, 1128)),
-            endless=True,
-            step_seconds=STEP_SECONDS,
-            max_model_len=1 << 15,
-            max_num_seqs=CONCURRENCY,
-            vocab_size=1 << 15,
-        )
-        stack.enter_context(FakeEngineProcess(config))
+        stack.enter_context(fake_engine(engine))
         address = worker if has_worker else None
-        url, coordinator = stack.enter_context(process(serve_coordinator, engine, address, model))
+        url, coordinator = stack.enter_context(server_process(serve_coordinator, engine, address, model))
         processes = [coordinator]
         if has_worker:
-            url, other = stack.enter_context(process(serve_worker, engine, worker, model))
+            url, other = stack.enter_context(server_process(serve_worker, engine, worker, model))
             processes.append(other)
         yield url, processes
 

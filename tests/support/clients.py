@@ -1,5 +1,6 @@
 """Clients for tests: the official SDK with strict response validation, and plain HTTP requests."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,15 @@ MINIMAL: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": "tiny", "prompt": "Hi"},
     CHAT: {"model": "tiny", "messages": MESSAGES},
 }
+
+
+def write_keys_file(folder: Path, **limits: Any) -> Path:
+    """Write a keys file with the tenant `alice`, whose key is `a` and who has limits, and `bob` with the key `b`."""
+    fields = "".join(f", {name.replace('_', '-')}: {value}" for name, value in limits.items())
+    digests = [hashlib.sha256(key.encode()).hexdigest() for key in ("a", "b")]
+    file = folder / "keys.yaml"
+    file.write_text(f"alice: {{keys: {digests[0]}{fields}}}\nbob: {{keys: {digests[1]}}}\n")
+    return file
 
 
 def write_adapter(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,30 +42,37 @@ class ApiCost(msgspec.Struct, frozen=True, kw_only=True):
         return rate * self.seconds(prompt_tokens, answer_tokens) / TARGET_LOAD
 
 
+def fake_engine(address: str) -> FakeEngineProcess:
+    """Return an engine whose answers are as long as requests allow."""
+    config = FakeEngineConfig(
+        address=address,
+        reply=list(range(1000, 1128)),
+        endless=True,
+        step_seconds=STEP_SECONDS,
+        max_model_len=1 << 15,
+        max_num_seqs=CONCURRENCY,
+        vocab_size=1 << 15,
+    )
+    return FakeEngineProcess(config)
+
+
 @contextmanager
-def api_process(model: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """Run an API process in front of a fake engine, and yield its address. `model`: whose tokenizer it uses."""
-    with own_address() as address:
-        config = FakeEngineConfig(
-            address=address,
-            reply=list(range(1000, 1128)),
-            endless=True,
-            step_seconds=STEP_SECONDS,
-            max_model_len=1 << 15,
-            max_num_seqs=CONCURRENCY,
-            vocab_size=1 << 15,
-        )
-        context = multiprocessing.get_context("spawn")
-        parent, child = context.Pipe()
-        with FakeEngineProcess(config):
-            process = context.Process(target=_serve, args=(address, model, child))
-            process.start()
-            assert process.pid is not None
-            try:
-                yield parent.recv(), psutil.Process(process.pid)
-            finally:
-                parent.close()
-                process.join()
+def server_process(serve: Callable[..., None], *arguments: object) -> Iterator[tuple[str, psutil.Process]]:
+    """Run a server in a process of its own, and yield its address and the process.
+
+    `serve` gets the arguments and a connection: it sends its address, and ends when the connection is closed.
+    """
+    context = multiprocessing.get_context("spawn")
+    parent, child = context.Pipe()
+    process = context.Process(target=serve, args=(*arguments, child))
+    process.start()
+    child.close()
+    assert process.pid is not None
+    try:
+        yield parent.recv(), psutil.Process(process.pid)
+    finally:
+        parent.close()
+        process.join()
 
 
 def _serve(address: str, model: Path, connection: Connection) -> None:
@@ -78,7 +85,7 @@ def _serve(address: str, model: Path, connection: Connection) -> None:
 def measure(model: Path, processor: str) -> tuple[ApiCost, list[tuple[int, int, float]]]:
     """Return the cost of a request, and of each case its prompt and answer tokens and the seconds of a request."""
     cases = []
-    with api_process(model) as (url, process):
+    with own_address() as address, fake_engine(address), server_process(_serve, address, model) as (url, process):
         for number, (prompt_len, answer_len) in enumerate(CASES):
             load = LoadOptions(
                 url=url,

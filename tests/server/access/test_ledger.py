@@ -13,7 +13,7 @@ from server.access.ledger import Ledger
 from server.limits.accounts import Account, LimitReachedError, Limits
 from server.tenants import Tenant
 from tests.server.conftest import StartPair, StartServer
-from tests.support.clients import CHAT, COMPLETIONS
+from tests.support.clients import CHAT, COMPLETIONS, write_keys_file
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, wait_until
 from tests.support.workers import Pair
@@ -27,11 +27,7 @@ def start(start_pair: StartPair, tmp_path: Path) -> Start:
     """A function that starts a coordinator and a worker with the tenant `alice`, who has limits, and `bob`."""
 
     def start(**limits: int) -> Pair:
-        fields = "".join(f", {name.replace('_', '-')}: {value}" for name, value in limits.items())
-        digests = [hashlib.sha256(key.encode()).hexdigest() for key in ("a", "b")]
-        file = tmp_path / "keys.yaml"
-        file.write_text(f"alice: {{keys: {digests[0]}{fields}}}\nbob: {{keys: {digests[1]}}}\n")
-        return start_pair(api_keys_file=str(file))
+        return start_pair(api_keys_file=str(write_keys_file(tmp_path, **limits)))
 
     return start
 

@@ -1,6 +1,5 @@
 """Limits of tenants over real sockets, and as the official client sees them."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import openai
 import pytest
 
 from tests.server.conftest import StartServer
+from tests.support.clients import write_keys_file
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, wait_until
 
@@ -23,11 +23,7 @@ def start(start_server: StartServer, tmp_path: Path) -> Start:
     """A function that starts a server with the tenant `alice`, whose key is `a` and who has limits, and `bob`."""
 
     def start(**limits: Any) -> RunningServer:
-        fields = "".join(f", {name.replace('_', '-')}: {value}" for name, value in limits.items())
-        digests = [hashlib.sha256(key.encode()).hexdigest() for key in ("a", "b")]
-        file = tmp_path / "keys.yaml"
-        file.write_text(f"alice: {{keys: {digests[0]}{fields}}}\nbob: {{keys: {digests[1]}}}\n")
-        return start_server(api_keys_file=str(file))
+        return start_server(api_keys_file=str(write_keys_file(tmp_path, **limits)))
 
     return start
 
