@@ -284,7 +284,7 @@ class Supervisor:
         self._stop(self._api_processes, self._settings.drain_timeout + DRAIN_GRACE_SECONDS)
         engines = self._stop_engines()
         in_step = [engine for engine in engines if not engine.has_ended and engine.was_killed]  # nobody waits for it
-        failed = [child for child in (*engines, *self._api_processes) if not child.ended_well and child not in in_step]
+        failed = [child for child in (*self._api_processes, *engines) if not child.ended_well and child not in in_step]
         for child in failed:
             self._report(child.outcome)
         return 1 if failed else 0

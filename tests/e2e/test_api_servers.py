@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
+import pytest
 from openai import OpenAI
 
 from tests.e2e.conftest import StartServer
@@ -37,6 +38,7 @@ def num_connections(server: ServerProcess) -> list[int]:
     return found
 
 
+@pytest.mark.exact
 def test_answers_are_those_of_a_single_process(start_server: StartServer) -> None:
     """Bit for bit, and counted together."""
     one = start_server()

@@ -11,6 +11,8 @@ from openai import AsyncOpenAI
 from tests.support.server_process import CHAT, COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess
 from tests.support.streams import Choice, merge
 
+pytestmark = pytest.mark.exact
+
 NUM_STREAMS = 64
 SEED = 2
 

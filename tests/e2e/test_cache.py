@@ -94,6 +94,7 @@ def test_a_salt_separates_prefixes(server: ServerProcess) -> None:
 
 
 @pytest.mark.checklist("E04")
+@pytest.mark.exact
 def test_preempted_and_uncached_answers_are_the_same(smollm2_path: Path, server: ServerProcess) -> None:
     """The cache has 11 blocks of 16 tokens for six requests that need four blocks each."""
     flags = ("--block-size=16", "--max-model-len=128", kv_cache_flag(4), "--no-enable-prefix-caching")

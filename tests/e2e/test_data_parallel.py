@@ -5,6 +5,8 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import StartServer
 from tests.e2e.test_restart import children_of
 from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess
@@ -50,6 +52,7 @@ def engines_of_requests(server: ServerProcess) -> dict[str, int]:
     return {each["id"]: each["engine"] for each in data}
 
 
+@pytest.mark.exact
 def test_answers_are_those_of_a_single_engine(start_server: StartServer) -> None:
     """With the same number of threads, bit for bit."""
     one = start_server(**ONE_THREAD)

@@ -32,6 +32,7 @@ def ask(server: ServerProcess, number: int) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", json=SAMPLED | body, headers=headers, timeout=REQUEST_SECONDS)
 
 
+@pytest.mark.exact
 def test_every_bit_is_the_same(server: ServerProcess) -> None:
     with concurrent.futures.ThreadPoolExecutor(len(REQUESTS)) as pool:
         answers = list(pool.map(lambda number: ask(server, number), range(len(REQUESTS))))

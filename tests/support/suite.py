@@ -47,7 +47,7 @@ class SuiteReport:
             terminalreporter.write_line(line)
         if self._path is not None:
             stats = terminalreporter.stats
-            counts = {name: len(found) for name, found in stats.items() if name in ("passed", "skipped", *BAD)}
+            counts = {name: len(found) for name, found in stats.items() if name in ("passed", "skipped", "rerun", *BAD)}
             failed = [report.nodeid for name in BAD for report in stats.get(name, [])]
             self._path.write_text("\n".join([*self._head(counts), "", *lines, "", *failed]).strip() + "\n")
 
