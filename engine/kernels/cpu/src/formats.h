@@ -210,6 +210,8 @@ struct Quantised {
     static constexpr float ZERO = HAS_MINIMUM ? 0.0f : float(1 << ZERO_SHIFT);
     static constexpr int GROUP_BYTES = 2 * (Codes::LOW_BYTES + Codes::HIGH_BYTES);  // codes of all columns
     static constexpr int BLOCK_BYTES = Scales::BYTES + BLOCK / GROUP * GROUP_BYTES;
+    static constexpr int BYTES_OF_GROUP = BLOCK_BYTES / (BLOCK / GROUP);  // with its part of the scales
+    static constexpr int GROUP_LINES = (BYTES_OF_GROUP + 63) / 64;
 
     // Returns where the low and the high bits of the codes of 16 columns are.
     static INLINE const uint8_t* low_bits(const uint8_t* block, int group, int vector) {

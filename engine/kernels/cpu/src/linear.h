@@ -47,7 +47,7 @@ INLINE void prefetch_tile(const LinearParameters& p, int64_t row, int64_t column
         for (int v = 0; v < VECTORS; v++) prefetch(p.output + (row + r) * p.output_stride + column + v * LANES);
 }
 
-constexpr int64_t STREAM_AHEAD = 4096;  // bytes
+constexpr int64_t L2_AHEAD = 8192, L1_AHEAD = 4096;  // bytes
 
 // Prefetches the weights that will be read next, a few cache lines at each step of a tile: the processor would stall on
 // more lines than the memory delivers in the meantime.
@@ -58,14 +58,29 @@ struct Prefetcher {
     // A single tile prefetches the weights that it reads soon; several tiles share out the next panel.
     template <int LINES_OF_STEP>
     static Prefetcher for_tile(const uint8_t* panel, int64_t panel_bytes, int64_t tile, int64_t num_tiles) {
-        if (num_tiles == 1) return {panel + STREAM_AHEAD, LINES_OF_STEP};
+        if (num_tiles == 1) return {panel + L2_AHEAD, LINES_OF_STEP};
         const int64_t num_shares = min_of(num_tiles, LINES_OF_STEP);
         if (tile >= num_shares) return {panel, 0};
         return {panel + panel_bytes + panel_bytes * tile / num_shares, divide_up(LINES_OF_STEP, num_shares)};
     }
 
-    INLINE void step() {
-        for (int64_t i = 0; i < lines; i++, next += 64) prefetch_to_l2(next);
+    // Does part `part` of `num_parts` of what belongs to a step, which reads from `position` on.
+    template <int LINES_OF_STEP>
+    INLINE void step(const uint8_t*, int part = 0, int = 1) {
+        for (int64_t i = 0; part == 0 && i < lines; i++, next += 64) prefetch_to_l2(next);
+    }
+};
+
+// Prefetches for a tile of few rows, the only one that reads a panel. Weights wait in the L2 cache, since more of them are
+// on the way from memory than the L1 cache can have under way. They are in the L1 cache in time, since the arithmetic
+// would not hide the way from the L2 cache.
+struct StreamPrefetcher {
+    template <int LINES_OF_STEP>
+    INLINE void step(const uint8_t* position, int part = 0, int num_parts = 1) {
+        for (int line = LINES_OF_STEP * part / num_parts; line < LINES_OF_STEP * (part + 1) / num_parts; line++) {
+            prefetch_to_l2(position + L2_AHEAD + 64 * line);
+            prefetch(position + L1_AHEAD + 64 * line);
+        }
     }
 };
 
@@ -81,12 +96,13 @@ INLINE void add_step(const uint8_t* block, int group, int vector, int offset, co
 }
 
 // Steps STEP and STEP + STEPS / 2 and those after them. In this order, a low and a high nibble share a load.
-template <class Format, int STEP, int ROWS, int VECTORS>
+template <class Format, int STEP, int ROWS, int VECTORS, class Prefetching>
 INLINE void add_steps(const uint8_t* block, int group, int vector, int offset, const ActivationGroup* const (&rows)[ROWS],
-                      Ints (&sums)[ROWS][VECTORS]) {
+                      Prefetching& prefetcher, Ints (&sums)[ROWS][VECTORS]) {
+    prefetcher.template step<Format::GROUP_LINES>(block + group * Format::BYTES_OF_GROUP, STEP, Format::STEPS / 2);
     add_step<Format, STEP>(block, group, vector, offset, rows, sums);
     add_step<Format, STEP + Format::STEPS / 2>(block, group, vector, offset, rows, sums);
-    if constexpr (STEP + 1 < Format::STEPS / 2) add_steps<Format, STEP + 1>(block, group, vector, offset, rows, sums);
+    if constexpr (STEP + 1 < Format::STEPS / 2) add_steps<Format, STEP + 1>(block, group, vector, offset, rows, prefetcher, sums);
 }
 
 // Where the tiles of a panel's rows read the scales of its blocks: in the blocks themselves.
@@ -118,9 +134,9 @@ struct ScaleSource<Quantised<Codes, BlockScales<8, 2>>> {
 
 // Adds the integer products of a group times its scales, and its minima, to `sums`. The activations are codes, to be
 // multiplied by their scale later, unless the group is a whole ActivationGroup.
-template <class Format, int ROWS, int VECTORS, class Number>
+template <class Format, int ROWS, int VECTORS, class Number, class Prefetching>
 INLINE void add_group(const uint8_t* block, const Number* scales, int group, int half, int vector,
-                      const ActivationGroup* const (&rows)[ROWS], Floats (&sums)[ROWS][VECTORS]) {
+                      const ActivationGroup* const (&rows)[ROWS], Prefetching& prefetcher, Floats (&sums)[ROWS][VECTORS]) {
     constexpr bool IS_WHOLE = Format::GROUP == ACTIVATION_GROUP;
     Ints products[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++) {
@@ -132,7 +148,7 @@ INLINE void add_group(const uint8_t* block, const Number* scales, int group, int
         }
         for (int v = 0; v < VECTORS; v++) products[r][v] = start;
     }
-    add_steps<Format, 0>(block, group, vector, half * 16, rows, products);
+    add_steps<Format, 0>(block, group, vector, half * 16, rows, prefetcher, products);
     using Scales = typename Format::Scales;
     for (int v = 0; v < VECTORS; v++) {
         const int column = (vector + v) * LANES;
@@ -150,15 +166,15 @@ INLINE void add_group(const uint8_t* block, const Number* scales, int group, int
 }
 
 // Adds the products of an ActivationGroup, of one group or two.
-template <class Format, int ROWS, int VECTORS, class Number>
+template <class Format, int ROWS, int VECTORS, class Number, class Prefetching>
 INLINE void add_groups(const uint8_t* block, const Number* scales, int group, int vector,
-                       const ActivationGroup* const (&rows)[ROWS], Floats (&sums)[ROWS][VECTORS]) {
-    if constexpr (Format::GROUP == ACTIVATION_GROUP) return add_group<Format>(block, scales, group, 0, vector, rows, sums);
+                       const ActivationGroup* const (&rows)[ROWS], Prefetching& prefetcher, Floats (&sums)[ROWS][VECTORS]) {
+    if constexpr (Format::GROUP == ACTIVATION_GROUP) return add_group<Format>(block, scales, group, 0, vector, rows, prefetcher, sums);
     Floats partial[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) partial[r][v] = zero();
-    add_group<Format>(block, scales, group, 0, vector, rows, partial);
-    add_group<Format>(block, scales, group + 1, 1, vector, rows, partial);
+    add_group<Format>(block, scales, group, 0, vector, rows, prefetcher, partial);
+    add_group<Format>(block, scales, group + 1, 1, vector, rows, prefetcher, partial);
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) sums[r][v] = multiply_add(partial[r][v], fill(rows[r]->scale), sums[r][v]);
 }
@@ -169,11 +185,10 @@ struct Tile {
     static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 6 : 2;
     static constexpr int VECTORS = NUM_REGISTERS == 32 ? 2 : 1;
     static constexpr int GROUPS = Format::BLOCK / Format::GROUP, GROUPS_OF_STEP = ACTIVATION_GROUP / Format::GROUP;
-    static constexpr int BLOCK_LINES = Format::BLOCK_BYTES / 64, STEPS = GROUPS / GROUPS_OF_STEP;
-    static constexpr int LINES = (BLOCK_LINES + STEPS - 1) / STEPS;  // of a step
+    static constexpr int LINES = Format::GROUP_LINES;  // of what the prefetcher takes for a step
 
-    template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Prefetcher prefetcher,
+    template <int ROWS, class Prefetching>
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Prefetching prefetcher,
                         ScaleSource<Format>& source) {
         const ActivationGroup* rows[ROWS];
         prefetch_tile<ROWS, VECTORS>(p, row, column + vector * LANES);
@@ -186,8 +201,7 @@ struct Tile {
             const uint8_t* block = panel + b * Format::BLOCK_BYTES;
             const auto* scales = source.of_block(block, b);
             for (int group = 0; group < GROUPS; group += GROUPS_OF_STEP) {
-                prefetcher.step();
-                add_groups<Format>(block, scales, group, vector, rows, sums);
+                add_groups<Format>(block, scales, group, vector, rows, prefetcher, sums);
                 for (int r = 0; r < ROWS; r++) rows[r]++;
             }
         }
@@ -201,8 +215,8 @@ struct Tile<BFloat16> {
     static constexpr int VECTORS = 2;
     static constexpr int LINES = BFloat16::STEP_BYTES / 64;  // of a step
 
-    template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetcher prefetcher,
+    template <int ROWS, class Prefetching>
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetching prefetcher,
                         ScaleSource<BFloat16>&) {
         prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
@@ -210,7 +224,7 @@ struct Tile<BFloat16> {
         const int64_t num_pairs = divide_up(p.num_inputs, 2);
         const uint8_t* input = p.input + row * p.input_stride;
         for (int64_t k = 0; k < num_pairs; k++) {
-            prefetcher.step();
+            prefetcher.template step<LINES>(panel + k * BFloat16::STEP_BYTES);
             const int32_t* pairs = (const int32_t*)(panel + k * BFloat16::STEP_BYTES);
             Ints low = load_ints(pairs), high = load_ints(pairs + LANES);
             for (int r = 0; r < ROWS; r++) {
@@ -229,15 +243,15 @@ struct Tile<Float32> {
     static constexpr int VECTORS = 2;
     static constexpr int LINES = Float32::STEP_BYTES / 64;  // of a step
 
-    template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetcher prefetcher,
+    template <int ROWS, class Prefetching>
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetching prefetcher,
                         ScaleSource<Float32>&) {
         prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const uint8_t* input = p.input + row * p.input_stride;
         for (int64_t k = 0; k < p.num_inputs; k++) {
-            prefetcher.step();
+            prefetcher.template step<LINES>(panel + k * Float32::STEP_BYTES);
             const float* weights = (const float*)(panel + k * Float32::STEP_BYTES);
             Floats low = load(weights), high = load(weights + LANES);
             for (int r = 0; r < ROWS; r++) {
@@ -250,29 +264,35 @@ struct Tile<Float32> {
     }
 };
 
-// Computes a tile of `num_rows` <= ROWS rows.
-template <class Format, int ROWS>
+// Computes a tile of `num_rows` rows, MIN_ROWS to ROWS.
+template <class Format, int ROWS, int MIN_ROWS, class Prefetching>
 inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int64_t num_rows,
-                         Prefetcher prefetcher, ScaleSource<Format>& source) {
-    if constexpr (ROWS > 1) {
-        if (num_rows < ROWS) return compute_tile<Format, ROWS - 1>(p, panel, row, column, num_rows, prefetcher, source);
+                         Prefetching prefetcher, ScaleSource<Format>& source) {
+    if constexpr (ROWS > MIN_ROWS) {
+        if (num_rows < ROWS)
+            return compute_tile<Format, ROWS - 1, MIN_ROWS>(p, panel, row, column, num_rows, prefetcher, source);
     }
-    for (int vector = 0; vector < 2; vector += Tile<Format>::VECTORS)
-        Tile<Format>::template compute<ROWS>(p, panel, row, column, vector, vector == 0 ? prefetcher : Prefetcher{panel, 0}, source);
+    Tile<Format>::template compute<ROWS>(p, panel, row, column, 0, prefetcher, source);
+    if constexpr (Tile<Format>::VECTORS == 1)
+        Tile<Format>::template compute<ROWS>(p, panel, row, column, 1, Prefetcher{panel, 0}, source);
 }
 
-// Computes the rows start..end of a panel, in tiles of nearly the same size.
+// Computes the rows start..end of a panel, in tiles of nearly the same size. Up to STREAM_ROWS, reading weights takes
+// longer than multiplying them; more kinds of tiles with a prefetcher of their own would take long to compile.
 template <class Format>
 inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start,
                          int64_t end, ScaleSource<Format>& source) {
-    constexpr int MAX_ROWS = Tile<Format>::MAX_ROWS;
+    constexpr int MAX_ROWS = Tile<Format>::MAX_ROWS, STREAM_ROWS = int(min_of(MAX_ROWS, 4));
+    constexpr int MIN_ROWS = int(min_of(MAX_ROWS / 2, STREAM_ROWS + 1));  // of one of several tiles, or of a larger one
     const int64_t num_tiles = divide_up(end - start, MAX_ROWS);
     source.begin_panel(num_tiles);
+    if (num_tiles == 1 && end - start <= STREAM_ROWS)
+        return compute_tile<Format, STREAM_ROWS, 1>(p, panel, start, column, end - start, StreamPrefetcher{}, source);
     int64_t row = start;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
         const int64_t num_rows = divide_up(end - row, num_tiles - tile);
         const Prefetcher prefetcher = Prefetcher::for_tile<Tile<Format>::LINES>(panel, panel_bytes, tile, num_tiles);
-        compute_tile<Format, MAX_ROWS>(p, panel, row, column, num_rows, prefetcher, source);
+        compute_tile<Format, MAX_ROWS, MIN_ROWS>(p, panel, row, column, num_rows, prefetcher, source);
         row += num_rows;
     }
 }

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int LANES = 16;
 
-INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

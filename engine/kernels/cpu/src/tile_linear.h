@@ -149,7 +149,7 @@ struct TileProducts {
         if (HAS_LOWER) begin<LOWER_LEFT>(lower_sums, is_first);
         if (HAS_LOWER) begin<LOWER_RIGHT>(lower_sums + LANES, is_first);
         for (int64_t step = 0; step < num_steps; step++) {
-            prefetcher.step();
+            prefetcher.step<STEP_BYTES / 64>(weights);
             tile_load<LEFT>(weights, BFloat16::STEP_BYTES);
             tile_load<RIGHT>(weights + TILE_BYTES, BFloat16::STEP_BYTES);
             tile_load<UPPER>(input, input_stride);
