@@ -288,7 +288,7 @@ class Ends:
 
     def _to_worker(self, message: Any) -> None:
         self.sent.append(message)
-        copy = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=FromCoordinator)
+        copy: Any = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=FromCoordinator)
         asyncio.get_running_loop().call_soon(self.forwarder.on_message, copy)
 
     def _to_coordinator(self, message: Any) -> None:
