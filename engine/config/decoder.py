@@ -119,7 +119,7 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
             raise fields.error(key, f"{shown(value)} is not supported")
     num_layers, hidden_size = fields.integer("num_hidden_layers", maximum=MAX_LAYERS), fields.integer("hidden_size")
     types = _layer_types(family, fields, num_layers)
-    has_rope = _layers_with_rope(family, fields, types)
+    has_rope, sources = _layers_with_rope(family, fields, types), _kv_sources(fields, types)
     ropes: list[RopeSpec] = []
     layers: list[LayerSpec] = []
     for index, kind in enumerate(types):
@@ -130,7 +130,7 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
         has_experts = _has_experts(fields, index)
         layers.append(
             LayerSpec(
-                attention=_attention(family, layer_fields, types, index, ropes.index(rope)),
+                attention=_attention(family, layer_fields, kind, ropes.index(rope), sources[index]),
                 mlp=_mlp(family, layer_fields) if family.has_parallel_experts or not has_experts else None,
                 experts=_experts(family, layer_fields) if has_experts else None,
                 is_parallel=family.is_parallel,
@@ -139,6 +139,7 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
                 **{name: name in family.norms for name in NORMS},
             )
         )
+    _check_kv_sources(fields, layers)
     return Decoder(
         tuple(layers),
         tuple(ropes),
@@ -194,7 +195,39 @@ def _first_shared_layer(fields: Fields) -> int:
     return num_layers - fields.integer("num_kv_shared_layers", 0, minimum=0, maximum=num_layers - 1)
 
 
-def _attention(family: Family, fields: Fields, types: list[str], index: int, rope: int) -> AttentionSpec:
+def _kv_sources(fields: Fields, types: list[str]) -> list[int | None]:
+    """Return for each layer the one whose keys and values it reads: the last of its type with its own; None: its own.
+
+    `fields` are those of the whole model, so that no layer can say otherwise for itself.
+    """
+    first_shared = _first_shared_layer(fields)
+    last_of_type = {kind: index for index, kind in enumerate(types[:first_shared])}
+    if missing := [kind for kind in types[first_shared:] if kind not in last_of_type]:
+        raise fields.error("num_kv_shared_layers", f"no layer before number {first_shared} is {missing[0]}")
+    return [None] * first_shared + [last_of_type[kind] for kind in types[first_shared:]]
+
+
+def _check_kv_sources(fields: Fields, layers: list[LayerSpec]) -> None:
+    """Check that layers find keys and values of their own shape and window where they read those of another."""
+    for index, layer in enumerate(layers):
+        if (source := layer.attention.kv_source) is None:
+            continue
+        own, other = ((spec.kv_shape, spec.window) for spec in (layer.attention, layers[source].attention))
+        if own != other:
+            (shape, window), (shape_there, window_there) = own, other
+            problem = (
+                f"layer {index} has {shape.num_kv_heads} key and value heads of size {shape.head_dim} and "
+                f"{_shown_window(window)}, but reads those of layer {source}, which has {shape_there.num_kv_heads} of "
+                f"size {shape_there.head_dim} and {_shown_window(window_there)}"
+            )
+            raise fields.error("num_kv_shared_layers", problem)
+
+
+def _shown_window(window: int | None) -> str:
+    return "no window" if window is None else f"a window of {window}"
+
+
+def _attention(family: Family, fields: Fields, kind: str, rope: int, source: int | None) -> AttentionSpec:
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -202,12 +235,7 @@ def _attention(family: Family, fields: Fields, types: list[str], index: int, rop
         raise fields.error("num_key_value_heads", problem)
     if family.is_latent:
         return _latent_attention(fields, num_heads, rope)
-    kind, size, first_shared = types[index], head_dim(fields), _first_shared_layer(fields)
-    source = None
-    if index >= first_shared:
-        source = max((before for before in range(first_shared) if types[before] == kind), default=None)
-        if source is None:
-            raise fields.error("num_kv_shared_layers", f"no layer before number {first_shared} is {kind}")
+    size = head_dim(fields)
     return AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

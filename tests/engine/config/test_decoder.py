@@ -119,6 +119,40 @@ def test_shared_keys_and_values(tmp_path: Path) -> None:
         load(tmp_path, "gemma4_text", **shared | {"num_kv_shared_layers": 4})
 
 
+SHARED = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+    "sliding_window": 9,
+    "global_head_dim": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_key_value_heads": [1, 1, 1, 8]},
+            "layer 3 has 8 key and value heads of size 16 and no window, but reads those of layer 1, which has 1 of "
+            "size 16 and no window",
+        ),
+        ({"per_layer_config": {"0": {"head_dim": 48}}}, "layer 2 has 2 .* size 16 .* layer 0, which has 2 of size 48"),
+        ({"per_layer_config": {"2": {"sliding_window": 99}}}, "layer 2 .* a window of 99, .* layer 0.* window of 9$"),
+    ],
+)
+def test_a_layer_cannot_read_keys_and_values_of_another_shape(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    load(tmp_path, "gemma4_text", **SHARED)
+    with pytest.raises(ValueError, match=f"config.json: num_kv_shared_layers: {message}"):
+        load(tmp_path, "gemma4_text", **SHARED | changes)
+
+
+def test_a_layer_cannot_choose_whose_keys_and_values_it_reads(tmp_path: Path) -> None:
+    own = {"num_kv_shared_layers": 1, "num_hidden_layers": 9, "layer_types": ["full_attention"] * 4}
+    config = load(tmp_path, "gemma4_text", **SHARED, per_layer_config={str(index): own for index in range(4)})
+    assert [layer.attention.kv_source for layer in config.layers] == [None, None, 0, 1]
+
+
 def test_latent_attention(tmp_path: Path) -> None:
     sizes = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}
     experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_shared_experts": 2}
