@@ -11,13 +11,15 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.shared.recently_used import RecentlyUsed
+
 MAX_GRAMMAR_BYTES = 128 * 1024
-NUM_KEPT = 64  # compiled grammars in the cache
+MAX_KEPT_BYTES = 1 << 20  # of the texts of compiled grammars in the cache; compiled, they take up to 60 times as much
+MIN_KEPT_BYTES = 1 << 14  # for which a shorter grammar counts
 NUM_ERROR_CHARS = 200
 MAX_FORCED_TOKENS = 2048  # at the beginning of a grammar
 MAX_CHECK_SECONDS = 0.4  # of processor time. Most grammars take a few milliseconds; the engine stalls meanwhile
@@ -53,24 +55,24 @@ class GrammarCompiler:
         This takes a quarter of a second for 49,000 tokens, in which no other Python thread runs.
         """
         self._tokenizer = LLTokenizer(tokenizer, eos_token=list(eos_token_ids), slices=list(SLICES))
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._compiled: RecentlyUsed[str, LLMatcher] = RecentlyUsed(MAX_KEPT_BYTES)
+        self._lock = threading.Lock()  # held while a matcher that is in the cache is copied
 
     def compile(self, grammar: str) -> LLMatcher:
         """Return a matcher at the beginning of `grammar`. Raises GrammarError. Other Python threads run meanwhile."""
-        with self._lock:
-            if (compiled := self._compiled.get(grammar)) is not None:
-                self._compiled.move_to_end(grammar)
-                return compiled.deep_copy()
-        if len(grammar.encode()) > MAX_GRAMMAR_BYTES:
+        if (kept := self._compiled.get(grammar)) is not None:
+            return self._copy(kept)
+        num_bytes = len(grammar.encode())
+        if num_bytes > MAX_GRAMMAR_BYTES:
             raise GrammarError(f"it is larger than {MAX_GRAMMAR_BYTES} bytes")
         compiled = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         _check(compiled.deep_copy())  # not all grammars can be rolled back
+        self._compiled.put(grammar, compiled, max(num_bytes, MIN_KEPT_BYTES))
+        return self._copy(compiled)
+
+    def _copy(self, matcher: LLMatcher) -> LLMatcher:
         with self._lock:
-            self._compiled[grammar] = compiled
-            if len(self._compiled) > NUM_KEPT:
-                self._compiled.popitem(last=False)
-            return compiled.deep_copy()
+            return matcher.deep_copy()
 
 
 def _check(matcher: LLMatcher) -> None:

@@ -6,6 +6,8 @@ The longer the repeat, the larger the penalty. No torch.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +37,12 @@ def repeat_penalties(row: SamplingRow, extra: ExtraSamplers) -> dict[int, float]
     is_long = lengths >= max(1, extra.dry_allowed_length)
     order = np.argsort(lengths[is_long])  # if a token followed several repeats, the longest comes last and wins
     longest = dict(zip(followers[is_long][order].tolist(), lengths[is_long][order].tolist(), strict=True))
-    single = extra.dry_breakers.get(1, frozenset())
-    return {token_id: _penalty(length, extra) for token_id, length in longest.items() if (token_id,) not in single}
+    singles = [breaker.first_ids for breaker in extra.dry_breakers if not breaker.rest]
+    return {
+        token_id: _penalty(length, extra)
+        for token_id, length in longest.items()
+        if not any(_contains(ids, token_id) for ids in singles)
+    }
 
 
 def _penalty(length: int, extra: ExtraSamplers) -> float:
@@ -50,13 +56,29 @@ def _max_length(ids: IntArray, extra: ExtraSamplers) -> int:
     """Return how many tokens follow the last sequence breaker, at most MAX_REPEAT."""
     if not extra.dry_breakers:
         return MAX_REPEAT
-    tail: list[int] = ids[-MAX_REPEAT - max(extra.dry_breakers) :].tolist()
+    first_ids = {breaker.rest: breaker.first_ids for breaker in extra.dry_breakers}
+    lengths = _lengths_by_last([rest for rest in first_ids if rest])
+    tail: list[int] = ids[-MAX_REPEAT - max(map(len, first_ids)) - 1 :].tolist()
     for num_after in range(min(MAX_REPEAT, len(tail))):
         end = len(tail) - num_after
-        for length, breakers in extra.dry_breakers.items():
-            if length <= end and tuple(tail[end - length : end]) in breakers:
+        for length in (0, *lengths.get(tail[end - 1], ())):
+            found = first_ids.get(tuple(tail[end - length : end])) if length < end else None
+            if found is not None and _contains(found, tail[end - length - 1]):
                 return num_after
     return MAX_REPEAT
+
+
+def _lengths_by_last(sequences: Iterable[tuple[int, ...]]) -> dict[int, set[int]]:
+    """Return the lengths of the sequences that end with each token."""
+    lengths: dict[int, set[int]] = {}
+    for sequence in sequences:
+        lengths.setdefault(sequence[-1], set()).add(len(sequence))
+    return lengths
+
+
+def _contains(ascending: Sequence[int], value: int) -> bool:
+    index = bisect_left(ascending, value)
+    return index < len(ascending) and ascending[index] == value
 
 
 def _repeat_lengths(row: SamplingRow, ids: IntArray) -> IntArray:

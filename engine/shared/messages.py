@@ -38,6 +38,17 @@ MIROSTAT_ORDER = ("penalties", "dry", "temperature", "mirostat")
 GREEDY_TEMPERATURE = 1e-5  # a lower temperature means greedy decoding: dividing logits by it would overflow
 
 
+class SequenceBreaker(msgspec.Struct, frozen=True, array_like=True):
+    """Token sequences across which DRY's repeats cannot extend: one of many tokens, followed by `rest`."""
+
+    first: bytes  # ids of the tokens as int32, in ascending order; they may be most of the vocabulary
+    rest: tuple[int, ...] = ()
+
+    @property
+    def first_ids(self) -> Sequence[int]:
+        return memoryview(self.first).cast("i")
+
+
 class ExtraSamplers(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Settings of the samplers beyond temperature, min_p, top_k and top_p, and the order of all of them.
 
@@ -54,7 +65,7 @@ class ExtraSamplers(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     dry_base: float = 1.75
     dry_allowed_length: int = 2
     dry_penalty_last_n: int = -1  # number of last tokens of prompt and output that DRY looks at; -1: all
-    dry_breakers: dict[int, frozenset[tuple[int, ...]]] = {}  # DRY's sequence breakers: length -> token sequences
+    dry_breakers: tuple[SequenceBreaker, ...] = ()
     repeat_last_n: int = -1  # number of last tokens of prompt and output that the penalties count; -1: all
     mirostat: int = 0  # version 1 or 2; needs "mirostat" in the order; 0: off
     mirostat_tau: float = 5.0  # target surprise, in bits

@@ -69,7 +69,7 @@ class GrammarChecker:
             raise QueueFullError(retry_after=MAX_WAITING * MAX_PROCESSOR_SECONDS)
         self._num_waiting[tenant.name] += 1
         try:
-            async with self._turns.turn(tenant, cost=1):
+            async with self._turns.turn(tenant):
                 if key not in self._results:
                     self._results[key] = await self._check(grammars)
                 return self._cached(key)

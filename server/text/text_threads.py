@@ -15,13 +15,14 @@ from server.text.turns import Turns
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-LONG_BYTES = 1 << 16  # of text; tokenizing it takes about 30 ms
+LONG_BYTES = 1 << 16  # of text
+SECONDS_PER_BYTE = 0.03 / LONG_BYTES  # that tokenizing a text takes
 MIN_BYTES = 1 << 10  # for which a shorter text counts
 STUCK_SECONDS = 10.0  # without any progress with short texts
 
 
 class TextThreads:
-    """Threads in which tenants take turns, in proportion to the sizes of their texts.
+    """Threads in which tenants take turns, in proportion to the time that their texts take.
 
     Long texts have threads of their own, so that no request waits for a longer one of the same tenant either.
     """
@@ -44,9 +45,9 @@ class TextThreads:
     async def run(self, tenant: Tenant, num_bytes: int, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which works on `num_bytes` of text, when it is the tenant's turn."""
         if num_bytes > LONG_BYTES:
-            async with self._long.turn(tenant, num_bytes):
+            async with self._long.turn(tenant, num_bytes * SECONDS_PER_BYTE):
                 return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
-        async with self._short.turn(tenant, max(num_bytes, MIN_BYTES)):
+        async with self._short.turn(tenant, max(num_bytes, MIN_BYTES) * SECONDS_PER_BYTE):
             work = object()
             self._short_work[work] = time.monotonic()
             try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ MAX_IDLE_TENANTS = 1024  # of which it is known what they have had while others 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
     tenant: Tenant
-    cost: float
+    expected: float  # seconds
     granted: asyncio.Future[None]
 
 
@@ -25,22 +26,27 @@ class Turns:
 
     This is start-time fair queueing. What a tenant has had counts from when it begins to wait, so that nobody saves up
     turns by being idle. Work of one tenant is done in the order in which it came. For one event loop.
+
+    A turn costs the seconds for which it holds its slot. Until it ends, it counts as what is expected of it.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_slots = num_slots
+        self._clock = clock
         self._num_free = num_slots
         self._waiting: dict[str, deque[_Waiter]] = {}  # by the tenant's name; never empty
         self._had: dict[str, float] = {}  # virtual time up to which a tenant has been served
         self._now = 0.0  # virtual time: that of the tenant that was served last
 
     @asynccontextmanager
-    async def turn(self, tenant: Tenant, cost: float) -> AsyncIterator[None]:
-        """Wait for a slot and hold it. `cost` is the time that the work takes, in any unit."""
-        await self._acquire(_Waiter(tenant, cost, asyncio.get_running_loop().create_future()))
+    async def turn(self, tenant: Tenant, expected: float = 0.0) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. `expected` is the time that the work probably takes, in seconds."""
+        await self._acquire(_Waiter(tenant, expected, asyncio.get_running_loop().create_future()))
+        start = self._clock()
         try:
             yield
         finally:
+            self._charge(tenant, self._clock() - start - expected)
             self._release()
 
     async def _acquire(self, waiter: _Waiter) -> None:
@@ -61,6 +67,9 @@ class Turns:
                 self._release()
             raise
 
+    def _charge(self, tenant: Tenant, seconds: float) -> None:
+        self._had[tenant.name] = self._had.get(tenant.name, self._now) + seconds / tenant.weight
+
     def _release(self) -> None:
         self._num_free += 1
         self._grant()
@@ -75,7 +84,7 @@ class Turns:
             if not waiter.granted.done():  # else it was cancelled
                 self._num_free -= 1
                 self._now = self._had[name]
-                self._had[name] += waiter.cost / waiter.tenant.weight
+                self._charge(waiter.tenant, waiter.expected)
                 waiter.granted.set_result(None)
             self._remove(waiter)
 

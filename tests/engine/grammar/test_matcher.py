@@ -12,7 +12,7 @@ import torch
 from llguidance import LLMatcher
 
 from engine.grammar import matcher as matcher_module
-from engine.grammar.compiler import NUM_KEPT, GrammarCompiler, GrammarError
+from engine.grammar.compiler import MAX_KEPT_BYTES, MIN_KEPT_BYTES, GrammarCompiler, GrammarError
 from engine.grammar.matcher import GrammarManager, Matcher
 from engine.sampling.sampler import apply_masks
 from engine.shared.messages import SamplingParams
@@ -203,9 +203,9 @@ def test_counts_behind_the_beginning_take_a_bounded_time(
 
 @pytest.mark.checklist("C22")
 def test_compiled_grammars_are_kept_within_bounds(compiler: GrammarCompiler) -> None:
-    for number in range(NUM_KEPT + 10):
+    for number in range(MAX_KEPT_BYTES // MIN_KEPT_BYTES + 10):
         compiler.compile(f'start: "{number}"')
-    assert len(compiler._compiled) == NUM_KEPT
+    assert len(compiler._compiled) == MAX_KEPT_BYTES // MIN_KEPT_BYTES
     first, again = compiler.compile('start: "a" "b"'), compiler.compile('start: "a" "b"')
     first.consume_tokens(first.compute_ff_tokens())
     assert not again.is_accepting()

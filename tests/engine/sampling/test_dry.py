@@ -1,6 +1,7 @@
 """DRY penalties against a direct search for repeats."""
 
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,15 +11,19 @@ import pytest
 import torch
 
 from engine.sampling.dry import repeat_penalties
-from engine.shared.messages import ExtraSamplers
+from engine.shared.messages import ExtraSamplers, SequenceBreaker
 from tests.engine.sampling.test_ops import applied, row_with
+
+
+def breaker(*first: int, rest: tuple[int, ...] = ()) -> SequenceBreaker:
+    return SequenceBreaker(array("i", first).tobytes(), rest)
 
 
 def dry_penalties(ids: list[int], extra: ExtraSamplers) -> dict[int, float]:
     """Return the penalty of each token, by the longest repeat that it would lengthen."""
     if extra.dry_penalty_last_n >= 0:
         ids = ids[len(ids) - min(len(ids), extra.dry_penalty_last_n) :]
-    breakers = [list(breaker) for some in extra.dry_breakers.values() for breaker in some]
+    breakers = [[first, *breaker.rest] for breaker in extra.dry_breakers for first in breaker.first_ids]
     penalties = {}
     for token_id in set(ids):
         best = 0
@@ -43,8 +48,9 @@ def dry_penalties(ids: list[int], extra: ExtraSamplers) -> dict[int, float]:
         {"dry_allowed_length": 3, "dry_multiplier": 2.5},
         {"dry_penalty_last_n": 0},
         {"dry_penalty_last_n": 12, "dry_allowed_length": 1},
-        {"dry_breakers": {1: frozenset([(2,)])}},
-        {"dry_breakers": {1: frozenset([(1,)]), 2: frozenset([(0, 2), (2, 2)])}, "dry_allowed_length": 1},
+        {"dry_breakers": (breaker(2),)},
+        {"dry_breakers": (breaker(1), breaker(0, 2, rest=(2,))), "dry_allowed_length": 1},
+        {"dry_breakers": (breaker(1, rest=(0,)), breaker(0, 1, rest=(0, 0, 0))), "dry_allowed_length": 1},
     ],
 )
 def test_dry(fields: dict[str, Any], rng: np.random.Generator) -> None:

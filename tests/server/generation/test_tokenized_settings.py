@@ -1,12 +1,13 @@
 """Extra samplers over HTTP: the engine receives those that a request turns on."""
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SequenceBreaker
 from tests.support.clients import CHAT, COMPLETIONS, ask, shared_server
 from tests.support.serving import RunningServer
 
@@ -17,6 +18,10 @@ BOTH = (COMPLETIONS, CHAT)
 def server(model_folder: Path) -> Iterator[RunningServer]:
     with shared_server(model_folder) as server:
         yield server
+
+
+def breaker(*first: int, rest: tuple[int, ...] = ()) -> SequenceBreaker:
+    return SequenceBreaker(array("i", first).tobytes(), rest)
 
 
 # parameters -> fields of ExtraSamplers that differ from their defaults
@@ -40,7 +45,7 @@ EXTRA_SAMPLERS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
     ({"dry_multiplier": 0.8, "dry_sequence_breakers": []}, {"dry_multiplier": 0.8}),
     (
         {"dry_multiplier": 0.8},
-        {"dry_multiplier": 0.8, "dry_breakers": {1: frozenset([(10,), (58,), (34,), (42,)])}},
+        {"dry_multiplier": 0.8, "dry_breakers": (breaker(10, 34, 42, 58),)},
     ),
     (
         {
@@ -55,7 +60,7 @@ EXTRA_SAMPLERS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
             "dry_base": 2.0,
             "dry_allowed_length": 3,
             "dry_penalty_last_n": 100,
-            "dry_breakers": {1: frozenset([(122,)]), 2: frozenset([(98, 99)])},
+            "dry_breakers": (breaker(122), breaker(98, rest=(99,))),
         },
     ),
 ]

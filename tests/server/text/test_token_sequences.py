@@ -1,12 +1,15 @@
 """The token sequences of words and of sequence breakers."""
 
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from engine.shared.messages import SequenceBreaker
 from server.text.token_sequences import SequenceBreakers, word_sequences
 from server.text.tokenizer import Tokenizer
 
@@ -36,36 +39,87 @@ def test_a_space_is_a_word_too(merged: Tokenizer) -> None:
     assert [merged.decode(ids) for ids in word_sequences(merged, "  ")] == [" "]
 
 
+class Counting:
+    """A tokenizer that counts the tokens that are read and the texts that are encoded."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.vocab_size, self.num_read, self.num_encoded = tokenizer.vocab_size, 0, 0
+        self._tokenizer = tokenizer
+
+    def token_bytes(self, token_id: int) -> bytes:
+        self.num_read += 1
+        return self._tokenizer.token_bytes(token_id)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        self.num_encoded += 1
+        return self._tokenizer.encode(text, **options)
+
+
+def expanded(breakers: Iterable[SequenceBreaker]) -> set[tuple[int, ...]]:
+    return {(first, *breaker.rest) for breaker in breakers for first in breaker.first_ids}
+
+
+def searched(tokenizer: Tokenizer, vocabulary: Sequence[bytes], string: str) -> set[tuple[int, ...]]:
+    """Return the sequences of a string by a pass over the vocabulary for each of its prefixes."""
+    found: set[tuple[int, ...]] = set()
+    for token_id, token in enumerate(vocabulary):
+        if string.encode() in token:
+            found.add((token_id,))
+            continue
+        for cut in range(1, len(string)):
+            if token.endswith(string[:cut].encode()):
+                rest = tokenizer.encode(string[cut:], add_special_tokens=False, parse_special=False)
+                found.add((token_id, *rest))
+    return found
+
+
 @pytest.mark.parametrize("breaker", ["\n", ":", "##", "\n\n", "word", ", bad"])
 def test_a_text_ends_with_a_sequence_where_it_comes_to_hold_the_breaker(merged: Tokenizer, breaker: str) -> None:
     """No breaker is missed in texts in which it is tokenized as it is alone, and none is found where there is none."""
     print("seed 3")
     rng = random.Random(3)
-    breakers = SequenceBreakers(merged).find([breaker])
-    sequences = set().union(*breakers.values())
-    assert all(len(sequence) == length for length, some in breakers.items() for sequence in some)
+    sequences = expanded(SequenceBreakers(merged).find([breaker]))
     assert all(breaker in merged.decode(sequence) for sequence in sequences)
     for _ in range(200):
         before = "".join(rng.choices("ab dw#:\nor", k=rng.randrange(6)))
         ids = [*merged.encode(before), *merged.encode(breaker)]
         assert any(
-            tuple(ids[end - length : end]) in some
-            for length, some in breakers.items()
-            for end in range(length, len(ids) + 1)
+            tuple(ids[start:end]) in sequences for end in range(len(ids) + 1) for start in range(max(0, end - 40), end)
         ), ids
 
 
-def test_breakers_of_several_strings_are_put_together(merged: Tokenizer) -> None:
+def test_the_sequences_are_those_of_a_pass_over_the_vocabulary(merged: Tokenizer) -> None:
+    """Also of characters of several bytes, which tokens have parts of."""
+    print("seed 4")
+    rng = random.Random(4)
     breakers = SequenceBreakers(merged)
-    both = breakers.find([":", "\n"])
-    assert both[1] == breakers.find([":"])[1] | breakers.find(["\n"])[1]
-    assert breakers.find([]) == {}
+    vocabulary = [merged.token_bytes(token_id) for token_id in range(merged.vocab_size)]
+    for _ in range(100):
+        strings = ["".join(rng.choices("abdwor :\n#,é€😀Ā", k=rng.randrange(1, 9))) for _ in range(3)]
+        found = breakers.find(strings)
+        assert expanded(found) == set().union(*(searched(merged, vocabulary, string) for string in strings)), strings
+        assert sum(len(breaker.first_ids) for breaker in found) == len(expanded(found)), strings
+        assert all(sorted(breaker.first_ids) == list(breaker.first_ids) for breaker in found)
+    assert breakers.find([]) == ()
+
+
+def test_the_vocabulary_is_read_once_however_many_strings_there_are(merged: Tokenizer) -> None:
+    """And what has been found is kept up to a size, the latest first."""
+    tokenizer = Counting(merged)
+    breakers = SequenceBreakers(cast("Tokenizer", tokenizer))
+    breakers._found.max_bytes = 4000
+    for number in range(300):
+        breakers.find([f"w{number}", "\n"])
+    assert tokenizer.num_read == merged.vocab_size
+    assert breakers._found.num_bytes <= 4000
+    num_encoded = tokenizer.num_encoded
+    breakers.find(["\n", "w299"])
+    assert tokenizer.num_encoded == num_encoded > 0
 
 
 def test_real_vocabulary(smollm2_path: Path) -> None:
     tokenizer = Tokenizer.from_model(smollm2_path)
-    found = SequenceBreakers(tokenizer).find(["\n", ":", '"', "*"])
-    assert set(found) == {1}
+    found = expanded(SequenceBreakers(tokenizer).find(["\n", ":", '"', "*"]))
     for text in ("\n", "\n\n", ":", '"', "*", "**", '."', ":\n"):
-        assert tuple(tokenizer.encode(text)[-1:]) in found[1]
-    assert tuple(tokenizer.encode(" word")) not in found[1]
+        assert tuple(tokenizer.encode(text)[-1:]) in found
+    assert tuple(tokenizer.encode(" word")) not in found

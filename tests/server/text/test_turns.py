@@ -13,9 +13,22 @@ from server.text.turns import MAX_IDLE_TENANTS, Turns
 NAMES = ("a", "b", "c")
 
 
-async def work(turns: Turns, tenant: Tenant, order: list[str], cost: float = 1.0) -> None:
-    async with turns.turn(tenant, cost):
+class Clock:
+    """Stands still but while work is done."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def work(
+    turns: Turns, tenant: Tenant, order: list[str], clock: Clock, seconds: float = 1.0, expected: float = 1.0
+) -> None:
+    async with turns.turn(tenant, expected):
         order.append(tenant.name)
+        clock.now += seconds
         await asyncio.sleep(0)
 
 
@@ -23,10 +36,11 @@ def test_a_tenant_with_much_work_lets_others_have_their_turn() -> None:
     order: list[str] = []
 
     async def run() -> None:
-        turns = Turns(1)
-        many = [asyncio.create_task(work(turns, Tenant(name="many"), order)) for _ in range(20)]
+        clock = Clock()
+        turns = Turns(1, clock)
+        many = [asyncio.create_task(work(turns, Tenant(name="many"), order, clock)) for _ in range(20)]
         await asyncio.sleep(0)
-        await work(turns, Tenant(name="one"), order)
+        await work(turns, Tenant(name="one"), order, clock)
         await asyncio.gather(*many)
 
     asyncio.run(run())
@@ -34,15 +48,20 @@ def test_a_tenant_with_much_work_lets_others_have_their_turn() -> None:
     assert len(order) == 21
 
 
+@pytest.mark.parametrize("guess", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize(("cost", "weight", "expected"), [(1, 1.0, 30), (2, 1.0, 15), (1, 3.0, 90), (4, 2.0, 15)])
-def test_turns_follow_costs_and_weights(cost: float, weight: float, expected: int) -> None:
-    """While the other tenant has 30 turns of cost 1, one with weight w and work of cost c has 30 w / c."""
+def test_turns_follow_the_time_they_take_and_weights(cost: float, weight: float, expected: int, guess: float) -> None:
+    """While the other tenant has 30 turns of 1 s, one with weight w and turns of c seconds has 30 w / c.
+
+    What was expected of them makes no difference.
+    """
     order: list[str] = []
 
     async def run() -> None:
-        turns = Turns(1)
+        clock = Clock()
+        turns = Turns(1, clock)
         tasks = [
-            asyncio.create_task(work(turns, tenant, order, each))
+            asyncio.create_task(work(turns, tenant, order, clock, each, guess))
             for _ in range(200)
             for tenant, each in ((Tenant(name="a"), 1), (Tenant(name="b", weight=weight), cost))
         ]
@@ -57,11 +76,12 @@ def test_idle_time_saves_up_no_turns() -> None:
     order: list[str] = []
 
     async def run() -> None:
-        turns = Turns(1)
+        clock = Clock()
+        turns = Turns(1, clock)
         for _ in range(50):
-            await work(turns, Tenant(name="busy"), order)
-        busy = [asyncio.create_task(work(turns, Tenant(name="busy"), order)) for _ in range(10)]
-        idle = [asyncio.create_task(work(turns, Tenant(name="idle"), order)) for _ in range(10)]
+            await work(turns, Tenant(name="busy"), order, clock)
+        busy = [asyncio.create_task(work(turns, Tenant(name="busy"), order, clock)) for _ in range(10)]
+        idle = [asyncio.create_task(work(turns, Tenant(name="idle"), order, clock)) for _ in range(10)]
         await asyncio.gather(*busy, *idle)
 
     asyncio.run(run())
