@@ -11,6 +11,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from server.cli.http_client import RemoteError, check_status, connect, decode_chunk, find_model, plain_errors
+from server.cli.streams import input_lines
 
 if TYPE_CHECKING:
     import httpx
@@ -113,7 +114,7 @@ def chat(options: ChatOptions) -> int:
 
 
 def _chat_in_pipe(conversation: Conversation) -> int:
-    for line in sys.stdin:
+    for line in input_lines():
         if line.strip():
             _print_answer(conversation, line.strip())
     return 0
@@ -138,6 +139,9 @@ def _read_line() -> str | None:
         return input("> ").strip()
     except KeyboardInterrupt:
         print()
+        return ""
+    except UnicodeDecodeError:
+        print(f"lightwell: error: the line is not {sys.stdin.encoding}", file=sys.stderr, flush=True)
         return ""
     except EOFError:
         print()

@@ -4,13 +4,14 @@ A command imports what it needs only when it runs, so that help and usage errors
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from server.cli.commands import build_kernels, clients, doctor, models, run, serve
 from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Parser, fail
+from server.cli.streams import ReaderGoneError, StreamError, open_standard_streams
+from server.hub.format import format_os_error
 from server.settings.setting import SettingsError
 
 Command = Callable[[argparse.Namespace], int]
@@ -19,30 +20,23 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     open_standard_streams()
-    arguments = make_parser().parse_args(argv)
-    command: Command = arguments.run
     try:
-        return command(arguments)
+        try:
+            arguments = make_parser().parse_args(argv)
+            command: Command = arguments.run
+            return command(arguments)
+        finally:
+            sys.stdout.flush()
     except SettingsError as error:
         return fail(str(error), USAGE_ERROR)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has exited, as in `lightwell bench | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGoneError:
         return FAILURE
-
-
-def open_standard_streams() -> None:
-    """Open the null device for standard streams that are closed.
-
-    The next file or connection would get the number of a closed one, and logs would be written into it.
-    """
-    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
-            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    except StreamError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(format_os_error(error))
 
 
 def make_parser() -> argparse.ArgumentParser:

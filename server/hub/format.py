@@ -1,4 +1,4 @@
-"""Sizes, durations and paths as people read them."""
+"""Sizes, durations, paths and errors of the system as people read them."""
 
 import os
 
@@ -23,3 +23,9 @@ def home_relative(path: str) -> str:
     """Return the path with ~ for the home folder."""
     home = os.path.expanduser("~")
     return f"~{path[len(home) :]}" if path.startswith(f"{home}/") else path
+
+
+def format_os_error(error: OSError) -> str:
+    """Return why the system refused, after the path that it is about if there is one."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"

@@ -135,6 +135,21 @@ def test_an_answer_that_is_cut_off_says_so(stub: StubServer, finish_reason: str,
     assert talk(stub.url, "Hi\n", "--max-tokens", "2") == (0, "Hello\n", errors)
 
 
+def test_a_line_that_is_no_text_ends_the_chat_after_those_before_it(stub: StubServer) -> None:
+    done = subprocess.run(command(stub.url), input=b"One\n\xff\nTwo\n", capture_output=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (1, b"Hello\n")
+    assert done.stderr == b"lightwell: error: standard input: line 2 is not utf-8 (byte 1)\n"
+
+
+def test_an_answer_that_cannot_be_written_ends_the_chat(stub: StubServer) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command(stub.url), input=b"One\n", stdout=full, stderr=subprocess.PIPE, timeout=20, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"lightwell: error: standard output cannot be written: No space left on device\n"
+
+
 # A terminal.
 
 # Makes standard input the controlling terminal, which turns Ctrl-C into a signal, and executes the chat.
@@ -170,7 +185,7 @@ class Terminal:
         while not (match := re.search(pattern, self.output)):
             assert time.monotonic() < deadline, self.output
             if select.select([self.descriptor], [], [], 0.1)[0]:
-                self.output += os.read(self.descriptor, 4096).decode()
+                self.output += os.read(self.descriptor, 4096).decode(errors="replace")
         before, self.output = self.output[: match.end()], self.output[match.end() :]
         return before.replace("\r", "")
 
@@ -238,6 +253,14 @@ def test_ctrl_c_at_the_prompt_drops_the_line(stub: StubServer, terminal: Termina
     time.sleep(0.2)  # readline sees the signal only once it waits for the next key
     terminal.type("\x03")
     terminal.read_until("\r\n> ")
+    terminal.type("Two\n")
+    terminal.read_until("Hello\r\n> ")
+    assert stub.requests[0].body["messages"] == [{"role": "user", "content": "Two"}]
+
+
+def test_a_typed_line_that_is_no_text_does_not_end_the_conversation(stub: StubServer, terminal: Terminal) -> None:
+    os.write(terminal.descriptor, b"caf\xe9\n")
+    terminal.read_until("lightwell: error: the line is not utf-8\r\n> ")
     terminal.type("Two\n")
     terminal.read_until("Hello\r\n> ")
     assert stub.requests[0].body["messages"] == [{"role": "user", "content": "Two"}]
