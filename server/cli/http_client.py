@@ -93,9 +93,14 @@ def base_url(url: str) -> str:
 
 
 def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "httpx.Client":
-    """Return a client for `url`, as returned by `base_url`. For loopback, it ignores proxies of the environment."""
+    """Return a client for `url`, as returned by `base_url`. For loopback, it ignores proxies of the environment.
+
+    Raises RemoteError for a key that no header can carry.
+    """
     import httpx
 
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise RemoteError("invalid API key: expected printable ASCII characters")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = httpx.Timeout(read_timeout, connect=5.0)
     trust_env = not is_loopback(urlsplit(url).hostname or "")

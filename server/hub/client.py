@@ -63,10 +63,13 @@ class HubClient:
     """A client of the hub, with the address and the token of the environment."""
 
     def __init__(self) -> None:
+        """Raises HubError for a token that no header can carry."""
         import httpx
 
         self._endpoint = endpoint()
         self._token = token()
+        if self._token and not (self._token.isascii() and self._token.isprintable()):
+            raise HubError("HF_TOKEN or the token of `hf auth login`: expected printable ASCII characters")
         headers = {"User-Agent": f"lightwell/{version('lightwell')}", "Accept-Encoding": "identity"}
         # A redirect to another host, which holds the large files, is followed without the token.
         headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}

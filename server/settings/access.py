@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 
 from server.settings.setting import Setting
-from server.settings.value_types import BOOLEAN, pattern, text, texts
+from server.settings.value_types import BOOLEAN, HEADER_KEY, HEADER_KEYS, pattern, text
 
 ACCESS = "Access"
 _ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
@@ -18,7 +18,7 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         Setting(
             ACCESS,
-            texts("KEY", "a non-empty key"),
+            HEADER_KEYS,
             "API key that clients must send. Can be repeated. Other users of the machine can see flags: prefer the "
             "environment or the config file.",
             secret=True,
@@ -36,7 +36,7 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Setting(
             ACCESS,
-            text("KEY"),
+            HEADER_KEY,
             "API key that loading of LoRA adapters, /metrics and the usage of all clients require. Unset: a single "
             "--api-key is one, and of several none.",
             secret=True,

@@ -83,7 +83,11 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object,
             value = environ[variable]
             if _SERVICE_LINK.match(value):
                 raise SettingsError(f"{variable}: expected {SETTINGS[name].value_type.expected}, got {value!r}{_LINKS}")
-            yield name, value.split(",") if SETTINGS[name].value_type.is_list else value, variable
+            yield name, _items(value) if SETTINGS[name].value_type.is_list else value, variable
+
+
+def _items(value: str) -> list[str]:
+    return [item.strip() for item in value.split(",")]
 
 
 def _unknown_variables(variables: list[str], known: Collection[str]) -> str:

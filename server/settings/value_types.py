@@ -41,6 +41,18 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(_text(item) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
+def _header_key(value: object) -> str:
+    """Return a key without spaces around it, which no header keeps. Raises ValueError for characters beyond ASCII."""
+    key = _text(value).strip()
+    if not key.isascii():
+        raise ValueError
+    return key
+
+
+def _header_keys(value: object) -> tuple[str, ...]:
+    return tuple(_header_key(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
 def _boolean(value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -242,3 +254,8 @@ def text(metavar: str) -> ValueType:
 
 def texts(metavar: str, expected: str = "non-empty text") -> ValueType:
     return ValueType(expected, _texts, metavar, is_list=True)
+
+
+_KEY = "a non-empty key of printable ASCII characters"
+HEADER_KEY = ValueType(_KEY, _header_key, "KEY")
+HEADER_KEYS = ValueType(_KEY, _header_keys, "KEY", is_list=True)

@@ -51,7 +51,7 @@ def _options(arguments: argparse.Namespace, *apart: str) -> dict[str, Any]:
 
 
 def api_key_of_environment() -> str | None:
-    return os.environ.get("LIGHTWELL_API_KEY", "").split(",")[0] or None
+    return os.environ.get("LIGHTWELL_API_KEY", "").split(",")[0].strip() or None
 
 
 def remote(run: Callable[[], int]) -> int:

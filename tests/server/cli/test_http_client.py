@@ -30,6 +30,12 @@ def test_bad_addresses(url: str) -> None:
         base_url(url)
 
 
+@pytest.mark.parametrize("key", ["sk-ü", "a\tb", "a\nb"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
+    with pytest.raises(RemoteError, match="invalid API key: expected printable ASCII characters"):
+        connect("http://localhost:1", key)
+
+
 def test_a_server_that_is_loading_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

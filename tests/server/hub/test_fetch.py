@@ -217,6 +217,9 @@ def test_a_gated_repository(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     with pytest.raises(HubError, match="with the account of your token, which must be allowed to read gated"):
         fetch("org/tiny-GGUF")
+    monkeypatch.setenv("HF_TOKEN", "hf_ü")
+    with pytest.raises(HubError, match=r"HF_TOKEN .*: expected printable ASCII characters"):
+        fetch("org/tiny-GGUF")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert fetch("org/tiny-GGUF").read_bytes() == CONTENT
     # The other host, which has the large files, does not get the token.

@@ -124,9 +124,9 @@ def test_bad_yaml_types(tmp_path: Path, line: str, name: str) -> None:
         ("enable_dcs: true", r"unknown setting 'enable_dcs' \(did you mean enable-docs\?\)"),
         ("no-enable-docs: true", r"unknown setting 'no-enable-docs' \(write enable-docs: false\)"),
         ("no-port: 1", r"unknown setting 'no-port'"),
-        ("api-key: 123", "api-key: expected a non-empty key: put it in quotes$"),
-        ("api-key: [a, 2001-01-01]", "api-key: expected a non-empty key: put it in quotes$"),
-        ("api-key: {a: b}", "api-key: expected a non-empty key$"),
+        ("api-key: 123", "expected a non-empty key of printable ASCII characters: put it in quotes$"),
+        ("api-key: [a, 2001-01-01]", "expected a non-empty key of printable ASCII characters: put it in quotes$"),
+        ("api-key: {a: b}", "api-key: expected a non-empty key of printable ASCII characters$"),
         ("served-model-name: yes", "expected non-empty text, got True: put it in quotes$"),
         ("port: 80.5", r"port: expected an integer from 0 to 65535, got 80\.5$"),
         ("config: other.yml", "unknown setting 'config'"),
@@ -184,10 +184,11 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
 
 
 def test_lists() -> None:
-    environ = {"LIGHTWELL_API_KEY": "one,two", "LIGHTWELL_SERVED_MODEL_NAME": "a"}
+    environ = {"LIGHTWELL_API_KEY": "one, two", "LIGHTWELL_SERVED_MODEL_NAME": "a"}
     settings = load_settings(environ=environ)
     assert settings.api_key == ("one", "two")
     assert settings.served_model_name == ("a",)
+    assert load_settings(environ={"LIGHTWELL_SERVED_MODEL_NAME": "a , b"}).served_model_name == ("a", "b")
     assert settings_from_flags("--api-key", "x,y", "--api-key", "z").api_key == ("x,y", "z")
     with pytest.raises(SettingsError, match="LIGHTWELL_API_KEY"):
         load_settings(environ={"LIGHTWELL_API_KEY": "one,"})
