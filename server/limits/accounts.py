@@ -73,6 +73,7 @@ class Account:
         self._requests: TokenBucket | None = None
         self._tokens: TokenBucket | None = None
         self._day = 0  # since 1970, in UTC
+        self._day_began = 0.0  # when the budget was renewed, in seconds of time.monotonic()
         self._day_tokens = 0
 
     def set_limits(self, limits: Limits) -> None:
@@ -114,9 +115,10 @@ class Account:
     @property
     def num_tokens_today(self) -> int:
         """Prompt and output tokens since midnight in UTC, or since the start of the server."""
-        today = int(time.time()) // DAY
-        if today > self._day:  # a clock that is set back does not renew the budget
-            self._day, self._day_tokens = today, 0
+        today, now = int(time.time()) // DAY, time.monotonic()
+        # A clock that is set back renews no budget, and one that was ahead holds none up for more than a day.
+        if today > self._day or (today < self._day and now - self._day_began >= DAY):
+            self._day, self._day_began, self._day_tokens = today, now, 0
         return self._day_tokens
 
     def headers(self) -> dict[str, str]:

@@ -84,3 +84,24 @@ def test_a_budget_is_renewed_the_next_day_alone(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(time, "time", lambda days=days: now + days * DAY)
         assert admit(account) == expected
     assert account.usage.num_prompt_tokens + account.usage.num_output_tokens == 10
+
+
+def test_a_clock_that_was_ahead_for_a_while_holds_up_a_budget_for_a_day_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    account, begin = Account(), time.monotonic()
+    account.set_limits(Limits(tokens_per_day=10))
+    noon = 20_000 * DAY + DAY // 2
+    days = [  # of the wall clock, of the monotonic clock, and whether the budget is there
+        (300, 0, True),  # the clock is ahead
+        (0, 0.1, False),
+        (0.9, 0.9, False),
+        (1.0, 1.0, True),
+        (1.2, 1.2, False),
+        (2.0, 2.0, True),  # the days are those of the right clock again
+    ]
+    for wall, elapsed, is_renewed in days:
+        monkeypatch.setattr(time, "time", lambda wall=wall: noon + wall * DAY)
+        monkeypatch.setattr(time, "monotonic", lambda elapsed=elapsed: begin + elapsed * DAY)
+        assert (admit(account) is None) == is_renewed, (wall, elapsed)
+        account.count_prompt(10)
