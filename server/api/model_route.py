@@ -3,19 +3,20 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias, get_type_hints
 
-from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.context import get_context
-from server.http.error_handlers import from_validation_error
 from server.http.errors import APIError
 from server.http.json_route import StrictJSONRequest, StrictJSONRoute
 from server.http.sse import KEEP_ALIVE_SECONDS, EventStream, error_event, run_until_disconnect, sse_response
 from server.models.manager import LoadTimeoutError, ModelManager
 from server.models.slot import ModelSlot
+from server.schemas.generation_request import GenerationRequest
 from server.tenants import get_tenant
 
 Handler: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -36,12 +37,33 @@ class ModelRoute(StrictJSONRoute):
             return await handler(request)
 
     def find_slot(self, request: Request, body: dict[str, Any]) -> ModelSlot | None:
-        """Return the model that a request names, or None if its handler will refuse it."""
+        """Return the model that a request names, or None if its handler will refuse it.
+
+        Raises BadRequestError for fields that are valid, but not together.
+        """
         name = next((body[field] for field in self.name_fields if body.get(field) is not None), None)
-        models, tenant = get_context(request).models, get_tenant(request)
-        if name is None:
-            return models.slots[0] if len(models.slots) == 1 else None
-        return models.find_slot(self.served_name(request, name), tenant) if isinstance(name, str) else None
+        models, slot = get_context(request).models, None
+        if isinstance(name, str):
+            slot = models.find_slot(self.served_name(request, name), get_tenant(request))
+        elif name is None and len(models.slots) == 1:
+            slot = models.slots[0]
+        is_loaded = slot is None or slot.served is not None
+        return slot if is_loaded or self._is_valid(body) else None
+
+    def _is_valid(self, body: dict[str, Any]) -> bool:
+        """Return whether the fields are valid: no model is loaded, and none makes room, for a request that is not."""
+        try:
+            parsed = self._body_type.model_validate(body)
+        except ValidationError:
+            return False
+        if isinstance(parsed, GenerationRequest):
+            parsed.check()
+        return True
+
+    @cached_property
+    def _body_type(self) -> type[BaseModel]:
+        found: type[BaseModel] = get_type_hints(self.endpoint)["body"]
+        return found
 
     def served_name(self, request: Request, name: str) -> str:
         """Return the name of a served model for the one that the client sent."""
@@ -115,10 +137,7 @@ async def _events(
         waiting.result()
     finally:
         waiting.cancel()
-    try:
-        response = await handler(request)
-    except RequestValidationError as error:
-        raise from_validation_error(list(error.errors()), error.body) from None
+    response = await handler(request)  # whose fields are valid, else it would not have waited
     assert isinstance(response, EventStream)
     async with aclosing(response.events()) as events:
         async for chunk in events:

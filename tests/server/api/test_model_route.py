@@ -63,12 +63,24 @@ def test_a_stream_ends_with_an_error_if_its_model_cannot_be_loaded(
         assert (end in answer.text) == (end == "data: [DONE]")
 
 
-@pytest.mark.usefixtures("soon")
-def test_an_invalid_request_ends_with_its_error(model_folder: Path) -> None:
-    with several_models(model_folder, engines={"load_seconds": 1.0}) as server:
-        answer = stream(server, "/v1/completions", {"prompt": "Hi", "temperature": 99})
-        assert "Invalid 'temperature'" in answer.text
-        assert answer.text.endswith("data: [DONE]\n\n")
+INVALID: list[tuple[str, dict[str, Any], str]] = [
+    *((path, {**body, "temperature": 99}, "temperature") for path, body, _ in STREAMS),
+    ("/v1/completions", {"prompt": "Hi", "min_p": 0.1, "response_format": {"type": "x"}}, "response_format"),
+    ("/v1/completions", {"prompt": "Hi", "n": 2, "best_of": 1}, "best_of"),  # each is valid, but not both
+    ("/v1/embeddings", {"input": {}}, "input"),
+    ("/v1/rerank", {"query": "a"}, "documents"),
+    ("/tokenize", {"prompt": 1}, "prompt"),
+    ("/api/generate", {"prompt": "Hi", "options": 1}, "options"),
+]
+
+
+def test_an_invalid_request_loads_nothing(model_folder: Path) -> None:
+    with several_models(model_folder) as server:
+        for path, body, field in INVALID:
+            for is_stream in (False, True):
+                answer = httpx.post(server.url + path, json={"model": "one", "stream": is_stream, **body}, timeout=60)
+                assert (answer.status_code, field in answer.text) == (400, True), (path, answer.text)
+        assert server.supervisor.orders == []
 
 
 @pytest.mark.parametrize(("path", "body", "end"), STREAMS)
