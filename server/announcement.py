@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import shlex
+from collections.abc import Sequence
 
 import msgspec
 
@@ -16,7 +17,7 @@ KEY = "YOUR_KEY"  # stands for the key, which the log must not hold
 WILDCARDS = {"//0.0.0.0": "//127.0.0.1", "//[::]": "//[::1]"}  # addresses to listen on, but not to call
 
 
-async def announce(context: ServerContext, url: str) -> None:
+async def announce(context: ServerContext, urls: Sequence[str]) -> None:
     """Wait until the models are loaded, log how to use them, and keep the server registered until cancelled."""
     manager, slots = context.model_manager, context.models.slots
     if manager is None:
@@ -25,8 +26,9 @@ async def announce(context: ServerContext, url: str) -> None:
     else:
         await manager.has_started.wait()
         state = ", ".join(f"{slot.name} ({slot.state})" for slot in slots)
-    logger.info("%s, listening on %s", state, url, extra={"details": first_steps(context, client_url(url))})
-    with registered(RunningServer(url=client_url(url), model=context.models.name)):
+    url = client_url(urls[0])
+    logger.info("%s, listening on %s", state, " and ".join(urls), extra={"details": first_steps(context, url)})
+    with registered(RunningServer(url=url, model=context.models.name)):
         await asyncio.Event().wait()
 
 

@@ -189,10 +189,10 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
                 coordinator=config.coordinator,
             )
             collect_garbage()
-            address = url(sockets[0], is_tls=certificate is not None) if sockets else None
-            if address is not None:
-                logger.debug("%s is open for health probes", address)
-            return asyncio.run(Lifecycle(server, context, flush_logs, channel).run(sockets, address))
+            addresses = [url(each, is_tls=certificate is not None) for each in sockets]
+            if addresses:
+                logger.debug("%s is open for health probes", addresses[0])
+            return asyncio.run(Lifecycle(server, context, flush_logs, channel).run(sockets, addresses))
         except Exception:
             logger.exception("the server failed")
             return 1
@@ -312,15 +312,15 @@ class Lifecycle:
         self._channel = channel
         self._terminated = asyncio.Event()
 
-    async def run(self, sockets: list[socket.socket], address: str | None) -> int:
-        """Serve until the end, announced as the URL `address`. Return the exit code: 0 after SIGTERM, otherwise 1."""
+    async def run(self, sockets: list[socket.socket], addresses: Sequence[str]) -> int:
+        """Serve until the end, announced with the URLs `addresses`. Return the exit code: 0 after SIGTERM, else 1."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         if self._context.settings.api_keys_file is not None:
             loop.add_signal_handler(signal.SIGHUP, loop.run_in_executor, None, self._context.api_keys.reload)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])  # the supervisor starts this process so
         serving = asyncio.create_task(self._server.serve(sockets))
-        opening = self._open() if address is None else announce(self._context, address)
+        opening = announce(self._context, addresses) if addresses else self._open()
         announcing = asyncio.create_task(opening)
         events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._died)]
         talking = [] if self._channel is None else [asyncio.create_task(self._talk_to_supervisor(self._channel))]

@@ -125,7 +125,8 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
         Setting(
             _API,
             text("HOST"),
-            "Address to listen on. Addresses other than loopback require an API key or --allow-unauthenticated.",
+            "Address to listen on, such as 0.0.0.0 for all of IPv4 or :: for all of IPv6 and IPv4. Addresses other "
+            "than loopback require an API key or --allow-unauthenticated.",
         ),
     ] = "127.0.0.1"
     port: Annotated[int, Setting(_API, integer(0, 65535), "Port to listen on; 0 selects a free port.")] = 8000

@@ -6,8 +6,10 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 BACKLOG = 2048
+ANY_IPV4, ANY_IPV6 = "0.0.0.0", "::"
 SOCKET_UMASK = 0o117  # the user and the group of the server may connect
 
 
@@ -42,15 +44,15 @@ def url(listener: socket.socket, *, is_tls: bool = False) -> str:
 def bind(host: str, port: int) -> list[socket.socket]:
     """Return a listening socket for each address of the host, all with the same port (0 chooses a free one).
 
-    Raises OSError with a message for the user.
+    The addresses of `::` are all of this machine, also those of IPv4. Raises OSError with a message for the user.
     """
     try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = [*_addresses(host, port), *(_addresses(ANY_IPV4, port) if host == ANY_IPV6 else ())]
     except OSError as error:
         raise OSError(f"cannot listen on {host}: {error.strerror}") from error
     sockets: list[socket.socket] = []
     missing: OSError | None = None
-    for family, _, _, _, address in addresses:
+    for family, address in addresses:
         chosen_port = port or (sockets[0].getsockname()[1] if sockets else 0)
         try:
             sockets.append(_bind_one(family, (address[0], chosen_port, *address[2:])))
@@ -65,12 +67,17 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def _bind_one(family: int, address: tuple[str | int, ...]) -> socket.socket:
+def _addresses(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _bind_one(family: int, address: tuple[Any, ...]) -> socket.socket:
     # asyncio disables Nagle's algorithm, which delays small writes by up to 40 ms, only if the protocol is explicit.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
+        if family == socket.AF_INET6:  # a socket of its own for IPv4 shows its clients' addresses as they are
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(address)
         listener.listen(BACKLOG)

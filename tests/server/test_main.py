@@ -761,6 +761,15 @@ def test_bind() -> None:
         each.close()
 
 
+def test_all_addresses_are_those_of_ipv6_and_ipv4() -> None:
+    *_, last = sockets = bind("::", 0)
+    port = last.getsockname()[1]
+    assert url(last) == f"http://0.0.0.0:{port}"
+    assert [url(each) for each in sockets[:-1]] in ([f"http://[::]:{port}"], [])  # [] if there is no IPv6
+    for each in sockets:
+        each.close()
+
+
 @pytest.mark.checklist("A16")
 def test_the_file_limit_allows_connections() -> None:
     assert raise_file_limit() >= 16
