@@ -1,6 +1,5 @@
 """`lightwell list`: aliases, and the models in the cache of Hugging Face's hub."""
 
-import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,8 +12,6 @@ from server.hub.files import CONFIG, GGUFModel, gguf_models
 from server.hub.format import format_bytes, home_relative
 from server.model_aliases import MODEL_ALIASES
 from server.package_aliases import PACKAGE_ALIASES, alias_path
-
-_REPO_FOLDER = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
 
 
 class ListedModel(msgspec.Struct, frozen=True):
@@ -41,11 +38,11 @@ def _package_aliases() -> Iterator[ListedModel]:
 def _hub_models() -> Iterator[ListedModel]:
     """Yield the models of each repository's latest snapshot: its GGUF files, and its safetensors together."""
     for folder in sorted(hub_folder().glob("models--*")):
-        match = _REPO_FOLDER.fullmatch(folder.name)
+        org, _, repo_name = folder.name.removeprefix("models--").partition("--")
         snapshots = sorted(folder.glob("snapshots/*"), key=lambda snapshot: snapshot.stat().st_mtime)
-        if match is None or not snapshots:
+        if not (org and repo_name and snapshots):
             continue
-        repo, snapshot = f"{match['org']}/{match['name']}", snapshots[-1]
+        repo, snapshot = f"{org}/{repo_name}", snapshots[-1]
         files = {path.relative_to(snapshot).as_posix(): path for path in sorted(snapshot.rglob("*")) if path.is_file()}
         for model in gguf_models(files):
             if len(model.paths) >= model.num_parts:

@@ -18,7 +18,7 @@ FOLDER_PATTERNS = ("*.json", "*.jinja", "tokenizer.model*", "*.tiktoken", "merge
 _COMPANION = re.compile(r"mmproj|imatrix|(^|[-._])(mtp|eagle3|dflash|dspark)[-._]", re.IGNORECASE)
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 # The end of a file name without suffix, or of one of Ollama's tags.
-NUMBER_FORMAT = r"(?:UD-)?(?:I?Q\d\w*|TQ\d\w*|(?:MX|NV)FP4\w*|BF16|F16|FP16|F32|FP32)"
+NUMBER_FORMAT = r"(?:UD-)?(?:I?Q\d\w{0,16}|TQ\d\w{0,16}|(?:MX|NV)FP4\w{0,16}|BF16|F16|FP16|F32|FP32)"
 _FORMAT = re.compile(rf"(?:^|[-._])(?P<format>{NUMBER_FORMAT})$", re.IGNORECASE)
 
 # The number format to choose where none is named: small, and close to the quality of 16 bits.

@@ -9,8 +9,9 @@ from tokenizers import models
 from engine.config.tokenizer_files import NORMAL
 from server.text.gguf_tokenizer import rebuild_merges, split_into_bytes
 
-# Means something else in the regular expressions of the tokenizers library (Oniguruma) than in those of tiktoken.
-_OTHER_MEANING = re.compile(r"\{\d+(,\d*)?\}\+|(?<!\\)[$^](?![^\[]*\])")
+# What means something else in the regular expressions of the tokenizers library (Oniguruma) than in tiktoken's.
+_REPEATED_COUNT = re.compile(r"\{\d+(,\d*)?\}\+")
+_ANCHOR = re.compile(r"(?<!\\)[$^]")  # outside a character class
 
 
 def build_tiktoken(
@@ -28,7 +29,9 @@ def build_tiktoken(
     Raises:
         ValueError: the pattern is not supported.
     """
-    if match := _OTHER_MEANING.search(pattern):
+    texts = re.split(r"([\[\]])", pattern)
+    outside = " ".join(text for text, end in zip(texts[::2], [*texts[1::2], ""], strict=True) if end != "]")
+    if match := _REPEATED_COUNT.search(pattern) or _ANCHOR.search(outside):
         raise ValueError(f"{source}: the pattern {pattern!r} is not supported, because of {match.group()!r}")
     spelling = {byte: character for character, byte in byte_alphabet().items()}
     other_ids = {token: token_id for token_id, token in others.items()}

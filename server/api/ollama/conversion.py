@@ -36,8 +36,12 @@ from server.tenants import get_tenant
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
-DURATION_UNITS = {"": 1, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
-_DURATION = re.compile(rf"-?(\d{{1,9}}(\.\d{{1,9}})?({'|'.join(DURATION_UNITS)}))+")
+DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+MAX_DURATION_CHARS = 64
+MAX_DURATION = (2**63 - 1) / 1e9  # seconds; the longest that Ollama knows
+_NUMBER = r"(?:[0-9]{1,16}(?:\.[0-9]{0,16})?|\.[0-9]{1,16})"
+_SECONDS = re.compile(_NUMBER)
+_PART = re.compile(rf"({_NUMBER})({'|'.join(DURATION_UNITS)})")
 LATEST = ":latest"  # the tag of a name without one
 SAME_OPTIONS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop"),
@@ -131,16 +135,28 @@ def ignored_names(body: OllamaRequest) -> list[str]:
 def keep_alive_seconds(keep_alive: object) -> float | None:
     """Return for how long a model stays loaded: by a number of seconds, or a duration such as `1h30m` as text.
 
-    A negative one has no end. None: it says nothing.
+    A negative one has no end, as in Ollama, nor one that is longer than Ollama knows. None: it says nothing.
     """
-    if isinstance(keep_alive, int | float) and not isinstance(keep_alive, bool):
-        return math.inf if keep_alive < 0 else keep_alive
-    if not isinstance(keep_alive, str) or not _DURATION.fullmatch(keep_alive):
+    if isinstance(keep_alive, str):
+        seconds = _duration(keep_alive)
+    else:
+        seconds = keep_alive if isinstance(keep_alive, int | float) and not isinstance(keep_alive, bool) else None
+    if seconds is None:
         return None
-    if keep_alive.startswith("-"):
-        return math.inf
-    parts = re.findall(r"([\d.]+)([a-zµ]*)", keep_alive)
-    return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
+    return seconds if 0 <= seconds <= MAX_DURATION else math.inf
+
+
+def _duration(text: str) -> float | None:
+    """Return the seconds of a duration such as `-1`, `2.5` or `1h30m`. None: it is none."""
+    if len(text) > MAX_DURATION_CHARS:
+        return None
+    sign, number = (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
+    if _SECONDS.fullmatch(number):
+        return sign * float(number)
+    parts = list(_PART.finditer(number))
+    if not parts or "".join(part[0] for part in parts) != number:
+        return None
+    return sign * sum(float(part[1]) * DURATION_UNITS[part[2]] for part in parts)
 
 
 def to_chat(body: OllamaChatRequest, model: str, *, reads_effort: bool = True) -> OllamaChatCompletionRequest:

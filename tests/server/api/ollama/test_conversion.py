@@ -229,8 +229,11 @@ def test_names_get_a_tag() -> None:
 
 def test_durations() -> None:
     seconds = {"5m": 300, "1h30m": 5400, "10s": 10, "0": 0, "0s": 0, "0h0m": 0, "1.5s": 1.5, "100ms": 0.1}
+    seconds |= {"300": 300, "2.5": 2.5, "+1h": 3600, ".5m": 30, "1.h": 3600, "7us": 7e-6, "7µs": 7e-6, "7μs": 7e-6}
     for text, value in seconds.items():
         assert keep_alive_seconds(text) == pytest.approx(value)
     assert [keep_alive_seconds(value) for value in (0, 0.0, 60, 1.5)] == [0, 0, 60, 1.5]
-    assert [keep_alive_seconds(value) for value in (-1, "-1", "-1m")] == [math.inf] * 3
-    assert [value for value in (None, "", "s", "m5", "5 m", True, "1d") if keep_alive_seconds(value) is not None] == []
+    endless = (-1, "-1", "-1m", "999999999h", 1e300, 10**400)
+    assert [keep_alive_seconds(value) for value in endless] == [math.inf] * 6
+    nothing = (None, "", "-", "s", "m5", "5 m", True, "1d", ".", "--1", "1h2", "1" * 40 + "x", "1m" * 10**6)
+    assert [value for value in nothing if keep_alive_seconds(value) is not None] == []
