@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from server.api.ollama.conversion import OPTIONS, tagged_name
+from server.api.ollama.conversion import MAX_DURATION, OPTIONS, tagged_name
 from server.api.ollama.schemas import OllamaModel, OllamaModelDetails, OllamaModelInfo, OllamaModelList
 from server.api.ollama.writer import time_text
 from server.http.errors import EngineUnavailableError, ModelNotFoundError
@@ -46,7 +45,7 @@ def list_loaded(
 
 def _expiry(slot: ModelSlot, limit: float | None) -> str:
     """Return when a model is unloaded if no other request comes."""
-    if limit is None or limit == math.inf:
+    if limit is None or limit > MAX_DURATION:
         return NEVER
     left = max(0.0, slot.last_used + limit - time.monotonic()) if slot.is_idle else limit
     return time_text(datetime.fromtimestamp(time.time() + left, UTC))

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,15 @@ def test_a_dead_model_is_not_in_memory(model_folder: Path, monkeypatch: pytest.M
             loaded = httpx.get(server.url + "/api/ps").json()["models"]
             assert [model["model"] for model in loaded] == [f"{name}:latest"]
             mark_dead(server, number)
+
+
+def test_a_model_may_stay_for_longer_than_there_are_dates(two: SeveralModels) -> None:
+    body: dict[str, Any] = {"model": "one", "prompt": "Hi", "raw": True, "stream": False}
+    for keep_alive in ("999999999h", 1e300):
+        answer = httpx.post(two.url + "/api/generate", json=body | {"keep_alive": keep_alive})
+        assert answer.status_code == 200, answer.text
+        (model,) = httpx.get(two.url + "/api/ps").json()["models"]
+        assert datetime.fromisoformat(model["expires_at"]).year > 2300
 
 
 def test_nothing_is_left_of_a_load_that_fails(model_folder: Path) -> None:
