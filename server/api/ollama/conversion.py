@@ -160,17 +160,21 @@ def _duration(text: str) -> float | None:
 
 
 def to_chat(body: OllamaChatRequest, model: str, *, reads_effort: bool = True) -> OllamaChatCompletionRequest:
-    """Convert a request that has messages. Raises BadRequestError."""
-    return _build(
-        body,
-        model,
-        {
-            "messages": list(_turns(body.messages or ())),
-            "tools": [{"type": "function", **tool} for tool in body.tools or ()] or None,
-        },
-        OllamaChatCompletionRequest,
-        reads_effort=reads_effort,
-    )
+    """Convert a request that has messages. As in Ollama, the answer continues a final message of the assistant.
+
+    Raises BadRequestError.
+    """
+    fields: dict[str, Any] = {
+        "messages": list(_turns(body.messages or ())),
+        "tools": [{"type": "function", **tool} for tool in body.tools or ()] or None,
+    }
+    if body.messages and _is_begun(body.messages[-1]):
+        fields["continue_final_message"] = True
+    return _build(body, model, fields, OllamaChatCompletionRequest, reads_effort=reads_effort)
+
+
+def _is_begun(message: OllamaMessage) -> bool:
+    return message.role == "assistant" and bool(message.content) and not message.tool_calls
 
 
 def generate_to_chat(

@@ -121,6 +121,14 @@ def test_the_ends_of_ranges_are_valid(name: str) -> None:
             chat(options={name: wrong})
 
 
+def test_a_final_message_of_the_assistant_is_continued() -> None:
+    begun = [*MESSAGES, {"role": "assistant", "content": "It is"}]
+    assert chat(messages=begun)["continue_final_message"] is True
+    call = {"function": {"name": "f", "arguments": {}}}
+    for other in ({"content": ""}, {"content": "x", "tool_calls": [call]}, {"role": "user", "content": "x"}):
+        assert "continue_final_message" not in chat(messages=[*MESSAGES, {"role": "assistant"} | other])
+
+
 def test_formats() -> None:
     assert "response_format" not in chat(format="") | chat(format=None)
     assert chat(format="json")["response_format"] == {"type": "json_object"}
