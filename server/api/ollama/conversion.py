@@ -50,16 +50,17 @@ SAME_OPTIONS = (
 )
 OPTIONS: Mapping[str, str] = {"num_predict": "max_tokens", **{name: name for name in SAME_OPTIONS}}  # -> our parameter
 INTEGERS = frozenset(("num_predict", "top_k", "seed", "repeat_last_n", "mirostat"))
+LOWEST: Mapping[str, float] = {"typical_p": 0.01, "num_predict": -math.inf}  # 0 is excluded; no limit if negative
+
+
+def _range(option: str, parameter: str) -> tuple[float, float]:
+    metadata = CompletionRequest.model_fields[parameter].metadata
+    bounds = {end: getattr(each, end) for each in metadata for end in ("ge", "le") if hasattr(each, end)}
+    return LOWEST[option] if option in LOWEST else bounds["ge"], bounds["le"]
+
+
 # Ranges of this server, which are narrower than Ollama's. Values outside get the nearest one inside.
-RANGES: Mapping[str, tuple[float, float]] = {
-    "temperature": (0, 2),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "typical_p": (0.01, 1),
-    "repeat_penalty": (0.01, 10),
-    "presence_penalty": (-2, 2),
-    "frequency_penalty": (-2, 2),
-}
+RANGES = {option: _range(option, parameter) for option, parameter in OPTIONS.items() if option != "stop"}
 NEUTRAL_ZEROS = ("typical_p", "repeat_penalty")  # 0, which is no possible value, leaves the sampler off, as 1 does
 OTHER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
     r"response_format(\.json_schema)?(\.schema)?": "format",
@@ -246,15 +247,14 @@ def _sampling(body: OllamaRequest) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Return an option's value within its range, and 40.0 as 40 for an option that is an integer, as Ollama does."""
-    if name in INTEGERS:
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    """Return an option's value within its range, and 40.5 as 40 for an option that is an integer, as Ollama does."""
     if name not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if name in NEUTRAL_ZEROS and value == 0:
         return 1
     lowest, highest = RANGES[name]
-    return min(max(value, lowest), highest)
+    nearest = min(max(value, lowest), highest)
+    return int(nearest) if name in INTEGERS else nearest
 
 
 def _response_format(format: str | dict[str, Any] | None) -> dict[str, Any] | None:

@@ -102,6 +102,14 @@ def test_other_options_are_ignored_and_named() -> None:
         ("repeat_penalty", 11.0, 10),
         ("presence_penalty", 3, 2),
         ("frequency_penalty", -(10**400), -2),
+        ("mirostat", 3, 2),
+        ("mirostat", -1.0, 0),
+        ("mirostat_tau", 1e9, 1000),
+        ("mirostat_eta", -0.1, 0),
+        ("top_k", 40.5, 40),
+        ("top_k", -2, -1),
+        ("repeat_last_n", -7, -1),
+        ("top_k", math.inf, 2**63 - 1),
     ],
 )
 def test_options_out_of_range_get_the_nearest_value_and_are_named(name: str, value: float, used: float) -> None:
@@ -115,9 +123,10 @@ def test_options_out_of_range_get_the_nearest_value_and_are_named(name: str, val
 @pytest.mark.parametrize("name", RANGES)
 def test_the_ends_of_ranges_are_valid(name: str) -> None:
     for value in RANGES[name]:
-        assert chat(options={name: value})[name] == value
+        if value != -math.inf:
+            assert chat(options={name: value})[OPTIONS[name]] == value
     for wrong in (True, "1"):
-        with pytest.raises(BadRequestError, match=name):
+        with pytest.raises(BadRequestError, match=OPTIONS[name]):
             chat(options={name: wrong})
 
 
