@@ -63,8 +63,18 @@ ANYBODY = Tenant(name="")  # of work that no client has asked for
 
 def tenant_of_address(scope: Scope, account: Account) -> Tenant:
     """Return the tenant of a request to a server without keys. All have one account."""
-    name = network_of((scope.get("client") or ("",))[0])
+    name = network_of(client_address(scope))
     return Tenant(name=name, is_admin=True, has_negative_priority=True, account=account)
+
+
+def client_address(scope: Scope) -> str:
+    """Return the IP address of a client; empty if it is not known. A trusted proxy may pass on what a client claims."""
+    host = str((scope.get("client") or ("",))[0])
+    try:
+        ip_address(host)
+    except ValueError:
+        return ""
+    return host
 
 
 def network_of(address: str) -> str:

@@ -26,6 +26,7 @@ CLEAR_LINE = b"\r\x1b[K"  # of a progress bar, which this process or another may
 VERBOSE_LOGGERS = ("sse_starlette", "httpx", "httpcore", "asyncio", "uvicorn")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_ENDS_WORD = re.compile(r'[\s="]')
 
 
 def configure_logging(level: str, log_format: str, fd: int = STDERR_FD, label: str = "") -> Callable[[], None]:
@@ -55,11 +56,14 @@ def _add_label(label: str, record: logging.LogRecord) -> bool:
 
 
 class HumanFormatter(logging.Formatter):
-    """`12:30:01 INFO  server.api: message`; extra fields follow as `key=value`, details in lines of their own."""
+    """`12:30:01 INFO  server.api: message`; extra fields follow as `key=value`, details in lines of their own.
+
+    A value is a JSON string if it has what ends a field, so that text from clients cannot forge another.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        extra = "".join(f" {key}={value}" for key, value in extra_fields(record).items())
+        extra = "".join(f" {key}={_one_word(value)}" for key, value in extra_fields(record).items())
         line = f"{clock} {record.levelname:<7} {record.name}: {record.getMessage()}{extra}"
         return escape(line) + _detail_lines(record) + _indent(_traceback(record))
 
@@ -97,6 +101,11 @@ def details(record: logging.LogRecord) -> dict[str, object]:
 def escape(text: str) -> str:
     """Replace control characters by escapes, so that text cannot start a new line or control a terminal."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def _one_word(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if _ENDS_WORD.search(text) else text
 
 
 def _traceback(record: logging.LogRecord) -> str:

@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import ServerError, is_for_anthropic
 from server.metrics import Metrics
+from server.tenants import client_address
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
@@ -29,6 +31,7 @@ QUIET_PATHS = frozenset(
 )
 QUIET_STATUSES = (200, 503)  # 503: the model is being loaded
 LOG_FIELDS = "log_fields"  # in the scope's state: a function that returns what else to log at the end of the request
+PATH_CHARS = "/!$&'()*+,;=:@[]{}|^<>"  # which no log line needs quoted
 CLIENT_CLOSED_REQUEST = 499  # in logs and metrics only
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -117,12 +120,14 @@ class _RequestRecord:
             "status": status,
             "ms": round(seconds * 1000, 1),
             **token_fields(),
-            "client": (scope.get("client") or ("-",))[0],
+            "client": client_address(scope) or "-",
             "request_id": self._request_id,
         }
         is_poll = scope["path"] in QUIET_PATHS and status in QUIET_STATUSES
         level = logging.DEBUG if is_poll else logging.INFO
-        access_logger.log(level, "%s %s", scope["method"][:16], scope["path"][:256], extra={"fields": fields})
+        access_logger.log(
+            level, "%s %s", scope["method"][:16], quote(scope["path"][:256], PATH_CHARS), extra={"fields": fields}
+        )
 
 
 def choose_request_id(client_id: str | None) -> str:

@@ -34,6 +34,12 @@ def test_human_line() -> None:
     assert line.endswith(" INFO    server.x: it done status=200 request_id=r1")
 
 
+def test_a_value_is_one_word() -> None:
+    fields = {"a": "x b=1", "c": 'say "hi"', "d": "fe80::1%e\u2003f=2", "e": None, "g": 1.5}
+    line = HumanFormatter().format(record("done", fields=fields))
+    assert line.partition("done ")[2] == 'a="x b=1" c="say \\"hi\\"" d="fe80::1%e\u2003f=2" e=None g=1.5'
+
+
 def test_json_line() -> None:
     line = json.loads(JSONFormatter().format(record("%s done", "it", fields={"status": 200})))
     assert line.pop("time") == pytest.approx(time.time(), abs=10)
