@@ -5,7 +5,7 @@ from itertools import chain
 
 from server.http.errors import EngineUnavailableError, MissingParameterError, ModelNotFoundError
 from server.models.served_model import ModelVariant, ServedModel
-from server.models.slot import ModelSlot
+from server.models.slot import ModelSlot, ModelState
 from server.tenants import Tenant
 
 
@@ -74,7 +74,11 @@ class ModelRegistry:
 
 def _served(slot: ModelSlot) -> ServedModel:
     if slot.served is None:
-        raise EngineUnavailableError(f"The model `{slot.name}` is not loaded. Please retry later.")
+        is_loading = slot.state is ModelState.LOADING
+        state = (
+            "still being loaded. Please retry later." if is_loading else "not loaded. A request that runs it loads it."
+        )
+        raise EngineUnavailableError(f"The model `{slot.name}` is {state}")
     return slot.served
 
 

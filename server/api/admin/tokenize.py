@@ -16,13 +16,14 @@ from server.api.admin.schemas import (
     TokenizerInfo,
 )
 from server.api.chat.conversion import encode_request, unknown_in_messages
-from server.api.model_route import ModelRoute
+from server.api.model_route import ModelRoute, loaded, patience
 from server.context import get_context
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError
 from server.http.json_response import StructResponse
 from server.models.served_model import ServedModel
+from server.tenants import get_tenant
 
 router = APIRouter()
 json_router = APIRouter(route_class=ModelRoute)
@@ -58,9 +59,18 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template, for clients that render and count by themselves."""
-    model = find_model(request, request.query_params.get("model")).base
+    models, name = get_context(request).models, request.query_params.get("model")
+    slot = None if name is None and len(models.slots) > 1 else models.find_slot(name, get_tenant(request))
+    async with loaded(request, slot, patience(request) or 0.0):
+        return StructResponse(_tokenizer_info(find_model(request, name).base))
+
+
+router.include_router(json_router)
+
+
+def _tokenizer_info(model: ServedModel) -> TokenizerInfo:
     tokenizer, template = model.tokenizer, model.chat_template
-    info = TokenizerInfo(
+    return TokenizerInfo(
         model_max_length=model.max_model_len,
         vocab_size=tokenizer.vocab_size,
         bos_token=tokenizer.bos_token,
@@ -68,10 +78,6 @@ async def tokenizer_info(request: Request) -> Response:
         add_bos_token=tokenizer.add_bos,
         chat_template=None if template is None else template.source,
     )
-    return StructResponse(info)
-
-
-router.include_router(json_router)
 
 
 def _detokenize(model: ServedModel, body: DetokenizeRequest) -> bytes:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def test_a_model_is_loaded_by_its_first_request(two: SeveralModels) -> None:
     assert two.states == {"one": "unloaded", "two": "loaded"}
     assert two.complete("two").status_code == 200
     assert [type(order) for order in two.supervisor.orders] == [StartEngine]
+
+
+def test_a_request_for_the_tokenizer_loads_the_model(two: SeveralModels) -> None:
+    get = partial(httpx.get, two.url + "/tokenizer_info")
+    check_error(get(), 400)
+    assert check_error(get(params={"model": "no"}), 404)["code"] == "model_not_found"
+    assert get(params={"model": "two"}).json()["vocab_size"] > 0
+    assert two.states == {"one": "unloaded", "two": "loaded"}
+
+
+def test_the_records_of_a_model_that_is_not_loaded(two: SeveralModels) -> None:
+    error = check_error(httpx.get(two.url + "/lightwell/v1/requests", params={"model": "two"}), 503)
+    assert error["message"] == "The model `two` is not loaded. A request that runs it loads it."
+    assert two.states == {"one": "unloaded", "two": "unloaded"}
 
 
 def test_requests_that_come_together_load_it_once(two: SeveralModels) -> None:
