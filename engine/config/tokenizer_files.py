@@ -4,25 +4,39 @@ Both processes need them: the API process makes a tokenizer of them, the engine 
 """
 
 import base64
-import binascii
 import json
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from engine.config.fields import shown
+from engine.shared.gguf import short
+
+MAX_TOKEN_IDS = 1 << 20  # vocabularies in use have up to 262,144; tables have a row for each id
+MAX_SPECIAL_TOKENS = 10_000  # that a tekken.json announces; files in use have 1,000
 
 # Types of sentencepiece's pieces, which GGUF files use too.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-# Fields of sentencepiece's protobuf messages (sentencepiece_model.proto).
+# Fields of sentencepiece's protobuf messages (sentencepiece_model.proto), and the types of those that are read.
 MODEL_PIECES, MODEL_TRAINER, MODEL_NORMALIZER = 1, 2, 3
 PIECE_TEXT, PIECE_SCORE, PIECE_TYPE = 1, 2, 3
 TRAINER_MODEL_TYPE, TRAINER_SPACE_AS_SUFFIX, TRAINER_UNK_ID, TRAINER_BOS_ID, TRAINER_EOS_ID = 3, 24, 40, 41, 42
 NORMALIZER_CHARSMAP, NORMALIZER_ADD_PREFIX, NORMALIZER_REMOVE_SPACES, NORMALIZER_ESCAPE_SPACES = 2, 3, 4, 5
+MODEL_FIELDS = dict.fromkeys((MODEL_PIECES, MODEL_TRAINER, MODEL_NORMALIZER), bytes)
+PIECE_FIELDS = {PIECE_TEXT: bytes, PIECE_SCORE: float, PIECE_TYPE: int}
+TRAINER_FIELDS = dict.fromkeys((TRAINER_MODEL_TYPE, TRAINER_SPACE_AS_SUFFIX, TRAINER_BOS_ID, TRAINER_EOS_ID), int)
+NORMALIZER_FIELDS = {
+    NORMALIZER_CHARSMAP: bytes,
+    NORMALIZER_ADD_PREFIX: int,
+    NORMALIZER_REMOVE_SPACES: int,
+    NORMALIZER_ESCAPE_SPACES: int,
+}
+MAX_VARINT_BYTES = 10  # of 64 bits
 ALGORITHMS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 # The special tokens of a tekken.json that names none (before version v7).
@@ -69,29 +83,31 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Read a model file of sentencepiece. Raises ValueError if it is none."""
     try:
         return _parse_sentencepiece(path.read_bytes())
-    except (IndexError, struct.error, UnicodeDecodeError, TypeError, KeyError, _ProtobufError) as error:
+    except (IndexError, UnicodeDecodeError, KeyError, _ProtobufError) as error:
         raise ValueError(f"{path}: neither a model of sentencepiece nor ranks of tiktoken ({shown(error)})") from error
 
 
 def _parse_sentencepiece(data: bytes) -> SentencePieceModel:
-    pieces: list[Piece] = []
+    pieces: dict[str, Piece] = {}
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
-    for number, value in _fields(data):
+    for number, value in _fields(data, MODEL_FIELDS):
         if number == MODEL_PIECES:
-            piece = dict(_fields(value))
-            (score,) = struct.unpack("<f", piece.get(PIECE_SCORE, bytes(4)))
-            pieces.append(Piece(piece[PIECE_TEXT].decode(), score, piece.get(PIECE_TYPE, NORMAL)))
+            piece = dict(_fields(value, PIECE_FIELDS))
+            text = piece.get(PIECE_TEXT, b"").decode()
+            if not text or text in pieces:
+                raise _ProtobufError(f"piece {len(pieces)} {'occurs before' if text else 'is empty'}: {shown(text)}")
+            pieces[text] = Piece(text, piece.get(PIECE_SCORE, 0.0), piece.get(PIECE_TYPE, NORMAL))
         elif number == MODEL_TRAINER:
-            trainer = dict(_fields(value))
-        elif number == MODEL_NORMALIZER:
-            normalizer = dict(_fields(value))
+            trainer = dict(_fields(value, TRAINER_FIELDS))
+        else:
+            normalizer = dict(_fields(value, NORMALIZER_FIELDS))
     if not pieces:
         raise _ProtobufError("it has no pieces")
     return SentencePieceModel(
         algorithm=ALGORITHMS[trainer.get(TRAINER_MODEL_TYPE, 1)],
-        pieces=pieces,
-        unk_id=next((index for index, piece in enumerate(pieces) if piece.type == UNKNOWN), 0),
+        pieces=list(pieces.values()),
+        unk_id=next((index for index, piece in enumerate(pieces.values()) if piece.type == UNKNOWN), 0),
         bos_id=_signed(trainer.get(TRAINER_BOS_ID, 1)),
         eos_id=_signed(trainer.get(TRAINER_EOS_ID, 2)),
         charsmap=normalizer.get(NORMALIZER_CHARSMAP, b""),
@@ -106,42 +122,47 @@ class _ProtobufError(Exception):
     pass
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the fields of a protobuf message: integers as int, all others as their bytes.
+def _fields(data: bytes, types: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
+    """Yield the fields of a protobuf message that have one of `types`, by their numbers.
 
+    As in protobuf's own readers, a field of another type is an unknown one.
     https://protobuf.dev/programming-guides/encoding/
     """
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
-        wire_type = tag & 7
-        if wire_type == 0:
-            value, position = _varint(data, position)
+        value, position = _value(data, position, tag & 7)
+        if isinstance(value, types.get(tag >> 3, ())):
             yield tag >> 3, value
-            continue
-        if wire_type == 2:
-            size, position = _varint(data, position)
-        elif wire_type in (1, 5):
-            size = 8 if wire_type == 1 else 4
-        else:
-            raise _ProtobufError(f"wire type {wire_type} at byte {position}")
-        end = position + size
-        if end > len(data):
-            raise _ProtobufError(f"truncated at byte {position}")
-        yield tag >> 3, data[position:end]
-        position = end
+
+
+def _value(data: bytes, position: int, wire_type: int) -> tuple[int | float | bytes | None, int]:
+    """Return the value at a position, None if it is a number of 64 bits, and the position after it."""
+    if wire_type == 0:
+        return _varint(data, position)
+    if wire_type == 2:
+        size, position = _varint(data, position)
+    elif wire_type in (1, 5):
+        size = 8 if wire_type == 1 else 4
+    else:
+        raise _ProtobufError(f"wire type {wire_type} at byte {position}")
+    end = position + size
+    if end > len(data):
+        raise _ProtobufError(f"truncated at byte {position}")
+    if wire_type == 2:
+        return data[position:end], end
+    return struct.unpack_from("<f", data, position)[0] if wire_type == 5 else None, end
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     """Return an integer of seven bits a byte, lowest first, and the position after it."""
-    byte = data[position]
-    value, shift = byte & 127, 7
-    while byte & 128:
-        position += 1
-        byte = data[position]
-        value |= (byte & 127) << shift
-        shift += 7
-    return value, position + 1
+    value = 0
+    for index in range(MAX_VARINT_BYTES):
+        byte = data[position + index]
+        value |= (byte & 127) << 7 * index
+        if byte < 128:
+            return value, position + index + 1
+    raise _ProtobufError(f"an integer of more than {MAX_VARINT_BYTES} bytes at byte {position}")
 
 
 def _signed(value: int) -> int:
@@ -157,34 +178,75 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """Return the rank of each token, which is its id. Raises ValueError if the file has no ranks."""
-    ranks: dict[bytes, int] = {}
+    """Return the rank of each token, which is its id. Raises ValueError if the file has no ranks, or one is no id."""
+    tokens: dict[int, bytes] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
                 token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                token_id = int(rank)
+                if not 0 <= token_id < MAX_TOKEN_IDS or token_id in tokens:
+                    raise ValueError
+                tokens[token_id] = base64.b64decode(token, validate=True)
             except ValueError as error:
-                raise ValueError(f"{path}: line {number}: must be a token in base64 and its rank") from error
-    if not ranks:
+                problem = f"a token in base64 and its rank, below {MAX_TOKEN_IDS}, which no other token has"
+                raise ValueError(f"{path}: line {number}: must be {problem}") from error
+    if not tokens:
         raise ValueError(f"{path}: it has no tokens")
+    ranks = {token: rank for rank, token in tokens.items()}
+    if len(ranks) < len(tokens):
+        raise ValueError(f"{path}: {len(tokens) - len(ranks)} of {len(tokens)} tokens occur more than once")
     return ranks
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKEN_IDS)]
+
+
+class _TekkenConfig(msgspec.Struct):
+    pattern: str
+    default_vocab_size: Count
+    default_num_special_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_SPECIAL_TOKENS)]
+
+
+class _TekkenToken(msgspec.Struct):
+    rank: int
+    token_bytes: bytes
+
+
+class _TekkenSpecialToken(msgspec.Struct):
+    rank: int
+    token_str: str
+
+
+class _Tekken(msgspec.Struct):
+    config: _TekkenConfig
+    vocab: list[_TekkenToken]
+    special_tokens: list[_TekkenSpecialToken] | None = None
 
 
 def read_tekken(path: Path) -> TekkenModel:
     """Read a tekken.json, of any version. Raises ValueError if it is none."""
     try:
-        tekken = msgspec.json.decode(path.read_bytes())
-        config = tekken["config"]
-        num_special, size = config["default_num_special_tokens"], config["default_vocab_size"]
-        vocab = tekken["vocab"][: size - num_special]
-        ranks = {base64.b64decode(token["token_bytes"]): int(token["rank"]) for token in vocab}
-        named = {token["rank"]: token["token_str"] for token in tekken.get("special_tokens") or ()}
-        named = named or dict(enumerate(OLD_TEKKEN_TOKENS))
-        special_tokens = [named.get(index, f"<SPECIAL_{index}>") for index in range(num_special)]
-        return TekkenModel(str(config["pattern"]), ranks, special_tokens)
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, binascii.Error) as error:
-        raise ValueError(f"{path}: not a tokenizer of mistral-common ({shown(error)})") from error
+        return _parse_tekken(msgspec.json.decode(path.read_bytes(), type=_Tekken))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a tokenizer of mistral-common ({short(str(error))})") from error
+
+
+def _parse_tekken(tekken: _Tekken) -> TekkenModel:
+    """Return what encoding depends on. Raises ValueError if ranks are not those of the list, or tokens occur twice."""
+    num_special, size = tekken.config.default_num_special_tokens, tekken.config.default_vocab_size
+    if num_special > size:
+        raise ValueError(f"default_num_special_tokens: {num_special} of default_vocab_size {size}")
+    vocab = tekken.vocab[: size - num_special]
+    if wrong := [index for index, token in enumerate(vocab) if token.rank != index]:
+        raise ValueError(f"vocab[{wrong[0]}]: its rank must be {wrong[0]}, not {vocab[wrong[0]].rank}")
+    named = {token.rank: token.token_str for token in tekken.special_tokens or ()} or dict(enumerate(OLD_TEKKEN_TOKENS))
+    special_tokens = [named.get(index, f"<SPECIAL_{index}>") for index in range(num_special)]
+    ranks = {token.token_bytes: token.rank for token in vocab}
+    for name, tokens, kept in (("vocab", vocab, ranks), ("special_tokens", special_tokens, set(special_tokens))):
+        if len(kept) < len(tokens):
+            raise ValueError(f"{name}: {len(tokens) - len(kept)} of {len(tokens)} tokens occur more than once")
+    return TekkenModel(tekken.config.pattern, ranks, special_tokens)
 
 
 def tokenizer_file(folder: Path) -> Path | None:
@@ -213,23 +275,39 @@ def read_added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     """
     older, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     added: dict[int, dict[str, Any]] = {}
-    for text, token_id in read_json_object(older).items():
-        if not isinstance(token_id, int) or token_id < 0:
-            raise ValueError(f"{older}: {text}: must be a token id, not {shown(token_id)}")
+    for text, value in read_json_object(older).items():
+        if (token_id := _token_id(value)) is None:
+            raise ValueError(f"{older}: {short(text)}: must be a token id below {MAX_TOKEN_IDS}, not {shown(value)}")
         added[token_id] = {"content": text}
     decoder = read_json_object(config).get("added_tokens_decoder") or {}
-    for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
-        if not token_id.isdigit() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise ValueError(f"{config}: added_tokens_decoder: {token_id}: must be a token id with an object")
-        added[int(token_id)] = token
+    for key, token in decoder.items() if isinstance(decoder, dict) else ():
+        token_id = _token_id(int(key) if re.fullmatch("[0-9]{1,9}", key) else None)
+        if token_id is None or not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            problem = f"must be a token id below {MAX_TOKEN_IDS} with an object"
+            raise ValueError(f"{config}: added_tokens_decoder: {short(key)}: {problem}")
+        added[token_id] = token
     return added
+
+
+def _token_id(value: object) -> int | None:
+    """Return a value that is a token id; None if it is something else."""
+    return value if type(value) is int and 0 <= value < MAX_TOKEN_IDS else None
+
+
+def check_num_token_ids(number: int, path: Path) -> int:
+    """Return the highest token id of a tokenizer's file plus one. Raises ValueError if tables have no room for it."""
+    if not 0 < number <= MAX_TOKEN_IDS:
+        raise ValueError(f"{path}: its highest token id must be from 0 to {MAX_TOKEN_IDS - 1}, not {number - 1}")
+    return number
 
 
 def num_token_ids(folder: Path) -> int | None:
     """Return the highest token id of a folder's tokenizer plus one; None if it has no tokenizer. Raises ValueError."""
     path = tokenizer_file(folder)
-    if path is None:
-        return None
+    return None if path is None else check_num_token_ids(_num_token_ids(path), path)
+
+
+def _num_token_ids(path: Path) -> int:
     if path.name == "tokenizer.json":
         return _num_ids_of_tokenizer_json(path)
     if path.name == "tekken.json":
@@ -240,7 +318,7 @@ def num_token_ids(folder: Path) -> int | None:
         size += len(QWEN_SPECIAL_TOKENS) if path.name == "qwen.tiktoken" else 0
     else:
         size = len(read_sentencepiece(path).pieces)
-    return max([size - 1, *read_added_tokens(folder)]) + 1
+    return max([size - 1, *read_added_tokens(path.parent)]) + 1
 
 
 def _num_ids_of_tokenizer_json(path: Path) -> int:
@@ -249,5 +327,5 @@ def _num_ids_of_tokenizer_json(path: Path) -> int:
         vocab = tokenizer["model"]["vocab"]
         ids = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
         return int(1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])]))
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+    except (msgspec.DecodeError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({shown(error)})") from error

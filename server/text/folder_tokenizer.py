@@ -12,6 +12,7 @@ from engine.config.tokenizer_files import (
     QWEN_SPECIAL_TOKENS,
     UNUSED,
     Piece,
+    check_num_token_ids,
     is_tiktoken,
     read_added_tokens,
     read_json_object,
@@ -65,7 +66,7 @@ def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerConfig]:
         backend, config = _build(path, config)
     _check_unigram(backend, path)
     _mark_special(backend, _special_tokens(config))
-    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    vocab_size = check_num_token_ids(max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1, path)
     return backend, TokenizerConfig(
         bos_token=_token_text(config.get("bos_token")),
         eos_token=_token_text(config.get("eos_token")),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
+from tokenizers import decoders, models
 
 from engine.config.tokenizer_files import (
     num_token_ids,
@@ -76,8 +78,8 @@ def test_options_of_sentencepiece(options: dict[str, Any], field: str, value: ob
 
 
 def test_fields_that_protobuf_leaves_out_have_their_defaults(tmp_path: Path) -> None:
-    """One piece without score and type, an unknown field of each wire type, and nothing else."""
-    piece = b"\x0a\x02hi"
+    """One piece without text, score and type of the right types, an unknown field of each wire type, no other piece."""
+    piece = b"\x08\x01\x12\x01x\x1a\x01x\x0a\x02hi"
     unknown = b"\x98\x06\x96\x01" + b"\x99\x06" + bytes(8) + b"\x9d\x06" + bytes(4) + b"\x9a\x06\x01x"
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"\x0a" + struct.pack("B", len(piece)) + piece + unknown)
@@ -108,6 +110,10 @@ def test_random_bytes_are_refused(tmp_path: Path) -> None:
         (b"YQ== 0\nYQ==\n", "line 2: must be a token in base64 and its rank"),
         (b"YQ== 0\nY! 1\n", "line 2"),
         (b"YQ== x\n", "line 1"),
+        (b"YQ== 0\nYg== -1\n", "line 2"),
+        (b"YQ== 1048576\n", "line 1: must be a token in base64 and its rank, below 1048576"),
+        (b"YQ== 7\nYg== 7\n", "line 2: must be a token in base64 and its rank, below 1048576, which no other"),
+        (b"YQ== 7\nYg== 8\nYQ== 9\n", "1 of 3 tokens occur more than once"),
     ],
 )
 def test_ranks_that_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
@@ -116,11 +122,63 @@ def test_ranks_that_are_refused(content: bytes, message: str, tmp_path: Path) ->
         read_tiktoken(tmp_path / "a.tiktoken")
 
 
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([b"\x0a\x01a", b"\x0a\x01b", b"\x0a\x01a"], "piece 2 occurs before: 'a'"),
+        ([b"\x0a\x01a", b"\x0a\x00"], "piece 1 is empty"),
+        ([b"\x0a\x01a\x18" + b"\xff" * 10 + b"\x01"], "an integer of more than 10 bytes at byte 4"),
+        ([b"\x08\x01"], "piece 0 is empty"),
+    ],
+)
+def test_models_that_sentencepiece_refuses_too(pieces: list[bytes], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    unknown = [b"\x0a\x03unk\x18\x02", b"\x0a\x01x"]
+
+    def write(pieces: list[bytes]) -> None:
+        path.write_bytes(b"".join(b"\x0a%c%b" % (len(piece), piece) for piece in pieces))
+
+    write(unknown)
+    sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert [piece.text for piece in read_sentencepiece(path).pieces] == ["unk", "x"]
+    write([*pieces, *unknown])
+    with pytest.raises((RuntimeError, OSError)):
+        sentencepiece.SentencePieceProcessor(model_file=str(path))
+    with pytest.raises(ValueError, match=message):
+        read_sentencepiece(path)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": {}}', '{"config": 1, "vocab": []}'])
 def test_tekken_files_that_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text(content)
     with pytest.raises(ValueError, match=r"tekken\.json: not a tokenizer of mistral-common"):
         read_tekken(tmp_path / "tekken.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "parts", "message"),
+    [
+        ({"default_num_special_tokens": 10_001, "default_vocab_size": 20_000}, {}, "Expected `int` <= 10000"),
+        ({"default_num_special_tokens": -1}, {}, "Expected `int` >= 0"),
+        ({"default_vocab_size": 1 << 21}, {}, "Expected `int` <= 1048576"),
+        ({"default_vocab_size": 19}, {}, "default_num_special_tokens: 20 of default_vocab_size 19"),
+        ({}, {"vocab": [{"rank": -1, "token_bytes": "YQ=="}]}, r"vocab\[0\]: its rank must be 0, not -1"),
+        ({}, {"vocab": [{"rank": n, "token_bytes": "YQ=="} for n in (0, 1)]}, "vocab: 1 of 2 tokens occur more than"),
+        (
+            {},
+            {"special_tokens": [{"rank": n, "token_str": "<a>"} for n in (0, 5)]},
+            "special_tokens: 1 of 20 tokens occur more than once",
+        ),
+    ],
+)
+def test_fields_of_tekken_that_are_refused(
+    config: dict[str, Any], parts: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = json.loads(tekken())
+    (tmp_path / "tekken.json").write_text(json.dumps(file | parts | {"config": file["config"] | config}))
+    for read in (num_token_ids, Tokenizer.from_model):
+        with pytest.raises(ValueError, match=rf"tekken\.json: not a tokenizer of mistral-common \({message}"):
+            read(tmp_path)
 
 
 def test_the_order_of_files(tmp_path: Path) -> None:
@@ -166,6 +224,23 @@ def test_the_number_of_ids_of_a_tokenizer_json(tmp_path: Path) -> None:
     assert num_token_ids(tmp_path) == 10
 
 
+@pytest.mark.parametrize("token_id", [1 << 20, (1 << 32) - 1])
+def test_an_id_for_which_tables_have_no_room_is_refused(token_id: int, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    (tmp_path / "tokenizer.json").write_text(backend.to_str().replace('"b":1', f'"b":{token_id}'))
+    for read in (num_token_ids, Tokenizer.from_model):
+        with pytest.raises(ValueError, match=rf"its highest token id must be from 0 to 1048575, not {token_id}$"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("model", [{"vocab": {"a": -5}}, {"vocab": {"a": "5"}}, {"vocab": 5}, [], 5])
+def test_a_vocabulary_without_ids_is_refused(model: object, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: (not a tokenizer|its highest token id)"):
+        num_token_ids(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -175,8 +250,16 @@ def test_the_number_of_ids_of_a_tokenizer_json(tmp_path: Path) -> None:
             '{"added_tokens_decoder": {"1": "a"}}',
             "added_tokens_decoder: 1: must be a token id",
         ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"²": {"content": "a"}}}', "added_tokens_decoder: ²: must"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"1048576": {"content": "a"}}}',
+            "added_tokens_decoder: 1048576: must be a token id below 1048576",
+        ),
         ("tokenizer_config.json", "[]", "must contain a JSON object"),
-        ("added_tokens.json", '{"<a>": "1"}', "<a>: must be a token id, not '1'"),
+        ("added_tokens.json", '{"<a>": "1"}', "<a>: must be a token id below 1048576, not '1'"),
+        ("added_tokens.json", '{"<a>": -1}', "<a>: must be a token id below 1048576, not -1"),
+        ("added_tokens.json", '{"<a>": 1000000000}', "<a>: must be a token id below 1048576, not 1000000000"),
         ("added_tokens.json", "{", "not valid JSON"),
     ],
 )

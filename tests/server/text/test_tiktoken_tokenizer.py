@@ -48,7 +48,8 @@ def write_tiktoken(path: Path, ranks: dict[bytes, int], config: dict[str, Any] |
 
 
 def write_tekken(folder: Path, ranks: dict[bytes, int], special: list[str] | None, num_special: int = 30) -> Path:
-    vocab = [{"rank": rank, "token_bytes": base64.b64encode(token).decode()} for token, rank in ranks.items()]
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    vocab = [{"rank": rank, "token_bytes": base64.b64encode(token).decode()} for rank, token in enumerate(tokens)]
     beyond = {"rank": len(ranks), "token_bytes": base64.b64encode(b"beyond the size").decode()}
     tekken: dict[str, Any] = {
         "config": {
