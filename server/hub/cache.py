@@ -17,6 +17,7 @@ from pathlib import Path
 
 from server.hub.environment import hub_folder
 
+MAX_REF_BYTES = 100
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -30,8 +31,9 @@ class RepositoryCache:
 
     def commit(self, revision: str) -> str | None:
         """Return the commit of a branch, tag or commit as last seen, or None if it has not been."""
-        with suppress(OSError, UnicodeDecodeError):
-            return (self.folder / "refs" / revision).read_text(encoding="utf-8").strip()
+        with suppress(OSError), (self.folder / "refs" / revision).open("rb") as ref:
+            commit = ref.read(MAX_REF_BYTES).decode("ascii", "replace").strip()
+            return commit if _COMMIT.fullmatch(commit) else None
         return revision if _COMMIT.fullmatch(revision) and self.snapshot(revision).is_dir() else None
 
     def set_commit(self, revision: str, commit: str) -> None:

@@ -12,6 +12,7 @@ import msgspec
 
 from server.hub.environment import endpoint, token
 from server.hub.errors import BrokenConnectionError, HubError, HubUnreachableError
+from server.hub.names import is_inside
 
 if TYPE_CHECKING:
     import httpx
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0  # without a byte
 PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
+MAX_LISTING_BYTES = 64 << 20  # a repository of 100,000 files needs half of it
 MAX_RETRY_AFTER = 300.0  # seconds
 SHA256_HEX_DIGITS = 64
 
@@ -42,20 +44,24 @@ class Listing(NamedTuple):
     files: tuple[RemoteFile, ...]
 
 
+_Size = Annotated[int, msgspec.Meta(ge=0)]
+_Hash = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{40}|[0-9a-f]{64})\Z")]
+
+
 class _LFS(msgspec.Struct):
-    sha256: str
-    size: int
+    sha256: _Hash
+    size: _Size
 
 
 class _Entry(msgspec.Struct, rename="camel"):
     rfilename: str
-    size: int | None = None
-    blob_id: str | None = None
+    size: _Size | None = None
+    blob_id: _Hash | None = None
     lfs: _LFS | None = None
 
 
 class _ModelInfo(msgspec.Struct):
-    sha: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{40}$")]
+    sha: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{40}\Z")]
     entries: list[_Entry] = msgspec.field(default_factory=list, name="siblings")
 
 
@@ -82,7 +88,8 @@ class HubClient:
 
         url = f"{self._endpoint}/api/models/{repo}/revision/{quote(revision, safe='')}"
         try:
-            response = self._http.get(url, params={"blobs": "true"}, timeout=CONNECT_SECONDS)
+            with self._http.stream("GET", url, params={"blobs": "true"}, timeout=CONNECT_SECONDS) as response:
+                data = Content(response, 0).read(MAX_LISTING_BYTES)
         except httpx.HTTPError as error:
             raise HubUnreachableError(f"{self._endpoint} cannot be reached ({_reason(error)})") from None
         except httpx.InvalidURL as error:
@@ -91,10 +98,10 @@ class HubClient:
             raise HubUnreachableError(self._passing(response).args[0])
         self._check(response, repo)
         try:
-            info = msgspec.json.decode(response.content, type=_ModelInfo)
-        except msgspec.DecodeError:
+            info = msgspec.json.decode(data, type=_ModelInfo)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise HubUnreachableError(f"{self._endpoint} does not answer as Hugging Face's hub does") from None
-        return Listing(info.sha, tuple(_remote_file(entry) for entry in info.entries if _is_safe(entry)))
+        return Listing(info.sha, tuple(_remote_file(entry) for entry in info.entries if is_inside(entry.rfilename)))
 
     @contextmanager
     def open(self, repo: str, commit: str, path: str, start: int = 0, stop: int | None = None) -> Iterator["Content"]:
@@ -177,12 +184,6 @@ class Content:
             if len(data) >= num_bytes:
                 break
         return data[:num_bytes]
-
-
-def _is_safe(entry: _Entry) -> bool:
-    """Return whether the path stays inside the folder of the repository, and can be shown."""
-    path = entry.rfilename
-    return not path.startswith("/") and ".." not in path.split("/") and path.isprintable()
 
 
 def _remote_file(entry: _Entry) -> RemoteFile:

@@ -69,7 +69,7 @@ class Downloader:
 
     def fetch(self, file: RemoteFile) -> None:
         """Make a file complete in the cache. Raises HubError, after which another attempt continues, and OSError."""
-        if not file.etag.isalnum():
+        if not file.etag:
             raise HubError(f"the hub names no hash of {file.path}")
         blob = self._cache.blob(file.etag)
         blob.parent.mkdir(parents=True, exist_ok=True)

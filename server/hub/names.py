@@ -9,6 +9,7 @@ from server.hub.errors import HubError
 
 GGUF_SUFFIX = ".gguf"
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+MAX_PATH_LENGTH = 1024
 OTHER_KINDS = ("datasets", "spaces", "collections", "papers", "kernels", "buckets")
 
 _ID = re.compile(
@@ -37,9 +38,16 @@ def parse_hub_name(text: str) -> HubName | None:
     """
     path = _path_on_hub(text)
     name = _parse_id(text) if path is None else _parse_path(path, text)
-    if name is not None and ".." in (name.revision or ""):  # which Git does not allow either
-        raise HubError(f"{name.revision} is not the name of a branch, tag or commit")
+    revision = name and name.revision
+    if revision is not None and (not is_inside(revision) or ".." in revision):  # which Git does not allow either
+        raise HubError(f"{revision!r} is not the name of a branch, tag or commit")
     return name
+
+
+def is_inside(path: str) -> bool:
+    """Return whether a relative path stays inside its folder, and can be shown."""
+    is_short = len(path) <= MAX_PATH_LENGTH
+    return is_short and path.isprintable() and not any(part in ("", ".", "..") for part in path.split("/"))
 
 
 def _path_on_hub(text: str) -> str | None:

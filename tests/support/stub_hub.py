@@ -82,7 +82,7 @@ class StubHub:
         root = self.folder / repo
         return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
-    def listing(self, repo: str) -> dict[str, Any]:
+    def listing(self, repo: str) -> Any:
         return {"id": repo, "sha": self.commit(repo), "siblings": [self._entry(repo, p) for p in self._paths(repo)]}
 
     def _entry(self, repo: str, path: str) -> dict[str, Any]:
@@ -168,7 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
         if status := self.stub.faults.listing_status:
             self._send(status, b"", {"Retry-After": self.stub.faults.retry_after})
         elif self._has_repo(repo, revision):
-            self._send(200, json.dumps(self.stub.listing(repo)).encode(), {"Content-Type": "application/json"})
+            listing = self.stub.listing(repo)
+            data = listing if isinstance(listing, bytes) else json.dumps(listing).encode()
+            self._send(200, data, {"Content-Type": "application/json"})
 
     def _resolve(self, repo: str, revision: str, path: str) -> None:
         if not self._has_repo(repo, revision):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -328,7 +329,12 @@ def test_a_folder_is_removed(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").glob("models--*")) == []
 
 
-@pytest.mark.parametrize("answer", [["no", "hub"], {"sha": "../../up", "siblings": []}, {"sha": None}])
+DEEP = b'{"unknown":' + 100_000 * b"["
+
+
+@pytest.mark.parametrize(
+    "answer", [["no", "hub"], DEEP, {"sha": "../../up", "siblings": []}, {"sha": None}, {"sha": 40 * "a" + "\n"}]
+)
 def test_something_else_than_a_hub(hub: StubHub, monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
     monkeypatch.setattr(StubHub, "listing", lambda self, repo: answer)
     with pytest.raises(HubError, match="does not answer as Hugging Face's hub does, and org/tiny has not been"):
@@ -343,8 +349,43 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_paths_that_leave_the_folder_are_not_downloaded(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     listing = hub.listing("org/tiny-GGUF")
-    for path in ("../../up-Q4_0.gguf", "/etc/up-Q4_1.gguf", "\x1b[2Jup-Q5_0.gguf"):
+    paths = ["../../up-Q4_0.gguf", "/etc/up-Q4_1.gguf", "\x1b[2Jup-Q5_0.gguf", "a//up-Q5_1.gguf", "./up-Q8_1.gguf"]
+    for path in paths:
         listing["siblings"].append(listing["siblings"][0] | {"rfilename": path})
     monkeypatch.setattr(StubHub, "listing", lambda self, repo: listing)
     with pytest.raises(HubError, match=r"it has Q6_K, Q4_K_M, Q8_0$"):
         fetch("org/tiny-GGUF", tag="Q4_0")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"blobId": "../../../../etc/passwd"},
+        {"blobId": 64 * "z"},
+        {"size": -1},
+        {"lfs": {"sha256": "../up", "size": 1}},
+    ],
+)
+def test_entries_that_no_hub_sends(hub: StubHub, monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any]) -> None:
+    listing = {"sha": 40 * "a", "siblings": [{"rfilename": "x"} | entry]}
+    monkeypatch.setattr(StubHub, "listing", lambda self, repo: listing)
+    with pytest.raises(HubError, match="does not answer as Hugging Face's hub does"):
+        fetch("org/tiny-GGUF")
+
+
+def test_a_listing_that_does_not_end(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.hub.client.MAX_LISTING_BYTES", 100)
+    with pytest.raises(HubError, match="does not answer as Hugging Face's hub does"):
+        fetch("org/tiny-GGUF")
+
+
+@pytest.mark.parametrize("ref", [b"../../../outside", b"/etc", b"\xff", 10**6 * b"a"])
+def test_a_reference_in_the_cache_names_a_commit_or_nothing(
+    hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref: bytes
+) -> None:
+    fetch("org/tiny-GGUF")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (reference,) = (tmp_path / "cache").glob("models--org--tiny-GGUF/refs/main")
+    reference.write_bytes(ref)
+    with pytest.raises(HubError, match="org/tiny-GGUF has not been downloaded"):
+        fetch("org/tiny-GGUF")

@@ -72,6 +72,12 @@ def test_other_texts(text: str) -> None:
         ("https://huggingface.co/org/name/resolve/main/model.safetensors", "give the repository, org/name"),
         ("https://[x/org/name", "not a valid address"),
         ("org/name@../../x", "is not the name of a branch, tag or commit"),
+        ("org/name@/etc/passwd", "'/etc/passwd' is not the name of a branch, tag or commit"),
+        ("org/name@./main", "is not the name of a branch, tag or commit"),
+        ("org/name@a//b", "is not the name of a branch, tag or commit"),
+        ("https://huggingface.co/org/name/tree/%2Fetc%2Fpasswd", "'/etc/passwd' is not the name of a branch"),
+        ("https://huggingface.co/org/name/tree/a%00b", r"'a\\x00b' is not the name of a branch"),
+        ("https://huggingface.co/org/name/tree/" + 2000 * "a", "is not the name of a branch"),
         ("https://huggingface.co/org/name/tree/..%2F..%2Fx", "is not the name of a branch, tag or commit"),
     ],
 )
