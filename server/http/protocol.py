@@ -28,6 +28,7 @@ SLICE_BYTES = 16 << 10
 WRITE_BUFFER_BYTES = 16 << 10  # of what the client has not read, when writing pauses
 STALL_SECONDS = 1.0  # without an expected byte from the client, after which a request in progress can make room
 PIECE_BYTES = 4 << 10  # of a body, which are passed on together
+MAX_CHUNKS = 1 << 15  # of a chunked body, whatever its size; each takes about 5 us
 HEAD_END = b"\r\n\r\n"
 LENGTH = b"content-length:"
 VERSIONS = (b"1.0", b"1.1")
@@ -49,6 +50,7 @@ class StrictConnection(h11.Connection):
         super().__init__(h11.SERVER)
         self._receive_buffer = StrictReceiveBuffer()
         self._piece = bytearray()  # of a body
+        self._num_chunks = 0  # of a body so far
         self._end: h11.EndOfMessage | None = None  # of the body whose last piece has been returned
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -56,6 +58,7 @@ class StrictConnection(h11.Connection):
             end, self._end = self._end, None
             return end
         while isinstance(event := super().next_event(), h11.Data):
+            self._count_chunk(event)
             if not self._piece and len(event.data) >= PIECE_BYTES:
                 return event
             self._piece += event.data
@@ -65,8 +68,14 @@ class StrictConnection(h11.Connection):
             self._end = event
             return self._take_piece()
         if isinstance(event, h11.Request):
+            self._num_chunks = 0
             check_framing(event)
         return event
+
+    def _count_chunk(self, data: h11.Data) -> None:
+        self._num_chunks += data.chunk_start
+        if self._num_chunks > MAX_CHUNKS:
+            raise h11.RemoteProtocolError("too many chunks", error_status_hint=413)
 
     def _take_piece(self) -> h11.Data:
         piece, self._piece = self._piece, bytearray()
@@ -239,8 +248,12 @@ class HTTPProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
+        hint = getattr(sys.exc_info()[1], "error_status_hint", 400)
+        if hint == 431:
             self._refuse(APIError(431, "The headers of your request are too large."))
+        elif hint == 413:
+            message = f"The body of your request has more than {MAX_CHUNKS} chunks."
+            self._refuse(APIError(413, message, code="request_too_large"))
         else:  # also where h11 suggests 501, which clients would retry
             self._refuse(APIError(400, "We could not parse your HTTP request."))
 

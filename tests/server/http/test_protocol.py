@@ -252,6 +252,18 @@ def test_a_body_that_trickles_is_passed_on_in_pieces(is_chunked: bool) -> None:
     assert connection.trailing_data == (SMUGGLED, False)
 
 
+def test_a_body_in_very_many_chunks_is_413(shared_server: RunningServer) -> None:
+    """Each takes time, whatever its size. The next request begins to count anew."""
+    text = b'{"tokens": [1]}'
+    chunks = b"1\r\n \r\n" * (protocol.MAX_CHUNKS - len(text)) + b"".join(b"1\r\n%c\r\n" % byte for byte in text)
+    with shared_server.connect() as connection:
+        for more, status in ((b"", 200), (b"", 200), (b"1\r\n \r\n", 413)):
+            connection.sendall(CHUNKED.replace(b"/tokenize", b"/detokenize") + more + chunks + b"0\r\n\r\n")
+            answer = read_response(connection)
+            assert answer[0] == status
+        assert check_envelope(answer[2])["message"].endswith("more than 32768 chunks.")
+
+
 def events_of(connection: protocol.StrictConnection) -> Iterator[Any]:
     while (event := connection.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
         yield event
