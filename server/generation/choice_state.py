@@ -194,5 +194,6 @@ class ChoiceState:
             num_free = len(self._held)
         else:
             num_free = next((i for i, held in enumerate(self._held) if held.offset >= self._num_chars), len(self._held))
-        free, self._held = self._held[:num_free], self._held[num_free:]
+        free = self._held[:num_free]
+        del self._held[:num_free]  # which costs nothing if there are none, though very many may be held
         return free

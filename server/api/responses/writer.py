@@ -206,7 +206,8 @@ class ResponseWriter:
             return position.is_content is None or (position.is_content and position.content_index >= self._num_messages)
 
         num_taken = next((i for i, each in enumerate(self._positions) if is_later(each)), len(self._positions))
-        taken, self._positions = self._positions[:num_taken], self._positions[num_taken:]
+        taken = self._positions[:num_taken]
+        del self._positions[:num_taken]
         return token_logprobs(self._tokenizer, [each for each in taken if each.is_content], self._fields)
 
     def _write(self, text: str) -> Iterator[StreamEvent]:

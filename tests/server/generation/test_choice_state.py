@@ -1,6 +1,7 @@
 """Conversion of engine events to the deltas of one choice."""
 
 import math
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from server.generation.choice_state import ChoiceState
 from server.generation.endpoint import AnswerMetadata
 from server.text.tokenizer import Tokenizer
 from tests.support.deltas import NO_LOGPROBS, content, make_choice
+from tests.support.growth import check_growth
 
 EOS = 256
 
@@ -125,3 +127,13 @@ def test_minus_infinity_in_an_answer(tokenizer: Tokenizer) -> None:
         "tokens": ["A"],
         "top_logprobs": [{"B": -0.5, "C": -9999.0, "A": -9999.0}],
     }
+
+
+@pytest.mark.checklist("C24")
+def test_many_tokens_without_text_take_linear_time(tokenizer: Tokenizer) -> None:
+    """Such as control tokens, the only ones that a request may allow. Their log probabilities wait for text."""
+
+    def prepare(num_tokens: int) -> Callable[[], object]:
+        return lambda: run(make_choice(tokenizer), [[EOS]] * num_tokens, FinishReason.LENGTH, None)
+
+    check_growth(prepare, 8000)
