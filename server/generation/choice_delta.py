@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from engine.shared.messages import TokenLogprobs
+from server.http.strict_json import MAX_DEPTH, is_deeper
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI uses this value for "very unlikely"
@@ -42,12 +43,16 @@ class ToolCallDelta:
 
     @property
     def decoded_arguments(self) -> dict[str, Any]:
-        """The arguments of a whole call as an object. Other text, as of a call that was cut off, is wrapped in one."""
+        """The arguments of a whole call as an object.
+
+        Other text, as of a call that was cut off, is wrapped in one, and so is what is nested too deep for a request.
+        """
         try:
             value = msgspec.json.decode(self.arguments)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             value = None
-        return value if isinstance(value, dict) else {"arguments": self.arguments}
+        is_usable = isinstance(value, dict) and not is_deeper(value, MAX_DEPTH)
+        return value if is_usable else {"arguments": self.arguments}
 
 
 DeltaPart = AnswerPart | ToolCallDelta

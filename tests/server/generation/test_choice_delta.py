@@ -3,10 +3,19 @@
 import math
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from engine.shared.messages import TokenLogprobs
-from server.generation.choice_delta import ChoiceDelta, TokenPosition, best_choices, join_deltas, json_logprob
+from server.generation.choice_delta import (
+    ChoiceDelta,
+    TokenPosition,
+    ToolCallDelta,
+    best_choices,
+    join_deltas,
+    json_logprob,
+)
+from server.http.strict_json import MAX_DEPTH
 from tests.support.deltas import content, delta
 from tests.support.growth import check_growth
 
@@ -44,3 +53,11 @@ def test_many_deltas_are_joined_in_linear_time() -> None:
         return lambda: join_deltas(deltas)
 
     check_growth(prepare, 4000)
+
+
+@pytest.mark.parametrize("depth", [1, 98, 99, 995, 100_000])
+def test_arguments_that_are_nested_too_deep_are_text(depth: int) -> None:
+    text = '{"a": ' + "[" * depth + "]" * depth + "}"
+    arguments = ToolCallDelta(0, "id", "name", text).decoded_arguments
+    assert msgspec.json.encode(arguments)
+    assert (arguments == {"arguments": text}) == (depth >= MAX_DEPTH)
