@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -93,7 +93,8 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
     body.check(layer_heads)
     token_ids: list[int] = []
     if body.prompt is not None:
-        prompt = await access.context.run_text_work(request, encode_prompt, base, body.prompt)
+        encode = partial(encode_prompt, limit=base.max_model_len)
+        prompt = await access.context.run_text_work(request, encode, base, body.prompt)
         token_ids = prompt.token_ids
         if len(token_ids) > base.max_model_len:
             raise ContextLengthExceededError(base.max_model_len, len(token_ids), noun="prompt")

@@ -160,3 +160,5 @@ def test_it_is_off(start_server: StartServer) -> None:
 def test_a_prompt_longer_than_the_context(server: RunningServer, fake_engine: FakeEngine) -> None:
     too_long = fake_engine.config.max_model_len + 1
     assert check_error(ask(server, prompt=[97] * too_long), 400)["code"] == "context_length_exceeded"
+    error = check_error(ask(server, prompt="a" * 1_000_000), 400)
+    assert " at least " in error["message"]  # it was not tokenized
