@@ -12,6 +12,7 @@ from pydantic import (
     FiniteFloat,
     PlainValidator,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic_core import PydanticKnownError
 
@@ -29,7 +30,35 @@ MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 64  # each becomes two token sequences: with a space before it and without
 MAX_PATTERN_SIZE = 256  # tokens; every size is compared at every token
 MAX_CACHE_SALT_CHARS = 256
+MAX_TEMPLATE_OPTIONS = 128
 REQUEST_ID = "^[A-Za-z0-9._-]{1,128}$"
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Return a check that an object has at most `limit` entries, before there is an error for each invalid one."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"expected at most {limit} entries, but got {len(value)}.")
+        return value
+
+    return BeforeValidator(check)
+
+
+class ClosedObject(BaseModel):
+    """Base of the objects that allow no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown(cls, value: object) -> object:
+        """Leave out all unknown fields but the first: there is an error for each."""
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [name for name in value if name not in known]
+        return {name: value[name] for name in value if name in known or name == unknown[0]} if unknown[1:] else value
 
 
 def _check_stop(value: object) -> object:
@@ -154,10 +183,8 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
 
 
-class RepetitionFields(BaseModel):
+class RepetitionFields(ClosedObject):
     """End an answer with finish_reason `repetition` when its last tokens are copies of one pattern."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     max_pattern_size: int | None = Field(
         None, ge=0, le=MAX_PATTERN_SIZE, description="Maximum number of tokens in the pattern. Default 0: off."

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from server.http.errors import InvalidValueError, MissingParameterError
+from server.schemas.request_fields import ClosedObject
 
 MAX_PARTS = 128  # inner parts of one part
 MAX_MARKER_CHARS = 256
@@ -26,10 +27,8 @@ Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARS)]
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 
 
-class StructuralPart(BaseModel):
+class StructuralPart(ClosedObject):
     """Base class of the parts."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class ConstString(StructuralPart):

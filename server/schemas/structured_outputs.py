@@ -8,6 +8,8 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.http.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError
+from server.http.strict_json import MAX_DEPTH, describe_size, is_deeper
+from server.schemas.request_fields import ClosedObject
 from server.schemas.structural_tag import Format, JSONSchema, StructuralTag, Structures, Triggers
 
 MAX_CHOICES = 1000
@@ -30,10 +32,8 @@ ALIASES = {
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
-class JSONSchemaFormat(BaseModel):
+class JSONSchemaFormat(ClosedObject):
     """A named JSON schema. It is always followed strictly; name and description are not shown to the model."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
@@ -41,10 +41,8 @@ class JSONSchemaFormat(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(ClosedObject):
     """OpenAI's `response_format`, with the schema of llama.cpp and the structural tags of vLLM."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchemaFormat | None = Field(None, description="Only with type json_schema.")
@@ -175,7 +173,8 @@ class StructuredOutputsFields(BaseModel):
 def _canonical(constraints: Mapping[str, Any]) -> bytes:
     """Return constraints in a form in which they can be compared: schemas may be given as text, too."""
     values = dict(constraints)
-    if isinstance(text := values.get("json"), str):
+    if isinstance(text := values.get("json"), str) and describe_size([text.encode()]) is None:
         with suppress(msgspec.DecodeError, RecursionError):
-            values["json"] = msgspec.json.decode(text)
+            schema = msgspec.json.decode(text)
+            values["json"] = text if is_deeper(schema, MAX_DEPTH) else schema
     return msgspec.json.encode(values, enc_hook=repr)

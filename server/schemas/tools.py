@@ -1,13 +1,14 @@
 """The tools of a chat request, the choice among them, and the tool calls of earlier answers."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from server.http.errors import InvalidValueError
+from server.http.strict_json import describe_size
 
 MAX_TOOLS = 128
 TOOL_NAME = "^[a-zA-Z0-9_-]{1,128}$"
@@ -177,3 +178,10 @@ class ToolCall(BaseModel):
             arguments = decoded if isinstance(decoded, dict) else arguments
         call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
         return call if self.id is None else {"id": self.id} | call
+
+
+def check_arguments(calls: Iterable[ToolCall]) -> None:
+    """Raise InvalidValueError if the JSON in the arguments of all calls exceeds the limits of a request's body."""
+    if (problem := describe_size([call.function.arguments.encode() for call in calls])) is not None:
+        message = f"Invalid 'messages[].tool_calls[].function.arguments': together they have {problem}."
+        raise InvalidValueError(message, param="messages")

@@ -11,8 +11,8 @@ from server.http.errors import InvalidValueError
 from server.http.validation import echo
 from server.schemas.answers import PromptLogprobs, RequestTimings, Usage
 from server.schemas.generation_request import GenerationRequest
-from server.schemas.request_fields import NO_LIMIT, MaxTokens, NumLogprobs
-from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools, must_call
+from server.schemas.request_fields import MAX_TEMPLATE_OPTIONS, NO_LIMIT, MaxTokens, NumLogprobs, at_most
+from server.schemas.tools import ToolCall, ToolChoice, Tools, check_arguments, check_tools, must_call
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # per message
@@ -106,7 +106,11 @@ class ChatMessage(BaseModel):
         return message
 
 
-TemplateOptions = dict[str, str | bool | int | FiniteFloat | None]
+TemplateOptions = Annotated[
+    dict[str, str | bool | int | FiniteFloat | None],
+    Field(max_length=MAX_TEMPLATE_OPTIONS),
+    at_most(MAX_TEMPLATE_OPTIONS),
+]
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
@@ -189,6 +193,7 @@ class ChatCompletionRequest(GenerationRequest):
             message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
             raise InvalidValueError(message, param="max_tokens")
         check_tools(self.tools, self.tool_choice)
+        check_arguments(call for message in self.messages for call in message.tool_calls or ())
         if self.requested_outputs and must_call(self.tool_choice):
             name = next(iter(self.requested_outputs))
             message = f"Invalid '{name}': not allowed with a 'tool_choice' that forces a tool call."

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions, TokenLogprob
 from server.api.responses.custom_tools import as_function_item
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import MAX_STOPS, MaxTokens, Stop, Temperature, TopP
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, Stop, Temperature, TopP, at_most
 from server.schemas.tools import MAX_TOOLS, ToolName
 
 MAX_METADATA = 16  # entries
@@ -254,7 +254,9 @@ def _check_metadata(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), AfterValidator(_check_metadata)]
+Metadata = Annotated[
+    dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA), AfterValidator(_check_metadata)
+]
 
 
 class ResponsesRequest(BaseModel):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.http.errors import BadRequestError, InvalidJSONError, InvalidValueError
-from server.http.strict_json import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, parse_json_object
+from server.http.strict_json import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, describe_size, parse_json_object
 
 CASES = [
     b"",
@@ -100,6 +100,7 @@ BOMBS: list[Callable[[], bytes]] = [
     lambda: b'{"a":[' + b"{}," * 3_000_000 + b"1]}",
     lambda: b'{"a":[' + b"1," * 4_000_000 + b"1]}",
     lambda: b'{"a":[' + b'"",' * (MAX_ELEMENTS + 1) + b'""]}',
+    lambda: b'{"a":[' + b'"",' * 3_000_000 + b'""]}',
     lambda: b'{"' + b'":0,"'.join(b"%d" % i for i in range(800_000)) + b'":0}',
     lambda: b'{"a":"' + b'\\"' * 3_000_000 + b":" * MAX_NODES * 2,  # an unterminated string
     lambda: b'"' * 5_000_001 + b"[" * (MAX_NODES + 1),
@@ -120,6 +121,16 @@ def test_bombs_are_refused_at_once(number: int) -> None:
 def test_a_long_text_of_brackets_is_no_bomb() -> None:
     text = '{"a": [1, 2, 3, 4]}\n' * 400_000
     assert parse_json_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+def test_the_size_of_several_texts_is_that_of_all_together() -> None:
+    quoted = json.dumps('{,\\"' * 2_000_000).encode()
+    assert describe_size([quoted, quoted]) is None
+    assert describe_size([b"[]"] * MAX_NODES) is None
+    assert describe_size([b"[]"] * (MAX_NODES + 1)) == f"more than {MAX_NODES} arrays, objects and keys"
+    many = b"[1" + b",1" * (MAX_ELEMENTS // 2) + b"]"
+    assert describe_size([many, quoted, many]) is None
+    assert describe_size([many, quoted, many, b"[1,1]"]) == f"arrays with more than {MAX_ELEMENTS} elements"
 
 
 def test_a_long_prompt_of_ids_is_no_bomb() -> None:

@@ -156,6 +156,23 @@ def test_invalid_continuations(plain: RunningServer, fields: dict[str, Any]) -> 
     assert error["param"] == "continue_final_message"
 
 
+# Arguments of earlier calls.
+
+
+def earlier_call(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+def test_arguments_of_earlier_calls_have_the_limits_of_a_body(plain: RunningServer) -> None:
+    """They are JSON inside of JSON, whose size and depth the parser of the body does not see."""
+    text = json.dumps({"a": "{[:," * 40_000})
+    ask_json(plain.url, CHAT, messages=[earlier_call(text)] * 2, truncate_prompt_tokens=9)
+    half = '{"a":[' + "[]," * 50_000 + "1]}"
+    error = check_error(ask(plain.url, CHAT, messages=[earlier_call(half)] * 2), 400)
+    assert error["param"] == "messages"
+    assert "more than 100000 arrays" in error["message"]
+
+
 # BOS and echo.
 
 
