@@ -129,8 +129,9 @@ class FairQueue:
         return before + sum(min(len(some), before) for some in others)
 
     def charge(self, request: Request, num_tokens: int) -> None:
-        """Count tokens that are computed for a request."""
-        self.counters[request.tenant] += num_tokens / request.weight
+        """Count tokens that are computed for a request, or fewer than none to give them back."""
+        if request.tenant in self.counters:  # not if it has ended since, and its tenant has no other
+            self.counters[request.tenant] += num_tokens / request.weight
 
     def turns(self) -> list[list[Request]]:
         """Return the running requests of each tenant, the smallest counter first."""

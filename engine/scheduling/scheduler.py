@@ -211,13 +211,16 @@ class Scheduler:
     def _preempt(self, request: Request, draft: StepInProgress | None = None) -> None:
         """Release a request's blocks and queue it again. It later recomputes what the prefix cache has lost by then.
 
-        `draft`: the step being scheduled, which takes back the rows that were given out to it or reserved for it.
+        `draft`: the step being scheduled, which takes back the rows that were given out to it or reserved for it, and
+        what its tenant was charged for them.
         """
         if draft is not None:
             draft.preempted.append(request)
             is_pending = request.num_pending(request.kv.num_computed) > 0
             item = draft.scheduled.pop(request, None)
             draft.num_free += item.num_tokens if item is not None else int(is_pending)
+            if item is not None:
+                self.queue.charge(request, -item.num_tokens)
             request.record.take_back(self.stats.steps_total + 1)
         self.running.remove(request)
         self.kv.release(request)
@@ -300,13 +303,13 @@ class Scheduler:
     def _take_back(self, step: Step, item: Scheduled) -> None:
         request = item.request
         self.drafting.take_back(item)
+        self.queue.charge(request, len(item.draft_token_ids) - item.num_tokens)
         if request.status is not Status.RUNNING:  # ended by the step before
             return
         self.kv.truncate(request, item.num_tokens)
         request.kv.num_expected = item.start + 1 if item.is_ahead else 0
         request.rewind()
         request.record.take_back(step.step_id)
-        self.queue.charge(request, len(item.draft_token_ids) - item.num_tokens)
 
     def back_off(self, step: Step) -> list[TokenEvent]:
         """Make the next step smaller than one that was taken back. Return the event of a request that fails, if any.

@@ -445,3 +445,29 @@ def test_two_requests_that_do_not_fit_together_do_not_take_turns() -> None:
     run(rig)
     assert rig.num_preemptions <= 3
     assert second.status is first.status is Status.FINISHED
+
+
+def test_a_tenant_is_not_charged_for_rows_that_its_preempted_request_gives_back() -> None:
+    """In the third step, a request of a has its row before b finds no block for its own."""
+    rig = Rig(max_num_seqs=3, num_blocks=8)
+    for _ in range(3):
+        rig.add("a")
+    rig.add("b", num_prompt_tokens=15)
+    for _ in range(2):
+        rig.step()
+        assert rig.num_preemptions == 0
+    assert rig.step() == ["a0", "b3"]
+    assert rig.num_preemptions == 1
+    assert rig.scheduler.queue.counters == rig.served
+
+
+def test_a_tenant_is_not_charged_for_a_step_that_is_taken_back_once_its_request_has_ended() -> None:
+    rig = Rig()
+    ended = rig.add("a", num_prompt_tokens=9)
+    rig.add("b", num_prompt_tokens=5)
+    step = rig.scheduler.schedule()
+    assert step is not None
+    assert rig.scheduler.queue.counters == {"a": 9, "b": 5}
+    rig.scheduler.abort(ended.request_id)
+    rig.scheduler.take_back(step)
+    assert rig.scheduler.queue.counters == {"a": 0, "b": 0}
