@@ -219,7 +219,7 @@ class Inspector:
                 for _ in slices:
                     yield
                     blocks.check()
-                    engine.adapters.find(target.lora_fingerprint)
+                    engine.adapters.check(request.lora_slot, target.lora_fingerprint)
         return seen
 
     def _target(self, question: Inspect) -> Target:

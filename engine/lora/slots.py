@@ -82,6 +82,11 @@ class LoraAdapters:
             raise AdapterGoneError(fingerprint)
         return self._fingerprints.index(fingerprint)
 
+    def check(self, slot: int, fingerprint: str) -> None:
+        """Check that a slot still holds the weights that `find` found there. Raises AdapterGoneError."""
+        if slot != NO_LORA_SLOT and self._fingerprints[slot] != fingerprint:
+            raise AdapterGoneError(fingerprint)
+
     def check_name(self, name: str, *, replaces: bool) -> None:
         """Check that an adapter can be loaded under this name, replacing one if `replaces`. Raises AdapterError."""
         if name in self._loaded and not replaces:

@@ -19,6 +19,8 @@ from engine.core import Engine
 from engine.inspection.borrowed_blocks import BorrowedBlocks
 from engine.inspection.inspector import SHARE_OF_STEPS, Inspector
 from engine.loading import LoadedModel, load_model
+from engine.lora.checkpoint import LoraCheckpoint, LoraMatrices
+from engine.lora.slots import LoraAdapters
 from engine.scheduling.request import NO_LORA_SLOT, Step
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, Pooling, ReasoningLimit, SamplingParams, Submit
 from engine.shared.records import Inspect, Inspected, InspectionProblem, PositionView, ReadFailed
@@ -440,6 +442,39 @@ def test_an_inspection_that_takes_too_long(
     assert isinstance(reply[1], Inspected)
     assert reply[1].problem is InspectionProblem.TOO_SLOW
     assert not inspector.has_work
+
+
+def test_an_adapter_that_moves_to_another_slot(
+    models: Callable[[str, str], tuple[LoadedModel, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are still loaded, but where the inspection began to read them, there are others now."""
+    engine = new_engine(models("llama3", "default")[0])
+    adapters = LoraAdapters([], max_loras=1, max_rank=8)
+    monkeypatch.setattr(engine, "adapters", adapters)
+    matrices = {"q_proj": LoraMatrices(torch.zeros(8, 64), torch.zeros(64, 8))}
+
+    def load(name: str) -> int:
+        """Load an adapter in place of the one before, and return its slot."""
+        for adapter in adapters.loaded():
+            adapters.unload(adapter.name)
+        adapters.load(name, "", LoraCheckpoint(matrices, fingerprint=name))
+        return adapters.find(name)
+
+    inspector, slot = Inspector(engine), load("0a")
+    question = Inspect(
+        read_id=5, prompt_token_ids=random_prompt(64), lora_fingerprint="0a", max_positions=64, max_end=4096, top=3
+    )
+    assert inspector.begin(b"api", question) is None
+    for _ in range(3):
+        assert inspector.advance(0.0) is None
+    assert load("0b") != slot  # the weights of a are still there
+    assert inspector.advance(0.0) is None
+    assert load("0c") == slot
+    assert load("0a") != slot
+    reply = inspector.advance(0.0)
+    assert reply is not None
+    assert isinstance(reply[1], Inspected)
+    assert reply[1].problem is InspectionProblem.NO_ADAPTER
 
 
 def test_a_sequence_that_the_cache_cannot_hold(models: Callable[[str, str], tuple[LoadedModel, Any]]) -> None:
