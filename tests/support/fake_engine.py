@@ -294,7 +294,8 @@ class _Loop:
                 return Inspected(read_id=question.read_id, problem=InspectionProblem.NOT_FOUND)
             token_ids, ids = [*submits[0].prompt_token_ids, 98], submits[0].ids
         layer = LayerView([(97, -0.5)], 1.0, 2.0, 3.0, [[(0, 0.75)]], [])
-        end = len(token_ids) - len(ids[:1])
+        num_prompt_tokens = len(token_ids) - len(ids[:1])
+        end = min(num_prompt_tokens, question.end or num_prompt_tokens)
         stages = [StageView("logits", 3, 0, [(97, -0.5)], []), StageView("top_k", 1, 2, [(98, 0.0)], [(97, -0.5)])]
         return Inspected(
             read_id=question.read_id,
@@ -302,7 +303,7 @@ class _Loop:
             ids=ids,
             lora_name=question.lora_name,
             token_ids=token_ids,
-            num_prompt_tokens=end,
+            num_prompt_tokens=num_prompt_tokens,
             start=end - 1,
             end=end,
             num_heads=1,

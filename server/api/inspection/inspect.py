@@ -115,10 +115,29 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
         layer=body.layer,
         head=body.head,
     )
-    answer = await run_until_disconnect(request, _ask(access, question))
+    answer = await _ask_and_charge(request, access, question)
     if answer.problem is not None:
         raise _error(answer.problem, answer.num_tokens, body, question)
     return await access.respond(_inspection, base, body, answer, headers=headers)
+
+
+async def _ask_and_charge(request: Request, access: RecordAccess, question: Inspect) -> Inspected:
+    """Return the answer of the engine. The positions that it computes count as the client's prompt tokens.
+
+    For a client that leaves, those of its prompt count; how many a request has is known with the answer. Raises
+    APIError.
+    """
+    num_tokens = min(len(question.prompt_token_ids), question.end or question.max_end)
+    try:
+        answer = await run_until_disconnect(request, _ask(access, question))
+        is_computed = answer.problem in (None, InspectionProblem.TOO_SLOW)
+        num_tokens = max(num_tokens, answer.end) if is_computed else 0
+        return answer
+    except APIError:
+        num_tokens = 0
+        raise
+    finally:
+        access.tenant.account.count_prompt(num_tokens)
 
 
 async def _ask(access: RecordAccess, question: Inspect) -> Inspected:

@@ -1,5 +1,6 @@
 """`POST /lightwell/v1/inspect` over real sockets, with a fake engine. What it shows is tested with the real one."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ from engine.shared.records import InspectionProblem
 from server.api.inspection.inspect import MAX_POSITIONS
 from tests.server.api.inspection.test_routes import start, streams
 from tests.server.conftest import StartServer
+from tests.support.clients import write_keys_file
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error
 
@@ -151,6 +153,32 @@ def test_keys(start_server: StartServer, streams: list[httpx.Response]) -> None:
     check_error(ask(server, "key-b", id="mine"), 404)
     assert ask(server, "key-a", id="mine").status_code == 200
     assert ask(server, "root", id="mine").status_code == 200
+
+
+def test_positions_count_as_prompt_tokens(
+    start_server: StartServer, streams: list[httpx.Response], tmp_path: Path
+) -> None:
+    server = start_server(api_keys_file=str(write_keys_file(tmp_path, tokens_per_day=8)))
+
+    def usage(key: str) -> int:
+        (own,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
+        tokens: int = own["prompt_tokens"]
+        return tokens
+
+    assert ask(server, "a", prompt="abcd", end=2).status_code == 200
+    assert usage("a") == 2
+    assert ask(server, "a", prompt="abcd").status_code == 200
+    assert usage("a") == 6
+    for problem in (InspectionProblem.BUSY, InspectionProblem.TOO_SLOW):
+        server.engine.config.inspection_problem = problem
+        ask(server, "a", prompt="abcd")
+    assert usage("a") == 10  # what is refused costs nothing
+    assert check_error(ask(server, "a", prompt="abcd"), 429)["code"] == "insufficient_quota"
+    server.engine.config.inspection_problem = None
+    start(server, streams, "mine", "b")
+    before = usage("b")
+    end = ask(server, "b", id="mine").json()["end"]
+    assert usage("b") - before == end > 0
 
 
 def test_it_is_off(start_server: StartServer) -> None:
