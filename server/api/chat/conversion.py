@@ -22,7 +22,7 @@ from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.harmony import HarmonyFormat
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.chat_template import ChatTemplate
-from server.text.templates.harmony_prompt import harmony_messages, harmony_options, harmony_tools
+from server.text.templates.harmony_prompt import harmony_messages, harmony_options
 from server.text.templates.renderer import TemplateLimitError
 from server.text.templates.sandbox import ChatTemplateError
 from server.text.templates.tool_prompt import describe_tools
@@ -88,7 +88,7 @@ def encode_request(model: ServedModel, body: ChatCompletionRequest, *, limit: in
         messages, tools = describe_tools(messages, tools), None
     options = template_options(template, body)
     if template.is_harmony:
-        messages, tools, options = harmony_messages(messages), harmony_tools(tools), harmony_options(options)
+        messages, options = harmony_messages(messages), harmony_options(options)
     check_text_size(len(msgspec.json.encode([messages, tools, options])), model.max_model_len, "messages")
     try:
         token_ids = encode_chat(

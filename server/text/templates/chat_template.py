@@ -15,7 +15,7 @@ from server.text.templates.sandbox import ChatTemplateError
 from server.text.templates.tool_probe import NAMES as TOOL_NAMES
 from server.text.templates.tool_probe import QUESTION, Render, assistant, probe_tool_format, user
 from server.text.templates.tool_probe import TOOLS as PROBE_TOOLS
-from server.text.templates.tool_prompt import append_text
+from server.text.templates.tool_prompt import append_text, with_descriptions
 
 Message = dict[str, Any]
 
@@ -113,8 +113,19 @@ class ChatTemplate:
         extra = template_kwargs or {}
         if taken := extra.keys() & variables.keys():
             raise ChatTemplateError(f"chat_template_kwargs cannot set {min(taken)!r}.")
-        prompt = self._render({"documents": None, **extra, **variables})
+        prompt = self._render_tools({"documents": None, **extra, **variables})
         return _cut_at_end(prompt) if continue_final_message else prompt
+
+    def _render_tools(self, variables: dict[str, Any]) -> str:
+        """Render once more, with empty descriptions, if the template cannot do without those that tools lack."""
+        try:
+            return self._render(variables)
+        except ChatTemplateError:
+            tools = variables["tools"] or []
+            described = [with_descriptions(tool) for tool in tools]
+            if described == tools:
+                raise
+        return self._render({**variables, "tools": described})
 
     def close(self) -> None:
         """End the processes in which the template runs."""

@@ -37,13 +37,6 @@ def harmony_messages(messages: Sequence[Message]) -> list[Message]:
     return written + turn
 
 
-def harmony_tools(tools: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Return the tools, all with a description."""
-    if tools is None:
-        return None
-    return [{**tool, "function": {"description": "", **tool["function"]}} for tool in tools]
-
-
 def harmony_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the variables of the template, with a reasoning effort that the model knows."""
     if (effort := options.get("reasoning_effort")) in EFFORTS:

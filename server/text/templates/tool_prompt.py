@@ -1,4 +1,4 @@
-"""Tools for models whose chat template does not support them: the system message describes the tools.
+"""Tools for models whose chat template does not support them, or not all of them: the system message describes them.
 
 The instructions ask the model to write calls in the format `tool_formats.GENERIC`; earlier calls are shown in it too.
 """
@@ -26,6 +26,20 @@ def describe_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]])
     if not (written and written[0]["role"] == "system"):
         return [{"role": "system", "content": instructions}, *written]
     return [{**written[0], "content": append_text(written[0]["content"], instructions, "\n\n")}, *written[1:]]
+
+
+def with_descriptions(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool with an empty description wherever its function or a parameter has none."""
+    function = _described(tool["function"])
+    parameters = function.get("parameters", {})
+    if isinstance(properties := parameters.get("properties"), dict):
+        described = {name: _described(schema) for name, schema in properties.items()}
+        function["parameters"] = {**parameters, "properties": described}
+    return {**tool, "function": function}
+
+
+def _described(value: Any) -> Any:
+    return {"description": "", **value} if isinstance(value, dict) else value
 
 
 def _write_calls(message: Message) -> Message:

@@ -28,7 +28,7 @@ from tests.support.chat_templates import (
     user,
 )
 from tests.support.tool_model import TEMPLATE
-from tests.support.tool_templates import load_template
+from tests.support.tool_templates import NAMES, load_template
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,31 @@ def test_tools_in_the_system_message() -> None:
     assert template.render(system, tools=TOOLS) == expected.replace("<|tool|>", "Be kind.<|tool|>")
     assert template.describes_tools
     assert not chat_template(CHATML).describes_tools
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "firefunction" not in name])  # which needs variables
+def test_tools_need_no_description(name: str) -> None:
+    properties = {"city": {"type": "string"}, "days": {"type": "integer", "description": "How many"}}
+    parameters = {"type": "object", "properties": properties, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    before = copy.deepcopy(tool)
+    template = load_template(name)
+    prompt = template.render([{"role": "user", "content": "Hi"}], tools=[tool])
+    assert ("weather" in prompt) == template.describes_tools
+    assert tool == before
+
+
+def test_a_description_is_made_up_only_where_the_template_needs_one() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "f", **fields}} for fields in ({}, {"description": "x"})]
+    plain = ChatTemplate(SandboxedTemplate("{{ tools | tojson }}"), bos_token=None, eos_token=None)
+    assert json.loads(plain.render(messages, tools=tools)) == tools
+    needy = "{% for tool in tools %}{{ '//' + tool.function.description + '//' }}{% endfor %}"
+    template = ChatTemplate(SandboxedTemplate(needy), bos_token=None, eos_token=None)
+    assert template.render(messages, tools=tools) == "//////x//"
+    failing = ChatTemplate(SandboxedTemplate("{{ tools[0].no + 'x' }}"), bos_token=None, eos_token=None)
+    with pytest.raises(ChatTemplateError):
+        failing.render(messages, tools=tools)
 
 
 def test_earlier_calls_are_content_where_the_template_does_not_write_them() -> None:

@@ -20,7 +20,7 @@ from openai_harmony import (
 )
 
 from server.text.templates.chat_template import ChatTemplate
-from server.text.templates.harmony_prompt import harmony_messages, harmony_options, harmony_tools
+from server.text.templates.harmony_prompt import harmony_messages, harmony_options
 from server.text.templates.sandbox import SandboxedTemplate
 from tests.support.harmony import TEMPLATE, harmony_encoding
 
@@ -48,7 +48,7 @@ def template() -> ChatTemplate:
 def render(template: ChatTemplate, messages: list[dict[str, Any]], *, with_tools: bool, effort: str = "medium") -> str:
     return template.render(
         harmony_messages(messages),
-        tools=harmony_tools(TOOLS if with_tools else None),
+        tools=TOOLS if with_tools else None,
         template_kwargs=harmony_options({"reasoning_effort": effort}),
     )
 
@@ -203,9 +203,8 @@ def test_results_without_ids_are_in_the_order_of_the_calls(template: ChatTemplat
 
 
 def test_tools_need_no_description(template: ChatTemplate) -> None:
-    assert harmony_tools(None) is None
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert "\n// \ntype f = () => any;\n" in template.render(TURN[:1], tools=harmony_tools(tools))
+    assert "\n// \ntype f = () => any;\n" in template.render(TURN[:1], tools=tools)
 
 
 @pytest.mark.parametrize(
