@@ -1,5 +1,6 @@
 """`/v1/responses`: create, retrieve, cancel and delete responses, which are stored in the memory of this process."""
 
+import re
 from typing import Annotated
 
 import msgspec
@@ -206,7 +207,7 @@ def _index_of(items: list[dict[str, object]], item_id: str) -> int:
 
 
 def _limit(value: str) -> int:
-    if not (value.isascii() and value.isdigit() and 1 <= int(value[:4]) <= MAX_PAGE_SIZE):
+    if not (re.fullmatch("[0-9]{1,4}", value) and 1 <= int(value) <= MAX_PAGE_SIZE):
         raise InvalidValueError(f"Invalid 'limit': expected an integer from 1 to {MAX_PAGE_SIZE}.", param="limit")
     return int(value)
 

@@ -289,7 +289,13 @@ def test_input_items(tiny: RunningServer) -> None:
     assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", "msg_4", "msg_0", False)
     page = get(tiny, f"{response_id}/input_items?order=asc&limit=2&after=msg_1").json()
     assert ([item["id"] for item in page["data"]], page["has_more"]) == (["msg_2", "msg_3"], True)
-    for query, param in (("order=up", "order"), ("limit=0", "limit"), ("limit=101", "limit"), ("after=x", "after")):
+    for query, param in (
+        ("order=up", "order"),
+        ("limit=0", "limit"),
+        ("limit=101", "limit"),
+        (f"limit=0099{'9' * 5000}", "limit"),
+        ("after=x", "after"),
+    ):
         assert check_error(get(tiny, f"{response_id}/input_items?{query}"), 400)["param"] == param
 
 
