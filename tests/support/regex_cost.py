@@ -105,6 +105,8 @@ class Automaton:
         return Part(is_sure=False)
 
     def branch(self, parts: Sequence[Part]) -> Part:
+        if self.num_open and sum(part.is_nullable for part in parts) > 1:
+            self.problems.append("a repetition of what may be empty in several ways")
         return Part(
             frozenset().union(*(part.first for part in parts)),
             frozenset().union(*(part.last for part in parts)),
@@ -120,11 +122,12 @@ class Automaton:
         is_class = len(body) == 1 and body[0][0] in CLASSES
         if high != 1 and not (is_class and high <= MAX_CONSTANT and self.num_open == 0):
             self.connect(part, part)
-            if part.is_nullable:
-                self.problems.append("a repetition of what may be empty")
+        if part.is_nullable and (high != 1 or (low == 0 and self.num_open)):
+            self.problems.append("a repetition of what may be empty")
         if is_possessive and is_class:
             self.possessive |= part.first
-        return Part(part.first, part.last, part.safe, low == 0 or part.is_nullable, low == 0 or part.is_sure)
+        safe = part.safe if low <= 1 else frozenset[int]()  # not before the last of several
+        return Part(part.first, part.last, safe, low == 0 or part.is_nullable, low == 0 or part.is_sure)
 
     def reads(self, name: Any, value: Any, char: str) -> bool:
         """Return whether a character class has a character."""
