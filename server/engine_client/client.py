@@ -120,6 +120,18 @@ class EngineClient(EngineGroup):
 
     # Requests.
 
+    def submit_all(self, messages: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:
+        """Submit all of the requests or none. Raises as `submit`."""
+        streams: list[RequestStream] = []
+        try:
+            for message in messages:
+                streams.append(self.submit(message, reservation))
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
+
     def submit(self, message: Submit, reservation: Reservation | None = None) -> RequestStream:
         """Send a request, as the reservation's tenant, and return the stream of its events.
 

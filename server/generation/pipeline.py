@@ -19,8 +19,6 @@ from server.constrained.constraints import Constraint, check_constraint
 from server.context import ServerContext, get_context
 from server.engine_client.answer_budget import AnswerShare
 from server.engine_client.answer_size import least_bytes, prompt_bytes, too_large
-from server.engine_client.reservation import Reservation
-from server.engine_client.streams import RequestStream
 from server.generation.choice_delta import ChoiceAccumulator, best_choices, pace
 from server.generation.choice_state import ChoiceParser, ChoiceState
 from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
@@ -98,24 +96,38 @@ class _Started:
     num_prompt_bytes: int  # of the prompts' part of the answer
     headers: dict[str, str]  # of the response
     span: RequestSpan
+    on_end: Callable[[], None]
 
     def failure(self, error: APIError) -> bytes:
         """Return the last events of a stream that failed."""
         self.span.fail(error)
         return self.writer.failure(error)
 
+    def end(self) -> None:
+        """End the generation."""
+        self.running.close()
+        self.span.end()
+        self.on_end()
+
     def close(self) -> None:
         """End the generation, and count its answer no longer."""
-        self.running.close()
         self.share.release()
-        self.span.end()
+        self.end()
 
 
 async def respond(
-    request: Request, body: Body, endpoint: Endpoint[Body], *, stream_format: StreamFormat = SERVER_SENT_EVENTS
+    request: Request,
+    body: Body,
+    endpoint: Endpoint[Body],
+    *,
+    stream_format: StreamFormat = SERVER_SENT_EVENTS,
+    on_end: Callable[[], None] = lambda: None,
 ) -> Response:
-    """Answer a request, as JSON or as a stream. Raises APIError for errors before the first byte of the answer."""
-    job, started = await _begin(request, body, endpoint)
+    """Answer a request, as JSON or as a stream. `on_end` is called when the generation has ended.
+
+    Raises APIError for errors before the first byte of the answer.
+    """
+    job, started = await _begin(request, body, endpoint, on_end)
     request.scope["state"][LOG_FIELDS] = started.generation.log_fields
     try:
         if body.stream:
@@ -127,8 +139,7 @@ async def respond(
         started.close()
         raise
     if not body.stream:
-        started.running.close()
-        started.span.end()
+        started.end()
         return AnswerResponse(content, started.share, started.headers)
     return sse_response(
         _stream(job, started),
@@ -148,7 +159,7 @@ async def start_in_background(
     `on_end` is called when the task is done. Returns the metadata of the answer and the headers of the response to the
     client. Raises APIError for errors before the generation starts.
     """
-    job, started = await _begin(request, body, endpoint)
+    job, started = await _begin(request, body, endpoint, on_end)
     started.generation.reservation.is_answered = True
     account = job.tenant.account
 
@@ -170,7 +181,6 @@ async def start_in_background(
             started.close()
             fields = {**started.generation.log_fields(), "request_id": job.request_id}
             logger.info("%s ended in the background", job.metadata.id, extra={"fields": fields})
-            on_end()
 
     task = asyncio.create_task(generate())
     job.context.background_tasks.add(task)
@@ -259,19 +269,21 @@ def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
     return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": job.model.base.deterministic, **warnings}
 
 
-async def _begin(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[_Job[Body], _Started]:
+async def _begin(
+    request: Request, body: Body, endpoint: Endpoint[Body], on_end: Callable[[], None]
+) -> tuple[_Job[Body], _Started]:
     """Validate a request and submit it to the engine. Raises APIError."""
     span = RequestSpan(request, body, endpoint.operation)
     try:
         job = await _validate(request, body, endpoint)
-        return job, await _start(job, span)
+        return job, await _start(job, span, on_end)
     except BaseException as error:
         span.fail(error)
         span.end()
         raise
 
 
-async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
+async def _start(job: _Job[Body], span: RequestSpan, on_end: Callable[[], None]) -> _Started:
     """Reserve capacity, tokenize the request and submit it to the engine.
 
     Capacity is reserved first: a request that exceeds it must be refused before time is spent on tokenizing it.
@@ -292,7 +304,7 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
         recording = None
         if context.recordings.max_requests:
             recording = Recording(prepared.submits, job.ids, job.tenant.owner, base.name)
-        streams = _submit_all(base, prepared.submits if recording is None else recording.submits, reservation)
+        streams = base.client.submit_all(prepared.submits if recording is None else recording.submits, reservation)
     generation = Generation(
         prompts,
         streams,
@@ -312,7 +324,7 @@ async def _start(job: _Job[Body], span: RequestSpan) -> _Started:
         on_close = partial(context.recordings.add, recording)
     running = context.running.add(generation, *job.ids, owner=job.tenant.owner, on_close=on_close)
     writer = job.endpoint.writer(base, body, job.metadata, prompts)
-    return _Started(generation, running, writer, share, num_prompt_bytes, _headers(job, prepared), span)
+    return _Started(generation, running, writer, share, num_prompt_bytes, _headers(job, prepared), span, on_end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,19 +414,6 @@ def _make_submit(
         ids=job.ids,
         prompt=index,
     )
-
-
-def _submit_all(model: ServedModel, submits: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:
-    """Submit all of the prompts or none."""
-    streams: list[RequestStream] = []
-    try:
-        for submit in submits:
-            streams.append(model.client.submit(submit, reservation))
-    except BaseException:
-        for stream in streams:
-            stream.close()
-        raise
-    return streams
 
 
 def _make_choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceState:

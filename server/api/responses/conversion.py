@@ -40,7 +40,7 @@ from server.api.responses.schemas import (
     TextConfig,
     UnsupportedTool,
 )
-from server.api.responses.store import ResponseStore, StoredResponse
+from server.api.responses.store import ResponseStore, StoredResponse, encode_each
 from server.api.responses.truncation import encode_newest
 from server.api.responses.writer import ResponseWriter
 from server.constrained.constraints import Constraint
@@ -116,7 +116,8 @@ def _referenced(item_id: str, param: str, store: ResponseStore, owner: str) -> d
             f"Item with id '{clip(item_id)}' not found. Items are kept as long as a stored response contains them."
         )
         raise InvalidValueError(message, param=param)
-    return item
+    found: dict[str, Any] = msgspec.json.decode(item)
+    return found
 
 
 def _full_item(item: FullInputItem) -> dict[str, Any]:
@@ -312,7 +313,7 @@ class ResponsesEndpoint:
     ) -> None:
         """`items` are the input items of this request of `owner`, without those of the `previous` response."""
         self._body = body
-        self._items = items
+        self._items = encode_each(items)
         self._previous = previous
         self._store = store
         self._owner = owner
@@ -353,10 +354,12 @@ class ResponsesEndpoint:
         )
 
     def end(self) -> None:
-        """Close the event log after generating in the background, successfully or not."""
-        if self._stored is not None and self._stored.events is not None:
+        """Close the event log and keep the answer as JSON, whether it was generated successfully or not."""
+        if self._stored is None:
+            return
+        if self._stored.events is not None:
             self._stored.events.close()
-            self._store.count_events(self._stored)
+        self._store.end(self._stored)
 
 
 def new_response(body: ResponsesRequest, metadata: AnswerMetadata, defaults: Any) -> ResponseObject:

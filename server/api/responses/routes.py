@@ -55,7 +55,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     chat, endpoint = await _convert(request, body, model)
     with renamed_errors(error_names(body)):
         if not body.background:
-            return await respond(request, chat, endpoint)
+            return await respond(request, chat, endpoint, on_end=endpoint.end)
         metadata, headers = await start_in_background(request, chat, endpoint, endpoint.end)
     stored = get_response_store(request).get(metadata.id, get_owner(request))
     if stored is None:
@@ -64,7 +64,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
         raise InvalidValueError(message, param="background")
     if stored.events is not None:
         return _follow(request, stored.events, headers=headers)
-    return StructResponse(stored.response, headers=headers)
+    return context.long_answer(request, stored.to_json(), headers=headers)
 
 
 @json_router.post("/v1/responses/input_tokens")
@@ -95,7 +95,7 @@ def _to_chat(
     store, owner = get_response_store(request), get_owner(request)
     items = input_items(body, store, owner)
     with renamed_errors(error_names(body)):
-        conversation = [*(previous.items if previous else ()), *items]
+        conversation = [*map(msgspec.json.decode, previous.items if previous else ()), *items]
         chat = to_chat(body, conversation, ignored_fields(body, model.chat_template))
     note_text_size(request, sum(len(message.text) for message in chat.messages))
     return chat, ResponsesEndpoint(body, items, previous, store, owner)
@@ -119,7 +119,7 @@ async def retrieve_response(
         message = "The 'starting_after' parameter is only allowed when 'stream' is enabled."
         raise InvalidValueError(message, param="starting_after")
     if not stream:
-        return get_context(request).long_answer(request, msgspec.json.encode(stored.response))
+        return get_context(request).long_answer(request, stored.to_json())
     if stored.events is None:
         message = "Invalid 'stream': the response was not created with both 'background' and 'stream'."
         raise InvalidValueError(message, param="stream")
@@ -153,7 +153,7 @@ async def list_input_items(request: Request, response_id: str) -> Response:
     if (after := query.get("after")) is not None:
         items = items[_index_of(items, after) + 1 :]
     limit = _limit(query.get("limit", str(DEFAULT_PAGE_SIZE)))
-    page = items[:limit]
+    page = [msgspec.json.decode(item) for item in items[:limit]]
     first, last = (page[0]["id"], page[-1]["id"]) if page else ("", "")
     answer = ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit)
     return get_context(request).long_answer(request, msgspec.json.encode(answer))
@@ -163,12 +163,12 @@ async def list_input_items(request: Request, response_id: str) -> Response:
 async def cancel_response(request: Request, response_id: str) -> Response:
     """Cancel a response that is being generated. Its output so far stays stored."""
     context = get_context(request)
-    response = _find(request, response_id).response
-    if context.running.cancel(response_id, get_owner(request)):
-        response.status = "cancelled"
-    elif not response.background:
+    stored = _find(request, response_id)
+    if context.running.cancel(response_id, get_owner(request)) and stored.response is not None:
+        stored.response.status = "cancelled"
+    elif not stored.is_background:
         raise BadRequestError("Cannot cancel a synchronous response.")
-    return context.long_answer(request, msgspec.json.encode(response))
+    return context.long_answer(request, stored.to_json())
 
 
 @router.delete("/v1/responses/{response_id}")
@@ -184,24 +184,22 @@ def _find(request: Request, response_id: str) -> StoredResponse:
     stored = get_response_store(request).get(response_id, get_owner(request))
     if stored is None:
         raise ResponseNotFoundError(response_id)
-    if stored.response.status == "in_progress" and (stored.owner, response_id) not in get_context(request).running:
-        stored.response.status = "cancelled"  # its client disconnected
     return stored
 
 
 def _previous(request: Request, response_id: str) -> StoredResponse:
-    if get_response_store(request).get(response_id, get_owner(request)) is None:
+    stored = get_response_store(request).get(response_id, get_owner(request))
+    if stored is None:
         raise PreviousResponseNotFoundError(response_id)
-    stored = _find(request, response_id)
-    if stored.response.status == "in_progress":
+    if stored.is_in_progress:
         message = "Invalid 'previous_response_id': that response is still being generated."
         raise InvalidValueError(message, param="previous_response_id")
     return stored
 
 
-def _index_of(items: list[dict[str, object]], item_id: str) -> int:
+def _index_of(items: list[bytes], item_id: str) -> int:
     for index, item in enumerate(items):
-        if item["id"] == item_id:
+        if msgspec.json.decode(item)["id"] == item_id:
             return index
     raise InvalidValueError("Invalid 'after': the response has no item with that id.", param="after")
 

@@ -86,6 +86,8 @@ class ResponseWriter:
     ) -> None:
         """`store` is None if the response is not to be stored; `custom_tools` are names."""
         self._tokenizer = tokenizer
+        assert stored.response is not None
+        self.response = stored.response
         self._stored = stored
         self._store = store
         self._with_logprobs = with_logprobs
@@ -98,10 +100,6 @@ class ResponseWriter:
         self._open: tuple[str, int] | None = None  # type of the growing item, and index of its tool call
         self._finish_reason = "stop"
         self._positions: list[TokenPosition] = []  # tokens whose log probabilities are not in the output yet
-
-    @property
-    def response(self) -> ResponseObject:
-        return self._stored.response
 
     def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
         """Return the encoded events. Raises ResponseGoneError if the event log was dropped, which leaves no reader."""

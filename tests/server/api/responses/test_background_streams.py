@@ -291,13 +291,13 @@ def test_events_count(start_server: StartServer, fake_engine: FakeEngine) -> Non
     """Event logs count as memory, and the oldest are dropped."""
     fake_engine.config.endless = True
     fake_engine.config.step_seconds = 0.001
-    server = start_server(stored_responses_memory=20_000)
+    server = start_server(stored_responses_memory=40_000)
     num_kept = []
     for background in (False, True):
         ids = []
         for _ in range(20):
             ids.append(ask_events(server, background=background, max_output_tokens=100)[-1]["response"]["id"])
-            assert 0 < server.response_store.num_bytes <= 20_000
+            assert 0 < server.response_store.num_bytes <= 40_000
         kept = [get(server, each).status_code == 200 for each in ids]
         assert kept == sorted(kept)
         num_kept.append(sum(kept))

@@ -1,6 +1,8 @@
 """The response store against a plain model: limits on number and size, and the order of eviction."""
 
+import gc
 import random
+import tracemalloc
 
 import msgspec
 import pytest
@@ -8,22 +10,41 @@ import pytest
 from server.api.responses.conversion import new_response
 from server.api.responses.event_log import EventLog
 from server.api.responses.schemas import MessageItem, OutputText, ResponsesRequest
-from server.api.responses.store import ResponseStore, StoredResponse
+from server.api.responses.store import (
+    FOUND_BYTES,
+    ITEM_BYTES,
+    RESPONSE_BYTES,
+    ResponseStore,
+    StoredResponse,
+    encode_each,
+)
 from server.generation.endpoint import AnswerMetadata
 from server.tenants import EVERYBODY
+
+LIMIT = 60_000
 
 
 def make(number: int, size: int, earlier: StoredResponse | None = None, owner: str = EVERYBODY) -> StoredResponse:
     request = ResponsesRequest.model_validate({"model": "m", "input": "x"})
     stored = StoredResponse(
         new_response(request, AnswerMetadata(f"resp_{number}", 1, "m", "fp"), {}),
-        [{"id": item_id("msg", number), "type": "message", "role": "user", "content": "x" * size}],
+        [message(item_id("msg", number), "x" * size)],
         earlier.items if earlier else [],
         EventLog(f"resp_{number}") if number % 3 == 0 else None,
         owner,
     )
-    stored.response.output.append(MessageItem(id=item_id("out", number), content=[OutputText("y")]))
+    add_output(stored, item_id("out", number), "y")
     return stored
+
+
+def message(item_id: str, text: str) -> bytes:
+    (item,) = encode_each([{"id": item_id, "type": "message", "role": "user", "content": text}])
+    return item
+
+
+def add_output(stored: StoredResponse, item_id: str, text: str) -> None:
+    assert stored.response is not None
+    stored.response.output.append(MessageItem(id=item_id, content=[OutputText(text)]))
 
 
 def item_id(kind: str, number: int) -> str:
@@ -33,17 +54,20 @@ def item_id(kind: str, number: int) -> str:
 
 def size_of(stored: StoredResponse) -> int:
     num_event_bytes = stored.events.num_bytes if stored.events is not None else 0
-    return len(msgspec.json.encode((stored.items, stored.response))) + num_event_bytes
+    num_json_bytes = len(msgspec.json.encode(msgspec.json.decode(stored.to_json()) | {"output": []}))
+    items = stored.items
+    num_json_bytes += sum(map(len, items))
+    return RESPONSE_BYTES + ITEM_BYTES * len(items) + 2 * FOUND_BYTES + num_json_bytes + num_event_bytes
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_against_a_list(seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
-    store, model, made = ResponseStore(8, 20_000), list[StoredResponse](), list[StoredResponse]()
+    store, model, made = ResponseStore(8, LIMIT), list[StoredResponse](), list[StoredResponse]()
     for number in range(300):
         action, target = rng.random(), f"resp_{rng.randrange(number + 1)}"
-        found = next((each for each in model if each.response.id == target), None)
+        found = next((each for each in model if each.id == target), None)
         if action < 0.2:
             assert store.get(target) is found
             model += [model.pop(model.index(found))] if found else []
@@ -61,10 +85,12 @@ def test_against_a_list(seed: int) -> None:
             model.remove(found)
             model = fit([*model, found])
         else:
-            stored = make(number, rng.randrange(4000), found)
+            stored = make(number, rng.randrange(8000), found)
             made.append(stored)
             store.put(stored)
             model = fit([*model, stored])
+            if rng.random() < 0.5:
+                store.end(stored)
         assert (len(store), store.num_bytes) == (len(model), sum(map(size_of, model)))
         for each in made:
             assert each.events is None or each.events.is_dropped is (each not in model)
@@ -72,9 +98,9 @@ def test_against_a_list(seed: int) -> None:
 
 def fit(model: list[StoredResponse]) -> list[StoredResponse]:
     """Return the responses that remain after the last one was used."""
-    if size_of(model[-1]) > 20_000:
+    if size_of(model[-1]) > LIMIT:
         return model[:-1]
-    while len(model) > 8 or sum(map(size_of, model)) > 20_000:
+    while len(model) > 8 or sum(map(size_of, model)) > LIMIT:
         model = model[1:]
     return model
 
@@ -92,30 +118,89 @@ def test_an_item_of_several_responses_stays_until_the_last_one_goes() -> None:
 
 def test_an_item_of_an_answer_is_there_once_it_is_stored() -> None:
     store, stored = ResponseStore(2, 10_000), make(1, 1)
-    output = stored.response.output
-    stored.response.output = []
+    assert stored.response is not None
+    output, stored.response.output = stored.response.output, []
     store.put(stored)
     stored.response.output = output
     assert store.item(item_id("out", 1)) is None
     store.put(stored)
-    assert (store.item(item_id("out", 1)) or {})["content"][0]["text"] == "y"
+    assert msgspec.json.decode(store.item(item_id("out", 1)) or b"")["content"][0]["text"] == "y"
 
 
 def test_ids_that_clients_choose_are_not_found() -> None:
     """Ids chosen by clients can be guessed by others."""
     store, stored = ResponseStore(2, 10_000), make(1, 1)
-    stored.input_items[0]["id"] = "msg_1"
+    stored.input_items = [message("msg_1", "x")]
     store.put(stored)
     assert store.item("msg_1") is None
     assert store.item(item_id("out", 1)) is not None
 
 
+def test_a_response_stays_as_it_was_when_it_ended() -> None:
+    store, stored = ResponseStore(2, 10_000), make(1, 1)
+    store.put(stored)
+    assert msgspec.json.decode(stored.to_json())["status"] == "in_progress"
+    add_output(stored, item_id("out", 2), "z")
+    before = msgspec.json.decode(stored.to_json())
+    items = stored.items
+    store.end(stored)
+    after = msgspec.json.decode(stored.to_json())
+    assert list(after) == list(before)
+    assert after == before | {"status": "cancelled"}  # nothing was stored when it was complete
+    assert stored.items == items
+    assert store.item(item_id("out", 2)) == items[-1]
+    assert store.num_bytes == size_of(stored) + FOUND_BYTES
+
+
+def test_a_response_that_was_deleted_is_not_stored_again_at_its_end() -> None:
+    store, stored = ResponseStore(2, 10_000), make(1, 1)
+    store.put(stored)
+    store.delete("resp_1")
+    store.end(stored)
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(("num_items", "size"), [(1, 1), (1, 5000), (300, 1), (300, 400)])
+def test_what_is_counted_is_what_it_takes(num_items: int, size: int) -> None:
+    """Also of small items, whose objects would be several times as large; and few objects are left for the collector.
+
+    A conversation has several responses, whose common items count for each.
+    """
+
+    def add(number: int, earlier: StoredResponse | None) -> StoredResponse:
+        stored = make(number, size, earlier)
+        stored.events = None
+        stored.input_items += [message(item_id("in", number * 1000 + n), "x" * size) for n in range(num_items - 1)]
+        store.put(stored)
+        store.end(stored)
+        return stored
+
+    store = ResponseStore(1000, 1 << 30)
+    add(0, None)  # what is imported and made once
+    tracemalloc.start()
+    try:
+        gc.collect()
+        before, num_objects = tracemalloc.get_traced_memory()[0], len(gc.get_objects())
+        counted = -store.num_bytes
+        for number in range(1, 60, 2):
+            add(number + 1, add(number, None))
+        gc.collect()
+        taken = tracemalloc.get_traced_memory()[0] - before
+        num_objects = len(gc.get_objects()) - num_objects
+    finally:
+        tracemalloc.stop()
+    counted += store.num_bytes
+    shared = sum(len(store._by_id[EVERYBODY, f"resp_{n}"].earlier_items) for n in range(1, 61)) * size
+    assert 0.3 * (counted - shared) < taken < counted
+    assert num_objects < 60 * (12 + 3 * num_items)
+
+
 def test_too_large_responses_evict_no_others() -> None:
-    store = ResponseStore(3, 5_000)
+    store = ResponseStore(3, 10_000)
     store.put(make(1, 1))
-    store.put(make(2, 6_000))
+    store.put(make(2, 10_000))
     assert [store.get(f"resp_{number}") is None for number in (1, 2)] == [False, True]
-    grown = make(1, 6_000)
+    grown = make(1, 10_000)
     store.put(grown)
     assert (len(store), store.num_bytes) == (0, 0)
 
@@ -125,25 +210,25 @@ def test_a_conversation() -> None:
     second = make(2, 1, first)
     third = make(3, 1, second)
     expected = [item_id(kind, number) for number in (1, 2, 3) for kind in ("msg", "out")]
-    assert [item["id"] for item in third.items] == expected
+    assert [msgspec.json.decode(item)["id"] for item in third.items] == expected
 
 
 def test_a_response_that_grows_is_counted_anew() -> None:
     store, stored = ResponseStore(2, 10_000), make(1, 10)
     store.put(stored)
     before = store.num_bytes
-    stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 100)]))
+    add_output(stored, "more", "z" * 100)
     store.put(stored)
     assert (len(store), store.num_bytes) == (1, size_of(stored))
-    assert store.num_bytes > before + 200  # counted in the response and in the conversation
-    stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 20_000)]))
+    assert store.num_bytes > before + 100
+    add_output(stored, "more", "z" * 20_000)
     store.put(stored)
     assert (len(store), store.num_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("size", [1, 3000])  # the number is the limit, or the size
 def test_one_owner_does_not_push_out_what_others_have_stored(size: int) -> None:
-    store = ResponseStore(20, 50_000)
+    store = ResponseStore(20, 20 * RESPONSE_BYTES + 50_000)
     for number in range(2):
         store.put(make(number, size, owner="bob"))
     for number in range(2, 100):
