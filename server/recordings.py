@@ -14,6 +14,7 @@ NUM_TOP = 5  # top log probabilities recorded for each token of a request that a
 MAX_BYTES = 64 << 20  # of all recordings
 TOKEN_BYTES = 250  # of a token of a prompt or an output, and the log probability of the latter
 ALTERNATIVE_BYTES = 8  # of a token id and its log probability
+PARAMS_FACTOR = 12  # of the memory of a request's parameters, such as lists of token ids, to their size as a message
 
 
 @dataclass(slots=True)
@@ -47,7 +48,9 @@ class Recording:
         self.hides_logprobs = submits[0].params.logprobs is None
         self.submits = [_with_logprobs(submit) for submit in submits]
         self.choices = [[RecordedChoice() for _ in range(submit.n)] for submit in submits]
-        self.num_bytes = TOKEN_BYTES * sum(len(submit.prompt_token_ids) for submit in submits)  # estimated
+        num_tokens = sum(len(submit.prompt_token_ids) for submit in submits)
+        num_param_bytes = len(msgspec.msgpack.encode(submits[0].params))  # which all have in common
+        self.num_bytes = TOKEN_BYTES * num_tokens + PARAMS_FACTOR * num_param_bytes  # estimated
         self.is_abandoned = False
         self.on_growth: Callable[[int], None] = lambda num_bytes: None
 

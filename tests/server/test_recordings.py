@@ -1,5 +1,7 @@
 """Tests of recordings, and of replays that differ from them."""
 
+import sys
+
 import httpx
 import pytest
 
@@ -14,7 +16,7 @@ from tests.support.serving import check_error
 ENTRY = TokenLogprobs.pack(-1.0, 2, [3], [-0.5])
 
 
-def submit(num_tokens: int = 3, **params: int) -> Submit:
+def submit(num_tokens: int = 3, **params: object) -> Submit:
     settings = SamplingParams(max_tokens=9, **params)  # type: ignore[arg-type]
     return Submit(request_id="r", prompt_token_ids=[1] * num_tokens, params=settings, arrival=0.0, n=2)
 
@@ -59,19 +61,29 @@ def test_log_probabilities_count() -> None:
     assert recording.num_bytes - empty >= 50_000 * 8
 
 
+def test_parameters_count() -> None:
+    """A list of token ids takes the memory of its numbers, once for all prompts."""
+    allowed = tuple(range(1000, 51_000))
+    few, many = (
+        Recording([submit(1), submit(1)]),
+        Recording([submit(1, allowed_token_ids=allowed), submit(1, allowed_token_ids=allowed)]),
+    )
+    assert many.num_bytes - few.num_bytes > sum(map(sys.getsizeof, allowed)) + sys.getsizeof(allowed)
+
+
 def test_many_bytes_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recordings, "MAX_BYTES", 100 * recordings.TOKEN_BYTES)
+    monkeypatch.setattr(recordings, "MAX_BYTES", 102 * recordings.TOKEN_BYTES)
     kept = Recordings(9)
     for number, num_tokens in enumerate((60, 40, 1)):
         kept.add(Recording([submit(num_tokens)], ids=(f"r{number}",)))
     assert [kept.get(f"r{number}") is None for number in range(3)] == [True, False, False]
-    kept.add(Recording([submit(101)], ids=("large",)))
+    kept.add(Recording([submit(103)], ids=("large",)))
     assert len(kept) == 0
     assert kept.get("large") is None
 
 
 def test_recordings_of_running_requests_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recordings, "MAX_BYTES", 100 * recordings.TOKEN_BYTES)
+    monkeypatch.setattr(recordings, "MAX_BYTES", 102 * recordings.TOKEN_BYTES)
     kept = Recordings(9)
     kept.add(Recording([submit(60)], ids=("ended",)))
     small, large = (Recording([submit(num_tokens)], ids=(f"r{num_tokens}",)) for num_tokens in (10, 20))
