@@ -20,6 +20,7 @@ from server.settings.setting import SettingsError
 from server.settings.suggestions import did_you_mean
 from server.settings.table import ADAPTER_NAME
 from server.settings.value_types import BOOLEAN, ValueType, integer, number, pattern
+from server.settings.yaml_file import read_yaml
 from server.tenants import Tenant
 
 MAX_FILE_SIZE = 4 << 20  # bytes
@@ -45,7 +46,7 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         mapping = super().construct_mapping(node, deep=deep)
         if len(mapping) < len(node.value):
-            raise yaml.MarkedYAMLError(problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem="a name is repeated", problem_mark=node.start_mark)
         return mapping
 
 
@@ -67,20 +68,7 @@ def read_keys_file(path: Path, *, has_own_cache: bool) -> list[tuple[bytes, Tena
 
 
 def _parse(path: Path) -> object:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_SIZE + 1)
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) > MAX_FILE_SIZE:
-        raise SettingsError(f"{path}: larger than {MAX_FILE_SIZE} bytes")
-    try:
-        return yaml.load(data, _Loader)  # constructs text, lists and dicts alone
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SettingsError(f"{path}: invalid YAML, or a repeated name,{line}") from None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise SettingsError(f"{path}: invalid YAML") from None
+    return read_yaml(path, _Loader, lambda loader, root: root and loader.construct_document(root), MAX_FILE_SIZE)
 
 
 def _add_tenant(where: str, name: str, fields: object, by_digest: dict[bytes, Tenant], *, has_own_cache: bool) -> None:

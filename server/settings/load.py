@@ -4,6 +4,7 @@ import ipaddress
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 from server.settings.setting import ENV_PREFIX, SettingsError
 from server.settings.suggestions import did_you_mean
 from server.settings.table import CONFIG_VARIABLE, OF_A_MODEL, OTHER_VARIABLES, SETTINGS, Settings
+from server.settings.yaml_file import read_yaml
 
+MAX_FILE_BYTES = 1 << 20
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")  # LIGHTWELL_PORT=tcp://10.0.0.1:8000
 _MODELS = frozenset({"model", "models"})
 _LINKS = " (Kubernetes sets it for a Service named lightwell; disable that with enableServiceLinks: false)"
@@ -129,24 +132,25 @@ def _load_yaml(path: Path) -> list[tuple[object, object]]:
     """Return the key-value pairs of the file's top-level mapping, repeated keys included."""
     import yaml
 
-    try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
+    class Loader(yaml.SafeLoader):
+        """Refuses integers that no setting has and that cannot be shown."""
+
+        def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+            if abs(value := int(super().construct_yaml_int(node))) < 1 << 64:
+                return value
+            raise yaml.MarkedYAMLError(problem="the number is too large", problem_mark=node.start_mark)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+
+    def pairs(loader: Loader, root: yaml.Node | None) -> list[tuple[object, object]]:
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
             raise SettingsError(f"{path}: expected a mapping of settings to values")
-        return [
-            (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True))
-            for key, value in root.value
-        ]
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:  # str(error) would quote the line, which may hold an API key
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise SettingsError(f"{path}: invalid YAML: line {line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise SettingsError(f"{path}: invalid YAML: the file contains invalid characters") from None
+        construct = partial(loader.construct_object, deep=True)
+        return [(construct(key), construct(value)) for key, value in root.value]
+
+    return read_yaml(path, Loader, pairs, MAX_FILE_BYTES)
 
 
 def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]]:

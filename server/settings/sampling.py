@@ -71,7 +71,7 @@ def _pairs(text: str) -> dict[str, Any]:
 def _json(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         raise ValueError from None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from server.settings.value_types import ExplainedError, ValueType, format_size
 
 ENV_PREFIX = "LIGHTWELL_"
+MAX_SHOWN = 200  # characters of an invalid value
 
 
 class SettingsError(ValueError):
@@ -66,7 +67,7 @@ class Setting:
         except ExplainedError as error:
             raise SettingsError(f"{source}: {error}") from None
         except ValueError:
-            got = "" if self.secret else f", got {value!r}"
+            got = "" if self.secret else f", got {_shown(value)}"
             hint = ": put it in quotes" if self._would_accept_text_of(value) else ""
             raise SettingsError(f"{source}: expected {self.value_type.expected}{got}{hint}") from None
 
@@ -78,6 +79,12 @@ class Setting:
         except ValueError:
             return False
         return text != value
+
+
+def _shown(value: object) -> str:
+    """Return a value as the user may have written it, or its beginning if it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _as_text(value: object) -> object:

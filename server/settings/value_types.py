@@ -66,7 +66,10 @@ def _boolean(value: object) -> bool:
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond all numbers
+        raise ValueError from None
     if not math.isfinite(number):
         raise ValueError
     return number
