@@ -44,7 +44,7 @@ def registered_servers() -> list[RunningServer]:
     """
     files: list[tuple[float, RunningServer]] = []
     for path in folder().glob("*.json"):
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
             if not Path(f"/proc/{path.stem}").exists():
                 path.unlink()
             elif (status := path.stat()).st_uid == os.getuid():

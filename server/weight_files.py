@@ -1,16 +1,17 @@
 """Describes the weights of a model from the headers of its files, without reading the weights."""
 
-import json
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+import msgspec
+
+from engine.config.json_file import MAX_BYTES, parse_json_object
 from engine.shared.ggml import GGML_TYPES
-from engine.shared.gguf import GGUFFile, split_paths
+from engine.shared.gguf import GGUFFile, short, split_paths
 
 
 class WeightFiles(NamedTuple):
@@ -20,6 +21,13 @@ class WeightFiles(NamedTuple):
     num_bytes: int
     num_parameters: int
     number_format: str  # of most of the parameters: Q4_1, BF16, ...
+
+
+class _Tensor(msgspec.Struct):
+    """The properties of a tensor in the header of a safetensors file that are read."""
+
+    dtype: str
+    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
 
 
 def describe_weights(path: Path) -> WeightFiles:
@@ -54,8 +62,12 @@ def _gguf_tensors(file: Path) -> Iterator[tuple[str, int]]:
 def _safetensors(file: Path) -> Iterator[tuple[str, int]]:
     """Yield the number format and the size of each tensor. A file begins with the length of its JSON header."""
     with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length))
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            yield tensor["dtype"], prod(tensor["shape"])
+        length = int.from_bytes(opened.read(8), "little")
+        header = parse_json_object(file, opened.read(min(length, MAX_BYTES)))
+    header.pop("__metadata__", None)
+    for name, values in header.items():
+        try:
+            tensor = msgspec.convert(values, _Tensor)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{file}: {short(name)}: {error}") from error
+        yield tensor.dtype, prod(tensor.shape)

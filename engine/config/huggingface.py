@@ -1,6 +1,5 @@
 """Read the configuration of a model from a folder with `config.json`, as Hugging Face's transformers writes it."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import msgspec
 from engine.config.decoder import NAMES, Family, build_decoder
 from engine.config.families import FAMILIES
 from engine.config.fields import Fields, shown
+from engine.config.json_file import parse_json_object, read_json_object
 from engine.config.quantization import read_quantization
 from engine.config.structs import ModelConfig
 from engine.config.tokenizer_files import num_token_ids
@@ -40,18 +40,12 @@ def load_folder(folder: Path) -> ModelConfig:
 
 def read_json(path: Path) -> Fields:
     """Read a JSON file that holds an object. Raises ValueError if it does not."""
-    return parse_json(path, path.read_bytes())
+    return Fields(str(path), read_json_object(path))
 
 
 def parse_json(path: Path, data: bytes | bytearray) -> Fields:
     """Parse the content of a JSON file that holds an object; `path` is for messages. Raises ValueError."""
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
-    return Fields(str(path), values)
+    return Fields(str(path), parse_json_object(path, data))
 
 
 def text_part(fields: Fields) -> Fields:

@@ -5,12 +5,12 @@ Only what the tensors do not tell is kept: bits, groups and layers that are left
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from engine.config.fields import Fields, shown
+from engine.config.json_file import read_json_object
 from engine.config.structs import QuantizationConfig, QuantizationMethod
 
 METHODS = get_args(QuantizationMethod)
@@ -46,20 +46,10 @@ def _other_file(fields: Fields) -> Fields | None:
     folder = Path(fields.source).parent
     for name, method in OTHER_FILES.items():
         if (path := folder / name).is_file():
-            return Fields(str(path), {"quant_method": method} | _read_object(path))
+            return Fields(str(path), {"quant_method": method} | read_json_object(path))
     if (folder / MODELOPT_FILE).is_file():
         raise ValueError(f"{folder / MODELOPT_FILE}: quantised by ModelOpt, which is not supported")
     return None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
-    return values
 
 
 def _check_choice(fields: Fields, key: str, value: object, supported: tuple[object, ...]) -> None:

@@ -4,7 +4,6 @@ Both processes need them: the API process makes a tokenizer of them, the engine 
 """
 
 import base64
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from engine.config.fields import shown
+from engine.config.json_file import read_json_object
 from engine.shared.gguf import short
 
 MAX_TOKEN_IDS = 1 << 20  # vocabularies in use have up to 262,144; tables have a row for each id
@@ -255,17 +255,9 @@ def tokenizer_file(folder: Path) -> Path | None:
     return next((path for path in [*named, *sorted(folder.glob("*.tiktoken"))] if path.is_file()), None)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_optional_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; {} if there is no such file. Raises ValueError."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must contain a JSON object")
-    return values
+    return read_json_object(path) if path.is_file() else {}
 
 
 def read_added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
@@ -275,11 +267,11 @@ def read_added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     """
     older, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     added: dict[int, dict[str, Any]] = {}
-    for text, value in read_json_object(older).items():
+    for text, value in read_optional_object(older).items():
         if (token_id := _token_id(value)) is None:
             raise ValueError(f"{older}: {short(text)}: must be a token id below {MAX_TOKEN_IDS}, not {shown(value)}")
         added[token_id] = {"content": text}
-    decoder = read_json_object(config).get("added_tokens_decoder") or {}
+    decoder = read_optional_object(config).get("added_tokens_decoder") or {}
     for key, token in decoder.items() if isinstance(decoder, dict) else ():
         token_id = _token_id(int(key) if re.fullmatch("[0-9]{1,9}", key) else None)
         if token_id is None or not isinstance(token, dict) or not isinstance(token.get("content"), str):

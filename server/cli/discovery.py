@@ -56,6 +56,6 @@ def is_model_server(url: str) -> bool:
     try:
         with connect(url, api_key=None, read_timeout=CONNECT_SECONDS) as client, plain_errors(url):
             answer = client.get("/v1/models").json()
-    except (RemoteError, ValueError):
+    except (RemoteError, ValueError, RecursionError):
         return False
     return isinstance(answer, dict) and bool(answer.keys() & {"data", "error"})

@@ -70,7 +70,7 @@ def decode_chunk(data: str | bytes) -> StreamChunk:
     """Decode the data of one event. Raises RemoteError if it is an error or not in OpenAI's format."""
     try:
         chunk = _CHUNK_DECODER.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise RemoteError("the server sent an event that is not in the OpenAI format") from None
     if chunk.error:
         raise RemoteError(f"the answer failed: {one_line(chunk.error.get('message'))}")
@@ -140,7 +140,7 @@ def check_status(response: "httpx.Response") -> None:
 def _message(response: "httpx.Response") -> str:
     try:
         return one_line(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return response.reason_phrase or "no reason given"
 
 
@@ -163,5 +163,5 @@ def _first_model(client: "httpx.Client") -> str:
         check_status(response)
     try:
         return str(response.json()["data"][0]["id"])
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise RemoteError("the server lists no models: set --model") from None

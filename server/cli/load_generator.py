@@ -198,7 +198,7 @@ async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _error_message(body: bytes) -> str:
-    with suppress(msgspec.DecodeError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, RecursionError):  # msgspec's errors are ValueErrors
         return one_line(msgspec.json.decode(body)["error"]["message"])[:200]
     return one_line(body[:200].decode(errors="replace"))
 

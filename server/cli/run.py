@@ -96,7 +96,7 @@ class ServerProcess:
 
 def parse_record(line: bytes) -> dict[str, Any]:
     """Return a record of the log. A line that is none, such as an error before the log begins, is made one."""
-    with suppress(msgspec.DecodeError):
+    with suppress(ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return msgspec.json.decode(line, type=dict[str, Any])
     text = line.decode(errors="replace").strip()
     message = text.removeprefix("lightwell: error: ")

@@ -1,11 +1,11 @@
 """Downloads a model or an adapter from the hub: says what it takes, checks that it fits, and returns its path."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config import GGUF_ARCHITECTURES, load_model_config
+from engine.config.json_file import read_json_object
 from engine.shared.gguf import read_partial_metadata
 from server.hub.client import HubClient, RemoteFile
 from server.hub.download import Downloader
@@ -122,7 +122,7 @@ class _Fetch:
         folder = self._repository.path(".")
         try:
             load_model_config(folder)
-            shape = config_shape(json.loads((folder / CONFIG).read_bytes()))
+            shape = config_shape(read_json_object(folder / CONFIG))
         except ValueError as error:
             raise HubError(str(error).replace(f"{folder}/", "")) from None
         self._say_memory([file for file in files if file.path.endswith(".safetensors")], shape)

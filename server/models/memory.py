@@ -1,10 +1,10 @@
 """How much memory models take, and how much is free."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.config.json_file import read_json_object
 from engine.shared.gguf import GGUFFile
 from engine.shared.host_memory import available_memory
 from engine.shared.messages import EngineInfo
@@ -46,7 +46,7 @@ def kv_cache_bytes(shape: ModelShape | None, settings: Settings) -> int:
 
 def _shape(path: Path) -> ModelShape | None:
     if path.is_dir():
-        return config_shape(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        return config_shape(read_json_object(path / "config.json"))
     file = GGUFFile(path)
     try:
         return gguf_shape(file.metadata)

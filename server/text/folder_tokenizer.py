@@ -15,7 +15,7 @@ from engine.config.tokenizer_files import (
     check_num_token_ids,
     is_tiktoken,
     read_added_tokens,
-    read_json_object,
+    read_optional_object,
     read_sentencepiece,
     read_tekken,
     read_tiktoken,
@@ -76,7 +76,9 @@ def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerConfig]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    values = read_json_object(folder / "special_tokens_map.json") | read_json_object(folder / "tokenizer_config.json")
+    values = read_optional_object(folder / "special_tokens_map.json") | read_optional_object(
+        folder / "tokenizer_config.json"
+    )
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -212,10 +214,10 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template") or read_json_object(folder / "chat_template.json").get("chat_template")
+    template = config.get("chat_template") or read_optional_object(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise ValueError(
             f"{folder / 'tokenizer_config.json'}: chat_template: must be a string or a list of named templates"

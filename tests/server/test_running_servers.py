@@ -26,6 +26,13 @@ def test_a_server_is_found_while_it_is_registered(runtime_folder: Path) -> None:
     assert registered_servers() == []
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"a": ' + 100_000 * b"["])
+def test_a_damaged_file_is_ignored(runtime_folder: Path, content: bytes) -> None:
+    with registered(ONE):
+        (runtime_folder / f"{os.getppid()}.json").write_bytes(content)
+        assert registered_servers() == [ONE]
+
+
 def test_the_last_one_is_first_and_files_of_ended_processes_are_removed(runtime_folder: Path) -> None:
     with registered(ONE), subprocess.Popen(["sleep", "60"]) as other:
         later = time.time() + 10

@@ -1,6 +1,5 @@
 """Descriptions of weight files, compared with what the packages of their formats read."""
 
-import json
 from pathlib import Path
 
 import gguf
@@ -46,7 +45,26 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     assert describe_weights(tmp_path) == WeightFiles("safetensors", 0, 0, "")
 
 
-def test_an_invalid_header(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0" + b"{")
-    with pytest.raises(json.JSONDecodeError):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x02\0\0\0\0\0\0\0{",
+        b"\xff\xff\xff\xff\xff\xff\xff\xff{",  # a header longer than memory
+        b"\xff\xff\0\0\0\0\0\0" + 5000 * b"[",
+        b"\x02\0\0\0\0\0\0\0[]",
+        *(
+            len(header).to_bytes(8, "little") + header
+            for header in (
+                b'{"a": 1}',
+                b'{"a": {"dtype": "F32"}}',
+                b'{"a": {"dtype": [], "shape": [1]}}',
+                b'{"a": {"dtype": "F32", "shape": ["x"]}}',
+            )
+        ),
+    ],
+)
+def test_an_invalid_header(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: "):
         describe_weights(tmp_path)

@@ -191,7 +191,7 @@ def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
         ({"num_hidden_layers": True}, "num_hidden_layers: must be an integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: must be an integer"),
         ({"vocab_size": -1}, "vocab_size: must be an integer"),
-        ({"vocab_size": 10**400}, "vocab_size: must be an integer"),
+        ({"vocab_size": 10**39}, "vocab_size: must be an integer"),
         ({"hidden_size": 65}, "head_dim: is missing, .* .65. is no multiple of the 8 attention heads"),
         ({"head_dim": 7}, "head_dim: 7 must be even"),
         (
@@ -201,7 +201,7 @@ def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
         ({"rms_norm_eps": 0}, "rms_norm_eps: must be a number above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: must be a number"),
         ({"rope_theta": float("inf")}, "rope_theta: must be a number"),
-        ({"rope_theta": 10**400}, "rope_theta: must be a number"),
+        ({"rope_theta": 10**39}, "rope_theta: must be a number"),
         ({"rope_theta": -1.0}, "rope_theta: must be a number"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_parameters: rope_theta: must be"),
         ({"rope_scaling": {"rope_type": "warp", "factor": 4.0}}, "rope_scaling: rope_type: 'warp' is not supported"),

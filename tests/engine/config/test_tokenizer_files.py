@@ -256,7 +256,7 @@ def test_a_vocabulary_without_ids_is_refused(model: object, tmp_path: Path) -> N
             '{"added_tokens_decoder": {"1048576": {"content": "a"}}}',
             "added_tokens_decoder: 1048576: must be a token id below 1048576",
         ),
-        ("tokenizer_config.json", "[]", "must contain a JSON object"),
+        ("tokenizer_config.json", "[]", "must hold a JSON object"),
         ("added_tokens.json", '{"<a>": "1"}', "<a>: must be a token id below 1048576, not '1'"),
         ("added_tokens.json", '{"<a>": -1}', "<a>: must be a token id below 1048576, not -1"),
         ("added_tokens.json", '{"<a>": 1000000000}', "<a>: must be a token id below 1048576, not 1000000000"),

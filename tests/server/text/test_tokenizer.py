@@ -342,7 +342,7 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template"):
         Tokenizer.from_model(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: must contain a JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: must hold a JSON object"):
         Tokenizer.from_model(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):
