@@ -63,6 +63,7 @@ class LoraWeights:
 class LayerCache:
     """Keys and values of one layer, in the layout of the kernels. Layers of other KV groups share the same memory."""
 
+    shape: KVShape
     keys: Tensor
     values: Tensor
     key_scales: Tensor | None = None  # float32 [B, KH, N] if keys and values have 8 bits

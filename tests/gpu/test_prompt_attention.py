@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs
-from engine.config import AttentionKind
+from engine.config import AttentionKind, KVShape
 from engine.kernels.interface import AttentionScores, KernelOptions, LayerCache
 from engine.kernels.triton import prompt_attention
 from engine.kernels.triton.kernels import TritonKernels
@@ -44,8 +44,9 @@ def test_same_as_triton(
     query_lens, seq_lens = [1, 1, 300, 200, 3], [700, 33, 300, 1000, 90]
     generator = torch.Generator(DEVICE).manual_seed(3)
     q = torch.randn((sum(query_lens), NUM_HEADS, HEAD_DIM), dtype=dtype, device=DEVICE, generator=generator)
-    shape = (2, 200, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    cache = LayerCache(*torch.randn(shape, dtype=dtype, device=DEVICE, generator=generator))
+    size = (2, 200, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    stored = torch.randn(size, dtype=dtype, device=DEVICE, generator=generator)
+    cache = LayerCache(KVShape(NUM_KV_HEADS, HEAD_DIM), *stored)
     options = KernelOptions(dtype, head_dims=frozenset({HEAD_DIM}))
     varying = dataclasses.replace(options, batch_invariant=False)
     expected, found = (attend(some, q, cache, query_lens, seq_lens, window) for some in (options, varying))

@@ -26,6 +26,7 @@ from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.cpu.weights import ACTIVATION_GROUP
 from engine.kernels.interface import AttentionScores, HeadNorms, LayerCache, Rotations
 from engine.kernels.lazy_memory import lazy_zeros
+from engine.kernels.sizes import check_attention, check_heads
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # CacheType of kv_cache.h
 CHUNK = 256  # tokens; the numbers below too are those of attention.h, kv_cache.h and simd.h
@@ -86,7 +87,7 @@ def _layers_of(
             keys_shape = (len(blocks), shape.num_kv_heads, shape.head_dim // 2, block_size, 2)
             values_shape = (len(blocks), shape.num_kv_heads, block_size // 2, shape.head_dim, 2)
         scales_of_layer = [part.view(-1, shape.num_kv_heads, block_size) for part in itertools.islice(scale_parts, 2)]
-        yield LayerCache(next(parts).view(keys_shape), next(parts).view(values_shape), *scales_of_layer)
+        yield LayerCache(shape, next(parts).view(keys_shape), next(parts).view(values_shape), *scales_of_layer)
 
 
 def cached_keys(cache: LayerCache, block_ids: Tensor) -> Tensor:
@@ -110,6 +111,7 @@ def rope_and_store_kv(
     norms: HeadNorms,
 ) -> Tensor:
     """Add a call that norms and rotates q and k, and stores k and v at `slot_mapping`. Returns q."""
+    check_heads(q, k, v, rotations, slot_mapping, cache, norms)
     parameters = RopeAndStoreKvParameters(
         num_rows=recorder.buffer(q).num_rows,
         slot_mapping=slot_mapping.data_ptr(),
@@ -176,6 +178,7 @@ def paged_attention(
     scores: AttentionScores,
 ) -> Tensor:
     """Add a call that computes the attention of q [T, H, D], and return its result."""
+    check_attention(q, cache, plan.kind, scores)
     num_rows = recorder.buffer(q).num_rows
     out = recorder.new(num_rows, *q.shape)
     parameters = PagedAttentionParameters(
@@ -201,16 +204,15 @@ def paged_attention(
 
 
 def _cache_parameters(cache: LayerCache) -> CacheParameters:
-    dtype = cache.keys.dtype
     return CacheParameters(
-        type=CACHE_TYPES[dtype],
+        type=CACHE_TYPES[cache.keys.dtype],
         keys=cache.keys.data_ptr(),
         values=cache.values.data_ptr(),
         key_scales=cache.key_scales.data_ptr() if cache.key_scales is not None else None,
         value_scales=cache.value_scales.data_ptr() if cache.value_scales is not None else None,
         block_size=cache.keys.shape[3],
-        num_kv_heads=cache.keys.shape[1],
-        head_dim=cache.keys.shape[2] * (2 if dtype == torch.bfloat16 else 1),
+        num_kv_heads=cache.shape.num_kv_heads,
+        head_dim=cache.shape.head_dim,
         block_stride=cache.keys.stride(0),
         scale_stride=cache.key_scales.stride(0) if cache.key_scales is not None else 0,
     )

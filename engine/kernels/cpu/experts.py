@@ -34,6 +34,7 @@ class CpuRouting:
 
     parameters: Routing
     num_rows: int  # the address of the RowCounts of the rows
+    num_experts: int
     num_chosen: int
     max_pairs: int
     keep: tuple[Any, ...]
@@ -53,6 +54,8 @@ def route(
 ) -> CpuRouting:
     """Add a call that chooses the experts of each row. All layers of a program share the buffers of one routing."""
     num_rows, num_experts = logits.shape
+    assert num_experts == router.num_experts <= MAX_EXPERTS
+    assert all(vector is None or vector.shape == (num_experts,) for vector in (bias, expert_scales))
     num_chosen = router.num_experts_per_tok
     max_pairs = num_rows * num_chosen
     groups = recorder.shared(f"expert groups {num_experts}", (2 * num_experts, ctypes.sizeof(ExpertRows)), torch.uint8)
@@ -83,18 +86,22 @@ def route(
         routing=ctypes.addressof(routing),
     )
     recorder.call("route", parameters, routing, bias, expert_scales)
-    return CpuRouting(routing, parameters.num_rows, num_chosen, max_pairs, (groups, integers, weights))
+    return CpuRouting(routing, parameters.num_rows, num_experts, num_chosen, max_pairs, (groups, integers, weights))
 
 
 def expert_linear(recorder: ProgramRecorder, experts: Sequence[Matrix], bias: Tensor | None) -> ExpertLinearOp:
     """Return an operation that adds the calls of the products of each pair's expert."""
     num_outputs = experts[0].num_outputs
+    assert all(expert.shapes == experts[0].shapes for expert in experts)
+    assert bias is None or bias.shape == (len(experts), num_outputs)
     columns = [
         (part.format, (ctypes.c_void_p * len(experts))(*[expert.parts[index].data.data_ptr() for expert in experts]))
         for index, part in enumerate(experts[0].parts)
     ]
 
     def product(x: Tensor, routing: CpuRouting) -> Tensor:
+        assert routing.num_experts == len(experts)
+        assert x.shape[1] == experts[0].num_inputs
         out = recorder.new(routing.num_pairs, routing.max_pairs, num_outputs).tensor
         first = 0
         for part, (form, addresses) in zip(experts[0].parts, columns, strict=True):
@@ -121,7 +128,9 @@ def _pair_rows(recorder: ProgramRecorder, x: Tensor, form: Format, routing: CpuR
     """Return address and bytes of each pair's row in the input form of a product, in the order of sorted pairs."""
     address, stride = recorder.prepared(x, form)
     if recorder.buffer(x).num_rows == routing.num_pairs:
+        assert len(x) == routing.max_pairs
         return address, stride
+    assert len(x) == routing.max_pairs // routing.num_chosen
     key = f"pair rows {FLOAT32 if form.form == FLOAT32 else (form.form, form.prompt_form)} {stride}"
     rows = recorder.shared(key, (routing.max_pairs, stride), torch.uint8)
     recorder.call("gather_pairs", GatherPairsParameters(routing.address, address, stride, rows.data_ptr()), routing)
@@ -133,6 +142,8 @@ def combine_experts(recorder: ProgramRecorder, x: Tensor, routing: CpuRouting, r
     out = residual
     if out is None:
         out = recorder.new(routing.num_rows, routing.max_pairs // routing.num_chosen, x.shape[1]).tensor
+    assert len(x) == routing.max_pairs
+    assert out.shape == (routing.max_pairs // routing.num_chosen, x.shape[1])
     parameters = CombineExpertsParameters(
         num_rows=routing.num_rows,
         routing=routing.address,

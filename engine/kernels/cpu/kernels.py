@@ -127,6 +127,9 @@ class CpuKernels:
         out = residual
         if out is None:
             out = self.recorder.new(num_rows, x.shape[0], matrix.num_outputs).tensor
+        assert x.shape[1] == matrix.num_inputs
+        assert out.shape == (x.shape[0], matrix.num_outputs)
+        assert bias is None or bias.shape == (matrix.num_outputs,)
         first = 0
         for part in matrix.parts:
             rows, row_bytes = self.recorder.prepared(x, part.format)
@@ -159,9 +162,14 @@ class CpuKernels:
         return LoraWeights(a[..., :num_inputs], b[..., :num_outputs], ranks, tuple(sizes))
 
     def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -> None:
-        max_rank = self.options.max_lora_rank
+        num_parts, num_outputs = len(weights.sizes), sum(weights.sizes)
+        num_slots, max_rank, _ = weights.b.shape
+        assert weights.a.shape == (num_slots, num_parts, max_rank, x.shape[1])
+        assert weights.b.shape == (num_slots, max_rank, num_outputs)
+        assert weights.ranks.shape == (num_slots, num_parts)
+        assert out.shape == (x.shape[0], num_outputs)
         part_ends = torch.tensor(weights.sizes).cumsum(0)
-        shrunk = self.recorder.temporary(torch.Size((len(x), len(part_ends), max_rank)), torch.float32)
+        shrunk = self.recorder.temporary(torch.Size((len(x), num_parts, max_rank)), torch.float32)
         parameters = AddLoraParameters(
             num_rows=self.recorder.buffer(x).num_rows,
             lora_slots=lora_slots.data_ptr(),
@@ -174,7 +182,7 @@ class CpuKernels:
             b_stride=weights.b.stride(1),
             ranks=weights.ranks.data_ptr(),
             part_ends=part_ends.data_ptr(),
-            num_parts=len(part_ends),
+            num_parts=num_parts,
             max_rank=max_rank,
             shrunk=shrunk.data_ptr(),
             output=self.recorder.change(out),
@@ -221,6 +229,8 @@ class CpuKernels:
         return self._norm("layer_norm", x, weight, eps, None)
 
     def _norm(self, name: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+        assert weight.shape == (x.shape[1],)
+        assert residual is None or residual.shape == x.shape
         num_rows = self.recorder.buffer(x).num_rows
         parameters = NormParameters(
             num_rows=num_rows,
@@ -242,6 +252,7 @@ class CpuKernels:
         return residual
 
     def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
+        assert residual.shape == x.shape
         parameters = AddParameters(
             num_rows=self.recorder.buffer(x).num_rows,
             input=self.recorder.read(x),
@@ -265,6 +276,7 @@ class CpuKernels:
         self.recorder.call("scale", parameters)
 
     def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        assert up.shape == gate.shape
         out = self.recorder.new(self.recorder.buffer(gate).num_rows, *gate.shape)
         out.producer = ActAndMulParameters(
             num_rows=out.num_rows,

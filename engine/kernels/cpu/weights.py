@@ -115,6 +115,14 @@ class Matrix:
 
     parts: list[Panels]
 
+    def __post_init__(self) -> None:
+        assert len({part.num_inputs for part in self.parts}) == 1
+
+    @property
+    def shapes(self) -> list[tuple[Format, int, int]]:
+        """The format, outputs and inputs of each part."""
+        return [(part.format, part.num_outputs, part.num_inputs) for part in self.parts]
+
     @property
     def num_inputs(self) -> int:
         return self.parts[0].num_inputs

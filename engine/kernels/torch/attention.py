@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch.inputs import Lengths
-from engine.config import KVShape
+from engine.config import AttentionKind, KVShape
 from engine.kernels.interface import AttentionScores, LayerCache
 from engine.kernels.lazy_memory import lazy_zeros
+from engine.kernels.sizes import check_attention
 from engine.kernels.torch.linear import random_numbers
 
 KEY_TILE = 256  # keys that one step of the running softmax takes in
@@ -57,7 +58,7 @@ class TorchAttentionPlan:
     """The query tiles of a batch, grouped by size."""
 
     groups: list[QueryGroup]
-    window: int | None
+    kind: AttentionKind
 
 
 def numbers_per_token(groups: Sequence[Sequence[KVShape]]) -> int:
@@ -71,15 +72,15 @@ def new_kv_cache(
     """Return empty keys and values [B, N, KH, D] of each layer, those of a group one after the other in each block."""
     memory = lazy_zeros((num_blocks, block_size * numbers_per_token(groups)), dtype, device)
 
-    def parts(group: Sequence[KVShape]) -> Iterator[Tensor]:
+    def layers(group: Sequence[KVShape]) -> Iterator[LayerCache]:
         start = 0
-        for shape in [shape for shape in group for _ in range(2)]:
-            end = start + block_size * shape.size
-            yield memory[:, start:end].view(num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
-            start = end
+        for shape in group:
+            size, tokens = block_size * shape.size, (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+            keys, values = memory[:, start : start + size], memory[:, start + size : start + 2 * size]
+            yield LayerCache(shape, keys.view(tokens), values.view(tokens))
+            start += 2 * size
 
-    tensors = [list(parts(group)) for group in groups]
-    return [[LayerCache(*pair) for pair in zip(some[::2], some[1::2], strict=True)] for some in tensors]
+    return [list(layers(group)) for group in groups]
 
 
 def cached_keys(cache: LayerCache, block_ids: Tensor) -> Tensor:
@@ -93,9 +94,8 @@ def cached_keys(cache: LayerCache, block_ids: Tensor) -> Tensor:
 def plan_attention(
     query_lens: Lengths,
     seq_lens: Lengths,
-    group_size: int,
+    kind: AttentionKind,
     tile_sizes: tuple[int, ...],
-    window: int | None,
     device: torch.device,
 ) -> TorchAttentionPlan:
     """Cut the last `query_lens` rows of each sequence into query tiles of the given sizes."""
@@ -108,21 +108,23 @@ def plan_attention(
             position = seq_len - query_len + offset
             members.setdefault(size, []).append(QueryTile(index, first_row + offset, num_rows, position))
         first_row += query_len
+    group_size = kind.num_heads // kind.num_kv_heads
     groups = [_group(size, group, group_size, first_row, device) for size, group in members.items()]
-    return TorchAttentionPlan(groups, window)
+    return TorchAttentionPlan(groups, kind)
 
 
 def paged_attention(
     q: Tensor, cache: LayerCache, plan: TorchAttentionPlan, block_tables: Tensor, scores: AttentionScores
 ) -> Tensor:
     """Return causal attention of q [T, H, D] to the keys and values in each row's blocks: [T, H, D]."""
+    check_attention(q, cache, plan.kind, scores)
     num_rows, num_heads, head_dim = q.shape
     padded = q.new_zeros((num_rows + 1, num_heads, head_dim))  # the last row stands for padding
     padded[:num_rows] = q
     out = torch.empty_like(padded)
     tables = _pad_tables(block_tables, KEY_TILE // cache.keys.shape[1])
     for group in plan.groups:
-        out[group.rows] = _attend(padded[group.rows], cache, group, tables[group.sequences], scores, plan.window)
+        out[group.rows] = _attend(padded[group.rows], cache, group, tables[group.sequences], scores, plan.kind.window)
     return out[:num_rows]
 
 

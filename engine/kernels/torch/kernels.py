@@ -155,9 +155,8 @@ class TorchKernels:
     def plan_attention(
         self, batch: BatchInputs, query_lens: Lengths, kind: AttentionKind, kind_index: int
     ) -> attention.TorchAttentionPlan:
-        group_size = kind.num_heads // kind.num_kv_heads
-        tile_sizes = self._agreeing_query_tiles(group_size, kind.head_dim)
-        return attention.plan_attention(query_lens, batch.seq_lens, group_size, tile_sizes, kind.window, self.device)
+        tile_sizes = self._agreeing_query_tiles(kind.num_heads // kind.num_kv_heads, kind.head_dim)
+        return attention.plan_attention(query_lens, batch.seq_lens, kind, tile_sizes, self.device)
 
     def paged_attention(
         self,

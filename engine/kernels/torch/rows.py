@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.interface import HeadNorms, LayerCache, Rotations
+from engine.kernels.sizes import check_heads
 
 # Written out, in float32: F.silu and F.gelu compute the elements left over after whole vectors with another exp or erf,
 # so their result for an element depends on its index. exp, erf and tanh by themselves do not have this flaw.
@@ -65,6 +66,7 @@ def rope_and_store_kv(
     norms: HeadNorms | None,
 ) -> Tensor:
     """Norm and rotate q and k, store k and v in the cache at `slot_mapping`, and return the rotated q."""
+    check_heads(q, k, v, rotations, slot_mapping, cache, norms)
     if k is not None and v is not None:
         keys = _rotate(_norm_heads(k, norms.k if norms else None, norms), rotations.k)
         stored = slot_mapping >= 0

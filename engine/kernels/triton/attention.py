@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.config import AttentionKind
 from engine.kernels.interface import AttentionScores, LayerCache
 from engine.kernels.triton.attention_plan import (
     END_ITEM,
@@ -341,7 +342,7 @@ class TritonAttentionPlan:
     num_programs: int  # for each part of the query heads
     num_partial_rows: int
     part_size: int  # query heads of a program
-    window: int | None
+    kind: AttentionKind
     prompts: PromptPlan | None = None  # the other sequences, for torch's flash attention
 
 
@@ -391,10 +392,10 @@ def paged_attention(
         num_kv_heads,
         scores.scale,
         scores.softcap or 0.0,
-        plan.window or 0,
+        plan.kind.window or 0,
         HAS_SCALES=cache.key_scales is not None,
         HAS_SOFTCAP=scores.softcap is not None,
-        HAS_WINDOW=plan.window is not None,
+        HAS_WINDOW=plan.kind.window is not None,
         **steps,
         num_stages=sizes.num_stages,
         **flags,

@@ -183,6 +183,8 @@ def route(logits: Tensor, router: RouterSpec, bias: Tensor | None, expert_scales
     chosen = torch.empty((num_rows, num_chosen), dtype=torch.int32, device=logits.device)
     pairs = torch.empty(num_rows * num_chosen, dtype=torch.int32, device=logits.device)
     ends = torch.empty(num_experts, dtype=torch.int32, device=logits.device)
+    assert num_experts == router.num_experts
+    assert all(vector is None or vector.shape == (num_experts,) for vector in (bias, expert_scales))
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
     if num_rows:
@@ -300,7 +302,7 @@ def expert_linear(matrices: ExpertMatrices, tiles: Sequence[LinearTiles], bias: 
         pairs = routing.pairs
         out = torch.empty((len(pairs.pairs), starts[-1]), dtype=x.dtype, device=x.device)
         for part, its_tiles, first, size in zip(matrices.parts, tiles, starts[:-1], sizes, strict=True):
-            part_bias = None if bias is None else bias[:, first:]
+            part_bias = None if bias is None else bias[:, first : first + size]
             _launch(x, part, part_bias, pairs, its_tiles, out[:, first : first + size])
         return out
 
@@ -321,6 +323,8 @@ def _launch(
     matrix = weights if isinstance(weights, PackedMatrix) else PackedMatrix.plain(weights)
     assert x.stride(1) == matrix.codes.stride(1) == out.stride(1) == 1
     assert bias is None or bias.stride(1) == 1
+    assert matrix.shape == (num_experts * num_columns, x.shape[1])
+    assert bias is None or bias.shape == (num_experts, num_columns)
     assert num_pairs % len(x) == 0
     tile = tiles.tile_for(max(1, pairs.num_rows))
     num_tiles = min(num_pairs, num_experts) + num_pairs // tile.rows  # at most
@@ -413,6 +417,8 @@ def combine_experts(x: Tensor, routing: TritonRouting, residual: Tensor | None) 
     if out is None:
         out = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=x.device)
     assert x.stride(1) == out.stride(1) == 1
+    assert len(x) == num_rows * num_chosen
+    assert out.shape == (num_rows, x.shape[1])
     if num_rows:
         grid = (num_rows, triton.cdiv(x.shape[1], ROW_COLUMNS))
         flags = {"NUM_CHOSEN": num_chosen, "ADDS": residual is not None, "BLOCK": ROW_COLUMNS}

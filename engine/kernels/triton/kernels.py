@@ -28,6 +28,7 @@ from engine.kernels.interface import (
     LoraWeights,
     Rotations,
 )
+from engine.kernels.sizes import check_attention
 from engine.kernels.torch.attention import cached_keys
 from engine.kernels.torch.kernels import joined
 from engine.kernels.torch.linear import adding
@@ -271,13 +272,12 @@ class TritonKernels:
         else:
             work = planner.plan(query_lens, batch.seq_lens[: len(query_lens)])
             table, num_partial_rows = to_device(work.table, np.int64, self.device), work.num_partial_rows
-        return TritonAttentionPlan(
-            table, planner.num_programs, num_partial_rows, planner.part_size, kind.window, prompts
-        )
+        return TritonAttentionPlan(table, planner.num_programs, num_partial_rows, planner.part_size, kind, prompts)
 
     def paged_attention(
         self, q: Tensor, cache: LayerCache, plan: TritonAttentionPlan, block_tables: Tensor, scores: AttentionScores
     ) -> Tensor:
+        check_attention(q, cache, plan.kind, scores)
         sizes = self.tiles.attention_for(q.shape[2])
         out = attention.paged_attention(q.contiguous(), cache, plan, block_tables, scores, sizes)
         if plan.prompts is not None:

@@ -42,4 +42,4 @@ def _coded(codes: LayerCache, scales: LayerCache, dtype: torch.dtype) -> LayerCa
     key_scales, value_scales = (
         some.view(num_blocks, num_kv_heads, block_size) for some in (scales.keys, scales.values)
     )
-    return LayerCache(codes.keys.view(dtype), codes.values.view(dtype), key_scales, value_scales)
+    return LayerCache(codes.shape, codes.keys.view(dtype), codes.values.view(dtype), key_scales, value_scales)

@@ -221,6 +221,16 @@ def _add_splits(
     _store(total, bias, out, rows, columns, rows[:, None] < num_rows, num_columns, out_stride, HAS_BIAS, ADDS)
 
 
+def _check_sizes(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, out: Tensor) -> None:
+    """Check that the tensors of a product fit each other."""
+    num_columns, num_inputs = matrix.shape
+    assert x.shape[1] == num_inputs
+    assert out.shape == (len(x), num_columns)
+    assert bias is None or bias.shape == (num_columns,)
+    assert x.stride(1) == matrix.codes.stride(1) == out.stride(1) == 1
+    assert matrix.minima is None or matrix.minima.stride() == matrix.scales.stride()
+
+
 def linear(
     x: Tensor,
     weights: Tensor | PackedMatrix,
@@ -235,8 +245,7 @@ def linear(
         return
     matrix = weights if isinstance(weights, PackedMatrix) else PackedMatrix.plain(weights)
     num_rows, (num_columns, num_inputs) = len(x), matrix.shape
-    assert x.stride(1) == matrix.codes.stride(1) == out.stride(1) == 1
-    assert matrix.minima is None or matrix.minima.stride() == matrix.scales.stride()
+    _check_sizes(x, matrix, bias, out)
     assert max(matrix.group, tiles.inputs) % min(matrix.group, tiles.inputs) == 0
     tile = tiles.tile_for(num_rows)
     num_tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_columns, tile.columns)

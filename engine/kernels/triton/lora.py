@@ -157,7 +157,11 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor, t
     alone.
     """
     num_rows, num_inputs = x.shape
-    _, num_projections, max_rank, _ = weights.a.shape
+    num_slots, num_projections, max_rank, _ = weights.a.shape
+    assert weights.a.shape == (num_slots, len(weights.sizes), max_rank, num_inputs)
+    assert weights.b.shape == (num_slots, max_rank, sum(weights.sizes))
+    assert weights.ranks.shape == (num_slots, num_projections)
+    assert out.shape == (num_rows, sum(weights.sizes))
     assert len(lora_slots) in (0, num_rows)
     if not len(lora_slots):
         return

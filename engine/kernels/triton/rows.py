@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.interface import HeadNorms, LayerCache, Rotations
+from engine.kernels.sizes import check_heads
 from engine.kernels.triton.float8 import MAX_FLOAT8, float8_bits
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS
 
@@ -61,9 +62,10 @@ def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *, is_layer_norm: bool) -> Tensor:
-    assert x.stride(1) == 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is None else residual
-    assert out.stride(1) == 1
+    assert x.stride(1) == out.stride(1) == 1
+    assert out.shape == x.shape
+    assert weight.shape == (x.shape[1],)
     if len(x):
         block = triton.next_power_of_2(x.shape[1])
         sizes = (x.stride(0), out.stride(0), x.shape[1], eps)
@@ -147,6 +149,7 @@ def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def _launch_on_rows(kernel: Any, *tensors: Tensor, size: int, **arguments: Any) -> None:
     """Launch a kernel on tensors and their strides, with a program for each row and piece of its `size` columns."""
     assert all(tensor.stride(1) == 1 for tensor in tensors)
+    assert all(tensor.shape == (len(tensors[0]), size) for tensor in tensors)
     if len(tensors[0]):
         grid = (len(tensors[0]), triton.cdiv(size, ROW_COLUMNS))
         strides = (tensor.stride(0) for tensor in tensors)
@@ -288,6 +291,7 @@ def rope_and_store_kv(
 
     The cache's keys and values are [B, N, KH, D], with scales [B, KH, N] if they have 8 bits.
     """
+    check_heads(q, k, v, rotations, slot_mapping, cache, norms)
     norms = norms or HeadNorms(None, None, None, 0.0)
     num_rows, num_heads, size = q.shape
     num_kv_heads = 0 if k is None else k.shape[1]

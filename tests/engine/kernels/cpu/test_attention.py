@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import KVShape
@@ -22,6 +23,7 @@ from tests.support.examples import num_examples
 from tests.support.kernel_choice import code_paths
 from tests.support.packed_weights import random_weight
 from tests.support.recorded_kernels import (
+    MAX_ROWS,
     LayerShape,
     Rows,
     Sequences,
@@ -532,12 +534,13 @@ def test_rows_of_queries_keys_and_values(
     rotations = random_tensor(4, num_rows, size)
     slots = torch.randperm(4 * 16, generator=torch.Generator().manual_seed(5))[:num_rows]
     slots[[2, 20]] = -1
+    slot_mapping = F.pad(slots, (0, MAX_ROWS - num_rows), value=-1)
 
     def operation(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, rotations: Tensor, *, stores: bool) -> Tensor:
         heads = [x[:, : n * size].view(-1, n, size) for x, n in ((q, num_heads), (k, num_kv_heads), (v, num_kv_heads))]
         keys, values = (heads[1], heads[1] if values_are_keys else heads[2]) if stores else (None, None)
         both = Rotations(rotations, rotations)
-        return kernels.rope_and_store_kv(heads[0], keys, values, both, slots, cache).flatten(1)
+        return kernels.rope_and_store_kv(heads[0], keys, values, both, slot_mapping, cache).flatten(1)
 
     cos, sin = rotations[:, None].chunk(2, dim=2)
     rotated_q = rotate(q.view(num_rows, num_heads, size), cos, sin).flatten(1)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from engine.config import KVShape
 from engine.kernels.interface import HeadNorms, KernelOptions, LayerCache, Rotations
 from engine.kernels.torch.kernels import TorchKernels
 from tests.support.examples import num_examples
@@ -83,7 +84,7 @@ def test_rope_and_store_kv(
     stored = torch.rand(num_rows, generator=generator) < 0.9  # the others are padding
     slot_mapping[~stored] = -1
     before = random_tensor(seed + 1, 10, block_size, num_kv_heads, head_dim, dtype=dtype)
-    cache = LayerCache(before.clone(), before.clone())
+    cache = LayerCache(KVShape(num_kv_heads, head_dim), before.clone(), before.clone())
 
     rotated = TorchKernels(KernelOptions(dtype), CPU).rope_and_store_kv(q, k, v, rotations, slot_mapping, cache)
 
@@ -112,7 +113,8 @@ def test_norms_of_heads(norm: str, has_values: bool) -> None:
     weights = {name: random_tensor(9, width * size) for name, width in widths.items()}
     norms = HeadNorms(weights["q"], weights["k"], torch.ones(size), 1e-3)
     table = torch.cat((torch.ones(num_rows, size // 2), torch.zeros(num_rows, size // 2)), dim=1)
-    cache = LayerCache(*(torch.zeros(1, num_rows, num_kv_heads, size) for _ in range(2)))
+    shape = KVShape(num_kv_heads, size)
+    cache = LayerCache(shape, *(torch.zeros(1, num_rows, num_kv_heads, size) for _ in range(2)))
     kernels, slots = TorchKernels(KernelOptions(torch.float32), CPU), torch.arange(num_rows)
     stored_k, stored_v = (k, v) if has_values else (None, None)
     out = kernels.rope_and_store_kv(q, stored_k, stored_v, Rotations(table, table), slots, cache, norms)

@@ -157,7 +157,7 @@ def stored_in_8_bits(paged: Paged, dtype: torch.dtype) -> Paged:
         codes.append(coded.view(dtype))
         scales.append((largest / MOST[dtype]).squeeze(-1).transpose(1, 2).contiguous())
         numbers.append(coded.double())
-    paged.cache = LayerCache(*codes, *scales)
+    paged.cache = LayerCache(paged.cache.shape, *codes, *scales)
     for of_sequences, its_codes, its_scales in zip((paged.k, paged.v), numbers, scales, strict=True):
         its_numbers = its_codes * its_scales.transpose(1, 2).unsqueeze(-1)
         for sequence, ids in enumerate(paged.block_ids):
