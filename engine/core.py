@@ -104,7 +104,7 @@ class Engine:
         self.parts: list[list[Scheduled]] = []  # parts of a failed step that are to be run again; the last one is next
         self.doubt: str | None = None  # why a step has failed, if none has succeeded since
         self.last_read = 0.0  # time of time.monotonic() when the last step was read
-        self.grammars = GrammarManager(loaded.config.eos_token_ids)
+        self.grammars = GrammarManager(loaded.config.eos_token_ids, loaded.config.num_token_ids)
         self.enable_prefix_caching = config.enable_prefix_caching
         self.arrivals = itertools.count()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.batch.builder import BatchBuilder, NewBuffer, zeros
+from engine.batch.builder import BatchBuilder, BatchLimits, NewBuffer, zeros
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.distributed.group import RankGroup
 from engine.distributed.part import ModelPart, WholeModel
@@ -204,10 +204,13 @@ def new_runner(
         model,
         KVCache(config, memory.num_blocks, memory.block_size, kernels),
         BatchBuilder(
-            limits.max_num_batched_tokens,
-            limits.max_num_seqs,
-            limits.max_model_len,
-            memory.block_size,
+            BatchLimits(
+                limits.max_num_batched_tokens,
+                limits.max_num_seqs,
+                limits.max_model_len,
+                memory.block_size,
+                config.vocab_size,
+            ),
             device,
             num_groups=len(config.kv_groups),
             planners=[planner for planner in planners if planner is not None],

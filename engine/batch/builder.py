@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -35,15 +36,23 @@ def zeros(shape: tuple[int, ...]) -> NDArray[np.int64]:
     return np.zeros(shape, dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class BatchLimits:
+    """What a batch may hold."""
+
+    max_num_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    block_size: int
+    vocab_size: int  # rows of the embedding
+
+
 class BatchBuilder:
     """Fills buffers that each batch reuses."""
 
     def __init__(
         self,
-        max_num_tokens: int,
-        max_num_seqs: int,
-        max_model_len: int,
-        block_size: int,
+        limits: BatchLimits,
         device: torch.device,
         *,
         num_groups: int = 1,
@@ -54,29 +63,27 @@ class BatchBuilder:
 
         `new_buffer` returns the buffers. Another process in which they are in the same memory may read each batch.
         """
-        self.block_size = block_size
+        self.limits = limits
+        self.block_size = limits.block_size
         self.planners = planners
         self.new_buffer = new_buffer
         self.device = device
         # Each holds two numbers: all rows, and the rows of generating requests, which come first.
         self.num_rows, self.num_hidden_rows = new_buffer((2, 2))
         self.num_seqs = new_buffer((1,))
-        self.rows = new_buffer((len(ROWS), max_num_tokens))
+        self.rows = new_buffer((len(ROWS), limits.max_num_tokens))
         self.lengths = new_buffer((len(ROWS),))  # of `rows`
         self.max_blocks = new_buffer((1,))  # of a sequence
-        self.slot_mappings = new_buffer((num_groups, max_num_tokens))
+        self.slot_mappings = new_buffer((num_groups, limits.max_num_tokens))
         self.sampled: dict[Request, int] = {}  # request -> index of its token among those sampled by the previous step
-        self.tables = new_buffer((num_groups, max_num_seqs, -(-max_model_len // block_size)))
-        self.query_lens, self.hidden_lens, self.seq_lens = new_buffer((3, max_num_seqs))
+        max_blocks = -(-limits.max_model_len // limits.block_size)
+        self.tables = new_buffer((num_groups, limits.max_num_seqs, max_blocks))
+        self.query_lens, self.hidden_lens, self.seq_lens = new_buffer((3, limits.max_num_seqs))
 
     def smaller(self, max_num_tokens: int) -> BatchBuilder:
         """Return a builder with buffers of its own for batches of one sequence."""
-        max_model_len = self.tables.shape[2] * self.block_size
         return BatchBuilder(
-            max_num_tokens,
-            1,
-            max_model_len,
-            self.block_size,
+            replace(self.limits, max_num_tokens=max_num_tokens, max_num_seqs=1),
             self.device,
             num_groups=len(self.tables),
             planners=self.planners,
@@ -92,7 +99,10 @@ class BatchBuilder:
         return self._inputs(list(tensors), self.tables.shape[1])
 
     def build(self, step: Step) -> BatchInputs:
-        """Return the inputs of a step. The next call overwrites the lengths and, on a CPU, the tensors."""
+        """Return the inputs of a step. The next call overwrites the lengths and, on a CPU, the tensors.
+
+        Raises ValueError for a token id without an embedding.
+        """
         self._fill(step)
         return self.current()
 
@@ -107,6 +117,7 @@ class BatchBuilder:
         num_rows, num_hidden_rows, self.num_seqs[0] = int(self.num_rows[0]), int(self.num_hidden_rows[0]), num_seqs
         rows = dict(zip(ROWS, self.rows, strict=True))
         rows["token_ids"][:num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
+        self._check_token_ids(rows["token_ids"][:num_rows])
         lora_slots = [item.request.lora_slot for item in step.scheduled]
         rows["lora_slots"][:num_rows] = np.repeat(lora_slots, self.query_lens[:num_seqs])
         rows["hidden_rows"][:num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
@@ -119,6 +130,12 @@ class BatchBuilder:
         has_adapters = max(lora_slots) != NO_LORA_SLOT
         lengths = [num_rows, num_rows, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters]
         self.lengths[:] = [*lengths, len(sample_rows), num_ahead, num_ahead]
+
+    def _check_token_ids(self, token_ids: Lengths) -> None:
+        smallest, largest = int(token_ids.min(initial=0)), int(token_ids.max(initial=0))
+        if smallest < 0 or largest >= self.limits.vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            raise ValueError(f"token id {wrong} has no embedding: there are {self.limits.vocab_size}")
 
     def current(self) -> BatchInputs:
         """Return the inputs of the step that the buffers hold."""

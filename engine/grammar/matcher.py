@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import takewhile
 
 from llguidance import LLMatcher
 
@@ -23,10 +24,14 @@ class Matcher:
     min_tokens, unless the grammar allows nothing but the end.
     """
 
-    def __init__(self, compiled: Future[LLMatcher], params: SamplingParams, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, compiled: Future[LLMatcher], params: SamplingParams, eos_token_ids: Sequence[int], num_token_ids: int
+    ) -> None:
+        """`num_token_ids`: of the model; the tokenizer of the grammar may have more."""
         self._compiled = compiled
         self._params = params
         self._eos_token_ids = eos_token_ids
+        self._num_token_ids = num_token_ids
         self._matcher: LLMatcher | None = None
         self._num_consumed = 0
         self._can_roll_back = True  # not if the grammar limits the tokens of a part, or has stop strings of its own
@@ -73,9 +78,13 @@ class Matcher:
         return masks + [b""] * (len(draft) + 1 - len(masks))  # rows after a forbidden draft token are dropped
 
     def forced_tokens(self, output: Sequence[int]) -> list[int]:
-        """Return the tokens that the grammar forces after the output, in the tokenizer's own tokenization."""
+        """Return the tokens that the grammar forces after the output, in the tokenizer's own tokenization.
+
+        They end before the first that the model cannot sample.
+        """
         try:
-            return self._at(output).compute_ff_tokens()
+            forced = self._at(output).compute_ff_tokens()
+            return list(takewhile(lambda token_id: token_id < self._num_token_ids, forced))
         except GrammarError:  # `masks` reports it
             return []
 
@@ -127,8 +136,9 @@ def _without(mask: bytes, token_ids: Sequence[int]) -> bytes:
 class GrammarManager:
     """Creates the matchers of an engine's requests. Grammars are compiled in a thread."""
 
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], num_token_ids: int) -> None:
         self._eos_token_ids = eos_token_ids
+        self._num_token_ids = num_token_ids
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._tokenizer: str | None = None  # until `prepare` has read it
         self._compiler: GrammarCompiler | None = None
@@ -153,4 +163,5 @@ class GrammarManager:
         self.prepare()
         assert self._compiler is not None
         assert params.grammar is not None
-        return Matcher(self._thread.submit(self._compiler.compile, params.grammar), params, self._eos_token_ids)
+        compiled = self._thread.submit(self._compiler.compile, params.grammar)
+        return Matcher(compiled, params, self._eos_token_ids, self._num_token_ids)

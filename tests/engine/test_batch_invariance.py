@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.batch.builder import BatchBuilder
+from engine.batch.builder import BatchBuilder, BatchLimits
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
@@ -109,10 +109,13 @@ def make_engine(
         limits = dataclasses.replace(limits, max_num_seqs=seqs)
     runner = loaded.runner
     builder = BatchBuilder(
-        limits.max_num_batched_tokens,
-        limits.max_num_seqs,
-        max_model_len,
-        loaded.memory.block_size,
+        BatchLimits(
+            limits.max_num_batched_tokens,
+            limits.max_num_seqs,
+            max_model_len,
+            loaded.memory.block_size,
+            loaded.config.vocab_size,
+        ),
         loaded.device,
         num_groups=len(loaded.config.kv_groups),
         planners=runner.builder.planners,

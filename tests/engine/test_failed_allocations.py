@@ -116,7 +116,7 @@ class Scenario:
         self.seen: set[str] = set()
         tokenizer = Tokenizer.from_model(path)
         self.loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=NUM_BLOCKS))
-        self.grammars = GrammarManager(loaded.config.eos_token_ids)
+        self.grammars = GrammarManager(loaded.config.eos_token_ids, loaded.config.num_token_ids)
         self.grammars.set_tokenizer(tokenizer.to_json())
         self.grammars.prepare()
         prompt = tokenizer.encode("One two three four. " * 20)[:42]  # the answers reach into another block

@@ -6,7 +6,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.batch.builder import BatchBuilder
+from engine.batch.builder import BatchBuilder, BatchLimits
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel
@@ -30,10 +30,7 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") 
     # The prompt may be longer than the token budget of the engine's steps.
     runner = loaded.runner
     builder = BatchBuilder(
-        len(prompt),
-        1,
-        loaded.limits.max_model_len,
-        block_size,
+        BatchLimits(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.config.vocab_size),
         loaded.device,
         num_groups=num_groups,
         planners=runner.builder.planners,

@@ -244,6 +244,7 @@ class EmbedParameters(Structure):
         ("num_rows", c_void_p),
         ("token_ids", c_void_p),
         ("weights", c_void_p),
+        ("num_ids", c_int64),
         ("size", c_int64),
         ("output", c_void_p),
         ("output_stride", c_int64),

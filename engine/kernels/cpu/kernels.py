@@ -197,6 +197,7 @@ class CpuKernels:
             num_rows=out.num_rows,
             token_ids=token_ids.data_ptr(),
             weights=part.data.data_ptr(),
+            num_ids=part.num_outputs,
             size=matrix.num_inputs,
             output=out.tensor.data_ptr(),
             output_stride=out.tensor.stride(0),

@@ -1,11 +1,14 @@
 """The inputs of a step against an implementation with plain lists."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch.builder import BatchBuilder
+from engine.batch.builder import BatchBuilder, BatchLimits
 from engine.batch.inputs import Lengths, WorkList
 from engine.batch.transfer import packed_copy
 from engine.scheduling.block_pool import Block
@@ -15,6 +18,9 @@ from tests.support.examples import num_examples
 
 MAX_NUM_SEQS = 6
 MAX_MODEL_LEN = 200
+VOCAB_SIZE = 49152
+LIMITS = BatchLimits(40, 8, MAX_MODEL_LEN, 16, VOCAB_SIZE)
+CPU = torch.device("cpu")
 
 
 def make_request(token_ids: list[int], *block_ids: list[int]) -> Request:
@@ -37,7 +43,7 @@ def steps(draw: st.DrawFn, block_size: int, num_groups: int) -> Step:
     """
     scheduled = []
     for _ in range(draw(st.integers(1, MAX_NUM_SEQS))):
-        token_ids = draw(st.lists(st.integers(0, 49151), min_size=1, max_size=MAX_MODEL_LEN))
+        token_ids = draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=MAX_MODEL_LEN))
         end = draw(st.integers(1, len(token_ids)))
         start = draw(st.integers(0, end - 1))
         block_ids = []
@@ -62,7 +68,9 @@ def steps(draw: st.DrawFn, block_size: int, num_groups: int) -> Step:
 def test_rows_of_a_step(data: st.DataObject, block_size: int, num_groups: int) -> None:
     max_num_tokens = MAX_NUM_SEQS * MAX_MODEL_LEN
     builder = BatchBuilder(
-        max_num_tokens, MAX_NUM_SEQS, MAX_MODEL_LEN, block_size, torch.device("cpu"), num_groups=num_groups
+        BatchLimits(max_num_tokens, MAX_NUM_SEQS, MAX_MODEL_LEN, block_size, VOCAB_SIZE),
+        CPU,
+        num_groups=num_groups,
     )
     for _ in range(3):  # what one step leaves in the buffers must not affect the next
         step = data.draw(steps(block_size, num_groups))
@@ -108,7 +116,7 @@ def block_ids_of(item: Scheduled, group: int) -> list[int]:
 
 def test_full_buffers() -> None:
     """A batch of maximum size: rows, all of which are sampled, sequences and blocks."""
-    builder = BatchBuilder(MAX_NUM_SEQS, MAX_NUM_SEQS, MAX_MODEL_LEN, 16, torch.device("cpu"))
+    builder = BatchBuilder(replace(LIMITS, max_num_tokens=MAX_NUM_SEQS, max_num_seqs=MAX_NUM_SEQS), CPU)
     requests = [make_request(list(range(MAX_MODEL_LEN)), list(range(13))) for _ in range(MAX_NUM_SEQS)]
     batch = builder.build(Step(1, [Scheduled(request, MAX_MODEL_LEN - 1, 1, 1) for request in requests]))
     assert batch.sample_rows.tolist() == list(range(MAX_NUM_SEQS))
@@ -117,7 +125,7 @@ def test_full_buffers() -> None:
 
 
 def test_generated_rows_are_counted() -> None:
-    builder = BatchBuilder(40, 8, MAX_MODEL_LEN, 16, torch.device("cpu"))
+    builder = BatchBuilder(LIMITS, CPU)
     generating, prompt = (make_request(list(range(20)), list(range(2))) for _ in range(2))
     generating.num_prompt_tokens = 10
     items = [Scheduled(generating, 19, 1, 1), Scheduled(generating, 10, 4, 2), Scheduled(prompt, 0, 7, 1)]
@@ -125,6 +133,21 @@ def test_generated_rows_are_counted() -> None:
     assert (builder.num_rows.tolist(), builder.num_hidden_rows.tolist()) == ([12, 5], [4, 3])
     builder.build(Step(2, items[2:]))
     assert (builder.num_rows.tolist(), builder.num_hidden_rows.tolist()) == ([7, 0], [1, 0])
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB_SIZE])
+@pytest.mark.parametrize("is_drafted", [False, True])
+def test_a_token_without_an_embedding(wrong: int, is_drafted: bool) -> None:
+    builder = BatchBuilder(LIMITS, CPU)
+    right, other = (make_request([VOCAB_SIZE - 1] * 8, [0]) for _ in range(2))
+    if is_drafted:
+        item = Scheduled(other, 7, 2, 2, draft_token_ids=[wrong])
+    else:
+        other.token_ids[3] = wrong
+        item = Scheduled(other, 0, 7, 1)
+    builder.build(Step(1, [Scheduled(right, 7, 1, 1)]))
+    with pytest.raises(ValueError, match=f"token id {wrong} has no embedding: there are {VOCAB_SIZE}"):
+        builder.build(Step(1, [Scheduled(right, 7, 1, 1), item]))
 
 
 def test_attention_work() -> None:
@@ -140,7 +163,7 @@ def test_attention_work() -> None:
         def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
             raise NotImplementedError
 
-    builder = BatchBuilder(40, 8, MAX_MODEL_LEN, 16, torch.device("cpu"), planners=[Planner(7), Planner(0)])
+    builder = BatchBuilder(LIMITS, CPU, planners=[Planner(7), Planner(0)])
     requests = [make_request(list(range(20)), list(range(2))) for _ in range(2)]
     batch = builder.build(Step(1, [Scheduled(requests[0], 19, 1, 1), Scheduled(requests[1], 0, 7, 1)]))
     assert [work.table.tolist() for work in batch.attention_work] == [[[8, 14], [27, 14]], [[1, 7], [20, 7]]]

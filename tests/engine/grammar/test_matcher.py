@@ -20,6 +20,7 @@ from server.text.tokenizer import Tokenizer
 
 SEED = 9
 EOS_TOKEN_IDS = (2, 0)
+NUM_TOKEN_IDS = 49152
 PATTERNS = [r"([a-z]{2,9} ){1,3}[0-9]+", r'(yes|no|not "sure"|n[oa]+h?)', r"(\w|, )*[.!?]", r"[^\x00-\x7f]{1,3}x?"]
 
 COUNTING = [
@@ -58,10 +59,13 @@ def of_regex(pattern: str) -> str:
     return LLMatcher.grammar_from_regex(pattern)
 
 
-def new_matcher(compiler: GrammarCompiler, grammar: str, **params: object) -> Matcher:
+def new_matcher(
+    compiler: GrammarCompiler, grammar: str, num_token_ids: int = NUM_TOKEN_IDS, /, **params: object
+) -> Matcher:
     compiled: Future[LLMatcher] = Future()
     compiled.set_result(compiler.compile(grammar))
-    return Matcher(compiled, SamplingParams(max_tokens=100, **params), EOS_TOKEN_IDS)  # type: ignore[arg-type]
+    sampling = SamplingParams(max_tokens=100, **params)  # type: ignore[arg-type]
+    return Matcher(compiled, sampling, EOS_TOKEN_IDS, num_token_ids)
 
 
 def allowed(mask: bytes) -> set[int]:
@@ -106,6 +110,16 @@ def test_what_is_forced_is_spelled_as_the_tokenizer_does(compiler: GrammarCompil
     assert len(forced) >= len(spelled) - 2  # the last ones may merge with what follows
     for position, mask in enumerate(matcher.masks([], forced)[:-1]):
         assert allowed(mask) == {forced[position]}
+
+
+def test_no_token_is_forced_that_the_model_does_not_have(compiler: GrammarCompiler) -> None:
+    """The tokenizer of the grammar may have more tokens than the embedding has rows."""
+    grammar = of_regex(regex.escape('{"temperature_celsius":20,"conversation_history":[]}', special_only=True))
+    forced = new_matcher(compiler, grammar).forced_tokens([])
+    largest = max(forced)
+    cut = new_matcher(compiler, grammar, largest).forced_tokens([])
+    assert cut == forced[: forced.index(largest)]
+    assert new_matcher(compiler, grammar, 1).forced_tokens([]) == []
 
 
 SENTENCES = "[a-z ]+[.!]( [A-Z][a-z ]+[.!])*"
@@ -237,7 +251,7 @@ def test_the_tokenizer_is_read_once_and_not_before_it_is_needed(
         return compiler
 
     monkeypatch.setattr(matcher_module, "GrammarCompiler", read)
-    manager = GrammarManager(EOS_TOKEN_IDS)
+    manager = GrammarManager(EOS_TOKEN_IDS, NUM_TOKEN_IDS)
     manager.prepare()
     manager.set_tokenizer("a tokenizer")
     assert texts == []

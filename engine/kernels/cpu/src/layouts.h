@@ -83,7 +83,7 @@ const lightwell::Field lightwell::FIELDS[] = {
     FIELD(shrunk), FIELD(output), FIELD(output_stride),
 #undef STRUCT
 #define STRUCT EmbedParameters
-    FIELD(num_rows), FIELD(token_ids), FIELD(weights), FIELD(size), FIELD(output), FIELD(output_stride),
+    FIELD(num_rows), FIELD(token_ids), FIELD(weights), FIELD(num_ids), FIELD(size), FIELD(output), FIELD(output_stride),
 #undef STRUCT
 #define STRUCT CacheParameters
     FIELD(type), FIELD(keys), FIELD(values), FIELD(key_scales), FIELD(value_scales), FIELD(block_size),

@@ -4,6 +4,8 @@
 // any number of rows. The integer products of quantised groups are exact; only their scaled sums are rounded.
 #pragma once
 
+#include <math.h>
+
 #include "activations.h"
 
 namespace {
@@ -352,11 +354,13 @@ struct EmbedParameters {
     const RowCounts* num_rows;
     const int64_t* token_ids;
     const uint8_t* weights;
+    int64_t num_ids;
     int64_t size;  // inputs of the packed matrix, whose columns are the embeddings
     float* output;
     int64_t output_stride;  // floats
 };
 
+// An id without an embedding gets NaN, which ends its request and no other.
 template <class Format>
 void embed(const void* parameters, const Worker& worker) {
     const EmbedParameters& p = *(const EmbedParameters*)parameters;
@@ -364,6 +368,10 @@ void embed(const void* parameters, const Worker& worker) {
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
         for (int64_t row = tasks.first; row < tasks.last; row++) {
             const int64_t token_id = p.token_ids[row];
+            if (token_id < 0 || token_id >= p.num_ids) {
+                for (int64_t k = 0; k < p.size; k++) p.output[row * p.output_stride + k] = NAN;
+                continue;
+            }
             const uint8_t* panel = p.weights + token_id / PANEL * Format::panel_bytes(p.size);
             for (int64_t k = 0; k < p.size; k++)
                 p.output[row * p.output_stride + k] = Format::weight(panel, int(token_id % PANEL), k);

@@ -75,6 +75,9 @@ def test_packed_weights_stand_for_the_same_numbers(name: str, code_path: str) ->
         embed = Rows(kernels, [], lambda rows, matrix=matrix: kernels.embed(rows, matrix))
         assert torch.equal(embed(range(num_outputs)).double(), numbers)
         assert torch.equal(embed([num_outputs - 1, 0]).double(), numbers[[-1, 0]])
+        *without, first = embed([num_outputs, -1, 0])
+        assert torch.stack(without).isnan().all()
+        assert torch.equal(first.double(), numbers[0])
 
 
 def test_int8_is_the_nearest_code() -> None:

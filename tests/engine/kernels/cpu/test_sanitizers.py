@@ -64,9 +64,9 @@ for name in FORMATS:
         weights = np.zeros(num_panels * num_blocks * form.block_bytes, dtype=np.uint8)
         row_bytes = data.nbytes // num_outputs
         run("pack_" + name, cpp.PackParameters(address(data), row_bytes, num_inputs, num_outputs, address(weights)))
-        token_ids = ints(num_outputs - 1, 0)
-        run("embed_" + name, cpp.EmbedParameters(address(ints(2, 2)), address(token_ids), address(weights), num_inputs,
-                                                 address(floats(2, num_inputs)), num_inputs))
+        token_ids = ints(num_outputs - 1, 0, num_outputs, -1)
+        run("embed_" + name, cpp.EmbedParameters(address(ints(4, 4)), address(token_ids), address(weights), num_outputs,
+                                                 num_inputs, address(floats(4, num_inputs)), num_inputs))
         for num_rows, num_generated in [(0, 0), (1, 1), (5, 5), (13, 13), (1, 0), (5, 3), (13, 0), (45, 2)]:
             x = floats(max(num_rows, 1), num_inputs)
             x[0, [0, 16]] = np.nan
