@@ -1,8 +1,9 @@
 """The first checks of every request: find its model, and refuse or report the fields that the server ignores."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from fastapi import Request
 from pydantic import BaseModel
@@ -15,6 +16,7 @@ from server.tenants import get_tenant
 
 WARNINGS = "x-lightwell-warnings"  # response header
 MAX_WARNINGS_CHARS = 1024  # length of its list of ignored parameters
+MAX_IGNORED = 1000  # fields without effect that are counted
 
 # Parameters that change an answer and that no endpoint, or not every endpoint, supports -> values that are accepted
 # in addition to null because they leave the answer as it is.
@@ -202,7 +204,7 @@ def begin(
 
 
 def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()) -> list[str]:
-    """Return the names of the unknown fields of a request, followed by `ignored`.
+    """Return the names of the unknown fields of a request, followed by `ignored`, at most `MAX_IGNORED`.
 
     Raises UnsupportedParameterError for a field that cannot be ignored, UnknownParameterError for any if `strict`.
     """
@@ -215,11 +217,22 @@ def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()
         if not (name in UNSUPPORTED or name in HARMLESS or (name in HINTS and _is_neutral(value, HINTS[name])))
     ]
     for part in ("stream_options", "lightwell", "structured_outputs"):
-        names += [f"{part}.{name}" for name, _ in undeclared_fields(getattr(body, part, None))]
-    names += ignored
+        nested = islice(undeclared_fields(getattr(body, part, None)), MAX_IGNORED)
+        names += [f"{part}.{name}" for name, _ in nested]
+    names = [*names, *ignored][:MAX_IGNORED]
     if names and strict:
         raise UnknownParameterError(clip(names[0]))
     return names
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Return each of the names of ignored fields once, at most `MAX_IGNORED`."""
+    found: dict[str, None] = {}
+    for name in names:
+        found[name] = None
+        if len(found) == MAX_IGNORED:
+            break
+    return list(found)
 
 
 def undeclared_fields(model: object) -> Iterator[tuple[str, object]]:
@@ -236,7 +249,8 @@ def _is_neutral(value: object, neutral_values: tuple[object, ...]) -> bool:
 
 def warnings_header(names: Sequence[str]) -> str:
     """Return one line of printable ASCII that lists the names, cut to about MAX_WARNINGS_CHARS."""
-    shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 80)) or "?" for name in names]
+    first = names[:MAX_WARNINGS_CHARS]  # each takes a character at least
+    shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 80)) or "?" for name in first]
     text = f"ignored parameters: {', '.join(shown)}"
     return text if len(text) <= MAX_WARNINGS_CHARS else f"{text[:MAX_WARNINGS_CHARS].rsplit(', ', 1)[0]}, ..."
 

@@ -1,12 +1,12 @@
 """The parser of JSON request bodies.
 
 It is stricter than most JSON parsers: UTF-8 only, no NaN or Infinity, no numbers beyond float64, no lone surrogates, an
-object at the top level, and limits on depth and number of values. The last value of a repeated key counts.
+object at the top level, and limits on depth, fields and number of values. The last value of a repeated key counts.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +16,9 @@ from server.http.validation import format_path
 
 MAX_DEPTH = 100
 MAX_NODES = 100_000  # arrays, objects and keys
+MAX_FIELDS = 1000  # of the object at the top level; each that is unknown is looked at and named
 MAX_ELEMENTS = 1 << 20  # of all arrays and objects together; a prompt may have several hundred thousand token ids
+CONTAINERS = (dict, list)
 MAX_SEARCHED = 1 << 20  # bytes of an invalid body that is searched for lone surrogates
 
 _MALFORMED = re.compile(r"JSON is malformed: (?P<problem>.+) \(byte (?P<byte>\d+)\)")
@@ -42,6 +44,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise InvalidJSONError(f"the body is not valid JSON: {describe_error(str(error), body)}.") from None
     if not isinstance(value, dict):
         raise InvalidJSONError("the body must be a JSON object.")
+    if len(value) > MAX_FIELDS:
+        raise InvalidJSONError(f"the body has more than {MAX_FIELDS} fields.")
     if body.count(b"[") + body.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise InvalidJSONError(f"the body is nested more than {MAX_DEPTH} levels deep.")
     return value
@@ -105,17 +109,16 @@ def is_deeper(value: object, limit: int) -> bool:
     """Return whether arrays and objects are nested more than `limit` levels deep."""
     level = [value]
     for _ in range(limit):
-        level = [child for parent in level for child in _children(parent) if isinstance(child, dict | list)]
+        level = [child for parent in level for child in _children(parent) if type(child) in CONTAINERS]
         if not level:
             return False
     return True
 
 
-def _children(value: object) -> Iterator[object]:
+def _children(value: object) -> Iterable[object]:
     if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def check_surrogates(body: bytes) -> None:

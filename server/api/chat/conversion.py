@@ -11,7 +11,7 @@ from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.chat.writer import ChatWriter
 from server.constrained.constraints import Constraint
 from server.generation.endpoint import AnswerMetadata
-from server.generation.preamble import undeclared_fields
+from server.generation.preamble import distinct, undeclared_fields
 from server.generation.prompts import Prompt, check_min_tokens, check_text_size
 from server.generation.token_fields import TokenFields
 from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
@@ -141,11 +141,11 @@ def reads_effort(template: ChatTemplate | None) -> bool:
 
 
 def unknown_in_messages(messages: Sequence[ChatMessage]) -> list[str]:
-    """Return the distinct names of the undeclared fields of messages, such as `messages[].content[].x`.
+    """Return distinct names of the undeclared fields of messages, such as `messages[].content[].x`.
 
-    Fields that are null are left out: clients send them for absent fields.
+    Fields that are null are left out: clients send them for absent fields. Of many names, some are returned.
     """
-    return list(dict.fromkeys(_unknown_in_messages(messages)))
+    return distinct(_unknown_in_messages(messages))
 
 
 def _unknown_in_messages(messages: Sequence[ChatMessage]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from server.api.chat.schemas import ChatCompletionRequest
+from server.generation.preamble import distinct
 from server.http.error_handlers import from_validation_error
 from server.http.errors import BadRequestError, UnsupportedParameterError
 from server.schemas.generation_request import GenerationRequest
@@ -72,7 +73,7 @@ def build_request(
     for name, value in (body.model_extra or {}).items():
         values.setdefault(name, value)
     for name in type(body).model_fields:
-        values.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))
+        values.update(dict.fromkeys(distinct(_unknown_fields(getattr(body, name), name)), True))
     values.update(dict.fromkeys(ignored, True))
     try:
         return model.model_validate(values)

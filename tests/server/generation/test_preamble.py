@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from server.api.chat.schemas import ChatCompletionRequest
+from server.api.chat.conversion import unknown_in_messages
+from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.completions.schemas import CompletionRequest
 from server.api.embeddings.schemas import EmbeddingRequest
 from server.api.messages.schemas import CountTokensRequest, MessagesRequest
@@ -20,9 +21,11 @@ from server.generation.preamble import (
     ALTERNATIVES,
     HARMLESS,
     HINTS,
+    MAX_IGNORED,
     MAX_WARNINGS_CHARS,
     UNSUPPORTED,
     WARNINGS,
+    distinct,
     ignored_fields,
     warnings_header,
 )
@@ -101,6 +104,33 @@ def test_unknown_names_in_strict_mode_are_bounded() -> None:
     with pytest.raises(UnknownParameterError) as caught:
         ignored_fields(chat(**{"x" * 10_000: 1}), strict=True)
     assert len(caught.value.message) < 300
+
+
+def test_no_more_names_are_made_than_are_counted() -> None:
+    """However many there are, and wherever they are."""
+    taken: list[int] = []
+
+    def names() -> Iterator[str]:
+        for number in range(10 * MAX_IGNORED):
+            taken.append(number)
+            yield f"name {number}"
+
+    assert distinct(names()) == [f"name {number}" for number in range(MAX_IGNORED)]
+    assert len(taken) == MAX_IGNORED
+    assert distinct(["a", "b", "a"]) == ["a", "b"]
+    unknown = {f"name {number}": 1 for number in range(10 * MAX_IGNORED)}
+    message = ChatMessage.model_validate({"role": "user", "content": "a", **unknown})
+    part = ChatMessage.model_validate({"role": "user", "content": [{"type": "text", "text": "a", **unknown}]})
+    assert len(unknown_in_messages([message, part])) == len(unknown_in_messages([part])) == MAX_IGNORED
+    assert len(ignored_fields(chat(stream_options=unknown), strict=False)) == MAX_IGNORED
+    assert len(ignored_fields(chat(**unknown), strict=False, ignored=["a"])) == MAX_IGNORED
+
+
+@pytest.mark.parametrize("num_names", [1, 5000])
+def test_warnings_name_the_first_fields(num_names: int) -> None:
+    header = warnings_header([f"f{number}" for number in range(num_names)])
+    assert header.startswith("ignored parameters: f0")
+    assert header.endswith(", ...") == (num_names > 1)
 
 
 @given(st.lists(st.text(max_size=100), min_size=1, max_size=100))

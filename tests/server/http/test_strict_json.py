@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.http.errors import BadRequestError, InvalidJSONError, InvalidValueError
-from server.http.strict_json import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, describe_size, parse_json_object
+from server.http.strict_json import MAX_DEPTH, MAX_ELEMENTS, MAX_FIELDS, MAX_NODES, describe_size, parse_json_object
 
 CASES = [
     b"",
@@ -85,6 +85,15 @@ def test_depth_has_a_limit() -> None:
     assert parse_json_object(nested(MAX_DEPTH))
     with pytest.raises(InvalidJSONError, match="nested"):
         parse_json_object(nested(MAX_DEPTH + 1))
+
+
+def test_the_number_of_fields_is_limited() -> None:
+    """Those of objects inside do not count."""
+    fields = {f"f{number}": number for number in range(MAX_FIELDS)}
+    assert parse_json_object(json.dumps(fields).encode()) == fields
+    with pytest.raises(InvalidJSONError, match=f"more than {MAX_FIELDS} fields"):
+        parse_json_object(json.dumps(fields | {"f": 1}).encode())
+    assert parse_json_object(json.dumps({"a": fields | {"f": 1}}).encode())
 
 
 def nested(depth: int) -> bytes:
