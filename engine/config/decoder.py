@@ -43,6 +43,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "shared_expert_intermediate_size": ("shared_intermediate_size",),
 }
 
+# Key -> the one value that is supported, if it is there. Encoders and embedding models have the other.
+REFUSED: Mapping[str, Any] = {"is_causal": True, "use_bidirectional_attention": False}
+
 MAX_EXPERTS = 1024  # more the kernels do not support
 MAX_LAYERS = 1024  # more are a damaged file
 PLAIN_LAYOUT = WeightLayout()
@@ -97,7 +100,7 @@ class Family:
     gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys that GGUF files do not have
     # GGUF files do not say the scale of scores: models with so many layers compute it from hidden size / heads.
     gguf_wide_layers: int | None = None
-    refused: Mapping[str, Any] = field(default_factory=dict)  # key -> the one value that is supported, if it is there
+    refused: Mapping[str, Any] = field(default_factory=dict)  # as REFUSED
 
 
 class Decoder(NamedTuple):
@@ -114,7 +117,7 @@ class Decoder(NamedTuple):
 def build_decoder(family: Family, fields: Fields) -> Decoder:
     """Return the layers that a file of this family describes. Raises ValueError, which names the file and the key."""
     fields = fields.with_defaults(family.defaults)
-    for key, supported in family.refused.items():
+    for key, supported in {**REFUSED, **family.refused}.items():
         if (value := fields.get(key)) is not None and value != supported:
             raise fields.error(key, f"{shown(value)} is not supported")
     num_layers, hidden_size = fields.integer("num_hidden_layers", maximum=MAX_LAYERS), fields.integer("hidden_size")

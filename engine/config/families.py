@@ -58,8 +58,8 @@ GEMMA4 = Family(
     has_layer_scalars=True,
     layout=WeightLayout(names=GEMMA4_NAMES),
     gguf_defaults={"norm_topk_prob": True, "enable_moe_block": True, "global_head_dim": None}
-    | {"hidden_size_per_layer_input": 0, "rope_parameters": None},
-    refused={"attention_bias": False},
+    | {"hidden_size_per_layer_input": 0, "rope_parameters": {}},
+    refused={"attention_bias": False, "use_bidirectional_attention": "vision"},
 )
 
 FAMILIES = (
@@ -169,7 +169,6 @@ FAMILIES = (
         scales_embeddings=True,
         layout=WeightLayout(norm_offset=1.0),
         gguf_wide_layers=46,
-        refused={"use_bidirectional_attention": False},
     ),
     Family(
         "gemma3_text",
@@ -188,7 +187,6 @@ FAMILIES = (
         scales_embeddings=True,
         layout=WeightLayout(norm_offset=1.0),
         gguf_wide_layers=62,
-        refused={"use_bidirectional_attention": False},
     ),
     GEMMA4,
     # The same layers; only the other parts of the model differ.

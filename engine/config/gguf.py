@@ -43,6 +43,7 @@ KEYS = {
 # The same for keys whose defaults apply.
 DEFAULTED_KEYS = {
     "rope_local_base_freq": "rope.freq_base_swa",
+    "is_causal": "attention.causal",
     "sliding_window_pattern": "attention.sliding_window_pattern",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",

@@ -139,6 +139,7 @@ def test_gguf_end_tokens(tmp_path: Path) -> None:
     ("metadata", "tensors", "message"),
     [
         ({"llama.block_count": ...}, (), "llama.block_count: is missing"),
+        ({"llama.attention.causal": False}, (), "llama.attention.causal: False is not supported"),
         ({"llama.block_count": 0}, (), "llama.block_count: must be an integer from 1"),
         ({"llama.feed_forward_length": [8, 8]}, (), "llama.feed_forward_length: must be 1 integers of at least 1"),
         ({"llama.embedding_length": 8}, (), r"token_embd.weight: shape \(32, 16\) does not fit hidden size 8"),
