@@ -23,7 +23,7 @@ from engine.config.layers import (
     RopeSpec,
     RouterSpec,
 )
-from engine.config.rope import FULL, SLIDING, read_layer_rope, yarn_mscale
+from engine.config.rope import FULL, SLIDING, read_layer_rope, rope_fields, yarn_mscale
 from engine.config.structs import WeightLayout
 
 ACTIVATIONS = {  # name in config.json -> name of the activation in `Kernels.act_and_mul`
@@ -74,7 +74,9 @@ class Family:
     scale: str | float | None = None  # of scores, or its key, or the key of the head size it is computed from
     windows: Literal["none", "all", "pattern", "last"] = "none"  # layers with a sliding window, unless layer_types says
     local_theta: str | None = None  # key of the base of rotary embeddings of sliding layers; None: like all others
-    no_rope: Literal["none", "full", "listed", "flagged"] = "none"  # layers without rotary embeddings
+    rope_names: Mapping[str, str] = field(default_factory=dict)  # other names of types of scaling
+    # Layers without rotary embeddings. "full": those without a window; "mixed": the same, if the file has a window.
+    no_rope: Literal["none", "full", "mixed", "listed", "flagged"] = "none"
     is_latent: bool = False
 
     # Norms and residual stream.
@@ -178,10 +180,8 @@ def _layer_fields(fields: Fields, index: int, kind: str) -> Fields:
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     num_layers = fields.integer("num_hidden_layers")
     values = {key: fields.integers(key, num_layers)[index] for key in keys if isinstance(fields.get(key), list)}
-    if kind == FULL and (size := fields.optional_integer("global_head_dim")) is not None:
-        values["head_dim"] = size
-    if kind == FULL and fields.boolean("attention_k_eq_v") and fields.get("num_global_key_value_heads") is not None:
-        values["num_key_value_heads"] = fields.integer("num_global_key_value_heads")
+    if kind == FULL and "per_layer_config" not in fields:  # which replaces the keys of all global layers
+        values |= _global_sizes(fields)
     if kind == SLIDING and fields.get("sliding_head_dim") is not None:  # of GGUF files, whose usual size is the global
         values["head_dim"] = fields.integer("sliding_head_dim")
         values["rotary_dim"] = fields.integer("sliding_rotary_dim")
@@ -190,6 +190,15 @@ def _layer_fields(fields: Fields, index: int, kind: str) -> Fields:
     by_layer = fields.nested("per_layer_config")
     own = by_layer.nested(str(index)) if by_layer is not None else None
     return fields.with_values(values | dict(own.values if own is not None else {}))
+
+
+def _global_sizes(fields: Fields) -> dict[str, int]:
+    """Return the sizes of layers of full attention that differ from those of the others."""
+    keys = {"head_dim": "global_head_dim"}
+    if fields.boolean("attention_k_eq_v"):
+        keys["num_key_value_heads"] = "num_global_key_value_heads"
+    sizes = {key: fields.optional_integer(name) for key, name in keys.items()}
+    return {key: size for key, size in sizes.items() if size is not None}
 
 
 def _first_shared_layer(fields: Fields) -> int:
@@ -268,7 +277,7 @@ def _latent_attention(fields: Fields, num_heads: int, rope: int) -> AttentionSpe
     if latent.kv_lora_rank % 2:
         raise fields.error("kv_lora_rank", f"must be even, not {latent.kv_lora_rank}")
     scale = (latent.nope_head_dim + latent.rope_head_dim) ** -0.5
-    scaling = fields.nested("rope_parameters") or fields.nested("rope_scaling")
+    scaling = rope_fields(fields)
     if scaling is not None and scaling.string("rope_type", scaling.string("type", "default")) == "yarn":
         scale *= yarn_mscale(scaling.number("factor", 1.0), scaling.number("mscale_all_dim", 0.0)) ** 2
     size = latent.kv_lora_rank + latent.rope_head_dim
@@ -300,7 +309,8 @@ def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
     if types and len(types) != num_layers:
         raise fields.error("layer_types", f"has {len(types)} elements, but there are {num_layers} layers")
     window = fields.optional_integer("sliding_window", minimum=0)
-    if not window or family.windows == "none" or not fields.boolean("use_sliding_window", default=True):
+    is_off = family.windows == "last" and not fields.boolean("use_sliding_window", default=True)
+    if not window or family.windows == "none" or is_off:
         return [FULL] * num_layers
     if types:
         return [SLIDING if kind == SLIDING else FULL for kind in types]
@@ -315,11 +325,11 @@ def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
 
 
 def _layers_with_rope(family: Family, fields: Fields, types: list[str]) -> list[bool]:
-    if family.no_rope == "full" and SLIDING in types:
+    if family.no_rope == "full" or (family.no_rope == "mixed" and fields.optional_integer("sliding_window", minimum=0)):
         return [kind == SLIDING for kind in types]
     if family.no_rope == "flagged":
         return [fields.get("position_embedding_type") == "rope"] * len(types)
-    if family.no_rope != "listed":
+    if family.no_rope in ("none", "mixed"):
         return [True] * len(types)
     if fields.get("no_rope_layers"):
         return [bool(has_rope) for has_rope in fields.integers("no_rope_layers", len(types), minimum=0)]
@@ -330,9 +340,9 @@ def _layers_with_rope(family: Family, fields: Fields, types: list[str]) -> list[
 def _rope(family: Family, fields: Fields, kind: str) -> RopeSpec:
     if family.is_latent:
         rank, size = fields.integer("kv_lora_rank"), fields.integer("qk_rope_head_dim")
-        rope = read_layer_rope(fields, kind, size, None)
+        rope = read_layer_rope(fields, kind, size, None, family.rope_names)
         return msgspec.structs.replace(rope, head_dim=rank + size, first_pair=rank // 2)
-    return read_layer_rope(fields, kind, head_dim(fields), family.local_theta)
+    return read_layer_rope(fields, kind, head_dim(fields), family.local_theta, family.rope_names)
 
 
 def _no_rope(fields: Fields) -> RopeSpec:
@@ -359,13 +369,13 @@ def _activation(family: Family, fields: Fields) -> str:
 def _has_experts(fields: Fields, index: int) -> bool:
     if not fields.integer("num_experts", 0, minimum=0) or not fields.boolean("enable_moe_block", default=True):
         return False
-    if index < fields.integer("first_k_dense_replace", 0, minimum=0):
-        return False
     if types := fields.get("mlp_layer_types"):
         num_layers = fields.integer("num_hidden_layers")
         if not isinstance(types, list) or len(types) != num_layers or not all(x in ("dense", "sparse") for x in types):
             raise fields.error("mlp_layer_types", f"must be dense or sparse for each layer, not {shown(types)}")
         return bool(types[index] == "sparse")
+    if index < fields.integer("first_k_dense_replace", 0, minimum=0):
+        return False
     dense = fields.get("mlp_only_layers") or []
     if not isinstance(dense, list):
         raise fields.error("mlp_only_layers", f"must be a list of layers, not {shown(dense)}")

@@ -37,6 +37,17 @@ GEMMA4_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
 }
+GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "rope_theta": 1e6,
+} | {
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 GEMMA_DEFAULTS = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 GEMMA4 = Family(
@@ -46,6 +57,7 @@ GEMMA4 = Family(
     GEMMA_DEFAULTS
     | {"max_position_embeddings": 131072, "sliding_window": 512, "sliding_window_pattern": 6}
     | {"rope_parameters": GEMMA4_ROPES, "global_head_dim": 512, "hidden_size_per_layer_input": 256}
+    | {"vocab_size_per_layer_input": 262144}
     | {"hidden_act": "gelu_pytorch_tanh", "norm_topk_prob": True, "enable_moe_block": False},
     qk_norm="head",
     v_norm=True,
@@ -88,7 +100,8 @@ FAMILIES = (
         "ministral3",
         "Ministral3ForCausalLM",
         "mistral3",
-        {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128},
+        {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128, "norm_eps": 1e-5}
+        | {"rope_parameters": MINISTRAL3_ROPE},
         windows="all",
         layout=LLAMA,
         gguf_layout=INTERLEAVED,
@@ -203,7 +216,8 @@ FAMILIES = (
         "gpt-oss",
         {"max_position_embeddings": 131072, "head_dim": 64, "num_key_value_heads": 8, "num_attention_heads": 64}
         | {"sliding_window": 128, "sliding_window_pattern": 2, "attention_bias": True, "norm_topk_prob": True}
-        | {"num_local_experts": 128, "num_experts_per_tok": 4, "rope_theta": 150000.0, "norm_eps": 1e-5},
+        | {"num_local_experts": 128, "num_experts_per_tok": 4, "rope_theta": 150000.0, "norm_eps": 1e-5}
+        | {"rope_parameters": GPT_OSS_ROPE},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         has_sinks=True,
@@ -224,6 +238,7 @@ FAMILIES = (
         "phi3",
         {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "norm_eps": 1e-5},
         windows="all",
+        rope_names={"su": "longrope", "yarn": "longrope"},
         layout=LLAMA,
         gguf_layout=WeightLayout(names=FUSED_UP),
     ),
@@ -329,7 +344,7 @@ FAMILIES = (
         {"max_position_embeddings": 2048, "norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
         qk_norm="head",
         windows="pattern",
-        no_rope="full",
+        no_rope="mixed",
         norms=POST_NORMS,
     ),
     Family(

@@ -27,9 +27,13 @@ class Fields:
         self.labels = labels or {}
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
-        """Return the same fields, with values for keys that are missing; null stays null."""
-        missing = {key: value for key, value in defaults.items() if not any(name in self for name in self._names(key))}
-        return Fields(self.source, {**missing, **self.values}, self.names, self.labels)
+        """Return the same fields, with values for keys that are missing; null stays null, but for objects."""
+        missing = {
+            key: value
+            for key, value in defaults.items()
+            if not any(name in self for name in self._names(key)) or (isinstance(value, dict) and self.get(key) is None)
+        }
+        return Fields(self.source, {**self.values, **missing}, self.names, self.labels)
 
     def with_values(self, values: Mapping[str, Any]) -> Fields:
         """Return the same fields, with other values for some keys."""

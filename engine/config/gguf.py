@@ -34,6 +34,7 @@ KEYS = {
     "norm_eps": "attention.layer_norm_rms_epsilon",
     "layer_norm_eps": "attention.layer_norm_epsilon",
     "rope_theta": "rope.freq_base",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
     "rotary_dim": "rope.dimension_count",
     "sliding_window": "attention.sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -42,8 +43,8 @@ KEYS = {
 }
 # The same for keys whose defaults apply.
 DEFAULTED_KEYS = {
-    "rope_local_base_freq": "rope.freq_base_swa",
     "is_causal": "attention.causal",
+    "rope_local_base_freq": "rope.freq_base_swa",
     "sliding_window_pattern": "attention.sliding_window_pattern",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -129,6 +130,7 @@ def load_gguf(file: GGUFFile) -> ModelConfig:
         tie_word_embeddings="output.weight" not in file.tensors,
         embedding_scale=decoder.embedding_scale,
         per_layer_input_size=decoder.per_layer_input_size,
+        per_layer_vocab_size=vocab_size if decoder.per_layer_input_size else 0,
         logits_scale=decoder.logits_scale,
         logits_softcap=decoder.logits_softcap,
         num_ignored_layers=fields.integer("num_nextn_predict_layers", 0, minimum=0),
@@ -230,8 +232,6 @@ def _rope_scaling(metadata: Fields, fields: Fields, file: GGUFFile, arch: str) -
         raise metadata.error(f"{prefix}.type", f"{shown(kind)} is not supported (supported: {supported})")
     factor = metadata.number(f"{prefix}.factor", metadata.number(f"{arch}.rope.scale_linear", 1.0)) or 1.0
     values: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    if (context := metadata.get(f"{prefix}.original_context_length")) is not None:
-        values["original_max_position_embeddings"] = context
     if beta := metadata.get(f"{arch}.attention.temperature_scale"):
         values["llama_4_scaling_beta"] = beta
     factors = [_factors(file, fields, name) for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")]

@@ -80,6 +80,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         tie_word_embeddings=fields.boolean("tie_word_embeddings"),
         embedding_scale=decoder.embedding_scale,
         per_layer_input_size=decoder.per_layer_input_size,
+        per_layer_vocab_size=_per_layer_vocab_size(fields, vocab_size) if decoder.per_layer_input_size else 0,
         logits_scale=decoder.logits_scale,
         logits_softcap=decoder.logits_softcap,
         num_ignored_layers=fields.integer("num_nextn_predict_layers", 0, minimum=0),
@@ -89,6 +90,13 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         quantization=read_quantization(fields),
         recommended_sampling=_recommended_sampling(generation),
     )
+
+
+def _per_layer_vocab_size(fields: Fields, vocab_size: int) -> int:
+    size = fields.integer("vocab_size_per_layer_input", vocab_size)
+    if size < vocab_size:
+        raise fields.error("vocab_size_per_layer_input", f"{size} is less than the {vocab_size} of vocab_size")
+    return size
 
 
 def _family(fields: Fields) -> Family:

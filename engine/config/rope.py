@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from engine.config.fields import Fields, shown
 from engine.config.layers import RopeScaling, RopeSpec
@@ -11,28 +11,37 @@ from engine.config.layers import RopeScaling, RopeSpec
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read_layer_rope(fields: Fields, kind: str, head_dim: int, local_theta: str | None) -> RopeSpec:
+def rope_fields(fields: Fields) -> Fields | None:
+    """Return the fields of the rotary embedding, if the file has any: `rope_scaling` of older files comes first."""
+    return fields.nested("rope_scaling") or fields.nested("rope_parameters")
+
+
+def read_layer_rope(
+    fields: Fields, kind: str, head_dim: int, local_theta: str | None, names: Mapping[str, str]
+) -> RopeSpec:
     """Return the rotary embedding of layers of a type.
 
     Newer files have `rope_parameters`, for all layers or for each type; older ones `rope_theta` and `rope_scaling`.
     `local_theta` is the key of the base of sliding layers, which are not scaled; None: they are like the others.
+    `names`: other names of types of scaling.
     """
     parameters = fields.nested("rope_parameters")
     if parameters is not None and isinstance(parameters.get(FULL), dict):
-        return read_rope(fields, parameters.nested(kind), head_dim)
-    rope = fields.nested("rope_scaling") or parameters
+        return read_rope(fields, parameters.nested(kind), head_dim, names)
+    rope = rope_fields(fields)
     if kind == FULL or local_theta is None:
-        return read_rope(fields, rope, head_dim)
+        return read_rope(fields, rope, head_dim, names)
     theta = fields.number(local_theta, 10000.0, zero=False)
     if local_theta == "rope_theta" and rope is not None:
         theta = rope.number("rope_theta", theta, zero=False)
     return RopeSpec(head_dim=head_dim, rotary_dim=_rotary_dim(fields, rope, head_dim), theta=theta)
 
 
-def read_rope(fields: Fields, rope: Fields | None, head_dim: int) -> RopeSpec:
+def read_rope(fields: Fields, rope: Fields | None, head_dim: int, names: Mapping[str, str]) -> RopeSpec:
     """Return the rotary embedding that `rope` describes, with defaults from the outer `fields`."""
     rope = rope or Fields(fields.source, {})
     kind = rope.string("rope_type", rope.string("type", "default"))
+    kind = names.get(kind, kind)
     rotary_dim = _rotary_dim(fields, rope, head_dim)
     return RopeSpec(
         head_dim=head_dim,
@@ -129,8 +138,9 @@ def _longrope(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
 
 
 def _original_context(rope: Fields, fields: Fields) -> int:
-    default = fields.integer("original_max_position_embeddings", fields.integer("max_position_embeddings"))
-    return rope.integer("original_max_position_embeddings", default)
+    """Return the context of the pretraining, of which transformers takes the outer key first."""
+    inner = rope.integer("original_max_position_embeddings", fields.integer("max_position_embeddings"))
+    return fields.integer("original_max_position_embeddings", inner)
 
 
 SCALINGS: dict[str, Callable[[Fields, Fields, int], RopeScaling]] = {
@@ -138,5 +148,4 @@ SCALINGS: dict[str, Callable[[Fields, Fields, int], RopeScaling]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
-    "su": _longrope,  # its name in the first files of Phi 3
 }

@@ -83,6 +83,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool = False
     embedding_scale: float = 1.0
     per_layer_input_size: int = 0  # numbers of a token's embedding for each layer (Gemma 4); 0: there is none
+    per_layer_vocab_size: int = 0  # rows of that embedding, at least `vocab_size`
     per_layer_activation: str = "gelu_pytorch_tanh"
     logits_scale: float = 1.0
     logits_softcap: float | None = None

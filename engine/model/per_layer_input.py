@@ -19,7 +19,9 @@ class PerLayerEmbedding:
         self.kernels = kernels
         self.size = config.per_layer_input_size
         num_columns, prefix = config.num_hidden_layers * self.size, "model"
-        table = parameters.take_weight(f"{prefix}.embed_tokens_per_layer.weight", config.vocab_size, num_columns)
+        table = parameters.take_weight(
+            f"{prefix}.embed_tokens_per_layer.weight", config.per_layer_vocab_size, num_columns
+        )
         self.embed_tokens = kernels.pack([table])
         projection = [(f"{prefix}.per_layer_model_projection", num_columns)]
         self.projection = Linear(kernels, parameters, projection, config.hidden_size, has_bias=False)

@@ -56,6 +56,7 @@ BY_VALUE = {  # field -> value -> what it means
     },
     "no_rope": {
         "full": "no rotation in global layers",
+        "mixed": "no rotation in global layers",
         "listed": "layers without rotation",
         "flagged": "rotation if the file says so",
     },

@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.loading import LoadedModel, load_model
 from tests.parity.make_fixtures import FIXTURES
 from tests.support.examples import num_examples
-from tests.support.family_models import FAMILIES, VOCAB_SIZE, read_config, save_family_model
+from tests.support.family_models import FAMILIES, VOCAB_SIZE, read_config, save_family_model, save_variant
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.older_configs import older_config
 from tests.support.outputs import all_logits, greedy_outputs
@@ -166,6 +166,49 @@ def older_reference(saved: Reference, folder: Path) -> Reference:
     (folder / "config.json").write_text(json.dumps(older_config(read_config(saved.folder))))
     (folder / "model.safetensors").symlink_to(saved.folder / "model.safetensors")
     return Reference(folder, type(saved.model).from_pretrained(folder, dtype=torch.float32).eval())
+
+
+def layers(config: dict[str, Any], kind: str) -> list[str]:
+    return [kind] * int(config["num_hidden_layers"])
+
+
+def rope_scaling(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the changes to a configuration of LongRoPE that spell it as older files do, with another type."""
+    rope = {key: value for key, value in config["rope_parameters"].items() if key != "rope_type"}
+    return {"rope_parameters": ..., "rope_scaling": rope | {"type": kind}}
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+Changes = Callable[[dict[str, Any]], dict[str, Any]]
+# (Row, changes to its config.json) for which transformers has a rule of its own; ... removes a key.
+VARIANTS: tuple[tuple[str, Changes], ...] = (
+    ("gpt_oss", lambda config: {"rope_parameters": ...}),
+    ("gpt_oss", lambda config: {"rope_parameters": None, "rope_theta": 1234.0}),
+    ("gpt_oss", lambda config: {"rope_parameters": {}}),
+    ("ministral3", lambda config: {"rope_parameters": ..., "rms_norm_eps": ...}),
+    ("llama3", lambda config: {"rope_parameters": YARN, "original_max_position_embeddings": 16}),
+    ("phi3_longrope", lambda config: rope_scaling(config, "yarn")),
+    ("phi3_longrope", lambda config: rope_scaling(config, "su")),
+    ("cohere2", lambda config: {"layer_types": layers(config, "full_attention")}),
+    ("cohere2", lambda config: {"use_sliding_window": False}),
+    ("exaone4", lambda config: {"layer_types": layers(config, "full_attention")}),
+    ("exaone4", lambda config: {"layer_types": layers(config, "full_attention"), "sliding_window": None}),
+    ("glm4_moe_lite", lambda config: {"mlp_layer_types": layers(config, "sparse"), "first_k_dense_replace": 1}),
+    ("gemma4_e2b", lambda config: {"per_layer_config": {}}),
+    ("gemma4_e2b", lambda config: {"vocab_size_per_layer_input": VOCAB_SIZE + 12}),
+    ("gemma4_e2b", lambda config: {"use_bidirectional_attention": "vision"}),
+)
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+def test_variants_of_the_configuration(
+    name: str, changes: Changes, reference: Callable[[str, int], Reference], tmp_path: Path
+) -> None:
+    config = read_config(reference(name, 0).folder)
+    config = {key: value for key, value in (config | changes(config)).items() if value is not ...}
+    saved = Reference(tmp_path, save_variant(config, tmp_path))
+    assert read_config(tmp_path) == config
+    assert_same_as_transformers(FAMILIES[name].lengths[-1:], saved, load(tmp_path, "torch"), 1)
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))

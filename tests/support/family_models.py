@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from tests.support.family_sizes import SIZES, Draw
@@ -96,13 +102,30 @@ def save_family_model(name: str, folder: Path, seed: int = 0) -> PreTrainedModel
         config = wrapped(family.wrapper, values | {"model_type": family.model_type})
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto.from_config(config).save_pretrained(folder)
-    path = folder / "model.safetensors"
-    tensors = {key: fill(f"{seed} {key}", value.shape) for key, value in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    fill_weights(folder, seed)
     if name == "gpt_oss_mxfp4":
         store_experts_in_mxfp4(folder, generator_of(f"{seed} experts"))
     model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32).eval()
     return model
+
+
+def save_variant(values: dict[str, Any], folder: Path, seed: int = 0) -> PreTrainedModel:
+    """Save a small model with random weights, as a config.json with just these values describes it."""
+    auto: Any = AutoModelForCausalLM
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    path = folder / "config.json"
+    path.write_text(json.dumps(values))
+    auto.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    path.write_text(json.dumps(values))  # instead of what transformers has made of the values
+    fill_weights(folder, seed)
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
+def fill_weights(folder: Path, seed: int) -> None:
+    path = folder / "model.safetensors"
+    tensors = {key: fill(f"{seed} {key}", value.shape) for key, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def drawing(key: str) -> Draw:

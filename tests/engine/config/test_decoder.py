@@ -185,6 +185,7 @@ HYBRID = ["linear_attention", "linear_attention", "linear_attention", "full_atte
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention: 'all' is not supported"),
         ("llama", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
         ("llama", {"is_causal": False}, "is_causal: False is not supported"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 98}, "vocab_size_per_layer_input: 98 is less than the 99 of"),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window: True is not supported"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit: 5.0 is not supported"),
         ("llama", {"hidden_act": "relu"}, r"hidden_act: 'relu' is not supported \(supported: silu, swish, gelu"),

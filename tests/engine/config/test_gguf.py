@@ -187,6 +187,15 @@ def test_gguf_window(tmp_path: Path) -> None:
     assert [layer.attention.window for layer in config.layers] == [None]
 
 
+def test_gguf_original_context(tmp_path: Path) -> None:
+    """The default of Phi 3's config.json is not that of its GGUF files."""
+    metadata = {key.replace("llama.", "phi3."): value for key, value in LLAMA.items()}
+    factors = ("rope_factors_short.weight", "rope_factors_long.weight")
+    for key, expected in ({"phi3.rope.scaling.original_context_length": 64}, 64), ({}, 128):
+        (rope,) = gguf_config(tmp_path, metadata | key, *factors, arch="phi3").ropes
+        assert rope.scaling.original_max_position_embeddings == expected
+
+
 def test_gguf_architecture_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"general\.architecture: 'mamba' is not supported \(supported: llama, .*gemma3"

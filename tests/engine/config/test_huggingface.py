@@ -331,12 +331,6 @@ def test_absurd_values(changes: dict[str, Any], message: str, tmp_path: Path) ->
         load(tmp_path, num_local_experts=4, num_experts_per_tok=2, **changes)
 
 
-def test_first_name_of_longrope(tmp_path: Path) -> None:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 128}
-    config = load(tmp_path, rope_scaling={"type": "su"} | factors)
-    assert config.ropes == load(tmp_path, rope_scaling={"type": "longrope"} | factors).ropes
-
-
 def test_groups_of_one_expert(tmp_path: Path) -> None:
     """Groups are compared by their two best experts."""
     changes: dict[str, Any] = {

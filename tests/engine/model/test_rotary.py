@@ -88,7 +88,7 @@ def test_other_scalings(name: str) -> None:
     sizes: dict[str, Any] = {"max_position_embeddings": 8192, "original_max_position_embeddings": 512}
     config: Any = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=parameters, **sizes)
     frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, CPU, seq_len=length)
-    rope = read_rope(Fields("config.json", sizes), Fields("rope_parameters", parameters), 16)
+    rope = read_rope(Fields("config.json", sizes), Fields("rope_parameters", parameters), 16, {})
     angles = POSITIONS[length > POSITIONS][:, None] * frequencies
     cos, sin = RotaryEmbedding(rope, length, CPU).k[POSITIONS[length > POSITIONS]].chunk(2, dim=1)
     num_pairs = len(frequencies)
