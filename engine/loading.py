@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ from engine.model.memory_plan import (
 from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
-from engine.weights import is_vector, least_weight_bytes, load_weights
+from engine.weights import has_own_head, is_vector, least_weight_bytes, load_weights
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -88,7 +89,7 @@ def load_model(
     """
     clock = clock or StepClock()
     path = Path(config.model_path)
-    model_config = load_model_config(path)
+    model_config = read_model_config(path)
     part = WholeModel(model_config) if group is None else ModelPart(model_config, path, group)
     config = part.settings(config)
     number = config.data_parallel_rank * part.num_ranks + part.rank
@@ -133,6 +134,18 @@ def load_model(
     runner = new_runner(model, limits, memory, device, part.new_buffer)
     clock.lap("KV cache")
     return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters, part.num_ranks)
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Return the configuration of a model, whose files decide whether it has an LM head of its own. Raises ValueError.
+
+    As in transformers, `tie_word_embeddings` does not count if the files hold a head that differs from the embedding.
+    """
+    config = load_model_config(path)
+    if not (config.tie_word_embeddings and path.is_dir() and has_own_head(path, config)):
+        return config
+    logger.warning("%s: tie_word_embeddings is true, but the files have an LM head that differs: it is used", path)
+    return msgspec.structs.replace(config, tie_word_embeddings=False)
 
 
 def read_adapters(config: EngineConfig, model_config: ModelConfig) -> dict[str, LoraCheckpoint]:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from engine.distributed.collectives import Collectives
 from engine.distributed.plan import Axis, ShardingPlan
-from engine.distributed.weights import HEAD
 from engine.kernels.interface import LinearOp
 from engine.model import CausalLM, Parameters
 from engine.model.attention import Attention
 from engine.model.linear import Linear
 from engine.model.mlp import Experts
+from engine.weights.layout import HEAD
 
 
 class RowParallelLinear(Linear):

@@ -16,10 +16,9 @@ from engine.lora.checkpoint import LoraMatrices
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
 from engine.weights import Weight
+from engine.weights.layout import EMBEDDING, HEAD
 from engine.weights.packed import PackedTensor, select_rows
 from engine.weights.quantized import FLOAT8_BLOCK
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 logger = logging.getLogger("lightwell.engine")
 

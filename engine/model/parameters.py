@@ -14,7 +14,11 @@ class Parameters:
     """The tensors of a checkpoint that have not been taken yet, by name."""
 
     def __init__(self, tensors: Iterable[tuple[str, Weight]]) -> None:
-        self._tensors = dict(tensors)
+        self._tensors: dict[str, Weight] = {}
+        for name, tensor in tensors:
+            if name in self._tensors:
+                raise ValueError(f"the checkpoint has the tensor {name} twice")
+            self._tensors[name] = tensor
         self.num_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
 
     def take(self, name: str, *shape: int) -> Tensor:

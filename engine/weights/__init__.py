@@ -14,7 +14,7 @@ from engine.weights.gguf import least_gguf_bytes, load_gguf
 from engine.weights.layout import is_vector
 from engine.weights.packed import PackedTensor, Weight, concatenate, layout_of
 from engine.weights.quantized import Float8Tensor, GroupQuantized
-from engine.weights.safetensors import least_safetensors_bytes, load_safetensors
+from engine.weights.safetensors import has_own_head, least_safetensors_bytes, load_safetensors
 
 __all__ = [
     "Float8Tensor",
@@ -22,6 +22,7 @@ __all__ = [
     "PackedTensor",
     "Weight",
     "concatenate",
+    "has_own_head",
     "is_vector",
     "layout_of",
     "least_weight_bytes",

@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.config import AttentionSpec, LatentSpec, ModelConfig, RopeSpec, WeightLayout
 from engine.weights.packed import Weight, select_rows
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 FUSED_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.gate_up_proj\.weight")
 TRANSPOSED_K = "self_attn.k_b_proj.transposed"  # of GGUF files
@@ -35,9 +36,8 @@ def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: Weight
     Stacked matrices [E, M, K] of experts may have been flattened to [E * M, K]. Raises ValueError if a fused or stacked
     tensor does not divide into its parts.
     """
-    for pattern, replacement in layout.names:
-        name = re.sub(pattern, replacement, name)
-    if UNUSED.fullmatch(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
+    name = rename(name, layout)
+    if UNUSED.fullmatch(name) or (name == HEAD and config.tie_word_embeddings):
         return
     if layout.norm_offset and isinstance(weight, Tensor) and re.search(r"norm\.weight$", name):
         weight = weight + layout.norm_offset
@@ -53,6 +53,13 @@ def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: Weight
         return  # some checkpoints hold them although they are not used
     for part, part_weight in layer_tensors(match[2], weight, config, layer, layout):
         yield f"model.layers.{layer}.{part}", part_weight
+
+
+def rename(name: str, layout: WeightLayout) -> str:
+    """Return the model's name for a tensor of a checkpoint, or for what it holds of several."""
+    for pattern, replacement in layout.names:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def layer_tensors(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.config import ModelConfig, refuse_pickle
 from engine.shared.gguf import short
 from engine.weights.files import RegularFile
-from engine.weights.layout import is_vector, model_tensors
+from engine.weights.layout import EMBEDDING, HEAD, is_vector, model_tensors, rename
 from engine.weights.packed import Weight
 from engine.weights.quantized_layers import QuantizedLayers
 
@@ -45,8 +45,8 @@ def load_safetensors(
     """Yield (name, weight) as `engine.weights.load_weights` describes. `progress` counts the bytes of the files."""
     shards = _find_shards(folder)
     layers = None
+    names = _read_all_names(shards)
     if config.quantization is not None:
-        names = [name for shard in shards for name in _read_names(shard)]
         layers = QuantizedLayers(names, config.quantization, dtype, keep_packed)
     types = FLOAT_TYPES if layers is None else FLOAT_TYPES | QUANTIZED_TYPES
     num_bytes = sum(shard.stat().st_size for shard in shards)
@@ -67,6 +67,27 @@ def load_safetensors(
         progress(num_bytes_before, num_bytes)
     if layers is not None:
         layers.log()
+
+
+def has_own_head(folder: Path, config: ModelConfig) -> bool:
+    """Return whether the files hold an LM head that differs from the embedding. Raises ValueError if one is damaged."""
+    shards = _read_all_names(_find_shards(folder))
+    stored = {rename(name, config.weight_layout): name for name in shards}
+    heads = {name for name in stored if name.startswith("lm_head.")}
+    if heads != {HEAD} or EMBEDDING not in stored:
+        return bool(heads)
+    head, embedding = (_read_bytes(shards[stored[name]], stored[name]) for name in (HEAD, EMBEDDING))
+    return not torch.equal(head, embedding)
+
+
+def _read_bytes(shard: Path, name: str) -> Tensor:
+    """Return the bytes of a tensor, as a view of the memory-mapped file. Raises ValueError if the file is damaged."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{shard}: {short(name)}: cannot be read ({short(str(error))})") from error
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def least_safetensors_bytes(folder: Path) -> int:
@@ -133,6 +154,16 @@ def _read_weight_map(index: Path) -> dict[str, Any]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map: must map tensor names to file names")
     return weight_map
+
+
+def _read_all_names(shards: Iterable[Path]) -> dict[str, Path]:
+    """Return the file of each tensor. Raises ValueError if two files hold one of the same name."""
+    names: dict[str, Path] = {}
+    for shard in shards:
+        for name in _read_names(shard):
+            if names.setdefault(name, shard) != shard:
+                raise ValueError(f"{shard}: {short(name)}: the tensor is in {names[name].name} too")
+    return names
 
 
 def _read_names(shard: Path) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
 from engine.loading import LoadedModel, load_model
@@ -209,6 +210,29 @@ def test_variants_of_the_configuration(
     saved = Reference(tmp_path, save_variant(config, tmp_path))
     assert read_config(tmp_path) == config
     assert_same_as_transformers(FAMILIES[name].lengths[-1:], saved, load(tmp_path, "torch"), 1)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma3", "cohere2"])
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_an_lm_head_beside_tied_embeddings(
+    name: str,
+    is_equal: bool,
+    reference: Callable[[str, int], Reference],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """transformers keeps a head that differs, whatever config.json says."""
+    folder = reference(name, 0).folder
+    config = read_config(folder)
+    assert config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+    tensors = load_file(folder / "model.safetensors")
+    (embedding,) = (value for key, value in tensors.items() if key.endswith(".embed_tokens.weight"))
+    head = embedding.clone() if is_equal else embedding.flip(0) / 2
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = type(reference(name, 0).model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_same_as_transformers(FAMILIES[name].lengths[-1:], Reference(tmp_path, model), load(tmp_path, "torch"), 1)
+    assert ("tie_word_embeddings is true, but the files have an LM head that differs" in caplog.text) != is_equal
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))

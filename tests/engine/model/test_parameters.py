@@ -97,6 +97,14 @@ def test_unknown_tensor(name: str) -> None:
         build(checkpoint() | {name: torch.zeros(3)})
 
 
+def test_a_tensor_that_comes_twice() -> None:
+    """As a matrix of its own and as part of a fused one, for example."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = checkpoint()
+    with pytest.raises(ValueError, match=f"the checkpoint has the tensor {name} twice"):
+        Parameters([*tensors.items(), (name, tensors[name])])
+
+
 NO_USE: list[tuple[dict[str, bool], str]] = [
     ({"attention_bias": False}, "model.layers.0.self_attn.q_proj.bias"),
     ({"attention_output_bias": False}, "model.layers.0.self_attn.o_proj.bias"),

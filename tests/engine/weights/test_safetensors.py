@@ -118,6 +118,16 @@ def test_shard_without_an_expected_tensor(tmp_path: Path) -> None:
         list(load_weights(tmp_path, tiny_config(), torch.float32))
 
 
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    """The index says which of them counts, but other tensors have been taken from the shard that it does not name."""
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.zeros(2)}, tmp_path / "2.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"2\.safetensors: b: the tensor is in 1\.safetensors too"):
+        list(load_weights(tmp_path, tiny_config(), torch.float32))
+
+
 @pytest.mark.parametrize("num_bytes", [0, 7, 8, 100, -1])
 def test_truncated(num_bytes: int, tmp_path: Path) -> None:
     save_model(tmp_path)
