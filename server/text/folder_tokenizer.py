@@ -213,7 +213,10 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the chat template: chat_template.jinja, else the config's; of several, the one named "default"."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error})") from error
     template = config.get("chat_template") or read_optional_object(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]

@@ -19,6 +19,8 @@ from server.text.token_bound import TokenBound, token_bound
 
 logger = logging.getLogger(__name__)
 
+UNUSUAL = "\U0010fffd"  # a character for private use, which vocabularies do not have
+
 
 class Tokenizer:
     """A model's tokenizer. Thread-safe.
@@ -53,6 +55,7 @@ class Tokenizer:
         self.special_tokens = tuple(special.values())
         self.fim = find_fim_tokens(backend.token_to_id, config.fim_markers)
         self.add_bos = self.bos_token_id is not None and self.encode("")[:1] == [self.bos_token_id]
+        self.encode(UNUSUAL)  # fails if unknown characters become a token that is not there
         first = b"".join(map(self.token_bytes, self.encode("a", add_special_tokens=False)))
         self._adds_space = first.startswith(b" ")
 
@@ -65,9 +68,9 @@ class Tokenizer:
         """
         try:
             return cls(*(load_folder(path) if path.is_dir() else _load_gguf(path)))
-        except (ValueError, OSError):
-            raise
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:
+            if _goes_on(error, path):
+                raise
             raise ValueError(f"{path}: not a valid tokenizer ({short(str(error))})") from error
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
@@ -136,6 +139,17 @@ class Tokenizer:
             return text.encode()
         token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
         return b"" if token is None else self._to_bytes(token)
+
+
+def _goes_on(error: BaseException, path: Path) -> bool:
+    """Return whether an error needs no other message: it names the file, or it is not about the tokenizer.
+
+    The library raises plain Exception, and where it panics an exception that does not derive from it.
+    """
+    if isinstance(error, ValueError):
+        return str(error).startswith(str(path))
+    is_panic = type(error).__name__ == "PanicException"
+    return isinstance(error, OSError) or not (is_panic or isinstance(error, Exception))
 
 
 def _find(backend: tokenizers.Tokenizer, token: str | None) -> tuple[str | None, int | None]:

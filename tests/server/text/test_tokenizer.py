@@ -349,6 +349,33 @@ def test_refused(tmp_path: Path) -> None:
         Tokenizer.from_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("model", "file", "content", "message"),
+    [
+        ({"continuing_subword_prefix": "x" * 5000}, None, "", "not a valid tokenizer .range end index"),
+        ({"unk_token": "<u>"}, None, "", "not a valid tokenizer .Unk token `<u>` not found"),
+        (
+            {},
+            "tokenizer_config.json",
+            '{"additional_special_tokens": ["\\ud800"]}',
+            "not a valid tokenizer .*surrogates",
+        ),
+        ({}, "chat_template.jinja", "\udcff", r"/chat_template\.jinja: not UTF-8"),
+    ],
+)
+def test_what_the_library_raises_names_the_model(
+    model: dict[str, Any], file: str | None, content: str, message: str, tmp_path: Path
+) -> None:
+    """Whether it panics, fails at the first text with an unknown character, or is given what is no text."""
+    backend = json.loads(write(tmp_path, byte_level()).joinpath("tokenizer.json").read_text())
+    backend["model"] |= {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]} | model
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    if file is not None:
+        (tmp_path / file).write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}.*{message}"):
+        Tokenizer.from_model(tmp_path)
+
+
 @pytest.mark.parametrize("decoder", [None, decoders.WordPiece(), decoders.BPEDecoder()])
 def test_kinds_whose_bytes_are_not_known_are_refused(decoder: Any, tmp_path: Path) -> None:
     backend = byte_level()
