@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -271,16 +271,42 @@ def _effort(think: bool | str | None) -> str | None:
     return think
 
 
+class _WaitingCalls:
+    """The calls whose results follow. Neither adding nor taking one depends on how many there are."""
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[int, str] = OrderedDict()  # in the order of the calls, by their numbers
+        self._numbers: dict[str | None, deque[int]] = {}  # by the name of the tool; those that were taken, too
+        self._num_calls = 0
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, name: str, call_id: str) -> None:
+        self._ids[self._num_calls] = call_id
+        self._numbers.setdefault(name, deque()).append(self._num_calls)
+        self._num_calls += 1
+
+    def take(self, name: str | None) -> str:
+        """Remove the call that a result answers, the first one with its name or the first one, and return its id."""
+        numbers = self._numbers.get(name, deque())
+        while numbers:
+            if (number := numbers.popleft()) in self._ids:
+                return self._ids.pop(number)
+        return self._ids.popitem(last=False)[1]
+
+
 def _turns(messages: Sequence[OllamaMessage]) -> Iterator[dict[str, Any]]:
     """Yield the messages of chat completions. Calls and results without ids, as most clients send them, get some."""
     num_calls = 0
-    waiting: deque[tuple[str, str]] = deque()  # name and id of the calls whose results follow
+    waiting = _WaitingCalls()
     for index, message in enumerate(messages):
         if message.images:
             raise UnsupportedParameterError(f"messages[{index}].images", NO_IMAGES)
         calls = [_call(call, num_calls + number) for number, call in enumerate(message.tool_calls or ())]
         num_calls += len(calls)
-        waiting.extend((call["function"]["name"], call["id"]) for call in calls)
+        for call in calls:
+            waiting.add(call["function"]["name"], call["id"])
         turn = {
             "content": message.content or "",
             "name": message.tool_name,
@@ -289,21 +315,13 @@ def _turns(messages: Sequence[OllamaMessage]) -> Iterator[dict[str, Any]]:
             "tool_call_id": message.tool_call_id,
         }
         if message.role == "tool" and message.tool_call_id is None and waiting:
-            turn["tool_call_id"] = _answered(waiting, message.tool_name)
+            turn["tool_call_id"] = waiting.take(message.tool_name)
         yield {"role": message.role, **{name: value for name, value in turn.items() if value is not None}}
 
 
 def _call(call: OllamaCall, number: int) -> dict[str, Any]:
     arguments = msgspec.json.encode(call.function.arguments).decode()
     return tool_call(call.id or CALL_ID.format(number), call.function.name, arguments)
-
-
-def _answered(waiting: deque[tuple[str, str]], name: str | None) -> str:
-    """Remove the call that a result answers: the first one with its name, or the first one. Return its id."""
-    index = next((index for index, (called, _) in enumerate(waiting) if called == name), 0)
-    _, call_id = waiting[index]
-    del waiting[index]
-    return call_id
 
 
 def embed_request(body: OllamaEmbedRequest, model: str) -> EmbeddingRequest:

@@ -2,9 +2,12 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from server.api.ollama.conversion import (
@@ -26,6 +29,7 @@ from server.api.ollama.schemas import (
     OllamaGenerateRequest,
 )
 from server.http.errors import BadRequestError
+from tests.support.growth import check_growth
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -175,6 +179,35 @@ def test_a_conversation_with_tools() -> None:
     assert sub == {"role": "tool", "content": "1", "name": "sub", "tool_call_id": ids[1]}
     assert add == {"role": "tool", "content": "3", "tool_call_id": ids[0]}
     assert last["tool_calls"][0]["id"] == own["tool_call_id"] == "own"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc")), max_size=20))
+def test_a_result_answers_the_first_call_with_its_name_or_the_first_one(turns: list[tuple[bool, str]]) -> None:
+    messages: list[dict[str, Any]] = []
+    expected: list[str | None] = []
+    waiting: list[tuple[str, str | None]] = []
+    for number, (is_call, name) in enumerate(turns):
+        if is_call:
+            messages.append({"role": "assistant", "tool_calls": [{"id": f"id{number}", "function": {"name": name}}]})
+            waiting.append((name, f"id{number}"))
+        else:
+            messages.append({"role": "tool", "tool_name": name, "content": "1"})
+            named = [call for call in waiting if call[0] == name] or waiting or [(name, None)]
+            expected.append(named[0][1])
+            waiting = [call for call in waiting if call != named[0]]
+    converted = chat(messages=[*messages, *MESSAGES])["messages"]
+    assert [each.get("tool_call_id") for each in converted if each["role"] == "tool"] == expected
+
+
+def test_the_cost_of_a_result_does_not_depend_on_the_number_of_calls() -> None:
+    def prepare(num_calls: int) -> Callable[[], object]:
+        calls = [{"function": {"name": "add"}}] * 1000
+        asked = [{"role": "assistant", "tool_calls": calls}] * (num_calls // 1000)
+        request = {"messages": [*asked, *[{"role": "tool", "tool_name": "sub", "content": "1"}] * num_calls]}
+        body = OllamaChatRequest.model_validate({"model": "m", **request})
+        return lambda: to_chat(body, "m")
+
+    check_growth(prepare, 2000)
 
 
 def test_tools() -> None:
