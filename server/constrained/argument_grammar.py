@@ -5,21 +5,26 @@ becomes a regular expression; other values follow their schema as JSON where the
 """
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.grammar.compiler import MAX_GRAMMAR_BYTES
 from server.constrained.marker_writer import ANYTHING, MarkerWriter, literal
 from server.constrained.regex import escape_regex, lark_regex
-from server.text.parsers.argument_values import JSON_TYPES, STRING, Schema, resolve, value_types
+from server.text.parsers.argument_values import ALTERNATIVES, COMBINED, JSON_TYPES, STRING, ArgumentSchema, Schema
 from server.text.parsers.nested_tags import ITEM
 from server.text.parsers.tool_formats import KEY, LiteralArguments, TaggedArguments
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 EMPTY = '""'
 NAME_REGEX = "[a-zA-Z_][a-zA-Z0-9_]*"  # of parameters that the schema does not name
-COMBINED = ("anyOf", "oneOf")
 DEFINITIONS = ("$defs", "definitions")
+MAX_DEPTH = 16  # of alternatives within alternatives
+WHOLE = "x-arguments"
+_DEFINITION = re.compile(rf"#/({'|'.join(map(re.escape, DEFINITIONS))})/([^/]*)(/.*)?")
 # Keys of objects and arrays that no sequence of parameters can follow.
 UNSUPPORTED = frozenset(
     (
@@ -49,40 +54,42 @@ class ArgumentGrammar:
     Attributes:
         prefix: what the names of all rules begin with.
         syntax: how the arguments are written.
-        root: the JSON schema of the arguments.
+        schema: the JSON schema of the arguments.
         rules: the rules written so far.
     """
 
     prefix: str
     syntax: TaggedArguments | LiteralArguments
-    root: Schema
+    schema: ArgumentSchema
     markers: MarkerWriter
     rules: list[str] = field(default_factory=list)
     _names: dict[str, str] = field(default_factory=dict)  # of rules, by what they stand for
+    _num_chars: int = 0  # of the rules
 
     def write(self) -> str:
         """Return the expression of all arguments, without the text before and after them."""
-        alternatives = [self._members(each, self._argument) for each in self._objects(self.root)]
+        alternatives = [self._members(each, self._argument) for each in self._objects(self.schema.root)]
         return f"({' | '.join(alternatives)})"
 
     # Objects: alternatives of properties.
 
-    def _objects(self, schema: Any) -> list[list[_Property]]:
+    def _objects(self, schema: Any, depth: int = 0) -> list[list[_Property]]:
         """Return the alternative lists of properties of the objects that a schema allows."""
-        schema = resolve(schema, self.root)
+        schema = self.schema.resolve(schema)
+        _check_depth(depth)
         if unsupported := sorted(UNSUPPORTED & schema.keys()):
             raise UnsupportedSchemaError(f"'{unsupported[0]}' is not supported in this model's format of tool calls")
-        for name in (*COMBINED, "allOf"):
+        for name in COMBINED:
             if name in schema:
                 others = {key: value for key, value in schema.items() if key != name}
-                parts = [resolve(part, self.root) for part in schema[name]]
+                parts = [self.schema.resolve(part) for part in schema[name]]
                 if name == "allOf":
-                    return self._objects(_merge([others, *parts]))
+                    return self._objects(_merge([others, *parts]), depth + 1)
                 return [
                     properties
                     for part in parts
-                    if "object" in value_types(part, self.root)
-                    for properties in self._objects(_merge([others, part]))
+                    if "object" in self.schema.types(part)
+                    for properties in self._objects(_merge([others, part]), depth + 1)
                 ]
         required = schema.get("required") or ()
         declared: dict[str, Any] = dict(schema.get("properties") or {})
@@ -133,7 +140,7 @@ class ArgumentGrammar:
 
     def _typed_values(self, schema: Any, syntax: TaggedArguments, end: str) -> Iterator[str]:
         """Yield the values of each type with the text before them, which tells the type."""
-        types = value_types(schema, self.root)
+        types = self.schema.types(schema)
         for kind, after_key in syntax.after_keys.items():
             names = frozenset(("integer", "number")) if kind == "number" else frozenset((kind,))
             if not names & types:
@@ -169,7 +176,7 @@ class ArgumentGrammar:
 
     def _text_value(self, schema: Any, end: str) -> str:
         """Return the expression of a value that stands in the text as it is, if it is a string, up to `end`."""
-        types = value_types(schema, self.root)
+        types = self.schema.types(schema)
         if types == STRING:
             return self._text(schema, end)
         if types == JSON_TYPES:  # any text is a value
@@ -183,8 +190,11 @@ class ArgumentGrammar:
         return f"({json_value} | {text})"
 
     def _nested(self, schema: Any, end: str) -> str:
-        """Return the expression of a value whose members and items are tags, up to `end`."""
-        types = value_types(schema, self.root)
+        """Return the name of the rule of a value whose members and items are tags, up to `end`."""
+        return self._named(f"nested {end} {json.dumps(schema)}", lambda: self._write_nested(schema, end))
+
+    def _write_nested(self, schema: Any, end: str) -> str:
+        types = self.schema.types(schema)
         if not types & {"object", "array"} or types == JSON_TYPES:
             return self._text_value(schema, end)
         assert isinstance(self.syntax, TaggedArguments)
@@ -195,7 +205,7 @@ class ArgumentGrammar:
             write = self._nested_member(namespace)
             alternatives += [self._members(each, write) for each in objects]
         if "array" in types and "object" not in types:
-            narrowed = resolve(schema, self.root)
+            narrowed = self.schema.resolve(schema)
             item = self._rule(self._nested_item(namespace, narrowed.get("items", {})))
             alternatives.append(f"{item}{_times(narrowed)}")
         if types - {"object", "array"}:
@@ -220,15 +230,11 @@ class ArgumentGrammar:
 
     def _literal(self, schema: Any) -> str:
         """Return the name of the rule of a value as a literal."""
-        key = f"literal {json.dumps(schema)}"
-        if key not in self._names:
-            self._names[key] = f"{self.prefix}_{len(self._names)}"
-            self.rules.append(f"{self._names[key]}: {' | '.join(self._literals(schema))}")
-        return self._names[key]
+        return self._named(f"literal {json.dumps(schema)}", lambda: " | ".join(self._literals(schema)))
 
     def _literals(self, schema: Any) -> Iterator[str]:
         assert isinstance(self.syntax, LiteralArguments)
-        types = value_types(schema, self.root)
+        types = self.schema.types(schema)
         words = zip(("true", "false", "null"), self.syntax.words, (True, False, None), strict=True)
         if self.syntax.has_escapes:  # strings, arrays and objects are literals as they are in JSON
             if others := types - {"boolean", "null"}:
@@ -244,7 +250,7 @@ class ArgumentGrammar:
             if "object" in types:
                 for each in self._objects(self._narrow(schema, frozenset(("object",)))):
                     yield f'"{{" {self._members(each, lambda one, name: self._pair(one, name, ":"))} "}}"'
-        allowed = _listed_values(resolve(schema, self.root))
+        allowed = _listed_values(self.schema.resolve(schema))
         for json_word, word, value in words:
             kind = "null" if json_word == "null" else "boolean"
             if kind in types and (allowed is None or any(each is value for each in allowed)):
@@ -263,12 +269,31 @@ class ArgumentGrammar:
 
     def _json(self, schema: Any) -> str:
         """Return the name of the rule of a value as JSON."""
-        definitions = {name: self.root[name] for name in DEFINITIONS if name in self.root}
-        return self._rule(f"%json {json.dumps({**definitions, **resolve(schema, self.root), 'x-guidance': SPACING})}")
+        value = {**self.schema.resolve(schema), "x-guidance": SPACING}
+        return self._rule(f"%json {json.dumps(_relocate({**self._definitions(value), **value}))}")
+
+    def _definitions(self, schema: Schema) -> dict[str, dict[str, Any]]:
+        """Return the definitions that a schema refers to, also by way of others.
+
+        What else it refers to is a part of the definition `WHOLE`, the schema of all arguments.
+        """
+        found = defaultdict[str, dict[str, Any]](dict)
+        pending: list[Any] = [schema]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, dict) and isinstance(reference := value.get("$ref"), str):
+                path = _DEFINITION.fullmatch(reference)
+                key, name = (path[1], _unescape(path[2])) if path else (DEFINITIONS[0], WHOLE)
+                target = self.schema.resolve({"$ref": f"#/{path[1]}/{path[2]}"}) if path else self.schema.root
+                if name not in found[key]:
+                    found[key][name] = target
+                    pending.append(target)
+            pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return found
 
     def _text(self, schema: Any, end: str, restriction: str = "") -> str:
         """Return the name of the rule of a string as it is, up to and including `end`."""
-        schema = resolve(schema, self.root)
+        schema = self.schema.resolve(schema)
         marker = end.strip()
         if (values := _listed_values(schema)) is not None:
             texts = [each for each in values if isinstance(each, str) and marker not in each]
@@ -286,43 +311,80 @@ class ArgumentGrammar:
         key = f"text {text} {end}"
         if key not in self._names:
             self._names[key] = name = f"{self.prefix}_{len(self._names)}"
-            self.rules.append(f"{name.upper()}_TEXT: {text}")
-            self.rules.append(self.markers.up_to(name, f"{name.upper()}_TEXT", end))
+            self._add(f"{name.upper()}_TEXT: {text}")
+            self._add(self.markers.up_to(name, f"{name.upper()}_TEXT", end))
         return self._names[key]
 
     # Helpers.
+
+    def _add(self, rule: str) -> None:
+        """Add a rule. Raises UnsupportedSchemaError if the grammar becomes larger than the engine accepts."""
+        self.rules.append(rule)
+        self._num_chars += len(rule)
+        if self._num_chars > MAX_GRAMMAR_BYTES:
+            raise UnsupportedSchemaError(f"its grammar would be larger than {MAX_GRAMMAR_BYTES} bytes")
+
+    def _named(self, key: str, write: Callable[[], str]) -> str:
+        """Return the name of the rule with this key. `write` returns its body, which may refer to the rule itself."""
+        if key not in self._names:
+            self._names[key] = f"{self.prefix}_{len(self._names)}"
+            self._add(f"{self._names[key]}: {write()}")
+        return self._names[key]
 
     def _rule(self, body: str, name: str = "") -> str:
         """Return the name of a rule with this body, which is added once however often it is used."""
         key = f"rule {body}"
         if key not in self._names:
             self._names[key] = f"{self.prefix}_{name}{len(self._names)}"
-            self.rules.append(f"{self._names[key]}: {body or EMPTY}")
+            self._add(f"{self._names[key]}: {body or EMPTY}")
         return self._names[key]
 
     def _terminal(self, body: str) -> str:
         key = f"terminal {body}"
         if key not in self._names:
             self._names[key] = f"{self.prefix.upper()}_{len(self._names)}"
-            self.rules.append(f"{self._names[key]}: {body}")
+            self._add(f"{self._names[key]}: {body}")
         return self._names[key]
 
-    def _narrow(self, original: Any, types: frozenset[str]) -> dict[str, Any]:
+    def _narrow(self, original: Any, types: frozenset[str], depth: int = 0) -> dict[str, Any]:
         """Return the schema restricted to some types."""
-        schema = dict(resolve(original, self.root))
-        for name in COMBINED:
+        _check_depth(depth)
+        schema = dict(self.schema.resolve(original))
+        for name in ALTERNATIVES:
             if name in schema:
-                choices = [each for each in schema[name] if value_types(each, self.root) & types]
-                schema[name] = [self._narrow(each, types) for each in choices]
+                choices = [each for each in schema[name] if self.schema.types(each) & types]
+                schema[name] = [self._narrow(each, types, depth + 1) for each in choices]
                 if len(choices) == 1:
                     schema |= schema.pop(name)[0]
         if (values := schema.get("enum")) is not None:
-            schema["enum"] = [each for each in values if value_types({"const": each}, self.root) & types]
-        if not any(name in schema for name in (*COMBINED, "enum", "const", "allOf")):
-            kept = value_types(schema, self.root) & types
+            schema["enum"] = [each for each in values if self.schema.types({"const": each}) & types]
+        if not any(name in schema for name in (*COMBINED, "enum", "const")):
+            kept = self.schema.types(schema) & types
             kept = kept - {"integer"} if "number" in kept else kept
             schema["type"] = sorted(kept) if len(kept) != 1 else next(iter(kept))
         return schema
+
+
+def _relocate(schema: Any) -> Any:
+    """Return a schema whose references to anything but definitions lead into the definition `WHOLE`."""
+    if isinstance(schema, list):
+        return list(map(_relocate, schema))
+    if not isinstance(schema, dict):
+        return schema
+    result = {name: _relocate(value) for name, value in schema.items()}
+    if isinstance(reference := schema.get("$ref"), str) and not _DEFINITION.fullmatch(reference):
+        result["$ref"] = f"#/{DEFINITIONS[0]}/{WHOLE}{reference.removeprefix('#')}"
+    return result
+
+
+def _unescape(name: str) -> str:
+    """Return a name as a JSON pointer stands for it."""
+    return name.replace("~1", "/").replace("~0", "~")
+
+
+def _check_depth(depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise UnsupportedSchemaError(f"alternatives are nested more than {MAX_DEPTH} deep, or refer to themselves")
 
 
 def _merge(schemas: Sequence[Schema]) -> dict[str, Any]:

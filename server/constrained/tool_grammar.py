@@ -6,6 +6,7 @@ https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from server.constrained.marker_writer import ANYTHING, MarkerWriter, literal
 from server.constrained.regex import escape_regex
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, must_call
 from server.text.parsers.answer_parser import AnswerFormat
+from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import (
     ID,
@@ -234,7 +236,8 @@ def _argument_rules(
     for index, tool in enumerate(tools):
         schema = _arguments_schema(tool, is_forced=is_forced, as_schema=as_schema)
         if isinstance(format.arguments, TaggedArguments | LiteralArguments):
-            grammar = ArgumentGrammar(f"value_{index}", format.arguments, schema, markers)
+            arguments = ArgumentSchema(schema, math.inf)
+            grammar = ArgumentGrammar(f"value_{index}", format.arguments, arguments, markers)
             try:
                 rules.append(f"arguments_{index}: {grammar.write()}")
             except UnsupportedSchemaError as error:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -12,65 +13,124 @@ JSON_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array
 STRING = frozenset(("string",))
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 MAX_REFERENCES = 16  # `$ref` that refer to one another
+MAX_STEPS = 10_000  # some milliseconds
+ALTERNATIVES = ("anyOf", "oneOf")
+COMBINED = (*ALTERNATIVES, "allOf")
 
 
-def resolve(schema: Any, root: Schema) -> Schema:
-    """Return a schema with its `$ref` replaced by the part of `root` that it refers to, or {} if there is none."""
-    for _ in range(MAX_REFERENCES):
-        if not isinstance(schema, Mapping):
+class ArgumentSchema:
+    """The JSON schema of a tool's arguments, which says of what types they are.
+
+    Each part is looked at once, however many references lead to it, and no more than `max_steps` keys and values are:
+    parsers ask on the event loop, about schemas of clients. Beyond that, a value may be of any type.
+    """
+
+    def __init__(self, root: Schema, max_steps: float = MAX_STEPS) -> None:
+        self.root = root
+        self._num_steps_left = max_steps
+        # By the ids of schemas, which stay alive with what is known of them.
+        self._resolved: dict[int, tuple[Schema, Schema]] = {}
+        self._types: dict[int, tuple[Schema, frozenset[str]]] = {}
+
+    def resolve(self, schema: Any) -> Schema:
+        """Return a schema with its `$ref` replaced by what it refers to, or {} if there is nothing."""
+        if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
+            return schema if isinstance(schema, Mapping) else {}
+        if id(schema) not in self._resolved:
+            self._resolved[id(schema)] = (schema, self._follow_all(schema))
+        return self._resolved[id(schema)][1]
+
+    def types(self, schema: Any, depth: int = 0) -> frozenset[str]:
+        """Return the JSON types of the values that a schema allows; all of them if it does not say."""
+        if not isinstance(schema, Mapping) or depth > MAX_REFERENCES:
+            return JSON_TYPES
+        if id(schema) not in self._types:
+            self._types[id(schema)] = (schema, JSON_TYPES)  # for a schema that refers to itself
+            self._types[id(schema)] = (schema, self._find_types(self.resolve(schema), depth + 1))
+        return self._types[id(schema)][1]
+
+    def parameter_types(self, name: str) -> frozenset[str]:
+        """Return the types of the argument with this name."""
+        schemas = self._parameters.get(name) or self._others
+        return frozenset().union(*map(self.types, schemas)) if schemas else JSON_TYPES
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, Sequence[Any]]:
+        """The schemas of each argument that is declared."""
+        found: dict[str, list[Any]] = {}
+        for part in self._parts:
+            properties = part.get("properties")
+            if isinstance(properties, Mapping) and self._take(len(properties)):
+                for name, schema in properties.items():
+                    found.setdefault(name, []).append(schema)
+        return found
+
+    @cached_property
+    def _others(self) -> Sequence[Any]:
+        """The schemas of arguments that are not declared."""
+        return [part["additionalProperties"] for part in self._parts if "additionalProperties" in part]
+
+    @cached_property
+    def _parts(self) -> Sequence[Schema]:
+        """The schema of all arguments and those that it combines."""
+        parts: dict[int, Schema] = {}
+        pending: list[Any] = [self.root]
+        while pending:
+            part = self.resolve(pending.pop())
+            if id(part) not in parts and self._take(1):
+                parts[id(part)] = part
+                pending += [each for name in COMBINED for each in self._list(part, name)]
+        return list(parts.values())
+
+    def _find_types(self, schema: Schema, depth: int) -> frozenset[str]:
+        types = JSON_TYPES
+        if isinstance(kind := schema.get("type"), str | list):
+            types &= frozenset((kind,) if isinstance(kind, str) else filter(_is_text, kind))
+        if values := self._list(schema, "enum"):
+            types &= frozenset().union(*map(_types_of, values))
+        if "const" in schema:
+            types &= _types_of(schema["const"])
+        for name in ALTERNATIVES:
+            if choices := self._list(schema, name):
+                types &= frozenset().union(*(self.types(choice, depth) for choice in choices))
+        for part in self._list(schema, "allOf"):
+            types &= self.types(part, depth)
+        return types
+
+    def _follow_all(self, schema: Any) -> Schema:
+        """Return what a chain of references leads to, with the keys beside each `$ref` in place of what it has."""
+        beside: list[Schema] = []
+        for _ in range(MAX_REFERENCES):
+            if not isinstance(schema, Mapping):
+                return {}
+            if not isinstance(reference := schema.get("$ref"), str):
+                break
+            beside.append({name: value for name, value in schema.items() if name != "$ref"})
+            schema = self._follow(reference)
+        else:
             return {}
-        reference = schema.get("$ref")
-        if not isinstance(reference, str):
-            return schema
-        schema = _follow(reference, root) | {name: value for name, value in schema.items() if name != "$ref"}
-    return {}
+        for others in filter(None, reversed(beside)):
+            if not self._take(len(schema) + len(others)):
+                return {}
+            schema = {**schema, **others}
+        return schema
 
+    def _follow(self, reference: str) -> Any:
+        value: Any = self.root
+        for name in reference.removeprefix("#").split("/")[1:]:
+            key = name.replace("~1", "/").replace("~0", "~")
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
-def _follow(reference: str, root: Schema) -> dict[str, Any]:
-    value: Any = root
-    for name in reference.removeprefix("#").split("/")[1:]:
-        key = name.replace("~1", "/").replace("~0", "~")
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return dict(value) if isinstance(value, Mapping) else {}
+    def _list(self, schema: Schema, name: str) -> list[Any]:
+        """Return the elements at a key; none if there are too many."""
+        value = schema.get(name)
+        return value if isinstance(value, list) and self._take(len(value)) else []
 
-
-def value_types(schema: Any, root: Schema, depth: int = 0) -> frozenset[str]:
-    """Return the JSON types of the values that a schema allows; all of them if it does not say."""
-    schema = resolve(schema, root)
-    if depth > MAX_REFERENCES:
-        return JSON_TYPES
-    types = JSON_TYPES
-    if isinstance(kind := schema.get("type"), str | list):
-        types &= frozenset((kind,) if isinstance(kind, str) else kind)
-    if isinstance(values := schema.get("enum"), list):
-        types &= frozenset().union(*map(_types_of, values))
-    if "const" in schema:
-        types &= _types_of(schema["const"])
-    for name in ("anyOf", "oneOf"):
-        if isinstance(choices := schema.get(name), list):
-            types &= frozenset().union(*(value_types(choice, root, depth + 1) for choice in choices))
-    for part in schema.get("allOf") or ():
-        types &= value_types(part, root, depth + 1)
-    return types
-
-
-def parameter_types(schema: Schema, name: str) -> frozenset[str]:
-    """Return the types of a parameter of a tool with this JSON schema."""
-    root = schema
-    schema = resolve(schema, root)
-    parts = _parts(schema, root)
-    schemas = [part["properties"][name] for part in parts if name in (part.get("properties") or {})]
-    schemas = schemas or [part["additionalProperties"] for part in parts if "additionalProperties" in part]
-    return frozenset().union(*(value_types(each, root) for each in schemas)) if schemas else JSON_TYPES
-
-
-def _parts(schema: Schema, root: Schema, depth: int = 0) -> list[Schema]:
-    """Return a schema and those that it combines."""
-    parts = [schema]
-    for name in ("anyOf", "oneOf", "allOf"):
-        for part in (schema.get(name) or ()) if depth < MAX_REFERENCES else ():
-            parts += _parts(resolve(part, root), root, depth + 1)
-    return parts
+    def _take(self, num_steps: int) -> bool:
+        """Count steps; return whether they may be made."""
+        self._num_steps_left -= num_steps
+        return self._num_steps_left >= 0
 
 
 def to_json(text: str, types: frozenset[str]) -> str:
@@ -112,3 +172,7 @@ def _types_of(value: Any) -> frozenset[str]:
         case list():
             return frozenset(("array",))
     return frozenset(("object",))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

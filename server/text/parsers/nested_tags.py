@@ -5,41 +5,50 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from server.text.parsers.argument_values import Schema, resolve, to_json, value_types
+from server.text.parsers.argument_values import ArgumentSchema, to_json
 from server.text.parsers.tool_formats import TaggedArguments
 
 MAX_DEPTH = 64
 ITEM = "item"
 
 
-def nested_to_json(text: str, schema: Schema, key: str, syntax: TaggedArguments) -> str:
+def nested_to_json(text: str, schema: ArgumentSchema, key: str, syntax: TaggedArguments) -> str:
     """Return the value of a parameter as JSON. Text without tags, or with tags that do not match, is a plain value.
 
     Args:
-        schema: the JSON schema of the tool's parameters.
+        schema: the schema of the tool's parameters.
         key: the parameter's name.
     """
     namespace = syntax.value_end.partition("</")[0]
-    return _Converter(namespace, schema).convert(text, _member(schema, key, schema))
+    converter = _Converter(namespace, schema)
+    return converter.convert(text, converter.member(schema.root, key))
 
 
 class _Converter:
-    def __init__(self, namespace: str, root: Schema) -> None:
-        """`namespace` is the text before each tag; `root` is the schema that `$ref` refers to."""
+    def __init__(self, namespace: str, schema: ArgumentSchema) -> None:
+        """`namespace` is the text before each tag."""
         self._tag = re.compile(rf"{re.escape(namespace)}<(/?)([^<>/]+)>")
-        self._root = root
+        self._schema = schema
+
+    def member(self, schema: Any, name: str) -> Any:
+        """Return the schema of a member of objects with this schema."""
+        schema = self._schema.resolve(schema)
+        properties = schema.get("properties")
+        if isinstance(properties, Mapping) and name in properties:
+            return properties[name]
+        return schema.get("additionalProperties", {})
 
     def convert(self, text: str, schema: Any, depth: int = 0) -> str:
-        types = value_types(schema, self._root)
+        types = self._schema.types(schema)
         elements = self._elements(text) if depth < MAX_DEPTH else []
         if not elements:
             empty = "{}" if "object" in types else "[]"
             return empty if not text.strip() and types <= {"object", "array"} else to_json(text, types)
         is_array = "object" not in types or ("array" in types and all(name == ITEM for name, _ in elements))
         if is_array:
-            items = resolve(schema, self._root).get("items", {})
+            items = self._schema.resolve(schema).get("items", {})
             return f"[{', '.join(self.convert(value, items, depth + 1) for _, value in elements)}]"
-        values = [self.convert(value, _member(schema, name, self._root), depth + 1) for name, value in elements]
+        values = [self.convert(value, self.member(schema, name), depth + 1) for name, value in elements]
         names = [json.dumps(name, ensure_ascii=False) for name, _ in elements]
         return f"{{{', '.join(f'{name}: {value}' for name, value in zip(names, values, strict=True))}}}"
 
@@ -61,12 +70,3 @@ class _Converter:
                 elements.append((name, text[begin : match.start()]))
                 end = match.end()
         return [] if names or text[end:].strip() else elements
-
-
-def _member(schema: Any, name: str, root: Schema) -> Any:
-    """Return the schema of a member of objects with this schema."""
-    schema = resolve(schema, root)
-    properties = schema.get("properties")
-    if isinstance(properties, Mapping) and name in properties:
-        return properties[name]
-    return schema.get("additionalProperties", {})

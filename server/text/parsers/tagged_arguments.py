@@ -2,7 +2,7 @@
 
 import json
 
-from server.text.parsers.argument_values import JSON_TYPES, STRING, Schema, parameter_types, to_json
+from server.text.parsers.argument_values import JSON_TYPES, STRING, ArgumentSchema, to_json
 from server.text.parsers.call_head import UNDECIDED, Head
 from server.text.parsers.markers import Markers
 from server.text.parsers.nested_tags import nested_to_json
@@ -15,8 +15,8 @@ class TaggedArgumentsReader:
     Text that is neither an argument nor white space ends the arguments.
     """
 
-    def __init__(self, syntax: TaggedArguments, schema: Schema) -> None:
-        """`schema` is the JSON schema of the tool's parameters."""
+    def __init__(self, syntax: TaggedArguments, schema: ArgumentSchema) -> None:
+        """`schema` is that of the tool's parameters."""
         self.unread = ""
         self._syntax = syntax
         self._schema = schema
@@ -89,7 +89,7 @@ class TaggedArgumentsReader:
 
     def _begin_value(self, key: str, after_key: str) -> None:
         self._key, self._value = key, []
-        self._types = parameter_types(self._schema, key)
+        self._types = self._schema.parameter_types(key)
         told = frozenset(kind for kind, text in self._syntax.after_keys.items() if text == after_key)
         if told:
             self._types = STRING if told == STRING else (self._types - STRING or JSON_TYPES - STRING)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind
-from server.text.parsers.argument_values import Schema
+from server.text.parsers.argument_values import ArgumentSchema, Schema
 from server.text.parsers.call_head import Head
 from server.text.parsers.call_reader import (
     ArgumentsReader,
@@ -53,6 +53,7 @@ class ToolParser:
         self.num_calls = 0
         self._format = format
         self._tools = tools
+        self._schemas: dict[str, ArgumentSchema] = {}  # of the tools that have been called
         self._parallel = parallel
         self._hidden = Markers(hidden)
         self._begins = _call_begins(format)
@@ -246,7 +247,9 @@ class ToolParser:
         return True
 
     def _new_arguments_reader(self, name: str) -> ArgumentsReader | None:
-        return _arguments_reader(self._format, self._tools[name]) if name in self._tools else None
+        if name not in self._tools:
+            return None
+        return _arguments_reader(self._format, self._schemas.setdefault(name, ArgumentSchema(self._tools[name])))
 
     def _begin_call(self) -> None:
         self._held.clear()
@@ -347,7 +350,7 @@ def _closers(format: ToolFormat) -> list[str]:
     return [*split_text(after), *split_text(format.end), *format.closers]
 
 
-def _arguments_reader(format: ToolFormat, schema: Schema) -> ArgumentsReader:
+def _arguments_reader(format: ToolFormat, schema: ArgumentSchema) -> ArgumentsReader:
     match format.arguments:
         case TaggedArguments():
             return TaggedArgumentsReader(format.arguments, schema)

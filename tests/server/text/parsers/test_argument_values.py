@@ -1,12 +1,13 @@
 """Types of values are those that a validator of JSON schemas accepts."""
 
 import json
+import sys
 from typing import Any
 
 import jsonschema
 import pytest
 
-from server.text.parsers.argument_values import JSON_TYPES, parameter_types, resolve, to_json, value_types
+from server.text.parsers.argument_values import JSON_TYPES, MAX_STEPS, ArgumentSchema, to_json
 
 EXAMPLES: dict[str, list[Any]] = {
     "null": [None],
@@ -47,14 +48,15 @@ def test_types_of_values(schema: Any) -> None:
         for kind, values in EXAMPLES.items()
         if any(jsonschema.Draft202012Validator(whole).is_valid(v) for v in values)
     }
-    types = value_types(schema, ROOT)
+    types = ArgumentSchema(ROOT).types(schema)
     assert valid <= types | ({"integer"} if "number" in types else set())
     assert types <= valid | {"integer", "number"}
 
 
 def test_references_without_end_allow_everything() -> None:
-    assert resolve({"$ref": "#/$defs/loop"}, ROOT) == {}
-    assert resolve({"$ref": "#/nowhere"}, ROOT) == resolve(True, ROOT) == {}
+    schema = ArgumentSchema(ROOT)
+    assert schema.resolve({"$ref": "#/$defs/loop"}) == {}
+    assert schema.resolve({"$ref": "#/nowhere"}) == schema.resolve(True) == {}
 
 
 def test_types_of_parameters() -> None:
@@ -63,10 +65,60 @@ def test_types_of_parameters() -> None:
         "additionalProperties": {"type": "integer"},
         "anyOf": [{"properties": {"b": {"type": "null"}}}, {"properties": {"b": {"type": "boolean"}}}],
     }
-    assert parameter_types(schema, "a") == {"string"}
-    assert parameter_types(schema, "b") == {"null", "boolean"}
-    assert parameter_types(schema, "c") == {"integer"}
-    assert parameter_types({}, "a") == JSON_TYPES
+    assert ArgumentSchema(schema).parameter_types("a") == {"string"}
+    assert ArgumentSchema(schema).parameter_types("b") == {"null", "boolean"}
+    assert ArgumentSchema(schema).parameter_types("c") == {"integer"}
+    assert ArgumentSchema({}).parameter_types("a") == JSON_TYPES
+
+
+TREE: dict[str, Any] = {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}}
+
+
+def alternatives(number: int) -> dict[str, Any]:
+    """Return definitions each of which refers to all of them, in alternatives and in what they combine."""
+    references = [{"$ref": f"#/$defs/{index}", "title": ""} for index in range(number)]
+    definitions = {str(index): {"anyOf": references, "allOf": references} for index in range(number)}
+    return {"$defs": definitions, "properties": {"a": references[0]}, **definitions["0"]}
+
+
+@pytest.mark.checklist("C21")
+@pytest.mark.parametrize(
+    "schema",
+    [
+        TREE,
+        {"anyOf": [{"$ref": "#"}] * 17},
+        alternatives(3),
+        alternatives(40),
+        {"properties": {"a": {"enum": list(range(100_000))}}, "anyOf": [{}] * 100_000},
+        {
+            "properties": {"a": {"anyOf": [{"$ref": "#/$defs/big", "title": ""}] * 1000}},
+            "$defs": {"big": dict.fromkeys(map(str, range(1000)))},
+        },
+    ],
+    ids=["tree", "itself", "few", "many", "long", "copies"],
+)
+def test_each_part_of_a_schema_is_looked_at_once(schema: dict[str, Any]) -> None:
+    """References that lead to one another multiply no work; what is not looked at may be anything."""
+    arguments, num_calls = ArgumentSchema(schema), 0
+
+    def count(frame: Any, event: str, function: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    sys.setprofile(count)
+    try:
+        arguments.parameter_types("children")
+        arguments.parameter_types("a")
+    finally:
+        sys.setprofile(None)
+    assert num_calls < 20 * MAX_STEPS
+
+
+def test_types_in_a_schema_that_refers_to_itself() -> None:
+    assert ArgumentSchema(TREE).parameter_types("children") == {"array"}
+    assert ArgumentSchema({"anyOf": [{"$ref": "#"}, {"properties": {"a": {"type": "string"}}}]}).parameter_types(
+        "a"
+    ) == {"string"}
 
 
 def test_what_is_converted_is_json() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.nested_tags import nested_to_json
 from server.text.parsers.tool_formats import KEY, TaggedArguments
 
@@ -43,10 +44,10 @@ SCHEMA: dict[str, Any] = {
     ],
 )
 def test_nested_values(key: str, text: str, value: Any) -> None:
-    assert json.loads(nested_to_json(text, SCHEMA, key, SYNTAX)) == value
+    assert json.loads(nested_to_json(text, ArgumentSchema(SCHEMA), key, SYNTAX)) == value
 
 
 @pytest.mark.checklist("C24")
 def test_depth_is_bounded() -> None:
     text = "NS<item>" * 500 + "NS</item>" * 500
-    assert json.loads(nested_to_json(text, SCHEMA, "any", SYNTAX))
+    assert json.loads(nested_to_json(text, ArgumentSchema(SCHEMA), "any", SYNTAX))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.tagged_arguments import TaggedArgumentsReader
 from server.text.parsers.tool_formats import TaggedArguments
 from tests.server.text.parsers.test_tool_parser import cut, push_all
@@ -52,7 +53,7 @@ def write(syntax: TaggedArguments, arguments: dict[str, Any]) -> str:
 
 def convert(syntax: TaggedArguments, pieces: list[str], schema: dict[str, Any] = SCHEMA) -> tuple[str, str, bool]:
     """Return the JSON, the text after the arguments, and whether they are complete."""
-    return push_all(TaggedArgumentsReader(syntax, schema), pieces)
+    return push_all(TaggedArgumentsReader(syntax, ArgumentSchema(schema)), pieces)
 
 
 @SYNTAXES
@@ -113,7 +114,7 @@ def test_text_that_is_no_argument_ends_the_arguments() -> None:
 
 
 def test_strings_are_streamed_and_others_are_not() -> None:
-    reader = TaggedArgumentsReader(PADDED, SCHEMA)
+    reader = TaggedArgumentsReader(PADDED, ArgumentSchema(SCHEMA))
     pieces = [
         "<parameter=text>",
         "\n",
