@@ -14,7 +14,7 @@ if it remains satisfiable, and if each answer is valid under the original schema
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -47,6 +47,7 @@ _TAGGED = {"properties", "required", "additionalProperties"}
 _TAG = {"type", "const", "enum", "default", "examples", *ANNOTATIONS}
 
 Schema = Mapping[str, Any]
+_EMPTY: Schema = {}  # one object, as schemas are known by their ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +60,145 @@ class Narrowing:
 
 def find_narrowing(root: Schema) -> Narrowing:
     """Return which of the schemas in `root`, itself included, are to be closed, and which tags become required."""
-    closed: set[int] = set()
-    tags: defaultdict[int, set[str]] = defaultdict(set)
-    seen: set[tuple[int, bool]] = set()
-    has_references = has_ids = False
-    pending = [(root, True)]  # schemas, and whether nothing else constrains the same values
-    while pending:
-        schema, is_alone = pending.pop()
-        if (id(schema), is_alone) in seen:
-            continue
-        seen.add((id(schema), is_alone))
-        if is_alone and _can_close(schema):
-            closed.add(id(schema))
-        for number, tag in _optional_tags(schema, root) if is_alone else ():
-            tags[number].add(tag)
-        for key, parts in _parts(schema):
-            are_alone = is_alone and _are_alone(key, schema, root)
-            pending += [(part, are_alone) for part in parts]
-        has_ids = has_ids or ("$id" in schema and schema is not root)
-        if schema.keys() & _REFERENCES:
-            has_references, target = True, _resolve(schema.get("$ref"), root)
-            if target is None:
-                return Narrowing()  # it may be any part of the schema
-            pending.append((target, is_alone and _are_alone("$ref", schema, root)))
-    constrained = {number for number, is_alone in seen if not is_alone}
-    # A reference is relative to the id of the schema it is in. Alternatives are not distinct if a tag stays optional.
-    if (has_references and has_ids) or tags.keys() & constrained:
-        return Narrowing()
-    return Narrowing(frozenset(closed - constrained), tags)
+    return _Search(root).run()
+
+
+class _Search:
+    """A search in a root schema, which looks at each schema and follows each reference once."""
+
+    def __init__(self, root: Schema) -> None:
+        self._root = root
+        self._targets: dict[str, Schema | None] = {}  # of references
+        self._tags: dict[int, str | None] = {}  # of the alternatives of `oneOf`, by the id of their schema
+        self._properties: dict[int, dict[str, frozenset[str]]] = {}  # `_fixed_properties` by the id of the schema
+        self._strings: dict[int, frozenset[str]] = {}  # of which a value must be one, by the id of its schema
+
+    def run(self) -> Narrowing:
+        closed: set[int] = set()
+        tags: defaultdict[int, set[str]] = defaultdict(set)
+        seen: set[tuple[int, bool]] = set()
+        has_references = has_ids = False
+        pending = [(self._root, True)]  # schemas, and whether nothing else constrains the same values
+        while pending:
+            schema, is_alone = pending.pop()
+            if (id(schema), is_alone) in seen:
+                continue
+            seen.add((id(schema), is_alone))
+            if is_alone and _can_close(schema):
+                closed.add(id(schema))
+            for number, tag in self._optional_tags(schema) if is_alone else ():
+                tags[number].add(tag)
+            for key, parts in _parts(schema):
+                are_alone = is_alone and self._are_alone(key, schema)
+                pending += [(part, are_alone) for part in parts]
+            has_ids = has_ids or ("$id" in schema and schema is not self._root)
+            if schema.keys() & _REFERENCES:
+                has_references, target = True, self._resolve(schema.get("$ref"))
+                if target is None:
+                    return Narrowing()  # it may be any part of the schema
+                pending.append((target, is_alone and self._are_alone("$ref", schema)))
+        constrained = {number for number, is_alone in seen if not is_alone}
+        # A reference is relative to the id of the schema it is in. Alternatives are not distinct if a tag stays
+        # optional.
+        if (has_references and has_ids) or tags.keys() & constrained:
+            return Narrowing()
+        return Narrowing(frozenset(closed - constrained), tags)
+
+    def _are_alone(self, key: str, schema: Schema) -> bool:
+        """Return whether the schemas at `key` alone constrain their values, given that `schema` does so."""
+        others = schema.keys() & _CONSTRAINTS - {key}
+        match key:
+            case "anyOf" | "$ref":
+                return not others
+            case "allOf":
+                return not others and len(schema[key]) == 1
+            case "oneOf":
+                return not others and self._are_distinct(schema)
+            case "properties" | "patternProperties":
+                others &= _COMBINED | _REFERENCES | _FIXED | {"properties", "patternProperties"}
+            case _:
+                others &= _COMBINED | _REFERENCES | _FIXED | {"contains"}
+        has_only_required = all(part.keys() & _CONSTRAINTS <= {"required"} for part in _alternatives(schema))
+        return key in _INNER and not others and has_only_required
+
+    def _are_distinct(self, schema: Schema) -> bool:
+        """Return whether no value matches two alternatives of `oneOf`, as far as types and the strings of a property
+        show.
+
+        The property may be one that `_optional_tags` makes required.
+        """
+        types = [_types(self._follow(part)) for part in _alternatives(schema)]
+        objects = self._objects(schema)
+        if not _are_disjoint([names for names in types if names != {"object"}] + [{"object"}] * bool(objects)):
+            return False
+        return len(objects) < 2 or self._find_tag(schema) is not None
+
+    def _optional_tags(self, schema: Schema) -> Iterator[tuple[int, str]]:
+        """Yield the alternatives of `oneOf`, by id, whose tag is not required, and the tag."""
+        if "oneOf" not in schema or not self._are_alone("oneOf", schema):
+            return
+        tag = self._find_tag(schema)
+        for part in self._objects(schema):
+            if tag is not None and tag not in _strings(part.get("required")):
+                yield id(part), tag
+
+    def _objects(self, schema: Schema) -> list[Schema]:
+        """Return the alternatives of `oneOf`, which is the only constraint of the schema, that are objects."""
+        return [part for part in map(self._follow, _alternatives(schema)) if _types(part) == {"object"}]
+
+    def _find_tag(self, schema: Schema) -> str | None:
+        """Return a property whose strings tell objects apart: one that all require, or else that all can require."""
+        if id(schema) not in self._tags:
+            self._tags[id(schema)] = self._search_tag(self._objects(schema))
+        return self._tags[id(schema)]
+
+    def _search_tag(self, objects: Sequence[Schema]) -> str | None:
+        if len(objects) < 2 or len(set(map(id, objects))) < len(objects):
+            return None
+        required = set.intersection(*(_strings(schema.get("required")) for schema in objects))
+        fixed = [self._fixed_properties(schema) for schema in objects]
+        names = set[str].intersection(*map(set[str], fixed))
+        for name in [*sorted(required & names), *sorted(names - required)]:
+            if _are_disjoint([strings[name] for strings in fixed]) and (
+                name in required or all(_can_require(schema, name) for schema in objects)
+            ):
+                return name
+        return None
+
+    def _fixed_properties(self, schema: Schema) -> dict[str, frozenset[str]]:
+        """Return the properties that must be one of certain strings, with these."""
+        if id(schema) not in self._properties:
+            properties = schema.get("properties")
+            items = properties.items() if isinstance(properties, Mapping) else ()
+            found = {name: self._fixed_strings(self._follow(value)) for name, value in items}
+            self._properties[id(schema)] = {name: strings for name, strings in found.items() if strings}
+        return self._properties[id(schema)]
+
+    def _fixed_strings(self, schema: Schema) -> frozenset[str]:
+        """Return the strings of which a value must be one, or an empty set if it may be something else."""
+        if id(schema) not in self._strings:
+            values = [schema["const"]] if "const" in schema else schema.get("enum")
+            is_fixed = isinstance(values, list) and all(isinstance(each, str) for each in values)
+            self._strings[id(schema)] = frozenset(values or ()) if is_fixed else frozenset()
+        return self._strings[id(schema)]
+
+    def _follow(self, schema: object) -> Schema:
+        """Return the schema that a schema refers to if it is a reference, which may lead to others, and else itself."""
+        for _ in range(_MAX_REFERENCES):
+            if not isinstance(schema, Mapping):
+                return _EMPTY
+            if "$ref" not in schema:
+                return schema
+            schema = self._resolve(schema["$ref"])
+        return _EMPTY
+
+    def _resolve(self, reference: object) -> Schema | None:
+        """Return the schema that a JSON pointer refers to; None if it is none, or if the reference is not a pointer."""
+        if not isinstance(reference, str):
+            return None
+        if reference not in self._targets:
+            self._targets[reference] = _resolve(reference, self._root)
+        return self._targets[reference]
 
 
 def _can_close(schema: Schema) -> bool:
@@ -99,58 +211,6 @@ def _can_close(schema: Schema) -> bool:
     return has_only_names and _strings(schema["properties"]).issuperset(used)
 
 
-def _are_alone(key: str, schema: Schema, root: Schema) -> bool:
-    """Return whether the schemas at `key` alone constrain their values, given that `schema` does so."""
-    others = schema.keys() & _CONSTRAINTS - {key}
-    alternatives = _alternatives(schema)
-    match key:
-        case "anyOf" | "$ref":
-            return not others
-        case "allOf":
-            return not others and len(schema[key]) == 1
-        case "oneOf":
-            return not others and _are_distinct([_follow(part, root) for part in alternatives], root)
-        case "properties" | "patternProperties":
-            others &= _COMBINED | _REFERENCES | _FIXED | {"properties", "patternProperties"}
-        case _:
-            others &= _COMBINED | _REFERENCES | _FIXED | {"contains"}
-    has_only_required = all(part.keys() & _CONSTRAINTS <= {"required"} for part in alternatives)
-    return key in _INNER and not others and has_only_required
-
-
-def _are_distinct(schemas: Sequence[Schema], root: Schema) -> bool:
-    """Return whether no value matches two of the schemas, as far as types and the strings of a property show.
-
-    The property may be one that `_optional_tags` makes required.
-    """
-    types = [_types(schema) for schema in schemas]
-    objects = [schema for schema, names in zip(schemas, types, strict=True) if names == {"object"}]
-    if not _are_disjoint([names for names in types if names != {"object"}] + [{"object"}] * bool(objects)):
-        return False
-    return len(objects) < 2 or _find_tag(objects, root) is not None
-
-
-def _optional_tags(schema: Schema, root: Schema) -> Iterator[tuple[int, str]]:
-    """Yield the alternatives of `oneOf`, by id, whose tag is not required, and the tag."""
-    if not _are_alone("oneOf", schema, root):
-        return
-    alternatives = [_follow(part, root) for part in schema.get("oneOf", ())]
-    objects = [part for part in alternatives if _types(part) == {"object"}]
-    tag = _find_tag(objects, root) if len(objects) > 1 else None
-    yield from ((id(part), tag) for part in objects if tag is not None and tag not in _strings(part.get("required")))
-
-
-def _find_tag(objects: Sequence[Schema], root: Schema) -> str | None:
-    """Return a property whose strings tell objects apart: one that all require, or else that all can require."""
-    required = set.intersection(*(_strings(schema.get("required")) for schema in objects))
-    names = set.intersection(*(_strings(schema.get("properties")) for schema in objects))
-    for name in [*sorted(required & names), *sorted(names - required)]:
-        are_disjoint = _are_disjoint([_fixed_strings(schema, name, root) for schema in objects])
-        if are_disjoint and (name in required or all(_can_require(schema, name) for schema in objects)):
-            return name
-    return None
-
-
 def _can_require(schema: Schema, name: str) -> bool:
     """Return whether a schema remains satisfiable if it requires the property, whose values are known strings."""
     required = schema.get("required", [])
@@ -161,22 +221,19 @@ def _can_require(schema: Schema, name: str) -> bool:
     return has_strings and schema.keys() & _CONSTRAINTS <= _TAGGED and not {"const", "enum"} <= value.keys()
 
 
-def _are_disjoint(sets: Sequence[set[str]]) -> bool:
+def _are_disjoint(sets: Sequence[Set[str]]) -> bool:
     """Return whether no element is in two of the sets. Empty ones stand for all elements."""
-    return all(sets) and len(set[str]().union(*sets)) == sum(map(len, sets))
+    union = set[str]()
+    for each in sets:
+        if not each or not union.isdisjoint(each):
+            return False
+        union |= each
+    return True
 
 
 def _types(schema: Schema) -> set[str]:
     types = schema.get("type")
     return {"number" if name == "integer" else name for name in _strings([types] if isinstance(types, str) else types)}
-
-
-def _fixed_strings(schema: Schema, name: str, root: Schema) -> set[str]:
-    """Return the strings of which a property must be one, or an empty set if it may be something else."""
-    properties = schema.get("properties")
-    value = _follow(properties.get(name) if isinstance(properties, Mapping) else None, root)
-    values = [value["const"]] if "const" in value else value.get("enum")
-    return _strings(values) if isinstance(values, list) and all(isinstance(each, str) for each in values) else set()
 
 
 def _strings(names: object) -> set[str]:
@@ -187,7 +244,7 @@ def _strings(names: object) -> set[str]:
 def _alternatives(schema: Schema) -> list[Schema]:
     """Return the schemas of `anyOf` and `oneOf`. True and false stand as empty schemas."""
     lists = [value for key in _ALTERNATIVES if isinstance(value := schema.get(key), list)]
-    return [part if isinstance(part, Mapping) else {} for parts in lists for part in parts]
+    return [part if isinstance(part, Mapping) else _EMPTY for parts in lists for part in parts]
 
 
 def _parts(schema: Schema) -> Iterator[tuple[str, list[Schema]]]:
@@ -204,26 +261,15 @@ def _parts(schema: Schema) -> Iterator[tuple[str, list[Schema]]]:
             yield key, [part for part in parts if isinstance(part, Mapping)]
 
 
-def _follow(schema: object, root: Schema) -> Schema:
-    """Return the schema that a schema refers to if it is a reference, which may lead to others, and else itself."""
-    for _ in range(_MAX_REFERENCES):
-        if not isinstance(schema, Mapping):
-            return {}
-        if "$ref" not in schema:
-            return schema
-        schema = _resolve(schema["$ref"], root)
-    return {}
-
-
-def _resolve(reference: object, root: Schema) -> Schema | None:
+def _resolve(reference: str, root: Schema) -> Schema | None:
     """Return the schema that a JSON pointer refers to; None if it is none, or if the reference is not a pointer."""
-    if not isinstance(reference, str) or not re.fullmatch("#(/.{0,1000})?", reference):
+    if not re.fullmatch("#(/.{0,1000})?", reference):
         return None
     value: object = root
     for part in unquote(reference).split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
         if isinstance(value, list) and re.fullmatch("[0-9]{1,5}", name):
-            value = dict(enumerate(value)).get(int(name))
+            value = value[int(name)] if int(name) < len(value) else None
         elif isinstance(value, Mapping):
             value = value.get(name)
         else:
