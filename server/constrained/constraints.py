@@ -13,19 +13,16 @@ import msgspec
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from pydantic import ValidationError
 
-from server.constrained.grammar_checker import GrammarChecker
 from server.constrained.json_schema import normalize_schema
 from server.constrained.marker_writer import MarkerWriter
+from server.constrained.messages import ConstrainedFields
 from server.constrained.regex import escape_regex, lark_regex, regex_grammar
 from server.constrained.tag_grammar import StructuralTagError, TagGrammar
 from server.http.errors import InvalidValueError
 from server.http.strict_json import is_deeper
 from server.http.validation import format_path, resolve_location
-from server.schemas.generation_request import GenerationRequest
 from server.schemas.structural_tag import Format, JSONSchemaPart, StructuralTag, inner_parts
 from server.schemas.structured_outputs import ResponseFormat, StructuredOutputs
-from server.tenants import Tenant
-from server.text.tokenizer import Tokenizer
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # nested arrays and objects
@@ -33,15 +30,6 @@ NUMBER_KEYS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclu
 MAX_TAG_PARTS = 512  # of a structural tag; each part may repeat the grammar of the text after it
 OPTIONS = "x-guidance"  # llguidance's own key for options in a schema
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
-
-# What llguidance says of a schema -> the same in words that help a client.
-PROBLEMS = {
-    "oneOf constraints are not supported": "the alternatives of 'oneOf' cannot be told apart: give each of them a "
-    "property with another string as 'const', or use 'anyOf'",
-}
-
-# Parameters that could forbid every token that a constraint allows.
-EXCLUSIVE = ("allowed_token_ids", "bad_words")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,46 +42,26 @@ class Constraint:
     checked_first: Sequence["Constraint"] = ()
 
 
-async def check_constraint(
-    checker: GrammarChecker, constraint: Constraint, body: GenerationRequest, tenant: Tenant
-) -> None:
-    """Check that the engine can follow a constraint. Takes up to a second, when it is the tenant's turn.
-
-    Raises:
-        InvalidValueError: the engine cannot follow it, or a parameter is not allowed together with it.
-        QueueFullError: too many checks of the tenant are queued.
-        EngineUnavailableError: the checker process does not answer.
-    """
-    for name in EXCLUSIVE:
-        if getattr(body, name, None):
-            message = f"Invalid '{name}': not allowed with '{constraint.param}'."
-            raise InvalidValueError(message, param=name)
-    constraints = (*constraint.checked_first, constraint)
-    problem = await checker.find_problem([each.grammar for each in constraints], tenant)
-    if problem is not None:
-        known = [text for beginning, text in PROBLEMS.items() if beginning in problem.message]
-        raise _invalid(constraints[problem.index].param, [*known, problem.message][0])
-
-
 @dataclass(frozen=True, slots=True)
 class ConstraintBuilder:
-    """Makes the constraints of requests, which need the model's tokenizer and a setting of the server.
+    """Makes the constraints on content.
 
     Attributes:
+        special_ids: token ids of the special tokens.
         allow_additional_properties: see `normalize_schema`.
     """
 
-    tokenizer: Tokenizer
+    special_ids: Mapping[str, int]
     allow_additional_properties: bool = False
 
-    def content(self, body: GenerationRequest) -> Constraint | None:
+    def content(self, body: ConstrainedFields) -> Constraint | None:
         """Return the constraint on an answer's content, or None if it is free text. Raises InvalidValueError."""
         of_format = self._response_format(body.response_format)
         other = self._structured_outputs(body)
         if of_format is not None and other is not None and of_format.grammar != other.grammar:
             if of_format.grammar == self.json_schema({"type": "object"}, "").grammar and _is_object(other.grammar):
                 return other
-            raise _invalid(other.param, f"not allowed with '{of_format.param.partition('.')[0]}'")
+            raise invalid(other.param, f"not allowed with '{of_format.param.partition('.')[0]}'")
         return of_format or other
 
     def json_schema(self, schema: Mapping[str, Any], param: str) -> Constraint:
@@ -111,7 +79,7 @@ class ConstraintBuilder:
             return self.json_schema({"type": "object"}, "response_format")
         return self.json_schema(format.json_schema.schema_, "response_format.json_schema.schema")
 
-    def _structured_outputs(self, body: GenerationRequest) -> Constraint | None:
+    def _structured_outputs(self, body: ConstrainedFields) -> Constraint | None:
         """Return the constraint of `structured_outputs`, or of other fields that stand for its fields."""
         if not body.requested_outputs:
             return None
@@ -133,7 +101,7 @@ class ConstraintBuilder:
             return Constraint(regex_grammar("|".join(map(escape_regex, outputs.choice))), param)
         if outputs.grammar is not None:
             if outputs.grammar.lstrip().startswith("{"):
-                raise _invalid(param, "expected a grammar in Lark's notation, but got JSON")
+                raise invalid(param, "expected a grammar in Lark's notation, but got JSON")
             return Constraint(_as_lark(outputs.grammar, param), param)
         if outputs.json_ is None:
             return self.json_schema({"type": "object"}, param)
@@ -146,25 +114,18 @@ class ConstraintBuilder:
         for index, structure in enumerate(tag.structures or ()):
             check_schema(structure.schema_, f"{param}.structures[{index}].schema")
         _check_parts(format, f"{param}.format")
-        special_ids = self.tokenizer.special_ids_in(self.tokenizer.special_tokens)
         as_schema = partial(_compact_schema, allow_additional_properties=self.allow_additional_properties)
-        writer = TagGrammar(MarkerWriter(special_ids), as_schema, lark_regex)
+        writer = TagGrammar(MarkerWriter(self.special_ids), as_schema, lark_regex)
         try:
             grammar = writer.write(format)
         except StructuralTagError as error:
             path = error.path.removeprefix("format.").replace("tags", "structures") if tag.structures else error.path
-            raise _invalid(f"{param}.{path}", str(error)) from error
+            raise invalid(f"{param}.{path}", str(error)) from error
         if not writer.grammars:
             return Constraint(grammar, param)
         parts = [{"name": "answer", "lark_grammar": grammar}]
         parts += [{"name": name, "lark_grammar": _as_lark(text, param)} for name, text in writer.grammars.items()]
         return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
-
-
-def unenforced_keywords(body: GenerationRequest) -> list[str]:
-    """Return the keywords of schemas that answers need not follow, after the names of the fields with the schemas."""
-    fields = {"response_format": body.response_format, **body.requested_outputs}
-    return [f"{name}.uniqueItems" for name, value in fields.items() if value and has_unique_items(value.model_dump())]
 
 
 def has_unique_items(value: object) -> bool:
@@ -193,9 +154,9 @@ def _check_parts(format: Format, param: str) -> None:
     while level:
         num_parts, depth = num_parts + len(level), depth + 1
         if depth > MAX_SCHEMA_DEPTH:
-            raise _invalid(param, f"it is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+            raise invalid(param, f"it is nested more than {MAX_SCHEMA_DEPTH} levels deep")
         if num_parts > MAX_TAG_PARTS:
-            raise _invalid(param, f"expected at most {MAX_TAG_PARTS} parts")
+            raise invalid(param, f"expected at most {MAX_TAG_PARTS} parts")
         for part in level:
             if isinstance(part, JSONSchemaPart):
                 check_schema(part.json_schema, param)
@@ -209,10 +170,10 @@ def _as_lark(grammar: str, param: str) -> str:
     try:
         return gbnf_to_lark(grammar)
     except GbnfToLarkError as error:
-        raise _invalid(param, str(error)) from error
+        raise invalid(param, str(error)) from error
     except Exception as error:  # gbnf_to_lark raises bare Exceptions for missing rules, others for truncated text
         problem = str(error) if type(error) is Exception else "it ends too early, or is nested too deep"
-        raise _invalid(param, problem) from error
+        raise invalid(param, problem) from error
 
 
 def _parse_tag(tag: StructuralTag | str, param: str) -> StructuralTag:
@@ -224,7 +185,7 @@ def _parse_tag(tag: StructuralTag | str, param: str) -> StructuralTag:
     except ValidationError as error:
         first = error.errors()[0]
         path = format_path(resolve_location({**first, "loc": ("body", *first["loc"])}, value))
-        raise _invalid(f"{param}.{path}".rstrip("."), first["msg"]) from error
+        raise invalid(f"{param}.{path}".rstrip("."), first["msg"]) from error
 
 
 def _parse_object(text: str, param: str) -> dict[str, Any]:
@@ -232,9 +193,9 @@ def _parse_object(text: str, param: str) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise _invalid(param, "the text is not valid JSON") from error
+        raise invalid(param, "the text is not valid JSON") from error
     if not isinstance(value, dict):
-        raise _invalid(param, "the text must hold a JSON object")
+        raise invalid(param, "the text must hold a JSON object")
     return value
 
 
@@ -254,20 +215,20 @@ def _compact_schema(schema: Mapping[str, Any], *, allow_additional_properties: b
 def check_schema(schema: Mapping[str, Any], param: str) -> None:
     """Raise InvalidValueError for a schema that is too large, or that llguidance accepts but does not follow."""
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
-        raise _invalid(param, f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+        raise invalid(param, f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep")
     num_bytes = len(msgspec.json.encode(schema))
     if num_bytes > MAX_SCHEMA_BYTES:
-        raise _invalid(param, f"expected a schema of at most {MAX_SCHEMA_BYTES} bytes, but got {num_bytes}")
+        raise invalid(param, f"expected a schema of at most {MAX_SCHEMA_BYTES} bytes, but got {num_bytes}")
     values = list(_values(schema))
     if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
-        raise _invalid(param, "integers beyond 64 bits are not supported")
+        raise invalid(param, "integers beyond 64 bits are not supported")
     for number in _values([value.get(key) for value in values if isinstance(value, dict) for key in NUMBER_KEYS]):
         if isinstance(number, int) and not _is_exact(number):
-            raise _invalid(param, f"the integer {number} is not supported: it cannot be represented exactly")
+            raise invalid(param, f"the integer {number} is not supported: it cannot be represented exactly")
     if any(isinstance(value, dict) and _counts_optional_names(value) for value in values):
-        raise _invalid(param, "'minProperties' is not supported above the number of required properties")
+        raise invalid(param, "'minProperties' is not supported above the number of required properties")
     if OPTIONS in schema:
-        raise _invalid(param, f"the key '{OPTIONS}' is not supported")
+        raise invalid(param, f"the key '{OPTIONS}' is not supported")
 
 
 def _is_exact(value: int) -> bool:
@@ -289,12 +250,13 @@ def _counts_optional_names(schema: Mapping[str, Any]) -> bool:
 
 def _values(value: object) -> Iterator[object]:
     """Yield a JSON value and all values in it."""
-    yield value
-    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    for child in children:
-        yield from _values(child)
+    pending = [value]
+    while pending:
+        yield (value := pending.pop())
+        pending += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
-def _invalid(param: str, problem: str) -> InvalidValueError:
+def invalid(param: str, problem: str) -> InvalidValueError:
+    """Return the error about a field, with the problem as the end of a sentence."""
     problem = re.sub(r"\s+", " ", problem).rstrip(".")
     return InvalidValueError(f"Invalid '{param}': {problem}.", param=param)

@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from msgspec import UnsetType
 
-from server.constrained.constraints import Constraint
 from server.generation.choice_delta import ChoiceDelta
 from server.generation.prompts import Prompt
 from server.http.errors import APIError
@@ -98,10 +97,6 @@ class Endpoint(Protocol[Body_contra]):
 
         Raises BadRequestError, before tokenizing if a long text certainly has more tokens than `limit`.
         """
-        ...
-
-    def constraint(self, model: ServedModel, body: Body_contra, prompt: Prompt) -> Constraint | None:
-        """Return the constraint on the answers to a prompt, if any. Called in a thread. Raises BadRequestError."""
         ...
 
     def writer(

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -15,7 +15,7 @@ from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import EngineInfo, Submit
-from server.constrained.constraints import Constraint, check_constraint
+from server.constrained.messages import encode_request
 from server.context import ServerContext, get_context
 from server.engine_client.answer_budget import AnswerShare
 from server.engine_client.answer_size import least_bytes, prompt_bytes, too_large
@@ -29,7 +29,7 @@ from server.generation.parameters import (
     resolve_num_logprobs,
     sampling_params,
 )
-from server.generation.preamble import WARNINGS, begin, find_generating_model, next_seed
+from server.generation.preamble import WARNINGS, Preamble, begin, find_generating_model, next_seed
 from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens, truncate_prompt, vocab_size
 from server.generation.reasoning_budget import reasoning_limit
 from server.generation.request_span import RequestSpan
@@ -74,7 +74,7 @@ class _Job(Generic[Body]):
     seed: int
     arrival: float  # seconds of time.monotonic()
     request_id: str  # for logs and errors
-    warnings: dict[str, str]  # response header that lists ignored fields, if there are any
+    preamble: Preamble
     tenant: Tenant
     text_size: int  # bytes
 
@@ -234,7 +234,6 @@ async def _validate(
     check_token_ids(body, vocab_size(base), base.config.eos_token_ids)
     body = resolve_num_logprobs(body, context.settings.max_logprobs, vocab_size(base))
     body = base.default_sampling.apply(body)
-    warnings = preamble.accept()
     seed = default_seed if body.requested_seed is None else body.requested_seed
     return _Job(
         context=context,
@@ -251,14 +250,14 @@ async def _validate(
         seed=await next_seed(context) if seed is None else seed,
         arrival=arrival,
         request_id=request.state.request_id,
-        warnings=warnings,
+        preamble=preamble,
         tenant=get_tenant(request),
         text_size=get_text_size(request),
     )
 
 
 def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
-    warnings, requested = dict(job.warnings), job.body.max_output_tokens
+    warnings, requested = job.preamble.accept(), job.body.max_output_tokens
     max_tokens = min(submit.params.max_tokens for submit in prepared.submits)
     if requested is not None and requested > max_tokens:
         capped = f"{job.endpoint.max_tokens_field(job.body)} capped at {max_tokens}, the rest of the context"
@@ -333,27 +332,31 @@ class _Prepared:
 
     prompts: list[Prompt]
     submits: list[Submit]  # one message to the engine for each prompt
-    constraint: Constraint | None  # shared by all prompts
+    grammar_request: bytes | None  # for the grammar process; all prompts share the grammar
     tokenizer_seconds: float
 
 
 async def _prepare(job: _Job[Body]) -> _Prepared:
-    """Tokenize the request in a thread and check its grammar. Raises BadRequestError."""
+    """Tokenize the request in a thread, and make its grammar in the grammar process. Raises BadRequestError."""
     prepared = await job.context.text_threads.run(job.tenant, job.text_size, _tokenize, job)
-    if prepared.constraint is not None:
-        await check_constraint(job.model.base.grammar_checker, prepared.constraint, job.body, job.tenant)
-    return prepared
+    if prepared.grammar_request is None:
+        return prepared
+    grammar = await job.model.base.grammar_process.make(prepared.grammar_request, job.body, job.tenant)
+    job.preamble.ignore(grammar.unenforced)
+    return replace(prepared, submits=[_with_grammar(submit, grammar.text) for submit in prepared.submits])
+
+
+def _with_grammar(submit: Submit, grammar: str) -> Submit:
+    return msgspec.structs.replace(submit, params=msgspec.structs.replace(submit.params, grammar=grammar))
 
 
 def _tokenize(job: _Job[Body]) -> _Prepared:
     start = time.monotonic()
     prompts, tokenized = _encode(job)
     seconds = time.monotonic() - start
-    # The constraint depends on the prompt only for chats, which have a single one.
-    constraint = job.endpoint.constraint(job.model.base, job.body, prompts[0])
-    grammar = None if constraint is None else constraint.grammar
-    submits = [_make_submit(job, prompt, index, tokenized, grammar) for index, prompt in enumerate(prompts)]
-    return _Prepared(prompts, submits, constraint, seconds)
+    submits = [_make_submit(job, prompt, index, tokenized) for index, prompt in enumerate(prompts)]
+    # The grammar depends on the prompt only for chats, which have a single one.
+    return _Prepared(prompts, submits, encode_request(job.body, prompts[0].answer_format), seconds)
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
@@ -377,9 +380,7 @@ def encode_prompts(
     return prompts
 
 
-def _make_submit(
-    job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings, grammar: str | None
-) -> Submit:
+def _make_submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings) -> Submit:
     """Return the engine message for the prompt at `index`.
 
     Raises ContextLengthExceededError, or InvalidValueError for a min_tokens above max_tokens.
@@ -404,7 +405,7 @@ def _make_submit(
     return Submit(
         request_id=f"{job.metadata.id}-{index}",
         prompt_token_ids=prompt.token_ids,
-        params=msgspec.structs.replace(params, grammar=grammar, reasoning_limit=reasoning_limit(base, body, prompt)),
+        params=msgspec.structs.replace(params, reasoning_limit=reasoning_limit(base, body, prompt)),
         arrival=job.arrival,
         n=body.num_choices,
         priority=job.body.priority or 0,

@@ -150,6 +150,12 @@ class Preamble:
     ignored: list[str]  # fields without effect
     is_model_missing: bool = False  # whether the only model is used because the request names none
 
+    def ignore(self, names: Sequence[str]) -> None:
+        """Add further fields without effect. Raises UnknownParameterError if the server is strict."""
+        if names and self.context.settings.strict:
+            raise UnknownParameterError(clip(names[0]))
+        self.ignored.extend(names[: MAX_IGNORED - len(self.ignored)])
+
     def accept(self) -> dict[str, str]:
         """Count the ignored fields, and return the response header with the warnings if there are any."""
         self.context.metrics.count_unknown_parameters(len(self.ignored))
@@ -199,12 +205,13 @@ def begin(
         UnknownParameterError: a field is ignored, and the server is strict.
     """
     context = get_context(request)
-    names = ignored_fields(body, strict=context.settings.strict, ignored=ignored)
-    return Preamble(context, names, is_model_missing)
+    preamble = Preamble(context, ignored_fields(body, strict=context.settings.strict), is_model_missing)
+    preamble.ignore(ignored)
+    return preamble
 
 
-def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()) -> list[str]:
-    """Return the names of the unknown fields of a request, followed by `ignored`, at most `MAX_IGNORED`.
+def ignored_fields(body: BaseModel, *, strict: bool) -> list[str]:
+    """Return the names of the unknown fields of a request, at most `MAX_IGNORED`.
 
     Raises UnsupportedParameterError for a field that cannot be ignored, UnknownParameterError for any if `strict`.
     """
@@ -219,7 +226,7 @@ def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()
     for part in ("stream_options", "lightwell", "structured_outputs"):
         nested = islice(undeclared_fields(getattr(body, part, None)), MAX_IGNORED)
         names += [f"{part}.{name}" for name, _ in nested]
-    names = [*names, *ignored][:MAX_IGNORED]
+    names = names[:MAX_IGNORED]
     if names and strict:
         raise UnknownParameterError(clip(names[0]))
     return names

@@ -1,7 +1,7 @@
 """The limit on the number of reasoning tokens."""
 
 from engine.shared.messages import ReasoningLimit
-from server.constrained.constraints import EXCLUSIVE
+from server.constrained.grammar_process import EXCLUSIVE
 from server.generation.prompts import Prompt
 from server.http.errors import InvalidValueError, UnsupportedParameterError
 from server.models.served_model import ServedModel

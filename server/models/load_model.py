@@ -6,7 +6,8 @@ from pathlib import Path
 
 from engine.config import ModelConfig, load_model_config
 from engine.shared.messages import Vocabulary
-from server.constrained.grammar_checker import GrammarChecker
+from server.constrained.grammar_process import GrammarProcess
+from server.constrained.messages import GrammarVocabulary
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
@@ -41,7 +42,14 @@ def load_served_model(
         client=client or _make_client(config, vocabulary, metrics, can_restart=can_restart),
         metrics=metrics,
         tokenizer=tokenizer,
-        grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),
+        grammar_process=GrammarProcess(
+            GrammarVocabulary(
+                vocabulary,
+                [*model_config.eos_token_ids],
+                tokenizer.special_ids_in(tokenizer.special_tokens),
+                settings.allow_additional_properties,
+            )
+        ),
         config=model_config,
         default_sampling=_default_sampling(config, model_config),
         score_token_ids=_score_token_ids(tokenizer, settings.score_tokens),

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from engine.config import ModelConfig
 from engine.shared.messages import LoraAdapter
-from server.constrained.constraints import ConstraintBuilder
-from server.constrained.grammar_checker import GrammarChecker
+from server.constrained.grammar_process import GrammarProcess
 from server.engine_client.client import EngineClient
 from server.metrics import Metrics
 from server.schemas.default_sampling import DefaultSampling
@@ -29,7 +28,7 @@ class ServedModel:
     metrics: Metrics
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None  # None: the model has none, and chat requests are rejected
-    grammar_checker: GrammarChecker
+    grammar_process: GrammarProcess
     config: ModelConfig
     default_sampling: DefaultSampling  # of the model and its adapters
     score_token_ids: tuple[int, ...] = ()  # of --score-tokens: true, false
@@ -54,17 +53,13 @@ class ServedModel:
         return hashlib.sha256(source.encode()).hexdigest()[:12]
 
     @cached_property
-    def constraint_builder(self) -> ConstraintBuilder:
-        return ConstraintBuilder(self.tokenizer, self.settings.allow_additional_properties)
-
-    @cached_property
     def sequence_breakers(self) -> SequenceBreakers:
         return SequenceBreakers(self.tokenizer)
 
     async def close(self) -> None:
-        """Close the connection to the engine, and end the processes of the grammar checker and the chat template."""
+        """Close the connection to the engine, and end the processes of grammars and of the chat template."""
         await self.client.close()
-        await self.grammar_checker.close()
+        await self.grammar_process.close()
         if self.chat_template is not None:
             self.chat_template.close()
 

@@ -29,7 +29,7 @@ DEATHS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL, signal.SIGSEGV)  # of 
 
 # The modules that the processes run.
 ENGINE, API = "engine.process", "server.main"
-TEMPLATE, CHECKER = "server.text.templates.process", "engine.grammar.checker"
+TEMPLATE, GRAMMAR = "server.text.templates.process", "server.constrained.process"
 
 
 class KeysFile:
@@ -176,7 +176,7 @@ class Disturbances:
         _kill(processes(self._server, TEMPLATE))
 
     async def _kill_checker(self, rng: random.Random) -> None:
-        _kill(processes(self._server, CHECKER))
+        _kill(processes(self._server, GRAMMAR))
 
     async def _change_keys(self, rng: random.Random) -> None:
         old = self._keys.change()

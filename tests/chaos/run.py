@@ -16,9 +16,9 @@ import psutil
 from tests.chaos.clients import Clients
 from tests.chaos.disturbances import (
     API,
-    CHECKER,
     DEATHS,
     ENGINE,
+    GRAMMAR,
     STEP_TIMEOUT,
     TEMPLATE,
     Disturbances,
@@ -151,7 +151,7 @@ def _note_resources(server: ServerProcess, report: Report) -> None:
     ((engine,), (api,)) = processes(server, ENGINE), processes(server, API)
     named = {"engine": engine, "API": api, "supervisor": psutil.Process(server.process.pid)}
     report.round.resources = {name: Resources.of(process) for name, process in named.items()}
-    report.round.num_processes = len(named) + len(processes(server, TEMPLATE)) + len(processes(server, CHECKER))
+    report.round.num_processes = len(named) + len(processes(server, TEMPLATE)) + len(processes(server, GRAMMAR))
     children = named["supervisor"].children(recursive=True)
     all_processes = 1 + sum(is_running(child.pid) for child in children)
     if report.round.num_processes != all_processes:

@@ -102,16 +102,16 @@ def test_the_supervisor_is_killed(start_server: StartServer) -> None:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_the_grammar_checker_ends_with_the_server(start_server: StartServer, end: signal.Signals) -> None:
-    """Its processes end even while they check a slow grammar."""
+def test_the_grammar_process_ends_with_the_server(start_server: StartServer, end: signal.Signals) -> None:
+    """Its processes end even while they make a slow grammar."""
     server = start_server()
     assert server.complete(structured_outputs={"regex": "[a-z]+"}, max_tokens=3).status_code == 200
     children = server.api.children()  # the others run the chat template
-    (checker,) = (child for child in children if "engine.grammar.checker" in child.cmdline())
+    (process,) = (child for child in children if "server.constrained.process" in child.cmdline())
     with ThreadPoolExecutor() as threads:
         hostile = threads.submit(server.complete, structured_outputs={"regex": "(a?){5000}a{5000}"})
-        wait_until(lambda: len(checker.children()) == 1)
-        (worker,) = checker.children()
+        wait_until(lambda: len(process.children()) == 1)
+        (worker,) = process.children()
         server.signal(end) if end is signal.SIGTERM else server.api.kill()
         server.wait(GONE)
         with suppress(httpx.HTTPError):

@@ -107,7 +107,7 @@ def count_calls(api: Api, failing: FailingCalls, kind: Call) -> int:
 
 
 def end_children(api: Api, kind: Call) -> None:
-    """Kill the grammar checker if it is to be started again."""
+    """Kill the grammar process if it is to be started again."""
     for child in api.process.children() if kind is Call.FORK else ():
         child.kill()
 

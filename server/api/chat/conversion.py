@@ -6,10 +6,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.api.chat.constraints import chat_constraint, unenforced_in_chat
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.chat.writer import ChatWriter
-from server.constrained.constraints import Constraint
 from server.generation.endpoint import AnswerMetadata
 from server.generation.preamble import distinct, undeclared_fields
 from server.generation.prompts import Prompt, check_min_tokens, check_text_size
@@ -48,13 +46,10 @@ class ChatEndpoint:
 
     def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
         unread = unread_options(model.chat_template, body)
-        return [*unknown_in_messages(body.messages), *unread, *unenforced_in_chat(body)]
+        return [*unknown_in_messages(body.messages), *unread]
 
     def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
         return [encode_request(model, body, limit=limit)]
-
-    def constraint(self, model: ServedModel, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(model.constraint_builder, body, prompt)
 
     def writer(
         self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]

@@ -8,7 +8,6 @@ from server.api.completions.schemas import (
     CompletionRequest,
 )
 from server.api.completions.writer import CompletionWriter
-from server.constrained.constraints import Constraint, unenforced_keywords
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt
 from server.generation.token_fields import TokenFields
@@ -26,16 +25,13 @@ class CompletionEndpoint:
         return "max_tokens"
 
     def ignored_fields(self, model: ServedModel, body: CompletionRequest) -> list[str]:
-        return unenforced_keywords(body)
+        return []
 
     def encode(self, model: ServedModel, body: CompletionRequest, *, limit: int | None = None) -> list[Prompt]:
         options: Any = {"add_special_tokens": body.add_special_tokens is not False, "limit": limit}
         if body.suffix:
             return [encode_fim_prompt(model, text, body.suffix, **options) for text in body.prompt]
         return [encode_prompt(model, value, **options) for value in body.prompt]
-
-    def constraint(self, model: ServedModel, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
-        return model.constraint_builder.content(body)
 
     def writer(
         self, model: ServedModel, body: CompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]

@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 
-from server.api.chat.constraints import chat_constraint
 from server.api.chat.conversion import ChatEndpoint, reads_effort
 from server.api.chat.request_builder import build_request, function_tool, named_tool, text_part, tool_call
 from server.api.chat.schemas import ChatCompletionRequest
@@ -34,7 +33,6 @@ from server.api.messages.schemas import (
     UserMessage,
 )
 from server.api.messages.writer import MessagesWriter
-from server.constrained.constraints import Constraint
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
 from server.generation.reasoning_budget import supports_reasoning_budget
@@ -315,9 +313,6 @@ class MessagesEndpoint:
 
     def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
         return ChatEndpoint().encode(model, body, limit=limit)
-
-    def constraint(self, model: ServedModel, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(model.constraint_builder, body, prompt)
 
     def writer(
         self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]

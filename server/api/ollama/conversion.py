@@ -25,7 +25,6 @@ from server.api.ollama.schemas import (
     OllamaRequest,
 )
 from server.api.ollama.writer import MakeAnswer, OllamaWriter
-from server.constrained.constraints import Constraint
 from server.context import get_context
 from server.generation.endpoint import AnswerMetadata, Endpoint
 from server.generation.prompts import Prompt, encode_prompt
@@ -373,9 +372,6 @@ class OllamaEndpoint(Generic[Body]):
             for prompt in prompts:
                 prompt.token_ids = [*earlier, *prompt.token_ids]
         return prompts
-
-    def constraint(self, model: ServedModel, body: Body, prompt: Prompt) -> Constraint | None:
-        return self.inner.constraint(model, body, prompt)
 
     def writer(
         self, model: ServedModel, body: Body, metadata: AnswerMetadata, prompts: Sequence[Prompt]

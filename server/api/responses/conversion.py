@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 
-from server.api.chat.constraints import chat_constraint
 from server.api.chat.conversion import NEUTRAL_EFFORTS, ChatEndpoint, reads_effort
 from server.api.chat.request_builder import (
     build_request,
@@ -43,7 +42,6 @@ from server.api.responses.schemas import (
 from server.api.responses.store import ResponseStore, StoredResponse, encode_each
 from server.api.responses.truncation import encode_newest
 from server.api.responses.writer import ResponseWriter
-from server.constrained.constraints import Constraint
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
 from server.generation.token_fields import TokenFields
@@ -329,9 +327,6 @@ class ResponsesEndpoint:
         if self._body.truncation == "auto":
             return [encode_newest(model, body, limit=limit)]
         return ChatEndpoint().encode(model, body, limit=limit)
-
-    def constraint(self, model: ServedModel, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(model.constraint_builder, body, prompt)
 
     def writer(
         self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]

@@ -1,8 +1,9 @@
 """Split a model's answer into reasoning, content and tool calls in one pass, as its text arrives."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 from server.text.parsers.argument_values import Schema
@@ -11,12 +12,11 @@ from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.parsers.tool_parser import ToolParser
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerFormat:
+class AnswerFormat(msgspec.Struct, frozen=True, tag=True):
     """The parts that the answers to a request can have, and how the model writes them."""
 
     tool_format: ToolFormat = GENERIC
-    tools: Mapping[str, Schema] = field(default_factory=dict)  # schemas of arguments; without tools, calls are content
+    tools: Mapping[str, Schema] = {}  # schemas of arguments; without tools, calls are content
     parallel_calls: bool = True
     reasoning_tags: ReasoningTags | None = None  # None: reasoning is content
     content_markers: tuple[str, ...] = ()  # texts around the content, which are not part of it

@@ -109,11 +109,12 @@ class ArgumentSchema:
             schema = self._follow(reference)
         else:
             return {}
+        target: Schema = schema
         for others in filter(None, reversed(beside)):
-            if not self._take(len(schema) + len(others)):
+            if not self._take(len(target) + len(others)):
                 return {}
-            schema = {**schema, **others}
-        return schema
+            target = {**target, **others}
+        return target
 
     def _follow(self, reference: str) -> Any:
         value: Any = self.root

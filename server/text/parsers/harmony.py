@@ -11,7 +11,6 @@ messages are content, as is text that is no message. https://github.com/openai/h
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.answer_parts import AnswerPart, PartKind
@@ -49,8 +48,7 @@ def is_harmony(prompt: str) -> bool:
     return f"{START}assistant{CHANNEL}final{MESSAGE}" in prompt
 
 
-@dataclass(frozen=True, slots=True)
-class HarmonyFormat(AnswerFormat):
+class HarmonyFormat(AnswerFormat, frozen=True, tag=True):
     """The parts of an answer in the harmony format."""
 
     tool_format: ToolFormat = HARMONY

@@ -7,23 +7,23 @@ them in what a chat template renders; the parser and the grammar of forced calls
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 # Slots in the texts of a format: the tool's name, a call's id, its number, and the name of a parameter.
 NAME, ID, INDEX, KEY = "\ue000", "\ue001", "\ue002", "\ue003"
 SLOTS = re.compile(f"[{NAME}{ID}{INDEX}{KEY}]")
 
 
-@dataclass(frozen=True, slots=True)
-class JSONArguments:
+class JSONArguments(msgspec.Struct, frozen=True, tag=True):
     """The arguments are a JSON object after the tool's name."""
 
     texts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectCall:
+class ObjectCall(msgspec.Struct, frozen=True, tag=True):
     """The whole call is a JSON object, with the tool's name and its arguments as members."""
 
     name_key: str = "name"
@@ -31,8 +31,7 @@ class ObjectCall:
     texts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TaggedArguments:
+class TaggedArguments(msgspec.Struct, frozen=True, tag=True):
     """Each argument is a value between tags; strings are written as they are, and other values as JSON.
 
     Attributes:
@@ -45,7 +44,7 @@ class TaggedArguments:
     before_key: str
     after_key: str
     after_value: str
-    after_keys: Mapping[str, str] = field(default_factory=dict)
+    after_keys: Mapping[str, str] = {}
     is_padded: bool = False
     is_nested: bool = False
 
@@ -59,8 +58,7 @@ class TaggedArguments:
         return self.after_value.strip()
 
 
-@dataclass(frozen=True, slots=True)
-class LiteralArguments:
+class LiteralArguments(msgspec.Struct, frozen=True, tag=True):
     """The arguments are literals of a programming language, such as the keyword arguments of a Python call.
 
     Attributes:
@@ -84,6 +82,7 @@ class LiteralArguments:
 
 
 Arguments = JSONArguments | ObjectCall | TaggedArguments | LiteralArguments
+OBJECT_CALL = ObjectCall()
 PYTHON = LiteralArguments(("'", '"'), "=", ")", words=("True", "False", "None"))
 GEMMA = LiteralArguments(('<|"|>',), ":", "}", separator=",", has_escapes=False)
 
@@ -111,7 +110,7 @@ class ToolFormat:
     after_arguments: str = "}"
     separator: str = ""
     end: str = ""
-    arguments: Arguments = ObjectCall()
+    arguments: Arguments = OBJECT_CALL
     is_bare: bool = False
     triggers: tuple[str, ...] = ()
     closers: tuple[str, ...] = ()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import msgspec
+
 from server.text.parsers.tool_formats import (
     GEMMA,
     GENERIC,
@@ -224,7 +226,7 @@ def _literal_syntax(
     if opener not in closers or assign not in ("=", ":") or not quote or not rest.startswith(quote):
         return None
     python = quote in PYTHON.quotes
-    return replace(
+    return msgspec.structs.replace(
         PYTHON if python else GEMMA,
         quotes=PYTHON.quotes if python else (quote,),
         after_key=assign,

@@ -114,6 +114,12 @@ def test_each_part_of_a_schema_is_looked_at_once(schema: dict[str, Any]) -> None
     assert num_calls < 20 * MAX_STEPS
 
 
+@pytest.mark.parametrize("odd", [{"type": [{}]}, {"anyOf": 5}, {"allOf": "a"}, {"enum": {}}, {"$ref": 1}, [], 5, None])
+def test_what_is_no_schema_allows_everything(odd: Any) -> None:
+    for schema in ({"properties": {"a": odd}}, {"properties": odd}, {"additionalProperties": odd}, odd):
+        assert ArgumentSchema(schema).parameter_types("a") >= {"string"} or odd == {"type": [{}]}
+
+
 def test_types_in_a_schema_that_refers_to_itself() -> None:
     assert ArgumentSchema(TREE).parameter_types("children") == {"array"}
     assert ArgumentSchema({"anyOf": [{"$ref": "#"}, {"properties": {"a": {"type": "string"}}}]}).parameter_types(
