@@ -114,6 +114,14 @@ CLOSED = {"type": "object", "additionalProperties": False}
 CHAIN = {str(index): {**CLOSED, "properties": {"a": {"$ref": f"#/$defs/{index + 1}"}}} for index in range(500)}
 DEEP = '{"items":' * 5000 + "{}" + "}" * 5000
 ODD: list[Any] = [{"type": [{}]}, {"anyOf": 5}, {"properties": ["a"]}, {"required": 1}, {"enum": {}}, {"items": 1}]
+TOOLS: dict[str, Schema] = {
+    "itself": {"type": "object", "properties": {"a": LOOP}, "$defs": LOOP["$defs"]},
+    "alternatives": {"anyOf": [{"$ref": "#"}] * 17},
+    "chain": {**CLOSED, "properties": {"a": {"$ref": "#/$defs/0"}}, "$defs": CHAIN},
+    "copies": {"properties": {f"p{n}": {"$ref": "#/$defs/0"} for n in range(500)}, "$defs": {"0": NAMES}},
+    **{f"odd {odd}": {"properties": {"a": odd}} for odd in ODD},
+}
+FORMATS = {name: load_template(name).tool_format for name in ("Qwen3-Coder", "MiniMax-M3", "google-gemma-4-31B-it")}
 HOSTILE: dict[str, bytes] = {
     "itself": of_tools({"type": "object", **LOOP}),
     "tags": request(guided_json={"oneOf": [{"type": "object", "properties": NAMES}] * 30}),
@@ -121,15 +129,9 @@ HOSTILE: dict[str, bytes] = {
     "deep tag": request(structured_outputs={"structural_tag": DEEP.replace("items", "format")}),
     "many": of_tools(*[{"type": "object", "properties": NAMES}] * 100),
     **{
-        f"{template} {name}": of_tools(schema, format=AnswerFormat(load_template(template).tool_format, {"f": {}}))
-        for template in ("Qwen3-Coder", "MiniMax-M3", "google-gemma-4-31B-it")
-        for name, schema in (
-            ("itself", {"type": "object", "properties": {"a": LOOP}, "$defs": LOOP["$defs"]}),
-            *((f"odd {odd}", {"properties": {"a": odd}}) for odd in ODD),
-            ("alternatives", {"anyOf": [{"$ref": "#"}] * 17}),
-            ("chain", {**CLOSED, "properties": {"a": {"$ref": "#/$defs/0"}}, "$defs": CHAIN}),
-            ("copies", {"properties": {f"p{n}": {"$ref": "#/$defs/0"} for n in range(500)}, "$defs": {"0": NAMES}}),
-        )
+        f"{template} {name}": of_tools(schema, format=AnswerFormat(format, {"f": {}}))
+        for template, format in FORMATS.items()
+        for name, schema in TOOLS.items()
     },
 }
 
