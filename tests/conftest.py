@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         selected = [item for item in items if in_slice(item.nodeid, part)]
         config.hook.pytest_deselected(items=[item for item in items if not in_slice(item.nodeid, part)])
         items[:] = selected
+    if not config.pluginmanager.hasplugin("rerunfailures"):  # -p no:rerunfailures: each has one try
+        return
     for item in items:
         folder, *_ = item.path.relative_to(ROOT / "tests").parts
         if folder in IN_REAL_TIME and not any(map(item.get_closest_marker, ONE_TRY)):

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 
@@ -103,12 +103,13 @@ class _HeaderGetter(Getter[Headers]):
 class _SeldomHandler(logging.Handler):
     """Logs each kind of message once in `REPEAT_SECONDS`: a receiver that is down fails again with every batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(logging.WARNING)
+        self._clock = clock
         self._logged: dict[str, float] = {}  # text without arguments -> time
 
     def emit(self, record: logging.LogRecord) -> None:
-        kind, now = str(record.msg), time.monotonic()
+        kind, now = str(record.msg), self._clock()
         if now - self._logged.get(kind, -REPEAT_SECONDS) >= REPEAT_SECONDS:
             self._logged[kind] = now
             logger.log(record.levelno, "OpenTelemetry: %s", record.getMessage(), exc_info=record.exc_info)

@@ -120,7 +120,7 @@ def test_output(results: gpu.Results, capsys: pytest.CaptureFixture[str], monkey
 def test_steps_and_gaps_are_times_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps: work of 3 + 1 ms and a gap of 2, a gap of 4, then work of 5 + 1 ms."""
     times = iter([0.0, 0.003, 0.005, 0.006, 0.010, 0.015, 0.015, 0.016])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    monkeypatch.setattr(gpu_timing, "time", SimpleNamespace(perf_counter=times.__next__))
     model: Any = SimpleNamespace(forward=lambda step, clock: None, sample=lambda step, batch, clock: None, kernels=1)
     runner = gpu_timing.TimedRunner(model, torch.device("cpu"))
     nothing: Any = SimpleNamespace(num_tokens=7)

@@ -188,17 +188,19 @@ def test_children_get_their_configuration(start: Start) -> None:
 
 def test_several_engines_have_addresses_and_cpus_of_their_own(start: Start) -> None:
     running = start(data_parallel_size=2)
-    running.pid("api")
+    api, *engines = (running.pid(name) for name in ("api", "engine", "engine-1"))
     (model,) = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig).models
     assert [Path(engine.address).name for engine in model.engines] == ["engine-0.sock", "engine-1.sock"]
+    assert [engine.pid for engine in model.engines] == engines
     first, second = (psutil.Process(engine.pid) for engine in model.engines)
     cpus = os.sched_getaffinity(0)
     if len(cpus) > 1:
         assert {*first.cpu_affinity(), *second.cpu_affinity()} == cpus
         assert not set(first.cpu_affinity()) & set(second.cpu_affinity())
-    assert psutil.Process(running.pid("api")).cpu_affinity() == sorted(cpus)
-    engine = msgspec.json.decode((running.folder / "engine.json").read_bytes(), type=EngineProcessConfig)
-    assert (engine.config.data_parallel_size, engine.config.data_parallel_rank in (0, 1)) == (2, True)
+    assert psutil.Process(api).cpu_affinity() == sorted(cpus)
+    for rank, name in enumerate(("engine", "engine-1")):
+        process = msgspec.json.decode((running.folder / f"{name}.json").read_bytes(), type=EngineProcessConfig)
+        assert (process.config.data_parallel_size, process.config.data_parallel_rank) == (2, rank)
     running.signal(signal.SIGTERM)
     assert running.end() == (0, [])
     running.assert_nothing_is_left()

@@ -1,7 +1,8 @@
 """A child process for tests of the supervisor that ends as its arguments say.
 
 `stub_child.py FOLDER NAME BEHAVIOUR [ARGUMENT]` writes its configuration to FOLDER/NAME.json and its process id to
-FOLDER/NAME.pid, then follows BEHAVIOUR. For an API process that is a worker, NAME becomes api-1, api-2 ...
+FOLDER/NAME.pid, then follows BEHAVIOUR. For an API process that is a worker, NAME becomes api-1, api-2 ..., and for
+further engines engine-1, engine-2 ...
 """
 
 import os
@@ -27,7 +28,7 @@ from server.processes.supervisor_channel import (
 
 def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     config = sys.stdin.buffer.read()
-    name = worker_name(config) or name
+    name = name_of(msgspec.json.decode(config)) or name
     (folder / f"{name}.json").write_bytes(config)
     if behaviour == "exit":
         leave(folder, name, float(argument), 7)
@@ -61,10 +62,12 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
         time.sleep(60)
 
 
-def worker_name(config: bytes) -> str | None:
-    """Return the name of an API process that is a worker."""
-    link = msgspec.json.decode(config).get("coordinator")
-    return None if link is None else Path(link["address"]).stem
+def name_of(config: dict[str, Any]) -> str | None:
+    """Return the name of an API process that is a worker, or of an engine that is not the first; else None."""
+    if (link := config.get("coordinator")) is not None:
+        return Path(link["address"]).stem
+    name = Path(config.get("address", "")).stem
+    return None if name in ("", "engine-0") else name
 
 
 def announce(folder: Path, name: str, pid: int) -> None:

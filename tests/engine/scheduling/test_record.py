@@ -1,6 +1,6 @@
 """The number of records is bounded, and the timings of a request are those of its record."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,7 +106,7 @@ def test_records_share_no_lists() -> None:
 
 def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([10.0, 10.5, 12.5, 13.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr("engine.scheduling.record.time", SimpleNamespace(monotonic=moments.__next__))
     clock = StepClock()
     for part in ("schedule", "forward", "update"):
         clock.lap(part)
