@@ -12,8 +12,8 @@ struct NamedFunction {
     Function function;
 };
 
-// Of attention.cpp, linear.cpp and rows.cpp, each ended by a null name.
-extern const NamedFunction ATTENTION_FUNCTIONS[], LINEAR_FUNCTIONS[], ROW_FUNCTIONS[];
+// Of attention.cpp, linear.cpp, linear_blocks.cpp, linear_k.cpp and rows.cpp, each ended by a null name.
+extern const NamedFunction ATTENTION_FUNCTIONS[], LINEAR_FUNCTIONS[], BLOCK_FUNCTIONS[], K_FUNCTIONS[], ROW_FUNCTIONS[];
 
 // A field of a struct that Python fills in. Library in library.py compares it with its counterpart in c_structs.py.
 struct Field {

@@ -196,7 +196,7 @@ extern "C" __attribute__((visibility("default"))) const Field* lightwell_fields(
 
 // Returns the function of that name; null if there is none.
 extern "C" __attribute__((visibility("default"))) Function lightwell_function(const char* name) {
-    for (const NamedFunction* functions : {ATTENTION_FUNCTIONS, LINEAR_FUNCTIONS, ROW_FUNCTIONS})
+    for (const NamedFunction* functions : {ATTENTION_FUNCTIONS, LINEAR_FUNCTIONS, BLOCK_FUNCTIONS, K_FUNCTIONS, ROW_FUNCTIONS})
         for (; functions->name; functions++)
             if (strcmp(functions->name, name) == 0) return functions->function;
     return nullptr;

@@ -181,7 +181,7 @@ INLINE void add_groups(const uint8_t* block, const Number* scales, int group, in
         for (int v = 0; v < VECTORS; v++) sums[r][v] = multiply_add(partial[r][v], fill(rows[r]->scale), sums[r][v]);
 }
 
-// Multiplies ROWS rows with VECTORS vectors of columns of one panel.
+// Multiplies ROWS rows with VECTORS vectors of columns of one panel. Its code is compiled once, not for each caller.
 template <class Format>
 struct Tile {
     static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 6 : 2;
@@ -190,7 +190,7 @@ struct Tile {
     static constexpr int LINES = Format::GROUP_LINES;  // of what the prefetcher takes for a step
 
     template <int ROWS, class Prefetching>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Prefetching prefetcher,
+    static NOT_INLINE void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Prefetching prefetcher,
                         ScaleSource<Format>& source) {
         const ActivationGroup* rows[ROWS];
         prefetch_tile<ROWS, VECTORS>(p, row, column + vector * LANES);
@@ -218,7 +218,7 @@ struct Tile<BFloat16> {
     static constexpr int LINES = BFloat16::STEP_BYTES / 64;  // of a step
 
     template <int ROWS, class Prefetching>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetching prefetcher,
+    static NOT_INLINE void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetching prefetcher,
                         ScaleSource<BFloat16>&) {
         prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
@@ -246,7 +246,7 @@ struct Tile<Float32> {
     static constexpr int LINES = Float32::STEP_BYTES / 64;  // of a step
 
     template <int ROWS, class Prefetching>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetching prefetcher,
+    static NOT_INLINE void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetching prefetcher,
                         ScaleSource<Float32>&) {
         prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
