@@ -12,6 +12,7 @@ import sys
 import msgspec
 
 from engine.kernels.cpu import build
+from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.cpu.processor import CPU_INFO, best_code_path, cpu_flags
 from engine.kernels.triton.requirements import missing_requirement
 from engine.shared.host_memory import available_memory
@@ -59,7 +60,7 @@ def _compiler() -> tuple[str | None, str | None]:
     """Return the compiler's name and version, or why there is none."""
     try:
         return build.version_of(build.find_compiler()).partition("\n")[0], None
-    except build.BuildError as error:
+    except BuildError as error:
         return None, str(error)
 
 
@@ -72,7 +73,7 @@ def _kernels() -> tuple[str | None, str | None]:
         return Library(build.build(code_path, may_compile=False), code_path).code_path, None
     except build.NotCompiledError:
         return None, None
-    except (build.BuildError, OSError, ValueError) as error:
+    except (BuildError, OSError, ValueError) as error:
         return None, str(error)
 
 

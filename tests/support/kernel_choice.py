@@ -9,7 +9,8 @@ import torch
 
 import engine.kernels.load
 from engine.kernels.cpu import processor
-from engine.kernels.cpu.build import BuildError, build
+from engine.kernels.cpu.build import build
+from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.cpu.library import Library
 from engine.kernels.interface import KernelOptions, Kernels
 

@@ -9,6 +9,7 @@ A library is looked for in this order:
 2. The cache folder, under the code path and the hash of sources, flags and compiler.
 
 Otherwise it is compiled into the cache folder, or into a temporary folder if the cache folder cannot be written.
+A library ends with the hash of its contents. One that is damaged is compiled again: loading it could end the process.
 """
 
 import argparse
@@ -20,20 +21,26 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
-import signal
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
+from engine.kernels.cpu.compiler_runs import (
+    ZIG,
+    BuildError,
+    Command,
+    CompilerRun,
+    name_of,
+    num_processes,
+    run_all,
+)
 from engine.kernels.cpu.processor import CODE_PATHS, best_code_path
+from engine.shared.durable_files import is_sealed, replace_durably, seal
 from engine.shared.paths import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -42,13 +49,10 @@ PACKAGE = Path(__file__).parent
 MACHINE = "x86_64"
 COMPILERS = ["g++", "c++", "clang++"]
 # clang++ in a Python package, which needs no root. With a target, it compiles for any processor and libc from 2018 on.
-ZIG = "ziglang"
 ZIG_ARGUMENTS = ["-P", "-m", ZIG, "c++", "-target", "x86_64-linux-gnu.2.28"]
 ZIG_LINK_FLAGS = ["-s", "-nostdlib++"]  # ziglang has the C++ runtime as sources, and the library does not need it
-MAX_PROCESSES = 4
-COMPILE_SECONDS = 18  # of one core, for one code path, by g++
-ZIG_SECONDS = 36
-POLL_SECONDS = 0.01
+# How long a source takes, relative to others. The longest come first, so that all cores are busy to the end.
+COSTS = {"linear": 6.5, "linear_k": 6.0, "linear_blocks": 5.5, "attention": 5.5, "rows": 3.5, "library": 0.4}
 
 # Products and sums are fused only where the source says so, because all code paths and compilers must round alike,
 # except in bfloat16 products, for which code paths have different instructions.
@@ -62,12 +66,6 @@ SANITIZER_FLAGS = [  # -g1 is line numbers; with all of -g it takes three times 
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     *("-fno-omit-frame-pointer", "-O1", "-g1"),
 ]
-
-Command = list[str]
-
-
-class BuildError(RuntimeError):
-    """There is no library and none can be compiled. The message is one line for the user."""
 
 
 class NotCompiledError(BuildError):
@@ -96,7 +94,7 @@ def build_package(
     flags = _flags(code_path, sanitize)
     source_key = key_of_sources(package / "src", flags)
     prebuilt = package / "prebuilt" / f"{code_path}-{source_key}.so"
-    if prebuilt.is_file():
+    if _is_usable(prebuilt):
         return prebuilt
     compiler = find_compiler()
     if in_package:
@@ -104,7 +102,7 @@ def build_package(
     else:
         name = f"{code_path}-{_key_of_library(source_key, compiler)}.so"
         cached = _kernels_folder() / name
-        if os.path.isfile(cached):  # False if the folder may not be read; it need not be writable
+        if _is_usable(cached):  # its folder need not be writable
             return cached
         if not may_compile:
             raise NotCompiledError("the CPU kernels are not compiled yet")
@@ -115,6 +113,15 @@ def build_package(
         problem = error.strerror or error
         raise BuildError(f"cannot store the compiled kernels in {library.parent}: {problem}") from None
     return library
+
+
+def _is_usable(library: Path) -> bool:
+    """Return whether a library is there, can be read and is whole."""
+    if is_sealed(library):
+        return True
+    if os.path.isfile(library):  # False if the folder may not be read
+        logger.warning("%s is damaged: compiling the kernels again", library)
+    return False
 
 
 # Folders and names.
@@ -188,10 +195,6 @@ def find_compiler() -> Command:
     )
 
 
-def _name(compiler: Command) -> str:
-    return ZIG if ZIG in compiler else Path(compiler[0]).name
-
-
 def version_of(compiler: Command) -> str:
     """Return what the compiler prints about itself. Raises BuildError if it cannot run."""
     try:
@@ -209,10 +212,6 @@ def _link_flags(compiler: Command) -> list[str]:
     return [*LINK_FLAGS, *(ZIG_LINK_FLAGS if ZIG in compiler else [])]
 
 
-def num_processes() -> int:
-    return min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
-
-
 def _compile(sources: Path, library: Path, compiler: Command, code_path: str) -> None:
     """Compile the library. `compiler` includes the flags.
 
@@ -222,29 +221,38 @@ def _compile(sources: Path, library: Path, compiler: Command, code_path: str) ->
     """
     library.parent.mkdir(parents=True, exist_ok=True)
     with _lock(library.parent) as is_alone:
-        if library.is_file():  # compiled by another process while this one waited
+        if is_sealed(library):  # compiled by another process while this one waited
             return
         if is_alone:
             _remove_leftovers(library.parent)
         began = time.monotonic()
-        logger.info(
-            "compiling the CPU kernels for processors with %s (once; about %d s) with %s",
-            *(code_path, (ZIG_SECONDS if ZIG in compiler else COMPILE_SECONDS) / num_processes(), _name(compiler)),
-        )
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-", ignore_cleanup_errors=True) as temporary:
             linked = Path(temporary) / library.name
-            objects = _object_commands(sources, linked.parent, compiler)
+            objects = _object_runs(sources, linked.parent, compiler)
+            logger.info(
+                "compiling the CPU kernels for processors with %s (once; %d files, %d at a time) with %s",
+                *(code_path, len(objects), num_processes(), name_of(compiler)),
+            )
+            run_all(list(objects.values()), sources, linked.parent)
             link = [*compiler, *_link_flags(compiler), *map(str, objects), "-o", str(linked)]
-            _run_all(list(objects.values()), sources, linked.parent)
-            _run_all([link], sources, linked.parent)
-            linked.replace(library)
+            run_all([CompilerRun(link)], sources, linked.parent)
+            seal(linked)
+            replace_durably(linked, library)
         logger.info("compiled in %.1f s", time.monotonic() - began)
 
 
-def _object_commands(sources: Path, folder: Path, compiler: Command) -> dict[Path, Command]:
-    """Return object file -> command."""
-    names = sorted(path.stem for path in sources.glob("*.cpp"))
-    return {folder / f"{name}.o": [*compiler, "-c", f"{name}.cpp", "-o", str(folder / f"{name}.o")] for name in names}
+def _object_runs(sources: Path, folder: Path, compiler: Command) -> dict[Path, CompilerRun]:
+    """Return object file -> run. The longest come first, after the shortest, which shows how fast this machine is."""
+    *longest, shortest = sorted((path.stem for path in sources.glob("*.cpp")), key=lambda name: (-_cost(name), name))
+    objects = {name: folder / f"{name}.o" for name in (shortest, *longest)}
+    return {
+        path: CompilerRun([*compiler, "-c", f"{name}.cpp", "-o", str(path)], _cost(name))
+        for name, path in objects.items()
+    }
+
+
+def _cost(name: str) -> float:
+    return COSTS.get(name, 1.0)
 
 
 @contextlib.contextmanager
@@ -266,90 +274,6 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove the folders of processes that were killed while they compiled."""
     for leftover in folder.glob(".build-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-# Processes.
-
-
-def _run_all(commands: Sequence[Command], folder: Path, temporary: Path) -> None:
-    """Run the commands, one per core at a time. If one fails or this process ends, kill those that run."""
-    waiting = list(commands)
-    running: list[_Process] = []
-    with _exit_on_sigterm():
-        try:
-            while waiting or running:
-                while waiting and len(running) < num_processes():
-                    running.append(_Process(waiting.pop(0), folder, temporary / f"{len(waiting)}.log"))
-                time.sleep(POLL_SECONDS)
-                for process in [process for process in running if process.has_ended]:
-                    running.remove(process)
-                    process.check()
-        finally:
-            for process in running:
-                process.kill()
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, unless it is handled already, so that the compiler is not left running."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _exit)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _exit(signum: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
-
-
-class _Process:
-    """A run of the compiler, in a process group of its own."""
-
-    def __init__(self, command: Command, folder: Path, log: Path) -> None:
-        self.command = command
-        self.log = log
-        # _first_error searches for an English word.
-        environ = {"ZIG_GLOBAL_CACHE_DIR": str(log.parent / "zig"), **os.environ, "LC_ALL": "C"}
-        with log.open("wb") as output:
-            try:
-                self.process = subprocess.Popen(
-                    command,
-                    cwd=folder,
-                    env=environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise BuildError(f"the C++ compiler cannot run: {command[0]}: {error.strerror}") from None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def check(self) -> None:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if self.process.returncode != 0:
-            raise BuildError(f"{_name(self.command)} failed: {_first_error(lines, self.process.returncode)}")
-        for line in lines:
-            logger.debug("%s", line)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def _first_error(lines: list[str], status: int) -> str:
-    lines = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in lines if re.search(r"\b(error:|undefined reference)", line)]
-    return [*errors, *lines, f"exit status {status}"][0]
 
 
 # The command.

@@ -8,7 +8,7 @@ import torch
 
 from engine.kernels.cpu import build as build_module
 from engine.kernels.cpu import processor
-from engine.kernels.cpu.build import BuildError
+from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
 from tests.support.kernel_choice import choose_kernels, code_paths

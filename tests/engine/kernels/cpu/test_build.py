@@ -5,6 +5,7 @@ Most tests replace the compiler by a stub that records how it is called.
 
 import ctypes
 import fcntl
+import hashlib
 import importlib.util
 import os
 import platform
@@ -23,7 +24,9 @@ from pathlib import Path
 import pytest
 
 from engine.kernels.cpu import build as build_module
-from engine.kernels.cpu.build import COMMON_FLAGS, PACKAGE, BuildError, find_compiler
+from engine.kernels.cpu import compiler_runs
+from engine.kernels.cpu.build import COMMON_FLAGS, COSTS, PACKAGE, NotCompiledError, find_compiler
+from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.cpu.processor import CODE_PATHS, CodePath
 from engine.shared.paths import cache_folder
 from tests.support.paths import ROOT
@@ -93,7 +96,7 @@ def package(tmp_path: Path) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of compiled libraries."""
     monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(build_module, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(compiler_runs, "POLL_SECONDS", 0.001)
     return tmp_path / "cache" / "kernels"
 
 
@@ -180,8 +183,45 @@ def test_it_is_compiled_once(package: Path, compiler: StubCompiler, cache: Path)
     assert build_package(package) == library
     assert len(compiler.calls) == num_calls
     assert library.parent == cache
-    assert library.read_text() == "made\n"
+    assert library.read_bytes() == b"made\n" + hashlib.sha256(b"made\n").digest()
     assert files_in(cache) == [library.name]
+
+
+@pytest.mark.parametrize("in_package", [False, True])
+@pytest.mark.parametrize("damage", [b"", b"made\n", b"mad", b"made\n" + bytes(32), bytes(37)])
+def test_a_damaged_library_is_compiled_again(
+    damage: bytes, in_package: bool, package: Path, compiler: StubCompiler, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = build_package(package, in_package=in_package)
+    whole = library.read_bytes()
+    library.write_bytes(damage)
+    with pytest.raises(NotCompiledError):
+        build_package(package, may_compile=False)
+    assert build_package(package, in_package=in_package) == library
+    assert library.read_bytes() == whole
+    assert compiler.num_links == 2
+    assert caplog.messages == [f"{library} is damaged: compiling the kernels again"] * 2
+
+
+def test_a_damaged_library_beside_the_sources_is_replaced_by_one_in_the_cache(
+    package: Path, compiler: StubCompiler, cache: Path
+) -> None:
+    build_package(package, in_package=True).write_bytes(b"mad")
+    assert build_package(package).parent == cache
+
+
+def test_a_library_is_on_the_disk_before_it_has_its_name(
+    package: Path, compiler: StubCompiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, list[str]]] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_size, sorted(path.name for path in cache.glob("*.so"))))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    library = build_package(package)
+    assert synced[0] == (library.stat().st_size, [])
+    assert [names for _, names in synced[1:]] == [[library.name]]
 
 
 def test_what_changes_is_compiled_anew(
@@ -457,17 +497,34 @@ def test_the_command_prints_path_and_seconds(
     assert printed == list(CODE_PATHS)
 
 
-def test_the_log_says_what_takes_how_long_and_that_it_is_once(
+def test_the_log_says_what_is_compiled_and_that_it_is_once(
     package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     caplog.set_level("INFO")
     build_package(package)
-    first, last = caplog.messages
-    assert first == "compiling the CPU kernels for processors with avx2 (once; about 9 s) with stub-c++"
+    first, after_one, last = caplog.messages
+    assert first == ("compiling the CPU kernels for processors with avx2 (once; 2 files, 2 at a time) with stub-c++")
+    assert re.fullmatch(r"compiled 1 of 2 files; about \d+ s left", after_one)
     assert re.fullmatch(r"compiled in \d+\.\d s", last)
     build_package(package)
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 3
+
+
+def test_the_longest_is_compiled_first_after_the_shortest(
+    package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortest shows how fast this machine is."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    for name in ("attention", "linear", "rows"):
+        (package / "src" / f"{name}.cpp").touch()
+    build_package(package)
+    compiled = [Path(call[-1]).stem for call in compiler.calls[:-1]]
+    assert compiled == ["library", "linear", "attention", "rows", "other"]
+
+
+def test_each_source_has_a_cost() -> None:
+    assert set(COSTS) == {path.stem for path in (PACKAGE / "src").glob("*.cpp")}
 
 
 def test_the_command_fails_in_one_line(
