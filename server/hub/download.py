@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from engine.shared.durable_files import replace_durably
 from server.hub.cache import RepositoryCache
 from server.hub.client import HubClient, RemoteFile
 from server.hub.errors import BrokenConnectionError, HubError
@@ -74,8 +75,8 @@ class Downloader:
         blob = self._cache.blob(file.etag)
         blob.parent.mkdir(parents=True, exist_ok=True)
         with self._cache.lock(file.etag, lambda: self._progress.say(f"Another process downloads {file.path}; waiting")):
-            if not blob.exists():
-                self._complete(file, self._cache.partial(file.etag)).replace(blob)
+            if not self._cache.has_blob(file.etag, file.num_bytes):
+                replace_durably(self._complete(file, self._cache.partial(file.etag)), blob)
             self._cache.link(self._commit, file.path, file.etag)
 
     def _complete(self, file: RemoteFile, path: Path) -> Path:

@@ -79,11 +79,13 @@ class Repository:
             raise HubError(f"{len(missing)} files are missing, such as {missing[0]}")
 
     def is_cached(self, file: RemoteFile) -> bool:
-        return self.cache.has(self.commit, file.path)
+        return self.cache.has(self.commit, file.path, file.num_bytes)
 
     def num_missing_bytes(self, files: Sequence[RemoteFile]) -> int:
         """Return how many bytes of these files are not on disk yet."""
-        missing = [file for file in files if not self.is_cached(file) and not self.cache.blob(file.etag).exists()]
+        missing = [
+            file for file in files if not self.is_cached(file) and not self.cache.has_blob(file.etag, file.num_bytes)
+        ]
         return sum(max(0, file.num_bytes - self.cache.partial_bytes(file.etag)) for file in missing)
 
     def path(self, path: str) -> Path:

@@ -163,6 +163,24 @@ def test_an_empty_file(hub: StubHub, tmp_path: Path) -> None:
     assert fetch_model(HubName("org/empty"), Recorder()).read_bytes() == b""
 
 
+@pytest.mark.parametrize("length", [0, SIZE - 1])
+def test_a_file_that_was_cut_on_the_disk_is_downloaded_again(hub: StubHub, length: int) -> None:
+    path = fetch()
+    path.resolve().write_bytes(CONTENT[:length])
+    assert fetch().read_bytes() == CONTENT
+    assert path.read_bytes() == CONTENT
+
+
+def test_an_empty_name_of_a_commit_is_like_none(hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch()
+    (tmp_path / "cache" / "models--org--tiny" / "refs" / "main").write_text("")
+    assert fetch().read_bytes() == CONTENT
+    (tmp_path / "cache" / "models--org--tiny" / "refs" / "main").write_text("")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError, match="org/tiny has not been downloaded"):
+        fetch()
+
+
 def test_only_one_of_several_processes_downloads(hub: StubHub) -> None:
     recorders = [Recorder() for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
