@@ -26,6 +26,7 @@ def folder() -> Path:
 @contextlib.contextmanager
 def registered(server: RunningServer) -> Iterator[None]:
     """Keep a file of the server. Where none can be written, the server is only found at its default port."""
+    forget_ended_servers()
     path = folder() / f"{os.getpid()}.json"
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -38,16 +39,23 @@ def registered(server: RunningServer) -> Iterator[None]:
 
 
 def registered_servers() -> list[RunningServer]:
-    """Return the servers that have a file, the one that started last first, and remove files of ended processes.
+    """Return the servers that have a file, the one that started last first.
 
     Files of other users are ignored, since clients send their key to the URL.
     """
+    forget_ended_servers()
     files: list[tuple[float, RunningServer]] = []
     for path in folder().glob("*.json"):
         with contextlib.suppress(OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
-            if not Path(f"/proc/{path.stem}").exists():
-                path.unlink()
-            elif (status := path.stat()).st_uid == os.getuid():
+            if (status := path.stat()).st_uid == os.getuid():
                 server = msgspec.json.decode(path.read_bytes(), type=RunningServer)
                 files.append((status.st_mtime, server))
     return [server for _, server in sorted(files, key=lambda file: file[0], reverse=True)]
+
+
+def forget_ended_servers() -> None:
+    """Remove the files of processes that have ended: one that is killed leaves its own."""
+    for path in folder().glob("*.json"):
+        if not Path(f"/proc/{path.stem}").exists():
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -7,17 +7,14 @@ reaches only the supervisor, and a child's subprocesses end with it.
 """
 
 import dataclasses
-import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -44,9 +41,12 @@ from server.processes.supervisor_channel import (
     StopEngine,
     make_channel,
 )
+from server.running_servers import forget_ended_servers
 from server.settings.load import check_certificate, check_otel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
+from server.sockets.listeners import remove_stale
+from server.sockets.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
     from engine.config import EngineProcessConfig
@@ -55,7 +55,6 @@ DEATH_GRACE_SECONDS = 3.0  # for the API processes to end their streams with an 
 DRAIN_GRACE_SECONDS = 2.5  # for the API processes to exit after --drain-timeout
 STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to finish
 DUMP_SECONDS = 0.5  # for API processes that hang to write the stacks of their threads
-MAX_IPC_PATH_BYTES = 100
 ENDED = "its process has ended"
 ENDED_AT_SHUTDOWN = f"{ENDED}, and the server is shutting down"
 SHOW_CURSOR = "\x1b[?25h"
@@ -364,10 +363,12 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
     with _handling([signal.SIGTERM], _exit), _handling([RELOAD_SIGNAL] if reloads else [], signal.SIG_IGN):
         models = resolve_models(settings)
         with (
-            ipc_folder() as folder,
+            closing(_socket_folder()) as sockets,
+            _files_of_killed_processes(settings),
             StopSignals(reloads=reloads) as signals,
             Supervisor(signals, settings) as supervisor,
         ):
+            folder = sockets.path
             engines = [_add_engines(supervisor, model, number, commands, folder) for number, model in enumerate(models)]
             configs = tuple(map(api_model_config, models, engines))
             config = ApiProcessConfig(settings=settings, models=configs)
@@ -423,21 +424,24 @@ def _handling(signums: Sequence[signal.Signals], handler: signal.Handlers | Call
             signal.signal(signum, handler_before)
 
 
-@contextmanager
-def ipc_folder() -> Iterator[Path]:
-    """Create a folder for the sockets of the children and yield it; remove it at the end.
-
-    Only this user can enter the folder. Paths in it are within the kernel's limit for sockets. Raises SupervisorError.
-    """
-    longest = len(os.fsencode(tempfile.gettempdir())) + len("/lightwell-XXXXXXXX/engine-NNNN.sock")
+def _socket_folder() -> SocketFolder:
+    """Return a new folder for the sockets of the children. Raises SupervisorError."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix="lightwell-", dir="/tmp" if longest > MAX_IPC_PATH_BYTES else None))
+        return SocketFolder()
     except OSError as error:
         raise SupervisorError(f"cannot create a folder for the engine's socket: {error}") from None
+
+
+@contextmanager
+def _files_of_killed_processes(settings: Settings) -> Iterator[None]:
+    """Remove at the end what API processes have left that were killed."""
     try:
-        yield folder
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        forget_ended_servers()
+        if settings.uds is not None:
+            with suppress(OSError):  # another server has the path
+                remove_stale(settings.uds)
 
 
 def ipc_address(folder: Path, number: int) -> str:

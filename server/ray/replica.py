@@ -7,16 +7,13 @@ nothing of the server runs in Ray's process, whose event loop only copies bytes.
 import asyncio
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from pathlib import Path
 from urllib.parse import quote
 
 import httpx
@@ -25,6 +22,7 @@ from ray import serve
 
 from server.ray.messages import ForwardedRequest, ResponseHead
 from server.settings.table import Settings
+from server.sockets.socket_folder import SocketFolder
 
 logger = logging.getLogger("ray.serve")
 
@@ -85,8 +83,8 @@ class Replica:
         Raises RuntimeError if it ends before.
         """
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._folder = tempfile.mkdtemp(prefix="lightwell-")
-        path = str(Path(self._folder) / "api.sock")
+        self._sockets = SocketFolder()
+        path = str(self._sockets.path / "api.sock")
         self._process = start_server(msgspec.structs.replace(settings, uds=path, forwarded_allow_ips=("*",)))
         self._is_stopping = False
         wait_until_ready(path, self._process)
@@ -151,4 +149,4 @@ class Replica:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._sockets.close()

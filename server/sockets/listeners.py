@@ -99,7 +99,7 @@ def bind_unix(path: str) -> socket.socket:
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _remove_stale(path)
+        remove_stale(path)
         mask = os.umask(SOCKET_UMASK)
         try:
             listener.bind(path)
@@ -112,7 +112,7 @@ def bind_unix(path: str) -> socket.socket:
     return listener
 
 
-def _remove_stale(path: str) -> None:
+def remove_stale(path: str) -> None:
     """Remove a socket file that no process listens on. Raises OSError for other files, and if there is a server."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -120,9 +120,12 @@ def _remove_stale(path: str) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a server that is stopped does not accept
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
             return
+        except BlockingIOError:
+            pass
     raise OSError("another server listens on it")

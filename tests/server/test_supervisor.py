@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from engine.config import EngineConfig, EngineProcessConfig
-from server import supervisor
+from server import running_servers, supervisor
 from server.model_paths import ModelError, ResolvedModel
 from server.processes import child_process, model_files, supervised_api, supervised_engine
 from server.processes.child_process import Child, SupervisorError
@@ -41,6 +41,8 @@ from server.processes.supervisor_channel import (
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
+from server.sockets.listeners import bind_unix
+from server.sockets.socket_folder import MAX_PATH_BYTES
 from tests.support.clients import write_adapter
 from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
@@ -52,7 +54,7 @@ ENGINE_CONFIG = EngineProcessConfig(address="", config=EngineConfig(model_path="
 # Runs a supervisor with short timeouts and stub children. Fails if it has imported a heavy module.
 DRIVER = """
 import json, sys
-from server import supervisor
+from server import running_servers, supervisor
 from server.processes import supervised_engine
 from server.settings.table import Settings
 settings, grace, engine, api, delays = json.loads(sys.argv[1])
@@ -174,7 +176,7 @@ def test_children_get_their_configuration(start: Start) -> None:
     assert api.settings.seed == 3
 
     socket = Path(engine.address.removeprefix("ipc://"))
-    assert len(os.fsencode(socket)) <= supervisor.MAX_IPC_PATH_BYTES
+    assert len(os.fsencode(socket)) <= MAX_PATH_BYTES
     assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
     for pid in (engine_pid, api_pid):
         assert os.getpgid(pid) == pid  # so Ctrl-C in the terminal does not reach it
@@ -877,15 +879,37 @@ def test_the_last_line_can_be_json(start: Start) -> None:
     assert record["message"] == "the engine process exited with code 7"
 
 
-def test_a_long_path_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tmp_path / ("x" * 90)
-    long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    with supervisor.ipc_folder() as folder:
-        socket = Path(supervisor.ipc_address(folder, 9999).removeprefix("ipc://"))
-        assert socket.parent.is_dir()
-        assert len(os.fsencode(socket)) <= supervisor.MAX_IPC_PATH_BYTES
-    assert not socket.parent.exists()
+@pytest.mark.checklist("F09")
+def test_files_of_a_killed_api_process_are_removed(start: Start, tmp_path: Path, temporary: str) -> None:
+    running = start(uds=f"{temporary}/api.sock")
+    api = running.pid("api")
+    bind_unix(f"{temporary}/api.sock").close()
+    file = running_servers.folder() / f"{api}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    os.kill(api, signal.SIGKILL)
+    assert running.end() == (1, ["lightwell: error: the API process was killed by SIGKILL"])
+    running.assert_nothing_is_left()
+    assert os.listdir(temporary) == []
+    assert not file.exists()
+
+
+@pytest.mark.checklist("F09")
+def test_files_of_a_killed_supervisor_are_removed_when_another_one_starts(start: Start, temporary: str) -> None:
+    killed = start()
+    children = [killed.pid("engine"), killed.pid("api")]
+    killed.signal(signal.SIGKILL)
+    wait_for_end_of(*children)
+    (left,) = os.listdir(temporary)
+    for child in ("engine", "api"):
+        (killed.folder / f"{child}.pid").unlink()
+    running = start()
+    running.pid("api")
+    (folder,) = os.listdir(temporary)
+    assert folder != left
+    running.signal(signal.SIGTERM)
+    assert running.end() == (0, [])
+    assert os.listdir(temporary) == []
 
 
 def test_a_missing_command(tmp_path: Path) -> None:

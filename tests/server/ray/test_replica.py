@@ -127,7 +127,7 @@ def test_a_server_that_hangs_or_loses_its_api(smollm2_path: Path, monkeypatch: p
                 await replica.fetch(request(path="/metrics"))
         assert statuses == []
         api.kill()
-        wait_until(lambda: is_refused(f"{replica._folder}/api.sock"), SECONDS)
+        wait_until(lambda: is_refused(f"{replica._sockets.path}/api.sock"), SECONDS)
         with pytest.raises(httpx.ConnectError):
             await anext(replica.respond(request(path="/metrics")))
         assert statuses == [1]
