@@ -57,9 +57,9 @@ import json, sys
 from server import running_servers, supervisor
 from server.processes import supervised_engine
 from server.settings.table import Settings
-settings, grace, engine, api, delays = json.loads(sys.argv[1])
+settings, grace, stop, engine, api, delays = json.loads(sys.argv[1])
 supervised_engine.RESTART_DELAYS = delays
-supervisor.DEATH_GRACE_SECONDS, supervisor.DRAIN_GRACE_SECONDS, supervisor.STOP_SECONDS = grace, 0.4, 0.3
+supervisor.DEATH_GRACE_SECONDS, supervisor.DRAIN_GRACE_SECONDS, supervisor.STOP_SECONDS = grace, stop, stop
 status = supervisor.supervise(Settings(**settings), supervisor.Commands(engine=engine, api=api))
 heavy = [name for name in ("torch", "numpy", "fastapi", "pydantic", "httpx", "zmq", "rich") if name in sys.modules]
 assert not heavy, heavy
@@ -77,14 +77,18 @@ class Running:
         engine: tuple[str, ...],
         api: tuple[str, ...],
         grace: float,
+        stop: float,
         delays: tuple[float, ...],
         **settings: Any,
     ) -> None:
+        """`stop`: seconds after which a child is killed that has been asked to end."""
         self.folder = folder
         model = folder / "model.gguf"
         model.write_bytes(b"GGUF")
         commands = [[sys.executable, str(STUB), str(folder), *child] for child in (("engine", *engine), ("api", *api))]
-        arguments = json.dumps([{"model": str(model), "drain_timeout": 0.5, **settings}, grace, *commands, delays])
+        arguments = json.dumps(
+            [{"model": str(model), "drain_timeout": 0.5, **settings}, grace, stop, *commands, delays]
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, arguments],
             stdout=subprocess.PIPE,
@@ -107,7 +111,7 @@ class Running:
     def signal(self, signum: int) -> None:
         self.process.send_signal(signum)
 
-    def end(self, within: float = 5.0) -> tuple[int, list[str]]:
+    def end(self, within: float = 30.0) -> tuple[int, list[str]]:
         """Wait for the end and return the exit status and the lines of stderr. Fail after `within` seconds."""
         started = time.monotonic()
         output, errors = self.process.communicate(timeout=within + 5)
@@ -141,10 +145,11 @@ def start(tmp_path: Path, temporary: str) -> Iterator[Start]:
         engine: tuple[str, ...] = ("run",),
         api: tuple[str, ...] = ("run",),
         grace: float = 0.6,
+        stop: float = 60.0,
         delays: tuple[float, ...] = supervised_engine.RESTART_DELAYS,
         **settings: Any,
     ) -> Running:
-        running.append(Running(tmp_path, temporary, engine, api, grace, delays, **settings))
+        running.append(Running(tmp_path, temporary, engine, api, grace, stop, delays, **settings))
         return running[-1]
 
     yield start_one
@@ -391,7 +396,7 @@ def test_a_bad_keys_file_is_found_before_the_model(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_api_that_does_not_stop_is_killed_after_the_drain_timeout(start: Start) -> None:
-    running = start(api=("ignore",))
+    running = start(api=("ignore",), stop=0.3)
     running.pid("engine"), running.pid("api")
     started = time.monotonic()
     running.signal(signal.SIGTERM)
@@ -402,7 +407,7 @@ def test_an_api_that_does_not_stop_is_killed_after_the_drain_timeout(start: Star
 
 
 def test_an_engine_in_a_long_step_is_killed_after_the_drain(start: Start) -> None:
-    running = start(engine=("ignore",))
+    running = start(engine=("ignore",), stop=0.3)
     running.pid("engine"), running.pid("api")
     running.signal(signal.SIGTERM)
     assert running.end() == (0, [])
@@ -454,7 +459,7 @@ def test_an_echoed_signal_is_not_a_second_one(start: Start) -> None:
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(start: Start, first: int, second: int) -> None:
-    running = start(engine=("ignore",), api=("drain", "60"), drain_timeout=60.0)
+    running = start(engine=("ignore",), api=("drain", "60"), stop=0.3, drain_timeout=60.0)
     running.pid("engine"), running.pid("api")
     running.signal(first)
     running.pid("api-end")
@@ -487,7 +492,7 @@ def test_death_of_the_engine(start: Start, signum: signal.Signals) -> None:
 
 @pytest.mark.parametrize("api", ["run", "ignore"])
 def test_death_of_the_engine_with_an_api_that_does_not_exit(start: Start, api: str) -> None:
-    running = start(api=(api,))
+    running = start(api=(api,), stop=0.3)
     running.pid("api")
     os.kill(running.pid("engine"), signal.SIGKILL)
     assert running.end() == (1, ["lightwell: error: the engine process was killed by SIGKILL"])
@@ -496,7 +501,7 @@ def test_death_of_the_engine_with_an_api_that_does_not_exit(start: Start, api: s
 
 @pytest.mark.parametrize("engine", ["run", "ignore"])
 def test_death_of_the_api(start: Start, engine: str) -> None:
-    running = start(engine=(engine,))
+    running = start(engine=(engine,), stop=0.3)
     running.pid("engine")
     os.kill(running.pid("api"), signal.SIGKILL)
     assert running.end() == (1, ["lightwell: error: the API process was killed by SIGKILL"])
@@ -843,7 +848,7 @@ def test_death_of_the_engine_while_draining(start: Start) -> None:
 
 
 def test_a_signal_during_the_grace_after_the_engines_death(start: Start) -> None:
-    running = start(api=("ignore",), grace=60.0)
+    running = start(api=("ignore",), grace=60.0, stop=0.3)
     running.pid("api")
     os.kill(running.pid("engine"), signal.SIGKILL)
     time.sleep(0.1)
