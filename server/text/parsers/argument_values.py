@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,10 @@ class ArgumentSchema:
         """Return the types of the argument with this name."""
         schemas = self._parameters.get(name) or self._others
         return frozenset().union(*map(self.types, schemas)) if schemas else JSON_TYPES
+
+    @property
+    def parameter_names(self) -> Collection[str]:
+        return self._parameters
 
     @cached_property
     def _parameters(self) -> Mapping[str, Sequence[Any]]:

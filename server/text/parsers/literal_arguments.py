@@ -2,14 +2,19 @@
 
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
-from server.text.parsers.argument_values import NUMBER
+from server.text.parsers.argument_values import NUMBER, ArgumentSchema, Schema
+from server.text.parsers.call_head import UNDECIDED, KeyNames
 from server.text.parsers.markers import Markers
-from server.text.parsers.tool_formats import LiteralArguments
+from server.text.parsers.tool_formats import KEY, LiteralArguments
 
 MAX_WORD_CHARS = 512
 _WORD = re.compile(r"""[^\s,:=(){}\[\]"'<]*""")
+_KEY = re.compile(r"""[^\n,:=(){}\[\]"'<]*""")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|[^ux])", re.DOTALL)
+_NO_PROPERTIES: Mapping[str, Any] = {}
 _OPENERS = {"[": "]", "{": "}", "(": ")"}
 _JSON_OF = {"]": "]", "}": "}", ")": "]"}  # closing brackets in JSON
 
@@ -20,9 +25,11 @@ class LiteralArgumentsReader:
     A state machine: each state is a method that reads from `unread`, and returns False if it needs more text.
     """
 
-    def __init__(self, syntax: LiteralArguments) -> None:
+    def __init__(self, syntax: LiteralArguments, schema: ArgumentSchema | None = None) -> None:
+        """`schema` is that of the tool's parameters."""
         self.unread = ""
         self._syntax = syntax
+        self._schema = schema or ArgumentSchema({})
         words = dict(zip(syntax.words, ("true", "false", "null"), strict=True))
         self._words = {"true": "true", "false": "false", "null": "null"} | words
         self._state = self._begin
@@ -32,6 +39,9 @@ class LiteralArgumentsReader:
         self._is_first = True  # in the innermost bracket
         self._separator = ""  # in front of the next item, in JSON
         self._needs_value = False  # after a key
+        self._schemas: list[Schema] = []  # of what is in the open brackets
+        self._key_names: dict[int, KeyNames] = {}  # by the id of the properties, which stay alive with the schema
+        self._name = ""  # the last key
         self._is_key = False  # whether the string that is read is a key
         self._quote = ""
         self._ends = Markers(())
@@ -50,6 +60,7 @@ class LiteralArgumentsReader:
 
     def _begin(self) -> bool:
         self._json.append("{")
+        self._enter(self._schema.root)
         self._state = self._next
         return True
 
@@ -87,18 +98,24 @@ class LiteralArgumentsReader:
         return True
 
     def _key(self) -> bool:
+        known = self._keys.find(self.unread, self._assign)
         quote = self._find_quote()
-        if quote is None:
+        if known is UNDECIDED or (known is None and quote is None):
             return False
+        if known is not None:
+            self._read(known.end or 0)
+            return self._end_key(known.slots[KEY])
         if quote:
-            self._is_key = True
+            self._is_key, self._name = True, ""
             return self._begin_string(quote)
-        word = self._read_word()
+        word = self._read_word(_KEY)
         if word is None:
             return False
-        if not word:
-            return self._fail()
-        self._emit(json.dumps(word, ensure_ascii=False))
+        return self._end_key(word.rstrip()) if word.strip() else self._fail()
+
+    def _end_key(self, name: str) -> bool:
+        self._name = name
+        self._emit(json.dumps(name, ensure_ascii=False))
         self._state = self._after_key
         return True
 
@@ -107,7 +124,7 @@ class LiteralArgumentsReader:
         if char == "":
             return False
         self._emit(": ")
-        if char != (self._syntax.after_key if len(self._closers) == 1 else ":"):
+        if char != self._assign:
             return self._fail()
         self._read(1)
         self._state = self._value
@@ -124,10 +141,11 @@ class LiteralArgumentsReader:
         if char in _OPENERS:
             self._read(1)
             self._emit("{" if char == "{" else "[")
+            self._enter(self._schema_of_value())
             self._closers.append(_OPENERS[char])
             self._is_first, self._state = True, self._next
             return True
-        word = self._read_word()
+        word = self._read_word(_WORD)
         if word is None:
             return False
         if not word:
@@ -140,7 +158,9 @@ class LiteralArgumentsReader:
         """Read a string up to its end or the next escape."""
         match = self._ends.find(self.unread)
         end = len(self.unread) - self._ends.num_partial(self.unread) if match is None else match.start()
-        self._json.append(json.dumps(self._read(end), ensure_ascii=False)[1:-1])
+        text = self._read(end)
+        self._name += text if self._is_key else ""
+        self._json.append(json.dumps(text, ensure_ascii=False)[1:-1])
         if match is None:
             return False
         if match[0] == "\\":
@@ -156,6 +176,31 @@ class LiteralArgumentsReader:
     @property
     def _in_object(self) -> bool:
         return len(self._closers) == 1 or self._closers[-1] == "}"
+
+    @property
+    def _assign(self) -> str:
+        """The character between a key and its value."""
+        return self._syntax.after_key if len(self._closers) == 1 else ":"
+
+    def _enter(self, schema: Any) -> None:
+        """Read on in an object or an array with this schema."""
+        self._schemas.append(self._schema.resolve(schema))
+
+    @property
+    def _properties(self) -> Mapping[str, Any]:
+        properties = self._schemas[-1].get("properties")
+        return properties if isinstance(properties, Mapping) else _NO_PROPERTIES
+
+    @property
+    def _keys(self) -> KeyNames:
+        """The keys of the object that is read."""
+        properties = self._properties
+        if id(properties) not in self._key_names:
+            self._key_names[id(properties)] = KeyNames(properties)
+        return self._key_names[id(properties)]
+
+    def _schema_of_value(self) -> Any:
+        return self._properties.get(self._name) if self._in_object else self._schemas[-1].get("items")
 
     def _read(self, num_chars: int) -> str:
         text, self.unread = self.unread[:num_chars], self.unread[num_chars:]
@@ -191,9 +236,9 @@ class LiteralArgumentsReader:
         self._json.append(_escape_of(self._read(1 if match is None else len(match[0]))))
         return True
 
-    def _read_word(self) -> str | None:
+    def _read_word(self, pattern: re.Pattern[str]) -> str | None:
         """Read a word; return None if it may go on."""
-        match = _WORD.match(self.unread)
+        match = pattern.match(self.unread)
         assert match is not None
         if match.end() == len(self.unread) and match.end() <= MAX_WORD_CHARS:
             return None
@@ -212,6 +257,7 @@ class LiteralArgumentsReader:
 
     def _close(self) -> None:
         closer = self._closers.pop()
+        self._schemas.pop()
         self._json.append("}" if not self._closers else _JSON_OF[closer])
         self._is_first, self._separator, self._state = False, "", self._next
         self._is_complete = not self._closers

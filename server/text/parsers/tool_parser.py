@@ -355,5 +355,5 @@ def _arguments_reader(format: ToolFormat, schema: ArgumentSchema) -> ArgumentsRe
         case TaggedArguments():
             return TaggedArgumentsReader(format.arguments, schema)
         case LiteralArguments():
-            return LiteralArgumentsReader(format.arguments)
+            return LiteralArgumentsReader(format.arguments, schema)
     return JSONArgumentsReader()

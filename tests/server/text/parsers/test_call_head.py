@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.text.parsers.call_head import MAX_HEAD_CHARS, UNDECIDED, Head
+from server.text.parsers.call_head import MAX_HEAD_CHARS, MAX_KEYS, UNDECIDED, Head, KeyNames
 from server.text.parsers.tool_formats import ID, INDEX, KEY, NAME
 
 TEXT = f"<call>\nfunctions.{NAME}:{INDEX}<args>"
@@ -48,3 +48,33 @@ def test_a_head_that_is_too_long_does_not_match() -> None:
     space = " " * MAX_HEAD_CHARS
     assert Head(TEXT).match(f"<call>{space}functions.f:0<args>{{") is None
     assert Head(TEXT).match(f"<call>{space}") is None
+
+
+ODD = ["my city", "a:b", "<x>", 'say "q"', " lead", "a\nb", "=", ":", "", "it's"]
+
+
+@pytest.mark.parametrize("after", [":", '">', "</key>"])
+@pytest.mark.parametrize("name", ODD)
+def test_known_names_may_have_any_characters(name: str, after: str) -> None:
+    keys = KeyNames(ODD)
+    for text in (name.lstrip(), f"{name.lstrip()} \n"):
+        match = keys.find(f"{text}{after}12345678", after)
+        assert match is not None
+        assert (match.end, match.slots) == (len(text), {KEY: name})
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "c", ":", "::", "</", "k>", " ", "x"]), max_size=9).map("".join),
+    st.sampled_from([":", "</k>"]),
+)
+def test_a_decision_about_known_names_does_not_change(text: str, after: str) -> None:
+    keys = KeyNames(["a ", "a:b", "b c", "a</k>b", ":", "c "])
+    decided = [match for end in range(len(text) + 1) if (match := keys.find(text[:end], after)) is not UNDECIDED]
+    assert decided in ([], [decided[0]] * len(decided) if decided else [])
+
+
+def test_known_names_are_limited() -> None:
+    names = [*(f"{number}:" for number in range(MAX_KEYS)), "late:"]
+    assert KeyNames(names).find("0::1", ":") is not None
+    assert KeyNames(["x:" * MAX_HEAD_CHARS]).find("x:" * 2000, ":") is None
+    assert [KeyNames(names).find(text, ":") for text in ("late::1", f"0:{' ' * MAX_HEAD_CHARS}:1")] == [None] * 2

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.literal_arguments import LiteralArgumentsReader
 from server.text.parsers.tool_formats import GEMMA, PYTHON, LiteralArguments
 from tests.server.text.parsers.test_tool_parser import cut, push_all
 
 
-def convert(syntax: LiteralArguments, pieces: list[str]) -> tuple[str, str, bool]:
+def convert(syntax: LiteralArguments, pieces: list[str], schema: dict[str, Any] | None = None) -> tuple[str, str, bool]:
     """Return the JSON, the text after the arguments, and whether they are complete."""
-    reader = LiteralArgumentsReader(syntax)
+    reader = LiteralArgumentsReader(syntax, ArgumentSchema(schema or {}))
     assert reader.begins_with("")
     return push_all(reader, pieces)
 
@@ -78,6 +79,28 @@ def test_gemma(arguments: dict[str, Any], cuts: list[int]) -> None:
     found, rest, is_complete = convert(GEMMA, cut(text, cuts))
     assert json.loads(found) == arguments
     assert (rest, is_complete) == ("<tool_call|>", True)
+
+
+ODD = ["a", "my city", "a:b", "x,y", "{", "=", '"q"', "it's", ' <|"|>', "城 "]
+ODD_SCHEMA: dict[str, Any] = {"properties": {name: {"$ref": "#"} for name in ODD}, "items": {"$ref": "#"}}
+ODD_VALUES = st.recursive(
+    st.booleans() | st.integers(-99, 99) | st.text('a:"', max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(ODD), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(ODD), ODD_VALUES, max_size=4), CUTS)
+def test_names_of_the_schema_may_have_any_characters(arguments: dict[str, Any], cuts: list[int]) -> None:
+    """In objects inside others, too."""
+    found, rest, is_complete = convert(GEMMA, cut(gemma(arguments)[1:] + "<tool_call|>", cuts), ODD_SCHEMA)
+    assert json.loads(found) == arguments
+    assert (rest, is_complete) == ("<tool_call|>", True)
+
+
+def test_other_names_may_have_spaces() -> None:
+    assert convert(PYTHON, list("my city ='Rome', b={my key: 1})"))[0] == '{"my city": "Rome", "b": {"my key": 1}}'
+    assert convert(GEMMA, ["my city:3}"]) == ('{"my city": 3}', "", True)
 
 
 SOUP = st.lists(

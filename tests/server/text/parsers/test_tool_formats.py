@@ -68,10 +68,12 @@ def answer_of(template: ChatTemplate, message: dict[str, Any], **options: Any) -
     return TURN_ENDS.split(text[len(begin) :])[0], tags is not None and tags.are_opened_by(begin)
 
 
-def parse(template: ChatTemplate, pieces: list[str], *, is_reasoning: bool = False) -> dict[str, Any]:
+def parse(
+    template: ChatTemplate, pieces: list[str], *, is_reasoning: bool = False, schemas: dict[str, Any] = SCHEMAS
+) -> dict[str, Any]:
     format = AnswerFormat(
         template.tool_format,
-        SCHEMAS,
+        schemas,
         reasoning_tags=template.reasoning_tags,
         content_markers=template.reasoning.content_markers,
         is_reasoning=is_reasoning,
@@ -117,6 +119,29 @@ def test_calls(name: str, num_calls: int) -> None:
     assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
     assert answer["content"].strip() == answer["reasoning"] == "", text
     assert answer["ends_with_calls"]
+
+
+# Names of parameters that no programming language would have, but a JSON schema may.
+ODD_NAMES = (
+    *("my city", "a.b", "ünï 城", "a:b", "a=b", "x<y", "x>y", 'say "q"', "it's", "a,b", "a(b)", "a{b}", "a[b]", "1st"),
+    *(" lead", "trail ", "a/b", "/x", "@type", "$ref", "a\\b", "a|b", "<|", "", "line\nbreak", "="),
+)
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
+def test_names_of_parameters_may_have_any_characters(name: str) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    template = load_template(name)
+    names = random.Random(seed).sample(ODD_NAMES, len(ODD_NAMES))
+    types = [("string", "v w"), ("integer", 3)]
+    schema = {"type": "object", "properties": {key: {"type": types[i % 2][0]} for i, key in enumerate(names)}}
+    call = ("get_weather", {key: types[i % 2][1] for i, key in enumerate(names)})
+    text, is_reasoning = answer_of(template, message_of([call]))
+    for pieces in ([text], list(text)):
+        answer = parse(template, pieces, is_reasoning=is_reasoning, schemas={"get_weather": schema})
+        assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == [call], text
+        assert answer["content"].strip() == "", text
 
 
 WITHOUT_TEXT = {  # templates that drop the content of messages with calls, or move it
