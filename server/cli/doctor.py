@@ -170,7 +170,9 @@ def _alias(name: str) -> Finding:
 
 
 def _download_problems(disk: Path, bytes_left: int) -> Iterator[str]:
-    if not os.access(disk, os.W_OK):
+    if not disk.is_dir():
+        yield f"{disk} is no folder: set LIGHTWELL_CACHE to one"
+    elif not os.access(disk, os.W_OK | os.X_OK):
         yield f"{disk} cannot be written: set LIGHTWELL_CACHE to a folder that can"
     if bytes_left < 0:
         yield "the disk is full: set LIGHTWELL_CACHE to a folder on another"

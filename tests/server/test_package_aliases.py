@@ -205,6 +205,13 @@ def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, 
             """,
             "pip cannot reach the package index",
         ),
+        (
+            """
+            print("ERROR: Exception:", "Traceback:", "OSError: [Errno 28] No space left on device: /a", sep="\\n")
+            sys.exit(2)
+            """,
+            r"tiny-pkg0==1\.0: pip failed: OSError: \[Errno 28\] No space left on device: /a",
+        ),
         ('print("ERROR: No matching distribution", file=sys.stderr); sys.exit(1)', "tiny-pkg0==1.0: No matching distr"),
         (
             'print("/x/python: No module named pip", file=sys.stderr); sys.exit(1)',

@@ -108,11 +108,15 @@ def test_a_model_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "new" / "cache"))
     assert not findings()["Model"].is_fatal
     assert "will be downloaded" in findings()["Model"].text
-    monkeypatch.setenv("LIGHTWELL_CACHE", "/proc/none")
-    found = findings()
-    assert found["Model"].is_fatal
-    assert "LIGHTWELL_CACHE" in (found["Model"].remedy or "")
-    assert found["Result"].is_fatal
+    for folder, problem in (
+        ("/proc/none", ": set LIGHTWELL_CACHE"),
+        ("/dev/null", "/dev/null is no folder: set LIGHTWELL_CACHE"),
+    ):
+        monkeypatch.setenv("LIGHTWELL_CACHE", folder)
+        found = findings()
+        assert found["Model"].is_fatal
+        assert problem in (found["Model"].remedy or "")
+        assert found["Result"].is_fatal
 
 
 @pytest.mark.parametrize(
