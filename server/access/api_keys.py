@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def _read(settings: Settings) -> list[tuple[bytes, Tenant]]:
     keys = dict(_plain_keys(settings))
     if settings.api_keys_file is None:
         return list(keys.items())
-    path = Path(settings.api_keys_file).expanduser()
+    path = Path(os.path.expanduser(settings.api_keys_file))
     for digest, tenant in read_keys_file(path, has_own_cache=settings.isolate_keys):
         if digest in keys:
             raise SettingsError(f"{path}: {tenant.name}: a key is one of --api-key or --admin-key, too")

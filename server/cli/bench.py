@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from server.cli.http_client import RemoteError, connect, find_model
+from server.cli.http_client import RemoteError, connect, find_model, why_not_connected
 from server.cli.load_generator import (
     Exchange,
     LoadOptions,
@@ -70,8 +70,8 @@ async def _run(load: LoadOptions, target: Target, on_done: Callable[[], None]) -
     try:
         _, writer = await target.connect()
         writer.close()
-    except OSError:
-        raise RemoteError(f"no server answers at {load.url} (`lightwell serve` starts one)") from None
+    except (OSError, UnicodeError) as error:
+        raise RemoteError(why_not_connected(load.url, error)) from None
     return await _measure(load, target, on_done)
 
 

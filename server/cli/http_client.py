@@ -1,5 +1,6 @@
 """The HTTP client of the commands `chat` and `bench`, for any OpenAI-compatible server."""
 
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -9,12 +10,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from server.hub.web import make_client
 from server.settings.load import is_loopback
 
 if TYPE_CHECKING:
     import httpx
 
 LOADING_POLL_SECONDS = 0.5
+UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # OpenSSL's errors of certificates that nobody signed who is trusted
 
 
 class RemoteError(Exception):
@@ -95,7 +98,7 @@ def base_url(url: str) -> str:
 def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "httpx.Client":
     """Return a client for `url`, as returned by `base_url`. For loopback, it ignores proxies of the environment.
 
-    Raises RemoteError for a key that no header can carry.
+    Raises RemoteError for a key that no header can carry, and for what the environment makes impossible.
     """
     import httpx
 
@@ -103,8 +106,25 @@ def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "h
         raise RemoteError("invalid API key: expected printable ASCII characters")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = httpx.Timeout(read_timeout, connect=5.0)
-    trust_env = not is_loopback(urlsplit(url).hostname or "")
-    return httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=trust_env)
+    parts = urlsplit(url)
+    uses_tls, uses_proxies = parts.scheme == "https", not is_loopback(parts.hostname or "")
+    try:
+        return make_client(headers, uses_tls=uses_tls, uses_proxies=uses_proxies, base_url=url, timeout=timeout)
+    except ValueError as error:
+        raise RemoteError(str(error)) from None
+
+
+def why_not_connected(url: str, error: BaseException) -> str:
+    """Return why there is no connection to a server, by the error in OpenSSL that others may have as their cause."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        hint = "; SSL_CERT_FILE names the authorities to trust" if cause.verify_code in UNKNOWN_AUTHORITY else ""
+        return f"the certificate of {url} is not accepted: {cause.verify_message}{hint}"
+    if cause is not None:
+        return f"no TLS at {url} ({one_line(cause)}): should the address begin with http://?"
+    return f"no server answers at {url} (`lightwell serve` starts one)"
 
 
 @contextmanager
@@ -114,10 +134,8 @@ def plain_errors(url: str) -> Iterator[None]:
 
     try:
         yield
-    except httpx.ConnectError as error:
-        if "SSL" in str(error):
-            raise RemoteError(f"no TLS at {url} ({one_line(error)}): should the address begin with http://?") from None
-        raise RemoteError(f"no server answers at {url} (`lightwell serve` starts one)") from None
+    except (httpx.ConnectError, UnicodeError) as error:  # UnicodeError: of a host name that no DNS has
+        raise RemoteError(why_not_connected(url, error)) from None
     except httpx.TimeoutException:
         raise RemoteError(f"the server at {url} takes too long to answer") from None
     except httpx.RemoteProtocolError:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from server.cli.http_client import RemoteError, StreamUsage, decode_chunk, one_line
+from server.hub.web import tls_context
 
 _WORDS = (
     "able above across after again air all along animal answer apple arm ask autumn away back bag ball bank base bed "
@@ -86,15 +87,23 @@ def make_prompts(load: LoadOptions, seed: int, num_prompts: int) -> list[str]:
     return [" ".join(prefix + rng.choices(words, k=num_own)) for _ in range(num_prompts)]
 
 
+def _tls_context() -> ssl.SSLContext:
+    try:
+        return tls_context()
+    except ValueError as error:
+        raise RemoteError(str(error)) from None
+
+
 class Target:
     """The server under load: opens connections to it, sends requests and reads answers."""
 
     def __init__(self, load: LoadOptions, model: str) -> None:
+        """Raises RemoteError if the authorities to trust cannot be read."""
         self._load = load
         url = urlsplit(load.url)
         assert url.hostname is not None
         self._host = url.hostname
-        self._ssl = ssl.create_default_context() if url.scheme == "https" else None
+        self._ssl = _tls_context() if url.scheme == "https" else None
         self._port = url.port or (443 if self._ssl else 80)
         is_chat = load.endpoint == "chat"
         path = f"{url.path}/v1/{'chat/completions' if is_chat else 'completions'}"

@@ -13,6 +13,7 @@ import msgspec
 from server.hub.environment import endpoint, token
 from server.hub.errors import BrokenConnectionError, HubError, HubUnreachableError
 from server.hub.names import is_inside
+from server.hub.web import make_client
 
 if TYPE_CHECKING:
     import httpx
@@ -69,7 +70,7 @@ class HubClient:
     """A client of the hub, with the address and the token of the environment."""
 
     def __init__(self) -> None:
-        """Raises HubError for a token that no header can carry."""
+        """Raises HubError for a token that no header can carry, and for what the environment makes impossible."""
         import httpx
 
         self._endpoint = endpoint()
@@ -80,7 +81,10 @@ class HubClient:
         # A redirect to another host, which holds the large files, is followed without the token.
         headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
         timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-        self._http = httpx.Client(headers=headers, timeout=timeout, follow_redirects=True)
+        try:
+            self._http = make_client(headers, uses_tls=True, timeout=timeout, follow_redirects=True)
+        except ValueError as error:
+            raise HubError(str(error)) from None
 
     def list_files(self, repo: str, revision: str) -> Listing:
         """Return the files of a repository. Raises HubError."""
@@ -92,7 +96,7 @@ class HubClient:
                 data = Content(response, 0).read(MAX_LISTING_BYTES)
         except httpx.HTTPError as error:
             raise HubUnreachableError(f"{self._endpoint} cannot be reached ({_reason(error)})") from None
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, UnicodeError) as error:
             raise HubError(f"HF_ENDPOINT {self._endpoint}: {error}") from None
         if response.status_code in PASSING_STATUSES:
             raise HubUnreachableError(self._passing(response).args[0])

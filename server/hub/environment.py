@@ -21,7 +21,7 @@ def token() -> str | None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if value := os.environ.get(name, "").strip():
             return value
-    path = Path(os.environ.get("HF_TOKEN_PATH") or _home() / "token").expanduser()
+    path = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or _home() / "token"))
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError):
@@ -31,9 +31,9 @@ def token() -> str | None:
 def hub_folder() -> Path:
     """Return the folder in which repositories are kept."""
     chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(chosen or _home() / "hub").expanduser()
+    return Path(os.path.expanduser(chosen or _home() / "hub"))
 
 
 def _home() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")))

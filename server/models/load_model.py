@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from pathlib import Path
 
 from engine.config import ModelConfig, load_model_config
@@ -111,7 +112,7 @@ def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate |
         except ValueError as error:
             raise ValueError(f"{error} --chat-template FILE replaces the model's template.") from error
     try:
-        return _compile(tokenizer, Path(file).expanduser().read_text(encoding="utf-8"))
+        return _compile(tokenizer, Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise ValueError(f"--chat-template {file}: {reason}") from error
