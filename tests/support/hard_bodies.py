@@ -253,7 +253,10 @@ HARD_BODIES: Mapping[str, Mapping[str, HardBody]] = {
         "token ids": HardBody(lambda n: {"tokens": [97] * n}, MAX_ITEMS),
         "a wrong token id": HardBody(lambda n: {"tokens": [97] * n + [""]}, MAX_ITEMS),
     },
-    "/lightwell/v1/inspect": _text("prompt"),
+    "/lightwell/v1/inspect": {
+        "wrong token ids": HardBody(lambda n: {"prompt": [""] * n}, MAX_ITEMS),
+        **_text("prompt"),
+    },
     "/v1/load_lora_adapter": {"a path": HardBody(lambda n: {"lora_name": "a", "lora_path": "a/" * n}, MAX_CHARS // 2)},
     "/v1/unload_lora_adapter": _text("lora_name"),
     "/v1/requests/{request_id}/cancel": _NOTHING,

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Iterable
 from functools import cache, partial
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -52,7 +53,7 @@ class InspectRequest(BaseModel):
     id: str | None = Field(None, description="Of the answer, or its x-request-id.")
     prompt_index: int = Field(0, ge=0, description="Which of the request's prompts.")
     index: int = Field(0, ge=0, description="Which of the prompt's choices.")
-    prompt: str | list[int] | None = Field(None, description="A text, or token ids.")
+    prompt: str | Annotated[list[int], Field(fail_fast=True)] | None = Field(None, description="A text, or token ids.")
     model: str | None = Field(None, description="Of a prompt: the model or LoRA adapter. Default: the model.")
     start: int | None = Field(None, ge=0, description="First position. Default: 16 before the end; of a prompt 0.")
     end: int | None = Field(None, ge=1, description="Position after the last one. Default: that of the last token.")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from server.api.inspection.inspect import InspectRequest
 from tests.server.api.test_every_field import ACTING
 
 HARD_VALUES: Mapping[str, Callable[[int], Any]] = {
@@ -16,7 +17,8 @@ HARD_VALUES: Mapping[str, Callable[[int], Any]] = {
     "numbers": lambda n: [-1] * n,
     "strings": lambda n: [""] * n,
 }
-MODELS = sorted({model for model, *_ in ACTING.values()}, key=lambda model: model.__name__)
+ACTING_MODELS = {model for model, *_ in ACTING.values()}
+MODELS = sorted(ACTING_MODELS | {InspectRequest}, key=lambda model: model.__name__)
 
 
 @pytest.mark.parametrize("model", MODELS)
