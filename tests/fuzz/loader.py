@@ -10,15 +10,17 @@ import resource
 import selectors
 import signal
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig, load_model_config
 from engine.core import BrokenDeviceError, Engine
-from engine.loading import load_model
+from engine.loading import LoadedModel, load_model
 from engine.startup import warm_up
 from server.constrained import grammar_process  # noqa: F401  (the API process has it too)
 from server.models.load_model import make_chat_template
@@ -29,10 +31,13 @@ MAX_WAIT = 120.0  # seconds; bounds hangs, since other jobs on the machine can m
 MAX_BYTES = 256 << 20
 KV_CACHE_BYTES = 16 << 20
 WEIGHT_BYTES = 16 << 20  # no model of the tests has more
+MAX_REPORT = 4000  # characters of what a child that ends by itself writes to standard error
+
+Use = Callable[[EngineConfig, LoadedModel], None]
 
 
-def load(path: Path) -> None:
-    """Load a model as the API process and the engine do, and generate a token. Raises ValueError if it is refused."""
+def load(path: Path, use: Use) -> None:
+    """Load a model as the API process and the engine do, and use it. Raises ValueError if it is refused."""
     tokenizer = Tokenizer.from_model(path)
     tokenizer.decode(tokenizer.encode("Hello <|im_end|> 123 Ö"))
     template = make_chat_template(tokenizer, None)
@@ -48,12 +53,15 @@ def load(path: Path) -> None:
         lora_modules=adapters,
         max_loras=len(adapters),
     )
-    loaded = load_model(config)
+    use(config, load_model(config))
+
+
+def generate_a_token(config: EngineConfig, loaded: LoadedModel) -> None:
     warm_up(Engine(config, loaded), loaded.limits.max_model_len)
 
 
-def run_child(path: Path, result: int) -> None:
-    """Load a model in this process, and write the result to a file descriptor."""
+def run_child(path: Path, use: Use, result: int) -> None:
+    """Load a model in this process and use it, and write the result to a file descriptor."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + KV_CACHE_BYTES + WEIGHT_BYTES + MAX_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -61,22 +69,37 @@ def run_child(path: Path, result: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answer: dict[str, object]
     try:
-        load(path)
+        load(path, use)
         answer = {"loaded": True}
-    except (ValueError, OSError, BrokenDeviceError) as error:  # as engine.process does
+    except (ValueError, OSError) as error:  # as engine.process does
         answer = {"refused": str(error)}
+    except BrokenDeviceError as error:  # weights and numbers may be such that logits are not finite, and nothing else
+        answer = {"refused" if "are not finite" in str(error) else "failed": str(error)}
     except BaseException:
         answer = {"failed": traceback.format_exc()}
     os.write(result, json.dumps(answer).encode())
 
 
-def load_in_child(path: Path) -> dict[str, object]:
-    """Load a model in a child process and return the result."""
+def load_in_child(path: Path, use: Use) -> dict[str, object]:
+    """Load a model in a child process, use it and return the result."""
+    with tempfile.TemporaryFile() as errors:
+        result = _load_in_child(path, use, errors.fileno())
+        if "failed" in result:
+            errors.seek(0)
+            report = errors.read().decode(errors="replace")
+            start = max(0, report.find("ERROR: AddressSanitizer"), report.find("runtime error:") - 200)
+            result["failed"] = f"{result['failed']}\n{report[start : start + MAX_REPORT]}"
+    return result
+
+
+def _load_in_child(path: Path, use: Use, errors: int) -> dict[str, object]:
+    """Return the result; the child's standard error is the file descriptor `errors`."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            run_child(path, writer)
+            os.dup2(errors, 2)
+            run_child(path, use, writer)
         finally:
             os._exit(0)
     os.close(writer)
@@ -105,10 +128,10 @@ def _read_until(fd: int, deadline: float) -> tuple[bytes, bool]:
     return b"", True
 
 
-def main() -> None:
+def main(use: Use = generate_a_token) -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
-        print(json.dumps(load_in_child(Path(line.rstrip("\n")))), flush=True)
+        print(json.dumps(load_in_child(Path(line.rstrip("\n")), use)), flush=True)
 
 
 if __name__ == "__main__":

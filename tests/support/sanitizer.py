@@ -28,23 +28,25 @@ def run_sanitized(code: str, library: Path) -> subprocess.CompletedProcess[str]:
     checked for each piece of memory from malloc, including that of numpy, torch and ctypes, except for ctypes arrays of
     16 bytes or less. Skips the test if there is no compiler, or one without sanitizers.
     """
-    runtime = _runtime()
-    environ = {
-        **os.environ,
-        "LD_PRELOAD": " ".join([*runtime, *os.environ.get("LD_PRELOAD", "").split()]),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself never frees some of its memory
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONMALLOC": "malloc",
-    }
     return subprocess.run(
         [sys.executable, "-c", PREAMBLE.format(path=str(library)) + code],
         cwd=ROOT,
-        env=environ,
+        env=sanitizer_environment() | {"PYTHONMALLOC": "malloc"},
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Return the environment of a process that loads a library with sanitizers. Skips the test if there are none."""
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join([*_runtime(), *os.environ.get("LD_PRELOAD", "").split()]),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself never frees some of its memory
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
 
 
 @cache

@@ -1,0 +1,107 @@
+"""The loader on kernels with sanitizers, which are preloaded: `python -m tests.fuzz.sanitized_loader CODE_PATH`.
+
+Weights, buffers and the caches of layers are allocations of their own, so that an access beyond one of them is seen.
+The caches are filled with NaN, so that what reads a place that was not written gets logits that are not finite.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import engine.kernels.cpu.build
+from engine.config import EngineConfig, KVShape
+from engine.core import Engine
+from engine.kernels import lazy_memory
+from engine.kernels.cpu import attention, processor
+from engine.kernels.interface import LayerCache
+from engine.loading import LoadedModel
+from engine.shared.messages import SamplingParams, Submit
+from engine.startup import warm_up
+from tests.fuzz import loader
+
+SEED = 28
+PROMPT_LENGTHS = (70, 9, 41)  # the first and the last are longer than the windows of the models
+NUM_GENERATED = 4
+
+shared_kv_cache = attention.new_kv_cache
+Answers = dict[str, list[tuple[int, float]]]  # token ids and log probabilities by request
+
+
+def allocate(num_bytes: int) -> Tensor:
+    return torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+def new_kv_cache(
+    dtype: torch.dtype, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
+) -> list[list[LayerCache]]:
+    """Return caches that share no memory."""
+
+    def cache(shape: KVShape) -> LayerCache:
+        ((only,),) = shared_kv_cache(dtype, [[shape]], num_blocks, block_size)
+        return only
+
+    return [[cache(shape) for shape in group] for group in groups]
+
+
+def answer_requests(config: EngineConfig, loaded: LoadedModel) -> None:
+    """Run requests alone and then together: the answers must be the same, to the bit."""
+    engine = Engine(config, loaded)
+    warm_up(engine, loaded.limits.max_model_len)
+    for layer in loaded.runner.kv_cache.layers:
+        for stored in (layer.keys, layer.values):
+            stored.fill_(torch.nan)
+    submits = requests(loaded)
+    alone: Answers = {}
+    for submit in submits:
+        alone |= run(engine, [submit])
+    together = run(Engine(config, loaded), submits)
+    assert together == alone, f"answers differ: {alone}, with others {together}"
+
+
+def requests(loaded: LoadedModel) -> list[Submit]:
+    rng, longest = random.Random(SEED), loaded.limits.max_model_len
+    num_generated = min(NUM_GENERATED, longest)
+    params = SamplingParams(max_tokens=num_generated, temperature=0.0, logprobs=0, ignore_eos=True)
+    num_ids = loaded.config.num_token_ids
+    prompts = [
+        [num_ids - 1, *rng.choices(range(num_ids), k=max(1, min(length, longest - num_generated)) - 1)]
+        for length in PROMPT_LENGTHS
+    ]
+    return [
+        Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0)
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def run(engine: Engine, submits: list[Submit]) -> Answers:
+    """Return the answers, whose tokens are those that a client gets."""
+    answers: Answers = {submit.request_id: [] for submit in submits}
+    deadline = time.monotonic() + loader.MAX_WAIT
+    for submit in submits:
+        engine.add(submit)
+    while engine.has_work:
+        assert time.monotonic() < deadline
+        for event in engine.step()[1]:
+            assert event.error is None, event.error
+            logprobs = [some.logprob for some in event.logprobs or []]
+            answers[event.request_id] += zip(event.token_ids, logprobs, strict=True)
+    engine.scheduler.check()
+    return answers
+
+
+def main(code_path: str) -> None:
+    library = engine.kernels.cpu.build.build(code_path, sanitize=True)
+    lazy_memory._huge_pages = allocate
+    lazy_memory.Arena.take = lambda self, num_bytes: allocate(num_bytes)  # type: ignore[method-assign]
+    engine.kernels.cpu.build.build = lambda code_path: library  # type: ignore[assignment, misc]
+    attention.new_kv_cache = new_kv_cache
+    processor.best_code_path = lambda: code_path
+    loader.main(answer_requests)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
