@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections import Counter, OrderedDict
+from collections import Counter
 from contextlib import suppress
 
 import msgspec
 
+from engine.shared.recently_used import RecentlyUsed
 from server.constrained.messages import LENGTH, Grammar, GrammarAnswer, GrammarProblem, GrammarVocabulary
 from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
 from server.schemas.generation_request import GenerationRequest
@@ -38,8 +39,7 @@ class GrammarProcess:
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         self._vocabulary = vocabulary
-        self._results: OrderedDict[bytes, Result] = OrderedDict()  # by hash of the request
-        self._num_cached_bytes = 0
+        self._results = RecentlyUsed[bytes, Result](MAX_CACHED_BYTES)  # by hash of the request
         self._turns = Turns(1)
         self._process: Process | None = None
         self._exchange: asyncio.Task[Result] | None = None  # what uses the process
@@ -66,7 +66,7 @@ class GrammarProcess:
     async def find(self, request: bytes, tenant: Tenant = ANYBODY) -> Result:
         """Return the answer to a request. Raises QueueFullError or EngineUnavailableError."""
         key = hashlib.sha256(request).digest()
-        if (known := self._known(key)) is not None:
+        if (known := self._results.get(key)) is not None:
             return known
         if self._num_waiting[tenant.name] >= MAX_WAITING:
             raise QueueFullError(retry_after=MAX_WAITING)
@@ -89,27 +89,15 @@ class GrammarProcess:
     async def _find(self, key: bytes, request: bytes, tenant: Tenant) -> Result:
         """Return the answer to a request when it is the tenant's turn."""
         async with self._turns.turn(tenant):
-            if (known := self._known(key)) is not None:
+            if (known := self._results.get(key)) is not None:
                 return known
             self._exchange = asyncio.current_task()
             result = await self._answer(request)
-            self._keep(key, result)
+            self._results.put(key, result, _num_bytes(result))
             return result
 
     def _leave(self, tenant: Tenant) -> None:
         self._num_waiting -= Counter([tenant.name])  # which drops names that have none left
-
-    def _known(self, key: bytes) -> Result | None:
-        """Return a result that is kept, which becomes the latest one."""
-        if key in self._results:
-            self._results.move_to_end(key)
-        return self._results.get(key)
-
-    def _keep(self, key: bytes, result: Result) -> None:
-        self._results[key] = result
-        self._num_cached_bytes += _num_bytes(result)
-        while self._num_cached_bytes > MAX_CACHED_BYTES:
-            self._num_cached_bytes -= _num_bytes(self._results.popitem(last=False)[1])
 
     async def _answer(self, request: bytes) -> Result:
         """Ask the process, or a new one if the old one is gone. Raises EngineUnavailableError."""

@@ -86,7 +86,10 @@ def _content_param(body: GenerationRequest) -> str | None:
     """Return the field that constrains the content."""
     if body.response_format is not None and body.response_format.type != "text":
         return "response_format"
-    return next(iter(body.requested_outputs), None)
+    name, outputs = next(iter(body.requested_outputs.items()), (None, None))
+    if outputs is None or outputs is not body.structured_outputs:
+        return name
+    return f"structured_outputs.{next(iter(outputs.constraints))}"
 
 
 def _must_follow_tools(body: BaseModel) -> bool:

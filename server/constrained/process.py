@@ -10,6 +10,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import msgspec
@@ -31,6 +33,7 @@ from server.http.errors import BadRequestError
 
 MAX_PROCESSOR_SECONDS = 0.6  # for one request; most take a few milliseconds
 MAX_DATA_BYTES = 2 << 30  # RLIMIT_DATA of the forked process
+STACK_BYTES = 1 << 20  # of the thread that compiles; the engine's has more, so that no grammar crashes the engine alone
 MAX_PARAM_BYTES = 256
 TOO_SLOW = "following it takes too long"
 TOO_DEEP = "it is nested too deep"
@@ -90,8 +93,10 @@ class _Worker:
         """Answer a request under resource limits, which end the process if exceeded."""
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
         signal.setitimer(signal.ITIMER_PROF, MAX_PROCESSOR_SECONDS)  # SIGPROF then ends the process
+        threading.stack_size(STACK_BYTES)
         try:
-            return self._make(request)
+            with ThreadPoolExecutor(max_workers=1) as thread:
+                return thread.submit(self._make, request).result()
         except RecursionError:
             return _problem(invalid(self.param, TOO_DEEP))
         except BadRequestError as error:

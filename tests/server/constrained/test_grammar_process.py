@@ -127,6 +127,7 @@ HOSTILE: dict[str, bytes] = {
     "tags": request(guided_json={"oneOf": [{"type": "object", "properties": NAMES}] * 30}),
     "deep text": request(guided_json=DEEP),
     "deep tag": request(structured_outputs={"structural_tag": DEEP.replace("items", "format")}),
+    "chain of rules": of_grammar("start: r0\n" + "\n".join(f"r{n}: r{n + 1}" for n in range(900)) + '\nr900: "a"'),
     "many": of_tools(*[{"type": "object", "properties": NAMES}] * 100),
     **{
         f"{template} {name}": of_tools(schema, format=AnswerFormat(format, {"f": {}}))
@@ -160,22 +161,6 @@ def test_kept_results_do_not_wait(tokenizer: Tokenizer) -> None:
         assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
         assert not slow.done()
         assert await slow == problem(TOO_SLOW)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
-
-
-def test_results_are_kept_within_a_limit(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_process, "MAX_CACHED_BYTES", 2 * grammar_process.BYTES_OF_A_RESULT + 64)
-
-    async def check(process: GrammarProcess) -> None:
-        for grammar in GOOD:
-            await process.find(of_grammar(grammar))
-        monkeypatch.setattr(grammar_process, "COMMAND", ("false",))
-        await process._end()
-        for grammar in GOOD[1:]:
-            assert isinstance(await process.find(of_grammar(grammar)), Grammar)
-        with pytest.raises(EngineUnavailableError):
-            await process.find(of_grammar(GOOD[0]))
 
     run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
 
