@@ -77,6 +77,17 @@ def schema(n: int) -> Fields:
     return {"type": "object", "properties": keys(n, {"type": "string"})}
 
 
+def references(n: int) -> Fields:
+    """Return a schema whose definitions refer to several others, and these to them."""
+    parts = [[{"$ref": f"#/$defs/{(number + step) % n}"} for step in range(9)] for number in range(n)]
+    definitions = {str(number): {"anyOf": part, "properties": {"a": part[0]}} for number, part in enumerate(parts)}
+    return {"type": "object", "properties": {"a": {"$ref": "#/$defs/0"}}, "$defs": definitions}
+
+
+def tool(parameters: Any) -> Fields:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
 def as_format(schema: Any) -> Fields:
     return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
 
@@ -112,8 +123,14 @@ _CHAT: Mapping[str, HardBody] = {
         ),
         128,
     ),
-    "properties of a tool": HardBody(
-        lambda n: chat(tools=[{"type": "function", "function": {"name": "f", "parameters": schema(n)}}]), 30_000
+    "properties of a tool": HardBody(lambda n: chat(tools=[tool(schema(n))]), 30_000),
+    "references in a tool": HardBody(lambda n: chat(tools=[tool(references(n))]), 200),
+    "references in a forced tool": HardBody(lambda n: chat(tools=[tool(references(n))], tool_choice="required"), 200),
+    "references in a schema": HardBody(lambda n: chat(response_format=as_format(references(n))), 200),
+    "a schema": HardBody(lambda n: chat(response_format=as_format(schema(n))), 30_000),
+    "alternatives": HardBody(lambda n: chat(response_format=as_format({"oneOf": [schema(40)] * n})), 1000),
+    "unknown fields of outputs": HardBody(
+        lambda n: chat(structured_outputs={"json_object": True, "unknown": [""] * n}), MAX_ITEMS
     ),
     "documents": HardBody(lambda n: chat(documents=[keys(90)] * n), 1000),
     "stop strings": HardBody(lambda n: chat(stop=[f"{i:03}" + "a" * 124 for i in range(n)]), 64),
