@@ -90,7 +90,8 @@ class RepositoryCache:
             link = self.snapshot(commit) / path
             blob, size = _target(link), link.stat().st_size
             link.unlink()
-            if blob not in map(_target, self.folder.glob("snapshots/**/*")):
+            is_own = blob.is_relative_to(self.folder)  # not a file that somebody has put in place of one
+            if is_own and blob not in map(_target, self.folder.glob("snapshots/**/*")):
                 num_bytes += size
                 blob.unlink(missing_ok=True)
         if not any(path.is_file() for path in self.folder.glob("snapshots/**/*")):

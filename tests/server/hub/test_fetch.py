@@ -321,6 +321,16 @@ def test_a_model_is_removed(hub: StubHub, tmp_path: Path) -> None:
         remove_model(HubName("org/tiny-GGUF"))
 
 
+def test_a_link_to_a_file_outside_of_the_cache_is_removed_alone(tmp_path: Path) -> None:
+    path, other = fetch("org/tiny-GGUF"), tmp_path / "other.gguf"
+    other.write_bytes(CONTENT)
+    path.unlink()
+    path.symlink_to(other)
+    assert remove_model(HubName("org/tiny-GGUF")) == 0
+    assert other.read_bytes() == CONTENT
+    assert not path.is_symlink()
+
+
 def test_a_folder_is_removed(tmp_path: Path) -> None:
     fetch("org/tiny")
     assert remove_model(HubName("org/tiny")) == sum(
