@@ -139,9 +139,15 @@ class _Process:
             logger.debug("%s", line)
 
     def kill(self) -> None:
+        """End the process group.
+
+        A signal may have interrupted `Popen.poll`, and left a lock for which `Popen.wait` would wait for ever.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.process.pid, 0)
+        self.process.returncode = -signal.SIGKILL
 
 
 def _first_error(lines: list[str], status: int) -> str:
