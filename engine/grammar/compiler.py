@@ -21,6 +21,7 @@ MAX_GRAMMAR_BYTES = 128 * 1024
 MAX_KEPT_BYTES = 1 << 20  # of the texts of compiled grammars in the cache; compiled, they take up to 60 times as much
 MIN_KEPT_BYTES = 1 << 14  # for which a shorter grammar counts
 NUM_ERROR_CHARS = 200
+STACK_BYTES = 16 << 20  # of the engine's thread that compiles; llguidance recurses
 MAX_FORCED_TOKENS = 2048  # at the beginning of a grammar
 MAX_CHECK_SECONDS = 0.4  # of processor time. Most grammars take a few milliseconds; the engine stalls meanwhile
 

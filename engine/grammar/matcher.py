@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -10,7 +11,7 @@ from itertools import takewhile
 
 from llguidance import LLMatcher
 
-from engine.grammar.compiler import GrammarCompiler, GrammarError, compute_mask, error_message
+from engine.grammar.compiler import STACK_BYTES, GrammarCompiler, GrammarError, compute_mask, error_message
 from engine.shared.messages import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,9 @@ class GrammarManager:
         self._eos_token_ids = eos_token_ids
         self._num_token_ids = num_token_ids
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        others = threading.stack_size(STACK_BYTES)
+        self._thread.submit(int)  # which starts the thread
+        threading.stack_size(others)
         self._tokenizer: str | None = None  # until `prepare` has read it
         self._compiler: GrammarCompiler | None = None
 

@@ -13,7 +13,14 @@ from contextlib import suppress
 import msgspec
 
 from engine.shared.recently_used import RecentlyUsed
-from server.constrained.messages import LENGTH, Grammar, GrammarAnswer, GrammarProblem, GrammarVocabulary
+from server.constrained.messages import (
+    LENGTH,
+    Grammar,
+    GrammarAnswer,
+    GrammarProblem,
+    GrammarRequest,
+    GrammarVocabulary,
+)
 from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import ANYBODY, Tenant
@@ -45,6 +52,7 @@ class GrammarProcess:
         self._exchange: asyncio.Task[Result] | None = None  # what uses the process
         self._num_waiting: Counter[str] = Counter()  # by the tenant's name
         self._is_closed = False
+        self._is_suitable = True  # the vocabulary
 
     async def make(self, request: bytes, body: GenerationRequest, tenant: Tenant = ANYBODY) -> Grammar:
         """Return the grammar for a request, which `encode_request` made of `body`. Takes up to a second.
@@ -56,7 +64,8 @@ class GrammarProcess:
         """
         result = await self.find(request, tenant)
         if isinstance(result, GrammarProblem):
-            raise InvalidValueError(result.message, param=result.param, code=result.code)
+            param = result.param or msgspec.json.decode(request, type=GrammarRequest).param
+            raise InvalidValueError(result.message, param=param, code=result.code)
         for name in EXCLUSIVE:
             if getattr(body, name, None):
                 message = f"Invalid '{name}': not allowed with '{result.param}'."
@@ -65,6 +74,8 @@ class GrammarProcess:
 
     async def find(self, request: bytes, tenant: Tenant = ANYBODY) -> Result:
         """Return the answer to a request. Raises QueueFullError or EngineUnavailableError."""
+        if not self._is_suitable:
+            return GrammarProblem(UNSUITABLE)
         key = hashlib.sha256(request).digest()
         if (known := self._results.get(key)) is not None:
             return known
@@ -72,7 +83,7 @@ class GrammarProcess:
             raise QueueFullError(retry_after=MAX_WAITING)
         self._num_waiting[tenant.name] += 1
         task = asyncio.create_task(self._find(key, request, tenant))
-        task.add_done_callback(lambda _: self._leave(tenant))
+        task.add_done_callback(lambda task: self._leave(tenant, task))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -85,6 +96,8 @@ class GrammarProcess:
         """End the process. Later requests raise EngineUnavailableError."""
         self._is_closed = True
         await self._end()
+        if self._exchange is not None:
+            await asyncio.wait((self._exchange,))
 
     async def _find(self, key: bytes, request: bytes, tenant: Tenant) -> Result:
         """Return the answer to a request when it is the tenant's turn."""
@@ -96,7 +109,9 @@ class GrammarProcess:
             self._results.put(key, result, _num_bytes(result))
             return result
 
-    def _leave(self, tenant: Tenant) -> None:
+    def _leave(self, tenant: Tenant, task: asyncio.Task[Result]) -> None:
+        if not task.cancelled():
+            task.exception()  # that of a request whose client has gone is of interest to nobody
         self._num_waiting -= Counter([tenant.name])  # which drops names that have none left
 
     async def _answer(self, request: bytes) -> Result:
@@ -123,12 +138,16 @@ class GrammarProcess:
     async def _start(self) -> GrammarProblem | None:
         """Start the process. Return why no answer can be constrained, or None."""
         self._process = await asyncio.create_subprocess_exec(*COMMAND, stdin=PIPE, stdout=PIPE)
+        if self._is_closed:
+            await self._end()
+            raise EOFError
         answer = await self._send(msgspec.json.encode(self._vocabulary))
         if answer is None:
             return None
         assert isinstance(answer, GrammarProblem)
         logger.warning("answers cannot be constrained: %s", answer.message)
         await self._end()
+        self._is_suitable = False
         return GrammarProblem(UNSUITABLE)
 
     async def _send(self, message: bytes) -> GrammarAnswer:

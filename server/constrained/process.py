@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from engine.grammar.compiler import GrammarCompiler, GrammarError
+from engine.grammar.compiler import STACK_BYTES, GrammarCompiler, GrammarError
 from engine.shared.parent_death import die_with_parent
 from server.constrained.answers import answer_constraint, unenforced_keywords
 from server.constrained.constraints import Constraint, ConstraintBuilder, invalid
@@ -31,13 +31,14 @@ from server.constrained.messages import (
 )
 from server.http.errors import BadRequestError
 
-MAX_PROCESSOR_SECONDS = 0.6  # for one request; most take a few milliseconds
+MAX_PROCESSOR_SECONDS = 1.0  # for one request; most take a few milliseconds
 MAX_DATA_BYTES = 2 << 30  # RLIMIT_DATA of the forked process
-STACK_BYTES = 1 << 20  # of the thread that compiles; the engine's has more, so that no grammar crashes the engine alone
 MAX_PARAM_BYTES = 256
 TOO_SLOW = "following it takes too long"
 TOO_DEEP = "it is nested too deep"
 CRASHED = "it cannot be compiled"
+
+PROBLEM_OF: dict[int, str] = {signal.SIGPROF: TOO_SLOW, signal.SIGSEGV: TOO_DEEP}  # by the signal that ended it
 
 # What llguidance says of a schema -> the same in words that help a client.
 PROBLEMS = {
@@ -71,7 +72,7 @@ def main() -> None:
         if exit_code == -signal.SIGKILL:  # not caused by the request
             sys.exit(1)
         if exit_code != 0:
-            problem = TOO_SLOW if exit_code == -signal.SIGPROF else CRASHED
+            problem = PROBLEM_OF.get(-exit_code, CRASHED)
             _write(answers, _problem(invalid(worker.param, problem)))
 
 
@@ -93,7 +94,7 @@ class _Worker:
         """Answer a request under resource limits, which end the process if exceeded."""
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
         signal.setitimer(signal.ITIMER_PROF, MAX_PROCESSOR_SECONDS)  # SIGPROF then ends the process
-        threading.stack_size(STACK_BYTES)
+        threading.stack_size(STACK_BYTES // 2)  # so that no grammar overflows that of the engine alone
         try:
             with ThreadPoolExecutor(max_workers=1) as thread:
                 return thread.submit(self._make, request).result()

@@ -127,7 +127,7 @@ async def respond(
 
     Raises APIError for errors before the first byte of the answer.
     """
-    job, started = await _begin(request, body, endpoint, on_end)
+    job, started = await run_until_disconnect(request, _begin(request, body, endpoint, on_end))
     request.scope["state"][LOG_FIELDS] = started.generation.log_fields
     try:
         if body.stream:
@@ -159,7 +159,7 @@ async def start_in_background(
     `on_end` is called when the task is done. Returns the metadata of the answer and the headers of the response to the
     client. Raises APIError for errors before the generation starts.
     """
-    job, started = await _begin(request, body, endpoint, on_end)
+    job, started = await run_until_disconnect(request, _begin(request, body, endpoint, on_end))
     started.generation.reservation.is_answered = True
     account = job.tenant.account
 
@@ -194,7 +194,7 @@ async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
         request, body, endpoint, default_seed=0
     )  # rendering must not change the seeds of later requests
     context = job.context
-    prepared = await _prepare(job)
+    prepared = await run_until_disconnect(request, _prepare(job))
 
     def encode() -> list[RenderedPrompt]:
         return [_rendered(job, submit) for submit in prepared.submits]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from engine.shared.messages import SequenceBreaker
@@ -66,7 +66,7 @@ class SequenceBreakers:
         found = self._found.get(string)
         if found is None:
             found = self._search(string)
-            self._found.put(string, found, sum(len(first) + 64 + 8 * len(rest) for rest, first in found.items()))
+            self._found.put(string, found, _num_bytes(string, found))
         return found
 
     def _search(self, string: str) -> dict[tuple[int, ...], bytes]:
@@ -89,6 +89,11 @@ class SequenceBreakers:
                 ids = range(self._tokenizer.vocab_size)
                 self._index = _TokenIndex([self._tokenizer.token_bytes(token_id) for token_id in ids])
             return self._index
+
+
+def _num_bytes(string: str, found: Mapping[tuple[int, ...], bytes]) -> int:
+    """Return about the memory that the breakers of a string take in the cache."""
+    return 256 + 4 * len(string) + sum(len(first) + 64 + 8 * len(rest) for rest, first in found.items())
 
 
 def _packed(token_ids: set[int]) -> bytes:

@@ -1,18 +1,19 @@
 """Split a model's answer into reasoning, content and tool calls in one pass, as its text arrives."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
-from server.text.parsers.argument_values import Schema
+from server.text.parsers.argument_values import ArgumentSchema, Schema
 from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.parsers.tool_parser import ToolParser
 
 
-class AnswerFormat(msgspec.Struct, frozen=True, tag=True):
+class AnswerFormat(msgspec.Struct, frozen=True, tag=True, dict=True):
     """The parts that the answers to a request can have, and how the model writes them."""
 
     tool_format: ToolFormat = GENERIC
@@ -38,6 +39,11 @@ class AnswerFormat(msgspec.Struct, frozen=True, tag=True):
     @property
     def tool_names(self) -> frozenset[str]:
         return frozenset(self.tools)
+
+    @cached_property
+    def argument_schemas(self) -> Mapping[str, ArgumentSchema]:
+        """The schemas of the tools' arguments, shared by all choices."""
+        return {name: ArgumentSchema(schema) for name, schema in self.tools.items()}
 
     def new_parser(self, *, hidden: Sequence[str] = ()) -> "Parser":
         """Return a parser for one answer. `hidden` are markers to remove from content."""
@@ -70,7 +76,9 @@ class AnswerParser:
         self._reasoning: ReasoningParser | None = None
         if format.reasoning_tags is not None:
             self._reasoning = ReasoningParser(format.reasoning_tags, is_open=format.is_reasoning)
-        self._tools = ToolParser(format.tool_format, format.tools, parallel=format.parallel_calls, hidden=hidden)
+        self._tools = ToolParser(
+            format.tool_format, format.argument_schemas, parallel=format.parallel_calls, hidden=hidden
+        )
 
     @property
     def is_reasoning(self) -> bool:

@@ -2,27 +2,32 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import msgspec
+
+from server.text.parsers.call_head import KeyNames
 
 Schema = Mapping[str, Any]
 JSON_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 STRING = frozenset(("string",))
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 MAX_REFERENCES = 16  # `$ref` that refer to one another
-MAX_STEPS = 10_000  # some milliseconds
+MAX_STEPS = 4000  # some milliseconds
+MAX_REFERENCE_CHARS = 1000
 ALTERNATIVES = ("anyOf", "oneOf")
 COMBINED = (*ALTERNATIVES, "allOf")
+ANYTHING: Schema = {}
 
 
 class ArgumentSchema:
     """The JSON schema of a tool's arguments, which says of what types they are.
 
     Each part is looked at once, however many references lead to it, and no more than `max_steps` keys and values are:
-    parsers ask on the event loop, about schemas of clients. Beyond that, a value may be of any type.
+    parsers ask on the event loop, about schemas of clients. Beyond that, a value may be of any type. So the choices of
+    a request share one.
     """
 
     def __init__(self, root: Schema, max_steps: float = MAX_STEPS) -> None:
@@ -31,22 +36,25 @@ class ArgumentSchema:
         # By the ids of schemas, which stay alive with what is known of them.
         self._resolved: dict[int, tuple[Schema, Schema]] = {}
         self._types: dict[int, tuple[Schema, frozenset[str]]] = {}
+        self._key_names: dict[int, tuple[Schema, KeyNames]] = {}
+        self._targets: dict[str, Any] = {}  # of references
 
     def resolve(self, schema: Any) -> Schema:
         """Return a schema with its `$ref` replaced by what it refers to, or {} if there is nothing."""
         if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
-            return schema if isinstance(schema, Mapping) else {}
+            return schema if isinstance(schema, Mapping) else ANYTHING
         if id(schema) not in self._resolved:
             self._resolved[id(schema)] = (schema, self._follow_all(schema))
         return self._resolved[id(schema)][1]
 
     def types(self, schema: Any, depth: int = 0) -> frozenset[str]:
         """Return the JSON types of the values that a schema allows; all of them if it does not say."""
-        if not isinstance(schema, Mapping) or depth > MAX_REFERENCES:
+        schema = self.resolve(schema)
+        if depth > MAX_REFERENCES:
             return JSON_TYPES
         if id(schema) not in self._types:
             self._types[id(schema)] = (schema, JSON_TYPES)  # for a schema that refers to itself
-            self._types[id(schema)] = (schema, self._find_types(self.resolve(schema), depth + 1))
+            self._types[id(schema)] = (schema, self._find_types(schema, depth + 1))
         return self._types[id(schema)][1]
 
     def parameter_types(self, name: str) -> frozenset[str]:
@@ -55,8 +63,16 @@ class ArgumentSchema:
         return frozenset().union(*map(self.types, schemas)) if schemas else JSON_TYPES
 
     @property
-    def parameter_names(self) -> Collection[str]:
-        return self._parameters
+    def parameter_names(self) -> KeyNames:
+        """The names of the arguments that are declared."""
+        return self.key_names(self._parameters)
+
+    def key_names(self, properties: Mapping[str, Any]) -> KeyNames:
+        """Return the names of properties, which may be those of a schema within."""
+        if id(properties) not in self._key_names:
+            names = KeyNames(properties if self._take(len(properties)) else ())
+            self._key_names[id(properties)] = (properties, names)
+        return self._key_names[id(properties)][1]
 
     @cached_property
     def _parameters(self) -> Mapping[str, Sequence[Any]]:
@@ -88,8 +104,8 @@ class ArgumentSchema:
 
     def _find_types(self, schema: Schema, depth: int) -> frozenset[str]:
         types = JSON_TYPES
-        if isinstance(kind := schema.get("type"), str | list):
-            types &= frozenset((kind,) if isinstance(kind, str) else filter(_is_text, kind))
+        if kinds := [kind] if isinstance(kind := schema.get("type"), str) else self._list(schema, "type"):
+            types &= frozenset(filter(_is_text, kinds))
         if values := self._list(schema, "enum"):
             types &= frozenset().union(*map(_types_of, values))
         if "const" in schema:
@@ -106,21 +122,29 @@ class ArgumentSchema:
         beside: list[Schema] = []
         for _ in range(MAX_REFERENCES):
             if not isinstance(schema, Mapping):
-                return {}
+                return ANYTHING
             if not isinstance(reference := schema.get("$ref"), str):
                 break
             beside.append({name: value for name, value in schema.items() if name != "$ref"})
             schema = self._follow(reference)
         else:
-            return {}
+            return ANYTHING
         target: Schema = schema
         for others in filter(None, reversed(beside)):
             if not self._take(len(target) + len(others)):
-                return {}
+                return ANYTHING
             target = {**target, **others}
         return target
 
     def _follow(self, reference: str) -> Any:
+        """Return what a JSON pointer refers to."""
+        if len(reference) > MAX_REFERENCE_CHARS:
+            return None
+        if reference not in self._targets:
+            self._targets[reference] = self._walk(reference)
+        return self._targets[reference]
+
+    def _walk(self, reference: str) -> Any:
         value: Any = self.root
         for name in reference.removeprefix("#").split("/")[1:]:
             key = name.replace("~1", "/").replace("~0", "~")

@@ -40,7 +40,6 @@ class LiteralArgumentsReader:
         self._separator = ""  # in front of the next item, in JSON
         self._needs_value = False  # after a key
         self._schemas: list[Schema] = []  # of what is in the open brackets
-        self._key_names: dict[int, KeyNames] = {}  # by the id of the properties, which stay alive with the schema
         self._name = ""  # the last key
         self._is_key = False  # whether the string that is read is a key
         self._quote = ""
@@ -194,10 +193,7 @@ class LiteralArgumentsReader:
     @property
     def _keys(self) -> KeyNames:
         """The keys of the object that is read."""
-        properties = self._properties
-        if id(properties) not in self._key_names:
-            self._key_names[id(properties)] = KeyNames(properties)
-        return self._key_names[id(properties)]
+        return self._schema.key_names(self._properties)
 
     def _schema_of_value(self) -> Any:
         return self._properties.get(self._name) if self._in_object else self._schemas[-1].get("items")

@@ -3,7 +3,7 @@
 import json
 
 from server.text.parsers.argument_values import JSON_TYPES, STRING, ArgumentSchema, to_json
-from server.text.parsers.call_head import UNDECIDED, Head, KeyNames
+from server.text.parsers.call_head import UNDECIDED, Head
 from server.text.parsers.markers import Markers
 from server.text.parsers.nested_tags import nested_to_json
 from server.text.parsers.tool_formats import KEY, TaggedArguments
@@ -21,8 +21,9 @@ class TaggedArgumentsReader:
         self._syntax = syntax
         self._schema = schema
         after_keys = dict.fromkeys(syntax.after_keys.values()) or [syntax.after_key]
-        keys = KeyNames(schema.parameter_names)
-        self._heads = [(Head(syntax.before_key + KEY + after_key, keys), after_key) for after_key in after_keys]
+        self._heads = [
+            (Head(syntax.before_key + KEY + after_key, schema.parameter_names), after_key) for after_key in after_keys
+        ]
         self._state = self._begin
         self._json: list[str] = []
         self._is_complete = False

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind
-from server.text.parsers.argument_values import ArgumentSchema, Schema
+from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.call_head import Head
 from server.text.parsers.call_reader import (
     ArgumentsReader,
@@ -44,7 +44,12 @@ class ToolParser:
     """
 
     def __init__(
-        self, format: ToolFormat, tools: Mapping[str, Schema], *, parallel: bool = True, hidden: Sequence[str] = ()
+        self,
+        format: ToolFormat,
+        tools: Mapping[str, ArgumentSchema],
+        *,
+        parallel: bool = True,
+        hidden: Sequence[str] = (),
     ) -> None:
         """`tools` are the schemas of the tools' parameters by name. Without `parallel`, only the first call is one.
 
@@ -53,7 +58,6 @@ class ToolParser:
         self.num_calls = 0
         self._format = format
         self._tools = tools
-        self._schemas: dict[str, ArgumentSchema] = {}  # of the tools that have been called
         self._parallel = parallel
         self._hidden = Markers(hidden)
         self._begins = _call_begins(format)
@@ -247,9 +251,7 @@ class ToolParser:
         return True
 
     def _new_arguments_reader(self, name: str) -> ArgumentsReader | None:
-        if name not in self._tools:
-            return None
-        return _arguments_reader(self._format, self._schemas.setdefault(name, ArgumentSchema(self._tools[name])))
+        return _arguments_reader(self._format, self._tools[name]) if name in self._tools else None
 
     def _begin_call(self) -> None:
         self._held.clear()

@@ -15,7 +15,7 @@ from server.constrained import grammar_process
 from server.constrained.grammar_process import MAX_WAITING, UNSUITABLE, GrammarProcess
 from server.constrained.messages import Grammar, GrammarProblem, GrammarVocabulary, encode_request
 from server.constrained.process import CRASHED, TOO_DEEP, TOO_SLOW
-from server.http.errors import EngineUnavailableError, QueueFullError
+from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
 from server.tenants import Tenant
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.argument_values import Schema
@@ -275,9 +275,36 @@ process.main()
     run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
 
 
+def test_a_process_that_is_just_started_ends_too(tokenizer: Tokenizer) -> None:
+    async def check(process: GrammarProcess) -> None:
+        task = asyncio.create_task(process.find(of_grammar(GOOD[0])))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        task.cancel()
+
+    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tools_may_have_hundreds_of_parameters(tokenizer: Tokenizer, name: str) -> None:
+    """The rules of each follow from those of the next one, so llguidance recurses."""
+    properties = {f"p{index}": {"type": "string"} for index in range(400)}
+    schema = {**CLOSED, "properties": properties, "required": [*properties]}
+
+    async def check(process: GrammarProcess) -> None:
+        tools = of_tools(schema, format=AnswerFormat(FORMATS[name], {"f": {}}))
+        assert isinstance(await process.find(tools), Grammar)
+
+    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+
+
 def test_a_tokenizer_that_does_not_suit(tokenizer: Tokenizer) -> None:
     async def check(process: GrammarProcess) -> None:
         for grammar in (*GOOD, GOOD[0]):
             assert await process.find(of_grammar(grammar)) == GrammarProblem(UNSUITABLE)
+        body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "?"}]})
+        with pytest.raises(InvalidValueError, match=UNSUITABLE) as error:
+            await process.make(of_grammar(GOOD[0]), body)
+        assert error.value.param == "structured_outputs.grammar"
 
     run_with_process(tokenizer, check, eos_token_ids=[])

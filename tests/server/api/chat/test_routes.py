@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -460,3 +461,18 @@ def test_disconnect_aborts(server: RunningServer, fake_engine: FakeEngine, strea
         wait_until(lambda: fake_engine.num_choices == 1)
     wait_until(lambda: fake_engine.num_choices == 0, timeout=1)
     assert [abort.request_id for abort in fake_engine.aborts] == [fake_engine.submits[0].request_id]
+
+
+@pytest.mark.parametrize("path", [CHAT, f"{CHAT}/render"])
+def test_no_grammar_is_made_for_who_has_gone(server: RunningServer, path: str) -> None:
+    """But the one that is being made."""
+    grammars, body = server.model.grammar_process, {"model": "tiny", "messages": MESSAGES}
+    with ExitStack() as connections:
+        for number in range(6):
+            slow = body | {"structured_outputs": {"regex": f"(a?){{5000}}a{{5000}}{number}"}}
+            content = json.dumps(slow).encode()
+            connection = connections.enter_context(server.connect())
+            connection.sendall(raw_request("POST", path, content, content_type="application/json"))
+        wait_until(lambda: grammars._num_waiting.total() == 6)
+    wait_until(lambda: grammars._num_waiting.total() == 0)
+    assert len(grammars._results) <= 2

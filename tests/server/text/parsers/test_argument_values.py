@@ -111,7 +111,21 @@ def test_each_part_of_a_schema_is_looked_at_once(schema: dict[str, Any]) -> None
         arguments.parameter_types("a")
     finally:
         sys.setprofile(None)
-    assert num_calls < 20 * MAX_STEPS
+    assert num_calls < 40 * MAX_STEPS
+
+
+def test_what_many_refer_to_counts_once() -> None:
+    many = {"anyOf": [{"$ref": "#/$defs/a"} for _ in range(50)]}
+    schema = {"properties": {"a": many}, "$defs": {"a": {"type": ["string"] * 100}}}
+    assert ArgumentSchema(schema, max_steps=400).parameter_types("a") == {"string"}
+    assert ArgumentSchema(schema, max_steps=100).parameter_types("a") == JSON_TYPES
+
+
+def test_long_references_are_not_followed() -> None:
+    for length, types in ((900, {"string"}), (1100, JSON_TYPES)):
+        name = "a" * length
+        schema = {"properties": {"a": {"$ref": f"#/$defs/{name}"}}, "$defs": {name: {"type": "string"}}}
+        assert ArgumentSchema(schema).parameter_types("a") == types
 
 
 @pytest.mark.parametrize("odd", [{"type": [{}]}, {"anyOf": 5}, {"allOf": "a"}, {"enum": {}}, {"$ref": 1}, [], 5, None])

@@ -5,13 +5,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.parsers.answer_parts import PartKind
+from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.call_reader import ArgumentsReader
 from server.text.parsers.tool_formats import (
     GENERIC,
@@ -26,7 +26,7 @@ from server.text.parsers.tool_formats import (
 from server.text.parsers.tool_parser import ToolParser
 
 MISTRAL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
-NAMES: dict[str, Any] = {"f": {}, "get_weather": {}, "a-b_C9": {}}
+NAMES = {name: ArgumentSchema({}) for name in ("f", "get_weather", "a-b_C9")}
 
 
 @dataclass
