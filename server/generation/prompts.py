@@ -75,8 +75,8 @@ def encode_prompt(
         check_min_tokens(model, value, limit, noun)
         prompt = Prompt(model.tokenizer.encode(value, add_special_tokens=add_special_tokens), value)
     else:
-        _check_range(value, vocab_size(model), noun)
         prompt = Prompt(value)
+    check_token_range(model, prompt.token_ids, noun)
     if not prompt.token_ids:
         raise InvalidValueError(f"Invalid '{noun}': expected at least one token, but got none.", param=noun)
     return prompt
@@ -105,15 +105,16 @@ def encode_fim_prompt(
         check_min_tokens(model, part, limit, "prompt")
     if isinstance(prefix, str):
         prefix = tokenizer.encode_plain(prefix)
-    else:
-        _check_range(prefix, vocab_size(model), "prompt")
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer.add_bos else []
     joined = tokenizer.fim.join(prefix, tokenizer.encode_plain(suffix, is_continuation=True))
-    return Prompt([*(bos if add_special_tokens else ()), *joined])
+    token_ids = [*(bos if add_special_tokens else ()), *joined]
+    check_token_range(model, token_ids, "prompt")
+    return Prompt(token_ids)
 
 
-def _check_range(token_ids: list[int], size: int, noun: str) -> None:
-    """Raise InvalidValueError for a token id that the model does not have."""
+def check_token_range(model: ServedModel, token_ids: list[int], noun: str) -> None:
+    """Raise InvalidValueError for a token id that the model does not have. The tokenizer may have more ids."""
+    size = vocab_size(model)
     smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
     if smallest < 0 or largest >= size:
         wrong = smallest if smallest < 0 else largest

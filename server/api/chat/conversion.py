@@ -10,7 +10,7 @@ from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.chat.writer import ChatWriter
 from server.generation.endpoint import AnswerMetadata
 from server.generation.preamble import distinct, undeclared_fields
-from server.generation.prompts import Prompt, check_min_tokens, check_text_size
+from server.generation.prompts import Prompt, check_min_tokens, check_text_size, check_token_range
 from server.generation.token_fields import TokenFields
 from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
 from server.models.served_model import ServedModel
@@ -104,6 +104,7 @@ def encode_request(model: ServedModel, body: ChatCompletionRequest, *, limit: in
         raise InvalidValueError(
             "Invalid 'messages': the model's chat template renders them as an empty prompt.", param="messages"
         )
+    check_token_range(model, token_ids, "messages")
     format = _output_format(template, model.tokenizer, body, token_ids)
     return Prompt(token_ids, answer_format=None if format.is_plain else format)
 

@@ -8,7 +8,14 @@ from typing import Protocol
 
 from engine.shared.messages import SamplingParams, Submit, TokenEvent
 from server.api.embeddings.conversion import make_submit
-from server.generation.prompts import Prompt, check_min_tokens, check_text_size, encode_prompt, fit_max_tokens
+from server.generation.prompts import (
+    Prompt,
+    check_min_tokens,
+    check_text_size,
+    check_token_range,
+    encode_prompt,
+    fit_max_tokens,
+)
 from server.http.errors import BadRequestError, InvalidValueError
 from server.models.served_model import ModelVariant
 from server.text.templates.chat_encoding import encode_chat
@@ -142,6 +149,7 @@ class TokenScorer:
             )
         except (ChatTemplateError, TemplateLimitError) as error:
             raise InvalidValueError(str(error), param=names[1]) from error
+        check_token_range(self._model.base, token_ids, longer)
         fit_max_tokens(1, len(token_ids), max_model_len, longer)
         return Prompt(token_ids)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from server.http.errors import BadRequestError, ContextLengthExceededError
 from server.text.tokenizer import Tokenizer
 from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, shared_server
 from tests.support.serving import RunningServer, check_error
+from tests.support.tiny_tokenizer_model import VOCAB_SIZE, write_tiny_model
 
 MAX_MODEL_LEN = 2048
 
@@ -152,3 +154,55 @@ def test_a_long_text_is_cut_or_counted_as_a_whole(server: RunningServer) -> None
 def test_a_text_that_is_tokenized_quickly_is_refused_with_its_number_of_tokens(server: RunningServer) -> None:
     message = check_error(ask(server.url, COMPLETIONS, prompt="Hi" * 2000), 400)["message"]
     assert "resulted in 4000 tokens" in message
+
+
+# Tokens that only the tokenizer has, as that of many a Llama 2 has a [PAD].
+
+PAD = "[PAD]"
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+NUM_TOKENS = VOCAB_SIZE + len(FIM)  # of the model; the next id is that of PAD
+PAD_MESSAGE = {"role": "user", "content": f"a{PAD}"}
+
+
+@pytest.fixture(scope="module")
+def padded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has more tokens than the embedding has rows."""
+    folder = tmp_path_factory.mktemp("padded")
+    write_tiny_model(folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(FIM))
+    tokenizer.add_tokens([PAD])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def padded(padded_folder: Path) -> Iterator[RunningServer]:
+    with shared_server(padded_folder, vocab_size=NUM_TOKENS, settings={"score_tokens": "y,n"}) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (COMPLETIONS, {"prompt": f"a{PAD}b", "prompt_logprobs": 1}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", [NUM_TOKENS]]}, "prompt"),
+        (COMPLETIONS, {"prompt": PAD, "suffix": "a"}, "prompt"),
+        (COMPLETIONS, {"prompt": [97], "suffix": f"a{PAD}"}, "prompt"),
+        (CHAT, {"messages": [PAD_MESSAGE]}, "messages"),
+        ("/v1/messages", {"messages": [PAD_MESSAGE], "max_tokens": 5}, "messages"),
+        ("/v1/responses", {"input": f"a{PAD}"}, "input"),
+        ("/v1/embeddings", {"input": ["a", PAD]}, "input"),
+        ("/v1/rerank", {"query": "a", "documents": ["bc", PAD]}, "documents[1]"),
+        ("/lightwell/v1/inspect", {"prompt": PAD}, "prompt"),
+    ],
+)
+def test_a_token_that_only_the_tokenizer_has(
+    path: str, fields: dict[str, Any], param: str, padded: RunningServer
+) -> None:
+    answer = httpx.post(padded.url + path, json={"model": "tiny"} | fields)
+    assert answer.status_code == 400, answer.text
+    assert (
+        f"Invalid '{param}': expected token ids from 0 to {NUM_TOKENS - 1}, but got {NUM_TOKENS} instead" in answer.text
+    )
+    assert padded.engine.submits == []
