@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers
+from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError
 from server.http.validation import echo
 from server.models.served_model import ServedModel
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.samplers import SamplerFields
 from server.text.token_sequences import word_sequences
-from server.text.tokenizer import Tokenizer
 
 SEQUENCE_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's default for DRY
 
@@ -34,18 +34,20 @@ class TokenizedSettings(NamedTuple):
 def tokenize_settings(model: ServedModel, body: GenerationRequest) -> TokenizedSettings:
     """Return the settings of a request. May be slow. Raises InvalidValueError for a bad word without tokens."""
     return TokenizedSettings(
-        bad_words=_bad_words(model.tokenizer, body.bad_words or ()), extra_samplers=_extra_samplers(model, body)
+        bad_words=_bad_words(model, body.bad_words or ()), extra_samplers=_extra_samplers(model, body)
     )
 
 
-def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def _bad_words(model: ServedModel, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the token sequences of words, without those that the model cannot generate."""
     found: list[tuple[int, ...]] = []
+    size = vocab_size(model)
     for index, word in enumerate(words):
-        sequences = word_sequences(tokenizer, word)
+        sequences = word_sequences(model.tokenizer, word)
         if not sequences:
             message = f"Invalid 'bad_words[{index}]': the model has no tokens for {echo(word)}."
             raise InvalidValueError(message, param=f"bad_words[{index}]")
-        found += map(tuple, sequences)
+        found += [tuple(sequence) for sequence in sequences if max(sequence) < size]
     return tuple(found)
 
 

@@ -53,7 +53,7 @@ def load_served_model(
         ),
         config=model_config,
         default_sampling=_default_sampling(config, model_config),
-        score_token_ids=_score_token_ids(tokenizer, settings.score_tokens),
+        score_token_ids=_score_token_ids(tokenizer, settings.score_tokens, model_config.num_token_ids),
         # The last one, since it starts a process.
         chat_template=make_chat_template(tokenizer, settings.chat_template),
     )
@@ -74,13 +74,13 @@ def _make_client(config: ServedModelConfig, vocabulary: str, metrics: Metrics, *
     return EngineClient(config.engines, options, limits=limits, metrics=metrics)
 
 
-def _score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:
+def _score_token_ids(tokenizer: Tokenizer, words: str | None, num_token_ids: int) -> tuple[int, ...]:
     """Return the tokens of `--score-tokens TRUE,FALSE`, or () if it is not set.
 
-    Raises ValueError unless each of the two words is one token.
+    Raises ValueError unless each of the two words is one token, which is among the model's `num_token_ids`.
     """
     found = [tokenizer.encode(word, add_special_tokens=False) for word in words.split(",")] if words else []
-    if any(len(token_ids) != 1 for token_ids in found):
+    if any(len(token_ids) != 1 or token_ids[0] >= num_token_ids for token_ids in found):
         raise ValueError(f"--score-tokens {words}: expected two words that are one token each in this model")
     return tuple(token_id for (token_id,) in found)
 

@@ -15,7 +15,7 @@ from server.http.errors import BadRequestError, ContextLengthExceededError
 from server.text.tokenizer import Tokenizer
 from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, shared_server
 from tests.support.serving import RunningServer, check_error
-from tests.support.tiny_tokenizer_model import VOCAB_SIZE, write_tiny_model
+from tests.support.tiny_tokenizer_model import IM_START, IM_START_ID, VOCAB_SIZE, write_tiny_model
 
 MAX_MODEL_LEN = 2048
 
@@ -206,3 +206,16 @@ def test_a_token_that_only_the_tokenizer_has(
         f"Invalid '{param}': expected token ids from 0 to {NUM_TOKENS - 1}, but got {NUM_TOKENS} instead" in answer.text
     )
     assert padded.engine.submits == []
+
+
+def test_a_word_that_only_the_tokenizer_has_need_not_be_banned(padded_folder: Path) -> None:
+    with shared_server(padded_folder, vocab_size=NUM_TOKENS) as server:
+        ask_json(server.url, COMPLETIONS, bad_words=[PAD, f"b{PAD}", IM_START])
+        assert server.engine.submits[-1].params.bad_words == ((IM_START_ID,), (32, IM_START_ID))
+
+
+def test_score_tokens_that_only_the_tokenizer_has(padded_folder: Path) -> None:
+    problem = r"--score-tokens y,\[PAD\]: expected two words that are one token each"
+    running = shared_server(padded_folder, settings={"score_tokens": f"y,{PAD}"})
+    with pytest.raises(ValueError, match=problem), running:
+        pass
