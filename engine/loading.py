@@ -222,7 +222,7 @@ def new_runner(
                 limits.max_num_seqs,
                 limits.max_model_len,
                 memory.block_size,
-                config.vocab_size,
+                config.num_token_ids,
             ),
             device,
             num_groups=len(config.kv_groups),

@@ -157,9 +157,7 @@ class ModelRunner:
     def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[PendingLogprobs]:
         num_rows = item.num_prompt_logprobs
         rows = torch.arange(first_row, first_row + num_rows, device=self.builder.device)
-        first = item.start + 1  # a row gives the probability of the token after it
-        next_ids = np.array(item.request.token_ids[first : first + num_rows], dtype=np.int64)
-        (token_ids,) = packed_copy([next_ids], rows.device)
+        (token_ids,) = packed_copy([np.array(item.next_prompt_ids, dtype=np.int64)], rows.device)
         num_top = item.request.params.prompt_logprobs or 0
         chunks = zip(torch.split(rows, LOGPROB_ROWS), torch.split(token_ids, LOGPROB_ROWS), strict=True)
         return [gather_logprobs(self.execution.compute_logits(some), ids, [num_top] * len(ids)) for some, ids in chunks]

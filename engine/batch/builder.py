@@ -44,7 +44,7 @@ class BatchLimits:
     max_num_seqs: int
     max_model_len: int
     block_size: int
-    vocab_size: int  # rows of the embedding
+    num_token_ids: int  # of the model
 
 
 class BatchBuilder:
@@ -101,7 +101,7 @@ class BatchBuilder:
     def build(self, step: Step) -> BatchInputs:
         """Return the inputs of a step. The next call overwrites the lengths and, on a CPU, the tensors.
 
-        Raises ValueError for a token id without an embedding.
+        Raises ValueError for a token id that the model does not have.
         """
         self._fill(step)
         return self.current()
@@ -118,6 +118,8 @@ class BatchBuilder:
         rows = dict(zip(ROWS, self.rows, strict=True))
         rows["token_ids"][:num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
         self._check_token_ids(rows["token_ids"][:num_rows])
+        next_ids = itertools.chain.from_iterable(item.next_prompt_ids for item in step.scheduled)
+        self._check_token_ids(np.fromiter(next_ids, np.int64))
         lora_slots = [item.request.lora_slot for item in step.scheduled]
         rows["lora_slots"][:num_rows] = np.repeat(lora_slots, self.query_lens[:num_seqs])
         rows["hidden_rows"][:num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
@@ -133,9 +135,9 @@ class BatchBuilder:
 
     def _check_token_ids(self, token_ids: Lengths) -> None:
         smallest, largest = int(token_ids.min(initial=0)), int(token_ids.max(initial=0))
-        if smallest < 0 or largest >= self.limits.vocab_size:
+        if smallest < 0 or largest >= self.limits.num_token_ids:
             wrong = smallest if smallest < 0 else largest
-            raise ValueError(f"token id {wrong} has no embedding: there are {self.limits.vocab_size}")
+            raise ValueError(f"token id {wrong} is none of the model's {self.limits.num_token_ids}")
 
     def current(self) -> BatchInputs:
         """Return the inputs of the step that the buffers hold."""

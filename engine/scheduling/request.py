@@ -347,6 +347,12 @@ class Scheduled:
         return self.request.token_ids[self.start : end] + self.draft_token_ids
 
     @property
+    def next_prompt_ids(self) -> list[int]:
+        """Token ids whose log probabilities its rows give; the last one may be read by the next step."""
+        first = self.start + 1
+        return self.request.token_ids[first : first + self.num_prompt_logprobs]
+
+    @property
     def sampling_rows(self) -> list[SamplingRow]:
         """The trailing rows to sample from, in order."""
         if not self.draft_token_ids:

@@ -114,7 +114,7 @@ def make_engine(
             limits.max_num_seqs,
             max_model_len,
             loaded.memory.block_size,
-            loaded.config.vocab_size,
+            loaded.config.num_token_ids,
         ),
         loaded.device,
         num_groups=len(loaded.config.kv_groups),

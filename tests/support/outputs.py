@@ -30,7 +30,7 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") 
     # The prompt may be longer than the token budget of the engine's steps.
     runner = loaded.runner
     builder = BatchBuilder(
-        BatchLimits(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.config.vocab_size),
+        BatchLimits(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.config.num_token_ids),
         loaded.device,
         num_groups=num_groups,
         planners=runner.builder.planners,

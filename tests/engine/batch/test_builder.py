@@ -137,7 +137,7 @@ def test_generated_rows_are_counted() -> None:
 
 @pytest.mark.parametrize("wrong", [-1, VOCAB_SIZE])
 @pytest.mark.parametrize("is_drafted", [False, True])
-def test_a_token_without_an_embedding(wrong: int, is_drafted: bool) -> None:
+def test_a_token_that_the_model_lacks(wrong: int, is_drafted: bool) -> None:
     builder = BatchBuilder(LIMITS, CPU)
     right, other = (make_request([VOCAB_SIZE - 1] * 8, [0]) for _ in range(2))
     if is_drafted:
@@ -146,8 +146,17 @@ def test_a_token_without_an_embedding(wrong: int, is_drafted: bool) -> None:
         other.token_ids[3] = wrong
         item = Scheduled(other, 0, 7, 1)
     builder.build(Step(1, [Scheduled(right, 7, 1, 1)]))
-    with pytest.raises(ValueError, match=f"token id {wrong} has no embedding: there are {VOCAB_SIZE}"):
+    with pytest.raises(ValueError, match=f"token id {wrong} is none of the model's {VOCAB_SIZE}"):
         builder.build(Step(1, [Scheduled(right, 7, 1, 1), item]))
+
+
+def test_a_token_that_the_model_lacks_after_the_rows_of_a_step() -> None:
+    """The last row with log probabilities of a prompt gives that of a token that the next step reads."""
+    builder = BatchBuilder(LIMITS, CPU)
+    request = make_request([1] * 7 + [VOCAB_SIZE], [0])
+    builder.build(Step(1, [Scheduled(request, 0, 7, 0, num_prompt_logprobs=6)]))
+    with pytest.raises(ValueError, match=f"token id {VOCAB_SIZE} is none of the model's {VOCAB_SIZE}"):
+        builder.build(Step(1, [Scheduled(request, 0, 7, 0, num_prompt_logprobs=7)]))
 
 
 def test_attention_work() -> None:
