@@ -73,6 +73,7 @@ class Family:
     has_sinks: bool = False
     scale: str | float | None = None  # of scores, or its key, or the key of the head size it is computed from
     windows: Literal["none", "all", "pattern", "last"] = "none"  # layers with a sliding window, unless layer_types says
+    ends_with_full: bool = False  # the last layer has no window, whatever layer_types says
     local_theta: str | None = None  # key of the base of rotary embeddings of sliding layers; None: like all others
     rope_names: Mapping[str, str] = field(default_factory=dict)  # other names of types of scaling
     # Layers without rotary embeddings. "full": those without a window; "mixed": the same, if the file has a window.
@@ -124,6 +125,8 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
             raise fields.error(key, f"{shown(value)} is not supported")
     num_layers, hidden_size = fields.integer("num_hidden_layers", maximum=MAX_LAYERS), fields.integer("hidden_size")
     types = _layer_types(family, fields, num_layers)
+    if family.ends_with_full:
+        types[-1] = FULL
     has_rope, sources = _layers_with_rope(family, fields, types), _kv_sources(fields, types)
     ropes: list[RopeSpec] = []
     layers: list[LayerSpec] = []

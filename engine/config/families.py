@@ -63,6 +63,7 @@ GEMMA4 = Family(
     v_norm=True,
     scale=1.0,
     windows="pattern",
+    ends_with_full=True,
     local_theta="rope_local_base_freq",
     norms=SANDWICH,
     scales_embeddings=True,

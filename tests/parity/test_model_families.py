@@ -196,6 +196,7 @@ VARIANTS: tuple[tuple[str, Changes], ...] = (
     ("exaone4", lambda config: {"layer_types": layers(config, "full_attention"), "sliding_window": None}),
     ("glm4_moe_lite", lambda config: {"mlp_layer_types": layers(config, "sparse"), "first_k_dense_replace": 1}),
     ("gemma4_e2b", lambda config: {"per_layer_config": {}}),
+    ("gemma4_e2b", lambda config: {"layer_types": [*config["layer_types"][:-1], "sliding_attention"]}),
     ("gemma4_e2b", lambda config: {"vocab_size_per_layer_input": VOCAB_SIZE + 12}),
     ("gemma4_e2b", lambda config: {"use_bidirectional_attention": "vision"}),
 )
