@@ -112,7 +112,7 @@ def _load_tensor(
     vector_dtype: torch.dtype,
     keep_packed: frozenset[str],
 ) -> Iterator[tuple[str, Weight]]:
-    if tensor.name in ROPE_FACTORS or _is_ignored(tensor.name, config):
+    if tensor.name in ROPE_FACTORS or _predicts_later(tensor.name, config) or _has_halves(tensor.name, file):
         return
     name, data = huggingface_name(tensor.name), file.tensor_data(tensor)
     ggml_type = GGML_TYPES[tensor.ggml_type]
@@ -126,7 +126,13 @@ def _load_tensor(
     yield from model_tensors(name, weight, config, config.weight_layout)
 
 
-def _is_ignored(name: str, config: ModelConfig) -> bool:
+def _has_halves(name: str, file: GGUFFile) -> bool:
+    """Return whether a tensor is in the file a second time, as two: DeepSeek's of ik_llama.cpp have all three."""
+    half = name.replace(".attn_kv_b.", ".attn_k_b.")
+    return half != name and half in file.tensors
+
+
+def _predicts_later(name: str, config: ModelConfig) -> bool:
     """Return whether a tensor belongs to the layers that predict later tokens."""
     match = re.match(r"blk\.(\d+)\.", name)
     return match is not None and 0 <= int(match[1]) - config.num_hidden_layers < config.num_ignored_layers

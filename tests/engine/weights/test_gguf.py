@@ -215,3 +215,18 @@ def test_layers_that_predict_later_tokens(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "more.gguf", {}, {f"blk.{number + 1}.nextn.enorm.weight": ones})
     with pytest.raises(ValueError, match=r"nextn\.enorm\.weight: no supported model"):
         list(load_weights(path, config, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        (["attn_kv_b"], ["kv_b_proj.weight"]),
+        (["attn_k_b", "attn_v_b"], ["k_b_proj.transposed", "v_b_proj.weight"]),
+        (["attn_kv_b", "attn_k_b", "attn_v_b"], ["k_b_proj.transposed", "v_b_proj.weight"]),
+    ],
+)
+def test_latent_keys_and_values_that_are_stored_twice(stored: list[str], kept: list[str], tmp_path: Path) -> None:
+    """ik_llama.cpp writes the matrix of both beside its halves."""
+    tensors = {f"blk.1.{name}.weight": np.ones((4, 4), dtype=np.float32) for name in stored}
+    weights = load_weights(write_gguf(tmp_path / "latent.gguf", {}, tensors), CONFIG, torch.float32)
+    assert sorted(name for name, _ in weights) == [f"model.layers.1.self_attn.{name}" for name in kept]
