@@ -31,6 +31,8 @@ QUANTIZED_TYPES = {  # of codes and their scales, in quantised checkpoints alone
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 MAX_DIMS = 8
+HEADS = (HEAD, "lm_head.qweight", "lm_head.weight_packed")  # the matrix itself, not its scales or a bias
+COMPARED_AT_ONCE = 1 << 24  # numbers, which may be converted
 OTHER_PARTS = re.compile("vision|audio|multi_modal")  # in the names of tensors that the text model lacks
 
 
@@ -46,6 +48,7 @@ def load_safetensors(
     shards = _find_shards(folder)
     layers = None
     names = _read_all_names(shards)
+    other_names = _other_names(names, config)
     if config.quantization is not None:
         layers = QuantizedLayers(names, config.quantization, dtype, keep_packed)
     types = FLOAT_TYPES if layers is None else FLOAT_TYPES | QUANTIZED_TYPES
@@ -58,7 +61,8 @@ def load_safetensors(
             weights = [(name, tensor)] if layers is None else _complete(layers, name, tensor, shard)
             try:
                 for weight_name, weight in weights:
-                    for part, part_weight in model_tensors(weight_name, weight, config, config.weight_layout):
+                    name_here = other_names.get(weight_name, weight_name)
+                    for part, part_weight in model_tensors(name_here, weight, config, config.weight_layout):
                         yield part, in_dtype(part, part_weight, dtype, vector_dtype or dtype)
             except ValueError as error:
                 raise ValueError(f"{shard}: {name}: {error}") from error
@@ -69,25 +73,45 @@ def load_safetensors(
         layers.log()
 
 
+def _other_names(names: Iterable[str], config: ModelConfig) -> dict[str, str]:
+    """Return the embedding's name for the LM head, by its stored name, if the two are tied and it stands for both."""
+    stored = {rename(name, config.weight_layout): name for name in names}
+    if config.tie_word_embeddings and HEAD in stored and EMBEDDING not in stored:
+        return {stored[HEAD]: EMBEDDING}
+    return {}
+
+
 def has_own_head(folder: Path, config: ModelConfig) -> bool:
-    """Return whether the files hold an LM head that differs from the embedding. Raises ValueError if one is damaged."""
+    """Return whether the files hold an LM head that differs from the embedding. Raises ValueError if one is damaged.
+
+    If they hold no embedding, the head is that.
+    """
     shards = _read_all_names(_find_shards(folder))
     stored = {rename(name, config.weight_layout): name for name in shards}
-    heads = {name for name in stored if name.startswith("lm_head.")}
-    if heads != {HEAD} or EMBEDDING not in stored:
-        return bool(heads)
-    head, embedding = (_read_bytes(shards[stored[name]], stored[name]) for name in (HEAD, EMBEDDING))
-    return not torch.equal(head, embedding)
+    if stored.keys().isdisjoint(HEADS) or EMBEDDING not in stored:
+        return False
+    if HEAD not in stored:
+        return True
+    return not _are_equal(*(_read_tensor(shards[stored[name]], stored[name]) for name in (HEAD, EMBEDDING)))
 
 
-def _read_bytes(shard: Path, name: str) -> Tensor:
-    """Return the bytes of a tensor, as a view of the memory-mapped file. Raises ValueError if the file is damaged."""
+def _are_equal(head: Tensor, embedding: Tensor) -> bool:
+    """Return whether two matrices are equal, in the smaller of their types if only one has been rounded."""
+    if head.shape != embedding.shape or not {head.dtype, embedding.dtype}.issubset(FLOAT_TYPES.values()):
+        return False
+    dtype = min(embedding.dtype, head.dtype, key=lambda each: each.itemsize)
+    pairs = zip(*(torch.split(each.flatten(), COMPARED_AT_ONCE) for each in (head, embedding)), strict=True)
+    return all(torch.equal(some.to(dtype), others.to(dtype)) for some, others in pairs)
+
+
+def _read_tensor(shard: Path, name: str) -> Tensor:
+    """Return a tensor, as a view of the memory-mapped file. Raises ValueError if the file is damaged."""
     try:
         with safe_open(shard, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{shard}: {short(name)}: cannot be read ({short(str(error))})") from error
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor
 
 
 def least_safetensors_bytes(folder: Path) -> int:

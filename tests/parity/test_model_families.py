@@ -214,26 +214,32 @@ def test_variants_of_the_configuration(
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "gemma3", "cohere2"])
-@pytest.mark.parametrize("is_equal", [True, False])
+@pytest.mark.parametrize("stored", ["equal", "rounded", "alone", "another"])
 def test_an_lm_head_beside_tied_embeddings(
     name: str,
-    is_equal: bool,
+    stored: str,
     reference: Callable[[str, int], Reference],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """transformers keeps a head that differs, whatever config.json says."""
+    """transformers keeps a head that differs, whatever config.json says, and takes one alone as the embedding."""
     folder = reference(name, 0).folder
     config = read_config(folder)
     assert config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
     tensors = load_file(folder / "model.safetensors")
-    (embedding,) = (value for key, value in tensors.items() if key.endswith(".embed_tokens.weight"))
-    head = embedding.clone() if is_equal else embedding.flip(0) / 2
-    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (key,) = (key for key in tensors if key.endswith(".embed_tokens.weight"))
+    embedding = tensors.pop(key).bfloat16()
+    head = embedding.flip(0) / 2 if stored == "another" else embedding.clone()
+    tensors["lm_head.weight"] = head.float() if stored == "rounded" else head
+    if stored != "alone":
+        tensors[key] = embedding
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = type(reference(name, 0).model).from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert_same_as_transformers(FAMILIES[name].lengths[-1:], Reference(tmp_path, model), load(tmp_path, "torch"), 1)
-    assert ("tie_word_embeddings is true, but the files have an LM head that differs" in caplog.text) != is_equal
+    assert ("tie_word_embeddings is true, but the files have an LM head that differs" in caplog.text) == (
+        stored == "another"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import ModelConfig, load_model_config
-from engine.weights import load_weights
+from engine.weights import has_own_head, load_weights
 from tests.support.model_configs import llama_config, model_names
 
 
@@ -82,12 +82,12 @@ def test_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
-    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "something.else"]
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.embed_tokens.weight"]
     save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
     kept = dict(load_weights(tmp_path, tiny_config(tied=True), torch.float32))
-    assert list(kept) == ["something.else"]
+    assert list(kept) == ["model.embed_tokens.weight"]
     kept = dict(load_weights(tmp_path, tiny_config(tied=False), torch.float32))
-    assert sorted(kept) == ["lm_head.weight", "something.else"]
+    assert sorted(kept) == ["lm_head.weight", "model.embed_tokens.weight"]
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
@@ -168,3 +168,25 @@ def test_pickle_is_refused(tmp_path: Path) -> None:
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
         list(load_weights(tmp_path, tiny_config(), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.embed_tokens.weight", "lm_head.bias"], False),
+        (["model.embed_tokens.weight", "lm_head.weight_scale"], False),
+        (["model.embed_tokens.weight", "lm_head.qweight"], True),
+        (["model.embed_tokens.weight", "lm_head.weight_packed"], True),
+        (["lm_head.weight"], False),
+    ],
+)
+def test_which_tensors_are_a_head(names: list[str], expected: bool, tmp_path: Path) -> None:
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "model.safetensors")
+    assert has_own_head(tmp_path, tiny_config(tied=True)) == expected
+
+
+@pytest.mark.parametrize("head", [torch.ones(2, 2).to(torch.float8_e4m3fn), torch.ones(2, 2).int(), torch.ones(4)])
+def test_a_head_of_another_kind_is_not_that_of_the_embedding(head: torch.Tensor, tmp_path: Path) -> None:
+    tensors = {"model.embed_tokens.weight": torch.ones(2, 2), "lm_head.weight": head}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert has_own_head(tmp_path, tiny_config(tied=True))
