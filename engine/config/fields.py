@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,12 @@ class Fields:
         return Fields(self.source, {**self.values, **missing}, self.names, self.labels)
 
     def with_values(self, values: Mapping[str, Any]) -> Fields:
-        """Return the same fields, with other values for some keys."""
-        return Fields(self.source, {**self.values, **values}, self.names, self.labels)
+        """Return the same fields, with other values for some keys.
+
+        It takes no longer for more fields: each layer has its own, and a file may have a million keys.
+        """
+        both: Mapping[str, Any] = ChainMap(dict(values), self.values)  # type: ignore[arg-type]  # it is not written to
+        return Fields(self.source, both, self.names, self.labels)
 
     def _names(self, key: str) -> Sequence[str]:
         return (*self.names.get(key, ()), key)

@@ -1,5 +1,7 @@
 """Typed access to metadata: names, defaults, and errors that say where a value stands."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from engine.config import Fields
@@ -62,3 +64,17 @@ def test_nested_fields_say_where_they_are() -> None:
 
 def test_long_values_are_cut() -> None:
     assert shown("x" * 500) == repr("x" * 500)[:100] + "..."
+
+
+def test_other_values_are_no_copy_of_all() -> None:
+    class NotIterable(dict[str, int]):
+        """A mapping that tells what a key stands for, and nothing else."""
+
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError
+
+        keys = items = values = __iter__  # type: ignore[assignment]
+
+    fields = Fields("x", NotIterable(a=1, b=2)).with_values({"b": 3}).with_values({"c": 4})
+    assert [fields.integer(name) for name in "abc"] == [1, 3, 4]
+    assert fields.get("d") is None
