@@ -9,9 +9,11 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from engine.config.json_file import MAX_BYTES, parse_json_object
+from engine.config.json_file import parse_json_object
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile, short, split_paths
+
+MAX_HEADER_BYTES = 100_000_000  # of the safetensors format
 
 
 class WeightFiles(NamedTuple):
@@ -63,7 +65,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, int]]:
     """Yield the number format and the size of each tensor. A file begins with the length of its JSON header."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = parse_json_object(file, opened.read(min(length, MAX_BYTES)))
+        header = parse_json_object(file, opened.read(min(length, MAX_HEADER_BYTES)), MAX_HEADER_BYTES)
     header.pop("__metadata__", None)
     for name, values in header.items():
         try:

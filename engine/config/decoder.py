@@ -380,8 +380,8 @@ def _has_experts(fields: Fields, index: int) -> bool:
     if index < fields.integer("first_k_dense_replace", 0, minimum=0):
         return False
     dense = fields.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise fields.error("mlp_only_layers", f"must be a list of layers, not {shown(dense)}")
+    if not isinstance(dense, list) or len(dense) > MAX_LAYERS:
+        raise fields.error("mlp_only_layers", f"must be a list of at most {MAX_LAYERS} layers, not {shown(dense)}")
     return index not in dense and (index + 1) % fields.integer("decoder_sparse_step", 1) == 0
 
 

@@ -4,23 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 256 << 20  # the largest tokenizers have 40 MB
+MAX_BYTES = 16 << 20  # the largest tokenizer_config.json has 1 MB
+MAX_INDEX_BYTES = 64 << 20  # of an index of safetensors files; those of a trillion parameters have 20 MB
 MAX_DEPTH = 100
 MAX_DIGITS = 40  # tokenizer_config.json has model_max_length 10**30
 
 
-def read_json_file(path: Path) -> Any:
+def read_json_file(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     """Return the value in a JSON file. Raises ValueError with its path if it is none, and OSError."""
     with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    return parse_json_data(path, data)
+        data = file.read(max_bytes + 1)
+    return parse_json_data(path, data, max_bytes)
 
 
-def parse_json_data(path: Path, data: bytes | bytearray) -> Any:
+def parse_json_data(path: Path, data: bytes | bytearray, max_bytes: int = MAX_BYTES) -> Any:
     """Return the value in the content of a JSON file; `path` is for messages. Raises ValueError."""
     try:
-        if len(data) > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES} bytes")
+        if len(data) > max_bytes:
+            raise ValueError(f"larger than {max_bytes} bytes")
         value = json.loads(data, parse_int=_integer)
         _check_depth(value)
     except RecursionError:
@@ -30,14 +31,14 @@ def parse_json_data(path: Path, data: bytes | bytearray) -> Any:
     return value
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError with its path if it is none, and OSError."""
-    return _checked_object(path, read_json_file(path))
+    return _checked_object(path, read_json_file(path, max_bytes))
 
 
-def parse_json_object(path: Path, data: bytes | bytearray) -> dict[str, Any]:
+def parse_json_object(path: Path, data: bytes | bytearray, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Return the object in the content of a JSON file; `path` is for messages. Raises ValueError if it is none."""
-    return _checked_object(path, parse_json_data(path, data))
+    return _checked_object(path, parse_json_data(path, data, max_bytes))
 
 
 def _checked_object(path: Path, value: Any) -> dict[str, Any]:

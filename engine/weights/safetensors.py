@@ -1,6 +1,5 @@
 """Read safetensors files: the weights of a model, in one file or in shards, and the header of a single file."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import ModelConfig, refuse_pickle
+from engine.config.json_file import MAX_INDEX_BYTES, read_json_object
 from engine.shared.gguf import short
 from engine.weights.files import RegularFile
 from engine.weights.layout import EMBEDDING, HEAD, is_vector, model_tensors, rename
@@ -171,10 +171,7 @@ def _find_shards(folder: Path) -> dict[Path, set[str]]:
 
 
 def _read_weight_map(index: Path) -> dict[str, Any]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index}: must be a JSON object with a weight_map") from error
+    weight_map = read_json_object(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map: must map tensor names to file names")
     return weight_map

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from engine.config.json_file import read_json_object
+from engine.config.json_file import MAX_INDEX_BYTES, read_json_object
 from server.hub.cache import RepositoryCache
 from server.hub.client import HubClient, RemoteFile
 from server.hub.environment import is_offline
@@ -72,7 +72,7 @@ class Repository:
         if self.is_listed or INDEX not in chosen:
             return
         try:
-            shards = set(map(str, read_json_object(index)["weight_map"].values()))
+            shards = set(map(str, read_json_object(index, MAX_INDEX_BYTES)["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             return  # the engine says what is wrong with it
         if missing := sorted(shards - set(chosen)):

@@ -68,3 +68,10 @@ def test_an_invalid_header(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors: "):
         describe_weights(tmp_path)
+
+
+def test_a_long_header(tmp_path: Path) -> None:
+    """Other JSON files are not as long."""
+    header = b'{"a": {"dtype": "F32", "shape": [2]}}'.ljust(17 << 20)
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert describe_weights(tmp_path).num_parameters == 2

@@ -319,7 +319,8 @@ def test_gemma_4_12b(tmp_path: Path) -> None:
             {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
             "rope_theta: must be greater than 1 for yarn",
         ),
-        ({"mlp_only_layers": 1}, "mlp_only_layers: must be a list"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers: must be a list of at most 1024 layers"),
+        ({"mlp_only_layers": [0] * 1025}, "mlp_only_layers: must be a list of at most 1024 layers"),
         (
             {"rope_scaling": {"type": "longrope", "factor": 2.0, "original_max_position_embeddings": 1}},
             "rope_scaling: original_max_position_embeddings: must be greater than 1",

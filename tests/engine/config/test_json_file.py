@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import json_file, load_model_config
+from engine.config import load_model_config
 from engine.config.json_file import MAX_DEPTH, parse_json_data, read_json_file, read_json_object
 from engine.config.quantization import OTHER_FILES
 from engine.config.tokenizer_files import read_added_tokens
@@ -56,7 +56,7 @@ SIZES = {
 }
 
 
-def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits(tmp_path: Path) -> None:
     nested = (MAX_DEPTH - 1) * b"[" + b"10" + (MAX_DEPTH - 1) * b"]"
     assert parse_json_data(tmp_path, b"[" + nested + b"]")
     with pytest.raises(ValueError, match="more than 100 levels"):
@@ -65,6 +65,10 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_bytes(b"[1]")
     with pytest.raises(ValueError, match="x: must hold a JSON object"):
         read_json_object(tmp_path / "x")
-    monkeypatch.setattr(json_file, "MAX_BYTES", 2)
     with pytest.raises(ValueError, match=r"x: not valid JSON \(larger than 2 bytes\)"):
+        read_json_file(tmp_path / "x", 2)
+    (tmp_path / "x").write_bytes(b"[1]".ljust(16 << 20))
+    assert read_json_file(tmp_path / "x") == [1]
+    (tmp_path / "x").write_bytes(b"[1]".ljust((16 << 20) + 1))
+    with pytest.raises(ValueError, match=r"x: not valid JSON \(larger than 16777216 bytes\)"):
         read_json_file(tmp_path / "x")

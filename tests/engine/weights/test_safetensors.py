@@ -151,10 +151,20 @@ def test_index_that_points_elsewhere(file_name: object, tmp_path: Path) -> None:
         list(load_weights(tmp_path, tiny_config(), torch.float32))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
-def test_malformed_index(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "weight_map: must map tensor names to file names"),
+        ('{"weight_map": {}}', "weight_map: must map"),
+        ('{"weight_map": 3}', "weight_map: must map"),
+        ('{"weight_map": ' + 200 * "[" + 200 * "]" + "}", "more than 100 levels"),
+    ],
+)
+def test_malformed_index(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"index\.json: .*weight_map"):
+    with pytest.raises(ValueError, match=rf"index\.json: .*{message}"):
         list(load_weights(tmp_path, tiny_config(), torch.float32))
 
 
