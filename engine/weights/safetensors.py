@@ -15,7 +15,7 @@ from engine.config import ModelConfig, refuse_pickle
 from engine.config.json_file import MAX_INDEX_BYTES, read_json_object
 from engine.shared.gguf import short
 from engine.weights.files import RegularFile
-from engine.weights.layout import EMBEDDING, HEAD, is_vector, model_tensors, rename
+from engine.weights.layout import EMBEDDING, HEAD, UNUSED, is_vector, model_tensors, rename
 from engine.weights.packed import Weight
 from engine.weights.quantized_layers import QuantizedLayers
 
@@ -58,6 +58,8 @@ def load_safetensors(
         num_bytes_done = num_bytes_before
         for name, tensor in read_tensors(shard, expected, types):
             num_bytes_done += tensor.nbytes
+            if names[name] != shard:
+                continue
             weights = [(name, tensor)] if layers is None else _complete(layers, name, tensor, shard)
             try:
                 for weight_name, weight in weights:
@@ -177,13 +179,19 @@ def _read_weight_map(index: Path) -> dict[str, Any]:
     return weight_map
 
 
-def _read_all_names(shards: Iterable[Path]) -> dict[str, Path]:
-    """Return the file of each tensor. Raises ValueError if two files hold one of the same name."""
+def _read_all_names(shards: Mapping[Path, set[str]]) -> dict[str, Path]:
+    """Return the file of each tensor, that of the index if two hold one of the same name.
+
+    Raises ValueError if the index names neither, and the tensor is used.
+    """
     names: dict[str, Path] = {}
-    for shard in shards:
+    for shard, expected in shards.items():
         for name in _read_names(shard):
-            if names.setdefault(name, shard) != shard:
-                raise ValueError(f"{shard}: {short(name)}: the tensor is in {names[name].name} too")
+            other = names.get(name)
+            if other is None or name in expected:
+                names[name] = shard
+            elif name not in shards[other] and not UNUSED.fullmatch(name):
+                raise ValueError(f"{shard}: {short(name)}: the tensor is in {other.name} too")
     return names
 
 

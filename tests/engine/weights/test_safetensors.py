@@ -118,14 +118,37 @@ def test_shard_without_an_expected_tensor(tmp_path: Path) -> None:
         list(load_weights(tmp_path, tiny_config(), torch.float32))
 
 
-def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
-    """The index says which of them counts, but other tensors have been taken from the shard that it does not name."""
-    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "1.safetensors")
-    save_file({"b": torch.zeros(2)}, tmp_path / "2.safetensors")
-    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+def save_shards(folder: Path, weight_map: dict[str, int], *shards: dict[str, torch.Tensor]) -> None:
+    """Save the shards 1, 2, ... with an index that names one of them for each name of `weight_map`."""
+    for number, tensors in enumerate(shards, start=1):
+        save_file(tensors, folder / f"{number}.safetensors")
+    index = {"weight_map": {name: f"{number}.safetensors" for name, number in weight_map.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_a_tensor_in_two_shards_is_taken_from_that_of_the_index(chosen: int, tmp_path: Path) -> None:
+    shards = [{"b": torch.full((2,), float(number)), f"a{number}": torch.ones(2)} for number in (1, 2)]
+    save_shards(tmp_path, {"a1": 1, "a2": 2, "b": chosen}, *shards)
+    loaded = list(load_weights(tmp_path, tiny_config(), torch.float32))
+    assert sorted(name for name, _ in loaded) == ["a1", "a2", "b"]
+    assert torch.equal(dict(loaded)["b"], torch.full((2,), float(chosen)))  # type: ignore[arg-type]
+
+
+def test_a_tensor_in_two_shards_that_the_index_does_not_list(tmp_path: Path) -> None:
+    shards = [{f"a{number}": torch.ones(2), "b": torch.ones(2)} for number in (1, 2)]
+    save_shards(tmp_path, {"a1": 1, "a2": 2}, *shards)
     with pytest.raises(ValueError, match=r"2\.safetensors: b: the tensor is in 1\.safetensors too"):
         list(load_weights(tmp_path, tiny_config(), torch.float32))
+
+
+def test_a_tensor_in_two_shards_that_is_not_used(tmp_path: Path) -> None:
+    shards = [{f"a{number}": torch.ones(2), INV_FREQ: torch.ones(2)} for number in (1, 2)]
+    save_shards(tmp_path, {"a1": 1, "a2": 2}, *shards)
+    assert sorted(name for name, _ in load_weights(tmp_path, tiny_config(), torch.float32)) == ["a1", "a2"]
 
 
 @pytest.mark.parametrize("num_bytes", [0, 7, 8, 100, -1])
