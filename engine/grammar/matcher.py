@@ -112,6 +112,8 @@ class Matcher:
 
     def _mask(self, matcher: LLMatcher, num_output_tokens: int) -> bytes:
         mask, params = compute_mask(matcher), self._params
+        if _first_allowed(mask) >= self._num_token_ids:
+            raise GrammarError("it allows only tokens that the model does not have")
         is_early = num_output_tokens < params.min_tokens
         ends = [*(self._eos_token_ids if is_early or params.ignore_eos else ())]
         ends += params.stop_token_ids if is_early else ()
@@ -120,9 +122,14 @@ class Matcher:
 
 def _can_roll_back(matcher: LLMatcher) -> bool:
     """Return whether tokens can be taken back from a new matcher, which is spent afterwards. Raises GrammarError."""
-    mask = int.from_bytes(compute_mask(matcher), "little")
-    first_allowed = (mask & -mask).bit_length() - 1
-    return matcher.try_consume_tokens([first_allowed]) == 1 and matcher.rollback(1)
+    return matcher.try_consume_tokens([_first_allowed(compute_mask(matcher))]) == 1 and matcher.rollback(1)
+
+
+def _first_allowed(mask: bytes) -> int:
+    """Return the lowest token that a mask allows; one past its end if there is none."""
+    rest = mask.lstrip(b"\0")
+    first = rest[0] if rest else 1
+    return 8 * (len(mask) - len(rest)) + (first & -first).bit_length() - 1
 
 
 def _without(mask: bytes, token_ids: Sequence[int]) -> bytes:

@@ -122,6 +122,19 @@ def test_no_token_is_forced_that_the_model_does_not_have(compiler: GrammarCompil
     assert new_matcher(compiler, grammar, 1).forced_tokens([]) == []
 
 
+def test_a_grammar_that_needs_a_token_that_the_model_does_not_have(compiler: GrammarCompiler) -> None:
+    grammar = of_regex(regex.escape('{"temperature_celsius":20,"conversation_history":[]}', special_only=True))
+    forced = new_matcher(compiler, grammar).forced_tokens([])
+    largest = max(forced)
+    *before, output = (forced[:length] for length in range(forced.index(largest) + 1))
+    matcher = new_matcher(compiler, grammar, largest)
+    assert all(allowed(mask) for each in before for mask in matcher.masks(each))
+    assert matcher.masks(output) == [b""]
+    assert matcher.problem == "it allows only tokens that the model does not have"
+    (mask,) = new_matcher(compiler, grammar, largest + 1).masks(output)
+    assert allowed(mask) == {largest}
+
+
 SENTENCES = "[a-z ]+[.!]( [A-Z][a-z ]+[.!])*"
 
 
