@@ -31,7 +31,7 @@ from server.constrained.messages import (
 )
 from server.http.errors import BadRequestError
 
-MAX_PROCESSOR_SECONDS = 1.0  # for one request; most take a few milliseconds
+MAX_PROCESSOR_SECONDS = 0.7  # for one request; most take a few milliseconds
 MAX_DATA_BYTES = 2 << 30  # RLIMIT_DATA of the forked process
 MAX_PARAM_BYTES = 256
 TOO_SLOW = "following it takes too long"
