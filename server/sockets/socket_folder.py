@@ -28,12 +28,15 @@ class SocketFolder:
         made = None
         while made is None:  # another server that starts may remove it before it is locked
             made = _make(parent)
-        self.path, self._descriptor = made
+        self.path, descriptor = made
+        self._descriptor: int | None = descriptor
 
     def close(self) -> None:
-        """Remove it."""
+        """Remove it. May be called again."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _make(parent: str) -> tuple[Path, int] | None:
