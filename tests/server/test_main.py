@@ -445,7 +445,8 @@ def test_the_log_of_the_start_ends_with_what_to_do_next(
 ) -> None:
     """The curl command works with the key, and the file for `lightwell chat` lasts as long as the server."""
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
-    api = start_api(model_path=smollm2_path, api_key=key, log_format="json", environment=environment)
+    engine = {"vocab_size": 49_152}
+    api = start_api(engine, model_path=smollm2_path, api_key=key, log_format="json", environment=environment)
     folder = tmp_path / "lightwell"
     wait_until(lambda: list(folder.glob("*.json")))
     (record,) = [record for record in map(json.loads, api.log.read_text().splitlines()) if "base_url" in record]
