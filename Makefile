@@ -15,6 +15,7 @@ CLIENTS := $(patsubst %,.venv-clients/%/installed,agents clients instructor lm-e
 ARGS ?=
 WORKERS ?= auto
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+COMPILE_KERNELS := $(BIN)/python -m engine.kernels.cpu.build >/dev/null 2>&1
 TORCH ?=
 TORCH_ARGS_cpu := --upgrade --index-url https://download.pytorch.org/whl/cpu
 
@@ -71,11 +72,14 @@ clean: ## Remove .venv and all caches
 	rm -rf .venv .venv-clients $(CONFORMANCE)/node_modules $(CONFORMANCE)/npm/node_modules $(WEB)/node_modules $(MANIFESTS)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Made anew only when the dependencies change, so that the second time needs no network.
+# Made anew only when the dependencies change, so that the second time needs no network. The kernels, whose build script
+# needs no package, are compiled while pip downloads. Where they cannot be, the server says why when it starts.
 .venv/installed: pyproject.toml | .venv/bin/python
+	@$(COMPILE_KERNELS) &
 	$(if $(TORCH),$(PIP_INSTALL) $(TORCH_ARGS_$(TORCH)) "$$(grep -o 'torch>=[0-9.]*' pyproject.toml)")
 	$(PIP_INSTALL) --editable .
 	@$(BIN)/python deploy/torch_build.py $(TORCH)
+	@$(COMPILE_KERNELS) || true
 	@touch $@
 
 # A build of PyTorch that is asked for is installed even if the dependencies have not changed.

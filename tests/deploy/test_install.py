@@ -27,7 +27,9 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @has_make
 def test_a_build_of_torch_is_installed_before_the_project() -> None:
-    first, second, third, *_ = dry_run("TORCH=cpu").stdout.splitlines()
+    kernels, first, second, third, *_ = dry_run("TORCH=cpu").stdout.splitlines()
+    assert "engine.kernels.cpu.build" in kernels
+    assert kernels.endswith("&")
     requirement = first[first.index('"') :]
     echoed = subprocess.run(["sh", "-c", f"echo {requirement}"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"torch>=[\d.]+\n", echoed.stdout)
