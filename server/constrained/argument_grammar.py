@@ -15,7 +15,7 @@ from engine.grammar.compiler import MAX_GRAMMAR_BYTES
 from server.constrained.marker_writer import ANYTHING, MarkerWriter, literal
 from server.constrained.regex import escape_regex, lark_regex
 from server.text.parsers.argument_values import ALTERNATIVES, COMBINED, JSON_TYPES, STRING, ArgumentSchema, Schema
-from server.text.parsers.nested_tags import ITEM
+from server.text.parsers.nested_tags import ITEM, namespace_of
 from server.text.parsers.tool_formats import KEY, LiteralArguments, TaggedArguments
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -198,7 +198,7 @@ class ArgumentGrammar:
         if not types & {"object", "array"} or types == JSON_TYPES:
             return self._text_value(schema, end)
         assert isinstance(self.syntax, TaggedArguments)
-        namespace = self.syntax.value_end.partition("</")[0]
+        namespace = namespace_of(self.syntax)
         alternatives = []
         if "object" in types:
             objects = self._objects(self._narrow(schema, frozenset(("object",))))

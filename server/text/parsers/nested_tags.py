@@ -19,9 +19,13 @@ def nested_to_json(text: str, schema: ArgumentSchema, key: str, syntax: TaggedAr
         schema: the schema of the tool's parameters.
         key: the parameter's name.
     """
-    namespace = syntax.value_end.partition("</")[0]
-    converter = _Converter(namespace, schema)
+    converter = _Converter(namespace_of(syntax), schema)
     return converter.convert(text, converter.member(schema.root, key))
+
+
+def namespace_of(syntax: TaggedArguments) -> str:
+    """Return the text before each tag."""
+    return syntax.value_end.partition("</")[0]
 
 
 class _Converter:

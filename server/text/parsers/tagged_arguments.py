@@ -5,7 +5,7 @@ import json
 from server.text.parsers.argument_values import JSON_TYPES, STRING, ArgumentSchema, to_json
 from server.text.parsers.call_head import UNDECIDED, Head
 from server.text.parsers.markers import Markers
-from server.text.parsers.nested_tags import nested_to_json
+from server.text.parsers.nested_tags import namespace_of, nested_to_json
 from server.text.parsers.tool_formats import KEY, TaggedArguments
 
 
@@ -32,6 +32,8 @@ class TaggedArgumentsReader:
         self._key = ""
         self._types = JSON_TYPES
         self._end = Markers(())
+        self._begin_tag: str | None = None  # of the value, if it may have members of the same name
+        self._depth = 0  # of the value's tags
         self._value: list[str] = []
 
     def begins_with(self, text: str) -> bool | None:
@@ -83,6 +85,10 @@ class TaggedArgumentsReader:
             self._value.append(text)
         if match is None:
             return False
+        self._depth += 1 if match[0] == self._begin_tag else -1
+        if self._depth:
+            self._value.append(match[0])
+            return True
         self._json.append('"' if self._types == STRING else self._convert("".join(self._value)))
         self._state = self._read_key
         return True
@@ -96,13 +102,22 @@ class TaggedArgumentsReader:
         if told:
             self._types = STRING if told == STRING else (self._types - STRING or JSON_TYPES - STRING)
         end = self._syntax.value_end.replace(KEY, key)
-        self._end = Markers([end, "\n" + end] if self._syntax.is_padded else [end])
+        self._begin_tag, self._depth = None, 1
+        if self._is_nested:
+            self._begin_tag = f"{namespace_of(self._syntax)}<{key}>"
+        ends = [end, "\n" + end] if self._syntax.is_padded else [end]
+        self._end = Markers(ends if self._begin_tag is None else [*ends, self._begin_tag])
         self._state = self._skip_line_break if self._syntax.is_padded else self._read_value
         separator, quote = (", " if self._num_keys else ""), ('"' if self._types == STRING else "")
         self._json.append(f"{separator}{json.dumps(key, ensure_ascii=False)}: {quote}")
         self._num_keys += 1
 
+    @property
+    def _is_nested(self) -> bool:
+        """True if the value's members and items are tags."""
+        return self._syntax.is_nested and not self._types & STRING
+
     def _convert(self, text: str) -> str:
-        if self._syntax.is_nested and not self._types & STRING:
+        if self._is_nested:
             return nested_to_json(text, self._schema, self._key, self._syntax)
         return to_json(text, self._types)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.tagged_arguments import TaggedArgumentsReader
-from server.text.parsers.tool_formats import TaggedArguments
+from server.text.parsers.tool_formats import KEY, TaggedArguments
 from tests.server.text.parsers.test_tool_parser import cut, push_all
 
 PADDED = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
@@ -66,6 +66,27 @@ def test_arguments(syntax: TaggedArguments, data: st.DataObject, cuts: list[int]
     assert json.loads(found) == arguments
     assert (rest.lstrip(), is_complete) == ("</function>", True)
     assert convert(syntax, list(text))[0] == found
+
+
+NESTED = TaggedArguments("NS<", ">", f"NS</{KEY}>", is_nested=True)
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_members_may_have_the_name_of_the_argument(depth: int) -> None:
+    """As in a tree."""
+    tree = {"anyOf": [{"type": "integer"}, {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}]}
+    text, value = "NS<a>1NS</a>", {"a": 1}
+    for _ in range(depth):
+        text, value = f"NS<a>{text}NS</a>", {"a": value}  # type: ignore[dict-item]
+    for pieces in ([text + "end"], list(text + "end")):
+        found, rest, is_complete = convert(NESTED, pieces, {"properties": {"a": tree}})
+        assert json.loads(found) == value
+        assert (rest, is_complete) == ("end", True)
+
+
+def test_tags_in_a_string_do_not_count() -> None:
+    found, rest, _ = convert(NESTED, ["NS<a>NS<a>NS</a>end"], {"properties": {"a": {"type": "string"}}})
+    assert (json.loads(found), rest) == ({"a": "NS<a>"}, "end")
 
 
 @pytest.mark.parametrize(
