@@ -1,7 +1,6 @@
 """The grammar of an answer: its reasoning, its tool calls and its content."""
 
 from functools import partial
-from itertools import compress
 
 import msgspec
 
@@ -9,7 +8,7 @@ from server.constrained.constraints import Constraint, ConstraintBuilder, has_un
 from server.constrained.harmony_grammar import harmony_grammar
 from server.constrained.messages import ConstrainedFields
 from server.constrained.tool_grammar import ToolSchemaError, tool_grammar
-from server.schemas.tools import callable_tools, must_call
+from server.schemas.tools import Tool, followed_tools
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.harmony import HarmonyFormat
 
@@ -44,21 +43,19 @@ def answer_constraint(builder: ConstraintBuilder, body: ConstrainedFields, forma
     return Constraint(msgspec.json.encode({"grammars": grammars}).decode(), content.param, parameters)
 
 
-def unenforced_keywords(body: ConstrainedFields, *, has_calls: bool) -> list[str]:
+def unenforced_keywords(body: ConstrainedFields) -> list[str]:
     """Return the keywords of schemas that neither the content nor the calls need to follow, with their fields."""
     fields = {"response_format": body.response_format, **body.requested_outputs}
     schemas = {name: value.model_dump() for name, value in fields.items() if value}
-    if has_calls:
-        followed = compress(enumerate(body.tools or ()), _are_followed(body))
-        schemas |= {_parameters_param(index): tool.parameters for index, tool in followed}
+    schemas |= {_parameters_param(index): tool.parameters for index, tool in _followed(body)}
     return [f"{name}.uniqueItems" for name, schema in schemas.items() if has_unique_items(schema)]
 
 
 def _parameter_constraints(builder: ConstraintBuilder, body: ConstrainedFields) -> list[Constraint]:
     """Return the schemas of the tools whose calls must follow them."""
-    followed = compress(enumerate(body.tools or ()), _are_followed(body))
     return [
-        builder.json_schema({"type": "object", **tool.parameters}, _parameters_param(index)) for index, tool in followed
+        builder.json_schema({"type": "object", **tool.parameters}, _parameters_param(index))
+        for index, tool in _followed(body)
     ]
 
 
@@ -66,7 +63,7 @@ def _parameters_param(index: int) -> str:
     return f"tools[{index}].function.parameters"
 
 
-def _are_followed(body: ConstrainedFields) -> list[bool]:
-    """Return for each tool whether its calls must follow its schema."""
-    allowed, is_forced = callable_tools(body.tools, body.tool_choice), must_call(body.tool_choice)
-    return [tool in allowed and bool(is_forced or tool.function.strict) for tool in body.tools or ()]
+def _followed(body: ConstrainedFields) -> list[tuple[int, Tool]]:
+    """Return the tools whose calls must follow their schemas, with their indices."""
+    names = {tool.name for tool in followed_tools(body.tools, body.tool_choice)}
+    return [(index, tool) for index, tool in enumerate(body.tools or ()) if tool.name in names]

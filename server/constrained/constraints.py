@@ -81,11 +81,9 @@ class ConstraintBuilder:
 
     def _structured_outputs(self, body: ConstrainedFields) -> Constraint | None:
         """Return the constraint of `structured_outputs`, or of other fields that stand for its fields."""
-        if not body.requested_outputs:
+        if (param := body.output_param) is None:
             return None
-        param, outputs = list(body.requested_outputs.items())[-1]  # all are the same
-        if outputs is body.structured_outputs:
-            param = f"structured_outputs.{next(iter(outputs.constraints))}"
+        outputs = next(reversed(body.requested_outputs.values()))  # all are the same
         if outputs.disable_additional_properties is None:
             return self._outputs(outputs, param)
         allow = not outputs.disable_additional_properties

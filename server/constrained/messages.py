@@ -1,14 +1,13 @@
 """What the API process and the grammar process send each other: a length, then JSON."""
 
 import struct
-from typing import Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.structured_outputs import ResponseFormat, StructuredOutputsFields
-from server.schemas.tools import ToolChoice, Tools, callable_tools, must_call
+from server.schemas.tools import ToolChoice, Tools, followed_tools
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.harmony import HarmonyFormat
 
@@ -72,7 +71,7 @@ def encode_request(body: GenerationRequest, format: AnswerFormat | None) -> byte
     names = set(ConstrainedFields.model_fields)
     if format is None:
         names -= {"tools", "tool_choice"}
-    elif param is None and _must_follow_tools(body):
+    elif param is None and followed_tools(getattr(body, "tools", None), getattr(body, "tool_choice", None)):
         param = "tools"
     if param is None:
         return None
@@ -86,14 +85,4 @@ def _content_param(body: GenerationRequest) -> str | None:
     """Return the field that constrains the content."""
     if body.response_format is not None and body.response_format.type != "text":
         return "response_format"
-    name, outputs = next(iter(body.requested_outputs.items()), (None, None))
-    if outputs is None or outputs is not body.structured_outputs:
-        return name
-    return f"structured_outputs.{next(iter(outputs.constraints))}"
-
-
-def _must_follow_tools(body: BaseModel) -> bool:
-    """Return whether calls are required, or must follow the schemas of their tools."""
-    tools: Any = getattr(body, "tools", None)
-    choice: Any = getattr(body, "tool_choice", None)
-    return bool(tools) and (must_call(choice) or any(tool.function.strict for tool in callable_tools(tools, choice)))
+    return body.output_param

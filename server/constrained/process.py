@@ -113,8 +113,7 @@ class _Worker:
         constraint = answer_constraint(self._builder, fields, message.format)
         for each in (*constraint.checked_first, constraint):
             self._compile(each)
-        unenforced = unenforced_keywords(fields, has_calls=message.format is not None)
-        return Grammar(constraint.grammar, constraint.param, unenforced)
+        return Grammar(constraint.grammar, constraint.param, unenforced_keywords(fields))
 
     def _compile(self, constraint: Constraint) -> None:
         """Raise InvalidValueError for a grammar that cannot be followed."""

@@ -159,6 +159,14 @@ class StructuredOutputsFields(BaseModel):
             else requested | {"structured_outputs": own}
         )
 
+    @property
+    def output_param(self) -> str | None:
+        """The field that sets the constraint, for error messages."""
+        name, outputs = next(reversed(self.requested_outputs.items()), (None, None))  # all are the same
+        if outputs is None or outputs is not self.structured_outputs:
+            return name
+        return f"structured_outputs.{next(iter(outputs.constraints))}"
+
     def check_structured_outputs(self) -> None:
         if own := self.requested_outputs.get("structured_outputs"):
             own.check()

@@ -152,6 +152,12 @@ def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> l
     return [tool for tool in offered_tools(tools, choice) if named in (None, tool.name)]
 
 
+def followed_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+    """Return the tools whose calls must follow their schemas: those that may be called, if one must be or if strict."""
+    is_forced = must_call(choice)
+    return [tool for tool in callable_tools(tools, choice) if is_forced or tool.function.strict]
+
+
 class FunctionCall(BaseModel):
     """The function of a tool call."""
 
