@@ -22,8 +22,8 @@ Invariant: TypeAlias = Callable[[Product], Product]  # wraps a product
 ROW_MULTIPLES = (1, 2, 4, 8, 16, 64)  # candidates for padding
 ROW_PIECE = 64  # rows of a piece, if no padding helps
 PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 24, 31, 33, 64, 96, 192, 256, 384)
-PROBE_MAX_ROWS = 192
-PROBE_RESULTS = 2**18  # results to compare for each number of rows
+PROBE_RESULTS = 2**18  # results to compare for each number of rows: one in 2**14 shows another order of additions
+PROBE_MAX_ROWS = 2**12  # rows to draw for that
 PROBE_MAX_RESULTS = 2**25  # results of the largest product to try
 
 
@@ -49,10 +49,10 @@ def find_invariant(
     A different order of additions changes only a few of the rounded results, so each number of rows is tried on many
     rows.
     """
-    num_outputs = product(random_numbers(PROBE_MAX_ROWS, num_inputs, device=device, dtype=dtype)).shape[1]
-    most_rows = max(PROBE_MAX_ROWS, min(max_num_rows, PROBE_MAX_RESULTS // num_outputs))
-    x = random_numbers(most_rows, num_inputs, device=device, dtype=dtype)
+    num_outputs = product(random_numbers(1, num_inputs, device=device, dtype=dtype)).shape[1]
     num_rows = min(PROBE_MAX_ROWS, -(-PROBE_RESULTS // num_outputs))
+    most_rows = max(num_rows, ROW_PIECE, min(max_num_rows, PROBE_MAX_RESULTS // num_outputs))
+    x = random_numbers(most_rows, num_inputs, device=device, dtype=dtype)
     probes = [rows for rows in PROBE_ROWS if rows <= most_rows]
     invariants: list[Invariant] = [*(partial(padded, multiple=multiple) for multiple in ROW_MULTIPLES), _in_pieces]
     for invariant in invariants:
