@@ -37,11 +37,12 @@ export async function encode(kind, text, model, signal) {
  * @param {number[]} ids
  * @param {string} model
  * @param {AbortSignal} signal
+ * @param {number} numAlternatives
  * @returns {Promise<TextToken[]>}
  */
-export async function score(ids, model, signal) {
-  const json = { model, prompt: ids, max_tokens: 0, echo: true, logprobs: 0, prompt_logprobs: NUM_ALTERNATIVES };
-  const { choices } = await callJson("v1/completions", { json, signal });
+export async function score(ids, model, signal, numAlternatives = NUM_ALTERNATIVES) {
+  const fields = { max_tokens: 0, echo: true, logprobs: 0, prompt_logprobs: numAlternatives };
+  const { choices } = await callJson("v1/completions", { json: { model, prompt: ids, ...fields }, signal });
   const [{ prompt_logprobs: entries, logprobs }] = choices;
   return ids.map((id, index) => {
     const entry = entries[index];
@@ -104,7 +105,8 @@ const generated = (requestId, ids, { tokens, token_logprobs, top_logprobs }) =>
   }));
 
 /**
- * Returns the id of an alternative, which a stream names by its text only: several tokens may have the same text.
+ * Returns the id of an alternative, which a stream names by its text only. Several tokens may have the same text, and
+ * the model may give a prompt slightly other probabilities than what it writes.
  * @param {number[]} ids before it
  * @param {Alternative} alternative
  * @param {string} model
@@ -113,12 +115,11 @@ const generated = (requestId, ids, { tokens, token_logprobs, top_logprobs }) =>
  */
 export async function idOf(ids, alternative, model, signal) {
   if (alternative.id !== null) return alternative.id;
-  const fields = { max_tokens: 1, logprobs: NUM_ALTERNATIVES, return_tokens_as_token_ids: true };
-  const { choices } = await callJson("v1/completions", { json: { model, prompt: ids, ...fields }, signal });
-  const entries = /** @type {[string, number][]} */ (Object.entries(choices[0].logprobs.top_logprobs[0]));
-  const distance = (/** @type {number} */ logprob) => Math.abs(logprob - alternative.logprob);
-  const [name] = entries.reduce((best, entry) => (distance(entry[1]) < distance(best[1]) ? entry : best));
-  return Number(name.replace("token_id:", ""));
+  const [{ alternatives }] = (await score([...ids, ids[0]], model, signal, 2 * NUM_ALTERNATIVES)).slice(-1);
+  const namesakes = alternatives.filter(({ text }) => text === alternative.text);
+  const distance = (/** @type {Alternative} */ { logprob }) => Math.abs(logprob - alternative.logprob);
+  const candidates = namesakes.length ? namesakes : alternatives;
+  return /** @type {number} */ (candidates.reduce((best, entry) => (distance(entry) < distance(best) ? entry : best)).id);
 }
 
 /**
