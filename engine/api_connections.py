@@ -89,6 +89,8 @@ class ApiConnections:
         identity, content = frames[0].bytes, frames[-1].bytes
         try:
             return [(identity, repeat(partial(self.decoder.decode, content)))]
+        except MemoryError:
+            logger.error("there is too little memory to read a message of an API process")
         except Exception:
             logger.exception("a message of an API process cannot be read")
         try:
