@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.text.tokenizer import Tokenizer
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.fake_engine import FakeEngine
 from tests.support.otlp_receiver import OTLPReceiver
 from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
 from tests.support.stub_hub import StubHub
@@ -44,18 +44,30 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
         yield stub
 
 
+@pytest.fixture(scope="session")
+def default_server(model_folder: Path) -> Iterator[RunningServer]:
+    with fresh_server(model_folder) as server:
+        yield server
+
+
+@pytest.fixture
+def fake_engine(default_server: RunningServer) -> Iterator[FakeEngine]:
+    """A fake engine with default behaviour. Change `fake_engine.config` before a request to change its replies."""
+    yield default_server.engine
+    default_server.reset()
+
+
+@pytest.fixture
+def server(default_server: RunningServer, fake_engine: FakeEngine) -> RunningServer:
+    """A server with default settings in front of `fake_engine`, shared by all tests of this process."""
+    return default_server
+
+
 @pytest.fixture
 def address() -> Iterator[str]:
     """A ZeroMQ address for one test."""
     with own_address() as address:
         yield address
-
-
-@pytest.fixture
-def fake_engine(address: str) -> Iterator[FakeEngine]:
-    """A fake engine with default behaviour. Change `fake_engine.config` before a request to change its replies."""
-    with FakeEngine(FakeEngineConfig(address=address)) as engine:
-        yield engine
 
 
 @pytest.fixture
@@ -68,11 +80,6 @@ def start_server(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartS
             return stack.enter_context(running_server(context, fake_engine, **(server or {})))
 
         yield start
-
-
-@pytest.fixture
-def server(start_server: StartServer) -> RunningServer:
-    return start_server()
 
 
 @pytest.fixture
@@ -103,13 +110,6 @@ def start_traced(start_server: StartServer, receiver: OTLPReceiver, monkeypatch:
 @pytest.fixture
 def traced(start_traced: StartServer) -> RunningServer:
     return start_traced()
-
-
-@pytest.fixture(scope="session")
-def shared_server(model_folder: Path) -> Iterator[RunningServer]:
-    """A server with default settings, for tests that do not depend on its state."""
-    with fresh_server(model_folder) as server:
-        yield server
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ CONVERSIONS = [
 @pytest.mark.checklist("C18")
 @pytest.mark.parametrize(("path", "module", "field"), CONVERSIONS)
 def test_long_conversations_are_converted_in_threads(
-    shared_server: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str, module: str, field: str
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str, module: str, field: str
 ) -> None:
     """On the event loop, 10,000 messages would hold up all other requests for half a second."""
     threads: list[str] = []
@@ -37,7 +37,7 @@ def test_long_conversations_are_converted_in_threads(
     limit = {"max_tokens": 16} if path == "/v1/messages" else {}
     for num_messages in (1, 1 + LONG_BYTES // len('{"role":"user","content":"a"}')):
         body = {"model": "tiny", field: [MESSAGE] * num_messages, "stream": False, **limit}
-        httpx.post(shared_server.url + path, json=body, timeout=100)  # bounds hangs only
+        httpx.post(server.url + path, json=body, timeout=100)  # bounds hangs only
     short, long = threads
     assert short == "server"
     assert long != "server"

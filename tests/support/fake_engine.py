@@ -6,6 +6,7 @@ be killed. Both follow a `FakeEngineConfig`. As in the real engine, a step gener
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import subprocess
@@ -145,6 +146,8 @@ class _Loop:
         self.running: list[_Running] = []
         self.waiting: list[_Running] = []
         self.raw: list[bytes] = []  # messages to be sent as they are
+        self.resets: list[threading.Event] = []  # those who wait for a reset
+        self._defaults = copy.deepcopy(config)
         self.adapters = {adapter.name: adapter for adapter in config.adapters}
         self._weights = {adapter.fingerprint for adapter in config.adapters}
         self.stats = EngineStats(num_blocks=config.num_blocks)
@@ -170,7 +173,21 @@ class _Loop:
             self._socket.close()
             context.term()
 
+    def _reset(self) -> None:
+        for name, value in msgspec.structs.asdict(copy.deepcopy(self._defaults)).items():
+            setattr(self.config, name, value)
+        for what in (self.running, self.waiting, self.raw):
+            what.clear()
+        self.paused.clear()
+        self.hung.clear()
+        self.adapters = {adapter.name: adapter for adapter in self.config.adapters}
+        self._weights = {adapter.fingerprint for adapter in self.config.adapters}
+        self._next_step = 0.0
+
     def _iterate(self) -> None:
+        while self.resets:
+            self._reset()
+            self.resets.pop().set()
         if self.hung.is_set():
             time.sleep(0.01)
             return
@@ -180,7 +197,7 @@ class _Loop:
             del self.raw[0]
         now = time.monotonic()
         busy = bool(self.running or self.waiting) and not self.paused.is_set()
-        wait = max(0.0, self._next_step - now) if busy else 0.02
+        wait = max(0.0, self._next_step - now) if busy else 0.005
         if self._socket.poll(round(wait * 1000)):
             self._read()
         elif busy and time.monotonic() >= self._next_step:
@@ -561,8 +578,15 @@ class FakeEngine:
         self._loop.raw.append(message if isinstance(message, bytes) else msgspec.msgpack.encode(message))
 
     def hang(self) -> None:
-        """Stop steps and heartbeats for good."""
+        """Stop steps and heartbeats, until `reset`."""
         self._loop.hung.set()
+
+    def reset(self) -> None:
+        """Forget all requests and all that was received, and behave as at the start. Clients stay connected."""
+        done = threading.Event()
+        self._loop.resets.append(done)
+        assert done.wait(10)
+        self.received.clear()
 
 
 class FakeEngineProcess:

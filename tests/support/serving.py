@@ -25,18 +25,23 @@ from server.settings.table import Settings
 from server.sockets.certificate import Certificate
 from server.sockets.listeners import bind, url
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.turned_loop import TurnedLoop
 
 MODEL_NAMES = ("tiny", "org/tiny")
 
 
 class RunningServer:
-    """The URL and the internal state of a running server."""
+    """The URL and the internal state of a running server. `turn(seconds)` lets time pass on its event loop."""
 
-    def __init__(self, url: str, app: FastAPI, context: ServerContext, engine: FakeEngine | None) -> None:
+    def __init__(
+        self, url: str, app: FastAPI, context: ServerContext, engine: FakeEngine | None, loop: TurnedLoop
+    ) -> None:
         self.url = url
+        self.turn = loop.turn
         self.context = context
         self._app = app
         self._engine = engine
+        self._counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}  # metrics at the last reset
 
     @property
     def model(self) -> ServedModel:
@@ -63,11 +68,25 @@ class RunningServer:
         return connection
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the current value of a sample."""
+        """Return the value of a sample; of a counter, since the last reset."""
         own = {"model_name": MODEL_NAMES[0], "engine": "0"}
         registry = self.context.metrics.registry
-        value = registry.get_sample_value(name, own | labels)
-        return value if value is not None else registry.get_sample_value(name, labels) or 0.0
+        for its in (own | labels, labels):
+            value = registry.get_sample_value(name, its)
+            if value is not None:
+                return value - self._counted.get((name, tuple(sorted(its.items()))), 0.0)
+        return 0.0
+
+    def reset(self) -> None:
+        """Prepare the server and its engine for another test, after the requests of the last one have ended."""
+        wait_until(lambda: not self.context.running)
+        self.engine.reset()
+        self._counted = {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in self.context.metrics.registry.collect()
+            if family.type in ("counter", "histogram", "summary")
+            for sample in family.samples
+        }
 
 
 def send_repeatedly(connection: socket.socket, data: bytes, *, seconds: float, pause: float = 0.0) -> None:
@@ -78,8 +97,8 @@ def send_repeatedly(connection: socket.socket, data: bytes, *, seconds: float, p
         time.sleep(pause)
 
 
-def wait_until(condition: Any, timeout: float = 5.0) -> None:
-    """Poll until `condition()` is true. Fail after `timeout` seconds."""
+def wait_until(condition: Any, timeout: float = 60.0) -> None:
+    """Poll until `condition()` is true. Fail after `timeout` seconds, which are for hangs only."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -128,21 +147,21 @@ def running_server(
         forwarded_allow_ips=forwarded_allow_ips,
     )
     sockets = bind("127.0.0.1", 0)
-    loops: list[asyncio.AbstractEventLoop] = []
+    loop = TurnedLoop()
 
-    async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        await server.serve(sockets)
+    def serve() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(server.serve(sockets))
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")
+    thread = threading.Thread(target=serve, name="server")
     thread.start()
     try:
         wait_until(lambda: server.started)
         if wait_ready:
             wait_until(lambda: context.models.default.client.is_ready)
-        yield RunningServer(url(sockets[0], is_tls=certificate is not None), app, context, engine)
+        yield RunningServer(url(sockets[0], is_tls=certificate is not None), app, context, engine, loop)
     finally:
-        loops[0].call_soon_threadsafe(server.stop)
+        loop.call_soon_threadsafe(server.stop)
         thread.join(timeout=10)
         assert not thread.is_alive()
 

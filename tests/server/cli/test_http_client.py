@@ -69,9 +69,9 @@ def test_another_503_is_an_error() -> None:
         find_model(client)
 
 
-def test_https_at_a_plain_port_is_explained(shared_server: RunningServer) -> None:
+def test_https_at_a_plain_port_is_explained(server: RunningServer) -> None:
     with (
-        connect(shared_server.url.replace("http:", "https:"), None) as client,
+        connect(server.url.replace("http:", "https:"), None) as client,
         pytest.raises(RemoteError, match=r"no TLS at https://.*: should the address begin with http://\?"),
     ):
         find_model(client)

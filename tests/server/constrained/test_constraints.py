@@ -31,17 +31,15 @@ ACCEPTED: list[tuple[dict[str, Any], list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("constraint", "good", "bad"), ACCEPTED)
-def test_structured_outputs(
-    shared_server: RunningServer, constraint: dict[str, Any], good: list[str], bad: list[str]
-) -> None:
+def test_structured_outputs(server: RunningServer, constraint: dict[str, Any], good: list[str], bad: list[str]) -> None:
     for path in (CHAT, COMPLETIONS):
-        grammar = grammar_of(shared_server, path, structured_outputs=constraint)
-        assert [text for text in good if not matches(shared_server, grammar, text)] == []
-        assert [text for text in bad if matches(shared_server, grammar, text)] == []
+        grammar = grammar_of(server, path, structured_outputs=constraint)
+        assert [text for text in good if not matches(server, grammar, text)] == []
+        assert [text for text in bad if matches(server, grammar, text)] == []
 
 
 @pytest.mark.parametrize(("alias", "field"), ALIASES.items())
-def test_aliases(shared_server: RunningServer, alias: str, field: str) -> None:
+def test_aliases(server: RunningServer, alias: str, field: str) -> None:
     """A field of another server, alone or beside an equal `structured_outputs`, which guidance sends too."""
     kind = field.rstrip("_")
     for constraint, good, bad in ACCEPTED:
@@ -49,43 +47,43 @@ def test_aliases(shared_server: RunningServer, alias: str, field: str) -> None:
             continue
         fields = {alias: constraint[kind], "guided_decoding_backend": "guidance"}
         for path in (CHAT, COMPLETIONS):
-            grammar = grammar_of(shared_server, path, **fields)
-            assert grammar == grammar_of(shared_server, path, structured_outputs=constraint)
-            assert grammar == grammar_of(shared_server, path, structured_outputs=constraint, **fields)
-        assert [text for text in good if not matches(shared_server, grammar, text)] == []
-        assert [text for text in bad if matches(shared_server, grammar, text)] == []
+            grammar = grammar_of(server, path, **fields)
+            assert grammar == grammar_of(server, path, structured_outputs=constraint)
+            assert grammar == grammar_of(server, path, structured_outputs=constraint, **fields)
+        assert [text for text in good if not matches(server, grammar, text)] == []
+        assert [text for text in bad if matches(server, grammar, text)] == []
 
 
-def test_schemas_are_compared_as_json(shared_server: RunningServer) -> None:
+def test_schemas_are_compared_as_json(server: RunningServer) -> None:
     outputs = {"json": json.dumps(SCHEMA, indent=1), "disable_any_whitespace": True}
-    assert grammar_of(shared_server, CHAT, guided_json=SCHEMA, json_schema=SCHEMA, structured_outputs=outputs)
+    assert grammar_of(server, CHAT, guided_json=SCHEMA, json_schema=SCHEMA, structured_outputs=outputs)
     different = [SCHEMA | {"title": "a"}, {"const": True}, {"const": 1}, {"const": 1.0}, "{", '{"const":"1"}']
     for one, other in itertools.permutations(different, 2):
-        refuse(shared_server, CHAT, "guided_json", guided_json=one, structured_outputs={"json": other})
+        refuse(server, CHAT, "guided_json", guided_json=one, structured_outputs={"json": other})
 
 
-def test_an_empty_grammar_is_none(shared_server: RunningServer) -> None:
+def test_an_empty_grammar_is_none(server: RunningServer) -> None:
     """llama.cpp's clients may send it."""
-    assert grammar_of(shared_server, CHAT, grammar="") is None
-    assert grammar_of(shared_server, CHAT, grammar="", ebnf='root ::= "a"') is not None
+    assert grammar_of(server, CHAT, grammar="") is None
+    assert grammar_of(server, CHAT, grammar="", ebnf='root ::= "a"') is not None
 
 
-def test_response_format(shared_server: RunningServer) -> None:
-    grammar = grammar_of(shared_server, CHAT, response_format={"type": "json_object"})
-    assert matches(shared_server, grammar, '{"a":[]}')
+def test_response_format(server: RunningServer) -> None:
+    grammar = grammar_of(server, CHAT, response_format={"type": "json_object"})
+    assert matches(server, grammar, '{"a":[]}')
     for path in (CHAT, COMPLETIONS):
-        grammar = grammar_of(shared_server, path, response_format=json_schema(SCHEMA))
-        assert matches(shared_server, grammar, COMPACT)
-        assert not matches(shared_server, grammar, SPACED)
+        grammar = grammar_of(server, path, response_format=json_schema(SCHEMA))
+        assert matches(server, grammar, COMPACT)
+        assert not matches(server, grammar, SPACED)
     for same in ({"type": "text"}, None):
-        assert grammar_of(shared_server, COMPLETIONS, response_format=same) is None
-        assert grammar_of(shared_server, CHAT, response_format=same) is None
-    assert grammar_of(shared_server, CHAT, structured_outputs=None) is None
+        assert grammar_of(server, COMPLETIONS, response_format=same) is None
+        assert grammar_of(server, CHAT, response_format=same) is None
+    assert grammar_of(server, CHAT, structured_outputs=None) is None
 
 
-def test_the_vocabulary_is_sent_once_and_first(shared_server: RunningServer) -> None:
-    ask(shared_server.url, CHAT, max_tokens=1)
-    kinds = [type(message).__name__ for message in shared_server.engine.received]
+def test_the_vocabulary_is_sent_once_and_first(server: RunningServer) -> None:
+    ask(server.url, CHAT, max_tokens=1)
+    kinds = [type(message).__name__ for message in server.engine.received]
     assert kinds[:2] == ["Hello", "Vocabulary"]
     assert kinds.count("Vocabulary") == 1
 
@@ -166,23 +164,23 @@ def refuse(server: RunningServer, path: str, param: str, **fields: Any) -> str:
 
 @pytest.mark.checklist("C21")
 @pytest.mark.parametrize(("schema", "problem"), HOSTILE_SCHEMAS)
-def test_schemas_that_cannot_be_followed(shared_server: RunningServer, schema: Any, problem: str) -> None:
+def test_schemas_that_cannot_be_followed(server: RunningServer, schema: Any, problem: str) -> None:
     param = "response_format.json_schema.schema"
-    assert problem in refuse(shared_server, CHAT, param, response_format=json_schema(schema))
+    assert problem in refuse(server, CHAT, param, response_format=json_schema(schema))
     if "nested" not in problem:
         constraint = {"json": schema}
-        assert problem in refuse(shared_server, COMPLETIONS, "structured_outputs.json", structured_outputs=constraint)
+        assert problem in refuse(server, COMPLETIONS, "structured_outputs.json", structured_outputs=constraint)
 
 
-def test_exact_integers_and_annotations_are_accepted(shared_server: RunningServer) -> None:
+def test_exact_integers_and_annotations_are_accepted(server: RunningServer) -> None:
     schema = {"type": "integer", "default": -(2**63), "examples": [2**53 + 1], "enum": [5, 2**60, 2**63 - 1]}
-    answer = ask(shared_server.url, CHAT, response_format=json_schema(schema), max_tokens=1)
+    answer = ask(server.url, CHAT, response_format=json_schema(schema), max_tokens=1)
     assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("schema", UNSUPPORTED_KEYWORDS, ids=lambda schema: next(iter(schema)))
-def test_keywords_are_followed_or_refused(shared_server: RunningServer, schema: dict[str, Any]) -> None:
-    message = refuse(shared_server, COMPLETIONS, "structured_outputs.json", structured_outputs={"json": schema})
+def test_keywords_are_followed_or_refused(server: RunningServer, schema: dict[str, Any]) -> None:
+    message = refuse(server, COMPLETIONS, "structured_outputs.json", structured_outputs={"json": schema})
     assert re.search(r"Unimplemented keys: \[.*" + re.escape(next(iter(schema))), message)
 
 
@@ -220,51 +218,51 @@ OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.checklist("C21")
 @pytest.mark.parametrize(("constraint", "field", "problem"), OTHER_REFUSALS)
 def test_other_grammars_that_cannot_be_followed(
-    shared_server: RunningServer, constraint: dict[str, Any], field: str, problem: str
+    server: RunningServer, constraint: dict[str, Any], field: str, problem: str
 ) -> None:
     param = f"structured_outputs.{field}"
-    assert problem in refuse(shared_server, COMPLETIONS, param, structured_outputs=constraint)
+    assert problem in refuse(server, COMPLETIONS, param, structured_outputs=constraint)
 
 
 @pytest.mark.parametrize("pattern", COUNTING_PATTERNS)
-def test_counts(shared_server: RunningServer, pattern: str) -> None:
+def test_counts(server: RunningServer, pattern: str) -> None:
     for constraint in ({"regex": pattern}, {"json": {"pattern": pattern}}, {"grammar": f"start: /{pattern}/"}):
-        assert grammar_of(shared_server, COMPLETIONS, structured_outputs=constraint)
+        assert grammar_of(server, COMPLETIONS, structured_outputs=constraint)
     lines = {"grammar": "start: (LINE | list){1,500}\nlist: start{1,100}\nLINE: /[^\\n]{1,100}/ /\\n/"}
-    assert grammar_of(shared_server, COMPLETIONS, structured_outputs=lines)
+    assert grammar_of(server, COMPLETIONS, structured_outputs=lines)
 
 
-def test_the_slowest_schema_that_is_compiled(shared_server: RunningServer) -> None:
+def test_the_slowest_schema_that_is_compiled(server: RunningServer) -> None:
     schema = {"anyOf": [wide(200, {"const": index}) for index in range(30)]}
     with processor_limit(2):
-        ask(shared_server.url, COMPLETIONS, max_tokens=1, structured_outputs={"json": schema})
+        ask(server.url, COMPLETIONS, max_tokens=1, structured_outputs={"json": schema})
 
 
-def test_the_widest_object(shared_server: RunningServer) -> None:
-    grammar = grammar_of(shared_server, COMPLETIONS, structured_outputs={"json": wide(200)})
-    assert matches(shared_server, grammar, '{"p7":1,"p188":{"a":[]},"q":null}')
+def test_the_widest_object(server: RunningServer) -> None:
+    grammar = grammar_of(server, COMPLETIONS, structured_outputs={"json": wide(200)})
+    assert matches(server, grammar, '{"p7":1,"p188":{"a":[]},"q":null}')
 
 
-def test_llama_cpps_name_of_the_schema(shared_server: RunningServer) -> None:
-    expected = grammar_of(shared_server, CHAT, response_format=json_schema(SCHEMA))
+def test_llama_cpps_name_of_the_schema(server: RunningServer) -> None:
+    expected = grammar_of(server, CHAT, response_format=json_schema(SCHEMA))
     for kind in ("json_schema", "json_object"):
-        assert grammar_of(shared_server, CHAT, response_format={"type": kind, "schema": SCHEMA}) == expected
+        assert grammar_of(server, CHAT, response_format={"type": kind, "schema": SCHEMA}) == expected
     for constraint in (json_schema(SCHEMA) | {"schema": SCHEMA}, {"type": "text", "schema": SCHEMA}):
-        refuse(shared_server, CHAT, "response_format.schema", response_format=constraint)
+        refuse(server, CHAT, "response_format.schema", response_format=constraint)
     bad = {"type": "json_object", "schema": {"type": "strin"}}
-    refuse(shared_server, CHAT, "response_format.schema", response_format=bad)
+    refuse(server, CHAT, "response_format.schema", response_format=bad)
 
 
-def test_exactly_one(shared_server: RunningServer) -> None:
+def test_exactly_one(server: RunningServer) -> None:
     expected = "expected exactly one of json, regex, choice, grammar, json_object, structural_tag, but got "
     for constraint, got in (({}, "none."), ({"regex": "a", "json_object": True}, "json_object and regex.")):
-        message = refuse(shared_server, CHAT, "structured_outputs", structured_outputs=constraint)
+        message = refuse(server, CHAT, "structured_outputs", structured_outputs=constraint)
         assert message == f"Invalid 'structured_outputs': {expected}{got}"
     both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
-    message = refuse(shared_server, CHAT, "structured_outputs.regex", **both)
+    message = refuse(server, CHAT, "structured_outputs.regex", **both)
     assert message == "Invalid 'structured_outputs.regex': not allowed with 'response_format'."
     for other in ({"guided_choice": ["b"]}, {"regex": "b"}, {"structured_outputs": {"json_object": True}}):
-        message = refuse(shared_server, CHAT, "guided_regex", guided_regex="a", **other)
+        message = refuse(server, CHAT, "guided_regex", guided_regex="a", **other)
         other_name = next(iter(other))
         assert message == f"Invalid 'guided_regex': not allowed with '{other_name}', which sets another constraint."
 
@@ -281,26 +279,26 @@ def test_exactly_one(shared_server: RunningServer) -> None:
         ("json", "response_format", "invalid_type"),
     ],
 )
-def test_wrong_shapes(shared_server: RunningServer, constraint: Any, param: str, code: str | None) -> None:
+def test_wrong_shapes(server: RunningServer, constraint: Any, param: str, code: str | None) -> None:
     for path in (CHAT, COMPLETIONS):
-        error = check_error(ask(shared_server.url, path, response_format=constraint), 400)
+        error = check_error(ask(server.url, path, response_format=constraint), 400)
         assert error["param"] == param
         assert code in (None, error["code"])
 
 
-def test_unknown_fields_are_refused(shared_server: RunningServer) -> None:
+def test_unknown_fields_are_refused(server: RunningServer) -> None:
     fields = {"response_format": {"type": "json_object", "size": {}}}
-    error = check_error(ask(shared_server.url, CHAT, **fields), 400)
+    error = check_error(ask(server.url, CHAT, **fields), 400)
     assert error["message"] == "Unrecognized request argument supplied: response_format.size"
     assert error["param"] == "response_format.size"
 
 
-def test_options_of_other_servers(shared_server: RunningServer) -> None:
+def test_options_of_other_servers(server: RunningServer) -> None:
     constraint = {"json": SCHEMA}
-    plain = grammar_of(shared_server, CHAT, structured_outputs=constraint)
+    plain = grammar_of(server, CHAT, structured_outputs=constraint)
     harmless = {"disable_any_whitespace": True, "disable_fallback": True, "disable_additional_properties": True}
     for options in (harmless, dict.fromkeys([*harmless, "whitespace_pattern"])):
-        assert grammar_of(shared_server, CHAT, structured_outputs=constraint | options) == plain
+        assert grammar_of(server, CHAT, structured_outputs=constraint | options) == plain
     refuse(
         shared_server,
         CHAT,
@@ -308,5 +306,5 @@ def test_options_of_other_servers(shared_server: RunningServer) -> None:
         structured_outputs=constraint | {"disable_any_whitespace": False},
     )
     for name, value in (("disable_additional_properties", 1), ("whitespace_pattern", ""), ("disable_fallback", 1)):
-        error = check_error(ask(shared_server.url, CHAT, structured_outputs=constraint | {name: value}), 400)
+        error = check_error(ask(server.url, CHAT, structured_outputs=constraint | {name: value}), 400)
         assert error["param"] == f"structured_outputs.{name}"

@@ -51,25 +51,23 @@ REWRITTEN: list[tuple[dict[str, Any], list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), REWRITTEN)
-def test_rewritten_keywords(
-    shared_server: RunningServer, schema: dict[str, Any], good: list[str], bad: list[str]
-) -> None:
+def test_rewritten_keywords(server: RunningServer, schema: dict[str, Any], good: list[str], bad: list[str]) -> None:
     validator = Draft202012Validator(schema)
     for text in good + bad:
         assert validator.is_valid(json.loads(text)) == (text in good)
-    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(schema))
-    assert [text for text in good if not matches(shared_server, grammar, text)] == []
-    assert [text for text in bad if matches(shared_server, grammar, text)] == []
+    grammar = grammar_of(server, CHAT, response_format=json_schema(schema))
+    assert [text for text in good if not matches(server, grammar, text)] == []
+    assert [text for text in bad if matches(server, grammar, text)] == []
 
 
-def test_names_within_names(shared_server: RunningServer) -> None:
+def test_names_within_names(server: RunningServer) -> None:
     """Each level repeats the schema of its values once, however many names it allows."""
     schema: dict[str, Any] = {"type": "integer"}
     for _ in range(25):
         schema = {"type": "object", "propertyNames": NAMES, "additionalProperties": schema}
-    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(schema))
+    grammar = grammar_of(server, CHAT, response_format=json_schema(schema))
     assert len(grammar or "") < 5_000
-    assert matches(shared_server, grammar, '{"a":' * 25 + "7" + "}" * 25)
+    assert matches(server, grammar, '{"a":' * 25 + "7" + "}" * 25)
 
 
 PERSON: dict[str, Any] = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
@@ -134,18 +132,18 @@ def test_a_request_overrides_the_setting(servers: list[RunningServer]) -> None:
             assert matches(server, grammar, OUTSIDE) == (not disables)
 
 
-def test_fields_that_agree(shared_server: RunningServer) -> None:
+def test_fields_that_agree(server: RunningServer) -> None:
     """`response_format` may say the same as another field, or less; empty or unknown options are no obstacle."""
-    url, any_object = shared_server.url, {"type": "json_object"}
+    url, any_object = server.url, {"type": "json_object"}
     same: dict[str, Any] = {"response_format": json_schema(PERSON), "guided_json": PERSON}
     for fields in (same, {"response_format": any_object, "guided_json": PERSON}):
-        grammar = grammar_of(shared_server, CHAT, **fields)
-        assert matches(shared_server, grammar, INSIDE)
-        assert not matches(shared_server, grammar, '{"nam":"Jo"}')
+        grammar = grammar_of(server, CHAT, **fields)
+        assert matches(server, grammar, INSIDE)
+        assert not matches(server, grammar, '{"nam":"Jo"}')
     for other in ({"guided_json": {"type": "array"}}, {"guided_regex": "a"}):
         assert ask(url, CHAT, response_format=any_object, **other).status_code == 400
-    grammar = grammar_of(shared_server, CHAT, guided_choice=["a", "b"], structured_outputs={})
-    assert matches(shared_server, grammar, "b")
+    grammar = grammar_of(server, CHAT, guided_choice=["a", "b"], structured_outputs={})
+    assert matches(server, grammar, "b")
     assert ask(url, CHAT, structured_outputs={}).status_code == 400
     answer = ask(url, CHAT, structured_outputs={"regex": "a", "backend": "xgrammar"})
     assert answer.headers["x-lightwell-warnings"] == "ignored parameters: structured_outputs.backend"

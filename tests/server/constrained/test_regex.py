@@ -119,14 +119,14 @@ EVERYWHERE: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "answer"), EVERYWHERE)
-def test_all_fields_with_patterns(shared_server: RunningServer, fields: dict[str, Any], answer: str) -> None:
-    grammar = grammar_of(shared_server, CHAT, **fields)
-    assert matches(shared_server, grammar, answer % GOOD)
-    assert not matches(shared_server, grammar, answer % BAD)
+def test_all_fields_with_patterns(server: RunningServer, fields: dict[str, Any], answer: str) -> None:
+    grammar = grammar_of(server, CHAT, **fields)
+    assert matches(server, grammar, answer % GOOD)
+    assert not matches(server, grammar, answer % BAD)
 
 
-def test_names_with_the_same_pattern_are_refused(shared_server: RunningServer) -> None:
+def test_names_with_the_same_pattern_are_refused(server: RunningServer) -> None:
     """They are not merged, which would lose one of their schemas."""
     schema = {"type": "object", "patternProperties": {r"^\d$": {"type": "integer"}, "^[0-9]$": {"minimum": 3}}}
-    error = check_error(ask(shared_server.url, CHAT, response_format=json_schema(schema)), 400)
+    error = check_error(ask(server.url, CHAT, response_format=json_schema(schema)), 400)
     assert "not disjoint" in error["message"]

@@ -92,13 +92,13 @@ SPECIAL: list[tuple[Fields, list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("format", "good", "bad"), FORMATS + SPECIAL)
-def test_formats(shared_server: RunningServer, format: Fields, good: list[str], bad: list[str]) -> None:
+def test_formats(server: RunningServer, format: Fields, good: list[str], bad: list[str]) -> None:
     constraint = {"type": "structural_tag", "format": format}
-    grammar = grammar_of(shared_server, CHAT, response_format=constraint)
+    grammar = grammar_of(server, CHAT, response_format=constraint)
     for other in ({"structural_tag": constraint}, {"structural_tag": json.dumps(constraint)}):
-        assert grammar_of(shared_server, COMPLETIONS, structured_outputs=other) == grammar
-    assert [text for text in good if not allows(shared_server, grammar, text)] == []
-    assert [text for text in bad if allows(shared_server, grammar, text)] == []
+        assert grammar_of(server, COMPLETIONS, structured_outputs=other) == grammar
+    assert [text for text in good if not allows(server, grammar, text)] == []
+    assert [text for text in bad if allows(server, grammar, text)] == []
 
 
 REFUSED: list[tuple[Fields, str, str]] = [
@@ -122,38 +122,36 @@ REFUSED: list[tuple[Fields, str, str]] = [
 
 
 @pytest.mark.parametrize(("format", "path", "problem"), REFUSED)
-def test_formats_that_cannot_be_followed(shared_server: RunningServer, format: Fields, path: str, problem: str) -> None:
+def test_formats_that_cannot_be_followed(server: RunningServer, format: Fields, path: str, problem: str) -> None:
     constraint = {"type": "structural_tag", "format": format}
-    error = check_error(ask(shared_server.url, CHAT, response_format=constraint), 400)
+    error = check_error(ask(server.url, CHAT, response_format=constraint), 400)
     assert error["param"].startswith("response_format")
     assert error["param"].endswith(path)
     assert problem in error["message"]
 
 
-def test_errors_in_a_json_text_name_the_part(shared_server: RunningServer) -> None:
+def test_errors_in_a_json_text_name_the_part(server: RunningServer) -> None:
     constraint = {"type": "structural_tag", "format": parts("sequence", NUMBER, text("a"), {"type": "regex"})}
     fields = {"structured_outputs": {"structural_tag": json.dumps(constraint)}}
-    error = check_error(ask(shared_server.url, COMPLETIONS, **fields), 400)
+    error = check_error(ask(server.url, COMPLETIONS, **fields), 400)
     assert error["param"] == "structured_outputs.structural_tag.format.elements[2].pattern"
 
 
-def test_a_tree_that_is_too_deep(shared_server: RunningServer) -> None:
+def test_a_tree_that_is_too_deep(server: RunningServer) -> None:
     format: Fields = NUMBER
     for _ in range(70):
         format = {"type": "optional", "content": format}
     constraint = {"type": "structural_tag", "format": format}
-    assert check_error(ask(shared_server.url, CHAT, response_format=constraint), 400)["param"].startswith(
-        "response_format"
-    )
+    assert check_error(ask(server.url, CHAT, response_format=constraint), 400)["param"].startswith("response_format")
 
 
-def test_a_tree_that_is_too_large(shared_server: RunningServer) -> None:
+def test_a_tree_that_is_too_large(server: RunningServer) -> None:
     """The grammar of each part would list all the parts that may follow it."""
     rows = [parts("sequence", *[{"type": "optional", "content": text("a")}] * 128) for _ in range(10)]
     constraint = {"type": "structural_tag", "format": parts("sequence", *rows)}
     for fields in ({"response_format": constraint}, {"structured_outputs": {"structural_tag": json.dumps(constraint)}}):
         with processor_limit(1):
-            error = check_error(ask(shared_server.url, CHAT, **fields), 400)
+            error = check_error(ask(server.url, CHAT, **fields), 400)
         assert error["message"].endswith("expected at most 512 parts.")
 
 
@@ -176,18 +174,18 @@ def nested_in(depth: int, wrap: Callable[[Fields], Fields], format: Fields = NUM
     ],
     ids=["alternatives", "ends", "triggers", "optional parts"],
 )
-def test_formats_with_exponentially_many_alternatives(shared_server: RunningServer, format: Fields) -> None:
+def test_formats_with_exponentially_many_alternatives(server: RunningServer, format: Fields) -> None:
     fields = {"response_format": {"type": "structural_tag", "format": format}}
     with processor_limit(2):
-        answer = ask(shared_server.url, CHAT, max_tokens=1, **fields)
+        answer = ask(server.url, CHAT, max_tokens=1, **fields)
     assert answer.status_code in (200, 400), answer.text
 
 
 @pytest.mark.parametrize("depth", [70, 300, 900])
-def test_a_text_that_is_too_deep(shared_server: RunningServer, depth: int) -> None:
+def test_a_text_that_is_too_deep(server: RunningServer, depth: int) -> None:
     nested_text = '{"type":"optional","content":' * depth + json.dumps(NUMBER) + "}" * depth
     constraint = {"structural_tag": f'{{"type":"structural_tag","format":{nested_text}}}'}
-    error = check_error(ask(shared_server.url, COMPLETIONS, structured_outputs=constraint), 400)
+    error = check_error(ask(server.url, COMPLETIONS, structured_outputs=constraint), 400)
     assert error["param"].startswith("structured_outputs.structural_tag")
 
 
@@ -204,14 +202,14 @@ TAG: dict[str, Any] = {
 }
 
 
-def test_structures(shared_server: RunningServer) -> None:
+def test_structures(server: RunningServer) -> None:
     """In free text, each trigger begins a structure."""
     for path, constraint in (
         (CHAT, {"response_format": TAG}),
         (COMPLETIONS, {"structured_outputs": {"structural_tag": TAG}}),
         (COMPLETIONS, {"structured_outputs": {"structural_tag": json.dumps(TAG)}}),
     ):
-        grammar = grammar_of(shared_server, path, **constraint)
+        grammar = grammar_of(server, path, **constraint)
         for text, good in (
             ("", True),
             ("No <f> in\n[it] at all.", True),
@@ -222,7 +220,7 @@ def test_structures(shared_server: RunningServer) -> None:
             ("<f=size>", False),
             ("a[1]{}", False),
         ):
-            assert allows(shared_server, grammar, text) == good, text
+            assert allows(server, grammar, text) == good, text
 
 
 @pytest.mark.parametrize(
@@ -241,5 +239,5 @@ def test_structures(shared_server: RunningServer) -> None:
         ({"type": "text", "format": {"type": "any_text"}}, "response_format.format"),
     ],
 )
-def test_structures_that_cannot_be_followed(shared_server: RunningServer, changes: dict[str, Any], param: str) -> None:
-    assert check_error(ask(shared_server.url, CHAT, response_format=TAG | changes), 400)["param"] == param
+def test_structures_that_cannot_be_followed(server: RunningServer, changes: dict[str, Any], param: str) -> None:
+    assert check_error(ask(server.url, CHAT, response_format=TAG | changes), 400)["param"] == param

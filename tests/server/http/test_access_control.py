@@ -215,14 +215,14 @@ def test_who_is_an_admin(
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:8000", "192.168.0.1", "gateway:80"]
 )
-def test_own_hosts(shared_server: RunningServer, host: str) -> None:
-    assert httpx.get(shared_server.url + "/health", headers={"host": host}).status_code == 200
+def test_own_hosts(server: RunningServer, host: str) -> None:
+    assert httpx.get(server.url + "/health", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "["])
-def test_foreign_hosts_on_loopback(shared_server: RunningServer, host: str) -> None:
+def test_foreign_hosts_on_loopback(server: RunningServer, host: str) -> None:
     for path in ("/health", "/v1/models"):
-        check_error(httpx.get(shared_server.url + path, headers={"host": host}), 403)
+        check_error(httpx.get(server.url + path, headers={"host": host}), 403)
 
 
 def test_a_foreign_host_names_the_flag_that_allows_it(start_server: StartServer) -> None:
@@ -237,13 +237,13 @@ def test_a_foreign_host_names_the_flag_that_allows_it(start_server: StartServer)
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example", "https://["])
-def test_foreign_origins_on_loopback(shared_server: RunningServer, origin: str) -> None:
-    check_error(httpx.post(shared_server.url + "/tokenize", json={"prompt": "hi"}, headers={"origin": origin}), 403)
+def test_foreign_origins_on_loopback(server: RunningServer, origin: str) -> None:
+    check_error(httpx.post(server.url + "/tokenize", json={"prompt": "hi"}, headers={"origin": origin}), 403)
 
 
-def test_pages_of_this_machine_may_call(shared_server: RunningServer) -> None:
+def test_pages_of_this_machine_may_call(server: RunningServer) -> None:
     for origin in ("http://localhost:3000", "http://127.0.0.1", "http://[::1]:5"):
-        response = httpx.post(shared_server.url + "/tokenize", json={"prompt": "hi"}, headers={"origin": origin})
+        response = httpx.post(server.url + "/tokenize", json={"prompt": "hi"}, headers={"origin": origin})
         assert response.status_code == 200
 
 

@@ -7,22 +7,22 @@ from tests.support.serving import RunningServer, check_error
 
 
 @pytest.mark.checklist("A13")
-def test_unknown_routes_and_methods(shared_server: RunningServer) -> None:
-    error = check_error(httpx.post(shared_server.url + "/v1/foo?key=secret", json={}), 404)
+def test_unknown_routes_and_methods(server: RunningServer) -> None:
+    error = check_error(httpx.post(server.url + "/v1/foo?key=secret", json={}), 404)
     assert error["message"] == "Invalid URL (POST /v1/foo)"
     assert error["code"] is None
-    response = httpx.get(shared_server.url + "/v1/completions")
+    response = httpx.get(server.url + "/v1/completions")
     check_error(response, 405)
     assert response.headers["allow"] == "POST"
     assert "(HINT: Use POST.)" in check_error(response, 405)["message"]
-    response = httpx.put(shared_server.url + "/v1/responses/resp_1")  # one route for each method
+    response = httpx.put(server.url + "/v1/responses/resp_1")  # one route for each method
     assert "(HINT: Use GET or DELETE.)" in check_error(response, 405)["message"]
     assert response.headers["allow"] == "GET, DELETE"
-    assert httpx.head(shared_server.url + "/v1/models").status_code == 405
-    check_error(httpx.delete(shared_server.url + "/v1/models/tiny"), 405)
-    error = check_error(httpx.get(shared_server.url + "/v1/models/"), 404)
+    assert httpx.head(server.url + "/v1/models").status_code == 405
+    check_error(httpx.delete(server.url + "/v1/models/tiny"), 405)
+    error = check_error(httpx.get(server.url + "/v1/models/"), 404)
     assert error["message"] == "Invalid URL (GET /v1/models/). (HINT: Did you mean /v1/models?)"
-    check_error(httpx.get(shared_server.url + "/" + "x" * 5000), 404)
+    check_error(httpx.get(server.url + "/" + "x" * 5000), 404)
 
 
 @pytest.mark.parametrize(
@@ -49,19 +49,19 @@ def test_unknown_routes_and_methods(shared_server: RunningServer) -> None:
         ("/x", None),
     ],
 )
-def test_a_wrong_base_url_or_path_is_recognised(shared_server: RunningServer, path: str, meant: str | None) -> None:
+def test_a_wrong_base_url_or_path_is_recognised(server: RunningServer, path: str, meant: str | None) -> None:
     """A suggested path exists: it gets another answer than 404."""
-    error = check_error(httpx.post(shared_server.url + path, json={}), 404)
+    error = check_error(httpx.post(server.url + path, json={}), 404)
     hint = f". (HINT: Did you mean {meant}?)" if meant else ""
     assert error["message"] == f"Invalid URL (POST {path}){hint}"
     if meant:
-        assert httpx.post(shared_server.url + meant, json={}).status_code in (400, 405)
+        assert httpx.post(server.url + meant, json={}).status_code in (400, 405)
 
 
-def test_validation_errors_are_400_with_a_path(shared_server: RunningServer) -> None:
+def test_validation_errors_are_400_with_a_path(server: RunningServer) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": 5}]}
-    error = check_error(httpx.post(shared_server.url + "/v1/chat/completions", json=body), 400)
+    error = check_error(httpx.post(server.url + "/v1/chat/completions", json=body), 400)
     assert error["param"] == "messages[0].content"
     assert error["code"] == "invalid_type"
-    error = check_error(httpx.post(shared_server.url + "/v1/embeddings", json={"input": "x"}), 400)
+    error = check_error(httpx.post(server.url + "/v1/embeddings", json={"input": "x"}), 400)
     assert error["message"] == "you must provide a model parameter"

@@ -67,8 +67,8 @@ def test_a_head_that_trickles_is_cut(start_server: StartServer) -> None:
         b"transfer-encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
-def test_broken_http_is_400_in_the_envelope(shared_server: RunningServer, data: bytes) -> None:
-    with shared_server.connect() as connection:
+def test_broken_http_is_400_in_the_envelope(server: RunningServer, data: bytes) -> None:
+    with server.connect() as connection:
         connection.sendall(data)
         status, headers, body = read_response(connection)
         assert status == 400
@@ -80,8 +80,8 @@ def test_broken_http_is_400_in_the_envelope(shared_server: RunningServer, data: 
 
 @pytest.mark.checklist("A10")
 @pytest.mark.parametrize("head", [b"x: " + b"a" * 100_000, b"\r\n".join(b"x%d: y" % i for i in range(10_000))])
-def test_a_huge_head_is_431(shared_server: RunningServer, head: bytes) -> None:
-    with shared_server.connect() as connection:
+def test_a_huge_head_is_431(server: RunningServer, head: bytes) -> None:
+    with server.connect() as connection:
         try:
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n\r\n")
             status, _, body = read_response(connection)
@@ -92,8 +92,8 @@ def test_a_huge_head_is_431(shared_server: RunningServer, head: bytes) -> None:
 
 
 @pytest.mark.checklist("A14")
-def test_pipelined_requests_are_answered_in_order(shared_server: RunningServer) -> None:
-    with shared_server.connect() as connection:
+def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None:
+    with server.connect() as connection:
         bad = raw_request("POST", "/tokenize", b"{", **JSON_TYPE)
         good = raw_request("POST", "/tokenize", JSON_BODY, **JSON_TYPE)
         connection.sendall(bad + good + raw_request("GET", "/nowhere", connection="close"))
@@ -163,11 +163,9 @@ SMUGGLING = {
 @pytest.mark.checklist("A18")
 @pytest.mark.parametrize("in_pieces", [False, True])
 @pytest.mark.parametrize("data", SMUGGLING.values(), ids=SMUGGLING)
-def test_what_a_proxy_may_read_differently_is_refused(
-    shared_server: RunningServer, data: bytes, in_pieces: bool
-) -> None:
+def test_what_a_proxy_may_read_differently_is_refused(server: RunningServer, data: bytes, in_pieces: bool) -> None:
     """The answer is 400, and the connection is closed, so that nothing after it is answered."""
-    with shared_server.connect() as connection:
+    with server.connect() as connection:
         received = b""
         for piece in (data[start : start + 1] for start in range(len(data))) if in_pieces else (data,):
             with contextlib.suppress(ConnectionError):
@@ -181,12 +179,12 @@ def test_what_a_proxy_may_read_differently_is_refused(
 
 @pytest.mark.checklist("A18")
 @pytest.mark.parametrize("in_pieces", [False, True])
-def test_what_follows_a_head_is_not_part_of_it(shared_server: RunningServer, in_pieces: bool) -> None:
+def test_what_follows_a_head_is_not_part_of_it(server: RunningServer, in_pieces: bool) -> None:
     """Bodies may have bare line feeds and lines that begin with spaces, and end anywhere."""
     body = b'\n {"prompt":\n "hi"}\r\n\r\n\n'
     chunks = b"%x;x=y\r\n%s\r\n0\r\nx: y\r\n\r\n" % (len(body), body)
     data = (raw_request("POST", "/tokenize", body, **JSON_TYPE) + CHUNKED + chunks) * 2
-    with shared_server.connect() as connection:
+    with server.connect() as connection:
         for piece in (data[start : start + 1] for start in range(len(data))) if in_pieces else (data,):
             connection.sendall(piece)
         connection.sendall(raw_request("GET", "/nowhere", connection="close"))
@@ -252,11 +250,11 @@ def test_a_body_that_trickles_is_passed_on_in_pieces(is_chunked: bool) -> None:
     assert connection.trailing_data == (SMUGGLED, False)
 
 
-def test_a_body_in_very_many_chunks_is_413(shared_server: RunningServer) -> None:
+def test_a_body_in_very_many_chunks_is_413(server: RunningServer) -> None:
     """Each takes time, whatever its size. The next request begins to count anew."""
     text = b'{"tokens": [1]}'
     chunks = b"1\r\n \r\n" * (protocol.MAX_CHUNKS - len(text)) + b"".join(b"1\r\n%c\r\n" % byte for byte in text)
-    with shared_server.connect() as connection:
+    with server.connect() as connection:
         for more, status in ((b"", 200), (b"", 200), (b"1\r\n \r\n", 413)):
             connection.sendall(CHUNKED.replace(b"/tokenize", b"/detokenize") + more + chunks + b"0\r\n\r\n")
             answer = read_response(connection)
@@ -271,9 +269,9 @@ def events_of(connection: protocol.StrictConnection) -> Iterator[Any]:
 
 @pytest.mark.checklist("A09")
 def test_an_invalid_body_of_a_request_that_is_being_answered(
-    shared_server: RunningServer, caplog: pytest.LogCaptureFixture
+    server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with shared_server.connect() as connection:
+    with server.connect() as connection:
         connection.sendall(b"GET /v1/nothing HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n")
         status, _, body = read_response(connection)
         assert connection.recv(1) == b""
@@ -336,12 +334,12 @@ def is_cut(connection: socket.socket) -> bool:
     return poll.poll(0) != []
 
 
-def test_https_on_the_plain_port_is_explained(shared_server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_https_on_the_plain_port_is_explained(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     """In the log, and in plain text to the client, which cannot read anything else yet."""
     with pytest.raises(httpx.ConnectError, match=r"(?i)ssl|tls"):
-        httpx.get(shared_server.url.replace("http:", "https:") + "/v1/models", verify=False)
+        httpx.get(server.url.replace("http:", "https:") + "/v1/models", verify=False)
     assert "spoke TLS, but this server speaks plain HTTP" in caplog.text
-    with shared_server.connect() as connection:
+    with server.connect() as connection:
         connection.sendall(b"\x16\x03\x01\x00\xa5" + b"\x00" * 165)
         status, _, body = read_response(connection)
         assert status == 400

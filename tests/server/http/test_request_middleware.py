@@ -23,8 +23,8 @@ from tests.support.serving import (
 
 
 @pytest.mark.parametrize("given", ["abc", "A.b_c-1", "x" * 128])
-def test_a_harmless_request_id_is_kept(shared_server: RunningServer, given: str) -> None:
-    assert httpx.get(shared_server.url + "/health", headers={"x-request-id": given}).headers["x-request-id"] == given
+def test_a_harmless_request_id_is_kept(server: RunningServer, given: str) -> None:
+    assert httpx.get(server.url + "/health", headers={"x-request-id": given}).headers["x-request-id"] == given
 
 
 @pytest.mark.checklist("A15")
@@ -36,8 +36,8 @@ def test_other_request_ids_are_replaced(given: str | None) -> None:
 
 
 @pytest.mark.checklist("E12")
-def test_every_answer_has_an_id_of_its_own(shared_server: RunningServer) -> None:
-    responses = [httpx.get(shared_server.url + path) for path in ("/health", "/nowhere", "/v1/models", "/metrics") * 2]
+def test_every_answer_has_an_id_of_its_own(server: RunningServer) -> None:
+    responses = [httpx.get(server.url + path) for path in ("/health", "/nowhere", "/v1/models", "/metrics") * 2]
     assert len({response.headers["x-request-id"] for response in responses}) == 8
 
 

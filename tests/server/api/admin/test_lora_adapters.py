@@ -580,5 +580,5 @@ def test_metrics(start_server: StartServer, fake_engine: FakeEngine) -> None:
     wait_until(lambda: [labels for labels, _ in lora_series(server)] == [idle])
 
 
-def test_no_metrics_where_there_can_be_no_adapters(shared_server: RunningServer) -> None:
-    assert lora_series(shared_server) == []
+def test_no_metrics_where_there_can_be_no_adapters(server: RunningServer) -> None:
+    assert lora_series(server) == []

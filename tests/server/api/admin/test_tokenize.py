@@ -22,43 +22,43 @@ def tokenize(server: RunningServer, **body: object) -> httpx.Response:
     return httpx.post(server.url + "/tokenize", json=body, timeout=20)
 
 
-def test_a_prompt(shared_server: RunningServer) -> None:
-    response = tokenize(shared_server, model="tiny", prompt="hé")
+def test_a_prompt(server: RunningServer) -> None:
+    response = tokenize(server, model="tiny", prompt="hé")
     assert response.json() == {
         "count": 3,
         "max_model_len": MAX_MODEL_LEN,
         "tokens": list("hé".encode()),
         "token_strs": None,
     }
-    assert tokenize(shared_server, prompt="").json()["tokens"] == []
-    assert tokenize(shared_server, prompt="<|im_end|>").json()["tokens"] == [IM_END_ID]
+    assert tokenize(server, prompt="").json()["tokens"] == []
+    assert tokenize(server, prompt="<|im_end|>").json()["tokens"] == [IM_END_ID]
 
 
-def test_token_strs(shared_server: RunningServer) -> None:
-    assert tokenize(shared_server, prompt="h<|im_end|>", return_token_strs=True).json()["token_strs"] == [
+def test_token_strs(server: RunningServer) -> None:
+    assert tokenize(server, prompt="h<|im_end|>", return_token_strs=True).json()["token_strs"] == [
         "h",
         "<|im_end|>",
     ]
 
 
-def test_messages(shared_server: RunningServer) -> None:
+def test_messages(server: RunningServer) -> None:
     messages = [{"role": "user", "content": "hi"}]
     turn = [IM_START_ID, *b"user\nhi", IM_END_ID, *b"\n"]
-    assert tokenize(shared_server, messages=messages, add_generation_prompt=False).json()["tokens"] == turn
+    assert tokenize(server, messages=messages, add_generation_prompt=False).json()["tokens"] == turn
     opened = [*turn, IM_START_ID, *b"assistant\n"]
-    assert tokenize(shared_server, messages=messages).json()["tokens"] == opened
+    assert tokenize(server, messages=messages).json()["tokens"] == opened
 
 
-def test_text_of_users_is_no_control_token(shared_server: RunningServer) -> None:
+def test_text_of_users_is_no_control_token(server: RunningServer) -> None:
     messages = [{"role": "user", "content": "<|im_end|>"}]
-    tokens = tokenize(shared_server, messages=messages, add_generation_prompt=False).json()["tokens"]
+    tokens = tokenize(server, messages=messages, add_generation_prompt=False).json()["tokens"]
     assert tokens == [IM_START_ID, *b"user\n<|im_end|>", IM_END_ID, *b"\n"]
 
 
-def test_there_and_back(shared_server: RunningServer) -> None:
+def test_there_and_back(server: RunningServer) -> None:
     text = "Grüße, 世界 🙂 <|im_start|>\n"
-    tokens = tokenize(shared_server, prompt=text).json()["tokens"]
-    response = httpx.post(shared_server.url + "/detokenize", json={"model": "org/tiny", "tokens": tokens})
+    tokens = tokenize(server, prompt=text).json()["tokens"]
+    response = httpx.post(server.url + "/detokenize", json={"model": "org/tiny", "tokens": tokens})
     assert response.json() == {"prompt": text}
 
 
@@ -81,20 +81,18 @@ def test_there_and_back(shared_server: RunningServer) -> None:
         ({"messages": [{"role": "user", "content": "ü" * (MAX_TEXT_BYTES // 2 + 1)}]}, 400, "messages"),
     ],
 )
-def test_refused(shared_server: RunningServer, body: dict[str, object], status: int, param: str) -> None:
-    assert check_error(tokenize(shared_server, **body), status)["param"] == param
+def test_refused(server: RunningServer, body: dict[str, object], status: int, param: str) -> None:
+    assert check_error(tokenize(server, **body), status)["param"] == param
 
 
 @pytest.mark.parametrize("tokens", [[-1], [259], [2**40], [1.5], [True], ["1"], "abc", None])
-def test_detokenize_refuses(shared_server: RunningServer, tokens: object) -> None:
-    error = check_error(httpx.post(shared_server.url + "/detokenize", json={"tokens": tokens}), 400)
+def test_detokenize_refuses(server: RunningServer, tokens: object) -> None:
+    error = check_error(httpx.post(server.url + "/detokenize", json={"tokens": tokens}), 400)
     assert error["param"].startswith("tokens")
 
 
-def test_too_many_tokens(shared_server: RunningServer) -> None:
-    error = check_error(
-        httpx.post(shared_server.url + "/detokenize", json={"tokens": [1] * (MAX_DETOKENIZE_TOKENS + 1)}), 400
-    )
+def test_too_many_tokens(server: RunningServer) -> None:
+    error = check_error(httpx.post(server.url + "/detokenize", json={"tokens": [1] * (MAX_DETOKENIZE_TOKENS + 1)}), 400)
     assert (error["param"], error["code"]) == ("tokens", "array_above_max_length")
 
 
@@ -120,15 +118,15 @@ def test_time_is_observed(server: RunningServer) -> None:
     assert server.metric("lightwell_tokenizer_seconds_count") == 1
 
 
-def test_tokenizer_info(shared_server: RunningServer) -> None:
-    info = httpx.get(shared_server.url + "/tokenizer_info").json()
-    tokenizer = shared_server.model.tokenizer
+def test_tokenizer_info(server: RunningServer) -> None:
+    info = httpx.get(server.url + "/tokenizer_info").json()
+    tokenizer = server.model.tokenizer
     assert (info["bos_token"], info["eos_token"], info["add_bos_token"]) == (None, "<|endoftext|>", False)
-    assert tokenize(shared_server, prompt=info["eos_token"]).json()["tokens"] == [tokenizer.eos_token_id]
+    assert tokenize(server, prompt=info["eos_token"]).json()["tokens"] == [tokenizer.eos_token_id]
     assert (info["model_max_length"], info["vocab_size"]) == (MAX_MODEL_LEN, tokenizer.vocab_size)
     messages = [{"role": "user", "content": "Hi"}]
     rendered = jinja2.Environment().from_string(info["chat_template"]).render(messages=messages)
-    asked = tokenize(shared_server, messages=messages, add_generation_prompt=False)
+    asked = tokenize(server, messages=messages, add_generation_prompt=False)
     assert tokenizer.encode(rendered) == asked.json()["tokens"]
 
 
@@ -149,8 +147,8 @@ assert text == "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", tex
 
 
 @pytest.mark.skipif(not LM_EVAL.exists(), reason="`make test` installs lm-eval")
-def test_the_remote_tokenizer_of_lm_eval(shared_server: RunningServer) -> None:
+def test_the_remote_tokenizer_of_lm_eval(server: RunningServer) -> None:
     environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
-    command = [str(LM_EVAL), "-c", LM_EVAL_TOKENIZER, shared_server.url]
+    command = [str(LM_EVAL), "-c", LM_EVAL_TOKENIZER, server.url]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
