@@ -300,7 +300,7 @@ def test_options_of_other_servers(server: RunningServer) -> None:
     for options in (harmless, dict.fromkeys([*harmless, "whitespace_pattern"])):
         assert grammar_of(server, CHAT, structured_outputs=constraint | options) == plain
     refuse(
-        shared_server,
+        server,
         CHAT,
         "structured_outputs.disable_any_whitespace",
         structured_outputs=constraint | {"disable_any_whitespace": False},
