@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long fuzz soak check format bench bench-gpu bench-gpu-model peers wheel test-image clean always
+.PHONY: help install serve quick test test-long fuzz soak check format bench bench-gpu bench-gpu-model peers wheel test-image clean always
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -14,6 +14,10 @@ CLIENTS := $(patsubst %,.venv-clients/%/installed,agents clients instructor lm-e
 	$(MANIFESTS)/node_modules/installed
 ARGS ?=
 WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -p no:rerunfailures --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+QUICK := tests/test_borders.py tests/test_style.py \
+	$(patsubst %,tests/engine/%,batch config grammar model sampling scheduling shared weights) \
+	$(patsubst %,tests/server/%,access constrained limits schemas settings statistics text)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 COMPILE_KERNELS := $(BIN)/python -m engine.kernels.cpu.build >/dev/null 2>&1
 TORCH ?=
@@ -27,10 +31,13 @@ install: .venv/installed ## Make .venv and install the project in it (TORCH=cpu 
 serve: .venv/installed ## Serve the default model, or the one in ARGS
 	@$(BIN)/lightwell serve $(ARGS)
 
-test: .venv/installed-test $(CLIENTS) ## Run the tests, one process for each core (WORKERS=0: in this one)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+quick: .venv/installed-test ## Run the unit tests, in two minutes
+	$(PYTEST) $(QUICK) $(ARGS)
 
-test-long: .venv/installed-test $(CLIENTS) ## Draw many more random cases, and run what `make test` leaves out
+test: .venv/installed-test $(WEB)/node_modules/installed ## Run the tests, one process for each core (WORKERS=0: in this one)
+	$(PYTEST) $(ARGS)
+
+test-long: .venv/installed-test $(CLIENTS) ## Run what `make test` leaves out, and draw many more random cases
 	TEST_LONG=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
 		-m "long or hypothesis or drawn" $(ARGS)
 

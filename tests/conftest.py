@@ -19,9 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # row's result depends on its position in the matrix, unlike on a GPU. Read when NumPy is loaded.
 os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
 
-# Their tests wait for processes, sockets and browsers, so a machine that stalls can fail one: it gets a second try.
-IN_REAL_TIME = ("conformance", "e2e", "faults", "server", "web")
-ONE_TRY = ("exact", "drawn", "hypothesis")
+# Their tests wait for processes, clients and browsers: in `make test-long`, one that fails gets a second try, which the
+# report counts. `make test` has no second try.
+IN_REAL_TIME = ("conformance", "e2e", "web")
 
 settings.register_profile("no deadline", deadline=None)  # other jobs on the machine can make one example slow
 settings.load_profile("no deadline")
@@ -31,13 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lightwell")
     group.addoption("--slice", metavar="K/N", help="run the K-th of N parts of the tests, which depend on their names")
     group.addoption("--report", metavar="FILE", type=Path, help="write what the run found, and its time by folder")
+    group.addoption("--budget", metavar="MINUTES", type=float, help="fail if the run takes a third longer than this")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Triton kernels run in the interpreter, on the CPU; but with `-m gpu`, on the GPU. Read when a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "0" if config.option.markexpr == "gpu" else "1")
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist leaves this to its parent
-        config.pluginmanager.register(SuiteReport(config.getoption("--report")))
+        config.pluginmanager.register(SuiteReport(config.getoption("--report"), config.getoption("--budget")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,11 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         selected = [item for item in items if in_slice(item.nodeid, part)]
         config.hook.pytest_deselected(items=[item for item in items if not in_slice(item.nodeid, part)])
         items[:] = selected
-    if not config.pluginmanager.hasplugin("rerunfailures"):  # -p no:rerunfailures: each has one try
+    if not config.pluginmanager.hasplugin("rerunfailures"):  # as in `make test`
         return
     for item in items:
         folder, *_ = item.path.relative_to(ROOT / "tests").parts
-        if folder in IN_REAL_TIME and not any(map(item.get_closest_marker, ONE_TRY)):
+        if folder in IN_REAL_TIME and item.get_closest_marker("exact") is None:
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 

@@ -17,6 +17,8 @@ from tests.conformance.table import CAPABILITIES, CLIENTS, ENVIRONMENTS, FOLDER,
 from tests.support.paths import ROOT
 from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess, shared_server
 
+pytestmark = pytest.mark.long
+
 KEY = "sk-conformance"
 OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # otherwise fetched at import
 

@@ -14,6 +14,8 @@ from tests.conformance.lm_eval_tool import evaluate
 from tests.support.reference_model import load_reference
 from tests.support.server_process import COMPLETIONS, MODEL, running_server
 
+pytestmark = pytest.mark.long
+
 TASKS = ("lightwell_choice", "lightwell_perplexity")
 MAX_LENGTH = 96  # tokens per window; the longest text takes three windows
 

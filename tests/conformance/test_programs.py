@@ -10,6 +10,8 @@ from tests.conformance.programs import PROGRAMS, Program, converse
 from tests.conformance.scripted_server import ScriptedServer, scripted_server
 from tests.conformance.table import ENVIRONMENTS, FOLDER
 
+pytestmark = pytest.mark.long
+
 LOCKED = [program for program in PROGRAMS if program.locked]
 
 

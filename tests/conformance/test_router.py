@@ -27,6 +27,8 @@ from tests.support.server_process import (
 )
 from tests.support.serving import wait_until
 
+pytestmark = pytest.mark.long
+
 ROUTER = ENVIRONMENTS / "router" / "bin" / "vllm-router"
 FLAGS = ("--max-num-seqs=16", "--max-model-len=4096", "--kv-cache-memory=256MiB", f"--api-key={KEY}")
 NOT_FORWARDED = {"responses"}  # the router drops the client's key on paths that it does not know; docs/kubernetes.md

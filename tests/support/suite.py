@@ -1,4 +1,4 @@
-"""Parts of the test suite, and a report of a run: what failed, and the time by folder."""
+"""Parts of the test suite, and a report of a run: what failed, the time by folder, and whether it took too long."""
 
 import os
 import platform
@@ -11,6 +11,7 @@ import pytest
 
 NUM_FOLDERS_SHOWN = 40
 BAD = ("failed", "error")
+MAX_EXCESS = 4 / 3  # of a budget
 SHOWN_DEPTH = 4  # tests/engine/kernels/triton
 
 
@@ -26,10 +27,14 @@ def in_slice(nodeid: str, part: str) -> bool:
 
 
 class SuiteReport:
-    """Collects the time of each folder and prints it at the end; with a path, writes a report there."""
+    """Collects the time of each folder and prints it at the end; with a path, writes a report there.
 
-    def __init__(self, path: Path | None) -> None:
+    With a budget in minutes, a run that exceeds it by more than a third fails.
+    """
+
+    def __init__(self, path: Path | None, budget: float | None = None) -> None:
         self._path = path
+        self._budget = budget
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.monotonic()
 
@@ -38,6 +43,19 @@ class SuiteReport:
         folder = PurePosixPath(*PurePosixPath(report.nodeid.partition("::")[0]).parent.parts[:SHOWN_DEPTH])
         self._seconds[str(folder)] += report.duration
 
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Let a run fail that took too long."""
+        if self._is_too_long and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @property
+    def _minutes(self) -> float:
+        return (time.monotonic() - self._started) / 60
+
+    @property
+    def _is_too_long(self) -> bool:
+        return self._budget is not None and self._minutes > MAX_EXCESS * self._budget
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the folders that took longest, and write the report."""
         rows = sorted(self._seconds.items(), key=lambda row: -row[1])[:NUM_FOLDERS_SHOWN]
@@ -45,6 +63,9 @@ class SuiteReport:
         terminalreporter.write_sep("=", "time by folder, added over workers")
         for line in lines:
             terminalreporter.write_line(line)
+        if self._is_too_long:
+            message = f"the run took {self._minutes:.1f} minutes; its budget is {self._budget:g}, and a third more"
+            terminalreporter.write_line(message, red=True)
         if self._path is not None:
             stats = terminalreporter.stats
             counts = {name: len(found) for name, found in stats.items() if name in ("passed", "skipped", "rerun", *BAD)}
@@ -52,10 +73,9 @@ class SuiteReport:
             self._path.write_text("\n".join([*self._head(counts), "", *lines, "", *failed]).strip() + "\n")
 
     def _head(self, counts: dict[str, int]) -> list[str]:
-        seconds = time.monotonic() - self._started
         return [
             f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            f"{', '.join(f'{num} {name}' for name, num in sorted(counts.items()))} in {seconds / 60:.1f} min",
+            f"{', '.join(f'{num} {name}' for name, num in sorted(counts.items()))} in {self._minutes:.1f} min",
         ]
 
 
