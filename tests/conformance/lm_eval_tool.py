@@ -1,4 +1,4 @@
-"""Runs lm-eval in an environment of its own, which has further packages. `make test` creates it."""
+"""Runs lm-eval in an environment of its own, which has further packages. `make test-long` creates it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def evaluate(output: Path, kind: str, tasks: str, **model_args: object) -> dict[
     `kind` is lm-eval's type of model, `model_args` its options. torch and transformers are those of the caller.
     """
     python = ENVIRONMENTS / "lm-eval" / "bin" / "python"
-    assert python.exists(), "`make test` installs lm-eval"
+    assert python.exists(), "`make test-long` installs lm-eval"
     arguments = ",".join(f"{name}={value}" for name, value in model_args.items())
     command = [str(python), "-m", "lm_eval", "run", "--model", kind, "--model_args", arguments, "--tasks", tasks]
     command += ["--include_path", str(TASKS), "--output_path", str(output), "--log_samples"]

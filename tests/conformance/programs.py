@@ -71,7 +71,7 @@ class Program:
     greeting: str = GREETING
     variables: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)  # in its home folder
-    locked: str = ""  # the environment in which `make test` installs it
+    locked: str = ""  # the environment in which `make test-long` installs it
 
     @property
     def package(self) -> str:

@@ -88,7 +88,7 @@ def tried_table() -> str:
     rows = json.loads(TRIED.read_text(encoding="utf-8"))
     for name, row in rows.items():
         result = f"fails: {row['failure']}" if row["failure"] else f"passed on {row['date']}"
-        result += ", in `make test`" if row["locked"] else ""
+        result += ", in `make test-long`" if row["locked"] else ""
         lines.append(_tried_row(name, row["package"], row["version"], row["apis"], result))
     for path in sorted(REPLAYS.glob("*.json")):
         replay = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Runs the checks of each client, with the real client against one real server.
 
-Clients are installed in environments of their own, which `make test` creates from the lock files here.
+Clients are installed in environments of their own, which `make test-long` creates from the lock files here.
 """
 
 import json
@@ -34,10 +34,10 @@ def command(client: Client) -> list[str]:
     """Return the command that runs the client's checks, without the arguments that identify the server."""
     if client.is_javascript:
         assert shutil.which("npm"), "this test needs node and npm (on Debian and Ubuntu: the package npm)"
-        assert (FOLDER / "node_modules" / client.package).exists(), "`make test` installs the clients from npm"
+        assert (FOLDER / "node_modules" / client.package).exists(), "`make test-long` installs the clients from npm"
         return ["node", str(FOLDER / "clients" / client.file)]
     python = ENVIRONMENTS / client.lock / "bin" / "python"
-    assert python.exists(), "`make test` installs the clients"
+    assert python.exists(), "`make test-long` installs the clients"
     return [str(python), "-m", "tests.conformance.clients.harness", client.file.removesuffix(".py")]
 
 

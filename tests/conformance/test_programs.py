@@ -28,6 +28,6 @@ def test_program(program: Program, server: ScriptedServer, tmp_path: Path) -> No
         assert shutil.which("npm"), "this test needs node and npm (on Debian and Ubuntu: the package npm)"
     else:
         bin = ENVIRONMENTS / program.locked / "bin"
-    assert bin.exists(), "`make test` installs the programs"
+    assert bin.exists(), "`make test-long` installs the programs"
     trial = converse(program, bin, tmp_path, server)
     assert not trial.failure, f"{trial.failure}\n{trial.output[-3000:]}"

@@ -1,6 +1,6 @@
 """vllm-router with cache-aware routing in front of two servers: clients, cancellation, cached prefixes, a lost server.
 
-The router is installed in an environment of its own, which `make test` creates from its lock file.
+The router is installed in an environment of its own, which `make test-long` creates from its lock file.
 """
 
 import subprocess
@@ -68,7 +68,7 @@ def accepts_requests(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def servers(smollm2_path: Path) -> Iterator[list[ServerProcess]]:
-    assert ROUTER.exists(), "`make test` installs the router"
+    assert ROUTER.exists(), "`make test-long` installs the router"
     with ExitStack() as stack:
         servers = [stack.enter_context(shared_server(smollm2_path, *FLAGS)) for _ in range(2)]
         for server in servers:

@@ -136,7 +136,7 @@ def test_custom_resources_match_their_schemas(example: list[Manifest]) -> None:
 def invalid_custom_resources(manifests: list[Manifest]) -> list[str]:
     """Return a line for each manifest that its schema does not allow. Unknown fields are not found."""
     assert shutil.which("node"), "this test needs node and npm (on Debian and Ubuntu: the package npm)"
-    assert (ROOT / "tests/deploy/node_modules").exists(), "`make test` installs the schemas from npm"
+    assert (ROOT / "tests/deploy/node_modules").exists(), "`make test-long` installs the schemas from npm"
     command = ["node", "tests/deploy/validate_custom.mjs"]
     done = subprocess.run(command, cwd=ROOT, input=json.dumps(manifests), capture_output=True, text=True, check=True)
     return done.stdout.splitlines()

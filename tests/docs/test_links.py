@@ -22,6 +22,7 @@ OTHER_FLAGS = {
     "--model",  # lm-eval
     "--slice",  # tests/conftest.py
     "--report",
+    "--budget",
     "--vllm",  # tests/bench/gpu.py
     "--build-arg",
     "--secret",

@@ -146,7 +146,7 @@ assert text == "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", tex
 """
 
 
-@pytest.mark.skipif(not LM_EVAL.exists(), reason="`make test` installs lm-eval")
+@pytest.mark.skipif(not LM_EVAL.exists(), reason="`make test-long` installs lm-eval")
 def test_the_remote_tokenizer_of_lm_eval(server: RunningServer) -> None:
     environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
     command = [str(LM_EVAL), "-c", LM_EVAL_TOKENIZER, server.url]
