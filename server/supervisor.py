@@ -11,7 +11,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -24,6 +23,7 @@ import msgspec
 from msgspec.structs import replace
 
 from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
+from server.processes.clock import Clock
 from server.processes.cpu_shares import cpu_shares
 from server.processes.error_line import print_error
 from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
@@ -92,8 +92,9 @@ class Supervisor:
     The first of the API processes is the coordinator: it has the connections to the engines.
     """
 
-    def __init__(self, signals: StopSignals, settings: Settings) -> None:
+    def __init__(self, signals: StopSignals, settings: Settings, clock: Clock) -> None:
         self._signals = signals
+        self._clock = clock
         self.unloads_models = settings.unloads_models  # the coordinator decides which engines run
         self._settings = settings
         self._selector = selectors.DefaultSelector()
@@ -153,6 +154,7 @@ class Supervisor:
             restarts=self._settings.on_engine_death == "restart",
             step_timeout=self._settings.step_timeout,
             report=self._report,
+            clock=self._clock,
         )
         self._engines.append(engine)
         return engine.process
@@ -169,7 +171,7 @@ class Supervisor:
 
     def add_api(self, process: Child, channel: Channel) -> None:
         """Make an API process known, which `watch` watches: first the coordinator."""
-        self._apis.append(SupervisedApi(process, channel, self._settings.step_timeout))
+        self._apis.append(SupervisedApi(process, channel, self._settings.step_timeout, self._clock))
         self._selector.register(channel, selectors.EVENT_READ)
 
     def watch(self) -> int:
@@ -235,7 +237,7 @@ class Supervisor:
         """Return the seconds until something is due, without a heartbeat before. None: nothing is."""
         due = [*(api.hangs_at for api in self._apis), *(engine.deadline for engine in self._engines)]
         deadlines = [deadline for deadline in due if deadline is not None]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        return max(0.0, min(deadlines) - self._clock.now()) if deadlines else None
 
     @property
     def _api_processes(self) -> list[Child]:
@@ -311,8 +313,8 @@ class Supervisor:
 
         Raises StopNowError on a signal.
         """
-        deadline = time.monotonic() + seconds
-        while not all(child.has_ended for child in children) and (left := deadline - time.monotonic()) > 0:
+        deadline = self._clock.now() + seconds
+        while not all(child.has_ended for child in children) and (left := deadline - self._clock.now()) > 0:
             event = self._wait(left)
             if isinstance(event, int):
                 raise StopNowError(event)
@@ -320,11 +322,11 @@ class Supervisor:
                 if event is engine.process and event not in children:
                     self._tell(EngineGone(engine.number, ENDED_AT_SHUTDOWN))
                     if all(engine.process.has_ended for engine in self._engines):
-                        deadline = min(deadline, time.monotonic() + DEATH_GRACE_SECONDS)
+                        deadline = min(deadline, self._clock.now() + DEATH_GRACE_SECONDS)
 
     def _wait(self, seconds: float | None) -> "Child | int | None":
         """Sleep until something happens. Return the ended child, the number of a stop signal, or None for neither."""
-        ready = [key.fileobj for key, _ in self._selector.select(seconds)]
+        ready = [key.fileobj for key in self._clock.select(self._selector, seconds)]
         for api in self._apis:
             if api.channel in ready:
                 self._read_channel(api)
@@ -349,9 +351,9 @@ class Supervisor:
             self._selector.unregister(api.channel)
 
 
-def supervise(settings: Settings, commands: Commands | None = None) -> int:
+def supervise(settings: Settings, commands: Commands | None = None, clock: Clock | None = None) -> int:
     """Serve until a signal or a failure. Return the exit status. Raises ModelError, SupervisorError, SettingsError."""
-    commands = commands or Commands()
+    commands, clock = commands or Commands(), clock or Clock()
     check_certificate(settings)
     check_otel(settings)
     reloads = settings.api_keys_file is not None
@@ -365,8 +367,8 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
         with (
             closing(_socket_folder()) as sockets,
             _files_of_killed_processes(settings),
-            StopSignals(reloads=reloads) as signals,
-            Supervisor(signals, settings) as supervisor,
+            StopSignals(reloads=reloads, now=clock.now) as signals,
+            Supervisor(signals, settings, clock) as supervisor,
         ):
             folder = sockets.path
             engines = [_add_engines(supervisor, model, number, commands, folder) for number, model in enumerate(models)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.end_with_run import end_with_this_process
 from tests.support.machine import machine
 from tests.support.paths import ROOT
 from tests.support.suite import SuiteReport, in_slice
@@ -35,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    end_with_this_process()
     # Triton kernels run in the interpreter, on the CPU; but with `-m gpu`, on the GPU. Read when a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "0" if config.option.markexpr == "gpu" else "1")
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist leaves this to its parent

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -51,18 +52,21 @@ class Silence:
 class Lines(Silence):
     """Prints a line every few seconds to standard error, and one at the end of each file."""
 
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+
     def say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     def start(self, name: str, num_done: int, num_bytes: int) -> None:
         self._name, self._num_done, self._num_bytes = name, num_done, num_bytes
         self._num_new = 0
-        self._started = self._printed = time.monotonic()
+        self._started = self._printed = self._now()
 
     def advance(self, num_bytes: int) -> None:
         self._num_done += num_bytes
         self._num_new += num_bytes
-        now = time.monotonic()
+        now = self._now()
         if now - self._printed >= LINE_SECONDS or self._num_done >= self._num_bytes:
             self._printed = now
             self.say(self._line(now - self._started))

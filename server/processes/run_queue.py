@@ -1,7 +1,7 @@
 """How long the threads of a process have waited for a CPU: on a busy machine, a process that is slow does not hang."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,9 +34,10 @@ class Silence:
     between two calls of `count`, at most `period` seconds count.
     """
 
-    def __init__(self, period: float) -> None:
+    def __init__(self, period: float, now: Callable[[], float] = time.monotonic) -> None:
         self._period = period
-        self._counted_at = time.monotonic()
+        self._now = now
+        self._counted_at = now()
         self.reset()
 
     def reset(self) -> None:
@@ -47,7 +48,7 @@ class Silence:
 
     def count(self, pid: int | None) -> None:
         """Count the time since the last call, of which waits are known if both calls have the process's id."""
-        now = time.monotonic()
+        now = self._now()
         elapsed, self._counted_at = now - self._counted_at, now
         self.total += min(self._period, elapsed)
         before, self._cpu_waits = self._cpu_waits, {}

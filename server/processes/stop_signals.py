@@ -3,7 +3,7 @@
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from server.processes.child_process import RELOAD_SIGNAL, Child
 
@@ -17,8 +17,9 @@ class StopSignals:
     If the server `reloads`, `RELOAD_SIGNAL` is passed on to `reloaders` instead.
     """
 
-    def __init__(self, *, reloads: bool = False) -> None:
+    def __init__(self, *, reloads: bool = False, now: Callable[[], float] = time.monotonic) -> None:
         self._reloads = reloads
+        self._now = now
         self.reloaders: Sequence[Child] = ()
 
     def __enter__(self) -> "StopSignals":
@@ -49,7 +50,7 @@ class StopSignals:
             for child in self.reloaders:
                 child.send(RELOAD_SIGNAL)
             return None
-        now = time.monotonic()
+        now = self._now()
         if signum not in self._handlers or now - self._last < ECHO_SECONDS:
             return None
         self._last = now

@@ -1,13 +1,13 @@
 """One of the API processes that the supervisor runs: its process, its channel, and when it hangs."""
 
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from msgspec.structs import replace
 
 from server.processes.child_process import Child
+from server.processes.clock import Clock
 from server.processes.run_queue import MAX_WAIT_FACTOR, Silence
 from server.processes.supervisor_channel import HEARTBEAT_SECONDS, Channel, Message
 from server.settings.process_configs import ApiProcessConfig, WorkerLink
@@ -18,18 +18,19 @@ MISSED_HEARTBEATS = 3  # tolerated on top of --step-timeout
 class SupervisedApi:
     """An API process, which sends heartbeats. `hangs` is to be called at `hangs_at`."""
 
-    def __init__(self, process: Child, channel: Channel, step_timeout: float) -> None:
+    def __init__(self, process: Child, channel: Channel, step_timeout: float, clock: Clock) -> None:
         self.process = process
         self.channel = channel
         self.silence_limit = step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS  # seconds without a heartbeat
         self.hangs_at: float | None = None  # unless a heartbeat comes; None before the first one
-        self._overdue = Silence(2 * HEARTBEAT_SECONDS)  # from then on
+        self._clock = clock
+        self._overdue = Silence(2 * HEARTBEAT_SECONDS, clock.now)  # from then on
 
     def receive(self) -> Sequence[Message]:
         """Return the messages that wait. Each says that the process does not hang."""
         messages = self.channel.receive()
         if messages:
-            self.hangs_at = time.monotonic() + self.silence_limit
+            self.hangs_at = self._clock.now() + self.silence_limit
             self._overdue.reset()
         return messages
 
@@ -38,7 +39,7 @@ class SupervisedApi:
 
         If all processes were suspended, its heartbeat comes soon after this process wakes up.
         """
-        now = time.monotonic()
+        now = self._clock.now()
         if self.hangs_at is None or now < self.hangs_at:
             return False
         self.hangs_at = now + 2 * HEARTBEAT_SECONDS

@@ -1,9 +1,9 @@
 """One of the engines that the supervisor runs: its process, and when another one takes the place of one that ended."""
 
-import time
 from collections.abc import Callable, Container
 
 from server.processes.child_process import Child, SupervisorError
+from server.processes.clock import Clock
 from server.processes.run_queue import cpu_waits
 
 CRASH_WINDOW = 60.0  # seconds for which a death of the engine counts
@@ -25,6 +25,7 @@ class SupervisedEngine:
         restarts: bool,
         step_timeout: float,
         report: Callable[[str], None],
+        clock: Clock,
     ) -> None:
         """Start its process with `launch`. Raises SupervisorError.
 
@@ -34,6 +35,7 @@ class SupervisedEngine:
             restarts: Whether another process is started when one ends.
             step_timeout: Seconds that the longest step may take.
             report: Prints a line for the user.
+            clock: Says when something is due.
         """
         self.number = number
         self.is_stopped = False  # it has been asked to end
@@ -42,8 +44,9 @@ class SupervisedEngine:
         self._restarts = restarts
         self._step_timeout = step_timeout
         self._report = report
+        self._clock = clock
         self._crashes = Crashes()
-        self._started = time.monotonic()  # the latest process
+        self._started = self._clock.now()  # the latest process
         self._is_ready = False  # the latest process, at some time
         self._load_wait = 0.0  # seconds for which the latest process waited for a CPU while it loaded, so far
         self._load_seconds: float | None = None  # of the first process; None until it is ready
@@ -72,11 +75,11 @@ class SupervisedEngine:
         """Note which processes are ready."""
         if self.process.pid in pids and not self._is_ready:
             self._is_ready = True
-            self._load_seconds = self._load_seconds or time.monotonic() - self._started
+            self._load_seconds = self._load_seconds or self._clock.now() - self._started
 
     def stop(self, seconds: float) -> None:
         """Ask the process to end, and kill it after `seconds`. No other one is started."""
-        self.is_stopped, self._restarts, self._kill_at = True, False, time.monotonic() + seconds
+        self.is_stopped, self._restarts, self._kill_at = True, False, self._clock.now() + seconds
         self._restart_at = None
         self.process.terminate()
 
@@ -84,7 +87,7 @@ class SupervisedEngine:
         """Do what is due: plan the start of another process, start it, or kill one that should be ready or gone."""
         if self.process.has_ended and self._restart_at is None and not self.is_gone:
             self._plan_restart()
-        if self.deadline is None or time.monotonic() < self.deadline:
+        if self.deadline is None or self._clock.now() < self.deadline:
             return
         if self.is_stopped:
             self._kill_at = None
@@ -100,7 +103,7 @@ class SupervisedEngine:
         `failure` says why the one that was to replace it could not be started.
         """
         self._failure = failure
-        now, delay = time.monotonic(), None
+        now, delay = self._clock.now(), None
         if self._restarts and self._load_seconds is not None:
             delay = self._crashes.add(now, was_ready=self._is_ready)
         if delay is None:
@@ -113,7 +116,7 @@ class SupervisedEngine:
 
     def _restart(self) -> None:
         self._restart_at = None
-        self._started, self._is_ready, self._load_wait = time.monotonic(), False, 0.0
+        self._started, self._is_ready, self._load_wait = self._clock.now(), False, 0.0
         try:
             self.process = self._launch()
         except SupervisorError as error:
@@ -127,7 +130,7 @@ class SupervisedEngine:
     def _check_load(self) -> None:
         """Kill the process, which should be ready, unless it has waited for a CPU."""
         self._load_wait = max([self._load_wait, *cpu_waits(self.process.pid).values()])  # threads may end
-        if time.monotonic() >= self._started + self._load_limit:
+        if self._clock.now() >= self._started + self._load_limit:
             self._report(f"the {self.process.name} process has not become ready within {self._load_limit:.0f} s")
             self.process.kill()
 

@@ -1,179 +1,136 @@
 """Accepted and rejected values of every setting, as text, and settings as the command line reads them."""
 
+import math
 from typing import Any
 
 from server.cli.main import make_parser
 from server.settings.load import load_settings
 from server.settings.table import Settings
 
-# For each setting: two texts that are accepted, the first of which is not the default, and their values.
-VALID: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
-    "model": (("org/name", "org/name"), ("/models/x.gguf", "/models/x.gguf")),
-    "models": (("org/name", ({"model": "org/name"},)), ("x.gguf", ({"model": "x.gguf"},))),
-    "load": (("on-first-use", "on-first-use"), ("at-start", "at-start")),
-    "idle_unload": (("600", 600.0), ("1", 1.0)),
-    "device": (("cpu", "cpu"), ("cuda:1", "cuda:1")),
-    "dtype": (("bfloat16", "bfloat16"), ("float32", "float32")),
-    "quantization": (("int8", "int8"), ("none", "none")),
-    "pooling": (("last", "last"), ("mean", "mean")),
-    "score_tokens": (("yes,no", "yes,no"), ("1,0", "1,0")),
-    "seed": (("-9223372036854775808", -(2**63)), ("7", 7)),
-    "default_sampling": (
-        ("temperature=0.2,top_p=0.9", {"temperature": 0.2, "top_p": 0.9}),
-        ('{"temperature": 0.2, "samplers": ["top_k"]}', {"temperature": 0.2, "samplers": ["top_k"]}),
-    ),
-    "host": (("localhost", "localhost"), ("::1", "::1")),
-    "port": (("0", 0), ("65535", 65535)),
-    "uds": (("/run/lw.sock", "/run/lw.sock"), ("lw.sock", "lw.sock")),
-    "ssl_certfile": (("/a/b.pem", "/a/b.pem"), ("c.pem", "c.pem")),
-    "ssl_keyfile": (("/a/b.key", "/a/b.key"), ("c.key", "c.key")),
-    "api_server_count": (("2", 2), ("64", 64)),
-    "root_path": (("/llm", "/llm"), ("/a/b-c", "/a/b-c")),
-    "forwarded_allow_ips": (("10.1.2.3/8", ("10.0.0.0/8",)), ("*", ("*",))),
-    "api_key": (("sk-one", ("sk-one",)), (" sk two ", ("sk two",))),
-    "api_keys_file": (("/a/keys.yaml", "/a/keys.yaml"), ("b.json", "b.json")),
-    "admin_key": (("sk-admin", "sk-admin"), (" sk two ", "sk two")),
-    "public_metrics": (("true", True), ("yes", True)),
-    "one_tenant": (("true", True), ("yes", True)),
-    "isolate_keys": (("false", False), ("off", False)),
-    "inspect": (("false", False), ("off", False)),
-    "inspect_public": (("true", True), ("yes", True)),
-    "allow_unauthenticated": (("true", True), ("yes", True)),
-    "allowed_origins": (("*", ("*",)), ("https://example.org:8443", ("https://example.org:8443",))),
-    "served_model_name": (("gpt-4", ("gpt-4",)), ("a/b", ("a/b",))),
-    "chat_template": (("/a/chat.jinja", "/a/chat.jinja"), ("b.jinja", "b.jinja")),
-    "allow_additional_properties": (("true", True), ("on", True)),
-    "enable_docs": (("false", False), ("off", False)),
-    "strict": (("on", True), ("True", True)),
-    "max_queued_requests": (("1", 1), ("5000", 5000)),
-    "max_body_size": (("1KiB", 1024), ("2MB", 2_000_000)),
-    "max_buffered_bytes": (("1GiB", 1 << 30), ("2MB", 2_000_000)),
-    "max_stored_responses": (("0", 0), ("5", 5)),
-    "stored_responses_memory": (("0", 0), ("1GiB", 1 << 30)),
-    "record_requests": (("0", 0), ("100", 100)),
-    "default_max_tokens": (("1", 1), ("4096", 4096)),
-    "max_logprobs": (("-1", -1), ("0", 0)),
-    "queue_timeout": (("0.1", 0.1), ("8", 8.0)),
-    "request_timeout": (("0.5", 0.5), ("600", 600.0)),
-    "drain_timeout": (("0", 0.0), ("2.5", 2.5)),
-    "step_timeout": (("0.5", 0.5), ("1e3", 1000.0)),
-    "on_engine_death": (("exit", "exit"), ("restart", "restart")),
-    "max_model_len": (("1", 1), ("4096", 4096)),
-    "data_parallel_size": (("2", 2), ("1", 1)),
-    "tensor_parallel_size": (("2", 2), ("64", 64)),
-    "cpu_affinity": (("auto", "auto"), ("none", "none")),
-    "max_num_seqs": (("1", 1), ("256", 256)),
-    "max_num_batched_tokens": (("1", 1), ("8192", 8192)),
-    "long_prefill_token_threshold": (("512", 512), ("1", 1)),
-    "max_step_ms": (("50", 50.0), ("12.5", 12.5)),
-    "block_size": (("16", 16), ("128", 128)),
-    "enable_prefix_caching": (("false", False), ("off", False)),
-    "kv_cache_dtype": (("int8", "int8"), ("int8", "int8")),
-    "kv_cache_memory": (("1.5GiB", 3 << 29), ("1048576", 1 << 20)),
-    "gpu_memory_utilization": (("0.5", 0.5), ("1", 1.0)),
-    "speculative": (("off", "off"), ("ngram", "ngram")),
-    "enforce_eager": (("true", True), ("on", True)),
-    "allow_slow_kernels": (("true", True), ("on", True)),
-    "batch_invariant": (("false", False), ("off", False)),
-    "lora_modules": (("sql=/a/sql", ("sql=/a/sql",)), ("a/b@1=org/name:x.gguf", ("a/b@1=org/name:x.gguf",))),
-    "max_loras": (("3", 3), ("1", 1)),
-    "max_lora_rank": (("64", 64), ("1", 1)),
-    "allow_runtime_lora_updating": (("true", True), ("on", True)),
-    "log_level": (("debug", "debug"), ("error", "error")),
-    "log_format": (("json", "json"), ("json", "json")),
-    "otlp_endpoint": (
-        ("http://localhost:4318", "http://localhost:4318"),
-        ("https://[::1]:4318/a/v1/traces", "https://[::1]:4318/a/v1/traces"),
-    ),
-    "metrics_prefix": (("vllm:", "vllm:"), ("a_1", "a_1")),
+TextAndValue = tuple[str, Any]
+
+# The least and the greatest value that is accepted.
+LIMITS: dict[str, tuple[float, float]] = {
+    **{name: (0, 2**31 - 1) for name in ("max_stored_responses", "record_requests", "long_prefill_token_threshold")},
+    **{name: (1, 2**31 - 1) for name in ("max_queued_requests", "default_max_tokens", "max_model_len")},
+    **{name: (1, 64) for name in ("api_server_count", "data_parallel_size", "tensor_parallel_size")},
+    **{name: (0.1, 86_400.0) for name in ("queue_timeout", "request_timeout", "step_timeout")},
+    "drain_timeout": (0.0, 86_400.0),
+    "gpu_memory_utilization": (0.01, 1.0),
+    "idle_unload": (1.0, 30 * 86_400.0),
+    "max_logprobs": (-1, 2**31 - 1),
+    "max_lora_rank": (1, 4096),
+    "max_loras": (1, 1024),
+    "max_num_batched_tokens": (1, 2**31 - 1),
+    "max_num_seqs": (1, 65_536),
+    "max_step_ms": (1.0, 60_000.0),
+    "port": (0, 65_535),
+    "seed": (-(2**63), 2**63 - 1),
 }
-# For each setting: texts that are rejected.
-INVALID: dict[str, list[str]] = {
-    "uds": ["", "a\nb"],
-    "ssl_certfile": [""],
-    "ssl_keyfile": [""],
-    "root_path": ["llm", "/", "/llm/", "/a b", "/a?b"],
-    "forwarded_allow_ips": ["proxy", "10.0.0.256", "10.0.0.0/33", ""],
-    "model": ["", " ", "a\nb"],
-    "models": ["", " ", "a\nb"],
-    "load": ["never", "", "AT-START"],
-    "idle_unload": ["0", "-1", "10m", "nan"],
-    "device": ["gpu", "cuda:", "CPU"],
-    "dtype": ["fp16", ""],
-    "quantization": ["INT8", "int4", ""],
-    "pooling": ["cls", "", "MEAN"],
-    "score_tokens": ["yes", "yes,no,maybe", "yes, no"],
-    "seed": ["9223372036854775808", "1.5", "x", ""],
-    "default_sampling": ["", "temperature", "temperature=", "temperature=x", "top_p=1,top_p=1", "{", "[1]", "NONE"],
-    "host": ["", "\t"],
-    "port": ["-1", "65536", "8000.0", "http", "", "٣"],
-    "api_key": ["", "  ", "sk-ü", "a\tb"],
-    "api_keys_file": ["", " "],
-    "admin_key": ["", " ", "a\nb", "sk-ü"],
-    "public_metrics": ["maybe", "", "2"],
-    "one_tenant": ["maybe", "", "2"],
-    "isolate_keys": ["maybe", "", "2"],
-    "inspect": ["maybe", "", "2"],
-    "inspect_public": ["maybe", "", "2"],
-    "allow_unauthenticated": ["maybe", "", "2"],
-    "allowed_origins": ["example.org", "https://example.org/", ""],
-    "served_model_name": ["", " "],
-    "chat_template": ["", " "],
-    "allow_additional_properties": ["maybe", ""],
-    "enable_docs": ["maybe", "2"],
-    "strict": ["strict"],
-    "max_queued_requests": ["0", "-1"],
-    "max_body_size": ["1023", "10 apples", "-1MiB", "1e9", "9999999TiB"],
-    "max_buffered_bytes": ["1023", "0", "many"],
-    "max_stored_responses": ["-1", "many"],
-    "stored_responses_memory": ["-1", "1GB/s"],
-    "record_requests": ["-1", "all"],
-    "default_max_tokens": ["0", "-1", "all"],
-    "max_logprobs": ["-2", "all"],
-    "queue_timeout": ["0", "-1", "nan", "2m"],
-    "request_timeout": ["0", "inf", "none"],
-    "drain_timeout": ["-1", "nan", "inf", "1e6", "30s"],
-    "step_timeout": ["0", "nan"],
-    "on_engine_death": ["reboot", ""],
-    "max_model_len": ["0", "2147483648"],
-    "api_server_count": ["0", "65", "auto"],
-    "data_parallel_size": ["0", "65", "two"],
-    "tensor_parallel_size": ["0", "65", "two"],
-    "cpu_affinity": ["numa", ""],
-    "max_num_seqs": ["0", "65537"],
-    "max_num_batched_tokens": ["0"],
-    "long_prefill_token_threshold": ["-1"],
-    "max_step_ms": ["0", "-1", "50ms", "nan"],
-    "block_size": ["17", "8", "", "256"],
-    "enable_prefix_caching": ["none"],
-    "kv_cache_dtype": ["fp4", "bfloat16", ""],
-    "kv_cache_memory": ["1KiB", "1GG", ""],
-    "gpu_memory_utilization": ["0", "1.1", "90%", "nan"],
-    "speculative": ["on", "false", "", "OFF"],
-    "enforce_eager": ["none"],
-    "allow_slow_kernels": ["none"],
-    "batch_invariant": ["none"],
-    "lora_modules": ["", "/a/sql", "=/a/sql", "sql=", "sql= ", "s q=/a", "a=/\0", "a" * 129 + "=/a", "{", "{}"],
-    "max_loras": ["0", "1025", "all"],
-    "max_lora_rank": ["0", "4097"],
-    "allow_runtime_lora_updating": ["maybe", "2"],
-    "log_level": ["INFO", "trace"],
-    "log_format": ["text"],
-    "otlp_endpoint": [
-        "localhost:4318",
-        "grpc://localhost:4317",
-        "http://",
-        "http://a:0",
-        "http://a:65536",
-        "http://a:x",
-        "http://[::1",
-        "http://user:secret@a",
-        "http://a?b=c",
-        "http://a#b",
-        "http://a/b c",
-        "",
-    ],
-    "metrics_prefix": ["1a", "a-b", ""],
+LEAST_SIZES = {
+    "max_body_size": 1024,
+    "max_buffered_bytes": 1024,
+    "stored_responses_memory": 0,
+    "kv_cache_memory": 1 << 20,
+}
+CHOICES = {  # the default is not the first
+    "load": ("on-first-use", "at-start"),
+    "dtype": ("bfloat16", "float32", "float16", "auto"),
+    "quantization": ("int8", "none", "auto"),
+    "pooling": ("last", "mean"),
+    "on_engine_death": ("exit", "restart"),
+    "cpu_affinity": ("auto", "none"),
+    "kv_cache_dtype": ("int8", "fp8", "auto"),
+    "speculative": ("off", "ngram", "auto"),
+    "log_level": ("debug", "error", "warning", "info"),
+    "log_format": ("json", "human"),
+    "device": ("cpu", "cuda:1", "cuda", "auto"),
+}
+SWITCHES = {  # and their defaults
+    **dict.fromkeys(("isolate_keys", "inspect", "enable_docs", "enable_prefix_caching", "batch_invariant"), True),
+    **dict.fromkeys(("public_metrics", "one_tenant", "inspect_public", "allow_unauthenticated", "strict"), False),
+    **dict.fromkeys(("allow_additional_properties", "enforce_eager", "allow_slow_kernels"), False),
+    "allow_runtime_lora_updating": False,
+}
+TEXTS = ("model", "uds", "ssl_certfile", "ssl_keyfile", "api_keys_file", "chat_template")
+# Others: accepted texts with their values, and rejected texts.
+OTHERS: dict[str, tuple[list[TextAndValue], list[str]]] = {
+    "models": ([("org/name", ({"model": "org/name"},)), ("x.gguf", ({"model": "x.gguf"},))], ["", " ", "a\nb"]),
+    "host": ([("localhost", "localhost"), ("::1", "::1")], ["", "\t"]),
+    "served_model_name": ([("gpt-4", ("gpt-4",)), ("a/b", ("a/b",))], ["", " "]),
+    "score_tokens": ([("yes,no", "yes,no"), ("1,0", "1,0")], ["yes", "yes,no,maybe", "yes, no"]),
+    "default_sampling": (
+        [
+            ("temperature=0.2,top_p=0.9", {"temperature": 0.2, "top_p": 0.9}),
+            ('{"temperature": 0.2, "samplers": ["top_k"]}', {"temperature": 0.2, "samplers": ["top_k"]}),
+        ],
+        ["", "temperature", "temperature=", "temperature=x", "top_p=1,top_p=1", "{", "[1]", "NONE"],
+    ),
+    "block_size": ([("16", 16), ("128", 128), ("64", 64)], ["17", "8", "", "256"]),
+    "root_path": ([("/llm", "/llm"), ("/a/b-c", "/a/b-c")], ["llm", "/", "/llm/", "/a b", "/a?b"]),
+    "forwarded_allow_ips": (
+        [("10.1.2.3/8", ("10.0.0.0/8",)), ("*", ("*",))],
+        ["proxy", "10.0.0.256", "10.0.0.0/33", ""],
+    ),
+    "api_key": ([("sk-one", ("sk-one",)), (" sk two ", ("sk two",))], ["", "  ", "sk-ü", "a\tb"]),
+    "admin_key": ([("sk-admin", "sk-admin"), (" sk two ", "sk two")], ["", " ", "a\nb", "sk-ü"]),
+    "allowed_origins": (
+        [("*", ("*",)), ("https://example.org:8443", ("https://example.org:8443",))],
+        ["example.org", "https://example.org/", ""],
+    ),
+    "lora_modules": (
+        [("sql=/a/sql", ("sql=/a/sql",)), ("a/b@1=org/name:x.gguf", ("a/b@1=org/name:x.gguf",))],
+        ["", "/a/sql", "=/a/sql", "sql=", "sql= ", "s q=/a", "a=/\0", "a" * 129 + "=/a", "{", "{}"],
+    ),
+    "otlp_endpoint": (
+        [(url, url) for url in ("http://localhost:4318", "https://[::1]:4318/a/v1/traces")],
+        [
+            *("localhost:4318", "grpc://localhost:4317", "http://", "http://a:0", "http://a:65536", "http://a:x", ""),
+            *("http://[::1", "http://user:secret@a", "http://a?b=c", "http://a#b", "http://a/b c"),
+        ],
+    ),
+    "metrics_prefix": ([("vllm:", "vllm:"), ("a_1", "a_1")], ["1a", "a-b", ""]),
+}
+
+
+def _numbers(name: str, low: float, high: float) -> tuple[list[TextAndValue], list[str]]:
+    if name == "seed" or isinstance(low, int):
+        return [(str(high), high), (str(low), low)], [str(low - 1), str(high + 1), "1.5", "x", "", "٣"]
+    outside = [repr(math.nextafter(low, -1.0)), repr(math.nextafter(high, math.inf))]
+    return [(str(high), high), (str(low), low)], [*outside, "nan", "inf", "2m", "-1"]
+
+
+def _sizes(least: int) -> tuple[list[TextAndValue], list[str]]:
+    accepted = [("1.5GiB", 3 << 29), ("3MB", 3_000_000), (str(least), least), ("2k", 2048), ("9 MiB", 9 << 20)]
+    accepted = [case for case in accepted if case[1] >= least]
+    return accepted, [str(least - 1), "10 apples", "1e9", "9999999TiB", "1GG", "-1MiB", ""]
+
+
+def _switch(default: bool) -> tuple[list[TextAndValue], list[str]]:
+    words = {True: ("true", "on", "yes", "1", "True"), False: ("false", "off", "no", "0", "False")}
+    accepted = [(word, value) for value in (not default, default) for word in words[value]]
+    return accepted, ["maybe", "", "2", "none"]
+
+
+CASES = {
+    **{name: _numbers(name, *limits) for name, limits in LIMITS.items()},
+    **{name: _sizes(least) for name, least in LEAST_SIZES.items()},
+    **{name: ([(each, each) for each in all_], ["", all_[0].upper(), "x", "none "]) for name, all_ in CHOICES.items()},
+    **{name: _switch(default) for name, default in SWITCHES.items()},
+    **{name: ([("/a/b.x", "/a/b.x"), ("::1", "::1")], ["", " ", "a\nb"]) for name in TEXTS},
+    **OTHERS,
+}
+# For each setting: texts that are accepted, and their values. The first is neither the default nor the last.
+VALID = {name: accepted for name, (accepted, _) in CASES.items()}
+INVALID = {name: rejected for name, (_, rejected) in CASES.items()}
+# The settings in a few groups, by how their cases are made.
+KINDS = {
+    "numbers": list(LIMITS),
+    "sizes": list(LEAST_SIZES),
+    "choices": list(CHOICES),
+    "switches": list(SWITCHES),
+    "texts": list(TEXTS),
+    "others": list(OTHERS),
 }
 
 

@@ -42,6 +42,12 @@ def blobs(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "cache" / "models--org--tiny" / "blobs").iterdir())
 
 
+def write_partial(tmp_path: Path, name: str, digest: str, content: bytes) -> None:
+    partial = tmp_path / "cache" / f"models--org--{name}" / "blobs" / f"{digest}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(content)
+
+
 def ranges(hub: StubHub) -> list[str]:
     """Return the ranges that were requested of the other host, after that of the header."""
     return [seen.range for seen in hub.requests(r"\?signed=1")][1:]
@@ -111,6 +117,22 @@ def test_a_server_that_ignores_ranges(hub: StubHub, waits: list[float]) -> None:
     assert fetch().read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize(
+    ("beginning", "message"),
+    [
+        (bytes(1000), "It has been deleted"),
+        (bytes(SIZE), "It has been deleted"),
+        (CONTENT + b"!", f"has {SIZE + 1} bytes"),
+    ],
+    ids=["wrong", "whole", "too long"],
+)
+def test_a_beginning_that_is_wrong(hub: StubHub, tmp_path: Path, beginning: bytes, message: str) -> None:
+    write_partial(tmp_path, "tiny", SHA256, beginning)
+    with pytest.raises(HubError, match=message):
+        fetch()
+    assert fetch().read_bytes() == CONTENT
+
+
 def test_a_wrong_hash(hub: StubHub, tmp_path: Path) -> None:
     hub.faults.corrupts = True
     with pytest.raises(HubError, match=f"but the hub announced {SIZE} with {SHA256}. It has been deleted"):
@@ -118,25 +140,6 @@ def test_a_wrong_hash(hub: StubHub, tmp_path: Path) -> None:
     assert blobs(tmp_path) == []
     assert list((tmp_path / "cache").rglob("snapshots/*/*")) == []
     hub.faults.corrupts = False
-    assert fetch().read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("length", [1000, SIZE])
-def test_a_beginning_that_is_wrong_is_found_by_the_hash(hub: StubHub, tmp_path: Path, length: int) -> None:
-    partial = tmp_path / "cache" / "models--org--tiny" / "blobs" / f"{SHA256}.incomplete"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(bytes(length))
-    with pytest.raises(HubError, match="It has been deleted"):
-        fetch()
-    assert fetch().read_bytes() == CONTENT
-
-
-def test_a_beginning_that_is_too_long(hub: StubHub, tmp_path: Path) -> None:
-    partial = tmp_path / "cache" / "models--org--tiny" / "blobs" / f"{SHA256}.incomplete"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(CONTENT + b"!")
-    with pytest.raises(HubError, match=f"has {SIZE + 1} bytes"):
-        fetch()
     assert fetch().read_bytes() == CONTENT
 
 
@@ -151,9 +154,7 @@ def test_the_hub_asks_to_wait(hub: StubHub, waits: list[float], status: int, ret
 def test_small_files_are_checked_too(hub: StubHub, tmp_path: Path) -> None:
     config = b'{"model_type": "x"}'
     hub.add("org/model", {"config.json": config, "model.safetensors": b"x"})
-    partial = tmp_path / "cache" / "models--org--model" / "blobs" / f"{git_hash(config)}.incomplete"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(b"[" * len(config))
+    write_partial(tmp_path, "model", git_hash(config), b"[" * len(config))
     with pytest.raises(HubError, match=r"config\.json has 19 bytes with hash .* It has been deleted"):
         fetch_model(HubName("org/model"), Recorder())
 

@@ -8,25 +8,26 @@ from server.hub import memory
 from server.hub.memory import Memory, ModelShape, config_shape, gguf_shape, memory_lines
 
 GB = 10**9
-QWEN3_4B = {
-    "general.architecture": "qwen3",
-    "qwen3.block_count": 36,
-    "qwen3.context_length": 40960,
-    "qwen3.embedding_length": 2560,
-    "qwen3.attention.head_count": 32,
-    "qwen3.attention.head_count_kv": 8,
-    "qwen3.attention.key_length": 128,
-    "qwen3.attention.value_length": 128,
-}
-QWEN3_4B_JSON = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 36,
-    "max_position_embeddings": 40960,
-    "hidden_size": 2560,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
+
+
+def gguf(arch: str, layers: int, context: int, hidden: int, heads: object, **attention: object) -> dict[str, Any]:
+    """Return the metadata of a GGUF file."""
+    values = {
+        **{"block_count": layers, "context_length": context, "embedding_length": hidden},
+        **{"attention.head_count": heads},
+        **{f"attention.{name}": value for name, value in attention.items()},
+    }
+    return {"general.architecture": arch} | {f"{arch}.{name}": value for name, value in values.items()}
+
+
+def config(layers: int, context: int, hidden: int, heads: int, **others: object) -> dict[str, Any]:
+    """Return what a config.json says."""
+    names = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "num_attention_heads")
+    return dict(zip(names, (layers, context, hidden, heads), strict=True)) | others
+
+
+QWEN3_4B = gguf("qwen3", 36, 40960, 2560, 32, head_count_kv=8, key_length=128, value_length=128)
+QWEN3_4B_JSON = config(36, 40960, 2560, 32, num_key_value_heads=8, head_dim=128)
 QWEN3_4B_SHAPE = ModelShape(40960, 36 * 8 * (128 + 128) * 2, 0, 0)
 
 
@@ -37,40 +38,22 @@ def test_one_model_in_both_formats() -> None:
 
 
 def test_head_sizes_follow_from_the_hidden_size() -> None:
-    metadata = {key: value for key, value in QWEN3_4B.items() if not key.endswith("_length") or "embed" in key}
-    shape = gguf_shape(metadata | {"qwen3.context_length": 100})
+    shape = gguf_shape(gguf("qwen3", 36, 100, 2560, 32, head_count_kv=8))
     assert shape == ModelShape(100, 36 * 8 * (80 + 80) * 2, 0, 0)
-    config = {key: value for key, value in QWEN3_4B_JSON.items() if key not in ("head_dim", "num_key_value_heads")}
-    assert config_shape(config) == ModelShape(40960, 36 * 32 * (80 + 80) * 2, 0, 0)
+    assert config_shape(config(36, 40960, 2560, 32)) == ModelShape(40960, 36 * 32 * (80 + 80) * 2, 0, 0)
 
 
 def test_sliding_windows() -> None:
     """Gemma 3 4B: 34 layers, of which every sixth sees all tokens; the others see 1024."""
-    metadata: dict[str, Any] = {
-        "general.architecture": "gemma3",
-        "gemma3.block_count": 34,
-        "gemma3.context_length": 131072,
-        "gemma3.embedding_length": 2560,
-        "gemma3.attention.head_count": 8,
-        "gemma3.attention.head_count_kv": 4,
-        "gemma3.attention.key_length": 256,
-        "gemma3.attention.value_length": 256,
-        "gemma3.attention.sliding_window": 1024,
-    }
+    lengths = {"key_length": 256, "value_length": 256}
+    metadata = gguf("gemma3", 34, 131072, 2560, 8, head_count_kv=4, sliding_window=1024, **lengths)
     width = 4 * 512 * 2
     shape = ModelShape(131072, 5 * width, 29 * width, 1024)
     assert gguf_shape(metadata) == shape
-    config = {
-        "num_hidden_layers": 34,
-        "max_position_embeddings": 131072,
-        "hidden_size": 2560,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "sliding_window": 1024,
-        "layer_types": ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(34)],
-    }
-    assert config_shape({"text_config": config}) == shape
+    types = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(34)]
+    heads = {"num_key_value_heads": 4, "head_dim": 256}
+    text_config = config(34, 131072, 2560, 8, sliding_window=1024, layer_types=types, **heads)
+    assert config_shape({"text_config": text_config}) == shape
     pattern = [layer % 6 != 5 for layer in range(34)]
     assert gguf_shape(metadata | {"gemma3.attention.sliding_window_pattern": pattern}) == shape
     assert shape.kv_cache_bytes(1000) == 1000 * 34 * width
@@ -83,25 +66,10 @@ def test_heads_of_each_layer() -> None:
 
 
 def test_latent_attention() -> None:
-    metadata = {
-        "general.architecture": "deepseek2",
-        "deepseek2.block_count": 27,
-        "deepseek2.context_length": 163840,
-        "deepseek2.embedding_length": 2048,
-        "deepseek2.attention.head_count": 16,
-        "deepseek2.attention.kv_lora_rank": 512,
-        "deepseek2.rope.dimension_count": 64,
-    }
-    assert gguf_shape(metadata) == ModelShape(163840, 27 * 576 * 2, 0, 0)
-    config = {
-        "num_hidden_layers": 27,
-        "max_position_embeddings": 163840,
-        "hidden_size": 2048,
-        "num_attention_heads": 16,
-        "kv_lora_rank": 512,
-        "qk_rope_head_dim": 64,
-    }
-    assert config_shape(config) == ModelShape(163840, 27 * 576 * 2, 0, 0)
+    shape = ModelShape(163840, 27 * 576 * 2, 0, 0)
+    metadata = gguf("deepseek2", 27, 163840, 2048, 16, kv_lora_rank=512)
+    assert gguf_shape(metadata | {"deepseek2.rope.dimension_count": 64}) == shape
+    assert config_shape(config(27, 163840, 2048, 16, kv_lora_rank=512, qk_rope_head_dim=64)) == shape
 
 
 @pytest.mark.parametrize("metadata", [{}, {"general.architecture": "x"}, QWEN3_4B | {"qwen3.block_count": "many"}])

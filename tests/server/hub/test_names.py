@@ -9,22 +9,13 @@ from server.hub.names import HubName, parse_hub_name
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("org/name", HubName("org/name")),
-        ("org/name@v1.0", HubName("org/name", "v1.0")),
         ("org/name@refs/pr/1", HubName("org/name", "refs/pr/1")),
-        ("org/name:Q4_K_M", HubName("org/name", tag="Q4_K_M")),
         ("org/name:latest", HubName("org/name")),
         ("org/name@v1.0:ud-q4_k_xl", HubName("org/name", "v1.0", tag="ud-q4_k_xl")),
-        ("org/name:file.gguf", HubName("org/name", file="file.gguf")),
         ("org/name@v1:q4/m-00001-of-00002.GGUF", HubName("org/name", "v1", file="q4/m-00001-of-00002.GGUF")),
-        ("hf.co/org/name", HubName("org/name")),
-        ("hf.co/org/name:Q8_0", HubName("org/name", tag="Q8_0")),
         ("HF.co/Org/Name:Q8_0", HubName("Org/Name", tag="Q8_0")),
-        ("huggingface.co/org/name", HubName("org/name")),
-        ("https://huggingface.co/org/name", HubName("org/name")),
         ("https://huggingface.co/org/name/", HubName("org/name")),
         ("https://hf.co/org/name:Q4_0", HubName("org/name", tag="Q4_0")),
-        ("https://huggingface.co/org/name/tree/v1.0", HubName("org/name", "v1.0")),
         ("https://huggingface.co/org/name/tree/main/BF16", HubName("org/name", "main", tag="BF16")),
         ("https://huggingface.co/org/name/tree/refs%2Fpr%2F1", HubName("org/name", "refs/pr/1")),
         ("https://huggingface.co/org/name/resolve/main/a.gguf?download=true", HubName("org/name", "main", "a.gguf")),
@@ -32,7 +23,6 @@ from server.hub.names import HubName, parse_hub_name
         ("https://huggingface.co/org/name/resolve/main/a%2Bb.gguf", HubName("org/name", "main", "a+b.gguf")),
         ("https://huggingface.co/org/name?show=files", HubName("org/name")),
         ("hf.co/org/name/resolve/main/a.gguf?download=true", HubName("org/name", "main", "a.gguf")),
-        ("hf://org/name", HubName("org/name")),
         ("hf://org/name@v1.0/q4/a.gguf", HubName("org/name", "v1.0", "q4/a.gguf")),
     ],
 )
@@ -40,25 +30,10 @@ def test_spellings(text: str, name: HubName) -> None:
     assert parse_hub_name(text) == name
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "name",
-        "a/b/c",
-        "./org/name",
-        "../a/b",
-        "/org/name",
-        "~/name",
-        "org/",
-        "o:x.gguf",
-        "-",
-        "",
-        "org/name:a/b",
-        "a/b c",
-    ],
-)
-def test_other_texts(text: str) -> None:
-    assert parse_hub_name(text) is None
+def test_other_texts() -> None:
+    paths = ("name", "a/b/c", "./org/name", "../a/b", "/org/name", "~/name", "org/")
+    for text in (*paths, "o:x.gguf", "-", "", "org/name:a/b", "a/b c"):
+        assert parse_hub_name(text) is None, text
 
 
 @pytest.mark.parametrize(
@@ -68,17 +43,15 @@ def test_other_texts(text: str) -> None:
         ("https://huggingface.co/datasets/org/name", "is not a model: it is under datasets"),
         ("hf://spaces/org/name", "is not a model: it is under spaces"),
         ("https://huggingface.co/org", "names no model: give org/name"),
-        ("https://huggingface.co", "names no model: give org/name"),
         ("https://huggingface.co/org/name/resolve/main/model.safetensors", "give the repository, org/name"),
         ("https://[x/org/name", "not a valid address"),
-        ("org/name@../../x", "is not the name of a branch, tag or commit"),
-        ("org/name@/etc/passwd", "'/etc/passwd' is not the name of a branch, tag or commit"),
-        ("org/name@./main", "is not the name of a branch, tag or commit"),
-        ("org/name@a//b", "is not the name of a branch, tag or commit"),
-        ("https://huggingface.co/org/name/tree/%2Fetc%2Fpasswd", "'/etc/passwd' is not the name of a branch"),
-        ("https://huggingface.co/org/name/tree/a%00b", r"'a\\x00b' is not the name of a branch"),
-        ("https://huggingface.co/org/name/tree/" + 2000 * "a", "is not the name of a branch"),
-        ("https://huggingface.co/org/name/tree/..%2F..%2Fx", "is not the name of a branch, tag or commit"),
+        *(
+            (text, "is not the name of a branch, tag or commit")
+            for text in (
+                *(f"org/name@{revision}" for revision in ("../../x", "/etc/passwd", "./main", "a//b")),
+                *(f"hf.co/org/name/tree/{part}" for part in ("%2Fetc%2Fpasswd", "a%00b", 2000 * "a", "..%2F..%2Fx")),
+            )
+        ),
     ],
 )
 def test_addresses_of_something_else(text: str, message: str) -> None:

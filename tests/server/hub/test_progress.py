@@ -1,26 +1,23 @@
 """How a download is shown, in a terminal and elsewhere."""
 
-import io
 import os
 import pty
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
+from contextlib import suppress
 
 import pytest
 
-from server.hub import progress
 from server.hub.progress import Lines
 
 MB = 10**6
 
 
-def test_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """A line every five seconds, and one at the end."""
     now = 100.0
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
-    lines = Lines()
+    lines = Lines(lambda: now)
     lines.start("tiny.gguf", 100 * MB, 500 * MB)
     for _ in range(100):
         now += 0.2
@@ -50,30 +47,21 @@ def output_in_terminal(code: str) -> str:
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     subprocess.run([sys.executable, "-c", code], stderr=follower, stdout=subprocess.PIPE, check=True, env=environment)
     os.close(follower)
-    output = io.BytesIO()
-    try:
-        while data := os.read(leader, 65536):
-            output.write(data)
-    except OSError:  # the end, on Linux
-        pass
-    os.close(leader)
-    return output.getvalue().decode()
+    output = b""
+    with suppress(OSError), open(leader, "rb", buffering=0) as terminal:  # it ends with an error, on Linux
+        while data := terminal.read(65536):
+            output += data
+    return output.decode()
 
 
 def test_a_terminal_gets_a_bar() -> None:
-    text = output_in_terminal(CODE)
+    """Another attempt has the same one, and without a download nothing is drawn."""
+    text = output_in_terminal(CODE_OF_TWO_ATTEMPTS)
     assert "[bold]a line[/bold]" in text
     assert "━━━" in text
     assert "1.0/1.0 kB" in text
-
-
-def test_another_attempt_has_the_same_bar() -> None:
-    last = output_in_terminal(CODE_OF_TWO_ATTEMPTS).rpartition("a line")[2]
-    final = re.split(r"\x1b\[2K|\r", last)
+    final = re.split(r"\x1b\[2K|\r", text.rpartition("a line")[2])
     assert sum("tiny.gguf" in line for line in final[-3:]) == 1
-
-
-def test_without_a_download_nothing_is_drawn() -> None:
     assert output_in_terminal("from server.hub.progress import Bar\nwith Bar(): pass") == ""
 
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import select
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -94,13 +93,6 @@ def test_a_signal_to_reload_waits_until_the_child_handles_it() -> None:
         child.send(RELOAD_SIGNAL)
         wait(child)
         assert child.outcome.endswith("code 5")
-
-
-def test_a_child_has_its_own_process_group() -> None:
-    with running(SLEEP) as child:
-        assert os.getpgid(child.pid) == child.pid != os.getpgrp()
-        child.send(signal.SIGKILL)
-        wait(child)
 
 
 def test_the_user_may_set_the_spin_count(monkeypatch: pytest.MonkeyPatch) -> None:

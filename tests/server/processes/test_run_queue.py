@@ -3,41 +3,28 @@
 import os
 import subprocess
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from server.processes.run_queue import Silence, cpu_waits, longest_wait
-
-BUSY = "import os; os.sched_setaffinity(0, {%d}); print(flush=True)\nwhile True: pass"
-IDLE = "import time; print(flush=True); time.sleep(60)"
-
-
-def start(code: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    return process
-
-
-def waits(process: subprocess.Popen[bytes]) -> float:
-    before = cpu_waits(process.pid)
-    time.sleep(1)
-    return longest_wait(before, cpu_waits(process.pid))
+from tests.support.serving import wait_until
+from tests.support.turned_clock import TurnedClock
 
 
 def test_processes_that_share_a_cpu_wait_for_it() -> None:
-    busy = BUSY % min(os.sched_getaffinity(0))
-    processes = [start(code) for code in (busy, busy, busy, IDLE)]
-    try:
-        assert waits(processes[0]) > 0.3
-        assert waits(processes[-1]) < 0.1
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert cpu_waits(processes[0].pid) == {}
+    """Two that loop on one CPU; one that sleeps waits for none."""
+    loop = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\nwhile True: pass"
+    commands = [[sys.executable, "-c", loop]] * 2 + [["sleep", "60"]]
+    with ExitStack() as stack:
+        *busy, idle = (stack.enter_context(subprocess.Popen(command)) for command in commands)
+        for process in (*busy, idle):
+            stack.callback(process.kill)
+        before = cpu_waits(busy[0].pid)
+        wait_until(lambda: longest_wait(before, cpu_waits(busy[0].pid)) > 0.1)
+        assert list(cpu_waits(idle.pid)) == [idle.pid]
+    assert cpu_waits(busy[0].pid) == {}
 
 
 def test_threads_that_have_begun_or_ended_meanwhile() -> None:
@@ -54,16 +41,15 @@ def test_waits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Machine:
-    """A clock, and how long the threads of a process have waited for a CPU."""
+    """A silent process, and how long its threads have waited for a CPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.waits = 100.0, {1: 0.0, 2: 50.0}
-        monkeypatch.setattr("server.processes.run_queue.time.monotonic", lambda: self.now)
+        self.clock, self.waits = TurnedClock(), {1: 0.0, 2: 50.0}
         monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: dict(self.waits))
-        self.silence = Silence(0.5)
+        self.silence = Silence(0.5, self.clock.now)
 
     def count(self, *, elapsed: float = 0.5, wait: float = 0.0) -> None:
-        self.now += elapsed
+        self.clock.time += elapsed
         self.waits[1] += wait
         self.silence.count(1)
 

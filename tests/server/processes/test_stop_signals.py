@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.processes import stop_signals
-from server.processes.stop_signals import STOP_SIGNALS, StopSignals
+from server.processes.stop_signals import ECHO_SECONDS, STOP_SIGNALS, StopSignals
+from tests.support.turned_clock import TurnedClock
 
 
 def taken(signals: StopSignals) -> int | None:
@@ -24,16 +24,14 @@ def send(signum: int) -> None:
 
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
-def test_a_signal_is_an_event_once(signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_is_an_event_once(signum: int) -> None:
     before = [signal.getsignal(each) for each in STOP_SIGNALS]
-    with StopSignals() as signals:
-        send(signum)
-        assert taken(signals) == signum
-        send(signum)
-        assert taken(signals) is None  # an echo
-        monkeypatch.setattr(stop_signals, "ECHO_SECONDS", 0.0)
-        send(signum)
-        assert taken(signals) == signum
+    clock = TurnedClock()
+    with StopSignals(now=clock.now) as signals:
+        for seconds, expected in ((0.0, signum), (0.99, None), (0.02, signum)):  # None: an echo
+            clock.time += seconds * ECHO_SECONDS
+            send(signum)
+            assert taken(signals) == expected
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
 
 

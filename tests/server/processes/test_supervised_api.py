@@ -2,7 +2,6 @@
 
 import os
 import socket
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ from server.processes.supervised_api import SupervisedApi, linked_configs
 from server.processes.supervisor_channel import Heartbeat, make_channel
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
+from tests.support.turned_clock import TurnedClock
 
 
 @pytest.mark.parametrize(("share", "seconds"), [(0.0, 15), (0.4, 15), (0.7, 17), (0.9, 25), (1.0, 143), (1.2, 143)])
@@ -19,19 +19,19 @@ def test_a_silent_api_process_hangs_even_if_the_machine_is_busy(
     monkeypatch: pytest.MonkeyPatch, share: float, seconds: int
 ) -> None:
     """`share` of the time, one of its threads waits for a CPU, while another one may loop."""
-    now = began = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: {1: share * now})
+    clock = TurnedClock()
+    began = clock.time
+    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: {1: share * clock.time})
     process: Any = SimpleNamespace(pid=0)
     channel, other_end = make_channel()
-    api = SupervisedApi(process, channel, step_timeout=10.0)
+    api = SupervisedApi(process, channel, 10.0, clock)
     assert not api.hangs()
     other_end.send(Heartbeat())
     assert api.receive() == [Heartbeat()]
-    assert api.hangs_at == now + 13.0
-    while not api.hangs() and now < began + 200:
-        now += 1.0
-    assert now - began == seconds
+    assert api.hangs_at == began + 13.0
+    while not api.hangs() and clock.time < began + 200:
+        clock.time += 1.0
+    assert clock.time - began == seconds
     other_end.close()
     channel.close()
 

@@ -1,6 +1,5 @@
-"""Tests of when an engine is started again. `tests/server/test_supervisor.py` has those with real processes."""
+"""When an engine is started again; `tests/server/test_supervisor.py` has real processes."""
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,60 +7,63 @@ import pytest
 
 from server.processes import supervised_engine
 from server.processes.supervised_engine import Crashes, SupervisedEngine
+from tests.support.turned_clock import TurnedClock
+
+
+class Supervised:
+    """A supervised engine by a clock that stands still, whose processes end when they are killed."""
+
+    def __init__(self) -> None:
+        self.clock = TurnedClock()
+        self.processes: list[Any] = []
+        self.reports: list[str] = []
+        self.engine = SupervisedEngine(
+            0, self._launch, restarts=True, step_timeout=10.0, report=self.reports.append, clock=self.clock
+        )
+
+    def _launch(self) -> Any:
+        process = SimpleNamespace(pid=len(self.processes), name="engine", has_ended=False, outcome="it ended")
+        process.kill = process.terminate = lambda: setattr(process, "has_ended", True)
+        self.processes.append(process)
+        return process
+
+    def crash(self) -> None:
+        """End the process after it has been ready."""
+        self.engine.note_ready([self.engine.process.pid])
+        self.engine.process.has_ended = True
+        self.engine.advance()
 
 
 def test_threads_that_waited_for_a_cpu_may_have_ended_when_the_engine_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
     waits = iter([{1: 5.0, 2: 1.0}, {2: 1.5}])
     monkeypatch.setattr(supervised_engine, "cpu_waits", lambda _: next(waits))
-    killed: list[float] = []
-
-    def launch() -> Any:
-        process = SimpleNamespace(pid=7, name="engine", has_ended=False, outcome="it ended")
-        process.kill = lambda: killed.append(now) if not process.has_ended else None
-        return process
-
-    reports: list[str] = []
-    engine = SupervisedEngine(0, launch, restarts=True, step_timeout=10.0, report=reports.append)
-    now += 2.0
-    engine.note_ready([7])
-    engine.advance()
-    assert engine.deadline is None
-    engine.process.has_ended = True
-    engine.advance()  # the second process starts at once
-    assert not engine.process.has_ended
-    assert engine.deadline == 1002.0 + 3 * 2.0 + 10.0
-    while not killed:
-        now += 1.0
-        engine.advance()
-    assert killed == [1002.0 + 3 * 2.0 + 10.0 + 5.0]
-    assert reports == ["it ended; another one starts", "the engine process has not become ready within 21 s"]
+    it = Supervised()
+    it.clock.time += 2.0
+    it.engine.note_ready([0])
+    it.engine.advance()
+    assert it.engine.deadline is None
+    it.crash()  # the second process starts at once
+    assert not it.processes[1].has_ended
+    limit = 1002.0 + 3 * 2.0 + 10.0
+    for late in (0.0, 4.9, 5.0):
+        assert it.engine.deadline == (limit + 5.0 if late else limit)
+        it.clock.time = limit + late
+        it.engine.advance()
+        assert it.processes[1].has_ended == (late == 5.0)
+    assert it.reports == ["it ended; another one starts", "the engine process has not become ready within 21 s"]
 
 
-def test_an_engine_that_is_stopped_before_it_is_started_again_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    processes: list[Any] = []
-
-    def launch() -> Any:
-        process = SimpleNamespace(pid=len(processes), name="engine", has_ended=False, outcome="it ended")
-        process.kill = process.terminate = lambda: None
-        processes.append(process)
-        return process
-
-    engine = SupervisedEngine(0, launch, restarts=True, step_timeout=10.0, report=lambda _: None)
+def test_an_engine_that_is_stopped_before_it_is_started_again_is_gone() -> None:
+    it = Supervised()
     for _ in range(2):  # another one starts at once, and the next one a second later
-        engine.note_ready([engine.process.pid])
-        engine.process.has_ended = True
-        engine.advance()
-    assert engine.deadline == now + 1.0
-    engine.stop(5.0)
-    engine.advance()
-    assert engine.is_gone
-    now += 100.0
-    engine.advance()
-    assert len(processes) == 2
+        it.crash()
+    assert it.engine.deadline == it.clock.time + 1.0
+    it.engine.stop(5.0)
+    it.engine.advance()
+    assert it.engine.is_gone
+    it.clock.time += 100.0
+    it.engine.advance()
+    assert len(it.processes) == 2
 
 
 def test_when_engines_are_started_again() -> None:

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -11,11 +10,7 @@ from server.cli.main import make_parser
 from server.settings.load import check_certificate, is_loopback, load_settings
 from server.settings.setting import SettingsError
 from server.settings.table import SETTINGS, Settings
-from tests.support.settings_cases import INVALID, VALID, settings_from_flags
-
-OTHERS = [name for name in VALID if name != "models"]  # which test_models.py tests
-EVERY_CASE = [(name, text, value) for name in OTHERS for text, value in VALID[name]]
-EVERY_BAD_CASE = [(name, text) for name, texts in INVALID.items() for text in texts]
+from tests.support.settings_cases import INVALID, KINDS, VALID, settings_from_flags
 
 
 def write(path: Path, content: str) -> str:
@@ -24,70 +19,63 @@ def write(path: Path, content: str) -> str:
     return str(file)
 
 
-def as_flags(name: str, text: str) -> list[str]:
+def as_flags(name: str, text: str, value: object) -> list[str]:
     setting = SETTINGS[name]
-    if setting.positional:
-        return [text]
     if setting.is_switch:
-        return [setting.flag if VALID[name][0][1] else f"--no-{setting.key}"]
-    return [f"{setting.flag}={text}"]
+        return [f"--{setting.key}" if value else f"--no-{setting.key}"]
+    return [text if setting.positional else f"{setting.flag}={text}"]
 
 
-@pytest.mark.parametrize(("name", "text", "value"), EVERY_CASE)
-def test_every_source_means_the_same(tmp_path: Path, name: str, text: str, value: Any) -> None:
-    setting = SETTINGS[name]
-    by_flag = settings_from_flags(*as_flags(name, text))
-    by_environment = load_settings(environ={setting.variable: text})
-    by_kebab_key = load_settings(config=write(tmp_path, f"{setting.key}: {msgspec.json.encode(text).decode()}\n"))
-    by_snake_key = load_settings(config=write(tmp_path, f"{name}: {msgspec.json.encode(text).decode()}\n"))
-    for settings in (by_flag, by_environment, by_kebab_key, by_snake_key):
-        assert getattr(settings, name) == value
-        assert settings == msgspec.structs.replace(Settings(), **{name: value})
+def as_yaml(name: str, text: str) -> str:
+    return f"{name}: {msgspec.json.encode(text).decode()}\n"
 
 
-@pytest.mark.parametrize(("name", "text", "value"), EVERY_CASE)
-def test_yaml_values_need_no_quotes(tmp_path: Path, name: str, text: str, value: Any) -> None:
-    plain = f"'{text}'" if text in ("*", "vllm:") else text
-    assert getattr(load_settings(config=write(tmp_path, f"{name}: {plain}\n")), name) == value
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_means_the_same(tmp_path: Path, kind: str) -> None:
+    for name in set(KINDS[kind]) - {"models"}:  # which test_models.py tests
+        setting = SETTINGS[name]
+        for text, value in VALID[name]:
+            plain = f"'{text}'" if text in ("*", "vllm:") else text
+            by_file = [as_yaml(setting.key, text), as_yaml(name, text), f"{name}: {plain}\n"]
+            every = [load_settings(config=write(tmp_path, line)) for line in by_file]
+            every += [
+                settings_from_flags(*as_flags(name, text, value)),
+                load_settings(environ={setting.variable: text}),
+            ]
+            assert every == [msgspec.structs.replace(Settings(), **{name: value})] * 5, (name, text)
 
 
-def test_a_unix_socket_needs_no_key() -> None:
-    load_settings({"host": "0.0.0.0", "uds": "lw.sock"})
+@pytest.mark.parametrize("kind", KINDS)
+def test_flag_before_environment_before_file_before_default(tmp_path: Path, kind: str) -> None:
+    for name in set(KINDS[kind]) - {"models"}:
+        setting = SETTINGS[name]
+        (first, value), *_, (last, _) = VALID[name]
+        config = write(tmp_path, as_yaml(name, last))
+        flags = {name: [first] if setting.value_type.is_list else first}
+        assert getattr(load_settings(flags, {setting.variable: last}, config), name) == value
+        assert getattr(load_settings({}, {setting.variable: first}, config), name) == value
+        assert getattr(load_settings(), name) == setting.default == getattr(Settings(), name) != value
 
 
-def test_a_private_key_needs_a_certificate() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_values_are_refused_with_setting_source_and_limit(tmp_path: Path, kind: str) -> None:
+    for name, text in [(each, text) for each in KINDS[kind] for text in INVALID[each]]:
+        setting = SETTINGS[name]
+        expected = re.escape(setting.value_type.expected)
+        with pytest.raises(SettingsError, match=f"^{setting.variable}: expected {expected}"):
+            load_settings(environ={setting.variable: text})
+        config = write(tmp_path, as_yaml(setting.key, text))
+        with pytest.raises(SettingsError, match=f"^{re.escape(config)}: {setting.key}: expected {expected}"):
+            load_settings(config=config)
+        if not setting.is_switch:
+            with pytest.raises(SettingsError, match=f"^{re.escape(setting.flag)}: expected {expected}"):
+                load_settings({name: [text] if setting.value_type.is_list else text})
+
+
+def test_settings_that_need_others() -> None:
+    load_settings({"host": "0.0.0.0", "uds": "lw.sock"})  # a UNIX socket needs no key
     with pytest.raises(SettingsError, match="--ssl-keyfile: set --ssl-certfile too"):
         check_certificate(load_settings({"ssl_keyfile": "a.key"}))
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_flag_before_environment_before_file_before_default(tmp_path: Path, name: str) -> None:
-    setting = SETTINGS[name]
-    (first, first_value), (second, _) = VALID[name]
-    default = str(setting.default) if setting.is_switch else second
-    environ = {setting.variable: second}
-    config = write(tmp_path, f"{name}: {msgspec.json.encode(default).decode()}\n")
-    flags = {name: [first] if setting.value_type.is_list else first}
-    assert getattr(load_settings(flags, environ, config), name) == first_value
-    assert getattr(load_settings({}, {setting.variable: first}, config), name) == first_value
-    assert getattr(load_settings({}, {}, write(tmp_path, f"{name}: {msgspec.json.encode(first).decode()}")), name) == (
-        first_value
-    )
-    assert getattr(load_settings(), name) == setting.default == getattr(Settings(), name)
-
-
-@pytest.mark.parametrize(("name", "text"), EVERY_BAD_CASE)
-def test_bad_values_are_refused_with_setting_source_and_limit(tmp_path: Path, name: str, text: str) -> None:
-    setting = SETTINGS[name]
-    expected = re.escape(setting.value_type.expected)
-    with pytest.raises(SettingsError, match=f"^{setting.variable}: expected {expected}"):
-        load_settings(environ={setting.variable: text})
-    config = write(tmp_path, f"{setting.key}: {msgspec.json.encode(text).decode()}\n")
-    with pytest.raises(SettingsError, match=f"^{re.escape(config)}: {setting.key}: expected {expected}"):
-        load_settings(config=config)
-    if not setting.is_switch:
-        with pytest.raises(SettingsError, match=f"^{re.escape(setting.flag)}: expected {expected}"):
-            load_settings({name: [text] if setting.value_type.is_list else text})
 
 
 @pytest.mark.parametrize(
@@ -176,11 +164,8 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         load_settings(config=str(tmp_path))
     assert load_settings(config=write(tmp_path, "# nothing\n")) == Settings()
     assert load_settings(config=write(tmp_path, "port:\nseed: null\n")) == Settings()
-
-
-def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
-    config = write(tmp_path, "port: 81\n")
-    assert load_settings(environ={"LIGHTWELL_CONFIG": config}).port == 81
+    named = {"LIGHTWELL_CONFIG": write(tmp_path, "port: 81\n")}
+    assert load_settings(environ=named).port == 81
 
 
 def test_lists() -> None:
@@ -211,48 +196,37 @@ def test_unknown_variables_are_named() -> None:
         load_settings(environ={"LIGHTWELL_ZZZZZZ": "1"})
 
 
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {"LIGHTWELL_PORT": "tcp://10.0.0.1:8000"},
-        {"LIGHTWELL_SERVICE_HOST": "10.0.0.1", "LIGHTWELL_PORT": "tcp://10.0.0.1:8000"},
-        {"LIGHTWELL_PORT_8000_TCP_ADDR": "10.0.0.1"},
-    ],
-)
-def test_service_links_of_kubernetes_are_explained(environ: dict[str, str]) -> None:
+@pytest.mark.parametrize(("name", "value"), [("PORT", "tcp://10.0.0.1:8000"), ("PORT_8000_TCP_ADDR", "10.0.0.1")])
+def test_service_links_of_kubernetes_are_explained(name: str, value: str) -> None:
+    environ = {"LIGHTWELL_SERVICE_HOST": "10.0.0.1", f"LIGHTWELL_{name}": value}
     with pytest.raises(SettingsError, match=r"Kubernetes .* Service named lightwell.*enableServiceLinks: false"):
         load_settings(environ=environ)
 
 
 @pytest.mark.checklist("B05")
 @pytest.mark.parametrize(
-    ("host", "expected"),
+    ("expected", "hosts"),
     [
-        ("127.0.0.1", True),
-        ("127.9.9.9", True),
-        ("::1", True),
-        ("localhost", True),
-        ("0.0.0.0", False),
-        ("::", False),
-        ("10.0.0.1", False),
-        ("example.org", False),
-        ("localhost.example.org", False),
+        (True, ["127.0.0.1", "127.9.9.9", "::1", "localhost"]),
+        (False, ["0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org"]),
     ],
 )
-def test_beyond_loopback_needs_a_key(host: str, expected: bool) -> None:
-    assert is_loopback(host) is expected
-    assert settings_from_flags("--host", host, "--api-key", "k").host == host
-    assert settings_from_flags("--host", host, "--allow-unauthenticated").host == host
-    if expected:
-        assert settings_from_flags("--host", host).host == host
-    else:
-        with pytest.raises(SettingsError, match=f"--host {host} .*--api-key.*--allow-unauthenticated"):
-            settings_from_flags("--host", host)
+def test_beyond_loopback_needs_a_key(expected: bool, hosts: list[str]) -> None:
+    for host in hosts:
+        assert is_loopback(host) is expected
+        assert settings_from_flags("--host", host, "--api-key", "k").host == host
+        assert settings_from_flags("--host", host, "--allow-unauthenticated").host == host
+        if expected:
+            assert settings_from_flags("--host", host).host == host
+        else:
+            with pytest.raises(SettingsError, match=f"--host {host} .*--api-key.*--allow-unauthenticated"):
+                settings_from_flags("--host", host)
 
 
-def test_errors_do_not_show_keys() -> None:
+@pytest.mark.parametrize("key", [["sk-secret", ""], "sk-secret\n"])
+def test_errors_do_not_show_keys(key: object) -> None:
     with pytest.raises(SettingsError) as caught:
-        load_settings({"api_key": ["sk-secret", ""]})
+        load_settings({"api_key": key})
     assert "sk-secret" not in str(caught.value)
 
 
@@ -276,29 +250,16 @@ def test_vllms_json_of_an_adapter(tmp_path: Path) -> None:
             load_settings(config=write(tmp_path, f"lora-modules: [{text}]\n")),
         ):
             assert settings.lora_paths == {"org/sql": "/a/x=y,z"}
-    assert settings_from_flags("--lora-modules", '{"name":"a","path":"b"}', "--lora-modules", "c=d").lora_paths == {
-        "a": "b",
-        "c": "d",
-    }
+    both = settings_from_flags("--lora-modules", '{"name":"a","path":"b"}', "--lora-modules", "c=d")
+    assert both.lora_paths == {"a": "b", "c": "d"}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"name": "a"}',
-        '{"path": "/a"}',
-        '{"name": "a", "path": ""}',
-        '{"name": "", "path": "/a"}',
-        '{"name": "a=b", "path": "/a"}',
-        '{"name": "a", "path": 5}',
-        '{"name": "a", "path": "/a\\u0000"}',
-        '{"name": "a", "path": "/a", "rank": 8}',
-        '{"name": "a", "path": "/a"',
-        '[{"name": "a", "path": "/a"}]',
-        "{" * 100_000,
-        '{"a":' * 100_000,
-    ],
-)
-def test_what_is_no_adapter(text: str) -> None:
-    with pytest.raises(SettingsError, match=r"^--lora-modules: expected NAME=PATH with a NAME of letters"):
-        settings_from_flags("--lora-modules", text)
+def test_what_is_no_adapter() -> None:
+    for text in (
+        *('{"name": "a"}', '{"path": "/a"}', '{"name": "a", "path": ""}', '{"name": "", "path": "/a"}'),
+        *('{"name": "a=b", "path": "/a"}', '{"name": "a", "path": 5}', '{"name": "a", "path": "/a\\u0000"}'),
+        *('{"name": "a", "path": "/a", "rank": 8}', '{"name": "a", "path": "/a"', '[{"name": "a", "path": "/a"}]'),
+        *("{" * 100_000, '{"a":' * 100_000),
+    ):
+        with pytest.raises(SettingsError, match=r"^--lora-modules: expected NAME=PATH with a NAME of letters"):
+            settings_from_flags("--lora-modules", text)
