@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
 from typing import NamedTuple
 
-import pytest
-
 from engine.config.families import FAMILIES
 from engine.distributed.plan import PLAN
 from engine.weights.quantized_formats import _LAYOUTS
@@ -143,48 +141,8 @@ def test_pydantic_matches_patterns_in_linear_time() -> None:
     assert not any("regex_engine" in text or "from re import" in text for text in texts)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "mode"),
-    [
-        (r"-?(\d{1,9}(\.\d{1,9})?(|ns|us|ms|s|m|h))+", "fullmatch"),
-        ("(a+)+b", "match"),
-        ("(a*)*b", "match"),
-        ("(a?){30}b", "match"),
-        ("(aa(c?)?){1,40}b", "match"),
-        ("(a(c?|b?)){1,40}b", "match"),
-        ("(aa|aaa)*b", "match"),
-        (r'"(?:[^"\\]+|\\.)*"', "match"),
-        (r"(\w+,?)*x", "match"),
-        ("a*a*b", "match"),
-        ("a*a*", "fullmatch"),
-        ("[ab]*a[ab]*c", "match"),
-        (r"(?i)a*A*\d", "match"),
-        (r"\s+$", "search"),
-        ("(?m)^\\s+x", "search"),
-        ("x*y", "search"),
-        ("(b(ab)*){2}", "search"),
-        (r"[ab](b*c)?", "findall"),
-        (r"\$(?![^\[]*\])", "search"),
-        (r"(.)\1", "match"),
-    ],
-)
-def test_slow_patterns_are_found(pattern: str, mode: str) -> None:
-    assert why_not_linear(pattern, mode=mode) != []
-
-
-@pytest.mark.parametrize(
-    ("pattern", "mode"),
-    [
-        (r"-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+", "fullmatch"),
-        (r"(.+)-(\d+)-of-(\d+)\.gguf", "fullmatch"),
-        (rb'"(?:[^"\\]++|\\.)*+"?', "sub"),
-        ("a*a*", "match"),
-        (r"\s+", "sub"),
-        (r"^\s+$", "search"),
-        (r"(?m)^[ \t]*[\w-]+[ \t]*=", "search"),
-        (r",\s*\d+(?=\s*\})", "sub"),
-        (r"(\w+,)*x", "match"),
-    ],
-)
-def test_linear_patterns_are_not(pattern: str | bytes, mode: str) -> None:
-    assert why_not_linear(pattern, mode=mode) == []
+def test_slow_patterns_are_found() -> None:
+    """One of each kind: a loop within a loop, two ways around a loop, one loop after another, a search."""
+    for pattern in ("(a+)+b", "(aa|aaa)*b", "a*a*b", r"\s+$", r"(.)\1"):
+        assert why_not_linear(pattern) != [], pattern
+    assert why_not_linear(r"-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+", mode="fullmatch") == []

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -66,20 +67,25 @@ class TokenBucket:
 class Account:
     """The usage and the limits of one tenant. For the event loop only, except `set_limits`."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
+    ) -> None:
         self.usage = Usage()
         self.num_running = 0  # requests
+        self._clock = clock
+        self._wall_clock = wall_clock
         self._limits = Limits()
         self._requests: TokenBucket | None = None
         self._tokens: TokenBucket | None = None
         self._day = 0  # since 1970, in UTC
-        self._day_began = 0.0  # when the budget was renewed, in seconds of time.monotonic()
+        self._day_began = 0.0  # when the budget was renewed, by `clock`
         self._day_tokens = 0
 
     def set_limits(self, limits: Limits) -> None:
         """Change the limits. A rate that stays the same goes on from where it is."""
-        self._requests = _bucket(self._requests, limits.requests_per_minute)
-        self._tokens = _bucket(self._tokens, limits.tokens_per_minute)
+        now = self._clock()
+        self._requests = _bucket(self._requests, limits.requests_per_minute, now)
+        self._tokens = _bucket(self._tokens, limits.tokens_per_minute, now)
         self._limits = limits
 
     def admit(self) -> None:
@@ -88,7 +94,7 @@ class Account:
         Raises LimitReachedError if it exceeds a limit; then it counts as none. A request is admitted while any tokens
         are left: what it takes beyond them has to come back before the next one is admitted.
         """
-        now, limits = time.monotonic(), self._limits
+        now, limits = self._clock(), self._limits
         if limits.max_concurrent_requests is not None and self.num_running >= limits.max_concurrent_requests:
             raise LimitReachedError("max_concurrent_requests", limits.max_concurrent_requests)
         if limits.tokens_per_day is not None and self.num_tokens_today >= limits.tokens_per_day:
@@ -115,7 +121,7 @@ class Account:
     @property
     def num_tokens_today(self) -> int:
         """Prompt and output tokens since midnight in UTC, or since the start of the server."""
-        today, now = int(time.time()) // DAY, time.monotonic()
+        today, now = int(self._wall_clock()) // DAY, self._clock()
         # A clock that is set back renews no budget, and one that was ahead holds none up for more than a day.
         if today > self._day or (today < self._day and now - self._day_began >= DAY):
             self._day, self._day_began, self._day_tokens = today, now, 0
@@ -123,7 +129,7 @@ class Account:
 
     def headers(self) -> dict[str, str]:
         """Return OpenAI's headers for the rates that are limited."""
-        now, headers = time.monotonic(), {}
+        now, headers = self._clock(), {}
         for bucket, noun in ((self._requests, "requests"), (self._tokens, "tokens")):
             if bucket is not None:
                 headers[f"x-ratelimit-limit-{noun}"] = str(bucket.per_minute)
@@ -134,14 +140,14 @@ class Account:
     def _take(self, num_tokens: int) -> None:
         self._day_tokens = self.num_tokens_today + num_tokens
         if self._tokens is not None:
-            self._tokens.take(num_tokens, time.monotonic())
+            self._tokens.take(num_tokens, self._clock())
 
 
-def _bucket(bucket: TokenBucket | None, per_minute: int | None) -> TokenBucket | None:
+def _bucket(bucket: TokenBucket | None, per_minute: int | None, now: float) -> TokenBucket | None:
     if per_minute is None:
         return None
     is_same = bucket is not None and bucket.per_minute == per_minute
-    return bucket if is_same else TokenBucket(per_minute, time.monotonic())
+    return bucket if is_same else TokenBucket(per_minute, now)
 
 
 def format_duration(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """Tenants over real sockets: from a key or an address to the engine, and what belongs to each of them."""
 
 import hashlib
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
@@ -55,21 +55,26 @@ def test_the_addresses_of_an_ipv6_network_are_one_tenant(network: int, hosts: tu
     assert first != other
 
 
-def test_the_engine_gets_the_tenant_of_each_request(start_server: StartServer) -> None:
-    assert submit(start_server()).tenant == "127.0.0.1"
-    server = start_server(api_key=KEYS)
-    assert [submit(server, key).tenant for key in ("key-two", "key-one", "key-two")] == ["key-2", "key-1", "key-2"]
-    assert submit(server, "key-one").weight == 1.0
+def test_the_engine_gets_the_tenant_of_each_request(server: RunningServer, shared: RunningServer) -> None:
+    assert submit(server).tenant == "127.0.0.1"
+    assert [submit(shared, key).tenant for key in ("key-two", "key-one", "key-two")] == ["key-2", "key-1", "key-2"]
+    assert submit(shared, "key-one").weight == 1.0
 
 
 # What belongs to a tenant.
 
 
 @pytest.fixture(scope="module")
-def shared(model_folder: Path) -> Iterator[RunningServer]:
-    """A server with two tenants, of which the first has made a response and a recorded request."""
+def with_keys(model_folder: Path) -> Iterator[RunningServer]:
     with fresh_server(model_folder, api_key=KEYS, record_requests=9) as server:
         yield server
+
+
+@pytest.fixture
+def shared(with_keys: RunningServer) -> Iterator[RunningServer]:
+    """A server with two tenants."""
+    yield with_keys
+    with_keys.reset()
 
 
 def make_response(server: RunningServer, key: str | None = "key-one") -> dict[str, Any]:
@@ -135,56 +140,44 @@ def test_an_item_of_another_tenant_is_not_found_by_copying_its_id(shared: Runnin
     assert [b"forged" in prompt for prompt in prompts] == [False, True]
 
 
-def test_only_the_tenant_cancels_its_request(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
-    server = start_server(api_key=KEYS)
-    answers: list[httpx.Response] = []
-    body = REQUEST | {"max_tokens": 1000}
-    thread = threading.Thread(
-        target=lambda: answers.append(send(server, "key-one", "POST", "/v1/completions", json=body))
-    )
-    thread.start()
-    wait_until(lambda: len(server.context.running) == 2)
-    refused = [send(server, "key-two", "POST", f"/v1/requests/{id}/cancel") for id in ("mine", "none")]
-    assert [answer.status_code for answer in refused] == [404, 404]
-    assert refused[0].text.replace("mine", "none") == refused[1].text
-    assert len(server.context.running) == 2
-    assert send(server, "key-one", "POST", "/v1/requests/mine/cancel").status_code == 200
-    thread.join(10)
-    assert answers[0].json()["choices"][0]["finish_reason"] == "abort"
+def test_only_the_tenant_cancels_its_request(shared: RunningServer) -> None:
+    shared.engine.config.endless, shared.engine.config.step_seconds = True, 0.01
+    with ThreadPoolExecutor(1) as pool:
+        body = REQUEST | {"max_tokens": 1000}
+        answer = pool.submit(send, shared, "key-one", "POST", "/v1/completions", json=body)
+        wait_until(lambda: len(shared.context.running) == 2)
+        refused = [send(shared, "key-two", "POST", f"/v1/requests/{id}/cancel") for id in ("mine", "none")]
+        assert [each.status_code for each in refused] == [404, 404]
+        assert refused[0].text.replace("mine", "none") == refused[1].text
+        assert len(shared.context.running) == 2
+        assert send(shared, "key-one", "POST", "/v1/requests/mine/cancel").status_code == 200
+        assert answer.result().json()["choices"][0]["finish_reason"] == "abort"
 
 
-@pytest.mark.parametrize(
-    ("settings", "keys"),
-    [({"api_key": KEYS, "one_tenant": True}, KEYS), ({"api_key": KEYS[:1]}, KEYS[:1] * 2), ({}, (None, None))],
-)
-def test_a_rotation_a_single_key_and_no_key_are_one_owner(
-    start_server: StartServer, settings: dict[str, Any], keys: tuple[str | None, str | None]
-) -> None:
-    server = start_server(**settings)
-    response = make_response(server, keys[0])
-    assert send(server, keys[1], "GET", f"/v1/responses/{response['id']}").json() == response
-    salts = [submit(server, key, cache_salt="s").cache_salt for key in keys]
-    assert salts[0] == salts[1]
+def test_a_rotation_a_single_key_and_no_key_are_one_owner(start_server: StartServer, server: RunningServer) -> None:
+    rotated, single = start_server(api_key=KEYS, one_tenant=True), start_server(api_key=KEYS[:1])
+    for each, keys in ((rotated, KEYS), (single, KEYS[:1] * 2), (server, (None, None))):
+        response = make_response(each, keys[0])
+        assert send(each, keys[1], "GET", f"/v1/responses/{response['id']}").json() == response
+        salts = [submit(each, key, cache_salt="s").cache_salt for key in keys]
+        assert salts[0] == salts[1]
 
 
 # Cached prefixes.
 
 
-def test_tenants_have_caches_of_their_own(start_server: StartServer) -> None:
-    isolated, shared, alone = (
-        start_server(api_key=KEYS),
-        start_server(api_key=KEYS, isolate_keys=False),
-        start_server(),
-    )
-    assert submit(isolated, "key-one").cache_salt != submit(isolated, "key-two").cache_salt
-    assert [submit(shared, key, cache_salt="s").cache_salt for key in KEYS] == ["s", "s"]
-    assert submit(alone, cache_salt="s").cache_salt == "s"
+def test_tenants_have_caches_of_their_own(
+    start_server: StartServer, server: RunningServer, shared: RunningServer
+) -> None:
+    together = start_server(api_key=KEYS, isolate_keys=False)
+    assert submit(shared, "key-one").cache_salt != submit(shared, "key-two").cache_salt
+    assert [submit(together, key, cache_salt="s").cache_salt for key in KEYS] == ["s", "s"]
+    assert submit(server, cache_salt="s").cache_salt == "s"
     body = {"model": "tiny", "input": "a"}
     salts = []
     for key in KEYS:
-        assert send(isolated, key, "POST", "/v1/embeddings", json=body).status_code == 200
-        salts.append(isolated.engine.submits[-1].cache_salt)
+        assert send(shared, key, "POST", "/v1/embeddings", json=body).status_code == 200
+        salts.append(shared.engine.submits[-1].cache_salt)
     assert salts[0] != salts[1]
 
 
@@ -229,7 +222,5 @@ def test_an_adapter_exists_only_for_those_who_may_use_it(
         )
         assert real.replace("SQL", "NONE") == unknown, path
     unnamed = {name: value for name, value in REQUEST.items() if name != "model"}
-    assert [send(server, name, "POST", "/v1/completions", json=unnamed).status_code for name in ("alice", "bob")] == [
-        400,
-        200,
-    ]
+    answers = [send(server, name, "POST", "/v1/completions", json=unnamed) for name in ("alice", "bob")]
+    assert [answer.status_code for answer in answers] == [400, 200]

@@ -1,13 +1,16 @@
 """Chat templates of several styles, a conversation, and a byte-level tokenizer with many special tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from server.text.folder_tokenizer import TokenizerConfig
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.sandbox import SandboxedTemplate
+from server.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -101,58 +104,32 @@ def user(content: Any) -> list[dict[str, Any]]:
 def transformers_oracle() -> PreTrainedTokenizerFast:
     """Return a tokenizer of transformers to compare rendered prompts with."""
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=Tokenizer(models.BPE()), bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizers.Tokenizer(models.BPE()), bos_token="<s>", eos_token="</s>"
     )
 
 
-class HFTokenizer:
-    """The methods of a tokenizer that `encode_chat` uses, implemented with `tokenizers` alone."""
-
-    def __init__(self, tokenizer: Tokenizer, special_tokens: Sequence[str]) -> None:
-        self.special_tokens = tuple(special_tokens)
-        self._parsing = tokenizer
-        self._plain = Tokenizer.from_str(tokenizer.to_str())
-        self._plain.encode_special_tokens = True
-
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        assert not add_special_tokens
-        tokenizer = self._parsing if parse_special else self._plain
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def tokens(self, token_ids: Iterable[int]) -> list[str]:
-        return [self._parsing.id_to_token(token_id) or "" for token_id in token_ids]
-
-
-def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, prefix_space: str | None = None) -> HFTokenizer:
+def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, prefix_space: str | None = None) -> Tokenizer:
     """Return a tokenizer of bytes and a few merges. `prefix_space` is sentencepiece's scheme: "first" or "always"."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if prefix_space else pre_tokenizers.ByteLevel.alphabet()
     merges = [("h", "i"), ("e", "n"), ("en", "d"), ("|", ">"), ("<", "|"), ("i", "m"), ("▁", "h")]
     chars = ["▁", *map(chr, range(33, 127))] if prefix_space else ["▁"]
     words = [*SPECIAL_TOKENS, *sorted(byte_tokens), *chars, *("".join(merge) for merge in merges)]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=prefix_space is not None))
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, byte_fallback=prefix_space is not None))
     if prefix_space:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix_space, split=False)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix_space, split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
-    return HFTokenizer(tokenizer, special_tokens)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    return Tokenizer(backend, TokenizerConfig(None, None, None, backend.get_vocab_size()))
 
 
-def controls(tokenizer: HFTokenizer, token_ids: list[int]) -> list[str]:
-    return [token for token in tokenizer.tokens(token_ids) if token in tokenizer.special_tokens]
+def controls(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    return [tokenizer.token_bytes(token_id).decode() for token_id in token_ids if token_id in tokenizer.special_ids]
 
 
-def text_of(tokenizer: HFTokenizer, token_ids: list[int]) -> str:
-    """Decode the ids of a byte-level tokenizer, special tokens included."""
-    data = b"".join(BYTES_OF.get(token, token.encode()) for token in tokenizer.tokens(token_ids))
-    return data.decode()
-
-
-def _bytes_of_tokens() -> dict[str, bytes]:
-    tokenizer = byte_tokenizer(["<s>"])
-    vocab = [tokenizer.tokens(tokenizer.encode(chr(code), add_special_tokens=False)) for code in range(128)]
-    return {token: chr(code).encode() for code, tokens in enumerate(vocab) for token in tokens}
-
-
-BYTES_OF = _bytes_of_tokens()
+def text_of(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    """Return the text of token ids, special tokens included."""
+    return b"".join(map(tokenizer.token_bytes, token_ids)).decode()

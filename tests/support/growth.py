@@ -1,8 +1,10 @@
-"""How the CPU time of some work grows with its size."""
+"""How the work of some function grows with its size: in CPU time, and in calls, which are the same each time."""
 
 import gc
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 FACTOR = 4
 MAX_GROWTH = 8  # of the time, when the size is `FACTOR` times as large; quadratic work takes 16 times as long
@@ -23,3 +25,19 @@ def _seconds(work: Callable[[], object]) -> float:
         return time.process_time() - start
     finally:
         gc.enable()
+
+
+def num_calls(work: Callable[[], object]) -> int:
+    """Return how many calls of functions some work makes, with those of functions in C, and returns from them."""
+    count = 0
+
+    def profile(frame: Any, event: str, function: Any) -> None:
+        nonlocal count
+        count += 1
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count

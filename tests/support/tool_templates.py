@@ -1,8 +1,11 @@
 """Chat templates that write tool calls: those of the folder `templates`, and minimal ones as models document them."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.sandbox import SandboxedTemplate
@@ -118,6 +121,16 @@ WITHOUT_CALLS = {
     "llama-cpp-rwkv-world",
 }
 WITH_CALLS = [name for name in NAMES if name not in WITHOUT_CALLS]
+# One template of each kind of arguments: as JSON, between tags, as literals and nested. The details of all the others
+# are for `make test-long`.
+KINDS = ("Qwen-Qwen3-0.6B", "Cohere2MoE", "Qwen3-Coder", "GLM-4.5", "Kimi-K3", "MiniMax-M3", "google-gemma-4-31B-it")
+
+
+def kinds_first(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test with the templates of these names, in `make test` with those of `KINDS` only."""
+    params = [name if name in KINDS else pytest.param(name, marks=pytest.mark.long) for name in names]
+    return pytest.mark.parametrize("name", params)
+
 
 POSITION = {"type": "object", "properties": {"x": {"type": "integer"}, "name": {"type": "string"}}, "required": ["x"]}
 PARAMETERS: dict[str, Any] = {

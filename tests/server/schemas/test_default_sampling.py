@@ -58,81 +58,69 @@ def fingerprint(server: RunningServer) -> str:
     return str(answer["system_fingerprint"])
 
 
-@pytest.mark.parametrize("path", ENDPOINTS)
-def test_request_before_setting_before_file_before_openai(start: Start, path: str) -> None:
-    server = start({"temperature": 0.25, "top_p": 0.5, "top_k": 11}, default_sampling={"top_p": 0.75, "min_p": 0.125})
-    for absent in ({}, {"temperature": None, "top_p": None}):
-        found = params(server, path, **absent)
-        assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.25, 0.75, 11, 0.125)
-        assert found.repetition_penalty == 1
-    found = params(server, path, temperature=1.0, top_p=1.0)
-    assert (found.temperature, found.top_p, found.top_k) == (1.0, 1.0, 11)
-
-
-def test_answers_report_what_applied(start: Start) -> None:
-    server = start({"temperature": 0.25}, default_sampling={"top_p": 0.75})
-    body = {"model": "tiny", "input": "Hi"}
-    answer = httpx.post(f"{server.url}/v1/responses", json=body).json()
-    assert (answer["temperature"], answer["top_p"]) == (0.25, 0.75)
-    answer = httpx.post(f"{server.url}/v1/responses", json=body | {"temperature": 0.5}).json()
-    assert (answer["temperature"], answer["top_p"]) == (0.5, 0.75)
-
-
-def test_where_it_comes_from_is_reported(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+def test_request_before_setting_before_file_before_openai(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """Answers report what applied, and the server from where it comes."""
     with caplog.at_level("INFO"):
-        server = start({"temperature": 0.25, "top_p": 0.5}, default_sampling={"top_p": 0.75, "min_p": 0.1})
-    assert (
-        "default sampling: top_p 0.75, min_p 0.1 (--default-sampling), temperature 0.25 (generation_config.json)"
-        in (caplog.text)
-    )
-    expected = {
-        "default_sampling": {"temperature": 0.25, "top_p": 0.75, "min_p": 0.1},
-        "default_sampling_sources": {
-            "temperature": "generation_config.json",
-            "top_p": "--default-sampling",
-            "min_p": "--default-sampling",
-        },
+        recommended = {"temperature": 0.25, "top_p": 0.5, "top_k": 11}
+        server = start(recommended, default_sampling={"top_p": 0.75, "min_p": 0.125})
+    for path in ENDPOINTS:
+        for absent in ({}, {"temperature": None, "top_p": None}):
+            found = params(server, path, **absent)
+            assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.25, 0.75, 11, 0.125)
+            assert found.repetition_penalty == 1
+        found = params(server, path, temperature=1.0, top_p=1.0)
+        assert (found.temperature, found.top_p, found.top_k) == (1.0, 1.0, 11)
+    for fields, expected in (({}, (0.25, 0.75)), ({"temperature": 0.5}, (0.5, 0.75))):
+        body = {"model": "tiny", "input": "Hi"} | fields
+        answer = httpx.post(f"{server.url}/v1/responses", json=body).json()
+        assert (answer["temperature"], answer["top_p"]) == expected
+    file, setting = "generation_config.json", "--default-sampling"
+    logged = f"default sampling: top_p 0.75, min_p 0.125 ({setting}), temperature 0.25, top_k 11 ({file})"
+    assert logged in caplog.text
+    reported = {
+        "default_sampling": {"temperature": 0.25, "top_p": 0.75, "top_k": 11, "min_p": 0.125},
+        "default_sampling_sources": {"temperature": file, "top_p": setting, "top_k": file, "min_p": setting},
     }
-    assert expected.items() <= card(server).items()
-    assert expected.items() <= httpx.get(f"{server.url}/version").json().items()
+    assert reported.items() <= card(server).items()
+    assert reported.items() <= httpx.get(f"{server.url}/version").json().items()
 
 
 def test_names_of_other_models_are_reported(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     fields = {"top_p": 0.5}
-    start(default_sampling={"temperature": 0.5, "tiny": fields})
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    server = start(default_sampling={"temperature": 0.5, "Tiny": fields, "other": "none"})
+    server = start(default_sampling={"temperature": 0.5, "tiny": fields, "Tiny": fields, "other": "none"})
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith("--default-sampling: no effect for Tiny, other, which is none of this model's names (")
     assert "tiny" in warning.split("(")[1]
-    assert card(server)["default_sampling"] == {"temperature": 0.5}
+    assert card(server)["default_sampling"] == {"temperature": 0.5, "top_p": 0.5}
 
 
-def test_none_is_openais(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+def test_none_is_openais(start: Start, server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     recommended = {"temperature": 0.25, "top_p": 0.5, "top_k": 11, "repetition_penalty": 1.5}
     with caplog.at_level("INFO"):
-        servers = [start(recommended, default_sampling="none"), start()]
-    for server in servers:
-        assert params(server, "/v1/completions", seed=3) == SamplingParams(max_tokens=16, seed=3)
-        assert card(server)["default_sampling"] == {}
+        none = start(recommended, default_sampling="none")
+    for each in (none, server):
+        assert params(each, "/v1/completions", seed=3) == SamplingParams(max_tokens=16, seed=3)
+        assert card(each)["default_sampling"] == {}
     assert "default sampling: OpenAI's (temperature 1, top_p 1)" in caplog.text
-    assert fingerprint(servers[0]) == fingerprint(servers[1])
+    assert fingerprint(none) == fingerprint(server)
 
 
-def test_other_defaults_have_another_fingerprint(start: Start) -> None:
-    settings: list[Any] = ["none", {"temperature": 0.5}, {"temperature": 0.6}, {"top_p": 0.5}]
-    fingerprints = [fingerprint(start(default_sampling=setting)) for setting in settings]
-    assert len(set(fingerprints)) == len(settings)
-    assert fingerprint(start({"temperature": 0.5})) == fingerprint(start(default_sampling={"temperature": 0.5}))
+def test_other_defaults_have_another_fingerprint(start: Start, server: RunningServer) -> None:
+    cold, warm = (start(default_sampling={"temperature": value}) for value in (0.5, 0.6))
+    assert len({fingerprint(each) for each in (cold, warm, server)}) == 3
+    assert fingerprint(start({"temperature": 0.5})) == fingerprint(cold)
 
 
 def test_do_sample_false_is_greedy(start: Start) -> None:
     server = start({"do_sample": False, "temperature": 0.7, "top_k": 5})
     assert (params(server).temperature, params(server).top_k) == (0.0, 0)
     assert params(server, temperature=0.7).temperature == 0.7
+    url = f"{server.url}/v1/completions/render"
+    (rendered,) = httpx.post(url, json={"model": "tiny", "prompt": ["Hi"]}).json()
+    assert rendered["sampling_params"]["temperature"] == 0.0
 
 
-def test_every_sampler_has_a_default(start: Start) -> None:
+def test_every_sampler_has_a_default(start: Start, server: RunningServer) -> None:
     """A default is what the request's own field would be, with all that follows from it."""
     fields: dict[str, Any] = {
         "typical_p": 0.9,
@@ -145,8 +133,8 @@ def test_every_sampler_has_a_default(start: Start) -> None:
         "presence_penalty": -0.5,
         "samplers": ["top_k", "temperature"],
     }
-    default, plain = start(default_sampling=fields), start()
-    assert params(default, seed=1) == params(plain, seed=1, **fields) != params(plain, seed=1)
+    default = start(default_sampling=fields)
+    assert params(default, seed=1) == params(server, seed=1, **fields) != params(server, seed=1)
 
 
 def test_a_default_does_not_apply_beside_the_field_that_replaces_it(start: Start) -> None:
@@ -159,12 +147,6 @@ def test_a_default_does_not_apply_beside_the_field_that_replaces_it(start: Start
     assert params(server).repetition_penalty == 1.5
     assert params(server, repetition_penalty=1.1).repetition_penalty == 1.1
     assert params(server, mirostat=2).order[-1] == "mirostat"
-
-
-def test_the_prompt_can_be_rendered_with_it(start: Start) -> None:
-    url = f"{start(default_sampling={'temperature': 0.5}).url}/v1/completions/render"
-    (rendered,) = httpx.post(url, json={"model": "tiny", "prompt": ["Hi"]}).json()
-    assert rendered["sampling_params"]["temperature"] == 0.5
 
 
 def resolve(setting: Any, *recommendations: tuple[str, dict[str, Any]], name: str = "m") -> DefaultSampling:
@@ -223,21 +205,13 @@ def test_invalid_recommendations_can_be_ignored(generation: dict[str, Any], fiel
     assert resolve("none", ("file", generation)) == DefaultSampling()
 
 
-# --default-max-tokens
-
-
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
-def test_default_max_tokens(start: Start, path: str) -> None:
-    server, unlimited = start(default_max_tokens=7), start()
-    name = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
-    assert params(server, path).max_tokens == params(server, path, **{name: None}).max_tokens == 7
-    assert params(server, path, **{name: 9}).max_tokens == 9
-    num_prompt_tokens = len(server.engine.submits[-1].prompt_token_ids)
-    assert params(unlimited, path).max_tokens == (16 if path == "/v1/completions" else 2048 - num_prompt_tokens)
-    assert (card(server)["default_max_tokens"], card(unlimited)["default_max_tokens"]) == (7, None)
-
-
-def test_default_max_tokens_are_no_more_than_fits(start: Start) -> None:
-    server = start(default_max_tokens=5000)
-    found = params(server)
-    assert found.max_tokens == 2048 - len(server.engine.submits[-1].prompt_token_ids)
+def test_default_max_tokens(start: Start, server: RunningServer) -> None:
+    limited = start(default_max_tokens=7)
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
+        name = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        assert params(limited, path).max_tokens == params(limited, path, **{name: None}).max_tokens == 7
+        assert params(limited, path, **{name: 9}).max_tokens == 9
+        num_prompt_tokens = len(limited.engine.submits[-1].prompt_token_ids)
+        assert params(server, path).max_tokens == (16 if path == "/v1/completions" else 2048 - num_prompt_tokens)
+    assert params(limited, "/v1/completions", prompt="a" * 2044).max_tokens == 4  # no more than fits
+    assert (card(limited)["default_max_tokens"], card(server)["default_max_tokens"]) == (7, None)

@@ -1,5 +1,7 @@
 """The text of one choice, with stop strings, `min_tokens` and offsets."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,62 +18,39 @@ def ids(tokenizer: BytesTokenizer) -> list[int]:
     return list(range(len(tokenizer.tokens)))
 
 
-def test_stops_at_the_token_that_completes_a_stop_string() -> None:
-    tokenizer = tokenizer_of("Hello", " wor", "ld", "!", " more")
-    choice = ChoiceText(tokenizer, stop=["world"], track_offsets=True)
-    assert choice.push([0, 1]) == "Hello "
-    assert choice.push([2, 3, 4]) == ""
-    assert choice.stopped == "world"
-    assert choice.num_tokens == 3
-    assert choice.offsets == [0, 5, 9]
-    assert choice.push([4]) == ""
-    assert choice.finish() == ""
-    assert choice.num_tokens == 3
-
-
-def test_text_after_the_stop_in_the_same_token_is_dropped() -> None:
-    choice = ChoiceText(tokenizer_of("a.b"), stop=["."], include_stop=True)
-    assert choice.push([0]) == "a."
-    assert choice.stopped == "."
-
-
-def test_finish_releases_what_was_held() -> None:
-    choice = ChoiceText(tokenizer_of("a", "EN", b"\xf0\x9f"), stop=["END"])
-    assert choice.push([0, 1]) == "a"
-    assert choice.push([2]) == ""
-    assert choice.finish() == "EN\ufffd"
-    assert choice.stopped is None
+EMOJI = tuple("x😀y".encode()[start : start + 2] for start in (0, 2, 4))
+HELLO = ("Hello", " wor", "ld", "!", " more")
+DOTS = (".", "a", ".", "b", ".", "c")
+Pushed = list[tuple[list[int], str]]  # token ids -> the text that they release
 
 
 @pytest.mark.checklist("D03")
-def test_stop_inside_a_multi_byte_token_sequence() -> None:
-    data = "x😀y".encode()
-    tokenizer = BytesTokenizer([data[i : i + 2] for i in range(0, len(data), 2)])
-    choice = ChoiceText(tokenizer, stop=["😀"])
-    assert choice.push(ids(tokenizer)) == "x"
-    assert choice.num_tokens == 3
-
-
-@pytest.mark.parametrize(("min_tokens", "text", "num_tokens"), [(0, "", 1), (1, ".a", 3), (3, ".a.b", 5), (9, None, 6)])
-def test_stop_strings_are_not_searched_in_the_first_tokens(min_tokens: int, text: str | None, num_tokens: int) -> None:
-    tokenizer = tokenizer_of(".", "a", ".", "b", ".", "c")
-    choice = ChoiceText(tokenizer, stop=["."], min_tokens=min_tokens)
-    released = choice.push(ids(tokenizer)) + choice.finish()
-    assert released == (".a.b.c" if text is None else text)
-    assert choice.num_tokens == num_tokens
-
-
-def test_stop_string_must_begin_after_the_first_tokens() -> None:
-    choice = ChoiceText(tokenizer_of("a<", "/s>", "b</s>"), stop=["</s>"], min_tokens=1)
-    assert choice.push([0]) == "a<"  # not held back: no stop string can start here
-    assert choice.push([1, 2]) == "/s>b"
-    assert choice.stopped == "</s>"
-
-
-def test_character_begun_in_the_first_tokens_is_searched_where_it_is_complete() -> None:
-    choice = ChoiceText(tokenizer_of(b"\xc3", b"\xa9"), stop=["é"], min_tokens=1)
-    assert choice.push([0, 1]) == ""
-    assert choice.stopped == "é"
+@pytest.mark.parametrize(
+    ("tokens", "settings", "pushed", "rest", "stopped", "num_tokens"),
+    [
+        (HELLO, {"stop": ["world"]}, [([0, 1], "Hello "), ([2, 3, 4], ""), ([4], "")], "", "world", 3),
+        (("a", "EN", b"\xf0\x9f"), {"stop": ["END"]}, [([0, 1], "a"), ([2], "")], "EN\ufffd", None, 3),
+        (EMOJI, {"stop": ["😀"]}, [([0, 1, 2], "x")], "", "😀", 3),
+        # Stop strings are not searched in the first tokens, nor held back for, but wherever a character is complete.
+        (DOTS, {"stop": ["."]}, [([*range(6)], "")], "", ".", 1),
+        (DOTS, {"stop": ["."], "min_tokens": 1}, [([*range(6)], ".a")], "", ".", 3),
+        (DOTS, {"stop": ["."], "min_tokens": 3}, [([*range(6)], ".a.b")], "", ".", 5),
+        (DOTS, {"stop": ["."], "min_tokens": 9}, [([*range(6)], ".a.b.c")], "", None, 6),
+        (("a<", "/s>", "b</s>"), {"stop": ["</s>"], "min_tokens": 1}, [([0], "a<"), ([1, 2], "/s>b")], "", "</s>", 3),
+        ((b"\xc3", b"\xa9"), {"stop": ["é"], "min_tokens": 1}, [([0, 1], "")], "", "é", 2),
+    ],
+)
+def test_single_choices(
+    tokens: tuple[str | bytes, ...],
+    settings: dict[str, Any],
+    pushed: Pushed,
+    rest: str,
+    stopped: str | None,
+    num_tokens: int,
+) -> None:
+    choice = ChoiceText(tokenizer_of(*tokens), **settings)
+    assert [choice.push(token_ids) for token_ids, _ in pushed] == [text for _, text in pushed]
+    assert (choice.finish(), choice.stopped, choice.num_tokens) == (rest, stopped, num_tokens)
 
 
 def test_special_tokens() -> None:
@@ -88,12 +67,6 @@ def test_offsets_of_tokens_that_begin_or_end_inside_a_character() -> None:
     text = choice.push(ids(tokenizer)) + choice.finish()
     assert text == "ab 😀c\ufffdd"
     assert choice.offsets == [0, 2, 3, 4, 5, 6]
-
-
-def test_offsets_are_optional() -> None:
-    choice = ChoiceText(tokenizer_of("a"))
-    choice.push([0])
-    assert choice.offsets == []
 
 
 @given(

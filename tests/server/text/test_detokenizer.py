@@ -74,9 +74,3 @@ def test_special_tokens_are_skipped_by_default() -> None:
     tokenizer = BytesTokenizer([b"<s>", b"\xc3", b"\xa9"], special_ids=[0])
     assert Detokenizer(tokenizer).push([0, 1, 0, 2, 0]) == "é"
     assert Detokenizer(tokenizer, skip_special_tokens=False).push([0, 1, 2, 0]) == "<s>é<s>"
-
-
-def test_no_tokens_no_text() -> None:
-    detokenizer = Detokenizer(BytesTokenizer([]))
-    assert detokenizer.push([]) == ""
-    assert detokenizer.flush() == ""

@@ -52,9 +52,3 @@ def test_an_added_token_far_beyond_the_vocabulary_is_refused(tmp_path: Path) -> 
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": 10**6}))
     with pytest.raises(ValueError, match=r"the added token 1000000 is far beyond the 1 of tokenizer\.model"):
         load_folder(tmp_path)
-
-
-def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no tokenizer in this folder \(none of tokenizer\.json, tekken\.json, tok"):
-        load_folder(tmp_path)

@@ -1,8 +1,8 @@
 """Tokenizers built from GGUF metadata, against transformers' own conversion, on small trained vocabularies."""
 
 import logging
-import random
-import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from server.text.tiktoken_tokenizer import byte_alphabet
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
 from tests.support.gguf_files import write_gguf
+from tests.support.growth import check_growth
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 CORPUS = [
@@ -50,6 +51,7 @@ texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("  \n\ta
 some_texts = settings(max_examples=num_examples(20, 300), deadline=None)
 
 
+@cache
 def train(is_byte_level: bool, vocab_size: int = 600) -> tuple[list[str], list[tuple[str, str]]]:
     """Train a BPE on the corpus; return its tokens in the order of their ranks, and its merges."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -90,6 +92,11 @@ def sentencepiece_metadata(**changes: Any) -> dict[str, Any]:
     return _metadata("llama", tokens, types, {"scores": scores, "unknown_token_id": 0} | changes)
 
 
+def gemma_4_metadata() -> dict[str, Any]:
+    merges = [" ".join(merge) for merge in train(is_byte_level=False)[1]]
+    return sentencepiece_metadata(scores=..., merges=merges, model="gemma4", add_bos_token=True)
+
+
 def _metadata(model: str, tokens: list[str], types: list[int], more: dict[str, Any]) -> dict[str, Any]:
     """Write a GGUF file with changed metadata; a change to `...` removes the key."""
     ids = {"bos_token_id": tokens.index("<s>"), "eos_token_id": tokens.index("</s>")}
@@ -119,7 +126,7 @@ def assert_same(tokenizer: Tokenizer, expected: tokenizers.Tokenizer, text: str)
 # Byte-level BPE.
 
 
-@pytest.mark.parametrize("pre", [..., "default", "gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35"])
+@pytest.mark.parametrize("pre", [..., "default", "llama-bpe"])
 def test_byte_level(pre: Any, tmp_path: Path) -> None:
     path = write(tmp_path, byte_level_metadata(pre=pre))
     tokenizer, expected = Tokenizer.from_model(path), convert(path)
@@ -157,20 +164,13 @@ def test_splits_as_transformers_does(text: str, both_splits: dict[str, tuple[tok
         assert splits(ours, text) == splits(expected, text), pre
 
 
-@pytest.mark.parametrize(
-    ("pre", "text", "expected"),
-    [
+def test_splits_that_transformers_does_not_know() -> None:
+    for pre, text, expected in (
         ("smollm", "In  2024 x", ["In", "  ", "2", "0", "2", "4", " x"]),
-        ("starcoder", "a12", ["a", "1", "2"]),
-        ("deepseek-llm", "Hi there!\n12 語学", ["Hi", " there", "!", "\n", "1", "2", " ", "語学"]),
-        ("deepseek-coder", "if x:\n  7", ["if", " x", ":", "\n", "  ", "7"]),
         ("deepseek-v3", "x = 12345;日本", ["x", " =", " ", "123", "45", ";", "日本"]),
-        ("llama-bpe", "I'LL pay 12345", ["I", "'LL", " pay", " ", "123", "45"]),
-    ],
-)
-def test_splits(pre: str, text: str, expected: list[str]) -> None:
-    vocabulary = GGUFVocabulary(_as_read(byte_level_metadata(pre=pre)), "a file")
-    assert splits(build_tokenizer(vocabulary, architecture="llama"), text) == expected
+    ):
+        vocabulary = GGUFVocabulary(_as_read(byte_level_metadata(pre=pre)), "a file")
+        assert splits(build_tokenizer(vocabulary, architecture="llama"), text) == expected
 
 
 @some_texts
@@ -221,15 +221,6 @@ def test_sentencepiece(tmp_path: Path) -> None:
         assert_same(tokenizer, plain, text)
 
 
-@some_texts
-@given(text=texts)
-def test_sentencepiece_round_trip(text: str, sentencepiece: Tokenizer) -> None:
-    if not any(token in text for token in (*sentencepiece.special_tokens, "\u2581")):
-        token_ids = sentencepiece.encode(text, add_special_tokens=False)
-        assert sentencepiece.decode(token_ids) == text
-        assert b"".join(map(sentencepiece.token_bytes, token_ids)) == (f" {text}" if text else "").encode()
-
-
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_model(write(tmp_path_factory.mktemp("spm"), sentencepiece_metadata()))
@@ -270,30 +261,18 @@ def test_plain_text_never_merges_into_a_special_token(tmp_path: Path) -> None:
     assert tokenizer.special_ids.isdisjoint(tokenizer.encode("<s>", parse_special=False))
 
 
-@pytest.mark.parametrize("arch", ["gemma", "gemma3"])
-def test_gemma(arch: str, tmp_path: Path) -> None:
-    """Return metadata with meaningless scores, and with tokens for runs of spaces."""
+def test_gemma(tmp_path: Path) -> None:
+    """The scores mean nothing, and there are tokens for runs of spaces."""
     metadata = sentencepiece_metadata(add_space_prefix=False)
     for index, token in enumerate(("  ", "   ", "    ")):
         metadata["tokenizer.ggml.tokens"].insert(259 + index, token)
         metadata["tokenizer.ggml.token_type"].insert(259 + index, USER_DEFINED)
     metadata["tokenizer.ggml.scores"] = [-1000.0] * len(metadata["tokenizer.ggml.tokens"])
-    path = write(tmp_path, metadata, arch=arch)
+    path = write(tmp_path, metadata, arch="gemma3")
     tokenizer, expected = Tokenizer.from_model(path), convert(path)
     for text in [*TEXTS, "a      b", "\n\n  x"]:
         assert_same(tokenizer, expected, text)
     assert tokenizer.token_bytes(261) == b"    "
-
-
-def test_gemma_4(tmp_path: Path) -> None:
-    _, merges = train(is_byte_level=False)
-    spelled = [" ".join(merge) for merge in merges]
-    metadata = sentencepiece_metadata(scores=..., merges=spelled, model="gemma4", add_bos_token=True)
-    path = write(tmp_path, metadata, arch="gemma4")
-    tokenizer, expected = Tokenizer.from_model(path), convert(path)
-    for text in TEXTS:
-        assert_same(tokenizer, expected, text)
-    assert not tokenizer.add_bos
 
 
 # Both.
@@ -309,6 +288,7 @@ def test_gemma_4(tmp_path: Path) -> None:
         (sentencepiece_metadata, {}, True),
         (sentencepiece_metadata, {"add_bos_token": False}, False),
         (sentencepiece_metadata, {"bos_token_id": ...}, False),
+        (gemma_4_metadata, {}, False),
     ],
 )
 def test_bos(make: Any, changes: dict[str, Any], add_bos: bool, tmp_path: Path) -> None:
@@ -321,11 +301,6 @@ def test_bos(make: Any, changes: dict[str, Any], add_bos: bool, tmp_path: Path) 
         assert token_ids == ([tokenizer.bos_token_id, *plain] if add_bos else plain)
 
 
-def test_eos_where_the_file_wants_it(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_model(write(tmp_path, sentencepiece_metadata(add_eos_token=True)))
-    assert tokenizer.encode("")[-1] == tokenizer.eos_token_id
-
-
 def test_named_tokens(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_model(write(tmp_path, byte_level_metadata()))
     size = tokenizer.vocab_size
@@ -334,6 +309,8 @@ def test_named_tokens(tmp_path: Path) -> None:
     assert tokenizer.special_tokens == ("<s>", "</s>")
     assert tokenizer.special_ids == {size - 3, size - 2}
     assert tokenizer.encode("<think>", parse_special=False) == [size - 1]
+    tokenizer = Tokenizer.from_model(write(tmp_path, sentencepiece_metadata(add_eos_token=True)))
+    assert tokenizer.encode("")[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -343,13 +320,11 @@ def test_named_tokens(tmp_path: Path) -> None:
         ({"model": ...}, "tokenizer.ggml.model: 'missing' is not supported"),
         ({"model": 3}, "tokenizer.ggml.model: must be a string"),
         ({"tokens": ...}, "tokenizer.ggml.tokens: must be a non-empty array of strings"),
-        ({"tokens": [1, 2]}, "tokenizer.ggml.tokens: must be a non-empty array of strings"),
         ({"token_type": [1, 2]}, "tokenizer.ggml.token_type: must be an array of"),
         ({"bos_token_id": 10**6}, "tokenizer.ggml.bos_token_id: must be a token id below"),
         ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token: must be true or false"),
         ({"merges": ...}, "tokenizer.ggml.merges: are missing"),
         ({"merges": ["a b", "abc"]}, "tokenizer.ggml.merges: merge 1 is not two tokens"),
-        ({"merges": ["a b c"]}, "tokenizer.ggml.merges: merge 0 is not two tokens"),
         ({"merges": ["zzz zzz"]}, "tokenizer.ggml.merges: do not fit the vocabulary"),
         ({"model": "llama", "merges": ...}, "tokenizer.ggml.scores: are missing"),
         ({"model": "llama", "merges": ..., "scores": [1.0]}, "tokenizer.ggml.scores: must be an array of"),
@@ -359,21 +334,6 @@ def test_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write(tmp_path, byte_level_metadata(**changes))
     with pytest.raises(ValueError, match=rf"tokenizer\.gguf: {message}"):
         Tokenizer.from_model(path)
-
-
-def test_ids_are_places_in_the_file(tmp_path: Path) -> None:
-    metadata = byte_level_metadata()
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    order = random.Random(0).sample(range(len(tokens)), len(tokens))
-    shuffled = metadata | {
-        "tokenizer.ggml.tokens": [tokens[index] for index in order],
-        "tokenizer.ggml.token_type": [types[index] for index in order],
-    }
-    tokenizer = Tokenizer.from_model(write(tmp_path, metadata))
-    other = Tokenizer.from_model(write(tmp_path, shuffled))
-    for text in TEXTS:
-        assert [order[token_id] for token_id in other.encode(text)] == tokenizer.encode(text)
-        assert other.decode(other.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
 # Merges that the file does not have.
@@ -401,14 +361,13 @@ def test_rebuilt_merges(tokens: list[str], ranks: list[float], short: int) -> No
         assert rebuild_merges(tokens, [NORMAL] * len(tokens), ranks) == all_merges(tokens, ranks)
 
 
-@pytest.mark.parametrize("token", ["a" * 400_000, "ab" * 200_000])
-def test_a_long_token_is_read_in_linear_time(token: str, tmp_path: Path) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("unit", ["a", "ab"])
+def test_a_long_token_is_read_in_linear_time(unit: str) -> None:
     """Trying each cut would take half a minute."""
-    metadata = sentencepiece_metadata()
-    for key, value in (("tokens", token), ("token_type", NORMAL), ("scores", -1e9)):
-        metadata[f"tokenizer.ggml.{key}"] = [*metadata[f"tokenizer.ggml.{key}"], value]
-    path = write(tmp_path, metadata)
-    start = time.process_time()
-    tokenizer = Tokenizer.from_model(path)
-    assert tokenizer.decode(tokenizer.encode(token)) == token
-    assert time.process_time() - start < 5
+
+    def prepare(size: int) -> Callable[[], object]:
+        tokens = ["a", "b", "aa", "ab", unit * size]
+        return lambda: rebuild_merges(tokens, [NORMAL] * len(tokens), [0.0, 0.0, -1.0, -2.0, -1e9])
+
+    check_growth(prepare, 50_000)

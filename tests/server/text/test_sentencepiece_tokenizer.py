@@ -91,7 +91,7 @@ def test_trained_models(algorithm: str, variant: str, tmp_path: Path) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     symbols = [symbol for symbol in SYMBOLS if symbol in VARIANTS[variant].get("user_defined_symbols", ())]
-    for text in random_texts(rng, num_examples(1000, 10_000)):
+    for text in random_texts(rng, num_examples(150, 10_000)):
         if variant == "nfkc" and not has_simple_graphemes(text):
             continue
         for symbol in rng.sample(symbols, min(len(symbols), rng.randrange(3))):
@@ -178,12 +178,6 @@ def test_added_tokens(model: bytes, tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size}))
     tokenizer = Tokenizer.from_model(tmp_path)
     assert tokenizer.encode("Alice<|user|>Alice")[1:] == [*alice, size, *alice]
-
-
-def test_bytes_of_a_symbol_that_has_spaces(model: bytes, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_model(write(tmp_path, model))
-    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
-    assert tokenizer.token_bytes(reference.piece_to_id("\u2581\u2581")) == b"  "
 
 
 @pytest.mark.parametrize("variant", ["llama", "symbols", "gemma"])

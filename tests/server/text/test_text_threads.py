@@ -3,10 +3,10 @@
 import asyncio
 import os
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,8 +15,7 @@ import pytest
 from server.tenants import Tenant
 from server.text.text_threads import LONG_BYTES, TextThreads
 from server.text.tokenizer import Tokenizer
-from tests.server.conftest import StartServer
-from tests.support.fake_engine import FakeEngine
+from tests.support.clients import shared_server
 from tests.support.serving import RunningServer, wait_until
 
 LONG = "x" * (LONG_BYTES + 1)
@@ -35,7 +34,7 @@ class SlowTokenizer:
     def encode(self, text: str, **options: Any) -> list[int]:
         if len(text) > LONG_BYTES:
             self.begun.append(text)
-            assert self.go_on.acquire(timeout=20)
+            assert self.go_on.acquire(timeout=60)
             return [97]
         return self._encode(text, **options)
 
@@ -53,10 +52,11 @@ def long_requests(server: RunningServer, count: int, key: str = KEYS[0]) -> Iter
         ]
 
 
-@pytest.fixture
-def guarded(start_server: StartServer, fake_engine: FakeEngine) -> RunningServer:
-    fake_engine.config.max_num_seqs, fake_engine.config.max_model_len = 64, 1 << 20
-    return start_server(api_key=KEYS)
+@pytest.fixture(scope="module")
+def guarded(model_folder: Path) -> Iterator[RunningServer]:
+    engine = {"max_num_seqs": 64, "max_model_len": 1 << 20}
+    with shared_server(model_folder, settings={"api_key": KEYS}, **engine) as server:
+        yield server
 
 
 SHORT: list[tuple[str, dict[str, Any]]] = [
@@ -74,9 +74,7 @@ def test_short_requests_pass_long_ones_of_the_same_tenant(
     with long_requests(guarded, 40) as waiting:
         wait_until(lambda: guarded.model.client.num_in_flight == 40)
         for path, body in SHORT:
-            start = time.monotonic()
             assert ask(guarded, path, body).status_code == 200
-            assert time.monotonic() - start < 1
         assert not any(each.done() for each in waiting)
         tokenizer.go_on.release(40)
         assert {each.result().status_code for each in waiting} == {200}
@@ -92,7 +90,7 @@ def test_tenants_take_turns_with_long_texts(guarded: RunningServer, monkeypatch:
         answer = pool.submit(ask, guarded, "/v1/completions", {"prompt": other, "max_tokens": 1}, KEYS[1])
         wait_until(lambda: guarded.model.client.num_in_flight == 31)
         tokenizer.go_on.release(num_threads + 2)
-        assert answer.result(10).status_code == 200
+        assert answer.result(60).status_code == 200
         assert tokenizer.begun.index(other) <= num_threads + 1
         tokenizer.go_on.release(30)
         assert {each.result().status_code for each in waiting} == {200}
@@ -118,9 +116,8 @@ def test_a_long_stored_conversation_counts_as_a_long_text(
         body = {"input": "a", "previous_response_id": stored, "max_output_tokens": 1}
         continued = [pool.submit(ask, guarded, "/v1/responses", body) for _ in range(count)]
         wait_until(lambda: len(texts) == count)
-        start = time.monotonic()
         assert ask(guarded, "/v1/completions", {"prompt": "a"}).status_code == 200
-        assert time.monotonic() - start < 1
+        assert not any(each.done() for each in waiting)
         tokenizer.go_on.release(30 + count)
         assert {each.result().status_code for each in [*waiting, *continued]} == {200}
 
@@ -128,18 +125,20 @@ def test_a_long_stored_conversation_counts_as_a_long_text(
 def test_there_are_as_many_threads_as_cores() -> None:
     """Half as many for long texts, but at least one."""
 
-    async def most_at_once(num_bytes: int, num_cores: int) -> int:
-        threads, running, most = TextThreads(num_cores), [0], [0]
+    async def most_at_once(num_bytes: int, num_cores: int, expected: int) -> int:
+        threads, running, most = TextThreads(num_cores), 0, 0
+        all_run = threading.Barrier(expected, timeout=60)
 
         def work() -> None:
-            running[0] += 1
-            most[0] = max(most[0], running[0])
-            time.sleep(0.05)
-            running[0] -= 1
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            all_run.wait()
+            running -= 1
 
         await asyncio.gather(*(threads.run(Tenant(name="a"), num_bytes, work) for _ in range(12)))
-        return most[0]
+        return most
 
     for num_cores, num_long in ((1, 1), (4, 2)):
-        assert asyncio.run(most_at_once(LONG_BYTES, num_cores)) == num_cores
-        assert asyncio.run(most_at_once(LONG_BYTES + 1, num_cores)) == num_long
+        assert asyncio.run(most_at_once(LONG_BYTES, num_cores, num_cores)) == num_cores
+        assert asyncio.run(most_at_once(LONG_BYTES + 1, num_cores, num_long)) == num_long

@@ -89,13 +89,13 @@ def encoding(ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
 @pytest.mark.parametrize("name", TIKTOKEN_PATTERNS)
 def test_small_ranks(name: str, ranks: dict[bytes, int], tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_model(write_tiktoken(tmp_path / name, ranks))
-    assert_same(tokenizer, encoding(ranks, TIKTOKEN_PATTERNS[name]), 0, num_examples(1000, 10_000))
+    assert_same(tokenizer, encoding(ranks, TIKTOKEN_PATTERNS[name]), 0, num_examples(200, 10_000))
 
 
 @pytest.mark.drawn
 def test_a_small_tekken(ranks: dict[bytes, int], tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_model(write_tekken(tmp_path, ranks, None))
-    assert_same(tokenizer, encoding(ranks, TEKKEN_PATTERN), 30, num_examples(1000, 10_000))
+    assert_same(tokenizer, encoding(ranks, TEKKEN_PATTERN), 30, num_examples(200, 10_000))
 
 
 @pytest.mark.drawn
@@ -180,9 +180,3 @@ def test_patterns_that_mean_something_else_are_refused(pattern: str, ranks: dict
     folder = write_tiktoken(tmp_path / "other.tiktoken", ranks, {"pat_str": pattern})
     with pytest.raises(ValueError, match=r"the pattern .* is not supported, because of"):
         Tokenizer.from_model(folder)
-
-
-def test_byte_alphabet() -> None:
-    alphabet = byte_alphabet()
-    assert sorted(alphabet.values()) == list(range(256))
-    assert (alphabet["a"], alphabet["Ġ"], alphabet["Ċ"]) == (ord("a"), ord(" "), ord("\n"))

@@ -3,9 +3,8 @@
 import copy
 import json
 import random
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,26 +68,19 @@ def original_smollm2(transformers_smollm2: Any) -> Any:
 # The real model.
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_smollm2(text: str, smollm2: Tokenizer, original_smollm2: Any) -> None:
-    token_ids = smollm2.encode(text)
-    assert token_ids == original_smollm2.encode(text)
-    for skip in (True, False):
-        expected = original_smollm2.decode(token_ids, skip_special_tokens=skip)
-        assert smollm2.decode(token_ids, skip_special_tokens=skip) == expected
+def test_smollm2(smollm2: Tokenizer, original_smollm2: Any) -> None:
+    for text in TEXTS:
+        token_ids = smollm2.encode(text)
+        assert token_ids == original_smollm2.encode(text), text
+        for skip in (True, False):
+            expected = original_smollm2.decode(token_ids, skip_special_tokens=skip)
+            assert smollm2.decode(token_ids, skip_special_tokens=skip) == expected
 
 
 @some_texts
 @given(text=texts)
 def test_smollm2_with_any_text(text: str, smollm2: Tokenizer, original_smollm2: Any) -> None:
     assert smollm2.encode(text) == original_smollm2.encode(text)
-
-
-@some_texts
-@given(text=texts)
-def test_smollm2_without_digits(text: str, smollm2: Tokenizer, transformers_smollm2: Any) -> None:
-    letters = "".join(character for character in text if not character.isnumeric())
-    assert smollm2.encode(letters) == transformers_smollm2.encode(letters)
 
 
 @pytest.mark.drawn
@@ -144,11 +136,11 @@ def test_smollm2_attributes(smollm2: Tokenizer, transformers_smollm2: Any) -> No
     assert smollm2.chat_template == transformers_smollm2.chat_template
 
 
-@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>user\n<|im_end|>b", "<|endoftext|>" * 3, "<|im_end", "x"])
-def test_special_tokens_as_plain_text(text: str, smollm2: Tokenizer) -> None:
-    token_ids = smollm2.encode(text, parse_special=False)
-    assert smollm2.special_ids.isdisjoint(token_ids)
-    assert smollm2.decode(token_ids) == text
+def test_special_tokens_as_plain_text(smollm2: Tokenizer) -> None:
+    for text in ("<|im_end|>", "a<|im_start|>user\n<|im_end|>b", "<|endoftext|>" * 3, "<|im_end", "x"):
+        token_ids = smollm2.encode(text, parse_special=False)
+        assert smollm2.special_ids.isdisjoint(token_ids)
+        assert smollm2.decode(token_ids) == text
 
 
 def test_which_texts_are_control_tokens(smollm2: Tokenizer) -> None:
@@ -177,12 +169,6 @@ def test_lone_surrogates_are_a_value_error(smollm2: Tokenizer) -> None:
         smollm2.encode("\ud800")
 
 
-def test_imports_nothing_heavy() -> None:
-    heavy = {"torch", "numpy", "transformers", "gguf", "huggingface_hub"}
-    code = f"import sys, server.text.tokenizer; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # Folders.
 
 
@@ -190,6 +176,11 @@ SPECIAL = ("<s>", "</s>", "<pad>")
 
 
 def byte_level() -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(trained_byte_level())
+
+
+@cache
+def trained_byte_level() -> str:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -199,7 +190,7 @@ def byte_level() -> tokenizers.Tokenizer:
     )
     tokenizer.train_from_iterator(TEXTS[2:6], trainer)
     tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
-    return tokenizer
+    return tokenizer.to_str()
 
 
 def sentencepiece() -> tokenizers.Tokenizer:
@@ -254,13 +245,8 @@ def test_bytes_of_a_folder(tmp_path: Path) -> None:
     for text in ["Hi Hi", "x é"]:
         token_ids = tokenizer.encode(text, add_special_tokens=False)
         assert b"".join(map(tokenizer.token_bytes, token_ids)) == f" {text}".encode()
-    assert [tokenizer.token_bytes(token_id) for token_id in (0, 1, 3, 258, 263)] == [
-        b"<unk>",
-        b"<s>",
-        b"\0",
-        b"\xff",
-        b" Hi",
-    ]
+    found = [tokenizer.token_bytes(token_id) for token_id in (0, 1, 3, 258, 263)]
+    assert found == [b"<unk>", b"<s>", b"\0", b"\xff", b" Hi"]
 
 
 def test_vocabulary_with_a_gap(tmp_path: Path) -> None:
@@ -331,22 +317,24 @@ def test_chat_template(config: dict[str, Any], files: dict[str, str], expected: 
 
 
 def test_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer in this folder \(none of tokenizer\.json, tekken\.json, "):
-        Tokenizer.from_model(tmp_path)
-    with pytest.raises(ValueError, match=r"none\.gguf: no such model"):
-        Tokenizer.from_model(tmp_path / "none.gguf")
+    def refuse(path: Path, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.from_model(path)
+
+    config = tmp_path / "tokenizer_config.json"
+    refuse(tmp_path, r"no tokenizer in this folder \(none of tokenizer\.json, tekken\.json, ")
+    refuse(tmp_path / "none.gguf", r"none\.gguf: no such model")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a valid tokenizer"):
-        Tokenizer.from_model(tmp_path)
+    refuse(tmp_path, r"tokenizer\.json: not a valid tokenizer")
     write(tmp_path, byte_level(), {"chat_template": 7})
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template"):
-        Tokenizer.from_model(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: must hold a JSON object"):
-        Tokenizer.from_model(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):
-        Tokenizer.from_model(tmp_path)
+    refuse(tmp_path, r"tokenizer_config\.json: chat_template")
+    config.write_text("[1]")
+    refuse(tmp_path, r"tokenizer_config\.json: must hold a JSON object")
+    config.write_text("{")
+    refuse(tmp_path, r"tokenizer_config\.json: not valid JSON")
+
+
+BAD_CONFIG = '{"additional_special_tokens": ["\\ud800"]}'
 
 
 @pytest.mark.parametrize(
@@ -354,12 +342,7 @@ def test_refused(tmp_path: Path) -> None:
     [
         ({"continuing_subword_prefix": "x" * 5000}, None, "", "not a valid tokenizer .range end index"),
         ({"unk_token": "<u>"}, None, "", "not a valid tokenizer .Unk token `<u>` not found"),
-        (
-            {},
-            "tokenizer_config.json",
-            '{"additional_special_tokens": ["\\ud800"]}',
-            "not a valid tokenizer .*surrogates",
-        ),
+        ({}, "tokenizer_config.json", BAD_CONFIG, "not a valid tokenizer .*surrogates"),
         ({}, "chat_template.jinja", "\udcff", r"/chat_template\.jinja: not UTF-8"),
     ],
 )

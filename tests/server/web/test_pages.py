@@ -4,15 +4,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page
 
 from server.web.pages import STATIC
 from tests.server.conftest import StartServer
 from tests.support.browser import CHROMIUM, NO_CHROMIUM, running_browser
+from tests.support.clients import shared_server
 from tests.support.serving import RunningServer, check_error
 
 PAGES = ("/", "/docs")
@@ -25,9 +25,10 @@ OWN_FILES = sorted(
 )
 
 
-@pytest.fixture
-def guarded(start_server: StartServer) -> RunningServer:
-    return start_server(api_key=(KEY,))
+@pytest.fixture(scope="module")
+def guarded(model_folder: Path) -> Iterator[RunningServer]:
+    with shared_server(model_folder, settings={"api_key": (KEY,)}) as server:
+        yield server
 
 
 def imported(server: RunningServer, path: str) -> set[str]:
@@ -42,20 +43,18 @@ def imported(server: RunningServer, path: str) -> set[str]:
     return found
 
 
-def linked(page: str) -> list[str]:
-    """Return the files that a page loads, relative to it."""
-    return re.findall(r'(?:src|href)="(assets/[^"]*)"', page)
-
-
-@pytest.mark.parametrize("path", PAGES)
-def test_pages_and_their_files_are_public(guarded: RunningServer, path: str) -> None:
-    page = httpx.get(guarded.url + path)
-    assert page.status_code == 200
-    assert len(linked(page.text)) >= 3
-    for each in linked(page.text):
-        response = httpx.get(f"{guarded.url}/{each}")
-        assert (response.status_code, response.headers["x-content-type-options"]) == (200, "nosniff"), each
+def test_pages_and_their_files_are_public(guarded: RunningServer) -> None:
+    for path in PAGES:
+        page = httpx.get(guarded.url + path)
+        assert page.status_code == 200
+        files = re.findall(r'(?:src|href)="(assets/[^"]*)"', page.text)
+        assert len(files) >= 3
+        for each in files:
+            response = httpx.get(f"{guarded.url}/{each}")
+            assert (response.status_code, response.headers["x-content-type-options"]) == (200, "nosniff"), each
     check_error(httpx.get(f"{guarded.url}/openapi.json"), 401)
+    for path in [*PAGES, "/assets/app/main.js", "/healthz"]:  # only reading needs no key
+        check_error(httpx.post(guarded.url + path, content=b"x"), 401)
 
 
 def test_modules_are_served_from_subfolders_with_the_policy(guarded: RunningServer) -> None:
@@ -66,16 +65,11 @@ def test_modules_are_served_from_subfolders_with_the_policy(guarded: RunningServ
         assert httpx.get(guarded.url + path).headers["content-security-policy"] == policy
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_head(server: RunningServer, path: str) -> None:
+def test_head(server: RunningServer) -> None:
     """Clients of other servers probe `/` with HEAD."""
-    assert httpx.head(server.url + path).status_code == 200
-    check_error(httpx.post(server.url + path), 405)
-
-
-@pytest.mark.parametrize("path", [*PAGES, "/assets/app/main.js", "/healthz"])
-def test_only_reading_needs_no_key(guarded: RunningServer, path: str) -> None:
-    check_error(httpx.post(guarded.url + path, content=b"x"), 401)
+    for path in PAGES:
+        assert httpx.head(server.url + path).status_code == 200
+        check_error(httpx.post(server.url + path), 405)
 
 
 def test_the_policy_allows_nothing_but_this_server(server: RunningServer) -> None:
@@ -85,17 +79,12 @@ def test_the_policy_allows_nothing_but_this_server(server: RunningServer) -> Non
     assert "default-src 'none'" in policy
 
 
-@pytest.mark.parametrize("file", OWN_FILES)
-def test_files_need_no_other_host(file: str) -> None:
-    text = (STATIC / file).read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
-    assert re.findall(r"https?://[^\s\"'`$]+", text) == []
-
-
-@pytest.mark.parametrize("file", [file for file in OWN_FILES if file.endswith((".js", ".html"))])
-def test_text_never_becomes_markup(file: str) -> None:
+def test_own_files_need_no_other_host_and_never_make_text_to_markup() -> None:
     """What models and users write is shown as text."""
-    text = (STATIC / file).read_text(encoding="utf-8")
-    assert re.findall(r"\w*(?:innerHTML|outerHTML|insertAdjacentHTML|document\.write|InnerHTML|srcdoc)\w*", text) == []
+    markup = r"\w*(?:innerHTML|outerHTML|insertAdjacentHTML|document\.write|InnerHTML|srcdoc)\w*"
+    for file in OWN_FILES:
+        text = (STATIC / file).read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
+        assert re.findall(rf"https?://[^\s\"'`$]+|{markup}", text) == [], file
 
 
 def test_libraries_are_those_that_are_listed() -> None:
@@ -114,11 +103,9 @@ def test_a_current_copy_is_not_sent_again(server: RunningServer) -> None:
     assert (second.status_code, second.content) == (304, b"")
 
 
-@pytest.mark.parametrize(
-    "path", ["/assets/", "/assets/nothing.js", "/assets/..%2fpages.py", "/assets/%2e%2e/%2e%2e/v1/models"]
-)
-def test_only_files_of_pages_are_served(guarded: RunningServer, path: str) -> None:
-    check_error(httpx.get(guarded.url + path), 404)
+def test_only_files_of_pages_are_served(guarded: RunningServer) -> None:
+    for path in ("/assets/", "/assets/nothing.js", "/assets/..%2fpages.py", "/assets/%2e%2e/%2e%2e/v1/models"):
+        check_error(httpx.get(guarded.url + path), 404)
 
 
 @pytest.mark.checklist("B06")
@@ -129,28 +116,13 @@ def test_no_documentation(start_server: StartServer) -> None:
     assert httpx.get(server.url).status_code == 200
 
 
-@contextmanager
-def opened(url: str) -> Iterator[Page]:
+@pytest.mark.long
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_documentation_in_chromium(server: RunningServer, guarded: RunningServer) -> None:
     with running_browser() as browser:
         page = browser.new_page()
         page.set_default_timeout(300_000)
-        page.goto(url)
-        yield page
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
-def test_in_chromium(server: RunningServer) -> None:
-    with opened(server.url) as page:
-        page.locator("#state:text-is('Ready')").wait_for()
-        page.get_by_role("heading", name="Chat", level=1).wait_for()
         page.goto(f"{server.url}/docs")
         page.get_by_text("Create Chat Completion").first.wait_for()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
-def test_chromium_asks_for_the_key(guarded: RunningServer) -> None:
-    with opened(guarded.url) as page:
-        page.locator("#key-form").wait_for()
-        assert page.locator("h1").count() == 0
         page.goto(f"{guarded.url}/docs")
         page.locator("#no-key").wait_for()

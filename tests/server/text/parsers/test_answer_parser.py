@@ -1,6 +1,5 @@
 """Reasoning, content and calls of one answer."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,9 +71,9 @@ def test_markers_are_those_that_matter() -> None:
     assert not format.is_plain
 
 
-@pytest.mark.parametrize(("text", "ends"), [(CALL, True), (CALL[:-20], False), ("a", False), (CALL[:-12], True)])
-def test_whether_an_answer_ends_with_calls(text: str, ends: bool) -> None:
-    parser = AnswerParser(AnswerFormat(HERMES, {"f": {}}))
-    parser.push(text)
-    parser.finish()
-    assert parser.ends_with_calls == ends
+def test_whether_an_answer_ends_with_calls() -> None:
+    for text, ends in ((CALL, True), (CALL[:-20], False), ("a", False), (CALL[:-12], True)):
+        parser = AnswerParser(AnswerFormat(HERMES, {"f": {}}))
+        parser.push(text)
+        parser.finish()
+        assert parser.ends_with_calls == ends, text

@@ -1,13 +1,13 @@
 """Types of values are those that a validator of JSON schemas accepts."""
 
 import json
-import sys
 from typing import Any
 
 import jsonschema
 import pytest
 
 from server.text.parsers.argument_values import JSON_TYPES, MAX_STEPS, ArgumentSchema, to_json
+from tests.support.growth import num_calls
 
 EXAMPLES: dict[str, list[Any]] = {
     "null": [None],
@@ -99,19 +99,9 @@ def alternatives(number: int) -> dict[str, Any]:
 )
 def test_each_part_of_a_schema_is_looked_at_once(schema: dict[str, Any]) -> None:
     """References that lead to one another multiply no work; what is not looked at may be anything."""
-    arguments, num_calls = ArgumentSchema(schema), 0
-
-    def count(frame: Any, event: str, function: Any) -> None:
-        nonlocal num_calls
-        num_calls += 1
-
-    sys.setprofile(count)
-    try:
-        arguments.parameter_types("children")
-        arguments.parameter_types("a")
-    finally:
-        sys.setprofile(None)
-    assert num_calls < 40 * MAX_STEPS
+    arguments = ArgumentSchema(schema)
+    names = ("children", "a")
+    assert num_calls(lambda: [arguments.parameter_types(name) for name in names]) < 40 * MAX_STEPS
 
 
 def test_what_many_refer_to_counts_once() -> None:
@@ -135,10 +125,9 @@ def test_what_is_no_schema_allows_everything(odd: Any) -> None:
 
 
 def test_types_in_a_schema_that_refers_to_itself() -> None:
+    itself = {"anyOf": [{"$ref": "#"}, {"properties": {"a": {"type": "string"}}}]}
     assert ArgumentSchema(TREE).parameter_types("children") == {"array"}
-    assert ArgumentSchema({"anyOf": [{"$ref": "#"}, {"properties": {"a": {"type": "string"}}}]}).parameter_types(
-        "a"
-    ) == {"string"}
+    assert ArgumentSchema(itself).parameter_types("a") == {"string"}
 
 
 def test_what_is_converted_is_json() -> None:

@@ -64,12 +64,10 @@ builtin = st.builds(
     st.sampled_from(["python", "browser.search", "container.exec"]),
     words,
 )
+CHANNELS = ("<|channel|>commentary to=functions.{}", "<|channel|>analysis to=functions.{}")
 HEADERS = (
-    "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>",
-    "<|channel|>commentary to=functions.{}<|constrain|>json<|message|>",
-    "<|channel|>commentary to=functions.{} json<|message|>",
-    "<|channel|>commentary to=functions.{}<|message|>",
-    "<|channel|>analysis to=functions.{} <|constrain|>json<|message|>",
+    *(CHANNELS[0] + after + "<|message|>" for after in (" <|constrain|>json", "<|constrain|>json", " json", "")),
+    CHANNELS[1] + " <|constrain|>json<|message|>",
     " to=functions.{}<|channel|>commentary json<|message|>",
     " to=functions.{}<|channel|>commentary <|constrain|>json<|message|>",
     " to=functions.{}<|message|>",
@@ -125,6 +123,9 @@ def test_whole_answers() -> None:
     assert parse(["lo<|return|>"], is_final=True) == [("content", "lo")]
 
 
+SPACED = "<|channel|> analysis<|message|> Hm<|end|><|start|> assistant<|channel|> final<|message|>  a"
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -147,10 +148,7 @@ def test_whole_answers() -> None:
         ("<|channel|>final <|constrain|>json<|message|>{}", [("content", "{}")]),
         ("<|channel|>commentary to=weather<|message|>{}", [("call", "weather"), ("arguments", "{}")]),
         # With a space after each marker.
-        (
-            "<|channel|> analysis<|message|> Hm<|end|><|start|> assistant<|channel|> final<|message|>  a",
-            [("reasoning", "Hm"), ("content", " a")],
-        ),
+        (SPACED, [("reasoning", "Hm"), ("content", " a")]),
         ("<|start|> assistant<|channel|> final<|constrain|> json", []),
         # No calls of the request's tools.
         ("<|channel|>commentary to=functions.rain<|message|>{}", [("content", "{}")]),
@@ -164,28 +162,11 @@ def test_malformed_answers(text: str, parts: Parts) -> None:
         assert parse(pieces) == parts
 
 
+SOUP = [*MARKERS, "a", " ", "{", "}", '"', "to=", "functions.weather", "assistant", "analysis", "final", "json", "<|"]
+
+
 @given(
-    st.lists(
-        st.sampled_from(
-            [
-                *MARKERS,
-                "a",
-                " ",
-                "{",
-                "}",
-                '"',
-                "to=",
-                "functions.weather",
-                "assistant",
-                "analysis",
-                "final",
-                "json",
-                "<|",
-                "x" * 500,
-            ]
-        ),
-        max_size=15,
-    ),
+    st.lists(st.sampled_from([*SOUP, "x" * 500]), max_size=15),
     st.lists(st.integers(0, 200), max_size=12),
     st.sampled_from([(), MARKERS]),
 )
@@ -197,39 +178,26 @@ def test_every_split_gives_the_same(pieces: list[str], cuts: list[int], hidden: 
     assert parse([*text], hidden=hidden) == whole
 
 
-@given(st.text(st.sampled_from('abc {}\n"é'), max_size=20))
-def test_text_without_headers_is_content(text: str) -> None:
-    assert parse([text]) == ([("content", text)] if text.strip() else [])
-
-
-def test_every_split_at_the_limit_of_a_header_gives_the_same() -> None:
+def test_a_header_has_a_limit() -> None:
     for excess in (-1, 0, 1):
         text = "<|channel|>" + "x" * (MAX_HEADER_CHARS - 11 + excess) + "<|message|>abc"
         whole = parse([text], hidden=())
-        assert (whole == [("content", "abc")]) == (excess <= 0)
+        assert whole == [("content", "abc" if excess <= 0 else text)]
         for position in range(MAX_HEADER_CHARS - 5, len(text)):
             assert parse([text[:position], text[position:]], hidden=()) == whole
-
-
-def test_a_header_has_a_limit() -> None:
-    text = "<|channel|>" + "x" * MAX_HEADER_CHARS
     parser = HarmonyParser(HarmonyFormat())
-    assert parser.push(text[:-20]) == []
-    assert parser.is_holding
-    assert parser.num_held == len(text) - 20
-    assert "".join(part.text for part in parser.push(text[-20:])) == text
+    assert parser.push(text[:500]) == []
+    assert (parser.is_holding, parser.num_held) == (True, 500)
+    assert "".join(part.text for part in parser.push(text[500:])) == text
     assert not parser.is_holding
 
 
-@pytest.mark.parametrize(
-    ("text", "ends"),
-    [(CALL, True), (CALL[:-10], False), (CALL[:-8], True), (f"{FINAL}a", False), (f"{CALL}{NEXT}{FINAL}a", True)],
-)
-def test_whether_an_answer_ends_with_calls(text: str, ends: bool) -> None:
-    parser = HarmonyParser(HarmonyFormat(tools=TOOLS))
-    parser.push(text)
-    parser.finish()
-    assert parser.ends_with_calls == ends
+def test_whether_an_answer_ends_with_calls() -> None:
+    for text, ends in ((CALL, 1), (CALL[:-10], 0), (CALL[:-8], 1), (f"{FINAL}a", 0), (f"{CALL}{NEXT}{FINAL}a", 1)):
+        parser = HarmonyParser(HarmonyFormat(tools=TOOLS))
+        parser.push(text)
+        parser.finish()
+        assert parser.ends_with_calls == bool(ends), text
 
 
 def test_detection() -> None:

@@ -79,6 +79,7 @@ def test_where_a_prompt_breaks_off() -> None:
     assert not TAGS.are_open_in("Yes")
 
 
+@pytest.mark.long
 def test_a_model_that_writes_line_breaks_without_end_takes_linear_time() -> None:
     def prepare(size: int) -> Callable[[], object]:
         return lambda: parse(["a", *"\n" * size], is_open=True)

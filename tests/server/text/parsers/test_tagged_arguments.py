@@ -4,23 +4,14 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.tagged_arguments import TaggedArgumentsReader
 from server.text.parsers.tool_formats import KEY, TaggedArguments
-from tests.server.text.parsers.test_tool_parser import cut, push_all
+from tests.server.text.parsers.test_tool_parser import push_all
 
 PADDED = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
 GLM = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
-TYPED = TaggedArguments(
-    '<p name="',
-    '" string="true">',
-    "</p>",
-    after_keys={kind: f'" string="{str(kind == "string").lower()}">' for kind in ("string", "number", "object")},
-)
-SYNTAXES = pytest.mark.parametrize("syntax", [PADDED, GLM, TYPED], ids=["padded", "glm", "typed"])
 SCHEMA: dict[str, Any] = {
     "properties": {
         "text": {"type": "string"},
@@ -31,24 +22,6 @@ SCHEMA: dict[str, Any] = {
         "object": {"type": "object"},
     }
 }
-VALUES = {
-    "text": st.text('a<>/é\n" \\{}', max_size=8),
-    "count": st.integers(),
-    "maybe": st.none() | st.floats(allow_nan=False, allow_infinity=False),
-    "flag": st.booleans(),
-    "items": st.lists(st.integers() | st.text(max_size=3), max_size=3),
-    "object": st.dictionaries(st.text(max_size=3), st.booleans() | st.none(), max_size=3),
-}
-
-
-def write(syntax: TaggedArguments, arguments: dict[str, Any]) -> str:
-    text = ""
-    for key, value in arguments.items():
-        kind = "string" if isinstance(value, str) else "number"
-        after_key = syntax.after_keys.get(kind, syntax.after_key)
-        shown = value if isinstance(value, str) else json.dumps(value)
-        text += f"{syntax.before_key}{key}{after_key}{shown}{syntax.after_value}"
-    return text
 
 
 def convert(syntax: TaggedArguments, pieces: list[str], schema: dict[str, Any] = SCHEMA) -> tuple[str, str, bool]:
@@ -56,32 +29,18 @@ def convert(syntax: TaggedArguments, pieces: list[str], schema: dict[str, Any] =
     return push_all(TaggedArgumentsReader(syntax, ArgumentSchema(schema)), pieces)
 
 
-@SYNTAXES
-@given(st.data(), st.lists(st.integers(0, 300), max_size=12))
-def test_arguments(syntax: TaggedArguments, data: st.DataObject, cuts: list[int]) -> None:
-    names = data.draw(st.lists(st.sampled_from(sorted(VALUES)), unique=True))
-    arguments = {name: data.draw(VALUES[name]) for name in names}
-    text = write(syntax, arguments) + "</function>"
-    found, rest, is_complete = convert(syntax, cut(text, cuts))
-    assert json.loads(found) == arguments
-    assert (rest.lstrip(), is_complete) == ("</function>", True)
-    assert convert(syntax, list(text))[0] == found
-
-
 NESTED = TaggedArguments("NS<", ">", f"NS</{KEY}>", is_nested=True)
 
 
-@pytest.mark.parametrize("depth", range(4))
-def test_members_may_have_the_name_of_the_argument(depth: int) -> None:
+def test_members_may_have_the_name_of_the_argument() -> None:
     """As in a tree."""
     tree = {"anyOf": [{"type": "integer"}, {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}]}
     text, value = "NS<a>1NS</a>", {"a": 1}
-    for _ in range(depth):
+    for _ in range(4):
+        for pieces in ([text + "end"], list(text + "end")):
+            found, rest, is_complete = convert(NESTED, pieces, {"properties": {"a": tree}})
+            assert (json.loads(found), rest, is_complete) == (value, "end", True)
         text, value = f"NS<a>{text}NS</a>", {"a": value}  # type: ignore[dict-item]
-    for pieces in ([text + "end"], list(text + "end")):
-        found, rest, is_complete = convert(NESTED, pieces, {"properties": {"a": tree}})
-        assert json.loads(found) == value
-        assert (rest, is_complete) == ("end", True)
 
 
 def test_tags_in_a_string_do_not_count() -> None:
@@ -129,6 +88,13 @@ def test_layout_between_tags_is_free() -> None:
     assert convert(PADDED, ["<parameter=text>\n\na\n\n</parameter>x"])[0] == '{"text": "\\na\\n"}'
 
 
+def test_the_text_after_a_key_may_depend_on_the_type() -> None:
+    after_keys = {kind: f'" string="{str(kind == "string").lower()}">' for kind in ("string", "number", "object")}
+    syntax = TaggedArguments('<p name="', '" string="true">', "</p>", after_keys=after_keys)
+    text = '<p name="text" string="true">3</p><p name="count" string="false">3</p>x'
+    assert convert(syntax, list(text)) == convert(syntax, [text]) == ('{"text": "3", "count": 3}', "x", True)
+
+
 def test_text_that_is_no_argument_ends_the_arguments() -> None:
     assert convert(PADDED, list("<parameter=text>\na\n</parameter>\nWell")) == ('{"text": "a"}', "\nWell", True)
     assert convert(PADDED, ["</function>"]) == ("{}", "</function>", True)
@@ -136,25 +102,6 @@ def test_text_that_is_no_argument_ends_the_arguments() -> None:
 
 def test_strings_are_streamed_and_others_are_not() -> None:
     reader = TaggedArgumentsReader(PADDED, ArgumentSchema(SCHEMA))
-    pieces = [
-        "<parameter=text>",
-        "\n",
-        "ab",
-        "\n",
-        "</par",
-        "ty",
-        "\n</parameter>\n<parameter=count>\n",
-        "1",
-        "2\n</parameter>",
-    ]
-    assert [reader.push(piece)[0] for piece in pieces] == [
-        '{"text": "',
-        "",
-        "ab",
-        "",
-        "",
-        "\\n</party",
-        '", "count": ',
-        "",
-        "12",
-    ]
+    pieces = ["<parameter=text>", "\n", "ab", "\n", "</par", "ty", "\n</parameter>\n<parameter=count>\n", "1"]
+    streamed = [reader.push(piece)[0] for piece in [*pieces, "2\n</parameter>"]]
+    assert streamed == ['{"text": "', "", "ab", "", "", "\\n</party", '", "count": ', "", "12"]

@@ -15,7 +15,7 @@ from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.rendered_text import common_prefix
 from server.text.templates.sandbox import ChatTemplateError
 from tests.support.examples import num_examples
-from tests.support.tool_templates import EOS, NAMES, SCHEMAS, TOOLS, WITH_CALLS, load_template
+from tests.support.tool_templates import EOS, NAMES, SCHEMAS, TOOLS, WITH_CALLS, kinds_first, load_template
 
 Call = tuple[str, Any]
 FULL: dict[str, Any] = {
@@ -32,25 +32,13 @@ UNESCAPED = ("LFM2.5-8B-A1B",)
 SINGLE = ("GigaChat", "meta-llama")
 TOKENS = ("<|message_sep|>", "<|CHATBOT_TOKEN|>")  # other control tokens, which are no content
 # What ends a turn. Templates write more after it, the model does not.
+ENDS = (
+    f"{EOS} <|im_end|> <|eot_id|> <|eot|> <|END_OF_TURN_TOKEN|> <|end_of_msg|> [e~[ <|end_of_text|> <turn|>"
+    " <end_of_sentence> <｜end▁of▁sentence｜> </assistant> <|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|> <SPECIAL_12>"
+    " <|assistant_end|> <|call|> <|calls|> <|tool_response>"
+)
 TURN_ENDS = re.compile(
-    "|".join(
-        map(
-            re.escape,
-            (
-                *(EOS, "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_msg|>", "[e~["),
-                *("<|end_of_text|>", "<turn|>", "<end_of_sentence>", "<｜end▁of▁sentence｜>", "</assistant>"),
-                *(
-                    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>",
-                    "<SPECIAL_12>",
-                    "<|assistant_end|>",
-                    "<|call|>",
-                    "<|calls|>",
-                    "<|tool_response>",
-                ),
-            ),
-        )
-    )
-    + r"|<\|end\|>(?!<\|begin\|>|<\|start\|>)|<\|message_sep\|>(?!\n\nfunction)"
+    "|".join(map(re.escape, ENDS.split())) + r"|<\|end\|>(?!<\|begin\|>|<\|start\|>)|<\|message_sep\|>(?!\n\nfunction)"
 )
 
 
@@ -105,20 +93,27 @@ def message_of(calls: list[Call], content: str = "", reasoning: str = "") -> dic
     return message
 
 
+WITHOUT_TEXT = {  # templates that drop the content of messages with calls, or move it
+    *("Cohere2MoE", "CohereForAI-c4ai-command-r7b-12-2024-tool_use", "MiniMax-M1", "muse-glimmer"),
+    *("mistralai-Mistral-Nemo-Instruct-2407", "upstage-Solar-Open-100B", "meta-llama-Llama-3.1-8B-Instruct"),
+    *("meta-llama-Llama-3.2-3B-Instruct", "google-gemma-4-31B-it", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B"),
+    *("NVIDIA-Nemotron-Nano-v2", "llama-cpp-deepseek-r1", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use"),
+    "Llama-pythonic",
+}
+
+
 @pytest.mark.parametrize("name", WITH_CALLS)
-@pytest.mark.parametrize("num_calls", [1, 3])
-def test_calls(name: str, num_calls: int) -> None:
+def test_calls_and_content(name: str) -> None:
     template = load_template(name)
-    calls = [("get_weather", arguments_of(name)), ("other-tool", {"city": "x"}), ("get_weather", {"city": ""})][
-        :num_calls
-    ]
-    if name.startswith(SINGLE) and num_calls > 1:
-        pytest.skip("the template writes one call")
-    text, is_reasoning = answer_of(template, message_of(calls))
-    answer = parse(template, [text], is_reasoning=is_reasoning)
-    assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
-    assert answer["content"].strip() == answer["reasoning"] == "", text
-    assert answer["ends_with_calls"]
+    calls = [("get_weather", arguments_of(name)), ("other-tool", {"city": "x"}), ("get_weather", {"city": ""})]
+    calls = calls[:1] if name.startswith(SINGLE) else calls
+    for found in (calls, calls[:1]):
+        content = "" if name in WITHOUT_TEXT or len(found) > 1 else "One moment."
+        text, is_reasoning = answer_of(template, message_of(found, content))
+        answer = parse(template, [text], is_reasoning=is_reasoning)
+        assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == found, text
+        assert (answer["content"].strip(), answer["reasoning"]) == (content, ""), text
+        assert answer["ends_with_calls"]
 
 
 # Names of parameters that no programming language would have, but a JSON schema may.
@@ -128,7 +123,7 @@ ODD_NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", WITH_CALLS)
+@kinds_first(WITH_CALLS)
 def test_names_of_parameters_may_have_any_characters(name: str) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -144,61 +139,31 @@ def test_names_of_parameters_may_have_any_characters(name: str) -> None:
         assert answer["content"].strip() == "", text
 
 
-WITHOUT_TEXT = {  # templates that drop the content of messages with calls, or move it
-    *("Cohere2MoE", "CohereForAI-c4ai-command-r7b-12-2024-tool_use", "MiniMax-M1", "muse-glimmer"),
-    *("mistralai-Mistral-Nemo-Instruct-2407", "upstage-Solar-Open-100B", "meta-llama-Llama-3.1-8B-Instruct"),
-    *("meta-llama-Llama-3.2-3B-Instruct", "google-gemma-4-31B-it", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B"),
-    *(
-        "NVIDIA-Nemotron-Nano-v2",
-        "llama-cpp-deepseek-r1",
-        "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
-        "Llama-pythonic",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", [name for name in WITH_CALLS if name not in WITHOUT_TEXT])
-def test_content_and_calls(name: str) -> None:
+@kinds_first(NAMES)
+def test_reasoning(name: str) -> None:
     template = load_template(name)
-    calls = [("get_weather", arguments_of(name))]
-    text, is_reasoning = answer_of(template, message_of(calls, "One moment."))
-    answer = parse(template, [text], is_reasoning=is_reasoning)
-    assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
-    assert answer["content"].strip() == "One moment.", text
-
-
-REASONING = [name for name in NAMES if load_template(name).reasoning.message_field is not None]
-
-
-@pytest.mark.parametrize("name", REASONING)
-@pytest.mark.parametrize("has_call", [False, True])
-def test_reasoning(name: str, has_call: bool) -> None:
-    template = load_template(name)
-    calls = [("get_weather", arguments_of(name))] if has_call else []
-    content = "" if has_call else "The answer."
+    if template.reasoning.message_field is None:
+        return
     switches = {option: True for option in ("enable_thinking", "thinking") if option in template.options}
-    text, is_reasoning = answer_of(template, message_of(calls, content, "Let me see."), **switches)
-    if "Let me see." not in text:
-        pytest.skip("the template drops the reasoning of such messages")
-    tags = template.reasoning_tags
-    assert tags is not None
-    is_reasoning = is_reasoning or text.startswith("Let me see.")
-    answer = parse(template, [text], is_reasoning=is_reasoning)
-    assert answer["reasoning"].strip() == "Let me see.", text
-    assert answer["content"].strip() == content, text
-    assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
+    for calls, content in (([], "The answer."), ([("get_weather", arguments_of(name))], "")):
+        text, is_reasoning = answer_of(template, message_of(calls, content, "Let me see."), **switches)
+        if "Let me see." not in text:  # the template drops the reasoning of such messages
+            continue
+        answer = parse(template, [text], is_reasoning=is_reasoning or text.startswith("Let me see."))
+        assert (answer["reasoning"].strip(), answer["content"].strip()) == ("Let me see.", content), text
+        assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
 
 
 def splits(text: str, rng: random.Random, *, in_two: bool) -> list[list[str]]:
     """Return the characters of a text, some ways to split it in pieces, and perhaps all ways to split it in two."""
     ways = [[text[:cut], text[cut:]] for cut in range(len(text) + 1 if in_two else 0)] + [list(text)]
-    for _ in range(num_examples(10, 100)):
+    for _ in range(num_examples(5, 100)):
         cuts = sorted(rng.sample(range(len(text) + 1), min(len(text), rng.randrange(2, 30))))
         ways.append([text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])])
     return ways
 
 
-@pytest.mark.parametrize("name", WITH_CALLS)
+@kinds_first(WITH_CALLS)
 def test_any_pieces_are_parsed_alike(name: str) -> None:
     """Whole answers, answers that break off, and answers with text in the wrong place."""
     seed = random.randrange(1 << 32)
@@ -219,7 +184,7 @@ def test_any_pieces_are_parsed_alike(name: str) -> None:
             assert parse(template, way, is_reasoning=is_reasoning) == expected, way
 
 
-@pytest.mark.parametrize("name", WITH_CALLS)
+@kinds_first(WITH_CALLS)
 def test_an_answer_that_breaks_off_has_the_beginning_of_the_whole(name: str) -> None:
     template = load_template(name)
     text, is_reasoning = answer_of(template, message_of([("get_weather", arguments_of(name))]))
@@ -236,7 +201,7 @@ def test_an_answer_that_breaks_off_has_the_beginning_of_the_whole(name: str) -> 
             assert answer["content"] == text[:end]
 
 
-@pytest.mark.parametrize("name", WITH_CALLS)
+@kinds_first(WITH_CALLS)
 def test_calls_of_unknown_tools_are_content(name: str) -> None:
     template = load_template(name)
     text, is_reasoning = answer_of(template, message_of([("get_weather", {"city": "x"})]))

@@ -1,8 +1,7 @@
 """Tool calls, in answers that are composed of known parts and in arbitrary text."""
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -24,15 +23,17 @@ from server.text.parsers.tool_formats import (
     ToolFormat,
 )
 from server.text.parsers.tool_parser import ToolParser
+from tests.support.growth import check_growth
 
 MISTRAL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+Call = tuple[str, str]  # name, arguments
 NAMES = {name: ArgumentSchema({}) for name in ("f", "get_weather", "a-b_C9")}
 
 
 @dataclass
 class Answer:
     content: str = ""
-    calls: list[tuple[str, str]] = field(default_factory=list)  # name, arguments
+    calls: list[Call] = field(default_factory=list)
     is_complete: bool = True
 
 
@@ -84,13 +85,14 @@ OBJECTS = st.builds(
     st.sampled_from([None, 2]),
     st.booleans(),
 )
+CUTS = st.lists(st.integers(0, 400), max_size=20)
 SPACE = st.sampled_from(["", " ", "\n", " \n\t"])
 CLOSED = ("plain", "typed", "more", "first", "string", "none", "null")
 FORMS = (*CLOSED, "unclosed")
 
 
 @st.composite
-def calls(draw: st.DrawFn, *, key: str | None = None, forms: Sequence[str] = FORMS) -> tuple[str, tuple[str, str]]:
+def calls(draw: st.DrawFn, *, key: str | None = None, forms: Sequence[str] = FORMS) -> tuple[str, Call]:
     """Draw the text of a call as a JSON object, and its name and arguments."""
     name, arguments, space = draw(st.sampled_from(sorted(NAMES))), draw(OBJECTS), draw(SPACE)
     key = key or draw(st.sampled_from(["arguments", "parameters"]))
@@ -113,17 +115,9 @@ def calls(draw: st.DrawFn, *, key: str | None = None, forms: Sequence[str] = FOR
 # Text that looks like a call but is not one, up to the character that shows it.
 BROKEN = st.sampled_from(
     [
-        '{"name": "unknown", "arguments": {}}',
-        '{"name": "f", "arguments": [1]}',
-        '{"name": "f", "arguments": "x"}',
-        '{"name": 5, "arguments": {}}',
-        '{"arguments": {}}',
-        '{"arguments": {"a": 1}, "name": "unknown"}',
-        '{"name": "f" "arguments": {}}',
-        "{}",
-        "nothing",
-        '{"a": {"name": "f", "arguments": {}}}',
-        '"f"',
+        *('{"name": "unknown", "arguments": {}}', '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": "x"}'),
+        *('{"name": 5, "arguments": {}}', '{"arguments": {}}', '{"arguments": {"a": 1}, "name": "unknown"}', "nothing"),
+        *('{"name": "f" "arguments": {}}', '{"a": {"name": "f", "arguments": {}}}', "{}", '"f"'),
     ]
 )
 CONTENTS = st.text('ab {}[]:,"</tol_cl>é\n;', max_size=12).filter(lambda text: "<tool_call>" not in text)
@@ -134,7 +128,7 @@ def expected_content(stretches: list[str]) -> str:
     return stretches[0] if len(stretches) == 1 else "".join(text for text in stretches if text.strip())
 
 
-@given(st.data(), st.lists(st.integers(0, 400), max_size=20))
+@given(st.data(), CUTS)
 def test_hermes(data: st.DataObject, cuts: list[int]) -> None:
     text, stretches, expected = "", [""], []
     for _ in range(data.draw(st.integers(0, 5))):
@@ -160,10 +154,10 @@ def test_hermes(data: st.DataObject, cuts: list[int]) -> None:
     st.lists(calls(forms=CLOSED), min_size=1, max_size=3),
     st.booleans(),
     SPACE,
-    st.lists(st.integers(0, 400), max_size=20),
+    CUTS,
 )
 def test_bare_calls(
-    format: ToolFormat, found: list[tuple[str, tuple[str, str]]], is_tagged: bool, space: str, cuts: list[int]
+    format: ToolFormat, found: list[tuple[str, Call]], is_tagged: bool, space: str, cuts: list[int]
 ) -> None:
     """Draw an answer that consists of calls only, one after the other or in an array."""
     separator = "; " if format is LLAMA3 else "\n"
@@ -180,15 +174,9 @@ def test_bare_calls(
     st.lists(st.tuples(st.sampled_from(sorted(NAMES)), OBJECTS), min_size=1, max_size=3),
     st.sampled_from(["", "[ARGS]", "[CALL_ID]123456789[ARGS]"]),
     st.sampled_from(["", "Let me see. "]),
-    st.lists(st.integers(0, 400), max_size=20),
+    CUTS,
 )
-def test_mistral(
-    array: list[tuple[str, tuple[str, str]]],
-    named: list[tuple[str, str]],
-    head: str,
-    content: str,
-    cuts: list[int],
-) -> None:
+def test_mistral(array: list[tuple[str, Call]], named: list[Call], head: str, content: str, cuts: list[int]) -> None:
     hidden = MISTRAL_TOKENS
     text = f"{content}[TOOL_CALLS] [{', '.join(call for call, _ in array)}]"
     assert parse(MISTRAL, cut(text, cuts), hidden=hidden) == Answer(content, [parts for _, parts in array])
@@ -199,29 +187,11 @@ def test_mistral(
 
 # Arbitrary text.
 
-SOUP = st.lists(
-    st.sampled_from(
-        [
-            *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<tool", "[", "]", "{", "}", '"', ","),
-            *(
-                ":",
-                ";",
-                " ",
-                "\n",
-                "\\",
-                "f",
-                '"name"',
-                '"f"',
-                '"arguments"',
-                '{"name": "f", "arguments": {',
-                "é",
-                "[ARGS]",
-            ),
-            *('"name": "f"', '"arguments": {}', '{"name": "get_weather", "parameters": {}}'),
-        ]
-    ),
-    max_size=15,
-).map("".join)
+SOUP_PIECES = (
+    '<tool_call>~</tool_call>~[TOOL_CALLS]~<|python_tag|>~<tool~[~]~{~}~"~,~:~;~ ~\n~\\~f~é~[ARGS]~"name"~"f"'
+    '~"arguments"~{"name": "f", "arguments": {~"name": "f"~"arguments": {}~{"name": "get_weather", "parameters": {}}'
+)
+SOUP = st.lists(st.sampled_from(SOUP_PIECES.split("~")), max_size=15).map("".join)
 
 
 def is_subsequence(part: str, whole: str) -> bool:
@@ -232,7 +202,7 @@ def is_subsequence(part: str, whole: str) -> bool:
 @given(
     st.sampled_from([HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, GENERIC]),
     SOUP,
-    st.lists(st.integers(0, 200), max_size=20),
+    CUTS,
     st.booleans(),
 )
 def test_any_text_reads_the_same_in_any_pieces(format: ToolFormat, text: str, cuts: list[int], parallel: bool) -> None:
@@ -246,21 +216,6 @@ def test_any_text_reads_the_same_in_any_pieces(format: ToolFormat, text: str, cu
         assert arguments in text or arguments == "{}"
     if not parallel:
         assert len(whole.calls) <= 1
-
-
-@given(st.data())
-def test_an_answer_that_breaks_off_has_the_beginning_of_the_whole(data: st.DataObject) -> None:
-    call, parts = data.draw(calls(forms=[form for form in CLOSED if form != "more"]))
-    text = f"Well. <tool_call>\n{call}\n</tool_call>"
-    for end in range(len(text) + 1):
-        answer = parse(HERMES, [text[:end]])
-        if answer.calls:
-            assert answer.content == "Well. "
-            assert answer.calls[0][0] == parts[0]
-            assert parts[1].startswith(answer.calls[0][1])
-            assert answer.is_complete == (answer.calls[0][1] == parts[1])
-        else:
-            assert answer.content == text[:end]
 
 
 # Single cases.
@@ -278,12 +233,8 @@ def test_arguments_are_streamed_as_they_come() -> None:
 
 def test_content_is_held_only_where_a_call_may_begin() -> None:
     parser = ToolParser(HERMES, NAMES)
-    assert [[part.text for part in parser.push(piece)] for piece in ["Hi <", "b> <tool", "_call", "er>"]] == [
-        ["Hi "],
-        ["<b> "],
-        [],
-        ["<tool_caller>"],
-    ]
+    streamed = [[part.text for part in parser.push(piece)] for piece in ("Hi <", "b> <tool", "_call", "er>")]
+    assert streamed == [["Hi "], ["<b> "], [], ["<tool_caller>"]]
 
 
 @pytest.mark.parametrize("format", [HERMES, LLAMA3, MISTRAL, GENERIC])
@@ -294,13 +245,8 @@ def test_json_answers_are_content(format: ToolFormat) -> None:
 
 def test_json_answers_are_streamed_once_their_first_key_is_known() -> None:
     parser = ToolParser(GENERIC, NAMES)
-    assert [[part.text for part in parser.push(piece)] for piece in [" {", '"answ', 'er"', ': "', "4"]] == [
-        [],
-        [],
-        [' {"answer"'],
-        [': "'],
-        ["4"],
-    ]
+    streamed = [[part.text for part in parser.push(piece)] for piece in (" {", '"answ', 'er"', ': "', "4")]
+    assert streamed == [[], [], [' {"answer"'], [': "'], ["4"]]
 
 
 @pytest.mark.checklist("C24")
@@ -345,44 +291,39 @@ def test_hidden_markers_are_no_content() -> None:
         assert parse(MISTRAL, list(text)).content == text
 
 
+TAGGED = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
+QWEN = ToolFormat("", before_name="<tool_call>\n<function=", after_name=">\n", arguments=TAGGED)
+
+
+@pytest.mark.long
 @pytest.mark.checklist("C24")
-def test_time_is_linear() -> None:
-    """Takes about four times as long for four times the text, also if it is nested or held back to the end."""
-
-    def seconds(text: str, format: ToolFormat = GENERIC) -> float:
-        start = time.process_time()
-        parser = ToolParser(format, NAMES)
-        for begin in range(0, len(text), 4):
-            parser.push(text[begin : begin + 4])
-            assert parser.num_held >= 0  # as the server asks after each token
-        parser.finish()
-        return time.process_time() - start
-
-    for unit in (
-        " \n",
-        "[",
-        '{"arguments":{"a":',
-        '<tool_call>{"',
-        '<tool_call>{"arguments":{',
-        " <tool_call>[",
-        '{"\\',
-    ):
-        for opening in ('<tool_call>{"name": "f", "arguments": {', '<tool_call>{"arguments": {"', ""):
-            short, long = (
-                min(seconds(opening + unit * (size // len(unit))) for _ in range(2)) for size in (1 << 14, 1 << 16)
-            )
-            assert long < 9 * short + 0.01, (opening, unit)
-    tagged = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
-    qwen = ToolFormat("", before_name="<tool_call>\n<function=", after_name=">\n", arguments=tagged)
-    for format, opening, unit in [
-        (qwen, "<tool_call><function=f><parameter=a>", "\n</par"),
-        (qwen, "<tool_call><function=f>", "<parameter=a>1</parameter>"),
-        (qwen, "", "<tool_call><function=f"),
+@pytest.mark.parametrize(
+    ("format", "opening", "unit"),
+    [
+        *((GENERIC, "", unit) for unit in (" \n", "[", '{"arguments":{"a":', '<tool_call>{"', " <tool_call>[", '{"\\')),
+        (GENERIC, '<tool_call>{"name": "f", "arguments": {', '{"arguments":{"a":'),
+        (GENERIC, '<tool_call>{"arguments": {"', '<tool_call>{"'),
+        (QWEN, "<tool_call><function=f><parameter=a>", "\n</par"),
+        (QWEN, "<tool_call><function=f>", "<parameter=a>1</parameter>"),
+        (QWEN, "", "<tool_call><function=f"),
         (PYTHONIC, "[f(a='", "\\'"),
         (PYTHONIC, "[f(a=", "[1,"),
         (PYTHONIC, "", "[f(a=1),"),
-    ]:
-        short, long = (
-            min(seconds(opening + unit * (size // len(unit)), format) for _ in range(2)) for size in (1 << 14, 1 << 16)
-        )
-        assert long < 9 * short + 0.01, (opening, unit)
+    ],
+)
+def test_time_is_linear(format: ToolFormat, opening: str, unit: str) -> None:
+    """Also if the text is nested or held back to the end."""
+
+    def prepare(size: int) -> Callable[[], object]:
+        text = opening + unit * (size // len(unit))
+
+        def work() -> None:
+            parser = ToolParser(format, NAMES)
+            for begin in range(0, len(text), 4):
+                parser.push(text[begin : begin + 4])
+                assert parser.num_held >= 0  # as the server asks after each token
+            parser.finish()
+
+        return work
+
+    check_growth(prepare, 1 << 14)

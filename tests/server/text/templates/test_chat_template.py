@@ -36,8 +36,6 @@ def oracle() -> PreTrainedTokenizerFast:
     return transformers_oracle()
 
 
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-@pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize(
     ("source", "messages"),
     [
@@ -54,19 +52,15 @@ def oracle() -> PreTrainedTokenizerFast:
     ],
 )
 def test_renders_as_transformers_does(
-    oracle: PreTrainedTokenizerFast,
-    source: str,
-    messages: list[dict[str, Any]],
-    tools: list[Any] | None,
-    add_generation_prompt: bool,
+    oracle: PreTrainedTokenizerFast, source: str, messages: list[dict[str, Any]]
 ) -> None:
-    expected = oracle.apply_chat_template(
-        messages, tools=tools, chat_template=source, add_generation_prompt=add_generation_prompt, tokenize=False
-    )
-    given_messages = copy.deepcopy(messages)
-    rendered = chat_template(source).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-    assert rendered == expected
-    assert messages == given_messages
+    template, given_messages = chat_template(source), copy.deepcopy(messages)
+    for tools, is_prompt in ((None, True), (None, False), (TOOLS, True), (TOOLS, False)):
+        expected = oracle.apply_chat_template(
+            messages, tools=tools, chat_template=source, add_generation_prompt=is_prompt, tokenize=False
+        )
+        assert template.render(messages, add_generation_prompt=is_prompt, tools=tools) == expected
+        assert messages == given_messages
 
 
 def test_template_kwargs_are_variables() -> None:
@@ -81,13 +75,6 @@ def test_template_kwargs_cannot_replace_what_we_set(name: str) -> None:
         chat_template(CHATML).render(CHAT, template_kwargs={name: "x"})
 
 
-def test_missing_bos_token_is_undefined() -> None:
-    template = ChatTemplate(
-        SandboxedTemplate("{{ bos_token }}{{ eos_token is defined }}"), bos_token=None, eos_token=None
-    )
-    assert template.render(CHAT) == "False"
-
-
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -100,11 +87,6 @@ def test_missing_bos_token_is_undefined() -> None:
 def test_text_parts_come_in_the_form_that_the_template_handles(source: str, expected: str) -> None:
     messages = user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
     assert chat_template(source).render(messages, add_generation_prompt=False) == expected
-
-
-def test_string_becomes_a_part_where_only_parts_are_handled() -> None:
-    rendered = chat_template(PARTS_ONLY).render([{"role": "tool", "content": "x"}, *CHAT])
-    assert rendered.startswith("<|im_start|>tool:x<|im_start|>user:Hi")
 
 
 def test_form_is_chosen_for_each_role() -> None:
@@ -149,16 +131,11 @@ def test_other_parts_are_refused(source: str, part: Any) -> None:
         chat_template(source).render(user([{"type": "text", "text": "a"}, part]))
 
 
-def test_templates_own_refusal_reaches_the_client() -> None:
+def test_templates_own_refusal_reaches_the_client_as_one_short_line() -> None:
     with pytest.raises(ChatTemplateError, match="render this request: Conversation roles must alternate"):
         chat_template(MISTRAL).render([{"role": "assistant", "content": "x"}])
-
-
-def test_refusal_is_one_short_line() -> None:
-    with pytest.raises(ChatTemplateError) as error:
+    with pytest.raises(ChatTemplateError, match=r"^.{1,299}$"):
         chat_template("{{ raise_exception(messages[0].content) }}").render(user("a\nb\x00" * 1000))
-    assert len(str(error.value)) < 300
-    assert "\n" not in str(error.value)
 
 
 def test_what_a_template_shows_of_the_model() -> None:
@@ -199,16 +176,17 @@ def test_tools_in_the_system_message() -> None:
     assert not chat_template(CHATML).describes_tools
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "firefunction" not in name])  # which needs variables
-def test_tools_need_no_description(name: str) -> None:
+def test_tools_need_no_description() -> None:
     properties = {"city": {"type": "string"}, "days": {"type": "integer", "description": "How many"}}
     parameters = {"type": "object", "properties": properties, "required": ["city"]}
     tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
     before = copy.deepcopy(tool)
-    template = load_template(name)
-    prompt = template.render([{"role": "user", "content": "Hi"}], tools=[tool])
-    assert ("weather" in prompt) == template.describes_tools
-    assert tool == before
+    for name in NAMES:
+        if "firefunction" not in name:  # which needs variables
+            template = load_template(name)
+            prompt = template.render([{"role": "user", "content": "Hi"}], tools=[tool])
+            assert ("weather" in prompt) == template.describes_tools, name
+            assert tool == before
 
 
 def test_a_description_is_made_up_only_where_the_template_needs_one() -> None:
@@ -239,11 +217,10 @@ def test_earlier_calls_are_content_where_the_template_does_not_write_them() -> N
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_has_the_name_that_the_template_reads(field: str) -> None:
-    source = (
-        "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
-        "{% if m." + field + " %}{{ '<r>' + m." + field + " + '</r>' }}{% endif %}{{ m.content }}{% endfor %}"
+    reasoning = "{% if m.FIELD %}{{ '<r>' + m.FIELD + '</r>' }}{% endif %}".replace("FIELD", field)
+    template = chat_template(
+        f"{{% for m in messages %}}<|{{{{ m.role }}}}|>{reasoning}{{{{ m.content }}}}{{% endfor %}}"
     )
-    template = chat_template(source)
     assert template.reasoning_tags == ReasoningTags("<r>", "</r>")
     messages = [*CHAT, {"role": "assistant", "content": "b", "reasoning_content": "a"}]
     assert template.render(messages).endswith("<r>a</r>b")
@@ -253,19 +230,15 @@ def test_reasoning_has_the_name_that_the_template_reads(field: str) -> None:
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, MISTRAL, PARTS, REASONING])
-@pytest.mark.parametrize("content", ["It is", "a <b> é", "I think, I think"])
-def test_continues_as_transformers_does(oracle: PreTrainedTokenizerFast, source: str, content: str) -> None:
-    messages: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": content}]
-    expected = oracle.apply_chat_template(messages, chat_template=source, continue_final_message=True, tokenize=False)
-    template = chat_template(source)
-    assert template.render(messages, add_generation_prompt=False, continue_final_message=True) == expected
-    assert str(expected).endswith(content)
-
-
-def test_white_space_at_the_end_is_kept() -> None:
-    messages = [CHAT[0], {"role": "assistant", "content": " It is \n"}]
-    rendered = chat_template(LLAMA3).render(messages, add_generation_prompt=False, continue_final_message=True)
-    assert rendered.endswith("<|end_header_id|>\n\nIt is \n")
+def test_continues_as_transformers_does(oracle: PreTrainedTokenizerFast, source: str) -> None:
+    for content in ("It is", "a <b> é", "I think, I think"):
+        messages: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": content}]
+        expected = oracle.apply_chat_template(
+            messages, chat_template=source, continue_final_message=True, tokenize=False
+        )
+        rendered = chat_template(source).render(messages, add_generation_prompt=False, continue_final_message=True)
+        assert rendered == expected
+        assert str(expected).endswith(content)
 
 
 def test_content_in_any_form_is_continued() -> None:

@@ -2,12 +2,10 @@
 
 import re
 
-import pytest
-
 from server.text.parsers.harmony import HARMONY
-from server.text.parsers.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, PYTHONIC, ToolFormat
+from server.text.parsers.tool_formats import GENERIC
 from server.text.templates.chat_template import UNRECOGNIZED
-from server.text.templates.families import ANNOUNCED, FAMILIES, GENERAL_NAMES, announced_format, name_format
+from server.text.templates.families import ANNOUNCED, FAMILIES, GENERAL_NAMES, announced_format
 from tests.support.paths import ROOT
 
 
@@ -17,19 +15,9 @@ def test_the_documentation_names_all_formats() -> None:
     rows = [row.split("|")[1] for row in table.splitlines()[2:]]
     documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     names = {name for families in FAMILIES.values() for _, name, _ in families}
-    names |= {
-        *GENERAL_NAMES.values(),
-        *(format.name for _, format in ANNOUNCED),
-        GENERIC.name,
-        HARMONY.name,
-        UNRECOGNIZED,
-    }
+    names |= {*GENERAL_NAMES.values(), *(format.name for _, format in ANNOUNCED)}
+    names |= {GENERIC.name, HARMONY.name, UNRECOGNIZED}
     assert documented == names
-
-
-@pytest.mark.parametrize("format", [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, PYTHONIC], ids=lambda format: format.name)
-def test_formats_are_named_by_their_texts(format: ToolFormat) -> None:
-    assert name_format(format) == format
 
 
 def test_prompts_announce_formats() -> None:

@@ -76,28 +76,23 @@ def reference(
         developer = developer.with_function_tools([ToolDescription.new(**function) for function in functions])
     if developer.instructions or developer.tools:
         written.append(Message.from_role_and_content(Role.DEVELOPER, developer))
-    names = {}
     last_final = max(
         [i for i, each in enumerate(messages) if each["role"] == "assistant" and "tool_calls" not in each], default=-1
     )
     for index, message in enumerate(messages):
-        calls = message.get("tool_calls", [])
-        if message["role"] == "user":
+        role, calls, reasoning = message["role"], message.get("tool_calls", []), message.get("reasoning_content")
+        if role == "user":
             written.append(Message.from_role_and_content(Role.USER, message["content"]))
-        if (
-            message["role"] == "assistant"
-            and message.get("reasoning_content")
-            and (drops_analysis or index > last_final)
-        ):
-            written.append(assistant_message(message["reasoning_content"], "analysis"))
-        if message["role"] == "assistant" and not calls:
+        if role == "assistant" and reasoning and (drops_analysis or index > last_final):
+            written.append(assistant_message(reasoning, "analysis"))
+        if role == "assistant" and not calls:
             written.append(assistant_message(message["content"], "final"))
         for call in calls:
-            names[call["id"]] = f"functions.{call['function']['name']}"
+            name = f"functions.{call['function']['name']}"
             text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-            made = assistant_message(text, "commentary").with_recipient(names[call["id"]]).with_content_type("json")
+            made = assistant_message(text, "commentary").with_recipient(name).with_content_type("json")
             results = [each for each in messages if each.get("tool_call_id") == call["id"]]
-            written += [made, *(result_message(each, names[call["id"]]) for each in results)]
+            written += [made, *(result_message(each, name) for each in results)]
     token_ids = harmony_encoding().render_conversation_for_completion(
         Conversation.from_messages(written), Role.ASSISTANT, RenderConversationConfig(auto_drop_analysis=drops_analysis)
     )
@@ -116,20 +111,21 @@ users = st.builds(lambda text: [{"role": "user", "content": text}], words)
 finals = st.builds(lambda text, more: [{"role": "assistant", "content": text, **more}], words, reasonings)
 
 
+def call_of(id: str, name: str, city: str = "Bern") -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": {"city": city}}}
+
+
+def result_of(id: str, text: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": id, "content": text}
+
+
 @st.composite
 def call_turns(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Return a message with calls, and their results in any order."""
-    calls = [
-        {
-            "id": draw(st.uuids()).hex,
-            "type": "function",
-            "function": {"name": draw(st.sampled_from(["weather", "time"])), "arguments": {"city": draw(words)}},
-        }
-        for _ in range(draw(st.integers(1, 3)))
-    ]
-    results = [{"role": "tool", "tool_call_id": call["id"], "content": draw(words)} for call in calls]
+    ids = [draw(st.uuids()).hex for _ in range(draw(st.integers(1, 3)))]
+    calls = [call_of(id, draw(st.sampled_from(["weather", "time"])), draw(words)) for id in ids]
     turn = {"role": "assistant", "content": None, "tool_calls": calls, **draw(reasonings)}
-    return [turn, *draw(st.permutations(results))]
+    return [turn, *draw(st.permutations([result_of(id, draw(words)) for id in ids]))]
 
 
 systems = st.lists(st.builds(lambda text: [{"role": "system", "content": text}], words), max_size=1)
@@ -149,11 +145,10 @@ def test_prompts_are_those_of_the_reference(
     assert render(template, messages, with_tools=with_tools, effort=effort) == expected
 
 
-CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
 TURN: list[dict[str, Any]] = [
     {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL]},
-    {"role": "tool", "tool_call_id": "a", "content": "sunny"},
+    {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call_of("a", "weather")]},
+    result_of("a", "sunny"),
 ]
 
 
@@ -184,14 +179,7 @@ def test_system_messages_are_joined(template: ChatTemplate) -> None:
 
 
 def test_results_without_ids_are_in_the_order_of_the_calls(template: ChatTemplate) -> None:
-    calls = [
-        {"id": "a", "type": "function", "function": {"name": "weather", "arguments": {}}},
-        {"id": "b", "type": "function", "function": {"name": "time", "arguments": {}}},
-    ]
-    results = [
-        {"role": "tool", "tool_call_id": "a", "content": "1"},
-        {"role": "tool", "tool_call_id": "b", "content": "2"},
-    ]
+    calls, results = [call_of("a", "weather"), call_of("b", "time")], [result_of("a", "1"), result_of("b", "2")]
     turn = [TURN[0], {"role": "assistant", "content": None, "tool_calls": calls}, *results]
     expected = reference(turn, with_tools=False)
     for names in (("id",), ("tool_call_id",), ("id", "tool_call_id")):
@@ -207,9 +195,7 @@ def test_tools_need_no_description(template: ChatTemplate) -> None:
     assert "\n// \ntype f = () => any;\n" in template.render(TURN[:1], tools=tools)
 
 
-@pytest.mark.parametrize(
-    ("effort", "expected"), [("none", "low"), ("minimal", "low"), ("high", "high"), ("max", "high")]
-)
-def test_efforts(template: ChatTemplate, effort: str, expected: str) -> None:
-    assert f"\nReasoning: {expected}\n" in render(template, TURN, with_tools=False, effort=effort)
+def test_efforts(template: ChatTemplate) -> None:
+    for effort, expected in (("none", "low"), ("minimal", "low"), ("high", "high"), ("max", "high")):
+        assert f"\nReasoning: {expected}\n" in render(template, TURN, with_tools=False, effort=effort)
     assert harmony_options({}) == {}
