@@ -82,15 +82,6 @@ def test_usage_and_limits_survive_a_change(tmp_path: Path) -> None:
         before.admit()
 
 
-def test_who_may_go_first(tmp_path: Path) -> None:
-    for settings, expected in (
-        (Settings(api_key=("a", "a")), [True]),
-        (Settings(api_key=KEYS, one_tenant=True), [True]),
-        (Settings(api_key=KEYS), [False, False]),
-    ):
-        assert [tenant.has_negative_priority for tenant in ApiKeys(settings).tenants.values()] == expected
-
-
 def test_the_last_of_several_reloads_counts(tmp_path: Path) -> None:
     file, number = tmp_path / "keys.yaml", 0
     file.write_text(entry("tenant", "0"))
@@ -106,17 +97,19 @@ def test_the_last_of_several_reloads_counts(tmp_path: Path) -> None:
     assert names(keys, str(number), "0") == ["tenant", None]
 
 
-def test_who_is_an_admin(tmp_path: Path) -> None:
+def test_who_is_an_admin_and_who_may_go_first(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(entry("alice", "a").replace("}", ", admin: true}") + entry("bob", "b"))
-    for settings, expected in (
-        (Settings(api_key=("k",)), {"key-1"}),
-        (Settings(api_key=KEYS, one_tenant=True), {"key-1"}),
-        (Settings(api_key=KEYS), set()),
-        (Settings(api_key=("k",), admin_key="root"), {"admin"}),
-        (Settings(admin_key="root"), {"admin"}),
-        (Settings(api_key=("k",), api_keys_file=str(file)), {"alice"}),
+    for settings, admins, first in (
+        (Settings(api_key=("k", "k")), {"key-1"}, {"key-1"}),
+        (Settings(api_key=KEYS, one_tenant=True), {"key-1"}, {"key-1"}),
+        (Settings(api_key=KEYS), set(), set()),
+        (Settings(api_key=("k",), admin_key="root"), {"admin"}, None),
+        (Settings(admin_key="root"), {"admin"}, None),
+        (Settings(api_key=("k",), api_keys_file=str(file)), {"alice"}, None),
     ):
-        assert {name for name, tenant in ApiKeys(settings).tenants.items() if tenant.is_admin} == expected
+        tenants = ApiKeys(settings).tenants
+        assert {name for name, tenant in tenants.items() if tenant.is_admin} == admins
+        assert first is None or {name for name, tenant in tenants.items() if tenant.has_negative_priority} == first
     with pytest.raises(SettingsError, match=r"^--admin-key is one of --api-key, too$"):
         ApiKeys(Settings(api_key=KEYS, admin_key=KEYS[0]))

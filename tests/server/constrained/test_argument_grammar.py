@@ -4,15 +4,14 @@ The parser reads every answer that a grammar allows as calls whose arguments are
 are sampled at random from the tokens that the grammar's masks allow.
 """
 
-import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from llguidance import LLMatcher, LLTokenizer
 from pydantic import TypeAdapter
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -21,13 +20,12 @@ from server.constrained.tool_grammar import ToolSchemaError, tool_grammar
 from server.schemas.tools import Tool, ToolChoice
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
 from server.text.parsers.answer_parts import AnswerPart, PartKind
-from server.text.parsers.tool_formats import KEY, LiteralArguments, TaggedArguments, ToolFormat
-from server.text.tokenizer import Tokenizer
-from tests.support.examples import num_examples
+from server.text.parsers.tool_formats import KEY, TaggedArguments
+from tests.support.examples import IS_LONG, num_examples
+from tests.support.grammars import GrammarModel, calls_of
 from tests.support.tiny_tokenizer_model import write_tiny_model
-from tests.support.tool_templates import NAMES, load_template
+from tests.support.tool_templates import KINDS, NAMES, kinds_first, load_template
 
-EOS = 256
 TOKEN = re.compile(r"<[^<>\s=\"]+>|\[[A-Z_]+\]|\]<\]minimax\[>\[")
 POSITION = {"type": "object", "properties": {"x": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["x"]}
 SCHEMA: dict[str, Any] = {
@@ -60,13 +58,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {"get_weather": SCHEMA, "time-now": {"type"
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
-def is_special(format: ToolFormat) -> bool:
-    """Return whether the arguments are not JSON."""
-    return isinstance(format.arguments, TaggedArguments | LiteralArguments)
+def parsed_once() -> list[str]:
+    """Return the templates of `KINDS`; in `make test-long` one template for each format that there is."""
+    return list({repr(load_template(name).tool_format): name for name in NAMES}.values()) if IS_LONG else [*KINDS]
 
 
-DISTINCT = list({repr(load_template(name).tool_format): name for name in NAMES}.values())
-OTHERS = [name for name in DISTINCT if is_special(load_template(name).tool_format)]
+DISTINCT = parsed_once()
 
 
 def make_tools(schemas: dict[str, Any], *, strict: bool = False) -> list[Tool]:
@@ -74,14 +71,13 @@ def make_tools(schemas: dict[str, Any], *, strict: bool = False) -> list[Tool]:
     return [Tool.model_validate({"type": "function", "function": function}) for function in functions]
 
 
-class Model:
+class Model(GrammarModel):
     """A vocabulary of bytes in which the tags of a format may be special tokens."""
 
-    def __init__(self, name: str, folder: Path, *, special: bool) -> None:
+    def __init__(self, name: str, folder: Path, *, special: bool = True) -> None:
         template = load_template(name)
         self.format = AnswerFormat(template.tool_format, SCHEMAS, content_markers=template.reasoning.content_markers)
-        if template.tool_format.name == "minimax_m3" and not special:
-            pytest.skip("random text seldom ends with its control token")
+        special = special or template.tool_format.name == "minimax_m3"  # random text seldom ends with its token
         write_tiny_model(folder)
         path = str(folder / "tokenizer.json")
         backend = Backend.from_file(path)
@@ -89,9 +85,11 @@ class Model:
             tags = sorted(set(TOKEN.findall("\n".join(self.format.markers))))
             backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in tags])
         backend.save(path)
-        self.tokenizer = Tokenizer.from_model(folder)
-        self.guide = LLTokenizer(Path(path).read_text(), eos_token=[EOS])
+        super().__init__(folder)
         self.special_ids = self.tokenizer.special_ids_in(self.format.markers)
+        syntax = template.tool_format.arguments
+        tags = [syntax.after_value, syntax.value_end] if isinstance(syntax, TaggedArguments) else [*syntax.texts]
+        self.ends = ['"', *(text for text in tags if KEY not in text)]
 
     def grammar(self, tools: list[Tool], choice: Any, *, parallel: bool = True) -> str:
         validated: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
@@ -100,104 +98,53 @@ class Model:
         assert grammar is not None
         return grammar
 
-    def matcher(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self.guide, grammar, log_level=0)
-        assert not matcher.is_error(), matcher.get_error()
-        return matcher
+    def samples(self, grammar: str, rng: random.Random, num: int = 1) -> Iterator[str]:
+        matcher = self.matcher(grammar)
+        for _ in range(num):
+            yield self.sample(matcher.deep_copy(), rng, self.ends)
 
-    def accepts(self, grammar: str, text: str) -> bool:
-        """Return whether the text is a whole output under the grammar."""
-        matcher, token_ids = self.matcher(grammar), self.tokenizer.encode(text, add_special_tokens=False)
-        return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
-
-    def sample(self, matcher: LLMatcher, rng: random.Random) -> str:
-        """Return a random output. Texts that end values are tried often, so that strings end."""
-        syntax = self.format.tool_format.arguments
-        texts = (
-            ['"', syntax.after_value, syntax.value_end] if isinstance(syntax, TaggedArguments) else ['"', *syntax.texts]
-        )
-        ends = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts if KEY not in text]
-        token_ids: list[int] = []
-        while not matcher.is_stopped():
-            assert len(token_ids) < 5000
-            end = rng.choice(ends)
-            if rng.random() < 0.3 and len(end) == matcher.validate_tokens(end):
-                assert matcher.consume_tokens(end)
-                token_ids += end
-                continue
-            mask = int.from_bytes(matcher.compute_bitmask(), "little")
-            allowed = [token_id for token_id in range(self.tokenizer.vocab_size) if mask >> token_id & 1]
-            closing = [
-                each for each in allowed if each > EOS or self.tokenizer.token_bytes(each) in (b'"', b"<", b"\n")
-            ]
-            token_id = rng.choice(closing if closing and rng.random() < len(token_ids) / 200 else allowed)
-            token_id = EOS if EOS in allowed and rng.random() < 0.5 else token_id
-            assert matcher.consume_token(token_id)
-            token_ids.append(token_id)
-        assert not matcher.is_error(), matcher.get_error()
-        return self.tokenizer.decode([each for each in token_ids if each != EOS], skip_special_tokens=False)
-
-    def parse(self, text: str, *, parallel: bool = True) -> tuple[list[AnswerPart], AnswerParser]:
-        format = AnswerFormat(self.format.tool_format, SCHEMAS, parallel, content_markers=self.format.content_markers)
+    def parse(
+        self, text: str, schemas: dict[str, Any] = SCHEMAS, *, parallel: bool = True
+    ) -> tuple[list[AnswerPart], AnswerParser]:
+        format = AnswerFormat(self.format.tool_format, schemas, parallel, content_markers=self.format.content_markers)
         parser = AnswerParser(format, hidden=(*format.content_markers, *self.special_ids))
         return parser.push(text) + parser.finish(), parser
 
 
-def calls_of(parts: list[AnswerPart]) -> list[tuple[str, str]]:
-    calls: list[tuple[str, str]] = []
-    for kind, text in parts:
-        if kind is PartKind.CALL:
-            calls.append((text, ""))
-        elif kind is PartKind.ARGUMENTS:
-            calls[-1] = (calls[-1][0], calls[-1][1] + text)
-    return calls
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    return random.Random(seed)
-
-
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
-@pytest.mark.parametrize("name", DISTINCT)
+@kinds_first(DISTINCT)
 def test_the_parser_reads_what_the_grammar_allows(name: str, special: bool, tmp_path: Path, rng: random.Random) -> None:
     model = Model(name, tmp_path, special=special)
     for choice, parallel in [("required", True), ("required", False), (NAMED, True)]:
-        matcher = model.matcher(model.grammar(make_tools(SCHEMAS), choice, parallel=parallel))
-        for _ in range(num_examples(1, 20)):
-            text = model.sample(matcher.deep_copy(), rng)
+        grammar = model.grammar(make_tools(SCHEMAS), choice, parallel=parallel)
+        for text in model.samples(grammar, rng, num_examples(1, 20)):
             parts, parser = model.parse(text, parallel=parallel)
             assert not any(part.kind is PartKind.CONTENT for part in parts), text
             assert parser.ends_with_calls, text
             calls = calls_of(parts)
             for tool, arguments in calls:
-                jsonschema.validate(json.loads(arguments), SCHEMAS[tool])
+                jsonschema.validate(arguments, SCHEMAS[tool])
             assert len(calls) == 1 or (parallel and choice == "required"), text
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
-@pytest.mark.parametrize("name", DISTINCT)
+@kinds_first(DISTINCT)
 def test_strict_calls_are_optional(name: str, special: bool, tmp_path: Path, rng: random.Random) -> None:
     """Free text is allowed, and calls in it follow their schemas, however they begin."""
     model = Model(name, tmp_path, special=special)
-    forced = model.matcher(model.grammar(make_tools(SCHEMAS), NAMED))
-    call = model.sample(forced.deep_copy(), rng)
+    (call,) = model.samples(model.grammar(make_tools(SCHEMAS), NAMED), rng)
     grammar = model.grammar(make_tools(SCHEMAS, strict=True), None)
     assert all(model.accepts(grammar, text) for text in ("", "Hello, world!\n", "a < b", call))
     assert not model.accepts(grammar, call.replace("get_weather", "get_whatever"))
-    matcher = model.matcher(grammar)
-    for _ in range(num_examples(2, 20)):
-        text = model.sample(matcher.deep_copy(), rng)
+    for text in model.samples(grammar, rng, num_examples(2, 20)):
         for tool, arguments in calls_of(model.parse(text)[0]):
-            jsonschema.validate(json.loads(arguments), SCHEMAS[tool])
+            jsonschema.validate(arguments, SCHEMAS[tool])
 
 
 def test_content_after_a_marker_that_begins_as_calls_do(tmp_path: Path, rng: random.Random) -> None:
     """Muse addresses content `to=user` and calls `to=get_weather`."""
-    model = Model("muse-glimmer", tmp_path, special=True)
-    call = model.sample(model.matcher(model.grammar(make_tools(SCHEMAS), NAMED)), rng)
+    model = Model("muse-glimmer", tmp_path)
+    (call,) = model.samples(model.grammar(make_tools(SCHEMAS), NAMED), rng)
     call = call.removeprefix("to=user<|message|>")
     grammar = model.grammar(make_tools(SCHEMAS, strict=True), None)
     for text in ("", "Hi", call, f"Hi {call}"):
@@ -206,17 +153,15 @@ def test_content_after_a_marker_that_begins_as_calls_do(tmp_path: Path, rng: ran
     assert not model.accepts(grammar, "to=else<|message|>Hi")
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@kinds_first(DISTINCT)
 def test_arguments_of_tools_that_are_not_strict_are_free(name: str, tmp_path: Path, rng: random.Random) -> None:
-    if load_template(name).tool_format.name == "minimax_m3":
-        pytest.skip("further properties are not supported")
-    model = Model(name, tmp_path, special=True)
+    model = Model(name, tmp_path)
+    if model.format.tool_format.name == "minimax_m3":  # which does not support further properties
+        return
     tools = [*make_tools({"get_weather": SCHEMA}), *make_tools({"time-now": SCHEMAS["time-now"]}, strict=True)]
-    matcher = model.matcher(model.grammar(tools, None))
-    for _ in range(num_examples(2, 20)):
-        text = model.sample(matcher.deep_copy(), rng)
+    for text in model.samples(model.grammar(tools, None), rng, num_examples(2, 20)):
         for _, arguments in calls_of(model.parse(text)[0]):
-            assert isinstance(json.loads(arguments), dict), text
+            assert isinstance(arguments, dict), text
 
 
 MORE: dict[str, Any] = {
@@ -260,28 +205,22 @@ CIRCLE: dict[str, Any] = {
 RECURSIVE = (WHOLE_TREE, CIRCLE)
 
 
-@pytest.mark.parametrize(
-    "name", ["Qwen3-Coder", "GLM-4.5", "google-gemma-4-31B-it", "LFM2.5-8B-A1B", "Kimi-K3", "MiniMax-M3"]
-)
+@pytest.mark.parametrize("name", ["Qwen3-Coder", "google-gemma-4-31B-it", "Kimi-K3", "MiniMax-M3"])
 @pytest.mark.parametrize(
     "schema", [MORE, EITHER, TREE, WHOLE_TREE, CIRCLE], ids=["more", "either", "tree", "whole", "circle"]
 )
 def test_other_schemas(name: str, schema: dict[str, Any], tmp_path: Path, rng: random.Random) -> None:
-    model = Model(name, tmp_path, special=True)
-    if name == "MiniMax-M3" and schema not in RECURSIVE:
-        pytest.skip("further properties are not supported")
-    matcher = model.matcher(model.grammar(make_tools({"get_weather": schema}), "required", parallel=False))
-    for _ in range(num_examples(3, 30)):
-        text = model.sample(matcher.deep_copy(), rng)
-        parser = AnswerParser(
-            AnswerFormat(model.format.tool_format, {"get_weather": schema}), hidden=list(model.special_ids)
-        )
-        ((_, arguments),) = calls_of(parser.push(text) + parser.finish())
-        jsonschema.validate(json.loads(arguments), schema)
+    model = Model(name, tmp_path)
+    if name == "MiniMax-M3" and schema not in RECURSIVE:  # further properties are not supported
+        return
+    grammar = model.grammar(make_tools({"get_weather": schema}), "required", parallel=False)
+    for text in model.samples(grammar, rng, num_examples(3, 30)):
+        ((_, arguments),) = calls_of(model.parse(text, {"get_weather": schema})[0])
+        jsonschema.validate(arguments, schema)
 
 
 def test_values_are_written_as_the_model_does(tmp_path: Path) -> None:
-    model = Model("Qwen3-Coder", tmp_path, special=True)
+    model = Model("Qwen3-Coder", tmp_path)
     grammar = model.grammar(make_tools({"get_weather": SCHEMA}), "required")
 
     def call(**values: str) -> str:

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from itertools import count
+from typing import Any
 
 import psutil
 import pytest
@@ -20,15 +21,15 @@ from server.tenants import Tenant
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.argument_values import Schema
 from server.text.tokenizer import Tokenizer
-from tests.support.processes import processor_limit
+from tests.support.examples import IS_LONG
 from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
 from tests.support.tool_templates import load_template
 
-T = TypeVar("T")
+pytestmark = pytest.mark.anyio
 
 GOOD = ['start: "a" | "b"', 'start: "b"+', "start: /[a-z]+/"]
 BAD = ["nonsense", 'start: "a" b', "start: a\na: b\nb: a", "start: /a(/"]
-SLOW = "start: /(a?){5000}a{5000}/"
+NUMBERS = count()
 FORMAT = AnswerFormat(content_markers=("",), tools={"f": {}})
 
 
@@ -43,11 +44,14 @@ def of_grammar(grammar: str) -> bytes:
     return request(structured_outputs={"grammar": grammar})
 
 
+def slow_grammar() -> bytes:
+    """Return a request for a grammar that takes too long, and that nobody has asked for."""
+    return of_grammar(f"start: /(a?){{5000}}a{{5000}}/ /{next(NUMBERS)}/")
+
+
 def of_tools(*schemas: Schema, format: AnswerFormat = FORMAT) -> bytes:
-    tools = [
-        {"type": "function", "function": {"name": f"f{index}", "parameters": schema}}
-        for index, schema in enumerate(schemas)
-    ]
+    functions = [{"name": f"f{index}", "parameters": schema} for index, schema in enumerate(schemas)]
+    tools = [{"type": "function", "function": function} for function in functions]
     return request(format, tools=tools, tool_choice="required")
 
 
@@ -55,20 +59,39 @@ def problem(message: str, param: str = "structured_outputs.grammar") -> GrammarP
     return GrammarProblem(f"Invalid '{param}': {message}.", param)
 
 
-def run_with_process(
-    tokenizer: Tokenizer, check: Callable[[GrammarProcess], Awaitable[T]], *, eos_token_ids: list[int]
-) -> T:
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def process(tokenizer: Tokenizer) -> AsyncIterator[GrammarProcess]:
+    """A process that the tests share which do not end it."""
+    process = GrammarProcess(GrammarVocabulary(tokenizer.to_json(), [END_OF_TEXT_ID], {}))
+    yield process
+    await process.close()
+
+
+@pytest.fixture
+async def own_process(tokenizer: Tokenizer) -> AsyncIterator[GrammarProcess]:
+    """A process for one test, of which nothing may be left."""
     before = set(psutil.Process().children())
+    process = GrammarProcess(GrammarVocabulary(tokenizer.to_json(), [END_OF_TEXT_ID], {}))
+    yield process
+    await process.close()
+    assert set(psutil.Process().children()) <= before
 
-    async def run() -> T:
-        process = GrammarProcess(GrammarVocabulary(tokenizer.to_json(), eos_token_ids, {}))
-        try:
-            return await check(process)
-        finally:
-            await process.close()
-            assert set(psutil.Process().children()) <= before
 
-    return asyncio.run(run())
+def count_answers(process: GrammarProcess, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Return a list to which the requests are added that the process answers."""
+    answer, requests = process._answer, list[bytes]()
+
+    async def count(request: bytes) -> Any:
+        requests.append(request)
+        return await answer(request)
+
+    monkeypatch.setattr(process, "_answer", count)
+    return requests
 
 
 def compiler_message(compiler: GrammarCompiler, grammar: str) -> str | None:
@@ -79,33 +102,25 @@ def compiler_message(compiler: GrammarCompiler, grammar: str) -> str | None:
     return None
 
 
-def test_results_agree_with_the_compiler(tokenizer: Tokenizer) -> None:
+async def test_results_agree_with_the_compiler(tokenizer: Tokenizer, process: GrammarProcess) -> None:
     compiler = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID])
-
-    async def check(process: GrammarProcess) -> None:
-        for _ in range(2):  # made, then kept
-            for grammar in GOOD + BAD:
-                message = compiler_message(compiler, grammar)
-                result = await process.find(of_grammar(grammar))
-                expected = Grammar(grammar, "structured_outputs.grammar")
-                assert result == (expected if message is None else problem(message))
-                assert (message is None) == (grammar in GOOD)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    for _ in range(2):  # made, then kept
+        for grammar in GOOD + BAD:
+            message = compiler_message(compiler, grammar)
+            result = await process.find(of_grammar(grammar))
+            expected = Grammar(grammar, "structured_outputs.grammar")
+            assert result == (expected if message is None else problem(message))
+            assert (message is None) == (grammar in GOOD)
 
 
 @pytest.mark.checklist("C21")
-def test_what_takes_too_long_is_stopped(tokenizer: Tokenizer) -> None:
+async def test_what_takes_too_long_is_stopped(process: GrammarProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many concurrent requests for one slow grammar share its result, and later requests work as before."""
-
-    async def check(process: GrammarProcess) -> None:
-        assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
-        with processor_limit(2):  # one process for all of them
-            slow = await asyncio.gather(*[process.find(of_grammar(SLOW)) for _ in range(32)])
-        assert slow == [problem(TOO_SLOW)] * 32
-        assert isinstance(await process.find(of_grammar(GOOD[1])), Grammar)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    answered, request = count_answers(process, monkeypatch), slow_grammar()
+    slow = await asyncio.gather(*[process.find(request) for _ in range(32)])
+    assert slow == [problem(TOO_SLOW)] * 32
+    assert answered == [request]
+    assert isinstance(await process.find(of_grammar(GOOD[1])), Grammar)
 
 
 LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}}
@@ -121,137 +136,108 @@ TOOLS: dict[str, Schema] = {
     "copies": {"properties": {f"p{n}": {"$ref": "#/$defs/0"} for n in range(500)}, "$defs": {"0": NAMES}},
     **{f"odd {odd}": {"properties": {"a": odd}} for odd in ODD},
 }
-FORMATS = {name: load_template(name).tool_format for name in ("Qwen3-Coder", "MiniMax-M3", "google-gemma-4-31B-it")}
-HOSTILE: dict[str, bytes] = {
-    "itself": of_tools({"type": "object", **LOOP}),
-    "tags": request(guided_json={"oneOf": [{"type": "object", "properties": NAMES}] * 30}),
-    "deep text": request(guided_json=DEEP),
-    "deep tag": request(structured_outputs={"structural_tag": DEEP.replace("items", "format")}),
-    "chain of rules": of_grammar("start: r0\n" + "\n".join(f"r{n}: r{n + 1}" for n in range(900)) + '\nr900: "a"'),
-    "many": of_tools(*[{"type": "object", "properties": NAMES}] * 100),
-    **{
-        f"{template} {name}": of_tools(schema, format=AnswerFormat(format, {"f": {}}))
-        for template, format in FORMATS.items()
-        for name, schema in TOOLS.items()
-    },
-}
+TEMPLATES = ("Qwen3-Coder", "MiniMax-M3", "google-gemma-4-31B-it")
+
+
+def of_template(name: str, *schemas: Schema) -> bytes:
+    return of_tools(*schemas, format=AnswerFormat(load_template(name).tool_format, {"f": {}}))
+
+
+def hostile_requests() -> dict[str, bytes]:
+    """Return requests of all kinds; those with odd schemas for one template only, if not in `make test-long`."""
+    templates = {name: TEMPLATES if IS_LONG or not name.startswith("odd") else TEMPLATES[:1] for name in TOOLS}
+    return {
+        "itself": of_tools({"type": "object", **LOOP}),
+        "tags": request(guided_json={"oneOf": [{"type": "object", "properties": NAMES}] * 30}),
+        "deep text": request(guided_json=DEEP),
+        "deep tag": request(structured_outputs={"structural_tag": DEEP.replace("items", "format")}),
+        "chain of rules": of_grammar("start: r0\n" + "\n".join(f"r{n}: r{n + 1}" for n in range(900)) + '\nr900: "a"'),
+        "many": of_tools(*[{"type": "object", "properties": NAMES}] * 100),
+        **{f"{each} {name}": of_template(each, schema) for name, schema in TOOLS.items() for each in templates[name]},
+    }
 
 
 @pytest.mark.checklist("C21")
-def test_whatever_a_schema_costs_it_is_answered(tokenizer: Tokenizer) -> None:
+async def test_whatever_a_schema_costs_it_is_answered(process: GrammarProcess) -> None:
     """Each request gets a grammar or a problem, never an error of the server."""
-
-    async def check(process: GrammarProcess) -> None:
-        for name, hostile in HOSTILE.items():
-            result = await process.find(hostile)
-            print(name, result if isinstance(result, GrammarProblem) else len(result.text))
-            assert isinstance(result, Grammar) or result.message.startswith("Invalid '")
-        deep = await process.find(HOSTILE["MiniMax-M3 chain"])
-        assert deep == problem(TOO_DEEP, "tools")
-        assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    requests = hostile_requests()
+    for name, hostile in requests.items():
+        result = await process.find(hostile)
+        print(name, result if isinstance(result, GrammarProblem) else len(result.text))
+        assert isinstance(result, Grammar) or result.message.startswith("Invalid '")
+    deep = await process.find(requests["MiniMax-M3 chain"])
+    assert deep == problem(TOO_DEEP, "tools")
+    assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
 
 
-def test_kept_results_do_not_wait(tokenizer: Tokenizer) -> None:
-    async def check(process: GrammarProcess) -> None:
-        assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
-        slow = asyncio.create_task(process.find(of_grammar(SLOW)))
-        await asyncio.sleep(0)
-        assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
-        assert not slow.done()
-        assert await slow == problem(TOO_SLOW)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+async def test_kept_results_do_not_wait(process: GrammarProcess) -> None:
+    assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
+    slow = asyncio.create_task(process.find(slow_grammar()))
+    await asyncio.sleep(0)
+    assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
+    assert not slow.done()
+    assert await slow == problem(TOO_SLOW)
 
 
-def test_tenants_take_turns(tokenizer: Tokenizer) -> None:
+async def test_tenants_take_turns(process: GrammarProcess) -> None:
     """One tenant's requests, of which as many wait as may, hold up another's for no more than two of them."""
     other = Tenant(name="other")
-
-    async def check(process: GrammarProcess) -> None:
-        many = [asyncio.create_task(process.find(of_grammar(f"{SLOW} /{number}/"))) for number in range(MAX_WAITING)]
-        await asyncio.sleep(0)
-        assert isinstance(await process.find(of_grammar(GOOD[0]), other), Grammar)
-        assert sum(each.done() for each in many) <= 2
-        for each in many:
-            each.cancel()
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    many = [asyncio.create_task(process.find(slow_grammar())) for _ in range(MAX_WAITING)]
+    await asyncio.sleep(0)
+    assert isinstance(await process.find(of_grammar(f"{GOOD[0]} /{next(NUMBERS)}/"), other), Grammar)
+    assert sum(each.done() for each in many) <= 2
+    for each in many:
+        each.cancel()
 
 
-def test_turns_are_charged_what_they_cost(tokenizer: Tokenizer) -> None:
-    """After a slow request, the tenant's next one waits until others have had as much time."""
-    other = Tenant(name="other")
-
-    async def check(process: GrammarProcess) -> None:
-        slow = [asyncio.create_task(process.find(of_grammar(f"{SLOW} /{number}/"))) for number in range(2)]
-        await asyncio.sleep(0)
-        fast = [asyncio.create_task(process.find(of_grammar(f'start: "{number}"'), other)) for number in range(8)]
-        await asyncio.gather(*fast)
-        assert slow[0].done()
-        assert not slow[1].done()
-        await asyncio.gather(*slow)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+async def test_no_more_wait_than_may(process: GrammarProcess) -> None:
+    tenant, requests = Tenant(name="many"), [f'{GOOD[0]} | "{number}"' for number in range(MAX_WAITING + 5)]
+    tasks = [process.find(of_grammar(each), tenant) for each in requests]
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(answer) for answer in answers[:MAX_WAITING]} == {Grammar}
+    assert [type(answer) for answer in answers[MAX_WAITING:]] == [QueueFullError] * 5
+    assert isinstance(await process.find(of_grammar(GOOD[1])), Grammar)
 
 
-def test_no_more_wait_than_may(tokenizer: Tokenizer) -> None:
-    async def check(process: GrammarProcess) -> None:
-        requests = [process.find(of_grammar(f'{GOOD[0]} | "{number}"')) for number in range(MAX_WAITING + 5)]
-        answers = await asyncio.gather(*requests, return_exceptions=True)
-        assert {type(answer) for answer in answers[:MAX_WAITING]} == {Grammar}
-        assert [type(answer) for answer in answers[MAX_WAITING:]] == [QueueFullError] * 5
-        assert isinstance(await process.find(of_grammar(GOOD[1])), Grammar)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
-
-
-def test_a_process_that_cannot_live(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_cannot_live(own_process: GrammarProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure is not blamed on the grammar, and not kept."""
-
-    async def check(process: GrammarProcess) -> None:
-        monkeypatch.setattr(grammar_process, "COMMAND", ("false",))
-        for _ in range(2):
-            with pytest.raises(EngineUnavailableError):
-                await process.find(of_grammar(GOOD[0]))
-        monkeypatch.undo()
-        assert isinstance(await process.find(of_grammar(BAD[1])), GrammarProblem)
-        assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    monkeypatch.setattr(grammar_process, "COMMAND", ("false",))
+    for _ in range(2):
+        with pytest.raises(EngineUnavailableError):
+            await own_process.find(of_grammar(GOOD[0]))
+    monkeypatch.undo()
+    assert isinstance(await own_process.find(of_grammar(BAD[1])), GrammarProblem)
+    assert isinstance(await own_process.find(of_grammar(GOOD[0])), Grammar)
 
 
-def test_who_goes_away_leaves_no_answer_to_others(tokenizer: Tokenizer) -> None:
+async def test_who_goes_away_leaves_no_answer_to_others(
+    process: GrammarProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor work: what waits for its turn is not done."""
-
-    async def check(process: GrammarProcess) -> None:
-        gone = [asyncio.create_task(process.find(of_grammar(f"{SLOW} /{number}/"))) for number in range(8)]
-        await gone[0]
-        for each in gone:
-            each.cancel()
-        with processor_limit(2):
-            for grammar in (*GOOD, *BAD):
-                result = await process.find(of_grammar(grammar))
-                assert isinstance(result, Grammar) == (grammar in GOOD)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    answered = count_answers(process, monkeypatch)
+    gone = [asyncio.create_task(process.find(slow_grammar())) for _ in range(8)]
+    await gone[0]
+    for each in gone:
+        each.cancel()
+    bad = [f"{grammar} /{next(NUMBERS)}" for grammar in BAD]
+    for grammar in (*GOOD, *bad):
+        result = await process.find(of_grammar(grammar))
+        assert isinstance(result, Grammar) == (grammar in GOOD)
+    assert len(answered) <= 2 + len([*GOOD, *bad])
 
 
-def test_a_process_that_was_killed_is_started_anew(tokenizer: Tokenizer) -> None:
+async def test_a_process_that_was_killed_is_started_anew(own_process: GrammarProcess) -> None:
     before = set(psutil.Process().children())
-
-    async def check(process: GrammarProcess) -> None:
-        for grammar in GOOD:
-            assert isinstance(await process.find(of_grammar(grammar)), Grammar)
-            (child,) = set(psutil.Process().children()) - before
-            os.kill(child.pid, signal.SIGKILL)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    for grammar in GOOD:
+        assert isinstance(await own_process.find(of_grammar(grammar)), Grammar)
+        (child,) = set(psutil.Process().children()) - before
+        os.kill(child.pid, signal.SIGKILL)
 
 
 @pytest.mark.checklist("C21")
-def test_a_grammar_that_crashes_the_compiler_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grammar_that_crashes_the_compiler_is_refused(
+    own_process: GrammarProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crashing = """
 import os
 from engine.grammar.compiler import GrammarCompiler
@@ -265,46 +251,33 @@ process.GrammarCompiler = Crashing
 process.main()
 """
     monkeypatch.setattr(grammar_process, "COMMAND", (grammar_process.COMMAND[0], "-c", crashing))
-
-    async def check(process: GrammarProcess) -> None:
-        tools = of_tools({"type": "object"}, {"type": "object", "properties": {"crash": {}}})
-        assert await process.find(tools) == problem(CRASHED, "tools[1].function.parameters")
-        assert await process.find(of_grammar('start: "crash"')) == problem(CRASHED)
-        assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    tools = of_tools({"type": "object"}, {"type": "object", "properties": {"crash": {}}})
+    assert await own_process.find(tools) == problem(CRASHED, "tools[1].function.parameters")
+    assert await own_process.find(of_grammar('start: "crash"')) == problem(CRASHED)
+    assert isinstance(await own_process.find(of_grammar(GOOD[0])), Grammar)
 
 
-def test_a_process_that_is_just_started_ends_too(tokenizer: Tokenizer) -> None:
-    async def check(process: GrammarProcess) -> None:
-        task = asyncio.create_task(process.find(of_grammar(GOOD[0])))
-        for _ in range(3):
-            await asyncio.sleep(0)
-        task.cancel()
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+async def test_a_process_that_is_just_started_ends_too(own_process: GrammarProcess) -> None:
+    task = asyncio.create_task(own_process.find(of_grammar(GOOD[0])))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    task.cancel()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_tools_may_have_hundreds_of_parameters(tokenizer: Tokenizer, name: str) -> None:
+async def test_tools_may_have_hundreds_of_parameters(process: GrammarProcess) -> None:
     """The rules of each follow from those of the next one, so llguidance recurses."""
     properties = {f"p{index}": {"type": "string"} for index in range(400)}
     schema = {**CLOSED, "properties": properties, "required": [*properties]}
-
-    async def check(process: GrammarProcess) -> None:
-        tools = of_tools(schema, format=AnswerFormat(FORMATS[name], {"f": {}}))
-        assert isinstance(await process.find(tools), Grammar)
-
-    run_with_process(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+    for name in TEMPLATES:
+        assert isinstance(await process.find(of_template(name, schema)), Grammar)
 
 
-def test_a_tokenizer_that_does_not_suit(tokenizer: Tokenizer) -> None:
-    async def check(process: GrammarProcess) -> None:
-        for grammar in (*GOOD, GOOD[0]):
-            assert await process.find(of_grammar(grammar)) == GrammarProblem(UNSUITABLE)
-        body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "?"}]})
-        with pytest.raises(InvalidValueError, match=UNSUITABLE) as error:
-            await process.make(of_grammar(GOOD[0]), body)
-        assert error.value.param == "structured_outputs.grammar"
-
-    run_with_process(tokenizer, check, eos_token_ids=[])
+async def test_a_tokenizer_that_does_not_suit(tokenizer: Tokenizer) -> None:
+    process = GrammarProcess(GrammarVocabulary(tokenizer.to_json(), [], {}))
+    for grammar in (*GOOD, GOOD[0]):
+        assert await process.find(of_grammar(grammar)) == GrammarProblem(UNSUITABLE)
+    body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "?"}]})
+    with pytest.raises(InvalidValueError, match=UNSUITABLE) as error:
+        await process.make(of_grammar(GOOD[0]), body)
+    assert error.value.param == "structured_outputs.grammar"
+    await process.close()

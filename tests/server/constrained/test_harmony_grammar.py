@@ -5,7 +5,7 @@ import random
 import re
 from typing import Any
 
-import msgspec
+import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import TypeAdapter
@@ -15,8 +15,10 @@ from server.constrained.harmony_grammar import harmony_grammar
 from server.schemas.tools import ToolChoice
 from server.text.parsers.answer_parts import PartKind
 from server.text.parsers.harmony import MARKERS, HarmonyFormat
-from tests.server.constrained.test_tool_grammar import ARGUMENTS, BERN, EOS, PARIS, WEATHER, Model, _walk, make_tools
+from tests.server.constrained.test_tool_grammar import BERN, PARIS, SCHEMAS, WEATHER, make_tools
+from tests.support.grammars import GrammarModel, calls_of
 from tests.support.harmony import write_harmony_model
+from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
 
 NEXT = "<|start|>assistant"
 ANALYSIS = f"<|channel|>analysis<|message|>Hm <b>.<|end|>{NEXT}"
@@ -26,20 +28,25 @@ NAMED: dict[str, Any] = {"type": "allowed_tools", "allowed_tools": {"mode": "req
 
 
 @pytest.fixture(scope="module", params=["plain", "special"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GrammarModel:
     folder = tmp_path_factory.mktemp("harmony")
-    return Model(write_harmony_model(folder, special_markers=request.param == "special"))
+    return GrammarModel(write_harmony_model(folder, special_markers=request.param == "special"))
 
 
 def grammar_of(
-    model: Model, choice: Any = None, *, strict: bool = False, has_content_grammar: bool = False, is_final: bool = False
+    model: GrammarModel,
+    choice: Any = None,
+    *,
+    strict: bool = False,
+    has_content_grammar: bool = False,
+    is_final: bool = False,
 ) -> str:
     validated: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
     grammar = harmony_grammar(
         HarmonyFormat(is_final=is_final),
         make_tools(strict=strict),
         validated,
-        special_ids=model.special_ids(MARKERS),
+        special_ids=model.tokenizer.special_ids_in(MARKERS),
         has_content_grammar=has_content_grammar,
     )
     assert grammar is not None
@@ -52,7 +59,7 @@ def call(name: str, arguments: str, *, content_type: str = " <|constrain|>json",
     return f"{header}{content_type}<|message|>{arguments}"
 
 
-def test_forced_calls(model: Model) -> None:
+def test_forced_calls(model: GrammarModel) -> None:
     wrong = ["", "Hi", f"{FINAL}Hi", ANALYSIS, call("weather", "{}"), call("zzz", "{}"), call("time", "{}") + "x"]
     wrong += [call("weather", PARIS) + f"<|call|>{NEXT}" + call("time", "{}"), call("time", '{"a": 1}')]
     for choice, allowed, refused in [
@@ -73,7 +80,7 @@ def test_forced_calls(model: Model) -> None:
             assert model.accepts(grammar, spaced), spaced
 
 
-def test_strict_calls_of_an_answer_that_is_free(model: Model) -> None:
+def test_strict_calls_of_an_answer_that_is_free(model: GrammarModel) -> None:
     grammar = grammar_of(model, strict=True)
     for before in ("", ANALYSIS, PREAMBLE):
         for text in (FINAL, f"{FINAL}Hello,\nworld!", call("weather", PARIS), call("time", '{"a": 1}')):
@@ -81,7 +88,7 @@ def test_strict_calls_of_an_answer_that_is_free(model: Model) -> None:
         assert not model.accepts(grammar, before + call("weather", "{}"))
 
 
-def test_content_has_a_grammar_of_its_own(model: Model) -> None:
+def test_content_has_a_grammar_of_its_own(model: GrammarModel) -> None:
     schema: dict[str, Any] = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
     schema |= {"additionalProperties": False, "x-guidance": COMPACT}
 
@@ -105,7 +112,7 @@ def test_content_has_a_grammar_of_its_own(model: Model) -> None:
     assert model.accepts(grammar("none", is_final=True), answer)
 
 
-def test_answers_that_the_prompt_begins(model: Model) -> None:
+def test_answers_that_the_prompt_begins(model: GrammarModel) -> None:
     forced, strict = grammar_of(model, "required", is_final=True), grammar_of(model, strict=True, is_final=True)
     text = f"lo.<|end|>{NEXT}" + call("time", "{}")
     assert model.accepts(forced, text)
@@ -114,14 +121,14 @@ def test_answers_that_the_prompt_begins(model: Model) -> None:
     assert model.accepts(strict, "lo.")
 
 
-def test_a_call_ends_with_a_token_that_ends_the_answer(model: Model) -> None:
-    ends = list(model.special_ids(["<|call|>", "<|return|>"]).values())
-    guide = LLTokenizer(model.tokenizer.to_json(), eos_token=ends or [EOS])
+def test_a_call_ends_with_a_token_that_ends_the_answer(model: GrammarModel) -> None:
+    ends = list(model.tokenizer.special_ids_in(["<|call|>", "<|return|>"]).values())
+    guide = LLTokenizer(model.tokenizer.to_json(), eos_token=ends or [END_OF_TEXT_ID])
     matcher = LLMatcher(guide, grammar_of(model, "required"), log_level=0)
     matcher.consume_tokens(model.tokenizer.encode(call("time", "{}"), add_special_tokens=False))
     mask = int.from_bytes(matcher.compute_bitmask(), "little")
     allowed = [token_id for token_id in range(model.tokenizer.vocab_size) if mask >> token_id & 1]
-    assert allowed == (sorted(ends) or [EOS])
+    assert allowed == (sorted(ends) or [END_OF_TEXT_ID])
 
 
 def test_what_needs_no_grammar() -> None:
@@ -130,22 +137,16 @@ def test_what_needs_no_grammar() -> None:
     assert harmony_grammar(HarmonyFormat(), None, None) is None
 
 
-def test_the_parser_reads_what_the_grammar_allows(model: Model) -> None:
+def test_the_parser_reads_what_the_grammar_allows(model: GrammarModel, rng: random.Random) -> None:
     """After a header, outputs are sampled at random from the tokens that the grammar's masks allow."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    for choice in ("required", WEATHER) * 5:
+    for choice, tool in (("required", "weather"), ("required", "time"), (WEATHER, "weather")):
         matcher = model.matcher(grammar_of(model, choice))
-        before = rng.choice(["", ANALYSIS, PREAMBLE]) + call(
-            rng.choice(["weather", "time"][: 1 + (choice != WEATHER)]), ""
-        )
+        before = rng.choice(["", ANALYSIS, PREAMBLE]) + call(tool, "")
         matcher.consume_tokens(model.tokenizer.encode(before, add_special_tokens=False))
-        text = before + _walk(model, matcher, rng)
-        parser = HarmonyFormat(tools={name: {} for name in ARGUMENTS}).new_parser()
+        text = before + model.sample(matcher, rng)
+        parser = HarmonyFormat(tools={name: {} for name in SCHEMAS}).new_parser()
         parts = parser.push(text) + parser.finish()
         assert parser.ends_with_calls, text
-        (name,) = [part.text for part in parts if part.kind is PartKind.CALL]
-        arguments = "".join(part.text for part in parts if part.kind is PartKind.ARGUMENTS)
-        msgspec.json.decode(arguments, type=ARGUMENTS[name])
+        ((name, arguments),) = calls_of(parts)
+        jsonschema.validate(arguments, SCHEMAS[name])
         assert parts[-1].kind is PartKind.ARGUMENTS

@@ -6,23 +6,11 @@ from typing import Any
 
 import pytest
 
-from engine.grammar.compiler import GrammarCompiler
 from tests.support.clients import CHAT, COMPLETIONS, ask
-from tests.support.grammars import COMPACT, SCHEMA, grammar_of, nested
-from tests.support.processes import processor_limit
+from tests.support.grammars import COMPACT, SCHEMA, grammar_of, matches, nested
 from tests.support.serving import RunningServer, check_error
-from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
 
 Fields = dict[str, Any]
-
-
-def allows(server: RunningServer, grammar: str | None, text: str) -> bool:
-    """Return whether the grammar allows the text, which may contain special tokens, as a whole answer."""
-    assert grammar is not None
-    tokenizer = server.model.tokenizer
-    matcher = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID]).compile(grammar)
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
 
 def parts(kind: str, *elements: Fields) -> Fields:
@@ -97,8 +85,8 @@ def test_formats(server: RunningServer, format: Fields, good: list[str], bad: li
     grammar = grammar_of(server, CHAT, response_format=constraint)
     for other in ({"structural_tag": constraint}, {"structural_tag": json.dumps(constraint)}):
         assert grammar_of(server, COMPLETIONS, structured_outputs=other) == grammar
-    assert [text for text in good if not allows(server, grammar, text)] == []
-    assert [text for text in bad if allows(server, grammar, text)] == []
+    assert [text for text in good if not matches(server, grammar, text)] == []
+    assert [text for text in bad if matches(server, grammar, text)] == []
 
 
 REFUSED: list[tuple[Fields, str, str]] = [
@@ -137,21 +125,12 @@ def test_errors_in_a_json_text_name_the_part(server: RunningServer) -> None:
     assert error["param"] == "structured_outputs.structural_tag.format.elements[2].pattern"
 
 
-def test_a_tree_that_is_too_deep(server: RunningServer) -> None:
-    format: Fields = NUMBER
-    for _ in range(70):
-        format = {"type": "optional", "content": format}
-    constraint = {"type": "structural_tag", "format": format}
-    assert check_error(ask(server.url, CHAT, response_format=constraint), 400)["param"].startswith("response_format")
-
-
 def test_a_tree_that_is_too_large(server: RunningServer) -> None:
     """The grammar of each part would list all the parts that may follow it."""
     rows = [parts("sequence", *[{"type": "optional", "content": text("a")}] * 128) for _ in range(10)]
     constraint = {"type": "structural_tag", "format": parts("sequence", *rows)}
     for fields in ({"response_format": constraint}, {"structured_outputs": {"structural_tag": json.dumps(constraint)}}):
-        with processor_limit(1):
-            error = check_error(ask(server.url, CHAT, **fields), 400)
+        error = check_error(ask(server.url, CHAT, **fields), 400)
         assert error["message"].endswith("expected at most 512 parts.")
 
 
@@ -175,18 +154,20 @@ def nested_in(depth: int, wrap: Callable[[Fields], Fields], format: Fields = NUM
     ids=["alternatives", "ends", "triggers", "optional parts"],
 )
 def test_formats_with_exponentially_many_alternatives(server: RunningServer, format: Fields) -> None:
+    """What makes grammars has a limit of its own on its time; the server does not answer 500."""
     fields = {"response_format": {"type": "structural_tag", "format": format}}
-    with processor_limit(2):
-        answer = ask(server.url, CHAT, max_tokens=1, **fields)
-    assert answer.status_code in (200, 400), answer.text
+    assert ask(server.url, CHAT, max_tokens=1, **fields).status_code in (200, 400)
 
 
-@pytest.mark.parametrize("depth", [70, 300, 900])
-def test_a_text_that_is_too_deep(server: RunningServer, depth: int) -> None:
-    nested_text = '{"type":"optional","content":' * depth + json.dumps(NUMBER) + "}" * depth
-    constraint = {"structural_tag": f'{{"type":"structural_tag","format":{nested_text}}}'}
-    error = check_error(ask(server.url, COMPLETIONS, structured_outputs=constraint), 400)
-    assert error["param"].startswith("structured_outputs.structural_tag")
+def test_a_tree_that_is_too_deep(server: RunningServer) -> None:
+    for depth in (70, 300, 900):
+        nested_text = '{"type":"optional","content":' * depth + json.dumps(NUMBER) + "}" * depth
+        constraint = f'{{"type":"structural_tag","format":{nested_text}}}'
+        for fields in ({"structured_outputs": {"structural_tag": constraint}}, {"response_format": constraint}):
+            if depth == 70 and "response_format" in fields:
+                fields = {"response_format": json.loads(constraint)}  # noqa: PLW2901
+            error = check_error(ask(server.url, CHAT, **fields), 400)
+            assert error["param"].startswith(next(iter(fields)))
 
 
 # The older form.
@@ -220,7 +201,7 @@ def test_structures(server: RunningServer) -> None:
             ("<f=size>", False),
             ("a[1]{}", False),
         ):
-            assert allows(server, grammar, text) == good, text
+            assert matches(server, grammar, text) == good, text
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,10 @@
 
 import json
 import random
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import msgspec
+import jsonschema
 import pytest
-from llguidance import LLMatcher, LLTokenizer
 from pydantic import TypeAdapter
 
 from server.constrained.constraints import COMPACT
@@ -18,11 +15,10 @@ from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
 from server.text.parsers.answer_parts import PartKind
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat
-from server.text.tokenizer import Tokenizer
+from tests.support.grammars import GrammarModel, calls_of
 from tests.support.tool_model import write_tool_model
 
 THINK = ReasoningTags("<think>", "</think>")
-EOS = 256
 CITY = {
     "type": "object",
     "properties": {"city": {"$ref": "#/$defs/name"}, "days": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -33,42 +29,12 @@ CITY = {
 PARIS, BERN = '{"city": "paris"}', '{"city": "bern", "days": 3}'
 
 
-class _City(msgspec.Struct, forbid_unknown_fields=True):
-    city: str
-    days: int = 0
-
-
-class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
-    pass
-
-
-ARGUMENTS: dict[str, type[msgspec.Struct]] = {"weather": _City, "time": _Nothing}
-
-
-class Model:
-    """A vocabulary of bytes in which the tags may be special tokens."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = Tokenizer.from_model(folder)
-        self.guide = LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=[EOS])
-
-    def special_ids(self, markers: Sequence[str]) -> dict[str, int]:
-        return self.tokenizer.special_ids_in(markers)
-
-    def matcher(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self.guide, grammar, log_level=0)
-        assert not matcher.is_error(), matcher.get_error()
-        return matcher
-
-    def accepts(self, grammar: str, text: str) -> bool:
-        """Return whether the text is a whole output under the grammar."""
-        matcher, token_ids = self.matcher(grammar), self.tokenizer.encode(text, add_special_tokens=False)
-        return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+SCHEMAS: dict[str, Any] = {"weather": CITY, "time": {"type": "object", "maxProperties": 0}}
 
 
 @pytest.fixture(scope="module", params=["plain", "special"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(write_tool_model(tmp_path_factory.mktemp("grammar"), special_tags=request.param == "special"))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GrammarModel:
+    return GrammarModel(write_tool_model(tmp_path_factory.mktemp("grammar"), special_tags=request.param == "special"))
 
 
 def make_tools(*, strict: bool = False) -> list[Tool]:
@@ -77,7 +43,7 @@ def make_tools(*, strict: bool = False) -> list[Tool]:
 
 
 def grammar_of(
-    model: Model,
+    model: GrammarModel,
     format: ToolFormat,
     choice: Any = None,
     *,
@@ -87,7 +53,7 @@ def grammar_of(
     **more: Any,
 ) -> str:
     validated: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
-    special_ids = model.special_ids([*format.texts, THINK.start, THINK.end])
+    special_ids = model.tokenizer.special_ids_in([*format.texts, THINK.start, THINK.end])
     grammar = tool_grammar(
         AnswerFormat(format, parallel_calls=parallel, **more),
         make_tools(strict=strict),
@@ -118,7 +84,7 @@ WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
 
 
 @FORMATS
-def test_forced_calls(model: Model, format: ToolFormat) -> None:
+def test_forced_calls(model: GrammarModel, format: ToolFormat) -> None:
     one, other = ("weather", PARIS), ("time", "{}")
     wrong = ["", "Hello", write(format, ("weather", "{}")), write(format, ("zzz", "{}")), write(format, one) + "x"]
     wrong += [write(format, ("weather", '{"city": "paris", "x": 1}')), write(format, ("time", '{"a": 1}'))]
@@ -140,7 +106,7 @@ def test_forced_calls(model: Model, format: ToolFormat) -> None:
 
 
 @FORMATS
-def test_strict_calls_of_an_answer_that_is_free(model: Model, format: ToolFormat) -> None:
+def test_strict_calls_of_an_answer_that_is_free(model: GrammarModel, format: ToolFormat) -> None:
     grammar = grammar_of(model, format, strict=True)
     one, wrong = write(format, ("weather", PARIS)), write(format, ("weather", "{}"))
     assert all(model.accepts(grammar, text) for text in ("", "Hello, world!\n", "<b>", one))
@@ -154,13 +120,13 @@ def test_strict_calls_of_an_answer_that_is_free(model: Model, format: ToolFormat
     assert not model.accepts(grammar_of(model, format, strict=True, parallel=False), two)
 
 
-def test_reasoning_comes_first(model: Model) -> None:
+def test_reasoning_comes_first(model: GrammarModel) -> None:
     call, other = write(HERMES, ("weather", PARIS)), "<tool_call>\nhm\n</tool_call>"
     for strict, choice in [(False, "required"), (True, None)]:
         for is_reasoning in (False, True):
             grammar = grammar_of(model, HERMES, choice, strict=strict, reasoning_tags=THINK, is_reasoning=is_reasoning)
             start = "" if is_reasoning else "<think>"
-            could = "" if model.special_ids(["<tool_call>"]) else other  # special tokens do not match text
+            could = "" if model.tokenizer.special_ids_in(["<tool_call>"]) else other  # special tokens do not match text
             for text in ("</think>\n\n", f"I could {could}</think>", "\n</think>\n"):
                 assert model.accepts(grammar, start + text + call)
                 assert model.accepts(grammar, start + text) == (choice is None)
@@ -169,7 +135,7 @@ def test_reasoning_comes_first(model: Model) -> None:
 
 
 @FORMATS
-def test_content_has_a_grammar_of_its_own(model: Model, format: ToolFormat) -> None:
+def test_content_has_a_grammar_of_its_own(model: GrammarModel, format: ToolFormat) -> None:
     properties = {"name": {"type": "string"}, "answer": {"type": "integer"}}
     schema = {"type": "object", "properties": properties, "required": ["answer"], "additionalProperties": False}
     schema["x-guidance"] = COMPACT
@@ -198,43 +164,21 @@ def test_what_needs_no_grammar() -> None:
 
 
 @FORMATS
-def test_the_parser_reads_what_the_grammar_allows(model: Model, format: ToolFormat) -> None:
+def test_the_parser_reads_what_the_grammar_allows(model: GrammarModel, format: ToolFormat, rng: random.Random) -> None:
     """Outputs are sampled at random from the tokens that the grammar's masks allow."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    for choice, parallel in [("required", True), ("required", False), (WEATHER, True)] * 3:
-        grammar = grammar_of(model, format, choice, parallel=parallel)
-        text = _walk(model, model.matcher(grammar), rng)
-        parser = AnswerParser(AnswerFormat(format, {name: {} for name in ARGUMENTS}, parallel_calls=parallel))
+    for choice, parallel in [("required", True), ("required", False), (WEATHER, True)]:
+        text = model.sample(model.matcher(grammar_of(model, format, choice, parallel=parallel)), rng)
+        parser = AnswerParser(AnswerFormat(format, {name: {} for name in SCHEMAS}, parallel_calls=parallel))
         parts = parser.push(text) + parser.finish()
         assert not any(part.kind is PartKind.CONTENT for part in parts), text
         assert parser.ends_with_calls
-        names = [part.text for part in parts if part.kind is PartKind.CALL]
-        pieces = iter(parts[1:])
-        for name in names:
-            arguments = ""
-            for part in pieces:
-                if part.kind is PartKind.CALL:
-                    break
-                arguments += part.text
-            msgspec.json.decode(arguments, type=ARGUMENTS[name])
-        assert len(names) == 1 or (parallel and choice is not WEATHER)
+        calls = calls_of(parts)
+        for name, arguments in calls:
+            jsonschema.validate(arguments, SCHEMAS[name])
+        assert len(calls) == 1 or (parallel and choice is not WEATHER)
 
 
-def _walk(model: Model, matcher: LLMatcher, rng: random.Random) -> str:
-    """Return a random output that the grammar allows."""
-    token_ids: list[int] = []
-    while not matcher.is_stopped():
-        mask = int.from_bytes(matcher.compute_bitmask(), "little")
-        allowed = [token_id for token_id in range(model.tokenizer.vocab_size) if mask >> token_id & 1]
-        token_id = EOS if EOS in allowed and rng.random() < 0.5 else rng.choice(allowed)
-        matcher.consume_token(token_id)
-        token_ids.append(token_id)
-    return model.tokenizer.decode([t for t in token_ids if t != EOS], skip_special_tokens=False)
-
-
-def test_json_cannot_break_the_grammar(model: Model) -> None:
+def test_json_cannot_break_the_grammar(model: GrammarModel) -> None:
     """Text in a schema cannot break out of its JSON string."""
     schema = {"type": "object", "properties": {'a"\n/\\': {"enum": ['x"\nstart: y', "é", "</tool_call>"]}}}
     function = {"name": "f", "parameters": schema}
@@ -243,5 +187,5 @@ def test_json_cannot_break_the_grammar(model: Model) -> None:
     assert grammar is not None
     for value in ('x"\nstart: y', "é"):
         arguments = json.dumps({'a"\n/\\': value}, ensure_ascii=False)
-        if not model.special_ids(["<tool_call>"]):
+        if not model.tokenizer.special_ids_in(["<tool_call>"]):
             assert model.accepts(grammar, write(HERMES, ("f", arguments)))
