@@ -58,12 +58,13 @@ class EngineLiveness:
         self._on_loss = on_loss
         self._on_death = on_death
         self._silence_limit = step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
-        self._silence = Silence(CHECK_SECONDS)
+        self._silence: Silence  # of the engine, from `start` on
         self._lost_at = 0.0
         self._pidfd: int | None = None
 
     def start(self) -> None:
         """Watch the engine's process, if its id is already known."""
+        self._silence = Silence(CHECK_SECONDS, asyncio.get_running_loop().time)
         if self._engine_pid is not None:
             self._watch_process(self._engine_pid)
 

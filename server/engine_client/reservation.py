@@ -38,7 +38,7 @@ class Reservation:
         self.is_answered = False  # the client has its HTTP status
         self.num_waiting_tokens = 0.0  # that the engine is expected to compute for choices that it has not begun with
         self.queue_timeout = math.inf  # seconds
-        self.start_by = self.end_by = math.inf  # times of time.monotonic(), like `started`
+        self.start_by = self.end_by = math.inf  # times of the event loop
         self.answer: AnswerShare | None = None  # counts its events; None: they are few
         self.on_start: Callable[[], None] | None = None  # called when the engine begins with it
         self.on_failure: Callable[[APIError], None] | None = None  # called when an error ends it

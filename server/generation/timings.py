@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
@@ -29,12 +28,11 @@ class ChoiceEnd:
     detokenized: float  # when its text was ready
 
 
-def request_timings(end: ChoiceEnd, *, arrival: float, submitted: float, seed: int) -> RequestTimings:
+def request_timings(end: ChoiceEnd, *, arrival: float, submitted: float, seed: int, now: float) -> RequestTimings:
     """Return the timings of a request whose answer is complete except for them.
 
-    `arrival` and `submitted` are `time.monotonic()` of when the request arrived and was sent to the engine.
+    `arrival`, `submitted` and `now` are `time.monotonic()`: it arrived, was sent to the engine, and is answered.
     """
-    now = time.monotonic()
     times = end.times or RequestTimes(arrival=arrival, queued=submitted)
     finished = times.finished or end.received
     scheduled = times.scheduled or finished

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import re
 import sys
-import time
 from collections import Counter
 from heapq import nsmallest
 from typing import Any
@@ -134,7 +133,7 @@ class Room:
 
         Return False if there is none to close.
         """
-        if len(newcomer.connections) <= self._max_connections or self._close_one():
+        if len(newcomer.connections) <= self._max_connections or self._close_one(newcomer):
             return True
         others = [other for other in newcomer.open_connections() if other is not newcomer]
         if len(others) < self._max_connections:
@@ -148,12 +147,12 @@ class Room:
             key=lambda other: (-num_of_network[other.network], other.waiting_since),
         )
         self._next = [(other, other.waiting_since) for other in reversed(first)]
-        self._chosen_at = time.monotonic()
-        return self._close_one()
+        self._chosen_at = newcomer.loop.time()
+        return self._close_one(newcomer)
 
-    def _close_one(self) -> bool:
+    def _close_one(self, newcomer: "HTTPProtocol") -> bool:
         """Close the next of those that were chosen, if they are still the ones to close."""
-        if time.monotonic() - self._chosen_at > STALL_SECONDS:
+        if newcomer.loop.time() - self._chosen_at > STALL_SECONDS:
             self._next.clear()
         while self._next:
             other, waiting_since = self._next.pop()
@@ -189,7 +188,7 @@ class HTTPProtocol(H11Protocol):
         if self.is_idle:
             return True
         is_waiting = self.cycle.more_body or self.flow.write_paused
-        return is_waiting and time.monotonic() - self.waiting_since > STALL_SECONDS
+        return is_waiting and self.loop.time() - self.waiting_since > STALL_SECONDS
 
     def open_connections(self) -> list["HTTPProtocol"]:
         """Return the connections that are not closing."""
@@ -200,7 +199,7 @@ class HTTPProtocol(H11Protocol):
         super().connection_made(transport)
         self.network = network_of(self.client[0] if self.client else "")
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self.waiting_since = time.monotonic()
+        self.waiting_since = self.loop.time()
         self._watch_head()
         if not self._room.make_for(self):
             self._refuse(EngineUnavailableError("The server has too many connections.", code="server_is_overloaded"))
@@ -222,16 +221,16 @@ class HTTPProtocol(H11Protocol):
                 return
             super().data_received(data[start : start + SLICE_BYTES])
         if self.cycle is not cycle:
-            self.waiting_since = time.monotonic()
+            self.waiting_since = self.loop.time()
         self._watch_head()
 
     def on_response_complete(self) -> None:
-        self.waiting_since = time.monotonic()
+        self.waiting_since = self.loop.time()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.waiting_since = time.monotonic()
+        self.waiting_since = self.loop.time()
         self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:

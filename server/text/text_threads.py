@@ -1,8 +1,8 @@
 """Runs the CPU-bound work on the texts of requests in threads: rendering, tokenizing, encoding long answers."""
 
+import asyncio
 import math
 import os
-import time
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple, Unpack
 
@@ -33,14 +33,14 @@ class TextThreads:
         num_long = max(1, num_short // 2)
         self._short, self._long = Turns(num_short), Turns(num_long)
         self._threads = CapacityLimiter(num_short + num_long)
-        self._short_work: dict[object, float] = {}  # what runs -> when it began, in seconds of time.monotonic()
+        self._short_work: dict[object, float] = {}  # what runs -> when it began, by the event loop's clock
         self._last_end = 0.0  # of short work
 
     @property
     def is_stuck(self) -> bool:
         """True if there is work on short texts, none of which has been finished for `STUCK_SECONDS`."""
         since = max(self._last_end, min(self._short_work.values(), default=math.inf))
-        return time.monotonic() - since > STUCK_SECONDS
+        return asyncio.get_running_loop().time() - since > STUCK_SECONDS
 
     async def run(self, tenant: Tenant, num_bytes: int, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which works on `num_bytes` of text, when it is the tenant's turn."""
@@ -48,10 +48,10 @@ class TextThreads:
             async with self._long.turn(tenant, num_bytes * SECONDS_PER_BYTE):
                 return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
         async with self._short.turn(tenant, max(num_bytes, MIN_BYTES) * SECONDS_PER_BYTE):
-            work = object()
-            self._short_work[work] = time.monotonic()
+            work, loop = object(), asyncio.get_running_loop()
+            self._short_work[work] = loop.time()
             try:
                 return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
             finally:
                 del self._short_work[work]
-                self._last_end = time.monotonic()
+                self._last_end = loop.time()

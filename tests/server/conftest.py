@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from server.text.tokenizer import Tokenizer
@@ -13,10 +14,21 @@ from tests.support.otlp_receiver import OTLPReceiver
 from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
 from tests.support.stub_hub import StubHub
 from tests.support.tiny_tokenizer_model import write_tiny_model
+from tests.support.turned_loop import TurnedLoop
 from tests.support.workers import Pair, running_worker
+
+# Requests to servers under test have this many seconds, which are for hangs only.
+for name in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, name, 60.0)
 
 StartServer = Callable[..., RunningServer]
 StartPair = Callable[..., Pair]
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """An event loop whose time a test turns, with `turn` of tests/support/turned_loop.py."""
+    return "asyncio", {"loop_factory": TurnedLoop}
 
 
 @pytest.fixture(scope="session")
@@ -89,15 +101,21 @@ def start_pair(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartPai
         yield lambda **settings: stack.enter_context(running_worker(fake_engine, model_folder, **settings))
 
 
-@pytest.fixture
-def receiver() -> Iterator[OTLPReceiver]:
-    """A receiver of spans."""
+@pytest.fixture(scope="session")
+def shared_receiver() -> Iterator[OTLPReceiver]:
     with OTLPReceiver() as receiver:
         yield receiver
 
 
 @pytest.fixture
-def start_traced(start_server: StartServer, receiver: OTLPReceiver, monkeypatch: pytest.MonkeyPatch) -> StartServer:
+def receiver(shared_receiver: OTLPReceiver) -> Iterator[OTLPReceiver]:
+    """A receiver of spans."""
+    yield shared_receiver
+    shared_receiver.reset()
+
+
+@pytest.fixture
+def start_traced(receiver: OTLPReceiver, start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> StartServer:
     """A function that starts a server which sends its spans to `receiver`, soon after they are made."""
 
     def start(**settings: Any) -> RunningServer:
@@ -107,9 +125,25 @@ def start_traced(start_server: StartServer, receiver: OTLPReceiver, monkeypatch:
     return start
 
 
+@pytest.fixture(scope="session")
+def traced_server(
+    default_server: RunningServer, shared_receiver: OTLPReceiver, model_folder: Path
+) -> Iterator[RunningServer]:
+    engine = default_server.engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+        context = make_test_context(engine.config.address, model_folder, otlp_endpoint=shared_receiver.url)
+        with running_server(context, engine) as server:
+            yield server
+
+
 @pytest.fixture
-def traced(start_traced: StartServer) -> RunningServer:
-    return start_traced()
+def traced(traced_server: RunningServer, fake_engine: FakeEngine, receiver: OTLPReceiver) -> Iterator[RunningServer]:
+    """A server which sends its spans to `receiver`, in front of `fake_engine`."""
+    yield traced_server
+    traced_server.reset()
+    assert traced_server.context.tracer is not None
+    traced_server.context.tracer._provider.force_flush()
 
 
 @pytest.fixture

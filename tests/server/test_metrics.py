@@ -1,6 +1,6 @@
 """Tests of the metrics page: vLLM's names, types, labels and buckets, and correct values."""
 
-import time
+import json
 
 import httpx
 import pytest
@@ -11,7 +11,7 @@ from server.metrics import Metrics, exposition
 from tests.server.conftest import StartServer
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.fake_engine import FakeEngine
-from tests.support.serving import RunningServer, wait_until
+from tests.support.serving import RunningServer, raw_request, wait_until
 
 # vLLM's core metrics as defined in `vllm/v1/metrics/loggers.py`: name in the text format -> type, additional labels.
 VLLM_CORE: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -146,21 +146,10 @@ def test_requests_do_not_create_label_values(server: RunningServer) -> None:
 
 def test_gauges_are_correct_without_further_steps(server: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.pause()
-    body = {"model": "tiny", "prompt": "hi", "max_tokens": 5}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(server.url + "/v1/completions", json=body, timeout=0.3)
-    wait_until(lambda: not fake_engine.num_choices)
-    wait_until(lambda: server.metric("lightwell_num_requests_waiting") == 0, timeout=1.5)
+    body = json.dumps({"model": "tiny", "prompt": "hi", "max_tokens": 5}).encode()
+    with server.connect() as connection:
+        connection.sendall(raw_request("POST", "/v1/completions", body, content_type="application/json"))
+        wait_until(lambda: server.metric("lightwell_num_requests_waiting") == 1)
+    wait_until(lambda: server.metric("lightwell_num_requests_waiting") == 0)
     assert server.metric("lightwell_num_requests_running") == 0
     wait_until(lambda: server.metric("lightwell_request_success_total", finished_reason="abort") == 1)
-
-
-@pytest.mark.checklist("G08")
-def test_a_scrape_is_fast(server: RunningServer) -> None:
-    httpx.get(server.url + "/metrics")
-    durations = []
-    for _ in range(5):
-        start = time.perf_counter()
-        httpx.get(server.url + "/metrics")
-        durations.append(time.perf_counter() - start)
-    assert min(durations) < 0.1  # other jobs on the machine may delay some of them

@@ -62,7 +62,7 @@ def openai_client(url: str, **options: Any) -> Iterator[OpenAI]:
 
 def ask(url: str, path: str, **fields: Any) -> httpx.Response:
     """Send the minimal request of an endpoint, with `fields` added or replaced."""
-    return httpx.post(url + path, json=MINIMAL[path.removesuffix("/render")] | fields)
+    return httpx.post(url + path, json=MINIMAL[path.removesuffix("/render")] | fields, timeout=60)
 
 
 def ask_json(url: str, path: str, **fields: Any) -> dict[str, Any]:

@@ -56,8 +56,8 @@ async def ready(address: str | Sequence[str], **options: object) -> AsyncIterato
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait until `condition()` is true. Fail after about five seconds."""
-    for _ in range(1000):
+    """Wait until `condition()` is true. Fail after about a minute, which is for hangs only."""
+    for _ in range(12_000):
         if condition():
             return
         await asyncio.sleep(0.005)

@@ -15,6 +15,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import zmq
@@ -80,6 +81,7 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     """Replies and behaviour of a fake engine. Times are in seconds."""
 
     address: str
+    pid: int = 0  # that it reports; 0: its own
     reply: list[int] = msgspec.field(
         default_factory=lambda: list(DEFAULT_REPLY)
     )  # tokens generated for every prompt, before the end token
@@ -89,8 +91,6 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     load_seconds: float = 0.0
     never_ready: bool = False
     load_failure: str = ""  # why it cannot load its model
-    hang_after_steps: int | None = None  # no steps, heartbeats or reads from then on
-    exit_after_steps: int | None = None  # exit of the process; only for FakeEngineProcess
     num_prompt_steps: int = 0  # before the first token of each choice
     fail_request: bool = False  # each choice ends with an error
     last_reason: FinishReason = FinishReason.STOP  # finish reason at the end token
@@ -142,11 +142,12 @@ class _Loop:
         self._reply_to = reply_to
         self.stop = threading.Event()
         self.paused = threading.Event()  # no steps, but heartbeats
-        self.hung = threading.Event()
+        self.hung = threading.Event()  # it is to hang
+        self.hangs = threading.Event()  # and does
         self.running: list[_Running] = []
         self.waiting: list[_Running] = []
         self.raw: list[bytes] = []  # messages to be sent as they are
-        self.resets: list[threading.Event] = []  # those who wait for a reset
+        self.resets: list[tuple[dict[str, Any] | None, threading.Event]] = []  # `_reset`, and who waits
         self._defaults = copy.deepcopy(config)
         self.adapters = {adapter.name: adapter for adapter in config.adapters}
         self._weights = {adapter.fingerprint for adapter in config.adapters}
@@ -155,7 +156,6 @@ class _Loop:
         self._clients: set[bytes] = set()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        self._num_steps = 0
         self._next_step = 0.0
         self._last_sent = 0.0
 
@@ -164,6 +164,7 @@ class _Loop:
         self._socket = context.socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self._socket.setsockopt(option, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error says that a client is gone
         self._socket.bind(self.config.address)
         self._ready_at = time.monotonic() + self.config.load_seconds
         try:
@@ -173,27 +174,38 @@ class _Loop:
             self._socket.close()
             context.term()
 
-    def _reset(self) -> None:
-        for name, value in msgspec.structs.asdict(copy.deepcopy(self._defaults)).items():
+    def _reset(self, changes: dict[str, Any] | None) -> None:
+        """Go back to the start; with `changes` of the configuration, as another process, which knows no client yet."""
+        for name, value in (msgspec.structs.asdict(copy.deepcopy(self._defaults)) | (changes or {})).items():
             setattr(self.config, name, value)
+        if changes is not None:
+            self._clients.clear()
+        self.stats = EngineStats(num_blocks=self.config.num_blocks)
         for what in (self.running, self.waiting, self.raw):
             what.clear()
         self.paused.clear()
         self.hung.clear()
-        self.adapters = {adapter.name: adapter for adapter in self.config.adapters}
+        self.hangs.clear()
         self._weights = {adapter.fingerprint for adapter in self.config.adapters}
         self._next_step = 0.0
+        adapters = {adapter.name: adapter for adapter in self.config.adapters}
+        if adapters != self.adapters:
+            self.adapters = adapters
+            self._send_to_all(Adapters(self.config.adapters))
+        self._send_outputs({})
 
     def _iterate(self) -> None:
         while self.resets:
-            self._reset()
-            self.resets.pop().set()
+            changes, done = self.resets.pop()
+            self._reset(changes)
+            done.set()
         if self.hung.is_set():
+            self.hangs.set()
             time.sleep(0.01)
             return
         while self.raw:
-            for identity in self._clients:
-                self._socket.send_multipart([identity, self.raw[0]])
+            for identity in list(self._clients):
+                self._send_bytes(identity, self.raw[0])
             del self.raw[0]
         now = time.monotonic()
         busy = bool(self.running or self.waiting) and not self.paused.is_set()
@@ -211,12 +223,14 @@ class _Loop:
     def _read(self) -> None:
         identity, frame = self._socket.recv_multipart()
         message = self._decoder.decode(frame)
+        if identity not in self._clients and not isinstance(message, Hello):
+            return  # it was for the process before
         self._on_message(message)
         match message:
             case Hello():
                 self._clients.add(identity)
                 while not self._is_ready():
-                    if self.stop.wait(0.01):
+                    if self.stop.wait(0.01) or self.resets:
                         return
                 if self.config.load_failure:
                     self._send(identity, LoadFailed(self.config.load_failure))
@@ -236,8 +250,7 @@ class _Loop:
                 if self.config.forgets_adapters:
                     self._weights = {adapter.fingerprint for adapter in self.adapters.values()}
                 if not done.error:
-                    for client in self._clients:
-                        self._send(client, Adapters(list(self.adapters.values())))
+                    self._send_to_all(Adapters(list(self.adapters.values())))
                 self._send(identity, done)
 
     def _answer(self, question: Question) -> Answer:
@@ -376,7 +389,7 @@ class _Loop:
     def _info(self) -> EngineInfo:
         config = self.config
         return EngineInfo(
-            pid=os.getpid(),
+            pid=self.config.pid or os.getpid(),
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             block_size=32,
@@ -414,12 +427,6 @@ class _Loop:
         self.waiting = [choice for choice in self.waiting if not is_aborted(choice)]
 
     def _step(self) -> None:
-        self._num_steps += 1
-        if self.config.exit_after_steps is not None and self._num_steps > self.config.exit_after_steps:
-            os._exit(3)
-        if self.config.hang_after_steps is not None and self._num_steps > self.config.hang_after_steps:
-            self.hung.set()
-            return
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             self.running.append(self.waiting.pop(0))
         events: dict[bytes, list[TokenEvent]] = {}
@@ -488,7 +495,7 @@ class _Loop:
         self.stats.num_blocks_used = len(self.running)
         self.stats.running_adapters = _adapters_of(self.running)
         self.stats.waiting_adapters = _adapters_of(self.waiting)
-        for identity in self._clients:
+        for identity in list(self._clients):
             outputs = Outputs(
                 stats=self.stats,
                 events=events.get(identity, []),
@@ -498,8 +505,18 @@ class _Loop:
             self._send(identity, outputs)
         self._last_sent = time.monotonic()
 
+    def _send_to_all(self, message: FromEngine) -> None:
+        for identity in list(self._clients):
+            self._send(identity, message)
+
     def _send(self, identity: bytes, message: FromEngine) -> None:
-        self._socket.send_multipart([identity, self._encoder.encode(message)])
+        self._send_bytes(identity, self._encoder.encode(message))
+
+    def _send_bytes(self, identity: bytes, content: bytes) -> None:
+        try:
+            self._socket.send_multipart([identity, content])
+        except zmq.ZMQError:
+            self._clients.discard(identity)
 
 
 def _name(choice: _Running) -> tuple[str, int, int, str]:
@@ -542,7 +559,7 @@ class FakeEngine:
 
     def __exit__(self, *exc_info: object) -> None:
         self._loop.stop.set()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=60)
 
     @property
     def submits(self) -> list[Submit]:
@@ -556,6 +573,11 @@ class FakeEngine:
     def adapters(self) -> list[str]:
         """Names of the loaded adapters."""
         return list(self._loop.adapters)
+
+    @property
+    def loaded(self) -> dict[str, LoraAdapter]:
+        """The loaded adapters by name."""
+        return self._loop.adapters
 
     def forget(self, name: str) -> None:
         """Remove an adapter without telling the clients."""
@@ -580,13 +602,56 @@ class FakeEngine:
     def hang(self) -> None:
         """Stop steps and heartbeats, until `reset`."""
         self._loop.hung.set()
+        assert self._loop.hangs.wait(60)
 
     def reset(self) -> None:
         """Forget all requests and all that was received, and behave as at the start. Clients stay connected."""
+        self._reset(None)
+
+    def _reset(self, changes: dict[str, Any] | None) -> None:
         done = threading.Event()
-        self._loop.resets.append(done)
-        assert done.wait(10)
+        self._loop.resets.append((changes, done))
+        assert done.wait(60)
         self.received.clear()
+
+
+class MortalEngine(FakeEngine):
+    """A fake engine whose process, as its clients see it, is killed and replaced by another one."""
+
+    def __enter__(self) -> MortalEngine:
+        self._process = self._start_process()
+        self.config.pid = self._process.pid
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.kill()
+        super().__exit__()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int:
+        """That of the process, which ends."""
+        return self._process.wait(60)
+
+    def kill(self) -> None:
+        """End the process, and forget what it had. Whoever watches it notices."""
+        self._process.kill()
+        self._process.wait()
+        self._reset({"pid": self.pid})
+
+    def replace(self, **changes: Any) -> int:
+        """Start another process, with these changes of the configuration, and return its id."""
+        self.kill()
+        self._process = self._start_process()
+        self._reset({"pid": self.pid} | changes)
+        return self.pid
+
+    def _start_process(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "1000"])
 
 
 class FakeEngineProcess:

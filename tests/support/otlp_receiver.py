@@ -55,6 +55,11 @@ class OTLPReceiver:
         self._thread.join()
         self._server.server_close()
 
+    def reset(self) -> None:
+        self.reply = accept
+        for received in (self.requests, self.headers, self.paths):
+            received.clear()
+
     @property
     def spans(self) -> list[Span]:
         """All spans, in the order of their starts."""

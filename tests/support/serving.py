@@ -13,10 +13,12 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from uvicorn.server import ServerState
 
 from server.api.responses.store import ResponseStore
 from server.app import create_app
 from server.context import ServerContext
+from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
 from server.models.served_model import ServedModel
@@ -34,14 +36,39 @@ class RunningServer:
     """The URL and the internal state of a running server. `turn(seconds)` lets time pass on its event loop."""
 
     def __init__(
-        self, url: str, app: FastAPI, context: ServerContext, engine: FakeEngine | None, loop: TurnedLoop
+        self,
+        url: str,
+        app: FastAPI,
+        context: ServerContext,
+        engine: FakeEngine | None,
+        state: ServerState,
+        loop: TurnedLoop,
     ) -> None:
         self.url = url
-        self.turn = loop.turn
+        self.loop = loop
+        self._state = state
         self.context = context
         self._app = app
         self._engine = engine
         self._counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}  # metrics at the last reset
+
+    def turn(self, seconds: float) -> None:
+        """Let time pass on the event loop. Only with `loop.turn`, the engines are silent in that time."""
+        self.loop.turn(seconds)
+        for model in self.context.models.loaded:
+            for engine in model.client.engines:
+                if engine.liveness.is_ready:
+                    self.loop.call_soon_threadsafe(engine.liveness.on_message)
+
+    @property
+    def connections(self) -> list[HTTPProtocol]:
+        """The connections that are open."""
+        return [each for each in list(self._state.connections) if isinstance(each, HTTPProtocol)]
+
+    @property
+    def num_requests(self) -> int:
+        """Number of requests that are being answered."""
+        return len(self._state.tasks)
 
     @property
     def model(self) -> ServedModel:
@@ -64,7 +91,7 @@ class RunningServer:
 
     def connect(self) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port))
-        connection.settimeout(10)
+        connection.settimeout(60)
         return connection
 
     def metric(self, name: str, **labels: str) -> float:
@@ -78,23 +105,19 @@ class RunningServer:
         return 0.0
 
     def reset(self) -> None:
-        """Prepare the server and its engine for another test, after the requests of the last one have ended."""
-        wait_until(lambda: not self.context.running)
+        """Prepare the server and its engine for another test, and end what runs in the background."""
+        self.engine.resume()
+        self.loop.call_soon_threadsafe(self.model.client.fail_streams, EngineUnavailableError("The test has ended."))
+        wait_until(lambda: not self.context.running and not self.num_requests)
         self.engine.reset()
+        (engine,) = self.model.client.engines
+        wait_until(lambda: engine.adapters.by_name == self.engine.loaded and not engine.stats.steps_total)
         self._counted = {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for family in self.context.metrics.registry.collect()
             if family.type in ("counter", "histogram", "summary")
             for sample in family.samples
         }
-
-
-def send_repeatedly(connection: socket.socket, data: bytes, *, seconds: float, pause: float = 0.0) -> None:
-    """Send data again and again. Raises OSError when the peer closes the connection."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        connection.sendall(data)
-        time.sleep(pause)
 
 
 def wait_until(condition: Any, timeout: float = 60.0) -> None:
@@ -159,10 +182,11 @@ def running_server(
         wait_until(lambda: server.started)
         if wait_ready:
             wait_until(lambda: context.models.default.client.is_ready)
-        yield RunningServer(url(sockets[0], is_tls=certificate is not None), app, context, engine, loop)
+        address = url(sockets[0], is_tls=certificate is not None)
+        yield RunningServer(address, app, context, engine, server.server_state, loop)
     finally:
         loop.call_soon_threadsafe(server.stop)
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert not thread.is_alive()
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class TurnedLoop(asyncio.SelectorEventLoop):
@@ -10,10 +12,11 @@ class TurnedLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._ahead = 0.0
+        self._stands_at: float | None = None
 
     def time(self) -> float:
         """Return the loop's time in seconds."""
-        return super().time() + self._ahead
+        return (super().time() if self._stands_at is None else self._stands_at) + self._ahead
 
     def turn(self, seconds: float) -> None:
         """Let time pass, from another thread. Return when the timers that are due by then have been started."""
@@ -25,3 +28,22 @@ class TurnedLoop(asyncio.SelectorEventLoop):
 
         self.call_soon_threadsafe(ahead)
         assert passed.wait(60)
+
+
+async def turn(seconds: float) -> None:
+    """Let time pass on the running loop. Return when the timers that are due by then have been started."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, TurnedLoop)
+    loop._ahead += seconds
+    for _ in range(5):  # timers, the tasks that they wake up, and what those wake up
+        await asyncio.sleep(0)
+
+
+@contextmanager
+def standing_still() -> Iterator[None]:
+    """Let no time pass on the running loop but what a test turns, so that a slow machine changes nothing."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, TurnedLoop)
+    loop._stands_at = asyncio.SelectorEventLoop.time(loop)
+    yield
+    loop._stands_at = None

@@ -13,8 +13,8 @@ from server.main import make_context
 from server.processes.supervisor_channel import make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, WorkerLink
 from server.settings.table import Settings
-from tests.support.fake_engine import FakeEngine
-from tests.support.serving import MODEL_NAMES, RunningServer, api_config, own_address, running_server
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.serving import MODEL_NAMES, RunningServer, api_config, own_address, running_server, wait_until
 
 Pair: TypeAlias = tuple[RunningServer, RunningServer]  # the coordinator, and the worker
 
@@ -50,3 +50,22 @@ def running_worker(
             running_server(worker, fake_engine, **(server or {})) as running,
         ):
             yield coordinator, running
+
+
+@contextmanager
+def shared_pair(model_folder: Path, *, engine: dict[str, Any] | None = None, **settings: Any) -> Iterator[Pair]:
+    """Run both with their own fake engine, for several tests. `engine` are fields of `FakeEngineConfig`."""
+    with (
+        own_address() as address,
+        FakeEngine(FakeEngineConfig(address=address, **(engine or {}))) as fake_engine,
+        running_worker(fake_engine, model_folder, **settings) as pair,
+    ):
+        yield pair
+
+
+def reset_pair(pair: Pair) -> None:
+    """Prepare both for another test, after the requests of the last one have ended."""
+    coordinator, worker = pair
+    coordinator.reset()
+    wait_until(lambda: not worker.context.running and not worker.num_requests)
+    coordinator.reset()  # counts what the worker has reported since

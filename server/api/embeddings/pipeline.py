@@ -33,7 +33,8 @@ class Embeddings:
 
     def timings(self) -> RequestTimings:
         """Return the timings of the request, to be called when its answer is complete except for them."""
-        return request_timings(self.last_end, arrival=self.arrival, submitted=self.submitted, seed=NO_SEED)
+        times = {"arrival": self.arrival, "submitted": self.submitted, "now": time.monotonic()}
+        return request_timings(self.last_end, seed=NO_SEED, **times)
 
 
 async def respond(request: Request, body: EmbeddingRequest, write: Callable[[Embeddings], bytes]) -> Response:

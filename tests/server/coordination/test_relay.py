@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import zmq
 
-from engine.shared.messages import Abort, SamplingParams, Submit
+from engine.shared.messages import HEARTBEAT_SECONDS, Abort, SamplingParams, Submit
 from server.coordination.messages import (
     Answered,
     Cancelled,
@@ -40,7 +40,7 @@ from server.coordination.relay import Relay
 from server.http.errors import ServerError
 from tests.server.conftest import StartPair
 from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, ask_json, write_adapter
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine
 from tests.support.serving import RunningServer, check_envelope, check_error, own_address, wait_until
 from tests.support.workers import Pair, running_worker
 
@@ -55,13 +55,7 @@ def ordered(pair: Pair, is_reversed: bool) -> Pair:
 
 
 def post(server: RunningServer, path: str, key: str = KEYS[0], **body: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, headers={"authorization": f"Bearer {key}"}, timeout=30)
-
-
-def loop_of(server: RunningServer) -> asyncio.AbstractEventLoop:
-    watcher = server.model.client._watcher
-    assert watcher is not None
-    return watcher.get_loop()
+    return httpx.post(server.url + path, json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
 
 
 def relay_of(coordinator: RunningServer) -> Relay:
@@ -79,7 +73,7 @@ def test_a_request_is_cancelled_through_the_other_process(
     runner, other = ordered(pair, is_reversed)
     headers = {"authorization": f"Bearer {KEYS[0]}", "x-request-id": "mine"}
     body = MINIMAL[COMPLETIONS] | {"max_tokens": 1500, "stream": True}
-    with httpx.stream("POST", runner.url + COMPLETIONS, json=body, headers=headers, timeout=30) as answer:
+    with httpx.stream("POST", runner.url + COMPLETIONS, json=body, headers=headers, timeout=60) as answer:
         lines = answer.iter_lines()
         first = json.loads(next(lines).removeprefix("data: "))
         for server in pair:
@@ -88,43 +82,33 @@ def test_a_request_is_cancelled_through_the_other_process(
             check_error(post(server, "/v1/requests/none/cancel"), 404)
         assert post(other, f"/v1/requests/{first['id']}/cancel").status_code == 200
         assert '"finish_reason":"abort"' in "\n".join(lines)
-    wait_until(lambda: not len(runner.context.running), 30)
+    wait_until(lambda: not len(runner.context.running))
     for server in pair:
         check_error(post(server, "/v1/requests/mine/cancel"), 404)
     wait_until(lambda: fake_engine.num_choices == 0)
 
 
-def test_requests_with_the_same_id_are_cancelled_in_both(start_pair: StartPair, fake_engine: FakeEngine) -> None:
-    fake_engine.pause()
-    pair = start_pair()
-    answers: list[httpx.Response] = []
-
-    def send(server: RunningServer) -> None:
-        answers.append(ask(server.url, COMPLETIONS, request_id="mine"))
-
-    threads = [threading.Thread(target=send, args=(server,)) for server in pair]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: all(len(server.context.running) for server in pair))
-    assert post(pair[1], "/v1/requests/mine/cancel").status_code == 200
-    for thread in threads:
-        thread.join(30)
-    assert [answer.json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
+def test_requests_with_the_same_id_are_cancelled_in_both(pair: Pair) -> None:
+    pair[0].engine.pause()
+    with ThreadPoolExecutor() as threads:
+        answers = [threads.submit(ask, server.url, COMPLETIONS, request_id="mine") for server in pair]
+        wait_until(lambda: all(len(server.context.running) for server in pair))
+        assert post(pair[1], "/v1/requests/mine/cancel").status_code == 200
+        assert [answer.result().json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
 
 
 def test_a_worker_that_has_not_started_delays_no_cancel(
     start_pair: StartPair, fake_engine: FakeEngine, address: str
 ) -> None:
-    fake_engine.pause()
     coordinator, _ = start_pair()
+    fake_engine.pause()
     relay = Relay(f"{address}-other", coordinator.context, coordinator._app)
-    loop_of(coordinator).call_soon_threadsafe(relay.start)
+    coordinator.loop.call_soon_threadsafe(relay.start)
     coordinator.context.workers.append(relay)
-    thread = threading.Thread(target=lambda: ask(coordinator.url, COMPLETIONS, request_id="mine"))
-    thread.start()
-    wait_until(lambda: len(coordinator.context.running))
-    assert post(coordinator, "/v1/requests/mine/cancel").status_code == 200
-    thread.join(30)
+    with ThreadPoolExecutor() as threads:
+        threads.submit(ask, coordinator.url, COMPLETIONS, request_id="mine")
+        wait_until(lambda: len(coordinator.context.running))
+        assert post(coordinator, "/v1/requests/mine/cancel").status_code == 200
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -135,7 +119,7 @@ def test_a_request_of_the_worker_is_replayed(
     pair = start_pair(record_requests=3, api_key=KEYS)
     headers = {"authorization": f"Bearer {KEYS[0]}", "x-request-id": "mine"}
     body = MINIMAL[path] | {"n": 2, "max_tokens": 5, "stream": stream}
-    answer = httpx.post(pair[1].url + path, json=body, headers=headers, timeout=30)
+    answer = httpx.post(pair[1].url + path, json=body, headers=headers, timeout=60)
     assert answer.status_code == 200
     assert 'logprobs":{' not in answer.text
     wait_until(lambda: len(pair[0].context.recordings) == 1)
@@ -154,18 +138,14 @@ def test_a_request_of_the_worker_is_replayed(
 
 
 @Order
-def test_an_adapter_is_usable_at_once_through_the_other_process(
-    start_pair: StartPair, fake_engine: FakeEngine, tmp_path: Path, is_reversed: bool
-) -> None:
-    fake_engine.config.max_loras = 2
-    pair = start_pair(allow_runtime_lora_updating=True)
+def test_an_adapter_is_usable_at_once_through_the_other_process(pair: Pair, tmp_path: Path, is_reversed: bool) -> None:
     first, second = ordered(pair, is_reversed)
-    for number in range(5):
+    for number in range(3):
         folder = write_adapter(tmp_path / f"adapter-{number}")
         assert post(first, LOAD, lora_name="sql", lora_path=str(folder)).status_code == 200
         for server in (second, first):
             assert ask_json(server.url, COMPLETIONS, model="sql")["model"] == "sql"
-        fingerprints = {submit.lora_fingerprint for submit in fake_engine.submits[-2:]}
+        fingerprints = {submit.lora_fingerprint for submit in pair[0].engine.submits[-2:]}
         assert fingerprints == {pair[0].model.client.adapters["sql"].fingerprint}
         assert post(first, UNLOAD, lora_name="sql").status_code == 200
         for server in (second, first):
@@ -173,11 +153,8 @@ def test_an_adapter_is_usable_at_once_through_the_other_process(
 
 
 @Order
-def test_an_adapter_is_replaced_for_both(
-    start_pair: StartPair, fake_engine: FakeEngine, tmp_path: Path, is_reversed: bool
-) -> None:
-    fake_engine.config.max_loras = 1
-    pair = start_pair(allow_runtime_lora_updating=True)
+def test_an_adapter_is_replaced_for_both(pair: Pair, tmp_path: Path, is_reversed: bool) -> None:
+    pair[0].engine.config.max_loras = 1
     first, second = ordered(pair, is_reversed)
     used = []
     for number in range(3):
@@ -188,7 +165,7 @@ def test_an_adapter_is_replaced_for_both(
         }
         assert post(first, LOAD, **body).status_code == 200
         ask_json(second.url, COMPLETIONS, model="sql")
-        used.append(fake_engine.submits[-1].lora_fingerprint)
+        used.append(pair[0].engine.submits[-1].lora_fingerprint)
     assert len(set(used)) == 3
 
 
@@ -205,20 +182,23 @@ def test_an_engine_that_becomes_ready_later(address: str, model_folder: Path) ->
         assert (first.status_code, first.content) == (second.status_code, second.content)
         engine.config.never_ready = False
         for server in pair:
-            wait_until(lambda server=server: server.model.client.is_ready, 30)
+            wait_until(lambda server=server: server.model.client.is_ready)
             assert ask(server.url, COMPLETIONS).status_code == 200
 
 
 def test_a_second_engine_that_becomes_ready_later(model_folder: Path) -> None:
     with own_address() as first, own_address() as second:
-        config = FakeEngineConfig(address=second, max_model_len=100, load_seconds=1.5)
+        config = FakeEngineConfig(address=second, max_model_len=100, never_ready=True)
         with (
             FakeEngine(FakeEngineConfig(address=first)) as engine,
             FakeEngine(config) as other,
             running_worker(engine, model_folder, more_engines=[other]) as pair,
         ):
+            config.never_ready = False
+            wait_until(lambda: pair[0].model.client.max_num_seqs == 16)
+            pair[0].turn(HEARTBEAT_SECONDS)
             for server in pair:
-                wait_until(lambda server=server: server.model.client.max_num_seqs == 16, 30)
+                wait_until(lambda server=server: server.model.client.max_num_seqs == 16)
                 assert server.model.max_model_len == 100
                 error = check_error(ask(server.url, COMPLETIONS, prompt="x" * 200), 400)
                 assert error["code"] == "context_length_exceeded"
@@ -228,12 +208,12 @@ def test_a_second_engine_that_becomes_ready_later(model_folder: Path) -> None:
 
 
 def test_an_engine_that_cannot_load(address: str, model_folder: Path) -> None:
-    config = FakeEngineConfig(address=address, load_seconds=0.3, load_failure="no memory")
+    config = FakeEngineConfig(address=address, load_failure="no memory")
     with (
         FakeEngine(config) as engine,
         running_worker(engine, model_folder, server={"wait_ready": False}) as (coordinator, worker),
     ):
-        wait_until(lambda: worker.model.client.dead_reason is not None, 30)
+        wait_until(lambda: worker.model.client.dead_reason is not None)
         assert worker.model.client.dead_reason == coordinator.model.client.dead_reason == "no memory"
 
 
@@ -242,10 +222,10 @@ def test_while_the_coordinator_drains(start_pair: StartPair, fake_engine: FakeEn
     pair = start_pair()
     coordinator, worker = pair
     body = MINIMAL[COMPLETIONS] | {"max_tokens": 100, "stream": True}
-    with httpx.stream("POST", worker.url + COMPLETIONS, json=body, timeout=30) as answer:
+    with httpx.stream("POST", worker.url + COMPLETIONS, json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
-        loop_of(coordinator).call_soon_threadsafe(coordinator.model.client.drain)
+        coordinator.loop.call_soon_threadsafe(coordinator.model.client.drain)
         wait_until(coordinator.model.client.drain_requested.is_set)
         first, second = (ask(server.url, COMPLETIONS) for server in pair)
         assert check_error(first, 503) == check_error(second, 503)
@@ -253,31 +233,12 @@ def test_while_the_coordinator_drains(start_pair: StartPair, fake_engine: FakeEn
         assert '"finish_reason":"length"' in "\n".join(lines)  # what runs is finished
 
 
-class Engines:
-    """Engine processes at one address, in front of a coordinator and a worker."""
-
-    def __init__(self, config: FakeEngineConfig) -> None:
-        self._config = config
-        self.current = FakeEngineProcess(config).__enter__()
-
-    def kill(self) -> None:
-        self.current.kill()
-
-    def replace(self, coordinator: RunningServer) -> None:
-        """Start another engine, and tell the coordinator."""
-        self.current = FakeEngineProcess(self._config).__enter__()
-        client, pid = coordinator.model.client, self.current.pid
-        loop_of(coordinator).call_soon_threadsafe(client.engines[0].engine_started, pid)
-
-
 @contextmanager
-def mortal_engine(address: str, model_folder: Path, **options: Any) -> Iterator[tuple[Engines, Pair]]:
+def mortal_engine(address: str, model_folder: Path, **options: Any) -> Iterator[tuple[MortalEngine, Pair]]:
     """Run servers in front of an engine that can be killed. It runs one choice at a time, slowly."""
     config = FakeEngineConfig(address=address, max_num_seqs=1, endless=True, step_seconds=0.01)
-    with ExitStack() as stack:
-        engines = Engines(config)
-        stack.callback(engines.kill)
-        yield engines, stack.enter_context(running_worker(FakeEngine(config), model_folder, **options))
+    with MortalEngine(config) as engine, running_worker(engine, model_folder, **options) as pair:
+        yield engine, pair
 
 
 def start_stream(stack: ExitStack, server: RunningServer) -> Iterator[str]:
@@ -299,9 +260,9 @@ def check_failed(lines: Iterator[str]) -> None:
 
 def test_the_engine_dies_for_good(address: str, model_folder: Path) -> None:
     with ExitStack() as stack:
-        engines, pair = stack.enter_context(mortal_engine(address, model_folder))
+        engine, pair = stack.enter_context(mortal_engine(address, model_folder))
         lines = start_stream(stack, pair[1])
-        engines.kill()
+        engine.kill()
         check_failed(lines)
         first, second = (ask(server.url, COMPLETIONS) for server in pair)
         assert check_error(first, 503) == check_error(second, 503)
@@ -310,28 +271,17 @@ def test_the_engine_dies_for_good(address: str, model_folder: Path) -> None:
 
 def test_the_engine_is_restarted(address: str, model_folder: Path) -> None:
     with ExitStack() as stack:
-        engines, pair = stack.enter_context(mortal_engine(address, model_folder, can_restart=True))
+        engine, pair = stack.enter_context(mortal_engine(address, model_folder, can_restart=True))
         coordinator, worker = pair
         lines = start_stream(stack, worker)
-        answers: list[httpx.Response] = []
-        threads = [
-            threading.Thread(
-                target=lambda stream=stream: answers.append(
-                    httpx.post(worker.url + COMPLETIONS, json=MINIMAL[COMPLETIONS] | {"stream": stream}, timeout=60)
-                )
-            )
-            for stream in (False, True)
-        ]
-        for thread in threads:
-            thread.start()
+        threads = stack.enter_context(ThreadPoolExecutor())
+        answers = [threads.submit(ask, worker.url, COMPLETIONS, stream=stream) for stream in (False, True)]
         wait_until(lambda: coordinator.model.client.num_in_flight == 3)
-        engines.kill()
+        engine.kill()
         check_failed(lines)
         wait_until(lambda: coordinator.model.client.is_restarting)
-        engines.replace(coordinator)
-        for thread in threads:
-            thread.join(60)
-        assert [answer.status_code for answer in answers] == [200, 200]
+        coordinator.loop.call_soon_threadsafe(coordinator.model.client.engines[0].engine_started, engine.replace())
+        assert [answer.result().status_code for answer in answers] == [200, 200]
         assert ask(worker.url, COMPLETIONS).status_code == 200
         assert coordinator.model.client.num_in_flight == 0
 
@@ -341,7 +291,7 @@ def raw(address: str, start_pair: StartPair) -> Iterator[tuple[RunningServer, zm
     """A coordinator, and a socket that speaks to a second relay of it as a worker does."""
     coordinator, _ = start_pair()
     relay = Relay(f"{address}-raw", coordinator.context, coordinator._app)
-    loop_of(coordinator).call_soon_threadsafe(relay.start)
+    coordinator.loop.call_soon_threadsafe(relay.start)
     coordinator.context.workers.append(relay)
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
@@ -406,7 +356,7 @@ def test_a_relay_that_closes_ends_what_its_worker_had(raw: tuple[RunningServer, 
         socket.send(encode(message))
     wait_until(lambda: coordinator.engine.num_choices == 2)
     relay = coordinator.context.workers.pop()
-    asyncio.run_coroutine_threadsafe(relay.close(), loop_of(coordinator)).result(30)
+    asyncio.run_coroutine_threadsafe(relay.close(), coordinator.loop).result(30)
     wait_until(lambda: coordinator.engine.num_choices == coordinator.model.client.num_in_flight == 0)
 
 
@@ -428,9 +378,9 @@ def test_what_the_worker_cannot_read_harms_nothing_else(start_pair: StartPair) -
         ):
             relay._send(message)
 
-    with httpx.stream("GET", f"{worker.url}/lightwell/v1/events", timeout=30) as events:
+    with httpx.stream("GET", f"{worker.url}/lightwell/v1/events", timeout=60) as events:
         assert events.status_code == 200
-        loop_of(coordinator).call_soon_threadsafe(send_raw)
+        coordinator.loop.call_soon_threadsafe(send_raw)
         for _ in range(3):
             assert ask(worker.url, COMPLETIONS).status_code == 200
             assert httpx.get(f"{worker.url}/v1/models").status_code == 200

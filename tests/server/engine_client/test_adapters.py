@@ -1,8 +1,6 @@
 """Tests of loading and unloading LoRA adapters in a fake engine."""
 
 import asyncio
-import os
-import signal
 
 import msgspec
 import pytest
@@ -11,7 +9,7 @@ from engine.shared.messages import AdapterDone, FinishReason, LoraAdapter, Submi
 from server.engine_client.adapters import LoadedAdapters
 from server.http.errors import AdapterNotFoundError, EngineDeadError, EngineUnavailableError, InvalidValueError
 from tests.support.engine_clients import read, ready, request, tokens, until
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess, make_adapter
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine, make_adapter
 
 pytestmark = pytest.mark.anyio
 
@@ -101,14 +99,14 @@ async def test_waiting_for_an_adapter_may_be_cancelled(address: str) -> None:
 
 async def test_death_of_the_engine_while_adapters_change(address: str) -> None:
     config = FakeEngineConfig(address=address, adapters=[make_adapter("chess")], ignores_adapters=True)
-    with FakeEngineProcess(config) as engine:
+    with MortalEngine(config) as engine:
         async with ready(address) as client:
             changes = [
                 asyncio.create_task(client.load_adapter("go", "/go", False)),
                 asyncio.create_task(client.unload_adapter("chess")),
             ]
-            await asyncio.sleep(0.1)
-            os.kill(engine.pid, signal.SIGKILL)
+            await asyncio.sleep(0)
+            engine.kill()
             results = await asyncio.gather(*changes, return_exceptions=True)
             assert [type(result) for result in results] == [EngineDeadError] * 2
             with pytest.raises(EngineUnavailableError):
@@ -132,6 +130,6 @@ async def test_close_ends_the_wait_for_adapters(address: str) -> None:
     with FakeEngine(FakeEngineConfig(address=address, ignores_adapters=True)):
         async with ready(address) as client:
             loading = asyncio.create_task(client.load_adapter("go", "/go", False))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)
     with pytest.raises(EngineUnavailableError):
         await loading

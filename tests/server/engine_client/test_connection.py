@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 async def test_the_client_may_start_before_the_engine(address: str) -> None:
     async with connected(address) as client:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         with FakeEngine(FakeEngineConfig(address=address)):
             await until(lambda: client.is_ready)
 

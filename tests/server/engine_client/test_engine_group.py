@@ -13,7 +13,7 @@ from server.engine_client.client import EngineClient
 from server.http.errors import AdaptersBusyError, EngineDeadError, EngineUnavailableError
 from server.tenants import Tenant
 from tests.support.engine_clients import connected, read, ready, request, tokens, until
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess, make_adapter
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine, make_adapter
 from tests.support.serving import own_address
 
 pytestmark = pytest.mark.anyio
@@ -120,114 +120,118 @@ async def test_requests_without_a_cached_prefix_are_spread(client: EngineClient,
     assert sorted(sum(submit.n for submit in fake.submits) for fake in fakes) == [5, 6]
 
 
-async def test_a_lost_engine_does_not_touch_the_others(addresses: list[str]) -> None:
-    configs = [FakeEngineConfig(address=address, endless=True, step_seconds=0.01) for address in addresses]
-    with FakeEngineProcess(configs[0]) as first, FakeEngineProcess(configs[1]) as second:
-        async with ready(addresses, can_restart=True) as client:
-            streams = [client.submit(request(f"{i}", max_tokens=100_000)) for i in range(2)]
-            await until(lambda: all(stream.choices[0].num_output_tokens for stream in streams))
-            client.engines[1].cached = {b"x"}
-            second.kill()
-            with pytest.raises(EngineDeadError):
-                await read(streams[1])
-            assert (client.is_ready, client.is_restarting, client.num_restarts) == (True, False, 1)
-            assert client.engines[1].cached == set()
-            assert [engine.liveness.status for engine in client.engines] == ["ok", "restarting"]
-            assert len(tokens(await read(client.submit(request("late", max_tokens=3))))) == 3
-            with pytest.raises(EngineUnavailableError, match="being restarted"):
-                await client.load_adapter("a", "/a", replaces=False)
-            with FakeEngineProcess(configs[1]) as another:
-                client.engines[1].engine_started(another.pid)
-                await until(lambda: client.engines[1].liveness.is_ready)
-                assert chosen(client, request("next")) == (1, 0)  # the other one is busy
-                assert not streams[0].choices[0].has_ended
-            first.kill()
-            with pytest.raises(EngineDeadError):
-                await read(streams[0])
+@pytest.fixture
+def mortals(addresses: list[str]) -> Iterator[list[MortalEngine]]:
+    """Two engines that run two choices at a time, and come to no token unless a test says so."""
+    with ExitStack() as stack:
+        configs = [FakeEngineConfig(address=each, max_num_seqs=2, step_seconds=0.01) for each in addresses]
+        yield [stack.enter_context(MortalEngine(config)) for config in configs]
+
+
+async def test_a_lost_engine_does_not_touch_the_others(addresses: list[str], mortals: list[MortalEngine]) -> None:
+    first, second = mortals
+    for each in mortals:
+        each.config.endless = True
+    async with ready(addresses, can_restart=True) as client:
+        streams = [client.submit(request(f"{i}", max_tokens=100_000)) for i in range(2)]
+        await until(lambda: all(stream.choices[0].num_output_tokens for stream in streams))
+        client.engines[1].cached = {b"x"}
+        second.kill()
+        with pytest.raises(EngineDeadError):
+            await read(streams[1])
+        assert (client.is_ready, client.is_restarting, client.num_restarts) == (True, False, 1)
+        assert client.engines[1].cached == set()
+        assert [engine.liveness.status for engine in client.engines] == ["ok", "restarting"]
+        assert len(tokens(await read(client.submit(request("late", max_tokens=3))))) == 3
+        with pytest.raises(EngineUnavailableError, match="being restarted"):
+            await client.load_adapter("a", "/a", replaces=False)
+        client.engines[1].engine_started(second.replace())
+        await until(lambda: client.engines[1].liveness.is_ready)
+        assert chosen(client, request("next")) == (1, 0)  # the other one is busy
+        assert not streams[0].choices[0].has_ended
+        first.kill()
+        with pytest.raises(EngineDeadError):
+            await read(streams[0])
 
 
 @pytest.mark.parametrize("can_restart", [False, True])
-async def test_what_an_engine_has_not_begun_with_goes_to_another(addresses: list[str], can_restart: bool) -> None:
+async def test_what_an_engine_has_not_begun_with_goes_to_another(
+    addresses: list[str], mortals: list[MortalEngine], can_restart: bool
+) -> None:
     """What it had begun with may have killed it, and would kill the other one: it waits for the restart, or ends."""
-    config = FakeEngineConfig(address=addresses[0], max_num_seqs=2, num_prompt_steps=10**6, step_seconds=0.01)
-    other_config = FakeEngineConfig(address=addresses[1], max_num_seqs=2)
-    with FakeEngineProcess(config) as lost, FakeEngine(other_config) as other:
-        other.pause()
-        async with ready(addresses, can_restart=can_restart, max_queued_requests=100) as client:
-            streams = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(4)]
-            begun, waiting = [each for each in streams if client.engines[0].streams.find(each.request_id)]
-            await until(lambda: begun.reservation.started)
-            lost.kill()
-            await until(lambda: not client.engines[0].liveness.is_ready)
-            assert waiting.reservation.started is None
-            assert client.engines[1].streams.find(waiting.request_id) is waiting
-            assert (client.engines[0].streams.load > 0.0) == can_restart
-            if can_restart:
-                assert client.engines[0].streams.find(begun.request_id) is begun
-                begun.close()
-            else:
-                with pytest.raises(EngineDeadError):
-                    await read(begun)
-            other.resume()
-            for stream in streams:
-                if stream is not begun:
-                    events = await read(stream)
-                    assert [bytes(tokens(events, index)) for index in (0, 1)] == [b"Hel", b"Hel"]
-            assert client.num_in_flight == 0
-            assert [engine.streams.load for engine in client.engines] == [0.0, 0.0]
-
-
-async def test_the_requests_of_a_dead_engine_wait_for_one_that_is_restarted(addresses: list[str]) -> None:
-    config = FakeEngineConfig(address=addresses[1], max_num_seqs=2, num_prompt_steps=10**6, step_seconds=0.01)
-    with (
-        FakeEngineProcess(FakeEngineConfig(address=addresses[0], max_num_seqs=2)) as first,
-        FakeEngineProcess(config) as second,
-    ):
-        async with ready(addresses, can_restart=True, max_queued_requests=100) as client:
-            first.kill()
-            await until(lambda: not client.engines[0].liveness.is_ready)
-            begun, waiting = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(2)]
-            await until(lambda: begun.reservation.started)
-            client.engines[1].liveness.mark_dead("its process has ended")
+    lost, other = mortals
+    lost.config.num_prompt_steps = 10**9
+    other.pause()
+    async with ready(addresses, can_restart=can_restart, max_queued_requests=100) as client:
+        streams = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(4)]
+        begun, waiting = [each for each in streams if client.engines[0].streams.find(each.request_id)]
+        await until(lambda: begun.reservation.started)
+        lost.kill()
+        await until(lambda: not client.engines[0].liveness.is_ready)
+        assert waiting.reservation.started is None
+        assert client.engines[1].streams.find(waiting.request_id) is waiting
+        assert (client.engines[0].streams.load > 0.0) == can_restart
+        if can_restart:
+            assert client.engines[0].streams.find(begun.request_id) is begun
+            begun.close()
+        else:
             with pytest.raises(EngineDeadError):
                 await read(begun)
-            assert client.engines[0].streams.find(waiting.request_id) is waiting
-            second.kill()
-            with FakeEngineProcess(FakeEngineConfig(address=addresses[0], max_num_seqs=2)) as again:
-                client.engines[0].engine_started(again.pid)
-                events = await read(waiting)
+        other.resume()
+        for stream in streams:
+            if stream is not begun:
+                events = await read(stream)
                 assert [bytes(tokens(events, index)) for index in (0, 1)] == [b"Hel", b"Hel"]
+        assert client.num_in_flight == 0
+        assert [engine.streams.load for engine in client.engines] == [0.0, 0.0]
 
 
-async def test_the_last_engine(addresses: list[str]) -> None:
+async def test_the_requests_of_a_dead_engine_wait_for_one_that_is_restarted(
+    addresses: list[str], mortals: list[MortalEngine]
+) -> None:
+    first, second = mortals
+    second.config.num_prompt_steps = 10**9
+    async with ready(addresses, can_restart=True, max_queued_requests=100) as client:
+        first.kill()
+        await until(lambda: not client.engines[0].liveness.is_ready)
+        begun, waiting = [client.submit(request(f"w{number}", n=2, max_tokens=3)) for number in range(2)]
+        await until(lambda: begun.reservation.started)
+        client.engines[1].liveness.mark_dead("its process has ended")
+        with pytest.raises(EngineDeadError):
+            await read(begun)
+        assert client.engines[0].streams.find(waiting.request_id) is waiting
+        client.engines[0].engine_started(first.replace())
+        events = await read(waiting)
+        assert [bytes(tokens(events, index)) for index in (0, 1)] == [b"Hel", b"Hel"]
+
+
+async def test_the_last_engine(addresses: list[str], mortals: list[MortalEngine]) -> None:
     """Requests wait for any that is restarted, and the client is dead when none will be."""
-    configs = [FakeEngineConfig(address=address) for address in addresses]
-    with FakeEngineProcess(configs[0]) as first, FakeEngineProcess(configs[1]) as second:
-        async with ready(addresses, can_restart=True) as client:
-            for process in (first, second):
-                process.kill()
-            await until(lambda: client.is_restarting)
-            assert client.restarting_since is not None
-            waiting = client.submit(request("waiting"))  # for the first one
-            client.engines[1].liveness.mark_dead("a test")
-            assert not client.died.is_set()
-            with FakeEngineProcess(configs[0]) as another:
-                client.engines[0].engine_started(another.pid)
-                await read(waiting)
-            await until(lambda: client.is_restarting)
-            waiting = client.submit(request("waiting again"))
-            client.engines[0].liveness.mark_dead("a test")
-            assert client.died.is_set()
-            with pytest.raises(EngineDeadError):
-                await read(waiting)
+    async with ready(addresses, can_restart=True) as client:
+        for each in mortals:
+            each.kill()
+        await until(lambda: client.is_restarting)
+        assert client.restarting_since is not None
+        waiting = client.submit(request("waiting"))  # for the first one
+        client.engines[1].liveness.mark_dead("a test")
+        assert not client.died.is_set()
+        client.engines[0].engine_started(mortals[0].replace())
+        await read(waiting)
+        mortals[0].kill()
+        await until(lambda: client.is_restarting)
+        waiting = client.submit(request("waiting again"))
+        client.engines[0].liveness.mark_dead("a test")
+        assert client.died.is_set()
+        with pytest.raises(EngineDeadError):
+            await read(waiting)
 
 
 async def test_an_engine_that_would_give_other_answers_is_not_used(addresses: list[str]) -> None:
-    with (
-        FakeEngine(FakeEngineConfig(address=addresses[0])),
-        FakeEngine(FakeEngineConfig(address=addresses[1], vocab_size=7, load_seconds=0.3)),
-    ):
+    later = FakeEngineConfig(address=addresses[1], vocab_size=7, never_ready=True)
+    with FakeEngine(FakeEngineConfig(address=addresses[0])), FakeEngine(later):
         async with connected(addresses) as client:
+            await until(lambda: client.is_ready)
+            later.never_ready = False
             await until(lambda: client.engines[1].liveness.dead_reason)
             assert "its answers would not be those" in str(client.engines[1].liveness.dead_reason)
             assert client.is_ready

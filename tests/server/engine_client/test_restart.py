@@ -1,52 +1,45 @@
 """Tests of a client whose engine dies and is replaced by another one at the same address."""
 
 import asyncio
-import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 import pytest
 
-from engine.shared.messages import AdapterDone, FinishReason, LoraAdapter, Submit
+from engine.shared.messages import AdapterDone, FinishReason, LoadFailed, LoraAdapter, Submit
 from server.engine_client.client import EngineClient
+from server.engine_client.liveness import CHECK_SECONDS
 from server.engine_client.streams import RequestStream
 from server.http.errors import AdapterLostError, EngineDeadError, EngineUnavailableError, QueueTimeoutError
 from server.metrics import Metrics
 from tests.support.engine_clients import read, ready, request, tokens, until
-from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess, make_adapter
-from tests.support.processes import wait_for_end_of
+from tests.support.fake_engine import FakeEngineConfig, MortalEngine, make_adapter
+from tests.support.turned_loop import turn
 
 pytestmark = pytest.mark.anyio
 
 SLOW: dict[str, Any] = {"max_num_seqs": 1, "step_seconds": 0.01, "endless": True}
+NO_TOKEN: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**9, "step_seconds": 0.01}
 
 
 class Engines:
     """Engine processes at one address, and a client that can do without one for a while."""
 
-    def __init__(self, address: str, client: EngineClient, first: FakeEngineProcess) -> None:
+    def __init__(self, client: EngineClient, engine: MortalEngine) -> None:
         self.client = client
-        self.current = first
-        self._address = address
-
-    def kill(self) -> None:
-        self.current.kill()
+        self.engine = engine
 
     async def lose(self) -> None:
         """Kill the engine and wait until the client has noticed."""
-        self.kill()
-        await until(lambda: self.client.is_restarting)
+        self.engine.kill()
+        await until(lambda: self.client.engines[0].liveness._pidfd is None)
 
     async def replace(self, **config: Any) -> None:
         """Start another engine and tell the client."""
-        self.kill()
-        self.current = FakeEngineProcess(
-            FakeEngineConfig(address=self._address, **({"max_num_seqs": 1} | config))
-        ).__enter__()
-        self.client.engines[0].engine_started(self.current.pid)
+        self.client.engines[0].engine_started(self.engine.replace(**({"max_num_seqs": 1} | config)))
 
     async def run_and_wait(self) -> tuple[RequestStream, RequestStream]:
         """Return the stream of a request that has tokens, and one of a request that waits. The engine must be SLOW."""
@@ -57,14 +50,10 @@ class Engines:
 
 @asynccontextmanager
 async def engines(address: str, options: dict[str, Any] | None = None, **config: Any) -> AsyncIterator[Engines]:
-    async with AsyncExitStack() as stack:
-        first = FakeEngineProcess(FakeEngineConfig(address=address, **config)).__enter__()
-        client = await stack.enter_async_context(
-            ready(address, engine_pid=first.pid, can_restart=True, **(options or {}))
-        )
-        result = Engines(address, client, first)
-        stack.callback(result.kill)
-        yield result
+    with MortalEngine(FakeEngineConfig(address=address)) as engine:
+        pid = engine.replace(**config)
+        async with ready(address, engine_pid=pid, can_restart=True, **(options or {})) as client:
+            yield Engines(client, engine)
 
 
 async def test_requests_without_a_token_survive(address: str) -> None:
@@ -101,37 +90,41 @@ async def begin(*streams: RequestStream) -> None:
 
 @pytest.mark.checklist("E11", "F05")
 async def test_the_queue_timeout_goes_on_after_a_restart(address: str) -> None:
-    """It counts from the arrival, also for requests that the lost engine had begun with."""
-    async with engines(address, {"queue_timeout": 2.0}, num_prompt_steps=10**6, step_seconds=0.01) as both:
-        begun = [both.client.submit(request(f"{number}")) for number in range(2)]
-        await begin(*begun)
+    """It counts from the arrival until the next engine begins, also for what the lost engine had begun with."""
+    slow = NO_TOKEN | {"endless": True}
+    async with engines(address, {"queue_timeout": 500.0, "request_timeout": 1e9}, **slow) as both:
+        first, second = [both.client.submit(request(f"{number}", max_tokens=40)) for number in range(2)]
+        await begin(first)
+        await turn(400.0)
         await both.lose()
-        assert all(stream.reservation.started is None for stream in begun)
-        for stream in begun:
-            with pytest.raises(QueueTimeoutError, match="2 seconds"):
-                await read(stream)
+        assert first.reservation.started is None
+        await both.replace(**slow)
+        await begin(first)
+        await turn(200.0)
+        with pytest.raises(QueueTimeoutError, match="500 seconds"):
+            await read(second)
+        both.engine.config.num_prompt_steps = 0
+        assert len(tokens(await read(first))) == 40
+        both.engine.config.num_prompt_steps = 10**9
+        third = both.client.submit(request("third"))
+        await begin(third)
+        await turn(400.0)
+        await both.lose()
+        await turn(200.0)
+        with pytest.raises(QueueTimeoutError):
+            await read(third)
         assert both.client.num_in_flight == 0
-
-
-async def test_the_queue_timeout_ends_when_the_next_engine_begins(address: str) -> None:
-    slow: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**6, "step_seconds": 0.01}
-    async with engines(address, {"queue_timeout": 3.0}, **slow) as both:
-        stream = both.client.submit(request(max_tokens=40))
-        await begin(stream)
-        await both.replace(num_prompt_steps=100, step_seconds=0.05, endless=True)
-        assert len(tokens(await read(stream))) == 40
 
 
 @pytest.mark.checklist("F05")
 async def test_a_request_that_engines_die_of_is_not_given_to_a_third(address: str) -> None:
     """Those that only waited beside it are."""
-    slow: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**6, "step_seconds": 0.01}
-    async with engines(address, **slow) as both:
+    async with engines(address, **NO_TOKEN) as both:
         deadly, other = both.client.submit(request("deadly")), both.client.submit(request("other"))
         await begin(deadly)
         await both.lose()
         assert deadly.waiting
-        await both.replace(**slow)
+        await both.replace(**NO_TOKEN)
         await begin(deadly)
         await both.lose()
         with pytest.raises(EngineDeadError):
@@ -140,13 +133,16 @@ async def test_a_request_that_engines_die_of_is_not_given_to_a_third(address: st
         assert bytes(tokens(await read(other))[:-1]) == b"Hello, world!"
 
 
-async def test_engines_that_die_while_they_load(address: str) -> None:
+async def test_engines_that_die_or_fail_while_they_load(address: str) -> None:
+    """The supervisor decides how often another one is started."""
     async with engines(address, **SLOW) as both:
         _, waiting = await both.run_and_wait()
+        await both.lose()
         for _ in range(2):
             await both.replace(never_ready=True)
-            await asyncio.sleep(0.3)
-        assert both.client.num_restarts == 1
+            await both.lose()
+        both.client.engines[0]._on_message(LoadFailed("no memory"))
+        assert (both.client.is_restarting, both.client.num_restarts) == (True, 1)
         await both.replace()
         assert bytes(tokens(await read(waiting))) == b"Hello"
         await both.lose()
@@ -162,19 +158,21 @@ async def test_a_request_that_ends_meanwhile_is_not_sent_again(address: str) -> 
         await both.replace()
         await until(lambda: both.client.is_ready)
         await read(both.client.submit(request("after")))
-        assert both.client.engines[0].stats.prompt_tokens_total == len(request().prompt_token_ids)
+        assert [submit.request_id for submit in both.engine.submits] == ["after"]
         with pytest.raises(EngineDeadError):
             await read(running)
 
 
-async def test_an_engine_that_hangs_is_killed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
-    async with engines(address, {"step_timeout": 0.7}, **SLOW) as both:
+async def test_an_engine_that_hangs_is_killed(address: str) -> None:
+    async with engines(address, {"step_timeout": 1.0}, **SLOW) as both:
         running, waiting = await both.run_and_wait()
-        os.kill(both.current.pid, signal.SIGSTOP)
+        both.engine.hang()
+        while not both.client.is_restarting:
+            await turn(CHECK_SECONDS)
+            await asyncio.sleep(0.001)
+        assert both.engine.exit_code == -signal.SIGKILL
         with pytest.raises(EngineDeadError):
             await read(running)
-        wait_for_end_of(both.current.pid)
         await both.replace()
         assert bytes(tokens(await read(waiting))) == b"Hello"
 
@@ -216,6 +214,7 @@ def with_adapter(adapter: LoraAdapter, request_id: str) -> Submit:
 
 
 async def test_adapters_are_loaded_again(address: str) -> None:
+    """Also if the engine that loads them dies meanwhile."""
     chess = make_adapter("chess")
     async with engines(address, adapters=[chess], max_loras=2, **SLOW) as both:
         client = both.client
@@ -229,6 +228,11 @@ async def test_adapters_are_loaded_again(address: str) -> None:
         with pytest.raises(EngineUnavailableError, match="being restarted"):
             await client.load_adapter("sql", "/sql", False)
         late = client.submit(with_adapter(go, "b"))
+        await both.replace(max_loras=2, ignores_adapters=True)
+        await until(lambda: client.engines[0].adapters._changes)
+        client.drain()  # must not end the restart
+        assert client.is_restarting
+        client._admission.drain_requested.clear()
         await both.replace(adapters=[chess], max_loras=2)
         for stream in (waiting, late):
             events = await read(stream)
@@ -256,31 +260,3 @@ async def test_an_adapter_that_cannot_be_loaded_again(
         assert bytes(tokens(await read(waiting))) == b"Hello"
         assert client.adapters == {}
         assert "the LoRA adapter go is lost: no such file" in caplog.text
-
-
-async def test_an_engine_that_dies_while_adapters_are_loaded_again(address: str) -> None:
-    async with engines(address, max_loras=2, **SLOW) as both:
-        client = both.client
-        await client.load_adapter("go", "/go", False)
-        go = client.adapters["go"]
-        await both.lose()
-        waiting = client.submit(with_adapter(go, "a"))
-        await both.replace(max_loras=2, ignores_adapters=True)
-        await asyncio.sleep(0.5)
-        client.drain()  # must not end the restart
-        assert client.is_restarting
-        await both.replace(max_loras=2)
-        assert (await read(waiting))[-1].finish_reason is FinishReason.LENGTH
-        assert client.adapters == {"go": go}
-
-
-async def test_a_restarted_engine_that_cannot_load_is_not_the_last(address: str) -> None:
-    """The supervisor decides how often another one is started."""
-    async with engines(address, max_num_seqs=1) as both:
-        await both.lose()
-        await both.replace(load_failure="no memory")
-        await asyncio.sleep(0.5)
-        assert both.client.is_restarting
-        await both.replace()
-        await until(lambda: both.client.is_ready)
-        await read(both.client.submit(request()))

@@ -1,13 +1,12 @@
 """Tests of the streams of events, with a fake engine over a real ZeroMQ socket."""
 
 import asyncio
-import contextlib
 
 import pytest
 
 from engine.shared.messages import Abort, FinishReason, SamplingParams, Submit
 from server.engine_client.streams import MAX_BATCH_EVENTS
-from server.http.errors import APIError, EngineUnavailableError, QueueFullError
+from server.http.errors import APIError, EngineUnavailableError
 from tests.support.engine_clients import read, ready, request, tokens, until
 from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine
 
@@ -40,15 +39,6 @@ async def test_events_reach_the_choices_of_their_requests(fake_engine: FakeEngin
                 assert bytes(tokens(events, index)[:-1]) == reply
             assert {event.request_id for event in events} == {submit.request_id}
         assert client.num_in_flight == 0
-
-
-async def test_events_since_the_last_read_are_one_batch(fake_engine: FakeEngine) -> None:
-    async with ready(fake_engine.config.address) as client:
-        stream = client.submit(request())
-        await until(lambda: stream.num_open == 0)
-        batches = [batch async for batch in stream]
-        assert len(batches) == 1
-        assert tokens(batches[0]) == [*fake_engine.config.reply, EOS_TOKEN_ID]
 
 
 async def test_a_reader_that_is_behind_lets_others_run(fake_engine: FakeEngine) -> None:
@@ -117,35 +107,6 @@ async def test_abort_choice_ends_only_that_choice(fake_engine: FakeEngine) -> No
         assert len(tokens(first + rest, 0)) == 50
         assert client.num_in_flight == 0
         assert fake_engine.aborts == [Abort("r", 1, FinishReason.STOP)]
-
-
-@pytest.mark.checklist("E09")
-async def test_random_clients_leave_nothing_behind(fake_engine: FakeEngine) -> None:
-    """Some clients read to the end, some leave at a random time, and some only reserve capacity."""
-    fake_engine.config.step_seconds = 0.001
-    async with ready(fake_engine.config.address, max_queued_requests=20) as client:
-
-        async def behave(number: int) -> str:
-            await asyncio.sleep(number % 7 * 0.01)
-            try:
-                with client.reserve(1 + number % 3) as reservation:
-                    if number % 5 == 0:
-                        return "only reserved"
-                    async with client.submit(request(f"{number}", n=reservation.count), reservation) as stream:
-                        if number % 3 == 0:
-                            with contextlib.suppress(TimeoutError):
-                                async with asyncio.timeout(number % 10 * 0.003):
-                                    await read(stream)
-                            return "left"
-                        events = await read(stream)
-                        return f"ended {sum(event.finish_reason is not None for event in events) / len(stream.choices)}"
-            except QueueFullError:
-                return "rejected"
-
-        outcomes = await asyncio.gather(*(behave(number) for number in range(150)))
-        assert {outcome for outcome in outcomes if outcome.startswith("ended")} == {"ended 1.0"}
-        assert client.num_in_flight == 0
-        await until(lambda: fake_engine.num_choices == 0)
 
 
 async def test_fail_streams_reaches_readers_and_engine(fake_engine: FakeEngine) -> None:

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from server.generation.choice_delta import ChoiceDelta, pace
-from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, ask_stream, finish_reasons, stream_texts
 from tests.support.deltas import content
 from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine
+from tests.support.serving import RunningServer
 
 REPLY = [*b"Hello, world!"]  # of the fake engine
 
@@ -50,10 +50,9 @@ def test_each_choice_has_its_own_count() -> None:
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_a_chunk_every_so_many_tokens(start_server: StartServer, fake_engine: FakeEngine, path: str) -> None:
+def test_a_chunk_every_so_many_tokens(server: RunningServer, fake_engine: FakeEngine, path: str) -> None:
     """The first and the last chunk may be smaller. Tokens that arrive together are never split."""
     fake_engine.config.step_seconds = 0.01
-    server = start_server()
     fields = {"return_token_ids": True, "n": 2, "logprobs": 1 if path == COMPLETIONS else True}
     for interval, max_chunks in ((None, 14), (1, 14), (5, 4), (10**18, 2)):
         chunks = ask_stream(server.url, path, stream_interval=interval, **fields)

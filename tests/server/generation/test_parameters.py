@@ -1,25 +1,19 @@
 """Request parameters over HTTP reach the engine; seeds; limits on log probabilities."""
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
+from array import array
+from itertools import product
 from typing import Any
 
 import pytest
 
-from engine.shared.messages import RepetitionDetection, SamplingParams
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, RepetitionDetection, SamplingParams, SequenceBreaker
 from server.generation.parameters import choose_seed, prompt_seed
 from tests.server.conftest import StartServer
-from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, shared_server
+from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json
 from tests.support.serving import RunningServer, check_error
 
 BOTH = (COMPLETIONS, CHAT)
-
-
-@pytest.fixture(scope="module")
-def server(model_folder: Path) -> Iterator[RunningServer]:
-    with shared_server(model_folder) as server:
-        yield server
 
 
 # parameter -> JSON values and the values that the engine receives
@@ -56,9 +50,8 @@ REACHING: dict[str, list[tuple[Any, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REACHING)
-@pytest.mark.parametrize("path", BOTH)
-def test_parameter_reaches_the_engine(server: RunningServer, path: str, name: str) -> None:
-    for value, expected in REACHING[name]:
+def test_parameter_reaches_the_engine(server: RunningServer, name: str) -> None:
+    for path, (value, expected) in product(BOTH, REACHING[name]):
         answer = ask(server.url, path, **{name: value})
         assert answer.status_code == 200, answer.text
         got = getattr(server.engine.submits[-1].params, name)
@@ -165,28 +158,91 @@ ASKING: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.checklist("C12")
-@pytest.mark.parametrize(("path", "name", "fields"), ASKING)
+@pytest.mark.parametrize(
+    ("limit", "allowed", "refused"),
+    [(20, [0, 20], [-1, 21]), (3, [3], [-1, 4, 20]), (-1, [-1, 200, 259], [-2, 260])],
+)
 def test_how_many_alternatives_are_allowed(
-    start_server: StartServer, path: str, name: str, fields: dict[str, Any]
+    start_server: StartServer, limit: int, allowed: list[int], refused: list[int]
 ) -> None:
-    def num_asked(server: RunningServer) -> int | None:
-        params = server.engine.submits[-1].params
-        return params.prompt_logprobs if name == "prompt_logprobs" else params.logprobs
-
-    for limit, allowed, refused in ((20, [0, 20], [-1, 21]), (3, [3], [-1, 4, 20]), (-1, [-1, 200, 259], [-2, 260])):
-        server = start_server(max_logprobs=limit)
+    server = start_server(max_logprobs=limit)
+    for path, name, fields in ASKING:
         for number in allowed:
             answer = ask_json(server.url, path, **fields, **{name: number})
-            assert num_asked(server) == (259 if number == -1 else number)
+            params = server.engine.submits[-1].params
+            num_asked = params.prompt_logprobs if name == "prompt_logprobs" else params.logprobs
+            assert num_asked == (259 if number == -1 else number)
             if name == "prompt_logprobs" and path == CHAT:
                 assert all(len(entry) >= min(number, 256) for entry in answer["prompt_logprobs"][1:])
         for number in refused:
             error = check_error(ask(server.url, path, **fields, **{name: number}), 400)
             assert error["param"] == name
             assert str(number) in error["message"] or str(limit) in error["message"]
+    if limit == -1:
+        answer = ask_json(server.url, COMPLETIONS, prompt="ab", echo=True, logprobs=-1, max_tokens=1)
+        assert [len(top or ()) for top in answer["choices"][0]["logprobs"]["top_logprobs"]] == [0, 256, 256]
 
 
-def test_all_tokens_for_an_echoed_prompt(start_server: StartServer) -> None:
-    server = start_server(max_logprobs=-1)
-    answer = ask_json(server.url, COMPLETIONS, prompt="ab", echo=True, logprobs=-1, max_tokens=1)
-    assert [len(top or ()) for top in answer["choices"][0]["logprobs"]["top_logprobs"]] == [0, 256, 256]
+# Extra samplers: the engine receives those that a request turns on.
+
+
+def breaker(*first: int, rest: tuple[int, ...] = ()) -> SequenceBreaker:
+    return SequenceBreaker(array("i", first).tobytes(), rest)
+
+
+# parameters -> fields of ExtraSamplers that differ from their defaults
+EXTRA_SAMPLERS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
+    ({"typical_p": 1, "top_n_sigma": -1, "xtc_probability": 0, "dry_multiplier": 0.0, "mirostat": 0}, None),
+    ({"xtc_threshold": 0.2, "dry_base": 2, "dry_sequence_breakers": ["a"], "mirostat_tau": 1}, None),
+    ({"typical_p": None, "samplers": None, "repeat_last_n": -1}, None),
+    ({"typical_p": 0.5}, {"typical_p": 0.5}),
+    ({"top_n_sigma": 1.5}, {"top_n_sigma": 1.5}),
+    ({"xtc_probability": 0.5}, {"xtc_probability": 0.5}),
+    ({"xtc_probability": 0.5, "xtc_threshold": 0}, {"xtc_probability": 0.5, "xtc_threshold": 0.0}),
+    ({"repeat_last_n": 0}, {"repeat_last_n": 0}),
+    ({"repeat_last_n": 64}, {"repeat_last_n": 64}),
+    ({"samplers": []}, {"order": ()}),
+    ({"samplers": ["temperature", "min_p"]}, {"order": ("temperature", "min_p")}),
+    ({"mirostat": 1}, {"order": MIROSTAT_ORDER, "mirostat": 1}),
+    (
+        {"mirostat": 2, "mirostat_tau": 3, "mirostat_eta": 0.5},
+        {"order": MIROSTAT_ORDER, "mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.5},
+    ),
+    ({"dry_multiplier": 0.8, "dry_sequence_breakers": []}, {"dry_multiplier": 0.8}),
+    (
+        {"dry_multiplier": 0.8},
+        {"dry_multiplier": 0.8, "dry_breakers": (breaker(10, 34, 42, 58),)},
+    ),
+    (
+        {
+            "dry_multiplier": 1,
+            "dry_base": 2,
+            "dry_allowed_length": 3,
+            "dry_penalty_last_n": 100,
+            "dry_sequence_breakers": ["z", "bc"],
+        },
+        {
+            "dry_multiplier": 1.0,
+            "dry_base": 2.0,
+            "dry_allowed_length": 3,
+            "dry_penalty_last_n": 100,
+            "dry_breakers": (breaker(122), breaker(98, rest=(99,))),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), EXTRA_SAMPLERS)
+def test_extra_samplers(server: RunningServer, fields: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    for path in BOTH:
+        assert ask(server.url, path, **fields).status_code == 200
+        samplers = server.engine.submits[-1].params.extra_samplers
+        assert samplers == (None if expected is None else ExtraSamplers(**expected))
+
+
+def test_repeat_penalty_is_repetition_penalty(server: RunningServer) -> None:
+    for path, more in product(BOTH, ({}, {"repetition_penalty": 1.5})):
+        fields = {"repeat_penalty": 1.5} | more
+        assert ask(server.url, path, **fields).status_code == 200
+        params = server.engine.submits[-1].params
+        assert (params.repetition_penalty, params.extra_samplers) == (1.5, None)

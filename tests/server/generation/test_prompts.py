@@ -20,12 +20,6 @@ from tests.support.tiny_tokenizer_model import IM_START, IM_START_ID, VOCAB_SIZE
 MAX_MODEL_LEN = 2048
 
 
-@pytest.fixture(scope="module")
-def server(model_folder: Path) -> Iterator[RunningServer]:
-    with shared_server(model_folder) as server:
-        yield server
-
-
 @given(
     max_tokens=st.none() | st.integers(-1, 30),
     num_prompt_tokens=st.integers(1, 30),

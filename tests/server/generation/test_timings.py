@@ -1,13 +1,12 @@
 """Timings of requests: the stages leave no gap, whichever times the engine reports."""
 
-import time
+from typing import Any
 
 import msgspec
 import pytest
 
 from engine.shared.records import RequestTimes
 from server.generation.timings import ChoiceEnd, request_timings
-from server.schemas.answers import RequestTimings
 
 TIMES = RequestTimes(
     arrival=100.0,
@@ -25,57 +24,42 @@ TIMES = RequestTimes(
 )
 
 
-def compute(times: RequestTimes | None, monkeypatch: pytest.MonkeyPatch, received: float = 118.0) -> RequestTimings:
-    monkeypatch.setattr(time, "monotonic", lambda: 125.0)
-    ending = ChoiceEnd(times, num_output_tokens=8, received=received, detokenized=received + 0.25)
-    return request_timings(ending, arrival=100.0, submitted=101.0, seed=-5)
-
-
-def check_sum(computed: RequestTimings) -> None:
-    assert sum(msgspec.structs.astuple(computed.seconds)) == pytest.approx(computed.wall_s)
-    assert all(seconds >= 0 for seconds in msgspec.structs.astuple(computed.seconds))
-
-
-def test_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = compute(TIMES, monkeypatch)
+@pytest.mark.parametrize(
+    ("changes", "prefill", "decode", "preempted", "writing"),
+    [
+        ({}, 3.0, 7.5, 3.5, 7.75),
+        ({"finished": None}, 3.0, 8.5, 3.5, 6.75),  # a stop string, which the server finds
+        # A request that is only a prompt.
+        ({"first_token": None, "preemptions": (105.0,), "resumptions": (106.0,)}, 13.0, 0.0, 1.0, 7.75),
+    ],
+)
+def test_stages(changes: dict[str, Any], prefill: float, decode: float, preempted: float, writing: float) -> None:
+    times = msgspec.structs.replace(TIMES, **changes)
+    ending = ChoiceEnd(times, num_output_tokens=8, received=118.0, detokenized=118.25)
+    computed = request_timings(ending, arrival=100.0, submitted=101.0, seed=-5, now=125.0)
     assert msgspec.to_builtins(computed) == {
         "seed": -5,
         "wall_s": 25.0,
         "seconds": {
             "tokenizing": 1.0,
             "queue": 2.0,
-            "prefill": 3.0,
-            "decode": 7.5,
-            "preempted": 3.5,
+            "prefill": prefill,
+            "decode": decode,
+            "preempted": preempted,
             "detokenizing": 0.25,
-            "writing": 7.75,
+            "writing": writing,
         },
         "num_ahead": 4,
         "num_cached_tokens": 32,
         "num_computed_tokens": 18,
         "num_chunks": 3,
         "num_output_tokens": 8,
-        "num_preemptions": 2,
+        "num_preemptions": len(changes.get("preemptions", TIMES.preemptions)),
     }
-    check_sum(computed)
+    assert sum(msgspec.structs.astuple(computed.seconds)) == pytest.approx(25.0)
 
 
-def test_an_end_that_the_engine_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the server finds a stop string, the choice ends when its last token is received."""
-    computed = compute(msgspec.structs.replace(TIMES, finished=None), monkeypatch)
-    assert (computed.seconds.decode, computed.seconds.writing) == (8.5, 6.75)
-    check_sum(computed)
-
-
-def test_a_request_that_is_only_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = compute(
-        msgspec.structs.replace(TIMES, first_token=None, preemptions=(105.0,), resumptions=(106.0,)), monkeypatch
-    )
-    assert (computed.seconds.prefill, computed.seconds.decode) == (13.0, 0.0)
-    check_sum(computed)
-
-
-def test_a_request_that_ended_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = compute(None, monkeypatch)
-    assert (computed.seconds.queue, computed.seconds.prefill, computed.seconds.decode) == (17.0, 0.0, 0.0)
-    check_sum(computed)
+def test_a_request_that_ended_in_the_queue() -> None:
+    ending = ChoiceEnd(None, num_output_tokens=0, received=118.0, detokenized=118.0)
+    seconds = request_timings(ending, arrival=100.0, submitted=101.0, seed=-5, now=125.0).seconds
+    assert msgspec.structs.astuple(seconds) == (1.0, 17.0, 0.0, 0.0, 0.0, 0.0, 7.0)

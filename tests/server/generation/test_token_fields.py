@@ -1,7 +1,5 @@
 """vLLM's additions: token ids, and log probabilities of the prompt."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,19 +9,12 @@ from tests.support.clients import (
     COMPLETIONS,
     ask_json,
     ask_stream,
-    shared_server,
 )
 from tests.support.fake_engine import EOS_TOKEN_ID
 from tests.support.serving import RunningServer
 
 BOTH = (COMPLETIONS, CHAT)
 REPLY = [*b"Hello, world!"]
-
-
-@pytest.fixture(scope="module")
-def server(model_folder: Path) -> Iterator[RunningServer]:
-    with shared_server(model_folder) as server:
-        yield server
 
 
 def prompt_ids(server: RunningServer) -> list[int]:

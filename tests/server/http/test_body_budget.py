@@ -2,22 +2,23 @@
 
 import asyncio
 import json
+import select
 import socket
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import cast
 
 import httpx
-import openai
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from server.http.body_budget import FREE_BYTES, BodyBudget, BodyShare
+from server.http.body_middleware import DISCARD_TIMEOUT
 from server.http.errors import BuffersExceedMemoryError
-from tests.server.conftest import StartServer
+from tests.support.clients import shared_server
 from tests.support.serving import RunningServer, check_envelope, raw_request, read_response, wait_until
 
 pytestmark = pytest.mark.checklist("A17")
@@ -103,87 +104,60 @@ class Bodies(RuleBasedStateMachine):
 TestBodies = Bodies.TestCase
 
 
-@contextmanager
-def unfinished(server: RunningServer, num_bytes: int) -> Iterator[socket.socket]:
-    """A connection that has sent all of a large body but its last byte."""
-    body = json.dumps({"prompt": "x" * num_bytes}).encode()
-    with server.connect() as connection:
-        connection.sendall(raw_request("POST", "/tokenize", body, **HEAD)[:-1])
-        yield connection
+@pytest.fixture(scope="module")
+def small(model_folder: Path) -> Iterator[RunningServer]:
+    """A server that holds a MiB of bodies."""
+    with shared_server(model_folder, settings={"max_buffered_bytes": MAX_BYTES}) as server:
+        yield server
+        server.reset()
 
 
-def test_the_longest_waiting_bodies_are_refused_first(start_server: StartServer) -> None:
-    server = start_server(max_buffered_bytes=MAX_BYTES)
+def test_the_longest_waiting_bodies_are_refused_first(small: RunningServer) -> None:
+    body = json.dumps({"prompt": "x" * 200_000}).encode()
+
+    def has_answer(connection: socket.socket) -> bool:
+        """Whether the server has waited for the rest of the body, and answered."""
+        small.turn(DISCARD_TIMEOUT)
+        return bool(select.select([connection], [], [], 0)[0])
+
     with ExitStack() as stack:
         connections = []
-        for _ in range(10):
-            connections.append(stack.enter_context(unfinished(server, 200_000)))
-            time.sleep(0.05)
-        for connection in connections[:5]:
-            status, headers, body = read_response(connection)
-            assert status == 503
-            assert headers["connection"] == "close"
-            assert headers["retry-after"] == "2"
-            assert check_envelope(body)["code"] == "server_is_overloaded"
-            assert connection.recv(1) == b""
+        for number in range(10):
+            connections.append(stack.enter_context(small.connect()))
+            connections[-1].sendall(raw_request("POST", "/tokenize", body, **HEAD)[:-1])
+            wait_until(lambda: small.num_requests == min(number + 1, 5))  # noqa: B023
+            if number >= 5:
+                wait_until(lambda: has_answer(connections[number - 5]))  # noqa: B023
+                status, headers, error = read_response(connections[number - 5])
+                assert (status, headers["connection"], headers["retry-after"]) == (503, "close", "2")
+                assert check_envelope(error)["code"] == "server_is_overloaded"
+                assert connections[number - 5].recv(1) == b""
         for connection in connections[5:]:
             connection.sendall(b"}")
             assert read_response(connection)[0] == 200
 
 
-def test_no_body_may_be_larger_than_the_budget(start_server: StartServer) -> None:
-    server = start_server(max_buffered_bytes=50_000)
-    with server.connect() as connection:
-        connection.sendall(raw_request("POST", "/tokenize", b" " * 50_001, **HEAD))
+def test_no_body_may_be_larger_than_the_budget(small: RunningServer) -> None:
+    with small.connect() as connection:
+        connection.sendall(raw_request("POST", "/tokenize", b" " * (MAX_BYTES + 1), **HEAD))
         assert read_response(connection)[0] == 413
 
 
-@contextmanager
-def large_request(server: RunningServer, num_bytes: int) -> Iterator[threading.Thread]:
-    """A request whose response begins when the engine goes on."""
-    server.engine.pause()
-    body = {"model": "tiny", "prompt": "x", "padding": "x" * num_bytes}
-    thread = threading.Thread(target=lambda: httpx.post(server.url + "/v1/completions", json=body, timeout=30))
-    thread.start()
-    try:
-        yield thread
-    finally:
-        server.engine.resume()
-        thread.join()
-
-
-def test_a_complete_body_counts_until_its_response(start_server: StartServer) -> None:
+def test_a_complete_body_counts_until_its_response(small: RunningServer) -> None:
     """Small requests pass meanwhile, large ones are refused."""
-    server = start_server(max_buffered_bytes=MAX_BYTES)
+    body = {"model": "tiny", "prompt": "x", "padding": "x" * 900_000}
     large = json.dumps({"tokens": [97] * 80_000}).encode()  # whose answer is much smaller
-    headers = {"content-type": "application/json"}
 
     def detokenize(body: bytes) -> int:
-        return httpx.post(server.url + "/detokenize", content=body, headers=headers).status_code
+        headers = {"content-type": "application/json"}
+        return httpx.post(small.url + "/detokenize", content=body, headers=headers).status_code
 
-    with large_request(server, 900_000):
-        wait_until(lambda: server.engine.num_choices == 1)
+    small.engine.pause()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(httpx.post, small.url + "/v1/completions", json=body, timeout=60)
+        wait_until(lambda: small.engine.num_choices == 1)
         assert detokenize(large) == 503
         assert detokenize(b'{"tokens": [97]}') == 200
+        small.engine.resume()
+        assert first.result().status_code == 200
     assert detokenize(large) == 200
-
-
-def test_openais_client_retries(start_server: StartServer) -> None:
-    """Its large request waits for another one, and then succeeds."""
-    server = start_server(max_buffered_bytes=8 << 20)
-    answers: list[str] = []
-
-    def ask() -> None:
-        padding = {"padding": "x" * 5_000_000}
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2) as client:
-            completion = client.completions.create(model="tiny", prompt="x", extra_body=padding, timeout=30)
-        answers.append(completion.choices[0].text)
-
-    with large_request(server, 7_000_000):
-        wait_until(lambda: server.engine.num_choices == 1)
-        thread = threading.Thread(target=ask)
-        thread.start()
-        refused = {"handler": "none", "method": "POST", "status": "503"}
-        wait_until(lambda: server.metric("http_requests_total", **refused) == 1)
-    thread.join()
-    assert answers == ["Hello, world!"]

@@ -1,6 +1,7 @@
 """Limits of tenants over real sockets, and as the official client sees them."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,129 +9,128 @@ import httpx
 import openai
 import pytest
 
-from tests.server.conftest import StartServer
-from tests.support.clients import write_keys_file
-from tests.support.fake_engine import FakeEngine
+from tests.support.clients import shared_server
 from tests.support.serving import RunningServer, check_error, wait_until
 
-REQUEST = {"model": "tiny", "prompt": "abcd", "max_tokens": 2}
+REQUEST: dict[str, Any] = {"model": "tiny", "prompt": "abcd", "max_tokens": 2}
 COMPLETIONS = "/v1/completions"
-Start = Callable[..., RunningServer]
+# Tenants, whose keys are their names -> their limits.
+TENANTS = {
+    "calls": "requests-per-minute: 2",
+    "many": "requests-per-minute: 9",
+    "tokens": "tokens-per-minute: 10",
+    "day": "tokens-per-day: 6",
+    "two": "max-concurrent-requests: 2",
+    "first": "negative-priority: true",
+    "free": "weight: 1",
+}
+
+
+@pytest.fixture(scope="module")
+def limited(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server of `TENANTS`, for whom time stands still."""
+    file = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in TENANTS}
+    file.write_text("".join(f"{name}: {{keys: {digests[name]}, {limit}}}\n" for name, limit in TENANTS.items()))
+    with shared_server(model_folder, settings={"api_keys_file": str(file)}) as server:
+        for tenant in server.context.api_keys.known.values():
+            moment = tenant.account._clock()
+            tenant.account._clock = lambda moment=moment: moment
+            tenant.account._wall_clock = lambda: 1e9
+        yield server
 
 
 @pytest.fixture
-def start(start_server: StartServer, tmp_path: Path) -> Start:
-    """A function that starts a server with the tenant `alice`, whose key is `a` and who has limits, and `bob`."""
-
-    def start(**limits: Any) -> RunningServer:
-        return start_server(api_keys_file=str(write_keys_file(tmp_path, **limits)))
-
-    return start
+def server(limited: RunningServer) -> Iterator[RunningServer]:
+    yield limited
+    limited.reset()
 
 
-def client(server: RunningServer, key: str = "a", **options: Any) -> openai.OpenAI:
+def client(server: RunningServer, key: str, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, **{"max_retries": 0, **options})
 
 
-def ask(server: RunningServer, key: str = "a", path: str = COMPLETIONS, **fields: Any) -> httpx.Response:
+def ask(server: RunningServer, key: str, path: str = COMPLETIONS, **fields: Any) -> httpx.Response:
     headers = {"authorization": f"Bearer {key}", "origin": "http://localhost:1"}
     body = REQUEST | fields if path == COMPLETIONS else fields
-    return httpx.post(server.url + path, json=body, headers=headers, timeout=20)
+    return httpx.post(server.url + path, json=body, headers=headers, timeout=60)
 
 
-def usage(server: RunningServer, key: str = "a") -> dict[str, Any]:
+def usage(server: RunningServer, key: str) -> dict[str, Any]:
     (entry,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
     return dict(entry)
 
 
-def test_requests_per_minute_as_the_official_client_sees_them(start: Start) -> None:
-    server = start(requests_per_minute=2)
-    with client(server) as alice:
-        answers = [alice.completions.with_raw_response.create(**REQUEST) for _ in range(2)]  # type: ignore[call-overload]
-        for answer, left in zip(answers, ("1", "0"), strict=True):
+def test_requests_per_minute_as_the_official_client_sees_them(server: RunningServer) -> None:
+    with client(server, "calls") as calls:
+        for left, reset in (("1", "30s"), ("0", "1m0s")):
+            answer = calls.completions.with_raw_response.create(**REQUEST)
             assert answer.headers["x-ratelimit-limit-requests"] == "2"
             assert answer.headers["x-ratelimit-remaining-requests"] == left
-            assert answer.headers["x-ratelimit-reset-requests"].endswith("s")
+            assert answer.headers["x-ratelimit-reset-requests"] == reset
             assert "x-ratelimit-limit-tokens" not in answer.headers
         with pytest.raises(openai.RateLimitError) as caught:
-            alice.completions.create(**REQUEST)  # type: ignore[call-overload]
+            calls.completions.create(**REQUEST)
         assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "requests")
         headers = caught.value.response.headers
-        assert 1 <= int(headers["retry-after"]) <= 30
-        assert headers["x-ratelimit-remaining-requests"] == "0"
-        assert alice.models.list().data[0].id == "tiny"  # is not counted
-    assert ask(server, "b").status_code == 200
-    assert not [name for name in ask(server, "b").headers if name.startswith("x-ratelimit")]
+        assert (headers["retry-after"], headers["x-ratelimit-remaining-requests"]) == ("30", "0")
+        assert calls.models.list().data[0].id == "tiny"  # is not counted
+    assert not [name for name in ask(server, "free").headers if name.startswith("x-ratelimit")]
 
 
-def test_the_official_client_waits_for_its_turn(start: Start) -> None:
-    server = start(requests_per_minute=60)
-    with client(server, max_retries=1) as alice:
-        for _ in range(61):
-            assert alice.completions.create(**REQUEST).choices  # type: ignore[call-overload]
-
-
-def test_tokens_per_minute(start: Start) -> None:
-    server = start(tokens_per_minute=10)
-    first, second = ask(server), ask(server)
+def test_tokens_per_minute(server: RunningServer) -> None:
+    first, second = ask(server, "tokens"), ask(server, "tokens")
     assert (first.status_code, second.status_code) == (200, 200)
     assert first.headers["x-ratelimit-limit-tokens"] == "10"
     assert int(second.headers["x-ratelimit-remaining-tokens"]) <= 4
-    error = check_error(ask(server), 429)
+    error = check_error(ask(server, "tokens"), 429)
     assert (error["code"], error["type"]) == ("rate_limit_exceeded", "tokens")
     assert error["message"].startswith("Rate limit reached: 10 tokens per minute. Please try again in ")
-    assert usage(server)["prompt_tokens"] == 8
+    assert usage(server, "tokens")["prompt_tokens"] == 8
 
 
-def test_tokens_per_day(start: Start) -> None:
-    server = start(tokens_per_day=6)
-    assert ask(server).status_code == 200
-    with client(server, max_retries=5) as alice, pytest.raises(openai.RateLimitError) as caught:
-        alice.completions.create(**REQUEST)  # type: ignore[call-overload]
+def test_tokens_per_day(server: RunningServer) -> None:
+    assert ask(server, "day").status_code == 200
+    with client(server, "day", max_retries=5) as day, pytest.raises(openai.RateLimitError) as caught:
+        day.completions.create(**REQUEST)
     assert (caught.value.code, caught.value.type) == ("insufficient_quota", "insufficient_quota")
-    assert ask(server, "b").status_code == 200
-    assert usage(server)["num_requests"] == 1
-    assert usage(server)["total_tokens_today"] == 6
+    assert ask(server, "free").status_code == 200
+    assert usage(server, "day")["num_requests"] == 1
+    assert usage(server, "day")["total_tokens_today"] == 6
 
 
-@pytest.fixture
-def _endless(fake_engine: FakeEngine) -> None:
-    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+def test_requests_at_a_time(server: RunningServer) -> None:
+    server.engine.config.endless, server.engine.config.step_seconds = True, 0.01
 
+    def wait_for(number: int) -> None:
+        wait_until(lambda: usage(server, "two")["num_running_requests"] == number)
 
-@pytest.mark.usefixtures("_endless")
-def test_requests_at_a_time(start: Start) -> None:
-    server = start(max_concurrent_requests=2)
-    stream = {"json": REQUEST | {"max_tokens": 1000, "stream": True}, "headers": {"authorization": "Bearer a"}}
+    body, headers = REQUEST | {"max_tokens": 1000, "stream": True}, {"authorization": "Bearer two"}
     background: dict[str, Any] = {"model": "tiny", "input": "a", "background": True, "max_output_tokens": 1000}
-    with httpx.stream("POST", server.url + COMPLETIONS, **stream):  # type: ignore[arg-type]
-        made = ask(server, path="/v1/responses", **background).json()
-        wait_until(lambda: usage(server)["num_running_requests"] == 2)
-        error = check_error(ask(server), 429)
-        assert (error["code"], error["message"].split(":")[1].split(".")[0]) == (
-            "rate_limit_exceeded",
-            " 2 requests at a time",
-        )
-        assert ask(server, path=f"/v1/responses/{made['id']}/cancel").status_code == 200  # is not counted
-        wait_until(lambda: usage(server)["num_running_requests"] == 1)
-    wait_until(lambda: usage(server)["num_running_requests"] == 0)
-    assert ask(server).status_code == 200
+    with httpx.stream("POST", server.url + COMPLETIONS, json=body, headers=headers):
+        made = ask(server, "two", path="/v1/responses", **background).json()
+        wait_for(2)
+        error = check_error(ask(server, "two"), 429)
+        assert error["code"] == "rate_limit_exceeded"
+        assert ": 2 requests at a time." in error["message"]
+        assert ask(server, "two", path=f"/v1/responses/{made['id']}/cancel").status_code == 200  # is not counted
+        wait_for(1)
+    wait_for(0)
+    assert ask(server, "two").status_code == 200
 
 
-def test_only_some_tenants_go_first(start: Start) -> None:
-    server = start(negative_priority=True)
-    answers = [ask(server, key, priority=-9) for key in ("a", "b")]
+def test_only_some_tenants_go_first(server: RunningServer) -> None:
+    answers = [ask(server, key, priority=-9) for key in ("first", "free")]
     assert [submit.priority for submit in server.engine.submits] == [-9, 0]
     assert "x-lightwell-warnings" not in answers[0].headers
     assert answers[1].headers["x-lightwell-warnings"] == "priority raised to 0: the API key allows no lower one"
-    ask(server, "b", priority=5)
+    ask(server, "free", priority=5)
     assert server.engine.submits[-1].priority == 5
-    ask(server, "b", path="/v1/embeddings", model="tiny", input="x", priority=-9)
+    ask(server, "free", path="/v1/embeddings", model="tiny", input="x", priority=-9)
     assert server.engine.submits[-1].priority == 0
 
 
-def test_bad_requests_count_and_headers_are_on_every_answer(start: Start) -> None:
-    server = start(requests_per_minute=9)
+def test_bad_requests_count_and_headers_are_on_every_answer(server: RunningServer) -> None:
     for number, (method, path) in enumerate([("POST", COMPLETIONS), ("POST", "/none"), ("GET", "/v1/models")]):
-        answer = httpx.request(method, server.url + path, headers={"authorization": "Bearer a"}, content=b"{")
+        answer = httpx.request(method, server.url + path, headers={"authorization": "Bearer many"}, content=b"{")
         assert answer.headers["x-ratelimit-remaining-requests"] == str(9 - min(number + 1, 2))

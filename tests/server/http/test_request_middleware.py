@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from server.http.request_middleware import choose_request_id
 from tests.server.conftest import StartServer
+from tests.support.clients import COMPLETIONS, shared_server
 from tests.support.serving import (
     RunningServer,
     check_error,
@@ -23,8 +25,8 @@ from tests.support.serving import (
 
 
 @pytest.mark.parametrize("given", ["abc", "A.b_c-1", "x" * 128])
-def test_a_harmless_request_id_is_kept(server: RunningServer, given: str) -> None:
-    assert httpx.get(server.url + "/health", headers={"x-request-id": given}).headers["x-request-id"] == given
+def test_a_harmless_request_id_is_kept(given: str) -> None:
+    assert choose_request_id(given) == given
 
 
 @pytest.mark.checklist("A15")
@@ -91,11 +93,10 @@ def access_fields(caplog: pytest.LogCaptureFixture, path: str) -> dict[str, Any]
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_and_speed_of_a_generation(
-    start_server: StartServer, caplog: pytest.LogCaptureFixture, stream: bool
+    server: RunningServer, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     """The counts are those of the answer's `usage`."""
     caplog.set_level(logging.INFO)
-    server = start_server()
     body = {"model": "tiny", "prompt": "Hello", "n": 2, "max_tokens": 5, "stream": stream}
     if stream:
         body["stream_options"] = {"include_usage": True}
@@ -146,11 +147,9 @@ def test_http_metrics_count_routes_and_not_paths(server: RunningServer) -> None:
     for path in ("/v1/models/tiny", "/v1/models/org/tiny", "/a", "/b"):
         httpx.get(server.url + path)
     httpx.request("BREW", server.url + "/c")
-    registry = server.context.metrics.registry
 
-    def count(handler: str, method: str, status: str) -> float | None:
-        labels = {"handler": handler, "method": method, "status": status}
-        return registry.get_sample_value("http_requests_total", labels)
+    def count(handler: str, method: str, status: str) -> float:
+        return server.metric("http_requests_total", handler=handler, method=method, status=status)
 
     wait_until(lambda: count("none", "other", "404"))
     assert count("/v1/models/{model_id:path}", "GET", "200") == 2
@@ -166,12 +165,17 @@ def test_retries_are_counted(server: RunningServer, value: str, expected: int) -
     assert server.metric("lightwell_retried_requests_total") == expected
 
 
+@pytest.fixture(scope="module")
+def prefixed(model_folder: Path) -> Iterator[RunningServer]:
+    with shared_server(model_folder, settings={"root_path": "/llm", "api_key": ("k",)}) as server:
+        yield server
+
+
 @pytest.mark.checklist("B03")
 @pytest.mark.parametrize("prefix", ["", "/llm"])
-def test_paths_may_have_the_prefix_of_a_proxy(start_server: StartServer, prefix: str) -> None:
+def test_paths_may_have_the_prefix_of_a_proxy(prefixed: RunningServer, prefix: str) -> None:
     """A proxy may remove it or not; either way the rest of the path decides, also which paths need a key."""
-    server = start_server(root_path="/llm", api_key=("k",))
-    with httpx.Client(base_url=server.url + prefix, timeout=60) as client:
+    with httpx.Client(base_url=prefixed.url + prefix, timeout=60) as client:
         for path in ("/", "/docs", "/assets/app/main.js", "/healthz"):
             assert client.get(path).status_code == 200, path
         assert [client.get(path).status_code for path in ("/v1/models", "/llmv1/models")] == [401, 401]
@@ -182,37 +186,33 @@ def test_paths_may_have_the_prefix_of_a_proxy(start_server: StartServer, prefix:
         assert client.post("/v1/messages", json={}).json()["type"] == "error"  # Anthropic's envelope, by the path
 
 
-def test_the_prefix_alone_leads_to_the_page(start_server: StartServer) -> None:
+def test_the_prefix_alone_leads_to_the_page(prefixed: RunningServer) -> None:
     """With a slash, to which the page's paths are relative."""
-    server = start_server(root_path="/llm")
-    response = httpx.get(server.url + "/llm", follow_redirects=True)
+    headers = {"authorization": "Bearer k"}
+    response = httpx.get(prefixed.url + "/llm", follow_redirects=True, headers=headers)
     assert (response.status_code, response.url.path) == (200, "/llm/")
-    assert httpx.get(server.url + "/llmx").status_code == 404
+    assert httpx.get(prefixed.url + "/llmx", headers=headers).status_code == 404
 
 
 @pytest.mark.parametrize(
-    ("trusted", "forwarded", "client"),
+    ("trusted", "clients"),
     [
-        ((), "10.1.1.1", "127.0.0.1"),
-        (("127.0.0.0/8",), "10.1.1.1", "10.1.1.1"),
-        (("127.0.0.0/8",), "6.6.6.6, 10.1.1.1", "10.1.1.1"),  # the first one is what the client claims
-        (("127.0.0.0/8", "10.1.0.0/16"), "6.6.6.6, 9.9.9.9, 10.1.1.1", "9.9.9.9"),
-        (("10.0.0.0/8",), "10.1.1.1", "127.0.0.1"),
-        (("*",), "10.1.1.1", "10.1.1.1"),
-        (("*",), "1.2.3.4 status=200", "-"),
-        (("*",), "unknown", "-"),
+        ((), {"10.1.1.1": "127.0.0.1"}),
+        (("10.0.0.0/8",), {"10.1.1.1": "127.0.0.1"}),
+        (("127.0.0.0/8",), {"10.1.1.1": "10.1.1.1", "6.6.6.6, 10.1.1.1": "10.1.1.1"}),  # the first is what it claims
+        (("127.0.0.0/8", "10.1.0.0/16"), {"6.6.6.6, 9.9.9.9, 10.1.1.1": "9.9.9.9"}),
+        (("*",), {"10.1.1.1": "10.1.1.1", "1.2.3.4 status=200": "-", "unknown": "-"}),
     ],
 )
 def test_only_trusted_proxies_name_the_client(
-    start_server: StartServer, caplog: pytest.LogCaptureFixture, trusted: tuple[str, ...], forwarded: str, client: str
+    start_server: StartServer, caplog: pytest.LogCaptureFixture, trusted: tuple[str, ...], clients: dict[str, str]
 ) -> None:
     """In the log, and as the tenant."""
     caplog.set_level(logging.INFO)
     server = start_server(server={"forwarded_allow_ips": trusted})
-    body = {"model": "tiny", "prompt": "x"}
-    headers = {"x-forwarded-for": forwarded}
-    assert httpx.post(server.url + "/v1/completions", json=body, headers=headers).status_code == 200
-    assert server.engine.submits[-1].tenant == client.strip("-")
-    wait_until(lambda: any(record.name == "server.access" for record in caplog.records))
-    (record,) = [record for record in caplog.records if record.name == "server.access"]
-    assert record.__dict__["fields"]["client"] == client
+    for forwarded, client in clients.items():
+        caplog.clear()
+        body, headers = {"model": "tiny", "prompt": "x"}, {"x-forwarded-for": forwarded}
+        assert httpx.post(server.url + COMPLETIONS, json=body, headers=headers).status_code == 200
+        assert server.engine.submits[-1].tenant == client.strip("-")
+        assert access_fields(caplog, COMPLETIONS)["client"] == client

@@ -23,8 +23,7 @@ from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, ask_json
 from tests.support.otlp_receiver import OTLPReceiver, Reply, accept, attributes
 from tests.support.serving import RunningServer, wait_until
-
-EXPORT_SECONDS = 10  # after which the SDK gives up a batch
+from tests.support.turned_loop import TurnedLoop, standing_still, turn
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -52,14 +51,7 @@ def nonsense(handler: BaseHTTPRequestHandler) -> None:
     handler.close_connection = True
 
 
-def hang_up(handler: BaseHTTPRequestHandler) -> None:
-    handler.connection.shutdown(socket.SHUT_RDWR)
-    handler.close_connection = True
-
-
-@pytest.mark.parametrize(
-    "reply", [status(500), status(404), status(429, retry_after="100000"), status(503), nonsense, hang_up]
-)
+@pytest.mark.parametrize("reply", [status(404), status(429, retry_after="100000"), nonsense])
 def test_a_receiver_that_fails(
     monkeypatch: pytest.MonkeyPatch,
     start_traced: StartServer,
@@ -68,14 +60,14 @@ def test_a_receiver_that_fails(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its spans may be lost; later ones arrive when it works again. Each kind of failure is logged once."""
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2.5")  # seconds in which a batch is tried again
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.5")  # seconds in which a batch is tried again
     traced = start_traced()
     receiver.reply = reply
     for _ in range(3):
         count = len(receiver.requests)
         ask_json(traced.url, CHAT)
-        wait_until(lambda count=count: len(receiver.requests) > count, 30)
-    wait_until(lambda: any("OpenTelemetry" in message for message in messages(caplog)), 30)
+        wait_until(lambda count=count: len(receiver.requests) > count)
+    wait_until(lambda: any("OpenTelemetry" in message for message in messages(caplog)))
     receiver.reply = accept
     receiver.requests.clear()
     ask_json(traced.url, CHAT)
@@ -110,7 +102,7 @@ def test_nobody_listens(start_server: StartServer, caplog: pytest.LogCaptureFixt
     server = start_server(otlp_endpoint=f"http://127.0.0.1:{port}")
     for _ in range(20):
         ask_json(server.url, CHAT)
-    wait_until(lambda: any("refused" in message for message in messages(caplog)), 30)
+    wait_until(lambda: any("refused" in message for message in messages(caplog)))
     assert len(messages(caplog)) <= 3, "the address, and at most two failures"
 
 
@@ -133,8 +125,8 @@ def test_a_receiver_that_hangs(
     assert len(receiver.requests) == 1
     num_sent = len(receiver.spans)
     released.set()
-    wait_until(lambda: len(receiver.spans) >= num_sent + 16, 60)
-    time.sleep(0.2)
+    assert server.context.tracer is not None
+    server.context.tracer._provider.force_flush()
     assert len(receiver.spans) == num_sent + 16, "the batch that was being sent, and the queue"
     assert [message for message in messages(caplog) if "Queue full" in message] == [
         "OpenTelemetry: Queue full, dropping Span."
@@ -147,7 +139,8 @@ def test_messages_are_repeated_after_a_while(caplog: pytest.LogCaptureFixture) -
     sdk.addHandler(tracer._SeldomHandler(moments.__next__))
     for number in range(5):
         sdk.warning("number %d", number)
-    assert messages(caplog) == ["OpenTelemetry: number 0", "OpenTelemetry: number 3"]
+    own = [message for message in messages(caplog) if "number" in message]  # threads of other tests may log, too
+    assert own == ["OpenTelemetry: number 0", "OpenTelemetry: number 3"]
 
 
 # Shutdown.
@@ -173,11 +166,19 @@ def test_the_end_does_not_wait_for_a_receiver_that_hangs(
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
     spans = Tracer(receiver.url)
     record(spans)
-    wait_until(lambda: bool(receiver.requests), 30)
+    wait_until(lambda: bool(receiver.requests))
     record(spans)
-    started = time.monotonic()
-    asyncio.run(spans.close())
-    assert CLOSE_SECONDS <= time.monotonic() - started < EXPORT_SECONDS
+
+    async def close() -> None:
+        with standing_still():
+            closing = asyncio.create_task(spans.close())
+            await turn(CLOSE_SECONDS - 0.1)
+            assert not closing.done()
+            await turn(0.2)
+            await closing
+
+    with asyncio.Runner(loop_factory=TurnedLoop) as runner:
+        runner.run(close())
     released.set()
 
 
@@ -262,7 +263,7 @@ def test_spans_of_any_headers_can_be_sent(spans: tuple[Tracer, OTLPReceiver]) ->
     record(spans[0], "last")
     processor = spans[0]._provider._active_span_processor._span_processors[0]
     assert isinstance(processor, BatchSpanProcessor)
-    wait_until(lambda: any(span.name == "last" for span in spans[1].spans), 30)
+    wait_until(lambda: any(span.name == "last" for span in spans[1].spans))
     assert all(attributes(span.attributes) == {"a": 1} for span in spans[1].spans)
 
 

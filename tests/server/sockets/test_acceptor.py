@@ -5,14 +5,19 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import pytest
 
 from server.sockets import acceptor
 from server.sockets.acceptor import Acceptor, Waiting
 from server.sockets.listeners import bind
+from server.sockets.starter import Starter
+from tests.support.turned_loop import TurnedLoop, turn
+
+T = TypeVar("T")
 
 FLOOD, OTHER = "127.0.0.1", "127.0.0.3"
 
@@ -35,6 +40,11 @@ def listener() -> Iterator[socket.socket]:
         yield listener
 
 
+def run(work: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=TurnedLoop) as runner:
+        return runner.run(work)
+
+
 def connect(stack: ExitStack, listener: socket.socket, address: str) -> socket.socket:
     return stack.enter_context(socket.create_connection(listener.getsockname(), source_address=(address, 0)))
 
@@ -43,8 +53,8 @@ async def accept_all(listener: socket.socket, num_free: int = 1000) -> list[tupl
     """Return the addresses of the clients whose connections are started, in that order."""
     transports: list[asyncio.Transport] = []
     accepting = Acceptor([listener], lambda: Started(transports), num_free=lambda: num_free)
-    while select.select([listener], [], [], 0)[0] or accepting._waiting:  # noqa: ASYNC110  (it takes a few turns)
-        await asyncio.sleep(0)
+    while select.select([listener], [], [], 0)[0] or accepting._waiting:
+        await turn(acceptor.RETRY_SECONDS)
     await close_all(accepting, transports)
     return [transport.get_extra_info("peername") for transport in transports]
 
@@ -62,7 +72,7 @@ def test_another_network_is_next(listener: socket.socket) -> None:
     with ExitStack() as stack:
         flood = [connect(stack, listener, FLOOD) for _ in range(60)]
         other = connect(stack, listener, OTHER)
-        started = asyncio.run(accept_all(listener))
+        started = run(accept_all(listener))
         assert other.getsockname() in started[:2]
         assert [each for each in started if each[0] == FLOOD] == [each.getsockname() for each in flood]
 
@@ -75,7 +85,7 @@ def test_what_there_is_no_room_for_is_closed(listener: socket.socket, monkeypatc
     with ExitStack() as stack:
         other = [connect(stack, listener, OTHER) for _ in range(3)]
         flood = [connect(stack, listener, FLOOD) for _ in range(200)]
-        started = asyncio.run(accept_all(listener, num_free=0))
+        started = run(accept_all(listener, num_free=0))
         assert {each.getsockname() for each in other} <= set(started)
         assert flood[-1].getsockname() in started
         assert 40 < len(started) < 60
@@ -105,9 +115,9 @@ def test_connections_that_wait_are_closed_at_the_end(listener: socket.socket) ->
 
     with ExitStack() as stack:
         connections = [connect(stack, listener, FLOOD) for _ in range(20)]
-        asyncio.run(accept_and_close())
+        run(accept_and_close())
         for connection in connections:
-            connection.settimeout(2)
+            connection.settimeout(60)
             assert is_closed(connection)
 
 
@@ -135,14 +145,34 @@ class Failing(socket.socket):
 def test_accepting_goes_on_after_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
 ) -> None:
-    monkeypatch.setattr(acceptor, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(Failing, "error", error)
     with ExitStack() as stack:
         listener = stack.enter_context(Failing(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         connections = [connect(stack, listener, FLOOD) for _ in range(2)]
-        assert asyncio.run(accept_all(listener)) == [each.getsockname() for each in connections]
+        assert run(accept_all(listener)) == [each.getsockname() for each in connections]
     assert [record.getMessage() for record in caplog.records] == [
         f"a connection cannot be accepted: {os.strerror(error)}"
     ]
+
+
+# A connection whose protocol cannot be made.
+
+
+def test_a_connection_that_cannot_be_started_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> asyncio.BaseProtocol:
+        raise ValueError("a bug")
+
+    async def start(connection: socket.socket) -> None:
+        starter = Starter(fail)
+        starter.start(connection)
+        await starter.wait()
+
+    client, connection = socket.socketpair()
+    with client, connection:
+        asyncio.run(start(connection))
+        client.settimeout(60)
+        assert client.recv(1) == b""
+    (record,) = [record for record in caplog.records if record.name == "server.sockets.starter"]
+    assert record.getMessage() == "a connection could not be started"

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from server import main
 from server.main import make_server
 from server.settings.process_configs import WorkerLink
 from server.sockets import acceptor
@@ -28,6 +27,8 @@ from server.sockets.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
 from server.sockets.listeners import bind, bind_unix
 from tests.support.paths import ROOT
 from tests.support.serving import wait_until
+
+pytestmark = pytest.mark.anyio
 
 TLS = ROOT / "tests/support/tls"
 ROOM = 1000
@@ -57,7 +58,7 @@ class Echo(asyncio.Protocol):
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let other tasks run until `condition()` is true."""
-    await asyncio.to_thread(wait_until, condition, timeout=20)
+    await asyncio.to_thread(wait_until, condition)
 
 
 async def until_open(connections: list[Echo], number: int) -> None:
@@ -84,7 +85,7 @@ def connect(listener: socket.socket, stack: ExitStack) -> Connect:
 
     def connect() -> socket.socket:
         connection = stack.enter_context(socket.socket(listener.family, socket.SOCK_STREAM))
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.connect(listener.getsockname())
         return connection
 
@@ -162,194 +163,165 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
-def test_connections_are_spread_evenly(listener: socket.socket, connect: Connect) -> None:
-    async def spread() -> None:
-        async with running(listener, 3) as (coordinator, workers):
-            clients = [connect() for _ in range(40)]
-            processes = [coordinator.own, *(worker.own for worker in workers)]
-            await until(lambda: sum(map(len, processes)) == 40)
-            assert list(map(len, processes)) == [10] * 4
-            assert coordinator.num_passed_on == 30
-            for number, client in enumerate(clients):
-                client.send(b"%d" % number)
-                assert await asyncio.to_thread(client.recv, 10) == b"%d" % number
-
-    asyncio.run(spread())
+async def test_connections_are_spread_evenly(listener: socket.socket, connect: Connect) -> None:
+    async with running(listener, 3) as (coordinator, workers):
+        clients = [connect() for _ in range(40)]
+        processes = [coordinator.own, *(worker.own for worker in workers)]
+        await until(lambda: sum(map(len, processes)) == 40)
+        assert list(map(len, processes)) == [10] * 4
+        assert coordinator.num_passed_on == 30
+        for number, client in enumerate(clients):
+            client.send(b"%d" % number)
+            assert await asyncio.to_thread(client.recv, 10) == b"%d" % number
 
 
 @pytest.mark.parametrize(("num_workers", "shares"), [(1, [5, 7]), (3, [6, 12, 11, 11]), (7, [0] + 7 * [10])])
-def test_the_coordinator_keeps_fewer(
+async def test_the_coordinator_keeps_fewer(
     listener: socket.socket, connect: Connect, num_workers: int, shares: list[int]
 ) -> None:
     """It works for the streams of all."""
-
-    async def spread() -> None:
-        async with running(listener, num_workers, relay_cost=RELAY_COST) as (coordinator, workers):
-            processes = [coordinator.own, *(worker.own for worker in workers)]
-            for number in range(sum(shares)):
-                connect()
-                await until(lambda: sum(map(len, processes)) == number + 1)  # noqa: B023  (used at once)
-            assert list(map(len, processes)) == shares
-
-    asyncio.run(spread())
-
-
-def test_small_writes_of_a_worker_are_not_delayed(listener: socket.socket, connect: Connect) -> None:
-    async def check() -> None:
-        async with running(listener, 1) as (_, (worker,)):
-            client = connect()
-            await until(lambda: len(worker.own) == 1)
-            transport = worker.own[0].transport
-            passed_on = transport.get_extra_info("socket")
-            assert not os.get_inheritable(passed_on.fileno())
-            if listener.family == socket.AF_INET:
-                assert transport.get_extra_info("peername") == client.getsockname()
-                assert passed_on.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-    asyncio.run(check())
-
-
-def test_the_next_connection_goes_where_some_have_been_closed(listener: socket.socket, connect: Connect) -> None:
-    async def close_and_connect() -> None:
-        async with running(listener, 2) as (coordinator, workers):
-            processes = [coordinator.own, *(worker.own for worker in workers)]
-            clients = [connect() for _ in range(12)]
-            await until(lambda: list(map(len, processes)) == [4, 4, 4])
-            for process in (2, 0, 1):
-                names = [connection.transport.get_extra_info("peername") for connection in processes[process]]
-                if listener.family == socket.AF_INET:
-                    for client in [each for each in clients if each.getsockname() in names]:
-                        clients.remove(client)
-                        client.close()
-                else:
-                    for connection in processes[process]:
-                        connection.transport.close()
-                await until_open(processes[process], 0)
-                await coordinator.until_passed_on(8 if process == 0 else 4)
-                clients += [connect() for _ in range(4)]
-                await until(lambda: list(map(len, processes)) == [4, 4, 4])
-
-    asyncio.run(close_and_connect())
-
-
-def test_a_worker_that_still_starts_gets_nothing(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
-    async def check() -> None:
-        end, other_end = pair(stack)
-        coordinator = Coordinator(listener, [end])
-        for _ in range(3):
+    async with running(listener, num_workers, relay_cost=RELAY_COST) as (coordinator, workers):
+        processes = [coordinator.own, *(worker.own for worker in workers)]
+        for number in range(sum(shares)):
             connect()
-        await until(lambda: len(coordinator.own) == 3)
-        assert coordinator.workers.num_free == 0
-        worker = Worker(other_end)
-        await until(lambda: coordinator.workers.num_free == ROOM)
-        connect()
+            await until(lambda: sum(map(len, processes)) == number + 1)  # noqa: B023  (used at once)
+        assert list(map(len, processes)) == shares
+
+
+async def test_small_writes_of_a_worker_are_not_delayed(listener: socket.socket, connect: Connect) -> None:
+    async with running(listener, 1) as (_, (worker,)):
+        client = connect()
         await until(lambda: len(worker.own) == 1)
-        await coordinator.close()
-        await worker.close()
+        transport = worker.own[0].transport
+        passed_on = transport.get_extra_info("socket")
+        assert not os.get_inheritable(passed_on.fileno())
+        if listener.family == socket.AF_INET:
+            assert transport.get_extra_info("peername") == client.getsockname()
+            assert passed_on.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
-    asyncio.run(check())
+
+async def test_the_next_connection_goes_where_some_have_been_closed(listener: socket.socket, connect: Connect) -> None:
+    async with running(listener, 2) as (coordinator, workers):
+        processes = [coordinator.own, *(worker.own for worker in workers)]
+        clients = [connect() for _ in range(12)]
+        await until(lambda: list(map(len, processes)) == [4, 4, 4])
+        for process in (2, 0, 1):
+            names = [connection.transport.get_extra_info("peername") for connection in processes[process]]
+            if listener.family == socket.AF_INET:
+                for client in [each for each in clients if each.getsockname() in names]:
+                    clients.remove(client)
+                    client.close()
+            else:
+                for connection in processes[process]:
+                    connection.transport.close()
+            await until_open(processes[process], 0)
+            await coordinator.until_passed_on(8 if process == 0 else 4)
+            clients += [connect() for _ in range(4)]
+            await until(lambda: list(map(len, processes)) == [4, 4, 4])
 
 
-def test_a_busy_worker_gets_a_few(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
+async def test_a_worker_that_still_starts_gets_nothing(
+    listener: socket.socket, connect: Connect, stack: ExitStack
+) -> None:
+    end, other_end = pair(stack)
+    coordinator = Coordinator(listener, [end])
+    for _ in range(3):
+        connect()
+    await until(lambda: len(coordinator.own) == 3)
+    assert coordinator.workers.num_free == 0
+    worker = Worker(other_end)
+    await until(lambda: coordinator.workers.num_free == ROOM)
+    connect()
+    await until(lambda: len(worker.own) == 1)
+    await coordinator.close()
+    await worker.close()
+
+
+async def test_a_busy_worker_gets_a_few(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
     """The coordinator has the others. When the worker is no longer busy, it has what it was sent."""
-
-    async def check() -> None:
-        end, other_end = pair(stack)
-        coordinator = Coordinator(listener, [end])
-        other_end.send(HAS_STARTED)
-        await until(lambda: coordinator.workers.num_free == ROOM)
-        clients = [connect() for _ in range(200)]
-        await until(lambda: len(coordinator.own) + coordinator.num_passed_on == 200)
-        num_waiting = coordinator.num_passed_on
-        assert 0 < num_waiting < 80
-        worker = Worker(other_end)
-        await until(lambda: len(worker.own) == num_waiting)
-        for client in clients:
-            client.send(b"x")
-            assert await asyncio.to_thread(client.recv, 1) == b"x"
-        await coordinator.close()
-        await worker.close()
-
-    asyncio.run(check())
+    end, other_end = pair(stack)
+    coordinator = Coordinator(listener, [end])
+    other_end.send(HAS_STARTED)
+    await until(lambda: coordinator.workers.num_free == ROOM)
+    clients = [connect() for _ in range(200)]
+    await until(lambda: len(coordinator.own) + coordinator.num_passed_on == 200)
+    num_waiting = coordinator.num_passed_on
+    assert 0 < num_waiting < 80
+    worker = Worker(other_end)
+    await until(lambda: len(worker.own) == num_waiting)
+    for client in clients:
+        client.send(b"x")
+        assert await asyncio.to_thread(client.recv, 1) == b"x"
+    await coordinator.close()
+    await worker.close()
 
 
-def test_the_room_of_workers_counts(listener: socket.socket, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_room_of_workers_counts(
+    listener: socket.socket, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Connections wait for it. Without it, all but some are closed."""
     monkeypatch.setattr(acceptor, "ACCEPTS_AT_ONCE", 20)
     monkeypatch.setattr(acceptor, "STARTS_AT_ONCE", 1)
-
-    async def check() -> None:
-        async with running(listener, 1, num_free=0) as (coordinator, (worker,)):
-            clients = [connect() for _ in range(100)]
-            await until(lambda: len(coordinator.own) == len(worker.own) == 50)
-            for client in clients:
-                client.send(b"x")
-                assert await asyncio.to_thread(client.recv, 1) == b"x"
-
-    asyncio.run(check())
+    async with running(listener, 1, num_free=0) as (coordinator, (worker,)):
+        clients = [connect() for _ in range(100)]
+        await until(lambda: len(coordinator.own) == len(worker.own) == 50)
+        for client in clients:
+            client.send(b"x")
+            assert await asyncio.to_thread(client.recv, 1) == b"x"
 
 
-def test_a_dead_worker_gets_nothing(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
+async def test_a_dead_worker_gets_nothing(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
     """What it had is closed, and counts no longer."""
     end, other_end = pair(stack)
     end_in_worker = f"socket.socket(fileno={other_end.fileno()})"
     code = f"import socket, time; end = {end_in_worker}; end.send({HAS_STARTED!r}); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[other_end.fileno()])
+    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[other_end.fileno()])  # noqa: ASYNC220
     stack.callback(process.wait)
     stack.callback(process.kill)
     other_end.close()
+    coordinator = Coordinator(listener, [end])
+    await until(lambda: coordinator.workers.num_free == ROOM)
+    clients = [connect() for _ in range(4)]
+    await until(lambda: len(coordinator.own) == coordinator.num_passed_on == 2)
+    process.kill()
+    await until(lambda: coordinator.workers.num_free == 0)
+    kept = [connection.transport.get_extra_info("peername") for connection in coordinator.own]
+    if listener.family == socket.AF_INET:
+        assert all(is_closed(client) for client in clients if client.getsockname() not in kept)
+    for _ in range(6):
+        connect()
+    await until(lambda: len(coordinator.own) == 8)
+    await coordinator.close()
 
-    async def check() -> None:
-        coordinator = Coordinator(listener, [end])
-        await until(lambda: coordinator.workers.num_free == ROOM)
-        clients = [connect() for _ in range(4)]
-        await until(lambda: len(coordinator.own) == coordinator.num_passed_on == 2)
-        process.kill()
-        await until(lambda: coordinator.workers.num_free == 0)
-        kept = [connection.transport.get_extra_info("peername") for connection in coordinator.own]
-        if listener.family == socket.AF_INET:
-            assert all(is_closed(client) for client in clients if client.getsockname() not in kept)
-        for _ in range(6):
+
+async def test_workers_get_nothing_after_the_end(listener: socket.socket, connect: Connect) -> None:
+    async with running(listener, 1) as (coordinator, (worker,)):
+        first = connect()
+        await until(lambda: len(worker.own) == 1)
+        coordinator.acceptor.close()
+        connect()
+        for _ in range(10):  # turns of the loop, each of which looks at all sockets
+            await asyncio.sleep(0)
+        assert (len(worker.own), len(coordinator.own)) == (1, 0)
+        first.send(b"x")
+        assert await asyncio.to_thread(first.recv, 1) == b"x"  # goes on
+        first.close()
+        await until(lambda: not worker.own)
+
+
+async def test_a_worker_that_has_stopped_gets_nothing(listener: socket.socket, connect: Connect) -> None:
+    async with running(listener, 2) as (coordinator, (first, second)):
+        first.receiver.close()
+        for _ in range(4):
             connect()
-        await until(lambda: len(coordinator.own) == 8)
-        await coordinator.close()
-
-    asyncio.run(check())
-
-
-def test_workers_get_nothing_after_the_end(listener: socket.socket, connect: Connect) -> None:
-    async def check() -> None:
-        async with running(listener, 1) as (coordinator, (worker,)):
-            first = connect()
-            await until(lambda: len(worker.own) == 1)
-            coordinator.acceptor.close()
-            connect()
-            await asyncio.sleep(0.2)
-            assert (len(worker.own), len(coordinator.own)) == (1, 0)
-            first.send(b"x")
-            assert await asyncio.to_thread(first.recv, 1) == b"x"  # goes on
-            first.close()
-            await until(lambda: not worker.own)
-
-    asyncio.run(check())
-
-
-def test_a_worker_that_has_stopped_gets_nothing(listener: socket.socket, connect: Connect) -> None:
-    async def check() -> None:
-        async with running(listener, 2) as (coordinator, (first, second)):
-            first.receiver.close()
-            for _ in range(4):
-                connect()
-            await until(lambda: len(coordinator.own) == len(second.own) == 2)
-            assert first.own == []
-            assert coordinator.workers.num_free == 2 * ROOM - 2
-            await first.close()
-            await until(lambda: coordinator.workers.num_free == ROOM - 2)
-            assert not coordinator.workers.stopped.is_set()
-            await second.close()
-            await asyncio.wait_for(coordinator.workers.stopped.wait(), 20)
-
-    asyncio.run(check())
+        await until(lambda: len(coordinator.own) == len(second.own) == 2)
+        assert first.own == []
+        assert coordinator.workers.num_free == 2 * ROOM - 2
+        await first.close()
+        await until(lambda: coordinator.workers.num_free == ROOM - 2)
+        assert not coordinator.workers.stopped.is_set()
+        await second.close()
+        await asyncio.wait_for(coordinator.workers.stopped.wait(), 20)
 
 
 def numbers(end: socket.socket) -> list[int]:
@@ -362,61 +334,54 @@ def numbers(end: socket.socket) -> list[int]:
             return found
 
 
-def test_closed_connections_are_reported_when_the_coordinator_is_busy(stack: ExitStack) -> None:
-    async def check() -> None:
-        end, other_end = pair(stack)
-        end.setblocking(False)
-        other_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        worker = Worker(other_end)
-        clients = []
-        for number in range(50):
-            client, passed_on = map(stack.enter_context, socket.socketpair())
-            clients.append(client)
-            socket.send_fds(end, [b"\0"], [passed_on.fileno()])
-            passed_on.close()
-            await until_open(worker.own, number + 1)
-        for number, client in enumerate(clients):
-            client.close()
-            await until_open(worker.own, 49 - number)
-        reported = numbers(end)
-        assert len(reported) < 40
-        while sum(reported) < 50:
-            await asyncio.sleep(0.01)
-            reported += numbers(end)
-        assert sum(reported) == 50
-        assert len(reported) < 50
-        await worker.close()
-
-    asyncio.run(check())
-
-
-def test_a_worker_without_file_descriptors(stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
-    """It closes the connection, and has room for the next one."""
-
-    async def check() -> None:
-        end, other_end = pair(stack)
-        end.setblocking(False)
-        worker = Worker(other_end)
-        connections = [tuple(map(stack.enter_context, socket.socketpair())) for _ in range(2)]
-        await asyncio.sleep(0)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        next_fd = os.dup(end.fileno())
-        os.close(next_fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (next_fd, hard))
-        try:
-            client, passed_on = connections[0]
-            socket.send_fds(end, [b"\0"], [passed_on.fileno()])
-            await until(lambda: bool(caplog.records))
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+async def test_closed_connections_are_reported_when_the_coordinator_is_busy(stack: ExitStack) -> None:
+    end, other_end = pair(stack)
+    end.setblocking(False)
+    other_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    worker = Worker(other_end)
+    clients = []
+    for number in range(50):
+        client, passed_on = map(stack.enter_context, socket.socketpair())
+        clients.append(client)
+        socket.send_fds(end, [b"\0"], [passed_on.fileno()])
         passed_on.close()
-        assert is_closed(client)
-        assert numbers(end) == [0, 1]
-        socket.send_fds(end, [b"\0"], [connections[1][1].fileno()])
-        await until(lambda: len(worker.own) == 1)
-        await worker.close()
+        await until_open(worker.own, number + 1)
+    for number, client in enumerate(clients):
+        client.close()
+        await until_open(worker.own, 49 - number)
+    reported = numbers(end)
+    assert len(reported) < 50
+    while sum(reported) < 50:
+        await asyncio.sleep(0.01)
+        reported += numbers(end)
+    assert sum(reported) == 50
+    assert len(reported) < 50
+    await worker.close()
 
-    asyncio.run(check())
+
+async def test_a_worker_without_file_descriptors(stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
+    """It closes the connection, and has room for the next one."""
+    end, other_end = pair(stack)
+    end.setblocking(False)
+    worker = Worker(other_end)
+    connections = [tuple(map(stack.enter_context, socket.socketpair())) for _ in range(2)]
+    await asyncio.sleep(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_fd = os.dup(end.fileno())
+    os.close(next_fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_fd, hard))
+    try:
+        client, passed_on = connections[0]
+        socket.send_fds(end, [b"\0"], [passed_on.fileno()])
+        await until(lambda: bool(caplog.records))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    passed_on.close()
+    assert is_closed(client)
+    assert numbers(end) == [0, 1]
+    socket.send_fds(end, [b"\0"], [connections[1][1].fileno()])
+    await until(lambda: len(worker.own) == 1)
+    await worker.close()
     assert [record.getMessage() for record in caplog.records] == [
         "a connection cannot be received: too many open files"
     ]
@@ -445,9 +410,8 @@ def serving(name: str, *, listeners: Sequence[socket.socket] = (), **arguments: 
 
 
 @pytest.mark.parametrize("is_tls", [False, True])
-def test_servers_share_their_connections(stack: ExitStack, monkeypatch: pytest.MonkeyPatch, is_tls: bool) -> None:
+def test_servers_share_their_connections(stack: ExitStack, is_tls: bool) -> None:
     """Each speaks TLS itself."""
-    monkeypatch.setattr(main, "TICK", 0.05)
     certificate = Certificate(str(TLS / "one.crt"), str(TLS / "one.key")) if is_tls else None
     (listener,) = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -461,8 +425,8 @@ def test_servers_share_their_connections(stack: ExitStack, monkeypatch: pytest.M
 
     def connect() -> HTTPConnection:
         if is_tls:
-            return HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
-        return HTTPConnection("127.0.0.1", port, timeout=20)
+            return HTTPSConnection("127.0.0.1", port, timeout=60, context=context)
+        return HTTPConnection("127.0.0.1", port, timeout=60)
 
     connections = [connect() for _ in range(9)]
     names: Counter[str] = Counter()
