@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -120,13 +120,14 @@ class LoraScales:
     rank_pattern: Patterns  # of modules whose rank differs
     alpha_pattern: Patterns
     use_rslora: bool  # scale alpha / sqrt(rank), not alpha / rank (rank-stabilised LoRA, Kalajdzievski 2023)
+    clock: Callable[[], float] = time.thread_time
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """Return the scale of each module, given the rank of its matrices.
 
         Raises ValueError if the settings give a module another rank, or if the patterns take too long to match.
         """
-        deadline = time.thread_time() + MAX_MATCH_SECONDS
+        deadline = self.clock() + MAX_MATCH_SECONDS
         return {module: self._scale(module, rank, deadline) for module, rank in ranks.items()}
 
     def _scale(self, module: str, rank: int, deadline: float) -> float:
@@ -146,7 +147,7 @@ class LoraScales:
         return None
 
     def _check_time(self, deadline: float) -> None:
-        if time.thread_time() > deadline:
+        if self.clock() > deadline:
             raise ValueError(f"{self.path}: rank_pattern and alpha_pattern take too long to match")
 
 

@@ -32,10 +32,18 @@ UpdateRequest = LoadAdapter | UnloadAdapter
 class AdapterUpdates:
     """The queue of loads and unloads that API processes have requested. The first is in progress."""
 
-    def __init__(self, adapters: LoraAdapters, config: ModelConfig, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        adapters: LoraAdapters,
+        config: ModelConfig,
+        scheduler: Scheduler,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.adapters = adapters
         self.config = config
         self.scheduler = scheduler
+        self.clock = clock
         self._queue: deque[tuple[bytes, UpdateRequest]] = deque()  # API process, and its request
         self._current: Iterator[None] | None = None  # the update of the first request, once it has begun
 
@@ -92,24 +100,24 @@ class AdapterUpdates:
         adapters, name = self.adapters, request.name
         adapters.check_name(name, replaces=request.replaces)
         reading = run_in_thread(lambda: read_adapter(name, request.path, self.config, adapters.max_rank))
-        started = time.monotonic()
+        started = self.clock()
         while not reading.done():
-            if time.monotonic() - started > READ_TIMEOUT:
+            if self.clock() - started > READ_TIMEOUT:
                 problem = f"LoRA adapter {name}: reading it has taken more than {READ_TIMEOUT:.0f} seconds"
                 raise AdapterError(problem, is_temporary=True)
             yield
         checkpoint = reading.result()
-        started = time.monotonic()
+        started = self.clock()
         while (slot := adapters.reserve(self._slots_in_use())) is None:
-            if time.monotonic() - started > SLOT_TIMEOUT:
+            if self.clock() - started > SLOT_TIMEOUT:
                 problem = f"LoRA adapter {name}: all slots are in use by running requests"
                 raise AdapterError(problem, is_temporary=True)
             yield
-        started = time.monotonic()
+        started = self.clock()
         for _ in adapters.write(slot, checkpoint):
-            if time.monotonic() - started > WRITE_SECONDS:
+            if self.clock() - started > WRITE_SECONDS:
                 yield
-                started = time.monotonic()
+                started = self.clock()
         adapters.publish(name, request.path, slot, checkpoint)
 
     def _slots_in_use(self) -> set[int]:

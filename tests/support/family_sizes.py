@@ -3,7 +3,6 @@
 Windows and original contexts are shorter than the prompts of the tests, and there are enough layers for all kinds.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 Sizes = dict[str, Any]
@@ -49,10 +48,6 @@ def yarn(draw: Draw, **values: Any) -> Sizes:
     return rope(draw, "yarn", factor=draw(4.0, 8.0), original_max_position_embeddings=draw(16, 32), **values)
 
 
-def llama2(draw: Draw) -> Sizes:
-    return with_head_dim(draw)
-
-
 def llama3(draw: Draw) -> Sizes:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     return with_head_dim(draw) | {"rope_parameters": rope(draw, "llama3", **scaling)}
@@ -79,14 +74,6 @@ def ministral3(draw: Draw) -> Sizes:
         draw, beta_fast=draw(32.0, 4.0), beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.3
     )
     return with_head_dim(draw) | {"sliding_window": None, "rope_parameters": scaling}
-
-
-def qwen2(draw: Draw) -> Sizes:
-    return whole_heads(draw)
-
-
-def qwen3(draw: Draw) -> Sizes:
-    return with_head_dim(draw)
 
 
 def qwen3_odd(draw: Draw) -> Sizes:
@@ -239,10 +226,6 @@ def longrope(draw: Draw, num_factors: int, **values: Any) -> Sizes:
     return original | {"rope_parameters": rope(draw, "longrope", **original, **factors, **values)}
 
 
-def olmo2(draw: Draw) -> Sizes:
-    return whole_heads(draw)
-
-
 def olmo3(draw: Draw) -> Sizes:
     theta = draw(1e3, 5e5)
     return whole_heads(draw) | {
@@ -342,50 +325,3 @@ def deepseek_v2(draw: Draw) -> Sizes:
 def glm4_moe_lite(draw: Draw) -> Sizes:
     router = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid"}
     return latent_attention(draw) | router
-
-
-SIZES: dict[str, Callable[[Draw], Sizes]] = {
-    function.__name__: function
-    for function in (
-        llama2,
-        llama3,
-        llama_biases,
-        llama_odd,
-        mistral,
-        mistral_full,
-        ministral3,
-        qwen2,
-        qwen3,
-        qwen3_odd,
-        qwen3_yarn,
-        qwen3_moe,
-        qwen3_moe_mixed,
-        mixtral,
-        olmoe,
-        gemma2,
-        gemma3,
-        gemma3_27b,
-        gemma4_e2b,
-        gemma4_31b,
-        gemma4_26b_a4b,
-        gpt_oss,
-        gpt_oss_mxfp4,
-        phi3,
-        phi3_window,
-        phi3_longrope,
-        phi4_mini,
-        olmo2,
-        olmo3,
-        granite,
-        granite4,
-        smollm3,
-        glm4,
-        cohere2,
-        exaone4,
-        exaone4_full,
-        ernie4_5,
-        deepseek_v2_lite,
-        deepseek_v2,
-        glm4_moe_lite,
-    )
-}

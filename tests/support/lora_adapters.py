@@ -8,23 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import ModelConfig
-from tests.support.model_configs import llama_fields
-
-
-def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return the outputs and inputs of each projection of a layer."""
-    fields = llama_fields(config)
-    hidden, inner = fields.hidden_size, fields.intermediate_size
-    queries, keys = (n * fields.head_dim for n in (fields.num_attention_heads, fields.num_key_value_heads))
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
+from engine.lora.checkpoint import module_shapes
 
 
 def save_random_adapter(
@@ -45,7 +29,7 @@ def save_random_adapter(
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(config.num_hidden_layers):
-        for module, (num_outputs, num_inputs) in module_shapes(config).items():
+        for module, (num_outputs, num_inputs) in module_shapes(config, layer).items():
             if rank := ranks.get(module.rpartition(".")[2], ranks.get("", 0)):
                 name = f"base_model.model.model.layers.{layer}.{module}"
                 a = torch.randn((rank, num_inputs), generator=generator)
@@ -54,7 +38,7 @@ def save_random_adapter(
                 tensors[f"{name}.lora_B.weight"] = b * (strength / (2 * rank))
     save_file(tensors, str(folder / "adapter_model.safetensors"))
     rank = max(ranks.values())
-    names = [module.rpartition(".")[2] for module in module_shapes(config)]
+    names = [module.rpartition(".")[2] for module in module_shapes(config, 0)]
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.lora.reader import load_lora
-from tests.support.model_configs import llama_config
+from tests.support.model_configs import TINY, llama_config
 
 # Warnings of PEFT about its calls of transformers, and about the settings in these tests.
 PEFT_WARNINGS = pytest.mark.filterwarnings(
@@ -20,18 +20,7 @@ PEFT_WARNINGS = pytest.mark.filterwarnings(
 
 Tensors = dict[str, torch.Tensor]
 
-FIELDS: dict[str, Any] = {
-    "architecture": "llama",
-    "vocab_size": 16,
-    "num_token_ids": 16,
-    "hidden_size": 32,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "max_position_embeddings": 128,
-}
+FIELDS = TINY | {"intermediate_size": 80, "head_dim": 24}
 CONFIG = llama_config(**FIELDS)
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 MODULES = [
@@ -42,18 +31,8 @@ MODULES = [
 
 
 def new_model() -> Any:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=CONFIG.hidden_size,
-            intermediate_size=FIELDS["intermediate_size"],
-            num_hidden_layers=CONFIG.num_hidden_layers,
-            num_attention_heads=FIELDS["num_attention_heads"],
-            num_key_value_heads=FIELDS["num_key_value_heads"],
-            head_dim=FIELDS["head_dim"],
-            pad_token_id=None,
-        )
-    )
+    fields = {name: value for name, value in FIELDS.items() if name != "num_token_ids"}
+    return LlamaForCausalLM(LlamaConfig(**fields, pad_token_id=None))
 
 
 def save_adapter(folder: Path, lora: LoraConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
     with traced() as trace, on_card(card, trace), torch.inference_mode():
         device_memory = CudaMemory(META, config.gpu_memory_utilization)
         kernels = TritonKernels(options, META)
-        parameters = Parameters(meta_weights(shape, packed))
+        parameters = MetaParameters(shape, packed)
         model = CausalLM(shape, parameters, kernels, max_model_len=limits.max_model_len, device=META)
         LoraAdapters(model.linears, config.max_loras, rank)
         weight_bytes = trace.live_bytes
@@ -105,63 +106,22 @@ def on_card(card: Card, trace: Trace) -> Iterator[None]:
         yield
 
 
-def meta_weights(config: ModelConfig, packed: str | None) -> Iterator[tuple[str, Weight]]:
-    """Yield the weights of a model by their names in it; large matrices are of a GGML type if any.
+class MetaParameters(Parameters):
+    """Makes the weights that a model takes: in bfloat16, or large matrices of a GGML type if any.
 
-    Of a mixture of experts, only the experts are.
+    Of a mixture of experts, only the experts and MLPs are packed.
     """
-    is_dense = all(layer.experts is None for layer in config.layers)
-    for index, layer in enumerate(config.layers):
-        prefix = f"model.layers.{index}"
-        for name, size in attention_sizes(config, layer.attention).items():
-            yield f"{prefix}.self_attn.{name}", _weight(size, packed if is_dense else None)
-        if layer.mlp is not None:
-            for name, size in mlp_sizes(config.hidden_size, layer.mlp.intermediate_size).items():
-                yield f"{prefix}.mlp.{name}.weight", _weight(size, packed)
-        if layer.experts is not None:
-            yield from _expert_weights(config, layer.experts, f"{prefix}.mlp", packed)
-        for name in ("input_layernorm", "pre_feedforward_layernorm"):
-            yield f"{prefix}.{name}.weight", _weight((config.hidden_size,), None)
-    yield "model.norm.weight", _weight((config.hidden_size,), None)
-    for name in ("model.embed_tokens", "lm_head"):
-        yield f"{name}.weight", _weight((config.vocab_size, config.hidden_size), packed if is_dense else None)
 
+    def __init__(self, config: ModelConfig, packed: str | None) -> None:
+        super().__init__([])
+        is_dense = all(layer.experts is None for layer in config.layers)
+        self._is_packed = re.compile("weight$" if is_dense else r"mlp\.(?!gate\.).*weight$")
+        self._packed = packed
 
-def attention_sizes(config: ModelConfig, spec: AttentionSpec) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights of attention, by name."""
-    heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
-    rows = {name: num * spec.head_dim for name, num in heads.items()}
-    sizes: dict[str, tuple[int, ...]] = {f"{name}_proj.weight": (num, config.hidden_size) for name, num in rows.items()}
-    sizes["o_proj.weight"] = (config.hidden_size, rows["q"])
-    sizes |= {f"{name}_proj.bias": (num,) for name, num in rows.items() if spec.qkv_bias}
-    sizes |= {"o_proj.bias": (config.hidden_size,)} if spec.output_bias else {}
-    return sizes | ({"sinks.weight": (spec.num_heads,)} if spec.has_sinks else {})
-
-
-def mlp_sizes(hidden_size: int, size: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes of the matrices of an MLP, by name."""
-    return {"gate_proj": (size, hidden_size), "up_proj": (size, hidden_size), "down_proj": (hidden_size, size)}
-
-
-def _expert_weights(
-    config: ModelConfig, spec: ExpertsSpec, prefix: str, packed: str | None
-) -> Iterator[tuple[str, Weight]]:
-    num_experts = spec.router.num_experts
-    yield f"{prefix}.gate.weight", _weight((num_experts, config.hidden_size), None)
-    if spec.router_bias:
-        yield f"{prefix}.gate.bias", _weight((num_experts,), None)
-    for name, size in mlp_sizes(config.hidden_size, spec.intermediate_size).items():
-        for expert in range(num_experts):
-            yield f"{prefix}.experts.{expert}.{name}.weight", _weight(size, packed)
-        if spec.bias:
-            yield f"{prefix}.experts.{name}.bias", _weight((num_experts, size[0]), None)
-
-
-def _weight(size: tuple[int, ...], packed: str | None) -> Weight:
-    """Return a weight in bfloat16, or if it is a matrix, of a GGML type if any."""
-    if packed is None or len(size) == 1:
-        return torch.empty(size, dtype=torch.bfloat16, device=META)
-    return _packed(packed, (size[0], size[1]))
+    def take_weight(self, name: str, *shape: int) -> Weight:
+        if self._packed is None or len(shape) == 1 or not self._is_packed.search(name):
+            return torch.empty(shape, dtype=torch.bfloat16, device=META)
+        return _packed(self._packed, (shape[0], shape[1]))
 
 
 def _packed(type_name: str, size: tuple[int, int]) -> PackedTensor:

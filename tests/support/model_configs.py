@@ -7,6 +7,18 @@ from typing import Any, TypeVar
 from engine.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, RopeScaling, RopeSpec, WeightLayout
 
 PLAIN = RopeScaling()
+# Fields of a model that loads in no time; as in real models, heads need not be as wide as the hidden size.
+TINY: dict[str, Any] = {
+    "vocab_size": 50,
+    "num_token_ids": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
 T = TypeVar("T")
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -252,6 +254,21 @@ SCHEMES = {
     ),
     "fbgemm float8": float8_scheme({"quant_method": "fbgemm_fp8"}, "channel", "weight_scale"),
 }
+
+
+ONE_OF_EACH_KIND = {
+    "gptq 4 bits of 32, zero points",
+    "awq 4 bits of 32",
+    "compressed-tensors 4 bits of 32, zero points",
+    "compressed-tensors int8, zero points",
+    "float8 of blocks",
+}
+
+
+def some_schemes(*more: str) -> list[ParameterSet]:
+    """Return the names of all schemes as parameters of a test: one of each kind and `more`, the others in long runs."""
+    quick = ONE_OF_EACH_KIND.union(more)
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.long) for name in SCHEMES]
 
 
 def save_quantized_model(

@@ -1,5 +1,6 @@
 """Typed access to metadata: names, defaults, and errors that say where a value stands."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -27,16 +28,16 @@ def test_other_names() -> None:
     assert Fields("file", {}, names).with_defaults({"n_routed_experts": 8}).get("num_experts") == 8
 
 
-def test_labels_name_the_keys_of_the_file() -> None:
-    fields = Fields("file", {"theta": 0}, labels={"theta": "llama.rope.freq_base"}).with_defaults({"other": 1})
-    with pytest.raises(ValueError, match=r"file: llama\.rope\.freq_base: must be a number above 0"):
-        fields.with_values({"another": 1}).number("theta", None, zero=False)
-
-
 @pytest.mark.parametrize("value", [True, 1.0, "1", -1, MAX_INT + 1, [1]])
 def test_what_is_no_integer(value: object) -> None:
     with pytest.raises(ValueError, match=r"file: a: must be an integer from 0 to 2147483647, not"):
         Fields("file", {"a": value}).integer("a", minimum=0)
+
+
+@pytest.mark.parametrize("value", [True, "1", -1.0, 0, math.nan, math.inf, 10**39, [1.0]])
+def test_what_is_no_number(value: object) -> None:
+    with pytest.raises(ValueError, match="file: a: must be a number above 0"):
+        Fields("file", {"a": value}).number("a", None, zero=False)
 
 
 def test_lists() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from engine.config import ModelConfig, RopeScaling, load_model_config
 from tests.support.gguf_files import LLAMA, write_gguf
-from tests.support.model_configs import llama_config, llama_fields
+from tests.support.model_configs import llama_fields
 
 
 def gguf_config(path: Path, metadata: dict[str, Any] | None = None, *tensors: str, arch: str = "llama") -> ModelConfig:
@@ -22,24 +22,14 @@ def gguf_config(path: Path, metadata: dict[str, Any] | None = None, *tensors: st
 
 
 def test_smollm2(smollm2_path: Path) -> None:
-    assert load_model_config(smollm2_path) == llama_config(
-        architecture="llama",
-        is_interleaved=True,
-        vocab_size=49152,
-        num_token_ids=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=float(np.float32(1e-5)),
-        rope_theta=100000.0,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_ids=(2, 0),
-    )
+    config = llama_fields(load_model_config(smollm2_path))
+    assert (config.vocab_size, config.num_token_ids) == (49152, 49152)
+    assert (config.hidden_size, config.intermediate_size) == (576, 1536)
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+    assert (config.head_dim, config.max_position_embeddings, config.rope_theta) == (64, 8192, 100000.0)
+    assert config.rms_norm_eps == float(np.float32(1e-5))
+    assert (config.tie_word_embeddings, config.bos_token_id, config.eos_token_ids) == (True, 1, (2, 0))
+    assert config.weight_layout.is_interleaved
 
 
 def test_gguf_defaults(tmp_path: Path) -> None:
@@ -51,57 +41,44 @@ def test_gguf_defaults(tmp_path: Path) -> None:
 
 
 def test_gguf_keys(tmp_path: Path) -> None:
-    metadata = {
-        "llama.attention.key_length": 6,
-        "llama.attention.value_length": 6,
-        "llama.rope.dimension_count": 6,
-        "llama.rope.freq_base": 5000.0,
-        "llama.vocab_size": 30,
-    }
+    sizes = {f"llama.{key}": 6 for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")}
+    metadata = sizes | {"llama.rope.freq_base": 5000.0, "llama.vocab_size": 30}
     config = llama_fields(gguf_config(tmp_path, metadata, "output.weight"))
     assert (config.head_dim, config.rope_theta, config.vocab_size) == (6, 5000.0, 32)
     assert not config.tie_word_embeddings
+    (rope,) = gguf_config(tmp_path, {"llama.rope.dimension_count": 2}).ropes
+    assert (rope.head_dim, rope.rotary_dim) == (4, 2)
 
 
 def test_gguf_sampling(tmp_path: Path) -> None:
     """The keys are those of the gguf package; numbers have the digits that were stored, not those of 32 bits."""
     keys = gguf.Keys.General
-    metadata = {
-        keys.SAMPLING_SEQUENCE: "top_k;temperature",
-        keys.SAMPLING_TOP_K: 20,
-        keys.SAMPLING_TOP_P: 0.95,
-        keys.SAMPLING_MIN_P: 0.05,
-        keys.SAMPLING_XTC_PROBABILITY: 0.5,
-        keys.SAMPLING_XTC_THRESHOLD: 0.1,
-        keys.SAMPLING_TEMP: 0.7,
-        keys.SAMPLING_PENALTY_LAST_N: -1,
-        keys.SAMPLING_PENALTY_REPEAT: 1.05,
-        keys.SAMPLING_MIROSTAT: 2,
-        keys.SAMPLING_MIROSTAT_TAU: 5.0,
-        keys.SAMPLING_MIROSTAT_ETA: 0.1,
+    stored: dict[str, tuple[str, Any]] = {
+        keys.SAMPLING_TOP_K: ("top_k", 20),
+        keys.SAMPLING_TOP_P: ("top_p", 0.95),
+        keys.SAMPLING_MIN_P: ("min_p", 0.05),
+        keys.SAMPLING_XTC_PROBABILITY: ("xtc_probability", 0.5),
+        keys.SAMPLING_XTC_THRESHOLD: ("xtc_threshold", 0.1),
+        keys.SAMPLING_TEMP: ("temperature", 0.7),
+        keys.SAMPLING_PENALTY_LAST_N: ("repeat_last_n", -1),
+        keys.SAMPLING_PENALTY_REPEAT: ("repetition_penalty", 1.05),
+        keys.SAMPLING_MIROSTAT: ("mirostat", 2),
+        keys.SAMPLING_MIROSTAT_TAU: ("mirostat_tau", 5.0),
+        keys.SAMPLING_MIROSTAT_ETA: ("mirostat_eta", 0.1),
     }
+    metadata = {key: value for key, (_, value) in stored.items()} | {keys.SAMPLING_SEQUENCE: "top_k;temperature"}
     assert {key for name, key in vars(keys).items() if name.startswith("SAMPLING")} == metadata.keys()
-    assert gguf_config(tmp_path, metadata).recommended_sampling == {
-        "samplers": ["top_k", "temperature"],
-        "top_k": 20,
-        "top_p": 0.95,
-        "min_p": 0.05,
-        "xtc_probability": 0.5,
-        "xtc_threshold": 0.1,
-        "temperature": 0.7,
-        "repeat_last_n": -1,
-        "repetition_penalty": 1.05,
-        "mirostat": 2,
-        "mirostat_tau": 5.0,
-        "mirostat_eta": 0.1,
-    }
+    expected = dict(stored.values()) | {"samplers": ["top_k", "temperature"]}
+    assert gguf_config(tmp_path, metadata).recommended_sampling == expected
     assert gguf_config(tmp_path).recommended_sampling == {}
 
 
-def test_gguf_biases(tmp_path: Path) -> None:
-    assert llama_fields(gguf_config(tmp_path, None, "blk.0.attn_q.bias")).attention_bias
-    assert llama_fields(gguf_config(tmp_path, None, "blk.0.attn_output.bias")).attention_output_bias
-    assert llama_fields(gguf_config(tmp_path, None, "blk.0.ffn_down.bias")).mlp_bias
+@pytest.mark.parametrize(
+    ("tensor", "field"),
+    [("attn_q", "attention_bias"), ("attn_output", "attention_output_bias"), ("ffn_down", "mlp_bias")],
+)
+def test_gguf_biases(tensor: str, field: str, tmp_path: Path) -> None:
+    assert getattr(llama_fields(gguf_config(tmp_path, None, f"blk.0.{tensor}.bias")), field)
 
 
 def test_gguf_rope_scaling(tmp_path: Path) -> None:
@@ -140,31 +117,20 @@ def test_gguf_end_tokens(tmp_path: Path) -> None:
     [
         ({"llama.block_count": ...}, (), "llama.block_count: is missing"),
         ({"llama.attention.causal": False}, (), "llama.attention.causal: False is not supported"),
-        ({"llama.block_count": 0}, (), "llama.block_count: must be an integer from 1"),
         ({"llama.feed_forward_length": [8, 8]}, (), "llama.feed_forward_length: must be 1 integers of at least 1"),
         ({"llama.embedding_length": 8}, (), r"token_embd.weight: shape \(32, 16\) does not fit hidden size 8"),
-        ({"llama.attention.head_count": 3, "llama.attention.head_count_kv": 1}, (), "key_length: is missing"),
-        ({"llama.attention.head_count_kv": 3}, (), "head_count_kv: the 4 attention heads are no multiple"),
         ({"llama.attention.value_length": 8}, (), "value_length: 8 differs from the head dimension 4"),
-        (
-            {"llama.rope.dimension_count": 6},
-            (),
-            "rope.dimension_count: must be even and at most the head size 4, not 6",
-        ),
-        ({"llama.rope.dimension_count": 3}, (), "rope.dimension_count: must be even"),
+        ({"llama.rope.dimension_count": 6}, (), "rope.dimension_count: must be even and at most the head size 4, not"),
+        ({"llama.block_count": 10**9}, (), "llama.block_count: must be an integer from 1 to 1024"),
+        ({"llama.nextn_predict_layers": "x"}, (), "llama.nextn_predict_layers: must be an integer"),
+        ({"llama.expert_gating_func": "x"}, (), "llama.expert_gating_func: must be an integer"),
+        ({"llama.attention.head_count": [0, 0]}, (), "llama.attention.head_count: must be an integer"),
         ({"llama.rope.freq_base": 0.0}, (), "rope.freq_base: must be a number above 0"),
         ({"llama.rope.scaling.type": "warp"}, (), "rope.scaling.type: 'warp' is not supported"),
         ({"llama.rope.scaling.factor": 2.0}, ("rope_freqs.weight",), "rope_freqs.weight: .*linear factor 2.0"),
-        (
-            {"llama.attention.key_length": 8, "llama.attention.value_length": 8},
-            ("rope_freqs.weight",),
-            r"must be float32 of shape \(4,\)",
-        ),
         ({"llama.expert_count": 8}, (), "llama.expert_used_count: is missing"),
-        ({"llama.expert_count": 2000}, (), "llama.expert_count: must be an integer from 1 to 1024"),
         ({"split.count": 3}, (), "split.count: the model has 3 files"),
         ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(33)]}, (), "has 33 tokens, but the embedding has 32 rows"),
-        ({"tokenizer.ggml.tokens": [1, 2]}, (), "tokens: must be an array of strings"),
         ({"tokenizer.ggml.eos_token_id": 32}, (), "eos_token_id: must be token ids below 32"),
     ],
 )
@@ -173,23 +139,13 @@ def test_gguf_refused(metadata: dict[str, Any], tensors: tuple[str, ...], messag
         gguf_config(tmp_path, metadata, *tensors)
 
 
-def test_gguf_partial_rotary_embeddings(tmp_path: Path) -> None:
-    (rope,) = gguf_config(tmp_path, {"llama.rope.dimension_count": 2}).ropes
-    assert (rope.head_dim, rope.rotary_dim) == (4, 2)
-
-
-def test_gguf_window(tmp_path: Path) -> None:
-    """Only where the family has windows: llama.cpp ignores the key for Llama, and so for Mistral."""
+def test_keys_of_phi3(tmp_path: Path) -> None:
+    """llama.cpp ignores a window for Llama, and so for Mistral. The default context is not that of config.json."""
     metadata = {key.replace("llama.", "phi3."): value for key, value in LLAMA.items()}
-    config = gguf_config(tmp_path, metadata | {"phi3.attention.sliding_window": 9}, arch="phi3")
-    assert [layer.attention.window for layer in config.layers] == [9]
-    config = gguf_config(tmp_path, {"llama.attention.sliding_window": 9})
-    assert [layer.attention.window for layer in config.layers] == [None]
-
-
-def test_gguf_original_context(tmp_path: Path) -> None:
-    """The default of Phi 3's config.json is not that of its GGUF files."""
-    metadata = {key.replace("llama.", "phi3."): value for key, value in LLAMA.items()}
+    (layer,) = gguf_config(tmp_path, metadata | {"phi3.attention.sliding_window": 9}, arch="phi3").layers
+    assert layer.attention.window == 9
+    (layer,) = gguf_config(tmp_path, {"llama.attention.sliding_window": 9}).layers
+    assert layer.attention.window is None
     factors = ("rope_factors_short.weight", "rope_factors_long.weight")
     for key, expected in ({"phi3.rope.scaling.original_context_length": 64}, 64), ({}, 128):
         (rope,) = gguf_config(tmp_path, metadata | key, *factors, arch="phi3").ropes
@@ -197,9 +153,8 @@ def test_gguf_original_context(tmp_path: Path) -> None:
 
 
 def test_gguf_architecture_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"general\.architecture: 'mamba' is not supported \(supported: llama, .*gemma3"
-    ):
+    message = r"general\.architecture: 'mamba' is not supported \(supported: llama, .*gemma3"
+    with pytest.raises(ValueError, match=message):
         gguf_config(tmp_path, arch="mamba")
 
 
@@ -222,18 +177,3 @@ def test_older_files_of_deepseek_v2(tmp_path: Path) -> None:
     latent = older.layers[0].attention.latent
     assert latent is not None
     assert (latent.nope_head_dim, latent.rope_head_dim, latent.v_head_dim) == (8, 4, 8)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({"llama.block_count": 10**9}, "llama.block_count: must be an integer from 1 to 1024"),
-        ({"llama.nextn_predict_layers": "x"}, "llama.nextn_predict_layers: must be an integer"),
-        ({"llama.rope.freq_base": 0.0}, "llama.rope.freq_base: must be a number above 0"),
-        ({"llama.expert_gating_func": "x"}, "llama.expert_gating_func: must be an integer"),
-        ({"llama.attention.head_count": [0, 0]}, "llama.attention.head_count: must be an integer"),
-    ],
-)
-def test_absurd_metadata(metadata: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"tiny\.gguf: {message}"):
-        gguf_config(tmp_path, metadata)

@@ -10,8 +10,6 @@ from transformers import (
     Gemma4UnifiedConfig,
     GenerationConfig,
     LlamaConfig,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
     MistralConfig,
 )
 
@@ -39,6 +37,8 @@ CONFIG_JSON: dict[str, Any] = SHAPE | {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SHORT = {"original_max_position_embeddings": 1}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 COMMON_FIELDS = (*SHAPE, "head_dim", "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
 
@@ -50,44 +50,6 @@ def load(folder: Path, generation: dict[str, Any] | None = None, **changes: Any)
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     return load_model_config(folder)
-
-
-def llama(**changes: Any) -> Any:
-    return LlamaConfig(**(SHAPE | changes))
-
-
-def mistral(**changes: Any) -> Any:
-    return MistralConfig(**(SHAPE | changes))
-
-
-@pytest.mark.parametrize(
-    "expected",
-    [
-        llama(architectures=["LlamaForCausalLM"]),
-        llama(head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
-        llama(num_key_value_heads=None, rms_norm_eps=1e-3, hidden_act="gelu"),
-        llama(rope_parameters={"rope_type": "default", "rope_theta": 1234.5}),
-        llama(rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}),
-        llama(rope_parameters=LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 256}),
-        mistral(architectures=["MistralForCausalLM"]),
-        mistral(sliding_window=None),
-        mistral(sliding_window=17, head_dim=16),
-    ],
-)
-def test_as_transformers_writes_it(expected: Any, tmp_path: Path) -> None:
-    expected.save_pretrained(tmp_path)
-    config = llama_fields(load_model_config(tmp_path))
-    assert config.architecture == expected.model_type
-    for name in COMMON_FIELDS:
-        assert getattr(config, name) == getattr(expected, name), name
-    assert config.rope_theta == expected.rope_parameters["rope_theta"]
-    for name in ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        if name in expected.rope_parameters:
-            assert getattr(config.rope_scaling, name) == expected.rope_parameters[name], name
-    assert config.sliding_window == getattr(expected, "sliding_window", None)
-    assert config.attention_bias == config.attention_output_bias == getattr(expected, "attention_bias", False)
-    assert config.mlp_bias == getattr(expected, "mlp_bias", False)
-    assert (config.hidden_act, config.eos_token_ids) == (expected.hidden_act, (expected.eos_token_id,))
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig])
@@ -109,11 +71,6 @@ def test_older_files(tmp_path: Path) -> None:
     assert (config.head_dim, config.num_key_value_heads) == (8, 8)
 
 
-def test_a_window_of_0_is_none(tmp_path: Path) -> None:
-    assert llama_fields(load(tmp_path, model_type="mistral", sliding_window=0)).sliding_window is None
-    assert llama_fields(load(tmp_path, model_type="mistral")).sliding_window == 4096  # the default of the family
-
-
 def test_partial_rotary_embeddings(tmp_path: Path) -> None:
     (rope,) = load(tmp_path, partial_rotary_factor=0.5).ropes
     assert (rope.head_dim, rope.rotary_dim) == (8, 4)
@@ -128,14 +85,15 @@ def test_code_of_a_supported_model_is_ignored(tmp_path: Path, caplog: pytest.Log
     assert config == load(tmp_path)
 
 
-def test_the_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_text_part_of_a_multimodal_model(tied: bool, tmp_path: Path) -> None:
     """Of the outer fields only a few are read, and these win, as in transformers."""
-    text = SHAPE | {"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": False}
-    outer = {"model_type": "gemma3", "hidden_size": 1, "eos_token_id": [3, 4], "tie_word_embeddings": True}
+    text = SHAPE | {"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": not tied}
+    outer = {"model_type": "gemma3", "hidden_size": 1, "eos_token_id": [3, 4], "tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": text}))
     config = load_model_config(tmp_path)
     assert (config.architecture, config.hidden_size, config.eos_token_ids) == ("gemma3_text", 64, (3, 4))
-    assert config.tie_word_embeddings
+    assert config.tie_word_embeddings == tied
     (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": text | {"hidden_size": None}}))
     with pytest.raises(ValueError, match=r"config\.json: text_config: hidden_size: is missing"):
         load_model_config(tmp_path)
@@ -182,44 +140,30 @@ def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
         ({"model_type": None, "architectures": ["GPT2ForCausalLM"]}, "GPT2ForCausalLM.*supported: llama, mistral, "),
         ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "model_type: 'evil' is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"architectures": None, "model_type": "gpt2"}, "'gpt2'"),
         ({"architectures": [{}]}, "architectures"),
-        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method: .hqq. is not supported"),
         ({"hidden_size": ...}, "hidden_size: is missing"),
-        ({"hidden_size": "64"}, "hidden_size: must be an integer from 1 to .*, not '64'"),
-        ({"hidden_size": 64.0}, "hidden_size: must be an integer"),
-        ({"num_hidden_layers": True}, "num_hidden_layers: must be an integer"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers: must be an integer"),
-        ({"vocab_size": -1}, "vocab_size: must be an integer"),
-        ({"vocab_size": 10**39}, "vocab_size: must be an integer"),
         ({"hidden_size": 65}, "head_dim: is missing, .* .65. is no multiple of the 8 attention heads"),
         ({"head_dim": 7}, "head_dim: 7 must be even"),
-        (
-            {"num_key_value_heads": 3},
-            "num_key_value_heads: the 8 attention heads are no multiple of 3 key and value heads",
-        ),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: the 8 attention heads are no multiple of 3"),
         ({"rms_norm_eps": 0}, "rms_norm_eps: must be a number above 0"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: must be a number"),
-        ({"rope_theta": float("inf")}, "rope_theta: must be a number"),
-        ({"rope_theta": 10**39}, "rope_theta: must be a number"),
         ({"rope_theta": -1.0}, "rope_theta: must be a number"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_parameters: rope_theta: must be"),
         ({"rope_scaling": {"rope_type": "warp", "factor": 4.0}}, "rope_scaling: rope_type: 'warp' is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: short_factor: must be 4 positive numbers, not None"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: is missing"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor: must be a number above 0"),
         ({"rope_scaling": ["linear", 2]}, "rope_scaling: must be an object"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor: must be greater"),
         ({"partial_rotary_factor": 0}, "partial_rotary_factor: must be a number above 0"),
-        ({"partial_rotary_factor": "half"}, "partial_rotary_factor: must be a number"),
-        ({"hidden_act": "relu"}, "hidden_act: 'relu' is not supported"),
-        ({"hidden_act": ["silu"]}, "hidden_act: must be a string"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: must be true or false"),
         ({"eos_token_id": 99}, "eos_token_id: must be token ids below 99"),
-        ({"eos_token_id": [1, "2"]}, "eos_token_id: must be token ids"),
         ({"bos_token_id": -1}, "bos_token_id: must be token ids"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: must be an integer from 1 to 1024"),
+        (EXPERTS | {"mlp_layer_types": ["sparse"]}, "mlp_layer_types: must be dense or sparse for each layer"),
+        (EXPERTS | {"mlp_only_layers": [0] * 1025}, "mlp_only_layers: must be a list of at most 1024 layers"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0} | SHORT},
+            "rope_scaling: original_max_.*: must be greater",
+        ),
         ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types.*linear_attention"),
         ({"model_type": "mistral", "sliding_window": -1}, "sliding_window: must be an integer from 0"),
     ],
@@ -229,23 +173,10 @@ def test_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
         load(tmp_path, **changes)
 
 
-@pytest.mark.parametrize(
-    ("generation", "message"),
-    [
-        ({"do_sample": "yes"}, "do_sample"),
-        ({"eos_token_id": [1000]}, "eos_token_id"),
-    ],
-)
-def test_generation_config_refused(generation: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"generation_config\.json: {message}: must be"):
+@pytest.mark.parametrize("generation", [{"do_sample": "yes"}, {"eos_token_id": [1000]}])
+def test_generation_config_refused(generation: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {next(iter(generation))}: must be"):
         load(tmp_path, generation)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": ' * 100_000, "null", "\ud800"])
-def test_config_that_is_not_an_object(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=r"config\.json: (not valid JSON|must hold a JSON object)"):
-        load_model_config(tmp_path)
 
 
 @pytest.mark.checklist("B10")
@@ -268,35 +199,14 @@ def test_no_model(tmp_path: Path) -> None:
 def test_gemma_3_leaves_out_what_is_default(tmp_path: Path) -> None:
     """The files of Gemma 3 4B hold few keys of the text part."""
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
-    values: dict[str, Any] = {
-        "model_type": "gemma3",
-        "text_config": text | {"sliding_window": 1024},
-        "eos_token_id": [1, 106],
-    }
+    values: dict[str, Any] = {"model_type": "gemma3", "text_config": text | {"sliding_window": 1024}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = load_model_config(tmp_path)
     expected: Any = Gemma3Config(**values).text_config
     attention = config.layers[0].attention
-    assert config.vocab_size == expected.vocab_size
-    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (
-        expected.num_attention_heads,
-        expected.num_key_value_heads,
-        expected.head_dim,
-    )
-    assert config.tie_word_embeddings
-    assert config.eos_token_ids == (1, 106)
-
-
-@pytest.mark.parametrize("outer", [False, True])
-def test_whole_model_says_whether_embeddings_are_tied(outer: bool, tmp_path: Path) -> None:
-    text = SHAPE | {"model_type": "mistral", "tie_word_embeddings": not outer}
-    vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    values: Any = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=outer)
-    expected: Any = Mistral3ForConditionalGeneration(values)
-    expected.save_pretrained(tmp_path)
-    is_tied = expected.lm_head.weight is expected.get_input_embeddings().weight
-    assert load_model_config(tmp_path).tie_word_embeddings == is_tied == outer
+    heads = (expected.num_attention_heads, expected.num_key_value_heads, expected.head_dim)
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == heads
+    assert (config.vocab_size, config.tie_word_embeddings) == (expected.vocab_size, True)
 
 
 def test_gemma_4_12b(tmp_path: Path) -> None:
@@ -306,40 +216,3 @@ def test_gemma_4_12b(tmp_path: Path) -> None:
     assert config.per_layer_input_size == 0
     assert [layer.attention.head_dim for layer in config.layers] == [256] * 5 + [512]
     assert [layer.attention.window for layer in config.layers] == [1024] * 5 + [None]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: must be an integer from 1 to 1024"),
-        ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types: must be dense or sparse for each layer"),
-        ({"mlp_layer_types": ["sparse", "dense", "moe"]}, "mlp_layer_types: must be dense or sparse"),
-        ({"mlp_layer_types": 3}, "mlp_layer_types: must be dense or sparse"),
-        (
-            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
-            "rope_theta: must be greater than 1 for yarn",
-        ),
-        ({"mlp_only_layers": 1}, "mlp_only_layers: must be a list of at most 1024 layers"),
-        ({"mlp_only_layers": [0] * 1025}, "mlp_only_layers: must be a list of at most 1024 layers"),
-        (
-            {"rope_scaling": {"type": "longrope", "factor": 2.0, "original_max_position_embeddings": 1}},
-            "rope_scaling: original_max_position_embeddings: must be greater than 1",
-        ),
-    ],
-)
-def test_absurd_values(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
-        load(tmp_path, num_local_experts=4, num_experts_per_tok=2, **changes)
-
-
-def test_groups_of_one_expert(tmp_path: Path) -> None:
-    """Groups are compared by their two best experts."""
-    changes: dict[str, Any] = {
-        "model_type": "glm4_moe_lite",
-        "n_routed_experts": 8,
-        "n_group": 8,
-        "topk_group": 4,
-        "v_head_dim": 16,
-    }
-    with pytest.raises(ValueError, match="n_group: 8 groups have one expert each"):
-        load(tmp_path, **changes, first_k_dense_replace=0)

@@ -14,46 +14,34 @@ from engine.config.tokenizer_files import read_added_tokens
 
 HOSTILE = {
     "lists": (b'{"a": ' + 5000 * b"[", "more than 100 levels"),
-    "objects": (5000 * b'{"a": ', "more than 100 levels"),
     "closed": (b'{"a": ' + 500 * b"[" + 500 * b"]" + b"}", "more than 100 levels"),
     "digits": (b'{"a": ' + 100_000 * b"9" + b"}", "a number of 100000 digits"),
-    "fewer digits": (b'{"a": -' + 400 * b"9" + b"}", "a number of 401 digits"),
     "no text": (b'{"a": "\xff"}', "codec can't decode"),
     "cut": (b'{"a": ', "Expecting value"),
 }
 FILES: dict[str, Callable[[Path], object]] = {
-    "config.json": load_model_config,
-    "generation_config.json": load_model_config,
-    "tokenizer_config.json": read_added_tokens,
-    "added_tokens.json": read_added_tokens,
-} | dict.fromkeys(OTHER_FILES, load_model_config)
-
-
-@pytest.mark.parametrize(("data", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_content_that_no_tool_writes(tmp_path: Path, data: bytes, message: str) -> None:
-    path = tmp_path / "x.json"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: not valid JSON (')}.*{message}"):
-        read_json_file(path)
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("data", [data for data, _ in HOSTILE.values()], ids=HOSTILE)
-def test_every_file_of_a_folder(tmp_path: Path, name: str, data: bytes) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8} | SIZES))
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}: not valid JSON"):
-        FILES[name](tmp_path)
-
-
-SIZES = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "max_position_embeddings": 8,
-    "rms_norm_eps": 1e-5,
+    **dict.fromkeys(("config.json", "generation_config.json", *OTHER_FILES), load_model_config),
+    **dict.fromkeys(("tokenizer_config.json", "added_tokens.json"), read_added_tokens),
 }
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "rms_norm_eps": 1e-5,
+    **dict.fromkeys(SIZES, 8),
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize("name", ["x.json", *FILES])
+@pytest.mark.parametrize(("data", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_content_that_no_tool_writes(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    path = tmp_path / name
+    path.write_bytes(data)
+    read: Callable[[Path], object] = FILES.get(name, lambda folder: read_json_file(folder / name))
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: not valid JSON (')}.*{message}"):
+        read(tmp_path)
 
 
 def test_limits(tmp_path: Path) -> None:

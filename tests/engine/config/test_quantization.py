@@ -9,59 +9,17 @@ import pytest
 from engine.config import Fields, QuantizationConfig
 from engine.config.quantization import read_quantization
 
-GPTQ = {
-    "batch_size": 1,
-    "bits": 4,
-    "block_name_to_quantize": None,
-    "damp_percent": 0.01,
-    "desc_act": False,
-    "group_size": 128,
-    "quant_method": "gptq",
-    "sym": True,
-    "true_sequential": True,
-}
-AWQ = {
-    "bits": 4,
-    "group_size": 128,
-    "modules_to_not_convert": None,
-    "quant_method": "awq",
-    "version": "gemm",
-    "zero_point": True,
-}
-FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-STATIC_FP8 = {
-    "activation_scheme": "static",
-    "dequantize": False,
-    "modules_to_not_convert": ["model.vision_tower", "lm_head"],
-    "quant_method": "fp8",
-    "weight_block_size": None,
-}
-FBGEMM = {"activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"], "quant_method": "fbgemm_fp8"}
 MXFP4 = {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"], "quant_method": "mxfp4"}
-WEIGHTS = {
-    "actorder": "weight",
-    "block_structure": None,
-    "dynamic": False,
-    "group_size": 128,
-    "num_bits": 4,
-    "observer": "minmax",
-    "strategy": "group",
-    "symmetric": True,
-    "type": "int",
-}
+GPTQ = {"bits": 4, "desc_act": False, "group_size": 128, "quant_method": "gptq", "sym": True}
+AWQ = {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+WEIGHTS = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": True}
 GROUP = {"input_activations": None, "output_activations": None, "targets": ["Linear"], "weights": WEIGHTS}
 
 
 def compressed(**changes: Any) -> dict[str, Any]:
-    return {
-        "config_groups": {"group_0": GROUP},
-        "format": "pack-quantized",
-        "ignore": ["lm_head", "re:.*gate$"],
-        "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "sparsity_config": {},
-    } | changes
+    values = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": GROUP}}
+    return values | {"ignore": ["lm_head", "re:.*gate$"], "kv_cache_scheme": None, "sparsity_config": {}} | changes
 
 
 def grouped(weights: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -70,6 +28,8 @@ def grouped(weights: dict[str, Any] | None = None, **changes: Any) -> dict[str, 
 
 
 FLOAT8 = {"type": "float", "num_bits": 8, "strategy": "channel", "group_size": None, "dynamic": False}
+COMPRESSED = QuantizationConfig(method="compressed-tensors")
+COMPRESSED_WITH_INPUTS = QuantizationConfig(method="compressed-tensors", quantizes_activations=True)
 INPUTS = {"dynamic": True, "num_bits": 8, "strategy": "token", "type": "float"}
 
 
@@ -80,36 +40,18 @@ def read(config: Any, folder: str = "/model") -> QuantizationConfig | None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (None, None),
         (GPTQ, QuantizationConfig(method="gptq", zero_point_offset=1)),
         (GPTQ | {"bits": 8, "group_size": -1}, QuantizationConfig(method="gptq", zero_point_offset=1)),
         (GPTQ | {"checkpoint_format": "gptq_v2"}, QuantizationConfig(method="gptq")),
-        (GPTQ | {"format": "gptq_v2"}, QuantizationConfig(method="gptq")),
-        (GPTQ | {"format": "GPTQ", "checkpoint_format": "gptq_v2"}, QuantizationConfig(method="gptq")),
         (AWQ, QuantizationConfig(method="awq")),
         (AWQ | {"version": None, "format": "gemm"}, QuantizationConfig(method="awq")),
-        (AWQ | {"version": "GEMM"}, QuantizationConfig(method="awq")),
-        (FP8, QuantizationConfig(method="fp8", quantizes_activations=True)),
         (FP8 | {"scale_fmt": "ue8m0"}, QuantizationConfig(method="fp8", quantizes_activations=True)),
-        (STATIC_FP8, QuantizationConfig(method="fp8", quantizes_activations=True)),
-        (FBGEMM, QuantizationConfig(method="fbgemm_fp8", quantizes_activations=True)),
-        (MXFP4, QuantizationConfig(method="mxfp4")),
-        (compressed(), QuantizationConfig(method="compressed-tensors")),
-        (compressed(transform_config={"config_groups": {}}), QuantizationConfig(method="compressed-tensors")),
-        (compressed(sparsity_config={"format": "dense"}), QuantizationConfig(method="compressed-tensors")),
-        (grouped({"symmetric": False}), QuantizationConfig(method="compressed-tensors")),
-        (
-            grouped(FLOAT8, input_activations=INPUTS, format="float-quantized"),
-            QuantizationConfig(method="compressed-tensors", quantizes_activations=True),
-        ),
-        (
-            compressed(format="mixed-precision", config_groups={"group_0": GROUP | {"format": "int-quantized"}}),
-            QuantizationConfig(method="compressed-tensors"),
-        ),
-        (
-            grouped(FLOAT8 | {"strategy": "block", "block_structure": [128, 128]}, format="float-quantized"),
-            QuantizationConfig(method="compressed-tensors"),
-        ),
+        (compressed(), COMPRESSED),
+        (compressed(transform_config={"config_groups": {}}), COMPRESSED),
+        (grouped({"symmetric": False}), COMPRESSED),
+        (grouped(FLOAT8, input_activations=INPUTS, format="float-quantized"), COMPRESSED_WITH_INPUTS),
+        (compressed(format="mixed-precision", config_groups={"a": GROUP | {"format": "int-quantized"}}), COMPRESSED),
+        (grouped(FLOAT8 | {"strategy": "block", "block_structure": [128, 128]}, format="float-quantized"), COMPRESSED),
     ],
 )
 def test_supported(config: Any, expected: QuantizationConfig | None) -> None:
@@ -121,41 +63,26 @@ def test_supported(config: Any, expected: QuantizationConfig | None) -> None:
     [
         ("awq", "quantization_config: must be an object, not 'awq'"),
         ({"bits": 4}, "quant_method: '' is not supported .supported: awq, compressed-tensors"),
-        ({"quant_method": "bitsandbytes"}, "quantization_config: quant_method: 'bitsandbytes' is not supported"),
         ({"quant_method": "auto-round"}, "quant_method: 'auto-round' is not supported .*mxfp4; GGUF files are"),
-        ({"quant_method": 7}, "quant_method: must be a string, not 7"),
         (GPTQ | {"bits": 3}, "quantization_config: bits: 3 is not supported .supported: 4, 8"),
-        (GPTQ | {"bits": None}, "bits: None is not supported"),
         (GPTQ | {"group_size": 0}, "group_size: must be an integer from 1"),
-        (
-            GPTQ | {"checkpoint_format": "marlin"},
-            "checkpoint_format: 'marlin' is not supported .supported: gptq, g",
-        ),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format: 'marlin' is not supported .supported: gptq"),
         (GPTQ | {"is_marlin_format": True}, "is_marlin_format"),
         (GPTQ | {"pack_dtype": "int8"}, "pack_dtype: 'int8' is not supported"),
         (AWQ | {"version": "gemv"}, "version: 'gemv' is not supported .supported: gemm"),
         (AWQ | {"zero_point": False}, "zero_point: must be true"),
-        (
-            FP8 | {"weight_block_size": [1, 128]},
-            r"weight_block_size: \[1, 128\] is not supported .supported: \[12",
-        ),
+        (FP8 | {"weight_block_size": [1, 128]}, r"weight_block_size: \[1, 128\] is not supported"),
         (FP8 | {"fmt": "e5m2"}, "fmt: 'e5m2' is not supported"),
-        (FP8 | {"expert_dtype": "fp4"}, "expert_dtype: 'fp4' is not supported"),
         (compressed(format="nvfp4-pack-quantized"), "group_0: format: 'nvfp4-pack-quantized' is not supported"),
         (compressed(format="mixed-precision"), "group_0: format: 'mixed-precision' is not supported"),
         (compressed(config_groups=None), "config_groups: is missing"),
         (compressed(config_groups={"W4A16": ["Linear"]}), "config_groups: must be objects by name"),
-        (compressed(config_groups=[1]), "config_groups: must be objects by name"),
         (grouped({"num_bits": 3}), "group_0: weights: num_bits: 3 is not supported .supported: 4, 8"),
         (grouped({"type": "float"}), "weights: num_bits: 4 is not supported .supported: 8"),
         (grouped({"strategy": "tensor_group"}), "weights: strategy: 'tensor_group' is not supported"),
         (grouped({"strategy": "block"}), r"block_structure: None is not supported .supported: \[128, 128"),
-        (
-            compressed(sparsity_config={"format": "sparse-24-bitmask"}),
-            "sparsity_config: format: 'sparse-24-bitmask' is",
-        ),
+        (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config: format: 'sparse-24-bitmask'"),
         (compressed(transform_config={"config_groups": {"u": {}}}), "transform_config: config_groups: .* is not supp"),
-        (compressed(transform_config=3), "transform_config: must be an object, not 3"),
         (AWQ | {"version": None, "format": "gemv_fast"}, "format: 'gemv_fast' is not supported"),
     ],
 )
@@ -176,17 +103,11 @@ def test_files_of_older_tools(name: str, content: dict[str, Any], method: str, t
     found = read(None, str(tmp_path))
     assert found is not None
     assert found.method == method
-    (tmp_path / name).write_text("[1]")
-    with pytest.raises(ValueError, match=f"{name}: must hold a JSON object"):
-        read(None, str(tmp_path))
-    (tmp_path / name).write_text("{")
-    with pytest.raises(ValueError, match=f"{name}: not valid JSON"):
-        read(None, str(tmp_path))
 
 
-def test_older_name_of_the_key() -> None:
-    found = read_quantization(Fields("config.json", {"compression_config": compressed()}))
-    assert found == QuantizationConfig(method="compressed-tensors")
+def test_other_places() -> None:
+    assert read(None) is None
+    assert read_quantization(Fields("config.json", {"compression_config": compressed()})) == COMPRESSED
 
 
 def test_modelopt(tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ from tests.support.outputs import all_logits
 pytestmark = PEFT_WARNINGS
 
 TOLERANCE = 1e-3  # of a log probability
-FUSED = {
+TARGETS: dict[str, list[str] | str] = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "glm4": ["q_proj", "gate_up_proj", "down_proj"],
     "granite4": ["k_proj", "input_linear", "output_linear"],
+    **dict.fromkeys(("llama3", "qwen3", "gemma3_text", "cohere2"), "all-linear"),
+    "qwen3_moe": ["q_proj", "v_proj"],
+    "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
-OTHERS = {"llama3": "all-linear", "qwen3": "all-linear", "gemma3_text": "all-linear", "cohere2": "all-linear"}
-ATTENTION = {"qwen3_moe": ["q_proj", "v_proj"], "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+QUICK = {("phi3", "default"), ("granite4", "default"), ("gpt_oss", "torch")}
 
 
 def save_adapter(model: Any, folder: Path, targets: list[str] | str) -> Any:
@@ -40,10 +42,16 @@ def save_adapter(model: Any, folder: Path, targets: list[str] | str) -> Any:
     return adapted.eval()
 
 
-@pytest.mark.parametrize("kernels", ["torch", "default"])
-@pytest.mark.parametrize(("name", "targets"), (FUSED | OTHERS | ATTENTION).items())
-def test_answers_of_an_adapted_model(name: str, targets: list[str] | str, kernels: str, tmp_path: Path) -> None:
-    adapted = save_adapter(save_family_model(name, tmp_path / "model"), tmp_path / "adapter", targets)
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        pytest.param(name, kernels, marks=[] if (name, kernels) in QUICK else pytest.mark.long)
+        for name in TARGETS
+        for kernels in ("torch", "default")
+    ],
+)
+def test_answers_of_an_adapted_model(name: str, kernels: str, tmp_path: Path) -> None:
+    adapted = save_adapter(save_family_model(name, tmp_path / "model"), tmp_path / "adapter", TARGETS[name])
     with choose_kernels(kernels):
         loaded = load_model(
             EngineConfig(

@@ -1,6 +1,8 @@
-"""LoRA adapters in GGUF files, compared with the same ones in PEFT's format, and damaged files of both formats."""
+"""LoRA adapters in GGUF files, and files of both formats that are damaged, huge, or not regular files."""
 
 import json
+import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.nn import Linear
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
+from engine.config import load_model_config
+from engine.lora.checkpoint import module_shapes
 from engine.lora.reader import load_lora
+from tests.support.examples import num_examples
 from tests.support.gguf_files import interleave, write_gguf
 from tests.support.lora_files import (
     ATTENTION,
@@ -31,35 +38,26 @@ from tests.support.lora_files import (
     small_adapter,
     write_folder,
 )
+from tests.support.model_configs import llama_config
 
 pytestmark = PEFT_WARNINGS
 
 
+GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+GGUF_NAMES |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+NUM_HEADS = {"q_proj": FIELDS["num_attention_heads"], "k_proj": FIELDS["num_key_value_heads"]}
+
+
 def gguf_tensors(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
     """Convert PEFT's tensors as llama.cpp does: with other names, and the rows of q and k in another order."""
-    names = {
-        "self_attn.q_proj": ("attn_q", FIELDS["num_attention_heads"]),
-        "self_attn.k_proj": ("attn_k", FIELDS["num_key_value_heads"]),
-        "self_attn.v_proj": ("attn_v", None),
-        "self_attn.o_proj": ("attn_output", None),
-        "mlp.gate_proj": ("ffn_gate", None),
-        "mlp.up_proj": ("ffn_up", None),
-        "mlp.down_proj": ("ffn_down", None),
-    }
     converted = {}
     for name, tensor in tensors.items():
-        layer, part, half = name.removeprefix("base_model.model.model.layers.").split(".", 1)[0], *parts_of(name)
-        gguf_name, num_heads = names[part]
+        *_, layer, _, part, half, _ = name.split(".")
         rows = tensor.float().numpy()
-        if num_heads and half == "lora_b":
-            rows = interleave(rows, num_heads)
-        converted[f"blk.{layer}.{gguf_name}.weight.{half}"] = rows
+        if part in NUM_HEADS and half == "lora_B":
+            rows = interleave(rows, NUM_HEADS[part])
+        converted[f"blk.{layer}.{GGUF_NAMES[part]}.weight.{half.lower()}"] = rows
     return converted
-
-
-def parts_of(name: str) -> tuple[str, str]:
-    *_, kind, part, half, _ = name.split(".")
-    return f"{kind}.{part}", half.lower()
 
 
 ADAPTER = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
@@ -70,18 +68,14 @@ def write_adapter(path: Path, tensors: Any, types: Any = None, arch: str = "llam
     return write_gguf(path, values, tensors, types, arch)
 
 
-@pytest.fixture(scope="module")
-def whole_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an adapter of all modules."""
-    folder = tmp_path_factory.mktemp("whole")
-    save_adapter(folder, LoraConfig(r=32, lora_alpha=4, target_modules=list(ATTENTION + MLP)))
-    return folder
-
-
-def test_the_same_adapter_in_gguf(whole_adapter: Path, tmp_path: Path) -> None:
+def test_the_same_adapter_in_gguf(tmp_path: Path) -> None:
+    """In GGUF files, the architecture of a Mistral model is called llama."""
+    whole_adapter = tmp_path / "whole"
+    save_adapter(whole_adapter, LoraConfig(r=32, lora_alpha=4, target_modules=list(ATTENTION + MLP)))
     tensors = gguf_tensors(load_file(whole_adapter / "adapter_model.safetensors"))
     expected = load_lora(whole_adapter, CONFIG)
-    actual = load_lora(write_adapter(tmp_path / "adapter.gguf", tensors), CONFIG)
+    mistral = msgspec.structs.replace(CONFIG, architecture="mistral")
+    actual = load_lora(write_adapter(tmp_path / "adapter.gguf", tensors), mistral)
     assert sorted(actual.modules) == sorted(MODULES)
     assert actual.fingerprint == expected.fingerprint
     for name, matrices in expected.modules.items():
@@ -89,22 +83,9 @@ def test_the_same_adapter_in_gguf(whole_adapter: Path, tmp_path: Path) -> None:
         assert torch.equal(actual.modules[name].b, matrices.b)
 
 
-def test_names_of_modules_in_gguf() -> None:
-    """`gguf_tensors` names all modules as the `gguf` package does."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG.num_hidden_layers)
-    tensors = {f"base_model.model.{name}.lora_A.weight": torch.ones(1, 1) for name in MODULES}
-    assert list(gguf_tensors(tensors)) == [f"{names.get_name(name)}.weight.lora_a" for name in MODULES]
-
-
 @pytest.mark.parametrize(
     ("ggml_type", "rank"),
-    [
-        (GGMLQuantizationType.F16, 3),
-        (GGMLQuantizationType.BF16, 3),
-        (GGMLQuantizationType.Q8_0, 32),
-        (GGMLQuantizationType.Q4_1, 64),
-        (GGMLQuantizationType.Q5_0, 32),
-    ],
+    [(GGMLQuantizationType.BF16, 3), (GGMLQuantizationType.Q8_0, 32), (GGMLQuantizationType.Q4_1, 64)],
 )
 def test_packed_gguf(ggml_type: GGMLQuantizationType, rank: int, tmp_path: Path) -> None:
     tensors = gguf_tensors(small_adapter(rank))
@@ -124,24 +105,13 @@ def test_alpha_in_gguf(alpha: Any, scale: float, tmp_path: Path) -> None:
     assert torch.equal(matrices.b, small_adapter()[B] * scale)
 
 
-def test_gguf_for_a_mistral_model(tmp_path: Path) -> None:
-    """In GGUF files, the architecture of a Mistral model is called llama."""
-    path = write_adapter(tmp_path / "a.gguf", gguf_tensors(small_adapter()))
-    load_lora(path, msgspec.structs.replace(CONFIG, architecture="mistral"))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.type": ...}, "general.type: must be 'adapter', not 'not named'"),
         ({"general.type": "model"}, "general.type: must be 'adapter', not 'model'"),
-        ({"general.type": 3}, "general.type: must be a string, not 3"),
-        ({"adapter.type": ...}, "adapter.type: must be 'lora', not 'not named'"),
         ({"adapter.type": "cvec"}, "adapter.type: must be 'lora', not 'cvec'"),
         ({"arch": "gemma"}, "general.architecture: is 'gemma', but the model's is 'llama'"),
         ({"adapter.lora.alpha": float("nan")}, "adapter.lora.alpha: must be a number from 0"),
-        ({"adapter.lora.alpha": float("inf")}, "adapter.lora.alpha: must be a number from 0"),
-        ({"adapter.lora.alpha": "4"}, "adapter.lora.alpha: must be a number from 0"),
         ({"adapter.alora.invocation_tokens": [1, 2]}, r"adapter.alora.invocation_tokens: activated LoRA \(aLoRA\)"),
     ],
 )
@@ -158,22 +128,15 @@ ONES = np.ones((2, 32), dtype=np.float32)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({GGUF_A: None, GGUF_B: None}, "holds no LoRA matrices"),
         ({GGUF_A: None}, f"{GGUF_B}: has no lora_A beside it"),
-        ({GGUF_B: None}, f"{GGUF_A}: has no lora_B beside it"),
         ({GGUF_A: np.ones((3, 32), dtype=np.float32)}, f"{GGUF_B}: has rank 2, but its lora_A has rank 3"),
         ({GGUF_A: ONES.T.copy()}, rf"{GGUF_A}: has shape \(32, 2\), but the model needs \(r, 32\)"),
         ({GGUF_B: ONES}, rf"{GGUF_B}: has shape \(2, 32\), but the model needs \(48, r\)"),
         ({GGUF_A: ONES * np.float32(np.nan)}, f"{GGUF_A}: holds numbers that are infinite or not a number"),
         ({GGUF_A: ONES.astype(np.int32)}, f"{GGUF_A}: .*I32"),
-        ({GGUF_A: ONES.astype(np.float64)}, f"{GGUF_A}: .*F64"),
         ({"blk.2.attn_q.weight.lora_a": ONES}, "blk.2.attn_q.weight.lora_a: there is no layer 2: the model has 2"),
-        ({"token_embd.weight.lora_a": ONES}, "token_embd.weight.lora_a: only adapters of self_attn.q_proj, "),
         ({"output.weight.lora_a": ONES}, "output.weight.lora_a: only adapters of self_attn.q_proj, "),
-        ({"blk.0.attn_norm.weight.lora_a": ONES}, "blk.0.attn_norm.weight.lora_a: only adapters of self_attn.q_proj, "),
-        ({"blk.0.attn_q.bias.lora_a": ONES}, "blk.0.attn_q.bias.lora_a: only adapters of self_attn.q_proj, "),
         ({"blk.0.attn_qkv.weight.lora_a": ONES}, "blk.0.attn_qkv.weight.lora_a: has no lora_B beside it"),
-        ({"blk.0.attn_norm.weight": ONES[0]}, "blk.0.attn_norm.weight: is neither lora_a nor lora_b"),
         ({"blk.0.attn_q.weight": ONES}, "blk.0.attn_q.weight: is neither lora_a nor lora_b"),
         ({"blk.0.ssm_in.weight.lora_a": ONES}, "blk.0.ssm_in.weight.lora_a: no supported model has such a tensor"),
     ],
@@ -190,30 +153,33 @@ def test_gguf_tensors_that_are_refused(changes: dict[str, Any], message: str, tm
 
 def damaged(data: bytes) -> Iterator[bytes]:
     """Yield truncated copies, and copies with changed bytes among the first 500, where the header is."""
-    yield from (data[:length] for length in range(0, len(data), 7))
+    yield from (data[:length] for length in range(0, len(data), num_examples(35, 7)))
     rng = np.random.default_rng(0)
-    for _ in range(600):
+    for _ in range(num_examples(100, 600)):
         changed = bytearray(data)
         for position in rng.integers(0, 500, rng.integers(1, 4)):
             changed[position] = rng.choice([0, 1, 9, 127, 255, int(rng.integers(256))])
         yield bytes(changed)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
 def test_damaged_files(form: str, tmp_path: Path) -> None:
     """Each is refused with a ValueError that names the file, or gives matrices that fit the model; most are refused."""
+    path = adapter = tmp_path / "adapter.gguf"
     if form == "gguf":
-        path = adapter = write_adapter(tmp_path / "adapter.gguf", gguf_tensors(small_adapter()))
+        write_adapter(path, gguf_tensors(small_adapter()))
     else:
         adapter = write_folder(tmp_path)
         path = adapter / "adapter_model.safetensors"
+    files = list(damaged(path.read_bytes()))
     num_refused = 0
-    for data in damaged(path.read_bytes()):
+    for data in files:
         path.write_bytes(data)
         if (refusal := refusal_of(adapter)) is not None:
             num_refused += 1
             assert path.name in refusal
-    assert num_refused > 300
+    assert num_refused > len(files) / 3
 
 
 def test_headers_that_lie(tmp_path: Path) -> None:
@@ -225,3 +191,151 @@ def test_headers_that_lie(tmp_path: Path) -> None:
             path.write_bytes(size.to_bytes(8, "little") + header + bytes(256))
             with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not a valid safetensors file"):
                 load_lora(folder, CONFIG)
+
+
+FORMS = ["safetensors", "gguf"]
+
+
+def write(form: str, folder: Path, tensors: Tensors) -> tuple[Path, Path]:
+    """Write an adapter. Return its path and that of the file with its tensors."""
+    if form == "gguf":
+        path = write_adapter(folder / "adapter.gguf", gguf_tensors(tensors))
+        return path, path
+    rank = next(iter(tensors.values())).shape[0]
+    return write_folder(folder / "adapter", tensors, r=rank), folder / "adapter" / "adapter_model.safetensors"
+
+
+# Too large.
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("max_rank", [None, 16])
+def test_a_file_that_goes_on_for_long(form: str, max_rank: int | None, tmp_path: Path) -> None:
+    adapter, path = write(form, tmp_path, small_adapter())
+    os.truncate(path, 200 * 2**30)
+    with pytest.raises(ValueError, match=rf"{path.name}: (not a valid safetensors file .*|has )214748364800\b"):
+        load_lora(adapter, CONFIG, max_rank)
+
+
+def test_a_rank_of_a_billion(tmp_path: Path) -> None:
+    """The file is as long as its header says, and holds only zeros."""
+    rank = 10**9
+    sizes = [128 * rank, 192 * rank]
+    header = {
+        A: {"dtype": "F32", "shape": [rank, 32], "data_offsets": [0, sizes[0]]},
+        B: {"dtype": "F32", "shape": [48, rank], "data_offsets": [sizes[0], sum(sizes)]},
+    }
+    folder = write_folder(tmp_path, r=rank)
+    text = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(folder / "adapter_model.safetensors", 8 + len(text) + sum(sizes))
+    with pytest.raises(ValueError, match="rank 1000000000 is more than the 16 of --max-lora-rank"):
+        load_lora(folder, CONFIG, 16)
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors: has 320000000\d+ bytes, but adapters of this model"
+    ):
+        load_lora(folder, CONFIG)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_rank_is_checked_before_the_numbers(form: str, tmp_path: Path) -> None:
+    whole = small_adapter(3)
+    adapter, path = write(form, tmp_path, whole | {A: whole[A] * torch.nan})
+    with pytest.raises(ValueError, match=rf"{path.name}: rank 3 is more than the 2 of --max-lora-rank"):
+        load_lora(adapter, CONFIG, 2)
+    for max_rank in (3, None):
+        with pytest.raises(ValueError, match="holds numbers that are infinite or not a number"):
+            load_lora(adapter, CONFIG, max_rank)
+    adapter, _ = write(form, tmp_path, whole)
+    assert load_lora(adapter, CONFIG, 3).rank == load_lora(adapter, CONFIG).rank == 3
+
+
+@pytest.mark.parametrize("max_rank", [200, None])
+def test_the_largest_adapter_is_read(max_rank: int | None, tmp_path: Path) -> None:
+    """The limit on the file's size is that of an adapter of all modules in float64, and 4 MiB for the header."""
+    config = llama_config(**FIELDS | {"hidden_size": 320, "intermediate_size": 400})
+    tensors: Tensors = {}
+    for name in MODULES:
+        rows, columns = module_shapes(config, 0)[name.split(".", 3)[3]]
+        rank = max_rank or min(rows, columns)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(rank, columns, dtype=torch.float64)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(rows, rank, dtype=torch.float64)
+    folder = write_folder(tmp_path, tensors, r=None)
+    assert (folder / "adapter_model.safetensors").stat().st_size > 2**22
+    assert len(load_lora(folder, config, max_rank).modules) == len(MODULES)
+
+    largest = 2**22 + sum(tensor.nbytes for tensor in tensors.values())
+    small = {GGUF_A: np.ones((2, 320), dtype=np.float32), GGUF_B: np.ones((48, 2), dtype=np.float32)}
+    path = write_adapter(tmp_path / "adapter.gguf", small)
+    os.truncate(path, largest)
+    load_lora(path, config, max_rank)
+    os.truncate(path, largest + 1)
+    with pytest.raises(ValueError, match=rf"has {largest + 1} bytes, but adapters of this model at most {largest}"):
+        load_lora(path, config, max_rank)
+
+
+def test_long_headers(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    save_file(small_adapter(), folder / "adapter_model.safetensors", {"text": "x" * 2**22})
+    assert "; at most 4194304 are allowed" in str(refusal_of(folder))
+    tensors = gguf_tensors(small_adapter())
+    path = write_adapter(tmp_path / "a.gguf", tensors, **{"general.description": "x" * 2**22})
+    assert "string 0 is longer than the rest: the header may only reach byte 4194304" in str(refusal_of(path))
+
+
+def test_long_names_make_no_long_messages(tmp_path: Path) -> None:
+    name = "blk." + "x" * 10**6
+    folder = write_folder(tmp_path, small_adapter() | {name: torch.ones(1)})
+    path = write_adapter(tmp_path / "a.gguf", {"blk.short": np.ones(4, dtype=np.float32)})
+    short_name, long_name = (struct.pack("<Q", len(text)) + text.encode() for text in ("blk.short", name))
+    path.write_bytes(path.read_bytes().replace(short_name, long_name) + bytes(100))
+    for adapter in (folder, path):
+        refusal = refusal_of(adapter)
+        assert refusal is not None
+        assert "blk.xxx" in refusal
+        assert len(refusal) < 600
+
+
+# Not regular files.
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "adapter.gguf"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_paths_that_are_not_regular_files(
+    name: str, swapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If `swapped`, the path becomes a pipe between the check and the opening."""
+    folder = write_folder(tmp_path)
+    path = folder / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    if swapped:
+        monkeypatch.setattr(Path, "is_dir", lambda self: self == folder)
+        monkeypatch.setattr(Path, "is_file", lambda self: self != folder)
+    with pytest.raises(ValueError, match=r"no such adapter|in this folder|is not a regular file"):
+        load_lora(path if name.endswith("gguf") else folder, CONFIG)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_file_may_change_afterwards(form: str, tmp_path: Path) -> None:
+    adapter, path = write(form, tmp_path, small_adapter())
+    (matrices,) = load_lora(adapter, CONFIG).modules.values()
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(matrices.a, small_adapter()[A])
+    assert torch.equal(matrices.b, small_adapter()[B] * 2)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+def test_shapes_of_latent_attention(q_lora_rank: int | None, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"kv_lora_rank": 8, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 10}
+    sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"num_hidden_layers": 1, "first_k_dense_replace": 1, "q_lora_rank": q_lora_rank, "vocab_size": 64}
+    values = DeepseekV2Config(**sizes)
+    values.save_pretrained(tmp_path)
+    layer: Any = DeepseekV2ForCausalLM(values).model.layers[0]
+    expected = {
+        name: tuple(module.weight.shape) for name, module in layer.named_modules() if isinstance(module, Linear)
+    }
+    del expected["self_attn.kv_b_proj"]  # becomes a part of others
+    assert module_shapes(load_model_config(tmp_path), 0) == expected

@@ -1,52 +1,61 @@
 """Adapters loaded and unloaded while requests run: which weights requests get, the order of updates, and failures."""
 
 import itertools
-import subprocess
-import sys
 import threading
-import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.lora import updates
+from engine.lora.checkpoint import LoraCheckpoint
 from engine.lora.slots import AdapterGoneError, LoraAdapters, read_adapter
-from engine.lora.updates import MAX_PENDING, AdapterUpdates
+from engine.lora.updates import MAX_PENDING, READ_TIMEOUT, SLOT_TIMEOUT, WRITE_SECONDS, AdapterUpdates, run_in_thread
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, Submit, UnloadAdapter
+from tests.parity.test_families import SHAPE
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
+from tests.support.tiny_models import save_random_model
 
-PROMPT = list(range(2000, 2050))
+PROMPT = list(range(100, 150))
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 CLIENT = b"client"
 
 
 @pytest.fixture(scope="module")
-def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config, folder = load_model_config(smollm2_path), tmp_path_factory.mktemp("adapters")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny model, with three adapters: a, b and c."""
+    folder = tmp_path_factory.mktemp("model")
+    save_random_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), folder, seed=1)
     for seed, name in enumerate(("a", "b", "c")):
-        save_random_adapter(folder / name, config, seed, ranks={"": 16 - seed})
+        save_random_adapter(folder / name, load_model_config(folder), seed, ranks={"": 16 - seed})
     return folder
 
 
-@pytest.fixture
-def loaded(smollm2_path: Path, folder: Path) -> LoadedModel:
-    modules = {"a": str(folder / "a")}
-    return load_model(EngineConfig(model_path=str(smollm2_path), max_model_len=1024, lora_modules=modules, max_loras=1))
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedModel:
+    return load_model(EngineConfig(model_path=str(folder), max_loras=1))
 
 
 class Machine:
-    """An engine with its adapter updates, and the outputs and replies of both."""
+    """An engine with its adapter updates, and the outputs and replies of both. Time passes when a test says so."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
-        self.engine = Engine(EngineConfig(model_path="", speculative="off"), loaded)
-        self.updates = AdapterUpdates(loaded.adapters, loaded.config, self.engine.scheduler)
+    def __init__(self, loaded: LoadedModel, folder: Path) -> None:
+        adapters = LoraAdapters(loaded.runner.model.linears, 1, 16)
+        adapters.load("a", "path", read_adapter("a", str(folder / "a"), loaded.config, 16))
+        self.loaded = replace(loaded, adapters=adapters)
+        self.engine = Engine(EngineConfig(model_path="", speculative="off"), self.loaded)
+        self.now = 0.0
+        scheduler = self.engine.scheduler
+        self.updates = AdapterUpdates(adapters, loaded.config, scheduler, clock=lambda: self.now)
         self.outputs: dict[str, list[int]] = {}
         self.replies: dict[str, AdapterDone] = {}
         self.numbers = itertools.count()
@@ -69,34 +78,40 @@ class Machine:
         return message.request_id
 
     def turn(self, *, with_step: bool = True) -> None:
-        time.sleep(0.001)  # the engine's loop polls for messages here, and the reading thread runs
         for client, reply in self.updates.advance():
             assert client == CLIENT
             self.replies[reply.request_id] = reply
         for event in self.engine.step()[1] if with_step else []:
             self.outputs[event.request_id] += event.token_ids
 
-    def wait_for_reply(self, request_id: str, max_steps: int = 10**6) -> AdapterDone:
+    def wait_for_reply(self, request_id: str, max_steps: int = 100) -> AdapterDone:
         """Take turns until an update has finished, only the first `max_steps` of them with a step of the engine."""
-        deadline = time.monotonic() + 60
-        num_turns = 0
-        while request_id not in self.replies:
-            assert time.monotonic() < deadline
+        for num_turns in range(200):
+            if request_id in self.replies:
+                return self.replies[request_id]
             self.turn(with_step=num_turns < max_steps)
-            num_turns += 1
-        return self.replies[request_id]
+        raise AssertionError(f"no reply to {request_id}")
 
     def output(self, request_id: str) -> list[int]:
-        deadline = time.monotonic() + 60
         while self.engine.has_work:
-            assert time.monotonic() < deadline
             self.turn()
         return self.outputs[request_id]
 
 
+def run_at_once(function: Callable[[], LoraCheckpoint]) -> Future[LoraCheckpoint]:
+    """Do what `run_in_thread` does, but here and now."""
+    future: Future[LoraCheckpoint] = Future()
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
 @pytest.fixture
-def machine(loaded: LoadedModel) -> Machine:
-    return Machine(loaded)
+def machine(loaded: LoadedModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setattr(updates, "run_in_thread", run_at_once)
+    return Machine(loaded, folder)
 
 
 def test_a_request_keeps_the_weights_it_was_admitted_for(machine: Machine, folder: Path) -> None:
@@ -127,14 +142,16 @@ def test_a_request_keeps_the_weights_it_was_admitted_for(machine: Machine, folde
     assert machine.output("again") == expected["a"]
 
 
-def test_a_load_waits_for_a_slot_but_not_forever(
-    machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_waits_for_a_slot_but_not_forever(machine: Machine, folder: Path) -> None:
     machine.ask("old", "a")
     machine.wait_for_reply(machine.load("a", folder / "b", replaces=True), max_steps=8)
     machine.ask("new", "a")
-    monkeypatch.setattr(updates, "SLOT_TIMEOUT", 0.0)
-    reply = machine.wait_for_reply(machine.load("a", folder / "c", replaces=True), max_steps=8)
+    waiting = machine.load("a", folder / "c", replaces=True)
+    for machine.now in (1.0, 1.0 + SLOT_TIMEOUT):
+        machine.turn(with_step=False)
+        assert not machine.replies.get(waiting)
+    machine.now += 0.1
+    reply = machine.wait_for_reply(waiting, max_steps=0)
     assert "all slots are in use by running requests" in reply.error
     assert reply.is_temporary
     assert machine.engine.has_work
@@ -171,37 +188,50 @@ def test_what_cannot_be_loaded_changes_nothing(
     monkeypatch.setattr(updates, "read_adapter", fail)
     failed = machine.wait_for_reply(machine.load("a", folder / "b", replaces=True))
     assert failed.error == "LoRA adapter a: cannot be loaded (MemoryError)"
-    monkeypatch.undo()
-    monkeypatch.setattr(LoraAdapters, "write", fail)
-    machine.wait_for_reply(machine.load("a", folder / "b", replaces=True))
-    monkeypatch.undo()
+    monkeypatch.setattr(updates, "read_adapter", read_adapter)
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraAdapters, "write", fail)
+        machine.wait_for_reply(machine.load("a", folder / "b", replaces=True))
     assert machine.loaded.adapters.loaded() == before
     assert not machine.wait_for_reply(machine.load("a", folder / "b", replaces=True)).error
 
 
 def test_a_file_that_does_not_come(machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meanwhile steps go on and the next update waits. In the end the load fails."""
-    is_readable = threading.Event()
-
-    def slowly(name: str, path: str, *others: Any) -> Any:
-        if path == "slow":
-            is_readable.wait(60)
-        return read_adapter(name, path, *others)
-
-    monkeypatch.setattr(updates, "read_adapter", slowly)
-    slow = machine.load("a", Path("slow"), replaces=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "run_in_thread", lambda function: Future())
+        slow = machine.load("a", folder / "b", replaces=True)
+        machine.turn()
     waiting = machine.update(UnloadAdapter(request_id="unload", name="a"))
     machine.ask("running", "a")
     assert len(machine.output("running")) == 20
+    machine.now = READ_TIMEOUT
+    machine.turn()
     assert not machine.replies
-    monkeypatch.setattr(updates, "READ_TIMEOUT", 0.0)
+    machine.now += 0.1
     reply = machine.wait_for_reply(slow)
     assert reply.is_temporary
-    assert "reading it has taken more than 0 seconds" in reply.error
+    assert "reading it has taken more than 120 seconds" in reply.error
     assert not machine.wait_for_reply(waiting).error
-    monkeypatch.setattr(updates, "READ_TIMEOUT", 60.0)
     assert not machine.wait_for_reply(machine.load("a", folder / "b")).error
-    is_readable.set()
+
+
+def test_matrices_are_written_some_at_a_time(machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps go on in between."""
+    write = LoraAdapters.write
+
+    def slowly(*arguments: Any) -> Iterator[None]:
+        for written in write(*arguments):
+            machine.now += 0.6 * WRITE_SECONDS
+            yield written
+
+    monkeypatch.setattr(LoraAdapters, "write", slowly)
+    load = machine.load("a", folder / "b", replaces=True)
+    num_turns = 0
+    while load not in machine.replies:
+        num_turns += 1
+        machine.turn()
+    assert num_turns == 1 + 8 // 2  # two of four linear layers in each of two layers
 
 
 def test_the_number_of_pending_updates_is_limited(machine: Machine, folder: Path) -> None:
@@ -218,5 +248,15 @@ def test_the_number_of_pending_updates_is_limited(machine: Machine, folder: Path
 
 
 def test_the_end_of_the_process_does_not_wait_for_a_file() -> None:
-    code = "import time; from engine.lora.updates import run_in_thread; run_in_thread(lambda: time.sleep(90))"
-    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+    """A daemon thread reads, whose result or error is the future's."""
+    go_on = threading.Event()
+
+    def read() -> LoraCheckpoint:
+        assert go_on.wait(60)
+        raise MemoryError(threading.current_thread().daemon)
+
+    future = run_in_thread(read)
+    assert not future.done()
+    go_on.set()
+    with pytest.raises(MemoryError, match="True"):
+        future.result(60)

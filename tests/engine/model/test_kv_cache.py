@@ -8,30 +8,20 @@ from engine.kernels.load import load_kernels
 from engine.kernels.torch.kernels import TorchKernels
 from engine.kernels.triton.kernels import TritonKernels
 from engine.model.kv_cache import KVCache, bytes_per_block
-from tests.support.model_configs import llama_config
+from tests.support.model_configs import TINY, llama_config
 
 CPU = torch.device("cpu")
-MODEL = llama_config(
-    architecture="llama",
-    vocab_size=100,
-    num_token_ids=100,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=4096,
+MODEL = llama_config(**TINY | {"hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 4096})
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    assert_bytes_are_those_of_the_tensors(TorchKernels(KernelOptions(torch.bfloat16), CPU), 16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype", "block_size"),
+    [("float32", "auto", 16), ("bfloat16", "auto", 256), ("bfloat16", "int8", 16)],
 )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bytes_are_those_of_the_tensors(dtype: torch.dtype) -> None:
-    assert_bytes_are_those_of_the_tensors(TorchKernels(KernelOptions(dtype), CPU), 16, dtype)
-
-
-@pytest.mark.parametrize("block_size", [16, 256])
-@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
 def test_bytes_of_the_kernels_of_this_processor(dtype: str, kv_cache_dtype: str, block_size: int) -> None:
     """int8 has a float32 scale for each key and value of a head."""
     options = KernelOptions(

@@ -73,12 +73,10 @@ def test_given_memory_is_used_but_not_exceeded(max_model_len: int, block_size: i
 
 
 def test_default_holds_four_requests_of_full_length(free_memory: int) -> None:
+    """It takes at most half of what is free."""
     result = plan(1000)
     assert result.num_tokens == 4 * 1024  # whole blocks
     assert result.kv_cache_bytes <= free_memory // 2
-
-
-def test_default_takes_at_most_half_of_what_is_free(free_memory: int) -> None:
     result = plan(65536)
     assert 1 <= result.num_full_length_requests < 4
     budget = free_memory // 2 - 65536 * BLOCK_TABLE_BYTES
@@ -135,7 +133,7 @@ def longest(weights: int, max_model_len: int, config: EngineConfig = FILE) -> in
 
 
 @pytest.mark.checklist("F11")
-@pytest.mark.parametrize("context", [2**31 - 1, 10_000_000, 200_000])
+@pytest.mark.parametrize("context", [2**31 - 1, 200_000])
 def test_a_context_that_memory_does_not_hold_is_as_long_as_it_does(free_memory: int, context: int) -> None:
     """Half of the free memory is for tables and one request."""
     result = plan_memory(sizes(FILE), FILE, context, HostMemory())
@@ -282,38 +280,29 @@ def test_a_given_size_overrides_the_share_of_a_gpu(monkeypatch: pytest.MonkeyPat
         plan_on_card(memory, kv_cache_memory=free + MIB)
 
 
-def test_a_gpu_that_is_too_small_names_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "suggested"),
+    [
+        ({}, ["--kv-cache-dtype int8 or fp8", "--quantization int8"]),
+        ({"kv_cache_dtype": "fp8"}, ["--quantization int8"]),
+        ({"quantization": "int8"}, ["--kv-cache-dtype int8 or fp8"]),
+        ({"quantization": "int8", "kv_cache_dtype": "int8"}, []),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_is_too_small_names_what_would_help(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], suggested: list[str]
+) -> None:
     memory = card_memory(monkeypatch, utilization=0.21)
-    with pytest.raises(ValueError, match="max_model_len 1000") as caught:
-        plan_on_card(memory)
+    with pytest.raises(ValueError, match=r"max_model_len 1000.*--max-num-batched-tokens.*16384 MiB") as caught:
+        plan_on_card(memory, **settings)
     text = str(caught.value)
-    for words in ("--max-num-batched-tokens", "--kv-cache-dtype int8 or fp8", "--quantization int8", "16384 MiB"):
-        assert words in text
+    assert sorted(re.findall(r"--quantization \w+|--kv-cache-dtype \w+(?: or \w+)?", text)) == suggested
     assert "--max-model-len" not in text  # not even one block fits
     found = re.search(r"--gpu-memory-utilization (\d\.\d+) or more", text)
     assert found
     memory.utilization = float(found[1])
-    assert plan_on_card(memory).num_tokens >= 1000
-
-
-@pytest.mark.parametrize(
-    ("settings", "suggested"),
-    [
-        ({"kv_cache_dtype": "int8"}, ["--quantization int8"]),
-        ({"kv_cache_dtype": "fp8"}, ["--quantization int8"]),
-        ({"quantization": "int8"}, ["--kv-cache-dtype int8 or fp8"]),
-        ({"quantization": "int8", "kv_cache_dtype": "fp8"}, []),
-    ],
-    ids=str,
-)
-def test_what_is_on_is_not_suggested(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], suggested: list[str]
-) -> None:
-    memory = card_memory(monkeypatch, utilization=0.21)
-    with pytest.raises(ValueError, match="a lower --max-num-batched-tokens or --max-num-seqs") as caught:
-        plan_on_card(memory, **settings)
-    formats = re.findall(r"--quantization \w+|--kv-cache-dtype \w+(?: or \w+)?", str(caught.value))
-    assert formats == suggested
+    assert plan_on_card(memory, **settings).num_tokens >= 1000
 
 
 def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:

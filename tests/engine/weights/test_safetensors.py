@@ -33,69 +33,52 @@ def save_model(folder: Path, *, tied: bool = False, max_shard_size: str = "1GB")
     return {name: tensor for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    weights = load_weights(folder, load_model_config(folder), dtype)
+def load(folder: Path, *, tied: bool = False) -> dict[str, torch.Tensor]:
+    """Load the weights of a folder; without a config.json, as those of a tiny Llama."""
+    config = load_model_config(folder) if (folder / "config.json").is_file() else tiny_config(tied=tied)
+    weights = load_weights(folder, config, torch.float32)
     return {name: tensor for name, tensor in weights if isinstance(tensor, torch.Tensor)}
 
 
 def tiny_config(*, tied: bool = False) -> ModelConfig:
-    return llama_config(
-        architecture="llama",
-        vocab_size=2,
-        num_token_ids=2,
-        hidden_size=2,
-        intermediate_size=2,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=2,
-        max_position_embeddings=8,
-        tie_word_embeddings=tied,
-    )
+    sizes: dict[str, Any] = dict.fromkeys(("vocab_size", "num_token_ids", "hidden_size", "intermediate_size"), 2)
+    sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    return llama_config(**sizes, head_dim=2, max_position_embeddings=8, tie_word_embeddings=tied)
 
 
-def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert set(actual) == set(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize(("tied", "max_shard_size"), [(False, "1GB"), (True, "20KB")])
 def test_as_transformers_wrote_it(tied: bool, max_shard_size: str, tmp_path: Path) -> None:
     expected = save_model(tmp_path, tied=tied, max_shard_size=max_shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
-    assert_equal(load(tmp_path), expected)
-
-
-def test_vectors_of_another_type(tmp_path: Path) -> None:
-    expected = save_model(tmp_path)
-    weights = load_weights(tmp_path, load_model_config(tmp_path), torch.bfloat16, vector_dtype=torch.float32)
-    dtypes = {name: tensor.dtype for name, tensor in weights if isinstance(tensor, torch.Tensor)}
-    assert dtypes == {name: torch.bfloat16 if tensor.ndim > 1 else torch.float32 for name, tensor in expected.items()}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
-    expected = save_model(tmp_path)
-    assert_equal(load(tmp_path, dtype), {name: tensor.to(dtype) for name, tensor in expected.items()})
+    found = load(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
     names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.embed_tokens.weight"]
     save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
-    kept = dict(load_weights(tmp_path, tiny_config(tied=True), torch.float32))
+    kept = load(tmp_path, tied=True)
     assert list(kept) == ["model.embed_tokens.weight"]
-    kept = dict(load_weights(tmp_path, tiny_config(tied=False), torch.float32))
+    kept = load(tmp_path)
     assert sorted(kept) == ["lm_head.weight", "model.embed_tokens.weight"]
 
 
-@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
-def test_progress(max_shard_size: str, tmp_path: Path) -> None:
-    save_model(tmp_path, max_shard_size=max_shard_size)
+def test_rounding_and_progress(tmp_path: Path) -> None:
+    expected = save_model(tmp_path, max_shard_size="20KB")
     calls: list[tuple[int, int]] = []
-    config = load_model_config(tmp_path)
-    list(load_weights(tmp_path, config, torch.float32, lambda done, total: calls.append((done, total))))
+    weights = load_weights(
+        tmp_path,
+        load_model_config(tmp_path),
+        torch.bfloat16,
+        lambda done, total: calls.append((done, total)),
+        vector_dtype=torch.float32,
+    )
+    for name, tensor in weights:
+        dtype = torch.bfloat16 if expected[name].ndim > 1 else torch.float32
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected[name].to(dtype))
     num_bytes = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert {total for _, total in calls} == {num_bytes}
     assert calls == sorted(calls)
@@ -115,7 +98,7 @@ def test_shard_without_an_expected_tensor(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "shard.safetensors", "b": "shard.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"shard\.safetensors: b is missing"):
-        list(load_weights(tmp_path, tiny_config(), torch.float32))
+        load(tmp_path)
 
 
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -133,25 +116,25 @@ def save_shards(folder: Path, weight_map: dict[str, int], *shards: dict[str, tor
 def test_a_tensor_in_two_shards_is_taken_from_that_of_the_index(chosen: int, tmp_path: Path) -> None:
     shards = [{"b": torch.full((2,), float(number)), f"a{number}": torch.ones(2)} for number in (1, 2)]
     save_shards(tmp_path, {"a1": 1, "a2": 2, "b": chosen}, *shards)
-    loaded = list(load_weights(tmp_path, tiny_config(), torch.float32))
-    assert sorted(name for name, _ in loaded) == ["a1", "a2", "b"]
-    assert torch.equal(dict(loaded)["b"], torch.full((2,), float(chosen)))  # type: ignore[arg-type]
+    loaded = load_weights(tmp_path, tiny_config(), torch.float32)
+    assert sorted((name, float(tensor[0])) for name, tensor in loaded if isinstance(tensor, torch.Tensor)) == [
+        ("a1", 1.0),
+        ("a2", 1.0),
+        ("b", chosen),
+    ]
 
 
 def test_a_tensor_in_two_shards_that_the_index_does_not_list(tmp_path: Path) -> None:
-    shards = [{f"a{number}": torch.ones(2), "b": torch.ones(2)} for number in (1, 2)]
-    save_shards(tmp_path, {"a1": 1, "a2": 2}, *shards)
-    with pytest.raises(ValueError, match=r"2\.safetensors: b: the tensor is in 1\.safetensors too"):
-        list(load_weights(tmp_path, tiny_config(), torch.float32))
+    """It is refused unless it is not used."""
+    for name in ("b", INV_FREQ):
+        save_shards(tmp_path, {"a1": 1, "a2": 2}, *({f"a{n}": torch.ones(2), name: torch.ones(2)} for n in (1, 2)))
+        if name == "b":
+            with pytest.raises(ValueError, match=r"2\.safetensors: b: the tensor is in 1\.safetensors too"):
+                load(tmp_path)
+    assert sorted(load(tmp_path)) == ["a1", "a2"]
 
 
-def test_a_tensor_in_two_shards_that_is_not_used(tmp_path: Path) -> None:
-    shards = [{f"a{number}": torch.ones(2), INV_FREQ: torch.ones(2)} for number in (1, 2)]
-    save_shards(tmp_path, {"a1": 1, "a2": 2}, *shards)
-    assert sorted(name for name, _ in load_weights(tmp_path, tiny_config(), torch.float32)) == ["a1", "a2"]
-
-
-@pytest.mark.parametrize("num_bytes", [0, 7, 8, 100, -1])
+@pytest.mark.parametrize("num_bytes", [7, 100, -1])
 def test_truncated(num_bytes: int, tmp_path: Path) -> None:
     save_model(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -160,54 +143,40 @@ def test_truncated(num_bytes: int, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
 def test_unsupported_type(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"packed": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: packed: type .* is not supported"):
-        list(load_weights(tmp_path, tiny_config(), torch.float32))
+        load(tmp_path)
 
 
-@pytest.mark.parametrize("file_name", ["../other.safetensors", "/etc/passwd", "sub/model.safetensors", 7])
+@pytest.mark.parametrize("file_name", ["../other.safetensors", "/etc/passwd", 7])
 def test_index_that_points_elsewhere(file_name: object, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file_name}}))
     with pytest.raises(ValueError, match=r"weight_map: a: .* is not the name of a file in this folder"):
-        list(load_weights(tmp_path, tiny_config(), torch.float32))
+        load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "not valid JSON"),
-        ("[]", "must hold a JSON object"),
-        ("{}", "weight_map: must map tensor names to file names"),
-        ('{"weight_map": {}}', "weight_map: must map"),
-        ('{"weight_map": 3}', "weight_map: must map"),
-        ('{"weight_map": ' + 200 * "[" + 200 * "]" + "}", "more than 100 levels"),
-    ],
-)
-def test_malformed_index(content: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
+def test_malformed_index(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"index\.json: .*{message}"):
-        list(load_weights(tmp_path, tiny_config(), torch.float32))
+    with pytest.raises(ValueError, match=r"index\.json: .*(must hold a JSON object|weight_map: must map tensor names)"):
+        load(tmp_path)
 
 
 @pytest.mark.checklist("B10")
 def test_pickle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        load(tmp_path)
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pickle files \(pytorch_model\.bin\)"):
-        list(load_weights(tmp_path, tiny_config(), torch.float32))
-
-
-def test_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
-        list(load_weights(tmp_path, tiny_config(), torch.float32))
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
         (["model.embed_tokens.weight", "lm_head.bias"], False),
-        (["model.embed_tokens.weight", "lm_head.weight_scale"], False),
         (["model.embed_tokens.weight", "lm_head.qweight"], True),
         (["model.embed_tokens.weight", "lm_head.weight_packed"], True),
         (["lm_head.weight"], False),
