@@ -113,13 +113,9 @@ def test_reasoning_begins_and_ends_with_the_token_of_the_reference(messages: lis
         )
 
 
-def test_whole_answers() -> None:
-    text = f"{ANALYSIS}Hm.<|end|>{NEXT}<|channel|>commentary<|message|>Let me see.<|end|>{NEXT}{CALL}"
+def test_settings_of_the_request() -> None:
     call = [("call", "weather"), ("arguments", '{"city": "Bern"}')]
-    assert parse([text]) == [("reasoning", "Hm."), ("content", "Let me see."), *call]
-    assert parse([f"{text}{NEXT}{CALL}"]) == [("reasoning", "Hm."), ("content", "Let me see."), *call, *call]
     assert parse([CALL + NEXT + CALL], parallel_calls=False) == [*call, ("content", '{"city": "Bern"}')]
-    assert parse([f"{NEXT}{FINAL}Hi<|return|>"]) == [("content", "Hi")]
     assert parse(["lo<|return|>"], is_final=True) == [("content", "lo")]
 
 
