@@ -7,7 +7,6 @@ machine is not always equally fast. Each of 12 clients has three chats, one afte
 32 tokens out).
 """
 
-import argparse
 import random
 import statistics
 import sys
@@ -22,7 +21,7 @@ from rich.table import Column, Table
 
 from server.cli.bench import run_benchmark
 from server.cli.load_generator import LoadOptions
-from tests.bench.serve import LIGHTWELL, MODEL_NAME, running_server, split_at_dashes
+from tests.bench.serve import LIGHTWELL, MODEL_NAME, parse, run, running_server
 from tests.support.paths import ROOT
 
 NUM_CLIENTS, NUM_CHATS, NUM_TURNS = 12, 3, 6
@@ -31,7 +30,7 @@ RANDOM_ROUTING = [sys.executable, "-m", "tests.bench.random_routing"]
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse("data_parallel", __doc__, engines=(2, "number"), rounds=(3, "measurements of the throughput"))
     flags = [*arguments.model, *arguments.flags]
     several = f"--data-parallel-size={arguments.engines}"
     console = Console()
@@ -60,21 +59,6 @@ def main() -> int:
         table.add_row(name, f"{hits / queries:.1%}", f"{seconds:.1f}", tokens)
     console.print(table)
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.data_parallel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
-    parser.add_argument("--engines", type=int, default=2, help="number of engines")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of the throughput")
-    own, flags = split_at_dashes(sys.argv[1:])
-    arguments = parser.parse_args(own)
-    arguments.flags = flags
-    return arguments
 
 
 def wait_for_engines(url: str) -> None:
@@ -121,4 +105,4 @@ def by_engine(url: str, name: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -8,9 +8,7 @@ counts. What is read for a token are the bytes of its weights, without the KV ca
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -18,27 +16,19 @@ import httpx
 
 from tests.bench.random_gguf import bytes_per_token
 from tests.bench.read_bandwidth import measure_passes
-from tests.bench.serve import MODEL_NAME, running_server
+from tests.bench.serve import MODEL_NAME, parse, run, running_server
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.decode_bandwidth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", type=Path, metavar="FILE.gguf")
-    parser.add_argument("--answers", type=int, default=40, metavar="N", help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of an answer; default: %(default)s")
-    arguments = parser.parse_args()
-    num_bytes = bytes_per_token(arguments.model)
+    arguments = parse("decode_bandwidth", __doc__, "", answers=(40, "number"), tokens=(64, "of an answer"))
+    num_bytes = bytes_per_token(Path(arguments.model))
     rates: list[float] = []
     of_best: list[float] = []
     of_mean: list[float] = []
     with (
-        running_server([str(arguments.model), "--speculative", "off"]) as (url, _),
+        running_server([arguments.model, "--speculative", "off"]) as (url, _),
         httpx.Client(base_url=url, timeout=600, trust_env=False) as client,
     ):
         seconds_per_token(client, arguments.tokens)
@@ -67,7 +57,4 @@ def seconds_per_token(client: httpx.Client, num_tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -8,7 +8,6 @@ processor time of the server's API process is measured, too, which varies less.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 import statistics
@@ -21,14 +20,20 @@ from collections.abc import Iterator
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.bench.serve import running_server
+from tests.bench.serve import parse, run, running_server
 
 SETTLE_SECONDS = 0.5  # from the arrival of a reader to the beginning of a window
 RESAMPLES = 10_000
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse(
+        "events",
+        __doc__,
+        streams=(32, "number of streams"),
+        pairs=(60, "of windows"),
+        seconds=(3.0, "length of a window"),
+    )
     with (
         running_server([*arguments.model, "--no-enable-prefix-caching"]) as (url, _),
         load(url, arguments.streams),
@@ -48,19 +53,6 @@ def main() -> int:
             f"ratio {statistics.median(ratios):.2%}, 95 % interval {low:.2%} to {high:.2%}, {len(ratios)} pairs"
         )
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.events",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
-    parser.add_argument("--streams", type=int, default=32, metavar="N", help="default: %(default)s")
-    parser.add_argument("--pairs", type=int, default=60, metavar="N", help="pairs of windows; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of a window; default: %(default)s")
-    return parser.parse_args()
 
 
 @contextlib.contextmanager
@@ -132,7 +124,4 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -6,10 +6,8 @@ Each round runs the same streams twice, in turn: alone, and beside a client that
 figures are the median and the 99th percentile of the times between two tokens of a stream, and their ratios.
 """
 
-import argparse
 import multiprocessing
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,13 +19,13 @@ from rich.table import Table
 
 from server.cli.bench import Summary, run_benchmark
 from server.cli.load_generator import LoadOptions
-from tests.bench.serve import MODEL_NAME, running_server, split_at_dashes
+from tests.bench.serve import MODEL_NAME, parse, run, running_server
 
 INSPECTED = "inspected"  # x-request-id
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse("inspection", __doc__, rounds=(5, "number"), streams=(8, "number"))
     console = Console(stderr=True)
     load = LoadOptions(
         url="",
@@ -54,21 +52,6 @@ def main() -> int:
                 counts += num_answers
     print_table(alone, beside, counts)
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.inspection",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--streams", type=int, default=8)
-    own, flags = split_at_dashes(sys.argv[1:])
-    arguments = parser.parse_args(own)
-    arguments.flags = flags
-    return arguments
 
 
 def generate(url: str) -> None:
@@ -127,4 +110,4 @@ def print_table(alone: list[Summary], beside: list[Summary], counts: list[int]) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,9 +7,7 @@ at the same time, and rounds of the four cases alternate.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ import httpx
 
 from engine.config import load_model_config
 from server.model_paths import resolve_model
-from tests.bench.serve import MODEL_NAME, running_server
+from tests.bench.serve import MODEL_NAME, parse, run, running_server
 from tests.bench.streams import compare, tokens_per_second
 from tests.support.lora_adapters import save_random_adapter
 
@@ -29,16 +27,14 @@ TEXT = (Path(__file__).parent / "english.txt").read_text().split()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = parse(
+        "lora",
+        __doc__,
+        DEFAULT_MODEL,
+        streams=(32, "concurrent requests"),
+        rank=(16, "of the adapters"),
+        rounds=(7, "of each case"),
     )
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="default: %(default)s")
-    parser.add_argument(
-        "--streams", type=int, default=32, metavar="N", help="concurrent requests; default: %(default)s"
-    )
-    parser.add_argument("--rank", type=int, default=16, metavar="N", help="rank of the adapters; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of each case; default: %(default)s")
-    arguments = parser.parse_args()
     config = load_model_config(resolve_model(arguments.model).path)
     names = [f"adapter-{number}" for number in range(NUM_ADAPTERS)]
     limits = httpx.Limits(max_connections=arguments.streams)
@@ -78,7 +74,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

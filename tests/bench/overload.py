@@ -9,10 +9,8 @@ answers, over those of the closed loop. Run the load on cores of its own where t
 tests.bench.overload --engine-core 0` keeps the engine on one, and the API process and the load on the other.
 """
 
-import argparse
 import asyncio
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,17 +23,24 @@ from rich.table import Table
 
 from server.cli.bench import make_report, run_benchmark
 from server.cli.load_generator import Exchange, LoadOptions, Target, make_prompts, open_loop, poisson_arrivals
-from tests.bench.serve import MODEL_NAME, running_server, split_at_dashes
+from tests.bench.serve import MODEL_NAME, parse, run, running_server
 
 QUEUE_TIMEOUT = 8.0  # seconds
 PROBE_SECONDS = 0.1  # between two questions for /health
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse(
+        "overload",
+        __doc__,
+        seconds=(180.0, "duration of the overload"),
+        times=(10.0, "rate of arrivals over the capacity"),
+        slots=(32, "--max-num-seqs of the server"),
+        engine_core=(-1, "core for the engine alone; -1: all are shared"),
+    )
     flags = [f"--max-num-seqs={arguments.slots}", f"--queue-timeout={QUEUE_TIMEOUT:g}", *arguments.flags]
     with running_server([*arguments.model, *flags]) as (url, _):
-        if arguments.engine_core is not None:
+        if arguments.engine_core >= 0:
             hold_engine(arguments.engine_core)
         load = LoadOptions(
             url=url,
@@ -53,21 +58,6 @@ def main() -> int:
     goodput = report.output_tokens / arguments.seconds / capacity.output_tokens_per_second
     print_table(rate, goodput, exchanges, probes)
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
-    parser.add_argument("--seconds", type=float, default=180.0, help="duration of the overload")
-    parser.add_argument("--times", type=float, default=10.0, help="rate of arrivals over the capacity")
-    parser.add_argument("--slots", type=int, default=32, help="--max-num-seqs of the server")
-    parser.add_argument("--engine-core", type=int, help="core for the engine alone; default: all are shared")
-    own, flags = split_at_dashes(sys.argv[1:])
-    arguments = parser.parse_args(own)
-    arguments.flags = flags
-    return arguments
 
 
 def hold_engine(core: int) -> None:
@@ -129,4 +119,4 @@ def quantile(seconds: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

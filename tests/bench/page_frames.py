@@ -7,7 +7,6 @@ and the schedule is painted once for each; the recorded stream has sixty, each a
 "frames" is how often the browser could have painted anything at all: what remains of its time.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.model_paths import resolve_model
+from tests.bench.serve import parse
 from tests.support.browser import running_browser
 from tests.support.server_process import MODEL, ServerProcess, running_server
 from tests.support.streams import start_streams
@@ -93,13 +93,16 @@ def record(server: ServerProcess, num_streams: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--seconds", type=int, default=20)
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=900)
-    arguments = parser.parse_args()
-    model: Path = resolve_model(MODEL).path
+    arguments = parse(
+        "page_frames",
+        __doc__,
+        MODEL,
+        streams=(64, "number"),
+        seconds=(20, "of a count"),
+        width=(1280, "of the page"),
+        height=(900, "of the page"),
+    )
+    model: Path = resolve_model(arguments.model).path
     flags = (f"--max-num-seqs={arguments.streams}", "--kv-cache-memory=2GiB", "--max-model-len=4096")
     results: dict[str, list[list[int]]] = {}
     with running_browser() as browser:

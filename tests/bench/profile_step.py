@@ -11,7 +11,6 @@ operation before the one that started late.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 from collections import defaultdict
@@ -23,6 +22,7 @@ from engine.kernels.cpu.program import Program
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import resolve_model
+from tests.bench.serve import parse
 
 PROMPT_STEPS = 4
 REST = "rest"
@@ -33,26 +33,16 @@ Milliseconds = dict[Name, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.profile_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    arguments = parse(
+        "profile_step",
+        __doc__,
+        "smollm2-135m",
+        rows=([1, 8, 32], "sequences that decode at a time"),
+        context=(160, "tokens of each prompt"),
+        steps=(48, "number of measured steps"),
+        quantization=("auto", "as for lightwell serve"),
+        kv_cache_dtype=("auto", "as for lightwell serve"),
     )
-    add = parser.add_argument
-    add("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
-    add(
-        "--rows",
-        type=int,
-        nargs="+",
-        default=[1, 8, 32],
-        metavar="N",
-        help="sequences that decode at a time; default: 1 8 32",
-    )
-    add("--context", type=int, default=160, metavar="N", help="tokens of each prompt; default: %(default)s")
-    add("--steps", type=int, default=48, metavar="N", help="number of measured steps; default: %(default)s")
-    add("--quantization", default="auto", help="as for lightwell serve; default: %(default)s")
-    add("--kv-cache-dtype", default="auto", help="as for lightwell serve; default: %(default)s")
-    arguments = parser.parse_args()
     config = EngineConfig(
         model_path=str(resolve_model(arguments.model).path),
         quantization=arguments.quantization,

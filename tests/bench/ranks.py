@@ -8,7 +8,6 @@ token of a prompt and for each sampled one.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import random
 import statistics
@@ -23,6 +22,7 @@ from engine.core import Engine
 from engine.ranks import load
 from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import resolve_model
+from tests.bench.serve import parse
 
 NUM_STEPS = 48  # that are measured
 FLOAT_BYTES = 4
@@ -37,16 +37,15 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.ranks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = parse(
+        "ranks",
+        __doc__,
+        "gemma3:270m",
+        sizes=([1, 2], "numbers of ranks"),
+        streams=(8, "number"),
+        length=(512, "tokens of a prompt"),
+        rounds=(3, "number"),
     )
-    add = parser.add_argument
-    add("model", nargs="?", default="gemma3:270m", metavar="MODEL", help="default: %(default)s")
-    add("--sizes", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of ranks; default: 1 2")
-    add("--streams", type=int, default=8, metavar="N", help="default: %(default)s")
-    add("--length", type=int, default=512, metavar="N", help="tokens of a prompt; default: %(default)s")
-    add("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
-    arguments = parser.parse_args()
     path = resolve_model(arguments.model).path
     figures: dict[int, list[Figures]] = {size: [] for size in arguments.sizes}
     for _ in range(arguments.rounds):

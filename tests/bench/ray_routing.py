@@ -4,9 +4,7 @@ The table has the share of prompt tokens that were cached, over chats of several
 in one server, and in three replicas, by how requests are routed.
 """
 
-import argparse
 import random
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from rich.table import Column, Table
 
 from server.model_paths import resolve_model
 from tests.bench.quality import TEXT
-from tests.bench.serve import MODEL_NAME, running_server
+from tests.bench.serve import MODEL_NAME, parse, run, running_server
 from tests.support.ray_cluster import KEY, ray_cluster
 
 NUM_CHATS, NUM_TURNS, CONCURRENCY, NUM_REPLICAS = 16, 4, 6, 3
@@ -76,10 +74,7 @@ def hit_rate(url: str, seed: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.ray_routing", description=__doc__)
-    parser.add_argument("model", nargs="?", default="smollm2-135m", help="model to serve")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the chats")
-    arguments = parser.parse_args()
+    arguments = parse("ray_routing", __doc__, "smollm2-135m", seed=(0, "of the chats"))
     model = resolve_model(arguments.model).path
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     with running_server([str(model), *flags, f"--api-key={KEY}"]) as (url, _):
@@ -104,4 +99,4 @@ def deployed(model: Path, num_replicas: int, router: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import httpx
 import msgspec
@@ -27,6 +28,7 @@ from server.cli.load_generator import LoadOptions
 LIGHTWELL = [str(Path(sys.executable).with_name("lightwell"))]
 READY_SECONDS = 300.0
 MODEL_NAME = "m"
+OF_SERVE = "model to serve; default: that of lightwell serve"
 
 LOADS = {
     "1 client": LoadOptions(url="", num_requests=4, concurrency=1, input_len=128, output_len=64),
@@ -37,7 +39,7 @@ LOADS = {
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse("serve", __doc__, seed=(0, "of the prompts"), json=(False, "print the results as JSON"))
     console = Console(stderr=True)
     reports: dict[str, Report] = {}
     with running_server([*arguments.model, *arguments.flags]) as (url, start_seconds):
@@ -55,23 +57,42 @@ def main() -> int:
     return 0 if all(report.num_completed == report.num_requests for report in reports.values()) else 1
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse(name: str, text: str | None, model: str | None = None, **options: tuple[Any, str]) -> argparse.Namespace:
+    """Parse the command line of `python -m tests.bench.NAME`. What follows `--` becomes `flags`.
+
+    `options` have a default, whose type is theirs, and a help text. MODEL is a list without `model`, its default.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m tests.bench.{name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    if model is None:
+        parser.add_argument("model", nargs="*", metavar="MODEL", help=OF_SERVE)
+    else:
+        parser.add_argument("model", nargs="?", default=model, metavar="MODEL", help="default: %(default)s")
+    for option, (default, help) in options.items():
+        flag, text = f"--{option.replace('_', '-')}", f"{help}; default: %(default)s"
+        if default is False:
+            parser.add_argument(flag, action="store_true", help=help)
+        elif isinstance(default, list):
+            parser.add_argument(flag, nargs="+", type=type(default[0]), default=default, metavar="N", help=text)
+        else:
+            parser.add_argument(flag, type=type(default), default=default, metavar="N", help=text)
     own, flags = split_at_dashes(sys.argv[1:])
-    arguments = parser.parse_args(own)
-    arguments.flags = flags
-    return arguments
+    return parser.parse_args(own, argparse.Namespace(flags=flags))
 
 
 def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
     if "--" not in argv:
         return argv, []
     return argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program, and end the process with its status. An error is one line."""
+    try:
+        sys.exit(main())
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 @contextlib.contextmanager
@@ -139,7 +160,4 @@ def milliseconds(summary: Summary | None, percentile: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -6,9 +6,7 @@ temperature 0 and 0.8, from servers with `--speculative off` and `auto`. Their a
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 
 import httpx
@@ -16,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tests.bench.quality import TEXT
-from tests.bench.serve import MODEL_NAME, running_server
+from tests.bench.serve import MODEL_NAME, parse, run, running_server
 
 NUM_TOKENS = 256
 REPEATS = 5  # measured requests, after one that is not measured
@@ -57,9 +55,7 @@ def measure(model: list[str], mode: str) -> dict[tuple[str, float], tuple[str, f
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.speculation", description=__doc__)
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
-    arguments = parser.parse_args()
+    arguments = parse("speculation", __doc__)
     off, on = (measure(arguments.model, mode) for mode in ("off", "auto"))
     columns = ("off (tokens/s)", "on (tokens/s)", "ratio", "same text")
     table = Table("passage", "temperature", *(Column(name, justify="right") for name in columns))
@@ -72,7 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -7,7 +7,6 @@ few milliseconds until it answers. Before the first round the server is started 
 the byte code, and reads the files into the page cache. On a busy machine, compare processor times, not the clock's.
 """
 
-import argparse
 import contextlib
 import http.client
 import json
@@ -27,7 +26,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.serve import free_port, split_at_dashes
+from tests.bench.serve import free_port, parse, run
 
 MODEL = "smollm2-135m"
 BODY = json.dumps({"model": "m", "prompt": "Once upon a time", "max_tokens": 1})
@@ -40,7 +39,7 @@ Times = dict[str, float]  # seconds by what they end with or are spent on
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse("startup", __doc__, MODEL, rounds=(7, "number of measured starts"))
     measure_server(arguments.model, arguments.flags)
     rounds: list[Times] = []
     for number in range(arguments.rounds):
@@ -55,18 +54,6 @@ def main() -> int:
         table.add_row(name, *(f"{some(values):.2f}" for some in (statistics.median, min, max)))
     Console().print(table)
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default=MODEL, metavar="MODEL", help="model to serve")
-    parser.add_argument("--rounds", type=int, default=7, help="number of measured starts")
-    own, flags = split_at_dashes(sys.argv[1:])
-    arguments = parser.parse_args(own)
-    arguments.flags = flags
-    return arguments
 
 
 def measure_import() -> Times:
@@ -138,7 +125,4 @@ def engine_times(log: IO[bytes]) -> Times:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

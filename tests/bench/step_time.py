@@ -19,22 +19,20 @@ from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import resolve_model
+from tests.bench.serve import parse
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.step_time",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    arguments = parse(
+        "step_time",
+        __doc__,
+        "smollm2-135m",
+        bounds=([0.0, 100.0, 50.0], "milliseconds; 0: none"),
+        streams=(4, "number"),
+        prompts=(2, "number for a row"),
+        length=(2000, "tokens of a prompt"),
+        rounds=(2, "times that all rows are measured"),
     )
-    add = parser.add_argument
-    add("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
-    add("--bounds", type=float, nargs="+", default=[0, 100, 50], metavar="MS", help="0: none; default: 0 100 50")
-    add("--streams", type=int, default=4, metavar="N", help="default: %(default)s")
-    add("--prompts", type=int, default=2, metavar="N", help="number of prompts for a row; default: %(default)s")
-    add("--length", type=int, default=2000, metavar="N", help="tokens of a prompt; default: %(default)s")
-    add("--rounds", type=int, default=2, metavar="N", help="times that all rows are measured; default: %(default)s")
-    arguments = parser.parse_args()
     loaded = load_model(EngineConfig(model_path=str(resolve_model(arguments.model).path), speculative="off"))
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     print("bound in ms | between tokens: p50, p90, p99, max in ms | first token of a prompt in s | steps of a prompt")

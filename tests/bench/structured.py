@@ -6,14 +6,12 @@ All clients request a chat answer of 64 tokens at once, as free text or as JSON 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from functools import partial
 from typing import Any
 
 import httpx
 
-from tests.bench.serve import MODEL_NAME, running_server
+from tests.bench.serve import MODEL_NAME, parse, run, running_server
 from tests.bench.streams import Body, compare, tokens_per_second
 
 NUM_TOKENS = 64
@@ -54,17 +52,7 @@ def bodies_of(form: str, num_streams: int, seed: int) -> list[Body]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.structured",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
-    parser.add_argument(
-        "--streams", type=int, default=32, metavar="N", help="concurrent requests; default: %(default)s"
-    )
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of each case; default: %(default)s")
-    arguments = parser.parse_args()
+    arguments = parse("structured", __doc__, streams=(32, "concurrent requests"), rounds=(7, "of each case"))
     limits = httpx.Limits(max_connections=arguments.streams)
     with (
         running_server(arguments.model) as (url, _),
@@ -80,7 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
+    run(main)

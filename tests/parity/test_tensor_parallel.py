@@ -13,7 +13,6 @@ from engine.distributed.plan import check_num_ranks
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
 from tests.bench.random_gguf import MIXES, Shape, write_random_gguf
-from tests.bench.test_random_gguf import TOKENIZER
 from tests.parity.test_model_families import NOT_IN_CPP
 from tests.support.family_models import FAMILIES, VOCAB_SIZE, save_family_model
 from tests.support.gguf_files import write_gguf
@@ -24,6 +23,12 @@ from tests.support.ranks import load_threads
 TOLERANCE = 2e-4  # of a log probability, in float32
 NUM_TOKENS = 6
 LENGTH = 40
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": [f"t{number}" for number in range(VOCAB_SIZE)],
+    "tokenizer.ggml.token_type": [3] + [1] * (VOCAB_SIZE - 1),
+    "tokenizer.ggml.merges": ["t 1"],
+}
 IN_TORCH = ("llama3", "olmo2", "gpt_oss", "deepseek_v2", "gemma4_26b_a4b")
 
 
