@@ -9,7 +9,7 @@ RAY = "starts or needs a Ray cluster; tests/e2e/test_ray.py deploys the same fil
 SEVERAL_MODELS = "a server of its own; tests/e2e/test_several_models.py"
 HUB = "downloads other servers from package registries, 6 GB"
 
-# The beginning of a command -> why no test runs it. All others are run by tests/e2e/test_documented_commands.py.
+# The beginning of a command -> why no test runs it. All others are run by tests/e2e/test_documentation.py.
 EXCEPTIONS: Mapping[str, str] = {
     "LIGHTWELL_API_KEY=choose-one docker compose up": "Docker",
     "LIGHTWELL_API_KEY=choose-one docker compose --profile open-webui up": "Docker",
@@ -28,9 +28,9 @@ EXCEPTIONS: Mapping[str, str] = {
     """curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "gemma3""": (
         SEVERAL_MODELS
     ),
-    "lightwell serve smollm2-135m --data-parallel-size": "a server of its own; tests/e2e/test_data_parallel.py",
-    "lightwell serve smollm2-135m --tensor-parallel-size": "a server of its own; tests/e2e/test_ranks.py",
-    "lightwell serve smollm2-135m --api-server-count": "a server of its own; tests/e2e/test_api_servers.py",
+    "lightwell serve smollm2-135m --data-parallel-size": "a server of its own; tests/e2e/test_several_processes.py",
+    "lightwell serve smollm2-135m --tensor-parallel-size": "a server of its own; tests/e2e/test_several_processes.py",
+    "lightwell serve smollm2-135m --api-server-count": "a server of its own; tests/e2e/test_several_processes.py",
     "kubectl ": "a Kubernetes cluster",
     "vllm-router ": "servers on other machines; tests/conformance/test_router.py runs it",
     "make bench-gpu": "GPU",

@@ -1,4 +1,4 @@
-"""Fixtures that run real servers with a real model: one shared by many tests, and one for a single test."""
+"""Fixtures that run real servers with a real model: two shared by many tests, and one for a single test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,15 +9,13 @@ import pytest
 from tests.support.server_process import ServerProcess, running_server, shared_server
 from tests.support.serving import wait_until
 
-IDLE_SECONDS = 60.0  # bounds hangs only
-
 StartServer = Callable[..., ServerProcess]
 
 
 @pytest.fixture(scope="session")
 def session_server(smollm2_path: Path) -> Iterator[ServerProcess]:
     """A shared server, for tests that change only its prefix cache and counters and do not depend on them."""
-    flags = ("--max-num-seqs=64", "--max-model-len=4096", "--kv-cache-memory=256MiB")
+    flags = ("--max-num-seqs=64", "--max-model-len=4096", "--kv-cache-memory=256MiB", "--record-requests=200")
     with shared_server(smollm2_path, *flags) as server:
         yield server
 
@@ -25,8 +23,22 @@ def session_server(smollm2_path: Path) -> Iterator[ServerProcess]:
 @pytest.fixture
 def server(session_server: ServerProcess) -> ServerProcess:
     """The shared server, once the requests of earlier tests have ended: their tokens would count in this one."""
-    wait_until(lambda: session_server.is_idle, IDLE_SECONDS)
+    wait_until(lambda: session_server.is_idle)
     return session_server
+
+
+@pytest.fixture(scope="session")
+def session_small_server(smollm2_path: Path) -> Iterator[ServerProcess]:
+    flags = ("--max-num-seqs=2", "--max-queued-requests=2", "--max-model-len=1024", "--kv-cache-memory=64MiB")
+    with shared_server(smollm2_path, *flags, "--speculative=off") as server:
+        yield server
+
+
+@pytest.fixture
+def small_server(session_small_server: ServerProcess) -> ServerProcess:
+    """A shared server with capacity for four requests, two that run and two that wait, and 1024 tokens of context."""
+    wait_until(lambda: session_small_server.is_idle)
+    return session_small_server
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from tests.support.server_process import running_server
 from tests.support.serving import wait_until
 from tests.support.stub_hub import StubHub
 
+pytestmark = pytest.mark.long
+
 REPO, FILE = "org/smol-GGUF", "smol-Q4_1.gguf"
 
 
@@ -41,14 +43,14 @@ def test_a_pull_that_is_killed_continues(hub: StubHub, tmp_path: Path, smollm2_p
     hub.faults.stall_after = [None, size // 3]
     blobs = tmp_path / "cache" / "models--org--smol-GGUF" / "blobs"
     with pull(f"{REPO}:Q4_1", environment) as process:
-        wait_until(lambda: any(file.stat().st_size > size // 4 for file in blobs.glob("*.incomplete")), 30)
+        wait_until(lambda: any(file.stat().st_size > size // 4 for file in blobs.glob("*.incomplete")))
         process.send_signal(signal.SIGKILL)
     (incomplete,) = blobs.iterdir()
     kept = incomplete.stat().st_size
     hub.faults.stall_after = []
     sent = hub.num_bytes_sent
     with pull(f"hf.co/{REPO}", environment) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
     assert hub.num_bytes_sent - sent == size - kept + GGUF_HEADER_BYTES
     path = Path(output.strip())
     assert path.name == FILE

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,15 +96,10 @@ def test_answers_and_streams_of_openais_client(client: OpenAI, http: httpx.Clien
     assert response.headers.get_list("x-request-id") == ["mine"]
     assert len(response.headers.get_list("date")) == 1
     assert response.headers["content-type"] == "application/json"
-
-
-def test_errors_are_those_of_the_server(client: OpenAI, http: httpx.Client, cluster: RayCluster) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "a"}], temperature=9)
-    assert http.post(CHAT, content=b"{").json()["error"]["type"] == "invalid_request_error"
+        client.chat.completions.create(model=MODEL, messages=messages, temperature=9)
     assert http.post(CHAT, content=b" " * (11 << 20)).status_code == 413
-    assert httpx.post(f"{cluster.url}{CHAT}", json=body("a", 1), trust_env=False).status_code == 401
-    assert http.get("/v1/nothing?a=b").status_code == 404
+    assert http.post(CHAT, json=body("a", 1), headers={"Authorization": "Bearer wrong"}).status_code == 401
 
 
 def test_the_same_request_gets_the_same_answer_from_both_replicas(cluster: RayCluster, http: httpx.Client) -> None:
@@ -202,7 +196,8 @@ def test_no_request_fails_while_replicas_are_added_and_removed(
             wait_until(lambda: len(cluster.replicas()) == 3, SCALE_SECONDS)
             num_clients = 1
             wait_until(lambda: len(cluster.replicas()) == 1, SCALE_SECONDS)
-            time.sleep(1)
+            num_answers = len(reasons)
+            wait_until(lambda: len(reasons) > num_answers + 3)
         finally:
             num_clients = 0
         for each in chats:

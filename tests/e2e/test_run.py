@@ -33,9 +33,9 @@ def test_a_chat_and_its_server(terminal: Terminal, tmp_path: Path) -> None:
     family = psutil.Process(terminal.process.pid).children(recursive=True)
     assert len(family) == 4  # supervisor, engine process, API process, chat template
     terminal.type("Count from one to a hundred in words.\n")
-    terminal.read_until(r"words\.\r\n(?s:.{20})", 60)
+    terminal.read_until(r"words\.\r\n(?s:.{20})", READY_SECONDS)
     terminal.type("\x03")
-    terminal.read_until(rf"\(stopped\){PROMPT}", 60)
+    terminal.read_until(rf"\(stopped\){PROMPT}", READY_SECONDS)
     assert all(process.is_running() for process in family)  # Ctrl-C stopped the answer only
     (file,) = (tmp_path / "lightwell").iterdir()
     url = re.search(r"http://[\d.:]+", file.read_text())
@@ -45,7 +45,7 @@ def test_a_chat_and_its_server(terminal: Terminal, tmp_path: Path) -> None:
         input="Hi\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     assert done.stdout.strip()
@@ -55,20 +55,22 @@ def test_a_chat_and_its_server(terminal: Terminal, tmp_path: Path) -> None:
     assert list((tmp_path / "lightwell").iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_server_that_dies(terminal: Terminal) -> None:
     (supervisor,) = psutil.Process(terminal.process.pid).children()
     (engine,) = (each for each in supervisor.children() if "engine.process" in each.cmdline())
     engine.send_signal(signal.SIGKILL)
-    wait_until(lambda: not supervisor.is_running() or supervisor.status() == psutil.STATUS_ZOMBIE, 20)
+    wait_until(lambda: not supervisor.is_running() or supervisor.status() == psutil.STATUS_ZOMBIE)
     terminal.type("Hi\n")
-    terminal.read_until(rf"lightwell: error: no server answers.*{PROMPT}")
+    terminal.read_until(rf"lightwell: error: no server answers.*{PROMPT}", READY_SECONDS)
     terminal.type("\x04")
-    terminal.read_until("lightwell: error: the engine died: its process has ended")
+    terminal.read_until("lightwell: error: the engine died: its process has ended", READY_SECONDS)
     assert terminal.end() == 1
 
 
+@pytest.mark.long
 def test_a_closed_terminal_ends_the_server(terminal: Terminal) -> None:
     family = psutil.Process(terminal.process.pid).children(recursive=True)
     os.close(terminal.descriptor)
-    wait_until(lambda: not any(process.is_running() for process in family), 20)
+    wait_until(lambda: not any(process.is_running() for process in family))
     terminal.descriptor = os.open("/dev/null", os.O_RDWR)

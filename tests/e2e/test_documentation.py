@@ -1,11 +1,13 @@
-"""Run every command that the documentation shows, except those listed in tests/docs/commands.py.
+"""What the documentation shows works: each command, but those of tests/docs/commands.py, each example, and the README.
 
 One server is started with the flags of every `lightwell serve` that is shown, and all other commands run against it.
 """
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +22,14 @@ from tests.docs.commands import is_exception, shown_commands
 from tests.support.documents import DOCUMENTS, commands
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.paths import ROOT
-from tests.support.server_process import READY_SECONDS, ServerProcess, free_port, shared_server
+from tests.support.readme import readme_example
+from tests.support.server_process import MODEL, READY_SECONDS, ServerProcess, free_port, shared_server
 from tests.support.serving import wait_until
 
+pytestmark = pytest.mark.long
+
 SECONDS = 300.0  # limit for hangs only
+EXAMPLES = ROOT / "examples"
 
 # Stands in for `lightwell serve`, and prints its flags and environment variables.
 RECORDER = """\
@@ -40,12 +46,31 @@ def is_serve(command: str) -> bool:
 RUN = [document for document in DOCUMENTS if any(not is_exception(command) for command in commands(document))]
 
 
+def shell(
+    command: str, folder: Path = ROOT, environment: Mapping[str, str] | None = None, given: str = "", cwd: Path = ROOT
+) -> str:
+    """Return what a command prints. Fails if the command fails."""
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.run(
+        ["sh", "-c", command],
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **(environment or {})},
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert process.returncode == 0, f"{command}\n{process.stdout}{process.stderr}"
+    return process.stdout
+
+
 @pytest.fixture(scope="module")
 def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with what the commands name: two adapters and the command `lightwell`."""
     folder, config = tmp_path_factory.mktemp("commands"), load_model_config(smollm2_path)
     for seed, name in enumerate(("folder", "file.gguf")):  # a folder may stand in for a GGUF file
-        save_random_adapter(folder / name, config, seed, ranks={"": 8})
+        save_random_adapter(folder / name, config, seed, ranks={"": 8}, strength=1.0)
     script = folder / "bin" / "lightwell"
     script.parent.mkdir()
     model = f"LIGHTWELL_MODEL={shlex.quote(str(smollm2_path))}"  # the default of `lightwell run`
@@ -81,23 +106,6 @@ def filled_in(command: str, folder: Path) -> str:
     for placeholder in ("folder", "file.gguf"):
         command = command.replace(f"path/to/{placeholder}", str(folder / placeholder))
     return command.replace("config.yaml", str(folder / "config.yaml"))
-
-
-def shell(command: str, folder: Path, environment: Mapping[str, str] | None = None, given: str = "") -> str:
-    """Return what a command prints. Fails if the command fails."""
-    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.run(
-        ["sh", "-c", command],
-        cwd=ROOT,
-        env={**os.environ, "PATH": path, **(environment or {})},
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert process.returncode == 0, f"{command}\n{process.stdout}{process.stderr}"
-    return process.stdout
 
 
 @pytest.mark.parametrize("document", RUN)
@@ -136,16 +144,59 @@ def test_make_serve(folder: Path, smollm2_path: Path) -> None:
         stderr=subprocess.DEVNULL,
         process_group=0,
     )
+
+    def is_ready() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
     try:
-        wait_until(lambda: is_ready(port) or process.poll() is not None, READY_SECONDS)
+        wait_until(lambda: is_ready() or process.poll() is not None, READY_SECONDS)
         assert process.poll() is None
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        process.wait(SECONDS)
 
 
-def is_ready(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
+def test_the_readme_as_printed(server: ServerProcess, tmp_path: Path) -> None:
+    answer = json.loads(shell(readme_example("sh", "The capital of France", server)))
+    assert "Paris" in answer["choices"][0]["text"]
+    (tmp_path / "example.py").write_text(readme_example("python", "from openai", server))
+    assert shell(f"{shlex.quote(sys.executable)} {tmp_path / 'example.py'}").strip()
+
+
+# What each example prints, as a regular expression. `{folder}`: a folder with an adapter.
+PRINTED = {
+    "chat.py": r"(?s).*Paris.*> And of Italy\?\n.*\w.*",
+    "tools.py": r"(?s)add\((.+)\) = \d+\n.*\w.*",
+    "structured_output.py": r".{0,20} is \d+ and likes (red|green|blue)\n\d{4}-\d{2}-\d{2}\n",
+    "embeddings.py": r"(\d\.\d+.*\n){3}",
+    "batch.py {examples}/questions.txt {folder}/answers.jsonl": r"(?s).*8 answers.*",
+    "metrics.py": r"(?s).*running: +\d+ requests\n.*KV cache: \d+% in use\n.*: \d+ a second, \d+ in all\n.*",
+    "invariance.py": r"(?s).*among 15 others: the same 32 tokens.*",
+    "lora.py {folder}/folder": r"(?s).*added successfully.*\n" + MODEL + r": (.*)\nexample: (?!\1\n).*\n.*removed.*",
+}
+
+
+@pytest.mark.parametrize("command", PRINTED)
+def test_an_example(command: str, server: ServerProcess, folder: Path) -> None:
+    """Unchanged, and with the arguments that it needs."""
+    arguments = command.format(folder=folder, examples=EXAMPLES)
+    printed = shell(
+        f"{shlex.quote(sys.executable)} {EXAMPLES}/{arguments}", folder, {"OPENAI_BASE_URL": f"{server.url}/v1"}
+    )
+    assert re.fullmatch(PRINTED[command], printed), printed
+
+
+def test_every_example_is_run() -> None:
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(command.split()[0] for command in PRINTED)
+    assert [path.name for path in EXAMPLES.glob("*.mjs")] == ["chat.mjs"]
+
+
+def test_the_example_in_javascript(server: ServerProcess, tmp_path: Path) -> None:
+    """With the official client from npm."""
+    assert shutil.which("npm"), "this test needs node and npm (on Debian and Ubuntu: the package npm)"
+    shell("npm install --no-audit --no-fund --no-update-notifier openai", cwd=tmp_path)
+    shutil.copy(EXAMPLES / "chat.mjs", tmp_path)
+    assert shell("node chat.mjs", environment={"OPENAI_BASE_URL": f"{server.url}/v1"}, cwd=tmp_path).strip()

@@ -1,0 +1,429 @@
+"""What becomes of a real server's processes and clients: deaths, hangs, restarts, signals, and starts that fail.
+
+The supervisor's own tests (`tests/server/test_supervisor.py`) have all orders of events, with stubs of the processes.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from openai import OpenAI
+
+from engine.config import load_model_config
+from tests.e2e.conftest import StartServer
+from tests.support.lora_adapters import save_random_adapter
+from tests.support.processes import wait_for_end_of
+from tests.support.server_process import (
+    CHAT,
+    COMPLETIONS,
+    MODEL,
+    REQUEST_SECONDS,
+    ServerProcess,
+    starting_server,
+)
+from tests.support.serving import check_error, wait_until
+from tests.support.streams import Stream, merge, start_streams
+
+EXIT = "--on-engine-death=exit"
+GONE = 60.0  # seconds; bounds hangs only, like the others
+RESTARTED = 120.0
+NUM_SLOTS = 4
+SLOTS = f"--max-num-seqs={NUM_SLOTS}"
+
+
+def child_of(server: ServerProcess, module: str) -> psutil.Process:
+    """Return the child process that runs a module."""
+    (child,) = children_of(server, module)
+    return child
+
+
+def children_of(server: ServerProcess, module: str) -> list[psutil.Process]:
+    children = []
+    for child in psutil.Process(server.process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            children += [child] if module in child.cmdline() else []
+    return children
+
+
+def engine_of(server: ServerProcess) -> psutil.Process:
+    return child_of(server, "engine.process")
+
+
+def kill_engine(server: ServerProcess) -> None:
+    """Kill the engine, and wait until the process of the next one is there."""
+    dead = engine_of(server)
+    dead.kill()
+    wait_until(lambda: [each.pid for each in children_of(server, "engine.process")] not in ([], [dead.pid]), RESTARTED)
+
+
+def wait_for_restart(server: ServerProcess, num_restarts: int) -> None:
+    """Wait until the server is ready after this many restarts."""
+    wait_until(lambda: server.get("/readyz").json() == {"status": "ok", "restarts": num_restarts}, RESTARTED)
+
+
+def answer(server: ServerProcess, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Return what the same request must always give: all but ids, times and numbers of cached tokens."""
+    content = server.answer(path, body)
+    return {"choices": content["choices"], "completion_tokens": content["usage"]["completion_tokens"]}
+
+
+def check_lost(streams: list[Stream]) -> None:
+    """Check that each stream ends properly, with an error."""
+    for stream in streams:
+        stream.result()
+        assert stream.error is not None
+        assert stream.error["code"] == "engine_unavailable"
+        assert stream.is_done
+        assert not stream.is_cut
+
+
+def assert_shut_down(server: ServerProcess, status: int = 1) -> None:
+    assert server.wait(GONE) == status, server.end_of_log()
+    server.assert_nothing_is_left()
+    assert server.status("/healthz") == 0
+
+
+# The death or hang of each process, without a restart.
+
+
+@pytest.mark.checklist("F05", "F09")
+@pytest.mark.parametrize("name", ["engine", "api", "supervisor"])
+def test_a_process_is_killed_under_load(start_server: StartServer, name: str) -> None:
+    """Clients get an error at once, and no process is left."""
+    server = start_server("--kv-cache-memory=256MiB", EXIT)
+    streams = start_streams(server, 24, max_tokens=900)
+    if name == "supervisor":
+        server.signal(signal.SIGKILL)
+        assert server.wait(GONE) == -signal.SIGKILL
+        wait_for_end_of(*(each.pid for each in server.family), seconds=GONE)
+        assert all(stream.result().is_cut for stream in streams)
+        assert server.status("/healthz") == 0
+        return
+    killed: psutil.Process = getattr(server, name)
+    killed.kill()
+    if name == "engine":
+        check_lost(streams)
+        for path in ("/health", "/healthz", "/readyz"):
+            check_error(server.get(path), 503)
+        refused = server.complete(stream=True)
+        assert check_error(refused, 503)["code"] == "engine_unavailable"
+        assert refused.headers["retry-after"]
+    else:
+        assert all(stream.result().is_cut and not stream.is_done for stream in streams)
+    assert_shut_down(server)
+    assert f"the {'API' if name == 'api' else name} process was killed by SIGKILL" in server.log
+    assert all(len(stream.chunks) < 900 for stream in streams)
+
+
+@pytest.mark.checklist("F06")
+def test_the_engine_hangs(start_server: StartServer) -> None:
+    """A hang is noticed after --step-timeout and three heartbeats; not every pause is one."""
+    server = start_server("--step-timeout=2", EXIT)
+    streams = start_streams(server, 1, max_tokens=900)
+    server.engine.suspend()
+    assert server.status("/health") == 200
+    check_lost(streams)
+    for path in ("/health", "/healthz", "/readyz"):
+        check_error(server.get(path), 503)
+    check_error(server.complete(), 503)
+    assert_shut_down(server)
+
+
+# An engine that is started again.
+
+CHAT_BODY = {"messages": [{"role": "user", "content": "Tell me a story"}], "max_completion_tokens": 16}
+REQUESTS: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 1.0, "seed": 7, "n": 2}),
+    (COMPLETIONS, {"prompt": "The capital of France is", "max_tokens": 24, "temperature": 0, "logprobs": 3}),
+    (COMPLETIONS, {"prompt": ["def add(a, b):", "import"], "max_tokens": 8, "temperature": 1.0, "seed": 9}),
+    (CHAT, CHAT_BODY | {"temperature": 0.8, "top_p": 0.9, "seed": 11, "frequency_penalty": 0.5}),
+    (CHAT, CHAT_BODY | {"seed": 12, "structured_outputs": {"regex": "[a-z ]{8,12}"}}),
+]
+
+
+def check_a_restart(server: ServerProcess, signum: int, expected: list[dict[str, Any]], num_restarts: int) -> None:
+    """Requests with a token get one error; the others get the answer that they would have got without the death."""
+    running = start_streams(server, NUM_SLOTS, max_tokens=900)
+    with ThreadPoolExecutor(len(REQUESTS) + 1) as threads:
+        plain: list[Future[dict[str, Any]]] = [threads.submit(answer, server, path, body) for path, body in REQUESTS]
+        streams = [Stream(server, body, path) for path, body in REQUESTS]
+        wait_until(lambda: server.num_waiting == 2 * 7)
+        engine = engine_of(server)
+        engine.send_signal(signum)
+        check_lost(running)
+        late = threads.submit(answer, server, *REQUESTS[0])
+        wait_for_restart(server, num_restarts)
+        assert [each.result() for each in plain] == expected
+        for stream, content in zip(streams, expected, strict=True):
+            assert stream.result().is_complete, stream.error
+            assert merge(stream.chunks) == merge([content])
+        assert late.result() == expected[0]
+    wait_for_end_of(engine.pid, seconds=GONE)
+    wait_until(lambda: server.is_idle)
+
+
+@pytest.mark.checklist("F05")
+def test_the_engine_dies_under_load_and_is_started_again(start_server: StartServer) -> None:
+    server = start_server(SLOTS, "--kv-cache-memory=128MiB")
+    expected = [answer(server, path, body) for path, body in REQUESTS]
+    check_a_restart(server, signal.SIGKILL, expected, 1)
+    assert server.metric("lightwell_engine_restarts_total") == 1
+    server.family = [*server.family, *psutil.Process(server.process.pid).children(recursive=True)]
+    server.signal(signal.SIGTERM)
+    assert_shut_down(server, 0)
+
+
+@pytest.mark.long
+@pytest.mark.checklist("F05", "F06")
+def test_restarts_leave_nothing_behind(start_server: StartServer) -> None:
+    """Whatever the engine dies of, a hang included."""
+    server = start_server(SLOTS, "--step-timeout=10", "--kv-cache-memory=128MiB")
+    expected = [answer(server, path, body) for path, body in REQUESTS]
+    used = []
+    for number, signum in enumerate((signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP), start=1):
+        check_a_restart(server, signum, expected, number)
+        used.append(resources(server))
+    # Threads and processes for text come and go.
+    assert all(last <= second + 3 for last, second in zip(used[-1], used[1], strict=True)), used
+
+
+def resources(server: ServerProcess) -> list[int]:
+    """Return the numbers of file descriptors, without those of clients, and threads of supervisor and API process."""
+    processes = (psutil.Process(server.process.pid), child_of(server, "server.main"))
+    counts = ((each.num_fds() - len(each.net_connections("inet")), each.num_threads()) for each in processes)
+    return [number for pair in counts for number in pair]
+
+
+@pytest.mark.long
+@pytest.mark.checklist("F03", "F04", "F11")
+@pytest.mark.parametrize("share", [0.25, 0.85])
+def test_another_engine_gets_too_little_memory(start_server: StartServer, share: float) -> None:
+    """A share of what the first one had: too little for its libraries, or for the model. The fifth death is the end."""
+    server = start_server()
+    engine = engine_of(server)
+    limit = int(share * engine.memory_info().vms)
+    running = start_streams(server, 1, max_tokens=900)
+    resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit, limit))
+    with ThreadPoolExecutor() as threads:
+        engine.kill()
+        check_lost(running)
+        assert server.get("/health").json()["status"] == "restarting"
+        waiting = [threads.submit(server.complete) for _ in range(4)]
+        assert server.wait(RESTARTED) == 1
+        for request in waiting:
+            check_error(request.result(), 503)
+    assert "Traceback" not in server.log
+    assert server.log.count("not enough memory") == 4
+    assert server.log.count("the engine process exited with code 1; another one starts in") == 3
+    assert "the engine process exited with code 1; that was failure 5 in" in server.log.splitlines()[-1]
+    server.assert_nothing_is_left()
+
+
+@pytest.mark.long
+def test_adapters_are_loaded_again(start_server: StartServer, smollm2_path: Path, tmp_path: Path) -> None:
+    """Those loaded at run time, too. One whose files are gone is lost, and its requests fail."""
+    config = load_model_config(smollm2_path)
+    for number, name in enumerate(("poet", "coder", "gone")):
+        save_random_adapter(tmp_path / name, config, number, ranks={"": 4}, strength=1.0)
+    server = start_server(SLOTS, "--allow-runtime-lora-updating", f"--lora-modules=poet={tmp_path / 'poet'}")
+    for name in ("coder", "gone"):
+        load = {"lora_name": name, "lora_path": str(tmp_path / name)}
+        assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    body = {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}
+    expected = {name: answer(server, COMPLETIONS, body | {"model": name}) for name in (MODEL, "poet", "coder")}
+    assert len({content["choices"][0]["text"] for content in expected.values()}) == 3
+    (tmp_path / "gone" / "adapter_model.safetensors").unlink()
+    start_streams(server, NUM_SLOTS, max_tokens=900)
+    with ThreadPoolExecutor() as threads:
+        waiting = {name: threads.submit(answer, server, COMPLETIONS, body | {"model": name}) for name in expected}
+        lost = threads.submit(server.complete, **body | {"model": "gone"})
+        wait_until(lambda: server.num_waiting == 4)
+        engine_of(server).kill()
+        assert {name: each.result() for name, each in waiting.items()} == expected
+        message = check_error(lost.result(), 503)["message"]
+        assert message == "The LoRA adapter 'gone' could not be loaded again after a restart of the engine."
+    assert [model["id"] for model in server.get("/v1/models").json()["data"]] == [MODEL, "poet", "coder"]
+    check_error(server.complete(**body | {"model": "gone"}), 404)
+
+
+@pytest.mark.long
+def test_a_stream_of_steps_goes_on_with_the_restarted_engine(start_server: StartServer) -> None:
+    """One that is open, and one that is opened later with the id of the dead engine's last event."""
+    server = start_server()
+
+    def next_event(lines: Iterator[str]) -> tuple[str, list[int]]:
+        event = json.loads(next(line for line in lines if line.startswith("data: ")).removeprefix("data: "))
+        return event["engine"], [step["id"] for step in event["data"]]
+
+    with server.http.stream("GET", "/lightwell/v1/events") as response:
+        lines = response.iter_lines()
+        assert server.complete(max_tokens=4).status_code == 200
+        last = server.get("/lightwell/v1/steps?limit=1").json()["data"][0]["id"]
+        engine, steps = next_event(lines)
+        while steps[-1] < last:
+            steps = next_event(lines)[1]
+        kill_engine(server)
+        wait_until(lambda: server.status("/health") == 200, RESTARTED)
+        assert server.complete(max_tokens=4).status_code == 200
+        restarted, steps = next_event(lines)
+    assert (restarted != engine, steps[0]) == (True, 1)
+    with server.http.stream("GET", "/lightwell/v1/events", headers={"last-event-id": f"{engine}-{last}"}) as response:
+        later, steps = next_event(response.iter_lines())
+    assert (later, steps[0]) == (restarted, 1)
+
+
+# The end by a signal.
+
+
+@pytest.mark.checklist("G01", "G02")
+def test_sigterm_under_load(start_server: StartServer) -> None:
+    """Running requests are finished, and new ones are rejected. Ctrl-C goes to the whole group, and is the same."""
+    server = start_server(f"--drain-timeout={REQUEST_SECONDS}")
+    streams = start_streams(server, 24, max_tokens=100)
+    server.signal(signal.SIGTERM)
+    wait_until(lambda: server.status("/readyz") == 503)
+    assert server.status("/health") == 200, "the engine is healthy"
+    for is_stream in (True, False):
+        refused = server.complete(stream=is_stream)
+        check_error(refused, 503)
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.headers["connection"] == "close"
+    assert not all(stream.ended for stream in streams), "there was no load"
+    for stream in streams:
+        assert stream.result().is_complete
+        (choice,) = merge(stream.chunks).values()
+        assert choice.finish_reason == "length"
+    assert_shut_down(server, 0)
+
+
+@pytest.mark.long
+@pytest.mark.checklist("G02")
+def test_requests_that_outlast_the_drain_timeout_fail(start_server: StartServer) -> None:
+    """The readers of a background response, too."""
+    server = start_server("--drain-timeout=0.5")
+    request: dict[str, Any] = {"model": MODEL, "input": "Hi", "max_output_tokens": 900}
+    request["extra_body"] = {"ignore_eos": True}
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS) as client:
+        stream: Any = client.responses.create(**request, background=True, stream=True)
+        first = next(stream)
+        assert first.type == "response.created"
+        reader: Any = client.responses.retrieve(first.response.id, stream=True)
+        next(reader)
+        streams = start_streams(server, 8, max_tokens=900)
+        server.signal(signal.SIGTERM)
+        for each in (stream, reader):
+            *_, last = each
+            assert last.type == "response.failed"
+            assert "shutting down" in last.response.error.message
+    assert all(stream.result().error is not None and stream.is_done for stream in streams)
+    assert_shut_down(server, 0)
+
+
+@pytest.mark.checklist("G03")
+def test_ctrl_c_twice(start_server: StartServer) -> None:
+    """A terminal sends SIGINT to the whole foreground process group. The second one ends the server at once."""
+    server = start_server(f"--drain-timeout={REQUEST_SECONDS}")
+    streams = start_streams(server, 8, max_tokens=900)
+    os.killpg(server.process.pid, signal.SIGINT)
+    wait_until(lambda: server.status("/readyz") == 503)
+    while server.process.poll() is None:  # two signals in quick succession count as one
+        os.killpg(server.process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            server.process.wait(0.6)
+    assert_shut_down(server, 130)
+    assert all(stream.result().has_failed for stream in streams)
+    assert "Traceback" not in server.log
+    assert "KeyboardInterrupt" not in server.log
+
+
+# The start.
+
+KEY, OTHER_KEY = "key-canary-1", "key-canary-2"
+
+
+@pytest.mark.checklist("B07")
+def test_keys_are_required_and_no_secret_is_logged(start_server: StartServer) -> None:
+    """Nor is a key in a command line: the supervisor gets it in the environment."""
+    server = start_server("--log-level=debug", LIGHTWELL_API_KEY=f"{KEY},{OTHER_KEY}")
+    assert all(KEY not in " ".join(each.cmdline()) for each in server.family)
+    for path in (COMPLETIONS, "/v1/models", "/metrics", "/nowhere", "//v1/models"):
+        for headers in ({}, {"authorization": "Bearer wrong-canary"}, {"authorization": f"Basic {KEY}"}):
+            check_error(server.get(path, **headers), 401)
+    assert server.get("/health").status_code == 200
+    for key in (KEY, OTHER_KEY):
+        server.http.headers["authorization"] = f"Bearer {key}"
+        body: dict[str, Any] = {"prompt": "prompt-canary", "max_tokens": 4, "echo": True, "stop": "stop-canary"}
+        assert "prompt-canary" in server.answer(COMPLETIONS, body)["choices"][0]["text"]
+        assert Stream(server, body).result().is_complete
+    server.answer(CHAT, {"messages": [{"role": "user", "content": "message-canary"}], "max_tokens": 2})
+    check_error(server.ask(CHAT, {"messages": [{"role": "canary", "content": "canary"}]}), 400)
+    server.signal(signal.SIGTERM)
+    assert_shut_down(server, 0)
+    assert "/v1/completions" in server.log
+    assert "canary" not in server.log.lower()
+
+
+@pytest.mark.long
+def test_a_hangup_changes_the_keys(start_server: StartServer, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+
+    def write(key: str) -> None:
+        file.write_text(f"alice: {{keys: {hashlib.sha256(key.encode()).hexdigest()}}}")
+
+    write("first")
+    server = start_server(f"--api-keys-file={file}")
+
+    def status(key: str) -> int:
+        return server.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+
+    assert (status("first"), status("second")) == (200, 401)
+    write("second")
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: (status("first"), status("second")) == (401, 200))
+    file.write_text("alice: {keys: canary}")
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "the keys stay as they were" in server.log)
+    assert status("second") == 200
+    assert "canary" not in server.log
+
+
+@pytest.mark.checklist("B05", "F11")
+def test_failed_starts(smollm2_path: Path, tmp_path: Path) -> None:
+    """Each ends with one line that says what to change, and with no traceback."""
+    broken = tmp_path / "model.gguf"
+    broken.write_bytes(b"GGUF")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for model, flags, parts, last in (
+            (
+                smollm2_path,
+                ("--kv-cache-memory=16MiB", "--max-model-len=8192"),
+                ("--max-model-len", "--kv-cache-memory"),
+                "lightwell: error: the engine process exited with code 1",
+            ),
+            (
+                smollm2_path,
+                (f"--port={port}",),
+                (f"cannot listen on 127.0.0.1 port {port}",),
+                "lightwell: error: the API process exited with code 1",
+            ),
+            (broken, (), ("model.gguf",), ""),
+            (smollm2_path, ("--host=0.0.0.0",), ("--api-key",), ""),
+        ):
+            with starting_server(model, *flags) as server:
+                assert server.wait(GONE) in (1, 2)
+                lines = server.log.splitlines()
+            assert any(all(part in line for part in parts) for line in lines), lines
+            assert lines[-1] == (last or lines[-1])
+            assert not any("Traceback" in line for line in lines)
