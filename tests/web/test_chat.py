@@ -101,22 +101,14 @@ def test_an_answer(page: Page, real_server: ServerProcess) -> None:
     expect(answer.locator(".stats")).to_have_text(
         re.compile(r"\d+ tokens · .* tokens/s · first after .* in the prompt")
     )
+    for link in answer.locator(".other-views a").all():
+        assert "chatcmpl-" in (link.get_attribute("href") or "")
+    expect(answer.locator(".other-views a")).to_have_text(["Tokens", "Inside", "Request"])
     expect(page).to_have_url(re.compile("#/chat/[0-9a-f]{18}$"))
     shown = answer.inner_text()
     page.reload()
     expect(answers(page)).to_have_text(re.compile(re.escape(shown.split("\n")[0])))
     expect(page.get_by_role("link", name=PROMPT)).to_have_attribute("aria-current", "page")
-
-
-def test_an_answer_links_to_the_other_views(page: Page, real_server: ServerProcess) -> None:
-    open_chat(page, real_server, parameters=GREEDY)
-    send(page)
-    links = wait_for_answer(page).locator(".other-views a")
-    views = page.get_by_role("navigation", name="Views").get_by_role("link").all_inner_texts()
-    texts = [{"Requests": "Request"}.get(view, view) for view in ("Tokens", "Inside", "Requests") if view in views]
-    expect(links).to_have_text(texts)
-    for link in links.all():
-        assert "chatcmpl-" in (link.get_attribute("href") or "")
 
 
 def test_stop_and_continue(page: Page, real_server: ServerProcess) -> None:
@@ -202,6 +194,7 @@ def test_settings_are_sent(page: Page, real_server: ServerProcess) -> None:
     expect(wait_for_answer(page).locator(".stats")).to_contain_text("3 tokens")
 
 
+@pytest.mark.long
 def test_each_control_is_a_parameter_of_the_api(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server)
     controls = page.evaluate("import('/assets/app/chat/parameters.js').then((module) => module.PARAMETERS)")
@@ -216,6 +209,7 @@ def test_each_control_is_a_parameter_of_the_api(page: Page, real_server: ServerP
             assert control["max"] <= schema["maximum"], control
 
 
+@pytest.mark.long
 def test_json_that_matches_a_schema(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters={"temperature": 0, "max_completion_tokens": 100})
     page.get_by_role("button", name="Settings").click()
@@ -252,6 +246,7 @@ def test_tools(page: Page, real_server: ServerProcess) -> None:
     wait_for_answer(page, 2)
 
 
+@pytest.mark.long
 def test_thinking_is_folded_away(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server)
     answer_with(
@@ -265,10 +260,9 @@ def test_thinking_is_folded_away(page: Page, real_server: ServerProcess) -> None
     expect(answer.get_by_text("Hm, let me see.")).to_be_visible()
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_refusals_are_shown(page: Page, real_server: ServerProcess, status: int) -> None:
+def test_refusals_are_shown(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters=GREEDY)
-    answer_with(page, json.dumps({"error": {"message": "No room."}}), status, **{"retry-after": "7"})
+    answer_with(page, json.dumps({"error": {"message": "No room."}}), 429, **{"retry-after": "7"})
     send(page)
     expect(page.get_by_role("alert")).to_contain_text("No room. Try again in 7 s.")
     page.unroute(f"**{CHAT}")
@@ -277,6 +271,7 @@ def test_refusals_are_shown(page: Page, real_server: ServerProcess, status: int)
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_invalid_settings_are_shown(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters={"temperature": 3}, other="")
     send(page)
@@ -284,7 +279,7 @@ def test_invalid_settings_are_shown(page: Page, real_server: ServerProcess) -> N
 
 
 def test_a_stream_that_breaks(page: Page, real_server: ServerProcess) -> None:
-    open_chat(page, real_server)
+    open_chat(page, real_server, parameters=None)  # damaged settings are dropped
     answer_with(page, stream({"content": "Once upon "}, is_complete=False))
     send(page)
     expect(page.get_by_role("alert")).to_contain_text("ended before it was complete")
@@ -292,6 +287,7 @@ def test_a_stream_that_breaks(page: Page, real_server: ServerProcess) -> None:
     expect(page.get_by_role("button", name="Continue")).to_be_visible()
 
 
+@pytest.mark.long
 def test_the_engine_dies_while_it_answers(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters=ENDLESS)
     send(page)
@@ -367,6 +363,7 @@ def test_conversations_are_kept(page: Page, real_server: ServerProcess) -> None:
     expect(answers(page)).to_have_count(1)
 
 
+@pytest.mark.long
 def test_the_oldest_conversations_make_room(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters={"max_completion_tokens": 1})
     page.evaluate("""async () => {
@@ -386,6 +383,7 @@ def test_the_oldest_conversations_make_room(page: Page, real_server: ServerProce
     assert "lightwell-chat:c50" not in kept
 
 
+@pytest.mark.long
 def test_a_conversation_that_is_too_large_drops_no_other(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters={"max_completion_tokens": 1})
     send(page)
@@ -408,6 +406,7 @@ def test_a_conversation_that_is_too_large_drops_no_other(page: Page, real_server
     expect(page.get_by_role("link", name=PROMPT)).to_be_visible()
 
 
+@pytest.mark.long
 def test_text_files(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server, parameters={"max_completion_tokens": 1})
     box(page).fill("Explain this.")
@@ -426,6 +425,7 @@ def program(page: Page, language: str) -> str:
     return page.get_by_role("dialog").locator("pre").inner_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
 def test_programs_get_the_same_answer(page: Page, real_server: ServerProcess, language: str) -> None:
     settings = {"temperature": 0, "max_completion_tokens": 12, "min_p": 0.1, "stop": ["#'\"\\"]}
@@ -446,6 +446,8 @@ def test_programs_get_the_same_answer(page: Page, real_server: ServerProcess, la
     process = subprocess.run(commands[language], capture_output=True, text=True, check=True, cwd=folder)
     found = json.loads(process.stdout)["choices"][0]["message"]["content"] if language == "curl" else process.stdout
     assert found.strip() == expected.strip()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Use it from a program")).to_be_focused()
 
 
 def test_the_key(page: Page, real_server: ServerProcess) -> None:
@@ -466,11 +468,7 @@ def test_the_key(page: Page, real_server: ServerProcess) -> None:
     assert request.value.headers["authorization"] == "Bearer new"
 
 
-def test_damaged_settings_are_dropped(page: Page, real_server: ServerProcess) -> None:
-    open_chat(page, real_server, parameters=None)
-    assert "temperature" not in sent(page, lambda: send(page))
-
-
+@pytest.mark.long
 def test_blocked_storage(page: Page, real_server: ServerProcess) -> None:
     """The key and the conversation last until the page is closed."""
     for name in ("localStorage", "sessionStorage"):
@@ -486,14 +484,7 @@ def test_blocked_storage(page: Page, real_server: ServerProcess) -> None:
     assert request.value.headers["authorization"] == "Bearer new"
 
 
-def test_one_choice_is_shown(page: Page, real_server: ServerProcess) -> None:
-    open_chat(page, real_server, other='{"n": 2}')
-    choices = [stream({"content": text}, is_complete=False) for text in ("Paris", "Rome")]
-    answer_with(page, choices[0] + choices[1].replace('"index": 0', '"index": 1') + "data: [DONE]\n\n")
-    send(page)
-    expect(wait_for_answer(page).locator(".markdown")).to_have_text("Paris")
-
-
+@pytest.mark.long
 def test_a_model_that_is_gone(page: Page, real_server: ServerProcess) -> None:
     """The models are read again."""
     open_chat(page, real_server)
@@ -501,18 +492,6 @@ def test_a_model_that_is_gone(page: Page, real_server: ServerProcess) -> None:
     answer_with(page, json.dumps({"error": {"message": "Gone.", "code": "model_not_found"}}), 404)
     send(page)
     expect(page.locator(".chips")).to_contain_text("another")
-
-
-def test_the_focus_returns_from_a_dialog(page: Page, real_server: ServerProcess) -> None:
-    open_chat(page, real_server)
-    button = page.get_by_role("button", name="Use it from a program")
-    button.click()
-    page.get_by_role("dialog").get_by_role("button", name="Close").click()
-    expect(button).to_be_focused()
-    button.press("Enter")
-    expect(page.get_by_role("dialog")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(button).to_be_focused()
 
 
 def test_keyboard_only(page: Page, real_server: ServerProcess) -> None:
@@ -536,8 +515,8 @@ def test_keyboard_only(page: Page, real_server: ServerProcess) -> None:
     wait_for_answer(page)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280, 2560])
+@pytest.mark.long
+@pytest.mark.parametrize(("theme", "width"), [("light", 360), ("dark", 1280), ("light", 2560)])
 def test_everybody_can_read_it(page: Page, real_server: ServerProcess, theme: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     page.emulate_media(color_scheme=theme)
@@ -593,44 +572,7 @@ def test_markdown(page: Page, real_server: ServerProcess) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("beginning", "part", "end"),
-    [
-        *[
-            ("", part, "")
-            for part in ("**a ", "*a ", "`", "[", "[a](", "_a ", "> ", "- ", "|-\n", "a\n", "- a\n", "~~~\n")
-        ],
-        *[("", part, "") for part in ("https://", " ", "a ", "#", "~", "|")],
-        *[(beginning, " ", "a\ra`") for beginning in ("a", "# ", "~~~", "- ", "> ", "a|b\n-", "a|b\n")],
-        ("~~~", "~", "`"),
-        ("# ", "# ", "a"),
-    ],
-)
-def test_markdown_that_is_made_to_be_slow(
-    page: Page, real_server: ServerProcess, beginning: str, part: str, end: str
-) -> None:
-    """A text that is 16 times as long takes about 16 times as long to read, not 256 times."""
-    page.goto(f"{real_server.url}/#/tokens")
-    short, long = page.evaluate(
-        """async ([beginning, part, end]) => {
-          const { parseBlocks, parseInline } = await import("/assets/app/chat/markdown_parser.js");
-          const read = (blocks) => blocks.forEach(readBlock);
-          const readBlock = ({ text = "", blocks = [], items = [] }) => {
-            parseInline(text);
-            read(blocks);
-            items.forEach(read);
-          };
-          return [4000, 64000].map((count) => {
-            const start = performance.now();
-            read(parseBlocks(beginning + part.repeat(count) + end));
-            return (performance.now() - start) / 1000;
-          });
-        }""",
-        [beginning, part, end],
-    )
-    assert long < 64 * short + 1
-
-
+@pytest.mark.long
 def test_nothing_moves_while_an_answer_arrives(page: Page, real_server: ServerProcess) -> None:
     """Only the answer itself grows."""
     open_chat(page, real_server, parameters={"ignore_eos": True, "max_completion_tokens": 60})
@@ -642,3 +584,36 @@ def test_nothing_moves_while_an_answer_arrives(page: Page, real_server: ServerPr
     send(page)
     wait_for_answer(page)
     assert page.evaluate("shift") < 0.05
+
+
+# A beginning, a part that is repeated, and an end.
+SLOW = [
+    *[("", part, "") for part in ("**a ", "*a ", "`", "[", "[a](", "_a ", "> ", "- ", "|-\n", "a\n", "- a\n", "~~~\n")],
+    *[("", part, "") for part in ("https://", " ", "a ", "#", "~", "|")],
+    *[(beginning, " ", "a\ra`") for beginning in ("a", "# ", "~~~", "- ", "> ", "a|b\n-", "a|b\n")],
+    ("~~~", "~", "`"),
+    ("# ", "# ", "a"),
+]
+
+
+@pytest.mark.long
+def test_markdown_that_is_made_to_be_slow(page: Page, real_server: ServerProcess) -> None:
+    """A text that is 16 times as long takes about 16 times as long to read, not 256 times."""
+    page.goto(f"{real_server.url}/#/tokens")
+    script = """async ([beginning, part, end]) => {
+      const { parseBlocks, parseInline } = await import("/assets/app/chat/markdown_parser.js");
+      const read = (blocks) => blocks.forEach(readBlock);
+      const readBlock = ({ text = "", blocks = [], items = [] }) => {
+        parseInline(text);
+        read(blocks);
+        items.forEach(read);
+      };
+      return [4000, 64000].map((count) => {
+        const start = performance.now();
+        read(parseBlocks(beginning + part.repeat(count) + end));
+        return (performance.now() - start) / 1000;
+      });
+    }"""
+    for text in SLOW:
+        short, long = page.evaluate(script, list(text))
+        assert long < 64 * short + 1, text

@@ -55,7 +55,11 @@ def lens_cells(page: Page, layer: int) -> Locator:
 
 
 def test_the_chapter_shows_what_the_engine_says(page: Page, real_server: ServerProcess) -> None:
+    """On a narrow screen, too."""
+    page.set_viewport_size({"width": 360, "height": 780})
     look_inside(page, real_server)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    check_accessibility(page)
     prompt = inspection(real_server, prompt=PROMPT, top=8)
     ids = page.get_by_role("list", name="Tokens and their ids").get_by_role("listitem")
     expect(ids).to_have_count(len(prompt["tokens"]) + 4)
@@ -74,6 +78,7 @@ def visible(text: str) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎")
 
 
+@pytest.mark.long
 def test_a_head_shows_where_it_looks(page: Page, real_server: ServerProcess) -> None:
     look_inside(page, real_server)
     heads = page.get_by_role("radiogroup", name="Head").get_by_role("radio")
@@ -86,6 +91,7 @@ def test_a_head_shows_where_it_looks(page: Page, real_server: ServerProcess) -> 
     expect(chart).to_have_attribute("aria-label", re.compile(f"looks most at “[^”]*” at position {position}: "))
 
 
+@pytest.mark.long
 def test_chosen_experts_are_named(page: Page, real_server: ServerProcess) -> None:
     def add_experts(route: Route) -> None:
         response = route.fetch()
@@ -102,6 +108,7 @@ def test_chosen_experts_are_named(page: Page, real_server: ServerProcess) -> Non
     page.unroute_all(behavior="wait")
 
 
+@pytest.mark.long
 def test_it_plays_to_the_end(page: Page, real_server: ServerProcess) -> None:
     look_inside(page, real_server, num_tokens=2)
     page.get_by_role("button", name="Play").click()
@@ -133,12 +140,14 @@ def test_by_keyboard(page: Page, real_server: ServerProcess) -> None:
     expect(page.get_by_role("img", name=re.compile("Attention of layer 17, head 2"))).to_be_visible()
 
 
+@pytest.mark.long
 def test_tokens_of_a_prompt_are_not_drawn(page: Page, real_server: ServerProcess) -> None:
     look_inside(page, real_server)
     page.get_by_role("button", name="Previous token").click()
     expect(section(page, "Sampling")).to_contain_text("Nothing is drawn here")
 
 
+@pytest.mark.long
 def test_an_answer_is_opened_by_its_id(page: Page, real_server: ServerProcess) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Say hi"}], "max_tokens": 4, "temperature": 0}
     answer = real_server.http.post("/v1/chat/completions", json=body).json()
@@ -159,13 +168,7 @@ def test_an_answer_is_opened_by_its_id(page: Page, real_server: ServerProcess) -
     )
 
 
-def test_a_position_that_is_no_number_is_the_first(page: Page, real_server: ServerProcess) -> None:
-    answer = real_server.answer("/v1/completions", {"prompt": PROMPT, "max_tokens": 2, "temperature": 0})
-    page.goto(f"{real_server.url}/#/inside?id={answer['id']}&position=abc")
-    slider = page.get_by_role("slider", name="Position")
-    expect(slider).to_have_attribute("aria-valuetext", re.compile("^After token 1 of"))
-
-
+@pytest.mark.long
 def test_hostile_text_stays_text(page: Page, real_server: ServerProcess) -> None:
     look_inside(page, real_server, HOSTILE, num_tokens=1)
     expect(section(page, "Fed back")).to_contain_text(HOSTILE)
@@ -173,33 +176,30 @@ def test_hostile_text_stays_text(page: Page, real_server: ServerProcess) -> None
     assert page.title() == "Inside · Lightwell"
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "title", "may_retry"),
-    [
+@pytest.mark.long
+def test_refusals_are_explained(page: Page, real_server: ServerProcess) -> None:
+    for status, code, title, may_retry in (
         (403, "forbidden", "Looking inside is not allowed from here.", False),
         (404, "not_enabled", "Inspection is turned off.", False),
         (404, "tokens_not_kept", "There is nothing left to look at.", False),
         (503, "overloaded", "The memory is needed for answers just now.", True),
-    ],
-)
-def test_a_refusal_is_explained(
-    page: Page, real_server: ServerProcess, status: int, code: str, title: str, may_retry: bool
-) -> None:
-    def refuse(route: Route) -> None:
-        route.fulfill(status=status, json={"error": {"message": "Because.", "code": code}})
-
-    page.route(INSPECT, refuse)
-    page.goto(f"{real_server.url}/#/inside")
-    page.get_by_role("button", name="Look inside").click()
-    expect(page.get_by_role("alert")).to_contain_text(f"{title} Because.")
-    expect(page.get_by_role("button", name="Try again")).to_have_count(int(may_retry))
-    if may_retry:
+    ):
+        error: Any = {"message": "Because.", "code": code}
+        page.route(
+            INSPECT, lambda route, status=status, error=error: route.fulfill(status=status, json={"error": error})
+        )
+        page.goto("about:blank")
+        page.goto(f"{real_server.url}/#/inside")
+        page.get_by_role("button", name="Look inside").click()
+        expect(page.get_by_role("alert")).to_contain_text(f"{title} Because.")
+        expect(page.get_by_role("button", name="Try again")).to_have_count(int(may_retry))
         page.unroute(INSPECT)
-        page.get_by_role("button", name="Try again").click()
-        wait_for_reading(page)
-        expect(page.get_by_role("alert")).to_have_count(0)
+    page.get_by_role("button", name="Try again").click()
+    wait_for_reading(page)
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_a_busy_engine_is_asked_again(page: Page, real_server: ServerProcess) -> None:
     refusals: list[Route] = []
 
@@ -214,16 +214,3 @@ def test_a_busy_engine_is_asked_again(page: Page, real_server: ServerProcess) ->
     look_inside(page, real_server, num_tokens=2)
     assert len(refusals) == 1
     expect(page.get_by_role("alert")).to_have_count(0)
-
-
-def test_everybody_can_read_it(page: Page, real_server: ServerProcess) -> None:
-    look_inside(page, real_server)
-    check_accessibility(page)
-
-
-def test_it_fits_a_narrow_screen(page: Page, real_server: ServerProcess) -> None:
-    page.set_viewport_size({"width": 360, "height": 780})
-    look_inside(page, real_server)
-    expect(page.get_by_role("gridcell", selected=True)).to_be_visible()
-    expect(page.get_by_role("region", name="Stages of the sampler")).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -6,6 +6,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.support.chrome_trace import check_trace
@@ -54,6 +55,7 @@ def test_the_table_leads_to_a_request_and_back(page: Page, real_server: ServerPr
     expect(row_of(page, id)).to_be_visible()
 
 
+@pytest.mark.long
 def test_filters_and_order_are_in_the_url(page: Page, real_server: ServerProcess) -> None:
     for number in range(3):
         complete(real_server, max_tokens=1 + 4 * number)
@@ -62,7 +64,7 @@ def test_filters_and_order_are_in_the_url(page: Page, real_server: ServerProcess
     expect(page.get_by_text("None is recorded that fits the filters.")).to_be_visible()
     page.get_by_label("State").select_option("finished")
     page.get_by_role("button", name="Output").focus()
-    for order, is_right in (("descending", sorted), ("ascending", sorted)):
+    for order in ("descending", "ascending"):
         page.keyboard.press("Enter")
         head = page.get_by_role("columnheader", name="Output")
         expect(head).to_have_attribute("aria-sort", order)
@@ -70,7 +72,7 @@ def test_filters_and_order_are_in_the_url(page: Page, real_server: ServerProcess
         texts = page.locator("tbody tr").evaluate_all(f"rows => rows.map(row => row.cells[{index}].textContent)")
         values = [int(text.replace(",", "")) for text in texts]
         assert len(values) >= 3
-        assert values == is_right(values, reverse=order == "descending")
+        assert values == sorted(values, reverse=order == "descending")
     assert page.url.endswith("#/requests?state=finished&sort=-output")
     page.reload()
     expect(page.get_by_role("columnheader", name="Output")).to_have_attribute("aria-sort", "ascending")
@@ -92,6 +94,7 @@ def test_the_waterfall_adds_up(page: Page, real_server: ServerProcess) -> None:
     assert abs(end - 100) < 0.01
 
 
+@pytest.mark.long
 def test_a_preempted_request(page: Page, start_server: StartServer) -> None:
     server = start_server("--max-model-len=512", kv_cache_flag(12), "--speculative=off")
     streams = [Stream(server, {"prompt": "Light", "max_tokens": 330, "ignore_eos": True}) for _ in "ab"]
@@ -120,6 +123,7 @@ def test_why_a_prefix_was_found_or_not(page: Page, real_server: ServerProcess) -
     expect(page.get_by_text(re.compile("^0 of .* prompt tokens were cached"))).to_be_visible()
 
 
+@pytest.mark.long
 def test_a_chunk_is_shown_in_the_schedule(page: Page, real_server: ServerProcess) -> None:
     id = complete(real_server, prompt=STORY * 2, cache_salt="chunks")
     (choice,) = real_server.get(f"/lightwell/v1/requests/{id}").json()["choices"]
@@ -130,6 +134,7 @@ def test_a_chunk_is_shown_in_the_schedule(page: Page, real_server: ServerProcess
     expect(chosen.get_by_role("link", name=re.compile("^cmpl-")).first).to_have_attribute("href", f"#/requests/{id}")
 
 
+@pytest.mark.long
 def test_the_trace_can_be_saved(page: Page, real_server: ServerProcess) -> None:
     id = complete(real_server)
     open_request(page, real_server, id)
@@ -145,6 +150,7 @@ def test_replay(page: Page, real_server: ServerProcess) -> None:
     expect(page.get_by_text("Bit-equal. All 12 tokens")).to_be_visible()
 
 
+@pytest.mark.long
 def test_a_living_request_is_followed_to_its_end(page: Page, start_server: StartServer) -> None:
     server = start_server(*FLAGS_OF_A_LONG_ANSWER)
     with long_answer(server, **{"x-request-id": "alive"}):
@@ -154,6 +160,7 @@ def test_a_living_request_is_followed_to_its_end(page: Page, start_server: Start
     expect(page.get_by_text("aborted", exact=True)).to_be_visible()
 
 
+@pytest.mark.long
 def test_what_is_not_there(page: Page, start_server: StartServer) -> None:
     """Recordings that are not kept, and requests that are not known; the page says how to turn them on."""
     server = start_server()
@@ -166,6 +173,7 @@ def test_what_is_not_there(page: Page, start_server: StartServer) -> None:
     expect(page.get_by_text("This request is not recorded")).to_be_visible()
 
 
+@pytest.mark.long
 def test_with_keys(page: Page, start_server: StartServer) -> None:
     """A key sees its own requests; with that of an admin, they can be filtered by key."""
     server = start_server("--api-key=sk-a", "--api-key=sk-b", "--admin-key=sk-root")
@@ -183,6 +191,7 @@ def test_with_keys(page: Page, start_server: StartServer) -> None:
     expect(page.locator("tbody tr")).to_have_count(2)
 
 
+@pytest.mark.long
 def test_hostile_names_stay_text(page: Page, start_server: StartServer) -> None:
     """The names of models, and ids in the URL. Others cannot be hostile: the server allows no such characters."""
     server = start_server(f"--served-model-name={HOSTILE}")

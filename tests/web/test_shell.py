@@ -34,8 +34,10 @@ def views(page: Page) -> list[str]:
     return [str(link.get_attribute("href")) for link in links.all()]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("theme", "size"),
+    [("light", "phone"), ("dark", "desktop"), pytest.param("light", "large", marks=pytest.mark.long)],
+)
 def test_every_view(page: Page, real_server: ServerProcess, theme: str, size: str) -> None:
     """It has a title and an explanation, fits the screen, and has no serious finding of axe-core."""
     real_server.complete(max_tokens=5)
@@ -56,6 +58,7 @@ def test_every_view(page: Page, real_server: ServerProcess, theme: str, size: st
         check_accessibility(page)
 
 
+@pytest.mark.long
 def test_one_request_can_be_read_by_everybody(page: Page, real_server: ServerProcess) -> None:
     id = real_server.complete(max_tokens=5).json()["id"]
     page.goto(f"{real_server.url}/#/requests/{id}")
@@ -66,6 +69,7 @@ def test_one_request_can_be_read_by_everybody(page: Page, real_server: ServerPro
     check_accessibility(page)
 
 
+@pytest.mark.long
 def test_views_are_reached_by_keyboard(page: Page, real_server: ServerProcess) -> None:
     page.goto(f"{real_server.url}/#/requests")  # the chat focuses its message
     expect(page.locator(".intro h1")).to_be_visible()
@@ -98,6 +102,7 @@ export default () => {
 """
 
 
+@pytest.mark.long
 def test_a_view_that_failed_can_be_left(browser: Browser, real_server: ServerProcess) -> None:
     page = browser.new_page()
     page.set_default_timeout(1000 * REQUEST_SECONDS)
@@ -111,6 +116,7 @@ def test_a_view_that_failed_can_be_left(browser: Browser, real_server: ServerPro
     page.close()
 
 
+@pytest.mark.long
 def test_forgetting_the_key_drops_what_was_read_with_it(page: Page, real_server: ServerProcess) -> None:
     page.goto(real_server.url)
     page.evaluate("sessionStorage.setItem('lightwell-api-key', 'key'); window.before = true")
@@ -120,6 +126,7 @@ def test_forgetting_the_key_drops_what_was_read_with_it(page: Page, real_server:
     assert page.evaluate("[sessionStorage.length, window.before ?? null]") == [0, None]
 
 
+@pytest.mark.long
 def test_a_server_that_does_not_answer(page: Page, real_server: ServerProcess) -> None:
     page.add_init_script("""AbortSignal.timeout = (ms) => {
       const controller = new AbortController();
@@ -131,6 +138,7 @@ def test_a_server_that_does_not_answer(page: Page, real_server: ServerProcess) -
     expect(page.get_by_role("alert").first).to_contain_text("The server cannot be reached.")
 
 
+@pytest.mark.long
 def test_a_stream_that_falls_silent_is_opened_again(page: Page, real_server: ServerProcess) -> None:
     """Comments count as a sign of life."""
     page.clock.install(time=0)

@@ -12,7 +12,6 @@ from tests.support.server_process import MODEL, ServerProcess
 PROMPT = "The cat sat on the"
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script> &amp;'
 LABELS = {"max_tokens": "Tokens to write", "temperature": "Temperature", "top_k": "Top-k", "seed": "Seed"}
-INSPECT = "**/lightwell/v1/inspect"
 
 
 def tokens_of(page: Page, branch: int = 1) -> Locator:
@@ -64,7 +63,8 @@ def test_an_alternative_begins_a_branch(page: Page, real_server: ServerProcess) 
     with page.expect_request(lambda request: "stream" in (request.post_data or "")) as branch:
         button.click()
     expect(page.get_by_text("of them written")).to_have_count(2)
-    prompt_ids = branch.value.post_data_json["prompt"]  # the same text may have other tokens
+    body: Any = branch.value.post_data_json
+    prompt_ids = body["prompt"]  # the same text may have other tokens
     text = completion(real_server, prompt_ids, max_tokens=6, temperature=0, echo=True)["text"]
     assert text_of(page, 2) == text
     assert text.startswith("".join(tokens_of(page).all_text_contents()[:6]) + chosen)
@@ -73,15 +73,21 @@ def test_an_alternative_begins_a_branch(page: Page, real_server: ServerProcess) 
 
 
 def test_what_the_sampler_did_is_shown(page: Page, real_server: ServerProcess) -> None:
+    page.set_viewport_size({"width": 360, "height": 780})
     generate(page, real_server, max_tokens=4, temperature=0.8, top_k=5, seed=1)
+    chart = page.get_by_role("img", name="Surprise and entropy of 9 tokens.")
+    expect(chart).to_have_attribute("aria-label", re.compile(r"on average, at most [\d.]+ at position \d+, “"))
     tokens_of(page).nth(6).click()
     stages = page.get_by_role("region", name="Stages of the sampler")
     expect(stages.get_by_role("row", name="Possible")).to_contain_text(re.compile(r"49,152.*49,152.*5"))
     written = (tokens_of(page).nth(6).text_content() or "").replace(" ", "␣").replace("⏎\n", "⏎")
     expect(page.get_by_text("Computed again just now")).to_contain_text(f"{written}, the token that was sent.")
     expect(page.get_by_role("region", name="Noise").get_by_role("row", name="wins")).to_contain_text(written)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    check_accessibility(page)
 
 
+@pytest.mark.long
 def test_by_keyboard(page: Page, real_server: ServerProcess) -> None:
     generate(page, real_server, max_tokens=6, temperature=0)
     tokens_of(page).last.focus()
@@ -101,12 +107,7 @@ def test_by_keyboard(page: Page, real_server: ServerProcess) -> None:
     expect(page.get_by_text("of them written")).to_have_count(2)
 
 
-def test_the_chart_is_told_in_words(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, max_tokens=6, temperature=0)
-    chart = page.get_by_role("img", name="Surprise and entropy of 11 tokens.")
-    expect(chart).to_have_attribute("aria-label", re.compile(r"on average, at most [\d.]+ at position \d+, “"))
-
-
+@pytest.mark.long
 def test_a_chat_is_shown_with_its_template(page: Page, real_server: ServerProcess) -> None:
     page.goto(f"{real_server.url}/#/tokens")
     page.get_by_label("Prompt").fill("Say hi")
@@ -119,18 +120,17 @@ def test_a_chat_is_shown_with_its_template(page: Page, real_server: ServerProces
     assert text_of(page).startswith(rendered["prompt"])
 
 
+@pytest.mark.long
 def test_hostile_text_stays_text(page: Page, real_server: ServerProcess) -> None:
     generate(page, real_server, HOSTILE, max_tokens=2, temperature=0)
     assert text_of(page).startswith(HOSTILE)
     assert page.locator("main img, main script").count() == 0
+    generate(page, real_server, "\u202e", max_tokens=1, temperature=0)
+    assert text_of(page).startswith("⟨e2 80⟩⟨ae⟩"), "parts of characters are shown as bytes"
     assert page.title() == "Tokens · Lightwell"
 
 
-def test_parts_of_characters_are_shown_as_bytes(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, "\u202e", max_tokens=1, temperature=0)
-    assert text_of(page).startswith("⟨e2 80⟩⟨ae⟩")
-
-
+@pytest.mark.long
 def test_a_refused_request_says_why(page: Page, real_server: ServerProcess) -> None:
     page.goto(f"{real_server.url}/#/tokens")
     page.get_by_label("Prompt").fill("word " * 3000)
@@ -138,6 +138,7 @@ def test_a_refused_request_says_why(page: Page, real_server: ServerProcess) -> N
     expect(page.get_by_role("alert")).to_contain_text("2048")
 
 
+@pytest.mark.long
 def test_an_answer_that_breaks_off_says_so(page: Page, real_server: ServerProcess) -> None:
     def cut(route: Route) -> None:
         if "stream" in (route.request.post_data or ""):
@@ -149,43 +150,3 @@ def test_an_answer_that_breaks_off_says_so(page: Page, real_server: ServerProces
     page.goto(f"{real_server.url}/#/tokens")
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("The answer broke off")
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "title", "may_retry"),
-    [
-        (403, "forbidden", "Looking inside is not allowed from here.", False),
-        (404, "not_enabled", "Inspection is turned off.", False),
-        (404, "not_found", "There is nothing left to look at.", False),
-        (503, "overloaded", "The memory is needed for answers just now.", True),
-    ],
-)
-def test_a_refused_inspection_is_explained(
-    page: Page, real_server: ServerProcess, status: int, code: str, title: str, may_retry: bool
-) -> None:
-    def refuse(route: Route) -> None:
-        route.fulfill(status=status, json={"error": {"message": "Because.", "code": code}})
-
-    page.route(INSPECT, refuse)
-    generate(page, real_server, max_tokens=2, temperature=0)
-    tokens_of(page).last.click()
-    expect(page.get_by_role("alert")).to_contain_text(f"{title} Because.")
-    expect(page.get_by_role("button", name="Try again")).to_have_count(int(may_retry))
-    expect(page.get_by_role("list", name="Alternatives")).to_be_visible()
-
-
-def test_everybody_can_read_it(page: Page, real_server: ServerProcess) -> None:
-    generate(page, real_server, max_tokens=6, temperature=0)
-    tokens_of(page).last.click()
-    expect(page.get_by_text("the token that was sent")).to_be_visible()
-    page.get_by_role("list", name="Alternatives").get_by_role("button").first.click()
-    expect(page.get_by_text("of them written")).to_have_count(2)
-    check_accessibility(page)
-
-
-def test_no_token_is_lost_on_a_narrow_screen(page: Page, real_server: ServerProcess) -> None:
-    page.set_viewport_size({"width": 360, "height": 780})
-    generate(page, real_server, max_tokens=24, temperature=0)
-    tokens_of(page).last.click()
-    expect(page.get_by_role("region", name="Stages of the sampler")).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -12,6 +12,7 @@ from tests.support.browser import MODULES, NO_MODULES, WEB
 TSC = MODULES / "typescript/bin/tsc"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not TSC.exists(), reason=NO_MODULES)
 def test_types() -> None:
     process = subprocess.run(
