@@ -102,26 +102,15 @@ def problems_of(query: str, exposed: Labels) -> list[str]:
     return problems + [f"no label {label}" for label in grouping_labels(query) - known_labels]
 
 
-def test_queries_are_parsed() -> None:
-    query = 'histogram_quantile(0.5, sum by (le) (rate(a:b_bucket{x=~"p_q", y!=""}[5m]))) and on (job) c > 10'
-    assert selectors(query) == [("a:b_bucket", {"x", "y"}), ("c", set())]
-    assert grouping_labels(query) == {"le", "job"}
-    assert problems_of("rate(nothing[1m])", {}) == ["no metric nothing"]
+def test_dashboard_and_alerts_read_what_the_server_exposes() -> None:
     assert problems_of('sum by (l) (m{k="1"})', {"m": {"j"}}) == ["m has no label k", "no label l"]
-
-
-@pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
-def test_dashboard_reads_what_the_server_exposes(prefix: str) -> None:
-    exposed = exposed_labels(prefix)
-    variables = {"prefix": prefix, "model_name": ".*", "__rate_interval": "1m"}
-    found = list(queries(load_dashboard(), variables))
-    assert len(found) > 40
-    assert [(title, problems) for title, query in found if (problems := problems_of(query, exposed))] == []
-    assert [query for _, query in found if "$" in query] == []
-
-
-def test_alerts_read_what_the_server_exposes() -> None:
-    exposed = exposed_labels("lightwell_")
+    for prefix in ("vllm:", "lightwell_"):
+        exposed = exposed_labels(prefix)
+        variables = {"prefix": prefix, "model_name": ".*", "__rate_interval": "1m"}
+        found = list(queries(load_dashboard(), variables))
+        assert len(found) > 40
+        assert [(title, problems) for title, query in found if (problems := problems_of(query, exposed))] == []
+        assert [query for _, query in found if "$" in query] == []
     rules = [rule for group in load_yaml(DEPLOY / "prometheus/alerts.yml")["groups"] for rule in group["rules"]]
     assert rules
     assert [(rule["alert"], problems) for rule in rules if (problems := problems_of(rule["expr"], exposed))] == []
@@ -270,18 +259,20 @@ def test_image_settings_are_settings(final_stage: list[Instruction]) -> None:
 
 
 @pytest.mark.checklist("G06")
-@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
-def test_image_is_healthy_when_it_is_ready(final_stage: list[Instruction], status: int | None, code: int) -> None:
+def test_image_is_healthy_when_it_is_ready(final_stage: list[Instruction]) -> None:
     command = json.loads(dict(final_stage)["HEALTHCHECK"].split("CMD", 1)[1])
     assert command == ["python3", "-I", "/opt/lightwell/healthcheck.py"]
     assert ("COPY", "deploy/healthcheck.py /opt/lightwell/") in final_stage
-    with answering(status) as port:
-        result = check_health(LIGHTWELL_PORT=str(port))
-    assert result.returncode == code
-    assert result.stdout.startswith(str(status or "no answer"))
-    assert result.stderr == ""
+    for status, code in ((200, 0), (503, 1)):
+        with socket.create_server(("127.0.0.1", 0)) as listener, answering_once(listener, status):
+            port = str(listener.getsockname()[1])
+            result = check_health(LIGHTWELL_PORT=port)
+        assert (result.returncode, result.stderr) == (code, "")
+        assert result.stdout.startswith(str(status))
+    assert check_health(LIGHTWELL_PORT=port).stdout.startswith("no answer")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_tls", [False, True])
 def test_the_healthcheck_knows_unix_sockets_and_certificates(tmp_path: Path, *, is_tls: bool) -> None:
     path, listener = str(tmp_path / "lw.sock"), bind_unix(str(tmp_path / "lw.sock"))
@@ -301,19 +292,6 @@ def check_health(**variables: str) -> "subprocess.CompletedProcess[str]":
     """Run the image's healthcheck with these environment variables."""
     check = [sys.executable, "-I", str(DEPLOY / "healthcheck.py")]
     return subprocess.run(check, env=variables, capture_output=True, text=True, check=False, timeout=20)
-
-
-@contextmanager
-def answering(status: int | None) -> Iterator[int]:
-    """Yield the port of a server that answers one request for /readyz with `status`; None: of no server."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        if status is None:
-            listener.close()
-            yield port
-            return
-        with answering_once(listener, status):
-            yield port
 
 
 @contextmanager
@@ -350,8 +328,8 @@ def test_image_gets_what_it_copies(instructions: list[Instruction]) -> None:
     assert [source for source in copied if not (ROOT / source).exists()] == []
 
 
-@pytest.mark.parametrize("has_header", [True, False])
-@pytest.mark.parametrize("has_triton", [True, False])
+@pytest.mark.long
+@pytest.mark.parametrize(("has_triton", "has_header"), [(False, True), (True, True), (True, False)])
 def test_image_has_a_compiler_for_triton_only(
     final_stage: list[Instruction], has_triton: bool, has_header: bool, tmp_path: Path
 ) -> None:
@@ -372,6 +350,7 @@ def test_image_has_a_compiler_for_triton_only(
     assert installed == ([f"apt-get install --yes --no-install-recommends {packages}"] if has_triton else [])
 
 
+@pytest.mark.long
 def test_a_module_is_compiled_as_triton_does(tmp_path: Path) -> None:
     if not (shutil.which("gcc") and importlib.util.find_spec("triton")):
         pytest.skip("no gcc or no Triton")
@@ -395,8 +374,5 @@ def test_baked_model_is_the_default_under_its_own_name(tmp_path: Path, smollm2_p
     assert model.name == smollm2_path.name
     assert model.path.is_relative_to(tmp_path)
     assert model.path.samefile(smollm2_path)
-
-
-def test_without_a_baked_model_the_configuration_is_empty(tmp_path: Path) -> None:
-    bake(tmp_path, "")
-    assert load_settings(config=str(tmp_path / "config.yaml")) == load_settings()
+    bake(tmp_path / "none", "")
+    assert load_settings(config=str(tmp_path / "none" / "config.yaml")) == load_settings()

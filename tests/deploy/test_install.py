@@ -25,6 +25,7 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 @has_make
 def test_a_build_of_torch_is_installed_before_the_project() -> None:
     kernels, first, second, third, *_ = dry_run("TORCH=cpu").stdout.splitlines()

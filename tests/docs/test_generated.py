@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from server.http import errors
 from server.settings.load import load_settings
 from tests.docs.generate import TABLES, with_tables
@@ -13,14 +11,13 @@ from tests.support.documents import blocks, spans, text_of
 from tests.support.paths import ROOT
 
 
-@pytest.mark.parametrize("document", TABLES)
-def test_tables_are_current(document: str) -> None:
-    assert with_tables(document) == text_of(document), "run `python -m tests.docs.generate`"
+def test_tables_are_current() -> None:
+    old = [document for document in TABLES if with_tables(document) != text_of(document)]
+    assert old == [], "run `python -m tests.docs.generate`"
 
 
-@pytest.mark.parametrize(
-    ("schema", "expected"),
-    [
+def test_types_in_words() -> None:
+    cases: list[tuple[dict[str, object], str]] = [
         ({"type": "string"}, "string"),
         ({"type": "string", "maxLength": 2048}, "string (at most 2,048 characters)"),
         ({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}]}, "number (> 0, <= 1)"),
@@ -38,10 +35,8 @@ def test_tables_are_current(document: str) -> None:
         ({"oneOf": [{"enum": ["a", "b"]}, {"type": "integer"}, {"$ref": "#/$defs/A"}]}, "`a`, `b`, integer or object"),
         ({"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]}, "object"),
         ({"type": "object", "maxProperties": 16}, "object (at most 16 entries)"),
-    ],
-)
-def test_types_in_words(schema: dict[str, object], expected: str) -> None:
-    assert describe(schema) == expected
+    ]
+    assert [describe(schema) for schema, _ in cases] == [expected for _, expected in cases]
 
 
 def test_every_error_is_listed() -> None:
