@@ -40,6 +40,7 @@ SCHEMA: dict[str, Any] = {
         ("list", "NS<item>1NS</x>", "NS<item>1NS</x>"),
         ("list", "xNS<item>1NS</item>", "xNS<item>1NS</item>"),
         ("list", "NS<item>1", "NS<item>1"),
+        ("list", "NS<item>1NS</item>x", "NS<item>1NS</item>x"),
         ("list", "NS</item>", "NS</item>"),
     ],
 )
