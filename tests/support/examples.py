@@ -1,7 +1,13 @@
 """How many random cases a test draws: few in `make test`, many in `make test-long`."""
 
+import itertools
 import os
 import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from _pytest.mark import ParameterSet
 
 IS_LONG = os.environ.get("TEST_LONG") == "1"
 
@@ -19,3 +25,16 @@ def drawn(num: int, limit: int = 30) -> list[int]:
     seed = random.randrange(2**32)
     print(f"seed {seed}: {limit} of {num}")
     return random.Random(seed).sample(numbers, limit)
+
+
+def star(*axes: Sequence[Any]) -> list[ParameterSet]:
+    """Return all combinations of values as parameters; in `make test`, those that differ from the first in one place.
+
+    Values that are tuples are several parameters.
+    """
+    found = []
+    for values in itertools.product(*axes):
+        num_others = sum(value is not axis[0] for value, axis in zip(values, axes, strict=True))
+        flat = [part for value in values for part in (value if type(value) is tuple else (value,))]
+        found.append(pytest.param(*flat, marks=[pytest.mark.long] if num_others > 1 else []))
+    return found

@@ -29,12 +29,18 @@ interpreted_only = pytest.mark.skipif(not IS_INTERPRETED, reason="tests in Trito
 CAPABILITY = compute_capability(DEVICE) if torch.cuda.is_available() else None
 # The interpreter converts float8, and multiplies in bfloat16 wrongly.
 HAS_FLOAT8 = IS_INTERPRETED or (CAPABILITY is not None and CAPABILITY >= FLOAT8_CAPABILITY)
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}  # a few roundings, of numbers near 1
 PRODUCT_DTYPES = [torch.float32, torch.float16, *([] if IS_INTERPRETED else [torch.bfloat16])]
 
 
 def random_tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the numbers of `tests.support.tensors.random_tensor`, on the device."""
     return tensors.random_tensor(seed, *shape, dtype=dtype).to(DEVICE)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCES[actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
 def tiles_and_dtypes(tables: Mapping[Any, Tiles], dtypes: Sequence[torch.dtype] = PRODUCT_DTYPES) -> list[ParameterSet]:

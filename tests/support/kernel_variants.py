@@ -11,45 +11,15 @@ from engine.kernels.triton import attention, experts, linear, lora, rows, sample
 from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTile, Tiles
 from tests.support.compiled_kernels import Variant
 
-MODEL_TENSORS: tuple[str, ...] = (
-    "x",
-    "weights",
-    "bias",
-    "out",
-    "weight",
-    "gate",
-    "up",
-    "q",
-    "k",
-    "v",
-    "keys",
-    "values",
-    "a",
-    "b",
-)
-MODEL_TENSORS += ("q_weight", "k_weight", "v_weight")
-OTHER_TYPES = {
-    "partial": "*fp32",
-    "states": "*fp32",
-    "scales": "*fp16",
-    "minima": "*fp32",
-    "q_rotations": "*fp32",
-    "k_rotations": "*fp32",
-    "sinks": "*fp32",
-    "inner": "*fp32",
-    "slot_mapping": "*i64",
-    "ranks": "*i64",
-    "lora_slots": "*i64",
-    "tiles": "*i32",
-    "work": "*i64",
-    "tables": "*i64",
-    "eps": "fp32",
-    "scale": "fp32",
-    "softcap": "fp32",
-    "pairs": "*i32",
-    "ends": "*i32",
-    "experts": "*i32",
+MODEL_TENSORS = "x weights bias out weight gate up q k v keys values a b q_weight k_weight v_weight"
+OTHER_TENSORS = {
+    "*fp32": "partial states minima q_rotations k_rotations sinks inner",
+    "*fp16": "scales",
+    "*i64": "slot_mapping ranks lora_slots work tables",
+    "*i32": "tiles pairs ends experts",
+    "fp32": "eps scale softcap",
 }
+OTHER_TYPES = {name: kind for kind, names in OTHER_TENSORS.items() for name in names.split()}
 ROUTER_TYPES = {"logits": "*fp32", "bias": "*fp32", "expert_scales": "*fp32", "weights": "*fp32"}
 SAMPLER_TYPES = dict.fromkeys(("logits", "highest", "found", "states"), "*fp32")
 SAMPLER_TYPES |= dict.fromkeys(("changes", "lists", "draws", "nums_found"), "*i32")
@@ -94,7 +64,7 @@ def tiles_of(target: str, dtype: str) -> Tiles:
 
 def variants_of(target: str, dtype: str) -> list[Variant]:
     """Return the variants of all kernels."""
-    tiles, types = tiles_of(target, dtype), dict.fromkeys(MODEL_TENSORS, dtype) | OTHER_TYPES
+    tiles, types = tiles_of(target, dtype), dict.fromkeys(MODEL_TENSORS.split(), dtype) | OTHER_TYPES
     found = [*plain_products(tiles.linear, types)]
     float8 = "*fp8e4nv" if target in ("cuda 8.9", "cuda 9.0", "cuda 10.0", "cuda 12.0") else "*u8"  # or its bits
     for name, weights in PACKED.items():

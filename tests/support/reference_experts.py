@@ -31,6 +31,9 @@ ROUTERS: dict[str, RouterSpec] = {
         topk_group=4,
         group_score="top2",
     ),
+    "groups": RouterSpec(
+        num_experts=16, num_experts_per_tok=4, scoring="sigmoid", num_groups=4, topk_group=2, group_score="top2"
+    ),
     "all": RouterSpec(num_experts=3, num_experts_per_tok=3),
     "one": RouterSpec(num_experts=1, num_experts_per_tok=1),
 }

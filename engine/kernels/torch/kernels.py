@@ -100,7 +100,8 @@ class TorchKernels:
         return rows.layer_norm(x, weight, eps)
 
     def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
-        residual.add_(x, alpha=scale)
+        # Not add_ with alpha: in bfloat16, it rounds what is left over after whole vectors in another way.
+        residual.copy_(residual.float() + x.float() * scale)
 
     def scale(self, x: Tensor, factor: float, softcap: float | None = None) -> None:
         x.mul_(factor)

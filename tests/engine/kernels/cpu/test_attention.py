@@ -4,12 +4,11 @@ Every test runs on every code path that this processor has.
 """
 
 import itertools
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,10 @@ from engine.config import KVShape
 from engine.kernels.cpu.c_structs import AttentionItem
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.interface import KernelOptions, LayerCache, LinearOp, Rotations
-from tests.support.examples import num_examples
+from tests.support.examples import num_examples, star
 from tests.support.kernel_choice import code_paths
 from tests.support.packed_weights import random_weight
+from tests.support.paged_attention import textbook_attention
 from tests.support.recorded_kernels import (
     MAX_ROWS,
     LayerShape,
@@ -37,6 +37,14 @@ from tests.support.tensors import random_tensor, rms_norm
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 each_code_path = pytest.mark.parametrize("code_path", code_paths())
 each_cache_type = pytest.mark.parametrize("cache_type", ["float32", "bfloat16", "int8"])
+CACHES = list(itertools.product(["float32", "bfloat16", "int8"], code_paths()))
+
+
+def each_cache(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Return a decorator for all types of caches on all code paths; `make test` has one case of each."""
+    all_names = f"cache_type, code_path, {names}"
+    return pytest.mark.parametrize(all_names, star(CACHES, *axes), ids=str)
+
 
 # Allowed errors for values near 1. With a bfloat16 cache, q and the weights are rounded to bfloat16 too.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1.6e-2, "int8": 1e-5}
@@ -109,9 +117,9 @@ class Case:
                 stored_heads(sequences.cache, head, sequences.block_ids[sequence], end) for head in range(k.shape[1])
             ]
             k, v = (torch.stack(parts, dim=1).double() for parts in zip(*heads, strict=True))
-        sinks = None if sequences.scores.sinks is None else sequences.scores.sinks.double().numpy()
-        arrays = q.numpy(), k.numpy(), v.numpy(), sinks
-        return torch.from_numpy(np.stack([attention(*arrays, row, self.shape) for row in range(start, end)]))
+        arrays, how = (q.numpy(), k.numpy(), v.numpy()), (sequences.scores, self.shape.window)
+        rows = [textbook_attention(arrays[0][row], *arrays[1:], row, *how) for row in range(start, end)]
+        return torch.from_numpy(np.stack(rows))
 
 
 def norm_heads(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -126,28 +134,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-Array = npt.NDArray[np.float64]
-
-
-def attention(q: Array, keys: Array, values: Array, sinks: Array | None, position: int, shape: LayerShape) -> Array:
-    """Return the attention of one position, for q [tokens, H, D], keys and values [tokens, KH, D]."""
-    first = 0 if shape.window is None else max(0, position - shape.window + 1)
-    group_size = q.shape[1] // keys.shape[1]
-    k = np.repeat(keys[first : position + 1], group_size, axis=1)
-    v = np.repeat(values[first : position + 1], group_size, axis=1)
-    scores = np.einsum("hd,nhd->hn", q[position], k) * q.shape[2] ** -0.5
-    if shape.softcap:
-        scores = shape.softcap * np.tanh(scores / shape.softcap)
-    if sinks is not None:  # as a last key, whose value is zero
-        scores, v = np.column_stack((scores, sinks)), np.concatenate((v, np.zeros_like(v[:1])))
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    result: Array = np.einsum("hn,nhd->hd", weights / weights.sum(axis=1, keepdims=True), v)
-    return result
-
-
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("shape", [*SHAPES, *OPTIONAL], ids=str)
+@each_cache("shape", [*SHAPES, *OPTIONAL])
 def test_rope_and_store_kv(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """q is normed and rotated, keys and values are stored in their slots, and nothing else changes."""
     case = Case(shape, cache_type, [70, 33])
@@ -176,9 +163,7 @@ def test_rope_and_store_kv(shape: LayerShape, cache_type: str, code_path: str) -
         assert all(int((~one.isnan()).sum()) == 102 * shape.num_kv_heads for one in scales if one is not None)
 
 
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("shape", [*SHAPES, *OPTIONAL], ids=str)
+@each_cache("shape", [*SHAPES, *OPTIONAL])
 def test_attention(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """Prefill, chunks and decoding in one batch, with contexts around multiples of a chunk of 256 keys."""
     case = Case(shape, cache_type, [1, 17, 255, 256, 257, 512, 600])
@@ -197,31 +182,11 @@ def test_attention(shape: LayerShape, cache_type: str, code_path: str) -> None:
             assert_close(out[some[1] - span[1] :], expected, tolerance * (1 + expected.abs()))
 
 
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("change", [{"softcap": 3.0}, {"has_sinks": True}, {"window": 70}], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=str)
-def test_what_a_shape_adds_matters(shape: LayerShape, change: dict[str, Any], cache_type: str, code_path: str) -> None:
-    """With capped scores as in Gemma 2, with sinks or with a window, the result is another one."""
-    changed, plain = (Case(some, cache_type, [1, 300]) for some in (replace(shape, **change), shape))
-    if "softcap" in change:
-        changed.table *= 2  # so that scores are near the cap
-    plain.table = changed.table
-    sequences = changed.sequences(code_path)
-    span = (1, 0, 300)
-    (out,), (other,) = sequences.step(span), plain.sequences(code_path).step(span)
-    expected = changed.expected(sequences, span)
-    assert_close(out, expected, 2 * TOLERANCES[cache_type] * (1 + expected.abs()))
-    assert not torch.allclose(out, other, atol=0.1)
-
-
 def in_chunks(sequence: int, end: int, size: int) -> list[Span]:
     return [(sequence, start, min(start + size, end)) for start in range(0, end, size)]
 
 
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("shape", [*SHAPES[:6], OPTIONAL[2], OPTIONAL[5]], ids=str)
+@each_cache("shape", [*SHAPES[:6], OPTIONAL[2], OPTIONAL[5]])
 def test_attention_does_not_depend_on_how_it_is_cut(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """The bits are the same for whole prompts, chunks, other batches, and one thread or two."""
     case = Case(shape, cache_type, [600, 300, 41, 1])
@@ -244,24 +209,7 @@ def test_attention_does_not_depend_on_how_it_is_cut(shape: LayerShape, cache_typ
         assert all(torch.equal(a, b) for a, b in zip([mixed[0], *mixed[-2:]], neighbours, strict=True))
 
 
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("window", [None, 37])
-def test_the_size_of_blocks_does_not_matter(window: int | None, cache_type: str, code_path: str) -> None:
-    """The bits are the same for a prompt and for single rows after it."""
-    outputs = []
-    for block_size in (16, 32, 64, 256):
-        sequences = Case(LayerShape(2, 3, 64, block_size, window), cache_type, [301, 45]).sequences(code_path, 2)
-        prompts = sequences.step((0, 0, 299), (1, 0, 43))
-        outputs.append(
-            torch.cat([*prompts, *sequences.step((0, 299, 300), (1, 43, 45)), *sequences.step((0, 300, 301))])
-        )
-    assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
-
-
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[6], LONG_WINDOW], ids=str)
+@each_cache("shape", [LONG_WINDOW, SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[6]])
 def test_long_contexts_are_shared_by_threads(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """With few rows of long contexts, threads share the chunks of a row, and merge them to the same bits."""
     case = Case(shape, cache_type, [1000, 1500, 30])
@@ -310,8 +258,9 @@ def test_product_after_attention(name: str, options: KernelOptions, shape: Layer
     assert projected.plan.parameters.num_merges > 0
 
 
-@each_cache_type
-@pytest.mark.parametrize("shape", [*SHAPES[:6], *OPTIONAL], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "cache_type"), star([*OPTIONAL, *SHAPES[:6]], ["float32", "bfloat16", "int8"]), ids=str
+)
 def test_attention_on_all_code_paths(shape: LayerShape, cache_type: str) -> None:
     """The bits are the same, except for bfloat16, whose products each processor rounds in its own way."""
     case = Case(shape, cache_type, [300, 40])
@@ -357,9 +306,7 @@ def test_any_mix(cache_type: str, code_path: str) -> None:
             assert_close(out[some[1] - span[1] :], expected, TOLERANCES[cache_type] * (1 + expected.abs()))
 
 
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5]], ids=str)
+@each_cache("shape", [SHAPES[0], SHAPES[5]])
 def test_what_lies_in_other_slots_does_not_matter(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """NaN (left by `forget`) and large numbers in other blocks and after the last token do not matter."""
     case = Case(shape, cache_type, [300, 41])
@@ -375,10 +322,7 @@ def test_what_lies_in_other_slots_does_not_matter(shape: LayerShape, cache_type:
         assert all(torch.equal(a, b) for a, b in zip(sequences.step(*spans), expected, strict=True))
 
 
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("part", ["q", "k", "v"])
+@each_cache("value, part", [torch.nan, torch.inf, -torch.inf], ["k", "q", "v"])
 def test_what_is_not_finite_ends_no_other_sequence(part: str, value: float, cache_type: str, code_path: str) -> None:
     """A number that is not finite shows in all rows that see it, and in no others."""
     shape = LayerShape(1, 3, 64, 32)
@@ -402,20 +346,16 @@ def test_what_is_not_finite_ends_no_other_sequence(part: str, value: float, cach
     assert torch.equal(before, good[1][:20])
 
 
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        LayerShape(2, 3, 64, 16, window=37),
-        LayerShape(2, 8, 64, 16, window=128, has_sinks=True),
-        LayerShape(1, 4, 96, 64, window=300),
-        LayerShape(2, 1, 32, 256, window=1),
-        LayerShape(1, 2, 64, 128, window=600),
-    ],
-    ids=str,
-)
+LEFT = [
+    LayerShape(2, 8, 64, 16, window=128, has_sinks=True),
+    LayerShape(2, 3, 64, 16, window=37),
+    LayerShape(1, 4, 96, 64, window=300),
+    LayerShape(2, 1, 32, 256, window=1),
+    LayerShape(1, 2, 64, 128, window=600),
+]
+
+
+@each_cache("num_threads, shape", [2, 1], LEFT)
 def test_blocks_that_left_the_window(shape: LayerShape, num_threads: int, cache_type: str, code_path: str) -> None:
     """The bits are the same when no such block is left: other requests fill them with NaN, and ids are of any block."""
     assert shape.window is not None
@@ -517,10 +457,7 @@ def test_groups_share_the_memory(cache_type: str, code_path: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@each_code_path
-@each_cache_type
-@pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("values_are_keys", [False, True])
+@each_cache("num_threads, values_are_keys", [2, 1], [False, True])
 def test_rows_of_queries_keys_and_values(
     values_are_keys: bool, num_threads: int, cache_type: str, code_path: str
 ) -> None:

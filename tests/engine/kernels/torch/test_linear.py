@@ -1,4 +1,4 @@
-"""Matrix products in plain torch whose bits do not depend on the number of rows, and how such a form is found."""
+"""Matrix products in plain torch: against float64, and how a form is found whose bits do not depend on other rows."""
 
 import pytest
 import torch
@@ -10,22 +10,38 @@ from engine.kernels.torch.kernels import TorchKernels
 from engine.kernels.torch.linear import Product
 from tests.support.tensors import CPU, assert_close, random_tensor
 
-LINEAR_SHAPES = [(576, 576), (960, 576), (576, 1536), (512, 4096), (100, 64), (33, 1000)]  # outputs, inputs
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def kernels(request: pytest.FixtureRequest) -> TorchKernels:
+    return TorchKernels(KernelOptions(request.param, max_num_rows=512), CPU)
 
 
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
-def test_linear_does_not_depend_on_the_batch(kernels: TorchKernels, shape: tuple[int, int], with_bias: bool) -> None:
-    linear = kernels.linear(
-        random_tensor(0, *shape, dtype=kernels.dtype),
-        random_tensor(1, shape[0], dtype=kernels.dtype) if with_bias else None,
-    )
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "with_bias"),
+    [
+        (576, 1536, False),
+        (100, 64, True),
+        (33, 1000, False),
+        *(
+            pytest.param(*shape, with_bias, marks=pytest.mark.long)
+            for shape in [(576, 576), (960, 576), (512, 4096)]
+            for with_bias in (False, True)
+        ),
+    ],
+)
+def test_linear(kernels: TorchKernels, outputs: int, inputs: int, with_bias: bool) -> None:
+    weight = random_tensor(0, outputs, inputs, dtype=kernels.dtype) / inputs**0.5
+    bias = random_tensor(1, outputs, dtype=kernels.dtype) if with_bias else None
+    x = random_tensor(2, 512, inputs, dtype=kernels.dtype)
+    linear = kernels.linear(weight, bias)
     assert kernels.deterministic
-    x = random_tensor(2, 512, shape[1], dtype=kernels.dtype)
-    expected = linear(x[:192])
+    out = linear(x[:192])
+    assert out.dtype == kernels.dtype
+    exact = x[:192].double() @ weight.double().T + (0.0 if bias is None else bias.double())
+    assert_close(out, exact, kernels.dtype)
     for rows in (*range(1, 193), 256, 384, 512):
-        assert torch.equal(linear(x[:rows])[:192], expected[:rows]), f"{rows} rows"
-    assert torch.equal(torch.cat([linear(row[None]) for row in x[:64]]), expected[:64])
+        assert torch.equal(linear(x[:rows])[:192], out[:rows]), f"{rows} rows"
+    assert torch.equal(torch.cat([linear(row[None]) for row in x[:64]]), out[:64])
 
 
 def test_linear_with_and_without_bias_are_probed_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,3 +107,21 @@ def test_says_so_where_neither_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernels.deterministic
     expected = exact_product(weight)(x) + 1e-3 * torch.arange(3)[:, None]
     assert_close(linear(x), expected, torch.float32)  # the product still works
+
+
+def test_linear_adds_to_the_residual(kernels: TorchKernels) -> None:
+    weight, bias = random_tensor(0, 100, 64, dtype=kernels.dtype) / 8, random_tensor(1, 100, dtype=kernels.dtype)
+    x, residual = random_tensor(2, 9, 64, dtype=kernels.dtype), random_tensor(3, 9, 100, dtype=kernels.dtype)
+    x_before, linear = x.clone(), kernels.linear(weight, bias)
+    total = residual + linear(x)
+    assert linear(x, residual) is residual
+    assert torch.equal(residual, total)
+    assert torch.equal(x, x_before)
+
+
+def test_pack_and_embed(kernels: TorchKernels) -> None:
+    """Weights are stacked vertically, and their rows are embeddings."""
+    parts = [random_tensor(0, 5, 24, dtype=kernels.dtype), random_tensor(1, 7, 24, dtype=kernels.dtype)]
+    token_ids = torch.tensor([11, 0, 5, 4, 4])
+    assert torch.equal(kernels.embed(token_ids, kernels.pack(parts)), torch.cat(parts)[token_ids])
+    assert torch.equal(kernels.gather(parts[1], token_ids[1:2]), parts[1][:1])

@@ -1,14 +1,11 @@
 """A small model on the Triton kernels, in Triton's interpreter: against transformers, and batch invariance."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
@@ -33,7 +30,14 @@ def models() -> dict[str, PreTrainedModel]:
     }
 
 
-@pytest.mark.parametrize("name", models())
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama with biases",
+        pytest.param("llama", marks=pytest.mark.long),
+        pytest.param("mistral with a window", marks=pytest.mark.long),
+    ],
+)
 def test_same_as_transformers(name: str, tmp_path: Path) -> None:
     model = models()[name]
     loaded = load(save_random_model(model, tmp_path, SEED))
@@ -46,6 +50,7 @@ def test_same_as_transformers(name: str, tmp_path: Path) -> None:
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
+@pytest.mark.long
 def test_adapters_are_those_of_peft(tmp_path: Path) -> None:
     """Rows with two adapters and without share a batch."""
     model = models()["llama"]
@@ -66,48 +71,14 @@ def test_adapters_are_those_of_peft(tmp_path: Path) -> None:
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
-def _in_int8(x: Tensor) -> Tensor:
-    scale = x.abs().amax(dim=-1, keepdim=True) / 127
-    return (x / scale).round() * scale
-
-
-def _in_fp8(x: Tensor) -> Tensor:
-    scale = x.abs().amax(dim=-1, keepdim=True) / 448
-    return (x / scale).to(torch.float8_e4m3fn).float() * scale
-
-
-class RoundedCache(DynamicCache):
-    """Rounds keys and values [.., KV heads, tokens, head size] to codes times a scale for each head."""
-
-    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.rounded = rounded
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = (self.rounded(x) for x in (key_states, value_states))
-        stored: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
-        return stored
-
-
 @pytest.mark.parametrize(
-    ("kind", "name", "rounded"), [("int8", "int8", _in_int8), ("fp8", "float8_e4m3fn", _in_fp8)], ids=["int8", "fp8"]
+    ("dtype", "kv_cache_dtype"),
+    [
+        ("float32", "int8"),
+        pytest.param("float16", "auto", marks=pytest.mark.long),
+        pytest.param("float16", "fp8", marks=pytest.mark.long),
+    ],
 )
-def test_a_cache_of_8_bits(kind: str, name: str, rounded: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
-    model = models()["llama"]
-    loaded = load(save_random_model(model, tmp_path, SEED), kv_cache_dtype=kind)
-    assert loaded.runner.kernels.formats == f"weights float32, KV cache {name}"
-    prompt = prompt_of(60)
-    with torch.inference_mode():
-        caches = (DynamicCache(), RoundedCache(rounded))
-        exact, expected = (model(torch.tensor([prompt]), None, None, cache).logits[0] for cache in caches)
-    largest, mean = float((exact - expected).abs().max()), float((exact - expected).abs().mean())
-    assert largest > 0.05
-    errors = (all_logits(loaded, prompt) - expected).abs()
-    assert float(errors.max()) < 0.4 * largest, errors.max()  # earlier rounding changes a few codes
-    assert float(errors.mean()) < 0.1 * mean
-
-
-@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "int8"), ("float16", "auto"), ("float16", "fp8")])
 def test_the_same_request_gets_the_same_answer(
     dtype: str, kv_cache_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +116,7 @@ def test_the_same_request_gets_the_same_answer(
     assert warm.scheduler.stats.prompt_tokens_cached_total > 0
 
 
+@pytest.mark.long
 def test_logits_are_not_rounded_to_the_type_of_the_model(tmp_path: Path) -> None:
     loaded = load(save_random_model(models()["llama"], tmp_path, SEED), "float16")
     logits = all_logits(loaded, prompt_of(20))
@@ -152,6 +124,7 @@ def test_logits_are_not_rounded_to_the_type_of_the_model(tmp_path: Path) -> None
     assert (logits != logits.half().float()).float().mean() > 0.5
 
 
+@pytest.mark.long
 def test_without_the_promise(tmp_path: Path) -> None:
     """Products are torch's, and the fingerprint says that answers may vary."""
     folder = save_random_model(models()["llama with biases"], tmp_path, SEED)

@@ -1,12 +1,149 @@
-"""The KV cache on a GPU: layers of all groups in one memory."""
+"""Rotation of heads and the KV cache in Triton: against float64, and layers of all groups in one memory."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.config import KVShape
-from engine.kernels.interface import KernelOptions
+from engine.kernels.interface import HeadNorms, KernelOptions, Rotations
 from engine.kernels.triton.kernels import TritonKernels
-from tests.support.tensors import CPU
+from tests.support.examples import num_examples
+from tests.support.kernel_device import (
+    ALSO_ON_A_GPU,
+    DEVICE,
+    HAS_FLOAT8,
+    IS_INTERPRETED,
+    assert_close,
+    random_tensor,
+)
+
+pytestmark = ALSO_ON_A_GPU
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FLOAT8 = torch.float8_e4m3fn if HAS_FLOAT8 and not IS_INTERPRETED else torch.uint8  # its bits
+
+
+@settings(max_examples=num_examples(2, 125), deadline=None)
+@given(
+    num_rows=st.integers(1, 9),
+    num_heads=st.sampled_from([(1, 1), (4, 2), (3, 3), (16, 1)]),
+    head_dim=st.sampled_from([10, 16, 64, 80, 96, 256, 576]),
+    block_size=st.sampled_from([16, 32, 128]),
+    dtype=st.sampled_from(DTYPES),
+    options=st.tuples(st.sampled_from(["none", "head", "all"]), st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**32),
+)
+def test_rope_and_store_kv(
+    num_rows: int,
+    num_heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    options: tuple[str, bool, bool],
+    seed: int,
+) -> None:
+    """The cache is the second of three layers whose blocks alternate; row 0 is not stored."""
+    norm, has_v_norm, values_are_keys = options
+    num_kv_heads = num_heads[1]
+    heads = [*num_heads, num_kv_heads]
+    q, k, v = torch.split(random_tensor(seed, num_rows, sum(heads), head_dim, dtype=dtype), heads, dim=1)
+    v = k if values_are_keys else v
+    generator = torch.Generator().manual_seed(seed)
+    tables = torch.rand(2, num_rows, head_dim, generator=generator).to(DEVICE) * 2 - 1
+    rotations = Rotations(*tables)
+    q_weight, k_weight, v_weight = (
+        random_tensor(seed + 1 + index, head_dim * (num if norm == "all" and index < 2 else 1), dtype=dtype)
+        for index, num in enumerate(heads)
+    )
+    has_norm = norm != "none"
+    norms = HeadNorms(
+        q_weight if has_norm else None, k_weight if has_norm else None, v_weight if has_v_norm else None, 1e-3
+    )
+    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
+    ((other, cache, _),) = kernels.new_kv_cache([[KVShape(num_kv_heads, head_dim)] * 3], 4, block_size)
+    slots = torch.randperm(4 * block_size, generator=generator)[:num_rows].to(DEVICE)
+    slots[0] = -1
+    rotated = kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, norms)
+    assert_close(rotated, rotate(normed(q, norms.q), rotations.q))
+    alone = kernels.rope_and_store_kv(q, None, None, rotations, slots, cache, norms)
+    assert torch.equal(alone, rotated)
+    blocks, offsets = slots[1:] // block_size, slots[1:] % block_size
+    assert_close(cache.keys[blocks, offsets], rotate(normed(k, norms.k), rotations.k)[1:])
+    assert_close(cache.values[blocks, offsets], normed(v, norms.v)[1:])
+    assert not other.keys.any()
+    cache.keys[blocks, offsets] = cache.values[blocks, offsets] = 0.0
+    assert not cache.keys.any()
+    assert not cache.values.any()
+
+
+def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the RMS norm of each head, or of all together, in float64."""
+    if weight is None:
+        return x
+    rows = x.double().reshape(-1, len(weight))
+    return torch.nn.functional.rms_norm(rows, (len(weight),), weight.double(), 1e-3).view(x.shape)
+
+
+@settings(max_examples=num_examples(2, 75), deadline=None)
+@given(
+    num_kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([10, 64, 80]),
+    dtype=st.sampled_from(DTYPES),
+    kv_cache_dtype=st.sampled_from(["int8", "fp8"]),
+    seed=st.integers(0, 2**32),
+)
+def test_a_cache_of_8_bits(
+    num_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_cache_dtype: str, seed: int
+) -> None:
+    """Codes are the nearest in -127 .. 127, or in float8; the scale of a head is that of its largest number."""
+    q, k, v = torch.split(random_tensor(seed, 6, 3 * num_kv_heads, head_dim, dtype=dtype), num_kv_heads, dim=1)
+    k *= torch.logspace(-3, 3, 6, device=DEVICE)[:, None, None].to(dtype)
+    v[1] = 0.0
+    k[3, 0, 2] = torch.inf
+    generator = torch.Generator().manual_seed(seed)
+    angles = torch.rand(6, head_dim // 2, generator=generator).to(DEVICE)
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
+    slot_mapping = torch.randperm(2 * 16, generator=generator)[:6].to(DEVICE)
+    slot_mapping[2] = -1  # not stored
+    kernels = TritonKernels(KernelOptions(dtype, kv_cache_dtype=kv_cache_dtype), DEVICE)
+    ((_, cache),) = kernels.new_kv_cache([[KVShape(num_kv_heads, head_dim)] * 2], 2, 16)
+    kernels.rope_and_store_kv(q, k, v, Rotations(table, table), slot_mapping, cache)
+    heads = (
+        (rotate(k, table), cache.keys, cache.key_scales),
+        (v, cache.values, cache.value_scales),
+    )
+    for numbers, stored, scales in heads:
+        assert stored.dtype == (torch.int8 if kv_cache_dtype == "int8" else FLOAT8)
+        assert scales is not None
+        codes = stored if kv_cache_dtype == "int8" else stored.view(torch.float8_e4m3fn)
+        for row, slot in enumerate(slot_mapping.tolist()):
+            if slot < 0:
+                continue
+            block, offset = divmod(slot, 16)
+            of_head = scales[block, :, offset].double()
+            expected = numbers[row].double()
+            is_finite = expected.isfinite().all(dim=1)
+            assert of_head[~is_finite].isnan().all()
+            largest = expected.abs().amax(dim=1)
+            torch.testing.assert_close(
+                of_head[is_finite] * (127 if kv_cache_dtype == "int8" else 448), largest[is_finite], rtol=1e-5, atol=0
+            )
+            errors = (codes[block, offset].double() * of_head[:, None] - expected).abs()[is_finite]
+            bounds = 0.501 * of_head[is_finite, None].expand_as(errors)  # half of the step between codes
+            if kv_cache_dtype == "fp8":
+                bounds = torch.maximum(bounds * 2**-9, 1.001 * 2**-4 * expected.abs()[is_finite])
+            assert (errors <= bounds).all()
+    is_empty = torch.ones(32, dtype=torch.bool, device=DEVICE)
+    is_empty[slot_mapping[slot_mapping >= 0]] = False
+    assert not cache.keys.view(torch.uint8).flatten(0, 1)[is_empty].any()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    first, second = x.double().chunk(2, dim=-1)
+    c, s = table[:, None].double().chunk(2, dim=-1)
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
 
 GROUPS = [[KVShape(2, 64), KVShape(2, 64)], [KVShape(1, 512)], [KVShape(3, 16)]]  # the second is the largest
 NUM_BLOCKS, BLOCK_SIZE = 5, 16
@@ -18,7 +155,7 @@ NUM_BLOCKS, BLOCK_SIZE = 5, 16
 )
 def test_groups_share_the_memory(kv_cache_dtype: str, bytes_per_token: int) -> None:
     """Blocks that different groups hold do not overlap, nor do the layers of a group."""
-    kernels = TritonKernels(KernelOptions(torch.float16, kv_cache_dtype=kv_cache_dtype), CPU)
+    kernels = TritonKernels(KernelOptions(torch.float16, kv_cache_dtype=kv_cache_dtype), DEVICE)
     assert kernels.kv_cache_bytes(GROUPS, BLOCK_SIZE) == BLOCK_SIZE * bytes_per_token
     caches = kernels.new_kv_cache(GROUPS, NUM_BLOCKS, BLOCK_SIZE)
     parts: list[list[torch.Tensor]] = []  # of each layer
@@ -41,5 +178,5 @@ def test_groups_share_the_memory(kv_cache_dtype: str, bytes_per_token: int) -> N
 
 
 def test_without_scales() -> None:
-    ((cache,),) = TritonKernels(KernelOptions(torch.float16), CPU).new_kv_cache([[KVShape(1, 16)]], 2, 16)
+    ((cache,),) = TritonKernels(KernelOptions(torch.float16), DEVICE).new_kv_cache([[KVShape(1, 16)]], 2, 16)
     assert cache.key_scales is None

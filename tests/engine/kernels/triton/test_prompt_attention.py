@@ -90,19 +90,18 @@ MIXED = [(0, 39, 40), (1, 8, 9), (2, 0, 20), (3, 20, 50), (4, 33, 35)]  # sequen
 
 @pytest.mark.parametrize("window", [None, 1, 11, 100])
 def test_chunks_among_other_rows(library: Library, window: int | None) -> None:
-    """Rows of generating requests come first, and stay with Triton's kernel; chunks follow cached tokens."""
-    assert_right(paged([40, 9, 20, 50, 35], window), MIXED)
+    """Rows of generating requests come first, and stay with Triton's kernel; chunks follow cached tokens.
+
+    What lies before the window is not read.
+    """
+    some = paged([40, 9, 20, 50, 35], window)
+    if window is not None:
+        some.forget_before(3, 20 - window + 1)
+        some.forget_before(4, 33 - window + 1)
+    assert_right(some, MIXED)
     before = 50 if window is None else window - 1  # tokens that a sequence's first row sees
     key_lens = [20, min(50, 30 + before), min(35, 2 + before)]
     assert library.calls == [([20, 30, 2], key_lens)]
-
-
-@pytest.mark.parametrize("window", [1, 11])
-def test_what_lies_before_the_window_is_not_read(library: Library, window: int) -> None:
-    some = paged([40, 9, 20, 50, 35], window)
-    some.forget_before(3, 20 - window + 1)
-    some.forget_before(4, 33 - window + 1)
-    assert_right(some, MIXED)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +178,7 @@ def model(window: int | None = None) -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window", [None, 13])
 def test_whole_models(library: Library, window: int | None, tmp_path: Path) -> None:
     """The second prompt is computed in two steps, beside the first request's tokens."""
@@ -199,6 +199,7 @@ def test_whole_models(library: Library, window: int | None, tmp_path: Path) -> N
         torch.testing.assert_close(logits, llama(torch.tensor([texts[0]])).logits[0], rtol=0, atol=1e-3)
 
 
+@pytest.mark.long
 def test_not_where_answers_must_not_vary(library: Library, tmp_path: Path) -> None:
     loaded = load(save_random_model(model(), tmp_path, SEED))
     greedy_outputs(loaded, [prompt_of(20)], 1)
@@ -206,30 +207,21 @@ def test_not_where_answers_must_not_vary(library: Library, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "capability", "reason"),
+    ("changes", "capability", "reason"),
     [
-        (HALF, (8, 0), None),
-        (dataclasses.replace(HALF, dtype=torch.float16, head_dims=frozenset({64, 256})), (9, 0), None),
-        (HALF, None, "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
-        (HALF, (7, 5), "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
-        (dataclasses.replace(HALF, dtype=torch.float32), (9, 0), "it does not compute in float32"),
-        (dataclasses.replace(HALF, has_special_scores=True), (9, 0), "it knows neither sinks nor soft caps"),
-        (dataclasses.replace(HALF, kv_cache_dtype="int8"), (9, 0), "it does not read a KV cache of int8"),
-        (dataclasses.replace(HALF, kv_cache_dtype="fp8"), (9, 0), "it does not read a KV cache of fp8"),
-        (
-            dataclasses.replace(HALF, head_dims=frozenset({100})),
-            (9, 0),
-            "the head size must be a multiple of 8 up to 256, not 100",
-        ),
-        (
-            dataclasses.replace(HALF, head_dims=frozenset({64, 264})),
-            (9, 0),
-            "the head size must be a multiple of 8 up to 256, not 264",
-        ),
+        ({}, (8, 0), None),
+        ({"dtype": torch.float16, "head_dims": frozenset({64, 256})}, (9, 0), None),
+        ({}, None, "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
+        ({}, (7, 5), "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
+        ({"dtype": torch.float32}, (9, 0), "it does not compute in float32"),
+        ({"has_special_scores": True}, (9, 0), "it knows neither sinks nor soft caps"),
+        ({"kv_cache_dtype": "int8"}, (9, 0), "it does not read a KV cache of int8"),
+        ({"head_dims": frozenset({100})}, (9, 0), "the head size must be a multiple of 8 up to 256, not 100"),
+        ({"head_dims": frozenset({64, 264})}, (9, 0), "the head size must be a multiple of 8 up to 256, not 264"),
     ],
 )
-def test_what_it_lacks(options: KernelOptions, capability: tuple[int, int] | None, reason: str | None) -> None:
-    assert unsupported_reason(options, capability) == reason
+def test_what_it_lacks(changes: dict[str, Any], capability: tuple[int, int] | None, reason: str | None) -> None:
+    assert unsupported_reason(dataclasses.replace(HALF, **changes), capability) == reason
 
 
 def test_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ def new_folder(tmp_path: Path, *programs: str) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_what_triton_itself_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is missing, Triton compiles; `deploy/check_triton.py` shows it in an image."""
     if not shutil.which("gcc"):

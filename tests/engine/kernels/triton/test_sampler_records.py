@@ -1,15 +1,22 @@
-"""Records of rows against their settings; the kernels that read them are tested in test_sampler.py."""
+"""Records of rows against their settings, and the passes that they need.
+
+tests/engine/sampling/test_sampler.py tests the kernels that read them.
+"""
 
 import math
 from array import array
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from engine.kernels.triton.sampler import TritonSampler
 from engine.kernels.triton.sampler_records import change_records, draw_records, whole_pairs
 from engine.sampling.rng import noise_keys
-from tests.engine.sampling.test_sampler import make_row
+from tests.engine.sampling.test_sampler import EOS_TOKEN_IDS, make_row
+from tests.support.tensors import CPU
 
 
 def test_rows_that_are_sampled() -> None:
@@ -68,3 +75,25 @@ def test_odd_numbers_of_words_are_padded() -> None:
         assert pairs.view(np.int32).tolist() == [*range(1, num + 1), *[0] * (num % 2)]
     draws, _ = draw_records([(0, make_row())], 10)
     assert whole_pairs(draws).tobytes() == draws.tobytes() + bytes(4)
+
+
+def test_only_the_passes_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[str, int]] = []
+
+    def launch(self: TritonSampler, kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
+        launches.extend([(kernel.fn.__name__, num_programs)] if num_programs else [])
+
+    monkeypatch.setattr(TritonSampler, "_launch", launch)
+    greedy, biased = make_row(temperature=0.0), make_row(temperature=0.0, logit_bias={3: 1.0})
+    penalised = make_row(temperature=0.0, presence_penalty=1.0)
+    expected = {
+        (greedy, greedy, greedy, greedy): [],
+        (greedy, make_row(), greedy, greedy): [("_draw", 1)],
+        (make_row(), make_row(top_k=3), greedy, make_row(top_p=0.5)): [("_collect", 2), ("_draw", 3)],
+        (greedy, biased, greedy, greedy): [("_add_biases", 1), ("_top", 1)],
+        (biased, greedy, penalised, greedy): [("_add_biases", 2), ("_penalise", 1), ("_top", 2)],
+    }
+    for rows, passes in expected.items():
+        launches.clear()
+        TritonSampler(100, EOS_TOKEN_IDS, CPU).sample(torch.zeros(4, 100), rows)
+        assert launches == [("_top", 4), *passes]

@@ -31,6 +31,8 @@ from tests.parity.test_families import SHAPE, VOCAB_SIZE
 from tests.support.tiny_models import save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
+pytestmark = pytest.mark.long
+
 READS = {Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.nonzero, Tensor.equal, Tensor.unique}
 READS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.masked_select}
 READS |= {torch.nonzero, torch.equal, torch.unique, torch.masked_select, torch.multinomial}
@@ -188,32 +190,3 @@ def test_mirostat_waits(loaded: LoadedModel, waits: Waits) -> None:
     with watched(loaded, waits):
         run(loaded, [ANY(extra_samplers=ExtraSamplers(mirostat=2, order=("temperature", "mirostat")))])
     assert {found.split(", ")[0] for found in waits.found} == {"tolist in _mirostat", "tolist in update_mirostat"}
-
-
-@pytest.mark.parametrize(
-    "wait",
-    [
-        lambda x: x[0].item(),
-        lambda x: x.tolist(),
-        lambda x: bool((x > 0).all()),
-        lambda x: x[[0, 1]],
-        lambda x: x.__setitem__(x.argmax(), 1.0),
-        lambda x: x[x > 0],
-        lambda x: x.nonzero(),
-        lambda x: torch.tensor([1], device=x.device),
-        lambda x: torch.zeros(1).to(x.device),
-    ],
-)
-def test_what_would_wait_is_found(waits: Waits, wait: Callable[[Tensor], object]) -> None:
-    x = torch.ones(3)
-    with waits:
-        wait(x)
-    assert waits.found
-
-
-@pytest.mark.parametrize("other", [lambda x, index: x[0], lambda x, index: x[index], lambda x, index: x.argmax()])
-def test_what_would_not_wait_is_not(waits: Waits, other: Callable[[Tensor, Tensor], object]) -> None:
-    x, index = torch.ones(3), torch.tensor(1)
-    with waits:
-        other(x, index)
-    assert not waits.found

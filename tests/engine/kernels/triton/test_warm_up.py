@@ -63,6 +63,7 @@ def at_start(model: MetaModel) -> set[str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("card", "settings"),
     [("h100", {}), ("a100", {}), ("l4", {}), ("h100", {"packed": "Q4_K"}), ("h100", {"kv_cache_dtype": "int8"})],
@@ -83,6 +84,7 @@ def test_traffic_compiles_nothing(card: str, settings: dict[str, Any]) -> None:
     assert found - started == set()
 
 
+@pytest.mark.long
 def test_traffic_compiles_nothing_for_experts() -> None:
     model = load_meta_model(gpt_oss_config(2, 8192), CARDS["h100"], max_num_seqs=MAX_NUM_SEQS)
     started = at_start(model)
