@@ -1,4 +1,9 @@
-"""Rotation of heads and the KV cache in Triton: against float64, and layers of all groups in one memory."""
+"""Rotation of heads and the KV cache of plain torch and of Triton: against float64, and all groups in one memory.
+
+tests/engine/kernels/cpu/test_attention.py tests those of the C++ kernels, which have a layout of their own.
+"""
+
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -7,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.config import KVShape
-from engine.kernels.interface import HeadNorms, KernelOptions, Rotations
-from engine.kernels.triton.kernels import TritonKernels
+from engine.kernels.interface import HeadNorms, Rotations
 from tests.support.examples import num_examples
 from tests.support.kernel_device import (
     ALSO_ON_A_GPU,
@@ -18,63 +22,86 @@ from tests.support.kernel_device import (
     assert_close,
     random_tensor,
 )
+from tests.support.kernel_kinds import Kind
+from tests.support.tensors import random_tensor as random_on_cpu
 
-pytestmark = ALSO_ON_A_GPU
+each_triton = pytest.mark.parametrize("kind", [pytest.param("triton", marks=ALSO_ON_A_GPU)])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FLOAT8 = torch.float8_e4m3fn if HAS_FLOAT8 and not IS_INTERPRETED else torch.uint8  # its bits
 
 
-@settings(max_examples=num_examples(2, 125), deadline=None)
-@given(
+class Heads(NamedTuple):
+    """Sizes of queries, keys and values, and what norms they have."""
+
+    num_rows: int
+    nums: tuple[int, int]  # of queries, and of keys and values
+    size: int
+    block_size: int
+    norm: str
+    has_v_norm: bool
+    values_are_keys: bool
+
+
+heads_of_any_size = st.builds(
+    Heads,
     num_rows=st.integers(1, 9),
-    num_heads=st.sampled_from([(1, 1), (4, 2), (3, 3), (16, 1)]),
-    head_dim=st.sampled_from([10, 16, 64, 80, 96, 256, 576]),
+    nums=st.sampled_from([(1, 1), (4, 2), (3, 3), (16, 1)]),
+    size=st.sampled_from([10, 16, 64, 80, 96, 256, 576]),
     block_size=st.sampled_from([16, 32, 128]),
-    dtype=st.sampled_from(DTYPES),
-    options=st.tuples(st.sampled_from(["none", "head", "all"]), st.booleans(), st.booleans()),
-    seed=st.integers(0, 2**32),
+    norm=st.sampled_from(["none", "head", "all"]),
+    has_v_norm=st.booleans(),
+    values_are_keys=st.booleans(),
 )
-def test_rope_and_store_kv(
-    num_rows: int,
-    num_heads: tuple[int, int],
-    head_dim: int,
-    block_size: int,
-    dtype: torch.dtype,
-    options: tuple[str, bool, bool],
-    seed: int,
-) -> None:
-    """The cache is the second of three layers whose blocks alternate; row 0 is not stored."""
-    norm, has_v_norm, values_are_keys = options
-    num_kv_heads = num_heads[1]
-    heads = [*num_heads, num_kv_heads]
-    q, k, v = torch.split(random_tensor(seed, num_rows, sum(heads), head_dim, dtype=dtype), heads, dim=1)
-    v = k if values_are_keys else v
+
+
+def check_rope_and_store_kv(kind: Kind, shape: Heads, seed: int) -> None:
+    """The cache is the second of three layers whose blocks alternate; row 0 is not stored, nor are k and v of None."""
+    (num_heads, num_kv_heads), size, dtype = shape.nums, shape.size, kind.dtype
+    heads = [num_heads, num_kv_heads, num_kv_heads]
+
+    def random_tensor(seed: int, *shape: int) -> Tensor:
+        return random_on_cpu(seed, *shape, dtype=dtype).to(kind.device)
+
+    q, k, v = torch.split(random_tensor(seed, shape.num_rows, sum(heads), size), heads, dim=1)
+    v = k if shape.values_are_keys else v
     generator = torch.Generator().manual_seed(seed)
-    tables = torch.rand(2, num_rows, head_dim, generator=generator).to(DEVICE) * 2 - 1
-    rotations = Rotations(*tables)
+    rotations = Rotations(*(torch.rand(2, shape.num_rows, size, generator=generator).to(kind.device) * 2 - 1))
     q_weight, k_weight, v_weight = (
-        random_tensor(seed + 1 + index, head_dim * (num if norm == "all" and index < 2 else 1), dtype=dtype)
+        random_tensor(seed + 1 + index, size * (num if shape.norm == "all" and index < 2 else 1))
         for index, num in enumerate(heads)
     )
-    has_norm = norm != "none"
+    has_norm = shape.norm != "none"
     norms = HeadNorms(
-        q_weight if has_norm else None, k_weight if has_norm else None, v_weight if has_v_norm else None, 1e-3
+        q_weight if has_norm else None, k_weight if has_norm else None, v_weight if shape.has_v_norm else None, 1e-3
     )
-    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
-    ((other, cache, _),) = kernels.new_kv_cache([[KVShape(num_kv_heads, head_dim)] * 3], 4, block_size)
-    slots = torch.randperm(4 * block_size, generator=generator)[:num_rows].to(DEVICE)
+    kernels = kind.new()
+    ((other, cache, _),) = kernels.new_kv_cache([[KVShape(num_kv_heads, size)] * 3], 4, shape.block_size)
+    slots = torch.randperm(4 * shape.block_size, generator=generator)[: shape.num_rows].to(kind.device)
     slots[0] = -1
     rotated = kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, norms)
     assert_close(rotated, rotate(normed(q, norms.q), rotations.q))
     alone = kernels.rope_and_store_kv(q, None, None, rotations, slots, cache, norms)
     assert torch.equal(alone, rotated)
-    blocks, offsets = slots[1:] // block_size, slots[1:] % block_size
+    blocks, offsets = slots[1:] // shape.block_size, slots[1:] % shape.block_size
     assert_close(cache.keys[blocks, offsets], rotate(normed(k, norms.k), rotations.k)[1:])
     assert_close(cache.values[blocks, offsets], normed(v, norms.v)[1:])
     assert not other.keys.any()
     cache.keys[blocks, offsets] = cache.values[blocks, offsets] = 0.0
     assert not cache.keys.any()
     assert not cache.values.any()
+
+
+@settings(max_examples=num_examples(20, 150), deadline=None)
+@given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), shape=heads_of_any_size, seed=st.integers(0, 2**32))
+def test_rope_and_store_kv_in_torch(dtype: torch.dtype, shape: Heads, seed: int) -> None:
+    check_rope_and_store_kv(Kind("torch", dtype), shape, seed)
+
+
+@each_triton
+@settings(max_examples=num_examples(2, 125), deadline=None)
+@given(dtype=st.sampled_from(DTYPES), shape=heads_of_any_size, seed=st.integers(0, 2**32))
+def test_rope_and_store_kv_in_triton(kind: str, dtype: torch.dtype, shape: Heads, seed: int) -> None:
+    check_rope_and_store_kv(Kind(kind, dtype), shape, seed)
 
 
 def normed(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -85,6 +112,7 @@ def normed(x: Tensor, weight: Tensor | None) -> Tensor:
     return torch.nn.functional.rms_norm(rows, (len(weight),), weight.double(), 1e-3).view(x.shape)
 
 
+@each_triton
 @settings(max_examples=num_examples(2, 75), deadline=None)
 @given(
     num_kv_heads=st.integers(1, 3),
@@ -94,7 +122,7 @@ def normed(x: Tensor, weight: Tensor | None) -> Tensor:
     seed=st.integers(0, 2**32),
 )
 def test_a_cache_of_8_bits(
-    num_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_cache_dtype: str, seed: int
+    kind: str, num_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_cache_dtype: str, seed: int
 ) -> None:
     """Codes are the nearest in -127 .. 127, or in float8; the scale of a head is that of its largest number."""
     q, k, v = torch.split(random_tensor(seed, 6, 3 * num_kv_heads, head_dim, dtype=dtype), num_kv_heads, dim=1)
@@ -106,7 +134,7 @@ def test_a_cache_of_8_bits(
     table = torch.cat((angles.cos(), angles.sin()), dim=1)
     slot_mapping = torch.randperm(2 * 16, generator=generator)[:6].to(DEVICE)
     slot_mapping[2] = -1  # not stored
-    kernels = TritonKernels(KernelOptions(dtype, kv_cache_dtype=kv_cache_dtype), DEVICE)
+    kernels = Kind(kind, dtype).new(kv_cache_dtype=kv_cache_dtype)
     ((_, cache),) = kernels.new_kv_cache([[KVShape(num_kv_heads, head_dim)] * 2], 2, 16)
     kernels.rope_and_store_kv(q, k, v, Rotations(table, table), slot_mapping, cache)
     heads = (
@@ -149,13 +177,14 @@ GROUPS = [[KVShape(2, 64), KVShape(2, 64)], [KVShape(1, 512)], [KVShape(3, 16)]]
 NUM_BLOCKS, BLOCK_SIZE = 5, 16
 
 
+@each_triton
 @pytest.mark.parametrize(
     ("kv_cache_dtype", "bytes_per_token"),
     [("auto", 2 * 2 * 512), ("int8", 2 * 512 + 2 * 4 * 4), ("fp8", 2 * 512 + 2 * 4 * 4)],
 )
-def test_groups_share_the_memory(kv_cache_dtype: str, bytes_per_token: int) -> None:
+def test_groups_share_the_memory(kind: str, kv_cache_dtype: str, bytes_per_token: int) -> None:
     """Blocks that different groups hold do not overlap, nor do the layers of a group."""
-    kernels = TritonKernels(KernelOptions(torch.float16, kv_cache_dtype=kv_cache_dtype), DEVICE)
+    kernels = Kind(kind, torch.float16).new(kv_cache_dtype=kv_cache_dtype)
     assert kernels.kv_cache_bytes(GROUPS, BLOCK_SIZE) == BLOCK_SIZE * bytes_per_token
     caches = kernels.new_kv_cache(GROUPS, NUM_BLOCKS, BLOCK_SIZE)
     parts: list[list[torch.Tensor]] = []  # of each layer
@@ -163,6 +192,7 @@ def test_groups_share_the_memory(kv_cache_dtype: str, bytes_per_token: int) -> N
         for layer, shape in zip(group, shapes, strict=True):
             assert layer.keys.shape == (NUM_BLOCKS, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
             tensors = [layer.keys.view(torch.uint8), layer.values.view(torch.uint8)]
+            assert (layer.key_scales is None) == (kv_cache_dtype == "auto")
             if kv_cache_dtype != "auto":
                 assert layer.key_scales is not None
                 assert layer.value_scales is not None
@@ -175,8 +205,3 @@ def test_groups_share_the_memory(kv_cache_dtype: str, bytes_per_token: int) -> N
         part.fill_(number + 1)
     for number, part in enumerate(flat):
         assert (part == number + 1).all()
-
-
-def test_without_scales() -> None:
-    ((cache,),) = TritonKernels(KernelOptions(torch.float16), DEVICE).new_kv_cache([[KVShape(1, 16)]], 2, 16)
-    assert cache.key_scales is None
