@@ -64,7 +64,9 @@ class Kind(NamedTuple):
 
 def _all_kinds() -> list[ParameterSet]:
     """One thread and most of what the interpreter runs is left to `make test-long`."""
-    kinds = [(Kind("torch", dtype), []) for dtype in (torch.float32, torch.bfloat16)]
+    kinds: list[tuple[Kind, list[pytest.MarkDecorator]]] = [
+        (Kind("torch", dtype), []) for dtype in (torch.float32, torch.bfloat16)
+    ]
     kinds += [(Kind(path), []) for path in code_paths()]
     kinds += [(Kind(path, num_threads=1), [pytest.mark.long]) for path in code_paths()]
     for dtype in TOLERANCES:  # the interpreter multiplies in bfloat16 wrongly, but only there
@@ -72,6 +74,12 @@ def _all_kinds() -> list[ParameterSet]:
         kinds.append((Kind("triton", dtype), [*ALSO_ON_A_GPU, *([pytest.mark.long] if is_later else [])]))
     names = [f"{kind.name}-{str(kind.dtype)[6:]}-{kind.num_threads}" for kind, _ in kinds]
     return [pytest.param(kind, marks=marks, id=name) for name, (kind, marks) in zip(names, kinds, strict=True)]
+
+
+def kind_of(parameters: ParameterSet) -> Kind:
+    kind = parameters.values[0]
+    assert isinstance(kind, Kind)
+    return kind
 
 
 KINDS = _all_kinds()

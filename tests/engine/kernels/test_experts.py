@@ -15,7 +15,7 @@ from engine.kernels.torch.experts import TorchRouting
 from engine.weights import Weight
 from tests.support.kernel_choice import code_paths
 from tests.support.kernel_device import ALSO_ON_A_GPU, PRODUCT_DTYPES, TOLERANCES
-from tests.support.kernel_kinds import KINDS, Direct, Kind, independent_rows, record
+from tests.support.kernel_kinds import KINDS, Direct, Kind, independent_rows, kind_of, record
 from tests.support.packed_weights import inputs_of, options_of, random_weight, rounded_input
 from tests.support.recorded_kernels import MAX_ROWS, Rows, assert_close, make_kernels
 from tests.support.reference_experts import ROUTERS, Inputs, clear_rows, mixture, router_inputs, routing
@@ -62,7 +62,7 @@ def routes() -> list[Any]:
     """Return the kinds of kernels with the routers, most of which the interpreter runs in `make test-long`."""
     found = []
     for kind, name in itertools.product(KINDS, ROUTERS):
-        (some,) = kind.values
+        some = kind_of(kind)
         marks = [*kind.marks, *([pytest.mark.long] if some.is_slow and name not in ("groups", "scaled") else [])]
         if some.dtype != torch.bfloat16:  # logits are float32 for all
             found.append(pytest.param(some, name, marks=marks, id=f"{kind.id}-{name}"))
@@ -135,7 +135,7 @@ def products() -> list[Any]:
     """Return the kinds of kernels with the formats of weights that they read; the interpreter's in `make test-long`."""
     found = []
     for kind in KINDS:
-        (some,) = kind.values
+        some = kind_of(kind)
         names = PARTS if some.is_cpp else OF_TRITON if some.name == "triton" else PARTS[:1]
         for parts in names:
             marks = [*kind.marks, *([pytest.mark.long] if some.is_slow and parts != OF_TRITON[-1] else [])]
@@ -192,7 +192,7 @@ def test_products(names: tuple[str, str], kind: Kind) -> None:
     [
         pytest.param(*kind.values, name, marks=kind.marks, id=f"{kind.id}-{name}")
         for kind in KINDS
-        for name in {"torch": ["float32"], "triton": []}.get(kind.values[0].name, ["float32", "q4_0"])
+        for name in {"torch": ["float32"], "triton": []}.get(kind_of(kind).name, ["float32", "q4_0"])
     ],
 )
 def test_two_products(name: str, kind: Kind) -> None:

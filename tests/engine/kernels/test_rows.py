@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.interface import Kernels
 from tests.support.kernel_kinds import Kind, each_kind, independent_rows, record
 from tests.support.recorded_kernels import assert_close
 from tests.support.tensors import ACTIVATIONS, clamped_swiglu, rms_norm
@@ -101,6 +102,11 @@ def test_sums_and_scales(kind: Kind) -> None:
             assert_close(out, expected, kind.bound(expected, 2e-7 * (softcap or 0)))
 
 
+def halves(kernels: Kernels, x: Tensor, activation: str) -> Tensor:
+    gate, up = x.chunk(2, dim=1)
+    return kernels.act_and_mul(gate, up, activation)
+
+
 @each_kind
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "swigluoai"])
 def test_act_and_mul(activation: str, kind: Kind) -> None:
@@ -111,7 +117,7 @@ def test_act_and_mul(activation: str, kind: Kind) -> None:
     more_edges = [1e-38, -1e-30, 1e10, -1e10] if kind.dtype == torch.float32 else []
     gate_up[0, : len(edges + more_edges)] = torch.tensor(edges + more_edges, device=kind.device)
     gate_up[0, size : size + 30] = 1.5
-    whole = record(kernels, [gate_up], lambda rows, x: kernels.act_and_mul(*x.chunk(2, dim=1), activation))
+    whole = record(kernels, [gate_up], lambda rows, x: halves(kernels, x, activation))
     out = independent_rows(kind, whole)
     gate, up = gate_up.chunk(2, dim=1)
     apart = record(kernels, [gate, up], lambda rows, gate, up: kernels.act_and_mul(gate, up, activation))
@@ -131,10 +137,10 @@ def test_rows_that_are_not_finite(value: float, kind: Kind) -> None:
     operations: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda rows, x: kernels.rms_norm(x[:, :50], weight, 1e-5),
         lambda rows, x: kernels.layer_norm(x[:, :50], weight, 1e-5),
-        *(lambda rows, x, name=name: kernels.act_and_mul(*x.chunk(2, dim=1), name) for name in ACTIVATIONS),
+        *(lambda rows, x, name=name: halves(kernels, x, name) for name in ACTIVATIONS),
     ]
     if math.isnan(value):  # an infinite gate is clamped
-        operations.append(lambda rows, x: kernels.act_and_mul(*x.chunk(2, dim=1), "swigluoai"))
+        operations.append(lambda rows, x: halves(kernels, x, "swigluoai"))
     good = [record(kernels, [x], operation)(range(9)) for operation in operations]
     x[4, 7] = value
     others = [row for row in range(9) if row != 4]

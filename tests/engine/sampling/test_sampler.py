@@ -430,8 +430,8 @@ def test_greedy_ties_go_to_the_lowest_id(machine: Machine, rng: np.random.Genera
         logits = torch.from_numpy(rng.integers(-3, 1, (8, vocab_size))).float()
         logits[::2].sub_(100.0).mul_(1e30)
         expected = [row.tolist().index(max(row.tolist())) for row in logits]
-        for others in ({}, {"logit_bias": {0: 0.0}}):
-            assert machine.sample(logits, [make_row(**GREEDY, **others)] * 8) == expected
+        for row in (make_row(temperature=0.0), make_row(temperature=0.0, logit_bias={0: 0.0})):
+            assert machine.sample(logits, [row] * 8) == expected
 
 
 @pytest.mark.checklist("C08")
