@@ -101,7 +101,7 @@ def test_dry_while_the_text_grows(rng: np.random.Generator) -> None:
             )
 
 
-class Whole(array[int]):
+class Whole(array):  # type: ignore[type-arg]
     """Numbers that may only be read all at once, as memory."""
 
     def __iter__(self) -> Iterator[int]:
