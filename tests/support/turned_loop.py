@@ -1,7 +1,6 @@
 """An event loop whose clock a test turns, so that no test waits for a timer."""
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,23 +18,17 @@ class TurnedLoop(asyncio.SelectorEventLoop):
         return (super().time() if self._stands_at is None else self._stands_at) + self._ahead
 
     def turn(self, seconds: float) -> None:
-        """Let time pass, from another thread. Return when the timers that are due by then have been started."""
-        passed = threading.Event()
-
-        def ahead() -> None:
-            self._ahead += seconds
-            self.call_later(0, passed.set)  # a timer: after those that are due
-
-        self.call_soon_threadsafe(ahead)
-        assert passed.wait(60)
+        """Let time pass, from another thread. Return when what the timers that are due by then have woken up waits."""
+        done = asyncio.run_coroutine_threadsafe(turn(seconds), self)
+        done.result(60)
 
 
 async def turn(seconds: float) -> None:
-    """Let time pass on the running loop. Return when the timers that are due by then have been started."""
+    """Let time pass on the running loop. Return when what the timers that are due by then have woken up waits."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, TurnedLoop)
     loop._ahead += seconds
-    for _ in range(5):  # timers, the tasks that they wake up, and what those wake up
+    for _ in range(20):  # timers, the tasks that they wake up, what those wake up, and so on
         await asyncio.sleep(0)
 
 

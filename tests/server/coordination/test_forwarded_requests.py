@@ -389,7 +389,7 @@ async def test_a_request_that_nobody_waits_for_ends() -> None:
     answer = asyncio.create_task(ends.forwarder(SCOPE, never, lambda message: asyncio.sleep(0)))
     await settle()
     answer.cancel()
-    await asyncio.wait_for(ended.wait())
+    await asyncio.wait_for(ended.wait(), 60)
     await settle()
     assert ends.count(ResponsePart) == 1
     assert (ends.forwarded._running, ends.forwarder._running) == ({}, {})

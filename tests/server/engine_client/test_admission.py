@@ -96,22 +96,6 @@ async def test_the_newest_waiting_request_makes_room_for_another_tenant(fake_eng
         assert metrics.registry.get_sample_value("lightwell_requests_rejected_total", labels) == 2
 
 
-async def test_a_request_with_tokens_is_never_ended_for_another(fake_engine: FakeEngine) -> None:
-    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.002
-    async with ready(fake_engine.config.address) as client:
-        count = client.max_in_flight
-        large = client.submit(request("large", n=count, max_tokens=40), client.reserve(count, tenant=ALICE))
-        await anext(large)
-        small = client.submit(request("small", max_tokens=5), client.reserve(1, tenant=BOB))
-        assert client.num_in_flight > count
-        with pytest.raises(QueueFullError):
-            client.reserve(1, tenant=ALICE)
-        assert len(tokens(await read(small))) == 5
-        await read(large)
-        assert [stats.num_output_tokens for stats in large.choices] == [40] * count
-        assert client.num_in_flight == 0
-
-
 @pytest.mark.parametrize("seed", [1, secrets.randbits(32)], ids=["1", "random"])
 async def test_random_tenants_leave_nothing_behind(fake_engine: FakeEngine, seed: int) -> None:
     """Each request gets all of its tokens or one QueueFullError, and that only before its first token."""

@@ -284,23 +284,14 @@ async def test_requests_go_to_an_engine_that_has_their_adapter(client: EngineCli
     assert chosen(client, prompt(PROMPT, lora_fingerprint="cd")) == (0, 0)
 
 
-async def test_engines_may_have_different_contexts(addresses: list[str]) -> None:
-    """A context may be shortened to what fits into the memory of an engine."""
-    with (
-        FakeEngine(FakeEngineConfig(address=addresses[0], max_model_len=100)),
-        FakeEngine(FakeEngineConfig(address=addresses[1], max_model_len=80)),
-    ):
+async def test_what_only_one_engine_has_cannot_be_used(addresses: list[str]) -> None:
+    """An adapter, and a longer context: it may be shortened to what fits into the memory of an engine."""
+    adapters = [make_adapter("sql"), make_adapter("chess")]
+    first = FakeEngineConfig(address=addresses[0], max_model_len=100, adapters=adapters, max_loras=2)
+    second = FakeEngineConfig(address=addresses[1], max_model_len=80, adapters=adapters[:1], max_loras=2)
+    with FakeEngine(first), FakeEngine(second):
         async with ready(addresses) as client:
             assert client.ready_info().max_model_len == 80
-
-
-async def test_an_adapter_that_one_engine_lacks_cannot_be_used(addresses: list[str]) -> None:
-    adapters = [make_adapter("sql"), make_adapter("chess")]
-    with (
-        FakeEngine(FakeEngineConfig(address=addresses[0], adapters=adapters, max_loras=2)),
-        FakeEngine(FakeEngineConfig(address=addresses[1], adapters=adapters[:1], max_loras=2)),
-    ):
-        async with ready(addresses) as client:
             assert list(client.adapters) == ["sql"]
 
 

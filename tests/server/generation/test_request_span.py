@@ -301,10 +301,3 @@ def test_no_text_and_no_key_is_in_a_span(start_traced: StartServer, receiver: OT
     sent = b"".join(request.SerializeToString() for request in receiver.requests)
     for text in (secret, "sk-secret", "sk-other", "sk-admin", "Hello", "127.0.0.1"):
         assert text.encode() not in sent
-
-
-def test_without_keys_no_client_is_named(traced: RunningServer, receiver: OTLPReceiver) -> None:
-    ask_json(traced.url, CHAT)
-    _, found = one_root(receiver)
-    assert "lightwell.key" not in found
-    assert "127.0.0.1" not in str(found)

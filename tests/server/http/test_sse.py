@@ -121,31 +121,25 @@ def test_chunks_are_sent_as_they_are(staged_server: RunningServer, stage: Stage)
     wait_until(lambda: stage.notes == ["closed", "on_close"])
 
 
-def test_an_error_of_ours_is_the_last_event(staged_server: RunningServer, stage: Stage) -> None:
+@pytest.mark.checklist("B08", "F01")
+@pytest.mark.parametrize(
+    ("error", "kind"), [(EngineDeadError(), "service_unavailable_error"), (RuntimeError("a secret"), "server_error")]
+)
+def test_an_error_is_the_last_event(
+    staged_server: RunningServer, stage: Stage, caplog: pytest.LogCaptureFixture, error: Exception, kind: str
+) -> None:
+    """A bug without details, which are in the log."""
+
     async def fails() -> AsyncGenerator[bytes, None]:
         yield b"data: 1\n\n"
-        raise EngineDeadError
+        raise error
 
     stage.events = fails
-    first, error, done, end = httpx.get(staged_server.url + "/stream").content.split(b"\n\n")
+    first, event, done, end = httpx.get(staged_server.url + "/stream").content.split(b"\n\n")
     assert (first, done, end) == (b"data: 1", b"data: [DONE]", b"")
-    assert check_envelope(error.removeprefix(b"data: "))["type"] == "service_unavailable_error"
-
-
-@pytest.mark.checklist("B08", "F01")
-def test_a_bug_is_the_last_event_without_details(
-    staged_server: RunningServer, stage: Stage, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def fails() -> AsyncGenerator[bytes, None]:
-        raise RuntimeError("a secret")
-        yield b""
-
-    stage.events = fails
-    error, done, _ = httpx.get(staged_server.url + "/stream").content.split(b"\n\n")
-    assert done == b"data: [DONE]"
-    assert check_envelope(error.removeprefix(b"data: "))["type"] == "server_error"
-    assert b"secret" not in error
-    assert "a secret" in caplog.text
+    assert check_envelope(event.removeprefix(b"data: "))["type"] == kind
+    assert b"secret" not in event
+    assert ("a secret" in caplog.text) == (kind == "server_error")
 
 
 @pytest.mark.checklist("D08")

@@ -399,14 +399,16 @@ def serving(name: str, *, listeners: Sequence[socket.socket] = (), **arguments: 
         await server.serve(list(listeners))
         await opening
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_until_complete, args=[serve()])
     thread.start()
     try:
         wait_until(lambda: server.started)
         yield
     finally:
-        server.stop()
-        thread.join(20)
+        loop.call_soon_threadsafe(server.stop)
+        thread.join(60)
+        loop.close()
 
 
 @pytest.mark.parametrize("is_tls", [False, True])

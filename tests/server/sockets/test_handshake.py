@@ -57,6 +57,12 @@ def test_what_is_no_handshake_ends(server: RunningServer, data: bytes) -> None:
         connection.sendall(data)
         if not data:
             connection.shutdown(socket.SHUT_WR)
+
+        def is_over() -> bool:
+            server.turn(handshake.HANDSHAKE_SECONDS)
+            return is_cut(connection)
+
+        wait_until(is_over)
         connection.settimeout(60)
         try:
             while connection.recv(1 << 16):  # an alert, if anything
