@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.support.kernel_choice import code_paths
 from tests.support.sanitizer import sanitized_library, sanitizer_environment
@@ -18,6 +19,11 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 MAX_LINE = 600  # characters of a message
 
 Check = Callable[[Path, str], bool]
+
+
+def quick(first: str, *others: str) -> list[ParameterSet]:
+    """Return names as parameters of a test: the first is in `make test`, the others are in long runs."""
+    return [pytest.param(first), *(pytest.param(name, marks=pytest.mark.long) for name in others)]
 
 
 @pytest.fixture(scope="package")

@@ -43,12 +43,13 @@ GGUF_VALUES: dict[str, bytes] = {
 MISSING = "missing"
 
 
-class _KeyReader(_Reader):
-    """Notes where the values of metadata are, with their types."""
+class _PlaceReader(_Reader):
+    """Notes where the values of metadata are, with their types, and where all numbers of the header are."""
 
     def __init__(self, data: bytearray) -> None:
         super().__init__(data, len(data), Path("model.gguf"))
         self.spans: dict[str, tuple[int, int]] = {}  # key -> start and end, with the type
+        self.numbers_at: list[tuple[int, int]] = []  # position, size
 
     def value(self, value_type: int, field: str) -> Any:
         start = self.position - 4
@@ -56,17 +57,32 @@ class _KeyReader(_Reader):
         self.spans[field] = (start, self.position)
         return value
 
+    def number(self, layout: struct.Struct, field: str) -> Any:
+        value = super().number(layout, field)
+        self.numbers_at.append((self.position - layout.size, layout.size))
+        return value
+
+    def strings(self, count: int, field: str) -> list[str]:
+        self.numbers_at.append((self.position, 8))  # the length of the first one
+        return super().strings(count, field)
+
+    def numbers(self, code: str, count: int, field: str) -> "array[Any]":
+        values = super().numbers(code, count, field)
+        self.numbers_at += [(self.position - values.itemsize, values.itemsize)] if count else []
+        return values
+
 
 class GGUFImage:
     """A GGUF file of which one value of the metadata can be replaced."""
 
     def __init__(self, data: bytes) -> None:
-        reader = _KeyReader(bytearray(data))
+        reader = _PlaceReader(bytearray(data))
         header = GGUFHeader.__new__(GGUFHeader)
         header.path, header.metadata, header.tensors, header._file_size = Path("model.gguf"), {}, {}, len(data)
         header._read(reader)
         self.metadata = header.metadata
-        self._data, self._spans, self._end = data, reader.spans, reader.position
+        self.data, self.numbers_at, self.end = data, reader.numbers_at, reader.position
+        self._spans = reader.spans
         self._first_tensor = min(tensor.offset for tensor in header.tensors.values())
 
     def keys(self) -> list[str]:
@@ -80,12 +96,12 @@ class GGUFImage:
         start, end = self._spans.get(key, (last, last))
         is_there, is_wanted = key in self._spans, value is not None
         start -= len(name) if is_there else 0
-        counts = bytearray(self._data[:start])
+        counts = bytearray(self.data[:start])
         (num_keys,) = UINT64.unpack_from(counts, 16)
         UINT64.pack_into(counts, 16, num_keys + is_wanted - is_there)
-        head = bytes(counts) + (name + value if value is not None else b"") + self._data[end : self._end]
+        head = bytes(counts) + (name + value if value is not None else b"") + self.data[end : self.end]
         alignment = 32
-        return head + bytes(-len(head) % alignment) + self._data[self._first_tensor :]
+        return head + bytes(-len(head) % alignment) + self.data[self._first_tensor :]
 
 
 def json_places(text: bytes, num_of_each: int = 2) -> Iterator[tuple[Any, ...]]:

@@ -50,7 +50,7 @@ CONVERSATION: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
     {"role": "tool", "content": "1"},
 ]
-MAX_HTTP_SECONDS = 10.0
+MAX_HTTP_SECONDS = 60.0  # ends hangs
 
 _resources = ExitStack()  # closed at the end of the process, or by `close`
 

@@ -15,7 +15,6 @@ from engine.loading import LoadedModel, load_model
 from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit
 from tests.engine.test_batch_invariance import make_engine
 from tests.support.kernel_choice import choose_kernels
-from tests.support.reference_model import load_reference
 
 SEED = 4
 MAX_MODEL_LEN = 1024
@@ -38,11 +37,6 @@ def load(path: Path, kernels: str = "default", **settings: Any) -> LoadedModel:
         return load_model(
             EngineConfig(model_path=str(path), max_model_len=MAX_MODEL_LEN, kv_cache_memory=96 << 20, **settings)
         )
-
-
-@pytest.fixture(scope="module")
-def reference(smollm2_path: Path) -> LlamaForCausalLM:
-    return load_reference(smollm2_path)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +80,7 @@ def submits_of(prompts: list[list[int]]) -> list[Submit]:
     ]
 
 
-@pytest.mark.parametrize("kernels", ["default", "torch"])
+@pytest.mark.parametrize("kernels", ["default", pytest.param("torch", marks=pytest.mark.long)])
 def test_transformers(smollm2_path: Path, prompts: list[list[int]], reference: LlamaForCausalLM, kernels: str) -> None:
     found = run(make_engine(load(smollm2_path, kernels, dtype="float32", quantization="none")), submits_of(prompts))
     for prompt in prompts:
@@ -114,9 +108,6 @@ def overlapping(loaded: LoadedModel) -> Engine:
 
 
 WAYS: dict[str, Callable[[LoadedModel], Engine]] = {
-    "one batch": make_engine,
-    "chunks of one": lambda loaded: make_engine(loaded, chunk=1),
-    "chunks of seven": lambda loaded: make_engine(loaded, chunk=7),
     "overlapping": overlapping,
     "few at a time": lambda loaded: make_engine(loaded, chunk=60, seqs=3),
 }

@@ -18,7 +18,7 @@ from tests.support.tiny_models import save_random_model
 
 SEED = 7
 VOCAB_SIZE = 256
-NUM_OUTPUT_TOKENS = 24
+NUM_OUTPUT_TOKENS = 12
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -39,14 +39,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-LLAMAS: dict[str, dict[str, Any]] = {
-    "as many KV heads as heads": {"num_key_value_heads": 4},
-    "two heads to a KV head": {"num_key_value_heads": 2},
-    "one KV head": {"num_key_value_heads": 1, "num_hidden_layers": 3},
-    "one layer": {"num_hidden_layers": 1},
-    "tied": {"tie_word_embeddings": True},
-    "attention bias": {"attention_bias": True},
-    "MLP bias": {"mlp_bias": True},
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+THREE = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
+ODD = {"hidden_size": 36, "intermediate_size": 77, "vocab_size": 131, "num_hidden_layers": 3}
+SHAPES: dict[str, dict[str, Any]] = {
+    "as many KV heads as heads": {"num_key_value_heads": 4, "attention_bias": True},
+    "one KV head": {"num_key_value_heads": 1, "mlp_bias": True},
     "both biases, tied, 3 KV heads": {
         "attention_bias": True,
         "mlp_bias": True,
@@ -56,55 +54,27 @@ LLAMAS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "head_dim": 16,
     },
-    "larger heads": {"head_dim": 32},
-    "smaller heads": {"head_dim": 8, "hidden_size": 48},
-    "odd sizes": {
-        "hidden_size": 36,
-        "head_dim": 10,
-        "intermediate_size": 77,
-        "vocab_size": 131,
-        "num_hidden_layers": 3,
-    },
-    "other base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-    "linear scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    "llama3 scaling": {"rope_parameters": LLAMA3},
-    "other epsilon": {"rms_norm_eps": 0.1},
-    "odd sizes, heads of whole vectors": {
-        "hidden_size": 36,
-        "head_dim": 48,
-        "intermediate_size": 77,
-        "vocab_size": 131,
-        "num_hidden_layers": 3,
-    },
-    "heads of 256, three to a KV head": {
-        "head_dim": 256,
-        "hidden_size": 48,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-    },
+    "odd sizes": ODD | {"head_dim": 10},
+    "odd sizes, heads of whole vectors": ODD | {"head_dim": 48, "rope_parameters": LINEAR},
+    "llama3 scaling, other epsilon": {"rope_parameters": LLAMA3, "rms_norm_eps": 0.1},
+    "heads of 256, three to a KV head": THREE | {"head_dim": 256},
     "gelu": {"hidden_act": "gelu"},
     "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
-}
-MISTRALS: dict[str, dict[str, Any]] = {
-    "no window": {"sliding_window": None},
     "window of 1": {"sliding_window": 1},
-    "window of 5": {"sliding_window": 5},
-    "window of 37": {"sliding_window": 37, "head_dim": 24},
     "window of 37, heads of whole vectors": {"sliding_window": 37, "head_dim": 80},
-    "window of 256": {"sliding_window": 256},
     "window over several key tiles": {"sliding_window": 300, "num_key_value_heads": 1},
     "window larger than the prompt": {"sliding_window": 5000},
 }
 
 
 def prompts_for(vocab_size: int) -> list[list[int]]:
-    """Return prompts of one token, a few, a block, more than one tile of keys, and more than several."""
+    """Return prompts of one token, a block, more than one tile of keys, and more than several."""
     generator = torch.Generator().manual_seed(SEED)
-    lengths = (1, 9, 32, 100, 400, 700)
+    lengths = (1, 32, 100, 700)
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-@pytest.fixture(params=["default", "torch"])
+@pytest.fixture(params=["default", pytest.param("torch", marks=pytest.mark.long)])
 def kernels(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -129,73 +99,22 @@ def assert_same_as_transformers(model: PreTrainedModel, loaded: LoadedModel) -> 
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
-@pytest.mark.parametrize("changes", LLAMAS.values(), ids=LLAMAS)
-def test_llama(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
-    model = LlamaForCausalLM(LlamaConfig(**(SHAPE | changes)))
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_shapes(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
+    model: Any = LlamaForCausalLM(LlamaConfig(**(SHAPE | changes)))
+    if "sliding_window" in changes:
+        model = MistralForCausalLM(MistralConfig(**(SHAPE | changes)))
     assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED), kernels))
 
 
-@pytest.mark.parametrize("changes", MISTRALS.values(), ids=MISTRALS)
-def test_mistral(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
-    model = MistralForCausalLM(MistralConfig(**(SHAPE | changes)))
-    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED), kernels))
-
-
-@pytest.mark.parametrize("changes", [{"sliding_window": 37}, {}], ids=["mistral with a window", "llama"])
-def test_generate_of_transformers(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
+def test_generate_of_transformers(tmp_path: Path, kernels: str) -> None:
     """Compare with transformers' own generation loop and KV cache."""
-    model: Any = MistralForCausalLM(MistralConfig(**(SHAPE | changes)))
-    if not changes:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model: Any = MistralForCausalLM(MistralConfig(**(SHAPE | {"sliding_window": 37})))
     loaded = load(save_random_model(model, tmp_path, SEED), kernels)
-    prompts = prompts_for(VOCAB_SIZE)[:5]
+    prompts = prompts_for(VOCAB_SIZE)[:3]
     for prompt, output in zip(prompts, greedy_outputs(loaded, prompts, NUM_OUTPUT_TOKENS), strict=True):
         ids = torch.tensor([prompt])
         expected = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_OUTPUT_TOKENS
         )
         assert output == expected[0, len(prompt) :].tolist()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_weights_stored_in_half_precision(dtype: torch.dtype, tmp_path: Path, kernels: str) -> None:
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED, dtype), kernels))
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_sharded_checkpoint(tied: bool, tmp_path: Path, kernels: str) -> None:
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=tied))
-    save_random_model(model, tmp_path, SEED, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_same_as_transformers(model, load(tmp_path, kernels))
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_random_shapes(seed: int, tmp_path: Path, kernels: str) -> None:
-    print(f"seed {seed}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(*options: Any) -> Any:
-        return options[int(torch.randint(len(options), (), generator=generator))]
-
-    num_kv_heads = choose(1, 2, 3)
-    mix = {
-        "hidden_size": choose(48, 96),
-        "intermediate_size": choose(40, 96, 101),
-        "num_hidden_layers": choose(2, 3),
-        "num_key_value_heads": num_kv_heads,
-        "num_attention_heads": num_kv_heads * choose(1, 2, 4),
-        "head_dim": choose(8, 16, 20, 32, 48, 64),
-        "tie_word_embeddings": choose(True, False),
-        "attention_bias": choose(True, False),
-        "mlp_bias": choose(True, False),
-        "rope_parameters": choose(
-            {"rope_type": "default", "rope_theta": 1e5},
-            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-            LLAMA3,
-        ),
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(SHAPE | mix)))
-    dtype, shard_size = choose(torch.float32, torch.bfloat16, torch.float16), choose("30KB", "1GB")
-    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, seed, dtype, shard_size), kernels))
