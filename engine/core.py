@@ -70,12 +70,20 @@ class StepInFlight:
 class Engine:
     """One model with its scheduler and its runner."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel, *, overlaps: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        *,
+        overlaps: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`overlaps`: whether a step is launched before the previous one is read; None: on a GPU only."""
+        self.clock = clock
         self.runner = loaded.runner
         self.model_config = loaded.config
         self.adapters = loaded.adapters
-        self.recorder = Recorder(keeps_tokens=config.keep_token_ids)
+        self.recorder = Recorder(keeps_tokens=config.keep_token_ids, clock=clock)
         # If a row's result depends on the number of rows, a draft could change the answer.
         is_lossless = loaded.runner.kernels.deterministic
         is_cheap = loaded.device.type == "cpu"
@@ -103,7 +111,7 @@ class Engine:
         self.in_flight: StepInFlight | None = None
         self.parts: list[list[Scheduled]] = []  # parts of a failed step that are to be run again; the last one is next
         self.doubt: str | None = None  # why a step has failed, if none has succeeded since
-        self.last_read = 0.0  # time of time.monotonic() when the last step was read
+        self.last_read = 0.0  # time when the last step was read
         self.grammars = GrammarManager(loaded.config.eos_token_ids, loaded.config.num_token_ids)
         self.enable_prefix_caching = config.enable_prefix_caching
         self.arrivals = itertools.count()
@@ -120,9 +128,7 @@ class Engine:
         slot = self.adapters.find(submit.lora_fingerprint)
         salt = prefix_salt(submit.lora_fingerprint, submit.cache_salt)
         salt = salt if self.enable_prefix_caching else os.urandom(16)
-        parent = new_request(
-            submit, salt=salt, arrival_number=next(self.arrivals), now=time.monotonic(), lora_slot=slot
-        )
+        parent = new_request(submit, salt=salt, arrival_number=next(self.arrivals), now=self.clock(), lora_slot=slot)
         if submit.params.grammar is not None:
             for choice in (parent, *parent.children):
                 choice.matcher = self.grammars.new_matcher(choice.params)
@@ -154,7 +160,7 @@ class Engine:
         return finished, events
 
     def _step(self) -> tuple[Step | None, list[TokenEvent]]:
-        clock = StepClock()
+        clock = StepClock(self.clock)
         is_part = bool(self.parts)
         step = self._next_part() or self.scheduler.schedule() or self._wait_for_grammar()
         clock.lap("schedule")
@@ -208,7 +214,7 @@ class Engine:
         if isinstance(outputs, Failure):
             return None, [], (step, outputs)
         clock.lap("wait")
-        now = time.monotonic()
+        now = self.clock()
         self.scheduler.budget.add_step(step.num_tokens, 1000 * (now - max(clock.started, self.last_read)))
         self.last_read = now
         events = self.scheduler.update(step, outputs)
@@ -260,7 +266,7 @@ class Engine:
         if not self.scheduler.kv.admit(request, (), 1):
             return
         request.status = Status.RUNNING
-        step, clock = Step(0, [Scheduled(request, 0, num_tokens=1, num_samples=1)]), StepClock()
+        step, clock = Step(0, [Scheduled(request, 0, num_tokens=1, num_samples=1)]), StepClock(self.clock)
         outputs = self._attempt(step, lambda: self.runner.sample(step, self.runner.forward(step, clock), clock).read())
         self.scheduler.kv.release(request)
         self.doubt = None

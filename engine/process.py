@@ -73,7 +73,8 @@ class EngineLoop:
         self.reader = RecordReader(engine.recorder, engine.scheduler, caches_prefixes=engine.enable_prefix_caching)
         self.inspector = Inspector(engine)
         self.questions: deque[tuple[bytes, RecordQuestion]] = deque()  # with the API process that asks
-        self.last_work = time.monotonic()  # when there was something to do other than to answer questions
+        self.clock = engine.clock
+        self.last_work = self.clock()  # when there was something to do other than to answer questions
         self.refused: list[TokenEvent] = []  # of choices that were refused before they were queued
 
     def run(self, step_timeout: float) -> None:
@@ -102,8 +103,8 @@ class EngineLoop:
         for identity, message in messages:
             self.handle(identity, message)
         if self.engine.has_work or not all(isinstance(message, Question) for _, message in messages):
-            self.last_work = time.monotonic()
-        is_idle = time.monotonic() >= self.last_work + HEARTBEAT_SECONDS or not messages
+            self.last_work = self.clock()
+        is_idle = self.clock() >= self.last_work + HEARTBEAT_SECONDS or not messages
         if timeout == HEARTBEAT_SECONDS and is_idle:
             self.engine.prepare_grammars()
             self.engine.runner.capture_next()
@@ -112,9 +113,9 @@ class EngineLoop:
         if not self.connections.flush():
             return  # what is computed now would have to be kept
         self.answer_question()
-        started_at = time.monotonic()
+        started_at = self.clock()
         step, events = self.engine.step()
-        step_seconds = time.monotonic() - started_at if self.engine.has_work or step else None
+        step_seconds = self.clock() - started_at if self.engine.has_work or step else None
         refused, self.refused = self.refused, []
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
         prefixes = self.engine.scheduler.kv.pool.take_changes()

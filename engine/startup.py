@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -164,15 +165,17 @@ def warm_up(engine: Engine, max_model_len: int) -> None:
             engine.runner.warm_up_logits(num_rows)
 
 
-def capture_graphs(runner: ModelRunner, progress: Progress | None = None) -> None:
+def capture_graphs(
+    runner: ModelRunner, progress: Progress | None = None, clock: Callable[[], float] = time.monotonic
+) -> None:
     """Capture CUDA graphs for at most MAX_CAPTURE_SECONDS; the engine captures what is left when it is idle.
 
     `progress` is called with the number of graphs that have been captured or given up, and the total; at the end, with
     the total twice.
     """
-    end = time.monotonic() + MAX_CAPTURE_SECONDS
+    end = clock() + MAX_CAPTURE_SECONDS
     num_graphs = num_left = len(runner.execution.uncaptured)
-    while num_left and time.monotonic() < end:
+    while num_left and clock() < end:
         runner.capture_next()
         num_left = len(runner.execution.uncaptured)
         if progress is not None:

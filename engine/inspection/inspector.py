@@ -7,8 +7,7 @@ request got. Only free blocks are used.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -110,7 +109,7 @@ class Running:
     identity: bytes  # of the API process that asks for it
     question: Inspect
     slices: Generator[None, None, Inspected]
-    deadline: float  # in seconds of time.monotonic()
+    deadline: float  # in seconds of the engine's clock
 
 
 class Inspector:
@@ -118,6 +117,7 @@ class Inspector:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._clock = engine.clock
         self._num_heads = max(layer.attention.num_heads for layer in engine.model_config.layers)
         self._execution: ObservedExecution | None = None  # made for the first inspection
         self._running: Running | None = None
@@ -131,7 +131,7 @@ class Inspector:
         """Begin an inspection for the API process `identity`. Return the refusal if another one runs."""
         if self._running is not None:
             return Inspected(read_id=question.read_id, problem=InspectionProblem.BUSY)
-        self._running = Running(identity, question, self._inspect(question), time.monotonic() + MAX_SECONDS)
+        self._running = Running(identity, question, self._inspect(question), self._clock() + MAX_SECONDS)
         return None
 
     def stop(self, identity: bytes, read_id: int) -> ReadFailed | None:
@@ -145,10 +145,10 @@ class Inspector:
 
     def advance_after(self, step_seconds: float | None) -> tuple[bytes, Inspected | ReadFailed] | None:
         """Run slices for a share of the time of steps. `step_seconds` is that of the last one; None: there was none."""
-        started = time.monotonic()
+        started = self._clock()
         self._seconds = IDLE_SECONDS if step_seconds is None else self._seconds + SHARE_OF_STEPS * step_seconds
         reply = self.advance(self._seconds) if self._seconds > 0 else None
-        self._seconds = min(0.0, self._seconds - (time.monotonic() - started))  # what is too much, later ones wait for
+        self._seconds = min(0.0, self._seconds - (self._clock() - started))  # what is too much, later ones wait for
         return reply
 
     @torch.inference_mode()
@@ -156,8 +156,8 @@ class Inspector:
         """Run slices for so many seconds, at least one. Return the answer and who asked for it, once it is complete."""
         if (running := self._running) is None:
             return None
-        now = time.monotonic()
-        answer = _run(running.slices, running.question, now + seconds)
+        now = self._clock()
+        answer = _run(running.slices, running.question, now + seconds, self._clock)
         if answer is None and now > running.deadline:
             running.slices.close()
             answer = Inspected(read_id=running.question.read_id, problem=InspectionProblem.TOO_SLOW)
@@ -303,12 +303,14 @@ class Inspector:
         return sampled
 
 
-def _run(slices: Generator[None, None, Inspected], question: Inspect, deadline: float) -> Inspected | ReadFailed | None:
+def _run(
+    slices: Generator[None, None, Inspected], question: Inspect, deadline: float, clock: Callable[[], float]
+) -> Inspected | ReadFailed | None:
     """Run slices until the deadline, at least one. Return the answer if it is complete."""
     try:
         while True:
             next(slices)
-            if time.monotonic() >= deadline:
+            if clock() >= deadline:
                 return None
     except StopIteration as end:
         answer: Inspected = end.value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
 
@@ -96,7 +95,7 @@ class RecordReader:
             num_ahead += len(turn)
         return Queue(
             read_id=question.read_id,
-            now=time.monotonic(),
+            now=self.recorder.clock(),
             num_waiting=len(self.scheduler.waiting),
             choices=[_queued(request, num_before) for request, num_before in places[: question.limit]],
         )
@@ -104,7 +103,7 @@ class RecordReader:
     # Requests.
 
     def _requests(self, question: ReadRequests) -> Requests:
-        now = time.monotonic()
+        now = self.recorder.clock()
         matching = [pair for pair in all_choices(self.recorder, self.scheduler) if _matches(*pair, question)]
         if question.id is not None:
             matching = of_one_request(matching)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import insort
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 
 from engine.scheduling.kv_manager import KVManager
@@ -74,14 +74,15 @@ def seconds_preempted(request: Request, now: float) -> float:
 class FairQueue:
     """The waiting and the running requests of all tenants."""
 
-    def __init__(self, kv: KVManager, max_num_seqs: int) -> None:
+    def __init__(self, kv: KVManager, max_num_seqs: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.kv = kv
         self.max_num_seqs = max_num_seqs
+        self.clock = clock
         self.running = RequestQueue()
         self.waiting = RequestQueue()
         self.counters: dict[str, float] = {}  # tokens computed for a tenant, over its weight
         self._sheltered: Request | None = None  # not preempted for a waiting request
-        self._shelter_ends = self._next_shelter = -math.inf  # times of time.monotonic()
+        self._shelter_ends = self._next_shelter = -math.inf  # times of the clock
 
     def wait(self, request: Request) -> None:
         """Queue a request. Its tenant's counter is lifted if nothing of it was waiting."""
@@ -91,7 +92,7 @@ class FairQueue:
 
     def start(self, request: Request) -> None:
         """Move a waiting request to those that run. If it goes first because it was overdue, it is sheltered."""
-        now = time.monotonic()
+        now = self.clock()
         if self._is_overdue(request, now):
             seconds = seconds_preempted(request, now) / WAIT_PER_SHELTER
             self._sheltered, self._shelter_ends = request, now + seconds
@@ -106,7 +107,7 @@ class FairQueue:
         return is_next and bool(preemptions) and now - preemptions[-1] >= MIN_WAIT_SECONDS
 
     def _is_sheltered(self, request: Request) -> bool:
-        return request is self._sheltered and time.monotonic() < self._shelter_ends
+        return request is self._sheltered and self.clock() < self._shelter_ends
 
     def _lift(self, tenant: str) -> None:
         """Let a tenant without waiting requests begin where the others are.
@@ -148,7 +149,7 @@ class FairQueue:
         ready = [head for head in heads if head is not None]
         if len(ready) < 2:
             return ready[0] if ready else None
-        now = time.monotonic()
+        now = self.clock()
         if overdue := [head for head in ready if self._is_overdue(head, now)]:
             return max(overdue, key=lambda head: seconds_preempted(head, now))
         return min(ready, key=self._turn)
@@ -167,7 +168,7 @@ class FairQueue:
         For a request that is overdue, the newest makes room, and none for one that is sheltered.
         """
         others = [tenant for tenant in self.running.by_tenant if tenant != request.tenant]
-        if self._is_overdue(request, time.monotonic()):
+        if self._is_overdue(request, self.clock()):
             return max((some for tenant in others for some in self.running.of(tenant)), key=order_key, default=None)
         num_needed = self.kv.num_held(request.tenant) + self.kv.num_blocks_for(request.num_tokens)
         if several := [tenant for tenant in others if len(self.running.of(tenant)) > 1]:

@@ -7,7 +7,6 @@ raises outside of it belongs to no request, and ends the engine.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -125,7 +124,7 @@ class Lifecycle:
     def _record_end(self, request: Request, event: TokenEvent, reason: FinishReason) -> None:
         record = request.record
         try:
-            record.finished = time.monotonic()
+            record.finished = self.recorder.clock()
             record.finish_reason = reason.value
             self.recorder.add_request(record, request.token_ids)
             event.times = record.times()

@@ -1,7 +1,7 @@
 """Records of steps and requests, kept in bounded ring buffers.
 
 The timings in a request's events, from which metrics are made, are read from its record. Times are seconds of
-`time.monotonic()`.
+`time.monotonic()`, or of the clock that a test turns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -124,13 +124,14 @@ class StepRecord:
 class StepClock:
     """Measures how long each part of a step takes."""
 
-    def __init__(self) -> None:
-        self.started = self._last = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.started = self._last = clock()
         self.seconds: dict[str, float] = {}
 
     def lap(self, part: str) -> None:
         """Add the time since the last lap to `part`."""
-        now = time.monotonic()
+        now = self._clock()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
 
@@ -139,9 +140,18 @@ class Recorder:
     """The records of the last steps and the last finished requests. An unfinished request holds its own record."""
 
     def __init__(
-        self, num_steps: int = NUM_STEPS_KEPT, num_requests: int = NUM_REQUESTS_KEPT, *, keeps_tokens: bool = False
+        self,
+        num_steps: int = NUM_STEPS_KEPT,
+        num_requests: int = NUM_REQUESTS_KEPT,
+        *,
+        keeps_tokens: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`keeps_tokens`: keep token ids and parameters of finished requests, at most `MAX_KEPT_BYTES` of them."""
+        """`keeps_tokens`: keep token ids and parameters of finished requests, at most `MAX_KEPT_BYTES` of them.
+
+        `clock`: tells the time of all that is recorded, and of the queue of the requests.
+        """
+        self.clock = clock
         self.steps: deque[StepRecord] = deque(maxlen=num_steps)
         self.requests: deque[RequestRecord] = deque(maxlen=num_requests)
         self.keeps_tokens = keeps_tokens

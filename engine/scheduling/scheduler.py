@@ -19,7 +19,6 @@ of its row is dropped. No torch.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -46,10 +45,10 @@ def _running(items: Iterable[Scheduled]) -> list[Scheduled]:
     return [item for item in items if item.request.status is Status.RUNNING]
 
 
-def _record_first_schedule(request: Request, stats: EngineStats) -> None:
+def _record_first_schedule(request: Request, stats: EngineStats, now: float) -> None:
     """Record and count that a request begins, with its cached tokens already computed."""
     num_cached = request.kv.num_computed
-    request.record.scheduled = time.monotonic()
+    request.record.scheduled = now
     request.record.num_cached_tokens = num_cached
     stats.prompt_tokens_total += request.num_prompt_tokens
     stats.prompt_tokens_cached_total += num_cached
@@ -109,12 +108,13 @@ class Scheduler:
         _check_limits(kv, budget, max_num_seqs, max_model_len, long_prefill_token_threshold)
         self.pool = kv.pool
         self.kv = kv
+        self.clock = recorder.clock
         self.max_num_seqs = max_num_seqs
         self.budget = budget
         self.max_model_len = max_model_len
         self.sequences = Sequences(max_model_len, eos_token_ids)
         self.max_chunk = long_prefill_token_threshold or budget.max_num_rows
-        self.queue = FairQueue(kv, max_num_seqs)
+        self.queue = FairQueue(kv, max_num_seqs, recorder.clock)
         self.running = self.queue.running
         self.waiting = self.queue.waiting
         self.lifecycle = Lifecycle(self.queue, kv, recorder)
@@ -225,7 +225,7 @@ class Scheduler:
         self.running.remove(request)
         self.kv.release(request)
         request.status = Status.WAITING
-        request.record.preemptions.append(time.monotonic())
+        request.record.preemptions.append(self.clock())
         if request.needs_prompt_logprobs:
             request.prompt_outputs.logprobs.clear()
         request.prompt_outputs.pooled.clear()
@@ -253,10 +253,10 @@ class Scheduler:
         draft.admitted.append(request)
         request.status = Status.RUNNING
         if request.record.scheduled is None:
-            _record_first_schedule(request, self.stats)
+            _record_first_schedule(request, self.stats, self.clock())
             request.record.prefix_result, request.record.num_reusable_tokens = self.kv.prefix_result(request)
         else:
-            request.record.resumptions.append(time.monotonic())
+            request.record.resumptions.append(self.clock())
         return True
 
     def _advance(self, request: Request, num_tokens: int) -> Scheduled:
@@ -389,7 +389,7 @@ class Scheduler:
     def _complete_prompt(self, request: Request, event: TokenEvent) -> None:
         """Report the results of the prompt, and queue the children."""
         if request.params.max_tokens > 0:
-            request.record.first_token = time.monotonic()
+            request.record.first_token = self.clock()
         event.times = request.record.times()
         if request.params.prompt_logprobs is not None:
             event.prompt_logprobs = request.prompt_outputs.logprobs
