@@ -1,32 +1,29 @@
 """Batch invariance on the real model: the same request gets the same answer, bit for bit, however it is computed.
 
 Most tests are of the default settings, on which weights stay packed. Fewer requests go through all other kernels.
+`test_promise.py` tests models with other kinds of layers.
 """
 
 import dataclasses
 import random
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from engine.batch.builder import BatchBuilder, BatchLimits
 from engine.config import EngineConfig
-from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.runner import ModelRunner
-from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams, Submit, TokenLogprobs
-from engine.startup import capture_graphs
-from tests.support.examples import num_examples
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams, Submit
+from tests.support.answers import Answers, assert_same, make_engine, run, run_alone
+from tests.support.examples import IS_LONG, num_examples
 from tests.support.kernel_choice import choose_kernels, code_paths
 
 SEED = 20
 MAX_MODEL_LEN = 1024
 MAX_TOKENS = num_examples(12, 48)
 LENGTHS = [5, 8, 17, 31, 32, 33, 64, 100, 128, 200, 255, 256, 257, 400, 700, 900]
+NUMBERS = range(len(LENGTHS)) if IS_LONG else (3, 4, 7, 10, 11, 13)
 EXTRA_SAMPLERS = {
     4: ExtraSamplers(top_n_sigma=2.0, typical_p=0.9, xtc_probability=0.5, xtc_threshold=0.05, dry_multiplier=0.8),
     10: ExtraSamplers(order=MIROSTAT_ORDER, mirostat=1, mirostat_tau=4.0),
@@ -35,13 +32,14 @@ EXTRA_SAMPLERS = {
 
 pytestmark = pytest.mark.drawn
 
-Answer = tuple[list[int], list[TokenLogprobs]]
-
 
 @pytest.fixture(scope="module")
 def loaded(smollm2_path: Path) -> LoadedModel:
     """Load the model with default settings, except for a shorter context."""
-    return load(smollm2_path)
+    loaded = load(smollm2_path)
+    assert loaded.runner.kernels.deterministic
+    assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if code_paths() else "torch")
+    return loaded
 
 
 def load(path: Path, kernels: str = "default", num_threads: int | None = None, **settings: Any) -> LoadedModel:
@@ -74,170 +72,84 @@ def submits() -> list[Submit]:
         submits.append(
             Submit(request_id=f"r{number}", prompt_token_ids=prompt, params=params, arrival=0.0, n=1 + number % 2)
         )
-    return submits
+    return [submits[number] for number in NUMBERS]
 
 
 @pytest.fixture(scope="module")
-def alone(loaded: LoadedModel, submits: list[Submit]) -> dict[tuple[str, int], Answer]:
-    return run_alone(loaded, submits)
-
-
-def run_alone(loaded: LoadedModel, submits: Sequence[Submit]) -> dict[tuple[str, int], Answer]:
-    """Return the answer of each choice alone, its prompt in one chunk, with an empty cache."""
-    answers: dict[tuple[str, int], Answer] = {}
-    for submit in submits:
-        answers |= run(make_engine(loaded), [submit])
+def alone(loaded: LoadedModel, submits: list[Submit]) -> Answers:
+    answers = run_alone(loaded, submits)
+    assert answers["r3", 0].token_ids == answers["r3", 1].token_ids, "greedy"
+    assert answers["r7", 0].token_ids != answers["r7", 1].token_ids
     return answers
 
 
-def make_engine(
-    loaded: LoadedModel,
-    *,
-    chunk: int = 0,
-    num_blocks: int | None = None,
-    seqs: int | None = None,
-    speculative: str = "off",
-) -> Engine:
-    """Return an engine with an empty prefix cache over the same weights and KV memory."""
-    config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, speculative=speculative)
-    if num_blocks is not None:
-        loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=num_blocks))
-    max_model_len = loaded.limits.max_model_len
-    step_tokens = max_model_len // 2 if chunk else max_model_len
-    limits = dataclasses.replace(loaded.limits, max_num_batched_tokens=step_tokens)
-    if seqs is not None:
-        limits = dataclasses.replace(limits, max_num_seqs=seqs)
-    runner = loaded.runner
-    builder = BatchBuilder(
-        BatchLimits(
-            limits.max_num_batched_tokens,
-            limits.max_num_seqs,
-            max_model_len,
-            loaded.memory.block_size,
-            loaded.config.num_token_ids,
-        ),
-        loaded.device,
-        num_groups=len(loaded.config.kv_groups),
-        planners=runner.builder.planners,
-    )
-    runner = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
-    capture_graphs(runner)  # on a GPU
-    return Engine(config, dataclasses.replace(loaded, limits=limits, runner=runner))
+LONG = pytest.mark.long
 
 
-def run(engine: Engine, submits: Sequence[Submit]) -> dict[tuple[str, int], Answer]:
-    for submit in submits:
-        engine.add(submit)
-    return dict(_collect(engine))
-
-
-def _collect(engine: Engine) -> Iterator[tuple[tuple[str, int], Answer]]:
-    answers: dict[tuple[str, int], Answer] = {}
-    deadline = time.monotonic() + 600
-    while engine.has_work:
-        assert time.monotonic() < deadline
-        _, events = engine.step()
-        for event in events:
-            assert event.error is None
-            token_ids, logprobs = answers.setdefault((event.request_id, event.index), ([], []))
-            token_ids += event.token_ids
-            logprobs += event.logprobs or []
-    engine.scheduler.check()
-    assert engine.stats().num_blocks_used == 0
-    yield from answers.items()
-
-
-def assert_same(actual: dict[tuple[str, int], Answer], expected: dict[tuple[str, int], Answer]) -> None:
-    assert actual.keys() == expected.keys()
-    different = [key for key in expected if actual[key] != expected[key]]
-    assert not different
-
-
-def test_default_settings_are_deterministic(loaded: LoadedModel) -> None:
-    assert loaded.runner.kernels.deterministic
-    assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if code_paths() else "torch")
-
-
-def test_choices_of_a_request_differ(alone: dict[tuple[str, int], Answer]) -> None:
-    assert alone["r1", 0][0] != alone["r1", 1][0]
-
-
-def test_full_batch(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
-    engine = make_engine(loaded)
-    assert_same(run(engine, submits), alone)
-    assert max(len(step.rows) for step in engine.recorder.steps) >= len(submits)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunks(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer], chunk: int) -> None:
-    engine = make_engine(loaded, chunk=chunk)
-    assert_same(run(engine, submits), alone)
-    assert all(row.num_tokens <= chunk for step in engine.recorder.steps for row in step.rows)
-
-
-def test_chunks_alone(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
-    for submit in submits[8:12]:
-        answers = run(make_engine(loaded, chunk=7), [submit])
-        assert_same(answers, {key: alone[key] for key in answers})
+@pytest.mark.parametrize(
+    ("chunk", "seqs"),
+    [
+        (0, None),
+        (7, 3),
+        pytest.param(0, 3, marks=LONG),
+        pytest.param(1, None, marks=LONG),
+        pytest.param(7, 1, marks=LONG),
+        pytest.param(64, None, marks=LONG),
+    ],
+)
+def test_in_a_batch(loaded: LoadedModel, submits: list[Submit], alone: Answers, chunk: int, seqs: int | None) -> None:
+    """Of all requests, or of a few at a time in another order; with whole prompts or chunks."""
+    engine = make_engine(loaded, chunk=chunk, seqs=seqs)
+    assert_same(run(engine, submits if seqs is None else submits[::-1]), alone)
+    steps = engine.recorder.steps
+    assert seqs is not None or max(len(step.rows) for step in steps) >= len(submits)
+    assert not chunk or all(row.num_tokens <= chunk for step in steps for row in step.rows)
 
 
 @pytest.mark.checklist("E14")
-def test_warm_prefix_cache(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
+def test_warm_prefix_cache(loaded: LoadedModel, submits: list[Submit], alone: Answers) -> None:
+    """The answer is that of a cold cache, also where a reply comes back in the next prompt."""
     engine = make_engine(loaded)
     run(engine, submits)
     assert_same(run(engine, submits), alone)
     hits = {record.request_id: record.num_cached_tokens for record in list(engine.recorder.requests)[-len(alone) :]}
-    assert all(hits[f"r{number}"] == (length - 1) // 32 * 32 for number, length in enumerate(LENGTHS))
-
-
-def test_a_reply_that_comes_back_in_the_next_prompt(
-    loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]
-) -> None:
-    """The answer is that of a cold cache, whether blocks are found or computed again."""
-    engine = make_engine(loaded)
-    short = [submit for submit, length in zip(submits, LENGTHS, strict=True) if length <= 300]
-    run(engine, short)
-    conversations = ([*submit.prompt_token_ids, *alone[submit.request_id, 0][0], 1234] for submit in short)
+    assert hits == {f"r{number}": (LENGTHS[number] - 1) // 32 * 32 for number in NUMBERS}
     follow_ups = [
-        msgspec.structs.replace(submit, prompt_token_ids=conversation)
-        for submit, conversation in zip(short, conversations, strict=True)
+        msgspec.structs.replace(
+            submit, prompt_token_ids=[*submit.prompt_token_ids, *alone[submit.request_id, 0].token_ids, 1234]
+        )
+        for submit in submits
+        if len(submit.prompt_token_ids) <= 300
     ]
+    num_cached = engine.stats().prompt_tokens_cached_total
     first, again = run(engine, follow_ups), run(engine, follow_ups)
-    assert engine.stats().prompt_tokens_cached_total > 0
+    assert engine.stats().prompt_tokens_cached_total > num_cached
     cold = run_alone(loaded, follow_ups)
     assert_same(first, cold)
     assert_same(again, cold)
 
 
 @pytest.mark.checklist("E04")
-def test_preemption(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
+def test_preemption(loaded: LoadedModel, submits: list[Submit], alone: Answers) -> None:
     """There are blocks for one request of full length, so several shorter ones lack room to grow."""
-    engine = make_engine(loaded, num_blocks=MAX_MODEL_LEN // 32)
-    engine.scheduler.kv.watermark = 0
-    short = [submit for submit, length in zip(submits, LENGTHS, strict=True) if length <= 257]
-    answers = run(engine, short)
+    shorter = dataclasses.replace(loaded, limits=dataclasses.replace(loaded.limits, max_model_len=512))
+    engine = make_engine(shorter, num_blocks=512 // 32)
+    answers = run(engine, [submit for submit in submits if len(submit.prompt_token_ids) <= 257])
     assert_same(answers, {key: alone[key] for key in answers})
     assert engine.stats().preemptions_total > 0
 
 
-@pytest.mark.parametrize("speculative", ["auto", "ngram"])
-def test_drafts(
-    loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer], speculative: str
-) -> None:
+@pytest.mark.parametrize("speculative", ["ngram", pytest.param("auto", marks=LONG)])
+def test_drafts(loaded: LoadedModel, submits: list[Submit], alone: Answers, speculative: str) -> None:
     """Prompts of random tokens, then repetitive ones, many of whose drafts are accepted."""
     engine = make_engine(loaded, seqs=4, speculative=speculative)
-    answers = run(engine, submits[:8])
+    some = submits[: num_examples(4, 8)]
+    answers = run(engine, some)
     assert_same(answers, {key: alone[key] for key in answers})
-    repeating = [
-        msgspec.structs.replace(submit, prompt_token_ids=submit.prompt_token_ids[:16] * 4) for submit in submits[:8]
-    ]
+    repeating = [msgspec.structs.replace(submit, prompt_token_ids=submit.prompt_token_ids[:16] * 4) for submit in some]
     assert_same(run(engine, repeating), run(make_engine(loaded), repeating))
     stats = engine.stats()
     assert 0 < stats.accepted_tokens_total < stats.draft_tokens_total
-
-
-def test_few_at_a_time(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
-    assert_same(run(make_engine(loaded, seqs=3), list(reversed(submits))), alone)
 
 
 # Other kernels.
@@ -246,20 +158,23 @@ def test_few_at_a_time(loaded: LoadedModel, submits: list[Submit], alone: dict[t
 @pytest.fixture(scope="module")
 def few(submits: list[Submit]) -> list[Submit]:
     """Return prompts short and long, greedy and sampled, with penalties, a shared prefix, or two choices."""
-    return [submits[number] for number in (3, 4, 7, 11, 13)]
+    return [submit for submit in submits if submit.request_id in ("r3", "r4", "r7", "r11", "r13")]
 
 
-def assert_promise(loaded: LoadedModel, few: list[Submit], expected: dict[tuple[str, int], Answer]) -> None:
+def assert_promise(loaded: LoadedModel, few: list[Submit], expected: Answers) -> None:
     assert loaded.runner.kernels.deterministic
     assert_same(run(make_engine(loaded), few), expected)
     assert_same(run(make_engine(loaded, chunk=60, seqs=3, speculative="ngram"), few), expected)
 
 
-@pytest.mark.parametrize("code_path", code_paths())
+@pytest.mark.parametrize(
+    "code_path", [path if index == 0 else pytest.param(path, marks=LONG) for index, path in enumerate(code_paths())]
+)
 def test_code_path(smollm2_path: Path, few: list[Submit], code_path: str) -> None:
     """The answers are equal with one thread and with two, so however the work is split."""
     single = load(smollm2_path, code_path, num_threads=1)
     assert (single.runner.kernels.name, single.runner.kernels.num_threads) == (f"cpu {code_path}", 1)
+    few = few[: num_examples(3, 5)]
     expected = run_alone(single, few)
     assert_promise(single, few, expected)
     double = load(smollm2_path, code_path, num_threads=2)
@@ -269,6 +184,7 @@ def test_code_path(smollm2_path: Path, few: list[Submit], code_path: str) -> Non
     assert_same(alone, {key: expected[key] for key in alone})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [{"kv_cache_dtype": "int8"}, {"quantization": "int8"}, {"quantization": "none"}, {"dtype": "float32"}],
@@ -280,6 +196,7 @@ def test_number_formats(smollm2_path: Path, few: list[Submit], settings: dict[st
     assert_promise(loaded, few, run_alone(loaded, few))
 
 
+@pytest.mark.long
 def test_plain_torch(smollm2_path: Path, few: list[Submit]) -> None:
     loaded = load(smollm2_path, "torch")
     assert loaded.runner.kernels.name == "torch"

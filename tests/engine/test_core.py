@@ -5,10 +5,8 @@ real one's key depends on, taken from what it reads itself, so its answers are r
 prefix, with tokens that the host did not know when it launched the row.
 """
 
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,21 +15,21 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.loading import Limits, LoadedModel, load_model
+from engine.loading import Limits, LoadedModel
 from engine.lora.slots import LoraAdapters
 from engine.model.memory_plan import MemoryPlan
 from engine.runner import ModelRunner
 from engine.scheduling.record import StepClock
-from engine.scheduling.request import Scheduled, ScheduledOutput, Step, choice_seed
-from engine.shared.messages import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.scheduling.request import Scheduled, ScheduledOutput, Step
+from engine.shared.messages import FinishReason, SamplingParams, Submit, TokenEvent
 from tests.engine.scheduling.test_scheduler import EOS, PROMPT, logprob_of, random_token, solo_answer, submits
 from tests.engine.test_loading import MODEL
+from tests.support.answers import assert_same, run
 from tests.support.examples import num_examples
-from tests.support.tiny_models import save_random_model
+from tests.support.tiny_engine import load_tiny_model, mixed_submits, new_engine
 
 Key = tuple[bytes, list[int]]  # salt, and the tokens up to and including this one
 Batch = list[tuple[Scheduled, list[int], list[int] | int]]  # block ids, token ids or index of a sample
@@ -138,7 +136,13 @@ class FakeOutputs:
 
 
 def engine_on(
-    device: FakeDevice, *, num_blocks: int, limits: Limits, chunk: int = 0, max_step_ms: float | None = None
+    device: FakeDevice,
+    *,
+    num_blocks: int,
+    limits: Limits,
+    chunk: int = 0,
+    max_step_ms: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     shape = msgspec.structs.replace(MODEL, eos_token_ids=(EOS,))
     runner: Any = device
@@ -147,7 +151,7 @@ def engine_on(
     cuda = torch.device("cuda")
     loaded = LoadedModel(runner, shape, limits, memory, cuda, torch.float16, 0, LoraAdapters([], 0, 0))
     config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, max_step_ms=max_step_ms)
-    return Engine(config, loaded)
+    return Engine(config, loaded, clock=clock)
 
 
 class OverlapMachine(RuleBasedStateMachine):
@@ -227,8 +231,7 @@ class OverlapMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_are_true(self) -> None:
-        if hasattr(self, "engine"):
-            self.engine.scheduler.check()
+        self.engine.scheduler.check()
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
@@ -245,7 +248,7 @@ class OverlapMachine(RuleBasedStateMachine):
 
 TestOverlap = OverlapMachine.TestCase
 TestOverlap.settings = settings(
-    max_examples=num_examples(50, 750), stateful_step_count=40, deadline=None, print_blob=True
+    max_examples=num_examples(30, 750), stateful_step_count=40, deadline=None, print_blob=True
 )
 
 
@@ -272,32 +275,6 @@ def test_the_order_of_things() -> None:
     assert [list(record.seconds) for record in engine.recorder.steps] == [parts] * 3
 
 
-def test_a_row_behind_an_end_token_is_for_nothing() -> None:
-    device = FakeDevice(1)
-    engine = engine_on(device, num_blocks=9, limits=Limits(9, 1, 8))
-    seed = next(seed for seed in range(99) if random_token([1, 0], choice_seed(seed, 0)) == EOS)
-    submit = Submit(
-        request_id="r", prompt_token_ids=[1, 0], params=SamplingParams(max_tokens=5, seed=seed), arrival=0.0
-    )
-    engine.add(submit)
-    assert engine.step() == (None, [])
-    _, events = engine.step()
-    assert [(event.token_ids, event.finish_reason) for event in events] == [([EOS], FinishReason.STOP)]
-    assert engine.stats().num_blocks_used == 0
-    engine.add(msgspec.structs.replace(submit, request_id="s"))  # gets the blocks that the extra row writes to
-    step, events = engine.step()
-    assert step is not None
-    assert (step.num_tokens, events) == (1, [])
-    assert [event.token_ids for event in engine.step()[1]] == [[EOS]]
-
-
-def test_a_gpu_bounds_steps_unless_told_otherwise() -> None:
-    limits = Limits(8, 1, 8)
-    bounds = [engine_on(FakeDevice(4), num_blocks=8, limits=limits, max_step_ms=ms).scheduler.budget.max_ms
-              for ms in (None, 7.0)]  # fmt: skip
-    assert bounds == [100.0, 7.0]
-
-
 class TimedDevice(FakeDevice):
     """A fake device on which a step takes 5 ms, and each row another half."""
 
@@ -309,11 +286,12 @@ class TimedDevice(FakeDevice):
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_prompts_beside_streams_leave_steps_short(monkeypatch: pytest.MonkeyPatch, overlaps: bool) -> None:
+def test_prompts_beside_streams_leave_steps_short(overlaps: bool) -> None:
     """With a bound of 40 ms, steps with a stream take up to that; a prompt alone gets all rows."""
     device = TimedDevice(16)
-    monkeypatch.setattr(time, "monotonic", lambda: device.seconds)
-    engine = engine_on(device, num_blocks=120, limits=Limits(700, 4, 300), max_step_ms=40.0)
+    limits = Limits(700, 4, 300)
+    assert engine_on(device, num_blocks=120, limits=limits).scheduler.budget.max_ms == 100.0, "the default of a GPU"
+    engine = engine_on(device, num_blocks=120, limits=limits, max_step_ms=40.0, clock=lambda: device.seconds)
     engine.overlaps = overlaps
 
     def step_sizes(name: str, num_tokens: int, max_tokens: int) -> list[int]:
@@ -338,99 +316,31 @@ def test_prompts_beside_streams_leave_steps_short(monkeypatch: pytest.MonkeyPatc
 
 # Real kernels on a CPU, where a launch returns when the step is over.
 
-MAX_MODEL_LEN = 128
-
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def load_tiny_model(folder: Path) -> LoadedModel:
-    shape = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_MODEL_LEN,
-        bos_token_id=None,
-        eos_token_id=7,
-    )
-    save_random_model(LlamaForCausalLM(shape), folder, seed=1)
-    return load_model(EngineConfig(model_path=str(folder), block_size=16, max_num_seqs=8, kv_cache_memory=1 << 21))
-
-
-def mixed_submits() -> list[Submit]:
-    """Return requests with settings that depend on earlier tokens, and with all finish reasons."""
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0.0},
-        {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 2},
-        {"temperature": 2.0, "top_p": 0.95, "stop_token_ids": tuple(range(20)), "ignore_eos": False},
-        {"temperature": 1.5, "min_tokens": 9, "stop_token_ids": tuple(range(100)), "prompt_logprobs": 1},
-    ]
-    found = []
-    for number in range(16):
-        generator = torch.Generator().manual_seed(number)
-        prompt = torch.randint(0, 300, (5 + 6 * number,), generator=generator).tolist()
-        params = {"max_tokens": 4 + 2 * number, "seed": number, "ignore_eos": True} | kinds[number % 4]
-        found.append(
-            Submit(
-                request_id=f"r{number}",
-                prompt_token_ids=prompt,
-                params=SamplingParams(**params),
-                arrival=0.0,
-                n=1 + (number % 5 == 0),
-            )
-        )
-    return found
-
-
-Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs], FinishReason | None]
-
-
-def answers(engine: Engine, requests: Sequence[Submit]) -> dict[tuple[str, int], Answer]:
-    for submit in requests:
-        engine.add(submit)
-    found: dict[tuple[str, int], Answer] = {}
-    while engine.has_work:
-        for event in engine.step()[1]:
-            assert event.error is None
-            key = (event.request_id, event.index)
-            token_ids, logprobs, prompt_logprobs, _ = found.get(key, ([], [], [], None))
-            found[key] = (
-                token_ids + event.token_ids,
-                logprobs + (event.logprobs or []),
-                prompt_logprobs + (event.prompt_logprobs or []),
-                event.finish_reason,
-            )
-    engine.scheduler.check()
-    assert engine.stats().num_blocks_used == 0
-    return found
-
-
 @pytest.mark.parametrize("num_blocks", [200, 12])
 def test_the_same_answers(loaded: LoadedModel, num_blocks: int) -> None:
     """Answers are those without overlap, bit for bit, also if requests are preempted."""
-    config = EngineConfig(model_path="", speculative="off", long_prefill_token_threshold=20)
-    assert num_blocks <= loaded.memory.num_blocks
-    memory = dataclasses.replace(loaded.memory, num_blocks=num_blocks)
-    loaded = dataclasses.replace(loaded, memory=memory)
-    expected = answers(Engine(config, loaded), mixed_submits())
-    engine = Engine(config, loaded, overlaps=True)
-    assert engine.overlaps
-    assert answers(engine, mixed_submits()) == expected
-    assert len(expected) == 20
-    assert {reason for *_, reason in expected.values()} == {FinishReason.STOP, FinishReason.LENGTH}
+    engine, other = (
+        new_engine(loaded, num_blocks=num_blocks, overlaps=overlaps, long_prefill_token_threshold=20)
+        for overlaps in (True, False)
+    )
+    assert (engine.overlaps, other.overlaps) == (True, False)
+    expected = run(other, mixed_submits(16))
+    assert_same(run(engine, mixed_submits(16)), expected)
+    assert {answer.reason for answer in expected.values()} == {FinishReason.STOP, FinishReason.LENGTH}
     assert (engine.stats().preemptions_total > 0) == (num_blocks == 12)
+    assert not new_engine(loaded, speculative="ngram", overlaps=True).overlaps
 
 
 def test_the_host_knows_nothing_of_the_tokens_that_a_step_reads(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Most rows of a step take their token from the device; the host has put a zero there."""
-    config = EngineConfig(model_path="", speculative="off")
     num_ahead: list[int] = []
     forward = ModelRunner.forward
 
@@ -444,13 +354,8 @@ def test_the_host_knows_nothing_of_the_tokens_that_a_step_reads(
     prompt = list(range(40))
     params = SamplingParams(max_tokens=10, ignore_eos=True)
     submit = Submit(request_id="r", prompt_token_ids=prompt, params=params, arrival=0.0)
-    answers(Engine(config, loaded, overlaps=True), [submit])
+    run(new_engine(loaded, overlaps=True), [submit])
     assert num_ahead == [0] + [1] * 9
     num_ahead.clear()
-    answers(Engine(config, loaded), [submit])
+    run(new_engine(loaded), [submit])
     assert num_ahead == [0] * 10
-
-
-def test_no_overlap_with_drafts(loaded: LoadedModel) -> None:
-    assert not Engine(EngineConfig(model_path="", speculative="ngram"), loaded, overlaps=True).overlaps
-    assert not Engine(EngineConfig(model_path="", speculative="off"), loaded).overlaps

@@ -24,10 +24,11 @@ from engine.core import Engine
 from engine.grammar.matcher import GrammarManager
 from engine.loading import LoadedModel, load_model
 from engine.scheduling.block_pool import BlockPool
-from engine.shared.messages import SamplingParams, Submit, TokenEvent
+from engine.shared.messages import SamplingParams, Submit
 from server.constrained.constraints import schema_constraint
 from server.text.tokenizer import Tokenizer
-from tests.engine.test_api_connections import Choice, Connected
+from tests.engine.test_api_connections import Connected
+from tests.support.answers import Answers, errors_of
 from tests.support.examples import drawn
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
@@ -106,9 +107,6 @@ def counted(allocations: Allocations, connected: Connected) -> Iterator[None]:
         yield
 
 
-Answer = tuple[list[int], list[Any], list[Any], Any]
-
-
 class Scenario:
     """Two tenants' requests: with a grammar, log probabilities, a LoRA adapter, drafts, and a prefix in common."""
 
@@ -136,8 +134,7 @@ class Scenario:
             ),
         ]
 
-    def run(self, allocations: Allocations, *, overlaps: bool) -> tuple[dict[Choice, Answer], dict[Choice, str]]:
-        """Return the answers, and the errors of those that failed."""
+    def run(self, allocations: Allocations, *, overlaps: bool) -> Answers:
         config = EngineConfig(
             model_path="", speculative="off" if overlaps else "ngram", long_prefill_token_threshold=24
         )
@@ -146,24 +143,13 @@ class Scenario:
         connected = Connected(engine)
         try:
             with counted(allocations, connected):
-                events = connected.run(self.submits)
+                answers = connected.run(self.submits)
         finally:
             connected.close()
         stats = engine.stats()
         self.seen |= {name for name in COVERED if getattr(stats, name)}
         assert not list(engine.scheduler.requests())
-        return {choice: answer(some) for choice, some in events.items()}, {
-            choice: some[-1].error for choice, some in events.items() if some[-1].error is not None
-        }
-
-
-def answer(events: list[TokenEvent]) -> Answer:
-    return (
-        [token_id for event in events for token_id in event.token_ids],
-        [entry for event in events for entry in event.logprobs or []],
-        [entry for event in events for entry in event.prompt_logprobs or []],
-        events[-1].finish_reason,
-    )
+        return answers
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +173,17 @@ def scenario(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Sc
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name.lower())
 def test_an_allocation_fails(scenario: Scenario, kind: Kind, *, overlaps: bool) -> None:
     counting = Allocations()
-    expected, errors = scenario.run(counting, overlaps=overlaps)
-    assert not errors
-    for number in drawn(counting.counts[kind]):
-        answers, errors = scenario.run(Allocations(kind, number), overlaps=overlaps)
-        assert len({name for name, _ in errors}) <= 1, number
+    expected = scenario.run(counting, overlaps=overlaps)
+    assert not errors_of(expected)
+    for number in drawn(counting.counts[kind], 3):
+        answers = scenario.run(Allocations(kind, number), overlaps=overlaps)
+        assert len({name for name, _ in errors_of(answers)}) <= 1, number
         assert answers.keys() == expected.keys()
-        assert {choice: some for choice, some in answers.items() if choice not in errors} == {
-            choice: some for choice, some in expected.items() if choice not in errors
-        }, number
-        assert all(answers[choice][0] == expected[choice][0][: len(answers[choice][0])] for choice in errors), number
+        for choice, answer in answers.items():
+            if answer.error is None:
+                assert answer == expected[choice], number
+            else:
+                assert answer.token_ids == expected[choice].token_ids[: len(answer.token_ids)], number
 
 
 def test_the_scenario_has_all_that_it_is_for(scenario: Scenario) -> None:

@@ -32,41 +32,36 @@ MODEL = llama_config(
 )
 
 
-def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == CPU
-    assert choose_device("cpu") == CPU
-    with pytest.raises(ValueError, match="--device cuda:1"):
-        choose_device("cuda:1")
-
-
-def test_device_number_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)  # torch needs an index
-    assert choose_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="--device cuda:2"):
-        choose_device("cuda:2")
-
-
-def test_each_of_several_engines_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [choose_device("auto", rank, 2).index for rank in (0, 1)] == [0, 1]
-    assert choose_device("cuda", 1, 2) == torch.device("cuda", 1)
-    assert choose_device("cpu", 1, 2) == CPU
-    with pytest.raises(ValueError, match="--device cuda, engine 2 of 3: torch finds 2 CUDA devices here"):
-        choose_device("cuda", 2, 3)
-    with pytest.raises(ValueError, match="--device cuda, engine 1 of 2, rank 2: torch finds 2 CUDA devices here"):
-        choose_device("cuda", 5, 2, num_ranks=3)
-    with pytest.raises(ValueError, match="--device cuda:1: 2 engines need a GPU each; use --device cuda"):
-        choose_device("cuda:1", 1, 2)
-
-
-@pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
-def test_unknown_device(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--device {name}"):
-        choose_device(name)
+@pytest.mark.parametrize(
+    ("num_gpus", "arguments", "expected"),  # name, engine, number of engines, number of ranks
+    [
+        (0, ("auto",), "cpu"),
+        (0, ("cpu",), "cpu"),
+        (0, ("cuda:1",), ValueError("--device cuda:1")),
+        (2, ("auto",), "cuda:0"),  # torch needs an index
+        (2, ("cuda",), "cuda:0"),
+        (2, ("cuda:1",), "cuda:1"),
+        (2, ("cuda:2",), ValueError("--device cuda:2")),
+        # Each of several engines has a GPU.
+        (2, ("auto", 0, 2), "cuda:0"),
+        (2, ("auto", 1, 2), "cuda:1"),
+        (2, ("cpu", 1, 2), "cpu"),
+        (2, ("cuda", 2, 3), ValueError("--device cuda, engine 2 of 3: torch finds 2 CUDA devices here")),
+        (2, ("cuda", 5, 2, 3), ValueError("--device cuda, engine 1 of 2, rank 2: torch finds 2 CUDA devices here")),
+        (2, ("cuda:1", 1, 2), ValueError("--device cuda:1: 2 engines need a GPU each; use --device cuda")),
+        *((2, (name,), ValueError(f"--device {name}")) for name in ("gpu", "meta", "", "cuda:x")),
+    ],
+)
+def test_device(
+    num_gpus: int, arguments: tuple[Any, ...], expected: str | ValueError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    if isinstance(expected, ValueError):
+        with pytest.raises(ValueError, match=str(expected)):
+            choose_device(*arguments)
+    else:
+        assert choose_device(*arguments) == torch.device(expected)
 
 
 def test_dtype() -> None:
@@ -78,11 +73,9 @@ def test_dtype() -> None:
 
 
 def test_limits() -> None:
-    limits = choose_limits(EngineConfig(model_path=""), MODEL, CPU)
-    assert limits.max_model_len == 4096
-    assert limits.max_num_batched_tokens == 256
-    limits = choose_limits(EngineConfig(model_path="", max_model_len=100, max_num_seqs=600), MODEL, CPU)
-    assert (limits.max_model_len, limits.max_num_seqs, limits.max_num_batched_tokens) == (100, 600, 600)
+    assert choose_limits(EngineConfig(model_path=""), MODEL, CPU) == Limits(4096, 128, 256)
+    config = EngineConfig(model_path="", max_model_len=100, max_num_seqs=600)
+    assert choose_limits(config, MODEL, CPU) == Limits(100, 600, 600)
 
 
 def test_context_longer_than_the_model_was_trained_for() -> None:

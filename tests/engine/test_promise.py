@@ -18,16 +18,20 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
-from tests.engine.test_batch_invariance import assert_same, make_engine, run, run_alone
+from tests.support.answers import assert_same, make_engine, run, run_alone
+from tests.support.examples import IS_LONG
 from tests.support.family_models import VOCAB_SIZE, save_family_model
 from tests.support.kernel_choice import choose_kernels
 from tests.support.ranks import load_ranks
 from tests.support.tiny_models import save_random_model
 
+pytestmark = pytest.mark.drawn  # more prompts and chunks in `make test-long`
+
 SEED = 17
 MAX_MODEL_LEN = 256
 BLOCK_SIZE = 16
-LENGTHS = (1, 8, 17, 31, 32, 33, 64, 90, 130)
+LENGTHS = (1, 8, 17, 31, 32, 33, 64, 90, 130) if IS_LONG else (1, 17, 33, 64, 130)
+MAX_TOKENS = 40 if IS_LONG else 20
 # Row of the table of families -> what it is for.
 MODELS = {
     "gpt_oss": "windows, sinks, and experts with biases",
@@ -66,7 +70,7 @@ def requests() -> list[Submit]:
     for number, length in enumerate(LENGTHS):
         temperature, top_p = (0.9, 0.95) if number % 2 else (0.0, 1.0)
         params = SamplingParams(
-            max_tokens=40 + number,
+            max_tokens=MAX_TOKENS + number,
             seed=number,
             logprobs=2,
             ignore_eos=True,
@@ -103,20 +107,26 @@ def test_answers_are_the_same(name: str, kernels: str, model: Callable[[str], Pa
     warm = run(engine, follow_ups)  # before another engine writes to the same memory
     assert_same(warm, run_alone(loaded, follow_ups))
 
-    for chunk in (1, 7, 40):
+    for chunk in (1, 7, 40) if IS_LONG else (7,):
         assert_same(run(make_engine(loaded, chunk=chunk, seqs=5, speculative="ngram"), submits), alone)
 
     engine = make_engine(loaded, num_blocks=loaded.memory.blocks_per_request)
-    engine.scheduler.kv.watermark = 0
     assert_same(run(engine, submits), alone)
     assert engine.stats().preemptions_total > 0
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kv_cache_dtype": "int8"}, {"quantization": "int8"}, {"dtype": "float32"}], ids=str
+    "settings",
+    [
+        {"kv_cache_dtype": "int8", "quantization": "int8"},
+        pytest.param({"kv_cache_dtype": "int8"}, marks=pytest.mark.long),
+        pytest.param({"quantization": "int8"}, marks=pytest.mark.long),
+        pytest.param({"dtype": "float32"}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_number_formats(settings: dict[str, str], model: Callable[[str], Path]) -> None:
-    loaded, submits = load(model("gpt_oss"), "default", **settings), requests()[3:]
+    loaded, submits = load(model("gpt_oss"), "default", **settings), requests()[2:]
     alone = run_alone(loaded, submits)
     assert_same(run(make_engine(loaded), submits), alone)
     assert_same(run(make_engine(loaded, chunk=7, seqs=3), list(reversed(submits))), alone)
@@ -133,7 +143,10 @@ SHARED: dict[str, Any] = {
 
 
 @pytest.mark.checklist("E15")
-@pytest.mark.parametrize(("num_ranks", "head_dim"), [(1, 16), (2, 16), (4, 16), (2, 8)])
+@pytest.mark.parametrize(
+    ("num_ranks", "head_dim"),
+    [(2, 16), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 16), (4, 16), (2, 8)))],
+)
 def test_ranks_answer_the_same(num_ranks: int, head_dim: int, tmp_path: Path) -> None:
     """The promise holds within one number of ranks. Heads of 8 are computed by plain torch."""
     shape = SHARED | {"head_dim": head_dim, "num_hidden_layers": 3, "vocab_size": VOCAB_SIZE}
@@ -148,7 +161,7 @@ def test_ranks_answer_the_same(num_ranks: int, head_dim: int, tmp_path: Path) ->
         tensor_parallel_size=num_ranks,
         speculative="off",
     )
-    submits = requests()[4:]
+    submits = requests()[2:]
     with load_ranks(config) as loaded:
         assert loaded.runner.kernels.deterministic
         alone = {key: answer for submit in submits for key, answer in run(Engine(config, loaded), [submit]).items()}

@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit, TokenLogprobs
+from tests.support.answers import Answer, errors_of, run
+from tests.support.examples import IS_LONG
 from tests.support.kernel_choice import choose_kernels
 from tests.support.tiny_models import save_random_model
 
@@ -43,7 +45,10 @@ def folder(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     return save_random_model(model, tmp_path_factory.mktemp("model"), seed=1)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "torch float32", "torch bfloat16"])
+OTHER_FORMATS = [pytest.param(each, marks=pytest.mark.long) for each in ("float32", "torch bfloat16")]
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "int8", "torch float32", *OTHER_FORMATS])
 def loaded(request: pytest.FixtureRequest, folder: Path) -> LoadedModel:
     return load(folder, request.param)
 
@@ -58,11 +63,6 @@ def load(folder: Path, formats: str) -> LoadedModel:
         return load_model(config)
 
 
-def make_engine(loaded: LoadedModel, chunk: int = 0) -> Engine:
-    """Return an engine with an empty cache."""
-    return Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
-
-
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(0, NAN_TOKEN, (length,), generator=generator).tolist()
@@ -74,19 +74,17 @@ def submit(name: str, prompt: list[int], max_tokens: int = 5, **settings: float 
     return Submit(request_id=name, prompt_token_ids=prompt, params=params, arrival=0.0)
 
 
-def run(engine: Engine, submits: list[Submit]) -> dict[str, TokenEvent]:
-    """Return all events of each request, merged into one."""
+def run_all(loaded: LoadedModel, submits: list[Submit], chunk: int = 0) -> dict[str, Answer]:
+    """Return the answer to each request, by its name, of an engine with an empty cache."""
+    engine = Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
+    return {name: answer for (name, _), answer in run(engine, submits).items()}
+
+
+def run_each(loaded: LoadedModel, submits: list[Submit]) -> dict[str, Answer]:
+    """Return the answer to each request alone."""
+    answers: dict[str, Answer] = {}
     for one in submits:
-        engine.add(one)
-    answers: dict[str, TokenEvent] = {}
-    while engine.has_work:
-        for event in engine.step()[1]:
-            answer = answers.setdefault(event.request_id, event)
-            if answer is not event:
-                answer.token_ids += event.token_ids
-                if event.logprobs is not None:
-                    answer.logprobs = [*(answer.logprobs or []), *event.logprobs]
-                answer.finish_reason, answer.error = event.finish_reason, event.error
+        answers |= run_all(loaded, [one])
     return answers
 
 
@@ -102,17 +100,13 @@ def assert_logprobs(entries: list[TokenLogprobs], token_ids: list[int], logits: 
         assert entry.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-3)
 
 
+@pytest.mark.drawn
 def test_prompt_logprobs_of_chunks_equal_those_in_one_piece(loaded: LoadedModel) -> None:
     submits = [submit(f"r{n}", prompt_of(n, n), prompt_logprobs=3, temperature=0.0) for n in (1, 2, 64, 65, 150, 300)]
-    whole: dict[str, TokenEvent] = {}
-    for one in submits:
-        whole |= run(make_engine(loaded), [one])
-    assert [len(event.prompt_logprobs or []) for event in whole.values()] == [0, 1, 63, 64, 149, 299]
-    for chunk in (1, 7, 64):
-        answers = run(make_engine(loaded, chunk), submits)
-        for name, expected in whole.items():
-            assert answers[name].prompt_logprobs == expected.prompt_logprobs, f"{name} in chunks of {chunk}"
-            assert answers[name].token_ids == expected.token_ids
+    whole = run_each(loaded, submits)
+    assert [len(answer.prompt_logprobs) for answer in whole.values()] == [0, 1, 63, 64, 149, 299]
+    for chunk in (1, 7, 64) if IS_LONG else (7,):
+        assert run_all(loaded, submits, chunk) == whole, f"in chunks of {chunk}"
 
 
 def test_log_probabilities_of_the_prompt_change_no_token(loaded: LoadedModel) -> None:
@@ -120,10 +114,9 @@ def test_log_probabilities_of_the_prompt_change_no_token(loaded: LoadedModel) ->
     lengths = (1, 64, 65, 150)
     plain = [submit(f"r{n}", prompt_of(n, n), logprobs=3, seed=5) for n in lengths]
     with_prompt = [submit(f"r{n}", prompt_of(n, n), logprobs=3, seed=5, prompt_logprobs=2) for n in lengths]
-    expected = run(make_engine(loaded, 40), plain)
+    expected = run_all(loaded, plain, 40)
     for submits in (with_prompt, [*with_prompt[:2], *plain[2:]]):
-        answers = run(make_engine(loaded, 40), submits)
-        for name, answer in answers.items():
+        for name, answer in run_all(loaded, submits, 40).items():
             assert (answer.token_ids, answer.logprobs) == (expected[name].token_ids, expected[name].logprobs), name
 
 
@@ -133,11 +126,9 @@ def test_logprobs_are_those_of_transformers(folder: Path, model: LlamaForCausalL
     prompt = prompt_of(100)
     # Sampling settings do not change the reported log probabilities.
     strange = {"seed": 3, "temperature": 0.7, "repetition_penalty": 1.5, "top_k": 20}
-    answer = run(make_engine(loaded), [submit("r", prompt, 20, logprobs=4, prompt_logprobs=2, **strange)])["r"]
+    answer = run_all(loaded, [submit("r", prompt, 20, logprobs=4, prompt_logprobs=2, **strange)])["r"]
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + answer.token_ids])).logits[0]
-    assert answer.prompt_logprobs is not None
-    assert answer.logprobs is not None
     assert_logprobs(answer.prompt_logprobs, prompt[1:], logits[:99], num_top=2)
     assert_logprobs(answer.logprobs, answer.token_ids, logits[99:-1], num_top=4)
 
@@ -147,24 +138,16 @@ def test_each_request_gets_the_logprobs_that_it_asked_for(loaded: LoadedModel) -
         submit("none", prompt_of(20, 1)),
         submit("zero", prompt_of(30, 2), logprobs=0),
         submit("many", prompt_of(40, 3), logprobs=20),
-        submit("prompt", prompt_of(50, 4), prompt_logprobs=0),
+        submit("prompt", prompt_of(50, 4), max_tokens=0, prompt_logprobs=0),
     ]
-    answers = run(make_engine(loaded), submits)
-    assert answers["none"].logprobs is None
-    assert [entry.top_token_ids for entry in answers["zero"].logprobs or []] == [[]] * 5
-    assert [len(entry.top_token_ids) for entry in answers["many"].logprobs or []] == [20] * 5
-    assert answers["many"].prompt_logprobs is None
-    assert [entry.top_token_ids for entry in answers["prompt"].prompt_logprobs or []] == [[]] * 49
-    for one in submits:
-        assert run(make_engine(loaded), [one])[one.request_id].logprobs == answers[one.request_id].logprobs
-
-
-def test_prompt_alone(loaded: LoadedModel) -> None:
-    """With max_tokens 0, only the prompt's log probabilities are computed."""
-    answer = run(make_engine(loaded), [submit("r", prompt_of(30), max_tokens=0, prompt_logprobs=1)])["r"]
-    assert answer.token_ids == []
-    assert answer.finish_reason is FinishReason.LENGTH
-    assert len(answer.prompt_logprobs or []) == 29
+    answers = run_all(loaded, submits)
+    assert answers["none"].logprobs == []
+    assert [entry.top_token_ids for entry in answers["zero"].logprobs] == [[]] * 5
+    assert [len(entry.top_token_ids) for entry in answers["many"].logprobs] == [20] * 5
+    assert answers["many"].prompt_logprobs == []
+    assert [entry.top_token_ids for entry in answers["prompt"].prompt_logprobs] == [[]] * 49
+    assert (answers["prompt"].token_ids, answers["prompt"].reason) == ([], FinishReason.LENGTH)
+    assert run_each(loaded, submits) == answers
 
 
 def test_what_is_loaded(loaded: LoadedModel, model: LlamaForCausalLM) -> None:
@@ -180,7 +163,7 @@ def test_what_is_loaded(loaded: LoadedModel, model: LlamaForCausalLM) -> None:
 # A failure affects only its own request.
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "torch bfloat16"])
+@pytest.fixture(scope="module", params=["bfloat16", *OTHER_FORMATS])
 def broken(
     request: pytest.FixtureRequest, model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
 ) -> LoadedModel:
@@ -194,38 +177,28 @@ def broken(
 
 
 @pytest.mark.checklist("F07")
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_p": 0.5, "repetition_penalty": 1.2, "top_k": 9}])
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.5, "repetition_penalty": 1.2, "top_k": 9}])
 def test_logits_that_are_not_finite_end_that_request_alone(broken: LoadedModel, settings: dict[str, float]) -> None:
     good = [submit(f"good{n}", prompt_of(n, n), 40, logprobs=2, **settings) for n in (3, 40, 200)]
-    alone: dict[str, TokenEvent] = {}
-    for one in good:
-        alone |= run(make_engine(clean(broken)), [one])
+    alone = run_each(clean(broken), good)
     bad = submit("bad", [*prompt_of(50), NAN_TOKEN, *prompt_of(50)], 40, logprobs=2, **settings)
-    engine = make_engine(clean(broken))
+    engine = Engine(EngineConfig(model_path=""), clean(broken))
     answers = run(engine, [bad, *good])
-    assert answers["bad"].finish_reason is FinishReason.ERROR
-    assert answers["bad"].error == "the model's logits are not finite, or allow no token"
-    for one in good:
-        assert answers[one.request_id].token_ids == alone[one.request_id].token_ids
-        assert answers[one.request_id].logprobs == alone[one.request_id].logprobs
+    assert errors_of(answers) == {("bad", 0): "the model's logits are not finite, or allow no token"}
     # What the failed request left in its blocks does not reach later requests either.
     again = run(engine, [msgspec.structs.replace(one, request_id=f"{one.request_id} again") for one in good])
-    for one in good:
-        assert again[f"{one.request_id} again"].token_ids == alone[one.request_id].token_ids
+    for name, answer in alone.items():
+        assert answers[name, 0] == again[f"{name} again", 0] == answer
 
 
 @pytest.mark.parametrize("pooling", list(Pooling))
 def test_hidden_states_that_are_not_finite_end_that_request_alone(broken: LoadedModel, pooling: Pooling) -> None:
-    engine = make_engine(clean(broken))
     good = submit("good", prompt_of(300), 0, pooling=pooling)
     bad = submit("bad", [*prompt_of(50), NAN_TOKEN, *prompt_of(50)], 0, pooling=pooling)
-    answers = run(engine, [bad, good])
-    assert answers["bad"].finish_reason is FinishReason.ERROR
-    assert answers["bad"].error == "the model's hidden states are not finite"
-    assert answers["bad"].embedding is None
-    embedding = answers["good"].embedding
-    assert embedding is not None
-    assert math.hypot(*embedding) == pytest.approx(1)
+    answers = run_all(clean(broken), [bad, good])
+    assert answers["bad"] == Answer(reason=FinishReason.ERROR, error="the model's hidden states are not finite")
+    assert answers["good"].embedding is not None
+    assert math.hypot(*answers["good"].embedding) == pytest.approx(1)
 
 
 def clean(loaded: LoadedModel) -> LoadedModel:

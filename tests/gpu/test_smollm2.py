@@ -17,7 +17,8 @@ from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
 from server.text.tokenizer import Tokenizer
 from tests.bench.quality import TEXT
-from tests.engine.test_batch_invariance import MAX_MODEL_LEN, assert_same, make_engine, run, run_alone, submits
+from tests.engine.test_batch_invariance import MAX_MODEL_LEN, submits
+from tests.support.answers import assert_same, make_engine, run, run_alone
 from tests.support.kernel_device import ON_A_GPU
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import all_logits, fingerprint_of

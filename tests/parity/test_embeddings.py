@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit
-from tests.engine.test_batch_invariance import make_engine
+from tests.support.answers import make_engine
 from tests.support.kernel_choice import choose_kernels
 
 SEED = 4

@@ -1,7 +1,5 @@
 """The inputs of a step against an implementation with plain lists."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -112,16 +110,6 @@ def test_rows_of_a_step(data: st.DataObject, block_size: int, num_groups: int) -
 
 def block_ids_of(item: Scheduled, group: int) -> list[int]:
     return [0 if block is None else block.block_id for block in item.request.kv.tables[group].blocks]
-
-
-def test_full_buffers() -> None:
-    """A batch of maximum size: rows, all of which are sampled, sequences and blocks."""
-    builder = BatchBuilder(replace(LIMITS, max_num_tokens=MAX_NUM_SEQS, max_num_seqs=MAX_NUM_SEQS), CPU)
-    requests = [make_request(list(range(MAX_MODEL_LEN)), list(range(13))) for _ in range(MAX_NUM_SEQS)]
-    batch = builder.build(Step(1, [Scheduled(request, MAX_MODEL_LEN - 1, 1, 1) for request in requests]))
-    assert batch.sample_rows.tolist() == list(range(MAX_NUM_SEQS))
-    assert [slots.tolist() for slots in batch.slot_mappings] == [[12 * 16 + 7] * MAX_NUM_SEQS]
-    assert [table.shape for table in batch.block_tables] == [(MAX_NUM_SEQS, 13)]
 
 
 def test_generated_rows_are_counted() -> None:

@@ -1,29 +1,33 @@
-"""The processes of a group: how they find each other, and how their end is noticed."""
+"""The processes of a group: how they find each other, on which cores they run, and how their end is noticed."""
 
 import os
 import queue
-import select
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig, EngineProcessConfig
+from engine.distributed.cores import check_cores, use_own_cores
 from engine.distributed.group import Command, Leader
+from engine.distributed.observation import LeadingRunner
+from engine.ranks import load
+from tests.support.ranks import fail
 from tests.support.tiny_models import save_random_model
 
-SHAPE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
 SECONDS = 60  # bounds hangs only
+ALLOWED = os.sched_getaffinity(0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=1, vocab_size=64))
-    return save_random_model(model, tmp_path_factory.mktemp("model"), seed=1)
+    shape = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32)
+    shape.num_hidden_layers, shape.vocab_size = 1, 64
+    return save_random_model(LlamaForCausalLM(shape), tmp_path_factory.mktemp("model"), seed=1)
 
 
 @contextmanager
@@ -47,13 +51,6 @@ def lose_rank() -> None:
     raise RuntimeError("Connection reset by peer")
 
 
-def test_the_end_of_a_rank_is_reported(folder: Path) -> None:
-    deaths: queue.Queue[str] = queue.Queue()
-    with started(folder, deaths):
-        rank_process().kill()
-        assert deaths.get(timeout=SECONDS) == "rank 1 of 2 was killed by SIGKILL"
-
-
 def test_a_connection_that_breaks_is_no_failure_of_rank_0(folder: Path) -> None:
     """The collective that fails in rank 0 knows less than the end of the other rank tells."""
     deaths: queue.Queue[str] = queue.Queue()
@@ -67,21 +64,19 @@ def test_a_connection_that_breaks_is_no_failure_of_rank_0(folder: Path) -> None:
         assert deaths.empty()
 
 
-def test_a_rank_that_ends_while_the_model_is_loaded(tmp_path: Path) -> None:
-    """What is wrong with the model or the settings is for rank 0 to report."""
+@pytest.mark.parametrize("is_loading", [False, True])
+def test_a_rank_that_cannot_load_its_part(tmp_path: Path, is_loading: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While rank 0 loads its own, it is for rank 0 to report what is wrong with the model or the settings."""
     deaths: queue.Queue[str] = queue.Queue()
-    with started(tmp_path, deaths) as group, group.loading():
-        with suppress(psutil.ZombieProcess):  # it may have ended already
-            assert select.select([os.pidfd_open(rank_process().pid)], [], [], SECONDS)[0]
-        with pytest.raises(queue.Empty):
-            deaths.get(timeout=1)
+    logged: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr("engine.distributed.group.logger.error", lambda text, *args: logged.put(text % args))
+    with ExitStack() as stack, started(tmp_path, deaths) as group:
+        if is_loading:
+            stack.enter_context(group.loading())
+        told = logged if is_loading else deaths
+        assert told.get(timeout=SECONDS) == "rank 1 of 2 exited with code 1"
     assert deaths.empty()
-
-
-def test_a_rank_that_cannot_load_its_part(tmp_path: Path) -> None:
-    deaths: queue.Queue[str] = queue.Queue()
-    with started(tmp_path, deaths):
-        assert deaths.get(timeout=SECONDS) == "rank 1 of 2 exited with code 1"
+    assert logged.empty()
 
 
 def test_the_end_of_the_group_is_no_death(folder: Path) -> None:
@@ -91,3 +86,35 @@ def test_the_end_of_the_group_is_no_death(folder: Path) -> None:
         assert group.memory.integers((2,)).tolist() == [0, 0]
     assert not rank.is_running()
     assert deaths.empty()
+
+
+@contextmanager
+def cores_restored() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, ALLOWED)
+        torch.set_num_threads(num_threads)
+
+
+def test_each_rank_needs_a_core() -> None:
+    check_cores(2, 2)
+    with pytest.raises(ValueError, match="--cpu-affinity auto: 3 ranks need a core each, but this process may use 2"):
+        check_cores(2, 3)
+    with cores_restored():
+        use_own_cores(0, len(ALLOWED), binds=True)
+        assert len(os.sched_getaffinity(0)) == 1
+        assert torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(len(ALLOWED) < 2, reason="each rank needs a core")
+def test_ranks_run_on_cores_of_their_own(folder: Path) -> None:
+    config = EngineConfig(model_path=str(folder), tensor_parallel_size=2, cpu_affinity="auto", max_model_len=64)
+    with cores_restored():
+        loaded = load(EngineProcessConfig(address="", config=config), fail)
+        assert isinstance(loaded.runner, LeadingRunner)
+        own, others = os.sched_getaffinity(0), set(rank_process().cpu_affinity())
+        assert own | others == ALLOWED
+        assert not own & others
+        loaded.runner.group.close()

@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from engine.batch import transfer
-from engine.batch.transfer import HostCopy, packed_copy, to_device
+from engine.batch.transfer import HostCopy, packed_copy
 from engine.config import load_model_config
 from engine.execution.cuda_graphs import GraphedExecution
 from engine.execution.eager import EagerExecution
@@ -31,6 +30,7 @@ from tests.support.triton_models import SEED, load
 
 CPU = torch.device("cpu")
 LIMITS: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 4}
+LONG = pytest.mark.long
 TWO_LAYERS = SHAPE | {"num_hidden_layers": 2}  # the last layer differs from those before
 
 
@@ -47,29 +47,24 @@ def check(loaded: LoadedModel) -> CaptureChecker:
     "settings",
     [
         {},
-        {"batch_invariant": False},
-        {"quantization": "int8", "kv_cache_dtype": "int8"},
-        {"kv_cache_dtype": "fp8"},
-        {"dtype": "float16"},
+        pytest.param({"quantization": "int8", "kv_cache_dtype": "int8"}, marks=LONG),
+        pytest.param({"batch_invariant": False}, marks=LONG),
+        pytest.param({"kv_cache_dtype": "fp8"}, marks=LONG),
+        pytest.param({"dtype": "float16"}, marks=LONG),
     ],
     ids=str,
 )
 def test_nothing_is_found(settings: dict[str, Any], tmp_path: Path) -> None:
-    model = LlamaForCausalLM(LlamaConfig(**TWO_LAYERS, attention_bias=True))
+    model = MistralForCausalLM(MistralConfig(**TWO_LAYERS, sliding_window=37))
     checker = check(load(save_random_model(model, tmp_path, SEED), **LIMITS, **settings))
     assert checker.found == []
     assert checker.num_launches >= 30
 
 
-def test_nothing_is_found_with_a_window(tmp_path: Path) -> None:
-    model: PreTrainedModel = MistralForCausalLM(MistralConfig(**TWO_LAYERS, sliding_window=37))
-    checker = check(load(save_random_model(model, tmp_path, SEED), **LIMITS))
-    assert checker.found == []
-    assert checker.num_launches >= 30
-
-
+@pytest.mark.long
 def test_nothing_is_found_with_adapters(tmp_path: Path) -> None:
-    folder = save_random_model(LlamaForCausalLM(LlamaConfig(**TWO_LAYERS)), tmp_path / "model", SEED)
+    model = LlamaForCausalLM(LlamaConfig(**TWO_LAYERS, attention_bias=True))
+    folder = save_random_model(model, tmp_path / "model", SEED)
     adapter = save_random_adapter(tmp_path / "a", load_model_config(folder), 1, ranks={"": 5})
     checker = check(load(folder, **LIMITS, lora_modules={"a": str(adapter)}, max_loras=1))
     assert checker.found == []
@@ -79,7 +74,7 @@ def test_nothing_is_found_with_adapters(tmp_path: Path) -> None:
 ROW_KERNELS = {"_attend", "_reduce", "_rope_and_store_kv", "_norm"}  # the bits of products are compared as code
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 4])
+@pytest.mark.parametrize("max_num_seqs", [1, pytest.param(4, marks=LONG)])
 def test_a_graph_runs_the_kernels_of_an_eager_step(max_num_seqs: int, tmp_path: Path) -> None:
     """For the same batch, they are compiled for the same arguments, so that they add up in the same order."""
     folder = save_random_model(LlamaForCausalLM(LlamaConfig(**TWO_LAYERS)), tmp_path, SEED)
@@ -110,103 +105,33 @@ def launch(out: Tensor, size: int) -> Tensor:
     return out
 
 
-def wait_for_event(event: Any) -> None:
-    torch.cuda.Event.synchronize(event)
-
-
-def wait_for_stream(stream: Any) -> None:
-    torch.cuda.Stream.synchronize(stream)
-
-
-HOST = np.ones(3, dtype=np.int64)
-
-
 @pytest.mark.parametrize(
     "offender",
     [
-        # Pinned memory.
-        lambda x: torch.empty(3, device=CPU, pin_memory=True),
         lambda x: x.pin_memory(),
-        # Copies between host and device.
         lambda x: x.to(CPU, non_blocking=True),
-        lambda x: x.cpu(),
-        lambda x: x.cuda(),
-        lambda x: transfer.send(x, CPU),
-        HostCopy,
-        # What waits for the device.
         lambda x: torch.cuda.synchronize(),
-        wait_for_event,
-        wait_for_stream,
-        # Numbers of tensors.
         lambda x: x.sum().item(),
-        lambda x: int(x.argmax()),
-        lambda x: x.tolist(),
         lambda x: x[x > 0],
-        lambda x: x.nonzero(),
-        # Tensors that the host makes.
         lambda x: torch.tensor([1, 2], device=CPU),
-        lambda x: torch.from_numpy(HOST),
-        lambda x: torch.zeros(3),
-        lambda x: torch.arange(3),
-        lambda x: to_device(HOST, np.int32, CPU),
-        lambda x: packed_copy([HOST], CPU),
-        lambda x: x[[0, 1]],
+        HostCopy,
+        lambda x: packed_copy([np.ones(3, dtype=np.int64)], CPU),
+        lambda x: launch(x[1:], 3),  # not aligned, as in no launch before
     ],
 )
 def test_offenders_are_found(offender: Callable[[Tensor], Any]) -> None:
-    x = torch.ones(3)
+    """And nothing where there is none."""
+    for is_offending in (False, True):
+        num_runs, x = 0, torch.ones(8)
 
-    def forward() -> Tensor:
-        with suppress(RuntimeError, AssertionError, TypeError):  # where CUDA would have to be there
-            offender(x)
-        return x
+        def forward(is_offending: bool = is_offending, x: Tensor = x) -> Tensor:
+            nonlocal num_runs
+            num_runs += 1
+            with suppress(RuntimeError, AssertionError, TypeError):  # where CUDA would have to be there
+                if is_offending and num_runs == 2:  # after the warm-up
+                    offender(x)
+            return launch(x, 3)
 
-    checker = CaptureChecker()
-    checker.capture(forward)
-    assert checker.found
-
-
-def test_what_may_be_captured_is_not_found() -> None:
-    x, index = torch.ones(4), torch.tensor([2, 0])
-
-    def forward() -> Tensor:
-        y = torch.arange(4, device=x.device) + torch.zeros((4,), device=x.device) + x.to(torch.float16)
-        y[index] = x[:2]
-        return launch(torch.empty(4, device=x.device), 3) + torch.where(y > 0, y, 0.0)[:4]
-
-    checker = CaptureChecker()
-    checker.capture(forward)
-    assert checker.found == []
-    assert checker.num_launches == 1
-
-
-@pytest.mark.parametrize(
-    "launches",
-    [
-        lambda x, number: launch(x, 2 - number),  # 1 is a constant
-        lambda x, number: launch(x, 3 + 13 * number),  # divisible by 16
-        lambda x, number: launch(torch.zeros(8, dtype=(torch.float32, torch.float16)[number], device=CPU), 3),
-        lambda x, number: launch(x[number:], 3),  # not aligned
-        lambda x, number: _fill[(1,)](x, 1.0, 3, num_warps=4 + 4 * number),
-    ],
-)
-def test_a_kernel_that_would_be_compiled_is_found(launches: Callable[[Tensor, int], Any]) -> None:
-    """The warm-up and the capture launch it with other arguments."""
-    numbers = iter((0, 1))
-    x = torch.zeros(8)
-
-    def forward() -> Tensor:
-        launches(x, next(numbers))
-        return x
-
-    checker = CaptureChecker()
-    checker.capture(forward)
-    (found,) = checker.found
-    assert found.startswith("compiles _fill")
-
-
-def test_other_numbers_need_no_other_kernel() -> None:
-    sizes, x = iter((2, 3)), torch.zeros(8)
-    checker = CaptureChecker()
-    checker.capture(lambda: launch(x, next(sizes)))
-    assert checker.found == []
+        checker = CaptureChecker()
+        checker.capture(forward)
+        assert bool(checker.found) == is_offending

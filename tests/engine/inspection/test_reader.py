@@ -1,13 +1,12 @@
 """Questions about the records of a scheduler that runs a fake model, with blocks of four tokens."""
 
 from typing import Any
-from unittest import mock
 
 import msgspec
 import pytest
 
 from engine.inspection.prefix import num_common
-from engine.inspection.reader import MAX_ROWS, RecordReader, all_choices
+from engine.inspection.reader import MAX_ROWS, RecordReader
 from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
 from engine.scheduling.request import Request, new_request
 from engine.shared.messages import FromEngine, SamplingParams, Submit
@@ -21,7 +20,6 @@ from engine.shared.records import (
     ReadSteps,
     RequestInfo,
     Requests,
-    StepInfo,
     Steps,
 )
 from tests.engine.scheduling.test_scheduler import Rig, prompt
@@ -60,8 +58,13 @@ class Reading:
         self.rig.scheduler.add(request)
         return request
 
-    def steps(self, after: int | None = None, limit: int = 100) -> Steps:
-        steps = received(self.reader.answer(ReadSteps(read_id=7, after=after, limit=limit)))
+    def complete(self, token_ids: range | list[int], id: str = "", **fields: Any) -> None:
+        """Add a request, and run until all have ended."""
+        self.add(token_ids, id, **fields)
+        self.rig.run()
+
+    def steps(self, after: int | None = None, limit: int = 100, since: float | None = None) -> Steps:
+        steps = received(self.reader.answer(ReadSteps(read_id=7, after=after, since=since, limit=limit)))
         assert isinstance(steps, Steps)
         assert steps.read_id == 7
         return steps
@@ -83,80 +86,61 @@ class Reading:
     def record_step(self, step_id: int, num_rows: int = 1) -> None:
         record = RequestRecord("r-0", 0, 0.0, 0.0, 4, ids=("r",), tenant="t")
         row = RowRecord(record, 5, 1, is_prompt=False, num_generated=1, num_drafts=0, num_accepted=0)
-        step = StepRecord(step_id, 1.0, [row] * num_rows, num_running=1, num_waiting=0, num_blocks_used=1)
+        step = StepRecord(step_id, float(step_id), [row] * num_rows, num_running=1, num_waiting=0, num_blocks_used=1)
         self.rig.recorder.add_step(step)
 
 
-def ids(steps: Steps) -> list[int]:
-    return [step.step_id for step in steps.steps]
-
-
-def test_steps_after_one() -> None:
+def test_steps() -> None:
+    """After one or since a time, with how many a reader has missed, and whether there are more."""
     reading = Reading()
     reading.rig.recorder.steps = Recorder(num_steps=5).steps
-    assert (ids(reading.steps()), ids(reading.steps(after=0))) == ([], [])
+
+    def found(limit: int = 100, **question: Any) -> tuple[list[int], int, bool]:
+        steps = reading.steps(limit=limit, **question)
+        return [step.step_id for step in steps.steps], steps.num_lost, steps.has_more
+
+    assert found() == found(after=0) == ([], 0, False)
     for step_id in (1, 2, 4):  # 3 has failed
         reading.record_step(step_id)
     for after, expected in ((0, [1, 2, 4]), (1, [2, 4]), (2, [4]), (3, [4]), (4, []), (99, [])):
+        assert found(after=after) == (expected, 0, False)
+    assert found(after=0, limit=2) == ([1, 2], 0, True)
+    assert found(limit=2)[0] == [2, 4]
+    for step_id in range(5, 9):
+        reading.record_step(step_id)
+    assert [found(after=after) for after in (0, 1, 2)] == [([4, 5, 6, 7, 8], lost, False) for lost in (2, 1, 0)]
+    assert found(after=4) == ([5, 6, 7, 8], 0, False)
+    assert found(since=2.0) == ([4, 5, 6, 7, 8], 2, False)  # the first two are no longer recorded
+    assert found(since=5.0) == ([5, 6, 7, 8], 0, False)
+    assert found(since=5.5, limit=1) == ([6], 0, True)
+    assert found(since=5.5, limit=1, after=6) == ([7], 0, True)
+    assert found(since=9.0) == ([], 0, False)
+
+
+def test_an_answer_has_a_bounded_number_of_rows_but_at_least_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Reading()
+    reading.record_step(1, num_rows=MAX_ROWS + 1)
+    for step_id in (2, 3, 4):
+        reading.record_step(step_id, num_rows=MAX_ROWS // 2)
+    for after, step_ids, has_more in ((0, [1], True), (1, [2, 3], True), (3, [4], False), (None, [3, 4], False)):
         steps = reading.steps(after=after)
-        assert (ids(steps), steps.num_lost, steps.has_more) == (expected, 0, False)
-    first = reading.steps(after=0, limit=2)
-    assert (ids(first), first.has_more) == ([1, 2], True)
-    assert ids(reading.steps(limit=2)) == [2, 4]
-
-
-def test_a_reader_is_told_how_many_steps_it_has_missed() -> None:
-    reading = Reading()
-    reading.rig.recorder.steps = Recorder(num_steps=5).steps
-    for step_id in range(1, 9):
-        reading.record_step(step_id)
-    assert [(ids(steps), steps.num_lost) for steps in map(reading.steps, (0, 2, 3, 4))] == [
-        ([4, 5, 6, 7, 8], 3),
-        ([4, 5, 6, 7, 8], 1),
-        ([4, 5, 6, 7, 8], 0),
-        ([5, 6, 7, 8], 0),
+        assert ([step.step_id for step in steps.steps], steps.has_more) == (step_ids, has_more)
+    (row, *_) = reading.steps(after=3).steps[0].rows
+    assert (row.id, row.tenant, row.position, row.num_generated, row.is_prompt) == ("r", "t", 5, 1, False)
+    # Steps that are dropped for their rows are missed too.
+    monkeypatch.setattr("engine.scheduling.record.MAX_ROWS_KEPT", MAX_ROWS)
+    reading.record_step(5)
+    assert [(steps.steps[0].step_id, steps.num_lost) for steps in map(reading.steps, (0, 3, 4))] == [
+        (4, 3),
+        (4, 0),
+        (5, 0),
     ]
-
-
-def test_a_reader_is_told_what_it_has_missed_if_steps_were_dropped_for_their_rows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("engine.scheduling.record.MAX_ROWS_KEPT", 6)
-    reading = Reading()
-    for step_id in range(1, 6):
-        reading.record_step(step_id, num_rows=2)
-    assert [(ids(steps), steps.num_lost) for steps in map(reading.steps, (0, 1, 2, 3))] == [
-        ([3, 4, 5], 2),
-        ([3, 4, 5], 1),
-        ([3, 4, 5], 0),
-        ([4, 5], 0),
-    ]
-
-
-def test_steps_since_a_time() -> None:
-    reading = Reading()
-    reading.rig.recorder.steps = Recorder(num_steps=5).steps
-    for step_id in range(1, 8):
-        reading.record_step(step_id)
-        reading.rig.recorder.steps[-1].started = float(step_id)
-
-    def since(time: float, limit: int = 100, after: int | None = None) -> tuple[list[int], int, bool]:
-        question = ReadSteps(read_id=7, since=time, limit=limit, after=after)
-        steps = received(reading.reader.answer(question))
-        return ids(steps), steps.num_lost, steps.has_more
-
-    assert since(5.0) == ([5, 6, 7], 0, False)
-    assert since(5.5, limit=1) == ([6], 0, True)
-    assert since(5.5, limit=1, after=6) == ([7], 0, False)
-    assert since(2.0) == ([3, 4, 5, 6, 7], 2, False)  # the first two are no longer recorded
-    assert since(8.0) == ([], 0, False)
 
 
 def test_requests_that_had_not_ended_before_a_time() -> None:
     reading = Reading(max_num_seqs=2)
     for number in range(3):
-        reading.add(prompt(9), f"r{number}")
-        reading.rig.run()
+        reading.complete(prompt(9), f"r{number}")
         reading.rig.recorder.requests[-1].finished = float(number)
     reading.add(prompt(9), "living")
     reading.rig.step()
@@ -169,26 +153,6 @@ def test_requests_that_had_not_ended_before_a_time() -> None:
     assert first.detail is not None
     assert first.detail.prefix.result is PrefixResult.NOT_FOUND  # not compared with others
     assert reading.requests().requests[0].detail is None
-
-
-def test_an_answer_has_a_bounded_number_of_rows_but_at_least_one_step() -> None:
-    reading = Reading()
-    reading.record_step(1, num_rows=MAX_ROWS + 1)
-    for step_id in (2, 3, 4):
-        reading.record_step(step_id, num_rows=MAX_ROWS // 2)
-    assert (ids(reading.steps(after=0)), reading.steps(after=0).has_more) == ([1], True)
-    assert (ids(reading.steps(after=1)), reading.steps(after=1).has_more) == ([2, 3], True)
-    assert (ids(reading.steps(after=3)), reading.steps(after=3).has_more) == ([4], False)
-    assert (ids(reading.steps()), reading.steps().has_more) == ([3, 4], False)  # the latest
-
-
-def test_rows_say_whose_they_are() -> None:
-    reading = Reading()
-    reading.record_step(1)
-    (step,) = reading.steps().steps
-    assert isinstance(step, StepInfo)
-    (row,) = step.rows
-    assert (row.id, row.tenant, row.position, row.num_generated, row.is_prompt) == ("r", "t", 5, 1, False)
 
 
 def test_requests_the_living_before_the_ended_and_the_latest_first() -> None:
@@ -253,8 +217,7 @@ def test_a_preempted_choice_waits_since_its_preemption() -> None:
 
 def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> None:
     reading = Reading(max_num_seqs=4)
-    reading.add(prompt(3), "first")
-    reading.rig.run()
+    reading.complete(prompt(3), "first")
     reading.add(prompt(3), "second", n=2)
     reading.rig.step()
     found = reading.requests(id="same").requests
@@ -284,8 +247,7 @@ def test_why_a_prefix_was_or_was_not_found() -> None:
         ("salted", prompt(9), b"salt", ""),
         ("adapted", prompt(9), b"adapter", "lora"),
     ):
-        reading.add(token_ids, id, salt=salt, lora_name=lora_name)
-        reading.rig.run()
+        reading.complete(token_ids, id, salt=salt, lora_name=lora_name)
     assert why(reading, "base") == (PrefixResult.NEW, 8, None, None, None)
     assert why(reading, "again") == (PrefixResult.FOUND, 8, None, None, None)
     assert why(reading, "short") == (PrefixResult.TOO_SHORT, 0, None, None, None)
@@ -298,27 +260,22 @@ def test_why_a_prefix_was_or_was_not_found() -> None:
 
 def test_a_prompt_that_goes_on_where_an_earlier_request_ended() -> None:
     reading = Reading(num_blocks=32)
-    reading.add(prompt(6), "first", max_tokens=1)
-    reading.rig.run()
+    reading.complete(prompt(6), "first", max_tokens=1)
     (record,) = reading.rig.recorder.requests
     assert record.token_ids is not None
-    reading.add([*record.token_ids, *prompt(6, 700)], "second")
-    reading.rig.run()
+    reading.complete([*record.token_ids, *prompt(6, 700)], "second")
     assert reading.one("second").times.num_cached_tokens == 4
     assert why(reading, "second") == (PrefixResult.ENDED, 12, None, None, "first")
 
 
 def test_a_prefix_whose_token_ids_are_forgotten() -> None:
     reading = Reading(num_blocks=32)
-    reading.add(prompt(9), "first")
-    reading.rig.run()
+    reading.complete(prompt(9), "first")
     reading.rig.recorder.requests[-1].token_ids = None
     for id, token_ids in (("none", [*prompt(4), *prompt(6, 700)]), ("other", [*prompt(2), *prompt(8, 900)])):
-        reading.add(token_ids, id)
-        reading.rig.run()
+        reading.complete(token_ids, id)
     reading.rig.recorder.requests[-2].token_ids = None
-    reading.add([*prompt(4), *prompt(6, 800)], "last")
-    reading.rig.run()
+    reading.complete([*prompt(4), *prompt(6, 800)], "last")
     assert reading.one("last").times.num_cached_tokens == 4
     assert why(reading, "none")[0] is PrefixResult.NOT_FOUND
     assert why(reading, "last")[0] is PrefixResult.NOT_FOUND  # "other" has two of the tokens
@@ -327,10 +284,8 @@ def test_a_prefix_whose_token_ids_are_forgotten() -> None:
 def test_a_bounded_number_of_tokens_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     reading = Reading(num_blocks=64)
     for number in range(4):  # each has more in common with the last one than the one after it
-        reading.add([*prompt(7 - number), *prompt(6, 100 * (number + 5))], f"r{number}", salt=b"a")
-        reading.rig.run()
-    reading.add(prompt(12), "last", salt=b"b")
-    reading.rig.run()
+        reading.complete([*prompt(7 - number), *prompt(6, 100 * (number + 5))], f"r{number}", salt=b"a")
+    reading.complete(prompt(12), "last", salt=b"b")
     compared: list[int] = []
 
     def counting(token_ids: Any, other: Any) -> int:
@@ -344,21 +299,10 @@ def test_a_bounded_number_of_tokens_is_compared(monkeypatch: pytest.MonkeyPatch)
     assert why(reading, "last")[0] is PrefixResult.NOT_FOUND
 
 
-def test_nothing_is_compared_for_traces() -> None:
-    reading = Reading()
-    reading.add(prompt(9), "first")
-    reading.rig.run()
-    with mock.patch("engine.inspection.reader.all_choices", wraps=all_choices) as read_all:
-        assert reading.requests(since=0.0).requests[0].detail is not None
-    assert read_all.call_count == 1  # to find the requests
-
-
 def test_an_evicted_prefix() -> None:
     reading = Reading(num_blocks=8, keeps_tokens=False)
-    reading.add(prompt(9), "first")
-    reading.rig.run()
-    reading.add(prompt(30, 500), "large", max_tokens=1)
-    reading.rig.run()
+    reading.complete(prompt(9), "first")
+    reading.complete(prompt(30, 500), "large", max_tokens=1)
     reading.add(prompt(9), "again")
     assert why(reading, "again")[0] is PrefixResult.PENDING
     reading.rig.run()
@@ -368,45 +312,36 @@ def test_an_evicted_prefix() -> None:
 def test_a_prefix_that_is_not_computed_yet() -> None:
     reading = Reading(long_prefill_token_threshold=4, num_blocks=32)
     reading.add(prompt(20), "first")
-    reading.add(prompt(20), "second")
-    reading.rig.run()
+    reading.complete(prompt(20), "second")
     assert why(reading, "first") == (PrefixResult.NEW, 16, None, None, None)
     assert why(reading, "second") == (PrefixResult.NOT_COMPUTED, 16, None, None, "first")
 
 
 def test_a_prefix_that_was_generated() -> None:
     reading = Reading(separates_prompts=True, num_blocks=32)
-    reading.add(prompt(4), "first", max_tokens=7)  # the model generates 9, 9, 9 ...
-    reading.rig.run()
-    reading.add([*prompt(4), 9, 9, 9, 9, 5], "second")
-    reading.rig.run()
+    reading.complete(prompt(4), "first", max_tokens=7)  # the model generates 9, 9, 9 ...
+    reading.complete([*prompt(4), 9, 9, 9, 9, 5], "second")
     assert why(reading, "second") == (PrefixResult.GENERATED, 8, None, None, "first")
     assert reading.one("second").times.num_cached_tokens == 4
 
 
-def test_without_token_ids_only_the_scheduler_knows() -> None:
-    reading = Reading(keeps_tokens=False)
-    reading.add(prompt(9), "first")
-    reading.rig.run()
-    assert why(reading, "first") == (PrefixResult.NOT_FOUND, 8, None, None, None)
-    assert all(record.token_ids is None for record in reading.rig.recorder.requests)
+@pytest.mark.parametrize(
+    ("settings", "result"),
+    [({"keeps_tokens": False}, PrefixResult.NOT_FOUND), ({"caches_prefixes": False}, PrefixResult.CACHING_OFF)],
+)
+def test_what_explains_nothing(settings: dict[str, bool], result: PrefixResult) -> None:
+    reading = Reading(**settings)
+    reading.complete(prompt(9), "first")
+    assert why(reading, "first")[0] is result
+    assert (reading.rig.recorder.requests[0].token_ids is None) == ("keeps_tokens" in settings)
 
 
 def test_the_requests_of_other_tenants_explain_nothing() -> None:
     reading = Reading(num_blocks=32)
-    reading.add(prompt(9), "theirs", salt=b"a", tenant="a")
-    reading.rig.run()
-    reading.add(prompt(9), "mine", salt=b"b", tenant="b")
-    reading.rig.run()
+    reading.complete(prompt(9), "theirs", salt=b"a", tenant="a")
+    reading.complete(prompt(9), "mine", salt=b"b", tenant="b")
     assert why(reading, "mine", tenant="b") == (PrefixResult.NEW, 8, None, None, None)
     assert why(reading, "mine") == (PrefixResult.OTHER_SALT, 8, None, None, "theirs")
-
-
-def test_without_a_prefix_cache() -> None:
-    reading = Reading(caches_prefixes=False)
-    reading.add(prompt(9), "first")
-    reading.rig.run()
-    assert why(reading, "first")[0] is PrefixResult.CACHING_OFF
 
 
 def test_a_fault_of_the_reader_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

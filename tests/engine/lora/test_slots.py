@@ -21,7 +21,7 @@ from engine.lora.slots import (
     read_adapter,
 )
 from engine.shared.messages import AdapterField, SamplingParams, Submit
-from tests.engine.test_batch_invariance import Answer, assert_same, make_engine, run
+from tests.support.answers import Answer, assert_same, make_engine, run
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of

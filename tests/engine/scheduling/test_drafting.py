@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +20,12 @@ from engine.scheduling.speculation import AUTO, NGRAM, Drafter, SpeculationPolic
 from engine.shared.messages import (
     MIROSTAT_ORDER,
     ExtraSamplers,
-    FinishReason,
     SamplingParams,
     Submit,
-    TokenEvent,
     TokenLogprobs,
 )
-from tests.engine.scheduling.test_scheduler import EOS, Rig, SchedulerMachine, logprob_of, prompt, random_token, says
+from tests.engine.scheduling.test_scheduler import Rig, SchedulerMachine, logprob_of, prompt, random_token, says
+from tests.support.answers import Answers, assert_same, errors_of, make_engine, run, run_alone
 from tests.support.examples import num_examples
 from tests.support.tiny_models import save_random_model
 
@@ -56,7 +54,7 @@ class SurprisedMachine(SpeculatingMachine):
 
 TestSpeculation = SpeculatingMachine.TestCase
 TestSpeculation.settings = settings(
-    max_examples=num_examples(66, 1000), stateful_step_count=50, deadline=None, print_blob=True
+    max_examples=num_examples(50, 1000), stateful_step_count=50, deadline=None, print_blob=True
 )
 TestWrongSpeculation = SurprisedMachine.TestCase
 TestWrongSpeculation.settings = settings(TestSpeculation.settings, max_examples=num_examples(20, 300))
@@ -88,27 +86,13 @@ def test_a_right_draft_saves_steps() -> None:
     assert (stats.generation_tokens_total, stats.steps_total) == (11, 3)
 
 
-def test_a_wrong_draft_costs_nothing_but_its_rows() -> None:
-    rig = Rig(next_token=says(101, *[9] * 5, num_prompt_tokens=12), speculation=NGRAM)
-    request = rig.add(CYCLE, max_tokens=6)
-    assert rig.step() == {"a0": (0, 12)}
-    assert rig.step() == {"a0": (12, 5)}
-    assert [event.token_ids for event in rig.events] == [[9]]
-    assert (request.kv.num_computed, len(request.kv.blocks)) == (13, 4)
-    assert rig.step() == {"a0": (13, 1)}  # 101, 9 has not occurred before
-    assert rig.step() == {"a0": (14, 1)}
-    assert rig.step() == {"a0": (15, 2)}  # max_tokens leaves room for a draft of one token
-    assert rig.events[0].token_ids == [9, 9]
-    assert rig.events[0].finish_reason is FinishReason.LENGTH
-    stats = rig.scheduler.stats
-    assert (stats.drafts_total, stats.draft_tokens_total, stats.accepted_tokens_total) == (2, 5, 1)
-
-
 def test_of_a_draft_that_is_right_in_part_that_part_is_kept() -> None:
     rig = Rig(next_token=says(101, 102, 55, 56, 57, num_prompt_tokens=12), speculation=NGRAM)
     rig.add(CYCLE, max_tokens=5)
     assert rig.run() == [{"a0": (0, 12)}, {"a0": (12, 4)}, {"a0": (14, 1)}, {"a0": (15, 1)}]
     assert [event.token_ids for event in rig.events] == [[101], [102, 55], [56], [57]]
+    stats = rig.scheduler.stats
+    assert (stats.drafts_total, stats.draft_tokens_total, stats.accepted_tokens_total) == (1, 3, 1)
 
 
 def test_a_draft_displaces_nobody() -> None:
@@ -141,14 +125,6 @@ def test_no_block_for_a_draft() -> None:
     assert rig.step() == {"a0": (13, 5)}
 
 
-def test_what_a_wrong_draft_took_is_there_for_the_others() -> None:
-    rig = Rig(speculation=NGRAM, num_blocks=8, max_num_batched_tokens=40)
-    rig.add(CYCLE, max_tokens=2)
-    rig.add(prompt(15, 200), max_tokens=6)
-    rig.step()
-    assert rig.scheduler.pool.num_used == 7
-
-
 def test_only_what_was_right_is_cached() -> None:
     for next_token, num_cached in ((follows_cycle, 16), (says(101, *[9] * 6, num_prompt_tokens=12), 12)):
         rig = Rig(next_token=next_token, speculation=NGRAM)
@@ -172,62 +148,14 @@ def test_a_draft_that_fails_is_tried_without() -> None:
     assert [event.token_ids for event in rig.events] == [[102], [103], [104], [101], [102]]
 
 
-def test_who_fails_without_a_draft_too_has_failed() -> None:
-    rig = Rig(next_token=follows_cycle, speculation=NGRAM)
-    rig.add(CYCLE, max_tokens=6)
-    rig.step()
-    rig.step(failing=0)
-    rig.step(failing=0)
-    assert [(event.error, event.finish_reason) for event in rig.events] == [("broken", FinishReason.ERROR)]
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        {"max_tokens": 1},
-        {"max_tokens": 2},
-        {"max_tokens": 4},
-        {"max_tokens": 5},
-        {"min_tokens": 2},
-        {"min_tokens": 3},
-        {"min_tokens": 7},
-        {"ignore_eos": True},
-        {"ignore_eos": True, "max_tokens": 100},
-        {"stop_token_ids": (3,)},
-        {"stop_token_ids": (8,)},
-        {"stop_token_ids": (8,), "ignore_eos": True},
-        {"stop_token_ids": (1,), "min_tokens": 5},
-    ],
-)
-@pytest.mark.parametrize("policy", [NGRAM, AUTO, SpeculationPolicy(max_length=9)])
-def test_the_end_is_where_it_is_without_drafts(params: dict[str, Any], policy: SpeculationPolicy) -> None:
-    """The model repeats 3, 5 (the end token), 8, 1, 2 forever, and every draft is right."""
-    ends = []
-    for speculation in (policy, None):
-        rig = Rig(next_token=lambda prefix, seed: prefix[-5], max_model_len=30, speculation=speculation)
-        request = rig.add([1, 2, 3, EOS, 8, 1, 2], **{"max_tokens": 20, "logprobs": 0} | params)
-        rig.run()
-        last = rig.events[-1]
-        logprobs = [entry for event in rig.events for entry in event.logprobs or []]
-        assert [token_id for event in rig.events for token_id in event.token_ids] == request.token_ids[7:]
-        assert last.times is not None
-        assert last.times.num_output_tokens == rig.scheduler.stats.generation_tokens_total == request.num_output_tokens
-        assert rig.scheduler.pool.num_used == 0
-        ends.append((request.token_ids, logprobs, last.finish_reason, last.stop_token_id))
-    assert ends[0] == ends[1]
-
-
 # Whole answers of a tiny random model with few tokens, which often repeat.
 
 SEED = 4
 NUM_IDS = 24
 NAN_TOKEN = 24  # its embedding is NaN, so requests that read it fail; a bias bans it
 
-Answers = dict[tuple[str, int], TokenEvent]
 
-
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -296,83 +224,44 @@ def submits() -> list[Submit]:
 
 @pytest.fixture(scope="module")
 def alone(loaded: LoadedModel, submits: list[Submit]) -> Answers:
-    """Return the answers to each request alone, without drafts."""
-    answers: Answers = {}
-    for submit in submits:
-        answers |= run(make_engine(loaded, "off"), [submit])
+    answers = run_alone(loaded, submits)
+    assert not errors_of(answers)
+    assert {answer.stop_token_id for answer in answers.values()} >= {None, 5, 10, 13}
+    assert len(answers["r8", 0].token_ids) > 150, "the end of the context"
     return answers
 
 
-def make_engine(loaded: LoadedModel, mode: str, *, chunk: int = 0, num_blocks: int | None = None) -> Engine:
-    """Return an engine with an empty cache."""
-    memory = dataclasses.replace(loaded.memory, num_blocks=num_blocks or loaded.memory.num_blocks)
-    config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, speculative=mode)
-    return Engine(config, dataclasses.replace(loaded, memory=memory))
-
-
-def run(engine: Engine, submits: Sequence[Submit]) -> Answers:
-    """Return all events of each choice, merged into one."""
-    for submit in submits:
-        engine.add(submit)
-    answers: Answers = {}
-    deadline = time.monotonic() + 300
-    while engine.has_work:
-        assert time.monotonic() < deadline
-        for event in engine.step()[1]:
-            event.times, event.num_cached_tokens = None, 0
-            answer = answers.setdefault((event.request_id, event.index), event)
-            if answer is not event:
-                answer.token_ids += event.token_ids
-                if answer.logprobs is not None:
-                    answer.logprobs += event.logprobs or []
-                answer.finish_reason, answer.stop_token_id, answer.error = (
-                    event.finish_reason,
-                    event.stop_token_id,
-                    event.error,
-                )
-        engine.scheduler.check()
-    assert engine.stats().num_blocks_used == 0
-    return answers
-
-
-def assert_same(engine: Engine, actual: Answers, expected: Answers) -> None:
-    """Answers are equal, and some draft tokens were accepted and some were not."""
-    assert actual.keys() == expected.keys()
-    different = [key for key in expected if actual[key] != expected[key]]
-    assert not different
+def run_with_drafts(engine: Engine, submits: Sequence[Submit]) -> Answers:
+    """Return the answers, some of whose draft tokens were accepted and some were not."""
+    answers = run(engine, submits)
     stats = engine.stats()
     assert 0 < stats.accepted_tokens_total < stats.draft_tokens_total
     assert stats.accepted_tokens_total == sum(record.num_accepted_tokens for record in engine.recorder.requests)
+    return answers
 
 
-MODES = pytest.mark.parametrize("mode", ["auto", "ngram"])
+LONG = pytest.mark.long
 
 
-def test_answers_end_in_every_way(alone: Answers) -> None:
-    assert {answer.stop_token_id for answer in alone.values()} >= {None, 5, 10, 13}
-    assert len(alone["r8", 0].token_ids) > 150, "the end of the context"
-    assert all(answer.error is None for answer in alone.values())
-
-
-@MODES
-def test_same_answers_alone(loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str) -> None:
-    engine = make_engine(loaded, mode)
-    answers: Answers = {}
-    for submit in submits:
-        answers |= run(engine, [submit])
-    assert_same(engine, answers, alone)
-
-
-@MODES
-@pytest.mark.parametrize("chunk", [0, 1, 7])
-def test_same_answers_in_a_batch(
-    loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str, chunk: int
+@pytest.mark.parametrize(
+    ("mode", "chunk", "num_blocks"),
+    [
+        ("auto", 0, None),
+        ("ngram", 7, 8),
+        pytest.param("auto", 1, 8, marks=LONG),
+        pytest.param("ngram", 0, None, marks=LONG),
+    ],
+)
+def test_same_answers(
+    loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str, chunk: int, num_blocks: int | None
 ) -> None:
-    engine = make_engine(loaded, mode, chunk=chunk)
-    assert_same(engine, run(engine, submits), alone)
+    """In a batch, with whole prompts or chunks, and after preemption."""
+    engine = make_engine(loaded, chunk=chunk, num_blocks=num_blocks, speculative=mode)
+    assert_same(run_with_drafts(engine, submits), alone)
+    assert num_blocks is None or engine.stats().preemptions_total > 0
 
 
-@MODES
+@pytest.mark.parametrize("mode", ["auto", pytest.param("ngram", marks=LONG)])
 def test_same_answers_from_a_warm_cache(loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str) -> None:
     """Blocks of prompts, and of answers computed with drafts that later are prompts."""
     longer = [
@@ -381,24 +270,16 @@ def test_same_answers_from_a_warm_cache(loaded: LoadedModel, submits: list[Submi
         )
         for submit in submits
     ]
-    expected = run(make_engine(loaded, "off"), longer)
-    engine = make_engine(loaded, mode)
+    expected = run(make_engine(loaded), longer)
+    engine = make_engine(loaded, speculative=mode)
     run(engine, submits)
     num_hits = engine.stats().prefix_cache_hits_total
-    assert_same(engine, run(engine, longer), expected)
-    assert_same(engine, run(engine, submits), alone)
+    assert_same(run_with_drafts(engine, longer), expected)
+    assert_same(run_with_drafts(engine, submits), alone)
     assert engine.stats().prefix_cache_hits_total > num_hits + 32 * len(submits)
 
 
-@MODES
-def test_same_answers_after_preemption(loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str) -> None:
-    engine = make_engine(loaded, mode, num_blocks=8)
-    engine.scheduler.kv.watermark = 0
-    assert_same(engine, run(engine, submits), alone)
-    assert engine.stats().preemptions_total > 0
-
-
-@pytest.mark.parametrize("num_right", [0, 1, 3])
+@pytest.mark.parametrize("num_right", [0, 3])
 def test_a_draft_without_numbers_harms_nobody(
     loaded: LoadedModel, submits: list[Submit], alone: Answers, num_right: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,7 +294,7 @@ def test_a_draft_without_numbers_harms_nobody(
         return [*right, NAN_TOKEN, 0][:max_length] if drafter.length else []
 
     monkeypatch.setattr(Drafter, "draft", draft)
-    engine = make_engine(loaded, "ngram")
+    engine = make_engine(loaded, speculative="ngram")
     answers = run(engine, submits)
     assert answers == {key: alone[key] for key in answers}
     assert len(answers) == len(submits)
@@ -423,9 +304,10 @@ def test_a_draft_without_numbers_harms_nobody(
 def test_auto_is_off_where_it_does_not_pay_or_is_not_exact(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert make_engine(loaded, "auto").scheduler.drafting.policy is AUTO
-    on_gpu = dataclasses.replace(loaded, device=torch.device("cuda"))
-    assert make_engine(on_gpu, "auto").scheduler.drafting.policy is None
-    assert make_engine(on_gpu, "ngram").scheduler.drafting.policy is NGRAM
+    def policy(device: str, mode: str = "auto") -> SpeculationPolicy | None:
+        config = EngineConfig(model_path="", speculative=mode)
+        return Engine(config, dataclasses.replace(loaded, device=torch.device(device))).scheduler.drafting.policy
+
+    assert (policy("cpu"), policy("cuda"), policy("cuda", "ngram")) == (AUTO, None, NGRAM)
     monkeypatch.setattr(loaded.runner.kernels, "deterministic", False)
-    assert make_engine(loaded, "auto").scheduler.drafting.policy is None
+    assert policy("cpu") is None

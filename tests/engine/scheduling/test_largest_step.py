@@ -15,12 +15,13 @@ from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import Step
-from tests.engine.test_core import MAX_MODEL_LEN, load_tiny_model
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import choose_kernels
+from tests.support.tiny_engine import MAX_MODEL_LEN, load_tiny_model
 
 
-@pytest.mark.parametrize("seed", range(num_examples(50, 1000)))
+@pytest.mark.drawn
+@pytest.mark.parametrize("seed", range(num_examples(20, 1000)))
 def test_it_has_all_rows_and_all_samples(seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -47,16 +48,11 @@ def test_it_has_all_rows_and_all_samples(seed: int) -> None:
         assert step.scheduled[0].start == max_model_len - 1, "attention reaches over the longest context"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
 @pytest.mark.parametrize("kernels", ["torch", "default"])
-def test_a_model_runs_it_and_keeps_nothing(folder: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_runs_it_and_keeps_nothing(tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its rows go through the model, and all its samples through the sampler, on a KV cache that does not stay."""
     with choose_kernels(kernels):
-        loaded: LoadedModel = load_tiny_model(folder)
+        loaded: LoadedModel = load_tiny_model(tmp_path)
     seen: list[tuple[int, int]] = []
     caches: list[weakref.ref[KVCache]] = []
     sample = ModelRunner.sample

@@ -5,17 +5,14 @@ value depend on. A request that would read anything but its own prefix, at its o
 fails at once, so wrong sharing, a position computed twice or never, and a block handed out too early all show.
 """
 
-import copy
 import hashlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypeAlias
-from unittest import mock
 
 import msgspec
 import pytest
@@ -245,38 +242,6 @@ def submits(draw: st.DrawFn) -> Submit:
     )
 
 
-@contextmanager
-def failing_publication(scheduler: Scheduler, faulty: Request) -> Iterator[None]:
-    """Let the publication of a request's blocks raise after it has happened."""
-    publish = scheduler.kv.publish
-
-    def publish_and_fail(request: Request, num_settled: int) -> None:
-        publish(request, num_settled)
-        if request is faulty:
-            raise RuntimeError("publish")
-
-    with mock.patch.object(scheduler.kv, "publish", publish_and_fail):
-        yield
-
-
-def state_of_request(request: Request) -> Any:
-    """Return all that a step may change of a request."""
-    parts = (request.kv, request.sampling, request.prompt_outputs, request.drafting, request.record)
-    return copy.deepcopy(
-        [
-            request.token_ids,
-            request.status,
-            [child.index for child in request.children],
-            None if request.repetition is None else request.repetition.num_equal,
-            [(block.block_id, block.block_hash) for block in request.kv.blocks],
-            [
-                {name: getattr(part, name) for name in part.__slots__ if name not in ("tables", "drafter", "counts")}
-                for part in parts
-            ],
-        ]
-    )
-
-
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests are added, run, fail and are aborted. After each rule the scheduler's state is consistent."""
 
@@ -286,53 +251,45 @@ class SchedulerMachine(RuleBasedStateMachine):
     next_token = staticmethod(random_token)
 
     @initialize(
-        block_size=st.integers(1, 4),
-        num_blocks=st.integers(3, 12),
-        max_num_seqs=st.integers(1, 5),
-        spare_tokens=st.integers(0, 9),
-        spare_blocks=st.integers(0, 3),
-        threshold=st.sampled_from([0, 0, 1, 3]),
-        watermark=st.sampled_from([0, 0, 1]),
-        kind=st.tuples(st.integers(0, 99), st.booleans()),
+        limits=st.fixed_dictionaries(
+            {
+                "block_size": st.integers(1, 4),
+                "num_blocks": st.integers(3, 12),
+                "max_num_seqs": st.integers(1, 5),
+                "spare_tokens": st.integers(0, 9),
+                "spare_blocks": st.integers(0, 3),
+                "threshold": st.sampled_from([0, 0, 1, 3]),
+                "watermark": st.sampled_from([0, 0, 1]),
+                "policy": st.integers(0, 99),
+            }
+        ),
+        separates_prompts=st.booleans(),
         windows=st.sampled_from([(None,), (None,), (3,), (None, 1), (2, None), (4, 4, None), (6, 3)]),
     )
-    def start(  # noqa: PLR0913
-        self,
-        *,
-        block_size: int,
-        num_blocks: int,
-        max_num_seqs: int,
-        spare_tokens: int,
-        spare_blocks: int,
-        threshold: int,
-        watermark: int,
-        kind: tuple[int, bool],
-        windows: tuple[int | None, ...],
-    ) -> None:
-        policy, separates_prompts = kind
-        self.policy = self.policies[policy % len(self.policies)]
+    def start(self, limits: dict[str, int], separates_prompts: bool, windows: tuple[int | None, ...]) -> None:
+        self.policy = self.policies[limits["policy"] % len(self.policies)]
         self.num_drafts = self.num_draft_tokens = 0
-        self.block_size = block_size
-        self.budget = max_num_seqs + spare_tokens
-        pool = BlockPool(num_blocks * len(windows), block_size, separates_prompts=separates_prompts)
-        manager = KVManager(pool, [KVGroup((), window) for window in windows], max_in_flight=self.budget)
-        num_usable = max(len(windows), pool.num_blocks - spare_blocks)
+        self.block_size = limits["block_size"]
+        self.budget = limits["max_num_seqs"] + limits["spare_tokens"]
+        pool = BlockPool(limits["num_blocks"] * len(windows), self.block_size, separates_prompts=separates_prompts)
+        manager = KVManager(pool, [KVGroup((0, 1), window) for window in windows], max_in_flight=self.budget)
+        num_usable = max(len(windows), pool.num_blocks - limits["spare_blocks"])
         self.max_model_len = max(n for n in range(1, len(PROMPT) + 1) if manager.num_blocks_for(n) <= num_usable)
-        self.max_chunk = threshold or self.budget
-        self.recorder = Recorder()
+        self.max_chunk = limits["threshold"] or self.budget
+        self.recorder = Recorder(clock=itertools.count(0.0, 1e-6).__next__)
         self.scheduler = Scheduler(
             manager,
             self.recorder,
             StepBudget(self.budget),
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=limits["max_num_seqs"],
             max_model_len=self.max_model_len,
             eos_token_ids=[EOS],
-            long_prefill_token_threshold=threshold,
+            long_prefill_token_threshold=limits["threshold"],
             speculation=self.policy,
         )
-        self.scheduler.kv.watermark = watermark
-        self.model = FakeModel(block_size, self.next_token, separates_prompts=separates_prompts, windows=windows)
-        self.now = -1e6  # earlier than any real time, so that what is measured comes later
+        self.scheduler.kv.watermark = limits["watermark"]
+        self.model = FakeModel(self.block_size, self.next_token, separates_prompts=separates_prompts, windows=windows)
+        self.now = -1e6  # earlier than all that the recorder's clock shows, which never stands still
         self.choices: list[Choice] = []
         self.by_request: dict[Request, Choice] = {}
         self.num_submitted = 0
@@ -423,21 +380,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.watch_waiting(waiting, admitted)
 
     @precondition(lambda self: self.step is not None)
-    @rule(
-        failing=st.sampled_from([None, None, None, None, None, 0, 1]),
-        faulty=st.sampled_from([None, None, None, None, None, 0, 1]),
-    )
-    def update(self, failing: int | None, faulty: int | None = None) -> None:
-        """Update the scheduler. The rows of item `failing` fail, and so does the first update of item `faulty`."""
+    @rule(failing=st.sampled_from([None, None, None, None, None, 0, 1]))
+    def update(self, failing: int | None) -> None:
+        """Update the scheduler. The rows of item `failing` fail, and again when they are computed alone."""
         assert self.step is not None
         step, self.step = self.step, None
         # A real model does not read the requests again after the launch of a step.
         living = [item for item in step.scheduled if not self.by_request[item.request].ended]
         outputs = iter(self.model.run(Step(step.step_id, living), failing))
         rows = [ScheduledOutput() if self.by_request[item.request].ended else next(outputs) for item in step.scheduled]
-        has_fault = faulty is not None and faulty < len(living)
-        culprit = living[faulty or 0].request if has_fault else None
-        events = iter(self.update_and_repeat(step, rows, culprit))
+        found = self.scheduler.update(step, rows)
+        self.scheduler.check()
+        for item in step.faults:
+            again = Step(step.step_id, [item])
+            found += self.scheduler.update(again, self.model.run(again, 0))
+            assert not again.faults
+        events = {(event.request_id, event.index): event for event in found}
+        assert len(events) == len(found)
         for item, output in zip(step.scheduled, rows, strict=True):
             choice = self.by_request[item.request]
             if choice.ended:
@@ -445,34 +404,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if output.error is not None and item.draft_token_ids:
                 choice.num_computed = item.start  # computed again without a draft
             elif item.num_samples or output.error is not None:
-                self.receive(choice, next(events), output, item)
-        assert next(events, None) is None, "there is news of a choice that has none"
-
-    def update_and_repeat(self, step: Step, rows: list[ScheduledOutput], culprit: Request | None) -> list[TokenEvent]:
-        """Let the update of a request raise at its end, run each request that has failed again alone, and return all
-        events. Before, those requests are as they were.
-        """
-        scheduler = self.scheduler
-        has_fault = culprit is not None or any(output.error is not None for output in rows)
-        before = {item.request: state_of_request(item.request) for item in step.scheduled if has_fault}
-        if culprit is None or len(step.scheduled) == 1:
-            events = scheduler.update(step, rows)
-        else:
-            with failing_publication(scheduler, culprit):
-                events = scheduler.update(step, rows)
-            assert culprit in [item.request for item in step.faults] or culprit in [
-                item.request for item, output in zip(step.scheduled, rows, strict=True) if output.error is not None
-            ]
-        for item in step.faults:
-            assert state_of_request(item.request) == before[item.request]
-        scheduler.check()
-        for item in step.faults:
-            again = Step(step.step_id, [item])
-            is_broken = rows[step.scheduled.index(item)].error is not None
-            events += scheduler.update(again, self.model.run(again, 0 if is_broken else None))
-            assert not again.faults
-        order = [(item.request.request_id, item.request.index) for item in step.scheduled]
-        return sorted(events, key=lambda event: order.index((event.request_id, event.index)))
+                self.receive(choice, events.pop((item.request.request_id, item.request.index)), output, item)
+        assert not events, "there is news of a choice that has none"
 
     @precondition(lambda self: self.step is None)
     @rule(num_steps=st.integers(1, 6))
@@ -599,6 +532,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if output.error is not None:
             assert (event.error, event.finish_reason) == ("broken", FinishReason.ERROR)
             assert not event.token_ids
+            assert choice.num_events > 0 or event.num_cached_tokens == choice.num_cached
             self.end(choice, FinishReason.ERROR, event.times)
             return
         if choice.num_events == 0:
@@ -660,8 +594,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert times.num_chunks == choice.num_chunks
         assert times.num_accepted_tokens == choice.num_accepted
         assert (times.scheduled is None) == (choice.num_cached is None)
-        assert times.first_token is None or choice.num_events > 0
-        assert times.first_token is not None or not choice.token_ids
+        assert (times.first_token is None) == (not choice.token_ids)
         moments = [times.arrival, times.queued, times.scheduled, times.first_token, times.finished]
         reached = [moment for moment in moments if moment is not None]
         assert reached == sorted(reached)
@@ -670,8 +603,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_are_true(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
         scheduler = self.scheduler
         scheduler.check()
         assert len(scheduler.running) <= scheduler.max_num_seqs
@@ -698,8 +629,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def children_follow_their_parent(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
         queued = {*self.scheduler.running, *self.scheduler.waiting}
         parents = {choice.submit.request_id: choice for choice in self.choices if choice.request.index == 0}
         for choice in self.living():
@@ -711,8 +640,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def counters_agree(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
         stats = self.scheduler.current_stats()
         started = [choice for choice in self.choices if choice.num_cached is not None]
         asked = [c for c in started if c.request.params.prompt_logprobs is None or len(c.submit.prompt_token_ids) == 1]
@@ -840,10 +767,10 @@ class UniqueSaltMachine(SchedulerMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=num_examples(66, 1000), stateful_step_count=50, deadline=None, print_blob=True
+    max_examples=num_examples(60, 1000), stateful_step_count=50, deadline=None, print_blob=True
 )
 TestSchedulerWithTenants = TenantsMachine.TestCase
-TestSchedulerWithTenants.settings = settings(TestScheduler.settings, max_examples=num_examples(66, 1000))
+TestSchedulerWithTenants.settings = settings(TestScheduler.settings, max_examples=num_examples(60, 1000))
 TestSchedulerWithoutPrefixCaching = UniqueSaltMachine.TestCase
 TestSchedulerWithoutPrefixCaching.settings = settings(TestScheduler.settings, max_examples=num_examples(20, 300))
 
@@ -920,10 +847,6 @@ class Rig:
         return [e for e in self.events if (e.request_id, e.index) == (request.request_id, request.index)][-1]
 
 
-def rig_with(limits: dict[str, int]) -> Rig:
-    return Rig(next_token=random_token, speculation=None, separates_prompts=False, **limits)
-
-
 def name(request: Request) -> str:
     return f"{request.request_id}{request.index}"
 
@@ -938,13 +861,6 @@ def says(*token_ids: int, num_prompt_tokens: int) -> NextToken:
 
 
 @pytest.mark.checklist("E07")
-def test_first_come_first_served() -> None:
-    rig = Rig(max_num_seqs=2)
-    for first in (100, 200, 300, 400):
-        rig.add(prompt(3, first), max_tokens=2)
-    assert [list(step) for step in rig.run()] == [["a0", "b0"], ["a0", "b0"], ["c0", "d0"], ["c0", "d0"]]
-
-
 def test_the_lower_priority_number_comes_first_and_does_not_evict_who_runs() -> None:
     rig = Rig(max_num_seqs=1)
     rig.add(prompt(3), max_tokens=2, priority=5)
@@ -979,15 +895,6 @@ def test_rows_of_one_adapter_come_one_after_the_other() -> None:
     assert list(rig.step()) == ["b0", "e0", "c0", "a0", "d0", "g0", "f0"]
 
 
-def test_a_limit_on_chunks_lets_a_short_prompt_pass_beside_a_long_one() -> None:
-    rig = Rig(max_num_batched_tokens=8, long_prefill_token_threshold=3)
-    rig.add(prompt(7, 100))
-    rig.add(prompt(2, 200))
-    assert rig.step() == {"a0": (0, 3), "b0": (0, 2)}
-    assert rig.step() == {"a0": (3, 3), "b0": (2, 1)}
-    assert rig.step() == {"a0": (6, 1), "b0": (3, 1)}
-
-
 def test_the_first_step_of_a_request_says_that_it_has_started() -> None:
     rig = Rig(max_num_batched_tokens=4, max_num_seqs=2)
     started = []
@@ -1002,76 +909,7 @@ def test_the_first_step_of_a_request_says_that_it_has_started() -> None:
     assert started[:2] == [["a"], ["b"]]
 
 
-def test_a_step_without_a_sample_has_no_news() -> None:
-    rig = Rig(max_num_batched_tokens=4)
-    rig.add(prompt(9), max_tokens=1)
-    lengths = []
-    for _ in range(3):
-        rig.step()
-        lengths.append(len(rig.events))
-    assert lengths == [0, 0, 1]
-
-
-def test_nothing_to_do() -> None:
-    rig = Rig()
-    assert not rig.scheduler.has_work
-    assert rig.scheduler.schedule() is None
-    assert rig.scheduler.current_stats().steps_total == 0
-
-
 # Preemption.
-
-
-def test_the_newest_is_preempted_and_resumes_from_what_is_still_cached() -> None:
-    rig = Rig(num_blocks=8, max_num_batched_tokens=32)
-    first = rig.add(prompt(11, 100), max_tokens=8)  # 3 blocks, finally 5
-    second = rig.add(prompt(15, 200), max_tokens=8)  # 4 blocks, finally 6
-    assert rig.step() == {"a0": (0, 11), "b0": (0, 15)}
-    assert rig.step() == {"a0": (11, 1), "b0": (15, 1)}
-    assert rig.step() == {"a0": (12, 1)}  # takes the last block; none is left for token 16 of the second
-    assert (second.status, second.kv.blocks, second.kv.num_computed) == (Status.WAITING, [], 0)
-    steps = rig.run()
-    assert steps[:5] == [{"a0": (position, 1)} for position in range(13, 18)]
-    assert steps[5:7] == [{"b0": (12, 3)}, {"b0": (15, 2)}]  # the first took only the last of its blocks
-    assert rig.last_event(first).times == first.record.times()
-    assert [first.record.times().num_preemptions, second.record.times().num_preemptions] == [0, 1]
-    assert rig.scheduler.stats.preemptions_total == 1
-    assert rig.scheduler.stats.prompt_tokens_total == 26
-    assert rig.scheduler.stats.prompt_tokens_cached_total == 0
-    assert [chunk.start for chunk in second.record.chunks] == [0, 12, 15]
-
-
-@pytest.mark.parametrize("separates_prompts", [False, True])
-def test_where_prompts_are_computed_in_another_way_an_answer_is_not_found_as_part_of_one(
-    separates_prompts: bool,
-) -> None:
-    rig = Rig(num_blocks=20, max_model_len=48, max_num_batched_tokens=48, separates_prompts=separates_prompts)
-    first = rig.add(prompt(10), max_tokens=8)
-    rig.run()
-    rig.add([*first.token_ids, 1, 2, 3], max_tokens=1)
-    assert rig.step() == {"b0": (8, 13) if separates_prompts else (16, 5)}
-    rig.add([*first.token_ids[:8], 1, 2, 3], max_tokens=1)
-    assert rig.step() == {"c0": (8, 3)}
-
-
-def test_where_prompts_are_computed_in_another_way_whoever_is_preempted_finds_his_own_answer() -> None:
-    rig = Rig(num_blocks=8, max_num_batched_tokens=32, separates_prompts=True)
-    rig.add(prompt(2, 100), max_tokens=20)
-    second = rig.add(prompt(2, 200), max_tokens=20)
-    while second.status is not Status.WAITING:
-        rig.step()
-    num_computed = second.num_tokens - 1
-    rig.scheduler.abort("a")
-    assert rig.step() == {"b0": (num_computed // 4 * 4, num_computed % 4 + 1)}
-
-
-def test_the_newest_goes_by_priority_first() -> None:
-    rig = Rig(num_blocks=8, max_num_batched_tokens=32)
-    late = rig.add(prompt(15, 100), priority=1)
-    rig.step()
-    rig.add(prompt(11, 200), priority=0)
-    assert [list(rig.step()) for _ in range(3)] == [["a0", "b0"], ["b0", "a0"], ["b0"]]
-    assert late.status is Status.WAITING
 
 
 @pytest.mark.checklist("E07")
@@ -1085,37 +923,26 @@ def test_whoever_is_preempted_keeps_his_place_in_the_queue() -> None:
     assert [name(request) for request in rig.scheduler.waiting] == ["b0", "c0"]
 
 
-@pytest.mark.checklist("E04")
-def test_the_only_request_may_fill_the_whole_cache() -> None:
-    rig = Rig(num_blocks=5, block_size=2, max_model_len=10, max_num_batched_tokens=4)
-    request = rig.add(prompt(3), max_tokens=100)
-    rig.run()
-    assert rig.last_event(request).finish_reason is FinishReason.LENGTH
-    assert request.num_tokens == 10
-    assert request.record.preemptions == []
-
-
-def test_who_does_not_fit_beside_the_others_waits() -> None:
-    rig = Rig(num_blocks=8, max_num_batched_tokens=12)
-    rig.add(prompt(16, 100), max_tokens=3)
-    rig.add(prompt(20, 200), max_tokens=1)  # room for its first chunk, but not for all of it
-    rig.add(prompt(1, 300), max_tokens=1)
-    assert [list(step) for step in rig.run()] == [["a0"], ["a0"], ["a0"], ["a0"], ["b0"], ["b0", "c0"]]
+@pytest.mark.parametrize(
+    ("limits", "requests", "steps"),
+    [
+        # The second has room for its first chunk, but not for all of it.
+        ({"num_blocks": 8, "max_num_batched_tokens": 12}, [(16, 3), (20, 1), (1, 1)], ["a", "a", "a", "a", "b", "bc"]),
+        # What the one that runs still needs counts.
+        ({"num_blocks": 8, "long_prefill_token_threshold": 4}, [(20, 1), (20, 1)], ["a"] * 5 + ["b"] * 5),
+        # Of a large cache, one hundredth is kept for those that run. Alone, a request may have all of it.
+        ({"num_blocks": 200, "max_num_batched_tokens": 200}, [(100, 1), (98, 1), (1, 1)], ["ab"]),
+        ({"num_blocks": 100, "max_num_batched_tokens": 60}, [(100, 1)], ["a", "a"]),
+    ],
+)
+def test_who_is_admitted(limits: dict[str, Any], requests: list[tuple[int, int]], steps: list[str]) -> None:
+    is_large = limits["num_blocks"] >= 100
+    rig = Rig(**{"block_size": 1, "max_model_len": 100} | limits if is_large else limits)
+    for number, (num_tokens, max_tokens) in enumerate(requests):
+        rig.add(prompt(num_tokens, 100 * (number + 1)), max_tokens=max_tokens)
+    ran = ["".join(name[0] for name in step) for step in rig.run()]
+    assert ran[: len(steps)] == steps
     assert rig.scheduler.stats.preemptions_total == 0
-
-
-def test_of_a_large_cache_one_hundredth_is_kept_for_who_runs() -> None:
-    rig = Rig(num_blocks=200, block_size=1, max_model_len=200, max_num_batched_tokens=200)
-    rig.add(prompt(100, 100))
-    rig.add(prompt(98, 300))
-    rig.add(prompt(1, 400))
-    assert rig.step() == {"a0": (0, 100), "b0": (0, 98)}
-
-
-def test_alone_a_request_may_have_all_of_a_large_cache() -> None:
-    rig = Rig(num_blocks=100, block_size=1, max_model_len=100, max_num_batched_tokens=60)
-    rig.add(prompt(100), max_tokens=1)
-    assert rig.run() == [{"a0": (0, 60)}, {"a0": (60, 40)}]
 
 
 # The prefix cache.
@@ -1145,47 +972,12 @@ def test_a_prefix_is_computed_once(token_ids: Sequence[int], num_cached: int) ->
     assert stats.prompt_tokens_cached_total == stats.prefix_cache_hits_total == num_cached
 
 
-def test_output_is_cached_like_a_prompt() -> None:
-    rig = Rig()
-    rig.add(prompt(3), max_tokens=6)
-    rig.run()
-    rig.add([*prompt(3), 9, 9, 9, 9, 9, 9, 1], max_tokens=1)
-    assert rig.step() == {"b0": (8, 2)}
-
-
-def test_alternating_chats_keep_each_others_prefix() -> None:
-    """The cache holds both, and each turn computes its own tokens only. Each turn of a chat adds a block of 4."""
-    rig = Rig(max_num_batched_tokens=32)
-    for turn in range(3):
-        for first in (100, 200):
-            rig.add(prompt(13 + 4 * turn, first), max_tokens=1)
-            ((start, num_tokens),) = rig.step().values()
-            assert (start, num_tokens) == ((8 + 4 * turn, 5) if turn else (0, 13))
-
-
-@pytest.mark.checklist("E14")
-def test_another_salt_shares_nothing() -> None:
-    rig = Rig()
-    rig.add(prompt(9), max_tokens=1)
-    rig.step()
-    rig.add(prompt(9), max_tokens=1, salt=b"other")
-    assert rig.step() == {"b0": (0, 9)}
-
-
-def test_equal_prompts_in_one_step_do_not_read_what_is_not_computed() -> None:
-    rig = Rig()
-    first, second = rig.add(prompt(8)), rig.add(prompt(8))
-    assert rig.step() == {"a0": (0, 8), "b0": (0, 8)}
-    assert not set(first.kv.blocks) & set(second.kv.blocks)
-
-
 # The choices of one prompt.
 
 
-@pytest.mark.parametrize("salt", [b"", b"unique"])
-def test_children_start_when_the_prompt_is_computed_and_share_its_blocks(salt: bytes) -> None:
+def test_children_start_when_the_prompt_is_computed_and_share_its_blocks() -> None:
     rig = Rig(max_num_batched_tokens=6)
-    parent = rig.add(prompt(9), n=3, salt=salt, max_tokens=2)
+    parent = rig.add(prompt(9), n=3, max_tokens=2)
     children = list(parent.children)
     assert rig.scheduler.current_stats().num_waiting == 3
     assert rig.step() == {"a0": (0, 6)}
@@ -1198,66 +990,50 @@ def test_children_start_when_the_prompt_is_computed_and_share_its_blocks(salt: b
     assert [record.index for record in rig.recorder.requests] == [0, 1, 2]
 
 
-def test_children_find_the_blocks_of_a_parent_that_ends_with_its_first_token() -> None:
-    rig = Rig(max_num_batched_tokens=12)
-    rig.add(prompt(9), n=2, max_tokens=1)
-    assert rig.run() == [{"a0": (0, 9)}, {"a1": (8, 1)}]
-
-
-def test_children_go_on_when_their_parent_fails_or_is_aborted() -> None:
-    rig = Rig(max_num_batched_tokens=6)
-    rig.add(prompt(9), n=2, max_tokens=1)
-    rig.step()
-    rig.step(failing=0)
-    assert [(event.index, event.finish_reason) for event in rig.events] == [(0, FinishReason.ERROR)]
-    rig.add(prompt(5, 200), n=2, max_tokens=1)
-    rig.scheduler.abort("b", 0)
-    rig.run()
-    assert [(e.request_id, e.index, e.finish_reason) for e in rig.events] == [("a", 1, "length"), ("b", 1, "length")]
-
-
-def test_waiting_children_can_be_aborted() -> None:
-    rig = Rig(max_num_batched_tokens=6)
-    rig.add(prompt(9), n=3, max_tokens=1)
-    rig.step()
-    rig.scheduler.abort("a", 1)
-    assert rig.scheduler.current_stats().num_waiting == 1
-    rig.run()
-    assert [event.index for event in rig.events] == [0, 2]
-
-
 # How a choice ends.
 
+REPETITION = RepetitionDetection(min_pattern_size=2, max_pattern_size=3, min_count=2)
 
-def test_max_tokens() -> None:
-    rig = Rig()
-    request = rig.add(prompt(3), max_tokens=3)
+
+@pytest.mark.parametrize(
+    ("params", "num_tokens", "reason"),
+    [
+        ({}, 3, EOS),
+        ({"min_tokens": 3}, 3, EOS),
+        ({"min_tokens": 4}, 9, FinishReason.LENGTH),
+        ({"ignore_eos": True, "stop_token_ids": (EOS,)}, 3, EOS),
+        ({"stop_token_ids": (2,)}, 2, 2),
+        ({"stop_token_ids": (2,), "min_tokens": 3}, 3, EOS),
+        ({"stop_token_ids": (3,), "ignore_eos": True}, 9, FinishReason.LENGTH),
+        ({"ignore_eos": True, "repetition_detection": REPETITION}, 7, FinishReason.REPETITION),
+        ({"ignore_eos": True, "repetition_detection": REPETITION, "min_tokens": 8}, 8, FinishReason.REPETITION),
+        ({"ignore_eos": True, "repetition_detection": REPETITION, "max_tokens": 7}, 7, FinishReason.LENGTH),
+        ({"ignore_eos": True, "max_tokens": 100}, 29, FinishReason.LENGTH),  # the end of the context
+    ],
+)
+def test_the_end(params: dict[str, Any], num_tokens: int, reason: FinishReason | int) -> None:
+    rig = Rig(next_token=says(1, 2, EOS, 1, 4, 1, 4, 1, *[6] * 21, num_prompt_tokens=3))
+    request = rig.add(prompt(3), **{"max_tokens": 9} | params)
     rig.run()
-    assert [event.token_ids for event in rig.events] == [[9], [9], [9]]
-    assert [event.finish_reason for event in rig.events] == [None, None, FinishReason.LENGTH]
-    assert rig.events[-1].times == request.record.times()
-    assert request.record.times().num_output_tokens == 3
+    event = rig.last_event(request)
+    assert request.num_output_tokens == num_tokens
+    assert reason == (event.finish_reason if event.stop_token_id is None else event.stop_token_id)
+    assert (event.finish_reason is FinishReason.STOP) == (event.stop_token_id is not None)
 
 
-def test_no_output_but_the_logprobs_of_the_prompt() -> None:
-    rig = Rig(max_num_batched_tokens=4)
-    rig.add(prompt(9), max_tokens=0, prompt_logprobs=0, logprobs=0)
-    assert rig.run() == [{"a0": (0, 4)}, {"a0": (4, 4)}, {"a0": (8, 1)}]
-    [event] = rig.events
-    assert (event.token_ids, event.logprobs, event.finish_reason) == ([], [], FinishReason.LENGTH)
-    assert event.prompt_logprobs == [logprob_of(prompt(i), prompt(9)[i]) for i in range(1, 9)]
-    assert rig.scheduler.stats.generation_tokens_total == 0
-
-
-def test_the_logprobs_of_a_prompt_are_not_in_the_cache() -> None:
-    rig = Rig()
-    rig.add(prompt(9), max_tokens=1)
+@pytest.mark.checklist("F07")
+def test_one_row_fails_and_the_others_go_on() -> None:
+    rig = Rig(num_blocks=20)
+    rig.add(prompt(18, 100), max_tokens=2)
     rig.step()
-    request = rig.add(prompt(9), max_tokens=1, prompt_logprobs=0)
-    assert rig.step() == {"b0": (0, 9)}
-    assert len(rig.events[0].prompt_logprobs or []) == 8
-    assert rig.scheduler.stats.prefix_cache_queries_total == 9
-    assert request.record.num_cached_tokens == 0
+    rig.add(prompt(5, 200), max_tokens=2)
+    rig.step(failing=0)
+    assert [(event.request_id, event.error, event.finish_reason) for event in rig.events] == [
+        ("b", None, None),
+        ("a", "broken", FinishReason.ERROR),
+    ]
+    rig.add(prompt(18, 100), max_tokens=2)
+    assert rig.step() == {"b0": (5, 1), "c0": (0, 15)}, "what it had computed before is not found either"
 
 
 def test_preemption_in_the_middle_of_a_prompt_loses_no_logprob_and_counts_none_twice() -> None:
@@ -1270,74 +1046,6 @@ def test_preemption_in_the_middle_of_a_prompt_loses_no_logprob_and_counts_none_t
     first_event = next(event for event in rig.events if event.request_id == "b")
     tokens = prompt(8, 200)
     assert first_event.prompt_logprobs == [logprob_of(tokens[:i], tokens[i]) for i in range(1, 8)]
-
-
-@pytest.mark.parametrize(
-    ("params", "num_tokens", "stop_token_id"),
-    [
-        ({}, 3, EOS),
-        ({"min_tokens": 3}, 3, EOS),
-        ({"min_tokens": 4}, 6, None),
-        ({"ignore_eos": True}, 6, None),
-        ({"ignore_eos": True, "stop_token_ids": (EOS,)}, 3, EOS),
-        ({"stop_token_ids": (2,)}, 2, 2),
-        ({"stop_token_ids": (2,), "min_tokens": 3}, 3, EOS),
-        ({"stop_token_ids": (4,), "min_tokens": 4}, 5, 4),
-        ({"stop_token_ids": (3,), "ignore_eos": True}, 6, 3),
-    ],
-)
-def test_stop_tokens(params: dict[str, Any], num_tokens: int, stop_token_id: int | None) -> None:
-    rig = Rig(next_token=says(1, 2, EOS, 1, 4, 3, num_prompt_tokens=3))
-    request = rig.add(prompt(3), max_tokens=6, **params)
-    rig.run()
-    event = rig.last_event(request)
-    assert request.num_output_tokens == num_tokens
-    assert event.stop_token_id == stop_token_id
-    assert event.finish_reason is (FinishReason.LENGTH if stop_token_id is None else FinishReason.STOP)
-
-
-@pytest.mark.parametrize(
-    ("params", "num_tokens", "reason"),
-    [
-        ({}, 6, FinishReason.REPETITION),
-        ({"min_tokens": 6}, 6, FinishReason.REPETITION),
-        ({"min_tokens": 7}, 7, FinishReason.REPETITION),
-        ({"max_tokens": 6}, 6, FinishReason.LENGTH),
-        ({"stop_token_ids": (2,)}, 4, FinishReason.STOP),
-        ({"repetition_detection": None}, 9, FinishReason.STOP),
-    ],
-)
-def test_an_output_that_repeats_itself(params: dict[str, Any], num_tokens: int, reason: FinishReason) -> None:
-    detection = RepetitionDetection(min_pattern_size=2, max_pattern_size=3, min_count=2)
-    rig = Rig(next_token=says(3, 1, 1, 2, 1, 2, 1, 2, EOS, num_prompt_tokens=3))
-    fields: dict[str, Any] = {"max_tokens": 20, "repetition_detection": detection} | params
-    request = rig.add(prompt(3), **fields)
-    rig.run()
-    assert request.num_output_tokens == num_tokens
-    assert rig.last_event(request).finish_reason is reason
-
-
-@pytest.mark.parametrize(("num_prompt_tokens", "num_output_tokens"), [(1, 31), (29, 3), (31, 1), (32, 1)])
-def test_the_end_of_the_context(num_prompt_tokens: int, num_output_tokens: int) -> None:
-    rig = Rig(max_model_len=32)
-    request = rig.add(prompt(num_prompt_tokens), max_tokens=100)
-    rig.run()
-    assert request.num_output_tokens == num_output_tokens
-    assert rig.last_event(request).finish_reason is FinishReason.LENGTH
-
-
-@pytest.mark.checklist("F07")
-def test_one_row_fails_and_the_others_go_on() -> None:
-    rig = Rig()
-    rig.add(prompt(9, 100), max_tokens=2)
-    rig.add(prompt(5, 200), max_tokens=2)
-    rig.step(failing=0)
-    assert [(event.request_id, event.error, event.finish_reason) for event in rig.events] == [
-        ("b", None, None),
-        ("a", "broken", FinishReason.ERROR),
-    ]
-    rig.add(prompt(9, 100), max_tokens=2)
-    assert rig.step() == {"b0": (5, 1), "c0": (0, 9)}, "what failed is not cached"
 
 
 def test_abort_frees_the_blocks_at_once_and_the_running_step_has_no_news_of_it() -> None:
@@ -1358,42 +1066,23 @@ def test_abort_frees_the_blocks_at_once_and_the_running_step_has_no_news_of_it()
     assert list(rig.step()) == ["b0"]
 
 
-def test_abort_of_who_waits() -> None:
-    rig = Rig(max_num_seqs=1)
-    rig.add(prompt(3, 100), max_tokens=2)
-    waiting = rig.add(prompt(3, 200))
-    rig.step()
-    rig.scheduler.abort("b", 0)
-    assert rig.scheduler.current_stats().num_waiting == 0
-    assert waiting.record.times().scheduled is None
-    rig.run()
-    assert rig.scheduler.stats.prompt_tokens_total == 3
-
-
 # Limits.
 
 
 @pytest.mark.checklist("E05")
 @pytest.mark.parametrize(
-    ("limits", "numbers"),
+    ("limits", "message"),
     [
-        ({"max_num_batched_tokens": 7, "max_num_seqs": 8}, ["max_num_batched_tokens (7)", "max_num_seqs (8)"]),
-        ({"num_blocks": 7, "block_size": 4, "max_model_len": 29}, ["7 blocks", "max_model_len (29)", "needs 8"]),
+        ({"max_num_batched_tokens": 7, "max_num_seqs": 8}, r"max_num_batched_tokens \(7\).*max_num_seqs \(8\)"),
+        ({"num_blocks": 7, "max_model_len": 29}, r"7 blocks.*max_model_len \(29\) needs 8"),
+        ({"max_num_seqs": 0}, "at least"),
+        ({"long_prefill_token_threshold": -1}, "at least"),
+        ({"max_model_len": 0}, "at least"),
     ],
 )
-def test_limits_that_cannot_work_are_refused_with_both_numbers(limits: dict[str, int], numbers: list[str]) -> None:
-    with pytest.raises(ValueError) as error:
-        rig_with(limits)
-    assert all(number in str(error.value) for number in numbers)
-
-
-@pytest.mark.parametrize("limits", [{"max_num_batched_tokens": 4, "max_num_seqs": 4}, {"max_model_len": 64}])
-def test_limits_that_just_work(limits: dict[str, int]) -> None:
-    rig = rig_with(limits)
-    for first in (100, 200, 300, 400):
-        rig.add(prompt(5, first), max_tokens=3)
-    rig.run()
-    assert sum(event.finish_reason is not None for event in rig.events) == 4
+def test_limits_that_cannot_work_are_refused(limits: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rig(**limits)  # type: ignore[arg-type]
 
 
 def test_a_prompt_beyond_the_context_is_a_programmer_error() -> None:
@@ -1409,46 +1098,6 @@ def test_children_share_one_prefill_when_their_parent_is_aborted() -> None:
     rig.add(prompt(9), n=4, max_tokens=1)
     rig.scheduler.abort("a", 0)
     assert rig.run() == [{"a1": (0, 9)}, {"a2": (8, 1), "a3": (8, 1)}]
-
-
-def test_admission_counts_what_who_runs_still_needs() -> None:
-    rig = Rig(num_blocks=8, long_prefill_token_threshold=4)
-    rig.add(prompt(20, 100), max_tokens=1)
-    rig.add(prompt(20, 200), max_tokens=1)
-    rig.run()
-    assert rig.scheduler.stats.preemptions_total == 0
-
-
-@pytest.mark.parametrize("limits", [{"max_num_seqs": 0}, {"long_prefill_token_threshold": -1}, {"max_model_len": 0}])
-def test_limits_that_make_no_sense(limits: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="at least"):
-        Rig(**limits)  # type: ignore[arg-type]
-
-
-def test_an_error_as_first_event_tells_what_was_cached() -> None:
-    rig = Rig(max_num_batched_tokens=32)
-    rig.add(prompt(9), max_tokens=1)
-    rig.step()
-    rig.add(prompt(9), max_tokens=1)
-    rig.step(failing=0)
-    assert rig.events[0].num_cached_tokens == 8
-
-
-def test_without_a_token_there_is_no_time_of_the_first() -> None:
-    rig = Rig()
-    request = rig.add(prompt(9), max_tokens=0, prompt_logprobs=0)
-    rig.run()
-    assert request.record.times().first_token is None
-
-
-@pytest.mark.checklist("F07")
-def test_blocks_of_a_failed_request_are_not_found() -> None:
-    rig = Rig(max_num_batched_tokens=8)
-    rig.add(prompt(12), max_tokens=1)
-    rig.step()
-    rig.step(failing=0)
-    rig.add(prompt(12), max_tokens=1)
-    assert rig.step() == {"b0": (0, 8)}
 
 
 # Steps that are taken back.
@@ -1471,7 +1120,8 @@ def state_of(scheduler: Scheduler) -> dict[str, Any]:
     return state | {"stats": msgspec.structs.asdict(scheduler.current_stats())}
 
 
-@pytest.mark.parametrize("seed", range(num_examples(30, 500)))
+@pytest.mark.drawn
+@pytest.mark.parametrize("seed", range(num_examples(15, 500)))
 def test_a_step_that_is_taken_back_was_never_scheduled(seed: int) -> None:
     """Any step of a run; the run then goes on with the same step."""
     print(f"seed {seed}")
@@ -1519,28 +1169,6 @@ def test_a_step_is_taken_back_while_the_one_before_is_in_flight() -> None:
         assert state_of(scheduler) == state
     scheduler.update(before, rig.model.run(before))
     assert rig.step() == {"a0": (7, 1)}
-
-
-def test_a_step_is_taken_back_after_the_one_before_was_updated() -> None:
-    """Its blocks have not been published by that update; requests that ended stay so."""
-    rig = Rig(max_num_batched_tokens=32, next_token=lambda prefix, seed: EOS if prefix[0] == 200 else 9)
-    first = rig.add(prompt(7, 100))
-    ends = rig.add(prompt(3, 200))
-    scheduler = rig.scheduler
-    before, step = scheduler.schedule(), scheduler.schedule()
-    assert before is not None
-    assert step is not None
-    assert [(item.start, item.is_ahead) for item in step.scheduled] == [(7, True), (3, True)]
-    scheduler.update(before, rig.model.run(before))
-    assert first.kv.num_published == 1
-    assert ends.status is Status.FINISHED
-    scheduler.take_back(step)
-    scheduler.check()
-    assert (first.kv.num_computed, first.num_target_tokens, first.kv.num_published) == (7, 8, 1)
-    assert [block.block_hash is None for block in first.kv.blocks] == [False, True]
-    rig.add([*prompt(7, 100), 9, 1])
-    assert rig.step() == {"a0": (7, 1), "c0": (4, 5)}
-    assert rig.scheduler.stats.steps_total == 2
 
 
 def test_what_the_step_after_a_failed_one_computes() -> None:

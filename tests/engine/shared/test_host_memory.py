@@ -37,40 +37,30 @@ def test_a_limit_of_the_address_space_counts() -> None:
     assert 128 * MIB < int(answer) < 256 * MIB
 
 
-def fake_files(monkeypatch: pytest.MonkeyPatch, folder: Path, **control_group: str) -> None:
-    """Simulate a machine with 4 GiB available, and a control group with these files."""
-    (folder / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:  4194304 kB\n")
-    for name, text in control_group.items():
-        (folder / f"memory.{name}").write_text(text)
-
-    def open_fake(path: str) -> object:
-        return (folder / path.rpartition("/")[2]).open()
-
-    monkeypatch.setattr(host_memory, "open", open_fake, raising=False)
-
-
-def test_available_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_files(monkeypatch, tmp_path)
-    assert available_memory() == 4096 * MIB
-
-
-def test_available_memory_of_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_files(monkeypatch, tmp_path, max=f"{2048 * MIB}\n", current=f"{500 * MIB}\n", stat="anon 5\ninactive_file 0\n")
-    assert available_memory() == 1548 * MIB
-
-
-def test_available_memory_of_an_unlimited_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_files(monkeypatch, tmp_path, max="max\n", current=f"{500 * MIB}\n", stat="anon 5\ninactive_file 0\n")
-    assert available_memory() == 4096 * MIB
-
-
-def test_file_cache_counts_as_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Reading the weights fills the control group with cached pages, which the kernel frees when needed."""
-    stat = f"anon {100 * MIB}\ninactive_file {1500 * MIB}\nactive_file {200 * MIB}\n"
-    fake_files(monkeypatch, tmp_path, max=f"{2048 * MIB}\n", current=f"{1800 * MIB}\n", stat=stat)
-    assert available_memory() == (2048 - 1800 + 1500) * MIB
-
-
-def test_use_above_the_limit_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_files(monkeypatch, tmp_path, max=f"{100 * MIB}\n", current=f"{101 * MIB}\n", stat="inactive_file 0\n")
-    assert available_memory() == 0
+@pytest.mark.parametrize(
+    ("maximum", "current", "inactive_file", "available"),  # of the control group, in MiB
+    [
+        (None, 0, 0, 4096),  # there is none
+        ("max", 500, 0, 4096),
+        (2048, 500, 0, 1548),
+        (2048, 1800, 1500, 1748),  # reading the weights fills it with cached pages, which the kernel frees when needed
+        (100, 101, 0, 0),
+    ],
+)
+def test_available_memory_of_a_machine_with_4_gib(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    maximum: int | str | None,
+    current: int,
+    inactive_file: int,
+    available: int,
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:  4194304 kB\n")
+    if maximum is not None:
+        limit = maximum if isinstance(maximum, str) else maximum * MIB
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{current * MIB}\n")
+        stat = f"anon {100 * MIB}\ninactive_file {inactive_file * MIB}\nactive_file {200 * MIB}\n"
+        (tmp_path / "memory.stat").write_text(stat)
+    monkeypatch.setattr(host_memory, "open", lambda path: (tmp_path / Path(path).name).open(), raising=False)
+    assert available_memory() == available * MIB
