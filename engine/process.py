@@ -69,7 +69,9 @@ class EngineLoop:
         self.engine = engine
         self.info = info
         self.connections = connections
-        self.adapter_updates = AdapterUpdates(engine.adapters, engine.model_config, engine.scheduler)
+        self.adapter_updates = AdapterUpdates(
+            engine.adapters, engine.model_config, engine.scheduler, clock=engine.clock
+        )
         self.reader = RecordReader(engine.recorder, engine.scheduler, caches_prefixes=engine.enable_prefix_caching)
         self.inspector = Inspector(engine)
         self.questions: deque[tuple[bytes, RecordQuestion]] = deque()  # with the API process that asks

@@ -339,7 +339,9 @@ def test_under_attack_the_first_token_of_another_tenant_comes_within_three_steps
         assert request.num_output_tokens > 0
 
 
-@pytest.mark.parametrize(("num_tenants", "max_tokens"), [(1, 300), (2, 2000), (7, 300)])
+@pytest.mark.parametrize(
+    ("num_tenants", "max_tokens"), [(1, 300), (7, 300), pytest.param(2, 2000, marks=pytest.mark.long)]
+)
 def test_huge_requests_of_many_tenants_do_not_keep_a_small_one_waiting(num_tenants: int, max_tokens: int) -> None:
     """Each tenant has one request, and together they hold nearly all blocks. Whoever is preempted goes on soon."""
     rig = Rig(max_num_seqs=16, max_num_batched_tokens=256, num_blocks=1000)
