@@ -221,7 +221,7 @@ def test_the_search_for_dangers_finds_them() -> None:
 def test_the_search_for_imports_finds_them() -> None:
     assert len(ENGINE) > len(ENGINE_WITHOUT_TORCH)
     assert set(imports("engine/scheduling/scheduler.py")) >= {
-        "time",
+        "logging",
         "engine.scheduling.kv_manager.KVManager",
         "engine.scheduling.request.Step",
     }
