@@ -52,6 +52,21 @@ def load(folder: Path, generation: dict[str, Any] | None = None, **changes: Any)
     return load_model_config(folder)
 
 
+def test_as_transformers_writes_it(tmp_path: Path) -> None:
+    rope = LLAMA3 | {"rope_theta": 1234.5, "original_max_position_embeddings": 256}
+    flags = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+    changes: dict[str, Any] = {"head_dim": 24, "rms_norm_eps": 1e-3, "hidden_act": "gelu", "rope_parameters": rope}
+    expected: Any = LlamaConfig(**SHAPE, **changes, **flags)
+    expected.save_pretrained(tmp_path)
+    config = llama_fields(load_model_config(tmp_path))
+    for name in (*COMMON_FIELDS, "attention_bias", "mlp_bias", "hidden_act"):
+        assert getattr(config, name) == getattr(expected, name), name
+    assert config.attention_output_bias
+    assert config.rope_theta == 1234.5
+    assert {name: getattr(config.rope_scaling, name) for name in LLAMA3} == LLAMA3
+    assert (config.rope_scaling.original_max_position_embeddings, config.sliding_window) == (256, None)
+
+
 @pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig])
 def test_missing_keys_have_the_defaults_of_transformers(config_class: Any, tmp_path: Path) -> None:
     shape = {key: SHAPE[key] for key in SHAPE if key not in ("num_key_value_heads", "max_position_embeddings")}

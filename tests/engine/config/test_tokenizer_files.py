@@ -38,6 +38,33 @@ def train(**options: Any) -> bytes:
     return model.getvalue()
 
 
+OPTIONS = {
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "treat_whitespace_as_suffix": True,
+    "bos_id": -1,
+}
+PIECE_TYPES = {"is_unknown": 2, "is_control": 3, "is_unused": 5, "is_byte": 6}
+
+
+@pytest.mark.parametrize(("algorithm", "options"), [("bpe", OPTIONS), ("unigram", {}), ("char", {})])
+def test_models_of_sentencepiece(algorithm: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path, symbols = tmp_path / "tokenizer.model", {"user_defined_symbols": ["<a>"], "control_symbols": ["<b>"]}
+    path.write_bytes(train(model_type=algorithm, byte_fallback=bool(options), **symbols, **options))
+    model, reference = read_sentencepiece(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert model.algorithm == algorithm
+    assert len(model.pieces) == reference.get_piece_size()
+    for index, piece in enumerate(model.pieces):
+        assert (piece.text, piece.score) == (reference.id_to_piece(index), reference.get_score(index))
+        kinds = [kind for name, kind in PIECE_TYPES.items() if getattr(reference, name)(index)]
+        assert piece.type == (kinds[0] if kinds else 4 if piece.text == "<a>" else 1)
+    named = (reference.unk_id(), reference.bos_id(), reference.eos_id())
+    assert (model.unk_id, model.bos_id, model.eos_id) == named
+    for name, value in OPTIONS.items():
+        assert (getattr(model, name) == value) == bool(options)
+    assert model.charsmap
+
+
 def test_fields_that_protobuf_leaves_out_have_their_defaults(tmp_path: Path) -> None:
     """One piece without text, score and type of the right types, an unknown field of each wire type, no other piece."""
     piece = b"\x08\x01\x12\x01x\x1a\x01x\x0a\x02hi"

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -62,6 +63,32 @@ def split(name: str, weight: Weight, config: ModelConfig | None = None, layout: 
     return dict(found)
 
 
+def rotated(head: list[float], rotary_dim: int, *, is_interleaved: bool, angles: list[float]) -> list[float]:
+    """Rotate the pairs of one head as the checkpoint orders them: (2i, 2i + 1), or (i, i + R / 2)."""
+    out = list(head)
+    for pair, angle in enumerate(angles[: rotary_dim // 2]):
+        a, b = (2 * pair, 2 * pair + 1) if is_interleaved else (pair, pair + rotary_dim // 2)
+        out[a] = head[a] * np.cos(angle) - head[b] * np.sin(angle)
+        out[b] = head[b] * np.cos(angle) + head[a] * np.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [2, 6, 8])
+def test_rotated_pairs_are_half_a_head_apart(rotary_dim: int, is_interleaved: bool) -> None:
+    """Rotating in the model's order, then going back, is the rotation of the checkpoint's order."""
+    rng = np.random.default_rng(rotary_dim)
+    head, angles = rng.standard_normal(HEAD).tolist(), rng.uniform(0, 6, HEAD // 2).tolist()
+    order = head_order(HEAD, rotary_dim, is_interleaved)
+    assert sorted(order) == list(range(HEAD))
+    ours = [head[index] for index in order]
+    turned = rotated(ours, HEAD, is_interleaved=False, angles=angles[: rotary_dim // 2] + [0.0] * HEAD)
+    back = [0.0] * HEAD
+    for index, value in zip(order, turned, strict=True):
+        back[index] = value
+    assert back == pytest.approx(rotated(head, rotary_dim, is_interleaved=is_interleaved, angles=angles))
+
+
 @pytest.mark.parametrize("rotary_dim", [4, 8])
 @pytest.mark.parametrize("part", ["q_proj", "k_proj", "q_norm", "k_norm"])
 def test_rows_of_queries_and_keys(part: str, rotary_dim: int) -> None:
@@ -91,33 +118,99 @@ def test_rows_of_queries_and_keys(part: str, rotary_dim: int) -> None:
     ],
 )
 def test_what_does_not_divide(name: str, shape: tuple[int, int], message: str) -> None:
-    config = config_of()
-    if "b_proj" in name:
-        latent = LatentSpec(q_lora_rank=None, kv_lora_rank=16, nope_head_dim=6, rope_head_dim=4, v_head_dim=10)
-        rope = RopeSpec(head_dim=20, rotary_dim=4, first_pair=8)
-        config = config_of(rope, num_kv_heads=1, head_dim=20, values_are_keys=True, latent=latent)
+    config = LATENT if "b_proj" in name else config_of()
     with pytest.raises(ValueError, match=message):
         split(f"{LAYER}self_attn.{name}", torch.zeros(*shape), config, WeightLayout(is_interleaved=True))
 
 
+LATENT = config_of(
+    RopeSpec(head_dim=20, rotary_dim=4, first_pair=8),
+    num_kv_heads=1,
+    head_dim=20,
+    values_are_keys=True,
+    latent=LatentSpec(q_lora_rank=None, kv_lora_rank=16, nope_head_dim=6, rope_head_dim=4, v_head_dim=10),
+)
 NUM_EXPERTS, SIZE = 3, 6
 EXPERTS = config_of(
     experts=ExpertsSpec(router=RouterSpec(num_experts=NUM_EXPERTS, num_experts_per_tok=2), intermediate_size=SIZE)
 )
 
 
+def expert_weights(layout: WeightLayout, tensors: dict[str, Weight]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        found |= split(f"{LAYER}mlp.experts.{name}", tensor, EXPERTS, layout)
+    return {name.removeprefix(f"{LAYER}mlp.experts."): weight for name, weight in found.items()}
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["stacked", "flat"])
+def test_stacked_experts(is_flat: bool) -> None:
+    """As [E, M, K], or [E * M, K] of GGUF files; gate and up in one tensor or in two."""
+    gate, up, down = (random_tensor(s, NUM_EXPERTS, *shape) for s, shape in enumerate([(SIZE, 32)] * 2 + [(32, SIZE)]))
+
+    def stored(x: Tensor) -> Tensor:
+        return x.flatten(0, 1) if is_flat else x
+
+    fused = expert_weights(PLAIN, {"gate_up_proj": stored(torch.cat((gate, up), dim=1)), "down_proj": stored(down)})
+    apart = expert_weights(
+        PLAIN,
+        {"gate_proj.weight": stored(gate), "up_proj.weight": stored(up), "down_proj.weight": stored(down)},
+    )
+    for found in (fused, apart):
+        assert len(found) == 3 * NUM_EXPERTS
+        for expert in range(NUM_EXPERTS):
+            for name, weights in (("gate", gate), ("up", up), ("down", down)):
+                assert torch.equal(found[f"{expert}.{name}_proj.weight"], weights[expert])
+
+
+def test_interleaved_experts() -> None:
+    """As in gpt-oss: [E, inputs, outputs], with the outputs of gate and up alternating, and their biases too."""
+    gate_up, down = random_tensor(1, NUM_EXPERTS, 32, 2 * SIZE), random_tensor(2, NUM_EXPERTS, SIZE, 32)
+    gate_up_bias, down_bias = random_tensor(3, NUM_EXPERTS, 2 * SIZE), random_tensor(4, NUM_EXPERTS, 32)
+    tensors: dict[str, Weight] = {"gate_up_proj": gate_up, "down_proj": down}
+    tensors |= {"gate_up_proj_bias": gate_up_bias, "down_proj_bias": down_bias}
+    found = expert_weights(WeightLayout(has_interleaved_experts=True), tensors)
+    for expert in range(NUM_EXPERTS):
+        for output in range(SIZE):
+            assert torch.equal(found[f"{expert}.gate_proj.weight"][output], gate_up[expert, :, 2 * output])
+            assert torch.equal(found[f"{expert}.up_proj.weight"][output], gate_up[expert, :, 2 * output + 1])
+            assert found["gate_proj.bias"][expert, output] == gate_up_bias[expert, 2 * output]
+            assert found["up_proj.bias"][expert, output] == gate_up_bias[expert, 2 * output + 1]
+        assert torch.equal(found[f"{expert}.down_proj.weight"], down[expert].T)
+    assert torch.equal(found["down_proj.bias"], down_bias)
+
+
 def test_packed_stacked_experts() -> None:
     packed = random_packed("Q4_0", NUM_EXPERTS * 2 * SIZE, 32, 1)
-    prefix = f"{LAYER}mlp.experts."
-    found = split(f"{prefix}gate_up_proj.weight", packed, EXPERTS)
+    found = expert_weights(PLAIN, {"gate_up_proj.weight": packed})
     rows = packed.data.reshape(NUM_EXPERTS, 2, SIZE, -1)
     for expert in range(NUM_EXPERTS):
         for index, name in enumerate(("gate", "up")):
-            weight = found[f"{prefix}{expert}.{name}_proj.weight"]
+            weight = found[f"{expert}.{name}_proj.weight"]
             assert weight.shape == (SIZE, 32)
             np.testing.assert_array_equal(weight.data, rows[expert, index].reshape(-1))
     with pytest.raises(ValueError, match="has 10 rows, which do not divide into 3 experts"):
-        split(f"{prefix}gate_up_proj.weight", torch.zeros(10, 32), EXPERTS)
+        expert_weights(PLAIN, {"gate_up_proj.weight": torch.zeros(10, 32)})
+
+
+def test_fused_rows_are_divided_and_those_that_rotate_reordered() -> None:
+    """Heads of latent keys and values follow each other in one matrix. Their rotated rows are the last ones."""
+    q, k, v = (random_tensor(rows, rows, HIDDEN) for rows in (HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD))
+    attention, layout = f"{LAYER}self_attn.", WeightLayout(is_interleaved=True)
+    found = split(f"{attention}qkv_proj.weight", torch.cat((q, k, v)), layout=layout)
+    rows = head_order(HEAD, HEAD, True)
+    expected = [weight.unflatten(0, (-1, HEAD))[:, rows].flatten(0, 1) for weight in (q, k)]
+    for name, weight in zip("qkv", [*expected, v], strict=True):
+        assert torch.equal(found[f"{attention}{name}_proj.weight"], weight)
+    weight, order = random_tensor(1, HEADS, 6 + 10, 16), [0, 2, 1, 3]
+    found = split(f"{attention}kv_b_proj.weight", weight.flatten(0, 1), LATENT)
+    assert torch.equal(found[f"{attention}k_b_proj.weight"], weight[:, :6].flatten(0, 1))
+    assert torch.equal(found[f"{attention}v_b_proj.weight"], weight[:, 6:].flatten(0, 1))
+    queries, compressed = random_tensor(2, HEADS, 10, HIDDEN), random_tensor(3, 20, HIDDEN)
+    (found_q,) = split(f"{attention}q_proj.weight", queries.flatten(0, 1), LATENT, layout).values()
+    assert torch.equal(found_q, torch.cat((queries[:, :6], queries[:, 6:][:, order]), dim=1).flatten(0, 1))
+    (found_kv,) = split(f"{attention}kv_a_proj_with_mqa.weight", compressed, LATENT, layout).values()
+    assert torch.equal(found_kv, torch.cat((compressed[:16], compressed[16:][order])))
 
 
 # Names, norms, and what is left out.
