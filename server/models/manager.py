@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -87,6 +86,7 @@ class ModelManager:
     async def start(self) -> None:
         """Begin to load the models that are loaded at the start, and to look for idle and dead ones."""
         for slot in self._slots.values():
+            slot.now = asyncio.get_running_loop().time
             if slot in self._starting:
                 self._begin_load(slot)
         if not self._starting:
@@ -109,8 +109,8 @@ class ModelManager:
                 if served is not None and (reason := served.client.dead_reason) is not None:
                     self._give_up(slot, served, reason)
                 elif not slot.is_idle:
-                    slot.last_used = time.monotonic()
-                elif (limit := self.idle_limit(slot)) is not None and time.monotonic() - slot.last_used >= limit:
+                    slot.last_used = slot.now()
+                elif (limit := self.idle_limit(slot)) is not None and slot.now() - slot.last_used >= limit:
                     self._begin_unload(slot)
 
     def idle_limit(self, slot: ModelSlot) -> float | None:
@@ -126,7 +126,7 @@ class ModelManager:
 
     def is_usable(self, slot: ModelSlot) -> bool:
         """Return whether requests use a model, or load it: they do not soon after it has failed."""
-        return slot.state is not ModelState.FAILED or time.monotonic() >= slot.failed_at + RETRY_SECONDS
+        return slot.state is not ModelState.FAILED or slot.now() >= slot.failed_at + RETRY_SECONDS
 
     async def wait_loaded(self, slot: ModelSlot, seconds: float, tenant: Tenant) -> None:
         """Wait until a model is loaded, which begins now if need be. Only an admin learns why it cannot be.
@@ -134,14 +134,14 @@ class ModelManager:
         Raises ModelLoadError if it cannot be loaded, LoadTimeoutError if that takes more than `seconds`, and
         EngineUnavailableError if the server shuts down.
         """
-        deadline = time.monotonic() + seconds
+        deadline = slot.now() + seconds
         while slot.served is None:
             if self.is_draining:
                 raise EngineUnavailableError(SHUTTING_DOWN, close=True)
             if slot.task is None and not self.is_usable(slot):
                 raise ModelLoadError(slot.name, slot.failure if tenant.is_admin else "")
             task = slot.task or self._begin_load(slot)
-            await asyncio.wait([task], timeout=max(0.0, deadline - time.monotonic()))
+            await asyncio.wait([task], timeout=max(0.0, deadline - slot.now()))
             if not task.done():
                 raise LoadTimeoutError(slot.name, seconds)
 
@@ -179,7 +179,7 @@ class ModelManager:
     # Loading.
 
     def _begin_load(self, slot: ModelSlot) -> asyncio.Task[None]:
-        slot.load_requested, slot.failure = time.monotonic(), ""
+        slot.load_requested, slot.failure = slot.now(), ""
         slot.task = asyncio.create_task(self._load(slot))
         return slot.task
 
@@ -208,7 +208,7 @@ class ModelManager:
 
     def _note_failure(self, slot: ModelSlot, reason: str) -> None:
         logger.error("%s cannot be used: %s", slot.name, reason)
-        slot.failure, slot.failed_at = reason.rstrip("."), time.monotonic()
+        slot.failure, slot.failed_at = reason.rstrip("."), slot.now()
 
     async def _make_room(self, slot: ModelSlot) -> int:
         """Unload idle models until this one fits, the least recently used first. Return the bytes that it may use.
@@ -248,7 +248,7 @@ class ModelManager:
 
         Raises EngineGoneError if the engine ends, and OSError or ValueError if the model's files are invalid.
         """
-        slot.load_began = time.monotonic()
+        slot.load_began = slot.now()
         gone = self._gone[slot.number] = asyncio.Event()
         started = self._started[slot.number] = asyncio.get_running_loop().create_future()
         self._order(StartEngine(slot.number, memory_limit))
@@ -264,8 +264,8 @@ class ModelManager:
             raise
         info = served.client.ready_info()
         slot.memory = memory_taken(info) if is_on_host(slot.config.settings) else 0  # that of a GPU is measured
-        slot.load_seconds = time.monotonic() - slot.load_began
-        slot.last_used = time.monotonic()
+        slot.load_seconds = slot.now() - slot.load_began
+        slot.last_used = slot.now()
         logger.info("%s is loaded after %.1f s", slot.name, slot.load_seconds)
         return served
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import cached_property
@@ -25,7 +25,7 @@ class ModelState(StrEnum):
 
 
 class ModelSlot:
-    """A model that can be served, and what is in memory of it. Times are in seconds of `time.monotonic()`."""
+    """A model that can be served, and what is in memory of it. Times are in seconds, by `now`."""
 
     def __init__(self, config: ServedModelConfig, metrics: Metrics, served: ServedModel | None = None) -> None:
         self.config = config
@@ -36,7 +36,8 @@ class ModelSlot:
         self.failed_at = 0.0
         self.memory = 0  # bytes of host memory that it holds, or has reserved
         self.num_users = 0  # requests that need it, beside those in its engine
-        self.last_used = time.monotonic()
+        self.now: Callable[[], float] = time.monotonic  # the time of the event loop, once it runs
+        self.last_used = 0.0
         self.idle_limit: float | None = None  # after which it is unloaded, if a client has said so
         self.load_requested: float | None = None  # None: it is not being loaded
         self.load_began: float | None = None  # None: it is not being loaded, or waits for memory
@@ -86,7 +87,7 @@ class ModelSlot:
             yield
         finally:
             self.num_users -= 1
-            self.last_used = time.monotonic()
+            self.last_used = self.now()
 
     @property
     def is_idle(self) -> bool:
@@ -101,11 +102,11 @@ class ModelSlot:
     @property
     def seconds_loading(self) -> float | None:
         """Seconds since its load was requested, or None if it is not being loaded."""
-        return None if self.load_requested is None else time.monotonic() - self.load_requested
+        return None if self.load_requested is None else self.now() - self.load_requested
 
     @property
     def fraction_loaded(self) -> float | None:
         """The part of a load that is done, by the time that the last one took. None: it is not known."""
         if self.load_began is None or self.load_seconds is None:
             return None
-        return min(0.99, (time.monotonic() - self.load_began) / self.load_seconds)
+        return min(0.99, (self.now() - self.load_began) / self.load_seconds)

@@ -19,16 +19,15 @@ def listening(host: str, port: int, path: str | None) -> Iterator[list[socket.so
 
     Raises OSError with a message for the user.
     """
-    if path is None:
-        yield bind(host, port)
-        return
-    listener = bind_unix(path)
-    inode = os.stat(path).st_ino
+    sockets = bind(host, port) if path is None else [bind_unix(path)]
+    inode = None if path is None else os.stat(path).st_ino
     try:
-        yield [listener]
+        yield sockets
     finally:
+        for each in sockets:
+            each.close()
         with contextlib.suppress(OSError):
-            if os.stat(path).st_ino == inode:  # no other server has taken the path
+            if path is not None and os.stat(path).st_ino == inode:  # no other server has taken the path
                 os.unlink(path)
 
 

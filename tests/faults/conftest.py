@@ -1,46 +1,37 @@
 """An API process with a fake engine, for tests that let the system fail it."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
+from typing import Any
 
 import httpx
-import msgspec
 import psutil
 import pytest
 
-from server.settings.process_configs import EngineProcess
-from server.settings.table import Settings
 from tests.faults.failing_calls import FailingCalls
+from tests.support.api_process import SECONDS, Api, api_process
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
-from tests.support.server_process import free_port
-from tests.support.serving import api_config, own_address, wait_until
+from tests.support.serving import own_address, wait_until
 from tests.support.tiny_tokenizer_model import write_tiny_model
 
-SECONDS = 60.0  # bounds hangs only
 
-
-@dataclass
-class Api:
+class FaultyApi:
     """A running API process, and its fake engine in a thread of the test."""
 
-    process: psutil.Process
-    engine: FakeEngine
-    url: str
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=SECONDS)
+    def __init__(self, api: Api) -> None:
+        assert isinstance(api.engine, FakeEngine)
+        self.engine = api.engine
+        self.process = psutil.Process(api.process.pid)
+        self.url, self.port, self.get, self._api = api.url, api.port, api.get, api
 
     def post(self, path: str, **body: object) -> httpx.Response:
-        return httpx.post(self.url + path, json={"model": "tiny"} | body, timeout=SECONDS)
+        return self._api.post(path, **{"model": "tiny"} | body)
 
     def is_ready(self) -> bool:
-        with suppress(httpx.TransportError):
-            return self.get("/readyz").status_code == 200
-        return False
+        return self._api.status("/readyz") == 200
+
+    def end(self) -> int:
+        return self._api.end()
 
     def num_ended(self) -> int:
         """Return how many choices have ended, for whatever reason."""
@@ -63,7 +54,7 @@ class Api:
         assert self.process.num_threads() <= num_threads
 
 
-StartApi = Callable[..., Api]
+StartApi = Callable[..., FaultyApi]
 
 
 @pytest.fixture(scope="session")
@@ -74,32 +65,15 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> FailingCalls:
 
 @pytest.fixture(scope="module")
 def start_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartApi]:
-    """A function that starts an API process with more environment variables: `start_api(NAME="value")`.
-
-    `redirection` is the shell's, for example "2>&-".
-    """
+    """A function that starts an API process: `start_api(redirection="2>&-", environment={"NAME": "value"})`."""
     model = tmp_path_factory.mktemp("model")
     write_tiny_model(model)
     with ExitStack() as stack:
 
-        def start(*, stderr: int = subprocess.DEVNULL, redirection: str = "", **environment: str) -> Api:
-            address = stack.enter_context(own_address())
-            engine = stack.enter_context(FakeEngine(FakeEngineConfig(address=address)))
-            port = free_port()
-            config = api_config(Settings(port=port), EngineProcess(address, os.getpid()), model, ("tiny",))
-            process = subprocess.Popen(
-                ["sh", "-c", f'exec "$0" -m server.main {redirection}', sys.executable],
-                stdin=subprocess.PIPE,
-                stderr=stderr,
-                env=os.environ | environment,
-            )
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            assert process.stdin is not None
-            with process.stdin as stdin:
-                stdin.write(msgspec.json.encode(config))
-            api = Api(psutil.Process(process.pid), engine, f"http://127.0.0.1:{port}")
-            wait_until(api.is_ready, timeout=60)
-            return api
+        def start(**options: Any) -> FaultyApi:
+            address, folder = stack.enter_context(own_address()), tmp_path_factory.mktemp("api")
+            api = stack.enter_context(api_process(FakeEngineConfig(address=address), model, folder, **options))
+            api.wait_until_ready()
+            return FaultyApi(api)
 
         yield start

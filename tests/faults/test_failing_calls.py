@@ -13,24 +13,26 @@ from itertools import count
 import httpx
 import pytest
 
-from tests.faults.conftest import SECONDS, Api, StartApi
+from tests.faults.conftest import FaultyApi, StartApi
 from tests.faults.failing_calls import ERRORS, Call, FailingCalls
-from tests.support.examples import num_examples
+from tests.support.api_process import SECONDS
 from tests.support.serving import check_envelope, wait_until
 
+pytestmark = pytest.mark.long
+
 MESSAGES = [{"role": "user", "content": "Hi"}]
-NUM_PARTS = num_examples(1, 4)  # so that a quarter of the long tests has some of each kind
+NUM_PARTS = 4  # so that a quarter of the long tests has some of each kind
 _numbers = count()
 
 
 @pytest.fixture(scope="module")
-def api(start_api: StartApi, failing: FailingCalls) -> Api:
-    api = start_api(**failing.environment)
+def api(start_api: StartApi, failing: FailingCalls) -> FaultyApi:
+    api = start_api(environment=failing.environment)
     run_scenario(api)
     return api
 
 
-def run_scenario(api: Api) -> None:
+def run_scenario(api: FaultyApi) -> None:
     """Send requests of each kind. Each must be answered, or break visibly."""
     constraint = {"regex": f"[a-z]+{next(_numbers)}"}  # not one whose check is known
     send(api, "/v1/completions", prompt="x")
@@ -54,7 +56,7 @@ def may_break() -> Iterator[None]:
         pass
 
 
-def send(api: Api, path: str, **body: object) -> int | None:
+def send(api: FaultyApi, path: str, **body: object) -> int | None:
     """Send a request and return the status, or None if the connection broke."""
     with may_break():
         answer = api.post(path, **body)
@@ -64,7 +66,7 @@ def send(api: Api, path: str, **body: object) -> int | None:
     return None
 
 
-def read_stream(api: Api) -> None:
+def read_stream(api: FaultyApi) -> None:
     """Read a stream, which must not end as if it were complete if it is not."""
     with may_break():
         answer = api.post("/v1/chat/completions", messages=MESSAGES, stream=True, n=2)
@@ -75,7 +77,7 @@ def read_stream(api: Api) -> None:
             assert answer.text.count('"finish_reason":"stop"') == 2 or '"error"' in answer.text
 
 
-def abandon_stream(api: Api) -> None:
+def abandon_stream(api: FaultyApi) -> None:
     body = {"model": "tiny", "prompt": "x", "stream": True, "max_tokens": 2000}
     with may_break(), httpx.stream("POST", f"{api.url}/v1/completions", json=body, timeout=SECONDS) as answer:
         next(answer.iter_lines(), None)
@@ -85,11 +87,11 @@ def abandon_stream(api: Api) -> None:
 @pytest.mark.checklist("E09", "F01", "G07")
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 @pytest.mark.parametrize("kind", Call, ids=lambda kind: kind.name.lower())
-def test_a_call_fails(api: Api, failing: FailingCalls, kind: Call, part: int) -> None:
+def test_a_call_fails(api: FaultyApi, failing: FailingCalls, kind: Call, part: int) -> None:
     rng = random.Random(f"{kind} {part}")
     num_files, num_threads = api.process.num_fds() + 2, api.process.num_threads() + 2
     num_calls = count_calls(api, failing, kind)
-    for _ in range(num_examples(2, 60)):
+    for _ in range(60):
         end_children(api, kind)
         failing.arm(kind, rng.randint(1, num_calls), rng.choice(ERRORS[kind]))
         run_scenario(api)
@@ -97,7 +99,7 @@ def test_a_call_fails(api: Api, failing: FailingCalls, kind: Call, part: int) ->
         api.check_well(num_files, num_threads)
 
 
-def count_calls(api: Api, failing: FailingCalls, kind: Call) -> int:
+def count_calls(api: FaultyApi, failing: FailingCalls, kind: Call) -> int:
     end_children(api, kind)
     failing.arm()
     run_scenario(api)
@@ -106,14 +108,14 @@ def count_calls(api: Api, failing: FailingCalls, kind: Call) -> int:
     return num_calls
 
 
-def end_children(api: Api, kind: Call) -> None:
+def end_children(api: FaultyApi, kind: Call) -> None:
     """Kill the grammar process if it is to be started again."""
     for child in api.process.children() if kind is Call.FORK else ():
         child.kill()
 
 
 @pytest.mark.checklist("G07")
-def test_the_clock_jumps(api: Api, failing: FailingCalls) -> None:
+def test_the_clock_jumps(api: FaultyApi, failing: FailingCalls) -> None:
     num_files, num_threads = api.process.num_fds() + 2, api.process.num_threads() + 2
     api.engine.config.step_seconds = 0.05
     for seconds in (86_400, -86_400, 30 * 86_400, 0):

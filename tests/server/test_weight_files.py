@@ -45,29 +45,19 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     assert describe_weights(tmp_path) == WeightFiles("safetensors", 0, 0, "")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x02\0\0\0\0\0\0\0{",
+def test_an_invalid_header(tmp_path: Path) -> None:
+    headers = (
+        *(b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"dtype": [], "shape": [1]}}'),
+        b'{"a": {"dtype": "F32", "shape": ["x"]}}',
+    )
+    for content in (
+        *(b"", b"\x02\0\0\0\0\0\0\0{", b"\xff\xff\0\0\0\0\0\0" + 5000 * b"[", b"\x02\0\0\0\0\0\0\0[]"),
         b"\xff\xff\xff\xff\xff\xff\xff\xff{",  # a header longer than memory
-        b"\xff\xff\0\0\0\0\0\0" + 5000 * b"[",
-        b"\x02\0\0\0\0\0\0\0[]",
-        *(
-            len(header).to_bytes(8, "little") + header
-            for header in (
-                b'{"a": 1}',
-                b'{"a": {"dtype": "F32"}}',
-                b'{"a": {"dtype": [], "shape": [1]}}',
-                b'{"a": {"dtype": "F32", "shape": ["x"]}}',
-            )
-        ),
-    ],
-)
-def test_an_invalid_header(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors: "):
-        describe_weights(tmp_path)
+        *(len(header).to_bytes(8, "little") + header for header in headers),
+    ):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors: "):
+            describe_weights(tmp_path)
 
 
 def test_a_long_header(tmp_path: Path) -> None:

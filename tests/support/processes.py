@@ -1,8 +1,8 @@
 """Helpers to check whether processes have ended."""
 
-import time
-
 import psutil
+
+from tests.support.serving import wait_until
 
 
 def is_running(pid: int) -> bool:
@@ -21,7 +21,4 @@ def template_processes(parent: psutil.Process | None = None) -> list[psutil.Proc
 
 def wait_for_end_of(*pids: int, seconds: float = 60.0) -> None:
     """Wait for the processes to end. Fail if one still runs after `seconds`, which are for hangs only."""
-    deadline = time.monotonic() + seconds
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline, pids
-        time.sleep(0.01)
+    wait_until(lambda: not any(map(is_running, pids)), seconds)

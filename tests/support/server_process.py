@@ -200,7 +200,7 @@ def shared_server(model: Path | None, *flags: str, **environment: str) -> Iterat
     with running_server(model, *flags, **environment) as server:
         yield server
         server.signal(signal.SIGTERM)
-        assert server.wait(10) == 0, server.end_of_log()
+        assert server.wait(60) == 0, server.end_of_log()
         server.assert_nothing_is_left()
 
 

@@ -1,6 +1,7 @@
 """A server of several models in a thread, whose engines are fake ones that start and stop as it wants."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,19 +15,21 @@ from server.models.slot import ModelSlot
 from server.processes.supervisor_channel import Message, StartEngine, StopEngine, make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
-from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
 from tests.support.serving import RunningServer, own_address, running_server, wait_until
 
 NAMES = ("one", "two", "three")
 
 
 class StubSupervisor:
-    """Starts and stops fake engines in processes, as the API process orders. It lives on the server's event loop."""
+    """Starts and stops fake engines, as the API process orders. It lives on the server's event loop."""
 
-    def __init__(self, configs: Sequence[FakeEngineConfig]) -> None:
+    def __init__(self, configs: Sequence[FakeEngineConfig], *, in_processes: bool) -> None:
         self.configs = list(configs)
+        self._in_processes = in_processes
         self.orders: list[Message] = []
-        self.processes: dict[int, FakeEngineProcess] = {}
+        self.engines: dict[int, FakeEngine] = {}  # those in threads
+        self._processes: dict[int, FakeEngineProcess] = {}
         self.manager: ModelManager | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.starts_nothing = False  # orders to start an engine are lost
@@ -39,20 +42,27 @@ class StubSupervisor:
             case StartEngine() if self.starts_nothing:
                 pass
             case StartEngine():
-                process = self.processes[order.number] = FakeEngineProcess(self.configs[order.number])
-                process.__enter__()
-                loop.call_soon(self.manager.engine_started, order.number, process.pid)
+                loop.call_soon(self.manager.engine_started, order.number, self._start(order.number))
             case StopEngine():
                 self.end(order.number)
                 loop.call_soon(self.manager.engine_gone, order.number, "its process has ended")
 
+    def _start(self, number: int) -> int:
+        """Start an engine, and return the id of its process."""
+        if self._in_processes:
+            process = self._processes[number] = FakeEngineProcess(self.configs[number]).__enter__()
+            return process.pid
+        self.engines[number] = FakeEngine(self.configs[number]).__enter__()
+        return os.getpid()
+
     def end(self, number: int) -> None:
-        """Kill an engine."""
-        if (process := self.processes.pop(number, None)) is not None:
-            process.kill()
+        """End an engine."""
+        engine = self.engines.pop(number, None) or self._processes.pop(number, None)
+        if engine is not None:
+            engine.__exit__()
 
     def close(self) -> None:
-        for number in list(self.processes):
+        for number in (*self.engines, *self._processes):
             self.end(number)
 
 
@@ -61,6 +71,7 @@ class SeveralModels:
 
     def __init__(self, server: RunningServer, supervisor: StubSupervisor) -> None:
         self.url = server.url
+        self.turn = server.turn
         self.context = server.context
         self.supervisor = supervisor
 
@@ -98,14 +109,23 @@ class SeveralModels:
 
 @contextmanager
 def several_models(
-    folder: Path, *, models: Sequence[dict[str, Any]] = ({}, {}), engines: dict[str, Any] | None = None, **settings: Any
+    folder: Path,
+    *,
+    models: Sequence[dict[str, Any]] = ({}, {}),
+    engines: dict[str, Any] | None = None,
+    in_processes: bool = False,
+    **settings: Any,
 ) -> Iterator[SeveralModels]:
-    """Run a server of models in `folder` with the names of `NAMES`; `models` are settings of each."""
+    """Run a server of models in `folder` with the names of `NAMES`; `models` are settings of each.
+
+    By default, requests wait for a day, which tests let pass. The engines are in threads, unless `in_processes`.
+    """
     with ExitStack() as stack:
         entries = tuple({"model": str(folder), "load": "on-first-use", **model} for model in models)
-        base = Settings(models=entries, **settings)
+        base = Settings(models=entries, **{"queue_timeout": 86_400.0, **settings})
         addresses = [stack.enter_context(own_address()) for _ in models]
-        supervisor = StubSupervisor([FakeEngineConfig(address=address, **(engines or {})) for address in addresses])
+        fakes = [FakeEngineConfig(address=address, **(engines or {})) for address in addresses]
+        supervisor = StubSupervisor(fakes, in_processes=in_processes)
         configs = tuple(
             ServedModelConfig(
                 settings=each, path=str(folder), names=(name,), engines=(EngineProcess(address, None, number),)

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server with known timings, for tests of its clients (`lightwell chat` and `bench`)."""
+"""A small OpenAI-compatible server for tests of its clients (`lightwell chat` and `bench`)."""
 
 import asyncio
 import dataclasses
@@ -10,11 +10,10 @@ from typing import Any, Self
 
 @dataclasses.dataclass
 class Script:
-    """The answers of the stub: their chunks, timing and failures."""
+    """The answers of the stub: their chunks and failures."""
 
     chunks: list[list[str]] = dataclasses.field(default_factory=lambda: [["Hel"], ["lo"]])  # tokens of each chunk
-    first_delay: float = 0.0  # seconds before the first chunk
-    delay: float = 0.0  # seconds before each further chunk
+    hold: int = 0  # no answer begins before so many requests have run at a time
     num_prompt_tokens: int = 5
     with_usage: bool = True
     with_token_ids: bool = False
@@ -43,6 +42,7 @@ class StubServer:
         self.seen: list[SeenRequest] = []
         self.num_running = self.max_running = 0
         self.disconnected = threading.Event()
+        self._has_begun = asyncio.Event()
 
     @property
     def requests(self) -> list[SeenRequest]:
@@ -97,8 +97,10 @@ class StubServer:
         self._write(writer, b": keep-alive\r\n\r\n")
         self.num_running += 1
         self.max_running = max(self.max_running, self.num_running)
-        for index, tokens in enumerate(script.chunks):
-            await asyncio.sleep(script.delay if index else script.first_delay)
+        if self.max_running >= script.hold:
+            self._has_begun.set()
+        await self._has_begun.wait()
+        for tokens in script.chunks:
             self._event(writer, _chunk(seen.path, tokens, script.with_token_ids))
             await writer.drain()
         if script.never_ends:

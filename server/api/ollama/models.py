@@ -47,7 +47,7 @@ def _expiry(slot: ModelSlot, limit: float | None) -> str:
     """Return when a model is unloaded if no other request comes."""
     if limit is None or limit > MAX_DURATION:
         return NEVER
-    left = max(0.0, slot.last_used + limit - time.monotonic()) if slot.is_idle else limit
+    left = max(0.0, slot.last_used + limit - slot.now()) if slot.is_idle else limit
     return time_text(datetime.fromtimestamp(time.time() + left, UTC))
 
 

@@ -168,7 +168,7 @@ def test_an_inspection_needs_only_its_own_model(model_folder: Path) -> None:
 
 
 def test_each_engine_has_its_own_id(model_folder: Path) -> None:
-    with several_models(model_folder) as server:
+    with several_models(model_folder, in_processes=True) as server:
         ids = []
         for name in ("one", "two", "one"):
             server.complete(name)

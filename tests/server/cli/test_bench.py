@@ -1,49 +1,44 @@
-"""The benchmark against a stub server with known timings, and the arithmetic of its report."""
+"""The benchmark against a stub server: the load that it generates, and the arithmetic of its report."""
 
 import dataclasses
+import itertools
 import json
 import math
-import socket
+import statistics
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from server.cli.bench import Report, make_report, run_benchmark, summarize
-from server.cli.http_client import RemoteError
+from server.cli.bench import Report, Summary, make_report, run_benchmark, summarize
+from server.cli.http_client import RemoteError, StreamUsage
 from server.cli.load_generator import Exchange, LoadOptions, make_prompts, poisson_arrivals
 from server.cli.main import main
+from tests.support.server_process import free_port
 from tests.support.stub_openai import Script, StubServer
 
 
-def free_url() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{one.getsockname()[1]}"
-
-
-@pytest.mark.parametrize("is_chunked", [True, False])
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
-def test_closed_loop(endpoint: str, is_chunked: bool) -> None:
-    script = Script([["a"], ["b"], ["c"]], first_delay=0.08, delay=0.03, num_prompt_tokens=11, is_chunked=is_chunked)
+@pytest.mark.parametrize(
+    ("endpoint", "is_chunked", "rate"),
+    [("completions", True, None), ("chat", False, None), ("completions", True, 200.0)],
+)
+def test_a_load(endpoint: str, is_chunked: bool, rate: float | None) -> None:
+    """No answer begins until four requests run; with a rate, until all do, since a slow server delays none."""
+    at_once = 4 if rate is None else 8
+    script = Script([["a"], ["b"], ["c"]], hold=at_once, num_prompt_tokens=11, is_chunked=is_chunked)
+    load = LoadOptions(url="", endpoint=endpoint, num_requests=8, concurrency=4, rate=rate, input_len=10, output_len=3)
     with StubServer(script) as server:
-        report = run_benchmark(
-            LoadOptions(url=server.url, endpoint=endpoint, num_requests=8, concurrency=4, input_len=10, output_len=3)
-        )
+        report = run_benchmark(dataclasses.replace(load, url=server.url))
     assert (report.num_requests, report.num_completed, report.errors) == (8, 8, {})
     assert report.model == "stub-model"
     assert (report.input_tokens, report.output_tokens) == (88, 24)
-    assert (report.concurrency, report.rate) == (4, None)
-    assert server.max_running == 4
-    assert report.time_to_first_token_ms
-    assert report.inter_token_latency_ms
-    assert report.request_latency_ms
-    assert 80 <= report.time_to_first_token_ms.p50 < 300
-    assert 25 <= report.inter_token_latency_ms.p50 < 150
-    assert 140 <= report.request_latency_ms.p50 < 600
-    assert 0.28 <= report.duration < 1.5  # two waves of four
-    assert report.output_tokens_per_second == pytest.approx(24 / report.duration, rel=0.01)
-    assert report.input_tokens_per_second == pytest.approx(88 / report.duration, rel=0.01)
+    assert (report.concurrency, report.rate) == ((4, None) if rate is None else (None, rate))
+    assert server.max_running == at_once
+    first, between, whole = report.time_to_first_token_ms, report.inter_token_latency_ms, report.request_latency_ms
+    assert first
+    assert between
+    assert whole
+    assert 0 < first.p50 <= whole.p50 <= 1000 * report.duration
 
 
 def test_what_is_sent() -> None:
@@ -58,29 +53,12 @@ def test_what_is_sent() -> None:
     assert completion.headers["authorization"] == "Bearer k"
     assert completion.headers["content-type"] == "application/json"
     assert completion.body == {
-        "model": "m",
-        "prompt": make_prompts(load, 4, 1)[0],
-        "max_tokens": 9,
-        "min_tokens": 9,
-        "ignore_eos": True,
-        "temperature": 0.0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
+        **{"model": "m", "prompt": make_prompts(load, 4, 1)[0], "max_tokens": 9, "min_tokens": 9, "ignore_eos": True},
+        **{"temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}},
     }
     assert chat.path == "/base/v1/chat/completions"
     assert chat.body["messages"] == [{"role": "user", "content": completion.body["prompt"]}]
     assert not {"prompt", "min_tokens", "ignore_eos"} & set(chat.body)
-
-
-def test_open_loop_sends_when_requests_are_due() -> None:
-    load = LoadOptions(url="", rate=100.0, num_requests=20, seed=3)
-    arrivals = poisson_arrivals(100.0, 20, 3)
-    with StubServer(Script(first_delay=0.3)) as server:
-        report = run_benchmark(dataclasses.replace(load, url=server.url))
-    assert report.num_completed == 20
-    assert (report.concurrency, report.rate) == (None, 100.0)
-    assert server.max_running > 10  # a slow server does not delay later requests
-    assert report.duration == pytest.approx(arrivals[-1] + 0.3, abs=0.5)
 
 
 def test_warmup_is_not_counted_and_has_other_prompts() -> None:
@@ -91,39 +69,94 @@ def test_warmup_is_not_counted_and_has_other_prompts() -> None:
     assert len(prompts) == len(set(prompts)) == 5
 
 
-# Several tokens in a chunk.
-
-
-@pytest.mark.parametrize("with_token_ids", [True, False])
-def test_chunks_of_several_tokens(with_token_ids: bool) -> None:
-    script = Script([["a", "b", "c", "d"]] * 4, delay=0.08, with_token_ids=with_token_ids)
+@pytest.mark.parametrize(
+    ("with_usage", "with_token_ids", "num_tokens"), [(True, False, 8), (False, True, 8), (False, False, 2)]
+)
+def test_tokens_are_those_of_the_usage_or_else_of_the_chunks(
+    with_usage: bool, with_token_ids: bool, num_tokens: int
+) -> None:
+    script = Script([["a", "b", "c", "d"]] * 2, with_usage=with_usage, with_token_ids=with_token_ids)
     with StubServer(script) as server:
         report = run_benchmark(LoadOptions(url=server.url, model="m", num_requests=2))
-    assert report.output_tokens == 32
-    assert report.inter_token_latency_ms
-    assert 15 <= report.inter_token_latency_ms.mean < 75  # 80 ms for four tokens
+    assert (report.input_tokens, report.output_tokens) == (10 if with_usage else 0, 2 * num_tokens)
 
 
-def test_without_usage_chunks_are_counted() -> None:
-    with StubServer(Script([["a"], ["b"]], with_usage=False)) as server:
-        report = run_benchmark(LoadOptions(url=server.url, model="m", num_requests=2))
-    assert (report.input_tokens, report.output_tokens) == (0, 4)
+# The load.
+
+
+def test_poisson_arrivals() -> None:
+    arrivals = poisson_arrivals(50.0, 20001, 1)
+    gaps = [after - before for before, after in itertools.pairwise(arrivals)]
+    assert arrivals[0] == 0.0
+    assert min(gaps) >= 0
+    assert statistics.fmean(gaps) == pytest.approx(1 / 50, rel=0.05)
+    # The standard deviation of an exponential distribution equals its mean.
+    assert statistics.stdev(gaps) == pytest.approx(1 / 50, rel=0.05)
+    assert poisson_arrivals(50.0, 3, 1) == arrivals[:3] != poisson_arrivals(50.0, 3, 2)
+
+
+def test_prompts() -> None:
+    load = LoadOptions(url="", input_len=20, shared_prefix_len=8)
+    prompts = make_prompts(load, 7, 30)
+    assert prompts == make_prompts(load, 7, 30)
+    assert len(set(prompts)) == 30
+    words = [prompt.split() for prompt in prompts]
+    assert {len(prompt) for prompt in words} == {20}
+    assert len({tuple(prompt[:8]) for prompt in words}) == 1
+    assert len({tuple(prompt[:10]) for prompt in words}) > 25
+    assert len({prompt[:40] for prompt in make_prompts(LoadOptions(url="", input_len=20), 7, 30)}) == 30
+
+
+def exchange(chunks: list[tuple[float, int | None]], num_output_tokens: int | None) -> Exchange:
+    usage = None if num_output_tokens is None else StreamUsage(3, num_output_tokens)
+    return Exchange(0.0, chunks[-1][0] if chunks else 1.0, chunks, usage)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "num_output_tokens", "expected"),
+    [
+        ([(1.0, None), (1.5, None), (2.5, None)], 3, [0.5, 1.0]),
+        ([(1.0, None), (1.5, None), (2.5, None)], None, [0.5, 1.0]),
+        ([(1.0, 1), (2.0, 4), (2.5, 1)], 6, [0.25] * 4 + [0.5]),
+        ([(1.0, None), (2.0, None)], 8, [0.25] * 4),
+        ([(1.0, None)], 1, []),
+        ([], 0, []),
+        ([(1.0, None), (2.0, None)], 0, [1.0]),
+    ],
+)
+def test_inter_token_latencies(
+    chunks: list[tuple[float, int | None]], num_output_tokens: int | None, expected: list[float]
+) -> None:
+    assert exchange(chunks, num_output_tokens).inter_token_latencies() == pytest.approx(expected)
+
+
+# The report.
+
+
+def test_a_report() -> None:
+    exchanges = [
+        Exchange(10.0, 11.0, [(10.25, None), (10.5, None), (11.0, None)], StreamUsage(7, 3)),
+        Exchange(10.5, 14.0, [(11.0, None)], StreamUsage(5, 1)),
+        Exchange(11.0, 12.0, error="timeout"),
+    ]
+    report = make_report(LoadOptions(url="", model="m"), "m", exchanges)
+    assert (report.num_requests, report.num_completed, report.errors) == (3, 2, {"timeout": 1})
+    assert (report.duration, report.input_tokens, report.output_tokens) == (4.0, 12, 4)
+    assert (report.input_tokens_per_second, report.output_tokens_per_second) == (3.0, 1.0)
+    assert report.requests_per_second == 0.5
+    assert report.time_to_first_token_ms == summarize([0.25, 0.5])
+    assert report.inter_token_latency_ms == summarize([0.25, 0.5])
+    assert report.request_latency_ms == summarize([1.0, 3.5])
 
 
 def test_summaries() -> None:
     assert summarize([]) is None
-    one = summarize([0.25])
-    assert one
-    assert (one.mean, one.p50, one.p99) == (250.0, 250.0, 250.0)
-    many = summarize([value / 1000 for value in range(101)])
-    assert many
-    assert (many.mean, many.p50, many.p90, many.p99) == (50.0, 50.0, 90.0, 99.0)
+    assert summarize([0.25]) == Summary(250.0, 250.0, 250.0, 250.0)
+    assert summarize([value / 1000 for value in range(101)]) == Summary(50.0, 50.0, 90.0, 99.0)
 
 
 def test_a_report_of_failures_only_is_valid_json() -> None:
-    failed = Exchange(1.0, 2.0, error="timeout")
-    report = make_report(LoadOptions(url="", model="m"), "m", [failed])
-    assert report.errors == {"timeout": 1}
+    report = make_report(LoadOptions(url="", model="m"), "m", [Exchange(1.0, 2.0, error="timeout")])
     assert report.time_to_first_token_ms is None
     decoded = json.loads(msgspec.json.encode(report))
     assert all(not isinstance(value, float) or math.isfinite(value) for value in decoded.values())
@@ -154,13 +187,6 @@ def test_time_out() -> None:
         report = run_benchmark(LoadOptions(url=server.url, model="m", num_requests=2, timeout=0.2))
         assert report.errors == {"timeout": 2}
         assert server.disconnected.wait(2)
-
-
-def test_no_server() -> None:
-    url = free_url()
-    for model in ("m", None):
-        with pytest.raises(RemoteError, match=f"no server answers at {url}"):
-            run_benchmark(LoadOptions(url=url, model=model))
 
 
 # The command.
@@ -204,8 +230,10 @@ def test_the_command_fails_where_all_requests_do(capsys: pytest.CaptureFixture[s
     assert "\x1b" not in output
 
 
-def test_the_command_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
-    url = free_url()
+def test_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(RemoteError, match=f"no server answers at {url}"):
+        run_benchmark(LoadOptions(url=url, model="m"))
     assert main(["bench", "--url", url]) == 1
     assert capsys.readouterr().err == f"lightwell: error: no server answers at {url} (`lightwell serve` starts one)\n"
 

@@ -1,13 +1,12 @@
 """How `lightwell chat` finds a server, with stub servers over real sockets."""
 
-import http.server
 import os
 import socketserver
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,17 +39,27 @@ def test_no_server_runs() -> None:
         find_server()
 
 
-def test_one_at_the_default_port_is_taken_silently(
-    stub: StubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_which_is_taken_and_what_is_said(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(discovery, "DEFAULT_URL", stub.url)
-    with registered(RunningServer(url=stub.url, model="m")):
-        assert find_server() == stub.url
-    assert capsys.readouterr().err == ""
+    """One at the default port is taken silently, another one is named, and of several the one at that port is taken."""
+
+    def found(default_url: str = NOBODY) -> tuple[str, str]:
+        monkeypatch.setattr(discovery, "DEFAULT_URL", default_url)
+        return find_server(), capsys.readouterr().err
+
+    with registered(RunningServer(url=stub.url, model="first")), StubServer() as second:
+        assert found(stub.url) == (stub.url, "")
+        assert found() == (stub.url, f"lightwell: using first at {stub.url}\n")
+        file = tmp_path / "lightwell" / f"{os.getppid()}.json"
+        file.write_text(f'{{"url": "{second.url}", "model": "second"}}')
+        assert found()[0] in (stub.url, second.url)
+        said = f"lightwell: using first at {stub.url} (--url chooses another: second at {second.url})\n"
+        assert found(stub.url) == (stub.url, said)
 
 
 def test_an_unknown_one_gets_no_key_before_it_is_named(
-    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stub: StubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It may be any program, of any user."""
     monkeypatch.setenv("LIGHTWELL_API_KEY", "secret")
@@ -62,29 +71,6 @@ def test_an_unknown_one_gets_no_key_before_it_is_named(
         assert find_server() == own.url
     said = capsys.readouterr().err
     assert said == f"lightwell: using m at {own.url} (--url chooses another: an unknown server at {stub.url})\n"
-
-
-def test_one_at_another_port_is_named(stub: StubServer, capsys: pytest.CaptureFixture[str]) -> None:
-    with registered(RunningServer(url=stub.url, model="m")):
-        assert find_server() == stub.url
-    assert capsys.readouterr().err == f"lightwell: using m at {stub.url}\n"
-
-
-def test_several_are_named(
-    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The one at the default port is taken."""
-    with ExitStack() as stack:
-        second = stack.enter_context(StubServer())
-        stack.enter_context(registered(RunningServer(url=stub.url, model="first")))
-        file = tmp_path / "lightwell" / f"{os.getppid()}.json"
-        file.write_text(f'{{"url": "{second.url}", "model": "second"}}')
-        assert find_server() in (stub.url, second.url)
-        capsys.readouterr()
-        monkeypatch.setattr(discovery, "DEFAULT_URL", stub.url)
-        assert find_server() == stub.url
-        said = capsys.readouterr().err
-        assert said == f"lightwell: using first at {stub.url} (--url chooses another: second at {second.url})\n"
 
 
 @contextmanager
@@ -111,6 +97,7 @@ def answering(answer: bytes) -> Iterator[str]:
         (b'HTTP/1.1 503 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", False),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", False),
+        (b"HTTP/1.0 404 File not found\r\ncontent-type: text/html\r\n\r\n<!DOCTYPE HTML>", False),  # Python's own
         (b"SSH-2.0-OpenSSH\r\n", False),
         (b"", False),
     ],
@@ -125,28 +112,9 @@ def test_only_a_model_server_is_one(answer: bytes, is_found: bool, monkeypatch: 
                 find_server()
 
 
-def test_pythons_file_server_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It likes the same port."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setattr(discovery, "DEFAULT_URL", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(RemoteError):
-            find_server()
-        server.shutdown()
-        thread.join()
-
-
-def test_chat_without_a_url(stub: StubServer, tmp_path: Path) -> None:
+def test_chat_without_a_url(stub: StubServer) -> None:
     """As a command. If something else has the default port on this machine, that is fine too: both are named."""
+    command = [sys.executable, "-m", "server.cli.main", "chat"]
     with registered(RunningServer(url=stub.url, model="m")):
-        done = subprocess.run(
-            [sys.executable, "-m", "server.cli.main", "chat"],
-            input="Hi\n",
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-            env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
-        )
+        done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, timeout=60, check=False)
     assert stub.url in done.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from server.hub import memory
 from server.hub.errors import HubError
-from server.hub.fetch import GGUF_HEADER_BYTES, fetch_adapter, fetch_model, remove_model
+from server.hub.fetch import GGUF_HEADER_BYTES, fetch_model, remove_model
 from server.hub.names import HubName
 from tests.support.hub_models import Recorder, gguf_content
 from tests.support.stub_hub import TOKEN, StubHub
@@ -48,7 +48,7 @@ def repositories(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no nvidia-smi
 
 
-def fetch(repo: str, recorder: Recorder | None = None, **choice: str) -> Path:
+def fetch(repo: str, recorder: Recorder | None = None, /, **choice: str) -> Path:
     return fetch_model(HubName(repo, **choice), recorder or Recorder())
 
 
@@ -95,17 +95,6 @@ def test_a_new_commit_downloads_only_what_has_changed(hub: StubHub) -> None:
     assert hub.num_bytes_sent == sent + 1000
     assert (new / "model-00001-of-00002.safetensors").read_bytes() == b"3" * 1000
     assert (old / "model-00001-of-00002.safetensors").read_bytes() == b"1" * 1000
-
-
-def test_an_adapter(hub: StubHub) -> None:
-    hub.add(
-        "org/lora",
-        {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "a.py": b"", "b-f16.gguf": b"GGUF"},
-    )
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    folder = fetch_adapter(HubName("org/lora"), names, Recorder())
-    assert files_in(folder) == list(names)
-    assert fetch_adapter(HubName("org/lora", file="b-f16.gguf"), names, Recorder()).read_bytes() == b"GGUF"
 
 
 # What is said.

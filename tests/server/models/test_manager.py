@@ -2,9 +2,9 @@
 
 import os
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,12 @@ import pytest
 
 from server.models import manager as manager_module
 from server.models import memory
+from server.models.manager import IDLE_POLL_SECONDS, LOAD_TIMEOUT, RETRY_SECONDS
 from server.models.memory import Room
 from server.models.served_model import ServedModel
 from server.processes.supervisor_channel import StartEngine, StopEngine
 from tests.support.serving import check_error, wait_until
-from tests.support.several_models import SeveralModels, several_models, unload
+from tests.support.several_models import NAMES, SeveralModels, several_models, unload
 
 
 @pytest.fixture
@@ -34,6 +35,20 @@ def set_room(monkeypatch: pytest.MonkeyPatch, *, needed: int, total: int) -> Non
     monkeypatch.setattr(manager_module, "least_memory", lambda config, files: needed)
     monkeypatch.setattr(manager_module, "memory_taken", lambda info: needed)
     monkeypatch.setattr(memory.HostBudget, "room", lambda self, settings, taken: Room(total, total - taken))
+
+
+@contextmanager
+def running(server: SeveralModels, name: str, pool: ThreadPoolExecutor) -> Iterator[Future[httpx.Response]]:
+    """Let a request wait in the engine until the end of the context."""
+    server.complete(name)
+    engine = server.supervisor.engines[NAMES.index(name)]
+    engine.pause()
+    answer = pool.submit(server.complete, name)
+    wait_until(lambda: engine.num_choices == 1)
+    yield answer
+    assert not answer.done()
+    engine.resume()
+    assert answer.result().status_code == 200
 
 
 def test_a_model_is_loaded_by_its_first_request(two: SeveralModels) -> None:
@@ -67,22 +82,28 @@ def test_requests_that_come_together_load_it_once(two: SeveralModels) -> None:
 
 def test_models_are_loaded_at_the_start_and_the_server_is_ready_then(model_folder: Path) -> None:
     models: tuple[dict[str, Any], ...] = ({"load": "at-start"}, {})
-    with several_models(model_folder, models=models, engines={"load_seconds": 0.5}) as server:
+    with several_models(model_folder, models=models, engines={"never_ready": True}) as server:
         assert httpx.get(server.url + "/readyz").status_code == 503
         assert httpx.get(server.url + "/healthz").status_code == 200
+        server.supervisor.configs[0].never_ready = False
         wait_until(lambda: httpx.get(server.url + "/readyz").status_code == 200)
         assert server.states == {"one": "loaded", "two": "unloaded"}
         assert httpx.get(server.url + "/readyz").json()["models"] == {"loaded": 1, "unloaded": 1}
 
 
 def test_the_progress_of_a_load_can_be_seen(model_folder: Path) -> None:
-    with several_models(model_folder, engines={"load_seconds": 1.0}) as server, ThreadPoolExecutor() as pool:
-        for has_been_loaded in (False, True):
+    """By the time that the last one took."""
+    with several_models(model_folder, engines={"never_ready": True}) as server, ThreadPoolExecutor() as pool:
+        for part in (None, 0.5):
+            server.supervisor.configs[0].never_ready = True
             answer = pool.submit(server.complete, "one")
-            wait_until(lambda: server.describe("one").get("loading"))
+            wait_until(lambda: server.supervisor.engines)
+            server.turn(50)
             loading = server.describe("one")["loading"]
-            assert loading["seconds"] >= 0
-            assert (loading["fraction"] is not None) == has_been_loaded
+            assert 50 <= loading["seconds"] < 100
+            assert loading["fraction"] is part is None or 0.4 < loading["fraction"] <= 0.99
+            server.turn(50)
+            server.supervisor.configs[0].never_ready = False
             assert answer.result().status_code == 200
             assert "loading" not in server.describe("one")
             unload(server, "one")
@@ -90,22 +111,25 @@ def test_the_progress_of_a_load_can_be_seen(model_folder: Path) -> None:
 
 def test_a_client_can_unload_a_model(two: SeveralModels) -> None:
     two.complete("one")
-    (process,) = two.supervisor.processes.values()
     unload(two, "one")
-    assert two.supervisor.processes == {}
-    assert process.pid
+    assert two.supervisor.engines == {}
     assert isinstance(two.supervisor.orders[-1], StopEngine)
     assert two.complete("one").status_code == 200
 
 
 def test_an_idle_model_is_unloaded_and_a_busy_one_is_not(model_folder: Path) -> None:
-    engines = {"endless": True, "step_seconds": 0.02}
-    with several_models(model_folder, engines=engines, idle_unload=1.0) as server, ThreadPoolExecutor() as pool:
-        answer = pool.submit(server.complete, "one", max_tokens=150)  # for more than three seconds
-        server.complete("two")
-        wait_until(lambda: server.states["two"] == "unloaded")
-        assert not answer.done()
-        assert answer.result().status_code == 200
+    with several_models(model_folder, idle_unload=600.0) as server, ThreadPoolExecutor() as pool:
+        with running(server, "one", pool):
+            server.complete("two")
+            server.turn(599)
+            server.turn(0.5)
+            assert server.states == {"one": "loaded", "two": "loaded"}
+            server.turn(1)
+            wait_until(lambda: server.states["two"] == "unloaded")
+            assert server.states["one"] == "loaded"
+        server.turn(599)
+        assert server.states["one"] == "loaded"
+        server.turn(2)
         wait_until(lambda: server.states["one"] == "unloaded")
 
 
@@ -119,22 +143,26 @@ def test_the_least_recently_used_model_makes_room(model_folder: Path, monkeypatc
 
 def test_a_model_in_use_is_waited_for(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_room(monkeypatch, needed=6, total=10)
-    engines = {"endless": True, "step_seconds": 0.01}
-    with several_models(model_folder, engines=engines) as server, ThreadPoolExecutor() as pool:
-        first = pool.submit(server.complete, "one", max_tokens=100)
-        wait_until(lambda: server.states["one"] == "loaded")
-        assert server.complete("two").status_code == 200
+    with several_models(model_folder) as server, ThreadPoolExecutor() as pool:
+        with running(server, "one", pool) as first:
+            second = pool.submit(server.complete, "two")
+            wait_until(lambda: server.states["two"] == "loading")
+            server.turn(60)
+            assert server.states == {"one": "loaded", "two": "loading"}
+        assert second.result().status_code == 200
         assert first.done()
-        assert first.result().status_code == 200
         assert server.states == {"one": "unloaded", "two": "loaded"}
 
 
 def test_a_request_waits_no_longer_than_it_may(model_folder: Path) -> None:
-    with several_models(model_folder, engines={"never_ready": True}) as server:
-        started = time.monotonic()
-        error = check_error(server.complete("one", queue_timeout=0.5), 503)
-        assert time.monotonic() - started >= 0.5
-        assert error["message"].startswith("The model `one` is still being loaded.")
+    with several_models(model_folder, engines={"never_ready": True}) as server, ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.complete, "one", queue_timeout=20)
+        wait_until(lambda: server.supervisor.engines)
+        server.turn(19)
+        assert server.slots[0].num_users == 1
+        server.turn(1)
+        message = check_error(answer.result(), 503)["message"]
+        assert message.startswith("The model `one` is still being loaded.")
 
 
 def test_a_model_that_can_never_fit_is_refused(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,20 +184,21 @@ def test_a_model_that_cannot_be_loaded_fails_only_its_own_requests(model_folder:
         assert "bad.jinja" in error["message"]
         assert server.complete("two").status_code == 200
         assert server.states == {"one": "failed", "two": "loaded"}
-        assert list(server.supervisor.processes) == [1]
+        assert list(server.supervisor.engines) == [1]
         assert httpx.get(server.url + "/health").json()["models"] == {"failed": 1, "loaded": 1}
         assert len(server.supervisor.orders) == 3
         check_error(server.complete("one"), 503)  # it is not tried again at once
         assert len(server.supervisor.orders) == 3
 
 
-def test_an_engine_that_is_given_up_is_started_again_later(two: SeveralModels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_given_up_is_started_again_later(two: SeveralModels) -> None:
     two.complete("one")
     two.complete("two")
-    monkeypatch.setattr(manager_module, "RETRY_SECONDS", 0.0)
     two.supervisor.end(0)
     two.call(two.manager.engine_gone, 0, "its process has ended")
     wait_until(lambda: two.states == {"one": "failed", "two": "loaded"})
+    check_error(two.complete("one"), 503)
+    two.turn(RETRY_SECONDS)
     assert two.complete("one").status_code == 200
 
 
@@ -180,7 +209,7 @@ def test_all_models_failing_is_a_failure_of_the_server(model_folder: Path, monke
         for path in ("/health", "/readyz"):
             check_error(httpx.get(server.url + path), 503)
         assert httpx.get(server.url + "/healthz").status_code == 200  # it need not be killed
-        monkeypatch.setattr(manager_module, "RETRY_SECONDS", 0.0)
+        server.turn(RETRY_SECONDS)
         for path in ("/health", "/healthz", "/readyz"):  # the next request tries again
             assert httpx.get(server.url + path).json()["models"] == {"failed": 1}
 
@@ -192,13 +221,14 @@ def mark_dead(server: SeveralModels, number: int) -> None:
     server.call(served.client.engines[0].liveness.mark_dead, "it was restarted with other properties")
 
 
-def test_an_engine_that_its_client_gives_up_is_stopped(two: SeveralModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "RETRY_SECONDS", 0.0)
+def test_an_engine_that_its_client_gives_up_is_stopped(two: SeveralModels) -> None:
     two.complete("one")
     mark_dead(two, 0)
-    wait_until(lambda: two.supervisor.processes == {})
+    two.turn(IDLE_POLL_SECONDS)
+    wait_until(lambda: two.supervisor.engines == {})
     wait_until(lambda: two.slots[0].task is None)
     assert two.describe("one")["reason"] == "it was restarted with other properties"
+    two.turn(RETRY_SECONDS)
     assert two.complete("one").status_code == 200
 
 
@@ -227,44 +257,54 @@ def test_nothing_is_left_of_a_load_that_fails(model_folder: Path) -> None:
         metric = 'num_requests_running{engine="0",model_name="one"}'
         wait_until(lambda: metric in httpx.get(server.url + "/metrics").text)
         server.supervisor.end(0)
+        server.call(server.manager.engine_gone, 0, "its process has ended")
         assert check_error(answer.result(), 503)["code"] == "model_load_failed"
         assert metric not in httpx.get(server.url + "/metrics").text
 
 
 def test_a_load_for_which_nobody_waits_is_no_failure(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_room(monkeypatch, needed=6, total=10)
-    engines = {"endless": True, "step_seconds": 0.02}
-    with several_models(model_folder, engines=engines) as server, ThreadPoolExecutor() as pool:
-        first = pool.submit(server.complete, "one", max_tokens=200)
-        wait_until(lambda: server.states["one"] == "loaded")
-        assert check_error(server.complete("two", queue_timeout=0.3), 503)["code"] == "request_timeout"
+    with several_models(model_folder) as server, ThreadPoolExecutor() as pool, running(server, "one", pool):
+        answer = pool.submit(server.complete, "two", queue_timeout=20)
+        wait_until(lambda: server.states["two"] == "loading")
+        server.turn(20)
+        assert check_error(answer.result(), 503)["code"] == "request_timeout"
+        server.turn(1)
         wait_until(lambda: server.states["two"] == "unloaded")
-        assert not first.done()
-        assert first.result().status_code == 200
 
 
 @pytest.mark.parametrize("starts_nothing", [False, True])
-def test_a_load_that_hangs_ends(model_folder: Path, monkeypatch: pytest.MonkeyPatch, starts_nothing: bool) -> None:
-    monkeypatch.setattr(manager_module, "LOAD_TIMEOUT", 1.0)
-    with several_models(model_folder, engines={"never_ready": True}) as server:
+def test_a_load_that_hangs_ends(model_folder: Path, starts_nothing: bool) -> None:
+    with several_models(model_folder, engines={"never_ready": True}) as server, ThreadPoolExecutor() as pool:
         server.supervisor.starts_nothing = starts_nothing
-        error = check_error(server.complete("one", queue_timeout=30), 503)
-        assert error["message"] == "The model `one` cannot be loaded: it was not ready within 1 seconds."
-        assert server.supervisor.processes == {}
+        answer = pool.submit(server.complete, "one")
+        wait_until(lambda: server.supervisor.orders)
+        server.turn(LOAD_TIMEOUT - 1)
+        assert server.states["one"] == "loading"
+        server.turn(1)
+        error = check_error(answer.result(), 503)
+        assert error["message"] == "The model `one` cannot be loaded: it was not ready within 1800 seconds."
+        assert server.supervisor.engines == {}
         assert [type(order) for order in server.supervisor.orders] == [StartEngine, StopEngine]
-        monkeypatch.setattr(manager_module, "LOAD_TIMEOUT", 60.0)
         server.supervisor.starts_nothing = False
         server.supervisor.configs[1].never_ready = False
         assert server.complete("two").status_code == 200
 
 
 def test_files_that_cannot_be_read_in_time(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release = threading.Event()
-    monkeypatch.setattr(manager_module, "LOAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(manager_module, "least_memory", lambda config, files: release.wait(60))
-    with several_models(model_folder) as server:
-        error = check_error(server.complete("one", queue_timeout=30), 503)
-        assert error["message"] == "The model `one` cannot be loaded: it was not ready within 0.5 seconds."
+    begun, release = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        begun.set()
+        release.wait()
+
+    monkeypatch.setattr(manager_module, "least_memory", hang)
+    with several_models(model_folder) as server, ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.complete, "one")
+        begun.wait()
+        server.turn(LOAD_TIMEOUT)
+        message = check_error(answer.result(), 503)["message"]
+        assert message == "The model `one` cannot be loaded: it was not ready within 1800 seconds."
         release.set()
 
 
@@ -282,49 +322,35 @@ def test_an_engine_is_stopped_if_its_client_cannot_be_closed(
         patch.setattr(ServedModel, "close", fail)
         unload(two, "one")
         wait_until(lambda: two.slots[0].task is None)
-    assert two.supervisor.processes == {}
+    assert two.supervisor.engines == {}
     assert two.complete("one").status_code == 200
 
 
 def test_models_that_do_not_fit_do_not_wait_for_each_other(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def least_memory(config: object, files: object) -> int:
-        time.sleep(0.5)  # in which the other one is requested
-        return 6
-
-    monkeypatch.setattr(manager_module, "least_memory", least_memory)
+    both = threading.Event()
+    monkeypatch.setattr(manager_module, "least_memory", lambda *_: both.wait() * 6)
     monkeypatch.setattr(memory.HostBudget, "room", lambda self, settings, taken: Room(10, 5))
     with several_models(model_folder) as server, ThreadPoolExecutor() as pool:
-        answers = [pool.submit(server.complete, name, queue_timeout=20) for name in ("one", "two")]
+        answers = [pool.submit(server.complete, name) for name in ("one", "two")]
+        wait_until(lambda: server.states == {"one": "loading", "two": "loading"})
+        both.set()
         for answer in answers:
             assert check_error(answer.result(), 503)["code"] == "model_load_failed"
 
 
-def test_an_engine_that_starts_while_the_server_shuts_down(model_folder: Path) -> None:
-    with several_models(model_folder) as server, ThreadPoolExecutor() as pool:
-        server.supervisor.starts_nothing = True
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_load_ends_with_the_server(model_folder: Path, starts: bool) -> None:
+    """Its client gets an error, and nothing is left, even if the engine starts in this moment."""
+    with several_models(model_folder, engines={"never_ready": True}) as server, ThreadPoolExecutor() as pool:
+        server.supervisor.starts_nothing = starts
         answer = pool.submit(server.complete, "one")
         wait_until(lambda: server.supervisor.orders)
 
         def shut_down() -> None:
             server.manager.drain()
-            server.manager.engine_started(0, os.getpid())  # which was under way
+            if starts:
+                server.manager.engine_started(0, os.getpid())  # which was under way
 
         server.call(shut_down)
-        check_error(answer.result(), 503)
-
-
-def test_a_load_ends_with_the_server(model_folder: Path) -> None:
-    """Its client gets an error, and nothing is left."""
-    results: list[httpx.Response] = []
-    with several_models(model_folder, engines={"never_ready": True}) as server:
-
-        def ask() -> None:
-            results.append(server.complete("one"))
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        wait_until(lambda: server.states["one"] == "loading")
-        wait_until(lambda: server.supervisor.orders)
-        server.call(server.manager.drain)
-        thread.join(10)
-    assert check_error(results[0], 503)["message"] == "The server is shutting down. Please retry later."
+        message = check_error(answer.result(), 503)["message"]
+        assert message == "The server is shutting down. Please retry later."

@@ -12,6 +12,8 @@ from server.settings.setting import SettingsError
 from server.settings.table import Settings
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 FOLDER = ROOT / "deploy/ray"
 
 
@@ -83,24 +85,31 @@ def test_shipped_files_describe_this_application() -> None:
     assert options["Lightwell"]["autoscaling_config"]["target_ongoing_requests"] < settings.max_num_seqs
 
 
+def rayservice() -> dict[str, Any]:
+    spec: dict[str, Any] = yaml.safe_load((FOLDER / "rayservice.yaml").read_text(encoding="utf-8"))["spec"]
+    return spec
+
+
 def pod_templates() -> list[dict[str, Any]]:
     """Return the templates of the pods of the RayService: the head's, and the workers'."""
-    cluster = yaml.safe_load((FOLDER / "rayservice.yaml").read_text(encoding="utf-8"))["spec"]["rayClusterConfig"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    return [group["template"] for group in groups]
+    cluster = rayservice()["rayClusterConfig"]
+    head, worker = (group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]))
+    return [head, worker]
 
 
-def test_environment_of_the_pods() -> None:
-    """Links would be settings that do not exist; Ray's own limit on the time for requests to end is 30 seconds."""
+def test_the_pods_outlive_the_requests_of_their_replicas() -> None:
+    """Ray's own limit on the time for requests to end is 30 seconds. Links would be settings that do not exist."""
     (replicas,) = [d for d in applications("rayservice.yaml")[0]["deployments"] if d["name"] == "Lightwell"]
-    assert len(pod_templates()) == 2
     for template in pod_templates():
         pod = template["spec"]
         assert pod["enableServiceLinks"] is False
         environment = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
         drain = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-        assert drain > replicas["graceful_shutdown_timeout_s"]
-        assert pod["terminationGracePeriodSeconds"] > drain
+        assert pod["terminationGracePeriodSeconds"] > drain > replicas["graceful_shutdown_timeout_s"]
+    (workers,) = rayservice()["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["maxReplicas"] >= replicas["autoscaling_config"]["max_replicas"]
+    cpus = float(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert cpus > replicas["ray_actor_options"]["num_cpus"]
 
 
 def test_only_the_port_of_serve_is_open() -> None:
@@ -118,17 +127,5 @@ def test_only_the_port_of_serve_is_open() -> None:
 
 
 def test_the_image_has_the_version_of_ray_that_the_service_names() -> None:
-    service = yaml.safe_load((FOLDER / "rayservice.yaml").read_text(encoding="utf-8"))
-    version = service["spec"]["rayClusterConfig"]["rayVersion"]
+    version = rayservice()["rayClusterConfig"]["rayVersion"]
     assert f'ARG RAY="=={version}"' in (FOLDER / "Dockerfile").read_text(encoding="utf-8").splitlines()
-
-
-def test_pods_outlive_the_requests_of_their_replicas() -> None:
-    service = yaml.safe_load((FOLDER / "rayservice.yaml").read_text(encoding="utf-8"))
-    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    (replicas,) = [d for d in applications("rayservice.yaml")[0]["deployments"] if d["name"] == "Lightwell"]
-    grace = workers["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert grace > replicas["graceful_shutdown_timeout_s"]
-    assert workers["maxReplicas"] >= replicas["autoscaling_config"]["max_replicas"]
-    cpus = float(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    assert cpus > replicas["ray_actor_options"]["num_cpus"]

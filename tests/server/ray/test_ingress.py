@@ -15,6 +15,8 @@ from server.ray.ingress import Ingress
 from server.ray.messages import ForwardedRequest, Headers, ResponseHead
 from server.settings.table import Settings
 
+pytestmark = pytest.mark.long
+
 JSON: Headers = [(b"Content-Type", b"application/json"), (b"Date", b"then"), (b"x-request-id", b"r"), (b"x-own", b"1")]
 SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
 NDJSON: Headers = [(b"content-type", b"application/x-ndjson")]
@@ -117,16 +119,17 @@ def test_a_request_whose_replica_dies_before_it_answers_goes_to_another_one() ->
     assert replicas.requests[0] == replicas.requests[1]
 
 
-def test_a_request_of_which_replicas_go_on_dying_fails() -> None:
-    response = ask(Replicas([RayActorError()], [RayActorError()], [httpx.ReadError("its server ended")]))
-    assert response.status_code == 503
-    assert "died" in response.json()["error"]["message"]
-
-
-def test_a_head_that_no_server_gets_is_refused() -> None:
-    response = ask(Replicas([httpx.LocalProtocolError("illegal target characters")]))
-    assert response.status_code == 400
-    assert "URL" in response.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("answers", "status", "message"),
+    [
+        ([RayActorError(), RayActorError(), httpx.ReadError("its server ended")], 503, "died"),
+        ([httpx.LocalProtocolError("illegal target characters")], 400, "URL"),
+    ],
+)
+def test_a_request_of_which_replicas_go_on_failing(answers: Parts, status: int, message: str) -> None:
+    response = ask(Replicas(*([answer] for answer in answers)))
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from tests.support.processes import wait_for_end_of
 from tests.support.server_process import MODEL
 from tests.support.serving import wait_until
 
+pytestmark = pytest.mark.long
+
 SECONDS = 60.0  # for processes to end, on a busy machine
 
 

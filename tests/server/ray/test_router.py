@@ -4,12 +4,15 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from server.ray.messages import ForwardedRequest
 from server.ray.placement import FREE_LOAD, ranked
 from server.ray.router import PrefixRouter
+
+pytestmark = pytest.mark.long
 
 DEPLOYMENT = DeploymentID("Lightwell")
 NAMES = ["a", "b", "c"]

@@ -78,36 +78,21 @@ def test_settings_that_need_others() -> None:
         check_certificate(load_settings({"ssl_keyfile": "a.key"}))
 
 
-@pytest.mark.parametrize(
-    ("line", "name"),
-    [
-        ("port: true", "port"),
-        ("port: 80.5", "port"),
-        ("port: [1, 2]", "port"),
-        ("host: 5", "host"),
-        ("strict: 3", "strict"),
-        ("api-key: [sk-secret, '']", "api-key"),
-        ("api-key: {a: sk-secret}", "api-key"),
-        ("seed: 1.0", "seed"),
-        ("drain-timeout: .nan", "drain-timeout"),
-        ("max-body-size: 2001-01-01", "max-body-size"),
-        ("default-sampling: {temperature: .nan}", "default-sampling: temperature"),
-        ("default-sampling: {temperature: true}", "default-sampling: temperature"),
-        ("default-sampling: {m: {temperature: [0.5], top_p: 2001-01-01}}", "default-sampling: temperature"),
-        ("default-sampling: {m: {top_p: 2001-01-01}}", "default-sampling: top_p"),
-        ("default-sampling: {m: {1: 2}}", "default-sampling"),
-        ("default-sampling: [temperature]", "default-sampling"),
-    ],
+WRONG_TYPES = (
+    *("port: true", "port: 80.5", "port: [1, 2]", "host: 5", "strict: 3", "seed: 1.0", "drain-timeout: .nan"),
+    *("api-key: [sk-secret, '']", "api-key: {a: sk-secret}", "max-body-size: 2001-01-01"),
+    *("default-sampling: {m: {1: 2}}", "default-sampling: [temperature]"),
 )
-def test_bad_yaml_types(tmp_path: Path, line: str, name: str) -> None:
-    with pytest.raises(SettingsError, match=f": {name}: expected ") as caught:
-        load_settings(config=write(tmp_path, line))
-    assert "sk-secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        *((line, f": {line.partition(':')[0]}: expected ") for line in WRONG_TYPES),
+        ("default-sampling: {temperature: .nan}", ": default-sampling: temperature: expected "),
+        ("default-sampling: {temperature: true}", ": default-sampling: temperature: expected "),
+        ("default-sampling: {m: {temperature: [0.5]}}", ": default-sampling: temperature: expected "),
+        ("default-sampling: {m: {top_p: 2001-01-01}}", ": default-sampling: top_p: expected "),
         ("prt: 80", r"unknown setting 'prt' \(did you mean port\?\)"),
         ("enable_dcs: true", r"unknown setting 'enable_dcs' \(did you mean enable-docs\?\)"),
         ("no-enable-docs: true", r"unknown setting 'no-enable-docs' \(write enable-docs: false\)"),

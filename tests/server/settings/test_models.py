@@ -95,22 +95,10 @@ def test_the_settings_of_the_only_entry_are_those_of_the_server(tmp_path: Path) 
     ("content", "message"),
     [
         ("models: [{model: x, seed: 3}, b]", "models[0]: seed: applies to all models"),
-        (
-            "models: [a, {model: x, max-modl-len: 3}]",
-            "models[1]: max-modl-len: unknown setting (did you mean max-",
-        ),
-        (
-            "models: [{mdel: x}]",
-            "models: expected a model, or a mapping with the key model and settings of its own",
-        ),
-        (
-            "models: [{model: x, load: never}, y]",
-            "models[0]: load: expected one of at-start, on-first-use",
-        ),
-        (
-            "models: [a, b]\nserved-model-name: x",
-            "--served-model-name: there are several models; set served-model-",
-        ),
+        ("models: [a, {model: x, max-modl-len: 3}]", "models[1]: max-modl-len: unknown setting (did you mean max-"),
+        ("models: [{mdel: x}]", "models: expected a model, or a mapping with the key model and settings of its own"),
+        ("models: [{model: x, load: never}, y]", "models[0]: load: expected one of at-start, on-first-use"),
+        ("models: [a, b]\nserved-model-name: x", "--served-model-name: there are several models; set served-model-"),
         ("models: [a, b]\napi-server-count: 2", "--api-server-count: not with several models, --load on-first-use or"),
         ("model: a\nload: on-first-use\ndata-parallel-size: 2", "--data-parallel-size: not with several models, --l"),
         ("models: [a, b]\nlora-modules: x=/y", "--lora-modules: there are several models; set lora-modules of its"),

@@ -42,26 +42,21 @@ def test_engines_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (single.kv_cache_memory, single.memory_limit, single.data_parallel_rank) == (100, None, 0)
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, True),
-        ({"inspect": False}, False),
-        ({"api_key": ("k",)}, False),
-        ({"admin_key": "k"}, False),
-        ({"api_keys_file": "keys.yaml"}, False),
-        ({"api_key": ("k",), "record_requests": 1}, True),
-        ({"api_key": ("k",), "record_requests": 1, "host": "0.0.0.0"}, True),
-        ({"host": "0.0.0.0"}, False),
-        ({"host": "0.0.0.0", "uds": "/tmp/socket"}, True),
-        ({"host": "0.0.0.0", "inspect_public": True}, True),
-        ({"allowed_origins": ("*",)}, False),
-        ({"allowed_origins": ("*",), "record_requests": 1}, False),
-        ({"allowed_origins": ("*",), "inspect_public": True}, True),
-        ({"api_key": ("k",), "record_requests": 1, "inspect": False}, False),
-    ],
-)
-def test_token_ids_are_kept_where_they_are_read_and_with_keys_if_requests_are_recorded(
-    settings: dict[str, Any], expected: bool
-) -> None:
-    assert engine_config(Settings(**settings), Path("/m.gguf"), {}).keep_token_ids is expected
+def test_token_ids_are_kept_where_they_are_read_and_with_keys_if_requests_are_recorded() -> None:
+    recorded, beyond, origins = (
+        {"api_key": ("k",), "record_requests": 1},
+        {"host": "0.0.0.0"},
+        {"allowed_origins": ("*",)},
+    )
+    kept: list[dict[str, Any]] = [
+        *({}, recorded, recorded | beyond, beyond | {"uds": "/tmp/socket"}),
+        *(beyond | {"inspect_public": True}, origins | {"inspect_public": True}),
+    ]
+    forgotten: list[dict[str, Any]] = [
+        *({"inspect": False}, {"api_key": ("k",)}, {"admin_key": "k"}, {"api_keys_file": "keys.yaml"}, beyond),
+        *(origins, origins | {"record_requests": 1}, recorded | {"inspect": False}),
+    ]
+    for expected, cases in ((True, kept), (False, forgotten)):
+        for settings in cases:
+            config = engine_config(Settings(**settings), Path("/m.gguf"), {})
+            assert config.keep_token_ids is expected, settings

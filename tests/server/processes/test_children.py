@@ -1,16 +1,23 @@
-"""Child processes of the supervisor, with real processes."""
+"""The children of the supervisor: their start and end, the channel to them, and their CPUs."""
 
 import errno
 import os
 import select
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
+from engine.shared import cpus
 from server.processes.child_process import RELOAD_SIGNAL, Child, child_environment
+from server.processes.cpu_shares import cpu_shares
+from server.processes.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat, make_channel
+from tests.support.cpu_topology import write_topology
 
 SLEEP = "import time; time.sleep(60)"
 
@@ -101,3 +108,83 @@ def test_the_user_may_set_the_spin_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert child_environment()["GOMP_SPINCOUNT"] == "1000"
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert "GOMP_SPINCOUNT" not in child_environment()
+
+
+def test_messages_arrive_in_order() -> None:
+    supervisor, api = make_channel()
+    assert supervisor.receive() == []
+    for message in (EngineStarted(0, 7), EngineGone(1, "x")):
+        supervisor.send(message)
+    api.send(Heartbeat((7, 8)))
+    assert api.receive() == [EngineStarted(0, 7), EngineGone(1, "x")]
+    assert supervisor.receive() == [Heartbeat((7, 8))]
+    assert not api.has_ended
+    supervisor.send(EngineStarted(1, 8))
+    supervisor.close()
+    assert api.receive() == [EngineStarted(1, 8)]
+    assert api.has_ended
+    api.close()
+
+
+def test_sending_never_blocks_or_fails() -> None:
+    """The other process may be stopped, or gone."""
+    supervisor, api = make_channel()
+    for number in range(10_000):
+        api.send(Heartbeat((number,)))
+    assert supervisor.receive()[:2] == [Heartbeat((0,)), Heartbeat((1,))]
+    supervisor.close()
+    api.send(Heartbeat((1,)))
+    assert api.receive() == []
+    assert api.has_ended
+    api.close()
+
+
+def test_an_inherited_descriptor() -> None:
+    supervisor, api = make_channel()
+    inherited = Channel.from_fd(os.dup(api.fileno()))
+    api.close()
+    supervisor.send(EngineStarted(0, 7))
+    assert inherited.receive() == [EngineStarted(0, 7)]
+    inherited.close()
+    assert supervisor.receive() == []
+    assert supervisor.has_ended
+    supervisor.close()
+
+
+@pytest.mark.parametrize(
+    ("num_engines", "shares"),
+    [
+        (1, [[]]),
+        (2, [[0, 4, 1, 5], [2, 6, 3, 7]]),
+        (9, [[0], [4], [1], [5], [2], [6], [3], [7], [0]]),
+    ],
+)
+def test_each_engine_has_a_share(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_engines: int, shares: list[list[int]]
+) -> None:
+    write_topology(tmp_path)
+    monkeypatch.setattr(cpus, "NODES", tmp_path)
+    monkeypatch.setattr(cpus, "TOPOLOGY", f"{tmp_path}/cpu{{}}/{{}}")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    assert [list(share) for share in cpu_shares(num_engines)] == shares
+
+
+CODE = "from server.processes.error_line import print_error; print_error({!r}, logger='a', log_format={!r})"
+
+
+def test_a_line() -> None:
+    text, record = (
+        subprocess.run([sys.executable, "-c", CODE.format("é\n", form)], capture_output=True, check=True).stderr
+        for form in ("human", "json")
+    )
+    assert text.decode() == "lightwell: error: é\n\n"
+    assert msgspec.json.decode(record).items() >= {"level": "error", "logger": "a", "message": "é\n"}.items()
+
+
+def test_a_full_disk_and_a_reader_that_has_gone_are_no_errors() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for fd in (writer, full):
+        assert subprocess.run([sys.executable, "-c", CODE.format("a", "human")], stderr=fd, check=False).returncode == 0
+        os.close(fd)
