@@ -1,6 +1,6 @@
-"""Each supported family compared with transformers, on small random models that transformers saves.
+"""Shapes of Llama and Mistral compared with transformers, on small random models that it saves.
 
-All in float32, with the C++ kernels if they support the shape, and with the plain torch kernels.
+All in float32, with the C++ kernels if they support the shape, and in long runs with the plain torch kernels.
 """
 
 from pathlib import Path
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from engine.config import EngineConfig
-from engine.loading import LoadedModel, load_model
+from engine.loading import load_model
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.outputs import all_logits, greedy_outputs
 from tests.support.tiny_models import save_random_model
@@ -74,21 +74,17 @@ def prompts_for(vocab_size: int) -> list[list[int]]:
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-@pytest.fixture(params=["default", pytest.param("torch", marks=pytest.mark.long)])
-def kernels(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-def load(folder: Path, kernels: str) -> LoadedModel:
+@pytest.mark.parametrize("kernels", ["default", pytest.param("torch", marks=pytest.mark.long)])
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_shapes(changes: dict[str, Any], kernels: str, tmp_path: Path) -> None:
+    model: Any = LlamaForCausalLM(LlamaConfig(**(SHAPE | changes)))
+    if "sliding_window" in changes:
+        model = MistralForCausalLM(MistralConfig(**(SHAPE | changes)))
+    save_random_model(model, tmp_path, SEED)
     with choose_kernels(kernels):
-        loaded = load_model(EngineConfig(model_path=str(folder), dtype="float32"))
+        loaded = load_model(EngineConfig(model_path=str(tmp_path), dtype="float32"))
     in_cpp = kernels == "default" and bool(code_paths()) and loaded.config.layers[0].attention.head_dim % 16 == 0
     assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if in_cpp else "torch")
-    return loaded
-
-
-def assert_same_as_transformers(model: PreTrainedModel, loaded: LoadedModel) -> None:
     prompts = prompts_for(loaded.config.vocab_size)
     outputs = greedy_outputs(loaded, prompts, NUM_OUTPUT_TOKENS)
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -97,24 +93,3 @@ def assert_same_as_transformers(model: PreTrainedModel, loaded: LoadedModel) -> 
         torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
         # Greedy decoding, step by step: each token is the most likely one after the tokens before it.
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
-
-
-@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_shapes(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
-    model: Any = LlamaForCausalLM(LlamaConfig(**(SHAPE | changes)))
-    if "sliding_window" in changes:
-        model = MistralForCausalLM(MistralConfig(**(SHAPE | changes)))
-    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED), kernels))
-
-
-def test_generate_of_transformers(tmp_path: Path, kernels: str) -> None:
-    """Compare with transformers' own generation loop and KV cache."""
-    model: Any = MistralForCausalLM(MistralConfig(**(SHAPE | {"sliding_window": 37})))
-    loaded = load(save_random_model(model, tmp_path, SEED), kernels)
-    prompts = prompts_for(VOCAB_SIZE)[:3]
-    for prompt, output in zip(prompts, greedy_outputs(loaded, prompts, NUM_OUTPUT_TOKENS), strict=True):
-        ids = torch.tensor([prompt])
-        expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_OUTPUT_TOKENS
-        )
-        assert output == expected[0, len(prompt) :].tolist()

@@ -54,9 +54,9 @@ def load(folder: Path, generation: dict[str, Any] | None = None, **changes: Any)
 
 def test_as_transformers_writes_it(tmp_path: Path) -> None:
     rope = LLAMA3 | {"rope_theta": 1234.5, "original_max_position_embeddings": 256}
-    flags = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
-    changes: dict[str, Any] = {"head_dim": 24, "rms_norm_eps": 1e-3, "hidden_act": "gelu", "rope_parameters": rope}
-    expected: Any = LlamaConfig(**SHAPE, **changes, **flags)
+    changes: dict[str, Any] = dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), True)
+    changes |= {"head_dim": 24, "rms_norm_eps": 1e-3, "hidden_act": "gelu", "rope_parameters": rope}
+    expected: Any = LlamaConfig(**SHAPE, **changes)
     expected.save_pretrained(tmp_path)
     config = llama_fields(load_model_config(tmp_path))
     for name in (*COMMON_FIELDS, "attention_bias", "mlp_bias", "hidden_act"):

@@ -199,7 +199,7 @@ def test_fused_rows_are_divided_and_those_that_rotate_reordered() -> None:
     attention, layout = f"{LAYER}self_attn.", WeightLayout(is_interleaved=True)
     found = split(f"{attention}qkv_proj.weight", torch.cat((q, k, v)), layout=layout)
     rows = head_order(HEAD, HEAD, True)
-    expected = [weight.unflatten(0, (-1, HEAD))[:, rows].flatten(0, 1) for weight in (q, k)]
+    expected = [weight.view(-1, HEAD, HIDDEN)[:, rows].flatten(0, 1) for weight in (q, k)]
     for name, weight in zip("qkv", [*expected, v], strict=True):
         assert torch.equal(found[f"{attention}{name}_proj.weight"], weight)
     weight, order = random_tensor(1, HEADS, 6 + 10, 16), [0, 2, 1, 3]
