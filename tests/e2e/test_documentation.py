@@ -19,10 +19,9 @@ import pytest
 
 from engine.config import load_model_config
 from tests.docs.commands import is_exception, shown_commands
-from tests.support.documents import DOCUMENTS, commands
+from tests.support.documents import DOCUMENTS, blocks, commands
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.paths import ROOT
-from tests.support.readme import readme_example
 from tests.support.server_process import MODEL, READY_SECONDS, ServerProcess, free_port, shared_server
 from tests.support.serving import wait_until
 
@@ -160,9 +159,11 @@ def test_make_serve(folder: Path, smollm2_path: Path) -> None:
 
 
 def test_the_readme_as_printed(server: ServerProcess, tmp_path: Path) -> None:
-    answer = json.loads(shell(readme_example("sh", "The capital of France", server)))
-    assert "Paris" in answer["choices"][0]["text"]
-    (tmp_path / "example.py").write_text(readme_example("python", "from openai", server))
+    texts = [block.text.replace(":8000", f":{server.port}") for block in blocks("README.md")]
+    (command,) = (text for text in texts if "The capital of France" in text and text.startswith("curl"))
+    assert "Paris" in json.loads(shell(command))["choices"][0]["text"]
+    (example,) = (text for text in texts if "from openai" in text)
+    (tmp_path / "example.py").write_text(example)
     assert shell(f"{shlex.quote(sys.executable)} {tmp_path / 'example.py'}").strip()
 
 

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -209,10 +208,3 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
-
-
-def seconds_until(condition: Any, limit: float) -> float:
-    """Wait until `condition()` is true and return the seconds it took. Fail after `limit` seconds."""
-    started = time.monotonic()
-    wait_until(condition, limit)
-    return time.monotonic() - started

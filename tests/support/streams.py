@@ -1,8 +1,7 @@
-"""Concurrent streaming requests: their chunks, the times of arrival, and how they ended."""
+"""Concurrent streaming requests: their chunks, and how they ended."""
 
 import json
 import threading
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +20,11 @@ class Stream:
 
     def __init__(self, server: ServerProcess, body: dict[str, Any], path: str = COMPLETIONS) -> None:
         self.chunks: list[dict[str, Any]] = []
-        self.times: list[float] = []  # arrival of each chunk, in seconds of `time.monotonic()`
         self.error: dict[str, Any] | None = None  # of an error event, or of a response that is not a stream
         self.status: int | None = None  # None: no response
         self.is_done = False  # [DONE] was received
         self.is_cut = False  # the connection was closed early
-        self.ended = 0.0
+        self.ended = False
         self._http = server.http
         self._path = path
         self._body = {"model": MODEL, "stream": True} | body
@@ -70,7 +68,7 @@ class Stream:
         except httpx.TransportError:
             self.is_cut = True
         finally:
-            self.ended = time.monotonic()
+            self.ended = True
             self._started.set()
 
     def _read(self, lines: Iterable[str]) -> None:
@@ -85,7 +83,6 @@ class Stream:
                 self.error = check_envelope(data.encode())
             else:
                 self.chunks.append(json.loads(data))
-                self.times.append(time.monotonic())
                 self._started.set()
 
 
