@@ -55,13 +55,13 @@ def card(num_processors: int) -> Iterator[None]:
 
 def attend(paged: Paged, spans: list[Span]) -> list[Tensor]:
     """Return the result of each span, after checking that the number of programs does not change the bits."""
+    if not isinstance(paged.kernels, TritonKernels):
+        return paged.attend(spans)
     found = []
-    are_few = not isinstance(paged.kernels, TritonKernels)
-    for num_processors in NUM_PROCESSORS[:1] if are_few else NUM_PROCESSORS[:: 1 if IS_LONG else 2]:
+    for num_processors in NUM_PROCESSORS if IS_LONG else NUM_PROCESSORS[::2]:
         with card(num_processors):
             found.append(paged.attend(spans))
-    for outs in found[1:]:
-        assert equal(outs, found[0])
+    assert all(equal(outs, found[0]) for outs in found)
     return found[0]
 
 

@@ -21,10 +21,9 @@ def kernels(request: pytest.FixtureRequest) -> TorchKernels:
     [
         (576, 1536, False),
         (100, 64, True),
-        (33, 1000, False),
         *(
             pytest.param(*shape, with_bias, marks=pytest.mark.long)
-            for shape in [(576, 576), (960, 576), (512, 4096)]
+            for shape in [(576, 576), (960, 576), (512, 4096), (33, 1000)]
             for with_bias in (False, True)
         ),
     ],

@@ -71,14 +71,8 @@ def test_adapters_are_those_of_peft(tmp_path: Path) -> None:
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kv_cache_dtype"),
-    [
-        ("float32", "int8"),
-        pytest.param("float16", "auto", marks=pytest.mark.long),
-        pytest.param("float16", "fp8", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "int8"), ("float16", "auto"), ("float16", "fp8")])
 def test_the_same_request_gets_the_same_answer(
     dtype: str, kv_cache_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
