@@ -162,6 +162,10 @@ def running_server(
 ) -> Iterator[RunningServer]:
     """Run a server for `context` in a thread. `app` replaces the application that `create_app` would create."""
     app = app or create_app(context)
+    # FastAPI makes its routes for the first request, and catches warnings of the whole process while it does: here, no
+    # other thread does the same.
+    for route in app.routes:
+        route.matches({"type": "http", "method": "GET", "path": "/none", "root_path": "", "headers": []})
     server = make_server(
         app,
         max_connections=max_connections,

@@ -64,6 +64,7 @@ async def test_death_while_loading_is_noticed_by_the_pidfd(address: str) -> None
 @pytest.mark.checklist("F06")
 async def test_an_engine_that_hangs_is_dead(fake_engine: FakeEngine) -> None:
     async with ready(fake_engine.config.address, step_timeout=1.0) as client:
+        fake_engine.pause()
         stream = client.submit(request())
         fake_engine.hang()
         while not client.died.is_set():
