@@ -87,7 +87,10 @@ def requests() -> list[Submit]:
 
 
 @pytest.mark.checklist("E15")
-@pytest.mark.parametrize(("name", "kernels"), [*((name, "default") for name in MODELS), ("gpt_oss", "torch")])
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [*((name, "default") for name in MODELS), pytest.param("gpt_oss", "torch", marks=pytest.mark.long)],
+)
 def test_answers_are_the_same(name: str, kernels: str, model: Callable[[str], Path]) -> None:
     loaded, submits = load(model(name), kernels), requests()
     assert loaded.runner.kernels.deterministic
@@ -110,7 +113,10 @@ def test_answers_are_the_same(name: str, kernels: str, model: Callable[[str], Pa
     for chunk in (1, 7, 40) if IS_LONG else (7,):
         assert_same(run(make_engine(loaded, chunk=chunk, seqs=5, speculative="ngram"), submits), alone)
 
-    engine = make_engine(loaded, num_blocks=loaded.memory.blocks_per_request)
+    # There are blocks for the longest request only.
+    longest = 1 + max(len(submit.prompt_token_ids) + submit.params.max_tokens for submit in submits)
+    shorter = dataclasses.replace(loaded, limits=dataclasses.replace(loaded.limits, max_model_len=longest))
+    engine = make_engine(shorter, num_blocks=make_engine(shorter).scheduler.kv.num_blocks_for(longest))
     assert_same(run(engine, submits), alone)
     assert engine.stats().preemptions_total > 0
 
