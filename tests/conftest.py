@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import settings
 
@@ -23,6 +25,9 @@ os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
 # Their tests wait for processes, clients and browsers: in `make test-long`, one that fails gets a second try, which the
 # report counts. `make test` has no second try.
 IN_REAL_TIME = ("conformance", "e2e", "web")
+
+# Each client of httpx reads all certificates, which takes longer than most requests to a server under test.
+httpx._transports.default.create_ssl_context = cache(httpx.create_ssl_context)  # type: ignore[attr-defined]
 
 settings.register_profile("no deadline", deadline=None)  # other jobs on the machine can make one example slow
 settings.load_profile("no deadline")

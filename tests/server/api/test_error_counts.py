@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from server.api.inspection.inspect import InspectRequest
-from tests.server.api.test_every_field import ACTING
+from tests.server.api.contract import ACTING
 
 HARD_VALUES: Mapping[str, Callable[[int], Any]] = {
     "object of arrays": lambda n: {f"key{number}": [] for number in range(n)},

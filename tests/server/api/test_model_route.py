@@ -1,6 +1,5 @@
 """Requests wait for their model: streams with comments, so that proxies keep the connection."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ import pytest
 
 from server.api import model_route
 from server.models import manager as manager_module
+from server.models.manager import ModelManager
+from server.models.slot import ModelSlot
 from tests.support.fake_engine import make_adapter
 from tests.support.serving import check_error, wait_until
 from tests.support.several_models import SeveralModels, several_models, unload
@@ -34,39 +35,37 @@ def stream(server: SeveralModels, path: str, body: dict[str, Any]) -> httpx.Resp
 
 
 @pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize(("path", "body", "end"), STREAMS)
-def test_a_stream_has_comments_while_its_model_is_loaded(
-    model_folder: Path, path: str, body: dict[str, Any], end: str
-) -> None:
+def test_a_stream_has_comments_while_its_model_is_loaded(model_folder: Path) -> None:
     with several_models(model_folder, engines={"load_seconds": 1.0}) as server:
-        answer = stream(server, path, body)
-        assert answer.status_code == 200
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        comments = [line for line in answer.text.splitlines() if line.startswith(": loading one, ")]
-        assert len(comments) >= 2
-        assert end in answer.text
-        wait_until(lambda: server.slots[0].num_users == 0)
-        again = stream(server, path, body)  # as from a model that is loaded
-        assert ": loading" not in again.text
-        assert end in again.text
+        for path, body, end in STREAMS:
+            answer = stream(server, path, body)
+            assert answer.status_code == 200
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            comments = [line for line in answer.text.splitlines() if line.startswith(": loading one, ")]
+            assert len(comments) >= 2
+            assert end in answer.text
+            wait_until(lambda: server.slots[0].num_users == 0)
+            again = stream(server, path, body)  # as from a model that is loaded
+            assert ": loading" not in again.text
+            assert end in again.text
+            unload(server, "one")
 
 
 @pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize(("path", "body", "end"), STREAMS)
-def test_a_stream_ends_with_an_error_if_its_model_cannot_be_loaded(
-    model_folder: Path, path: str, body: dict[str, Any], end: str
-) -> None:
+def test_a_stream_ends_with_an_error_if_its_model_cannot_be_loaded(model_folder: Path) -> None:
     with several_models(model_folder, engines={"never_ready": True}, queue_timeout=0.8) as server:
-        answer = stream(server, path, body)
-        assert answer.status_code == 200
-        assert "The model `one` is still being loaded." in answer.text
-        assert (end in answer.text) == (end == "data: [DONE]")
+        for path, body, end in STREAMS:
+            answer = stream(server, path, body)
+            assert answer.status_code == 200
+            assert "The model `one` is still being loaded." in answer.text
+            assert (end in answer.text) == (end == "data: [DONE]")
 
 
 INVALID: list[tuple[str, dict[str, Any], str]] = [
     *((path, {**body, "temperature": 99}, "temperature") for path, body, _ in STREAMS),
     ("/v1/completions", {"prompt": "Hi", "min_p": 0.1, "response_format": {"type": "x"}}, "response_format"),
     ("/v1/completions", {"prompt": "Hi", "n": 2, "best_of": 1}, "best_of"),  # each is valid, but not both
+    *(("/v1/completions", {"prompt": "Hi", "queue_timeout": value}, "queue_timeout") for value in (-3, 0, True, "3")),
     ("/v1/embeddings", {"input": {}}, "input"),
     ("/v1/rerank", {"query": "a"}, "documents"),
     ("/tokenize", {"prompt": 1}, "prompt"),
@@ -80,16 +79,17 @@ def test_an_invalid_request_loads_nothing(model_folder: Path) -> None:
             for is_stream in (False, True):
                 answer = httpx.post(server.url + path, json={"model": "one", "stream": is_stream, **body}, timeout=60)
                 assert (answer.status_code, field in answer.text) == (400, True), (path, answer.text)
+        body = {"lora_name": "dialect", "lora_path": "/adapters/dialect", "base_model_name": "one"}
+        check_error(httpx.post(server.url + "/v1/load_lora_adapter", json=body), 404)  # not allowed
         assert server.supervisor.orders == []
 
 
-@pytest.mark.parametrize(("path", "body", "end"), STREAMS)
-def test_a_short_load_leaves_the_status_to_the_answer(
-    model_folder: Path, path: str, body: dict[str, Any], end: str
-) -> None:
+def test_a_short_load_leaves_the_status_to_the_answer(model_folder: Path) -> None:
     with several_models(model_folder) as server:
-        assert ": loading" not in stream(server, path, body).text
-        assert stream(server, path, {**body, "temperature": 99}).status_code == 400
+        for path, body, _ in STREAMS:
+            assert ": loading" not in stream(server, path, body).text
+            assert stream(server, path, {**body, "temperature": 99}).status_code == 400
+            unload(server, "one")
 
 
 NO_NAME: list[tuple[str, dict[str, Any]]] = [
@@ -99,13 +99,14 @@ NO_NAME: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), NO_NAME)
-def test_the_only_model_is_loaded_if_a_request_names_none(model_folder: Path, path: str, body: dict[str, Any]) -> None:
+def test_the_only_model_is_loaded_if_a_request_names_none(model_folder: Path) -> None:
     models: tuple[dict[str, Any], ...] = ({"lora_modules": ("dialect=/adapters/dialect",)},)
     engines = {"adapters": [make_adapter("dialect")], "max_loras": 1}
     with several_models(model_folder, models=models, engines=engines) as server:
-        answer = httpx.post(server.url + path, json=body, timeout=60)
-        assert answer.status_code == 200, answer.text
+        for path, body in NO_NAME:
+            answer = httpx.post(server.url + path, json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            unload(server, "one")
 
 
 def test_a_request_must_name_one_of_several_models(model_folder: Path) -> None:
@@ -125,36 +126,28 @@ def test_a_replayed_request_waits_for_its_model(model_folder: Path) -> None:
         assert server.states == {"one": "unloaded", "two": "loaded"}
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("seconds", [-3, 0, True, "3"])
-def test_an_invalid_timeout_loads_nothing(model_folder: Path, seconds: object, stream: bool) -> None:
-    with several_models(model_folder) as server:
-        answer = server.complete("one", queue_timeout=seconds, stream=stream)
-        assert check_error(answer, 400)["param"] == "queue_timeout"
-        assert server.supervisor.orders == []
-
-
-def test_a_change_of_adapters_that_is_not_allowed_loads_nothing(model_folder: Path) -> None:
-    body = {"lora_name": "dialect", "lora_path": "/adapters/dialect", "base_model_name": "one"}
-    with several_models(model_folder) as server:
-        check_error(httpx.post(server.url + "/v1/load_lora_adapter", json=body), 404)
-        assert server.supervisor.orders == []
-
-
 @pytest.mark.parametrize(
     ("body", "status"), [({}, 200), ({"prompt": "Hi", "stream": False, "options": {"temperature": "hot"}}, 400)]
 )
 def test_a_keep_alive_without_effect_is_not_kept(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], status: int
 ) -> None:
+    polls, idle_limit = [], ModelManager.idle_limit
+
+    def counted(manager: ModelManager, slot: ModelSlot) -> float | None:
+        polls.append(slot)
+        return idle_limit(manager, slot)
+
     monkeypatch.setattr(manager_module, "IDLE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(ModelManager, "idle_limit", counted)
     with several_models(model_folder) as server:
         if status != 200:
             server.complete("one")
         answer = httpx.post(server.url + "/api/generate", json={"model": "one", "keep_alive": 0, **body})
         assert answer.status_code == status, answer.text
         server.complete("one")
-        time.sleep(0.5)
+        num_polls = len(polls)
+        wait_until(lambda: len(polls) >= num_polls + 3)
         assert server.states["one"] == "loaded"
         assert len(server.supervisor.orders) == 1  # it has not been unloaded meanwhile
 

@@ -153,11 +153,16 @@ def block_of(block: dict[str, Any]) -> tuple[str, Any]:
 
 def streamed_blocks(events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     blocks: list[tuple[str, str]] = []
+    num_ended = 0
     for event in events:
         if event["type"] == "content_block_start":
+            assert num_ended == len(blocks)
             kind = {"thinking": "reasoning", "text": "content", "tool_use": "call"}[event["content_block"]["type"]]
             assert event["index"] == len(blocks)
             blocks.append((kind, ""))
+        elif event["type"] == "content_block_stop":
+            num_ended += 1
+            assert event["index"] == len(blocks) - 1 == num_ended - 1
         elif event["type"] == "content_block_delta":
             kind, text = blocks[event["index"]]
             assert event["index"] == len(blocks) - 1

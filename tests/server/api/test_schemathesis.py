@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import StartServer
-from tests.support.examples import num_examples
 
 SEED = 2
-MAX_EXAMPLES = num_examples(6, 100)  # per operation
+MAX_EXAMPLES = 100  # per operation
 # Requests that match may still be rejected: the document has neither dependencies between fields nor model names.
 UNKNOWN = "positive_data_acceptance"
 
 
+@pytest.mark.long
 @pytest.mark.drawn
 def test_answers_match_the_document(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(record_requests=100)

@@ -8,12 +8,13 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.clients import CHAT, COMPLETIONS, MINIMAL
+from tests.server.api.contract import ANTHROPIC
+from tests.server.api.dialects import BODIES
+from tests.support.clients import CHAT, COMPLETIONS
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, wait_until
 
-MESSAGES = "/v1/messages"
-BODIES = {**MINIMAL, MESSAGES: MINIMAL[CHAT] | {"max_tokens": 1000}}
+REQUEST = {"model": "tiny"} | BODIES[CHAT]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def cancel(server: RunningServer, request_id: str) -> httpx.Response:
 
 def post(threads: ThreadPoolExecutor, server: RunningServer, path: str, **fields: Any) -> Future[httpx.Response]:
     """Send a request in a thread, with x-request-id `mine`, and return once tokens arrive."""
-    body = BODIES[path] | {"max_tokens": 1000} | fields
+    body = BODIES[path] | {"model": "tiny", "max_tokens": 1000} | fields
     num_tokens, num_ids = server.metric("lightwell_generation_tokens_total"), len(server.context.running)
     answer = threads.submit(httpx.post, server.url + path, json=body, headers={"x-request-id": "mine"}, timeout=20)
     wait_until(lambda: len(server.context.running) > num_ids)
@@ -58,28 +59,27 @@ def test_a_whole_answer(server: RunningServer, threads: ThreadPoolExecutor, path
     wait_until(lambda: len(server.context.running) == 0)
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, ANTHROPIC])
 def test_a_stream_by_the_id_of_its_answer(server: RunningServer, path: str) -> None:
-    body = BODIES[path] | {"max_tokens": 1000, "stream": True}
+    body = BODIES[path] | {"model": "tiny", "max_tokens": 1000, "stream": True}
     with httpx.stream("POST", server.url + path, json=body, timeout=20) as response:
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
         first = json.loads(next(lines))
         assert cancel(server, first.get("id") or first["message"]["id"]).status_code == 200
         *events, last = lines
-    if path == MESSAGES:
+    if path == ANTHROPIC:
         assert json.loads(events[-1])["delta"]["stop_reason"] == "pause_turn"
         assert json.loads(last) == {"type": "message_stop"}
     else:
         assert json.loads(events[-1])["choices"][0]["finish_reason"] == "abort"
         assert last == "[DONE]"
-    wait_until(lambda: server.model.client.num_in_flight == 0)
-    wait_until(lambda: len(server.context.running) == 0)
+    wait_until(lambda: server.model.client.num_in_flight == 0 and len(server.context.running) == 0)
 
 
 @pytest.mark.checklist("E12")
 def test_one_id_of_two_requests(server: RunningServer, threads: ThreadPoolExecutor) -> None:
     answers = [post(threads, server, CHAT) for _ in range(2)]
-    other = threads.submit(httpx.post, server.url + CHAT, json=BODIES[CHAT] | {"max_tokens": 100}, timeout=20)
+    other = threads.submit(httpx.post, server.url + CHAT, json=REQUEST | {"max_tokens": 100}, timeout=20)
     assert cancel(server, "mine").status_code == 200
     assert [answer.result().json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
     assert other.result().json()["choices"][0]["finish_reason"] == "length"
@@ -90,7 +90,11 @@ def test_a_request_that_waits_for_its_turn(
 ) -> None:
     fake_engine.pause()
     answer = threads.submit(
-        httpx.post, server.url + CHAT, json=BODIES[CHAT], headers={"x-request-id": "mine"}, timeout=20
+        httpx.post,
+        server.url + CHAT,
+        json=REQUEST,
+        headers={"x-request-id": "mine"},
+        timeout=20,
     )
     wait_until(lambda: len(server.context.running) == 2)
     assert cancel(server, "mine").status_code == 200
@@ -99,7 +103,7 @@ def test_a_request_that_waits_for_its_turn(
 
 
 def test_cancel_unknown_request(server: RunningServer) -> None:
-    done = httpx.post(server.url + CHAT, json=BODIES[CHAT] | {"max_tokens": 1}).json()
+    done = httpx.post(server.url + CHAT, json=REQUEST | {"max_tokens": 1}).json()
     for request_id in (done["id"], "unknown", "x" * 1000):
         error = check_error(cancel(server, request_id), 404)
         assert (error["code"], error["param"]) == ("request_not_found", None)
@@ -107,7 +111,7 @@ def test_cancel_unknown_request(server: RunningServer) -> None:
 
 
 def test_a_request_whose_client_went_away_is_forgotten(server: RunningServer) -> None:
-    with httpx.stream("POST", server.url + CHAT, json=BODIES[CHAT] | {"stream": True}, timeout=20) as response:
+    with httpx.stream("POST", server.url + CHAT, json=REQUEST | {"stream": True}, timeout=20) as response:
         lines = response.iter_lines()  # keep a reference: dropping the iterator closes the connection
         next(lines)
         assert len(server.context.running) == 2

@@ -1,6 +1,5 @@
 """What a client has used, at `/v1/usage` and in the metrics."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import httpx
 
 from server.metrics import exposition
 from tests.server.conftest import StartServer
+from tests.support.clients import write_keys_file
 from tests.support.serving import RunningServer
 
 REQUEST = {"model": "tiny", "prompt": "abcd", "max_tokens": 2}
@@ -24,10 +24,7 @@ def usage(server: RunningServer, key: str = "none") -> dict[str, Any]:
 
 
 def test_usage_of_each_tenant(start_server: StartServer, tmp_path: Path) -> None:
-    file = tmp_path / "keys.yaml"
-    entries = [(name, hashlib.sha256(key.encode()).hexdigest()) for name, key in (("alice", "a"), ("bob", "b"))]
-    file.write_text("".join(f"{name}: {{keys: {digest}, tokens-per-day: 99}}\n" for name, digest in entries))
-    server = start_server(api_keys_file=str(file))
+    server = start_server(api_keys_file=str(write_keys_file(tmp_path, tokens_per_day=99)))
     for key in ("a", "a", "b", "none"):
         ask(server, key)
     for tenant, key, num_requests in (("alice", "a", 2), ("bob", "b", 1)):
@@ -36,7 +33,7 @@ def test_usage_of_each_tenant(start_server: StartServer, tmp_path: Path) -> None
         assert server.metric("lightwell_tenant_generation_tokens_total", tenant=tenant) == 2 * num_requests
         own = usage(server, key)
         assert (own["name"], own["num_requests"], own["total_tokens_today"]) == (tenant, num_requests, 6 * num_requests)
-        assert own["limits"]["tokens_per_day"] == 99
+        assert own["limits"]["tokens_per_day"] == (99 if key == "a" else None)
 
 
 def test_usage_without_keys_is_that_of_all(start_server: StartServer) -> None:

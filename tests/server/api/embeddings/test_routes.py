@@ -1,32 +1,23 @@
 """`POST /v1/embeddings` with a fake engine whose embeddings encode the sum of the prompt's token ids."""
 
 import base64
+import json
 import math
 import struct
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from engine.shared.messages import Pooling, SamplingParams
 from tests.server.conftest import StartServer
-from tests.support.clients import openai_client, shared_server
 from tests.support.fake_engine import FakeEngine
-from tests.support.serving import RunningServer, check_error, wait_until
-from tests.support.tiny_tokenizer_model import MAX_MODEL_LEN, VOCAB_SIZE
+from tests.support.serving import RunningServer, check_error, raw_request, wait_until
+from tests.support.tiny_tokenizer_model import MAX_MODEL_LEN
 
 PATH = "/v1/embeddings"
 SIZE = 64
-
-
-@pytest.fixture(scope="module")
-def server(model_folder: Path) -> Iterator[RunningServer]:
-    with shared_server(model_folder) as server:
-        yield server
 
 
 def ask(server: RunningServer, input: object, **fields: Any) -> httpx.Response:
@@ -93,55 +84,15 @@ def test_dimensions(server: RunningServer) -> None:
     assert math.hypot(*first) == pytest.approx(1)
 
 
-def test_the_official_client(server: RunningServer) -> None:
-    """The official client requests base64 by default."""
-    with openai_client(server.url, _strict_response_validation=False) as client:
-        decoded = client.embeddings.create(model="tiny", input=["Hi", "ho"])
-    with openai_client(server.url) as client:
-        plain = client.embeddings.create(model="tiny", input=["Hi", "ho"], encoding_format="float")
-        assert decoded.usage == plain.usage
-        for one, other in zip(decoded.data, plain.data, strict=True):
-            assert one.embedding == pytest.approx(other.embedding, rel=1e-7)
-            assert len(one.embedding) == SIZE
-        with pytest.raises(openai.BadRequestError, match="dimensions"):
-            client.embeddings.create(model="tiny", input="Hi", dimensions=SIZE + 1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "param", "code"),
-    [
-        ({"input": ""}, "input", "invalid_value"),
-        ({"input": []}, "input", "invalid_value"),
-        ({"input": ["a", ""]}, "input", "invalid_value"),
-        ({"input": [[1], []]}, "input", "invalid_value"),
-        ({"input": [VOCAB_SIZE]}, "input", "invalid_value"),
-        ({"input": [-1]}, "input", "invalid_value"),
-        ({"input": ["a", 1]}, "input", "invalid_value"),
-        ({"input": None}, "input", "invalid_type"),
-        ({"input": {}}, "input", "invalid_type"),
-        ({"input": [1] * (MAX_MODEL_LEN + 1)}, "input", "context_length_exceeded"),
-        ({"input": ["a", "a" * (MAX_MODEL_LEN + 1)]}, "input", "context_length_exceeded"),
-        ({"input": "a" * (1 << 20)}, "input", "context_length_exceeded"),
-        ({"encoding_format": "int8"}, "encoding_format", "invalid_value"),
-        ({"dimensions": 0}, "dimensions", "integer_below_min_value"),
-        ({"dimensions": SIZE + 1}, "dimensions", "integer_above_max_value"),
-        ({"dimensions": 2.5}, "dimensions", "invalid_type"),
-        ({"input": ["a"] * 2049}, "input", "invalid_value"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_refused(server: RunningServer, fields: dict[str, Any], param: str, code: str) -> None:
-    num_submits = len(server.engine.submits)
-    error = check_error(ask(server, **({"input": "Hi"} | fields)), 400)
-    assert (error["param"], error["code"]) == (param, code)
-    assert len(server.engine.submits) == num_submits
-
-
-def test_other_models_and_unknown_fields(server: RunningServer) -> None:
-    check_error(ask(server, "Hi", model="other"), 404)
-    error = check_error(httpx.post(server.url + PATH, json={"model": "tiny"}), 400)
-    assert (error["param"], error["code"]) == ("input", "missing_required_parameter")
-    assert "fancy" in ask(server, "Hi", fancy=1).headers["x-lightwell-warnings"]
+def test_the_codes_of_errors(server: RunningServer) -> None:
+    long, code = "context_length_exceeded", "missing_required_parameter"
+    assert check_error(httpx.post(server.url + PATH, json={"model": "tiny"}), 400)["code"] == code
+    for input in ([1] * (MAX_MODEL_LEN + 1), ["a", "a" * (MAX_MODEL_LEN + 1)], "a" * (1 << 20)):
+        error = check_error(ask(server, input), 400)
+        assert (error["param"], error["code"]) == ("input", long)
+    for dimensions, code in ((0, "integer_below_min_value"), (SIZE + 1, "integer_above_max_value")):
+        assert check_error(ask(server, "Hi", dimensions=dimensions), 400)["code"] == code
+    assert server.engine.submits == []
 
 
 def test_the_longest_input(server: RunningServer) -> None:
@@ -191,21 +142,14 @@ def test_how_texts_become_tokens(server: RunningServer) -> None:
     assert prompts(input=[long, "b"], truncate_prompt_tokens=-1) == [[97] * MAX_MODEL_LEN, [98]]
 
 
-def test_an_engine_that_fails(server: RunningServer) -> None:
+@pytest.mark.parametrize("path", [PATH, "/v1/rerank"])
+def test_failures_and_clients_that_go_away(server: RunningServer, path: str) -> None:
+    body = {"model": "tiny"} | ({"input": ["a", "b"]} if path == PATH else {"query": "a", "documents": ["b"]})
     server.engine.config.fail_request = True
-    try:
-        error = check_error(ask(server, ["a", "b"]), 500)
-    finally:
-        server.engine.config.fail_request = False
-    assert "secret" not in error["message"]
+    assert "secret" not in check_error(httpx.post(server.url + path, json=body), 500)["message"]
     wait_until(lambda: server.model.client.num_in_flight == 0)
-
-
-def test_a_client_that_goes_away(server: RunningServer) -> None:
     server.engine.pause()
-    try:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(server.url + PATH, json={"model": "tiny", "input": ["a", "b"]}, timeout=0.5)
-        wait_until(lambda: server.engine.num_choices == server.model.client.num_in_flight == 0)
-    finally:
-        server.engine.resume()
+    with server.connect() as connection:
+        connection.sendall(raw_request("POST", path, json.dumps(body).encode(), content_type="application/json"))
+        wait_until(lambda: server.engine.num_choices == 2)
+    wait_until(lambda: server.engine.num_choices == server.model.client.num_in_flight == 0)

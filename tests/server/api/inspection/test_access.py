@@ -1,12 +1,14 @@
 """Who may read the engine's records, over real sockets."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.server.conftest import StartServer
-from tests.support.serving import RunningServer, check_error
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.serving import RunningServer, check_error, make_test_context, running_server
 
 KEYS = {"api_key": ("key-a", "key-b"), "admin_key": "root"}
 BEYOND = {"host": "0.0.0.0", "allow_unauthenticated": True}
@@ -20,12 +22,16 @@ def read(server: RunningServer, key: str = "", path: str = "steps", **headers: s
     return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=fields)
 
 
-@pytest.mark.parametrize("path", ["steps", "queue", "blocks", "trace", "requests", "requests/mine"])
-def test_it_can_be_turned_off(start_server: StartServer, path: str) -> None:
-    server = start_server(inspect=False)
-    assert check_error(read(server, path=path), 404)["code"] == "not_enabled"
-    server = start_server(inspect=False, inspect_public=True, **KEYS)
-    assert check_error(read(server, "root", path), 404)["code"] == "not_enabled"
+PATHS = ("steps", "queue", "blocks", "trace", "requests", "requests/mine", "requests/mine/trace", "events")
+
+
+def test_it_can_be_turned_off(start_server: StartServer) -> None:
+    closed = start_server(inspect=False)
+    public = start_server(inspect=False, inspect_public=True, **KEYS)
+    for path in PATHS:
+        assert check_error(read(closed, path=path), 404)["code"] == "not_enabled"
+        assert check_error(read(public, "root", path), 404)["code"] == "not_enabled"
+    check_error(httpx.post(f"{closed.url}/lightwell/v1/inspect", json={"prompt": "a"}), 404)
 
 
 def test_on_loopback_without_keys_everybody_reads(server: RunningServer) -> None:
@@ -33,19 +39,21 @@ def test_on_loopback_without_keys_everybody_reads(server: RunningServer) -> None
     assert read(server, origin="http://localhost:3000").status_code == 200
 
 
-@pytest.mark.parametrize("header", ["forwarded", "X-Forwarded-For", "x_forwarded_proto", "via", "cf-connecting-ip"])
-def test_not_through_a_proxy(start_server: StartServer, header: str) -> None:
-    server = start_server()
-    message = check_error(read(server, **{header: "for=10.0.0.1"}), 403)["message"]
-    assert header.lower().replace("_", "-") in message
-    assert "--inspect-public" in message
-    assert read(start_server(inspect_public=True), **{header: "for=10.0.0.1"}).status_code == 200
-    assert read(start_server(**KEYS), "key-a", **{header: "for=10.0.0.1"}).status_code == 200
+def test_not_through_a_proxy(server: RunningServer, start_server: StartServer, keyed: RunningServer) -> None:
+    public = start_server(inspect_public=True)
+    for header in ("forwarded", "X-Forwarded-For", "x_forwarded_proto", "via", "cf-connecting-ip"):
+        message = check_error(read(server, **{header: "for=10.0.0.1"}), 403)["message"]
+        assert header.lower().replace("_", "-") in message
+        assert "--inspect-public" in message
+        assert read(public, **{header: "for=10.0.0.1"}).status_code == 200
+        assert read(keyed, "key-a", **{header: "for=10.0.0.1"}).status_code == 200
 
 
 @pytest.mark.parametrize("settings", [{"allowed_origins": ("*",)}, {"allowed_origins": (PAGE, "*")}, BEYOND])
 def test_not_where_others_may_be(start_server: StartServer, settings: dict[str, Any]) -> None:
-    assert "--inspect-public" in check_error(read(start_server(**settings)), 403)["message"]
+    closed = start_server(**settings)
+    for path in PATHS:
+        assert "--inspect-public" in check_error(read(closed, path=path), 403)["message"]
     assert read(start_server(inspect_public=True, **settings)).status_code == 200
     assert read(start_server(**KEYS, **settings), "key-a").status_code == 200
 
@@ -95,8 +103,10 @@ def test_with_keys_a_page_of_the_server_itself_may_read(start_server: StartServe
     check_error(read(server, host="ai.example"), 401)
 
 
-def test_there_is_nothing_to_read_until_the_engine_is_ready(start_server: StartServer) -> None:
-    server = start_server()
-    server.engine.config.never_ready = True
-    other = start_server(server={"wait_ready": False})
-    check_error(read(other), 503)
+def test_there_is_nothing_to_read_until_the_engine_is_ready(address: str, model_folder: Path) -> None:
+    context = make_test_context(address, model_folder)
+    with (
+        FakeEngine(FakeEngineConfig(address=address, never_ready=True)) as engine,
+        running_server(context, engine, wait_ready=False) as server,
+    ):
+        check_error(read(server), 503)

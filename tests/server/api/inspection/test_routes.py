@@ -7,26 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from engine.shared.records import StepInfo
 from server.api.inspection import routes
 from server.api.inspection.access import RecordAccess
 from server.api.inspection.schemas import StepView
+from server.api.inspection.trace import MAX_QUESTIONS, STEPS_AT_A_TIME
 from server.api.inspection.views import step_view
 from tests.server.conftest import StartServer
+from tests.support.chrome_trace import check_trace, requests_in, slices_named
 from tests.support.fake_engine import FakeEngine
 from tests.support.records import example_step
 from tests.support.serving import RunningServer, check_error, wait_until
 
-KEYS = {"api_key": ("key-a", "key-b"), "admin_key": "root"}
 REQUEST = {"model": "tiny", "prompt": "abcd", "max_tokens": 1000, "stream": True}
-
-
-@pytest.fixture(autouse=True)
-def _endless(fake_engine: FakeEngine) -> None:
-    fake_engine.config.endless = True
-    fake_engine.config.step_seconds = 0.01
 
 
 def get(server: RunningServer, path: str, key: str = "") -> httpx.Response:
@@ -52,6 +48,7 @@ def streams() -> Iterator[list[httpx.Response]]:
 
 def start(server: RunningServer, streams: list[httpx.Response], name: str, key: str = "", **fields: Any) -> None:
     """Start a stream with the x-request-id `name`, and wait until the engine has it."""
+    server.engine.config.endless, server.engine.config.step_seconds = True, 0.01
     num_choices = server.engine.num_choices
     headers = {"x-request-id": name} | ({"authorization": f"Bearer {key}"} if key else {})
     client = httpx.Client(timeout=20)
@@ -62,37 +59,23 @@ def start(server: RunningServer, streams: list[httpx.Response], name: str, key: 
 
 def test_a_step(server: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.steps = [example_step()]
-    before = time.time() - time.monotonic()
     answer = get(server, "steps").json()
     (step,) = answer.pop("data")
     assert answer.pop("engine") == f"{server.context.created}-0"
     assert answer == {"object": "list", "num_blocks": 256, "num_lost": 0, "has_more": False}
-    assert step.pop("started") == pytest.approx(before + 1, abs=5)
+    assert step.pop("started") == pytest.approx(time.time() - time.monotonic() + 1, abs=60)
+    row = {
+        **{"id": "of-", "prompt": 0, "index": 1, "key": None, "position": 40, "num_tokens": 3, "kind": "generated"},
+        **{"num_generated": 2, "num_drafts": 2, "num_accepted": 1},
+    }
     assert step == {
-        "id": 7,
-        "seconds": {"forward": 0.5},
-        "num_running": 2,
-        "num_waiting": 1,
-        "num_blocks_used": 3,
-        "rows": [
-            {
-                "id": "of-",
-                "prompt": 0,
-                "index": 1,
-                "key": None,
-                "position": 40,
-                "num_tokens": 3,
-                "kind": "generated",
-                "num_generated": 2,
-                "num_drafts": 2,
-                "num_accepted": 1,
-            }
-        ],
+        **{"id": 7, "seconds": {"forward": 0.5}, "num_running": 2, "num_waiting": 1, "num_blocks_used": 3},
+        "rows": [row],
     }
 
 
-def test_rows_of_other_clients_have_no_names(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    server = start_server(**KEYS)
+def test_rows_of_other_clients_have_no_names(keyed: RunningServer) -> None:
+    server, fake_engine = keyed, keyed.engine
     fake_engine.config.steps = [example_step(tenants=("key-1", "key-2"))]
     for key, names in (
         ("key-a", ["of-key-1", None]),
@@ -130,8 +113,8 @@ def test_requests(server: RunningServer, streams: list[httpx.Response]) -> None:
     assert error["code"] == "request_not_found"
 
 
-def test_a_client_sees_its_own_requests(start_server: StartServer, streams: list[httpx.Response]) -> None:
-    server = start_server(**KEYS)
+def test_a_client_sees_its_own_requests(keyed: RunningServer, streams: list[httpx.Response]) -> None:
+    server = keyed
     for name, key in (("one", "key-a"), ("two", "key-b"), ("same", "key-a"), ("same", "key-b")):
         start(server, streams, name, key)
     for path, key, expected in (
@@ -152,8 +135,8 @@ def test_a_client_sees_its_own_requests(start_server: StartServer, streams: list
     assert get(server, f"requests/{ids[1]}", "root").json()["id"] == ids[1]
 
 
-def test_the_queue(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    server = start_server(**KEYS)
+def test_the_queue(keyed: RunningServer) -> None:
+    server, fake_engine = keyed, keyed.engine
     fake_engine.pause()
     body = REQUEST | {"max_tokens": 1, "stream": False}
     with ThreadPoolExecutor() as threads:
@@ -177,8 +160,8 @@ def check_queue(server: RunningServer) -> None:
     assert (limited["num_waiting"], len(limited["data"])) == (2, 1)
 
 
-def test_blocks(start_server: StartServer, streams: list[httpx.Response]) -> None:
-    server = start_server(**KEYS)
+def test_blocks(keyed: RunningServer, streams: list[httpx.Response]) -> None:
+    server = keyed
     for name, key in (("one", "key-a"), ("two", "key-b")):
         start(server, streams, name, key)
     ids = {key: get(server, "requests", key).json()["data"][0]["id"] for key in ("key-a", "key-b")}
@@ -219,27 +202,19 @@ def test_embeddings_are_found_by_their_x_request_id(server: RunningServer, fake_
     assert [(submit.ids, submit.prompt) for submit in fake_engine.submits] == [(("e",), 0), (("e",), 1)]
 
 
-@pytest.mark.parametrize(
-    ("path", "param"),
-    [
-        ("steps?after=-1", "after"),
-        ("steps?after=x", "after"),
-        ("steps?after=1e3", "after"),
-        (f"steps?after={1 << 64}", "after"),
-        ("steps?limit=0", "limit"),
-        ("steps?limit=1025", "limit"),
-        ("requests?limit=1025", "limit"),
-        ("queue?limit=1025", "limit"),
-        ("blocks?start=-1", "start"),
-        ("blocks?limit=0", "limit"),
-        ("blocks?limit=16385", "limit"),
-        ("requests?state=done", "state"),
-    ],
+BAD_QUERIES = (
+    *("steps?after=-1", "steps?after=x", "steps?after=1e3", f"steps?after={1 << 64}", "steps?limit=0"),
+    *("steps?limit=1025", "requests?limit=1025", "queue?limit=1025", "blocks?start=-1", "blocks?limit=0"),
+    *("blocks?limit=16385", "requests?state=done"),
+    *(f"trace?seconds={value}" for value in ("0", "-1", "601", "nan", "inf", "x")),
 )
-def test_bad_parameters(server: RunningServer, path: str, param: str) -> None:
-    error = check_error(get(server, path), 400)
-    assert error["param"] == param
-    assert param in error["message"] or "Supported values" in error["message"]
+
+
+def test_bad_parameters(server: RunningServer) -> None:
+    for path in BAD_QUERIES:
+        error, param = check_error(get(server, path), 400), path.partition("?")[2].partition("=")[0]
+        assert error["param"] == param, path
+        assert param in error["message"] or "Supported values" in error["message"]
 
 
 def test_large_answers_count_in_the_memory_limit(start_server: StartServer, fake_engine: FakeEngine) -> None:
@@ -270,3 +245,85 @@ def test_other_requests_are_served_while_an_answer_is_made(
         finally:
             may_end.set()
         assert answer.result().status_code == 200
+
+
+# Traces.
+
+
+def record_steps(engine: FakeEngine, num_steps: int, started: float) -> None:
+    """Record steps that begin a millisecond after each other."""
+    engine.config.steps = [
+        msgspec.structs.replace(example_step(number), started=started + number / 1000, seconds={"forward": 0.001})
+        for number in range(1, num_steps + 1)
+    ]
+
+
+def read(server: RunningServer, path: str, key: str = "") -> dict[str, Any]:
+    response = get(server, path, key)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    check_trace(answer)
+    return answer
+
+
+def steps_in(trace: dict[str, Any]) -> list[int]:
+    return [event["args"]["id"] for event in slices_named(trace, "step")]
+
+
+def test_the_last_seconds(server: RunningServer, fake_engine: FakeEngine, streams: list[httpx.Response]) -> None:
+    record_steps(fake_engine, 3, time.monotonic() - 100)
+    fake_engine.config.steps += [msgspec.structs.replace(example_step(4), started=time.monotonic() - 1)]
+    start(server, streams, "mine")
+    for path, expected in (("trace?seconds=60", [4]), ("trace?seconds=600", [1, 2, 3, 4])):
+        trace = read(server, path)
+        assert steps_in(trace) == expected
+        ((whole, *_),) = requests_in(trace)
+        assert whole["args"]["state"] in ("waiting", "running")
+        assert trace["otherData"] == {"engine": f"{server.context.created}-0", "is_complete": True}
+        assert trace["displayTimeUnit"] == "ms"
+
+
+def test_more_steps_than_fit_into_one_answer(server: RunningServer, fake_engine: FakeEngine) -> None:
+    num_steps = 2 * STEPS_AT_A_TIME + 3
+    record_steps(fake_engine, num_steps, time.monotonic() - 5)
+    trace = read(server, "trace?seconds=600")
+    assert steps_in(trace) == list(range(1, num_steps + 1))
+    assert trace["otherData"]["is_complete"]
+    record_steps(fake_engine, MAX_QUESTIONS * STEPS_AT_A_TIME + 1, time.monotonic() - 8)
+    trace = read(server, "trace?seconds=600")
+    assert len(steps_in(trace)) == MAX_QUESTIONS * STEPS_AT_A_TIME
+    assert not trace["otherData"]["is_complete"]
+
+
+def test_the_trace_of_a_request(server: RunningServer, fake_engine: FakeEngine, streams: list[httpx.Response]) -> None:
+    record_steps(fake_engine, 3, time.monotonic() - 100)
+    for name in ("one", "two"):
+        start(server, streams, name)
+    fake_engine.config.steps += [msgspec.structs.replace(example_step(4), started=time.monotonic())]
+    trace = read(server, "requests/one/trace")
+    ((whole, *parts),) = requests_in(trace)
+    (choice,) = get(server, "requests/one").json()["choices"]
+    assert steps_in(trace) == [4]
+    assert whole["args"]["id"] == choice["id"]
+    assert whole["args"]["model"] == "tiny"
+    assert whole["dur"] <= 1e6 * choice["wall_s"]
+    assert whole["ts"] == pytest.approx(1e6 * choice["arrival"], abs=2)
+    assert sum(part["dur"] for part in parts if part["name"] != "chunk") == whole["dur"]
+    check_error(get(server, "requests/three/trace"), 404)
+
+
+def test_traces_show_a_client_its_own_requests(keyed: RunningServer, streams: list[httpx.Response]) -> None:
+    step = msgspec.structs.replace(example_step(tenants=("key-1", "key-2")), started=time.monotonic())
+    keyed.engine.config.steps = [step]
+    for name, key in (("one", "key-a"), ("two", "key-b")):
+        start(keyed, streams, name, key)
+    for key, names in (("key-a", ["key-1"]), ("key-b", ["key-2"]), ("root", ["key-1", "key-2"])):
+        trace = read(keyed, "trace?seconds=600", key)
+        assert [slices[0]["args"]["key"] for slices in requests_in(trace)] == names
+        (whole,) = slices_named(trace, "step")
+        assert (whole["args"]["choices"], whole["args"]["generated_tokens"]) == (2, 4)
+        hidden = {"key-1", "key-2"} - set(names)
+        assert not any(name in get(keyed, "trace", key).text for name in hidden)
+    check_error(get(keyed, "requests/two/trace", "key-a"), 404)
+    read(keyed, "requests/two/trace", "root")
+    check_error(get(keyed, "trace"), 401)

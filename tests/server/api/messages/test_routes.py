@@ -1,78 +1,48 @@
 """`POST /v1/messages` over real sockets, with a fake engine: tokens are bytes, the template is ChatML."""
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import anthropic
 import httpx
 import pytest
-from anthropic.types import Message
+from anthropic.types import ContentBlockParam, Message, MessageParam, ToolUnionParam, tool_result_block_param
+from anthropic.types.beta import BetaContentBlockParam, BetaToolComputerUse20250124Param, BetaToolUnionParam
+from jsonschema import Draft202012Validator
+from pydantic import TypeAdapter
+from typing_extensions import is_typeddict
 
-from server.tenants import Tenant
+from server.api.messages.client_tools import CLIENT_TOOLS
+from tests.server.api.conftest import anthropic_client
+from tests.server.api.contract import ANTHROPIC, COUNT, SCHEMA
+from tests.server.api.dialects import BODIES, REPLY, anthropic_error, ask, ask_events, ask_json, prompt_of
 from tests.server.conftest import StartServer
-from tests.support.clients import shared_server
+from tests.support.clients import MESSAGES, shared_server
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer
-from tests.support.tiny_tokenizer_model import chatml
+from tests.support.tiny_tokenizer_model import CHAT_TEMPLATE, chatml, write_tiny_model
 
-PATH = "/v1/messages"
-REPLY = "Hello, world!"
-MINIMAL: dict[str, Any] = {"model": "tiny", "max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}
+Fields = dict[str, Any]
 
-
-@pytest.fixture(scope="module")
-def tiny(model_folder: Path) -> Iterator[RunningServer]:
-    with shared_server(model_folder) as server:
-        yield server
+WARNINGS = "x-lightwell-warnings"
+TOOLS: list[Any] = [{"name": "weather", "input_schema": SCHEMA}]
+NUM_PROMPT_TOKENS = len(chatml(("user", "Hi")))
+NO_CACHE = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
 
 
-def ask(url: str, path: str = PATH, **fields: Any) -> httpx.Response:
-    return httpx.post(url + path, json={k: v for k, v in (MINIMAL | fields).items() if v is not ...})
-
-
-def ask_json(url: str, **fields: Any) -> dict[str, Any]:
-    response = ask(url, **fields)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def ask_events(url: str, **fields: Any) -> list[dict[str, Any]]:
-    response = ask(url, stream=True, **fields)
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    return parse(response.text)
-
-
-def parse(text: str) -> list[dict[str, Any]]:
-    """Return the data of the events, whose names must equal their types."""
-    *events, rest = text.split("\n\n")
-    assert rest == ""
-    parsed = []
-    for event in events:
-        name, data = event.split("\n")
-        parsed.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {parsed[-1]['type']}"
-    return parsed
-
-
-def error_of(response: httpx.Response, status: int) -> tuple[str, str]:
-    """Return type and message of an error in Anthropic's format."""
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert list(body) == ["type", "error", "request_id"]
-    assert body["type"] == "error"
-    assert list(body["error"]) == ["type", "message"]
-    assert body["request_id"] == response.headers["request-id"] == response.headers["x-request-id"]
-    return body["error"]["type"], body["error"]["message"]
+def types_of(union: Any) -> set[str]:
+    """Return the values of `type` of the typed dictionaries of a union."""
+    hints = [str(get_type_hints(member)["type"]) for member in get_args(union) if is_typeddict(member)]
+    return {name for hint in hints for name in re.findall("'(.+?)'", hint)}
 
 
 # The answer.
 
 
-def test_schema_of_the_answer(tiny: RunningServer) -> None:
-    response = ask(tiny.url, max_tokens=5)
+def test_schema_of_the_answer(server: RunningServer) -> None:
+    response = ask(server, ANTHROPIC, max_tokens=5)
     answer = response.json()
     Message.model_validate(answer, strict=True)
     assert answer.pop("id").startswith("msg_")
@@ -83,72 +53,40 @@ def test_schema_of_the_answer(tiny: RunningServer) -> None:
         "content": [{"type": "text", "text": "Hello", "citations": None}],
         "stop_reason": "max_tokens",
         "stop_sequence": None,
-        "usage": {
-            "input_tokens": len(chatml(("user", "Hi"))),
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
-            "output_tokens": 5,
-        },
+        "usage": {"input_tokens": NUM_PROMPT_TOKENS, **NO_CACHE, "output_tokens": 5},
     }
     assert response.headers["request-id"] == response.headers["x-request-id"]
 
 
-def test_events_of_a_stream(tiny: RunningServer) -> None:
-    num_prompt_tokens = len(chatml(("user", "Hi")))
-    start, first, *deltas, last, message_delta, stop = ask_events(tiny.url)
+def test_events_of_a_stream(server: RunningServer) -> None:
+    start, first, *deltas, last, message_delta, stop = ask_events(server, ANTHROPIC)
     message = start["message"]
-    assert (message["content"], message["stop_reason"], message["usage"]["input_tokens"]) == (
-        [],
-        None,
-        num_prompt_tokens,
-    )
-    assert message["id"].startswith("msg_")
+    assert (message["content"], message["stop_reason"]) == ([], None)
+    assert (message["id"][:4], message["usage"]["input_tokens"]) == ("msg_", NUM_PROMPT_TOKENS)
     block = {"type": "text", "text": "", "citations": None}
     assert first == {"type": "content_block_start", "index": 0, "content_block": block}
-    assert {(event["type"], event["index"], event["delta"]["type"]) for event in deltas} == {
-        ("content_block_delta", 0, "text_delta")
-    }
-    assert "".join(event["delta"]["text"] for event in deltas) == REPLY
+    assert {(event["index"], event["delta"]["type"]) for event in deltas} == {(0, "text_delta")}
     assert last == {"type": "content_block_stop", "index": 0}
     assert message_delta == {
         "type": "message_delta",
         "delta": {"stop_reason": "end_turn", "stop_sequence": None},
-        "usage": {
-            "input_tokens": num_prompt_tokens,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
-            "output_tokens": len(REPLY) + 1,
-        },
+        "usage": {"input_tokens": NUM_PROMPT_TOKENS, **NO_CACHE, "output_tokens": len(REPLY) + 1},
     }
     assert stop == {"type": "message_stop"}
 
 
 def test_an_answer_without_text(server: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.reply = []
-    assert ask_json(server.url)["content"] == []
-    assert [event["type"] for event in ask_events(server.url)] == ["message_start", "message_delta", "message_stop"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_stop_reasons(tiny: RunningServer, stream: bool) -> None:
-    for fields, expected in (
-        ({}, ("end_turn", None)),
-        ({"max_tokens": 3}, ("max_tokens", None)),
-        ({"stop_sequences": ["zz", "wor"]}, ("stop_sequence", "wor")),
-        ({"stop_sequences": []}, ("end_turn", None)),
-    ):
-        end = ask_events(tiny.url, **fields)[-2]["delta"] if stream else ask_json(tiny.url, **fields)
-        assert (end["stop_reason"], end["stop_sequence"]) == expected
-
-
-def test_cached_tokens_are_no_input_tokens(server: RunningServer, fake_engine: FakeEngine) -> None:
-    fake_engine.config.num_cached_tokens = 7
-    for usage in (ask_json(server.url)["usage"], ask_events(server.url)[0]["message"]["usage"]):
-        assert usage["cache_read_input_tokens"] == 7
-        assert usage["input_tokens"] == len(chatml(("user", "Hi"))) - 7
+    assert ask_json(server, ANTHROPIC)["content"] == []
+    events = ask_events(server, ANTHROPIC)
+    assert [event["type"] for event in events] == ["message_start", "message_delta", "message_stop"]
 
 
 # The request.
+
+
+def conversation(*turns: tuple[str, Any]) -> Fields:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 @pytest.mark.parametrize(
@@ -160,134 +98,161 @@ def test_cached_tokens_are_no_input_tokens(server: RunningServer, fake_engine: F
             [("system", "S"), ("user", "Hi")],
         ),
         ({"system": ""}, [("user", "Hi")]),
+        (conversation(("user", "A"), ("user", "B")), [("user", "A\nB")]),
+        (conversation(("ctx", "A"), ("msg", "B"), ("user", "C")), [("user", "A\nB\nC")]),
+        (conversation(("user", [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}])), [("user", "A\nB")]),
         (
-            {"messages": [("user", "A"), ("assistant", "B"), ("user", "C")]},
-            [("user", "A"), ("assistant", "B"), ("user", "C")],
-        ),
-        ({"messages": [("user", "A"), ("user", "B")]}, [("user", "A\nB")]),
-        (
-            {"messages": [("user", [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}])]},
-            [("user", "A\nB")],
-        ),
-        (
-            {
-                "messages": [
-                    ("user", "A"),
-                    (
-                        "assistant",
-                        [
-                            {"type": "redacted_thinking", "data": "x"},
-                            {"type": "text", "text": "B"},
-                        ],
-                    ),
-                    ("user", [{"type": "text", "text": "C", "citations": None}]),
-                ]
-            },
+            conversation(
+                ("user", "A"),
+                ("assistant", [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "B"}]),
+                ("user", [{"type": "text", "text": "C", "citations": None}]),
+            ),
             [("user", "A"), ("assistant", "B"), ("user", "C")],
         ),
     ],
 )
-def test_prompts(tiny: RunningServer, fields: dict[str, Any], turns: list[tuple[str, str]]) -> None:
-    if "messages" in fields:
-        fields = {"messages": [{"role": role, "content": content} for role, content in fields["messages"]]}
-    ask_json(tiny.url, **fields)
-    assert tiny.engine.submits[-1].prompt_token_ids == chatml(*turns)
-    response = ask(tiny.url, f"{PATH}/count_tokens", max_tokens=..., **fields)
-    assert response.json() == {"input_tokens": len(chatml(*turns))}
+def test_prompts(server: RunningServer, fields: Fields, turns: list[tuple[str, str]]) -> None:
+    ask_json(server, ANTHROPIC, **fields)
+    assert server.engine.submits[-1].prompt_token_ids == chatml(*turns)
+    assert ask_json(server, COUNT, **{"messages": MESSAGES} | fields) == {"input_tokens": len(chatml(*turns))}
 
 
-def test_an_answer_that_was_begun(tiny: RunningServer) -> None:
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
-    assert ask_json(tiny.url, messages=messages)["content"][0]["text"] == REPLY
-    assert tiny.engine.submits[-1].prompt_token_ids == [*chatml(("user", "Hi")), *b"Hel"]
+def test_an_answer_that_was_begun(server: RunningServer) -> None:
+    ask_json(server, ANTHROPIC, **conversation(("user", "Hi"), ("assistant", "Hel")))
+    assert server.engine.submits[-1].prompt_token_ids == [*chatml(("user", "Hi")), *b"Hel"]
 
 
-def test_parameters_reach_the_engine(tiny: RunningServer) -> None:
-    ask_json(tiny.url, temperature=0.5, top_p=0.9, top_k=5, max_tokens=7, min_p=0.1, seed=3, metadata={"user_id": "x"})
-    params = tiny.engine.submits[-1].params
-    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.5, 0.9, 5, 7)
-    assert (params.min_p, params.seed) == (0.1, 3)
+def test_a_whole_request_is_counted(server: RunningServer, strict: RunningServer) -> None:
+    others: Fields = {"max_tokens": 5, "stream": True, "temperature": 0.5, "stop_sequences": ["x"], "metadata": {}}
+    for each in (server, strict):
+        response = ask(each, COUNT, messages=MESSAGES, **others)
+        assert response.json() == {"input_tokens": NUM_PROMPT_TOKENS}
+        assert WARNINGS not in response.headers
 
 
-def test_unknown_fields_are_reported(tiny: RunningServer, start_server: StartServer) -> None:
-    messages = [{"role": "user", "content": [{"type": "text", "text": "Hi", "mood": 1}]}]
-    response = ask(tiny.url, messages=messages, wish=2)
-    warnings = "ignored parameters: wish, messages[].content[].mood"
-    assert (response.status_code, response.headers["x-lightwell-warnings"]) == (200, warnings)
-    counted = ask(tiny.url, f"{PATH}/count_tokens", max_tokens=..., messages=messages, wish=2)
-    assert counted.headers["x-lightwell-warnings"] == warnings
-    _, message = error_of(ask(tiny.url, f"{PATH}/count_tokens", n=2), 400)
-    assert message == "Unsupported parameter: 'n' is not supported yet. It is a parameter of /v1/chat/completions."
-    strict = start_server(strict=True)
-    for path in (PATH, f"{PATH}/count_tokens"):
-        message = "Unrecognized request argument supplied: wish"
-        assert error_of(ask(strict.url, path, wish=2), 400) == ("invalid_request_error", message)
+# How a template treats a system message that is not the first -> the beginning of its loop.
+LATE = "{% if message.role == 'system' and not loop.first %}"
+TEMPLATES = {
+    "writes": "",
+    "refuses": LATE + "{{ raise_exception('No.') }}{% endif %}",
+    "omits": LATE + "{% continue %}{% endif %}",
+}
+CONVERSATION = [("system", "A"), ("user", "B"), ("system", "C"), ("assistant", "D"), ("user", "E"), ("system", "F")]
 
 
-def test_a_whole_request_is_counted(tiny: RunningServer, start_server: StartServer) -> None:
-    fields: dict[str, Any] = {
-        "max_tokens": 5,
-        "stream": True,
-        "temperature": 0.5,
-        "stop_sequences": ["x"],
-        "metadata": {},
-    }
-    for server in (tiny, start_server(strict=True)):
-        response = ask(server.url, f"{PATH}/count_tokens", **fields)
-        assert response.json() == {"input_tokens": len(chatml(("user", "Hi")))}
-        assert "x-lightwell-warnings" not in response.headers
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_system_messages_of_a_conversation(tmp_path: Path, kind: str) -> None:
+    write_tiny_model(tmp_path)
+    template = CHAT_TEMPLATE.replace("messages %}", "messages %}" + TEMPLATES[kind])
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    messages = conversation(*CONVERSATION)["messages"]
+    TypeAdapter(MessageParam).validate_python(messages[2])
+    merged = [("user", "B\nC"), ("assistant", "D"), ("user", "E\nF")]
+    with shared_server(tmp_path) as server:
+        for system, first in ((..., "A"), ("S", "S\nA")):
+            turns = [("system", first), *(CONVERSATION[1:] if kind == "writes" else merged)]
+            ask_json(server, ANTHROPIC, messages=messages, system=system)
+            assert server.engine.submits[-1].prompt_token_ids == chatml(*turns)
+            counted = ask_json(server, COUNT, messages=messages, system=system)
+            assert counted == {"input_tokens": len(chatml(*turns))}
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"max_tokens": ...}, "Missing required parameter: 'max_tokens'."),
-        ({"messages": ...}, "Missing required parameter: 'messages'."),
-        ({"max_tokens": 0}, "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got 0"),
-        ({"temperature": 1.5}, "Invalid 'temperature': decimal above maximum value. Expected a value <= 1"),
-        ({"temperature": "1"}, "Invalid type for 'temperature'"),
-        ({"stop_sequences": "x"}, "Invalid type for 'stop_sequences': expected an array"),
-        ({"min_p": 2}, "Invalid 'min_p'"),
-        ({"n": 2}, "Unsupported parameter: 'n' is not supported yet."),
-        ({"return_token_ids": True}, "Unsupported parameter: 'return_token_ids'"),
-        ({"system": 5}, "Invalid type for 'system'"),
-        ({"system": [{"type": "image"}]}, "system[0].type: Invalid value: 'image'. Supported values are: 'text'."),
-        ({"messages": []}, "Invalid 'messages': empty array"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: Invalid value: 'tool'. Supported values"),
-        ({"messages": [{"role": "user"}]}, "Missing required parameter: 'messages[0].content'."),
-        ({"messages": [{"role": "user", "content": []}]}, "Invalid 'messages[0].content': empty array"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "messages[0].content[0].type: Invalid value: 'image'. Supported values",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
-            "Missing required parameter: 'messages[0].content[0].tool_use_id'.",
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "x", "input": {}}]}
-                ]
-            },
-            "Invalid 'messages': the last message calls tools",
-        ),
-        ({"tool_choice": {"type": "tool"}}, "Missing required parameter: 'tool_choice.name'."),
-        ({"tool_choice": {"type": "some"}}, "tool_choice.type: Invalid value: 'some'. Supported values are: 'auto'"),
-        ({"tool_choice": {"type": "any"}}, "Invalid 'tool_choice': only allowed when 'tools' are given."),
-        ({"tool_choice": {"type": "tool", "name": "x"}}, "Invalid 'tool_choice': only allowed when 'tools' are given."),
-        ({"thinking": {"type": "perhaps"}}, "thinking.type: Invalid value: 'perhaps'."),
-        ({"thinking": {"type": "enabled"}}, "Missing required parameter: 'thinking.budget_tokens'."),
-        (
-            {"thinking": {"type": "enabled", "budget_tokens": 100}},
-            "`max_tokens` must be greater than `thinking.budget_tokens`.",
-        ),
-    ],
-)
-def test_invalid_requests(tiny: RunningServer, fields: dict[str, Any], message: str) -> None:
-    kind, text = error_of(ask(tiny.url, **fields), 400)
-    assert kind == "invalid_request_error"
-    assert text.startswith(message), text
+@pytest.mark.parametrize(("clear_at", "is_shown"), [("next_user_message", False), ("never", True), (None, True)])
+def test_a_system_message_that_is_over(server: RunningServer, clear_at: str | None, is_shown: bool) -> None:
+    messages = conversation(("user", "A"), ("system", "B"), ("user", "C"), ("system", "D"))["messages"]
+    for number in (1, 3):
+        messages[number]["clear_at"] = clear_at
+    ask_json(server, ANTHROPIC, messages=messages)
+    turns = [("user", "A"), ("system", "B"), ("user", "C")] if is_shown else [("user", "A\nC")]
+    assert server.engine.submits[-1].prompt_token_ids == chatml(*turns, ("system", "D"))
+
+
+def test_hints(server: RunningServer, tools: RunningServer) -> None:
+    for effort in ("low", "medium", "high", "xhigh", "max"):
+        for path in (ANTHROPIC, COUNT):
+            response = ask(server, path, messages=MESSAGES, output_config={"effort": effort})
+            assert (response.status_code, WARNINGS in response.headers) == (200, False), response.text
+        assert server.engine.submits[-1].prompt_token_ids == chatml(("user", "Hi"))
+    ask_json(tools, ANTHROPIC, output_config={"effort": "low"})
+    assert prompt_of(tools).endswith("<think>\n")
+    for kind in ("auto", "none"):
+        none: list[Any] = [..., [], None]
+        for no_tools in none:
+            choice = {"type": kind, "disable_parallel_tool_use": True}
+            ask_json(server, ANTHROPIC, tools=no_tools, tool_choice=choice)
+
+
+def test_options_of_the_template_are_counted(tools: RunningServer) -> None:
+    plain = ask_json(tools, COUNT, messages=MESSAGES)["input_tokens"]
+    options = {"chat_template_kwargs": {"enable_thinking": True}}
+    assert ask_json(tools, COUNT, messages=MESSAGES, **options) == {"input_tokens": plain + 2}
+
+
+# Tools and blocks of Anthropic's.
+
+SEARCH: Fields = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
+COMPUTER: Fields = {"type": "computer_20250124", "name": "computer", "display_width_px": 1, "display_height_px": 1}
+
+
+def test_tools_of_the_server_are_ignored_and_named(tools: RunningServer, strict: RunningServer) -> None:
+    ask_json(tools, ANTHROPIC, tools=TOOLS)
+    expected = tools.engine.submits[-1].prompt_token_ids
+    mcp = [{"type": "url", "url": "http://x", "name": "x"}]
+    for given in ([SEARCH, COMPUTER, *TOOLS], [*TOOLS, SEARCH, COMPUTER]):
+        TypeAdapter(list[ToolUnionParam | BetaToolComputerUse20250124Param]).validate_python(given)
+        answer = ask(tools, ANTHROPIC, tools=given, mcp_servers=mcp)
+        names = [f"tools[{given.index(tool)}].{tool['type']}" for tool in (SEARCH, COMPUTER)]
+        assert answer.headers[WARNINGS] == f"ignored parameters: mcp_servers, {', '.join(names)}"
+        assert tools.engine.submits[-1].prompt_token_ids == expected
+    wrong = TOOLS[0] | {"input_schema": {"type": "array"}}
+    message = anthropic_error(ask(tools, ANTHROPIC, tools=[SEARCH, *TOOLS, COMPUTER, wrong]), 400)[1]
+    assert message.startswith("Invalid 'tools[3].input_schema'")
+    for choice in ({"type": "any"}, {"type": "tool", "name": "web_search"}):
+        answer = ask(tools, ANTHROPIC, tools=[SEARCH], tool_choice=choice)
+        assert answer.status_code == 200
+        assert answer.headers[WARNINGS].endswith(f", tool_choice.{choice.get('name', 'any')}")
+    anthropic_error(ask(tools, ANTHROPIC, tools=[SEARCH], tool_choice={"type": "tool", "name": "other"}), 400)
+    message = anthropic_error(ask(strict, ANTHROPIC, tools=[SEARCH]), 400)[1]
+    assert message.endswith("tools[0].web_search_20250305")
+
+
+CLIENT_NAMES = {"bash": "bash", "text": "str_replace_based_edit_tool", "memory": "memory"}
+
+
+def test_tools_of_the_client_get_their_schema(tools: RunningServer) -> None:
+    for kind, (description, schema) in CLIENT_TOOLS.items():
+        assert kind in types_of(BetaToolUnionParam)
+        Draft202012Validator.check_schema(schema)
+        name = CLIENT_NAMES[kind.split("_", maxsplit=1)[0]]
+        tool = {"type": kind, "name": name, "cache_control": {"type": "ephemeral"}}
+        answer = ask(tools, ANTHROPIC, max_tokens=50, tools=[tool], tool_choice={"type": "tool", "name": name})
+        assert (answer.status_code, WARNINGS in answer.headers) == (200, False), answer.text
+        assert f'{{"name": "{name}", "description": "{description}"' in prompt_of(tools)
+        for field in schema["properties"]:
+            assert f'"{field}": {{"type"' in prompt_of(tools)
+            assert field in str(tools.engine.submits[-1].params.grammar)
+
+
+READ_BLOCKS = {"text", "document", "search_result", "compaction", "tool_use", "tool_result", "thinking"}
+READ_BLOCKS |= {"redacted_thinking"}  # which is left out without a warning: it is unreadable for anyone
+REFUSED_BLOCKS = {"image"}  # the model would be asked about what it cannot see
+ALL_BLOCKS = types_of(ContentBlockParam) | types_of(BetaContentBlockParam) | types_of(tool_result_block_param.Content)
+
+
+def test_blocks_of_other_services_are_ignored_and_named(server: RunningServer) -> None:
+    for kind in sorted(ALL_BLOCKS - READ_BLOCKS - REFUSED_BLOCKS):
+        block = {"type": kind, "id": "x", "content": [], "cache_control": {"type": "ephemeral"}}
+        said = [{"type": "compaction", "content": "A"}, block, {"type": "text", "text": "B"}]
+        result = {"type": "tool_result", "tool_use_id": "1", "content": [block], "is_error": True}
+        found = {"type": "search_result", "title": "T", "source": "S", "content": [{"type": "text", "text": "C"}]}
+        answer = ask(
+            server, ANTHROPIC, **conversation(("user", "Hi"), ("assistant", said), ("user", [block, result, found]))
+        )
+        names = f"messages[].content[].{kind}, messages[].content[].content[].{kind}"
+        assert answer.headers[WARNINGS] == f"ignored parameters: {names}"
+        turns = [("user", "Hi"), ("assistant", "A\nB"), ("tool", "Error: "), ("user", "Search result: T\nS\nC")]
+        assert server.engine.submits[-1].prompt_token_ids == chatml(*turns)
 
 
 # Under this path all errors have Anthropic's format.
@@ -295,79 +260,87 @@ def test_invalid_requests(tiny: RunningServer, fields: dict[str, Any], message: 
 
 def test_errors_from_everywhere(start_server: StartServer) -> None:
     server = start_server(api_key=("key",), max_body_size=2000)
-    url, key = server.url + PATH, {"x-api-key": "key"}
-    answers = {
-        "authentication_error": (httpx.post(url, json=MINIMAL), 401),
-        "request_too_large": (httpx.post(url, json=MINIMAL | {"system": "x" * 2000}, headers=key), 413),
-    }
-    for kind, (response, status) in answers.items():
-        assert error_of(response, status)[0] == kind
-    assert error_of(httpx.post(url, json=MINIMAL | {"model": "x"}, headers=key), 404) == (
-        "not_found_error",
-        "The model `x` does not exist or you do not have access to it. Available models: `tiny`, `org/tiny`.",
-    )
-    assert error_of(httpx.get(url, headers=key), 405)[0] == "invalid_request_error"
-    assert error_of(httpx.post(f"{url}/batches", json={}, headers=key), 404)[0] == "not_found_error"
-    assert error_of(httpx.post(url, content=b"{", headers=key | {"content-type": "application/json"}), 400)
-    assert error_of(httpx.post(url, content=b"{}", headers=key), 415)[0] == "invalid_request_error"
+    url, body, key = server.url + ANTHROPIC, {"model": "tiny"} | BODIES[ANTHROPIC], {"x-api-key": "key"}
+    content = key | {"content-type": "application/json"}
+    for response, status, kind in (
+        (httpx.post(url, json=body), 401, "authentication_error"),
+        (httpx.post(url, json=body | {"system": "x" * 2000}, headers=key), 413, "request_too_large"),
+        (httpx.post(url, json=body | {"model": "x"}, headers=key), 404, "not_found_error"),
+        (httpx.get(url, headers=key), 405, "invalid_request_error"),
+        (httpx.post(f"{url}/batches", json={}, headers=key), 404, "not_found_error"),
+        (httpx.post(url, content=b"{", headers=content), 400, "invalid_request_error"),
+        (httpx.post(url, content=b"{}", headers=key), 415, "invalid_request_error"),
+    ):
+        assert anthropic_error(response, status)[0] == kind
     version = {"anthropic-version": "2023-06-01"}
-    assert error_of(httpx.get(f"{server.url}/v1/models/x", headers=key | version), 404)[0] == "not_found_error"
+    unknown = httpx.get(f"{server.url}/v1/models/x", headers=key | version)
+    assert anthropic_error(unknown, 404)[0] == "not_found_error"
     for other in ("/v1/messages2", "/v1/models/x"):
         assert "param" in httpx.get(server.url + other, headers=key).json()["error"]
 
 
-def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
-    fake_engine.config.fail_request = True
-    kind, message = error_of(ask(server.url), 500)
-    assert kind == "api_error"
-    assert "secret" not in message
-    (event,) = parse(ask(server.url, stream=True).text)
-    assert (event["type"], event["error"]["type"], set(event)) == ("error", "api_error", {"type", "error"})
+def test_keys(keyed: RunningServer) -> None:
+    rows: list[tuple[list[tuple[str, str]], int]] = [
+        ([("x-api-key", "key-a")], 200),
+        ([("authorization", "Bearer key-a")], 200),
+        ([("x-api-key", "wrong"), ("authorization", "Bearer key-a")], 200),
+        ([("x-api-key", "key-a"), ("authorization", "Bearer wrong")], 200),
+        ([("x-api-key", "wrong")], 401),
+        ([("x-api-key", "")], 401),
+        ([("x-api-key", "Bearer key-a")], 401),
+        ([("x-api-key", "key-a"), ("x-api-key", "key-a")], 401),
+        ([], 401),
+    ]
+    for headers, status in rows:
+        assert httpx.get(f"{keyed.url}/v1/models", headers=headers).status_code == status
+        body = {"model": "tiny"} | BODIES[ANTHROPIC]
+        assert httpx.post(keyed.url + ANTHROPIC, json=body, headers=headers).status_code == status
 
 
-def test_a_full_queue(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    fake_engine.config.max_num_seqs = 1
-    server = start_server(max_queued_requests=1)
-    with server.model.client.reserve(2, tenant=Tenant(name="127.0.0.1")):
-        response = ask(server.url)
-    assert error_of(response, 429)[0] == "rate_limit_error"
-    assert response.headers["retry-after"]
-
-
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({"x-api-key": "key"}, 200),
-        ({"authorization": "Bearer key"}, 200),
-        ({"x-api-key": "wrong", "authorization": "Bearer key"}, 200),
-        ({"x-api-key": "key", "authorization": "Bearer wrong"}, 200),
-        ({"x-api-key": "wrong"}, 401),
-        ({"x-api-key": ""}, 401),
-        ({"x-api-key": "Bearer key"}, 401),
-        ({}, 401),
-    ],
-)
-def test_keys(start_server: StartServer, headers: dict[str, str], status: int) -> None:
-    url = start_server(api_key=("key",)).url
-    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
-    assert httpx.post(url + PATH, json=MINIMAL, headers=headers).status_code == status
-
-
-def test_two_keys_of_one_kind_are_none(start_server: StartServer) -> None:
-    url = start_server(api_key=("key",)).url
-    headers = [("x-api-key", "key"), ("x-api-key", "key")]
-    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
-
-
-# Models.
-
-
-def test_models_in_this_form(tiny: RunningServer) -> None:
+def test_models_in_this_form(server: RunningServer) -> None:
     headers = {"anthropic-version": "2023-06-01"}
-    page = httpx.get(f"{tiny.url}/v1/models", headers=headers).json()
+    page = httpx.get(f"{server.url}/v1/models", headers=headers).json()
     assert page["has_more"] is False
     assert [page["first_id"], page["last_id"]] == [page["data"][0]["id"], page["data"][-1]["id"]]
-    model = httpx.get(f"{tiny.url}/v1/models/tiny", headers=headers).json()
+    model = httpx.get(f"{server.url}/v1/models/tiny", headers=headers).json()
     assert model in page["data"]
     assert (model["type"], model["display_name"], model["max_input_tokens"]) == ("model", "tiny", 2048)
-    assert "object" in httpx.get(f"{tiny.url}/v1/models/tiny").json()
+    assert "object" in httpx.get(f"{server.url}/v1/models/tiny").json()
+
+
+def test_the_official_client(server: RunningServer) -> None:
+    document = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "A"}}
+    results = [
+        {"type": "tool_result", "tool_use_id": "toolu_1", "content": [document | {"title": "T"}]},
+        {"type": "tool_result", "tool_use_id": "toolu_2", "content": "no such city", "is_error": True},
+    ]
+    call = {"type": "tool_use", "name": "weather", "input": {"city": "Paris"}}
+    turns = conversation(
+        ("user", [document, {"type": "text", "text": "So?"}]),
+        ("assistant", [call | {"id": f"toolu_{number}"} for number in (1, 2)]),
+        ("user", results),
+        ("system", "Be brief."),
+    )
+    fields: Fields = turns | {
+        "model": "tiny",
+        "max_tokens": 50,
+        "stop_sequences": ["1", "2", "3", "4", "wor"],
+        "thinking": {"type": "enabled", "budget_tokens": 49},
+        "output_config": {"effort": "max"},
+        "tools": TOOLS,
+        "tool_choice": {"type": "auto"},
+    }
+    with anthropic_client(server) as client:
+        message = client.messages.create(**fields)
+        with client.messages.stream(**fields) as stream:
+            streamed = stream.get_final_message()
+        assert message.content[0].text == streamed.content[0].text == "Hello, "  # type: ignore[union-attr]
+        assert message.stop_sequence == streamed.stop_sequence == "wor"
+        shown = ("user\nA\nSo?", "tool\nDocument: T\nA", "tool\nError: no such city", "system\nBe brief.")
+        places = [prompt_of(server).find(f"<|im_start|>{turn}<|im_end|>") for turn in shown]
+        assert -1 not in places
+        assert places == sorted(places)
+        with pytest.raises(anthropic.BadRequestError, match=r"`max_tokens` must be greater than") as refused:
+            client.messages.create(**(fields | {"max_tokens": 49}))
+        assert client.messages.create(**(fields | {"max_tokens": -1})).stop_sequence == "wor"
+        assert (refused.value.type, refused.value.request_id is not None) == ("invalid_request_error", True)

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,41 +25,29 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         yield server
 
 
-def get(server: RunningServer, path: str) -> list[dict[str, object]]:
-    response = httpx.get(f"{server.url}/api/{path}")
-    assert response.status_code == 200, response.text
-    models: list[dict[str, object]] = response.json()["models"]
-    return models
-
-
-def test_all_models_are_listed_with_tags(server: RunningServer) -> None:
-    tiny, organization, sql = get(server, "tags")
-    assert [model["name"] for model in (tiny, organization, sql)] == [
-        *("tiny:latest", "org/tiny:latest", "sql:latest"),
-    ]
-    assert tiny["model"] == tiny["name"]
-    assert tiny["capabilities"] == ["completion", "tools", "thinking"]
-    assert tiny["digest"] == organization["digest"] != sql["digest"]
-    assert sql["details"] == {**tiny["details"], "parent_model": "tiny:latest"}  # type: ignore[dict-item]
-
-
-def test_all_models_are_loaded(server: RunningServer) -> None:
-    listed, loaded = get(server, "tags"), get(server, "ps")
-    assert [model["model"] for model in loaded] == [model["model"] for model in listed]
-    assert {model["context_length"] for model in loaded} == {server.engine.config.max_model_len}
-    assert {model["size_vram"] for model in loaded} == {0}  # the fake engine's device is a CPU
-
-
 def show(server: RunningServer, **fields: object) -> httpx.Response:
     return httpx.post(f"{server.url}/api/show", json=fields)
 
 
+def test_models(server: RunningServer) -> None:
+    listed, loaded = (httpx.get(f"{server.url}/api/{path}").json()["models"] for path in ("tags", "ps"))
+    tiny, organization, sql = listed
+    assert [model["name"] for model in listed] == ["tiny:latest", "org/tiny:latest", "sql:latest"]
+    assert tiny["model"] == tiny["name"]
+    assert tiny["capabilities"] == ["completion", "tools", "thinking"]
+    assert tiny["digest"] == organization["digest"] != sql["digest"]
+    assert sql["details"] == {**tiny["details"], "parent_model": "tiny:latest"}
+    assert [model["model"] for model in loaded] == [model["model"] for model in listed]
+    assert {model["context_length"] for model in loaded} == {server.engine.config.max_model_len}
+    assert all(datetime.fromisoformat(model["expires_at"]).timestamp() > 0 for model in loaded)
+    assert {model["size_vram"] for model in loaded} == {0}  # the fake engine's device is a CPU
+
+
 def test_properties_of_a_model(server: RunningServer, model_folder: Path) -> None:
-    shown = show(server, model="tiny:latest").json()
+    shown: dict[str, Any] = show(server, model="tiny:latest").json()
     assert shown == show(server, name="tiny").json()
     assert shown["template"] == TEMPLATE
-    config = json.loads((model_folder / "config.json").read_text())
-    info = shown["model_info"]
+    config, info = json.loads((model_folder / "config.json").read_text()), shown["model_info"]
     architecture = info["general.architecture"]
     assert info[f"{architecture}.embedding_length"] == config["hidden_size"]
     assert info[f"{architecture}.context_length"] == server.engine.config.max_model_len

@@ -1,77 +1,40 @@
 """`/v1/responses` over real sockets, with a fake engine: tokens are bytes, the template is ChatML."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from openai.types.responses import Response
 
+from server.generation.pipeline import MAX_HELD_SECONDS
+from tests.server.api.contract import RESPONSES
+from tests.server.api.dialects import REPLY, text_of
+from tests.server.api.responses.requests import (
+    ask,
+    ask_events,
+    ask_json,
+    cancel,
+    count,
+    delete,
+    get,
+    parse,
+    prompt_ids,
+)
 from tests.server.conftest import StartServer
 from tests.support.clients import openai_client
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, wait_until
 from tests.support.tiny_tokenizer_model import chatml
 
-PATH = "/v1/responses"
-REPLY = "Hello, world!"
 MINIMAL: dict[str, Any] = {"model": "tiny", "input": "Hi"}
-EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-
-
-def ask(server: RunningServer, **fields: Any) -> httpx.Response:
-    return httpx.post(server.url + PATH, json=MINIMAL | fields)
-
-
-def ask_json(server: RunningServer, **fields: Any) -> dict[str, Any]:
-    response = ask(server, **fields)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def ask_events(server: RunningServer, **fields: Any) -> list[dict[str, Any]]:
-    response = ask(server, stream=True, **fields)
-    assert response.status_code == 200, response.text
-    return parse(response.text)
-
-
-def parse(text: str) -> list[dict[str, Any]]:
-    """Parse events with the client's schema. Their names must equal their types, their numbers count from 0."""
-    *events, rest = text.split("\n\n")
-    assert rest == ""
-    parsed = []
-    for event in events:
-        name, data = event.split("\n")
-        parsed.append(json.loads(data.removeprefix("data: ")))
-        EVENT.validate_python(parsed[-1])
-        assert name == f"event: {parsed[-1]['type']}"
-    assert [event["sequence_number"] for event in parsed] == list(range(len(parsed)))
-    return parsed
-
-
-def get(server: RunningServer, path: str) -> httpx.Response:
-    return httpx.get(f"{server.url}{PATH}/{path}")
-
-
-def cancel(server: RunningServer, response_id: str) -> httpx.Response:
-    return httpx.post(f"{server.url}{PATH}/{response_id}/cancel")
-
-
-def prompt_of(server: RunningServer) -> list[int]:
-    return server.engine.submits[-1].prompt_token_ids
-
-
-def text_of(response: dict[str, Any]) -> str:
-    return "".join(part["text"] for item in response["output"] for part in item["content"])
-
 
 # The answer.
 
 
-def test_schema_of_the_answer(tiny: RunningServer) -> None:
-    answer = ask_json(tiny, max_output_tokens=5, metadata={"a": "b"})
+def test_schema_of_the_answer(server: RunningServer) -> None:
+    answer = ask_json(server, max_output_tokens=5, metadata={"a": "b"})
     Response.model_validate(answer, strict=True)
     (item,) = answer.pop("output")
     assert item.pop("id").startswith("msg_")
@@ -80,27 +43,14 @@ def test_schema_of_the_answer(tiny: RunningServer) -> None:
     assert answer.pop("id").startswith("resp_")
     assert answer.pop("created_at") > 1.7e9
     num_prompt_tokens = len(chatml(("user", "Hi")))
+    nothing = ("error", "instructions", "max_tool_calls", "previous_response_id", "user", "safety_identifier")
     assert answer == {
-        "object": "response",
-        "status": "incomplete",
-        "background": False,
-        "error": None,
-        "incomplete_details": {"reason": "max_output_tokens"},
-        "instructions": None,
-        "max_output_tokens": 5,
-        "max_tool_calls": None,
-        "model": "tiny",
-        "parallel_tool_calls": True,
-        "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
-        "store": True,
-        "temperature": 1.0,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
-        "top_logprobs": 0,
-        "top_p": 1.0,
-        "truncation": "disabled",
+        **dict.fromkeys((*nothing, "prompt_cache_key")),
+        **{"object": "response", "status": "incomplete", "background": False, "model": "tiny", "store": True},
+        **{"incomplete_details": {"reason": "max_output_tokens"}, "max_output_tokens": 5, "metadata": {"a": "b"}},
+        **{"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "text": {"format": {"type": "text"}}},
+        **{"reasoning": {"effort": None, "summary": None}, "temperature": 1.0, "top_p": 1.0, "top_logprobs": 0},
+        **{"truncation": "disabled", "service_tier": "default"},
         "usage": {
             "input_tokens": num_prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -108,25 +58,17 @@ def test_schema_of_the_answer(tiny: RunningServer) -> None:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": num_prompt_tokens + 5,
         },
-        "metadata": {"a": "b"},
-        "service_tier": "default",
-        "user": None,
-        "safety_identifier": None,
-        "prompt_cache_key": None,
     }
 
 
 @pytest.mark.parametrize(("fields", "end"), [({}, "completed"), ({"max_output_tokens": 4}, "incomplete")])
-def test_events_of_a_stream(tiny: RunningServer, fields: dict[str, Any], end: str) -> None:
-    events = ask_events(tiny, **fields)
+def test_events_of_a_stream(server: RunningServer, fields: dict[str, Any], end: str) -> None:
+    events = ask_events(server, **fields)
     created, in_progress, item_added, part_added, *deltas, text_done, part_done, item_done, last = events
     for event, kind in ((created, "created"), (in_progress, "in_progress")):
         assert event["type"] == f"response.{kind}"
-        assert (event["response"]["status"], event["response"]["output"], event["response"]["usage"]) == (
-            "in_progress",
-            [],
-            None,
-        )
+        response = event["response"]
+        assert (response["status"], response["output"], response["usage"]) == ("in_progress", [], None)
     item_id = item_added["item"]["id"]
     assert (item_added["type"], item_added["output_index"]) == ("response.output_item.added", 0)
     assert (item_added["item"]["status"], item_added["item"]["content"]) == ("in_progress", [])
@@ -137,106 +79,90 @@ def test_events_of_a_stream(tiny: RunningServer, fields: dict[str, Any], end: st
     text = REPLY[: fields.get("max_output_tokens", 100)]
     assert "".join(event["delta"] for event in deltas) == text_done["text"] == part_done["part"]["text"] == text
     assert [event["type"] for event in (text_done, part_done, item_done, last)] == [
-        "response.output_text.done",
-        "response.content_part.done",
-        "response.output_item.done",
-        f"response.{end}",
+        *("response.output_text.done", "response.content_part.done", "response.output_item.done", f"response.{end}"),
     ]
     assert last["response"]["output"] == [item_done["item"]]
     assert (last["response"]["status"], item_done["item"]["status"]) == (end, end)
-    whole = ask_json(tiny, **fields)
+    whole = ask_json(server, **fields)
     assert last["response"]["usage"] == whole["usage"]
     assert text_of(last["response"]) == text_of(whole) == text
 
 
-def test_logprobs(tiny: RunningServer) -> None:
+def test_logprobs(server: RunningServer) -> None:
     fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 2}
-    part = ask_json(tiny, **fields)["output"][0]["content"][0]
-    assert [(each["token"], each["bytes"], len(each["top_logprobs"])) for each in part["logprobs"]] == [
-        ("H", [72], 2),
-        ("e", [101], 2),
-    ]
-    events = ask_events(tiny, **fields)
+    part = ask_json(server, **fields)["output"][0]["content"][0]
+    found = [(each["token"], each["bytes"], len(each["top_logprobs"])) for each in part["logprobs"]]
+    assert found == [("H", [72], 2), ("e", [101], 2)]
+    events = ask_events(server, **fields)
     streamed = [each for event in events if event["type"].endswith("text.delta") for each in event["logprobs"]]
     assert streamed == part["logprobs"] == events[-1]["response"]["output"][0]["content"][0]["logprobs"]
-
-
-def test_official_client(tiny: RunningServer) -> None:
-    with openai_client(tiny.url) as client:
-        answer = client.responses.create(model="tiny", input="Hi")
-        assert (answer.output_text, answer.status) == (REPLY, "completed")
-        with client.responses.stream(model="tiny", input="Hi") as stream:
-            assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == REPLY
-            assert stream.get_final_response().output_text == REPLY
-        assert client.responses.retrieve(answer.id) == answer
-        (item,) = client.responses.input_items.list(answer.id)
-        assert item.type == "message"
-        client.responses.delete(answer.id)
 
 
 # Conversations.
 
 
-def test_a_conversation_goes_on(tiny: RunningServer) -> None:
-    first = ask_json(tiny, instructions="Short.")
-    assert tiny.engine.submits[-1].prompt_token_ids == chatml(("system", "Short."), ("user", "Hi"))
-    second = ask_json(tiny, input="Why?", previous_response_id=first["id"])
-    turns = [("user", "Hi"), ("assistant", REPLY), ("user", "Why?")]  # instructions are not stored
-    assert tiny.engine.submits[-1].prompt_token_ids == chatml(*turns)
+def test_a_conversation_goes_on(server: RunningServer) -> None:
+    first = ask_json(server, instructions="Short.")
+    assert prompt_ids(server) == chatml(("system", "Short."), ("user", "Hi"))
+    turns = [("user", "Hi"), ("assistant", REPLY)]  # instructions are not stored
+    ask_json(server, input=..., previous_response_id=first["id"])
+    assert prompt_ids(server) == chatml(*turns)
+    assert count(server, input=..., previous_response_id=first["id"]) == len(prompt_ids(server))
+    second = ask_json(server, input="Why?", previous_response_id=first["id"])
+    turns += [("user", "Why?")]
+    assert prompt_ids(server) == chatml(*turns)
     assert second["previous_response_id"] == first["id"]
     for stream in (False, True):
         items = [{"role": "user", "content": [{"type": "input_text", "text": "And"}]}]
-        ask(tiny, input=items, previous_response_id=second["id"], instructions="Long.", stream=stream)
-        turns_now = [("system", "Long."), *turns, ("assistant", REPLY), ("user", "And")]
-        assert tiny.engine.submits[-1].prompt_token_ids == chatml(*turns_now)
-    httpx.delete(f"{tiny.url}{PATH}/{first['id']}")
-    ask_json(tiny, input="Still", previous_response_id=second["id"])
-    assert tiny.engine.submits[-1].prompt_token_ids == chatml(*turns, ("assistant", REPLY), ("user", "Still"))
+        ask(server, input=items, previous_response_id=second["id"], instructions="Long.", stream=stream)
+        assert prompt_ids(server) == chatml(("system", "Long."), *turns, ("assistant", REPLY), ("user", "And"))
+    delete(server, first["id"])
+    ask_json(server, input="Still", previous_response_id=second["id"])
+    assert prompt_ids(server) == chatml(*turns, ("assistant", REPLY), ("user", "Still"))
 
 
-def test_input_tokens(tiny: RunningServer) -> None:
+USER, SO = {"role": "user", "content": "Hi"}, {"role": "user", "content": "So?"}
+REFUSAL = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+ENCRYPTED = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"}
+
+
+def test_earlier_items(server: RunningServer) -> None:
+    said = [*ask_json(server)["output"]]
+    for items, turns in ((said, [("assistant", REPLY)]), ([REFUSAL], [("assistant", "No.")]), ([ENCRYPTED], [])):
+        ask_json(server, input=[USER, *items, SO])
+        assert prompt_ids(server) == chatml(("user", "Hi"), *turns, ("user", "So?"))
+
+
+def test_input_tokens(server: RunningServer) -> None:
     """The count equals the number of prompt tokens of the same request."""
-    first = ask_json(tiny)
+    first = ask_json(server)
     tool = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
     requests: list[dict[str, Any]] = [
-        {"input": "Why?"},
         {"input": [{"role": "user", "content": "Why?"}], "instructions": "I"},
         {"input": "Why?", "previous_response_id": first["id"], "instructions": "I"},
-        {"previous_response_id": first["id"]},
         {"input": "Why?", "tools": [tool], "tool_choice": "auto", "parallel_tool_calls": False},
         {"input": "Why?", "text": {"format": {"type": "json_object"}}, "reasoning": {"effort": "low"}},
         {"input": [{"role": "user", "content": "x" * 700}] * 5, "truncation": "auto"},
         {"input": "Why?", "extra_body": {"truncate_prompt_tokens": 7}},
     ]
-    with openai_client(tiny.url) as client:
+    with openai_client(server.url) as client:
         for fields in requests:
             counted = client.responses.input_tokens.count(model="tiny", **fields)
             requested = client.responses.create(model="tiny", **fields)
             assert requested.usage is not None
-            assert counted.input_tokens == requested.usage.input_tokens == len(tiny.engine.submits[-1].prompt_token_ids)
+            assert counted.input_tokens == requested.usage.input_tokens == len(prompt_ids(server))
             assert counted.object == "response.input_tokens"
-            given = {name: value for name, value in fields.items() if name != "extra_body"}
-            if given == fields:
-                assert client.responses.input_tokens.count(**given) == counted  # the model defaults to the server's
-    error = check_error(httpx.post(f"{tiny.url}{PATH}/input_tokens", json=MINIMAL | {"model": "x"}), 404)
-    assert error["code"] == "model_not_found"
-    error = check_error(httpx.post(f"{tiny.url}{PATH}/input_tokens", json={"model": None}), 400)
-    assert error["param"] == "input"
-    num_submits = len(tiny.engine.submits)
-    httpx.post(f"{tiny.url}{PATH}/input_tokens", json=MINIMAL | {"background": True, "stream": True})
-    assert len(tiny.engine.submits) == num_submits
+            if "extra_body" not in fields:
+                assert client.responses.input_tokens.count(**fields) == counted  # the model defaults to the server's
+    num_submits = len(server.engine.submits)
+    count(server, input="Hi", background=True, stream=True)
+    assert len(server.engine.submits) == num_submits
 
 
-def test_output_items_are_valid_input(tiny: RunningServer) -> None:
-    first = ask_json(tiny)
-    ask_json(tiny, input=[{"role": "user", "content": "Hi"}, *first["output"], {"role": "user", "content": "So?"}])
-    assert tiny.engine.submits[-1].prompt_token_ids == chatml(("user", "Hi"), ("assistant", REPLY), ("user", "So?"))
-
-
-def test_an_unknown_previous_response(tiny: RunningServer) -> None:
-    unstored = ask_json(tiny, store=False)["id"]
+def test_an_unknown_previous_response(server: RunningServer) -> None:
+    unstored = ask_json(server, store=False)["id"]
     for response_id in ("resp_unknown", unstored):
-        error = check_error(ask(tiny, previous_response_id=response_id), 400)
+        error = check_error(ask(server, previous_response_id=response_id), 400)
         assert error["message"] == f"Previous response with id '{response_id}' not found."
         assert (error["param"], error["code"]) == ("previous_response_id", "previous_response_not_found")
 
@@ -244,18 +170,13 @@ def test_an_unknown_previous_response(tiny: RunningServer) -> None:
 # Storage.
 
 
-def test_a_response_can_be_retrieved_until_it_is_deleted(tiny: RunningServer) -> None:
-    for answer in (ask_json(tiny), ask_events(tiny)[-1]["response"]):
-        assert get(tiny, answer["id"]).json() == answer
-        deleted = httpx.delete(f"{tiny.url}{PATH}/{answer['id']}")
-        assert deleted.json() == {"id": answer["id"], "object": "response", "deleted": True}
-        for response in (
-            get(tiny, answer["id"]),
-            get(tiny, f"{answer['id']}/input_items"),
-            cancel(tiny, answer["id"]),
-            httpx.delete(f"{tiny.url}{PATH}/{answer['id']}"),
-        ):
-            assert check_error(response, 404)["message"] == f"Response with id '{answer['id']}' not found."
+def test_a_response_can_be_retrieved_until_it_is_deleted(server: RunningServer) -> None:
+    for answer in (ask_json(server), ask_events(server)[-1]["response"]):
+        id = answer["id"]
+        assert get(server, id).json() == answer
+        assert delete(server, id).json() == {"id": id, "object": "response", "deleted": True}
+        for response in (get(server, id), get(server, f"{id}/input_items"), cancel(server, id), delete(server, id)):
+            assert check_error(response, 404)["message"] == f"Response with id '{id}' not found."
 
 
 def test_the_number_of_responses_that_are_kept(start_server: StartServer) -> None:
@@ -264,55 +185,66 @@ def test_the_number_of_responses_that_are_kept(start_server: StartServer) -> Non
     assert get(server, ids[0]).status_code == 200  # which makes it the most recently used
     ids.append(ask_json(server)["id"])
     assert [get(server, each).status_code for each in ids] == [200, 404, 200]
-    nothing = start_server(max_stored_responses=0)
-    assert get(nothing, ask_json(nothing)["id"]).status_code == 404
 
 
 def test_the_size_of_responses_that_are_kept(start_server: StartServer) -> None:
+    """Event logs count as memory as well, and the oldest are dropped."""
     server = start_server(stored_responses_memory=24_000)
-    ids = [ask_json(server, input="x" * 1500)["id"] for _ in range(10)]
-    kept = [get(server, each).status_code == 200 for each in ids]
-    assert kept == sorted(kept)
-    assert 1 < sum(kept) < 10
-    assert 0 < server.response_store.num_bytes <= 24_000
+    num_kept = []
+    for fields in ({}, {"background": True, "stream": True}):
+        ids = []
+        for _ in range(12):
+            answer = ask(server, input="x" * 1500, **fields)
+            ids.append(parse(answer.text)[-1]["response"]["id"] if fields else answer.json()["id"])
+            assert 0 < server.response_store.num_bytes <= 24_000
+        kept = [get(server, each).status_code == 200 for each in ids]
+        assert kept == sorted(kept)
+        num_kept.append(sum(kept))
+    assert 1 < num_kept[1] < num_kept[0] < 12
     for each in ids:
-        httpx.delete(f"{server.url}{PATH}/{each}")
+        delete(server, each)
     assert server.response_store.num_bytes == 0
 
 
-def test_input_items(tiny: RunningServer) -> None:
-    contents = [f"{index}" for index in range(5)]
-    items = [{"role": "user", "content": text, "id": f"msg_{text}"} for text in contents]
-    response_id = ask_json(tiny, input=items)["id"]
-    page = get(tiny, f"{response_id}/input_items").json()
-    assert [item["content"] for item in page["data"]] == [[{"type": "input_text", "text": t}] for t in contents[::-1]]
+def test_input_items(server: RunningServer) -> None:
+    items = [{"role": "user", "content": f"{index}", "id": f"msg_{index}"} for index in range(5)]
+    response_id = ask_json(server, input=items)["id"]
+    page = get(server, f"{response_id}/input_items").json()
+    assert [item["content"] for item in page["data"]] == [[{"type": "input_text", "text": text}] for text in "43210"]
     assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", "msg_4", "msg_0", False)
-    page = get(tiny, f"{response_id}/input_items?order=asc&limit=2&after=msg_1").json()
+    page = get(server, f"{response_id}/input_items?order=asc&limit=2&after=msg_1").json()
     assert ([item["id"] for item in page["data"]], page["has_more"]) == (["msg_2", "msg_3"], True)
-    for query, param in (
-        ("order=up", "order"),
-        ("limit=0", "limit"),
-        ("limit=101", "limit"),
-        (f"limit=0099{'9' * 5000}", "limit"),
-        ("after=x", "after"),
-    ):
-        assert check_error(get(tiny, f"{response_id}/input_items?{query}"), 400)["param"] == param
+    for query in ("order=up", "limit=0", "limit=101", f"limit=0099{'9' * 5000}", "after=x"):
+        error = check_error(get(server, f"{response_id}/input_items?{query}"), 400)
+        assert error["param"] == query.partition("=")[0]
+
+
+def test_what_is_answered_with(server: RunningServer) -> None:
+    named = {"user": "me", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"k" * 64: "v" * 512}}
+    response = ask(server, service_tier="ultrafast", temperature=0.5, **named)
+    answer = response.json()
+    assert {name: answer[name] for name in named} == named
+    assert (answer["service_tier"], answer["temperature"]) == ("default", 0.5)
+    assert "x-lightwell-warnings" not in response.headers
+    assert get(server, answer["id"]).json() == answer
+    assert ask_json(server, max_output_tokens=-1)["max_output_tokens"] is None
 
 
 # Cancellation, disconnects and background responses.
 
 
 @pytest.fixture
-def slow(start_server: StartServer, fake_engine: FakeEngine) -> RunningServer:
-    fake_engine.config.endless = True
-    fake_engine.config.step_seconds = 0.01
-    return start_server()
+def slow(server: RunningServer, fake_engine: FakeEngine) -> RunningServer:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    return server
 
 
 def test_a_response_in_the_background(slow: RunningServer) -> None:
+    slow.engine.pause()
     answer = ask_json(slow, background=True, max_output_tokens=20)
     assert (answer["status"], answer["output"], answer["background"]) == ("in_progress", [], True)
     assert check_error(ask(slow, previous_response_id=answer["id"]), 400)["param"] == "previous_response_id"
+    slow.engine.resume()
     wait_until(lambda: get(slow, answer["id"]).json()["status"] != "in_progress")
     response = get(slow, answer["id"]).json()
     assert (response["status"], response["usage"]["output_tokens"]) == ("incomplete", 20)
@@ -331,121 +263,58 @@ def test_a_response_in_the_background_is_cancelled(slow: RunningServer) -> None:
     assert cancel(slow, response_id).json() == response
 
 
-def test_a_response_in_the_background_fails(server: RunningServer, fake_engine: FakeEngine) -> None:
+def test_failures_are_stored(server: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.fail_request = True
     response_id = ask_json(server, background=True)["id"]
     wait_until(lambda: get(server, response_id).json()["status"] == "failed")
     error = get(server, response_id).json()["error"]
-    assert error["code"] == "server_error"
-    assert "secret" not in error["message"]
+    assert (error["code"], "secret" in error["message"]) == ("server_error", False)
+    events = ask_events(server)
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
+    assert get(server, events[-1]["response"]["id"]).json() == events[-1]["response"]
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete", "disconnect"])
 def test_a_stream_that_ends_early(slow: RunningServer, end: str) -> None:
-    with httpx.stream("POST", slow.url + PATH, json=MINIMAL | {"stream": True}, timeout=20) as response:
+    with httpx.stream("POST", slow.url + RESPONSES, json=MINIMAL | {"stream": True}, timeout=20) as response:
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
         response_id = json.loads(next(lines))["response"]["id"]
         assert get(slow, response_id).json()["status"] == "in_progress"
         if end == "cancel":
             assert cancel(slow, response_id).json()["status"] == "cancelled"
         elif end == "delete":
-            assert httpx.delete(f"{slow.url}{PATH}/{response_id}").status_code == 200
+            assert delete(slow, response_id).status_code == 200
         if end != "disconnect":
             *_, last = map(json.loads, lines)
             assert (last["type"], last["response"]["status"]) == ("response.incomplete", "cancelled")
     wait_until(lambda: slow.engine.num_choices == 0 and len(slow.context.running) == 0)
     found = get(slow, response_id)
-    if end == "delete":
-        assert found.status_code == 404
-    else:
-        assert found.json()["status"] == "cancelled"
+    assert found.status_code == 404 if end == "delete" else found.json()["status"] == "cancelled"
 
 
-def test_what_has_ended_cannot_be_cancelled(tiny: RunningServer) -> None:
-    error = check_error(cancel(tiny, ask_json(tiny)["id"]), 400)
+def test_what_has_ended_cannot_be_cancelled(server: RunningServer) -> None:
+    error = check_error(cancel(server, ask_json(server)["id"]), 400)
     assert error["message"] == "Cannot cancel a synchronous response."
 
 
-def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
-    fake_engine.config.fail_request = True
-    check_error(ask(server), 500)
-    events = ask_events(server)
-    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
-    response = events[-1]["response"]
-    assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
-    assert get(server, response["id"]).json() == response
+def test_a_stream_that_waits_has_begun(server: RunningServer, fake_engine: FakeEngine) -> None:
+    def has_begun() -> bool:
+        server.turn(MAX_HELD_SECONDS)
+        return sent.done()
 
-
-# Invalid requests.
-
-
-@pytest.mark.parametrize(
-    ("fields", "param", "message"),
-    [
-        ({"input": []}, "input", "Invalid 'input': empty array."),
-        ({"input": 5}, "input", "Invalid type for 'input'"),
-        ({"input": [{"role": "user"}]}, "input[0].content", "Missing required parameter: 'input[0].content'."),
-        ({"input": [{"role": "user", "content": [{"type": "file"}]}]}, "input[0].content[0].type", "Invalid value"),
-        ({"input": [{"type": "compaction", "id": "x"}]}, "input[0].type", "Invalid value: 'compaction'."),
-        ({"input": [{"type": "custom_tool_call", "call_id": "1", "name": "f"}]}, "input[0]", "Invalid 'input[0]': exp"),
-        ({"input": [{"type": "shell_call", "call_id": "1", "action": 5}]}, "input[0]", "Invalid 'input[0]': expected"),
-        ({"input": [{"type": "shell_call", "action": {}}]}, "input[0].call_id", "Missing required parameter"),
-        (
-            {"input": [{"type": "shell_call_output", "output": []}]},
-            "input[0].call_id",
-            "Missing required parameter: 'input[",
-        ),
-        ({"input": [{"type": ["message"]}]}, "input[0].type", "Invalid value"),
-        ({"input": [{"type": "web_search_call"}]}, "input", "Invalid 'input': empty array."),
-        ({"prompt": {"id": "pmpt_1"}}, "prompt", "Unsupported parameter: 'prompt' is not supported yet."),
-        ({"conversation": "conv_1"}, "conversation", "Unsupported parameter: 'conversation' is not supported yet."),
-        ({"input": None}, "input", "Missing required parameter: 'input'."),
-        ({"input": "x" * 3000}, "input", "This model's maximum context length is 2048 tokens."),
-        ({"max_output_tokens": 0}, "max_output_tokens", "Invalid 'max_output_tokens': integer below minimum value."),
-        ({"temperature": 3}, "temperature", "Invalid 'temperature'"),
-        ({"tools": [{}]}, "tools[0].type", "Missing required parameter: 'tools[0].type'."),
-        ({"tools": [{"type": 5}]}, "tools[0].type", "Invalid type for 'tools[0].type'"),
-        ({"tools": [5]}, "tools[0]", "Invalid type for 'tools[0]'"),
-        ({"tool_choice": "some"}, "tool_choice", "Invalid value: 'some'."),
-        ({"truncation": "some"}, "truncation", "Invalid value: 'some'."),
-        ({"reasoning": {"effort": "some"}}, "reasoning.effort", "Invalid value: 'some'."),
-        ({"reasoning": {"summary": "some"}}, "reasoning.summary", "Invalid value: 'some'."),
-        ({"text": {"verbosity": "some"}}, "text.verbosity", "Invalid value: 'some'."),
-        ({"service_tier": 5}, "service_tier", "Invalid type for 'service_tier'"),
-        ({"stop": [5]}, "stop[0]", "Invalid type for 'stop[0]'"),
-        ({"conversation": "conv_1"}, "conversation", "Unsupported parameter: 'conversation'"),
-        ({"prompt": {"id": "x"}}, "prompt", "Unsupported parameter: 'prompt'"),
-        ({"top_logprobs": 2}, "top_logprobs", "Invalid 'top_logprobs': only allowed with"),
-        ({"background": True, "store": False}, "background", "Invalid 'background'"),
-        ({"stream_options": {}}, "stream_options", "The 'stream_options' parameter is only allowed"),
-        ({"n": 2}, "n", "Unsupported parameter: 'n'"),
-        ({"messages": []}, "messages", "Unsupported parameter: 'messages'"),
-        ({"metadata": {"a": 1}}, "metadata.a", "Invalid type for 'metadata.a'"),
-        ({"metadata": {"a" * 65: ""}}, "metadata", "Invalid 'metadata': expected keys of at most 64 characters"),
-        ({"metadata": {"a": "b" * 513}}, "metadata", "Invalid 'metadata': expected values of at most 512 characters"),
-        ({"seed": "x"}, "seed", "Invalid type for 'seed'"),
-    ],
-)
-def test_invalid_requests(tiny: RunningServer, fields: dict[str, Any], param: str, message: str) -> None:
-    error = check_error(ask(tiny, **fields), 400)
-    assert (error["param"], error["message"][: len(message)]) == (param, message)
-
-
-def test_parameters_reach_the_engine(tiny: RunningServer) -> None:
-    answer = ask_json(tiny, temperature=0.5, top_p=0.9, top_k=5, max_output_tokens=7, min_p=0.1, seed=3, user="me")
-    params = tiny.engine.submits[-1].params
-    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.5, 0.9, 5, 7)
-    assert (params.min_p, params.seed) == (0.1, 3)
-    assert (answer["temperature"], answer["top_p"]) == (0.5, 0.9)
-
-
-def test_unknown_fields_are_reported(tiny: RunningServer, start_server: StartServer) -> None:
-    items = [{"role": "user", "content": [{"type": "input_text", "text": "Hi", "mood": 1}]}]
-    response = ask(tiny, input=items, wish=2, user="me", service_tier="auto")
-    assert response.headers["x-lightwell-warnings"] == "ignored parameters: wish, input[].content[].mood"
-    error = check_error(ask(start_server(strict=True), input=items), 400)
-    assert error["message"] == "Unrecognized request argument supplied: input[].content[].mood"
-
-
-def test_a_response_is_not_streamed_again(tiny: RunningServer) -> None:
-    assert check_error(get(tiny, f"{ask_json(tiny)['id']}?stream=true"), 400)["param"] == "stream"
+    fake_engine.pause()
+    with httpx.Client(timeout=60) as client, ThreadPoolExecutor(1) as thread:
+        request = client.build_request("POST", server.url + RESPONSES, json=MINIMAL | {"stream": True})
+        sent = thread.submit(client.send, request, stream=True)
+        wait_until(lambda: fake_engine.num_choices == 1)
+        assert not sent.done()
+        wait_until(has_begun)
+        lines = (line.removeprefix("data: ") for line in sent.result().iter_lines() if line.startswith("data: "))
+        created, in_progress = json.loads(next(lines)), json.loads(next(lines))
+        assert (created["type"], in_progress["type"]) == ("response.created", "response.in_progress")
+        assert cancel(server, created["response"]["id"]).json()["status"] == "cancelled"
+        last = json.loads(next(lines))
+        assert (last["type"], last["response"]["status"]) == ("response.incomplete", "cancelled")
+        assert last["sequence_number"] == 2
+        sent.result().close()
+    wait_until(lambda: fake_engine.num_choices == 0)

@@ -1,5 +1,6 @@
-"""The response store against a plain model: limits on number and size, and the order of eviction."""
+"""The response store and the event log against plain lists: limits, the order of eviction, and what readers get."""
 
+import asyncio
 import gc
 import random
 import tracemalloc
@@ -8,7 +9,7 @@ import msgspec
 import pytest
 
 from server.api.responses.conversion import new_response
-from server.api.responses.event_log import EventLog
+from server.api.responses.event_log import BLOCK_EVENTS, EventLog
 from server.api.responses.schemas import MessageItem, OutputText, ResponsesRequest
 from server.api.responses.store import (
     FOUND_BYTES,
@@ -19,9 +20,11 @@ from server.api.responses.store import (
     encode_each,
 )
 from server.generation.endpoint import AnswerMetadata
+from server.http.errors import ResponseGoneError
 from server.tenants import EVERYBODY
 
 LIMIT = 60_000
+LONG = pytest.mark.long
 
 
 def make(number: int, size: int, earlier: StoredResponse | None = None, owner: str = EVERYBODY) -> StoredResponse:
@@ -160,7 +163,10 @@ def test_a_response_that_was_deleted_is_not_stored_again_at_its_end() -> None:
     assert (len(store), store.num_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize(("num_items", "size"), [(1, 1), (1, 5000), (300, 1), (300, 400)])
+@pytest.mark.parametrize(
+    ("num_items", "size"),
+    [(1, 1), pytest.param(1, 5000, marks=LONG), (300, 1), pytest.param(300, 400, marks=LONG)],
+)
 def test_what_is_counted_is_what_it_takes(num_items: int, size: int) -> None:
     """Also of small items, whose objects would be several times as large; and few objects are left for the collector.
 
@@ -205,14 +211,6 @@ def test_too_large_responses_evict_no_others() -> None:
     assert (len(store), store.num_bytes) == (0, 0)
 
 
-def test_a_conversation() -> None:
-    first = make(1, 1)
-    second = make(2, 1, first)
-    third = make(3, 1, second)
-    expected = [item_id(kind, number) for number in (1, 2, 3) for kind in ("msg", "out")]
-    assert [msgspec.json.decode(item)["id"] for item in third.items] == expected
-
-
 def test_a_response_that_grows_is_counted_anew() -> None:
     store, stored = ResponseStore(2, 10_000), make(1, 10)
     store.put(stored)
@@ -237,3 +235,95 @@ def test_one_owner_does_not_push_out_what_others_have_stored(size: int) -> None:
     left = [number for number in range(2, 100) if store.get(f"resp_{number}", "alice") is not None]
     assert left == list(range(100 - len(left), 100))
     assert len(left) + 2 == len(store) > 5
+
+
+# Event logs: what fast and slow readers get, and the memory that they account for.
+
+
+def event(number: int, rng: random.Random) -> bytes:
+    return b'event: a\ndata: {"number": %d, "text": "%s"}\n\n' % (number, b"x" * rng.randrange(200))
+
+
+async def read(log: EventLog, start: int, pauses: random.Random | None = None) -> bytes:
+    """Read all events, and let others run in between."""
+    found = []
+    async for events in log.read(start):
+        found.append(events)
+        for _ in range(pauses.choice((0, 1, 20)) if pauses is not None else 0):
+            await asyncio.sleep(0)
+    return b"".join(found)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("seed", range(5))
+async def test_every_reader_gets_all_events_from_its_own_on(seed: int) -> None:
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    log, written, readers = EventLog("resp_1"), list[bytes](), list[tuple[int, asyncio.Task[bytes]]]()
+    for _ in range(60):
+        batch = [event(len(written) + i, rng) for i in range(rng.choice((0, 1, 1, 2, 70, 200)))]
+        log.append(batch)
+        written += batch
+        assert log.num_events == len(written)
+        start = rng.randrange(len(written) + 1)
+        readers.append((start, asyncio.create_task(read(log, start, random.Random(len(written))))))
+        await asyncio.sleep(0)
+    log.close()
+    for start, reader in readers:
+        assert await reader == b"".join(written[start:])
+    for start in (*range(0, len(written), 97), len(written)):
+        assert await read(log, start) == b"".join(written[start:])
+
+
+@pytest.mark.anyio
+async def test_a_reader_waits_for_events() -> None:
+    log = EventLog("resp_1")
+    reader = asyncio.create_task(read(log, 0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not reader.done()
+    log.append([b"a\n\n"])
+    log.close()
+    assert await reader == b"a\n\n"
+
+
+def test_the_size() -> None:
+    """Similar events compress well, and every event is accounted for."""
+    rng, log, num_bytes = random.Random(1), EventLog("resp_1"), 0
+    for number in range(10 * BLOCK_EVENTS - 1):
+        num_bytes += len(event(number, rng))
+        log.append([event(number, random.Random(1))])
+    kept = sum(map(len, log._blocks)) + sum(map(len, log._tail))
+    assert kept < log.num_bytes < kept + 50 * (len(log._blocks) + len(log._tail))
+    before = log.num_bytes
+    log.close()
+    assert sum(map(len, log._blocks)) < log.num_bytes < min(before, num_bytes / 5)
+
+
+@pytest.mark.anyio
+async def test_a_log_that_is_dropped() -> None:
+    """Readers that are behind get an error; others read to the end."""
+    log = EventLog("resp_1")
+    log.append([b"a\n\n", b"b\n\n"])
+    waiting = asyncio.create_task(read(log, 1))
+    behind = log.read(0)
+    for _ in range(10):  # the first one reads what there is, and waits
+        await asyncio.sleep(0)
+    log.drop()
+    log.append([b"c\n\n"])
+    log.close()
+    assert await waiting == b"b\n\nc\n\n"
+    with pytest.raises(ResponseGoneError, match="resp_1"):
+        await anext(behind)
+
+
+@pytest.mark.anyio
+async def test_a_log_that_is_dropped_while_it_is_read() -> None:
+    log = EventLog("resp_1")
+    log.append([b"%d\n\n" % number for number in range(3 * BLOCK_EVENTS)])
+    log.close()
+    reader = log.read(0)
+    assert (await anext(reader)).startswith(b"0\n\n1\n\n")
+    log.drop()
+    with pytest.raises(ResponseGoneError):
+        await anext(reader)

@@ -1,0 +1,112 @@
+"""A server of each kind of model and settings, started once and reset after each test that uses it."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from anthropic import Anthropic
+from tokenizers.processors import TemplateProcessing
+
+from tests.support.clients import shared_server
+from tests.support.fake_engine import make_adapter
+from tests.support.harmony import write_harmony_model
+from tests.support.serving import RunningServer
+from tests.support.tiny_tokenizer_model import write_tiny_model
+from tests.support.tool_model import write_tool_model
+
+BOS_ID, PREFIX_ID, SUFFIX_ID, MIDDLE_ID = 259, 260, 261, 262
+SQL, CHESS = make_adapter("org/sql"), make_adapter("chess")
+
+
+def write_fim_model(folder: Path) -> None:
+    """Write a model that has fill-in-the-middle tokens, and a BOS token before each text."""
+    write_tiny_model(folder)
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<s>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS_ID)])
+    tokenizer.save(str(path))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": "<s>"}))
+
+
+# Kind -> what writes its model, settings of the server, and fields of the fake engine's configuration.
+KINDS: dict[str, tuple[Callable[[Path], object], dict[str, Any], dict[str, Any]]] = {
+    "plain": (partial(write_tool_model, special_tags=False), {}, {}),
+    "tools": (partial(write_tool_model, special_tags=True), {}, {"vocab_size": 263}),
+    "harmony_plain": (partial(write_harmony_model, special_markers=False), {}, {"vocab_size": 266}),
+    "harmony_tools": (partial(write_harmony_model, special_markers=True), {}, {"vocab_size": 266}),
+    "fim": (write_fim_model, {}, {"vocab_size": 263}),
+    "strict": (write_tiny_model, {"strict": True}, {}),
+    "keyed": (write_tiny_model, {"api_key": ("key-a", "key-b"), "admin_key": "root"}, {}),
+    "adapted": (write_tiny_model, {"allow_runtime_lora_updating": True}, {"adapters": [SQL, CHESS], "max_loras": 3}),
+}
+Servers = Callable[[str], RunningServer]
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """A function that returns the server of a kind."""
+    started: dict[str, RunningServer] = {}
+    with ExitStack() as stack:
+
+        def server_of(kind: str) -> RunningServer:
+            if kind not in started:
+                write, settings, engine = KINDS[kind]
+                write(folder := tmp_path_factory.mktemp(kind))
+                started[kind] = stack.enter_context(shared_server(folder, settings=settings, **engine))
+            return started[kind]
+
+        yield server_of
+
+
+@pytest.fixture
+def of_kind(servers: Servers) -> Iterator[Servers]:
+    """As `servers`, and those that the test has used are reset after it."""
+    used: dict[str, RunningServer] = {}
+    yield lambda kind: used.setdefault(kind, servers(kind))
+    for server in used.values():
+        server.reset()
+
+
+@pytest.fixture
+def plain(of_kind: Servers) -> RunningServer:
+    """Tools and reasoning, with tags as plain text."""
+    return of_kind("plain")
+
+
+@pytest.fixture
+def tools(of_kind: Servers) -> RunningServer:
+    """Tools and reasoning, with tags as control tokens."""
+    return of_kind("tools")
+
+
+@pytest.fixture(params=["plain", "tools"])
+def model(of_kind: Servers, request: pytest.FixtureRequest) -> RunningServer:
+    """Both, for tests of what depends on the tags."""
+    return of_kind(request.param)
+
+
+@pytest.fixture
+def strict(of_kind: Servers) -> RunningServer:
+    return of_kind("strict")
+
+
+@pytest.fixture
+def keyed(of_kind: Servers) -> RunningServer:
+    """Only for the keys `key-a` and `key-b` of two clients, and `root` of an admin."""
+    return of_kind("keyed")
+
+
+@pytest.fixture
+def adapted(of_kind: Servers) -> RunningServer:
+    """With two adapters and room for a third."""
+    return of_kind("adapted")
+
+
+def anthropic_client(server: RunningServer) -> Anthropic:
+    return Anthropic(base_url=server.url, api_key="none", max_retries=0, _strict_response_validation=True)

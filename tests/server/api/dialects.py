@@ -1,0 +1,110 @@
+"""Requests to the generating endpoints, and their answers, events and errors, each in its own form."""
+
+import json
+from typing import Any
+
+import httpx
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from tests.server.api.contract import ANTHROPIC, OLLAMA_CHAT, OLLAMA_GENERATE, RESPONSES
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, parse_events
+from tests.support.serving import RunningServer, check_error
+
+REPLY = "Hello, world!"  # of the fake engine
+RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+
+# Requests whose answers may be long.
+BODIES: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "Hi", "max_tokens": 2000},
+    CHAT: {"messages": MESSAGES},
+    RESPONSES: {"input": "Hi"},
+    ANTHROPIC: {"messages": MESSAGES, "max_tokens": 1000},
+    OLLAMA_CHAT: {"messages": MESSAGES, "stream": False},
+    OLLAMA_GENERATE: {"prompt": "Hi", "stream": False},
+}
+
+
+def ask(server: RunningServer, path: str, **fields: Any) -> httpx.Response:
+    """Send a request, with fields added, replaced or, by ..., left out."""
+    body = {"model": "tiny"} | BODIES.get(path, {}) | fields
+    return httpx.post(server.url + path, json={name: v for name, v in body.items() if v is not ...}, timeout=20)
+
+
+def ask_json(server: RunningServer, path: str, **fields: Any) -> dict[str, Any]:
+    response = ask(server, path, **fields)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def ask_events(server: RunningServer, path: str, **fields: Any) -> list[dict[str, Any]]:
+    """Return the events of a stream without [DONE], or its lines."""
+    response = ask(server, path, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    kind = "application/x-ndjson" if path.startswith("/api/") else "text/event-stream; charset=utf-8"
+    assert response.headers["content-type"] == kind
+    return parse(path, response.text)
+
+
+def parse(path: str, text: str) -> list[dict[str, Any]]:
+    """Parse a stream. Named events must have the names of their types; those of responses count from 0."""
+    if path.startswith("/api/"):
+        return [json.loads(line) for line in text.splitlines()]
+    if path in (COMPLETIONS, CHAT):
+        return parse_events(text)
+    *events, rest = text.split("\n\n")
+    assert rest == ""
+    parsed = []
+    for event in events:
+        name, data = event.split("\n")
+        parsed.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {parsed[-1]['type']}"
+        if path == RESPONSES:
+            RESPONSE_EVENT.validate_python(parsed[-1])
+    if path == RESPONSES:
+        assert [event["sequence_number"] for event in parsed] == list(range(len(parsed)))
+    return parsed
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    """Return the text of an answer, of a chunk or of a line, of any endpoint."""
+    match answer:
+        case {"choices": [{"text": text}]} | {"choices": [{"message": {"content": text}}]} | {"response": str(text)}:
+            return str(text)
+        case {"choices": [{"delta": delta}]} | {"type": "content_block_delta", "delta": delta}:
+            return str(delta.get("content", delta.get("text", "")))
+        case {"message": {"content": str(text)}} | {"type": "response.output_text.delta", "delta": text}:
+            return str(text)
+        case {"output": items}:
+            return "".join(part["text"] for item in items for part in item["content"])
+        case {"content": blocks}:
+            return "".join(block["text"] for block in blocks)
+    return ""
+
+
+def error_of(path: str, response: httpx.Response, status: int) -> str:
+    """Return the message of an error, whose form must be that of the endpoint."""
+    if path.startswith(ANTHROPIC):
+        return anthropic_error(response, status)[1]
+    if not path.startswith("/api/"):
+        message: str = check_error(response, status)["message"]
+        return message
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/json"), response.text
+    assert list(response.json()) == ["error"]
+    return str(response.json()["error"])
+
+
+def anthropic_error(response: httpx.Response, status: int) -> tuple[str, str]:
+    """Return type and message of an error in Anthropic's format."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["type", "error", "request_id"]
+    assert (body["type"], list(body["error"])) == ("error", ["type", "message"])
+    assert body["request_id"] == response.headers["request-id"] == response.headers["x-request-id"]
+    return body["error"]["type"], body["error"]["message"]
+
+
+def prompt_of(server: RunningServer) -> str:
+    """Return the last prompt as text."""
+    return server.model.tokenizer.decode(server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)

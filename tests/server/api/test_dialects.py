@@ -1,0 +1,292 @@
+"""What holds for all generating endpoints: failures, limits, warnings, stop reasons and usage, each in its own form."""
+
+import json
+import re
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.shared.messages import FinishReason
+from server.tenants import Tenant
+from tests.server.api.contract import ACTING, ANTHROPIC, COUNT, INPUT_TOKENS, OLLAMA_CHAT, OLLAMA_GENERATE, RESPONSES
+from tests.server.api.dialects import BODIES, REPLY, ask, ask_events, ask_json, error_of, parse, text_of
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, raw_request, wait_until
+from tests.support.tiny_tokenizer_model import chatml
+
+WARNINGS = "x-lightwell-warnings"
+NUM_CHAT_TOKENS = len(chatml(("user", "Hi")))
+
+
+@pytest.mark.checklist("D09")
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_and_the_whole_answer(server: RunningServer, path: str) -> None:
+    assert text_of(ask_json(server, path)) == REPLY
+    assert "".join(map(text_of, ask_events(server, path))) == REPLY
+    headers = ask(server, path, stream=True).headers
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-store", "no")
+    assert "content-encoding" not in headers
+    answered = {"handler": path, "method": "POST", "status": "200"}
+    wait_until(lambda: server.metric("http_requests_total", **answered) == 3)  # a stream counts when it has been sent
+
+
+# Failures.
+
+
+@pytest.mark.checklist("F01")
+@pytest.mark.parametrize("path", BODIES)
+def test_failure_of_the_engine(server: RunningServer, fake_engine: FakeEngine, path: str) -> None:
+    fake_engine.config.fail_request = True
+    answer = ask(server, path)
+    assert answer.headers["x-request-id"] in error_of(path, answer, 500)
+    stream = ask(server, path, stream=True)
+    assert "secret" not in answer.text + stream.text
+    if path in (COMPLETIONS, CHAT):
+        *_, event, done, rest = stream.text.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        assert json.loads(event.removeprefix("data: "))["error"]["type"] == "server_error"
+    elif path == RESPONSES:
+        failed = parse(path, stream.text)[-1]
+        assert (failed["type"], failed["response"]["error"]["code"]) == ("response.failed", "server_error")
+    elif path == ANTHROPIC:
+        (error,) = parse(path, stream.text)
+        assert (error["type"], error["error"]["type"], set(error)) == ("error", "api_error", {"type", "error"})
+    else:
+        assert list(parse(path, stream.text)[-1]) == ["error"]
+    assert server.model.client.num_in_flight == 0
+
+
+@pytest.mark.checklist("E10")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BODIES)
+def test_disconnect_aborts(server: RunningServer, fake_engine: FakeEngine, path: str, stream: bool) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    prompts = {"prompt": ["a", "b"], "n": 2} if path == COMPLETIONS else {}
+    body = {"model": "tiny"} | BODIES[path] | {"stream": stream} | prompts
+    with server.connect() as connection:
+        connection.sendall(raw_request("POST", path, json.dumps(body).encode(), content_type="application/json"))
+        wait_until(lambda: fake_engine.num_choices == (4 if prompts else 1))
+        if stream:
+            assert connection.recv(100)
+    wait_until(lambda: fake_engine.num_choices == 0 and server.model.client.num_in_flight == 0)
+    assert {abort.request_id for abort in fake_engine.aborts} == {submit.request_id for submit in fake_engine.submits}
+
+
+@pytest.mark.checklist("E01", "E16")
+@pytest.mark.parametrize("path", BODIES)
+def test_a_full_queue_is_429_before_tokenizing(server: RunningServer, path: str) -> None:
+    client = server.model.client
+    with client.reserve(client.max_in_flight, tenant=Tenant(name="127.0.0.1")):
+        for stream in (False, True):
+            answer = ask(server, path, stream=stream)
+            error_of(path, answer, 429)
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+        for probe in ("/health", "/healthz", "/readyz"):
+            assert httpx.get(server.url + probe).status_code == 200
+    assert server.metric("lightwell_tokenizer_seconds_count") == 0
+    assert text_of(ask_json(server, path)) == REPLY
+
+
+@pytest.mark.parametrize("path", ACTING)
+def test_an_unknown_model(server: RunningServer, path: str) -> None:
+    if "model" in ACTING[path][0].model_fields:
+        answer = ask(server, path, **(ACTING[path][1] | {"model": "checkers"}))
+        assert "`checkers` does not exist" in error_of(path, answer, 404)
+    assert server.engine.submits == []
+
+
+# Warnings.
+
+NESTED = [{"type": "text", "text": "Hi", "mood": 1}]
+UNKNOWN: list[tuple[str, dict[str, Any], list[str]]] = [
+    (
+        RESPONSES,
+        {"input": [{"role": "user", "content": [{**NESTED[0], "type": "input_text"}]}]},
+        ["input[].content[].mood"],
+    ),
+    (ANTHROPIC, {"messages": [{"role": "user", "content": NESTED}]}, ["messages[].content[].mood"]),
+    (COUNT, {"messages": [{"role": "user", "content": NESTED}]}, ["messages[].content[].mood"]),
+    (
+        OLLAMA_CHAT,
+        {"options": {"num_ctx": 9, "num_gpu": 1}, "keep_alive": "5m"},
+        ["options.num_ctx", "options.num_gpu", "keep_alive"],
+    ),
+    (
+        OLLAMA_CHAT,
+        {"options": {"temperature": 5, "top_p": 1.5, "min_p": 0.5}},
+        ["options.temperature.5", "options.top_p.1.5"],
+    ),
+    (OLLAMA_GENERATE, {}, []),
+    ("/v1/embeddings", {"input": "Hi"}, []),
+    ("/v1/rerank", {"query": "a", "documents": ["b"], "instruction": "x"}, ["instruction"]),
+    ("/tokenize", {"messages": [{"role": "user", "content": "x", "mood": 1}]}, ["messages[].mood"]),
+    ("/detokenize", {"tokens": [120]}, []),
+    (CHAT, {"reasoning_effort": "high", "verbosity": "low"}, ["reasoning_effort", "verbosity"]),
+    (CHAT, {"chat_template_kwargs": {"thinking": True}}, ["chat_template_kwargs.thinking"]),
+    (RESPONSES, {"chat_template_kwargs": {"thinking": True}}, ["chat_template_kwargs.thinking"]),
+    (COUNT, {"messages": MESSAGES, "chat_template_kwargs": {"thinking": True}}, ["chat_template_kwargs.thinking"]),
+    (RESPONSES, {"reasoning": {"effort": "high"}}, ["reasoning.effort"]),
+    (RESPONSES, {"reasoning": {"effort": "minimal", "summary": "auto"}}, ["reasoning.effort"]),
+    (RESPONSES, {"text": {"verbosity": "low"}}, ["text.verbosity"]),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "names"), UNKNOWN)
+def test_what_has_no_effect_is_named_and_refused_if_strict(
+    server: RunningServer, strict: RunningServer, path: str, fields: dict[str, Any], names: list[str]
+) -> None:
+    answer = ask(server, path, **fields, wish=1)
+    assert answer.status_code == 200, answer.text
+    assert set(answer.headers[WARNINGS].removeprefix("ignored parameters: ").split(", ")) == {"wish", *names}
+    assert server.metric("lightwell_unknown_parameters_total") == 1 + len(names)
+    for name in ("wish", *names):
+        message = error_of(path, ask(strict, path, **fields, **({"wish": 1} if name == "wish" else {})), 400)
+        assert message.startswith("Unrecognized request argument supplied: ")
+    assert WARNINGS not in ask(server, path, **{field: ACTING[path][1].get(field, ...) for field in fields}).headers
+
+
+# Length.
+
+TOO_LONG = "This model's maximum context length is 2048 tokens. However, your "
+CAPPED: list[tuple[str, dict[str, Any], str, int]] = [  # fields, the name in the warning, and the tokens of the prompt
+    (COMPLETIONS, {"max_tokens": 1 << 40}, "max_tokens", 2),
+    (CHAT, {"max_tokens": 2048}, "max_tokens", NUM_CHAT_TOKENS),
+    (CHAT, {"max_completion_tokens": 2048}, "max_completion_tokens", NUM_CHAT_TOKENS),
+    (RESPONSES, {"max_output_tokens": 128_000}, "max_output_tokens", NUM_CHAT_TOKENS),
+    (ANTHROPIC, {"max_tokens": 64_000}, "max_tokens", NUM_CHAT_TOKENS),
+    (OLLAMA_CHAT, {"options": {"num_predict": 10**6}}, "options.num_predict", NUM_CHAT_TOKENS),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "name", "num_prompt_tokens"), CAPPED)
+def test_more_tokens_than_fit(
+    server: RunningServer, strict: RunningServer, path: str, fields: dict[str, Any], name: str, num_prompt_tokens: int
+) -> None:
+    rest = 2048 - num_prompt_tokens
+    for stream in (False, True):
+        over = ask(server, path, stream=stream, **fields)
+        assert over.headers[WARNINGS] == f"{name} capped at {rest}, the rest of the context"
+        assert server.engine.submits[-1].params.max_tokens == rest
+    message = error_of(path, ask(strict, path, **fields), 400)
+    if path == ANTHROPIC:
+        assert message.startswith(
+            f"input length and `max_tokens` exceed context limit: {num_prompt_tokens} + 64000 > 2048"
+        )
+    else:
+        assert message.startswith("This model's maximum context length is 2048 tokens. However, you requested ")
+    for unlimited in (server, strict):
+        no_limit = {"options": {"num_predict": -1}} if path == OLLAMA_CHAT else {name: -1}
+        assert WARNINGS not in ask(unlimited, path, **no_limit).headers
+        assert unlimited.engine.submits[-1].params.max_tokens == rest
+
+
+@pytest.mark.checklist("C17", "C18")
+@pytest.mark.parametrize("path", [*BODIES, INPUT_TOKENS])
+def test_a_prompt_that_is_too_long(server: RunningServer, path: str) -> None:
+    """What cannot fit for its number of bytes is not tokenized."""
+    name = next(name for name in ("prompt", "input", "messages") if name in ACTING[path][1])
+    num_others = 0 if path == COMPLETIONS else len(chatml(("user", "")))
+    for num_chars, count in ((3000, str(3000 + num_others)), (9_000_000, "at least [0-9]+")):
+        text = "x" * num_chars
+        answer = ask(server, path, **{name: [{"role": "user", "content": text}] if name == "messages" else text})
+        if path == INPUT_TOKENS and num_chars < 9000:
+            assert answer.json()["input_tokens"] == int(count)
+            continue
+        message = error_of(path, answer, 400)
+        if path == ANTHROPIC:
+            assert re.fullmatch(f"prompt is too long: {count} tokens > 2048 maximum", message), message
+        else:
+            assert re.search(f"{TOO_LONG}(prompt|messages|input) resulted in {count} tokens", message), message
+    assert server.engine.submits == []
+
+
+# Ends.
+
+ENDS: dict[str, dict[FinishReason, str | None]] = {  # None: the request has failed
+    CHAT: {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.REPETITION: "repetition"},
+    RESPONSES: {
+        FinishReason.STOP: "completed",
+        FinishReason.LENGTH: "incomplete",
+        FinishReason.REPETITION: "completed",
+    },
+    ANTHROPIC: {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens", FinishReason.REPETITION: "end_turn"},
+    OLLAMA_CHAT: {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.REPETITION: "repetition"},
+}
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+@pytest.mark.parametrize("path", ENDS)
+def test_every_reason_to_end(server: RunningServer, fake_engine: FakeEngine, path: str, reason: FinishReason) -> None:
+    def end_of(answer: dict[str, Any]) -> str | None:
+        match answer:
+            case {"response": {"status": end}} | {"choices": [{"finish_reason": end}]} | {"stop_reason": end}:
+                return str(end)
+            case {"delta": {"stop_reason": end}} | {"done_reason": end} | {"status": end}:
+                return str(end)
+        return None
+
+    fake_engine.config.last_reason = reason
+    expected = ENDS[path].get(reason)
+    streamed = ask(server, path, stream=True)
+    if expected is None:
+        error_of(path, ask(server, path), 500)
+        assert "error" in streamed.text
+    else:
+        assert end_of(ask_json(server, path)) == expected
+        assert [end for end in map(end_of, parse(path, streamed.text)) if end][-1] == expected
+
+
+STOPPED: list[tuple[str, dict[str, Any], str, tuple[str, str | None]]] = [  # fields, text, and how it ended
+    (RESPONSES, {"stop": "wor"}, "Hello, ", ("completed", None)),
+    (RESPONSES, {"stop": ["zz", "o,"], "include_stop_str_in_output": True}, "Hello,", ("completed", None)),
+    (ANTHROPIC, {"max_tokens": 3}, "Hel", ("max_tokens", None)),
+    (ANTHROPIC, {"stop_sequences": ["zz", "wor"]}, "Hello, ", ("stop_sequence", "wor")),
+    (
+        ANTHROPIC,
+        {"stop_sequences": [*(f"z{number}" for number in range(63)), "wor"]},
+        "Hello, ",
+        ("stop_sequence", "wor"),
+    ),
+    (ANTHROPIC, {"stop_sequences": []}, REPLY, ("end_turn", None)),
+    (OLLAMA_CHAT, {"options": {"stop": [*"123456789", "wor"]}}, "Hello, ", ("stop", None)),
+    (OLLAMA_CHAT, {"options": {"num_predict": 3}}, "Hel", ("length", None)),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "text", "end"), STOPPED)
+def test_ends_in_text(
+    server: RunningServer, path: str, fields: dict[str, Any], text: str, end: tuple[str, str | None]
+) -> None:
+    answer, events = ask_json(server, path, **fields), ask_events(server, path, **fields)
+    assert text_of(answer) == "".join(map(text_of, events)) == text
+    names = {RESPONSES: ("status",), ANTHROPIC: ("stop_reason", "stop_sequence"), OLLAMA_CHAT: ("done_reason",)}[path]
+    last = events[-2]["delta"] if path == ANTHROPIC else events[-1].get("response", events[-1])
+    for each in (answer, last):
+        assert tuple(each[name] for name in names) == end[: len(names)]
+
+
+# Usage.
+
+
+@pytest.mark.checklist("D10")
+@pytest.mark.parametrize("stream", [False, True])
+def test_cached_tokens(server: RunningServer, fake_engine: FakeEngine, stream: bool) -> None:
+    def usage(path: str, **fields: Any) -> dict[str, Any]:
+        if not stream:
+            answer = ask_json(server, path, **fields)
+        elif path == ANTHROPIC:
+            answer = ask_events(server, path)[0]["message"]
+        else:
+            last = ask_events(server, path, stream_options={"include_usage": True}, **fields)[-1]
+            answer = last.get("response", last)
+        return dict(answer["usage"])
+
+    fake_engine.config.num_cached_tokens = 7
+    for n in (1, 3):  # counted once for each prompt
+        counted = usage(COMPLETIONS, prompt=["a" * 50, "b" * 50], n=n)
+        assert (counted["prompt_tokens"], counted["prompt_tokens_details"]) == (100, {"cached_tokens": 14})
+    assert usage(RESPONSES)["input_tokens_details"]["cached_tokens"] == 7
+    anthropic = usage(ANTHROPIC)
+    assert (anthropic["cache_read_input_tokens"], anthropic["input_tokens"]) == (7, NUM_CHAT_TOKENS - 7)
