@@ -38,7 +38,7 @@ def test_a_load(endpoint: str, is_chunked: bool, rate: float | None) -> None:
     assert first
     assert between
     assert whole
-    assert 0 < first.p50 <= whole.p50 <= 1000 * report.duration
+    assert 0 < first.p50 <= whole.p50 <= 1000 * report.duration + 1  # which is rounded
 
 
 def test_what_is_sent() -> None:
