@@ -198,7 +198,7 @@ def test_the_number_of_ids_of_a_tokenizer_json(tmp_path: Path) -> None:
     values: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": [{"id": 9, "content": "<x>"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     assert num_token_ids(tmp_path) == 10
-    models: list[Any] = [{"vocab": {"a": -5}}, {"vocab": {"a": "5"}}, {"vocab": 5}, []]
+    models: list[Any] = [{"vocab": {"a": -5}}, {"vocab": {"a": "5"}}, {"vocab": 5}, [], 5]
     for model in models:
         (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
         with pytest.raises(ValueError, match=r"tokenizer\.json: (not a tokenizer|its highest token id)"):

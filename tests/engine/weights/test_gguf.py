@@ -178,6 +178,8 @@ def test_progress(every_type: Path) -> None:
     ("name", "tensor", "message"),
     [
         ("blk.0.ffn_gates.weight", np.zeros(4, dtype=np.float32), "no supported model has such a tensor"),
+        ("blk.x.ffn_up.weight", np.zeros(4, dtype=np.float32), "no supported model has such a tensor"),
+        ("token_embd", np.zeros(4, dtype=np.float32), "no supported model has such a tensor"),
         ("output_norm.weight", np.zeros(4, dtype=np.int32), "I32"),
         ("blk.0.attn_q.weight", np.zeros((14, 4), dtype=np.float32), "14 rows do not divide into heads of 4"),
     ],
