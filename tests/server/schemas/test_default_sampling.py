@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.support.serving import RunningServer, fresh_server
 
 FILE = "generation_config.json"
 Start = Callable[..., RunningServer]
+SetDefault = Callable[[DefaultSampling], None]
 
 ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "Hi"},
@@ -39,6 +41,18 @@ def start(model_folder: Path, tmp_path: Path) -> Iterator[Start]:
             return stack.enter_context(fresh_server(folder, **settings))
 
         yield start
+
+
+@pytest.fixture
+def set_default(server: RunningServer) -> Iterator[SetDefault]:
+    """A function that gives the shared server another default sampling for one test."""
+    before = server.model.default_sampling
+    yield partial(object.__setattr__, server.model, "default_sampling")
+    object.__setattr__(server.model, "default_sampling", before)
+
+
+def resolve(setting: Any, *recommendations: tuple[str, dict[str, Any]], name: str = "m") -> DefaultSampling:
+    return resolve_default_sampling(setting, {name}, recommendations)
 
 
 def params(server: RunningServer, path: str = "/v1/chat/completions", **fields: Any) -> SamplingParams:
@@ -105,10 +119,15 @@ def test_none_is_openais(start: Start, server: RunningServer, caplog: pytest.Log
     assert fingerprint(none) == fingerprint(server)
 
 
-def test_other_defaults_have_another_fingerprint(start: Start, server: RunningServer) -> None:
-    cold, warm = (start(default_sampling={"temperature": value}) for value in (0.5, 0.6))
-    assert len({fingerprint(each) for each in (cold, warm, server)}) == 3
-    assert fingerprint(start({"temperature": 0.5})) == fingerprint(cold)
+def test_other_defaults_have_another_fingerprint(server: RunningServer, set_default: SetDefault) -> None:
+    plain = fingerprint(server)
+    found = []
+    for sampling in (resolve({"temperature": 0.5}), resolve({"temperature": 0.6}), resolve({"top_p": 0.5})):
+        set_default(sampling)
+        found.append(fingerprint(server))
+    assert len({plain, *found}) == 4
+    set_default(resolve(None, ("file", {"temperature": 0.5})))
+    assert fingerprint(server) == found[0]
 
 
 def test_do_sample_false_is_greedy(start: Start) -> None:
@@ -120,7 +139,7 @@ def test_do_sample_false_is_greedy(start: Start) -> None:
     assert rendered["sampling_params"]["temperature"] == 0.0
 
 
-def test_every_sampler_has_a_default(start: Start, server: RunningServer) -> None:
+def test_every_sampler_has_a_default(server: RunningServer, set_default: SetDefault) -> None:
     """A default is what the request's own field would be, with all that follows from it."""
     fields: dict[str, Any] = {
         "typical_p": 0.9,
@@ -133,24 +152,23 @@ def test_every_sampler_has_a_default(start: Start, server: RunningServer) -> Non
         "presence_penalty": -0.5,
         "samplers": ["top_k", "temperature"],
     }
-    default = start(default_sampling=fields)
-    assert params(default, seed=1) == params(server, seed=1, **fields) != params(server, seed=1)
+    plain, given = params(server, seed=1), params(server, seed=1, **fields)
+    set_default(resolve(fields))
+    assert params(server, seed=1) == given != plain
 
 
-def test_a_default_does_not_apply_beside_the_field_that_replaces_it(start: Start) -> None:
-    server = start(default_sampling={"mirostat": 2, "repetition_penalty": 1.5})
+def test_a_default_does_not_apply_beside_the_field_that_replaces_it(
+    server: RunningServer, set_default: SetDefault
+) -> None:
+    set_default(resolve({"mirostat": 2, "repetition_penalty": 1.5}))
     assert params(server, repeat_penalty=1.1).repetition_penalty == 1.1
     assert params(server).order[-1] == "mirostat"
     assert params(server, samplers=["top_k"]).order == ("top_k",)
     assert params(server, mirostat=0).extra_samplers is None
-    server = start(default_sampling={"samplers": ["top_k"], "repeat_penalty": 1.5})
+    set_default(resolve({"samplers": ["top_k"], "repeat_penalty": 1.5}))
     assert params(server).repetition_penalty == 1.5
     assert params(server, repetition_penalty=1.1).repetition_penalty == 1.1
     assert params(server, mirostat=2).order[-1] == "mirostat"
-
-
-def resolve(setting: Any, *recommendations: tuple[str, dict[str, Any]], name: str = "m") -> DefaultSampling:
-    return resolve_default_sampling(setting, {name}, recommendations)
 
 
 def test_settings_of_models() -> None:
