@@ -18,7 +18,7 @@ import pytest
 from server.app import create_app
 from server.settings.process_configs import EngineProcess
 from server.settings.table import Settings
-from tests.server.test_main import start_process
+from tests.support.api_process import start_process
 from tests.support.clients import CHAT, COMPLETIONS
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.support.growth import FACTOR, MAX_GROWTH

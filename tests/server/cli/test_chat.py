@@ -128,7 +128,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 class Terminal:
     """A chat process at a pseudo-terminal."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], **environment: str) -> None:
         self.descriptor, other_end = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", AT_TERMINAL, *command],
@@ -136,7 +136,7 @@ class Terminal:
             stdout=other_end,
             stderr=other_end,
             start_new_session=True,
-            env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null"},
+            env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null", **environment},
         )
         os.close(other_end)
         self.output = ""
@@ -144,10 +144,10 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
-    def read_until(self, pattern: str) -> str:
-        """Return the output up to the pattern and including it, and remove it from the buffer."""
+    def read_until(self, pattern: str, limit: float = 60.0) -> str:
+        """Return the output up to the pattern and including it, and remove it from the buffer. `limit` is for hangs."""
         while not (match := re.search(pattern, self.output)):
-            assert select.select([self.descriptor], [], [], 60)[0], self.output
+            assert select.select([self.descriptor], [], [], limit)[0], self.output
             self.output += os.read(self.descriptor, 4096).decode(errors="replace")
         before, self.output = self.output[: match.end()], self.output[match.end() :]
         return before.replace("\r", "")

@@ -64,9 +64,11 @@ def test_tools_and_template_kwargs_are_the_requests_text_too() -> None:
     assert text_of(tokenizer, ids) == "<s>" + json.dumps([{"name": ATTACK}]) + ATTACK
 
 
-CHANGES = ("text | trim", "text | upper | lower", "text | replace('~', '')", "text.split('~') | join")
-CHANGES += ("text | reverse | reverse", "text[:4] ~ text[4:]", "text | list | join", "text | indent", "[text] | tojson")
-CHANGES += ("'%s' % text }}{{ '{}'.format(text)",)
+CHANGES = [
+    *("text | trim", "text | upper | lower", "text | replace('~', '')", "text.split('~') | join"),
+    *("text | reverse | reverse", "text[:4] ~ text[4:]", "text | list | join", "text | indent", "[text] | tojson"),
+    "'%s' % text }}{{ '{}'.format(text)",
+]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def test_renders_as_transformers_does(
     oracle: PreTrainedTokenizerFast, source: str, messages: list[dict[str, Any]]
 ) -> None:
     template, given_messages = chat_template(source), copy.deepcopy(messages)
-    for tools, is_prompt in ((None, True), (None, False), (TOOLS, True), (TOOLS, False)):
+    choices: list[tuple[Any, bool]] = [(None, True), (None, False), (TOOLS, True), (TOOLS, False)]
+    for tools, is_prompt in choices:
         expected = oracle.apply_chat_template(
             messages, tools=tools, chat_template=source, add_generation_prompt=is_prompt, tokenize=False
         )
