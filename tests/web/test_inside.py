@@ -1,6 +1,7 @@
 """The view that shows how a token is made, in the order of a textbook chapter."""
 
 import re
+from functools import partial
 from typing import Any
 
 import httpx
@@ -176,6 +177,10 @@ def test_hostile_text_stays_text(page: Page, real_server: ServerProcess) -> None
     assert page.title() == "Inside · Lightwell"
 
 
+def refuse(status: int, code: str, route: Route) -> None:
+    route.fulfill(status=status, json={"error": {"message": "Because.", "code": code}})
+
+
 @pytest.mark.long
 def test_refusals_are_explained(page: Page, real_server: ServerProcess) -> None:
     for status, code, title, may_retry in (
@@ -184,10 +189,7 @@ def test_refusals_are_explained(page: Page, real_server: ServerProcess) -> None:
         (404, "tokens_not_kept", "There is nothing left to look at.", False),
         (503, "overloaded", "The memory is needed for answers just now.", True),
     ):
-        error: Any = {"message": "Because.", "code": code}
-        page.route(
-            INSPECT, lambda route, status=status, error=error: route.fulfill(status=status, json={"error": error})
-        )
+        page.route(INSPECT, partial(refuse, status, code))
         page.goto("about:blank")
         page.goto(f"{real_server.url}/#/inside")
         page.get_by_role("button", name="Look inside").click()

@@ -125,6 +125,7 @@ def test_hostile_text_stays_text(page: Page, real_server: ServerProcess) -> None
     generate(page, real_server, HOSTILE, max_tokens=2, temperature=0)
     assert text_of(page).startswith(HOSTILE)
     assert page.locator("main img, main script").count() == 0
+    page.goto("about:blank")
     generate(page, real_server, "\u202e", max_tokens=1, temperature=0)
     assert text_of(page).startswith("⟨e2 80⟩⟨ae⟩"), "parts of characters are shown as bytes"
     assert page.title() == "Tokens · Lightwell"
