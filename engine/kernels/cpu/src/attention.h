@@ -280,8 +280,10 @@ struct Attention {
 
     // Computes the weights of one packed row for the tokens begin..end. Returns their sum.
     NOT_INLINE float softmax(int64_t start, int64_t begin, int64_t end, int64_t packed, float* scores, Query* weights, float& highest) const {
-        const int64_t first = max_of(begin, first_visible(packed)), last = min_of(end, position(packed) + 1);
         const int64_t rounded_end = divide_up(end, LANES) * LANES;
+        // Windows of later rows may begin after this chunk.
+        const int64_t first = min_of(max_of(begin, first_visible(packed)), rounded_end);
+        const int64_t last = min_of(end, position(packed) + 1);
         for (int64_t t = begin; t < first; t++) scores[t - start] = -INFINITY;
         for (int64_t t = max_of(last, begin); t < rounded_end; t++) scores[t - start] = -INFINITY;
         if (p.softcap != 0) cap_scores(scores + begin - start, rounded_end - begin);
