@@ -226,7 +226,7 @@ def test_a_call_of_the_socket_fails(connected: Connected, method: str, monkeypat
     """The k-th one, for all k or a draw of them: nobody notices."""
     monkeypatch.setattr(api_connections, "PAUSE", 0.0)
     expected, num_calls = run_with_failing_calls(connected, method, lambda _: False, MemoryError())
-    for number in drawn(num_calls, 8):
+    for number in drawn(num_calls, 8, 60):
         error = ERRORS[number % len(ERRORS)]
         answers, _ = run_with_failing_calls(connected, method, number.__eq__, error)
         assert answers == expected, (number, error)

@@ -239,7 +239,7 @@ def test_one_request_never_fits(
 
 
 @pytest.mark.checklist("F03")
-@pytest.mark.parametrize("seed", range(num_examples(4, 200)))
+@pytest.mark.parametrize("seed", range(num_examples(4, 60)))
 def test_random_launches_run_out_of_memory(tiny_model: LoadedModel, expected: Answers, seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -323,7 +323,7 @@ FAULTS: list[tuple[str, BaseException]] = [
 
 
 @pytest.mark.checklist("F02", "F07")
-@pytest.mark.parametrize("seed", range(num_examples(12, 500)))
+@pytest.mark.parametrize("seed", range(num_examples(12, 150)))
 def test_who_causes_a_fault_fails_alone(tiny_model: LoadedModel, expected: Answers, seed: int) -> None:
     """One to three of the requests fail, from their n-th step on; nothing wrong stays in the cache."""
     print(f"seed {seed}")
@@ -354,7 +354,7 @@ def test_who_causes_a_fault_fails_alone(tiny_model: LoadedModel, expected: Answe
     assert_nothing_wrong_is_cached(engine, expected)
 
 
-@pytest.mark.parametrize("seed", range(num_examples(6, 300)))
+@pytest.mark.parametrize("seed", range(num_examples(6, 100)))
 def test_a_fault_that_passes_leaves_no_trace(tiny_model: LoadedModel, expected: Answers, seed: int) -> None:
     """Now and then a launch fails, whoever is in it: unless it has one request only, it is run again."""
     print(f"seed {seed}")
@@ -465,7 +465,7 @@ class FailingMethod:
 
 
 @pytest.mark.checklist("F02", "F10")
-@pytest.mark.parametrize("seed", range(num_examples(1, 30)))
+@pytest.mark.parametrize("seed", range(num_examples(1, 10)))
 @pytest.mark.parametrize("place", PLACES)
 def test_who_is_handled_when_a_fault_occurs_fails_alone(
     tiny_model: LoadedModel, expected: Answers, place: str, seed: int

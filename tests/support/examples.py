@@ -17,10 +17,10 @@ def num_examples(few: int, many: int) -> int:
     return many if IS_LONG else few
 
 
-def drawn(num: int, limit: int = 30) -> list[int]:
-    """Return the numbers from 1 to `num`; in `make test` at most `limit` of them, of which it prints the seed."""
-    numbers = list(range(1, num + 1))
-    if IS_LONG or num <= limit:
+def drawn(num: int, few: int, many: int) -> list[int]:
+    """Return the numbers from 1 to `num`, at most as many as a test draws in this run; of some, it prints the seed."""
+    numbers, limit = list(range(1, num + 1)), num_examples(few, many)
+    if num <= limit:
         return numbers
     seed = random.randrange(2**32)
     print(f"seed {seed}: {limit} of {num}")

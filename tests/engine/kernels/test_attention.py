@@ -113,7 +113,7 @@ def test_ragged_batches(case: tuple[Shape, list[int], list[Span]], seed: int) ->
 
 
 @only_triton_later
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=cases(PRODUCT_DTYPES, [64, 80, 96, 128, 256, 512, 576]), seed=st.integers(0, 2**32))
 def test_ragged_batches_in_triton(kind: str, case: tuple[Shape, list[int], list[Span]], seed: int) -> None:
     shape, seq_lens, spans = case

@@ -93,7 +93,7 @@ def test_a_broken_weight_shows(value: float) -> None:
 # Products.
 
 
-@settings(max_examples=num_examples(1, 200), deadline=None)
+@settings(max_examples=num_examples(1, 40), deadline=None)
 @example(3, (40, 70, 300), "plain", True, True, PRODUCT_DTYPES[-1], 1)
 @example(2, (20, 70, 300), "Q4_K", False, True, PRODUCT_DTYPES[-1], 1)
 @example(1, (20, 70, 300), "Q6_K", False, False, PRODUCT_DTYPES[-1], 2)
