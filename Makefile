@@ -16,7 +16,7 @@ ARGS ?=
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -p no:rerunfailures --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 QUICK := tests/test_borders.py tests/test_style.py \
-	$(patsubst %,tests/engine/%,batch config grammar model sampling scheduling shared weights) \
+	$(patsubst %,tests/engine/%,batch config grammar model scheduling shared weights) \
 	$(patsubst %,tests/server/%,access constrained limits schemas settings statistics text)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 COMPILE_KERNELS := $(BIN)/python -m engine.kernels.cpu.build >/dev/null 2>&1

@@ -1,6 +1,7 @@
 """Fixtures shared by several folders of tests."""
 
 import os
+import signal
 from collections.abc import Generator
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     end_with_this_process()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by what is started
     # Triton kernels run in the interpreter, on the CPU; but with `-m gpu`, on the GPU. Read when a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "0" if config.option.markexpr == "gpu" else "1")
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist leaves this to its parent

@@ -279,7 +279,12 @@ ANSWERED: dict[str, dict[str, Any]] = {
     f"{CHAT}/render": {"messages": MESSAGES},
 }
 # Fields that change if the answer is streamed.
-STREAMED = {COMPLETIONS: {"prompt": "Hi", "n": 1}, CHAT: {"n": 1}, "/v1/messages": {}, "/api/chat": {}}
+STREAMED: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "Hi", "n": 1},
+    CHAT: {"n": 1},
+    "/v1/messages": {},
+    "/api/chat": {},
+}
 CHANGING = re.compile("id|request_id|created|created_at|.*_duration")
 
 
@@ -294,7 +299,7 @@ def without_times(value: Any) -> Any:
 
 @pytest.mark.parametrize("path", ANSWERED)
 def test_answers_are_those_of_the_coordinator(pair: Pair, path: str) -> None:
-    fields = {"model": "tiny", "seed": 7} | ANSWERED[path]
+    fields: dict[str, Any] = {"model": "tiny", "seed": 7} | ANSWERED[path]
     first, second = (send(server, path, **fields) for server in pair)
     assert first.status_code == second.status_code
     assert {*first.headers} == {*second.headers}

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ def limited(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     file.write_text("".join(f"{name}: {{keys: {digests[name]}, {limit}}}\n" for name, limit in TENANTS.items()))
     with shared_server(model_folder, settings={"api_keys_file": str(file)}) as server:
         for tenant in server.context.api_keys.known.values():
-            moment = tenant.account._clock()
-            tenant.account._clock = lambda moment=moment: moment
+            tenant.account._clock = partial(float, tenant.account._clock())
             tenant.account._wall_clock = lambda: 1e9
         yield server
 
