@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,7 +71,6 @@ class Admission:
         self._limits = limits
         self._estimate = WaitEstimate()
         self._shares = Shares()
-        self._now: Callable[[], float] = time.monotonic  # the event loop's clock, from `watch_timeouts` on
 
     @property
     def num_in_flight(self) -> int:
@@ -114,7 +112,7 @@ class Admission:
             self._metrics.count_rejection("evicted")
             request.fail(QueueFullError(self._retry_after(request.tenant)))
         reservation = Reservation(tenant, self._shares.update)
-        now = self._now()
+        now = asyncio.get_running_loop().time()
         reservation.queue_timeout = queue_timeout
         reservation.start_by, reservation.end_by = now + queue_timeout, now + self._limits.request_timeout
         reservation.add(count)
@@ -162,10 +160,9 @@ class Admission:
 
     async def watch_timeouts(self) -> None:
         """End requests that wait or take too long, until cancelled."""
-        self._now = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(TIMEOUT_SECONDS)
-            now = self._now()
+            now = asyncio.get_running_loop().time()
             for request in self._shares.requests():
                 self._check_timeouts(request, now)
 

@@ -444,8 +444,9 @@ def _make_choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> Choi
 def _timings(job: _Job[Body], generation: Generation) -> RequestTimings | UnsetType:
     if not job.body.wants_timings or generation.last_end is None:
         return UNSET
-    times = {"arrival": job.arrival, "submitted": generation.submitted, "now": time.monotonic()}
-    return request_timings(generation.last_end, seed=job.seed, **times)
+    return request_timings(
+        generation.last_end, arrival=job.arrival, submitted=generation.submitted, now=time.monotonic(), seed=job.seed
+    )
 
 
 async def _collect(job: _Job[Body], started: _Started) -> bytes:

@@ -83,8 +83,7 @@ def test_the_sdk_raises_its_own_errors(start_server: StartServer) -> None:
 
 @pytest.mark.checklist("E01")
 def test_a_full_queue_is_429_without_waiting(server: RunningServer, fake_engine: FakeEngine) -> None:
-    client = server.model.client
-    reservation = client.reserve(client.max_in_flight, tenant=Tenant(name="127.0.0.1"))
+    reservation = server.reserve(server.model.client.max_in_flight, tenant=Tenant(name="127.0.0.1"))
     body = {"model": "tiny", "prompt": "x", "stream": True}
     for _ in range(6):
         response = httpx.post(server.url + "/v1/completions", json=body)

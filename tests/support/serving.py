@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 from server.api.responses.store import ResponseStore
 from server.app import create_app
 from server.context import ServerContext
+from server.engine_client.reservation import Reservation
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
@@ -88,6 +89,14 @@ class RunningServer:
     def response_store(self) -> ResponseStore:
         store: ResponseStore = self._app.state.response_store
         return store
+
+    def reserve(self, count: int, **fields: Any) -> Reservation:
+        """Take capacity for choices on the event loop, as a request does."""
+
+        async def reserve() -> Reservation:
+            return self.model.client.reserve(count, **fields)
+
+        return asyncio.run_coroutine_threadsafe(reserve(), self.loop).result()
 
     def connect(self) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port))

@@ -33,8 +33,9 @@ class Embeddings:
 
     def timings(self) -> RequestTimings:
         """Return the timings of the request, to be called when its answer is complete except for them."""
-        times = {"arrival": self.arrival, "submitted": self.submitted, "now": time.monotonic()}
-        return request_timings(self.last_end, seed=NO_SEED, **times)
+        return request_timings(
+            self.last_end, arrival=self.arrival, submitted=self.submitted, now=time.monotonic(), seed=NO_SEED
+        )
 
 
 async def respond(request: Request, body: EmbeddingRequest, write: Callable[[Embeddings], bytes]) -> Response:

@@ -77,8 +77,7 @@ def test_disconnect_aborts(server: RunningServer, fake_engine: FakeEngine, path:
 @pytest.mark.checklist("E01", "E16")
 @pytest.mark.parametrize("path", BODIES)
 def test_a_full_queue_is_429_before_tokenizing(server: RunningServer, path: str) -> None:
-    client = server.model.client
-    with client.reserve(client.max_in_flight, tenant=Tenant(name="127.0.0.1")):
+    with server.reserve(server.model.client.max_in_flight, tenant=Tenant(name="127.0.0.1")):
         for stream in (False, True):
             answer = ask(server, path, stream=stream)
             error_of(path, answer, 429)

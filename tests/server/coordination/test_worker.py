@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.support.workers import Pair, reset_pair, shared_pair
 
 EMBEDDINGS = "/v1/embeddings"
 KEYS = ("key-one", "key-two")
+TOKENS = "lightwell_generation_tokens_total"
 
 Start = Callable[..., "Future[httpx.Response]"]
 Kind = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -128,6 +130,16 @@ def test_a_waiting_request_makes_room_for_a_tenant_of_the_other_process(
     wait_for_rest(coordinator)
 
 
+def is_answered(coordinator: RunningServer) -> bool:
+    """Return whether a client has the HTTP status of a request that has not ended, in either process."""
+    return any(each.is_answered for each in coordinator.model.client._admission._shares.requests())
+
+
+def has_begun(coordinator: RunningServer, num_tokens: float, stream: bool) -> bool:
+    """Return whether there are more tokens, and the client of a stream has its status."""
+    return coordinator.metric(TOKENS) > num_tokens and is_answered(coordinator) == stream
+
+
 @Order
 def test_a_request_with_a_status_makes_room_last(narrow: Pair, start: Start, is_worker_first: bool) -> None:
     coordinator, _ = narrow
@@ -139,7 +151,7 @@ def test_a_request_with_a_status_makes_room_last(narrow: Pair, start: Start, is_
 
     def has_status() -> bool:
         first.turn(MAX_HELD_SECONDS)
-        return any(each.is_answered for each in coordinator.model.client._admission._shares.requests())
+        return is_answered(coordinator)
 
     wait_until(has_status)
     other = start(second, key=KEYS[1])
@@ -166,10 +178,11 @@ def test_timeouts(pair: Pair, start: Start, timeout: str, seconds: int, fields: 
     coordinator.engine.config.endless, coordinator.engine.config.step_seconds = True, 0.02
     responses = []
     for server in pair:
+        num_tokens = coordinator.metric(TOKENS)
         answer = start(server, stream=stream, max_tokens=1000, **fields)
         wait_until(lambda: coordinator.engine.num_choices == 1)
         if timeout == "request_timeout":
-            wait_until(lambda: coordinator.metric("lightwell_generation_tokens_total"))
+            wait_until(partial(has_begun, coordinator, num_tokens, stream))
         coordinator.turn(seconds + 1)
         responses.append(answer.result())
         wait_for_rest(coordinator)

@@ -185,7 +185,7 @@ class BusyEngines:
 
 
 @pytest.mark.checklist("E11")
-def test_a_request_that_would_wait_for_too_long_is_refused_at_once() -> None:
+async def test_a_request_that_would_wait_for_too_long_is_refused_at_once() -> None:
     """Each request is 102 tokens of work, of which the engines compute 200 in a second."""
     metrics = Metrics("lightwell_", "m")
     admission = Admission(BusyEngines(), metrics, AdmissionLimits(max_queued_requests=100))

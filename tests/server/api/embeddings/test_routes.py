@@ -118,7 +118,7 @@ def test_little_free_capacity_suffices(start_server: StartServer, fake_engine: F
     with ThreadPoolExecutor() as threads:
         embeddings = threads.submit(ask, server, [f"{number}" for number in range(30)])
         wait_until(lambda: client.num_in_flight == 8)
-        others = client.reserve(client.max_in_flight - 1 - 8)  # held by requests that never finish
+        others = server.reserve(client.max_in_flight - 1 - 8)  # held by requests that never finish
         fake_engine.resume()
         assert len(vectors(embeddings.result(timeout=30))) == 30
     others.release()
