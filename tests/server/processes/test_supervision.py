@@ -3,7 +3,6 @@
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -16,11 +15,9 @@ import pytest
 from server.processes import supervised_engine
 from server.processes.run_queue import Silence, cpu_waits, longest_wait
 from server.processes.stop_signals import ECHO_SECONDS, STOP_SIGNALS, StopSignals
-from server.processes.supervised_api import SupervisedApi, linked_configs
+from server.processes.supervised_api import SupervisedApi
 from server.processes.supervised_engine import Crashes, SupervisedEngine
 from server.processes.supervisor_channel import Heartbeat, make_channel
-from server.settings.process_configs import ApiProcessConfig
-from server.settings.table import Settings
 from tests.support.serving import wait_until
 from tests.support.turned_clock import TurnedClock
 
@@ -113,24 +110,6 @@ def test_a_silent_api_process_hangs_even_if_the_machine_is_busy(
     channel.close()
 
 
-def test_workers_are_linked_with_the_coordinator_alone() -> None:
-    config = ApiProcessConfig(settings=Settings(), models=(), supervisor_fd=7)
-    with linked_configs(config, []) as configs:
-        assert configs == [config]
-        assert config.inherited_fds == [7]
-    with linked_configs(config, ["ipc://a", "ipc://b"]) as (coordinator, *workers):
-        for link, worker in zip(coordinator.workers, workers, strict=True):
-            assert worker.coordinator is not None
-            assert worker.coordinator.address == link.address
-            assert worker.inherited_fds == [7, worker.coordinator.sockets_fd]
-            ends = [socket.socket(fileno=os.dup(fd)) for fd in (link.sockets_fd, worker.coordinator.sockets_fd)]
-            with ends[0], ends[1]:
-                ends[0].send(link.address.encode())
-                assert ends[1].recv(100) == link.address.encode()
-        fds = [link.sockets_fd for link in coordinator.workers]
-        assert coordinator.inherited_fds == [7, *fds]
-
-
 def test_processes_that_share_a_cpu_wait_for_it() -> None:
     """Two that loop on one CPU; one that sleeps waits for none."""
     loop = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\nwhile True: pass"
@@ -158,54 +137,30 @@ def test_waits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_waits(os.getpid()) == {}
 
 
-class Machine:
-    """A silent process, and how long its threads have waited for a CPU."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.clock, self.waits = TurnedClock(), {1: 0.0, 2: 50.0}
-        monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: dict(self.waits))
-        self.silence = Silence(0.5, self.clock.now)
-
-    def count(self, *, elapsed: float = 0.5, wait: float = 0.0) -> None:
-        self.clock.time += elapsed
-        self.waits[1] += wait
-        self.silence.count(1)
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
-
-
-def test_silence_counts_until_it_is_broken(machine: Machine) -> None:
-    for _ in range(6):
-        machine.count()
-    assert machine.silence.seconds == machine.silence.total == pytest.approx(3.0)
-    machine.silence.reset()
-    assert machine.silence.seconds == machine.silence.total == 0.0
-
-
-def test_a_pause_of_this_process_counts_as_one_period(machine: Machine) -> None:
-    machine.count(elapsed=60.0)
-    machine.count(elapsed=60.0, wait=59.9)
-    assert machine.silence.seconds == pytest.approx(0.6)
-    assert machine.silence.total == 1.0
-
-
-def test_checks_that_are_late_count_what_a_thread_did_not_wait(machine: Machine) -> None:
-    for _ in range(10):
-        machine.count(elapsed=0.8, wait=0.5)
-    assert machine.silence.seconds == pytest.approx(0.5 + 9 * 0.3)
-
-
-def test_a_wait_that_is_reported_when_it_is_over_takes_back_what_was_counted(machine: Machine) -> None:
-    for _ in range(8):
-        machine.count()
-    machine.count(wait=3.0)
-    assert machine.silence.seconds == pytest.approx(1.5)
-    machine.count(wait=30.0)
-    assert machine.silence.seconds == 0.0
-    assert machine.silence.total == pytest.approx(5.0)
+@pytest.mark.parametrize(
+    ("checks", "seconds", "total"),
+    [
+        ([(0.5, 0.0)] * 6, 3.0, 3.0),
+        ([(60.0, 0.0), (60.0, 59.9)], 0.6, 1.0),  # a pause of this process is one period
+        ([(0.8, 0.5)] * 10, 0.5 + 9 * 0.3, 5.0),  # late, what a thread did not wait
+        ([(0.5, 0.0)] * 8 + [(0.5, 3.0)], 1.5, 4.5),  # a wait that is reported when it is over takes back
+        ([(0.5, 0.0)] * 8 + [(0.5, 30.0)], 0.0, 4.5),
+    ],
+)
+def test_silence(
+    monkeypatch: pytest.MonkeyPatch, checks: list[tuple[float, float]], seconds: float, total: float
+) -> None:
+    """Checks are the time since the last one, and for how much of it one of the process's threads waited for a CPU."""
+    clock, waits = TurnedClock(), {1: 0.0, 2: 50.0}
+    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: dict(waits))
+    silence = Silence(0.5, clock.now)
+    for elapsed, wait in checks:
+        clock.time += elapsed
+        waits[1] += wait
+        silence.count(1)
+    assert (silence.seconds, silence.total) == pytest.approx((seconds, total))
+    silence.reset()
+    assert silence.seconds == silence.total == 0.0
 
 
 def taken(signals: StopSignals) -> int | None:
@@ -239,21 +194,3 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)
-
-
-def test_a_hangup_is_passed_on_if_the_server_reloads() -> None:
-    passed_on: list[int] = []
-
-    class Reloader:
-        send = staticmethod(passed_on.append)
-
-    reloader: Any = Reloader()
-    with StopSignals(reloads=True) as signals:
-        send(signal.SIGHUP)
-        assert taken(signals) is None  # before there is a process
-        signals.reloaders = [reloader]
-        send(signal.SIGHUP)
-        assert taken(signals) is None
-        assert passed_on == [signal.SIGHUP]
-        send(signal.SIGTERM)
-        assert taken(signals) == signal.SIGTERM  # no echo of the hangup
