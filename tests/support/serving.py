@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import select
 import socket
 import tempfile
 import threading
@@ -240,6 +241,21 @@ def read_response(connection: socket.socket) -> tuple[int, dict[str, str], bytes
     while len(body) < int(headers.get("content-length", 1 << 30)) and (chunk := connection.recv(65536)):
         body += chunk
     return int(status_line.split()[1]), headers, body
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Wait for what the server sends next, and return whether that is the end of the connection."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def is_cut(connection: socket.socket) -> bool:
+    """Return whether the server has closed a connection, without reading from it."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return poll.poll(0) != []
 
 
 def check_error(response: httpx.Response, status: int) -> dict[str, Any]:

@@ -81,11 +81,7 @@ LIMIT = STEP_TIMEOUT + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
 def new_liveness(step_timeout: float, pid: int, can_restart: bool = False) -> EngineLiveness:
     """Return the state of an engine that is ready."""
     liveness = EngineLiveness(
-        step_timeout=step_timeout,
-        engine_pid=pid,
-        can_restart=can_restart,
-        on_loss=lambda: None,
-        on_death=lambda: None,
+        step_timeout=step_timeout, engine_pid=pid, can_restart=can_restart, on_loss=lambda: None, on_death=lambda: None
     )
     liveness.start()
     liveness.set_ready(msgspec.structs.replace(ENGINE_INFO, pid=pid))

@@ -44,12 +44,7 @@ def test_best_choices_have_the_highest_mean() -> None:
     """They are selected per prompt and sorted best first; ties keep their order."""
     wholes = [whole(0, -3.0), whole(1, -1.0, -2.0), whole(2, -1.0), whole(3, -9.0), whole(4), whole(5, -9.0, -9.0)]
     best = best_choices(wholes, 3, 2)
-    assert [(delta.index, delta.text) for delta in best] == [
-        (0, "text 2"),
-        (1, "text 1"),
-        (2, "text 3"),
-        (3, "text 5"),
-    ]
+    assert [(delta.index, delta.text) for delta in best] == [(0, "text 2"), (1, "text 1"), (2, "text 3"), (3, "text 5")]
     assert best_choices(wholes, 3, 3) is wholes
 
 

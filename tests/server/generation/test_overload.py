@@ -25,11 +25,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def shared(model_folder: Path) -> Iterator[RunningServer]:
-    settings = {
-        "api_key": ("alice", "bob"),
-        "max_queued_requests": CAPACITY - 2,
-        "queue_timeout": 1000,
-    }
+    settings = {"api_key": ("alice", "bob"), "max_queued_requests": CAPACITY - 2, "queue_timeout": 1000}
     with shared_server(model_folder, settings=settings, max_num_seqs=2) as server:
         yield server
 

@@ -159,8 +159,7 @@ ASKING: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.checklist("C12")
 @pytest.mark.parametrize(
-    ("limit", "allowed", "refused"),
-    [(20, [0, 20], [-1, 21]), (3, [3], [-1, 4, 20]), (-1, [-1, 200, 259], [-2, 260])],
+    ("limit", "allowed", "refused"), [(20, [0, 20], [-1, 21]), (3, [3], [-1, 4, 20]), (-1, [-1, 200, 259], [-2, 260])]
 )
 def test_how_many_alternatives_are_allowed(
     start_server: StartServer, limit: int, allowed: list[int], refused: list[int]
@@ -209,10 +208,7 @@ EXTRA_SAMPLERS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
         {"order": MIROSTAT_ORDER, "mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.5},
     ),
     ({"dry_multiplier": 0.8, "dry_sequence_breakers": []}, {"dry_multiplier": 0.8}),
-    (
-        {"dry_multiplier": 0.8},
-        {"dry_multiplier": 0.8, "dry_breakers": (breaker(10, 34, 42, 58),)},
-    ),
+    ({"dry_multiplier": 0.8}, {"dry_multiplier": 0.8, "dry_breakers": (breaker(10, 34, 42, 58),)}),
     (
         {
             "dry_multiplier": 1,

@@ -4,12 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.clients import (
-    CHAT,
-    COMPLETIONS,
-    ask_json,
-    ask_stream,
-)
+from tests.support.clients import CHAT, COMPLETIONS, ask_json, ask_stream
 from tests.support.fake_engine import EOS_TOKEN_ID
 from tests.support.serving import RunningServer
 

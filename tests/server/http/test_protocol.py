@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import select
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +14,13 @@ import pytest
 from server.http import protocol
 from server.main import KEEP_ALIVE
 from tests.server.conftest import StartServer
+from tests.support.clients import COMPLETIONS
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import (
     RunningServer,
     check_envelope,
+    is_closed,
+    is_cut,
     raw_request,
     read_response,
     wait_until,
@@ -28,23 +30,25 @@ JSON_BODY = b'{"prompt":"hi"}'
 JSON_TYPE = {"content_type": "application/json"}
 
 
+def ask_health(connection: socket.socket) -> None:
+    connection.sendall(raw_request("GET", "/health"))
+    assert read_response(connection)[0] == 200
+
+
 @pytest.mark.checklist("A11")
 def test_a_head_that_trickles_is_cut(server: RunningServer) -> None:
     """A connection after a response is idle, not slow: it has the time of keep-alive."""
     with server.connect() as trickling, server.connect() as silent, server.connect() as idle:
-        idle.sendall(raw_request("GET", "/health"))
-        assert read_response(idle)[0] == 200
+        ask_health(idle)
         for byte in b"GET /health HTTP/1.1\r\nhost: a\r\nx: ":
             with contextlib.suppress(ConnectionError):
                 trickling.sendall(bytes([byte]))
             server.turn(1.0)
         assert is_closed(trickling)
         assert is_closed(silent)
-        idle.sendall(raw_request("GET", "/health"))
-        assert read_response(idle)[0] == 200
+        ask_health(idle)
         server.turn(KEEP_ALIVE - 1.0)
-        idle.sendall(raw_request("GET", "/health"))
-        assert read_response(idle)[0] == 200
+        ask_health(idle)
         server.turn(KEEP_ALIVE + 1.0)
         assert is_closed(idle)
 
@@ -79,49 +83,38 @@ CHUNKED = POST + b"transfer-encoding: chunked\r\n\r\n"
 SMUGGLING = {
     "bare LF after a field": b"GET /health HTTP/1.1\r\nhost: a\nx: y\r\n\r\n",
     "bare LF after the request line": b"GET /health HTTP/1.1\nhost: a\r\n\r\n",
-    "bare LFs only": b"GET /health HTTP/1.1\nhost: a\n\n",
-    "bare LF in place of the blank line": b"GET /health HTTP/1.1\r\nhost: a\r\n\n",
     "LF, CR, LF": b"GET /health HTTP/1.1\r\nhost: a\n\r\n",
     "bare LF without an end": b"GET /health HTTP/1.1\r\nhost: a\nx",
-    "bare CR": b"GET /health HTTP/1.1\r\nhost: a\rx: y\r\n\r\n",
+    "folded with a tab": b"GET /health HTTP/1.1\r\nhost: a\r\n\tx: y\r\n\r\n",
     "two CRs": b"GET /health HTTP/1.1\r\nhost: a\r\r\n\r\n",
     "folded field": b"GET /health HTTP/1.1\r\nhost: a\r\nx: y\r\n z\r\n\r\n",
     "folded length": POST + b"content-length:\r\n 5\r\n\r\n" + SMUGGLED,
-    "folded with a tab": b"GET /health HTTP/1.1\r\nhost: a\r\n\tx: y\r\n\r\n",
     "fold before the first field": b"GET /health HTTP/1.1\r\n host: a\r\n\r\n",
     "NUL in a value": b"GET /health HTTP/1.1\r\nhost: a\r\nx: a\x00b\r\n\r\n",
-    "NUL in a name": b"GET /health HTTP/1.1\r\nhost: a\r\nx\x00: b\r\n\r\n",
     "space before the colon": POST + b"content-length : 5\r\n\r\n" + SMUGGLED,
-    "tab before the colon": POST + b"content-length\t: 5\r\n\r\n" + SMUGGLED,
     "no name": b"GET /health HTTP/1.1\r\nhost: a\r\n: b\r\n\r\n",
     "no colon": b"GET /health HTTP/1.1\r\nhost: a\r\nx\r\n\r\n",
     "contradictory lengths": POST + b"content-length: 0\r\ncontent-length: 38\r\n\r\n" + SMUGGLED,
     "repeated length": POST + b"content-length: 38\r\nContent-Length: 38\r\n\r\n" + SMUGGLED,
     "list of lengths": POST + b"content-length: 38, 38\r\n\r\n" + SMUGGLED,
-    "contradictory list of lengths": POST + b"content-length: 0, 38\r\n\r\n" + SMUGGLED,
     "signed length": POST + b"content-length: +0\r\n\r\n" + SMUGGLED,
     "hexadecimal length": POST + b"content-length: 0x0\r\n\r\n" + SMUGGLED,
     "length in other digits": POST + "content-length: \u0665\r\n\r\n".encode() + SMUGGLED,
     "length that is empty": POST + b"content-length:\r\n\r\n" + SMUGGLED,
-    "length of many digits": POST + b"content-length: " + b"0" * 30 + b"\r\n\r\n" + SMUGGLED,
     "length and coding": POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "coding and length": POST + b"Transfer-Encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "repeated coding": POST + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-    "coding after identity": POST + b"transfer-encoding: identity, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "unknown coding": POST + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "vertical tab before the coding": POST + b"transfer-encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "coding of HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0", 1) + b"0\r\n\r\n" + SMUGGLED,
     "bare LF after a chunk size": CHUNKED + b"2\n{}\r\n0\r\n\r\n",
     "bare LF after a chunk": CHUNKED + b"2\r\n{}\n0\r\n\r\n",
-    "bare LF in a chunk extension": CHUNKED + b"2;a\nb\r\n{}\r\n0\r\n\r\n",
     "chunk longer than its size": CHUNKED + b"2\r\n{}0\r\n\r\n0\r\n\r\n",
     "signed chunk size": CHUNKED + b"+2\r\n{}\r\n0\r\n\r\n",
-    "prefixed chunk size": CHUNKED + b"0x2\r\n{}\r\n0\r\n\r\n",
     "huge chunk size": CHUNKED + b"f" * 21 + b"\r\n{}\r\n0\r\n\r\n",
     "bare LF in a trailer": CHUNKED + b"2\r\n{}\r\n0\r\nx: y\n\r\n",
     "folded trailer": CHUNKED + b"2\r\n{}\r\n0\r\nx: y\r\n z\r\n\r\n",
     "space in the target": b"GET /health /x HTTP/1.1\r\nhost: a\r\n\r\n",
-    "tabs in the request line": b"GET\t/health\tHTTP/1.1\r\nhost: a\r\n\r\n",
     "no version": b"GET /health\r\nhost: a\r\n\r\n",
     "another protocol": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "empty line first": b"\r\nGET /health HTTP/1.1\r\nhost: a\r\n\r\n",
@@ -129,8 +122,6 @@ SMUGGLING = {
     "no host": b"GET /health HTTP/1.1\r\n\r\n",
     "two hosts": b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
     "space in a name": b"GET / HTTP/1.1\r\nhost: a\r\nx y: 1\r\n\r\n",
-    "negative length": POST + b"content-length: -1\r\n\r\n",
-    "no chunk": CHUNKED + b"zz\r\n",
 }
 
 
@@ -179,25 +170,6 @@ def test_what_follows_a_head_is_not_part_of_it(server: RunningServer, in_pieces:
         assert re.findall(rb"HTTP/1.1 (\d+)", read_all(connection)) == [b"200"] * 4 + [b"404"]
 
 
-def is_closed(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-@pytest.mark.checklist("A16")
-def test_idle_connections_make_room(start_server: StartServer) -> None:
-    server = start_server(server={"max_connections": 20})
-    idle = [server.connect() for _ in range(60)]
-    try:
-        assert httpx.get(server.url + "/health").status_code == 200
-        assert all(map(is_closed, idle[:40]))
-    finally:
-        for connection in idle:
-            connection.close()
-
-
 @pytest.mark.checklist("A16")
 def test_a_new_connection_closes_one_which_has_waited_longest(start_server: StartServer) -> None:
     """Not more, so that clients that connect again at once cost little; and what was used since then stays open."""
@@ -205,8 +177,7 @@ def test_a_new_connection_closes_one_which_has_waited_longest(start_server: Star
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(server.connect()) for _ in range(129)]
         wait_until(lambda: is_cut(idle[0]))
-        idle[1].sendall(raw_request("GET", "/health"))
-        assert read_response(idle[1])[0] == 200
+        ask_health(idle[1])
         stack.enter_context(server.connect())
         wait_until(lambda: is_cut(idle[2]))
         assert [number for number, connection in enumerate(idle) if is_cut(connection)] == [0, 2]
@@ -220,13 +191,11 @@ def test_a_body_that_trickles_is_passed_on_in_pieces(is_chunked: bool) -> None:
     pieces = [b"1\r\n%c\r\n" % byte for byte in body] + [b"0\r\n\r\n"] if is_chunked else [bytes([x]) for x in body]
     connection = protocol.StrictConnection()
     connection.receive_data(CHUNKED if is_chunked else POST + b"content-length: %d\r\n\r\n" % len(body))
-    events = list(events_of(connection))
-    for piece in pieces[:-1]:
+    request, *data = events_of(connection)
+    for piece in (*pieces[:-1], pieces[-1] + SMUGGLED):
         connection.receive_data(piece)
-        events += events_of(connection)
-    connection.receive_data(pieces[-1] + SMUGGLED)
-    events += events_of(connection)
-    request, *data, end = events
+        data += events_of(connection)
+    *data, end = data
     assert isinstance(request, h11.Request)
     assert [len(event.data) for event in data] == [4096, 4096, 2048]
     assert b"".join(event.data for event in data) == body
@@ -256,10 +225,9 @@ def test_an_invalid_body_of_a_request_that_is_being_answered(
     server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with server.connect() as connection:
-        connection.sendall(b"GET /v1/nothing HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n")
+        connection.sendall(CHUNKED.replace(b"/tokenize", b"/v1/nothing") + b"no chunk\r\n")
         status, _, body = read_response(connection)
-        assert connection.recv(1) == b""
-    assert status == 400
+        assert (status, connection.recv(1)) == (400, b"")
     check_envelope(body)
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
@@ -270,19 +238,13 @@ def test_slow_bodies_and_readers_make_room(start_server: StartServer, fake_engin
     """The oldest ones of the address that has most connections; an answer that is read goes on."""
     server = start_server(max_logprobs=-1, server={"max_connections": 6})
     fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.002
-    fields: dict[str, Any] = {"model": "tiny", "prompt": "x", "stream": True}
+    fields = {"model": "tiny", "prompt": "x", "stream": True, "max_tokens": 1900}
     data = raw_request("POST", "/tokenize", JSON_BODY, **JSON_TYPE)[:-1]
     if kind == "reader":
-        body = json.dumps(fields | {"max_tokens": 2000, "logprobs": 250}).encode()
-        data = raw_request("POST", "/v1/completions", body, **JSON_TYPE)
+        data = raw_request("POST", COMPLETIONS, json.dumps(fields | {"logprobs": 250}).encode(), **JSON_TYPE)
     with contextlib.ExitStack() as stack:
-        reading = stack.enter_context(
-            httpx.stream("POST", server.url + "/v1/completions", json=fields | {"max_tokens": 1900}, timeout=60)
-        )
-        events = reading.iter_lines()
-        other = stack.enter_context(
-            socket.create_connection(("127.0.0.1", server.port), source_address=("127.0.0.3", 0))
-        )
+        events = stack.enter_context(httpx.stream("POST", server.url + COMPLETIONS, json=fields)).iter_lines()
+        other = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), None, ("127.0.0.3", 0)))
         slow = [stack.enter_context(server.connect()) for _ in range(4)]
         ports = [connection.getsockname()[1] for connection in slow]
 
@@ -305,16 +267,8 @@ def test_slow_bodies_and_readers_make_room(start_server: StartServer, fake_engin
             assert [is_cut(connection) for connection in slow] == [True, False, False, False]
         else:  # what it was sent before is still to be read
             wait_until(lambda: server.engine.num_choices == 4)
-        other.sendall(raw_request("GET", "/health"))
-        assert read_response(other)[0] == 200
+        ask_health(other)
         assert "choices" in next(line for line in events if line)
-
-
-def is_cut(connection: socket.socket) -> bool:
-    """Whether the server has closed a connection. Reads nothing."""
-    poll = select.poll()
-    poll.register(connection, select.POLLRDHUP)
-    return poll.poll(0) != []
 
 
 def test_https_on_the_plain_port_is_explained(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,12 @@ from tests.support.serving import (
 )
 
 
-@pytest.mark.parametrize("given", ["abc", "A.b_c-1", "x" * 128])
-def test_a_harmless_request_id_is_kept(given: str) -> None:
-    assert choose_request_id(given) == given
-
-
 @pytest.mark.checklist("A15")
-@pytest.mark.parametrize("given", ["", "a b", "a\x1b[31m", "x" * 129, "ü", "a/b", "a\r\nb", "a\n", None])
-def test_other_request_ids_are_replaced(given: str | None) -> None:
-    chosen = choose_request_id(given)
-    assert chosen.startswith("req_")
-    assert len(chosen) == 36
+def test_only_a_harmless_request_id_is_kept() -> None:
+    for given in ("abc", "A.b_c-1", "x" * 128):
+        assert choose_request_id(given) == given
+    for other in ("", "a b", "a\x1b[31m", "x" * 129, "ü", "a/b", "a\r\nb", "a\n", None):
+        assert re.fullmatch("req_[0-9a-f]{32}", choose_request_id(other)), other
 
 
 @pytest.mark.checklist("E12")
@@ -43,52 +39,51 @@ def test_every_answer_has_an_id_of_its_own(server: RunningServer) -> None:
     assert len({response.headers["x-request-id"] for response in responses}) == 8
 
 
+def access_records(caplog: pytest.LogCaptureFixture, number: int = 1, path: str = "") -> list[logging.LogRecord]:
+    """Wait for this number of lines of the access log, of paths that end with `path`."""
+
+    def records() -> list[logging.LogRecord]:
+        return [each for each in caplog.records if each.name == "server.access" and each.getMessage().endswith(path)]
+
+    wait_until(lambda: len(records()) >= number)
+    return records()
+
+
+def access_fields(caplog: pytest.LogCaptureFixture, path: str = COMPLETIONS) -> dict[str, Any]:
+    """Wait for the line of the only request to `path` since the last call, and return its fields."""
+    (record,) = access_records(caplog, path=path)
+    caplog.clear()
+    return dict(record.__dict__["fields"])
+
+
 def test_one_line_for_each_request(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    path = "/x%0a%1b[31m%20status=200?key=secret"
     with server.connect() as connection:
-        connection.sendall(
-            raw_request("GET", "/x%0a%1b[31m%20status=200?key=secret", x_request_id="mine", connection="close")
-        )
+        connection.sendall(raw_request("GET", path, x_request_id="mine", connection="close"))
         assert read_response(connection)[0] == 404
-    wait_until(lambda: [r for r in caplog.records if r.name == "server.access"])
-    (record,) = [record for record in caplog.records if record.name == "server.access"]
+    (record,) = access_records(caplog)
     assert record.getMessage() == "GET /x%0A%1B[31m%20status=200"
-    fields = record.__dict__["fields"]
-    assert fields["request_id"] == "mine"
-    assert fields["status"] == 404
-    assert fields["client"] == "127.0.0.1"
+    expected = {"request_id": "mine", "status": 404, "client": "127.0.0.1"}
+    assert expected.items() <= record.__dict__["fields"].items()
     assert "secret" not in str(record.__dict__)
 
 
-def test_frequent_requests_are_logged_at_level_debug(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_frequent_requests_are_logged_at_level_debug(
+    server: RunningServer, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those to a server that is loading."""
     caplog.set_level(logging.DEBUG)
     for path in ("/health", "/healthz", "/readyz", "/metrics", "/v1/models"):
         assert httpx.get(server.url + path).status_code == 200
-    wait_until(lambda: len([r for r in caplog.records if r.name == "server.access"]) == 5)
-    levels = [record.levelname for record in caplog.records if record.name == "server.access"]
-    assert levels == ["DEBUG"] * 4 + ["INFO"]
-
-
-def test_probes_of_a_server_that_is_loading_are_quiet(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
+    assert [record.levelname for record in access_records(caplog, 5)] == ["DEBUG"] * 4 + ["INFO"]
+    caplog.clear()
     with own_address() as address:
         context = make_test_context(address, model_folder, api_key=("k",))
-        with running_server(context, wait_ready=False) as server:
-            assert httpx.get(server.url + "/readyz").status_code == 503
-            assert httpx.get(server.url + "/metrics").status_code == 401  # a scraper without the key
-    levels = [record.levelname for record in caplog.records if record.name == "server.access"]
-    assert levels == ["DEBUG", "INFO"]
-
-
-def access_fields(caplog: pytest.LogCaptureFixture, path: str) -> dict[str, Any]:
-    """Wait for the record of a request, and return its fields."""
-
-    def records() -> list[logging.LogRecord]:
-        return [r for r in caplog.records if r.name == "server.access" and r.getMessage().endswith(path)]
-
-    wait_until(records)
-    fields: dict[str, Any] = records()[-1].__dict__["fields"]
-    return fields
+        with running_server(context, wait_ready=False) as loading:
+            assert httpx.get(loading.url + "/readyz").status_code == 503
+            assert httpx.get(loading.url + "/metrics").status_code == 401  # a scraper without the key
+    assert [record.levelname for record in access_records(caplog, 2)] == ["DEBUG", "INFO"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -97,17 +92,12 @@ def test_tokens_and_speed_of_a_generation(
 ) -> None:
     """The counts are those of the answer's `usage`."""
     caplog.set_level(logging.INFO)
-    body = {"model": "tiny", "prompt": "Hello", "n": 2, "max_tokens": 5, "stream": stream}
-    if stream:
-        body["stream_options"] = {"include_usage": True}
-    response = httpx.post(server.url + "/v1/completions", json=body)
-    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
-    usage = json.loads(events[-1] if stream else response.text)["usage"]
-    fields = access_fields(caplog, "/v1/completions")
-    assert (fields["prompt_tokens"], fields["completion_tokens"]) == (
-        usage["prompt_tokens"],
-        usage["completion_tokens"],
-    )
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    body = {"model": "tiny", "prompt": "Hello", "n": 2, "max_tokens": 5, "stream": stream, **options}
+    text = httpx.post(server.url + COMPLETIONS, json=body).text
+    usage = json.loads(text.split("data: ")[-2] if stream else text)["usage"]
+    fields = access_fields(caplog)
+    assert {name: fields[name] for name in ("prompt_tokens", "completion_tokens")}.items() <= usage.items()
     assert fields["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"]
     assert 0 < fields["ttft_ms"] < fields["ms"]
     assert list(fields)[:2] == ["status", "ms"]
@@ -117,8 +107,8 @@ def test_tokens_and_speed_of_a_generation(
 
 def test_only_generations_have_tokens(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    httpx.post(server.url + "/v1/completions", json={"model": "x", "prompt": "Hello"})
-    assert set(access_fields(caplog, "/v1/completions")) == {"status", "ms", "client", "request_id"}
+    httpx.post(server.url + COMPLETIONS, json={"model": "x", "prompt": "Hello"})
+    assert set(access_fields(caplog)) == {"status", "ms", "client", "request_id"}
     httpx.post(server.url + "/v1/embeddings", json={"model": "tiny", "input": ["Hello", "you"]})
     fields = access_fields(caplog, "/v1/embeddings")
     assert fields["prompt_tokens"] > 0
@@ -144,16 +134,14 @@ def test_a_bug_is_500_without_details(
 
 
 def test_http_metrics_count_routes_and_not_paths(server: RunningServer) -> None:
-    for path in ("/v1/models/tiny", "/v1/models/org/tiny", "/a", "/b"):
-        httpx.get(server.url + path)
-    httpx.request("BREW", server.url + "/c")
+    for method, path in (("GET", "/v1/models/tiny"), ("GET", "/v1/models/org/tiny"), ("GET", "/a"), ("BREW", "/b")):
+        httpx.request(method, server.url + path)
 
     def count(handler: str, method: str, status: str) -> float:
         return server.metric("http_requests_total", handler=handler, method=method, status=status)
 
     wait_until(lambda: count("none", "other", "404"))
-    assert count("/v1/models/{model_id:path}", "GET", "200") == 2
-    assert count("none", "GET", "404") == 2
+    assert (count("/v1/models/{model_id:path}", "GET", "200"), count("none", "GET", "404")) == (2, 1)
 
 
 @pytest.mark.checklist("G10")
@@ -211,8 +199,7 @@ def test_only_trusted_proxies_name_the_client(
     caplog.set_level(logging.INFO)
     server = start_server(server={"forwarded_allow_ips": trusted})
     for forwarded, client in clients.items():
-        caplog.clear()
         body, headers = {"model": "tiny", "prompt": "x"}, {"x-forwarded-for": forwarded}
         assert httpx.post(server.url + COMPLETIONS, json=body, headers=headers).status_code == 200
         assert server.engine.submits[-1].tenant == client.strip("-")
-        assert access_fields(caplog, COMPLETIONS)["client"] == client
+        assert access_fields(caplog)["client"] == client

@@ -1,7 +1,6 @@
 """Streams over real sockets: their format and end, and clients that disconnect or stop reading."""
 
 import asyncio
-import re
 import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -38,11 +37,16 @@ from tests.support.serving import (
 Events = Callable[[], AsyncGenerator[bytes, None]]
 
 
+async def silent() -> AsyncGenerator[bytes, None]:
+    await asyncio.Event().wait()
+    yield b""
+
+
 class Stage:
     """The route /stream, which is added to a server, and a record of what its handler did."""
 
     def __init__(self) -> None:
-        self.events: Events = three
+        self.events: Events = silent
         self.format = SERVER_SENT_EVENTS
         self.notes: list[str] = []
         self.num_sent = 0
@@ -80,14 +84,8 @@ class Stage:
             self.notes.append("closed")
 
 
-async def three() -> AsyncGenerator[bytes, None]:
-    yield b"data: 1\n\n"
-    yield b"data: 2\n\ndata: 3\n\n"
-    yield b"data: [DONE]\n\n"
-
-
 @pytest.fixture(scope="module")
-def stage_server(default_server: RunningServer, model_folder: Path) -> Iterator[tuple[RunningServer, Stage]]:
+def staged(default_server: RunningServer, model_folder: Path) -> Iterator[tuple[RunningServer, Stage]]:
     stage, engine = Stage(), default_server.engine
     context = make_test_context(engine.config.address, model_folder)
     app: FastAPI = create_app(context)
@@ -98,27 +96,15 @@ def stage_server(default_server: RunningServer, model_folder: Path) -> Iterator[
 
 
 @pytest.fixture
-def staged_server(stage_server: tuple[RunningServer, Stage]) -> RunningServer:
-    return stage_server[0]
+def server(staged: tuple[RunningServer, Stage]) -> Iterator[RunningServer]:
+    yield staged[0]
+    wait_until(lambda: not staged[0].num_requests)
 
 
 @pytest.fixture
-def stage(stage_server: tuple[RunningServer, Stage]) -> Iterator[Stage]:
-    server, stage = stage_server
-    vars(stage).update(vars(Stage()))
-    yield stage
-    wait_until(lambda: not server.num_requests)
-
-
-def test_chunks_are_sent_as_they_are(staged_server: RunningServer, stage: Stage) -> None:
-    response = httpx.get(staged_server.url + "/stream")
-    assert response.text == "data: 1\n\ndata: 2\n\ndata: 3\n\ndata: [DONE]\n\n"
-    assert re.match("text/event-stream(;|$)", response.headers["content-type"])
-    assert response.headers["cache-control"] == "no-store"
-    assert response.headers["x-accel-buffering"] == "no"
-    assert "content-encoding" not in response.headers
-    assert response.headers["x-request-id"]
-    wait_until(lambda: stage.notes == ["closed", "on_close"])
+def stage(staged: tuple[RunningServer, Stage], server: RunningServer) -> Stage:
+    vars(staged[1]).update(vars(Stage()))
+    return staged[1]
 
 
 @pytest.mark.checklist("B08", "F01")
@@ -126,7 +112,7 @@ def test_chunks_are_sent_as_they_are(staged_server: RunningServer, stage: Stage)
     ("error", "kind"), [(EngineDeadError(), "service_unavailable_error"), (RuntimeError("a secret"), "server_error")]
 )
 def test_an_error_is_the_last_event(
-    staged_server: RunningServer, stage: Stage, caplog: pytest.LogCaptureFixture, error: Exception, kind: str
+    server: RunningServer, stage: Stage, caplog: pytest.LogCaptureFixture, error: Exception, kind: str
 ) -> None:
     """A bug without details, which are in the log."""
 
@@ -135,7 +121,7 @@ def test_an_error_is_the_last_event(
         raise error
 
     stage.events = fails
-    first, event, done, end = httpx.get(staged_server.url + "/stream").content.split(b"\n\n")
+    first, event, done, end = httpx.get(server.url + "/stream").content.split(b"\n\n")
     assert (first, done, end) == (b"data: 1", b"data: [DONE]", b"")
     assert check_envelope(event.removeprefix(b"data: "))["type"] == kind
     assert b"secret" not in event
@@ -147,7 +133,7 @@ def test_an_error_is_the_last_event(
     ("format", "comment"), [(SERVER_SENT_EVENTS, ": keep-alive\n\n"), (NDJSON, "")], ids=["SSE", "NDJSON"]
 )
 def test_comments_keep_a_silent_stream_alive(
-    staged_server: RunningServer, stage: Stage, format: StreamFormat, comment: str
+    server: RunningServer, stage: Stage, format: StreamFormat, comment: str
 ) -> None:
     """Where the format has any."""
     started, may_end = threading.Event(), asyncio.Event()
@@ -159,12 +145,12 @@ def test_comments_keep_a_silent_stream_alive(
 
     stage.events, stage.format = late, format
     with ThreadPoolExecutor() as threads:
-        answer = threads.submit(httpx.get, staged_server.url + "/stream", timeout=60)
+        answer = threads.submit(httpx.get, server.url + "/stream", timeout=60)
         assert started.wait(60)
-        assert httpx.get(staged_server.url + "/health").status_code == 200  # all that has begun waits now
+        assert httpx.get(server.url + "/health").status_code == 200  # all that has begun waits now
         for _ in range(3):
-            staged_server.turn(KEEP_ALIVE_SECONDS)
-        staged_server.loop.call_soon_threadsafe(may_end.set)
+            server.turn(KEEP_ALIVE_SECONDS)
+        server.loop.call_soon_threadsafe(may_end.set)
         assert answer.result().text == 3 * comment + "{}\n"
         assert answer.result().headers["content-type"].startswith(format.media_type)
     wait_until(lambda: stage.notes == ["closed", "on_close"])
@@ -176,21 +162,16 @@ async def endless() -> AsyncGenerator[bytes, None]:
         await asyncio.sleep(0.01)
 
 
-async def silent() -> AsyncGenerator[bytes, None]:
-    await asyncio.Event().wait()
-    yield b""
-
-
 @pytest.mark.parametrize("events", [endless, silent])
 @pytest.mark.parametrize(
     ("how", "format"),
     [("close", SERVER_SENT_EVENTS), ("reset", SERVER_SENT_EVENTS), ("half", SERVER_SENT_EVENTS), ("close", NDJSON)],
 )
 def test_a_disconnect_closes_the_generator_at_once(
-    staged_server: RunningServer, stage: Stage, events: Events, how: str, format: StreamFormat
+    server: RunningServer, stage: Stage, events: Events, how: str, format: StreamFormat
 ) -> None:
     stage.events, stage.format = events, format
-    connection = staged_server.connect()
+    connection = server.connect()
     connection.sendall(raw_request("GET", "/stream"))
     assert connection.recv(10)
     if how == "reset":
@@ -224,7 +205,7 @@ async def test_on_close_is_called_where_the_generator_never_ran() -> None:
 
 
 @pytest.mark.checklist("E08")
-def test_a_reader_that_stops_is_cut(staged_server: RunningServer, stage: Stage) -> None:
+def test_a_reader_that_stops_is_cut(server: RunningServer, stage: Stage) -> None:
     async def flood() -> AsyncGenerator[bytes, None]:
         while True:
             yield b"data: " + b"x" * 10_000 + b"\n\n"
@@ -233,33 +214,33 @@ def test_a_reader_that_stops_is_cut(staged_server: RunningServer, stage: Stage) 
     stage.events = flood
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", staged_server.port))
+        connection.connect(("127.0.0.1", server.port))
         connection.sendall(raw_request("GET", "/stream"))
 
         def is_held_up() -> bool:
             before = stage.num_sent
-            assert httpx.get(staged_server.url + "/health").status_code == 200  # other clients are served meanwhile
+            assert httpx.get(server.url + "/health").status_code == 200  # other clients are served meanwhile
             return stage.num_sent == before > 10
 
         wait_until(is_held_up)
-        staged_server.turn(HTTPProtocol.write_timeout - 1.0)
+        server.turn(HTTPProtocol.write_timeout - 1.0)
         assert stage.notes == []
-        staged_server.turn(1.1)
+        server.turn(1.1)
         wait_until(lambda: stage.notes == ["closed", "on_close"])
         assert stage.num_sent < 2000  # events that it would not read were not produced
 
 
 @pytest.mark.checklist("E10")
-def test_a_plain_handler_is_cancelled_when_its_client_leaves(staged_server: RunningServer, stage: Stage) -> None:
-    with staged_server.connect() as connection:
+def test_a_plain_handler_is_cancelled_when_its_client_leaves(server: RunningServer, stage: Stage) -> None:
+    with server.connect() as connection:
         connection.sendall(raw_request("GET", "/wait"))
         wait_until(lambda: stage.notes == ["waits"])
     wait_until(lambda: stage.notes == ["waits", "cancelled", "disconnected"])
 
 
-def test_a_plain_handler_answers_who_waits(staged_server: RunningServer, stage: Stage) -> None:
-    assert httpx.get(staged_server.url + "/wait?short").text == "done"
-    assert httpx.get(staged_server.url + "/wait?short,fail").status_code == 503
+def test_a_plain_handler_answers_who_waits(server: RunningServer, stage: Stage) -> None:
+    assert httpx.get(server.url + "/wait?short").text == "done"
+    assert httpx.get(server.url + "/wait?short,fail").status_code == 503
     assert stage.notes == ["waits"] * 2
 
 

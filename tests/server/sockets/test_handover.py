@@ -4,17 +4,14 @@ import asyncio
 import os
 import resource
 import socket
-import ssl
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -26,7 +23,7 @@ from server.sockets.certificate import Certificate
 from server.sockets.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
 from server.sockets.listeners import bind, bind_unix
 from tests.support.paths import ROOT
-from tests.support.serving import wait_until
+from tests.support.serving import is_closed, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -59,6 +56,12 @@ class Echo(asyncio.Protocol):
 async def until(condition: Callable[[], bool]) -> None:
     """Let other tasks run until `condition()` is true."""
     await asyncio.to_thread(wait_until, condition)
+
+
+async def check_echo(clients: list[socket.socket]) -> None:
+    for number, client in enumerate(clients):
+        client.send(b"%d" % number)
+        assert await asyncio.to_thread(client.recv, 10) == b"%d" % number
 
 
 async def until_open(connections: list[Echo], number: int) -> None:
@@ -156,42 +159,28 @@ async def running(
             await worker.close()
 
 
-def is_closed(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-async def test_connections_are_spread_evenly(listener: socket.socket, connect: Connect) -> None:
-    async with running(listener, 3) as (coordinator, workers):
-        clients = [connect() for _ in range(40)]
-        processes = [coordinator.own, *(worker.own for worker in workers)]
-        await until(lambda: sum(map(len, processes)) == 40)
-        assert list(map(len, processes)) == [10] * 4
-        assert coordinator.num_passed_on == 30
-        for number, client in enumerate(clients):
-            client.send(b"%d" % number)
-            assert await asyncio.to_thread(client.recv, 10) == b"%d" % number
-
-
-@pytest.mark.parametrize(("num_workers", "shares"), [(1, [5, 7]), (3, [6, 12, 11, 11]), (7, [0] + 7 * [10])])
-async def test_the_coordinator_keeps_fewer(
-    listener: socket.socket, connect: Connect, num_workers: int, shares: list[int]
+@pytest.mark.parametrize(
+    ("num_workers", "relay_cost", "shares"),
+    [(3, 0, [10] * 4), (1, RELAY_COST, [5, 7]), (3, RELAY_COST, [6, 12, 11, 11]), (7, RELAY_COST, [0] + 7 * [10])],
+)
+async def test_the_coordinator_keeps_fewer_the_more_it_works_for_the_streams_of_all(
+    listener: socket.socket, connect: Connect, num_workers: int, relay_cost: float, shares: list[int]
 ) -> None:
-    """It works for the streams of all."""
-    async with running(listener, num_workers, relay_cost=RELAY_COST) as (coordinator, workers):
+    async with running(listener, num_workers, relay_cost=relay_cost) as (coordinator, workers):
         processes = [coordinator.own, *(worker.own for worker in workers)]
+        clients = []
         for number in range(sum(shares)):
-            connect()
+            clients.append(connect())
             await until(lambda: sum(map(len, processes)) == number + 1)  # noqa: B023  (used at once)
         assert list(map(len, processes)) == shares
+        assert coordinator.num_passed_on == sum(shares[1:])
+        await check_echo(clients)
 
 
 async def test_small_writes_of_a_worker_are_not_delayed(listener: socket.socket, connect: Connect) -> None:
     async with running(listener, 1) as (_, (worker,)):
         client = connect()
-        await until(lambda: len(worker.own) == 1)
+        await until_open(worker.own, 1)
         transport = worker.own[0].transport
         passed_on = transport.get_extra_info("socket")
         assert not os.get_inheritable(passed_on.fileno())
@@ -203,55 +192,37 @@ async def test_small_writes_of_a_worker_are_not_delayed(listener: socket.socket,
 async def test_the_next_connection_goes_where_some_have_been_closed(listener: socket.socket, connect: Connect) -> None:
     async with running(listener, 2) as (coordinator, workers):
         processes = [coordinator.own, *(worker.own for worker in workers)]
-        clients = [connect() for _ in range(12)]
+        for _ in range(12):
+            connect()
         await until(lambda: list(map(len, processes)) == [4, 4, 4])
         for process in (2, 0, 1):
-            names = [connection.transport.get_extra_info("peername") for connection in processes[process]]
-            if listener.family == socket.AF_INET:
-                for client in [each for each in clients if each.getsockname() in names]:
-                    clients.remove(client)
-                    client.close()
-            else:
-                for connection in processes[process]:
-                    connection.transport.close()
+            for connection in processes[process]:
+                connection.transport.close()
             await until_open(processes[process], 0)
             await coordinator.until_passed_on(8 if process == 0 else 4)
-            clients += [connect() for _ in range(4)]
+            for _ in range(4):
+                connect()
             await until(lambda: list(map(len, processes)) == [4, 4, 4])
 
 
-async def test_a_worker_that_still_starts_gets_nothing(
+async def test_a_worker_gets_nothing_before_it_has_started_and_a_few_while_it_is_busy(
     listener: socket.socket, connect: Connect, stack: ExitStack
 ) -> None:
-    end, other_end = pair(stack)
-    coordinator = Coordinator(listener, [end])
-    for _ in range(3):
-        connect()
-    await until(lambda: len(coordinator.own) == 3)
-    assert coordinator.workers.num_free == 0
-    worker = Worker(other_end)
-    await until(lambda: coordinator.workers.num_free == ROOM)
-    connect()
-    await until(lambda: len(worker.own) == 1)
-    await coordinator.close()
-    await worker.close()
-
-
-async def test_a_busy_worker_gets_a_few(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
     """The coordinator has the others. When the worker is no longer busy, it has what it was sent."""
     end, other_end = pair(stack)
     coordinator = Coordinator(listener, [end])
+    clients = [connect() for _ in range(3)]
+    await until_open(coordinator.own, 3)
+    assert coordinator.workers.num_free == 0
     other_end.send(HAS_STARTED)
-    await until(lambda: coordinator.workers.num_free == ROOM)
-    clients = [connect() for _ in range(200)]
+    await coordinator.until_passed_on(0)
+    clients += [connect() for _ in range(197)]
     await until(lambda: len(coordinator.own) + coordinator.num_passed_on == 200)
     num_waiting = coordinator.num_passed_on
     assert 0 < num_waiting < 80
     worker = Worker(other_end)
-    await until(lambda: len(worker.own) == num_waiting)
-    for client in clients:
-        client.send(b"x")
-        assert await asyncio.to_thread(client.recv, 1) == b"x"
+    await until_open(worker.own, num_waiting)
+    await check_echo(clients)
     await coordinator.close()
     await worker.close()
 
@@ -265,48 +236,40 @@ async def test_the_room_of_workers_counts(
     async with running(listener, 1, num_free=0) as (coordinator, (worker,)):
         clients = [connect() for _ in range(100)]
         await until(lambda: len(coordinator.own) == len(worker.own) == 50)
-        for client in clients:
-            client.send(b"x")
-            assert await asyncio.to_thread(client.recv, 1) == b"x"
+        await check_echo(clients)
 
 
 async def test_a_dead_worker_gets_nothing(listener: socket.socket, connect: Connect, stack: ExitStack) -> None:
     """What it had is closed, and counts no longer."""
     end, other_end = pair(stack)
-    end_in_worker = f"socket.socket(fileno={other_end.fileno()})"
-    code = f"import socket, time; end = {end_in_worker}; end.send({HAS_STARTED!r}); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[other_end.fileno()])  # noqa: ASYNC220
-    stack.callback(process.wait)
-    stack.callback(process.kill)
-    other_end.close()
     coordinator = Coordinator(listener, [end])
-    await until(lambda: coordinator.workers.num_free == ROOM)
+    other_end.send(HAS_STARTED)
+    await coordinator.until_passed_on(0)
     clients = [connect() for _ in range(4)]
     await until(lambda: len(coordinator.own) == coordinator.num_passed_on == 2)
-    process.kill()
+    other_end.close()  # as the system does at the end of a process
     await until(lambda: coordinator.workers.num_free == 0)
     kept = [connection.transport.get_extra_info("peername") for connection in coordinator.own]
     if listener.family == socket.AF_INET:
         assert all(is_closed(client) for client in clients if client.getsockname() not in kept)
     for _ in range(6):
         connect()
-    await until(lambda: len(coordinator.own) == 8)
+    await until_open(coordinator.own, 8)
     await coordinator.close()
 
 
 async def test_workers_get_nothing_after_the_end(listener: socket.socket, connect: Connect) -> None:
     async with running(listener, 1) as (coordinator, (worker,)):
         first = connect()
-        await until(lambda: len(worker.own) == 1)
+        await until_open(worker.own, 1)
         coordinator.acceptor.close()
         connect()
         for _ in range(10):  # turns of the loop, each of which looks at all sockets
             await asyncio.sleep(0)
         assert (len(worker.own), len(coordinator.own)) == (1, 0)
-        first.send(b"x")
-        assert await asyncio.to_thread(first.recv, 1) == b"x"  # goes on
+        await check_echo([first])  # goes on
         first.close()
-        await until(lambda: not worker.own)
+        await until_open(worker.own, 0)
 
 
 async def test_a_worker_that_has_stopped_gets_nothing(listener: socket.socket, connect: Connect) -> None:
@@ -380,7 +343,7 @@ async def test_a_worker_without_file_descriptors(stack: ExitStack, caplog: pytes
     assert is_closed(client)
     assert numbers(end) == [0, 1]
     socket.send_fds(end, [b"\0"], [connections[1][1].fileno()])
-    await until(lambda: len(worker.own) == 1)
+    await until_open(worker.own, 1)
     await worker.close()
     assert [record.getMessage() for record in caplog.records] == [
         "a connection cannot be received: too many open files"
@@ -419,22 +382,13 @@ def test_servers_share_their_connections(stack: ExitStack, is_tls: bool) -> None
     port = listener.getsockname()[1]
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
     links = [tuple(WorkerLink("", end.detach()) for end in ends) for ends in pairs]
-    workers = [first for first, _ in links]
-    stack.enter_context(serving("coordinator", listeners=[listener], certificate=certificate, workers=workers))
+    stack.enter_context(
+        serving("coordinator", listeners=[listener], certificate=certificate, workers=[first for first, _ in links])
+    )
     for number, (_, link) in enumerate(links):
         stack.enter_context(serving(f"worker {number}", certificate=certificate, coordinator=link))
-    context = ssl._create_unverified_context()
-
-    def connect() -> HTTPConnection:
-        if is_tls:
-            return HTTPSConnection("127.0.0.1", port, timeout=60, context=context)
-        return HTTPConnection("127.0.0.1", port, timeout=60)
-
-    connections = [connect() for _ in range(9)]
     names: Counter[str] = Counter()
-    for connection in connections:
-        connection.request("GET", "/")
-        names[connection.getresponse().read().decode().strip('"')] += 1
+    for _ in range(9):
+        client = stack.enter_context(httpx.Client(verify=False))
+        names[client.get(f"{'https' if is_tls else 'http'}://127.0.0.1:{port}/").json()] += 1
     assert names == {"coordinator": 2, "worker 0": 4, "worker 1": 3}
-    for connection in connections:
-        connection.close()
