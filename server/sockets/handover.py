@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # Memory for some 20 connections that a worker has not received. A busy worker gets no more, so that they need not wait.
 QUEUE_BYTES = 8 << 10
 NUMBER_BYTES = 4
-# What a stream of a worker costs the coordinator, of what one of its own does (tests/bench/api_servers.py).
+# What a stream of a worker costs the coordinator, of what one of its own does (tests/bench/capacity.py).
 RELAY_COST = 1 / 6
 
 

@@ -6,27 +6,24 @@ For each kind, a process of its own opens the connections and replaces those tha
 and requests for one token are timed, and the memory of the API process is sampled.
 """
 
-import argparse
 import asyncio
 import json
+import multiprocessing
 import selectors
 import socket
 import ssl
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from server.main import raise_file_limit
-from tests.bench.serve import MODEL_NAME, running_server, split_at_dashes
+from tests.bench.serve import MODEL_NAME, parse, print_rows, run, running_server
 
 TLS = Path(__file__).parents[1] / "support/tls"
 CERTIFICATE = [f"--ssl-certfile={TLS / 'one.crt'}", f"--ssl-keyfile={TLS / 'one.key'}"]
@@ -72,13 +69,16 @@ KINDS = {
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    if arguments.attack:
-        attack(KINDS[arguments.attack], arguments.port, arguments.connections)
-        return 0
+    arguments = parse(
+        "connections",
+        __doc__,
+        connections=(4096, "number of hostile connections"),
+        seconds=(10.0, "duration of each kind"),
+        kinds=(list(KINDS), "of connections"),
+    )
     rows = []
     for uses_tls in (False, True):
-        kinds = [kind for kind in arguments.kinds or KINDS if KINDS[kind].uses_tls == uses_tls]
+        kinds = [kind for kind in arguments.kinds if KINDS[kind].uses_tls == uses_tls]
         if not kinds:
             continue
         with running_server([*arguments.model, *(CERTIFICATE if uses_tls else ()), *arguments.flags]) as (url, _):
@@ -87,32 +87,10 @@ def main() -> int:
             for kind in kinds:
                 with attacking(kind, url, 0 if kind == "none" else arguments.connections):
                     peak, delays = asyncio.run(probe(url, process, arguments.seconds))
-                rows.append(
-                    (KINDS[kind].name, f"{(peak - base) / (1 << 20):.0f}", *(f"{max(d) * 1e3:.0f}" for d in delays))
-                )
-    table = Table("connections", "MiB", "/health, longest (ms)", "one token, longest (ms)")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=120).print(table)
+                figures = (peak - base) / (1 << 20), *(1e3 * max(some) for some in delays)
+                rows.append([KINDS[kind].name, *(f"{figure:.0f}" for figure in figures)])
+    print_rows(("connections", "MiB", "/health, longest (ms)", "one token, longest (ms)"), rows)
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.connections",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
-    parser.add_argument("--connections", type=int, default=4096, help="number of hostile connections")
-    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each kind")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="default: all of them")
-    parser.add_argument("--attack", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    own, flags = split_at_dashes(sys.argv[1:])
-    arguments = parser.parse_args(own)
-    arguments.flags = flags
-    return arguments
 
 
 def api_process(url: str) -> psutil.Process:
@@ -125,17 +103,18 @@ def api_process(url: str) -> psutil.Process:
 @contextmanager
 def attacking(kind: str, url: str, num_connections: int) -> Iterator[None]:
     """Keep connections open from another process, from when all of them have been opened."""
-    port = url.rpartition(":")[2]
-    command = [sys.executable, "-m", "tests.bench.connections", f"--attack={kind}", f"--port={port}"]
-    process = subprocess.Popen([*command, f"--connections={num_connections}"], stdout=subprocess.PIPE)
+    processes = multiprocessing.get_context("spawn")
+    is_full = processes.Event()
+    port = int(url.rpartition(":")[2])
+    process = processes.Process(target=attack, args=(KINDS[kind], port, num_connections, is_full))
+    process.start()
     try:
-        assert process.stdout is not None
-        process.stdout.readline()
+        is_full.wait()
         time.sleep(SETTLE_SECONDS)
         yield
     finally:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 async def probe(url: str, process: psutil.Process, seconds: float) -> tuple[int, tuple[list[float], list[float]]]:
@@ -221,15 +200,15 @@ class Attack:
         connection.close()
 
 
-def attack(kind: Kind, port: int, num_connections: int) -> None:
-    """Hold connections of a kind until killed. Writes a line when all are open."""
+def attack(kind: Kind, port: int, num_connections: int, is_full: Any) -> None:
+    """Hold connections of a kind until killed. Set the event when all are open."""
     raise_file_limit()
     attack = Attack(kind, port, num_connections)
     attack.fill()
-    print(flush=True)
+    is_full.set()
     while True:
         attack.run_for_a_second()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -19,7 +19,6 @@ import dataclasses
 import gc
 import json
 import os
-import random
 import re
 import statistics
 import subprocess
@@ -33,20 +32,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 
 from engine.batch.inputs import BatchInputs
 from engine.config import AttentionKind, EngineConfig, KVShape
-from engine.core import Engine
 from engine.kernels.interface import AttentionScores, KernelOptions
 from engine.kernels.torch.kernels import TorchKernels
 from engine.loading import LoadedModel, load_model
-from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
 from tests.bench import gpu_model, gpu_vllm
+from tests.bench.engines import engine_with, run_all
 from tests.bench.gpu_costs import COPY_SHARE, PRODUCT_SHARE
 from tests.bench.gpu_timing import TimedRunner, elapsed, seconds_of
+from tests.bench.serve import make_parser, print_rows
 from tests.support.gpu_cards import CARDS
 from tests.support.gpu_shapes import (
     SHAPES,
@@ -80,14 +77,6 @@ class Figure(msgspec.Struct, frozen=True):
         return self.floor / self.seconds
 
 
-class Ratio(msgspec.Struct, frozen=True):
-    """How many times as fast one figure is as another."""
-
-    name: str
-    value: float
-    target: float | None = None
-
-
 class Results(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     model: str
@@ -95,7 +84,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     copy_bytes_per_second: float
     product_operations_per_second: float
     figures: list[Figure]
-    ratios: list[Ratio]
+    ratios: list[tuple[str, float, float | None]]  # how many times as fast one is as another, and the target
     hidden_share: float  # share of the host's time in decoding steps that overlaps with the device's
 
 
@@ -125,45 +114,30 @@ class Bench:
 
 
 def main() -> None:
-    arguments = make_parser().parse_args()
-    results = measure(bench_of(arguments), arguments.attention, arguments.vllm)
+    arguments = parse_arguments()
+    device = torch.device(arguments.device)
+    limits = copy_rate(device), product_rate(device)
+    bench = Bench(arguments.shape, device, arguments.streams, arguments.context, arguments.prompt, *limits)
+    results = measure(bench, arguments.attention, arguments.vllm)
     if arguments.json:
         print(msgspec.json.encode(results).decode())
     else:
         print_table(results)
 
 
-def bench_of(arguments: argparse.Namespace) -> Bench:
-    """Return what the arguments say to measure, with the measured limits of the device."""
-    device = torch.device(arguments.device)
-    limits = copy_rate(device), product_rate(device)
-    return Bench(arguments.shape, device, arguments.streams, arguments.context, arguments.prompt, *limits)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="default: 1 8 64")
-    parser.add_argument(
-        "--context", type=int, default=1024, metavar="N", help="tokens per stream; default: %(default)s"
-    )
-    parser.add_argument("--prompt", type=int, default=8192, metavar="N", help="prompt tokens; default: %(default)s")
-    parser.add_argument(
-        "--attention",
-        type=int,
-        nargs=2,
-        default=[64, 4096],
-        metavar=("STREAMS", "TOKENS"),
-        help="streams and context length of the attention measurement; default: 64 4096",
-    )
-    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="an interpreter that has vLLM, to measure it too")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    return parser
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser("gpu", __doc__)
+    add = parser.add_argument
+    add("--device", default="cuda", help="default: %(default)s")
+    add("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
+    add("--streams", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="default: 1 8 64")
+    add("--context", type=int, default=1024, metavar="N", help="tokens per stream; default: %(default)s")
+    add("--prompt", type=int, default=8192, metavar="N", help="prompt tokens; default: %(default)s")
+    attention_help = "streams and context length of the attention measurement; default: 64 4096"
+    add("--attention", type=int, nargs=2, default=[64, 4096], metavar=("STREAMS", "TOKENS"), help=attention_help)
+    add("--vllm", type=Path, metavar="PYTHON", help="an interpreter that has vLLM, to measure it too")
+    add("--json", action="store_true", help="print the results as JSON")
+    return parser.parse_args()
 
 
 def measure(bench: Bench, attention: tuple[int, int], vllm: Path | None) -> Results:
@@ -246,7 +220,7 @@ def expected_shares(bench: Bench, device_name: str, attention: tuple[int, int]) 
     return shares
 
 
-def ratios(bench: Bench, figures: list[Figure]) -> list[Ratio]:
+def ratios(bench: Bench, figures: list[Figure]) -> list[tuple[str, float, float | None]]:
     """Return how the modes compare with transformers and vLLM, beside the targets."""
     seconds = {(figure.name, figure.mode): figure.seconds for figure in figures}
     decoding, prompt = decode_name(max(bench.streams)), prefill_name(bench.prompt)
@@ -258,7 +232,7 @@ def ratios(bench: Bench, figures: list[Figure]) -> list[Ratio]:
         (prompt, FASTER, VLLM, 0.9),
     ]
     return [
-        Ratio(f"{name}: {mode} beside {other}", seconds[name, other] / seconds[name, mode], target)
+        (f"{name}: {mode} beside {other}", seconds[name, other] / seconds[name, mode], target)
         for name, mode, other, target in wanted
         if {(name, mode), (name, other)} <= set(seconds)
     ]
@@ -283,31 +257,14 @@ def step_times(
 ) -> list[tuple[int, float]]:
     """Return the number of tokens and the seconds of each step."""
     runner = TimedRunner(loaded.runner, bench.device)
-    run_all(engine_with(loaded, runner, num_streams, context, max_tokens))
+    run_all(engine_with(dataclasses.replace(loaded, runner=runner), num_streams, context, max_tokens))
     return list(zip(runner.num_tokens, runner.step_seconds(), strict=True))
-
-
-def engine_with(loaded: LoadedModel, runner: Any, num_streams: int, context: int, max_tokens: int) -> Engine:
-    """Return an engine with `num_streams` random prompts of `context` tokens."""
-    timed = dataclasses.replace(loaded, runner=runner)
-    engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), timed)
-    rng = random.Random(0)
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
-    for number in range(num_streams):
-        prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(context)]
-        engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
-    return engine
-
-
-def run_all(engine: Engine) -> None:
-    while engine.has_work:
-        engine.step()
 
 
 def hidden_share(bench: Bench, loaded: LoadedModel, num_streams: int) -> float:
     """Return the share of the host's time in decoding steps during which the device computes. Meaningless on a CPU."""
     runner = TimedRunner(loaded.runner, bench.device)
-    engine = engine_with(loaded, runner, num_streams, bench.context, NUM_GENERATED)
+    engine = engine_with(dataclasses.replace(loaded, runner=runner), num_streams, bench.context, NUM_GENERATED)
     run_all(engine)
     steps = list(engine.recorder.steps)[-NUM_GENERATED // 2 :]  # all streams decode, and the graphs are captured
     others = ("overlap", "overlap_next", "wait")
@@ -374,7 +331,7 @@ def transformers_decode(bench: Bench, folder: Path, num_streams: int) -> Iterato
         assert out.shape == (num_streams, bench.context + num_tokens)
 
     for _ in range(2):
-        one, many = (elapsed(lambda num=num: generate(num), bench.device) for num in (1, NUM_GENERATED))  # type: ignore[misc]
+        one, many = (elapsed(lambda num=num: generate(num), bench.device) for num in (1, NUM_GENERATED))
     seconds = (many - one) / (NUM_GENERATED - 1)
     yield Figure(decode_name(num_streams), TRANSFORMERS, seconds, bench.decode_floor(num_streams))
 
@@ -417,23 +374,19 @@ def product_rate(device: torch.device) -> float:
 
 
 def print_table(results: Results) -> None:
-    columns = ("ms", "limit", "share", "target", "expected")
-    table = Table("what", "mode", *(Column(name, justify="right") for name in columns))
-    copy, product = results.copy_bytes_per_second / 1e9, results.product_operations_per_second / 1e12
-    table.title = (
-        f"{results.model} on {results.device}: copy {copy:.0f} GB/s, matrix product {product:.1f} TFLOP/s; "
-        f"streams of {results.context} tokens"
-    )
+    rows = []
     for figure in results.figures:
         times = (f"{1000 * seconds:.2f}" for seconds in (figure.seconds, figure.floor))
         shares = ("" if share is None else f"{share:.0%}" for share in (figure.share, figure.target, figure.expected))
-        table.add_row(figure.name, figure.mode, *times, *shares)
-    console = Console()
-    console.print(table)
-    for ratio in results.ratios:
-        target = "" if ratio.target is None else f" (target {ratio.target:g})"
-        console.print(f"{ratio.name}: {ratio.value:.2f} times as fast{target}")
-    console.print(f"{results.hidden_share:.0%} of the host's time overlaps with the device's")
+        rows.append((figure.name, figure.mode, *times, *shares))
+    title = (
+        f"{results.model} on {results.device}: copy {results.copy_bytes_per_second / 1e9:.0f} GB/s, matrix product "
+        f"{results.product_operations_per_second / 1e12:.1f} TFLOP/s; streams of {results.context} tokens"
+    )
+    print_rows(("what", "mode", "ms", "limit", "share", "target", "expected"), rows, title)
+    for name, value, target in results.ratios:
+        print(f"{name}: {value:.2f} times as fast" + ("" if target is None else f" (target {target:g})"))
+    print(f"{results.hidden_share:.0%} of the host's time overlaps with the device's")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ come from `make bench-gpu`, which shows these estimates beside them.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import msgspec
 
 from engine.loading import KV_CACHE_DTYPES
 from tests.bench.gpu_costs import COPY_SHARE, PRODUCT_SHARE, cost_of, eager_seconds, time_of
+from tests.bench.serve import make_parser
 from tests.support.gpu_cards import CARDS, Card
 from tests.support.gpu_shapes import SHAPES, TARGET_MODEL, TARGETS, Shape, decode_name, prefill_name
 from tests.support.meta_models import MetaModel, Sequence, TracedStep, load_meta_model, model_config, traced_step
@@ -73,7 +73,7 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu_model", description=__doc__)
+    parser = make_parser("gpu_model", __doc__)
     parser.add_argument("--card", choices=CARDS, nargs="+", default=list(CARDS), help="default: all")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
     parser.add_argument("--packed", metavar="TYPE", help="GGML type of the weights, as Q4_K; default: bfloat16")

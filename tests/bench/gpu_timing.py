@@ -32,7 +32,7 @@ class HostEvent:
 
 
 def new_event(device: torch.device) -> Any:
-    return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostEvent()  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostEvent()
 
 
 def seconds_between(first: Any, last: Any) -> float:
@@ -65,7 +65,7 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 def captured(function: Callable[[], object]) -> Callable[[], None]:
     """Return a function that replays CALLS calls. `function` must not wait for the device."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels are compiled at their first use
         function()

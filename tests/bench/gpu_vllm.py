@@ -13,7 +13,7 @@ from typing import Any
 
 
 def main() -> None:
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     folder, vocab_size, streams, context, prompt, num_generated = json.loads(sys.argv[1])
     model = LLM(

@@ -9,267 +9,271 @@ itself) and vLLM for the CPU (bfloat16). In a round, all targets get the same pr
 
 With a shape, OpenVINO has int4 in groups of 64, and nobody speculates. At c1, the table compares the speed at which a
 target reads weights (bytes per token, divided by the mean time between tokens) with that at which the machine reads
-memory (`read_bandwidth.py`), which is measured before each start of a target.
+memory, which is measured before each start of a target.
 """
 
 import argparse
 import os
 import random
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-from msgspec.structs import replace as replace_fields
-from rich.console import Console
+import numpy as np
 
 from server.cli.bench import Report
 from server.cli.load_generator import LoadOptions
 from server.model_paths import ModelError
-from tests.bench.peers_results import Outcome, Results, make_rows, print_results
 from tests.bench.peers_setup import PEERS, default_files, make_shape, setup, shape_files
 from tests.bench.peers_targets import (
-    MemoryWatch,
     Session,
     Target,
     TargetError,
     installed_targets,
     own_target,
     running,
+    watched_memory,
 )
 from tests.bench.random_gguf import MIXES, SHAPES, bytes_per_token, parse_shape
-from tests.bench.read_bandwidth import measure_read_bandwidth
-from tests.bench.serve import LOADS
+from tests.bench.serve import LOADS, make_parser, print_rows
 
 T = TypeVar("T")
 
 WARMUP_TOKENS = 4
-FILE_WIDTH = 120  # characters per line if the output is not a terminal
+SAME_PROMPTS = 1.02  # maximum ratio between the targets' numbers of tokens for the same prompts
+READ_BYTES, READ_PASSES = 1 << 30, 5  # to measure how fast the machine reads memory
 TARGETS = (*PEERS, "lightwell")
-
-
-@dataclass(frozen=True)
-class Workload:
-    name: str
-    load: LoadOptions
-    is_prefill: bool = False  # measures the speed of prompt tokens
-
-
 WORKLOADS = {
-    "c1": Workload("c1", LOADS["1 client"]),
-    "c4": Workload("c4", replace(LOADS["8 clients"], concurrency=4, num_requests=8)),
-    "c16": Workload("c16", replace(LOADS["8 clients"], concurrency=16, num_requests=32)),
-    "c8": Workload("c8", LOADS["8 clients"]),
-    "c32": Workload("c32", LOADS["32 clients"]),
-    "prefill": Workload("prefill", LOADS["long prompts"], is_prefill=True),
+    "c1": LOADS["1 client"],
+    "c4": replace(LOADS["8 clients"], concurrency=4, num_requests=8),
+    "c16": replace(LOADS["8 clients"], concurrency=16, num_requests=32),
+    "c8": LOADS["8 clients"],
+    "c32": LOADS["32 clients"],
+    "prefill": LOADS["long prompts"],  # whose prompt tokens count
 }
 DEFAULT_WORKLOADS = "c1,c8,c32,prefill"
 SHAPE_WORKLOADS = "c1,c4,c16,prefill"
+COLUMNS = (
+    *("", "", "tokens/s", "range", "to best peer", "first token (ms)", "token (ms)"),
+    *("weights (GB/s)", "of memory", "memory (GB)", "ready (s)"),
+)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The targets and workloads to measure."""
+class Outcome:
+    """One target under one load in one round."""
 
-    folder: Path  # where the peers are installed
-    targets: Sequence[Target]
-    workloads: Sequence[Workload]
-    rounds: int
-    temperature: float
-    seed: int
+    report: Report
+    speed: float  # output tokens per second, or input tokens of `prefill`
+    memory: float  # GB
+    ready_seconds: float
+    read: float | None  # GB of weights per second, if one sequence is decoded
+    of_bandwidth: float | None  # its ratio to what the machine reads
 
-    def load(self, workload: Workload, number: int, purpose: str = "") -> LoadOptions:
-        """Return the load of one round. Its prompts do not depend on the target."""
-        seed = random.Random(f"{self.seed} {number} {workload.name} {purpose}").getrandbits(32)
-        return replace(workload.load, temperature=self.temperature, seed=seed)
+
+Outcomes = dict[tuple[str, str], list[Outcome]]  # by workload and target, those that did not fail
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    parser, arguments = parse_arguments()
     if arguments.command == "setup":
-        setup(arguments.folder.resolve(), arguments.peers)
+        peers = arguments.peers.split(",")
+        if not set(peers) <= set(PEERS):
+            parser.error(f"peers are {', '.join(PEERS)}")
+        setup(arguments.folder.resolve(), peers)
         return 0
-    comparison: Comparison = arguments.comparison
+    try:
+        targets, workloads = choose_all(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = arguments.folder.resolve()
     if arguments.shape:
-        make_shape(comparison.folder, arguments.shape, [target.name for target in comparison.targets])
-    results = compare(comparison, Console(stderr=True, markup=False, highlight=False, soft_wrap=True))
-    console = Console(stderr=arguments.json, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    print_results(results, console)
-    if arguments.json:
-        print(msgspec.json.encode(results).decode())
-    return 1 if any(outcome.failure for outcome in results.outcomes) else 0
+        make_shape(folder, arguments.shape, [target.name for target in targets])
+    outcomes: Outcomes = {(workload, target.name): [] for workload in workloads for target in targets}
+    failures = []
+    for number in range(1, arguments.rounds + 1):
+        for target in targets:
+            failures += measure_target(target, workloads, number, arguments, outcomes)
+    print_table(outcomes, {target.name for target in targets if target.is_peer})
+    for line in (*failures, *different_prompts(outcomes)):
+        print(line)
+    return 1 if failures else 0
 
 
-def parse_arguments() -> argparse.Namespace:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__, formatter_class=shape)
+def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = make_parser("peers", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     installs = commands.add_parser("setup", help="install the peers", description="Install the peers in FOLDER.")
     installs.add_argument("folder", type=Path, metavar="FOLDER")
     installs.add_argument("--peers", metavar="A,B", default=",".join(PEERS), help="default: %(default)s")
-    compares = commands.add_parser(
-        "compare", help="measure the targets", description="Measure all targets on the same loads."
-    )
+    compares = commands.add_parser("compare", help="measure the targets on the same loads")
     add = compares.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder where the peers are installed; logs are written there too")
     shape_help = f"measure random weights; SHAPE: {', '.join(SHAPES)}; TYPES: {', '.join(MIXES)}"
     add("--shape", metavar="SHAPE:TYPES", help=f"{shape_help}; the files are kept in FOLDER/shapes")
-    add(
-        "--targets",
-        metavar="A,B",
-        help=f"servers to measure; default: {','.join(TARGETS)} (shapes: without vllm; moe: nor openvino); "
-        "with --ours, all but the last, which is this checkout",
+    targets_help = (
+        f"servers to measure; default: {','.join(TARGETS)} (shapes: without vllm; moe: nor openvino); "
+        "with --ours, all but the last, which is this checkout"
     )
+    add("--targets", metavar="A,B", help=targets_help)
     ours_help = (
         "a server to compare with the peers; {port} in COMMAND is replaced by its port, {model} by the GGUF file"
     )
     add("--ours", action="append", default=[], metavar="NAME=COMMAND", help=f"{ours_help}; can be repeated")
     workloads_help = f"loads to measure; default: {DEFAULT_WORKLOADS} (shapes: {SHAPE_WORKLOADS})"
     add("--workloads", metavar="A,B", help=workloads_help)
-    add("--rounds", type=int, default=2, metavar="N", help="number of rounds; default: %(default)s")
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="sampling temperature; default: %(default)s (greedy)",
-    )
+    add("--rounds", type=int, default=2, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s (greedy)")
     add("--seed", type=int, default=1, metavar="N", help="seed of the prompts; default: %(default)s")
-    add("--json", action="store_true", help="print all measurements as JSON, and the table to standard error")
-    arguments = parser.parse_args()
-    try:
-        if arguments.command == "compare":
-            arguments.comparison = make_comparison(arguments)
-        else:
-            arguments.peers = [choose(name, dict.fromkeys(PEERS, name), "peer") for name in arguments.peers.split(",")]
-    except ValueError as error:
-        commands.choices[arguments.command].error(str(error))
-    return arguments
+    return parser, parser.parse_args()
 
 
-def make_comparison(arguments: argparse.Namespace) -> Comparison:
-    """Return the comparison that the arguments describe. Raises ValueError with a message for the user."""
+def choose_all(arguments: argparse.Namespace) -> tuple[list[Target], dict[str, LoadOptions]]:
+    """Return the targets and workloads that the arguments name. Raises ValueError with a message for the user."""
     folder, shape = arguments.folder.resolve(), arguments.shape
     files = shape_files(folder, shape) if shape else default_files(folder)
-    usual = shape_targets(shape) if shape else TARGETS
-    default = usual[:-1] if arguments.ours else usual
+    usual = TARGETS
+    if shape:  # transformers does not load experts from this file to convert them for OpenVINO
+        usual = (
+            ("llamacpp", "lightwell") if parse_shape(shape)[0].num_experts else ("openvino", "llamacpp", "lightwell")
+        )
+    names = (usual[:-1] if arguments.ours else usual) if arguments.targets is None else arguments.targets.split(",")
     installed = installed_targets(folder, files, is_sampled=arguments.temperature > 0, speculates=not shape)
-    by_name = {target.name: target for target in installed}
-    names = default if arguments.targets is None else [name for name in arguments.targets.split(",") if name]
-    targets = [choose(name, by_name, "target") for name in names]
+    targets = list(choose([name for name in names if name], {target.name: target for target in installed}).values())
     targets += [own_target(text, files) for text in arguments.ours]
-    if not targets or arguments.rounds < 1:
-        raise ValueError("there must be at least one target and one round")
     if len({target.name for target in targets}) < len(targets):
         raise ValueError("two targets have the same name")
     workloads = arguments.workloads or (SHAPE_WORKLOADS if shape else DEFAULT_WORKLOADS)
-    return Comparison(
-        folder=folder,
-        targets=targets,
-        workloads=[choose(name, WORKLOADS, "workload") for name in workloads.split(",")],
-        rounds=arguments.rounds,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-    )
+    return targets, choose(workloads.split(","), WORKLOADS)
 
 
-def shape_targets(text: str) -> tuple[str, ...]:
-    """Return the default targets for a shape. Raises ValueError.
-
-    OpenVINO is left out for experts, because transformers does not load them from this file to convert them.
-    """
-    try:
-        shape, _ = parse_shape(text)
-    except ValueError as error:
-        raise ValueError(f"--shape: {error}") from None
-    return ("llamacpp", "lightwell") if shape.num_experts else ("openvino", "llamacpp", "lightwell")
+def choose(names: list[str], among: Mapping[str, T]) -> dict[str, T]:
+    for name in names:
+        if name not in among:
+            raise ValueError(f"unknown name {name!r}: expected one of {', '.join(among)}")
+    return {name: among[name] for name in names}
 
 
-def choose(name: str, among: Mapping[str, T], kind: str) -> T:
-    if name not in among:
-        raise ValueError(f"unknown {kind} {name!r}: expected one of {', '.join(among)}")
-    return among[name]
-
-
-def compare(comparison: Comparison, console: Console) -> Results:
-    outcomes = []
-    for number in range(1, comparison.rounds + 1):
-        for target in comparison.targets:
-            for outcome in measure_target(comparison, target, number):
-                console.print(outcome.line())
-                outcomes.append(outcome)
-    are_peers = {target.name: target.is_peer for target in comparison.targets}
-    return Results(
-        rounds=comparison.rounds,
-        seed=comparison.seed,
-        temperature=comparison.temperature,
-        num_cores=len(os.sched_getaffinity(0)),
-        rows=make_rows(outcomes, [workload.name for workload in comparison.workloads], are_peers),
-        outcomes=outcomes,
-    )
-
-
-def measure_target(comparison: Comparison, target: Target, number: int) -> Iterator[Outcome]:
-    """Start a target and measure it under each load. A failure is an outcome too."""
-    log = comparison.folder / "logs" / f"{target.name}-{number}.log"
+def measure_target(
+    target: Target, workloads: dict[str, LoadOptions], number: int, arguments: argparse.Namespace, outcomes: Outcomes
+) -> list[str]:
+    """Start a target, measure it under each load, and add the outcomes. Return what failed."""
+    log = arguments.folder.resolve() / "logs" / f"{target.name}-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    bandwidth = round(measure_read_bandwidth() / 1e9, 2) if target.gguf else None
-    blanks = {
-        workload.name: Outcome(round=number, target=target.name, workload=workload.name, read_bandwidth=bandwidth)
-        for workload in comparison.workloads
-    }
+    bandwidth = read_bandwidth() if target.gguf else 0.0
+    failures = []
     try:
         with running(target, log) as (session, ready_seconds):
-            for workload in comparison.workloads:
-                blank = replace_fields(blanks[workload.name], ready_seconds=round(ready_seconds, 2))
-                outcome = measure(comparison, workload, session, blank)
-                yield replace_fields(outcome, weights_read=read_speed(target, outcome))
+            for workload, load in workloads.items():
+                where = f"round {number}, {target.name}, {workload}"
+                # Prompts do not depend on the target. Those of the warm-up have the same length.
+                seeds = [random.Random(f"{arguments.seed} {number} {workload} {use}") for use in ("", "warm-up")]
+                loads = [replace(load, temperature=arguments.temperature, seed=seed.getrandbits(32)) for seed in seeds]
+                try:
+                    report, memory = measure(session, *loads)
+                except TargetError as error:
+                    failures.append(f"{where}: {session.explain(str(error))}")
+                    continue
+                speed = report.input_tokens_per_second if workload == "prefill" else report.output_tokens_per_second
+                read = read_speed(target, report)
+                of_bandwidth = read / bandwidth if read else None
+                outcomes[workload, target.name].append(
+                    Outcome(report, speed, memory, ready_seconds, read, of_bandwidth)
+                )
+                print(f"{where}: {speed} tokens/s, {memory:.2f} GB", file=sys.stderr)
     except TargetError as error:
-        for blank in blanks.values():
-            yield replace_fields(blank, failure=str(error))
+        failures.append(f"round {number}, {target.name}: {error}")
+    return failures
 
 
-def read_speed(target: Target, outcome: Outcome) -> float | None:
-    """Return the gigabytes of weights that a target reads in a second of decoding one sequence."""
-    report = outcome.report
-    if outcome.failure or not target.gguf or not report or report.concurrency != 1 or not report.inter_token_latency_ms:
-        return None
-    return round(bytes_per_token(target.gguf) / report.inter_token_latency_ms.mean / 1e6, 2)
-
-
-def measure(comparison: Comparison, workload: Workload, session: Session, blank: Outcome) -> Outcome:
-    """Measure one load and return the completed outcome. The warm-up has `concurrency` prompts of the same length."""
-    load = comparison.load(workload, blank.round)
-    warmup = comparison.load(workload, blank.round, "warm-up")
-    try:
-        session.run(replace(warmup, num_requests=load.concurrency, output_len=WARMUP_TOKENS))
-        with MemoryWatch(session.process.pid) as memory:
-            report = session.run(load)
-    except TargetError as error:
-        return replace_fields(blank, failure=session.explain(str(error)))
-    if problem := find_problem(load, report):
-        return replace_fields(blank, failure=session.explain(problem), report=report)
-    return replace_fields(
-        blank,
-        report=report,
-        memory_gb=round(memory.num_bytes / 1e9, 2),
-        tokens_per_second=report.input_tokens_per_second if workload.is_prefill else report.output_tokens_per_second,
-    )
-
-
-def find_problem(load: LoadOptions, report: Report) -> str | None:
-    """Return why a report is invalid, if requests failed or had the wrong number of tokens, else None."""
+def measure(session: Session, load: LoadOptions, warmup: LoadOptions) -> tuple[Report, float]:
+    """Return the report of a load, and the GB of memory meanwhile. Raises TargetError."""
+    session.run(replace(warmup, num_requests=load.concurrency, output_len=WARMUP_TOKENS))
+    with watched_memory(session.process.pid) as sizes:
+        report = session.run(load)
     if report.errors:
         reason = next(iter(report.errors))
-        return f"{report.num_requests - report.num_completed} of {report.num_requests} requests: {reason}"
+        raise TargetError(f"{report.num_requests - report.num_completed} of {report.num_requests} requests: {reason}")
     if report.output_tokens != load.num_requests * load.output_len:
-        return f"received {report.output_tokens} of {load.num_requests * load.output_len} tokens"
-    return None
+        raise TargetError(f"received {report.output_tokens} of {load.num_requests * load.output_len} tokens")
+    return report, max(sizes) / 1e9
+
+
+def read_speed(target: Target, report: Report) -> float | None:
+    """Return the gigabytes of weights that a target reads in a second of decoding one sequence."""
+    if not target.gguf or report.concurrency != 1 or not report.inter_token_latency_ms:
+        return None
+    return bytes_per_token(target.gguf) / report.inter_token_latency_ms.mean / 1e6
+
+
+def read_bandwidth() -> float:
+    """Return the GB per second that this machine reads.
+
+    It is the fastest pass in which a thread per core takes the maximum of its part of an array, which NumPy does
+    several times as fast as memory delivers.
+    """
+    num_threads = len(os.sched_getaffinity(0))
+    parts = np.array_split(np.ones(READ_BYTES // 8, np.int64), num_threads)
+    rates = []
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in range(READ_PASSES):
+            started = time.perf_counter()
+            list(pool.map(np.max, parts))
+            rates.append(READ_BYTES / 1e9 / (time.perf_counter() - started))
+    return max(rates)
+
+
+def different_prompts(outcomes: Outcomes) -> list[str]:
+    """Return a warning for each load whose prompts have different numbers of tokens for different targets."""
+    counts: dict[str, dict[str, int]] = {}
+    for (workload, target), found in outcomes.items():
+        if found:
+            counts.setdefault(workload, {})[target] = found[0].report.input_tokens
+    return [
+        f"{workload}: the number of prompt tokens differs between targets: {tokens}"
+        for workload, tokens in counts.items()
+        if max(tokens.values()) > SAME_PROMPTS * min(tokens.values())
+    ]
+
+
+def print_table(outcomes: Outcomes, peers: set[str]) -> None:
+    """Print the medians over the rounds, and the speeds beside that of the best peer."""
+    medians = {key: statistics.median(one.speed for one in found) for key, found in outcomes.items() if found}
+    rows = []
+    for (workload, target), found in outcomes.items():
+        if not found:
+            rows.append([workload, target, "failed"])
+            continue
+        speeds = [one.speed for one in found]
+        best = max((speed for (load, name), speed in medians.items() if load == workload and name in peers), default=0)
+        summaries = [(one.report.time_to_first_token_ms, one.report.inter_token_latency_ms) for one in found]
+        rows.append(
+            [
+                workload,
+                target,
+                f"{medians[workload, target]:.1f}",
+                f"{min(speeds):.1f} - {max(speeds):.1f}",
+                f"{medians[workload, target] / best:.2f}" if best else "",
+                median((first.p50 for first, _ in summaries if first), ".1f"),
+                median((later.p50 for _, later in summaries if later), ".1f"),
+                median((one.read for one in found if one.read), ".1f"),
+                median((one.of_bandwidth for one in found if one.of_bandwidth), ".0%"),
+                f"{max(one.memory for one in found):.2f}",
+                f"{found[0].ready_seconds:.1f}",
+            ]
+        )
+    print_rows(COLUMNS, rows)
+
+
+def median(values: Iterable[float], form: str) -> str:
+    found = list(values)
+    return format(statistics.median(found), form) if found else ""
 
 
 if __name__ == "__main__":

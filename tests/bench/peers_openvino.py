@@ -12,7 +12,7 @@ import time
 from itertools import count
 from typing import Any
 
-import openvino_genai as ov  # type: ignore[import-not-found,unused-ignore]
+import openvino_genai as ov
 
 CACHE_GB = 2
 

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGKILL
-from types import TracebackType
-from typing import Self
 
 import httpx
 import msgspec
@@ -210,36 +208,31 @@ def _stop(process: "subprocess.Popen[str]") -> None:
     process.communicate()
 
 
-class MemoryWatch:
-    """Measures the maximum total memory (RSS) of a process and its descendants while the context is open."""
+@contextlib.contextmanager
+def watched_memory(pid: int) -> Iterator[list[int]]:
+    """Append the memory (RSS) of a process and its descendants in bytes to a list now and then."""
+    sizes: list[int] = []
+    is_over = threading.Event()
 
-    def __init__(self, pid: int) -> None:
-        self.num_bytes = 0
-        self._pid = pid
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+    def watch() -> None:
+        while not is_over.wait(WATCH_SECONDS):
+            sizes.append(memory_of(pid))
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield sizes
+        sizes.append(memory_of(pid))
+    finally:
+        is_over.set()
+        thread.join()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
 
-    def _watch(self) -> None:
-        is_done = False
-        while not is_done:
-            is_done = self._done.wait(WATCH_SECONDS)
-            self.num_bytes = max(self.num_bytes, self._measure())
-
-    def _measure(self) -> int:
-        num_bytes = 0
-        with contextlib.suppress(psutil.Error):
-            root = psutil.Process(self._pid)
-            for process in (root, *root.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    num_bytes += process.memory_info().rss
-        return num_bytes
+def memory_of(pid: int) -> int:
+    num_bytes = 0
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                num_bytes += process.memory_info().rss
+    return num_bytes

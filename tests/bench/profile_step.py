@@ -11,17 +11,19 @@ operation before the one that started late.
 
 from __future__ import annotations
 
-import random
 import statistics
+import sys
 from collections import defaultdict
 
-from engine.config import EngineConfig
-from engine.core import Engine
+import torch
+
+from engine.config import EngineConfig, EngineProcessConfig
 from engine.execution.cpu_program import CpuExecution
 from engine.kernels.cpu.program import Program
-from engine.loading import LoadedModel, load_model
-from engine.shared.messages import SamplingParams, Submit
+from engine.loading import LoadedModel
+from engine.ranks import load
 from server.model_paths import resolve_model
+from tests.bench.engines import engine_with
 from tests.bench.serve import parse
 
 PROMPT_STEPS = 4
@@ -42,14 +44,17 @@ def main() -> None:
         steps=(48, "number of measured steps"),
         quantization=("auto", "as for lightwell serve"),
         kv_cache_dtype=("auto", "as for lightwell serve"),
+        ranks=(1, "processes that share the model and the cores, as for --tensor-parallel-size"),
     )
     config = EngineConfig(
         model_path=str(resolve_model(arguments.model).path),
         quantization=arguments.quantization,
         kv_cache_dtype=arguments.kv_cache_dtype,
+        tensor_parallel_size=arguments.ranks,
         speculative="off",
     )
-    loaded = load_model(config)
+    loaded = load(EngineProcessConfig(address="", config=config), sys.exit)
+    torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     decode_steps(loaded, rows=2, context=16, num_steps=8)
     columns = {
         f"{rows} row{'s' * (rows > 1)}": decode_steps(loaded, rows, arguments.context, arguments.steps)
@@ -74,12 +79,7 @@ def prompt_steps(loaded: LoadedModel) -> list[Milliseconds]:
 
 def steps(loaded: LoadedModel, rows: int, context: int, *, max_tokens: int, num_tokens: int) -> list[Milliseconds]:
     """Run random prompts; return the durations of the steps that compute `num_tokens` tokens."""
-    engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), loaded)
-    rng = random.Random(0)
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    for number in range(rows):
-        prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(context)]
-        engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
+    engine = engine_with(loaded, rows, context, max_tokens)
     programs = find_programs(loaded)
     found = []
     while engine.has_work:

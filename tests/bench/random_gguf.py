@@ -12,7 +12,7 @@ become alike, and rows choose different experts. The tokenizer is that of anothe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -101,35 +101,23 @@ def _layer_parts(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 # The choice of types.
 
-
-def _q4_0(tensor: Tensor, num_layers: int) -> str:
-    return "Q4_0"
+MIXES = {"q4_0": gguf.LlamaFileType.MOSTLY_Q4_0, "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M}
 
 
-def _q4_k_m(tensor: Tensor, num_layers: int) -> str:
-    """Return Q6_K for attn_v and ffn_down of the first and last eighth of the layers and every third between them."""
+def type_of(tensor: Tensor, mix: gguf.LlamaFileType, num_layers: int) -> str:
+    """Return the type of a tensor in a mix.
+
+    With Q4_K_M, attn_v and ffn_down of the first and last eighth of the layers and every third between are Q6_K.
+    """
+    if len(tensor.shape) == 1 or tensor.part == "ffn_gate_inp":
+        return "F32"
+    if tensor.part == "token_embd":
+        return "Q6_K"
+    if mix == gguf.LlamaFileType.MOSTLY_Q4_0:
+        return "Q4_0"
     eighth = num_layers // 8
     is_chosen = tensor.layer < eighth or tensor.layer >= 7 * num_layers // 8 or (tensor.layer - eighth) % 3 == 2
     return "Q6_K" if is_chosen and tensor.part in ("attn_v", "ffn_down", "ffn_down_exps") else "Q4_K"
-
-
-@dataclass(frozen=True)
-class Mix:
-    """The types of a file's tensors."""
-
-    file_type: gguf.LlamaFileType
-    choose: Callable[[Tensor, int], str]
-
-    def type_of(self, tensor: Tensor, num_layers: int) -> str:
-        if len(tensor.shape) == 1 or tensor.part == "ffn_gate_inp":
-            return "F32"
-        return "Q6_K" if tensor.part == "token_embd" else self.choose(tensor, num_layers)
-
-
-MIXES = {
-    "q4_0": Mix(gguf.LlamaFileType.MOSTLY_Q4_0, _q4_0),
-    "q4_k_m": Mix(gguf.LlamaFileType.MOSTLY_Q4_K_M, _q4_k_m),
-}
 
 
 # Random weights.
@@ -150,7 +138,7 @@ def random_tensor(tensor: Tensor, type_name: str, rng: np.random.Generator) -> A
     blocks = np.frombuffer(bytearray(rng.bytes(int(num_blocks) * ggml_type.type_size)), np.uint8)
     blocks = blocks.reshape(num_blocks, ggml_type.type_size)
     scales = deviation * rng.choice(np.array([-1, 1], np.float32), num_blocks)
-    for field, numbers in _SCALES[type_name](scales).items():
+    for field, numbers in _scales(type_name, scales).items():
         blocks[:, ggml_type.fields[field]] = numbers
     return blocks.reshape(*rows, -1)
 
@@ -159,23 +147,18 @@ def _float16(numbers: Array) -> Array:
     return numbers.astype(np.float16)[:, None].view(np.uint8)
 
 
-def _scales_q4_0(scales: Array) -> dict[str, Array]:
-    return {"d": _float16(scales / CODE_DEVIATION)}
+CODE_DEVIATION = 4.61  # of codes from 0 to 15
 
 
-def _scales_q4_k(scales: Array) -> dict[str, Array]:
-    """All scales and minima of groups are 32, and the minima of blocks subtract the mean of the codes, 7.5."""
+def _scales(type_name: str, scales: Array) -> dict[str, Array]:
+    """Return the fields of blocks that give their weights these deviations."""
+    if type_name == "Q4_0":
+        return {"d": _float16(scales / CODE_DEVIATION)}
+    if type_name == "Q6_K":  # whose scales of groups stay random
+        return {"d": _float16(scales / (18.5 * 74))}  # deviations of codes from 0 to 63 and of scales from -128 to 127
+    # All scales and minima of groups are 32, and the minima of blocks subtract the mean of the codes, 7.5.
     scales = np.abs(scales) / (32 * CODE_DEVIATION)
     return {"d": _float16(scales), "dmin": _float16(7.5 * scales), "scales": np.array([0xA0] * 8 + [0] * 4, np.uint8)}
-
-
-def _scales_q6_k(scales: Array) -> dict[str, Array]:
-    """The scales of groups stay random."""
-    return {"d": _float16(scales / (18.5 * 74))}  # deviations of codes from 0 to 63 and of scales from -128 to 127
-
-
-CODE_DEVIATION = 4.61  # of codes from 0 to 15
-_SCALES = {"Q4_0": _scales_q4_0, "Q4_K": _scales_q4_k, "Q6_K": _scales_q6_k}
 
 
 # Files.
@@ -188,7 +171,7 @@ def main() -> None:
     write_random_gguf(Path(path), *parse_shape(name), Path(tokenizer))
 
 
-def parse_shape(text: str) -> tuple[Shape, Mix]:
+def parse_shape(text: str) -> tuple[Shape, gguf.LlamaFileType]:
     """Parse 'SHAPE:TYPES'. Raises ValueError."""
     name, _, mix = text.partition(":")
     if name not in SHAPES or mix not in MIXES:
@@ -198,7 +181,7 @@ def parse_shape(text: str) -> tuple[Shape, Mix]:
     return SHAPES[name], MIXES[mix]
 
 
-def write_random_gguf(path: Path, shape: Shape, mix: Mix, tokenizer: Path) -> None:
+def write_random_gguf(path: Path, shape: Shape, mix: gguf.LlamaFileType, tokenizer: Path) -> None:
     """Write a model with the tokenizer and chat template of another GGUF file. A 3B model takes some seconds."""
     writer = gguf.GGUFWriter(path, shape.architecture)
     with GGUFFile(tokenizer) as file:
@@ -208,9 +191,9 @@ def write_random_gguf(path: Path, shape: Shape, mix: Mix, tokenizer: Path) -> No
         tensors = list(tensors_of(shape, len(file.metadata["tokenizer.ggml.tokens"])))
     _add_sizes(writer, shape)
     writer.add_vocab_size(tensors[0].shape[0])
-    writer.add_file_type(mix.file_type)
+    writer.add_file_type(mix)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    types = [mix.type_of(tensor, shape.num_layers) for tensor in tensors]
+    types = [type_of(tensor, mix, shape.num_layers) for tensor in tensors]
     for tensor, type_name in zip(tensors, types, strict=True):
         _add_tensor(writer, tensor, type_name)
     writer.write_header_to_file()

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,9 +62,7 @@ def parse(name: str, text: str | None, model: str | None = None, **options: tupl
 
     `options` have a default, whose type is theirs, and a help text. MODEL is a list without `model`, its default.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m tests.bench.{name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(name, text)
     if model is None:
         parser.add_argument("model", nargs="*", metavar="MODEL", help=OF_SERVE)
     else:
@@ -79,6 +77,11 @@ def parse(name: str, text: str | None, model: str | None = None, **options: tupl
             parser.add_argument(flag, type=type(default), default=default, metavar="N", help=text)
     own, flags = split_at_dashes(sys.argv[1:])
     return parser.parse_args(own, argparse.Namespace(flags=flags))
+
+
+def make_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    shape = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m tests.bench.{name}", description=text, formatter_class=shape)
 
 
 def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -133,17 +136,8 @@ def free_port() -> int:
 
 
 def print_table(reports: dict[str, Report]) -> None:
-    columns = (
-        "output tokens/s",
-        "input tokens/s",
-        "first token p50 (ms)",
-        "token p50 (ms)",
-        "token p99 (ms)",
-        "failed",
-    )
-    table = Table("", *(Column(name, justify="right") for name in columns))
-    for name, report in reports.items():
-        table.add_row(
+    rows = [
+        [
             name,
             f"{report.output_tokens_per_second:.1f}",
             f"{report.input_tokens_per_second:.1f}",
@@ -151,7 +145,19 @@ def print_table(reports: dict[str, Report]) -> None:
             milliseconds(report.inter_token_latency_ms, "p50"),
             milliseconds(report.inter_token_latency_ms, "p99"),
             str(report.num_requests - report.num_completed),
-        )
+        ]
+        for name, report in reports.items()
+    ]
+    times = ("first token p50 (ms)", "token p50 (ms)", "token p99 (ms)")
+    print_rows(("", "output tokens/s", "input tokens/s", *times, "failed"), rows)
+
+
+def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table whose figures begin in the second column."""
+    first, *others = columns
+    table = Table(first, *(Column(name, justify="right") for name in others), title=title)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
 
 

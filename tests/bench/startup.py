@@ -19,18 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import IO
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
-from tests.bench.serve import free_port, parse, run
+from tests.bench.serve import LIGHTWELL, READY_SECONDS, free_port, parse, print_rows, run
 
 MODEL = "smollm2-135m"
 BODY = json.dumps({"model": "m", "prompt": "Once upon a time", "max_tokens": 1})
-READY_SECONDS = 300.0
 POLL_SECONDS = 0.005
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 PARTS = re.compile(r"(\w[\w ]*?|warm-up) ([\d.]+) s(?:,|$)")
@@ -47,12 +43,10 @@ def main() -> int:
         times["ratio: first token to import torch"] = times["first token"] / times["import torch"]
         times["ratio: processor time of the engine"] = times["processor: engine"] / times["processor: import torch"]
         rounds.append(times)
-        Console(stderr=True).print(f"round {number + 1}: first token after {times['first token']:.2f} s")
-    table = Table("", "median", "least", "most")
-    for name in rounds[0]:
-        values = [times[name] for times in rounds if name in times]
-        table.add_row(name, *(f"{some(values):.2f}" for some in (statistics.median, min, max)))
-    Console().print(table)
+        print(f"round {number + 1}: first token after {times['first token']:.2f} s", file=sys.stderr)
+    columns = {name: [times[name] for times in rounds if name in times] for name in rounds[0]}
+    rows = [(name, *(f"{some(each):.2f}" for some in (statistics.median, min, max))) for name, each in columns.items()]
+    print_rows(("", "median", "least", "most"), rows)
     return 0
 
 
@@ -67,8 +61,7 @@ def measure_import() -> Times:
 def measure_server(model: str, flags: list[str]) -> Times:
     """Start a server, wait for its first token, and stop it. Raises RuntimeError if it exits or is never ready."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("lightwell")), "serve", model, f"--port={port}"]
-    command += ["--served-model-name=m", "--log-format=json", *flags]
+    command = [*LIGHTWELL, "serve", model, f"--port={port}", "--served-model-name=m", "--log-format=json", *flags]
     with tempfile.TemporaryFile() as log:
         began = time.monotonic()
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)

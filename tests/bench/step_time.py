@@ -8,17 +8,15 @@ first token of the prompts.
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import time
 
 import torch
 
 from engine.config import EngineConfig
-from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import resolve_model
+from tests.bench.engines import add_request, engine_with
 from tests.bench.serve import parse
 
 
@@ -51,23 +49,13 @@ def measure(
 
     Each stream gets a token in each step.
     """
-    config = EngineConfig(model_path="", speculative="off", enable_prefix_caching=False, max_step_ms=bound)
-    engine = Engine(config, loaded)
-    rng = random.Random(0)
-
-    def add(name: str, length: int, max_tokens: int) -> None:
-        prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(length)]
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        engine.add(Submit(request_id=name, prompt_token_ids=prompt, params=params, arrival=0.0))
-
-    for number in range(arguments.streams):
-        add(f"stream {number}", 64, 1 << 20)
+    engine = engine_with(loaded, arguments.streams, 64, 1 << 20, max_step_ms=bound)
     gaps: list[float] = []
     waits: list[float] = []
     for number in range(arguments.prompts):
         for _ in range(20):  # only streams
             engine.step()
-        add(f"prompt {number}", arguments.length, 1)
+        add_request(engine, f"prompt {number}", arguments.length, 1)
         before = started = time.monotonic()
         while any(request.request_id == f"prompt {number}" for request in engine.scheduler.requests()):
             engine.step()

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import httpx
-import openai
 
 from tests.chaos.bodies import KNOWN, STREAMED, bad_requests, random_request, stable
 from tests.chaos.report import Report
@@ -39,14 +38,6 @@ class Clients:
             limits=NO_REUSE,
             headers={"authorization": f"Bearer {keys[0]}"},
         )
-        self._sdk = openai.AsyncOpenAI(
-            base_url=f"{server.url}/v1",
-            api_key=keys[0],
-            max_retries=0,
-            timeout=ANSWER_SECONDS,
-            default_headers={"connection": "close"},
-            _strict_response_validation=True,
-        )
         self._known: dict[str, Any] = {}
         self._bad = bad_requests()
 
@@ -66,7 +57,7 @@ class Clients:
         """Send one request after the other until the time `until`."""
         kinds = (
             *(self._known_whole, self._known_whole, self._known_whole, self._known_stream, self._known_stream),
-            *(self._random_whole, self._random_stream, self._sdk_whole, self._sdk_stream, self._bad_request),
+            *(self._random_whole, self._random_stream, self._bad_request),
             *(self._cancelled, self._impatient, self._responses_stream, self._background),
         )
         while time.monotonic() < until:
@@ -89,7 +80,6 @@ class Clients:
 
     async def close(self) -> None:
         await self._http.aclose()
-        await self._sdk.close()
 
     # Requests with a known answer.
 
@@ -107,31 +97,6 @@ class Clients:
         path, body = KNOWN[name]
         self._check(name, merge(await self._stream(path, body, key)), merge([self._known[name]]))
         return "answered"
-
-    async def _sdk_whole(self, rng: random.Random, key: str) -> str:
-        answer = await self._call_sdk(key, stream=False)
-        self._check("chat", answer.choices[0].message.content, merge([self._known["chat"]])[0].text)
-        return "answered"
-
-    async def _sdk_stream(self, rng: random.Random, key: str) -> str:
-        text = ""
-        try:
-            async for chunk in await self._call_sdk(key, stream=True):
-                text += chunk.choices[0].delta.content or ""
-        except openai.APIStatusError:
-            raise
-        except openai.APIError as error:  # an event of the stream
-            raise _refusal(503, error.code) from None
-        self._check("chat", text, merge([self._known["chat"]])[0].text)
-        return "answered"
-
-    async def _call_sdk(self, key: str, *, stream: bool) -> Any:
-        try:
-            return await self._sdk.with_options(api_key=key).chat.completions.create(
-                model=MODEL, stream=stream, **KNOWN["chat"][1]
-            )
-        except openai.APIStatusError as error:
-            raise _refusal(error.status_code, error.code) from None
 
     async def _responses_stream(self, rng: random.Random, key: str) -> str:
         path, body = KNOWN["responses"]

@@ -27,7 +27,7 @@ DEATHS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL, signal.SIGSEGV)  # of 
 
 # The modules that the processes run.
 ENGINE, API = "engine.process", "server.main"
-TEMPLATE, GRAMMAR = "server.text.templates.process", "server.constrained.process"
+HELPERS = ("server.text.templates.process", "server.constrained.process")
 
 
 class KeysFile:
@@ -111,18 +111,24 @@ class Disturbances:
     async def run(self, rng: random.Random, until: float) -> None:
         """Do one of the things after which nothing may fail, again and again until the time `until`."""
         often = (self._stop_engine, self._stop_api, self._change_keys, self._block_log)
-        once = [self._kill_templates, self._kill_checker]  # a request is tried again after one death of theirs
+        helpers = list(HELPERS)  # a request is tried again after one death of theirs
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, rng.uniform(0.5, 5)))
-            kind = once.pop() if once and rng.random() < 0.3 else rng.choice(often)
-            try:
-                await kind(rng)
-            except Exception as error:
-                self._report.add_problem(f"{kind.__name__}: {error!r}")
-            self._report.round.disturbances[kind.__name__.strip("_").replace("_", " ")] += 1
+            if helpers and rng.random() < 0.3:
+                name = f"kill {helpers[-1]}"
+                _kill(processes(self._server, helpers.pop()))
+            else:
+                kind = rng.choice(often)
+                name = kind.__name__.strip("_").replace("_", " ")
+                try:
+                    await kind(rng)
+                except Exception as error:
+                    self._report.add_problem(f"{name}: {error!r}")
+            self._report.round.disturbances[name] += 1
 
-    async def end_engine(self, rng: random.Random, signum: signal.Signals, seconds: float) -> None:
+    async def end_engine(self, rng: random.Random, number: int, seconds: float) -> None:
         """Kill the engine, or stop it until the server does that, after a random part of `seconds`."""
+        signum = DEATHS[number % len(DEATHS)]
         await asyncio.sleep(rng.uniform(0, seconds))
         async with self._engine:
             (engine,) = processes(self._server, ENGINE)
@@ -166,12 +172,6 @@ class Disturbances:
     async def _stop_api(self, rng: random.Random) -> None:
         (api,) = processes(self._server, API)
         await _stop(api, rng.uniform(0.1, 1))
-
-    async def _kill_templates(self, rng: random.Random) -> None:
-        _kill(processes(self._server, TEMPLATE))
-
-    async def _kill_checker(self, rng: random.Random) -> None:
-        _kill(processes(self._server, GRAMMAR))
 
     async def _change_keys(self, rng: random.Random) -> None:
         old = self._keys.change()

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-
-import psutil
+from typing import NamedTuple
 
 # Growth between the second quarter of the rounds and the last one that counts as none.
 # The API process may store 64 MiB of responses.
@@ -17,29 +16,17 @@ MAX_MORE_FILES = 6  # so are processes for chat templates and grammars
 
 ENDS = ("answered", "rejected", "429", "failed by a death", "left")  # of requests
 COLUMNS = (
-    "s",
-    *ENDS,
-    "deaths, ready after s",
-    "first token s: 50 %, 99 %",
-    "/health ms: 50 %, max",
-    "MiB engine, API, supervisor",
-    "threads",
-    "descriptors",
-    "processes",
+    *("s", *ENDS, "deaths, ready after s", "first token s: 50 %, 99 %", "/health ms: 50 %, max"),
+    *("MiB engine, API, supervisor", "threads", "descriptors", "processes"),
 )
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(NamedTuple):
     """What a process holds while the server is idle."""
 
     num_bytes: int
     num_threads: int
     num_files: int
-
-    @classmethod
-    def of(cls, process: psutil.Process) -> "Resources":
-        return cls(process.memory_info().rss, process.num_threads(), process.num_fds())
 
 
 @dataclass
@@ -106,14 +93,11 @@ class Report:
         early, late = self.rounds[quarter : 2 * quarter], self.rounds[-max(2, quarter) :]
         grown = []
         for name, max_bytes in MAX_MORE_BYTES.items():
-            for what, limit in (
-                ("num_bytes", max_bytes),
-                ("num_threads", MAX_MORE_THREADS),
-                ("num_files", MAX_MORE_FILES),
-            ):
-                before = median(getattr(each.resources[name], what) for each in early)
-                after = min(getattr(each.resources[name], what) for each in late)
-                if after - before > limit:
+            limits = Resources(max_bytes, MAX_MORE_THREADS, MAX_MORE_FILES)
+            for index, what in enumerate(Resources._fields):
+                before = median(each.resources[name][index] for each in early)
+                after = min(each.resources[name][index] for each in late)
+                if after - before > limits[index]:
                     grown.append(f"{name}: {what} grew from {before:.0f} to {after:.0f}")
         return grown
 
@@ -123,6 +107,7 @@ class Report:
     def text(self) -> str:
         """Return a Markdown table with a line for each round, and what went wrong."""
         seconds = sum(each.seconds for each in self.rounds)
+        disturbances = sum((each.disturbances for each in self.rounds), Counter[str]())
         lines = [
             f"Seed {self.seed}, {seconds:.0f} s, {sum(self.by_kind.values())} requests, {self.deaths.num} deaths of "
             f"the engine; started in {self.start_seconds:.1f} s.",
@@ -131,14 +116,10 @@ class Report:
             "|" + "---|" * len(COLUMNS),
             *(_row(each) for each in self.rounds),
             "",
-            *(f"* {kind}: {num}" for kind, num in sorted(self.by_kind.items())),
-            *(f"* {kind}: {num}" for kind, num in sorted(self._disturbances().items())),
+            *(f"* {kind}: {num}" for counts in (self.by_kind, disturbances) for kind, num in sorted(counts.items())),
             "",
         ]
         return "\n".join([*lines, *(self.problems or ["Nothing went wrong."]), ""])
-
-    def _disturbances(self) -> Counter[str]:
-        return sum((each.disturbances for each in self.rounds), Counter())
 
 
 def _row(each: Round) -> str:

@@ -14,18 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.clients import Clients
-from tests.chaos.disturbances import (
-    API,
-    DEATHS,
-    ENGINE,
-    GRAMMAR,
-    STEP_TIMEOUT,
-    TEMPLATE,
-    Disturbances,
-    KeysFile,
-    PipedServer,
-    processes,
-)
+from tests.chaos.disturbances import API, ENGINE, HELPERS, STEP_TIMEOUT, Disturbances, KeysFile, PipedServer, processes
 from tests.chaos.hostile import HostileClients
 from tests.chaos.report import Report, Resources, Round
 from tests.support.processes import is_running
@@ -97,7 +86,7 @@ async def _run(
         ends = await asyncio.gather(
             *(clients.run(next(rngs), until) for _ in range(NUM_CLIENTS)),
             *(hostile.run(next(rngs), until) for _ in range(NUM_HOSTILE)),
-            disturbances.end_engine(next(rngs), DEATHS[(report.seed + number) % len(DEATHS)], round_seconds / 2),
+            disturbances.end_engine(next(rngs), report.seed + number, round_seconds / 2),
             disturbances.run(next(rngs), until),
             disturbances.watch(until),
             return_exceptions=True,
@@ -150,8 +139,10 @@ def _num_connections(api: psutil.Process) -> int:
 def _note_resources(server: ServerProcess, report: Report) -> None:
     ((engine,), (api,)) = processes(server, ENGINE), processes(server, API)
     named = {"engine": engine, "API": api, "supervisor": psutil.Process(server.process.pid)}
-    report.round.resources = {name: Resources.of(process) for name, process in named.items()}
-    report.round.num_processes = len(named) + len(processes(server, TEMPLATE)) + len(processes(server, GRAMMAR))
+    report.round.resources = {
+        name: Resources(each.memory_info().rss, each.num_threads(), each.num_fds()) for name, each in named.items()
+    }
+    report.round.num_processes = len(named) + sum(len(processes(server, each)) for each in HELPERS)
     children = named["supervisor"].children(recursive=True)
     all_processes = 1 + sum(is_running(child.pid) for child in children)
     if report.round.num_processes != all_processes:

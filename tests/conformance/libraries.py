@@ -162,23 +162,12 @@ def open_webui() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    settings = {
-        "DATA_DIR": os.environ["HOME"],
-        "WEBUI_AUTH": "False",
-        "WEBUI_SECRET_KEY": "none",
-        "OFFLINE_MODE": "true",
-    }
-    settings |= {"ENABLE_OLLAMA_API": "false", "OPENAI_API_BASE_URL": URL, "OPENAI_API_KEY": KEY}
+    settings = {"DATA_DIR": os.environ["HOME"], "WEBUI_AUTH": "False", "WEBUI_SECRET_KEY": "none"}
+    settings |= {"OFFLINE_MODE": "true", "ENABLE_OLLAMA_API": "false"}
     settings |= {"RAG_EMBEDDING_ENGINE": "openai", "RAG_EMBEDDING_MODEL": MODEL}
-    settings |= {"RAG_OPENAI_API_BASE_URL": URL, "RAG_OPENAI_API_KEY": KEY}
-    command = [
-        os.path.join(os.path.dirname(sys.executable), "open-webui"),
-        "serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-    ]
+    settings |= {f"{part}OPENAI_API_BASE_URL": URL for part in ("", "RAG_")}
+    settings |= {f"{part}OPENAI_API_KEY": KEY for part in ("", "RAG_")}
+    command = [os.path.dirname(sys.executable) + "/open-webui", "serve", "--host", "127.0.0.1", "--port", port]
     with subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.DEVNULL) as process:
         try:
             client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
@@ -196,16 +185,9 @@ def open_webui() -> None:
 
             print([model["id"] for model in client.get("/api/models").json()["data"]])
             hello = [{"role": "user", "content": "hello"}]
-            sampling: dict[str, Any] = {
-                "temperature": 0.5,
-                "top_k": 40,
-                "min_p": 0.05,
-                "seed": 3,
-                "max_tokens": 50,
-                "num_ctx": 4096,
-            }
+            sampling: dict[str, Any] = {"temperature": 0.5, "top_k": 40, "min_p": 0.05, "seed": 3, "max_tokens": 50}
             sampling |= {"stop": ["a1", "b2", "c3", "d4", "e5"], "logit_bias": "5:10", "reasoning_effort": "low"}
-            sampling |= {"repeat_last_n": 64, "keep_alive": "5m", "think": True}
+            sampling |= {"num_ctx": 4096, "repeat_last_n": 64, "keep_alive": "5m", "think": True}
             streaming: Any = {"stream": True, "stream_options": {"include_usage": True}, "params": sampling}
             print(ask("/api/chat/completions", messages=hello, **streaming).text)
             print(ask("/api/chat/completions", messages=hello, stream=False).json()["choices"][0]["message"]["content"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Program:
     name: str
     registry: Literal["npm", "PyPI"]
     packages: str  # as the registry's installer takes them; the first is named in the documentation
-    command: tuple[str, ...]
+    command: str  # of the shell
     tool: str = ""  # one that the program offers, which the model calls
     arguments: Mapping[str, Any] = field(default_factory=dict)
     greeting: str = GREETING
@@ -86,13 +87,13 @@ def library(
     name: str, packages: str, function: str = "", *, tool: str = "add", greeting: str = GREETING, locked: str = ""
 ) -> Program:
     """Return the program that runs a function of libraries.py. By default its name is the library's."""
-    command = ("{bin}/python", str(FOLDER / "libraries.py"), function or name.lower().replace(" ", "_"), "{url}/v1")
+    command = f"{{bin}}/python {FOLDER}/libraries.py {function or name.lower().replace(' ', '_')} {{url}}/v1"
     arguments = {"a": 40, "b": 2} if tool else {}
     return Program(name, "PyPI", packages, command, tool, arguments, greeting, OPENAI, locked=locked)
 
 
 def javascript_library(name: str, packages: str, function: str) -> Program:
-    command = ("node", str(FOLDER / "libraries.mjs"), function, "{url}/v1", "{bin}/../..")
+    command = f"node {FOLDER}/libraries.mjs {function} {{url}}/v1 {{bin}}/../.."
     return Program(name, "npm", packages, command, "add", {"a": 40, "b": 2})
 
 
@@ -103,12 +104,8 @@ PROGRAMS = (
         "Claude Code",
         "npm",
         "@anthropic-ai/claude-code",
-        (
-            "sh",
-            "-c",
-            "{bin}/claude -p hello --allowedTools Bash && {bin}/claude -p /context --continue && "
-            "MAX_THINKING_TOKENS=2000 {bin}/claude -p hello --allowedTools Bash",
-        ),
+        "{bin}/claude -p hello --allowedTools Bash; {bin}/claude -p /context --continue; "
+        "MAX_THINKING_TOKENS=2000 {bin}/claude -p hello --allowedTools Bash",
         "Bash",
         {"command": COMMAND, "description": "Print a marker"},
         variables=CLAUDE,
@@ -118,7 +115,7 @@ PROGRAMS = (
         "Claude Code, web search",
         "npm",
         "@anthropic-ai/claude-code",
-        ("{bin}/claude", "-p", "hello", "--allowedTools", "WebSearch"),
+        "{bin}/claude -p hello --allowedTools WebSearch",
         "WebSearch",
         {"query": MARKER},
         variables=CLAUDE,
@@ -127,12 +124,8 @@ PROGRAMS = (
         "Codex",
         "npm",
         "@openai/codex",
-        (
-            "sh",
-            "-ec",
-            f"for model in {' '.join(NAMES)}; do {{bin}}/codex exec --model $model --skip-git-repo-check "
-            "--dangerously-bypass-approvals-and-sandbox hello; done",
-        ),
+        f"for model in {' '.join(NAMES)}; do {{bin}}/codex exec --model $model --skip-git-repo-check "
+        "--dangerously-bypass-approvals-and-sandbox hello; done",
         "exec_command",
         {"cmd": COMMAND},
         files={".codex/config.toml": CODEX_CONFIG},
@@ -141,12 +134,8 @@ PROGRAMS = (
         "Cline",
         "npm",
         "cline",
-        (
-            "sh",
-            "-c",
-            f"{{bin}}/cline auth -p openai -k none -m {MODEL} -b {{url}}/v1 && "
-            f'{{bin}}/cline -P openai-compatible -m {MODEL} "hello there"',
-        ),
+        f"{{bin}}/cline auth -p openai -k none -m {MODEL} -b {{url}}/v1; "
+        f"{{bin}}/cline -P openai-compatible -m {MODEL} 'hello there'",
         "run_commands",
         {"commands": [COMMAND]},
     ),
@@ -154,7 +143,7 @@ PROGRAMS = (
         "Continue",
         "npm",
         "@continuedev/cli",
-        ("{bin}/cn", "--config", "{home}/continue.yaml", "--auto", "-p", "hello"),
+        "{bin}/cn --config {home}/continue.yaml --auto -p hello",
         "Bash",
         {"command": COMMAND},
         files={"continue.yaml": CONTINUE_CONFIG},
@@ -164,11 +153,8 @@ PROGRAMS = (
         "aider",
         "PyPI",
         "aider-chat",
-        (
-            "{bin}/aider",
-            *("--model", f"openai/{MODEL}", "--no-git", "--yes-always", "--no-check-update"),
-            *("--no-show-model-warnings", "--no-analytics", "--message", "hello"),
-        ),
+        f"{{bin}}/aider --model openai/{MODEL} --no-git --yes-always --no-check-update --no-show-model-warnings "
+        "--no-analytics --message hello",
         variables=OPENAI,
     ),
     library("Open WebUI", "open-webui", tool=""),
@@ -177,7 +163,7 @@ PROGRAMS = (
         "Qwen Code",
         "npm",
         "@qwen-code/qwen-code",
-        ("{bin}/qwen", "--auth-type", "openai", "--yolo", "-p", "hello"),
+        "{bin}/qwen --auth-type openai --yolo -p hello",
         "run_shell_command",
         {"command": COMMAND, "is_background": False},
         variables=OPENAI,
@@ -186,7 +172,7 @@ PROGRAMS = (
         "opencode",
         "npm",
         "opencode-ai",
-        ("{bin}/opencode", "run", "hello"),
+        "{bin}/opencode run hello",
         "bash",
         {"command": COMMAND, "description": "Print a marker"},
         files={".config/opencode/opencode.json": OPENCODE_CONFIG},
@@ -195,7 +181,7 @@ PROGRAMS = (
         "pi",
         "npm",
         "@mariozechner/pi-coding-agent",
-        ("{bin}/pi", "--provider", "lw", "--model", MODEL, "-p", "hello"),
+        f"{{bin}}/pi --provider lw --model {MODEL} -p hello",
         "bash",
         {"command": COMMAND},
         files={".pi/agent/models.json": PI_CONFIG},
@@ -204,7 +190,7 @@ PROGRAMS = (
         "llm",
         "PyPI",
         "llm",
-        ("sh", "-c", f"{{bin}}/llm -m {MODEL} --key none hello && {{bin}}/llm -m {MODEL} --key none -T llm_time hello"),
+        f"{{bin}}/llm -m {MODEL} --key none hello; {{bin}}/llm -m {MODEL} --key none -T llm_time hello",
         "llm_time",
         variables={"LLM_USER_PATH": "{home}"},
         files={"extra-openai-models.yaml": LLM_CONFIG},
@@ -214,7 +200,7 @@ PROGRAMS = (
         "shell-gpt",
         "PyPI",
         "shell-gpt click",
-        ("{bin}/sgpt", "--no-interaction", "--no-cache", "hello"),
+        "{bin}/sgpt --no-interaction --no-cache hello",
         files={".config/shell_gpt/.sgptrc": SHELL_GPT_CONFIG},
     ),
     javascript_library("OpenAI Agents, JavaScript", "@openai/agents zod", "agents"),
@@ -253,7 +239,7 @@ def converse(program: Program, bin: Path, home: Path, server: ScriptedServer) ->
     """
     script = server.script
     script.tool, script.arguments, script.greeting = program.tool, dict(program.arguments), program.greeting
-    places = {"bin": str(bin), "url": server.url, "home": str(home)}
+    places = {"bin": shlex.quote(str(bin)), "url": server.url, "home": shlex.quote(str(home))}
     for name, text in program.files.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text.replace("URL/v1", f"{server.url}/v1"))
@@ -264,10 +250,7 @@ def converse(program: Program, bin: Path, home: Path, server: ScriptedServer) ->
     first = len(server.exchanges)
     try:
         done = subprocess.run(
-            [
-                word.replace("{bin}", str(bin)).replace("{url}", server.url).replace("{home}", str(home))
-                for word in program.command
-            ],
+            ["sh", "-ec", program.command.format(**places)],
             cwd=work,
             env=_environment() | variables | {"HOME": str(home)},
             stdin=subprocess.DEVNULL,
@@ -297,8 +280,8 @@ def _failure(program: Program, code: str, output: str, exchanges: list[Exchange]
         return f"it ended with {code}"
     if not any(exchange.method == "POST" and exchange.status == 200 for exchange in exchanges):
         return "it asked nothing"
-    expected = (MARKER,) if program.arguments else (GREETING,)
-    return next((f"it did not print {text!r}" for text in expected if text not in output), "")
+    text = MARKER if program.arguments else GREETING
+    return "" if text in output else f"it did not print {text!r}"
 
 
 def installed_version(program: Program, bin: Path) -> str:

@@ -12,19 +12,8 @@ TRIED = FOLDER / "tried.json"  # by try_clients.py
 
 # In the order of the table.
 CAPABILITIES = (
-    "chat",
-    "streaming",
-    "async",
-    "usage",
-    "tools",
-    "structured output",
-    "logprobs",
-    "completions",
-    "responses",
-    "messages",
-    "embeddings",
-    "models",
-    "errors",
+    *("chat", "streaming", "async", "usage", "tools", "structured output", "logprobs"),
+    *("completions", "responses", "messages", "embeddings", "models", "errors"),
 )
 
 

@@ -4,20 +4,50 @@ Its completions client sends token ids with `echo` and `logprobs`, several promp
 time.
 """
 
+import json
+import os
+import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from tests.conformance.lm_eval_tool import evaluate
+from tests.conformance.table import ENVIRONMENTS, FOLDER
 from tests.support.reference_model import load_reference
 from tests.support.server_process import COMPLETIONS, MODEL, running_server
 
 pytestmark = pytest.mark.long
 
+TASKS_FOLDER = FOLDER / "lm_eval_tasks"
 TASKS = ("lightwell_choice", "lightwell_perplexity")
 MAX_LENGTH = 96  # tokens per window; the longest text takes three windows
+
+
+def evaluate(output: Path, kind: str, **model_args: object) -> dict[str, Any]:
+    """Return lm-eval's output: {"results": metrics by task, "samples": values of each document by task}.
+
+    `kind` is its type of model, `model_args` are the options. It runs in an environment of its own, which `make
+    test-long` creates, but with torch and transformers of this one.
+    """
+    python = ENVIRONMENTS / "lm-eval" / "bin" / "python"
+    assert python.exists(), "`make test-long` installs lm-eval"
+    arguments = ",".join(f"{name}={value}" for name, value in model_args.items())
+    command = [python, "-m", "lm_eval", "run", "--model", kind, "--model_args", arguments, "--device", "cpu"]
+    command += ["--tasks", ",".join(TASKS), "--include_path", TASKS_FOLDER, "--output_path", output]
+    command += ["--log_samples", "--batch_size", "4"]
+    environment = {"PYTHONPATH": sysconfig.get_path("purelib"), "OPENAI_API_KEY": "none"}
+    environment |= {"HF_HOME": str(output / "cache"), "HF_HUB_OFFLINE": "1"}
+    variables = os.environ | environment
+    done = subprocess.run(command, cwd=TASKS_FOLDER, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (results,) = output.glob("**/results_*.json")
+    samples = {
+        path.name.split("_20")[0].removeprefix("samples_"): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in output.glob("**/samples_*.jsonl")
+    }
+    return {"results": json.loads(results.read_text())["results"], "samples": samples}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +64,7 @@ def exported(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def expected(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("expected")
     given = {"pretrained": exported, "dtype": "float32", "max_length": MAX_LENGTH}
-    return evaluate(folder, "hf", ",".join(TASKS), **given)
+    return evaluate(folder, "hf", **given)
 
 
 def loglikelihoods(samples: list[dict[str, Any]]) -> list[list[Any]]:
@@ -47,7 +77,7 @@ def test_the_same_as_transformers(smollm2_path: Path, exported: Path, expected: 
     with running_server(smollm2_path, *flags) as server:
         asked = {"model": MODEL, "base_url": server.url + COMPLETIONS, "tokenizer": exported}
         asked |= {"num_concurrent": 2, "max_length": MAX_LENGTH + 2}  # its windows are two tokens shorter
-        found = evaluate(tmp_path, "local-completions", ",".join(TASKS), **asked)
+        found = evaluate(tmp_path, "local-completions", **asked)
         assert server.metric("lightwell_unknown_parameters_total") == 0
     for task in TASKS:
         ours, theirs = (loglikelihoods(each["samples"][task]) for each in (found, expected))

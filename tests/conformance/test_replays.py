@@ -5,8 +5,10 @@ Streams are parsed with the event models of the official clients, which most of 
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anthropic.types
@@ -17,10 +19,10 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, TypeAdapter
 
-from tests.conformance.programs import PROGRAMS
+from tests.conformance.programs import PROGRAMS, Program, converse
 from tests.conformance.reduce import KEPT_TEXTS, MAX_CHARS, TEXT_KEYS
 from tests.conformance.scripted_server import GREETING, ScriptedServer, scripted_server
-from tests.conformance.table import REPLAYS, TRIED
+from tests.conformance.table import ENVIRONMENTS, FOLDER, REPLAYS, TRIED
 
 ANTHROPIC_EVENT: TypeAdapter[Any] = TypeAdapter(anthropic.types.RawMessageStreamEvent)
 RESPONSES_EVENT: TypeAdapter[Any] = TypeAdapter(openai.types.responses.ResponseStreamEvent)
@@ -200,3 +202,17 @@ def test_every_program_that_passed_was_recorded() -> None:
     passed = {name for name, row in json.loads(TRIED.read_text(encoding="utf-8")).items() if not row["failure"]}
     assert {program.slug for program in PROGRAMS if program.name in passed} <= RECORDED.keys()
     assert all(replay["requests"] for replay in RECORDED.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("program", [each for each in PROGRAMS if each.locked], ids=lambda each: each.slug)
+def test_program(program: Program, server: ScriptedServer, tmp_path: Path) -> None:
+    """Installed from a lock file, a program has a conversation, in which it calls a tool of its own."""
+    bin = FOLDER / "npm/node_modules/.bin"
+    if program.registry == "npm":
+        assert shutil.which("npm"), "this test needs node and npm (on Debian and Ubuntu: the package npm)"
+    else:
+        bin = ENVIRONMENTS / program.locked / "bin"
+    assert bin.exists(), "`make test-long` installs the programs"
+    trial = converse(program, bin, tmp_path, server)
+    assert not trial.failure, f"{trial.failure}\n{trial.output[-3000:]}"

@@ -45,6 +45,10 @@ def load_yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+COMPOSE = load_yaml(ROOT / "docker-compose.yml")
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
 # Queries, compared with the metrics that the server exposes.
 
 
@@ -63,13 +67,8 @@ def exposed_metrics(prefix: str) -> Metrics:
 def exposed_labels(prefix: str) -> Labels:
     """Return the labels of each exposed sample, as a scraper parses them."""
     page, _ = exposition([exposed_metrics(prefix)])
-    return labels_on_page(page)
-
-
-def labels_on_page(page: bytes) -> Labels:
-    families = parse_text(page.decode())
     labels: Labels = defaultdict(set)
-    for sample in (sample for family in families for sample in family.samples):
+    for sample in (sample for family in parse_text(page.decode()) for sample in family.samples):
         labels[sample.name] |= set(sample.labels)
     return labels
 
@@ -130,45 +129,32 @@ def test_dashboard_variables() -> None:
     assert label in exposed_labels("lightwell_")[name.replace("${prefix}", "lightwell_")]
 
 
-def test_panels_are_whole_and_do_not_overlap() -> None:
+def test_panels_read_the_chosen_source() -> None:
     panels = load_dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
-    for panel in panels:
-        position = panel["gridPos"]
-        columns = range(position["x"], position["x"] + position["w"])
-        cells = {(x, y) for x in columns for y in range(position["y"], position["y"] + position["h"])}
-        assert columns.stop <= 24, panel["title"]
-        assert not cells & taken, panel["title"]
-        taken |= cells
+    for panel in (panel for panel in panels if panel["type"] != "row"):
         sources = [panel.get("datasource"), *(target["datasource"] for target in panel.get("targets", []))]
-        assert panel["type"] == "row" or all(source["uid"] == "${datasource}" for source in sources), panel["title"]
+        assert {source["uid"] for source in sources} == {"${datasource}"}, panel["title"]
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24, panel["title"]
 
 
 def test_grafana_is_provisioned() -> None:
-    compose = load_yaml(ROOT / "docker-compose.yml")["services"]
     source = load_yaml(DEPLOY / "grafana/provisioning/datasources/prometheus.yml")["datasources"][0]
     provider = load_yaml(DEPLOY / "grafana/provisioning/dashboards/lightwell.yml")["providers"][0]
-    mounts = dict(volume.removesuffix(":ro").split(":") for volume in compose["grafana"]["volumes"])
+    mounts = dict(volume.removesuffix(":ro").split(":") for volume in SERVICES["grafana"]["volumes"])
     assert source["url"] == "http://prometheus:9090"
-    assert "prometheus" in compose
+    assert "prometheus" in SERVICES
     assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
     assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
-    home = compose["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert Path(home).relative_to(provider["options"]["path"]) == Path("lightwell.json")
 
 
 # docker-compose.yml
 
 
-@pytest.fixture(scope="module")
-def services() -> dict[str, dict[str, Any]]:
-    services: dict[str, dict[str, Any]] = load_yaml(ROOT / "docker-compose.yml")["services"]
-    return services
-
-
-def test_services_listen_on_loopback_without_privileges(services: dict[str, dict[str, Any]]) -> None:
-    for name, service in services.items():
+def test_services_listen_on_loopback_without_privileges() -> None:
+    for name, service in SERVICES.items():
         assert [port for port in service["ports"] if not port.startswith("127.0.0.1:")] == [], name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
@@ -176,8 +162,8 @@ def test_services_listen_on_loopback_without_privileges(services: dict[str, dict
 
 
 @pytest.mark.checklist("G06")
-def test_server_is_confined(services: dict[str, dict[str, Any]]) -> None:
-    server = services["lightwell"]
+def test_server_is_confined() -> None:
+    server = SERVICES["lightwell"]
     assert server["read_only"] is True
     assert server["tmpfs"] == ["/tmp"]
     assert server["init"] is True
@@ -187,82 +173,79 @@ def test_server_is_confined(services: dict[str, dict[str, Any]]) -> None:
     assert set(server["environment"]) <= LIGHTWELL_VARIABLES
 
 
-def test_server_gets_the_time_that_it_needs_to_stop(services: dict[str, dict[str, Any]]) -> None:
-    grace = services["lightwell"]["stop_grace_period"]
+def test_server_gets_the_time_that_it_needs_to_stop() -> None:
+    grace = SERVICES["lightwell"]["stop_grace_period"]
     drain = load_settings().drain_timeout
     assert int(grace.removesuffix("s")) >= drain + DRAIN_GRACE_SECONDS + STOP_SECONDS + 2 * KILL_SECONDS
 
 
-def test_prometheus_scrapes_the_server_with_the_key(services: dict[str, dict[str, Any]]) -> None:
+def test_prometheus_scrapes_the_server_with_the_key() -> None:
     job = load_yaml(DEPLOY / "prometheus/prometheus.yml")["scrape_configs"][0]
     assert job["static_configs"] == [{"targets": ["lightwell:8000"]}]
-    assert services["lightwell"]["ports"] == ["127.0.0.1:8000:8000"]
-    secret = services["prometheus"]["secrets"][0]
+    assert SERVICES["lightwell"]["ports"] == ["127.0.0.1:8000:8000"]
+    secret = SERVICES["prometheus"]["secrets"][0]
     assert job["authorization"] == {"credentials_file": f"/run/secrets/{secret['target']}"}
     assert secret["mode"] == 0o444
-    secrets = load_yaml(ROOT / "docker-compose.yml")["secrets"]
-    assert secrets[secret["source"]] == {"environment": "LIGHTWELL_API_KEY"}
-    assert not services["prometheus"].get("read_only")  # compose refuses it together with such a secret
+    assert COMPOSE["secrets"][secret["source"]] == {"environment": "LIGHTWELL_API_KEY"}
+    assert not SERVICES["prometheus"].get("read_only")  # compose refuses it together with such a secret
 
 
 # Dockerfile
 
-Instruction = tuple[str, str]
+
+def read_stages() -> list[list[tuple[str, str]]]:
+    """Return the instructions of each stage, each with its arguments."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    stages: list[list[tuple[str, str]]] = [[]]
+    for name, arguments in (line.split(maxsplit=1) for line in text.splitlines() if line):
+        if name == "FROM":
+            stages.append([])
+        stages[-1].append((name, arguments.strip()))
+    return stages
 
 
-@pytest.fixture(scope="module")
-def instructions() -> list[Instruction]:
-    """Return the instructions of all stages, each with its arguments."""
-    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    lines = re.sub(r"^\s*#.*\n", "", lines, flags=re.MULTILINE).replace("\\\n", " ")
-    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1].strip()) for line in lines.splitlines() if line]
+STAGES = read_stages()
+IMAGE = dict(STAGES[-1])
 
 
-@pytest.fixture(scope="module")
-def final_stage(instructions: list[Instruction]) -> list[Instruction]:
-    start = max(index for index, (name, _) in enumerate(instructions) if name == "FROM")
-    return instructions[start:]
-
-
-def pairs(instructions: list[Instruction], name: str) -> dict[str, str]:
-    """Return the `key=value` pairs of all instructions called `name`."""
-    words = [word for kind, arguments in instructions if kind == name for word in shlex.split(arguments)]
-    return dict(word.split("=", 1) for word in words)
+def pairs(name: str, stages: list[list[tuple[str, str]]] = STAGES[-1:]) -> dict[str, str]:
+    """Return the `key=value` pairs of all instructions called `name`, by default of the last stage."""
+    found = [arguments for stage in stages for kind, arguments in stage if kind == name]
+    return dict(word.split("=", 1) for arguments in found for word in shlex.split(arguments))
 
 
 @pytest.mark.checklist("G06")
-def test_image_runs_the_server_as_a_user_who_is_not_root(final_stage: list[Instruction]) -> None:
-    last = dict(final_stage)
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last["USER"])
-    assert json.loads(last["ENTRYPOINT"]) == ["lightwell", "serve"]
-    assert last["STOPSIGNAL"] == "SIGTERM"
+def test_image_runs_the_server_as_a_user_who_is_not_root() -> None:
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", IMAGE["USER"])
+    assert json.loads(IMAGE["ENTRYPOINT"]) == ["lightwell", "serve"]
+    assert IMAGE["STOPSIGNAL"] == "SIGTERM"
 
 
-def test_image_downloads_nothing_from_fixed_addresses(instructions: list[Instruction]) -> None:
-    text = "\n".join(f"{name} {arguments}" for name, arguments in instructions)
-    assert "://" not in text
-    assert "ADD" not in {name for name, _ in instructions}
-    arguments = pairs([(name, value) for name, value in instructions if name == "ARG"], "ARG")
+def test_image_downloads_nothing_from_fixed_addresses() -> None:
+    instructions = [each for stage in STAGES for each in stage]
+    assert [each for each in instructions if "://" in each[1] or each[0] == "ADD"] == []
+    arguments = pairs("ARG", STAGES)
     assert arguments["PIP_ARGS"] == arguments["BAKE_MODEL"] == ""
     assert re.fullmatch(r"python:\$\{PYTHON_VERSION\}-slim-\w+", arguments["BASE_IMAGE"])
 
 
-def test_image_settings_are_settings(final_stage: list[Instruction]) -> None:
-    variables = pairs(final_stage, "ENV")
+def test_image_settings_are_settings() -> None:
+    variables = pairs("ENV")
     ours = {name: value for name, value in variables.items() if name.startswith("LIGHTWELL_")}
     assert set(ours) <= LIGHTWELL_VARIABLES
     del ours[CONFIG_VARIABLE]
     settings = load_settings(environ={**ours, "LIGHTWELL_API_KEY": "k"})
     assert settings.host == "0.0.0.0"
-    assert str(settings.port) == dict(final_stage)["EXPOSE"]
-    assert variables["LIGHTWELL_CACHE"] == variables["HOME"] == dict(final_stage)["VOLUME"]
+    assert str(settings.port) == IMAGE["EXPOSE"]
+    assert variables["LIGHTWELL_CACHE"] == variables["HOME"] == IMAGE["VOLUME"]
 
 
 @pytest.mark.checklist("G06")
-def test_image_is_healthy_when_it_is_ready(final_stage: list[Instruction]) -> None:
-    command = json.loads(dict(final_stage)["HEALTHCHECK"].split("CMD", 1)[1])
+def test_image_is_healthy_when_it_is_ready() -> None:
+    command = json.loads(IMAGE["HEALTHCHECK"].split("CMD", 1)[1])
     assert command == ["python3", "-I", "/opt/lightwell/healthcheck.py"]
-    assert ("COPY", "deploy/healthcheck.py /opt/lightwell/") in final_stage
+    assert ("COPY", "deploy/healthcheck.py /opt/lightwell/") in STAGES[-1]
     for status, code in ((200, 0), (503, 1)):
         with socket.create_server(("127.0.0.1", 0)) as listener, answering_once(listener, status):
             port = str(listener.getsockname()[1])
@@ -297,45 +280,41 @@ def check_health(**variables: str) -> "subprocess.CompletedProcess[str]":
 @contextmanager
 def answering_once(listener: socket.socket, status: int) -> Iterator[None]:
     """Answer one request for /readyz with `status`, in a thread."""
-    thread = threading.Thread(target=_answer_once, args=(listener, status))
+
+    def answer() -> None:
+        listener.settimeout(20)
+        with listener.accept()[0] as connection:
+            assert connection.recv(4096).startswith(b"GET /readyz HTTP/1.1\r\n")
+            connection.sendall(f"HTTP/1.1 {status} X\r\ncontent-length: 0\r\n\r\n".encode())
+
+    thread = threading.Thread(target=answer)
     thread.start()
     yield
     thread.join()
 
 
-def _answer_once(listener: socket.socket, status: int) -> None:
-    listener.settimeout(20)
-    connection = listener.accept()[0]
-    with connection:
-        assert connection.recv(4096).startswith(b"GET /readyz HTTP/1.1\r\n")
-        connection.sendall(f"HTTP/1.1 {status} X\r\ncontent-length: 0\r\n\r\n".encode())
-
-
-def test_image_version_is_the_projects(final_stage: list[Instruction]) -> None:
+def test_image_version_is_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    labels = pairs(final_stage, "LABEL")
-    assert labels["org.opencontainers.image.version"] == project["version"]
-    assert labels["org.opencontainers.image.description"] == project["description"]
-    assert labels["org.opencontainers.image.licenses"] == project["license"]
+    labels = pairs("LABEL")
+    for label, name in {"version": "version", "description": "description", "licenses": "license"}.items():
+        assert labels[f"org.opencontainers.image.{label}"] == project[name]
 
 
-def test_image_gets_what_it_copies(instructions: list[Instruction]) -> None:
+def test_image_gets_what_it_copies() -> None:
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = {line.removeprefix("!") for line in ignore if line.startswith("!")}
-    copies = [arguments.split() for name, arguments in instructions if name == "COPY" and "--from" not in arguments]
-    copied = {source for words in copies for source in words[:-1]}
+    copies = [arguments.split() for stage in STAGES for name, arguments in stage if name == "COPY"]
+    copied = {source for words in copies if "--from" not in words[0] for source in words[:-1]}
     assert copied == allowed
     assert [source for source in copied if not (ROOT / source).exists()] == []
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("has_triton", "has_header"), [(False, True), (True, True), (True, False)])
-def test_image_has_a_compiler_for_triton_only(
-    final_stage: list[Instruction], has_triton: bool, has_header: bool, tmp_path: Path
-) -> None:
+def test_image_has_a_compiler_for_triton_only(has_triton: bool, has_header: bool, tmp_path: Path) -> None:
     """The instruction runs with programs that write down how they are called."""
-    (command,) = [arguments for name, arguments in final_stage if name == "RUN" and "gcc" in arguments]
-    assert final_stage.index(("RUN", command)) < [name for name, _ in final_stage].index("USER")
+    (command,) = [arguments for name, arguments in STAGES[-1] if name == "RUN" and "gcc" in arguments]
+    assert STAGES[-1].index(("RUN", command)) < STAGES[-1].index(("USER", IMAGE["USER"]))
     if has_header:
         (tmp_path / "Python.h").touch()
     programs = {"pip": f"exit {int(not has_triton)}", "python3": f"echo {tmp_path}"}

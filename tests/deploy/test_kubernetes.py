@@ -19,7 +19,7 @@ from server.processes.supervisor_channel import HEARTBEAT_SECONDS
 from server.settings.load import load_settings
 from server.settings.table import SETTINGS, Settings
 from server.supervisor import DRAIN_GRACE_SECONDS, STOP_SECONDS
-from tests.deploy.test_deploy import DEPLOY, exposed_labels, exposed_metrics, load_yaml, problems_of
+from tests.deploy.test_deploy import DEPLOY, IMAGE, exposed_labels, exposed_metrics, load_yaml, pairs, problems_of
 from tests.server.test_metrics import PICKER_METRICS
 from tests.support.documents import blocks, text_of
 from tests.support.paths import ROOT
@@ -73,11 +73,9 @@ def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
 
 def find(manifests: list[Manifest], kind: str, name: str = "lightwell") -> Manifest:
     """Return the manifest of this kind and name. kustomize appends a hash to names of ConfigMaps."""
-    (found,) = [
-        each
-        for each in manifests
-        if each["kind"] == kind and re.fullmatch(rf"{name}(-\w{{10}})?", each["metadata"]["name"])
-    ]
+    name_and_hash = re.compile(rf"{name}(-\w{{10}})?")
+    of_kind = (each for each in manifests if each["kind"] == kind)
+    (found,) = (each for each in of_kind if name_and_hash.fullmatch(each["metadata"]["name"]))
     return found
 
 
@@ -93,16 +91,9 @@ def container_of(manifests: list[Manifest], name: str = "lightwell") -> Manifest
     return spec
 
 
-def image_instructions() -> list[tuple[str, str]]:
-    """Return the instructions of the image's last stage."""
-    stage = (ROOT / "Dockerfile").read_text(encoding="utf-8").rpartition("\nFROM ")[2].replace("\\\n", " ")
-    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in stage.splitlines()[1:] if re.match("[A-Z]", line)]
-
-
 def settings_of(manifests: list[Manifest]) -> Settings:
     """Return the settings of the server in a pod: those of the image, the ConfigMap and the documented Secret."""
-    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    image = dict(re.findall(r"\b(LIGHTWELL_(?:CACHE|HOST|PORT))=(\S+)", dockerfile.rpartition("\nFROM ")[2]))
+    image = {name: pairs("ENV")[name] for name in ("LIGHTWELL_CACHE", "LIGHTWELL_HOST", "LIGHTWELL_PORT")}
     keys = dict(re.findall(r"--from-literal=(\w+)=(\S+)", text_of(DOCUMENT)))
     variables: dict[str, str] = find(manifests, "ConfigMap")["data"]
     return load_settings(environ=image | keys | variables)
@@ -115,15 +106,8 @@ def test_built_in_kinds_match_their_schemas(manifests: list[Manifest]) -> None:
     assert find(manifests, "Namespace")["metadata"]["name"] == "lightwell"
     assert {each["metadata"].get("namespace") for each in manifests if each["kind"] != "Namespace"} == {"lightwell"}
     built_in = [each for each in manifests if each["apiVersion"].rpartition("/")[0] in BUILT_IN_GROUPS]
-    assert {each["kind"] for each in built_in} >= {
-        "ConfigMap",
-        "Deployment",
-        "Namespace",
-        "NetworkPolicy",
-        "PersistentVolumeClaim",
-        "PodDisruptionBudget",
-        "Service",
-    }
+    kinds = "ConfigMap Deployment Namespace NetworkPolicy PersistentVolumeClaim PodDisruptionBudget Service"
+    assert {each["kind"] for each in built_in} >= set(kinds.split())
     for each in built_in:
         for version in KUBERNETES_VERSIONS:
             validate(each, version, strict=True)
@@ -160,13 +144,13 @@ def test_the_environment_has_settings_only(manifests: list[Manifest]) -> None:
 
 
 def test_the_pod_is_that_of_the_image(manifests: list[Manifest]) -> None:
-    image, container = dict(image_instructions()), container_of(manifests)
+    container = container_of(manifests)
     context = pod_of(manifests)["securityContext"]
-    assert f"{context['runAsUser']}:{context['runAsGroup']}" == image["USER"]
+    assert f"{context['runAsUser']}:{context['runAsGroup']}" == IMAGE["USER"]
     assert context["fsGroup"] == context["runAsGroup"]
     assert [port["containerPort"] for port in container["ports"]] == [settings_of(manifests).port]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {"cache": image["VOLUME"], "tmp": "/tmp", "shared-memory": "/dev/shm"}
+    assert mounts == {"cache": IMAGE["VOLUME"], "tmp": "/tmp", "shared-memory": "/dev/shm"}
     assert find(manifests, "ConfigMap")["data"]["XDG_RUNTIME_DIR"] == mounts["tmp"]
     volumes = {volume["name"]: volume for volume in pod_of(manifests)["volumes"]}
     assert volumes["cache"]["persistentVolumeClaim"]["claimName"] == "lightwell-cache"
@@ -215,9 +199,8 @@ def test_probes_and_times(manifests: list[Manifest]) -> None:
 def test_resources_of_the_overlays() -> None:
     cpu, gpu = (build(FOLDER / "overlays" / name) for name in ("cpu", "gpu"))
     resources = container_of(cpu)["resources"]
-    assert {name: resources["requests"][name] for name in ("cpu", "memory")} == {
-        name: resources["limits"][name] for name in ("cpu", "memory")
-    }  # for exclusive cores
+    for name in ("cpu", "memory"):
+        assert resources["requests"][name] == resources["limits"][name], "for exclusive cores"
     assert resources["limits"]["cpu"].isdigit()
     (threads,) = container_of(cpu)["env"]
     assert threads == {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}

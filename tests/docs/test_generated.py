@@ -6,7 +6,6 @@ from pathlib import Path
 from server.http import errors
 from server.settings.load import load_settings
 from tests.docs.generate import TABLES, with_tables
-from tests.docs.parameters import describe
 from tests.support.documents import blocks, spans, text_of
 from tests.support.paths import ROOT
 
@@ -14,29 +13,6 @@ from tests.support.paths import ROOT
 def test_tables_are_current() -> None:
     old = [document for document in TABLES if with_tables(document) != text_of(document)]
     assert old == [], "run `python -m tests.docs.generate`"
-
-
-def test_types_in_words() -> None:
-    cases: list[tuple[dict[str, object], str]] = [
-        ({"type": "string"}, "string"),
-        ({"type": "string", "maxLength": 2048}, "string (at most 2,048 characters)"),
-        ({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}]}, "number (> 0, <= 1)"),
-        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "integer"),
-        ({"enum": ["left", "right"], "type": "string"}, "`left`, `right`"),
-        (
-            {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]},
-            "string or array of strings (at most 4 entries)",
-        ),
-        (
-            {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 3}},
-            "array of arrays of integers",
-        ),
-        ({"type": "array", "items": {"$ref": "#/$defs/A"}}, "array of objects"),
-        ({"oneOf": [{"enum": ["a", "b"]}, {"type": "integer"}, {"$ref": "#/$defs/A"}]}, "`a`, `b`, integer or object"),
-        ({"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]}, "object"),
-        ({"type": "object", "maxProperties": 16}, "object (at most 16 entries)"),
-    ]
-    assert [describe(schema) for schema, _ in cases] == [expected for _, expected in cases]
 
 
 def test_every_error_is_listed() -> None:

@@ -173,11 +173,7 @@ def test_log_probabilities_are_those_of_the_cpu_and_do_not_wait() -> None:
     num_top, named_ids = [20, 0, 5, 1, 2, 3, 4, 5, 20], [(), (7, 9), (), (), (), (), (), (), ()]
     expected = gather_logprobs(logits, token_ids, num_top, named_ids).read()
     on_device = logits.cuda(), token_ids.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        pending = gather_logprobs(*on_device, num_top, named_ids)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    pending = without_waits(gather_logprobs)(*on_device, num_top, named_ids)
     for entry, found in zip(expected, pending.read(), strict=True):
         assert (found.rank, found.top_token_ids) == (entry.rank, entry.top_token_ids)
         assert [found.logprob, *found.top_logprobs] == pytest.approx([entry.logprob, *entry.top_logprobs], abs=1e-4)

@@ -6,17 +6,15 @@ import anthropic
 from anthropic import Anthropic, AsyncAnthropic
 from pydantic import BaseModel
 
-from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
+from tests.conformance.clients.harness import CITIES, PARAMETERS, QUESTION, Server, exercises, refused
 
 SHORT: dict[str, Any] = {
     "system": "You tell stories.",
-    "messages": [{"role": "user", "content": "Tell me a long story."}],
+    "messages": [{"role": "user", "content": QUESTION}],
     "max_tokens": 8,
     "extra_body": {"temperature": 0.8, "seed": 4},
 }
-CITY = {"type": "string", "enum": ["Paris", "Rome"]}
-SCHEMA = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
-TOOLS = {"tools": [{"name": "get_weather", "input_schema": SCHEMA}], "max_tokens": 60}
+TOOLS = {"tools": [{"name": "get_weather", "input_schema": PARAMETERS}], "max_tokens": 60}
 
 
 class Animal(BaseModel):
@@ -28,13 +26,7 @@ class Animal(BaseModel):
 
 
 def options(server: Server) -> dict[str, Any]:
-    return {
-        "base_url": server.url,
-        "api_key": server.key,
-        "max_retries": 0,
-        "timeout": SECONDS,
-        "_strict_response_validation": True,
-    }
+    return server.options | {"base_url": server.url, "_strict_response_validation": True}
 
 
 @exercises("messages", "streaming", "usage")
@@ -71,14 +63,11 @@ def tools(server: Server) -> None:
         (call,) = message.content
         assert call.type == streamed.type == "tool_use"
         assert call.input == streamed.input
-        assert call.input["city"] in CITY["enum"]
+        assert call.input["city"] in CITIES
         assert message.stop_reason == "tool_use"
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "Rain."}
-    history = [
-        *SHORT["messages"],
-        {"role": "assistant", "content": message.content},
-        {"role": "user", "content": [result]},
-    ]
+    turns = {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}
+    history = [*SHORT["messages"], *turns]
     answered = client.messages.create(**(fields | {"messages": history, "tool_choice": {"type": "none"}}))
     assert answered.content[0].type == "text"
 

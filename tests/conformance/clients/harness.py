@@ -1,4 +1,4 @@
-"""Runs the checks in one client's file, in that client's environment. Needs no other package.
+"""Runs the checks in one client's file, in that client's environment. Needs no other package than Pydantic.
 
     python -m tests.conformance.clients.harness openai_client URL KEY MODEL
 
@@ -14,12 +14,34 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 Check = TypeVar("Check", bound=Callable[..., Any])
 Refusal = TypeVar("Refusal", bound=Exception)
 
 SECONDS = 300.0  # timeout for an answer; only bounds hangs
+QUESTION = "Tell me a long story."
+CITIES = ("Paris", "Rome")
+CITY = {"type": "string", "enum": [*CITIES]}
+PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
+
+
+class Animal(BaseModel):
+    """An animal."""
+
+    model_config = ConfigDict(extra="forbid")  # otherwise the model may invent further members
+
+    name: str = Field(max_length=12)
+    legs: int = Field(ge=0, le=9)
+    sound: Literal["meow", "woof"]
+
+
+class GetWeather(BaseModel):
+    """The weather now."""
+
+    city: Literal["Paris", "Rome"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,11 @@ class Server:
     @property
     def base_url(self) -> str:
         return f"{self.url}/v1"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What clients of OpenAI's API are made with."""
+        return {"base_url": self.base_url, "api_key": self.key, "max_retries": 0, "timeout": SECONDS}
 
 
 def exercises(*capabilities: str) -> Callable[[Check], Check]:

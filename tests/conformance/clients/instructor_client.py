@@ -1,27 +1,13 @@
 """Instructor, which parses answers into objects, in each of its modes and without retries."""
 
-from typing import Any, Literal
+from typing import Any
 
 import instructor
 from openai import AsyncOpenAI, OpenAI
-from pydantic import BaseModel, ConfigDict, Field
 
-from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
-
-
-class Animal(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # otherwise the model may invent further members
-
-    name: str = Field(max_length=12)
-    legs: int = Field(ge=0, le=9)
-    sound: Literal["meow", "woof"]
-
+from tests.conformance.clients.harness import Animal, Server, exercises, refused
 
 MODES = (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS_STRICT)
-
-
-def options(server: Server) -> dict[str, Any]:
-    return {"base_url": server.base_url, "api_key": server.key, "max_retries": 0, "timeout": SECONDS}
 
 
 def request(server: Server) -> dict[str, Any]:
@@ -31,7 +17,7 @@ def request(server: Server) -> dict[str, Any]:
 
 
 def client_of(server: Server, mode: Any, **fields: Any) -> Any:
-    return instructor.from_openai(OpenAI(**(options(server) | fields)), mode=mode)
+    return instructor.from_openai(OpenAI(**(server.options | fields)), mode=mode)
 
 
 @exercises("structured output", "tools", "usage")
@@ -44,7 +30,7 @@ def an_object(server: Server) -> None:
 
 @exercises("async", "structured output", "tools")
 async def asynchronous(server: Server) -> None:
-    async with AsyncOpenAI(**options(server)) as client:
+    async with AsyncOpenAI(**server.options) as client:
         animal = await instructor.from_openai(client).chat.completions.create(**request(server))
     assert isinstance(animal, Animal)
 

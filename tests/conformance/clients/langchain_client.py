@@ -1,41 +1,16 @@
 """LangChain's ChatOpenAI."""
 
-from typing import Any, Literal
+from typing import Any
 
 import openai
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel, Field
 
-from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
-
-QUESTION = "Tell me a long story."
-
-
-class Animal(BaseModel):
-    """An animal."""
-
-    name: str = Field(max_length=12)
-    legs: int = Field(ge=0, le=9)
-
-
-class GetWeather(BaseModel):
-    """The weather now."""
-
-    city: Literal["Paris", "Rome"]
+from tests.conformance.clients.harness import CITIES, QUESTION, Animal, GetWeather, Server, exercises, refused
 
 
 def options(server: Server) -> dict[str, Any]:
-    return {
-        "model": server.model,
-        "base_url": server.base_url,
-        "api_key": server.key,
-        "max_retries": 0,
-        "timeout": SECONDS,
-        "temperature": 0.8,
-        "seed": 4,
-        "max_tokens": 8,
-    }
+    return server.options | {"model": server.model, "temperature": 0.8, "seed": 4, "max_tokens": 8}
 
 
 def model_of(server: Server, **fields: Any) -> Any:
@@ -68,7 +43,7 @@ def tools(server: Server) -> None:
         chunks = list(bound.stream(QUESTION))
         (call,), (streamed,) = answer.tool_calls, sum(chunks[1:], chunks[0]).tool_calls
         assert (call["name"], call["args"]) == (streamed["name"], streamed["args"])
-        assert (call["name"], call["args"]["city"] in ("Paris", "Rome")) == ("GetWeather", True)
+        assert (call["name"], call["args"]["city"] in CITIES) == ("GetWeather", True)
     history = [HumanMessage(QUESTION), answer, ToolMessage("Rain.", tool_call_id=call["id"])]
     assert model.bind_tools([GetWeather], tool_choice="none").invoke(history).content
 
@@ -76,10 +51,8 @@ def tools(server: Server) -> None:
 @exercises("structured output", "tools")
 def structured_output(server: Server) -> None:
     for method in ("json_schema", "function_calling"):
-        model = model_of(server, max_tokens=120).with_structured_output(
-            Animal, method=method, strict=True, include_raw=True
-        )
-        answer = model.invoke("Invent an animal.")
+        fields: Any = {"method": method, "strict": True, "include_raw": True}
+        answer = model_of(server, max_tokens=120).with_structured_output(Animal, **fields).invoke("Invent an animal.")
         assert isinstance(answer["parsed"], Animal), answer
 
 

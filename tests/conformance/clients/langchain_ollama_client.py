@@ -5,24 +5,9 @@ from typing import Any, Literal
 import ollama
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
-
-QUESTION = "Tell me a long story."
-
-
-class Animal(BaseModel):
-    """An animal."""
-
-    name: str = Field(max_length=12)
-    legs: int = Field(ge=0, le=9)
-
-
-class GetWeather(BaseModel):
-    """The weather now."""
-
-    city: Literal["Paris", "Rome"]
+from tests.conformance.clients.harness import QUESTION, SECONDS, Animal, GetWeather, Server, exercises, refused
 
 
 class Call(BaseModel):

@@ -4,30 +4,18 @@ import json
 from typing import Any
 
 import litellm
-from pydantic import BaseModel, Field
 
-from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
+from tests.conformance.clients.harness import CITIES, PARAMETERS, QUESTION, SECONDS, Animal, Server, exercises, refused
 
-QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "Tell me a long story."}]
-CITY = {"type": "string", "enum": ["Paris", "Rome"]}
-PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
+MESSAGES = [{"role": "user", "content": QUESTION}]
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
-
-
-class Animal(BaseModel):
-    name: str = Field(max_length=12)
-    legs: int = Field(ge=0, le=9)
 
 
 def options(server: Server) -> dict[str, Any]:
     """Return options for a short answer."""
-    fields = {"messages": QUESTION, "max_tokens": 8, "temperature": 0.8, "seed": 4, "num_retries": 0}
-    return fields | {
-        "model": f"openai/{server.model}",
-        "api_base": server.base_url,
-        "api_key": server.key,
-        "timeout": SECONDS,
-    }
+    fields = {"messages": MESSAGES, "max_tokens": 8, "temperature": 0.8, "seed": 4, "num_retries": 0}
+    place = {"api_base": server.base_url, "api_key": server.key, "timeout": SECONDS}
+    return fields | place | {"model": f"openai/{server.model}"}
 
 
 @exercises("chat", "streaming", "usage")
@@ -58,7 +46,7 @@ def tools(server: Server) -> None:
         (streamed,) = whole.choices[0].message.tool_calls
         assert call.function.name == streamed.function.name == "get_weather"
         assert call.function.arguments == streamed.function.arguments
-        assert json.loads(call.function.arguments)["city"] in CITY["enum"]
+        assert json.loads(call.function.arguments)["city"] in CITIES
 
 
 @exercises("structured output")

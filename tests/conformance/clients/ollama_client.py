@@ -1,13 +1,12 @@
 """Ollama's official client."""
 
-from typing import Any, Literal
+from typing import Any
 
 import ollama
-from pydantic import BaseModel, Field
 
-from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
+from tests.conformance.clients.harness import QUESTION, SECONDS, Animal, Server, exercises, refused
 
-MESSAGES = [{"role": "system", "content": "You tell stories."}, {"role": "user", "content": "Tell me a long story."}]
+MESSAGES = [{"role": "system", "content": "You tell stories."}, {"role": "user", "content": QUESTION}]
 CALL = {  # a format that makes the model write a call, since this API has no other way to force one
     "type": "object",
     "properties": {"name": {"const": "get_weather"}, "arguments": {"type": "object"}},
@@ -15,14 +14,6 @@ CALL = {  # a format that makes the model write a call, since this API has no ot
 }
 OPTIONS = {"num_predict": 8, "temperature": 0.8, "seed": 4, "num_ctx": 2048}
 TOO_MANY = {"stop": [f"stop {number}" for number in range(65)]}
-
-
-class Animal(BaseModel):
-    """An animal."""
-
-    name: str = Field(max_length=12)
-    legs: int = Field(ge=0, le=9)
-    sound: Literal["meow", "woof"]
 
 
 def get_weather(city: str) -> str:
@@ -58,11 +49,8 @@ def answer_and_stream(server: Server) -> None:
 async def asynchronous(server: Server) -> None:
     client = ollama.AsyncClient(**connection(server))
     answer = await client.chat(server.model, MESSAGES, options=OPTIONS)
-    pieces = [
-        chunk.message.content or ""
-        async for chunk in await client.chat(server.model, MESSAGES, options=OPTIONS, stream=True)
-    ]
-    assert "".join(pieces) == answer.message.content != ""
+    stream = await client.chat(server.model, MESSAGES, options=OPTIONS, stream=True)
+    assert "".join([chunk.message.content or "" async for chunk in stream]) == answer.message.content != ""
 
 
 @exercises("tools", "streaming")
@@ -83,12 +71,10 @@ def tools(server: Server) -> None:
 @exercises("structured output", "streaming")
 def structured_output(server: Server) -> None:
     client, options = client_of(server), OPTIONS | {"num_predict": 120}
-    messages = [{"role": "user", "content": "Invent an animal."}]
-    answer = client.chat(server.model, messages, format=Animal.model_json_schema(), options=options)
+    form, prompt = Animal.model_json_schema(), "Invent an animal."
+    answer = client.chat(server.model, [{"role": "user", "content": prompt}], format=form, options=options)
     Animal.model_validate_json(answer.message.content or "")
-    stream = client.generate(
-        server.model, "Invent an animal.", format=Animal.model_json_schema(), options=options, stream=True
-    )
+    stream = client.generate(server.model, prompt, format=form, options=options, stream=True)
     Animal.model_validate_json("".join(chunk.response or "" for chunk in stream))
 
 

@@ -1,40 +1,21 @@
 """OpenAI's official client for Python, with strict validation wherever OpenAI's own answers match its schema."""
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import openai
 from openai import AsyncOpenAI, OpenAI
-from pydantic import BaseModel, Field
 
-from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
+from tests.conformance.clients.harness import CITIES, PARAMETERS, QUESTION, Animal, Server, exercises, refused
 
-QUESTION: Any = [{"role": "user", "content": "Tell me a long story."}]
-SHORT: dict[str, Any] = {"messages": QUESTION, "max_completion_tokens": 8, "temperature": 0.8, "seed": 4}
-CITY = {"type": "string", "enum": ["Paris", "Rome"]}
-PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
+MESSAGES: Any = [{"role": "user", "content": QUESTION}]
+SHORT: dict[str, Any] = {"messages": MESSAGES, "max_completion_tokens": 8, "temperature": 0.8, "seed": 4}
 WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS, "strict": True}}
 NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 
 
-class Animal(BaseModel):
-    name: str = Field(max_length=12)
-    legs: int = Field(ge=0, le=9)
-    sound: Literal["meow", "woof"]
-
-
-def options(server: Server) -> dict[str, Any]:
-    return {
-        "base_url": server.base_url,
-        "api_key": server.key,
-        "max_retries": 0,
-        "timeout": SECONDS,
-        "_strict_response_validation": True,
-    }
-
-
-def client_of(server: Server) -> OpenAI:
-    return OpenAI(**options(server))
+def client_of(server: Server, *, strict: bool = True) -> OpenAI:
+    return OpenAI(**server.options, _strict_response_validation=strict)
 
 
 @exercises("chat", "usage")
@@ -59,7 +40,7 @@ def stream(server: Server) -> None:
 @exercises("async", "streaming")
 async def asynchronous(server: Server) -> None:
     fields: Any = SHORT | {"model": server.model}
-    async with AsyncOpenAI(**options(server)) as client:
+    async with AsyncOpenAI(**server.options, _strict_response_validation=True) as client:
         chunks = [chunk async for chunk in await client.chat.completions.create(**fields, stream=True)]
         completion = await client.chat.completions.create(**fields)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == completion.choices[0].message.content
@@ -70,16 +51,13 @@ def tools(server: Server) -> None:
     client = client_of(server)
     fields: Any = SHORT | {"model": server.model, "tools": [WEATHER], "max_completion_tokens": 60}
     for tool_choice in ("required", NAMED):
-        message = (
-            client.chat.completions.create(**fields, tool_choice=tool_choice, parallel_tool_calls=False)
-            .choices[0]
-            .message
-        )
+        answer = client.chat.completions.create(**fields, tool_choice=tool_choice, parallel_tool_calls=False)
+        message = answer.choices[0].message
         (call,) = message.tool_calls
         assert call.function.name == "get_weather"
-        assert json.loads(call.function.arguments)["city"] in CITY["enum"]
+        assert json.loads(call.function.arguments)["city"] in CITIES
     result = {"role": "tool", "tool_call_id": call.id, "content": "Rain."}
-    history = [*QUESTION, message.model_dump(exclude_none=True), result]
+    history = [*MESSAGES, message.model_dump(exclude_none=True), result]
     answered = client.chat.completions.create(**(fields | {"messages": history, "tool_choice": "none"}))
     assert answered.choices[0].message.content
 
@@ -91,7 +69,7 @@ def streamed_tools(server: Server) -> None:
         done = [event for event in events if event.type == "tool_calls.function.arguments.done"]
         calls = events.get_final_completion().choices[0].message.tool_calls or []
     assert [event.name for event in done] == ["get_weather"]
-    assert [json.loads(call.function.arguments)["city"] in CITY["enum"] for call in calls] == [True]
+    assert [json.loads(call.function.arguments)["city"] in CITIES for call in calls] == [True]
 
 
 @exercises("structured output", "streaming")
@@ -116,7 +94,7 @@ def logprobs(server: Server) -> None:
 @exercises("completions", "streaming", "logprobs")
 def completions(server: Server) -> None:
     # OpenAI's own answers fail strict validation here too.
-    with OpenAI(**(options(server) | {"_strict_response_validation": False})) as client:
+    with client_of(server, strict=False) as client:
         fields: Any = {"model": server.model, "prompt": "Once upon a time", "max_tokens": 6, "seed": 1, "logprobs": 1}
         completion = client.completions.create(**fields)
         chunks = list(client.completions.create(**fields, stream=True))
