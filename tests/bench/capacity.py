@@ -49,7 +49,7 @@ def measure(
             step_seconds=STEP_SECONDS,
             max_model_len=1 << 15,
             max_num_seqs=CONCURRENCY,
-            vocab_size=1 << 15,
+            vocab_size=1 << 16,
         )
         with api_process(engine, model, Path(folder), dies=True, num_workers=num_workers) as api:
             api.wait_until_ready()

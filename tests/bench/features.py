@@ -81,7 +81,7 @@ def lora(start: Start, model: str, num_streams: int) -> Iterator[tuple[str, Case
         for seed, name in enumerate(names):
             save_random_adapter(Path(folder, name), config, seed, ranks={"": RANK})
         plain = f"{start()}/v1/completions"
-        adapted = f"{start('--lora-modules', *(f'{name}={folder}/{name}' for name in names))}/v1/completions"
+        adapted = f"{start(*(f'--lora-modules={name}={folder}/{name}' for name in names))}/v1/completions"
     yield (
         "requests use",
         {

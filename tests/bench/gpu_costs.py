@@ -179,7 +179,8 @@ def passes(number: float) -> Formula:
 
 def gather(launch: Launch, step: TracedStep, card: Card) -> Cost:
     """Return the cost of rows that are read from one tensor and written to another."""
-    num_bytes = 2 * sum(tensor.nbytes for name, tensor in _specs(launch).items() if name.startswith("out"))
+    specs = {name: value for name, value in launch.arguments.items() if isinstance(value, TensorSpec)}
+    num_bytes = 2 * sum(tensor.nbytes for name, tensor in specs.items() if name.startswith("out"))
     return Cost(memory=num_bytes, l2=num_bytes)
 
 
@@ -187,10 +188,6 @@ def topk(launch: Launch, step: TracedStep, card: Card) -> Cost:
     """Return the cost of selecting the largest of int64 keys, byte by byte."""
     num_bytes = TOPK_BYTES * launch.arguments["0"].num_elements
     return Cost(memory=num_bytes, l2=num_bytes)
-
-
-def _specs(launch: Launch) -> Mapping[str, TensorSpec]:
-    return {name: value for name, value in launch.arguments.items() if isinstance(value, TensorSpec)}
 
 
 # Of all other operations of torch: each tensor is read or written once.

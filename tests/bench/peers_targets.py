@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,37 +77,16 @@ def own_target(text: str, files: ModelFiles) -> Target:
     return Target(match[1], command, is_peer=False, gguf=files.gguf if "{model}" in match[2] else None)
 
 
-class Session(ABC):
-    """A running target."""
+class Session:
+    """A running target, by default one that speaks HTTP."""
 
-    def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[str]", log: Path, port: int) -> None:
         self.process = process
         self._log = log
-
-    @abstractmethod
-    def wait_until_ready(self) -> None:
-        """Wait until the target accepts requests. Raises TargetError if its process exits or takes too long."""
-
-    @abstractmethod
-    def run(self, load: LoadOptions) -> Report:
-        """Run one load. Raises TargetError if it fails as a whole."""
-
-    def explain(self, failure: str) -> str:
-        """Return the failure, with the exit status and last log line of the process if it exits within a second."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self.process.wait(1)
-            lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-            last_line = lines[-1][:200] if lines else "no output"
-            return f"{failure}; the process exited with status {code}: {last_line}"
-        return failure
-
-
-class HttpSession(Session):
-    def __init__(self, process: "subprocess.Popen[str]", log: Path, port: int) -> None:
-        super().__init__(process, log)
         self._url = f"http://127.0.0.1:{port}"
 
     def wait_until_ready(self) -> None:
+        """Wait until the target accepts requests. Raises TargetError if its process exits or takes too long."""
         deadline = time.monotonic() + ANSWER_SECONDS
         with httpx.Client(trust_env=False) as client:
             while time.monotonic() < deadline and self.process.poll() is None:
@@ -119,10 +97,19 @@ class HttpSession(Session):
         raise TargetError("not ready")
 
     def run(self, load: LoadOptions) -> Report:
+        """Run one load. Raises TargetError if it fails as a whole."""
         try:
             return run_benchmark(replace(load, url=self._url))
         except RemoteError as error:
             raise TargetError(str(error)) from None
+
+    def explain(self, failure: str) -> str:
+        """Return the failure, with the exit status and last log line of the process if it exits within a second."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.process.wait(1)
+            lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+            return f"{failure}; the process exited with status {code}: {lines[-1][:200] if lines else 'no output'}"
+        return failure
 
 
 class _RequestResult(msgspec.Struct):
@@ -171,7 +158,7 @@ def running(target: Target, log: Path) -> Iterator[tuple[Session, float]]:
     started = time.monotonic()
     process = _start(target, port, log)
     try:
-        session = HttpSession(process, log, port) if target.speaks_http else OpenVinoSession(process, log)
+        session = (Session if target.speaks_http else OpenVinoSession)(process, log, port)
         try:
             session.wait_until_ready()
         except TargetError as error:

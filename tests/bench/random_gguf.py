@@ -206,21 +206,16 @@ def write_random_gguf(path: Path, shape: Shape, mix: gguf.LlamaFileType, tokeniz
 
 
 def _add_sizes(writer: gguf.GGUFWriter, shape: Shape) -> None:
-    writer.add_context_length(CONTEXT_LENGTH)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_block_count(shape.num_layers)
-    writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_head_count(shape.num_heads)
-    writer.add_head_count_kv(shape.num_kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(shape.rope_theta)
-    writer.add_layer_norm_rms_eps(1e-5)
+    sizes: dict[str, float] = {"context_length": CONTEXT_LENGTH, "embedding_length": shape.hidden_size}
+    sizes |= {"block_count": shape.num_layers, "feed_forward_length": shape.intermediate_size}
+    sizes |= {"head_count": shape.num_heads, "head_count_kv": shape.num_kv_heads, "layer_norm_rms_eps": 1e-5}
+    sizes |= dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), shape.head_dim)
+    sizes["rope_freq_base"] = shape.rope_theta
     if shape.num_experts:
-        writer.add_expert_count(shape.num_experts)
-        writer.add_expert_used_count(shape.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(shape.intermediate_size)
+        sizes |= {"expert_count": shape.num_experts, "expert_used_count": shape.num_experts_per_tok}
+        sizes["expert_feed_forward_length"] = shape.intermediate_size
+    for name, size in sizes.items():
+        getattr(writer, f"add_{name}")(size)
 
 
 def _add_tensor(writer: gguf.GGUFWriter, tensor: Tensor, type_name: str) -> None:

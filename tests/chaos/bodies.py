@@ -88,10 +88,7 @@ def bad_requests() -> list[tuple[int, dict[str, Any]]]:
         (400, {"method": "POST", "url": CHAT, "content": b"[" * 10_000, "headers": JSON}),
         (400, {"method": "POST", "url": CHAT, "json": {"model": MODEL, "messages": [{"role": "x"}]}}),
         (413, {"method": "POST", "url": COMPLETIONS, "content": b'"' + b"a" * (2 << 20), "headers": JSON}),
-        (
-            415,
-            {"method": "POST", "url": COMPLETIONS, "content": b"prompt=A", "headers": TEXT},
-        ),
+        (415, {"method": "POST", "url": COMPLETIONS, "content": b"prompt=A", "headers": TEXT}),
         (401, {"method": "GET", "url": "/v1/models", "headers": {"authorization": "Bearer wrong"}}),
         (404, {"method": "POST", "url": "/v1/nothing", "json": fields}),
         (405, {"method": "GET", "url": COMPLETIONS}),

@@ -90,7 +90,3 @@ def tried_table() -> str:
 def _tried_row(name: str, package: str, version: str, paths: list[str], result: str) -> str:
     endpoints = ", ".join(f"`{path.removeprefix('/v1/')}`" for path in paths)
     return f"| {name} | `{package}` | {version} | {endpoints} | {result} |"
-
-
-if __name__ == "__main__":
-    print(markdown_table(), tried_table(), sep="\n", end="")

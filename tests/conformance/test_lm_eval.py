@@ -34,9 +34,9 @@ def evaluate(output: Path, kind: str, **model_args: object) -> dict[str, Any]:
     python = ENVIRONMENTS / "lm-eval" / "bin" / "python"
     assert python.exists(), "`make test-long` installs lm-eval"
     arguments = ",".join(f"{name}={value}" for name, value in model_args.items())
-    command = [python, "-m", "lm_eval", "run", "--model", kind, "--model_args", arguments, "--device", "cpu"]
+    command: list[str | Path] = [python, "-m", "lm_eval", "run", "--model", kind, "--model_args", arguments]
     command += ["--tasks", ",".join(TASKS), "--include_path", TASKS_FOLDER, "--output_path", output]
-    command += ["--log_samples", "--batch_size", "4"]
+    command += ["--log_samples", "--batch_size", "4", "--device", "cpu"]
     environment = {"PYTHONPATH": sysconfig.get_path("purelib"), "OPENAI_API_KEY": "none"}
     environment |= {"HF_HOME": str(output / "cache"), "HF_HUB_OFFLINE": "1"}
     variables = os.environ | environment

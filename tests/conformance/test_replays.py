@@ -20,9 +20,9 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, TypeAdapter
 
 from tests.conformance.programs import PROGRAMS, Program, converse
-from tests.conformance.reduce import KEPT_TEXTS, MAX_CHARS, TEXT_KEYS
 from tests.conformance.scripted_server import GREETING, ScriptedServer, scripted_server
 from tests.conformance.table import ENVIRONMENTS, FOLDER, REPLAYS, TRIED
+from tests.conformance.try_clients import KEPT_TEXTS, MAX_CHARS, TEXT_KEYS
 
 ANTHROPIC_EVENT: TypeAdapter[Any] = TypeAdapter(anthropic.types.RawMessageStreamEvent)
 RESPONSES_EVENT: TypeAdapter[Any] = TypeAdapter(openai.types.responses.ResponseStreamEvent)

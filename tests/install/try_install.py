@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.shared.paths import cache_folder
+from tests.bench.serve import free_port
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m"
 START_SECONDS = 300.0
 BODY = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
@@ -44,9 +44,8 @@ def main() -> None:
             for has_pip in (True, False):
                 with tempfile.TemporaryDirectory() as folder:
                     what = arguments.wheel.absolute() if arguments.wheel else sources(Path(folder))
-                    row = case(
-                        python, has_compiler, has_pip, Path(folder), [*shlex.split(arguments.pip_args), str(what)]
-                    )
+                    pip_args = [*shlex.split(arguments.pip_args), str(what)]
+                    row = case(python, has_compiler, has_pip, Path(folder), pip_args)
                 print("| " + " | ".join(row) + " |", flush=True)
 
 
@@ -87,9 +86,7 @@ def environ(has_compiler: bool, folder: Path) -> dict[str, str]:
 
 def first_answer(environment: Path, variables: dict[str, str]) -> tuple[float, str]:
     """Return the seconds from the start of the server to an answer, and the kernels that its log names."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     began = time.monotonic()
     with server([str(environment / "bin/lightwell"), "serve", "--port", str(port)], variables) as log:
         while not answers(port):

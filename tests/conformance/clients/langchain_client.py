@@ -17,21 +17,29 @@ def model_of(server: Server, **fields: Any) -> Any:
     return ChatOpenAI(**(options(server) | fields))
 
 
-@exercises("chat", "streaming", "usage")
-def answer_and_stream(server: Server) -> None:
-    model = model_of(server, stream_usage=True)
+def answered(model: Any) -> Any:
+    """Return an answer of eight tokens, and check that it is the same as a stream."""
     answer = model.invoke([("system", "You tell stories."), ("human", QUESTION)])
     chunks = list(model.stream([("system", "You tell stories."), ("human", QUESTION)]))
     whole = sum(chunks[1:], chunks[0])
     assert answer.content == whole.content != ""
     assert answer.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"] == 8
+    return answer
+
+
+async def is_the_same_asynchronously(model: Any) -> bool:
+    answer = await model.ainvoke(QUESTION)
+    return "".join([chunk.content async for chunk in model.astream(QUESTION)]) == answer.content != ""
+
+
+@exercises("chat", "streaming", "usage")
+def answer_and_stream(server: Server) -> None:
+    answered(model_of(server, stream_usage=True))
 
 
 @exercises("async", "streaming")
 async def asynchronous(server: Server) -> None:
-    model = model_of(server)
-    answer = await model.ainvoke(QUESTION)
-    assert "".join([chunk.content async for chunk in model.astream(QUESTION)]) == answer.content != ""
+    assert await is_the_same_asynchronously(model_of(server))
 
 
 @exercises("tools", "streaming")
