@@ -32,6 +32,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from engine.batch.inputs import BatchInputs
 from engine.config import AttentionKind, EngineConfig, KVShape
@@ -147,7 +148,7 @@ def measure(bench: Bench, attention: tuple[int, int], vllm: Path | None) -> Resu
 
     def ours(mode: str) -> Iterator[Figure]:
         config = EngineConfig(model_path=folder, device=str(bench.device), dtype="bfloat16")
-        loaded = load_model(msgspec.structs.replace(config, batch_invariant=mode == OURS))
+        loaded = load_model(replace(config, batch_invariant=mode == OURS))
         capture_graphs(loaded.runner)
         yield from (decode(bench, loaded, mode, number) for number in bench.streams)
         yield prefill(bench, loaded, mode)
@@ -172,7 +173,12 @@ def measure(bench: Bench, attention: tuple[int, int], vllm: Path | None) -> Resu
         context=bench.context,
         copy_bytes_per_second=bench.copy,
         product_operations_per_second=bench.product,
-        figures=[with_target(figure, expected) for figure in figures],
+        figures=[
+            replace(each, target=TARGETS.get(each.name), expected=expected.get(each.name))
+            if each.mode == OURS
+            else each
+            for each in figures
+        ],
         ratios=ratios(bench, figures),
         hidden_share=hidden[-1],
     )
@@ -186,13 +192,6 @@ def until_failure(figures: Iterator[Figure]) -> Iterator[Figure]:
             yield figure
     except Exception:
         traceback.print_exc()
-
-
-def with_target(figure: Figure, expected: dict[str, float]) -> Figure:
-    """Return a figure of the default mode with its target and what the model expects."""
-    if figure.mode != OURS:
-        return figure
-    return msgspec.structs.replace(figure, target=TARGETS.get(figure.name), expected=expected.get(figure.name))
 
 
 def expected_shares(bench: Bench, device_name: str, attention: tuple[int, int]) -> dict[str, float]:

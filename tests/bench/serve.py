@@ -22,7 +22,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
-from server.cli.bench import Report, Summary, run_benchmark
+from server.cli.bench import Report, run_benchmark
 from server.cli.load_generator import LoadOptions
 
 LIGHTWELL = [str(Path(sys.executable).with_name("lightwell"))]
@@ -136,19 +136,14 @@ def free_port() -> int:
 
 
 def print_table(reports: dict[str, Report]) -> None:
-    rows = [
-        [
-            name,
-            f"{report.output_tokens_per_second:.1f}",
-            f"{report.input_tokens_per_second:.1f}",
-            milliseconds(report.time_to_first_token_ms, "p50"),
-            milliseconds(report.inter_token_latency_ms, "p50"),
-            milliseconds(report.inter_token_latency_ms, "p99"),
-            str(report.num_requests - report.num_completed),
-        ]
-        for name, report in reports.items()
-    ]
     times = ("first token p50 (ms)", "token p50 (ms)", "token p99 (ms)")
+    rows = []
+    for name, report in reports.items():
+        first, later = report.time_to_first_token_ms, report.inter_token_latency_ms
+        shown = (first and first.p50, later and later.p50, later and later.p99)
+        rates = report.output_tokens_per_second, report.input_tokens_per_second
+        figures = ("" if figure is None else f"{figure:.1f}" for figure in (*rates, *shown))
+        rows.append([name, *figures, str(report.num_requests - report.num_completed)])
     print_rows(("", "output tokens/s", "input tokens/s", *times, "failed"), rows)
 
 
@@ -159,10 +154,6 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def milliseconds(summary: Summary | None, percentile: str) -> str:
-    return f"{getattr(summary, percentile):.1f}" if summary else ""
 
 
 if __name__ == "__main__":
