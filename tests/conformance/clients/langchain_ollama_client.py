@@ -8,7 +8,7 @@ from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 from pydantic import BaseModel
 
 from tests.conformance.clients.harness import QUESTION, SECONDS, Animal, GetWeather, Server, exercises, refused
-from tests.conformance.clients.langchain_client import answered, is_the_same_asynchronously
+from tests.conformance.clients.langchain_client import answered, check_asynchronous
 
 
 class Call(BaseModel):
@@ -35,7 +35,7 @@ def answer_and_stream(server: Server) -> None:
 
 @exercises("async", "streaming")
 async def asynchronous(server: Server) -> None:
-    assert await is_the_same_asynchronously(model_of(server))
+    await check_asynchronous(model_of(server))
 
 
 @exercises("tools")
