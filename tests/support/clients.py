@@ -16,10 +16,16 @@ from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.serving import RunningServer, make_test_context, running_server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES, ANTHROPIC = "/v1/responses", "/v1/messages"
+OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 MINIMAL: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": "tiny", "prompt": "Hi"},
     CHAT: {"model": "tiny", "messages": MESSAGES},
+    RESPONSES: {"model": "tiny", "input": "Hi"},
+    ANTHROPIC: {"model": "tiny", "messages": MESSAGES, "max_tokens": 1000},
+    OLLAMA_CHAT: {"model": "tiny", "messages": MESSAGES, "stream": False},
+    OLLAMA_GENERATE: {"model": "tiny", "prompt": "Hi", "stream": False},
 }
 
 
@@ -61,8 +67,9 @@ def openai_client(url: str, **options: Any) -> Iterator[OpenAI]:
 
 
 def ask(url: str, path: str, **fields: Any) -> httpx.Response:
-    """Send the minimal request of an endpoint, with `fields` added or replaced."""
-    return httpx.post(url + path, json=MINIMAL[path.removesuffix("/render")] | fields, timeout=60)
+    """Send the minimal request of an endpoint, with `fields` added, replaced or, by ..., left out."""
+    body = MINIMAL.get(path.removesuffix("/render"), {"model": "tiny"}) | fields
+    return httpx.post(url + path, json={name: value for name, value in body.items() if value is not ...}, timeout=60)
 
 
 def ask_json(url: str, path: str, **fields: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,12 @@ def keyed(of_kind: Servers) -> RunningServer:
 def adapted(of_kind: Servers) -> RunningServer:
     """With two adapters and room for a third."""
     return of_kind("adapted")
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as threads:
+        yield threads
 
 
 def anthropic_client(server: RunningServer) -> Anthropic:

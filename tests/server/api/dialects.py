@@ -1,46 +1,27 @@
 """Requests to the generating endpoints, and their answers, events and errors, each in its own form."""
 
 import json
+import threading
 from typing import Any
 
 import httpx
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from tests.server.api.contract import ANTHROPIC, OLLAMA_CHAT, OLLAMA_GENERATE, RESPONSES
-from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, parse_events
+from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, RESPONSES, ask, parse_events
 from tests.support.serving import RunningServer, check_error
 
+INPUT_TOKENS, COUNT = f"{RESPONSES}/input_tokens", f"{ANTHROPIC}/count_tokens"
+EMBEDDINGS, TOKENIZE, DETOKENIZE = "/v1/embeddings", "/tokenize", "/detokenize"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+WARNINGS = "x-lightwell-warnings"
 REPLY = "Hello, world!"  # of the fake engine
 RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
-# Requests whose answers may be long.
-BODIES: dict[str, dict[str, Any]] = {
-    COMPLETIONS: {"prompt": "Hi", "max_tokens": 2000},
-    CHAT: {"messages": MESSAGES},
-    RESPONSES: {"input": "Hi"},
-    ANTHROPIC: {"messages": MESSAGES, "max_tokens": 1000},
-    OLLAMA_CHAT: {"messages": MESSAGES, "stream": False},
-    OLLAMA_GENERATE: {"prompt": "Hi", "stream": False},
-}
 
-
-def ask(server: RunningServer, path: str, **fields: Any) -> httpx.Response:
-    """Send a request, with fields added, replaced or, by ..., left out."""
-    body = {"model": "tiny"} | BODIES.get(path, {}) | fields
-    return httpx.post(server.url + path, json={name: v for name, v in body.items() if v is not ...}, timeout=20)
-
-
-def ask_json(server: RunningServer, path: str, **fields: Any) -> dict[str, Any]:
-    response = ask(server, path, **fields)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def ask_events(server: RunningServer, path: str, **fields: Any) -> list[dict[str, Any]]:
+def ask_events(url: str, path: str, **fields: Any) -> list[dict[str, Any]]:
     """Return the events of a stream without [DONE], or its lines."""
-    response = ask(server, path, stream=True, **fields)
+    response = ask(url, path, stream=True, **fields)
     assert response.status_code == 200, response.text
     kind = "application/x-ndjson" if path.startswith("/api/") else "text/event-stream; charset=utf-8"
     assert response.headers["content-type"] == kind
@@ -65,6 +46,27 @@ def parse(path: str, text: str) -> list[dict[str, Any]]:
     if path == RESPONSES:
         assert [event["sequence_number"] for event in parsed] == list(range(len(parsed)))
     return parsed
+
+
+class Reader:
+    """Reads a stream of events in a thread."""
+
+    def __init__(self, url: str, method: str = "GET", body: Any = None) -> None:
+        self.text = ""
+        self._thread = threading.Thread(target=self._read, args=(method, url, body))
+        self._thread.start()
+
+    def _read(self, method: str, url: str, body: Any) -> None:
+        with httpx.stream(method, url, json=body, timeout=60) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            for text in response.iter_text():
+                self.text += text
+
+    def join(self) -> str:
+        self._thread.join(timeout=60)
+        assert not self._thread.is_alive(), "the stream does not end"
+        return self.text
 
 
 def text_of(answer: dict[str, Any]) -> str:

@@ -1,19 +1,15 @@
-"""Tools and reasoning in `/v1/messages` and `/v1/responses`, with the official clients and a fake engine."""
+"""Tools and reasoning in all dialects, with tags and in the harmony format, the official clients and a fake engine."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
-from anthropic import Anthropic
-from openai import OpenAI
 
-from tests.server.api.conftest import anthropic_client
-from tests.server.api.dialects import prompt_of
-from tests.support.clients import openai_client
+from tests.server.api.conftest import Servers, anthropic_client
+from tests.server.api.dialects import ask_events, prompt_of, text_of
+from tests.support.clients import ANTHROPIC, CHAT, MESSAGES, MINIMAL, RESPONSES, ask_json, ask_stream, openai_client
 from tests.support.serving import RunningServer
-from tests.support.tool_model import CALL, PARAMETERS, say
+from tests.support.tool_model import CALL, PARAMETERS, TOOLS, messages_of, prompt, say
 
 NAMED = {"name": "weather", "description": "How it is"}
 TOOL: Any = NAMED | {"input_schema": PARAMETERS}
@@ -28,18 +24,6 @@ def model(plain: RunningServer) -> RunningServer:
     return plain
 
 
-@pytest.fixture
-def claude(model: RunningServer) -> Iterator[Anthropic]:
-    with anthropic_client(model) as client:
-        yield client
-
-
-@pytest.fixture
-def client(model: RunningServer) -> Iterator[OpenAI]:
-    with openai_client(model.url) as client:
-        yield client
-
-
 RESULTS = (
     f"<think>Hm.</think>Let me see.\n{CALL}\n{CALL}<|im_end|>\n"
     + "<|im_start|>tool\nsunny<|im_end|>\n" * 2
@@ -47,10 +31,10 @@ RESULTS = (
 )
 
 
-def test_messages(model: RunningServer, claude: Anthropic) -> None:
-    request: dict[str, Any] = {"model": "tiny", "max_tokens": 500, "tools": [TOOL], "tool_choice": {"type": "auto"}}
-    messages: list[Any] = [{"role": "user", "content": "Hi"}]
-    message = claude.messages.create(messages=messages, **request)
+def test_messages(model: RunningServer) -> None:
+    request: dict[str, Any] = MINIMAL[ANTHROPIC] | {"tools": [TOOL], "tool_choice": {"type": "auto"}}
+    claude = anthropic_client(model)
+    message = claude.messages.create(**request)
     assert (message.stop_reason, [block.type for block in message.content]) == (
         "tool_use",
         ["thinking", "text", "tool_use", "tool_use"],
@@ -58,7 +42,7 @@ def test_messages(model: RunningServer, claude: Anthropic) -> None:
     first, second = (block for block in message.content if block.type == "tool_use")
     assert (first.name, first.input) == (second.name, second.input) == ("weather", CITY)
     assert first.id != second.id
-    with claude.messages.stream(messages=messages, **request) as stream:
+    with claude.messages.stream(**request) as stream:
         streamed = stream.get_final_message()
     without_id = [block.model_dump(exclude={"id"}) for block in streamed.content]
     assert without_id == [block.model_dump(exclude={"id"}) for block in message.content]
@@ -66,56 +50,151 @@ def test_messages(model: RunningServer, claude: Anthropic) -> None:
     before = prompt_of(model)
     results = [{"type": "tool_result", "tool_use_id": call.id, "content": "sunny"} for call in (first, second)]
     blocks = [block.model_dump(exclude_none=True) for block in message.content]
-    messages += [{"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
-    claude.messages.create(messages=messages, **request)
+    request["messages"] = [*MESSAGES, {"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
+    claude.messages.create(**request)
+    claude.close()
     assert prompt_of(model) == before + RESULTS
 
 
-def test_responses(model: RunningServer, client: OpenAI) -> None:
+def test_responses(model: RunningServer) -> None:
     request: dict[str, Any] = {"model": "tiny", "tools": [FUNCTION], "tool_choice": "auto"}
-    response = client.responses.create(input="Hi", **request)
-    assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]
-    assert response.output_text == "Let me see."
-    assert response.usage is not None
-    assert response.usage.output_tokens_details.reasoning_tokens > 0
-    calls = [item for item in response.output if item.type == "function_call"]
-    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("weather", CITY)] * 2
-    before = prompt_of(model)
-    with client.responses.stream(input="Hi", **request) as stream:
-        streamed = stream.get_final_response()
     own = {"id", "call_id", "parsed_arguments"}
-    assert [item.model_dump(exclude=own, exclude_none=True) for item in streamed.output][2:] == [
-        item.model_dump(exclude=own, exclude_none=True) for item in response.output
-    ][2:]
-    results: list[Any] = [
-        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls
-    ]
-    client.responses.create(input=results, previous_response_id=response.id, **request)
-    assert prompt_of(model) == before + RESULTS
-    items: list[Any] = [{"role": "user", "content": "Hi"}, *response.output, *results]
-    client.responses.create(input=items, **request)
-    assert prompt_of(model) == before + RESULTS
+    with openai_client(model.url) as client:
+        response = client.responses.create(input="Hi", **request)
+        assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]
+        assert response.output_text == "Let me see."
+        assert response.usage is not None
+        assert response.usage.output_tokens_details.reasoning_tokens > 0
+        calls = [item for item in response.output if item.type == "function_call"]
+        assert [(call.name, json.loads(call.arguments)) for call in calls] == [("weather", CITY)] * 2
+        before = prompt_of(model)
+        with client.responses.stream(input="Hi", **request) as stream:
+            streamed = stream.get_final_response()
+        items = [
+            [item.model_dump(exclude=own, exclude_none=True) for item in each.output] for each in (streamed, response)
+        ]
+        assert items[0][2:] == items[1][2:]
+        results: list[Any] = [
+            {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls
+        ]
+        for more in (
+            {"input": results, "previous_response_id": response.id},
+            {"input": [*MESSAGES, *response.output, *results]},
+        ):
+            client.responses.create(**request, **more)
+            assert prompt_of(model) == before + RESULTS
 
 
-def test_calls_one_after_another(model: RunningServer, claude: Anthropic, client: OpenAI) -> None:
-    message = claude.messages.create(
-        model="tiny",
-        max_tokens=500,
-        messages=[{"role": "user", "content": "Hi"}],
-        tools=[TOOL],
-        tool_choice={"type": "auto", "disable_parallel_tool_use": True},
-    )
-    assert sum(block.type == "tool_use" for block in message.content) == 1
-    response = client.responses.create(model="tiny", input="Hi", tools=[FUNCTION], parallel_tool_calls=False)
-    assert sum(item.type == "function_call" for item in response.output) == 1
+def test_calls_one_after_another(model: RunningServer) -> None:
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    message = ask_json(model.url, ANTHROPIC, tools=[TOOL], tool_choice=choice)
+    assert sum(block["type"] == "tool_use" for block in message["content"]) == 1
+    response = ask_json(model.url, RESPONSES, tools=[FUNCTION], parallel_tool_calls=False)
+    assert sum(item["type"] == "function_call" for item in response["output"]) == 1
 
 
 def test_reasoning_is_requested(model: RunningServer) -> None:
-    body: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
-    for thinking, opened in (({"type": "enabled", "budget_tokens": 4}, True), ({"type": "disabled"}, False)):
-        httpx.post(f"{model.url}/v1/messages", json=body | {"thinking": thinking}).raise_for_status()
+    for path, fields, opened in (
+        (CHAT, {"reasoning_effort": "low"}, True),
+        (CHAT, {"reasoning_effort": "none"}, False),
+        (CHAT, {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}, False),
+        (ANTHROPIC, {"thinking": {"type": "enabled", "budget_tokens": 4}}, True),
+        (ANTHROPIC, {"thinking": {"type": "disabled"}}, False),
+        (RESPONSES, {"reasoning": {"effort": "low"}}, True),
+        (RESPONSES, {"reasoning": {"effort": "none"}}, False),
+    ):
+        ask_json(model.url, path, **fields)
         assert prompt_of(model).endswith("<think>\n") == opened
-    for effort, opened in (("low", True), ("none", False)):
-        requested = {"model": "tiny", "input": "Hi", "max_output_tokens": 5, "reasoning": {"effort": effort}}
-        httpx.post(f"{model.url}/v1/responses", json=requested).raise_for_status()
-        assert prompt_of(model).endswith("<think>\n") == opened
+
+
+# The harmony format.
+
+NEXT = "<|start|>assistant"
+ANALYSIS = f"<|channel|>analysis<|message|>Hm.<|end|>{NEXT}"
+PREAMBLE = f"<|channel|>commentary<|message|>Let me see.<|end|>{NEXT}"
+HARMONY_CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "東京"}'
+FINAL = "<|channel|>final<|message|>"
+
+
+@pytest.fixture
+def special(of_kind: Servers) -> RunningServer:
+    """With markers as control tokens."""
+    return of_kind("harmony_tools")
+
+
+@pytest.fixture(params=["harmony_plain", "harmony_tools"])
+def harmony(of_kind: Servers, request: pytest.FixtureRequest) -> RunningServer:
+    """With markers as plain text and as control tokens, for tests of what depends on it."""
+    return of_kind(request.param)
+
+
+def test_chat_in_harmony(harmony: RunningServer) -> None:
+    say(harmony, ANALYSIS + PREAMBLE + HARMONY_CALL)
+    (choice,) = ask_json(harmony.url, CHAT, tools=TOOLS)["choices"]
+    message = choice["message"]
+    assert (choice["finish_reason"], message["reasoning"], message["content"]) == ("tool_calls", "Hm.", "Let me see.")
+    (call,) = message["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("weather", CITY)
+    streamed = messages_of(ask_stream(harmony.url, CHAT, tools=TOOLS))[0]
+    assert (streamed["reasoning"], streamed["content"]) == ("Hm.", "Let me see.")
+    assert [each["function"] for each in streamed["tool_calls"]] == [call["function"]]
+    say(harmony, f"{ANALYSIS}{FINAL}Yes")
+    (choice,) = ask_json(harmony.url, CHAT)["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "Yes")
+    num_tokens = len(harmony.model.tokenizer.encode("<|channel|>analysis<|mess"))
+    (choice,) = ask_json(harmony.url, CHAT, max_tokens=num_tokens)["choices"]
+    assert not choice["message"]["content"]  # no part of a header
+
+
+def test_prompts_in_harmony(special: RunningServer) -> None:
+    first = prompt(special, tools=TOOLS, reasoning_effort="high")
+    assert "\nReasoning: high\n" in first
+    assert "type time = () => any;" in first
+    answered = {"role": "assistant", "content": "Sunny.", "reasoning": "Hm."}
+    assert "Hm." not in prompt(special, messages=[*MESSAGES, answered, *MESSAGES])
+
+
+def test_the_final_message_is_continued(special: RunningServer) -> None:
+    say(special, " see")
+    chat = [*MESSAGES, {"role": "assistant", "content": "I", "reasoning": "Hm."}]
+    body = {"messages": chat, "continue_final_message": True}
+    assert prompt(special, **body).endswith(f"<|end|>{NEXT}{ANALYSIS}{FINAL}I")
+    assert ask_json(special.url, CHAT, **body)["choices"][0]["message"]["content"] == " see"
+
+
+def test_responses_in_harmony(special: RunningServer) -> None:
+    say(special, ANALYSIS + PREAMBLE + HARMONY_CALL)
+    fields: dict[str, Any] = {"tools": [FUNCTION], "reasoning": {"effort": "low"}}
+    response = ask_json(special.url, RESPONSES, **fields)
+    for output in (response["output"], ask_events(special.url, RESPONSES, **fields)[-1]["response"]["output"]):
+        reasoning, message, call = output
+        assert (reasoning["type"], message["content"][0]["text"]) == ("reasoning", "Let me see.")
+        assert (call["type"], json.loads(call["arguments"])) == ("function_call", CITY)
+    results = [{"type": "function_call_output", "call_id": response["output"][-1]["call_id"], "output": "sunny<|end|>"}]
+    say(special, f"{FINAL}Sunny.")
+    answer = ask_json(special.url, RESPONSES, input=results, previous_response_id=response["id"], **fields)
+    assert text_of(answer) == "Sunny."
+    assert prompt_of(special).endswith(
+        f"{NEXT}<|channel|>analysis<|message|>Hm.\n\nLet me see.<|end|>"
+        f'{NEXT} to=functions.weather<|channel|>commentary json<|message|>{{"city": "東京"}}<|call|>'
+        f'<|start|>functions.weather to=assistant<|channel|>commentary<|message|>"sunny<|end|>"<|end|>{NEXT}'
+    )
+    assert "\nReasoning: low\n" in prompt_of(special)
+
+
+def test_log_probabilities_are_those_of_the_content(special: RunningServer) -> None:
+    say(special, f"{ANALYSIS}{PREAMBLE}{ANALYSIS}{FINAL}Yes")
+    output = ask_json(special.url, RESPONSES, include=["message.output_text.logprobs"])["output"]
+    contents = [item["content"][0] for item in output if item["type"] == "message"]
+    assert [content["text"] for content in contents] == ["Let me see.", "\n\nYes"]
+    tokens = ["".join(each["token"] for each in content["logprobs"]) for content in contents]
+    assert tokens == ["Let me see.", "Yes<|endoftext|>"]
+
+
+def test_messages_in_harmony(special: RunningServer) -> None:
+    say(special, ANALYSIS + PREAMBLE + HARMONY_CALL)
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 999}}  # the model has no budget
+    for fields in ({}, thinking):
+        message = ask_json(special.url, ANTHROPIC, tools=[TOOL], **fields)
+        assert [block["type"] for block in message["content"]] == ["thinking", "text", "tool_use"]
+        assert message["stop_reason"] == "tool_use"

@@ -6,70 +6,75 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api import model_route
-from server.models import manager as manager_module
-from server.models.manager import ModelManager
-from server.models.slot import ModelSlot
+from server.api.model_route import COMMENT_SECONDS, MAX_HELD_SECONDS
+from server.models.manager import IDLE_POLL_SECONDS
+from tests.server.api.dialects import Reader
+from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MINIMAL, OLLAMA_GENERATE, RESPONSES, ask
 from tests.support.fake_engine import make_adapter
 from tests.support.serving import check_error, wait_until
 from tests.support.several_models import SeveralModels, several_models, unload
 
-MESSAGES = [{"role": "user", "content": "Hi"}]
-STREAMS: list[tuple[str, dict[str, Any], str]] = [
-    ("/v1/completions", {"prompt": "Hi"}, "data: [DONE]"),
-    ("/v1/chat/completions", {"messages": MESSAGES}, "data: [DONE]"),
-    ("/v1/responses", {"input": "Hi"}, "event: response.completed"),
-    ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}, "event: message_stop"),
-]
+STREAMS = {
+    COMPLETIONS: "data: [DONE]",
+    CHAT: "data: [DONE]",
+    RESPONSES: "event: response.completed",
+    ANTHROPIC: "event: message_stop",
+}
 
 
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams get comments after a short time."""
-    monkeypatch.setattr(model_route, "MAX_HELD_SECONDS", 0.2)
-    monkeypatch.setattr(model_route, "COMMENT_SECONDS", 0.2)
+def body_of(path: str, **fields: Any) -> dict[str, Any]:
+    return MINIMAL[path] | {"model": "one", "stream": True} | fields
 
 
-def stream(server: SeveralModels, path: str, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(server.url + path, json={"model": "one", "stream": True, **body}, timeout=60)
+def stream(server: SeveralModels, path: str, **fields: Any) -> httpx.Response:
+    return httpx.post(server.url + path, json=body_of(path, **fields))
 
 
-@pytest.mark.usefixtures("soon")
+def reader_with_comment(server: SeveralModels, path: str) -> Reader:
+    """Return the reader of a stream that has waited for its model until the status and a comment were sent."""
+    reader = Reader(server.url + path, "POST", body_of(path))
+    wait_until(lambda: server.slots[0].num_users == 1)
+    for seconds in (0, MAX_HELD_SECONDS):  # the timer is set when the loop has nothing more to do
+        server.turn(seconds)
+    wait_until(lambda: reader.text.count(": loading one, ") == 1)
+    server.turn(0)
+    return reader
+
+
 def test_a_stream_has_comments_while_its_model_is_loaded(model_folder: Path) -> None:
-    with several_models(model_folder, engines={"load_seconds": 1.0}) as server:
-        for path, body, end in STREAMS:
-            answer = stream(server, path, body)
-            assert answer.status_code == 200
-            assert answer.headers["content-type"].startswith("text/event-stream")
-            comments = [line for line in answer.text.splitlines() if line.startswith(": loading one, ")]
-            assert len(comments) >= 2
-            assert end in answer.text
+    with several_models(model_folder, engines={"never_ready": True}) as server:
+        for path, end in STREAMS.items():
+            server.supervisor.configs[0].never_ready = True
+            reader = reader_with_comment(server, path)
+            server.turn(COMMENT_SECONDS)
+            wait_until(lambda reader=reader: reader.text.count(": loading one, ") == 2)
+            server.supervisor.configs[0].never_ready = False
+            assert end in reader.join()
             wait_until(lambda: server.slots[0].num_users == 0)
-            again = stream(server, path, body)  # as from a model that is loaded
-            assert ": loading" not in again.text
-            assert end in again.text
+            again = stream(server, path)  # as from a model that is loaded
+            assert (": loading" in again.text, end in again.text) == (False, True)
             unload(server, "one")
 
 
-@pytest.mark.usefixtures("soon")
 def test_a_stream_ends_with_an_error_if_its_model_cannot_be_loaded(model_folder: Path) -> None:
-    with several_models(model_folder, engines={"never_ready": True}, queue_timeout=0.8) as server:
-        for path, body, end in STREAMS:
-            answer = stream(server, path, body)
-            assert answer.status_code == 200
-            assert "The model `one` is still being loaded." in answer.text
-            assert (end in answer.text) == (end == "data: [DONE]")
+    with several_models(model_folder, engines={"never_ready": True}, queue_timeout=60.0) as server:
+        for path, end in STREAMS.items():
+            reader = reader_with_comment(server, path)
+            server.turn(60)
+            text = reader.join()
+            assert "The model `one` is still being loaded." in text
+            assert (end in text) == (end == "data: [DONE]")
 
 
 INVALID: list[tuple[str, dict[str, Any], str]] = [
-    *((path, {**body, "temperature": 99}, "temperature") for path, body, _ in STREAMS),
-    ("/v1/completions", {"prompt": "Hi", "min_p": 0.1, "response_format": {"type": "x"}}, "response_format"),
-    ("/v1/completions", {"prompt": "Hi", "n": 2, "best_of": 1}, "best_of"),  # each is valid, but not both
-    *(("/v1/completions", {"prompt": "Hi", "queue_timeout": value}, "queue_timeout") for value in (-3, 0, True, "3")),
+    *((path, {"temperature": 99}, "temperature") for path in STREAMS),
+    (COMPLETIONS, {"response_format": {"type": "x"}}, "response_format"),
+    (COMPLETIONS, {"n": 2, "best_of": 1}, "best_of"),  # each is valid, but not both
+    *((COMPLETIONS, {"queue_timeout": value}, "queue_timeout") for value in (-3, 0, True, "3")),
     ("/v1/embeddings", {"input": {}}, "input"),
     ("/v1/rerank", {"query": "a"}, "documents"),
     ("/tokenize", {"prompt": 1}, "prompt"),
-    ("/api/generate", {"prompt": "Hi", "options": 1}, "options"),
+    (OLLAMA_GENERATE, {"options": 1}, "options"),
 ]
 
 
@@ -77,7 +82,7 @@ def test_an_invalid_request_loads_nothing(model_folder: Path) -> None:
     with several_models(model_folder) as server:
         for path, body, field in INVALID:
             for is_stream in (False, True):
-                answer = httpx.post(server.url + path, json={"model": "one", "stream": is_stream, **body}, timeout=60)
+                answer = ask(server.url, path, model="one", stream=is_stream, **body)
                 assert (answer.status_code, field in answer.text) == (400, True), (path, answer.text)
         body = {"lora_name": "dialect", "lora_path": "/adapters/dialect", "base_model_name": "one"}
         check_error(httpx.post(server.url + "/v1/load_lora_adapter", json=body), 404)  # not allowed
@@ -86,9 +91,9 @@ def test_an_invalid_request_loads_nothing(model_folder: Path) -> None:
 
 def test_a_short_load_leaves_the_status_to_the_answer(model_folder: Path) -> None:
     with several_models(model_folder) as server:
-        for path, body, _ in STREAMS:
-            assert ": loading" not in stream(server, path, body).text
-            assert stream(server, path, {**body, "temperature": 99}).status_code == 400
+        for path in STREAMS:
+            assert ": loading" not in stream(server, path).text
+            assert stream(server, path, temperature=99).status_code == 400
             unload(server, "one")
 
 
@@ -129,25 +134,16 @@ def test_a_replayed_request_waits_for_its_model(model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "status"), [({}, 200), ({"prompt": "Hi", "stream": False, "options": {"temperature": "hot"}}, 400)]
 )
-def test_a_keep_alive_without_effect_is_not_kept(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], status: int
-) -> None:
-    polls, idle_limit = [], ModelManager.idle_limit
-
-    def counted(manager: ModelManager, slot: ModelSlot) -> float | None:
-        polls.append(slot)
-        return idle_limit(manager, slot)
-
-    monkeypatch.setattr(manager_module, "IDLE_POLL_SECONDS", 0.05)
-    monkeypatch.setattr(ModelManager, "idle_limit", counted)
+def test_a_keep_alive_without_effect_is_not_kept(model_folder: Path, body: dict[str, Any], status: int) -> None:
     with several_models(model_folder) as server:
         if status != 200:
             server.complete("one")
-        answer = httpx.post(server.url + "/api/generate", json={"model": "one", "keep_alive": 0, **body})
+        answer = httpx.post(server.url + OLLAMA_GENERATE, json={"model": "one", "keep_alive": 0, **body})
         assert answer.status_code == status, answer.text
         server.complete("one")
-        num_polls = len(polls)
-        wait_until(lambda: len(polls) >= num_polls + 3)
+        wait_until(lambda: server.slots[0].num_users == 0)
+        for _ in range(3):
+            server.turn(IDLE_POLL_SECONDS)
         assert server.states["one"] == "loaded"
         assert len(server.supervisor.orders) == 1  # it has not been unloaded meanwhile
 

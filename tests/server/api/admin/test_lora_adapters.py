@@ -8,52 +8,42 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
-from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, Submit, UnloadAdapter
 from server.api.admin import lora_adapters as adapters
 from server.context import ServerContext
 from server.generation import pipeline
 from tests.server.api.conftest import CHESS, SQL
-from tests.server.api.contract import ANTHROPIC, COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, RESPONSES, TOKENIZE
-from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, parse_events, shared_server, write_adapter
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+from tests.server.api.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, UNLOAD
+from tests.support import clients
+from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, RESPONSES
+from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.support.serving import RunningServer, check_error, make_test_context, running_server, wait_until
 from tests.support.tiny_tokenizer_model import MAX_MODEL_LEN
 
-UNLOAD = "/v1/unload_lora_adapter"
 NAMES = ["tiny", "org/tiny", "org/sql", "chess"]
-GENERATING: dict[str, dict[str, Any]] = {
-    COMPLETIONS: {"prompt": "Hi"},
-    CHAT: {"messages": MESSAGES},
-    RESPONSES: {"input": "Hi"},
-    ANTHROPIC: {"messages": MESSAGES, "max_tokens": 9},
-    EMBEDDINGS: {"input": ["Hi", "Ho"]},
-}
+GENERATING = (COMPLETIONS, CHAT, RESPONSES, ANTHROPIC, EMBEDDINGS)
 OTHERS: dict[str, dict[str, Any]] = {
-    f"{COMPLETIONS}/render": {"prompt": "Hi"},
-    f"{CHAT}/render": {"messages": MESSAGES},
-    INPUT_TOKENS: {"input": "Hi"},
-    COUNT: {"messages": MESSAGES},
-    TOKENIZE: {"prompt": "Hi"},
-    DETOKENIZE: {"tokens": [72]},
+    **{f"{COMPLETIONS}/render": {}, f"{CHAT}/render": {}, INPUT_TOKENS: {"input": "Hi"}, COUNT: {"messages": MESSAGES}},
+    **{TOKENIZE: {"prompt": "Hi"}, DETOKENIZE: {"tokens": [72]}, EMBEDDINGS: {"input": ["Hi", "Ho"]}},
 }
 
 
 @contextmanager
 def own_server(model_folder: Path, **settings: Any) -> Iterator[RunningServer]:
     """A server with two adapters and room for a third, and other settings than `adapted`."""
-    with shared_server(model_folder, settings=settings, adapters=[SQL, CHESS], max_loras=3) as server:
+    with clients.shared_server(model_folder, settings=settings, adapters=[SQL, CHESS], max_loras=3) as server:
         yield server
 
 
 def ask(server: RunningServer, path: str, model: str, **fields: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json={"model": model} | (GENERATING | OTHERS)[path] | fields, timeout=60)
+    return clients.ask(server.url, path, model=model, **OTHERS.get(path, {}) | fields)
 
 
 def load(server: RunningServer, **body: Any) -> httpx.Response:
-    return httpx.post(server.url + LOAD, json=body, timeout=60)
+    return httpx.post(server.url + LOAD, json=body)
 
 
 def unload(server: RunningServer, name: str, **fields: Any) -> httpx.Response:
@@ -76,13 +66,7 @@ def changes(server: RunningServer) -> list[LoadAdapter | UnloadAdapter]:
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     """The folder of an adapter."""
-    return str(write_adapter(tmp_path / "go"))
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor() as threads:
-        yield threads
+    return str(clients.write_adapter(tmp_path / "go"))
 
 
 # Adapters as models.
@@ -98,7 +82,7 @@ def test_adapters_have_the_default_sampling_of_their_model(model_folder: Path) -
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_request_must_name_one_of_several_models(adapted: RunningServer, path: str) -> None:
-    answer = httpx.post(adapted.url + path, json=GENERATING[path])
+    answer = clients.ask(adapted.url, path, model=...)
     assert check_error(answer, 400)["message"] == "you must provide a model parameter"
 
 
@@ -111,12 +95,9 @@ def test_the_list_of_models(adapted: RunningServer) -> None:
         ("chess", "/adapters/chess", "tiny"),
     ]
     assert httpx.get(f"{adapted.url}/v1/models/org/sql").json() == models[2]
-    assert models[2] == {
-        **{"object": "model", "created": adapted.context.created, "owned_by": "lightwell", "state": "loaded"},
-        **{"id": "org/sql", "root": "/adapters/org/sql", "parent": "tiny", "max_model_len": MAX_MODEL_LEN},
-        **{"default_max_tokens": None, "default_sampling": {}, "default_sampling_sources": {}},
-        **{"tool_format": "generic", "reasoning_format": None},
-    }
+    described = {"object": "model", "created": adapted.context.created, "owned_by": "lightwell", "state": "loaded"}
+    described |= {"max_model_len": MAX_MODEL_LEN, "tool_format": "generic", "reasoning_format": None}
+    assert models[2] | described == models[2]
     for name in ("sql", "org/sql/", ""):
         check_error(httpx.get(f"{adapted.url}/v1/models/{name}"), 404)
 
@@ -143,12 +124,12 @@ def test_every_prompt_and_the_fingerprint(adapted: RunningServer, path: str, fie
     expected = f"fp_fake-{SQL.fingerprint[:12]}"
     assert ask(adapted, path, "org/sql").json()["system_fingerprint"] == expected
     num_submits = len(adapted.engine.submits)
-    chunks = parse_events(ask(adapted, path, "org/sql", stream=True, **fields).text)
+    chunks = clients.parse_events(ask(adapted, path, "org/sql", stream=True, **fields).text)
     assert {(chunk["model"], chunk["system_fingerprint"]) for chunk in chunks} == {("org/sql", expected)}
     assert used(adapted.engine.submits[num_submits:]) == {(SQL.name, SQL.fingerprint)}
 
 
-@pytest.mark.parametrize("path", OTHERS)
+@pytest.mark.parametrize("path", sorted(OTHERS.keys() - {EMBEDDINGS}))
 def test_endpoints_that_do_not_use_the_engine(adapted: RunningServer, path: str) -> None:
     of_adapter, of_model = ask(adapted, path, "chess"), ask(adapted, path, "tiny")
     assert (of_adapter.status_code, of_model.status_code) == (200, 200), of_adapter.text
@@ -157,19 +138,6 @@ def test_endpoints_that_do_not_use_the_engine(adapted: RunningServer, path: str)
         assert rendered["model"] == "chess"
     else:
         assert of_adapter.json() == of_model.json()
-
-
-def test_while_the_engine_loads(address: str, model_folder: Path) -> None:
-    """An adapter that is loaded with the engine gives 503, not 404, until then."""
-    with FakeEngine(FakeEngineConfig(address=address, never_ready=True)) as engine:
-        settings = {"lora_modules": ("chess=/adapters/chess",), "allow_runtime_lora_updating": True}
-        context = make_test_context(address, model_folder, **settings)
-        with running_server(context, engine, wait_ready=False) as server:
-            check_error(ask(server, CHAT, "chess"), 503)
-            check_error(ask(server, CHAT, "tiny"), 503)
-            check_error(ask(server, CHAT, "checkers"), 404)
-            check_error(load(server, lora_name="a", lora_path="/"), 503)
-            check_error(unload(server, "chess"), 503)
 
 
 # Loading and unloading.
@@ -205,56 +173,62 @@ def test_replace_an_adapter(adapted: RunningServer, path: str) -> None:
     assert ask(adapted, CHAT, "chess").json()["system_fingerprint"] != before
 
 
+class Gate:
+    """What passes it is held until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def hold(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(60)
+
+
 @pytest.fixture
-def fetching(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """An event for the beginning of the download of an adapter, and one that lets it end."""
-    started, fetched = threading.Event(), threading.Event()
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
+def fetching(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> Gate:
+    """The download of an adapter."""
 
     def fetch(name: str) -> Path:
-        started.set()
-        assert fetched.wait(60)
+        gate.hold()
         return Path("/cache") / name
 
     monkeypatch.setattr(adapters, "resolve_adapter", fetch)
-    yield started, fetched
-    fetched.set()
+    return gate
 
 
 def test_others_are_served_while_an_adapter_is_fetched(
-    adapted: RunningServer, threads: ThreadPoolExecutor, fetching: tuple[threading.Event, threading.Event]
+    adapted: RunningServer, threads: ThreadPoolExecutor, fetching: Gate
 ) -> None:
     answer = threads.submit(load, adapted, lora_name="go", lora_path="org/go@main")
-    assert fetching[0].wait(60)
+    assert fetching.reached.wait(60)
     assert ask(adapted, CHAT, "chess").status_code == 200
     check_error(ask(adapted, CHAT, "go"), 404)
-    fetching[1].set()
+    fetching.opened.set()
     assert answer.result().status_code == 200
     assert httpx.get(f"{adapted.url}/v1/models/go").json()["root"] == "/cache/org/go@main"
 
 
 @pytest.mark.parametrize(
-    ("field", "code", "param"),
-    [
-        (AdapterField.NAME, "invalid_value", "lora_name"),
-        (AdapterField.PATH, "invalid_value", "lora_path"),
-        (None, None, None),
-    ],
+    ("field", "param"), [(AdapterField.NAME, "lora_name"), (AdapterField.PATH, "lora_path"), (None, None)]
 )
 def test_adapters_the_engine_cannot_load(
-    adapted: RunningServer, path: str, field: AdapterField | None, code: str | None, param: str | None
+    adapted: RunningServer, path: str, field: AdapterField | None, param: str | None
 ) -> None:
-    message = "adapter_config.json: rank 4096 is more than --max-lora-rank 16"
-    adapted.engine.config.adapter_error = AdapterDone(request_id="", error=message, field=field)
-    answer = load(adapted, lora_name="a", lora_path=path)
-    error = check_error(answer, 400)
-    assert (error["message"], error["code"], error["param"]) == (message, code, param)
-    assert "retry-after" not in answer.headers
-    busy = AdapterDone(request_id="", error="all slots are in use", field=field, is_temporary=True)
-    adapted.engine.config.adapter_error = busy
+    problem = AdapterDone(request_id="", error="a reason", field=field)
+    adapted.engine.config.adapter_error = problem
+    error = check_error(load(adapted, lora_name="a", lora_path=path), 400)
+    assert (error["message"], error["code"], error["param"]) == ("a reason", param and "invalid_value", param)
+    adapted.engine.config.adapter_error = msgspec.structs.replace(problem, is_temporary=True)
     answer = load(adapted, lora_name="a", lora_path=path)
     error = check_error(answer, 503)
-    assert (error["type"], error["code"], error["param"]) == ("service_unavailable_error", "adapters_busy", None)
-    assert error["message"] == "all slots are in use"
+    assert (error["message"], error["code"], error["param"]) == ("a reason", "adapters_busy", None)
     assert 1 <= int(answer.headers["retry-after"]) <= 60
     adapted.engine.config.adapter_error = None
     assert load(adapted, lora_name="a", lora_path=path).status_code == 200
@@ -301,55 +275,38 @@ def test_only_where_it_is_allowed(model_folder: Path, path: str) -> None:
 # Concurrent requests.
 
 
-class Pause:
-    """Holds requests between validation and submit until it is exited."""
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> Gate:
+    """Requests between validation and submit."""
+    run, tokenize = ServerContext.run_text_work, pipeline._tokenize
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._stopped, self._go_on = threading.Event(), threading.Event()
-        run, tokenize = ServerContext.run_text_work, pipeline._tokenize
+    async def run_later(context: Any, request: Any, function: Any, *args: Any) -> Any:
+        await run(context, request, gate.hold)
+        return await run(context, request, function, *args)
 
-        async def run_later(context: Any, request: Any, function: Any, *args: Any) -> Any:
-            await run(context, request, self._wait)
-            return await run(context, request, function, *args)
+    def tokenize_later(job: Any) -> Any:
+        gate.hold()
+        return tokenize(job)
 
-        def tokenize_later(job: Any) -> Any:
-            self._wait()
-            return tokenize(job)
-
-        monkeypatch.setattr(ServerContext, "run_text_work", run_later)
-        monkeypatch.setattr(pipeline, "_tokenize", tokenize_later)
-
-    def _wait(self) -> None:
-        self._stopped.set()
-        assert self._go_on.wait(60)
-
-    def __enter__(self) -> None:
-        """Wait until a request is held."""
-        assert self._stopped.wait(60)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._go_on.set()
+    monkeypatch.setattr(ServerContext, "run_text_work", run_later)
+    monkeypatch.setattr(pipeline, "_tokenize", tokenize_later)
+    return gate
 
 
 @pytest.mark.parametrize("what", ["replaced", "unloaded", "forgotten"])
 @pytest.mark.parametrize("asked", GENERATING)
 def test_changed_between_validation_and_submit(
-    adapted: RunningServer,
-    monkeypatch: pytest.MonkeyPatch,
-    threads: ThreadPoolExecutor,
-    path: str,
-    asked: str,
-    what: str,
+    adapted: RunningServer, validated: Gate, threads: ThreadPoolExecutor, path: str, asked: str, what: str
 ) -> None:
     """The request uses the adapter that was loaded when it was validated; it fails if the engine has it no more."""
     adapted.engine.config.forgets_adapters = what == "forgotten"
-    pause = Pause(monkeypatch)
     pending = threads.submit(ask, adapted, asked, "chess")
-    with pause:
-        if what == "replaced":
-            assert load(adapted, lora_name="chess", lora_path=path, load_inplace=True).status_code == 200
-        else:
-            assert unload(adapted, "chess").status_code == 200
+    assert validated.reached.wait(60)
+    if what == "replaced":
+        assert load(adapted, lora_name="chess", lora_path=path, load_inplace=True).status_code == 200
+    else:
+        assert unload(adapted, "chess").status_code == 200
+    validated.opened.set()
     answer = pending.result()
     assert used(adapted.engine.submits) == {("chess", CHESS.fingerprint)}
     if what == "forgotten":
@@ -378,7 +335,7 @@ def test_replay(model_folder: Path, tmp_path: Path) -> None:
     def replay(server: RunningServer, answer: httpx.Response) -> httpx.Response:
         return httpx.post(f"{server.url}/v1/requests/{answer.json()['id']}/replay")
 
-    paths = [str(write_adapter(tmp_path / name)) for name in ("one", "two")]
+    paths = [str(clients.write_adapter(tmp_path / name)) for name in ("one", "two")]
     with own_server(model_folder, record_requests=9, allow_runtime_lora_updating=True) as server:
         assert load(server, lora_name="go", lora_path=paths[0]).status_code == 200
         of_go, of_sql, of_model = (ask(server, CHAT, name) for name in ("go", "org/sql", "tiny"))
@@ -419,55 +376,19 @@ def check_shutting_down(answer: httpx.Response) -> None:
     assert answer.headers["connection"] == "close"
 
 
-def drain(server: RunningServer) -> None:
-    """Shut down, in the event loop's thread."""
-    loop = server.model.client.engines[0]._tasks[0].get_loop()
-    loop.call_soon_threadsafe(server.model.client.drain)
-
-
 def test_shutdown_ends_the_wait_for_adapters(
-    model_folder: Path, path: str, threads: ThreadPoolExecutor, fetching: tuple[threading.Event, threading.Event]
+    model_folder: Path, path: str, threads: ThreadPoolExecutor, fetching: Gate
 ) -> None:
     with own_server(model_folder, allow_runtime_lora_updating=True) as server:
         server.engine.config.ignores_adapters = True
         fetched = threads.submit(load, server, lora_name="go", lora_path="org/go")
-        assert fetching[0].wait(60)
+        assert fetching.reached.wait(60)
         unloaded = threads.submit(unload, server, "chess")
         wait_until(lambda: len(changes(server)) == 1)
-        drain(server)
+        server.loop.call_soon_threadsafe(server.model.client.drain)
         for answer in (fetched, unloaded):
             check_shutting_down(answer.result())
         check_shutting_down(load(server, lora_name="go", lora_path=path))
         check_shutting_down(unload(server, "org/sql"))
-        fetching[1].set()
+        fetching.opened.set()
         assert len(changes(server)) == 1
-
-
-# Metrics.
-
-
-def lora_series(server: RunningServer) -> list[tuple[dict[str, str], float]]:
-    families = {family.name: family for family in parse_text(httpx.get(f"{server.url}/metrics").text)}
-    family = families.get("lightwell_lora_requests_info")
-    assert family is None or family.type == "gauge"
-    return [] if family is None else [(sample.labels, sample.value) for sample in family.samples]
-
-
-def test_metrics(adapted: RunningServer, server: RunningServer, threads: ThreadPoolExecutor) -> None:
-    """Metrics have vLLM's labels, and one series in total; none where there can be no adapters."""
-    config = adapted.engine.config
-    config.endless, config.step_seconds = True, 0.01
-    idle = {"max_lora": "3", "running_lora_adapters": "", "waiting_lora_adapters": ""}
-    ((labels, value),) = lora_series(adapted)
-    assert (labels, value > adapted.context.created - 1) == (idle, True)
-    answers = [threads.submit(ask, adapted, CHAT, "chess", max_tokens=2000)]
-    wait_until(lambda: lora_series(adapted)[0][0] == idle | {"running_lora_adapters": "chess"})
-    adapted.engine.pause()
-    answers += [threads.submit(ask, adapted, CHAT, name, max_tokens=1) for name in ("org/sql", "chess", "tiny")]
-    busy = idle | {"running_lora_adapters": "chess", "waiting_lora_adapters": "chess,org/sql"}
-    wait_until(lambda: [labels for labels, _ in lora_series(adapted)] == [busy])
-    config.step_seconds = 0.0
-    adapted.engine.resume()
-    assert [answer.result().status_code for answer in answers] == [200] * 4
-    wait_until(lambda: [labels for labels, _ in lora_series(adapted)] == [idle])
-    assert lora_series(server) == []

@@ -1,26 +1,17 @@
 """`POST /v1/completions` over real sockets, with a fake engine: tokens are bytes."""
 
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-import httpx
 import pytest
 from openai.types import Completion
 
 from engine.shared.messages import Abort, FinishReason
 from tests.server.api.conftest import BOS_ID, MIDDLE_ID, PREFIX_ID, SUFFIX_ID, Servers
-from tests.server.api.dialects import REPLY
+from tests.server.api.dialects import REPLY, WARNINGS
 from tests.support.clients import COMPLETIONS, ask, ask_json, ask_stream, finish_reasons, openai_client, stream_texts
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
-from tests.support.serving import (
-    RunningServer,
-    check_envelope,
-    check_error,
-    make_test_context,
-    running_server,
-    wait_until,
-)
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_error, wait_until
 
 MAX_MODEL_LEN = 2048
 
@@ -31,12 +22,13 @@ def fim(of_kind: Servers) -> RunningServer:
     return of_kind("fim")
 
 
+def answers_to(url: str, stream: bool, **fields: Any) -> list[dict[str, Any]]:
+    """Return the chunks of a stream, or the only answer."""
+    return ask_stream(url, COMPLETIONS, **fields) if stream else [ask_json(url, COMPLETIONS, **fields)]
+
+
 def choices_of(url: str, stream: bool, **fields: Any) -> list[dict[str, Any]]:
-    """Return the choices of an answer, or those of all chunks."""
-    if stream:
-        return [choice for chunk in ask_stream(url, COMPLETIONS, **fields) for choice in chunk["choices"]]
-    choices: list[dict[str, Any]] = ask_json(url, COMPLETIONS, **fields)["choices"]
-    return choices
+    return [choice for answer in answers_to(url, stream, **fields) for choice in answer["choices"]]
 
 
 # The answer.
@@ -65,18 +57,15 @@ def test_schema_of_answer_and_chunks(server: RunningServer) -> None:
 # Prompts.
 
 
-def between(prompt: bytes, suffix: bytes = b"b") -> list[int]:
+def between(prompt: Iterable[int], suffix: bytes = b"b") -> list[int]:
     return [BOS_ID, PREFIX_ID, *prompt, SUFFIX_ID, *suffix, MIDDLE_ID]
 
 
 def test_text_between_prompt_and_suffix(fim: RunningServer) -> None:
-    expected = between(b"f(", b")\n")
-    answer = ask_json(fim.url, COMPLETIONS, prompt="f(", suffix=")\n")
-    assert (answer["choices"][0]["text"], answer["usage"]["prompt_tokens"]) == (REPLY, len(expected))
-    body = {"model": "tiny", "prompt": "f(", "suffix": ")\n", "stream": False}
-    assert httpx.post(f"{fim.url}/api/generate", json=body).json()["response"] == REPLY
-    assert [submit.prompt_token_ids for submit in fim.engine.submits] == [expected] * 2
-    assert "insert" in httpx.post(f"{fim.url}/api/show", json={"model": "tiny"}).json()["capabilities"]
+    answer = ask(fim.url, "/api/generate", prompt="f(", suffix=")\n", system="Be brief.")
+    assert (answer.json()["response"], answer.headers[WARNINGS]) == (REPLY, "ignored parameters: system")
+    assert fim.engine.submits[-1].prompt_token_ids == between(b"f(", b")\n")
+    assert "insert" in ask_json(fim.url, "/api/show")["capabilities"]
 
 
 @pytest.mark.checklist("C03")
@@ -85,25 +74,20 @@ def test_text_between_prompt_and_suffix(fim: RunningServer) -> None:
     [
         ({"prompt": "", "suffix": "b"}, [between(b"")]),
         ({"prompt": [*b"a<"], "suffix": "b"}, [between(b"a<")]),
-        (
-            {"prompt": [[MIDDLE_ID], [7]], "suffix": "b"},
-            [[BOS_ID, PREFIX_ID, t, SUFFIX_ID, *b"b", MIDDLE_ID] for t in (MIDDLE_ID, 7)],
-        ),
-        ({"prompt": ["a", "c"], "suffix": "b"}, [between(b"a"), between(b"c")]),
+        ({"prompt": [[MIDDLE_ID], [7]], "suffix": "b"}, [between([MIDDLE_ID]), between([7])]),
         ({"prompt": "a", "add_special_tokens": False, "suffix": "b"}, [between(b"a")[1:]]),
-        (
-            {"prompt": "<|fim_middle|>", "suffix": "<|endoftext|>"},
-            [between(b"<|fim_middle|>", b"<|endoftext|>")],
-        ),
-        ({"prompt": "a", "suffix": ""}, [[BOS_ID, *b"a"]]),
-        ({"prompt": "a", "suffix": None, "echo": True}, [[BOS_ID, *b"a"]]),
+        ({"prompt": "<|fim_middle|>", "suffix": "<|endoftext|>"}, [between(b"<|fim_middle|>", b"<|endoftext|>")]),
+        ({"prompt": "a", "suffix": "", "echo": True}, [[BOS_ID, *b"a"]]),
         ({"prompt": ""}, [[BOS_ID]]),
         ({"prompt": "a", "add_special_tokens": False}, [[97]]),
+        ({"prompt": ["é€", "bc"]}, [[BOS_ID, *"é€".encode()], [BOS_ID, *b"bc"]]),
+        ({"prompt": [[72, 105], [33]]}, [[72, 105], [33]]),
+        ({"prompt": "<|im_start|>a"}, [[BOS_ID, 257, 97]]),  # as a control token, unlike in messages
     ],
 )
 def test_prompts_with_special_tokens(fim: RunningServer, fields: dict[str, Any], prompts: list[list[int]]) -> None:
     answer = ask_json(fim.url, COMPLETIONS, **fields)
-    assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
+    assert (answer["usage"]["prompt_tokens"], len(answer["choices"])) == (sum(map(len, prompts)), len(prompts))
     assert [submit.prompt_token_ids for submit in fim.engine.submits] == prompts
     rendered = ask(fim.url, f"{COMPLETIONS}/render", **fields).json()
     assert [prompt["token_ids"] for prompt in rendered] == prompts
@@ -114,12 +98,10 @@ def test_prompts_with_special_tokens(fim: RunningServer, fields: dict[str, Any],
     [
         ({"suffix": "b", "echo": True}, "echo", "not allowed with 'suffix'."),
         ({"suffix": "b", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not allowed with 'suffix'."),
-        ({"suffix": 5}, "suffix", "expected a string"),
         ({"suffix": "b", "prompt": [263]}, "prompt", "expected token ids from 0 to 262, but got 263"),
         ({"suffix": "b" * MAX_MODEL_LEN}, "prompt", "maximum context length is 2048 tokens"),
         ({"suffix": "b" * 2**20}, "prompt", "maximum context length is 2048 tokens"),
         ({"prompt": "", "add_special_tokens": False}, "prompt", ""),
-        ({"prompt": []}, "prompt", ""),
         ({"prompt": [[]]}, "prompt", ""),
     ],
 )
@@ -129,53 +111,18 @@ def test_refused_prompts(fim: RunningServer, fields: dict[str, Any], param: str,
     assert problem in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "token_ids"),
-    [
-        ("Hi", [b"Hi"]),
-        (["a", "bc"], [b"a", b"bc"]),
-        ([72, 105], [b"Hi"]),
-        ([[72, 105], [33]], [b"Hi", b"!"]),
-        ("é€", ["é€".encode()]),
-        ("<|im_start|>a", [[257, 97]]),  # control tokens are encoded as such, unlike those in messages
-    ],
-)
-def test_forms_of_prompts(server: RunningServer, prompt: Any, token_ids: list[bytes]) -> None:
-    answer = ask_json(server.url, COMPLETIONS, prompt=prompt)
-    assert [submit.prompt_token_ids for submit in server.engine.submits] == [list(ids) for ids in token_ids]
-    assert answer["usage"]["prompt_tokens"] == sum(map(len, token_ids))
-    assert len(answer["choices"]) == len(token_ids)
-
-
-def test_too_many_choices_name_what_there_is_too_much_of(server: RunningServer) -> None:
-    limit = server.model.client.max_in_flight
-    for fields, param in (({}, "prompt"), ({"n": 2}, "n")):
-        error = check_error(ask(server.url, COMPLETIONS, prompt=["a"] * (limit + 1), **fields), 400)
-        assert error["param"] == param
-
-
 @pytest.mark.checklist("C05")
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices_of_several_prompts(server: RunningServer, fake_engine: FakeEngine, stream: bool) -> None:
     texts = ["first", "2nd", "the third"]
     fake_engine.config.replies = [([i], list(text.encode())) for i, text in enumerate(texts)]
     fields: dict[str, Any] = {"prompt": [[0], [1], [2]], "n": 2, "max_tokens": 6}
-    if stream:
-        chunks = ask_stream(server.url, COMPLETIONS, **fields, stream_options={"include_usage": True})
-        got, reasons, usage = stream_texts(chunks), finish_reasons(chunks), chunks[-1]["usage"]
-    else:
-        answer = ask_json(server.url, COMPLETIONS, **fields)
-        got = {choice["index"]: choice["text"] for choice in answer["choices"]}
-        reasons = {choice["index"]: [choice["finish_reason"]] for choice in answer["choices"]}
-        usage = answer["usage"]
-    assert got == {0: "first", 1: "first", 2: "2nd", 3: "2nd", 4: "the th", 5: "the th"}
-    assert reasons == {i: ["stop" if i < 4 else "length"] for i in range(6)}
-    assert usage == {
-        "prompt_tokens": 3,
-        "completion_tokens": 2 * (6 + 4 + 6),
-        "total_tokens": 35,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    }
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    chunks = answers_to(server.url, stream, **fields, **options)
+    assert stream_texts(chunks) == {0: "first", 1: "first", 2: "2nd", 3: "2nd", 4: "the th", 5: "the th"}
+    assert finish_reasons(chunks) == {i: ["stop" if i < 4 else "length"] for i in range(6)}
+    counts = {"prompt_tokens": 3, "completion_tokens": 2 * (6 + 4 + 6), "total_tokens": 35}
+    assert chunks[-1]["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 # Length.
@@ -185,10 +132,10 @@ def test_each_prompt_has_its_own_cap(server: RunningServer) -> None:
     prompts = ["a", "a" * (MAX_MODEL_LEN - 5)]
     over = ask(server.url, COMPLETIONS, prompt=prompts, max_tokens=1 << 40, wish=1)
     warnings = "ignored parameters: wish; max_tokens capped at 5, the rest of the context"
-    assert over.headers["x-lightwell-warnings"] == warnings
+    assert over.headers[WARNINGS] == warnings
     assert [submit.params.max_tokens for submit in server.engine.submits] == [MAX_MODEL_LEN - 1, 5]
     at_limit = ask(server.url, COMPLETIONS, prompt=prompts[1], max_tokens=5)
-    assert (at_limit.json()["choices"][0]["text"], "x-lightwell-warnings" in at_limit.headers) == (REPLY[:5], False)
+    assert (at_limit.json()["choices"][0]["text"], WARNINGS in at_limit.headers) == (REPLY[:5], False)
 
 
 @pytest.mark.checklist("C17")
@@ -226,8 +173,8 @@ def test_max_tokens_0_scores_the_prompt(server: RunningServer) -> None:
 
 @pytest.mark.parametrize("prompt", ["Hé€", list("Hé€".encode()), ["Hé€", "b"], [list(b"a"), list("é".encode())]])
 def test_echo(server: RunningServer, prompt: Any) -> None:
-    flat = prompt if isinstance(prompt[0], str | list) and not isinstance(prompt, str) else [prompt]
-    texts = [item if isinstance(item, str) else bytes(item).decode() for item in flat]
+    prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    texts = [item if isinstance(item, str) else bytes(item).decode() for item in prompts]
     expected = {i: texts[i // 2] + REPLY for i in range(2 * len(texts))}
     answer = ask_json(server.url, COMPLETIONS, prompt=prompt, echo=True, n=2)
     assert {choice["index"]: choice["text"] for choice in answer["choices"]} == expected
@@ -242,16 +189,13 @@ def test_logprobs(server: RunningServer) -> None:
         "tokens": ["H", "e", "l"],
         "top_logprobs": [{"H": -0.5, "I": -1.5}, {"e": -0.5, "f": -1.5}, {"l": -0.5, "m": -1.5}],
     }
-    whole = ask_json(server.url, COMPLETIONS, logprobs=0)["choices"][0]
-    assert (whole["text"], whole["logprobs"]["tokens"]) == (REPLY, [*REPLY, "<|endoftext|>"])
-    assert whole["logprobs"]["text_offset"] == list(range(len(REPLY) + 1))
-    assert whole["logprobs"]["top_logprobs"][0] == {"H": -0.5}  # the sampled token is always included
-    params = server.engine.submits[-1].params
-    assert (params.logprobs, params.prompt_logprobs) == (0, None)
+    whole = ask_json(server.url, COMPLETIONS, logprobs=0)["choices"][0]["logprobs"]
+    assert (whole["tokens"], whole["text_offset"]) == ([*REPLY, "<|endoftext|>"], list(range(len(REPLY) + 1)))
+    assert whole["top_logprobs"][0] == {"H": -0.5}  # the sampled token is always included
+    assert server.engine.submits[-1].params.prompt_logprobs is None
     for stream in (False, True):  # tokens of a stop string have none
         choices = choices_of(server.url, stream, stop="o, w", logprobs=1)
-        parts = [choice["logprobs"]["tokens"] for choice in choices if choice["text"]]
-        assert [token for part in parts for token in part] == list("Hell")
+        assert [token for choice in choices if choice["text"] for token in choice["logprobs"]["tokens"]] == list("Hell")
 
 
 @pytest.mark.parametrize(
@@ -268,12 +212,10 @@ def test_echo_with_logprobs(server: RunningServer, prompt: Any, tokens: list[str
     answer = ask_json(server.url, COMPLETIONS, **fields)
     for choice in answer["choices"]:
         logprobs, text = choice["logprobs"], choice["text"]
-        num_tokens = len(logprobs["tokens"])
-        assert all(len(values) == num_tokens for values in logprobs.values())
-        assert logprobs["token_logprobs"] == [None] + [-0.5] * (num_tokens - 1)
+        assert logprobs["token_logprobs"] == [None] + [-0.5] * (len(logprobs["tokens"]) - 1)
         assert logprobs["top_logprobs"][0] is None
         assert all(len(top) in (2, 3) for top in logprobs["top_logprobs"][1:])  # 2, and the token itself
-        for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        for token, offset, _ in zip(logprobs["tokens"], logprobs["text_offset"], logprobs["top_logprobs"], strict=True):
             assert text[offset:].startswith(token) or token.startswith("bytes:")
         assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
     first = answer["choices"][0]["logprobs"]
@@ -303,8 +245,6 @@ STOPS: list[tuple[dict[str, Any], str, int, object]] = [  # fields, text, tokens
     ({"stop": REPLY}, "", 13, REPLY),
     ({"stop": "Hello, World"}, REPLY, 14, None),
     ({"stop": "d!?"}, REPLY, 14, None),  # held back as a possible stop string, released at the end
-    ({"stop": []}, REPLY, 14, None),
-    ({"stop": None}, REPLY, 14, None),
     ({"stop": ""}, REPLY, 14, None),
     ({"stop": ["", None, *("z" * 127 + chr(number) for number in range(200, 263)), ", w"]}, "Hello", 8, ", w"),
     ({"stop": ", w", "include_stop_str_in_output": True}, "Hello, w", 8, ", w"),
@@ -392,34 +332,3 @@ def test_usage_in_a_stream(server: RunningServer, fake_engine: FakeEngine) -> No
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert (counts[0] >= 1, counts[-1], last["usage"]) == (True, whole["completion_tokens"], whole)
-
-
-def test_stream_comes_as_it_is_made(server: RunningServer, fake_engine: FakeEngine) -> None:
-    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
-    body = {"model": "tiny", "prompt": "Hi", "stream": True, "max_tokens": 2000}
-    with httpx.stream("POST", server.url + COMPLETIONS, json=body) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data: ")
-        assert fake_engine.num_choices == 1
-    wait_until(lambda: fake_engine.num_choices == 0)
-
-
-def test_death_of_the_engine(address: str, model_folder: Path) -> None:
-    config = FakeEngineConfig(address=address, endless=True, step_seconds=0.005)
-    fields: dict[str, Any] = {"prompt": ["a", "b"], "max_tokens": 2000}
-    with (
-        FakeEngineProcess(config) as engine,
-        running_server(make_test_context(address, model_folder)) as server,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        whole = pool.submit(ask, server.url, COMPLETIONS, **fields)
-        stream = pool.submit(ask, server.url, COMPLETIONS, stream=True, **fields)
-        wait_until(lambda: server.model.client.num_in_flight == 4)
-        wait_until(lambda: server.metric("lightwell_generation_tokens_total") > 8)  # all have begun
-        engine.kill()
-        assert check_error(whole.result(), 503)["type"] == "service_unavailable_error"
-        *_, event, done, rest = stream.result().text.split("\n\n")
-        assert (done, rest) == ("data: [DONE]", "")
-        assert check_envelope(event.removeprefix("data: ").encode())["type"] == "service_unavailable_error"
-        check_error(ask(server.url, COMPLETIONS), 503)
-        assert server.model.client.num_in_flight == 0

@@ -1,33 +1,45 @@
-"""Steps and requests over real sockets, with a fake engine. What the real one records is tested in tests/e2e."""
+"""`/lightwell/v1/` over real sockets, with a fake engine. What the real one records is tested in tests/e2e."""
 
+import hashlib
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
 
-from engine.shared.records import StepInfo
+from engine.shared.messages import Submit
+from engine.shared.records import InspectionProblem, ReadSteps, StepInfo
 from server.api.inspection import routes
 from server.api.inspection.access import RecordAccess
+from server.api.inspection.events import INTERVAL, MAX_READERS_EACH
+from server.api.inspection.inspect import MAX_POSITIONS
 from server.api.inspection.schemas import StepView
 from server.api.inspection.trace import MAX_QUESTIONS, STEPS_AT_A_TIME
 from server.api.inspection.views import step_view
 from tests.server.conftest import StartServer
 from tests.support.chrome_trace import check_trace, requests_in, slices_named
+from tests.support.clients import write_keys_file
 from tests.support.fake_engine import FakeEngine
 from tests.support.records import example_step
-from tests.support.serving import RunningServer, check_error, wait_until
+from tests.support.serving import RunningServer, check_error, fresh_server, wait_until
 
 REQUEST = {"model": "tiny", "prompt": "abcd", "max_tokens": 1000, "stream": True}
 
 
-def get(server: RunningServer, path: str, key: str = "") -> httpx.Response:
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=headers)
+def get(server: RunningServer, path: str, key: str = "", **headers: str) -> httpx.Response:
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    if key:
+        fields["authorization"] = f"Bearer {key}"
+    return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=fields)
 
 
 def data(server: RunningServer, path: str, key: str = "") -> list[dict[str, Any]]:
@@ -68,39 +80,16 @@ def test_a_step(server: RunningServer, fake_engine: FakeEngine) -> None:
         **{"id": "of-", "prompt": 0, "index": 1, "key": None, "position": 40, "num_tokens": 3, "kind": "generated"},
         **{"num_generated": 2, "num_drafts": 2, "num_accepted": 1},
     }
-    assert step == {
-        **{"id": 7, "seconds": {"forward": 0.5}, "num_running": 2, "num_waiting": 1, "num_blocks_used": 3},
-        "rows": [row],
-    }
-
-
-def test_rows_of_other_clients_have_no_names(keyed: RunningServer) -> None:
-    server, fake_engine = keyed, keyed.engine
-    fake_engine.config.steps = [example_step(tenants=("key-1", "key-2"))]
-    for key, names in (
-        ("key-a", ["of-key-1", None]),
-        ("key-b", [None, "of-key-2"]),
-        ("root", ["of-key-1", "of-key-2"]),
-    ):
-        (step,) = data(server, "steps", key)
-        assert [row["id"] for row in step["rows"]] == names
-        for row in step["rows"]:
-            hidden = {row["prompt"], row["index"], row["key"], row["position"]}
-            assert (hidden == {None}) == (row["id"] is None)
-            assert row["num_tokens"] == 3
-    for key, own in (("key-a", "key-1"), ("key-b", "key-2")):
-        others = {"key-1", "key-2"} - {own}
-        assert not any(other in get(server, "steps", key).text for other in others)
+    counts = {"num_running": 2, "num_waiting": 1, "num_blocks_used": 3}
+    assert step == {"id": 7, "seconds": {"forward": 0.5}, "rows": [row], **counts}
 
 
 def test_requests(server: RunningServer, streams: list[httpx.Response]) -> None:
     start(server, streams, "mine", n=2)
     choices = data(server, "requests")
-    assert [(choice["index"], choice["state"], choice["key"]) for choice in choices] == [
-        (0, "running", None),
-        (1, "running", None),
-    ]
-    assert all(choice["other_ids"] == ["mine"] and choice["model"] == "tiny" for choice in choices)
+    for number, choice in enumerate(choices):
+        assert (choice["index"], choice["state"], choice["key"]) == (number, "running", None)
+        assert (choice["other_ids"], choice["model"]) == (["mine"], "tiny")
     for id in ("mine", choices[0]["id"]):
         request = get(server, f"requests/{id}").json()
         assert request["id"] == choices[0]["id"]
@@ -109,85 +98,81 @@ def test_requests(server: RunningServer, streams: list[httpx.Response]) -> None:
             assert sum(choice["seconds"].values()) == pytest.approx(choice["wall_s"])
             assert choice["prefix"]["result"] == "new"
             assert choice["chunks"] == [{"step": 1, "position": 0, "num_tokens": 4}]
-    error = check_error(get(server, "requests/other"), 404)
-    assert error["code"] == "request_not_found"
+    assert check_error(get(server, "requests/other"), 404)["code"] == "request_not_found"
 
 
-def test_a_client_sees_its_own_requests(keyed: RunningServer, streams: list[httpx.Response]) -> None:
-    server = keyed
+# Key -> the names in records of key-1 and key-2 that its client sees.
+SEEN: list[tuple[str, list[str | None]]]
+SEEN = [("key-a", ["key-1", None]), ("key-b", [None, "key-2"]), ("root", ["key-1", "key-2"])]
+
+
+def test_what_a_client_sees(keyed: RunningServer, streams: list[httpx.Response]) -> None:
+    step = msgspec.structs.replace(example_step(tenants=("key-1", "key-2")), started=time.monotonic())
+    keyed.engine.config.steps = [step]
     for name, key in (("one", "key-a"), ("two", "key-b"), ("same", "key-a"), ("same", "key-b")):
-        start(server, streams, name, key)
+        start(keyed, streams, name, key)
+    for key, names in SEEN:
+        rows = data(keyed, "steps", key)[0]["rows"]
+        assert [row["key"] for row in rows] == names
+        for row in rows:
+            assert ({row[name] for name in ("id", "prompt", "index", "position")} == {None}) == (row["key"] is None)
+            assert row["num_tokens"] == 3
+        assert {choice["key"] for choice in data(keyed, "requests", key)} == set(names) - {None}
+        trace = read(keyed, "trace?seconds=600", key)
+        assert {slices[0]["args"]["key"] for slices in requests_in(trace)} == set(names) - {None}
+        (whole,) = slices_named(trace, "step")
+        assert (whole["args"]["choices"], whole["args"]["generated_tokens"]) == (2, 4)
+        for path in ("steps", "requests", "trace"):
+            assert [name in get(keyed, path, key).text for name in ("key-1", "key-2")] == [*map(bool, names)]
     for path, key, expected in (
-        ("requests", "key-a", ["one", "same"]),
-        ("requests", "key-b", ["same", "two"]),
-        ("requests", "root", ["one", "same", "same", "two"]),
         ("requests?key=key-2", "root", ["same", "two"]),
         ("requests?key=key-2", "key-a", []),
         ("requests?key=key-1", "key-a", ["one", "same"]),
         ("requests?key=nobody", "root", []),
     ):
-        assert sorted(choice["other_ids"][0] for choice in data(server, path, key)) == expected
-    assert {choice["key"] for choice in data(server, "requests", "root")} == {"key-1", "key-2"}
-    check_error(get(server, "requests/two", "key-a"), 404)
-    ids = [get(server, "requests/same", key).json()["id"] for key in ("key-a", "key-b")]
-    assert ids[0] != ids[1]
-    check_error(get(server, f"requests/{ids[1]}", "key-a"), 404)
-    assert get(server, f"requests/{ids[1]}", "root").json()["id"] == ids[1]
+        assert sorted(choice["other_ids"][0] for choice in data(keyed, path, key)) == expected
+    ids = [get(keyed, "requests/same", key).json()["id"] for key in ("key-a", "key-b")]
+    assert get(keyed, f"requests/{ids[1]}", "root").json()["id"] == ids[1] != ids[0]
+    for path in ("requests/two", f"requests/{ids[1]}", "requests/two/trace"):
+        check_error(get(keyed, path, "key-a"), 404)
+    read(keyed, "requests/two/trace", "root")
 
 
-def test_the_queue(keyed: RunningServer) -> None:
-    server, fake_engine = keyed, keyed.engine
-    fake_engine.pause()
+def test_the_queue(keyed: RunningServer, threads: ThreadPoolExecutor) -> None:
+    """A choice of key-b waits, and one of key-a after it."""
+    keyed.engine.pause()
     body = REQUEST | {"max_tokens": 1, "stream": False}
-    with ThreadPoolExecutor() as threads:
-        for num_before, key in enumerate(("key-b", "key-a")):
-            headers = {"authorization": f"Bearer {key}"}
-            threads.submit(httpx.post, server.url + "/v1/completions", json=body, headers=headers)
-            wait_until(lambda num=num_before: fake_engine.num_choices > num)
-        check_queue(server)
-        fake_engine.resume()
-
-
-def check_queue(server: RunningServer) -> None:
-    """Check that a choice of key-b waits, and one of key-a after it."""
-    for key, keys in (("key-a", [None, "key-1"]), ("key-b", ["key-2", None]), ("root", ["key-2", "key-1"])):
-        queue = data(server, "queue", key)
-        assert [choice["key"] for choice in queue] == keys
-        assert [choice["id"] is None for choice in queue] == [name is None for name in keys]
+    for num_before, key in enumerate(("key-b", "key-a")):
+        headers = {"authorization": f"Bearer {key}"}
+        threads.submit(httpx.post, keyed.url + "/v1/completions", json=body, headers=headers)
+        wait_until(lambda num=num_before: keyed.engine.num_choices > num)
+    for key, names in SEEN:
+        queue = data(keyed, "queue", key)
+        assert [choice["key"] for choice in queue] == names[::-1]
+        assert [choice["id"] is None for choice in queue] == [name is None for name in names[::-1]]
         assert [choice["num_ahead"] for choice in queue] == [0, 1]
         assert all(choice["waited"] > 0 and choice["num_tokens"] == 4 for choice in queue)
-    limited = get(server, "queue?limit=1", "root").json()
+    limited = get(keyed, "queue?limit=1", "root").json()
     assert (limited["num_waiting"], len(limited["data"])) == (2, 1)
+    keyed.engine.resume()
 
 
 def test_blocks(keyed: RunningServer, streams: list[httpx.Response]) -> None:
-    server = keyed
     for name, key in (("one", "key-a"), ("two", "key-b")):
-        start(server, streams, name, key)
-    ids = {key: get(server, "requests", key).json()["data"][0]["id"] for key in ("key-a", "key-b")}
-    for key, owned in (("key-a", ["key-1", None]), ("key-b", [None, "key-2"]), ("root", ["key-1", "key-2"])):
-        blocks = get(server, "blocks", key).json()
-        runs, owners = blocks.pop("data"), blocks.pop("owners")
-        assert blocks == {
-            "object": "list",
-            "engine": f"{server.context.created}-0",
-            "block_size": 32,
-            "num_blocks": 4,
-            "num_used": 2,
-            "has_more": False,
-            "groups": [{"num_layers": 2, "window": None}],
-        }
+        start(keyed, streams, name, key)
+    ids = {choice["key"]: choice["id"] for choice in data(keyed, "requests", "root")}
+    for key, names in SEEN:
+        blocks = get(keyed, "blocks", key).json()
+        runs, owners = blocks["data"], blocks["owners"]
+        assert (blocks["block_size"], blocks["num_blocks"], blocks["num_used"], blocks["has_more"]) == (32, 4, 2, False)
         assert [run["state"] for run in runs] == ["held", "held", "cached", "unused"]
-        assert [None if run["owner"] is None else owners[run["owner"]]["key"] for run in runs[:2]] == owned
-        assert [run["position"] for run in runs[:2]] == [None if name is None else 32 for name in owned]
-        assert [owner["id"] for owner in owners] == [ids[f"key-{'ab'[int(name[-1]) - 1]}"] for name in owned if name]
-        assert runs[2:] == [
-            {"start": start, "num_blocks": 1, "state": state, "num_holders": 0, "is_cached": state == "cached"}
-            | {"owner": None, "group": None, "position": None, "age": age}
-            for start, state, age in ((2, "cached", 9), (3, "unused", None))
-        ]
-    assert get(server, "blocks?start=1&limit=2", "root").json()["has_more"]
-    assert not get(server, "blocks?start=2&limit=2", "root").json()["has_more"]
+        assert [None if run["owner"] is None else owners[run["owner"]]["key"] for run in runs[:2]] == names
+        assert [run["position"] for run in runs[:2]] == [None if name is None else 32 for name in names]
+        assert [owner["id"] for owner in owners] == [ids[name] for name in names if name]
+        for run, number, age in ((runs[2], 2, 9), (runs[3], 3, None)):
+            assert (run["start"], run["num_blocks"], run["num_holders"], run["owner"]) == (number, 1, 0, None)
+            assert (run["is_cached"], run["age"]) == (number == 2, age)
+    assert [get(keyed, f"blocks?start={n}&limit=2", "root").json()["has_more"] for n in (1, 2)] == [True, False]
 
 
 def test_without_keys_there_are_none_to_filter_by(server: RunningServer, streams: list[httpx.Response]) -> None:
@@ -225,26 +210,21 @@ def test_large_answers_count_in_the_memory_limit(start_server: StartServer, fake
         wait_until(lambda: server.context.answers.num_bytes == 0)  # it is counted until it has been sent
 
 
-def test_other_requests_are_served_while_an_answer_is_made(
+def test_answers_are_made_in_threads(
     server: RunningServer, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began, may_end = threading.Event(), threading.Event()
+    """So that other requests are served meanwhile."""
+    threads: list[str] = []
 
-    def slow(access: RecordAccess, step: StepInfo) -> StepView:
-        began.set()
-        assert may_end.wait(20)
+    def noted(access: RecordAccess, step: StepInfo) -> StepView:
+        threads.append(threading.current_thread().name)
         return step_view(access, step)
 
-    monkeypatch.setattr(routes, "step_view", slow)
+    monkeypatch.setattr(routes, "step_view", noted)
     fake_engine.config.steps = [example_step()]
-    with ThreadPoolExecutor() as pool:
-        answer = pool.submit(get, server, "steps")
-        assert began.wait(20)
-        try:
-            assert httpx.get(server.url + "/health", timeout=10).status_code == 200
-        finally:
-            may_end.set()
-        assert answer.result().status_code == 200
+    data(server, "steps")
+    assert len(threads) == 1
+    assert threads != ["server"]  # the thread of the event loop
 
 
 # Traces.
@@ -312,18 +292,347 @@ def test_the_trace_of_a_request(server: RunningServer, fake_engine: FakeEngine, 
     check_error(get(server, "requests/three/trace"), 404)
 
 
-def test_traces_show_a_client_its_own_requests(keyed: RunningServer, streams: list[httpx.Response]) -> None:
-    step = msgspec.structs.replace(example_step(tenants=("key-1", "key-2")), started=time.monotonic())
-    keyed.engine.config.steps = [step]
-    for name, key in (("one", "key-a"), ("two", "key-b")):
-        start(keyed, streams, name, key)
-    for key, names in (("key-a", ["key-1"]), ("key-b", ["key-2"]), ("root", ["key-1", "key-2"])):
-        trace = read(keyed, "trace?seconds=600", key)
-        assert [slices[0]["args"]["key"] for slices in requests_in(trace)] == names
-        (whole,) = slices_named(trace, "step")
-        assert (whole["args"]["choices"], whole["args"]["generated_tokens"]) == (2, 4)
-        hidden = {"key-1", "key-2"} - set(names)
-        assert not any(name in get(keyed, "trace", key).text for name in hidden)
-    check_error(get(keyed, "requests/two/trace", "key-a"), 404)
-    read(keyed, "requests/two/trace", "root")
-    check_error(get(keyed, "trace"), 401)
+# Inspections. What they show is tested with the real engine.
+
+
+def inspect(server: RunningServer, key: str = "", **body: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.post(f"{server.url}/lightwell/v1/inspect", json=body, headers=headers, timeout=20)
+
+
+def test_an_inspection_of_a_prompt(server: RunningServer) -> None:
+    response = inspect(server, prompt="ab", layer=1, head=0)
+    assert response.status_code == 200, response.text
+    lens = [{"token_id": 97, "token": "a", "logprob": -0.5}]
+    norms = {"residual_norm": 1.0, "attention_norm": 2.0, "mlp_norm": 3.0}
+    layer = {"lens": lens, **norms, "heads": [[[0, 0.75]]], "experts": None}
+    assert response.json() == {
+        **{"id": None, "model": "tiny", "num_layers": 2, "num_heads": 1, "num_experts": 0},
+        **{"num_prompt_tokens": 2, "num_tokens": 2, "start": 1, "end": 2},
+        "tokens": [{"token_id": 97, "token": "a"}, {"token_id": 98, "token": "b"}],
+        "positions": [{"position": 1, "layers": [layer, layer], "next": None, "recomputed": None, "is_equal": None}],
+        "attention": {"layer": 1, "head": 0, "rows": [[0.75, 0.25]]},
+        **{"sampling": None, "is_equal": None},
+    }
+    assert inspect(server, prompt=[97, 98]).json()["tokens"] == response.json()["tokens"]
+
+
+def test_an_inspection_of_a_request(server: RunningServer, streams: list[httpx.Response]) -> None:
+    start(server, streams, "mine", prompt="ab")
+    body = inspect(server, id="mine").json()
+    assert body["id"].startswith("cmpl-")
+    (position,) = body["positions"]
+    b = {"token_id": 98, "token": "b"}
+    assert (position["next"], position["recomputed"], position["is_equal"], body["is_equal"]) == (b, b, True, True)
+    assert body["attention"] is None
+    a = {"token_id": 97, "token": "a", "logprob": -0.5}
+    logits = {"name": "logits", "num_tokens": 3, "num_removed": 0, "top": [a], "removed": []}
+    top_k = {"name": "top_k", "num_tokens": 1, "num_removed": 2, "top": [b | {"logprob": 0.0}], "removed": [a]}
+    noise = [b | {"logit": 1.5, "noise": 0.5}]
+    sampling = {"position": 1, "stages": [logits, top_k], "noise": noise, "recomputed": b, "sent": b}
+    assert body["sampling"] == sampling
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "code"),
+    [
+        (InspectionProblem.BUSY, 429, "rate_limit_exceeded"),
+        (InspectionProblem.NO_BLOCKS, 503, "overloaded"),
+        (InspectionProblem.NO_ADAPTER, 404, "adapter_not_loaded"),
+        (InspectionProblem.NOT_FOUND, 404, "request_not_found"),
+        (InspectionProblem.NOT_KEPT, 404, "tokens_not_kept"),
+        (InspectionProblem.OUT_OF_RANGE, 400, "invalid_value"),
+        (InspectionProblem.TOO_LONG, 400, "invalid_value"),
+        (InspectionProblem.TOO_SLOW, 503, "overloaded"),
+    ],
+)
+def test_problems_of_inspections(
+    server: RunningServer, fake_engine: FakeEngine, problem: InspectionProblem, status: int, code: str
+) -> None:
+    fake_engine.config.inspection_problem = problem
+    response = inspect(server, id="a", end=9)
+    error = check_error(response, status)
+    assert error["code"] == code
+    if problem is InspectionProblem.OUT_OF_RANGE:
+        assert "of 3 positions, expected 0 <= start < end <= 3" in error["message"]
+        assert f"at most {MAX_POSITIONS} positions" in error["message"]
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+def test_inspections_need_the_key_of_the_request(keyed: RunningServer, streams: list[httpx.Response]) -> None:
+    start(keyed, streams, "mine", "key-a")
+    for key, status in (("", 401), ("key-b", 404), ("key-a", 200), ("root", 200)):
+        assert inspect(keyed, key, id="mine").status_code == status
+
+
+def test_positions_count_as_prompt_tokens(
+    start_server: StartServer, streams: list[httpx.Response], tmp_path: Path
+) -> None:
+    server = start_server(api_keys_file=str(write_keys_file(tmp_path, tokens_per_day=8)))
+
+    def usage(key: str) -> int:
+        (own,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
+        return int(own["prompt_tokens"])
+
+    for fields, expected in (({"end": 2}, 2), ({}, 6)):
+        assert inspect(server, "a", prompt="abcd", **fields).status_code == 200
+        assert usage("a") == expected
+    for problem in (InspectionProblem.BUSY, InspectionProblem.TOO_SLOW):
+        server.engine.config.inspection_problem = problem
+        inspect(server, "a", prompt="abcd")
+    assert usage("a") == 10  # what is refused costs nothing
+    assert check_error(inspect(server, "a", prompt="abcd"), 429)["code"] == "insufficient_quota"
+    server.engine.config.inspection_problem = None
+    start(server, streams, "mine", "b")
+    before = usage("b")
+    end = inspect(server, "b", id="mine").json()["end"]
+    assert usage("b") - before == end > 0
+
+
+def test_a_prompt_longer_than_the_context(server: RunningServer, fake_engine: FakeEngine) -> None:
+    too_long = fake_engine.config.max_model_len + 1
+    assert check_error(inspect(server, prompt=[97] * too_long), 400)["code"] == "context_length_exceeded"
+    error = check_error(inspect(server, prompt="a" * 1_000_000), 400)
+    assert " at least " in error["message"]  # it was not tokenized
+
+
+# Who may read.
+
+KEYS: dict[str, Any] = {"api_key": ("key-a", "key-b"), "admin_key": "root"}
+BEYOND: dict[str, Any] = {"host": "0.0.0.0", "allow_unauthenticated": True}
+ANYBODY: dict[str, Any] = {"allowed_origins": ("*",)}
+PUBLIC: dict[str, Any] = {"inspect_public": True}
+PAGE = "https://page.example"
+PATHS = ("steps", "queue", "blocks", "trace", "requests", "requests/mine", "requests/mine/trace", "events")
+
+
+def test_it_can_be_turned_off(start_server: StartServer) -> None:
+    closed, public = start_server(inspect=False), start_server(inspect=False, **PUBLIC, **KEYS)
+    for path in PATHS:
+        assert check_error(get(closed, path), 404)["code"] == "not_enabled"
+        assert check_error(get(public, path, "root"), 404)["code"] == "not_enabled"
+        check_error(get(public, path), 401)
+    check_error(httpx.post(f"{closed.url}/lightwell/v1/inspect", json={"prompt": "a"}), 404)
+
+
+PROXIED = [{name: "for=10.0.0.1"} for name in ("forwarded", "X-Forwarded-For", "x_forwarded_proto", "via")]
+PROXIED += [{"cf-connecting-ip": "10.0.0.1"}]
+OTHERS = [{"host": "rebound.example"}, {"origin": PAGE}, {"origin": "null"}]
+HOSTS = [{"host": "192.0.2.7:8000"}, {"host": "my-machine"}]
+LOCAL = "http://127.0.0.1:3000"  # may read, and is another site than localhost
+SITES = [{"sec_fetch_site": site} for site in ("none", "same-origin", "same-site")]
+SITES += [{"origin": LOCAL, "sec_fetch_site": "cross-site"}]
+NO_CORS = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors"}  # of an image or a link
+AI = {"host": "ai.example"}  # a name of the server itself
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "allowed", "refused"),
+    [
+        ({}, "", [{}, {"origin": "http://localhost:3000"}, *SITES], [*PROXIED, *OTHERS, NO_CORS]),
+        (ANYBODY, "", [], [{}]),
+        (BEYOND, "", [], [{}]),
+        ({"allowed_origins": (PAGE, "*")}, "", [], [{}]),
+        (PUBLIC, "", [*PROXIED, *HOSTS], OTHERS),
+        (PUBLIC | ANYBODY, "", [{}, *HOSTS], OTHERS),
+        (PUBLIC | BEYOND, "", [{}, *HOSTS], OTHERS),
+        (PUBLIC | {"allowed_origins": (PAGE, "*")}, "", [{}], []),
+        (KEYS | BEYOND, "key-a", [{}, *PROXIED], []),
+        (KEYS | ANYBODY, "key-a", [{}, AI | {"origin": "https://ai.example"}], [AI | {"origin": PAGE}]),
+        ({"allowed_origins": (PAGE,)}, "", [{"origin": PAGE}, {"host": "page.example"}], [{"origin": "https://o.com"}]),
+    ],
+)
+def test_hosts_and_origins(
+    start_server: StartServer,
+    settings: dict[str, Any],
+    key: str,
+    allowed: list[dict[str, str]],
+    refused: list[dict[str, str]],
+) -> None:
+    server = start_server(**settings)
+    for headers in allowed:
+        assert get(server, "steps", key, **headers).status_code == 200, headers
+    for headers in refused:
+        message = check_error(get(server, "steps", key, **headers), 403)["message"]
+        if headers in PROXIED or headers == {}:
+            assert "".join(headers).lower().replace("_", "-") in message
+            assert "--inspect-public" in message
+
+
+@pytest.mark.parametrize("settings", [PUBLIC | ANYBODY, KEYS])
+def test_a_file_may_not_read_without_a_host(start_server: StartServer, settings: dict[str, Any]) -> None:
+    with start_server(**settings).connect() as connection:
+        headers = "Origin: null\r\nAuthorization: Bearer key-a\r\n"
+        connection.sendall(f"GET /lightwell/v1/steps HTTP/1.0\r\n{headers}\r\n".encode())
+        with connection.makefile("rb") as answer:
+            assert answer.readline().split()[1] == b"403"
+
+
+# The stream of steps.
+
+PATH = "/lightwell/v1/events"
+Event = tuple[str, dict[str, Any]]
+KEPT = 3  # steps of an engine with a small record
+
+
+@contextmanager
+def following(server: RunningServer, **headers: str) -> Iterator[Iterator[Event]]:
+    """Yield the ids and the data of the events as they come."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    with httpx.stream("GET", server.url + PATH, headers=fields, timeout=20) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        yield _parse(response.iter_lines())
+
+
+def _parse(lines: Iterator[str]) -> Iterator[Event]:
+    event_id = ""
+    for line in lines:
+        if line.startswith("id: "):
+            event_id = line.removeprefix("id: ")
+        elif line.startswith("data: "):
+            yield event_id.strip(), json.loads(line.removeprefix("data: "))
+
+
+def run_step(server: RunningServer, engine: FakeEngine, step_id: int, tenants: tuple[str, ...] = ("",)) -> None:
+    """Record a step, and let the engine report that it has run one."""
+    engine.config.steps = [*engine.config.steps, example_step(step_id, tenants)]
+    key = "key-a" if server.context.settings.needs_key else "none"
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    headers = {"authorization": f"Bearer {key}"}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == 200
+
+
+def ids(event: Event) -> list[int]:
+    return [step["id"] for step in event[1]["data"]]
+
+
+def num_readers(server: RunningServer) -> int:
+    return server.context.num_step_readers.total()
+
+
+def test_steps_from_now_on(server: RunningServer, fake_engine: FakeEngine) -> None:
+    run_step(server, fake_engine, 1)
+    with following(server) as events:
+        run_step(server, fake_engine, 2)
+        first = next(events)
+        run_step(server, fake_engine, 3)
+        second = next(events)
+    assert (ids(first), ids(second)) == ([2], [3])
+    assert second[0] == f"{server.context.created}-0-3"
+    assert second[1]["engine"] == f"{server.context.created}-0"
+    wait_until(lambda: num_readers(server) == 0)
+
+
+def test_going_on_after_an_event(server: RunningServer, fake_engine: FakeEngine) -> None:
+    for step_id in (1, 2, 3):
+        run_step(server, fake_engine, step_id)
+    for last, expected in ((f"{server.context.created}-0-2", [3]), ("1-0-2", [1, 2, 3]), ("1-7-99", [1, 2, 3])):
+        with following(server, last_event_id=last) as events:
+            assert ids(next(events)) == expected
+    for bad in ("2", "x", "1-2", "-1-0-1", "1-0-1²"):
+        response = httpx.get(server.url + PATH, headers={b"last-event-id": bad.encode("latin-1")})
+        assert check_error(response, 400)["param"] == "last-event-id"
+
+
+def test_a_reader_that_stalls_is_told_what_it_has_lost(server: RunningServer, fake_engine: FakeEngine) -> None:
+    """Nothing is stored for it: once the connection is full, the engine is not asked until the client reads on."""
+
+    def num_questions() -> int:
+        return sum(isinstance(message, ReadSteps) for message in list(fake_engine.received))
+
+    def run_large_steps(num_steps: int) -> int:
+        """Return how often the engine has been asked meanwhile."""
+        num_asked = num_questions()
+        for _ in range(num_steps):
+            run_step(server, fake_engine, next(step_ids), tenants=("",) * 4000)
+            fake_engine.config.steps = fake_engine.config.steps[-KEPT:]
+            server.turn(2 * INTERVAL)
+        return num_questions() - num_asked
+
+    step_ids = count(1)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        wait_until(lambda: num_readers(server) == 1)
+        while run_large_steps(10):
+            assert fake_engine.config.steps[-1].step_id < 400
+        assert run_large_steps(2 * KEPT) == 0
+        connection.settimeout(60)
+        with connection.makefile("rb") as stream:
+            events = _parse(line.decode() for line in stream)
+            check_gaps(events, last=fake_engine.config.steps[-1].step_id)
+
+
+def check_gaps(events: Iterator[Event], last: int) -> None:
+    """Check that all steps until the last one are there or counted as lost, and that some are lost."""
+    position, num_lost = 0, 0
+    while position < last:
+        event = next(events)
+        assert ids(event)[0] == position + event[1]["num_lost"] + 1
+        num_lost += event[1]["num_lost"]
+        position = ids(event)[-1]
+        assert event[0].endswith(f"-{position}")
+    assert position == last
+    assert num_lost >= KEPT
+
+
+def test_an_idle_engine_is_not_asked(server: RunningServer, fake_engine: FakeEngine) -> None:
+    with following(server) as events:
+        run_step(server, fake_engine, 1)
+        next(events)
+        server.turn(INTERVAL)
+        data(server, "steps")  # which the engine gets after all that it was asked before
+        num_received = len(fake_engine.received)
+        for _ in range(10):
+            server.turn(INTERVAL)
+        run_step(server, fake_engine, 2)  # of which the engine learns after what it has been asked
+        new = fake_engine.received[num_received:]
+        assert sum(isinstance(message, ReadSteps) for message in new[: [*map(type, new)].index(Submit)]) == 0
+
+
+def test_a_stream_follows_the_keys_file(start_server: StartServer, fake_engine: FakeEngine, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    own, other = (hashlib.sha256(key.encode()).hexdigest() for key in ("key-b", "key-c"))
+
+    def write(server: RunningServer | None, **fields: object) -> None:
+        file.write_text(json.dumps({"team": {"keys": [other, own], **fields}}))
+        if server is not None:
+            server.context.api_keys.reload()
+
+    write(None, admin=True)
+    server = start_server(api_key=("key-a",), api_keys_file=str(file))
+    with following(server, authorization="Bearer key-b") as events:
+        run_step(server, fake_engine, 1, tenants=("key-1", "team"))
+        assert shown(next(events)) == ["of-key-1", "of-team"]
+        write(server)
+        run_step(server, fake_engine, 2, tenants=("key-1", "team"))
+        assert shown(next(events)) == [None, "of-team"]
+        write(server, keys=other)
+        assert [event[1]["error"]["code"] for event in events] == ["invalid_api_key"]
+    wait_until(lambda: not server.context.num_step_readers)
+
+
+def shown(event: Event) -> list[str | None]:
+    return [row["id"] for step in event[1]["data"] for row in step["rows"]]
+
+
+def test_the_number_of_streams_is_limited(server: RunningServer) -> None:
+    with httpx.Client() as client:
+        opened = [client.send(client.build_request("GET", server.url + PATH), stream=True) for _ in range(8)]
+        assert len(opened) == MAX_READERS_EACH == num_readers(server)
+        assert check_error(httpx.get(server.url + PATH), 429)["code"] == "rate_limit_exceeded"
+        for response in opened:
+            response.close()
+    wait_until(lambda: not server.context.num_step_readers)
+    with following(server):
+        assert num_readers(server) == 1
+
+
+def test_it_ends_when_the_server_shuts_down(model_folder: Path) -> None:
+    with fresh_server(model_folder) as server, following(server) as events:
+        run_step(server, server.engine, 1)
+        next(events)
+        server.model.client.drain_requested.set()
+        assert list(events) == []

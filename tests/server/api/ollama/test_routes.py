@@ -1,18 +1,29 @@
-"""Ollama's API over real sockets, with a fake engine."""
+"""Ollama's API over real sockets, with a fake engine, and the conversion of its requests and answers."""
 
 import json
+import math
 import re
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.server.api.contract import OLLAMA_CHAT, OLLAMA_GENERATE
-from tests.server.api.dialects import REPLY, ask, ask_events, ask_json, error_of, prompt_of
-from tests.support.clients import CHAT, MESSAGES
+from server.api.ollama.conversion import OPTIONS, RANGES, ignored_names, keep_alive_seconds, to_chat
+from server.api.ollama.models import short_number
+from server.api.ollama.schemas import OllamaChatRequest
+from server.http.errors import BadRequestError
+from tests.server.api.dialects import REPLY, ask_events, error_of, prompt_of
+from tests.server.conftest import StartServer
+from tests.support.clients import CHAT, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE, ask, ask_json, shared_server
+from tests.support.fake_engine import make_adapter
+from tests.support.growth import num_calls
 from tests.support.serving import RunningServer, check_error
-from tests.support.tool_model import CALL, TOOLS, say
+from tests.support.tool_model import CALL, TEMPLATE, TOOLS, say, write_tool_model
 
 EMBED, EMBEDDINGS = "/api/embed", "/api/embeddings"
 TURN = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -20,55 +31,44 @@ TURN = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 # Chat.
 
 
-def test_a_stream_and_the_whole_answer(server: RunningServer) -> None:
-    *pieces, last = ask_events(server, OLLAMA_CHAT)
-    whole = ask_json(server, OLLAMA_CHAT)
-    assert not any(line["done"] for line in pieces)
-    assert last["done"] is whole["done"] is True
+def test_counts_and_durations(server: RunningServer) -> None:
+    *_, last = ask_events(server.url, OLLAMA_CHAT)
+    whole = ask_json(server.url, OLLAMA_CHAT)
     for name in ("prompt_eval_count", "eval_count"):
         assert last[name] == whole[name] > 0
-    for name in ("total_duration", "prompt_eval_duration", "eval_duration"):
-        assert isinstance(last[name], int)
-    assert last["total_duration"] >= last["prompt_eval_duration"] + last["eval_duration"]
-    assert datetime.fromisoformat(last["created_at"]).tzinfo is not None
+    assert last["total_duration"] >= last["prompt_eval_duration"] + last["eval_duration"] > 0
 
 
 def test_names_of_models(server: RunningServer) -> None:
     for name in ("tiny", "tiny:latest", "org/tiny:latest", "Tiny", "TINY:Latest"):
-        assert ask_json(server, OLLAMA_CHAT, model=name)["model"] == name
-    assert "tiny:7b" in error_of(OLLAMA_CHAT, ask(server, OLLAMA_CHAT, model="tiny:7b"), 404)
+        assert ask_json(server.url, OLLAMA_CHAT, model=name)["model"] == name
+    assert "tiny:7b" in error_of(OLLAMA_CHAT, ask(server.url, OLLAMA_CHAT, model="tiny:7b"), 404)
 
 
 def test_tools_and_thinking(tools: RunningServer) -> None:
     say(tools, f"<think>Hm.</think>Well: {CALL}")
-    whole = ask_json(tools, OLLAMA_CHAT, tools=TOOLS)["message"]
+    whole = ask_json(tools.url, OLLAMA_CHAT, tools=TOOLS)["message"]
     assert (whole["thinking"], whole["content"].strip()) == ("Hm.", "Well:")
     (call,) = whole["tool_calls"]
     assert call["function"] == {"index": 0, "name": "weather", "arguments": {"city": "東京"}}
-    lines = ask_events(tools, OLLAMA_CHAT, tools=TOOLS)
+    lines = ask_events(tools.url, OLLAMA_CHAT, tools=TOOLS)
     (streamed,) = [call for line in lines for call in line["message"].get("tool_calls", ())]
     assert streamed["function"] == call["function"]
     assert "".join(line["message"].get("thinking", "") for line in lines) == "Hm."
     history = [*MESSAGES, whole, {"role": "tool", "tool_call_id": call["id"], "content": "11 degrees"}]
-    ask_json(tools, OLLAMA_CHAT, messages=history, tools=TOOLS)
+    ask_json(tools.url, OLLAMA_CHAT, messages=history, tools=TOOLS)
     for part in ("<think>Hm.</think>", '{"name": "weather", "arguments": {"city": "東京"}}', "11 degrees"):
         assert part in prompt_of(tools)
     for think in (True, False):
-        ask_json(tools, OLLAMA_CHAT, think=think)
+        ask_json(tools.url, OLLAMA_CHAT, think=think)
         assert prompt_of(tools).endswith("<think>\n") == think
 
 
-def test_options_reach_the_engine(server: RunningServer) -> None:
-    options = {"num_predict": 3, "top_k": 4, "temperature": 5, "seed": 7, "repeat_penalty": 1.1, "min_p": 0.2}
-    assert ask_json(server, OLLAMA_CHAT, options=options)["eval_count"] == 3
-    params = server.engine.submits[-1].params
-    assert (params.max_tokens, params.top_k, params.temperature, params.seed) == (3, 4, 2, 7)
-    assert (params.repetition_penalty, params.min_p) == (1.1, 0.2)
+def test_formats_force_grammars(server: RunningServer) -> None:
     schema = {"type": "object", "properties": {"city": {"const": "Rome"}}}
-    for format in ("json", schema):
-        ask_json(server, OLLAMA_CHAT, format=format)
-        assert server.engine.submits[-1].params.grammar is not None
-    assert "Rome" in str(server.engine.submits[-1].params.grammar)
+    for format, named in (("json", "{"), (schema, "Rome"), ({}, "{"), ("", "None"), (None, "None")):
+        ask_json(server.url, OLLAMA_CHAT, format=format)
+        assert named in str(server.engine.submits[-1].params.grammar)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_options_reach_the_engine(server: RunningServer) -> None:
 )
 def test_log_probabilities(server: RunningServer, path: str, fields: dict[str, Any]) -> None:
     fields |= {"logprobs": True, "top_logprobs": 2}
-    whole = ask_json(server, path, **fields)["logprobs"]
-    lines = ask_events(server, path, **fields)
+    whole = ask_json(server.url, path, **fields)["logprobs"]
+    lines = ask_events(server.url, path, **fields)
     assert "".join(token["token"] for token in whole).startswith(REPLY)
     assert [token["token"] for line in lines for token in line.get("logprobs", ())] == [t["token"] for t in whole]
     assert {len(token["top_logprobs"]) for token in whole} == {2}
@@ -93,16 +93,17 @@ def test_errors_of_requests_that_are_none(server: RunningServer) -> None:
 
 
 def test_a_prompt_is_a_chat_unless_it_is_raw(server: RunningServer) -> None:
-    ask_json(server, OLLAMA_GENERATE, system="Be brief.")
+    ask_json(server.url, OLLAMA_GENERATE, system="Be brief.")
     assert prompt_of(server) == f"<|im_start|>system\nBe brief.<|im_end|>\n{TURN}"
-    raw = ask_json(server, OLLAMA_GENERATE, prompt="<|im_start|>Hi", raw=True)
+    raw = ask_json(server.url, OLLAMA_GENERATE, prompt="<|im_start|>Hi", raw=True)
     assert (raw["response"], prompt_of(server), "context" in raw) == (REPLY, "<|im_start|>Hi", False)
+    assert server.engine.submits[-1].params.max_tokens == 2048 - 3  # only the context limits it
 
 
 def test_a_context_continues_a_conversation(server: RunningServer) -> None:
-    whole = ask_json(server, OLLAMA_GENERATE)
-    assert whole["context"] == ask_events(server, OLLAMA_GENERATE)[-1]["context"]
-    ask_json(server, OLLAMA_GENERATE, prompt="Ho", context=whole["context"])
+    whole = ask_json(server.url, OLLAMA_GENERATE)
+    assert whole["context"] == ask_events(server.url, OLLAMA_GENERATE)[-1]["context"]
+    ask_json(server.url, OLLAMA_GENERATE, prompt="Ho", context=whole["context"])
     assert prompt_of(server).startswith(TURN + REPLY)
     assert prompt_of(server).endswith("<|im_start|>user\nHo<|im_end|>\n<|im_start|>assistant\n")
 
@@ -112,12 +113,12 @@ def test_a_context_continues_a_conversation(server: RunningServer) -> None:
 )
 def test_without_a_prompt_the_model_is_loaded(server: RunningServer, path: str, prompt: str, text: str) -> None:
     for fields, reason in (({}, "load"), ({"keep_alive": "10m"}, "load"), ({"keep_alive": 0}, "unload")):
-        response = ask(server, path, **{prompt: ..., "stream": ...}, **fields)
+        response = ask(server.url, path, **{prompt: ..., "stream": ...}, **fields)
         assert response.headers["content-type"] == "application/json"
         answer = response.json()
         assert (answer["done"], answer["done_reason"], text in answer) == (True, reason, True)
         assert ("keep_alive" in response.headers.get("x-lightwell-warnings", "")) == bool(fields)
-    error_of(path, ask(server, path, **{prompt: ...}, model="other"), 404)
+    error_of(path, ask(server.url, path, **{prompt: ...}, model="other"), 404)
     assert server.engine.submits == []
 
 
@@ -125,23 +126,24 @@ def test_without_a_prompt_the_model_is_loaded(server: RunningServer, path: str, 
 
 
 def test_embeddings(server: RunningServer) -> None:
-    one, several = ask_json(server, EMBED, input="Hi"), ask_json(server, EMBED, input=["Hi", "Ho"])
-    reference = ask_json(server, "/v1/embeddings", input=["Hi", "Ho"])
+    one, several = ask_json(server.url, EMBED, input="Hi"), ask_json(server.url, EMBED, input=["Hi", "Ho"])
+    reference = ask_json(server.url, "/v1/embeddings", input=["Hi", "Ho"])
     assert several["embeddings"] == [each["embedding"] for each in reference["data"]]
     assert one["embeddings"] == several["embeddings"][:1]
     assert several["prompt_eval_count"] == reference["usage"]["prompt_tokens"]
     assert several["total_duration"] > 0
-    assert ask_json(server, EMBEDDINGS, prompt="Hi") == {"embedding": one["embeddings"][0]}
-    assert len(ask_json(server, EMBED, input="Hi", dimensions=2)["embeddings"][0]) == 2
-    assert ask_json(server, EMBED, input=[])["embeddings"] == ask_json(server, EMBED)["embeddings"] == []
-    assert ask_json(server, EMBEDDINGS)["embedding"] == []
+    assert ask_json(server.url, EMBEDDINGS, prompt="Hi") == {"embedding": one["embeddings"][0]}
+    for dimensions, size in ((2, 2), (0, len(one["embeddings"][0]))):
+        assert len(ask_json(server.url, EMBED, input="Hi", dimensions=dimensions)["embeddings"][0]) == size
+    assert ask_json(server.url, EMBED, input=[])["embeddings"] == ask_json(server.url, EMBED)["embeddings"] == []
+    assert ask_json(server.url, EMBEDDINGS)["embedding"] == []
 
 
 def test_long_texts_are_truncated_at_their_end(server: RunningServer) -> None:
     text, max_model_len = "a" * 1500 + "b" * 1500, server.engine.config.max_model_len
-    assert ask_json(server, EMBED, input=text)["prompt_eval_count"] == max_model_len
+    assert ask_json(server.url, EMBED, input=text)["prompt_eval_count"] == max_model_len
     assert prompt_of(server) == text[:max_model_len]
-    assert "maximum context length" in error_of(EMBED, ask(server, EMBED, input=text, truncate=False), 400)
+    assert "maximum context length" in error_of(EMBED, ask(server.url, EMBED, input=text, truncate=False), 400)
 
 
 # Other operations.
@@ -177,3 +179,200 @@ def test_a_key_is_needed(keyed: RunningServer) -> None:
     for method, path in (("GET", "tags"), ("GET", "ps"), ("GET", "version"), ("POST", "chat"), ("POST", "pull")):
         error_of("/api/", httpx.request(method, f"{keyed.url}/api/{path}", json={}), 401)
     assert httpx.get(f"{keyed.url}/api/tags", headers={"authorization": "Bearer key-a"}).status_code == 200
+
+
+# Descriptions of the served models.
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = write_tool_model(tmp_path_factory.mktemp("secret-path"), special_tags=True)
+    adapters = [make_adapter("sql", "/secret-path/sql")]
+    with shared_server(folder, adapters=adapters, max_loras=1, vocab_size=263) as server:
+        yield server
+
+
+def show(server: RunningServer, **fields: object) -> httpx.Response:
+    return httpx.post(f"{server.url}/api/show", json=fields)
+
+
+def test_models(described: RunningServer) -> None:
+    listed, loaded = (httpx.get(f"{described.url}/api/{path}").json()["models"] for path in ("tags", "ps"))
+    tiny, organization, sql = listed
+    assert [model["name"] for model in listed] == ["tiny:latest", "org/tiny:latest", "sql:latest"]
+    assert tiny["model"] == tiny["name"]
+    assert tiny["capabilities"] == ["completion", "tools", "thinking"]
+    assert tiny["digest"] == organization["digest"] != sql["digest"]
+    assert sql["details"] == {**tiny["details"], "parent_model": "tiny:latest"}
+    assert [model["model"] for model in loaded] == [model["model"] for model in listed]
+    assert {model["context_length"] for model in loaded} == {described.engine.config.max_model_len}
+    assert all(datetime.fromisoformat(model["expires_at"]).timestamp() > 0 for model in loaded)
+    assert {model["size_vram"] for model in loaded} == {0}  # the fake engine's device is a CPU
+
+
+def test_properties_of_a_model(described: RunningServer, model_folder: Path) -> None:
+    shown: dict[str, Any] = show(described, model="tiny:latest").json()
+    assert shown == show(described, name="tiny").json()
+    assert shown["template"] == TEMPLATE
+    config, info = json.loads((model_folder / "config.json").read_text()), shown["model_info"]
+    architecture = info["general.architecture"]
+    assert info[f"{architecture}.embedding_length"] == config["hidden_size"]
+    assert info[f"{architecture}.context_length"] == described.engine.config.max_model_len
+    assert shown["details"]["family"] == architecture
+
+
+def test_the_default_sampling_is_shown_by_ollamas_names(start_server: StartServer) -> None:
+    server = start_server(default_sampling={"temperature": 0.6, "repetition_penalty": 1.1, "top_n_sigma": 1.0})
+    lines = show(server, model="tiny").json()["parameters"].splitlines()
+    assert [line.split() for line in lines] == [["temperature", "0.6"], ["repeat_penalty", "1.1"]]
+
+
+def test_no_paths_are_revealed(described: RunningServer) -> None:
+    answers = [show(described, model=name) for name in ("tiny", "sql", "other")]
+    answers += [httpx.get(f"{described.url}/api/{path}") for path in ("tags", "ps", "version")]
+    assert [answer.status_code for answer in answers] == [200, 200, 404, 200, 200, 200]
+    for answer in answers:
+        assert "secret-path" not in answer.text + str(answer.headers)
+
+
+def test_short_numbers() -> None:
+    numbers = [999, 1500, 134_515_008, 8_000_000, 8_030_261_248, 70_000_000_000]
+    assert [short_number(number) for number in numbers] == ["999", "2K", "134.52M", "8M", "8.0B", "70B"]
+
+
+# Conversion of requests.
+
+
+def chat(*, reads_effort: bool = True, **fields: Any) -> dict[str, Any]:
+    """Return the fields that are set, without the model."""
+    body = OllamaChatRequest.model_validate({"model": "tiny:latest", "messages": MESSAGES} | fields)
+    converted = to_chat(body, "tiny", reads_effort=reads_effort)
+    return converted.model_dump(exclude_unset=True, by_alias=True, exclude={"model"})
+
+
+def test_streaming_is_the_default() -> None:
+    assert chat() == {"messages": MESSAGES, "stream": True}
+    assert [chat(stream=value)["stream"] for value in (None, False)] == [True, False]
+
+
+def test_options_become_parameters() -> None:
+    options: dict[str, Any] = {
+        **{"num_predict": 5, "temperature": 0.5, "top_k": 40.0, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.7},
+        **{"repeat_penalty": 1.1, "repeat_last_n": -1, "presence_penalty": 0.2, "frequency_penalty": 0.3},
+        **{"seed": 7, "stop": ["a", "b"], "mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.2},
+    }
+    assert options.keys() == OPTIONS.keys()
+    converted = chat(options=options)
+    assert (converted.pop("max_tokens"), converted["top_k"], type(converted["top_k"])) == (5, 40, int)
+    del options["num_predict"]
+    assert {name: converted[name] for name in options} == options
+    for unlimited in (-1, -2, 0, None):
+        assert "max_tokens" not in chat(options={"num_predict": unlimited})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "used"),
+    [
+        ("temperature", 5, 2),
+        ("typical_p", 0, 1),
+        ("typical_p", -0.5, 0.01),
+        ("repeat_penalty", 0, 1),
+        ("frequency_penalty", -(10**400), -2),
+        ("mirostat", -1.0, 0),
+        ("top_k", 40.5, 40),
+        ("top_k", math.inf, 2**63 - 1),
+    ],
+)
+def test_options_out_of_range_get_the_nearest_value_and_are_named(name: str, value: float, used: float) -> None:
+    assert chat(options={name: value, "seed": 1})[name] == used
+    body = OllamaChatRequest.model_validate({"model": "tiny", "options": {name: value, "seed": 1.0}})
+    assert ignored_names(body) == [f"options.{name}.{value}"]
+
+
+def test_the_ends_of_ranges_are_valid() -> None:
+    for name, ends in RANGES.items():
+        for value in ends:
+            if value != -math.inf:
+                assert chat(options={name: value})[OPTIONS[name]] == value
+        for wrong in (True, "1"):
+            with pytest.raises(BadRequestError, match=OPTIONS[name]):
+                chat(options={name: wrong})
+
+
+def test_a_final_message_of_the_assistant_is_continued() -> None:
+    begun = [*MESSAGES, {"role": "assistant", "content": "It is"}]
+    assert chat(messages=begun)["continue_final_message"] is True
+    call = {"function": {"name": "f", "arguments": {}}}
+    for other in ({"content": ""}, {"content": "x", "tool_calls": [call]}, {"role": "user", "content": "x"}):
+        assert "continue_final_message" not in chat(messages=[*MESSAGES, {"role": "assistant"} | other])
+
+
+@pytest.mark.parametrize(("think", "effort"), [(True, "medium"), (False, "none"), ("low", "low"), ("max", "max")])
+def test_thinking(think: bool | str, effort: str) -> None:
+    assert chat(think=think)["reasoning_effort"] == effort
+    without = chat(think=think, reads_effort=False)
+    assert "reasoning_effort" not in without
+    assert ("think" in without) == bool(think)  # named as ignored
+
+
+def test_a_conversation_with_tools() -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
+    messages = [
+        {"role": "User", "content": "Add.", "images": []},
+        {"role": "assistant", "content": "", "thinking": "Hm.", "tool_calls": [call, {"function": {"name": "sub"}}]},
+        {"role": "tool", "content": "1", "tool_name": "sub"},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "tool_calls": [call | {"id": "own"}]},
+        {"role": "tool", "content": "4", "tool_call_id": "own"},
+    ]
+    user, assistant, sub, add, last, own = chat(messages=messages)["messages"]
+    assert user == {"role": "user", "content": "Add."}
+    assert (assistant["reasoning_content"], assistant["content"]) == ("Hm.", "")
+    ids = [each["id"] for each in assistant["tool_calls"]]
+    assert len(set(ids)) == 2
+    assert all(len(each) == 9 and each.isalnum() for each in ids)  # as Mistral's templates require
+    arguments = [json.loads(each["function"]["arguments"]) for each in assistant["tool_calls"]]
+    assert arguments == [{"a": 1, "b": "é"}, {}]
+    assert sub == {"role": "tool", "content": "1", "name": "sub", "tool_call_id": ids[1]}
+    assert add == {"role": "tool", "content": "3", "tool_call_id": ids[0]}
+    assert last["tool_calls"][0]["id"] == own["tool_call_id"] == "own"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc")), max_size=20))
+def test_a_result_answers_the_first_call_with_its_name_or_the_first_one(turns: list[tuple[bool, str]]) -> None:
+    messages: list[dict[str, Any]] = []
+    expected: list[str | None] = []
+    waiting: list[tuple[str, str | None]] = []
+    for number, (is_call, name) in enumerate(turns):
+        if is_call:
+            messages.append({"role": "assistant", "tool_calls": [{"id": f"id{number}", "function": {"name": name}}]})
+            waiting.append((name, f"id{number}"))
+        else:
+            messages.append({"role": "tool", "tool_name": name, "content": "1"})
+            named = [call for call in waiting if call[0] == name] or waiting or [(name, None)]
+            expected.append(named[0][1])
+            waiting = [call for call in waiting if call != named[0]]
+    converted = chat(messages=[*messages, *MESSAGES])["messages"]
+    assert [each.get("tool_call_id") for each in converted if each["role"] == "tool"] == expected
+
+
+def test_the_cost_of_a_result_does_not_depend_on_the_number_of_calls() -> None:
+    def prepare(num_calls: int) -> Callable[[], object]:
+        asked = [{"role": "assistant", "tool_calls": [{"function": {"name": "add"}}] * 1000}] * (num_calls // 1000)
+        messages = [*asked, *[{"role": "tool", "tool_name": "sub", "content": "1"}] * num_calls]
+        body = OllamaChatRequest.model_validate({"model": "m", "messages": messages})
+        return lambda: to_chat(body, "m")
+
+    assert num_calls(prepare(4000)) < 3 * num_calls(prepare(2000))
+
+
+def test_durations() -> None:
+    seconds = {"5m": 300, "1h30m": 5400, "10s": 10, "0": 0, "0s": 0, "0h0m": 0, "1.5s": 1.5, "100ms": 0.1}
+    seconds |= {"300": 300, "2.5": 2.5, "+1h": 3600, ".5m": 30, "1.h": 3600, "7us": 7e-6, "7µs": 7e-6, "7μs": 7e-6}
+    for text, value in seconds.items():
+        assert keep_alive_seconds(text) == pytest.approx(value)
+    assert [keep_alive_seconds(value) for value in (0, 0.0, 60, 1.5)] == [0, 0, 60, 1.5]
+    endless = (-1, "-1", "-1m", "999999999h", 1e300, 10**400)
+    assert [keep_alive_seconds(value) for value in endless] == [math.inf] * 6
+    nothing = (None, "", "-", "s", "m5", "5 m", True, "1d", ".", "--1", "1h2", "1" * 40 + "x", "1m" * 10**6)
+    assert [value for value in nothing if keep_alive_seconds(value) is not None] == []

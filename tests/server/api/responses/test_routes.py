@@ -1,34 +1,74 @@
 """`/v1/responses` over real sockets, with a fake engine: tokens are bytes, the template is ChatML."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPResponse
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
-from openai.types.responses import Response
+from openai.types.responses import Response, ResponseInputItemParam, ResponseInputParam, ResponseItem
+from pydantic import TypeAdapter
 
+from server.api.responses import conversion as responses
+from server.api.responses.custom_tools import OTHER_CALLS
 from server.generation.pipeline import MAX_HELD_SECONDS
-from tests.server.api.contract import RESPONSES
-from tests.server.api.dialects import REPLY, text_of
-from tests.server.api.responses.requests import (
-    ask,
-    ask_events,
-    ask_json,
-    cancel,
-    count,
-    delete,
-    get,
-    parse,
-    prompt_ids,
-)
+from tests.server.api import dialects
+from tests.server.api.dialects import REPLY, RESPONSE_EVENT, WARNINGS, Reader, prompt_of, text_of
+from tests.server.api.messages.test_routes import types_of
 from tests.server.conftest import StartServer
-from tests.support.clients import openai_client
+from tests.support import clients
+from tests.support.clients import MINIMAL, RESPONSES, openai_client, shared_server
 from tests.support.fake_engine import FakeEngine
-from tests.support.serving import RunningServer, check_error, wait_until
+from tests.support.serving import RunningServer, check_error, raw_request, wait_until
 from tests.support.tiny_tokenizer_model import chatml
+from tests.support.tool_model import say, write_tool_model
 
-MINIMAL: dict[str, Any] = {"model": "tiny", "input": "Hi"}
+Fields = dict[str, Any]
+
+
+def ask(server: RunningServer, **fields: Any) -> httpx.Response:
+    return clients.ask(server.url, RESPONSES, **fields)
+
+
+def ask_json(server: RunningServer, **fields: Any) -> Fields:
+    return clients.ask_json(server.url, RESPONSES, **fields)
+
+
+def ask_events(server: RunningServer, **fields: Any) -> list[Fields]:
+    return dialects.ask_events(server.url, RESPONSES, **fields)
+
+
+def parse(text: str) -> list[Fields]:
+    return dialects.parse(RESPONSES, text)
+
+
+def get(server: RunningServer, path: str) -> httpx.Response:
+    return httpx.get(f"{server.url}{RESPONSES}/{path}")
+
+
+def cancel(server: RunningServer, response_id: str) -> httpx.Response:
+    return httpx.post(f"{server.url}{RESPONSES}/{response_id}/cancel")
+
+
+def delete(server: RunningServer, response_id: str) -> httpx.Response:
+    return httpx.delete(f"{server.url}{RESPONSES}/{response_id}")
+
+
+def count(server: RunningServer, **fields: Any) -> int:
+    """Return the number of tokens of a request's input."""
+    return int(clients.ask_json(server.url, f"{RESPONSES}/input_tokens", **fields)["input_tokens"])
+
+
+def prompt_ids(server: RunningServer) -> list[int]:
+    return server.engine.submits[-1].prompt_token_ids
+
 
 # The answer.
 
@@ -52,36 +92,25 @@ def test_schema_of_the_answer(server: RunningServer) -> None:
         **{"reasoning": {"effort": None, "summary": None}, "temperature": 1.0, "top_p": 1.0, "top_logprobs": 0},
         **{"truncation": "disabled", "service_tier": "default"},
         "usage": {
-            "input_tokens": num_prompt_tokens,
+            **{"input_tokens": num_prompt_tokens, "output_tokens": 5, "total_tokens": num_prompt_tokens + 5},
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": 5,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": num_prompt_tokens + 5,
         },
     }
 
 
 @pytest.mark.parametrize(("fields", "end"), [({}, "completed"), ({"max_output_tokens": 4}, "incomplete")])
-def test_events_of_a_stream(server: RunningServer, fields: dict[str, Any], end: str) -> None:
+def test_events_of_a_stream(server: RunningServer, fields: Fields, end: str) -> None:
+    """../test_writers.py has their order."""
     events = ask_events(server, **fields)
     created, in_progress, item_added, part_added, *deltas, text_done, part_done, item_done, last = events
-    for event, kind in ((created, "created"), (in_progress, "in_progress")):
-        assert event["type"] == f"response.{kind}"
-        response = event["response"]
+    for response in (created["response"], in_progress["response"]):
         assert (response["status"], response["output"], response["usage"]) == ("in_progress", [], None)
-    item_id = item_added["item"]["id"]
-    assert (item_added["type"], item_added["output_index"]) == ("response.output_item.added", 0)
-    assert (item_added["item"]["status"], item_added["item"]["content"]) == ("in_progress", [])
-    assert (part_added["type"], part_added["part"]["text"]) == ("response.content_part.added", "")
-    assert {event["type"] for event in deltas} == {"response.output_text.delta"}
-    for event in (part_added, *deltas, text_done, part_done):
-        assert (event["item_id"], event["output_index"], event["content_index"]) == (item_id, 0, 0)
+    assert (item_added["item"]["content"], part_added["part"]["text"]) == ([], "")
     text = REPLY[: fields.get("max_output_tokens", 100)]
     assert "".join(event["delta"] for event in deltas) == text_done["text"] == part_done["part"]["text"] == text
-    assert [event["type"] for event in (text_done, part_done, item_done, last)] == [
-        *("response.output_text.done", "response.content_part.done", "response.output_item.done", f"response.{end}"),
-    ]
     assert last["response"]["output"] == [item_done["item"]]
+    assert last["type"] == f"response.{end}"
     assert (last["response"]["status"], item_done["item"]["status"]) == (end, end)
     whole = ask_json(server, **fields)
     assert last["response"]["usage"] == whole["usage"]
@@ -89,7 +118,7 @@ def test_events_of_a_stream(server: RunningServer, fields: dict[str, Any], end: 
 
 
 def test_logprobs(server: RunningServer) -> None:
-    fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 2}
+    fields: Fields = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 2}
     part = ask_json(server, **fields)["output"][0]["content"][0]
     found = [(each["token"], each["bytes"], len(each["top_logprobs"])) for each in part["logprobs"]]
     assert found == [("H", [72], 2), ("e", [101], 2)]
@@ -128,7 +157,15 @@ ENCRYPTED = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_conten
 
 def test_earlier_items(server: RunningServer) -> None:
     said = [*ask_json(server)["output"]]
-    for items, turns in ((said, [("assistant", REPLY)]), ([REFUSAL], [("assistant", "No.")]), ([ENCRYPTED], [])):
+    parts = {"role": "user", "content": [{"type": "input_text", "text": text} for text in "AB"]}
+    output = {"type": "function_call_output", "call_id": "1", "output": ""}
+    for items, turns in (
+        (said, [("assistant", REPLY)]),
+        ([REFUSAL], [("assistant", "No.")]),
+        ([ENCRYPTED], []),
+        ([parts], [("user", "A\nB")]),
+        ([output], [("tool", "")]),
+    ):
         ask_json(server, input=[USER, *items, SO])
         assert prompt_ids(server) == chatml(("user", "Hi"), *turns, ("user", "So?"))
 
@@ -136,27 +173,22 @@ def test_earlier_items(server: RunningServer) -> None:
 def test_input_tokens(server: RunningServer) -> None:
     """The count equals the number of prompt tokens of the same request."""
     first = ask_json(server)
-    tool = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
-    requests: list[dict[str, Any]] = [
-        {"input": [{"role": "user", "content": "Why?"}], "instructions": "I"},
-        {"input": "Why?", "previous_response_id": first["id"], "instructions": "I"},
-        {"input": "Why?", "tools": [tool], "tool_choice": "auto", "parallel_tool_calls": False},
-        {"input": "Why?", "text": {"format": {"type": "json_object"}}, "reasoning": {"effort": "low"}},
+    requests: list[Fields] = [
+        {"input": [SO], "instructions": "I"},
+        {"previous_response_id": first["id"], "instructions": "I"},
+        {"tools": [FUNCTION], "tool_choice": "auto", "parallel_tool_calls": False},
+        {"text": {"format": {"type": "json_object"}}, "reasoning": {"effort": "low"}},
         {"input": [{"role": "user", "content": "x" * 700}] * 5, "truncation": "auto"},
-        {"input": "Why?", "extra_body": {"truncate_prompt_tokens": 7}},
+        {"truncate_prompt_tokens": 7},
     ]
+    for fields in ({"input": "Hi"} | request for request in requests):
+        num_tokens = ask_json(server, **fields)["usage"]["input_tokens"]
+        assert num_tokens == len(prompt_ids(server))
+        assert num_tokens == count(server, **fields) == count(server, model=..., **fields)
+    count(server, background=True, stream=True, input="Hi")
+    assert len(server.engine.submits) == 1 + len(requests)
     with openai_client(server.url) as client:
-        for fields in requests:
-            counted = client.responses.input_tokens.count(model="tiny", **fields)
-            requested = client.responses.create(model="tiny", **fields)
-            assert requested.usage is not None
-            assert counted.input_tokens == requested.usage.input_tokens == len(prompt_ids(server))
-            assert counted.object == "response.input_tokens"
-            if "extra_body" not in fields:
-                assert client.responses.input_tokens.count(**fields) == counted  # the model defaults to the server's
-    num_submits = len(server.engine.submits)
-    count(server, input="Hi", background=True, stream=True)
-    assert len(server.engine.submits) == num_submits
+        assert client.responses.input_tokens.count(input="Hi").input_tokens == first["usage"]["input_tokens"]
 
 
 def test_an_unknown_previous_response(server: RunningServer) -> None:
@@ -179,37 +211,11 @@ def test_a_response_can_be_retrieved_until_it_is_deleted(server: RunningServer) 
             assert check_error(response, 404)["message"] == f"Response with id '{id}' not found."
 
 
-def test_the_number_of_responses_that_are_kept(start_server: StartServer) -> None:
-    server = start_server(max_stored_responses=2)
-    ids = [ask_json(server)["id"] for _ in range(2)]
-    assert get(server, ids[0]).status_code == 200  # which makes it the most recently used
-    ids.append(ask_json(server)["id"])
-    assert [get(server, each).status_code for each in ids] == [200, 404, 200]
-
-
-def test_the_size_of_responses_that_are_kept(start_server: StartServer) -> None:
-    """Event logs count as memory as well, and the oldest are dropped."""
-    server = start_server(stored_responses_memory=24_000)
-    num_kept = []
-    for fields in ({}, {"background": True, "stream": True}):
-        ids = []
-        for _ in range(12):
-            answer = ask(server, input="x" * 1500, **fields)
-            ids.append(parse(answer.text)[-1]["response"]["id"] if fields else answer.json()["id"])
-            assert 0 < server.response_store.num_bytes <= 24_000
-        kept = [get(server, each).status_code == 200 for each in ids]
-        assert kept == sorted(kept)
-        num_kept.append(sum(kept))
-    assert 1 < num_kept[1] < num_kept[0] < 12
-    for each in ids:
-        delete(server, each)
-    assert server.response_store.num_bytes == 0
-
-
 def test_input_items(server: RunningServer) -> None:
     items = [{"role": "user", "content": f"{index}", "id": f"msg_{index}"} for index in range(5)]
     response_id = ask_json(server, input=items)["id"]
     page = get(server, f"{response_id}/input_items").json()
+    TypeAdapter(list[ResponseItem]).validate_python(page["data"])
     assert [item["content"] for item in page["data"]] == [[{"type": "input_text", "text": text}] for text in "43210"]
     assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", "msg_4", "msg_0", False)
     page = get(server, f"{response_id}/input_items?order=asc&limit=2&after=msg_1").json()
@@ -217,17 +223,6 @@ def test_input_items(server: RunningServer) -> None:
     for query in ("order=up", "limit=0", "limit=101", f"limit=0099{'9' * 5000}", "after=x"):
         error = check_error(get(server, f"{response_id}/input_items?{query}"), 400)
         assert error["param"] == query.partition("=")[0]
-
-
-def test_what_is_answered_with(server: RunningServer) -> None:
-    named = {"user": "me", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"k" * 64: "v" * 512}}
-    response = ask(server, service_tier="ultrafast", temperature=0.5, **named)
-    answer = response.json()
-    assert {name: answer[name] for name in named} == named
-    assert (answer["service_tier"], answer["temperature"]) == ("default", 0.5)
-    assert "x-lightwell-warnings" not in response.headers
-    assert get(server, answer["id"]).json() == answer
-    assert ask_json(server, max_output_tokens=-1)["max_output_tokens"] is None
 
 
 # Cancellation, disconnects and background responses.
@@ -254,15 +249,6 @@ def test_a_response_in_the_background(slow: RunningServer) -> None:
     assert len(slow.context.running) == 0
 
 
-def test_a_response_in_the_background_is_cancelled(slow: RunningServer) -> None:
-    response_id = ask_json(slow, background=True)["id"]
-    assert cancel(slow, response_id).json()["status"] == "cancelled"
-    wait_until(lambda: slow.engine.num_choices == 0 and not slow.context.background_tasks)
-    response = get(slow, response_id).json()
-    assert (response["status"], response["usage"]["output_tokens"] < 1000) == ("cancelled", True)
-    assert cancel(slow, response_id).json() == response
-
-
 def test_failures_are_stored(server: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.fail_request = True
     response_id = ask_json(server, background=True)["id"]
@@ -276,7 +262,7 @@ def test_failures_are_stored(server: RunningServer, fake_engine: FakeEngine) -> 
 
 @pytest.mark.parametrize("end", ["cancel", "delete", "disconnect"])
 def test_a_stream_that_ends_early(slow: RunningServer, end: str) -> None:
-    with httpx.stream("POST", slow.url + RESPONSES, json=MINIMAL | {"stream": True}, timeout=20) as response:
+    with httpx.stream("POST", slow.url + RESPONSES, json=MINIMAL[RESPONSES] | {"stream": True}, timeout=20) as response:
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
         response_id = json.loads(next(lines))["response"]["id"]
         assert get(slow, response_id).json()["status"] == "in_progress"
@@ -298,23 +284,519 @@ def test_what_has_ended_cannot_be_cancelled(server: RunningServer) -> None:
 
 
 def test_a_stream_that_waits_has_begun(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    reader = Reader(server.url + RESPONSES, "POST", MINIMAL[RESPONSES] | {"stream": True})
+    wait_until(lambda: fake_engine.num_choices == 1)
+    assert reader.text == ""
+
     def has_begun() -> bool:
         server.turn(MAX_HELD_SECONDS)
-        return sent.done()
+        return reader.text.count("\n\n") == 2
 
-    fake_engine.pause()
-    with httpx.Client(timeout=60) as client, ThreadPoolExecutor(1) as thread:
-        request = client.build_request("POST", server.url + RESPONSES, json=MINIMAL | {"stream": True})
-        sent = thread.submit(client.send, request, stream=True)
-        wait_until(lambda: fake_engine.num_choices == 1)
-        assert not sent.done()
-        wait_until(has_begun)
-        lines = (line.removeprefix("data: ") for line in sent.result().iter_lines() if line.startswith("data: "))
-        created, in_progress = json.loads(next(lines)), json.loads(next(lines))
-        assert (created["type"], in_progress["type"]) == ("response.created", "response.in_progress")
-        assert cancel(server, created["response"]["id"]).json()["status"] == "cancelled"
-        last = json.loads(next(lines))
-        assert (last["type"], last["response"]["status"]) == ("response.incomplete", "cancelled")
-        assert last["sequence_number"] == 2
-        sent.result().close()
+    wait_until(has_begun)
+    response_id = parse(reader.text)[0]["response"]["id"]
+    assert cancel(server, response_id).json()["status"] == "cancelled"
+    *begun, last = parse(reader.join())
+    assert [event["type"] for event in begun] == ["response.created", "response.in_progress"]
+    assert (last["type"], last["response"]["status"]) == ("response.incomplete", "cancelled")
     wait_until(lambda: fake_engine.num_choices == 0)
+
+
+# Tools.
+
+FUNCTION: Fields = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+SEARCH: Fields = {"type": "web_search"}
+
+
+OTHERS: list[Fields] = [{"type": "web_search", "external_web_access": True}, {"type": "shell"}, {"type": "local_shell"}]
+OTHERS += [{"type": "namespace", "name": "mcp", "tools": [FUNCTION]}]
+
+
+def test_tools_of_other_types_are_left_out(server: RunningServer, strict: RunningServer) -> None:
+    alone = ask(server, tools=[FUNCTION])
+    expected = prompt_ids(server)
+    response = ask(server, tools=[*OTHERS, FUNCTION])
+    names = "tools[0].web_search, tools[1].shell, tools[2].local_shell, tools[3].namespace"
+    assert response.headers[WARNINGS] == f"ignored parameters: {names}"
+    assert prompt_ids(server) == expected
+    assert response.json()["tools"] == alone.json()["tools"] == [FUNCTION | {"description": None, "strict": False}]
+    error = check_error(ask(strict, tools=[FUNCTION, *OTHERS]), 400)
+    assert error["param"] == "tools[1].web_search"
+
+
+@pytest.mark.parametrize("tools", [None, [], [SEARCH]])
+def test_a_choice_without_tools(server: RunningServer, tools: list[Any] | None) -> None:
+    for choice in ("auto", "none"):
+        assert ask_json(server, tools=tools, tool_choice=choice)["tool_choice"] == choice
+    named = {"type": "function", "name": "weather"}
+    for refused in (named,) if tools else (named, "required"):
+        assert check_error(ask(server, tools=tools, tool_choice=refused), 400)["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    ("others", "choice", "name"),
+    [
+        ([], "required", "required"),
+        ([FUNCTION], SEARCH, "web_search"),
+        ([], {"type": "mcp", "server_label": "x"}, "mcp"),
+        ([FUNCTION], {"type": "allowed_tools", "mode": "required", "tools": [SEARCH]}, "allowed_tools"),
+    ],
+)
+def test_a_choice_of_ignored_tools_is_ignored_and_named(
+    server: RunningServer, others: list[Any], choice: Any, name: str
+) -> None:
+    answer = ask(server, tools=[SEARCH, *others], tool_choice=choice)
+    assert answer.json()["tool_choice"] == "auto"
+    assert answer.headers[WARNINGS] == f"ignored parameters: tools[0].web_search, tool_choice.{name}"
+    assert server.engine.submits[-1].params.grammar is None
+
+
+def test_choices_force_calls(server: RunningServer) -> None:
+    named = {"type": "function", "name": "weather"}
+    for choice in ({"type": "allowed_tools", "mode": "required", "tools": [SEARCH, named]}, named, "required"):
+        answer = ask(server, tools=[SEARCH, FUNCTION], tool_choice=choice)
+        assert answer.headers[WARNINGS] == "ignored parameters: tools[0].web_search"
+        assert "weather" in str(server.engine.submits[-1].params.grammar)
+
+
+def test_formats_force_grammars(server: RunningServer) -> None:
+    schema = {"type": "object", "properties": {"city": {"const": "Rome"}}}
+    for format, named in (
+        ({"type": "text"}, "None"),
+        ({"type": "json_object"}, "{"),
+        ({"type": "json_schema", "name": "x", "schema": schema, "strict": True}, "Rome"),
+    ):
+        ask_json(server, text={"format": format})
+        assert named in str(server.engine.submits[-1].params.grammar)
+
+
+CUSTOM: Fields = {"type": "custom", "name": "patch", "description": "Edits a file."}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [('{"input": "*** \\"é\\"\\n"}', '*** "é"\n'), ('{"input": ""}', ""), ('{"wish": 5}', '{"wish": 5}')],
+)
+def test_calls_of_custom_tools(tools: RunningServer, arguments: str, text: str) -> None:
+    called = f'<tool_call>{{"name": "patch", "arguments": {arguments}}}</tool_call>'
+    say(tools, called + '<tool_call>{"name": "weather", "arguments": {}}</tool_call>')
+    fields: Fields = {"tools": [CUSTOM, FUNCTION], "input": [USER]}
+    whole = ask_json(tools, **fields)
+    call = whole["output"][0]
+    assert (call["type"], call["name"], call["input"]) == ("custom_tool_call", "patch", text)
+    assert [item["type"] for item in whole["output"]] == ["custom_tool_call", "function_call"]
+    assert whole["tools"][0] == CUSTOM | {"format": {"type": "text"}}
+    events = ask_events(tools, **fields)
+    pieces = [event for event in events if event["type"].startswith("response.custom_tool_call_input")]
+    assert [event.get("delta", event.get("input")) for event in pieces] == [text, text]
+    results = [{"type": f"{call['type']}_output", "call_id": call["call_id"], "output": "Done"}]
+    ask_json(tools, previous_response_id=whole["id"], tools=[CUSTOM, FUNCTION], input=results)
+    expected = prompt_ids(tools)
+    shown = json.dumps({"input": text}, ensure_ascii=False)
+    assert f'{{"name": "patch", "arguments": {shown}}}' in prompt_of(tools)
+    ask_json(tools, **fields | {"input": [*fields["input"], *whole["output"], *results]})
+    assert prompt_ids(tools) == expected
+
+
+def test_custom_tools_are_described_and_can_be_forced(tools: RunningServer) -> None:
+    answer = ask(tools, tools=[FUNCTION, CUSTOM | {"format": GRAMMAR}], tool_choice={"type": "custom", "name": "patch"})
+    assert (answer.status_code, answer.headers[WARNINGS]) == (200, "ignored parameters: tools[1].format")
+    assert '{"name": "patch", "description": "Edits a file."' in prompt_of(tools)
+    assert '"input"' in str(tools.engine.submits[-1].params.grammar).replace("\\", "")
+
+
+def test_hints_that_are_neutral_or_followed(server: RunningServer, tools: RunningServer) -> None:
+    for fields in ({"reasoning": {"effort": "none"}}, {"reasoning": {"effort": "medium"}, "text": {}}):
+        assert WARNINGS not in ask(server, **fields).headers
+    assert WARNINGS not in ask(tools, reasoning={"effort": "high"}).headers
+
+
+# References.
+
+
+def refer(item: Fields) -> Fields:
+    return {"type": "item_reference", "id": item["id"]}
+
+
+def test_items_by_reference(tools: RunningServer) -> None:
+    say(tools, '<think>Hm.</think>So<tool_call>{"name": "weather", "arguments": {}}</tool_call>')
+    first = ask_json(tools, tools=[FUNCTION])
+    result = {"type": "function_call_output", "call_id": first["output"][2]["call_id"], "output": "Rain"}
+    ask_json(tools, tools=[FUNCTION], input=[USER, *first["output"], result])
+    expected = prompt_ids(tools)
+    assert "<think>Hm.</think>So" in prompt_of(tools)
+    references = list(map(refer, first["output"]))
+    del references[1]["type"]  # it is optional
+    second = ask_json(tools, tools=[FUNCTION], input=[USER, *references, result])
+    assert prompt_ids(tools) == expected
+    items = get(tools, f"{second['id']}/input_items?order=asc").json()["data"]
+    assert items[1:4] == first["output"]
+    ask_json(tools, tools=[FUNCTION], input=list(map(refer, items)))
+    assert prompt_ids(tools) == expected  # input items can be referenced too
+    delete(tools, first["id"])
+    ask_json(tools, tools=[FUNCTION], input=[USER, *references, result])  # the second response has these items too
+
+
+def test_references_to_more_than_a_request_may_hold(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = ask_json(server)["output"][0]
+    monkeypatch.setattr(responses, "MAX_REFERENCED_BYTES", 5 * len(json.dumps(item)))
+    assert ask(server, input=[refer(item)] * 4 + [USER]).status_code == 200
+    error = check_error(ask(server, input=[refer(item)] * 40), 400)
+    assert error["message"].startswith(f"Invalid '{error['param']}': the referenced items exceed ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_reference(server: RunningServer, stream: bool) -> None:
+    def answer(**fields: Any) -> Fields:
+        return dict(ask_events(server, **fields)[-1]["response"]) if stream else ask_json(server, **fields)
+
+    kept, unkept = answer(), answer(store=False)
+    follower = ask_json(server, input=[USER, refer(kept["output"][0])])
+    for response in (kept, follower):
+        delete(server, response["id"])
+    for item in ({"id": "msg_1"}, unkept["output"][0], kept["output"][0]):
+        error = check_error(ask(server, input=[USER, refer(item)]), 400)
+        assert error["param"] == "input[1].id"
+        assert error["message"].startswith(f"Item with id '{item['id']}' not found.")
+
+
+# Calls and results of other tools.
+
+EXEC: Fields = {"type": "exec", "command": ["ls"], "env": {}}
+SHELL: Fields = {"type": "local_shell_call", "id": "lsh_1", "status": "completed", "action": EXEC}
+CHUNK: Fields = {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}
+PATCH: Fields = {
+    "type": "apply_patch_call",
+    "status": "completed",
+    "operation": {"type": "delete_file", "path": "a"},
+}
+DONE: Fields = {"type": "custom_tool_call_output", "output": "Done"}
+WRITTEN = [{"type": "input_text", "text": "Done"}]
+OTHER_ITEMS: list[tuple[Fields, str, Fields, str]] = [  # a call, a result, and how the template shows them
+    (SHELL, f'local_shell", "arguments": {json.dumps(EXEC)}', DONE, "Done"),
+    (
+        {"type": "custom_tool_call", "name": "apply_patch", "input": "*** é"},
+        'apply_patch", "arguments": {"input": "*** é"}',
+        DONE | {"output": WRITTEN},
+        "Done",
+    ),
+    (
+        {"type": "shell_call", "action": {"commands": ["ls"]}},
+        'shell", "arguments": {"commands": ["ls"]}',
+        {"type": "shell_call_output", "output": [CHUNK]},
+        json.dumps([CHUNK], separators=(",", ":")),
+    ),
+    (
+        PATCH,
+        f'apply_patch", "arguments": {json.dumps(PATCH["operation"])}',
+        {"type": "apply_patch_call_output", "status": "completed"},
+        "completed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "shown_call", "output", "shown_output"), OTHER_ITEMS)
+def test_calls_of_other_tools_are_shown_as_those_of_functions(
+    tools: RunningServer, call: Fields, shown_call: str, output: Fields, shown_output: str
+) -> None:
+    items = [USER, call | {"call_id": "1"}, {"call_id": "1"} | output]
+    TypeAdapter(ResponseInputParam).validate_python(items)  # as the official client describes them
+    answer = ask(tools, input=items)
+    assert (answer.status_code, WARNINGS in answer.headers) == (200, False)
+    assert f'<tool_call>\n{{"name": "{shown_call}}}\n</tool_call>' in prompt_of(tools)
+    assert f"<|im_start|>tool\n{shown_output}<|im_end|>" in prompt_of(tools)
+    stored = get(tools, f"{answer.json()['id']}/input_items").json()["data"]
+    assert [item["type"] for item in stored] == ["function_call_output", "function_call", "message"]
+
+
+@pytest.mark.parametrize("missing", [{}, {"call_id": None}])
+def test_calls_of_the_local_shell_may_have_only_an_id(tools: RunningServer, missing: Fields) -> None:
+    output = {"type": "local_shell_call_output", "id": "lsh_1", "output": "Done"}
+    answer = ask_json(tools, input=[USER, SHELL | missing, output | missing])
+    items = get(tools, f"{answer['id']}/input_items").json()["data"]
+    assert [item["call_id"] for item in items if item["type"] != "message"] == ["lsh_1", "lsh_1"]
+
+
+REFUSED_ITEMS = {"compaction", "compaction_trigger"}  # because a conversation is lost without them
+
+
+def test_items_of_other_tools_are_left_out(server: RunningServer, strict: RunningServer) -> None:
+    read = {"message", "reasoning", "item_reference", "function_call", "function_call_output", *OTHER_CALLS}
+    read |= {f"{name}_output" for name in OTHER_CALLS}
+    others = sorted(types_of(ResponseInputItemParam) - read - REFUSED_ITEMS)
+    assert len(others) > 10
+    answer = ask(server, input=[*({"type": name, "id": "x", "status": "failed"} for name in others), USER])
+    expected = ", ".join(f"input[{index}].{name}" for index, name in enumerate(others))
+    assert answer.headers[WARNINGS] == f"ignored parameters: {expected}"
+    assert prompt_ids(server) == chatml(("user", "Hi"))
+    assert len(get(server, f"{answer.json()['id']}/input_items").json()["data"]) == 1
+    error = check_error(ask(strict, input=[{"type": "web_search_call"}, USER]), 400)
+    assert error["param"] == "input[0].web_search_call"
+
+
+# Truncation.
+
+LONG = "x" * 700  # the context has 2048 tokens
+
+
+def user_turn(text: str) -> tuple[str, str]:
+    return "user", text
+
+
+@pytest.mark.parametrize(
+    ("turns", "kept"),
+    [
+        ([user_turn("a"), ("assistant", "b"), user_turn("c")], [0, 1, 2]),
+        ([user_turn(LONG), ("assistant", LONG), user_turn(LONG)], [2]),
+        ([user_turn(LONG), ("assistant", "b"), user_turn(LONG), ("assistant", "d"), user_turn(LONG)], [2, 3, 4]),
+        ([("system", "s"), user_turn(LONG), ("developer", "t"), user_turn(LONG), user_turn(LONG)], [0, 2, 3, 4]),
+        ([user_turn(LONG * 1000), user_turn("b")], [1]),
+    ],
+)
+def test_the_oldest_turns_are_left_out(server: RunningServer, turns: list[tuple[str, str]], kept: list[int]) -> None:
+    items = [{"role": role, "content": text} for role, text in turns]
+    fields: Fields = {"input": items, "instructions": "Brief.", "max_output_tokens": 20}
+    answer = ask_json(server, truncation="auto", **fields)
+    shown = [("system" if role == "developer" else role, text) for role, text in (turns[i] for i in kept)]
+    expected = chatml(("system", "Brief."), *shown)
+    assert prompt_ids(server) == expected
+    assert (answer["truncation"], answer["usage"]["input_tokens"]) == ("auto", len(expected))
+    stored = get(server, f"{answer['id']}/input_items").json()["data"]
+    assert len(stored) == len(turns)  # not truncated
+    assert count(server, truncation="auto", **fields) == len(expected)
+    if len(kept) < len(turns):
+        assert check_error(ask(server, truncation="disabled", **fields), 400)["code"] == "context_length_exceeded"
+
+
+def test_room_for_the_answer_counts(server: RunningServer) -> None:
+    items = [{"role": "user", "content": text} for text in ("x" * 1000, "b")]
+    for max_output_tokens, is_whole in ((500, True), (1500, False), (-1, True), (2048, True), (128_000, True)):
+        ask_json(server, input=items, truncation="auto", max_output_tokens=max_output_tokens)
+        assert (prompt_ids(server) == chatml(("user", "b"))) == (not is_whole)
+
+
+def test_a_single_message_that_is_too_long(server: RunningServer) -> None:
+    for text in ("x" * 3000, "x" * 3_000_000):
+        items = [{"role": "user", "content": "a"}, {"role": "user", "content": text}]
+        error = check_error(ask(server, input=items, truncation="auto"), 400)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+
+
+def called(number: int, output: str) -> list[Fields]:
+    """Return a call and its result."""
+    call = {"type": "function_call", "name": "weather", "arguments": "{}", "call_id": f"call_{number}"}
+    return [call, {"type": "function_call_output", "call_id": f"call_{number}", "output": output}]
+
+
+def test_calls_and_their_results_are_left_out_together(tools: RunningServer) -> None:
+    items = [{"role": "user", "content": "Go"}]
+    for number, output in enumerate((LONG, LONG, LONG, "last")):
+        items += called(number, output)
+    ask_json(tools, input=items, truncation="auto")
+    text = prompt_of(tools)
+    assert (text.count("<tool_call>"), text.count("<|im_start|>tool\n")) == (3, 3)
+    assert (text.count(LONG), "last" in text) == (2, True)
+
+
+def test_a_template_that_wants_a_user_first(tmp_path: Path) -> None:
+    """The kept part starts with a user message, although the last turn has many other messages."""
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('A user first!') }}{% endif %}"
+    path = write_tool_model(tmp_path, special_tags=True) / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"chat_template": strict + settings["chat_template"]}))
+    items: list[Fields] = [{"role": role, "content": LONG} for role in ("user", "assistant", "user")]
+    items += [{"role": "assistant", "content": "b"}, {"role": "user", "content": "Go"}]
+    for number in range(6):
+        items += called(number, "Rain")
+    with shared_server(tmp_path, vocab_size=263) as server:
+        ask_json(server, input=items, truncation="auto", max_output_tokens=10)
+        text = prompt_of(server)
+    assert text.startswith(f"<|im_start|>user\n{LONG}<|im_end|>\n<|im_start|>assistant\nb")
+    assert text.count("Rain") == 6
+
+
+# Background streams: several readers follow the logged events from any event on.
+
+STREAM = {"background": True, "stream": True}
+
+
+def url(server: RunningServer, response_id: str, starting_after: int | None = None) -> str:
+    rest = "" if starting_after is None else f"&starting_after={starting_after}"
+    return f"{server.url}{RESPONSES}/{response_id}?stream=true{rest}"
+
+
+def check_gone(text: str) -> None:
+    """Check the end of a stream whose response is deleted: a reader that is behind gets only an error."""
+    last: dict[str, Any] = json.loads(text.rpartition("\ndata: ")[2])
+    RESPONSE_EVENT.validate_python(last)
+    assert last["type"] in ("response.failed", "error")
+    error = last if last["type"] == "error" else last["response"]["error"]
+    assert "is no longer stored" in error["message"]
+
+
+@contextmanager
+def begun(server: RunningServer, **fields: Any) -> Iterator[str]:
+    """Yield the id of a background response whose client has read its first events and disconnects at exit."""
+    with httpx.stream(
+        "POST", server.url + RESPONSES, json=MINIMAL[RESPONSES] | STREAM | fields, timeout=20
+    ) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["x-lightwell-seed"]
+        line = next(line for line in response.iter_lines() if line.startswith("data: "))
+        yield json.loads(line.removeprefix("data: "))["response"]["id"]
+
+
+def wait_idle(server: RunningServer) -> None:
+    wait_until(lambda: server.engine.num_choices == 0 and not server.context.background_tasks)
+
+
+def test_the_events_are_those_of_any_stream(server: RunningServer) -> None:
+    kept, other = ask_events(server, background=True), ask_events(server)
+    for kinds in zip(*(groupby(event["type"] for event in events) for events in (kept, other)), strict=True):
+        assert kinds[0][0] == kinds[1][0]  # how many deltas there are depends on how the engine's steps arrive
+    assert text_of(kept[-1]["response"]) == text_of(other[-1]["response"]) == REPLY
+    stored = get(server, kept[-1]["response"]["id"]).json()
+    assert (stored["status"], stored["output"]) == ("completed", kept[-1]["response"]["output"])
+
+
+def test_logged_events_can_be_read_from_any_event_on(server: RunningServer) -> None:
+    text = ask(server, **STREAM).text
+    events = text.split("\n\n")[:-1]
+    response_id = parse(text)[0]["response"]["id"]
+    assert httpx.get(url(server, response_id)).text == text
+    for number in range(len(events)):
+        rest = httpx.get(url(server, response_id, number)).text
+        assert rest == "".join(f"{event}\n\n" for event in events[number + 1 :])
+    with (
+        openai_client(server.url) as client,
+        client.responses.stream(response_id=response_id, starting_after=3) as stream,
+    ):
+        assert [event.sequence_number for event in stream] == list(range(4, len(events)))
+        assert stream.get_final_response().output_text == REPLY
+
+
+@pytest.mark.checklist("E08")
+def test_a_reader_that_does_not_read(server: RunningServer, fake_engine: FakeEngine) -> None:
+    """A stalled reader blocks neither the generation nor other readers, and finally gets all events."""
+    fake_engine.config.endless = True
+    with socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.settimeout(60)
+        stalled.connect(("127.0.0.1", server.port))
+        fake_engine.pause()
+        include = ["message.output_text.logprobs"]
+        with begun(server, max_output_tokens=1900, include=include, top_logprobs=20) as response_id:
+            path = f"{RESPONSES}/{response_id}?stream=true"
+        stalled.sendall(raw_request("GET", path, connection="close"))
+        fake_engine.resume()
+        text = Reader(url(server, response_id)).join()
+        assert len(text) > 3_000_000  # exceeds the buffers of a connection
+        assert get(server, response_id).json()["status"] == "incomplete"
+        answer = HTTPResponse(stalled)
+        answer.begin()
+        assert answer.read().decode() == text
+
+
+# Ends.
+
+
+def test_cancel(slow: RunningServer) -> None:
+    with begun(slow) as response_id:
+        readers = [Reader(url(slow, response_id)) for _ in range(2)]
+        readers.append(Reader(slow.url + RESPONSES, "POST", MINIMAL[RESPONSES] | STREAM))
+        wait_until(lambda: all(reader.text.count("delta") > 2 for reader in readers))
+        other_id = parse(readers[2].text.partition("\n\n")[0] + "\n\n")[0]["response"]["id"]
+        for each in (response_id, other_id):
+            assert cancel(slow, each).json()["status"] == "cancelled"
+        texts = [reader.join() for reader in readers]
+    assert texts[0] == texts[1]
+    for text in texts:
+        *_, item_done, last = parse(text)
+        assert (last["type"], last["response"]["status"]) == ("response.incomplete", "cancelled")
+        assert last["response"]["output"] == [item_done["item"]]
+        assert get(slow, last["response"]["id"]).json() == last["response"]
+    assert httpx.get(url(slow, response_id)).text == texts[0]
+    wait_idle(slow)
+
+
+def test_delete(slow: RunningServer) -> None:
+    num_bytes = slow.response_store.num_bytes
+    with begun(slow) as response_id:
+        reader = Reader(url(slow, response_id))
+        wait_until(lambda: reader.text.count("delta") > 2)
+        assert delete(slow, response_id).status_code == 200
+        check_gone(reader.join())
+    check_error(httpx.get(url(slow, response_id)), 404)
+    wait_idle(slow)
+    assert slow.response_store.num_bytes == num_bytes
+
+
+# Memory limits.
+
+
+def test_a_stream_that_exceeds_the_memory_limit(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    """A stream that exceeds the memory limit fails with an error, since nobody could read it."""
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.001
+    server = start_server(stored_responses_memory=6_000)
+    text = ask(server, **STREAM, max_output_tokens=1900, include=["message.output_text.logprobs"]).text
+    check_gone(text)
+    assert len("".join(re.findall(r'"delta":"([^"]*)"', text))) < 500  # of 1900
+    wait_idle(server)
+    assert server.response_store.num_bytes == 0
+    response_id = parse(text.partition("\n\n")[0] + "\n\n")[0]["response"]["id"]
+    check_error(get(server, f"{response_id}?stream=true"), 404)
+    assert get(server, ask_json(server, max_output_tokens=5)["id"]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"max_stored_responses": 0}, {}),
+        ({"stored_responses_memory": 2_000}, {"input": "x" * 2_000, "max_output_tokens": 20}),
+    ],
+)
+def test_responses_too_large_to_store_are_not_generated(
+    start_server: StartServer, fake_engine: FakeEngine, settings: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    server = start_server(**settings)
+    for stream in (False, True):
+        error = check_error(ask(server, background=True, stream=stream, **fields), 400)
+        assert error["param"] == "background"
+        wait_until(lambda: fake_engine.num_choices == 0)
+    assert get(server, ask_json(server, **({"max_output_tokens": 5} | fields))["id"]).status_code == 404
+
+
+# Invalid requests.
+
+
+def test_invalid_requests(server: RunningServer) -> None:
+    response_id = ask_events(server, background=True)[-1]["response"]["id"]
+    last = parse(httpx.get(url(server, response_id)).text)[-1]["sequence_number"]
+    positions = [f"stream=true&starting_after={value}" for value in ("-1", "x", "1.5", "", last + 1, "9" * 100)]
+    for query in (
+        "stream=maybe",
+        "starting_after=1",
+        "stream=false&starting_after=1",
+        "include_obfuscation=x",
+        *positions,
+    ):
+        error = check_error(get(server, f"{response_id}?{query}"), 400)
+        param = query.rpartition("&")[2].partition("=")[0]
+        assert (error["param"], f"'{param}'" in error["message"]) == (param, True), query
+    accepted = f"{response_id}?stream=true&include_obfuscation=true&include[]=message.output_text.logprobs"
+    assert get(server, accepted).text == get(server, f"{response_id}?stream=true").text
+    for path in (response_id, f"{response_id}?stream=false"):
+        assert get(server, path).json()["status"] == "completed"
+    check_error(get(server, "resp_unknown?stream=true"), 404)
+
+
+def test_streams_without_an_event_log(server: RunningServer) -> None:
+    streamed = ask_events(server)[-1]["response"]["id"]
+    in_background = ask_json(server, background=True)["id"]
+    for response_id in (streamed, in_background, ask_json(server)["id"]):
+        error = check_error(get(server, f"{response_id}?stream=true"), 400)
+        assert error["param"] == "stream"
+    with openai_client(server.url) as client, pytest.raises(openai.BadRequestError):
+        client.responses.retrieve(streamed, stream=True)

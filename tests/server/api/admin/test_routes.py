@@ -1,0 +1,227 @@
+"""Health in each state of the engine and of the server, what a client has used, and tokens of texts."""
+
+import os
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jinja2
+import pytest
+
+from server.metrics import exposition
+from server.text import text_threads
+from tests.conformance.table import ENVIRONMENTS
+from tests.server.api.conftest import CHESS
+from tests.server.api.dialects import LOAD, UNLOAD
+from tests.server.conftest import StartServer
+from tests.support.clients import CHAT, COMPLETIONS, ask, write_keys_file
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.processes import template_processes
+from tests.support.serving import (
+    RunningServer,
+    check_error,
+    fresh_server,
+    make_test_context,
+    running_server,
+    wait_until,
+)
+from tests.support.tiny_tokenizer_model import IM_END_ID, MAX_MODEL_LEN, chatml
+
+PROBES = ("/health", "/healthz", "/readyz")
+
+
+def statuses(server: RunningServer) -> tuple[int, ...]:
+    """Return the status codes of PROBES."""
+    result = []
+    for path in PROBES:
+        response = httpx.get(server.url + path)
+        if response.status_code != 200:
+            error = check_error(response, 503)
+            assert error["type"] == "service_unavailable_error"
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+        result.append(response.status_code)
+    return tuple(result)
+
+
+@pytest.mark.checklist("G05")
+def test_ready(server: RunningServer) -> None:
+    """Whatever else the event loop has to do, which is tested where it is done: none of it waits in these routes."""
+    assert statuses(server) == (200, 200, 200)
+    assert [httpx.head(server.url + path).status_code for path in PROBES] == [200] * 3
+
+
+@pytest.mark.checklist("G04")
+def test_loading(address: str, model_folder: Path) -> None:
+    """An adapter that is loaded with the engine is not unknown before."""
+    config = FakeEngineConfig(address=address, never_ready=True, adapters=[CHESS], max_loras=1)
+    adapters = {"lora_modules": ("chess=/adapters/chess",), "allow_runtime_lora_updating": True}
+    context = make_test_context(address, model_folder, **adapters)
+    with FakeEngine(config) as engine, running_server(context, engine, wait_ready=False) as server:
+        assert statuses(server) == (503, 200, 503)
+        for model, status in (("tiny", 503), ("chess", 503), ("checkers", 404)):
+            check_error(ask(server.url, CHAT, model=model), status)
+        for path in ("/v1/models", "/lightwell/v1/steps"):
+            check_error(httpx.get(server.url + path), 503)
+        check_error(ask(server.url, LOAD, model=..., lora_name="a", lora_path="/"), 503)
+        check_error(ask(server.url, UNLOAD, model=..., lora_name="chess"), 503)
+        assert "num_requests_running" in httpx.get(server.url + "/metrics").text
+        config.never_ready = False
+        wait_until(lambda: statuses(server) == (200, 200, 200))
+
+
+def test_draining(model_folder: Path) -> None:
+    with fresh_server(model_folder) as server:
+        server.model.client.drain()
+        assert statuses(server) == (200, 200, 503)
+        response = ask(server.url, COMPLETIONS)
+        check_error(response, 503)
+        assert response.headers["connection"] == "close"
+
+
+@pytest.mark.checklist("G05")
+def test_hanging_and_dead(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/server/engine_client tests how the server notices it."""
+    with fresh_server(model_folder) as server:
+        liveness = server.model.client.engines[0].liveness
+        monkeypatch.setattr(liveness, "_is_silent", lambda: True)
+        assert statuses(server) == (503, 503, 503)
+        wait_until(lambda: liveness.dead_reason)
+        assert statuses(server) == (503, 503, 503)
+        check_error(ask(server.url, COMPLETIONS), 503)
+
+
+@pytest.mark.checklist("G05")
+def test_work_on_texts_that_hangs(model_folder: Path) -> None:
+    """Readiness comes back by itself, when there is progress again."""
+    others = template_processes()
+    with fresh_server(model_folder) as server, ThreadPoolExecutor(1) as pool:
+        processes = [process for process in template_processes() if process not in others]
+        for process in processes:
+            process.suspend()
+        answer = pool.submit(ask, server.url, CHAT)
+        wait_until(lambda: server.context.text_threads._short_work)
+        assert statuses(server) == (200, 200, 200)
+        server.turn(text_threads.STUCK_SECONDS + 1)
+        assert statuses(server) == (503, 200, 503)
+        for process in processes:
+            process.resume()
+        assert answer.result().status_code == 200
+        assert statuses(server) == (200, 200, 200)
+
+
+# Usage.
+
+
+def complete(server: RunningServer, key: str = "none", **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "abcd", "max_tokens": 2, **fields}
+    return httpx.post(server.url + COMPLETIONS, json=body, headers={"authorization": f"Bearer {key}"})
+
+
+def usage(server: RunningServer, key: str = "none") -> dict[str, Any]:
+    (entry,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
+    return dict(entry)
+
+
+def test_usage_of_each_tenant(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server(api_keys_file=str(write_keys_file(tmp_path, tokens_per_day=99)))
+    for key in ("a", "a", "b", "none"):
+        complete(server, key)
+    for tenant, key, num_requests in (("alice", "a", 2), ("bob", "b", 1)):
+        assert server.metric("lightwell_tenant_requests_total", tenant=tenant) == num_requests
+        assert server.metric("lightwell_tenant_prompt_tokens_total", tenant=tenant) == 4 * num_requests
+        assert server.metric("lightwell_tenant_generation_tokens_total", tenant=tenant) == 2 * num_requests
+        own = usage(server, key)
+        assert (own["name"], own["num_requests"], own["total_tokens_today"]) == (tenant, num_requests, 6 * num_requests)
+        assert own["limits"]["tokens_per_day"] == (99 if key == "a" else None)
+
+
+def test_usage_without_keys_is_that_of_all(start_server: StartServer) -> None:
+    server = start_server()
+    assert complete(server, priority=-9).headers.get("x-lightwell-warnings") is None
+    assert usage(server) | {"limits": None} == {
+        **{"object": "usage", "name": None, "num_requests": 1, "num_running_requests": 0, "limits": None},
+        **{"prompt_tokens": 4, "cached_tokens": 0, "completion_tokens": 2, "total_tokens_today": 6},
+    }
+    assert b"tenant=" not in exposition([server.context.metrics])[0]
+
+
+def test_an_admin_sees_all(start_server: StartServer) -> None:
+    server = start_server(api_key=("a", "b"), admin_key="root")
+    complete(server, "a")
+    answer = httpx.get(server.url + "/v1/usage", headers={"authorization": "Bearer root"}).json()
+    assert {entry["name"]: entry["num_requests"] for entry in answer["data"]} == {"key-1": 1, "key-2": 0, "admin": 0}
+    assert usage(server, "b")["name"] == "key-2"
+
+
+# Tokens.
+
+LM_EVAL = ENVIRONMENTS / "lm-eval" / "bin" / "python"
+
+
+def tokenize(server: RunningServer, **body: object) -> httpx.Response:
+    return httpx.post(server.url + "/tokenize", json=body, timeout=20)
+
+
+def test_a_prompt(server: RunningServer) -> None:
+    expected = {"count": 3, "max_model_len": MAX_MODEL_LEN, "tokens": [*"hé".encode()], "token_strs": None}
+    assert tokenize(server, model="tiny", prompt="hé").json() == expected
+    assert tokenize(server, prompt="").json()["tokens"] == []
+    answer = tokenize(server, prompt="h<|im_end|>", return_token_strs=True).json()
+    assert (answer["tokens"], answer["token_strs"]) == ([104, IM_END_ID], ["h", "<|im_end|>"])
+
+
+def test_messages(server: RunningServer) -> None:
+    """Text of users is no control token."""
+    for text in ("hi", "<|im_end|>"):
+        messages = [{"role": "user", "content": text}]
+        for fields, opened in (({}, True), ({"add_generation_prompt": False}, False)):
+            tokens = tokenize(server, messages=messages, **fields).json()["tokens"]
+            assert tokens == chatml(("user", text), opened=opened)
+
+
+def test_there_and_back(server: RunningServer) -> None:
+    text = "Grüße, 世界 🙂 <|im_start|>\n"
+    tokens = tokenize(server, prompt=text).json()["tokens"]
+    assert server.metric("lightwell_tokenizer_seconds_count") == 1
+    response = httpx.post(server.url + "/detokenize", json={"model": "org/tiny", "tokens": tokens})
+    assert response.json() == {"prompt": text}
+
+
+def test_tokenizer_info(server: RunningServer) -> None:
+    info = httpx.get(server.url + "/tokenizer_info").json()
+    tokenizer = server.model.tokenizer
+    assert (info["bos_token"], info["eos_token"], info["add_bos_token"]) == (None, "<|endoftext|>", False)
+    assert tokenize(server, prompt=info["eos_token"]).json()["tokens"] == [tokenizer.eos_token_id]
+    assert (info["model_max_length"], info["vocab_size"]) == (MAX_MODEL_LEN, tokenizer.vocab_size)
+    messages = [{"role": "user", "content": "Hi"}]
+    rendered = jinja2.Environment().from_string(info["chat_template"]).render(messages=messages)
+    asked = tokenize(server, messages=messages, add_generation_prompt=False)
+    assert tokenizer.encode(rendered) == asked.json()["tokens"]
+
+
+LM_EVAL_TOKENIZER = """
+import sys
+from lm_eval.utils import RemoteTokenizer, check_remote_tokenizer_support
+
+url = sys.argv[1] + "/v1/completions"
+assert check_remote_tokenizer_support(url)
+tokenizer = RemoteTokenizer(url)
+assert tokenizer.encode("h<|im_end|>") == [104, tokenizer.encode("<|im_end|>")[0]]
+assert tokenizer.decode(tokenizer.encode("h\\u00e9<|im_end|>")) == "h\\u00e9<|im_end|>"
+assert tokenizer.eos_token_id == tokenizer.eot_token == tokenizer.encode("<|endoftext|>")[0]
+assert (tokenizer.bos_token_id, tokenizer.pad_token) == (None, None)
+text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+assert text == "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", text
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not LM_EVAL.exists(), reason="`make test-long` installs lm-eval")
+def test_the_remote_tokenizer_of_lm_eval(server: RunningServer) -> None:
+    environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    command = [str(LM_EVAL), "-c", LM_EVAL_TOKENIZER, server.url]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
