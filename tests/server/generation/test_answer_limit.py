@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import StartServer
-from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, shared_server
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, shared_server
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_envelope, check_error, raw_request, wait_until
 
@@ -36,11 +36,8 @@ def server(shared: RunningServer) -> Iterator[RunningServer]:
 
 
 def ask(server: RunningServer, path: str = COMPLETIONS, key: str = "alice", **fields: Any) -> httpx.Response:
-    prompts: dict[str, Any] = {CHAT: {"messages": MESSAGES}, COMPLETIONS: {"prompt": "x"}}
-    headers = {"authorization": f"Bearer {key}"}
-    return httpx.post(
-        server.url + path, json={"model": "tiny", **prompts.get(path, {}), **fields}, headers=headers, timeout=60
-    )
+    body = MINIMAL.get(path, {"model": "tiny"}) | fields
+    return httpx.post(server.url + path, json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
 
 
 def is_empty(server: RunningServer) -> bool:
@@ -125,12 +122,12 @@ def test_a_stream_that_is_not_read_ends(server: RunningServer, fields: dict[str,
 def test_a_client_that_does_not_read_its_answers_does_not_keep_others_out(server: RunningServer) -> None:
     """Bob is answered while Alice's answers fill the limit; some of hers are cut off."""
     body = {"model": "tiny", "prompt": "x", "logprobs": NUM_TOP, "max_tokens": 15}
-    head = raw_request("POST", COMPLETIONS, json.dumps(body).encode(), authorization="Bearer alice", **HEAD)
+    request = raw_request("POST", COMPLETIONS, json.dumps(body).encode(), authorization="Bearer alice", **HEAD)
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
         for _ in range(6):
             connection = stack.enter_context(server.connect())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.sendall(head)
+            connection.sendall(request)
         bob = [threads.submit(ask, server, key="bob", logprobs=NUM_TOP, max_tokens=8) for _ in range(2)]
         assert [future.result().status_code for future in bob] == [200, 200]
         assert server.context.answers.num_bytes <= 2 * MAX_BYTES
@@ -153,11 +150,11 @@ def test_a_large_answer_counts_until_it_is_read(start_server: StartServer, fake_
     wait_until(lambda: is_empty(server))
 
 
-INPUTS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
-    "/v1/embeddings": lambda texts: {"input": texts},
-    "/api/embed": lambda texts: {"input": texts},
-    "/v1/rerank": lambda texts: {"query": "x", "documents": texts},
-    "/v1/score": lambda texts: {"text_1": "x", "text_2": texts},
+INPUTS: dict[str, dict[str, Any]] = {  # the last field is for many texts
+    "/v1/embeddings": {"input": ...},
+    "/api/embed": {"input": ...},
+    "/v1/rerank": {"query": "x", "documents": ...},
+    "/v1/score": {"text_1": "x", "text_2": ...},
 }
 
 
@@ -165,16 +162,20 @@ INPUTS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
 @pytest.mark.parametrize("path", INPUTS)
 def test_embeddings_that_are_too_large_are_refused(server: RunningServer, path: str) -> None:
     """At once if they are too large alone."""
-    texts = [str(index) for index in range(400)]  # 3,200 bytes each
-    answer = ask(server, path, **INPUTS[path](texts))
+    *_, param = INPUTS[path]
+
+    def embed(num_texts: int) -> httpx.Response:
+        return ask(server, path, **INPUTS[path] | {param: list(map(str, range(num_texts)))})  # 3,200 bytes each
+
+    answer = embed(400)
     assert answer.status_code == 400
-    assert f"Invalid '{list(INPUTS[path](texts))[-1]}'" in answer.text
+    assert f"Invalid '{param}'" in answer.text
     assert "--max-buffered-bytes" in answer.text
     assert server.engine.submits == []
     server.engine.config.step_seconds = 0.0
     server.engine.pause()
     with ThreadPoolExecutor() as threads:
-        answers = [threads.submit(ask, server, path, **INPUTS[path](texts[:300])) for _ in range(2)]
+        answers = [threads.submit(embed, 300) for _ in range(2)]
         wait_until(lambda: server.engine.num_choices == 2 * server.engine.config.max_num_seqs)
         server.engine.resume()  # both go on in turn
         assert sorted(each.result().status_code for each in answers) == [200, 503]

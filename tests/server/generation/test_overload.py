@@ -50,12 +50,10 @@ def ask(server: RunningServer, key: str = "alice", path: str = COMPLETIONS, **fi
     return httpx.post(server.url + path, json=body, headers=headers, timeout=60)
 
 
-def fill(
-    server: RunningServer, threads: ThreadPoolExecutor, num_requests: int, **fields: Any
-) -> list[Future[httpx.Response]]:
-    """Send requests of Alice, one after the other."""
+def fill(server: RunningServer, threads: ThreadPoolExecutor, **fields: Any) -> list[Future[httpx.Response]]:
+    """Send requests of Alice, one after the other, up to the capacity."""
     futures = []
-    for number in range(num_requests):
+    for number in range(CAPACITY):
         futures.append(threads.submit(ask, server, **fields))
         wait_until(lambda: server.engine.num_choices == number + 1)  # noqa: B023
     return futures
@@ -70,11 +68,12 @@ def is_at_rest(server: RunningServer) -> bool:
 def test_another_key_is_admitted_and_the_newest_get_a_real_429(
     server: RunningServer, threads: ThreadPoolExecutor, stream: bool
 ) -> None:
-    alice = fill(server, threads, CAPACITY, stream=stream)
+    alice = fill(server, threads, stream=stream)
     bob = [threads.submit(ask, server, "bob", stream=stream) for _ in range(CAPACITY // 2)]
     for future in alice[CAPACITY // 2 :]:
         response = future.result()
-        assert check_error(response, 429)["code"] == "rate_limit_exceeded"
+        error = check_error(response, 429)
+        assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
         assert 1 <= int(response.headers["retry-after"]) <= 60
     assert check_error(ask(server, "bob"), 429)["code"] == "rate_limit_exceeded"
     server.engine.resume()
@@ -89,7 +88,7 @@ def test_a_stream_that_has_its_status_gets_an_error_event(server: RunningServer,
         server.turn(MAX_HELD_SECONDS)
         return all(request.is_answered for request in server.model.client._admission._shares.requests())
 
-    alice = fill(server, threads, CAPACITY, stream=True)
+    alice = fill(server, threads, stream=True)
     wait_until(all_have_their_status)
     bob = [threads.submit(ask, server, "bob") for _ in range(CAPACITY // 2)]
     for future in alice[CAPACITY // 2 :]:
@@ -120,8 +119,8 @@ def test_one_request_with_all_choices_does_not_keep_others_out(
 
 def test_a_client_that_leaves_before_its_status_frees_its_place(server: RunningServer) -> None:
     body = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+    head = {"authorization": "Bearer alice", "content_type": "application/json"}
     with server.connect() as connection:
-        head = {"authorization": "Bearer alice", "content_type": "application/json"}
         connection.sendall(raw_request("POST", COMPLETIONS, body, **head))
         wait_until(lambda: server.engine.num_choices == 1)
     wait_until(lambda: is_at_rest(server))

@@ -1,6 +1,5 @@
 """Request parameters over HTTP reach the engine; seeds; limits on log probabilities."""
 
-import random
 from array import array
 from itertools import product
 from typing import Any
@@ -14,6 +13,10 @@ from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json
 from tests.support.serving import RunningServer, check_error
 
 BOTH = (COMPLETIONS, CHAT)
+
+
+def detect(least: int, most: int, count: int) -> RepetitionDetection:
+    return RepetitionDetection(min_pattern_size=least, max_pattern_size=most, min_count=count)
 
 
 # parameter -> JSON values and the values that the engine receives
@@ -33,17 +36,9 @@ REACHING: dict[str, list[tuple[Any, Any]]] = {
     "max_tokens": [(1, 1), (100, 100)],
     "allowed_token_ids": [([258, 0, 258], (258, 0)), (None, ())],
     "repetition_detection": [
-        (
-            {"max_pattern_size": 5, "min_pattern_size": 2, "min_count": 3},
-            RepetitionDetection(min_pattern_size=2, max_pattern_size=5, min_count=3),
-        ),
-        (
-            {"max_pattern_size": 256, "min_pattern_size": 0, "min_count": 2},
-            RepetitionDetection(min_pattern_size=1, max_pattern_size=256, min_count=2),
-        ),
-        ({"max_pattern_size": 0, "min_count": 3}, None),
-        ({}, None),
-        (None, None),
+        ({"max_pattern_size": 5, "min_pattern_size": 2, "min_count": 3}, detect(2, 5, 3)),
+        ({"max_pattern_size": 256, "min_pattern_size": 0, "min_count": 2}, detect(1, 256, 2)),
+        *(({"max_pattern_size": 0, "min_count": 3}, None), ({}, None), (None, None)),
     ],
     "bad_words": [(["ab", " c"], ((97, 98), (32, 97, 98), (99,), (32, 99))), ([" "], ((32,),)), ([], ()), (None, ())],
 }
@@ -76,19 +71,21 @@ def test_priority_salt_and_n_reach_the_engine(server: RunningServer, path: str) 
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
 
 
-def test_probabilities_after_sampling(server: RunningServer) -> None:
-    for path, logprobs in ((COMPLETIONS, 2), (CHAT, True)):
-        for value in (True, False, None):
-            assert ask(server.url, path, logprobs=logprobs, post_sampling_probs=value).status_code == 200
-            assert server.engine.submits[-1].params.post_sampling_probs == bool(value)
-
-
-def test_logprob_token_ids_replace_the_most_likely_tokens(server: RunningServer) -> None:
-    for path, fields in ((COMPLETIONS, {"logprobs": 5}), (CHAT, {"logprobs": True, "top_logprobs": 5})):
-        for value, expected in (([3, 258, 3], (0, (3, 258))), ([], (5, ())), (None, (5, ()))):
-            assert ask(server.url, path, logprob_token_ids=value, **fields).status_code == 200
-            params = server.engine.submits[-1].params
-            assert (params.logprobs, params.logprob_token_ids) == expected
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        *(({"post_sampling_probs": value}, {"post_sampling_probs": bool(value)}) for value in (True, False, None)),
+        ({"logprob_token_ids": [3, 258, 3]}, {"logprobs": 0, "logprob_token_ids": (3, 258)}),
+        *(({"logprob_token_ids": value}, {"logprobs": 5, "logprob_token_ids": ()}) for value in ([], None)),
+    ],
+)
+def test_which_log_probabilities_there_are(
+    server: RunningServer, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    for path, asked in ((COMPLETIONS, {"logprobs": 5}), (CHAT, {"logprobs": True, "top_logprobs": 5})):
+        assert ask(server.url, path, **asked, **fields).status_code == 200
+        params = server.engine.submits[-1].params
+        assert {name: getattr(params, name) for name in expected} == expected
 
 
 # Seeds.
@@ -133,18 +130,13 @@ def test_prompts_have_seeds_of_their_own(server: RunningServer) -> None:
 
 
 @pytest.mark.checklist("C10")
-def test_seeds() -> None:
+def test_seeds_have_64_bits() -> None:
     drawn = {choose_seed(None, 0) for _ in range(100)}
     assert len(drawn) == 100
-    assert min(drawn) < 0 < max(drawn)  # all 64 bits
-    derived = [choose_seed(7, number) for number in range(100)]
-    assert derived == [choose_seed(7, number) for number in range(100)]
-    of_prompts = [prompt_seed(7, index) for index in range(100)]
-    assert of_prompts[0] == 7
-    assert len({*derived, *of_prompts}) == 200
-    rng = random.Random(0)
-    for _ in range(100):
-        assert -(2**63) <= prompt_seed(rng.randrange(-(2**63), 2**63), rng.randrange(1024)) < 2**63
+    assert min(drawn) < 0 < max(drawn)
+    of_prompts = {prompt_seed(seed, index) for seed in drawn for index in (1, 1023)}
+    assert len(of_prompts | drawn) == 300
+    assert -(2**63) <= min(of_prompts) < 0 < max(of_prompts) < 2**63
 
 
 # --max-logprobs
@@ -190,16 +182,14 @@ def breaker(*first: int, rest: tuple[int, ...] = ()) -> SequenceBreaker:
 
 
 # parameters -> fields of ExtraSamplers that differ from their defaults
+DRY = {"dry_multiplier": 1.0, "dry_base": 2.0, "dry_allowed_length": 3, "dry_penalty_last_n": 100}
 EXTRA_SAMPLERS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
     ({"typical_p": 1, "top_n_sigma": -1, "xtc_probability": 0, "dry_multiplier": 0.0, "mirostat": 0}, None),
     ({"xtc_threshold": 0.2, "dry_base": 2, "dry_sequence_breakers": ["a"], "mirostat_tau": 1}, None),
     ({"typical_p": None, "samplers": None, "repeat_last_n": -1}, None),
-    ({"typical_p": 0.5}, {"typical_p": 0.5}),
-    ({"top_n_sigma": 1.5}, {"top_n_sigma": 1.5}),
-    ({"xtc_probability": 0.5}, {"xtc_probability": 0.5}),
+    *((fields, fields) for fields in ({"typical_p": 0.5}, {"top_n_sigma": 1.5}, {"xtc_probability": 0.5})),
     ({"xtc_probability": 0.5, "xtc_threshold": 0}, {"xtc_probability": 0.5, "xtc_threshold": 0.0}),
-    ({"repeat_last_n": 0}, {"repeat_last_n": 0}),
-    ({"repeat_last_n": 64}, {"repeat_last_n": 64}),
+    *((fields, fields) for fields in ({"repeat_last_n": 0}, {"repeat_last_n": 64})),
     ({"samplers": []}, {"order": ()}),
     ({"samplers": ["temperature", "min_p"]}, {"order": ("temperature", "min_p")}),
     ({"mirostat": 1}, {"order": MIROSTAT_ORDER, "mirostat": 1}),
@@ -210,20 +200,8 @@ EXTRA_SAMPLERS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
     ({"dry_multiplier": 0.8, "dry_sequence_breakers": []}, {"dry_multiplier": 0.8}),
     ({"dry_multiplier": 0.8}, {"dry_multiplier": 0.8, "dry_breakers": (breaker(10, 34, 42, 58),)}),
     (
-        {
-            "dry_multiplier": 1,
-            "dry_base": 2,
-            "dry_allowed_length": 3,
-            "dry_penalty_last_n": 100,
-            "dry_sequence_breakers": ["z", "bc"],
-        },
-        {
-            "dry_multiplier": 1.0,
-            "dry_base": 2.0,
-            "dry_allowed_length": 3,
-            "dry_penalty_last_n": 100,
-            "dry_breakers": (breaker(122), breaker(98, rest=(99,))),
-        },
+        DRY | {"dry_sequence_breakers": ["z", "bc"]},
+        DRY | {"dry_breakers": (breaker(122), breaker(98, rest=(99,)))},
     ),
 ]
 

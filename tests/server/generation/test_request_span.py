@@ -12,13 +12,16 @@ from opentelemetry.semconv.attributes import error_attributes, http_attributes
 
 from engine.shared.messages import FinishReason
 from server.generation.request_span import MAX_CHOICES
+from tests.server.api.contract import OLLAMA_GENERATE, RESPONSES
+from tests.server.api.dialects import BODIES, ask, ask_events, ask_json
 from tests.server.conftest import StartServer
-from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask, ask_json, ask_stream
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES
 from tests.support.fake_engine import FakeEngine
 from tests.support.otlp_receiver import OTLPReceiver, attributes
 from tests.support.serving import RunningServer, wait_until
 
-PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PARENT = f"00-{TRACE}-{SPAN}-01"
 CONVENTIONS = {
     value
     for module in (gen_ai_attributes, gen_ai_metrics, error_attributes, http_attributes)
@@ -47,9 +50,8 @@ def test_a_request(traced: RunningServer, receiver: OTLPReceiver, fake_engine: F
     fake_engine.config.num_cached_tokens = 3
     fake_engine.config.step_seconds = 0.005
     settings = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": -5, "max_tokens": 20, "presence_penalty": 0.25}
-    headers = {"x-request-id": "mine"}
-    fields = {"model": "tiny", "messages": MESSAGES, "stream": stream} | settings
-    answer = httpx.post(traced.url + CHAT, json=fields, headers=headers)
+    settings |= {"stream": stream, "model": "tiny"}
+    answer = httpx.post(traced.url + CHAT, json={"messages": MESSAGES} | settings, headers={"x-request-id": "mine"})
     root, found = one_root(receiver)
     assert (root.name, root.status.code, root.parent_span_id) == ("chat tiny", Status.STATUS_CODE_UNSET, b"")
     first_token = found.pop("gen_ai.server.time_to_first_token")
@@ -60,15 +62,8 @@ def test_a_request(traced: RunningServer, receiver: OTLPReceiver, fake_engine: F
     assert found == {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "lightwell",
-        "gen_ai.request.model": "tiny",
-        "gen_ai.request.stream": stream,
-        "gen_ai.request.max_tokens": 20,
-        "gen_ai.request.temperature": 0.5,
-        "gen_ai.request.top_k": 7,
-        "gen_ai.request.top_p": 0.9,
+        **{f"gen_ai.request.{name}": value for name, value in settings.items()},
         "gen_ai.request.frequency_penalty": 0.0,
-        "gen_ai.request.presence_penalty": 0.25,
-        "gen_ai.request.seed": -5,
         "gen_ai.response.model": "tiny",
         "gen_ai.response.finish_reasons": ["stop"],
         "gen_ai.usage.input_tokens": len(fake_engine.submits[0].prompt_token_ids),
@@ -88,43 +83,30 @@ def test_a_request(traced: RunningServer, receiver: OTLPReceiver, fake_engine: F
     assert children[2].end_time_unix_nano - children[2].start_time_unix_nano >= 13 * 5e6  # 13 steps after the first
 
 
-def test_names_are_those_of_the_conventions(
-    traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine
-) -> None:
-    ask_stream(traced.url, CHAT, n=2, top_k=3)
-    ask(traced.url, CHAT, model="other")
-    names = {name for root in receiver.wait_for_roots(2) for name in attributes(root.attributes)}
+def test_each_api(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    """The names are those of the conventions."""
+    for number, path in enumerate(BODIES, start=1):
+        ask_json(traced, path, raw=True if path == OLLAMA_GENERATE else ...)
+        root = receiver.wait_for_roots(number)[-1]
+        operation = "text_completion" if path in (COMPLETIONS, OLLAMA_GENERATE) else "chat"
+        found = attributes(root.attributes)
+        assert root.name == f"{operation} tiny"
+        assert (found["http.route"], found["gen_ai.operation.name"]) == (path, operation)
+        check_sum(receiver, root)
+    ask_events(traced, CHAT, n=2, top_k=3)
+    ask(traced, CHAT, model="other")
+    names = {name for root in receiver.wait_for_roots(number + 2) for name in attributes(root.attributes)}
     assert {"gen_ai.request.choice.count", "gen_ai.request.top_k", "error.type"} <= names
     assert {name for name in names if not name.startswith("lightwell.")} <= CONVENTIONS
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "operation"),
-    [
-        (COMPLETIONS, {"prompt": "Hi"}, "text_completion"),
-        (CHAT, {"messages": MESSAGES}, "chat"),
-        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 9}, "chat"),
-        ("/v1/responses", {"input": "Hi"}, "chat"),
-        ("/api/chat", {"messages": MESSAGES}, "chat"),
-        ("/api/generate", {"prompt": "Hi", "raw": True}, "text_completion"),
-    ],
-)
-def test_each_api(traced: RunningServer, receiver: OTLPReceiver, path: str, body: Any, operation: str) -> None:
-    response = httpx.post(traced.url + path, json={"model": "tiny"} | body)
-    assert response.status_code == 200, response.text
-    root, found = one_root(receiver)
-    assert root.name == f"{operation} tiny"
-    assert (found["http.route"], found["gen_ai.operation.name"]) == (path, operation)
-    check_sum(receiver, root)
-
-
 def test_each_choice_has_stages(traced: RunningServer, receiver: OTLPReceiver) -> None:
-    ask_json(traced.url, COMPLETIONS, prompt=["Hi", "Ho"], n=2)
+    ask_json(traced, COMPLETIONS, prompt=["Hi", "Ho"], n=2)
     root, found = one_root(receiver)
     assert found["gen_ai.response.finish_reasons"] == ["stop"] * 4
     *stages, writing = receiver.children(root)
     assert (writing.name, attributes(writing.attributes)) == ("writing", {})
-    longest = None
+    longest = []
     for prompt, choice in ((0, 0), (0, 1), (1, 0), (1, 1)):
         name = {"lightwell.prompt": prompt, "lightwell.choice": choice}
         own = [child for child in stages if attributes(child.attributes) == name]
@@ -132,12 +114,11 @@ def test_each_choice_has_stages(traced: RunningServer, receiver: OTLPReceiver) -
         assert own[0].start_time_unix_nano == root.start_time_unix_nano
         if own[-1].end_time_unix_nano == writing.start_time_unix_nano:
             longest = own
-    assert longest is not None
     check_sum(receiver, root, [*longest, writing])
 
 
 def test_very_many_choices(traced: RunningServer, receiver: OTLPReceiver) -> None:
-    ask_json(traced.url, COMPLETIONS, prompt=["Hi"] * (MAX_CHOICES + 5))
+    ask_json(traced, COMPLETIONS, prompt=["Hi"] * (MAX_CHOICES + 5))
     root, found = one_root(receiver)
     assert len(found["gen_ai.response.finish_reasons"]) == MAX_CHOICES + 5
     assert sum(child.name == "decode" for child in receiver.children(root)) == MAX_CHOICES
@@ -146,7 +127,7 @@ def test_very_many_choices(traced: RunningServer, receiver: OTLPReceiver) -> Non
 def test_a_stop_string(traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine) -> None:
     """It ends a choice in this process, so the engine reports no end of it."""
     fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.005
-    ask_json(traced.url, CHAT, stop=["world"])
+    ask_json(traced, CHAT, stop=["world"])
     root, found = one_root(receiver)
     assert found["gen_ai.response.finish_reasons"] == ["stop"]
     check_sum(receiver, root)
@@ -155,48 +136,43 @@ def test_a_stop_string(traced: RunningServer, receiver: OTLPReceiver, fake_engin
 # Context from the request.
 
 
+def send(traced: RunningServer, *headers: tuple[str, str]) -> None:
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
+    httpx.post(traced.url + COMPLETIONS, json={"prompt": "Hi"}, headers=raw).raise_for_status()
+
+
 def test_a_trace_that_the_client_has_begun(traced: RunningServer, receiver: OTLPReceiver) -> None:
-    headers = {"traceparent": PARENT, "tracestate": "a=1, b@c=x:y"}
-    httpx.post(traced.url + CHAT, json={"model": "tiny", "messages": MESSAGES}, headers=headers)
-    root, _ = one_root(receiver)
-    assert root.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
-    assert root.parent_span_id.hex() == "b7ad6b7169203331"
-    assert root.trace_state == "a=1,b@c=x:y"
-    check_sum(receiver, root)
-
-
-def test_a_trace_that_is_not_sampled(traced: RunningServer, receiver: OTLPReceiver) -> None:
+    """Unless it is not sampled."""
     for flags in ("00", "02", "01"):
-        headers = {"traceparent": PARENT[:-2] + flags, "x-request-id": flags}
-        httpx.post(traced.url + CHAT, json={"model": "tiny", "messages": MESSAGES}, headers=headers)
+        send(traced, ("traceparent", PARENT[:-2] + flags), ("tracestate", "a=1, b@c=x:y"), ("x-request-id", flags))
     root, found = one_root(receiver)
     assert found["lightwell.request_id"] == "01"
     assert len(receiver.spans) == 1 + len(receiver.children(root))
+    assert (root.trace_id.hex(), root.parent_span_id.hex()) == (TRACE, SPAN)
+    assert root.trace_state == "a=1,b@c=x:y"
+    check_sum(receiver, root)
 
 
 def test_invalid_parents_are_ignored(traced: RunningServer, receiver: OTLPReceiver) -> None:
     values = [
         *("", "x", PARENT[:-1], PARENT + "0", PARENT.upper(), PARENT + "-00", "ff" + PARENT[2:], "0" + PARENT),
-        PARENT.replace("0af7651916cd43dd8448eb211c80319c", "0" * 32),
-        PARENT.replace("b7ad6b7169203331", "0" * 16),
-        *("01" * 4000, "00-" + "\xe9" * 32 + "-b7ad6b7169203331-01"),
+        *(PARENT.replace(TRACE, "0" * 32), PARENT.replace(SPAN, "0" * 16)),
+        *("01" * 4000, PARENT.replace(TRACE, "\xe9" * 32)),
     ]
-    fields = [[(b"traceparent", value.encode("latin-1")), (b"tracestate", b"a=1")] for value in values]
-    fields.append([(b"traceparent", PARENT.encode())] * 2)
-    for headers in fields:
-        httpx.post(traced.url + COMPLETIONS, json={"prompt": "Hi"}, headers=headers).raise_for_status()
-    roots = receiver.wait_for_roots(len(fields))
-    assert len({root.trace_id for root in roots}) == len(fields)
+    for value in values:
+        send(traced, ("traceparent", value), ("tracestate", "a=1"))
+    send(traced, *[("traceparent", PARENT)] * 2)
+    roots = receiver.wait_for_roots(len(values) + 1)
+    assert len({root.trace_id for root in roots}) == len(values) + 1
     assert all(root.parent_span_id == b"" and root.trace_state == "" for root in roots)
 
 
 def test_invalid_states_are_ignored(traced: RunningServer, receiver: OTLPReceiver) -> None:
     states = ["", "=", "a", "a=1,a=2", "A=1", "a=\xe9", ",".join(f"k{n}=1" for n in range(40))]
     for state in states:
-        headers = [(b"traceparent", PARENT.encode()), (b"tracestate", state.encode("latin-1"))]
-        httpx.post(traced.url + COMPLETIONS, json={"prompt": "Hi"}, headers=headers).raise_for_status()
+        send(traced, ("traceparent", PARENT), ("tracestate", state))
     for root in receiver.wait_for_roots(len(states)):
-        assert (root.parent_span_id.hex(), root.trace_state) == ("b7ad6b7169203331", "")
+        assert (root.parent_span_id.hex(), root.trace_state) == (SPAN, "")
 
 
 # Errors.
@@ -211,7 +187,7 @@ def test_invalid_states_are_ignored(traced: RunningServer, receiver: OTLPReceive
     ],
 )
 def test_a_refused_request(traced: RunningServer, receiver: OTLPReceiver, fields: dict[str, Any], error: str) -> None:
-    assert ask(traced.url, COMPLETIONS, **fields).status_code in (400, 404)
+    assert ask(traced, COMPLETIONS, **fields).status_code in (400, 404)
     root, found = one_root(receiver)
     assert (root.name, root.status.code, root.status.message) == ("text_completion", Status.STATUS_CODE_ERROR, "")
     assert found["error.type"] == error
@@ -219,37 +195,17 @@ def test_a_refused_request(traced: RunningServer, receiver: OTLPReceiver, fields
     assert root.end_time_unix_nano >= root.start_time_unix_nano
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_failed_request(traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine, stream: bool) -> None:
+@pytest.mark.parametrize(("path", "fields"), [(CHAT, {}), (CHAT, {"stream": True}), (RESPONSES, {"background": True})])
+def test_a_failed_request(
+    traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine, path: str, fields: dict[str, Any]
+) -> None:
     fake_engine.config.fail_request = True
-    ask(traced.url, CHAT, stream=stream)
+    ask(traced, path, **fields)
     root, found = one_root(receiver)
-    assert root.status.code == Status.STATUS_CODE_ERROR
-    assert found["error.type"] == "server_error"
+    assert (root.status.code, found["error.type"]) == (Status.STATUS_CODE_ERROR, "server_error")
     assert found["gen_ai.response.finish_reasons"] == ["error"]
     check_sum(receiver, root)
     assert b"a secret of the engine" not in receiver.requests[0].SerializeToString()
-
-
-def test_a_failed_response_in_the_background(
-    traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine
-) -> None:
-    fake_engine.config.fail_request = True
-    httpx.post(traced.url + "/v1/responses", json={"model": "tiny", "input": "Hi", "background": True})
-    root, found = one_root(receiver)
-    assert (root.status.code, found["error.type"]) == (Status.STATUS_CODE_ERROR, "server_error")
-
-
-def test_a_full_queue(start_traced: StartServer, receiver: OTLPReceiver, fake_engine: FakeEngine) -> None:
-    fake_engine.config.endless, fake_engine.config.max_num_seqs = True, 1
-    fake_engine.config.step_seconds = 0.01
-    server = start_traced(max_queued_requests=1)
-    fields = {"prompt": "Hi", "max_tokens": 1000, "n": 2, "stream": True}
-    with httpx.stream("POST", server.url + COMPLETIONS, json=fields):
-        assert ask(server.url, CHAT).status_code == 429
-        root, found = one_root(receiver)
-    assert (root.status.code, found["error.type"]) == (Status.STATUS_CODE_ERROR, "rate_limit_exceeded")
-    assert receiver.children(root) == []
 
 
 @pytest.mark.parametrize("num_tokens", [0, 3])
@@ -282,20 +238,14 @@ def test_no_text_and_no_key_is_in_a_span(start_traced: StartServer, receiver: OT
     body = {
         "model": "tiny",
         "messages": [{"role": "system", "content": secret}, {"role": "user", "content": secret, "name": secret}],
-        "stop": [secret],
-        "user": secret,
-        "metadata": {"a": secret},
         "response_format": {"type": "json_schema", "json_schema": {"name": secret, "schema": {"const": secret}}},
         "tools": [{"type": "function", "function": {"name": secret, "description": secret}}],
-        "cache_salt": secret,
-        secret: secret,
+        **{"stop": [secret], "user": secret, "metadata": {"a": secret}, "cache_salt": secret, secret: secret},
     }
     headers = {"authorization": "Bearer sk-secret", "user-agent": secret, "cookie": secret, "baggage": f"a={secret}"}
-    responses = [
-        httpx.post(f"{server.url}{path}?{secret}", json=body | fields, headers=headers)
-        for path, fields in ((CHAT, {}), (CHAT, {"stream": True}), (CHAT, {"logit_bias": {secret: 1}}))
-    ]
-    assert [response.status_code for response in responses[:2]] == [200, 200]
+    for fields, status in (({}, 200), ({"stream": True}, 200), ({"logit_bias": {secret: 1}}, 400)):
+        response = httpx.post(f"{server.url}{CHAT}?{secret}", json=body | fields, headers=headers)
+        assert response.status_code == status
     roots = receiver.wait_for_roots(2)
     assert {attributes(root.attributes)["lightwell.key"] for root in roots} == {"key-1"}
     sent = b"".join(request.SerializeToString() for request in receiver.requests)

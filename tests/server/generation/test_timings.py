@@ -37,26 +37,18 @@ def test_stages(changes: dict[str, Any], prefill: float, decode: float, preempte
     times = msgspec.structs.replace(TIMES, **changes)
     ending = ChoiceEnd(times, num_output_tokens=8, received=118.0, detokenized=118.25)
     computed = request_timings(ending, arrival=100.0, submitted=101.0, seed=-5, now=125.0)
-    assert msgspec.to_builtins(computed) == {
-        "seed": -5,
-        "wall_s": 25.0,
-        "seconds": {
-            "tokenizing": 1.0,
-            "queue": 2.0,
-            "prefill": prefill,
-            "decode": decode,
-            "preempted": preempted,
-            "detokenizing": 0.25,
-            "writing": writing,
-        },
+    assert msgspec.structs.astuple(computed.seconds) == (1.0, 2.0, prefill, decode, preempted, 0.25, writing)
+    assert sum(msgspec.structs.astuple(computed.seconds)) == pytest.approx(25.0)
+    num_preemptions = len(changes.get("preemptions", TIMES.preemptions))
+    counts = {
         "num_ahead": 4,
         "num_cached_tokens": 32,
         "num_computed_tokens": 18,
         "num_chunks": 3,
         "num_output_tokens": 8,
-        "num_preemptions": len(changes.get("preemptions", TIMES.preemptions)),
     }
-    assert sum(msgspec.structs.astuple(computed.seconds)) == pytest.approx(25.0)
+    expected = {"seed": -5, "wall_s": 25.0, "num_preemptions": num_preemptions, **counts}
+    assert expected.items() <= msgspec.to_builtins(computed).items()
 
 
 def test_a_request_that_ended_in_the_queue() -> None:

@@ -66,11 +66,10 @@ def test_several_prompts_have_their_own(server: RunningServer) -> None:
 
 
 def test_token_ids_of_an_echo_are_those_of_the_completion(server: RunningServer) -> None:
-    answer = ask_json(server.url, COMPLETIONS, prompt="ab", echo=True, max_tokens=2, return_token_ids=True)
-    assert answer["choices"][0]["token_ids"] == REPLY[:2]
-    assert answer["choices"][0]["text"] == "abHe"
-    none = ask_json(server.url, COMPLETIONS, prompt="ab", echo=True, max_tokens=0, return_token_ids=True)
-    assert none["choices"][0]["token_ids"] == []
+    for num_tokens in (2, 0):
+        fields = {"prompt": "ab", "echo": True, "max_tokens": num_tokens, "return_token_ids": True}
+        (choice,) = ask_json(server.url, COMPLETIONS, **fields)["choices"]
+        assert (choice["token_ids"], choice["text"]) == (REPLY[:num_tokens], "ab" + "He"[:num_tokens])
 
 
 # prompt_logprobs
@@ -81,32 +80,25 @@ def test_prompt_logprobs(server: RunningServer, num: int) -> None:
     """The fake engine reports -0.5 and rank 1 for each token, and the bytes after it as alternatives."""
     for path in BOTH:
         answer = ask_json(server.url, path, prompt_logprobs=num, n=2)
-        _, *others = prompt_ids(server)
         expected: list[Any] = [None]
-        for token_id in others:
+        for token_id in prompt_ids(server)[1:]:
             top = {(token_id + k) % 256: (-0.5 - k, k + 1) for k in range(num)} | {token_id: (-0.5, 1)}
             expected.append({str(id): {"logprob": logprob, "rank": rank} for id, (logprob, rank) in top.items()})
-        places = answer["choices"] if path == COMPLETIONS else [answer]
-        for place in places:
-            texts = [entry.pop("decoded_token") for some in place["prompt_logprobs"] if some for entry in some.values()]
+        for place in answer["choices"] if path == COMPLETIONS else [answer]:
+            for entry in (entry for some in place["prompt_logprobs"][1:] for entry in some.values()):
+                assert isinstance(entry.pop("decoded_token"), str)
             assert place["prompt_logprobs"] == expected
-            assert len(texts) == sum(map(len, filter(None, expected)))
         assert server.engine.submits[-1].params.prompt_logprobs == num
 
 
-def test_prompt_logprobs_decode_their_tokens(server: RunningServer) -> None:
-    answer = ask_json(server.url, COMPLETIONS, prompt="xyz", prompt_logprobs=2)
-    _, second, third = answer["choices"][0]["prompt_logprobs"]
-    assert [entry["decoded_token"] for entry in second.values()] == ["y", "z"]
-    assert [entry["decoded_token"] for entry in third.values()] == ["z", "{"]
-
-
-@pytest.mark.parametrize(("prompt_logprobs", "logprobs"), [(3, 1), (1, 3), (0, 2)])
+@pytest.mark.parametrize(("prompt_logprobs", "logprobs"), [(2, 1), (1, 3), (0, 2)])
 def test_echo_has_its_own_number_of_alternatives(server: RunningServer, prompt_logprobs: int, logprobs: int) -> None:
+    """The alternatives to the prompt's tokens have their texts."""
     fields: dict[str, Any] = {"prompt": "xyz", "echo": True, "max_tokens": 0, "logprobs": logprobs}
     both = ask_json(server.url, COMPLETIONS, prompt_logprobs=prompt_logprobs, **fields)["choices"][0]
     assert both["logprobs"] == ask_json(server.url, COMPLETIONS, **fields)["choices"][0]["logprobs"]
-    assert [len(some or ()) for some in both["prompt_logprobs"]] == [0, *[max(1, prompt_logprobs)] * 2]
+    texts = [[entry["decoded_token"] for entry in some.values()] for some in both["prompt_logprobs"][1:]]
+    assert texts == ([["y", "z"], ["z", "{"]] if prompt_logprobs == 2 else [["y"], ["z"]])
 
 
 # return_tokens_as_token_ids
