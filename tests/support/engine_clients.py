@@ -12,6 +12,7 @@ from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
 from server.engine_client.streams import RequestStream
+from server.http.errors import APIError
 from server.metrics import Metrics
 from server.settings.process_configs import EngineProcess
 
@@ -72,6 +73,19 @@ def request(request_id: str = "r", *, n: int = 1, max_tokens: int = 100) -> Subm
 async def read(stream: RequestStream) -> list[TokenEvent]:
     """Return all events of a stream."""
     return [event async for batch in stream for event in batch]
+
+
+async def read_error(stream: RequestStream, kind: type[APIError], match: str | None = None) -> APIError:
+    """Read a stream that fails, and return its error."""
+    with pytest.raises(kind, match=match) as caught:
+        await read(stream)
+    return caught.value
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float:
+    """Return the value of a metric of a client's first engine."""
+    own = {"model_name": "m", "engine": "0", **labels}
+    return metrics.registry.get_sample_value(f"lightwell_{name}", own) or 0.0
 
 
 def tokens(events: list[TokenEvent], index: int = 0) -> list[int]:

@@ -1,10 +1,9 @@
-"""The limit on the bytes of all answers, as a state machine."""
+"""The limit on the bytes of all answers: whose answer is refused, what counts, and how much an event is."""
 
 import gc
 import weakref
 
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+import pytest
 
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.engine_client.answer_budget import AnswerBudget, AnswerShare
@@ -13,77 +12,64 @@ from server.http.errors import APIError, BadRequestError, BuffersExceedMemoryErr
 from server.tenants import Tenant
 
 MAX_BYTES = 1000
-TENANTS = [Tenant(name=name) for name in ("alice", "bob", "carol")]
+TOO_LARGE = BadRequestError("too large")
 
 
-class Answers(RuleBasedStateMachine):
-    """Answers of several tenants grow, are sent and end in any order."""
-
-    answers = Bundle("answers")
+class Answers:
+    """Answers by number, and the errors that refuse them."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.budget = AnswerBudget(MAX_BYTES)
-        self.errors: dict[AnswerShare, APIError] = {}
-        self.sizes: dict[AnswerShare, int] = {}  # of those that have not been released
+        self.shares: list[AnswerShare] = []
+        self.errors: list[tuple[int, type[APIError]]] = []
 
-    @rule(target=answers, tenant=st.sampled_from(TENANTS))
-    def begin(self, tenant: Tenant) -> AnswerShare:
-        def refuse(error: APIError) -> None:
-            assert share not in self.errors  # only once
-            self.errors[share] = error
-
-        share = AnswerShare(self.budget, tenant, refuse, BadRequestError("too large"))
-        self.sizes[share] = 0
-        return share
-
-    @rule(share=answers, num_bytes=st.integers(0, MAX_BYTES + 100))
-    def add(self, share: AnswerShare, num_bytes: int) -> None:
-        others = {each: size for each, size in self.sizes.items() if each not in self.errors}
-        self.sizes[share] += num_bytes
-        share.add(num_bytes)
-        if self.sizes[share] > MAX_BYTES:
-            assert share in self.errors
-        for refused in others.keys() & self.errors.keys() - {share}:
-            assert isinstance(self.errors[refused], BuffersExceedMemoryError)
-            holdings = [
-                sum(size for each, size in (others | {share: self.sizes[share]}).items() if each.tenant is tenant)
-                for tenant in TENANTS
-            ]
-            # Whoever has lost an answer to another holds more than an equal part.
-            assert holdings[TENANTS.index(refused.tenant)] * len(TENANTS) > MAX_BYTES
-
-    @rule(share=answers, part=st.floats(0, 1))
-    def send(self, share: AnswerShare, part: float) -> None:
-        num_bytes = int(part * self.sizes[share])
-        self.sizes[share] -= num_bytes
-        share.sent(num_bytes)
-
-    @rule(share=consumes(answers))
-    def end(self, share: AnswerShare) -> None:
-        for _ in range(2):
-            share.release()
-        del self.sizes[share]
-
-    @invariant()
-    def sums_agree_and_what_is_not_refused_fits(self) -> None:
-        assert self.budget.num_bytes == sum(self.sizes.values())
-        assert sum(size for share, size in self.sizes.items() if share not in self.errors) <= MAX_BYTES
-        assert all(share.is_refused == (share in self.errors) for share in self.sizes)
+    def begin(self, tenant: str, num_bytes: int) -> AnswerShare:
+        number = len(self.shares)
+        refuse = lambda error: self.errors.append((number, type(error)))  # noqa: E731
+        self.shares.append(AnswerShare(self.budget, Tenant(name=tenant), refuse, TOO_LARGE))
+        self.shares[-1].add(num_bytes)
+        return self.shares[-1]
 
 
-TestAnswers = Answers.TestCase
+@pytest.mark.parametrize(
+    ("sizes", "refused"),
+    [
+        ({"alice": [600], "bob": [400]}, []),
+        ({"alice": [600], "bob": [401]}, [0]),
+        ({"alice": [10, 400, 300], "bob": [200], "carol": [450]}, [1]),  # small answers of others stay
+        ({"alice": [300, 100], "bob": [390], "carol": [900]}, [3]),
+        ({"alice": [99] * 10, "bob": [500]}, [0, 1, 2, 3, 4]),  # until the others fit
+        ({"alice": [100] * 5, "bob": [500, 1]}, [5]),
+    ],
+)
+def test_the_largest_answer_of_the_tenant_that_holds_most_makes_room(
+    sizes: dict[str, list[int]], refused: list[int]
+) -> None:
+    answers = Answers()
+    for tenant, own in sizes.items():
+        for num_bytes in own:
+            answers.begin(tenant, num_bytes)
+    assert answers.errors == [(number, BuffersExceedMemoryError) for number in refused]
+    assert [number for number, share in enumerate(answers.shares) if share.is_refused] == refused
 
 
-def test_small_answers_of_others_stay() -> None:
-    budget, refused = AnswerBudget(MAX_BYTES), []
-    for name, sizes in (("alice", [10, 400, 300]), ("bob", [200])):
-        for size in sizes:
-            share = AnswerShare(budget, Tenant(name=name), lambda _: None, BadRequestError("too large"))
-            share.on_refusal(lambda _, size=size: refused.append(size))  # type: ignore[misc]
-            share.add(size)
-    AnswerShare(budget, Tenant(name="carol"), lambda _: refused.append(0), BadRequestError("too large")).add(450)
-    assert refused == [400]
+def test_an_answer_counts_until_it_is_sent_or_released() -> None:
+    answers = Answers()
+    share = answers.begin("alice", 1000)
+    share.sent(400)
+    other = answers.begin("bob", 400)
+    assert (answers.budget.num_bytes, answers.errors) == (1000, [])
+    for _ in range(2):
+        other.release()
+    assert answers.budget.num_bytes == 600
+    for _ in range(2):  # it is refused once, and counts until it is released
+        share.add(401)
+    assert (answers.budget.num_bytes, answers.errors) == (1402, [(0, BadRequestError)])
+    with pytest.raises(BadRequestError, match="too large"):
+        share.check()
+    answers.begin("bob", 1000).check()
+    share.release()
+    assert answers.budget.num_bytes == 1000
 
 
 def test_a_released_share_does_not_keep_its_request() -> None:
@@ -91,7 +77,7 @@ def test_a_released_share_does_not_keep_its_request() -> None:
 
     class Request:
         def __init__(self) -> None:
-            self.share = AnswerShare(AnswerBudget(MAX_BYTES), TENANTS[0], self.refuse, BadRequestError("too large"))
+            self.share = AnswerShare(AnswerBudget(MAX_BYTES), Tenant(name="alice"), self.refuse, TOO_LARGE)
 
         def refuse(self, error: APIError) -> None:
             raise AssertionError

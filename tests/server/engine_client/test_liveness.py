@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from engine.shared.messages import HEARTBEAT_SECONDS, Hello
+from engine.shared.messages import HEARTBEAT_SECONDS
 from server.engine_client.liveness import CHECK_SECONDS, MISSED_HEARTBEATS, EngineLiveness
 from server.http.errors import APIError, EngineDeadError, EngineUnavailableError
 from server.processes.run_queue import MAX_WAIT_FACTOR
@@ -18,14 +18,6 @@ from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine
 from tests.support.turned_loop import standing_still, turn
 
 pytestmark = pytest.mark.anyio
-
-
-async def test_ready_reports_the_properties_of_the_engine(fake_engine: FakeEngine) -> None:
-    async with connected(fake_engine.config.address) as client:
-        assert (client.is_ready, client.is_healthy, client.is_alive) == (False, False, True)
-        await until(lambda: client.is_healthy)
-        assert client.ready_info().max_model_len == fake_engine.config.max_model_len
-        assert isinstance(fake_engine.received[0], Hello)
 
 
 async def test_death_of_the_engine_ends_every_stream_once(address: str) -> None:
@@ -59,19 +51,6 @@ async def test_death_while_loading_is_noticed_by_the_pidfd(address: str) -> None
             await until(client.died.is_set)
         async with connected(address, engine_pid=engine.pid) as client:  # it has ended already
             assert client.died.is_set()
-
-
-@pytest.mark.checklist("F06")
-async def test_an_engine_that_hangs_is_dead(fake_engine: FakeEngine) -> None:
-    async with ready(fake_engine.config.address, step_timeout=1.0) as client:
-        fake_engine.pause()
-        stream = client.submit(request())
-        fake_engine.hang()
-        while not client.died.is_set():
-            await turn(CHECK_SECONDS)
-            await asyncio.sleep(0.001)
-        with pytest.raises(EngineDeadError):
-            await read(stream)
 
 
 STEP_TIMEOUT = 2.0

@@ -1,43 +1,45 @@
-"""Tests of the streams of events, with a fake engine over a real ZeroMQ socket."""
+"""The streams of events over a real ZeroMQ socket, with a fake engine, and messages that cannot be read."""
 
 import asyncio
+from typing import Any
 
+import msgspec
 import pytest
 
-from engine.shared.messages import Abort, FinishReason, SamplingParams, Submit
+from engine.shared.messages import Abort, FinishReason, LoadAdapter
+from engine.shared.records import ReadQueue
+from server.engine_client.client import EngineClient
 from server.engine_client.streams import MAX_BATCH_EVENTS
-from server.http.errors import APIError, EngineUnavailableError
-from tests.support.engine_clients import read, ready, request, tokens, until
-from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine
+from server.http.errors import AdaptersBusyError, APIError, EngineDeadError, EngineUnavailableError, ServerError
+from tests.support.engine_clients import connected, read, read_error, ready, request, tokens, until
+from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine, FakeEngineConfig
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_stream_ends_with_its_finish_reason(fake_engine: FakeEngine) -> None:
+async def test_stream_ends_with_its_finish_reason(client: EngineClient, fake_engine: FakeEngine) -> None:
     fake_engine.config.num_cached_tokens = 1
-    async with ready(fake_engine.config.address) as client:
-        events = await read(client.submit(request()))
-        assert tokens(events) == [*fake_engine.config.reply, EOS_TOKEN_ID]
-        assert [event.finish_reason for event in events if event.finish_reason] == [FinishReason.STOP]
-        assert events[0].num_cached_tokens == 1
-        assert events[-1].stop_token_id == EOS_TOKEN_ID
-        assert client.num_in_flight == 0
-        assert fake_engine.aborts == []
+    events = await read(client.submit(request()))
+    assert tokens(events) == [*fake_engine.config.reply, EOS_TOKEN_ID]
+    assert [event.finish_reason for event in events if event.finish_reason] == [FinishReason.STOP]
+    assert events[0].num_cached_tokens == 1
+    assert events[-1].stop_token_id == EOS_TOKEN_ID
+    assert client.num_in_flight == 0
+    assert fake_engine.aborts == []
 
 
 async def test_events_reach_the_choices_of_their_requests(fake_engine: FakeEngine) -> None:
-    fake_engine.config.replies = [(list(b"one"), list(b"first")), (list(b"two"), list(b"second"))]
+    replies = {b"one": b"first", b"two": b"second"}
+    fake_engine.config.replies = [(list(prompt), list(reply)) for prompt, reply in replies.items()]
     async with ready(fake_engine.config.address, max_queued_requests=100) as client:
-        submits = [
-            Submit(request_id=f"{i}", prompt_token_ids=list(p), params=SamplingParams(max_tokens=50), arrival=0.0, n=3)
-            for i, p in enumerate([b"one", b"two"] * 5)
+        prompts = [b"one", b"two"] * 5
+        streams = [
+            client.submit(msgspec.structs.replace(request(f"{number}", n=3), prompt_token_ids=list(prompt)))
+            for number, prompt in enumerate(prompts)
         ]
-        answers = await asyncio.gather(*(read(client.submit(submit)) for submit in submits))
-        for submit, events in zip(submits, answers, strict=True):
-            reply = b"first" if bytes(submit.prompt_token_ids) == b"one" else b"second"
-            for index in range(3):
-                assert bytes(tokens(events, index)[:-1]) == reply
-            assert {event.request_id for event in events} == {submit.request_id}
+        for prompt, stream, events in zip(prompts, streams, await asyncio.gather(*map(read, streams)), strict=True):
+            assert [bytes(tokens(events, index)[:-1]) for index in range(3)] == [replies[prompt]] * 3
+            assert {event.request_id for event in events} == {stream.request_id}
         assert client.num_in_flight == 0
 
 
@@ -62,67 +64,147 @@ async def test_a_reader_that_is_behind_lets_others_run(fake_engine: FakeEngine) 
     assert turns >= 3
 
 
-async def test_closing_a_stream_aborts_its_request(fake_engine: FakeEngine) -> None:
+async def test_closing_a_stream_aborts_its_request(client: EngineClient, fake_engine: FakeEngine) -> None:
     fake_engine.config.endless = True
     fake_engine.config.step_seconds = 0.01
-    async with ready(fake_engine.config.address) as client:
-        async with client.submit(request(n=2, max_tokens=10_000)) as stream:
-            await anext(stream)
-            assert client.num_in_flight == 2
-        assert client.num_in_flight == 0
-        await stream.aclose()
-        with pytest.raises(StopAsyncIteration):
-            await anext(stream)
-        await until(lambda: fake_engine.aborts and not fake_engine.num_choices)
-        assert fake_engine.aborts == [Abort("r")]
+    async with client.submit(request(n=2, max_tokens=10_000)) as stream:
+        await anext(stream)
+        assert client.num_in_flight == 2
+    assert client.num_in_flight == 0
+    await stream.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    await until(lambda: fake_engine.aborts and not fake_engine.num_choices)
+    assert fake_engine.aborts == [Abort("r")]
 
 
-async def test_cancelling_the_reader_returns_its_capacity(fake_engine: FakeEngine) -> None:
+async def test_cancelling_the_reader_returns_its_capacity(client: EngineClient, fake_engine: FakeEngine) -> None:
     fake_engine.pause()
-    async with ready(fake_engine.config.address) as client:
 
-        async def consume() -> None:
-            async with client.submit(request()) as stream:
-                await read(stream)
+    async def consume() -> None:
+        async with client.submit(request()) as stream:
+            await read(stream)
 
-        task = asyncio.create_task(consume())
-        await until(lambda: fake_engine.num_choices)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        assert client.num_in_flight == 0
-        await until(lambda: not fake_engine.num_choices)
+    task = asyncio.create_task(consume())
+    await until(lambda: fake_engine.num_choices)
+    task.cancel()
+    await until(lambda: client.num_in_flight == fake_engine.num_choices == 0)
 
 
-async def test_abort_choice_ends_only_that_choice(fake_engine: FakeEngine) -> None:
+async def test_abort_choice_ends_only_that_choice(client: EngineClient, fake_engine: FakeEngine) -> None:
     fake_engine.config.endless = True
     fake_engine.config.step_seconds = 0.002
-    async with ready(fake_engine.config.address) as client:
-        stream = client.submit(request(n=2, max_tokens=50))
-        first = await anext(stream)
-        stream.abort_choice(1)
-        assert client.num_in_flight == 1
-        stream.abort_choice(1)
-        rest = await read(stream)
-        assert {event.index for event in rest} == {0}
-        assert len(tokens(first + rest, 0)) == 50
-        assert client.num_in_flight == 0
-        assert fake_engine.aborts == [Abort("r", 1, FinishReason.STOP)]
+    stream = client.submit(request(n=2, max_tokens=50))
+    first = await anext(stream)
+    stream.abort_choice(1)
+    assert client.num_in_flight == 1
+    stream.abort_choice(1)
+    rest = await read(stream)
+    assert {event.index for event in rest} == {0}
+    assert len(tokens(first + rest, 0)) == 50
+    assert client.num_in_flight == 0
+    assert fake_engine.aborts == [Abort("r", 1, FinishReason.STOP)]
 
 
-async def test_fail_streams_reaches_readers_and_engine(fake_engine: FakeEngine) -> None:
+async def test_fail_streams_reaches_readers_and_engine(client: EngineClient, fake_engine: FakeEngine) -> None:
     fake_engine.pause()
-    async with ready(fake_engine.config.address) as client:
-        stream = client.submit(request(n=2))
-        client.fail_streams(EngineUnavailableError("over"))
-        with pytest.raises(EngineUnavailableError, match="over"):
-            await read(stream)
-        assert client.num_in_flight == 0
-        await until(lambda: fake_engine.aborts == [Abort("r", reason=FinishReason.ERROR)])
+    stream = client.submit(request(n=2))
+    client.fail_streams(EngineUnavailableError("over"))
+    await read_error(stream, EngineUnavailableError, match="over")
+    assert client.num_in_flight == 0
+    await until(lambda: fake_engine.aborts == [Abort("r", reason=FinishReason.ERROR)])
 
 
 async def test_close_ends_streams(fake_engine: FakeEngine) -> None:
     fake_engine.pause()
     async with ready(fake_engine.config.address) as client:
         stream = client.submit(request())
-    with pytest.raises(APIError):
-        await read(stream)
+    await read_error(stream, APIError)
+
+
+# Messages that cannot be read.
+
+
+async def test_an_error_of_the_receive_task_counts_as_death(client: EngineClient, fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    stream = client.submit(request())
+    await until(lambda: fake_engine.num_choices)
+    client.engines[0].streams.start = None  # type: ignore[method-assign,assignment]
+    fake_engine.resume()
+    await read_error(stream, EngineDeadError)
+    assert client.died.is_set()
+
+
+@pytest.mark.checklist("F01")
+@pytest.mark.parametrize("damage", [{"index": 7}, {"token_ids": "x"}, {"finish_reason": "x"}, {"index": -9}], ids=repr)
+async def test_an_event_that_cannot_be_used_ends_its_request(
+    client: EngineClient, fake_engine: FakeEngine, damage: dict[str, Any]
+) -> None:
+    """The others go on."""
+    fake_engine.pause()
+    streams = [client.submit(request("bad", n=2)), client.submit(request("good"))]
+    await until(lambda: fake_engine.num_choices == 3)
+    event = {"request_id": "bad", "index": 1, "token_ids": [1]} | damage
+    fake_engine.send_raw({"type": "Outputs", "stats": [], "events": [event]})
+    await read_error(streams[0], ServerError)
+    await until(lambda: fake_engine.num_choices == 1)
+    fake_engine.resume()
+    assert tokens(await read(streams[1])) == [*fake_engine.config.reply, EOS_TOKEN_ID]
+    assert client.num_in_flight == 0
+    assert client.is_healthy
+
+
+@pytest.mark.checklist("F01")
+@pytest.mark.parametrize("message", [b"", b"\xc1", b"\x81\xa6events", {"type": "Outputs", "events": [{}]}], ids=repr)
+async def test_a_message_that_does_not_say_whose_events_are_lost(
+    client: EngineClient, fake_engine: FakeEngine, message: object
+) -> None:
+    """All requests end once, and the engine goes on."""
+    fake_engine.pause()
+    streams = [client.submit(request(f"{number}", n=2)) for number in range(3)]
+    await until(lambda: fake_engine.num_choices == 6)
+    fake_engine.send_raw(message)
+    for stream in streams:
+        await read_error(stream, ServerError)
+        assert await read(stream) == []
+    await until(lambda: not fake_engine.num_choices)
+    fake_engine.resume()
+    assert await read(client.submit(request("next")))
+    assert client.num_in_flight == 0
+
+
+@pytest.mark.checklist("F01")
+@pytest.mark.parametrize("name", ["Steps", "Requests", "Queue", "Blocks", "ReadFailed"])
+async def test_an_answer_about_records_that_cannot_be_read(
+    client: EngineClient, fake_engine: FakeEngine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The questions end, and the requests go on."""
+    monkeypatch.setattr(fake_engine._loop, "_answer", lambda _: {"type": name, "read_id": "x"})
+    fake_engine.pause()
+    stream = client.submit(request())
+    await until(lambda: fake_engine.num_choices)
+    with pytest.raises(ServerError):
+        await client.engines[0].records.ask(ReadQueue(limit=1))
+    fake_engine.resume()
+    assert tokens(await read(stream)) == [*fake_engine.config.reply, EOS_TOKEN_ID]
+
+
+async def test_a_reply_about_an_adapter_that_cannot_be_read(client: EngineClient, fake_engine: FakeEngine) -> None:
+    fake_engine.config.max_loras, fake_engine.config.ignores_adapters = 1, True
+    change = asyncio.create_task(client.load_adapter("a", "p", replaces=False))
+    await until(lambda: any(isinstance(message, LoadAdapter) for message in fake_engine.received))
+    request_id = next(message.request_id for message in fake_engine.received if isinstance(message, LoadAdapter))
+    fake_engine.send_raw({"type": "AdapterDone", "request_id": request_id, "error": 1})
+    with pytest.raises(AdaptersBusyError):
+        await change
+
+
+async def test_an_engine_whose_first_message_cannot_be_read_is_dead(address: str) -> None:
+    config = FakeEngineConfig(address=address, never_ready=True)
+    with FakeEngine(config) as engine:
+        async with connected(address) as client:
+            await until(lambda: engine.received)
+            config.never_ready = False
+            await until(lambda: client.is_ready)
+            engine.send_raw({"type": "Ready", "info": 1})
+            await until(client.died.is_set)

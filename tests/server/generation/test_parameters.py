@@ -1,16 +1,28 @@
-"""Request parameters over HTTP reach the engine; seeds; limits on log probabilities."""
+"""Request parameters over HTTP reach the engine; seeds; limits on log probabilities; what a request is rendered to."""
 
 from array import array
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+import httpx
+import msgspec
 import pytest
 
-from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, RepetitionDetection, SamplingParams, SequenceBreaker
+from engine.shared.messages import (
+    MIROSTAT_ORDER,
+    ExtraSamplers,
+    ReasoningLimit,
+    RepetitionDetection,
+    SamplingParams,
+    SequenceBreaker,
+)
 from server.generation.parameters import choose_seed, prompt_seed
 from tests.server.conftest import StartServer
-from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask, ask_json, shared_server
 from tests.support.serving import RunningServer, check_error
+from tests.support.tiny_tokenizer_model import chatml
+from tests.support.tool_model import write_tool_model
 
 BOTH = (COMPLETIONS, CHAT)
 
@@ -220,3 +232,97 @@ def test_repeat_penalty_is_repetition_penalty(server: RunningServer) -> None:
         assert ask(server.url, path, **fields).status_code == 200
         params = server.engine.submits[-1].params
         assert (params.repetition_penalty, params.extra_samplers) == (1.5, None)
+
+
+# The limit on reasoning tokens, in chats and in Anthropic's messages.
+
+
+@pytest.fixture(scope="module", params=["plain", "special"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Run each test with tags as special tokens and as plain text."""
+    folder = write_tool_model(tmp_path_factory.mktemp("tools"), special_tags=request.param == "special")
+    with shared_server(folder, vocab_size=263) as server:
+        yield server
+
+
+def test_reasoning_budget(model: RunningServer) -> None:
+    body = {"model": "tiny", "max_tokens": 9, "messages": MESSAGES, "thinking": {"type": "enabled", "budget_tokens": 7}}
+    tokenizer = model.model.tokenizer
+    if "<think>" not in tokenizer.special_tokens:
+        error = check_error(ask(model.url, CHAT, thinking_token_budget=5), 400)
+        assert (error["param"], error["code"]) == ("thinking_token_budget", "unsupported_parameter")
+        assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
+        return
+    start_id, end_id = (tokenizer.special_ids_in([tag])[tag] for tag in ("<think>", "</think>"))
+    for budget, is_open in ((0, False), (7, True)):
+        ask_json(model.url, CHAT, thinking_token_budget=budget, chat_template_kwargs={"enable_thinking": is_open})
+        expected = ReasoningLimit(max_tokens=budget, start_id=start_id, end_id=end_id, is_open=is_open)
+        assert model.engine.submits[-1].params.reasoning_limit == expected
+    for nothing in (None, -1):
+        ask_json(model.url, CHAT, thinking_token_budget=nothing)
+        assert model.engine.submits[-1].params.reasoning_limit is None
+    assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
+    assert model.engine.submits[-1].params.reasoning_limit == expected
+    fields = {"thinking_token_budget": 5, "bad_words": ["a"]}
+    assert check_error(ask(model.url, CHAT, **fields), 400)["param"] == "bad_words"
+
+
+# `POST .../render` returns what the engine would receive for the same request.
+
+
+SAMPLING_PARAMS = (
+    "max_tokens pooling seed temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty "
+    "logit_bias allowed_token_ids bad_words chain min_tokens ignore_eos stop_token_ids repetition_detection logprobs "
+    "logprob_token_ids prompt_logprobs grammar thinking post_sampling_probs"
+)
+SETTINGS = {"temperature": 0.5, "top_k": 3, "seed": 7, "logit_bias": {"65": 1}, "stop_token_ids": [66], "n": 2}
+
+
+def test_a_conversation(server: RunningServer) -> None:
+    answer = ask(server.url, f"{CHAT}/render", wish=1, **SETTINGS)
+    assert answer.headers["x-lightwell-warnings"] == "ignored parameters: wish"
+    assert "x-lightwell-seed" not in answer.headers
+    rendered = answer.json()
+    assert server.engine.submits == []
+    ask_json(server.url, CHAT, **SETTINGS)
+    (submit,) = server.engine.submits
+    assert rendered.pop("request_id").startswith("chatcmpl-")
+    values = msgspec.json.decode(msgspec.json.encode(msgspec.structs.astuple(submit.params)))
+    params = dict(zip(SAMPLING_PARAMS.split(), values, strict=True))
+    assert list(rendered["sampling_params"]) == SAMPLING_PARAMS.split()
+    assert (params["seed"], params["logit_bias"], params["stop_token_ids"]) == (7, {"65": 1.0}, [66])
+    assert rendered == {
+        "model": "tiny",
+        "prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "token_ids": submit.prompt_token_ids,
+        "max_tokens": submit.params.max_tokens,
+        "sampling_params": params,
+    }
+    assert rendered["token_ids"] == chatml(("user", "Hi"))
+    assert rendered["max_tokens"] == 2048 - len(rendered["token_ids"])
+
+
+def test_prompts(server: RunningServer) -> None:
+    rendered = ask(server.url, f"{COMPLETIONS}/render", prompt=[[72, 105], [256]], max_tokens=9).json()
+    assert [(each["prompt"], each["token_ids"], each["max_tokens"]) for each in rendered] == [
+        ("Hi", [72, 105], 9),
+        ("<|endoftext|>", [256], 9),
+    ]
+    assert [each["sampling_params"]["seed"] for each in rendered] == [None, None]
+    (one,) = ask(server.url, f"{COMPLETIONS}/render", prompt="é", seed=3).json()
+    assert (one["token_ids"], one["max_tokens"], one["sampling_params"]["seed"]) == ([0xC3, 0xA9], 16, 3)
+
+
+def test_it_changes_nothing(start_server: StartServer) -> None:
+    """Rendering does not advance the sequence of seeds that the server's seed determines."""
+    first, second = start_server(seed=5), start_server(seed=5)
+    ask_json(second.url, f"{CHAT}/render")
+    seeds = [ask(server.url, CHAT).headers["x-lightwell-seed"] for server in (first, second)]
+    assert seeds[0] == seeds[1]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_what_is_refused_is_refused_here(server: RunningServer, path: str) -> None:
+    for fields, status in (({"temperature": 3}, 400), ({"model": "x"}, 404), ({"max_tokens": 0, "echo": False}, 400)):
+        error = check_error(ask(server.url, f"{path}/render", **fields), status)
+        assert error == check_error(ask(server.url, path, **fields), status)

@@ -17,18 +17,8 @@ from server.api.completions.schemas import CompletionRequest
 from server.api.embeddings.schemas import EmbeddingRequest
 from server.api.messages.schemas import CountTokensRequest, MessagesRequest
 from server.api.responses.schemas import InputTokensRequest, ResponsesRequest
-from server.generation.preamble import (
-    ALTERNATIVES,
-    HARMLESS,
-    HINTS,
-    MAX_IGNORED,
-    MAX_WARNINGS_CHARS,
-    UNSUPPORTED,
-    WARNINGS,
-    distinct,
-    ignored_fields,
-    warnings_header,
-)
+from server.generation import preamble
+from server.generation.preamble import HARMLESS, HINTS, MAX_IGNORED, UNSUPPORTED, WARNINGS, ignored_fields
 from server.http.errors import BadRequestError
 from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, shared_server
 from tests.support.serving import RunningServer, check_error
@@ -89,9 +79,9 @@ def test_no_more_names_are_made_than_are_counted() -> None:
             taken.append(number)
             yield f"name {number}"
 
-    assert distinct(names()) == [f"name {number}" for number in range(MAX_IGNORED)]
+    assert preamble.distinct(names()) == [f"name {number}" for number in range(MAX_IGNORED)]
     assert len(taken) == MAX_IGNORED
-    assert distinct(["a", "b", "a"]) == ["a", "b"]
+    assert preamble.distinct(["a", "b", "a"]) == ["a", "b"]
     unknown = {f"name {number}": 1 for number in range(10 * MAX_IGNORED)}
     message = ChatMessage.model_validate({"role": "user", "content": "a", **unknown})
     part = ChatMessage.model_validate({"role": "user", "content": [{"type": "text", "text": "a", **unknown}]})
@@ -102,10 +92,10 @@ def test_no_more_names_are_made_than_are_counted() -> None:
 
 @given(st.lists(st.text(max_size=100), min_size=1, max_size=100))
 def test_warnings_are_one_line_of_bounded_length(names: list[str]) -> None:
-    header = warnings_header(names)
+    header = preamble.warnings_header(names)
     assert header.isascii()
     assert header.isprintable()
-    assert len(header) <= MAX_WARNINGS_CHARS + 10
+    assert len(header) <= preamble.MAX_WARNINGS_CHARS + 10
 
 
 # Over HTTP.
@@ -150,7 +140,7 @@ def test_what_is_not_supported_yet_is_refused(server: RunningServer, name: str) 
             error = check_error(ask(server.url, path, **{name: value}), 400)
             assert (error["param"], error["code"]) == (name, "unsupported_parameter")
             assert "supported" in error["message"]
-            assert (f"Use {ALTERNATIVES.get(name)}" in error["message"]) == (name in ALTERNATIVES)
+            assert (f"Use {preamble.ALTERNATIVES.get(name)}" in error["message"]) == (name in preamble.ALTERNATIVES)
     assert server.engine.submits == []
 
 

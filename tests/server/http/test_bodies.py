@@ -1,4 +1,4 @@
-"""Limits on the size, time, encoding and memory of request bodies: over real sockets, and as a state machine."""
+"""Limits on the size, time, encoding and memory of request bodies: over real sockets, and as a unit."""
 
 import asyncio
 import gzip
@@ -8,14 +8,12 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
 import pytest
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from server.http.body_budget import FREE_BYTES, BodyBudget, BodyShare
 from server.http.body_middleware import BODY_TIMEOUT, DISCARD_TIMEOUT
@@ -113,65 +111,50 @@ def test_a_connection_lives_on_after_refusals(start_server: StartServer) -> None
 # The limit on the bytes of all bodies.
 
 
-class Bodies(RuleBasedStateMachine):
-    """Bodies arrive, end and are released in any order."""
-
-    receiving = Bundle("receiving")
-    complete = Bundle("complete")
+class Bodies:
+    """Bodies that arrive, and their deadlines."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.budget = BodyBudget(MAX_BYTES)
-        self.contexts: dict[BodyShare, ExitStack] = {}
         self.deadlines: dict[BodyShare, Mock] = {}
-        self.order: list[BodyShare] = []  # of those that arrive and count
 
-    @rule(target=receiving)
-    def begin(self) -> BodyShare:
-        context, deadline = ExitStack(), Mock(spec=asyncio.Timeout, **{"expired.return_value": False})
-        share = context.enter_context(self.budget.receive(deadline))
-        self.contexts[share], self.deadlines[share] = context, deadline
+    def begin(self, stack: ExitStack, num_bytes: int) -> BodyShare:
+        deadline = Mock(spec=asyncio.Timeout, **{"expired.return_value": False})
+        share = stack.enter_context(self.budget.receive(deadline))
+        self.deadlines[share] = deadline
+        share.add(bytes(num_bytes))
         return share
 
-    @rule(share=receiving, num_bytes=st.integers(1, MAX_BYTES // 2))
-    def add(self, share: BodyShare, num_bytes: int) -> None:
-        was_refused = share.is_refused
-        if not was_refused and share.num_bytes <= FREE_BYTES < share.num_bytes + num_bytes:
-            self.order.append(share)
-        try:
-            share.add(bytes(num_bytes))
-            assert not was_refused
-        except BuffersExceedMemoryError:
-            assert share.is_refused
-        refused = [each for each in self.order if each.is_refused]
-        assert refused == self.order[: len(refused)]  # the longest-waiting first
-        assert all(self.deadlines[each].reschedule.called for each in refused)
-        self.order = self.order[len(refused) :]
 
-    @rule(target=complete, share=consumes(receiving))
-    def end(self, share: BodyShare) -> BodyShare:
-        self.contexts.pop(share).close()
-        self.order = [each for each in self.order if each is not share]
-        return share
-
-    @rule(share=consumes(receiving))
-    def fail(self, share: BodyShare) -> None:
-        self.contexts.pop(share).__exit__(OSError, OSError(), None)
-        self.order = [each for each in self.order if each is not share]
-        assert share.num_bytes == 0
-
-    @rule(share=complete)
-    def release(self, share: BodyShare) -> None:
-        share.release()
-
-    @invariant()
-    def sums_agree_and_only_complete_bodies_exceed_the_limit(self) -> None:
-        sizes = [share.num_bytes for share in self.deadlines if share.num_bytes > FREE_BYTES]
-        assert self.budget.num_bytes == sum(sizes)
-        assert self.budget.num_bytes <= MAX_BYTES or not self.order
-
-
-TestBodies = Bodies.TestCase
+@pytest.mark.checklist("A17")
+def test_which_bodies_are_refused_and_what_counts() -> None:
+    """Those that have counted longest, until the others fit; complete ones are not."""
+    bodies, third = Bodies(), MAX_BYTES // 3
+    with ExitStack() as stack:
+        with ExitStack() as receiving:
+            complete = bodies.begin(receiving, third)
+        small = bodies.begin(stack, FREE_BYTES)
+        first, second = bodies.begin(stack, third), bodies.begin(stack, MAX_BYTES - 2 * third)
+        assert bodies.budget.num_bytes == MAX_BYTES
+        small.add(b"x")  # now it counts
+        assert [share.is_refused for share in (complete, small, first, second)] == [False, False, True, False]
+        with pytest.raises(BuffersExceedMemoryError):
+            first.add(b"x")
+        last = bodies.begin(stack, 2 * third - FREE_BYTES + 1)
+        assert [share.is_refused for share in (complete, small, second, last)] == [False, True, True, False]
+        refused = [share for share, deadline in bodies.deadlines.items() if deadline.reschedule.called]
+        assert refused == [small, first, second]
+        assert bodies.budget.num_bytes == complete.num_bytes + last.num_bytes
+        assert len(complete.join()) == third
+        for _ in range(2):
+            complete.release()
+        with suppress(OSError), ExitStack() as failing:
+            failed = bodies.begin(failing, FREE_BYTES + 1)
+            assert bodies.budget.num_bytes == last.num_bytes + failed.num_bytes
+            raise OSError
+        assert bodies.budget.num_bytes == last.num_bytes
+        with pytest.raises(BuffersExceedMemoryError):
+            last.add(bytes(MAX_BYTES))  # alone
 
 
 @pytest.fixture(scope="module")

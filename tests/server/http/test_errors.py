@@ -7,14 +7,7 @@ import httpx
 import pytest
 
 from server.http import errors
-from server.http.errors import (
-    APIError,
-    BadRequestError,
-    ContextLengthExceededError,
-    InvalidTypeError,
-    ModelNotFoundError,
-    QueueFullError,
-)
+from server.http.errors import APIError
 from tests.support.serving import RunningServer, check_envelope, check_error
 
 
@@ -23,20 +16,23 @@ from tests.support.serving import RunningServer, check_envelope, check_error
     ("error", "message", "for_anthropic"),
     [
         (
-            ContextLengthExceededError(4097, 4294),
+            errors.ContextLengthExceededError(4097, 4294),
             "This model's maximum context length is 4097 tokens. However, your messages resulted in 4294 tokens. "
             "Please reduce the length of the messages.",
             "prompt is too long: 4294 tokens > 4097 maximum",
         ),
         (
-            ContextLengthExceededError(4097, 3120, 1000),
+            errors.ContextLengthExceededError(4097, 3120, 1000),
             "This model's maximum context length is 4097 tokens. However, you requested 4120 tokens "
             "(3120 in the messages, 1000 in the completion). Please reduce the length of the messages or completion.",
             "input length and `max_tokens` exceed context limit: 3120 + 1000 > 4097, decrease input length or "
             "`max_tokens` and try again",
         ),
-        (BadRequestError("Not so.", param="tools[0].type"), "Not so.", "tools[0].type: Not so."),
-        (InvalidTypeError("n", "an integer", "null"), *["Invalid type for 'n': expected an integer, but got null"] * 2),
+        (errors.BadRequestError("Not so.", param="tools[0].type"), "Not so.", "tools[0].type: Not so."),
+        (
+            errors.InvalidTypeError("n", "an integer", "null"),
+            *["Invalid type for 'n': expected an integer, but got null"] * 2,
+        ),
         (APIError(400, "a\ud800b"), *["a?b"] * 2),  # UTF-8 cannot encode it
     ],
 )
@@ -49,7 +45,7 @@ def test_messages_in_the_words_of_openai_and_anthropic(error: APIError, message:
 
 
 def test_a_wrong_model_names_the_first_that_there_are() -> None:
-    many = ModelNotFoundError("m", [f"model-{i}" for i in range(10)]).message
+    many = errors.ModelNotFoundError("m", [f"model-{i}" for i in range(10)]).message
     assert many.startswith("The model `m` does not exist or you do not have access to it. Available models: `model-0`,")
     assert many.endswith("`model-6`, `model-7` and 2 more.")
 
@@ -57,7 +53,7 @@ def test_a_wrong_model_names_the_first_that_there_are() -> None:
 @pytest.mark.checklist("G10")
 @pytest.mark.parametrize(("seconds", "header"), [(0, "1"), (-5, "1"), (0.4, "1"), (17.4, "17"), (1e9, "60")])
 def test_retry_after_is_one_to_sixty_whole_seconds(seconds: float, header: str) -> None:
-    assert QueueFullError(seconds).headers["retry-after"] == header
+    assert errors.QueueFullError(seconds).headers["retry-after"] == header
 
 
 def test_the_drawn_tree_is_the_tree() -> None:

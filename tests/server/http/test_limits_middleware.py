@@ -19,7 +19,6 @@ COMPLETIONS = "/v1/completions"
 TENANTS = {
     "calls": "requests-per-minute: 2",
     "many": "requests-per-minute: 9",
-    "tokens": "tokens-per-minute: 10",
     "day": "tokens-per-day: 6",
     "two": "max-concurrent-requests: 2",
     "first": "negative-priority: true",
@@ -76,17 +75,6 @@ def test_requests_per_minute_as_the_official_client_sees_them(server: RunningSer
         assert (headers["retry-after"], headers["x-ratelimit-remaining-requests"]) == ("30", "0")
         assert calls.models.list().data[0].id == "tiny"  # is not counted
     assert not [name for name in ask(server, "free").headers if name.startswith("x-ratelimit")]
-
-
-def test_tokens_per_minute(server: RunningServer) -> None:
-    first, second = ask(server, "tokens"), ask(server, "tokens")
-    assert (first.status_code, second.status_code) == (200, 200)
-    assert first.headers["x-ratelimit-limit-tokens"] == "10"
-    assert int(second.headers["x-ratelimit-remaining-tokens"]) <= 4
-    error = check_error(ask(server, "tokens"), 429)
-    assert (error["code"], error["type"]) == ("rate_limit_exceeded", "tokens")
-    assert error["message"].startswith("Rate limit reached: 10 tokens per minute. Please try again in ")
-    assert usage(server, "tokens")["prompt_tokens"] == 8
 
 
 def test_tokens_per_day(server: RunningServer) -> None:

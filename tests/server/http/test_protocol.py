@@ -75,54 +75,45 @@ def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None
         assert re.findall(rb"HTTP/1.1 (\d+)", read_all(connection)) == [b"400", b"200", b"404"]
 
 
+GET = b"GET /health HTTP/1.1\r\nhost: a"
 POST = b"POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
 SMUGGLED = b"GET /version HTTP/1.1\r\nhost: a\r\n\r\n"  # must never be answered
 
 CHUNKED = POST + b"transfer-encoding: chunked\r\n\r\n"
 
-SMUGGLING = {
-    "bare LF after a field": b"GET /health HTTP/1.1\r\nhost: a\nx: y\r\n\r\n",
-    "bare LF after the request line": b"GET /health HTTP/1.1\nhost: a\r\n\r\n",
-    "LF, CR, LF": b"GET /health HTTP/1.1\r\nhost: a\n\r\n",
-    "bare LF without an end": b"GET /health HTTP/1.1\r\nhost: a\nx",
-    "folded with a tab": b"GET /health HTTP/1.1\r\nhost: a\r\n\tx: y\r\n\r\n",
-    "two CRs": b"GET /health HTTP/1.1\r\nhost: a\r\r\n\r\n",
-    "folded field": b"GET /health HTTP/1.1\r\nhost: a\r\nx: y\r\n z\r\n\r\n",
-    "folded length": POST + b"content-length:\r\n 5\r\n\r\n" + SMUGGLED,
-    "fold before the first field": b"GET /health HTTP/1.1\r\n host: a\r\n\r\n",
-    "NUL in a value": b"GET /health HTTP/1.1\r\nhost: a\r\nx: a\x00b\r\n\r\n",
-    "space before the colon": POST + b"content-length : 5\r\n\r\n" + SMUGGLED,
-    "no name": b"GET /health HTTP/1.1\r\nhost: a\r\n: b\r\n\r\n",
-    "no colon": b"GET /health HTTP/1.1\r\nhost: a\r\nx\r\n\r\n",
-    "contradictory lengths": POST + b"content-length: 0\r\ncontent-length: 38\r\n\r\n" + SMUGGLED,
-    "repeated length": POST + b"content-length: 38\r\nContent-Length: 38\r\n\r\n" + SMUGGLED,
-    "list of lengths": POST + b"content-length: 38, 38\r\n\r\n" + SMUGGLED,
-    "signed length": POST + b"content-length: +0\r\n\r\n" + SMUGGLED,
-    "hexadecimal length": POST + b"content-length: 0x0\r\n\r\n" + SMUGGLED,
-    "length in other digits": POST + "content-length: \u0665\r\n\r\n".encode() + SMUGGLED,
-    "length that is empty": POST + b"content-length:\r\n\r\n" + SMUGGLED,
-    "length and coding": POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    "coding and length": POST + b"Transfer-Encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    "repeated coding": POST + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-    "unknown coding": POST + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    "vertical tab before the coding": POST + b"transfer-encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    "coding of HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0", 1) + b"0\r\n\r\n" + SMUGGLED,
-    "bare LF after a chunk size": CHUNKED + b"2\n{}\r\n0\r\n\r\n",
-    "bare LF after a chunk": CHUNKED + b"2\r\n{}\n0\r\n\r\n",
-    "chunk longer than its size": CHUNKED + b"2\r\n{}0\r\n\r\n0\r\n\r\n",
-    "signed chunk size": CHUNKED + b"+2\r\n{}\r\n0\r\n\r\n",
-    "huge chunk size": CHUNKED + b"f" * 21 + b"\r\n{}\r\n0\r\n\r\n",
-    "bare LF in a trailer": CHUNKED + b"2\r\n{}\r\n0\r\nx: y\n\r\n",
-    "folded trailer": CHUNKED + b"2\r\n{}\r\n0\r\nx: y\r\n z\r\n\r\n",
-    "space in the target": b"GET /health /x HTTP/1.1\r\nhost: a\r\n\r\n",
-    "no version": b"GET /health\r\nhost: a\r\n\r\n",
-    "another protocol": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "empty line first": b"\r\nGET /health HTTP/1.1\r\nhost: a\r\n\r\n",
-    "no request line": b"hello\r\n\r\n",
-    "no host": b"GET /health HTTP/1.1\r\n\r\n",
-    "two hosts": b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
-    "space in a name": b"GET / HTTP/1.1\r\nhost: a\r\nx y: 1\r\n\r\n",
-}
+LINES = [  # after the first ones of a head: bare line feeds, folds, NUL, and fields without a name or a colon
+    *(b"\nx: y\r\n\r\n", b"\n\r\n", b"\nx", b"\r\r\n\r\n"),
+    *(b"\r\nx: y\r\n z\r\n\r\n", b"\r\n\tx: y\r\n\r\n"),
+    *(b"\r\nx: a\x00b\r\n\r\n", b"\r\n: b\r\n\r\n", b"\r\nx\r\n\r\n"),
+]
+FRAMING = [  # lengths that are repeated or no decimal numbers, codings that are repeated or unknown, or both
+    *(b"content-length:\r\n 5", b"content-length : 5", b"content-length: 38, 38", b"content-length:"),
+    b"content-length: 0\r\ncontent-length: 38",
+    b"content-length: 38\r\nContent-Length: 38",
+    *(b"content-length: +0", b"content-length: 0x0", "content-length: \u0665".encode()),
+    b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0",
+    b"Transfer-Encoding: chunked\r\ncontent-length: 5\r\n\r\n0",
+    b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0",
+    *(b"transfer-encoding: xchunked\r\n\r\n0", b"transfer-encoding: \x0bchunked\r\n\r\n0"),
+]
+CHUNKS = [  # bare line feeds, sizes that are wrong or no hexadecimal numbers, and a trailer that is folded
+    *(b"2\n{}\r\n0\r\n\r\n", b"2\r\n{}\n0\r\n\r\n", b"2\r\n{}\r\n0\r\nx: y\n\r\n"),
+    *(b"2\r\n{}0\r\n\r\n0\r\n\r\n", b"+2\r\n{}\r\n0\r\n\r\n", b"f" * 21 + b"\r\n{}\r\n0\r\n\r\n"),
+    b"2\r\n{}\r\n0\r\nx: y\r\n z\r\n\r\n",
+]
+SMUGGLING = [
+    *(GET + each for each in LINES),
+    *(POST + each + b"\r\n\r\n" + SMUGGLED for each in FRAMING),
+    *(CHUNKED + each for each in CHUNKS),
+    CHUNKED.replace(b"1.1", b"1.0", 1) + b"0\r\n\r\n" + SMUGGLED,
+    b"GET /health HTTP/1.1\nhost: a\r\n\r\n",
+    b"GET /health HTTP/1.1\r\n host: a\r\n\r\n",
+    b"GET /health /x HTTP/1.1\r\nhost: a\r\n\r\n",
+    *(b"GET /health\r\nhost: a\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"hello\r\n\r\n"),
+    b"\r\nGET /health HTTP/1.1\r\nhost: a\r\n\r\n",
+    b"GET /health HTTP/1.1\r\n\r\n",
+    *(b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", b"GET / HTTP/1.1\r\nhost: a\r\nx y: 1\r\n\r\n"),
+]
 
 
 def pieces(data: bytes, in_pieces: bool) -> Iterator[bytes]:
@@ -139,7 +130,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.checklist("A09", "A18")
-@pytest.mark.parametrize("data", SMUGGLING.values(), ids=SMUGGLING)
+@pytest.mark.parametrize("data", SMUGGLING, ids=repr)
 def test_what_a_proxy_may_read_differently_is_refused(server: RunningServer, data: bytes) -> None:
     """The answer is 400, and the connection is closed, so that nothing after it is answered."""
     with server.connect() as connection:

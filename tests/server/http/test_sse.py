@@ -6,25 +6,17 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
 from sse_starlette.sse import EventSourceResponse
-from starlette.requests import ClientDisconnect
 
 from server.app import create_app
 from server.http.errors import EngineDeadError
 from server.http.protocol import HTTPProtocol
-from server.http.sse import (
-    KEEP_ALIVE_SECONDS,
-    NDJSON,
-    SERVER_SENT_EVENTS,
-    EventStream,
-    StreamFormat,
-    run_until_disconnect,
-    sse_response,
-)
+from server.http.sse import KEEP_ALIVE_SECONDS, NDJSON, SERVER_SENT_EVENTS, EventStream, StreamFormat, sse_response
 from tests.support.serving import (
     RunningServer,
     check_envelope,
@@ -56,25 +48,6 @@ class Stage:
             self._noted(), on_close=lambda: self.notes.append("on_close"), request_id="r", format=self.format
         )
 
-    async def wait(self, request: Request) -> Response:
-        async def work() -> Response:
-            self.notes.append("waits")
-            try:
-                if "short" not in request.url.query:
-                    await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                self.notes.append("cancelled")
-                raise
-            if "fail" in request.url.query:
-                raise EngineDeadError
-            return Response("done")
-
-        try:
-            return await run_until_disconnect(request, work())
-        except ClientDisconnect:
-            self.notes.append("disconnected")
-            raise
-
     async def _noted(self) -> AsyncGenerator[bytes, None]:
         try:
             async for chunk in self.events():
@@ -90,7 +63,6 @@ def staged(default_server: RunningServer, model_folder: Path) -> Iterator[tuple[
     context = make_test_context(engine.config.address, model_folder)
     app: FastAPI = create_app(context)
     app.add_api_route("/stream", stage.stream)
-    app.add_api_route("/wait", stage.wait)
     with running_server(context, engine, app=app) as server:
         yield server, stage
 
@@ -192,15 +164,12 @@ async def test_on_close_is_called_where_the_generator_never_ran() -> None:
         notes.append("ran")
         yield b""
 
-    async def gone() -> dict[str, str]:
-        return {"type": "http.disconnect"}
-
-    async def send(message: object) -> None:
+    async def fail(*message: object) -> None:
         raise OSError
 
     stream = EventStream(events(), lambda: notes.append("on_close"), None)
     with pytest.raises(OSError):
-        await stream({"type": "http", "method": "POST"}, gone, send)
+        await stream({"type": "http", "method": "POST"}, AsyncMock(return_value={"type": "http.disconnect"}), fail)
     assert notes == ["on_close"]
 
 
@@ -228,20 +197,6 @@ def test_a_reader_that_stops_is_cut(server: RunningServer, stage: Stage) -> None
         server.turn(1.1)
         wait_until(lambda: stage.notes == ["closed", "on_close"])
         assert stage.num_sent < 2000  # events that it would not read were not produced
-
-
-@pytest.mark.checklist("E10")
-def test_a_plain_handler_is_cancelled_when_its_client_leaves(server: RunningServer, stage: Stage) -> None:
-    with server.connect() as connection:
-        connection.sendall(raw_request("GET", "/wait"))
-        wait_until(lambda: stage.notes == ["waits"])
-    wait_until(lambda: stage.notes == ["waits", "cancelled", "disconnected"])
-
-
-def test_a_plain_handler_answers_who_waits(server: RunningServer, stage: Stage) -> None:
-    assert httpx.get(server.url + "/wait?short").text == "done"
-    assert httpx.get(server.url + "/wait?short,fail").status_code == 503
-    assert stage.notes == ["waits"] * 2
 
 
 def test_the_private_method_that_is_overridden_exists() -> None:

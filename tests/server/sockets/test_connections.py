@@ -1,15 +1,17 @@
-"""Connections that are passed on to other processes, over real sockets: who gets which, and what is counted."""
+"""Accepted connections, over real sockets: whose turn it is, which are closed, and which go to other processes."""
 
 import asyncio
+import errno
 import os
 import resource
+import select
 import socket
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -18,20 +20,20 @@ from fastapi import FastAPI
 from server.main import make_server
 from server.settings.process_configs import WorkerLink
 from server.sockets import acceptor
-from server.sockets.acceptor import Acceptor
+from server.sockets.acceptor import Acceptor, Waiting
 from server.sockets.certificate import Certificate
 from server.sockets.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
 from server.sockets.listeners import bind, bind_unix
+from server.sockets.starter import Starter
 from tests.support.paths import ROOT
 from tests.support.serving import is_closed, wait_until
+from tests.support.turned_loop import TurnedLoop, turn
 
 pytestmark = pytest.mark.anyio
 
-TLS = ROOT / "tests/support/tls"
-ROOM = 1000
-HAS_STARTED = bytes(NUMBER_BYTES)
+T = TypeVar("T")
 
-Connect = Callable[[], socket.socket]
+FLOOD, OTHER = "127.0.0.1", "127.0.0.3"
 
 
 class Echo(asyncio.Protocol):
@@ -51,6 +53,158 @@ class Echo(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.remove(self)
+
+
+@pytest.fixture
+def tcp_listener() -> Iterator[socket.socket]:
+    (listener,) = bind("127.0.0.1", 0)
+    with listener:
+        yield listener
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=TurnedLoop) as runner:
+        return runner.run(work)
+
+
+def connect_from(stack: ExitStack, listener: socket.socket, address: str) -> socket.socket:
+    return stack.enter_context(socket.create_connection(listener.getsockname(), source_address=(address, 0)))
+
+
+async def accept_all(listener: socket.socket, num_free: int = 1000) -> list[tuple[str, int]]:
+    """Return the addresses of the clients whose connections are started, in that order."""
+    connections: list[Echo] = []
+    accepting = Acceptor([listener], lambda: Echo(connections), num_free=lambda: num_free)
+    while select.select([listener], [], [], 0)[0] or accepting._waiting:
+        await turn(acceptor.RETRY_SECONDS)
+    await turn(0)  # the last ones are started
+    addresses = [each.transport.get_extra_info("peername") for each in connections]
+    await close_all(accepting, connections)
+    return addresses
+
+
+async def close_all(accepting: Acceptor | Receiver, connections: list[Echo]) -> None:
+    accepting.close()
+    await accepting.wait_closed()
+    for each in connections:
+        each.transport.abort()
+    await until(lambda: not connections)
+
+
+@pytest.mark.checklist("A16")
+def test_another_network_is_next(tcp_listener: socket.socket) -> None:
+    with ExitStack() as stack:
+        flood = [connect_from(stack, tcp_listener, FLOOD) for _ in range(60)]
+        other = connect_from(stack, tcp_listener, OTHER)
+        started = run(accept_all(tcp_listener))
+        assert other.getsockname() in started[:2]
+        assert [each for each in started if each[0] == FLOOD] == [each.getsockname() for each in flood]
+
+
+@pytest.mark.checklist("A16")
+def test_what_there_is_no_room_for_is_closed(tcp_listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest waiting ones of the network that has most."""
+    monkeypatch.setattr(acceptor, "ACCEPTS_AT_ONCE", 40)
+    monkeypatch.setattr(acceptor, "STARTS_AT_ONCE", 1)
+    with ExitStack() as stack:
+        other = [connect_from(stack, tcp_listener, OTHER) for _ in range(3)]
+        flood = [connect_from(stack, tcp_listener, FLOOD) for _ in range(200)]
+        started = run(accept_all(tcp_listener, num_free=0))
+        assert {each.getsockname() for each in other} <= set(started)
+        assert flood[-1].getsockname() in started
+        assert 40 < len(started) < 60
+
+
+@pytest.mark.checklist("A16")
+def test_of_networks_that_have_as_many_the_longest_waiting_connection_is_closed() -> None:
+    """Whatever the networks are called."""
+    waiting = Waiting()
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(10)]
+        for number, each in enumerate(sockets):
+            waiting.add(f"network {9 - number}", each)
+        waiting.shrink_to(4)
+        assert [each.fileno() == -1 for each in sockets] == [True] * 6 + [False] * 4
+        assert [waiting.take() for _ in range(len(waiting))] == sockets[6:]
+
+
+def test_connections_that_wait_are_closed_at_the_end(tcp_listener: socket.socket) -> None:
+    async def accept_and_close() -> None:
+        started: list[Echo] = []
+        accepting = Acceptor([tcp_listener], lambda: Echo(started), num_free=lambda: 1000)
+        for _ in range(2):
+            await asyncio.sleep(0)
+        accepting.close()
+        await accepting.wait_closed()
+        assert len(started) < 20
+        await close_all(accepting, started)
+
+    with ExitStack() as stack:
+        connections = [connect_from(stack, tcp_listener, FLOOD) for _ in range(20)]
+        run(accept_and_close())
+        for connection in connections:
+            connection.settimeout(60)
+            assert is_closed(connection)
+
+
+class Failing(socket.socket):
+    """A listening socket that fails to accept the second connection at first."""
+
+    error = errno.EMFILE
+    num_calls = 0
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.num_calls += 1
+        if self.num_calls == 2:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().accept()
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM, errno.EPERM, errno.EPROTO])
+def test_accepting_goes_on_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
+) -> None:
+    monkeypatch.setattr(Failing, "error", error)
+    with ExitStack() as stack:
+        listener = stack.enter_context(Failing(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        connections = [connect_from(stack, listener, FLOOD) for _ in range(2)]
+        assert run(accept_all(listener)) == [each.getsockname() for each in connections]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a connection cannot be accepted: {os.strerror(error)}"
+    ]
+
+
+# A connection whose protocol cannot be made.
+
+
+def test_a_connection_that_cannot_be_started_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> asyncio.BaseProtocol:
+        raise ValueError("a bug")
+
+    async def start(connection: socket.socket) -> None:
+        starter = Starter(fail)
+        starter.start(connection)
+        await starter.wait()
+
+    client, connection = socket.socketpair()
+    with client, connection:
+        asyncio.run(start(connection))
+        client.settimeout(60)
+        assert client.recv(1) == b""
+    (record,) = [record for record in caplog.records if record.name == "server.sockets.starter"]
+    assert record.getMessage() == "a connection could not be started"
+
+
+# Connections that are passed on to other processes: who gets which, and what is counted.
+
+
+TLS = ROOT / "tests/support/tls"
+ROOM = 1000
+HAS_STARTED = bytes(NUMBER_BYTES)
+
+Connect = Callable[[], socket.socket]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -121,10 +275,7 @@ class Coordinator:
         await until(lambda: self.num_passed_on == number)
 
     async def close(self) -> None:
-        self.acceptor.close()
-        await self.acceptor.wait_closed()
-        for connection in self.own:
-            connection.transport.abort()
+        await close_all(self.acceptor, self.own)
 
 
 class Worker:
@@ -136,11 +287,7 @@ class Worker:
         self.receiver.open()
 
     async def close(self) -> None:
-        self.receiver.close()
-        await self.receiver.wait_closed()
-        for connection in self.own:
-            connection.transport.abort()
-        await until(lambda: not self.own)
+        await close_all(self.receiver, self.own)
 
 
 @asynccontextmanager
@@ -175,18 +322,12 @@ async def test_the_coordinator_keeps_fewer_the_more_it_works_for_the_streams_of_
         assert list(map(len, processes)) == shares
         assert coordinator.num_passed_on == sum(shares[1:])
         await check_echo(clients)
-
-
-async def test_small_writes_of_a_worker_are_not_delayed(listener: socket.socket, connect: Connect) -> None:
-    async with running(listener, 1) as (_, (worker,)):
-        client = connect()
-        await until_open(worker.own, 1)
-        transport = worker.own[0].transport
-        passed_on = transport.get_extra_info("socket")
-        assert not os.get_inheritable(passed_on.fileno())
-        if listener.family == socket.AF_INET:
-            assert transport.get_extra_info("peername") == client.getsockname()
-            assert passed_on.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for connection in workers[0].own:
+            passed_on = connection.transport.get_extra_info("socket")
+            assert not os.get_inheritable(passed_on.fileno())
+            if listener.family == socket.AF_INET:  # small writes are not delayed
+                assert passed_on.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert connection.transport.get_extra_info("peername") in [each.getsockname() for each in clients]
 
 
 async def test_the_next_connection_goes_where_some_have_been_closed(listener: socket.socket, connect: Connect) -> None:
