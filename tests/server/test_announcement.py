@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from server.announcement import client_url, first_steps
 from server.context import ServerContext
 from tests.support.serving import make_test_context
@@ -23,17 +21,14 @@ def context_of(model_folder: Path, **settings: Any) -> Iterator[ServerContext]:
     template.close()
 
 
-@pytest.mark.parametrize(
-    ("listening", "url"),
-    [
+def test_clients_cannot_call_a_wildcard() -> None:
+    for listening, url in (
         ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
         ("http://0.0.0.0:8000", "http://127.0.0.1:8000"),
         ("http://[::]:1", "http://[::1]:1"),
         ("http://10.0.0.1:8000", "http://10.0.0.1:8000"),
-    ],
-)
-def test_clients_cannot_call_a_wildcard(listening: str, url: str) -> None:
-    assert client_url(listening) == url
+    ):
+        assert client_url(listening) == url, listening
 
 
 def test_the_default_port_needs_no_url(model_folder: Path, tmp_path: Path) -> None:
@@ -54,8 +49,7 @@ def test_a_unix_socket_is_called_by_its_path(model_folder: Path) -> None:
 def test_a_key_is_named_but_not_shown(model_folder: Path, tmp_path: Path) -> None:
     """Not as a variable either: the key may come from a flag or a file, and the commands run in another shell."""
     (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
-    chat_template = str(tmp_path / "chat.jinja")
-    with context_of(model_folder, chat_template=chat_template, api_key=("one", "two")) as context:
+    with context_of(model_folder, chat_template=str(tmp_path / "chat.jinja"), api_key=("one", "two")) as context:
         steps = first_steps(context, "http://127.0.0.1:8000")
     assert steps["chat"] == "lightwell chat --api-key YOUR_KEY"
     assert " -H 'Authorization: Bearer YOUR_KEY' " in str(steps["curl"])

@@ -3,16 +3,15 @@
 import asyncio
 import importlib.metadata
 import json
-import logging
 import subprocess
 import sys
+from typing import Any
 
 import anyio
 import httpx
 import openai
 import pytest
 
-from server.tenants import Tenant
 from tests.server.conftest import StartServer
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, raw_request, wait_until
@@ -21,78 +20,31 @@ from tests.support.tiny_tokenizer_model import MAX_MODEL_LEN
 JSON_TYPE = {"content_type": "application/json"}
 
 
-def sdk_client(server: RunningServer, api_key: str = "x") -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key=api_key)
-
-
 def test_models(server: RunningServer) -> None:
-    with sdk_client(server) as client:
-        assert [model.id for model in client.models.list()] == ["tiny", "org/tiny"]
-        model = client.models.retrieve("tiny")
-        with pytest.raises(openai.NotFoundError) as caught:
-            client.models.retrieve("other")
-    assert caught.value.code == "model_not_found"
-    assert (model.id, model.object, model.owned_by) == ("tiny", "model", "lightwell")
-    assert model.created == server.context.created
-
-
-def test_a_model_id_may_have_slashes(server: RunningServer) -> None:
-    assert httpx.get(server.url + "/v1/models/org/tiny").json() == {
-        "id": "org/tiny",
-        "object": "model",
-        "created": server.context.created,
-        "owned_by": "lightwell",
-        "root": "tiny",
-        "parent": None,
-        "state": "loaded",
-        "max_model_len": MAX_MODEL_LEN,
-        "default_max_tokens": None,
-        "default_sampling": {},
-        "default_sampling_sources": {},
-        "tool_format": "generic",
-        "reasoning_format": None,
-    }
+    """Their ids may have slashes."""
+    models = httpx.get(server.url + "/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["tiny", "org/tiny"]
+    assert httpx.get(server.url + "/v1/models/tiny").json() == models[0]
+    assert check_error(httpx.get(server.url + "/v1/models/other"), 404)["code"] == "model_not_found"
+    card = {"id": "org/tiny", "object": "model", "owned_by": "lightwell", "root": "tiny", "parent": None}
+    state = {"created": server.context.created, "state": "loaded", "max_model_len": MAX_MODEL_LEN}
+    formats = {"tool_format": "generic", "reasoning_format": None}
+    defaults: dict[str, Any] = {"default_max_tokens": None, "default_sampling": {}, "default_sampling_sources": {}}
+    assert httpx.get(server.url + "/v1/models/org/tiny").json() == card | state | formats | defaults
     check_error(httpx.get(server.url + "/v1/models/tiny/x"), 404)
 
 
 def test_version(server: RunningServer) -> None:
-    version = importlib.metadata.version("lightwell")
-    expected = {"version": version, "default_sampling": {}, "default_sampling_sources": {}}
-    assert httpx.get(server.url + "/version").json() == expected
+    assert httpx.get(server.url + "/version").json()["version"] == importlib.metadata.version("lightwell")
 
 
 @pytest.mark.checklist("G10")
 def test_the_sdk_does_not_retry_a_bad_request(server: RunningServer) -> None:
-    with sdk_client(server) as client, pytest.raises(openai.BadRequestError):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="x") as client, pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt="x", n=1000)
     labels = {"handler": "/v1/completions", "method": "POST", "status": "400"}
     wait_until(lambda: server.metric("http_requests_total", **labels) == 1)
     assert server.metric("lightwell_retried_requests_total") == 0
-
-
-def test_the_sdk_raises_its_own_errors(start_server: StartServer) -> None:
-    server = start_server(api_key=("k",))
-    with sdk_client(server, "x") as client, pytest.raises(openai.AuthenticationError) as caught:
-        client.models.list()
-    assert caught.value.code == "invalid_api_key"
-    assert caught.value.request_id is not None
-    with sdk_client(server, "k") as client, pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model="tiny", messages=[])
-    assert bad.value.param == "messages"
-
-
-@pytest.mark.checklist("E01")
-def test_a_full_queue_is_429_without_waiting(server: RunningServer, fake_engine: FakeEngine) -> None:
-    reservation = server.reserve(server.model.client.max_in_flight, tenant=Tenant(name="127.0.0.1"))
-    body = {"model": "tiny", "prompt": "x", "stream": True}
-    for _ in range(6):
-        response = httpx.post(server.url + "/v1/completions", json=body)
-    assert check_error(response, 429)["code"] == "rate_limit_exceeded"
-    assert 1 <= int(response.headers["retry-after"]) <= 60
-    assert server.metric("lightwell_requests_rejected_total", reason="queue_full") == 6
-    assert server.metric("lightwell_tokenizer_seconds_count") == 0  # rejected before tokenizing
-    assert fake_engine.submits == []
-    reservation.release()
 
 
 async def complete(client: httpx.AsyncClient, number: int) -> httpx.Response:
@@ -146,24 +98,6 @@ async def test_clients_that_disconnect_at_any_time_leave_nothing_behind(
     ]
     wait_until(lambda: len(fake_engine.submits) == sum(finished))  # the engine may not have read the last requests yet
     wait_until(lambda: fake_engine.num_choices == 0)
-
-
-@pytest.mark.checklist("B07")
-def test_no_secret_is_logged_at_any_level(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    server = start_server(api_key=("key-canary",), log_level="debug")
-    headers = {"authorization": "Bearer key-canary"}
-    for stream in (False, True):
-        body = {"model": "tiny", "prompt": "prompt-canary", "stream": stream, "user": "user-canary"}
-        assert httpx.post(server.url + "/v1/completions", json=body, headers=headers).status_code == 200
-    httpx.post(
-        server.url + "/v1/completions", json={"model": "tiny", "prompt": "prompt-canary", "n": 0}, headers=headers
-    )
-    httpx.get(server.url + "/v1/models", headers={"authorization": "Bearer other-canary"})
-    wait_until(lambda: len([r for r in caplog.records if r.name == "server.access"]) == 4)
-    ours = [r for r in caplog.records if not r.name.startswith(("httpx", "httpcore"))]
-    text = "\n".join(str(record.__dict__) for record in ours)
-    assert "canary" not in text
 
 
 def test_the_api_process_imports_nothing_heavy_and_starts_nothing() -> None:

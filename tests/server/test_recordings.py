@@ -103,8 +103,7 @@ def test_a_replay_that_differs(start_server: StartServer, fake_engine: FakeEngin
     for path, stream in product((CHAT, COMPLETIONS), (False, True)):
         fake_engine.config.reply = list(b"Hello")
         body = MINIMAL[path] | {"n": 2, "max_tokens": 5, "stream": stream}
-        answer = httpx.post(server.url + path, json=body, headers={"x-request-id": "mine"})
-        assert answer.status_code == 200
+        assert httpx.post(server.url + path, json=body, headers={"x-request-id": "mine"}).status_code == 200
         url = f"{server.url}/v1/requests/mine/replay"
         choices = [{"index": i, "num_tokens": 5, "bit_equal": True, "difference": None} for i in range(2)]
         assert httpx.post(url).json() == {"id": "mine", "object": "replay", "bit_equal": True, "choices": choices}
@@ -125,8 +124,7 @@ def test_a_replay_that_differs(start_server: StartServer, fake_engine: FakeEngin
 def test_requests_that_are_not_recorded(start_server: StartServer) -> None:
     for num_kept, words in ((0, "--record-requests"), (7, "among the last 7 finished requests")):
         server = start_server(record_requests=num_kept)
-        response = httpx.post(f"{server.url}/v1/requests/unknown/replay")
-        error = check_error(response, 404)
+        error = check_error(httpx.post(f"{server.url}/v1/requests/unknown/replay"), 404)
         assert error["code"] == "request_not_found"
         assert words in error["message"]
 

@@ -68,20 +68,12 @@ class Running:
         self._clock, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._clock.settimeout(60)
         stubs = [[sys.executable, str(STUB), str(folder), *stub.split()] for stub in (f"engine {engine}", f"api {api}")]
-        options = {"model": str(model), "drain_timeout": 0.5, **settings}
+        options, fd = {"model": str(model), "drain_timeout": 0.5, **settings}, remote.fileno()
+        command = [sys.executable, "-m", "tests.support.turned_clock", *map(json.dumps, (options, *stubs, fd))]
+        environ = {**os.environ, "TMPDIR": temporary, "PYTHONPATH": str(ROOT)}
         with remote:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "tests.support.turned_clock",
-                    *map(json.dumps, (options, *stubs, remote.fileno())),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "TMPDIR": temporary, "PYTHONPATH": str(ROOT)},
-                pass_fds=[remote.fileno()],
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ, pass_fds=[fd]
             )
 
     def pid(self, name: str) -> int:
@@ -233,8 +225,7 @@ def test_several_api_processes_are_linked(start: Start) -> None:
         passed += [socket_of("api", link.sockets_fd), socket_of(name, worker.coordinator.sockets_fd)]
     assert all(each.startswith("socket:") for each in passed)
     assert len(set(passed)) == 4
-    held = {os.readlink(file) for file in Path(f"/proc/{running.process.pid}/fd").iterdir()}
-    assert held.isdisjoint(passed)
+    assert {os.readlink(file) for file in Path(f"/proc/{running.process.pid}/fd").iterdir()}.isdisjoint(passed)
     running.signal(TERM)
     assert running.end() == (0, [])
 
@@ -276,35 +267,28 @@ def test_a_bad_keys_file_is_found_before_the_model(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.checklist("F04", "F11")
 @pytest.mark.parametrize(
-    ("started", "name", "signum", "waits", "status", "end"),
+    ("started", "name", "signum", "waits", "end"),
     [
-        ({"api": "outlive-engine"}, "engine", KILL, [], 1, "engine process was killed by SIGKILL"),
-        ({"api": "outlive-engine"}, "engine", signal.SIGSEGV, [], 1, "engine process was killed by SIGSEGV"),
-        ({"api": "outlive-engine"}, "engine", TERM, [], 1, "engine process exited with code 0"),
-        ({"engine": "exit 7", "api": "outlive-engine"}, None, 0, [], 1, "engine process exited with code 7"),
-        ({}, "engine", KILL, [3.0], 1, "engine process was killed by SIGKILL"),
-        ({"api": "ignore"}, "engine", KILL, [3.0, 1.5], 1, "engine process was killed by SIGKILL"),
-        ({"api": "outlive-engine", "api_server_count": 2}, "engine", TERM, [], 1, "engine process exited with code 0"),
-        ({}, "api", KILL, [], 1, "API process was killed by SIGKILL"),
-        ({"engine": "ignore"}, "api", KILL, [1.5], 1, "API process was killed by SIGKILL"),
-        ({"api": "exit 0"}, None, 0, [], 1, "API process exited with code 0"),
-        ({"api_server_count": 3}, "api", KILL, [], 1, "API 0 process was killed by SIGKILL"),
-        ({"api_server_count": 3}, "api-2", KILL, [], 1, "API 2 process was killed by SIGKILL"),
-        ({}, "supervisor", INT, [], 0, None),
-        ({}, "supervisor", HUP, [], 0, None),
-        ({"engine": "ignore"}, "supervisor", TERM, [1.5], 0, None),  # in a long step, for nobody
-        ({"api": "ignore"}, "supervisor", TERM, [0.5 + 2.5], 1, "API process was killed by SIGKILL"),
-        ({"api": "fail 4"}, "supervisor", TERM, [], 1, "API process exited with code 4"),
+        ({"api": "outlive-engine"}, "engine", KILL, [], "engine process was killed by SIGKILL"),
+        ({"api": "outlive-engine"}, "engine", signal.SIGSEGV, [], "engine process was killed by SIGSEGV"),
+        ({"engine": "exit 7", "api": "outlive-engine"}, None, 0, [], "engine process exited with code 7"),
+        ({}, "engine", KILL, [3.0], "engine process was killed by SIGKILL"),
+        ({"api": "ignore"}, "engine", KILL, [3.0, 1.5], "engine process was killed by SIGKILL"),
+        ({"api": "outlive-engine", "api_server_count": 2}, "engine", TERM, [], "engine process exited with code 0"),
+        ({}, "api", KILL, [], "API process was killed by SIGKILL"),
+        ({"engine": "ignore"}, "api", KILL, [1.5], "API process was killed by SIGKILL"),
+        ({"api": "exit 0"}, None, 0, [], "API process exited with code 0"),
+        ({"api_server_count": 3}, "api", KILL, [], "API 0 process was killed by SIGKILL"),
+        ({"api_server_count": 3}, "api-2", KILL, [], "API 2 process was killed by SIGKILL"),
+        ({}, "supervisor", INT, [], None),
+        ({}, "supervisor", HUP, [], None),
+        ({"engine": "ignore"}, "supervisor", TERM, [1.5], None),  # in a long step, for nobody
+        ({"api": "ignore"}, "supervisor", TERM, [0.5 + 2.5], "API process was killed by SIGKILL"),
+        ({"api": "fail 4"}, "supervisor", TERM, [], "API process exited with code 4"),
     ],
 )
 def test_how_the_server_ends(
-    start: Start,
-    started: dict[str, Any],
-    name: str | None,
-    signum: int,
-    waits: list[float],
-    status: int,
-    end: str | None,
+    start: Start, started: dict[str, Any], name: str | None, signum: int, waits: list[float], end: str | None
 ) -> None:
     """One process gets a signal, or ends by itself. `waits`: seconds that the others have in turn to end."""
     running = start(**started)
@@ -313,7 +297,7 @@ def test_how_the_server_ends(
         os.kill(running.pid(name), signum)
     for seconds in waits:
         running.turn(seconds)
-    assert running.end() == (status, [] if end is None else [f"lightwell: error: the {end}"])
+    assert running.end() == ((0, []) if end is None else (1, [f"lightwell: error: the {end}"]))
 
 
 def test_the_last_line_can_be_json(start: Start) -> None:
@@ -394,24 +378,6 @@ def test_an_engine_that_cannot_be_killed_is_reported(
             patch.setattr(os, "killpg", lambda *_: None)
             assert watched._after_signal() == 1
     assert "the engine process cannot be killed" in capfd.readouterr().err
-
-
-def test_death_of_the_supervisor(start: Start) -> None:
-    """The stub children do not arrange their end: the parent-death signal is set before they run any code."""
-    running = start()
-    pids = [running.pid("engine"), running.pid("api")]
-    running.process.kill()
-    wait_for_end_of(*pids)
-
-
-@pytest.mark.parametrize("signum", [TERM, KILL])
-def test_subprocesses_of_a_child_end_with_it(start: Start, signum: int) -> None:
-    running = start(engine="fork", api="outlive-engine")
-    running.wait_for_children()
-    helper = running.pid("helper")
-    os.kill(running.pid("engine"), signum)
-    assert running.process.wait(60) == 1
-    wait_for_end_of(helper)
 
 
 # API processes that hang.
@@ -498,8 +464,7 @@ def test_an_engine_that_dies_is_started_again(start: Start) -> None:
     process = psutil.Process(running.process.pid)
     ready_engine(running, 1)
     num_fds = process.num_fds()
-    deaths = [(KILL, 0.0), (TERM, 1.0), (KILL, 2.0), (KILL, 4.0)]
-    for number, (signum, delay) in enumerate(deaths, 1):
+    for number, (signum, delay) in enumerate([(KILL, 0.0), (TERM, 1.0), (KILL, 2.0), (KILL, 4.0)], 1):
         dead, helper = ready_engine(running, number), running.pid("helper")
         os.kill(dead, signum)
         if delay:
@@ -509,16 +474,14 @@ def test_an_engine_that_dies_is_started_again(start: Start) -> None:
     assert process.num_fds() == num_fds
     assert {child.pid for child in process.children()} == {last, running.pid("api")}
     os.kill(last, KILL)
-    assert running.end() == (
-        1,
-        [
-            f"{KILLED}; another one starts",
-            "lightwell: error: the engine process exited with code 0; another one starts in 1 s",
-            f"{KILLED}; another one starts in 2 s",
-            f"{KILLED}; another one starts in 4 s",
-            f"{KILLED}; that was failure 5 in 7 s",
-        ],
-    )
+    status, lines = running.end()
+    assert status == 1
+    assert lines == [
+        f"{KILLED}; another one starts",
+        "lightwell: error: the engine process exited with code 0; another one starts in 1 s",
+        *(f"{KILLED}; another one starts in {seconds} s" for seconds in (2, 4)),
+        f"{KILLED}; that was failure 5 in 7 s",
+    ]
     assert (running.folder / "gone").read_text()
 
 
@@ -695,8 +658,7 @@ def test_the_api_process_starts_and_stops_engines(capfd: pytest.CaptureFixture[s
         assert gone.reason.startswith("cannot start the missing process: ")
 
     assert watched.run(act, starts=False) == 1
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == f"{KILLED}; the server goes on without it"
+    assert capfd.readouterr().err.splitlines()[0] == f"{KILLED}; the server goes on without it"
 
 
 # Files.
@@ -718,6 +680,7 @@ def test_files_of_a_killed_api_process_are_removed(start: Start, temporary: str)
 
 @pytest.mark.checklist("F09")
 def test_files_of_a_killed_supervisor_are_removed_when_another_one_starts(start: Start, temporary: str) -> None:
+    """Its children end with it without arranging that: the parent-death signal is set before they run any code."""
     killed = start()
     children = [killed.pid("engine"), killed.pid("api")]
     killed.process.kill()

@@ -121,8 +121,7 @@ def test_a_chosen_id_names_a_request_of_each_tenant(shared: RunningServer) -> No
     for key, prompt in zip(KEYS, ("a", "abc"), strict=True):
         assert send(shared, key, "POST", "/v1/completions", json=REQUEST | {"prompt": prompt}).status_code == 200
     for key, num_tokens in zip(KEYS, (1, 3), strict=True):
-        answer = send(shared, key, "POST", "/v1/requests/mine/replay")
-        assert answer.json()["bit_equal"] is True
+        assert send(shared, key, "POST", "/v1/requests/mine/replay").json()["bit_equal"] is True
         assert len(shared.engine.submits[-1].prompt_token_ids) == num_tokens
         assert shared.engine.submits[-1].tenant == f"key-{1 + KEYS.index(key)}"
 

@@ -130,13 +130,10 @@ class Terminal:
 
     def __init__(self, command: list[str], **environment: str) -> None:
         self.descriptor, other_end = pty.openpty()
+        arguments = [sys.executable, "-c", AT_TERMINAL, *command]
+        env = {**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null", **environment}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", AT_TERMINAL, *command],
-            stdin=other_end,
-            stdout=other_end,
-            stderr=other_end,
-            start_new_session=True,
-            env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null", **environment},
+            arguments, stdin=other_end, stdout=other_end, stderr=other_end, start_new_session=True, env=env
         )
         os.close(other_end)
         self.output = ""
@@ -165,15 +162,8 @@ class Terminal:
 @pytest.fixture
 def terminal(stub: StubServer) -> Iterator[Terminal]:
     with closing(Terminal(command(stub.url))) as terminal:
-        terminal.read_until("> ")
-        yield terminal
-
-
-def test_greeting(stub: StubServer) -> None:
-    with closing(Terminal(command(stub.url))) as terminal:
         assert f"stub-model at {stub.url}. /clear starts" in terminal.read_until("> ")
-        terminal.type("\x04")
-        assert terminal.end() == 0
+        yield terminal
 
 
 def test_a_conversation(stub: StubServer, terminal: Terminal) -> None:

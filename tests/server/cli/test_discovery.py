@@ -1,29 +1,39 @@
-"""How `lightwell chat` finds a server, with stub servers over real sockets."""
+"""How `lightwell chat` finds a server: the files of those that run, what answers at a port, and its address."""
 
 import os
 import socketserver
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
-from server.cli import discovery
+from server.cli import discovery, http_client
+from server.cli.bench import run_benchmark
 from server.cli.discovery import find_server
-from server.cli.http_client import RemoteError
-from server.running_servers import RunningServer, registered
+from server.cli.http_client import RemoteError, base_url, connect, find_model
+from server.cli.load_generator import LoadOptions
+from server.http.errors import EngineUnavailableError
+from server.running_servers import RunningServer, folder, registered, registered_servers
+from server.sockets.certificate import Certificate
+from tests.server.conftest import StartServer
+from tests.support.paths import ROOT
 from tests.support.stub_openai import StubServer
 
 NOBODY = "http://127.0.0.1:9"
 
 
 @pytest.fixture(autouse=True)
-def no_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let no server be found. Return where the files of servers would be."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(discovery, "DEFAULT_URL", NOBODY)
+    return tmp_path / "lightwell"
 
 
 @pytest.fixture
@@ -51,8 +61,7 @@ def test_which_is_taken_and_what_is_said(
     with registered(RunningServer(url=stub.url, model="first")), StubServer() as second:
         assert found(stub.url) == (stub.url, "")
         assert found() == (stub.url, f"lightwell: using first at {stub.url}\n")
-        file = tmp_path / "lightwell" / f"{os.getppid()}.json"
-        file.write_text(f'{{"url": "{second.url}", "model": "second"}}')
+        (tmp_path / "lightwell" / f"{os.getppid()}.json").write_text(f'{{"url": "{second.url}", "model": "second"}}')
         assert found()[0] in (stub.url, second.url)
         said = f"lightwell: using first at {stub.url} (--url chooses another: second at {second.url})\n"
         assert found(stub.url) == (stub.url, said)
@@ -118,3 +127,131 @@ def test_chat_without_a_url(stub: StubServer) -> None:
     with registered(RunningServer(url=stub.url, model="m")):
         done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, timeout=60, check=False)
     assert stub.url in done.stderr
+
+
+ONE, TWO = (RunningServer(url=f"http://127.0.0.1:{port}", model="m") for port in (1, 2))
+
+
+def test_a_server_is_found_while_it_is_registered(runtime_folder: Path) -> None:
+    assert registered_servers() == []
+    with registered(ONE):
+        assert registered_servers() == [ONE]
+        assert runtime_folder.stat().st_mode & 0o777 == 0o700
+    assert registered_servers() == []
+
+
+def test_the_last_one_is_first_and_files_of_ended_processes_are_removed(runtime_folder: Path) -> None:
+    with registered(ONE), subprocess.Popen(["sleep", "60"]) as other:
+        later = time.time() + 10
+        (file := runtime_folder / f"{other.pid}.json").write_text('{"url": "http://127.0.0.1:2", "model": "m"}')
+        os.utime(file, (later, later))
+        assert registered_servers() == [TWO, ONE]
+        other.kill()
+        other.wait()
+        assert registered_servers() == [ONE]
+        assert not file.exists()
+
+
+def test_files_that_cannot_be_used_are_ignored(runtime_folder: Path) -> None:
+    with registered(ONE):
+        file = runtime_folder / f"{os.getppid()}.json"
+        for content in (b"", b"{", b"{}", b"[1]", b"\0", b"\xff", b'{"a": ' + 100_000 * b"["):
+            file.write_bytes(content)
+            assert registered_servers() == [ONE]
+        if os.getuid() == 0:
+            file.write_text('{"url": "http://127.0.0.1:2", "model": "m"}')
+            assert TWO in registered_servers()
+            os.chown(file, 12345, -1)  # of another user
+            assert registered_servers() == [ONE]
+
+
+def test_without_a_folder_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "file"))
+    with registered(ONE):
+        assert registered_servers() == []
+
+
+def test_the_folder_is_in_the_cache_where_there_is_no_runtime_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path))
+    assert folder() == tmp_path / "servers"
+
+
+TLS = ROOT / "tests/support/tls"
+
+
+def test_addresses() -> None:
+    assert base_url("http://localhost:8000") == base_url("http://localhost:8000/v1/") == "http://localhost:8000"
+    assert base_url("https://example.org/llm/v1") == "https://example.org/llm"
+    assert base_url("http://[::1]:80/") == "http://[::1]:80"
+    for url in ("localhost:8000", "ftp://x", "http://", "http://x:port", "http://k:p@x", "http://x?a=1"):
+        with pytest.raises(ValueError):
+            base_url(url)
+
+
+@pytest.mark.parametrize("key", ["sk-ü", "a\tb", "a\nb"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
+    with pytest.raises(RemoteError, match="invalid API key: expected printable ASCII characters"):
+        connect("http://localhost:1", key)
+
+
+def test_a_server_that_is_loading_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another 503 is an error."""
+    monkeypatch.setattr(http_client, "LOADING_POLL_SECONDS", 0.0)
+    loading, draining = (
+        EngineUnavailableError(f"The {problem}.").response().body
+        for problem in ("model is still being loaded", "server is shutting down")
+    )
+    answers = [httpx.Response(503, content=bytes(body)) for body in (loading, loading, loading, draining)]
+    answers.insert(3, httpx.Response(200, json={"data": [{"id": "m"}]}))
+    with httpx.Client(base_url="http://x", transport=httpx.MockTransport(lambda request: answers.pop(0))) as client:
+        assert find_model(client) == "m"
+        assert capsys.readouterr().err == "http://x is still loading its model\n"
+        with pytest.raises(RemoteError, match="shutting down"):
+            find_model(client)
+
+
+def test_https_at_a_plain_port_is_explained(server_url: str) -> None:
+    with (
+        connect(server_url.replace("http:", "https:"), None) as client,
+        pytest.raises(RemoteError, match=r"no TLS at https://.*: should the address begin with http://\?"),
+    ):
+        find_model(client)
+
+
+@pytest.fixture
+def tls_url(start_server: StartServer) -> str:
+    """The address of a server on loopback whose certificate nobody has signed."""
+    certificate = Certificate(str(TLS / "one.crt"), str(TLS / "one.key"))
+    return start_server(server={"certificate": certificate}).url
+
+
+def test_a_private_authority_is_trusted_on_loopback_too(tls_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "one.crt"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # not for loopback
+    with connect(tls_url, None) as client:
+        assert find_model(client) == "tiny"
+
+
+@pytest.mark.parametrize("authority", ["two.crt", None])
+def test_a_certificate_that_is_not_trusted_is_not_taken_for_a_plain_port(
+    tls_url: str, monkeypatch: pytest.MonkeyPatch, authority: str | None
+) -> None:
+    if authority is not None:
+        monkeypatch.setenv("SSL_CERT_FILE", str(TLS / authority))
+    message = f"the certificate of {tls_url} is not accepted: self-signed certificate; SSL_CERT_FILE names the auth"
+    with connect(tls_url, None) as client, pytest.raises(RemoteError, match=f"^{message}"):
+        find_model(client)
+    with pytest.raises(RemoteError, match=f"^{message}"):
+        run_benchmark(LoadOptions(url=tls_url, model="m", num_requests=1))
+
+
+def test_a_host_that_no_dns_has() -> None:
+    message = r"^no server answers at http://a\.\.b"
+    with connect("http://a..b", None) as client, pytest.raises(RemoteError, match=message):
+        find_model(client)

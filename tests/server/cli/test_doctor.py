@@ -69,9 +69,8 @@ def test_a_good_machine_needs_nothing() -> None:
     assert [finding.remedy for finding in found.values()] == [None] * 10
 
 
-@pytest.mark.parametrize(
-    ("changes", "name", "text", "remedy"),
-    [
+def test_what_is_missing() -> None:
+    for changes, name, text, remedy in (
         ({"torch": None}, "PyTorch", "missing", "pip install torch"),
         ({"compiler": None, "code_path": None}, "Compiler", "none", "apt install g++"),
         ({"compiler": None, "code_path": None}, "Kernels", "need a C++ compiler", "build-kernels"),
@@ -83,13 +82,11 @@ def test_a_good_machine_needs_nothing() -> None:
         ({"gpus": [H100]}, "Result", "on H100", None),
         ({}, "Memory", "8.0 GB free: weights of up to about 4.0 GB", None),
         ({}, "Result", "`lightwell run` would run smollm2-135m on the processor, kernels: avx2", None),
-    ],
-)
-def test_what_is_missing(changes: dict[str, object], name: str, text: str, remedy: str | None) -> None:
-    finding = findings(**changes)[name]
-    assert text in finding.text
-    assert (finding.remedy is None) == (remedy is None)
-    assert (remedy or "") in (finding.remedy or "")
+    ):
+        finding = findings(**changes)[name]
+        assert text in finding.text
+        assert (finding.remedy is None) == (remedy is None)
+        assert (remedy or "") in (finding.remedy or "")
 
 
 @pytest.mark.parametrize(("cuda", "remedy"), [(None, "build for CUDA"), ("12.8", "nvidia-smi")])
@@ -113,40 +110,32 @@ def test_a_model_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
         assert found["Result"].is_fatal
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "name", "text"),
-    [
+def findings_with(variable: str, value: str, **changes: object) -> dict[str, Finding]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(f"LIGHTWELL_{variable}", value)
+        return findings(**changes)
+
+
+def test_settings_with_which_no_server_starts() -> None:
+    for variable, value, name, text in (
         ("PORT", "tcp://1.2.3.4:80", "Settings", "LIGHTWELL_PORT: expected an integer"),
         ("CONFIG", "/nope.yaml", "Settings", "/nope.yaml: cannot be read"),
         ("DEVICE", "cuda:1", "Settings", "the device is cuda:1, but PyTorch can use no GPU"),
         ("MODEL", "/nope.gguf", "Model", "model '/nope.gguf' is neither"),
         ("MODEL", __file__, "Model", "not a GGUF file"),
-    ],
-)
-def test_settings_with_which_no_server_starts(
-    variable: str, value: str, name: str, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(f"LIGHTWELL_{variable}", value)
-    found = findings()
-    assert [finding for finding in found.values() if finding.is_fatal] == [found[name], found["Result"]]
-    assert text in found[name].text
+    ):
+        found = findings_with(variable, value)
+        assert [finding for finding in found.values() if finding.is_fatal] == [found[name], found["Result"]]
+        assert text in found[name].text
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "starts"),
-    [
-        ("DEVICE", "auto", False),
-        ("DEVICE", "cuda:0", False),
-        ("DEVICE", "cpu", True),
-        ("ALLOW_SLOW_KERNELS", "1", True),
-    ],
-)
-def test_a_gpu_without_triton(variable: str, value: str, starts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"LIGHTWELL_{variable}", value)
-    found = findings(gpus=[H100], triton_problem="no gcc: install it")
-    fatal = [finding.name for finding in found.values() if finding.is_fatal]
-    assert fatal == ([] if starts else ["Settings", "Result"])
-    assert starts or "allow_slow_kernels" in (found["Settings"].remedy or "")
+def test_a_gpu_without_triton() -> None:
+    for variable, value in (("DEVICE", "auto"), ("DEVICE", "cuda:0"), ("DEVICE", "cpu"), ("ALLOW_SLOW_KERNELS", "1")):
+        found = findings_with(variable, value, gpus=[H100], triton_problem="no gcc: install it")
+        fatal = [finding.name for finding in found.values() if finding.is_fatal]
+        starts = value in ("cpu", "1")
+        assert fatal == ([] if starts else ["Settings", "Result"]), value
+        assert starts or "allow_slow_kernels" in (found["Settings"].remedy or "")
 
 
 def test_settings_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

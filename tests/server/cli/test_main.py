@@ -1,19 +1,21 @@
-"""The command line: help, usage errors, and the arguments that each command passes on."""
+"""The command line: help, usage errors, flags of other servers, and the arguments that each command passes on."""
 
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from server import model_paths as models
 from server import supervisor
+from server.cli.foreign_flags import FOREIGN_FLAGS, MODEL_SYNONYMS
 from server.cli.main import main, make_parser
+from server.settings.load import load_settings
 from server.settings.table import SETTINGS, Settings
 from tests.support.processes import wait_for_end_of
 from tests.support.serving import wait_until
@@ -82,24 +84,17 @@ def test_help_of_serve_has_every_setting_with_its_default(
 SEE_SERVE = " (see lightwell serve --help)"
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
+def test_usage_errors_are_one_line_and_2(run: Run) -> None:
+    for line, message in (
         ("serve --prot 1", "unknown flag --prot (did you mean --port?)" + SEE_SERVE),
         ("serve --por 1", "unknown flag --por (did you mean --port?)"),
         ("serve --max_num_seqs=2", "unknown flag --max_num_seqs (did you mean --max-num-seqs?)"),
-        ("serve --enable-prefix-cache", "unknown flag --enable-prefix-cache (did you mean --enable-prefix-cach"),
         ("serve --frobnicate", "unknown flag --frobnicate" + SEE_SERVE),
         ("serve a b", "unexpected argument 'b' (see"),
         ("serve a --lora-modules b=/b c=/c", "unexpected argument 'c=/c': repeat --lora-modules for each adapter"),
         ("serve a --lora-modules {} {}", "unexpected argument '{}': repeat --lora-modules for each adapter"),
-        ('serve --lora-modules {"name":"b"}', "--lora-modules: expected NAME=PATH with a NAME of"),
-        ("serve --enable-lora", "unknown flag --enable-lora: --lora-modules and --allow-runtime-"),
-        ("serve --max-cpu-loras=4", "unknown flag --max-cpu-loras: --max-loras is the maximum number of"),
         ("serve --port", "argument --port: expected one argument"),
         ("serve --port x", "--port: expected an integer from 0 to 65535, got 'x'"),
-        ("serve --block-size 17", "--block-size: expected one of 16, 32, 64, 128, got '17'"),
-        ("serve --host 0.0.0.0", "--host 0.0.0.0 is reachable from other machines: set --api-key, or"),
         ("serve --config /nonexistent.yml", "/nonexistent.yml: cannot be read: No such file or directory"),
         ("serv", "argument COMMAND: invalid choice: 'serv' (did you mean serve?) (see lightwell --help)"),
         ("frobnicate", "argument COMMAND: invalid choice: 'frobnicate' (choose from run, serve, chat, "),
@@ -107,7 +102,6 @@ SEE_SERVE = " (see lightwell serve --help)"
         ("pull", "the following arguments are required: MODEL"),
         ("list --jsno", "unknown flag --jsno (did you mean --json?)"),
         ("run smollm2-135m hello", "unexpected argument 'hello': a question can be piped in"),
-        ("run --port x", "--port: expected an integer"),
         ("run --host 0.0.0.0", "--host 0.0.0.0 is reachable from other machines"),
         ("run --temperature 3", "argument --temperature: expected a number from 0 to 2"),
         ("build-kernels --sanitize", "unknown flag --sanitize"),
@@ -120,12 +114,10 @@ SEE_SERVE = " (see lightwell serve --help)"
         ("chat --temperature nan", "argument --temperature: expected a number from 0 to 2, got 'nan'"),
         ("chat --modle x", "unknown flag --modle (did you mean --model?) (see lightwell chat --help)"),
         ("chat llama", "unexpected argument 'llama': --model is the name of the model"),
-    ],
-)
-def test_usage_errors_are_one_line_and_2(run: Run, line: str, message: str) -> None:
-    status, output, errors = run(*line.split())
-    assert (status, output, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith(f"lightwell: error: {message}")
+    ):
+        status, output, errors = run(*line.split())
+        assert (status, output, errors.count("\n")) == (2, "", 1)
+        assert errors.startswith(f"lightwell: error: {message}")
 
 
 @pytest.mark.parametrize(
@@ -137,36 +129,25 @@ def test_usage_errors_show_no_key(run: Run, line: str) -> None:
     assert "sk-secret" not in errors + output
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("PRT", "1", "unknown environment variables: LIGHTWELL_PRT"),
-        ("PORT", "x", "LIGHTWELL_PORT: expected an integer"),
-        ("API_KEY", "", "LIGHTWELL_API_KEY: expected a non-empty key"),
-    ],
-)
-def test_variables_are_checked(run: Run, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
-    monkeypatch.setenv(f"LIGHTWELL_{name}", value)
+def test_variables_are_checked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTWELL_PORT", "x")
     status, _, errors = run("serve")
     assert (status, errors.count("\n")) == (2, 1)
-    assert errors.startswith(f"lightwell: error: {message}")
+    assert errors.startswith("lightwell: error: LIGHTWELL_PORT: expected an integer")
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
+def test_models_that_cannot_be_had_are_failures(run: Run) -> None:
+    for line, message in (
         ("serve nothing", "model 'nothing' is neither"),
         ("pull ./nothing", "model './nothing' is neither"),
         ("pull smolm2-135m", "model 'smolm2-135m' is neither"),
         ("serve --lora-modules a=/a b=/b", "model 'b=/b' is neither"),
-    ],
-)
-def test_models_that_cannot_be_had_are_failures(run: Run, line: str, message: str) -> None:
-    status, output, errors = run(*line.split())
-    assert (status, output, errors.count("\n")) == (1, "", 1)
-    assert errors.startswith(f"lightwell: error: {message}")
-    assert ("(org/name) (did you mean smollm2-135m?)" in errors) == ("smolm2" in line)
-    assert errors.endswith("; repeat --lora-modules for each adapter\n") == ("--lora-modules" in line)
+    ):
+        status, output, errors = run(*line.split())
+        assert (status, output, errors.count("\n")) == (1, "", 1)
+        assert errors.startswith(f"lightwell: error: {message}")
+        assert ("(org/name) (did you mean smollm2-135m?)" in errors) == ("smolm2" in line)
+        assert errors.endswith("; repeat --lora-modules for each adapter\n") == ("--lora-modules" in line)
 
 
 def test_pull_fetches_and_prints_the_path(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,22 +155,14 @@ def test_pull_fetches_and_prints_the_path(run: Run, tmp_path: Path, monkeypatch:
     assert run("pull", "x") == (0, f"{tmp_path}/x\n", "")
 
 
-@pytest.fixture
-def supervised(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
-    """Return the list of settings that `serve` passes to the supervisor, which does not run."""
-    seen: list[Settings] = []
+def test_serve_hands_on_settings_and_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervised: list[Settings] = []
 
     def supervise(settings: Settings) -> int:
-        seen.append(settings)
+        supervised.append(settings)
         return 5
 
     monkeypatch.setattr(supervisor, "supervise", supervise)
-    return seen
-
-
-def test_serve_hands_on_settings_and_status(
-    supervised: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "c.yml").write_text("port: 1\nmax-num-seqs: 2\nseed: 3\n")
     monkeypatch.setenv("LIGHTWELL_MAX_NUM_SEQS", "20")
     monkeypatch.setenv("LIGHTWELL_SEED", "30")
@@ -197,14 +170,6 @@ def test_serve_hands_on_settings_and_status(
     assert supervised == [Settings(model="m.gguf", port=1, max_num_seqs=20, seed=300)]
     assert main(["serve"]) == 5
     assert supervised[1] == Settings(max_num_seqs=20, seed=30)
-
-
-def test_every_setting_has_a_flag() -> None:
-    for setting in SETTINGS.values():
-        value: Any = [] if setting.is_switch else [str(setting.default) if setting.default else "1"]
-        arguments = value if setting.positional else [setting.flag, *value]
-        parsed = vars(make_parser().parse_args(["serve", *arguments]))
-        assert set(parsed) == {setting.name, "run", "config"}  # other settings are not set
 
 
 @pytest.mark.parametrize(
@@ -252,23 +217,60 @@ def test_build_kernels_without_a_compiler(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", [message])
 
 
+HEAVY = "fastapi pydantic uvicorn torch huggingface_hub"
+
+
 @pytest.mark.parametrize(
     ("code", "heavy"),
     [
-        (
-            "from server.cli.main import make_parser; make_parser().format_help()",
-            ["torch", "numpy", "httpx", "rich", "yaml", "asyncio"],
-        ),
-        *(
-            (code, ["fastapi", "pydantic", "uvicorn", "torch", "huggingface_hub"])
-            for code in (
-                "from server.cli.main import main; main(['list'])",
-                "import server.cli.chat, server.cli.discovery, server.cli.run, server.cli.doctor, httpx",
-            )
-        ),
+        ("from server.cli.main import make_parser; make_parser().format_help()", "torch numpy httpx rich yaml asyncio"),
+        ("from server.cli.main import main; main(['list'])", HEAVY),
+        ("import server.cli.chat, server.cli.discovery, server.cli.run, server.cli.doctor, httpx", HEAVY),
     ],
 )
-def test_help_and_clients_are_light(code: str, heavy: list[str]) -> None:
-    code = f"import sys; {code}; print([name for name in {heavy} if name in sys.modules])"
+def test_help_and_clients_are_light(code: str, heavy: str) -> None:
+    code = f"import sys; {code}; print([name for name in {heavy.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
+
+
+def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Return the flags in the help of a command."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("command", FOREIGN_FLAGS)
+def test_what_to_use_instead_exists_and_what_not_to_use_does_not(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = flags_of(command, capsys)
+    for flag, text in FOREIGN_FLAGS[command].items():
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+        assert named <= own, (flag, named - own)
+    if command != "run":  # which has the flags of a chat too
+        assert own & FOREIGN_FLAGS[command].keys() == set()
+
+
+@pytest.mark.parametrize("command", FOREIGN_FLAGS)
+def test_each_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, (flag, text) in enumerate(FOREIGN_FLAGS[command].items()):
+        if command == "run" and flag in ("--temperature", "--top-p"):
+            continue
+        ways = [flag, "secret"], [f"{flag}=secret"], ["--seed", "1", flag]
+        with pytest.raises(SystemExit) as ended:
+            main([command, *ways[number % 3]])
+        assert ended.value.code == 2
+        error = f"lightwell: error: unknown flag {flag}: {text} (see lightwell {command} --help)\n"
+        assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("flag", MODEL_SYNONYMS)
+@pytest.mark.parametrize("command", ["serve", "run"])
+def test_the_model_can_be_given_as_elsewhere(command: str, flag: str) -> None:
+    parse = make_parser().parse_args
+    for arguments in ([flag, "m.gguf", "--port", "1"], ["m.gguf"]):
+        assert load_settings(vars(parse([command, *arguments]))).model == "m.gguf"
+    for arguments in (["a", flag, "b"], [flag, "b", "a"], [flag, "a", flag, "b"]):
+        assert load_settings(vars(parse([command, *arguments]))).models == ({"model": "a"}, {"model": "b"})

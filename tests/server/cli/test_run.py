@@ -17,17 +17,14 @@ from tests.support.serving import wait_until
 COMMAND = [sys.executable, "-m", "server.cli.main", "run"]
 
 
-@pytest.mark.parametrize(
-    ("line", "record"),
-    [
+def test_lines_of_the_log() -> None:
+    for line, record in (
         (b'{"level":"info","message":"a","base_url":"u"}\n', {"level": "info", "message": "a", "base_url": "u"}),
         (b"lightwell: error: no model\n", {"level": "error", "message": "no model"}),
         (b"Downloading x\n", {"level": "info", "message": "Downloading x"}),
         (b"\xff\n", {"level": "info", "message": "\ufffd"}),
-    ],
-)
-def test_lines_of_the_log(line: bytes, record: dict[str, object]) -> None:
-    assert parse_record(line) == record
+    ):
+        assert parse_record(line) == record, line
 
 
 def test_an_error_of_the_server_is_one_line() -> None:
@@ -48,15 +45,9 @@ def test_the_cause_is_named_and_not_its_consequence(smollm2_path: Path) -> None:
 @pytest.mark.long
 def test_that_it_will_be_slow_is_said_before_the_chat(smollm2_path: Path, tmp_path: Path) -> None:
     """A compiler that does not exist leaves the plain torch kernels."""
-    done = subprocess.run(
-        [*COMMAND, str(smollm2_path), "--port", "0", "--max-tokens", "1"],
-        env=os.environ | {"LIGHTWELL_CACHE": str(tmp_path), "CXX": "/nowhere/c++"},
-        input="Hi\n",
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    command = [*COMMAND, str(smollm2_path), "--port", "0", "--max-tokens", "1"]
+    env = os.environ | {"LIGHTWELL_CACHE": str(tmp_path), "CXX": "/nowhere/c++"}
+    done = subprocess.run(command, env=env, input="Hi\n", capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0
     assert done.stderr.startswith("lightwell: warning: using the slower plain torch kernels: the C++ compiler named by")
 

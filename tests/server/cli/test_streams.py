@@ -52,15 +52,6 @@ def test_lines_of_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines_of(b"One\r\n\n\xc3\xa9", monkeypatch) == ["One\r\n", "\n", "é"]
 
 
-def test_input_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines before it are used."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"One\nT\xffo\n"), "utf-8"))
-    lines = input_lines()
-    assert next(lines) == "One\n"
-    with pytest.raises(StreamError, match=r"^standard input: line 2 is not utf-8 \(byte 2\)$"):
-        next(lines)
-
-
 def test_a_line_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_LINE_BYTES", 8)
     assert lines_of(b"12345678", monkeypatch) == ["12345678"]
