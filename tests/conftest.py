@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Generator
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import settings
 
 from tests.support.end_with_run import end_with_this_process
-from tests.support.machine import machine
 from tests.support.paths import ROOT
 from tests.support.suite import SuiteReport, in_slice
 
@@ -61,14 +59,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder, *_ = item.path.relative_to(ROOT / "tests").parts
         if folder in IN_REAL_TIME and item.get_closest_marker("exact") is None:
             item.add_marker(pytest.mark.flaky(reruns=1))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Run a test marked `alone` while no other test runs, its fixtures included."""
-    assert item.config.cache is not None
-    with machine(item.config.cache.mkdir("machine"), alone=item.get_closest_marker("alone") is not None):
-        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,6 @@ from tests.chaos.run import run
 
 
 @pytest.mark.long
-@pytest.mark.alone
 @pytest.mark.checklist("E08", "E09", "E13", "F05", "F06")
 def test_two_minutes_of_chaos(smollm2_path: Path, tmp_path: Path) -> None:
     seed = random.randrange(1_000_000)

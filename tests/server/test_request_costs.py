@@ -5,9 +5,10 @@ body. Meanwhile `/health` is answered, and another client gets its first token. 
 field that can be large one of its own, in `tests/support/hard_bodies.py`.
 """
 
+import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +17,12 @@ import psutil
 import pytest
 
 from server.app import create_app
-from server.settings.process_configs import EngineProcess
-from server.settings.table import Settings
-from tests.support.api_process import start_process
+from tests.support.api_process import api_process
 from tests.support.clients import CHAT, COMPLETIONS
-from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
+from tests.support.fake_engine import FakeEngineConfig
 from tests.support.growth import FACTOR, MAX_GROWTH
 from tests.support.hard_bodies import HARD_BODIES
-from tests.support.server_process import free_port
-from tests.support.serving import api_config, make_test_context, own_address, wait_until
+from tests.support.serving import make_test_context, own_address, wait_until
 from tests.support.tool_model import write_tool_model
 
 MAX_LOOP_SECONDS = 0.5  # for one request; most of the largest bodies take less than 0.1
@@ -96,17 +94,11 @@ class Api:
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     folder = tmp_path_factory.mktemp("costs")
     model = write_tool_model(folder, special_tags=False)
-    with ExitStack() as stack:
-        address = stack.enter_context(own_address())
+    settings: dict[str, Any] = {"api_key": KEYS, "allow_runtime_lora_updating": True, "record_requests": 8}
+    with own_address() as address, ExitStack() as stack:
         engine = FakeEngineConfig(address=address, max_model_len=1 << 17, num_blocks=1 << 16)
-        fake = stack.enter_context(FakeEngineProcess(engine))
-        settings = Settings(port=free_port(), api_key=KEYS, allow_runtime_lora_updating=True, record_requests=8)
-        config = api_config(settings, EngineProcess(address, fake.pid), model, ("tiny",))
-        process = start_process(config, folder / "log")
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        api = Api(process.pid, f"http://127.0.0.1:{settings.port}")
-        stack.callback(api.close)
+        started = stack.enter_context(api_process(engine, model, folder, dies=True, **settings))
+        api = stack.enter_context(closing(Api(started.process.pid, started.url)))
         wait_until(api.is_ready, LIMIT_SECONDS)
         api.ask_as_bystander()
         yield api
@@ -144,8 +136,13 @@ def test_each_route_has_hard_bodies(document: dict[str, Any]) -> None:
     ("route", "name"), [each if each in FEW else pytest.param(*each, marks=pytest.mark.long) for each in BODIES]
 )
 def test_hard_bodies(api: Api, route: str, name: str) -> None:
-    hard = HARD_BODIES[route][name]
-    check_costs(api, route.format(**IDS), hard.body, hard.size)
+    make, size = HARD_BODIES[route][name]
+
+    def body(size: int) -> bytes:
+        made = make(size)
+        return made if isinstance(made, bytes) else json.dumps(made).encode()
+
+    check_costs(api, route.format(**IDS), body, size)
 
 
 @pytest.mark.long

@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
-from engine.batch.builder import BatchBuilder, BatchLimits
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel
-from engine.runner import ModelRunner
 from engine.shared.messages import FinishReason, Submit, TokenEvent, TokenLogprobs
 from engine.startup import capture_graphs
+from tests.support.outputs import runner_with
 
 Choice: TypeAlias = tuple[str, int]
 
@@ -101,14 +100,7 @@ def make_engine(
     limits = dataclasses.replace(
         loaded.limits, max_num_batched_tokens=step_tokens, max_num_seqs=seqs or loaded.limits.max_num_seqs
     )
-    runner = loaded.runner
-    builder = BatchBuilder(
-        BatchLimits(step_tokens, limits.max_num_seqs, max_model_len, memory.block_size, loaded.config.num_token_ids),
-        loaded.device,
-        num_groups=len(loaded.config.kv_groups),
-        planners=runner.builder.planners,
-    )
-    runner = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
+    runner = runner_with(loaded, step_tokens, limits.max_num_seqs)
     capture_graphs(runner)  # on a GPU
     engine = Engine(config, dataclasses.replace(loaded, limits=limits, runner=runner, memory=memory))
     if num_blocks is not None:

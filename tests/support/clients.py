@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from openai import OpenAI
 
 from server.model_paths import ADAPTER_FILES
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
-from tests.support.serving import RunningServer, make_test_context, running_server
+from tests.support.serving import RunningServer, make_test_context, own_address, running_server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 RESPONSES, ANTHROPIC = "/v1/responses", "/v1/messages"
@@ -51,11 +50,10 @@ def shared_server(
     model_folder: Path, *, settings: dict[str, Any] | None = None, **engine: Any
 ) -> Iterator[RunningServer]:
     """Run a server with its own fake engine, for several tests. `engine` are fields of `FakeEngineConfig`."""
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lw-"))
-        fake_engine = stack.enter_context(FakeEngine(FakeEngineConfig(address=f"ipc://{folder}/engine", **engine)))
-        context = make_test_context(fake_engine.config.address, model_folder, **(settings or {}))
-        yield stack.enter_context(running_server(context, fake_engine))
+    with own_address() as address, FakeEngine(FakeEngineConfig(address=address, **engine)) as fake_engine:
+        context = make_test_context(address, model_folder, **(settings or {}))
+        with running_server(context, fake_engine) as server:
+            yield server
 
 
 @contextmanager

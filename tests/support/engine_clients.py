@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -23,22 +24,18 @@ PROMPT = list(b"hi")
 async def connected(
     address: str | Sequence[str],
     *,
-    max_queued_requests: int = 4,
     step_timeout: float = 60.0,
-    queue_timeout: float = 60.0,
-    request_timeout: float = 60.0,
     engine_pid: int | None = None,
     can_restart: bool = False,
     metrics: Metrics | None = None,
+    **limits: float,
 ) -> AsyncIterator[EngineClient]:
-    """Start a client of the engine at `address`, or of several, and close it at the end."""
-    limits = AdmissionLimits(
-        max_queued_requests=max_queued_requests, queue_timeout=queue_timeout, request_timeout=request_timeout
-    )
+    """Start a client of the engine at `address`, or of several, and close it at the end. `limits`: of admission."""
+    defaults: dict[str, Any] = {"max_queued_requests": 4, "queue_timeout": 60.0, "request_timeout": 60.0}
     client = EngineClient(
         [EngineProcess(each, engine_pid) for each in ([address] if isinstance(address, str) else address)],
         EngineOptions(step_timeout=step_timeout, can_restart=can_restart),
-        limits=limits,
+        limits=AdmissionLimits(**defaults | limits),
         metrics=metrics or Metrics("lightwell_", "m"),
     )
     await client.start()

@@ -20,58 +20,8 @@ from typing import Any
 import msgspec
 import zmq
 
-from engine.shared.messages import (
-    HEARTBEAT_SECONDS,
-    Abort,
-    AdapterDone,
-    AdapterField,
-    Adapters,
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    FromEngine,
-    Hello,
-    LoadAdapter,
-    LoadFailed,
-    LoraAdapter,
-    Outputs,
-    Ready,
-    Submit,
-    ToEngine,
-    TokenEvent,
-    TokenLogprobs,
-    UnloadAdapter,
-)
-from engine.shared.records import (
-    Answer,
-    BlockGroup,
-    BlockRun,
-    Blocks,
-    Candidate,
-    ChoiceName,
-    Chunk,
-    Inspect,
-    Inspected,
-    InspectionProblem,
-    LayerView,
-    PositionView,
-    Prefix,
-    PrefixResult,
-    Question,
-    Queue,
-    QueuedChoice,
-    ReadBlocks,
-    ReadQueue,
-    ReadRequests,
-    ReadSteps,
-    RequestDetail,
-    RequestInfo,
-    Requests,
-    RequestTimes,
-    StageView,
-    StepInfo,
-    Steps,
-)
+from engine.shared import messages, records
+from tests.support.engine_info import ENGINE_INFO
 
 EOS_TOKEN_ID = 256  # of the tokenizer in tests/support/tiny_tokenizer_model.py
 DEFAULT_REPLY = b"Hello, world!"
@@ -82,9 +32,8 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
 
     address: str
     pid: int = 0  # that it reports; 0: its own
-    reply: list[int] = msgspec.field(
-        default_factory=lambda: list(DEFAULT_REPLY)
-    )  # tokens generated for every prompt, before the end token
+    # Tokens generated for every prompt, before the end token.
+    reply: list[int] = msgspec.field(default_factory=lambda: list(DEFAULT_REPLY))
     replies: list[tuple[list[int], list[int]]] = []  # (prompt, reply); other prompts get `reply`
     endless: bool = False  # repeat the reply until max_tokens
     step_seconds: float = 0.0
@@ -93,32 +42,32 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     load_failure: str = ""  # why it cannot load its model
     num_prompt_steps: int = 0  # before the first token of each choice
     fail_request: bool = False  # each choice ends with an error
-    last_reason: FinishReason = FinishReason.STOP  # finish reason at the end token
+    last_reason: messages.FinishReason = messages.FinishReason.STOP  # finish reason at the end token
     num_cached_tokens: int = 0
     max_model_len: int = 2048
     max_num_seqs: int = 8
     num_blocks: int = 256
-    inspection_problem: InspectionProblem | None = None  # of every inspection
+    inspection_problem: records.InspectionProblem | None = None  # of every inspection
     vocab_size: int = 260
-    adapters: list[LoraAdapter] = []  # loaded at start-up
+    adapters: list[messages.LoraAdapter] = []  # loaded at start-up
     max_loras: int = 0
-    adapter_error: AdapterDone | None = None  # result of every load, with its request id
+    adapter_error: messages.AdapterDone | None = None  # result of every load, with its request id
     ignores_adapters: bool = False  # loads and unloads get no reply
-    steps: list[StepInfo] = []  # that it has recorded
+    steps: list[records.StepInfo] = []  # that it has recorded
     forgets_adapters: bool = False  # weights are dropped when their adapter is unloaded; otherwise they stay forever
 
 
-def make_adapter(name: str, path: str = "") -> LoraAdapter:
+def make_adapter(name: str, path: str = "") -> messages.LoraAdapter:
     """Return an adapter whose fingerprint is the hash of its path."""
     path = path or f"/adapters/{name}"
-    return LoraAdapter(name=name, path=path, rank=8, fingerprint=hashlib.sha256(path.encode()).hexdigest())
+    return messages.LoraAdapter(name=name, path=path, rank=8, fingerprint=hashlib.sha256(path.encode()).hexdigest())
 
 
 class _Running(msgspec.Struct):
     """One choice of a request and the rest of its reply."""
 
     identity: bytes
-    submit: Submit
+    submit: messages.Submit
     index: int
     queued: float
     reply: list[int]
@@ -135,7 +84,7 @@ class _Loop:
     def __init__(
         self,
         config: FakeEngineConfig,
-        on_message: Callable[[ToEngine], None] = lambda message: None,
+        on_message: Callable[[messages.ToEngine], None] = lambda message: None,
         reply_to: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.config = config
@@ -149,15 +98,19 @@ class _Loop:
         self.raw: list[bytes] = []  # messages to be sent as they are
         self.resets: list[tuple[dict[str, Any] | None, threading.Event]] = []  # `_reset`, and who waits
         self._defaults = copy.deepcopy(config)
-        self.adapters = {adapter.name: adapter for adapter in config.adapters}
-        self._weights = {adapter.fingerprint for adapter in config.adapters}
-        self.stats = EngineStats(num_blocks=config.num_blocks)
+        self.adapters: dict[str, messages.LoraAdapter] = {}
+        self._begin()
         self._on_message = on_message
         self._clients: set[bytes] = set()
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        self._next_step = 0.0
+        self._decoder = msgspec.msgpack.Decoder(messages.ToEngine)
         self._last_sent = 0.0
+
+    def _begin(self) -> None:
+        self.stats = messages.EngineStats(num_blocks=self.config.num_blocks)
+        self.adapters = {adapter.name: adapter for adapter in self.config.adapters}
+        self._weights = {adapter.fingerprint for adapter in self.config.adapters}
+        self._next_step = 0.0
 
     def run(self) -> None:
         context = zmq.Context()
@@ -180,18 +133,12 @@ class _Loop:
             setattr(self.config, name, value)
         if changes is not None:
             self._clients.clear()
-        self.stats = EngineStats(num_blocks=self.config.num_blocks)
-        for what in (self.running, self.waiting, self.raw):
+        for what in (self.running, self.waiting, self.raw, self.paused, self.hung, self.hangs):
             what.clear()
-        self.paused.clear()
-        self.hung.clear()
-        self.hangs.clear()
-        self._weights = {adapter.fingerprint for adapter in self.config.adapters}
-        self._next_step = 0.0
-        adapters = {adapter.name: adapter for adapter in self.config.adapters}
+        adapters = self.adapters
+        self._begin()
         if adapters != self.adapters:
-            self.adapters = adapters
-            self._send_to_all(Adapters(self.config.adapters))
+            self._send_to_all(messages.Adapters(self.config.adapters))
         self._send_outputs({})
 
     def _iterate(self) -> None:
@@ -207,127 +154,107 @@ class _Loop:
             for identity in list(self._clients):
                 self._send_bytes(identity, self.raw[0])
             del self.raw[0]
-        now = time.monotonic()
         busy = bool(self.running or self.waiting) and not self.paused.is_set()
-        wait = max(0.0, self._next_step - now) if busy else 0.005
+        wait = max(0.0, self._next_step - time.monotonic()) if busy else 0.005
         if self._socket.poll(round(wait * 1000)):
             self._read()
         elif busy and time.monotonic() >= self._next_step:
             self._step()
-        if time.monotonic() - self._last_sent >= HEARTBEAT_SECONDS:
+        if time.monotonic() - self._last_sent >= messages.HEARTBEAT_SECONDS:
             self._send_outputs({})
-
-    def _is_ready(self) -> bool:
-        return not self.config.never_ready and time.monotonic() >= self._ready_at
 
     def _read(self) -> None:
         identity, frame = self._socket.recv_multipart()
         message = self._decoder.decode(frame)
-        if identity not in self._clients and not isinstance(message, Hello):
+        if identity not in self._clients and not isinstance(message, messages.Hello):
             return  # it was for the process before
         self._on_message(message)
         match message:
-            case Hello():
+            case messages.Hello():
                 self._clients.add(identity)
-                while not self._is_ready():
+                while self.config.never_ready or time.monotonic() < self._ready_at:
                     if self.stop.wait(0.01) or self.resets:
                         return
-                if self.config.load_failure:
-                    self._send(identity, LoadFailed(self.config.load_failure))
-                else:
-                    self._send(identity, Ready(self._info(), list(self.adapters.values())))
-            case Submit():
-                self._add(identity, message)
+                ready = messages.Ready(self._info(), list(self.adapters.values()))
+                failure = self.config.load_failure
+                self._send(identity, messages.LoadFailed(failure) if failure else ready)
+            case messages.Submit() | messages.Abort():
+                self._add(identity, message) if isinstance(message, messages.Submit) else self._abort(message)
                 self._send_outputs({})
-            case Abort():
-                self._abort(message)
-                self._send_outputs({})
-            case ReadSteps() | ReadQueue() | ReadBlocks() | ReadRequests() | Inspect():
+            case messages.LoadAdapter() | messages.UnloadAdapter():
+                self._change_adapters(identity, message)
+            case _ if isinstance(message, records.Question):
                 self._send(identity, self._answer(message))
-            case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
-                done = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
-                self._weights |= {adapter.fingerprint for adapter in self.adapters.values()}
-                if self.config.forgets_adapters:
-                    self._weights = {adapter.fingerprint for adapter in self.adapters.values()}
-                if not done.error:
-                    self._send_to_all(Adapters(list(self.adapters.values())))
-                self._send(identity, done)
 
-    def _answer(self, question: Question) -> Answer:
-        match question:
-            case ReadSteps():
-                return self._steps_after(question)
-            case ReadQueue():
-                return self._queue(question)
-            case ReadBlocks():
-                return self._blocks(question)
-            case ReadRequests():
-                return self._requests(question)
-            case Inspect():
-                return self._inspected(question)
+    def _answer(self, question: records.Question) -> records.Answer:
+        answers: dict[type, Callable[[Any], records.Answer]] = {
+            records.ReadSteps: self._steps_after,
+            records.ReadQueue: self._queue,
+            records.ReadBlocks: self._blocks,
+            records.ReadRequests: self._requests,
+            records.Inspect: self._inspected,
+        }
+        return answers[type(question)](question)
 
-    def _steps_after(self, question: ReadSteps) -> Steps:
+    def _steps_after(self, question: records.ReadSteps) -> records.Steps:
         steps, after = self.config.steps, question.after
         if after is None and question.since is None:
-            return Steps(read_id=question.read_id, steps=steps[-question.limit :], num_lost=0, has_more=False)
+            return records.Steps(read_id=question.read_id, steps=steps[-question.limit :], num_lost=0, has_more=False)
         num_lost = 0 if after is None or not steps else max(0, steps[0].step_id - after - 1)
         later = [step for step in steps if step.step_id > (after or 0) and step.started >= (question.since or 0.0)]
         shown, has_more = later[: question.limit], len(later) > question.limit
-        return Steps(read_id=question.read_id, steps=shown, num_lost=num_lost, has_more=has_more)
+        return records.Steps(read_id=question.read_id, steps=shown, num_lost=num_lost, has_more=has_more)
 
-    def _queue(self, question: ReadQueue) -> Queue:
+    def _queue(self, question: records.ReadQueue) -> records.Queue:
         choices = [
-            QueuedChoice(
+            records.QueuedChoice(
                 *_name(choice),
                 choice.queued,
-                num_ahead=place,
-                num_tokens=len(choice.submit.prompt_token_ids),
+                place,
+                len(choice.submit.prompt_token_ids),
                 was_preempted=False,
                 can_start=True,
             )
             for place, choice in enumerate(self.waiting)
         ]
         now, shown = time.monotonic(), choices[: question.limit]
-        return Queue(read_id=question.read_id, now=now, num_waiting=len(choices), choices=shown)
+        return records.Queue(read_id=question.read_id, now=now, num_waiting=len(choices), choices=shown)
 
-    def _blocks(self, question: ReadBlocks) -> Blocks:
+    def _blocks(self, question: records.ReadBlocks) -> records.Blocks:
         """Return a pool in which each running choice holds a block; one more is cached, and one was never used."""
-        choices = self.running
-        named = [choice for choice in choices if question.tenant in (None, choice.submit.tenant)]
-        runs = [
-            BlockRun(number, 1, 1, False, named.index(choice), 0, 32, 5)
-            if choice in named
-            else BlockRun(number, 1, 1, False, None, 0, None, 5)
-            for number, choice in enumerate(choices)
-        ]
-        runs.append(BlockRun(len(runs), 1, 0, True, None, None, None, 9))
-        runs.append(BlockRun(len(runs), 1, 0, False, None, None, None, None))
-        return Blocks(
+        named = [choice for choice in self.running if question.tenant in (None, choice.submit.tenant)]
+        owners = [named.index(choice) if choice in named else None for choice in self.running]
+        sizes = [None if owner is None else 32 for owner in owners]
+        runs = [records.BlockRun(i, 1, 1, False, owners[i], 0, sizes[i], 5) for i in range(len(owners))]
+        runs.append(records.BlockRun(len(runs), 1, 0, True, None, None, None, 9))
+        runs.append(records.BlockRun(len(runs), 1, 0, False, None, None, None, None))
+        return records.Blocks(
             read_id=question.read_id,
             block_size=32,
             num_blocks=len(runs),
-            num_used=len(choices),
-            groups=[BlockGroup(2, None)],
-            owners=[ChoiceName(*_name(choice)) for choice in named],
+            num_used=len(self.running),
+            groups=[records.BlockGroup(2, None)],
+            owners=[records.ChoiceName(*_name(choice)) for choice in named],
             runs=runs,
         )
 
-    def _inspected(self, question: Inspect) -> Inspected:
+    def _inspected(self, question: records.Inspect) -> records.Inspected:
         """Return what happens in a model of two layers with one head, of a prompt or of a running choice."""
         if self.config.inspection_problem is not None:
-            return Inspected(read_id=question.read_id, problem=self.config.inspection_problem, num_tokens=3)
+            return records.Inspected(read_id=question.read_id, problem=self.config.inspection_problem, num_tokens=3)
         token_ids, ids = question.prompt_token_ids, tuple[str, ...]()
         if question.id is not None:
             submits = [choice.submit for choice in self.running if question.id in choice.submit.ids]
             submits = [submit for submit in submits if question.tenant in (None, submit.tenant)]
             if not submits:
-                return Inspected(read_id=question.read_id, problem=InspectionProblem.NOT_FOUND)
+                return records.Inspected(read_id=question.read_id, problem=records.InspectionProblem.NOT_FOUND)
             token_ids, ids = [*submits[0].prompt_token_ids, 98], submits[0].ids
-        layer = LayerView([(97, -0.5)], 1.0, 2.0, 3.0, [[(0, 0.75)]], [])
+        layer = records.LayerView([(97, -0.5)], 1.0, 2.0, 3.0, [[(0, 0.75)]], [])
         num_prompt_tokens = len(token_ids) - len(ids[:1])
         end = min(num_prompt_tokens, question.end or num_prompt_tokens)
-        stages = [StageView("logits", 3, 0, [(97, -0.5)], []), StageView("top_k", 1, 2, [(98, 0.0)], [(97, -0.5)])]
-        return Inspected(
+        stages = [("logits", 3, 0, [(97, -0.5)], []), ("top_k", 1, 2, [(98, 0.0)], [(97, -0.5)])]
+        attention = array("f", [0.75, 0.25]).tobytes()
+        return records.Inspected(
             read_id=question.read_id,
             num_tokens=len(token_ids),
             ids=ids,
@@ -337,12 +264,12 @@ class _Loop:
             start=end - 1,
             end=end,
             num_heads=1,
-            positions=[PositionView(end - 1, [layer, layer], array("f", [0.75, 0.25]).tobytes(), 98 if ids else None)],
-            stages=stages if ids else [],
-            candidates=[Candidate(98, 1.5, 0.5)] if ids else [],
+            positions=[records.PositionView(end - 1, [layer, layer], attention, 98 if ids else None)],
+            stages=[records.StageView(*stage) for stage in stages if ids],
+            candidates=[records.Candidate(98, 1.5, 0.5)] if ids else [],
         )
 
-    def _requests(self, question: ReadRequests) -> Requests:
+    def _requests(self, question: records.ReadRequests) -> records.Requests:
         """Return the choices that have not ended, like the reader of the real engine."""
         choices = [
             choice
@@ -350,10 +277,10 @@ class _Loop:
             if question.tenant in (None, choice.submit.tenant) and question.id in (None, *choice.submit.ids)
         ]
         now = time.monotonic()
-        prefix = Prefix(result=PrefixResult.NEW, num_reusable_tokens=0)
-        detail = RequestDetail(chunks=[Chunk(1, 0, 4)], prefix=prefix)
+        prefix = records.Prefix(result=records.PrefixResult.NEW, num_reusable_tokens=0)
+        detail = records.RequestDetail(chunks=[records.Chunk(1, 0, 4)], prefix=prefix)
         infos = [
-            RequestInfo(
+            records.RequestInfo(
                 ids=choice.submit.ids,
                 prompt=choice.submit.prompt,
                 index=choice.index,
@@ -367,43 +294,40 @@ class _Loop:
             )
             for choice in choices
         ]
-        return Requests(read_id=question.read_id, now=now, requests=infos)
+        return records.Requests(read_id=question.read_id, now=now, requests=infos)
 
-    def _load(self, message: LoadAdapter) -> AdapterDone:
-        id, name = message.request_id, message.name
-        if self.config.adapter_error is not None:
-            return msgspec.structs.replace(self.config.adapter_error, request_id=id)
-        if name in self.adapters and not message.replaces:
-            return AdapterDone(request_id=id, error=f"adapter {name} is loaded already", field=AdapterField.NAME)
-        if name not in self.adapters and len(self.adapters) >= self.config.max_loras:
-            return AdapterDone(request_id=id, error=f"{self.config.max_loras} adapters are loaded already")
-        self.adapters[name] = make_adapter(name, message.path)
-        return AdapterDone(request_id=id)
+    def _change_adapters(self, identity: bytes, message: messages.LoadAdapter | messages.UnloadAdapter) -> None:
+        if self.config.ignores_adapters:
+            return
+        done = self._load_or_unload(message)
+        loaded = {adapter.fingerprint for adapter in self.adapters.values()}
+        self._weights = loaded if self.config.forgets_adapters else self._weights | loaded
+        if not done.error:
+            self._send_to_all(messages.Adapters(list(self.adapters.values())))
+        self._send(identity, done)
 
-    def _unload(self, message: UnloadAdapter) -> AdapterDone:
-        id, name = message.request_id, message.name
-        if self.adapters.pop(name, None) is None:
-            return AdapterDone(request_id=id, error=f"no adapter is called {name}", field=AdapterField.NAME)
-        return AdapterDone(request_id=id)
+    def _load_or_unload(self, message: messages.LoadAdapter | messages.UnloadAdapter) -> messages.AdapterDone:
+        name, error = message.name, ""
+        field: messages.AdapterField | None = messages.AdapterField.NAME
+        if isinstance(message, messages.UnloadAdapter):
+            error = "" if self.adapters.pop(name, None) else f"no adapter is called {name}"
+        elif self.config.adapter_error is not None:
+            return msgspec.structs.replace(self.config.adapter_error, request_id=message.request_id)
+        elif name in self.adapters and not message.replaces:
+            error = f"adapter {name} is loaded already"
+        elif name not in self.adapters and len(self.adapters) >= self.config.max_loras:
+            error, field = f"{self.config.max_loras} adapters are loaded already", None
+        else:
+            self.adapters[name] = make_adapter(name, message.path)
+        return messages.AdapterDone(request_id=message.request_id, error=error, field=field if error else None)
 
-    def _info(self) -> EngineInfo:
-        config = self.config
-        return EngineInfo(
-            pid=self.config.pid or os.getpid(),
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            block_size=32,
-            num_blocks=config.num_blocks,
-            vocab_size=config.vocab_size,
-            device="fake",
-            dtype="none",
-            kernels="none",
-            deterministic=True,
-            fingerprint="fp_fake",
-            max_loras=config.max_loras,
-        )
+    def _info(self) -> messages.EngineInfo:
+        names = ("max_model_len", "max_num_seqs", "num_blocks", "vocab_size", "max_loras")
+        same: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        own: dict[str, Any] = {"pid": self.config.pid or os.getpid(), "fingerprint": "fp_fake", "device": "fake"}
+        return msgspec.structs.replace(ENGINE_INFO, **same, **own, dtype="none", kernels="none")
 
-    def _add(self, identity: bytes, submit: Submit) -> None:
+    def _add(self, identity: bytes, submit: messages.Submit) -> None:
         reply = next((r for p, r in self.config.replies if p == submit.prompt_token_ids), self.config.reply)
         if self._reply_to is not None:
             reply = self._reply_to(submit.prompt_token_ids)
@@ -419,7 +343,7 @@ class _Loop:
         self.stats.prefix_cache_queries_total += len(submit.prompt_token_ids)
         self.stats.prefix_cache_hits_total += self.config.num_cached_tokens
 
-    def _abort(self, abort: Abort) -> None:
+    def _abort(self, abort: messages.Abort) -> None:
         def is_aborted(choice: _Running) -> bool:
             return choice.submit.request_id == abort.request_id and abort.index in (None, choice.index)
 
@@ -429,7 +353,7 @@ class _Loop:
     def _step(self) -> None:
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             self.running.append(self.waiting.pop(0))
-        events: dict[bytes, list[TokenEvent]] = {}
+        events: dict[bytes, list[messages.TokenEvent]] = {}
         for choice in self.running:
             choice.num_steps += 1
             if choice.num_steps > self.config.num_prompt_steps:
@@ -440,18 +364,18 @@ class _Loop:
         self._send_outputs(events, num_step_tokens=sum(map(len, events.values())))
         self._next_step = time.monotonic() + self.config.step_seconds
 
-    def _token(self, choice: _Running) -> TokenEvent:
+    def _token(self, choice: _Running) -> messages.TokenEvent:
         now = time.monotonic()
         params = choice.submit.params
-        event = TokenEvent(request_id=choice.submit.request_id, index=choice.index)
+        event = messages.TokenEvent(request_id=choice.submit.request_id, index=choice.index)
         if choice.scheduled is None:
             choice.scheduled = now
             event.num_cached_tokens = self.config.num_cached_tokens
         if self.config.fail_request or not choice.has_weights:
-            event.error, event.finish_reason = "a secret of the engine", FinishReason.ERROR
+            event.error, event.finish_reason = "a secret of the engine", messages.FinishReason.ERROR
             return event
         if params.max_tokens == 0:
-            event.finish_reason = FinishReason.LENGTH
+            event.finish_reason = messages.FinishReason.LENGTH
             event.embedding = _embedding(choice.submit.prompt_token_ids) if params.pooling else None
         else:
             self._take_token(choice, event, now)
@@ -461,7 +385,7 @@ class _Loop:
             event.times = self._times(choice, now)
         return event
 
-    def _take_token(self, choice: _Running, event: TokenEvent, now: float) -> None:
+    def _take_token(self, choice: _Running, event: messages.TokenEvent, now: float) -> None:
         params = choice.submit.params
         token_id = choice.reply.pop(0)
         choice.first_token = choice.first_token or now
@@ -472,12 +396,12 @@ class _Loop:
             event.logprobs = [_logprobs(token_id, params.logprobs, params.logprob_token_ids)]
         if token_id in params.stop_token_ids or (token_id == EOS_TOKEN_ID and not params.ignore_eos):
             event.finish_reason = self.config.last_reason
-            event.stop_token_id = token_id if event.finish_reason is FinishReason.STOP else None
+            event.stop_token_id = token_id if event.finish_reason is messages.FinishReason.STOP else None
         elif choice.num_output_tokens == params.max_tokens or not choice.reply:
-            event.finish_reason = FinishReason.LENGTH
+            event.finish_reason = messages.FinishReason.LENGTH
 
-    def _times(self, choice: _Running, now: float | None) -> RequestTimes:
-        return RequestTimes(
+    def _times(self, choice: _Running, now: float | None) -> records.RequestTimes:
+        return records.RequestTimes(
             arrival=choice.submit.arrival,
             queued=choice.queued,
             scheduled=choice.scheduled,
@@ -489,14 +413,14 @@ class _Loop:
             num_chunks=1,
         )
 
-    def _send_outputs(self, events: dict[bytes, list[TokenEvent]], num_step_tokens: int = 0) -> None:
+    def _send_outputs(self, events: dict[bytes, list[messages.TokenEvent]], num_step_tokens: int = 0) -> None:
         self.stats.num_running = len(self.running)
         self.stats.num_waiting = len(self.waiting)
         self.stats.num_blocks_used = len(self.running)
         self.stats.running_adapters = _adapters_of(self.running)
         self.stats.waiting_adapters = _adapters_of(self.waiting)
         for identity in list(self._clients):
-            outputs = Outputs(
+            outputs = messages.Outputs(
                 stats=self.stats,
                 events=events.get(identity, []),
                 num_step_tokens=num_step_tokens,
@@ -505,11 +429,11 @@ class _Loop:
             self._send(identity, outputs)
         self._last_sent = time.monotonic()
 
-    def _send_to_all(self, message: FromEngine) -> None:
+    def _send_to_all(self, message: messages.FromEngine) -> None:
         for identity in list(self._clients):
             self._send(identity, message)
 
-    def _send(self, identity: bytes, message: FromEngine) -> None:
+    def _send(self, identity: bytes, message: messages.FromEngine) -> None:
         self._send_bytes(identity, self._encoder.encode(message))
 
     def _send_bytes(self, identity: bytes, content: bytes) -> None:
@@ -535,10 +459,10 @@ def _embedding(token_ids: list[int]) -> list[float]:
     return embedding
 
 
-def _logprobs(token_id: int, num_alternatives: int, chosen: tuple[int, ...] = ()) -> TokenLogprobs:
+def _logprobs(token_id: int, num_alternatives: int, chosen: tuple[int, ...] = ()) -> messages.TokenLogprobs:
     """Return log probabilities -0.5, -1.5, -2.5 ... for the token, which comes first, and the next ids, or `chosen`."""
     top_token_ids = list(chosen) or [(token_id + k) % 256 for k in range(num_alternatives)]
-    return TokenLogprobs.pack(-0.5, 1, top_token_ids, [-0.5 - k for k in range(len(top_token_ids))])
+    return messages.TokenLogprobs.pack(-0.5, 1, top_token_ids, [-0.5 - k for k in range(len(top_token_ids))])
 
 
 class FakeEngine:
@@ -549,7 +473,7 @@ class FakeEngine:
 
     def __init__(self, config: FakeEngineConfig, reply_to: Callable[[list[int]], list[int]] | None = None) -> None:
         self.config = config
-        self.received: list[ToEngine] = []
+        self.received: list[messages.ToEngine] = []
         self._loop = _Loop(config, self.received.append, reply_to)
         self._thread = threading.Thread(target=self._loop.run, name="fake-engine", daemon=True)
 
@@ -562,12 +486,12 @@ class FakeEngine:
         self._thread.join(timeout=60)
 
     @property
-    def submits(self) -> list[Submit]:
-        return [message for message in self.received if isinstance(message, Submit)]
+    def submits(self) -> list[messages.Submit]:
+        return [message for message in self.received if isinstance(message, messages.Submit)]
 
     @property
-    def aborts(self) -> list[Abort]:
-        return [message for message in self.received if isinstance(message, Abort)]
+    def aborts(self) -> list[messages.Abort]:
+        return [message for message in self.received if isinstance(message, messages.Abort)]
 
     @property
     def adapters(self) -> list[str]:
@@ -575,7 +499,7 @@ class FakeEngine:
         return list(self._loop.adapters)
 
     @property
-    def loaded(self) -> dict[str, LoraAdapter]:
+    def loaded(self) -> dict[str, messages.LoraAdapter]:
         """The loaded adapters by name."""
         return self._loop.adapters
 

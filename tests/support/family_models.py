@@ -65,6 +65,8 @@ LLAMA3: Sizes = {
 SCALED = {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
 MINISTRAL3: Sizes = {"rope_parameters": yarn(beta_fast=OneOf(32.0, 4.0), **SCALED)}
 QWEN3_MOE: Sizes = {"num_experts": OneOf(5, 8), "num_experts_per_tok": 2, "moe_intermediate_size": OneOf(24, 32)}
+# Dense layers between; the router does not renormalise.
+MIXED: Sizes = {"norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 2}
 MIXTRAL: Sizes = {"num_local_experts": OneOf(4, 6), "num_experts_per_tok": 2}
 OLMOE: Sizes = {"num_experts": OneOf(6, 8), "num_experts_per_tok": OneOf(2, 3), "intermediate_size": 24}
 GEMMA: Sizes = {"hidden_size": 48, "num_attention_heads": 4, "tie_word_embeddings": True}
@@ -73,22 +75,12 @@ GEMMA2: Sizes = GEMMA | {"num_key_value_heads": 2, "sliding_window": WINDOW, "at
 GEMMA2 |= {"final_logit_softcapping": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 GEMMA3: Sizes = GEMMA | {"num_key_value_heads": OneOf(1, 2), "num_hidden_layers": 7, "sliding_window": WINDOW}
 GEMMA3 |= {"final_logit_softcapping": OneOf(None, 5.0)} | ropes(rope_type="linear", rope_theta=1e5, factor=8.0)
-GEMMA4: Sizes = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 6,
-    "head_dim": 16,
-    "global_head_dim": 32,
-    "sliding_window": WINDOW,
-    "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
-    "final_logit_softcapping": 5.0,
-    "tie_word_embeddings": True,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": VOCAB_SIZE,
-    **ropes(rope_type="proportional", rope_theta=1e5, partial_rotary_factor=0.25),
-}
+GEMMA4: Sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+GEMMA4 |= {"num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32, "sliding_window": WINDOW}
+GEMMA4 |= {"layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"]}
+GEMMA4 |= {"final_logit_softcapping": 5.0, "tie_word_embeddings": True}
+GEMMA4 |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB_SIZE}
+GEMMA4 |= ropes(rope_type="proportional", rope_theta=1e5, partial_rotary_factor=0.25)
 GEMMA4_E2B: Sizes = {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": OneOf(2, 3)}
 GEMMA4_E2B |= {"use_double_wide_mlp": True, "num_key_value_heads": 1}
 GEMMA4_31B: Sizes = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
@@ -109,22 +101,12 @@ GRANITE4 |= {"mamba_n_heads": 4, "mamba_d_state": 16}
 GLM4: Sizes = {"rope_parameters": rope(partial_rotary_factor=0.5)}
 COHERE2: Sizes = {"num_hidden_layers": 5, "layer_norm_eps": OneOf(1e-5, 1e-3), "sliding_window": WINDOW}
 COHERE2 |= {"logit_scale": 0.3, "rotary_pct": 1.0, "tie_word_embeddings": True, "rms_norm_eps": ...}
-LATENT: Sizes = {
-    "hidden_size": 48,
-    "num_attention_heads": NUM_HEADS,
-    "num_key_value_heads": NUM_HEADS,
-    "q_lora_rank": OneOf(16, 24),
-    "kv_lora_rank": OneOf(16, 32),
-    "qk_nope_head_dim": OneOf(16, 32),
-    "qk_rope_head_dim": OneOf(16, 32),
-    "v_head_dim": OneOf(16, 32),
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": OneOf(1, 2),
-    "moe_intermediate_size": 24,
-    "routed_scaling_factor": 1.7,
-    "first_k_dense_replace": 1,
-}
+EXAONE4: Sizes = {"num_hidden_layers": 5, "sliding_window": WINDOW, "sliding_window_pattern": 4}
+LATENT: Sizes = {"hidden_size": 48, "num_attention_heads": NUM_HEADS, "num_key_value_heads": NUM_HEADS}
+LATENT |= {"q_lora_rank": OneOf(16, 24), "kv_lora_rank": OneOf(16, 32), "qk_nope_head_dim": OneOf(16, 32)}
+LATENT |= {"qk_rope_head_dim": OneOf(16, 32), "v_head_dim": OneOf(16, 32), "n_shared_experts": OneOf(1, 2)}
+LATENT |= {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT |= {"routed_scaling_factor": 1.7, "first_k_dense_replace": 1}
 LATENT_YARN: Sizes = {"rope_parameters": yarn(beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.707)}
 GREEDY: Sizes = {"topk_method": "greedy"}
 GLM4_ROUTER: Sizes = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid"}
@@ -158,12 +140,7 @@ FAMILIES = {
     "qwen3_odd": Family("qwen3", "qwen3", [HEADS, {"head_dim": OneOf(8, 24), "attention_bias": True}]),
     "qwen3_yarn": Family("qwen3", "qwen3", [HEADS, {"rope_parameters": yarn()}]),
     "qwen3_moe": Family("qwen3_moe", "qwen3moe", [HEADS, QWEN3_MOE, {"norm_topk_prob": True}], QWEN3_MOE),
-    "qwen3_moe_mixed": Family(  # with dense layers between; the router does not renormalise
-        "qwen3_moe",
-        None,
-        [HEADS, QWEN3_MOE, {"norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 2}],
-        QWEN3_MOE,
-    ),
+    "qwen3_moe_mixed": Family("qwen3_moe", None, [HEADS, QWEN3_MOE, MIXED], QWEN3_MOE),
     "mixtral": Family("mixtral", "llama", [HEADS, MIXTRAL, FULL, {"intermediate_size": 24}], MIXTRAL),
     "olmoe": Family("olmoe", "olmoe", [OLMOE, {"norm_topk_prob": False, "rms_norm_eps": 1e-5}], OLMOE),
     "gemma2": Family("gemma2", "gemma2", [GEMMA2], HEAD_DIM),
@@ -190,11 +167,7 @@ FAMILIES = {
     "smollm3": Family("smollm3", "smollm3", [{"num_hidden_layers": 5, "use_sliding_window": False}]),
     "glm4": Family("glm4", "glm4", [HEADS, GLM4, {"attention_bias": True}], GLM4),
     "cohere2": Family("cohere2", "cohere2", [COHERE2]),
-    "exaone4": Family(
-        "exaone4",
-        "exaone4",
-        [HEADS, {"num_hidden_layers": 5, "sliding_window": WINDOW, "sliding_window_pattern": 4}],
-    ),
+    "exaone4": Family("exaone4", "exaone4", [HEADS, EXAONE4]),
     "exaone4_full": Family("exaone4", "exaone4", [HEADS, LLAMA3, FULL, {"layer_types": 4 * ["full_attention"]}]),
     "ernie4_5": Family("ernie4_5", "ernie4_5", [HEADS, {"use_bias": OneOf(True, False)}]),
     "deepseek_v2_lite": Family(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 WEIGHTS_PER_FILE = 9
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Shape:
     hidden_size: int
     intermediate_size: int
@@ -25,6 +25,15 @@ class Shape:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    def config(self, max_model_len: int) -> dict[str, object]:
+        """Return config.json of a Llama."""
+        sizes = dataclasses.asdict(self)
+        names = {"num_layers": "hidden_layers", "num_heads": "attention_heads", "num_kv_heads": "key_value_heads"}
+        sizes |= {f"num_{long}": sizes.pop(short) for short, long in names.items()}
+        fixed = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False}
+        kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        return kind | sizes | fixed | {"max_position_embeddings": max_model_len}
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the weights, as in Hugging Face's Llama."""
@@ -93,22 +102,7 @@ TARGETS = {decode_name(1): 0.80, decode_name(8): 0.80, decode_name(64): 0.85, pr
 
 def save_model(shape: Shape, folder: Path, max_model_len: int, device: torch.device) -> None:
     """Write random weights, in files of about one layer each, and their configuration."""
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": max_model_len,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(shape.config(max_model_len)))
     generator = torch.Generator(device).manual_seed(0)
     files: dict[str, str] = {}
     weights = shape.weights()

@@ -3,7 +3,6 @@
 import base64
 import codecs
 import functools
-import json
 import os
 import struct
 import tempfile
@@ -12,10 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import openai_harmony
-from tokenizers import AddedToken, Tokenizer
 
 from server.text.parsers.harmony import MARKERS
-from tests.support.tiny_tokenizer_model import END_OF_TEXT, write_tiny_model
+from tests.support.tiny_tokenizer_model import write_tiny_model
 
 TEMPLATE = Path(__file__).with_name("gpt_oss.jinja")  # of openai/gpt-oss-120b, Apache-2.0
 VOCABULARY = "o200k_base.tiktoken"
@@ -61,12 +59,5 @@ def decode_pieces(token_ids: list[int]) -> list[str]:
 
 def write_harmony_model(folder: Path, *, special_markers: bool = True) -> Path:
     """Write a model folder with the template of gpt-oss. With `special_markers` the markers are control tokens."""
-    write_tiny_model(folder)
-    config = {"eos_token": END_OF_TEXT, "chat_template": TEMPLATE.read_text()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    path = str(folder / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(path)
-    if special_markers:
-        tokenizer.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in MARKERS])
-    tokenizer.save(path)
-    return folder
+    markers = MARKERS if special_markers else ()
+    return write_tiny_model(folder, *markers, template=TEMPLATE.read_text())

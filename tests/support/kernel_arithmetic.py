@@ -23,7 +23,9 @@ TRANSPARENT |= {"ttg.memdesc_trans", "ttg.memdesc_index", "ttg.memdesc_subslice"
 TRANSPARENT |= {"ttng.warp_group_dot_wait", "ttng.tmem_subslice"}
 COMMUTATIVE = {"arith.addf", "arith.mulf", "arith.maxnumf", "arith.minnumf", "arith.maximumf", "arith.minimumf"}
 SUMS = "sums in tensor memory"
-ACCUMULATED = {"ttng.tmem_store", "ttng.tc_gen5_mma"}  # write to tensor memory
+# What writes to shared or tensor memory: which of its buffers.
+WRITES = {"ttg.local_store": 0, "ttg.async_copy_global_to_local": 0, "ttng.tmem_store": 0, "ttng.tc_gen5_mma": 2}
+ALLOCATIONS = ("ttg.local_alloc", "ttng.tmem_alloc")
 NUMBERS = re.compile(r"(f|bf|i8|i16)")  # element types of numbers; other integers are indices and masks
 INSTRUCTION_BYTES = 32  # of the inputs of one row that an instruction of a tensor core multiplies
 
@@ -98,11 +100,6 @@ def _ordered(operation: str, operands: Sequence[str]) -> Expression:
     return Expression(operation, tuple(sorted(operands) if operation in COMMUTATIVE else operands))
 
 
-def _shape(type_name: str) -> list[int]:
-    (sizes,) = re.findall(r"<((?:\d+x)+)", type_name)
-    return [int(size) for size in sizes.split("x") if size]
-
-
 def _element(type_name: str) -> str:
     """Return the element type of a tensor, a buffer or a scalar."""
     found = re.match(r"(?:tensor|!ttg\.memdesc)<(?:\d+x)*([^,>]+)", type_name)
@@ -113,7 +110,8 @@ def _num_instructions(a: Any) -> int:
     """Return how many instructions a product of tiles takes along its inputs, by the type of the first tile."""
     type_name = str(a.get_type())
     size = {"f32": 4, "f16": 2, "bf16": 2}[_element(type_name)]
-    return _shape(type_name)[-1] * size // INSTRUCTION_BYTES
+    (columns,) = re.findall(r"<(?:\d+x)*(\d+)x[a-z]", type_name)
+    return int(columns) * size // INSTRUCTION_BYTES
 
 
 def _operands(operation: Any) -> list[Any]:
@@ -138,8 +136,7 @@ class KernelReader:
         self.expressions: dict[str, Expression] = {}
         self.known: dict[tuple[int, tuple[int, ...]], str] = {}
         self.definitions: dict[int, tuple[Any, int]] = {}
-        self.writes: dict[int, list[Any]] = defaultdict(list)  # to shared memory, by the buffer
-        self.accumulations: dict[int, list[Any]] = defaultdict(list)  # to tensor memory, by the buffer
+        self.writes: dict[int, list[Any]] = defaultdict(list)  # by the buffer
         self.yields: dict[int, list[Any]] = defaultdict(list)  # by the region that they end
         self.inner: dict[int, list[str]] = defaultdict(list)  # names of operations, by their region
         self.outer: dict[int, Any] = {}  # the operation that a region belongs to
@@ -155,8 +152,7 @@ class KernelReader:
             "tt.reduce": self._reduce_key,
             "tt.dot": self._product_key,
             "ttng.warp_group_dot": self._product_key,
-            "ttg.local_alloc": self._memory_key,
-            "ttng.tmem_alloc": self._tensor_memory_key,
+            **dict.fromkeys(ALLOCATIONS, self._memory_key),
             "ttng.tmem_load": self._accumulated_key,
         }
         self._index(ttgir)
@@ -187,49 +183,40 @@ class KernelReader:
             elif name == "scf.yield":
                 self.yields[region].append(operation)
             elif name == "scf.for":
-                self._index_loop(operation)
+                for index in range(operation.get_num_results()):
+                    self.carried[self._body_argument(operation, index).id()] = operation, index
             elif name == "tt.return":
                 block = operation.get_block()
                 self.arguments = {block.get_argument(index).id(): names[index] for index in range(len(names))}
         for operation in self.operations:
             name = operation.get_name()
-            if name in ("ttg.local_store", "ttg.async_copy_global_to_local"):
-                self.writes[self._buffer(operation.get_operand(1))].append(operation)
-            elif name in ACCUMULATED:
+            if name in WRITES:
                 buffers = [value for value in _operands(operation) if "memdesc" in str(value.get_type())]
-                self.accumulations[self._buffer(buffers[0 if name == "ttng.tmem_store" else 2])].append(operation)
-
-    def _index_loop(self, loop: Any) -> None:
-        block = self.yields[loop.get_region(0).id()][0].get_block()
-        for index in range(loop.get_num_results()):
-            self.carried[block.get_argument(index + 1).id()] = loop, index
+                self.writes[self._buffer(buffers[WRITES[name]])].append(operation)
 
     def _add(self, operation: str, operands: Iterable[str] = ()) -> str:
         expression = _ordered(operation, list(operands))
         self.expressions[expression.key] = expression
         return expression.key
 
+    def _before(self, value: Any) -> Any:
+        """Return what a pointer or a view of memory is made from."""
+        if value.id() in self.carried:
+            loop, index = self.carried[value.id()]
+            return loop.get_operand(index + 3)
+        return self.definitions[value.id()][0].get_operand(0)
+
     def _pointer(self, value: Any) -> str:
         """Return the name of the kernel's argument that a pointer comes from."""
         while value.id() not in self.arguments:
-            if value.id() in self.carried:
-                loop, index = self.carried[value.id()]
-                value = loop.get_operand(index + 3)
-            else:
-                value = self.definitions[value.id()][0].get_operand(0)
+            value = self._before(value)
         return self.arguments[value.id()]
 
     def _buffer(self, value: Any) -> int:
         """Return the id of the allocation that a view of shared or tensor memory belongs to."""
-        while True:
-            if value.id() in self.carried:
-                loop, index = self.carried[value.id()]
-                value = loop.get_operand(index + 3)
-                continue
-            operation, _ = self.definitions[value.id()]
-            if operation.get_name() in ("ttg.local_alloc", "ttng.tmem_alloc"):
-                return int(value.id())
-            value = operation.get_operand(0)
+        while value.id() in self.carried or self.definitions[value.id()][0].get_name() not in ALLOCATIONS:
+            value = self._before(value)
+        return int(value.id())
 
     def _key(self, value: Any, stack: tuple[int, ...]) -> str:
         """Return the key of a value's expression. `stack` has the carried values in whose expression it occurs."""
@@ -297,42 +284,44 @@ class KernelReader:
 
     def _depends(self, value: Any, on: int) -> bool:
         """Return whether a value is computed from a carried value of an earlier turn of its loop."""
-        seen: set[int] = set()
+        found: set[int] = set()
         left = [value]
         while left:
-            value = left.pop()
-            if value.id() == on:
-                return True
-            if value.id() in seen:
-                continue
-            seen.add(value.id())
-            if value.id() in self.carried:
-                loop, index = self.carried[value.id()]
-                left += [loop.get_operand(index + 3), self.yields[loop.get_region(0).id()][0].get_operand(index)]
-            elif value.id() in self.definitions:
-                operation, index = self.definitions[value.id()]
-                if operation.get_name() == "scf.for":
-                    left.append(self._body_argument(operation, index))
-                else:
-                    left += _operands(operation)
-                    regions = [operation.get_region(number).id() for number in range(operation.get_num_regions())]
-                    left += [end.get_operand(index) for region in regions for end in self.yields[region]
-                             if index < end.get_num_operands()]  # fmt: skip
-        return False
+            if (value := left.pop()).id() not in found:
+                found.add(value.id())
+                left += self._inputs(value)
+        return on in found
+
+    def _inputs(self, value: Any) -> list[Any]:
+        """Return what a value is computed from; for one that a loop carries, also in an earlier turn."""
+        if value.id() in self.carried:
+            loop, index = self.carried[value.id()]
+            return [loop.get_operand(index + 3), self.yields[loop.get_region(0).id()][0].get_operand(index)]
+        if value.id() not in self.definitions:
+            return []
+        operation, index = self.definitions[value.id()]
+        if operation.get_name() == "scf.for":
+            return [self._body_argument(operation, index)]
+        regions = [operation.get_region(number).id() for number in range(operation.get_num_regions())]
+        ends = [end for region in regions for end in self.yields[region] if index < end.get_num_operands()]
+        return _operands(operation) + [end.get_operand(index) for end in ends]
 
     def _one_of(self, keys: Iterable[str]) -> str:
         different = sorted(set(keys))
         return different[0] if len(different) == 1 else self._add("one of", different)
 
     def _memory_key(self, allocation: Any, index: int, stack: tuple[int, ...]) -> str:
-        """Return the key of what shared memory holds."""
+        """Return the key of what shared memory holds, or tensor memory that is the first factor of a product."""
         if allocation.get_num_operands():
             return self._key(allocation.get_operand(0), stack)
-        keys = []
-        for write in self.writes[allocation.get_result(0).id()]:
-            is_copy = write.get_name() == "ttg.async_copy_global_to_local"
-            keys.append(self._load_key(write, 0, stack) if is_copy else self._key(write.get_operand(0), stack))
-        return self._one_of(keys)
+        writes = self.writes[allocation.get_result(0).id()]
+        return self._one_of([self._written_key(write, stack) for write in writes])
+
+    def _written_key(self, write: Any, stack: tuple[int, ...]) -> str:
+        if write.get_name() == "ttg.async_copy_global_to_local":
+            return self._load_key(write, 0, stack)
+        (numbers,) = (value for value in _operands(write) if str(value.get_type()).startswith("tensor"))
+        return self._key(numbers, stack)
 
     def _product_key(self, product: Any, index: int, stack: tuple[int, ...]) -> str:
         """Return the key of a product that is added to the last operand. Successive parts of one step are joined."""
@@ -347,28 +336,17 @@ class KernelReader:
             times, sums_key = times + int(previous), before.operands[2]
         return self._add(f"{name} x{times}", [a_key, b_key, sums_key])
 
-    def _stored_key(self, store: Any, stack: tuple[int, ...]) -> str:
-        (numbers,) = (value for value in _operands(store) if str(value.get_type()).startswith("tensor"))
-        return self._key(numbers, stack)
-
-    def _tensor_memory_key(self, allocation: Any, index: int, stack: tuple[int, ...]) -> str:
-        """Return the key of what tensor memory holds that is the first factor of a product."""
-        if allocation.get_num_operands():
-            return self._key(allocation.get_operand(0), stack)
-        stores = self.accumulations[allocation.get_result(0).id()]
-        return self._one_of([self._stored_key(store, stack) for store in stores])
-
     def _accumulated_key(self, load: Any, index: int, stack: tuple[int, ...]) -> str:
         """Return the key of sums in tensor memory: all that is written there, in order."""
         buffer = self._buffer(load.get_operand(0))
         if buffer in stack:  # what is written was computed from what was there
             return self._add(f"carried {len(stack) - 1 - stack.index(buffer)}")
-        writes, stack = self.accumulations[buffer], (*stack, buffer)
+        writes, stack = self.writes[buffer], (*stack, buffer)
         keys = []
         for write in writes:
             where = "".join(self._inside(write)[len(self._inside(load)) :])
             if write.get_name() == "ttng.tmem_store":
-                keys.append(self._add(f"set{where}", [self._stored_key(write, stack)]))
+                keys.append(self._add(f"set{where}", [self._written_key(write, stack)]))
                 continue
             a, b = write.get_operand(0), write.get_operand(1)
             adds = next(value for value in _operands(write) if str(value.get_type()) == "i1")

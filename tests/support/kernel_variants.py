@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import msgspec
-
 from engine.kernels.triton import attention, experts, linear, lora, rows, sampler
 from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTile, Tiles
 from tests.support.compiled_kernels import Variant
@@ -49,8 +47,12 @@ PACKED = {
 }
 HEADS = {64: 64, 80: 128, 128: 128, 256: 256, 512: 512, 576: 1024}  # head sizes and the columns of their tiles
 HEADS_WITH_SINKS = frozenset({64})  # as gpt-oss
-NO_NORMS = {"HAS_Q_NORM": False, "HAS_K_NORM": False, "HAS_V_NORM": False}
-NO_NORMS |= dict.fromkeys(("q_weight", "k_weight", "v_weight"))  # type: ignore[arg-type]
+NORMS: dict[str, Any] = {"HAS_Q_NORM": True, "HAS_K_NORM": True, "HAS_V_NORM": True}
+NO_NORMS = dict.fromkeys(NORMS, False) | dict.fromkeys(("q_weight", "k_weight", "v_weight"))
+SAMPLER, PIECE, ID_PIECE = (SAMPLER_TYPES, sampler.NUM_WARPS), {"PIECE": sampler.PIECE}, {"PIECE": sampler.ID_PIECE}
+SHRUNK = {"ROWS": lora.ROWS, "RANKS": lora.RANKS, "INPUTS": lora.INPUTS, "SPLIT_INPUTS": lora.SPLIT_INPUTS}
+EXPANDED = {"UNIT": 16, "ROWS": lora.ROWS, "RANKS": lora.RANKS, "COLUMNS": lora.COLUMNS}
+Types = dict[str, str]
 
 
 def tiles_of(target: str, dtype: str) -> Tiles:
@@ -65,15 +67,25 @@ def tiles_of(target: str, dtype: str) -> Tiles:
 def variants_of(target: str, dtype: str) -> list[Variant]:
     """Return the variants of all kernels."""
     tiles, types = tiles_of(target, dtype), dict.fromkeys(MODEL_TENSORS.split(), dtype) | OTHER_TYPES
-    found = [*plain_products(tiles.linear, types)]
     float8 = "*fp8e4nv" if target in ("cuda 8.9", "cuda 9.0", "cuda 10.0", "cuda 12.0") else "*u8"  # or its bits
-    for name, weights in PACKED.items():
-        codes = float8 if name == "float8" else weights.codes
-        found += packed_products(name, weights._replace(codes=codes), tiles.packed_linear, types)
     caches = {"": {}, " int8": cache_types("*i8"), " float8": cache_types(float8)}
-    found += attention_kernels(tiles, types, caches)
-    found += expert_kernels(tiles, types)
-    return [*found, *row_kernels(types, caches), *lora_kernels(types), *sampler_kernels()]
+    packed = PACKED | {"float8": PACKED["float8"]._replace(codes=float8)}
+    return [
+        *plain_products(tiles.linear, types),
+        *(
+            product(f"linear {name} {size_of(tile)}", tiles.packed_linear, tile, types, weights)
+            for name, weights in packed.items()
+            for tile in tiles.packed_linear.tiles
+        ),
+        *attention_kernels(tiles, types, caches),
+        *expert_kernels(tiles, types),
+        *row_kernels(types, caches),
+        *(Variant(f"top {flag}", "sampler._top", {"IS_CHANGED": flag, **PIECE}, *SAMPLER) for flag in (False, True)),
+        *(Variant(name, f"sampler._{name}", PIECE, *SAMPLER) for name in ("forbid", "collect", "draw")),
+        *(Variant(name, f"sampler._{name}", ID_PIECE, *SAMPLER) for name in ("add_biases", "penalise")),
+        Variant("shrink", "lora._shrink", SHRUNK, types, num_warps=2, num_stages=4),
+        Variant("expand", "lora._expand", EXPANDED, types),
+    ]
 
 
 def cache_types(codes: str) -> dict[str, str]:
@@ -81,13 +93,19 @@ def cache_types(codes: str) -> dict[str, str]:
     return {"keys": codes, "values": codes, "key_scales": "*fp32", "value_scales": "*fp32"}
 
 
+def scales_of(cache: Types) -> dict[str, Any]:
+    """Return the constants that tell whether a KV cache has scales."""
+    return {"HAS_SCALES": bool(cache)} | ({} if cache else dict.fromkeys(("key_scales", "value_scales")))
+
+
 def product(
     name: str,
     table: LinearTable,
     tile: LinearTile,
-    types: Mapping[str, str],
+    types: Types,
     weights: WeightFormat | None = None,
     *,
+    kernel: str = "linear._linear",
     is_aligned: bool = True,
     **changes: object,
 ) -> Variant:
@@ -96,123 +114,73 @@ def product(
     constants = {"FORMAT": weights.format, "SCALE_COLUMNS": weights.group_outputs, "SCALE_INPUTS": weights.group}
     constants |= {"HAS_MINIMUM": weights.has_minimum, "HAS_BIAS": False, "ADDS": True, "IS_SPLIT": False, "SPLITS": 1}
     constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": table.inputs, "GROUP": linear.ROW_GROUP}
-    types = dict(types) | {"weights": weights.codes, "scales": weights.scales}
-    return Variant(
-        f"linear {name}",
-        "linear._linear",
-        constants | changes,
-        types,
-        tile.num_warps,
-        tile.num_stages,
-        is_aligned=is_aligned,
-        has_arithmetic=True,
-    )
+    types = types | {"weights": weights.codes, "scales": weights.scales}
+    launch = tile.num_warps, tile.num_stages, is_aligned
+    return Variant(name, kernel, constants | changes, types, *launch, has_arithmetic=True)
 
 
 def size_of(tile: LinearTile) -> str:
     return f"{tile.rows}x{tile.columns}"
 
 
-def plain_products(table: LinearTable, types: Mapping[str, str]) -> Iterator[Variant]:
-    for tile in table.tiles:
-        yield product(size_of(tile), table, tile, types)
-    smallest, size = table.tiles[0], size_of(table.tiles[0])
-    yield product(f"{size} with bias", table, smallest, types, HAS_BIAS=True, ADDS=False)
-    yield product(f"{size} alone", table, smallest, types, ADDS=False)
-    yield product(f"{size} unaligned", table, smallest, types, is_aligned=False)
-    for tile in {smallest, [tile for tile in table.tiles if tile.sums_per_thread <= 64][-1]}:
-        yield product(f"{size_of(tile)} of 2 splits", table, tile, types, SPLITS=2)
-    yield product(f"{size} split", table, smallest, types, SPLITS=2, IS_SPLIT=True)
+def plain_products(table: LinearTable, types: Types) -> Iterator[Variant]:
+    smallest, largest_with_splits = table.tiles[0], [tile for tile in table.tiles if tile.sums_per_thread <= 64][-1]
+    rows: list[tuple[LinearTile, str, dict[str, Any]]] = [(tile, "", {}) for tile in table.tiles]
+    rows.append((smallest, " with bias", {"HAS_BIAS": True, "ADDS": False}))
+    rows.append((smallest, " alone", {"ADDS": False}))
+    rows.append((smallest, " unaligned", {"is_aligned": False}))
+    rows += [(tile, " of 2 splits", {"SPLITS": 2}) for tile in {smallest, largest_with_splits}]
+    rows.append((smallest, " split", {"SPLITS": 2, "IS_SPLIT": True}))
+    for tile, name, changes in rows:
+        yield product(f"linear {size_of(tile)}{name}", table, tile, types, **changes)
     constants = {"HAS_BIAS": False, "ADDS": True, "SPLITS": 2, "COLUMNS": linear.SUM_COLUMNS}
-    yield Variant("add_splits", "linear._add_splits", constants, dict(types), has_arithmetic=True)
+    yield Variant("add_splits", "linear._add_splits", constants, types, has_arithmetic=True)
 
 
-def packed_products(
-    name: str, weights: WeightFormat, table: LinearTable, types: Mapping[str, str]
-) -> Iterator[Variant]:
-    for tile in table.tiles:
-        yield product(f"{name} {size_of(tile)}", table, tile, types, weights)
-
-
-def attention_kernels(
-    tiles: Tiles, types: Mapping[str, str], caches: Mapping[str, dict[str, str]]
-) -> Iterator[Variant]:
+def attention_kernels(tiles: Tiles, types: Types, caches: Mapping[str, Types]) -> Iterator[Variant]:
     for size, block in HEADS.items():
         sizes = tiles.attention_for(size)
-        has_sinks = size in HEADS_WITH_SINKS
         constants: dict[str, Any] = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
-        constants |= {} if has_sinks else {"sinks": None}
+        constants |= {} if size in HEADS_WITH_SINKS else {"sinks": None}
         merging = constants | {"COLUMNS": min(block, attention.MERGED_COLUMNS)}
-        yield Variant(f"reduce {size}", "attention._reduce", merging, dict(types), sizes.num_warps, has_arithmetic=True)
-        has_window = size == 64
-        constants |= {"HAS_WINDOW": has_window, "HAS_SOFTCAP": has_window, "SEGMENT": sizes.segment}
+        yield Variant(f"reduce {size}", "attention._reduce", merging, types, sizes.num_warps, has_arithmetic=True)
+        constants |= {"HAS_WINDOW": size == 64, "HAS_SOFTCAP": size == 64, "SEGMENT": sizes.segment}
         constants |= {"KEYS": sizes.keys, "TOKENS": 32}
         for name, cache in caches.items():
-            constants["HAS_SCALES"] = bool(cache)
-            no_scales = {} if cache else dict.fromkeys(("key_scales", "value_scales"))
-            yield Variant(
-                f"attend {size}{name}",
-                "attention._attend",
-                constants | no_scales,
-                dict(types) | cache,
-                sizes.num_warps,
-                sizes.num_stages,
-                has_arithmetic=True,
-            )
+            own, launch = constants | scales_of(cache), (sizes.num_warps, sizes.num_stages)
+            yield Variant(f"attend {size}{name}", "attention._attend", own, types | cache, *launch, has_arithmetic=True)
 
 
-def expert_kernels(tiles: Tiles, types: Mapping[str, str]) -> Iterator[Variant]:
+def expert_kernels(tiles: Tiles, types: Types) -> Iterator[Variant]:
     chosen = {"NUM_EXPERTS": 256, "EXPERTS": 256, "NUM_CHOSEN": 8, "CHOSEN": 8, "HAS_BIAS": True, "HAS_SCALES": True}
     chosen |= {"IS_SIGMOID": True, "NORMALIZES": True, "NUM_GROUPS": 8, "GROUPS": 8}
     chosen |= {"NUM_BEST_GROUPS": 4, "TAKES_TWO": True}
-    yield Variant("route", "experts._route", chosen, dict(types) | ROUTER_TYPES, num_warps=1)
-    yield Variant("sort_pairs", "experts._sort_pairs", {"PAIRS": experts.SORTED_PAIRS}, dict(types), num_warps=8)
+    yield Variant("route", "experts._route", chosen, types | ROUTER_TYPES, num_warps=1)
+    yield Variant("sort_pairs", "experts._sort_pairs", {"PAIRS": experts.SORTED_PAIRS}, types, num_warps=8)
     combined = {"NUM_CHOSEN": 8, "ADDS": True, "BLOCK": rows.ROW_COLUMNS}
-    yield Variant("combine", "experts._combine", combined, dict(types) | {"weights": "*fp32"})
-    constants: dict[str, Any] = {"NUM_EXPERTS": 32, "EXPERTS": 32, "PAIRS_OF_ROW": 4, "HAS_BIAS": True}  # gpt-oss
+    yield Variant("combine", "experts._combine", combined, types | {"weights": "*fp32"})
+    gpt_oss: dict[str, Any] = {"NUM_EXPERTS": 32, "EXPERTS": 32, "PAIRS_OF_ROW": 4, "HAS_BIAS": True}
+    gpt_oss["kernel"] = "experts._expert_linear"
     for name, table in (("", tiles.linear), (" float4", tiles.packed_linear)):
-        weights = PACKED["float4"] if name else None
         for tile in table.tiles:
-            variant = product(f"{name} {size_of(tile)}", table, tile, types, weights, **constants)
-            yield msgspec.structs.replace(
-                variant, name=f"expert_linear{name} {size_of(tile)}", kernel="experts._expert_linear"
-            )
+            weights = PACKED["float4"] if name else None
+            yield product(f"expert_linear{name} {size_of(tile)}", table, tile, types, weights, **gpt_oss)
 
 
-def row_kernels(types: Mapping[str, str], caches: Mapping[str, dict[str, str]]) -> Iterator[Variant]:
-    for name, flags in (
-        ("rms_norm", (False, False)),
-        ("rms_norm to a residual", (False, True)),
-        ("layer_norm", (True, False)),
+def row_kernels(types: Types, caches: Mapping[str, Types]) -> Iterator[Variant]:
+    for name, is_layer_norm, adds in (
+        ("rms_norm", False, False),
+        ("rms_norm to a residual", False, True),
+        ("layer_norm", True, False),
     ):
-        constants: dict[str, Any] = {"BLOCK": 4096, "IS_LAYER_NORM": flags[0], "ADDS": flags[1]}
-        yield Variant(name, "rows._norm", constants, dict(types))
-    yield Variant("add", "rows._add", {"BLOCK": rows.ROW_COLUMNS}, dict(types))
-    yield Variant("scale", "rows._scale", {"BLOCK": rows.ROW_COLUMNS, "HAS_SOFTCAP": True}, dict(types))
+        yield Variant(name, "rows._norm", {"BLOCK": 4096, "IS_LAYER_NORM": is_layer_norm, "ADDS": adds}, types)
+    block = {"BLOCK": rows.ROW_COLUMNS}
+    yield Variant("add", "rows._add", block, types)
+    yield Variant("scale", "rows._scale", block | {"HAS_SOFTCAP": True}, types)
     for activation in ("silu", "gelu", "gelu_pytorch_tanh", "swigluoai"):
-        constants = {"ACTIVATION": activation, "BLOCK": rows.ROW_COLUMNS}
-        yield Variant(f"act_and_mul {activation}", "rows._act_and_mul", constants, dict(types))
+        yield Variant(f"act_and_mul {activation}", "rows._act_and_mul", {"ACTIVATION": activation, **block}, types)
     for name, cache in caches.items():
-        stored: dict[str, Any] = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": bool(cache)}
-        stored |= {} if cache else dict.fromkeys(("key_scales", "value_scales"))
-        types_of_cache, kernel = dict(types) | cache, "rows._rope_and_store_kv"
-        yield Variant(f"rope_and_store_kv{name}", kernel, stored | NO_NORMS, types_of_cache, num_warps=1)
-        stored |= {"HAS_Q_NORM": True, "HAS_K_NORM": True, "HAS_V_NORM": True, "BLOCK": 512}
-        yield Variant(f"rope_and_store_kv with norms{name}", kernel, stored, types_of_cache, num_warps=1)
-
-
-def lora_kernels(types: Mapping[str, str]) -> Iterator[Variant]:
-    constants = {"ROWS": lora.ROWS, "RANKS": lora.RANKS, "INPUTS": lora.INPUTS, "SPLIT_INPUTS": lora.SPLIT_INPUTS}
-    yield Variant("shrink", "lora._shrink", constants, dict(types), num_warps=2, num_stages=4)
-    constants = {"UNIT": 16, "ROWS": lora.ROWS, "RANKS": lora.RANKS, "COLUMNS": lora.COLUMNS}
-    yield Variant("expand", "lora._expand", constants, dict(types))
-
-
-def sampler_kernels() -> Iterator[Variant]:
-    pieces = dict.fromkeys(("forbid", "collect", "draw"), sampler.PIECE)
-    pieces |= dict.fromkeys(("add_biases", "penalise"), sampler.ID_PIECE)
-    for name, piece in pieces.items():
-        yield Variant(name, f"sampler._{name}", {"PIECE": piece}, SAMPLER_TYPES, sampler.NUM_WARPS)
-    for is_changed in (False, True):
-        constants = {"PIECE": sampler.PIECE, "IS_CHANGED": is_changed}
-        yield Variant(f"top {is_changed}", "sampler._top", constants, SAMPLER_TYPES, sampler.NUM_WARPS)
+        for norms, own in (("", NO_NORMS | {"BLOCK": 128}), (" with norms", NORMS | {"BLOCK": 512})):
+            constants = {"TOKENS": 32, **scales_of(cache), **own}
+            kernel = f"rope_and_store_kv{norms}{name}"
+            yield Variant(kernel, "rows._rope_and_store_kv", constants, types | cache, num_warps=1)

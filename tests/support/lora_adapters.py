@@ -12,13 +12,7 @@ from engine.lora.checkpoint import module_shapes
 
 
 def save_random_adapter(
-    folder: Path,
-    config: ModelConfig,
-    seed: int,
-    *,
-    ranks: dict[str, int],
-    strength: float = 0.3,
-    **settings: Any,
+    folder: Path, config: ModelConfig, seed: int, *, ranks: dict[str, int], strength: float = 0.3, **settings: Any
 ) -> Path:
     """Write an adapter that updates projections of all layers, and return its folder.
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from transformers import GptOssConfig
 
 import engine.kernels.triton.kernels
 import engine.loading
 import engine.model.memory_plan
-from engine.config import (
-    AttentionSpec,
-    EngineConfig,
-    ExpertsSpec,
-    LayerSpec,
-    ModelConfig,
-    RopeSpec,
-    RouterSpec,
-    WeightLayout,
-)
+from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.execution.cuda_graphs import Forward, GraphedExecution
 from engine.kernels.triton.kernels import TritonKernels
 from engine.loading import DTYPES, LoadedModel, choose_limits, kernel_options, measure_activations, new_runner
@@ -43,7 +38,6 @@ from engine.weights import PackedTensor, Weight
 from tests.support.gpu_cards import Card
 from tests.support.gpu_shapes import Shape
 from tests.support.gpu_trace import META, Launch, Trace, traced
-from tests.support.model_configs import llama_config
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # of the driver, the loaded kernels and the libraries
 
@@ -137,54 +131,19 @@ def _concatenate(parts: list[PackedTensor]) -> PackedTensor:
 
 def model_config(size: Shape, max_model_len: int = 131072) -> ModelConfig:
     """Return the configuration of a Llama."""
-    return llama_config(
-        architecture="llama",
-        vocab_size=size.vocab_size,
-        num_token_ids=size.vocab_size,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_kv_heads,
-        head_dim=size.head_dim,
-        max_position_embeddings=max_model_len,
-        rope_theta=500000.0,
-    )
+    return _read_config(size.config(max_model_len))
 
 
 def gpt_oss_config(num_layers: int = 24, max_model_len: int = 131072) -> ModelConfig:
     """Return the configuration of gpt-oss 20B: experts, sinks, and windows in every other layer."""
+    lengths: dict[str, Any] = {"num_hidden_layers": num_layers, "max_position_embeddings": max_model_len}
+    return _read_config(GptOssConfig(num_local_experts=32, **lengths).to_dict())
 
-    def layer(window: int | None) -> LayerSpec:
-        attention = AttentionSpec(
-            num_heads=64,
-            num_kv_heads=8,
-            head_dim=64,
-            scale=0.125,
-            window=window,
-            qkv_bias=True,
-            output_bias=True,
-            has_sinks=True,
-        )
-        experts = ExpertsSpec(
-            router=RouterSpec(num_experts=32, num_experts_per_tok=4),
-            intermediate_size=2880,
-            activation="swigluoai",
-            bias=True,
-            router_bias=True,
-        )
-        return LayerSpec(attention=attention, mlp=None, experts=experts)
 
-    return ModelConfig(
-        architecture="gpt_oss",
-        vocab_size=201088,
-        num_token_ids=201088,
-        hidden_size=2880,
-        layers=(layer(128), layer(None)) * (num_layers // 2),
-        ropes=(RopeSpec(head_dim=64, rotary_dim=64, theta=150000.0),),
-        max_position_embeddings=max_model_len,
-        weight_layout=WeightLayout(),
-    )
+def _read_config(values: dict[str, Any]) -> ModelConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(values))
+        return load_model_config(Path(folder))
 
 
 @dataclass(frozen=True)

@@ -70,37 +70,24 @@ class Replace(ast.NodeTransformer):
         return ast.copy_location(self.new, node) if node is self.old else self.generic_visit(node)
 
 
-def functions(module: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+def functions(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Yield the functions of a module and of its classes by their dotted names."""
     for node in module.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name, node
-        elif isinstance(node, ast.ClassDef):
-            for member in node.body:
-                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
-                    yield f"{node.name}.{member.name}", member
+        for member in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{node.name}.{member.name}" if isinstance(node, ast.ClassDef) else member.name, member
 
 
 def mutants(path: Path) -> Iterator[tuple[str, str]]:
     """Yield each mutant of a file: its name within the file, and the source."""
     module = ast.parse(path.read_text(encoding="utf-8"))
     for name, function in functions(module):
-        number = 0
-        for statement in function.body:  # type: ignore[attr-defined]  # not in decorators and defaults
-            for node in ast.walk(statement):
-                for change, new in mutate(node):
-                    number += 1
-                    changed = copy.deepcopy(module)
-                    old = find(module, changed, node)
-                    yield (
-                        f"{name}#{number}:{change}",
-                        ast.unparse(ast.fix_missing_locations(Replace(old, new).visit(changed))),
-                    )
-
-
-def find(module: ast.Module, copied: ast.Module, node: ast.AST) -> ast.AST:
-    """Return the node of a copied tree that corresponds to one of the original."""
-    return next(twin for one, twin in zip(ast.walk(module), ast.walk(copied), strict=True) if one is node)
+        body = [node for statement in function.body for node in ast.walk(statement)]  # not in decorators and defaults
+        changes = [(node, change, new) for node in body for change, new in mutate(node)]
+        for number, (node, change, new) in enumerate(changes, 1):
+            Replace(node, new).visit(module)
+            yield f"{name}#{number}:{change}", ast.unparse(ast.fix_missing_locations(module))
+            Replace(new, node).visit(module)
 
 
 def sources(root: Path) -> list[Path]:

@@ -16,6 +16,15 @@ from engine.scheduling.request import BlockTable, Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 
 
+def runner_with(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> ModelRunner:
+    """Return a runner of the same weights and KV memory whose steps may have so many tokens and sequences."""
+    runner, model_len, block_size = loaded.runner, loaded.limits.max_model_len, loaded.memory.block_size
+    limits = BatchLimits(num_tokens, num_seqs, model_len, block_size, loaded.config.num_token_ids)
+    groups, planners = len(loaded.config.kv_groups), runner.builder.planners
+    builder = BatchBuilder(limits, loaded.device, num_groups=groups, planners=planners)
+    return ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
+
+
 def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") -> Tensor:
     """Return the logits of every position [n, V] of a prompt, computed in one forward pass."""
     submit = Submit(request_id="r", prompt_token_ids=list(prompt), params=SamplingParams(max_tokens=1), arrival=0.0)
@@ -27,17 +36,10 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") 
         table = BlockTable()
         table.append([Block(first + index) for index in reversed(range(num_blocks))])
         request.kv.tables.append(table)
-    # The prompt may be longer than the token budget of the engine's steps.
-    runner = loaded.runner
-    builder = BatchBuilder(
-        BatchLimits(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.config.num_token_ids),
-        loaded.device,
-        num_groups=num_groups,
-        planners=runner.builder.planners,
-    )
-    execution = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels).execution
+    runner = runner_with(loaded, len(prompt), 1)  # the prompt may be longer than the token budget of the engine's steps
+    execution = runner.execution
     with torch.inference_mode():
-        execution.forward(builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=len(prompt))])))
+        execution.forward(runner.builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=len(prompt))])))
         return execution.compute_logits(torch.arange(len(prompt))).clone()
 
 

@@ -15,21 +15,9 @@ from tests.support.tensors import random_tensor
 Array = np.ndarray[Any, Any]
 
 # The offsets of half-precision scales and minima in a block. MXFP4 has an exponent instead.
-SCALES = {
-    "Q4_0": [0],
-    "Q4_1": [0, 2],
-    "Q5_0": [0],
-    "Q5_1": [0, 2],
-    "Q8_0": [0],
-    "Q4_K": [0, 2],
-    "Q5_K": [0, 2],
-    "Q6_K": [208],
-    "Q2_K": [80, 82],
-    "Q3_K": [108],
-    "IQ4_NL": [0],
-    "IQ4_XS": [0],
-    "MXFP4": [],
-}
+SCALES: dict[str, tuple[int, ...]] = {"Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "MXFP4": ()}
+SCALES |= dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,))
+SCALES |= dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))
 GROUP = 32  # inputs that share a scale
 ZERO_POINT_BITS = {"uint4": 4, "uint8": 8}  # formats of codes with zero points
 

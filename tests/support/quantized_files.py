@@ -24,12 +24,8 @@ Array = np.ndarray[Any, Any]
 Tensors = dict[str, Tensor]
 AWQ_ORDER = {4: [0, 2, 4, 6, 1, 3, 5, 7], 8: [0, 2, 1, 3]}
 FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)  # e2m1
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 class Codes(NamedTuple):
@@ -60,9 +56,7 @@ def draw(
     scales = scale_type((rng.uniform(0.5, 1.5, (rows, num_groups)) * 3 / 2**bits / columns**0.5).astype(np.float32))
     zero_points = np.full((rows, num_groups), 2 ** (bits - 1))
     if not symmetric:
-        zero_points = rng.integers(
-            2 ** (bits - 1) - 2 ** (bits - 2), 2 ** (bits - 1) + 2 ** (bits - 2), zero_points.shape
-        )
+        zero_points = rng.integers(2 ** (bits - 2), 3 * 2 ** (bits - 2), zero_points.shape)
         zero_points[0, 0], zero_points[-1, -1] = 2**bits - 1, 0 if rows % 8 == 0 else 1
     groups = np.arange(columns) // group
     if act_order:
@@ -166,55 +160,43 @@ class Scheme(NamedTuple):
     type_name: str = ""  # of the weights that kernels may keep; "": they are always unpacked
 
 
-def gptq_scheme(bits: int, group: int, *, version: int = 1, **options: Any) -> Scheme:
+def int_scheme(config: dict[str, Any], type_name: str, tensors: Callable[[Codes], Tensors], **drawn: Any) -> Scheme:
     def layer(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
-        codes = draw(rng, rows, columns, bits=bits, group=group, **options)
-        return gptq(codes, bits, version), codes.numbers
+        codes = draw(rng, rows, columns, **drawn)
+        return tensors(codes), codes.numbers
 
-    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": options.get("act_order", False)}
-    config |= {"checkpoint_format": "gptq"} if version == 1 else {"checkpoint_format": "gptq_v2"}
-    return Scheme(config, layer, "" if options.get("act_order") else f"int{bits}")
+    return Scheme(config, layer, "" if drawn.get("act_order") else type_name)
+
+
+def gptq_scheme(bits: int, group: int, *, version: int = 1, **drawn: Any) -> Scheme:
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": drawn.get("act_order", False)}
+    config |= {"checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
+    return int_scheme(config, f"int{bits}", lambda codes: gptq(codes, bits, version), bits=bits, group=group, **drawn)
 
 
 def awq_scheme(bits: int, group: int) -> Scheme:
-    def layer(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
-        codes = draw(rng, rows, columns, bits=bits, group=group)
-        return awq(codes, bits), codes.numbers
-
     config = {"quant_method": "awq", "bits": bits, "group_size": group, "zero_point": True, "version": "gemm"}
-    return Scheme(config, layer, f"int{bits}")
+    return int_scheme(config, f"int{bits}", lambda codes: awq(codes, bits), bits=bits, group=group)
 
 
 def compressed_config(layout: str, **weights: Any) -> dict[str, Any]:
     scheme = {"targets": ["Linear"], "weights": {"type": "int", "symmetric": True} | weights}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "config_groups": {"group_0": scheme},
-        "ignore": ["lm_head"],
-        "quantization_status": "compressed",
-    }
+    groups = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"], "quantization_status": "compressed"}
+    return {"quant_method": "compressed-tensors", "format": layout} | groups
 
 
 def pack_quantized_scheme(bits: int, group: int, *, symmetric: bool = True, act_order: bool = False) -> Scheme:
-    def layer(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
-        codes = draw(
-            rng, rows, columns, bits=bits, group=group, symmetric=symmetric, act_order=act_order, scale_type=bfloat16
-        )
-        return pack_quantized(codes, bits, symmetric=symmetric, act_order=act_order), codes.numbers
-
     grouping = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
     config = compressed_config("pack-quantized", num_bits=bits, symmetric=symmetric, **grouping)
-    return Scheme(config, layer, "" if act_order else f"int{bits}")
+    how: dict[str, Any] = {"symmetric": symmetric, "act_order": act_order}
+    drawn = {"bits": bits, "group": group, "scale_type": bfloat16} | how
+    return int_scheme(config, f"int{bits}", lambda codes: pack_quantized(codes, bits, **how), **drawn)
 
 
 def int_quantized_scheme(*, symmetric: bool) -> Scheme:
-    def layer(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
-        codes = draw(rng, rows, columns, bits=8, group=-1, symmetric=symmetric, scale_type=bfloat16)
-        return int_quantized(codes, symmetric=symmetric), codes.numbers
-
     config = compressed_config("int-quantized", num_bits=8, symmetric=symmetric, strategy="channel")
-    return Scheme(config, layer, "int8")
+    drawn = {"bits": 8, "group": -1, "symmetric": symmetric, "scale_type": bfloat16}
+    return int_scheme(config, "int8", lambda codes: int_quantized(codes, symmetric=symmetric), **drawn)
 
 
 def float8_scheme(config: dict[str, Any], strategy: str, name: str) -> Scheme:
@@ -226,7 +208,11 @@ def float8_scheme(config: dict[str, Any], strategy: str, name: str) -> Scheme:
 
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-FP8_OF_CHANNELS = compressed_config("float-quantized", type="float", num_bits=8, strategy="channel")
+STATIC_FP8 = FP8 | {"weight_block_size": None, "activation_scheme": "static"}
+OF_CHANNELS, OF_TENSORS = (
+    compressed_config("float-quantized", type="float", num_bits=8, strategy=strategy)
+    for strategy in ("channel", "tensor")
+)
 SCHEMES = {
     "gptq 4 bits of 128": gptq_scheme(4, 128, symmetric=True),
     "gptq 4 bits of 32, zero points": gptq_scheme(4, 32),
@@ -244,14 +230,10 @@ SCHEMES = {
     "compressed-tensors 8 bits of channels": pack_quantized_scheme(8, -1),
     "compressed-tensors int8": int_quantized_scheme(symmetric=True),
     "compressed-tensors int8, zero points": int_quantized_scheme(symmetric=False),
-    "compressed-tensors float8 of channels": float8_scheme(FP8_OF_CHANNELS, "channel", "weight_scale"),
-    "compressed-tensors float8 of tensors": float8_scheme(
-        compressed_config("float-quantized", type="float", num_bits=8, strategy="tensor"), "tensor", "weight_scale"
-    ),
+    "compressed-tensors float8 of channels": float8_scheme(OF_CHANNELS, "channel", "weight_scale"),
+    "compressed-tensors float8 of tensors": float8_scheme(OF_TENSORS, "tensor", "weight_scale"),
     "float8 of blocks": float8_scheme(FP8, "block", "weight_scale_inv"),
-    "float8 of tensors": float8_scheme(
-        FP8 | {"weight_block_size": None, "activation_scheme": "static"}, "tensor", "weight_scale_inv"
-    ),
+    "float8 of tensors": float8_scheme(STATIC_FP8, "tensor", "weight_scale_inv"),
     "fbgemm float8": float8_scheme({"quant_method": "fbgemm_fp8"}, "channel", "weight_scale"),
 }
 

@@ -157,21 +157,8 @@ class Sequences:
         tables = torch.zeros((MAX_STEP_SEQS, max(map(len, self.block_ids))), dtype=torch.int64)
         self.num_rows, self.num_seqs = np.zeros(2, dtype=np.int64), np.zeros(1, dtype=np.int64)
         token_ids, positions, slot_mapping = torch.from_numpy(rows)
-        return BatchInputs(
-            token_ids=token_ids,
-            positions=positions,
-            slot_mappings=[slot_mapping],
-            lora_slots=none,
-            hidden_rows=none,
-            hidden_lora_slots=none,
-            sample_rows=none,
-            ahead_rows=none,
-            ahead_samples=none,
-            block_tables=[tables],
-            query_lens=lens[0],
-            hidden_lens=lens[0],
-            seq_lens=lens[1],
-        )
+        lists = [slot_mapping], [tables], lens[0], lens[0], lens[1]
+        return BatchInputs(token_ids, positions, *(none,) * 6, *lists)
 
     def _record(self, kernels: CpuKernels, table: Tensor, project: LinearOp | None) -> None:
         self.program = Program(kernels.library, kernels.team)

@@ -13,6 +13,7 @@ from engine.config import RouterSpec
 from tests.support.tensors import random_tensor
 
 Array = NDArray[np.float64]
+SIGMOID_GROUPS: dict[str, Any] = {"scoring": "sigmoid", "group_score": "top2"}
 ROUTERS: dict[str, RouterSpec] = {
     "Mixtral": RouterSpec(num_experts=8, num_experts_per_tok=2),
     "Qwen 3": RouterSpec(num_experts=128, num_experts_per_tok=8),
@@ -23,17 +24,9 @@ ROUTERS: dict[str, RouterSpec] = {
         num_experts=160, num_experts_per_tok=6, normalize=False, scale=16.0, num_groups=8, topk_group=3
     ),
     "DeepSeek V3": RouterSpec(
-        num_experts=256,
-        num_experts_per_tok=8,
-        scoring="sigmoid",
-        scale=2.5,
-        num_groups=8,
-        topk_group=4,
-        group_score="top2",
+        num_experts=256, num_experts_per_tok=8, scale=2.5, num_groups=8, topk_group=4, **SIGMOID_GROUPS
     ),
-    "groups": RouterSpec(
-        num_experts=16, num_experts_per_tok=4, scoring="sigmoid", num_groups=4, topk_group=2, group_score="top2"
-    ),
+    "groups": RouterSpec(num_experts=16, num_experts_per_tok=4, num_groups=4, topk_group=2, **SIGMOID_GROUPS),
     "all": RouterSpec(num_experts=3, num_experts_per_tok=3),
     "one": RouterSpec(num_experts=1, num_experts_per_tok=1),
 }
@@ -97,12 +90,7 @@ def clear_rows(inputs: Inputs, router: RouterSpec) -> list[int]:
     return [row for row in range(len(exact)) if not is_near[row].any()]
 
 
-def mixture(
-    x: Tensor,
-    inputs: Inputs,
-    router: RouterSpec,
-    apply: Callable[[int, Tensor], Tensor],
-) -> Tensor:
+def mixture(x: Tensor, inputs: Inputs, router: RouterSpec, apply: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Return the sum of each row's experts, `apply(expert, row)`, times their weights, in float64."""
     experts, weights = routing(inputs, router)
     rows: list[Any] = []

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import networkx as nx
+
 op: Any = importlib.import_module("re._constants")
 parser: Any = importlib.import_module("re._parser")
 
@@ -214,29 +216,14 @@ def _ambiguities(automaton: Automaton, safe: frozenset[int]) -> Iterator[str]:
 
 
 def _reachable(state: int, follow: Follow) -> set[int]:
-    found: set[int] = set()
-    waiting = list(follow[state])
-    while waiting:
-        if (current := waiting.pop()) not in found:
-            found.add(current)
-            waiting += follow[current]
-    return found
+    graph = nx.DiGraph(follow)
+    return follow[state].union(*(nx.descendants(graph, end) for end in follow[state]))
 
 
 def _is_ambiguous(automaton: Automaton, follow: Follow, loop: Set[int], start: int) -> bool:
     """Return whether two different ways around a loop read one text."""
-    graph = _side_by_side(automaton, follow, (loop, loop), (start, start))
-    back: dict[States, set[States]] = {}
-    for state, ends in graph.items():
-        for end in ends:
-            back.setdefault(end, set()).add(state)
-    returning: set[States] = set()
-    waiting: list[States] = [(start, start)]
-    while waiting:
-        new = back.get(waiting.pop(), set()) - returning
-        returning |= new
-        waiting += new
-    return any(one != other for one, other in returning)
+    graph = nx.DiGraph(_side_by_side(automaton, follow, (loop, loop), (start, start)))
+    return any(one != other for one, other in nx.ancestors(graph, (start, start)))
 
 
 def _side_by_side(

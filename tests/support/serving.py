@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,17 @@ from tests.support.turned_loop import TurnedLoop
 MODEL_NAMES = ("tiny", "org/tiny")
 
 
+@dataclass(frozen=True, eq=False)
 class RunningServer:
     """The URL and the internal state of a running server. `turn(seconds)` lets time pass on its event loop."""
 
-    def __init__(
-        self,
-        url: str,
-        app: FastAPI,
-        context: ServerContext,
-        engine: FakeEngine | None,
-        state: ServerState,
-        loop: TurnedLoop,
-    ) -> None:
-        self.url = url
-        self.loop = loop
-        self._state = state
-        self.context = context
-        self._app = app
-        self._engine = engine
-        self._counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}  # metrics at the last reset
+    url: str
+    app: FastAPI
+    context: ServerContext
+    own_engine: FakeEngine | None
+    state: ServerState
+    loop: TurnedLoop
+    counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = field(default_factory=dict)  # at the last reset
 
     def turn(self, seconds: float) -> None:
         """Let time pass on the event loop. Only with `loop.turn`, the engines are silent in that time."""
@@ -65,12 +58,12 @@ class RunningServer:
     @property
     def connections(self) -> list[HTTPProtocol]:
         """The connections that are open."""
-        return [each for each in list(self._state.connections) if isinstance(each, HTTPProtocol)]
+        return [each for each in list(self.state.connections) if isinstance(each, HTTPProtocol)]
 
     @property
     def num_requests(self) -> int:
         """Number of requests that are being answered."""
-        return len(self._state.tasks)
+        return len(self.state.tasks)
 
     @property
     def model(self) -> ServedModel:
@@ -83,12 +76,12 @@ class RunningServer:
 
     @property
     def engine(self) -> FakeEngine:
-        assert self._engine is not None
-        return self._engine
+        assert self.own_engine is not None
+        return self.own_engine
 
     @property
     def response_store(self) -> ResponseStore:
-        store: ResponseStore = self._app.state.response_store
+        store: ResponseStore = self.app.state.response_store
         return store
 
     def reserve(self, count: int, **fields: Any) -> Reservation:
@@ -111,7 +104,7 @@ class RunningServer:
         for its in (own | labels, labels):
             value = registry.get_sample_value(name, its)
             if value is not None:
-                return value - self._counted.get((name, tuple(sorted(its.items()))), 0.0)
+                return value - self.counted.get((name, tuple(sorted(its.items()))), 0.0)
         return 0.0
 
     def reset(self) -> None:
@@ -122,12 +115,10 @@ class RunningServer:
         self.engine.reset()
         (engine,) = self.model.client.engines
         wait_until(lambda: engine.adapters.by_name == self.engine.loaded and not engine.stats.steps_total)
-        self._counted = {
-            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-            for family in self.context.metrics.registry.collect()
-            if family.type in ("counter", "histogram", "summary")
-            for sample in family.samples
-        }
+        for family in self.context.metrics.registry.collect():
+            if family.type in ("counter", "histogram", "summary"):
+                for sample in family.samples:
+                    self.counted[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
 
 
 def wait_until(condition: Any, timeout: float = 60.0) -> None:
@@ -176,13 +167,8 @@ def running_server(
     # other thread does the same.
     for route in app.routes:
         route.matches({"type": "http", "method": "GET", "path": "/none", "root_path": "", "headers": []})
-    server = make_server(
-        app,
-        max_connections=max_connections,
-        protocol=protocol,
-        certificate=certificate,
-        forwarded_allow_ips=forwarded_allow_ips,
-    )
+    options: dict[str, Any] = {"protocol": protocol, "certificate": certificate}
+    server = make_server(app, max_connections=max_connections, forwarded_allow_ips=forwarded_allow_ips, **options)
     sockets = bind("127.0.0.1", 0)
     loop = TurnedLoop()
 

@@ -26,18 +26,16 @@ class StubSupervisor:
 
     def __init__(self, configs: Sequence[FakeEngineConfig], *, in_processes: bool) -> None:
         self.configs = list(configs)
-        self._in_processes = in_processes
+        self._kind = FakeEngineProcess if in_processes else FakeEngine
         self.orders: list[Message] = []
-        self.engines: dict[int, FakeEngine] = {}  # those in threads
-        self._processes: dict[int, FakeEngineProcess] = {}
+        self.engines: dict[int, Any] = {}
         self.manager: ModelManager | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
         self.starts_nothing = False  # orders to start an engine are lost
 
     def send(self, order: Message) -> None:
         self.orders.append(order)
         assert self.manager is not None
-        loop = self.loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         match order:
             case StartEngine() if self.starts_nothing:
                 pass
@@ -49,20 +47,16 @@ class StubSupervisor:
 
     def _start(self, number: int) -> int:
         """Start an engine, and return the id of its process."""
-        if self._in_processes:
-            process = self._processes[number] = FakeEngineProcess(self.configs[number]).__enter__()
-            return process.pid
-        self.engines[number] = FakeEngine(self.configs[number]).__enter__()
-        return os.getpid()
+        engine = self.engines[number] = self._kind(self.configs[number]).__enter__()
+        return engine.pid if isinstance(engine, FakeEngineProcess) else os.getpid()
 
     def end(self, number: int) -> None:
         """End an engine."""
-        engine = self.engines.pop(number, None) or self._processes.pop(number, None)
-        if engine is not None:
+        if (engine := self.engines.pop(number, None)) is not None:
             engine.__exit__()
 
     def close(self) -> None:
-        for number in (*self.engines, *self._processes):
+        for number in list(self.engines):
             self.end(number)
 
 
@@ -71,7 +65,7 @@ class SeveralModels:
 
     def __init__(self, server: RunningServer, supervisor: StubSupervisor) -> None:
         self.url = server.url
-        self.turn = server.turn
+        self.turn, self.loop = server.turn, server.loop
         self.context = server.context
         self.supervisor = supervisor
 
@@ -81,13 +75,12 @@ class SeveralModels:
         return self.context.model_manager
 
     def call(self, function: Callable[..., None], *args: object) -> None:
-        """Call a function on the server's event loop, which must have ordered something. Raises what it raises."""
+        """Call a function on the server's event loop. Raises what it raises."""
 
         async def on_loop() -> None:
             function(*args)
 
-        assert self.supervisor.loop is not None
-        asyncio.run_coroutine_threadsafe(on_loop(), self.supervisor.loop).result(30)
+        asyncio.run_coroutine_threadsafe(on_loop(), self.loop).result(30)
 
     @property
     def slots(self) -> Sequence[ModelSlot]:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
@@ -87,12 +86,11 @@ class StubHub:
 
     def _entry(self, repo: str, path: str) -> dict[str, Any]:
         file = self.folder / repo / path
-        entry = {"rfilename": path, "size": file.stat().st_size}
-        if not path.endswith(LARGE):
-            return entry | {"blobId": git_hash(file.read_bytes())}
-        digest = sha256(file)
-        lfs = {"sha256": digest, "size": entry["size"], "pointerSize": 135}
-        return entry | {"blobId": git_hash(digest.encode()), "lfs": lfs}
+        size, is_large = file.stat().st_size, path.endswith(LARGE)
+        content = sha256(file).encode() if is_large else file.read_bytes()
+        entry: dict[str, Any] = {"rfilename": path, "size": size, "blobId": git_hash(content)}
+        lfs = {"lfs": {"sha256": content.decode(), "size": size, "pointerSize": 135}} if is_large else {}
+        return entry | lfs
 
     def __enter__(self) -> Self:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"stub": self}))
@@ -103,9 +101,7 @@ class StubHub:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.closed.set()
         self._server.shutdown()
         self._server.server_close()
@@ -133,12 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
     def do_GET(self) -> None:
         with suppress(ConnectionError):  # the client has been interrupted
             self._answer()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def _answer(self) -> None:
         path = urlsplit(self.path).path
@@ -181,18 +177,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif not file.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
         else:
-            commit = {"X-Repo-Commit": self.stub.commit(repo), "Accept-Ranges": "bytes"}
-            if path.endswith(LARGE):
-                digest = sha256(file)
-                linked = {
-                    "X-Linked-Size": str(file.stat().st_size),
-                    "X-Linked-Etag": f'"{digest}"',
-                    "ETag": f'"{digest}"',
-                }
-                self._send(302, b"", commit | linked | {"Location": f"{self.stub.cdn}/{repo}/{path}?signed=1"})
-            else:
+            headers = {"X-Repo-Commit": self.stub.commit(repo), "Accept-Ranges": "bytes"}
+            if not path.endswith(LARGE):
                 content = file.read_bytes()
-                self._send(200, content, commit | {"ETag": f'"{git_hash(content)}"'})
+                self._send(200, content, headers | {"ETag": f'"{git_hash(content)}"'})
+                return
+            headers |= dict.fromkeys(("X-Linked-Etag", "ETag"), f'"{sha256(file)}"')
+            headers |= {"X-Linked-Size": str(file.stat().st_size)}
+            self._send(302, b"", headers | {"Location": f"{self.stub.cdn}/{repo}/{path}?signed=1"})
 
     def _send_large(self, path: str) -> None:
         faults, content = self.stub.faults, (self.stub.folder / unquote(path[1:])).read_bytes()
@@ -208,8 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, start = 206, int(match[1])
             stop = min(stop, int(match[2]) + 1) if match[2] else stop
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        end = faults.break_after.pop(0) if faults.break_after else None
-        stall = faults.stall_after.pop(0) if faults.stall_after else None
+        end, stall = (ends.pop(0) if ends else None for ends in (faults.break_after, faults.stall_after))
         self._send(status, content[start:stop], headers, end if stall is None else stall, stalls=stall is not None)
 
     def _send(

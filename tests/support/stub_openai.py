@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import json
 import threading
-from types import TracebackType
 from typing import Any, Self
 
 
@@ -56,9 +55,7 @@ class StubServer:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -19,17 +19,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(folder: Path) -> None:
+def write_tiny_model(folder: Path, *more_special: str, template: str = CHAT_TEMPLATE) -> Path:
     """Write the folder. Token id i < 256 is byte i; there is no BOS, and the EOS token is <|endoftext|>."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in (END_OF_TEXT, IM_START, IM_END)]
-    backend.add_special_tokens(special)
+    special = (END_OF_TEXT, IM_START, IM_END, *more_special)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     backend.save(str(folder / "tokenizer.json"))
-    tokenizer_config = {"eos_token": END_OF_TEXT, "chat_template": CHAT_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    config = {"eos_token": END_OF_TEXT, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    return folder
 
 
 TINY_LLAMA = {

@@ -1,14 +1,11 @@
 """A model folder whose chat template writes tools, calls and reasoning as Qwen's do, and helpers for its tests."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
-
 from tests.support.clients import CHAT, ask_json
 from tests.support.serving import RunningServer
-from tests.support.tiny_tokenizer_model import END_OF_TEXT, write_tiny_model
+from tests.support.tiny_tokenizer_model import write_tiny_model
 
 TEMPLATE = r"""
 {%- if tools %}
@@ -45,14 +42,7 @@ TIME_CALL = '<tool_call>{"name": "time"}</tool_call>'
 
 def write_tool_model(folder: Path, *, special_tags: bool) -> Path:
     """Write the model folder. With `special_tags` the tags are control tokens, as in some models."""
-    write_tiny_model(folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_TEXT, "chat_template": TEMPLATE}))
-    path = str(folder / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(path)
-    if special_tags:
-        tokenizer.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in TAGS])
-    tokenizer.save(path)
-    return folder
+    return write_tiny_model(folder, *(TAGS if special_tags else ()), template=TEMPLATE)
 
 
 def say(server: RunningServer, text: str) -> None:

@@ -113,33 +113,24 @@ def _divided(a: Interval, b: Interval) -> tuple[int, int]:
     if b.low <= 0:
         largest = max(abs(a.low), abs(a.high))
         return -largest, largest
-    values = [abs(x) // y * (1 if x >= 0 else -1) for x in a[:2] for y in b[:2]]
-    return min(values), max(values)
+    return _corners(lambda x, y: abs(x) // y * (1 if x >= 0 else -1))(a, b)
 
 
 def _remainder(a: Interval, b: Interval) -> tuple[int, int]:
     most = max(abs(a.low), abs(a.high))
-    if b.low > 0:
-        most = min(most, b.high - 1)
+    most = min(most, b.high - 1) if b.low > 0 else most
     return (0 if a.low >= 0 else -most), most
 
 
-def _masked(a: Interval, b: Interval) -> tuple[int, int]:
-    highs = [interval.high for interval in (a, b) if interval.low >= 0]
-    return (0, min(highs)) if highs else of_type("i64")[:2]
-
-
+# What others compute may be any number.
 ARITHMETIC: Mapping[str, Callable[[Interval, Interval], tuple[int, int]]] = {
     "arith.addi": _corners(lambda x, y: x + y),
     "arith.subi": _corners(lambda x, y: x - y),
     "arith.muli": _corners(lambda x, y: x * y),
     "arith.shli": _corners(lambda x, y: x << max(0, min(y, 63))),
-    "arith.shrsi": _corners(lambda x, y: x >> max(0, min(y, 63))),
     "arith.minsi": _corners(min),
-    "arith.maxsi": _corners(max),
     "arith.divsi": _divided,
     "arith.remsi": _remainder,
-    "arith.andi": _masked,
 }
 SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "arith.extsi", "arith.extui", "tt.cat"}
 SAME |= {"arith.index_cast", "tt.join", "tt.split", "tt.unsplat"}
@@ -317,8 +308,7 @@ def joined(intervals: Sequence[Interval]) -> Interval:
 def _constant(text: str) -> Interval:
     value = re.search(r"constant (?:dense<)?(-?\d+|true|false)", text)
     assert value is not None, text
-    number = {"true": 1, "false": 0}.get(value[1])
-    number = int(value[1]) if number is None else number
+    number = {"true": 1, "false": 0}[value[1]] if value[1].isalpha() else int(value[1])
     return Interval(number, number)
 
 

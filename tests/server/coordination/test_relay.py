@@ -102,7 +102,7 @@ def test_a_worker_that_has_not_started_delays_no_cancel(
 ) -> None:
     coordinator, _ = start_pair()
     fake_engine.pause()
-    relay = Relay(f"{address}-other", coordinator.context, coordinator._app)
+    relay = Relay(f"{address}-other", coordinator.context, coordinator.app)
     coordinator.loop.call_soon_threadsafe(relay.start)
     coordinator.context.workers.append(relay)
     with ThreadPoolExecutor() as threads:
@@ -290,7 +290,7 @@ def test_the_engine_is_restarted(address: str, model_folder: Path) -> None:
 def raw(address: str, start_pair: StartPair) -> Iterator[tuple[RunningServer, zmq.Socket[bytes]]]:
     """A coordinator, and a socket that speaks to a second relay of it as a worker does."""
     coordinator, _ = start_pair()
-    relay = Relay(f"{address}-raw", coordinator.context, coordinator._app)
+    relay = Relay(f"{address}-raw", coordinator.context, coordinator.app)
     coordinator.loop.call_soon_threadsafe(relay.start)
     coordinator.context.workers.append(relay)
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:

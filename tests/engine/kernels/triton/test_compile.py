@@ -14,20 +14,13 @@ from typing import NamedTuple
 import pytest
 
 from engine.kernels.triton.tiles import TABLE
-from tests.support.compiled_kernels import Compiled, compile_kernels
+from tests.support.compiled_kernels import MULTIPROCESSORS, RESERVED_SHARED, Compiled, compile_kernels
 from tests.support.kernel_arithmetic import SUMS, Arithmetic, load_key
 from tests.support.kernel_variants import HEADS, HEADS_WITH_SINKS, PACKED, tiles_of, variants_of
 
 # Bytes of shared memory that one program may have: NVIDIA's tables of compute capabilities; AMD's CDNA 3 manual.
-SHARED = {
-    "cuda 8.0": 163 * 1024,
-    "cuda 8.6": 99 * 1024,
-    "cuda 8.9": 99 * 1024,
-    "cuda 9.0": 227 * 1024,
-    "cuda 10.0": 227 * 1024,
-    "cuda 12.0": 99 * 1024,
-    "hip gfx942": 64 * 1024,
-}
+SHARED = {f"cuda {version}": limits.shared - RESERVED_SHARED for version, limits in MULTIPROCESSORS.items()}
+SHARED["hip gfx942"] = 64 * 1024
 INSTRUCTIONS = {"cuda 9.0": "wgmma", "cuda 10.0": "tcgen05"}  # of products of 16-bit numbers; others have mma.sync
 
 
