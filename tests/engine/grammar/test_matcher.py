@@ -4,16 +4,15 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import regex
-import torch
 from llguidance import LLMatcher
 
 from engine.grammar import matcher as matcher_module
 from engine.grammar.compiler import MAX_KEPT_BYTES, MIN_KEPT_BYTES, GrammarCompiler, GrammarError
 from engine.grammar.matcher import GrammarManager, Matcher
-from engine.sampling.sampler import apply_masks
 from engine.shared.messages import SamplingParams
 from server.text.tokenizer import Tokenizer
 
@@ -36,13 +35,8 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer: Tokenizer) -> list[str | None]:
     """Return the text of each token, or None for control tokens and parts of characters."""
-    texts: list[str | None] = []
-    for token_id in range(tokenizer.vocab_size):
-        try:
-            texts.append(None if token_id in tokenizer.special_ids else tokenizer.token_bytes(token_id).decode())
-        except UnicodeDecodeError:
-            texts.append(None)
-    return texts
+    pieces = [tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in range(tokenizer.vocab_size)]
+    return [None if "\ufffd" in piece or i in tokenizer.special_ids else piece for i, piece in enumerate(pieces)]
 
 
 def of_regex(pattern: str) -> str:
@@ -71,16 +65,11 @@ def test_every_token_of_every_mask(
     rng = random.Random(SEED)
     for pattern in PATTERNS:
         matcher, output, text = new_matcher(compiler, of_regex(pattern)), list[int](), ""
+        matches = regex.compile(pattern).fullmatch
         for _ in range(3):
-            (mask,) = matcher.masks(output)
-            token_ids = allowed(mask)
-            right = {
-                token_id
-                for token_id, piece in enumerate(vocabulary)
-                if piece and regex.fullmatch(pattern, text + piece, partial=True)
-            }
-            can_end = regex.fullmatch(pattern, text) is not None
-            assert {token_id in token_ids for token_id in EOS_TOKEN_IDS} == {can_end}
+            token_ids = allowed(*matcher.masks(output))
+            right = {i for i, piece in enumerate(vocabulary) if piece and matches(text + piece, partial=True)}
+            assert {token_id in token_ids for token_id in EOS_TOKEN_IDS} == {matches(text) is not None}
             found = {token_id for token_id in token_ids - set(EOS_TOKEN_IDS) if vocabulary[token_id] is not None}
             forced = matcher.forced_tokens(output)
             assert found == (set(forced[:1]) or right)
@@ -148,8 +137,7 @@ def test_a_draft_leaves_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer
 
 
 def test_ends_that_come_too_early(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
-    (a,) = tokenizer.encode("a", add_special_tokens=False)
-    (b,) = tokenizer.encode("b", add_special_tokens=False)
+    a, b = (tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "ab")
 
     def ends(grammar: str, output: Sequence[int], **params: object) -> set[int]:
         (mask,) = new_matcher(compiler, of_regex(grammar), **params).masks(output)
@@ -160,16 +148,14 @@ def test_ends_that_come_too_early(compiler: GrammarCompiler, tokenizer: Tokenize
     assert ends("(a|b)*", [a], min_tokens=1, stop_token_ids=(b,)) == {0, 2, a, b}
     assert ends("(a|b)*", [a], min_tokens=2, stop_token_ids=(b,)) == {a}
     assert ends("(a|b)*", [a], min_tokens=2, stop_token_ids=(b, 10**9), ignore_eos=True) == {a}
-    # The grammar takes precedence if it leaves no choice.
-    assert ends("a?", [a], min_tokens=9, ignore_eos=True) == {0, 2}
-    assert ends("ab", [a], min_tokens=9, stop_token_ids=(b,)) == {b}
-
-
-def test_control_tokens_are_no_text(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    # Control tokens are no text.
     (mask,) = new_matcher(compiler, of_regex(r"(.|\n)*")).masks([])
     assert allowed(mask) & tokenizer.special_ids == set(EOS_TOKEN_IDS)
     (mask,) = new_matcher(compiler, 'start: <|im_start|> "a"').masks([])
     assert allowed(mask) == {1}
+    # The grammar takes precedence if it leaves no choice.
+    assert ends("a?", [a], min_tokens=9, ignore_eos=True) == {0, 2}
+    assert ends("ab", [a], min_tokens=9, stop_token_ids=(b,)) == {b}
 
 
 def test_what_takes_too_much(compiler: GrammarCompiler, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,39 +200,17 @@ def test_compiled_grammars_are_kept_within_bounds(compiler: GrammarCompiler) -> 
     assert not again.is_accepting()
 
 
-def test_masks_on_logits() -> None:
-    print(f"seed {SEED}")
-    rng = random.Random(SEED)
-    for vocab_size, num_bytes in ((64, 8), (300, 38), (300, 20)):
-        logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(SEED))
-        expected = logits.clone()
-        masks = {1: rng.randbytes(num_bytes), 3: b"", 4: rng.randbytes(num_bytes)}
-        for row, mask in masks.items():
-            for token_id in set(range(vocab_size)) - allowed(mask):
-                expected[row, token_id] = float("-inf")
-        apply_masks(logits, masks)
-        assert torch.equal(logits, expected)
-        apply_masks(logits, {})
-        assert torch.equal(logits, expected)
-
-
 def test_the_tokenizer_is_read_once_and_not_before_it_is_needed(
     tokenizer: Tokenizer, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts: list[str] = []
-
-    def read(text: str, _eos_token_ids: object) -> GrammarCompiler:
-        texts.append(text)
-        return compiler
-
-    monkeypatch.setattr(matcher_module, "GrammarCompiler", read)
+    monkeypatch.setattr(matcher_module, "GrammarCompiler", read := Mock(return_value=compiler))
     manager = GrammarManager(EOS_TOKEN_IDS, NUM_TOKEN_IDS)
     manager.prepare()
     manager.set_tokenizer("a tokenizer")
-    assert texts == []
+    assert not read.called
     params = SamplingParams(max_tokens=5, grammar=of_regex("ab"))
     assert manager.new_matcher(params).masks([])[0] != b""
     manager.set_tokenizer("a tokenizer")
     manager.prepare()
     manager.new_matcher(params)
-    assert texts == ["a tokenizer"]
+    read.assert_called_once_with("a tokenizer", EOS_TOKEN_IDS)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.sampling.logprobs import _top_ids, _top_ids_by_keys, gather_logprobs
-from engine.shared.messages import TokenLogprobs
 from tests.engine.sampling.test_sampler import Floats, make_row, make_sampler, random_logits
 from tests.support.examples import num_examples
 
@@ -66,56 +65,33 @@ def test_logprobs_of_a_row_do_not_depend_on_the_others(vocab_size: int) -> None:
     logits = random_logits(rng, 40, vocab_size)
     token_ids = torch.from_numpy(rng.integers(0, vocab_size, 40))
     num_top = [row % 7 for row in range(39)] + [100]
-    alone = [
-        gather_logprobs(logits[row : row + 1], token_ids[row : row + 1], num_top[row : row + 1]).read()[0]
-        for row in range(40)
-    ]
-    for num_rows in (2, 3, 17, 40):
-        together: list[TokenLogprobs] = gather_logprobs(
-            logits[:num_rows], token_ids[:num_rows], num_top[:num_rows]
-        ).read()
-        assert together == alone[:num_rows]
+    singles = zip(torch.split(logits, 1), torch.split(token_ids, 1), num_top, strict=True)
+    alone = [gather_logprobs(row, token_id, [num]).read()[0] for row, token_id, num in singles]
+    for num in (2, 3, 17, 40):
+        assert gather_logprobs(logits[:num], token_ids[:num], num_top[:num]).read() == alone[:num]
 
 
-def test_order_of_logits_that_differ_in_their_last_bits() -> None:
-    """The greedy token comes first even if log probabilities round to the same number."""
-    logits = torch.zeros(1, 20_000)
-    logits[0, 5] = 1e-8
-    logits[0, 3] = 5e-9
-    token_ids = make_sampler(20_000).sample(logits.clone(), [make_row(temperature=0.0)]).token_ids
-    (entry,) = gather_logprobs(logits, token_ids, [3]).read()
-    assert entry.top_token_ids == [5, 3, 0]
-    assert entry.rank == 1
-    (entry,) = gather_logprobs(logits, torch.tensor([3]), [0]).read()
-    assert entry.rank == 2
-    assert entry.top_token_ids == entry.top_logprobs == []
+def test_order() -> None:
+    for logits, token_id, num_top, top_token_ids, rank in (
+        ([-0.0, 0.0, -0.0, 0.0, -1.0], 2, 4, [0, 1, 2, 3], 1),  # they are equal
+        ([0.0, 2.0, 1.0], 0, 20, [1, 2, 0], 3),  # more alternatives than tokens
+        ([0.0, 0.0, 5e-9, 1e-8], 2, 3, [3, 2, 0], 2),  # log probabilities round to the same number
+        ([0.0, 0.0, 5e-9, 1e-8], 3, 0, [], 1),
+    ):
+        x = torch.tensor([logits])
+        (entry,) = gather_logprobs(x, torch.tensor([token_id]), [num_top]).read()
+        assert (entry.top_token_ids, entry.rank, len(entry.top_logprobs)) == (top_token_ids, rank, len(top_token_ids))
+        greedy = make_sampler(len(logits)).sample(x, [make_row(temperature=0.0)]).token_ids
+        assert greedy.tolist() == (top_token_ids or [token_id])[:1]
 
 
-def test_minus_zero_equals_zero() -> None:
-    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0]])
-    (entry,) = gather_logprobs(logits, torch.tensor([2]), [4]).read()
-    assert entry.top_token_ids == [0, 1, 2, 3]
-    assert entry.rank == 1
-
-
-def test_more_alternatives_than_tokens() -> None:
-    (entry,) = gather_logprobs(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0]), [20]).read()
-    assert entry.top_token_ids == [1, 2, 0]
-
-
-def test_most_likely_tokens_are_those_of_a_stable_sort() -> None:
+def test_most_likely_tokens_are_those_of_a_stable_sort(rng: np.random.Generator) -> None:
     """Also among ties, zeros of both signs, infinities, and NaN of both signs and with any bits."""
-    seed = np.random.SeedSequence().entropy
-    print("seed", seed)
-    rng = np.random.default_rng(seed)
     logits = random_logits(rng, 6, 3000)
     logits[2] = torch.from_numpy(rng.choice([-0.0, 0.0, 3.0, -3.0, np.inf, -np.inf], 3000))
     logits[3, :100] = torch.from_numpy(rng.integers(-(2**31), 2**31, 100)).int().view(torch.float32)
-    logits[3, 100:120] = (
-        torch.tensor([0x7FC00000, 0x7F800001, -0x400000, -1, 1, 0x7F7FFFFF, -0x7FFFFFFF])
-        .int()
-        .view(torch.float32)[torch.from_numpy(rng.integers(0, 7, 20))]
-    )
+    bits = [0x7FC00000, 0x7F800001, -0x400000, -1, 1, 0x7F7FFFFF, -0x7FFFFFFF]
+    logits[3, 100:120] = torch.tensor(rng.choice(bits, 20)).int().view(torch.float32)
     logits[4] = 1.0
     logits[5] = -torch.inf
     for num_top in (1, 5, 20, 200, 3000):

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from engine.shared.messages import ReasoningLimit, SamplingParams
+from engine.shared.messages import ReasoningLimit
 from tests.engine.grammar.test_constrained import Model
 
 END = 17  # a control token that the model does not sample by itself
@@ -59,12 +58,8 @@ def test_the_answer_is_the_same_however_it_is_computed(model: Model) -> None:
     params: list[dict[str, Any]] = [
         {"reasoning_limit": limit(12), "prompt": "one two three " * 12},  # drafts are accepted, and one is cut short
         {"reasoning_limit": limit(7), "grammar": GRAMMAR},
-        {
-            "reasoning_limit": limit(30),
-            "n": 2,
-            "ignore_eos": True,
-            "max_tokens": 100,
-        },  # more than the small cache below holds
+        # More than the small cache below holds.
+        {"reasoning_limit": limit(30), "n": 2, "ignore_eos": True, "max_tokens": 100},
         {"ignore_eos": True, "max_tokens": 100},
     ]
     submits = [model.submit(**{"grammar": None, "temperature": 0.7, "max_tokens": 40} | fields) for fields in params]
@@ -81,8 +76,3 @@ def test_the_answer_is_the_same_however_it_is_computed(model: Model) -> None:
     small.scheduler.check = lambda: None  # type: ignore[method-assign]  # the blocks above are nobody's
     assert model.run(submits, small) == alone
     assert small.stats().preemptions_total > 0
-
-
-def test_it_crosses_the_border_between_the_processes() -> None:
-    params = SamplingParams(max_tokens=1, reasoning_limit=limit(3, start_id=5))
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params

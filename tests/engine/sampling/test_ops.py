@@ -1,7 +1,9 @@
 """Each sampling op against a direct implementation in float64, their order, and the state of Mirostat."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.sampling.dry import repeat_penalties
 from engine.sampling.ops import SAMPLING_OPS, apply_ops
 from engine.sampling.rng import coins
 from engine.scheduling.request import SamplingRow
-from engine.shared.messages import MIROSTAT_ORDER, SAMPLER_ORDER, ExtraSamplers
+from engine.shared.messages import MIROSTAT_ORDER, SAMPLER_ORDER, ExtraSamplers, SequenceBreaker
 from tests.engine.sampling.test_sampler import gumbel_noise, make_row, make_sampler, random_logits
 
 Floats = npt.NDArray[np.float64]
@@ -67,12 +70,6 @@ def test_typical(mass: float, rng: np.random.Generator) -> None:
         assert typical(exact, mass - MUCH) <= kept <= typical(exact, mass + MUCH)
 
 
-def test_typical_leaves_out_what_is_too_likely() -> None:
-    """With one likely token and many unlikely ones, the entropy is closer to the surprise of the many."""
-    logits = torch.tensor([0.4] + [0.6 / 50] * 50).log()
-    assert 0 not in kept_ids("typ_p", logits, row_with(typical_p=0.3))
-
-
 # Top n sigma.
 
 
@@ -96,24 +93,17 @@ def test_top_n_sigma(n: float, rng: np.random.Generator) -> None:
 
 def test_xtc_keeps_the_least_likely_of_the_likely() -> None:
     logits = torch.tensor([0.1, 0.4, 0.3, 0.05, 0.15]).log()
-    always: dict[str, Any] = {"xtc_probability": 1.0}
-    assert kept_ids("xtc", logits, row_with(xtc_threshold=0.12, **always)) == {0, 3, 4}
-    assert kept_ids("xtc", logits, row_with(xtc_threshold=0.2, **always)) == {0, 2, 3, 4}
-    assert kept_ids("xtc", logits, row_with(xtc_threshold=0.35, **always)) == {0, 1, 2, 3, 4}
-    assert kept_ids("xtc", logits, row_with(xtc_threshold=0.45, **always)) == {0, 1, 2, 3, 4}
-    assert kept_ids("xtc", logits, row_with(xtc_threshold=0.0, **always)) == {3}
-
-
-def test_xtc_keeps_ties_of_the_least_likely() -> None:
-    logits = torch.tensor([0.2, 0.4, 0.2, 0.2]).log()
-    assert kept_ids("xtc", logits, row_with(xtc_threshold=0.15, xtc_probability=1.0)) == {0, 2, 3}
+    every = {0, 1, 2, 3, 4}
+    for threshold, kept in ((0.12, {0, 3, 4}), (0.2, {0, 2, 3, 4}), (0.35, every), (0.45, every), (0.0, {3})):
+        assert kept_ids("xtc", logits, row_with(xtc_threshold=threshold, xtc_probability=1.0)) == kept
+    ties = torch.tensor([0.2, 0.4, 0.2, 0.2]).log()
+    assert kept_ids("xtc", ties, row_with(xtc_threshold=0.15, xtc_probability=1.0)) == {0, 2, 3}
 
 
 def test_xtc_throws_a_coin_of_seed_and_position() -> None:
     logits = torch.tensor([[1.0, 1.5, 0.0]]).repeat(4000, 1)
-    rows = [
-        row_with(seed=seed, output=[0] * position, xtc_probability=0.3) for seed in range(400) for position in range(10)
-    ]
+    places = itertools.product(range(400), range(10))
+    rows = [row_with(seed=seed, output=[0] * position, xtc_probability=0.3) for seed, position in places]
     acted = ~torch.isfinite(apply_ops(logits, rows, ["xtc"])).all(dim=-1)
     assert abs(acted.double().mean().item() - 0.3) < 6 * math.sqrt(0.3 * 0.7 / 4000)
     assert acted.tolist() == [coin < 0.3 for coin in coins(rows)]
@@ -152,33 +142,21 @@ def drawn(logits: Tensor, row: SamplingRow) -> int:
     return ids[0]
 
 
-def drawn_from(logits: Sequence[float], row: SamplingRow) -> set[int]:
-    """Return the tokens left in the final distribution, which `post_sampling_probs` exposes."""
-    x = torch.tensor([logits])
-    make_sampler(len(logits)).sample(x, [row])
-    return set(torch.isfinite(x[0]).nonzero().flatten().tolist())
-
-
-def test_every_op_is_in_an_order() -> None:
-    assert {*SAMPLER_ORDER, "mirostat"} == SAMPLING_OPS.keys()
-    assert set(MIROSTAT_ORDER) < SAMPLING_OPS.keys()
-
-
 def test_order_decides() -> None:
-    logits = np.log([0.5, 0.3, 0.15, 0.05]).tolist()
-    fields: dict[str, Any] = {"min_p": 0.4, "temperature": 3.0}
-    assert drawn_from(logits, row_with(order=("min_p", "temperature"), **fields)) == {0, 1}
-    assert drawn_from(logits, row_with(order=("temperature", "min_p"), **fields)) == {0, 1, 2, 3}
-    assert drawn_from(logits, row_with(order=SAMPLER_ORDER, **fields)) == {0, 1, 2, 3}
-    assert drawn_from(logits, row_with(order=("temperature",), **fields)) == {0, 1, 2, 3}
-    assert drawn_from(logits, row_with(order=(), min_p=1.0)) == {0, 1, 2, 3}
-
-
-def test_temperature_zero_is_the_most_likely_where_it_stands() -> None:
-    logits = np.log([0.3, 0.3, 0.25, 0.15]).tolist()
-    always: dict[str, Any] = {"xtc_probability": 1.0, "xtc_threshold": 0.2, "temperature": 0.0}
-    assert drawn_from(logits, row_with(**always)) == {0}, "xtc comes after it"
-    assert drawn_from(logits, row_with(order=("xtc", "temperature"), **always)) == {2}
+    """What is left in the final distribution, which `post_sampling_probs` exposes."""
+    hot: dict[str, Any] = {"min_p": 0.4, "temperature": 3.0}
+    greedy: dict[str, Any] = {"xtc_probability": 1.0, "xtc_threshold": 0.2, "temperature": 0.0}
+    orders: list[tuple[tuple[str, ...], dict[str, Any], set[int]]] = [
+        (("min_p", "temperature"), hot, {0, 1}),
+        *((order, hot, {0, 1, 2, 3}) for order in (("temperature", "min_p"), SAMPLER_ORDER, ("temperature",))),
+        ((), {"min_p": 1.0}, {0, 1, 2, 3}),
+        (SAMPLER_ORDER, greedy, {0}),  # the most likely token where temperature 0 stands
+        (("xtc", "temperature"), greedy, {1}),
+    ]
+    for order, fields, kept in orders:
+        x = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+        make_sampler(4).sample(x, [row_with(order=order, **fields)])
+        assert set(torch.isfinite(x[0]).nonzero().flatten().tolist()) == kept, order
 
 
 def test_the_usual_order_is_that_of_requests_without_extra_samplers(rng: np.random.Generator) -> None:
@@ -236,18 +214,6 @@ def test_mirostat(version: int, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_mirostat_reaches_its_target(version: int, rng: np.random.Generator) -> None:
-    row = row_with(order=MIROSTAT_ORDER, mirostat=version, mirostat_tau=3.0, seed=2)
-    surprises = []
-    for logits in torch.from_numpy(rng.normal(size=(300, 3000)) * 2).float():
-        x = logits[None].clone()
-        (token_id,) = make_sampler(3000).sample(x, [row]).token_ids.tolist()
-        surprises.append(-x.log_softmax(dim=-1)[0, token_id].item() / math.log(2))
-        row.token_ids.append(token_id)
-    assert np.mean(surprises[50:]) == pytest.approx(3.0, abs=0.5)
-
-
-@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("logits", [[0.0] * 20, [0.0] + [-math.inf] * 19, [-300.0 * i for i in range(20)], [1.0]])
 def test_mirostat_of_odd_distributions(version: int, logits: list[float]) -> None:
     for mu in (-1e9, 0.0, 3.0, 1e9):
@@ -284,23 +250,14 @@ def test_mirostat_of_drafts_goes_as_token_by_token(version: int, rng: np.random.
 
 
 def random_chain(rng: np.random.Generator) -> dict[str, Any]:
-    order: tuple[str, ...] = SAMPLER_ORDER
-    if rng.random() < 0.3:
-        order = tuple(rng.permutation(SAMPLER_ORDER)[: rng.integers(1, 10)].tolist())
+    order = SAMPLER_ORDER if rng.random() < 0.7 else rng.permutation(SAMPLER_ORDER)[: rng.integers(1, 10)].tolist()
     mirostat = int(rng.choice([0, 0, 0, 1, 2]))
-    return {
-        "order": MIROSTAT_ORDER if mirostat else order,
-        "typical_p": float(rng.choice([1.0, 0.5, 0.95])),
-        "top_n_sigma": float(rng.choice([0.0, 1.0])),
-        "xtc_probability": float(rng.choice([0.0, 0.5])),
-        "xtc_threshold": 0.05,
-        "dry_multiplier": float(rng.choice([0.0, 0.8])),
-        "mirostat": mirostat,
-        "temperature": float(rng.choice([0.0, 0.7, 1.0])),
-        "top_k": int(rng.choice([0, 40])),
-        "top_p": float(rng.choice([1.0, 0.9])),
-        "frequency_penalty": float(rng.choice([0.0, 0.3])),
-    }
+    fields = {"typical_p": [1.0, 0.5, 0.95], "top_n_sigma": [0.0, 1.0], "xtc_probability": [0.0, 0.5]}
+    fields |= {"dry_multiplier": [0.0, 0.8], "temperature": [0.0, 0.7, 1.0], "top_p": [1.0, 0.9]}
+    fields |= {"frequency_penalty": [0.0, 0.3], "xtc_threshold": [0.05]}
+    chosen: dict[str, Any] = {name: float(rng.choice(values)) for name, values in fields.items()}
+    ints = {"top_k": int(rng.choice([0, 40])), "mirostat": mirostat}
+    return {**chosen, **ints, "order": MIROSTAT_ORDER if mirostat else tuple(order)}
 
 
 @pytest.mark.parametrize("vocab_size", [300, 5003, 49152])
@@ -341,3 +298,104 @@ def test_rows_without_numbers_disturb_nobody(rng: np.random.Generator) -> None:
             tokens = output.token_ids.tolist()
             assert 0 <= tokens.pop(bad) < size
             assert tokens == expected[:bad] + expected[bad + 1 :]
+
+
+# DRY penalties, against a direct search for repeats.
+
+
+def breaker(*first: int, rest: tuple[int, ...] = ()) -> SequenceBreaker:
+    return SequenceBreaker(array("i", first).tobytes(), rest)
+
+
+def dry_penalties(ids: list[int], extra: ExtraSamplers) -> dict[int, float]:
+    """Return the penalty of each token, by the longest repeat that it would lengthen."""
+    if extra.dry_penalty_last_n >= 0:
+        ids = ids[len(ids) - min(len(ids), extra.dry_penalty_last_n) :]
+    breakers = [[first, *breaker.rest] for breaker in extra.dry_breakers for first in breaker.first_ids]
+    penalties = {}
+    for token_id in set(ids):
+        best = 0
+        for length in range(1, len(ids)):
+            run = ids[-length:]
+            after_breaker = any(
+                ids[end - len(b) : end] == b for b in breakers for end in range(len(ids) - length + 1, len(ids) + 1)
+            )
+            repeats = [i for i in range(len(ids) - length) if ids[i : i + length + 1] == [*run, token_id]]
+            if repeats and not after_breaker:
+                best = length
+        if best >= extra.dry_allowed_length and [token_id] not in breakers:
+            penalties[token_id] = extra.dry_multiplier * extra.dry_base ** (best - extra.dry_allowed_length)
+    return penalties
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"dry_base": 1.0, "dry_allowed_length": 1},
+        {"dry_allowed_length": 3, "dry_multiplier": 2.5},
+        {"dry_penalty_last_n": 0},
+        {"dry_penalty_last_n": 12, "dry_allowed_length": 1},
+        {"dry_breakers": (breaker(2),)},
+        {"dry_breakers": (breaker(1), breaker(0, 2, rest=(2,))), "dry_allowed_length": 1},
+        {"dry_breakers": (breaker(1, rest=(0,)), breaker(0, 1, rest=(0, 0, 0))), "dry_allowed_length": 1},
+    ],
+)
+def test_dry(fields: dict[str, Any], rng: np.random.Generator) -> None:
+    num_penalised = 0
+    for _ in range(40):
+        ids = rng.integers(0, 3, rng.integers(1, 40)).tolist()
+        cut = int(rng.integers(1, len(ids) + 1))
+        row = row_with(ids[:cut], ids[cut:], **{"dry_multiplier": 0.8} | fields)
+        assert row.params.extra_samplers is not None
+        expected = np.zeros(5)
+        for token_id, penalty in dry_penalties(ids, row.params.extra_samplers).items():
+            expected[token_id] = -penalty
+        np.testing.assert_allclose(applied("dry", torch.zeros(5), row), expected, rtol=1e-6)
+        num_penalised += int((expected < 0).sum())
+    assert (num_penalised > 0) == (fields.get("dry_penalty_last_n") != 0)
+
+
+def test_dry_sees_the_draft() -> None:
+    row = row_with([1, 2, 3, 4, 5], [1, 2], dry_multiplier=1.0)
+    assert applied("dry", torch.zeros(6), replace(row, draft_token_ids=[3, 4])).tolist() == [0.0] * 5 + [-(1.75**2)]
+
+
+def test_dry_of_a_text_of_one_word_is_finite_and_quick() -> None:
+    row = row_with([3] * 30_000, dry_multiplier=1000.0, dry_base=1000.0)
+    penalty = applied("dry", torch.zeros(5), row)[3]
+    assert -1.1e30 < penalty < -0.9e30  # finite also after division by the lowest temperature
+    assert applied("dry", torch.zeros(5), row)[[0, 1, 2, 4]].tolist() == [0.0] * 4
+
+
+def test_dry_while_the_text_grows(rng: np.random.Generator) -> None:
+    """The lengths that a request keeps give the same as a scan of the whole text, with drafts in between or not."""
+    ids = rng.integers(0, 2, 120).tolist()
+    growing = row_with(ids[:20], [], dry_multiplier=1.0, dry_allowed_length=1)
+    for end in range(20, 110, 3):
+        growing.request.token_ids = ids[:end]
+        with_draft = replace(growing, draft_token_ids=ids[end : end + 4])
+        for row, text in ((with_draft, ids[: end + 4]), (growing, ids[:end])):
+            fresh = row_with(text, [], dry_multiplier=1.0, dry_allowed_length=1)
+            assert np.array_equal(applied("dry", torch.zeros(2), row), applied("dry", torch.zeros(2), fresh))
+
+
+class Whole(array):  # type: ignore[type-arg]
+    """Numbers that may only be read all at once, as memory."""
+
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("a long text is read number by number")
+
+    tolist = __iter__  # type: ignore[assignment]
+
+
+def test_a_long_text_is_not_read_number_by_number() -> None:
+    ids = [index % 1000 for index in range(20_000)]
+    row = row_with(ids[:1000], ids[1000:], dry_multiplier=0.8)
+    extra = row.params.extra_samplers
+    assert extra is not None
+    row.request.sampling.history = whole = Whole("i", ids)
+    for num_tokens in range(20_001, 20_004):
+        row.request.token_ids.append(7)
+        assert repeat_penalties(row, extra) == repeat_penalties(row_with(row.token_ids, [], dry_multiplier=0.8), extra)
+        assert len(whole) == num_tokens  # only the new token has been added
