@@ -1,5 +1,6 @@
 """Fixtures for tests of the server: a tiny model, a fake engine, a running server."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,14 @@ StartPair = Callable[..., Pair]
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     """An event loop whose time a test turns, with `turn` of tests/support/turned_loop.py."""
     return "asyncio", {"loop_factory": TurnedLoop}
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """A source of random numbers whose seed a failed test shows."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-from pydantic import TypeAdapter
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as Backend
 
 from server.constrained.tool_grammar import ToolSchemaError, tool_grammar
-from server.schemas.tools import Tool, ToolChoice
+from server.schemas.tools import Tool
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 from server.text.parsers.tool_formats import KEY, TaggedArguments
+from tests.server.constrained.test_tool_grammar import validated
 from tests.support.examples import IS_LONG, num_examples
 from tests.support.grammars import GrammarModel, calls_of
 from tests.support.tiny_tokenizer_model import write_tiny_model
@@ -54,19 +52,15 @@ SCHEMA: dict[str, Any] = {
     "required": ["days", "note"],
     "$defs": {"position": POSITION},
 }
-SCHEMAS: dict[str, dict[str, Any]] = {"get_weather": SCHEMA, "time-now": {"type": "object", "properties": {}}}
+ALL: dict[str, dict[str, Any]] = {"get_weather": SCHEMA, "time-now": {"type": "object", "properties": {}}}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
-def parsed_once() -> list[str]:
-    """Return the templates of `KINDS`; in `make test-long` one template for each format that there is."""
-    return list({repr(load_template(name).tool_format): name for name in NAMES}.values()) if IS_LONG else [*KINDS]
+# In `make test-long` one template for each format that there is.
+DISTINCT = list({repr(load_template(name).tool_format): name for name in NAMES}.values()) if IS_LONG else [*KINDS]
 
 
-DISTINCT = parsed_once()
-
-
-def make_tools(schemas: dict[str, Any], *, strict: bool = False) -> list[Tool]:
+def make_tools(schemas: dict[str, Any] = ALL, *, strict: bool = False) -> list[Tool]:
     functions = [{"name": name, "parameters": schema, "strict": strict} for name, schema in schemas.items()]
     return [Tool.model_validate({"type": "function", "function": function}) for function in functions]
 
@@ -76,25 +70,22 @@ class Model(GrammarModel):
 
     def __init__(self, name: str, folder: Path, *, special: bool = True) -> None:
         template = load_template(name)
-        self.format = AnswerFormat(template.tool_format, SCHEMAS, content_markers=template.reasoning.content_markers)
+        self.tool_format, self.content_markers = template.tool_format, template.reasoning.content_markers
+        self.format = self.new_format()
         special = special or template.tool_format.name == "minimax_m3"  # random text seldom ends with its token
-        write_tiny_model(folder)
-        path = str(folder / "tokenizer.json")
-        backend = Backend.from_file(path)
-        if special:
-            tags = sorted(set(TOKEN.findall("\n".join(self.format.markers))))
-            backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in tags])
-        backend.save(path)
-        super().__init__(folder)
+        tags = sorted(set(TOKEN.findall("\n".join(self.format.markers)))) if special else []
+        super().__init__(write_tiny_model(folder, *tags))
         self.special_ids = self.tokenizer.special_ids_in(self.format.markers)
         syntax = template.tool_format.arguments
         tags = [syntax.after_value, syntax.value_end] if isinstance(syntax, TaggedArguments) else [*syntax.texts]
         self.ends = ['"', *(text for text in tags if KEY not in text)]
 
+    def new_format(self, schemas: dict[str, Any] = ALL, parallel: bool = True) -> AnswerFormat:
+        return AnswerFormat(self.tool_format, schemas, parallel, content_markers=self.content_markers)
+
     def grammar(self, tools: list[Tool], choice: Any, *, parallel: bool = True) -> str:
-        validated: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
-        format = AnswerFormat(self.format.tool_format, SCHEMAS, parallel, content_markers=self.format.content_markers)
-        grammar = tool_grammar(format, tools, validated, special_ids=self.special_ids)
+        format = self.new_format(parallel=parallel)
+        grammar = tool_grammar(format, tools, validated(choice), special_ids=self.special_ids)
         assert grammar is not None
         return grammar
 
@@ -104,10 +95,9 @@ class Model(GrammarModel):
             yield self.sample(matcher.deep_copy(), rng, self.ends)
 
     def parse(
-        self, text: str, schemas: dict[str, Any] = SCHEMAS, *, parallel: bool = True
+        self, text: str, schemas: dict[str, Any] = ALL, *, parallel: bool = True
     ) -> tuple[list[AnswerPart], AnswerParser]:
-        format = AnswerFormat(self.format.tool_format, schemas, parallel, content_markers=self.format.content_markers)
-        parser = AnswerParser(format, hidden=(*format.content_markers, *self.special_ids))
+        parser = AnswerParser(self.new_format(schemas, parallel), hidden=(*self.content_markers, *self.special_ids))
         return parser.push(text) + parser.finish(), parser
 
 
@@ -116,14 +106,14 @@ class Model(GrammarModel):
 def test_the_parser_reads_what_the_grammar_allows(name: str, special: bool, tmp_path: Path, rng: random.Random) -> None:
     model = Model(name, tmp_path, special=special)
     for choice, parallel in [("required", True), ("required", False), (NAMED, True)]:
-        grammar = model.grammar(make_tools(SCHEMAS), choice, parallel=parallel)
+        grammar = model.grammar(make_tools(), choice, parallel=parallel)
         for text in model.samples(grammar, rng, num_examples(1, 20)):
             parts, parser = model.parse(text, parallel=parallel)
             assert not any(part.kind is PartKind.CONTENT for part in parts), text
             assert parser.ends_with_calls, text
             calls = calls_of(parts)
             for tool, arguments in calls:
-                jsonschema.validate(arguments, SCHEMAS[tool])
+                jsonschema.validate(arguments, ALL[tool])
             assert len(calls) == 1 or (parallel and choice == "required"), text
 
 
@@ -132,21 +122,21 @@ def test_the_parser_reads_what_the_grammar_allows(name: str, special: bool, tmp_
 def test_strict_calls_are_optional(name: str, special: bool, tmp_path: Path, rng: random.Random) -> None:
     """Free text is allowed, and calls in it follow their schemas, however they begin."""
     model = Model(name, tmp_path, special=special)
-    (call,) = model.samples(model.grammar(make_tools(SCHEMAS), NAMED), rng)
-    grammar = model.grammar(make_tools(SCHEMAS, strict=True), None)
+    (call,) = model.samples(model.grammar(make_tools(), NAMED), rng)
+    grammar = model.grammar(make_tools(strict=True), None)
     assert all(model.accepts(grammar, text) for text in ("", "Hello, world!\n", "a < b", call))
     assert not model.accepts(grammar, call.replace("get_weather", "get_whatever"))
     for text in model.samples(grammar, rng, num_examples(2, 20)):
         for tool, arguments in calls_of(model.parse(text)[0]):
-            jsonschema.validate(arguments, SCHEMAS[tool])
+            jsonschema.validate(arguments, ALL[tool])
 
 
 def test_content_after_a_marker_that_begins_as_calls_do(tmp_path: Path, rng: random.Random) -> None:
     """Muse addresses content `to=user` and calls `to=get_weather`."""
     model = Model("muse-glimmer", tmp_path)
-    (call,) = model.samples(model.grammar(make_tools(SCHEMAS), NAMED), rng)
+    (call,) = model.samples(model.grammar(make_tools(), NAMED), rng)
     call = call.removeprefix("to=user<|message|>")
-    grammar = model.grammar(make_tools(SCHEMAS, strict=True), None)
+    grammar = model.grammar(make_tools(strict=True), None)
     for text in ("", "Hi", call, f"Hi {call}"):
         assert model.accepts(grammar, text)
         assert model.accepts(grammar, f"to=user<|message|>{text}")
@@ -156,12 +146,10 @@ def test_content_after_a_marker_that_begins_as_calls_do(tmp_path: Path, rng: ran
 @kinds_first(DISTINCT)
 def test_arguments_of_tools_that_are_not_strict_are_free(name: str, tmp_path: Path, rng: random.Random) -> None:
     model = Model(name, tmp_path)
-    if model.format.tool_format.name == "minimax_m3":  # which does not support further properties
-        return
-    tools = [*make_tools({"get_weather": SCHEMA}), *make_tools({"time-now": SCHEMAS["time-now"]}, strict=True)]
-    for text in model.samples(model.grammar(tools, None), rng, num_examples(2, 20)):
-        for _, arguments in calls_of(model.parse(text)[0]):
-            assert isinstance(arguments, dict), text
+    tools = [*make_tools({"get_weather": SCHEMA}), *make_tools({"time-now": ALL["time-now"]}, strict=True)]
+    if model.tool_format.name != "minimax_m3":  # which does not support further properties
+        for text in model.samples(model.grammar(tools, None), rng, num_examples(2, 20)):
+            assert all(isinstance(arguments, dict) for _, arguments in calls_of(model.parse(text)[0])), text
 
 
 MORE: dict[str, Any] = {
@@ -175,17 +163,12 @@ EITHER: dict[str, Any] = {
         {"properties": {"kind": {"const": "b"}}, "required": ["kind"]},
     ]
 }
+NODE = {"properties": {"n": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}}, "required": ["n"]}
 TREE: dict[str, Any] = {
     "type": "object",
     "properties": {"tree": {"$ref": "#/$defs/node"}},
     "required": ["tree"],
-    "$defs": {
-        "node": {
-            "type": "object",
-            "properties": {"n": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}},
-            "required": ["n"],
-        }
-    },
+    "$defs": {"node": {"type": "object"} | NODE},
 }
 CLOSED = {"type": "object", "required": ["n"], "additionalProperties": False}
 WHOLE_TREE: dict[str, Any] = CLOSED | {
@@ -231,30 +214,23 @@ def test_values_are_written_as_the_model_does(tmp_path: Path) -> None:
 
     for allowed in ({}, {"city": 'a "b"\n<c>'}, {"city": ""}, {"code": "CH1"}, {"maybe": "null"}, {"list": "[1, 2]"}):
         assert model.accepts(grammar, call(**allowed)), allowed
-    for refused in (
-        {"days": "x"},
-        {"days": "15"},
-        {"note": "a"},
-        {"note": "abcde"},
-        {"code": "ch"},
-        {"unit": "kelvin"},
-    ):
-        assert not model.accepts(grammar, call(**refused)), refused
-    for refused in ({"list": "[1, 2, 3]"}, {"flag": "yes"}, {"one": "y"}, {"level": "4"}, {"position": "{}"}):
-        assert not model.accepts(grammar, call(**refused)), refused
+    refused = [("days", "x"), ("days", "15"), ("note", "a"), ("note", "abcde"), ("code", "ch"), ("unit", "kelvin")]
+    refused += [("list", "[1, 2, 3]"), ("flag", "yes"), ("one", "y"), ("level", "4"), ("position", "{}")]
+    for name, value in refused:
+        assert not model.accepts(grammar, call(**{name: value})), (name, value)
 
 
-@pytest.mark.parametrize(
-    ("schema", "message"),
-    [
-        ({"type": "object", "patternProperties": {"^a": {}}}, "'patternProperties' is not supported"),
-        ({"type": "object", "properties": {"a<b": {"type": "string"}}}, "the name 'a<b' is not supported"),
-        ({"type": "object", "properties": {"a": {"enum": ["\n</parameter>"]}}}, "none of the values of 'enum'"),
-        ({"type": "object", "properties": {}, "required": ["a"], "additionalProperties": False}, "property 'a' is not"),
-    ],
-)
+UNSUPPORTED = [
+    ({"type": "object", "patternProperties": {"^a": {}}}, "'patternProperties' is not supported"),
+    ({"type": "object", "properties": {"a<b": {"type": "string"}}}, "the name 'a<b' is not supported"),
+    ({"type": "object", "properties": {"a": {"enum": ["\n</parameter>"]}}}, "none of the values of 'enum'"),
+    ({"type": "object", "properties": {}, "required": ["a"], "additionalProperties": False}, "property 'a' is not"),
+]
+
+
+@pytest.mark.parametrize(("schema", "message"), UNSUPPORTED)
 def test_schemas_that_no_call_can_follow(schema: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = Model("Qwen3-Coder", tmp_path, special=False)
     with pytest.raises(ToolSchemaError, match=message) as error:
-        model.grammar(make_tools({"time-now": SCHEMAS["time-now"], "get_weather": schema}), "required")
+        model.grammar(make_tools({"time-now": ALL["time-now"], "get_weather": schema}), "required")
     assert error.value.name == "get_weather"

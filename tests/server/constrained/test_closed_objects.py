@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from engine.grammar.compiler import GrammarCompiler, GrammarError, compute_mask
 from server.constrained.closed_objects import Narrowing, find_narrowing
@@ -211,13 +211,12 @@ def test_default_tags_of_pydantic(compiler: GrammarCompiler, is_open: bool) -> N
     animal: TypeAdapter[Any] = TypeAdapter(Animal)
     value: dict[str, Any]
     for value in ({"kind": "cat", "name": True}, {"kind": "wolf", "name": True}, {"kind": "cow", "name": False}):
+        assert animal.validate_python(value)
         assert accepts(compiler, animal.json_schema(), value, is_open=is_open)
         farm = {"animals": [value], "favourite": value, "cat": {"kind": "cat", "name": True}}
         assert accepts(compiler, Farm.model_json_schema(), farm, is_open=is_open)
     for value in ({"name": True}, {"kind": "cat"}, {"kind": "hen", "name": True}):
         assert not accepts(compiler, animal.json_schema(), value, is_open=is_open)
-    with pytest.raises(ValidationError):
-        animal.validate_python({"name": True})
     assert accepts(compiler, animal.json_schema(), {"kind": "cat", "name": True, "z": 1}, is_open=is_open) == is_open
 
 
@@ -242,15 +241,8 @@ def test_large_schemas_take_little_work() -> None:
 # Random schemas.
 
 NAMES = st.sampled_from("abc")
-LEAVES: st.SearchStrategy[Schema] = st.sampled_from(
-    [
-        {"enum": [0, 1]},
-        {"const": "x"},
-        {"enum": ["y", "z"]},
-        {"type": "null"},
-        *({"$ref": f"#/$defs/{n}"} for n in "de"),
-    ]
-)
+FIXED: list[Schema] = [{"enum": [0, 1]}, {"const": "x"}, {"enum": ["y", "z"]}, {"type": "null"}]
+LEAVES: st.SearchStrategy[Schema] = st.sampled_from([*FIXED, *({"$ref": f"#/$defs/{name}"} for name in "de")])
 
 
 def objects(inner: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
@@ -260,28 +252,18 @@ def objects(inner: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
         "additionalProperties": st.booleans() | inner,
         "patternProperties": st.builds(lambda value: {"^[cx]": value}, inner),
     }
-    keys = st.sets(st.sampled_from([*optional, "type", "required"]), max_size=3)
-    properties = st.dictionaries(NAMES, inner, max_size=3)
-    return keys.flatmap(
-        lambda chosen: st.fixed_dictionaries({"properties": properties} | {key: optional[key] for key in chosen})
-    )
+    return st.fixed_dictionaries({"properties": st.dictionaries(NAMES, inner, max_size=3)}, optional=optional)
 
 
-def combined(inner: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
+def containers(inner: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
     parts = st.lists(inner, min_size=1, max_size=3)
     key = st.sampled_from(["anyOf", "anyOf", "oneOf", "allOf"])
-    return st.builds(lambda key, parts, base: {**base, key: parts}, key, parts, st.just({}) | objects(inner))
+    combined = st.builds(lambda key, parts, base: {**base, key: parts}, key, parts, st.just({}) | objects(inner))
+    arrays = st.fixed_dictionaries({"type": st.just("array"), "items": inner, "maxItems": st.just(1)})
+    return objects(inner) | combined | arrays
 
 
-SCHEMAS = st.recursive(
-    LEAVES,
-    lambda inner: (
-        objects(inner)
-        | combined(inner)
-        | st.builds(lambda items: {"type": "array", "items": items, "maxItems": 1}, inner)
-    ),
-    max_leaves=6,
-)
+SCHEMAS = st.recursive(LEAVES, containers, max_leaves=6)
 ROOTS = st.builds(lambda root, d, e: {**root, "$defs": {"d": d, "e": e}}, SCHEMAS, objects(LEAVES), SCHEMAS)
 
 
@@ -301,10 +283,9 @@ def walk(matcher: LLMatcher, rng: random.Random) -> str | None:
 
 
 def compiled(compiler: GrammarCompiler, schema: Schema, *, is_open: bool) -> LLMatcher | None:
-    try:
+    with suppress(GrammarError):
         return matcher_of(compiler, schema, is_open=is_open)
-    except GrammarError:
-        return None
+    return None
 
 
 def test_random_schemas(compiler: GrammarCompiler) -> None:
@@ -313,13 +294,10 @@ def test_random_schemas(compiler: GrammarCompiler) -> None:
     @settings(max_examples=num_examples(100, 5000), deadline=None, suppress_health_check=list(HealthCheck))
     @given(schema=ROOTS, seed=st.integers(0, 99))
     def check(schema: Schema, seed: int) -> None:
-        before = copy.deepcopy(schema)
         open_matcher, matcher = (compiled(compiler, schema, is_open=is_open) for is_open in (True, False))
         assert open_matcher is None or matcher is not None  # it does not become unsatisfiable
-        assert schema == before
         counts["satisfiable"] += open_matcher is not None
         counts["closed"] += open_matcher is not None and bool(find_narrowing(schema).closed)
-        counts["satisfiable if closed"] += open_matcher is None and matcher is not None
         if matcher is None:
             return
         rng = random.Random(seed)
@@ -336,7 +314,6 @@ def test_random_schemas(compiler: GrammarCompiler) -> None:
                     Draft202012Validator(schema).validate(json.loads(text))
 
     check()
-    print(counts)
     assert counts["satisfiable"] > num_examples(20, 2000)
     assert counts["closed"] > num_examples(5, 600)
     assert counts["answers"] > num_examples(40, 4000)

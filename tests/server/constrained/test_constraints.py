@@ -42,16 +42,12 @@ def test_structured_outputs(server: RunningServer, constraint: dict[str, Any], g
 def test_aliases(server: RunningServer, alias: str, field: str) -> None:
     """A field of another server, alone or beside an equal `structured_outputs`, which guidance sends too."""
     kind = field.rstrip("_")
-    for constraint, good, bad in ACCEPTED:
-        if kind not in constraint:
-            continue
-        fields = {alias: constraint[kind], "guided_decoding_backend": "guidance"}
-        for path in (CHAT, COMPLETIONS):
-            grammar = grammar_of(server, path, **fields)
-            assert grammar == grammar_of(server, path, structured_outputs=constraint)
-            assert grammar == grammar_of(server, path, structured_outputs=constraint, **fields)
-        assert [text for text in good if not matches(server, grammar, text)] == []
-        assert [text for text in bad if matches(server, grammar, text)] == []
+    constraint = next(each for each, _, _ in ACCEPTED if kind in each)
+    fields = {alias: constraint[kind], "guided_decoding_backend": "guidance"}
+    for path in (CHAT, COMPLETIONS):
+        expected = grammar_of(server, path, structured_outputs=constraint)
+        assert grammar_of(server, path, **fields) == expected
+        assert grammar_of(server, path, structured_outputs=constraint, **fields) == expected
 
 
 def test_schemas_are_compared_as_json(server: RunningServer) -> None:
@@ -69,9 +65,8 @@ def test_response_format(server: RunningServer) -> None:
         grammar = grammar_of(server, path, response_format=json_schema(SCHEMA))
         assert matches(server, grammar, COMPACT)
         assert not matches(server, grammar, SPACED)
-    for same in ({"type": "text"}, None):
-        assert grammar_of(server, COMPLETIONS, response_format=same) is None
-        assert grammar_of(server, CHAT, response_format=same) is None
+        for same in ({"type": "text"}, None):
+            assert grammar_of(server, path, response_format=same) is None
     assert grammar_of(server, CHAT, structured_outputs=None) is None
     assert grammar_of(server, CHAT, grammar="") is None  # which clients of llama.cpp may send
     assert grammar_of(server, CHAT, grammar="", ebnf='root ::= "a"') is not None
@@ -89,11 +84,8 @@ def test_the_vocabulary_is_sent_once_and_first(start_server: StartServer) -> Non
 
 
 def wide(num_keys: int, value: object = True) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {f"p{index}": {} for index in range(num_keys)},
-        "additionalProperties": value,
-    }
+    properties: dict[str, Any] = {f"p{index}": {} for index in range(num_keys)}
+    return {"type": "object", "properties": properties, "additionalProperties": value}
 
 
 HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
@@ -107,34 +99,20 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no text matches it."),
     ({"$ref": "https://example.com/schema.json"}, "Default retriever does not fetch resources."),
     ({"$ref": "file:///etc/passwd"}, "Default retriever does not fetch resources."),
-    ({"$ref": "#/$defs/none"}, "Pointer '/$defs/none' does not exist."),
     ({"allOf": [{"anyOf": [wide(4, i + j) for j in range(4)]} for i in range(9)]}, ""),
     ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
-    ({"type": "string", "pattern": "(a"}, "unclosed group."),
     ({"type": "string", "format": "nosuch"}, "Unknown format: nosuch."),
-    ({"type": "strin"}, "Invalid type: strin."),
     ({"type": "object", "minProperties": 2, "required": ["a"]}, "'minProperties' is not supported above the number"),
-    ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)."),
     ({"type": "object", "x-guidance": {"lenient": True}}, "the key 'x-guidance' is not supported."),
     ({"oneOf": [wide(1), wide(2)]}, "the alternatives of 'oneOf' cannot be told apart: "),
-]
-# Forced text is the slowest to compile. The limits in engine.grammar.compiler apply to the rest.
-SLOW_PATTERNS = ["(a{1000}){1000}", "(?x)a { 1 0 0 0 0 0 0 }", "(a?){5000}a{5000}"]
-COUNTING_PATTERNS = ["(a{10}){10}", "[a-z]{1,1000}", r"\\x{61}{1,100}([]{9}]{100})[^]{101}]", "[^{]{1,500}{1,20}"]
-HOSTILE_SCHEMAS += [
     ({"const": "ab" * 9000}, "more than 2048 tokens are forced at its beginning."),
     ({"type": "string", "pattern": "^(?x)a { 1 0 0 0 0 0 0 }$"}, "following it takes too long."),
 ]
 UNSUPPORTED_KEYWORDS: list[dict[str, Any]] = [
-    {"contains": {"type": "string"}},
-    {"dependentRequired": {"a": ["b"]}},
-    {"dependentSchemas": {"a": {}}},
-    {"propertyNames": {"minLength": 3}},
-    {"propertyNames": {"enum": ["a"]}, "properties": {"a": {}}},
-    {"unevaluatedProperties": False},
-    {"not": {"type": "string"}},
+    *({"contains": {"type": "string"}}, {"dependentRequired": {"a": ["b"]}}, {"dependentSchemas": {"a": {}}}),
+    *({"propertyNames": {"minLength": 3}}, {"propertyNames": {"enum": ["a"]}, "properties": {"a": {}}}),
+    *({"unevaluatedProperties": False}, {"not": {"type": "string"}}, {"$dynamicRef": "#a"}),
     {"if": {"type": "string"}, "then": {"minLength": 3}},
-    {"$dynamicRef": "#a"},
 ]
 
 
@@ -158,8 +136,7 @@ def test_schemas_that_cannot_be_followed(server: RunningServer, schema: Any, pro
 
 def test_exact_integers_and_annotations_are_accepted(server: RunningServer) -> None:
     schema = {"type": "integer", "default": -(2**63), "examples": [2**53 + 1], "enum": [5, 2**60, 2**63 - 1]}
-    answer = ask(server.url, CHAT, response_format=json_schema(schema), max_tokens=1)
-    assert answer.status_code == 200
+    assert grammar_of(server, CHAT, response_format=json_schema(schema))
 
 
 def test_keywords_are_followed_or_refused(server: RunningServer) -> None:
@@ -170,28 +147,19 @@ def test_keywords_are_followed_or_refused(server: RunningServer) -> None:
 
 OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"regex": "a("}, "regex", "unclosed group."),
-    ({"regex": "(?=a)b"}, "regex", "look-around"),
-    ({"regex": "(.*)\\1"}, "regex", "backreferences are not supported"),
-    ({"regex": "a" * 9000}, "regex", "string too long"),
-    ({"choice": []}, "choice", "empty array"),
     ({"choice": [""]}, "choice[0]", "empty string"),
-    ({"choice": ["a"] * 1001}, "choice", "array too long"),
-    ({"grammar": "nonsense"}, "grammar", ""),
     ({"grammar": ' {"grammars": []}'}, "grammar", "expected a grammar in Lark's notation, but got JSON."),
     ({"grammar": 'begin: "a"'}, "grammar", ""),
     ({"grammar": "start: a\na: b\nb: a"}, "grammar", "no text matches it."),
     ({"grammar": 'root ::= "a" b'}, "grammar", "Rule 'b' not found."),
-    ({"grammar": 'x ::= "a"'}, "grammar", "No 'root' rule found."),
     ({"grammar": 'root ::= ("a"'}, "grammar", "Expected ')' at line 1"),
     ({"grammar": 'root ::= "a\\'}, "grammar", "it ends too early, or is nested too deep."),
     ({"grammar": "root ::= " + "(" * 8000}, "grammar", "it ends too early, or is nested too deep."),
-    ({"grammar": "x" * 20_000}, "grammar", "string too long"),
-    *(({"regex": text}, "regex", "following it takes too long.") for text in SLOW_PATTERNS),
-    ({"grammar": f"start: /{SLOW_PATTERNS[0]}/"}, "grammar", "following it takes too long."),
-    ({"grammar": r'start: %json {"type": "string", "pattern": "^a\u007b1000000}$"}'}, "grammar", "takes too long."),
+    # Forced text is the slowest to compile. The limits in engine.grammar.compiler apply to the rest.
+    ({"regex": "(a{1000}){1000}"}, "regex", "following it takes too long."),
+    ({"regex": "(a?){5000}a{5000}"}, "regex", "following it takes too long."),
     ({"grammar": "start: T{10000}\nT: /a{1000}/"}, "grammar", "following it takes too long."),
     ({"grammar": "start: U\nU: T{100}\nT: /a{90}/"}, "grammar", "more than 2048 tokens are forced"),
-    ({"grammar": "start: /a{" + "9" * 4000 + "}/"}, "grammar", "decimal literal invalid."),
     ({"json": "{"}, "json", "the text is not valid JSON."),
     ({"json": "[1]"}, "json", "the text must hold a JSON object."),
     ({"json": "[" * 100_000}, "json", "the text is not valid JSON."),
@@ -202,25 +170,15 @@ OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.checklist("C21")
 @pytest.mark.parametrize(("constraint", "field", "problem"), OTHER_REFUSALS)
 def test_other_grammars_that_cannot_be_followed(
-    server: RunningServer, constraint: dict[str, Any], field: str, problem: str
+    server: RunningServer, constraint: Any, field: str, problem: str
 ) -> None:
     param = f"structured_outputs.{field}"
     assert problem in refuse(server, COMPLETIONS, param, structured_outputs=constraint)
 
 
-def test_counts(server: RunningServer) -> None:
-    for pattern in (*COUNTING_PATTERNS, "(a|b){1000000}"):
-        for constraint in ({"regex": pattern}, {"json": {"pattern": pattern}}, {"grammar": f"start: /{pattern}/"}):
-            assert grammar_of(server, COMPLETIONS, structured_outputs=constraint)
-    lines = {"grammar": "start: (LINE | list){1,500}\nlist: start{1,100}\nLINE: /[^\\n]{1,100}/ /\\n/"}
-    assert grammar_of(server, COMPLETIONS, structured_outputs=lines)
-
-
 def test_wide_objects(server: RunningServer) -> None:
     grammar = grammar_of(server, COMPLETIONS, structured_outputs={"json": wide(200)})
     assert matches(server, grammar, '{"p7":1,"p188":{"a":[]},"q":null}')
-    schema = {"anyOf": [wide(200, {"const": index}) for index in range(30)]}  # the slowest that is compiled, about
-    assert ask(server.url, COMPLETIONS, max_tokens=1, structured_outputs={"json": schema}).status_code in (200, 400)
 
 
 def test_llama_cpps_name_of_the_schema(server: RunningServer) -> None:
@@ -236,30 +194,28 @@ def test_llama_cpps_name_of_the_schema(server: RunningServer) -> None:
 def test_exactly_one(server: RunningServer) -> None:
     expected = "expected exactly one of json, regex, choice, grammar, json_object, structural_tag, but got "
     for constraint, got in (({}, "none."), ({"regex": "a", "json_object": True}, "json_object and regex.")):
-        message = refuse(server, CHAT, "structured_outputs", structured_outputs=constraint)
-        assert message == f"Invalid 'structured_outputs': {expected}{got}"
+        assert refuse(server, CHAT, "structured_outputs", structured_outputs=constraint).endswith(expected + got)
     both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
     message = refuse(server, CHAT, "structured_outputs.regex", **both)
-    assert message == "Invalid 'structured_outputs.regex': not allowed with 'response_format'."
+    assert message.endswith(": not allowed with 'response_format'.")
     for other in ({"guided_choice": ["b"]}, {"regex": "b"}, {"structured_outputs": {"json_object": True}}):
         message = refuse(server, CHAT, "guided_regex", guided_regex="a", **other)
-        other_name = next(iter(other))
-        assert message == f"Invalid 'guided_regex': not allowed with '{other_name}', which sets another constraint."
+        assert message.endswith(f": not allowed with '{next(iter(other))}', which sets another constraint.")
 
 
-@pytest.mark.parametrize(
-    ("constraint", "param", "code"),
-    [
-        ({"type": "json_schema"}, "response_format.json_schema", "missing_required_parameter"),
-        ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema", None),
-        (json_schema(SCHEMA, name="a b"), "response_format.json_schema.name", "invalid_value"),
-        (json_schema([]), "response_format.json_schema.schema", "invalid_type"),
-        ({"type": "json_object", "json_schema": {"name": "a", "schema": {}}}, "response_format.json_schema", None),
-        ({"type": "json_object", "size": {}}, "response_format.size", None),
-        ({"type": "xml"}, "response_format.type", "invalid_value"),
-        ("json", "response_format", "invalid_type"),
-    ],
-)
+WRONG_SHAPES = [
+    ({"type": "json_schema"}, "response_format.json_schema", "missing_required_parameter"),
+    ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema", None),
+    (json_schema(SCHEMA, name="a b"), "response_format.json_schema.name", "invalid_value"),
+    (json_schema([]), "response_format.json_schema.schema", "invalid_type"),
+    ({"type": "json_object", "json_schema": {"name": "a", "schema": {}}}, "response_format.json_schema", None),
+    ({"type": "json_object", "size": {}}, "response_format.size", None),
+    ({"type": "xml"}, "response_format.type", "invalid_value"),
+    ("json", "response_format", "invalid_type"),
+]
+
+
+@pytest.mark.parametrize(("constraint", "param", "code"), WRONG_SHAPES)
 def test_wrong_shapes(server: RunningServer, constraint: Any, param: str, code: str | None) -> None:
     for path in (CHAT, COMPLETIONS):
         error = check_error(ask(server.url, path, response_format=constraint), 400)

@@ -93,11 +93,7 @@ REFUSED: list[tuple[Fields, str, str]] = [
     (parts("sequence", ANY, NUMBER), "elements[0]", "any text must be followed by a literal text, which ends it"),
     ({"type": "star", "content": ANY}, "content", "any text must be followed by a literal text, which ends it"),
     (triggered(triggers=["<g"]), "tags[0].begin", "expected text that begins with one of the triggers"),
-    (
-        triggered(triggers=["<f", "<f1"]),
-        "triggers[1]",
-        "no tag begins with it, or all of them begin with an earlier trigger",
-    ),
+    (triggered(triggers=["<f", "<f1"]), "triggers[1]", "no tag begins with it, or all of them begin with an earlier"),
     (tag("<a>", {"type": "json_schema", "json_schema": {"not": {}}}, ""), "", "Unimplemented keys"),
     (parts("sequence", {"type": "json_schema", "json_schema": nested(70)}), "", "nested more than 64 levels deep"),
     (GRAMMAR | {"grammar": "a ::="}, "", ""),
@@ -118,20 +114,17 @@ def test_formats_that_cannot_be_followed(server: RunningServer, format: Fields, 
     assert problem in error["message"]
 
 
-def test_errors_in_a_json_text_name_the_part(server: RunningServer) -> None:
-    constraint = {"type": "structural_tag", "format": parts("sequence", NUMBER, text("a"), {"type": "regex"})}
-    fields = {"structured_outputs": {"structural_tag": json.dumps(constraint)}}
-    error = check_error(ask(server.url, COMPLETIONS, **fields), 400)
-    assert error["param"] == "structured_outputs.structural_tag.format.elements[2].pattern"
-
-
 def test_a_tree_that_is_too_large(server: RunningServer) -> None:
-    """The grammar of each part would list all the parts that may follow it."""
+    """The grammar of each part would list all the parts that may follow it. Errors in a text name the part, too."""
     rows = [parts("sequence", *[{"type": "optional", "content": text("a")}] * 128) for _ in range(10)]
     constraint = {"type": "structural_tag", "format": parts("sequence", *rows)}
     for fields in ({"response_format": constraint}, {"structured_outputs": {"structural_tag": json.dumps(constraint)}}):
         error = check_error(ask(server.url, CHAT, **fields), 400)
         assert error["message"].endswith("expected at most 512 parts.")
+    constraint = {"type": "structural_tag", "format": parts("sequence", NUMBER, text("a"), {"type": "regex"})}
+    fields = {"structured_outputs": {"structural_tag": json.dumps(constraint)}}
+    error = check_error(ask(server.url, COMPLETIONS, **fields), 400)
+    assert error["param"] == "structured_outputs.structural_tag.format.elements[2].pattern"
 
 
 EMPTY = text("")
@@ -162,12 +155,12 @@ def test_formats_with_exponentially_many_alternatives(server: RunningServer, for
 def test_a_tree_that_is_too_deep(server: RunningServer) -> None:
     for depth in (70, 300, 900):
         nested_text = '{"type":"optional","content":' * depth + json.dumps(NUMBER) + "}" * depth
-        constraint = f'{{"type":"structural_tag","format":{nested_text}}}'
-        for fields in ({"structured_outputs": {"structural_tag": constraint}}, {"response_format": constraint}):
-            if depth == 70 and "response_format" in fields:
-                fields = {"response_format": json.loads(constraint)}  # noqa: PLW2901
-            error = check_error(ask(server.url, CHAT, **fields), 400)
-            assert error["param"].startswith(next(iter(fields)))
+        text = f'{{"type":"structural_tag","format":{nested_text}}}'
+        for fields in (
+            {"structured_outputs": {"structural_tag": text}},
+            {"response_format": json.loads(text) if depth == 70 else text},
+        ):
+            assert check_error(ask(server.url, CHAT, **fields), 400)["param"].startswith(next(iter(fields)))
 
 
 # The older form.
@@ -185,40 +178,30 @@ TAG: dict[str, Any] = {
 
 def test_structures(server: RunningServer) -> None:
     """In free text, each trigger begins a structure."""
-    for path, constraint in (
-        (CHAT, {"response_format": TAG}),
-        (COMPLETIONS, {"structured_outputs": {"structural_tag": TAG}}),
-        (COMPLETIONS, {"structured_outputs": {"structural_tag": json.dumps(TAG)}}),
-    ):
-        grammar = grammar_of(server, path, **constraint)
-        for text, good in (
-            ("", True),
-            ("No <f> in\n[it] at all.", True),
-            ('Old: <f=age>7</f>, <f=name>"Jo"!', True),
-            (f"[1]{COMPACT}<|im_end|><f=age>12</f><f=age>3</f>", True),
-            ("<f=age>7", False),
-            ("<f=age>100</f>", False),
-            ("<f=size>", False),
-            ("a[1]{}", False),
-        ):
-            assert matches(server, grammar, text) == good, text
+    grammar = grammar_of(server, CHAT, response_format=TAG)
+    for tag in (TAG, json.dumps(TAG)):
+        assert grammar_of(server, COMPLETIONS, structured_outputs={"structural_tag": tag}) == grammar
+    good = ["", "No <f> in\n[it] at all.", 'Old: <f=age>7</f>, <f=name>"Jo"!']
+    good += [f"[1]{COMPACT}<|im_end|><f=age>12</f><f=age>3</f>"]
+    assert [text for text in good if not matches(server, grammar, text)] == []
+    assert not any(matches(server, grammar, text) for text in ("<f=age>7", "<f=age>100</f>", "<f=size>", "a[1]{}"))
 
 
-@pytest.mark.parametrize(
-    ("changes", "param"),
-    [
-        ({"triggers": ["[1]"]}, "response_format.structures[0].begin"),
-        ({"triggers": ["<f=", "[1]", "<f=age"]}, "response_format.triggers[2]"),
-        ({"triggers": []}, "response_format.triggers"),
-        ({"triggers": None}, "response_format.triggers"),
-        ({"structures": [{"begin": "[1]", "schema": nested(70), "end": ""}]}, "response_format.structures[0].schema"),
-        ({"structures": [{"begin": "[1]", "schema": {"not": {}}, "end": ""}], "triggers": ["["]}, "response_format"),
-        ({"type": "json_object"}, "response_format.structures"),
-        ({"structures": None}, "response_format.structures"),
-        ({"structures": None, "triggers": None}, "response_format.format"),
-        ({"format": {"type": "any_text"}}, "response_format.structures"),
-        ({"type": "text", "format": {"type": "any_text"}}, "response_format.format"),
-    ],
-)
+WRONG_STRUCTURES = [
+    ({"triggers": ["[1]"]}, "response_format.structures[0].begin"),
+    ({"triggers": ["<f=", "[1]", "<f=age"]}, "response_format.triggers[2]"),
+    ({"triggers": []}, "response_format.triggers"),
+    ({"triggers": None}, "response_format.triggers"),
+    ({"structures": [{"begin": "[1]", "schema": nested(70), "end": ""}]}, "response_format.structures[0].schema"),
+    ({"structures": [{"begin": "[1]", "schema": {"not": {}}, "end": ""}], "triggers": ["["]}, "response_format"),
+    ({"type": "json_object"}, "response_format.structures"),
+    ({"structures": None}, "response_format.structures"),
+    ({"structures": None, "triggers": None}, "response_format.format"),
+    ({"format": {"type": "any_text"}}, "response_format.structures"),
+    ({"type": "text", "format": {"type": "any_text"}}, "response_format.format"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param"), WRONG_STRUCTURES)
 def test_structures_that_cannot_be_followed(server: RunningServer, changes: dict[str, Any], param: str) -> None:
     assert check_error(ask(server.url, CHAT, response_format=TAG | changes), 400)["param"] == param

@@ -1,21 +1,25 @@
-"""Grammars of tool calls: llguidance compiles them, and the parser reads all text that they allow as calls."""
+"""Grammars of tool calls: llguidance compiles them, and the parser reads what they allow."""
 
 import json
-import random
+import re
 from typing import Any
 
-import jsonschema
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from pydantic import TypeAdapter
 
 from server.constrained.constraints import COMPACT
+from server.constrained.harmony_grammar import harmony_grammar
 from server.constrained.tool_grammar import tool_grammar
 from server.schemas.tools import Tool, ToolChoice
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
 from server.text.parsers.answer_parts import PartKind
+from server.text.parsers.harmony import MARKERS, HarmonyFormat
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat
 from tests.support.grammars import GrammarModel, calls_of
+from tests.support.harmony import write_harmony_model
+from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
 from tests.support.tool_model import write_tool_model
 
 THINK = ReasoningTags("<think>", "</think>")
@@ -42,45 +46,47 @@ def make_tools(*, strict: bool = False) -> list[Tool]:
     return [Tool.model_validate({"type": "function", "function": function}) for function in functions]
 
 
+def validated(choice: Any) -> ToolChoice | None:
+    return None if choice is None else TypeAdapter[ToolChoice](ToolChoice).validate_python(choice)
+
+
 def grammar_of(
-    model: GrammarModel,
-    format: ToolFormat,
-    choice: Any = None,
-    *,
-    parallel: bool = True,
-    strict: bool = False,
-    has_content_grammar: bool = False,
-    **more: Any,
+    model: GrammarModel, format: ToolFormat, choice: Any = None, strict: bool = False, more: bool = False, **fields: Any
 ) -> str:
-    validated: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
     special_ids = model.tokenizer.special_ids_in([*format.texts, THINK.start, THINK.end])
-    grammar = tool_grammar(
-        AnswerFormat(format, parallel_calls=parallel, **more),
-        make_tools(strict=strict),
-        validated,
-        special_ids=special_ids,
-        has_content_grammar=has_content_grammar,
-    )
+    answers, tools = AnswerFormat(format, **fields), make_tools(strict=strict)
+    grammar = tool_grammar(answers, tools, validated(choice), special_ids=special_ids, has_content_grammar=more)
     assert grammar is not None
     return grammar
 
 
+def with_content(calls: str) -> str:
+    """Return the grammar of calls together with one of content, which calls look like at their beginning."""
+    properties = {"name": {"type": "string"}, "answer": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["answer"], "additionalProperties": False}
+    content = {"name": "content", "json_schema": schema | {"x-guidance": COMPACT}}
+    return json.dumps({"grammars": [{"name": "answer", "lark_grammar": calls}, content]})
+
+
 def write(format: ToolFormat, *calls: tuple[str, str]) -> str:
     """Return calls as models write them."""
-    if format.name == "mistral_names":
-        return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in calls)
-    key = "parameters" if format is LLAMA3 else "arguments"
-    objects = [f'{{"name": "{name}", "{key}": {arguments}}}' for name, arguments in calls]
-    return {
-        "hermes": "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in objects),
-        "llama3": "; ".join(objects),
-        "mistral": f"[TOOL_CALLS][{', '.join(objects)}]",
-        "generic": objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]",
-    }[format.name]
+    texts = [format.before_name + name + format.after_name + args + format.after_arguments for name, args in calls]
+    text = format.separator.join(texts)
+    return text if format is GENERIC and len(calls) == 1 else format.start + text + format.end
 
 
 FORMATS = pytest.mark.parametrize("format", [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, GENERIC], ids=lambda f: f.name)
 WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
+REQUIRED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [WEATHER]}}
+
+
+def read(format: ToolFormat, text: str, parallel: bool) -> Any:
+    """Return the calls that an answer consists of, as the parser reads them."""
+    parser = AnswerParser(AnswerFormat(format, {name: {} for name in SCHEMAS}, parallel_calls=parallel))
+    parts = parser.push(text) + parser.finish()
+    assert parser.ends_with_calls
+    assert not any(part.kind is PartKind.CONTENT for part in parts)
+    return calls_of(parts)
 
 
 @FORMATS
@@ -92,15 +98,13 @@ def test_forced_calls(model: GrammarModel, format: ToolFormat) -> None:
         ("required", True, [[one], [other], [one, other, one]], []),
         ("required", False, [[one], [other]], [[one, other]]),
         (WEATHER, True, [[one], [("weather", BERN)]], [[other], [one, one]]),
-        (
-            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [WEATHER]}},
-            True,
-            [[one], [one, one]],
-            [[other]],
-        ),
+        (REQUIRED, True, [[one], [one, one]], [[other]]),
     ]:
-        grammar = grammar_of(model, format, choice, parallel=parallel)
-        assert all(model.accepts(grammar, write(format, *calls)) for calls in allowed), (choice, allowed)
+        grammar = grammar_of(model, format, choice, parallel_calls=parallel)
+        for calls in allowed:
+            text = write(format, *calls)
+            assert model.accepts(grammar, text), (choice, text)
+            assert read(format, text, parallel) == [(name, json.loads(arguments)) for name, arguments in calls]
         assert not any(model.accepts(grammar, write(format, *calls)) for calls in refused), (choice, refused)
         assert not any(model.accepts(grammar, text) for text in wrong), choice
 
@@ -117,7 +121,7 @@ def test_strict_calls_of_an_answer_that_is_free(model: GrammarModel, format: Too
     assert model.accepts(grammar, write(format, ("time", '{"a": 1}')))  # this tool is not strict
     two = write(format, ("weather", BERN), ("time", "{}"))
     assert model.accepts(grammar, two)
-    assert not model.accepts(grammar_of(model, format, strict=True, parallel=False), two)
+    assert not model.accepts(grammar_of(model, format, strict=True, parallel_calls=False), two)
 
 
 def test_reasoning_comes_first(model: GrammarModel) -> None:
@@ -136,14 +140,8 @@ def test_reasoning_comes_first(model: GrammarModel) -> None:
 
 @FORMATS
 def test_content_has_a_grammar_of_its_own(model: GrammarModel, format: ToolFormat) -> None:
-    properties = {"name": {"type": "string"}, "answer": {"type": "integer"}}
-    schema = {"type": "object", "properties": properties, "required": ["answer"], "additionalProperties": False}
-    schema["x-guidance"] = COMPACT
-
     def grammar(choice: str, **more: Any) -> str:
-        calls = grammar_of(model, format, choice, has_content_grammar=True, **more)
-        parts = [{"name": "answer", "lark_grammar": calls}, {"name": "content", "json_schema": schema}]
-        return json.dumps({"grammars": parts})
+        return with_content(grammar_of(model, format, choice, more=True, **more))
 
     call = write(format, ("time", '{"a": 1}'))
     free, forced, alone = grammar("auto"), grammar("required"), grammar("none", reasoning_tags=THINK)
@@ -157,25 +155,14 @@ def test_content_has_a_grammar_of_its_own(model: GrammarModel, format: ToolForma
 
 
 def test_what_needs_no_grammar() -> None:
-    assert tool_grammar(AnswerFormat(HERMES), make_tools(), None) is None
-    assert tool_grammar(AnswerFormat(HERMES, parallel_calls=False), make_tools(), "auto") is None
-    assert tool_grammar(AnswerFormat(HERMES), make_tools(strict=True), "none") is None
-    assert tool_grammar(AnswerFormat(HERMES), None, None) is None
-
-
-@FORMATS
-def test_the_parser_reads_what_the_grammar_allows(model: GrammarModel, format: ToolFormat, rng: random.Random) -> None:
-    """Outputs are sampled at random from the tokens that the grammar's masks allow."""
-    for choice, parallel in [("required", True), ("required", False), (WEATHER, True)]:
-        text = model.sample(model.matcher(grammar_of(model, format, choice, parallel=parallel)), rng)
-        parser = AnswerParser(AnswerFormat(format, {name: {} for name in SCHEMAS}, parallel_calls=parallel))
-        parts = parser.push(text) + parser.finish()
-        assert not any(part.kind is PartKind.CONTENT for part in parts), text
-        assert parser.ends_with_calls
-        calls = calls_of(parts)
-        for name, arguments in calls:
-            jsonschema.validate(arguments, SCHEMAS[name])
-        assert len(calls) == 1 or (parallel and choice is not WEATHER)
+    for tools, choice in (
+        (make_tools(), None),
+        (make_tools(), "auto"),
+        (make_tools(strict=True), "none"),
+        (None, None),
+    ):
+        assert tool_grammar(AnswerFormat(HERMES, parallel_calls=False), tools, validated(choice)) is None
+        assert harmony_grammar(HarmonyFormat(), tools, validated(choice)) is None
 
 
 def test_json_cannot_break_the_grammar(model: GrammarModel) -> None:
@@ -189,3 +176,116 @@ def test_json_cannot_break_the_grammar(model: GrammarModel) -> None:
         arguments = json.dumps({'a"\n/\\': value}, ensure_ascii=False)
         if not model.tokenizer.special_ids_in(["<tool_call>"]):
             assert model.accepts(grammar, write(HERMES, ("f", arguments)))
+
+
+# The harmony format.
+
+
+NEXT = "<|start|>assistant"
+ANALYSIS = f"<|channel|>analysis<|message|>Hm <b>.<|end|>{NEXT}"
+PREAMBLE = f"<|channel|>commentary<|message|>Let me\nsee.<|end|>{NEXT}"
+FINAL = "<|channel|>final<|message|>"
+
+
+@pytest.fixture(scope="module", params=["plain", "special"])
+def harmony(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GrammarModel:
+    folder = tmp_path_factory.mktemp("harmony")
+    return GrammarModel(write_harmony_model(folder, special_markers=request.param == "special"))
+
+
+def grammar_in(
+    harmony: GrammarModel, choice: Any = None, *, strict: bool = False, more: bool = False, is_final: bool = False
+) -> str:
+    format, special_ids = HarmonyFormat(is_final=is_final), harmony.tokenizer.special_ids_in(MARKERS)
+    tools = make_tools(strict=strict)
+    grammar = harmony_grammar(format, tools, validated(choice), special_ids=special_ids, has_content_grammar=more)
+    assert grammar is not None
+    return grammar
+
+
+def calling(name: str, arguments: str, content_type: str = " <|constrain|>json", is_role_first: bool = False) -> str:
+    recipient, channel = f" to=functions.{name}", "<|channel|>commentary"
+    header = recipient + channel if is_role_first else channel + recipient
+    return f"{header}{content_type}<|message|>{arguments}"
+
+
+def test_forced_calls_in_harmony(harmony: GrammarModel) -> None:
+    wrong = [
+        "",
+        "Hi",
+        f"{FINAL}Hi",
+        ANALYSIS,
+        calling("weather", "{}"),
+        calling("zzz", "{}"),
+        calling("time", "{}") + "x",
+    ]
+    wrong += [calling("weather", PARIS) + f"<|call|>{NEXT}" + calling("time", "{}"), calling("time", '{"a": 1}')]
+    for choice, allowed, refused in [
+        ("required", [calling("weather", PARIS), calling("time", "{}")], []),
+        (WEATHER, [calling("weather", BERN)], [calling("time", "{}")]),
+        (REQUIRED, [calling("weather", BERN)], [calling("time", "{}")]),
+    ]:
+        grammar = grammar_in(harmony, choice)
+        for before in ("", ANALYSIS, PREAMBLE, ANALYSIS + PREAMBLE + ANALYSIS):
+            for text in allowed:
+                assert harmony.accepts(grammar, before + text), choice
+                parser = HarmonyFormat(tools={name: {} for name in SCHEMAS}).new_parser()
+                ((name, arguments),) = calls_of(parser.push(before + text) + parser.finish())
+                assert parser.ends_with_calls
+                assert calling(name, json.dumps(arguments)) == text
+            assert not any(harmony.accepts(grammar, before + text) for text in [*wrong, *refused]), choice
+    grammar = grammar_in(harmony, "required")
+    for content_type in (" <|constrain|>json", "<|constrain|>json", " json", ""):
+        for is_role_first in (False, True):
+            text = calling("time", "{}", content_type, is_role_first)
+            assert harmony.accepts(grammar, text), text
+            spaced = re.sub(r"(<\|(start|channel|message|constrain)\|>)", r"\1 ", ANALYSIS + text)
+            assert harmony.accepts(grammar, spaced), spaced
+
+
+def test_strict_calls_of_an_answer_that_is_free_in_harmony(harmony: GrammarModel) -> None:
+    grammar = grammar_in(harmony, strict=True)
+    for before in ("", ANALYSIS, PREAMBLE):
+        for text in (FINAL, f"{FINAL}Hello,\nworld!", calling("weather", PARIS), calling("time", '{"a": 1}')):
+            assert harmony.accepts(grammar, before + text), text
+        assert not harmony.accepts(grammar, before + calling("weather", "{}"))
+
+
+def test_content_has_a_grammar_of_its_own_in_harmony(harmony: GrammarModel) -> None:
+    def grammar(choice: str, **more: bool) -> str:
+        return with_content(grammar_in(harmony, choice, more=True, **more))
+
+    free, forced, alone = grammar("auto"), grammar("required"), grammar("none")
+    answer, time = '{"answer":42}', calling("time", '{"a": 1}')
+    typed = f"<|channel|>final <|constrain|>json<|message|>{answer}"
+    for before in ("", ANALYSIS, ANALYSIS + ANALYSIS):
+        assert all(harmony.accepts(free, before + text) for text in (FINAL + answer, typed, time))
+        assert not any(harmony.accepts(free, before + text) for text in (answer, f"{FINAL}Hi", f"{FINAL}{answer}x"))
+        assert harmony.accepts(alone, before + FINAL + answer)
+        assert not harmony.accepts(alone, before + time)
+        assert harmony.accepts(forced, before + calling("time", "{}"))
+        assert not harmony.accepts(forced, before + FINAL + answer)
+    assert not harmony.accepts(free, PREAMBLE + FINAL + answer)  # it would be content
+    assert harmony.accepts(grammar("none", is_final=True), answer)
+
+
+REQUIRE: dict[str, Any] = {"choice": "required"}
+STRICT: dict[str, Any] = {"strict": True}
+
+
+def test_answers_that_the_prompt_begins(harmony: GrammarModel) -> None:
+    forced, strict = (grammar_in(harmony, is_final=True, **more) for more in (REQUIRE, STRICT))
+    text = f"lo.<|end|>{NEXT}" + calling("time", "{}")
+    assert harmony.accepts(forced, text)
+    assert not harmony.accepts(forced, "lo.")
+    assert all(harmony.accepts(strict, each) for each in (text, "lo."))
+
+
+def test_a_call_ends_with_a_token_that_ends_the_answer(harmony: GrammarModel) -> None:
+    ends = list(harmony.tokenizer.special_ids_in(["<|call|>", "<|return|>"]).values())
+    guide = LLTokenizer(harmony.tokenizer.to_json(), eos_token=ends or [END_OF_TEXT_ID])
+    matcher = LLMatcher(guide, grammar_in(harmony, "required"), log_level=0)
+    matcher.consume_tokens(harmony.tokenizer.encode(calling("time", "{}"), add_special_tokens=False))
+    mask = int.from_bytes(matcher.compute_bitmask(), "little")
+    allowed = [token_id for token_id in range(harmony.tokenizer.vocab_size) if mask >> token_id & 1]
+    assert allowed == (sorted(ends) or [END_OF_TEXT_ID])

@@ -1,22 +1,18 @@
-"""The text of one choice, with stop strings, `min_tokens` and offsets."""
+"""The text of one choice, as it is streamed: with stop strings, `min_tokens` and offsets."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.text.choice_text import ChoiceText, token_text
+from server.text.detokenizer import Detokenizer
+from server.text.stop_strings import StopStringMatcher
 from tests.support.byte_tokenizer import BytesTokenizer, split_at
-
-
-def tokenizer_of(*tokens: str | bytes) -> BytesTokenizer:
-    return BytesTokenizer([token.encode() if isinstance(token, str) else token for token in tokens])
-
-
-def ids(tokenizer: BytesTokenizer) -> list[int]:
-    return list(range(len(tokenizer.tokens)))
-
+from tests.support.growth import check_growth
+from tests.support.parsing import cut
 
 EMOJI = tuple("x😀y".encode()[start : start + 2] for start in (0, 2, 4))
 HELLO = ("Hello", " wor", "ld", "!", " more")
@@ -24,48 +20,42 @@ DOTS = (".", "a", ".", "b", ".", "c")
 Pushed = list[tuple[list[int], str]]  # token ids -> the text that they release
 
 
-@pytest.mark.checklist("D03")
-@pytest.mark.parametrize(
-    ("tokens", "settings", "pushed", "rest", "stopped", "num_tokens"),
-    [
-        (HELLO, {"stop": ["world"]}, [([0, 1], "Hello "), ([2, 3, 4], ""), ([4], "")], "", "world", 3),
-        (("a", "EN", b"\xf0\x9f"), {"stop": ["END"]}, [([0, 1], "a"), ([2], "")], "EN\ufffd", None, 3),
-        (EMOJI, {"stop": ["😀"]}, [([0, 1, 2], "x")], "", "😀", 3),
-        # Stop strings are not searched in the first tokens, nor held back for, but wherever a character is complete.
-        (DOTS, {"stop": ["."]}, [([*range(6)], "")], "", ".", 1),
-        (DOTS, {"stop": ["."], "min_tokens": 1}, [([*range(6)], ".a")], "", ".", 3),
-        (DOTS, {"stop": ["."], "min_tokens": 3}, [([*range(6)], ".a.b")], "", ".", 5),
-        (DOTS, {"stop": ["."], "min_tokens": 9}, [([*range(6)], ".a.b.c")], "", None, 6),
-        (("a<", "/s>", "b</s>"), {"stop": ["</s>"], "min_tokens": 1}, [([0], "a<"), ([1, 2], "/s>b")], "", "</s>", 3),
-        ((b"\xc3", b"\xa9"), {"stop": ["é"], "min_tokens": 1}, [([0, 1], "")], "", "é", 2),
-    ],
-)
+CASES = [
+    (HELLO, {"stop": ["world"]}, [([0, 1], "Hello "), ([2, 3, 4], ""), ([4], "")], "", "world", 3),
+    (("a", "EN", b"\xf0\x9f"), {"stop": ["END"]}, [([0, 1], "a"), ([2], "")], "EN\ufffd", None, 3),
+    (EMOJI, {"stop": ["😀"]}, [([0, 1, 2], "x")], "", "😀", 3),
+    # Stop strings are not searched in the first tokens, nor held back for, but wherever a character is complete.
+    (DOTS, {"stop": ["."]}, [([*range(6)], "")], "", ".", 1),
+    (DOTS, {"stop": ["."], "min_tokens": 1}, [([*range(6)], ".a")], "", ".", 3),
+    (DOTS, {"stop": ["."], "min_tokens": 3}, [([*range(6)], ".a.b")], "", ".", 5),
+    (DOTS, {"stop": ["."], "min_tokens": 9}, [([*range(6)], ".a.b.c")], "", None, 6),
+    (("a<", "/s>", "b</s>"), {"stop": ["</s>"], "min_tokens": 1}, [([0], "a<"), ([1, 2], "/s>b")], "", "</s>", 3),
+    ((b"\xc3", b"\xa9"), {"stop": ["é"], "min_tokens": 1}, [([0, 1], "")], "", "é", 2),
+]
+
+
+@pytest.mark.checklist("D02", "D03")
+@pytest.mark.parametrize(("tokens", "settings", "pushed", "rest", "stopped", "num_tokens"), CASES)
 def test_single_choices(
-    tokens: tuple[str | bytes, ...],
-    settings: dict[str, Any],
-    pushed: Pushed,
-    rest: str,
-    stopped: str | None,
-    num_tokens: int,
+    tokens: Any, settings: dict[str, Any], pushed: Pushed, rest: str, stopped: str | None, num_tokens: int
 ) -> None:
-    choice = ChoiceText(tokenizer_of(*tokens), **settings)
+    encoded = [token.encode() if isinstance(token, str) else token for token in tokens]
+    choice = ChoiceText(BytesTokenizer(encoded), **settings)
     assert [choice.push(token_ids) for token_ids, _ in pushed] == [text for _, text in pushed]
     assert (choice.finish(), choice.stopped, choice.num_tokens) == (rest, stopped, num_tokens)
 
 
 def test_special_tokens() -> None:
-    tokenizer = BytesTokenizer([b"<s>", b"hi"], special_ids=[0])
-    assert ChoiceText(tokenizer).push([0, 1, 0]) == "hi"
+    tokenizer = BytesTokenizer([b"<s>", b"\xc3", b"\xa9"], special_ids=[0])
+    assert ChoiceText(tokenizer).push([0, 1, 0, 2, 0]) == "é"
     shown = ChoiceText(tokenizer, skip_special_tokens=False, stop=["<s>"])
-    assert shown.push([1, 0, 1]) == "hi"
-    assert shown.stopped == "<s>"
+    assert (shown.push([1, 2, 0, 1]), shown.stopped) == ("é", "<s>")
 
 
 def test_offsets_of_tokens_that_begin_or_end_inside_a_character() -> None:
-    tokenizer = tokenizer_of("ab", b" \xf0\x9f", b"\x98\x80", "c", b"\xf0", "d")
-    choice = ChoiceText(tokenizer, track_offsets=True)
-    text = choice.push(ids(tokenizer)) + choice.finish()
-    assert text == "ab 😀c\ufffdd"
+    tokens = [b"ab", b" \xf0\x9f", b"\x98\x80", b"c", b"\xf0", b"d"]
+    choice = ChoiceText(BytesTokenizer(tokens), track_offsets=True)
+    assert choice.push(range(6)) + choice.finish() == "ab 😀c\ufffdd"
     assert choice.offsets == [0, 2, 3, 4, 5, 6]
 
 
@@ -76,14 +66,15 @@ def test_offsets_of_tokens_that_begin_or_end_inside_a_character() -> None:
     st.integers(0, 4),
     st.integers(1, 4),
 )
-def test_result_does_not_depend_on_how_tokens_are_grouped(
+def test_tokens_may_be_grouped_in_any_way(
     text: str, cuts: list[int], stops: list[str], min_tokens: int, num_per_push: int
 ) -> None:
     tokenizer = BytesTokenizer(split_at(text.encode(), cuts))
 
     def run(num_per_push: int) -> tuple[str, str | None, int, list[int]]:
         choice = ChoiceText(tokenizer, stop=stops, min_tokens=min_tokens, track_offsets=True)
-        pieces = [choice.push(ids(tokenizer)[i : i + num_per_push]) for i in range(0, len(cuts) + 1, num_per_push)]
+        ids = range(len(cuts) + 1)
+        pieces = [choice.push(ids[begin : begin + num_per_push]) for begin in ids[::num_per_push]]
         return "".join(pieces) + choice.finish(), choice.stopped, choice.num_tokens, choice.offsets
 
     whole = run(len(cuts) + 1)
@@ -94,17 +85,137 @@ def test_result_does_not_depend_on_how_tokens_are_grouped(
     assert (stopped is None) == (released == text)
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b" hello", " hello"),
-        ("é😀".encode(), "é😀"),
-        (b"", ""),
-        (b"\\n", "\\n"),
-        (b"\xf0\x9f", "bytes:\\xf0\\x9f"),
-        (b" \xe2\x80", "bytes: \\xe2\\x80"),
-        (b"\n\\\xff\x7f", "bytes:\\x0a\\x5c\\xff\\x7f"),
-    ],
-)
-def test_token_text(data: bytes, expected: str) -> None:
-    assert token_text(BytesTokenizer([data]), 0) == expected
+def test_token_text() -> None:
+    for text in (" hello", "é😀", "", "\\n"):
+        assert token_text(BytesTokenizer([text.encode()]), 0) == text
+    for data, text in ((b" \xe2\x80", "bytes: \\xe2\\x80"), (b"\n\\\xff\x7f", "bytes:\\x0a\\x5c\\xff\\x7f")):
+        assert token_text(BytesTokenizer([data]), 0) == text
+
+
+# The streamed text equals the decoded whole, for any bytes and any split into tokens.
+
+
+# Bytes that often form invalid or incomplete characters: leads, continuations, overlong forms, surrogates.
+tricky = st.sampled_from(b"\x00a\x80\x8f\x90\x9f\xa0\xbf\xc0\xc2\xe0\xe2\xed\xef\xf0\xf4\xf5\xff")
+any_bytes = st.one_of(st.binary(max_size=40), st.lists(tricky).map(bytes), st.text(max_size=15).map(str.encode))
+cut_positions = st.lists(st.integers(0, 60), max_size=20)
+
+
+@pytest.mark.checklist("D01")
+@given(any_bytes, cut_positions)
+@example(b"\xed\xa0\x80", [1, 2])
+@example(b"\xf0\x9f\x98", [1, 2])
+@example(b"\xe0\x80", [1])
+def test_stream_equals_whole_for_any_bytes_and_split(data: bytes, cuts: list[int]) -> None:
+    tokens = split_at(data, cuts)
+    detokenizer = Detokenizer(BytesTokenizer(tokens))
+    pieces = [detokenizer.push([token_id]) for token_id in range(len(tokens))]
+    assert "".join(pieces) + detokenizer.flush() == data.decode("utf-8", "replace")
+
+
+@pytest.mark.checklist("D01")
+@given(st.text(max_size=20), cut_positions, st.integers(1, 5))
+def test_valid_text_streams_only_whole_characters(text: str, cuts: list[int], num_per_push: int) -> None:
+    tokens = split_at(text.encode(), cuts)
+    detokenizer = Detokenizer(BytesTokenizer(tokens))
+    seen, num_bytes = "", 0
+    for begin in range(0, len(tokens), num_per_push):
+        pushed = range(len(tokens))[begin : begin + num_per_push]
+        seen += detokenizer.push(pushed)
+        num_bytes += sum(len(tokens[i]) for i in pushed)
+        assert seen == text.encode()[:num_bytes].decode("utf-8", "ignore")
+    assert seen == text
+    assert detokenizer.flush() == ""
+
+
+@given(any_bytes, cut_positions)
+def test_offset_is_the_character_in_which_a_token_begins(data: bytes, cuts: list[int]) -> None:
+    tokens = split_at(data, cuts)
+    detokenizer = Detokenizer(BytesTokenizer(tokens))
+    for token_id, token in enumerate(tokens):
+        before = b"".join(tokens[:token_id])
+        # The token's first byte adds its character to the text, unless it is inside the last character.
+        expected = len((before + token[:1]).decode("utf-8", "replace")) - 1 if token else None
+        assert expected is None or detokenizer.offset(token_id) == expected
+        detokenizer.push([token_id])
+
+
+# Stop strings, against a plain search at every position.
+
+
+stop_texts = st.text("ab", max_size=20) | st.text("ab😀é", max_size=12)
+stop_lists = st.lists(st.text("ab", min_size=1, max_size=5) | st.text("ab😀é", min_size=1, max_size=4), max_size=4)
+
+
+def first_match(text: str, stops: list[str]) -> tuple[str, str] | None:
+    """Return the text before the match that is complete first, and the longest stop string that ends there."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            longest = max(ending, key=len)
+            return text[: end - len(longest)], longest
+    return None
+
+
+def must_hold(text: str, stops: list[str]) -> int:
+    """Return how many characters at the end of a text without a match may still become one."""
+    lengths = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(lengths, default=0)
+
+
+@pytest.mark.checklist("D03", "D04")
+@given(stop_texts, stop_lists, st.lists(st.integers(0, 20), max_size=20), st.booleans())
+@example("abab", ["bab", "ab"], [1, 2, 3], False)
+@example("aab", ["ab", "aab"], [], False)
+@example("aaab", ["aab"], [1, 2, 3], False)
+def test_agrees_with_a_plain_search(text: str, stops: list[str], cuts: list[int], include_stop: bool) -> None:
+    matcher = StopStringMatcher(stops, include_stop=include_stop)
+    released, seen = "", ""
+    for piece in cut(text, cuts):
+        released += matcher.push(piece)
+        seen += piece
+        if matcher.matched is None:  # all text that can be returned was returned
+            assert released == seen[: len(seen) - must_hold(seen, stops)]
+    expected = first_match(text, stops)
+    if expected is None:
+        assert matcher.matched is None
+        assert released + matcher.flush() == text
+    else:
+        before, stop = expected
+        assert matcher.matched == stop
+        assert released == before + (stop if include_stop else "")
+        assert matcher.flush() == ""
+
+
+STOPS = [
+    (["END"], [("a E", "a "), ("N", ""), ("X", "ENX"), (" EN", " ")], None, "EN"),  # held until it fails
+    (["\n\nUser:", "\nUser:"], [("a\n\n", "a"), ("\n", "\n"), ("User", ""), (": hello", "")], "\n\nUser:", ""),
+    (["stop", "st"], [("stop", "")], "st", ""),  # complete first
+    *(([each, "z"], [(f"abc{each}d", "abc"), ("e", "")], each, "") for each in ("]", "^", "-", "\\", "[a", "\n")),
+    ([], [("anything", "anything")], None, ""),
+]
+
+
+@pytest.mark.checklist("D04")
+@pytest.mark.parametrize(("stops", "pushed", "matched", "rest"), STOPS)
+def test_single_cases(stops: list[str], pushed: list[tuple[str, str]], matched: str | None, rest: str) -> None:
+    matcher = StopStringMatcher(stops)
+    assert [matcher.push(text) for text, _ in pushed] == [released for _, released in pushed]
+    assert (matcher.matched, matcher.flush(), matcher.flush()) == (matched, rest, "")
+
+
+def test_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="stop"):
+        StopStringMatcher(["a", ""])
+
+
+@pytest.mark.long
+@pytest.mark.checklist("C11")
+def test_time_grows_linearly_with_a_repetitive_stop_string() -> None:
+    """Searches 'aaaa...' for 'aaa...ab', which fails as late as possible at every position."""
+
+    def prepare(size: int) -> Callable[[], object]:
+        matcher = StopStringMatcher(["a" * size + "b", "a" * (size - 100) + "c"])
+        return lambda: [matcher.push("aaaa") for _ in range(size)]
+
+    check_growth(prepare, 2000)

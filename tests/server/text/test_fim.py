@@ -1,29 +1,21 @@
 """Prompts with fill-in-the-middle tokens, against prompts written by hand as the models' papers and cards have them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken
 from transformers import CodeLlamaTokenizer
 
-from engine.shared.gguf import GGUFFile
 from server.text.fim import MARKERS, FIMTokens
 from server.text.tokenizer import Tokenizer
-from tests.support.gguf_files import LLAMA, write_gguf
+from tests.server.text.test_gguf_tokenizer import byte_level_metadata, write
 from tests.support.tiny_tokenizer_model import VOCAB_SIZE, write_tiny_model
 
 
 def with_tokens(folder: Path, *tokens: str) -> Tokenizer:
     """Return the tokenizer of bytes with further special tokens, from id VOCAB_SIZE on."""
-    write_tiny_model(folder)
-    path = str(folder / "tokenizer.json")
-    backend = tokenizers.Tokenizer.from_file(path)
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    backend.save(path)
-    return Tokenizer.from_model(folder)
+    return Tokenizer.from_model(write_tiny_model(folder, *tokens))
 
 
 @pytest.mark.parametrize("markers", MARKERS)
@@ -31,13 +23,10 @@ def test_tokens_are_found_by_name(tmp_path: Path, markers: tuple[str, str, str, 
     *names, is_suffix_first = markers
     fim = with_tokens(tmp_path, *names).fim
     assert fim is not None
+    assert is_suffix_first == (names[0] == "<[fim-prefix]>")  # of Seed-Coder
     prefix, suffix, middle = range(VOCAB_SIZE, VOCAB_SIZE + 3)
     first = [suffix, *b"cd", prefix, *b"ab"] if is_suffix_first else [prefix, *b"ab", suffix, *b"cd"]
     assert fim.join([*b"ab"], [*b"cd"]) == [*first, middle]
-
-
-def test_seed_coder_expects_the_suffix_first() -> None:
-    assert [markers.prefix for markers in MARKERS if markers.is_suffix_first] == ["<[fim-prefix]>"]
 
 
 def test_models_without_all_three_tokens(tmp_path: Path, smollm2_path: Path) -> None:
@@ -45,25 +34,15 @@ def test_models_without_all_three_tokens(tmp_path: Path, smollm2_path: Path) -> 
     assert Tokenizer.from_model(smollm2_path).fim is None
 
 
-def of_gguf(path: Path, smollm2_path: Path, **keys: int) -> Tokenizer:
-    """Return the tokenizer of the real model's file, to which keys are added."""
-    with GGUFFile(smollm2_path) as file:
-        metadata: Mapping[str, Any] = {key: file.metadata[key] for key in file.metadata if key.startswith("tokenizer.")}
-    named = {f"tokenizer.ggml.{name}_token_id": number for name, number in keys.items()}
-    types = {"tokenizer.ggml.token_type": list(metadata["tokenizer.ggml.token_type"])}
-    return Tokenizer.from_model(write_gguf(path / "model.gguf", {**LLAMA, **metadata, **types, **named}))
-
-
-def test_keys_of_gguf_files(tmp_path: Path, smollm2_path: Path) -> None:
-    for index, keys in enumerate((("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle"))):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        tokenizer = of_gguf(folder, smollm2_path, **dict(zip(keys, (11, 12, 13), strict=True)))
-        assert tokenizer.fim == FIMTokens(11, 12, 13, is_suffix_first=False)
-        prompt = tokenizer.fim.join(
-            tokenizer.encode_plain("def add("), tokenizer.encode_plain(" return", is_continuation=True)
-        )
-        assert prompt == [11, *tokenizer.encode("def add("), 12, *tokenizer.encode(" return"), 13]
+@pytest.mark.parametrize("keys", [("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")])
+def test_keys_of_gguf_files(keys: tuple[str, ...], tmp_path: Path) -> None:
+    named = {f"{name}_token_id": number for name, number in zip(keys, (11, 12, 13), strict=True)}
+    tokenizer = Tokenizer.from_model(write(tmp_path, byte_level_metadata(**named)))
+    assert tokenizer.fim == FIMTokens(11, 12, 13, is_suffix_first=False)
+    prompt = tokenizer.fim.join(
+        tokenizer.encode_plain("def add("), tokenizer.encode_plain(" the", is_continuation=True)
+    )
+    assert prompt == [11, *tokenizer.encode("def add("), 12, *tokenizer.encode(" the"), 13]
 
 
 def test_code_llama(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import sentencepiece
 from llguidance import LLTokenizer
 
 from engine.grammar.compiler import GrammarCompiler
-from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
 from tests.support.random_texts import LINES, random_texts
+from tests.support.trained_tokenizers import streamed_text
 from tests.support.wheel_members import wheel_member
 
 MISTRAL_COMMON = "mistral-common==1.13.1"
@@ -33,15 +33,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def train(algorithm: str, options: dict[str, Any]) -> bytes:
     """Train a model of 700 pieces on the lines that the random texts are made of."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 3),
-        model_writer=model,
-        model_type=algorithm,
-        vocab_size=700,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
+    all_options: dict[str, Any] = {
+        "vocab_size": 700,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+        "model_type": algorithm,
+    } | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES * 3), model_writer=model, **all_options)
     return model.getvalue()
 
 
@@ -62,8 +60,7 @@ def assert_same(tokenizer: Tokenizer, reference: Any, text: str, *, has_ties: bo
     assert token_ids == expected or is_tie, repr(text)
     if reference.unk_id() not in token_ids:
         assert tokenizer.decode(token_ids) == reference.decode(token_ids), repr(text)
-        detokenizer = Detokenizer(tokenizer)
-        streamed = "".join(detokenizer.push([token_id]) for token_id in token_ids) + detokenizer.flush()
+        streamed = streamed_text(tokenizer, token_ids)
         prefix = " " if tokenizer.encode("x", add_special_tokens=False) != reference.encode("x") else ""
         assert prefix + streamed in (reference.decode(token_ids), " " + reference.decode(token_ids)), repr(text)
 
@@ -73,23 +70,14 @@ def join_runs(token_ids: list[int], joined: int) -> list[int]:
     return [id for index, id in enumerate(token_ids) if id != joined or token_ids[index - 1 : index] != [joined]]
 
 
-def test_unknown_characters_beside_the_text_of_a_special_token(tmp_path: Path) -> None:
-    model = train("unigram", VARIANTS["unknown characters"])
-    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
-    assert_same(Tokenizer.from_model(write(tmp_path, model)), reference, '?"s><s>', has_ties=True)
-
-
 @pytest.mark.drawn
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
-def test_trained_models(algorithm: str, variant: str, tmp_path: Path) -> None:
+def test_trained_models(algorithm: str, variant: str, tmp_path: Path, rng: random.Random) -> None:
     model = train(algorithm, VARIANTS[variant])
     tokenizer = Tokenizer.from_model(write(tmp_path, model))
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert tokenizer.vocab_size == reference.get_piece_size()
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
     symbols = [symbol for symbol in SYMBOLS if symbol in VARIANTS[variant].get("user_defined_symbols", ())]
     for text in random_texts(rng, num_examples(150, 10_000)):
         if variant == "nfkc" and not has_simple_graphemes(text):
@@ -112,13 +100,11 @@ def has_simple_graphemes(text: str) -> bool:
 @pytest.mark.drawn
 @pytest.mark.long
 @pytest.mark.parametrize("version", ["240216.model.v2", "240323.model.v3", "241114.model.v7"])
-def test_real_models(version: str, tmp_path: Path) -> None:
+def test_real_models(version: str, tmp_path: Path, rng: random.Random) -> None:
     file = wheel_member(MISTRAL_COMMON, f"mistral_common/data/mistral_instruct_tokenizer_{version}")
     tokenizer = Tokenizer.from_model(write(tmp_path, file.read_bytes()))
     reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    for text in random_texts(random.Random(seed), 5000):
+    for text in random_texts(rng, 5000):
         assert_same(tokenizer, reference, text)
 
 
@@ -130,8 +116,8 @@ def model(request: pytest.FixtureRequest) -> bytes:
 def test_special_tokens(model: bytes, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_model(write(tmp_path, model))
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
-    assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<s>", reference.bos_id())
-    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", reference.eos_id())
+    named = (tokenizer.bos_token, tokenizer.bos_token_id, tokenizer.eos_token, tokenizer.eos_token_id)
+    assert named == ("<s>", reference.bos_id(), "</s>", reference.eos_id())
     assert set(tokenizer.special_tokens) == {"<unk>", "<s>", "</s>", "<call>"}
     assert tokenizer.encode("Alice") == [reference.bos_id(), *reference.encode("Alice")]
     call = reference.piece_to_id("<call>")
@@ -159,16 +145,13 @@ def test_added_tokens(model: bytes, tmp_path: Path) -> None:
     """Tokens beyond those of the file have the ids that the configuration gives them, with or without gaps."""
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     size = reference.get_piece_size()
-    added = {
-        "0": {"content": "<unk>", "special": True},
-        str(reference.piece_to_id("<a>")): {"content": "<a>", "special": False},
-        str(size): {"content": "<|user|>", "special": True, "rstrip": True},
-        str(size + 3): {"content": "<think>", "special": False, "normalized": True},
-    }
+    added: dict[int, Any] = {0: {"content": "<unk>", "special": True}, reference.piece_to_id("<a>"): {"content": "<a>"}}
+    added[size] = {"content": "<|user|>", "special": True, "rstrip": True}
+    added[size + 3] = {"content": "<think>", "special": False, "normalized": True}
     config = {"added_tokens_decoder": added, "eos_token": {"content": "<|user|>"}, "pad_token": "<|user|>"}
     tokenizer = Tokenizer.from_model(write(tmp_path, model, config))
-    assert tokenizer.vocab_size == size + 4
-    assert (tokenizer.eos_token_id, "<think>" in tokenizer.special_tokens) == (size, False)
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (size + 4, size)
+    assert "<think>" not in tokenizer.special_tokens
     alice = reference.encode("Alice")
     assert tokenizer.encode("Alice<|user|>  Alice<think>")[1:] == [*alice, size, *alice, size + 3]
     assert tokenizer.encode("<think>", parse_special=False)[1:] == [size + 3]
@@ -195,33 +178,19 @@ def test_grammars_know_the_tokens(algorithm: str, config: dict[str, Any], varian
             assert reference.decode_bytes([token_id]) == data
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model_type": "char"}, "the algorithm char is not supported"),
-        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix=true is not supported"),
-    ],
-)
-def test_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    algorithm = options.pop("model_type", "bpe")
-    with pytest.raises(ValueError, match=rf"tokenizer\.model: {message}"):
-        Tokenizer.from_model(write(tmp_path, train(algorithm, options)))
-
-
-def test_damaged_files(model: bytes, tmp_path: Path) -> None:
-    for damaged in (b"", b"\0", model[:100], b"x" * 100, model[:-20]):
-        with pytest.raises(ValueError, match=r"tokenizer\.model: "):
-            Tokenizer.from_model(write(tmp_path, damaged))
-
-
-def test_a_long_piece_of_a_unigram_model_is_refused(tmp_path: Path) -> None:
-    """At each character, the library would read on for as long as the piece matches: 27 s for 25 kB of its text."""
-    model, piece = train("unigram", VARIANTS["llama"]), "a" * 600
-    folder = write(tmp_path, model + protobuf_bytes(1, protobuf_bytes(1, piece.encode())))
-    with pytest.raises(
-        ValueError, match=r"tokenizer\.model: a token of 600 characters is not supported \(at most 512\)"
-    ):
-        Tokenizer.from_model(folder)
+def test_refused(model: bytes, tmp_path: Path) -> None:
+    """At each character, the library would read on for as long as the long piece matches: 27 s for 25 kB of text."""
+    suffix = train("bpe", {"treat_whitespace_as_suffix": True})
+    damaged = [(each, "") for each in (b"", b"\0", model[:100], b"x" * 100, model[:-20])]
+    long = train("unigram", VARIANTS["llama"]) + protobuf_bytes(1, protobuf_bytes(1, b"a" * 600))
+    for data, message in [
+        *damaged,
+        (train("char", {}), "the algorithm char is not supported"),
+        (suffix, "treat_whitespace_as_suffix=true is not supported"),
+        (long, r"a token of 600 characters is not supported \(at most 512\)"),
+    ]:
+        with pytest.raises(ValueError, match=rf"tokenizer\.model: {message}"):
+            Tokenizer.from_model(write(tmp_path, data))
 
 
 def protobuf_bytes(number: int, value: bytes) -> bytes:

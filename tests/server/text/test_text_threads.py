@@ -1,8 +1,9 @@
-"""Long texts hold up neither other tenants nor short requests, over real sockets."""
+"""Long texts hold up neither other tenants nor short requests: tenants take turns in proportion to their weights."""
 
 import asyncio
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,11 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from server.tenants import Tenant
 from server.text.text_threads import LONG_BYTES, TextThreads
 from server.text.tokenizer import Tokenizer
+from server.text.turns import MAX_IDLE_TENANTS, Turns
 from tests.support.clients import shared_server
+from tests.support.examples import num_examples
 from tests.support.serving import RunningServer, wait_until
 
 LONG = "x" * (LONG_BYTES + 1)
@@ -45,11 +50,13 @@ def ask(server: RunningServer, path: str, body: dict[str, Any], key: str = KEYS[
 
 
 @contextmanager
-def long_requests(server: RunningServer, count: int, key: str = KEYS[0]) -> Iterator[list[Future[httpx.Response]]]:
+def long_requests(server: RunningServer, count: int) -> Iterator[list[Future[httpx.Response]]]:
+    """Send requests with long texts, and wait until the server has them."""
+    body = {"prompt": LONG, "max_tokens": 1}
     with ThreadPoolExecutor(count) as pool:
-        yield [
-            pool.submit(ask, server, "/v1/completions", {"prompt": LONG, "max_tokens": 1}, key) for _ in range(count)
-        ]
+        waiting = [pool.submit(ask, server, "/v1/completions", body) for _ in range(count)]
+        wait_until(lambda: server.model.client.num_in_flight == count)
+        yield waiting
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +74,9 @@ SHORT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_short_requests_pass_long_ones_of_the_same_tenant(
-    guarded: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_requests_pass_long_ones(guarded: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = SlowTokenizer(guarded.model.tokenizer, monkeypatch)
     with long_requests(guarded, 40) as waiting:
-        wait_until(lambda: guarded.model.client.num_in_flight == 40)
         for path, body in SHORT:
             assert ask(guarded, path, body).status_code == 200
         assert not any(each.done() for each in waiting)
@@ -84,7 +88,6 @@ def test_tenants_take_turns_with_long_texts(guarded: RunningServer, monkeypatch:
     tokenizer = SlowTokenizer(guarded.model.tokenizer, monkeypatch)
     other = "y" * len(LONG)
     with long_requests(guarded, 30) as waiting, ThreadPoolExecutor(1) as pool:
-        wait_until(lambda: guarded.model.client.num_in_flight == 30)
         wait_until(lambda: len(tokenizer.begun) > 0)
         num_threads = len(tokenizer.begun)
         answer = pool.submit(ask, guarded, "/v1/completions", {"prompt": other, "max_tokens": 1}, KEYS[1])
@@ -96,9 +99,7 @@ def test_tenants_take_turns_with_long_texts(guarded: RunningServer, monkeypatch:
         assert {each.result().status_code for each in waiting} == {200}
 
 
-def test_a_long_stored_conversation_counts_as_a_long_text(
-    guarded: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_stored_conversation_is_a_long_text(guarded: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = SlowTokenizer(guarded.model.tokenizer, monkeypatch)
     tokenizer.go_on.release()
     stored = ask(guarded, "/v1/responses", {"input": LONG, "max_output_tokens": 1}).json()["id"]
@@ -111,7 +112,6 @@ def test_a_long_stored_conversation_counts_as_a_long_text(
         return await run_in_thread(tenant, num_bytes, *work)
 
     with long_requests(guarded, 30) as waiting, ThreadPoolExecutor(count) as pool:
-        wait_until(lambda: guarded.model.client.num_in_flight == 30)
         monkeypatch.setattr(threads, "run", run)
         body = {"input": "a", "previous_response_id": stored, "max_output_tokens": 1}
         continued = [pool.submit(ask, guarded, "/v1/responses", body) for _ in range(count)]
@@ -142,3 +142,113 @@ def test_there_are_as_many_threads_as_cores() -> None:
     for num_cores, num_long in ((1, 1), (4, 2)):
         assert asyncio.run(most_at_once(LONG_BYTES, num_cores, num_cores)) == num_cores
         assert asyncio.run(most_at_once(LONG_BYTES + 1, num_cores, num_long)) == num_long
+
+
+# Turns, of which no slot is lost.
+
+
+NAMES = ("a", "b", "c")
+
+
+class Work:
+    """Turns of tenants, whose clock stands still but while work is done."""
+
+    def __init__(self) -> None:
+        self.now, self.order = 0.0, list[str]()
+        self._turns = Turns(1, lambda: self.now)
+
+    async def do(self, tenant: Tenant, seconds: float = 1.0, expected: float = 1.0) -> None:
+        async with self._turns.turn(tenant, expected):
+            self.order.append(tenant.name)
+            self.now += seconds
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("guess", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize(("cost", "weight", "expected"), [(1, 1.0, 30), (2, 1.0, 15), (1, 3.0, 90), (4, 2.0, 15)])
+def test_turns_follow_the_time_they_take_and_weights(cost: float, weight: float, expected: int, guess: float) -> None:
+    """While the other tenant has 30 turns of 1 s, one with weight w and turns of c seconds has 30 w / c.
+
+    What was expected of them makes no difference.
+    """
+    work = Work()
+
+    async def run() -> None:
+        a, b = Tenant(name="a"), Tenant(name="b", weight=weight)
+        await asyncio.gather(
+            *(work.do(each, seconds, guess) for _ in range(200) for each, seconds in ((a, 1), (b, cost)))
+        )
+
+    asyncio.run(run())
+    first = work.order[: [index for index, name in enumerate(work.order) if name == "a"][30]]
+    assert Counter(first)["b"] == pytest.approx(expected, abs=2)
+
+
+def test_idle_time_saves_up_no_turns() -> None:
+    work = Work()
+
+    async def run() -> None:
+        for _ in range(50):
+            await work.do(Tenant(name="busy"))
+        await asyncio.gather(*(work.do(Tenant(name=name)) for name in ("busy", "idle") for _ in range(10)))
+
+    asyncio.run(run())
+    assert Counter(work.order[50:60])["busy"] >= 4
+
+
+STEPS = st.tuples(st.sampled_from(["start", "end", "cancel"]), st.sampled_from(NAMES), st.integers(0, 20))
+
+
+@settings(max_examples=num_examples(60, 400))
+@given(num_slots=st.integers(1, 3), steps=st.lists(STEPS, max_size=60))
+def test_any_order_of_work_and_cancellation_keeps_all_slots(num_slots: int, steps: list[tuple[str, str, int]]) -> None:
+    """Tasks hold slots until they are told to end."""
+    running: list[asyncio.Event] = []
+
+    async def hold(turns: Turns, name: str) -> None:
+        async with turns.turn(Tenant(name=name), 1.0):
+            running.append(ended := asyncio.Event())
+            try:
+                await ended.wait()
+            finally:
+                running.remove(ended)
+
+    async def check(tasks: list[asyncio.Task[None]]) -> None:
+        """No more run than there are slots, and none waits while a slot is free."""
+        for _ in range(4):
+            await asyncio.sleep(0)
+        assert len(running) == min(num_slots, sum(not task.done() for task in tasks))
+
+    async def run() -> None:
+        turns, tasks = Turns(num_slots), list[asyncio.Task[None]]()
+        everything_ends = [("cancel all", "", 1), *(("start", name, 0) for name in NAMES * 2), ("", "", 1)]
+        for action, name, number in [*steps, *everything_ends]:
+            if action == "start":
+                tasks.append(asyncio.create_task(hold(turns, name)))
+            elif action == "end" and running:
+                running[number % len(running)].set()
+            elif action == "cancel" and tasks:
+                tasks[number % len(tasks)].cancel()
+            elif action == "cancel all":
+                for task in tasks:
+                    task.cancel()
+            if number % 2:  # otherwise several things happen at once
+                await check(tasks)
+
+    asyncio.run(run())  # which cancels what is left
+
+
+def test_little_is_kept_of_tenants_that_have_gone() -> None:
+    async def visit(turns: Turns, num_tenants: int) -> int:
+        for number in range(num_tenants):
+            async with turns.turn(Tenant(name=str(number)), 1.0):
+                pass
+        return len(turns._had)
+
+    async def run() -> None:
+        turns = Turns(2)
+        assert await visit(turns, 10) == 0
+        async with turns.turn(Tenant(name="long"), 1.0):
+            assert await visit(turns, 5_000) <= MAX_IDLE_TENANTS + 1
+
+    asyncio.run(run())

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,8 @@ def check_all(tokenizer: Tokenizer) -> None:
         check(tokenizer, text)
 
     check_any()
-    for text in [
-        *random_texts(random.Random(1), num_examples(200, 5000)),
-        ENGLISH,
-        CODE,
-        *(unit * 999 for unit in UNITS),
-    ]:
+    drawn = random_texts(random.Random(1), num_examples(200, 5000))
+    for text in [*drawn, ENGLISH, CODE, *(unit * 999 for unit in UNITS)]:
         check(tokenizer, text)
     assert min_tokens(tokenizer, "a b " * 1000) > 0
 
@@ -72,19 +69,24 @@ def is_close(tokenizer: Tokenizer, text: str, factor: float) -> bool:
 
 
 def test_smollm2(smollm2_path: Path) -> None:
-    tokenizer = Tokenizer.from_model(smollm2_path)
-    check_all(tokenizer)
-    assert is_close(tokenizer, ENGLISH, 1.1)
-    assert is_close(tokenizer, CODE, 1.4)
+    tokenizer = check_model(smollm2_path)
     assert is_close(tokenizer, "中文文本" * 100, 1.1)
     assert is_close(tokenizer, "a" * 1000, 7)
+    # A long text is only read until it is certainly too long.
+    assert tokenizer.min_tokens("a b " * 1_000_000, enough=1000) < 100_000
+    assert min_tokens(tokenizer, "a b " * 1_000_000) >= 2_000_000
 
 
 def test_gemma_3(gemma3_path: Path) -> None:
-    tokenizer = Tokenizer.from_model(gemma3_path)
+    check_model(gemma3_path)
+
+
+def check_model(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_model(path)
     check_all(tokenizer)
     assert is_close(tokenizer, ENGLISH, 1.1)
     assert is_close(tokenizer, CODE, 1.4)
+    return tokenizer
 
 
 @pytest.mark.parametrize("name", [each if each in FEW else pytest.param(each, marks=pytest.mark.long) for each in REAL])
@@ -110,14 +112,9 @@ def with_normalizer(normalizer: normalizers.Normalizer) -> tokenizers.Tokenizer:
     return backend
 
 
-def with_strip(**flags: bool) -> tokenizers.Tokenizer:
-    backend = byte_level()
-    backend.add_special_tokens([AddedToken("<s>", special=True, **flags)])
-    return backend
-
-
-def with_added(backend: tokenizers.Tokenizer, *tokens: str) -> tokenizers.Tokenizer:
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+def with_added(backend: tokenizers.Tokenizer, *tokens: str, **flags: bool) -> tokenizers.Tokenizer:
+    flags = {"normalized": False} | flags
+    backend.add_special_tokens([AddedToken(token, special=True, **flags) for token in tokens])
     return backend
 
 
@@ -133,12 +130,9 @@ def without_some_bytes() -> tokenizers.Tokenizer:
 KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "byte-level": byte_level,
     "sentencepiece": sentencepiece,
-    "NFC": lambda: with_normalizer(normalizers.NFC()),
-    "NFD": lambda: with_normalizer(normalizers.NFD()),
-    "NFKC": lambda: with_normalizer(normalizers.NFKC()),
-    "NFKD": lambda: with_normalizer(normalizers.NFKD()),
-    "strips to the left": lambda: with_strip(lstrip=True),
-    "strips to the right": lambda: with_strip(rstrip=True, normalized=False),
+    **{form: partial(with_normalizer, getattr(normalizers, form)()) for form in ("NFC", "NFD", "NFKC", "NFKD")},
+    "strips to the left": lambda: with_added(byte_level(), "<s>", lstrip=True, normalized=True),
+    "strips to the right": lambda: with_added(byte_level(), "<s>", rstrip=True),
     "drops bytes": without_some_bytes,
     "added tokens": lambda: with_added(byte_level(), "<é>"),
     "added tokens with a space": lambda: with_added(sentencepiece(), "<é>", "<s \u2581s>"),
@@ -153,30 +147,30 @@ def test_kinds_of_folders(kind: str) -> None:
 def test_what_is_dropped_or_joined_does_not_count() -> None:
     tokenizer = tokenizer_from(without_some_bytes())
     assert min_tokens(tokenizer, "\U0001f600" * 1000) == 0
-    swallowed = "<s>" + " " * 1000
-    assert len(tokenizer_from(with_strip(rstrip=True)).encode(swallowed, add_special_tokens=False)) == 1
-    assert min_tokens(tokenizer_from(with_strip(rstrip=True)), swallowed) == 1
-    assert min_tokens(tokenizer_from(with_normalizer(normalizers.NFC())), "e\u0301" * 1000) == 0
-    assert min_tokens(tokenizer_from(with_normalizer(normalizers.NFC())), "é" * 1000) > 100
+    swallowing, swallowed = tokenizer_from(KINDS["strips to the right"]()), "<s>" + " " * 1000
+    assert len(swallowing.encode(swallowed, add_special_tokens=False)) == min_tokens(swallowing, swallowed) == 1
+    composing = tokenizer_from(KINDS["NFC"]())
+    assert min_tokens(composing, "e\u0301" * 1000) == 0
+    assert min_tokens(composing, "é" * 1000) > 100
 
 
-@pytest.mark.parametrize(
-    ("normalizer", "pre_tokenizer"),
-    [
-        (normalizers.Strip(), None),
-        (normalizers.Lowercase(), None),
-        (normalizers.Replace(Regex(" +"), "\u2581"), None),
-        (normalizers.Replace(" ", ""), None),
-        (None, pre_tokenizers.WhitespaceSplit()),
-        (None, pre_tokenizers.Split(" ", "removed")),
-        (None, pre_tokenizers.Metaspace("_")),
-    ],
-)
+DROPPING = [
+    (normalizers.Strip(), None),
+    (normalizers.Lowercase(), None),
+    (normalizers.Replace(Regex(" +"), "\u2581"), None),
+    (normalizers.Replace(" ", ""), None),
+    (None, pre_tokenizers.WhitespaceSplit()),
+    (None, pre_tokenizers.Split(" ", "removed")),
+    (None, pre_tokenizers.Metaspace("_")),
+]
+
+
+@pytest.mark.parametrize(("normalizer", "pre_tokenizer"), DROPPING)
 def test_tokenizers_that_may_drop_text_have_no_bound(normalizer: Any, pre_tokenizer: Any) -> None:
     for backend in (byte_level(), sentencepiece()):
         if normalizer is not None:
             backend.normalizer = normalizer
-        if pre_tokenizer is not None:
+        else:
             kept = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
             backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer, *kept])
         assert min_tokens(tokenizer_from(backend), "a b " * 1000) == 0
@@ -187,13 +181,6 @@ def test_without_tokens_for_unknown_characters_there_is_no_bound(tmp_path: Path)
     tokenizer = Tokenizer.from_model(write(tmp_path, train("bpe", VARIANTS["unknown characters"])))
     assert len(tokenizer.encode("\U0001f9ff" * 1000, add_special_tokens=False)) < 4
     assert min_tokens(tokenizer, "\U0001f9ff" * 1000) == 0
-    model = models.WordLevel({"<unk>": 0}, unk_token="<unk>")
-    backend = tokenizers.Tokenizer(model)
+    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     backend.decoder = decoders.Metaspace()
     assert min_tokens(tokenizer_from(backend), "a b " * 1000) == 0
-
-
-def test_a_long_text_is_only_read_until_it_is_certainly_too_long(smollm2_path: Path) -> None:
-    tokenizer = Tokenizer.from_model(smollm2_path)
-    assert tokenizer.min_tokens("a b " * 1_000_000, enough=1000) < 100_000
-    assert min_tokens(tokenizer, "a b " * 1_000_000) >= 2_000_000

@@ -1,10 +1,9 @@
 """The tokenizer against transformers, on the real model and on folders that the tests write."""
 
-import copy
+import base64
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -20,6 +19,7 @@ from server.text.tiktoken_tokenizer import byte_alphabet
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
 from tests.support.random_texts import random_texts
+from tests.support.trained_tokenizers import byte_level_bpe
 
 TEXTS = [
     "",
@@ -39,7 +39,6 @@ TEXTS = [
     "a" * 500 + "!" * 100 + "\n" * 50 + " " * 77,
 ]
 texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("  \n\tabcETHhe123'.,_-/é日")), max_size=40)
-some_texts = settings(max_examples=num_examples(26, 400), deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -49,49 +48,41 @@ def smollm2(smollm2_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def transformers_smollm2(smollm2_path: Path) -> Any:
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-
-
-@pytest.fixture(scope="module")
-def original_smollm2(transformers_smollm2: Any) -> Any:
     """Return transformers' tokenizer of the file, with the pre-tokenizer of the model's own tokenizer.json.
 
     transformers does not support the pre-tokenizer `smollm` and splits as GPT-2 does, which differs before digits.
     """
-    tokenizer = copy.deepcopy(transformers_smollm2)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     return tokenizer
 
 
 # The real model.
 
 
-def test_smollm2(smollm2: Tokenizer, original_smollm2: Any) -> None:
+def test_smollm2(smollm2: Tokenizer, transformers_smollm2: Any) -> None:
     for text in TEXTS:
         token_ids = smollm2.encode(text)
-        assert token_ids == original_smollm2.encode(text), text
+        assert token_ids == transformers_smollm2.encode(text), text
         for skip in (True, False):
-            expected = original_smollm2.decode(token_ids, skip_special_tokens=skip)
+            expected = transformers_smollm2.decode(token_ids, skip_special_tokens=skip)
             assert smollm2.decode(token_ids, skip_special_tokens=skip) == expected
 
 
-@some_texts
+@settings(max_examples=num_examples(26, 400), deadline=None)
 @given(text=texts)
-def test_smollm2_with_any_text(text: str, smollm2: Tokenizer, original_smollm2: Any) -> None:
-    assert smollm2.encode(text) == original_smollm2.encode(text)
+def test_smollm2_with_any_text(text: str, smollm2: Tokenizer, transformers_smollm2: Any) -> None:
+    assert smollm2.encode(text) == transformers_smollm2.encode(text)
 
 
 @pytest.mark.drawn
 @pytest.mark.long
-def test_gemma_3(gemma3_path: Path) -> None:
+def test_gemma_3(gemma3_path: Path, rng: random.Random) -> None:
     """A vocabulary of 262,144 tokens without merges. transformers takes a minute to convert it."""
     tokenizer = Tokenizer.from_model(gemma3_path)
     expected = AutoTokenizer.from_pretrained(gemma3_path.parent, gguf_file=gemma3_path.name)
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    for text in [*TEXTS, "<start_of_turn>user\nHi<end_of_turn>\n", *random_texts(random.Random(seed), 5000)]:
+    for text in [*TEXTS, "<start_of_turn>user\nHi<end_of_turn>\n", *random_texts(rng, 5000)]:
         token_ids = tokenizer.encode(text)
         assert token_ids == expected.encode(text), repr(text)
         assert tokenizer.decode(token_ids) == expected.decode(token_ids, skip_special_tokens=True)
@@ -112,9 +103,8 @@ def test_bytes_of_every_token(smollm2: Tokenizer, transformers_smollm2: Any) -> 
 
 def test_smollm2_attributes(smollm2: Tokenizer, transformers_smollm2: Any) -> None:
     assert smollm2.vocab_size == len(transformers_smollm2) == 49152
-    assert (smollm2.bos_token, smollm2.bos_token_id) == ("<|im_start|>", 1)
-    assert (smollm2.eos_token, smollm2.eos_token_id) == ("<|im_end|>", 2)
-    assert not smollm2.add_bos
+    named = (smollm2.bos_token, smollm2.bos_token_id, smollm2.eos_token, smollm2.eos_token_id, smollm2.add_bos)
+    assert named == ("<|im_start|>", 1, "<|im_end|>", 2, False)
     assert smollm2.special_ids == set(range(17))
     assert smollm2.special_tokens[:3] == ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     assert smollm2.chat_template == transformers_smollm2.chat_template
@@ -125,32 +115,24 @@ def test_special_tokens_as_plain_text(smollm2: Tokenizer) -> None:
         token_ids = smollm2.encode(text, parse_special=False)
         assert smollm2.special_ids.isdisjoint(token_ids)
         assert smollm2.decode(token_ids) == text
-
-
-def test_which_texts_are_control_tokens(smollm2: Tokenizer) -> None:
     assert smollm2.special_ids_in(["<|im_end|>", "<tool_call>", " the", "<|im_end"]) == {"<|im_end|>": 2}
 
 
 @pytest.mark.checklist("F08")
-def test_decode_ignores_ids_outside_the_vocabulary(smollm2: Tokenizer) -> None:
+def test_ids_outside_the_vocabulary_are_ignored_and_surrogates_refused(smollm2: Tokenizer) -> None:
     token_ids = smollm2.encode("Hello")
     assert smollm2.decode([-1, *token_ids, 49152, 2**40]) == "Hello"
+    with pytest.raises(ValueError):
+        smollm2.encode("\ud800")
 
 
 def test_threads_do_not_disturb_each_other(smollm2: Tokenizer) -> None:
     def encode(index: int) -> list[int]:
         return smollm2.encode("a<|im_end|>b", parse_special=index % 2 == 0)
 
-    expected = [encode(0), encode(1)]
-    assert expected[0] != expected[1]
+    assert encode(0) != encode(1)
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(encode, range(400)))
-    assert results == expected * 200
-
-
-def test_lone_surrogates_are_a_value_error(smollm2: Tokenizer) -> None:
-    with pytest.raises(ValueError):
-        smollm2.encode("\ud800")
+        assert [*pool.map(encode, range(400))] == [encode(0), encode(1)] * 200
 
 
 # Folders.
@@ -160,41 +142,28 @@ SPECIAL = ("<s>", "</s>", "<pad>")
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(trained_byte_level())
-
-
-@cache
-def trained_byte_level() -> str:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS[2:6], trainer)
+    tokenizer = byte_level_bpe(TEXTS[2:6], 400, SPECIAL)
     tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
-    return tokenizer.to_str()
+    return tokenizer
 
 
 def sentencepiece() -> tokenizers.Tokenizer:
     """Return a tokenizer in the form of Llama 2's tokenizer.json."""
-    vocab = ["<unk>", *SPECIAL[:2], *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "H", "i", "Hi", "\u2581Hi"]
-    merges = [("H", "i"), ("\u2581", "Hi")]
-    model = models.BPE(
-        vocab={token: index for index, token in enumerate(vocab)},
-        merges=merges,
-        unk_token="<unk>",
-        byte_fallback=True,
-        fuse_unk=True,
-    )
-    tokenizer = tokenizers.Tokenizer(model)
+    tokens = ["<unk>", *SPECIAL[:2], *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "H", "i", "Hi", "\u2581Hi"]
+    vocab, merges = {token: index for index, token in enumerate(tokens)}, [("H", "i"), ("\u2581", "Hi")]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def without_merges(**vocab: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -224,35 +193,20 @@ def test_folder(make: Any, flags: dict[str, bool], tmp_path: Path) -> None:
 
 
 def test_vocabulary_with_a_gap(tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 7}, merges=[]))
-    backend.decoder = decoders.ByteLevel()
+    backend = without_merges(a=0, b=7)
     tokenizer = Tokenizer.from_model(write(tmp_path, backend, {"bos_token": None, "eos_token": None}))
     assert tokenizer.vocab_size == 8
     assert [tokenizer.token_bytes(token_id) for token_id in (0, 3, 7, 8)] == [b"a", b"", b"b", b""]
 
 
 def test_tokens_that_only_the_configuration_calls_special(tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "<end>": 1, "<tool>": 2}, merges=[]))
-    backend.decoder = decoders.ByteLevel()
-    config = {
-        "bos_token": None,
-        "eos_token": {"content": "<end>", "lstrip": False, "__type": "AddedToken"},
-        "additional_special_tokens": ["<tool>", "<unheard-of>"],
-    }
-    tokenizer = Tokenizer.from_model(write(tmp_path, backend, config))
+    end = {"content": "<end>", "lstrip": False, "__type": "AddedToken"}
+    config = {"bos_token": None, "eos_token": end, "additional_special_tokens": ["<tool>", "<unheard-of>"]}
+    tokenizer = Tokenizer.from_model(write(tmp_path, without_merges(**{"a": 0, "<end>": 1, "<tool>": 2}), config))
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token) == ("<end>", 1, None)
     assert tokenizer.special_ids == {1, 2}
     assert tokenizer.encode("a<end><tool>") == [0, 1, 2]
     assert tokenizer.vocab_size == 3
-
-
-def test_special_tokens_map_fills_in(tmp_path: Path) -> None:
-    byte_level().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}')
-    tokenizer = Tokenizer.from_model(tmp_path)
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
-    write(tmp_path, byte_level(), {"eos_token": "<pad>"})
-    assert Tokenizer.from_model(tmp_path).eos_token == "<pad>"
 
 
 def test_bos_that_is_no_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,57 +227,90 @@ def test_nothing_is_truncated_or_padded(tmp_path: Path) -> None:
 NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
 
 
-@pytest.mark.parametrize(
-    ("config", "files", "expected"),
-    [
-        ({}, {}, None),
-        ({"chat_template": "C"}, {}, "C"),
-        ({"chat_template": NAMED}, {}, "D"),
-        ({"chat_template": NAMED[:1]}, {}, None),
-        ({"chat_template": "C"}, {"chat_template.jinja": "é"}, "é"),
-        ({}, {"chat_template.json": '{"chat_template": "J"}'}, "J"),
-    ],
-)
+TEMPLATES = [
+    ({}, {}, None),
+    ({"chat_template": "C"}, {}, "C"),
+    ({"chat_template": NAMED}, {}, "D"),
+    ({"chat_template": NAMED[:1]}, {}, None),
+    ({"chat_template": "C"}, {"chat_template.jinja": "é"}, "é"),
+    ({}, {"chat_template.json": '{"chat_template": "J"}'}, "J"),
+]
+
+
+@pytest.mark.parametrize(("config", "files", "expected"), TEMPLATES)
 def test_chat_template(config: dict[str, Any], files: dict[str, str], expected: str | None, tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     assert Tokenizer.from_model(write(tmp_path, byte_level(), config)).chat_template == expected
 
 
-def test_refused(tmp_path: Path) -> None:
-    def refuse(path: Path, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            Tokenizer.from_model(path)
+REFUSED = [
+    ({}, r"no tokenizer in this folder \(none of tokenizer\.json, tekken\.json, "),
+    ({"tokenizer.json": "{}"}, r"tokenizer\.json: not a valid tokenizer"),
+    ({"tokenizer_config.json": '{"chat_template": 7}'}, r"tokenizer_config\.json: chat_template"),
+    ({"tokenizer_config.json": "[1]"}, r"tokenizer_config\.json: must hold a JSON object"),
+    ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: not valid JSON"),
+    ({"tokenizer.model": b"\x0a\x04\x0a\x02hi", "added_tokens.json": '{"<x>": 1000000}'}, "token 1000000 is far"),
+]
 
-    config = tmp_path / "tokenizer_config.json"
-    refuse(tmp_path, r"no tokenizer in this folder \(none of tokenizer\.json, tekken\.json, ")
-    refuse(tmp_path / "none.gguf", r"none\.gguf: no such model")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    refuse(tmp_path, r"tokenizer\.json: not a valid tokenizer")
-    write(tmp_path, byte_level(), {"chat_template": 7})
-    refuse(tmp_path, r"tokenizer_config\.json: chat_template")
-    config.write_text("[1]")
-    refuse(tmp_path, r"tokenizer_config\.json: must hold a JSON object")
-    config.write_text("{")
-    refuse(tmp_path, r"tokenizer_config\.json: not valid JSON")
+
+@pytest.mark.parametrize(("files", "message"), REFUSED)
+def test_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if "tokenizer_config.json" in files:
+        without_merges(a=0).save(str(tmp_path / "tokenizer.json"))
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_model(tmp_path)
+    with pytest.raises(ValueError, match=r"none\.gguf: no such model"):
+        Tokenizer.from_model(tmp_path / "none.gguf")
+
+
+# Other files; the kinds of files are tested in test_sentencepiece_tokenizer.py and test_tiktoken_tokenizer.py.
+
+RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
+
+
+def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(RANKS)
+    assert Tokenizer.from_model(tmp_path).vocab_size == 256
+    without_merges(**{"a": 0, "<s>": 1}).save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_model(tmp_path).vocab_size == 2
+
+
+def test_the_config_completes_other_files(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(RANKS)
+    names = {"eos_token": {"content": "<e>"}, "bos_token": "<e>", "pad_token": None}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    added = {"256": {"content": "<e>", "special": True}, "257": {"content": "<b>"}}
+    config = {"added_tokens_decoder": added, "chat_template": "{{ messages }}", "bos_token": {"content": "<b>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_model(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size) == ("<b>", "<e>", 258)
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.encode("a<e>") == [257, ord("a"), 256]
+
+
+def test_a_bos_token_that_is_not_in_the_vocabulary_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(RANKS)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<nope>", "add_eos_token": True}))
+    assert Tokenizer.from_model(tmp_path).encode("a") == [ord("a")]
 
 
 BAD_CONFIG = '{"additional_special_tokens": ["\\ud800"]}'
 
 
-@pytest.mark.parametrize(
-    ("model", "file", "content", "message"),
-    [
-        ({"continuing_subword_prefix": "x" * 5000}, None, "", "not a valid tokenizer .range end index"),
-        ({"unk_token": "<u>"}, None, "", "not a valid tokenizer .Unk token `<u>` not found"),
-        ({}, "tokenizer_config.json", BAD_CONFIG, "not a valid tokenizer .*surrogates"),
-        ({}, "chat_template.jinja", "\udcff", r"/chat_template\.jinja: not UTF-8"),
-    ],
-)
-def test_what_the_library_raises_names_the_model(
-    model: dict[str, Any], file: str | None, content: str, message: str, tmp_path: Path
-) -> None:
-    """Whether it panics, fails at the first text with an unknown character, or is given what is no text."""
+ERRORS = [
+    ({"continuing_subword_prefix": "x" * 5000}, None, "", "not a valid tokenizer .range end index"),
+    ({"unk_token": "<u>"}, None, "", "not a valid tokenizer .Unk token `<u>` not found"),
+    ({}, "tokenizer_config.json", BAD_CONFIG, "not a valid tokenizer .*surrogates"),
+    ({}, "chat_template.jinja", "\udcff", r"/chat_template\.jinja: not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("model", "file", "content", "message"), ERRORS)
+def test_errors_of_the_library(model: Any, file: str | None, content: str, message: str, tmp_path: Path) -> None:
+    """They name the model, whether it panics, fails at the first unknown character, or is given what is no text."""
     backend = json.loads(write(tmp_path, byte_level()).joinpath("tokenizer.json").read_text())
     backend["model"] |= {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]} | model
     (tmp_path / "tokenizer.json").write_text(json.dumps(backend))

@@ -10,44 +10,35 @@ from server.text.parsers.argument_values import JSON_TYPES, MAX_STEPS, ArgumentS
 from tests.support.growth import num_calls
 
 EXAMPLES: dict[str, list[Any]] = {
-    "null": [None],
-    "boolean": [True],
-    "integer": [0, 1, 7],
-    "number": [0.5],
-    "string": ["", "a", "b"],
-    "array": [[], [1]],
-    "object": [{}, {"a": 1}],
+    **{"null": [None], "boolean": [True], "integer": [0, 1, 7], "number": [0.5]},
+    **{"string": ["", "a", "b"], "array": [[], [1]], "object": [{}, {"a": 1}]},
 }
 ROOT: dict[str, Any] = {
     "$defs": {"name": {"type": "string"}, "a/b": {"$ref": "#/$defs/name"}, "loop": {"$ref": "#/$defs/loop"}}
 }
 
 
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {},
-        True,
-        {"type": "integer"},
-        {"type": "number"},
-        {"type": ["string", "null"]},
-        {"enum": [1, "a", None]},
-        {"const": {"a": 1}},
-        {"anyOf": [{"type": "integer"}, {"type": "array"}]},
-        {"oneOf": [{"type": "boolean"}, {"enum": ["a"]}]},
-        {"allOf": [{"type": ["string", "integer"]}, {"type": ["string", "null"]}]},
-        {"$ref": "#/$defs/name"},
-        {"$ref": "#/$defs/a~1b"},
-        {"type": "string", "enum": ["a", 1]},
-    ],
-)
+SCHEMAS = [
+    {},
+    True,
+    {"type": "integer"},
+    {"type": "number"},
+    {"type": ["string", "null"]},
+    {"enum": [1, "a", None]},
+    {"const": {"a": 1}},
+    {"anyOf": [{"type": "integer"}, {"type": "array"}]},
+    {"oneOf": [{"type": "boolean"}, {"enum": ["a"]}]},
+    {"allOf": [{"type": ["string", "integer"]}, {"type": ["string", "null"]}]},
+    {"$ref": "#/$defs/name"},
+    {"$ref": "#/$defs/a~1b"},
+    {"type": "string", "enum": ["a", 1]},
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
 def test_types_of_values(schema: Any) -> None:
-    whole = ROOT | schema if isinstance(schema, dict) else schema
-    valid = {
-        kind
-        for kind, values in EXAMPLES.items()
-        if any(jsonschema.Draft202012Validator(whole).is_valid(v) for v in values)
-    }
+    validator = jsonschema.Draft202012Validator(ROOT | schema if isinstance(schema, dict) else schema)
+    valid = {kind for kind, values in EXAMPLES.items() if any(map(validator.is_valid, values))}
     types = ArgumentSchema(ROOT).types(schema)
     assert valid <= types | ({"integer"} if "number" in types else set())
     assert types <= valid | {"integer", "number"}
@@ -60,18 +51,20 @@ def test_references_without_end_allow_everything() -> None:
 
 
 def test_types_of_parameters() -> None:
-    schema = {
-        "properties": {"a": {"type": "string"}},
-        "additionalProperties": {"type": "integer"},
-        "anyOf": [{"properties": {"b": {"type": "null"}}}, {"properties": {"b": {"type": "boolean"}}}],
-    }
-    assert ArgumentSchema(schema).parameter_types("a") == {"string"}
-    assert ArgumentSchema(schema).parameter_types("b") == {"null", "boolean"}
-    assert ArgumentSchema(schema).parameter_types("c") == {"integer"}
+    choices = [{"properties": {"b": {"type": kind}}} for kind in ("null", "boolean")]
+    schema = {"properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "integer"}, "anyOf": choices}
+    for name, types in (("a", {"string"}), ("b", {"null", "boolean"}), ("c", {"integer"})):
+        assert ArgumentSchema(schema).parameter_types(name) == types
     assert ArgumentSchema({}).parameter_types("a") == JSON_TYPES
+    itself = {"anyOf": [{"$ref": "#"}, {"properties": {"a": {"type": "string"}}}]}
+    assert ArgumentSchema(itself).parameter_types("a") == {"string"}
+    assert ArgumentSchema(TREE).parameter_types("children") == {"array"}
 
 
 TREE: dict[str, Any] = {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}}
+
+
+BIG = dict.fromkeys(map(str, range(1000)))
 
 
 def alternatives(number: int) -> dict[str, Any]:
@@ -90,18 +83,14 @@ def alternatives(number: int) -> dict[str, Any]:
         alternatives(3),
         alternatives(40),
         {"properties": {"a": {"enum": list(range(100_000))}}, "anyOf": [{}] * 100_000},
-        {
-            "properties": {"a": {"anyOf": [{"$ref": "#/$defs/big", "title": ""}] * 1000}},
-            "$defs": {"big": dict.fromkeys(map(str, range(1000)))},
-        },
+        {"properties": {"a": {"anyOf": [{"$ref": "#/$defs/big", "title": ""}] * 1000}}, "$defs": {"big": BIG}},
     ],
     ids=["tree", "itself", "few", "many", "long", "copies"],
 )
 def test_each_part_of_a_schema_is_looked_at_once(schema: dict[str, Any]) -> None:
     """References that lead to one another multiply no work; what is not looked at may be anything."""
-    arguments = ArgumentSchema(schema)
-    names = ("children", "a")
-    assert num_calls(lambda: [arguments.parameter_types(name) for name in names]) < 40 * MAX_STEPS
+    find_types = ArgumentSchema(schema).parameter_types
+    assert num_calls(lambda: (find_types("children"), find_types("a"))) < 40 * MAX_STEPS
 
 
 def test_what_many_refer_to_counts_once() -> None:
@@ -122,12 +111,6 @@ def test_long_references_are_not_followed() -> None:
 def test_what_is_no_schema_allows_everything(odd: Any) -> None:
     for schema in ({"properties": {"a": odd}}, {"properties": odd}, {"additionalProperties": odd}, odd):
         assert ArgumentSchema(schema).parameter_types("a") >= {"string"} or odd == {"type": [{}]}
-
-
-def test_types_in_a_schema_that_refers_to_itself() -> None:
-    itself = {"anyOf": [{"$ref": "#"}, {"properties": {"a": {"type": "string"}}}]}
-    assert ArgumentSchema(TREE).parameter_types("children") == {"array"}
-    assert ArgumentSchema(itself).parameter_types("a") == {"string"}
 
 
 def test_what_is_converted_is_json() -> None:

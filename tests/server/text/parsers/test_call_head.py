@@ -1,10 +1,11 @@
-"""The text before the arguments of a call is matched once it is decided, and the decision does not change."""
+"""Markers, and the text before the arguments of a call, are matched once it is decided what they are."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.parsers.call_head import MAX_HEAD_CHARS, MAX_KEYS, UNDECIDED, Head, KeyNames
+from server.text.parsers.markers import Markers
 from server.text.parsers.tool_formats import ID, INDEX, KEY, NAME
 
 TEXT = f"<call>\nfunctions.{NAME}:{INDEX}<args>"
@@ -16,10 +17,8 @@ TEXT = f"<call>\nfunctions.{NAME}:{INDEX}<args>"
 def test_white_space_is_free(text: str) -> None:
     match = Head(TEXT).match(text + "{")
     assert match is not None
-    assert match.end == len(text)
-    assert match.slots[NAME] == "f-1"
-    for end in range(len(text)):
-        assert Head(TEXT).match(text[:end]) is UNDECIDED
+    assert (match.end, match.slots[NAME]) == (len(text), "f-1")
+    assert all(Head(TEXT).match(text[:end]) is UNDECIDED for end in range(len(text)))
 
 
 @pytest.mark.parametrize("text", ["<x", "<call>functions.!", "<call>functions.f:x", "<call>functions.f:0<argz"])
@@ -27,21 +26,10 @@ def test_what_does_not_match(text: str) -> None:
     assert Head(TEXT).match(text) is None
 
 
-@given(
-    st.lists(st.sampled_from(["<call>", "functions.", "f", ":", "0", "<args>", "{", " ", "<"]), max_size=8).map("".join)
-)
-def test_a_decision_does_not_change(text: str) -> None:
-    decided = [match for end in range(len(text) + 1) if (match := Head(TEXT).match(text[:end])) is not UNDECIDED]
-    assert decided in ([], [decided[0]] * len(decided) if decided else [])
-
-
 def test_slots() -> None:
-    match = Head(f'<p name="{KEY}">').match('<p name="a key">x')
+    match = Head(f'{ID}|{NAME}<p name="{KEY}">').match('call_1:2|f <p name="a key">x')
     assert match is not None
-    assert match.slots == {KEY: "a key"}
-    match = Head(f"{ID}|{NAME}").match("call_1:2|f x")
-    assert match is not None
-    assert match.slots == {ID: "call_1:2", NAME: "f"}
+    assert match.slots == {ID: "call_1:2", NAME: "f", KEY: "a key"}
 
 
 def test_a_head_that_is_too_long_does_not_match() -> None:
@@ -63,18 +51,29 @@ def test_known_names_may_have_any_characters(name: str, after: str) -> None:
         assert (match.end, match.slots) == (len(text), {KEY: name})
 
 
-@given(
-    st.lists(st.sampled_from(["a", "b", "c", ":", "::", "</", "k>", " ", "x"]), max_size=9).map("".join),
-    st.sampled_from([":", "</k>"]),
-)
-def test_a_decision_about_known_names_does_not_change(text: str, after: str) -> None:
-    keys = KeyNames(["a ", "a:b", "b c", "a</k>b", ":", "c "])
-    decided = [match for end in range(len(text) + 1) if (match := keys.find(text[:end], after)) is not UNDECIDED]
-    assert decided in ([], [decided[0]] * len(decided) if decided else [])
-
-
 def test_known_names_are_limited() -> None:
     names = [*(f"{number}:" for number in range(MAX_KEYS)), "late:"]
     assert KeyNames(names).find("0::1", ":") is not None
     assert KeyNames(["x:" * MAX_HEAD_CHARS]).find("x:" * 2000, ":") is None
     assert [KeyNames(names).find(text, ":") for text in ("late::1", f"0:{' ' * MAX_HEAD_CHARS}:1")] == [None] * 2
+
+
+# Markers, against a search of the whole text.
+
+
+MARKERS = st.lists(st.text("<a>", min_size=1, max_size=3), max_size=3)
+
+
+@given(MARKERS, st.text("<a>b", max_size=10))
+def test_finds_the_first_and_the_longest_there(markers: list[str], text: str) -> None:
+    found = [(text.index(marker), -len(marker), marker) for marker in markers if marker in text]
+    match = Markers(markers).find(text)
+    assert (match and (match.start(), match[0])) == ((min(found)[0], min(found)[2]) if found else None)
+
+
+@given(MARKERS, st.text("<a>b", max_size=6))
+def test_the_end_of_a_text_may_begin_one(markers: list[str], text: str) -> None:
+    begun = [
+        n for n in range(len(text) + 1) if any(len(m) > n and m.startswith(text[len(text) - n :]) for m in markers)
+    ]
+    assert Markers(markers).num_partial(text) == max(begun, default=0)

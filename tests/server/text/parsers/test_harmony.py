@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai_harmony import Role, StreamableParser, StreamState, TextContent
 
-from server.text.parsers.answer_parts import PartKind
 from server.text.parsers.harmony import MARKERS, MAX_HEADER_CHARS, HarmonyFormat, HarmonyParser, is_harmony
-from tests.server.text.parsers.test_tool_parser import cut
 from tests.support.harmony import decode_pieces, harmony_encoding
+from tests.support.parsing import cut, joined_parts
 
 TOOLS: dict[str, dict[str, Any]] = {"weather": {}, "time-2": {}}
 ANALYSIS = "<|channel|>analysis<|message|>"
@@ -23,15 +22,7 @@ Parts = list[tuple[str, str]]
 
 
 def parse(pieces: list[str], *, hidden: tuple[str, ...] = MARKERS, **fields: Any) -> Parts:
-    """Return the parts of an answer, with adjacent parts of the same kind joined."""
-    parser = HarmonyParser(HarmonyFormat(tools=TOOLS, **fields), hidden=hidden)
-    found: Parts = []
-    for kind, text in [part for piece in pieces for part in parser.push(piece)] + parser.finish():
-        if found and found[-1][0] == kind and kind is not PartKind.CALL:
-            found[-1] = (kind.value, found[-1][1] + text)
-        else:
-            found.append((kind.value, text))
-    return found
+    return joined_parts(HarmonyParser(HarmonyFormat(tools=TOOLS, **fields), hidden=hidden), pieces)
 
 
 def reference(token_ids: list[int]) -> Parts:
@@ -45,23 +36,16 @@ def reference(token_ids: list[int]) -> Parts:
         elif text:
             kind = "reasoning" if message.channel == "analysis" or recipient else "content"
             text = "\n\n" + text if kind in [earlier for earlier, _ in found] else text
-            if found and found[-1][0] == kind:
-                found[-1] = (kind, found[-1][1] + text)
-            else:
-                found.append((kind, text))
+            before = found.pop()[1] if found and found[-1][0] == kind else ""
+            found.append((kind, before + text))
     return found
 
 
 words = st.text(st.sampled_from('ab c\n{}<|"\\é東🙂'), max_size=12)
+BUILTIN = [f"{c} to={t} code" for c in ("analysis", "commentary") for t in ("python", "browser.search", "container.x")]
 plain = st.builds(
     lambda channel, text: (f"<|channel|>{channel}<|message|>", text),
-    st.sampled_from(["analysis", "commentary", "final"]),
-    words,
-)
-builtin = st.builds(
-    lambda channel, tool, text: (f"<|channel|>{channel} to={tool} code<|message|>", text),
-    st.sampled_from(["analysis", "commentary"]),
-    st.sampled_from(["python", "browser.search", "container.exec"]),
+    st.sampled_from(["analysis", "commentary", "final"]) | st.sampled_from(BUILTIN),
     words,
 )
 CHANNELS = ("<|channel|>commentary to=functions.{}", "<|channel|>analysis to=functions.{}")
@@ -79,7 +63,7 @@ calls = st.builds(
     st.dictionaries(words, words | st.lists(words, max_size=2) | st.integers(), max_size=2),
     st.sampled_from(["", "\n", " "]),
 )
-answers = st.lists(plain | builtin | calls, min_size=1, max_size=6)
+answers = st.lists(plain | calls, min_size=1, max_size=6)
 
 
 def write(messages: list[tuple[str, str]]) -> str:
@@ -93,9 +77,7 @@ def test_parts_are_those_of_the_reference(messages: list[tuple[str, str]], cuts:
     text = write(messages)
     text = text if has_end else text.rpartition("<|")[0]  # the engine does not return the token that ends the answer
     expected = reference(harmony_encoding().encode(text, allowed_special="all"))
-    assert parse([text]) == expected
-    assert parse(cut(text, cuts)) == expected
-    assert parse([*text]) == expected
+    assert parse([text]) == parse(cut(text, cuts)) == parse([*text]) == expected
 
 
 @given(answers)
@@ -117,42 +99,42 @@ def test_settings_of_the_request() -> None:
     call = [("call", "weather"), ("arguments", '{"city": "Bern"}')]
     assert parse([CALL + NEXT + CALL], parallel_calls=False) == [*call, ("content", '{"city": "Bern"}')]
     assert parse(["lo<|return|>"], is_final=True) == [("content", "lo")]
+    assert is_harmony("<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>")
+    assert not is_harmony("<|im_start|>assistant\nThe <|channel|> of <|message|>")
 
 
 SPACED = "<|channel|> analysis<|message|> Hm<|end|><|start|> assistant<|channel|> final<|message|>  a"
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("", []),
-        ("Hello", [("content", "Hello")]),
-        ("  to be", [("content", "  to be")]),
-        ("t", [("content", "t")]),
-        (f"{FINAL}a<|end|>b", [("content", "a\n\nb")]),
-        (f"{FINAL}a<|end|>\n{NEXT}{FINAL}b", [("content", "a\n\nb")]),
-        (f"{FINAL}a<|message|>b<|channel|>c", [("content", "abc")]),
-        ("<|message|>a", [("content", "a")]),
-        (NEXT + " Hello<|end|>", [("content", "Hello")]),
-        ("<|channel|>commentary to=functions.weather <|constrain|>js", []),
-        ("<|channel|>analysis<|mess", []),
-        ("<|", [("content", "<|")]),
-        ("<|channel|>commentary to=functions.weather json<|end|>", []),
-        # What gpt-oss writes now and then.
-        (f"<|channel|>commentary{ANALYSIS}Hm", [("reasoning", "Hm")]),
-        (f"<|channel|>commentary to=assistant{ANALYSIS}Hm", [("reasoning", "Hm")]),
-        ("<|channel|>final <|constrain|>json<|message|>{}", [("content", "{}")]),
-        ("<|channel|>commentary to=weather<|message|>{}", [("call", "weather"), ("arguments", "{}")]),
-        # With a space after each marker.
-        (SPACED, [("reasoning", "Hm"), ("content", " a")]),
-        ("<|start|> assistant<|channel|> final<|constrain|> json", []),
-        # No calls of the request's tools.
-        ("<|channel|>commentary to=functions.rain<|message|>{}", [("content", "{}")]),
-        ("<|channel|>commentary to=functions.weather<|message|>Bern", [("content", "Bern")]),
-        ("<|channel|>commentary to=functions.weather<|message|><|call|>", []),
-        ("<|channel|>commentary to=python<|message|>1 + 1", [("reasoning", "1 + 1")]),
-    ],
-)
+MALFORMED = [
+    ("  to be", [("content", "  to be")]),
+    ("t", [("content", "t")]),
+    (f"{FINAL}a<|end|>b", [("content", "a\n\nb")]),
+    (f"{FINAL}a<|end|>\n{NEXT}{FINAL}b", [("content", "a\n\nb")]),
+    (f"{FINAL}a<|message|>b<|channel|>c", [("content", "abc")]),
+    ("<|message|>a", [("content", "a")]),
+    (NEXT + " Hello<|end|>", [("content", "Hello")]),
+    ("<|channel|>commentary to=functions.weather <|constrain|>js", []),
+    ("<|channel|>analysis<|mess", []),
+    ("<|", [("content", "<|")]),
+    ("<|channel|>commentary to=functions.weather json<|end|>", []),
+    # What gpt-oss writes now and then.
+    (f"<|channel|>commentary{ANALYSIS}Hm", [("reasoning", "Hm")]),
+    (f"<|channel|>commentary to=assistant{ANALYSIS}Hm", [("reasoning", "Hm")]),
+    ("<|channel|>final <|constrain|>json<|message|>{}", [("content", "{}")]),
+    ("<|channel|>commentary to=weather<|message|>{}", [("call", "weather"), ("arguments", "{}")]),
+    # With a space after each marker.
+    (SPACED, [("reasoning", "Hm"), ("content", " a")]),
+    ("<|start|> assistant<|channel|> final<|constrain|> json", []),
+    # No calls of the request's tools.
+    ("<|channel|>commentary to=functions.rain<|message|>{}", [("content", "{}")]),
+    ("<|channel|>commentary to=functions.weather<|message|>Bern", [("content", "Bern")]),
+    ("<|channel|>commentary to=functions.weather<|message|><|call|>", []),
+    ("<|channel|>commentary to=python<|message|>1 + 1", [("reasoning", "1 + 1")]),
+]
+
+
+@pytest.mark.parametrize(("text", "parts"), MALFORMED)
 def test_malformed_answers(text: str, parts: Parts) -> None:
     for pieces in ([text], [*text]):
         assert parse(pieces) == parts
@@ -169,9 +151,7 @@ SOUP = [*MARKERS, "a", " ", "{", "}", '"', "to=", "functions.weather", "assistan
 def test_every_split_gives_the_same(pieces: list[str], cuts: list[int], hidden: tuple[str, ...]) -> None:
     text = "".join(pieces)
     whole = parse([text], hidden=hidden)
-    assert parse(pieces, hidden=hidden) == whole
-    assert parse(cut(text, cuts), hidden=hidden) == whole
-    assert parse([*text], hidden=hidden) == whole
+    assert all(parse(each, hidden=hidden) == whole for each in (pieces, cut(text, cuts), [*text]))
 
 
 def test_a_header_has_a_limit() -> None:
@@ -191,11 +171,5 @@ def test_a_header_has_a_limit() -> None:
 def test_whether_an_answer_ends_with_calls() -> None:
     for text, ends in ((CALL, 1), (CALL[:-10], 0), (CALL[:-8], 1), (f"{FINAL}a", 0), (f"{CALL}{NEXT}{FINAL}a", 1)):
         parser = HarmonyParser(HarmonyFormat(tools=TOOLS))
-        parser.push(text)
-        parser.finish()
+        joined_parts(parser, [text])
         assert parser.ends_with_calls == bool(ends), text
-
-
-def test_detection() -> None:
-    assert is_harmony("<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>")
-    assert not is_harmony("<|im_start|>assistant\nThe <|channel|> of <|message|>")

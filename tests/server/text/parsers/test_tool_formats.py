@@ -3,18 +3,17 @@
 import json
 import random
 import re
-from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
-from server.text.parsers.answer_parts import PartKind
-from server.text.parsers.tool_formats import ID, NAME, split_text
+from server.text.parsers.tool_formats import split_text
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.rendered_text import common_prefix
 from server.text.templates.sandbox import ChatTemplateError
 from tests.support.examples import num_examples
+from tests.support.parsing import Answer, cut, read_answer
 from tests.support.tool_templates import EOS, NAMES, SCHEMAS, TOOLS, WITH_CALLS, kinds_first, load_template
 
 Call = tuple[str, Any]
@@ -57,40 +56,30 @@ def answer_of(template: ChatTemplate, message: dict[str, Any], **options: Any) -
 
 
 def parse(
-    template: ChatTemplate, pieces: list[str], *, is_reasoning: bool = False, schemas: dict[str, Any] = SCHEMAS
-) -> dict[str, Any]:
+    template: ChatTemplate, pieces: list[str], is_reasoning: bool = False, schemas: dict[str, Any] = SCHEMAS
+) -> Answer:
+    tags, markers = template.reasoning_tags, template.reasoning.content_markers
     format = AnswerFormat(
-        template.tool_format,
-        schemas,
-        reasoning_tags=template.reasoning_tags,
-        content_markers=template.reasoning.content_markers,
-        is_reasoning=is_reasoning,
+        template.tool_format, schemas, reasoning_tags=tags, content_markers=markers, is_reasoning=is_reasoning
     )
-    parser = AnswerParser(format, hidden=(*format.content_markers, *TOKENS))
-    answer: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
-    for kind, text in [part for piece in pieces for part in parser.push(piece)] + parser.finish():
-        assert text
-        if kind is PartKind.CALL:
-            answer["calls"].append((text, ""))
-        elif kind is PartKind.ARGUMENTS:
-            name, arguments = answer["calls"].pop()
-            answer["calls"].append((name, arguments + text))
-        else:
-            answer[kind.value] += text
+    parser = AnswerParser(format, hidden=(*markers, *TOKENS))
+    answer = read_answer(parser, pieces)
+    answer.is_complete = parser.ends_with_calls
     assert parser.num_held == 0 or not parser.is_reasoning
-    return answer | {"ends_with_calls": parser.ends_with_calls}
+    return answer
+
+
+def decoded(answer: Answer) -> list[Call]:
+    return [(name, json.loads(arguments)) for name, arguments in answer.calls]
 
 
 def message_of(calls: list[Call], content: str = "", reasoning: str = "") -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = [
-            {"id": f"abcdefgh{index}", "type": "function", "function": {"name": name, "arguments": arguments}}
-            for index, (name, arguments) in enumerate(calls)
-        ]
-    return message
+    written = [
+        {"id": f"abcdefgh{index}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for index, (name, arguments) in enumerate(calls)
+    ]
+    optional = {"reasoning_content": reasoning, "tool_calls": written}
+    return {"role": "assistant", "content": content} | {name: value for name, value in optional.items() if value}
 
 
 WITHOUT_TEXT = {  # templates that drop the content of messages with calls, or move it
@@ -110,10 +99,9 @@ def test_calls_and_content(name: str) -> None:
     for found in (calls, calls[:1]):
         content = "" if name in WITHOUT_TEXT or len(found) > 1 else "One moment."
         text, is_reasoning = answer_of(template, message_of(found, content))
-        answer = parse(template, [text], is_reasoning=is_reasoning)
-        assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == found, text
-        assert (answer["content"].strip(), answer["reasoning"]) == (content, ""), text
-        assert answer["ends_with_calls"]
+        answer = parse(template, [text], is_reasoning)
+        assert decoded(answer) == found, text
+        assert (answer.content.strip(), answer.reasoning, answer.is_complete) == (content, "", True), text
 
 
 # Names of parameters that no programming language would have, but a JSON schema may.
@@ -124,19 +112,15 @@ ODD_NAMES = (
 
 
 @kinds_first(WITH_CALLS)
-def test_names_of_parameters_may_have_any_characters(name: str) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    template = load_template(name)
-    names = random.Random(seed).sample(ODD_NAMES, len(ODD_NAMES))
+def test_names_of_parameters_may_have_any_characters(name: str, rng: random.Random) -> None:
+    template, names = load_template(name), rng.sample(ODD_NAMES, len(ODD_NAMES))
     types = [("string", "v w"), ("integer", 3)]
     schema = {"type": "object", "properties": {key: {"type": types[i % 2][0]} for i, key in enumerate(names)}}
     call = ("get_weather", {key: types[i % 2][1] for i, key in enumerate(names)})
     text, is_reasoning = answer_of(template, message_of([call]))
     for pieces in ([text], list(text)):
-        answer = parse(template, pieces, is_reasoning=is_reasoning, schemas={"get_weather": schema})
-        assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == [call], text
-        assert answer["content"].strip() == "", text
+        answer = parse(template, pieces, is_reasoning, {"get_weather": schema})
+        assert (decoded(answer), answer.content.strip()) == ([call], ""), text
 
 
 @kinds_first(NAMES)
@@ -149,26 +133,14 @@ def test_reasoning(name: str) -> None:
         text, is_reasoning = answer_of(template, message_of(calls, content, "Let me see."), **switches)
         if "Let me see." not in text:  # the template drops the reasoning of such messages
             continue
-        answer = parse(template, [text], is_reasoning=is_reasoning or text.startswith("Let me see."))
-        assert (answer["reasoning"].strip(), answer["content"].strip()) == ("Let me see.", content), text
-        assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
-
-
-def splits(text: str, rng: random.Random, *, in_two: bool) -> list[list[str]]:
-    """Return the characters of a text, some ways to split it in pieces, and perhaps all ways to split it in two."""
-    ways = [[text[:cut], text[cut:]] for cut in range(len(text) + 1 if in_two else 0)] + [list(text)]
-    for _ in range(num_examples(5, 100)):
-        cuts = sorted(rng.sample(range(len(text) + 1), min(len(text), rng.randrange(2, 30))))
-        ways.append([text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])])
-    return ways
+        answer = parse(template, [text], is_reasoning or text.startswith("Let me see."))
+        assert (answer.reasoning.strip(), answer.content.strip()) == ("Let me see.", content), text
+        assert decoded(answer) == calls, text
 
 
 @kinds_first(WITH_CALLS)
-def test_any_pieces_are_parsed_alike(name: str) -> None:
+def test_any_pieces_are_parsed_alike(name: str, rng: random.Random) -> None:
     """Whole answers, answers that break off, and answers with text in the wrong place."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
     template = load_template(name)
     calls = [("get_weather", arguments_of(name)), ("other-tool", {"city": "x"})]
     try:
@@ -179,39 +151,34 @@ def test_any_pieces_are_parsed_alike(name: str) -> None:
     pieces = [*split_text(text), "{", "}", "<", ">", "]", ",", '"', "\n", "x"]
     broken = text[:position] + rng.choice(pieces) + text[position + rng.randrange(5) :]
     for whole in (text, broken, text[:position], "".join(rng.choices(pieces, k=12))):
-        expected = parse(template, [whole], is_reasoning=is_reasoning)
-        for way in splits(whole, rng, in_two=whole is text):
-            assert parse(template, way, is_reasoning=is_reasoning) == expected, way
+        expected, positions = parse(template, [whole], is_reasoning), range(len(whole) + 1)
+        ways = [rng.choices(positions, k=rng.randrange(2, 30)) for _ in range(num_examples(5, 100))]
+        ways += [[position] for position in positions if whole is text]  # in two, everywhere
+        for way in ([*positions], *ways):
+            assert parse(template, cut(whole, way), is_reasoning) == expected, way
 
 
 @kinds_first(WITH_CALLS)
 def test_an_answer_that_breaks_off_has_the_beginning_of_the_whole(name: str) -> None:
     template = load_template(name)
     text, is_reasoning = answer_of(template, message_of([("get_weather", arguments_of(name))]))
-    whole = parse(template, [text], is_reasoning=is_reasoning)
+    whole = parse(template, [text], is_reasoning)
     markers = (*TOKENS, *template.reasoning.content_markers)
     for end in range(len(text)):
-        answer = parse(template, [text[:end]], is_reasoning=is_reasoning)
-        if answer["calls"]:
-            rest = answer["content"].strip()
+        answer = parse(template, [text[:end]], is_reasoning)
+        if answer.calls:
+            rest, (called, arguments) = answer.content.strip(), answer.calls[0]
             assert any(marker.startswith(rest) for marker in ("", *markers)) or rest.startswith(', "'), text[:end]
-            assert answer["calls"][0][0] == whole["calls"][0][0]
-            assert whole["calls"][0][1].startswith(answer["calls"][0][1]), text[:end]
+            assert called == whole.calls[0][0]
+            assert whole.calls[0][1].startswith(arguments), text[:end]
         elif not (template.reasoning_tags or any(token in text for token in markers)):
-            assert answer["content"] == text[:end]
+            assert answer.content == text[:end]
 
 
 @kinds_first(WITH_CALLS)
 def test_calls_of_unknown_tools_are_content(name: str) -> None:
     template = load_template(name)
     text, is_reasoning = answer_of(template, message_of([("get_weather", {"city": "x"})]))
-    text = text.replace("get_weather", "get_whatever")
-    answer = parse(template, [text], is_reasoning=is_reasoning)
-    assert answer["calls"] == []
-    assert "get_whatever" in answer["content"]
-
-
-def test_texts_are_split_at_tags_and_slots() -> None:
-    assert split_text("<a>\n<b=") == ["<a>", "<b="]
-    assert split_text(f"<|a|><|b|>{ID}<|c|>functions.{NAME}") == ["<|a|>", "<|b|>", ID, "<|c|>functions.", NAME]
-    assert split_text(" \n") == []
+    answer = parse(template, [text.replace("get_weather", "get_whatever")], is_reasoning)
+    assert answer.calls == []
+    assert "get_whatever" in answer.content

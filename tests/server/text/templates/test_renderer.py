@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.process import MAX_DATA_BYTES, MAX_SECONDS
 from server.text.templates.renderer import TemplateLimitError, TemplateProcesses
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
+from tests.server.conftest import StartServer
 from tests.support.examples import num_examples
 from tests.support.processes import template_processes, wait_for_end_of
-from tests.support.serving import RunningServer, check_error, fresh_server, wait_until
+from tests.support.serving import check_error, wait_until
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROW = "{% set ns = namespace(x=['a' * 9999]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
@@ -35,24 +36,15 @@ HOSTILE = (
 )
 
 
-@contextmanager
-def processes(source: str) -> Iterator[TemplateProcesses]:
-    running = TemplateProcesses(source)
-    try:
-        yield running
-    finally:
-        running.close()
-
-
 @pytest.fixture(scope="module")
 def hostile() -> Iterator[TemplateProcesses]:
-    with processes(HOSTILE) as running:
+    with closing(TemplateProcesses(HOSTILE)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[TemplateProcesses]:
-    with processes("{{ value | tojson }}{{ bos_token }}") as running:
+    with closing(TemplateProcesses("{{ value | tojson }}{{ bos_token }}")) as running:
         yield running
 
 
@@ -84,24 +76,11 @@ def suspended(renderer: TemplateProcesses) -> Iterator[psutil.Process]:
             process.resume()
 
 
-@pytest.mark.checklist("B10")
-def test_others_are_rendered_beside_a_loop(hostile: TemplateProcesses) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        with suspended(hostile):
-            looping = pool.submit(hostile.render, {"text": "loop"})
-            wait_until(lambda: not hostile._idle)
-            for number in range(5):
-                assert hostile.render({"text": str(number)}) == str(number)
-            assert not looping.done()
-        assert isinstance(looping.exception(), TemplateLimitError)
-
-
 def test_errors_are_those_of_the_sandbox(hostile: TemplateProcesses) -> None:
     with pytest.raises(ChatTemplateError) as expected:
         SandboxedTemplate(HOSTILE).render({"text": "fail"})
-    with pytest.raises(ChatTemplateError) as found:
+    with pytest.raises(ChatTemplateError, match=f"^{expected.value}$"):
         hostile.render({"text": "fail"})
-    assert str(found.value) == str(expected.value)
     with pytest.raises(ChatTemplateError, match="does not compile"):
         TemplateProcesses("{% if %}")
 
@@ -116,14 +95,14 @@ def test_processes_that_are_killed_are_replaced(hostile: TemplateProcesses) -> N
 
 
 def test_a_process_that_hangs_is_replaced() -> None:
-    with processes("{{ text }}") as running, suspended(running) as process:
+    with closing(TemplateProcesses("{{ text }}")) as running, suspended(running) as process:
         running._idle[-1]._connection.settimeout(0.01)  # which is over before a stopped process answers
         assert running.render({"text": "a"}) == "a"
         wait_for_end_of(process.pid)
 
 
 def test_no_process_can_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    with processes("{{ text }}") as running:
+    with closing(TemplateProcesses("{{ text }}")) as running:
         monkeypatch.setattr(renderer, "COMMAND", ("false",))
         for process in template_processes():
             process.kill()
@@ -138,7 +117,7 @@ def test_no_process_can_live(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_closing_ends_the_processes() -> None:
     before = set(template_processes())
-    with processes("{{ text }}") as running:
+    with closing(TemplateProcesses("{{ text }}")) as running:
         own = [process.pid for process in set(template_processes()) - before]
         assert own
     wait_for_end_of(*own)
@@ -146,8 +125,8 @@ def test_closing_ends_the_processes() -> None:
         running.render({"text": "a"})
 
 
-def test_a_process_ends_with_its_parent() -> None:
-    """Even if the parent is killed."""
+def test_a_process_ends_with_what_it_belongs_to() -> None:
+    """The parent, even if it is killed, and the object."""
     code = "from server.text.templates.renderer import TemplateProcesses; t = TemplateProcesses('a'); print(1); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=os.getcwd()) as parent:
@@ -156,9 +135,6 @@ def test_a_process_ends_with_its_parent() -> None:
         (child,) = template_processes(psutil.Process(parent.pid))
         parent.kill()
         wait_for_end_of(child.pid)
-
-
-def test_processes_end_with_what_they_belong_to() -> None:
     running = TemplateProcesses("a")
     assert running.render({}) == "a"
     (child,) = template_processes(psutil.Process())
@@ -192,37 +168,25 @@ def test_an_examination_that_takes_long_ends(monkeypatch: pytest.MonkeyPatch, ec
         ChatTemplate(echo, bos_token=None, eos_token=None)
 
 
-# Over real sockets.
-
-
-@pytest.fixture(scope="module")
-def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server whose template loops if a message says so."""
-    file = tmp_path_factory.mktemp("template") / "chat.jinja"
+@pytest.mark.checklist("B10", "C20")
+def test_others_are_served_beside_a_template_that_loops(start_server: StartServer, tmp_path: Path) -> None:
     source = HOSTILE.replace("text", "message.content")
-    file.write_text(f"{{% for message in messages %}}{source}{{% endfor %}}")
-    with fresh_server(model_folder, chat_template=str(file)) as server:
-        yield server
-
-
-def check_chat(server: RunningServer) -> None:
-    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
-    assert httpx.post(server.url + "/v1/chat/completions", json=chat, timeout=60).status_code == 200
-
-
-@pytest.mark.checklist("C20")
-def test_others_are_served_beside_a_request_for_which_the_template_loops(server: RunningServer) -> None:
-    template, path = server.model.chat_template, "/v1/chat/completions"
-    chat = {"model": "tiny", "messages": [{"role": "user", "content": "loop"}]}
+    (tmp_path / "chat.jinja").write_text(f"{{% for message in messages %}}{source}{{% endfor %}}")
+    server = start_server(chat_template=str(tmp_path / "chat.jinja"))
+    template = server.model.chat_template
     assert template is not None
     running = template._renderer
     assert isinstance(running, TemplateProcesses)
+
+    def post(content: str) -> httpx.Response:
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+        return httpx.post(server.url + "/v1/chat/completions", json=chat)
+
     with ThreadPoolExecutor(1) as pool:
         with suspended(running):
-            looping = pool.submit(httpx.post, server.url + path, json=chat, timeout=60)
+            looping = pool.submit(post, "loop")
             wait_until(lambda: not running._idle)
-            check_chat(server)
+            assert [post("a").status_code for _ in range(3)] == [200] * 3
             assert not looping.done()
         error = check_error(looping.result(), 400)
-    assert error["param"] == "messages"
-    assert "2 seconds of processor time" in error["message"]
+    assert (error["param"], "2 seconds of processor time" in error["message"]) == ("messages", True)

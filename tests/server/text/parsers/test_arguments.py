@@ -1,0 +1,246 @@
+"""Arguments between tags, or as literals of a language, are converted to JSON by the types of the tool's schema."""
+
+import ast
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.text.parsers.argument_values import ArgumentSchema
+from server.text.parsers.call_reader import ArgumentsReader
+from server.text.parsers.literal_arguments import LiteralArgumentsReader
+from server.text.parsers.nested_tags import nested_to_json
+from server.text.parsers.tagged_arguments import TaggedArgumentsReader
+from server.text.parsers.tool_formats import GEMMA, KEY, PYTHON, LiteralArguments, TaggedArguments
+from tests.support.parsing import cut
+
+PADDED = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
+GLM = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
+NESTED = TaggedArguments("NS<", ">", f"NS</{KEY}>", is_nested=True)
+Syntax = TaggedArguments | LiteralArguments
+SCHEMA: dict[str, Any] = {"properties": {"text": {"type": "string"}, "count": {"type": "integer"}}}
+
+
+def reader_of(syntax: Syntax, schema: dict[str, Any]) -> ArgumentsReader:
+    if isinstance(syntax, TaggedArguments):
+        return TaggedArgumentsReader(syntax, ArgumentSchema(schema))
+    return LiteralArgumentsReader(syntax, ArgumentSchema(schema))
+
+
+def convert(syntax: Syntax, pieces: list[str], schema: Any = None) -> tuple[str, str, bool]:
+    """Return the JSON, the text after the arguments, and whether they are complete."""
+    reader, found, is_complete = reader_of(syntax, schema or {}), "", False
+    assert reader.begins_with("")
+    for index, piece in enumerate(pieces):
+        json_text, is_complete = reader.push(piece)
+        found += json_text
+        if is_complete:
+            return found, reader.unread + "".join(pieces[index + 1 :]), True
+    return found, reader.unread, is_complete
+
+
+# Between tags.
+
+
+TYPED = [
+    ("integer", " 3 ", 3),
+    ("integer", "3.0", 3),
+    ("integer", "three", "three"),
+    ("number", "1e400", float("inf")),
+    ("boolean", "True", True),
+    ("boolean", "yes", "yes"),
+    ("string", "null", "null"),
+    ("string", "", ""),
+    (["string", "null"], "null", None),
+    (["string", "integer"], "3", 3),
+    (["string", "integer"], "three", "three"),
+    ("null", "None", None),
+    ("object", "{", "{"),
+    ("array", "[1, {}]", [1, {}]),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "value"), TYPED)
+def test_values_have_the_types_of_the_schema(kind: Any, text: str, value: Any) -> None:
+    schema = {"properties": {"x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"type": kind}}}
+    found, _, _ = convert(PADDED, [f"<parameter=x>\n{text}\n</parameter>\n</function>"], schema)
+    assert json.loads(found) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3", 3), ("[1]", [1]), ("true", True), ("x", "x"), ('"x"', '"x"'), ("", ""), ("nul", "nul")]
+)
+def test_values_that_the_schema_does_not_name(text: str, value: Any) -> None:
+    found, _, _ = convert(GLM, [f"<arg_key>other</arg_key><arg_value>{text}</arg_value></tool_call>"], SCHEMA)
+    assert json.loads(found) == {"other": value}
+
+
+LAYOUTS = [
+    ("<parameter=text>a</parameter></function>", ('{"text": "a"}', "</function>", True)),
+    (" <parameter=text>\na</parameter>\n\n</function>", ('{"text": "a"}', "\n\n</function>", True)),
+    ("<parameter=text>\n\na\n\n</parameter>x", ('{"text": "\\na\\n"}', "x", True)),
+    ("<parameter=text>\na\n</parameter>\nWell", ('{"text": "a"}', "\nWell", True)),
+    ("</function>", ("{}", "</function>", True)),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), LAYOUTS)
+def test_layout_is_free_and_other_text_ends_the_arguments(text: str, expected: tuple[str, str, bool]) -> None:
+    assert convert(PADDED, [text], SCHEMA) == convert(PADDED, list(text), SCHEMA) == expected
+
+
+def test_the_text_after_a_key_may_depend_on_the_type() -> None:
+    after_keys = {kind: f'" string="{str(kind == "string").lower()}">' for kind in ("string", "number", "object")}
+    syntax = TaggedArguments('<p name="', '" string="true">', "</p>", after_keys=after_keys)
+    text = '<p name="text" string="true">3</p><p name="count" string="false">3</p>x'
+    assert convert(syntax, list(text), SCHEMA) == ('{"text": "3", "count": 3}', "x", True)
+
+
+# Tags in tags.
+
+TREE = {"anyOf": [{"type": "integer"}, {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}]}
+NESTED_SCHEMA: dict[str, Any] = {
+    "properties": {
+        "list": {"type": "array", "items": {"type": "integer"}},
+        "lists": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}},
+        "object": {
+            "type": "object",
+            "properties": {"a": {"type": "string"}, "item": {"type": "boolean"}, "list": {"$ref": "#/properties/list"}},
+        },
+        "number": {"type": "number"},
+        "any": {},
+    }
+}
+
+
+TAGS_IN_TAGS = [
+    ("list", "NS<item>1NS</item>NS<item>2NS</item>", [1, 2]),
+    ("list", " \n", []),
+    ("list", "[1, 2]", [1, 2]),
+    ("lists", "NS<item>NS<item>1NS</item>NS</item>NS<item>NS</item>", [["1"], []]),
+    ("object", "NS<a>1NS</a>NS<list>NS<item>3NS</item>NS</list>", {"a": "1", "list": [3]}),
+    ("object", "NS<item>trueNS</item>", {"item": True}),
+    ("object", "", {}),
+    ("number", "0.5", 0.5),
+    ("any", "NS<item>1NS</item>", [1]),
+    ("any", "NS<a>xNS</a>", {"a": "x"}),
+    *(("list", text, text) for text in ("NS<item>1NS</x>", "xNS<item>1NS</item>", "NS<item>1", "NS</item>")),
+    ("list", "NS<item>1NS</item>x", "NS<item>1NS</item>x"),
+]
+
+
+@pytest.mark.parametrize(("key", "text", "value"), TAGS_IN_TAGS)
+def test_nested_values(key: str, text: str, value: Any) -> None:
+    assert json.loads(nested_to_json(text, ArgumentSchema(NESTED_SCHEMA), key, NESTED)) == value
+
+
+@pytest.mark.checklist("C24")
+def test_depth_is_bounded() -> None:
+    text = "NS<item>" * 500 + "NS</item>" * 500
+    assert json.loads(nested_to_json(text, ArgumentSchema(NESTED_SCHEMA), "any", NESTED))
+
+
+def test_members_may_have_the_name_of_the_argument() -> None:
+    """As in a tree. Tags in a string do not count."""
+    text, value = "NS<a>1NS</a>", '{"a": 1}'
+    for _ in range(4):
+        for pieces in ([text + "end"], list(text + "end")):
+            assert convert(NESTED, pieces, {"properties": {"a": TREE}}) == (value, "end", True)
+        text, value = f"NS<a>{text}NS</a>", f'{{"a": {value}}}'
+    string = {"properties": {"a": {"type": "string"}}}
+    assert convert(NESTED, ["NS<a>NS<a>NS</a>end"], string) == ('{"a": "NS<a>"}', "end", True)
+
+
+# Literals.
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-99, 99) | st.floats(-9, 9) | st.text("aé'\"\\\n\t{}[](),:=", max_size=6)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab '\"", max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+ARGUMENTS = st.dictionaries(st.sampled_from(["a", "b_2", "C"]), VALUES, max_size=3)
+CUTS = st.lists(st.integers(0, 200), max_size=12)
+
+
+@given(ARGUMENTS, CUTS, st.booleans())
+def test_python_literals(arguments: dict[str, Any], cuts: list[int], with_json: bool) -> None:
+    def write(value: Any) -> str:
+        return json.dumps(value) if with_json and not isinstance(value, bool | None) else repr(value)
+
+    text = ", ".join(f"{name}={write(value)}" for name, value in arguments.items()) + ")]"
+    found, rest, is_complete = convert(PYTHON, cut(text, cuts))
+    assert (json.loads(found), rest, is_complete) == (arguments, "]", True)
+    assert convert(PYTHON, list(text)) == (found, rest, is_complete)
+
+
+@pytest.mark.parametrize("text", [r"'\x41\u00e9\'\"\\\n\t'", '"a\\\nb"', "(1, 2,)", "[1,]", "{'a': (), }", "-1.5e3"])
+def test_spellings_of_python(text: str) -> None:
+    found, _, is_complete = convert(PYTHON, list(f"x={text})"))
+    assert json.loads(found) == {"x": json.loads(json.dumps(ast.literal_eval(text)))}
+    assert is_complete
+
+
+def gemma(value: Any) -> str:
+    """Write a value as Gemma's chat template does."""
+    match value:
+        case str():
+            return f'<|"|>{value}<|"|>'
+        case dict():
+            return "{" + ",".join(f"{key}:{gemma(item)}" for key, item in value.items()) + "}"
+        case list():
+            return "[" + ",".join(map(gemma, value)) + "]"
+    return json.dumps(value)
+
+
+ODD = ["a", "my city", "a:b", "x,y", "{", "=", '"q"', "it's", ' <|"|>', "城 "]
+ODD_SCHEMA: dict[str, Any] = {"properties": {name: {"$ref": "#"} for name in ODD}, "items": {"$ref": "#"}}
+ODD_VALUES = st.recursive(
+    st.booleans() | st.integers(-99, 99) | st.text('a:"', max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(ODD), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(ODD), ODD_VALUES, max_size=4), CUTS)
+def test_names_of_the_schema_may_have_any_characters(arguments: dict[str, Any], cuts: list[int]) -> None:
+    """In objects inside others, too."""
+    found, rest, is_complete = convert(GEMMA, cut(gemma(arguments)[1:] + "<tool_call|>", cuts), ODD_SCHEMA)
+    assert (json.loads(found), rest, is_complete) == (arguments, "<tool_call|>", True)
+
+
+def test_other_names_may_have_spaces() -> None:
+    assert convert(PYTHON, list("my city ='Rome', b={my key: 1})"))[0] == '{"my city": "Rome", "b": {"my key": 1}}'
+    assert convert(GEMMA, ["my city:3}"]) == ('{"my city": 3}', "", True)
+
+
+@given(st.lists(st.sampled_from([*"='\"()[]{},: 1\\<a", "True"]), max_size=12).map("".join), CUTS)
+def test_arguments_that_end_are_json_in_any_pieces(text: str, cuts: list[int]) -> None:
+    """Text that is no literal ends the arguments and is left unread."""
+    found, rest, is_complete = convert(PYTHON, [text])
+    assert convert(PYTHON, cut(text, cuts))[::2] == convert(PYTHON, list(text) or [""])[::2] == (found, is_complete)
+    if is_complete:
+        assert isinstance(json.loads(found), dict)
+        assert text.endswith(rest)
+
+
+NEXT_TAG = "\n</parameter>\n<parameter=count>\n"
+STREAMS = [
+    (PYTHON, ["a", "='x", "y", "\\", "n", "'", ")"], ["{", '"a": "x', "y", "", "\\n", '"', "}"]),
+    (
+        PADDED,
+        ["<parameter=text>", "\n", "ab", "\n", "</par", "ty", NEXT_TAG, "1", "2\n</parameter>"],
+        ['{"text": "', "", "ab", "", "", "\\n</party", '", "count": ', "", "12"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("syntax", "pieces", "streamed"), STREAMS)
+def test_what_is_streamed(syntax: Syntax, pieces: list[str], streamed: list[str]) -> None:
+    """Strings are; between tags, other values are not."""
+    reader = reader_of(syntax, SCHEMA)
+    assert [reader.push(piece)[0] for piece in pieces] == streamed
