@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,6 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def _compile_all(target: str, variants: Iterable[Variant]) -> list[Compiled]:
-    return [compile_variant(variant, target) for variant in variants]
-
-
 if __name__ == "__main__":
     requested = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Variant])
-    sys.stdout.buffer.write(msgspec.json.encode(_compile_all(sys.argv[1], requested)))
+    sys.stdout.buffer.write(msgspec.json.encode([compile_variant(variant, sys.argv[1]) for variant in requested]))

@@ -37,7 +37,6 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     replies: list[tuple[list[int], list[int]]] = []  # (prompt, reply); other prompts get `reply`
     endless: bool = False  # repeat the reply until max_tokens
     step_seconds: float = 0.0
-    load_seconds: float = 0.0
     never_ready: bool = False
     load_failure: str = ""  # why it cannot load its model
     num_prompt_steps: int = 0  # before the first token of each choice
@@ -119,7 +118,6 @@ class _Loop:
             self._socket.setsockopt(option, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error says that a client is gone
         self._socket.bind(self.config.address)
-        self._ready_at = time.monotonic() + self.config.load_seconds
         try:
             while not self.stop.is_set():
                 self._iterate()
@@ -172,7 +170,7 @@ class _Loop:
         match message:
             case messages.Hello():
                 self._clients.add(identity)
-                while self.config.never_ready or time.monotonic() < self._ready_at:
+                while self.config.never_ready:
                     if self.stop.wait(0.01) or self.resets:
                         return
                 ready = messages.Ready(self._info(), list(self.adapters.values()))
@@ -605,9 +603,5 @@ class FakeEngineProcess:
         self._process.wait()
 
 
-def main() -> None:
-    _Loop(msgspec.json.decode(sys.stdin.buffer.read(), type=FakeEngineConfig)).run()
-
-
 if __name__ == "__main__":
-    main()
+    _Loop(msgspec.json.decode(sys.stdin.buffer.read(), type=FakeEngineConfig)).run()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import networkx as nx
 
 # They only move numbers.
 TRANSPARENT = {"ttg.convert_layout", "tt.broadcast", "tt.expand_dims", "tt.splat", "tt.reshape", "tt.trans"}
@@ -51,13 +52,8 @@ class Arithmetic(msgspec.Struct, frozen=True):
 
     def below(self, key: str) -> set[str]:
         """Return the keys of an expression and of all that it is made of."""
-        found: set[str] = set()
-        left = [key]
-        while left:
-            if (key := left.pop()) not in found:
-                found.add(key)
-                left += self.expressions[key].operands
-        return found
+        graph = nx.DiGraph({name: expression.operands for name, expression in self.expressions.items()})
+        return {key, *nx.descendants(graph, key)}
 
     def describe(self, key: str) -> list[str]:
         """Return an expression line by line, operands first."""

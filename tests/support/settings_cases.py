@@ -27,12 +27,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "port": (0, 65_535),
     "seed": (-(2**63), 2**63 - 1),
 }
-LEAST_SIZES = {
-    "max_body_size": 1024,
-    "max_buffered_bytes": 1024,
-    "stored_responses_memory": 0,
-    "kv_cache_memory": 1 << 20,
-}
+LEAST_SIZES = {"max_body_size": 1024, "max_buffered_bytes": 1024, "stored_responses_memory": 0}
+LEAST_SIZES["kv_cache_memory"] = 1 << 20
 CHOICES = {  # the default is not the first
     "load": ("on-first-use", "at-start"),
     "dtype": ("bfloat16", "float32", "float16", "auto"),
@@ -124,14 +120,8 @@ CASES = {
 VALID = {name: accepted for name, (accepted, _) in CASES.items()}
 INVALID = {name: rejected for name, (_, rejected) in CASES.items()}
 # The settings in a few groups, by how their cases are made.
-KINDS = {
-    "numbers": list(LIMITS),
-    "sizes": list(LEAST_SIZES),
-    "choices": list(CHOICES),
-    "switches": list(SWITCHES),
-    "texts": list(TEXTS),
-    "others": list(OTHERS),
-}
+KINDS = {"numbers": list(LIMITS), "sizes": list(LEAST_SIZES), "choices": list(CHOICES), "switches": list(SWITCHES)}
+KINDS |= {"texts": list(TEXTS), "others": list(OTHERS)}
 
 
 def settings_from_flags(*argv: str) -> Settings:

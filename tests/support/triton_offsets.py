@@ -46,10 +46,6 @@ TYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp
 TYPES |= {"torch.int8": "i8", "torch.int32": "i32", "torch.int64": "i64", "torch.bool": "i1"}
 
 
-def main() -> None:
-    print(json.dumps(findings(extreme_launches())))
-
-
 def extreme_launches() -> list[Launch]:
     """Return the launches of steps with the largest cache, logits, prompts, adapters and packed weights."""
     launches: list[Launch] = []
@@ -161,4 +157,4 @@ def compile_to_ttir(kernel: Any, signature: Mapping[str, str], constants: Mappin
 
 if __name__ == "__main__":
     assert not triton.knobs.runtime.interpret, "kernels must be compiled, not interpreted"
-    main()
+    print(json.dumps(findings(extreme_launches())))
