@@ -21,22 +21,14 @@ CHATML = (
 LLAMA3 = """\
 {{- bos_token }}
 {%- if date_string is not defined %}{%- set date_string = strftime_now("%Y") %}{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content'] | trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\n\nToday: " + date_string + "\n" + system_message + "<|eot_id|>" }}
-{%- if tools is not none %}
-    {%- for tool in tools %}{{- tool | tojson(indent=4) + "\n" }}{%- endfor %}
-{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\nToday: " + date_string + "\n" }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content | trim }}{%- set messages = messages[1:] %}{%- endif %}
+{{- "<|eot_id|>" }}
+{%- if tools is not none %}{%- for tool in tools %}{{- tool | tojson(indent=4) + "\n" }}{%- endfor %}{%- endif %}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-{%- endif %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
 """
 
 MISTRAL = """\
@@ -45,12 +37,10 @@ MISTRAL = """\
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
         {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
     {%- endif -%}
-    {%- if message['role'] == 'user' -%}
-        {{ '[INST] ' + message['content'] + ' [/INST]' }}
+    {%- if message['role'] == 'user' -%}{{ '[INST] ' + message['content'] + ' [/INST]' }}
     {%- elif message['role'] == 'assistant' -%}
         {% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}
-    {%- else -%}
-        {{ raise_exception('Only user and assistant roles are supported!') }}
+    {%- else -%}{{ raise_exception('Only user and assistant roles are supported!') }}
     {%- endif -%}
 {%- endfor -%}"""
 
@@ -59,8 +49,7 @@ PARTS = """\
     {%- if loop.index > 50 %}{% break %}{% endif %}
     {{- '<|im_start|>' + message.role + ':' }}
     {%- if message.content is string %}{{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}{%- if part.type == 'text' %}{{- part.text }}{%- endif %}{%- endfor %}
+    {%- else %}{%- for part in message.content %}{%- if part.type == 'text' %}{{- part.text }}{%- endif %}{%- endfor %}
     {%- endif %}
     {{- '<|im_end|>' }}
 {%- endfor %}"""
