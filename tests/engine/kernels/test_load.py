@@ -1,48 +1,44 @@
 """Which kernels are loaded, and the message if the C++ kernels cannot be used."""
 
+import importlib.util
 import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import triton
 
 from engine.kernels.cpu import build as build_module
 from engine.kernels.cpu import processor
 from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
+from engine.kernels.triton import requirements
+from engine.kernels.triton.requirements import missing_requirement
 from tests.support.kernel_choice import choose_kernels, code_paths
+from tests.support.paths import ROOT
 
 CPU = torch.device("cpu")
 
 has_library = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 
 
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(code_path: str) -> None:
-        raise BuildError("there is no compiler")
-
-    monkeypatch.setattr(build_module, "build", build)
-
-
 @has_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_best_code_path(dtype: torch.dtype, num_threads: int, caplog: pytest.LogCaptureFixture) -> None:
-    with choose_kernels("default", num_threads):
-        kernels = load_kernels(CPU, KernelOptions(dtype, max_num_rows=512))
-    assert kernels.name == f"cpu {code_paths()[0]}"
-    assert kernels.deterministic
-    assert kernels.num_threads == num_threads
+@pytest.mark.parametrize("name", ["default", *code_paths()])
+def test_code_path(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    for dtype, num_threads in ((torch.float32, 1), (torch.bfloat16, 2)):
+        with choose_kernels(name, num_threads):
+            kernels = load_kernels(CPU, KernelOptions(dtype, max_num_rows=512))
+        assert kernels.name == f"cpu {code_paths()[0] if name == 'default' else name}"
+        assert kernels.deterministic
+        assert kernels.num_threads == num_threads
     assert not caplog.messages
-
-
-@has_library
-@pytest.mark.parametrize("name", code_paths())
-def test_code_path(name: str) -> None:
-    with choose_kernels(name):
-        assert load_kernels(CPU, KernelOptions(torch.float32)).name == f"cpu {name}"
 
 
 UNSUPPORTED = [
@@ -66,37 +62,35 @@ def test_what_they_lack_is_said_and_done_by_torch(
     assert re.match(f"using the slower plain torch kernels: .*{reason}", message)
 
 
-def test_without_a_compiler(no_compiler: None, caplog: pytest.LogCaptureFixture) -> None:
-    assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
-    (message,) = caplog.messages
-    assert message.endswith("kernels: there is no compiler")
-
-
-@has_library
-def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(build_module, "build", lambda code_path: Path("/nonexistent/kernels.so"))
-    assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
-    (message,) = caplog.messages
-    assert "kernels: /nonexistent/kernels.so: cannot open shared object file" in message
-
-
-def test_an_old_processor(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(processor, "cpu_flags", lambda: {"sse4_2", "avx"})
-    assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
-    (message,) = caplog.messages
-    assert message.endswith("kernels: this processor has no AVX2")
+def no_compiler(code_path: str) -> Path:
+    raise BuildError("there is no compiler")
 
 
 @pytest.mark.parametrize(
-    ("options", "flag"),
+    ("build", "reason"),
     [
-        (KernelOptions(torch.bfloat16, quantization="int8"), "--quantization int8"),
-        (KernelOptions(torch.bfloat16, kv_cache_dtype="int8"), "--kv-cache-dtype int8"),
+        (no_compiler, "there is no compiler"),
+        pytest.param(lambda code_path: Path("/nonexistent/k.so"), "/nonexistent/k.so: cannot open", marks=has_library),
+        (None, "this processor has no AVX2"),
     ],
 )
-def test_int8_is_not_left_out_in_silence(options: KernelOptions, flag: str, no_compiler: None) -> None:
-    with pytest.raises(ValueError, match=f"{flag} needs the CPU or GPU kernels, but there is no compiler"):
-        load_kernels(CPU, options)
+def test_where_they_cannot_be_used(
+    build: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Number formats that only they have are not left out in silence."""
+    if build:
+        monkeypatch.setattr(build_module, "build", build)
+    else:
+        monkeypatch.setattr(processor, "cpu_flags", lambda: {"sse4_2", "avx"})
+    assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
+    (message,) = caplog.messages
+    assert f"kernels: {reason}" in message
+    for options, flag in (
+        (KernelOptions(torch.bfloat16, quantization="int8"), "--quantization"),
+        (KernelOptions(torch.bfloat16, kv_cache_dtype="int8"), "--kv-cache-dtype"),
+    ):
+        with pytest.raises(ValueError, match=f"{flag} int8 needs the CPU or GPU kernels, but {reason}"):
+            load_kernels(CPU, options)
 
 
 def test_float8_needs_a_gpu() -> None:
@@ -115,11 +109,80 @@ def test_what_stays_packed() -> None:
         assert {"Q4_1", "Q6_K"} <= load_kernels(CPU, KernelOptions(torch.float32)).keep_packed
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_slots_for_adapters(name: str) -> None:
-    with choose_kernels(name):
-        assert load_kernels(CPU, KernelOptions(torch.float32)).new_lora_weights((5,), 7) is None
-        kernels = load_kernels(CPU, KernelOptions(torch.float32, num_lora_slots=2, max_lora_rank=3))
-    weights = kernels.new_lora_weights((5,), 7)
-    assert weights is not None
-    assert weights.a.shape == (2, 1, 3, 7)
+# On a GPU: what is said if Triton cannot compile its C module.
+
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.mark.long
+def test_what_triton_itself_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is missing, Triton compiles; `deploy/check_triton.py` shows it in an image."""
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc")
+    monkeypatch.delenv("CC", raising=False)
+    command = [sys.executable, str(ROOT / "deploy/check_triton.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (missing_requirement() is None) == (done.returncode == 0), done.stderr
+
+
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert missing_requirement() == "Triton is not installed: pip install triton"
+
+
+def test_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton looks for two names only."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("g++", "cc"):
+        (tmp_path / name).touch(mode=0o755)
+    assert (missing_requirement() or "").endswith("there is no gcc or clang: apt install gcc libc6-dev")
+    for name in ("gcc", "clang"):
+        (tmp_path / name).touch(mode=0o755)
+        assert missing_requirement() is None
+        (tmp_path / name).unlink()
+
+
+def test_what_is_said_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    assert "there is no CC=/nonexistent/cc: unset CC" in (missing_requirement() or "")
+    monkeypatch.setenv("CC", sys.executable)
+    assert missing_requirement() is None
+    monkeypatch.setattr(requirements, "python_include", lambda: tmp_path)
+    problem = missing_requirement() or ""
+    assert f"there is no {tmp_path}/Python.h: apt install python3-dev" in problem
+    assert "\n" not in problem
+
+
+def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It is refused unless slow kernels are allowed, which still lack what they lack."""
+    monkeypatch.setattr(requirements, "python_include", lambda: Path("/nonexistent"))
+    options = KernelOptions(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"/nonexistent/Python.h: .*python3-dev\. With --allow-slow-kernels") as error:
+        load_kernels(CUDA, options)
+    assert "\n" not in str(error.value)
+    assert not caplog.messages
+    options = replace(options, allow_slow_kernels=True)
+    assert load_kernels(CUDA, options).name == "torch"
+    (message,) = caplog.messages
+    assert re.match("using the slower plain torch kernels: Triton needs the headers of Python.*python3-dev$", message)
+    with pytest.raises(ValueError, match=r"--quantization int8 needs the CPU or GPU kernels, but .*python3-dev"):
+        load_kernels(CUDA, replace(options, quantization="int8"))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError("libcuda.so cannot found!\nPlease make sure"), "libcuda.so cannot found! Please make sure"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_problem_that_triton_itself_finds(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.kernels.load.missing_requirement", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(triton.runtime, "driver", driver := Mock())
+    driver.active.get_current_target.side_effect = error
+    with pytest.raises(ValueError, match="slow-kernels") as refused:
+        load_kernels(CUDA, KernelOptions(torch.bfloat16))
+    assert str(refused.value).startswith(f"Triton does not work here: {reason}. With ")

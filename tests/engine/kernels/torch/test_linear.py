@@ -1,5 +1,8 @@
 """Matrix products in plain torch: against float64, and how a form is found whose bits do not depend on other rows."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,69 +46,39 @@ def test_linear(kernels: TorchKernels, outputs: int, inputs: int, with_bias: boo
     assert torch.equal(torch.cat([linear(row[None]) for row in x[:64]]), out[:64])
 
 
-def test_linear_with_and_without_bias_are_probed_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library may treat products of one shape with and without bias differently."""
-
-    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
-        if bias is None:
-            return exact_product(weight)
-        return lambda x: exact_product(weight)(x) + bias + (0.5 if len(x) % 4 else 0.0)
-
-    monkeypatch.setattr(linear_module, "_plain_product", plain_product)
-    kernels = TorchKernels(KernelOptions(torch.float32), CPU)
-    weight = random_tensor(0, 8, 16)
-    kernels.linear(weight)
-    linear = kernels.linear(weight, torch.zeros(8))
-    x = random_tensor(1, 12, 16)
-    assert torch.equal(linear(x[:3]), linear(x)[:3])
-
-
 def exact_product(weight: Tensor) -> Product:
     """Return a product whose rows do not depend on the number of rows, because float64 is rounded to float32."""
     return lambda x: (x.double() @ weight.double().T).float()
 
 
-def test_products_that_depend_on_the_number_of_rows_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "constant"),
+    [
+        (lambda num, bias: 0.5 * (num % 4 > 0), 0.0),  # products are padded
+        # A library may treat products of one shape with and without bias differently.
+        (lambda num, bias: 0.5 * (num % 4 > 0) * (bias is not None), 0.0),
+        (lambda num, bias: 1e-3 * num, 0.064),  # no padding helps, so they are taken in pieces
+        (lambda num, bias: 1e-3 * torch.arange(num)[:, None], None),  # neither helps, and it says so
+    ],
+    ids=["padded", "with bias", "in pieces", "neither"],
+)
+def test_products_that_depend_on_the_number_of_rows(
+    error: Callable[[int, Tensor | None], Any], constant: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
-        return lambda x: exact_product(weight)(x) + (0.5 if len(x) % 4 else 0.0)
-
-    monkeypatch.setattr(linear_module, "_plain_product", plain_product)
-    kernels = TorchKernels(KernelOptions(torch.float32), CPU)
-    weight, x = random_tensor(0, 8, 16), random_tensor(1, 12, 16)
-    linear = kernels.linear(weight)
-    assert kernels.deterministic
-    for rows in range(1, 13):
-        assert torch.equal(linear(x[:rows]), exact_product(weight)(x)[:rows])
-
-
-def test_products_that_no_padding_helps_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
-        return lambda x: exact_product(weight)(x) + 1e-3 * len(x)
+        return lambda x: exact_product(weight)(x) + (0 if bias is None else bias) + error(len(x), bias)
 
     monkeypatch.setattr(linear_module, "_plain_product", plain_product)
     kernels = TorchKernels(KernelOptions(torch.float32, max_num_rows=300), CPU)
     weight, x = random_tensor(0, 8, 16), random_tensor(1, 300, 16)
-    linear = kernels.linear(weight)
-    assert kernels.deterministic
-    for rows in (1, 63, 64, 65, 300):
-        assert torch.equal(linear(x[:rows]), linear(x)[:rows])
-        assert_close(linear(x[:rows]), exact_product(weight)(x)[:rows] + 0.064, torch.float32)
-
-
-def test_says_so_where_neither_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row's result depends on its index in the batch."""
-
-    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
-        return lambda x: exact_product(weight)(x) + 1e-3 * torch.arange(len(x))[:, None]
-
-    monkeypatch.setattr(linear_module, "_plain_product", plain_product)
-    kernels = TorchKernels(KernelOptions(torch.float32), CPU)
-    assert kernels.deterministic
-    weight, x = random_tensor(0, 8, 16), random_tensor(1, 3, 16)
-    linear = kernels.linear(weight)
-    assert not kernels.deterministic
-    expected = exact_product(weight)(x) + 1e-3 * torch.arange(3)[:, None]
-    assert_close(linear(x), expected, torch.float32)  # the product still works
+    products = [kernels.linear(weight, bias) for bias in (None, torch.zeros(8))]
+    assert kernels.deterministic == (constant is not None)
+    for linear in products:
+        for rows in (*range(1, 13), 63, 64, 65, 300):
+            assert constant is None or torch.equal(linear(x[:rows]), linear(x)[:rows])
+            expected = exact_product(weight)(x[:rows])
+            expected += 1e-3 * torch.arange(rows)[:, None] if constant is None else constant
+            assert_close(linear(x[:rows]), expected, torch.float32)
 
 
 def test_linear_adds_to_the_residual(kernels: TorchKernels) -> None:

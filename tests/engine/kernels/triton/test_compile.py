@@ -5,9 +5,12 @@ memory is read ahead of what is computed. Bit gate: kernels that must agree to t
 the same instructions (`tests/support/kernel_arithmetic.py`), which another version of the compiler might change.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,75 +84,73 @@ LIMITS = {
 class Target(NamedTuple):
     name: str
     dtype: str
-    kernels: tuple[str, ...] = ("*",)  # patterns of their names
+    kernels: tuple[str, ...]  # patterns of their names
+    limited: tuple[str, ...] = ()  # of those whose limits are known
 
 
-# A kernel compiles for one to four seconds, so `make test` compiles one.
-SOON = [Target("cuda 9.0", "*bf16", ("linear 64x128",))]
 PRODUCTS, ATTENTION = ("linear [0-9]*", "add_splits"), ("attend 128", "reduce 128")
-WITH_LIMITS = [
-    Target("cuda 9.0", "*bf16"),
-    Target("cuda 8.0", "*fp16", (*PRODUCTS, *ATTENTION, "linear int4 of 128*")),
-    Target("cuda 8.6", "*fp16", ("linear 128x128", "attend 128")),
-    Target("cuda 8.9", "*bf16", ("linear 128x128", "attend 128")),
-    Target("cuda 10.0", "*bf16", (*PRODUCTS, *ATTENTION)),
+# All but experts and heads of more than 256 dimensions, which nobody has compiled for most targets yet.
+MOST = ("[!ae]*", "a[!t]*", "attend [!5]*", "expand*")
+LARGE = (*PRODUCTS, "attend [!5]*", "reduce [!5]*", "shrink", "expand")  # what takes much shared memory, or has bits
+# A kernel compiles for one to four seconds, so `make test` compiles one. Each table of tiles and each type is compiled
+# once, and each format of weights by a card that converts float8 (8.9, 9.0 and later) and by one that does not.
+TARGETS = [
+    Target("cuda 9.0", "*bf16", ("linear 64x128",), ("*",)),
+    Target("cuda 9.0", "*bf16", ("*",), ("*",)),
+    Target("cuda 8.0", "*fp16", MOST, (*PRODUCTS, *ATTENTION, "linear int4 of 128*")),
+    Target("cuda 8.6", "*fp16", ("linear 128x128", "attend 128"), ("*",)),
+    Target("cuda 8.9", "*bf16", (*LARGE, "linear float*", "linear int8 with*"), ("linear 128x128", "attend 128")),
+    Target("cuda 10.0", "*bf16", (*LARGE, "linear int*"), (*PRODUCTS, *ATTENTION)),
+    Target("cuda 12.0", "*fp16", (*PRODUCTS, *ATTENTION)),
+    Target("hip gfx942", "*fp16", (*LARGE, "linear float*")),
+    Target("cuda 9.0", "*fp32", (*LARGE, "linear int8 of*")),
 ]
-# All but experts and heads of more than 256 dimensions, which nobody has compiled for these targets yet.
-COMPILED = ("[!ae]*", "a[!t]*", "attend [!5]*", "expand*")
-LATER = [Target(name, dtype, COMPILED) for name in SHARED for dtype in ("*fp16", "*bf16", "*fp32")]
-LATER = [*WITH_LIMITS, *(target for target in LATER if (target.name, target.dtype) != ("cuda 9.0", "*bf16"))]
-WITH_ALL_PRODUCTS = [
-    target
-    for target in LATER
-    if target.name.startswith("cuda") and target.dtype != "*fp32" and {*target.kernels} & {"*", *PRODUCTS, *COMPILED}
-]
 
 
-def for_targets(soon: list[Target], later: list[Target]) -> pytest.MarkDecorator:
-    """Return a decorator that runs a test for targets, some of them only in `make test-long`."""
-    targets = [*soon, *(pytest.param(target, marks=pytest.mark.long) for target in later)]
-    return pytest.mark.parametrize("target", targets, ids=lambda target: " ".join([*target[:2], *target.kernels[:1]]))
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-@cache
-def compiled(target: Target, folder: Path) -> dict[str, Compiled]:
-    variants = variants_of(target.name, target.dtype)
-    chosen = [variant for variant in variants if any(fnmatch(variant.name, kernels) for kernels in target.kernels)]
-    return compile_kernels(target.name, chosen, folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder for what Triton compiles, so that nothing compiled before is taken for new."""
-    return tmp_path_factory.mktemp("triton")
-
-
-@for_targets(SOON, LATER)
-def test_resources(target: Target, folder: Path) -> None:
-    found = compiled(target, folder)
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(target, marks=[pytest.mark.long] if index else []) for index, target in enumerate(TARGETS)],
+    ids=lambda target: " ".join([*target[:2], *target.kernels[:1]]),
+)
+def test_what_is_compiled(target: Target, tmp_path: Path) -> None:
+    """All is checked of one compilation, in an empty folder, so that nothing compiled before is taken for new."""
+    variants = [some for some in variants_of(target.name, target.dtype) if matches(some.name, target.kernels)]
+    found = compile_kernels(target.name, variants, tmp_path)
     assert found
+    check_resources(target, found)
+    if target.name.startswith("cuda") and target.dtype != "*fp32":
+        check_instructions(target, found)
+        if "add_splits" in found:
+            check_products_of_all_tiles(target, found)
+            check_splits(found)
+            check_bias_and_residual(found)
+            check_merged_segments(target, found)
+
+
+def check_resources(target: Target, found: dict[str, Compiled]) -> None:
     assert [kernel.name for kernel in found.values() if kernel.shared > SHARED[target.name]] == []
-    if target not in [*SOON, *WITH_LIMITS]:
-        return
     beyond = []
     for kernel in found.values():
-        limit = next(limit for limit in LIMITS[target.name] if fnmatch(kernel.name, limit.kernels))
-        if kernel.registers > limit.registers or kernel.programs < limit.programs or kernel.spilled > limit.spilled:
-            beyond.append((kernel.name, kernel.registers, kernel.programs, kernel.spilled, limit))
+        if matches(kernel.name, target.limited):
+            limit = next(limit for limit in LIMITS[target.name] if fnmatch(kernel.name, limit.kernels))
+            if kernel.registers > limit.registers or kernel.programs < limit.programs or kernel.spilled > limit.spilled:
+                beyond.append((kernel.name, kernel.registers, kernel.programs, kernel.spilled, limit))
     assert beyond == []
 
 
-@for_targets(SOON, WITH_ALL_PRODUCTS)
-def test_products_use_tensor_cores_and_read_ahead(target: Target, folder: Path) -> None:
-    found = compiled(target, folder)
+def check_instructions(target: Target, found: dict[str, Compiled]) -> None:
+    """Products use tensor cores and read ahead."""
     products = [kernel for name, kernel in found.items() if name.startswith(("linear", "expert", "attend"))]
     assert products
     for kernel in products:
         (instruction,) = kernel.instructions
         is_small = kernel.name.startswith("attend 5")  # tiles of 16 rows for heads of more than 256
-        assert instruction.startswith("mma.sync" if is_small else INSTRUCTIONS.get(target.name, "mma.sync")), (
-            kernel.name
-        )
+        expected = "mma.sync" if is_small else INSTRUCTIONS.get(target.name, "mma.sync")
+        assert instruction.startswith(expected), kernel.name
         assert kernel.num_copies_ahead or "unaligned" in kernel.name or "attend 576" in kernel.name, kernel.name
 
 
@@ -175,10 +176,8 @@ def lines(kernel: Compiled, pointer: str) -> list[list[str]]:
     return [arithmetic(kernel).describe(key) for key in arithmetic(kernel).stored(pointer)]
 
 
-@for_targets([], WITH_ALL_PRODUCTS)
-def test_products_of_all_tiles_are_the_same(target: Target, folder: Path) -> None:
+def check_products_of_all_tiles(target: Target, found: dict[str, Compiled]) -> None:
     """A row is added up in the same way whatever the number of rows and the alignment of pointers and strides."""
-    found = compiled(target, folder)
     tiles = tiles_of(target.name, target.dtype)
     assert f"linear {tiles.linear.tiles[0].rows}x{tiles.linear.tiles[0].columns} unaligned" in found
     for name in ("", *PACKED):
@@ -191,9 +190,8 @@ def test_products_of_all_tiles_are_the_same(target: Target, folder: Path) -> Non
     assert not any(kernel.uses_fma for kernel in found.values() if kernel.arithmetic)
 
 
-@for_targets([], WITH_ALL_PRODUCTS)
-def test_splits_are_the_same_in_one_kernel_and_in_two(target: Target, folder: Path) -> None:
-    found = compiled(target, folder)
+def check_splits(found: dict[str, Compiled]) -> None:
+    """Splits are added in the same way in one kernel and in two."""
     whole = [kernel for name, kernel in found.items() if name.endswith("of 2 splits")]
     assert_same(whole, "out")
     (split,) = (kernel for name, kernel in found.items() if name.endswith(" split"))
@@ -204,9 +202,8 @@ def test_splits_are_the_same_in_one_kernel_and_in_two(target: Target, folder: Pa
     assert [both.describe(key)] == lines(whole[0], "out")
 
 
-@for_targets([], WITH_ALL_PRODUCTS)
-def test_bias_and_residual_are_added_to_the_same_sums(target: Target, folder: Path) -> None:
-    found = compiled(target, folder)
+def check_bias_and_residual(found: dict[str, Compiled]) -> None:
+    """Both are added to the same sums."""
     (size,) = {name.removesuffix(" alone") for name in found if name.endswith(" alone")}
     alone = arithmetic(found[f"{size} alone"])
     (rounded,) = alone.stored("out")
@@ -215,9 +212,8 @@ def test_bias_and_residual_are_added_to_the_same_sums(target: Target, folder: Pa
         assert sums in arithmetic(found[name]).expressions, name
 
 
-@for_targets([], WITH_ALL_PRODUCTS)
-def test_segments_are_merged_in_the_same_way_in_one_kernel_and_in_two(target: Target, folder: Path) -> None:
-    found = compiled(target, folder)
+def check_merged_segments(target: Target, found: dict[str, Compiled]) -> None:
+    """Segments are merged in the same way in one kernel and in two."""
     sizes = [size for size in HEADS if f"attend {size}" in found]
     assert sizes
     for size in sizes:
@@ -251,3 +247,22 @@ def test_segments_are_whole_steps() -> None:
     for tiles in TABLE.values():
         for sizes in (tiles.attention, tiles.attention_for(256)):
             assert sizes.segment % sizes.keys == 0
+
+
+# No offset overflows 32 bits: with a KV cache of 192 GB, 256 rows of 256k logits, prompts of 64k rows.
+
+
+KERNELS = {"linear", "add_splits", "attend", "reduce", "norm", "act_and_mul", "rope_and_store_kv"}
+KERNELS |= {"shrink", "expand", "top", "forbid", "add_biases", "penalise", "collect", "draw"}
+
+
+@pytest.mark.long
+def test_no_kernel_has_an_offset_that_overflows() -> None:
+    """In a process of its own, in which kernels are compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.triton_offsets"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    assert {name for name, texts in found.items() if texts} == set(), found
+    assert found.keys() >= KERNELS

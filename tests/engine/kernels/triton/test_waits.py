@@ -107,10 +107,8 @@ def watched(loaded: LoadedModel, waits: Waits) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load(
-        save_random_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path_factory.mktemp("model"), SEED),
-        max_num_seqs=64,
-    )
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    return load(save_random_model(model, tmp_path_factory.mktemp("model"), SEED), max_num_seqs=64)
 
 
 def run(loaded: LoadedModel, all_params: Sequence[SamplingParams]) -> None:
@@ -145,7 +143,9 @@ EVERY = [
 
 
 @pytest.mark.parametrize(
-    "chosen", [EVERY, EVERY[-2:], EVERY[:1], EVERY[1:2]], ids=["every", "samplers", "greedy", "any"]
+    "chosen",
+    [EVERY, EVERY[-2:], EVERY[:1], EVERY[1:2], [SamplingParams(max_tokens=0, pooling=Pooling.MEAN), EVERY[0]]],
+    ids=["every", "samplers", "greedy", "any", "embeddings"],
 )
 def test_nothing_waits(loaded: LoadedModel, waits: Waits, chosen: Sequence[SamplingParams]) -> None:
     with watched(loaded, waits):
@@ -156,13 +156,16 @@ def test_nothing_waits(loaded: LoadedModel, waits: Waits, chosen: Sequence[Sampl
 def test_sampling_64_streams_does_not_wait(loaded: LoadedModel, waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all settings for which the sampler has kernels, log probabilities, and a mask for every other row."""
     settings: dict[str, Any] = {
-        **{"temperature": 0.8, "min_p": 0.01, "logit_bias": {3: 2.0}, "min_tokens": 3},
-        **{"repetition_penalty": 1.1, "frequency_penalty": 0.1, "presence_penalty": 0.2, "bad_words": ((3,), (4, 5))},
-        **{"stop_token_ids": (7,), "logprobs": 5},
+        "temperature": 0.8,
+        "min_p": 0.01,
+        "logit_bias": {3: 2.0},
+        "min_tokens": 3,
+        "logprobs": 5,
     }
-    others: list[dict[str, Any]] = [{}] * 64
-    others[:3] = {"logprob_token_ids": (1, 2)}, {"post_sampling_probs": True}, {"temperature": 0.0}
-    others[3:5] = {"logprobs": 0}, {"top_k": 40, "top_p": 0.9}
+    settings |= {"repetition_penalty": 1.1, "frequency_penalty": 0.1, "presence_penalty": 0.2, "stop_token_ids": (7,)}
+    settings |= {"bad_words": ((3,), (4, 5)), "logprobs": 5}
+    others: list[dict[str, Any]] = [{"logprob_token_ids": (1, 2)}, {"post_sampling_probs": True}, {"temperature": 0.0}]
+    others += [{"logprobs": 0}, {"top_k": 40, "top_p": 0.9}, *[{}] * 59]
     rows = [make_row(seed=seed, **settings | other) for seed, other in enumerate(others)]
     for row in rows:
         row.request.kv.tables = [BlockTable()]
@@ -177,12 +180,6 @@ def test_sampling_64_streams_does_not_wait(loaded: LoadedModel, waits: Waits, mo
     found = outputs.read()
     assert [len(output.logprobs[0].top_token_ids) for output in found if output.logprobs] == [2, 5, 5, 0, *[5] * 60]
     assert all(output.token_ids[0] % 2 == 0 for output in found[::2])
-
-
-def test_embeddings_do_not_wait(loaded: LoadedModel, waits: Waits) -> None:
-    with watched(loaded, waits):
-        run(loaded, [SamplingParams(max_tokens=0, pooling=Pooling.MEAN), SOME(temperature=0.0)])
-    assert not waits.found
 
 
 def test_mirostat_waits(loaded: LoadedModel, waits: Waits) -> None:
