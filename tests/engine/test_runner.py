@@ -14,8 +14,8 @@ from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit, TokenLogprobs
 from tests.support.answers import Answer, errors_of, run
-from tests.support.examples import IS_LONG
 from tests.support.kernel_choice import choose_kernels
+from tests.support.tiny_engine import TINY_SHAPE
 from tests.support.tiny_models import save_random_model
 
 VOCAB_SIZE = 300
@@ -25,19 +25,8 @@ NAN_TOKEN = 299  # its embedding is NaN, so requests that read it fail
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    shape = TINY_SHAPE | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 512, "eos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(**shape))
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +87,6 @@ def assert_logprobs(entries: list[TokenLogprobs], token_ids: list[int], logits: 
         top = row.topk(num_top)
         assert entry.top_token_ids == top.indices.tolist()
         assert entry.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-3)
-
-
-@pytest.mark.drawn
-def test_prompt_logprobs_of_chunks_equal_those_in_one_piece(loaded: LoadedModel) -> None:
-    submits = [submit(f"r{n}", prompt_of(n, n), prompt_logprobs=3, temperature=0.0) for n in (1, 2, 64, 65, 150, 300)]
-    whole = run_each(loaded, submits)
-    assert [len(answer.prompt_logprobs) for answer in whole.values()] == [0, 1, 63, 64, 149, 299]
-    for chunk in (1, 7, 64) if IS_LONG else (7,):
-        assert run_all(loaded, submits, chunk) == whole, f"in chunks of {chunk}"
 
 
 def test_log_probabilities_of_the_prompt_change_no_token(loaded: LoadedModel) -> None:

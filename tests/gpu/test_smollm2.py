@@ -17,15 +17,14 @@ from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
 from server.text.tokenizer import Tokenizer
 from tests.bench.quality import TEXT
-from tests.engine.test_batch_invariance import MAX_MODEL_LEN, submits
+from tests.engine.test_promise import requests
 from tests.support.answers import assert_same, make_engine, run, run_alone
 from tests.support.kernel_device import ON_A_GPU
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import all_logits, fingerprint_of
 
-__all__ = ["submits"]  # the fixture
-
 pytestmark = ON_A_GPU
+MAX_MODEL_LEN = 1024
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"quantization": "none"},
@@ -45,6 +44,11 @@ def load(path: Path, **settings: Any) -> LoadedModel:
     )
     capture_graphs(loaded.runner)
     return loaded
+
+
+@pytest.fixture(scope="module")
+def submits() -> list[Submit]:
+    return requests((5, 8, 17, 31, 32, 33, 64, 100, 128, 200, 255, 256, 257, 400, 700, 900))
 
 
 @each_setting

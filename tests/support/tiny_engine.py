@@ -16,21 +16,21 @@ from tests.support.tiny_models import save_random_model
 MAX_MODEL_LEN = 128
 BLOCK_SIZE = 16
 EOS = 7
+TINY_SHAPE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+}
 
 
 def load_tiny_model(folder: Path) -> LoadedModel:
-    shape = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_MODEL_LEN,
-        bos_token_id=None,
-        eos_token_id=EOS,
-    )
-    save_random_model(LlamaForCausalLM(shape), folder, seed=1)
+    save_random_model(LlamaForCausalLM(LlamaConfig(**TINY_SHAPE)), folder, seed=1)
     config = EngineConfig(model_path=str(folder), block_size=BLOCK_SIZE, max_num_seqs=8, kv_cache_memory=1 << 21)
     return load_model(config)
 
