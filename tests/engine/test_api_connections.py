@@ -128,11 +128,9 @@ def expected(tiny_model: LoadedModel) -> Answers:
 
 def assert_only_one_fails(answers: Answers, expected: Answers, name: str, error: str) -> None:
     """All choices of one request fail."""
-    assert {choice[0] for choice in errors_of(answers)} == {name}
-    assert all(answer.error == error for choice, answer in answers.items() if choice[0] == name)
-    assert {choice: answers.get(choice) for choice in expected if choice[0] != name} == {
-        choice: answer for choice, answer in expected.items() if choice[0] != name
-    }
+    assert errors_of(answers) == {choice: error for choice in answers if choice[0] == name} != {}
+    others = {choice: answer for choice, answer in answers.items() if choice[0] != name}
+    assert others == {choice: answer for choice, answer in expected.items() if choice[0] != name}
 
 
 @pytest.mark.checklist("F01", "F02")
@@ -226,7 +224,7 @@ def test_a_call_of_the_socket_fails(connected: Connected, method: str, monkeypat
     """The k-th one, for all k or a draw of them: nobody notices."""
     monkeypatch.setattr(api_connections, "PAUSE", 0.0)
     expected, num_calls = run_with_failing_calls(connected, method, lambda _: False, MemoryError())
-    for number in drawn(num_calls, 8, 60):
+    for number in drawn(num_calls, 8, 30):
         error = ERRORS[number % len(ERRORS)]
         answers, _ = run_with_failing_calls(connected, method, number.__eq__, error)
         assert answers == expected, (number, error)
@@ -291,14 +289,7 @@ def test_messages_of_which_nothing_can_be_read(connected: Connected, expected: A
 @pytest.mark.checklist("F01")
 @pytest.mark.parametrize(
     "damage",
-    [
-        {"prompt_token_ids": "x"},
-        {"params": None},
-        {"n": "x"},
-        {"n": 2, "arrival": []},
-        {"type": "Nothing"},
-        {"n": 2**40},
-    ],
+    [{"prompt_token_ids": "x"}, {"n": "x"}, {"n": 2, "arrival": []}, {"type": "Nothing"}, {"n": 2**40}],
     ids=repr,
 )
 def test_a_request_that_cannot_be_read(connected: Connected, expected: Answers, damage: dict[str, object]) -> None:

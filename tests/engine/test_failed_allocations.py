@@ -175,7 +175,7 @@ def test_an_allocation_fails(scenario: Scenario, kind: Kind, *, overlaps: bool) 
     counting = Allocations()
     expected = scenario.run(counting, overlaps=overlaps)
     assert not errors_of(expected)
-    for number in drawn(counting.counts[kind], 3, 40):
+    for number in drawn(counting.counts[kind], 3, 10):
         answers = scenario.run(Allocations(kind, number), overlaps=overlaps)
         assert len({name for name, _ in errors_of(answers)}) <= 1, number
         assert answers.keys() == expected.keys()

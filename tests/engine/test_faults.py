@@ -23,7 +23,6 @@ from engine.batch.inputs import BatchInputs
 from engine.core import BrokenDeviceError, Engine
 from engine.loading import LoadedModel
 from engine.runner import ModelRunner, PendingOutputs
-from engine.scheduling.budget import RECOVERY_STEPS
 from engine.scheduling.record import RequestRecord, StepClock
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step
 from engine.scheduling.sequences import Sequences
@@ -47,29 +46,21 @@ pytestmark = pytest.mark.drawn
 
 Fault = Callable[[str, Step], BaseException | None]  # at a place of a step: forward, sample, read, not finite, update
 
+REPETITION = RepetitionDetection(min_pattern_size=1, max_pattern_size=9, min_count=2)
 SPECIAL: list[dict[str, Any]] = [
     {"extra_samplers": ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, dry_multiplier=0.8), "max_tokens": 20},
     {"extra_samplers": ExtraSamplers(order=MIROSTAT_ORDER, mirostat=1), "frequency_penalty": 0.5, "max_tokens": 15},
     {"pooling": Pooling.MEAN, "max_tokens": 0},
-    {
-        "repetition_detection": RepetitionDetection(min_pattern_size=1, max_pattern_size=9, min_count=2),
-        "temperature": 0.0,
-        "max_tokens": 30,
-    },
+    {"repetition_detection": REPETITION, "temperature": 0.0, "max_tokens": 30},
 ]
 
 
 def submits() -> list[Submit]:
     """Return requests with all settings that keep something between tokens."""
-    special = [
-        Submit(
-            request_id=f"s{number}",
-            prompt_token_ids=list(range(10 + 7 * number)),
-            params=SamplingParams(**{"seed": number, "ignore_eos": True} | params),
-            arrival=0.0,
-        )
-        for number, params in enumerate(SPECIAL)
-    ]
+    special = []
+    for number, fields in enumerate(SPECIAL):
+        prompt, params = list(range(10 + 7 * number)), SamplingParams(**{"seed": number, "ignore_eos": True} | fields)
+        special.append(Submit(request_id=f"s{number}", prompt_token_ids=prompt, params=params, arrival=0.0))
     return [*mixed_submits(), *special]
 
 
@@ -199,7 +190,7 @@ def assert_nothing_wrong_is_cached(engine: Engine, expected: Answers) -> None:
 
 
 @pytest.mark.checklist("F03")
-@pytest.mark.parametrize(("max_rows", "overlaps"), [(1, False), (20, True)])
+@pytest.mark.parametrize(("max_rows", "overlaps"), [(3, False), (20, True)])
 def test_large_steps_fail(
     tiny_model: LoadedModel, expected: Answers, max_rows: int, overlaps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,51 +208,6 @@ def test_large_steps_fail(
     assert released == list(range(1, device.num_faults + 1))
     assert released
     assert all(step.num_tokens <= max_rows for step in engine.recorder.steps)
-
-
-@pytest.mark.checklist("F02")
-@pytest.mark.parametrize(("name", "place", "overlaps"), [("r0", "forward", False), ("r5", "sample", True)])
-def test_one_request_never_fits(
-    tiny_model: LoadedModel, expected: Answers, name: str, place: str, overlaps: bool
-) -> None:
-    """It ends with an error of its own, whether it is the first in the queue or not."""
-
-    def fault(where: str, step: Step) -> BaseException | None:
-        is_hit = where == place and any(item.request.request_id == name for item in step.scheduled)
-        return torch.OutOfMemoryError("CUDA out of memory") if is_hit else None
-
-    engine, device = faulty_engine(tiny_model, fault, overlaps=overlaps)
-    answers = run(engine, submits())
-    assert device.hit_alone == {choice for choice in expected if choice[0] == name}
-    assert_only_these_fail(answers, device.hit_alone, expected)
-    error = "the device has too little memory for this request"
-    assert all(answers[choice] == Answer(reason=FinishReason.ERROR, error=error) for choice in device.hit_alone)
-
-
-@pytest.mark.checklist("F03")
-@pytest.mark.parametrize("seed", range(num_examples(4, 60)))
-def test_random_launches_run_out_of_memory(tiny_model: LoadedModel, expected: Answers, seed: int) -> None:
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    rate, max_rows = rng.choice([0.05, 0.3, 0.6]), rng.choice([2, 20, 1000])
-    numbers = itertools.count()
-
-    def fault(place: str, step: Step) -> BaseException | None:
-        if place not in ("forward", "sample"):
-            return None
-        is_drawn = rng.random() < (rate if step.num_tokens > 1 else 0.002)
-        is_hit = step.num_tokens > max_rows or is_drawn or next(numbers) == 5
-        return torch.OutOfMemoryError("CUDA out of memory") if is_hit else None
-
-    settings = random_settings(rng) | {"enable_prefix_caching": rng.random() < 0.7}
-    engine, device = faulty_engine(tiny_model, fault, **settings)
-    requests = submits()
-    rng.shuffle(requests)
-    answers = run(engine, requests)
-    assert device.num_faults > 0
-    assert_only_these_fail(answers, device.hit_alone, expected)
-    device.fault = never
-    assert_nothing_wrong_is_cached(engine, expected)
 
 
 @pytest.mark.checklist("F03")
@@ -288,28 +234,6 @@ def test_the_driver_lacks_memory(
     assert release.call_count == 3
 
 
-def test_the_limit_on_rows_recovers(tiny_model: LoadedModel) -> None:
-    """After a step that failed once, the limit doubles every few steps until it is what it was."""
-    failures = iter([None, torch.OutOfMemoryError()])
-    engine, _ = faulty_engine(tiny_model, lambda place, step: next(failures, None) if place == "forward" else None)
-    params = SamplingParams(max_tokens=120, ignore_eos=True)
-    engine.add(Submit(request_id="a", prompt_token_ids=[1] * 3, params=params, arrival=0.0))
-    engine.step()
-    engine.add(Submit(request_id="b", prompt_token_ids=[2] * 19, params=params, arrival=0.0))
-    budget = engine.scheduler.budget
-    assert engine.step() == (None, [])
-    assert budget.limit == 10  # the step had a row for the first request, and 19
-    limits = []
-    while engine.has_work:
-        engine.step()
-        limits.append(budget.limit)
-    assert limits[: RECOVERY_STEPS - 1] == [10] * (RECOVERY_STEPS - 1)
-    assert limits[RECOVERY_STEPS - 1] == 20
-    assert limits[2 * RECOVERY_STEPS - 1] == 40
-    assert max(limits) <= budget.max_num_rows
-    assert budget.num_rows([]) == budget.limit
-
-
 # Steps that fail.
 
 FAULTS: list[tuple[str, BaseException]] = [
@@ -319,14 +243,14 @@ FAULTS: list[tuple[str, BaseException]] = [
     ("not finite", RuntimeError("not finite")),
     ("update", RuntimeError("update")),
     ("forward", MemoryError()),
+    ("sample", torch.OutOfMemoryError("CUDA out of memory")),
 ]
 
 
 @pytest.mark.checklist("F02", "F07")
-@pytest.mark.parametrize("seed", range(num_examples(12, 150)))
+@pytest.mark.parametrize("seed", range(num_examples(14, 42)))
 def test_who_causes_a_fault_fails_alone(tiny_model: LoadedModel, expected: Answers, seed: int) -> None:
     """One to three of the requests fail, from their n-th step on; nothing wrong stays in the cache."""
-    print(f"seed {seed}")
     rng = random.Random(seed)
     place, error = FAULTS[seed % len(FAULTS)]
     requests = submits()
@@ -349,24 +273,29 @@ def test_who_causes_a_fault_fails_alone(tiny_model: LoadedModel, expected: Answe
     assert failed <= hits
     # With overlap, a step can fail that was launched before the token that ended the request was read.
     assert all(answers[name, 0].reason is FinishReason.STOP for name in hits - failed)
-    assert_only_these_fail(answers, {choice for choice in device.hit_alone if choice in expected}, expected)
+    assert_only_these_fail(answers, device.hit_alone, expected)
     device.fault = never
     assert_nothing_wrong_is_cached(engine, expected)
 
 
-@pytest.mark.parametrize("seed", range(num_examples(6, 100)))
+@pytest.mark.checklist("F03")
+@pytest.mark.parametrize("seed", range(num_examples(6, 42)))
 def test_a_fault_that_passes_leaves_no_trace(tiny_model: LoadedModel, expected: Answers, seed: int) -> None:
-    """Now and then a launch fails, whoever is in it: unless it has one request only, it is run again."""
-    print(f"seed {seed}")
+    """Now and then a launch fails, whoever is in it: it is run again, unless it cannot be made smaller."""
     rng = random.Random(seed)
-    (place, error), rate = FAULTS[seed % len(FAULTS)], rng.choice([0.02, 0.2])
+    (place, error), numbers = [fault for fault in FAULTS if fault[0] != "update"][seed % 6], itertools.count()
+    lacks_memory, rate = isinstance(error, torch.OutOfMemoryError | MemoryError), rng.choice([0.02, 0.3, 0.6])
 
     def fault(where: str, step: Step) -> BaseException | None:
-        return error if where == place and len(step.scheduled) > 1 and rng.random() < rate else None
+        is_large = step.num_tokens > 1 if lacks_memory else len(step.scheduled) > 1
+        return error if where == place and is_large and (rng.random() < rate or next(numbers) == 5) else None
 
-    engine, device = faulty_engine(tiny_model, fault, **random_settings(rng))
+    settings = random_settings(rng) | {"enable_prefix_caching": rng.random() < 0.7}
+    engine, device = faulty_engine(tiny_model, fault, **settings)
     assert run(engine, submits()) == expected
-    assert not device.hit_alone
+    assert device.num_faults > 0
+    device.fault = never
+    assert_nothing_wrong_is_cached(engine, expected)
 
 
 @pytest.mark.checklist("F02", "F04")
@@ -465,13 +394,12 @@ class FailingMethod:
 
 
 @pytest.mark.checklist("F02", "F10")
-@pytest.mark.parametrize("seed", range(num_examples(1, 10)))
+@pytest.mark.parametrize("seed", range(num_examples(1, 3)))
 @pytest.mark.parametrize("place", PLACES)
 def test_who_is_handled_when_a_fault_occurs_fails_alone(
     tiny_model: LoadedModel, expected: Answers, place: str, seed: int
 ) -> None:
     """Few blocks, so that requests preempt each other; some launches fail besides, so that steps run again."""
-    print(f"seed {seed}")
     rng = random.Random(f"{place} {seed}")
     requests = submits()
     rng.shuffle(requests)

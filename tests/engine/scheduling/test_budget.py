@@ -37,17 +37,13 @@ PROMPT = new_running(1000, 64)
 @pytest.mark.parametrize("seed", range(num_examples(3, 100)))
 def test_rows_that_take_a_time(seed: int) -> None:
     """Of steps on a line, the number of rows is that of the line, within what the times differ by."""
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    times = StepTimes()
+    times, rng = StepTimes(), random.Random(seed)
     base, slope, noise = rng.uniform(0, 30), rng.uniform(0.01, 2), rng.choice([0.0, 0.05])
     for _ in range(60):
         num_rows = rng.randint(1, 200)
         times.add(num_rows, (base + slope * num_rows) * rng.uniform(1 - noise, 1 + noise))
-    for num_rows in (50, 100, 150):
-        ms = base + slope * num_rows
-        found = times.num_rows(ms)
-        assert base + slope * found == pytest.approx(ms, rel=0.1 + noise)
+    for ms in (base + 50 * slope, base + 100 * slope, base + 150 * slope):
+        assert base + slope * times.num_rows(ms) == pytest.approx(ms, rel=0.1 + noise)
 
 
 def test_steps_of_one_size_tell_the_mean_time_of_a_row() -> None:

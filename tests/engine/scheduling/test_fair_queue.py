@@ -6,6 +6,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -40,27 +41,11 @@ class Rig:
             max_model_len=min(4000, 4 * self.num_blocks),
         )
 
-    def add(
-        self,
-        tenant: str,
-        num_prompt_tokens: int = 3,
-        max_tokens: int = 8,
-        *,
-        n: int = 1,
-        priority: int = 0,
-        weight: float = 1.0,
-    ) -> Request:
+    def add(self, tenant: str, num_prompt_tokens: int = 3, max_tokens: int = 8, **fields: Any) -> Request:
         """Submit a prompt that shares no prefix with others."""
-        submit = Submit(
-            request_id=f"{tenant}{self.num_submitted}",
-            prompt_token_ids=list(range(num_prompt_tokens)),
-            params=SamplingParams(max_tokens=max_tokens),
-            arrival=self.now,
-            n=n,
-            priority=priority,
-            tenant=tenant,
-            weight=weight,
-        )
+        fields |= {"request_id": f"{tenant}{self.num_submitted}", "prompt_token_ids": list(range(num_prompt_tokens))}
+        params = SamplingParams(max_tokens=max_tokens)
+        submit = Submit(params=params, arrival=self.now, tenant=tenant, **fields)
         salt = b"%d" % self.num_submitted
         request = new_request(submit, salt=salt, arrival_number=self.num_submitted, now=self.now)
         self.num_submitted += 1
@@ -129,15 +114,6 @@ def test_turns(requests: list[tuple[str, int, int, float]], turns: str) -> None:
     assert run(rig) == [[turn] for turn in turns.split()]
 
 
-def test_a_weight_is_a_share_of_the_tokens() -> None:
-    rig = Rig(max_num_seqs=1)
-    for _ in range(90):
-        rig.add("a", num_prompt_tokens=10, max_tokens=1)
-        rig.add("b", num_prompt_tokens=10, max_tokens=1, weight=2.0)
-    rig.steps(60)
-    assert rig.served == {"a": 200, "b": 400}
-
-
 def test_a_weight_is_a_share_of_the_slots() -> None:
     rig = Rig(max_num_seqs=8)
     for _ in range(8):
@@ -178,10 +154,9 @@ def test_counters_of_tenants_that_are_gone_are_forgotten() -> None:
 
 
 @pytest.mark.drawn
-@pytest.mark.parametrize("seed", range(num_examples(8, 500)))
+@pytest.mark.parametrize("seed", range(num_examples(8, 60)))
 def test_what_two_waiting_tenants_got_differs_by_two_requests_at_most(seed: int) -> None:
     """The bound of the Virtual Token Counter, where one request runs at a time."""
-    print(f"seed {seed}")
     rng = random.Random(seed)
     rig = Rig(max_num_seqs=1)
     weights = {"a": 1.0, "b": rng.choice([0.5, 1.0, 4.0])}
@@ -235,17 +210,6 @@ def test_of_many_tenants_each_gets_a_slot_before_one_gets_two() -> None:
     rig.step()
     assert [len(rig.running(tenant)) for tenant in "abcdefgh"] == [1] * 6 + [0] * 2
     assert rig.num_preemptions == 3
-
-
-@pytest.mark.parametrize("max_num_seqs", [1, 2])
-def test_a_tenants_only_request_is_not_preempted(max_num_seqs: int) -> None:
-    rig = Rig(max_num_seqs=max_num_seqs)
-    first = [rig.add(tenant, max_tokens=20) for tenant in "ab"[:max_num_seqs]]
-    rig.step()
-    rig.add("c")
-    rig.steps(10)
-    assert all(request.status is Status.RUNNING for request in first)
-    assert rig.num_preemptions == 0
 
 
 def test_blocks_are_shared_like_slots() -> None:

@@ -21,9 +21,8 @@ from tests.support.tiny_engine import MAX_MODEL_LEN, load_tiny_model
 
 
 @pytest.mark.drawn
-@pytest.mark.parametrize("seed", range(num_examples(20, 1000)))
+@pytest.mark.parametrize("seed", range(num_examples(20, 200)))
 def test_it_has_all_rows_and_all_samples(seed: int) -> None:
-    print(f"seed {seed}")
     rng = random.Random(seed)
     max_num_seqs, max_model_len, block_size = rng.randint(1, 40), rng.choice([1, 2, 3, 50, 500]), rng.choice([16, 32])
     max_num_rows = max_num_seqs + rng.choice([0, 1, rng.randint(0, 2000)])

@@ -2,14 +2,7 @@
 
 import pytest
 
-from engine.scheduling.record import (
-    Recorder,
-    RequestRecord,
-    RowRecord,
-    StepClock,
-    StepRecord,
-)
-from engine.shared.records import Chunk
+from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepClock, StepRecord
 
 
 def request_record(index: int = 0) -> RequestRecord:
@@ -52,17 +45,14 @@ def test_the_oldest_steps_are_dropped_when_there_are_too_many_rows(monkeypatch: 
 
 
 def test_timings_of_a_request() -> None:
-    record = request_record()
-    record.scheduled, record.first_token, record.finished = 3.0, 4.0, 5.0
-    record.num_cached_tokens, record.num_output_tokens, record.num_accepted_tokens = 2, 7, 3
-    record.chunks += [Chunk(1, 2, 2), Chunk(2, 4, 1)]
-    record.num_ahead = 6
+    record, names = request_record(), ["arrival", "queued", "scheduled", "first_token", "finished"]
+    names += [f"num_{part}" for part in ("prompt_tokens", "cached_tokens", "output_tokens", "ahead", "accepted_tokens")]
+    for number, name in enumerate(names, 1):
+        setattr(record, name, number)
     record.preemptions += [3.25, 4.25, 4.75]
     record.resumptions += [3.75, 4.5]  # it ended while preempted
     times = record.times()
-    assert (times.arrival, times.queued, times.scheduled, times.first_token, times.finished) == (1, 2, 3, 4, 5)
-    assert (times.num_prompt_tokens, times.num_cached_tokens, times.num_output_tokens) == (5, 2, 7)
-    assert (times.num_ahead, times.num_chunks, times.num_accepted_tokens) == (6, 2, 3)
+    assert [getattr(times, name) for name in names] == list(range(1, 11))
     assert times.preempted(5.0) == (0.5, 0.5)
 
 

@@ -1,11 +1,11 @@
-"""Requests: the seeds of their choices, what a step computes of them, and counts of their tokens."""
+"""Requests: the seeds of their choices, what sampling keeps of them, and counts of their tokens."""
 
 import hashlib
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.scheduling.request import Request, SamplingRow, Scheduled, choice_seed, new_request
+from engine.scheduling.request import SamplingRow, choice_seed, new_request
 from engine.scheduling.token_counts import TokenCounts
 from engine.shared.messages import SamplingParams, Submit
 from tests.support.examples import num_examples
@@ -13,45 +13,19 @@ from tests.support.examples import num_examples
 seeds = st.integers(-(2**63), 2**63 - 1)
 
 
-def new(prompt: list[int]) -> Request:
-    submit = Submit(
-        request_id="r", prompt_token_ids=prompt, params=SamplingParams(max_tokens=4), arrival=1.5, priority=-2
-    )
-    return new_request(submit, salt=b"", arrival_number=9, now=2.5)
-
-
-@given(seeds)
-def test_choice_0_has_the_seed_of_the_request_as_64_bits(seed: int) -> None:
-    assert choice_seed(seed, 0) == seed % 2**64
-
-
 @given(seeds, st.integers(1, 128))
-def test_other_choices_have_a_seed_derived_from_seed_and_index(seed: int, index: int) -> None:
+def test_seeds_of_choices(seed: int, index: int) -> None:
+    assert choice_seed(seed, 0) == seed % 2**64
     digest = hashlib.sha256(b"lightwell.choice")
     digest.update((seed % 2**64).to_bytes(8, "little"))
     digest.update(index.to_bytes(8, "little"))
     assert choice_seed(seed, index) == int.from_bytes(digest.digest()[:8], "little")
 
 
-def test_what_a_step_computes_and_samples_of_a_request_and_its_draft() -> None:
-    request = new([5, 6, 7])
-    request.token_ids.append(8)
-    item = Scheduled(request, start=2, num_tokens=4, num_samples=3, draft_token_ids=[1, 2])
-    assert item.token_ids == [7, 8, 1, 2]
-    first, *rest = item.sampling_rows
-    assert first.request is request
-    assert first.token_ids is request.token_ids, "a row without a draft copies nothing"
-    for row, draft in zip(rest, ([1], [1, 2]), strict=True):
-        assert row.token_ids == [5, 6, 7, 8, *draft]
-        assert (row.num_prompt_tokens, row.num_output_tokens) == (3, 1 + len(draft))
-        assert (row.params, row.seed) == (request.params, request.seed)
-    assert request.token_ids == [5, 6, 7, 8]
-    assert Scheduled(request, start=0, num_tokens=2, num_samples=0).sampling_rows == []
-    assert Scheduled(request, start=0, num_tokens=2, num_samples=0).token_ids == [5, 6]
-
-
 def test_rewinding_forgets_the_tokens_that_a_step_has_sampled_in_vain() -> None:
-    request = new([5, 6, 7])
+    params = SamplingParams(max_tokens=4)
+    submit = Submit(request_id="r", prompt_token_ids=[5, 6, 7], params=params, arrival=0.0)
+    request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
     request.token_ids += [8, 8]
     request.history()
     row = SamplingRow(request)

@@ -17,6 +17,8 @@ REPEATS = RepetitionDetection(min_pattern_size=1, max_pattern_size=2, min_count=
 CASES: list[tuple[dict[str, Any], list[int], list[int], FinishReason | None]] = [
     ({}, [4, 5], [4, 5], None),
     ({}, [4, 9, 5], [4, 9], FinishReason.STOP),
+    ({"min_tokens": 3}, [4, 9, 5], [4, 9, 5], None),
+    ({"stop_token_ids": (5,), "min_tokens": 3, "ignore_eos": True}, [5, 9, 5, 6], [5, 9, 5], FinishReason.STOP),
     ({"ignore_eos": True, "max_tokens": 2}, [4, 9, 5], [4, 9], FinishReason.LENGTH),
     ({"max_tokens": 0}, [4], [], FinishReason.LENGTH),
     ({"repetition_detection": REPEATS}, [4, 4, 4, 4], [4, 4, 4], FinishReason.REPETITION),
@@ -40,7 +42,7 @@ def test_extend_and_restore(
         assert Sequences(20, [9]).extend(item, output, event) == reason
         assert event.token_ids == request.output_token_ids == token_ids
         assert event.embedding == [0.6, 0.8]
-        assert event.stop_token_id == (9 if reason is FinishReason.STOP else None)
+        assert event.stop_token_id == (token_ids[-1] if reason is FinishReason.STOP else None)
         assert len(request.prompt_outputs.logprobs) == 1
         assert num_rejected(item, output, event) == len(sampled) - 1 - min(len(sampled) - 1, len(token_ids))
         request.restore(savepoint)

@@ -14,7 +14,6 @@ from engine.scheduling.speculation import (
     Drafter,
     SpeculationPolicy,
     choose_policy,
-    num_confirmed,
 )
 
 # The search.
@@ -127,22 +126,6 @@ def test_policies() -> None:
     assert [AUTO.num_spare_rows(num, 100) for num in (1, 7, 8, 50)] == [7, 1, 0, -42]
     assert AUTO.num_spare_rows(1, 3) == 3
     assert NGRAM.num_spare_rows(1000, 3) == 3
-
-
-@pytest.mark.parametrize(
-    ("token_ids", "not_finite", "draft", "num"),
-    [
-        ([5], (), [], 1),
-        ([5, 6, 7], (), [5, 6], 3),
-        ([5, 6, 7], (), [5, 9], 2),
-        ([5, 6, 7], (), [9, 6], 1),
-        ([5, 6, 7], (1,), [5, 6], 1),
-        ([5, 6, 7], (2,), [5, 9], 2),
-        ([], (), [], 0),
-    ],
-)
-def test_which_tokens_are_true(token_ids: list[int], not_finite: Sequence[int], draft: list[int], num: int) -> None:
-    assert num_confirmed(token_ids, [row not in not_finite for row in range(len(token_ids))], draft) == num
 
 
 def test_asking_again_for_a_draft_changes_nothing() -> None:
