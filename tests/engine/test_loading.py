@@ -15,21 +15,10 @@ from engine.config import EngineConfig
 from engine.loading import Limits, choose_device, choose_dtype, choose_limits, load_model, measure_activations
 from engine.model.rotary import inverse_frequencies
 from tests.support.family_models import save_family_model
-from tests.support.model_configs import llama_config
+from tests.support.model_configs import TINY, llama_config
 
 CPU = torch.device("cpu")
-MODEL = llama_config(
-    architecture="llama",
-    vocab_size=100,
-    num_token_ids=100,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=4096,
-)
+MODEL = llama_config(**TINY | {"max_position_embeddings": 4096})
 
 
 @pytest.mark.parametrize(
@@ -73,18 +62,13 @@ def test_dtype() -> None:
 
 
 def test_limits() -> None:
+    """What is wrong is said before the weights are read."""
     assert choose_limits(EngineConfig(model_path=""), MODEL, CPU) == Limits(4096, 128, 256)
     config = EngineConfig(model_path="", max_model_len=100, max_num_seqs=600)
     assert choose_limits(config, MODEL, CPU) == Limits(100, 600, 600)
 
-
-def test_context_longer_than_the_model_was_trained_for() -> None:
     with pytest.raises(ValueError, match=r"--max-model-len 4097.* 4096"):
         choose_limits(EngineConfig(model_path="", max_model_len=4097), MODEL, CPU)
-
-
-def test_fewer_tokens_in_a_step_than_sequences() -> None:
-    """The error is raised before the weights are read."""
     with pytest.raises(ValueError, match=r"max.num.batched.tokens \(?100.*max.num.seqs \(?128"):
         choose_limits(EngineConfig(model_path="", max_num_batched_tokens=100), MODEL, CPU)
 

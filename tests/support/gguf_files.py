@@ -25,9 +25,10 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray[Any, Any]] | None = None,
     types: Mapping[str, gguf.GGMLQuantizationType] | None = None,
     arch: str = "llama",
+    **options: Any,
 ) -> Path:
     """Write a GGUF file. Tensors named in `types` hold the packed bytes of that type, [rows, bytes of a row]."""
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, **options)
     for key, value in metadata.items():
         add_value(writer, key, value)
     for name, tensor in (tensors or {}).items():

@@ -66,9 +66,7 @@ def steps(draw: st.DrawFn, block_size: int, num_groups: int) -> Step:
 def test_rows_of_a_step(data: st.DataObject, block_size: int, num_groups: int) -> None:
     max_num_tokens = MAX_NUM_SEQS * MAX_MODEL_LEN
     builder = BatchBuilder(
-        BatchLimits(max_num_tokens, MAX_NUM_SEQS, MAX_MODEL_LEN, block_size, VOCAB_SIZE),
-        CPU,
-        num_groups=num_groups,
+        BatchLimits(max_num_tokens, MAX_NUM_SEQS, MAX_MODEL_LEN, block_size, VOCAB_SIZE), CPU, num_groups=num_groups
     )
     for _ in range(3):  # what one step leaves in the buffers must not affect the next
         step = data.draw(steps(block_size, num_groups))

@@ -40,29 +40,6 @@ def test_what_is_no_number(value: object) -> None:
         Fields("file", {"a": value}).number("a", None, zero=False)
 
 
-def test_lists() -> None:
-    fields = Fields("file", {"one": 3, "many": [1, 2], "bad": [1, True], "numbers": [1, 2.5]})
-    assert fields.integers("one", 2) == [3, 3]
-    assert fields.integers("many", 2) == [1, 2]
-    assert fields.integers("none", 2, 9) == [9, 9]
-    assert fields.numbers("numbers", 2) == (1.0, 2.5)
-    for key, count in (("many", 3), ("bad", 2)):
-        with pytest.raises(ValueError, match=f"file: {key}: must be {count} integers of at least 1"):
-            fields.integers(key, count)
-    with pytest.raises(ValueError, match="file: numbers: must be 3 positive numbers"):
-        fields.numbers("numbers", 3)
-
-
-def test_nested_fields_say_where_they_are() -> None:
-    inner = Fields("file", {"rope": {"type": 1}}).nested("rope")
-    assert inner is not None
-    with pytest.raises(ValueError, match="file: rope: type: must be a string, not 1"):
-        inner.string("type", "")
-    assert Fields("file", {"rope": {}}).nested("rope") is None
-    with pytest.raises(ValueError, match="file: rope: must be an object"):
-        Fields("file", {"rope": [1]}).nested("rope")
-
-
 def test_long_values_are_cut() -> None:
     assert shown("x" * 500) == repr("x" * 500)[:100] + "..."
 

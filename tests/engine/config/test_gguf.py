@@ -1,6 +1,5 @@
 """The configuration read from the metadata of GGUF files."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +95,6 @@ def test_gguf_rope_scaling(tmp_path: Path) -> None:
         rope_type="longrope", original_max_position_embeddings=128, short_factor=(1.0, 1.0), long_factor=(1.0, 1.0)
     )
     assert scaling(None, "rope_freqs.weight") == factors
-    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 32}
-    found = scaling(keys | yarn | {"llama.rope.scaling.yarn_beta_fast": 16.0})
-    assert (found.rope_type, found.factor, found.original_max_position_embeddings) == ("yarn", 4.0, 32)
-    assert (found.beta_fast, found.beta_slow) == (16.0, 1.0)
-    assert found.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_gguf_end_tokens(tmp_path: Path) -> None:

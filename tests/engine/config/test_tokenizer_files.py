@@ -13,12 +13,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models
 
-from engine.config.tokenizer_files import (
-    num_token_ids,
-    read_sentencepiece,
-    read_tiktoken,
-    tokenizer_file,
-)
+from engine.config.tokenizer_files import num_token_ids, read_sentencepiece, read_tiktoken, tokenizer_file
 from server.text.tokenizer import Tokenizer
 
 LINES = ["the quick brown fox jumps over the lazy dog", "a b c d e f g h i j k l m n o p q r s t u v w x y z"]

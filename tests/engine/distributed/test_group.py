@@ -15,8 +15,10 @@ from engine.config import EngineConfig, EngineProcessConfig
 from engine.distributed.cores import check_cores, use_own_cores
 from engine.distributed.group import Command, Leader
 from engine.distributed.observation import LeadingRunner
+from engine.distributed.shared_memory import SharedMemory
 from engine.ranks import load
 from tests.support.ranks import fail
+from tests.support.tiny_engine import TINY_SHAPE
 from tests.support.tiny_models import save_random_model
 
 SECONDS = 60  # bounds hangs only
@@ -25,17 +27,17 @@ ALLOWED = os.sched_getaffinity(0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32)
-    shape.num_hidden_layers, shape.vocab_size = 1, 64
-    return save_random_model(LlamaForCausalLM(shape), tmp_path_factory.mktemp("model"), seed=1)
+    return save_random_model(LlamaForCausalLM(LlamaConfig(**TINY_SHAPE)), tmp_path_factory.mktemp("model"), seed=1)
 
 
 @contextmanager
-def started(path: Path, deaths: queue.Queue[str]) -> Iterator[Leader]:
+def started(path: Path) -> Iterator[tuple[Leader, queue.Queue[str]]]:
+    """Start a group of two, and return rank 0 and what it hears of deaths."""
+    deaths: queue.Queue[str] = queue.Queue()
     config = EngineConfig(model_path=str(path), tensor_parallel_size=2)
     group = Leader(EngineProcessConfig(address="", config=config), deaths.put)
     try:
-        yield group
+        yield group, deaths
     finally:
         group.close()
 
@@ -53,8 +55,7 @@ def lose_rank() -> None:
 
 def test_a_connection_that_breaks_is_no_failure_of_rank_0(folder: Path) -> None:
     """The collective that fails in rank 0 knows less than the end of the other rank tells."""
-    deaths: queue.Queue[str] = queue.Queue()
-    with started(folder, deaths) as group:
+    with started(folder) as (group, deaths):
         with pytest.raises(RuntimeError), group.everywhere(Command.FORWARD):
             lose_rank()
         assert deaths.get(timeout=SECONDS) == "rank 1 of 2 was killed by SIGKILL"
@@ -67,10 +68,9 @@ def test_a_connection_that_breaks_is_no_failure_of_rank_0(folder: Path) -> None:
 @pytest.mark.parametrize("is_loading", [False, True])
 def test_a_rank_that_cannot_load_its_part(tmp_path: Path, is_loading: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """While rank 0 loads its own, it is for rank 0 to report what is wrong with the model or the settings."""
-    deaths: queue.Queue[str] = queue.Queue()
     logged: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr("engine.distributed.group.logger.error", lambda text, *args: logged.put(text % args))
-    with ExitStack() as stack, started(tmp_path, deaths) as group:
+    with ExitStack() as stack, started(tmp_path) as (group, deaths):
         if is_loading:
             stack.enter_context(group.loading())
         told = logged if is_loading else deaths
@@ -80,12 +80,18 @@ def test_a_rank_that_cannot_load_its_part(tmp_path: Path, is_loading: bool, monk
 
 
 def test_the_end_of_the_group_is_no_death(folder: Path) -> None:
-    deaths: queue.Queue[str] = queue.Queue()
-    with started(folder, deaths) as group:
+    with started(folder) as (group, deaths):
         rank = rank_process()
         assert group.memory.integers((2,)).tolist() == [0, 0]
     assert not rank.is_running()
     assert deaths.empty()
+
+
+def test_memory_that_is_not_written_takes_none() -> None:
+    memory = SharedMemory()
+    memory.take(1 << 34)
+    assert os.fstat(memory.descriptor).st_blocks == 0
+    memory.close()
 
 
 @contextmanager

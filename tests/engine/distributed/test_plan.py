@@ -5,22 +5,13 @@ import pytest
 
 from engine.config import ModelConfig
 from engine.distributed.plan import Axis, OnFirstRank, ShardingPlan, check_num_ranks, divide
-from tests.support.model_configs import llama_config
+from tests.support.model_configs import TINY, llama_config
 
 
 def config(num_heads: int, num_kv_heads: int, width: int = 1536) -> ModelConfig:
-    return llama_config(
-        architecture="llama",
-        vocab_size=288,
-        num_token_ids=288,
-        hidden_size=64,
-        intermediate_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=16,
-        max_position_embeddings=128,
-    )
+    heads = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
+    sizes = {"vocab_size": 288, "num_token_ids": 288, "hidden_size": 64, "intermediate_size": width}
+    return llama_config(**TINY | heads | sizes)
 
 
 def plans(num_ranks: int, model: ModelConfig, column_block: int = 32) -> list[ShardingPlan]:

@@ -25,16 +25,10 @@ from tests.support.kernel_choice import choose_kernels
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
 from tests.support.ranks import load_threads
+from tests.support.tiny_engine import TINY_SHAPE
 from tests.support.tiny_models import save_random_model
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "vocab_size": 96,
-}
+SHAPE = TINY_SHAPE | {"vocab_size": 96, "max_position_embeddings": 256}
 PROMPT = list(range(3, 43))
 TOLERANCE = 1e-4
 
@@ -58,14 +52,8 @@ def settings_of(folder: Path, **settings: Any) -> EngineConfig:
 
 
 def submit_of(loaded: LoadedModel, params: SamplingParams, adapter: str = "") -> Submit:
-    return Submit(
-        request_id="r",
-        prompt_token_ids=PROMPT,
-        params=params,
-        arrival=0.0,
-        lora_name=adapter,
-        lora_fingerprint=fingerprint_of(loaded, adapter),
-    )
+    adapted: dict[str, Any] = {"lora_name": adapter, "lora_fingerprint": fingerprint_of(loaded, adapter)}
+    return Submit(request_id="r", prompt_token_ids=PROMPT, params=params, arrival=0.0, **adapted)
 
 
 def prompt_logprobs(loaded: LoadedModel, adapter: str) -> list[float]:
@@ -96,13 +84,11 @@ def test_adapters_are_those_of_one_process(llama: Path) -> None:
 
 def test_each_run_of_the_head_is_a_command(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that run a program twice within a command would overwrite logits that others still read."""
-    config = EngineConfig(model_path=str(llama), max_model_len=256, max_num_seqs=4, tensor_parallel_size=2)
+    config = settings_of(llama, max_model_len=256, tensor_parallel_size=2)
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, ignore_eos=True)  # which reads all hidden states
     with choose_kernels("default", num_threads=1), load_threads(config) as loaded, torch.inference_mode():
-        run(
-            Engine(config, loaded),
-            [Submit(request_id="r", prompt_token_ids=list(range(3, 93)) * 2, params=params, arrival=0.0)],
-        )
+        submit = Submit(request_id="r", prompt_token_ids=list(range(3, 93)) * 2, params=params, arrival=0.0)
+        run(Engine(config, loaded), [submit])
         execution = loaded.runner.execution
         assert isinstance(execution, LeadingExecution)
         rows = torch.arange(150)
@@ -150,9 +136,7 @@ def test_steps_run_between_the_parts_of_an_inspection(mixtral: Path) -> None:
     """And requests get the same answer."""
     question = Inspect(read_id=1, prompt_token_ids=PROMPT, layer=0, head=1, max_positions=64, max_end=64, top=3)
     params = SamplingParams(max_tokens=16, temperature=1.0, seed=3, logprobs=1, ignore_eos=True)
-    config = EngineConfig(
-        model_path=str(mixtral), max_model_len=128, max_num_seqs=4, tensor_parallel_size=2, keep_token_ids=True
-    )
+    config = settings_of(mixtral, tensor_parallel_size=2, keep_token_ids=True)
     with load_threads(config) as loaded:
         expected = run(Engine(config, loaded), [submit_of(loaded, params)])["r", 0].token_ids
         engine = Engine(config, loaded)

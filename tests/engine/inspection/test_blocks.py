@@ -116,4 +116,4 @@ class BlockMapMachine(TenantsMachine):
 
 
 TestBlockMap = BlockMapMachine.TestCase
-TestBlockMap.settings = settings(max_examples=num_examples(15, 400), stateful_step_count=30, deadline=None)
+TestBlockMap.settings = settings(max_examples=num_examples(15, 100), stateful_step_count=30, deadline=None)

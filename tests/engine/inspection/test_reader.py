@@ -1,11 +1,14 @@
 """Questions about the records of a scheduler that runs a fake model, with blocks of four tokens."""
 
+from array import array
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.inspection.prefix import num_common
+from engine.inspection.prefix import PART, num_common
 from engine.inspection.reader import MAX_ROWS, RecordReader
 from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
 from engine.scheduling.request import Request, new_request
@@ -46,14 +49,8 @@ class Reading:
         number = self.num_added
         self.num_added += 1
         name = id or f"r{number}"
-        submit = Submit(
-            request_id=f"{name}-0",
-            prompt_token_ids=list(token_ids),
-            params=params,
-            arrival=float(number),
-            ids=(name, "same"),
-            **fields,
-        )
+        fields |= {"request_id": f"{name}-0", "prompt_token_ids": list(token_ids), "ids": (name, "same")}
+        submit = Submit(params=params, arrival=float(number), **fields)
         request = new_request(submit, salt=salt, arrival_number=number, now=float(number))
         self.rig.scheduler.add(request)
         return request
@@ -130,11 +127,8 @@ def test_an_answer_has_a_bounded_number_of_rows_but_at_least_one_step(monkeypatc
     # Steps that are dropped for their rows are missed too.
     monkeypatch.setattr("engine.scheduling.record.MAX_ROWS_KEPT", MAX_ROWS)
     reading.record_step(5)
-    assert [(steps.steps[0].step_id, steps.num_lost) for steps in map(reading.steps, (0, 3, 4))] == [
-        (4, 3),
-        (4, 0),
-        (5, 0),
-    ]
+    found = [reading.steps(after) for after in (0, 3, 4)]
+    assert [(steps.steps[0].step_id, steps.num_lost) for steps in found] == [(4, 3), (4, 0), (5, 0)]
 
 
 def test_requests_that_had_not_ended_before_a_time() -> None:
@@ -158,22 +152,20 @@ def test_requests_that_had_not_ended_before_a_time() -> None:
 def test_requests_the_living_before_the_ended_and_the_latest_first() -> None:
     reading = Reading(max_num_seqs=1)
     for number in range(4):
-        reading.add(
-            prompt(3, 100 * number), tenant="even" if number % 2 == 0 else "odd", lora_name="lora"[: number * 4]
-        )
+        tenant = ("even", "odd")[number % 2]
+        reading.add(prompt(3, 100 * number), tenant=tenant, lora_name="lora"[: number * 4])
     while len(reading.rig.recorder.requests) < 2:
         reading.rig.step()
     reading.rig.step()
     assert [info.ids[0] for info in reading.requests().requests] == ["r3", "r2", "r1", "r0"]
     assert [info.state for info in reading.requests().requests] == ["waiting", "running", "finished", "finished"]
-    cases: tuple[tuple[dict[str, Any], list[str]], ...] = (
+    cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"state": "running"}, ["r2"]),
-        ({"tenant": "odd"}, ["r3", "r1"]),
         ({"tenant": "odd", "state": "finished"}, ["r1"]),
         ({"tenant": "nobody"}, []),
         ({"lora_name": ""}, ["r0"]),
         ({"lora_name": "lora"}, ["r3", "r2", "r1"]),
-    )
+    ]
     for filters, expected in cases:
         assert [info.ids[0] for info in reading.requests(**filters).requests] == expected
     first = reading.requests(limit=3)
@@ -202,17 +194,11 @@ def test_the_queue_as_if_tenants_took_turns() -> None:
     for request in reading.rig.scheduler.waiting:
         ahead = next(choice.num_ahead for choice in reading.queue() if choice.id == request.record.ids[0])
         assert ahead == reading.rig.scheduler.queue.num_ahead(request)
-
-
-def test_a_preempted_choice_waits_since_its_preemption() -> None:
-    reading = Reading(max_num_seqs=1)
-    reading.add(prompt(3), "running")
-    reading.rig.step()
-    waiting = reading.add(prompt(5), "waiting")
-    assert [choice.queued for choice in reading.queue()] == [1.0]
-    waiting.record.preemptions += [5.0, 8.0]
-    waiting.record.resumptions += [6.0]
-    assert [choice.queued for choice in reading.queue()] == [8.0]
+    assert last.queued == 3.0  # or since it was last preempted
+    request = next(some for some in reading.rig.scheduler.waiting if some.record.ids[0] == last.id)
+    request.record.preemptions += [5.0, 8.0]
+    request.record.resumptions += [6.0]
+    assert reading.queue()[-1].queued == 8.0
 
 
 def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> None:
@@ -309,15 +295,12 @@ def test_an_evicted_prefix() -> None:
     assert why(reading, "again")[:2] == (PrefixResult.EVICTED, 8)
 
 
-def test_a_prefix_that_is_not_computed_yet() -> None:
+def test_a_prefix_that_is_not_computed_yet_or_was_generated() -> None:
     reading = Reading(long_prefill_token_threshold=4, num_blocks=32)
     reading.add(prompt(20), "first")
     reading.complete(prompt(20), "second")
     assert why(reading, "first") == (PrefixResult.NEW, 16, None, None, None)
     assert why(reading, "second") == (PrefixResult.NOT_COMPUTED, 16, None, None, "first")
-
-
-def test_a_prefix_that_was_generated() -> None:
     reading = Reading(separates_prompts=True, num_blocks=32)
     reading.complete(prompt(4), "first", max_tokens=7)  # the model generates 9, 9, 9 ...
     reading.complete([*prompt(4), 9, 9, 9, 9, 5], "second")
@@ -349,3 +332,13 @@ def test_a_fault_of_the_reader_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reading.reader, "_steps", lambda question: 1 / 0)
     answer = received(reading.reader.answer(ReadSteps(read_id=3, limit=1)))
     assert answer == ReadFailed(3)
+
+
+FEW = st.lists(st.integers(0, 1), max_size=8)
+
+
+@given(same=st.integers(0, 2 * PART + 2), own=FEW, other=FEW)
+def test_the_common_start_of_two_sequences(same: int, own: list[int], other: list[int]) -> None:
+    pairs = enumerate(zip(own, other, strict=False))
+    num_same = next((number for number, (left, right) in pairs if left != right), min(len(own), len(other)))
+    assert num_common(array("i", [7] * same + own), [7] * same + other) == same + num_same

@@ -129,10 +129,7 @@ ONES = np.ones((2, 32), dtype=np.float32)
     ("changes", "message"),
     [
         ({GGUF_A: None}, f"{GGUF_B}: has no lora_A beside it"),
-        ({GGUF_A: np.ones((3, 32), dtype=np.float32)}, f"{GGUF_B}: has rank 2, but its lora_A has rank 3"),
         ({GGUF_A: ONES.T.copy()}, rf"{GGUF_A}: has shape \(32, 2\), but the model needs \(r, 32\)"),
-        ({GGUF_B: ONES}, rf"{GGUF_B}: has shape \(2, 32\), but the model needs \(48, r\)"),
-        ({GGUF_A: ONES * np.float32(np.nan)}, f"{GGUF_A}: holds numbers that are infinite or not a number"),
         ({GGUF_A: ONES.astype(np.int32)}, f"{GGUF_A}: .*I32"),
         ({"blk.2.attn_q.weight.lora_a": ONES}, "blk.2.attn_q.weight.lora_a: there is no layer 2: the model has 2"),
         ({"output.weight.lora_a": ONES}, "output.weight.lora_a: only adapters of self_attn.q_proj, "),
@@ -208,15 +205,6 @@ def write(form: str, folder: Path, tensors: Tensors) -> tuple[Path, Path]:
 # Too large.
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("max_rank", [None, 16])
-def test_a_file_that_goes_on_for_long(form: str, max_rank: int | None, tmp_path: Path) -> None:
-    adapter, path = write(form, tmp_path, small_adapter())
-    os.truncate(path, 200 * 2**30)
-    with pytest.raises(ValueError, match=rf"{path.name}: (not a valid safetensors file .*|has )214748364800\b"):
-        load_lora(adapter, CONFIG, max_rank)
-
-
 def test_a_rank_of_a_billion(tmp_path: Path) -> None:
     """The file is as long as its header says, and holds only zeros."""
     rank = 10**9
@@ -231,9 +219,7 @@ def test_a_rank_of_a_billion(tmp_path: Path) -> None:
     os.truncate(folder / "adapter_model.safetensors", 8 + len(text) + sum(sizes))
     with pytest.raises(ValueError, match="rank 1000000000 is more than the 16 of --max-lora-rank"):
         load_lora(folder, CONFIG, 16)
-    with pytest.raises(
-        ValueError, match=r"adapter_model\.safetensors: has 320000000\d+ bytes, but adapters of this model"
-    ):
+    with pytest.raises(ValueError, match=r"model\.safetensors: has 320000000\d+ bytes, but adapters of this model"):
         load_lora(folder, CONFIG)
 
 
@@ -247,7 +233,11 @@ def test_the_rank_is_checked_before_the_numbers(form: str, tmp_path: Path) -> No
         with pytest.raises(ValueError, match="holds numbers that are infinite or not a number"):
             load_lora(adapter, CONFIG, max_rank)
     adapter, _ = write(form, tmp_path, whole)
-    assert load_lora(adapter, CONFIG, 3).rank == load_lora(adapter, CONFIG).rank == 3
+    (matrices,) = load_lora(adapter, CONFIG, 3).modules.values()
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))  # it may change afterwards
+    assert torch.equal(matrices.a, whole[A])
+    torch.testing.assert_close(matrices.b, whole[B] * (4 / 3))
 
 
 @pytest.mark.parametrize("max_rank", [200, None])
@@ -300,30 +290,17 @@ def test_long_names_make_no_long_messages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "adapter.gguf"])
-@pytest.mark.parametrize("swapped", [False, True])
-def test_paths_that_are_not_regular_files(
-    name: str, swapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If `swapped`, the path becomes a pipe between the check and the opening."""
+def test_paths_that_are_not_regular_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they block if they become pipes between the check and the opening."""
     folder = write_folder(tmp_path)
     path = folder / name
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    if swapped:
+    for message in ("no such adapter|in this folder", "is not a regular file"):
+        with pytest.raises(ValueError, match=message):
+            load_lora(path if name.endswith("gguf") else folder, CONFIG)
         monkeypatch.setattr(Path, "is_dir", lambda self: self == folder)
         monkeypatch.setattr(Path, "is_file", lambda self: self != folder)
-    with pytest.raises(ValueError, match=r"no such adapter|in this folder|is not a regular file"):
-        load_lora(path if name.endswith("gguf") else folder, CONFIG)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_file_may_change_afterwards(form: str, tmp_path: Path) -> None:
-    adapter, path = write(form, tmp_path, small_adapter())
-    (matrices,) = load_lora(adapter, CONFIG).modules.values()
-    with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))
-    assert torch.equal(matrices.a, small_adapter()[A])
-    assert torch.equal(matrices.b, small_adapter()[B] * 2)
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 24])

@@ -5,17 +5,12 @@ import torch
 
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
-from engine.kernels.torch.kernels import TorchKernels
 from engine.kernels.triton.kernels import TritonKernels
 from engine.model.kv_cache import KVCache, bytes_per_block
 from tests.support.model_configs import TINY, llama_config
 
 CPU = torch.device("cpu")
 MODEL = llama_config(**TINY | {"hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 4096})
-
-
-def test_bytes_are_those_of_the_tensors() -> None:
-    assert_bytes_are_those_of_the_tensors(TorchKernels(KernelOptions(torch.bfloat16), CPU), 16, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

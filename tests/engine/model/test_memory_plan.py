@@ -32,9 +32,8 @@ BLOCK_TABLE_BYTES = 128 * 8 // 32  # of a token: its part of the number of a blo
 
 
 def plan(max_model_len: int, kv_cache_memory: int | None = None, block_size: int = 32) -> MemoryPlan:
-    config = EngineConfig(
-        model_path="", block_size=block_size, kv_cache_memory=kv_cache_memory, max_model_len=max_model_len
-    )
+    fields: dict[str, Any] = {"block_size": block_size, "kv_cache_memory": kv_cache_memory}
+    config = EngineConfig(model_path="", max_model_len=max_model_len, **fields)
     return plan_memory(sizes(config), config, max_model_len, HostMemory(), has_rotary=True)
 
 
@@ -103,12 +102,6 @@ def test_too_small_for_one_block_offers_no_shorter_context(memory: int, monkeypa
     with pytest.raises(ValueError, match=r"--kv-cache-memory \d+MiB or more") as caught:
         plan(100)
     assert "--max-model-len" not in str(caught.value)
-
-
-def test_more_than_the_machine_has_is_refused(free_memory: int) -> None:
-    """Otherwise an allocation would fail, or the operating system would kill the process later."""
-    with pytest.raises(ValueError, match=r"--kv-cache-memory.*64 MiB"):
-        plan(100, kv_cache_memory=65 * MIB)
 
 
 def test_what_is_asked_for_and_suggested_is_the_memory_of_all_ranks(free_memory: int) -> None:
@@ -194,20 +187,8 @@ class FakeCard:
     def empty_cache(self) -> None:
         self.reserved = self.allocated
 
-    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
-        return self.total - self.others - self.reserved, self.total
-
     def reset_peak_memory_stats(self, device: torch.device) -> None:
         self.peak = self.reserved
-
-    def memory_reserved(self, device: torch.device) -> int:
-        return self.reserved
-
-    def max_memory_reserved(self, device: torch.device) -> int:
-        return self.peak
-
-    def synchronize(self, device: torch.device) -> None:
-        pass
 
 
 GPU = torch.device("cuda", 0)
@@ -225,9 +206,15 @@ def card_memory(
 ) -> CudaMemory:
     """Return the memory of a card with loaded weights, and whose largest step has been measured."""
     card = FakeCard(total, others)
-    for name in ("mem_get_info", "empty_cache", "reset_peak_memory_stats", "memory_reserved", "max_memory_reserved"):
-        monkeypatch.setattr(torch.cuda, name, getattr(card, name))
-    monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
+    for name, function in (
+        ("mem_get_info", lambda device: (total - others - card.reserved, total)),
+        ("memory_reserved", lambda device: card.reserved),
+        ("max_memory_reserved", lambda device: card.peak),
+        ("synchronize", lambda device: None),
+        ("empty_cache", card.empty_cache),
+        ("reset_peak_memory_stats", card.reset_peak_memory_stats),
+    ):
+        monkeypatch.setattr(torch.cuda, name, function)
     memory = CudaMemory(GPU, utilization)
     card.allocate(weights + GIB)
     card.release(GIB)  # what packing has taken for a while does not count
@@ -325,8 +312,3 @@ def test_a_context_that_fits_on_the_gpu_is_suggested(monkeypatch: pytest.MonkeyP
         plan_on_card(memory, max_model_len=int(length) + 32)
     memory.utilization = float(utilization)
     assert plan_on_card(memory, max_model_len=most + 1).max_model_len == most + 1
-
-
-def test_a_step_that_does_not_fit_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(torch.OutOfMemoryError):
-        card_memory(monkeypatch, activations=65 * GIB)

@@ -39,22 +39,14 @@ NAMES = [name for name in checkpoint() if "layers.1" not in name]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_missing_tensor(name: str) -> None:
+def test_a_tensor_that_is_missing_or_of_another_shape(name: str) -> None:
     tensors = checkpoint()
-    del tensors[name]
+    shape = list(tensors.pop(name).shape)
     with pytest.raises(ValueError, match=rf"lacks the tensor {name}"):
         build(tensors)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_wrong_shape(name: str) -> None:
-    tensors = checkpoint()
-    shape = list(tensors[name].shape)
-    tensors[name] = torch.zeros(shape[0] + 1, *shape[1:])
-    with pytest.raises(
-        ValueError, match=rf"{name}.*{re.escape(str(list(tensors[name].shape)))}.*{re.escape(str(shape))}"
-    ):
-        build(tensors)
+    other = [shape[0] + 1, *shape[1:]]
+    with pytest.raises(ValueError, match=rf"{name}.*{re.escape(str(other))}.*{re.escape(str(shape))}"):
+        build(tensors | {name: torch.zeros(other)})
 
 
 @pytest.mark.parametrize(
@@ -92,11 +84,6 @@ def test_many_unused_tensors_are_counted() -> None:
     assert len(build(checkpoint()).layers) == 2
     with pytest.raises(ValueError, match="12 tensors"):
         build(checkpoint() | {f"extra.{number}": torch.zeros(1) for number in range(12)})
-
-
-def test_bytes_are_counted() -> None:
-    tensors = checkpoint()
-    assert Parameters(tensors.items()).num_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_fused_tensors_keep_their_order() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.config import Fields, RopeScaling, RopeSpec
 from engine.config.rope import read_rope
@@ -23,12 +22,6 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 1024,
 }
-SCALINGS: list[dict[str, Any]] = [
-    {"rope_type": "default"},
-    {"rope_type": "linear", "factor": 2.5},
-    {"rope_type": "llama3", **LLAMA3},
-    {"rope_type": "llama3", **LLAMA3, "factor": 32.0, "low_freq_factor": 0.5, "high_freq_factor": 8.0},
-]
 POSITIONS = torch.tensor([0, 1, 2, 31, 1000, 4999, 4999, 7])
 
 
@@ -36,35 +29,13 @@ def plain_rope(scaling: RopeScaling | None = None, head_dim: int = 64, theta: fl
     return RopeSpec(head_dim=head_dim, rotary_dim=head_dim, theta=theta, scaling=scaling or RopeScaling())
 
 
-def transformers_rotary(scaling: dict[str, Any], head_dim: int, theta: float) -> LlamaRotaryEmbedding:
-    return LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=256,
-            num_attention_heads=4,
-            head_dim=head_dim,
-            max_position_embeddings=8192,
-            rope_parameters={"rope_theta": theta, **scaling},
-        )
-    )
-
-
-@pytest.mark.parametrize(("head_dim", "theta"), [(16, 10000.0), (80, 500000.0)])
-@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"])
-def test_angles_are_those_of_transformers(scaling: dict[str, Any], head_dim: int, theta: float) -> None:
-    rotary = RotaryEmbedding(plain_rope(RopeScaling(**scaling), head_dim, theta), MAX_MODEL_LEN, CPU)
-    assert rotary.q is rotary.k
-    cos, sin = rotary.k[POSITIONS].chunk(2, dim=1)
-    assert cos.shape == sin.shape == (8, head_dim // 2)
-    assert cos.dtype == sin.dtype == torch.float32
-    expected_cos, expected_sin = transformers_rotary(scaling, head_dim, theta)(torch.zeros(1), POSITIONS[None])
-    torch.testing.assert_close(cos, expected_cos[0, :, : head_dim // 2], rtol=0, atol=1e-6)
-    torch.testing.assert_close(sin, expected_sin[0, :, : head_dim // 2], rtol=0, atol=1e-6)
-
-
 LONG: dict[str, Any] = {"short_factor": [1.0 + i / 9 for i in range(8)], "long_factor": [2.0 * i + 3 for i in range(8)]}
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
 # Parameters for heads of 16, and the length of the context.
-OTHERS: dict[str, tuple[dict[str, Any], int]] = {
+SCALINGS: dict[str, tuple[dict[str, Any], int]] = {
+    "linear": ({"rope_type": "linear", "factor": 2.5}, 4096),
+    "llama3": ({"rope_type": "llama3", **LLAMA3}, 4096),
+    "llama3, others": ({"rope_type": "llama3", **LLAMA3, "factor": 32.0, "low_freq_factor": 0.5}, 4096),
     "yarn of gpt-oss": (YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}, 4096),
     "yarn of DeepSeek": (YARN | {"mscale": 1.0, "mscale_all_dim": 0.707, "beta_fast": 24.0}, 4096),
     "yarn, attention factor": (YARN | {"attention_factor": 1.25, "beta_slow": 2.0}, 4096),
@@ -77,10 +48,10 @@ OTHERS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_scalings(name: str) -> None:
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scalings(name: str) -> None:
     """Read from a configuration, frequencies and factor are those that transformers makes of the same one."""
-    parameters, length = OTHERS[name]
+    parameters, length = SCALINGS[name]
     parameters = {"rope_theta": 10000.0} | parameters
     sizes: dict[str, Any] = {"max_position_embeddings": 8192, "original_max_position_embeddings": 512}
     config: Any = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=parameters, **sizes)

@@ -1,6 +1,5 @@
 """The GGUF reader compared with the `gguf` package, and on damaged and malicious files."""
 
-import contextlib
 import gc
 import struct
 import subprocess
@@ -13,11 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from engine.shared.gguf import GGUFFile, read_partial_metadata, split_paths
-from tests.support.examples import num_examples
 from tests.support.gguf_files import write_gguf
 
 METADATA: dict[str, Any] = {
@@ -67,15 +63,11 @@ def read(path: Path, data: bytes) -> GGUFFile:
         return file
 
 
-def test_metadata(tmp_path: Path) -> None:
+def test_metadata_and_tensors(tmp_path: Path) -> None:
     with GGUFFile(small_file(tmp_path / "small.gguf")) as file:
         values = {key: list(value) if isinstance(value, array) else value for key, value in file.metadata.items()}
-    assert values == METADATA | {"general.architecture": "llama"}
-    assert values["a.flag"] is True
-
-
-def test_tensors(tmp_path: Path) -> None:
-    with GGUFFile(small_file(tmp_path / "small.gguf")) as file:
+        assert values == METADATA | {"general.architecture": "llama"}
+        assert values["a.flag"] is True
         embedding, packed = file.tensors["token_embd.weight"], file.tensors["blk.0.ffn_up.weight"]
         assert (embedding.shape, embedding.ggml_type, embedding.n_bytes) == ((2, 16), 0, 128)
         assert (packed.shape, packed.ggml_type, packed.n_bytes) == ((2, 32), 2, 36)
@@ -107,7 +99,7 @@ def test_metadata_of_the_beginning(small_bytes: bytes, tmp_path: Path) -> None:
     path.write_bytes(small_bytes)
     with GGUFFile(path) as file:
         whole = list(file.metadata.items())
-    num_keys = []
+    num_keys: list[int] = []
     for end in range(24, len(small_bytes) + 1, 7):
         metadata = read_partial_metadata(path, bytearray(small_bytes[:end]), len(small_bytes))
         assert list(metadata.items()) == whole[: len(metadata)]
@@ -137,14 +129,8 @@ TENSORS = {f"t{number}": np.full((number + 1, 32), number, dtype=np.float32) for
 
 def write_split(folder: Path, *, small_first_shard: bool = False) -> list[Path]:
     """Write a model of five tensors, two in each file. Returns the paths in order."""
-    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=2, small_first_shard=small_first_shard)
-    writer.add_uint32("answer", 42)
-    for name, values in TENSORS.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    options: dict[str, Any] = {"split_max_tensors": 2, "small_first_shard": small_first_shard}
+    write_gguf(folder / "m.gguf", {"answer": 42}, TENSORS, **options)
     return sorted(folder.glob("m-*.gguf"))
 
 
@@ -239,12 +225,10 @@ UINT32, STRING, ARRAY = struct.pack("<I", 4), struct.pack("<I", 8), struct.pack(
     [
         (b"", "not a GGUF file"),
         (b"GGUF", "version: needs 4 bytes"),
-        (b"PK\x03\x04" + bytes(100), "not a GGUF file"),
         (header(version=1), "version 1 is not supported"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
         (header(num_keys=1), "metadata key 0"),
-        (header(num_keys=2**16), "metadata key 0"),
-        (header(num_tensors=2**16), "name of tensor 0"),
+        (header(1), "name of tensor 0"),
         (header(num_keys=2**16 + 1), "metadata count: must be at most 65536, not 65537"),
         (header(num_tensors=2**63), "tensor count: must be at most 65536, not 9223372036854775808"),
         (header(num_keys=1) + struct.pack("<Q", 2**64 - 1) + b"abc", "longer than the rest"),
@@ -252,14 +236,12 @@ UINT32, STRING, ARRAY = struct.pack("<I", 4), struct.pack("<I", 8), struct.pack(
         (header(num_keys=1) + text("k") + STRING + struct.pack("<Q", 2**62), "k: string 0"),
         (header(num_keys=1) + text("k") + STRING + text(b"\xff"), "k: string 0 is not UTF-8"),
         (header(num_keys=1) + text("k") + ARRAY + UINT32 + struct.pack("<Q", 2**61), "k: needs"),
-        (header(num_keys=1) + text("k") + ARRAY + STRING + struct.pack("<Q", 2**61), "k: needs"),
         (header(num_keys=1) + text("k") + ARRAY + ARRAY + struct.pack("<Q", 1), "k: arrays of value type 9"),
         (header(num_keys=1) + text("k") + ARRAY + STRING + struct.pack("<Q", 2) + text("x" * 9), "inside the length"),
         (header(num_keys=2) + (text("k") + UINT32 + bytes(4)) * 2, "k: the key occurs twice"),
         (header(num_keys=1) + text("general.alignment") + UINT32 + struct.pack("<I", 3), "power of two"),
         (header(num_keys=1) + text("general.alignment") + UINT32 + bytes(4), "power of two"),
         (header(1) + tensor("t"), "t: ends at byte"),
-        (header(1) + tensor("t", (2**40, 2**20)), "t: ends at byte"),
         (header(1) + tensor("t", (1,) * 5), "t: has 5 dimensions"),
         (header(1) + tensor("t", ()), "t: has 0 dimensions"),
         (header(1) + tensor("t", (0, 32)), "t: shape"),
@@ -274,33 +256,8 @@ def test_refused(data: bytes, message: str, tmp_path: Path) -> None:
         read(tmp_path / "lying.gguf", data)
 
 
-FUZZ = settings(
-    max_examples=num_examples(20, 750), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-@FUZZ
-@given(data=st.data())
-def test_truncated_anywhere(data: st.DataObject, small_bytes: bytes, tmp_path: Path) -> None:
-    # The last tensor is followed by padding, which may be missing.
-    end = data.draw(st.integers(0, len(small_bytes) - 32))
-    with pytest.raises(ValueError, match=r"cut\.gguf"):
-        read(tmp_path / "cut.gguf", small_bytes[:end])
-
-
-@FUZZ
-@given(data=st.data())
-def test_damaged_anywhere(data: st.DataObject, small_bytes: bytes, tmp_path: Path) -> None:
-    damaged = bytearray(small_bytes)
-    for _ in range(data.draw(st.integers(1, 4))):
-        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(ValueError):  # and nothing else
-        file = read(tmp_path / "damaged.gguf", bytes(damaged))
-        assert all(info.offset + info.n_bytes <= len(damaged) for info in file.tensors.values())
-
-
-@FUZZ
-@given(noise=st.binary(max_size=300))
-def test_noise(noise: bytes, tmp_path: Path) -> None:
-    with contextlib.suppress(ValueError):  # and nothing else
-        read(tmp_path / "noise.gguf", header(num_tensors=1, num_keys=1) + noise)
+def test_truncated_anywhere(small_bytes: bytes, tmp_path: Path) -> None:
+    """The last tensor is followed by padding, which may be missing. tests/fuzz damages files in other ways."""
+    for end in range(0, len(small_bytes) - 31, 8):
+        with pytest.raises(ValueError, match=r"cut\.gguf"):
+            read(tmp_path / "cut.gguf", small_bytes[:end])

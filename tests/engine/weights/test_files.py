@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.weights.files import RegularFile, read_file
+from engine.weights.files import RegularFile
 
 
 def test_pieces(tmp_path: Path) -> None:
@@ -31,16 +31,6 @@ def test_a_file_that_changes_its_length(tmp_path: Path) -> None:
         os.truncate(path, 2**40)
         assert file.size == 100_000
         assert file.read(49_999, 2) == b"a\0"
-
-
-def test_small_files(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"12345")
-    assert read_file(tmp_path / "file", 5) == b"12345"
-    with pytest.raises(ValueError, match="file: has 5 bytes, more than the 4"):
-        read_file(tmp_path / "file", 4)
-    os.truncate(tmp_path / "file", 2**42)
-    with pytest.raises(ValueError, match="file: has 4398046511104 bytes, more than the 1000"):
-        read_file(tmp_path / "file", 1000)
 
 
 def test_paths_that_are_not_regular_files(tmp_path: Path) -> None:

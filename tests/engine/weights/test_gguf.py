@@ -77,8 +77,9 @@ def test_every_type(every_type: Path, gguf_chunk_size: int, monkeypatch: pytest.
         assert_same_bits(tensor, dequantize(random_bytes(ggml_type, index), ggml_type))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ggml_type", [Type.F32, Type.BF16, Type.Q4_1, Type.Q5_1])
+@pytest.mark.parametrize(
+    ("ggml_type", "dtype"), [(Type.F32, torch.float16), (Type.BF16, torch.float16), (Type.Q5_1, torch.bfloat16)]
+)
 def test_rounding(ggml_type: GGMLQuantizationType, dtype: torch.dtype, tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)
     data = gguf.quantize(values, ggml_type)
@@ -151,14 +152,8 @@ def test_vectors_of_another_type(tmp_path: Path) -> None:
 
 
 def test_a_model_in_several_files(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
     tensors = {f"blk.{layer}.ffn_up.weight": random_bytes(Type.Q4_1, layer) for layer in range(3)}
-    for name, data in tensors.items():
-        writer.add_tensor(name, data, raw_dtype=Type.Q4_1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m.gguf", {}, tensors, dict.fromkeys(tensors, Type.Q4_1), split_max_tensors=2)
     calls: list[tuple[int, int]] = []
     path = tmp_path / "m-00002-of-00002.gguf"
     weights = dict(load_weights(path, CONFIG, torch.float32, lambda done, total: calls.append((done, total))))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from engine.config import QuantizationConfig, QuantizationMethod, load_model_config
 from engine.weights import Float8Tensor, GroupQuantized, PackedTensor, Weight, concatenate, layout_of, load_weights
-from engine.weights.quantized import halved_nibbles, paired_nibbles, unpacked_nibbles
 from engine.weights.quantized_formats import read_layer, split_name
 from tests.support.model_configs import model_names
 from tests.support.packed_weights import random_groups
@@ -91,17 +90,6 @@ def test_float8(num_rows: int) -> None:
         stacked = concatenate([weight, weight])
         assert torch.equal(stacked.dequantize(torch.float32), torch.cat([codes.float() * spread] * 2))
         assert stacked.shape == (2 * num_rows, 200)
-
-
-def test_nibbles() -> None:
-    codes = torch.arange(32, dtype=torch.uint8).view(2, 16) % 16
-    assert paired_nibbles(codes)[0, :2].tolist() == [0x10, 0x32]
-    assert torch.equal(unpacked_nibbles(paired_nibbles(codes)), codes)
-    assert torch.equal(paired_nibbles(codes.T.contiguous().T), paired_nibbles(codes))
-    codes = torch.arange(192, dtype=torch.uint8).view(3, 64) * 7 % 16
-    halves = codes.view(-1, 2, 16)
-    expected = (halves[:, 0] | halves[:, 1] << 4).view(3, 32)
-    assert torch.equal(halved_nibbles(paired_nibbles(codes)), expected)
 
 
 def test_packed_matrices_are_stacked() -> None:
