@@ -244,10 +244,7 @@ class Analysis:
     ) -> None:
         """Bound the values that a loop hands on: each trip adds what an addition in its body adds, or they are any."""
         findings = dict(self.findings)
-        for name, begin in iterated:
-            self._alias(name, [begin])
-            if name in self.values:
-                self.values[name] = of_type(self.kinds[name])
+        self._begin_with_any(iterated)
         self.run(body)
         sums = {result: some for some in body if some.name == "arith.addi" for result in some.results}
         for (name, begin), end in zip(iterated, ends, strict=True):
@@ -255,14 +252,20 @@ class Analysis:
                 start = self.values[begin]
                 if end in sums and name in sums[end].operands:
                     (added,) = [self.values[some] for some in sums[end].operands if some != name]
-                    trips = max(0, num_trips - 1)
+                    trips, origin = max(0, num_trips - 1), start.origin or added.origin
                     low, high = start.low + trips * min(0, added.low), start.high + trips * max(0, added.high)
-                    self.values[name] = _fitted(Interval(low, high, added.origin), self.kinds[name], sums[end].text)
-                elif end == name:
-                    self.values[name] = start
+                    self.values[name] = _fitted(Interval(low, high, origin), self.kinds[name], sums[end].text)
                 else:
-                    self.values[name] = of_type(self.kinds[name])
+                    any_value = of_type(self.kinds[name])._replace(origin=start.origin)
+                    self.values[name] = start if end == name else any_value
         self.findings = findings
+
+    def _begin_with_any(self, begun: list[tuple[str, str]]) -> None:
+        """Let the values that a loop hands on be any of their type."""
+        for name, begin in begun:
+            self._alias(name, [begin])
+            if name in self.values:
+                self.values[name] = of_type(self.kinds[name])._replace(origin=self.values[name].origin)
 
     def _if(self, operation: Operation) -> None:
         for region in operation.regions:
@@ -275,10 +278,7 @@ class Analysis:
     def _while(self, operation: Operation) -> None:
         """What it hands on may be any."""
         begun = re.findall(r"(%\w+) = (%[\w#]+)", operation.text)
-        for name, begin in begun:
-            self._alias(name, [begin])
-            if name in self.values:
-                self.values[name] = of_type(self.kinds[name])
+        self._begin_with_any(begun)
         before, after = operation.regions
         self.run(before)
         ends = before[-1].operands[1:]  # after the condition
