@@ -1,7 +1,6 @@
 """Downloads files into the cache: continues what was begun, tries again when a connection breaks, checks hashes."""
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,12 +60,22 @@ class PartialFile:
 class Downloader:
     """Downloads files of one commit of a repository."""
 
-    def __init__(self, client: HubClient, cache: RepositoryCache, repo: str, commit: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        client: HubClient,
+        cache: RepositoryCache,
+        repo: str,
+        commit: str,
+        progress: Progress,
+        sleep: Callable[[float], None],
+    ) -> None:
+        """`sleep` waits between two attempts."""
         self._client = client
         self._cache = cache
         self._repo = repo
         self._commit = commit
         self._progress = progress
+        self._sleep = sleep
 
     def fetch(self, file: RemoteFile) -> None:
         """Make a file complete in the cache. Raises HubError, after which another attempt continues, and OSError."""
@@ -115,4 +124,4 @@ class Downloader:
             raise HubError(f"{file.path}: {error}. What has arrived is kept: run the command again to continue")
         seconds = error.retry_after or min(2.0 ** (num_failures - 1), MAX_WAIT)
         self._progress.say(f"{file.path}: {error}; trying again in {seconds:.0f} s")
-        time.sleep(seconds)
+        self._sleep(seconds)

@@ -1,7 +1,8 @@
 """Downloads a model or an adapter from the hub: says what it takes, checks that it fits, and returns its path."""
 
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.config import GGUF_ARCHITECTURES, load_model_config
@@ -21,15 +22,15 @@ from server.hub.repository import Repository
 GGUF_HEADER_BYTES = 1 << 18  # the architecture and its sizes come before the vocabulary
 
 
-def fetch_model(name: HubName, progress: Progress) -> Path:
+def fetch_model(name: HubName, progress: Progress, sleep: Callable[[float], None] = time.sleep) -> Path:
     """Return the path of a GGUF file (the first of its parts), or of a folder with safetensors.
 
-    Raises HubError, and OSError if the cache cannot be written.
+    `sleep` waits before another attempt. Raises HubError, and OSError if the cache cannot be written.
     """
     with HubClient() as client, progress:
         repository = Repository.open(client, name.repo, name.revision, progress.say)
         files = repository.select(lambda paths: select_files(paths, name))
-        fetch = _Fetch(client, repository, progress)
+        fetch = _Fetch(client, repository, progress, sleep)
         is_gguf = files[0].path.lower().endswith(GGUF_SUFFIX)
         if not all(map(repository.is_cached, files)):
             fetch.check_disk(files)
@@ -68,10 +69,17 @@ def remove_model(name: HubName) -> int:
 class _Fetch:
     """One download, in steps."""
 
-    def __init__(self, client: HubClient, repository: Repository, progress: Progress) -> None:
+    def __init__(
+        self,
+        client: HubClient,
+        repository: Repository,
+        progress: Progress,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._client = client
         self._repository = repository
         self._progress = progress
+        self._sleep = sleep
 
     def check_disk(self, files: Sequence[RemoteFile]) -> None:
         """Say what is downloaded to where. Raises HubError if the disk is too small."""
@@ -134,8 +142,10 @@ class _Fetch:
 
     def download(self, files: Sequence[RemoteFile]) -> None:
         """Download the files that the cache lacks."""
-        repository = self._repository
-        downloader = Downloader(self._client, repository.cache, repository.repo, repository.commit, self._progress)
+        repository, progress = self._repository, self._progress
+        downloader = Downloader(
+            self._client, repository.cache, repository.repo, repository.commit, progress, self._sleep
+        )
         for file in files:
             if not repository.is_cached(file):
                 downloader.fetch(file)

@@ -21,22 +21,12 @@ def entry(name: str, *keys: str) -> str:
 
 
 def names(keys: ApiKeys, *texts: str) -> list[str | None]:
-    found = [keys.find(text.encode()) for text in texts]
-    return [None if tenant is None else tenant.name for tenant in found]
+    return [None if tenant is None else tenant.name for tenant in [keys.find(text.encode()) for text in texts]]
 
 
 def test_plain_keys() -> None:
     assert not ApiKeys(Settings()).are_required
     assert names(ApiKeys(Settings(api_key=(KEYS[0], *KEYS))), *KEYS, "", "key-three") == ["key-1", "key-2", None, None]
-
-
-def test_keys_of_a_rotation_are_one_tenant() -> None:
-    keys = ApiKeys(Settings(api_key=KEYS, one_tenant=True))
-    tenant = keys.find(b"key-one")
-    assert tenant is not None
-    assert tenant is keys.find(b"key-two")
-    assert (tenant.name, tenant.owner) == ("key-1", "key-1")
-    assert keys.find(b"key-three") is None
 
 
 def test_a_file_beside_plain_keys(tmp_path: Path) -> None:

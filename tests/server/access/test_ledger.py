@@ -10,9 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from server.access.ledger import Ledger
-from server.limits.accounts import Account, LimitReachedError, Limits
-from server.tenants import Tenant
 from tests.server.conftest import StartPair, StartServer
 from tests.support.clients import CHAT, COMPLETIONS
 from tests.support.fake_engine import FakeEngine
@@ -162,21 +159,3 @@ def test_seeds_are_those_of_one_server(
     submitted = [submit.params.seed for submit in fake_engine.submits]
     half = len(submitted) // 2
     assert submitted[:half] == submitted[half:]
-
-
-@pytest.mark.anyio
-async def test_a_request_that_is_refused_does_not_run() -> None:
-    ledger, account = Ledger(), Account()
-    account.set_limits(Limits(max_concurrent_requests=1))
-    tenant = Tenant(name="alice", account=account)
-    async with ledger.request(tenant):
-        assert account.num_running == 1
-        with pytest.raises(LimitReachedError):
-            async with ledger.request(tenant):
-                pass
-        assert (account.num_running, account.usage.num_requests) == (1, 1)
-    with pytest.raises(ZeroDivisionError):
-        async with ledger.request(tenant):
-            raise ZeroDivisionError
-    assert account.num_running == 0
-    assert [await ledger.take_number() for _ in range(3)] == [0, 1, 2]

@@ -1,13 +1,12 @@
 """Downloads from the stub hub that break, continue, or bring something else than announced."""
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from server.hub import download
 from server.hub.download import MAX_FAILURES
 from server.hub.errors import HubError
 from server.hub.fetch import GGUF_HEADER_BYTES, fetch_model
@@ -21,21 +20,14 @@ SIZE = len(CONTENT)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Let no time pass between attempts; return the seconds that would have passed."""
-    seconds: list[float] = []
-    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=seconds.append))
-    return seconds
-
-
 @pytest.fixture(autouse=True)
 def repository(hub: StubHub) -> None:
     hub.add("org/tiny", {"tiny-Q4_0.gguf": CONTENT})
 
 
-def fetch(recorder: Recorder | None = None) -> Path:
-    return fetch_model(NAME, recorder or Recorder())
+def fetch(recorder: Recorder | None = None, wait: Callable[[float], None] = lambda seconds: None) -> Path:
+    """Let no time pass between attempts. `wait` gets the seconds that would pass."""
+    return fetch_model(NAME, recorder or Recorder(), wait)
 
 
 def blobs(tmp_path: Path) -> list[str]:
@@ -66,10 +58,10 @@ def test_a_file(hub: StubHub, tmp_path: Path) -> None:
     assert hub.num_bytes_sent == SIZE + GGUF_HEADER_BYTES  # nothing again
 
 
-def test_a_broken_connection_continues_where_it_broke(hub: StubHub, waits: list[float]) -> None:
+def test_a_broken_connection_continues_where_it_broke(hub: StubHub) -> None:
     hub.faults.break_after = [None, 300_000, 200_000]
-    recorder = Recorder()
-    assert fetch(recorder).read_bytes() == CONTENT
+    recorder, waits = Recorder(), list[float]()
+    assert fetch(recorder, waits.append).read_bytes() == CONTENT
     assert ranges(hub) == ["", "bytes=300000-", "bytes=500000-"]
     assert hub.num_bytes_sent == SIZE + GGUF_HEADER_BYTES
     assert waits == [1.0, 1.0]
@@ -77,12 +69,10 @@ def test_a_broken_connection_continues_where_it_broke(hub: StubHub, waits: list[
     assert sum("trying again in 1 s" in line for line in recorder.lines) == 2
 
 
-def test_too_many_failures_leave_what_has_arrived_for_the_next_attempt(
-    hub: StubHub, tmp_path: Path, waits: list[float]
-) -> None:
-    hub.faults.break_after = [None, 400_000, *[0] * MAX_FAILURES]
+def test_too_many_failures_leave_what_has_arrived_for_the_next_attempt(hub: StubHub, tmp_path: Path) -> None:
+    hub.faults.break_after, waits = [None, 400_000, *[0] * MAX_FAILURES], list[float]()
     with pytest.raises(HubError, match=r"tiny-Q4_0\.gguf: .*What has arrived is kept: run the command again"):
-        fetch()
+        fetch(wait=waits.append)
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
     assert blobs(tmp_path) == [f"{SHA256}.incomplete"]
     assert hub.num_bytes_sent == 400_000 + GGUF_HEADER_BYTES
@@ -111,7 +101,7 @@ def test_an_interrupt_leaves_what_has_arrived(hub: StubHub, tmp_path: Path) -> N
     assert recorder.num_bytes == SIZE - interrupted.num_bytes
 
 
-def test_a_server_that_ignores_ranges(hub: StubHub, waits: list[float]) -> None:
+def test_a_server_that_ignores_ranges(hub: StubHub) -> None:
     hub.faults.ignores_ranges = True
     hub.faults.break_after = [None, 300_000]
     assert fetch().read_bytes() == CONTENT
@@ -144,10 +134,10 @@ def test_a_wrong_hash(hub: StubHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "retry_after", "seconds"), [(429, "7", 7.0), (429, "", 1.0), (503, "", 1.0)])
-def test_the_hub_asks_to_wait(hub: StubHub, waits: list[float], status: int, retry_after: str, seconds: float) -> None:
+def test_the_hub_asks_to_wait(hub: StubHub, status: int, retry_after: str, seconds: float) -> None:
     hub.faults.statuses = [status, status]  # the header's, and the first of the file
-    hub.faults.retry_after = retry_after
-    assert fetch().read_bytes() == CONTENT
+    hub.faults.retry_after, waits = retry_after, list[float]()
+    assert fetch(wait=waits.append).read_bytes() == CONTENT
     assert waits == [seconds]
 
 

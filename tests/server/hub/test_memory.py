@@ -72,10 +72,10 @@ def test_latent_attention() -> None:
     assert config_shape(config(27, 163840, 2048, 16, kv_lora_rank=512, qk_rope_head_dim=64)) == shape
 
 
-@pytest.mark.parametrize("metadata", [{}, {"general.architecture": "x"}, QWEN3_4B | {"qwen3.block_count": "many"}])
-def test_metadata_that_says_too_little(metadata: dict[str, Any]) -> None:
-    assert gguf_shape(metadata) is None
-    assert config_shape(metadata) is None
+def test_metadata_that_says_too_little() -> None:
+    for metadata in ({}, {"general.architecture": "x"}, QWEN3_4B | {"qwen3.block_count": "many"}):
+        assert gguf_shape(metadata) is None
+        assert config_shape(metadata) is None
 
 
 @pytest.mark.parametrize(
@@ -92,19 +92,16 @@ def test_as_many_tokens_as_fit(shape: ModelShape, num_bytes: int) -> None:
         assert shape.kv_cache_bytes(num_tokens + 1024) > num_bytes
 
 
-@pytest.mark.parametrize(
-    ("free", "text"),
-    [
+def test_whether_it_fits() -> None:
+    """As the engine: half of what the weights leave is for the KV cache, which must hold one request."""
+    for free, text in (
         (20 * GB, "20 GB free: it fits"),
         (6 * GB, r"6.0 GB free: it fits with a shorter context, --max-model-len 11264"),
         (3 * GB, r"3.0 GB free: it fits with a shorter context, --max-model-len 1024"),
         (2_600_000_000, "2.6 GB free: it does not fit, too little is left for a KV cache"),
         (2 * GB, "2.0 GB free: it does not fit, the weights alone are larger"),
-    ],
-)
-def test_whether_it_fits(free: int, text: str) -> None:
-    """As the engine: half of what the weights leave is for the KV cache, which must hold one request."""
-    assert Memory("Memory", free, 0, 0.5).describe_fit(2_500_000_000, QWEN3_4B_SHAPE) == f"Memory, {text}"
+    ):
+        assert Memory("Memory", free, 0, 0.5).describe_fit(2_500_000_000, QWEN3_4B_SHAPE) == f"Memory, {text}", free
 
 
 def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -113,8 +110,7 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.setattr(memory, "available_memory", lambda: 4 * GB)
-    lines = list(memory_lines(2_500_000_000, QWEN3_4B_SHAPE))
-    assert lines == [
+    assert list(memory_lines(2_500_000_000, QWEN3_4B_SHAPE)) == [
         "Takes about 2.5 GB of memory for the weights, and 6.0 GB for the KV cache of one request of 40960 tokens",
         "GPU, 21 GB free: it fits",
         "Memory, 4.0 GB free: it fits with a shorter context, --max-model-len 4096",

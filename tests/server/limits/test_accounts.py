@@ -22,12 +22,9 @@ def test_a_bucket_refills_in_a_minute_and_can_be_overdrawn(per_minute: int, step
         assert bucket.seconds_until(1, now) == pytest.approx(max(0.0, 1 - level) * 60 / per_minute)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0ms"), (0.0001, "1ms"), (0.12, "120ms"), (1, "1s"), (7.66, "7.66s"), (360, "6m0s"), (3661.5, "61m1.5s")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
+def test_durations() -> None:
+    texts = {0: "0ms", 0.0001: "1ms", 0.12: "120ms", 1: "1s", 7.66: "7.66s", 360: "6m0s", 3661.5: "61m1.5s"}
+    assert [format_duration(seconds) for seconds in texts] == list(texts.values())
 
 
 def admit(account: Account) -> str | None:
@@ -73,15 +70,6 @@ def test_tokens_beyond_the_limit_are_paid_back() -> None:
     assert admit(account) == "tokens_per_minute"
     names = ("limit", "remaining", "reset")
     assert [account.headers()[f"x-ratelimit-{name}-tokens"] for name in names] == ["60000", "0", "1m3s"]
-
-
-def test_requests_at_a_time() -> None:
-    account = Clocks().account(max_concurrent_requests=1)
-    account.num_running = 1
-    assert admit(account) == "max_concurrent_requests"
-    account.num_running = 0
-    assert admit(account) is None
-    assert account.headers() == {}
 
 
 def test_a_budget_is_renewed_the_next_day_alone() -> None:

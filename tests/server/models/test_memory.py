@@ -18,29 +18,23 @@ FILES = WeightFiles(format="gguf", num_bytes=100 * MIB, num_parameters=200 * MIB
 SHAPE = ModelShape(context=8192, full_bytes=1000, window_bytes=0, window=0)
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
+def test_weights_take_what_their_format_in_memory_takes() -> None:
+    for settings, expected in (
         ({}, 100 * MIB),
         ({"quantization": "none"}, 400 * MIB),
         ({"quantization": "none", "dtype": "float32"}, 800 * MIB),
         ({"quantization": "int8", "dtype": "float32"}, 225 * MIB),
-    ],
-)
-def test_weights_take_what_their_format_in_memory_takes(settings: dict[str, str], expected: int) -> None:
-    assert weight_bytes(FILES, Settings(**settings)) == expected  # type: ignore[arg-type]
+    ):
+        assert weight_bytes(FILES, Settings(**settings)) == expected, settings  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
+def test_the_kv_cache_is_that_of_the_settings_or_of_a_short_context() -> None:
+    for settings, expected in (
         ({}, 4096 * 1000),
         ({"max_model_len": 8000}, 8000 * 1000),
         ({"max_model_len": 8000, "kv_cache_memory": 5}, 5),
-    ],
-)
-def test_the_kv_cache_is_that_of_the_settings_or_of_a_short_context(settings: dict[str, int], expected: int) -> None:
-    assert kv_cache_bytes(SHAPE, Settings(**settings)) == expected  # type: ignore[arg-type]
+    ):
+        assert kv_cache_bytes(SHAPE, Settings(**settings)) == expected, settings  # type: ignore[arg-type]
 
 
 def test_each_process_of_an_engine_takes_memory() -> None:

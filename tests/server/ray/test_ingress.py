@@ -119,44 +119,39 @@ def test_a_request_whose_replica_dies_before_it_answers_goes_to_another_one() ->
     assert replicas.requests[0] == replicas.requests[1]
 
 
-@pytest.mark.parametrize(
-    ("answers", "status", "message"),
-    [
+def test_a_request_of_which_replicas_go_on_failing() -> None:
+    for answers, status, message in (
         ([RayActorError(), RayActorError(), httpx.ReadError("its server ended")], 503, "died"),
         ([httpx.LocalProtocolError("illegal target characters")], 400, "URL"),
-    ],
-)
-def test_a_request_of_which_replicas_go_on_failing(answers: Parts, status: int, message: str) -> None:
-    response = ask(Replicas(*([answer] for answer in answers)))
-    assert response.status_code == status
-    assert message in response.json()["error"]["message"]
+    ):
+        parts: list[Parts] = [[answer] for answer in answers]
+        response = ask(Replicas(*parts))
+        assert response.status_code == status
+        assert message in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("path", "headers", "end"),
-    [
+def test_a_stream_whose_replica_dies_ends_with_an_error() -> None:
+    """What has come of the next event is left out, since the error would become part of it."""
+    for path, headers, end in (
         ("/v1/chat/completions", SSE, ['data: {"error":{"message":"...', "data: [DONE]"]),
         ("/v1/messages", SSE, ["event: error", 'data: {"type":"error","error":{']),
         ("/v1/responses", SSE, ["event: error", 'data: {"type":"error","sequence_number":2,']),
         ("/lightwell/v1/events", SSE, ['data: {"error":{"message":"...']),
         ("/api/chat", NDJSON, ['{"error":"...']),
-    ],
-)
-def test_a_stream_whose_replica_dies_ends_with_an_error(path: str, headers: Headers, end: list[str]) -> None:
-    """What has come of the next event is left out, since the error would become part of it."""
-    is_lines = headers is NDJSON
-    whole = b"{}\n{}\n" if is_lines else b"data: {}\n\ndata: {}\n\n"
-    half = b'{"a":' if is_lines else b'data: {"a":'
-    chunks: Parts = [whole[:3], whole[3:9], whole[9:] + half]
-    response = ask(Replicas([ResponseHead(200, headers, "one"), *chunks, RayActorError()]), path)
-    assert response.text.startswith(whole.decode())
-    lines = [line for line in response.text[len(whole) :].splitlines() if line]
-    message = "The replica that generated this answer died."
-    assert message in response.text
-    assert len(lines) == len(end)
-    for line, begin in zip(lines, end, strict=True):
-        assert line.replace(message, "...").startswith(begin)
-    assert response.text.endswith("\n" if is_lines else "\n\n")
+    ):
+        is_lines = headers is NDJSON
+        whole = b"{}\n{}\n" if is_lines else b"data: {}\n\ndata: {}\n\n"
+        half = b'{"a":' if is_lines else b'data: {"a":'
+        chunks: Parts = [whole[:3], whole[3:9], whole[9:] + half]
+        response = ask(Replicas([ResponseHead(200, headers, "one"), *chunks, RayActorError()]), path)
+        assert response.text.startswith(whole.decode())
+        lines = [line for line in response.text[len(whole) :].splitlines() if line]
+        message = "The replica that generated this answer died."
+        assert message in response.text
+        assert len(lines) == len(end)
+        for line, begin in zip(lines, end, strict=True):
+            assert line.replace(message, "...").startswith(begin)
+        assert response.text.endswith("\n" if is_lines else "\n\n")
 
 
 @pytest.mark.parametrize("headers", [SSE, NDJSON, JSON])
@@ -213,34 +208,22 @@ def test_bodies_share_the_memory() -> None:
 
         async with client_of(replicas, max_buffered_bytes=50_000) as client:
             first = client.post("/llm/v1/completions", content=never_ends())
-            second = client.post("/llm/v1/completions", content=after_the_first())
-            return await asyncio.gather(first, second)
+            return await asyncio.gather(first, client.post("/llm/v1/completions", content=after_the_first()))
 
     refused, answered = asyncio.run(post_two())
     assert (refused.status_code, answered.status_code) == (503, 200)
 
 
 def test_metrics_are_those_of_all_replicas() -> None:
-    replicas = Replicas()
-    pages = [
-        (ResponseHead(200, [], name), f"# TYPE n gauge\nn {number}\n".encode()) for number, name in enumerate("ab")
-    ]
-    replicas.pages = [*pages, RayActorError()]
-    assert [line for line in ask(replicas, "/metrics", method="GET").text.splitlines() if line[0] != "#"] == [
-        'n{replica="a"} 0.0',
-        'n{replica="b"} 1.0',
-    ]
-    replicas.pages = [(ResponseHead(401, JSON, "a"), b"{}")]
-    assert ask(replicas, "/metrics", method="GET").status_code == 401
-
-
-@pytest.mark.parametrize("pages", [[], [RayActorError(), TimeoutError()], TimeoutError()])
-def test_metrics_of_no_replica(pages: Any) -> None:
-    replicas = Replicas()
-    replicas.pages = pages
-    assert ask(replicas, "/metrics", method="GET").status_code == 503
-
-
-def test_metrics_of_one_replica() -> None:
+    """Or of one that the request names."""
     replicas = Replicas([ResponseHead(200, [], "a"), b"n 1"])
+    pages = [(ResponseHead(200, [], name), f"# TYPE n gauge\nn {n}\n".encode()) for n, name in enumerate("ab")]
+    replicas.pages = [*pages, RayActorError()]
+    lines = ask(replicas, "/metrics", method="GET").text.splitlines()
+    assert [line for line in lines if line[0] != "#"] == ['n{replica="a"} 0.0', 'n{replica="b"} 1.0']
+    refused = (ResponseHead(401, JSON, "a"), b"{}")
+    failures: list[tuple[Any, int]] = [([refused], 401), ([], 503), ([RayActorError(), TimeoutError()], 503)]
+    for found, status in [*failures, (TimeoutError(), 503)]:
+        replicas.pages = found
+        assert ask(replicas, "/metrics", method="GET").status_code == status
     assert ask(replicas, "/metrics", method="GET", headers={"x-lightwell-replica": "a"}).text == "n 1"

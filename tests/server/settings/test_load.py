@@ -1,15 +1,24 @@
-"""Settings from every source: their precedence, and which values are rejected with which message."""
+"""Settings from every source: their precedence, those of each model, and which are refused with which message."""
 
+import itertools
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+import yaml
+from pydantic import ValidationError
 
 from server.cli.main import make_parser
-from server.settings.load import check_certificate, is_loopback, load_settings
+from server.schemas.generation_request import SamplingFields
+from server.settings import load
+from server.settings.load import check_certificate, check_model_names, is_loopback, load_settings
+from server.settings.sampling import SAMPLING_FIELDS
 from server.settings.setting import SettingsError
 from server.settings.table import SETTINGS, Settings
+from server.settings.yaml_file import num_values
 from tests.support.settings_cases import INVALID, KINDS, VALID, settings_from_flags
 
 
@@ -32,7 +41,7 @@ def as_yaml(name: str, text: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_source_means_the_same(tmp_path: Path, kind: str) -> None:
-    for name in set(KINDS[kind]) - {"models"}:  # which test_models.py tests
+    for name in set(KINDS[kind]) - {"models"}:  # which has tests of its own
         setting = SETTINGS[name]
         for text, value in VALID[name]:
             plain = f"'{text}'" if text in ("*", "vllm:") else text
@@ -78,6 +87,7 @@ def test_settings_that_need_others() -> None:
         check_certificate(load_settings({"ssl_keyfile": "a.key"}))
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
 WRONG_TYPES = (
     *("port: true", "port: 80.5", "port: [1, 2]", "host: 5", "strict: 3", "seed: 1.0", "drain-timeout: .nan"),
     *("api-key: [sk-secret, '']", "api-key: {a: sk-secret}", "max-body-size: 2001-01-01"),
@@ -85,23 +95,25 @@ WRONG_TYPES = (
 )
 
 
+# `$` in a message is its end.
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         *((line, f": {line.partition(':')[0]}: expected ") for line in WRONG_TYPES),
-        ("default-sampling: {temperature: .nan}", ": default-sampling: temperature: expected "),
-        ("default-sampling: {temperature: true}", ": default-sampling: temperature: expected "),
-        ("default-sampling: {m: {temperature: [0.5]}}", ": default-sampling: temperature: expected "),
+        *(
+            (f"default-sampling: {{temperature: {wrong}}}", "temperature: expected ")
+            for wrong in (".nan", "true", "[0.5]")
+        ),
         ("default-sampling: {m: {top_p: 2001-01-01}}", ": default-sampling: top_p: expected "),
-        ("prt: 80", r"unknown setting 'prt' \(did you mean port\?\)"),
-        ("enable_dcs: true", r"unknown setting 'enable_dcs' \(did you mean enable-docs\?\)"),
-        ("no-enable-docs: true", r"unknown setting 'no-enable-docs' \(write enable-docs: false\)"),
-        ("no-port: 1", r"unknown setting 'no-port'"),
+        ("prt: 80", "unknown setting 'prt' (did you mean port?)"),
+        ("enable_dcs: true", "unknown setting 'enable_dcs' (did you mean enable-docs?)"),
+        ("no-enable-docs: true", "unknown setting 'no-enable-docs' (write enable-docs: false)"),
+        ("no-port: 1", "unknown setting 'no-port'"),
         ("api-key: 123", "expected a non-empty key of printable ASCII characters: put it in quotes$"),
         ("api-key: [a, 2001-01-01]", "expected a non-empty key of printable ASCII characters: put it in quotes$"),
         ("api-key: {a: b}", "api-key: expected a non-empty key of printable ASCII characters$"),
         ("served-model-name: yes", "expected non-empty text, got True: put it in quotes$"),
-        ("port: 80.5", r"port: expected an integer from 0 to 65535, got 80\.5$"),
+        ("port: 80.5", "port: expected an integer from 0 to 65535, got 80.5$"),
         ("config: other.yml", "unknown setting 'config'"),
         ("1: 80", "unknown setting 1"),
         ("port: 80\nport: 81", "port is set twice"),
@@ -111,13 +123,51 @@ WRONG_TYPES = (
         ("port: !!python/object/apply:os.system [id]", "invalid YAML"),
         ("port: \x00", "invalid YAML"),
         ("port: 1\napi-key: sk-secret: [", "invalid YAML: line 2: "),
+        # What no operator writes.
+        (5000 * b"[", "invalid YAML: too many levels$"),
+        (5000 * b"{a: ", "invalid YAML: too many levels$"),
+        (5000 * b"- ", "invalid YAML: too many levels$"),
+        (b"port: " + 100_000 * b"9", "invalid YAML: the file contains invalid characters or values$"),
+        (b"port: 0x" + 100_000 * b"f", "invalid YAML: line 1: the number is too large$"),
+        (b"seed: 1\nport: " + 4000 * b"9", "invalid YAML: line 2: the number is too large$"),
+        (b"port: 2001-99-99", "invalid YAML: the file contains invalid characters or values$"),
+        (b"port: \xff", "invalid YAML: the file is not UTF-8$"),
+        (b"port: *sk-secret", "invalid YAML: line 1: found undefined alias$"),
+        (b"port: &a [*a]", "its aliases make more than 1048576 values$"),
+        (BOMB, "its aliases make more than 1048576 values$"),
+        (b"port: " + 1000 * b"a", f"port: expected an integer from 0 to 65535, got '{199 * 'a'}...$"),
+        ((1 << 20) * b"#" + b"\n", "larger than 1048576 bytes$"),
+        # --default-sampling.
+        ("default-sampling: temprature=1", ": default-sampling: unknown field 'temprature' (did you mean temperature?"),
+        ("default-sampling: {m: {topk: 4}}", ": default-sampling: unknown field 'topk' (did you mean top_k?)"),
+        ("default-sampling: {m: temprature=1}", "unknown field 'temprature' (did you mean temperature?)"),
+        ("default-sampling: {m: {n: {top_k: 4}}}", "unknown field 'n' (fields: temperature, top_p, "),
+        ("default-sampling: {max_tokens: 5}", "unknown field 'max_tokens' (fields: temperature, top_p, "),
+        ("default-sampling: temperature=5", ": default-sampling: temperature: expected a number from 0 to 2, got 5"),
+        ("default-sampling: {temperature: '1'}", "temperature: expected a number from 0 to 2, got '1'"),
+        ("default-sampling: {m: {top_k: 1.5}}", "top_k: expected an integer from -1 to 9223372036854775807, got 1.5"),
+        ("default-sampling: {samplers: top_k}", "samplers: expected a list, got 'top_k'"),
+        ("default-sampling: {typical_p: 0}", "typical_p: expected a number above 0 and up to 1, got 0"),
+        # Models.
+        ("models: [{model: x, seed: 3}, b]", "models[0]: seed: applies to all models"),
+        ("models: [a, {model: x, max-modl-len: 3}]", "models[1]: max-modl-len: unknown setting (did you mean max-"),
+        ("models: [{mdel: x}]", "models: expected a model, or a mapping with the key model and settings of its own"),
+        ("models: [{model: x, load: never}, y]", "models[0]: load: expected one of at-start, on-first-use"),
+        ("models: [a, b]\nserved-model-name: x", "--served-model-name: there are several models; set served-model-"),
+        ("models: [a, b]\napi-server-count: 2", "--api-server-count: not with several models, --load on-first-use or"),
+        ("model: a\nload: on-first-use\ndata-parallel-size: 2", "--data-parallel-size: not with several models, --l"),
+        ("models: [a, b]\nlora-modules: x=/y", "--lora-modules: there are several models; set lora-modules of its"),
+        ("models: [a, {model: b, max-loras: 1, lora-modules: [x=/y, z=/y]}]", "names 2 adapters, but --max-loras is 1"),
     ],
+    ids=itertools.count(),
 )
-def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
-    config = write(tmp_path, content)
-    with pytest.raises(SettingsError, match=message) as caught:
-        load_settings(config=config)
-    assert str(caught.value).startswith(config)
+def test_bad_files(tmp_path: Path, content: str | bytes, message: str) -> None:
+    file = tmp_path / "settings.yml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SettingsError) as caught:
+        load_settings(config=str(file))
+    assert message in f"{caught.value}$"
+    assert str(caught.value).startswith((str(file), "--"))
     assert "\n" not in str(caught.value)
     assert "sk-secret" not in str(caught.value)
 
@@ -132,13 +182,11 @@ default-sampling:
   org/name: none
   /models/x.gguf: temperature=0.1 samplers=["top_k"]
 """
-    assert load_settings(config=write(tmp_path, content)).default_sampling == {
-        "temperature": 0.7,
-        "top_k": 40,
-        "smollm2-135m": {"top_p": 0.9},
-        "org/name": "none",
-        "/models/x.gguf": {"temperature": 0.1, "samplers": ["top_k"]},
-    }
+    of_models = {"smollm2-135m": {"top_p": 0.9}, "org/name": "none"}
+    of_models["/models/x.gguf"] = {"temperature": 0.1, "samplers": ["top_k"]}
+    assert (
+        load_settings(config=write(tmp_path, content)).default_sampling == {"temperature": 0.7, "top_k": 40} | of_models
+    )
     assert load_settings(config=write(tmp_path, "default-sampling: none")).default_sampling == "none"
 
 
@@ -149,13 +197,11 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         load_settings(config=str(tmp_path))
     assert load_settings(config=write(tmp_path, "# nothing\n")) == Settings()
     assert load_settings(config=write(tmp_path, "port:\nseed: null\n")) == Settings()
-    named = {"LIGHTWELL_CONFIG": write(tmp_path, "port: 81\n")}
-    assert load_settings(environ=named).port == 81
+    assert load_settings(environ={"LIGHTWELL_CONFIG": write(tmp_path, "port: 81\n")}).port == 81
 
 
 def test_lists() -> None:
-    environ = {"LIGHTWELL_API_KEY": "one, two", "LIGHTWELL_SERVED_MODEL_NAME": "a"}
-    settings = load_settings(environ=environ)
+    settings = load_settings(environ={"LIGHTWELL_API_KEY": "one, two", "LIGHTWELL_SERVED_MODEL_NAME": "a"})
     assert settings.api_key == ("one", "two")
     assert settings.served_model_name == ("a",)
     assert load_settings(environ={"LIGHTWELL_SERVED_MODEL_NAME": "a , b"}).served_model_name == ("a", "b")
@@ -165,8 +211,6 @@ def test_lists() -> None:
 
 
 def test_switches_can_be_turned_either_way() -> None:
-    assert settings_from_flags("--no-enable-prefix-caching").enable_prefix_caching is False
-    assert settings_from_flags("--enable-prefix-caching").enable_prefix_caching is True
     flags = vars(make_parser().parse_args(["serve", "--no-strict"]))
     assert load_settings(flags, {"LIGHTWELL_STRICT": "true"}).strict is False
 
@@ -248,3 +292,138 @@ def test_what_is_no_adapter() -> None:
     ):
         with pytest.raises(SettingsError, match=r"^--lora-modules: expected NAME=PATH with a NAME of letters"):
             settings_from_flags("--lora-modules", text)
+
+
+A, B = {"model": "a"}, {"model": "b"}
+
+
+def in_file(tmp_path: Path, content: str) -> Settings:
+    return load_settings(config=write(tmp_path, content))
+
+
+def test_one_model_can_be_named_in_each_way(tmp_path: Path) -> None:
+    for settings in (
+        settings_from_flags("a"),
+        settings_from_flags("--model", "a"),
+        load_settings(environ={"LIGHTWELL_MODEL": "a"}),
+        load_settings(environ={"LIGHTWELL_MODELS": "a"}),
+        in_file(tmp_path, "model: a"),
+        in_file(tmp_path, "models: a"),
+        in_file(tmp_path, "models: [a]"),
+        in_file(tmp_path, "models: [{model: a}]"),
+    ):
+        assert settings == Settings(model="a")
+        assert not settings.unloads_models
+
+
+def test_several_models_can_be_named_in_each_way(tmp_path: Path) -> None:
+    for settings in (
+        settings_from_flags("a", "--model", "b"),
+        settings_from_flags("--model", "a", "--model", "b"),
+        load_settings(environ={"LIGHTWELL_MODELS": "a,b"}),
+        load_settings(environ={"LIGHTWELL_MODEL": "a", "LIGHTWELL_MODELS": "b"}),
+        in_file(tmp_path, "models: [a, b]"),
+        in_file(tmp_path, "models: [a, {model: b}]"),
+        in_file(tmp_path, "{model: a, models: [b]}"),
+    ):
+        assert settings == Settings(model="a", models=(A, B))
+        assert settings.unloads_models
+
+
+def test_a_source_says_all_that_is_served(tmp_path: Path) -> None:
+    file = write(tmp_path, "models: [a, b]\nseed: 3")
+    assert load_settings({"model": "c"}, config=file) == Settings(model="c", seed=3)
+    assert load_settings({}, {"LIGHTWELL_MODELS": "c,d"}, config=file).models == ({"model": "c"}, {"model": "d"})
+
+
+def test_each_model_has_its_own_settings_and_those_of_all(tmp_path: Path) -> None:
+    entry = """
+seed: 3
+max-model-len: 100
+models:
+  - a
+  - model: b
+    served-model-name: [x, y]
+    load: on-first-use
+    max_model_len: 200
+    kv-cache-memory: 1GiB
+    dtype: null
+    lora-modules: [{name: sql, path: /sql}]
+"""
+    settings = in_file(tmp_path, entry)
+    first, second = settings.each_model
+    assert first == Settings(model="a", seed=3, max_model_len=100)
+    own: dict[str, Any] = {"max_model_len": 200, "served_model_name": ("x", "y"), "lora_modules": ("sql=/sql",)}
+    assert second == Settings(model="b", seed=3, load="on-first-use", kv_cache_memory=1 << 30, **own)
+    assert msgspec.json.decode(msgspec.json.encode(settings), type=Settings).each_model == [first, second]
+
+
+def test_the_settings_of_the_only_entry_are_those_of_the_server(tmp_path: Path) -> None:
+    settings = in_file(tmp_path, "models: [{model: a, load: on-first-use}]")
+    assert settings == Settings(model="a", load="on-first-use")
+    assert settings.unloads_models
+    assert Settings(idle_unload=5.0).unloads_models
+
+
+def test_names_belong_to_one_model() -> None:
+    check_model_names([("a", "b"), ("c",)])
+    with pytest.raises(SettingsError, match="two models are named b; set served-model-name of one"):
+        check_model_names([("a", "b"), ("b", "c")])
+
+
+def test_a_device_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "MAX_FILE_BYTES", 1000)
+    with pytest.raises(SettingsError, match=r"^/dev/zero: larger than 1000 bytes$"):
+        load_settings(config="/dev/zero")
+
+
+def test_values_count_as_often_as_aliases_repeat_them() -> None:
+    root = yaml.compose("{a: &a [1, 2], b: *a, c: {d: *a}}", yaml.SafeLoader)
+    assert num_values(root, 100) == 1 + 3 + 3 * 3 + 1 + 1
+    assert num_values(yaml.compose("&a [*a]", yaml.SafeLoader), 100) > 100
+    assert num_values(None, 100) == 0
+
+
+@pytest.mark.parametrize("value", [5000 * "[", '{"temperature": ' + 400 * "9" + "}", 5000 * '{"temperature":'])
+def test_json_in_a_flag(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--default-sampling: ") as caught:
+        load_settings({"default_sampling": value})
+    assert len(str(caught.value)) < 600
+
+
+BOUNDS = (-2.0, -1.0, 0.0, 0.01, 1.0, 2.0, 10.0, 256.0, 1000.0, 2.0**63)
+VALUES: list[Any] = [
+    *(near for bound in BOUNDS for near in (math.nextafter(bound, -math.inf), bound, math.nextafter(bound, math.inf))),
+    *(whole + step for whole in (-2, -1, 0, 1, 2, 10, 256, 1000, 2**63) for step in (-1, 0, 1)),
+    *(math.inf, math.nan, True, [], {}),
+]
+
+
+# The fields of --default-sampling have the names and limits of the fields of requests.
+
+
+def test_names() -> None:
+    assert SAMPLING_FIELDS.keys() == SamplingFields.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", SAMPLING_FIELDS)
+def test_limits(tmp_path: Path, name: str) -> None:
+    """The setting and a request accept the same values."""
+
+    def is_accepted_in_a_request(value: object) -> bool:
+        try:
+            SamplingFields.model_validate({name: value})
+        except ValidationError:
+            return False
+        return True
+
+    def is_accepted_as_a_setting(value: object) -> bool:
+        try:
+            SAMPLING_FIELDS[name].parse(value)
+        except ValueError:
+            return False
+        return True
+
+    accepted = [value for value in VALUES if is_accepted_in_a_request(value)]
+    assert repr(accepted) == repr([value for value in VALUES if is_accepted_as_a_setting(value)])
+    assert 0 < len(accepted) < len(VALUES)
