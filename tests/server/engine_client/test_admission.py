@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from hypothesis import strategies as st
@@ -216,7 +217,7 @@ class Holdings:
 )
 def test_who_makes_room(steps: list[tuple[Tenant, int, list[int] | None]]) -> None:
     """Each step: a tenant, the choices that it asks for, and the numbers of the requests that end; None: refused."""
-    holdings, admitted = Holdings(), []
+    holdings, admitted = Holdings(), list[Any]()
     for tenant, count, expected in steps:
         ended = holdings.admit(tenant, count)
         assert expected == (None if ended is None else [admitted.index(request) for request in ended])

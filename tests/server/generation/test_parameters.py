@@ -88,7 +88,7 @@ def test_priority_salt_and_n_reach_the_engine(server: RunningServer, path: str) 
     [
         *(({"post_sampling_probs": value}, {"post_sampling_probs": bool(value)}) for value in (True, False, None)),
         ({"logprob_token_ids": [3, 258, 3]}, {"logprobs": 0, "logprob_token_ids": (3, 258)}),
-        *(({"logprob_token_ids": value}, {"logprobs": 5, "logprob_token_ids": ()}) for value in ([], None)),
+        *(({"logprob_token_ids": value}, {"logprobs": 5, "logprob_token_ids": ()}) for value in ((), None)),
     ],
 )
 def test_which_log_probabilities_there_are(

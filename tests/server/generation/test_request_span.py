@@ -60,8 +60,8 @@ def check_sum(receiver: OTLPReceiver, root: Span, children: list[Span] | None = 
 def test_a_request(traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine, stream: bool) -> None:
     fake_engine.config.num_cached_tokens = 3
     fake_engine.config.step_seconds = 0.005
-    settings = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": -5, "max_tokens": 20, "presence_penalty": 0.25}
-    settings |= {"stream": stream, "model": "tiny"}
+    settings: dict[str, Any] = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": -5, "max_tokens": 20}
+    settings |= {"presence_penalty": 0.25, "stream": stream, "model": "tiny"}
     answer = httpx.post(traced.url + CHAT, json={"messages": MESSAGES} | settings, headers={"x-request-id": "mine"})
     root, found = one_root(receiver)
     assert (root.name, root.status.code, root.parent_span_id) == ("chat tiny", Status.STATUS_CODE_UNSET, b"")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -82,7 +83,7 @@ DEEP = [
     b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     b'{"a":' + b"[" * 90_000 + b"]" * 90_000 + b"}",
 ]
-LARGE = [
+LARGE: list[Callable[[], bytes]] = [
     *(lambda item=item: b'{"a":[' + item * 3_000_000 + b"1]}" for item in (b"[],", b"{},", b"1,")),
     lambda: b'{"a":[' + b'"",' * (MAX_ELEMENTS + 1) + b'""]}',
     lambda: b'{"' + b'":0,"'.join(b"%d" % i for i in range(800_000)) + b'":0}',
