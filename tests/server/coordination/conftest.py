@@ -12,13 +12,8 @@ QUEUE_TIMEOUT, REQUEST_TIMEOUT = 500, 5000  # seconds
 
 @pytest.fixture(scope="package")
 def default_pair(model_folder: Path) -> Iterator[Pair]:
-    with shared_pair(
-        model_folder,
-        engine={"max_loras": 2},
-        queue_timeout=QUEUE_TIMEOUT,
-        request_timeout=REQUEST_TIMEOUT,
-        allow_runtime_lora_updating=True,
-    ) as pair:
+    timeouts = {"queue_timeout": QUEUE_TIMEOUT, "request_timeout": REQUEST_TIMEOUT}
+    with shared_pair(model_folder, engine={"max_loras": 2}, allow_runtime_lora_updating=True, **timeouts) as pair:
         yield pair
 
 

@@ -1,29 +1,37 @@
-"""Requests through a worker and the coordinator: one capacity, the same limits, and the same answers."""
+"""Requests through a worker and the coordinator: one capacity, the same limits and answers, and what they share."""
 
+import asyncio
 import json
 import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+import zmq
 
+from engine.shared.messages import HEARTBEAT_SECONDS, Abort, SamplingParams, Submit
+from server.coordination import messages
 from server.coordination.relay import Relay
 from server.coordination.worker import WorkerClient
 from server.generation import pipeline
 from server.generation.pipeline import MAX_HELD_SECONDS
+from server.http.errors import ServerError
 from tests.server.conftest import StartPair
 from tests.server.coordination.conftest import QUEUE_TIMEOUT, REQUEST_TIMEOUT
-from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, parse_events
-from tests.support.fake_engine import FakeEngine
-from tests.support.serving import RunningServer, check_envelope, check_error, raw_request, wait_until
-from tests.support.workers import Pair, reset_pair, shared_pair
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, ask_json, parse_events, write_adapter
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine
+from tests.support.serving import RunningServer, check_envelope, check_error, own_address, raw_request, wait_until
+from tests.support.workers import Pair, reset_pair, running_worker, shared_pair
 
 EMBEDDINGS = "/v1/embeddings"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 KEYS = ("key-one", "key-two")
 TOKENS = "lightwell_generation_tokens_total"
 
@@ -74,10 +82,15 @@ def wait_for_choices(coordinator: RunningServer, number: int) -> None:
     wait_until(lambda: coordinator.model.client.num_in_flight == number)
 
 
-def wait_for_rest(coordinator: RunningServer) -> None:
-    """Wait until nothing is left of the requests of the worker."""
+def relay_of(coordinator: RunningServer) -> Relay:
     (relay,) = coordinator.context.workers
     assert isinstance(relay, Relay)
+    return relay
+
+
+def wait_for_rest(coordinator: RunningServer) -> None:
+    """Wait until nothing is left of the requests of the worker."""
+    relay = relay_of(coordinator)
     held: tuple[dict[Any, Any], ...] = (relay._held, relay._uses, relay._streams, relay._admitted)
     wait_until(lambda: not any(held) and coordinator.model.client.num_in_flight == 0)
 
@@ -388,28 +401,303 @@ def test_metrics_count_the_requests_of_both(pair: Pair) -> None:
         {line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if not re.search(TIMES, line)}
         for server in pair
     ]
-    changed = {line for line in pages[0] ^ pages[1] if "metrics" not in line}
-    assert not changed
+    assert not {line for line in pages[0] ^ pages[1] if "metrics" not in line}
 
 
-def test_many_requests_at_once(start_pair: StartPair, fake_engine: FakeEngine, start: Start) -> None:
-    """Of several tenants, through both, whole and streamed; some are refused, some disconnect."""
-    fake_engine.config.max_num_seqs, fake_engine.config.step_seconds = 3, 0.001
-    pair = start_pair(max_queued_requests=4, api_key=KEYS)
-    kinds: list[dict[str, Any]] = [{"stream": True}, {"n": 2}, {"stop": "wor", "stream": True}, {"prompt": ["a", "b"]}]
-    answers = [
-        start(server, key=key, queue_timeout=30, **kind)
-        for _ in range(10)
-        for key in KEYS
-        for server in pair
-        for kind in kinds
-    ]
-    for number in range(20):
-        with pair[1].connect() as connection:
-            connection.sendall(_post(COMPLETIONS, stream=number % 2 == 0))
-    statuses = {answer.result().status_code for answer in answers}
-    assert 200 in statuses
-    assert statuses <= {200, 429}
-    wait_for_rest(pair[0])
+# Ids, recordings, adapters, and the state of the engine.
+
+
+@Order
+def test_a_request_is_cancelled_through_the_other_process(
+    start_pair: StartPair, fake_engine: FakeEngine, is_worker_first: bool
+) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    pair = start_pair(api_key=KEYS)
+    runner, other = ordered(pair, is_worker_first)
+    headers = {"authorization": f"Bearer {KEYS[0]}", "x-request-id": "mine"}
+    body = MINIMAL[COMPLETIONS] | {"max_tokens": 1500, "stream": True}
+    with httpx.stream("POST", runner.url + COMPLETIONS, json=body, headers=headers, timeout=60) as answer:
+        lines = answer.iter_lines()
+        first = json.loads(next(lines).removeprefix("data: "))
+        for server in pair:
+            for id in ("mine", first["id"]):
+                check_error(send(server, f"/v1/requests/{id}/cancel", KEYS[1]), 404)
+            check_error(send(server, "/v1/requests/none/cancel"), 404)
+        assert send(other, f"/v1/requests/{first['id']}/cancel").status_code == 200
+        assert '"finish_reason":"abort"' in "\n".join(lines)
+    wait_until(lambda: not len(runner.context.running))
+    for server in pair:
+        check_error(send(server, "/v1/requests/mine/cancel"), 404)
     wait_until(lambda: fake_engine.num_choices == 0)
-    wait_until(lambda: not len(pair[1].context.running))
+
+
+def test_requests_with_the_same_id_are_cancelled_in_both(pair: Pair) -> None:
+    pair[0].engine.pause()
+    with ThreadPoolExecutor() as threads:
+        answers = [threads.submit(ask, server.url, COMPLETIONS, request_id="mine") for server in pair]
+        wait_until(lambda: all(len(server.context.running) for server in pair))
+        assert send(pair[1], "/v1/requests/mine/cancel").status_code == 200
+        assert [answer.result().json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
+
+
+def test_a_worker_that_has_not_started_delays_no_cancel(
+    start_pair: StartPair, fake_engine: FakeEngine, address: str
+) -> None:
+    coordinator, _ = start_pair()
+    fake_engine.pause()
+    relay = Relay(f"{address}-other", coordinator.context, coordinator.app)
+    coordinator.loop.call_soon_threadsafe(relay.start)
+    coordinator.context.workers.append(relay)
+    with ThreadPoolExecutor() as threads:
+        threads.submit(ask, coordinator.url, COMPLETIONS, request_id="mine")
+        wait_until(lambda: len(coordinator.context.running))
+        assert send(coordinator, "/v1/requests/mine/cancel").status_code == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_of_the_worker_is_replayed(
+    start_pair: StartPair, fake_engine: FakeEngine, path: str, stream: bool
+) -> None:
+    pair = start_pair(record_requests=3, api_key=KEYS)
+    headers = {"authorization": f"Bearer {KEYS[0]}", "x-request-id": "mine"}
+    body = MINIMAL[path] | {"n": 2, "max_tokens": 5, "stream": stream}
+    answer = httpx.post(pair[1].url + path, json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200
+    assert 'logprobs":{' not in answer.text
+    wait_until(lambda: len(pair[0].context.recordings) == 1)
+    for server in pair:
+        check_error(send(server, "/v1/requests/mine/replay", KEYS[1]), 404)
+        replay = send(server, "/v1/requests/mine/replay").json()
+        assert [(choice["num_tokens"], choice["bit_equal"]) for choice in replay["choices"]] == [(5, True)] * 2
+    fake_engine.config.reply = list(b"HelLo")
+    difference = send(pair[1], "/v1/requests/mine/replay").json()["choices"][1]["difference"]
+    assert (difference["recorded"]["token"], difference["replayed"]["token"]) == ("l", "L")
+    assert len(difference["recorded"]["top"]) == len(difference["replayed"]["top"])
+
+
+@Order
+def test_an_adapter_is_loaded_replaced_and_unloaded_for_both(pair: Pair, tmp_path: Path, is_worker_first: bool) -> None:
+    pair[0].engine.config.max_loras = 1
+    first, second = ordered(pair, is_worker_first)
+    used: list[str] = []
+    for number in range(3):
+        folder = str(write_adapter(tmp_path / str(number)))
+        assert send(first, LOAD, lora_name="sql", lora_path=folder, load_inplace=number > 0).status_code == 200
+        for server in (second, first):
+            assert ask_json(server.url, COMPLETIONS, model="sql")["model"] == "sql"
+        used += {submit.lora_fingerprint for submit in pair[0].engine.submits[-2:]}
+        assert used[-1] == pair[0].model.client.adapters["sql"].fingerprint
+    assert len(set(used)) == len(used) == 3
+    assert send(first, UNLOAD, lora_name="sql").status_code == 200
+    for server in (second, first):
+        assert check_error(ask(server.url, COMPLETIONS, model="sql"), 404)["code"] == "model_not_found"
+
+
+def test_an_engine_that_becomes_ready_later(address: str, model_folder: Path) -> None:
+    with (
+        FakeEngine(FakeEngineConfig(address=address, never_ready=True)) as engine,
+        running_worker(engine, model_folder, server={"wait_ready": False}) as pair,
+    ):
+        first, second = (ask(server.url, COMPLETIONS) for server in pair)
+        assert check_error(first, 503) == check_error(second, 503)
+        assert "loaded" in first.text
+        assert {*first.headers} == {*second.headers}
+        first, second = (httpx.get(f"{server.url}/health") for server in pair)
+        assert (first.status_code, first.content) == (second.status_code, second.content)
+        engine.config.never_ready = False
+        for server in pair:
+            wait_until(lambda server=server: server.model.client.is_ready)
+            assert ask(server.url, COMPLETIONS).status_code == 200
+
+
+def test_a_second_engine_that_becomes_ready_later(model_folder: Path) -> None:
+    with own_address() as first, own_address() as second:
+        config = FakeEngineConfig(address=second, max_model_len=100, never_ready=True)
+        with (
+            FakeEngine(FakeEngineConfig(address=first)) as engine,
+            FakeEngine(config) as other,
+            running_worker(engine, model_folder, more_engines=[other]) as pair,
+        ):
+            config.never_ready = False
+            wait_until(lambda: pair[0].model.client.max_num_seqs == 16)
+            pair[0].turn(HEARTBEAT_SECONDS)
+            for server in pair:
+                wait_until(lambda server=server: server.model.client.max_num_seqs == 16)
+                assert server.model.max_model_len == 100
+                error = check_error(ask(server.url, COMPLETIONS, prompt="x" * 200), 400)
+                assert error["code"] == "context_length_exceeded"
+            assert not engine.submits
+            assert not other.submits
+            assert ask(pair[1].url, COMPLETIONS).status_code == 200
+
+
+def test_an_engine_that_cannot_load(address: str, model_folder: Path) -> None:
+    with (
+        FakeEngine(FakeEngineConfig(address=address, load_failure="no memory")) as engine,
+        running_worker(engine, model_folder, server={"wait_ready": False}) as (coordinator, worker),
+    ):
+        wait_until(lambda: worker.model.client.dead_reason is not None)
+        assert worker.model.client.dead_reason == coordinator.model.client.dead_reason == "no memory"
+
+
+def test_while_the_coordinator_drains(start_pair: StartPair, fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    pair = start_pair()
+    coordinator, worker = pair
+    body = MINIMAL[COMPLETIONS] | {"max_tokens": 100, "stream": True}
+    with httpx.stream("POST", worker.url + COMPLETIONS, json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        coordinator.loop.call_soon_threadsafe(coordinator.model.client.drain)
+        wait_until(coordinator.model.client.drain_requested.is_set)
+        first, second = (ask(server.url, COMPLETIONS) for server in pair)
+        assert check_error(first, 503) == check_error(second, 503)
+        assert [response.headers["connection"] for response in (first, second)] == ["close", "close"]
+        assert '"finish_reason":"length"' in "\n".join(lines)  # what runs is finished
+
+
+@contextmanager
+def mortal_engine(address: str, model_folder: Path, **options: Any) -> Iterator[tuple[MortalEngine, Pair]]:
+    """Run servers in front of an engine that can be killed. It runs one choice at a time, slowly."""
+    config = FakeEngineConfig(address=address, max_num_seqs=1, endless=True, step_seconds=0.01)
+    with MortalEngine(config) as engine, running_worker(engine, model_folder, **options) as pair:
+        yield engine, pair
+
+
+def start_stream(stack: ExitStack, server: RunningServer) -> Iterator[str]:
+    """Return the lines of a long stream that has begun."""
+    body = MINIMAL[COMPLETIONS] | {"max_tokens": 1500, "stream": True}
+    answer = stack.enter_context(httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60))
+    assert answer.status_code == 200
+    lines = answer.iter_lines()
+    next(lines)
+    return lines
+
+
+def check_failed(lines: Iterator[str]) -> None:
+    """Assert that a stream ends with an error event."""
+    *_, error, done = (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+    assert done == "[DONE]"
+    assert "engine" in check_envelope(error.encode())["message"]
+
+
+def test_the_engine_dies_for_good(address: str, model_folder: Path) -> None:
+    with mortal_engine(address, model_folder) as (engine, pair), ExitStack() as stack:
+        lines = start_stream(stack, pair[1])
+        engine.kill()
+        check_failed(lines)
+        first, second = (ask(server.url, COMPLETIONS) for server in pair)
+        assert check_error(first, 503) == check_error(second, 503)
+        assert pair[0].model.client.num_in_flight == 0
+
+
+def test_the_engine_is_restarted(address: str, model_folder: Path) -> None:
+    with ExitStack() as stack:
+        engine, pair = stack.enter_context(mortal_engine(address, model_folder, can_restart=True))
+        coordinator, worker = pair
+        lines = start_stream(stack, worker)
+        threads = stack.enter_context(ThreadPoolExecutor())
+        answers = [threads.submit(ask, worker.url, COMPLETIONS, stream=stream) for stream in (False, True)]
+        wait_until(lambda: coordinator.model.client.num_in_flight == 3)
+        engine.kill()
+        check_failed(lines)
+        wait_until(lambda: coordinator.model.client.is_restarting)
+        coordinator.loop.call_soon_threadsafe(coordinator.model.client.engines[0].engine_started, engine.replace())
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert ask(worker.url, COMPLETIONS).status_code == 200
+        assert coordinator.model.client.num_in_flight == 0
+
+
+@pytest.fixture
+def raw(address: str, start_pair: StartPair) -> Iterator[tuple[RunningServer, zmq.Socket[bytes]]]:
+    """A coordinator, and a socket that speaks to a second relay of it as a worker does."""
+    coordinator, _ = start_pair()
+    relay = Relay(f"{address}-raw", coordinator.context, coordinator.app)
+    coordinator.loop.call_soon_threadsafe(relay.start)
+    coordinator.context.workers.append(relay)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, 20_000)
+        socket.connect(f"{address}-raw")
+        yield coordinator, socket
+
+
+def receive(socket: "zmq.Socket[bytes]", kind: type) -> Any:
+    """Return the next message of a kind."""
+    while not isinstance(message := msgspec.msgpack.decode(socket.recv(), type=messages.FromCoordinator), kind):
+        pass
+    return message
+
+
+def test_messages_that_cannot_be_used_harm_nothing(raw: tuple[RunningServer, "zmq.Socket[bytes]"]) -> None:
+    coordinator, socket = raw
+    encode = msgspec.msgpack.encode
+    socket.send(encode(messages.Reserve(1, "", 1, "n", None)))
+    assert receive(socket, messages.Reply) == messages.Reply(1)
+    assert coordinator.model.client.num_in_flight == 1
+    for content in (b"", b"\xc1", b"x" * 100, encode({"type": "Reserve"}), encode({"type": "Observe", "method": 3})):
+        socket.send(content)
+    unknown: list[Any] = [
+        messages.Use(9, "x"),
+        Submit(request_id="x", prompt_token_ids=[1], params=SamplingParams(max_tokens=1), arrival=0.0),
+        Abort("x"),
+        Abort("x", 5),
+        *(kind(9) for kind in (messages.Answered, messages.Release, messages.Leave)),
+        *(kind(9) for kind in (messages.PartSent, messages.Forget)),
+        messages.Refill(9, 9, 1),
+        messages.Cancelled(9, True),
+        messages.RequestPart(9, {}),
+        messages.Observe("no_such_method", ()),
+        messages.Observe("observe_tokenizer", ("x", "y", "z")),
+    ]
+    for message in unknown:
+        socket.send(encode(message))
+    socket.send(encode(messages.TakeNumber(2)))
+    while (reply := receive(socket, messages.Reply)).number != 2:
+        pass
+    assert (reply.value, reply.error) == (0, None)
+    socket.send(encode(messages.Release(1)))
+    wait_until(lambda: coordinator.model.client.num_in_flight == 0)
+    assert ask(coordinator.url, COMPLETIONS).status_code == 200
+
+
+def test_a_relay_that_closes_ends_what_its_worker_had(raw: tuple[RunningServer, "zmq.Socket[bytes]"]) -> None:
+    coordinator, socket = raw
+    coordinator.engine.pause()
+    encode = msgspec.msgpack.encode
+    params = SamplingParams(max_tokens=5)
+    for message in (
+        messages.Reserve(2, "", 1, "n", None),
+        messages.Reserve(1, "", 2, "n", None),
+        messages.Use(1, "x"),
+        Submit(request_id="x", prompt_token_ids=[1], params=params, arrival=0.0, n=2),
+    ):
+        socket.send(encode(message))
+    wait_until(lambda: coordinator.engine.num_choices == 2)
+    asyncio.run_coroutine_threadsafe(coordinator.context.workers.pop().close(), coordinator.loop).result(30)
+    wait_until(lambda: coordinator.engine.num_choices == coordinator.model.client.num_in_flight == 0)
+
+
+def test_what_the_worker_cannot_read_harms_nothing_else(start_pair: StartPair) -> None:
+    coordinator, worker = start_pair()
+    relay = relay_of(coordinator)
+
+    def send_raw() -> None:
+        assert relay._connection._socket is not None
+        for content in (b"\xc1", msgspec.msgpack.encode({"type": "Reply", "number": "x"})):
+            relay._connection._socket.send(content)
+        error = messages.ErrorFields.of(ServerError())
+        relay._send(messages.Refused(999, error))
+        relay._send(messages.Failed("x", error))
+        relay._send(messages.ResponsePart(999, {}))
+        for kind in (messages.Reply, messages.ResponseEnd, messages.NextPart):
+            relay._send(kind(999))
+
+    with httpx.stream("GET", f"{worker.url}/lightwell/v1/events", timeout=60) as events:
+        assert events.status_code == 200
+        coordinator.loop.call_soon_threadsafe(send_raw)
+        for _ in range(3):
+            assert ask(worker.url, COMPLETIONS).status_code == 200
+            assert httpx.get(f"{worker.url}/v1/models").status_code == 200
+        assert coordinator.context.num_step_readers.total() == 1

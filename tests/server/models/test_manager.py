@@ -58,6 +58,10 @@ def test_a_model_is_loaded_by_its_first_request(two: SeveralModels) -> None:
     assert two.states == {"one": "unloaded", "two": "loaded"}
     assert two.complete("two").status_code == 200
     assert [type(order) for order in two.supervisor.orders] == [StartEngine]
+    unload(two, "two")
+    assert two.supervisor.engines == {}
+    assert isinstance(two.supervisor.orders[-1], StopEngine)
+    assert two.complete("two").status_code == 200
 
 
 def test_a_request_for_the_tokenizer_loads_the_model(two: SeveralModels) -> None:
@@ -109,14 +113,6 @@ def test_the_progress_of_a_load_can_be_seen(model_folder: Path) -> None:
             unload(server, "one")
 
 
-def test_a_client_can_unload_a_model(two: SeveralModels) -> None:
-    two.complete("one")
-    unload(two, "one")
-    assert two.supervisor.engines == {}
-    assert isinstance(two.supervisor.orders[-1], StopEngine)
-    assert two.complete("one").status_code == 200
-
-
 def test_an_idle_model_is_unloaded_and_a_busy_one_is_not(model_folder: Path) -> None:
     with several_models(model_folder, idle_unload=600.0) as server, ThreadPoolExecutor() as pool:
         with running(server, "one", pool):
@@ -142,9 +138,16 @@ def test_the_least_recently_used_model_makes_room(model_folder: Path, monkeypatc
 
 
 def test_a_model_in_use_is_waited_for(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load for which nobody waits any longer is no failure."""
     set_room(monkeypatch, needed=6, total=10)
     with several_models(model_folder) as server, ThreadPoolExecutor() as pool:
         with running(server, "one", pool) as first:
+            hasty = pool.submit(server.complete, "two", queue_timeout=20)
+            wait_until(lambda: server.states["two"] == "loading")
+            server.turn(20)
+            assert check_error(hasty.result(), 503)["code"] == "request_timeout"
+            server.turn(1)
+            wait_until(lambda: server.states["two"] == "unloaded")
             second = pool.submit(server.complete, "two")
             wait_until(lambda: server.states["two"] == "loading")
             server.turn(60)
@@ -161,8 +164,7 @@ def test_a_request_waits_no_longer_than_it_may(model_folder: Path) -> None:
         server.turn(19)
         assert server.slots[0].num_users == 1
         server.turn(1)
-        message = check_error(answer.result(), 503)["message"]
-        assert message.startswith("The model `one` is still being loaded.")
+        assert check_error(answer.result(), 503)["message"].startswith("The model `one` is still being loaded.")
 
 
 def test_a_model_that_can_never_fit_is_refused(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +182,7 @@ def test_a_model_that_cannot_be_loaded_fails_only_its_own_requests(model_folder:
     (tmp_path / "bad.jinja").write_text("{% if %}")
     models: tuple[dict[str, Any], ...] = ({"chat_template": str(tmp_path / "bad.jinja")}, {})
     with several_models(model_folder, models=models) as server:
-        error = check_error(server.complete("one"), 503)
-        assert "bad.jinja" in error["message"]
+        assert "bad.jinja" in check_error(server.complete("one"), 503)["message"]
         assert server.complete("two").status_code == 200
         assert server.states == {"one": "failed", "two": "loaded"}
         assert list(server.supervisor.engines) == [1]
@@ -260,17 +261,6 @@ def test_nothing_is_left_of_a_load_that_fails(model_folder: Path) -> None:
         server.call(server.manager.engine_gone, 0, "its process has ended")
         assert check_error(answer.result(), 503)["code"] == "model_load_failed"
         assert metric not in httpx.get(server.url + "/metrics").text
-
-
-def test_a_load_for_which_nobody_waits_is_no_failure(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_room(monkeypatch, needed=6, total=10)
-    with several_models(model_folder) as server, ThreadPoolExecutor() as pool, running(server, "one", pool):
-        answer = pool.submit(server.complete, "two", queue_timeout=20)
-        wait_until(lambda: server.states["two"] == "loading")
-        server.turn(20)
-        assert check_error(answer.result(), 503)["code"] == "request_timeout"
-        server.turn(1)
-        wait_until(lambda: server.states["two"] == "unloaded")
 
 
 @pytest.mark.parametrize("starts_nothing", [False, True])
@@ -352,5 +342,4 @@ def test_a_load_ends_with_the_server(model_folder: Path, starts: bool) -> None:
                 server.manager.engine_started(0, os.getpid())  # which was under way
 
         server.call(shut_down)
-        message = check_error(answer.result(), 503)["message"]
-        assert message == "The server is shutting down. Please retry later."
+        assert check_error(answer.result(), 503)["message"] == "The server is shutting down. Please retry later."
