@@ -28,6 +28,7 @@ from server.cli.load_generator import LoadOptions
 LIGHTWELL = [str(Path(sys.executable).with_name("lightwell"))]
 READY_SECONDS = 300.0
 MODEL_NAME = "m"
+FILE_WIDTH = 120  # characters of a line of a table, unless a terminal says how many it has
 OF_SERVE = "model to serve; default: that of lightwell serve"
 
 LOADS = {
@@ -153,7 +154,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str
     table = Table(first, *(Column(name, justify="right") for name in others), title=title)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
 
 
 if __name__ == "__main__":
