@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ def measure(
                     output_len=tokens,
                     seed=seed,
                 )
+                run_benchmark(replace(load, num_requests=2 * CONCURRENCY, output_len=1))  # warm-up
                 before = [sum(each.cpu_times()[:2]) for each in processes]
                 report = run_benchmark(load)
                 assert report.num_completed == num_requests, report.errors
@@ -98,7 +100,7 @@ def workers(model: Path, num_requests: int) -> None:
     for index, (_, tokens) in enumerate(cases):
         costs = [(alone[index][1], several[index][1], several[index][2]) for alone, several in rounds]
         rows.append([str(tokens), *(f"{1e3 * statistics.median(each):.2f}" for each in zip(*costs, strict=True))])
-    print_rows(("answer tokens", "one process, ms", "coordinator, ms", "worker, ms"), rows)
+    print_rows(("answer tokens", "one process, ms", "coordinator, ms", "workers, ms"), rows)
 
 
 def main() -> None:
