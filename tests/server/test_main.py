@@ -25,15 +25,8 @@ import pytest
 
 from engine.shared.messages import LoadAdapter
 from server.main import MAX_CONNECTIONS, SPARE_FILES, Lifecycle, make_context, raise_file_limit, run
-from server.processes.supervisor_channel import (
-    DUMP_SIGNAL,
-    Channel,
-    EngineGone,
-    EngineStarted,
-    Heartbeat,
-    Message,
-    make_channel,
-)
+from server.processes import supervisor_channel as messages
+from server.processes.supervisor_channel import Channel, make_channel
 from server.settings.process_configs import EngineProcess
 from server.settings.table import Settings
 from server.sockets.listeners import bind, url
@@ -95,7 +88,7 @@ def channel() -> Iterator[tuple[Channel, Channel]]:
         yield own, other
 
 
-def received(channel: Channel, before: list[Message]) -> list[Message]:
+def received(channel: Channel, before: list[messages.Message]) -> list[messages.Message]:
     """Append what has come to the messages that came before."""
     before.extend(channel.receive())
     return before
@@ -111,14 +104,14 @@ def test_an_idle_process_until_sigterm(
     for stream in (False, *[True] * 20):
         assert api.complete(stream=stream).status_code == 200
     supervisor.receive()
-    beats: list[Message] = []
+    beats: list[messages.Message] = []
     wait_until(lambda: len(received(supervisor, beats)) >= 2)
-    assert set(beats) == {Heartbeat((os.getpid(),))}
+    assert set(beats) == {messages.Heartbeat((os.getpid(),))}
     process = psutil.Process(api.process.pid)
     assert process.memory_info().rss < MAX_RSS
     listening = [each for each in process.net_connections(kind="inet") if each.status == psutil.CONN_LISTEN]
     assert [each.laddr.ip for each in listening] == ["127.0.0.1"]
-    for signum in (DUMP_SIGNAL, signal.SIGINT):  # Ctrl-C is the supervisor's
+    for signum in (messages.DUMP_SIGNAL, signal.SIGINT):  # Ctrl-C is the supervisor's
         api.process.send_signal(signum)
     wait_until(lambda: "most recent call first" in api.log)
     assert api.complete().status_code == 200
@@ -262,9 +255,9 @@ def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple
     api = start_api(SLOW | {"max_num_seqs": 1}, dies=True, supervisor_fd=api_end.fileno())
     assert isinstance(api.engine, FakeEngineProcess)
     pid = api.engine.pid
-    beats: list[Message] = []
-    assert received(supervisor, beats)[0] == Heartbeat()
-    wait_until(lambda: received(supervisor, beats)[-1] == Heartbeat((pid,)))
+    beats: list[messages.Message] = []
+    assert received(supervisor, beats)[0] == messages.Heartbeat()
+    wait_until(lambda: received(supervisor, beats)[-1] == messages.Heartbeat((pid,)))
     running_stream = POOL.submit(api.complete, max_tokens=2000, stream=True)
     wait_until(lambda: api.count("running") == 1)
     waiting = POOL.submit(api.complete, max_tokens=5)
@@ -278,13 +271,13 @@ def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple
         assert state["error"]["code"] == "engine_unavailable"
     assert api.get("/healthz").json() == {"status": "ok", "restarts": 1}
     with FakeEngineProcess(FakeEngineConfig(address=address, max_num_seqs=1)) as another:
-        supervisor.send(EngineStarted(0, another.pid))
+        supervisor.send(messages.EngineStarted(0, another.pid))
         assert waiting.result(SECONDS).status_code == 200
         assert api.get("/readyz").json() == {"status": "ok", "restarts": 1}
-        wait_until(lambda: Heartbeat((another.pid,)) in supervisor.receive())
+        wait_until(lambda: messages.Heartbeat((another.pid,)) in supervisor.receive())
     last = POOL.submit(api.complete)
     wait_until(lambda: api.get("/health").status_code == 503)
-    supervisor.send(EngineGone(0, "five deaths"))
+    supervisor.send(messages.EngineGone(0, "five deaths"))
     assert api.wait() == 1
     check_error(last.result(SECONDS), 503)
     assert "the engine died: five deaths" in api.log

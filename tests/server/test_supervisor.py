@@ -28,18 +28,11 @@ from engine.config import EngineConfig, EngineProcessConfig
 from server import running_servers, supervisor
 from server.model_paths import ModelError, ResolvedModel
 from server.processes import child_process, model_files
+from server.processes import supervisor_channel as messages
 from server.processes.child_process import Child, SupervisorError
 from server.processes.clock import Clock
 from server.processes.stop_signals import ECHO_SECONDS, StopSignals
-from server.processes.supervisor_channel import (
-    EngineGone,
-    EngineStarted,
-    Heartbeat,
-    Message,
-    StartEngine,
-    StopEngine,
-    make_channel,
-)
+from server.processes.supervisor_channel import make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
@@ -559,7 +552,7 @@ class Watched:
 
     def __init__(self, settings: Settings, engines: Mapping[str, Sequence[str]], num_apis: int = 1) -> None:
         self.settings, self.engines, self.num_apis = settings, engines, num_apis
-        self._messages: deque[Message] = deque()
+        self._messages: deque[messages.Message] = deque()
         self._errors: list[BaseException] = []
 
     def run(self, act: Callable[[], None], *, starts: bool) -> int:
@@ -591,7 +584,7 @@ class Watched:
         for api in apis:
             api.terminate()
 
-    def next(self) -> Message:
+    def next(self) -> messages.Message:
         """Return the next message to the coordinator."""
 
         def has_received() -> bool:
@@ -601,7 +594,7 @@ class Watched:
         wait_until(has_received)
         return self._messages.popleft()
 
-    def send(self, order: Message) -> Message:
+    def send(self, order: messages.Message) -> messages.Message:
         """Send an order, and return the answer."""
         self.ends[0].send(order)
         return self.next()
@@ -614,11 +607,11 @@ def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture
 
     def act() -> None:
         worker = watched.ends[1]
-        worker.send(Heartbeat())
+        worker.send(messages.Heartbeat())
         gone = [watched.next(), watched.next()]
-        assert {message.number for message in gone if isinstance(message, EngineGone)} == {0, 2}
+        assert {message.number for message in gone if isinstance(message, messages.EngineGone)} == {0, 2}
         os.kill(watched.pids[1], KILL)
-        assert watched.next() == EngineGone(1, supervisor.ENDED)
+        assert watched.next() == messages.EngineGone(1, supervisor.ENDED)
         assert worker.receive() == []
 
     assert watched.run(act, starts=True) == 1
@@ -636,25 +629,25 @@ def test_the_api_process_starts_and_stops_engines(capfd: pytest.CaptureFixture[s
     watched = Watched(Settings(load="on-first-use"), {"engine": copies, "missing": ["/no/such/program"]})
 
     def start_engine(memory_limit: int | None = None) -> int:
-        answer = watched.send(StartEngine(0, memory_limit))
-        assert isinstance(answer, EngineStarted)
+        answer = watched.send(messages.StartEngine(0, memory_limit))
+        assert isinstance(answer, messages.EngineStarted)
         assert answer.number == 0
         assert is_running(answer.pid)
         return answer.pid
 
     def act() -> None:
         first = start_engine(123)
-        assert watched.send(StartEngine(0)) == EngineStarted(0, first)
+        assert watched.send(messages.StartEngine(0)) == messages.EngineStarted(0, first)
         wait_until(config.exists)
         assert msgspec.json.decode(config.read_bytes(), type=EngineProcessConfig).config.memory_limit == 123
-        assert watched.send(StopEngine(0)) == EngineGone(0, supervisor.ENDED)
+        assert watched.send(messages.StopEngine(0)) == messages.EngineGone(0, supervisor.ENDED)
         assert not is_running(first)
         second = start_engine()
         assert second != first
         os.kill(second, KILL)  # it has not been ready, so it is not started again
-        assert watched.next() == EngineGone(0, supervisor.ENDED)
-        gone = watched.send(StartEngine(1))
-        assert isinstance(gone, EngineGone)
+        assert watched.next() == messages.EngineGone(0, supervisor.ENDED)
+        gone = watched.send(messages.StartEngine(1))
+        assert isinstance(gone, messages.EngineGone)
         assert gone.reason.startswith("cannot start the missing process: ")
 
     assert watched.run(act, starts=False) == 1
