@@ -84,21 +84,18 @@ def test_unknown_models() -> None:
 # Hugging Face, with a stub of the hub.
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "api_name"),
-    [
+def test_gguf_files_of_a_repository(hub: StubHub) -> None:
+    files = ["tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", *(f"BF16/tiny-BF16-0000{part}-of-00002.gguf" for part in (1, 2))]
+    hub.add("org/tiny-GGUF", {path: gguf_content(10_000, seed) for seed, path in enumerate(files)})
+    for name, file, api_name in (
         ("org/tiny-GGUF", "tiny-Q4_K_M.gguf", "tiny-Q4_K_M.gguf"),
         ("hf.co/org/tiny-GGUF@v1.0:q8_0", "tiny-Q8_0.gguf", "tiny-Q8_0.gguf"),
         ("org/tiny-GGUF:BF16", "BF16/tiny-BF16-00001-of-00002.gguf", "tiny-BF16.gguf"),
-    ],
-)
-def test_gguf_files_of_a_repository(hub: StubHub, name: str, file: str, api_name: str) -> None:
-    files = ["tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", *(f"BF16/tiny-BF16-0000{part}-of-00002.gguf" for part in (1, 2))]
-    hub.add("org/tiny-GGUF", {path: gguf_content(10_000, seed) for seed, path in enumerate(files)})
-    model = resolve_model(name)
-    assert model.name == api_name
-    assert model.path.read_bytes() == (hub.folder / "org/tiny-GGUF" / file).read_bytes()
-    assert model.card_sampling == {}
+    ):
+        model = resolve_model(name)
+        assert model.name == api_name
+        assert model.path.read_bytes() == (hub.folder / "org/tiny-GGUF" / file).read_bytes()
+        assert model.card_sampling == {}
 
 
 def test_safetensors_of_a_repository(hub: StubHub, model_folder: Path) -> None:
@@ -465,9 +462,8 @@ def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, 
     assert resolve_model("tiny").path.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
+def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path) -> None:
+    for body, message in (
         (f"sys.exit('WARNING: Retrying after {ERROR_OF_PIP}')", "pip cannot reach the package"),
         ("print('ERROR: Exception:\\nOSError: [Errno 28] No space'); sys.exit(2)", r"1\.0: pip failed: OSError: \[Err"),
         ("sys.exit('ERROR: No matching distribution')", "tiny-pkg0==1.0: No matching distr"),
@@ -475,14 +471,12 @@ def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, 
         ("open(folder + '/tiny_pkg0-1.0-py3-none-any.whl', 'w').write('no zip')", "does not contain"),
         ("sys.exit(3)", "pip failed"),
         ("pass", "pip failed"),
-    ],
-)
-def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path, body: str, message: str) -> None:
-    pip.set_script(body)
-    with pytest.raises(ModelError, match=message) as caught:
-        resolve_model("tiny")
-    assert "\n" not in str(caught.value)
-    assert files_in(cache) == {}
+    ):
+        pip.set_script(body)
+        with pytest.raises(ModelError, match=message) as caught:
+            resolve_model("tiny")
+        assert "\n" not in str(caught.value)
+        assert files_in(cache) == {}
 
 
 def test_pip_that_cannot_run(pip: StubPip, cache: Path) -> None:

@@ -99,9 +99,8 @@ def answering(answer: bytes) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize(
-    ("answer", "is_found"),
-    [
+def test_only_a_model_server_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer, is_found in (
         (b'HTTP/1.1 401 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),
         (b'HTTP/1.1 503 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", False),
@@ -109,16 +108,14 @@ def answering(answer: bytes) -> Iterator[str]:
         (b"HTTP/1.0 404 File not found\r\ncontent-type: text/html\r\n\r\n<!DOCTYPE HTML>", False),  # Python's own
         (b"SSH-2.0-OpenSSH\r\n", False),
         (b"", False),
-    ],
-)
-def test_only_a_model_server_is_one(answer: bytes, is_found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    with answering(answer) as url:
-        monkeypatch.setattr(discovery, "DEFAULT_URL", url)
-        if is_found:
-            assert find_server() == url
-        else:
-            with pytest.raises(RemoteError):
-                find_server()
+    ):
+        with answering(answer) as url:
+            monkeypatch.setattr(discovery, "DEFAULT_URL", url)
+            if is_found:
+                assert find_server() == url
+            else:
+                with pytest.raises(RemoteError):
+                    find_server()
 
 
 def test_chat_without_a_url(stub: StubServer) -> None:

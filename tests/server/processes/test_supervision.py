@@ -146,30 +146,25 @@ def test_waits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_waits(os.getpid()) == {}
 
 
-@pytest.mark.parametrize(
-    ("checks", "seconds", "total"),
-    [
+def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks are the time since the last one, and for how much of it one of the process's threads waited for a CPU."""
+    for checks, seconds, total in (
         ([(0.5, 0.0)] * 6, 3.0, 3.0),
         ([(60.0, 0.0), (60.0, 59.9)], 0.6, 1.0),  # a pause of this process is one period
         ([(0.8, 0.5)] * 10, 0.5 + 9 * 0.3, 5.0),  # late, what a thread did not wait
         ([(0.5, 0.0)] * 8 + [(0.5, 3.0)], 1.5, 4.5),  # a wait that is reported when it is over takes back
         ([(0.5, 0.0)] * 8 + [(0.5, 30.0)], 0.0, 4.5),
-    ],
-)
-def test_silence(
-    monkeypatch: pytest.MonkeyPatch, checks: list[tuple[float, float]], seconds: float, total: float
-) -> None:
-    """Checks are the time since the last one, and for how much of it one of the process's threads waited for a CPU."""
-    clock, waits = TurnedClock(), {1: 0.0, 2: 50.0}
-    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: dict(waits))
-    silence = Silence(0.5, clock.now)
-    for elapsed, wait in checks:
-        clock.time += elapsed
-        waits[1] += wait
-        silence.count(1)
-    assert (silence.seconds, silence.total) == pytest.approx((seconds, total))
-    silence.reset()
-    assert silence.seconds == silence.total == 0.0
+    ):
+        clock, waits = TurnedClock(), {1: 0.0, 2: 50.0}
+        monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _, waits=waits: dict(waits))
+        silence = Silence(0.5, clock.now)
+        for elapsed, wait in checks:
+            clock.time += elapsed
+            waits[1] += wait
+            silence.count(1)
+        assert (silence.seconds, silence.total) == pytest.approx((seconds, total))
+        silence.reset()
+        assert silence.seconds == silence.total == 0.0
 
 
 def taken(signals: StopSignals) -> int | None:
