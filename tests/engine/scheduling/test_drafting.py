@@ -80,6 +80,12 @@ def test_a_right_draft_saves_steps() -> None:
     assert (stats.generation_tokens_total, stats.steps_total) == (11, 3)
 
 
+def test_drafts_get_longer_as_they_are_right() -> None:
+    rig = Rig(next_token=follows_cycle, speculation=AUTO)
+    rig.add(CYCLE[:10], max_tokens=11)
+    assert rig.run() == [{"a0": (0, 10)}, {"a0": (10, 3)}, {"a0": (13, 5)}, {"a0": (18, 2)}]
+
+
 def test_rows_are_shared_among_those_who_draft() -> None:
     rig = Rig(next_token=follows_cycle, speculation=SpeculationPolicy(max_length=4, max_rows=8), num_blocks=40)
     for _ in range(3):

@@ -212,18 +212,15 @@ def test_of_many_tenants_each_gets_a_slot_before_one_gets_two() -> None:
     assert rig.num_preemptions == 3
 
 
-def test_blocks_are_shared_like_slots() -> None:
-    rig = Rig(max_num_seqs=16, num_blocks=72)
-    rig.add_several(4, "a", num_prompt_tokens=60, max_tokens=20)  # 16 blocks each at first
-    while len(rig.running("a")) < 4:
-        rig.step()
-    rig.add_several(4, "b", num_prompt_tokens=60, max_tokens=20)
-    for _ in range(3):
-        rig.step()
-        assert [len(rig.running(tenant)) for tenant in "ab"] == [2, 2]
-        assert rig.num_preemptions == 2
-    run(rig)
-    assert rig.num_preemptions <= 4
+def test_who_holds_most_blocks_makes_room_and_not_who_holds_most_slots() -> None:
+    rig = Rig(max_num_seqs=16, max_num_batched_tokens=256, num_blocks=72)
+    rig.add_several(3, "a", num_prompt_tokens=76)  # 20 blocks each
+    rig.add_several(4, "b")
+    rig.step()
+    rig.add("c", num_prompt_tokens=44)
+    rig.step()
+    assert [len(rig.running(tenant)) for tenant in "abc"] == [2, 4, 1]
+    assert rig.num_preemptions == 1
 
 
 def test_a_step_too_small_for_one_row_each_is_shared_too() -> None:
