@@ -130,7 +130,6 @@ class Sequences:
         seq_lens: Sequence[int],
         *,
         project: LinearOp | None = None,
-        cache: LayerCache | None = None,
         seed: int = SEED,
     ) -> None:
         self.shape, self.seq_lens = shape, seq_lens
@@ -143,9 +142,8 @@ class Sequences:
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 3)
         *block_ids, self.unused = np.split(shuffled, np.cumsum(num_blocks))
         self.block_ids = [ids.tolist() for ids in block_ids]
-        if cache is None:  # the second of three layers, whose blocks alternate
-            ((_, cache, _),) = kernels.new_kv_cache([[shape.kv_shape] * 3], len(shuffled), shape.block_size)
-        self.cache = cache
+        layers = [shape.kv_shape] * 3  # the second of three layers, whose blocks alternate
+        ((_, self.cache, _),) = kernels.new_kv_cache([layers], len(shuffled), shape.block_size)
         self.generated: set[int] = set()  # sequences whose tokens count as generated; they come first in a step
         self.forget()
         self._record(kernels, table, project)

@@ -1,4 +1,4 @@
-"""Compiling the kernels: commands and flags, caching, and failures.
+"""Compiling the kernels: commands and flags, caching, failures, and how long runs of the compiler take.
 
 Most tests replace the compiler by a stub that records how it is called.
 """
@@ -26,10 +26,10 @@ import pytest
 from engine.kernels.cpu import build as build_module
 from engine.kernels.cpu import compiler_runs
 from engine.kernels.cpu.build import COMMON_FLAGS, COSTS, PACKAGE, NotCompiledError, find_compiler
-from engine.kernels.cpu.compiler_runs import BuildError
+from engine.kernels.cpu.compiler_runs import BuildError, CompilerRun, _Process, run_all, seconds_left
 from engine.kernels.cpu.processor import CODE_PATHS, CodePath
 from tests.support.paths import ROOT
-from tests.support.processes import wait_for_end_of
+from tests.support.processes import is_running, wait_for_end_of
 from tests.support.sanitizer import run_sanitized
 from tests.support.serving import wait_until
 
@@ -63,15 +63,25 @@ echo made > "$2"
 """
 
 
-class StubCompiler:
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "stub-c++"
-        self.log = folder / "calls"
-        self.does("")
+class Place:
+    """A package of sources, the folder of compiled libraries, and a stub of the compiler."""
 
-    def does(self, body: str, version: str = "1.0") -> None:
-        self.path.write_text(STUB.format(log=self.log, body=body, version=version))
-        self.path.chmod(0o755)
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch = folder, patch
+        self.package, self.cache = folder / "package", folder / "cache" / "kernels"
+        self.sources = self.package / "src"
+        self.sources.mkdir(parents=True)
+        for name, text in {"other.cpp": UNIT, "library.cpp": LIBRARY, "names.h": NAMES}.items():
+            (self.sources / name).write_text(text)
+        patch.setenv("LIGHTWELL_CACHE", str(folder / "cache"))
+        patch.setattr(compiler_runs, "POLL_SECONDS", 0.001)
+        self.compiler, self.log = folder / "stub-c++", folder / "calls"
+        self.compiler_does("")
+        patch.setenv("CXX", str(self.compiler))
+
+    def compiler_does(self, body: str, version: str = "1.0") -> None:
+        self.compiler.write_text(STUB.format(log=self.log, body=body, version=version))
+        self.compiler.chmod(0o755)
 
     @property
     def calls(self) -> list[list[str]]:
@@ -83,263 +93,218 @@ class StubCompiler:
     def num_links(self) -> int:
         return sum("-shared" in call for call in self.calls)
 
+    @property
+    def cached(self) -> list[str]:
+        return sorted(str(path.relative_to(self.cache)) for path in self.cache.rglob("*"))
 
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    (tmp_path / "package" / "src").mkdir(parents=True)
-    for name, text in {"other.cpp": UNIT, "library.cpp": LIBRARY, "names.h": NAMES}.items():
-        (tmp_path / "package" / "src" / name).write_text(text)
-    return tmp_path / "package"
+    def build(self, code_path: str = "avx2", /, **options: bool) -> Path:
+        return build_module.build_package(self.package, code_path, **options)
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of compiled libraries."""
-    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiler_runs, "POLL_SECONDS", 0.001)
-    return tmp_path / "cache" / "kernels"
+    def failure(self, **options: bool) -> str:
+        with pytest.raises(BuildError) as raised:
+            self.build(**options)
+        return str(raised.value)
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubCompiler:
-    stub = StubCompiler(tmp_path)
-    monkeypatch.setenv("CXX", str(stub.path))
-    return stub
-
-
-def build_package(package: Path, **options: bool) -> Path:
-    return build_module.build_package(package, "avx2", **options)
-
-
-def files_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return Place(tmp_path, monkeypatch)
 
 
 # Commands.
 
 
-def test_each_source_is_compiled_for_the_code_path(package: Path, compiler: StubCompiler) -> None:
+def test_each_source_is_compiled_for_the_code_path(place: Place) -> None:
     for name, code_path in CODE_PATHS.items():
-        compiler.log.unlink(missing_ok=True)
-        library = build_module.build_package(package, name)
-        assert library.name.startswith(f"{name}-")
+        place.log.unlink(missing_ok=True)
+        assert place.build(name).name.startswith(f"{name}-")
         flags = [*COMMON_FLAGS, *code_path.compiler_flags]
-        *compiled, linked = compiler.calls
-        assert [call[: len(flags)] for call in compiler.calls] == [flags] * 3
+        *compiled, linked = place.calls
+        assert [call[: len(flags)] for call in place.calls] == [flags] * 3
         objects = {call[-1]: call[len(flags) : -1] for call in compiled}
         assert {Path(path).name: rest for path, rest in objects.items()} == {
-            "library.o": ["-c", "library.cpp", "-o"],
-            "other.o": ["-c", "other.cpp", "-o"],
+            f"{source}.o": ["-c", f"{source}.cpp", "-o"] for source in ("library", "other")
         }
-        assert "-shared" in linked
-        assert set(objects) <= set(linked)
+        assert {"-shared", *objects} <= set(linked)
 
 
 @has_compiler
-def test_a_compiled_library_can_be_called(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "g++")
-    library = ctypes.CDLL(str(build_package(package)))
+def test_a_compiled_library_can_be_called(place: Place) -> None:
+    place.patch.setenv("CXX", "g++")
+    library = ctypes.CDLL(str(place.build()))
     assert library.one_more(41) == 42
     with pytest.raises(AttributeError):  # only exported functions are visible
         library._Z13one_more_thani  # noqa: B018
 
 
-def test_all_sources_are_installed_and_in_the_key() -> None:
+def test_all_sources_are_installed_and_have_a_cost() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["engine.kernels.cpu"]
-    installed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
-    assert set((PACKAGE / "src").iterdir()) <= installed
-    assert PACKAGE / "src" / "library.cpp" in installed
-    assert {path.suffix for path in (PACKAGE / "src").iterdir()} <= {".cpp", ".h"}
+    sources = set((PACKAGE / "src").iterdir())
+    assert sources <= {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    assert {path.suffix for path in sources} == {".cpp", ".h"}
     assert "prebuilt/*.so" in patterns
+    assert set(COSTS) == {path.stem for path in sources if path.suffix == ".cpp"}
 
 
 # The cache.
 
 
-def test_it_is_compiled_once(package: Path, compiler: StubCompiler, cache: Path) -> None:
-    library = build_package(package)
-    num_calls = len(compiler.calls)
-    assert build_package(package) == library
-    assert len(compiler.calls) == num_calls
-    assert library.parent == cache
+def test_it_is_compiled_once(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says so, and how long it takes."""
+    place.patch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    caplog.set_level("INFO")
+    library = place.build()
+    first, after_one, last = caplog.messages
+    assert first == "compiling the CPU kernels for processors with avx2 (once; 2 files, 2 at a time) with stub-c++"
+    assert re.fullmatch(r"compiled 1 of 2 files; about \d+ s left", after_one)
+    assert re.fullmatch(r"compiled in \d+\.\d s", last)
+    num_calls = len(place.calls)
+    assert place.build() == library
+    assert (len(place.calls), len(caplog.messages)) == (num_calls, 3)
     assert library.read_bytes() == b"made\n" + hashlib.sha256(b"made\n").digest()
-    assert files_in(cache) == [library.name]
+    assert place.cached == [library.name]
 
 
 @pytest.mark.parametrize(
     ("damage", "in_package"), [(b"", False), (b"made\n", False), (b"mad", True), (b"made\n" + bytes(32), True)]
 )
 def test_a_damaged_library_is_compiled_again(
-    damage: bytes, in_package: bool, package: Path, compiler: StubCompiler, caplog: pytest.LogCaptureFixture
+    damage: bytes, in_package: bool, place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    library = build_package(package, in_package=in_package)
+    library = place.build(in_package=in_package)
     whole = library.read_bytes()
     library.write_bytes(damage)
     with pytest.raises(NotCompiledError):
-        build_package(package, may_compile=False)
-    assert build_package(package, in_package=in_package) == library
+        place.build(may_compile=False)
+    assert place.build(in_package=in_package) == library
     assert library.read_bytes() == whole
-    assert compiler.num_links == 2
+    assert place.num_links == 2
     assert caplog.messages == [f"{library} is damaged: compiling the kernels again"] * 2
 
 
-def test_a_library_is_on_the_disk_before_it_has_its_name(
-    package: Path, compiler: StubCompiler, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_is_on_the_disk_before_it_has_its_name(place: Place) -> None:
     synced: list[tuple[int, list[str]]] = []
 
     def fsync(descriptor: int) -> None:
-        synced.append((os.fstat(descriptor).st_size, sorted(path.name for path in cache.glob("*.so"))))
+        synced.append((os.fstat(descriptor).st_size, sorted(path.name for path in place.cache.glob("*.so"))))
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    library = build_package(package)
+    place.patch.setattr(os, "fsync", fsync)
+    library = place.build()
     assert synced[0] == (library.stat().st_size, [])
     assert [names for _, names in synced[1:]] == [[library.name]]
 
 
-def test_what_changes_is_compiled_anew(
-    package: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = [build_package(package)]
-
-    def is_another() -> bool:
-        library = build_package(package)
-        is_new = library not in seen
+def test_what_changes_is_compiled_anew(place: Place) -> None:
+    seen = [place.build()]
+    moved = place.folder / "moved-c++"
+    sources, patch = place.sources, place.patch
+    for change in (
+        lambda: (sources / "names.h").write_text(f"{NAMES}// more\n"),
+        lambda: (sources / "names.h").rename(sources / "other.h"),
+        lambda: (sources / "new.cpp").write_text(""),
+        lambda: patch.setattr(build_module, "COMMON_FLAGS", [*COMMON_FLAGS, "-DX"]),
+        lambda: patch.setitem(CODE_PATHS, "avx2", CodePath(frozenset(), ("-mavx2",))),
+        lambda: place.compiler_does("", version="1.1"),
+        lambda: patch.setenv("CXX", f"{place.compiler} -DY"),
+        lambda: patch.setenv("CXX", f"{place.compiler.rename(moved)} -DY"),
+    ):
+        change()
+        library = place.build()
+        assert library not in seen
         seen.append(library)
-        return is_new and build_package(package) == library and compiler.num_links == len(seen)
-
-    with (package / "src" / "names.h").open("a") as file:
-        file.write("// more\n")
-    assert is_another()
-    (package / "src" / "names.h").rename(package / "src" / "other.h")
-    assert is_another()
-    (package / "src" / "new.cpp").write_text("")
-    assert is_another()
-    monkeypatch.setattr(build_module, "COMMON_FLAGS", [*COMMON_FLAGS, "-DX"])
-    assert is_another()
-    monkeypatch.setitem(CODE_PATHS, "avx2", CodePath(frozenset(), ("-mavx2",)))
-    assert is_another()
-    compiler.does("", version="1.1")
-    assert is_another()
-    monkeypatch.setenv("CXX", f"{compiler.path} -DY")
-    assert is_another()
-    moved = compiler.path.rename(tmp_path / "moved-c++")
-    monkeypatch.setenv("CXX", f"{moved} -DY")
-    assert is_another()
-    (package / "src" / "notes.txt").write_text("is not compiled")
-    assert build_package(package) == seen[-1]
+        assert place.build() == library
+        assert place.num_links == len(seen)
+    (sources / "notes.txt").write_text("is not compiled")
+    assert place.build() == seen[-1]
 
 
-def test_the_sanitized_library_is_another_one(package: Path, compiler: StubCompiler) -> None:
-    library = build_package(package)
-    assert build_package(package, sanitize=True) != library
-    sanitized = [call for call in compiler.calls if "-fsanitize=address,undefined" in call]
-    assert len(sanitized) == len(compiler.calls) / 2
+def test_the_sanitized_library_is_another_one(place: Place) -> None:
+    assert place.build() != place.build(sanitize=True)
+    sanitized = [call for call in place.calls if "-fsanitize=address,undefined" in call]
+    assert len(sanitized) == len(place.calls) / 2
     assert all(call.index("-O1") > call.index("-O3") for call in sanitized)
 
 
-def test_a_cache_folder_with_a_relative_path(
-    package: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIGHTWELL_CACHE", "here")
-    assert build_package(package).parent == tmp_path / "here" / "kernels"
+def test_a_cache_folder_with_a_relative_path(place: Place) -> None:
+    place.patch.chdir(place.folder)
+    place.patch.setenv("LIGHTWELL_CACHE", "here")
+    assert place.build().parent == place.folder / "here" / "kernels"
 
 
-def test_a_cache_that_cannot_be_written(
-    package: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    library = build_package(package)
-    assert library.parent == tmp_path / f"lightwell-kernels-{os.getuid()}"
+def test_a_cache_that_cannot_be_written(place: Place) -> None:
+    (place.folder / "cache").write_text("a file where the folder should be")
+    place.patch.setattr(tempfile, "tempdir", str(place.folder))
+    library = place.build()
+    assert library.parent == place.folder / f"lightwell-kernels-{os.getuid()}"
     assert library.parent.stat().st_mode & 0o777 == 0o700
-    assert build_package(package) == library
-    assert compiler.num_links == 1
+    assert place.build() == library
+    assert place.num_links == 1
     library.parent.chmod(0o777)  # others could have stored a library there
-    with pytest.raises(BuildError, match=r"no folder for the compiled kernels: .* is open to other users"):
-        build_package(package)
+    assert re.fullmatch("no folder for the compiled kernels: .* is open to other users", place.failure())
 
 
-def test_a_disk_that_is_full(package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_stored(place: Place) -> None:
+    (place.package / "prebuilt").write_text("a file where the folder should be")
+    problem = place.failure(in_package=True)
+    assert problem == f"cannot store the compiled kernels in {place.package}/prebuilt: File exists"
+
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(BuildError, match=r"cannot store the compiled kernels in .*: No space left on device"):
-        build_package(package)
+    place.patch.setattr(Path, "replace", fail)
+    assert place.failure() == f"cannot store the compiled kernels in {place.cache}: No space left on device"
 
 
-# A library beside the sources.
-
-
-def test_a_prebuilt_library_needs_no_compiler(
-    package: Path, compiler: StubCompiler, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = build_package(package, in_package=True)
-    assert library.parent == package / "prebuilt"
-    assert not cache.exists()
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
-    assert build_package(package) == build_package(package, in_package=True) == library
-    with pytest.raises(BuildError):
-        build_package(package, sanitize=True)
-    (package / "src" / "library.cpp").write_text("// changed")
-    with pytest.raises(BuildError):
-        build_package(package)
-
-
-def test_a_package_that_cannot_be_written(package: Path, compiler: StubCompiler) -> None:
-    (package / "prebuilt").write_text("a file where the folder should be")
-    with pytest.raises(BuildError, match=r"cannot store the compiled kernels in .*/prebuilt: File exists"):
-        build_package(package, in_package=True)
+def test_a_prebuilt_library_needs_no_compiler(place: Place) -> None:
+    library = place.build(in_package=True)
+    assert library.parent == place.package / "prebuilt"
+    assert not place.cache.exists()
+    place.patch.setenv("CXX", "/nonexistent/c++")
+    assert place.build() == place.build(in_package=True) == library
+    place.failure(sanitize=True)
+    (place.sources / "library.cpp").write_text("// changed")
+    place.failure()
 
 
 # Several processes, and processes that are terminated. Threads replace processes: each opens its own lock.
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_two_at_once_end_well(
-    has_locks: bool,
-    package: Path,
-    compiler: StubCompiler,
-    cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_two_at_once_end_well(has_locks: bool, place: Place) -> None:
     """With locks, only one compiles, and not before the other waits for the lock."""
-    both_are_there, flock = threading.Barrier(2), fcntl.flock
+    both_are_there, flock, go = threading.Barrier(2), fcntl.flock, place.folder / "go"
     calls: list[Any] = []
 
     def lock(*args: Any) -> None:
         calls.append(args)
         if len(calls) == 2:
-            (tmp_path / "go").touch()
+            go.touch()
         if has_locks:
             flock(*args)
         else:
             both_are_there.wait(60)
             raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", lock)
-    compiler.does(f"n=0; while [ ! -e {tmp_path}/go ] && [ $n -lt 6000 ]; do n=$((n + 1)); sleep 0.01; done")
+    place.patch.setattr(fcntl, "flock", lock)
+    place.compiler_does(f"n=0; while [ ! -e {go} ] && [ $n -lt 6000 ]; do n=$((n + 1)); sleep 0.01; done")
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(build_package, [package, package])
+        first, second = pool.map(lambda _: place.build(), range(2))
     assert first == second
-    assert compiler.num_links == (1 if has_locks else 2)
-    assert files_in(cache) == [first.name]
+    assert place.num_links == (1 if has_locks else 2)
+    assert place.cached == [first.name]
 
 
-def test_leftovers_of_killed_processes_go(package: Path, compiler: StubCompiler, cache: Path) -> None:
-    (cache / ".build-killed").mkdir(parents=True)
-    (cache / ".build-killed" / "library.o").touch()
-    library = build_package(package)
-    assert files_in(cache) == [library.name]
+def test_leftovers_of_killed_processes_go(place: Place) -> None:
+    (place.cache / ".build-killed").mkdir(parents=True)
+    (place.cache / ".build-killed" / "library.o").touch()
+    library = place.build()
+    assert place.cached == [library.name]
 
 
-def test_sigterm_ends_the_compiler_too(package: Path, compiler: StubCompiler, cache: Path, tmp_path: Path) -> None:
-    compiler.does(f"sleep 60 & echo $! >> {tmp_path}/pids; wait")
-    pids = tmp_path / "pids"
+def test_sigterm_ends_the_compiler_too(place: Place) -> None:
+    pids = place.folder / "pids"
+    place.compiler_does(f"sleep 60 & echo $! >> {pids}; wait")
 
     def send_signal() -> None:
         wait_until(lambda: pids.exists() and len(pids.read_text().splitlines()) == 2)
@@ -348,70 +313,52 @@ def test_sigterm_ends_the_compiler_too(package: Path, compiler: StubCompiler, ca
     sender = threading.Thread(target=send_signal)
     sender.start()
     with pytest.raises(SystemExit) as ended:
-        build_package(package)
+        place.build()
     sender.join()
     assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     wait_for_end_of(*map(int, pids.read_text().split()), seconds=60)
-    assert files_in(cache) == []
+    assert place.cached == []
+
+
+def test_a_signal_while_a_process_is_polled_does_not_hold_up_its_end(tmp_path: Path) -> None:
+    """Its exception can leave the lock of `Popen` locked."""
+    process = _Process(CompilerRun(["sleep", "60"]), tmp_path, tmp_path / "log")
+    process.process._waitpid_lock.acquire()  # type: ignore[attr-defined]
+    killer = threading.Thread(target=process.kill, daemon=True)
+    killer.start()
+    killer.join(30)
+    assert not killer.is_alive()
+    assert not is_running(process.process.pid)
 
 
 # Failures.
 
 
-def test_the_compiler_is_found(tmp_path: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_compiler() == [str(compiler.path)]
-    monkeypatch.setenv("CXX", f"{compiler.path} -m64")
-    assert find_compiler() == [str(compiler.path), "-m64"]
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    (tmp_path / "bin").mkdir()
-    for name in ("clang++", "c++", "g++"):  # each is preferred to those before it
-        (tmp_path / "bin" / name).symlink_to(compiler.path)
-        assert find_compiler() == [str(tmp_path / "bin" / name)]
-
-
-def test_ziglang_is_used_where_there_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
+def test_the_compiler_is_found(place: Place) -> None:
+    """In the order of preference; ziglang is used where there is no other."""
+    place.patch.setenv("CXX", f"{place.compiler} -m64")
+    assert find_compiler() == [str(place.compiler), "-m64"]
+    place.patch.delenv("CXX")
+    folder = place.folder / "bin"
+    folder.mkdir()
+    place.patch.setenv("PATH", str(folder))
+    place.patch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
     assert find_compiler()[:5] == [sys.executable, "-P", "-m", "ziglang", "c++"]
-    (tmp_path / "g++").touch(0o755)
-    assert find_compiler() == [str(tmp_path / "g++")]
+    for name in ("clang++", "c++", "g++"):  # each is preferred to those before it
+        (folder / name).symlink_to(place.compiler)
+        assert find_compiler() == [str(folder / name)]
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="needs ziglang")
-def test_a_library_compiled_by_ziglang(package: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "/nonexistent")
-    path = build_package(package)
+def test_a_library_compiled_by_ziglang(place: Place) -> None:
+    place.patch.delenv("CXX")
+    place.patch.setenv("PATH", "/nonexistent")
+    path = place.build()
     assert ctypes.CDLL(str(path)).one_more(41) == 42
     assert set(re.findall(rb"lib\w+\.so[.\d]*", path.read_bytes())) <= {b"libc.so.6", b"libpthread.so.0"}
-    assert files_in(cache) == [path.name]
-
-
-def test_without_a_compiler(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        BuildError,
-        match=r"^no C\+\+ compiler found: g\+\+, c\+\+, clang\+\+ "
-        r"\(set CXX to use another, or run: pip install ziglang\)$",
-    ):
-        build_package(package)
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
-    with pytest.raises(BuildError, match=r"^the C\+\+ compiler named by CXX does not exist: /nonexistent/c\+\+$"):
-        build_package(package)
-
-
-def test_a_compiler_that_cannot_run(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "c++").write_bytes(b"\x7fELF")
-    (tmp_path / "c++").chmod(0o755)
-    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
-    with pytest.raises(BuildError, match=r"^the C\+\+ compiler cannot run: .*/c\+\+: Exec format error$"):
-        build_package(package)
+    assert place.cached == [path.name]
 
 
 @pytest.mark.parametrize(
@@ -423,91 +370,105 @@ def test_a_compiler_that_cannot_run(package: Path, tmp_path: Path, monkeypatch: 
         ("exit 3", "exit status 3"),
     ],
 )
-def test_a_compiler_that_fails(package: Path, compiler: StubCompiler, cache: Path, body: str, error: str) -> None:
-    compiler.does(body)
-    with pytest.raises(BuildError) as raised:
-        build_package(package)
-    assert str(raised.value) == f"stub-c++ failed: {error}"
-    assert files_in(cache) == []
+def test_a_compiler_that_fails(body: str, error: str, place: Place) -> None:
+    place.compiler_does(body)
+    assert place.failure() == f"stub-c++ failed: {error}"
+    assert place.cached == []
 
 
-def test_the_first_failure_ends_the_others(package: Path, compiler: StubCompiler, tmp_path: Path) -> None:
-    compiler.does(f'case "$*" in *library.cpp*) sleep 60 & echo $! > {tmp_path}/pid; wait;; esac; '
-                  f"while [ ! -s {tmp_path}/pid ]; do sleep 0.01; done; exit 1")  # fmt: skip
-    with pytest.raises(BuildError):
-        build_package(package)
-    wait_for_end_of(int((tmp_path / "pid").read_text()), seconds=60)
-    assert len(compiler.calls) == 2
+def test_where_nothing_can_be_compiled(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command fails in one line."""
+    place.compiler.write_bytes(b"\x7fELF")
+    assert place.failure() == f"the C++ compiler cannot run: {place.compiler}: Exec format error"
+    place.patch.setenv("CXX", "/nonexistent/c++")
+    assert place.failure() == "the C++ compiler named by CXX does not exist: /nonexistent/c++"
+    place.patch.setattr(build_module, "PACKAGE", place.package)
+    assert build_module.main([]) == 1
+    assert capsys.readouterr() == ("", f"lightwell: error: {place.failure()}\n")
+    place.patch.delenv("CXX")
+    place.patch.setenv("PATH", str(place.folder))
+    place.patch.setattr(importlib.util, "find_spec", lambda name: None)
+    advice = "(set CXX to use another, or run: pip install ziglang)"
+    assert place.failure() == f"no C++ compiler found: g++, c++, clang++ {advice}"
+    place.patch.setattr(platform, "machine", lambda: "aarch64")
+    assert place.failure() == "the CPU kernels are for x86_64, and this machine is aarch64"
 
 
-def test_other_machines_have_no_kernels(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(BuildError, match=r"^the CPU kernels are for x86_64, and this machine is aarch64$"):
-        build_package(package)
+def test_the_first_failure_ends_the_others(place: Place) -> None:
+    pid = place.folder / "pid"
+    place.compiler_does(f'case "$*" in *library.cpp*) sleep 60 & echo $! > {pid}; wait;; esac; '
+                        f"while [ ! -s {pid} ]; do sleep 0.01; done; exit 1")  # fmt: skip
+    place.failure()
+    wait_for_end_of(int(pid.read_text()), seconds=60)
+    assert len(place.calls) == 2
 
 
 # The command.
 
 
-def test_the_command_prints_path_and_seconds(
-    package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(build_module, "PACKAGE", package)
-    monkeypatch.setattr(build_module, "best_code_path", lambda: "avx2")
+def test_the_command_prints_path_and_seconds(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.patch.setattr(build_module, "PACKAGE", place.package)
+    place.patch.setattr(build_module, "best_code_path", lambda: "avx2")
     assert build_module.main([]) == 0
-    assert re.fullmatch(rf"{build_package(package)} \(\d+\.\d s\)\n", capsys.readouterr().out)
+    assert re.fullmatch(rf"{place.build()} \(\d+\.\d s\)\n", capsys.readouterr().out)
     assert build_module.main(["--in-package", "--all"]) == 0
-    printed = re.findall(rf"{package}/prebuilt/(\w+)-\w+\.so ", capsys.readouterr().out)
+    printed = re.findall(rf"{place.package}/prebuilt/(\w+)-\w+\.so ", capsys.readouterr().out)
     assert printed == list(CODE_PATHS)
-
-
-def test_the_log_says_what_is_compiled_and_that_it_is_once(
-    package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    caplog.set_level("INFO")
-    build_package(package)
-    first, after_one, last = caplog.messages
-    assert first == ("compiling the CPU kernels for processors with avx2 (once; 2 files, 2 at a time) with stub-c++")
-    assert re.fullmatch(r"compiled 1 of 2 files; about \d+ s left", after_one)
-    assert re.fullmatch(r"compiled in \d+\.\d s", last)
-    build_package(package)
-    assert len(caplog.messages) == 3
-
-
-def test_the_longest_is_compiled_first_after_the_shortest(
-    package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The shortest shows how fast this machine is."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    for name in ("attention", "linear", "rows"):
-        (package / "src" / f"{name}.cpp").touch()
-    build_package(package)
-    compiled = [Path(call[-1]).stem for call in compiler.calls[:-1]]
-    assert compiled == ["library", "linear", "attention", "rows", "other"]
-
-
-def test_each_source_has_a_cost() -> None:
-    assert set(COSTS) == {path.stem for path in (PACKAGE / "src").glob("*.cpp")}
-
-
-def test_the_command_fails_in_one_line(
-    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(build_module, "PACKAGE", package)
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
-    assert build_module.main([]) == 1
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err == "lightwell: error: the C++ compiler named by CXX does not exist: /nonexistent/c++\n"
 
 
 def test_nothing_but_the_standard_library_is_needed() -> None:
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import engine.kernels.cpu.build; sys.exit('torch' in sys.modules)"
     )
-    path = [sys.executable, "-I", "-S", "-c", code]
-    assert subprocess.run(path, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", code], check=False).returncode == 0
+
+
+# How long it takes.
+
+
+def test_the_longest_is_compiled_first_after_the_shortest(place: Place) -> None:
+    """The shortest shows how fast this machine is."""
+    place.patch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    for name in ("attention", "linear", "rows"):
+        (place.sources / f"{name}.cpp").touch()
+    place.build()
+    compiled = [Path(call[-1]).stem for call in place.calls[:-1]]
+    assert compiled == ["library", "linear", "attention", "rows", "other"]
+
+
+def test_the_rest_takes_what_the_first_have_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for num_cores, running, waiting, seconds in (
+        (2, [(6.0, 2.0)], [3.0, 2.0, 1.0], 11.0),  # (12 - 2 + 12) / 2
+        (4, [(6.0, 2.0)], [3.0, 2.0, 1.0], 10.0),  # the longest
+        (1, [], [3.0], 6.0),
+        (2, [(1.0, 9.0)], [3.0], 6.0),  # one that takes longer than it should
+        (2, [(1.0, 9.0)], [], 0.0),
+    ):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, num=num_cores: set(range(num)))
+        assert seconds_left([(0.5, 1.0), (1.5, 3.0)], running, waiting) == seconds
+
+
+@pytest.mark.parametrize(("num_cores", "num_processes"), [(1, 1), (3, 3), (96, 4)])
+def test_one_process_for_each_core_up_to_four(
+    num_cores: int, num_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: set[object] = set()
+    nums_running: list[int] = []
+
+    class Run(_Process):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            running.add(self)
+            nums_running.append(len(running))
+
+        def check(self) -> None:
+            running.remove(self)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    monkeypatch.setattr(compiler_runs, "_Process", Run)
+    monkeypatch.setattr(compiler_runs, "POLL_SECONDS", 0)
+    run_all([CompilerRun(["true"])] * 9, tmp_path, tmp_path)
+    assert (len(nums_running), max(nums_running), len(running)) == (9, num_processes, 0)
 
 
 # The sanitizers.
@@ -515,9 +476,9 @@ def test_nothing_but_the_standard_library_is_needed() -> None:
 
 @pytest.mark.long
 @has_compiler
-def test_sanitizers_find_errors(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "g++")
-    library = build_package(package, sanitize=True)
+def test_sanitizers_find_errors(place: Place) -> None:
+    place.patch.setenv("CXX", "g++")
+    library = place.build(sanitize=True)
     code = "x = (ctypes.c_float * 9)(*range(9)); library.sum.restype = ctypes.c_float; print(library.sum(x, {n}))"
     fine = run_sanitized(code.format(n=9), library)
     assert (fine.returncode, fine.stdout, fine.stderr) == (0, "36.0\n", "")
@@ -525,7 +486,3 @@ def test_sanitizers_find_errors(package: Path, monkeypatch: pytest.MonkeyPatch) 
     assert beyond.returncode != 0
     assert "heap-buffer-overflow" in beyond.stderr
     assert "library.cpp:5" in beyond.stderr
-    overflow = run_sanitized("print(library.one_more(2**31 - 1))", library)
-    assert overflow.returncode != 0
-    assert "signed integer overflow" in overflow.stderr
-    assert overflow.stdout == ""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.weights import FORMATS, PACKED_TYPES
-from engine.kernels.interface import KernelOptions
-from engine.weights import PackedTensor
+from engine.kernels.interface import KernelOptions, LinearOp
+from engine.weights import PackedTensor, Weight
 from tests.support.examples import star
 from tests.support.kernel_choice import code_paths
 from tests.support.packed_weights import (
@@ -60,6 +60,14 @@ def act_and_mul(kernels: CpuKernels, gate_up: Tensor, activation: str) -> Tensor
     return kernels.act_and_mul(gate, up, activation)
 
 
+def new_linear(kernels: CpuKernels, name: str, num_outputs: int, num_inputs: int, seed: int) -> LinearOp:
+    return kernels.linear(kernels.pack([random_weight(name, num_outputs, num_inputs, seed)[0]]))
+
+
+def product_of(linear: LinearOp, *tables: Tensor, kernels: CpuKernels, max_rows: int = MAX_ROWS) -> Rows:
+    return Rows(kernels, tables, lambda rows, *inputs: linear(*inputs), max_rows)
+
+
 # Matrix products.
 
 
@@ -81,8 +89,7 @@ def test_format(name: str, code_path: str, num_threads: int) -> None:
         assert torch.stack(without).isnan().all()
         assert torch.equal(first.double(), numbers[0])
         x = random_tensor(num_inputs, MAX_ROWS, num_inputs) * torch.logspace(-3, 3, MAX_ROWS)[:, None]
-        linear = kernels.linear(matrix)
-        product = Rows(kernels, [x], lambda rows, x, linear=linear: linear(x))
+        product = product_of(kernels.linear(matrix), x, kernels=kernels)
         out = assert_rows_are_independent(product) if index == 0 else product(range(MAX_ROWS))
         assert_product(out, rounded_input(name, x), numbers)
         prompts = product(range(MAX_ROWS), MAX_ROWS)
@@ -99,13 +106,11 @@ def test_format(name: str, code_path: str, num_threads: int) -> None:
 @pytest.mark.parametrize(("code_path", "num_threads", "name"), star(code_paths(), [2, 1], ["q6_k", "bfloat16", "q4_1"]))
 def test_linear_of_more_rows_than_are_taken_at_once(name: str, code_path: str, num_threads: int) -> None:
     kernels = make_kernels(code_path, num_threads, options_of(name))
-    num_rows = 600
-    x = random_tensor(1, num_rows, 768)
-    linear = kernels.linear(kernels.pack([random_weight(name, 70, 768, seed=2)[0]]))
-    product = Rows(kernels, [x], lambda rows, x: linear(x), max_rows=num_rows)
+    x = random_tensor(1, 600, 768)
+    product = product_of(new_linear(kernels, name, 70, 768, seed=2), x, kernels=kernels, max_rows=600)
     for are_prompts in (False, True):
-        few = [product(range(first, first + 30), 30 * are_prompts) for first in range(0, num_rows, 30)]
-        assert torch.equal(product(range(num_rows), num_rows * are_prompts), torch.cat(few))
+        few = [product(range(first, first + 30), 30 * are_prompts) for first in range(0, 600, 30)]
+        assert torch.equal(product(range(600), 600 * are_prompts), torch.cat(few))
 
 
 @pytest.mark.parametrize(("code_path", "name"), star(code_paths(), ["q4_k", "q6_k"]))
@@ -115,8 +120,7 @@ def test_linear_of_more_inputs_than_have_scales_kept(name: str, code_path: str) 
     num_inputs = 66 * 256
     weight, numbers = random_weight(name, 40, num_inputs, seed=1)
     x = random_tensor(2, 14, num_inputs)
-    linear = kernels.linear(kernels.pack([weight]))
-    product = Rows(kernels, [x], lambda rows, x: linear(x))
+    product = product_of(kernels.linear(kernels.pack([weight])), x, kernels=kernels)
     out = product(range(14))
     assert torch.equal(torch.cat([product([row]) for row in range(14)]), out)
     assert_product(out, rounded_input(name, x), numbers)
@@ -140,16 +144,14 @@ def test_parts_with_bias_and_residual(code_path: str, num_threads: int) -> None:
     expected = rounded_input("q8_0", x) @ numbers.T
     bound = ROUNDING * (rounded_input("q8_0", x).abs() @ numbers.abs().T + bias.abs() + residual.abs() + 1)
 
-    def record(tables: list[Tensor], bias: Tensor | None) -> Rows:
-        linear = kernels.linear(matrix, bias)
-        return Rows(kernels, tables, lambda rows, *inputs: linear(*inputs))
+    def result(bias: Tensor | None, *tables: Tensor) -> Tensor:
+        return assert_rows_are_independent(product_of(kernels.linear(matrix, bias), *tables, kernels=kernels))
 
-    plain = assert_rows_are_independent(record([x], None))
+    plain, biased = result(None, x), result(bias, x)
     assert_close(plain, expected, bound)
-    biased = assert_rows_are_independent(record([x], bias))
     assert torch.equal(biased, plain + bias)
-    assert torch.equal(assert_rows_are_independent(record([x, residual], None)), residual + plain)
-    assert torch.equal(assert_rows_are_independent(record([x, residual], bias)), residual + biased)
+    assert torch.equal(result(None, x, residual), residual + plain)
+    assert torch.equal(result(bias, x, residual), residual + biased)
 
 
 @each_code_path
@@ -164,15 +166,10 @@ def test_groups_with_zero_points(code_path: str) -> None:
         random_groups(8, 5, 256, 128, 5, symmetric=True),
     ]
     matrix, numbers = kernels.pack([weight for weight, _ in parts]), torch.cat([numbers for _, numbers in parts])
-    assert [(part.format.name, part.num_outputs) for part in matrix.parts] == [
-        ("uint4", 42),
-        ("q4_0", 17),
-        ("uint8", 40),
-        ("q8_0", 5),
-    ]
+    formats = [(part.format.name, part.num_outputs) for part in matrix.parts]
+    assert formats == [("uint4", 42), ("q4_0", 17), ("uint8", 40), ("q8_0", 5)]
     x = random_tensor(0, MAX_ROWS, 256)
-    linear = kernels.linear(matrix)
-    out = assert_rows_are_independent(Rows(kernels, [x], lambda rows, x: linear(x)))
+    out = assert_rows_are_independent(product_of(kernels.linear(matrix), x, kernels=kernels))
     assert_product(out, rounded_input("q8_0", x), numbers)
 
 
@@ -184,8 +181,7 @@ def test_a_part_that_is_not_packed(code_path: str) -> None:
     matrix = kernels.pack([packed, plain])
     assert [part.format.name for part in matrix.parts] == ["float32"]
     x = random_tensor(3, 5, 64)
-    linear = kernels.linear(matrix)
-    out = Rows(kernels, [x], lambda rows, x: linear(x))(range(5))
+    out = product_of(kernels.linear(matrix), x, kernels=kernels)(range(5))
     assert_product(out, x.double(), torch.cat([numbers_of(packed), plain]).double())
 
 
@@ -205,13 +201,10 @@ def test_largest_codes(type_name: str, code_path: str) -> None:
     for row, byte in enumerate([0, 255, 127, 128, 0x0F, 0xF0, 1, 254]):
         extremes[row] = np.where(scales, blocks[row], byte)
     packed = PackedTensor(type_name, (8, 256), extremes.reshape(-1))
-    linear = kernels.linear(kernels.pack([packed]))
     x = torch.ones(4, 256)
-    x[1] = -1
-    x[2, ::2] = -1
-    x[3, :128] = -1
-    numbers = numbers_of(packed).double()
-    assert_product(Rows(kernels, [x], lambda rows, x: linear(x))(range(4)), rounded_input("q8_0", x), numbers)
+    x[1] = x[2, ::2] = x[3, :128] = -1
+    out = product_of(kernels.linear(kernels.pack([packed])), x, kernels=kernels)(range(4))
+    assert_product(out, rounded_input("q8_0", x), numbers_of(packed).double())
 
 
 @best_code_path
@@ -239,71 +232,54 @@ def test_temporaries_of_one_shape_and_two_types(code_path: str) -> None:
 def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
     kernels = make_kernels(code_path, options=options_of(name))
     num_inputs = max(96, inputs_of(name))
-    weight, _ = random_weight(name, 70, num_inputs, seed=1)
-    linear = kernels.linear(kernels.pack([weight]))
-    x = random_tensor(2, 40, num_inputs)
-    num_prompt_rows = 25
-    good = Rows(kernels, [x], lambda rows, x: linear(x))(range(40), num_prompt_rows)
-    bad_rows = [0, 5, 6, 20, 39]
-    for row, column, value in zip(
-        bad_rows, (0, 31, 32, 40, 95), (torch.nan, torch.inf, -torch.inf, -torch.nan, torch.nan), strict=True
-    ):
-        x[row, column] = value
-    for row, bits in ((7, -1), (8, 0x7FFFFFFF)):  # NaNs that rounding up would turn into numbers
-        x.view(torch.int32)[row, 50] = bits
-        bad_rows.append(row)
-    out = Rows(kernels, [x], lambda rows, x: linear(x))(range(40), num_prompt_rows)
+    linear = new_linear(kernels, name, 70, num_inputs, seed=1)
+    x, bad_rows = random_tensor(2, 40, num_inputs), [0, 5, 6, 20, 39, 7, 8]
+    good = product_of(linear, x, kernels=kernels)(range(40), 25)
+    values = [torch.nan, torch.inf, -torch.inf, -torch.nan, torch.nan]
+    x[bad_rows[:5], [0, 31, 32, 40, 95]] = torch.tensor(values)
+    # NaNs that rounding up would turn into numbers.
+    x.view(torch.int32)[bad_rows[5:], 50] = torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32)
+    out = product_of(linear, x, kernels=kernels)(range(40), 25)
     assert not out[bad_rows].isfinite().any()
     others = [row for row in range(40) if row not in bad_rows]
     assert torch.equal(out[others], good[others])
 
 
+SCALED = [name for name in sorted(PACKED_TYPES) if SCALES[name]]
+
+
+def damaged_weights(name: str, value: float) -> tuple[Weight, Weight]:
+    """Return weights, and the same with another number, or another scale, in their row 33."""
+    if name not in SCALED:
+        weight = random_weight(name, 40, 512, seed=1)[0]
+        assert isinstance(weight, Tensor)
+        damaged = weight.clone()
+        damaged[33, 40] = value
+        return weight, damaged
+    packed = random_packed(name, 40, 512, seed=1)
+    data, offset = packed.data.reshape(40, 512 // inputs_of(name), -1).copy(), SCALES[name][-1]
+    data[33, 1, offset : offset + 2] = np.array([value], dtype=np.float16).view(np.uint8)
+    return packed, PackedTensor(name, (40, 512), data.reshape(-1))
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "code_path"), star(["float32", "bfloat16", "int8"], [torch.nan, torch.inf], code_paths())
+    ("name", "value", "code_path"),
+    star(["float32", "bfloat16", "int8", *SCALED], [torch.nan, torch.inf, -torch.inf], code_paths()),
 )
 def test_weights_that_are_not_finite_show(name: str, value: float, code_path: str) -> None:
-    """A corrupt checkpoint must not give plausible answers."""
-    kernels = make_kernels(code_path, options=options_of(name))
-    weight, _ = random_weight(name, 40, 96, seed=1)
-    assert isinstance(weight, Tensor)
-    x = random_tensor(2, 5, 96)
-
-    def run() -> tuple[Tensor, Tensor]:
+    """A corrupt checkpoint must not give plausible answers: its output is NaN, for prompts too, and no other."""
+    kernels = make_kernels(code_path, options=KernelOptions(torch.float32) if name in SCALED else options_of(name))
+    x, results = random_tensor(2, 5, 512), []
+    for weight in damaged_weights(name, value):
         matrix = kernels.pack([weight])
-        linear = kernels.linear(matrix)
-        out = Rows(kernels, [x], lambda rows, x: linear(x))(range(5), num_prompt_rows=2)
-        return out, Rows(kernels, [], lambda rows: kernels.embed(rows, matrix))(range(40))
-
-    good, good_embedding = run()
-    weight[33, 40] = value
-    out, embedding = run()
+        out = product_of(kernels.linear(matrix), x, kernels=kernels)(range(5), num_prompt_rows=2)
+        results.append((out.T, Rows(kernels, [], lambda rows, matrix=matrix: kernels.embed(rows, matrix))(range(40))))
     others = [column for column in range(40) if column != 33]
-    assert not out[:, 33].isfinite().any()
+    for good, bad in zip(*results, strict=True):
+        assert torch.equal(bad[others], good[others])
+    (out, embedding) = results[1]
+    assert not out[33].isfinite().any()
     assert not embedding[33].isfinite().all()
-    assert torch.equal(out[:, others], good[:, others])
-    assert torch.equal(embedding[others], good_embedding[others])
-
-
-@pytest.mark.parametrize(
-    ("type_name", "value", "code_path"),
-    star([name for name in sorted(PACKED_TYPES) if SCALES[name]], [np.nan, np.inf, -np.inf], code_paths()),
-)
-def test_scales_that_are_not_finite_show(type_name: str, value: float, code_path: str) -> None:
-    """A damaged block gives NaN in its output, for prompts too, and in no other."""
-    kernels = make_kernels(code_path)
-    packed, x = random_packed(type_name, 40, 512, seed=1), random_tensor(2, 5, 512)
-    data = packed.data.reshape(40, 512 // inputs_of(type_name), -1).copy()
-
-    def run() -> Tensor:
-        linear = kernels.linear(kernels.pack([PackedTensor(type_name, (40, 512), data.reshape(-1))]))
-        return Rows(kernels, [x], lambda rows, x: linear(x))(range(5), num_prompt_rows=2)
-
-    good = run()
-    offset = SCALES[type_name][-1]
-    data[33, 1, offset : offset + 2] = np.array([value], dtype=np.float16).view(np.uint8)
-    out, others = run(), [column for column in range(40) if column != 33]
-    assert not out[:, 33].isfinite().any()
-    assert torch.equal(out[:, others], good[:, others])
 
 
 @best_code_path
@@ -325,8 +301,7 @@ def test_linear_on_all_code_paths(name: str) -> None:
     x, results = random_tensor(2, 40, num_inputs), []
     for code_path in code_paths():
         kernels = make_kernels(code_path, options=options_of(name))
-        linear = kernels.linear(kernels.pack([weight]))
-        results.append(Rows(kernels, [x], lambda rows, x, linear=linear: linear(x))(range(40)))
+        results.append(product_of(kernels.linear(kernels.pack([weight])), x, kernels=kernels)(range(40)))
         if name == "bfloat16":
             assert_product(results[-1], rounded_input(name, x), numbers)
     if name != "bfloat16":
@@ -343,8 +318,7 @@ def test_input_prepared_where_it_is_made(name: str, code_path: str, num_threads:
     """Rows are longer than one piece. The result is that of the two operations one by one."""
     size = 1100 if inputs_of(name) == 1 else 1280
     kernels = make_kernels(code_path, num_threads, options_of(name))
-    weight, norm = random_weight(name, 33, size, seed=1)[0], random_tensor(2, size)
-    linear = kernels.linear(kernels.pack([weight]))
+    linear, norm = new_linear(kernels, name, 33, size, seed=1), random_tensor(2, size)
     x = random_tensor(3, MAX_ROWS, 2 * size)
     makers: list[Callable[[Tensor], Tensor]] = [
         lambda x: kernels.rms_norm(x[:, :size], norm, 1e-5),
@@ -355,31 +329,9 @@ def test_input_prepared_where_it_is_made(name: str, code_path: str, num_threads:
         both = Rows(kernels, [x], lambda rows, x, make=make: linear(make(x)))
         out = assert_rows_are_independent(both)
         made = Rows(kernels, [x], lambda rows, x, make=make: make(x))(range(MAX_ROWS))
-        assert torch.equal(Rows(kernels, [made], lambda rows, x: linear(x))(range(MAX_ROWS)), out)
-        prompts = Rows(kernels, [made], lambda rows, x: linear(x))(range(MAX_ROWS), MAX_ROWS)
-        assert torch.equal(both(range(MAX_ROWS), MAX_ROWS), prompts)
-
-
-@best_code_path
-def test_one_input_for_products_of_different_forms(code_path: str) -> None:
-    kernels = make_kernels(code_path)
-    norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
-    products = [
-        kernels.linear(kernels.pack([random_weight(name, 20, 96, 2)[0]])) for name in ("q4_0", "float32", "q8_0")
-    ]
-
-    def all_of_them(rows: Tensor, x: Tensor) -> Tensor:
-        normed = kernels.rms_norm(x, norm, 1e-5)
-        out = products[0](normed)
-        for product in products[1:]:
-            out = product(normed, out)
-        return out
-
-    single = [
-        Rows(kernels, [x], lambda rows, x, product=product: product(kernels.rms_norm(x, norm, 1e-5)))(range(9))
-        for product in products
-    ]
-    assert torch.equal(Rows(kernels, [x], all_of_them)(range(9)), single[0] + single[1] + single[2])
+        product = product_of(linear, made, kernels=kernels)
+        assert torch.equal(product(range(MAX_ROWS)), out)
+        assert torch.equal(product(range(MAX_ROWS), MAX_ROWS), both(range(MAX_ROWS), MAX_ROWS))
 
 
 def calls_of(rows: Rows) -> list[str]:
@@ -388,30 +340,36 @@ def calls_of(rows: Rows) -> list[str]:
 
 
 @best_code_path
-def test_one_input_for_several_readers(code_path: str) -> None:
+@pytest.mark.parametrize(
+    ("names", "calls"),
+    [
+        (("q4_0", "float32", "q8_0"), None),  # of different forms
+        (("q8_0", "q8_0"), ["rms_norm", "linear", "linear"]),
+        (("q8_0", "q8_0", "float32"), ["rms_norm", "linear", "linear", "linear_float32"]),
+    ],
+)
+def test_one_input_for_several_readers(names: tuple[str, ...], calls: list[str] | None, code_path: str) -> None:
     """A norm prepares its rows once for products of one form, and keeps its numbers for other readers."""
     kernels = make_kernels(code_path)
     norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
-    first, second = (kernels.linear(kernels.pack([random_weight("q8_0", 20, 96, seed)[0]])) for seed in (2, 3))
-    routed = kernels.linear(kernels.pack([random_weight("float32", 20, 96, 4)[0]]))
+    products = [new_linear(kernels, name, 20, 96, seed) for seed, name in enumerate(names)]
+
+    def all_of_them(rows: Tensor, x: Tensor) -> Tensor:
+        normed = kernels.rms_norm(x, norm, 1e-5)
+        out = products[0](normed)
+        for product in products[1:]:
+            out = product(normed, out)
+        return out
+
     normed = Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, norm, 1e-5))(range(9))
-    one_by_one = [Rows(kernels, [normed], lambda rows, x, op=op: op(x))(range(9)) for op in (first, second, routed)]
-
-    def both(rows: Tensor, x: Tensor) -> Tensor:
-        normed = kernels.rms_norm(x, norm, 1e-5)
-        return second(normed, first(normed))
-
-    def all_three(rows: Tensor, x: Tensor) -> Tensor:
-        normed = kernels.rms_norm(x, norm, 1e-5)
-        return routed(normed, second(normed, first(normed)))
-
-    recorded = Rows(kernels, [x], both)
-    assert calls_of(recorded) == ["rms_norm", "linear", "linear"]
-    assert recorded.program.parameters[1].output is None  # nobody reads the norm's own numbers
-    assert torch.equal(recorded(range(9)), one_by_one[0] + one_by_one[1])
-    recorded = Rows(kernels, [x], all_three)
-    assert calls_of(recorded) == ["rms_norm", "linear", "linear", "linear_float32"]
-    assert torch.equal(recorded(range(9)), one_by_one[0] + one_by_one[1] + one_by_one[2])
+    expected, *others = (product_of(product, normed, kernels=kernels)(range(9)) for product in products)
+    for other in others:
+        expected = expected + other
+    recorded = Rows(kernels, [x], all_of_them)
+    assert torch.equal(recorded(range(9)), expected)
+    assert calls is None or calls_of(recorded) == calls
+    # Nobody reads the norm's own numbers.
+    assert recorded.program.parameters[1].output is None or "float32" in names
 
 
 @best_code_path
@@ -419,11 +377,9 @@ def test_products_of_columns(code_path: str) -> None:
     """Each product reads its own columns of one result."""
     kernels = make_kernels(code_path)
     norm, x = random_tensor(0, 192), random_tensor(1, 9, 192)
-    linear = kernels.linear(kernels.pack([random_weight("q4_0", 20, 96, 2)[0]]))
+    linear = new_linear(kernels, "q4_0", 20, 96, seed=2)
     normed = Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, norm, 1e-5))(range(9))
-    left, right = (
-        Rows(kernels, [half.contiguous()], lambda rows, x: linear(x))(range(9)) for half in normed.chunk(2, dim=1)
-    )
+    left, right = (product_of(linear, half.contiguous(), kernels=kernels)(range(9)) for half in normed.chunk(2, dim=1))
 
     def halves(rows: Tensor, x: Tensor) -> Tensor:
         first, second = kernels.rms_norm(x, norm, 1e-5).chunk(2, dim=1)
@@ -438,7 +394,7 @@ def test_products_of_what_outlives_temporaries(is_read_before: bool, code_path: 
     """A product in one context reads what was made before it, although others reused the memory in between."""
     kernels = make_kernels(code_path)
     norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
-    first, second = (kernels.linear(kernels.pack([random_weight("q4_0", 96, 96, seed)[0]])) for seed in (2, 3))
+    first, second = (new_linear(kernels, "q4_0", 96, 96, seed) for seed in (2, 3))
 
     def operation(rows: Tensor, x: Tensor) -> Tensor:
         normed = kernels.rms_norm(x, norm, 1e-5)
@@ -460,12 +416,11 @@ def test_products_of_what_changes(change: str, code_path: str) -> None:
     """A product reads what its input holds by then, not what an earlier product read."""
     kernels = make_kernels(code_path, options=KernelOptions(torch.float32, num_lora_slots=1, max_lora_rank=2))
     ones, x, y = torch.ones(96), random_tensor(1, 9, 96), random_tensor(2, 9, 96)
-    linear = kernels.linear(kernels.pack([random_weight("q4_0", 96, 96, 2)[0]]))
+    linear = new_linear(kernels, "q4_0", 96, 96, seed=2)
     lora = kernels.new_lora_weights([96], 96)
     assert lora is not None
-    lora.a.fill_(1)
-    lora.b.fill_(1)
-    lora.ranks.fill_(2)
+    for tensor, value in ((lora.a, 1), (lora.b, 1), (lora.ranks, 2)):
+        tensor.fill_(value)
     lora_slots = torch.zeros(MAX_ROWS, dtype=torch.int64)
     changes: dict[str, Callable[[Tensor, Tensor], object]] = {
         "linear": lambda x, y: linear(y, x),
@@ -492,11 +447,6 @@ def test_products_of_what_changes(change: str, code_path: str) -> None:
 # Rows.
 
 
-def scaled(kernels: CpuKernels, x: Tensor, scale: float, softcap: float | None) -> Tensor:
-    kernels.scale(x, scale, softcap)
-    return x
-
-
 @best_code_path
 def test_scaled_embeddings(code_path: str) -> None:
     kernels = make_kernels(code_path)
@@ -506,29 +456,18 @@ def test_scaled_embeddings(code_path: str) -> None:
     assert torch.equal(embed([39, 0, 7]), weight[[39, 0, 7]] * 25.5)
 
 
-@each_code_path
-def test_gather(code_path: str) -> None:
-    kernels = make_kernels(code_path, 2)
-    for size in (1, 15, 16, 100):
-        table = random_tensor(size, 50, size)
-        rows = torch.randint(50, (MAX_ROWS,), generator=torch.Generator().manual_seed(size)).tolist()
-        assert torch.equal(Rows(kernels, [table], lambda rows, x: x)(rows), table[rows])
-
-
 def test_rows_on_all_code_paths() -> None:
     x, weight = random_tensor(0, MAX_ROWS, 1202) * 4, random_tensor(1, 1202)
 
     def results(kernels: CpuKernels) -> list[Tensor]:
-        norms = [
-            Rows(kernels, [x], lambda rows, x, norm=norm: norm(x, weight, 1e-6))
-            for norm in (kernels.rms_norm, kernels.layer_norm)
-        ]
-        capped = Rows(kernels, [x], lambda rows, x: scaled(kernels, x, 0.3, 2.0))
-        acts = [
-            Rows(kernels, [x], lambda rows, x, name=name: act_and_mul(kernels, x, name))
-            for name in (*ACTIVATIONS, "swigluoai")
-        ]
-        return [operation(range(MAX_ROWS)) for operation in (*norms, capped, *acts)]
+        def capped(x: Tensor) -> Tensor:
+            kernels.scale(x, 0.3, 2.0)
+            return x
+
+        norms = [partial(norm, weight=weight, eps=1e-6) for norm in (kernels.rms_norm, kernels.layer_norm)]
+        acts = [partial(act_and_mul, kernels, activation=name) for name in (*ACTIVATIONS, "swigluoai")]
+        operations: list[Callable[[Tensor], Tensor]] = [*norms, capped, *acts]
+        return [Rows(kernels, [x], lambda rows, x, op=op: op(x))(range(MAX_ROWS)) for op in operations]
 
     best, *others = (results(make_kernels(code_path)) for code_path in code_paths())
     for other in others:

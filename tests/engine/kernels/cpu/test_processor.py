@@ -32,15 +32,11 @@ def has(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
 
 
-def test_names() -> None:
-    assert list(CODE_PATHS) == ["amx", "avx512_bf16", "avx512", "avx2"]
-
-
 @pytest.mark.parametrize(("flags", "names"), PROCESSORS)
 def test_code_paths(flags: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     has(flags, tmp_path, monkeypatch)
     monkeypatch.setattr(processor, "_may_use_tiles", lambda: True)
-    assert available_code_paths() == names
+    assert available_code_paths() == names == [name for name in CODE_PATHS if name in names]
     if names:
         assert best_code_path() == names[0]
     else:
