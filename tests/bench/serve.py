@@ -7,6 +7,7 @@ The loads are a chat (128 words in, 64 tokens out) from 1, 8 and 32 clients, and
 
 import argparse
 import contextlib
+import itertools
 import signal
 import socket
 import subprocess
@@ -29,7 +30,6 @@ LIGHTWELL = [str(Path(sys.executable).with_name("lightwell"))]
 READY_SECONDS = 300.0
 MODEL_NAME = "m"
 FILE_WIDTH = 120  # characters of a line of a table, unless a terminal says how many it has
-OF_SERVE = "model to serve; default: that of lightwell serve"
 
 LOADS = {
     "1 client": LoadOptions(url="", num_requests=4, concurrency=1, input_len=128, output_len=64),
@@ -65,7 +65,7 @@ def parse(name: str, text: str | None, model: str | None = None, **options: tupl
     """
     parser = make_parser(name, text)
     if model is None:
-        parser.add_argument("model", nargs="*", metavar="MODEL", help=OF_SERVE)
+        parser.add_argument("model", nargs="*", metavar="MODEL", help="default: that of lightwell serve")
     else:
         parser.add_argument("model", nargs="?", default=model, metavar="MODEL", help="default: %(default)s")
     for option, (default, help) in options.items():
@@ -76,19 +76,13 @@ def parse(name: str, text: str | None, model: str | None = None, **options: tupl
             parser.add_argument(flag, nargs="+", type=type(default[0]), default=default, metavar="N", help=text)
         else:
             parser.add_argument(flag, type=type(default), default=default, metavar="N", help=text)
-    own, flags = split_at_dashes(sys.argv[1:])
-    return parser.parse_args(own, argparse.Namespace(flags=flags))
+    own = list(itertools.takewhile(lambda word: word != "--", sys.argv[1:]))
+    return parser.parse_args(own, argparse.Namespace(flags=sys.argv[len(own) + 2 :]))
 
 
 def make_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=f"python -m tests.bench.{name}", description=text, formatter_class=shape)
-
-
-def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in argv:
-        return argv, []
-    return argv[: argv.index("--")], argv[argv.index("--") + 1 :]
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.programs import PROGRAMS, Program, Trial, converse, installed_version
+from tests.conformance.programs import PROGRAMS, Program, converse, installed_version
 from tests.conformance.scripted_server import Exchange, ScriptedServer, scripted_server
 from tests.conformance.table import REPLAYS, TRIED
 
@@ -63,12 +63,9 @@ def attempt(program: Program, folder: Path, server: ScriptedServer, *, record: b
         print(trial.output[-3000:], file=sys.stderr)
     elif record:
         write_replay(program, version, trial.exchanges)
-    return row | {"version": version, "apis": _apis(trial), "failure": trial.failure}
-
-
-def _apis(trial: Trial) -> list[str]:
     paths = {exchange.path.partition("?")[0] for exchange in trial.exchanges}
-    return sorted(path for path in paths if path.startswith("/v1/"))
+    apis = sorted(path for path in paths if path.startswith("/v1/"))
+    return row | {"version": version, "apis": apis, "failure": trial.failure}
 
 
 def write_replay(program: Program, version: str, exchanges: Sequence[Exchange]) -> None:
