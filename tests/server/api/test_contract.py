@@ -191,7 +191,7 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
 }
 
 # Fields whose effect is not visible here. Of all endpoints: a name for cancel and replay (admin/test_requests.py), how
-# long it may wait (generation/test_overload.py), how many tokens a chunk has (generation/test_pacing.py), and special
+# long it may wait (generation/test_overload.py), how many tokens a chunk has (generation/test_deltas.py), and special
 # tokens, of which the tokenizer adds none (completions/test_routes.py has one that does).
 ANYWHERE = {"request_id", "queue_timeout", "stream_interval", "add_special_tokens"}
 ELSEWHERE: dict[str, set[str]] = {
