@@ -2,19 +2,23 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+import signal
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import chain, repeat
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 
 from engine.shared.messages import HEARTBEAT_SECONDS
+from server.engine_client.client import EngineClient
 from server.engine_client.liveness import CHECK_SECONDS, MISSED_HEARTBEATS, EngineLiveness
-from server.http.errors import APIError, EngineDeadError, EngineUnavailableError
+from server.http.errors import EngineDeadError, EngineUnavailableError
 from server.processes.run_queue import MAX_WAIT_FACTOR
 from tests.support.engine_clients import connected, read, ready, request, until
 from tests.support.engine_info import ENGINE_INFO
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine
+from tests.support.fake_engine import FakeEngineConfig, MortalEngine
 from tests.support.turned_loop import standing_still, turn
 
 pytestmark = pytest.mark.anyio
@@ -86,21 +90,15 @@ async def checks(seconds: float) -> None:
 
 
 @pytest.fixture
-def cpu_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], dict[int, float]]], None]:
-    """Sets for how long the threads of the engine have waited for a CPU."""
-
-    def use(waits: Callable[[], dict[int, float]]) -> None:
-        monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _pid: waits())
-
-    use(dict)
-    return use
-
-
-Waits = Callable[[Callable[[], dict[int, float]]], None]
+def cpu_waits(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Returns for how long the threads of the engine have waited for a CPU."""
+    waits = Mock(return_value={})
+    monkeypatch.setattr("server.processes.run_queue.cpu_waits", waits)
+    return waits
 
 
 @pytest.mark.checklist("F06")
-async def test_only_silence_counts(cpu_waits: Waits) -> None:
+async def test_only_silence_counts(cpu_waits: Mock) -> None:
     async with watched() as liveness:
         for _ in range(5):  # no steps, but heartbeats
             await checks(LIMIT - CHECK_SECONDS)
@@ -112,7 +110,7 @@ async def test_only_silence_counts(cpu_waits: Waits) -> None:
         assert liveness.dead_reason == "no step for more than 5 seconds"
 
 
-async def test_a_pause_of_all_processes_is_no_hang(cpu_waits: Waits) -> None:
+async def test_a_pause_of_all_processes_is_no_hang(cpu_waits: Mock) -> None:
     """The step in progress may take as long as it would have without the pause."""
     async with watched() as liveness:
         await turn(1000.0)
@@ -122,17 +120,17 @@ async def test_a_pause_of_all_processes_is_no_hang(cpu_waits: Waits) -> None:
         assert not liveness.is_alive
 
 
-async def test_an_engine_that_waits_for_a_cpu_does_not_hang(cpu_waits: Waits) -> None:
+async def test_an_engine_that_waits_for_a_cpu_does_not_hang(cpu_waits: Mock) -> None:
     """Unless it waits forever: one thread may hang while another one waits."""
     loop = asyncio.get_running_loop()
-    cpu_waits(lambda: {1: 7.0, 2: loop.time()})
+    cpu_waits.side_effect = lambda _pid: {1: 7.0, 2: loop.time()}
     async with watched() as liveness:
         await checks(3 * LIMIT)
         assert liveness.is_healthy
-        cpu_waits(lambda: {1: 7.0, 2: 0.0})
+        cpu_waits.side_effect = lambda _pid: {1: 7.0, 2: 0.0}
         await checks(LIMIT)
         assert not liveness.is_alive
-    cpu_waits(lambda: {1: loop.time()})
+    cpu_waits.side_effect = lambda _pid: {1: loop.time()}
     async with watched() as liveness:
         await checks(MAX_WAIT_FACTOR * LIMIT)
         assert liveness.is_healthy
@@ -141,46 +139,30 @@ async def test_an_engine_that_waits_for_a_cpu_does_not_hang(cpu_waits: Waits) ->
 
 
 @pytest.mark.checklist("F06")
-async def test_a_hang_is_noticed_after_checks_have_failed(cpu_waits: Waits) -> None:
-    failures = [RuntimeError()] * 3
-
-    def fail_at_first() -> dict[int, float]:
-        if failures:
-            raise failures.pop()
-        return {}
-
-    cpu_waits(fail_at_first)
+async def test_a_hang_is_noticed_after_checks_have_failed(cpu_waits: Mock) -> None:
+    cpu_waits.side_effect = chain([RuntimeError()] * 3, repeat({}))
     async with watched() as liveness:
         await checks(2 * LIMIT)
         assert not liveness.is_alive
-        assert not failures
 
 
 async def test_a_death_is_announced_though_its_handling_fails(
-    fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_error: APIError) -> None:
-        raise MemoryError
-
-    async with connected(fake_engine.config.address) as client:
-        with monkeypatch.context() as patch:
-            patch.setattr(client.engines[0], "fail_streams", fail)
-            with pytest.raises(MemoryError):
-                client.engines[0].liveness.lose("it hangs")
-        assert client.died.is_set()
+    with monkeypatch.context() as patch:
+        patch.setattr(client.engines[0], "fail_streams", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            client.engines[0].liveness.lose("it hangs")
+    assert client.died.is_set()
 
 
 async def test_a_process_that_has_the_id_of_an_engine_that_has_ended_is_not_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(_pid: int) -> int:
-        raise OSError
-
-    killed: list[int] = []
-    monkeypatch.setattr(os, "pidfd_open", fail)
-    monkeypatch.setattr(os, "kill", lambda pid, _signal: killed.append(pid))
+    monkeypatch.setattr(os, "pidfd_open", Mock(side_effect=OSError))
+    monkeypatch.setattr(os, "kill", kill := Mock())
     liveness = new_liveness(1.0, 7, can_restart=True)
     liveness.engine_started(8)
-    assert (liveness.is_restarting, killed) == (True, [])
+    assert (liveness.is_restarting, kill.called) == (True, False)
     liveness.lose("it hangs")  # the new one
-    assert killed == [8]
+    kill.assert_called_once_with(8, signal.SIGKILL)
