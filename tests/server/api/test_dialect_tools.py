@@ -70,13 +70,10 @@ def test_responses(model: RunningServer) -> None:
         before = prompt_of(model)
         with client.responses.stream(input="Hi", **request) as stream:
             streamed = stream.get_final_response()
-        items = [
-            [item.model_dump(exclude=own, exclude_none=True) for item in each.output] for each in (streamed, response)
-        ]
-        assert items[0][2:] == items[1][2:]
-        results: list[Any] = [
-            {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls
-        ]
+        for one, other in zip(streamed.output[2:], response.output[2:], strict=True):
+            assert one.model_dump(exclude=own, exclude_none=True) == other.model_dump(exclude=own, exclude_none=True)
+        result: Any = {"type": "function_call_output", "output": "sunny"}
+        results = [result | {"call_id": call.call_id} for call in calls]
         for more in (
             {"input": results, "previous_response_id": response.id},
             {"input": [*MESSAGES, *response.output, *results]},
@@ -99,12 +96,26 @@ def test_reasoning_is_requested(model: RunningServer) -> None:
         (CHAT, {"reasoning_effort": "none"}, False),
         (CHAT, {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}, False),
         (ANTHROPIC, {"thinking": {"type": "enabled", "budget_tokens": 4}}, True),
-        (ANTHROPIC, {"thinking": {"type": "disabled"}}, False),
+        (ANTHROPIC, {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}, False),
+        (ANTHROPIC, {"thinking": {"type": "adaptive", "display": "updates"}}, False),
+        (ANTHROPIC, {"thinking": {"type": "between_tools"}}, False),
+        (ANTHROPIC, {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, True),
+        (ANTHROPIC, {"output_config": {"effort": "high"}}, False),  # as if there were none
+        (ANTHROPIC, {"output_config": {"effort": "max"}}, True),
         (RESPONSES, {"reasoning": {"effort": "low"}}, True),
         (RESPONSES, {"reasoning": {"effort": "none"}}, False),
     ):
         ask_json(model.url, path, **fields)
         assert prompt_of(model).endswith("<think>\n") == opened
+
+
+def test_budgets_and_omitted_reasoning(tools: RunningServer) -> None:
+    say(tools, "<think>Hm.</think>Yes")
+    for kind, num_tokens in (("enabled", 99), ("adaptive", None)):
+        thinking = {"type": kind, "budget_tokens": 99, "display": "omitted"}
+        assert [block["type"] for block in ask_json(tools.url, ANTHROPIC, thinking=thinking)["content"]] == ["text"]
+        budget = tools.engine.submits[-1].params.reasoning_limit
+        assert (budget and budget.max_tokens) == num_tokens
 
 
 # The harmony format.
@@ -131,27 +142,17 @@ def harmony(of_kind: Servers, request: pytest.FixtureRequest) -> RunningServer:
 def test_chat_in_harmony(harmony: RunningServer) -> None:
     say(harmony, ANALYSIS + PREAMBLE + HARMONY_CALL)
     (choice,) = ask_json(harmony.url, CHAT, tools=TOOLS)["choices"]
-    message = choice["message"]
-    assert (choice["finish_reason"], message["reasoning"], message["content"]) == ("tool_calls", "Hm.", "Let me see.")
-    (call,) = message["tool_calls"]
-    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("weather", CITY)
-    streamed = messages_of(ask_stream(harmony.url, CHAT, tools=TOOLS))[0]
-    assert (streamed["reasoning"], streamed["content"]) == ("Hm.", "Let me see.")
-    assert [each["function"] for each in streamed["tool_calls"]] == [call["function"]]
+    assert choice["finish_reason"] == "tool_calls"
+    for message in (choice["message"], messages_of(ask_stream(harmony.url, CHAT, tools=TOOLS))[0]):
+        assert (message["reasoning"], message["content"]) == ("Hm.", "Let me see.")
+        (call,) = message["tool_calls"]
+        assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("weather", CITY)
     say(harmony, f"{ANALYSIS}{FINAL}Yes")
     (choice,) = ask_json(harmony.url, CHAT)["choices"]
     assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "Yes")
     num_tokens = len(harmony.model.tokenizer.encode("<|channel|>analysis<|mess"))
     (choice,) = ask_json(harmony.url, CHAT, max_tokens=num_tokens)["choices"]
     assert not choice["message"]["content"]  # no part of a header
-
-
-def test_prompts_in_harmony(special: RunningServer) -> None:
-    first = prompt(special, tools=TOOLS, reasoning_effort="high")
-    assert "\nReasoning: high\n" in first
-    assert "type time = () => any;" in first
-    answered = {"role": "assistant", "content": "Sunny.", "reasoning": "Hm."}
-    assert "Hm." not in prompt(special, messages=[*MESSAGES, answered, *MESSAGES])
 
 
 def test_the_final_message_is_continued(special: RunningServer) -> None:
@@ -194,7 +195,8 @@ def test_log_probabilities_are_those_of_the_content(special: RunningServer) -> N
 def test_messages_in_harmony(special: RunningServer) -> None:
     say(special, ANALYSIS + PREAMBLE + HARMONY_CALL)
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 999}}  # the model has no budget
-    for fields in ({}, thinking):
+    for fields, effort in (({"output_config": {"effort": "low"}}, "low"), (thinking, "medium")):
         message = ask_json(special.url, ANTHROPIC, tools=[TOOL], **fields)
+        assert f"\nReasoning: {effort}\n" in prompt_of(special)
         assert [block["type"] for block in message["content"]] == ["thinking", "text", "tool_use"]
         assert message["stop_reason"] == "tool_use"

@@ -87,11 +87,10 @@ def test_a_full_queue_is_429_before_tokenizing(server: RunningServer, path: str)
     assert text_of(ask_json(server.url, path)) == REPLY
 
 
-@pytest.mark.parametrize("path", ACTING)
+@pytest.mark.parametrize("path", [path for path, (kind, *_) in ACTING.items() if "model" in kind.model_fields])
 def test_an_unknown_model(server: RunningServer, path: str) -> None:
-    if "model" in ACTING[path][0].model_fields:
-        answer = ask(server.url, path, **(ACTING[path][1] | {"model": "checkers"}))
-        assert "`checkers` does not exist" in error_of(path, answer, 404)
+    answer = ask(server.url, path, **(ACTING[path][1] | {"model": "checkers"}))
+    assert "`checkers` does not exist" in error_of(path, answer, 404)
     assert server.engine.submits == []
 
 
@@ -121,7 +120,6 @@ UNKNOWN: list[tuple[str, dict[str, Any], list[str]]] = [
     (RESPONSES, {"chat_template_kwargs": {"thinking": True}}, ["chat_template_kwargs.thinking"]),
     (COUNT, {"messages": MESSAGES, "chat_template_kwargs": {"thinking": True}}, ["chat_template_kwargs.thinking"]),
     (RESPONSES, {"reasoning": {"effort": "high"}}, ["reasoning.effort"]),
-    (RESPONSES, {"reasoning": {"effort": "minimal", "summary": "auto"}}, ["reasoning.effort"]),
     (RESPONSES, {"text": {"verbosity": "low"}}, ["text.verbosity"]),
 ]
 
@@ -164,9 +162,8 @@ def test_more_tokens_than_fit(
         assert server.engine.submits[-1].params.max_tokens == rest
     message = error_of(path, ask(strict.url, path, **fields), 400)
     if path == ANTHROPIC:
-        assert message.startswith(
-            f"input length and `max_tokens` exceed context limit: {num_prompt_tokens} + 64000 > 2048"
-        )
+        lengths = f"{num_prompt_tokens} + 64000 > 2048"
+        assert message.startswith(f"input length and `max_tokens` exceed context limit: {lengths}")
     else:
         assert message.startswith("This model's maximum context length is 2048 tokens. However, you requested ")
     for unlimited in (server, strict):
@@ -198,7 +195,7 @@ def test_a_prompt_that_is_too_long(server: RunningServer, path: str) -> None:
 # Ends.
 
 STOP, LENGTH, REPETITION = FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION
-ENDS: dict[str, dict[FinishReason, str | None]] = {  # None: the request has failed
+ENDS: dict[str, dict[FinishReason, str]] = {  # after any other reason, the request has failed
     CHAT: {STOP: "stop", LENGTH: "length", REPETITION: "repetition"},
     RESPONSES: {STOP: "completed", LENGTH: "incomplete", REPETITION: "completed"},
     ANTHROPIC: {STOP: "end_turn", LENGTH: "max_tokens", REPETITION: "end_turn"},
@@ -209,23 +206,15 @@ ENDS: dict[str, dict[FinishReason, str | None]] = {  # None: the request has fai
 @pytest.mark.parametrize("reason", FinishReason)
 @pytest.mark.parametrize("path", ENDS)
 def test_every_reason_to_end(server: RunningServer, fake_engine: FakeEngine, path: str, reason: FinishReason) -> None:
-    def end_of(answer: dict[str, Any]) -> str | None:
-        match answer:
-            case {"response": {"status": end}} | {"choices": [{"finish_reason": end}]} | {"stop_reason": end}:
-                return str(end)
-            case {"delta": {"stop_reason": end}} | {"done_reason": end} | {"status": end}:
-                return str(end)
-        return None
-
     fake_engine.config.last_reason = reason
-    expected = ENDS[path].get(reason)
-    streamed = ask(server.url, path, stream=True)
-    if expected is None:
-        error_of(path, ask(server.url, path), 500)
+    whole, streamed = ask(server.url, path), ask(server.url, path, stream=True)
+    if (expected := ENDS[path].get(reason)) is None:
+        error_of(path, whole, 500)
         assert "error" in streamed.text
     else:
-        assert end_of(ask_json(server.url, path)) == expected
-        assert [end for end in map(end_of, parse(path, streamed.text)) if end][-1] == expected
+        for answer in (whole, streamed):
+            ends = re.findall(r'"(?:finish_reason|stop_reason|done_reason|status)":"(\w+)"', answer.text)
+            assert (answer.status_code, ends[-1]) == (200, expected)
 
 
 STOPPED: list[tuple[str, dict[str, Any], str, tuple[str, str | None]]] = [  # fields, text, and how it ended
@@ -233,7 +222,6 @@ STOPPED: list[tuple[str, dict[str, Any], str, tuple[str, str | None]]] = [  # fi
     (RESPONSES, {"stop": ["zz", "o,"], "include_stop_str_in_output": True}, "Hello,", ("completed", None)),
     (ANTHROPIC, {"max_tokens": 3}, "Hel", ("max_tokens", None)),
     (ANTHROPIC, {"stop_sequences": [*map(str, range(63)), "wor"]}, "Hello, ", ("stop_sequence", "wor")),
-    (ANTHROPIC, {"stop_sequences": []}, REPLY, ("end_turn", None)),
     (OLLAMA_CHAT, {"options": {"stop": [*"123456789", "wor"]}}, "Hello, ", ("stop", None)),
     (OLLAMA_CHAT, {"options": {"num_predict": 3}}, "Hel", ("length", None)),
 ]
@@ -249,6 +237,27 @@ def test_ends_in_text(
     last = events[-2]["delta"] if path == ANTHROPIC else events[-1].get("response", events[-1])
     for each in (answer, last):
         assert tuple(each[name] for name in names) == end[: len(names)]
+
+
+# Formats.
+
+ROME = {"type": "object", "properties": {"city": {"const": "Rome"}}}
+FORMAT = {"type": "json_schema", "schema": ROME}
+FORMATS: list[tuple[str, dict[str, Any], str]] = [  # fields, and what is in the grammar
+    (RESPONSES, {"text": {"format": {"type": "text"}}}, "None"),
+    (RESPONSES, {"text": {"format": {"type": "json_object"}}}, "{"),
+    (RESPONSES, {"text": {"format": FORMAT | {"name": "x", "strict": True}}}, "Rome"),
+    (ANTHROPIC, {"output_config": {"format": FORMAT}}, "Rome"),
+    (ANTHROPIC, {"output_format": FORMAT}, "Rome"),
+    *((OLLAMA_CHAT, {"format": format}, named) for format, named in (("json", "{"), (ROME, "Rome"), ({}, "{"))),
+    *((OLLAMA_CHAT, {"format": none}, "None") for none in ("", None)),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "named"), FORMATS)
+def test_formats_force_grammars(server: RunningServer, path: str, fields: dict[str, Any], named: str) -> None:
+    ask_json(server.url, path, **fields)
+    assert named in str(server.engine.submits[-1].params.grammar)
 
 
 # Usage.

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -56,13 +57,9 @@ def written_text(reasoning: str | None, parts: list[str | dict[str, int]]) -> st
 def expected_of(reasoning: str | None, parts: list[str | dict[str, int]]) -> list[tuple[str, Any]]:
     """Return the expected (kind, value) pairs. Adjacent contents are joined."""
     items: list[tuple[str, Any]] = [] if reasoning is None else [("reasoning", reasoning)]
-    for part in parts:
-        if isinstance(part, dict):
-            items.append(("call", part))
-        elif items and items[-1][0] == "content":
-            items[-1] = ("content", items[-1][1] + part)
-        else:
-            items.append(("content", part))
+    for is_call, group in groupby(parts, key=lambda part: isinstance(part, dict)):
+        alike = list(group)
+        items += [("call", part) for part in alike] if is_call else [("content", "".join(map(str, alike)))]
     return items
 
 
@@ -204,6 +201,8 @@ def test_events_of_reasoning_text_and_calls(tokenizer: Tokenizer) -> None:
         if "item_id" in event:
             assert event["item_id"] == added[event["output_index"]]["id"]
     assert events[-1]["response"]["output"] == done
+    for event in events[:2]:
+        assert (event["response"]["output"], event["response"]["usage"]) == ([], None)
     Response.model_validate(events[-1]["response"], strict=True)
 
 
@@ -224,9 +223,7 @@ def test_the_request_is_echoed(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("error", "code"), [(QueueFullError(5), "rate_limit_exceeded"), (EngineDeadError(), "server_error")]
 )
-def test_a_response_that_fails_says_whether_a_limit_is_the_cause(
-    tokenizer: Tokenizer, error: APIError, code: str
-) -> None:
+def test_a_failed_response_says_why(tokenizer: Tokenizer, error: APIError, code: str) -> None:
     *_, failed = parse_responses(response_writer(tokenizer).failure(error))
     assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
     assert failed["response"]["error"] == {"message": error.message, "code": code}

@@ -8,37 +8,46 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from engine.scheduling.record import RequestRecord
 from engine.shared.messages import Submit
-from engine.shared.records import InspectionProblem, ReadSteps, StepInfo
+from engine.shared.records import Chunk, InspectionProblem, Prefix, PrefixResult, ReadSteps, RequestDetail, StepInfo
 from server.api.inspection import routes
 from server.api.inspection.access import RecordAccess
 from server.api.inspection.events import INTERVAL, MAX_READERS_EACH
 from server.api.inspection.inspect import MAX_POSITIONS
-from server.api.inspection.schemas import StepView
+from server.api.inspection.schemas import StepView, Trace, TraceInfo
 from server.api.inspection.trace import MAX_QUESTIONS, STEPS_AT_A_TIME
-from server.api.inspection.views import step_view
+from server.api.inspection.trace_events import TraceBuilder
+from server.api.inspection.views import stages, step_view
+from server.generation.timings import stage_spans
 from tests.server.conftest import StartServer
-from tests.support.chrome_trace import check_trace, requests_in, slices_named
-from tests.support.clients import write_keys_file
+from tests.support.chrome_trace import check_trace, requests_in, slices_named, tracks
+from tests.support.clients import COMPLETIONS, write_keys_file
 from tests.support.fake_engine import FakeEngine
 from tests.support.records import example_step
 from tests.support.serving import RunningServer, check_error, fresh_server, wait_until
 
+Fields = dict[str, str]
+
 REQUEST = {"model": "tiny", "prompt": "abcd", "max_tokens": 1000, "stream": True}
 
 
+def auth(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
 def get(server: RunningServer, path: str, key: str = "", **headers: str) -> httpx.Response:
-    fields = {name.replace("_", "-"): value for name, value in headers.items()}
-    if key:
-        fields["authorization"] = f"Bearer {key}"
+    fields = auth(key) | {name.replace("_", "-"): value for name, value in headers.items()}
     return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=fields)
 
 
@@ -62,9 +71,9 @@ def start(server: RunningServer, streams: list[httpx.Response], name: str, key: 
     """Start a stream with the x-request-id `name`, and wait until the engine has it."""
     server.engine.config.endless, server.engine.config.step_seconds = True, 0.01
     num_choices = server.engine.num_choices
-    headers = {"x-request-id": name} | ({"authorization": f"Bearer {key}"} if key else {})
+    headers = {"x-request-id": name} | auth(key)
     client = httpx.Client(timeout=20)
-    request = client.build_request("POST", server.url + "/v1/completions", json=REQUEST | fields, headers=headers)
+    request = client.build_request("POST", server.url + COMPLETIONS, json=REQUEST | fields, headers=headers)
     streams.append(client.send(request, stream=True))
     wait_until(lambda: server.engine.num_choices > num_choices)
 
@@ -143,8 +152,7 @@ def test_the_queue(keyed: RunningServer, threads: ThreadPoolExecutor) -> None:
     keyed.engine.pause()
     body = REQUEST | {"max_tokens": 1, "stream": False}
     for num_before, key in enumerate(("key-b", "key-a")):
-        headers = {"authorization": f"Bearer {key}"}
-        threads.submit(httpx.post, keyed.url + "/v1/completions", json=body, headers=headers)
+        threads.submit(httpx.post, keyed.url + COMPLETIONS, json=body, headers=auth(key))
         wait_until(lambda num=num_before: keyed.engine.num_choices > num)
     for key, names in SEEN:
         queue = data(keyed, "queue", key)
@@ -210,9 +218,7 @@ def test_large_answers_count_in_the_memory_limit(start_server: StartServer, fake
         wait_until(lambda: server.context.answers.num_bytes == 0)  # it is counted until it has been sent
 
 
-def test_answers_are_made_in_threads(
-    server: RunningServer, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_are_made_in_threads(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that other requests are served meanwhile."""
     threads: list[str] = []
 
@@ -221,7 +227,7 @@ def test_answers_are_made_in_threads(
         return step_view(access, step)
 
     monkeypatch.setattr(routes, "step_view", noted)
-    fake_engine.config.steps = [example_step()]
+    server.engine.config.steps = [example_step()]
     data(server, "steps")
     assert len(threads) == 1
     assert threads != ["server"]  # the thread of the event loop
@@ -296,8 +302,7 @@ def test_the_trace_of_a_request(server: RunningServer, fake_engine: FakeEngine, 
 
 
 def inspect(server: RunningServer, key: str = "", **body: Any) -> httpx.Response:
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.post(f"{server.url}/lightwell/v1/inspect", json=body, headers=headers, timeout=20)
+    return httpx.post(f"{server.url}/lightwell/v1/inspect", json=body, headers=auth(key))
 
 
 def test_an_inspection_of_a_prompt(server: RunningServer) -> None:
@@ -333,30 +338,28 @@ def test_an_inspection_of_a_request(server: RunningServer, streams: list[httpx.R
     assert body["sampling"] == sampling
 
 
-@pytest.mark.parametrize(
-    ("problem", "status", "code"),
-    [
-        (InspectionProblem.BUSY, 429, "rate_limit_exceeded"),
-        (InspectionProblem.NO_BLOCKS, 503, "overloaded"),
-        (InspectionProblem.NO_ADAPTER, 404, "adapter_not_loaded"),
-        (InspectionProblem.NOT_FOUND, 404, "request_not_found"),
-        (InspectionProblem.NOT_KEPT, 404, "tokens_not_kept"),
-        (InspectionProblem.OUT_OF_RANGE, 400, "invalid_value"),
-        (InspectionProblem.TOO_LONG, 400, "invalid_value"),
-        (InspectionProblem.TOO_SLOW, 503, "overloaded"),
-    ],
-)
-def test_problems_of_inspections(
-    server: RunningServer, fake_engine: FakeEngine, problem: InspectionProblem, status: int, code: str
-) -> None:
-    fake_engine.config.inspection_problem = problem
+PROBLEMS = {
+    InspectionProblem.BUSY: (429, "rate_limit_exceeded"),
+    InspectionProblem.NO_BLOCKS: (503, "overloaded"),
+    InspectionProblem.NO_ADAPTER: (404, "adapter_not_loaded"),
+    InspectionProblem.NOT_FOUND: (404, "request_not_found"),
+    InspectionProblem.NOT_KEPT: (404, "tokens_not_kept"),
+    InspectionProblem.OUT_OF_RANGE: (400, "invalid_value"),
+    InspectionProblem.TOO_LONG: (400, "invalid_value"),
+    InspectionProblem.TOO_SLOW: (503, "overloaded"),
+}
+
+
+@pytest.mark.parametrize("problem", InspectionProblem)
+def test_problems_of_inspections(server: RunningServer, problem: InspectionProblem) -> None:
+    server.engine.config.inspection_problem = problem
     response = inspect(server, id="a", end=9)
-    error = check_error(response, status)
-    assert error["code"] == code
+    error = check_error(response, PROBLEMS[problem][0])
+    assert error["code"] == PROBLEMS[problem][1]
     if problem is InspectionProblem.OUT_OF_RANGE:
         assert "of 3 positions, expected 0 <= start < end <= 3" in error["message"]
         assert f"at most {MAX_POSITIONS} positions" in error["message"]
-    assert ("retry-after" in response.headers) == (status in (429, 503))
+    assert ("retry-after" in response.headers) == (response.status_code in (429, 503))
 
 
 def test_inspections_need_the_key_of_the_request(keyed: RunningServer, streams: list[httpx.Response]) -> None:
@@ -365,13 +368,11 @@ def test_inspections_need_the_key_of_the_request(keyed: RunningServer, streams: 
         assert inspect(keyed, key, id="mine").status_code == status
 
 
-def test_positions_count_as_prompt_tokens(
-    start_server: StartServer, streams: list[httpx.Response], tmp_path: Path
-) -> None:
+def test_positions_count_as_tokens(start_server: StartServer, streams: list[httpx.Response], tmp_path: Path) -> None:
     server = start_server(api_keys_file=str(write_keys_file(tmp_path, tokens_per_day=8)))
 
     def usage(key: str) -> int:
-        (own,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
+        (own,) = httpx.get(server.url + "/v1/usage", headers=auth(key)).json()["data"]
         return int(own["prompt_tokens"])
 
     for fields, expected in (({"end": 2}, 2), ({}, 6)):
@@ -443,11 +444,7 @@ AI = {"host": "ai.example"}  # a name of the server itself
     ],
 )
 def test_hosts_and_origins(
-    start_server: StartServer,
-    settings: dict[str, Any],
-    key: str,
-    allowed: list[dict[str, str]],
-    refused: list[dict[str, str]],
+    start_server: StartServer, settings: dict[str, Any], key: str, allowed: list[Fields], refused: list[Fields]
 ) -> None:
     server = start_server(**settings)
     for headers in allowed:
@@ -497,10 +494,8 @@ def _parse(lines: Iterator[str]) -> Iterator[Event]:
 def run_step(server: RunningServer, engine: FakeEngine, step_id: int, tenants: tuple[str, ...] = ("",)) -> None:
     """Record a step, and let the engine report that it has run one."""
     engine.config.steps = [*engine.config.steps, example_step(step_id, tenants)]
-    key = "key-a" if server.context.settings.needs_key else "none"
     body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
-    headers = {"authorization": f"Bearer {key}"}
-    assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == 200
+    assert httpx.post(server.url + COMPLETIONS, json=body, headers=auth("key-a")).status_code == 200
 
 
 def ids(event: Event) -> list[int]:
@@ -636,3 +631,132 @@ def test_it_ends_when_the_server_shuts_down(model_folder: Path) -> None:
         next(events)
         server.model.client.drain_requested.set()
         assert list(events) == []
+
+
+# Traces made from records: sums of durations and places of slices, all computed another way.
+
+OFFSET = 1.7e9  # Unix time of the engine's times
+STAGES = ("tokenizing", "queue", "prefill", "decode", "preempted")
+
+
+def built(trace: TraceBuilder) -> dict[str, Any]:
+    """Return a trace as a client gets it."""
+    whole = Trace(trace_events=trace.events, other_data=TraceInfo(engine="e", is_complete=True))
+    answer: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))
+    return answer
+
+
+def detail_of(chunks: tuple[Chunk, ...] = ()) -> RequestDetail:
+    return RequestDetail(chunks=list(chunks), prefix=Prefix(result=PrefixResult.NEW, num_reusable_tokens=0))
+
+
+def is_running(record: RequestRecord) -> bool:
+    return len(record.preemptions) == len(record.resumptions)
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> tuple[RequestRecord, float]:
+    """A choice that is queued, scheduled, and then preempted and resumed in turn, and the time when it is read."""
+    durations = draw(st.lists(st.floats(0, 100), min_size=1, max_size=12))
+    has_first_token = draw(st.integers(0, 12))
+    times = [1.0]
+    for duration in durations:
+        times.append(times[-1] + duration)
+    record = RequestRecord("r-0", 0, arrival=1.0, queued=times[1], num_prompt_tokens=5)
+    for number, moment in enumerate(times[2:]):
+        if number == 0:
+            record.scheduled = moment
+        elif number >= has_first_token and record.first_token is None and is_running(record):
+            record.first_token = moment
+        elif is_running(record):
+            record.preemptions.append(moment)
+        else:
+            record.resumptions.append(moment)
+    if draw(st.booleans()) and is_running(record):
+        record.finished = times[-1]
+    return record, times[-1]
+
+
+@given(life=lives(), chunk_steps=st.lists(st.tuples(st.floats(0, 50), st.floats(0.001, 50)), max_size=5))
+def test_the_slices_of_a_choice(life: tuple[RequestRecord, float], chunk_steps: list[tuple[float, float]]) -> None:
+    """Whatever the steps of its chunks were, slices nest, and the stages fill the wall time to the microsecond."""
+    record, now = life
+    times = record.times()
+    spans = stage_spans(times, now)
+    assert (spans[0].start, spans[-1].end) == (record.arrival, now)
+    assert all(before.end == after.start <= after.end for before, after in pairwise(spans))
+    sums = {name: sum(span.end - span.start for span in spans if span.name == name) for name in STAGES}
+    expected = stages(times, now)
+    assert sums == pytest.approx({name: getattr(expected, name) for name in STAGES}, abs=1e-6)
+    if record.finished is None and record.preemptions and not is_running(record):
+        assert expected.preempted >= now - record.preemptions[-1] - 1e-9
+    trace = TraceBuilder(OFFSET)
+    at = 0.0
+    for number, (pause, seconds) in enumerate(chunk_steps):
+        at += pause
+        trace.add_steps([step(number + 1, at, {"forward": seconds})])
+    chunks = tuple(Chunk(number + 1, 4 * number, 4) for number in range(len(chunk_steps)))
+    trace.add_choice("r 0.0", times, detail_of(chunks), now, {"id": "r"})
+    answer = built(trace)
+    check_trace(answer)
+    wall = round(1e6 * (now + OFFSET)) - round(1e6 * (record.arrival + OFFSET))
+    if wall == 0:
+        assert requests_in(answer) == []
+        return
+    ((whole, *parts),) = requests_in(answer)
+    assert whole["dur"] == wall == sum(part["dur"] for part in parts if part["name"] in STAGES)
+    computing = [part for part in parts if part["name"] in ("prefill", "decode")]
+    for chunk in (part for part in parts if part["name"] == "chunk"):
+        end = chunk["ts"] + chunk["dur"]
+        assert any(stage["ts"] <= chunk["ts"] and end <= stage["ts"] + stage["dur"] for stage in computing)
+
+
+def step(step_id: int, started: float, seconds: dict[str, float], tenants: tuple[str, ...] = ()) -> StepInfo:
+    return msgspec.structs.replace(example_step(step_id, tenants), started=started, seconds=seconds)
+
+
+def test_what_a_step_computed() -> None:
+    trace = TraceBuilder(OFFSET)
+    trace.add_steps([step(7, 2.0, {"schedule": 0.001, "forward": 0.5}, tenants=("a", "b"))])
+    answer = built(trace)
+    whole, first, second = tracks(answer)[1, 1]
+    assert (whole["ts"], whole["dur"]) == (1_700_000_002_000_000, 501_000)
+    assert (first["name"], first["ts"], first["dur"]) == ("schedule", whole["ts"], 1000)
+    assert (second["name"], second["ts"], second["dur"]) == ("forward", whole["ts"] + 1000, 500_000)
+    drafts = {"drafts": 4, "accepted_drafts": 2}
+    assert whole["args"] == {"id": 7, "choices": 2, "prompt_tokens": 0, "generated_tokens": 4, **drafts}
+    counters = [(event["name"], event["args"]) for event in answer["traceEvents"] if event["ph"] == "C"]
+    assert counters == [("choices", {"running": 2, "waiting": 1}), ("KV blocks", {"used": 3})]
+
+
+def test_steps_that_overlap_have_tracks_of_their_own() -> None:
+    """The parts fill their step, though none of them takes whole microseconds."""
+    trace = TraceBuilder(OFFSET)
+    parts = {"schedule": 1.4e-6, "forward": 0.15, "wait": 1.4e-6, "update": 1.4e-6}
+    trace.add_steps(step(number, 0.1 * number, parts) for number in range(1, 6))
+    answer = built(trace)
+    check_trace(answer)
+    found = {}
+    for track, slices in tracks(answer).items():
+        wholes = [event for event in slices if event["name"] == "step"]
+        assert 2 * sum(event["dur"] for event in wholes) == sum(event["dur"] for event in slices)
+        found[track] = [event["args"]["id"] for event in wholes]
+    assert found == {(1, 1): [1, 3, 5], (1, 2): [2, 4]}
+
+
+def test_a_prompt_in_two_chunks() -> None:
+    trace = TraceBuilder(OFFSET)
+    trace.add_steps([step(1, 3.0, {"forward": 1.0}), step(2, 4.0, {"forward": 1.0, "update": 1.0})])
+    record = RequestRecord("r-0", 0, arrival=1.0, queued=2.0, num_prompt_tokens=9, scheduled=3.25, first_token=5.5)
+    detail = detail_of((Chunk(1, 0, 8), Chunk(2, 8, 1), Chunk(99, 9, 1)))
+    trace.add_choice("r 0.0", record.times(), detail, 8.0, {})
+    ((_, *parts),) = requests_in(built(trace))
+    second = 1_000_000
+    assert [(part["name"], part["ts"] - 1_700_000_000 * second, part["dur"]) for part in parts] == [
+        ("tokenizing", second, second),
+        ("queue", 2 * second, 1_250_000),
+        ("prefill", 3_250_000, 2_250_000),
+        ("decode", 5_500_000, 2_500_000),
+        ("chunk", 3_250_000, 750_000),
+        ("chunk", 4 * second, 1_500_000),
+    ]
