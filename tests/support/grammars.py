@@ -49,13 +49,22 @@ def grammar_of(server: RunningServer, path: str, **fields: Any) -> str | None:
 def matches(server: RunningServer, grammar: str | None, text: str) -> bool:
     """Return whether the grammar allows the text, which may contain special tokens, as a whole answer."""
     assert grammar is not None
-    tokenizer = server.model.tokenizer
-    matcher, token_ids = _compiler(tokenizer).compile(grammar), tokenizer.encode(text, add_special_tokens=False)
+    return allows(server.model.tokenizer, grammar, text)
+
+
+def check_matches(server: RunningServer, grammar: str | None, good: Iterable[str], bad: Iterable[str]) -> None:
+    """Assert that the grammar allows the good texts and none of the bad ones."""
+    assert [text for text in good if not matches(server, grammar, text)] == []
+    assert [text for text in bad if matches(server, grammar, text)] == []
+
+
+def allows(tokenizer: Tokenizer, grammar: str, text: str) -> bool:
+    matcher, token_ids = compiler_of(tokenizer).compile(grammar), tokenizer.encode(text, add_special_tokens=False)
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
 
 @cache
-def _compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+def compiler_of(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID])
 
 

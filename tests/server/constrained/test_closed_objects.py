@@ -18,12 +18,13 @@ from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from engine.grammar.compiler import GrammarCompiler, GrammarError, compute_mask
+from engine.grammar.compiler import GrammarError, compute_mask
 from server.constrained.closed_objects import Narrowing, find_narrowing
 from server.constrained.constraints import schema_constraint
 from server.constrained.json_schema import normalize_schema
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
+from tests.support.grammars import allows, compiler_of
 from tests.support.growth import num_calls
 from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
 
@@ -43,19 +44,12 @@ TO_A = {"$ref": "#/$defs/A"}
 IN, OUT, BOTH = {"a": 1}, {"a": 1, "z": 1}, {"a": 1, "b": 1}  # values of A, of which the first has nothing more
 
 
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID])
+def grammar_of(schema: Schema, is_open: bool) -> str:
+    return schema_constraint(schema, "schema", allow_additional_properties=is_open).grammar
 
 
-def matcher_of(compiler: GrammarCompiler, schema: Schema, *, is_open: bool = False) -> LLMatcher:
-    return compiler.compile(schema_constraint(schema, "schema", allow_additional_properties=is_open).grammar)
-
-
-def accepts(compiler: GrammarCompiler, schema: Schema, value: object, *, is_open: bool = False) -> bool:
-    text = json.dumps(value, separators=(",", ":")).encode()
-    matcher = matcher_of(compiler, schema, is_open=is_open)
-    return matcher.try_consume_tokens([*text]) == len(text) and matcher.is_accepting()
+def accepts(tokenizer: Tokenizer, schema: Schema, value: object, *, is_open: bool = False) -> bool:
+    return allows(tokenizer, grammar_of(schema, is_open), json.dumps(value, separators=(",", ":")))
 
 
 # Schemas, values that closed objects have, and values with properties that only open objects have.
@@ -119,23 +113,23 @@ OPEN: list[tuple[Schema, Any]] = [
 
 
 @pytest.mark.parametrize(("schema", "inside", "outside"), CLOSED)
-def test_closed(compiler: GrammarCompiler, schema: Schema, inside: list[Any], outside: list[Any]) -> None:
+def test_closed(tokenizer: Tokenizer, schema: Schema, inside: list[Any], outside: list[Any]) -> None:
     before, validator = copy.deepcopy(schema), Draft202012Validator(schema)
     for value in inside:
         assert validator.is_valid(value)
-        assert accepts(compiler, schema, value)
+        assert accepts(tokenizer, schema, value)
     for value in outside:
         assert validator.is_valid(value)
-        assert not accepts(compiler, schema, value)
-        assert accepts(compiler, schema, value, is_open=True)
+        assert not accepts(tokenizer, schema, value)
+        assert accepts(tokenizer, schema, value, is_open=True)
     assert schema == before
 
 
 @pytest.mark.parametrize(("schema", "value"), OPEN)
-def test_open(compiler: GrammarCompiler, schema: Schema, value: Any) -> None:
+def test_open(tokenizer: Tokenizer, schema: Schema, value: Any) -> None:
     assert Draft202012Validator(schema).is_valid(value)
-    assert accepts(compiler, schema, value)
-    assert accepts(compiler, schema, value, is_open=True)
+    assert accepts(tokenizer, schema, value)
+    assert accepts(tokenizer, schema, value, is_open=True)
 
 
 # Schemas that llguidance refuses, so that only what is found is tested: parts of them that must stay open.
@@ -206,18 +200,18 @@ class Farm(BaseModel):
 
 
 @pytest.mark.parametrize("is_open", [False, True])
-def test_default_tags_of_pydantic(compiler: GrammarCompiler, is_open: bool) -> None:
+def test_default_tags_of_pydantic(tokenizer: Tokenizer, is_open: bool) -> None:
     """The tag of a discriminated union is generated although the schema does not require it; pydantic needs it."""
     animal: TypeAdapter[Any] = TypeAdapter(Animal)
     value: dict[str, Any]
     for value in ({"kind": "cat", "name": True}, {"kind": "wolf", "name": True}, {"kind": "cow", "name": False}):
         assert animal.validate_python(value)
-        assert accepts(compiler, animal.json_schema(), value, is_open=is_open)
+        assert accepts(tokenizer, animal.json_schema(), value, is_open=is_open)
         farm = {"animals": [value], "favourite": value, "cat": {"kind": "cat", "name": True}}
-        assert accepts(compiler, Farm.model_json_schema(), farm, is_open=is_open)
+        assert accepts(tokenizer, Farm.model_json_schema(), farm, is_open=is_open)
     for value in ({"name": True}, {"kind": "cat"}, {"kind": "hen", "name": True}):
-        assert not accepts(compiler, animal.json_schema(), value, is_open=is_open)
-    assert accepts(compiler, animal.json_schema(), {"kind": "cat", "name": True, "z": 1}, is_open=is_open) == is_open
+        assert not accepts(tokenizer, animal.json_schema(), value, is_open=is_open)
+    assert accepts(tokenizer, animal.json_schema(), {"kind": "cat", "name": True, "z": 1}, is_open=is_open) == is_open
 
 
 def test_unused_and_recursive_definitions() -> None:
@@ -282,19 +276,19 @@ def walk(matcher: LLMatcher, rng: random.Random) -> str | None:
     return None
 
 
-def compiled(compiler: GrammarCompiler, schema: Schema, *, is_open: bool) -> LLMatcher | None:
+def compiled(tokenizer: Tokenizer, schema: Schema, *, is_open: bool) -> LLMatcher | None:
     with suppress(GrammarError):
-        return matcher_of(compiler, schema, is_open=is_open)
+        return compiler_of(tokenizer).compile(grammar_of(schema, is_open))
     return None
 
 
-def test_random_schemas(compiler: GrammarCompiler) -> None:
+def test_random_schemas(tokenizer: Tokenizer) -> None:
     counts: Counter[str] = Counter()
 
     @settings(max_examples=num_examples(100, 5000), deadline=None, suppress_health_check=list(HealthCheck))
     @given(schema=ROOTS, seed=st.integers(0, 99))
     def check(schema: Schema, seed: int) -> None:
-        open_matcher, matcher = (compiled(compiler, schema, is_open=is_open) for is_open in (True, False))
+        open_matcher, matcher = (compiled(tokenizer, schema, is_open=is_open) for is_open in (True, False))
         assert open_matcher is None or matcher is not None  # it does not become unsatisfiable
         counts["satisfiable"] += open_matcher is not None
         counts["closed"] += open_matcher is not None and bool(find_narrowing(schema).closed)

@@ -1,18 +1,26 @@
-"""Schemas that are rewritten for llguidance allow the same answers as before, without invented properties."""
+"""Schemas and patterns that are rewritten for llguidance allow the same answers as before."""
 
 import json
+import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import product
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from llguidance import LLMatcher
 from pydantic import BaseModel
 
+from engine.grammar.compiler import GrammarError
+from server.constrained.regex import ascii_classes
+from server.text.tokenizer import Tokenizer
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask, ask_json, shared_server
-from tests.support.grammars import grammar_of, json_schema, matches
+from tests.support.examples import num_examples
+from tests.support.grammars import allows, check_matches, grammar_of, json_schema, matches
 from tests.support.serving import RunningServer, check_error
 from tests.support.tool_model import write_tool_model
 
@@ -38,8 +46,7 @@ def test_rewritten_keywords(server: RunningServer, schema: dict[str, Any], good:
     for text in good + bad:
         assert validator.is_valid(json.loads(text)) == (text in good)
     grammar = grammar_of(server, CHAT, response_format=json_schema(schema))
-    assert [text for text in good if not matches(server, grammar, text)] == []
-    assert [text for text in bad if matches(server, grammar, text)] == []
+    check_matches(server, grammar, good, bad)
 
 
 def test_names_within_names(server: RunningServer) -> None:
@@ -148,3 +155,84 @@ def test_sets_of_pydantic(servers: list[RunningServer]) -> None:
         assert f"{field}.uniqueItems" in error["message"]
     assert ask(strict_server.url, CHAT, tools=tools[:1], max_tokens=3).status_code == 200
     Tags.model_validate_json('{"tags":[1,1]}')  # so that an answer with duplicates does no harm
+
+
+# Patterns match what they match in Python with `re.ASCII`, wherever a request has them.
+
+
+ARABIC_DIGIT, LETTER, NO_BREAK_SPACE, LONG_S = "\u0663", "é", "\u00a0", "\u017f"
+CHARACTERS = "05aZ_-[]\\^ \t\n\v\f\r\x1c\x85.#" + ARABIC_DIGIT + LETTER + NO_BREAK_SPACE + LONG_S
+
+CLASSES = st.sampled_from([rf"\{name}" for name in "dwsDWS"])
+ESCAPED = st.sampled_from(["a", "5", "_", r"\-", r"\]", r"\[", r"\\", r"\^", r"\.", r"\t", r"\x41"])
+RANGES = st.sampled_from(["a-f", "0-9", "!-/", r"\[-\]"])
+SETS = st.builds(
+    lambda sign, parts, hyphen: f"[{sign}{''.join(parts)}{hyphen}]",
+    st.sampled_from(["", "^"]),
+    st.lists(CLASSES | ESCAPED | RANGES, min_size=1, max_size=4),
+    st.sampled_from(["", "-"]),
+)
+ATOMS = CLASSES | SETS | ESCAPED | st.sampled_from([".", "-"])
+PATTERNS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.builds("".join, st.lists(inner, max_size=3)),
+        st.builds(lambda one, other: f"(?:{one}|{other})", inner, inner),
+        st.builds(lambda part, count: f"({part}){count}", inner, st.sampled_from(["*", "+?", "{2}", "{0,2}"])),
+    ),
+    max_leaves=6,
+)
+TEXTS = st.lists(st.text(CHARACTERS, max_size=4), min_size=8, max_size=8)
+
+
+def accepts(tokenizer: Tokenizer, pattern: str, text: str) -> bool:
+    with suppress(GrammarError):  # no text matches it, such as [^\d\D]
+        return allows(tokenizer, LLMatcher.grammar_from_regex(ascii_classes(pattern)), text)
+    return False
+
+
+@settings(max_examples=num_examples(150, 20_000), deadline=None)
+@given(pattern=PATTERNS.filter(bool), texts=TEXTS)
+def test_random_patterns(tokenizer: Tokenizer, pattern: str, texts: list[str]) -> None:
+    for text in texts:
+        assert accepts(tokenizer, pattern, text) == bool(re.fullmatch(pattern, text, re.ASCII)), (pattern, text)
+
+
+def test_hyphens_beside_classes(tokenizer: Tokenizer) -> None:
+    """They are literals, as in ECMAScript without the flags `u` and `v`. In Python such a pattern is an error."""
+    for pattern, same in ((r"[!-\d]", r"[!\-\d]"), (r"[\w-\d]", r"[\w\-\d]"), (r"[\d-x]", r"[\d\-x]")):
+        for character in map(chr, range(128)):
+            assert accepts(tokenizer, pattern, character) == bool(re.fullmatch(same, character)), character
+
+
+def test_escapes_of_other_kinds_are_kept() -> None:
+    for pattern in (r"\\d", r"\x64", r"\p{Nd}", r"\.\-\]", r"a-z", "\\", r"[\]-d]"):
+        assert ascii_classes(pattern) == pattern
+    assert ascii_classes("\\\n\\d") == "\\\n[0-9]"
+
+
+GOOD, BAD = "a_7 \u00e9", "\u00e9_7 \u00e9"
+PATTERN = r"\w+[\s]\W"
+PROPERTY: dict[str, Any] = {"type": "object", "properties": {"a": {"pattern": f"^{PATTERN}$", "type": "string"}}}
+NAMED = {"type": "object", "patternProperties": {f"^{PATTERN}$": {}}, "additionalProperties": False}
+WITH_PATTERNS: list[tuple[dict[str, Any], str]] = [
+    ({"structured_outputs": {"regex": PATTERN}}, "%s"),
+    ({"response_format": json_schema(PROPERTY)}, '{"a":"%s"}'),
+    ({"response_format": json_schema(NAMED)}, '{"%s":1}'),
+    ({"response_format": json_schema({"propertyNames": {"pattern": f"^{PATTERN}$"}, "type": "object"})}, '{"%s":1}'),
+    ({"response_format": {"type": "structural_tag", "format": {"type": "regex", "pattern": PATTERN}}}, "%s"),
+]
+
+
+@pytest.mark.parametrize(("fields", "answer"), WITH_PATTERNS)
+def test_all_fields_with_patterns(server: RunningServer, fields: dict[str, Any], answer: str) -> None:
+    grammar = grammar_of(server, CHAT, **fields)
+    assert matches(server, grammar, answer % GOOD)
+    assert not matches(server, grammar, answer % BAD)
+
+
+def test_names_with_the_same_pattern_are_refused(server: RunningServer) -> None:
+    """They are not merged, which would lose one of their schemas."""
+    schema = {"type": "object", "patternProperties": {r"^\d$": {"type": "integer"}, "^[0-9]$": {"minimum": 3}}}
+    response = ask(server.url, CHAT, response_format=json_schema(schema))
+    assert "not disjoint" in check_error(response, 400)["message"]

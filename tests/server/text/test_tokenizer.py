@@ -266,7 +266,7 @@ def test_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
         Tokenizer.from_model(tmp_path / "none.gguf")
 
 
-# Other files; the kinds of files are tested in test_sentencepiece_tokenizer.py and test_tiktoken_tokenizer.py.
+# Which file is read, and what completes it.
 
 RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
 
