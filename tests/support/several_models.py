@@ -141,4 +141,5 @@ def unload(server: SeveralModels, name: str) -> None:
     answer = httpx.post(server.url + "/api/generate", json={"model": name, "keep_alive": 0})
     assert answer.json()["done_reason"] == "unload"
     assert "x-lightwell-warnings" not in answer.headers
-    wait_until(lambda: server.states[name] == "unloaded")
+    slot = server.slots[NAMES.index(name)]
+    wait_until(lambda: server.states[name] == "unloaded" and slot.task is None)  # its engine has ended
