@@ -1,9 +1,10 @@
-"""Health in each state of the engine and of the server, what a client has used, and tokens of texts."""
+"""Health in each state of the engine and of the server, usage, tokens of texts, and requests that are cancelled."""
 
+import json
 import os
 import subprocess
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,10 @@ from tests.conformance.table import ENVIRONMENTS
 from tests.server.api.conftest import CHESS
 from tests.server.api.dialects import LOAD, UNLOAD
 from tests.server.conftest import StartServer
-from tests.support.clients import CHAT, COMPLETIONS, ask, write_keys_file
+from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, choice_text, write_keys_file
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.processes import template_processes
-from tests.support.serving import (
-    RunningServer,
-    check_error,
-    fresh_server,
-    make_test_context,
-    running_server,
-    wait_until,
-)
+from tests.support.serving import RunningServer, check_error, make_test_context, running_server, wait_until
 from tests.support.tiny_tokenizer_model import IM_END_ID, MAX_MODEL_LEN, chatml
 
 PROBES = ("/health", "/healthz", "/readyz")
@@ -72,44 +66,44 @@ def test_loading(address: str, model_folder: Path) -> None:
         wait_until(lambda: statuses(server) == (200, 200, 200))
 
 
-def test_draining(model_folder: Path) -> None:
-    with fresh_server(model_folder) as server:
-        server.model.client.drain()
-        assert statuses(server) == (200, 200, 503)
-        response = ask(server.url, COMPLETIONS)
-        check_error(response, 503)
-        assert response.headers["connection"] == "close"
+def test_draining(start_server: StartServer) -> None:
+    server = start_server()
+    server.model.client.drain()
+    assert statuses(server) == (200, 200, 503)
+    response = ask(server.url, COMPLETIONS)
+    check_error(response, 503)
+    assert response.headers["connection"] == "close"
 
 
 @pytest.mark.checklist("G05")
-def test_hanging_and_dead(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_and_dead(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/server/engine_client tests how the server notices it."""
-    with fresh_server(model_folder) as server:
-        liveness = server.model.client.engines[0].liveness
-        monkeypatch.setattr(liveness, "_is_silent", lambda: True)
-        assert statuses(server) == (503, 503, 503)
-        wait_until(lambda: liveness.dead_reason)
-        assert statuses(server) == (503, 503, 503)
-        check_error(ask(server.url, COMPLETIONS), 503)
+    server = start_server()
+    liveness = server.model.client.engines[0].liveness
+    monkeypatch.setattr(liveness, "_is_silent", lambda: True)
+    assert statuses(server) == (503, 503, 503)
+    wait_until(lambda: liveness.dead_reason)
+    assert statuses(server) == (503, 503, 503)
+    check_error(ask(server.url, COMPLETIONS), 503)
 
 
 @pytest.mark.checklist("G05")
-def test_work_on_texts_that_hangs(model_folder: Path) -> None:
+def test_work_on_texts_that_hangs(start_server: StartServer, threads: ThreadPoolExecutor) -> None:
     """Readiness comes back by itself, when there is progress again."""
     others = template_processes()
-    with fresh_server(model_folder) as server, ThreadPoolExecutor(1) as pool:
-        processes = [process for process in template_processes() if process not in others]
-        for process in processes:
-            process.suspend()
-        answer = pool.submit(ask, server.url, CHAT)
-        wait_until(lambda: server.context.text_threads._short_work)
-        assert statuses(server) == (200, 200, 200)
-        server.turn(text_threads.STUCK_SECONDS + 1)
-        assert statuses(server) == (503, 200, 503)
-        for process in processes:
-            process.resume()
-        assert answer.result().status_code == 200
-        assert statuses(server) == (200, 200, 200)
+    server = start_server()
+    processes = [process for process in template_processes() if process not in others]
+    for process in processes:
+        process.suspend()
+    answer = threads.submit(ask, server.url, CHAT)
+    wait_until(lambda: server.context.text_threads._short_work)
+    assert statuses(server) == (200, 200, 200)
+    server.turn(text_threads.STUCK_SECONDS + 1)
+    assert statuses(server) == (503, 200, 503)
+    for process in processes:
+        process.resume()
+    assert answer.result().status_code == 200
+    assert statuses(server) == (200, 200, 200)
 
 
 # Usage.
@@ -196,9 +190,8 @@ def test_tokenizer_info(server: RunningServer) -> None:
     assert (info["bos_token"], info["eos_token"], info["add_bos_token"]) == (None, "<|endoftext|>", False)
     assert tokenize(server, prompt=info["eos_token"]).json()["tokens"] == [tokenizer.eos_token_id]
     assert (info["model_max_length"], info["vocab_size"]) == (MAX_MODEL_LEN, tokenizer.vocab_size)
-    messages = [{"role": "user", "content": "Hi"}]
-    rendered = jinja2.Environment().from_string(info["chat_template"]).render(messages=messages)
-    asked = tokenize(server, messages=messages, add_generation_prompt=False)
+    rendered = jinja2.Environment().from_string(info["chat_template"]).render(messages=MESSAGES)
+    asked = tokenize(server, messages=MESSAGES, add_generation_prompt=False)
     assert tokenizer.encode(rendered) == asked.json()["tokens"]
 
 
@@ -225,3 +218,88 @@ def test_the_remote_tokenizer_of_lm_eval(server: RunningServer) -> None:
     command = [str(LM_EVAL), "-c", LM_EVAL_TOKENIZER, server.url]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Cancelled requests.
+
+
+def cancel(server: RunningServer, request_id: str) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/requests/{request_id}/cancel")
+
+
+def post(threads: ThreadPoolExecutor, server: RunningServer, path: str, **fields: Any) -> Future[httpx.Response]:
+    """Send a request in a thread, with x-request-id `mine`, and return once tokens arrive."""
+    body = MINIMAL[path] | {"max_tokens": 1000} | fields
+    server.engine.config.endless, server.engine.config.step_seconds = True, 0.01
+    num_tokens, num_ids = server.metric("lightwell_generation_tokens_total"), len(server.context.running)
+    answer = threads.submit(httpx.post, server.url + path, json=body, headers={"x-request-id": "mine"}, timeout=20)
+    wait_until(lambda: len(server.context.running) > num_ids)
+    wait_until(lambda: server.metric("lightwell_generation_tokens_total") > num_tokens)
+    return answer
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_whole_answer(server: RunningServer, threads: ThreadPoolExecutor, path: str) -> None:
+    answer = post(threads, server, path, n=2, logprobs={CHAT: True, COMPLETIONS: 0}[path])
+    response = cancel(server, "mine")
+    assert (response.status_code, response.json()) == (200, {"id": "mine", "cancelled": True})
+    body = answer.result().json()
+    for choice in body["choices"]:
+        assert choice_text(choice).startswith("H")
+        assert choice["finish_reason"] == "abort"
+    assert 2 <= body["usage"]["completion_tokens"] < 2000
+    wait_until(lambda: server.engine.num_choices == 0)
+    assert server.model.client.num_in_flight == 0
+    wait_until(lambda: len(server.context.running) == 0)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, ANTHROPIC])
+def test_a_stream_by_the_id_of_its_answer(server: RunningServer, path: str) -> None:
+    body = MINIMAL[path] | {"max_tokens": 1000, "stream": True}
+    server.engine.config.endless, server.engine.config.step_seconds = True, 0.01
+    with httpx.stream("POST", server.url + path, json=body, timeout=20) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        first = json.loads(next(lines))
+        assert cancel(server, first.get("id") or first["message"]["id"]).status_code == 200
+        *events, last = lines
+    if path == ANTHROPIC:
+        assert json.loads(events[-1])["delta"]["stop_reason"] == "pause_turn"
+        assert json.loads(last) == {"type": "message_stop"}
+    else:
+        assert json.loads(events[-1])["choices"][0]["finish_reason"] == "abort"
+        assert last == "[DONE]"
+    wait_until(lambda: server.model.client.num_in_flight == 0 and len(server.context.running) == 0)
+
+
+@pytest.mark.checklist("E12")
+def test_one_id_of_two_requests(server: RunningServer, threads: ThreadPoolExecutor) -> None:
+    answers = [post(threads, server, CHAT) for _ in range(2)]
+    other = threads.submit(httpx.post, server.url + CHAT, json=MINIMAL[CHAT] | {"max_tokens": 100}, timeout=20)
+    assert cancel(server, "mine").status_code == 200
+    assert [answer.result().json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
+    assert other.result().json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_request_that_waits_for_its_turn(server: RunningServer, threads: ThreadPoolExecutor) -> None:
+    server.engine.pause()
+    answer = threads.submit(httpx.post, server.url + CHAT, json=MINIMAL[CHAT], headers={"x-request-id": "mine"})
+    wait_until(lambda: len(server.context.running) == 2)
+    assert cancel(server, "mine").status_code == 200
+    (choice,) = answer.result().json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("", "abort")
+
+
+def test_cancel_unknown_request(server: RunningServer) -> None:
+    done = httpx.post(server.url + CHAT, json=MINIMAL[CHAT] | {"max_tokens": 1}).json()
+    for request_id in (done["id"], "unknown", "x" * 1000):
+        error = check_error(cancel(server, request_id), 404)
+        assert (error["code"], error["param"]) == ("request_not_found", None)
+        assert error["message"].startswith(f"No request with the id '{request_id[:128]}")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_by_a_name_of_the_clients(server: RunningServer, threads: ThreadPoolExecutor, path: str) -> None:
+    answer = post(threads, server, path, request_id="job-7")
+    assert cancel(server, "job-7").json() == {"id": "job-7", "cancelled": True}
+    assert answer.result().headers["x-request-id"] == "mine"
+    assert cancel(server, "job-7").status_code == 404

@@ -182,13 +182,9 @@ def test_echo(server: RunningServer, prompt: Any) -> None:
 
 
 def test_logprobs(server: RunningServer) -> None:
-    logprobs = ask_json(server.url, COMPLETIONS, logprobs=2, max_tokens=3)["choices"][0]["logprobs"]
-    assert logprobs == {
-        "text_offset": [0, 1, 2],
-        "token_logprobs": [-0.5, -0.5, -0.5],
-        "tokens": ["H", "e", "l"],
-        "top_logprobs": [{"H": -0.5, "I": -1.5}, {"e": -0.5, "f": -1.5}, {"l": -0.5, "m": -1.5}],
-    }
+    logprobs = ask_json(server.url, COMPLETIONS, logprobs=2, max_tokens=2)["choices"][0]["logprobs"]
+    top = [{"H": -0.5, "I": -1.5}, {"e": -0.5, "f": -1.5}]
+    assert logprobs == {"text_offset": [0, 1], "token_logprobs": [-0.5] * 2, "tokens": ["H", "e"], "top_logprobs": top}
     whole = ask_json(server.url, COMPLETIONS, logprobs=0)["choices"][0]["logprobs"]
     assert (whole["tokens"], whole["text_offset"]) == ([*REPLY, "<|endoftext|>"], list(range(len(REPLY) + 1)))
     assert whole["top_logprobs"][0] == {"H": -0.5}  # the sampled token is always included
@@ -202,24 +198,22 @@ def test_logprobs(server: RunningServer) -> None:
     ("prompt", "tokens", "offsets"),
     [
         ("Hé!", ["H", "bytes:\\xc3", "bytes:\\xa9", "!", "H", "e"], [0, 1, 1, 2, 3, 4]),
-        ([[72, 233], [105]], ["H", "bytes:\\xe9", "H", "e"], None),
+        ([[72, 233], [105]], ["H", "bytes:\\xe9", "H", "e"], [0, 1, 2, 3]),
         ([*b"a", 257, *b"b"], ["a", "<|im_start|>", "b", "H", "e"], [0, 1, 13, 14, 15]),
     ],
 )
-def test_echo_with_logprobs(server: RunningServer, prompt: Any, tokens: list[str], offsets: list[int] | None) -> None:
+def test_echo_with_logprobs(server: RunningServer, prompt: Any, tokens: list[str], offsets: list[int]) -> None:
     """Evaluation harnesses expect the prompt's tokens first, the very first without a value."""
     fields: dict[str, Any] = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 2, "n": 2}
     answer = ask_json(server.url, COMPLETIONS, **fields)
     for choice in answer["choices"]:
-        logprobs, text = choice["logprobs"], choice["text"]
-        assert logprobs["token_logprobs"] == [None] + [-0.5] * (len(logprobs["tokens"]) - 1)
-        assert logprobs["top_logprobs"][0] is None
-        assert all(len(top) in (2, 3) for top in logprobs["top_logprobs"][1:])  # 2, and the token itself
-        for token, offset, _ in zip(logprobs["tokens"], logprobs["text_offset"], logprobs["top_logprobs"], strict=True):
-            assert text[offset:].startswith(token) or token.startswith("bytes:")
-        assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+        logprobs = choice["logprobs"]
+        num_others = len(logprobs["tokens"]) - 1
+        assert logprobs["token_logprobs"] == [None, *[-0.5] * num_others]
+        nums_top = [top and len(top) in (2, 3) for top in logprobs["top_logprobs"]]  # 2, and the token itself
+        assert nums_top == [None, *[True] * num_others]
     first = answer["choices"][0]["logprobs"]
-    assert (first["tokens"], first["text_offset"]) == (tokens, offsets or first["text_offset"])
+    assert (first["tokens"], first["text_offset"]) == (tokens, offsets)
     chunks = ask_stream(server.url, COMPLETIONS, **fields)
     assert stream_texts(chunks) == {choice["index"]: choice["text"] for choice in answer["choices"]}
     for choice in answer["choices"]:
@@ -230,10 +224,9 @@ def test_echo_with_logprobs(server: RunningServer, prompt: Any, tokens: list[str
 
 def test_bos_token_is_scored_but_not_echoed(fim: RunningServer) -> None:
     choice = ask_json(fim.url, COMPLETIONS, prompt="ab", echo=True, logprobs=0, max_tokens=1)["choices"][0]
-    assert choice["text"] == "abH"
-    assert choice["logprobs"]["tokens"] == ["<s>", "a", "b", "H"]
-    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
-    assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5, -0.5]
+    logprobs = choice["logprobs"]
+    assert (choice["text"], logprobs["tokens"]) == ("abH", ["<s>", "a", "b", "H"])
+    assert (logprobs["text_offset"], logprobs["token_logprobs"]) == ([0, 0, 1, 2], [None, -0.5, -0.5, -0.5])
 
 
 # Stop strings.
@@ -242,8 +235,6 @@ STOPS: list[tuple[dict[str, Any], str, int, object]] = [  # fields, text, tokens
     ({"stop": ", w"}, "Hello", 8, ", w"),
     ({"stop": ["zzz", "o, "]}, "Hell", 7, "o, "),
     ({"stop": ["world", "lo", "l"]}, "He", 3, "l"),  # the stop string that completes first wins
-    ({"stop": REPLY}, "", 13, REPLY),
-    ({"stop": "Hello, World"}, REPLY, 14, None),
     ({"stop": "d!?"}, REPLY, 14, None),  # held back as a possible stop string, released at the end
     ({"stop": ""}, REPLY, 14, None),
     ({"stop": ["", None, *("z" * 127 + chr(number) for number in range(200, 263)), ", w"]}, "Hello", 8, ", w"),
@@ -269,9 +260,8 @@ def test_stop(server: RunningServer, fields: dict[str, Any], text: str, num_toke
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_stop_string_ends_its_choice_in_the_engine(
-    server: RunningServer, fake_engine: FakeEngine, stream: bool
-) -> None:
+def test_stop_string_ends_its_choice_in_the_engine(server: RunningServer, stream: bool) -> None:
+    fake_engine = server.engine
     fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
     fields: dict[str, Any] = {"prompt": ["a", "b"], "n": 2, "stop": "lo, w", "max_tokens": 2000}
     choices = choices_of(server.url, stream, **fields)

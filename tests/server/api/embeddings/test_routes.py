@@ -104,17 +104,16 @@ def test_more_inputs_than_capacity(start_server: StartServer, fake_engine: FakeE
     assert server.model.client.num_in_flight == 0
 
 
-def test_little_free_capacity_suffices(start_server: StartServer, fake_engine: FakeEngine) -> None:
+def test_little_free_capacity_suffices(start_server: StartServer, threads: ThreadPoolExecutor) -> None:
     """A single free choice in flight suffices while all others are busy."""
     server = start_server(max_queued_requests=1)
     client = server.model.client
-    fake_engine.pause()
-    with ThreadPoolExecutor() as threads:
-        embeddings = threads.submit(ask, server, [f"{number}" for number in range(30)])
-        wait_until(lambda: client.num_in_flight == 8)
-        others = server.reserve(client.max_in_flight - 1 - 8)  # held by requests that never finish
-        fake_engine.resume()
-        assert len(vectors(embeddings.result(timeout=30))) == 30
+    server.engine.pause()
+    embeddings = threads.submit(ask, server, [f"{number}" for number in range(30)])
+    wait_until(lambda: client.num_in_flight == 8)
+    others = server.reserve(client.max_in_flight - 1 - 8)  # held by requests that never finish
+    server.engine.resume()
+    assert len(vectors(embeddings.result(timeout=30))) == 30
     others.release()
     assert client.num_in_flight == 0
 
@@ -195,10 +194,9 @@ def test_documents_as_objects_and_shortened(server: RunningServer) -> None:
 
 
 def test_scores(server: RunningServer) -> None:
-    one_to_many = score(server, text_1="a", text_2=DOCUMENTS).json()
-    assert [item["score"] for item in one_to_many["data"]] == [
-        pytest.approx(similarity(server, "a", document)) for document in DOCUMENTS
-    ]
+    one_to_many = score(server, text_1="a", text_2=DOCUMENTS).json()["data"]
+    expected = [similarity(server, "a", document) for document in DOCUMENTS]
+    assert [item["score"] for item in one_to_many] == pytest.approx(expected)
     pairs = score(server, text_1=["a", "b"], text_2=["b", "b"]).json()["data"]
     assert [item["score"] for item in pairs] == [pytest.approx(similarity(server, "a", "b")), pytest.approx(1)]
     assert [item["index"] for item in pairs] == [0, 1]
