@@ -40,6 +40,10 @@ def test_what_is_no_number(value: object) -> None:
         Fields("file", {"a": value}).number("a", None, zero=False)
 
 
+def test_an_empty_object_counts_as_missing() -> None:
+    assert Fields("file", {"rope": {}}).nested("rope") is None
+
+
 def test_long_values_are_cut() -> None:
     assert shown("x" * 500) == repr("x" * 500)[:100] + "..."
 

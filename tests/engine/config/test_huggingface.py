@@ -168,6 +168,7 @@ def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "warp", "factor": 4.0}}, "rope_scaling: rope_type: 'warp' is not supported"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: short_factor: must be 4 positive numbers, not None"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1, 1, 1, 0]}}, "short_factor: must be 4 positive numb"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1, 1, 1]}}, "short_factor: must be 4 positive numb"),
         ({"rope_scaling": {"type": 1}}, "rope_scaling: type: must be a string, not 1"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: is missing"),
         ({"rope_scaling": ["linear", 2]}, "rope_scaling: must be an object"),
