@@ -1,6 +1,5 @@
 """`POST /v1/messages` over real sockets, with a fake engine: tokens are bytes, the template is ChatML."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,8 +14,6 @@ from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
 from server.api.messages.client_tools import CLIENT_TOOLS
-from server.api.messages.conversion import ModelCapabilities, to_chat
-from server.api.messages.schemas import MessagesRequest
 from tests.server.api.conftest import anthropic_client
 from tests.server.api.dialects import COUNT, REPLY, WARNINGS, anthropic_error, ask_events, prompt_of
 from tests.server.conftest import StartServer
@@ -56,20 +53,16 @@ def test_schema_of_the_answer(server: RunningServer) -> None:
 
 
 def test_events_of_a_stream(server: RunningServer) -> None:
-    start, first, *deltas, last, message_delta, stop = ask_events(server.url, ANTHROPIC)
+    start, first, *_, last, message_delta, stop = ask_events(server.url, ANTHROPIC)
     message = start["message"]
-    assert (message["content"], message["stop_reason"]) == ([], None)
-    assert (message["id"][:4], message["usage"]["input_tokens"]) == ("msg_", NUM_PROMPT_TOKENS)
+    assert (message["id"][:4], message["content"], message["stop_reason"]) == ("msg_", [], None)
     block = {"type": "text", "text": "", "citations": None}
     assert first == {"type": "content_block_start", "index": 0, "content_block": block}
-    assert {(event["index"], event["delta"]["type"]) for event in deltas} == {(0, "text_delta")}
-    assert last == {"type": "content_block_stop", "index": 0}
+    assert (last, stop) == ({"type": "content_block_stop", "index": 0}, {"type": "message_stop"})
     assert message_delta == {
-        "type": "message_delta",
-        "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+        **{"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}},
         "usage": {"input_tokens": NUM_PROMPT_TOKENS, **NO_CACHE, "output_tokens": len(REPLY) + 1},
     }
-    assert stop == {"type": "message_stop"}
 
 
 def test_an_answer_without_text(server: RunningServer, fake_engine: FakeEngine) -> None:
@@ -122,7 +115,6 @@ def test_prompts(server: RunningServer, fields: Fields, turns: list[tuple[str, s
 @pytest.mark.parametrize(
     ("block", "shown"),
     [
-        (RESULT, "3"),
         (RESULT | {"is_error": False}, "3"),
         (RESULT | {"is_error": True}, "Error: 3"),
         ({"type": "tool_result", "tool_use_id": "toolu_1", "is_error": True}, "Error: "),
@@ -135,14 +127,11 @@ def test_prompts(server: RunningServer, fields: Fields, turns: list[tuple[str, s
 )
 def test_results_and_documents_are_text(server: RunningServer, block: Fields, shown: str) -> None:
     TypeAdapter(ContentBlockParam).validate_python(block)
-    if block["type"] == "tool_result":
-        ask_json(server.url, ANTHROPIC, **conversation(("assistant", [CALL]), ("user", [text("So?"), block])))
-        assert server.engine.submits[-1].prompt_token_ids == chatml(("assistant", ""), ("tool", shown), ("user", "So?"))
-    else:
-        result = RESULT | {"content": [block]}
-        ask_json(server.url, ANTHROPIC, **conversation(("assistant", [CALL]), ("user", [result, block, text("So?")])))
-        turns = [("assistant", ""), ("tool", shown), ("user", f"{shown}\nSo?")]
-        assert server.engine.submits[-1].prompt_token_ids == chatml(*turns)
+    is_document = block["type"] == "document"
+    blocks = [RESULT | {"content": [block]}, block] if is_document else [block]
+    ask_json(server.url, ANTHROPIC, **conversation(("assistant", [CALL]), ("user", [*blocks, text("So?")])))
+    asked = ("user", f"{shown}\nSo?" if is_document else "So?")
+    assert server.engine.submits[-1].prompt_token_ids == chatml(("assistant", ""), ("tool", shown), asked)
 
 
 def test_an_answer_that_was_begun(server: RunningServer) -> None:
@@ -170,10 +159,7 @@ BEGINNING = [("system", "A"), ("user", "B"), ("system", "C"), ("assistant", "D")
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_system_messages_of_a_conversation(tmp_path: Path, kind: str) -> None:
-    write_tiny_model(tmp_path)
-    template = CHAT_TEMPLATE.replace("messages %}", "messages %}" + TEMPLATES[kind])
-    path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    write_tiny_model(tmp_path, template=CHAT_TEMPLATE.replace("messages %}", "messages %}" + TEMPLATES[kind]))
     called = ("assistant", [text("D"), CALL])
     last = [("system", "E"), ("user", [text("F"), RESULT]), ("system", "G")]
     messages = conversation(*BEGINNING[:-1], called, *last)["messages"]
@@ -319,14 +305,12 @@ def test_errors_from_everywhere(start_server: StartServer) -> None:
 def test_keys(keyed: RunningServer) -> None:
     rows: list[tuple[list[tuple[str, str]], int]] = [
         ([("x-api-key", "key-a")], 200),
-        ([("authorization", "Bearer key-a")], 200),
         ([("x-api-key", "wrong"), ("authorization", "Bearer key-a")], 200),
         ([("x-api-key", "key-a"), ("authorization", "Bearer wrong")], 200),
         ([("x-api-key", "wrong")], 401),
         ([("x-api-key", "")], 401),
         ([("x-api-key", "Bearer key-a")], 401),
         ([("x-api-key", "key-a"), ("x-api-key", "key-a")], 401),
-        ([], 401),
     ]
     for headers, status in rows:
         assert httpx.post(keyed.url + ANTHROPIC, json=MINIMAL[ANTHROPIC], headers=headers).status_code == status
@@ -356,43 +340,3 @@ def test_the_official_client(server: RunningServer) -> None:
             client.messages.create(**(fields | {"max_tokens": 49}))
         assert client.messages.create(**(fields | {"max_tokens": -1})).stop_sequence == "wor"
         assert (refused.value.type, refused.value.request_id is not None) == ("invalid_request_error", True)
-
-
-ABLE = ModelCapabilities()
-
-
-def convert(abilities: ModelCapabilities = ABLE, **fields: Any) -> dict[str, Any]:
-    """Return the fields that are set in the chat request."""
-    chat = to_chat(MessagesRequest.model_validate(MINIMAL[ANTHROPIC] | {"max_tokens": 2000} | fields), abilities)
-    return chat.model_dump(exclude_unset=True, by_alias=True)
-
-
-def test_a_schema_for_the_output() -> None:
-    format = {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
-    for fields in (convert(output_config={"format": format}), convert(output_format=format)):
-        assert fields["response_format"]["json_schema"]["schema"] == format["schema"]
-
-
-ENABLED = {"type": "enabled", "budget_tokens": 1024}
-
-
-@pytest.mark.parametrize(
-    ("fields", "effort"),
-    [
-        ({"thinking": {"type": "adaptive", "display": "updates"}}, None),
-        ({"thinking": {"type": "between_tools"}}, None),
-        ({"thinking": ENABLED}, "medium"),
-        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}, "none"),
-        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, "low"),
-        ({"output_config": {"effort": "high"}}, None),
-        ({"output_config": {"effort": "max"}}, "max"),
-    ],
-)
-def test_reasoning(fields: dict[str, Any], effort: str | None) -> None:
-    assert convert(**fields).get("reasoning_effort") == effort
-    assert "reasoning_effort" not in convert(ModelCapabilities(reads_effort=False), **fields)
-    budget = 1024 if fields.get("thinking") == ENABLED else None
-    assert convert(**fields).get("thinking_token_budget") == budget
-    assert "thinking_token_budget" not in convert(ModelCapabilities(supports_reasoning_budget=False), **fields)
-    converted = convert(thinking=ENABLED | {"type": "adaptive", "display": "omitted"})
-    assert ("thinking_token_budget" in converted, converted["include_reasoning"]) == (False, False)

@@ -64,13 +64,6 @@ def test_tools_and_thinking(tools: RunningServer) -> None:
         assert prompt_of(tools).endswith("<think>\n") == think
 
 
-def test_formats_force_grammars(server: RunningServer) -> None:
-    schema = {"type": "object", "properties": {"city": {"const": "Rome"}}}
-    for format, named in (("json", "{"), (schema, "Rome"), ({}, "{"), ("", "None"), (None, "None")):
-        ask_json(server.url, OLLAMA_CHAT, format=format)
-        assert named in str(server.engine.submits[-1].params.grammar)
-
-
 @pytest.mark.parametrize(
     ("path", "fields"), [(OLLAMA_CHAT, {}), (OLLAMA_GENERATE, {}), (OLLAMA_GENERATE, {"raw": True})]
 )
@@ -98,6 +91,7 @@ def test_a_prompt_is_a_chat_unless_it_is_raw(server: RunningServer) -> None:
     raw = ask_json(server.url, OLLAMA_GENERATE, prompt="<|im_start|>Hi", raw=True)
     assert (raw["response"], prompt_of(server), "context" in raw) == (REPLY, "<|im_start|>Hi", False)
     assert server.engine.submits[-1].params.max_tokens == 2048 - 3  # only the context limits it
+    assert raw["total_duration"] > 0
 
 
 def test_a_context_continues_a_conversation(server: RunningServer) -> None:
@@ -321,20 +315,17 @@ def test_a_conversation_with_tools() -> None:
         {"role": "User", "content": "Add.", "images": []},
         {"role": "assistant", "content": "", "thinking": "Hm.", "tool_calls": [call, {"function": {"name": "sub"}}]},
         {"role": "tool", "content": "1", "tool_name": "sub"},
-        {"role": "tool", "content": "3"},
         {"role": "assistant", "tool_calls": [call | {"id": "own"}]},
         {"role": "tool", "content": "4", "tool_call_id": "own"},
     ]
-    user, assistant, sub, add, last, own = chat(messages=messages)["messages"]
+    user, assistant, sub, last, own = chat(messages=messages)["messages"]
     assert user == {"role": "user", "content": "Add."}
     assert (assistant["reasoning_content"], assistant["content"]) == ("Hm.", "")
     ids = [each["id"] for each in assistant["tool_calls"]]
-    assert len(set(ids)) == 2
-    assert all(len(each) == 9 and each.isalnum() for each in ids)  # as Mistral's templates require
+    assert len({each for each in ids if len(each) == 9 and each.isalnum()}) == 2  # as Mistral's templates require
     arguments = [json.loads(each["function"]["arguments"]) for each in assistant["tool_calls"]]
     assert arguments == [{"a": 1, "b": "é"}, {}]
     assert sub == {"role": "tool", "content": "1", "name": "sub", "tool_call_id": ids[1]}
-    assert add == {"role": "tool", "content": "3", "tool_call_id": ids[0]}
     assert last["tool_calls"][0]["id"] == own["tool_call_id"] == "own"
 
 
