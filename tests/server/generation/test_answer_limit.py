@@ -184,7 +184,8 @@ def test_embeddings_that_are_too_large_are_refused(server: RunningServer, path: 
 
 @pytest.mark.checklist("A19")
 def test_an_answer_that_is_replayed_has_a_limit(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    fake_engine.config.endless = True
+    # The stream is read meanwhile, so that little of it is in memory.
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.001
     server = start_server(max_buffered_bytes=MAX_BYTES, record_requests=1)
     answer = ask(server, max_tokens=1300, stream=True)  # 900 bytes for each token, as recordings have alternatives
     assert answer.text.endswith("data: [DONE]\n\n")
