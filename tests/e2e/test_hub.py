@@ -1,6 +1,6 @@
 """`lightwell pull` and `lightwell serve` with a stub of the hub that has a real model."""
 
-import hashlib
+import filecmp
 import os
 import signal
 import subprocess
@@ -12,13 +12,14 @@ import pytest
 
 from server.hub.fetch import GGUF_HEADER_BYTES
 from server.hub.format import format_bytes
-from tests.support.server_process import running_server
+from tests.support.server_process import COMPLETIONS, running_server
 from tests.support.serving import wait_until
 from tests.support.stub_hub import StubHub
 
 pytestmark = pytest.mark.long
 
 REPO, FILE = "org/smol-GGUF", "smol-Q4_1.gguf"
+GREEDY = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
 
 
 @pytest.fixture
@@ -54,14 +55,10 @@ def test_a_pull_that_is_killed_continues(hub: StubHub, tmp_path: Path, smollm2_p
     assert hub.num_bytes_sent - sent == size - kept + GGUF_HEADER_BYTES
     path = Path(output.strip())
     assert path.name == FILE
-    with path.open("rb") as file, smollm2_path.open("rb") as expected:
-        assert hashlib.file_digest(file, "sha256").digest() == hashlib.file_digest(expected, "sha256").digest()
-    lines = errors.splitlines()
-    there = format_bytes(kept)
-    assert lines[0] == f"{REPO} at {hub.commit(REPO)[:8]}: {FILE}, 98 MB, of which {there} are there already"
-    assert any(line.startswith("Takes about 98 MB of memory for the weights, and 189 MB") for line in lines)
-    assert any(line.startswith(f"Continuing {FILE} at ") for line in lines)
-    assert lines[-1].startswith(f"Downloading {FILE}: 100 %, 98 MB of 98 MB, ")
+    assert filecmp.cmp(path, smollm2_path, shallow=False)
+    assert f"of which {format_bytes(kept)} are there already" in errors
+    assert "Takes about 98 MB of memory for the weights, and 189 MB" in errors
+    assert f"\nContinuing {FILE} at " in errors
 
 
 def test_serving_a_tag(hub: StubHub, tmp_path: Path) -> None:
@@ -71,10 +68,8 @@ def test_serving_a_tag(hub: StubHub, tmp_path: Path) -> None:
     name = Path(f"{REPO}:q4_1")
     small = ("--max-model-len=256", "--kv-cache-memory=64MiB")
     with running_server(name, *small, **environment) as server:
-        first = server.complete("Once upon a time", max_tokens=8, temperature=0).json()["choices"][0]["text"]
+        first = server.answer(COMPLETIONS, GREEDY)["choices"]
         assert "trying again in 1 s" in server.log
-    assert first.strip()
     with running_server(name, *small, **environment | {"HF_HUB_OFFLINE": "1"}) as server:
-        again = server.complete("Once upon a time", max_tokens=8, temperature=0).json()["choices"][0]["text"]
+        assert server.answer(COMPLETIONS, GREEDY)["choices"] == first
         assert "Downloading" not in server.log
-    assert again == first

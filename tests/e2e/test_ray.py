@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import psutil
 import pytest
 from openai import OpenAI
@@ -24,15 +23,8 @@ pytestmark = pytest.mark.long
 
 SCALE_SECONDS = 600.0  # bounds hangs only
 REPLICA = "x-lightwell-replica"
-AUTOSCALING = {
-    "min_replicas": 1,
-    "max_replicas": 3,
-    "target_ongoing_requests": 2,
-    "upscale_delay_s": 0.5,
-    "downscale_delay_s": 2,
-    "metrics_interval_s": 0.5,
-    "look_back_period_s": 1,
-}
+AUTOSCALING = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 2, "upscale_delay_s": 0.5}
+AUTOSCALING |= {"downscale_delay_s": 2, "metrics_interval_s": 0.5, "look_back_period_s": 1}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def stream(
     return events
 
 
-def test_answers_and_streams_of_openais_client(client: OpenAI, http: httpx.Client) -> None:
+def test_answers_and_streams_of_openais_client(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     messages: Any = [{"role": "user", "content": "Name a colour."}]
     given = {"model": MODEL, "messages": messages, "max_tokens": 12, "seed": 7}
@@ -91,38 +83,6 @@ def test_answers_and_streams_of_openais_client(client: OpenAI, http: httpx.Clien
     chunks = list(client.chat.completions.create(**given, stream=True))
     assert answer
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == answer
-
-    response = http.post(CHAT, json=body("Name a colour.", 4), headers={"x-request-id": "mine"})
-    assert response.headers.get_list("x-request-id") == ["mine"]
-    assert len(response.headers.get_list("date")) == 1
-    assert response.headers["content-type"] == "application/json"
-    with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(model=MODEL, messages=messages, temperature=9)
-    assert http.post(CHAT, content=b" " * (11 << 20)).status_code == 413
-    assert http.post(CHAT, json=body("a", 1), headers={"Authorization": "Bearer wrong"}).status_code == 401
-
-
-def test_the_same_request_gets_the_same_answer_from_both_replicas(cluster: RayCluster, http: httpx.Client) -> None:
-    request = body("Tell me a story.", 16)
-    answers = [http.post(CHAT, json=request, headers={REPLICA: replica}) for replica in cluster.replicas()]
-    assert {answer.headers[REPLICA] for answer in answers} == cluster.replicas().keys()
-    assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
-
-
-def test_turns_of_a_conversation_meet_the_same_replica(http: httpx.Client) -> None:
-    messages = [
-        {"role": "system", "content": "You are a helpful gardener. " * 8},
-        {"role": "user", "content": "Hello!"},
-    ]
-    found, cached = set(), 0
-    for _ in range(4):
-        response = http.post(CHAT, json={"model": MODEL, "messages": messages, "max_tokens": 24, "ignore_eos": True})
-        answer = response.json()
-        found.add(response.headers[REPLICA])
-        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-        messages += [answer["choices"][0]["message"], {"role": "user", "content": "Go on."}]
-    assert len(found) == 1
-    assert cached > 64
 
 
 def test_a_stream_ends_in_the_engine_when_its_client_disconnects(http: httpx.Client) -> None:
@@ -162,9 +122,8 @@ def test_a_replica_that_is_killed_ends_its_streams_only(cluster: RayCluster, htt
 def test_requests_go_on_when_the_api_process_of_a_replica_dies(cluster: RayCluster, http: httpx.Client) -> None:
     before = cluster.replicas()
     victim = http.post(CHAT, json=body("Where am I?", 1)).headers[REPLICA]
-    (api,) = [
-        child for child in psutil.Process(before[victim]).children(recursive=True) if "server.main" in child.cmdline()
-    ]
+    family = psutil.Process(before[victim]).children(recursive=True)
+    (api,) = [child for child in family if "server.main" in child.cmdline()]
     supervisor = api.parent()
     assert supervisor is not None
     supervisor.suspend()  # so that it does not end the replica

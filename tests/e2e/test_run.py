@@ -1,6 +1,5 @@
 """`lightwell run` at a terminal, with a real model: from the start to the end, nothing is left."""
 
-import os
 import re
 import signal
 import subprocess
@@ -40,14 +39,8 @@ def test_a_chat_and_its_server(terminal: Terminal, tmp_path: Path) -> None:
     (file,) = (tmp_path / "lightwell").iterdir()
     url = re.search(r"http://[\d.:]+", file.read_text())
     assert url is not None
-    done = subprocess.run(
-        [sys.executable, "-m", "server.cli.main", "chat", "--max-tokens", "3", "--url", url[0]],
-        input="Hi\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    chat = [sys.executable, "-m", "server.cli.main", "chat", "--max-tokens", "3", "--url", url[0]]
+    done = subprocess.run(chat, input="Hi\n", capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip()
     terminal.type("/exit\n")
     assert terminal.end() == 0
@@ -66,11 +59,3 @@ def test_a_server_that_dies(terminal: Terminal) -> None:
     terminal.type("\x04")
     terminal.read_until("lightwell: error: the engine died: its process has ended", READY_SECONDS)
     assert terminal.end() == 1
-
-
-@pytest.mark.long
-def test_a_closed_terminal_ends_the_server(terminal: Terminal) -> None:
-    family = psutil.Process(terminal.process.pid).children(recursive=True)
-    os.close(terminal.descriptor)
-    wait_until(lambda: not any(process.is_running() for process in family))
-    terminal.descriptor = os.open("/dev/null", os.O_RDWR)

@@ -1,38 +1,25 @@
 """One server of several models, each with its own engine process."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 import yaml
 from openai import OpenAI
 
-from engine.shared.host_memory import available_memory
-from tests.support.server_process import ServerProcess, running_server, shared_server
+from tests.support.server_process import ServerProcess, shared_server
 from tests.support.serving import check_error, wait_until
 
 LOAD_SECONDS = 180.0  # bounds hangs only
 
 
-def config_file(folder: Path, models: list[dict[str, Any]], **settings: Any) -> str:
-    file = folder / "models.yaml"
-    file.write_text(yaml.safe_dump({**settings, "models": models}))
-    return f"--config={file}"
+def engines(server: ServerProcess) -> set[int]:
+    """Return the process ids of the engines."""
+    return {each.pid for each in server.children("engine.process")}
 
 
 def states(server: ServerProcess) -> dict[str, str]:
     return {model["id"]: model["state"] for model in server.get("/v1/models").json()["data"]}
-
-
-def engines(server: ServerProcess) -> set[int]:
-    """Return the process ids of the engines."""
-    found = set()
-    for child in psutil.Process(server.process.pid).children():
-        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-            found |= {child.pid} if "engine.process" in child.cmdline() else set()
-    return found
 
 
 def test_models_are_loaded_on_first_use_and_unloaded(smollm2_path: Path, tmp_path: Path) -> None:
@@ -44,7 +31,8 @@ def test_models_are_loaded_on_first_use_and_unloaded(smollm2_path: Path, tmp_pat
         small | {"served-model-name": "second", "load": "on-first-use"},
         {"model": str(tmp_path / "broken.gguf"), "served-model-name": "broken", "load": "on-first-use"},
     ]
-    with shared_server(None, config_file(tmp_path, models)) as server:
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump({"models": models}))
+    with shared_server(None, f"--config={tmp_path}/models.yaml") as server:
         assert f"first (loaded), second (unloaded), broken (unloaded), listening on {server.url}" in server.log
         (first_engine,) = engines(server)
         fields = {"temperature": 0, "max_tokens": 16, "seed": 1}
@@ -73,25 +61,3 @@ def test_models_are_loaded_on_first_use_and_unloaded(smollm2_path: Path, tmp_pat
         assert server.complete(model="gpt-4o", max_tokens=2).status_code == 200
         assert server.get("/health").json()["restarts"] == 1
         assert server.metric("lightwell_request_success_total", model_name="first") == 2
-
-
-@pytest.mark.long
-def test_memory_is_given_to_the_model_that_is_needed(smollm2_path: Path, tmp_path: Path) -> None:
-    """Each model asks for a KV cache of more than half of the memory, which is taken only as it is used."""
-    more_than_half = int(0.55 * available_memory())
-    models: list[dict[str, Any]] = [
-        {"model": str(smollm2_path), "served-model-name": name, "load": "on-first-use", "max-model-len": 1024}
-        | {"kv-cache-memory": size}
-        for name, size in (("a", more_than_half), ("b", more_than_half), ("huge", 4 * more_than_half))
-    ]
-    with running_server(None, config_file(tmp_path, models, **{"idle-unload": 2})) as server:
-        assert states(server) == {"a": "unloaded", "b": "unloaded", "huge": "unloaded"}
-        for name, other in (("a", "b"), ("b", "a")):
-            assert server.complete(model=name, max_tokens=2).status_code == 200
-            assert states(server) | {"huge": "unloaded"} == {name: "loaded", other: "unloaded", "huge": "unloaded"}
-        message = check_error(server.complete(model="huge"), 503)["message"]
-        assert "it needs about" in message
-        assert "the server may use" in message
-        wait_until(lambda: states(server) == {"a": "unloaded", "b": "unloaded", "huge": "failed"}, LOAD_SECONDS)
-        wait_until(lambda: engines(server) == set(), LOAD_SECONDS)
-        assert server.status("/readyz") == 200

@@ -1,6 +1,5 @@
 """Several engines, API processes or ranks behind one address: the division of work, and what the loss of one costs."""
 
-import os
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +11,10 @@ from openai import OpenAI
 
 from engine.config import load_model_config
 from tests.e2e.conftest import StartServer
-from tests.e2e.test_processes import answer, check_lost, children_of, engine_of, kill_engine, wait_for_restart
+from tests.e2e.test_processes import answer, check_lost, kill_engine, wait_for_restart
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.processes import wait_for_end_of
-from tests.support.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess, starting_server
+from tests.support.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess
 from tests.support.serving import wait_until
 from tests.support.streams import start_streams
 
@@ -103,7 +102,7 @@ def test_the_loss_of_an_engine(start_server: StartServer) -> None:
     kept = [stream for stream in streams if stream not in lost]
     assert lost
     assert kept
-    max(children_of(server, "engine.process"), key=lambda each: each.pid).kill()
+    max(server.children("engine.process"), key=lambda each: each.pid).kill()
     check_lost(lost)
     assert server.get("/health").status_code == 200
     assert server.complete(max_tokens=3).status_code == 200
@@ -112,20 +111,6 @@ def test_the_loss_of_an_engine(start_server: StartServer) -> None:
     assert by_engine(server, "lightwell_engine_restarts_total") == [0, 1]
     server.signal(signal.SIGTERM)
     assert server.wait(GONE) == 0, server.end_of_log()
-
-
-def test_the_server_ends_with_its_last_engine(start_server: StartServer) -> None:
-    server = start_two(start_server, "--on-engine-death=exit")
-    first, second = children_of(server, "engine.process")
-    os.kill(second.pid, signal.SIGKILL)
-    wait_until(lambda: sorted(states(server)) == ["dead", "ok"])
-    assert server.get("/readyz").status_code == 200
-    assert server.complete(max_tokens=3).status_code == 200
-    os.kill(first.pid, signal.SIGKILL)
-    assert server.wait(GONE) == 1
-    lines = [line for line in server.log.splitlines() if line.startswith("lightwell: error")]
-    assert lines[0].endswith("; the server goes on without it")
-    assert lines[-1].endswith("process was killed by SIGKILL")
 
 
 # API processes.
@@ -137,7 +122,7 @@ def test_all_api_processes_answer(start_server: StartServer) -> None:
     streams = start_streams(server, 9, max_tokens=300)
     num_connections = [
         sum(each.status == psutil.CONN_ESTABLISHED for each in process.net_connections(kind="tcp"))
-        for process in children_of(server, "server.main")
+        for process in server.children("server.main")
     ]
     assert len(num_connections) == 3
     assert min(num_connections) >= 1
@@ -166,7 +151,7 @@ def test_the_engine_and_then_an_api_process_dies(start_server: StartServer) -> N
     with ThreadPoolExecutor(6) as pool:  # they wait for it
         statuses = list(pool.map(lambda _: server.complete(max_tokens=3).status_code, range(6)))
     assert statuses == [200] * 6
-    max(children_of(server, "server.main"), key=lambda each: each.pid).kill()
+    max(server.children("server.main"), key=lambda each: each.pid).kill()
     assert server.wait(GONE) == 1
     assert server.end_of_log(1).endswith("the API 2 process was killed by SIGKILL")
 
@@ -178,7 +163,7 @@ BODY = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 1.0, "see
 
 def ranks_of(server: ServerProcess) -> list[psutil.Process]:
     """Return the processes of the ranks other than 0."""
-    return [child for child in engine_of(server).children() if "engine.rank" in child.cmdline()]
+    return [child for child in server.engine.children() if "engine.rank" in child.cmdline()]
 
 
 def test_what_one_process_can_do(start_server: StartServer, smollm2_path: Path, tmp_path: Path) -> None:
@@ -221,17 +206,10 @@ def test_a_rank_dies_or_hangs(start_server: StartServer) -> None:
     expected = answer(server, COMPLETIONS, BODY)
     for number, signum in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
         streams = start_streams(server, 4, max_tokens=900)
-        ranks, engine = ranks_of(server), engine_of(server)
+        ranks, engine = ranks_of(server), server.engine
         ranks[-1].send_signal(signum)
         check_lost(streams)
         wait_for_restart(server, number)
         wait_for_end_of(engine.pid, *(rank.pid for rank in ranks), seconds=GONE)
         assert answer(server, COMPLETIONS, BODY) == expected
     assert "rank 2 of 3 was killed by SIGKILL" in server.log
-
-
-def test_a_number_of_ranks_that_does_not_divide_the_heads(smollm2_path: Path) -> None:
-    with starting_server(smollm2_path, "--tensor-parallel-size=2") as server:
-        assert server.wait(GONE) == 1
-        assert "--tensor-parallel-size 2: the model has layers of 9 attention heads and 3 KV heads" in server.log
-        assert "divide among 3 or 9 ranks only" in server.log

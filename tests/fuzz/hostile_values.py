@@ -10,10 +10,7 @@ from typing import Any
 
 from engine.shared.gguf import UINT64, GGUFHeader, _Reader
 
-NUMBERS: tuple[int | float, ...] = (
-    *(0, -1, 1, 2**31 - 1, 2**31, 2**53, 2**63 - 1),
-    *(math.nan, math.inf, 1e308),
-)
+NUMBERS: tuple[int | float, ...] = (*(0, -1, 1, 2**31 - 1, 2**31, 2**53, 2**63 - 1), *(math.nan, math.inf, 1e308))
 JSON_VALUES: tuple[Any, ...] = (*NUMBERS, [], "", None, True, [[1, [2]], {"a": [3]}], [2**31 - 1] * 3)
 
 UINT8, INT64, FLOAT64, BOOL, STRING, ARRAY = 0, 11, 12, 7, 8, 9

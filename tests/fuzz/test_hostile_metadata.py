@@ -18,21 +18,12 @@ from engine.config.fields import Fields
 from engine.config.gguf import DEFAULTED_KEYS, KEYS, SAMPLING_FIELDS, YARN_KEYS
 from engine.config.huggingface import load_folder
 from tests.fuzz.conftest import Check, quick
-from tests.fuzz.hostile_values import (
-    GGUF_VALUES,
-    JSON_VALUES,
-    GGUFImage,
-    json_places,
-    with_json_value,
-)
-from tests.parity.make_fixtures import write_byte_level_tokenizer
+from tests.fuzz.hostile_values import GGUF_VALUES, JSON_VALUES, GGUFImage, json_places, with_json_value
+from tests.parity.make_fixtures import FIXTURES, write_byte_level_tokenizer
 from tests.support.examples import num_examples
 from tests.support.family_models import VOCAB_SIZE, save_family_model
 from tests.support.lora_adapters import save_random_adapter
-from tests.support.paths import ROOT
 from tests.support.quantized_files import SCHEMES, save_quantized_model
-
-FIXTURES = ROOT / "tests/parity/fixtures"
 
 # Keys that are read although the files here may lack them, after the architecture.
 OPTIONAL_KEYS = (
@@ -51,6 +42,12 @@ GENERAL_KEYS = (
 )
 
 
+def keys_of(image: GGUFImage) -> list[str]:
+    """Return the keys of a file, and those that it may lack."""
+    arch = image.metadata["general.architecture"]
+    return list(dict.fromkeys([*image.keys(), *(f"{arch}.{key}" for key in OPTIONAL_KEYS), *GENERAL_KEYS]))
+
+
 def some(cases: list[Any], name: str) -> list[Any]:
     """Return some of the cases, which differ from file to file."""
     return random.Random(name).sample(cases, min(num_examples(3, 100), len(cases)))
@@ -64,9 +61,8 @@ def some(cases: list[Any], name: str) -> list[Any]:
 )
 def test_gguf(check: Check, tmp_path: Path, name: str) -> None:
     image = GGUFImage(lzma.decompress((FIXTURES / f"{name}.gguf.xz").read_bytes()))
-    arch, path = image.metadata["general.architecture"], tmp_path / "model.gguf"
-    keys = dict.fromkeys([*image.keys(), *(f"{arch}.{key}" for key in OPTIONAL_KEYS), *GENERAL_KEYS])
-    cases = [(key, value) for key in keys for value in (*GGUF_VALUES.items(), ("missing", None))]
+    path = tmp_path / "model.gguf"
+    cases = [(key, value) for key in keys_of(image) for value in (*GGUF_VALUES.items(), ("missing", None))]
     for key, (shown, value) in some(cases, name):
         path.write_bytes(image.with_value(key, value))
         check(path, f"{name}: {key} = {shown}")

@@ -10,12 +10,9 @@ import pytest
 from tests.fuzz.conftest import Check, quick
 from tests.fuzz.hostile_values import GGUFImage
 from tests.fuzz.mutations import mutate_gguf, mutate_json, mutate_safetensors
-from tests.parity.make_fixtures import write_byte_level_tokenizer
+from tests.parity.make_fixtures import FIXTURES, write_byte_level_tokenizer
 from tests.support.examples import num_examples
 from tests.support.family_models import save_family_model
-from tests.support.paths import ROOT
-
-FIXTURES = ROOT / "tests/parity/fixtures"
 
 
 @pytest.mark.drawn

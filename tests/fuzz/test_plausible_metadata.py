@@ -17,7 +17,8 @@ import pytest
 
 from tests.fuzz.conftest import Check
 from tests.fuzz.hostile_values import ARRAY, BOOL, STRING, GGUFImage, encode_gguf
-from tests.fuzz.test_hostile_metadata import FIXTURES, GENERAL_KEYS, OPTIONAL_KEYS
+from tests.fuzz.test_hostile_metadata import keys_of
+from tests.parity.make_fixtures import FIXTURES
 
 NUM_OTHERS = 16  # changes of what all layers have in common
 NUM_LISTS = 3  # of each key with an element for each layer
@@ -52,10 +53,8 @@ def other_values(key: str, value: Any, numbers: Iterable[int], num_layers: int) 
         values = list(value)
         yield from (values[:-1], [*values, *values[-1:]], values[::-1], values[:1] * len(values))
         for index in range(min(len(values), 8)):
-            others = [
-                *values[:8],
-                *([0, -1, 2 * values[index], HUGE[1]] if isinstance(values[index], int | float) else []),
-            ]
+            others = values[:8]
+            others += [0, -1, 2 * values[index], HUGE[1]] if isinstance(values[index], int | float) else []
             yield from ([*values[:index], other, *values[index + 1 :]] for other in dict.fromkeys(others))
     for other in near:
         yield other
@@ -82,9 +81,8 @@ def encode(value: Any) -> bytes | None:
         case list() if all(elements := [encode(element) or b"" for element in value]):
             types = {element[:4] for element in elements}
             if len(types) == 1:
-                return encode_gguf(
-                    ARRAY, types.pop() + struct.pack("<Q", len(value)) + b"".join(e[4:] for e in elements)
-                )
+                data = b"".join(element[4:] for element in elements)
+                return encode_gguf(ARRAY, types.pop() + struct.pack("<Q", len(value)) + data)
     return None
 
 
@@ -100,11 +98,10 @@ def kind_of(value: Any) -> str:
 
 def changes(image: GGUFImage, name: str) -> Iterator[tuple[str, Any]]:
     """Yield a key and another value for each kind of what layers may differ in, and for some of the other kinds."""
-    arch = image.metadata["general.architecture"]
-    keys = dict.fromkeys([*image.keys(), *(f"{arch}.{key}" for key in OPTIONAL_KEYS), *GENERAL_KEYS])
-    numbers, num_layers = numbers_of(image.metadata), image.metadata[f"{arch}.block_count"]
+    num_layers = image.metadata[f"{image.metadata['general.architecture']}.block_count"]
+    numbers = numbers_of(image.metadata)
     found: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
-    for key in keys:
+    for key in keys_of(image):
         for value in other_values(key, image.metadata.get(key), numbers, num_layers):
             if value is None or encode(value) is not None:
                 found[key, kind_of(value)].append(value)

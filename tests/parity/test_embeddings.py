@@ -1,7 +1,7 @@
 """Embeddings compared with transformers' last hidden states, and batch invariance: the same bits in any batch."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,23 +100,13 @@ def alone(loaded: LoadedModel, prompts: list[list[int]]) -> Embeddings:
     return found
 
 
-def overlapping(loaded: LoadedModel) -> Engine:
-    """Return an engine that launches each step before it reads the last one."""
-    engine = make_engine(loaded, chunk=7)
-    engine.overlaps = True
-    return engine
-
-
-WAYS: dict[str, Callable[[LoadedModel], Engine]] = {
-    "overlapping": overlapping,
-    "few at a time": lambda loaded: make_engine(loaded, chunk=60, seqs=3),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_bits(loaded: LoadedModel, prompts: list[list[int]], alone: Embeddings, way: str) -> None:
-    """Run beside requests that generate tokens, and again when all prompts are cached."""
-    engine = WAYS[way](loaded)
+@pytest.mark.parametrize(("settings", "overlaps"), [({"chunk": 7}, True), ({"chunk": 60, "seqs": 3}, False)])
+def test_the_same_bits(
+    loaded: LoadedModel, prompts: list[list[int]], alone: Embeddings, settings: dict[str, Any], overlaps: bool
+) -> None:
+    """Run beside requests that generate tokens, and again when all prompts are cached; also with steps that overlap."""
+    engine = make_engine(loaded, **settings)
+    engine.overlaps = overlaps or engine.overlaps
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     texts = [
         Submit(request_id=f"text {number}", prompt_token_ids=[number] * 40, params=params, arrival=0.0, priority=-1)

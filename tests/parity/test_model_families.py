@@ -119,11 +119,7 @@ def assert_same_as_transformers(
 
 @pytest.mark.parametrize(("name", "source", "kernels"), list(cases()))
 def test_family(
-    name: str,
-    source: str,
-    kernels: str,
-    reference: Callable[[str, int], Reference],
-    gguf_file: Callable[[str], Path],
+    name: str, source: str, kernels: str, reference: Callable[[str, int], Reference], gguf_file: Callable[[str], Path]
 ) -> None:
     saved = reference(name, 0)
     if source == "gguf" and FAMILIES[name].not_in_gguf:
@@ -220,11 +216,7 @@ def test_variants_of_the_configuration(
     ],
 )
 def test_an_lm_head_beside_tied_embeddings(
-    name: str,
-    stored: str,
-    reference: Callable[[str, int], Reference],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    name: str, stored: str, reference: Callable[[str, int], Reference], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """transformers keeps a head that differs, whatever config.json says, and takes one alone as the embedding."""
     folder = reference(name, 0).folder

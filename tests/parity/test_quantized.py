@@ -22,6 +22,7 @@ from tests.support.quantized_files import SCHEMES, save_quantized_model, some_sc
 SEED = 3
 VOCAB_SIZE = 96
 NUM_OUTPUT_TOKENS = 12
+NEEDS_CPP = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 # What the kernels in C++ hold: other schemes are unpacked.
 CPU_FORMATS = {
     "gptq 4 bits of 128": "q4_0",
@@ -59,22 +60,14 @@ def assert_same_alone_and_together(loaded: LoadedModel, some: list[list[int]], n
     assert together == [greedy_outputs(loaded, [prompt], num_tokens)[0] for prompt in some]
 
 
-@pytest.mark.parametrize("name", ["awq 4 bits of 32", "float8 of blocks"])
-def test_unpacked(name: str, tmp_path: Path) -> None:
-    model = save_quantized_model(tmp_path, SCHEMES[name], SEED)
-    (prompt,) = prompts(50)
-    assert relative_error(load(tmp_path, "torch", quantization="none"), model, prompt) < 1e-4
-
-
-@pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
+@NEEDS_CPP
 @pytest.mark.parametrize("name", some_schemes())
 def test_packed_on_the_cpu(name: str, tmp_path: Path) -> None:
     model = save_quantized_model(tmp_path, SCHEMES[name], SEED)
     loaded = load(tmp_path, "default")
     format_name = CPU_FORMATS.get(name)
-    assert (
-        loaded.runner.kernels.formats == f"weights float32{f', {format_name}' if format_name else ''}, KV cache float32"
-    )
+    weights = f"float32, {format_name}" if format_name else "float32"
+    assert loaded.runner.kernels.formats == f"weights {weights}, KV cache float32"
     some = prompts(1, 20, 50)
     assert relative_error(loaded, model, some[-1]) < (0.03 if format_name else 1e-4)
     if format_name:
@@ -82,26 +75,21 @@ def test_packed_on_the_cpu(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "type_name"),
+    ("name", "kernels", "quantization", "weights"),
     [
-        ("awq 4 bits of 32", "int4"),
-        pytest.param("gptq 8 bits of 32, zero points", "int8", marks=pytest.mark.long),
-        pytest.param("float8 of blocks", "float8", marks=pytest.mark.long),
+        ("awq 4 bits of 32", "torch", "none", "float32"),
+        ("float8 of blocks", "torch", "none", "float32"),
+        ("awq 4 bits of 32", "triton", "auto", "float32, int4"),
+        pytest.param("gptq 8 bits of 32, zero points", "triton", "auto", "float32, int8", marks=pytest.mark.long),
+        pytest.param("float8 of blocks", "triton", "auto", "float32, float8", marks=pytest.mark.long),
+        pytest.param("float8 of blocks", "default", "int8", "weights int8", marks=NEEDS_CPP),
     ],
 )
-def test_packed_in_triton(name: str, type_name: str, tmp_path: Path) -> None:
+def test_other_kernels(name: str, kernels: str, quantization: str, weights: str, tmp_path: Path) -> None:
     model = save_quantized_model(tmp_path, SCHEMES[name], SEED)
-    loaded = load(tmp_path, "triton")
-    assert loaded.runner.kernels.formats == f"weights float32, {type_name}, KV cache float32"
-    some = prompts(1, 9)
-    assert relative_error(loaded, model, some[1]) < 1e-4
-    assert_same_alone_and_together(loaded, some, 2)
-
-
-@pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
-def test_float8_packed_to_int8(tmp_path: Path) -> None:
-    model = save_quantized_model(tmp_path, SCHEMES["float8 of blocks"], SEED)
-    loaded = load(tmp_path, "default", quantization="int8")
-    assert loaded.runner.kernels.formats == "weights int8, KV cache float32"
-    (prompt,) = prompts(50)
-    assert relative_error(loaded, model, prompt) < 0.05
+    loaded = load(tmp_path, kernels, quantization=quantization)
+    assert weights in loaded.runner.kernels.formats
+    some = prompts(1, 9 if kernels == "triton" else 50)
+    assert relative_error(loaded, model, some[1]) < (0.05 if kernels == "default" else 1e-4)
+    if kernels == "triton":
+        assert_same_alone_and_together(loaded, some, 2)

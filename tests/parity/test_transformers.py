@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from engine.config import EngineConfig
-from engine.loading import LoadedModel, load_model
+from engine.loading import load_model
 from tests.support.kernel_choice import choose_kernels
 from tests.support.outputs import all_logits, greedy_outputs
 
@@ -44,10 +44,7 @@ def prompts(smollm2_path: Path) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize(
     ("kernels", "names"),
-    [
-        ("default", tuple(PROMPTS)),
-        pytest.param("torch", ("fact", "python", "chinese", "long"), marks=pytest.mark.long),
-    ],
+    [("default", tuple(PROMPTS)), pytest.param("torch", ("fact", "python", "chinese", "long"), marks=pytest.mark.long)],
 )
 def test_logits_and_greedy_tokens(
     kernels: str, names: tuple[str, ...], smollm2_path: Path, reference: LlamaForCausalLM, prompts: dict[str, list[int]]
@@ -60,25 +57,16 @@ def test_logits_and_greedy_tokens(
         loaded = load_model(config)
     some = [prompts[name] for name in names]
     for prompt, output in zip(some, greedy_outputs(loaded, some, NUM_OUTPUT_TOKENS), strict=True):
-        assert_same_as_transformers(reference, loaded, prompt, output)
-
-
-def assert_same_as_transformers(
-    reference: LlamaForCausalLM, loaded: LoadedModel, prompt: list[int], output: list[int]
-) -> None:
-    with torch.inference_mode():
-        expected = reference(torch.tensor([prompt + output])).logits[0]
-    torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
-    # Greedy decoding, step by step: each token is the most likely one after the tokens before it.
-    assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt + output])).logits[0]
+        torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
+        # Greedy decoding, step by step: each token is the most likely one after the tokens before it.
+        assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_the_default_format_is_near(
-    smollm2_path: Path,
-    reference: LlamaForCausalLM,
-    prompts: dict[str, list[int]],
-    kv_cache_dtype: str,
+    smollm2_path: Path, reference: LlamaForCausalLM, prompts: dict[str, list[int]], kv_cache_dtype: str
 ) -> None:
     """The mean KL divergence is about 0.005 nats; with a scale for each row of activations it would be about 0.04."""
     loaded = load_model(

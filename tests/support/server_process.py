@@ -76,19 +76,21 @@ class ServerProcess:
 
     @property
     def engine(self) -> psutil.Process:
-        return self._child("engine.process")
+        (engine,) = self.children("engine.process")
+        return engine
 
     @property
     def api(self) -> psutil.Process:
-        return self._child("server.main")
+        (api,) = self.children("server.main")
+        return api
 
-    def _child(self, module: str) -> psutil.Process:
-        children = []
-        for each in self.family[1:]:
-            with suppress(psutil.NoSuchProcess):  # such as the process of a chat template, which has ended
-                children += [each] if module in each.cmdline() else []
-        (child,) = children
-        return child
+    def children(self, module: str) -> list[psutil.Process]:
+        """Return the supervisor's child processes that run a module."""
+        found = []
+        for each in psutil.Process(self.process.pid).children():
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                found += [each] if module in each.cmdline() else []
+        return found
 
     # Requests.
 
@@ -104,11 +106,11 @@ class ServerProcess:
     def complete(self, prompt: object = "Once upon a time", **fields: Any) -> httpx.Response:
         return self.ask(COMPLETIONS, {"prompt": prompt} | fields)
 
-    def ask(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        return self.http.post(path, json={"model": MODEL} | body)
+    def ask(self, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+        return self.http.post(path, json={"model": MODEL} | body, headers=headers)
 
-    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = self.ask(path, body)
+    def answer(self, path: str, body: dict[str, Any], **headers: str) -> dict[str, Any]:
+        response = self.ask(path, body, **headers)
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer

@@ -1,27 +1,19 @@
 """Fixtures for tests of the page: Chromium, and a real server with a real model."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.e2e.conftest import start_server  # noqa: F401  (a fixture)
 from tests.support.browser import CHROMIUM, NO_CHROMIUM, PageWatch, running_browser
-from tests.support.server_process import (
-    COMPLETIONS,
-    MODEL,
-    REQUEST_SECONDS,
-    ServerProcess,
-    running_server,
-    shared_server,
-)
+from tests.support.server_process import COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess, shared_server
 
 FLAGS = ("--max-num-seqs=64", "--max-model-len=2048", "--kv-cache-memory=256MiB", "--record-requests=64")
 ACTION_SECONDS = 60.0  # bounds hangs only
 FLAGS_OF_A_LONG_ANSWER = ("--max-model-len=8192", "--kv-cache-memory=256MiB", "--speculative=off")
-
-StartServer = Callable[..., ServerProcess]
 
 
 @pytest.fixture(scope="session")
@@ -29,18 +21,6 @@ def real_server(smollm2_path: Path) -> Iterator[ServerProcess]:
     """A server that the tests of all views share."""
     with shared_server(smollm2_path, *FLAGS) as server:
         yield server
-
-
-@pytest.fixture
-def start_server(smollm2_path: Path) -> Iterator[StartServer]:
-    """A function that starts a server for one test: `start_server("--flag=value")`."""
-    with ExitStack() as stack:
-
-        def start(*flags: str) -> ServerProcess:
-            small = ("--max-model-len=1024", "--kv-cache-memory=64MiB")
-            return stack.enter_context(running_server(smollm2_path, *small, *flags))
-
-        yield start
 
 
 # Not for the session: while Playwright runs, no other event loop can run in this thread, which other tests need.

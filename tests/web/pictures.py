@@ -4,8 +4,8 @@ They show the default model at work, so two runs never make the same pictures.
 """
 
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -20,30 +20,24 @@ SIZE = (1280, 860)
 NUM_STREAMS = 12
 SETTLED = 4_000  # ms after which a view has drawn what it asked for
 
-QUESTION = {
-    "model": MODEL_NAME,
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-    "max_tokens": 40,
-    "temperature": 0.8,
-    "top_p": 0.9,
-    "seed": 3,
-}
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed": 3}
 
 
 def main() -> int:
     FOLDER.mkdir(exist_ok=True)
-    with running_server([]) as (url, _), running_browser() as browser:
+    with running_server([]) as (url, _), running_browser() as browser, ThreadPoolExecutor(NUM_STREAMS) as pool:
         answer = httpx.post(f"{url}/v1/chat/completions", json=QUESTION, timeout=60).json()
         context = browser.new_context(viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme="light")
         page = context.new_page()
         for name, path, prepare in views(answer["id"]):
-            streams = start_streams(url) if name == "engine" else []
+            streams = [pool.submit(generate, url, number) for number in range(NUM_STREAMS if name == "engine" else 0)]
             page.goto(f"{url}/{path}")
             prepare(page)
             page.wait_for_timeout(SETTLED)
             page.screenshot(path=FOLDER / f"{name}.png")
             for stream in streams:
-                stream.join()
+                stream.result()
     return 0
 
 
@@ -69,17 +63,10 @@ def show_layers(page: Page) -> None:
     page.get_by_role("heading", name="Layers").evaluate("(heading) => heading.scrollIntoView()")
 
 
-def start_streams(url: str) -> list[threading.Thread]:
-    """Start requests that keep the engine busy while its picture is taken."""
-
-    def generate(number: int) -> None:
-        body: dict[str, Any] = {"model": MODEL_NAME, "prompt": f"Story {number}:", "max_tokens": 300 + 40 * number}
-        httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=300).raise_for_status()
-
-    threads = [threading.Thread(target=generate, args=(number,)) for number in range(NUM_STREAMS)]
-    for thread in threads:
-        thread.start()
-    return threads
+def generate(url: str, number: int) -> None:
+    """Keep the engine busy while its picture is taken."""
+    body: dict[str, Any] = {"model": MODEL_NAME, "prompt": f"Story {number}:", "max_tokens": 300 + 40 * number}
+    httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=300).raise_for_status()
 
 
 if __name__ == "__main__":

@@ -98,9 +98,8 @@ def test_an_answer(page: Page, real_server: ServerProcess) -> None:
     send(page)
     answer = wait_for_answer(page)
     expect(answer.locator(".markdown")).to_contain_text(ask(real_server, **GREEDY).split("\n")[0])
-    expect(answer.locator(".stats")).to_have_text(
-        re.compile(r"\d+ tokens · .* tokens/s · first after .* in the prompt")
-    )
+    stats = re.compile(r"\d+ tokens · .* tokens/s · first after .* in the prompt")
+    expect(answer.locator(".stats")).to_have_text(stats)
     for link in answer.locator(".other-views a").all():
         assert "chatcmpl-" in (link.get_attribute("href") or "")
     expect(answer.locator(".other-views a")).to_have_text(["Tokens", "Inside", "Request"])
@@ -227,13 +226,9 @@ def test_json_that_matches_a_schema(page: Page, real_server: ServerProcess) -> N
 
 def test_tools(page: Page, real_server: ServerProcess) -> None:
     tool = {"name": "look_up", "parameters": {"type": "object", "properties": {"n": {"enum": [1]}}, "required": ["n"]}}
-    open_chat(
-        page,
-        real_server,
-        parameters={"temperature": 0, "max_completion_tokens": 100, "parallel_tool_calls": False},
-        tools=json.dumps([{"type": "function", "function": tool}]),
-        toolChoice="required",
-    )
+    parameters = {"temperature": 0, "max_completion_tokens": 100, "parallel_tool_calls": False}
+    tools = json.dumps([{"type": "function", "function": tool}])
+    open_chat(page, real_server, parameters=parameters, tools=tools, toolChoice="required")
     send(page)
     answer = wait_for_answer(page)
     expect(answer).to_contain_text("Call of look_up")
@@ -249,9 +244,8 @@ def test_tools(page: Page, real_server: ServerProcess) -> None:
 @pytest.mark.long
 def test_thinking_is_folded_away(page: Page, real_server: ServerProcess) -> None:
     open_chat(page, real_server)
-    answer_with(
-        page, stream({"reasoning_content": "Hm, "}, {"reasoning_content": "let me see."}, {"content": "Paris."})
-    )
+    thoughts = [{"reasoning_content": text} for text in ("Hm, ", "let me see.")]
+    answer_with(page, stream(*thoughts, {"content": "Paris."}))
     send(page)
     answer = wait_for_answer(page)
     expect(answer.get_by_text("Paris.")).to_be_visible()
@@ -269,13 +263,6 @@ def test_refusals_are_shown(page: Page, real_server: ServerProcess) -> None:
     page.get_by_role("button", name="Try again").click()
     wait_for_answer(page)
     expect(page.get_by_role("alert")).to_have_count(0)
-
-
-@pytest.mark.long
-def test_invalid_settings_are_shown(page: Page, real_server: ServerProcess) -> None:
-    open_chat(page, real_server, parameters={"temperature": 3}, other="")
-    send(page)
-    expect(page.get_by_role("alert")).to_contain_text("temperature")
 
 
 def test_a_stream_that_breaks(page: Page, real_server: ServerProcess) -> None:
@@ -438,12 +425,12 @@ def test_programs_get_the_same_answer(page: Page, real_server: ServerProcess, la
     folder = ROOT / "tests/conformance"
     if language == "JavaScript" and not (folder / "node_modules/openai").exists():
         pytest.skip("needs the package openai of npm")
-    commands = {
-        "curl": ["bash", "-c", text],
-        "Python": [sys.executable, "-c", text],
-        "JavaScript": ["node", "--input-type=module", "--eval", text],
+    shells = {
+        "curl": ("bash", "-c"),
+        "Python": (sys.executable, "-c"),
+        "JavaScript": ("node", "--input-type=module", "-e"),
     }
-    process = subprocess.run(commands[language], capture_output=True, text=True, check=True, cwd=folder)
+    process = subprocess.run([*shells[language], text], capture_output=True, text=True, check=True, cwd=folder)
     found = json.loads(process.stdout)["choices"][0]["message"]["content"] if language == "curl" else process.stdout
     assert found.strip() == expected.strip()
     page.keyboard.press("Escape")
@@ -523,12 +510,8 @@ def test_everybody_can_read_it(page: Page, real_server: ServerProcess, theme: An
     open_chat(page, real_server, tools=json.dumps([TOOL]))
     check_accessibility(page)
     call = {"index": 0, "id": "1", "function": {"name": "tool", "arguments": "{}"}}
-    text = (
-        "# Title\n\n1. one\n   - two\n\n> quote\n\n|a|b|\n|-|-|\n|1|2|\n\n```python\n"
-        + "x = 1; " * 40
-        + "\n```\n"
-        + "w" * 300
-    )
+    text = "# Title\n\n1. one\n   - two\n\n> quote\n\n|a|b|\n|-|-|\n|1|2|\n\n```python\n" + "x = 1; " * 40
+    text += "\n```\n" + "w" * 300
     answer_with(page, stream({"reasoning_content": "Hm"}, {"content": text}, {"tool_calls": [call]}))
     send(page)
     wait_for_answer(page)
@@ -558,18 +541,10 @@ def test_markdown(page: Page, real_server: ServerProcess) -> None:
         "import('/assets/app/chat/markdown_parser.js').then(({ parseInline }) =>"
         " parseInline('a **b *c*** `d` my_var_x 2*3*4 [e](https://e.test/(x)) [f](data:x)'))"
     )
-    assert inline == [
-        {"type": "text", "text": "a "},
-        {"type": "strong", "text": "b *c*"},
-        {"type": "text", "text": " "},
-        {"type": "code", "text": "d"},
-        {"type": "text", "text": " my_var_x 2"},
-        {"type": "emphasis", "text": "3"},
-        {"type": "text", "text": "4 "},
-        {"type": "link", "text": "e", "url": "https://e.test/(x)"},
-        {"type": "text", "text": " "},
-        {"type": "text", "text": "[f](data:x)"},
-    ]
+    found = "|".join(f"{each['type']} {each['text']}" for each in inline)
+    expected = "text a |strong b *c*|text  |code d|text  my_var_x 2|emphasis 3|text 4 |link e|text  |text [f](data:x)"
+    assert found == expected
+    assert [each["url"] for each in inline if "url" in each] == ["https://e.test/(x)"]
 
 
 @pytest.mark.long

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, Route, expect
 
+from tests.e2e.conftest import StartServer
 from tests.support.server_process import ServerProcess
 from tests.support.streams import Stream
-from tests.web.conftest import FLAGS_OF_A_LONG_ANSWER, StartServer, long_answer
+from tests.web.conftest import FLAGS_OF_A_LONG_ANSWER, long_answer
 
 PROMPT = "Once upon a time in a land far away there lived a king who had a castle by the sea. "
 
@@ -30,8 +31,7 @@ def steps_of(server: ServerProcess, id: str) -> list[dict[str, Any]]:
 def complete(server: ServerProcess, **fields: Any) -> str:
     """Run a completion, and return its id."""
     body = {"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True} | fields
-    id: str = server.answer("/v1/completions", body)["id"]
-    return id
+    return str(server.answer("/v1/completions", body)["id"])
 
 
 def test_a_step_chosen_by_keyboard(page: Page, real_server: ServerProcess) -> None:

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.support.browser import check_accessibility
-from tests.support.server_process import MODEL, READY_SECONDS, ServerProcess
+from tests.support.server_process import CHAT, READY_SECONDS, ServerProcess
 from tests.support.serving import wait_until
 
 PROMPT = "The capital of France is Paris, and the capital of Spain is"
@@ -150,8 +150,8 @@ def test_tokens_of_a_prompt_are_not_drawn(page: Page, real_server: ServerProcess
 
 @pytest.mark.long
 def test_an_answer_is_opened_by_its_id(page: Page, real_server: ServerProcess) -> None:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "Say hi"}], "max_tokens": 4, "temperature": 0}
-    answer = real_server.http.post("/v1/chat/completions", json=body).json()
+    body = {"messages": [{"role": "user", "content": "Say hi"}], "max_tokens": 4, "temperature": 0}
+    answer = real_server.answer(CHAT, body)
     page.goto(f"{real_server.url}/#/inside?id={answer['id']}")
     wait_for_reading(page)
     expect(section(page, "Sampling")).to_contain_text("the token that was sent")

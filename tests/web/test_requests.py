@@ -9,24 +9,22 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.e2e.conftest import StartServer
 from tests.support.chrome_trace import check_trace
 from tests.support.kv_cache_memory import kv_cache_flag
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import COMPLETIONS, ServerProcess
 from tests.support.streams import Stream
-from tests.web.conftest import FLAGS_OF_A_LONG_ANSWER, StartServer, long_answer
+from tests.web.conftest import FLAGS_OF_A_LONG_ANSWER, long_answer
 
 STORY = "Once upon a time in a land far away there lived a king who had a castle by the sea. " * 8
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 UNITS = {"µs": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-def complete(server: ServerProcess, name: str = "", prompt: str = STORY, **fields: Any) -> str:
-    """Run a completion that can also be found by `name`, and return its id."""
+def complete(server: ServerProcess, prompt: str = STORY, **fields: Any) -> str:
+    """Run a completion, and return its id."""
     body = {"prompt": prompt, "max_tokens": 12, "ignore_eos": True, "temperature": 0} | fields
-    response = server.http.post("/v1/completions", json=body, headers={"x-request-id": name} if name else {})
-    assert response.status_code == 200, response.text
-    id: str = response.json()["id"]
-    return id
+    return str(server.answer(COMPLETIONS, body)["id"])
 
 
 def open_request(page: Page, server: ServerProcess, id: str) -> None:

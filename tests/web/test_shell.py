@@ -16,12 +16,7 @@ CONTENT = {
     "#/chat": [".start", f".chips :text-is('{MODEL}')"],
     "#/tokens": [":text-is('No text yet')"],
     "#/inside": [":text-is('Nothing computed yet')"],
-    "#/engine": [
-        ".state.good:text-is('Live')",
-        ".blocks .readout:text('held')",
-        ".limits .nearness",
-        ".queue h2 .num",
-    ],
+    "#/engine": [".state.good:text-is('Live')", ".blocks .readout:text('held')", ".limits .nearness", ".queue h2 .num"],
     "#/requests": [".requests tbody tr"],
 }
 SIZES = {"phone": (360, 740), "desktop": (1280, 900), "large": (2560, 1440)}
@@ -35,8 +30,7 @@ def views(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("theme", "size"),
-    [("light", "phone"), ("dark", "desktop"), pytest.param("light", "large", marks=pytest.mark.long)],
+    ("theme", "size"), [("light", "phone"), ("dark", "desktop"), pytest.param("light", "large", marks=pytest.mark.long)]
 )
 def test_every_view(page: Page, real_server: ServerProcess, theme: str, size: str) -> None:
     """It has a title and an explanation, fits the screen, and has no serious finding of axe-core."""

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.support.browser import check_accessibility
-from tests.support.server_process import MODEL, ServerProcess
+from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess
 
 PROMPT = "The cat sat on the"
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script> &amp;'
@@ -36,9 +36,7 @@ def text_of(page: Page, branch: int = 1) -> str:
 
 
 def completion(server: ServerProcess, prompt: Any, **fields: Any) -> Any:
-    response = server.http.post("/v1/completions", json={"model": MODEL, "prompt": prompt, **fields})
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]
+    return server.answer(COMPLETIONS, {"prompt": prompt} | fields)["choices"][0]
 
 
 def test_tokens_have_the_probabilities_of_the_api(page: Page, real_server: ServerProcess) -> None:
@@ -114,10 +112,8 @@ def test_a_chat_is_shown_with_its_template(page: Page, real_server: ServerProces
     page.get_by_label("Message of a chat").check()
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_text("of them written")).to_be_visible()
-    rendered = real_server.http.post(
-        "/v1/chat/completions/render", json={"model": MODEL, "messages": [{"role": "user", "content": "Say hi"}]}
-    ).json()
-    assert text_of(page).startswith(rendered["prompt"])
+    messages = [{"role": "user", "content": "Say hi"}]
+    assert text_of(page).startswith(real_server.answer(f"{CHAT}/render", {"messages": messages})["prompt"])
 
 
 @pytest.mark.long
