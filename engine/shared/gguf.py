@@ -48,8 +48,9 @@ class TensorInfo(NamedTuple):
 
 
 def short(name: str) -> str:
-    """Shorten a name for an error message, because names in a file can be as long as the file."""
-    return name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+    """Return a name for an error message, in one line: names in a file can be as long as it, and hold anything."""
+    shown = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+    return shown if shown.isprintable() else ascii(shown)
 
 
 class _Reader:

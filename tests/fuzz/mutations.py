@@ -47,7 +47,8 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.1:
         return bytes(mutate_bytes(bytearray(data), len(data), rng))
     for _ in range(rng.randint(1, 3)):
-        data = with_json_value(data, rng.choice(list(json_places(data))), rng.choice(JSON_VALUES))
+        if places := list(json_places(data)):
+            data = with_json_value(data, rng.choice(places), rng.choice(JSON_VALUES))
     return data
 
 

@@ -246,6 +246,7 @@ UINT32, STRING, ARRAY = struct.pack("<I", 4), struct.pack("<I", 8), struct.pack(
         (header(1) + tensor("t"), "t: ends at byte"),
         (header(1) + tensor("t", (1,) * 5), "t: has 5 dimensions"),
         (header(1) + tensor("t", ()), "t: has 0 dimensions"),
+        (header(1) + tensor("t\n\x1b[2J", ()), r"'t\\n\\x1b\[2J': has 0 dimensions"),
         (header(1) + tensor("t", (0, 32)), "t: shape"),
         (header(1) + tensor("t", (31,), ggml_type=2), "t: shape .* Q4_0"),
         (header(1) + tensor("t", ggml_type=77), "t: unknown tensor type 77"),
