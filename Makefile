@@ -14,7 +14,8 @@ CLIENTS := $(patsubst %,.venv-clients/%/installed,agents clients instructor lm-e
 	$(MANIFESTS)/node_modules/installed
 ARGS ?=
 WORKERS ?= auto
-PYTEST := $(BIN)/python -m pytest -p no:rerunfailures --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+ONCE := -p no:rerunfailures
 QUICK := tests/test_borders.py tests/test_style.py \
 	$(patsubst %,tests/engine/%,batch config grammar model scheduling shared weights) \
 	$(patsubst %,tests/server/%,access constrained limits schemas settings statistics text)
@@ -32,14 +33,13 @@ serve: .venv/installed ## Serve the default model, or the one in ARGS
 	@$(BIN)/lightwell serve $(ARGS)
 
 quick: .venv/installed-test ## Run the unit tests, in two minutes
-	$(PYTEST) $(QUICK) $(ARGS)
+	$(PYTEST) $(ONCE) $(QUICK) $(ARGS)
 
 test: .venv/installed-test $(WEB)/node_modules/installed ## Run the tests, one process for each core (WORKERS=0: in this one)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(ONCE) $(ARGS)
 
 test-long: .venv/installed-test $(CLIENTS) ## Run what `make test` leaves out, and draw many more random cases
-	TEST_LONG=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
-		-m "long or hypothesis or drawn" $(ARGS)
+	TEST_LONG=1 $(PYTEST) -m "long or hypothesis or drawn" $(ARGS)
 
 fuzz: .venv/installed-test ## Try mutated input on a parser for a minute, as ARGS says (default: list them)
 	$(BIN)/python -m tests.fuzz $(ARGS)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support.code_size import num_code_lines
 from tests.support.paths import ROOT
 
 SOURCES = sorted(
@@ -16,6 +17,7 @@ MAX_FILE_LINES = 500
 MAX_CLASS_LINES = 330
 MAX_FUNCTION_LINES = 60
 MAX_FOLDER_MODULES = 15
+MAX_TEST_LINES = 50_000
 
 # A docstring that begins like this names a thing; it should say what the function does.
 NAMES_A_THING = re.compile(r"(What|Whether|Of|As|Those|That|How|Where|By|Who|From|To be)\b")
@@ -69,3 +71,9 @@ def test_docstrings_say_what_a_function_does() -> None:
 
 def test_words_are_the_fields() -> None:
     assert [path for path in SOURCES if PRIVATE_WORDS.search((ROOT / path).read_text(encoding="utf-8"))] == []
+
+
+def test_the_tests_are_no_longer_than_their_budget() -> None:
+    """Without what npm has installed there."""
+    paths = [path for path in ROOT.glob("tests/**/*.py") if "node_modules" not in path.parts]
+    assert sum(map(num_code_lines, paths)) <= MAX_TEST_LINES
