@@ -135,7 +135,10 @@ def assert_promise(loaded: LoadedModel, submits: Sequence[Submit], *, chunks: Se
 @pytest.mark.checklist("E04", "E14", "E15")
 @pytest.mark.parametrize(
     ("name", "kernels"),
-    [*((name, "default") for name in MODELS), pytest.param("olmo3", "torch", marks=LONG)],
+    [
+        *((name, "default") for name in MODELS),
+        *(pytest.param(name, "torch", marks=LONG) for name in ("gpt_oss", "olmo3")),
+    ],
 )
 def test_answers_are_the_same(name: str, kernels: str, model: Callable[[str], Path]) -> None:
     assert_promise(load(model(name), kernels), requests(), chunks=(1, 7, 40) if IS_LONG else (7,))

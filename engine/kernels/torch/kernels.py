@@ -55,9 +55,10 @@ class TorchKernels:
 
     def linear(self, matrix: Tensor, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         key = (matrix.shape, matrix.dtype, bias is not None)
-        product = new_product(matrix, None if bias is None else bias.to(matrix.dtype))
+        bias = None if bias is None else bias.to(matrix.dtype)
+        product = new_product(matrix, bias)
         if key not in self._invariants:
-            self._invariants[key] = self._find_invariant(product, matrix.shape[1], matrix.dtype)
+            self._invariants[key] = self._find_invariant(product, matrix, bias)
         invariant = self._invariants[key](product)
         dtype = torch.float32 if is_float32 else self.dtype
         return adding(lambda x: invariant(x.to(matrix.dtype)).to(dtype))
@@ -74,8 +75,8 @@ class TorchKernels:
     def concat(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts), dim=1)
 
-    def _find_invariant(self, product: Product, num_inputs: int, dtype: torch.dtype) -> Invariant:
-        invariant = find_invariant(product, num_inputs, self.options.max_num_rows, self.device, dtype)
+    def _find_invariant(self, product: Product, matrix: Tensor, bias: Tensor | None) -> Invariant:
+        invariant = find_invariant(product, matrix, bias, self.options.max_num_rows)
         self.deterministic &= invariant is not None
         return invariant or partial(padded, multiple=1)
 

@@ -21,9 +21,9 @@ Invariant: TypeAlias = Callable[[Product], Product]  # wraps a product
 
 ROW_MULTIPLES = (1, 2, 4, 8, 16, 64)  # candidates for padding
 ROW_PIECE = 64  # rows of a piece, if no padding helps
-PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 24, 31, 33, 64, 96, 192, 256, 384)
-PROBE_RESULTS = 2**18  # results to compare for each number of rows: one in 2**14 shows another order of additions
-PROBE_MAX_ROWS = 2**12  # rows to draw for that
+PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 18, 24, 31, 33, 48, 64, 96, 192, 256, 384)
+PROBE_RESULTS = 2**18  # results to compare for each number of rows
+PROBE_SENSITIVE = (8, 512)  # least and most rows in which any other order of additions shows, to draw for that
 PROBE_MAX_RESULTS = 2**25  # results of the largest product to try
 
 
@@ -41,18 +41,14 @@ def adding(product: Product) -> LinearOp:
     return linear
 
 
-def find_invariant(
-    product: Product, num_inputs: int, max_num_rows: int, device: torch.device, dtype: torch.dtype
-) -> Invariant | None:
-    """Return the cheapest wrapper that makes a product independent of the number of rows; None if none does.
-
-    A different order of additions changes only a few of the rounded results, so each number of rows is tried on many
-    rows.
-    """
-    num_outputs = product(random_numbers(1, num_inputs, device=device, dtype=dtype)).shape[1]
-    num_rows = min(PROBE_MAX_ROWS, -(-PROBE_RESULTS // num_outputs))
+def find_invariant(product: Product, weight: Tensor, bias: Tensor | None, max_num_rows: int) -> Invariant | None:
+    """Return the cheapest wrapper that makes x W^T + b independent of the number of rows; None if none does."""
+    num_outputs, num_inputs = weight.shape
+    least, most = PROBE_SENSITIVE
+    num_rows = max(least, min(most, PROBE_RESULTS // num_outputs))
     most_rows = max(num_rows, ROW_PIECE, min(max_num_rows, PROBE_MAX_RESULTS // num_outputs))
-    x = random_numbers(most_rows, num_inputs, device=device, dtype=dtype)
+    x = random_numbers(most_rows, num_inputs, device=weight.device, dtype=weight.dtype)
+    _make_sensitive(x[:num_rows], weight, bias)
     probes = [rows for rows in PROBE_ROWS if rows <= most_rows]
     invariants: list[Invariant] = [*(partial(padded, multiple=multiple) for multiple in ROW_MULTIPLES), _in_pieces]
     for invariant in invariants:
@@ -65,6 +61,21 @@ def find_invariant(
         ):
             return invariant
     return None
+
+
+def _make_sensitive(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Change two numbers of each row of x, so that one of its results is almost 0.
+
+    What is left over of the sum is as small as the errors of rounding, in which any other order of additions shows.
+    Otherwise one of some 70,000 results shows it, because most are rounded to the same number.
+    """
+    outputs = torch.arange(len(x), device=x.device) % len(weight)
+    rows, constant = weight[outputs].double(), 0.0 if bias is None else bias[outputs].double()
+    places = rows.abs().topk(min(2, rows.shape[1])).indices
+    x.scatter_(1, places, 0.0)
+    for place in torch.split(places, 1, dim=1):
+        total = (x.double() * rows).sum(dim=1) + constant
+        x.scatter_(1, place, (-total[:, None] / rows.gather(1, place)).nan_to_num(0.0, 0.0, 0.0).to(x.dtype))
 
 
 def padded(product: Product, multiple: int) -> Product:

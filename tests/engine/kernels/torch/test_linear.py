@@ -81,6 +81,26 @@ def test_products_that_depend_on_the_number_of_rows(
             assert_close(linear(x[:rows]), expected, torch.float32)
 
 
+def test_another_order_of_additions_is_found_although_rounding_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below three rows, terms are added up from the last to the first: one of some 70,000 rounded results differs."""
+    nums_of_rows: list[int] = []
+
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
+        def product(x: Tensor) -> Tensor:
+            nums_of_rows.append(len(x))
+            terms = (x.float()[:, None] * weight.float()).unbind(2)
+            return sum(terms if len(x) >= 3 else terms[::-1], torch.zeros(len(x), len(weight))).to(x.dtype)
+
+        return product
+
+    monkeypatch.setattr("engine.kernels.torch.kernels.new_product", plain_product)
+    kernels = TorchKernels(KernelOptions(torch.bfloat16, max_num_rows=64), CPU)
+    linear = kernels.linear(random_tensor(0, 8, 24, dtype=torch.bfloat16))
+    assert kernels.deterministic
+    linear(random_tensor(1, 1, 24, dtype=torch.bfloat16))
+    assert nums_of_rows[-1] >= 3
+
+
 def test_linear_adds_to_the_residual(kernels: TorchKernels) -> None:
     weight, bias = random_tensor(0, 100, 64, dtype=kernels.dtype) / 8, random_tensor(1, 100, dtype=kernels.dtype)
     x, residual = random_tensor(2, 9, 64, dtype=kernels.dtype), random_tensor(3, 9, 100, dtype=kernels.dtype)
