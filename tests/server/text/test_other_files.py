@@ -85,6 +85,8 @@ def test_trained_models(algorithm: str, variant: str, tmp_path: Path, rng: rando
     for text in random_texts(rng, num_examples(150, 10_000)):
         if variant == "nfkc" and not has_simple_graphemes(text):
             continue
+        if variant in ("one space", "nfkc") and text.lstrip(" ").startswith("\u2581"):
+            continue  # sentencepiece decodes it without the space that this character stands for
         for symbol in rng.sample(symbols, min(len(symbols), rng.randrange(3))):
             at = rng.randrange(len(text) + 1)
             text = text[:at] + symbol + text[at:]  # noqa: PLW2901
