@@ -175,6 +175,7 @@ def test_a_request_with_a_status_makes_room_last(narrow: Pair, start: Start, is_
     wait_for_rest(coordinator)
 
 
+@pytest.mark.long
 @Kind
 @pytest.mark.parametrize(
     ("timeout", "seconds", "fields"),
