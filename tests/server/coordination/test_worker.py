@@ -89,10 +89,12 @@ def relay_of(coordinator: RunningServer) -> Relay:
 
 
 def wait_for_rest(coordinator: RunningServer) -> None:
-    """Wait until nothing is left of the requests of the worker."""
+    """Wait until nothing is left of the requests of the worker, in the engine neither."""
     relay = relay_of(coordinator)
     held: tuple[dict[Any, Any], ...] = (relay._held, relay._uses, relay._streams, relay._admitted)
-    wait_until(lambda: not any(held) and coordinator.model.client.num_in_flight == 0)
+    wait_until(
+        lambda: not any(held) and not coordinator.model.client.num_in_flight and not coordinator.engine.num_choices
+    )
 
 
 def check_end(response: httpx.Response, stream: bool) -> None:
@@ -175,7 +177,6 @@ def test_a_request_with_a_status_makes_room_last(narrow: Pair, start: Start, is_
     wait_for_rest(coordinator)
 
 
-@pytest.mark.long
 @Kind
 @pytest.mark.parametrize(
     ("timeout", "seconds", "fields"),

@@ -220,6 +220,7 @@ class Body(Strict):
         return value
 
 
+SUPPORTED = "Supported values are:"
 GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -311,10 +312,15 @@ def test_what_is_too_long() -> None:
         ({"model": 5, "n": 0}, "model", "invalid_type", "Invalid type for 'model'"),  # the first wrong field
         ({"foo": 1}, None, None, "Unrecognized request argument supplied: foo"),
         ({"even": 3}, "even", "invalid_value", "Invalid 'even': expected an even number."),
-        (messages(role="x"), "messages[0].role", "invalid_value", "Invalid value: 'x'. Supported values are: 'user'"),
-        ({"effort": "some"}, "effort", "invalid_value", "Invalid value: 'some'. Supported values are: 'low'"),
+        (messages(role="x"), "messages[0].role", "invalid_value", f"Invalid value: 'x'. {SUPPORTED} 'user', 'tool'."),
+        ({"effort": "some"}, "effort", "invalid_value", f"Invalid value: 'some'. {SUPPORTED} 'low' or 'high'."),
         ({"effort": "'"}, "effort", "invalid_value", """Invalid value: "'"."""),
-        ({"name": "A b"}, "name", "invalid_value", "Invalid 'name': string does not match pattern."),
+        (
+            {"name": "A b"},
+            "name",
+            "invalid_value",
+            "Invalid 'name': string does not match pattern. Expected a string that matches '^[a-z]+$'",
+        ),
         ({"temperature": math.nan}, "temperature", "invalid_value", "Invalid 'temperature'"),
         ({"temperature": math.inf}, "temperature", "invalid_value", "Invalid 'temperature'"),
     ],

@@ -127,7 +127,7 @@ def test_fields_that_do_not_fit_one_another(server: RunningServer, path: str) ->
 @pytest.mark.checklist("C01")
 @pytest.mark.parametrize("path", BOTH)
 def test_wording_is_openais(server: RunningServer, path: str) -> None:
-    """Clients match on it; tests/server/http/test_validation.py has the other messages."""
+    """Clients match on it; tests/server/http/test_invalid_bodies.py has the other messages."""
     error = check_error(ask(server.url, path, n=130), 400)
     message = "Invalid 'n': integer above maximum value. Expected a value <= 128, but got 130 instead."
     assert (error["message"], error["param"], error["code"]) == (message, "n", "integer_above_max_value")
