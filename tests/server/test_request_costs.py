@@ -20,12 +20,12 @@ from server.app import create_app
 from tests.support.api_process import api_process
 from tests.support.clients import CHAT, COMPLETIONS
 from tests.support.fake_engine import FakeEngineConfig
-from tests.support.growth import FACTOR, MAX_GROWTH
 from tests.support.hard_bodies import HARD_BODIES
 from tests.support.serving import make_test_context, own_address, wait_until
 from tests.support.tool_model import write_tool_model
 
 MAX_LOOP_SECONDS = 0.5  # for one request; most of the largest bodies take less than 0.1
+FACTOR, MAX_GROWTH = 4, 8  # of a body, and of the time
 FLOOR_SECONDS = 0.1  # less says nothing about growth: the clock ticks 100 times a second
 LIMIT_SECONDS = 120.0  # bounds hangs only
 IDS = {"response_id": "resp_1", "request_id": "req_1", "model_id": "tiny"}

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-FACTOR = 4
-MAX_GROWTH = 8  # of the time, when the size is `FACTOR` times as large; quadratic work takes 16 times as long
+MAX_GROWTH = 64  # of the time, when the size is 16 times as large; quadratic work takes 256 times as long
 
 
 def check_growth(prepare: Callable[[int], Callable[[], object]], size: int) -> None:
     """Assert that work takes time about proportional to its size. `prepare(size)` returns the work, which runs once."""
-    small, large = (min(_seconds(prepare(each)) for _ in range(3)) for each in (size, FACTOR * size))
+    small, large = (min(_seconds(prepare(each)) for _ in range(3)) for each in (size // 4, 4 * size))
     assert large < MAX_GROWTH * small, f"{small:.3f} s, then {large:.3f} s"
 
 
