@@ -4,6 +4,7 @@
 """
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,6 +187,45 @@ def test_alone_a_tenant_has_everything_and_beside_another_that_waits_it_has_half
     assert rig.num_preemptions == 2, "the newest two, once"
     assert rig.step() == ["a0", "a1", "a2", "b8"]
     assert rig.num_preemptions == 2
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "lacks_blocks", "displaced"),  # tenant and number of prompt tokens: 4 are a block of 100
+    [
+        # By slots, all of which are taken: the loser's share is still no smaller.
+        ("a3 a3", "b3", False, "a1"),
+        ("a3 a3 b3", "b3", False, None),
+        ("a3 a3 a3 b3", "b3", False, "a2"),
+        ("a3 a3 a3 b3 b3 c3", "c3", False, "a2"),
+        ("b3 a3 a3", "b3 weight=2", False, "a2"),
+        ("a3 a3 weight=2", "b3", False, None),
+        # By blocks, with 16 slots.
+        ("a79 a79 b3 b3 b3", "c80", True, "a1"),
+        ("a79 a79 b3 b3 b3", "c81", True, None),
+        ("a79 a43 b40 b3", "b36", True, "a1"),
+        ("a79 a43 b40 b3", "b37", True, None),
+        # A tenant's only request, if the other needs half as many blocks at most.
+        ("a79", "b40", True, "a0"),
+        ("a79", "b41", True, None),
+        ("a79", "b40", False, None),
+        ("a79 c95", "b40", True, "c1"),
+        ("a79 b3", "b36", True, "a0"),
+        ("a79 b3", "b37", True, None),
+        ("a79 b3", "a3", False, None),
+        ("a79 weight=2", "b20", True, "a0"),
+        ("a79 weight=2", "b21", True, None),
+    ],
+)
+def test_who_makes_room(running: str, waiting: str, lacks_blocks: bool, displaced: str | None) -> None:
+    requests = re.findall(r"(\w)(\d+)(?: weight=(\d))?", f"{running} {waiting}")
+    rig = Rig(16 if lacks_blocks else len(requests) - 1, max_num_batched_tokens=1000, num_blocks=100)
+    added = [rig.add(tenant, int(number), weight=float(weight or 1)) for tenant, number, weight in requests[:-1]]
+    rig.step()
+    assert all(request.status is Status.RUNNING for request in added)
+    tenant, number, weight = requests[-1]
+    request = rig.add(tenant, int(number), weight=float(weight or 1))
+    victim = rig.scheduler.queue.displaced_by(request, lacks_blocks=lacks_blocks)
+    assert (victim and victim.request_id) == displaced
 
 
 def test_only_as_many_are_preempted_as_others_need() -> None:
