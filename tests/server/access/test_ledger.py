@@ -22,6 +22,7 @@ LIMITS = {  # of tenants, each of which has its name as its key
     "tokens": "tokens-per-minute: 15",
     "today": "tokens-per-day: 12",
     "one": "max-concurrent-requests: 1",
+    "first": "negative-priority: true",
     "free": "weight: 1",
 }
 
@@ -51,8 +52,8 @@ def pair(running_pair: Pair, fake_engine: FakeEngine) -> Pair:
 
 
 def send(server: RunningServer, key: str = "free", path: str = COMPLETIONS, **fields: Any) -> httpx.Response:
-    headers = {"authorization": f"Bearer {key}"}
-    return httpx.post(server.url + path, json=REQUEST | fields, headers=headers, timeout=30)
+    body = REQUEST | fields if path == COMPLETIONS else fields
+    return httpx.post(server.url + path, json=body, headers={"authorization": f"Bearer {key}"}, timeout=30)
 
 
 def usage(server: RunningServer, key: str) -> dict[str, Any]:
@@ -83,6 +84,9 @@ def test_requests_per_minute(pair: Pair) -> None:
         assert error["message"] == "Rate limit reached: 4 requests per minute. Please try again in 15.000s."
         assert rates(refused, "requests") == ("4", "0")
         assert refused.headers["retry-after"] == "15"
+        assert "x-ratelimit-limit-tokens" not in refused.headers
+        listed = httpx.get(f"{server.url}/v1/models", headers={"authorization": "Bearer requests"})
+        assert (listed.status_code, *rates(listed, "requests")) == (200, "4", "0")  # which is not counted
         others = send(server)
         assert others.status_code == 200
         assert not [name for name in others.headers if name.startswith("x-ratelimit")]
@@ -104,6 +108,7 @@ def test_tokens_per_day(pair: Pair) -> None:
     first, second = (send(server, "today") for server in pair)
     assert check_error(first, 429) == check_error(second, 429)
     assert first.json()["error"]["code"] == "insufficient_quota"
+    assert first.headers["x-should-retry"] == "false"
     assert usage(pair[1], "today")["total_tokens_today"] == 12
 
 
@@ -123,6 +128,26 @@ def test_requests_at_a_time(pair: Pair, fake_engine: FakeEngine) -> None:
         fake_engine.config.endless = False
         statuses = [send(server, "one", stream=number % 3 == 0).status_code for number, server in enumerate(pair * 3)]
         assert statuses == [200] * 6
+
+
+def test_a_background_response_runs_until_it_is_cancelled(pair: Pair, fake_engine: FakeEngine) -> None:
+    """The request that cancels it is not counted."""
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    background = {"model": "tiny", "input": "a", "background": True, "max_output_tokens": 1000}
+    made = send(pair[0], "one", "/v1/responses", **background).json()
+    wait_until(lambda: fake_engine.num_choices == 1)
+    check_error(send(pair[0], "one"), 429)
+    assert send(pair[0], "one", f"/v1/responses/{made['id']}/cancel").status_code == 200
+    wait_until(lambda: usage(pair[0], "one")["num_running_requests"] == 0)
+
+
+def test_only_some_tenants_go_first(pair: Pair, fake_engine: FakeEngine) -> None:
+    answers = [send(pair[0], key, priority=-9) for key in ("first", "free")]
+    warnings = [answer.headers.get("x-lightwell-warnings") for answer in answers]
+    assert warnings == [None, "priority raised to 0: the API key allows no lower one"]
+    send(pair[0], priority=5)
+    send(pair[0], path="/v1/embeddings", model="tiny", input="x", priority=-9)
+    assert [submit.priority for submit in fake_engine.submits] == [-9, 0, 5, 0]
 
 
 def test_processes_read_the_keys_again_one_after_the_other(start_pair: StartPair, tmp_path: Path) -> None:
