@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams, Submit
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, Pooling, SamplingParams, Submit
 from tests.support.answers import Answers, assert_same, make_engine, run, run_alone
 from tests.support.examples import IS_LONG
 from tests.support.family_models import VOCAB_SIZE, save_family_model
@@ -78,7 +78,10 @@ def load(folder: Path, kernels: str = "default", num_threads: int | None = None,
 
 
 def requests(lengths: Sequence[int] = LENGTHS) -> list[Submit]:
-    """Return requests of all kinds, some of several choices, some with a prefix of the one before, some repetitive."""
+    """Return requests of all kinds, some of several choices, some with a prefix of the one before, some repetitive.
+
+    The last two ask for the embeddings of a prompt.
+    """
     rng = random.Random(SEED)
     submits: list[Submit] = []
     for number, length in enumerate(lengths):
@@ -92,6 +95,9 @@ def requests(lengths: Sequence[int] = LENGTHS) -> list[Submit]:
         submits.append(
             Submit(request_id=f"r{number}", prompt_token_ids=prompt, params=params, arrival=0.0, n=1 + number % 2)
         )
+    for pooling in Pooling:
+        params = SamplingParams(max_tokens=0, pooling=pooling)
+        submits.append(msgspec.structs.replace(submits[-1], request_id=pooling, params=params, n=1))
     return submits
 
 
@@ -102,13 +108,15 @@ def assert_promise(loaded: LoadedModel, submits: Sequence[Submit], *, chunks: Se
 
     engine = make_engine(loaded)
     assert_same(run(engine, submits), alone)
-    assert max(len(step.rows) for step in engine.recorder.steps) >= len(submits)
+    num_generating = sum(submit.params.max_tokens > 0 for submit in submits)
+    assert max(len(step.rows) for step in engine.recorder.steps) >= num_generating
 
     # The same requests again, whose prompts are cached; then conversations that go on.
     assert_same(run(engine, submits), alone)
     found = {record.request_id: record.num_cached_tokens for record in list(engine.recorder.requests)[-len(alone) :]}
     for submit in submits:
-        num_cacheable = 0 if submit.params.prompt_logprobs is not None else len(submit.prompt_token_ids) - 1
+        is_whole = submit.params.prompt_logprobs is not None or submit.params.pooling is Pooling.MEAN
+        num_cacheable = 0 if is_whole else len(submit.prompt_token_ids) - 1
         assert found[submit.request_id] == num_cacheable // BLOCK_SIZE * BLOCK_SIZE
     follow_ups = [
         msgspec.structs.replace(submit, prompt_token_ids=[*submit.prompt_token_ids, *alone[submit.request_id, 0][0], 5])
@@ -178,7 +186,7 @@ def test_adapters(name: str, kernels: str, model: Callable[[str], Path], tmp_pat
         adapted.append(msgspec.structs.replace(submit, **fields, lora_fingerprint=fingerprint_of(loaded, lora)))
     alone = assert_promise(loaded, adapted)
     for submit in submits:
-        first, *others = (alone[submit.request_id + lora, 0].logprobs for lora in names)
+        first, *others = (alone[submit.request_id + lora, 0] for lora in names)
         assert all(other != first for other in others)
     plain = run(make_engine(load(path, kernels, 2)), submits)
     assert_same(plain, {key: alone[key] for key in plain})
@@ -222,7 +230,7 @@ def test_ranks_answer_the_same(num_ranks: int, head_dim: int, tmp_path: Path) ->
         tensor_parallel_size=num_ranks,
         speculative="off",
     )
-    submits = requests()[2:]
+    submits = requests()[2:-2]  # without those of embeddings
     with load_ranks(config) as loaded:
         assert loaded.runner.kernels.deterministic
         alone = {key: answer for submit in submits for key, answer in run(Engine(config, loaded), [submit]).items()}

@@ -13,9 +13,8 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.model.memory_plan import MIB
 from engine.startup import log_plan, warm_up
-from tests.parity.test_families import SHAPE
 from tests.support.tiny_engine import load_tiny_model
-from tests.support.tiny_models import save_random_model
+from tests.support.tiny_models import SHAPE, save_random_model
 from tests.support.triton_models import SEED, load
 
 

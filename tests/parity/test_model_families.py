@@ -34,6 +34,7 @@ from tests.support.family_models import (
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.older_configs import older_config
 from tests.support.outputs import all_logits, greedy_outputs
+from tests.support.tiny_models import SHAPE
 
 NUM_OUTPUT_TOKENS = num_examples(6, 24)
 NUM_INTERPRETED_TOKENS = 3
@@ -96,18 +97,13 @@ def load(path: Path, kernels: str = "default") -> LoadedModel:
         return load_model(EngineConfig(model_path=str(path), dtype="float32", quantization="none"))
 
 
-def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
-
-
 def assert_same_as_transformers(
     lengths: Sequence[int], reference: Reference, loaded: LoadedModel, num_tokens: int = NUM_OUTPUT_TOKENS
 ) -> None:
     """Compare the log probabilities of prompts, and each step of greedy decoding after them."""
-    prompts = prompts_of(lengths)
-    outputs = greedy_outputs(loaded, prompts, num_tokens)
-    for prompt, output in zip(prompts, outputs, strict=True):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    prompts = [torch.randint(loaded.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    for prompt, output in zip(prompts, greedy_outputs(loaded, prompts, num_tokens), strict=True):
         expected = reference.log_probabilities(prompt + output)
         actual = torch.log_softmax(all_logits(loaded, prompt), dim=-1)
         torch.testing.assert_close(actual, expected[: len(prompt)], rtol=0, atol=TOLERANCE)
@@ -158,6 +154,41 @@ def used_fields(config: ModelConfig) -> ModelConfig:
     """Return a configuration without the context of queries that are not scaled."""
     ropes = [rope if rope.query_beta else replace(rope, query_context=0) for rope in config.ropes]
     return replace(config, ropes=tuple(ropes))
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+BOTH = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 16}
+ODD = {"hidden_size": 36, "intermediate_size": 77, "vocab_size": 131, "num_hidden_layers": 3}
+THREE = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
+SHAPES: dict[str, dict[str, Any]] = {
+    "as many KV heads as heads": {"num_key_value_heads": 4, "attention_bias": True},
+    "one KV head": {"num_key_value_heads": 1, "mlp_bias": True},
+    "both biases, tied": BOTH | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "odd sizes": ODD | {"head_dim": 10},
+    "odd sizes, heads of whole vectors": ODD | {"head_dim": 48, "rope_parameters": LINEAR},
+    "llama3 scaling, other epsilon": {"rope_parameters": LLAMA3, "rms_norm_eps": 0.1},
+    "heads of 256, three to a KV head": THREE | {"head_dim": 256},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "window of 1": {"sliding_window": 1},
+    "window of 37, heads of whole vectors": {"sliding_window": 37, "head_dim": 80},
+    "window over several key tiles": {"sliding_window": 300, "num_key_value_heads": 1},
+    "window larger than the prompt": {"sliding_window": 5000},
+}
+
+
+@pytest.mark.parametrize("kernels", ["default", pytest.param("torch", marks=pytest.mark.long)])
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_shapes(changes: dict[str, Any], kernels: str, tmp_path: Path) -> None:
+    """Prompts of one token, a block, more than one tile of keys, and more than several."""
+    model_type = "mistral" if "sliding_window" in changes else "llama"
+    saved = Reference(tmp_path, save_variant(SHAPE | changes | {"model_type": model_type}, tmp_path))
+    loaded = load(tmp_path, kernels)
+    in_cpp = kernels == "default" and code_paths() and loaded.config.layers[0].attention.head_dim % 16 == 0
+    assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if in_cpp else "torch")
+    assert_same_as_transformers((1, 32, 100, 700), saved, loaded)
 
 
 def layers(config: dict[str, Any], kind: str) -> list[str]:

@@ -14,6 +14,7 @@ from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
 from tests.bench.random_gguf import MIXES, Shape, write_random_gguf
 from tests.parity.test_model_families import NOT_IN_CPP
+from tests.support.answers import run
 from tests.support.family_models import VOCAB_SIZE, save_family_model, some_families
 from tests.support.gguf_files import write_gguf
 from tests.support.kernel_choice import choose_kernels
@@ -50,14 +51,10 @@ def log_probabilities(loaded: LoadedModel, num_tokens: int = NUM_TOKENS) -> torc
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(3, VOCAB_SIZE, (LENGTH,), generator=generator).tolist()
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=0)
-    engine = Engine(EngineConfig(model_path="", speculative="off"), loaded)
-    engine.add(Submit(request_id="r", prompt_token_ids=prompt, params=params, arrival=0.0))
-    values: list[float] = []
-    while engine.has_work:
-        for event in engine.step()[1]:
-            assert event.error is None
-            values += [entry.logprob for entry in event.prompt_logprobs or []]
-            values += [logprob for entry in event.logprobs or [] for logprob in entry.top_logprobs]
+    submit = Submit(request_id="r", prompt_token_ids=prompt, params=params, arrival=0.0)
+    answer = run(Engine(EngineConfig(model_path="", speculative="off"), loaded), [submit])["r", 0]
+    values = [entry.logprob for entry in answer.prompt_logprobs]
+    values += [logprob for entry in answer.logprobs for logprob in entry.top_logprobs]
     assert len(values) == LENGTH - 1 + 3 * num_tokens
     return torch.tensor(values)
 
@@ -66,12 +63,8 @@ def log_probabilities(loaded: LoadedModel, num_tokens: int = NUM_TOKENS) -> torc
 def test_ranks_agree_with_one_process(name: str, tmp_path: Path) -> None:
     kernels = "torch" if name in IN_TORCH else "default"
     num_ranks = save_divisible(name, tmp_path)
-    settings: dict[str, Any] = {
-        "model_path": str(tmp_path),
-        "dtype": "float32",
-        "quantization": "none",
-        "max_model_len": 64,
-    }
+    settings: dict[str, Any] = {"model_path": str(tmp_path), "dtype": "float32", "quantization": "none"}
+    settings |= {"max_model_len": 64}
     with choose_kernels(kernels, num_threads=1):
         expected = log_probabilities(load_model(EngineConfig(**settings)))
         with load_threads(EngineConfig(tensor_parallel_size=num_ranks, **settings)) as loaded:

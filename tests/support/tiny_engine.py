@@ -11,22 +11,12 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
-from tests.support.tiny_models import save_random_model
+from tests.support.tiny_models import SHAPE, save_random_model
 
 MAX_MODEL_LEN = 128
 BLOCK_SIZE = 16
 EOS = 7
-TINY_SHAPE: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": MAX_MODEL_LEN,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-}
+TINY_SHAPE = SHAPE | {"vocab_size": 300, "max_position_embeddings": MAX_MODEL_LEN, "eos_token_id": EOS}
 
 
 def load_tiny_model(folder: Path) -> LoadedModel:

@@ -1,9 +1,22 @@
 """Small random models for tests, created and saved with transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+VOCAB_SIZE = 256
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+}
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:

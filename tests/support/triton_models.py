@@ -8,8 +8,8 @@ import triton
 
 from engine.config import EngineConfig
 from engine.loading import LoadedModel, load_model
-from tests.parity.test_families import VOCAB_SIZE
 from tests.support.kernel_choice import choose_kernels
+from tests.support.tiny_models import VOCAB_SIZE
 
 SEED = 11
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,13 +11,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from engine.batch.inputs import AttentionWork, BatchInputs
-from engine.batch.transfer import HostCopy
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.execution.cuda_graphs import MAX_GRAPH_BYTES, SIZES, Forward, GraphedExecution, first_cause
@@ -31,13 +28,12 @@ from engine.scheduling.record import StepClock
 from engine.scheduling.request import NO_LORA_SLOT, Step
 from engine.shared.messages import HEARTBEAT_SECONDS, SamplingParams, Submit
 from engine.startup import MAX_CAPTURE_SECONDS, capture_graphs
-from tests.parity.test_families import SHAPE
 from tests.support.answers import Answers, run
 from tests.support.capture_checker import CaptureChecker
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.meta_models import Sequence, scheduled
-from tests.support.tiny_models import save_random_model
+from tests.support.tiny_models import SHAPE, save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
 
@@ -366,37 +362,3 @@ def test_a_graph_runs_the_kernels_of_an_eager_step(max_num_seqs: int, tmp_path: 
         )
         assert expected
         assert found == expected
-
-
-@triton.jit
-def _fill(out, value, size):  # type: ignore[no-untyped-def]
-    tl.store(out + tl.arange(0, 4), value, mask=tl.arange(0, 4) < size)
-
-
-def launch(out: Tensor, size: int) -> Tensor:
-    _fill[(1,)](out, 1.0, size)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("offender", "is_found"),
-    [
-        (lambda x: x, False),
-        (lambda x: x.to(torch.device("cpu"), non_blocking=True), True),
-        (lambda x: torch.cuda.synchronize(), True),
-        (lambda x: x.sum().item(), True),
-        (HostCopy, True),
-        (lambda x: launch(x[1:], 3), True),  # not aligned, as in no launch before
-    ],
-)
-def test_offenders_are_found(offender: Callable[[Tensor], Any], is_found: bool) -> None:
-    x, steps = torch.ones(8), iter([lambda x: x, offender])  # the first step is the warm-up
-
-    def forward() -> Tensor:
-        with suppress(RuntimeError, AssertionError, TypeError):  # where CUDA would have to be there
-            next(steps)(x)
-        return launch(x, 3)
-
-    checker = CaptureChecker()
-    checker.capture(forward)
-    assert bool(checker.found) == is_found

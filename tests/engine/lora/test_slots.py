@@ -28,11 +28,10 @@ from engine.lora.slots import (
 )
 from engine.lora.updates import MAX_PENDING, READ_TIMEOUT, SLOT_TIMEOUT, WRITE_SECONDS, AdapterUpdates, run_in_thread
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, Submit, UnloadAdapter
-from tests.parity.test_families import SHAPE
 from tests.support.answers import run
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
-from tests.support.tiny_models import save_random_model
+from tests.support.tiny_models import SHAPE, save_random_model
 
 PROMPT = list(range(100, 150))
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)

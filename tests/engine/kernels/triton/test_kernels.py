@@ -10,42 +10,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.config import EngineConfig, load_model_config
+from engine.config import EngineConfig
 from engine.core import Engine
 from engine.kernels.triton import kernels as triton_kernels
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.tiles import AttentionTiles
 from engine.shared.messages import SamplingParams, Submit
 from engine.startup import fingerprint
-from tests.parity.test_families import SHAPE
-from tests.parity.test_lora import logits_of, with_adapters
 from tests.support.answers import run
-from tests.support.lora_adapters import save_random_adapter
-from tests.support.outputs import all_logits, greedy_outputs
-from tests.support.tiny_models import save_random_model
+from tests.support.outputs import all_logits
+from tests.support.tiny_models import SHAPE, save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
 pytestmark = pytest.mark.long
-
-
-def test_adapters_are_those_of_peft(tmp_path: Path) -> None:
-    """Rows with two adapters and without share a batch."""
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    folder = save_random_model(model, tmp_path / "model", SEED)
-    config = load_model_config(folder)
-    folders = {
-        "all": save_random_adapter(tmp_path / "all", config, 1, ranks={"": 5}),
-        "some": save_random_adapter(tmp_path / "some", config, 2, ranks={"k_proj": 16, "down_proj": 16}),
-    }
-    paths = {name: str(path) for name, path in folders.items()}
-    loaded = load(folder, lora_modules=paths, max_loras=2)
-    pairs = [(prompt_of(length), name) for length, name in ((1, "some"), (9, "all"), (20, ""), (20, "some"))]
-    outputs = greedy_outputs(loaded, [prompt for prompt, _ in pairs], 3, [name for _, name in pairs])
-    reference = with_adapters(model, folders)
-    for (prompt, name), output in zip(pairs, outputs, strict=True):
-        expected = logits_of(reference, name, prompt + output)
-        torch.testing.assert_close(all_logits(loaded, prompt, name), expected[: len(prompt)], rtol=0, atol=1e-3)
-        assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "int8"), ("float16", "fp8")])

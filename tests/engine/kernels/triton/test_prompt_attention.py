@@ -20,10 +20,9 @@ from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.kv_cache import new_kv_cache
 from engine.kernels.triton.prompt_attention import plan_prompts, unsupported_reason
 from tests.engine.kernels.triton.test_waits import Waits
-from tests.parity.test_families import SHAPE
 from tests.support.outputs import all_logits, greedy_outputs
 from tests.support.paged_attention import Paged, Shape, batch_of
-from tests.support.tiny_models import save_random_model
+from tests.support.tiny_models import SHAPE, save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
 HALF = KernelOptions(torch.bfloat16)

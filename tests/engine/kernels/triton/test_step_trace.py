@@ -21,7 +21,6 @@ from engine.execution.cuda_graphs import SIZES
 from engine.model.memory_plan import GPU_RESERVE
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.startup import warm_up
-from tests.parity.test_families import SHAPE
 from tests.support.capture_checker import specialization_of
 from tests.support.gpu_cards import CARDS
 from tests.support.gpu_shapes import SHAPES
@@ -37,7 +36,7 @@ from tests.support.meta_models import (
     traced_graph_step,
     traced_step,
 )
-from tests.support.tiny_models import save_random_model
+from tests.support.tiny_models import SHAPE, save_random_model
 from tests.support.triton_models import SEED, load
 
 MIB = 2**20

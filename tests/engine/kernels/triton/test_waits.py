@@ -27,8 +27,7 @@ from engine.scheduling.record import StepClock
 from engine.scheduling.request import BlockTable, Scheduled, Step
 from engine.shared.messages import ExtraSamplers, Pooling, SamplingParams, Submit
 from tests.engine.sampling.test_sampler import make_row
-from tests.parity.test_families import SHAPE, VOCAB_SIZE
-from tests.support.tiny_models import save_random_model
+from tests.support.tiny_models import SHAPE, VOCAB_SIZE, save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
 pytestmark = pytest.mark.long
