@@ -80,35 +80,29 @@ def run_child(path: Path, use: Use, result: int) -> None:
 
 def load_in_child(path: Path, use: Use) -> dict[str, object]:
     """Load a model in a child process, use it and return the result."""
+    reader, writer = os.pipe()
     with tempfile.TemporaryFile() as errors:
-        result = _load_in_child(path, use, errors.fileno())
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(MAX_WAIT)
+                os.dup2(errors.fileno(), 2)
+                run_child(path, use, writer)
+            finally:
+                os._exit(0)
+        os.close(writer)
+        data = b"".join(iter(lambda: os.read(reader, 1 << 16), b""))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.close(reader)
+        result: dict[str, object] = json.loads(
+            data or json.dumps({"failed": f"the process ended with status {status}"})
+        )
         if "failed" in result:
             errors.seek(0)
             report = errors.read().decode(errors="replace")
             start = max(0, report.find("ERROR: AddressSanitizer"), report.find("runtime error:") - 200)
             result["failed"] = f"{result['failed']}\n{report[start : start + MAX_REPORT]}"
     return result
-
-
-def _load_in_child(path: Path, use: Use, errors: int) -> dict[str, object]:
-    """Return the result; the child's standard error is the file descriptor `errors`."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.alarm(MAX_WAIT)
-            os.dup2(errors, 2)
-            run_child(path, use, writer)
-        finally:
-            os._exit(0)
-    os.close(writer)
-    data = b"".join(iter(lambda: os.read(reader, 1 << 16), b""))
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.close(reader)
-    if not data:
-        return {"failed": f"the process ended with status {status}"}
-    answer: dict[str, object] = json.loads(data)
-    return answer
 
 
 def main(use: Use = generate_a_token) -> None:

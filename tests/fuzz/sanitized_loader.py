@@ -21,14 +21,13 @@ from engine.loading import LoadedModel
 from engine.shared.messages import SamplingParams, Submit
 from engine.startup import warm_up
 from tests.fuzz import loader
+from tests.support.answers import Answers, assert_same, run
 
 SEED = 28
 PROMPT_LENGTHS = (70, 9, 41)  # the first and the last are longer than the windows of the models
 NUM_GENERATED = 4
-MAX_STEPS = 1000  # for all requests; most take a step for each token, or fewer
 
 shared_kv_cache = attention.new_kv_cache
-Answers = dict[str, list[tuple[int, float]]]  # token ids and log probabilities by request
 
 
 def allocate(num_bytes: int) -> Tensor:
@@ -54,44 +53,17 @@ def answer_requests(config: EngineConfig, loaded: LoadedModel) -> None:
     for layer in loaded.runner.kv_cache.layers:
         for stored in (layer.keys, layer.values):
             stored.fill_(torch.nan)
-    submits = requests(loaded)
+    rng, longest, num_ids = random.Random(SEED), loaded.limits.max_model_len, loaded.config.num_token_ids
+    num_generated = min(NUM_GENERATED, longest)
+    params = SamplingParams(max_tokens=num_generated, temperature=0.0, logprobs=0, ignore_eos=True)
+    submits = []
+    for length in PROMPT_LENGTHS:
+        prompt = [num_ids - 1, *rng.choices(range(num_ids), k=max(1, min(length, longest - num_generated)) - 1)]
+        submits.append(Submit(request_id=str(length), prompt_token_ids=prompt, params=params, arrival=0.0))
     alone: Answers = {}
     for submit in submits:
         alone |= run(engine, [submit])
-    together = run(Engine(config, loaded), submits)
-    assert together == alone, f"answers differ: {alone}, with others {together}"
-
-
-def requests(loaded: LoadedModel) -> list[Submit]:
-    rng, longest = random.Random(SEED), loaded.limits.max_model_len
-    num_generated = min(NUM_GENERATED, longest)
-    params = SamplingParams(max_tokens=num_generated, temperature=0.0, logprobs=0, ignore_eos=True)
-    num_ids = loaded.config.num_token_ids
-    prompts = [
-        [num_ids - 1, *rng.choices(range(num_ids), k=max(1, min(length, longest - num_generated)) - 1)]
-        for length in PROMPT_LENGTHS
-    ]
-    return [
-        Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0)
-        for number, prompt in enumerate(prompts)
-    ]
-
-
-def run(engine: Engine, submits: list[Submit]) -> Answers:
-    """Return the answers, whose tokens are those that a client gets."""
-    answers: Answers = {submit.request_id: [] for submit in submits}
-    num_steps = 0
-    for submit in submits:
-        engine.add(submit)
-    while engine.has_work:
-        num_steps += 1
-        assert num_steps < MAX_STEPS
-        for event in engine.step()[1]:
-            assert event.error is None, event.error
-            logprobs = [some.logprob for some in event.logprobs or []]
-            answers[event.request_id] += zip(event.token_ids, logprobs, strict=True)
-    engine.scheduler.check()
-    return answers
+    assert_same(run(Engine(config, loaded), submits), alone)
 
 
 def main(code_path: str) -> None:

@@ -1,7 +1,5 @@
 """The inputs that fuzzing begins with: small, and valid or nearly so. Ordinary tests run each of them once."""
 
-import base64
-import io
 import json
 import lzma
 import tempfile
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import sentencepiece
 import torch
 
 from tests.support.gguf_files import write_gguf
@@ -19,6 +16,7 @@ from tests.support.lora_files import small_adapter, write_folder
 from tests.support.paths import ROOT
 from tests.support.tiny_tokenizer_model import CHAT_TEMPLATE, write_tiny_model
 from tests.support.tool_templates import SMALL
+from tests.support.trained_tokenizers import sentencepiece_model, tekken
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 SCHEMA: dict[str, Any] = {
@@ -88,6 +86,7 @@ TEMPLATES = [
     "{{ raise_exception('a' * 9) if messages | length > 9 }}{{ messages[::-1] | map(attribute='role') | join }}",
     "{% generation %}{{ (messages | first)['content'].split(' ')[0].strip() }}{% endgeneration %}",
     "{{ '%s' | format(tools) }}{{ strftime_now('%d') }}",
+    *(SMALL[name] for name in ("GLM-4.5", "Llama-pythonic")),
 ]
 
 DIGEST = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
@@ -103,13 +102,8 @@ def with_number(number: int, data: bytes) -> bytes:
     return bytes([number]) + data
 
 
-def requests() -> Iterator[bytes]:
-    for index, body in REQUESTS:
-        yield with_number(index, json.dumps({"model": "tiny"} | body).encode())
-
-
-def http() -> Iterator[bytes]:
-    yield from HTTP
+def requests() -> list[bytes]:
+    return [with_number(index, json.dumps({"model": "tiny"} | body).encode()) for index, body in REQUESTS]
 
 
 def streams() -> Iterator[bytes]:
@@ -126,55 +120,25 @@ def answers() -> Iterator[bytes]:
             yield with_number(format, text.encode())
 
 
-def templates() -> Iterator[bytes]:
-    for text in (*TEMPLATES, SMALL["GLM-4.5"], SMALL["Llama-pythonic"]):
-        yield text.encode()
+def gguf_files() -> list[bytes]:
+    return [lzma.decompress((ROOT / "tests/parity/fixtures/qwen2.gguf.xz").read_bytes())]
 
 
-def gguf_files() -> Iterator[bytes]:
-    yield lzma.decompress((ROOT / "tests/parity/fixtures/qwen2.gguf.xz").read_bytes())
-
-
-@cache
-def tiny_safetensors() -> bytes:
+def safetensors_files() -> list[bytes]:
     """Return weights of the tiny model, of which only one layer is there."""
     shapes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.up_proj": (128, 64)}
     tensors = {f"model.layers.0.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
-    return safetensors.torch.save(tensors | {"model.norm.weight": torch.ones(64)}, {"format": "pt"})
-
-
-def safetensors_files() -> Iterator[bytes]:
-    yield tiny_safetensors()
-
-
-@cache
-def _model_files() -> Mapping[str, bytes]:
-    with tempfile.TemporaryDirectory() as name:
-        write_tiny_model(Path(name))
-        return {path.name: path.read_bytes() for path in Path(name).iterdir()}
+    return [safetensors.torch.save(tensors | {"model.norm.weight": torch.ones(64)}, {"format": "pt"})]
 
 
 def tokenizer_files() -> Iterator[bytes]:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox"] * 9),
-        model_writer=model,
-        vocab_size=300,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    tekken = {
-        "config": {"pattern": r"\p{L}+|.", "default_vocab_size": 258, "default_num_special_tokens": 2},
-        "vocab": [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)],
-        "special_tokens": [{"rank": 0, "token_str": "<s>", "is_control": True}],
-    }
-    files = _model_files()
-    yield with_number(0, files["tokenizer.json"])
-    yield with_number(1, model.getvalue())
-    yield with_number(2, json.dumps(tekken).encode())
-    yield with_number(3, files["tokenizer_config.json"])
-    yield with_number(4, files["config.json"])
+    yield with_number(1, sentencepiece_model(["the quick brown fox"] * 9, byte_fallback=True))
+    special = [{"rank": 0, "token_str": "<s>", "is_control": True}]
+    yield with_number(2, json.dumps(tekken(special_tokens=special)).encode())
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_tiny_model(Path(name))
+        for number, file in ((0, "tokenizer.json"), (3, "tokenizer_config.json"), (4, "config.json")):
+            yield with_number(number, (folder / file).read_bytes())
 
 
 @cache
@@ -193,8 +157,3 @@ def adapters() -> Iterator[bytes]:
     files = adapter_files()
     yield with_number(1, files["adapter_config.json"])
     yield with_number(2, files["adapter_model.safetensors"])
-
-
-def keys_files() -> Iterator[bytes]:
-    for text in KEYS_FILES:
-        yield text.encode()

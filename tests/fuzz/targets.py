@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
@@ -59,7 +59,7 @@ class FuzzTarget(NamedTuple):
     """A function that is called with any bytes, and the inputs that mutations begin with."""
 
     run: Callable[[bytes], None]
-    seeds: Callable[[], Iterator[bytes]]
+    seeds: Callable[[], Iterable[bytes]]
 
 
 def close() -> None:
@@ -223,40 +223,31 @@ def lora(data: bytes) -> None:
     folder, kind, content = _folder("lora"), data[0] % 3 if data else 0, data[1:]
     for name, original in seeds.adapter_files().items():
         (folder / name).write_bytes(original)
-    path = folder
-    match kind:
-        case 0:
-            path = folder / "adapter.gguf"
-            path.write_bytes(content)
-        case 1:
-            (folder / "adapter_config.json").write_bytes(content)
-        case _:
-            (folder / "adapter_model.safetensors").write_bytes(content)
+    file = ("adapter.gguf", "adapter_config.json", "adapter_model.safetensors")[kind]
+    (folder / file).write_bytes(content)
     with suppress(ValueError):
-        load_lora(path, ADAPTED_MODEL)
+        load_lora(folder / file if kind == 0 else folder, ADAPTED_MODEL)
 
 
 def keys_file(data: bytes) -> None:
     """Read a keys file: it has keys, or is refused in one line."""
     path = _folder("keys_file") / "keys.yaml"
     path.write_bytes(data)
-    message = ""
     try:
         assert read_keys_file(path, has_own_cache=True)
     except SettingsError as error:
-        message = str(error)
-    assert len(message.splitlines()) <= 1, message
+        assert len(str(error).splitlines()) == 1, error  # noqa: PT017
 
 
 TARGETS: Mapping[str, FuzzTarget] = {
     "request": FuzzTarget(request, seeds.requests),
-    "http": FuzzTarget(http, seeds.http),
+    "http": FuzzTarget(http, lambda: seeds.HTTP),
     "sse": FuzzTarget(sse, seeds.streams),
     "answer": FuzzTarget(answer, seeds.answers),
-    "template": FuzzTarget(template, seeds.templates),
+    "template": FuzzTarget(template, lambda: map(str.encode, seeds.TEMPLATES)),
     "gguf": FuzzTarget(gguf, seeds.gguf_files),
     "safetensors": FuzzTarget(safetensors, seeds.safetensors_files),
     "tokenizer": FuzzTarget(tokenizer, seeds.tokenizer_files),
     "lora": FuzzTarget(lora, seeds.adapters),
-    "keys_file": FuzzTarget(keys_file, seeds.keys_files),
+    "keys_file": FuzzTarget(keys_file, lambda: map(str.encode, seeds.KEYS_FILES)),
 }

@@ -1,7 +1,6 @@
 """Reading tokenizer files, against the libraries that they are of."""
 
 import base64
-import io
 import json
 import random
 import struct
@@ -15,37 +14,23 @@ from tokenizers import decoders, models
 
 from engine.config.tokenizer_files import num_token_ids, read_sentencepiece, read_tiktoken, tokenizer_file
 from server.text.tokenizer import Tokenizer
+from tests.support.trained_tokenizers import sentencepiece_model, tekken
 
 LINES = ["the quick brown fox jumps over the lazy dog", "a b c d e f g h i j k l m n o p q r s t u v w x y z"]
 RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
 
 
-def train(**options: Any) -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 20),
-        model_writer=model,
-        vocab_size=300,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
-    return model.getvalue()
-
-
-OPTIONS = {
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-    "treat_whitespace_as_suffix": True,
-    "bos_id": -1,
-}
+OPTIONS = {**dict.fromkeys(("add_dummy_prefix", "remove_extra_whitespaces"), False), "bos_id": -1}
+OPTIONS |= {"treat_whitespace_as_suffix": True}
 PIECE_TYPES = {"is_unknown": 2, "is_control": 3, "is_unused": 5, "is_byte": 6}
 
 
 @pytest.mark.parametrize(("algorithm", "options"), [("bpe", OPTIONS), ("unigram", {}), ("char", {})])
 def test_models_of_sentencepiece(algorithm: str, options: dict[str, Any], tmp_path: Path) -> None:
     path, symbols = tmp_path / "tokenizer.model", {"user_defined_symbols": ["<a>"], "control_symbols": ["<b>"]}
-    path.write_bytes(train(model_type=algorithm, byte_fallback=bool(options), **symbols, **options))
+    path.write_bytes(
+        sentencepiece_model(LINES * 20, model_type=algorithm, byte_fallback=bool(options), **symbols, **options)
+    )
     model, reference = read_sentencepiece(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
     assert model.algorithm == algorithm
     assert len(model.pieces) == reference.get_piece_size()
@@ -74,7 +59,7 @@ def test_fields_that_protobuf_leaves_out_have_their_defaults(tmp_path: Path) -> 
 
 
 def test_random_bytes_are_refused(tmp_path: Path) -> None:
-    rng, path, model = random.Random(0), tmp_path / "tokenizer.model", train(model_type="bpe")
+    rng, path, model = random.Random(0), tmp_path / "tokenizer.model", sentencepiece_model(LINES * 20, model_type="bpe")
     for _ in range(100):
         damaged = bytearray(model[: rng.randrange(400)])
         for _ in range(rng.randrange(1, 20)):
@@ -130,25 +115,19 @@ def test_models_that_sentencepiece_refuses_too(pieces: list[bytes], message: str
 
 
 @pytest.mark.parametrize(
-    ("config", "parts", "message"),
+    ("parts", "message"),
     [
-        ({"default_num_special_tokens": 10_001, "default_vocab_size": 20_000}, {}, "Expected `int` <= 10000"),
-        ({"default_vocab_size": 19}, {}, "default_num_special_tokens: 20 of default_vocab_size 19"),
-        ({}, {"vocab": [{"rank": -1, "token_bytes": "YQ=="}]}, r"vocab\[0\]: its rank must be 0, not -1"),
-        ({}, {"vocab": [{"rank": n, "token_bytes": "YQ=="} for n in (0, 1)]}, "vocab: 1 of 2 tokens occur more than"),
-        (
-            {},
-            {"special_tokens": [{"rank": n, "token_str": "<a>"} for n in (0, 5)]},
-            "special_tokens: 1 of 20 tokens occ",
-        ),
-        ({}, {"vocab": 1}, ""),
+        ({"default_num_special_tokens": 10_001, "default_vocab_size": 20_000}, "Expected `int` <= 10000"),
+        ({"default_vocab_size": 19}, "default_num_special_tokens: 20 of default_vocab_size 19"),
+        ({"vocab": [{"rank": -1, "token_bytes": "YQ=="}]}, r"vocab\[0\]: its rank must be 0, not -1"),
+        ({"vocab": [{"rank": n, "token_bytes": "YQ=="} for n in (0, 1)]}, "vocab: 1 of 2 tokens occur more than"),
+        ({"special_tokens": [{"rank": n, "token_str": "<a>"} for n in (0, 5)]}, "special_tokens: 1 of 20 tokens occ"),
+        ({"vocab": 1}, ""),
     ],
 )
-def test_fields_of_tekken_that_are_refused(
-    config: dict[str, Any], parts: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    file = json.loads(tekken())
-    (tmp_path / "tekken.json").write_text(json.dumps(file | parts | {"config": file["config"] | config}))
+def test_fields_of_tekken_that_are_refused(parts: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tekken()
+    (tmp_path / "tekken.json").write_text(json.dumps(file | parts | {"config": file["config"] | parts}))
     for read in (num_token_ids, Tokenizer.from_model):
         with pytest.raises(ValueError, match=rf"tekken\.json: not a tokenizer of mistral-common \({message}"):
             read(tmp_path)
@@ -162,19 +141,13 @@ def test_the_order_of_files(tmp_path: Path) -> None:
         assert tokenizer_file(tmp_path) == tmp_path / name
 
 
-def tekken() -> str:
-    vocab = [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)]
-    config = {"pattern": r"\s+|\S+", "default_vocab_size": 276, "default_num_special_tokens": 20}
-    return json.dumps({"config": config, "vocab": vocab})
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("tokenizer.model", train(model_type="bpe"), None),
+        ("tokenizer.model", sentencepiece_model(LINES * 20, model_type="bpe"), None),
         ("tokenizer.model", RANKS, 256),
         ("qwen.tiktoken", RANKS, 256 + 208),
-        ("tekken.json", tekken().encode(), 276),
+        ("tekken.json", json.dumps(tekken()).encode(), 276),
     ],
 )
 def test_the_number_of_ids_is_that_of_the_tokenizer(
