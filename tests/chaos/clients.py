@@ -36,7 +36,7 @@ class Clients:
             timeout=ANSWER_SECONDS,
             trust_env=False,
             limits=NO_REUSE,
-            headers={"authorization": f"Bearer {keys[0]}"},
+            headers=_of(keys[0]),
         )
         self._known: dict[str, Any] = {}
         self._bad = bad_requests()
@@ -57,7 +57,7 @@ class Clients:
         """Send one request after the other until the time `until`."""
         kinds = (
             *(self._known_whole, self._known_whole, self._known_whole, self._known_stream, self._known_stream),
-            *(self._random_whole, self._random_stream, self._bad_request),
+            *(self._random, self._random, self._bad_request),
             *(self._cancelled, self._impatient, self._responses_stream, self._background),
         )
         while time.monotonic() < until:
@@ -100,8 +100,7 @@ class Clients:
 
     async def _responses_stream(self, rng: random.Random, key: str) -> str:
         path, body = KNOWN["responses"]
-        headers, body = {"authorization": f"Bearer {key}"}, {"model": MODEL, "stream": True} | body
-        answer = await self._http.post(path, json=body, headers=headers)
+        answer = await self._http.post(path, json={"model": MODEL, "stream": True} | body, headers=_of(key))
         if answer.status_code != 200:
             raise _refusal(answer.status_code, _code(answer.content, path))
         events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
@@ -112,10 +111,9 @@ class Clients:
         """Ask for a response in the background, and come back for it."""
         path, body = KNOWN["responses"]
         response = await self._ask(path, body | {"background": True, "store": True}, key)
-        headers = {"authorization": f"Bearer {key}"}
         while response["status"] in ("queued", "in_progress"):
             await asyncio.sleep(0.2)
-            answer = await self._http.get(f"{path}/{response['id']}", headers=headers)
+            answer = await self._http.get(f"{path}/{response['id']}", headers=_of(key))
             assert answer.status_code == 200, answer.text
             response = answer.json()
         return self._end_of_response(response)
@@ -135,24 +133,17 @@ class Clients:
 
     # Other requests.
 
-    async def _random_whole(self, rng: random.Random, key: str) -> str:
+    async def _random(self, rng: random.Random, key: str) -> str:
         path, body, num_choices = random_request(rng)
-        answer = await self._ask(path, body, key)
-        assert len(answer["choices"]) == num_choices
-        assert all(choice["finish_reason"] in ("stop", "length") for choice in answer["choices"])
-        return "answered"
-
-    async def _random_stream(self, rng: random.Random, key: str) -> str:
-        path, body, num_choices = random_request(rng)
-        choices = merge(await self._stream(path, body, key))
+        answers = await self._stream(path, body, key) if rng.random() < 0.5 else [await self._ask(path, body, key)]
+        choices = merge(answers)
         assert len(choices) == num_choices
         assert all(choice.finish_reason in ("stop", "length") for choice in choices.values())
         return "answered"
 
     async def _bad_request(self, rng: random.Random, key: str) -> str:
         status, request = rng.choice(self._bad)
-        headers = {"authorization": f"Bearer {key}"} | request.get("headers", {})
-        answer = await self._http.request(**request | {"headers": headers})
+        answer = await self._http.request(**request | {"headers": _of(key) | request.get("headers", {})})
         error = check_error(answer, answer.status_code)
         if answer.status_code != status:
             raise _refusal(answer.status_code, error["code"])
@@ -165,8 +156,7 @@ class Clients:
         async for chunk in self._chunks(COMPLETIONS, body, key):
             reasons += [choice["finish_reason"] for choice in chunk["choices"] if choice["finish_reason"]]
             if rng.random() < 0.2:
-                headers = {"authorization": f"Bearer {key}"}
-                answer = await self._http.post(f"/v1/requests/{chunk['id']}/cancel", headers=headers)
+                answer = await self._http.post(f"/v1/requests/{chunk['id']}/cancel", headers=_of(key))
                 assert answer.status_code in (200, 404), answer.text
         assert reasons in (["abort"], ["length"]), reasons
         return "answered"
@@ -185,8 +175,7 @@ class Clients:
 
     async def _ask(self, path: str, body: dict[str, Any], key: str) -> Any:
         """Return the answer. Raises RefusedError."""
-        headers = {"authorization": f"Bearer {key}"}
-        answer = await self._http.post(path, json={"model": MODEL} | body, headers=headers)
+        answer = await self._http.post(path, json={"model": MODEL} | body, headers=_of(key))
         if answer.status_code != 200:
             raise _refusal(answer.status_code, _code(answer.content, path))
         return answer.json()
@@ -197,12 +186,9 @@ class Clients:
 
     async def _chunks(self, path: str, body: dict[str, Any], key: str) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of a stream, which must end with one [DONE]. Raises RefusedError."""
-        headers = {"authorization": f"Bearer {key}"}
-        started = time.monotonic()
-        events = []
-        async with self._http.stream(
-            "POST", path, json={"model": MODEL, "stream": True} | body, headers=headers
-        ) as answer:
+        started, events = time.monotonic(), list[str]()
+        body = {"model": MODEL, "stream": True} | body
+        async with self._http.stream("POST", path, json=body, headers=_of(key)) as answer:
             if answer.status_code != 200:
                 raise _refusal(answer.status_code, _code(await answer.aread(), path))
             async for line in answer.aiter_lines():
@@ -220,6 +206,10 @@ class Clients:
         assert errors in ([], events[-2:-1]), errors
         if errors:
             raise _refusal(503, check_envelope(errors[0].encode())["code"])
+
+
+def _of(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
 
 
 def _code(body: bytes, path: str) -> str | None:

@@ -5,7 +5,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from tests.chaos.report import Report
@@ -95,37 +95,30 @@ class HostileClients:
         data = rng.randbytes(rng.randint(1, 5000))
         if rng.random() < 0.7:
             data = bytes(mutate_bytes(bytearray(rng.choice((*seeds.HTTP, self._stream(rng)))), 1 << 20, rng))
-        async with self._connect() as (reader, writer):
-            writer.write(data)
-            with suppress(TimeoutError):
-                self._check(await asyncio.wait_for(reader.read(100), 1))
+        await self._hold(1, (data,), rng)
 
     async def _flood(self, rng: random.Random) -> None:
         """Open many connections at once, each with the beginning of a request or nothing."""
-        beginnings = (b"", b"GET /he", b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{")
-
-        async def hold() -> None:
-            with suppress(OSError):
-                async with self._connect() as (_, writer):
-                    writer.write(rng.choice(beginnings))
-                    await asyncio.sleep(rng.uniform(0.5, 3))
-
-        await asyncio.gather(*(hold() for _ in range(NUM_FLOOD)))
+        unfinished = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{"
+        await self._hold(NUM_FLOOD, (b"", b"GET /he", unfinished), rng)
 
     async def _large_bodies(self, rng: random.Random) -> None:
         """Send large parts of bodies, whose rest never comes: more than the server keeps of all bodies together."""
         head = self._head(rng.choice(self._keys), 2 * LARGE_BYTES)
-
-        async def hold() -> None:
-            with suppress(OSError):
-                async with self._connect() as (reader, writer):
-                    writer.write(head + b'"' + b"a" * LARGE_BYTES)
-                    with suppress(TimeoutError):
-                        self._check(await asyncio.wait_for(reader.read(100), rng.uniform(1, 5)))
-
-        await asyncio.gather(*(hold() for _ in range(NUM_LARGE_BODIES)))
+        await self._hold(NUM_LARGE_BODIES, (head + b'"' + b"a" * LARGE_BYTES,), rng)
 
     # How they do it.
+
+    async def _hold(self, num_connections: int, beginnings: Sequence[bytes], rng: random.Random) -> None:
+        """Send something on each of some connections, and leave after a while if there is no answer."""
+
+        async def hold() -> None:
+            with suppress(OSError, TimeoutError):
+                async with self._connect() as (reader, writer):
+                    writer.write(rng.choice(beginnings))
+                    self._check(await asyncio.wait_for(reader.read(100), rng.uniform(0.5, 4)))
+
+        await asyncio.gather(*(hold() for _ in range(num_connections)))
 
     @asynccontextmanager
     async def _connect(self) -> AsyncIterator[Connection]:
@@ -150,14 +143,8 @@ class HostileClients:
         return self._head(rng.choice(self._keys), len(data)) + data
 
     def _head(self, key: str, num_bytes: int) -> bytes:
-        lines = (
-            f"POST {COMPLETIONS} HTTP/1.1",
-            "host: localhost",
-            f"authorization: Bearer {key}",
-            "content-type: application/json",
-            f"content-length: {num_bytes}",
-        )
-        return "\r\n".join([*lines, "", ""]).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n"
+        return f"{head}content-type: application/json\r\ncontent-length: {num_bytes}\r\n\r\n".encode()
 
     def _check(self, answer: bytes) -> None:
         if answer.startswith(b"HTTP/1.1 5") and not answer.startswith(b"HTTP/1.1 503"):

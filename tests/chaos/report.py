@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -13,12 +12,6 @@ from typing import NamedTuple
 MAX_MORE_BYTES = {"engine": 64 << 20, "API": 96 << 20, "supervisor": 4 << 20}
 MAX_MORE_THREADS = 4  # threads for texts are started when they are needed
 MAX_MORE_FILES = 6  # so are processes for chat templates and grammars
-
-ENDS = ("answered", "rejected", "429", "failed by a death", "left")  # of requests
-COLUMNS = (
-    *("s", *ENDS, "deaths, ready after s", "first token s: 50 %, 99 %", "/health ms: 50 %, max"),
-    *("MiB engine, API, supervisor", "threads", "descriptors", "processes"),
-)
 
 
 class Resources(NamedTuple):
@@ -105,16 +98,13 @@ class Report:
         file.write_text(self.text(), encoding="utf-8")
 
     def text(self) -> str:
-        """Return a Markdown table with a line for each round, and what went wrong."""
-        seconds = sum(each.seconds for each in self.rounds)
+        """Return a line for each round, how requests of each kind ended, and what went wrong."""
         disturbances = sum((each.disturbances for each in self.rounds), Counter[str]())
         lines = [
-            f"Seed {self.seed}, {seconds:.0f} s, {sum(self.by_kind.values())} requests, {self.deaths.num} deaths of "
-            f"the engine; started in {self.start_seconds:.1f} s.",
+            f"Seed {self.seed}, {sum(self.by_kind.values())} requests, {self.deaths.num} deaths of the engine; "
+            f"started in {self.start_seconds:.1f} s.",
             "",
-            f"| {' | '.join(COLUMNS)} |",
-            "|" + "---|" * len(COLUMNS),
-            *(_row(each) for each in self.rounds),
+            *map(_line, self.rounds),
             "",
             *(f"* {kind}: {num}" for counts in (self.by_kind, disturbances) for kind, num in sorted(counts.items())),
             "",
@@ -122,22 +112,14 @@ class Report:
         return "\n".join([*lines, *(self.problems or ["Nothing went wrong."]), ""])
 
 
-def _row(each: Round) -> str:
-    held = [each.resources[name] for name in MAX_MORE_BYTES if name in each.resources]
-    columns = [
-        f"{each.seconds:.0f}",
-        *(str(each.ends[end]) for end in ENDS),
-        ", ".join(each.deaths),
-        f"{quantile(each.first_tokens, 0.5):.2f}, {quantile(each.first_tokens, 0.99):.2f}",
-        f"{1e3 * quantile(each.probes, 0.5):.0f}, {1e3 * quantile(each.probes, 1.0):.0f}",
-        ", ".join(f"{one.num_bytes / 2**20:.0f}" for one in held),
-        ", ".join(str(one.num_threads) for one in held),
-        ", ".join(str(one.num_files) for one in held),
-        str(each.num_processes),
+def _line(each: Round) -> str:
+    first, probes = each.first_tokens or [0.0], each.probes or [0.0]
+    held = [
+        f"{name} {one.num_bytes >> 20} MiB, {one.num_threads} threads, {one.num_files} descriptors"
+        for name, one in each.resources.items()
     ]
-    return f"| {' | '.join(columns)} |"
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values) or [0.0]
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return (
+        f"* {each.seconds:.0f} s: {dict(each.ends)}; ready after s: {', '.join(each.deaths)}; first token after "
+        f"{median(first):.2f} s, at most {max(first):.2f}; /health after {median(probes):.3f} s, at most "
+        f"{max(probes):.3f}; {'; '.join(held)}; {each.num_processes} processes"
+    )
