@@ -1,4 +1,4 @@
-"""Fixtures that run real servers with a real model: two shared by many tests, and one for a single test."""
+"""Fixtures that run real servers with a real model: one shared by many tests, and others for a single test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,20 +25,6 @@ def server(session_server: ServerProcess) -> ServerProcess:
     """The shared server, once the requests of earlier tests have ended: their tokens would count in this one."""
     wait_until(lambda: session_server.is_idle)
     return session_server
-
-
-@pytest.fixture(scope="session")
-def session_small_server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    flags = ("--max-num-seqs=2", "--max-queued-requests=2", "--max-model-len=1024", "--kv-cache-memory=64MiB")
-    with shared_server(smollm2_path, *flags, "--speculative=off") as server:
-        yield server
-
-
-@pytest.fixture
-def small_server(session_small_server: ServerProcess) -> ServerProcess:
-    """A shared server with capacity for four requests, two that run and two that wait, and 1024 tokens of context."""
-    wait_until(lambda: session_small_server.is_idle)
-    return session_small_server
 
 
 @pytest.fixture

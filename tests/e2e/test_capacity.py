@@ -1,17 +1,27 @@
-"""A burst of requests, a long prompt beside short ones, and prefixes that are cached."""
+"""A burst of requests, a long prompt beside short ones, the longest prompts, and prefixes that are cached."""
 
 import asyncio
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.support.kernel_choice import code_paths
-from tests.support.server_process import CHAT, COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess
+from tests.support.server_process import CHAT, COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess, shared_server
 from tests.support.streams import start_streams
 
 BLOCK_SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def small_server(smollm2_path: Path) -> Iterator[ServerProcess]:
+    """A server with capacity for four requests, two that run and two that wait, and 1024 tokens of context."""
+    flags = ("--max-num-seqs=2", "--max-queued-requests=2", "--max-model-len=1024", "--kv-cache-memory=64MiB")
+    with shared_server(smollm2_path, *flags, "--speculative=off") as server:
+        yield server
 
 
 @pytest.mark.checklist("E01", "E02")
@@ -49,6 +59,16 @@ def test_a_long_prompt_does_not_block_short_requests(server: ServerProcess) -> N
     for rows in parts:
         assert {row["id"] for row in rows if row["num_generated"]} >= ids
     assert all(stream.result().is_complete for stream in streams)
+
+
+@pytest.mark.checklist("C17")
+def test_up_to_the_last_token(small_server: ServerProcess) -> None:
+    prompt = [1000 + number for number in range(1024)]  # the longest one
+    for num_prompt_tokens, max_tokens in ((1000, 24), (1023, 1)):
+        answer = small_server.complete(prompt[:num_prompt_tokens], max_tokens=max_tokens, ignore_eos=True).json()
+        assert (answer["usage"]["total_tokens"], answer["choices"][0]["finish_reason"]) == (1024, "length")
+    scored = small_server.complete(prompt, max_tokens=0, echo=True, logprobs=0).json()
+    assert len(scored["choices"][0]["logprobs"]["tokens"]) == 1024
 
 
 # Cached prefixes.

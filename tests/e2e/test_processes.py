@@ -3,7 +3,6 @@
 The supervisor's own tests (`tests/server/test_supervisor.py`) have all orders of events, with stubs of the processes.
 """
 
-import hashlib
 import os
 import signal
 import socket
@@ -17,9 +16,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from engine.config import load_model_config
 from tests.e2e.conftest import StartServer
-from tests.support.lora_adapters import save_random_adapter
 from tests.support.processes import wait_for_end_of
 from tests.support.server_process import CHAT, COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess, starting_server
 from tests.support.serving import check_error, wait_until
@@ -177,33 +174,6 @@ def resources(server: ServerProcess) -> list[int]:
     return [number for pair in counts for number in pair]
 
 
-@pytest.mark.long
-def test_adapters_are_loaded_again(start_server: StartServer, smollm2_path: Path, tmp_path: Path) -> None:
-    """Those loaded at run time, too. One whose files are gone is lost, and its requests fail."""
-    config = load_model_config(smollm2_path)
-    for number, name in enumerate(("poet", "coder", "gone")):
-        save_random_adapter(tmp_path / name, config, number, ranks={"": 4}, strength=1.0)
-    server = start_server(SLOTS, "--allow-runtime-lora-updating", f"--lora-modules=poet={tmp_path / 'poet'}")
-    for name in ("coder", "gone"):
-        load = {"lora_name": name, "lora_path": str(tmp_path / name)}
-        assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
-    body = {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}
-    expected = {name: answer(server, COMPLETIONS, body | {"model": name}) for name in (MODEL, "poet", "coder")}
-    assert len({content["choices"][0]["text"] for content in expected.values()}) == 3
-    (tmp_path / "gone" / "adapter_model.safetensors").unlink()
-    start_streams(server, NUM_SLOTS, max_tokens=900)
-    with ThreadPoolExecutor() as threads:
-        waiting = {name: threads.submit(answer, server, COMPLETIONS, body | {"model": name}) for name in expected}
-        lost = threads.submit(server.complete, **body | {"model": "gone"})
-        wait_until(lambda: server.num_waiting == 4)
-        server.engine.kill()
-        assert {name: each.result() for name, each in waiting.items()} == expected
-        message = check_error(lost.result(), 503)["message"]
-        assert message == "The LoRA adapter 'gone' could not be loaded again after a restart of the engine."
-    assert [model["id"] for model in server.get("/v1/models").json()["data"]] == [MODEL, "poet", "coder"]
-    check_error(server.complete(**body | {"model": "gone"}), 404)
-
-
 # The end by a signal.
 
 
@@ -284,22 +254,6 @@ def test_keys_are_required_and_no_secret_is_logged(start_server: StartServer) ->
     assert_shut_down(server, 0)
     assert "/v1/completions" in server.log
     assert "canary" not in server.log.lower()
-
-
-@pytest.mark.long
-def test_a_hangup_changes_the_keys(start_server: StartServer, tmp_path: Path) -> None:
-    file = tmp_path / "keys.yaml"
-    first, second = (f"alice: {{keys: {hashlib.sha256(key).hexdigest()}}}" for key in (b"first", b"second"))
-    file.write_text(first)
-    server = start_server(f"--api-keys-file={file}")
-
-    def status(key: str) -> int:
-        return server.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
-
-    assert (status("first"), status("second")) == (200, 401)
-    file.write_text(second)
-    server.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: (status("first"), status("second")) == (401, 200))
 
 
 @pytest.mark.checklist("B05", "F11")

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.ray_cluster import KEY, RayCluster, ray_cluster
@@ -32,12 +30,6 @@ def cluster(smollm2_path: Path) -> Iterator[RayCluster]:
     with ray_cluster() as cluster:
         cluster.deploy(smollm2_path, {"num_replicas": 2})
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def client(cluster: RayCluster) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{cluster.url}/v1", api_key=KEY, max_retries=0, timeout=REQUEST_SECONDS) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +67,6 @@ def stream(
     return events
 
 
-def test_answers_and_streams_of_openais_client(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
-    messages: Any = [{"role": "user", "content": "Name a colour."}]
-    given = {"model": MODEL, "messages": messages, "max_tokens": 12, "seed": 7}
-    answer = client.chat.completions.create(**given).choices[0].message.content
-    chunks = list(client.chat.completions.create(**given, stream=True))
-    assert answer
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == answer
-
-
 def test_a_stream_ends_in_the_engine_when_its_client_disconnects(http: httpx.Client) -> None:
     def num_aborts() -> float:
         return metric(http, "lightwell_request_success_total", finished_reason="abort")
@@ -117,21 +99,6 @@ def test_a_replica_that_is_killed_ends_its_streams_only(cluster: RayCluster, htt
         assert {end.result()["choices"][0]["finish_reason"] for end in ends[1::2]} == {"length"}
     wait_until(lambda: len(cluster.replicas()) == 2 and victim not in cluster.replicas(), SCALE_SECONDS)
     assert all(http.post(CHAT, json=body(f"Question {number}", 4)).status_code == 200 for number in range(8))
-
-
-def test_requests_go_on_when_the_api_process_of_a_replica_dies(cluster: RayCluster, http: httpx.Client) -> None:
-    before = cluster.replicas()
-    victim = http.post(CHAT, json=body("Where am I?", 1)).headers[REPLICA]
-    family = psutil.Process(before[victim]).children(recursive=True)
-    (api,) = [child for child in family if "server.main" in child.cmdline()]
-    supervisor = api.parent()
-    assert supervisor is not None
-    supervisor.suspend()  # so that it does not end the replica
-    api.kill()
-    answer = http.post(CHAT, json=body("Where am I?", 1))
-    assert answer.status_code == 200
-    assert answer.headers[REPLICA] != victim
-    wait_until(lambda: len(cluster.replicas()) == 2 and victim not in cluster.replicas(), SCALE_SECONDS)
 
 
 def test_no_request_fails_while_replicas_are_added_and_removed(

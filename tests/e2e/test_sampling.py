@@ -1,4 +1,4 @@
-"""Sampling with a real model: log probabilities, the best of several choices, defaults of its card, and scores."""
+"""Sampling with a real model: dialects, log probabilities, the best of several choices, defaults, scores."""
 
 import json
 import statistics
@@ -21,6 +21,34 @@ def complete(server: ServerProcess, prompt: str = "Once upon a time", **fields: 
     body = {"prompt": prompt, "max_tokens": 20, "seed": 3} | fields
     choice: dict[str, Any] = server.answer(COMPLETIONS, body)["choices"][0]
     return choice
+
+
+@pytest.mark.checklist("C10")
+def test_a_seed_that_was_reported_gives_the_same_answer(server: ServerProcess) -> None:
+    body: dict[str, Any] = {"prompt": "Once", "max_tokens": 20, "temperature": 1.5}
+    first = server.complete(**body, lightwell={"explain": True})
+    seed = first.json()["lightwell"]["seed"]
+    assert int(first.headers["x-lightwell-seed"]) == seed
+    assert server.complete(**body, seed=seed).json()["choices"] == first.json()["choices"]
+
+
+def test_dialects_agree(server: ServerProcess) -> None:
+    """`tests/conformance` has the official clients."""
+    system, question = "You answer in one short sentence.", {"role": "user", "content": "The capital of France? 🗼"}
+    sampled = {"temperature": 0.8, "seed": 4}
+    chat = server.answer(
+        CHAT, sampled | {"messages": [{"role": "system", "content": system}, question], "max_tokens": 6}
+    )
+    fields = {"instructions": system, "input": [question], "max_output_tokens": 6}
+    response = server.answer("/v1/responses", sampled | fields)
+    message = server.answer("/v1/messages", sampled | {"system": system, "messages": [question], "max_tokens": 6})
+    (text,) = message["content"]
+    assert text["text"] == chat["choices"][0]["message"]["content"] == response["output"][0]["content"][0]["text"] != ""
+    counted = server.answer("/v1/messages/count_tokens", {"system": system, "messages": [question]})["input_tokens"]
+    assert chat["usage"]["prompt_tokens"] == response["usage"]["input_tokens"] == counted > 20
+    usage = message["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == counted
+    assert usage["output_tokens"] == response["usage"]["output_tokens"] == 6
 
 
 def test_log_probabilities(server: ServerProcess) -> None:
