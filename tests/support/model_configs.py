@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from engine.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, RopeScaling, RopeSpec, WeightLayout
+from engine.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, RopeSpec, WeightLayout
 
-PLAIN = RopeScaling()
 # Fields of a model that loads in no time; as in real models, heads need not be as wide as the hidden size.
 TINY: dict[str, Any] = {
     "vocab_size": 50,
@@ -22,46 +21,27 @@ TINY: dict[str, Any] = {
 T = TypeVar("T")
 
 
-def llama_config(  # noqa: PLR0913
-    *,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    head_dim: int,
-    intermediate_size: int,
-    rope_theta: float = 10000.0,
-    rope_scaling: RopeScaling = PLAIN,
-    sliding_window: int | None = None,
-    attention_bias: bool = False,
-    attention_output_bias: bool = False,
-    mlp_bias: bool = False,
-    hidden_act: str = "silu",
-    architecture: str = "llama",
-    is_interleaved: bool = False,
-    **others: Any,
-) -> ModelConfig:
-    """Return the configuration of a Llama, or of a family like it.
+def llama_config(*, head_dim: int, is_interleaved: bool = False, **fields: Any) -> ModelConfig:
+    """Return the configuration of a Llama.
 
     `is_interleaved`: as in GGUF files, the rows of queries and keys are stored in pairs.
     """
     attention = AttentionSpec(
-        num_heads=num_attention_heads,
-        num_kv_heads=num_key_value_heads,
+        num_heads=fields.pop("num_attention_heads"),
+        num_kv_heads=fields.pop("num_key_value_heads"),
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        window=sliding_window,
-        qkv_bias=attention_bias,
-        output_bias=attention_output_bias,
+        qkv_bias=fields.pop("attention_bias", False),
+        output_bias=fields.pop("attention_output_bias", False),
     )
-    mlp = MLPSpec(intermediate_size=intermediate_size, activation=hidden_act, bias=mlp_bias)
-    rope = RopeSpec(head_dim=head_dim, rotary_dim=head_dim, theta=rope_theta, scaling=rope_scaling)
+    mlp = MLPSpec(intermediate_size=fields.pop("intermediate_size"), bias=fields.pop("mlp_bias", False))
     names = () if is_interleaved else ((r"\.post_attention_layernorm\.", ".pre_feedforward_layernorm."),)
     return ModelConfig(
-        architecture=architecture,
-        layers=(LayerSpec(attention=attention, mlp=mlp),) * num_hidden_layers,
-        ropes=(rope,),
+        architecture="llama",
+        layers=(LayerSpec(attention=attention, mlp=mlp),) * fields.pop("num_hidden_layers"),
+        ropes=(RopeSpec(head_dim=head_dim, rotary_dim=head_dim),),
         weight_layout=WeightLayout(names=names, is_interleaved=is_interleaved),
-        **others,
+        **fields,
     )
 
 
@@ -91,5 +71,4 @@ def llama_fields(config: ModelConfig) -> SimpleNamespace:
         attention_bias=attention.qkv_bias,
         attention_output_bias=attention.output_bias,
         mlp_bias=layer.mlp.bias,
-        hidden_act=layer.mlp.activation,
     )

@@ -20,17 +20,6 @@ def gguf_config(path: Path, metadata: dict[str, Any] | None = None, *tensors: st
     return load_model_config(write_gguf(path / "tiny.gguf", values, {**embedding, **data}, arch=arch))
 
 
-def test_smollm2(smollm2_path: Path) -> None:
-    config = llama_fields(load_model_config(smollm2_path))
-    assert (config.vocab_size, config.num_token_ids) == (49152, 49152)
-    assert (config.hidden_size, config.intermediate_size) == (576, 1536)
-    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
-    assert (config.head_dim, config.max_position_embeddings, config.rope_theta) == (64, 8192, 100000.0)
-    assert config.rms_norm_eps == float(np.float32(1e-5))
-    assert (config.tie_word_embeddings, config.bos_token_id, config.eos_token_ids) == (True, 1, (2, 0))
-    assert config.weight_layout.is_interleaved
-
-
 def test_gguf_defaults(tmp_path: Path) -> None:
     config = llama_fields(gguf_config(tmp_path, {"llama.attention.head_count_kv": ...}))
     assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (32, 4, 4)

@@ -1,13 +1,11 @@
 """The parts of weights: those of all ranks together are the whole, in every format."""
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from engine.distributed.plan import ShardingPlan
-from engine.distributed.weights import shard, shard_lora
-from engine.lora.checkpoint import LoraMatrices
+from engine.distributed.weights import shard
 from engine.weights import Float8Tensor, GroupQuantized, Weight
 from tests.engine.distributed.test_plan import config, plans
 from tests.support.packed_weights import random_weight
@@ -58,37 +56,3 @@ def test_packed_columns_are_unpacked_where_ranks_cut_their_blocks() -> None:
     parts = parts_of(DOWN, weight, plans(9, config(9, 3, WIDTH), 256))
     assert all(isinstance(part, Tensor) for part in parts)
     assert torch.equal(torch.cat([numbers(part) for part in parts], dim=1), numbers(weight))
-
-
-def test_groups_keep_their_zero_points() -> None:
-    weight = weight_of("uint4", 64, WIDTH)
-    assert isinstance(weight, GroupQuantized)
-    parts = parts_of(DOWN, weight, plans(3, config(9, 3, WIDTH)))
-    assert all(isinstance(part, GroupQuantized) and part.zero_points is not None for part in parts)
-
-
-def test_the_rows_of_the_head_are_those_of_the_embedding_if_it_has_none_of_its_own() -> None:
-    embedding = random_tensor(1, 288, 64)
-    model = config(8, 2)
-    for tied in (True, False):
-        plan = ShardingPlan(msgspec.structs.replace(model, tie_word_embeddings=tied), 1, 2, 32)
-        parts = dict(shard([("model.embed_tokens.weight", embedding)], plan, torch.float32))
-        assert torch.equal(numbers(parts["model.embed_tokens.weight"]), embedding)
-        assert ("lm_head.weight" in parts) == tied
-        if tied:
-            assert torch.equal(numbers(parts["lm_head.weight"]), embedding[128:])
-
-
-def test_updates_of_an_adapter_add_up() -> None:
-    """Parts of B are side by side, and parts of A are those of a sum."""
-    x = random_tensor(3, 5, WIDTH)
-    all_plans = plans(3, config(9, 3, WIDTH))
-    up = LoraMatrices(random_tensor(1, 4, 64), random_tensor(2, WIDTH, 4))
-    assert torch.equal(torch.cat([shard_lora("model.layers.0.mlp.up_proj", up, plan).b for plan in all_plans]), up.b)
-    down = LoraMatrices(random_tensor(1, 4, WIDTH), random_tensor(2, 64, 4))
-    total = sum(
-        x[:, plan.width_parts(WIDTH)[plan.rank]] @ shard_lora("model.layers.0.mlp.down_proj", down, plan).a.T
-        for plan in all_plans
-    )
-    assert isinstance(total, Tensor)
-    assert torch.allclose(total @ down.b.T, x @ down.a.T @ down.b.T, atol=1e-2)
