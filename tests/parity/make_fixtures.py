@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from tests.support.family_models import FAMILIES, VOCAB_SIZE, read_config, save_family_model
+from tests.support.trained_tokenizers import sentencepiece_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|user|>", "<|observation|>", "[gMASK]"]
@@ -101,15 +102,9 @@ def write_byte_fallback_tokenizer(folder: Path) -> None:
 
 def write_sentencepiece_tokenizer(folder: Path) -> None:
     """Write `tokenizer.model`, trained on a sentence."""
-    sentencepiece: Any = import_module("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 10),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-    )
+    options: dict[str, Any] = {"model_type": "bpe", "vocab_size": VOCAB_SIZE, "byte_fallback": True}
+    model = sentencepiece_model(["the quick brown fox jumps over the lazy dog"] * 10, **options)
+    (folder / "tokenizer.model").write_bytes(model)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
 
 

@@ -38,27 +38,25 @@ def test_a_limit_of_the_address_space_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("maximum", "current", "inactive_file", "available"),  # of the control group, in MiB
+    ("group", "available"),  # limit of the control group, memory and inactive files in it; all in MiB
     [
-        (None, 0, 0, 4096),  # there is none
-        ("max", 500, 0, 4096),
-        (2048, 500, 0, 1548),
-        (2048, 1800, 1500, 1748),  # reading the weights fills it with cached pages, which the kernel frees when needed
-        (100, 101, 0, 0),
+        (None, 4096),  # there is none
+        (("max", 500, 0), 4096),
+        ((2048, 500, 0), 1548),
+        (
+            (2048, 1800, 1500),
+            1748,
+        ),  # reading weights fills it with cached pages, which the kernel frees when needed
+        ((100, 101, 0), 0),
     ],
 )
 def test_available_memory_of_a_machine_with_4_gib(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    maximum: int | str | None,
-    current: int,
-    inactive_file: int,
-    available: int,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, group: tuple[int | str, int, int] | None, available: int
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:  4194304 kB\n")
-    if maximum is not None:
-        limit = maximum if isinstance(maximum, str) else maximum * MIB
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
+    if group is not None:
+        maximum, current, inactive_file = group
+        (tmp_path / "memory.max").write_text(f"{maximum if isinstance(maximum, str) else maximum * MIB}\n")
         (tmp_path / "memory.current").write_text(f"{current * MIB}\n")
         stat = f"anon {100 * MIB}\ninactive_file {inactive_file * MIB}\nactive_file {200 * MIB}\n"
         (tmp_path / "memory.stat").write_text(stat)

@@ -23,11 +23,15 @@ def main():
 """
 
 
+def launch(folder: Path, module: str, *flags: str) -> "subprocess.CompletedProcess[str]":
+    (folder / "some_process.py").write_text(module)
+    command = [sys.executable, "-m", "engine.shared.launcher", "some_process", *flags]
+    environment = {"PYTHONPATH": f"{ROOT}:{folder}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
 def test_garbage_is_collected_only_once_the_module_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "some_process.py").write_text(MODULE)
-    command = [sys.executable, "-m", "engine.shared.launcher", "some_process", "--flag"]
-    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = launch(tmp_path, MODULE, "--flag")
     assert json.loads(done.stdout) == ["some_process", ["some_process", "--flag"], False, 0, True, True]
 
 
@@ -41,10 +45,7 @@ def test_garbage_is_collected_only_once_the_module_is_loaded(tmp_path: Path) -> 
     ],
 )
 def test_a_module_for_which_there_is_no_memory(tmp_path: Path, error: str, *, is_short: bool) -> None:
-    (tmp_path / "some_process.py").write_text(f"raise {error}")
-    command = [sys.executable, "-m", "engine.shared.launcher", "some_process"]
-    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = launch(tmp_path, f"raise {error}")
     assert done.returncode == 1
     assert ("there is not enough memory to load some_process" in done.stderr) == is_short
     assert ("Traceback" in done.stderr) != is_short
