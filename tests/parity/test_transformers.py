@@ -81,7 +81,8 @@ def test_embeddings(
     """Requests are preempted, and start again although some of their rows are already in the sum."""
     loaded, found = load(smollm2_path, kernels), list[TokenEvent]()
     engine = make_engine(loaded, chunk=7)
-    for name, pooling in itertools.product(prompts, Pooling):
+    some = {name: prompt for name, prompt in prompts.items() if name != "long"}
+    for name, pooling in itertools.product(some, Pooling):
         params = SamplingParams(max_tokens=0, pooling=pooling)
         engine.add(Submit(request_id=pooling + name, prompt_token_ids=prompts[name], params=params, arrival=0.0))
     while sum(bool(request.prompt_outputs.pooled) for request in engine.scheduler.running) < 3:
@@ -89,7 +90,7 @@ def test_embeddings(
     for request in list(engine.scheduler.running):
         engine.scheduler._preempt(request)
     answers = join(found) | run(engine)
-    for name, prompt in prompts.items():
+    for name, prompt in some.items():
         with torch.inference_mode():
             hidden = reference.model(torch.tensor([prompt])).last_hidden_state[0].double()
         for pooling, pooled in ((Pooling.MEAN, hidden.mean(dim=0)), (Pooling.LAST, hidden[-1])):
