@@ -349,10 +349,11 @@ def assert_curl_works(command: str) -> None:
 
 def test_a_unix_socket(start_api: StartApi, tmp_path: Path) -> None:
     """The server is announced with it, the curl command works, and the file is removed at the end."""
-    path = tmp_path / "lw.sock"
+    path = tmp_path / "l w.sock"
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
     api = start_api(uds=str(path), log_format="json", wait_ready=False, environment=environment)
     assert api.announced["base_url"] == f"unix:{path}"
+    assert "chat" not in api.announced
     assert_curl_works(api.announced["curl"])
     (file,) = (tmp_path / "lightwell").iterdir()
     assert json.loads(file.read_bytes())["url"] == f"unix:{path}"
@@ -380,40 +381,26 @@ def test_a_certificate_and_a_chat_template(start_api: StartApi, tmp_path: Path) 
 ENDLESS_TEMPLATE = b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    ("settings", "template", "message"),
-    [
-        (
-            CERTIFICATE | {"ssl_keyfile": str(TLS / "two.key")},
-            b"",
-            "the private key does not belong to the certificate",
-        ),
+def test_what_no_server_starts_with(
+    caplog: pytest.LogCaptureFixture, model_folder: Path, address: str, tmp_path: Path
+) -> None:
+    cases: list[tuple[dict[str, Any], bytes, str]] = [
+        (CERTIFICATE | {"ssl_keyfile": str(TLS / "two.key")}, b"", "the private key does not belong to the certifi"),
         ({"default_sampling": {"temperature": 5}}, b"", "--default-sampling: Invalid 'temperature': .*<= 2, but got 5"),
         ({"model": "/nowhere.gguf"}, b"", r"/nowhere\.gguf"),
-        ({"chat_template": "T.missing"}, b"", r"--chat-template .*T\.missing: .*No such file or directory"),
-        ({"chat_template": "T"}, b"{% if %}", "--chat-template .*: The chat template does not compile"),
-        ({"chat_template": "T"}, b"\xff", "--chat-template .*: .*invalid start byte"),
-        ({"chat_template": "T"}, ENDLESS_TEMPLATE, "--chat-template .*: .*seconds of processor time"),
-    ],
-    ids=range(7),
-)
-def test_what_no_server_starts_with(
-    caplog: pytest.LogCaptureFixture,
-    model_folder: Path,
-    address: str,
-    tmp_path: Path,
-    settings: dict[str, Any],
-    template: bytes,
-    message: str,
-) -> None:
-    (tmp_path / "T").write_bytes(template)
-    if "chat_template" in settings:
-        settings = {"chat_template": str(tmp_path / settings["chat_template"])}
-    path = Path(settings.get("model", model_folder))
-    assert run(api_config(Settings(port=0, **settings), EngineProcess(address), path), lambda: None) == 1
-    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert re.search(message, record.message)
-    assert record.exc_info is None
+        ({"chat_template": f"{tmp_path}/T.gone"}, b"", r"--chat-template .*T\.gone: .*No such file or directory"),
+        ({"chat_template": f"{tmp_path}/T"}, b"{% if %}", "--chat-template .*: The chat template does not compile"),
+        ({"chat_template": f"{tmp_path}/T"}, b"\xff", "--chat-template .*: .*invalid start byte"),
+        ({"chat_template": f"{tmp_path}/T"}, ENDLESS_TEMPLATE, "--chat-template .*: .*seconds of processor time"),
+    ]
+    for settings, template, message in cases:
+        caplog.clear()
+        (tmp_path / "T").write_bytes(template)
+        path = Path(settings.get("model", model_folder))
+        assert run(api_config(Settings(port=0, **settings), EngineProcess(address), path), lambda: None) == 1
+        (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert re.search(message, record.message)
+        assert record.exc_info is None
 
 
 def test_a_failure_of_the_running_server_is_logged_with_its_traceback(

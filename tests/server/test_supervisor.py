@@ -13,11 +13,10 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
+from functools import cached_property
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import msgspec
@@ -29,10 +28,10 @@ from server import running_servers, supervisor
 from server.model_paths import ModelError, ResolvedModel
 from server.processes import child_process, model_files
 from server.processes import supervisor_channel as messages
-from server.processes.child_process import Child, SupervisorError
+from server.processes.child_process import SupervisorError
 from server.processes.clock import Clock
 from server.processes.stop_signals import ECHO_SECONDS, StopSignals
-from server.processes.supervisor_channel import make_channel
+from server.processes.supervisor_channel import Channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
@@ -42,7 +41,6 @@ from tests.support.clients import write_adapter
 from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
 from tests.support.serving import wait_until
-from tests.support.turned_clock import HurriedClock
 
 STUB = ROOT / "tests" / "support" / "stub_child.py"
 ENGINE_CONFIG = EngineProcessConfig(address="", config=EngineConfig(model_path=""))
@@ -56,9 +54,12 @@ class Running:
     def __init__(self, folder: Path, temporary: str, engine: str, api: str, **settings: Any) -> None:
         self.folder = folder
         self.num_apis = settings.get("api_server_count", 1)
+        self._open = ExitStack()
+        self._news: list[messages.Message] = []
         model = folder / "model.gguf"
         model.write_bytes(b"GGUF")
-        self._clock, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        clock, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._clock = self._open.enter_context(clock)
         self._clock.settimeout(60)
         stubs = [[sys.executable, str(STUB), str(folder), *stub.split()] for stub in (f"engine {engine}", f"api {api}")]
         options, fd = {"model": str(model), "drain_timeout": 0.5, **settings}, remote.fileno()
@@ -104,15 +105,50 @@ class Running:
                 return left, num_waits
         return None, -1
 
-    def wait_for_event(self) -> None:
-        """Wait until something has happened for which the supervisor does not end."""
-        num_waits = self.wait_state()[1]
-        wait_until(lambda: self.wait_state()[1] > num_waits)
-
     def turn(self, seconds: float) -> None:
         """Let time pass as soon as the supervisor waits for so many seconds, no more and no less."""
         wait_until(lambda: self.wait_state()[0] == seconds)
         self.wait_state(seconds)
+
+    def channel(self, name: str) -> Channel:
+        """Return the channel of an API process, which leaves it to the test."""
+        with socket.socket(socket.AF_UNIX) as stub:
+            stub.connect(f"\0{self.pid(name)}")
+            _, (fd,), *_ = socket.recv_fds(stub, 1, 1)
+        return self._open.enter_context(closing(Channel.from_fd(fd)))
+
+    @cached_property
+    def coordinator(self) -> Channel:
+        return self.channel("api")
+
+    def next(self) -> messages.Message:
+        """Return the next message to the coordinator."""
+
+        def has_received() -> bool:
+            self._news.extend(self.coordinator.receive())
+            return bool(self._news)
+
+        wait_until(has_received)
+        return self._news.pop(0)
+
+    def ask(self, order: messages.Message) -> messages.Message:
+        """Send an order of the coordinator, and return the answer."""
+        self.coordinator.send(order)
+        return self.next()
+
+    def ready_engine(self, dead: int | None = None) -> int:
+        """Return the process id of the engine that runs (after `dead`), and report it as ready."""
+        wait_until(lambda: self.pid("engine") != dead)
+        pid = self.pid("engine")
+        if dead is not None:
+            assert self.next() == messages.EngineStarted(0, pid)
+        self.coordinator.send(messages.Heartbeat((pid,)))
+        return pid
+
+    def give_up(self) -> None:
+        """Wait until no engine is left, and end the coordinator, as it does itself."""
+        assert self.next() == messages.EngineGone(0, supervisor.ENDED)
+        os.kill(self.pid("api"), KILL)
 
     def end(self) -> tuple[int, list[str]]:
         """Wait for the end and return the exit status and the lines of stderr. Nothing must be left."""
@@ -128,7 +164,7 @@ class Running:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
-        self._clock.close()
+        self._open.close()
 
 
 Start = Callable[..., Running]
@@ -181,9 +217,12 @@ def test_children_get_their_configuration(start: Start, tmp_path: Path) -> None:
     assert running.end() == (0, [])
 
 
-def test_several_engines_have_addresses_and_cpus_of_their_own(start: Start) -> None:
-    running = start(data_parallel_size=2, served_model_name=["a", "b"])
-    (model,) = running.config("api", ApiProcessConfig).models
+def test_several_engines_and_api_processes(start: Start) -> None:
+    """The engines have addresses and CPUs of their own. The coordinator is linked with each worker."""
+    running = start(data_parallel_size=2, served_model_name=["a", "b"], api_server_count=3)
+    names = ("api", "api-1", "api-2")
+    coordinator, *workers = (running.config(name, ApiProcessConfig) for name in names)
+    (model,) = coordinator.models
     assert model.names == ("a", "b")
     assert [Path(engine.address).name for engine in model.engines] == ["engine-0.sock", "engine-1.sock"]
     cpus = os.sched_getaffinity(running.process.pid)
@@ -197,25 +236,14 @@ def test_several_engines_have_addresses_and_cpus_of_their_own(start: Start) -> N
     if len(cpus) > 1:
         assert shares[0] | shares[1] == cpus
         assert not shares[0] & shares[1]
-    running.signal(TERM)
-    assert running.end() == (0, [])
-
-
-def test_several_api_processes_are_linked(start: Start) -> None:
-    running = start(api_server_count=3)
-    names = ("api", "api-1", "api-2")
-    coordinator, *workers = (running.config(name, ApiProcessConfig) for name in names)
     assert coordinator.coordinator is None
     assert [Path(link.address).name for link in coordinator.workers] == ["api-1.sock", "api-2.sock"]
-
-    def socket_of(name: str, fd: int) -> str:
-        return os.readlink(f"/proc/{running.pid(name)}/fd/{fd}")
-
     passed = []
     for name, worker, link in zip(names[1:], workers, coordinator.workers, strict=True):
         assert worker.workers == ()
         assert worker.coordinator.address == link.address
-        passed += [socket_of("api", link.sockets_fd), socket_of(name, worker.coordinator.sockets_fd)]
+        for process, fd in (("api", link.sockets_fd), (name, worker.coordinator.sockets_fd)):
+            passed.append(os.readlink(f"/proc/{running.pid(process)}/fd/{fd}"))
     assert all(each.startswith("socket:") for each in passed)
     assert len(set(passed)) == 4
     assert {os.readlink(file) for file in Path(f"/proc/{running.process.pid}/fd").iterdir()}.isdisjoint(passed)
@@ -361,13 +389,14 @@ def test_an_engine_that_cannot_be_killed_is_reported(
 ) -> None:
     """It hangs in a driver, for example."""
     ignores = tmp_path / "ignores"
-    with StopSignals() as signals, supervisor.Supervisor(signals, Settings(), HurriedClock()) as watched:
+    with StopSignals() as signals, supervisor.Supervisor(signals, Settings(), Clock()) as watched:
         command = ["sh", "-c", f"trap '' TERM; touch {ignores}; sleep 60"]
         watched.add_engine(0, supervisor.EngineLaunch("engine", command, ENGINE_CONFIG))
         watched.start_engine(0)
         wait_until(ignores.exists)
         with monkeypatch.context() as patch:
             patch.setattr(child_process, "KILL_SECONDS", 0.0)
+            patch.setattr(supervisor, "STOP_SECONDS", 0.0)
             patch.setattr(os, "killpg", lambda *_: None)
             assert watched._after_signal() == 1
     assert "the engine process cannot be killed" in capfd.readouterr().err
@@ -383,17 +412,15 @@ def test_an_api_process_that_hangs_ends_all(start: Start, name: str) -> None:
     The others go on beating. Without a first heartbeat, it is still loading.
     """
     alone = name == "api"
-    running = start(api="fall-silent" if alone else "beat", api_server_count=1 if alone else 2, step_timeout=0.5)
+    running = start(api_server_count=1 if alone else 2, step_timeout=0.5)
     running.wait_for_children()
+    running.channel(name).send(messages.Heartbeat())
     if not alone:
-        running.wait_for_event()
         os.kill(running.pid(name), signal.SIGSTOP)
     for seconds in (3.5, 2.0):  # in which it could have run
-        if alone:
-            running.turn(seconds)
-        else:
-            running.wait_state(seconds)
-            running.wait_for_event()
+        if not alone:
+            running.coordinator.send(messages.Heartbeat())
+        running.turn(seconds)
     if alone:
         running.wait_for("dumped.pid")
     running.turn(0.5)
@@ -404,11 +431,12 @@ def test_an_api_process_that_hangs_ends_all(start: Start, name: str) -> None:
 
 def test_a_pause_of_all_processes_is_no_hang(start: Start) -> None:
     """Heartbeats that come soon after the pause count."""
-    running = start(api="beat", step_timeout=0.5)
-    running.wait_for_children()
-    wait_until(lambda: running.wait_state()[0] == 3.5)
-    running.wait_state(500.0)
-    wait_until(lambda: running.wait_state()[0] == 3.5)
+    running = start(step_timeout=0.5)
+    for pause, left in ((0.0, 3.5), (500.0, 2.0), (0.0, 3.5)):
+        if not pause:
+            running.coordinator.send(messages.Heartbeat())
+        running.wait_state(pause)
+        wait_until(lambda: running.wait_state()[0] == left)  # noqa: B023
     running.signal(TERM)
     assert running.end() == (0, [])
 
@@ -441,32 +469,22 @@ def test_with_a_keys_file_a_hangup_reaches_the_api_processes_alone(start: Start,
 # Engines that are started again.
 
 
-def engine_pids(running: Running) -> list[int]:
-    return [int(pid) for pid in (running.folder / "engines").read_text().split()]
-
-
-def ready_engine(running: Running, number: int) -> int:
-    """Return the process id of the engine with this number, once it has been reported as ready and runs."""
-    running.wait_for("engines")
-    wait_until(lambda: len(pids := engine_pids(running)) == number and running.pid("engine") == pids[-1])
-    return engine_pids(running)[-1]
-
-
 def test_an_engine_that_dies_is_started_again(start: Start) -> None:
-    running = start(engine="fork", api="report 9")
+    running = start(engine="fork")
     process = psutil.Process(running.process.pid)
-    ready_engine(running, 1)
+    engine = running.ready_engine()
     num_fds = process.num_fds()
-    for number, (signum, delay) in enumerate([(KILL, 0.0), (TERM, 1.0), (KILL, 2.0), (KILL, 4.0)], 1):
-        dead, helper = ready_engine(running, number), running.pid("helper")
+    for signum, delay in ((KILL, 0.0), (TERM, 1.0), (KILL, 2.0), (KILL, 4.0)):
+        dead, helper = engine, running.pid("helper")
         os.kill(dead, signum)
         if delay:
             running.turn(delay)
         wait_for_end_of(dead, helper)
-    last = ready_engine(running, 5)
+        engine = running.ready_engine(dead)
     assert process.num_fds() == num_fds
-    assert {child.pid for child in process.children()} == {last, running.pid("api")}
-    os.kill(last, KILL)
+    assert {child.pid for child in process.children()} == {engine, running.pid("api")}
+    os.kill(engine, KILL)
+    running.give_up()
     status, lines = running.end()
     assert status == 1
     assert lines == [
@@ -475,37 +493,43 @@ def test_an_engine_that_dies_is_started_again(start: Start) -> None:
         *(f"{KILLED}; another one starts in {seconds} s" for seconds in (2, 4)),
         f"{KILLED}; that was failure 5 in 7 s",
     ]
-    assert (running.folder / "gone").read_text()
+
+
+def without_files(running: Running) -> None:
+    """Let the supervisor open no more files."""
+    num_fds = psutil.Process(running.process.pid).num_fds()
+    resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (num_fds, num_fds))
 
 
 @pytest.mark.checklist("A16", "F11")
 @pytest.mark.parametrize(
-    ("engine", "num_engines", "failure"),
-    [("run-once 7", 5, "the engine process exited with code 7"), ("run", 1, "cannot start the engine process: .*")],
+    ("engine", "num_started", "failure"),
+    [("run-once 7", 4, "the engine process exited with code 7"), ("run", 0, "cannot start the engine process: .*")],
     ids=["dies while it loads", "no file descriptors"],
 )
-def test_an_engine_that_cannot_be_started_again(start: Start, engine: str, num_engines: int, failure: str) -> None:
+def test_an_engine_that_cannot_be_started_again(start: Start, engine: str, num_started: int, failure: str) -> None:
     """Each try counts as a death, and the messages are about the tries."""
-    running = start(engine, api="report 1")
-    first = ready_engine(running, 1)
+    running = start(engine)
+    first = running.ready_engine()
     if engine == "run":
-        num_fds = psutil.Process(running.process.pid).num_fds()
-        resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (num_fds, num_fds))
+        without_files(running)
     os.kill(first, KILL)
     for seconds in (1.0, 2.0, 4.0):
         running.turn(seconds)
+    assert [type(running.next()) for _ in range(num_started)] == [messages.EngineStarted] * num_started
+    running.give_up()
     status, (line, *lines) = running.end()
-    assert (status, line, len(engine_pids(running))) == (1, f"{KILLED}; another one starts", num_engines)
+    assert (status, line) == (1, f"{KILLED}; another one starts")
     ends = [*(f"another one starts in {seconds} s" for seconds in (1, 2, 4)), "that was failure 5 in 7 s"]
     patterns = [f"lightwell: error: {failure}; {end}" for end in ends]
     assert all(re.fullmatch(pattern, line) for pattern, line in zip(patterns, lines, strict=True)), lines
 
 
 def test_restarts_may_be_switched_off(start: Start) -> None:
-    running = start(api="report 9", on_engine_death="exit")
-    os.kill(ready_engine(running, 1), KILL)
+    running = start(on_engine_death="exit")
+    os.kill(running.ready_engine(), KILL)
+    running.give_up()
     assert running.end() == (1, [KILLED])
-    assert (running.folder / "gone").exists()
 
 
 @pytest.mark.parametrize(
@@ -517,9 +541,9 @@ def test_restarts_may_be_switched_off(start: Start) -> None:
     ],
 )
 def test_an_end_while_no_engine_runs(start: Start, name: str, signum: int, end: str) -> None:
-    running = start(api="report 9")
-    for number in (1, 2):
-        os.kill(ready_engine(running, number), KILL)
+    running = start()
+    os.kill(first := running.ready_engine(), KILL)
+    os.kill(running.ready_engine(first), KILL)
     wait_until(lambda: running.wait_state()[0] == 1.0)  # until the third one is to start
     os.kill(running.pid(name), signum)
     status, lines = running.end()
@@ -528,15 +552,15 @@ def test_an_end_while_no_engine_runs(start: Start, name: str, signum: int, end: 
 
 @pytest.mark.checklist("G07")
 def test_an_engine_is_started_again_while_nobody_reads_the_log(start: Start) -> None:
-    running = start(api="report 9")
-    first = ready_engine(running, 1)
+    running = start()
+    first = running.ready_engine()
     log = os.open(f"/proc/{running.process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
     with suppress(BlockingIOError):
         while True:
             os.write(log, bytes(4096))
     os.close(log)
     os.kill(first, KILL)
-    ready_engine(running, 2)
+    running.ready_engine(first)
     running.signal(TERM)
     assert running.end()[0] == 0
 
@@ -544,114 +568,50 @@ def test_an_engine_is_started_again_while_nobody_reads_the_log(start: Start) -> 
 # News and orders.
 
 
-class Watched:
-    """A supervisor in the main thread, and `act` in another one, which has the API processes' ends of their channels.
-
-    The API processes end after `act`.
-    """
-
-    def __init__(self, settings: Settings, engines: Mapping[str, Sequence[str]], num_apis: int = 1) -> None:
-        self.settings, self.engines, self.num_apis = settings, engines, num_apis
-        self._messages: deque[messages.Message] = deque()
-        self._errors: list[BaseException] = []
-
-    def run(self, act: Callable[[], None], *, starts: bool) -> int:
-        """Return the supervisor's exit status."""
-        with ExitStack() as stack:
-            signals = stack.enter_context(StopSignals())
-            self.supervisor = stack.enter_context(supervisor.Supervisor(signals, self.settings, Clock()))
-            for number, (name, command) in enumerate(self.engines.items()):
-                self.supervisor.add_engine(number, supervisor.EngineLaunch(name, command, ENGINE_CONFIG))
-            self.pids = [self.supervisor.start_engine(number).pid for number in range(len(self.engines)) if starts]
-            self.ends, apis = [], []
-            for number in range(self.num_apis):
-                channel, end = make_channel()
-                self.ends.append(stack.enter_context(closing(end)))
-                apis.append(self.supervisor.start(f"API {number}", ["sleep", "60"], msgspec.Struct()))
-                self.supervisor.add_api(apis[-1], stack.enter_context(closing(channel)))
-            thread = Thread(target=self._act, args=(act, apis))
-            thread.start()
-            status = self.supervisor.watch()
-            thread.join()
-        assert self._errors == []
-        return status
-
-    def _act(self, act: Callable[[], None], apis: Sequence[Child]) -> None:
-        try:
-            act()
-        except BaseException as error:
-            self._errors.append(error)
-        for api in apis:
-            api.terminate()
-
-    def next(self) -> messages.Message:
-        """Return the next message to the coordinator."""
-
-        def has_received() -> bool:
-            self._messages.extend(self.ends[0].receive())
-            return bool(self._messages)
-
-        wait_until(has_received)
-        return self._messages.popleft()
-
-    def send(self, order: messages.Message) -> messages.Message:
-        """Send an order, and return the answer."""
-        self.ends[0].send(order)
-        return self.next()
-
-
-def test_the_server_goes_on_while_an_engine_is_left(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_server_goes_on_while_an_engine_is_left(start: Start) -> None:
     """News of engines are for the coordinator."""
-    engines = {"engine 0": ["true"], "engine 1": ["sleep", "60"], "engine 2": ["sh", "-c", "exit 7"]}
-    watched = Watched(Settings(), engines, num_apis=2)
-
-    def act() -> None:
-        worker = watched.ends[1]
-        worker.send(messages.Heartbeat())
-        gone = [watched.next(), watched.next()]
-        assert {message.number for message in gone if isinstance(message, messages.EngineGone)} == {0, 2}
-        os.kill(watched.pids[1], KILL)
-        assert watched.next() == messages.EngineGone(1, supervisor.ENDED)
-        assert worker.receive() == []
-
-    assert watched.run(act, starts=True) == 1
-    *lines, last = capfd.readouterr().err.splitlines()
-    assert sorted(lines) == [
-        "lightwell: error: the engine 0 process exited with code 0; the server goes on without it",
-        "lightwell: error: the engine 2 process exited with code 7; the server goes on without it",
-    ]
-    assert last == "lightwell: error: the engine 1 process was killed by SIGKILL"
+    running = start(data_parallel_size=3, api_server_count=2)
+    worker = running.channel("api-1")
+    worker.send(messages.Heartbeat())
+    for number, name, signum in ((0, "engine", TERM), (2, "engine-2", KILL), (1, "engine-1", KILL)):
+        os.kill(running.pid(name), signum)
+        assert running.next() == messages.EngineGone(number, supervisor.ENDED)
+    assert worker.receive() == []
+    running.turn(3.0)
+    assert running.end() == (
+        1,
+        [
+            "lightwell: error: the engine 0 process exited with code 0; the server goes on without it",
+            "lightwell: error: the engine 2 process was killed by SIGKILL; the server goes on without it",
+            "lightwell: error: the engine 1 process was killed by SIGKILL",
+        ],
+    )
 
 
-def test_the_api_process_starts_and_stops_engines(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config = tmp_path / "config"
-    copies = ["sh", "-c", f"cat > {config}.part; mv {config}.part {config}; exec sleep 60"]
-    watched = Watched(Settings(load="on-first-use"), {"engine": copies, "missing": ["/no/such/program"]})
+def test_the_api_process_starts_and_stops_engines(start: Start) -> None:
+    running = start(load="on-first-use", served_model_name=["m"])
+    gone = messages.EngineGone(0, supervisor.ENDED)
 
-    def start_engine(memory_limit: int | None = None) -> int:
-        answer = watched.send(messages.StartEngine(0, memory_limit))
-        assert isinstance(answer, messages.EngineStarted)
-        assert answer.number == 0
-        assert is_running(answer.pid)
-        return answer.pid
+    def start_engine(dead: int | None, memory_limit: int | None = None) -> int:
+        answer = running.ask(messages.StartEngine(0, memory_limit))
+        wait_until(lambda: running.pid("engine") != dead)
+        assert answer == messages.EngineStarted(0, running.pid("engine"))
+        return running.pid("engine")
 
-    def act() -> None:
-        first = start_engine(123)
-        assert watched.send(messages.StartEngine(0)) == messages.EngineStarted(0, first)
-        wait_until(config.exists)
-        assert msgspec.json.decode(config.read_bytes(), type=EngineProcessConfig).config.memory_limit == 123
-        assert watched.send(messages.StopEngine(0)) == messages.EngineGone(0, supervisor.ENDED)
-        assert not is_running(first)
-        second = start_engine()
-        assert second != first
-        os.kill(second, KILL)  # it has not been ready, so it is not started again
-        assert watched.next() == messages.EngineGone(0, supervisor.ENDED)
-        gone = watched.send(messages.StartEngine(1))
-        assert isinstance(gone, messages.EngineGone)
-        assert gone.reason.startswith("cannot start the missing process: ")
-
-    assert watched.run(act, starts=False) == 1
-    assert capfd.readouterr().err.splitlines()[0] == f"{KILLED}; the server goes on without it"
+    first = start_engine(None, 123)
+    assert running.ask(messages.StartEngine(0)) == messages.EngineStarted(0, first)
+    assert running.config("engine", EngineProcessConfig).config.memory_limit == 123
+    assert running.ask(messages.StopEngine(0)) == gone
+    assert not is_running(first)
+    os.kill(start_engine(first), KILL)  # it has not been ready, so it is not started again
+    assert running.next() == gone
+    without_files(running)
+    failure = running.ask(messages.StartEngine(0))
+    assert isinstance(failure, messages.EngineGone)
+    assert failure.reason.startswith("cannot start the engine (m) process: ")
+    running.signal(TERM)
+    killed = KILLED.replace("engine", "engine (m)")
+    assert running.end() == (0, [f"{killed}; the server goes on without it"])
 
 
 # Files.

@@ -2,12 +2,14 @@
 
 `stub_child.py FOLDER NAME BEHAVIOUR [ARGUMENT]` writes its configuration to FOLDER/NAME.json and its process id to
 FOLDER/NAME.pid, then follows BEHAVIOUR. For an API process that is a worker, NAME becomes api-1, api-2 ..., and for
-further engines engine-1, engine-2 ... When it is asked to end, it writes FOLDER/NAME-end.pid.
+further engines engine-1, engine-2 ... When it is asked to end, it writes FOLDER/NAME-end.pid. A test gets the channel
+of an API process through an abstract socket whose name is its process id.
 """
 
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,14 +18,7 @@ from typing import Any
 
 import msgspec
 
-from server.processes.supervisor_channel import (
-    DUMP_SIGNAL,
-    HEARTBEAT_SECONDS,
-    Channel,
-    EngineGone,
-    EngineStarted,
-    Heartbeat,
-)
+from server.processes.supervisor_channel import DUMP_SIGNAL
 
 
 def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
@@ -47,14 +42,16 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     signal.signal(DUMP_SIGNAL, lambda *_: write(folder / "dumped.pid", os.getpid()))
     signal.signal(signal.SIGHUP, lambda *_: write(folder / f"{name}-reload.pid", os.getpid()))  # blocked until here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+    tests = socket.socket(socket.AF_UNIX)
+    tests.bind(f"\0{os.getpid()}")
+    tests.listen()
     write(folder / f"{name}.pid", os.getpid())
-    if behaviour in ("fall-silent", "beat", "report"):
-        talk(folder, config, behaviour, int(argument))
     if behaviour == "outlive-engine":  # like the API process when its engine dies
         select.select([os.pidfd_open(config["models"][0]["engines"][0]["pid"])], [], [])
         os._exit(1)
     while True:
-        time.sleep(60)
+        with tests.accept()[0] as test:  # an API process leaves its channel to a test
+            socket.send_fds(test, [b"."], [config["supervisor_fd"]])
 
 
 def name_of(config: dict[str, Any]) -> str | None:
@@ -70,29 +67,6 @@ def write(path: Path, text: object) -> None:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(str(text))
     unfinished.rename(path)
-
-
-def talk(folder: Path, config: dict[str, Any], behaviour: str, num_ready: int) -> None:
-    """Send one heartbeat ("fall-silent"), many ("beat"), or those of an API process ("report").
-
-    "report" calls the first `num_ready` engines ready, writes the process ids of the engines that it has reported to
-    FOLDER/engines and what the supervisor says last to FOLDER/gone, and exits when there is no other engine.
-    """
-    channel = Channel.from_fd(config["supervisor_fd"])
-    engines = [config["models"][0]["engines"][0]["pid"]]
-    while True:
-        is_ready = behaviour == "report" and len(engines) <= num_ready
-        channel.send(Heartbeat((engines[-1],) if is_ready else ()))
-        write(folder / "engines", " ".join(map(str, engines)))
-        if behaviour == "fall-silent":
-            return
-        select.select([channel], [], [], 0.02 if behaviour == "beat" else HEARTBEAT_SECONDS)
-        for message in channel.receive():
-            if isinstance(message, EngineStarted):
-                engines.append(message.pid)
-            elif isinstance(message, EngineGone):
-                write(folder / "gone", message.reason)
-                os._exit(1)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ class Faults:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    method: str
     host: str
     path: str
     range: str
@@ -133,15 +132,14 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):  # the client has been interrupted
             self._answer()
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    do_HEAD = do_GET  # noqa: N815
 
     def _answer(self) -> None:
         path = urlsplit(self.path).path
         self._has_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         host = (self.headers.get("Host") or "").partition(":")[0]
         has_any = "Authorization" in self.headers
-        self.stub.seen.append(Seen(self.command, host, unquote(self.path), self.headers.get("Range", ""), has_any))
+        self.stub.seen.append(Seen(host, unquote(self.path), self.headers.get("Range", ""), has_any))
         if host == "localhost":
             self._send_large(path)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):

@@ -20,14 +20,6 @@ class TurnedClock(Clock):
         return self.time
 
 
-class HurriedClock(TurnedClock):
-    """A clock by which time passes at once when somebody waits."""
-
-    def select(self, selector: BaseSelector, seconds: float | None) -> Sequence[SelectorKey]:
-        self.time += seconds or 0.0
-        return super().select(selector, 0.0)
-
-
 class RemoteClock(TurnedClock):
     """A clock that another process turns, by sending seconds. This process ends with the other one.
 

@@ -60,25 +60,20 @@ STEERS = Script([["a\x1b]0;title\x07"], ["\x1b[2J\rb\x9b1m\n"], ["\tç👩‍�
 REFUSED = "the server returned status 401: Incorrect API key. (--api-key or LIGHTWELL_API_KEY is the key)"
 
 
-@pytest.mark.parametrize(
-    ("script", "text", "output", "error"),
-    [
+def test_an_answer_and_failures(stub: StubServer) -> None:
+    for script, text, output, error in (
         (STEERS, b"Hi\n", "a]0;title[2Jb1m\n\tç👩‍🚀\n", None),  # no answer steers the terminal
         (Script(finish_reason="stop"), b"Hi\n", "Hello\n", None),
         (Script(), b"One\n\xff\nTwo\n", "Hello\n", "standard input: line 2 is not utf-8 (byte 1)"),
-        (Script(close_early=True), b"Hi\n", "Hello", "the server at {url} closed the connection early"),
+        (Script(close_early=True), b"Hi\n", "Hello", f"the server at {stub.url} closed the connection early"),
         (Script(status=401, error="Incorrect\nAPI key."), b"Hi\n", "", REFUSED),
         (Script(error="The server had an error."), b"Hi\n", "Hello", "the answer failed: The server had an error."),
         (Script(with_done=False), b"Hi\n", "Hello", "the answer was cut off"),
-    ],
-    ids=range(7),
-)
-def test_an_answer_and_failures(stub: StubServer, script: Script, text: bytes, output: str, error: str | None) -> None:
-    stub.script = script
-    errors = "" if error is None else f"lightwell: error: {error.format(url=stub.url)}\n"
-    status, printed, said = talk(stub.url, text)
-    assert (status, said) == (0 if error is None else 1, errors)
-    assert printed.rstrip("\n") == output.rstrip("\n")
+    ):
+        stub.script = script
+        status, printed, said = talk(stub.url, text)
+        assert (status, said) == ((0, "") if error is None else (1, f"lightwell: error: {error}\n"))
+        assert printed.rstrip("\n") == output.rstrip("\n")
 
 
 def test_an_answer_that_is_cut_off_says_so(stub: StubServer) -> None:

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -82,40 +81,33 @@ def test_an_unknown_one_gets_no_key_before_it_is_named(
     assert said == f"lightwell: using m at {own.url} (--url chooses another: an unknown server at {stub.url})\n"
 
 
-@contextmanager
-def answering(answer: bytes) -> Iterator[str]:
-    """Run a server that gives one answer to every connection."""
-
+def test_only_a_model_server_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     class Handler(socketserver.BaseRequestHandler):
+        answer = b""
+
         def handle(self) -> None:
             if self.request.recv(4096):  # nothing if the connection is only a look at the port
-                self.request.sendall(answer)
+                self.request.sendall(self.answer)
 
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
-
-
-def test_only_a_model_server_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for answer, is_found in (
-        (b'HTTP/1.1 401 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),
-        (b'HTTP/1.1 503 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", False),
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", False),
-        (b"HTTP/1.0 404 File not found\r\ncontent-type: text/html\r\n\r\n<!DOCTYPE HTML>", False),  # Python's own
-        (b"SSH-2.0-OpenSSH\r\n", False),
-        (b"", False),
-    ):
-        with answering(answer) as url:
-            monkeypatch.setattr(discovery, "DEFAULT_URL", url)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(discovery, "DEFAULT_URL", url := f"http://127.0.0.1:{server.server_address[1]}")
+        for answer, is_found in (
+            (b'HTTP/1.1 401 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),
+            (b'HTTP/1.1 503 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),
+            (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", False),
+            (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", False),
+            (b"HTTP/1.0 404 File not found\r\ncontent-type: text/html\r\n\r\n<!DOCTYPE HTML>", False),  # Python's own
+            (b"SSH-2.0-OpenSSH\r\n", False),
+            (b"", False),
+        ):
+            Handler.answer = answer
             if is_found:
                 assert find_server() == url
             else:
                 with pytest.raises(RemoteError):
                     find_server()
+        server.shutdown()
 
 
 def test_chat_without_a_url(stub: StubServer) -> None:
@@ -129,16 +121,10 @@ def test_chat_without_a_url(stub: StubServer) -> None:
 ONE, TWO = (RunningServer(url=f"http://127.0.0.1:{port}", model="m") for port in (1, 2))
 
 
-def test_a_server_is_found_while_it_is_registered(runtime_folder: Path) -> None:
+def test_the_last_server_is_first_and_files_of_ended_processes_are_removed(runtime_folder: Path) -> None:
     assert registered_servers() == []
-    with registered(ONE):
-        assert registered_servers() == [ONE]
-        assert runtime_folder.stat().st_mode & 0o777 == 0o700
-    assert registered_servers() == []
-
-
-def test_the_last_one_is_first_and_files_of_ended_processes_are_removed(runtime_folder: Path) -> None:
     with registered(ONE), subprocess.Popen(["sleep", "60"]) as other:
+        assert runtime_folder.stat().st_mode & 0o777 == 0o700
         later = time.time() + 10
         (file := runtime_folder / f"{other.pid}.json").write_text('{"url": "http://127.0.0.1:2", "model": "m"}')
         os.utime(file, (later, later))
@@ -147,6 +133,7 @@ def test_the_last_one_is_first_and_files_of_ended_processes_are_removed(runtime_
         other.wait()
         assert registered_servers() == [ONE]
         assert not file.exists()
+    assert registered_servers() == []
 
 
 def test_files_that_cannot_be_used_are_ignored(runtime_folder: Path) -> None:
@@ -162,16 +149,12 @@ def test_files_that_cannot_be_used_are_ignored(runtime_folder: Path) -> None:
             assert registered_servers() == [ONE]
 
 
-def test_without_a_folder_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the cache where there is no runtime folder. Without it nothing fails."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "file"))
     with registered(ONE):
         assert registered_servers() == []
-
-
-def test_the_folder_is_in_the_cache_where_there_is_no_runtime_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path))
     assert folder() == tmp_path / "servers"

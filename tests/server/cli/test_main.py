@@ -64,20 +64,17 @@ def test_help_lists_the_commands(run: Run) -> None:
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_of_serve_has_every_setting_with_its_default(
-    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "--help"])
-    assert ended.value.code == 0
-    output = capsys.readouterr().out
+    status, output, _ = run("serve", "--help")
+    assert status == 0
     assert max(map(len, output.splitlines())) <= columns
     words = " ".join(output.split())
     for setting in SETTINGS.values():
+        default = f" [{setting.default_text}]" if setting.default_text else ""
         assert setting.flag in words
-        assert setting.description in words
-        if setting.default_text:
-            assert f"{setting.description} [{setting.default_text}]" in words
+        assert f"{setting.description}{default}" in words
         assert setting.group in words
 
 
@@ -127,13 +124,6 @@ def test_usage_errors_show_no_key(run: Run, line: str) -> None:
     status, output, errors = run("serve", *line.replace("K", "sk-secret").split())
     assert status == 2
     assert "sk-secret" not in errors + output
-
-
-def test_variables_are_checked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIGHTWELL_PORT", "x")
-    status, _, errors = run("serve")
-    assert (status, errors.count("\n")) == (2, 1)
-    assert errors.startswith("lightwell: error: LIGHTWELL_PORT: expected an integer")
 
 
 def test_models_that_cannot_be_had_are_failures(run: Run) -> None:
@@ -220,50 +210,30 @@ def test_build_kernels_without_a_compiler(tmp_path: Path) -> None:
 HEAVY = "fastapi pydantic uvicorn torch huggingface_hub"
 
 
-@pytest.mark.parametrize(
-    ("code", "heavy"),
-    [
+def test_help_and_clients_are_light() -> None:
+    for code, heavy in (
         ("from server.cli.main import make_parser; make_parser().format_help()", "torch numpy httpx rich yaml asyncio"),
         ("from server.cli.main import main; main(['list'])", HEAVY),
         ("import server.cli.chat, server.cli.discovery, server.cli.run, server.cli.doctor, httpx", HEAVY),
-    ],
-)
-def test_help_and_clients_are_light(code: str, heavy: str) -> None:
-    code = f"import sys; {code}; print([name for name in {heavy.split()} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n")
-
-
-def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """Return the flags in the help of a command."""
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
+    ):
+        program = f"import sys; {code}; print([name for name in {heavy.split()} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("[]\n"), code
 
 
 @pytest.mark.parametrize("command", FOREIGN_FLAGS)
-def test_what_to_use_instead_exists_and_what_not_to_use_does_not(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = flags_of(command, capsys)
-    for flag, text in FOREIGN_FLAGS[command].items():
+def test_flags_of_other_servers_are_explained(run: Run, command: str) -> None:
+    """What to use instead exists, and what not to use does not."""
+    own = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", run(command, "--help")[1]))
+    for number, (flag, text) in enumerate(FOREIGN_FLAGS[command].items()):
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
         assert named <= own, (flag, named - own)
-    if command != "run":  # which has the flags of a chat too
-        assert own & FOREIGN_FLAGS[command].keys() == set()
-
-
-@pytest.mark.parametrize("command", FOREIGN_FLAGS)
-def test_each_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for number, (flag, text) in enumerate(FOREIGN_FLAGS[command].items()):
-        if command == "run" and flag in ("--temperature", "--top-p"):
+        if command == "run" and flag in ("--temperature", "--top-p"):  # it has the flags of a chat too
             continue
+        assert flag not in own
         ways = [flag, "secret"], [f"{flag}=secret"], ["--seed", "1", flag]
-        with pytest.raises(SystemExit) as ended:
-            main([command, *ways[number % 3]])
-        assert ended.value.code == 2
         error = f"lightwell: error: unknown flag {flag}: {text} (see lightwell {command} --help)\n"
-        assert capsys.readouterr().err == error
+        assert run(command, *ways[number % 3]) == (2, "", error)
 
 
 @pytest.mark.parametrize("flag", MODEL_SYNONYMS)

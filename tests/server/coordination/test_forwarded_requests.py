@@ -276,28 +276,23 @@ async def settle() -> None:
 
 @pytest.mark.anyio
 async def test_one_part_is_on_its_way_in_each_direction() -> None:
-    """An application or a client that reads slowly slows the other one down."""
-    num_read = 0
-    wanted, room = asyncio.Semaphore(0), asyncio.Semaphore(0)
-    bodies: list[bytes] = []
+    """A client that reads slowly slows the application down, which slows the client's request down."""
+    read: list[bytes] = []
     taken: list[Message] = []
+    room = asyncio.Semaphore(0)
 
     async def receive() -> Message:
-        nonlocal num_read
-        num_read += 1
-        return {"type": "http.request", "body": b"%d" % num_read, "more_body": num_read < 20}
+        read.append(b"%d" % len(read))
+        return {"type": "http.request", "body": read[-1], "more_body": len(read) < 20}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         assert {**scope, "asgi": None, "state": None} == {**SCOPE, "asgi": None, "state": None}
-        for is_last in [*[False] * 19, True]:
-            await wanted.acquire()
-            part = await receive()
-            assert part["more_body"] != is_last
-            bodies.append(part["body"])
         await send(START)
-        for body in bodies:
-            await send(body_part(body))
-        await send(body_part(b"", more_body=False))
+        more_body = True
+        while more_body:
+            part = await receive()
+            more_body = part["more_body"]
+            await send(body_part(part["body"], more_body))
 
     async def slow_send(message: Message) -> None:
         await room.acquire()
@@ -305,17 +300,12 @@ async def test_one_part_is_on_its_way_in_each_direction() -> None:
 
     ends = Ends(app)
     answer = asyncio.create_task(ends.forwarder(SCOPE, receive, slow_send))
-    for number in range(20):
+    for number in range(21):
         await settle()
-        assert num_read == number
-        wanted.release()
-    for number in range(22):
-        await settle()
-        assert ends.count(messages.ResponsePart) == len(taken) + 1 == number + 1
+        assert (len(read), len(taken), ends.count(messages.ResponsePart)) == (number, number, number + 1)
         room.release()
     await answer
-    assert bodies == [b"%d" % (number + 1) for number in range(20)]
-    assert [message.get("body") for message in taken] == [None, *bodies, b""]
+    assert [message.get("body") for message in taken] == [None, *read]
     assert ends.count(messages.NextPart) == 20
     await settle()
     assert (ends.forwarded._running, ends.forwarder._running) == ({}, {})

@@ -45,6 +45,7 @@ def test_it_is_read_as_the_library_reads_it(tmp_path: Path, monkeypatch: pytest.
         *({}, {"HF_HOME": "/a"}, {"HF_HUB_CACHE": "/b"}, {"HUGGINGFACE_HUB_CACHE": "/b"}, {"XDG_CACHE_HOME": "/c"}),
         *({"HF_HOME": "/a", "HF_HUB_CACHE": "/b"}, {"HF_ENDPOINT": "https://mirror.example/"}, {"HF_TOKEN": " hf_x\n"}),
         *({"HUGGING_FACE_HUB_TOKEN": "hf_y"}, {"HF_HOME": str(tmp_path)}, {"TRANSFORMERS_OFFLINE": "on"}),
+        {"HF_HUB_CACHE": "~nobody-has-this-name/hub"},
         *({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "true"}, {"HF_HUB_OFFLINE": "0"}),
     ]
     theirs = subprocess.run(
@@ -64,28 +65,19 @@ def test_the_authorities_of_the_environment_are_trusted(monkeypatch: pytest.Monk
     assert tls_context().get_ca_certs(binary_form=True) == [ours]
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "message"),
-    [
+def test_what_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value, message in (
         ("SSL_CERT_FILE", "/nonexistent", "SSL_CERT_FILE /nonexistent: No such file or directory"),
         ("SSL_CERT_FILE", "/etc/passwd", "SSL_CERT_FILE /etc/passwd: has no certificates in PEM format"),
         ("HTTPS_PROXY", "foo://x", "address or proxy of the environment: Unknown scheme for proxy URL"),
         ("HTTPS_PROXY", "http://[::1", "address or proxy of the environment: Invalid port"),
-    ],
-)
-def test_what_makes_no_sense_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
-) -> None:
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(RemoteError, match=f"^{message}"):
-        connect("https://example.org", None)
-    with pytest.raises(HubError, match=f"^{message}"):
-        HubClient()
-
-
-def test_the_home_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", "~nobody-has-this-name/hub")
-    assert hub_folder() == Path("~nobody-has-this-name/hub")
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            with pytest.raises(RemoteError, match=f"^{message}"):
+                connect("https://example.org", None)
+            with pytest.raises(HubError, match=f"^{message}"):
+                HubClient()
 
 
 def test_sizes_durations_and_the_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,25 +1,32 @@
-"""Models and adapters from the stub hub: what is downloaded, what is said before, and what is refused."""
+"""Models from the stub hub: what is downloaded, what is said before, what is refused, and downloads that break."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from server.hub import memory
+from server.hub.download import MAX_FAILURES
 from server.hub.errors import HubError
 from server.hub.fetch import GGUF_HEADER_BYTES, fetch_model, remove_model
 from server.hub.names import HubName
 from tests.support.hub_models import Recorder, gguf_content
-from tests.support.stub_hub import TOKEN, StubHub
+from tests.support.stub_hub import TOKEN, StubHub, git_hash
 
 CONTENT = gguf_content()
+GGUF = "org/tiny-GGUF"
+SIZE, SHA256 = len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
 PARTS = [gguf_content(600_000, seed) for seed in (1, 2, 3)]
-GGUF = {
+FILES = {
     "README.md": b"about",
     "mmproj-f16.gguf": b"GGUF",
     "tiny-Q4_K_M.gguf": CONTENT,
@@ -42,14 +49,17 @@ FOLDER = WANTED | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"pi
 
 @pytest.fixture(autouse=True)
 def repositories(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add("org/tiny-GGUF", GGUF)
+    hub.add(GGUF, FILES)
     hub.add("org/tiny", FOLDER)
     monkeypatch.setattr(memory, "available_memory", lambda: 8_000_000_000)
     monkeypatch.setenv("PATH", "")  # no nvidia-smi
 
 
-def fetch(repo: str, recorder: Recorder | None = None, /, **choice: str) -> Path:
-    return fetch_model(HubName(repo, **choice), recorder or Recorder())
+def fetch(
+    repo: str, recorder: Recorder | None = None, wait: Callable[[float], None] = lambda seconds: None, /, **choice: str
+) -> Path:
+    """Let no time pass between attempts. `wait` gets the seconds that would pass."""
+    return fetch_model(HubName(repo, **choice), recorder or Recorder(), wait)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -59,18 +69,11 @@ def files_in(folder: Path) -> list[str]:
 # What is downloaded.
 
 
-def test_a_gguf_file() -> None:
-    path = fetch("org/tiny-GGUF")
-    assert path.read_bytes() == CONTENT
-    assert files_in(path.parent) == ["tiny-Q4_K_M.gguf"]
-    assert fetch("org/tiny-GGUF", tag="q8_0").read_bytes() == CONTENT + b"8"
-
-
 def test_all_parts_of_a_file() -> None:
-    path = fetch("org/tiny-GGUF", tag="Q6_K")
+    path = fetch(GGUF, tag="Q6_K")
     assert path.name == "tiny-Q6_K-00001-of-00003.gguf"
     assert [part.read_bytes() for part in sorted(path.parent.iterdir())] == PARTS
-    assert fetch("org/tiny-GGUF", file="Q6_K/tiny-Q6_K-00002-of-00003.gguf") == path
+    assert fetch(GGUF, file="Q6_K/tiny-Q6_K-00002-of-00003.gguf") == path
 
 
 def test_safetensors_without_code_and_pickles() -> None:
@@ -81,9 +84,9 @@ def test_safetensors_without_code_and_pickles() -> None:
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1"])
 def test_a_revision(hub: StubHub, revision: str) -> None:
-    assert fetch("org/tiny-GGUF", revision=revision).parent.name == hub.commit("org/tiny-GGUF")
+    assert fetch(GGUF, revision=revision).parent.name == hub.commit(GGUF)
     assert len(hub.requests(f"/api/models/org/tiny-GGUF/revision/{revision}")) == 1
-    assert {seen.path.split("/")[4] for seen in hub.requests("/resolve/")} == {hub.commit("org/tiny-GGUF")}
+    assert {seen.path.split("/")[4] for seen in hub.requests("/resolve/")} == {hub.commit(GGUF)}
 
 
 def test_a_new_commit_downloads_only_what_has_changed(hub: StubHub) -> None:
@@ -101,7 +104,7 @@ def test_a_new_commit_downloads_only_what_has_changed(hub: StubHub) -> None:
 
 def test_what_is_said_before_a_download(hub: StubHub, tmp_path: Path) -> None:
     recorder = Recorder()
-    fetch("org/tiny-GGUF", recorder, tag="Q6_K")
+    fetch(GGUF, recorder, tag="Q6_K")
     assert recorder.lines[0] == (
         f"org/tiny-GGUF at {hub.commit('org/tiny-GGUF')[:8]}: 3 files, Q6_K/tiny-Q6_K-00001-of-00003.gguf ..., 1.8 MB"
     )
@@ -111,7 +114,7 @@ def test_what_is_said_before_a_download(hub: StubHub, tmp_path: Path) -> None:
     )
     assert recorder.lines[3] == "Memory, 8.0 GB free: it fits"
     again = Recorder()
-    fetch("org/tiny-GGUF", again, tag="Q6_K")
+    fetch(GGUF, again, tag="Q6_K")
     assert again.lines == []
 
 
@@ -140,7 +143,7 @@ def test_a_disk_that_is_too_small(hub: StubHub, monkeypatch: pytest.MonkeyPatch)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 800_000))
     with pytest.raises(HubError, match=r"the disk is too full: 1\.0 MB are needed, and 800 kB are free \(HF_HOME sets"):
-        fetch("org/tiny-GGUF")
+        fetch(GGUF)
     assert hub.num_bytes_sent == 0
 
 
@@ -164,34 +167,32 @@ def test_an_unknown_configuration_is_refused_before_the_weights(hub: StubHub) ->
     assert hub.num_bytes_sent == 0
 
 
-@pytest.mark.parametrize(
-    ("repo", "choice", "message"),
-    [
+def test_what_is_not_there() -> None:
+    cases: list[tuple[str, dict[str, str], str]] = [
         ("org/nothing", {}, r"no such model, or a private one \(which needs HF_TOKEN\)"),
         ("org/tiny", {"revision": "v9"}, "no such branch, tag or commit"),
-        ("org/tiny-GGUF", {"tag": "Q5_0"}, "the repository has no Q5_0; it has Q6_K, Q4_K_M, Q8_0"),
-        ("org/tiny-GGUF", {"file": "tiny-Q8.gguf"}, r"no file tiny-Q8\.gguf \(did you mean tiny-Q8_0\.gguf\?\)"),
-    ],
-)
-def test_what_is_not_there(repo: str, choice: dict[str, str], message: str) -> None:
-    with pytest.raises(HubError, match=message):
-        fetch_model(HubName(repo, **choice), Recorder())
+        (GGUF, {"tag": "Q5_0"}, "the repository has no Q5_0; it has Q6_K, Q4_K_M, Q8_0"),
+        (GGUF, {"file": "tiny-Q8.gguf"}, r"no file tiny-Q8\.gguf \(did you mean tiny-Q8_0\.gguf\?\)"),
+    ]
+    for repo, choice, message in cases:
+        with pytest.raises(HubError, match=message):
+            fetch(repo, **choice)
 
 
 def test_a_gated_repository(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.faults.gated.add("org/tiny-GGUF")
+    hub.faults.gated.add(GGUF)
     with pytest.raises(
         HubError, match=f"accept the conditions at {hub.url}/org/tiny-GGUF, then set HF_TOKEN to a token"
     ):
-        fetch("org/tiny-GGUF")
+        fetch(GGUF)
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     with pytest.raises(HubError, match="with the account of your token, which must be allowed to read gated"):
-        fetch("org/tiny-GGUF")
+        fetch(GGUF)
     monkeypatch.setenv("HF_TOKEN", "hf_ü")
     with pytest.raises(HubError, match=r"HF_TOKEN .*: expected printable ASCII characters"):
-        fetch("org/tiny-GGUF")
+        fetch(GGUF)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert fetch("org/tiny-GGUF").read_bytes() == CONTENT
+    assert fetch(GGUF).read_bytes() == CONTENT
     # The other host, which has the large files, does not get the token.
     assert {(seen.host, seen.has_token) for seen in hub.requests("tiny-Q4_K_M")} >= {("localhost", False)}
     assert not any(seen.has_token for seen in hub.seen if seen.host == "localhost")
@@ -208,7 +209,7 @@ def hugging_face(code: str) -> str:
 
 
 def test_huggingface_hub_finds_what_we_have_downloaded() -> None:
-    path, folder = fetch("org/tiny-GGUF"), fetch("org/tiny")
+    path, folder = fetch(GGUF), fetch("org/tiny")
     code = """
 from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
 print(hf_hub_download("org/tiny-GGUF", "tiny-Q4_K_M.gguf", local_files_only=True))
@@ -227,22 +228,22 @@ print(hf_hub_download("org/tiny-GGUF", "tiny-Q4_K_M.gguf"))
     sent = hub.num_bytes_sent
     assert sent == len(CONTENT)
     recorder = Recorder()
-    assert str(fetch("org/tiny-GGUF", recorder)) == path
+    assert str(fetch(GGUF, recorder)) == path
     assert (hub.num_bytes_sent, recorder.lines) == (sent, [])
 
 
 @pytest.mark.checklist("G11")
 def test_offline(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = fetch("org/tiny-GGUF")
+    path = fetch(GGUF)
     hub.seen.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for choice in ({}, {"tag": "Q4_K_M"}, {"file": "tiny-Q4_K_M.gguf"}):
-        assert fetch("org/tiny-GGUF", **choice) == path
-        assert fetch("org/tiny-GGUF", **choice, revision=hub.commit("org/tiny-GGUF")) == path
+        assert fetch(GGUF, **choice) == path
+        assert fetch(GGUF, **choice, revision=hub.commit(GGUF)) == path
     with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE is set, and org/tiny has not been downloaded"):
         fetch("org/tiny")
     with pytest.raises(HubError, match=r"^of what has been downloaded: the repository has no Q8_0; it has Q4_K_M$"):
-        fetch("org/tiny-GGUF", tag="Q8_0")
+        fetch(GGUF, tag="Q8_0")
     assert hub.seen == []
 
 
@@ -259,12 +260,12 @@ def test_offline_with_a_part_of_the_weights(hub: StubHub, monkeypatch: pytest.Mo
     ("status", "reason"), [(503, "answers 503"), (429, "no more requests"), (0, "cannot be reached")]
 )
 def test_a_hub_that_is_down(hub: StubHub, monkeypatch: pytest.MonkeyPatch, status: int, reason: str) -> None:
-    path = fetch("org/tiny-GGUF")
+    path = fetch(GGUF)
     hub.faults.listing_status = status
     if not status:
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     recorder = Recorder()
-    assert fetch("org/tiny-GGUF", recorder) == path
+    assert fetch(GGUF, recorder) == path
     assert len(recorder.lines) == 1
     assert recorder.lines[0].endswith("; using what has been downloaded")
     assert reason in recorder.lines[0]
@@ -274,26 +275,27 @@ def test_a_hub_that_is_down(hub: StubHub, monkeypatch: pytest.MonkeyPatch, statu
 
 def test_a_model_is_removed(hub: StubHub, tmp_path: Path) -> None:
     """A file that another commit has too stays."""
-    fetch("org/tiny-GGUF")
-    path = fetch("org/tiny-GGUF", tag="Q8_0")
-    assert remove_model(HubName("org/tiny-GGUF", tag="q8_0")) == len(CONTENT) + 1
+    fetch(GGUF)
+    path = fetch(GGUF, tag="q8_0")
+    assert path.read_bytes() == CONTENT + b"8"
+    assert remove_model(HubName(GGUF, tag="q8_0")) == len(CONTENT) + 1
     assert files_in(path.parent) == ["tiny-Q4_K_M.gguf"]
-    hub.add("org/tiny-GGUF", {"README.md": b"new"})
-    assert fetch("org/tiny-GGUF").parent != path.parent
-    assert remove_model(HubName("org/tiny-GGUF")) == 0
+    hub.add(GGUF, {"README.md": b"new"})
+    assert fetch(GGUF).parent != path.parent
+    assert remove_model(HubName(GGUF)) == 0
     assert (path.parent / "tiny-Q4_K_M.gguf").read_bytes() == CONTENT
-    assert remove_model(HubName("org/tiny-GGUF", revision=path.parent.name)) == len(CONTENT)
+    assert remove_model(HubName(GGUF, revision=path.parent.name)) == len(CONTENT)
     assert list((tmp_path / "cache").glob("models--*")) == []
     with pytest.raises(HubError, match=r"^org/tiny-GGUF has not been downloaded$"):
-        remove_model(HubName("org/tiny-GGUF"))
+        remove_model(HubName(GGUF))
 
 
 def test_a_link_to_a_file_outside_of_the_cache_is_removed_alone(tmp_path: Path) -> None:
-    path, other = fetch("org/tiny-GGUF"), tmp_path / "other.gguf"
+    path, other = fetch(GGUF), tmp_path / "other.gguf"
     other.write_bytes(CONTENT)
     path.unlink()
     path.symlink_to(other)
-    assert remove_model(HubName("org/tiny-GGUF")) == 0
+    assert remove_model(HubName(GGUF)) == 0
     assert other.read_bytes() == CONTENT
     assert not path.is_symlink()
 
@@ -310,26 +312,179 @@ def test_something_else_than_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_paths_that_leave_the_folder_are_not_downloaded(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    listing = hub.listing("org/tiny-GGUF")
+    listing = hub.listing(GGUF)
     paths = ["../../up-Q4_0.gguf", "/etc/up-Q4_1.gguf", "\x1b[2Jup-Q5_0.gguf", "a//up-Q5_1.gguf", "./up-Q8_1.gguf"]
     for path in paths:
         listing["siblings"].append(listing["siblings"][0] | {"rfilename": path})
     monkeypatch.setattr(StubHub, "listing", lambda self, repo: listing)
     with pytest.raises(HubError, match=r"it has Q6_K, Q4_K_M, Q8_0$"):
-        fetch("org/tiny-GGUF", tag="Q4_0")
+        fetch(GGUF, tag="Q4_0")
 
 
 def test_a_listing_that_does_not_end(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.hub.client.MAX_LISTING_BYTES", 100)
     with pytest.raises(HubError, match="does not answer as Hugging Face's hub does"):
-        fetch("org/tiny-GGUF")
+        fetch(GGUF)
 
 
 def test_a_reference_in_the_cache_names_a_commit_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch("org/tiny-GGUF")
+    fetch(GGUF)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (reference,) = (tmp_path / "cache").glob("models--org--tiny-GGUF/refs/main")
     for ref in (b"../../../outside", b"/etc", b"\xff", 10**6 * b"a"):
         reference.write_bytes(ref)
         with pytest.raises(HubError, match="org/tiny-GGUF has not been downloaded"):
-            fetch("org/tiny-GGUF")
+            fetch(GGUF)
+
+
+# Downloads that break, continue, or bring something else than announced.
+
+
+def blobs(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache" / "models--org--tiny-GGUF" / "blobs").iterdir())
+
+
+def write_partial(tmp_path: Path, name: str, digest: str, content: bytes) -> None:
+    partial = tmp_path / "cache" / f"models--org--{name}" / "blobs" / f"{digest}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(content)
+
+
+def ranges(hub: StubHub) -> list[str]:
+    """Return the ranges that were requested of the other host, after that of the header."""
+    return [seen.range for seen in hub.requests(r"\?signed=1")][1:]
+
+
+def test_a_file(hub: StubHub, tmp_path: Path) -> None:
+    recorder = Recorder()
+    path = fetch(GGUF, recorder)
+    assert path.read_bytes() == CONTENT
+    assert files_in(path.parent) == [path.name] == ["tiny-Q4_K_M.gguf"]
+    assert recorder.starts == [("tiny-Q4_K_M.gguf", 0, SIZE)]
+    assert recorder.num_bytes == SIZE
+    assert blobs(tmp_path) == [SHA256]
+    assert hub.num_bytes_sent == SIZE + GGUF_HEADER_BYTES
+    assert fetch(GGUF) == path
+    assert hub.num_bytes_sent == SIZE + GGUF_HEADER_BYTES  # nothing again
+
+
+def test_a_broken_connection_continues_where_it_broke(hub: StubHub) -> None:
+    hub.faults.break_after = [None, 300_000, 200_000]
+    recorder, waits = Recorder(), list[float]()
+    assert fetch(GGUF, recorder, waits.append).read_bytes() == CONTENT
+    assert ranges(hub) == ["", "bytes=300000-", "bytes=500000-"]
+    assert hub.num_bytes_sent == SIZE + GGUF_HEADER_BYTES
+    assert waits == [1.0, 1.0]
+    assert recorder.num_bytes == SIZE
+    assert sum("trying again in 1 s" in line for line in recorder.lines) == 2
+
+
+def test_too_many_failures_leave_what_has_arrived_for_the_next_attempt(hub: StubHub, tmp_path: Path) -> None:
+    hub.faults.break_after, waits = [None, 400_000, *[0] * MAX_FAILURES], list[float]()
+    with pytest.raises(HubError, match=r"tiny-Q4_K_M\.gguf: .*What has arrived is kept: run the command again"):
+        fetch(GGUF, None, waits.append)
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert blobs(tmp_path) == [f"{SHA256}.incomplete"]
+    assert hub.num_bytes_sent == 400_000 + GGUF_HEADER_BYTES
+    recorder = Recorder()
+    assert fetch(GGUF, recorder).read_bytes() == CONTENT
+    assert recorder.starts == [("tiny-Q4_K_M.gguf", 400_000, SIZE)]
+    assert recorder.num_bytes == SIZE - 400_000
+    assert hub.num_bytes_sent == SIZE + 2 * GGUF_HEADER_BYTES
+    assert recorder.lines[0].endswith(": tiny-Q4_K_M.gguf, 1.0 MB, of which 400 kB are there already")
+    assert "Continuing tiny-Q4_K_M.gguf at 400 kB" in recorder.lines
+    assert blobs(tmp_path) == [SHA256]
+
+
+def test_an_interrupt_leaves_what_has_arrived(hub: StubHub, tmp_path: Path) -> None:
+    class Interrupted(Recorder):
+        def advance(self, num_bytes: int) -> None:
+            super().advance(num_bytes)
+            if self.num_bytes > SIZE // 2:
+                raise KeyboardInterrupt
+
+    interrupted = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        fetch(GGUF, interrupted)
+    recorder = Recorder()
+    assert fetch(GGUF, recorder).read_bytes() == CONTENT
+    assert recorder.num_bytes == SIZE - interrupted.num_bytes
+
+
+def test_a_server_that_ignores_ranges(hub: StubHub) -> None:
+    hub.faults.ignores_ranges = True
+    hub.faults.break_after = [None, 300_000]
+    assert fetch(GGUF).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("beginning", "message"),
+    [
+        (bytes(1000), "It has been deleted"),
+        (bytes(SIZE), "It has been deleted"),
+        (CONTENT + b"!", f"has {SIZE + 1} bytes"),
+    ],
+    ids=["wrong", "whole", "too long"],
+)
+def test_a_beginning_that_is_wrong(hub: StubHub, tmp_path: Path, beginning: bytes, message: str) -> None:
+    write_partial(tmp_path, "tiny-GGUF", SHA256, beginning)
+    with pytest.raises(HubError, match=message):
+        fetch(GGUF)
+    assert fetch(GGUF).read_bytes() == CONTENT
+
+
+def test_a_wrong_hash(hub: StubHub, tmp_path: Path) -> None:
+    hub.faults.corrupts = True
+    with pytest.raises(HubError, match=f"but the hub announced {SIZE} with {SHA256}. It has been deleted"):
+        fetch(GGUF)
+    assert blobs(tmp_path) == []
+    assert list((tmp_path / "cache").rglob("snapshots/*/*")) == []
+    hub.faults.corrupts = False
+    assert fetch(GGUF).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(("status", "retry_after", "seconds"), [(429, "7", 7.0), (429, "", 1.0), (503, "", 1.0)])
+def test_the_hub_asks_to_wait(hub: StubHub, status: int, retry_after: str, seconds: float) -> None:
+    hub.faults.statuses = [status, status]  # the header's, and the first of the file
+    hub.faults.retry_after, waits = retry_after, list[float]()
+    assert fetch(GGUF, None, waits.append).read_bytes() == CONTENT
+    assert waits == [seconds]
+
+
+def test_small_files_are_checked_too(hub: StubHub, tmp_path: Path) -> None:
+    config = b'{"model_type": "x"}'
+    hub.add("org/model", {"config.json": config, "model.safetensors": b"x"})
+    write_partial(tmp_path, "model", git_hash(config), b"[" * len(config))
+    with pytest.raises(HubError, match=r"config\.json has 19 bytes with hash .* It has been deleted"):
+        fetch("org/model")
+
+
+def test_an_empty_file(hub: StubHub, tmp_path: Path) -> None:
+    hub.add("org/empty", {"a-Q4_0.gguf": b""})
+    assert fetch("org/empty").read_bytes() == b""
+
+
+@pytest.mark.parametrize("length", [0, SIZE - 1])
+def test_a_file_that_was_cut_on_the_disk_is_downloaded_again(hub: StubHub, length: int) -> None:
+    path = fetch(GGUF)
+    path.resolve().write_bytes(CONTENT[:length])
+    assert fetch(GGUF).read_bytes() == CONTENT
+    assert path.read_bytes() == CONTENT
+
+
+def test_an_empty_name_of_a_commit_is_like_none(hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch(GGUF)
+    (tmp_path / "cache" / "models--org--tiny-GGUF" / "refs" / "main").write_text("")
+    assert fetch(GGUF).read_bytes() == CONTENT
+    (tmp_path / "cache" / "models--org--tiny-GGUF" / "refs" / "main").write_text("")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError, match="org/tiny-GGUF has not been downloaded"):
+        fetch(GGUF)
+
+
+def test_only_one_of_several_processes_downloads(hub: StubHub) -> None:
+    recorders = [Recorder() for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(partial(fetch, GGUF), recorders))
+    assert {path.read_bytes() for path in paths} == {CONTENT}
+    assert sum(recorder.num_bytes for recorder in recorders) == SIZE

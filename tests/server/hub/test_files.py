@@ -1,9 +1,11 @@
 """Which files of a repository are a model, on the lists of files that real repositories have."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from server.hub.errors import HubError
-from server.hub.files import gguf_models, select_files
+from server.hub.files import select_files
 from server.hub.names import HubName
 
 BF16 = ["BF16/big-BF16-00001-of-00002.gguf", "BF16/big-BF16-00002-of-00002.gguf"]
@@ -24,67 +26,44 @@ SAFETENSORS = [
 ]
 
 
-def select(paths: list[str], file: str | None = None, tag: str | None = None) -> list[str]:
-    return list(select_files(paths, HubName("org/name", file=file, tag=tag)))
+FOUR = "a-Q4_0.gguf", "b-Q4_0.gguf"
+PARTS = [f"m-Q4_0-{number:05}-of-00003.gguf" for number in (3, 1, 2)]
+COMPANIONS = ["mmproj-a-Q4_K_M.gguf", "a-mmproj-Q4_K_M.gguf", "a-imatrix.gguf", "eagle3-a-Q4_0.gguf", "a.gguf"]
 
 
-def test_a_tag() -> None:
-    for tag, files in (
-        ("q4_k_m", ["big-Q4_K_M.gguf"]),
-        ("UD-Q4_K_M", ["big-UD-Q4_K_M.gguf"]),
-        ("Q4_K_XL", ["big-UD-Q4_K_XL.gguf"]),
-        ("bf16", BF16),
-        ("Q8_0", ["big-Q8_0.gguf"]),
+def select(paths: Sequence[str], choice: str = "") -> list[str]:
+    """Select by a tag, or by a file."""
+    kind = "file" if choice.endswith(".gguf") else "tag"
+    return list(select_files(paths, HubName("org/name", **{kind: choice or None})))
+
+
+def test_files() -> None:
+    for paths, choice, files in (
+        (UNSLOTH, "q4_k_m", ["big-Q4_K_M.gguf"]),
+        (UNSLOTH, "UD-Q4_K_M", ["big-UD-Q4_K_M.gguf"]),
+        (UNSLOTH, "Q4_K_XL", ["big-UD-Q4_K_XL.gguf"]),
+        (UNSLOTH, "bf16", BF16),
+        (["a-fp16.gguf"], "F16", ["a-fp16.gguf"]),
+        (["a-F16.gguf"], "fp16", ["a-F16.gguf"]),
+        (["small.gguf"], "", ["small.gguf"]),
+        (["model-instruct.gguf", "model-base.gguf"], "base", ["model-base.gguf"]),
+        (QWEN, "Q4_0", ["qwen-q4_0.gguf"]),  # the whole file is preferred to its parts
+        (QWEN, QWEN[1], QWEN[:2]),
+        (UNSLOTH, "big-q8_0.gguf", ["big-Q8_0.gguf"]),
+        (UNSLOTH, BF16[0], BF16),
+        (UNSLOTH, "mmproj-BF16.gguf", ["mmproj-BF16.gguf"]),
+        (PARTS, "", sorted(PARTS)),
+        # A sensible one, where none is named.
+        (UNSLOTH, "", ["big-Q4_K_M.gguf"]),
+        (["a-Q8_0.gguf", "a-Q4_0.gguf", "a-BF16.gguf"], "", ["a-Q4_0.gguf"]),
+        (["a-Q2_K.gguf", "a-Q8_0.gguf"], "", ["a-Q8_0.gguf"]),
+        (["gpt-oss-20b-mxfp4.gguf"], "", ["gpt-oss-20b-mxfp4.gguf"]),
+        (["a-UD-Q4_K_XL.gguf", "a-Q4_0.gguf"], "", ["a-UD-Q4_K_XL.gguf"]),
+        (["a-Q2_K.gguf", "a-Q3_K_S.gguf"], "", ["a-Q2_K.gguf"]),
+        (["smtp-classifier-Q4_0.gguf"], "", ["smtp-classifier-Q4_0.gguf"]),  # it has the mark of a companion in it
+        (COMPANIONS, "", ["a.gguf"]),
     ):
-        assert select(UNSLOTH, tag=tag) == files, tag
-
-
-@pytest.mark.parametrize("tag", ["Q4", "Q4_K", "M", "K_M", "4_K_M", "Q4_K_M.", "0"])
-def test_a_tag_is_not_a_part_of_a_name(tag: str) -> None:
-    with pytest.raises(HubError, match=r"has no .*; it has BF16, IQ4_XS, Q4_K_M, Q8_0, UD-Q4_K_M, UD-Q4_K_XL$"):
-        select(UNSLOTH, tag=tag)
-
-
-def test_other_names() -> None:
-    assert select(["a-fp16.gguf"], tag="F16") == ["a-fp16.gguf"]
-    assert select(["a-F16.gguf"], tag="fp16") == ["a-F16.gguf"]
-    assert select(["small.gguf"]) == ["small.gguf"]
-    assert select(["model-instruct.gguf", "model-base.gguf"], tag="base") == ["model-base.gguf"]
-    with pytest.raises(HubError, match=r"has no Q4_0; it has small\.gguf"):
-        select(["small.gguf"], tag="Q4_0")
-    assert select(QWEN, tag="Q4_0") == ["qwen-q4_0.gguf"]  # the whole file is preferred to its parts
-    assert select(QWEN, file=QWEN[1]) == QWEN[:2]
-
-
-def test_a_sensible_file() -> None:
-    for paths, file in (
-        (UNSLOTH, "big-Q4_K_M.gguf"),
-        (["a-Q8_0.gguf", "a-Q4_0.gguf", "a-BF16.gguf"], "a-Q4_0.gguf"),
-        (["a-Q2_K.gguf", "a-Q8_0.gguf"], "a-Q8_0.gguf"),
-        (["gpt-oss-20b-mxfp4.gguf"], "gpt-oss-20b-mxfp4.gguf"),
-        (["a-UD-Q4_K_XL.gguf", "a-Q4_0.gguf"], "a-UD-Q4_K_XL.gguf"),
-        (["a-Q2_K.gguf", "a-Q3_K_S.gguf"], "a-Q2_K.gguf"),
-        (["smtp-classifier-Q4_0.gguf"], "smtp-classifier-Q4_0.gguf"),  # it has the mark of a companion in it
-        (["mmproj-a-Q4_K_M.gguf", "a-mmproj-Q4_K_M.gguf", "a-imatrix.gguf", "eagle3-a-Q4_0.gguf", "a.gguf"], "a.gguf"),
-    ):
-        assert select(paths) == [file], paths
-
-
-def test_a_file() -> None:
-    assert select(UNSLOTH, file="big-Q8_0.gguf") == ["big-Q8_0.gguf"]
-    assert select(UNSLOTH, file="big-q8_0.gguf") == ["big-Q8_0.gguf"]
-    assert select(UNSLOTH, file="BF16/big-BF16-00001-of-00002.gguf") == BF16
-    assert select(UNSLOTH, file="mmproj-BF16.gguf") == ["mmproj-BF16.gguf"]
-    with pytest.raises(
-        HubError, match=r"no file big-Q4_K_S\.gguf \(did you mean big-Q4_K_M\.gguf\?\); it has .*big-Q8_0"
-    ):
-        select(UNSLOTH, file="big-Q4_K_S.gguf")
-
-
-def test_parts_are_in_order() -> None:
-    paths = [f"m-Q4_0-{number:05}-of-00003.gguf" for number in (3, 1, 2)]
-    assert select(paths) == sorted(paths)
-    assert gguf_models(paths)[0].number_format == "Q4_0"
+        assert select(paths, choice) == files, (paths, choice)
 
 
 def test_safetensors() -> None:
@@ -95,19 +74,28 @@ def test_safetensors() -> None:
     assert "consolidated.safetensors" in select(["config.json", "consolidated.safetensors"])
 
 
+HAS = "it has BF16, IQ4_XS, Q4_K_M, Q8_0, UD-Q4_K_M, UD-Q4_K_XL$"
+
+
 @pytest.mark.parametrize(
-    ("paths", "tag", "message"),
+    ("paths", "choice", "message"),
     [
-        (["a-Q4_0.gguf", "b-Q4_0.gguf"], None, r"several files are Q4_0; give one as .*: a-Q4_0\.gguf, b-Q4_0\.gguf"),
-        (["a-Q4_0.gguf", "b-Q4_0.gguf"], "Q4_0", r"several files are Q4_0; give one as .*: a-Q4_0\.gguf, b-Q4_0\.gguf"),
+        *((UNSLOTH, tag, f"has no .*; {HAS}") for tag in ("Q4", "Q4_K", "M", "K_M", "4_K_M", "Q4_K_M.", "0")),
+        (["small.gguf"], "Q4_0", r"has no Q4_0; it has small\.gguf"),
+        (
+            UNSLOTH,
+            "big-Q4_K_S.gguf",
+            r"no file big-Q4_K_S\.gguf \(did you mean big-Q4_K_M\.gguf\?\); it has .*big-Q8_0",
+        ),
+        *((FOUR, tag, r"several files are Q4_0; give one as .*: a-Q4_0\.gguf, b-Q4_0\.gguf") for tag in ("", "Q4_0")),
         (BF16[:1], "BF16", "1 of 2 parts are there"),
-        (["config.json", "pytorch_model.bin"], None, "only pickle files"),
-        (["README.md"], None, "no model in safetensors .* and no GGUF file"),
-        (["model.safetensors"], None, "no model in safetensors .with config.json"),
+        (["config.json", "pytorch_model.bin"], "", "only pickle files"),
+        (["README.md"], "", "no model in safetensors .* and no GGUF file"),
+        (["model.safetensors"], "", "no model in safetensors .with config.json"),
         (SAFETENSORS, "Q4_0", "no GGUF files .its weights are in safetensors: org/name"),
         (["mmproj-BF16.gguf"], "BF16", "no GGUF files"),
     ],
 )
-def test_repositories_without_one_such_model(paths: list[str], tag: str | None, message: str) -> None:
+def test_repositories_without_one_such_model(paths: list[str], choice: str, message: str) -> None:
     with pytest.raises(HubError, match=message):
-        select(paths, tag=tag)
+        select(paths, choice)

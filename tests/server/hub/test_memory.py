@@ -31,16 +31,24 @@ QWEN3_4B_JSON = config(36, 40960, 2560, 32, num_key_value_heads=8, head_dim=128)
 QWEN3_4B_SHAPE = ModelShape(40960, 36 * 8 * (128 + 128) * 2, 0, 0)
 
 
-def test_one_model_in_both_formats() -> None:
-    assert gguf_shape(QWEN3_4B) == QWEN3_4B_SHAPE
-    assert config_shape(QWEN3_4B_JSON) == QWEN3_4B_SHAPE
-    assert config_shape({"model_type": "x", "text_config": QWEN3_4B_JSON}) == QWEN3_4B_SHAPE
-
-
-def test_head_sizes_follow_from_the_hidden_size() -> None:
-    shape = gguf_shape(gguf("qwen3", 36, 100, 2560, 32, head_count_kv=8))
-    assert shape == ModelShape(100, 36 * 8 * (80 + 80) * 2, 0, 0)
-    assert config_shape(config(36, 40960, 2560, 32)) == ModelShape(40960, 36 * 32 * (80 + 80) * 2, 0, 0)
+def test_shapes() -> None:
+    hidden, latent = ModelShape(100, 36 * 8 * (80 + 80) * 2, 0, 0), ModelShape(163840, 27 * 576 * 2, 0, 0)
+    layers = QWEN3_4B | {"qwen3.block_count": 3, "qwen3.attention.head_count_kv": [8, 2, 0]}
+    latent_gguf = gguf("deepseek2", 27, 163840, 2048, 16, kv_lora_rank=512) | {"deepseek2.rope.dimension_count": 64}
+    for found, shape in (
+        (gguf_shape(QWEN3_4B), QWEN3_4B_SHAPE),
+        (config_shape(QWEN3_4B_JSON), QWEN3_4B_SHAPE),
+        (config_shape({"model_type": "x", "text_config": QWEN3_4B_JSON}), QWEN3_4B_SHAPE),
+        # Head sizes follow from the hidden size.
+        (gguf_shape(gguf("qwen3", 36, 100, 2560, 32, head_count_kv=8)), hidden),
+        (config_shape(config(36, 100, 2560, 32, num_key_value_heads=8)), hidden),
+        (config_shape(config(36, 40960, 2560, 32)), ModelShape(40960, 36 * 32 * (80 + 80) * 2, 0, 0)),
+        # Heads of each layer, and latent attention.
+        (gguf_shape(layers), ModelShape(40960, 10 * 256 * 2, 0, 0)),
+        (gguf_shape(latent_gguf), latent),
+        (config_shape(config(27, 163840, 2048, 16, kv_lora_rank=512, qk_rope_head_dim=64)), latent),
+    ):
+        assert found == shape
 
 
 def test_sliding_windows() -> None:
@@ -58,18 +66,6 @@ def test_sliding_windows() -> None:
     assert gguf_shape(metadata | {"gemma3.attention.sliding_window_pattern": pattern}) == shape
     assert shape.kv_cache_bytes(1000) == 1000 * 34 * width
     assert shape.kv_cache_bytes(2024) == 2024 * 5 * width + 1024 * 29 * width
-
-
-def test_heads_of_each_layer() -> None:
-    shape = gguf_shape(QWEN3_4B | {"qwen3.block_count": 3, "qwen3.attention.head_count_kv": [8, 2, 0]})
-    assert shape == ModelShape(40960, 10 * 256 * 2, 0, 0)
-
-
-def test_latent_attention() -> None:
-    shape = ModelShape(163840, 27 * 576 * 2, 0, 0)
-    metadata = gguf("deepseek2", 27, 163840, 2048, 16, kv_lora_rank=512)
-    assert gguf_shape(metadata | {"deepseek2.rope.dimension_count": 64}) == shape
-    assert config_shape(config(27, 163840, 2048, 16, kv_lora_rank=512, qk_rope_head_dim=64)) == shape
 
 
 def test_metadata_that_says_too_little() -> None:

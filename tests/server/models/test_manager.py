@@ -1,4 +1,5 @@
-"""Models are loaded when they are needed, and unloaded when they are idle or another one needs their memory."""
+"""Several models: they are loaded when they are needed, unloaded when they are idle or another one needs their memory,
+and a request reaches the one that it names, each with its own engine, tokenizer and adapters."""
 
 import os
 import threading
@@ -7,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from server.models.manager import IDLE_POLL_SECONDS, LOAD_TIMEOUT, RETRY_SECONDS
 from server.models.memory import Room
 from server.models.served_model import ServedModel
 from server.processes.supervisor_channel import StartEngine, StopEngine
+from tests.support.fake_engine import make_adapter
+from tests.support.records import example_step
 from tests.support.serving import check_error, wait_until
 from tests.support.several_models import NAMES, SeveralModels, several_models, unload
 
@@ -144,8 +148,12 @@ def test_a_model_in_use_is_waited_for(model_folder: Path, monkeypatch: pytest.Mo
         with running(server, "one", pool) as first:
             hasty = pool.submit(server.complete, "two", queue_timeout=20)
             wait_until(lambda: server.states["two"] == "loading")
-            server.turn(20)
-            assert check_error(hasty.result(), 503)["code"] == "request_timeout"
+            server.turn(19)
+            assert server.slots[1].num_users == 1
+            server.turn(1)
+            error = check_error(hasty.result(), 503)
+            assert error["code"] == "request_timeout"
+            assert error["message"].startswith("The model `two` is still being loaded.")
             server.turn(1)
             wait_until(lambda: server.states["two"] == "unloaded")
             second = pool.submit(server.complete, "two")
@@ -155,16 +163,6 @@ def test_a_model_in_use_is_waited_for(model_folder: Path, monkeypatch: pytest.Mo
         assert second.result().status_code == 200
         assert first.done()
         assert server.states == {"one": "unloaded", "two": "loaded"}
-
-
-def test_a_request_waits_no_longer_than_it_may(model_folder: Path) -> None:
-    with several_models(model_folder, engines={"never_ready": True}) as server, ThreadPoolExecutor() as pool:
-        answer = pool.submit(server.complete, "one", queue_timeout=20)
-        wait_until(lambda: server.supervisor.engines)
-        server.turn(19)
-        assert server.slots[0].num_users == 1
-        server.turn(1)
-        assert check_error(answer.result(), 503)["message"].startswith("The model `one` is still being loaded.")
 
 
 def test_a_model_that_can_never_fit_is_refused(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,3 +341,64 @@ def test_a_load_ends_with_the_server(model_folder: Path, starts: bool) -> None:
 
         server.call(shut_down)
         assert check_error(answer.result(), 503)["message"] == "The server is shutting down. Please retry later."
+
+
+# Each request reaches the model that it names.
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+GENERATING: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "Hi"}),
+    ("/v1/chat/completions", {"messages": MESSAGES}),
+    ("/v1/responses", {"input": "Hi"}),
+    ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}),
+    ("/api/chat", {"messages": MESSAGES, "stream": False}),
+    ("/api/generate", {"prompt": "Hi", "stream": False}),
+    ("/v1/embeddings", {"input": "Hi"}),
+    ("/v1/rerank", {"query": "Hi", "documents": ["a"]}),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> Iterator[SeveralModels]:
+    """A server of the models `one` and `two`, which are loaded; `two` has the adapter `dialect`."""
+    with several_models(model_folder, engines={"max_loras": 1}) as server:
+        server.supervisor.configs[1].adapters = [make_adapter("dialect")]
+        for name in NAMES[:2]:
+            assert server.complete(name).status_code == 200
+        yield server
+
+
+def test_a_request_reaches_the_engine_of_its_model(loaded: SeveralModels) -> None:
+    for (path, body), (name, number) in product(GENERATING, (("one", 0), ("two", 1), ("dialect", 1))):
+        engine, other = loaded.supervisor.engines[number], loaded.supervisor.engines[1 - number]
+        num_other = len(other.submits)
+        answer = httpx.post(loaded.url + path, json={"model": name, **body})
+        assert answer.status_code == 200, answer.text
+        assert engine.submits[-1].lora_name == ("dialect" if name == "dialect" else "")
+        assert len(other.submits) == num_other
+        if path != "/v1/rerank":
+            assert answer.json()["model"] == name
+
+
+def test_all_models_are_listed(loaded: SeveralModels) -> None:
+    models = httpx.get(loaded.url + "/v1/models").json()["data"]
+    assert [(model["id"], model["parent"]) for model in models] == [("one", None), ("two", None), ("dialect", "two")]
+    tags = httpx.get(loaded.url + "/api/tags").json()["models"]
+    assert [model["name"] for model in tags] == ["one:latest", "two:latest", "dialect:latest"]
+
+
+def test_a_request_must_name_its_model_if_there_are_several(loaded: SeveralModels) -> None:
+    error = check_error(loaded.complete("three"), 404)
+    assert error["message"].endswith("Available models: `one`, `two`, `dialect`.")
+    assert "model" in check_error(httpx.post(loaded.url + "/v1/completions", json={"prompt": "Hi"}), 400)["message"]
+
+
+def test_what_the_engine_does_is_that_of_the_chosen_model(loaded: SeveralModels) -> None:
+    loaded.supervisor.configs[1].steps = [example_step(7)]
+    url = loaded.url + "/lightwell/v1/steps"
+    assert httpx.get(url).json()["data"] == httpx.get(url, params={"model": "one"}).json()["data"] == []
+    for name in ("two", "dialect"):
+        (step,) = httpx.get(url, params={"model": name}).json()["data"]
+        assert step["id"] == 7
+    check_error(httpx.get(url, params={"model": "three"}), 404)

@@ -32,18 +32,16 @@ def test_arguments_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replica_settings({}).model == "of the environment"
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
+def test_arguments_that_are_refused() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"max-num-sequences": 8}, "args: unknown setting 'max-num-sequences'"),
         ({"max-num-seqs": 0}, "--max-num-seqs: expected an integer from 1 to 65536, got 0"),
         ({"port": 80, "root-path": "/llm", "api-key": "k"}, "port, root_path: not here, Ray Serve has"),
         ({}, "set api-key"),
-    ],
-)
-def test_arguments_that_are_refused(args: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        app(args)
+    ]
+    for args, message in cases:
+        with pytest.raises(SettingsError, match=message):
+            app(args)
 
 
 def test_settings_of_the_environment_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

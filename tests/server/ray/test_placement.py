@@ -16,26 +16,19 @@ def chat(*texts: str, **fields: Any) -> bytes:
     return json.dumps({"model": "m", "messages": messages, **fields}).encode()
 
 
-def test_all_turns_of_a_conversation_have_the_same_opening() -> None:
-    turns = [chat("s", "hello"), chat("s", "hello", "hi", "tell me more", temperature=1)]
-    assert opening(turns[0]) == opening(turns[1])
-
-
-def test_other_conversations_have_others() -> None:
-    for other in (
-        chat("t", "hello"),
-        chat("s", "goodbye"),
-        chat("s", "hello", tools=[{}]),
-        chat("s", "hello").replace(b'"m"', b'"lora"'),
+def test_openings_of_chats() -> None:
+    """All turns of a conversation have the same one, and so have long texts that begin alike."""
+    first, document = chat("s", "hello"), "x" * OPENING_BYTES
+    for one, other, is_same in (
+        (first, chat("s", "hello", "hi", "tell me more", temperature=1), True),
+        (first, chat("t", "hello"), False),
+        (first, chat("s", "goodbye"), False),
+        (first, chat("s", "hello", tools=[{}]), False),
+        (first, first.replace(b'"m"', b'"lora"'), False),
+        (chat("s", document + "one question"), chat("s", document + "another question"), True),
+        (chat(document * 2, "one"), chat(document * 2, "two"), False),
     ):
-        assert opening(other) != opening(chat("s", "hello")), other
-
-
-def test_long_texts_that_begin_alike_have_the_same_opening() -> None:
-    document = "x" * OPENING_BYTES
-    assert opening(chat("s", document + "one question")) == opening(chat("s", document + "another question"))
-    long_system = "y" * 2 * OPENING_BYTES
-    assert opening(chat(long_system, "one")) != opening(chat(long_system, "two"))
+        assert (opening(one) == opening(other)) == is_same, other[:200]
 
 
 def test_prompts_of_all_apis() -> None:
