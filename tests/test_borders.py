@@ -1,10 +1,11 @@
 """Who may import whom, and what is never called.
 
-Imports are tried in fresh processes; what stands in the source is read from its syntax tree.
+Imports are tried in fresh processes; what stands in the source is read from its syntax tree, or found by ruff.
 """
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -138,81 +139,36 @@ def test_every_folder_is_a_package() -> None:
     assert [folder for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
 
 
-def dangers(module: ast.Module) -> Iterator[str]:
-    """What can run code that comes from a file or from the network."""
-    for node in ast.walk(module):
-        match node:
-            case ast.Import(names=names):
-                yield from (alias.name for alias in names if first_part(alias.name) in PICKLES)
-            case ast.ImportFrom(module=str(name)) if first_part(name) in PICKLES:
-                yield name
-            case ast.ImportFrom(module="torch", names=names) if any(alias.name == "load" for alias in names):
-                yield "torch.load"
-            case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
-                yield "torch.load"
-            case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
-                yield name
-            case ast.keyword(arg="trust_remote_code" | "allow_pickle" as name, value=value) if not is_false(value):
-                yield name
-            case ast.Dict(keys=keys, values=values):
-                yield from (
-                    "trust_remote_code"
-                    for key, value in zip(keys, values, strict=True)
-                    if isinstance(key, ast.Constant) and key.value == "trust_remote_code" and not is_false(value)
-                )
+BANNED = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch.load")
+# As an argument, or as a key of arguments, with any value but False.
+OPTIONS = re.compile(r"\b(trust_remote_code|allow_pickle)[\"']?\s*[=:](?!\s*False\b)")
 
 
-PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-
-
-def is_false(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant) and value.value is False
+def dangers(*places: Path) -> str:
+    """Return what ruff finds that can run code from a file or from the network."""
+    banned = ", ".join(f'"{name}" = {{msg = "runs code"}}' for name in BANNED)
+    command = ["ruff", "check", "--isolated", "--ignore-noqa", "--quiet", "--select=TID251,S102,S307"]
+    command += [f"--config=lint.flake8-tidy-imports.banned-api={{{banned}}}", "--output-format=concise"]
+    return subprocess.run([sys.executable, "-m", *command, *places], capture_output=True, text=True, check=False).stdout
 
 
 @pytest.mark.checklist("B10")
-def test_no_code_is_run_that_comes_from_outside() -> None:
-    assert [(path, danger) for path in SOURCES for danger in dangers(tree(path))] == []
-
-
-def test_the_search_for_dangers_finds_them() -> None:
-    cases = [
-        ("import pickle", 1),
-        ("import json, pickle as p", 1),
-        ("from pickle import loads", 1),
-        ("def f():\n    from cloudpickle import loads", 1),
-        ("import torch\nx = torch.load(path)", 1),
-        ("from torch import load", 1),
-        ("eval(text)", 1),
-        ("exec(text)", 1),
-        ("Model.from_pretrained(path, trust_remote_code=True)", 1),
-        ("Model.from_pretrained(path, trust_remote_code=flag)", 1),
-        ("options = {'trust_remote_code': True}", 1),
-        ("np.load(path, allow_pickle=True)", 1),
-        ("Model.from_pretrained(path, trust_remote_code=False)", 0),
-        ("model.eval()", 0),
-        ("json.load(file); safetensors.torch.load(data); literal_eval(text)", 0),
-        ("'pickle, torch.load, eval(x)'  # pickle", 0),
-    ]
-    found = [(source, len(list(dangers(ast.parse(source))))) for source, _ in cases]
-    assert found == cases
+def test_no_code_is_run_that_comes_from_outside(tmp_path: Path) -> None:
+    example = tmp_path / "example.py"
+    example.write_text(
+        "from pickle import loads\nimport torch\ntorch.load(x)  # noqa\neval(x)\nexec(x)\ntorch.eval()\n"
+    )
+    assert [int(line.split(":")[1]) for line in dangers(example).splitlines()] == [1, 3, 4, 5]
+    assert dangers(ROOT / "engine", ROOT / "server") == ""
+    assert OPTIONS.search('load(x, trust_remote_code=flag, options={"allow_pickle": False})')
+    assert [path for path in SOURCES if OPTIONS.search((ROOT / path).read_text(encoding="utf-8"))] == []
 
 
 def test_the_search_for_imports_finds_them() -> None:
-    assert len(ENGINE) > len(ENGINE_WITHOUT_TORCH)
     assert import_graph()["engine.core"] >= {"engine.runner", "engine.scheduling.scheduler"}
-    assert set(imports("engine/scheduling/scheduler.py")) >= {
-        "logging",
-        "engine.scheduling.kv_manager.KVManager",
-        "engine.scheduling.request.Step",
-    }
-    assert imported_along(["engine.scheduling.request"], ["msgspec", "torch"]) == {
-        "msgspec": "engine.scheduling.request"
-    }
+    assert "engine.scheduling.kv_manager.KVManager" in imports("engine/scheduling/scheduler.py")
     server_modules = [path.removesuffix(".py").replace("/", ".") for path in SERVER if not path.endswith("__init__.py")]
     assert sorted(imported_along(["server"], server_modules)) == server_modules
-    assert is_below("engine.shared.messages.Submit", ENGINE_FOR_SERVER)
-    assert not is_below("engine.messages_of_another", ENGINE_FOR_SERVER)
-    assert not is_below("engine", ENGINE_FOR_SERVER)
 
 
 def test_only_readers_of_files_ask_for_the_family_of_a_model() -> None:
