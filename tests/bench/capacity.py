@@ -1,11 +1,11 @@
 """Measure the processor time of the API process for a streamed chat completion, in front of a fake engine.
 
-    python -m tests.bench.capacity api [--model FOLDER]
-    python -m tests.bench.capacity workers [--model FOLDER]
+    python -m tests.bench.capacity api [MODEL]
+    python -m tests.bench.capacity workers [MODEL]
 
 `api` fits what a request, a token of its prompt and one of its answer cost, and says how many API processes some loads
 need. `workers` compares a server of one API process with a coordinator and workers, which get all requests
-(--api-server-count).
+(--api-server-count). Of MODEL, the tokenizer and the template are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import psutil
 from server.cli.bench import run_benchmark
 from server.cli.load_generator import LoadOptions
 from server.model_paths import resolve_model
-from tests.bench.serve import make_parser, print_rows
+from tests.bench.serve import parse, print_rows
 from tests.support.api_process import api_process
 from tests.support.fake_engine import FakeEngineConfig
 from tests.support.serving import own_address
@@ -43,28 +43,15 @@ def measure(
     """Return for each case the tokens of a prompt, and the seconds of the first process and of others for a request."""
     found = []
     with own_address() as address, tempfile.TemporaryDirectory() as folder:
-        engine = FakeEngineConfig(
-            address=address,
-            reply=list(range(1000, 1128)),
-            endless=True,
-            step_seconds=STEP_SECONDS,
-            max_model_len=1 << 15,
-            max_num_seqs=CONCURRENCY,
-            vocab_size=1 << 16,
-        )
+        limits = {"max_model_len": 1 << 15, "max_num_seqs": CONCURRENCY, "vocab_size": 1 << 16}
+        replies = {"reply": list(range(1000, 1128)), "endless": True, "step_seconds": STEP_SECONDS}
+        engine = FakeEngineConfig(address=address, **limits, **replies)
         with api_process(engine, model, Path(folder), dies=True, num_workers=num_workers) as api:
             api.wait_until_ready()
             processes = [psutil.Process(each.pid) for each in (api.process, *api.workers)]
             for seed, (words, tokens) in enumerate(cases):
-                load = LoadOptions(
-                    url=api.url,
-                    endpoint="chat",
-                    num_requests=num_requests,
-                    concurrency=CONCURRENCY,
-                    input_len=words,
-                    output_len=tokens,
-                    seed=seed,
-                )
+                size = {"num_requests": num_requests, "input_len": words, "output_len": tokens}
+                load = LoadOptions(url=api.url, endpoint="chat", concurrency=CONCURRENCY, seed=seed, **size)
                 run_benchmark(replace(load, num_requests=2 * CONCURRENCY, output_len=1))  # warm-up
                 before = [sum(each.cpu_times()[:2]) for each in processes]
                 report = run_benchmark(load)
@@ -104,11 +91,8 @@ def workers(model: Path, num_requests: int) -> None:
 
 
 def main() -> None:
-    parser = make_parser("capacity", __doc__)
-    parser.add_argument("command", choices=("api", "workers"))
-    parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer and template are used")
-    parser.add_argument("--requests", type=int, default=512, metavar="N", help="of each case; default: %(default)s")
-    arguments = parser.parse_args()
+    options = {"requests": (512, "of each case")}
+    arguments = parse("capacity", __doc__, model="smollm2-135m", commands=("api", "workers"), **options)
     {"api": api, "workers": workers}[arguments.command](resolve_model(arguments.model).path, arguments.requests)
 
 

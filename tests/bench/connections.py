@@ -9,12 +9,11 @@ and requests for one token are timed, and the memory of the API process is sampl
 import asyncio
 import json
 import multiprocessing
-import selectors
 import socket
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from tests.bench.serve import MODEL_NAME, parse, print_rows, run, running_server
 TLS = Path(__file__).parents[1] / "support/tls"
 CERTIFICATE = [f"--ssl-certfile={TLS / 'one.crt'}", f"--ssl-keyfile={TLS / 'one.key'}"]
 JSON = b"content-type: application/json\r\n"
-NUM_PARTS = 50  # of a second: not all connections send their byte at once
 SETTLE_SECONDS = 3.0  # from when all connections are open
 PROBE_ADDRESS = "127.0.0.2"  # another client than the attacker
 STREAM = json.dumps(
@@ -78,8 +76,7 @@ def main() -> int:
     )
     rows = []
     for uses_tls in (False, True):
-        kinds = [kind for kind in arguments.kinds if KINDS[kind].uses_tls == uses_tls]
-        if not kinds:
+        if not (kinds := [kind for kind in arguments.kinds if KINDS[kind].uses_tls == uses_tls]):
             continue
         with running_server([*arguments.model, *(CERTIFICATE if uses_tls else ()), *arguments.flags]) as (url, _):
             process = api_process(url)
@@ -137,77 +134,41 @@ async def probe(url: str, process: psutil.Process, seconds: float) -> tuple[int,
     return peak, delays
 
 
-class Attack:
-    """Connections of one kind, which are replaced when the server closes them."""
-
-    def __init__(self, kind: Kind, port: int, num_connections: int) -> None:
-        self._kind = kind
-        self._address = ("127.0.0.1", port)
-        self._num_connections = num_connections
-        self._connections: set[socket.socket] = set()
-        self._selector = selectors.DefaultSelector()
-
-    def fill(self) -> None:
-        """Open connections until there are as many as there should be."""
-        while len(self._connections) < self._num_connections:
-            connection = socket.create_connection(self._address)
-            if self._kind.uses_tls and not self._kind.start:
-                context = ssl.create_default_context()
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-                connection = context.wrap_socket(connection)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.setblocking(False)
-            self._send(connection, self._kind.start)
-            self._connections.add(connection)
-            if not self._kind.start.endswith(STREAM):
-                self._selector.register(connection, selectors.EVENT_READ)
-
-    def run_for_a_second(self) -> None:
-        """Replace the connections that the server closes, and send a byte on each of the others if they trickle."""
-        connections = list(self._connections) if self._kind.trickles else []
-        for number in range(NUM_PARTS):
-            end = time.monotonic() + 1 / NUM_PARTS
-            for connection in connections[number::NUM_PARTS]:
-                self._send(connection, b"x")
-            while (seconds := end - time.monotonic()) > 0:
-                self._drop_closed(seconds)
-            self.fill()
-
-    def _drop_closed(self, seconds: float) -> None:
-        for key, _ in self._selector.select(seconds):
-            connection = key.fileobj
-            assert isinstance(connection, socket.socket)
-            try:
-                is_closed = not connection.recv(4096)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                is_closed = False
-            except OSError:
-                is_closed = True
-            if is_closed:
-                self._drop(connection)
-
-    def _send(self, connection: socket.socket, data: bytes) -> None:
-        try:
-            connection.send(data)
-        except OSError:
-            self._drop(connection)
-
-    def _drop(self, connection: socket.socket) -> None:
-        if connection in self._connections:
-            self._connections.remove(connection)
-            if connection in self._selector.get_map():
-                self._selector.unregister(connection)
-        connection.close()
-
-
 def attack(kind: Kind, port: int, num_connections: int, is_full: Any) -> None:
     """Hold connections of a kind until killed. Set the event when all are open."""
     raise_file_limit()
-    attack = Attack(kind, port, num_connections)
-    attack.fill()
+    asyncio.run(hold_all(kind, port, num_connections, is_full))
+
+
+async def hold_all(kind: Kind, port: int, num_connections: int, is_full: Any) -> None:
+    connections = []
+    for _ in range(num_connections):
+        is_open = asyncio.Event()
+        connections.append(asyncio.create_task(hold(kind, port, is_open)))
+        await is_open.wait()
     is_full.set()
+    await asyncio.gather(*connections, asyncio.Event().wait())
+
+
+async def hold(kind: Kind, port: int, is_open: asyncio.Event) -> None:
+    """Hold a connection, on which a byte is sent each second if it trickles. Open another if the server closes it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if kind.uses_tls and not kind.start else None
+    if context is not None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     while True:
-        attack.run_for_a_second()
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            writer.write(kind.start)
+            if kind.start.endswith(STREAM):
+                writer.transport.pause_reading()
+            is_open.set()
+            with closing(writer):
+                end = asyncio.create_task(reader.read())
+                while not end.done():
+                    writer.write(b"x" if kind.trickles else b"")
+                    await asyncio.wait([end], timeout=1.0)
+                await end
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure what a feature costs or gains: `python -m tests.bench.features FEATURE [--model MODEL]`.
+"""Measure what a feature costs or gains: `python -m tests.bench.features FEATURE [MODEL]`.
 
     structured     a JSON schema that always needs more tokens than an answer has, on all streams
     lora           random adapters of all matrices: none in use, one, or eight in turn
@@ -25,7 +25,7 @@ import httpx
 from engine.config import load_model_config
 from server.model_paths import resolve_model
 from tests.bench.quality import TEXT
-from tests.bench.serve import MODEL_NAME, make_parser, print_rows, run, running_server
+from tests.bench.serve import MODEL_NAME, parse, print_rows, run, running_server
 from tests.support.lora_adapters import save_random_adapter
 
 NUM_TOKENS = 64
@@ -121,12 +121,8 @@ def tokens_per_second(client: httpx.Client, url: str, bodies: Sequence[Mapping[s
 
 
 def main() -> int:
-    parser = make_parser("features", __doc__)
-    parser.add_argument("feature", choices=FEATURES)
-    parser.add_argument("--model", default="smollm2-135m", help="default: %(default)s")
-    parser.add_argument("--streams", type=int, default=32, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
-    arguments = parser.parse_args()
+    options = {"streams": (32, "clients"), "rounds": (7, "of each case")}
+    arguments = parse("features", __doc__, model="smollm2-135m", commands=list(FEATURES), **options)
     with ExitStack() as stack:
         limits = httpx.Limits(max_connections=arguments.streams)
         client = stack.enter_context(httpx.Client(timeout=300, trust_env=False, limits=limits))
@@ -134,7 +130,7 @@ def main() -> int:
         def start(*flags: str) -> str:
             return stack.enter_context(running_server([arguments.model, *flags]))[0]
 
-        for title, cases in FEATURES[arguments.feature](start, arguments.model, arguments.streams):
+        for title, cases in FEATURES[arguments.command](start, arguments.model, arguments.streams):
             rates: dict[str, list[float]] = {name: [] for name in cases}
             for number in range(arguments.rounds + 1):
                 for name, (url, bodies) in cases.items():

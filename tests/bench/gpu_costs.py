@@ -32,7 +32,6 @@ MAX_WARPS = 32  # of a multiprocessor, whose registers hold no more of these ker
 # For a weight: unpack, convert, scale, add a minimum, round.
 DEQUANTIZE_OPERATIONS = {"plain": 0, "int4": 6, "int8": 4, "float8": 4}
 SOFTMAX_OPERATIONS = 18  # for a score: scale, mask, maximum, exp2 at a quarter of the rate, sum, round
-TOPK_BYTES = 10 * 8  # for a key: eight passes over its bytes to find the last one, two that collect
 
 
 @dataclass(frozen=True)
@@ -143,50 +142,19 @@ def rope_and_store_kv(launch: Launch, step: TracedStep, card: Card) -> Cost:
     return Cost(memory=num_bytes, l2=num_bytes, programs=math.prod(launch.grid), in_flight=512)
 
 
-def shrink_or_expand(launch: Launch, step: TracedStep, card: Card) -> Cost:
-    """Return the cost of an adapter's matrix, read from memory once and through L2 for each tile of rows."""
-    matrix = launch.arguments.get("a") or launch.arguments["b"]
-    rows = [launch.arguments[name] for name in ("x", "out") if name in launch.arguments]
-    row_bytes = sum(tensor.nbytes for tensor in rows)
-    if not step.has_lora:
-        return Cost(programs=math.prod(launch.grid))
-    num_slots, num_rows = matrix.shape[0], rows[0].shape[0]
-    slot_bytes = matrix.nbytes / num_slots
-    operations = 2 * slot_bytes / matrix.dtype.itemsize * num_rows
-    uses_tensor_cores = "a" in launch.arguments
-    return Cost(
-        memory=slot_bytes + row_bytes,
-        l2=slot_bytes * launch.grid[0] + row_bytes,
-        tensor=operations if uses_tensor_cores else 0.0,
-        other=0.0 if uses_tensor_cores else operations,
-        programs=math.prod(launch.grid),
-    )
-
-
-def passes(number: float) -> Formula:
-    """Return the formula of a kernel whose programs each read a row of logits several times, first from memory."""
-
-    def cost(launch: Launch, step: TracedStep, card: Card) -> Cost:
-        logits = launch.arguments["logits"]
-        row_bytes = logits.shape[1] * logits.dtype.itemsize
-        (programs,) = launch.grid
-        in_flight = launch.arguments["PIECE"] * logits.dtype.itemsize
-        read = number * programs * row_bytes
-        return Cost(memory=min(read, programs * row_bytes), l2=read, programs=programs, in_flight=in_flight)
-
-    return cost
+def top(launch: Launch, step: TracedStep, card: Card) -> Cost:
+    """Return the cost of greedy sampling, whose programs each read a row of logits."""
+    logits = launch.arguments["logits"]
+    (programs,) = launch.grid
+    read, in_flight = programs * logits.shape[1], launch.arguments["PIECE"]
+    size = logits.dtype.itemsize
+    return Cost(memory=read * size, l2=read * size, programs=programs, in_flight=in_flight * size)
 
 
 def gather(launch: Launch, step: TracedStep, card: Card) -> Cost:
     """Return the cost of rows that are read from one tensor and written to another."""
     specs = {name: value for name, value in launch.arguments.items() if isinstance(value, TensorSpec)}
     num_bytes = 2 * sum(tensor.nbytes for name, tensor in specs.items() if name.startswith("out"))
-    return Cost(memory=num_bytes, l2=num_bytes)
-
-
-def topk(launch: Launch, step: TracedStep, card: Card) -> Cost:
-    """Return the cost of selecting the largest of int64 keys, byte by byte."""
-    num_bytes = TOPK_BYTES * launch.arguments["0"].num_elements
     return Cost(memory=num_bytes, l2=num_bytes)
 
 
@@ -199,24 +167,15 @@ FORMULAS: Mapping[str, Formula] = {
     "norm": once,
     "act_and_mul": once,
     "rope_and_store_kv": rope_and_store_kv,
-    "shrink": shrink_or_expand,
-    "expand": shrink_or_expand,
-    "top": passes(1),
-    "collect": passes(4),
-    "draw": passes(1),
-    "forbid": passes(1),
-    "add_biases": passes(0),
-    "penalise": passes(0),
+    "top": top,
     "torch index": gather,
     "torch embedding": gather,
-    "torch gather": gather,
     "torch index_put_": gather,
-    "torch topk": topk,
 }
 
 
 def cost_of(launch: Launch, step: TracedStep, card: Card) -> Cost:
-    """Return the cost of a launch. Raises KeyError for a Triton kernel without a formula."""
+    """Return the cost of a launch. Raises KeyError for a Triton kernel without a formula: steps sample greedily."""
     formula = FORMULAS[launch.name] if launch.kernel is not None else FORMULAS.get(launch.name, once)
     return replace(formula(launch, step, card), num_warps=launch.options.get("num_warps", 4))
 

@@ -1,4 +1,4 @@
-"""Estimate the time of a step on a card: `make bench-gpu-model`, or `python -m tests.bench.gpu_model [--json]`.
+"""Estimate the time of a step on a card: `make bench-gpu-model`, or `python -m tests.bench.gpu_model`.
 
 The engine's own code runs on torch's meta device, and the launches that it makes are recorded. `gpu_costs.py` computes
 from their shapes how long each takes on a card. The table says what bounds each kind of launch, and what share of the
@@ -16,7 +16,7 @@ import msgspec
 
 from engine.loading import KV_CACHE_DTYPES
 from tests.bench.gpu_costs import COPY_SHARE, PRODUCT_SHARE, cost_of, eager_seconds, time_of
-from tests.bench.serve import make_parser
+from tests.bench.serve import parse
 from tests.support.gpu_cards import CARDS, Card
 from tests.support.gpu_shapes import SHAPES, TARGET_MODEL, TARGETS, Shape, decode_name, prefill_name
 from tests.support.meta_models import MetaModel, Sequence, TracedStep, load_meta_model, model_config, traced_step
@@ -59,10 +59,6 @@ class StepEstimate(msgspec.Struct, frozen=True):
         """The expected share of the limit. Steps that contain prompts do not run as graphs."""
         return self.floor / (self.graph_seconds if self.name.startswith("decode") else self.eager_seconds)
 
-    def longest_launch(self, kernel: str) -> float:
-        """Return the mean seconds of a kernel's launches of the kind that takes longest; 0 if there are none."""
-        return max((kind.seconds / kind.num_launches for kind in self.kinds if kind.name == kernel), default=0.0)
-
 
 class Estimate(msgspec.Struct, frozen=True):
     card: str
@@ -73,18 +69,16 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    parser = make_parser("gpu_model", __doc__)
-    parser.add_argument("--card", choices=CARDS, nargs="+", default=list(CARDS), help="default: all")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
-    parser.add_argument("--packed", metavar="TYPE", help="GGML type of the weights, as Q4_K; default: bfloat16")
-    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print the estimates as JSON")
-    arguments = parser.parse_args()
-    settings = {"packed": arguments.packed, "kv_cache_dtype": arguments.kv_cache_dtype}
-    estimates = [estimate(arguments.shape, CARDS[name], **settings) for name in arguments.card]
-    if arguments.json:
-        print(msgspec.json.encode(estimates).decode())
-        return
+    given = parse(
+        "gpu_model",
+        __doc__,
+        card=(list(CARDS), "to estimate for", *CARDS),
+        shape=("llama-3-8b", "of the model", *SHAPES),
+        packed=("", "GGML type of the weights, as Q4_K, instead of bfloat16"),
+        kv_cache_dtype=("auto", "as for lightwell serve", *KV_CACHE_DTYPES),
+    )
+    settings = {"packed": given.packed or None, "kv_cache_dtype": given.kv_cache_dtype}
+    estimates = [estimate(given.shape, CARDS[name], **settings) for name in given.card]
     for found in estimates:
         print(f"{found.model} on {found.card}, a model and not a measurement:\n\n{markdown(found)}\n")
         if found.too_large:

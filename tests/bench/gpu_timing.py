@@ -6,19 +6,17 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from triton.testing import do_bench_cudagraph
 
 from engine.batch.inputs import BatchInputs
 from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import Step
 
-CALLS = 10  # in a graph
-REPLAYS = 10
-
-T = TypeVar("T")
+CALLS = 10  # that are timed on a CPU
 
 
 class HostEvent:
@@ -55,26 +53,13 @@ def elapsed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that the device takes for a call, without the host: the median of replays of a graph."""
-    if device.type != "cuda":
-        return statistics.median(elapsed(function, device) for _ in range(REPLAYS))
-    replay = captured(function)
-    replay()
-    return statistics.median(elapsed(replay, device) for _ in range(REPLAYS)) / CALLS
+    """Return the seconds that the device takes for a call, without the host: the median of replays of a graph.
 
-
-def captured(function: Callable[[], object]) -> Callable[[], None]:
-    """Return a function that replays CALLS calls. `function` must not wait for the device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are compiled at their first use
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            function()
-    return graph.replay
+    `function` must not wait for the device.
+    """
+    if device.type == "cuda":
+        return float(do_bench_cudagraph(function, return_mode="median")) / 1000
+    return statistics.median(elapsed(function, device) for _ in range(CALLS))
 
 
 class TimedRunner:
@@ -83,7 +68,8 @@ class TimedRunner:
     def __init__(self, runner: ModelRunner, device: torch.device) -> None:
         self._runner = runner
         self._device = device
-        self.spans: list[tuple[Any, Any]] = []  # events: of the forward pass and of the sampling of each step
+        self._begins: list[Any] = []
+        self._end = new_event(device)  # of the last step
         self.num_tokens: list[int] = []  # of each step
 
     def __getattr__(self, name: str) -> Any:
@@ -91,27 +77,16 @@ class TimedRunner:
 
     def forward(self, step: Step, clock: StepClock) -> BatchInputs:
         self.num_tokens.append(step.num_tokens)
-        return self._between(lambda: self._runner.forward(step, clock))
+        self._begins.append(new_event(self._device))
+        self._begins[-1].record()
+        return self._runner.forward(step, clock)
 
     def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> PendingOutputs:
-        return self._between(lambda: self._runner.sample(step, batch, clock))
-
-    def _between(self, work: Callable[[], T]) -> T:
-        first, last = new_event(self._device), new_event(self._device)
-        first.record()
-        result = work()
-        last.record()
-        self.spans.append((first, last))
-        return result
+        outputs = self._runner.sample(step, batch, clock)
+        self._end.record()
+        return outputs
 
     def step_seconds(self) -> list[float]:
         """Return the seconds from the beginning of each step to that of the next, or to its own end."""
         wait_for(self._device)
-        begins = [first for first, _ in self.spans[::2]]
-        return [seconds_between(first, last) for first, last in itertools.pairwise([*begins, self.spans[-1][1]])]
-
-    def idle_seconds(self, num_steps: int) -> float:
-        """Return the seconds of the last steps in which the device had nothing to do."""
-        wait_for(self._device)
-        spans = self.spans[-2 * num_steps :]
-        return sum(seconds_between(last, first) for (_, last), (first, _) in itertools.pairwise(spans))
+        return [seconds_between(first, last) for first, last in itertools.pairwise([*self._begins, self._end])]

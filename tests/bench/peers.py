@@ -19,11 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -36,14 +35,12 @@ from tests.bench.peers_targets import (
     Target,
     TargetError,
     installed_targets,
+    memory_of,
     own_target,
     running,
-    watched_memory,
 )
 from tests.bench.random_gguf import MIXES, SHAPES, bytes_per_token, parse_shape
 from tests.bench.serve import LOADS, make_parser, print_rows
-
-T = TypeVar("T")
 
 WARMUP_TOKENS = 4
 READ_BYTES, READ_PASSES = 1 << 30, 5  # to measure how fast the machine reads memory
@@ -56,8 +53,8 @@ WORKLOADS = {
     "c32": LOADS["32 clients"],
     "prefill": LOADS["long prompts"],  # whose prompt tokens count
 }
-DEFAULT_WORKLOADS = "c1,c8,c32,prefill"
-SHAPE_WORKLOADS = "c1,c4,c16,prefill"
+DEFAULT_WORKLOADS = ("c1", "c8", "c32", "prefill")
+SHAPE_WORKLOADS = ("c1", "c4", "c16", "prefill")
 COLUMNS = (
     *("", "", "tokens/s", "range", "to best peer", "first token (ms)", "token (ms)"),
     *("weights (GB/s)", "of memory", "memory (GB)", "ready (s)"),
@@ -81,19 +78,18 @@ Outcomes = dict[tuple[str, str], list[Outcome]]  # by workload and target, those
 
 def main() -> int:
     parser, arguments = parse_arguments()
+    folder = arguments.folder.resolve()
     if arguments.command == "setup":
-        peers = arguments.peers.split(",")
-        if not set(peers) <= set(PEERS):
-            parser.error(f"peers are {', '.join(PEERS)}")
-        setup(arguments.folder.resolve(), peers)
+        setup(folder, arguments.peers)
         return 0
     try:
-        targets, workloads = choose_all(arguments)
+        targets = choose_targets(arguments)
     except ValueError as error:
         parser.error(str(error))
-    folder = arguments.folder.resolve()
     if arguments.shape:
         make_shape(folder, arguments.shape, [target.name for target in targets])
+    names = arguments.workloads or (SHAPE_WORKLOADS if arguments.shape else DEFAULT_WORKLOADS)
+    workloads = {name: WORKLOADS[name] for name in names}
     outcomes: Outcomes = {(workload, target.name): [] for workload in workloads for target in targets}
     failures = []
     for number in range(1, arguments.rounds + 1):
@@ -110,53 +106,38 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     commands = parser.add_subparsers(dest="command", required=True)
     installs = commands.add_parser("setup", help="install the peers", description="Install the peers in FOLDER.")
     installs.add_argument("folder", type=Path, metavar="FOLDER")
-    installs.add_argument("--peers", metavar="A,B", default=",".join(PEERS), help="default: %(default)s")
+    installs.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all")
     compares = commands.add_parser("compare", help="measure the targets on the same loads")
     add = compares.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder where the peers are installed; logs are written there too")
     shape_help = f"measure random weights; SHAPE: {', '.join(SHAPES)}; TYPES: {', '.join(MIXES)}"
     add("--shape", metavar="SHAPE:TYPES", help=f"{shape_help}; the files are kept in FOLDER/shapes")
-    targets_help = (
-        f"servers to measure; default: {','.join(TARGETS)} (shapes: without vllm; moe: nor openvino); "
-        "with --ours, all but the last, which is this checkout"
-    )
-    add("--targets", metavar="A,B", help=targets_help)
-    ours_help = (
-        "a server to compare with the peers; {port} in COMMAND is replaced by its port, {model} by the GGUF file"
-    )
+    targets_help = "default: all (shapes: without vllm; moe: nor openvino); with --ours, all but this checkout"
+    add("--targets", nargs="*", choices=TARGETS, help=targets_help)
+    ours_help = "a server beside the peers; {port} in COMMAND is replaced by its port, {model} by the GGUF file"
     add("--ours", action="append", default=[], metavar="NAME=COMMAND", help=f"{ours_help}; can be repeated")
-    workloads_help = f"loads to measure; default: {DEFAULT_WORKLOADS} (shapes: {SHAPE_WORKLOADS})"
-    add("--workloads", metavar="A,B", help=workloads_help)
+    workloads_help = f"default: {' '.join(DEFAULT_WORKLOADS)} (shapes: {' '.join(SHAPE_WORKLOADS)})"
+    add("--workloads", nargs="+", choices=WORKLOADS, help=workloads_help)
     add("--rounds", type=int, default=2, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s (greedy)")
     add("--seed", type=int, default=1, metavar="N", help="seed of the prompts; default: %(default)s")
     return parser, parser.parse_args()
 
 
-def choose_all(arguments: argparse.Namespace) -> tuple[list[Target], dict[str, LoadOptions]]:
-    """Return the targets and workloads that the arguments name. Raises ValueError with a message for the user."""
+def choose_targets(arguments: argparse.Namespace) -> list[Target]:
+    """Return the targets that the arguments name. Raises ValueError with a message for the user."""
     folder, shape = arguments.folder.resolve(), arguments.shape
     files = shape_files(folder, shape) if shape else default_files(folder)
-    usual = TARGETS
+    left_out = {TARGETS[-1]} if arguments.ours else set()
     if shape:  # transformers does not load experts from this file to convert them for OpenVINO
-        usual = (
-            ("llamacpp", "lightwell") if parse_shape(shape)[0].num_experts else ("openvino", "llamacpp", "lightwell")
-        )
-    names = (usual[:-1] if arguments.ours else usual) if arguments.targets is None else arguments.targets.split(",")
+        left_out |= {"vllm", "openvino"} if parse_shape(shape)[0].num_experts else {"vllm"}
+    names = set(TARGETS) - left_out if arguments.targets is None else arguments.targets
     installed = installed_targets(folder, files, is_sampled=arguments.temperature > 0, speculates=not shape)
-    targets = list(choose([name for name in names if name], {target.name: target for target in installed}).values())
+    targets = [target for target in installed if target.name in names]
     targets += [own_target(text, files) for text in arguments.ours]
     if len({target.name for target in targets}) < len(targets):
         raise ValueError("two targets have the same name")
-    workloads = arguments.workloads or (SHAPE_WORKLOADS if shape else DEFAULT_WORKLOADS)
-    return targets, choose(workloads.split(","), WORKLOADS)
-
-
-def choose(names: list[str], among: Mapping[str, T]) -> dict[str, T]:
-    for name in names:
-        if name not in among:
-            raise ValueError(f"unknown name {name!r}: expected one of {', '.join(among)}")
-    return {name: among[name] for name in names}
+    return targets
 
 
 def measure_target(
@@ -190,16 +171,16 @@ def measure_target(
 
 
 def measure(session: Session, load: LoadOptions, warmup: LoadOptions) -> tuple[Report, float]:
-    """Return the report of a load, and the GB of memory meanwhile. Raises TargetError."""
+    """Return the report of a load, and the GB of memory after it. Raises TargetError."""
     session.run(replace(warmup, num_requests=load.concurrency, output_len=WARMUP_TOKENS))
-    with watched_memory(session.process.pid) as sizes:
-        report = session.run(load)
+    report = session.run(load)
+    memory = memory_of(session.process.pid)
     if report.errors:
         reason = next(iter(report.errors))
         raise TargetError(f"{report.num_requests - report.num_completed} of {report.num_requests} requests: {reason}")
     if report.output_tokens != load.num_requests * load.output_len:
         raise TargetError(f"received {report.output_tokens} of {load.num_requests * load.output_len} tokens")
-    return report, max(sizes) / 1e9
+    return report, memory / 1e9
 
 
 def read_speed(target: Target, report: Report) -> float | None:
@@ -234,24 +215,16 @@ def print_table(outcomes: Outcomes, peers: set[str]) -> None:
         if not found:
             rows.append([workload, target, "failed"])
             continue
-        speeds = [one.speed for one in found]
+        speeds, speed = [one.speed for one in found], medians[workload, target]
         best = max((speed for (load, name), speed in medians.items() if load == workload and name in peers), default=0)
-        summaries = [(one.report.time_to_first_token_ms, one.report.inter_token_latency_ms) for one in found]
-        rows.append(
-            [
-                workload,
-                target,
-                f"{medians[workload, target]:.1f}",
-                f"{min(speeds):.1f} - {max(speeds):.1f}",
-                f"{medians[workload, target] / best:.2f}" if best else "",
-                median((first.p50 for first, _ in summaries if first), ".1f"),
-                median((later.p50 for _, later in summaries if later), ".1f"),
-                median((one.read for one in found if one.read), ".1f"),
-                median((one.of_bandwidth for one in found if one.of_bandwidth), ".0%"),
-                f"{max(one.memory for one in found):.2f}",
-                f"{found[0].ready_seconds:.1f}",
-            ]
-        )
+        row = [workload, target, f"{speed:.1f}", f"{min(speeds):.1f} - {max(speeds):.1f}"]
+        row.append(f"{speed / best:.2f}" if best else "")
+        for name in ("time_to_first_token_ms", "inter_token_latency_ms"):
+            summaries = [getattr(one.report, name) for one in found]
+            row.append(median((summary.p50 for summary in summaries if summary), ".1f"))
+        row.append(median((one.read for one in found if one.read), ".1f"))
+        row.append(median((one.of_bandwidth for one in found if one.of_bandwidth), ".0%"))
+        rows.append([*row, f"{max(one.memory for one in found):.2f}", f"{found[0].ready_seconds:.1f}"])
     print_rows(COLUMNS, rows)
 
 

@@ -31,7 +31,7 @@ def main(folder: str, max_num_seqs: int) -> None:
 
 
 def run(pipeline: Any, load: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run the requests of a closed loop, with `concurrency` requests in the pipeline, and return their results."""
+    """Run the requests of a closed loop, with `concurrency` requests in the pipeline; return an Exchange of each."""
     tokenizer, settings = pipeline.get_tokenizer(), generation_config(load)
     numbers, waiting = count(), list(reversed(load["prompts"]))
     running: list[tuple[Any, dict[str, Any]]] = []
@@ -43,7 +43,8 @@ def run(pipeline: Any, load: dict[str, Any]) -> list[dict[str, Any]]:
         pipeline.step()
         running = [(handle, request) for handle, request in running if not take(handle, request)]
     for request, prompt in zip(requests, load["prompts"], strict=True):  # outside of the measured time
-        request["num_prompt_tokens"] = tokenizer.encode(prompt).input_ids.shape[1]
+        counts = tokenizer.encode(prompt).input_ids.shape[1], sum(count for _, count in request["chunks"])
+        request["usage"] = dict(zip(("prompt_tokens", "completion_tokens"), counts, strict=True))
     return requests
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.model_paths import resolve_model
+from tests.bench.random_gguf import parse_shape, write_random_gguf
 
 TOKENIZER = "smollm2-135m"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,17 +54,14 @@ def default_files(folder: Path) -> ModelFiles:
 def shape_files(folder: Path, shape: str) -> ModelFiles:
     """Return the files of a model with random weights, like '1b:q4_0'."""
     path = folder / "shapes" / shape.replace(":", "-")
-    return ModelFiles(
-        path.with_name(f"{path.name}.gguf"), path.with_name(f"{path.name}-hf"), path.with_name(f"{path.name}-ov-int4")
-    )
+    return ModelFiles(*(path.with_name(path.name + end) for end in (".gguf", "-hf", "-ov-int4")))
 
 
 def setup(folder: Path, peers: Sequence[str] = PEERS) -> None:
     """Install peers. Raises subprocess.CalledProcessError if a step fails, which has printed its error."""
     folder.mkdir(parents=True, exist_ok=True)
     files = default_files(folder)
-    if not files.gguf.exists():
-        make(files.gguf, "cp", resolve_model(TOKENIZER).path)
+    make(files.gguf, "cp", resolve_model(TOKENIZER).path)
     for name in peers:
         install(folder, name)
     if "llamacpp" in peers:
@@ -77,8 +75,10 @@ def make_shape(folder: Path, shape: str, targets: Sequence[str]) -> None:
     """Write the files of a model with random weights that these targets read."""
     files = shape_files(folder, shape)
     files.gguf.parent.mkdir(parents=True, exist_ok=True)
-    writer = (sys.executable, "-m", "tests.bench.random_gguf")
-    make(files.gguf, *writer, shape, resolve_model(TOKENIZER).path)
+    if not files.gguf.exists():
+        unfinished = files.gguf.with_suffix(".unfinished")
+        write_random_gguf(unfinished, *parse_shape(shape), resolve_model(TOKENIZER).path)
+        unfinished.rename(files.gguf)
     convert(folder, files, targets, INT4)
 
 

@@ -18,14 +18,13 @@ import msgspec
 import psutil
 
 from server.cli.bench import Report, make_report, run_benchmark
-from server.cli.http_client import RemoteError, StreamUsage
+from server.cli.http_client import RemoteError
 from server.cli.load_generator import Exchange, LoadOptions, make_prompts
 from tests.bench.peers_setup import ModelFiles
 from tests.bench.serve import free_port
 
 ANSWER_SECONDS = 600.0  # until a target is ready, and for one workload of a target without HTTP
 STOP_SECONDS = 30.0
-WATCH_SECONDS = 0.5
 MAX_NUM_SEQS = 32
 
 
@@ -112,15 +111,6 @@ class Session:
         return failure
 
 
-class _RequestResult(msgspec.Struct):
-    """The result of one request from `peers_openvino.py`."""
-
-    start: float
-    end: float
-    chunks: list[tuple[float, int]]  # time, tokens
-    num_prompt_tokens: int
-
-
 class OpenVinoSession(Session):
     """A process of `peers_openvino.py`, which reads loads as lines of JSON."""
 
@@ -134,11 +124,7 @@ class OpenVinoSession(Session):
         with contextlib.suppress(BrokenPipeError):  # `_read` raises the error
             self.process.stdin.write(msgspec.json.encode({"prompts": prompts, **fields}).decode() + "\n")
             self.process.stdin.flush()
-        exchanges = []
-        for result in msgspec.json.decode(self._read(), type=list[_RequestResult]):
-            usage = StreamUsage(result.num_prompt_tokens, sum(count for _, count in result.chunks))
-            exchanges.append(Exchange(result.start, result.end, [*result.chunks], usage))
-        return make_report(load, "openvino", exchanges)
+        return make_report(load, "openvino", msgspec.json.decode(self._read(), type=list[Exchange]))
 
     def _read(self) -> str:
         assert self.process.stdout
@@ -153,10 +139,23 @@ class OpenVinoSession(Session):
 
 @contextlib.contextmanager
 def running(target: Target, log: Path) -> Iterator[tuple[Session, float]]:
-    """Start a target; yield it and the seconds until it was ready. Raises TargetError if it does not start."""
+    """Start a target; yield it and the seconds until it was ready. Raises TargetError if it does not start.
+
+    At the end, stop its process, and then any processes that it left in its process group.
+    """
     port = free_port()
     started = time.monotonic()
-    process = _start(target, port, log)
+    with log.open("w") as output:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        if target.speaks_http:
+            pipes = {"stdin": subprocess.DEVNULL, "stdout": output}
+        command, environment = shlex.split(target.command.replace("{port}", str(port))), os.environ | target.environment
+        try:
+            process = subprocess.Popen(
+                command, stderr=output, env=environment, text=True, start_new_session=True, **pipes
+            )
+        except OSError as error:
+            raise TargetError(f"cannot be started: {error}") from None
     try:
         session = (Session if target.speaks_http else OpenVinoSession)(process, log, port)
         try:
@@ -165,57 +164,16 @@ def running(target: Target, log: Path) -> Iterator[tuple[Session, float]]:
             raise TargetError(session.explain(str(error))) from None
         yield session, time.monotonic() - started
     finally:
-        _stop(process)
-
-
-def _start(target: Target, port: int, log: Path) -> "subprocess.Popen[str]":
-    pipe = subprocess.DEVNULL if target.speaks_http else subprocess.PIPE
-    with log.open("w") as output:
-        try:
-            return subprocess.Popen(
-                shlex.split(target.command.replace("{port}", str(port))),
-                stdin=pipe,
-                stdout=output if target.speaks_http else subprocess.PIPE,
-                stderr=output,
-                env=os.environ | target.environment,
-                text=True,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise TargetError(f"cannot be started: {error}") from None
-
-
-def _stop(process: "subprocess.Popen[str]") -> None:
-    """Stop the process, and then any processes that it left in its process group."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, SIGKILL)
-    process.communicate()
-
-
-@contextlib.contextmanager
-def watched_memory(pid: int) -> Iterator[list[int]]:
-    """Append the memory (RSS) of a process and its descendants in bytes to a list now and then."""
-    sizes: list[int] = []
-    is_over = threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(WATCH_SECONDS):
-            sizes.append(memory_of(pid))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield sizes
-        sizes.append(memory_of(pid))
-    finally:
-        is_over.set()
-        thread.join()
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, SIGKILL)
+        process.communicate()
 
 
 def memory_of(pid: int) -> int:
+    """Return the memory (RSS) of a process and its descendants in bytes."""
     num_bytes = 0
     with contextlib.suppress(psutil.Error):
         root = psutil.Process(pid)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections import defaultdict
 
 import torch
 
@@ -24,7 +23,7 @@ from engine.loading import LoadedModel
 from engine.ranks import load
 from server.model_paths import resolve_model
 from tests.bench.engines import engine_with
-from tests.bench.serve import parse
+from tests.bench.serve import parse, print_rows
 
 PROMPT_STEPS = 4
 REST = "rest"
@@ -38,7 +37,7 @@ def main() -> None:
     arguments = parse(
         "profile_step",
         __doc__,
-        "smollm2-135m",
+        model="smollm2-135m",
         rows=([1, 8, 32], "sequences that decode at a time"),
         context=(160, "tokens of each prompt"),
         steps=(48, "number of measured steps"),
@@ -103,21 +102,14 @@ def find_programs(loaded: LoadedModel) -> dict[str, Program]:
 def milliseconds(seconds: dict[str, float], programs: dict[str, Program]) -> Milliseconds:
     found: Milliseconds = {}
     for part, duration in seconds.items():
-        found[part, ""] = 1000 * duration
-        if part in programs:
-            operations = sum_by_name(programs[part])
-            found |= {(part, name): value for name, value in operations.items()}
-            found[part, REST] = 1000 * duration - sum(operations.values())
+        found[part, ""] = rest = 1000 * duration
+        if program := programs.get(part):
+            for name, nanoseconds in zip(program.names, program.durations, strict=True):
+                found[part, name] = found.get((part, name), 0.0) + nanoseconds / 1e6
+                rest -= nanoseconds / 1e6
+            found[part, REST] = rest
     found[TOTAL, ""] = 1000 * sum(seconds.values())
     return found
-
-
-def sum_by_name(program: Program) -> dict[str, float]:
-    assert program.durations is not None
-    found: dict[str, float] = defaultdict(float)
-    for name, nanoseconds in zip(program.names, program.durations, strict=True):
-        found[name] += nanoseconds / 1e6
-    return dict(found)
 
 
 def print_table(columns: dict[str, list[Milliseconds]]) -> None:
@@ -127,11 +119,11 @@ def print_table(columns: dict[str, list[Milliseconds]]) -> None:
         for title, found in columns.items()
         if found
     }
-    print(f"{'ms per step, medians':<26}" + "".join(f"{title:>12}" for title in medians))
-    for name in next(iter(medians.values())):
-        part, operation = name
-        values = "".join(f"{values.get(name, 0.0):>12.2f}" for values in medians.values())  # a prompt samples nothing
-        print(f"{f'  {operation}' if operation else part:<26}{values}")
+    rows = []
+    for part, operation in next(iter(medians.values())):  # a prompt samples nothing
+        values = (f"{values.get((part, operation), 0.0):.2f}" for values in medians.values())
+        rows.append([f"  {operation}" if operation else part, *values])
+    print_rows(("ms per step, medians", *medians), rows)
 
 
 if __name__ == "__main__":

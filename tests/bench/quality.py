@@ -24,12 +24,10 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.loading import LoadedModel, load_model
-from engine.scheduling.block_pool import Block
-from engine.scheduling.request import BlockTable, Request, Scheduled, Step, new_request
-from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import resolve_model
 from server.text.tokenizer import Tokenizer
 from tests.bench.serve import parse, print_rows, run
+from tests.support import outputs
 
 TEXT = Path(__file__).with_name("english.txt")
 NUM_TOKENS = 2000
@@ -63,7 +61,7 @@ class Text:
 
 
 def main() -> int:
-    arguments = parse("quality", __doc__, "smollm2-135m", tokens=(NUM_TOKENS, "of the text"))
+    arguments = parse("quality", __doc__, model="smollm2-135m", tokens=(NUM_TOKENS, "of the text"))
     path = resolve_model(arguments.model).path
     text = Text.read(Tokenizer.from_model(path), arguments.tokens)
     rows: list[tuple[str, ...]] = []
@@ -107,32 +105,10 @@ def load(path: Path, weights: str, kv_cache: str, text: Text) -> LoadedModel:
 
 
 def all_logits(loaded: LoadedModel, text: Text, *, is_generated: bool = False) -> Iterator[Tensor]:
-    """Yield the float32 logits [.., V] after each token of the pieces, in order; each is valid until the next."""
+    """Yield the float32 logits [.., V] after each token of the pieces, in order."""
     for piece in text.pieces:
-        token_ids = text.prefix + piece
-        submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
-        request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
-        if is_generated:
-            request.num_prompt_tokens = 0
-        yield from piece_logits(loaded, request, len(text.prefix))
-
-
-@torch.inference_mode()
-def piece_logits(loaded: LoadedModel, request: Request, num_skipped: int) -> Iterator[Tensor]:
-    token_ids = request.token_ids
-    num_blocks, num_groups = -(-len(token_ids) // loaded.memory.block_size), len(loaded.config.kv_groups)
-    for first in range(0, num_groups * num_blocks, num_blocks):
-        table = BlockTable()
-        table.append([Block(first + index) for index in range(num_blocks)])
-        request.kv.tables.append(table)
-    runner = loaded.runner
-    step_tokens = loaded.limits.max_num_batched_tokens
-    for start in range(0, len(token_ids), step_tokens):
-        num_tokens = min(step_tokens, len(token_ids) - start)
-        item = Scheduled(request, start, num_tokens, num_samples=num_tokens)
-        runner.execution.forward(runner.builder.build(Step(1, [item])))
-        for rows in torch.split(torch.arange(max(0, num_skipped - start), num_tokens), LOGIT_ROWS):
-            yield runner.execution.compute_logits(rows.to(loaded.device)).cpu()
+        logits = outputs.all_logits(loaded, text.prefix + piece, is_generated=is_generated)
+        yield from logits[len(text.prefix) :].cpu().split(LOGIT_ROWS)
 
 
 def compare(reference: NDArray[np.float32], logits: Iterator[Tensor]) -> tuple[float, float]:

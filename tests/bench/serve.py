@@ -1,6 +1,6 @@
 """Start `lightwell serve` on a free port, measure it under several loads, and print a table.
 
-    python -m tests.bench.serve [MODEL] [--json] [-- FLAGS OF lightwell serve]
+    python -m tests.bench.serve [MODEL] [-- FLAGS OF lightwell serve]
 
 The loads are a chat (128 words in, 64 tokens out) from 1, 8 and 32 clients, and prompts of 800 words.
 """
@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
-import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
 from server.cli.bench import Report, run_benchmark
 from server.cli.load_generator import LoadOptions
 
-LIGHTWELL = [str(Path(sys.executable).with_name("lightwell"))]
+LIGHTWELL = Path(sys.executable).with_name("lightwell")
 READY_SECONDS = 300.0
 MODEL_NAME = "m"
 FILE_WIDTH = 120  # characters of a line of a table, unless a terminal says how many it has
@@ -40,7 +39,7 @@ LOADS = {
 
 
 def main() -> int:
-    arguments = parse("serve", __doc__, seed=(0, "of the prompts"), json=(False, "print the results as JSON"))
+    arguments = parse("serve", __doc__, seed=(0, "of the prompts"))
     console = Console(stderr=True)
     reports: dict[str, Report] = {}
     with running_server([*arguments.model, *arguments.flags]) as (url, start_seconds):
@@ -51,31 +50,30 @@ def main() -> int:
         for seed, (name, load) in enumerate(LOADS.items(), start=arguments.seed):
             console.print(f"{name} ...")
             reports[name] = run_benchmark(replace(load, url=url, model=MODEL_NAME, seed=seed))
-    if arguments.json:
-        print(msgspec.json.encode({"start_seconds": round(start_seconds, 2), "loads": reports}).decode())
-    else:
-        print_table(reports)
+    print_table(reports)
     return 0 if all(report.num_completed == report.num_requests for report in reports.values()) else 1
 
 
-def parse(name: str, text: str | None, model: str | None = None, **options: tuple[Any, str]) -> argparse.Namespace:
+def parse(
+    name: str, text: str | None, *, model: str | None = None, commands: Sequence[str] = (), **options: tuple[Any, ...]
+) -> argparse.Namespace:
     """Parse the command line of `python -m tests.bench.NAME`. What follows `--` becomes `flags`.
 
-    `options` have a default, whose type is theirs, and a help text. MODEL is a list without `model`, its default.
+    `options` have a default, whose type is theirs, a help text, and perhaps choices. Without `model`, its default,
+    MODEL is a list.
     """
     parser = make_parser(name, text)
+    if commands:
+        parser.add_argument("command", choices=commands)
     if model is None:
         parser.add_argument("model", nargs="*", metavar="MODEL", help="default: that of lightwell serve")
     else:
         parser.add_argument("model", nargs="?", default=model, metavar="MODEL", help="default: %(default)s")
-    for option, (default, help) in options.items():
-        flag, text = f"--{option.replace('_', '-')}", f"{help}; default: %(default)s"
-        if default is False:
-            parser.add_argument(flag, action="store_true", help=help)
-        elif isinstance(default, list):
-            parser.add_argument(flag, nargs="+", type=type(default[0]), default=default, metavar="N", help=text)
-        else:
-            parser.add_argument(flag, type=type(default), default=default, metavar="N", help=text)
+    for option, (default, help, *choices) in options.items():
+        first, nargs = (default[0], "+") if isinstance(default, list) else (default, None)
+        how: dict[str, Any] = {"choices": choices} if choices else {"type": type(first), "metavar": "N"}
+        text = f"{help}; default: %(default)s"
+        parser.add_argument(f"--{option.replace('_', '-')}", nargs=nargs, default=default, help=text, **how)
     own = list(itertools.takewhile(lambda word: word != "--", sys.argv[1:]))
     return parser.parse_args(own, argparse.Namespace(flags=sys.argv[len(own) + 2 :]))
 
@@ -94,13 +92,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def running_server(flags: list[str], command: Sequence[str] = LIGHTWELL) -> Iterator[tuple[str, float]]:
-    """Start a server; yield its address and the seconds until it was ready. Raises RuntimeError if it fails."""
+def running_server(flags: list[str], lightwell: Path = LIGHTWELL, **options: Any) -> Iterator[tuple[str, float]]:
+    """Start a server; yield its address and the seconds until it was ready. Raises RuntimeError if it fails.
+
+    `options` are those of its process.
+    """
     port = free_port()
-    command = [*command, "serve", f"--port={port}"]
-    command += [f"--served-model-name={MODEL_NAME}", "--log-level=warning", *flags]
+    command = [lightwell, "serve", f"--port={port}", f"--served-model-name={MODEL_NAME}", "--log-level=warning"]
     started = time.monotonic()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([*command, *flags], **options)
     try:
         scheme = "https" if any(flag.startswith("--ssl-certfile") for flag in flags) else "http"
         url = f"{scheme}://127.0.0.1:{port}"

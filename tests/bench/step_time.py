@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parse(
         "step_time",
         __doc__,
-        "smollm2-135m",
+        model="smollm2-135m",
         bounds=([0.0, 100.0, 50.0], "milliseconds; 0: none"),
         streams=(4, "number"),
         prompts=(2, "number for a row"),

@@ -8,7 +8,6 @@ gigabytes. `LIGHTWELL_CACHE` names a folder that has the default model already, 
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -17,18 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 from engine.shared.paths import cache_folder
-from tests.bench.serve import free_port
+from tests.bench.serve import MODEL_NAME, running_server
 from tests.support.paths import ROOT
 
 MODEL = "smollm2-135m"
 START_SECONDS = 300.0
-BODY = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+BODY = {"model": MODEL_NAME, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
 
 
 def main() -> None:
@@ -68,7 +66,7 @@ def case(python: str, has_compiler: bool, has_pip: bool, folder: Path, pip_args:
     subprocess.run(install, check=True, env=environ(has_compiler, folder))
     installed = time.monotonic() - began
     size = sum(path.lstat().st_size for path in environment.rglob("*"))
-    seconds, kernels = first_answer(environment, environ(has_compiler, folder))
+    seconds, kernels = first_answer(environment, environ(has_compiler, folder), folder)
     yes_no = ["yes" if value else "no" for value in (has_compiler, has_pip)]
     return [python, *yes_no, f"{installed:.0f} s", f"{size / 1e6:,.0f} MB", f"{seconds:.1f} s", kernels]
 
@@ -84,40 +82,16 @@ def environ(has_compiler: bool, folder: Path) -> dict[str, str]:
     return variables if has_compiler else variables | {"PATH": str(folder / "empty")}
 
 
-def first_answer(environment: Path, variables: dict[str, str]) -> tuple[float, str]:
+def first_answer(environment: Path, variables: dict[str, str], folder: Path) -> tuple[float, str]:
     """Return the seconds from the start of the server to an answer, and the kernels that its log names."""
-    port = free_port()
-    began = time.monotonic()
-    with server([str(environment / "bin/lightwell"), "serve", "--port", str(port)], variables) as log:
-        while not answers(port):
-            if time.monotonic() - began > START_SECONDS:
-                raise TimeoutError(log.read_text(encoding="utf-8"))
-            time.sleep(0.2)
-        seconds = time.monotonic() - began
-        kernels = re.search(r"threads, kernels: ([\w ]+)", log.read_text(encoding="utf-8"))
+    with (folder / "log").open("wb") as log:
+        options = {"env": variables, "cwd": folder, "stdout": log, "stderr": log}
+        began = time.monotonic()
+        with running_server(["--log-level=info"], environment / "bin/lightwell", **options) as (url, _):
+            httpx.post(f"{url}/v1/completions", json=BODY, timeout=START_SECONDS).raise_for_status()
+            seconds = time.monotonic() - began
+    kernels = re.search(r"threads, kernels: ([\w ]+)", (folder / "log").read_text(encoding="utf-8"))
     return seconds, kernels[1] if kernels else "?"
-
-
-@contextmanager
-def server(command: list[str], variables: dict[str, str]) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=variables, cwd=folder, stdout=output, stderr=output)
-            try:
-                yield log
-            finally:
-                process.terminate()
-                process.wait()
-
-
-def answers(port: int) -> bool:
-    url, headers = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(BODY).encode(), headers)) as response:
-            return "text" in json.load(response)["choices"][0]
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

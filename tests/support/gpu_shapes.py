@@ -86,14 +86,6 @@ def prefill_name(num_tokens: int) -> str:
     return f"prefill, {num_tokens} tokens"
 
 
-def decode_attention_name(num_streams: int, num_tokens: int) -> str:
-    return f"attention of a layer, {num_streams} rows of {num_tokens} tokens"
-
-
-def prompt_attention_name(num_tokens: int) -> str:
-    return f"attention of a layer, {num_tokens} rows"
-
-
 # Names of steps -> share of the limit to reach with a model of 8B in bfloat16 on an H100, in the default mode: of a
 # copy's bandwidth for decoding, of a large product's rate for a prompt.
 TARGET_MODEL = ("llama-3-8b", "H100 SXM")

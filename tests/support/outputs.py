@@ -25,11 +25,14 @@ def runner_with(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> ModelRun
     return ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
 
 
-def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") -> Tensor:
-    """Return the logits of every position [n, V] of a prompt, computed in one forward pass."""
+def all_logits(
+    loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "", *, is_generated: bool = False
+) -> Tensor:
+    """Return the logits of every position [n, V] of a prompt, or of generated tokens, computed in one forward pass."""
     submit = Submit(request_id="r", prompt_token_ids=list(prompt), params=SamplingParams(max_tokens=1), arrival=0.0)
     slot = loaded.adapters.find(fingerprint_of(loaded, lora_name))
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0, lora_slot=slot)
+    request.num_prompt_tokens = 0 if is_generated else len(prompt)
     block_size = loaded.memory.block_size
     num_blocks, num_groups = -(-len(prompt) // block_size), len(loaded.config.kv_groups)
     for first in range(0, num_groups * num_blocks, num_blocks):
