@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tests.conformance.scripted_server import GREETING, MODEL, NAMES, Exchange, ScriptedServer
 from tests.conformance.table import FOLDER
 
 SECONDS = 300.0  # timeout of a conversation; only bounds hangs
 COMMAND = "echo marker-$((40+2))"
+SUM = {"a": 40, "b": 2}
 MARKER = "marker-42"  # what COMMAND, and the tool of libraries.py, return
 CLAUDE = {
     "ANTHROPIC_BASE_URL": "{url}",
@@ -64,19 +65,25 @@ class Program:
     """A program. In its command, {bin} is where it is installed and {url} the server; URL in its files."""
 
     name: str
-    registry: Literal["npm", "PyPI"]
-    packages: str  # as the registry's installer takes them; the first is named in the documentation
+    source: str  # npm or PyPI, and packages as its installer takes them; the first is named in the documentation
     command: str  # of the shell
-    tool: str = ""  # one that the program offers, which the model calls
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    calls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of a tool that it offers, with arguments
     greeting: str = GREETING
     variables: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)  # in its home folder
     locked: str = ""  # the environment in which `make test-long` installs it
 
     @property
+    def registry(self) -> str:
+        return self.source.split()[0]
+
+    @property
+    def packages(self) -> list[str]:
+        return self.source.split()[1:]
+
+    @property
     def package(self) -> str:
-        return self.packages.split()[0].split("[")[0]
+        return self.packages[0].split("[")[0]
 
     @property
     def slug(self) -> str:
@@ -88,13 +95,12 @@ def library(
 ) -> Program:
     """Return the program that runs a function of libraries.py. By default its name is the library's."""
     command = f"{{bin}}/python {FOLDER}/libraries.py {function or name.lower().replace(' ', '_')} {{url}}/v1"
-    arguments = {"a": 40, "b": 2} if tool else {}
-    return Program(name, "PyPI", packages, command, tool, arguments, greeting, OPENAI, locked=locked)
+    return Program(name, f"PyPI {packages}", command, {tool: SUM} if tool else {}, greeting, OPENAI, locked=locked)
 
 
 def javascript_library(name: str, packages: str, function: str) -> Program:
     command = f"node {FOLDER}/libraries.mjs {function} {{url}}/v1 {{bin}}/../.."
-    return Program(name, "npm", packages, command, "add", {"a": 40, "b": 2})
+    return Program(name, f"npm {packages}", command, {"add": SUM})
 
 
 JSON_GREETING = f'{{"text": "{GREETING}"}}'
@@ -102,57 +108,46 @@ JSON_GREETING = f'{{"text": "{GREETING}"}}'
 PROGRAMS = (
     Program(
         "Claude Code",
-        "npm",
-        "@anthropic-ai/claude-code",
+        "npm @anthropic-ai/claude-code",
         "{bin}/claude -p hello --allowedTools Bash; {bin}/claude -p /context --continue; "
         "MAX_THINKING_TOKENS=2000 {bin}/claude -p hello --allowedTools Bash",
-        "Bash",
-        {"command": COMMAND, "description": "Print a marker"},
+        {"Bash": {"command": COMMAND, "description": "Print a marker"}},
         variables=CLAUDE,
         locked="npm",
     ),
     Program(
         "Claude Code, web search",
-        "npm",
-        "@anthropic-ai/claude-code",
+        "npm @anthropic-ai/claude-code",
         "{bin}/claude -p hello --allowedTools WebSearch",
-        "WebSearch",
-        {"query": MARKER},
+        {"WebSearch": {"query": MARKER}},
         variables=CLAUDE,
     ),
     Program(
         "Codex",
-        "npm",
-        "@openai/codex",
+        "npm @openai/codex",
         f"for model in {' '.join(NAMES)}; do {{bin}}/codex exec --model $model --skip-git-repo-check "
         "--dangerously-bypass-approvals-and-sandbox hello; done",
-        "exec_command",
-        {"cmd": COMMAND},
+        {"exec_command": {"cmd": COMMAND}},
         files={".codex/config.toml": CODEX_CONFIG},
     ),
     Program(
         "Cline",
-        "npm",
-        "cline",
+        "npm cline",
         f"{{bin}}/cline auth -p openai -k none -m {MODEL} -b {{url}}/v1; "
         f"{{bin}}/cline -P openai-compatible -m {MODEL} 'hello there'",
-        "run_commands",
-        {"commands": [COMMAND]},
+        {"run_commands": {"commands": [COMMAND]}},
     ),
     Program(
         "Continue",
-        "npm",
-        "@continuedev/cli",
+        "npm @continuedev/cli",
         "{bin}/cn --config {home}/continue.yaml --auto -p hello",
-        "Bash",
-        {"command": COMMAND},
+        {"Bash": {"command": COMMAND}},
         files={"continue.yaml": CONTINUE_CONFIG},
         locked="npm",
     ),
     Program(
         "aider",
-        "PyPI",
-        "aider-chat",
+        "PyPI aider-chat",
         f"{{bin}}/aider --model openai/{MODEL} --no-git --yes-always --no-check-update --no-show-model-warnings "
         "--no-analytics --message hello",
         variables=OPENAI,
@@ -161,45 +156,37 @@ PROGRAMS = (
     javascript_library("LibreChat agents", "@librechat/agents", "librechat"),
     Program(
         "Qwen Code",
-        "npm",
-        "@qwen-code/qwen-code",
+        "npm @qwen-code/qwen-code",
         "{bin}/qwen --auth-type openai --yolo -p hello",
-        "run_shell_command",
-        {"command": COMMAND, "is_background": False},
+        {"run_shell_command": {"command": COMMAND, "is_background": False}},
         variables=OPENAI,
     ),
     Program(
         "opencode",
-        "npm",
-        "opencode-ai",
+        "npm opencode-ai",
         "{bin}/opencode run hello",
-        "bash",
-        {"command": COMMAND, "description": "Print a marker"},
+        {"bash": {"command": COMMAND, "description": "Print a marker"}},
         files={".config/opencode/opencode.json": OPENCODE_CONFIG},
     ),
     Program(
         "pi",
-        "npm",
-        "@mariozechner/pi-coding-agent",
+        "npm @mariozechner/pi-coding-agent",
         f"{{bin}}/pi --provider lw --model {MODEL} -p hello",
-        "bash",
-        {"command": COMMAND},
+        {"bash": {"command": COMMAND}},
         files={".pi/agent/models.json": PI_CONFIG},
     ),
     Program(
         "llm",
-        "PyPI",
-        "llm",
+        "PyPI llm",
         f"{{bin}}/llm -m {MODEL} --key none hello; {{bin}}/llm -m {MODEL} --key none -T llm_time hello",
-        "llm_time",
+        {"llm_time": {}},
         variables={"LLM_USER_PATH": "{home}"},
         files={"extra-openai-models.yaml": LLM_CONFIG},
         locked="agents",
     ),
     Program(
         "shell-gpt",
-        "PyPI",
-        "shell-gpt click",
+        "PyPI shell-gpt click",
         "{bin}/sgpt --no-interaction --no-cache hello",
         files={".config/shell_gpt/.sgptrc": SHELL_GPT_CONFIG},
     ),
@@ -238,7 +225,9 @@ def converse(program: Program, bin: Path, home: Path, server: ScriptedServer) ->
     It passes if it ends well, prints what the model said and its tool returned, and none of its requests was refused.
     """
     script = server.script
-    script.tool, script.arguments, script.greeting = program.tool, dict(program.arguments), program.greeting
+    script.tool, script.arguments, script.greeting = "", {}, program.greeting
+    for tool, arguments in program.calls.items():
+        script.tool, script.arguments = tool, dict(arguments)
     places = {"bin": shlex.quote(str(bin)), "url": server.url, "home": shlex.quote(str(home))}
     for name, text in program.files.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +269,7 @@ def _failure(program: Program, code: str, output: str, exchanges: list[Exchange]
         return f"it ended with {code}"
     if not any(exchange.method == "POST" and exchange.status == 200 for exchange in exchanges):
         return "it asked nothing"
-    text = MARKER if program.arguments else GREETING
+    text = MARKER if any(program.calls.values()) else GREETING
     return "" if text in output else f"it did not print {text!r}"
 
 

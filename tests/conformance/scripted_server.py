@@ -5,13 +5,16 @@ So programs that a small model cannot drive hold a whole conversation. All but t
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp
 
 from server.app import create_app
 from server.main import make_context
@@ -92,45 +95,38 @@ def scripted_server() -> Iterator[ScriptedServer]:
         yield ScriptedServer(server.url, script, exchanges)
 
 
-class Recorder:
-    """ASGI middleware that appends every exchange to a list."""
+class Recorder(BaseHTTPMiddleware):
+    """Appends every exchange to a list."""
 
     def __init__(self, app: ASGIApp, exchanges: list[Exchange]) -> None:
-        self._app = app
+        super().__init__(app)
         self._exchanges = exchanges
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        body, answer, status, headers = bytearray(), bytearray(), [0], dict[bytes, bytes]()
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        body, answer = await request.body(), bytearray()
+        response: StreamingResponse = await call_next(request)
+        parts: Any = response.body_iterator
 
-        async def receive_and_keep() -> Message:
-            message = await receive()
-            body.extend(message.get("body", b""))
-            return message
+        async def kept() -> AsyncIterator[Any]:
+            try:
+                async for part in parts:
+                    answer.extend(part)
+                    yield part
+            finally:
+                path, query = request.url.path, request.url.query
+                exchange = Exchange(
+                    method=request.method,
+                    path=f"{path}?{query}" if query else path,
+                    headers=dict(request.headers),
+                    body=_json(body),
+                    status=response.status_code,
+                    warnings=response.headers.get("x-lightwell-warnings", ""),
+                    answer=answer.decode(errors="replace"),
+                )
+                self._exchanges.append(exchange)
 
-        async def keep_and_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                status[0] = message["status"]
-                headers.update(message["headers"])
-            answer.extend(message.get("body", b""))
-            await send(message)
-
-        try:
-            await self._app(scope, receive_and_keep, keep_and_send)
-        finally:
-            query = scope["query_string"].decode()
-            exchange = Exchange(
-                method=scope["method"],
-                path=scope["path"] + (f"?{query}" if query else ""),
-                headers={name.decode(): value.decode("latin-1") for name, value in scope["headers"]},
-                body=_json(bytes(body)),
-                status=status[0],
-                warnings=headers.get(b"x-lightwell-warnings", b"").decode(),
-                answer=answer.decode(errors="replace"),
-            )
-            self._exchanges.append(exchange)
+        response.body_iterator = kept()
+        return response
 
 
 def _json(body: bytes) -> Any:

@@ -44,7 +44,7 @@ def install(program: Program, folder: Path) -> Path:
     if program.registry == "PyPI":
         venv.create(folder, with_pip=True)
         command = [str(bin / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*command, *program.packages.split()], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, *program.packages], check=True, stdout=subprocess.DEVNULL)
     return bin
 
 
