@@ -1,10 +1,8 @@
 """The engine's loop and a client, over a real socket: what fails about one request ends that one, and no other."""
 
 import errno
-import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -19,22 +17,12 @@ from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.process import POLL_SECONDS, EngineLoop
 from engine.shared.block_hashes import prefix_names
-from engine.shared.messages import (
-    HEARTBEAT_SECONDS,
-    Abort,
-    AdapterDone,
-    FromEngine,
-    Hello,
-    Outputs,
-    Ready,
-    SamplingParams,
-    Submit,
-    TokenEvent,
-)
+from engine.shared.messages import Abort, AdapterDone, FromEngine, Hello, Outputs, Ready, Submit, TokenEvent
 from engine.shared.records import ReadFailed, ReadSteps, Steps
 from tests.support.answers import Answers, errors_of, join
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.examples import drawn
+from tests.support.submits import new_submit
 from tests.support.tiny_engine import mixed_submits, new_engine
 
 Message = TypeVar("Message")
@@ -168,46 +156,21 @@ def test_an_event_that_cannot_be_encoded(connected: Connected, expected: Answers
     assert_only_one_fails(events, expected, "r3", "an event of this request cannot be sent")
 
 
-@pytest.mark.checklist("F03")
-def test_memory_is_short_while_messages_are_encoded(connected: Connected, expected: Answers) -> None:
-    """It is tried again, and nobody notices."""
-    encode, numbers = connected.connections.encoder.encode, itertools.count(1)
-
-    def encode_or_fail(message: object) -> bytes:
-        if next(numbers) % 3 == 0:
-            raise MemoryError
-        return encode(message)
-
-    connected.connections.encoder = mock.Mock(encode=encode_or_fail)
-    with mock.patch.object(connected.connections, "_can_encode", return_value=True):
-        assert connected.run(mixed_submits()) == expected
-
-
-class FailingSocket:
-    """A socket of which calls of one method fail, those whose numbers `fails` selects."""
-
-    def __init__(self, socket: Any, method: str, fails: Callable[[int], bool], error: Exception) -> None:
-        self.socket, self.method, self.fails, self.error = socket, method, fails, error
-        self.num_calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self.socket, name)
-        return partial(self.call, function) if name == self.method else function
-
-    def call(self, function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-        self.num_calls += 1
-        if self.fails(self.num_calls):
-            raise self.error
-        return function(*args, **settings)
-
-
 def run_with_failing_calls(
     connected: Connected, method: str, fails: Callable[[int], bool], error: Exception
 ) -> tuple[Answers, int]:
-    """Return the answers, and the number of calls."""
-    socket = FailingSocket(connected.connections.socket, method, fails, error)
+    """Let calls of a method of the socket fail, as `fails` says. Return the answers, and the number of calls."""
+    socket = mock.Mock(wraps=connected.connections.socket)
+    calls = getattr(socket, method)
+
+    def call(*_args: Any, **_settings: Any) -> Any:
+        if fails(calls.call_count):
+            raise error
+        return mock.DEFAULT
+
+    calls.side_effect = call
     with mock.patch.object(connected.connections, "socket", socket):
-        return connected.run(mixed_submits(4)), socket.num_calls
+        return connected.run(mixed_submits(4)), calls.call_count
 
 
 ERRORS = [
@@ -259,9 +222,7 @@ def test_an_api_process_that_does_not_read(tiny_model: LoadedModel, monkeypatch:
     monkeypatch.setattr(api_connections, "PAUSE", 60.0)  # a full queue is no failure, whose cause may pass
     monkeypatch.setattr(api_connections, "MAX_UNREAD_MESSAGES", 4)
     connected = Connected(new_engine(tiny_model), max_unread=4)
-    params = SamplingParams(max_tokens=120, temperature=0.0, ignore_eos=True, logprobs=300)
-    submit = Submit(request_id="r", prompt_token_ids=[5], params=params, arrival=0.0, n=8)
-    connected.send(submit)
+    connected.send(new_submit([5], n=8, max_tokens=120, temperature=0.0, ignore_eos=True, logprobs=300))
     connected.loop.run_once(timeout=SECONDS)
     while connected.connections.flush():
         connected.loop.run_once(timeout=0.0)
@@ -355,8 +316,7 @@ def test_events_go_to_the_api_process_that_waits_for_them(connected: Connected) 
 
 
 def test_between_two_steps_one_question_is_answered(connected: Connected) -> None:
-    params = SamplingParams(max_tokens=20, ignore_eos=True)
-    submit = Submit(request_id="a", prompt_token_ids=[1], params=params, arrival=0.0)
+    submit = new_submit([1], "a", max_tokens=20, ignore_eos=True)
     connected.run_together([submit, *(ReadSteps(read_id=number, limit=1) for number in range(1, 6))])
     for number in range(1, 6):
         assert connected.receive(Steps).read_id == number
@@ -382,11 +342,11 @@ def test_questions_do_not_keep_an_idle_engine_from_its_preparations(connected: C
         mock.patch.object(engine, "prepare_grammars") as prepare,
         mock.patch.object(engine.runner, "capture_next", create=True),
     ):
-        for seconds_idle, num_calls in ((0.0, 0), (0.999, 0), (HEARTBEAT_SECONDS, 1)):
+        for seconds_idle, num_calls in ((0.0, 0), (0.999, 0), (1.0, 1)):
             loop.last_work, loop.clock = 100.0, mock.Mock(return_value=100.0 + seconds_idle)
             connected.send(ReadSteps(limit=1))
             assert connected.connections.socket.poll(1000 * SECONDS)
-            loop.run_once(timeout=HEARTBEAT_SECONDS)
+            loop.run_once(timeout=1.0)
             assert prepare.call_count == num_calls
 
 
@@ -399,8 +359,7 @@ def test_the_cached_prefixes_of_several_engines_are_reported(tiny_model: LoadedM
     num_evicted = 0
     for number in range(4):
         prompt = [number + 1] * (2 * pool.block_size + 5)
-        submit = Submit(request_id=f"{number}", prompt_token_ids=prompt, params=SamplingParams(max_tokens=1), arrival=0)
-        connected.send(submit)
+        connected.send(new_submit(prompt, f"{number}", max_tokens=1))
         connected.loop.run_once(timeout=SECONDS)
         while connected.engine.has_work:
             connected.loop.run_once(timeout=0.0)

@@ -5,14 +5,13 @@ The kernels are those of plain torch, whose cache is easy to spoil: where the la
 so a block that is used although it was never computed shows.
 """
 
-import dataclasses
 import itertools
 import logging
 import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import msgspec
@@ -22,25 +21,16 @@ import torch
 from engine.batch.inputs import BatchInputs
 from engine.core import BrokenDeviceError, Engine
 from engine.loading import LoadedModel
-from engine.runner import ModelRunner, PendingOutputs
+from engine.runner import ModelRunner
 from engine.scheduling.record import RequestRecord, StepClock
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step
-from engine.scheduling.sequences import Sequences
-from engine.shared.messages import (
-    MIROSTAT_ORDER,
-    ExtraSamplers,
-    FinishReason,
-    Pooling,
-    RepetitionDetection,
-    SamplingParams,
-    Submit,
-    TokenEvent,
-)
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, FinishReason, Pooling, RepetitionDetection, Submit
 from engine.startup import warm_up
 from tests.support.answers import Answer, Answers, Choice, errors_of, run
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import choose_kernels
-from tests.support.tiny_engine import BLOCK_SIZE, EOS, MAX_MODEL_LEN, load_tiny_model, mixed_submits, new_engine
+from tests.support.submits import new_submit
+from tests.support.tiny_engine import BLOCK_SIZE, load_tiny_model, mixed_submits, new_engine
 
 pytestmark = pytest.mark.drawn
 
@@ -57,10 +47,10 @@ SPECIAL: list[dict[str, Any]] = [
 
 def submits() -> list[Submit]:
     """Return requests with all settings that keep something between tokens."""
-    special = []
-    for number, fields in enumerate(SPECIAL):
-        prompt, params = list(range(10 + 7 * number)), SamplingParams(**{"seed": number, "ignore_eos": True} | fields)
-        special.append(Submit(request_id=f"s{number}", prompt_token_ids=prompt, params=params, arrival=0.0))
+    special = [
+        new_submit(range(10 + 7 * number), f"s{number}", **{"seed": number, "ignore_eos": True} | fields)
+        for number, fields in enumerate(SPECIAL)
+    ]
     return [*mixed_submits(), *special]
 
 
@@ -109,7 +99,17 @@ class FaultyDevice:
     def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> Any:
         outputs = self.runner.sample(step, batch, clock)
         self.check("sample", step)
-        return FaultyOutputs(self, step, outputs)
+
+        def read() -> list[ScheduledOutput]:
+            rows = outputs.read()
+            self.check("read", step)
+            try:
+                self.check("not finite", step)
+            except RuntimeError:  # one request spoils all rows
+                return [ScheduledOutput(error="not finite") for _ in rows]
+            return rows
+
+        return mock.Mock(read=read)
 
     def spoil(self, step: Step) -> None:
         """Overwrite the keys and values of a step's rows."""
@@ -121,40 +121,19 @@ class FaultyDevice:
                     layer.keys[block_id, offset] = layer.values[block_id, offset] = float("nan")
 
 
-@dataclasses.dataclass
-class FaultyOutputs:
-    device: FaultyDevice
-    step: Step
-    outputs: PendingOutputs
-
-    def read(self) -> list[ScheduledOutput]:
-        outputs = self.outputs.read()
-        self.device.check("read", self.step)
-        try:
-            self.device.check("not finite", self.step)
-        except RuntimeError:  # one request spoils all rows
-            return [ScheduledOutput(error="not finite") for _ in outputs]
-        return outputs
-
-
-class FaultySequences(Sequences):
-    """Lets updates fail after they have changed their request."""
-
-    def __init__(self, device: FaultyDevice) -> None:
-        super().__init__(MAX_MODEL_LEN, [EOS])
-        self.device = device
-
-    def extend(self, item: Scheduled, output: ScheduledOutput, event: TokenEvent) -> FinishReason | None:
-        reason = super().extend(item, output, event)
-        self.device.check("update", Step(0, [item]))
-        return reason
-
-
 def faulty_engine(loaded: LoadedModel, fault: Fault, **settings: Any) -> tuple[Engine, FaultyDevice]:
     engine, device = new_engine(loaded, **settings), FaultyDevice(loaded.runner, fault)
-    runner: Any = device
-    engine.runner = runner
-    engine.scheduler.sequences = FaultySequences(device)
+    engine.runner = cast("Any", device)
+    sequences = engine.scheduler.sequences
+    extend = sequences.extend
+
+    def faulty_extend(item: Scheduled, *args: Any) -> FinishReason | None:
+        """Fail after the request was changed."""
+        reason = extend(item, *args)
+        device.check("update", Step(0, [item]))
+        return reason
+
+    sequences.extend = faulty_extend  # type: ignore[assignment, method-assign]
     return engine, device
 
 
@@ -190,48 +169,34 @@ def assert_nothing_wrong_is_cached(engine: Engine, expected: Answers) -> None:
 
 
 @pytest.mark.checklist("F03")
-@pytest.mark.parametrize(("max_rows", "overlaps"), [(3, False), (20, True)])
+@pytest.mark.parametrize(
+    ("max_rows", "overlaps", "error"),
+    [
+        (3, False, torch.OutOfMemoryError("CUDA out of memory")),
+        (20, True, torch.OutOfMemoryError("CUDA out of memory")),
+        # What the driver says.
+        (20, False, torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ..")),
+        (20, True, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+        (20, False, RuntimeError("Triton Error [CUDA]: out of memory")),
+    ],
+    ids=str,
+)
 def test_large_steps_fail(
-    tiny_model: LoadedModel, expected: Answers, max_rows: int, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel, expected: Answers, max_rows: int, overlaps: bool, error: RuntimeError
 ) -> None:
     """Each failure releases the allocator's memory before the next launch."""
     released: list[int] = []
 
     def fault(place: str, step: Step) -> BaseException | None:
-        is_too_large = place in ("forward", "sample") and step.num_tokens > max_rows
-        return torch.OutOfMemoryError("CUDA out of memory") if is_too_large else None
+        return error if place in ("forward", "sample") and step.num_tokens > max_rows else None
 
     engine, device = faulty_engine(tiny_model, fault, overlaps=overlaps)
-    monkeypatch.setattr("engine.core.release_memory", lambda _: released.append(device.num_faults))
     assert engine.overlaps == overlaps
-    assert run(engine, submits()) == expected
+    with mock.patch("engine.core.release_memory", side_effect=lambda _: released.append(device.num_faults)):
+        assert run(engine, submits()) == expected
     assert released == list(range(1, device.num_faults + 1))
     assert released
     assert all(step.num_tokens <= max_rows for step in engine.recorder.steps)
-
-
-@pytest.mark.checklist("F03")
-@pytest.mark.parametrize(
-    ("place", "error"),
-    [
-        ("forward", torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ..")),
-        ("sample", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
-        ("forward", RuntimeError("Triton Error [CUDA]: out of memory")),
-    ],
-    ids=str,
-)
-def test_the_driver_lacks_memory(
-    tiny_model: LoadedModel, expected: Answers, place: str, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It says so with other errors than torch's allocator."""
-    release = mock.Mock()
-    monkeypatch.setattr("engine.core.release_memory", release)
-    num_launches = itertools.count()
-    engine, _ = faulty_engine(
-        tiny_model, lambda where, step: error if where == place and next(num_launches) in (1, 2, 7) else None
-    )
-    assert run(engine, submits()) == expected
-    assert release.call_count == 3
 
 
 # Steps that fail.

@@ -24,6 +24,7 @@ from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
 from tests.support.ranks import load_ranks
+from tests.support.submits import new_submit
 from tests.support.tiny_engine import TINY_SHAPE
 from tests.support.tiny_models import save_random_model
 
@@ -49,7 +50,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.9, "top_p": 0.95},
     {"temperature": 0.8, "min_p": 0.02, "top_k": 40, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
-    {"extra_samplers": ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=4.0)},
+    {"extra_samplers": ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=4.0), "post_sampling_probs": True},
     {"extra_samplers": CHAIN, "prompt_logprobs": 1},
     {"extra_samplers": ExtraSamplers(order=MIROSTAT_ORDER, mirostat=1, mirostat_tau=4.0)},
 ]
@@ -86,15 +87,12 @@ def requests(lengths: Sequence[int] = LENGTHS) -> list[Submit]:
     submits: list[Submit] = []
     for number, length in enumerate(lengths):
         fields = {"max_tokens": MAX_TOKENS + number, "seed": number, "logprobs": 2, "ignore_eos": True}
-        params = SamplingParams(**fields | KINDS[number % len(KINDS)])
         prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
         if number % 3 == 1:
             prompt = (prompt[: -(-length // 4)] * 4)[:length]
         if number % 3 == 2:
             prompt[: length // 2] = submits[-1].prompt_token_ids[: length // 2]
-        submits.append(
-            Submit(request_id=f"r{number}", prompt_token_ids=prompt, params=params, arrival=0.0, n=1 + number % 2)
-        )
+        submits.append(new_submit(prompt, f"r{number}", n=1 + number % 2, **fields | KINDS[number % len(KINDS)]))
     for pooling in Pooling:
         params = SamplingParams(max_tokens=0, pooling=pooling)
         submits.append(msgspec.structs.replace(submits[-1], request_id=pooling, params=params, n=1))

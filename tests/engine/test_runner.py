@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,9 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit, TokenLogprobs
+from engine.scheduling.speculation import Drafter
+from engine.shared.messages import FinishReason, Pooling, Submit, TokenLogprobs
 from tests.support.answers import Answer, errors_of, run
 from tests.support.kernel_choice import choose_kernels
+from tests.support.submits import new_submit
 from tests.support.tiny_engine import TINY_SHAPE
 from tests.support.tiny_models import save_random_model
 
@@ -58,14 +61,13 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return ids
 
 
-def submit(name: str, prompt: list[int], max_tokens: int = 5, **settings: float | Pooling) -> Submit:
-    params = SamplingParams(max_tokens=max_tokens, **settings)  # type: ignore[arg-type]
-    return Submit(request_id=name, prompt_token_ids=prompt, params=params, arrival=0.0)
+def submit(name: str, prompt: list[int], max_tokens: int = 5, **settings: Any) -> Submit:
+    return new_submit(prompt, name, max_tokens=max_tokens, **settings)
 
 
 def run_all(loaded: LoadedModel, submits: list[Submit], chunk: int = 0) -> dict[str, Answer]:
-    """Return the answer to each request, by its name, of an engine with an empty cache."""
-    engine = Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
+    """Return the answer to each request, by its name, of an engine with an empty cache and without drafts."""
+    engine = Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk, speculative="off"), loaded)
     return {name: answer for (name, _), answer in run(engine, submits).items()}
 
 
@@ -130,6 +132,21 @@ def test_each_request_gets_the_logprobs_that_it_asked_for(loaded: LoadedModel) -
     assert run_each(loaded, submits) == answers
 
 
+def test_drafts_change_no_answer(loaded: LoadedModel) -> None:
+    """With a bias for few tokens, answers often repeat themselves, so that many draft tokens are accepted."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"min_tokens": 30, "stop_token_ids": (4,), "logprobs": 2},
+        {"temperature": 0.7, "frequency_penalty": 0.2, "top_p": 0.9},
+        {"bad_words": ((4, 5),), "post_sampling_probs": True, "logprobs": 1},
+    ]
+    bias = dict.fromkeys((2, 4, 5), 20.0)
+    submits = [submit(f"r{n}", prompt_of(20, n), 60, seed=n, logit_bias=bias, **kind) for n, kind in enumerate(kinds)]
+    engine = Engine(EngineConfig(model_path="", speculative="ngram"), loaded)
+    assert {name: answer for (name, _), answer in run(engine, submits).items()} == run_each(loaded, submits)
+    assert 20 < engine.stats().accepted_tokens_total < engine.stats().draft_tokens_total
+
+
 def test_what_is_loaded(loaded: LoadedModel, model: LlamaForCausalLM) -> None:
     assert loaded.runner.kernels.deterministic
     assert loaded.limits.max_model_len == 512
@@ -179,6 +196,26 @@ def test_hidden_states_that_are_not_finite_end_that_request_alone(broken: Loaded
     assert answers["bad"] == Answer(reason=FinishReason.ERROR, error="the model's hidden states are not finite")
     assert answers["good"].embedding is not None
     assert math.hypot(*answers["good"].embedding) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("num_right", [0, 3])
+def test_a_draft_without_numbers_harms_nobody(
+    broken: LoadedModel, num_right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are not finite, nor what other rows may make of them. What it is right in need not be."""
+    good = [submit(f"good{n}", prompt_of(n, n), 20, seed=n, logprobs=2) for n in (3, 40, 200)]
+    alone = run_each(clean(broken), good)
+    texts = [one.prompt_token_ids + alone[one.request_id].token_ids for one in good]
+
+    def draft(drafter: Drafter, token_ids: list[int], max_length: int) -> list[int]:
+        text = next(text for text in texts if text[: len(token_ids)] == token_ids)
+        right = text[len(token_ids) : len(token_ids) + num_right]
+        return [*right, NAN_TOKEN, 0][:max_length] if drafter.length else []
+
+    monkeypatch.setattr(Drafter, "draft", draft)
+    engine = Engine(EngineConfig(model_path="", speculative="ngram"), clean(broken))
+    assert {name: answer for (name, _), answer in run(engine, good).items()} == alone
+    assert engine.stats().drafts_total >= len(good)
 
 
 def clean(loaded: LoadedModel) -> LoadedModel:

@@ -6,8 +6,6 @@ from typing import Any
 Event = dict[str, Any]
 Track = tuple[int, int]  # process, thread
 
-NAMES = {"process_name", "thread_name"}
-
 
 def check_trace(trace: dict[str, Any]) -> None:
     """Fail unless Perfetto shows all slices and counters of a trace, where they belong and under a name."""
@@ -24,7 +22,8 @@ def check_trace(trace: dict[str, Any]) -> None:
     for counter in (event for event in events if event["ph"] == "C"):
         assert counter["args"], counter
         assert all(type(value) is int for value in counter["args"].values()), counter
-    names = {(event["name"], event["pid"], event["tid"]): event["args"]["name"] for event in events if is_name(event)}
+    named = [event for event in events if event["name"] in ("process_name", "thread_name")]
+    names = {(event["name"], event["pid"], event["tid"]): event["args"]["name"] for event in named}
     processes = {pid for kind, pid, _ in names if kind == "process_name"}
     for track, slices in tracks(trace).items():
         assert track[0] in processes
@@ -32,10 +31,6 @@ def check_trace(trace: dict[str, Any]) -> None:
         check_nesting(slices)
     threads = [thread for _, thread in tracks(trace)]
     assert len(threads) == len(set(threads))
-
-
-def is_name(event: Event) -> bool:
-    return event["ph"] == "M" and event["name"] in NAMES
 
 
 def check_nesting(slices: list[Event]) -> None:

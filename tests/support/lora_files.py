@@ -22,11 +22,11 @@ Tensors = dict[str, torch.Tensor]
 
 FIELDS = TINY | {"intermediate_size": 80, "head_dim": 24}
 CONFIG = llama_config(**FIELDS)
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = [*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")]
 MODULES = [
-    f"model.layers.{layer}.{part}"
+    f"model.layers.{layer}.{'self_attn' if number < 4 else 'mlp'}.{name}"
     for layer in range(2)
-    for part in (*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP))
+    for number, name in enumerate(PROJECTIONS)
 ]
 
 
@@ -35,15 +35,15 @@ def new_model() -> Any:
     return LlamaForCausalLM(LlamaConfig(**fields, pad_token_id=None))
 
 
-def save_adapter(folder: Path, lora: LoraConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Save an adapter with random matrices with PEFT; return PEFT's model in float32."""
-    generator = torch.Generator().manual_seed(seed)
-    model: Any = get_peft_model(new_model(), lora)
-    for name, parameter in model.named_parameters():
+def save_adapter(model: Any, folder: Path, lora: LoraConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """Save an adapter of a model with random matrices with PEFT; return PEFT's model in float32."""
+    generator = torch.Generator().manual_seed(0)
+    adapted: Any = get_peft_model(model, lora)
+    for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
-    model.save_pretrained(folder)
-    return model.float()
+    adapted.save_pretrained(folder)
+    return adapted.float().eval()
 
 
 def small_adapter(rank: int = 2) -> Tensors:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -12,8 +11,8 @@ from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.runner import ModelRunner
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import BlockTable, Scheduled, Step, new_request
-from engine.shared.messages import SamplingParams, Submit
+from engine.scheduling.request import BlockTable, Scheduled, Step
+from tests.support.submits import new_submit, request_for
 
 
 def runner_with(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> ModelRunner:
@@ -29,10 +28,9 @@ def all_logits(
     loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "", *, is_generated: bool = False
 ) -> Tensor:
     """Return the logits of every position [n, V] of a prompt, or of generated tokens, computed in one forward pass."""
-    submit = Submit(request_id="r", prompt_token_ids=list(prompt), params=SamplingParams(max_tokens=1), arrival=0.0)
-    slot = loaded.adapters.find(fingerprint_of(loaded, lora_name))
-    request = new_request(submit, salt=b"", arrival_number=0, now=0.0, lora_slot=slot)
+    request = request_for(prompt)
     request.num_prompt_tokens = 0 if is_generated else len(prompt)
+    request.lora_slot = loaded.adapters.find(fingerprint_of(loaded, lora_name))
     block_size = loaded.memory.block_size
     num_blocks, num_groups = -(-len(prompt) // block_size), len(loaded.config.kv_groups)
     for first in range(0, num_groups * num_blocks, num_blocks):
@@ -57,11 +55,9 @@ def greedy_outputs(
 ) -> list[list[int]]:
     """Return `num_tokens` greedy tokens for each prompt; the engine runs all prompts together."""
     engine = Engine(EngineConfig(model_path=""), loaded)
-    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     for number, (prompt, name) in enumerate(zip(prompts, lora_names or [""] * len(prompts), strict=True)):
-        submit = Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0)
-        fingerprint = fingerprint_of(loaded, name)
-        engine.add(msgspec.structs.replace(submit, lora_name=name, lora_fingerprint=fingerprint))
+        adapter = {"lora_name": name, "lora_fingerprint": fingerprint_of(loaded, name)}
+        engine.add(new_submit(prompt, f"{number}", max_tokens=num_tokens, temperature=0.0, ignore_eos=True, **adapter))
     outputs: list[list[int]] = [[] for _ in prompts]
     while engine.has_work:
         for event in engine.step()[1]:

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.shared.messages import SamplingParams, Submit
+from engine.shared.messages import Submit
+from tests.support.submits import new_submit
 from tests.support.tiny_models import SHAPE, save_random_model
 
 MAX_MODEL_LEN = 128
@@ -44,7 +45,6 @@ def mixed_submits(number: int = 9) -> list[Submit]:
     for index in range(number):
         generator = torch.Generator().manual_seed(index)
         prompt = torch.randint(0, 300, (5 + 6 * index,), generator=generator).tolist()
-        params = SamplingParams(**{"max_tokens": 4 + 2 * index, "seed": index, "ignore_eos": True} | kinds[index % 4])
-        num_choices = 1 + (index % 5 == 0)
-        found.append(Submit(request_id=f"r{index}", prompt_token_ids=prompt, params=params, arrival=0.0, n=num_choices))
+        fields = {"max_tokens": 4 + 2 * index, "seed": index, "ignore_eos": True} | kinds[index % 4]
+        found.append(new_submit(prompt, f"r{index}", n=1 + (index % 5 == 0), **fields))
     return found

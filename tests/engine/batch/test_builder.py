@@ -1,30 +1,31 @@
 """The inputs of a step against an implementation with plain lists."""
 
+from typing import Any
+from unittest import mock
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch.builder import BatchBuilder, BatchLimits
-from engine.batch.inputs import Lengths, WorkList
+from engine.batch.inputs import WorkList
 from engine.batch.transfer import packed_copy
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import BlockTable, Request, Scheduled, Step, new_request
-from engine.shared.messages import SamplingParams, Submit
+from engine.scheduling.request import BlockTable, Request, Scheduled, Step
 from tests.support.examples import num_examples
+from tests.support.submits import request_for
+from tests.support.tensors import CPU
 
 MAX_NUM_SEQS = 6
 MAX_MODEL_LEN = 200
 VOCAB_SIZE = 49152
 LIMITS = BatchLimits(40, 8, MAX_MODEL_LEN, 16, VOCAB_SIZE)
-CPU = torch.device("cpu")
 
 
 def make_request(token_ids: list[int], *block_ids: list[int]) -> Request:
     """Return a request with blocks in each KV group; block 0 stands for one that has slid out of the window."""
-    submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
-    request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
+    request = request_for(token_ids)
     for ids in block_ids:
         table = BlockTable()
         table.append([Block(block_id) for block_id in ids])
@@ -148,17 +149,10 @@ def test_a_token_that_the_model_lacks_after_the_rows_of_a_step() -> None:
 def test_attention_work() -> None:
     """The work lists of the step's lengths, one of each kind of attention, go to the device with the rest."""
 
-    class Planner:
-        def __init__(self, number: int) -> None:
-            self.number = number
+    def planner(number: int) -> Any:
+        return mock.Mock(plan=lambda query_lens, seq_lens: WorkList(np.stack((query_lens, seq_lens)) + number, number))
 
-        def plan(self, query_lens: Lengths, seq_lens: Lengths) -> WorkList:
-            return WorkList(np.stack((query_lens, seq_lens)) + self.number, self.number)
-
-        def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
-            raise NotImplementedError
-
-    builder = BatchBuilder(LIMITS, CPU, planners=[Planner(7), Planner(0)])
+    builder = BatchBuilder(LIMITS, CPU, planners=[planner(7), planner(0)])
     requests = [make_request(list(range(20)), list(range(2))) for _ in range(2)]
     batch = builder.build(Step(1, [Scheduled(requests[0], 19, 1, 1), Scheduled(requests[1], 0, 7, 1)]))
     assert [work.table.tolist() for work in batch.attention_work] == [[[8, 14], [27, 14]], [[1, 7], [20, 7]]]
@@ -169,7 +163,7 @@ def test_attention_work() -> None:
 def test_packed_copy() -> None:
     """A device, here a CPU, gets the same numbers and shapes in one piece of memory."""
     arrays = [np.arange(5), np.arange(0), np.arange(12).reshape(3, 4)[:, :2], np.arange(7)[::2], np.zeros((0, 3), int)]
-    copies = packed_copy(arrays, torch.device("cpu"))
+    copies = packed_copy(arrays, CPU)
     assert [copy.tolist() for copy in copies] == [array.tolist() for array in arrays]
     assert [tuple(copy.shape) for copy in copies] == [array.shape for array in arrays]
     assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1

@@ -1,5 +1,7 @@
 """The map of the KV cache against plain loops over the tables of all requests, whatever a scheduler does."""
 
+from typing import Any
+
 import msgspec
 from hypothesis import settings
 from hypothesis.stateful import invariant, precondition, rule
@@ -23,15 +25,15 @@ def read(scheduler: Scheduler, start: int = 0, limit: int = 1000, tenant: str | 
     return answer
 
 
-def one_by_one(blocks: Blocks) -> dict[int, BlockRun]:
-    """Return a run of one block for each block."""
-    single = {}
+def one_by_one(blocks: Blocks) -> dict[int, tuple[Any, ...]]:
+    """Return for each block how many hold it, whether it is cached, its owner and position, its group and its age."""
+    single: dict[int, tuple[Any, ...]] = {}
     for run in blocks.runs:
+        owner = None if run.owner is None else blocks.owners[run.owner]
         for number in range(run.num_blocks):
-            position = None if run.position is None else run.position + number * blocks.block_size
-            block_id = run.start + number
-            assert block_id not in single
-            single[block_id] = msgspec.structs.replace(run, start=block_id, num_blocks=1, position=position)
+            place = (owner, None if run.position is None else run.position + number * blocks.block_size)
+            assert run.start + number not in single
+            single[run.start + number] = (run.num_holders, run.is_cached, place, run.group, run.age)
     return single
 
 
@@ -72,6 +74,7 @@ class BlockMapMachine(TenantsMachine):
             self.check_map(tenant)
 
     def check_map(self, tenant: str | None) -> None:
+        """Of those that may be named, the request that came first is the owner."""
         pool = self.scheduler.pool
         blocks = read(self.scheduler, tenant=tenant)
         assert (blocks.num_blocks, blocks.block_size) == (pool.num_blocks, self.block_size)
@@ -82,37 +85,23 @@ class BlockMapMachine(TenantsMachine):
         for number, holder in self.holders():
             held[number].append(holder)
         cached = {block.block_id for block in pool.published.values()}
-        for number, run in single.items():
-            self.check_block(run, held[number], blocks.owners, tenant)
-            assert run.is_cached == (number in cached)
-            assert run.age == (self.num_steps - self.handed_out[number] if number in self.handed_out else None)
-        assert blocks.num_used == sum(bool(some) for some in held.values())
-        for start, limit in ((0, 3), (1, 1), (2, 1000)):
-            part = one_by_one(read(self.scheduler, start, limit, tenant))
-            numbers = range(start, min(pool.num_blocks, start + limit))
-            # The owner is an index into a list of the part's own.
-            unnamed = [
-                {number: msgspec.structs.replace(runs[number], owner=None) for number in numbers}
-                for runs in (part, single)
+        for number, (num_holders, is_cached, owner, group, age) in single.items():
+            assert (num_holders, group) == (len(held[number]), held[number][0][1] if held[number] else None)
+            named = [holder for holder in held[number] if tenant in (None, holder[0].tenant)]
+            first = min((request.record.queued for request, *_ in named), default=0.0)
+            owners = [
+                (ChoiceName(request.request_id, 0, request.index, request.tenant), place * self.block_size)
+                for request, _, place in named
+                if request.record.queued == first
             ]
-            assert part.keys() == set(numbers)
-            assert unnamed[0] == unnamed[1]
-
-    def check_block(self, run: BlockRun, holders: list[Holder], owners: list[ChoiceName], tenant: str | None) -> None:
-        """The request that came first is the owner, of those that may be named."""
-        assert run.num_holders == len(holders)
-        assert run.group == (holders[0][1] if holders else None)
-        named = [holder for holder in holders if tenant in (None, holder[0].tenant)]
-        if not named:
-            assert (run.owner, run.position) == (None, None)
-            return
-        assert run.owner is not None
-        first = min(request.record.queued for request, *_ in named)
-        assert (owners[run.owner], run.position) in [
-            (ChoiceName(request.request_id, 0, request.index, request.tenant), place * self.block_size)
-            for request, _, place in named
-            if request.record.queued == first
-        ]
+            assert owner in owners if named else owner == (None, None)
+            assert is_cached == (number in cached)
+            assert age == (self.num_steps - self.handed_out[number] if number in self.handed_out else None)
+        assert blocks.num_used == sum(map(bool, held.values()))
+        for start, limit in ((0, 3), (1, 1), (2, 1000)):
+            numbers = range(start, min(pool.num_blocks, start + limit))
+            part = one_by_one(read(self.scheduler, start, limit, tenant))
+            assert part == {number: single[number] for number in numbers}
 
 
 TestBlockMap = BlockMapMachine.TestCase

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,10 +15,10 @@ from unittest import mock
 import pytest
 import torch
 
+from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.inspection.borrowed_blocks import BorrowedBlocks
 from engine.inspection.inspector import IDLE_SECONDS, MAX_SECONDS, SHARE_OF_STEPS, Inspector
 from engine.inspection.layers import top_pairs
 from engine.loading import LoadedModel, load_model
@@ -26,8 +27,10 @@ from engine.lora.slots import LoraAdapters
 from engine.scheduling.request import NO_LORA_SLOT, Step
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, Pooling, ReasoningLimit, SamplingParams, Submit
 from engine.shared.records import Inspect, Inspected, InspectionProblem, PositionView, ReadFailed
+from tests.support.answers import run as answers_of
 from tests.support.family_models import VOCAB_SIZE, save_family_model
 from tests.support.kernel_choice import choose_kernels
+from tests.support.submits import new_submit
 
 # Families whose layers differ, then others.
 FAMILIES = ("gemma3_text", "gpt_oss", "deepseek_v2_lite", "cohere2")
@@ -183,19 +186,14 @@ def test_keys_of_smaller_formats(tmp_path: Path, cache: str, tolerance: float) -
 # Requests.
 
 
-def new_submit(name: str, num_prompt_tokens: int, params: SamplingParams, n: int = 1) -> Submit:
-    prompt = random_prompt(num_prompt_tokens)
-    return Submit(request_id=name, prompt_token_ids=prompt, params=params, arrival=0.0, n=n, ids=(name, "latest"))
+def submit(name: str, num_prompt_tokens: int, params: SamplingParams, n: int = 1) -> Submit:
+    return new_submit(random_prompt(num_prompt_tokens), name, params=params, n=n, ids=(name, "latest"))
 
 
 def run(engine: Engine, params: SamplingParams, name: str, num_prompt_tokens: int = 37, n: int = 1) -> list[list[int]]:
     """Run a request to its end, and return the output of each choice."""
-    engine.add(new_submit(name, num_prompt_tokens, params, n))
-    outputs: list[list[int]] = [[] for _ in range(n)]
-    while engine.has_work:
-        for event in engine.step()[1]:
-            outputs[event.index] += event.token_ids
-    return outputs
+    answers = answers_of(engine, [submit(name, num_prompt_tokens, params, n)])
+    return [answers[name, index].token_ids for index in range(n)]
 
 
 EXTRA = ExtraSamplers(
@@ -205,6 +203,7 @@ EXTRA = ExtraSamplers(
     xtc_probability=0.5,
     xtc_threshold=0.05,
 )
+MIROSTAT = ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=3.0)
 REASONING = ReasoningLimit(max_tokens=5, start_id=6, end_id=7, is_open=True)
 SETTINGS = {
     "greedy": SamplingParams(max_tokens=24, temperature=0.0),
@@ -214,9 +213,17 @@ SETTINGS = {
     "bias": SamplingParams(max_tokens=24, seed=14, logit_bias={5: 6.0, 7: -100.0}, min_tokens=20),
     "allowed": SamplingParams(max_tokens=24, seed=15, allowed_token_ids=tuple(range(10, 60))),
     "chain": SamplingParams(max_tokens=24, seed=16, extra_samplers=EXTRA),
-    "mirostat": SamplingParams(
-        max_tokens=24, seed=17, extra_samplers=ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=3.0)
-    ),
+    "mirostat": SamplingParams(max_tokens=24, seed=17, extra_samplers=MIROSTAT),
+}
+STAGES = {
+    "greedy": ["logits"],
+    "sampled": ["logits", "temperature"],
+    "truncated": ["logits", "temperature", "min_p", "top_k", "top_p"],
+    "penalties": ["logits", "penalties", "temperature"],
+    "bias": ["logits", "logit_bias", "temperature"],
+    "allowed": ["logits", "allowed_token_ids", "temperature"],
+    "chain": ["logits", "dry", "typ_p", "temperature", "xtc"],
+    "mirostat": ["logits", "temperature", "mirostat"],
 }
 
 
@@ -232,40 +239,20 @@ def test_the_same_tokens_are_sampled_again(
         answer = ask(inspector, id=name, index=index, start=36, end=37 + len(output) - 1)
         assert [view.token_id for view in answer.positions] == output
         assert answer.token_ids == random_prompt(37) + output
+        assert [stage.name for stage in answer.stages] == STAGES[name]
         last = answer.stages[-1]
         assert sum(math.exp(logprob) for _, logprob in last.top) <= 1.0001
-        assert answer.stages[0].name == "logits"
         if answer.candidates:
             assert max(answer.candidates, key=lambda each: each.logit + each.noise).token_id == output[-1]
         else:
             assert last.top[0][0] == output[-1]
-        removed = sum(stage.num_removed for stage in answer.stages)
-        assert answer.stages[0].num_tokens == last.num_tokens + removed
-
-
-def test_stages_are_those_of_the_request(engine: Engine, inspector: Inspector) -> None:
-    for name, stages in {
-        "greedy": ["logits"],
-        "truncated": ["logits", "temperature", "min_p", "top_k", "top_p"],
-        "penalties": ["logits", "penalties", "temperature"],
-        "bias": ["logits", "logit_bias", "temperature"],
-        "allowed": ["logits", "allowed_token_ids", "temperature"],
-        "chain": ["logits", "dry", "typ_p", "temperature", "xtc"],
-    }.items():
-        run(engine, SETTINGS[name], name)
-        answer = ask(inspector, id=name)
-        assert [stage.name for stage in answer.stages] == stages
-        assert (answer.start, answer.end) == (answer.num_tokens - 17, answer.num_tokens - 1)
-    run(engine, SETTINGS["mirostat"], "mirostat")
-    answer = ask(inspector, id="mirostat")
-    assert ({view.token_id for view in answer.positions}, answer.stages) == ({None}, [])  # needs all of the output
-    truncated = ask(inspector, id="truncated").stages
-    assert truncated[3].num_tokens <= 40
-    assert truncated[3].num_removed == truncated[2].num_tokens - truncated[3].num_tokens
+        for before, stage in pairwise(answer.stages):
+            assert stage.num_removed == before.num_tokens - stage.num_tokens, stage.name
+            assert stage.name != "top_k" or stage.num_tokens <= 40
 
 
 def test_a_request_that_runs(engine: Engine, inspector: Inspector) -> None:
-    engine.add(new_submit("r", 9, SamplingParams(max_tokens=200, ignore_eos=True, seed=3)))
+    engine.add(submit("r", 9, SamplingParams(max_tokens=200, ignore_eos=True, seed=3)))
     for _ in range(20):
         engine.step()
     begin(inspector, id="r", max_positions=16)
@@ -300,25 +287,28 @@ def test_blocks_go_to_requests(engine: Engine, inspector: Inspector) -> None:
     engine.scheduler.check()
 
 
-def test_a_cached_beginning_is_not_computed_again(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = new_engine(llama, enable_prefix_caching=True)
-    run(engine, SETTINGS["sampled"], "r", num_prompt_tokens=100)
-    inspector = Inspector(engine)
-    first = ask(inspector, id="r", start=99)
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """First row and number of rows of each step of an inspection."""
     computed: list[tuple[int, int]] = []
-    builder = inspector._execution.builder  # type: ignore[union-attr]
-    build = builder.build
+    build = BatchBuilder.build
 
-    def counting(step: Step) -> BatchInputs:
-        computed.append((step.scheduled[0].start, step.scheduled[0].num_tokens))
-        return build(step)
+    def counting(builder: BatchBuilder, step: Step) -> BatchInputs:
+        if step.step_id == 0:
+            computed.append((step.scheduled[0].start, step.scheduled[0].num_tokens))
+        return build(builder, step)
 
-    monkeypatch.setattr(builder, "build", counting)
-    assert ask(inspector, id="r", start=99) == first
+    monkeypatch.setattr(BatchBuilder, "build", counting)
+    return computed
+
+
+def test_a_cached_beginning_is_not_computed_again(engine: Engine, computed: list[tuple[int, int]]) -> None:
+    run(engine, SETTINGS["sampled"], "r", num_prompt_tokens=100)
+    first = ask(Inspector(engine), id="r", start=99)
     assert computed[0] == (96, 3)  # three blocks of 32 tokens are cached
     engine.scheduler.pool.unpublish(list(engine.scheduler.pool.blocks))
     computed.clear()
-    assert ask(inspector, id="r", start=99) == first
+    assert ask(Inspector(engine), id="r", start=99) == first
     assert computed[0][0] == 0
 
 
@@ -360,7 +350,7 @@ def test_other_engines(llama: LoadedModel, fields: dict[str, Any]) -> None:
 
 def test_a_preempted_request(llama: LoadedModel) -> None:
     engine = new_engine(llama, enable_prefix_caching=False)
-    engine.add(new_submit("r", 50, SamplingParams(max_tokens=40, seed=8, ignore_eos=True)))
+    engine.add(submit("r", 50, SamplingParams(max_tokens=40, seed=8, ignore_eos=True)))
     for _ in range(20):
         engine.step()
     (request,) = engine.scheduler.running
@@ -372,20 +362,15 @@ def test_a_preempted_request(llama: LoadedModel) -> None:
     assert len(answer.positions) == 40
 
 
-def test_an_adapter_has_no_keys_of_the_model(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_has_no_keys_of_the_model(
+    engine: Engine, computed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(engine, SETTINGS["sampled"], "r", num_prompt_tokens=100)
     monkeypatch.setattr(engine.adapters, "find", lambda fingerprint: NO_LORA_SLOT)
-    read: list[int] = []
-    blocks = BorrowedBlocks.__init__
-
-    def counting(self: BorrowedBlocks, kv: Any, request: Any, num_computed: int) -> None:
-        blocks(self, kv, request, num_computed)
-        read.append(request.kv.num_computed)
-
-    monkeypatch.setattr(BorrowedBlocks, "__init__", counting)
-    for fingerprint in ("", "ab" * 16):
+    for fingerprint, num_cached in (("", 64), ("ab" * 16, 0)):
+        computed.clear()
         ask(Inspector(engine), prompt_token_ids=random_prompt(100), lora_fingerprint=fingerprint, start=70)
-    assert read == [64, 0]
+        assert computed[0][0] == num_cached
 
 
 # Refusals.
@@ -470,8 +455,12 @@ def test_positions_that_are_not_there(engine: Engine, inspector: Inspector) -> N
     run(engine, SamplingParams(max_tokens=0, pooling=Pooling.MEAN), "embedding")  # without output
     answer = ask(inspector, id="embedding")
     assert (answer.start, answer.end, answer.stages) == (20, 36, [])
-    default = ask(inspector, id="r", max_positions=3)
-    assert (default.start, default.end) == (24, 27)
+    for max_positions, start in ((3, 24), (128, 11)):
+        default = ask(inspector, id="r", max_positions=max_positions)
+        assert (default.start, default.end) == (start, 27)
+    run(engine, SETTINGS["mirostat"], "mirostat")
+    answer = ask(inspector, id="mirostat")
+    assert ({view.token_id for view in answer.positions}, answer.stages) == ({None}, [])  # needs all of the output
     last = ask(inspector, id="r", start=27, end=28)
     assert last.positions[0].token_id is not None  # what would have come next
     assert len(last.token_ids) == 28

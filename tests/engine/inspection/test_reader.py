@@ -11,20 +11,9 @@ from hypothesis import strategies as st
 from engine.inspection.prefix import PART, num_common
 from engine.inspection.reader import MAX_ROWS, RecordReader
 from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
-from engine.scheduling.request import Request, new_request
-from engine.shared.messages import FromEngine, SamplingParams, Submit
-from engine.shared.records import (
-    PrefixResult,
-    Queue,
-    QueuedChoice,
-    ReadFailed,
-    ReadQueue,
-    ReadRequests,
-    ReadSteps,
-    RequestInfo,
-    Requests,
-    Steps,
-)
+from engine.scheduling.request import Request
+from engine.shared.messages import FromEngine
+from engine.shared.records import PrefixResult, ReadFailed, ReadQueue, ReadRequests, ReadSteps
 from tests.engine.scheduling.test_scheduler import Rig, prompt
 
 DECODER = msgspec.msgpack.Decoder(FromEngine)
@@ -42,41 +31,33 @@ class Reading:
         self.rig = Rig(**limits)
         self.rig.recorder.keeps_tokens = keeps_tokens
         self.reader = RecordReader(self.rig.recorder, self.rig.scheduler, caches_prefixes=caches_prefixes)
-        self.num_added = 0
 
-    def add(self, token_ids: range | list[int], id: str = "", *, salt: bytes = b"", **fields: Any) -> Request:
-        params = SamplingParams(max_tokens=fields.pop("max_tokens", 2))
-        number = self.num_added
-        self.num_added += 1
-        name = id or f"r{number}"
-        fields |= {"request_id": f"{name}-0", "prompt_token_ids": list(token_ids), "ids": (name, "same")}
-        submit = Submit(params=params, arrival=float(number), **fields)
-        request = new_request(submit, salt=salt, arrival_number=number, now=float(number))
-        self.rig.scheduler.add(request)
-        return request
+    def add(self, token_ids: range | list[int], id: str = "", **fields: Any) -> Request:
+        now = float(self.rig.num_submitted)
+        name = id or f"r{self.rig.num_submitted}"
+        fields = {"request_id": f"{name}-0", "ids": (name, "same"), "max_tokens": 2} | fields
+        return self.rig.add(token_ids, now=now, arrival=now, **fields)
 
     def complete(self, token_ids: range | list[int], id: str = "", **fields: Any) -> None:
         """Add a request, and run until all have ended."""
         self.add(token_ids, id, **fields)
         self.rig.run()
 
-    def steps(self, after: int | None = None, limit: int = 100, since: float | None = None) -> Steps:
-        steps = received(self.reader.answer(ReadSteps(read_id=7, after=after, since=since, limit=limit)))
-        assert isinstance(steps, Steps)
-        assert steps.read_id == 7
-        return steps
+    def ask(self, kind: Any, **fields: Any) -> Any:
+        answer = received(self.reader.answer(kind(read_id=7, **fields)))
+        assert answer.read_id == 7
+        return answer
 
-    def requests(self, limit: int = 100, **filters: Any) -> Requests:
-        requests = received(self.reader.answer(ReadRequests(read_id=8, limit=limit, **filters)))
-        assert isinstance(requests, Requests)
-        return requests
+    def steps(self, after: int | None = None, **fields: Any) -> Any:
+        return self.ask(ReadSteps, after=after, **{"limit": 100} | fields)
 
-    def queue(self, limit: int = 100) -> list[QueuedChoice]:
-        queue = received(self.reader.answer(ReadQueue(read_id=9, limit=limit)))
-        assert isinstance(queue, Queue)
-        return queue.choices
+    def requests(self, **filters: Any) -> Any:
+        return self.ask(ReadRequests, **{"limit": 100} | filters)
 
-    def one(self, id: str, **filters: Any) -> RequestInfo:
+    def queue(self, limit: int = 100) -> Any:
+        return self.ask(ReadQueue, limit=limit)
+
+    def one(self, id: str, **filters: Any) -> Any:
         (info,) = self.requests(id=id, **filters).requests
         return info
 
@@ -141,10 +122,8 @@ def test_requests_that_had_not_ended_before_a_time() -> None:
     found = reading.requests(since=1.0).requests
     assert [info.ids[0] for info in found] == ["living", "r2", "r1"]
     for info in found:
-        assert info.detail is not None
         assert [chunk.start for chunk in info.detail.chunks] == [info.times.num_cached_tokens]
     first = reading.requests(since=0.0).requests[-1]
-    assert first.detail is not None
     assert first.detail.prefix.result is PrefixResult.NOT_FOUND  # not compared with others
     assert reading.requests().requests[0].detail is None
 
@@ -173,7 +152,6 @@ def test_requests_the_living_before_the_ended_and_the_latest_first() -> None:
     running, finished = reading.one("r2"), reading.one("r1")
     assert (running.num_blocks, finished.num_blocks, finished.finish_reason) == (1, 0, "length")
     assert finished.times.num_output_tokens == 2
-    assert finished.detail is not None
     assert [(chunk.start, chunk.num_tokens) for chunk in finished.detail.chunks] == [(0, 3)]
 
 
@@ -181,24 +159,24 @@ def test_the_queue_as_if_tenants_took_turns() -> None:
     reading = Reading(max_num_seqs=1)
     reading.add(prompt(3), "running", tenant="a")
     reading.rig.step()
-    assert reading.queue() == []
+    assert reading.queue().choices == []
     for name, tenant in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b"), ("c1", "c")):
         request = reading.add(prompt(5), name, tenant=tenant)
         assert request.record.num_ahead <= 5
     expected = [("a1", 0), ("b1", 0), ("c1", 0), ("a2", 3), ("b2", 3), ("a3", 5)]
-    assert [(choice.id, choice.num_ahead) for choice in reading.queue()] == expected
-    assert [choice.id for choice in reading.queue(limit=4)] == ["a1", "b1", "c1", "a2"]
-    assert reading.reader.answer(ReadQueue(limit=1)).num_waiting == 6  # type: ignore[union-attr]
-    last = reading.queue()[-1]
+    assert [(choice.id, choice.num_ahead) for choice in reading.queue().choices] == expected
+    assert [choice.id for choice in reading.queue(limit=4).choices] == ["a1", "b1", "c1", "a2"]
+    assert reading.queue(limit=1).num_waiting == 6
+    last = reading.queue().choices[-1]
     assert (last.tenant, last.num_tokens, last.was_preempted, last.can_start) == ("a", 5, False, True)
     for request in reading.rig.scheduler.waiting:
-        ahead = next(choice.num_ahead for choice in reading.queue() if choice.id == request.record.ids[0])
+        ahead = next(choice.num_ahead for choice in reading.queue().choices if choice.id == request.record.ids[0])
         assert ahead == reading.rig.scheduler.queue.num_ahead(request)
     assert last.queued == 3.0  # or since it was last preempted
     request = next(some for some in reading.rig.scheduler.waiting if some.record.ids[0] == last.id)
     request.record.preemptions += [5.0, 8.0]
     request.record.resumptions += [6.0]
-    assert reading.queue()[-1].queued == 8.0
+    assert reading.queue().choices[-1].queued == 8.0
 
 
 def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> None:
@@ -216,9 +194,7 @@ def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> No
 
 
 def why(reading: Reading, id: str, **filters: Any) -> tuple[PrefixResult, int, int | None, int | None, str | None]:
-    detail = reading.one(id, **filters).detail
-    assert detail is not None
-    prefix = detail.prefix
+    prefix = reading.one(id, **filters).detail.prefix
     return prefix.result, prefix.num_reusable_tokens, prefix.position, prefix.token_id, prefix.similar_id
 
 

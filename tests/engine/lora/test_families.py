@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig
 
-from engine.config import EngineConfig, load_model_config
+from engine.config import EngineConfig
 from engine.loading import load_model
-from engine.lora.reader import load_lora
 from tests.support.family_models import FAMILIES, VOCAB_SIZE, save_family_model
 from tests.support.kernel_choice import choose_kernels
-from tests.support.lora_files import PEFT_WARNINGS
+from tests.support.lora_files import PEFT_WARNINGS, save_adapter
 from tests.support.outputs import all_logits
 
 pytestmark = PEFT_WARNINGS
@@ -30,18 +28,6 @@ TARGETS: dict[str, list[str] | str] = {
 QUICK = {("phi3", "default"), ("granite4", "default"), ("gpt_oss", "torch")}
 
 
-def save_adapter(model: Any, folder: Path, targets: list[str] | str) -> Any:
-    """Save an adapter with random matrices, of other ranks for some modules. Return PEFT's model."""
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, rank_pattern={"down_proj": 2, "gate_up_proj": 6})
-    adapted: Any = get_peft_model(model, lora)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    adapted.save_pretrained(folder)
-    return adapted.eval()
-
-
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
@@ -51,7 +37,9 @@ def save_adapter(model: Any, folder: Path, targets: list[str] | str) -> Any:
     ],
 )
 def test_answers_of_an_adapted_model(name: str, kernels: str, tmp_path: Path) -> None:
-    adapted = save_adapter(save_family_model(name, tmp_path / "model"), tmp_path / "adapter", TARGETS[name])
+    settings: dict[str, Any] = {"lora_alpha": 0.32, "rank_pattern": {"down_proj": 2, "gate_up_proj": 6}}
+    lora = LoraConfig(r=4, target_modules=TARGETS[name], **settings)
+    adapted = save_adapter(save_family_model(name, tmp_path / "model"), tmp_path / "adapter", lora)
     with choose_kernels(kernels):
         loaded = load_model(
             EngineConfig(
@@ -70,22 +58,3 @@ def test_answers_of_an_adapted_model(name: str, kernels: str, tmp_path: Path) ->
     actual = torch.log_softmax(all_logits(loaded, prompt.tolist(), "one"), dim=-1)
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
     assert (base - expected).abs().max() > 100 * TOLERANCE
-
-
-def test_a_projection_that_is_adapted_twice(tmp_path: Path) -> None:
-    """PEFT does not write such a file."""
-    save_adapter(save_family_model("phi3", tmp_path / "model"), tmp_path / "adapter", ["qkv_proj"])
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for half in ("lora_A", "lora_B"):
-        name = next(name for name in tensors if f"layers.0.self_attn.qkv_proj.{half}" in name)
-        part = tensors[name] if half == "lora_A" else tensors[name][: load_q_size(tmp_path / "model")]
-        tensors[name.replace("qkv_proj", "q_proj")] = part.clone()
-    save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"adapts model\.layers\.0\.self_attn\.q_proj, as another matrix does"):
-        load_lora(tmp_path / "adapter", load_model_config(tmp_path / "model"))
-
-
-def load_q_size(folder: Path) -> int:
-    attention = load_model_config(folder).layers[0].attention
-    return attention.num_heads * attention.head_dim

@@ -3,12 +3,11 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,21 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.lora import updates
+from engine.lora import slots, updates
 from engine.lora.checkpoint import LoraCheckpoint, LoraMatrices
-from engine.lora.slots import (
-    AdapterError,
-    AdapterGoneError,
-    LoraAdapters,
-    check_lora_memory,
-    choose_lora_rank,
-    read_adapter,
-)
+from engine.lora.slots import AdapterError, AdapterGoneError, LoraAdapters, read_adapter
 from engine.lora.updates import MAX_PENDING, READ_TIMEOUT, SLOT_TIMEOUT, WRITE_SECONDS, AdapterUpdates, run_in_thread
-from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, Submit, UnloadAdapter
+from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, UnloadAdapter
 from tests.support.answers import run
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
+from tests.support.submits import new_submit
 from tests.support.tiny_models import SHAPE, save_random_model
 
 PROMPT = list(range(100, 150))
@@ -73,8 +66,7 @@ class Machine:
         self.submit(request_id, fingerprint_of(self.loaded, name))
 
     def submit(self, request_id: str, fingerprint: str) -> None:
-        submit = Submit(request_id=request_id, prompt_token_ids=PROMPT, params=GREEDY, arrival=0.0)
-        self.engine.add(msgspec.structs.replace(submit, lora_name="any", lora_fingerprint=fingerprint))
+        self.engine.add(new_submit(PROMPT, request_id, params=GREEDY, lora_name="any", lora_fingerprint=fingerprint))
         self.outputs[request_id] = []
 
     def load(self, name: str, path: Path, **more: Any) -> str:
@@ -107,13 +99,9 @@ class Machine:
 
 
 def run_at_once(function: Callable[[], LoraCheckpoint]) -> Future[LoraCheckpoint]:
-    """Do what `run_in_thread` does, but here and now."""
-    future: Future[LoraCheckpoint] = Future()
-    try:
-        future.set_result(function())
-    except Exception as error:
-        future.set_exception(error)
-    return future
+    """Do what `run_in_thread` does, but wait for the end."""
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(function)
 
 
 @pytest.fixture
@@ -279,7 +267,7 @@ def test_prefixes_are_shared_by_requests_of_one_adapter_only(machine: Machine) -
     salts = [{"cache_salt": salt} for salt in (key, "\xff" + key, bytes.fromhex(key).decode("latin-1"))]
     for kinds, num_cached in ((own, 0), (own, 96), (salts, 0)):
         for kind in kinds:
-            run(engine, [Submit(request_id="r", prompt_token_ids=list(range(100)), params=GREEDY, arrival=0.0, **kind)])
+            run(engine, [new_submit(range(100), params=GREEDY, **kind)])
             assert engine.recorder.requests[-1].num_cached_tokens == num_cached, kind
 
 
@@ -332,14 +320,14 @@ def checkpoint_of(name: str, rank: int = 1) -> LoraCheckpoint:
 @pytest.mark.parametrize(("ranks", "max_rank", "expected"), [((), None, 16), ((3, 64), None, 64), ((3, 64), 8, 8)])
 def test_the_rank_that_slots_have_room_for(ranks: Sequence[int], max_rank: int | None, expected: int) -> None:
     config = EngineConfig(model_path="", max_lora_rank=max_rank)
-    assert choose_lora_rank(config, {str(rank): checkpoint_of("x", rank) for rank in ranks}) == expected
+    assert slots.choose_lora_rank(config, {str(rank): checkpoint_of("x", rank) for rank in ranks}) == expected
 
 
 def test_memory_of_slots(loaded: LoadedModel, folder: Path) -> None:
     config, adapters, itemsize = loaded.config, loaded.adapters, loaded.dtype.itemsize
-    check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes)
+    slots.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes)
     with pytest.raises(ValueError, match=r"--max-loras 1 of --max-lora-rank 16 take \d+ MiB, but only \d+ MiB are"):
-        check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes - 1)
+        slots.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes - 1)
     with pytest.raises(ValueError, match=r"--max-loras 65536 of --max-lora-rank 4096 take"):
         load_model(EngineConfig(model_path=str(folder), max_loras=65536, max_lora_rank=4096))
 

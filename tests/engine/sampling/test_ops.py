@@ -111,15 +111,6 @@ def test_xtc_throws_a_coin_of_seed_and_position() -> None:
     assert (by_position.any(dim=1) & ~by_position.all(dim=1)).double().mean() > 0.9
 
 
-@pytest.mark.checklist("C14")
-def test_nothing_is_sampled_where_nothing_is_allowed() -> None:
-    """No token is left, so the row must be flagged."""
-    rows = [make_row(allowed_token_ids=(5,), bad_words=((5,),)), make_row(allowed_token_ids=(5,))]
-    output = make_sampler(9).sample(torch.zeros(2, 9), rows)
-    assert output.is_finite.tolist() == [False, True]
-    assert output.token_ids[1] == 5
-
-
 # The penalties' window.
 
 
@@ -277,27 +268,6 @@ def test_each_row_alone_as_in_the_batch(vocab_size: int, rng: np.random.Generato
         assert alone.state.mirostat_mu == together[row].state.mirostat_mu
         if alone.params.is_special:
             assert torch.equal(one[0], processed[row])
-
-
-def test_rows_without_numbers_disturb_nobody(rng: np.random.Generator) -> None:
-    """Whatever their settings: each is flagged, and the other rows get their tokens."""
-    size, all_on = 1500, {"typical_p": 0.9, "top_n_sigma": 2.0, "xtc_probability": 1.0, "dry_multiplier": 1.0}
-    every: list[dict[str, Any]] = [all_on, *({"order": MIROSTAT_ORDER, "mirostat": version} for version in (1, 2))]
-
-    def make_rows() -> list[SamplingRow]:
-        return [row_with([1, 2, 1], seed=row, **every[row % 3]) for row in range(6)]
-
-    logits = random_logits(rng, 6, size)
-    expected = make_sampler(size).sample(logits.clone(), make_rows()).token_ids.tolist()
-    for bad in range(6):
-        for damage in (math.nan, math.inf, -math.inf):
-            damaged = logits.clone()
-            damaged[bad, : size if damage < 0 else 1] = damage
-            output = make_sampler(size).sample(damaged, make_rows())
-            assert output.is_finite.tolist() == [row != bad for row in range(6)]
-            tokens = output.token_ids.tolist()
-            assert 0 <= tokens.pop(bad) < size
-            assert tokens == expected[:bad] + expected[bad + 1 :]
 
 
 # DRY penalties, against a direct search for repeats.

@@ -1,4 +1,4 @@
-"""The samplers against a direct NumPy float64 implementation of each setting, one function for each."""
+"""The samplers against a direct NumPy float64 implementation of each setting, and log probabilities against NumPy."""
 
 import itertools
 import math
@@ -20,15 +20,16 @@ from engine.kernels.cpu.library import Team
 from engine.kernels.cpu.sampler import CpuSampler
 from engine.kernels.interface import TokenSampler
 from engine.kernels.triton.sampler import TritonSampler
-from engine.sampling.logprobs import gather_logprobs
+from engine.sampling.logprobs import _top_ids, _top_ids_by_keys, gather_logprobs
 from engine.sampling.rng import coins
 from engine.sampling.rng import gumbel_noise as gumbel_noise_of_torch
 from engine.sampling.sampler import Sampler, SamplerOutput
-from engine.scheduling.request import SamplingRow, new_request
-from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams, Submit
+from engine.scheduling.request import SamplingRow
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams
 from tests.support.examples import IS_LONG, num_examples
 from tests.support.kernel_choice import load_library
 from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, IS_INTERPRETED
+from tests.support.submits import request_for
 from tests.support.tensors import CPU
 
 EOS_TOKEN_IDS = (2, 7)
@@ -41,12 +42,7 @@ def make_row(
     params: SamplingParams | None = None, prompt: Sequence[int] = (0,), output: Sequence[int] = (), **settings: Any
 ) -> SamplingRow:
     params = params or SamplingParams(max_tokens=100, **settings)
-    request = new_request(
-        Submit(request_id="r", prompt_token_ids=list(prompt), params=params, arrival=0.0),
-        salt=b"",
-        arrival_number=0,
-        now=0.0,
-    )
+    request = request_for(prompt, params=params)
     request.token_ids += output
     return SamplingRow(request)
 
@@ -250,11 +246,14 @@ MIXED: list[dict[str, Any]] = [
     {"logit_bias": {0: 5.0, 9: -3.5}, "min_tokens": 50, "ignore_eos": True},
     {"bad_words": ((1,), (6, 8), (5, 6, 9), (7, 9)), "top_k": 300},
 ]
+ALL_ON = ExtraSamplers(typical_p=0.9, top_n_sigma=2.0, xtc_probability=1.0, dry_multiplier=1.0)
 SPECIAL: list[dict[str, Any]] = [
     {"allowed_token_ids": (3, 9, 12), "top_p": 0.8},
     {"post_sampling_probs": True, "repetition_penalty": 1.5, "min_p": 0.1},
     {"extra_samplers": ExtraSamplers(typical_p=0.8, dry_multiplier=1.0), "temperature": 0.7},
     {"extra_samplers": ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=2.0), "logit_bias": {4: 9.0}},
+    {"extra_samplers": ExtraSamplers(order=MIROSTAT_ORDER, mirostat=1)},
+    {"extra_samplers": ALL_ON},
 ]
 
 
@@ -366,7 +365,9 @@ def test_settings_see_the_draft(machine: Machine, rng: np.random.Generator) -> N
     assert machine.sample(logits, [drafted]) == machine.sample(logits, [make_row(None, [1, 2], [3, 4, 4], **params)])
     row = make_row(temperature=0.0, bad_words=((1, 2, 4),), output=[1])
     rows = [replace(row, draft_token_ids=[2]), replace(row, draft_token_ids=[3])]
-    assert machine.sample(torch.arange(5.0).repeat(2, 1), rows) == [3, 4]
+    row = make_row(temperature=0.0, min_tokens=2, stop_token_ids=(4,), ignore_eos=True, output=[1])
+    rows += [row, replace(row, draft_token_ids=[3])]
+    assert machine.sample(torch.arange(5.0).repeat(4, 1), rows) == [3, 4, 3, 4]
 
 
 # Greedy decoding.
@@ -416,7 +417,7 @@ def test_penalties_and_biases_round_as_in_torch(machine: Machine, rng: np.random
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # by NumPy, in the interpreter
 def test_rows_that_are_not_finite_are_flagged(machine: Machine, rng: np.random.Generator) -> None:
     size = 577 if machine.is_slow else 3001
-    rows = mixed_rows(rng, len(MIXED), size)
+    rows = [*mixed_rows(rng, len(MIXED), size), *rows_of(SPECIAL)]
     logits = random_logits(rng, len(rows), size)
     expected = machine.sample(logits, rows)
     damages = ([-math.inf] * size, [math.nan], [math.inf], [math.nan] * size)[: 2 if machine.is_slow else None]
@@ -611,10 +612,7 @@ def test_each_choice_has_a_seed_of_its_own() -> None:
     assert sample(logits, [other_choice]) == sample(logits, [make_row(seed=12345)])
 
 
-# Statistics of the noise, which is that of the reference, and of coins.
-
-
-NUM_DRAWS = 100_000
+# The noise of the sampler in torch is that of the reference, whose frequencies are tested above.
 
 
 def test_noise_is_what_the_reference_has() -> None:
@@ -627,43 +625,113 @@ def test_noise_is_what_the_reference_has() -> None:
         np.testing.assert_allclose(x[decides], expected[decides], rtol=1e-5, atol=1e-6)
 
 
-def noise_over(dimension: str) -> Floats:
-    """Return a long run of noise in which token id, position or seed counts up."""
-    if dimension == "token id":
-        return uniform_noise(NUM_DRAWS, 1234, 7)
-    if dimension == "position":
-        return np.concatenate([uniform_noise(20, 1234, position)[5:6] for position in range(NUM_DRAWS // 10)])
-    return np.concatenate([uniform_noise(20, seed, 3)[5:6] for seed in range(NUM_DRAWS // 10)])
-
-
-@pytest.mark.parametrize("dimension", ["token id", "position", "seed"])
-def test_noise_is_uniform_and_independent(dimension: str) -> None:
-    """Kolmogorov-Smirnov test; the limit is exceeded by chance once in about 10 million runs."""
-    noise = noise_over(dimension)
-    for distance in (1, 2, 16):
-        assert_independent(noise[:-distance], noise[distance:])
-    expected = (np.arange(len(noise)) + 0.5) / len(noise)
-    assert np.abs(np.sort(noise) - expected).max() * math.sqrt(len(noise)) < 3.0
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [((1, 0), (1, 1)), ((1, 0), (2, 0)), ((1, 0), (1 + 2**32, 0)), ((0, 1), (1, 0)), ((5, 3), (5 + 2**63, 3))],
-)
-def test_noise_of_other_keys_is_independent(first: tuple[int, int], second: tuple[int, int]) -> None:
-    """Return noise of the same tokens at another position or with another seed."""
-    assert_independent(uniform_noise(NUM_DRAWS, *first), uniform_noise(NUM_DRAWS, *second))
-
-
-def assert_independent(first: Floats, second: Floats) -> None:
-    """Chi-square test over a grid of 16 x 16 cells; the limit is 6 standard deviations."""
-    counts, _, _ = np.histogram2d(first, second, bins=16, range=[[0, 1], [0, 1]])
-    expected = len(first) / counts.size
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    assert abs(statistic - (counts.size - 1)) < 6 * math.sqrt(2 * (counts.size - 1))
-
-
 def test_coins_tell_nothing_about_the_noise_of_tokens() -> None:
     rows = [make_row(seed=seed) for seed in range(4000)]
     noise = [gumbel_noise(3, row)[1] for row in rows]
     assert abs(np.corrcoef(coins(rows), noise)[0, 1]) < 6 / math.sqrt(4000)
+
+
+# Log probabilities, ranks and most likely tokens.
+
+
+def log_softmax(logits: Tensor) -> Floats:
+    x = logits.double().numpy()
+    shifted = x - x.max(axis=1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def most_likely(row: Tensor, num: int) -> list[int]:
+    ids: list[int] = np.lexsort((np.arange(len(row)), -row.double().numpy()))[:num].tolist()
+    return ids
+
+
+@settings(max_examples=num_examples(20, 300), deadline=None)
+@given(
+    num_top=st.lists(st.integers(0, 25), min_size=1, max_size=8),
+    vocab_size=st.integers(10, 5000),
+    spread=st.sampled_from([0.05, 1.0, 10.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_logprobs(num_top: list[int], vocab_size: int, spread: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = random_logits(rng, len(num_top), vocab_size, spread)
+    chosen = rng.integers(0, vocab_size, len(num_top))
+    entries = gather_logprobs(logits, torch.from_numpy(chosen), num_top).read()
+    for entry, row, logprobs, token_id, num in zip(entries, logits, log_softmax(logits), chosen, num_top, strict=True):
+        assert entry.logprob == pytest.approx(logprobs[token_id], rel=1e-5, abs=1e-5)
+        assert entry.rank == 1 + int((row > row[token_id]).sum())
+        assert entry.top_token_ids == most_likely(row, num)
+        assert entry.top_logprobs == pytest.approx([logprobs[i] for i in entry.top_token_ids], rel=1e-5, abs=1e-5)
+
+
+def test_logprobs_of_named_tokens() -> None:
+    """Top tokens come in descending order, also next to rows without any."""
+    logits = random_logits(np.random.default_rng(8), 3, 3000)
+    chosen = torch.tensor([5, 6, 7])
+    plain = gather_logprobs(logits, chosen, [2, 0, 3]).read()
+    entries = gather_logprobs(logits, chosen, [2, 0, 3], [(), (17, 2999, 6), ()]).read()
+    assert [entries[0], entries[2]] == [plain[0], plain[2]]
+    named = entries[1]
+    assert (named.logprob, named.rank) == (plain[1].logprob, plain[1].rank)
+    assert named.top_token_ids == sorted((17, 2999, 6), key=lambda i: -logits[1, i].item())
+    expected = log_softmax(logits)[1]
+    assert named.top_logprobs == pytest.approx([expected[i] for i in named.top_token_ids], abs=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [577, 5003, 49152])
+def test_logprobs_of_a_row_do_not_depend_on_the_others(vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size)
+    logits = random_logits(rng, 40, vocab_size)
+    token_ids = torch.from_numpy(rng.integers(0, vocab_size, 40))
+    num_top = [row % 7 for row in range(39)] + [100]
+    singles = zip(torch.split(logits, 1), torch.split(token_ids, 1), num_top, strict=True)
+    alone = [gather_logprobs(row, token_id, [num]).read()[0] for row, token_id, num in singles]
+    for num in (2, 3, 17, 40):
+        assert gather_logprobs(logits[:num], token_ids[:num], num_top[:num]).read() == alone[:num]
+
+
+def test_order() -> None:
+    for logits, token_id, num_top, top_token_ids, rank in (
+        ([-0.0, 0.0, -0.0, 0.0, -1.0], 2, 4, [0, 1, 2, 3], 1),  # they are equal
+        ([0.0, 2.0, 1.0], 0, 20, [1, 2, 0], 3),  # more alternatives than tokens
+        ([0.0, 0.0, 5e-9, 1e-8], 2, 3, [3, 2, 0], 2),  # log probabilities round to the same number
+        ([0.0, 0.0, 5e-9, 1e-8], 3, 0, [], 1),
+    ):
+        x = torch.tensor([logits])
+        (entry,) = gather_logprobs(x, torch.tensor([token_id]), [num_top]).read()
+        assert (entry.top_token_ids, entry.rank, len(entry.top_logprobs)) == (top_token_ids, rank, len(top_token_ids))
+        greedy = make_sampler(len(logits)).sample(x, [make_row(temperature=0.0)]).token_ids
+        assert greedy.tolist() == (top_token_ids or [token_id])[:1]
+
+
+def test_most_likely_tokens_are_those_of_a_stable_sort(rng: np.random.Generator) -> None:
+    """Also among ties, zeros of both signs, infinities, and NaN of both signs and with any bits."""
+    logits = random_logits(rng, 6, 3000)
+    logits[2] = torch.from_numpy(rng.choice([-0.0, 0.0, 3.0, -3.0, np.inf, -np.inf], 3000))
+    logits[3, :100] = torch.from_numpy(rng.integers(-(2**31), 2**31, 100)).int().view(torch.float32)
+    bits = [0x7FC00000, 0x7F800001, -0x400000, -1, 1, 0x7F7FFFFF, -0x7FFFFFFF]
+    logits[3, 100:120] = torch.tensor(rng.choice(bits, 20)).int().view(torch.float32)
+    logits[4] = 1.0
+    logits[5] = -torch.inf
+    for num_top in (1, 5, 20, 200, 3000):
+        expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
+        assert torch.equal(_top_ids(logits, num_top), expected)
+        assert torch.equal(_top_ids_by_keys(logits, num_top), expected)
+
+
+def test_keys_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(np.random.default_rng(3), 9, 1000)
+    expected = _top_ids_by_keys(logits, 7)
+    sizes: list[int] = []
+
+    def topk(x: Tensor, num: int, dim: int) -> Any:
+        sizes.append(x.numel())
+        return torch.topk(x, num, dim)
+
+    monkeypatch.setattr(Tensor, "topk", topk)
+    for max_keys, num_rows in ((4500, [4, 4, 1]), (100, [1] * 9), (10**6, [9])):
+        monkeypatch.setattr("engine.sampling.logprobs.MAX_KEYS", max_keys)
+        sizes.clear()
+        assert torch.equal(_top_ids_by_keys(logits, 7), expected)
+        assert sizes == [1000 * num for num in num_rows]

@@ -96,27 +96,20 @@ def pool_in_use() -> tuple[BlockPool, list[Block]]:
     return pool, blocks[:2]
 
 
-def corruptions() -> dict[str, Callable[[BlockPool], object]]:
-    """Return ways to spoil the books of `pool_in_use`."""
-
-    def swap_two_hashes(pool: BlockPool) -> None:
-        first, second = pool.published[HASHES[0]], pool.published[HASHES[2]]
-        pool.published[HASHES[0]], pool.published[HASHES[2]] = second, first
-
-    return {
-        "lose a free block": lambda pool: pool.free_blocks.popitem(),
-        "free a held block": lambda pool: pool.free_blocks.update({0: pool.blocks[0]}),
-        "free a never used block twice": lambda pool: pool.free_blocks.update({5: Block(5)}),
-        "file a free block under another id": lambda pool: pool.free_blocks.update({2: pool.blocks[3]}),
-        "forget a use": lambda pool: pool.blocks.pop(),
-        "touch without use": lambda pool: pool.blocks.append(Block(4)),
-        "count a reference too many": lambda pool: setattr(pool.blocks[1], "ref_count", 2),
-        "count a reference too few": lambda pool: setattr(pool.blocks[1], "ref_count", 0),
-        "forget a published hash": lambda pool: pool.published.pop(HASHES[0]),
-        "forget the hash of a published block": lambda pool: setattr(pool.blocks[2], "block_hash", None),
-        "lead a hash elsewhere": lambda pool: pool.published.update({HASHES[0]: pool.blocks[1]}),
-        "swap two hashes": swap_two_hashes,
-    }
+CORRUPTIONS: dict[str, Callable[[BlockPool], object]] = {  # of the books of `pool_in_use`
+    "lose a free block": lambda pool: pool.free_blocks.popitem(),
+    "free a held block": lambda pool: pool.free_blocks.update({0: pool.blocks[0]}),
+    "free a never used block twice": lambda pool: pool.free_blocks.update({5: Block(5)}),
+    "file a free block under another id": lambda pool: pool.free_blocks.update({2: pool.blocks[3]}),
+    "forget a use": lambda pool: pool.blocks.pop(),
+    "touch without use": lambda pool: pool.blocks.append(Block(4)),
+    "count a reference too many": lambda pool: setattr(pool.blocks[1], "ref_count", 2),
+    "count a reference too few": lambda pool: setattr(pool.blocks[1], "ref_count", 0),
+    "forget a published hash": lambda pool: pool.published.pop(HASHES[0]),
+    "forget the hash of a published block": lambda pool: setattr(pool.blocks[2], "block_hash", None),
+    "lead a hash elsewhere": lambda pool: pool.published.update({HASHES[0]: pool.blocks[1]}),
+    "swap two hashes": lambda pool: pool.published.update({HASHES[0]: pool.blocks[2], HASHES[2]: pool.blocks[0]}),
+}
 
 
 def test_the_longest_prefix_that_is_published_is_acquired() -> None:
@@ -129,12 +122,12 @@ def test_the_longest_prefix_that_is_published_is_acquired() -> None:
 
 
 @pytest.mark.checklist("F10")
-@pytest.mark.parametrize("name", corruptions())
+@pytest.mark.parametrize("name", CORRUPTIONS)
 def test_check_refuses_broken_books(name: str) -> None:
     pool, held = pool_in_use()
     pool.check([held])
     pool.check([held[:1], [], held[1:]])
-    corruptions()[name](pool)
+    CORRUPTIONS[name](pool)
     with pytest.raises(RuntimeError, match=r"block|hash"):
         pool.check([held])
 

@@ -1,14 +1,20 @@
-"""Requests: the seeds of their choices, what sampling keeps of them, and counts of their tokens."""
+"""Requests: the seeds of their choices, what sampling keeps of them, and how outputs extend and end them."""
 
+import copy
 import hashlib
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.scheduling.request import SamplingRow, choice_seed, new_request
+from engine.scheduling.request import SamplingRow, Scheduled, ScheduledOutput, choice_seed
+from engine.scheduling.sequences import Sequences, num_rejected
 from engine.scheduling.token_counts import TokenCounts
-from engine.shared.messages import SamplingParams, Submit
+from engine.shared.messages import FinishReason, Pooling, RepetitionDetection, TokenEvent
+from engine.shared.messages import TokenLogprobs as Logprobs
 from tests.support.examples import num_examples
+from tests.support.submits import request_for
 
 seeds = st.integers(-(2**63), 2**63 - 1)
 
@@ -23,9 +29,7 @@ def test_seeds_of_choices(seed: int, index: int) -> None:
 
 
 def test_rewinding_forgets_the_tokens_that_a_step_has_sampled_in_vain() -> None:
-    params = SamplingParams(max_tokens=4)
-    submit = Submit(request_id="r", prompt_token_ids=[5, 6, 7], params=params, arrival=0.0)
-    request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
+    request = request_for([5, 6, 7])
     request.token_ids += [8, 8]
     request.history()
     row = SamplingRow(request)
@@ -58,3 +62,43 @@ def test_counts_of_a_text_that_grows(prompt: list[int], parts: list[tuple[list[i
         counts.update(prompt + output, len(prompt))
         check(counts.with_draft(draft), prompt, output + draft)
         check(counts, prompt, output)
+
+
+# Outputs. The state machine of the scheduler compares all ends with those of the rules, also by repetition.
+
+REPEATS = RepetitionDetection(min_pattern_size=1, max_pattern_size=2, min_count=3)
+CASES: list[tuple[dict[str, Any], list[int], list[int], FinishReason | None]] = [
+    ({}, [4, 5], [4, 5], None),
+    ({}, [4, 9, 5], [4, 9], FinishReason.STOP),
+    ({"min_tokens": 3}, [4, 9, 5], [4, 9, 5], None),
+    ({"stop_token_ids": (5,), "min_tokens": 3, "ignore_eos": True}, [5, 9, 5, 6], [5, 9, 5], FinishReason.STOP),
+    ({"ignore_eos": True, "max_tokens": 2}, [4, 9, 5], [4, 9], FinishReason.LENGTH),
+    ({"max_tokens": 0}, [4], [], FinishReason.LENGTH),
+    ({"repetition_detection": REPEATS}, [4, 4, 4, 4], [4, 4, 4], FinishReason.REPETITION),
+]
+
+
+@pytest.mark.parametrize(("params", "sampled", "token_ids", "reason"), CASES)
+def test_extend_and_restore(
+    params: dict[str, Any], sampled: list[int], token_ids: list[int], reason: FinishReason | None
+) -> None:
+    params = {"max_tokens": 9, "pooling": Pooling.MEAN, "prompt_logprobs": 0, **params}
+    request = request_for([1, 2], **params)
+    request.prompt_outputs.pooled = [3, 0]
+    item = Scheduled(request, start=1, num_tokens=len(sampled), num_samples=len(sampled), draft_token_ids=sampled[:-1])
+    output = ScheduledOutput(sampled, prompt_logprobs=[Logprobs.pack(-1.0, 1, [], [])], pooled=[0, 4])
+    before = copy.deepcopy(request)
+    savepoint = request.savepoint()
+    for _ in range(2):
+        event = TokenEvent(request_id="r", index=0)
+        assert Sequences(20, [9]).extend(item, output, event) == reason
+        assert event.token_ids == request.output_token_ids == token_ids
+        assert event.embedding == [0.6, 0.8]
+        assert event.stop_token_id == (token_ids[-1] if reason is FinishReason.STOP else None)
+        assert len(request.prompt_outputs.logprobs) == 1
+        assert num_rejected(item, output, event) == len(sampled) - 1 - min(len(sampled) - 1, len(token_ids))
+        request.restore(savepoint)
+        assert request.token_ids == before.token_ids
+        assert request.prompt_outputs == before.prompt_outputs
+        if request.repetition is not None:
+            assert request.repetition.num_equal == [0, 0]

@@ -8,6 +8,7 @@ fails at once, so wrong sharing, a position computed twice or never, and a block
 import hashlib
 import itertools
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import FinishReason, RepetitionDetection, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.shared.records import RequestTimes
 from tests.support.examples import num_examples
+from tests.support.submits import request_for
 
 EOS = 5
 OUTPUT_IDS = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4, EOS]  # what the fake model samples, by frequency
@@ -238,7 +240,6 @@ def submits(draw: st.DrawFn) -> Submit:
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests are added, run, fail and are aborted. After each rule the scheduler's state is consistent."""
 
-    shares_prefixes = True
     weights: Mapping[str, float] = {"": 1.0}  # of each tenant
     policies: Sequence[SpeculationPolicy | None] = [None]
     next_token = staticmethod(random_token)
@@ -312,8 +313,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             tenant=tenant,
             weight=self.weights[tenant],
         )
-        salt = submit.cache_salt.encode() if self.shares_prefixes else b"unique %d" % self.num_submitted
-        parent = new_request(submit, salt=salt, arrival_number=self.num_submitted, now=self.now)
+        parent = new_request(submit, salt=submit.cache_salt.encode(), arrival_number=self.num_submitted, now=self.now)
         for request in (parent, *parent.children):
             answer = solo_answer(submit, request.index, self.max_model_len, self.next_token)
             choice = Choice(submit, self.num_submitted, request, answer)
@@ -754,20 +754,12 @@ class TenantsMachine(SchedulerMachine):
             assert self.num_steps_out[tenant] <= 4 * len(self.weights) * (self.max_model_len + 1), "a tenant starves"
 
 
-class UniqueSaltMachine(SchedulerMachine):
-    """Without prefix caching each submitted prompt has its own salt, shared only by its choices."""
-
-    shares_prefixes = False
-
-
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
     max_examples=num_examples(60, 200), stateful_step_count=50, deadline=None, print_blob=True
 )
 TestSchedulerWithTenants = TenantsMachine.TestCase
 TestSchedulerWithTenants.settings = settings(TestScheduler.settings, max_examples=num_examples(60, 200))
-TestSchedulerWithoutPrefixCaching = UniqueSaltMachine.TestCase
-TestSchedulerWithoutPrefixCaching.settings = settings(TestScheduler.settings, max_examples=num_examples(20, 60))
 
 
 # One example for each rule.
@@ -782,10 +774,11 @@ class Rig:
         next_token: NextToken = lambda prefix, seed: 9,
         speculation: SpeculationPolicy | None = None,
         separates_prompts: bool = False,
+        clock: Callable[[], float] = time.monotonic,
         **limits: int,
     ) -> None:
         self.block_size = limits.pop("block_size", 4)
-        self.recorder = Recorder()
+        self.recorder = Recorder(clock=clock)
         self.scheduler = Scheduler(
             KVManager(BlockPool(limits.pop("num_blocks", 16), self.block_size, separates_prompts=separates_prompts)),
             self.recorder,
@@ -800,12 +793,10 @@ class Rig:
         self.num_submitted = 0
         self.events: list[TokenEvent] = []
 
-    def add(self, prompt: Sequence[int], n: int = 1, priority: int = 0, salt: bytes = b"", **params: Any) -> Request:
+    def add(self, prompt: Sequence[int], **fields: Any) -> Request:
         """Submit a prompt, named by a letter: a, b, c ..."""
-        name, token_ids = "abcdefgh"[self.num_submitted], list(prompt)
-        params = {"params": SamplingParams(**{"max_tokens": 8, **params}), "n": n, "priority": priority}
-        submit = Submit(request_id=name, prompt_token_ids=token_ids, arrival=0.0, **params)
-        request = new_request(submit, salt=salt, arrival_number=self.num_submitted, now=0.0)
+        fields = {"request_id": "abcdefgh"[self.num_submitted % 8]} | fields
+        request = request_for(prompt, number=self.num_submitted, **fields)
         self.num_submitted += 1
         self.scheduler.add(request)
         return request
