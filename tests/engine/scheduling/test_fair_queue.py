@@ -226,17 +226,6 @@ def test_of_many_tenants_each_gets_a_slot_before_one_gets_two() -> None:
     assert rig.num_preemptions == 3
 
 
-def test_who_holds_most_blocks_makes_room_and_not_who_holds_most_slots() -> None:
-    rig = TenantsRig(max_num_seqs=16, max_num_batched_tokens=256, num_blocks=72)
-    rig.ask_several(3, "a", num_prompt_tokens=76)  # 20 blocks each
-    rig.ask_several(4, "b")
-    rig.step()
-    rig.ask("c", num_prompt_tokens=44)
-    rig.step()
-    assert [len(rig.running(tenant)) for tenant in "abc"] == [2, 4, 1]
-    assert rig.num_preemptions == 1
-
-
 def test_a_step_too_small_for_one_row_each_is_shared_too() -> None:
     rig = TenantsRig(max_num_seqs=4, max_num_batched_tokens=4)
     rig.ask_several(8, "a", num_prompt_tokens=30)
