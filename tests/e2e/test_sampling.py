@@ -1,20 +1,15 @@
-"""Sampling with a real model: dialects, log probabilities, the best of several choices, defaults, scores."""
+"""Sampling with a real model: dialects, log probabilities, the best of several choices, and scores."""
 
-import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from server.package_aliases import PACKAGE_ALIASES
 from tests.e2e.conftest import StartServer
 from tests.support.reference_model import load_reference
-from tests.support.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess, running_server
-
-CARD = dict(PACKAGE_ALIASES[MODEL].card_sampling)
+from tests.support.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess
 
 
 def complete(server: ServerProcess, prompt: str = "Once upon a time", **fields: Any) -> dict[str, Any]:
@@ -88,31 +83,6 @@ def test_best_of_returns_the_most_likely_choices(server: ServerProcess) -> None:
     assert [choice["index"] for choice in best["choices"]] == [0, 1, 2, 3]
     assert [choice["logprobs"] for choice in best["choices"]] == [None] * 4
     assert best["usage"]["completion_tokens"] == every["usage"]["completion_tokens"]
-
-
-@pytest.fixture(scope="module")
-def card_server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    """A server whose default sampling is that of the alias: its file is given as a path, which has no card."""
-    flags = ("--max-model-len=2048", "--kv-cache-memory=128MiB", "--record-requests=10")
-    with running_server(smollm2_path, *flags, f"--default-sampling={json.dumps(CARD)}") as server:
-        yield server
-
-
-@pytest.mark.long
-def test_defaults_give_the_bits_of_the_same_fields(card_server: ServerProcess, server: ServerProcess) -> None:
-    """Whether the request sends them to this server or to one without default sampling. They are replayed, too."""
-    fields: dict[str, Any] = {"max_tokens": 24, "seed": 5}
-    for path, body in (
-        (COMPLETIONS, fields | {"prompt": "Once upon a time", "logprobs": 3, "n": 2}),
-        (CHAT, fields | {"messages": [{"role": "user", "content": "Hi!"}], "logprobs": True}),
-    ):
-        default = card_server.answer(path, body)
-        explicit, elsewhere = card_server.answer(path, body | CARD), server.answer(path, body | CARD)
-        assert default["choices"] == explicit["choices"] == elsewhere["choices"]
-        assert default["choices"] != card_server.answer(path, body | {"temperature": 1})["choices"]
-        assert default["system_fingerprint"].startswith(elsewhere["system_fingerprint"] + "-")
-        replay = card_server.http.post(f"/v1/requests/{default['id']}/replay").json()
-        assert replay["bit_equal"], replay
 
 
 QUERY = "What is the capital of France?"
