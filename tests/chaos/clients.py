@@ -11,9 +11,9 @@ import httpx
 
 from tests.chaos.bodies import KNOWN, STREAMED, bad_requests, random_request, stable
 from tests.chaos.report import Report
+from tests.support.clients import merge
 from tests.support.server_process import COMPLETIONS, MODEL, ServerProcess
 from tests.support.serving import check_envelope, check_error
-from tests.support.streams import merge
 
 ANSWER_SECONDS = 300.0  # bounds hangs only
 NO_REUSE = httpx.Limits(max_connections=None, max_keepalive_connections=0)

@@ -31,7 +31,7 @@ BUILT_IN_GROUPS = {"", "apps", "policy", "networking.k8s.io", "rbac.authorizatio
 SECRET = "lightwell-keys"
 PICKER = "lightwell-endpoint-picker"
 
-Manifest = dict[str, Any]
+Manifest = Any
 
 pytestmark = [
     pytest.mark.long,
@@ -65,10 +65,8 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
 
 @pytest.fixture(scope="module", params=["cpu", "gpu", "example"])
 def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
-    if request.param == "example":
-        found: list[Manifest] = request.getfixturevalue("example")
-        return found
-    return build(FOLDER / "overlays" / request.param)
+    name = request.param
+    return request.getfixturevalue(name) if name == "example" else build(FOLDER / "overlays" / name)
 
 
 def find(manifests: list[Manifest], kind: str, name: str = "lightwell") -> Manifest:
@@ -81,14 +79,12 @@ def find(manifests: list[Manifest], kind: str, name: str = "lightwell") -> Manif
 
 def pod_of(manifests: list[Manifest], name: str = "lightwell") -> Manifest:
     """Return the spec of the pods of a Deployment."""
-    spec: Manifest = find(manifests, "Deployment", name)["spec"]["template"]["spec"]
-    return spec
+    return find(manifests, "Deployment", name)["spec"]["template"]["spec"]
 
 
 def container_of(manifests: list[Manifest], name: str = "lightwell") -> Manifest:
     (container,) = pod_of(manifests, name)["containers"]
-    spec: Manifest = container
-    return spec
+    return container
 
 
 def settings_of(manifests: list[Manifest]) -> Settings:

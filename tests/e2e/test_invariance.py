@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.clients import merge
 from tests.support.examples import num_examples
 from tests.support.kv_cache_memory import kv_cache_flag
 from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess, running_server
-from tests.support.streams import Stream, merge
+from tests.support.streams import Stream
 
 pytestmark = pytest.mark.exact
 

@@ -17,10 +17,11 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.conftest import StartServer
+from tests.support.clients import merge
 from tests.support.processes import wait_for_end_of
 from tests.support.server_process import CHAT, COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess, starting_server
 from tests.support.serving import check_error, wait_until
-from tests.support.streams import Stream, merge, start_streams
+from tests.support.streams import Stream, start_streams
 
 EXIT = "--on-engine-death=exit"
 GONE = 60.0  # seconds; bounds hangs only, like the others

@@ -32,7 +32,7 @@ from server.settings.table import Settings
 from server.sockets.listeners import bind, url
 from tests.support.api_process import COMMAND, SECONDS, Api, api_process
 from tests.support.clients import write_adapter
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, fake_engine_process
 from tests.support.paths import ROOT
 from tests.support.serving import api_config, check_envelope, check_error, raw_request, wait_until
 
@@ -228,7 +228,7 @@ def test_an_end_while_the_engine_loads(start_api: StartApi, dies: bool) -> None:
     api = start_api({"never_ready": True}, dies=dies, wait_ready=False)
     wait_until(lambda: api.status("/healthz") == 200)
     assert "listening" not in api.log
-    if isinstance(api.engine, FakeEngineProcess):
+    if isinstance(api.engine, subprocess.Popen):
         api.engine.kill()
         assert api.wait() == 1
     else:
@@ -239,7 +239,7 @@ def test_an_end_while_the_engine_loads(start_api: StartApi, dies: bool) -> None:
 def test_death_of_the_engine(start_api: StartApi) -> None:
     api = start_api(SLOW, dies=True)
     plain, stream = both_running(api, max_tokens=2000)
-    assert isinstance(api.engine, FakeEngineProcess)
+    assert isinstance(api.engine, subprocess.Popen)
     os.kill(api.engine.pid, signal.SIGKILL)
     check_error(plain.result(SECONDS), 503)
     assert last_error(stream.result(SECONDS))["code"] == "engine_unavailable"
@@ -253,7 +253,7 @@ def test_death_of_the_engine(start_api: StartApi) -> None:
 def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple[Channel, Channel]) -> None:
     supervisor, api_end = channel
     api = start_api(SLOW | {"max_num_seqs": 1}, dies=True, supervisor_fd=api_end.fileno())
-    assert isinstance(api.engine, FakeEngineProcess)
+    assert isinstance(api.engine, subprocess.Popen)
     pid = api.engine.pid
     beats: list[messages.Message] = []
     assert received(supervisor, beats)[0] == messages.Heartbeat()
@@ -270,7 +270,7 @@ def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple
         assert (response.status_code, state["status"], state["restarts"]) == (503, "restarting", 1)
         assert state["error"]["code"] == "engine_unavailable"
     assert api.get("/healthz").json() == {"status": "ok", "restarts": 1}
-    with FakeEngineProcess(FakeEngineConfig(address=address, max_num_seqs=1)) as another:
+    with fake_engine_process(FakeEngineConfig(address=address, max_num_seqs=1)) as another:
         supervisor.send(messages.EngineStarted(0, another.pid))
         assert waiting.result(SECONDS).status_code == 200
         assert api.get("/readyz").json() == {"status": "ok", "restarts": 1}

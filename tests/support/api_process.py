@@ -16,7 +16,7 @@ import msgspec
 from server.processes.supervised_api import linked_configs
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, fake_engine_process
 from tests.support.server_process import free_port
 from tests.support.serving import api_config, own_address, wait_until
 
@@ -30,7 +30,7 @@ class Api:
 
     process: subprocess.Popen[bytes]
     workers: Sequence[subprocess.Popen[bytes]]
-    engine: FakeEngine | FakeEngineProcess
+    engine: FakeEngine | subprocess.Popen[bytes]
     port: int
     log_file: Path
 
@@ -118,13 +118,13 @@ def api_process(
 
     `dies`: the engine is a process that can be killed. Otherwise it is a thread of this one.
     """
-    fake: FakeEngine | FakeEngineProcess = FakeEngineProcess(engine) if dies else FakeEngine(engine)
     with ExitStack() as stack:
-        stack.enter_context(fake)
+        fake: FakeEngine | subprocess.Popen[bytes]
+        fake = stack.enter_context(fake_engine_process(engine)) if dies else stack.enter_context(FakeEngine(engine))
         port = free_port()
         config = api_config(
             Settings(port=port, api_server_count=1 + num_workers, **settings),
-            EngineProcess(engine.address, fake.pid if isinstance(fake, FakeEngineProcess) else os.getpid()),
+            EngineProcess(engine.address, fake.pid if isinstance(fake, subprocess.Popen) else os.getpid()),
             model,
             ("tiny",),
             supervisor_fd=supervisor_fd,

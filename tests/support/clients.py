@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +102,35 @@ def choice_text(choice: dict[str, Any]) -> str:
     return str(choice.get("message", choice.get("delta", {})).get("content", ""))
 
 
+@dataclass
+class Choice:
+    """A whole choice of a completion or chat completion, streamed or not."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def merge(answers: Iterable[dict[str, Any]]) -> dict[int, Choice]:
+    """Return the choices by index, from a whole response or from the chunks of a stream."""
+    choices: dict[int, Choice] = {}
+    for answer in answers:
+        for part in answer["choices"]:
+            choice = choices.setdefault(part["index"], Choice())
+            assert choice.finish_reason is None, "a chunk after the finish reason"
+            choice.text += choice_text(part)
+            choice.finish_reason = part["finish_reason"]
+            for name, values in (part.get("logprobs") or {}).items():
+                if values:
+                    choice.logprobs.setdefault(name, []).extend(values)
+    return choices
+
+
 def stream_texts(chunks: list[dict[str, Any]]) -> dict[int, str]:
     """Return the text of each choice by index."""
-    texts: dict[int, str] = {}
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            texts[choice["index"]] = texts.get(choice["index"], "") + choice_text(choice)
-    return texts
+    return {index: choice.text for index, choice in merge(chunks).items()}
 
 
-def finish_reasons(chunks: list[dict[str, Any]]) -> dict[int, list[str]]:
-    """Return the finish reasons of each choice by index. A valid stream has one for each."""
-    reasons: dict[int, list[str]] = {}
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            reasons.setdefault(choice["index"], []).extend(filter(None, [choice["finish_reason"]]))
-    return reasons
+def finish_reasons(chunks: list[dict[str, Any]]) -> dict[int, str | None]:
+    """Return the finish reason of each choice by index."""
+    return {index: choice.finish_reason for index, choice in merge(chunks).items()}

@@ -1,7 +1,8 @@
 """An engine without a model: it binds the real socket, speaks the real protocol, and generates configured replies.
 
-`FakeEngine` runs in a thread of the test process, which can inspect it; `FakeEngineProcess` is a child process that can
-be killed. Both follow a `FakeEngineConfig`. As in the real engine, a step generates one token of each running choice.
+`FakeEngine` runs in a thread of the test process, which can inspect it; `fake_engine_process` is a child process that
+can be killed. Both follow a `FakeEngineConfig`. As in the real engine, a step generates one token of each running
+choice.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 
 import msgspec
 import zmq
@@ -77,37 +79,90 @@ class _Running(msgspec.Struct):
     has_weights: bool = True  # the weights of its adapter are loaded
 
 
-class _Loop:
-    """The step loop: an iteration reads a message or runs a step."""
+class FakeEngine:
+    """A fake engine in a thread, whose loop reads a message or runs a step in each iteration.
 
-    def __init__(
-        self,
-        config: FakeEngineConfig,
-        on_message: Callable[[messages.ToEngine], None] = lambda message: None,
-        reply_to: Callable[[list[int]], list[int]] | None = None,
-    ) -> None:
+    `received` has all messages in order; `config` may be changed between requests. `reply_to` returns the reply to a
+    prompt, instead of those of `config`.
+    """
+
+    def __init__(self, config: FakeEngineConfig, reply_to: Callable[[list[int]], list[int]] | None = None) -> None:
         self.config = config
+        self.received: list[messages.ToEngine] = []
         self._reply_to = reply_to
-        self.stop = threading.Event()
-        self.paused = threading.Event()  # no steps, but heartbeats
-        self.hung = threading.Event()  # it is to hang
-        self.hangs = threading.Event()  # and does
-        self.running: list[_Running] = []
-        self.waiting: list[_Running] = []
-        self.raw: list[bytes] = []  # messages to be sent as they are
-        self.resets: list[tuple[dict[str, Any] | None, threading.Event]] = []  # `_reset`, and who waits
+        self._stop = threading.Event()
+        self._paused = threading.Event()  # no steps, but heartbeats
+        self._hung = threading.Event()  # it is to hang
+        self._hangs = threading.Event()  # and does
+        self._running: list[_Running] = []
+        self._waiting: list[_Running] = []
+        self._raw: list[bytes] = []  # messages to be sent as they are
+        self._resets: list[tuple[dict[str, Any] | None, threading.Event]] = []  # `_start_anew`, and who waits
         self._defaults = copy.deepcopy(config)
-        self.adapters: dict[str, messages.LoraAdapter] = {}
         self._begin()
-        self._on_message = on_message
         self._clients: set[bytes] = set()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(messages.ToEngine)
         self._last_sent = 0.0
+        self._thread = threading.Thread(target=self.run, name="fake-engine", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=60)
+
+    @property
+    def submits(self) -> list[messages.Submit]:
+        return [message for message in self.received if isinstance(message, messages.Submit)]
+
+    @property
+    def aborts(self) -> list[messages.Abort]:
+        return [message for message in self.received if isinstance(message, messages.Abort)]
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        return list(self.loaded)
+
+    @property
+    def num_choices(self) -> int:
+        """Number of choices that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    def pause(self) -> None:
+        """Stop stepping until `resume`. Heartbeats go on."""
+        self._paused.set()
+
+    def resume(self) -> None:
+        self._paused.clear()
+
+    def send_raw(self, message: object) -> None:
+        """Send bytes, or the MessagePack of another object, to all clients."""
+        self._raw.append(message if isinstance(message, bytes) else msgspec.msgpack.encode(message))
+
+    def hang(self) -> None:
+        """Stop steps and heartbeats, until `reset`."""
+        self._hung.set()
+        assert self._hangs.wait(60)
+
+    def reset(self) -> None:
+        """Forget all requests and all that was received, and behave as at the start. Clients stay connected."""
+        self._reset(None)
+
+    def _reset(self, changes: dict[str, Any] | None) -> None:
+        done = threading.Event()
+        self._resets.append((changes, done))
+        assert done.wait(60)
+        self.received.clear()
+
+    # The thread.
 
     def _begin(self) -> None:
         self.stats = messages.EngineStats(num_blocks=self.config.num_blocks)
-        self.adapters = {adapter.name: adapter for adapter in self.config.adapters}
+        self.loaded = {adapter.name: adapter for adapter in self.config.adapters}
         self._weights = {adapter.fingerprint for adapter in self.config.adapters}
         self._next_step = 0.0
 
@@ -119,40 +174,40 @@ class _Loop:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error says that a client is gone
         self._socket.bind(self.config.address)
         try:
-            while not self.stop.is_set():
+            while not self._stop.is_set():
                 self._iterate()
         finally:
             self._socket.close()
             context.term()
 
-    def _reset(self, changes: dict[str, Any] | None) -> None:
+    def _start_anew(self, changes: dict[str, Any] | None) -> None:
         """Go back to the start; with `changes` of the configuration, as another process, which knows no client yet."""
         for name, value in (msgspec.structs.asdict(copy.deepcopy(self._defaults)) | (changes or {})).items():
             setattr(self.config, name, value)
         if changes is not None:
             self._clients.clear()
-        for what in (self.running, self.waiting, self.raw, self.paused, self.hung, self.hangs):
+        for what in (self._running, self._waiting, self._raw, self._paused, self._hung, self._hangs):
             what.clear()
-        adapters = self.adapters
+        adapters = self.loaded
         self._begin()
-        if adapters != self.adapters:
+        if adapters != self.loaded:
             self._send_to_all(messages.Adapters(self.config.adapters))
         self._send_outputs({})
 
     def _iterate(self) -> None:
-        while self.resets:
-            changes, done = self.resets.pop()
-            self._reset(changes)
+        while self._resets:
+            changes, done = self._resets.pop()
+            self._start_anew(changes)
             done.set()
-        if self.hung.is_set():
-            self.hangs.set()
+        if self._hung.is_set():
+            self._hangs.set()
             time.sleep(0.01)
             return
-        while self.raw:
+        while self._raw:
             for identity in list(self._clients):
-                self._send_bytes(identity, self.raw[0])
-            del self.raw[0]
-        busy = bool(self.running or self.waiting) and not self.paused.is_set()
+                self._send_bytes(identity, self._raw[0])
+            del self._raw[0]
+        busy = bool(self._running or self._waiting) and not self._paused.is_set()
         wait = max(0.0, self._next_step - time.monotonic()) if busy else 0.005
         if self._socket.poll(round(wait * 1000)):
             self._read()
@@ -166,14 +221,14 @@ class _Loop:
         message = self._decoder.decode(frame)
         if identity not in self._clients and not isinstance(message, messages.Hello):
             return  # it was for the process before
-        self._on_message(message)
+        self.received.append(message)
         match message:
             case messages.Hello():
                 self._clients.add(identity)
                 while self.config.never_ready:
-                    if self.stop.wait(0.01) or self.resets:
+                    if self._stop.wait(0.01) or self._resets:
                         return
-                ready = messages.Ready(self._info(), list(self.adapters.values()))
+                ready = messages.Ready(self._info(), list(self.loaded.values()))
                 failure = self.config.load_failure
                 self._send(identity, messages.LoadFailed(failure) if failure else ready)
             case messages.Submit() | messages.Abort():
@@ -213,15 +268,15 @@ class _Loop:
                 was_preempted=False,
                 can_start=True,
             )
-            for place, choice in enumerate(self.waiting)
+            for place, choice in enumerate(self._waiting)
         ]
         now, shown = time.monotonic(), choices[: question.limit]
         return records.Queue(read_id=question.read_id, now=now, num_waiting=len(choices), choices=shown)
 
     def _blocks(self, question: records.ReadBlocks) -> records.Blocks:
         """Return a pool in which each running choice holds a block; one more is cached, and one was never used."""
-        named = [choice for choice in self.running if question.tenant in (None, choice.submit.tenant)]
-        owners = [named.index(choice) if choice in named else None for choice in self.running]
+        named = [choice for choice in self._running if question.tenant in (None, choice.submit.tenant)]
+        owners = [named.index(choice) if choice in named else None for choice in self._running]
         sizes = [None if owner is None else 32 for owner in owners]
         runs = [records.BlockRun(i, 1, 1, False, owners[i], 0, sizes[i], 5) for i in range(len(owners))]
         runs.append(records.BlockRun(len(runs), 1, 0, True, None, None, None, 9))
@@ -230,7 +285,7 @@ class _Loop:
             read_id=question.read_id,
             block_size=32,
             num_blocks=len(runs),
-            num_used=len(self.running),
+            num_used=len(self._running),
             groups=[records.BlockGroup(2, None)],
             owners=[records.ChoiceName(*_name(choice)) for choice in named],
             runs=runs,
@@ -242,7 +297,7 @@ class _Loop:
             return records.Inspected(read_id=question.read_id, problem=self.config.inspection_problem, num_tokens=3)
         token_ids, ids = question.prompt_token_ids, tuple[str, ...]()
         if question.id is not None:
-            submits = [choice.submit for choice in self.running if question.id in choice.submit.ids]
+            submits = [choice.submit for choice in self._running if question.id in choice.submit.ids]
             submits = [submit for submit in submits if question.tenant in (None, submit.tenant)]
             if not submits:
                 return records.Inspected(read_id=question.read_id, problem=records.InspectionProblem.NOT_FOUND)
@@ -271,7 +326,7 @@ class _Loop:
         """Return the choices that have not ended, like the reader of the real engine."""
         choices = [
             choice
-            for choice in (*self.waiting, *self.running)
+            for choice in (*self._waiting, *self._running)
             if question.tenant in (None, choice.submit.tenant) and question.id in (None, *choice.submit.ids)
         ]
         now = time.monotonic()
@@ -284,7 +339,7 @@ class _Loop:
                 index=choice.index,
                 tenant=choice.submit.tenant,
                 lora_name=choice.submit.lora_name,
-                state="running" if choice in self.running else "waiting",
+                state="running" if choice in self._running else "waiting",
                 finish_reason=None,
                 times=self._times(choice, None),
                 num_blocks=1,
@@ -298,25 +353,25 @@ class _Loop:
         if self.config.ignores_adapters:
             return
         done = self._load_or_unload(message)
-        loaded = {adapter.fingerprint for adapter in self.adapters.values()}
+        loaded = {adapter.fingerprint for adapter in self.loaded.values()}
         self._weights = loaded if self.config.forgets_adapters else self._weights | loaded
         if not done.error:
-            self._send_to_all(messages.Adapters(list(self.adapters.values())))
+            self._send_to_all(messages.Adapters(list(self.loaded.values())))
         self._send(identity, done)
 
     def _load_or_unload(self, message: messages.LoadAdapter | messages.UnloadAdapter) -> messages.AdapterDone:
         name, error = message.name, ""
         field: messages.AdapterField | None = messages.AdapterField.NAME
         if isinstance(message, messages.UnloadAdapter):
-            error = "" if self.adapters.pop(name, None) else f"no adapter is called {name}"
+            error = "" if self.loaded.pop(name, None) else f"no adapter is called {name}"
         elif self.config.adapter_error is not None:
             return msgspec.structs.replace(self.config.adapter_error, request_id=message.request_id)
-        elif name in self.adapters and not message.replaces:
+        elif name in self.loaded and not message.replaces:
             error = f"adapter {name} is loaded already"
-        elif name not in self.adapters and len(self.adapters) >= self.config.max_loras:
+        elif name not in self.loaded and len(self.loaded) >= self.config.max_loras:
             error, field = f"{self.config.max_loras} adapters are loaded already", None
         else:
-            self.adapters[name] = make_adapter(name, message.path)
+            self.loaded[name] = make_adapter(name, message.path)
         return messages.AdapterDone(request_id=message.request_id, error=error, field=field if error else None)
 
     def _info(self) -> messages.EngineInfo:
@@ -335,7 +390,7 @@ class _Loop:
         has_weights = not submit.lora_name or submit.lora_fingerprint in self._weights
         for index in range(submit.n):
             choice = _Running(identity, submit, index, now, [*reply, EOS_TOKEN_ID], has_weights=has_weights)
-            self.waiting.append(choice)
+            self._waiting.append(choice)
         self.stats.prompt_tokens_total += len(submit.prompt_token_ids) * submit.n
         self.stats.prompt_tokens_cached_total += self.config.num_cached_tokens * submit.n
         self.stats.prefix_cache_queries_total += len(submit.prompt_token_ids)
@@ -345,19 +400,19 @@ class _Loop:
         def is_aborted(choice: _Running) -> bool:
             return choice.submit.request_id == abort.request_id and abort.index in (None, choice.index)
 
-        self.running = [choice for choice in self.running if not is_aborted(choice)]
-        self.waiting = [choice for choice in self.waiting if not is_aborted(choice)]
+        self._running = [choice for choice in self._running if not is_aborted(choice)]
+        self._waiting = [choice for choice in self._waiting if not is_aborted(choice)]
 
     def _step(self) -> None:
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
-            self.running.append(self.waiting.pop(0))
+        while self._waiting and len(self._running) < self.config.max_num_seqs:
+            self._running.append(self._waiting.pop(0))
         events: dict[bytes, list[messages.TokenEvent]] = {}
-        for choice in self.running:
+        for choice in self._running:
             choice.num_steps += 1
             if choice.num_steps > self.config.num_prompt_steps:
                 events.setdefault(choice.identity, []).append(self._token(choice))
         ended = {(e.request_id, e.index) for batch in events.values() for e in batch if e.finish_reason}
-        self.running = [c for c in self.running if (c.submit.request_id, c.index) not in ended]
+        self._running = [c for c in self._running if (c.submit.request_id, c.index) not in ended]
         self.stats.steps_total += 1
         self._send_outputs(events, num_step_tokens=sum(map(len, events.values())))
         self._next_step = time.monotonic() + self.config.step_seconds
@@ -412,17 +467,17 @@ class _Loop:
         )
 
     def _send_outputs(self, events: dict[bytes, list[messages.TokenEvent]], num_step_tokens: int = 0) -> None:
-        self.stats.num_running = len(self.running)
-        self.stats.num_waiting = len(self.waiting)
-        self.stats.num_blocks_used = len(self.running)
-        self.stats.running_adapters = _adapters_of(self.running)
-        self.stats.waiting_adapters = _adapters_of(self.waiting)
+        self.stats.num_running = len(self._running)
+        self.stats.num_waiting = len(self._waiting)
+        self.stats.num_blocks_used = len(self._running)
+        self.stats.running_adapters = _adapters_of(self._running)
+        self.stats.waiting_adapters = _adapters_of(self._waiting)
         for identity in list(self._clients):
             outputs = messages.Outputs(
                 stats=self.stats,
                 events=events.get(identity, []),
                 num_step_tokens=num_step_tokens,
-                started=[choice.submit.request_id for choice in self.running if choice.identity == identity],
+                started=[choice.submit.request_id for choice in self._running if choice.identity == identity],
             )
             self._send(identity, outputs)
         self._last_sent = time.monotonic()
@@ -463,88 +518,13 @@ def _logprobs(token_id: int, num_alternatives: int, chosen: tuple[int, ...] = ()
     return messages.TokenLogprobs.pack(-0.5, 1, top_token_ids, [-0.5 - k for k in range(len(top_token_ids))])
 
 
-class FakeEngine:
-    """A fake engine in a thread. `received` has all messages in order; `config` may be changed between requests.
-
-    `reply_to` returns the reply to a prompt, instead of those of `config`.
-    """
-
-    def __init__(self, config: FakeEngineConfig, reply_to: Callable[[list[int]], list[int]] | None = None) -> None:
-        self.config = config
-        self.received: list[messages.ToEngine] = []
-        self._loop = _Loop(config, self.received.append, reply_to)
-        self._thread = threading.Thread(target=self._loop.run, name="fake-engine", daemon=True)
-
-    def __enter__(self) -> FakeEngine:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._loop.stop.set()
-        self._thread.join(timeout=60)
-
-    @property
-    def submits(self) -> list[messages.Submit]:
-        return [message for message in self.received if isinstance(message, messages.Submit)]
-
-    @property
-    def aborts(self) -> list[messages.Abort]:
-        return [message for message in self.received if isinstance(message, messages.Abort)]
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the loaded adapters."""
-        return list(self._loop.adapters)
-
-    @property
-    def loaded(self) -> dict[str, messages.LoraAdapter]:
-        """The loaded adapters by name."""
-        return self._loop.adapters
-
-    def forget(self, name: str) -> None:
-        """Remove an adapter without telling the clients."""
-        del self._loop.adapters[name]
-
-    @property
-    def num_choices(self) -> int:
-        """Number of choices that wait or run."""
-        return len(self._loop.waiting) + len(self._loop.running)
-
-    def pause(self) -> None:
-        """Stop stepping until `resume`. Heartbeats go on."""
-        self._loop.paused.set()
-
-    def resume(self) -> None:
-        self._loop.paused.clear()
-
-    def send_raw(self, message: object) -> None:
-        """Send bytes, or the MessagePack of another object, to all clients."""
-        self._loop.raw.append(message if isinstance(message, bytes) else msgspec.msgpack.encode(message))
-
-    def hang(self) -> None:
-        """Stop steps and heartbeats, until `reset`."""
-        self._loop.hung.set()
-        assert self._loop.hangs.wait(60)
-
-    def reset(self) -> None:
-        """Forget all requests and all that was received, and behave as at the start. Clients stay connected."""
-        self._reset(None)
-
-    def _reset(self, changes: dict[str, Any] | None) -> None:
-        done = threading.Event()
-        self._loop.resets.append((changes, done))
-        assert done.wait(60)
-        self.received.clear()
-
-
 class MortalEngine(FakeEngine):
     """A fake engine whose process, as its clients see it, is killed and replaced by another one."""
 
-    def __enter__(self) -> MortalEngine:
+    def __enter__(self) -> Self:
         self._process = self._start_process()
         self.config.pid = self._process.pid
-        super().__enter__()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *exc_info: object) -> None:
         self.kill()
@@ -576,32 +556,19 @@ class MortalEngine(FakeEngine):
         return subprocess.Popen(["sleep", "1000"])
 
 
-class FakeEngineProcess:
-    """A fake engine in a child process that can be killed."""
-
-    def __init__(self, config: FakeEngineConfig) -> None:
-        self._config = config
-
-    def __enter__(self) -> FakeEngineProcess:
-        """Start the process. Leaving the context kills it."""
-        command = [sys.executable, "-m", "tests.support.fake_engine"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(self._config))
-        self._process.stdin.close()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.kill()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+@contextmanager
+def fake_engine_process(config: FakeEngineConfig) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a fake engine in a child process, which can be killed."""
+    command = [sys.executable, "-m", "tests.support.fake_engine"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            assert process.stdin is not None
+            process.stdin.write(msgspec.json.encode(config))
+            process.stdin.close()
+            yield process
+        finally:
+            process.kill()
 
 
 if __name__ == "__main__":
-    _Loop(msgspec.json.decode(sys.stdin.buffer.read(), type=FakeEngineConfig)).run()
+    FakeEngine(msgspec.json.decode(sys.stdin.buffer.read(), type=FakeEngineConfig)).run()

@@ -15,7 +15,7 @@ from server.models.slot import ModelSlot
 from server.processes.supervisor_channel import Message, StartEngine, StopEngine, make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine
 from tests.support.serving import RunningServer, own_address, running_server, wait_until
 
 NAMES = ("one", "two", "three")
@@ -26,7 +26,7 @@ class StubSupervisor:
 
     def __init__(self, configs: Sequence[FakeEngineConfig], *, in_processes: bool) -> None:
         self.configs = list(configs)
-        self._kind = FakeEngineProcess if in_processes else FakeEngine
+        self._kind = MortalEngine if in_processes else FakeEngine
         self.orders: list[Message] = []
         self.engines: dict[int, Any] = {}
         self.manager: ModelManager | None = None
@@ -48,7 +48,7 @@ class StubSupervisor:
     def _start(self, number: int) -> int:
         """Start an engine, and return the id of its process."""
         engine = self.engines[number] = self._kind(self.configs[number]).__enter__()
-        return engine.pid if isinstance(engine, FakeEngineProcess) else os.getpid()
+        return engine.pid if isinstance(engine, MortalEngine) else os.getpid()
 
     def end(self, number: int) -> None:
         """End an engine."""
@@ -111,7 +111,7 @@ def several_models(
 ) -> Iterator[SeveralModels]:
     """Run a server of models in `folder` with the names of `NAMES`; `models` are settings of each.
 
-    By default, requests wait for a day, which tests let pass. The engines are in threads, unless `in_processes`.
+    By default, requests wait for a day, which tests let pass. With `in_processes`, each engine has one.
     """
     with ExitStack() as stack:
         entries = tuple({"model": str(folder), "load": "on-first-use", **model} for model in models)

@@ -3,12 +3,11 @@
 import json
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from tests.support.clients import choice_text
+from tests.support.clients import merge
 from tests.support.server_process import COMPLETIONS, MODEL, ServerProcess
 from tests.support.serving import check_envelope
 
@@ -93,27 +92,3 @@ def start_streams(server: ServerProcess, num_streams: int, **fields: Any) -> lis
     for stream in streams:
         stream.wait_for_start()
     return streams
-
-
-@dataclass
-class Choice:
-    """A whole choice of a completion or chat completion, streamed or not."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    logprobs: dict[str, list[Any]] = field(default_factory=dict)
-
-
-def merge(answers: Iterable[dict[str, Any]]) -> dict[int, Choice]:
-    """Return the choices by index, from a whole response or from the chunks of a stream."""
-    choices: dict[int, Choice] = {}
-    for answer in answers:
-        for part in answer["choices"]:
-            choice = choices.setdefault(part["index"], Choice())
-            assert choice.finish_reason is None, "a chunk after the finish reason"
-            choice.text += choice_text(part)
-            choice.finish_reason = part["finish_reason"]
-            for name, values in (part.get("logprobs") or {}).items():
-                if values:
-                    choice.logprobs.setdefault(name, []).extend(values)
-    return choices

@@ -1,7 +1,6 @@
 """Parts of the test suite, and a report of a run: what failed, the time by folder, and whether it took too long."""
 
 import os
-import platform
 import time
 import zlib
 from collections import defaultdict
@@ -70,19 +69,6 @@ class SuiteReport:
             stats = terminalreporter.stats
             counts = {name: len(found) for name, found in stats.items() if name in ("passed", "skipped", "rerun", *BAD)}
             failed = [report.nodeid for name in BAD for report in stats.get(name, [])]
-            self._path.write_text("\n".join([*self._head(counts), "", *lines, "", *failed]).strip() + "\n")
-
-    def _head(self, counts: dict[str, int]) -> list[str]:
-        return [
-            f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            f"{', '.join(f'{num} {name}' for name, num in sorted(counts.items()))} in {self._minutes:.1f} min",
-        ]
-
-
-def processor() -> str:
-    """Return the processor's name and the widest vector instructions it has."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = set(fields.get("flags", "").split())
-    widest = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), "no AVX2")
-    return f"{fields.get('model name', platform.processor()).strip()} ({widest})"
+            what = ", ".join(f"{num} {name}" for name, num in sorted(counts.items()))
+            head = f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores: {what} in {self._minutes:.1f} min"
+            self._path.write_text("\n".join([head, "", *lines, "", *failed]).strip() + "\n")

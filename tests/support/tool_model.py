@@ -1,7 +1,10 @@
 """A model folder whose chat template writes tools, calls and reasoning as Qwen's do, and helpers for its tests."""
 
+import copy
 from pathlib import Path
 from typing import Any
+
+from openai.lib.streaming._deltas import accumulate_delta
 
 from tests.support.clients import CHAT, ask_json
 from tests.support.serving import RunningServer
@@ -58,22 +61,17 @@ def prompt(server: RunningServer, **fields: Any) -> str:
 
 def messages_of(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Return the messages of a stream, accumulated as OpenAI's clients do. A delta must add to only one field."""
-    messages: dict[int, dict[str, Any]] = {}
-    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
-        message = messages.setdefault(choice["index"], {"content": ""})
-        delta = choice["delta"]
+    messages: dict[int, Any] = {}
+    for choice in (choice for chunk in copy.deepcopy(chunks) for choice in chunk["choices"]):
+        message, delta = messages.setdefault(choice["index"], {"content": ""}), choice["delta"]
         assert len({"content", "reasoning", "tool_calls"} & delta.keys()) <= 1, delta
         assert len(delta.get("tool_calls", ())) <= 1, delta
-        message["content"] += delta.get("content") or ""
-        for name in ("reasoning", "reasoning_content"):
-            if name in delta:
-                message[name] = message.get(name, "") + delta[name]
         for call in delta.get("tool_calls", ()):
-            calls = message.setdefault("tool_calls", [])
-            if call["index"] == len(calls):
-                calls.append({"type": call["type"], "id": call["id"], "function": dict(call["function"])})
-            else:
-                assert set(call) == {"index", "function"}
-                assert set(call["function"]) == {"arguments"}
-                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+            is_new = call["index"] == len(message.get("tool_calls", ()))
+            assert set(call) == {"index", "function", *(("id", "type") if is_new else ())}
+        accumulate_delta(message, delta)
+    for message in messages.values():
+        message.pop("role", None)
+        for call in message.get("tool_calls", ()):
+            del call["index"]
     return messages

@@ -179,7 +179,7 @@ async def test_an_answer_about_records_that_cannot_be_read(
     client: EngineClient, fake_engine: FakeEngine, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The questions end, and the requests go on."""
-    monkeypatch.setattr(fake_engine._loop, "_answer", lambda _: {"type": name, "read_id": "x"})
+    monkeypatch.setattr(fake_engine, "_answer", lambda _: {"type": name, "read_id": "x"})
     fake_engine.pause()
     stream = client.submit(request())
     await until(lambda: fake_engine.num_choices)

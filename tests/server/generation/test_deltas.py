@@ -213,7 +213,7 @@ def test_a_chunk_every_so_many_tokens(server: RunningServer, fake_engine: FakeEn
             assert all(len(part) >= (interval or 1) for part in parts[1:-1])
             assert [token_id for part in parts for token_id in part] == [*REPLY, EOS_TOKEN_ID]
         assert stream_texts(chunks) == {0: "Hello, world!", 1: "Hello, world!"}
-        assert finish_reasons(chunks) == {0: ["stop"], 1: ["stop"]}
+        assert finish_reasons(chunks) == {0: "stop", 1: "stop"}
 
 
 # Encoding and selection.

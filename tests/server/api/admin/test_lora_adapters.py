@@ -232,7 +232,7 @@ def test_adapters_the_engine_cannot_load(
 
 def test_adapters_the_engine_has_lost(adapted: RunningServer) -> None:
     """The error is the same as if the server had known it before."""
-    adapted.engine.forget("chess")
+    del adapted.engine.loaded["chess"]
     error = check_error(unload(adapted, "chess"), 404)
     assert error == check_error(unload(adapted, "chess"), 404)
     assert (error["param"], error["code"]) == ("lora_name", "model_not_found")

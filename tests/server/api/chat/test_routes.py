@@ -56,7 +56,7 @@ def test_sequence_of_chunks(server: RunningServer) -> None:
 def test_choices_in_a_stream(server: RunningServer) -> None:
     chunks = ask_stream(server.url, CHAT, n=3)
     assert stream_texts(chunks) == dict.fromkeys(range(3), REPLY)
-    assert finish_reasons(chunks) == {index: ["stop"] for index in range(3)}
+    assert finish_reasons(chunks) == dict.fromkeys(range(3), "stop")
     for index in range(3):
         deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"][0]["index"] == index]
         assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
@@ -427,7 +427,7 @@ def test_answers(
             assert [bytes(entry["bytes"]) for entry in entries] == tokens
         choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index and c["logprobs"]]
         assert [entry for c in choices for entry in c["logprobs"]["content"]] == entries
-    assert finish_reasons(chunks) == {index: [reason] for index in range(fields["n"])}
+    assert finish_reasons(chunks) == dict.fromkeys(range(fields["n"]), reason)
     assert len(set(all_ids)) == len(all_ids)
     assert all(id.startswith("call_") for id in all_ids)
 
@@ -443,7 +443,7 @@ def test_every_length_has_the_beginning_of_the_whole(model: RunningServer, strea
         fields: dict[str, Any] = {"tools": TOOLS, "max_tokens": max_tokens}
         chunks = ask_stream(model.url, CHAT, **fields) if stream else [ask_json(model.url, CHAT, **fields)]
         message = messages_of(chunks)[0] if stream else chunks[0]["choices"][0]["message"]
-        assert finish_reasons(chunks) == {0: ["length"]}
+        assert finish_reasons(chunks) == {0: "length"}
         if calls := message.get("tool_calls"):
             assert (message["reasoning"], message["content"]) == ("Hm", "Well. ")
             assert '{"a": 1}'.startswith(calls[0]["function"]["arguments"])

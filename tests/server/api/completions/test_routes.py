@@ -120,7 +120,7 @@ def test_choices_of_several_prompts(server: RunningServer, fake_engine: FakeEngi
     options = {"stream_options": {"include_usage": True}} if stream else {}
     chunks = answers_to(server.url, stream, **fields, **options)
     assert stream_texts(chunks) == {0: "first", 1: "first", 2: "2nd", 3: "2nd", 4: "the th", 5: "the th"}
-    assert finish_reasons(chunks) == {i: ["stop" if i < 4 else "length"] for i in range(6)}
+    assert finish_reasons(chunks) == {i: "stop" if i < 4 else "length" for i in range(6)}
     counts = {"prompt_tokens": 3, "completion_tokens": 2 * (6 + 4 + 6), "total_tokens": 35}
     assert chunks[-1]["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
 
@@ -254,7 +254,7 @@ def test_stop(server: RunningServer, fields: dict[str, Any], text: str, num_toke
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == num_tokens
     chunks = ask_stream(server.url, COMPLETIONS, **fields, stream_options={"include_usage": True})
-    assert (stream_texts(chunks), finish_reasons(chunks)) == ({0: text}, {0: ["stop"]})
+    assert (stream_texts(chunks), finish_reasons(chunks)) == ({0: text}, {0: "stop"})
     assert chunks[-2]["choices"][0]["stop_reason"] == cause
     assert chunks[-1]["usage"] == answer["usage"]
 
