@@ -1,6 +1,6 @@
 """Install each program of programs.py from its registry and hold a short conversation with it.
 
-    python -m tests.conformance.try_clients [NAME ...] [--folder FOLDER] [--record]
+    python -m tests.conformance.try_clients [--only NAME ...] [--folder FOLDER] [--record]
 
 Writes tried.json, from which `python -m tests.docs.generate` makes the table in docs/clients.md. With --record, also
 writes the requests of those that passed to replays/, reduced to what differs, without texts, paths and ids of whoever
@@ -136,25 +136,19 @@ def shapes(value: Any, path: str = "") -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="programs to try (default: all)")
+    names = [program.name for program in PROGRAMS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="programs to try")
     parser.add_argument("--folder", type=Path, help="where programs are installed, and stay")
     parser.add_argument("--record", action="store_true", help="write replays/")
     arguments = parser.parse_args()
-    names = [program.name for program in PROGRAMS]
-    if unknown := set(arguments.names) - set(names):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}. Known: {', '.join(names)}")
     rows: dict[str, Any] = json.loads(TRIED.read_text(encoding="utf-8")) if TRIED.exists() else {}
     with ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lw-clients-")))
         server = stack.enter_context(scripted_server())
-        for program in PROGRAMS:
-            if arguments.names and program.name not in arguments.names:
-                continue
-            rows[program.name] = attempt(program, folder.resolve() / program.slug, server, record=arguments.record)
-            print(
-                f"{program.name} {rows[program.name]['version']}: {rows[program.name]['failure'] or 'passed'}",
-                flush=True,
-            )
+        for program in (program for program in PROGRAMS if program.name in arguments.only):
+            row = attempt(program, folder.resolve() / program.slug, server, record=arguments.record)
+            print(f"{program.name} {row['version']}: {row['failure'] or 'passed'}", flush=True)
+            rows[program.name] = row
             TRIED.write_text(json.dumps({name: rows[name] for name in names if name in rows}, indent=1) + "\n")
 
 

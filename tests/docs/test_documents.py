@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shlex
-import tomllib
 from typing import Any
 
 import yaml
@@ -150,7 +149,7 @@ def test_the_readme_is_short_in_its_order_and_leads_to_every_document() -> None:
 
 
 def test_files_that_other_programs_read() -> None:
-    """Workflow, hooks, markers of typed packages, changelog."""
+    """Workflow, hooks, changelog."""
 
     def load(path: str) -> Any:
         return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
@@ -162,9 +161,5 @@ def test_files_that_other_programs_read() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     recipe = makefile.partition("\ncheck:")[2].partition("\n\n")[0]
     assert tools == {line.removeprefix("\t$(BIN)/").split()[0] for line in recipe.splitlines()[1:]} == {"ruff", "mypy"}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    for package in ("engine", "server"):
-        assert (ROOT / package / "py.typed").is_file()
-        assert "py.typed" in project["tool"]["setuptools"]["package-data"][package]
     headings = [line for line in text_of("CHANGELOG.md").splitlines() if line.startswith("## ")]
     assert headings[0] == "## [Unreleased]"

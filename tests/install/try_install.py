@@ -8,6 +8,7 @@ gigabytes. `LIGHTWELL_CACHE` names a folder that has the default model already, 
 """
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -37,14 +38,12 @@ def main() -> None:
     arguments = parser.parse_args()
     print("| Python | compiler | pip | installed in | size | first answer after | kernels |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for python in arguments.pythons:
-        for has_compiler in (True, False):
-            for has_pip in (True, False):
-                with tempfile.TemporaryDirectory() as folder:
-                    what = arguments.wheel.absolute() if arguments.wheel else sources(Path(folder))
-                    pip_args = [*shlex.split(arguments.pip_args), str(what)]
-                    row = case(python, has_compiler, has_pip, Path(folder), pip_args)
-                print("| " + " | ".join(row) + " |", flush=True)
+    for python, has_compiler, has_pip in itertools.product(arguments.pythons, (True, False), (True, False)):
+        with tempfile.TemporaryDirectory() as folder:
+            what = arguments.wheel.absolute() if arguments.wheel else sources(Path(folder))
+            pip_args = [*shlex.split(arguments.pip_args), str(what)]
+            row = case(python, has_compiler, has_pip, Path(folder), pip_args)
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def sources(folder: Path) -> Path:

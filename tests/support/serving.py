@@ -258,8 +258,6 @@ def check_envelope(body: bytes) -> dict[str, Any]:
     assert list(content) == ["error"]
     error: dict[str, Any] = content["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert isinstance(error["message"], str)
-    assert isinstance(error["type"], str)
-    assert error["code"] is None or isinstance(error["code"], str)
-    assert error["param"] is None or isinstance(error["param"], str)
+    assert all(isinstance(error[name], str) for name in ("message", "type"))
+    assert all(isinstance(error[name], str | None) for name in ("code", "param"))
     return error
