@@ -1,8 +1,10 @@
 """Fixtures for tests of the server: a tiny model, a fake engine, a running server."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.support.workers import Pair, running_worker
 # Requests to servers under test have this many seconds, which are for hangs only.
 for name in ("connect", "read", "write", "pool"):
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, name, 60.0)
+os.environ["OTEL_BSP_SCHEDULE_DELAY"] = "20"  # milliseconds from a span to its being sent
 
 StartServer = Callable[..., RunningServer]
 StartPair = Callable[..., Pair]
@@ -124,14 +127,9 @@ def receiver(shared_receiver: OTLPReceiver) -> Iterator[OTLPReceiver]:
 
 
 @pytest.fixture
-def start_traced(receiver: OTLPReceiver, start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> StartServer:
-    """A function that starts a server which sends its spans to `receiver`, soon after they are made."""
-
-    def start(**settings: Any) -> RunningServer:
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-        return start_server(otlp_endpoint=receiver.url, **settings)
-
-    return start
+def start_traced(receiver: OTLPReceiver, start_server: StartServer) -> StartServer:
+    """A function that starts a server which sends its spans to `receiver`."""
+    return partial(start_server, otlp_endpoint=receiver.url)
 
 
 @pytest.fixture(scope="session")
@@ -139,11 +137,9 @@ def traced_server(
     default_server: RunningServer, shared_receiver: OTLPReceiver, model_folder: Path
 ) -> Iterator[RunningServer]:
     engine = default_server.engine
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-        context = make_test_context(engine.config.address, model_folder, otlp_endpoint=shared_receiver.url)
-        with running_server(context, engine) as server:
-            yield server
+    context = make_test_context(engine.config.address, model_folder, otlp_endpoint=shared_receiver.url)
+    with running_server(context, engine) as server:
+        yield server
 
 
 @pytest.fixture

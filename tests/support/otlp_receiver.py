@@ -14,10 +14,19 @@ from tests.support.serving import wait_until
 Reply = Callable[[BaseHTTPRequestHandler], None]
 
 
-def accept(handler: BaseHTTPRequestHandler) -> None:
-    handler.send_response(200)
-    handler.send_header("content-length", "0")
-    handler.end_headers()
+def reply_with(status: int, **headers: str) -> Reply:
+    """Return an answer without a body. Names of headers have _ in place of -."""
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        for name, value in {"content_length": "0", **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+
+    return reply
+
+
+accept = reply_with(200)
 
 
 class OTLPReceiver:
@@ -26,8 +35,7 @@ class OTLPReceiver:
     def __init__(self, reply: Reply = accept) -> None:
         self.reply = reply
         self.requests: list[ExportTraceServiceRequest] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
+        self.handlers: list[BaseHTTPRequestHandler] = []  # with the paths and headers of `requests`
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -57,8 +65,8 @@ class OTLPReceiver:
 
     def reset(self) -> None:
         self.reply = accept
-        for received in (self.requests, self.headers, self.paths):
-            received.clear()
+        self.requests.clear()
+        self.handlers.clear()
 
     @property
     def spans(self) -> list[Span]:
@@ -90,8 +98,7 @@ class OTLPReceiver:
 
     def _take(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers["content-length"]))
-        self.paths.append(handler.path)
-        self.headers.append({name.lower(): value for name, value in handler.headers.items()})
+        self.handlers.append(handler)
         self.requests.append(ExportTraceServiceRequest.FromString(body))
         self.reply(handler)
 

@@ -6,28 +6,20 @@ import os
 import resource
 import select
 import socket
-import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
-import httpx
 import pytest
-from fastapi import FastAPI
 
-from server.main import make_server
-from server.settings.process_configs import WorkerLink
 from server.sockets import acceptor
 from server.sockets.acceptor import Acceptor, Waiting
-from server.sockets.certificate import Certificate
 from server.sockets.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
 from server.sockets.listeners import bind, bind_unix
 from server.sockets.starter import Starter
-from tests.support.paths import ROOT
-from tests.support.serving import is_closed, wait_until
+from tests.support.engine_clients import until
+from tests.support.serving import is_closed
 from tests.support.turned_loop import turn
 
 pytestmark = pytest.mark.anyio
@@ -175,16 +167,10 @@ async def test_a_connection_that_cannot_start_is_closed(stack: ExitStack, caplog
 # Connections that are passed on to other processes: who gets which, and what is counted.
 
 
-TLS = ROOT / "tests/support/tls"
 ROOM = 1000
 HAS_STARTED = bytes(NUMBER_BYTES)
 
 Connect = Callable[[], socket.socket]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let other tasks run until `condition()` is true."""
-    await asyncio.to_thread(wait_until, condition)
 
 
 async def check_echo(clients: list[socket.socket]) -> None:
@@ -456,47 +442,3 @@ async def test_a_worker_without_file_descriptors(stack: ExitStack, caplog: pytes
     await until_open(worker.own, 1)
     await worker.close()
     assert caplog.messages == ["a connection cannot be received: too many open files"]
-
-
-@contextmanager
-def serving(name: str, *, listeners: Sequence[socket.socket] = (), **arguments: Any) -> Iterator[None]:
-    """Run a server in a thread, which answers with its name."""
-    app = FastAPI()
-    app.get("/")(lambda: name)
-    server = make_server(app, max_connections=16, **arguments)
-
-    async def serve() -> None:
-        opening = asyncio.create_task(server.open())
-        await server.serve(list(listeners))
-        await opening
-
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_until_complete, args=[serve()])
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        yield
-    finally:
-        loop.call_soon_threadsafe(server.stop)
-        thread.join(60)
-        loop.close()
-
-
-@pytest.mark.parametrize("is_tls", [False, True])
-def test_servers_share_their_connections(stack: ExitStack, is_tls: bool) -> None:
-    """Each speaks TLS itself."""
-    certificate = Certificate(str(TLS / "one.crt"), str(TLS / "one.key")) if is_tls else None
-    (listener,) = bind("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
-    links = [tuple(WorkerLink("", end.detach()) for end in ends) for ends in pairs]
-    stack.enter_context(
-        serving("coordinator", listeners=[listener], certificate=certificate, workers=[first for first, _ in links])
-    )
-    for number, (_, link) in enumerate(links):
-        stack.enter_context(serving(f"worker {number}", certificate=certificate, coordinator=link))
-    names: Counter[str] = Counter()
-    for _ in range(9):
-        client = stack.enter_context(httpx.Client(verify=False))
-        names[client.get(f"{'https' if is_tls else 'http'}://127.0.0.1:{port}/").json()] += 1
-    assert names == {"coordinator": 2, "worker 0": 4, "worker 1": 3}
