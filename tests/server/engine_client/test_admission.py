@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 from hypothesis import strategies as st
@@ -19,9 +20,9 @@ from server.http import errors
 from server.metrics import Metrics
 from server.statistics.choice_stats import ChoiceStats
 from server.tenants import ANYBODY, Tenant
-from tests.support.engine_clients import PROMPT, connected, read, read_error, ready, request, sample, tokens, until
+from tests.support.engine_clients import PROMPT, read, read_error, ready, request, sample, tokens, until
 from tests.support.engine_info import ENGINE_INFO
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.fake_engine import FakeEngine
 from tests.support.turned_loop import turn
 
 pytestmark = pytest.mark.anyio
@@ -42,22 +43,6 @@ async def test_reservation_is_all_or_nothing(client: EngineClient, fake_engine: 
     with pytest.raises(errors.InvalidValueError) as refused:  # which cannot be retried
         client.reserve(limit + 1)
     assert (refused.value.status, refused.value.param) == (400, "n")
-
-
-async def test_nothing_is_admitted_before_the_engine_is_ready(address: str) -> None:
-    with FakeEngine(FakeEngineConfig(address=address, never_ready=True)):
-        async with connected(address) as client:
-            with pytest.raises(errors.EngineUnavailableError):
-                client.reserve(1)
-
-
-async def test_nothing_is_admitted_while_draining(client: EngineClient, fake_engine: FakeEngine) -> None:
-    stream = client.submit(request())
-    client.drain()
-    with pytest.raises(errors.EngineUnavailableError) as caught:
-        client.reserve(1)
-    assert caught.value.headers["connection"] == "close"
-    assert tokens(await read(stream))[:-1] == fake_engine.config.reply
 
 
 ALICE, BOB = Tenant(name="alice"), Tenant(name="bob")
@@ -314,16 +299,6 @@ TestManyTenants = ManyTenants.TestCase
 # The life of an admitted request: capacity, start, failure, and the wait for them.
 
 
-class Stream:
-    """Records the error that it fails with."""
-
-    def __init__(self) -> None:
-        self.error: errors.APIError | None = None
-
-    def fail(self, error: errors.APIError) -> None:
-        self.error = error
-
-
 @pytest.fixture
 def changes() -> list[int]:
     return []
@@ -338,7 +313,7 @@ def reservation(changes: list[int]) -> Reservation:
 
 def test_capacity_is_counted_until_the_last_choice_ends(reservation: Reservation, changes: list[int]) -> None:
     with reservation:
-        reservation.hand_over(2, Stream())
+        reservation.hand_over(2, Mock())
         assert (reservation.count, reservation.num_choices) == (1, 3)
     assert (reservation.count, reservation.num_choices) == (0, 2)
     reservation.end_choice()
@@ -348,14 +323,14 @@ def test_capacity_is_counted_until_the_last_choice_ends(reservation: Reservation
 
 
 async def test_failing_ends_all_streams_and_returns_what_none_uses(reservation: Reservation) -> None:
-    streams = [Stream(), Stream()]
+    streams = [Mock(), Mock()]
     for stream in streams:
         reservation.hand_over(1, stream)
     reservation.end_stream(streams[1])
     error = errors.QueueFullError(1)
     reservation.fail(error)
     reservation.fail(errors.QueueFullError(2))
-    assert [stream.error for stream in streams] == [error, None]
+    assert [stream.fail.mock_calls for stream in streams] == [[call(error)], []]
     assert (reservation.count, reservation.num_choices) == (0, 2)
     for wait in (reservation.wait_for_start(5), reservation.wait_for_start(0)):
         with pytest.raises(errors.QueueFullError) as caught:

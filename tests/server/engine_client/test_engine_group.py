@@ -243,9 +243,11 @@ async def test_the_last_engine(addresses: list[str], mortals: list[MortalEngine]
 
 async def test_an_engine_that_would_give_other_answers_is_not_used(addresses: list[str]) -> None:
     later = FakeEngineConfig(address=addresses[1], vocab_size=7, never_ready=True)
-    with FakeEngine(FakeEngineConfig(address=addresses[0])), FakeEngine(later):
+    first = FakeEngineConfig(address=addresses[0], adapters=[make_adapter("sql")], max_loras=1)
+    with FakeEngine(first), FakeEngine(later):
         async with connected(addresses) as client:
             await until(lambda: client.is_ready)
+            assert list(client.adapters) == ["sql"]  # although the other one has not loaded it yet
             later.never_ready = False
             await until(lambda: client.engines[1].liveness.dead_reason)
             assert "its answers would not be those" in str(client.engines[1].liveness.dead_reason)
@@ -276,17 +278,6 @@ async def test_an_engine_is_lost_while_it_loads_an_adapter(client: EngineClient,
         await asyncio.wait_for(loading, 60)
     await until(lambda: fakes[0].adapters == [])
     assert client.adapters == {}
-
-
-async def test_adapters_can_be_used_while_another_engine_loads(addresses: list[str]) -> None:
-    configs = [FakeEngineConfig(address=each, adapters=[make_adapter("sql")], max_loras=2) for each in addresses]
-    async with connected(addresses) as client:
-        with FakeEngine(configs[0]):
-            await until(lambda: client.is_ready)
-            assert list(client.adapters) == ["sql"]
-            with FakeEngine(configs[1]):
-                await until(lambda: client.engines[1].liveness.is_ready)
-                assert list(client.adapters) == ["sql"]
 
 
 async def test_requests_go_to_an_engine_that_has_their_adapter(client: EngineClient, fakes: list[FakeEngine]) -> None:
@@ -461,14 +452,6 @@ async def test_an_engine_that_hangs_is_killed(address: str) -> None:
         assert bytes(tokens(await read(waiting))) == b"Hello"
 
 
-async def test_the_news_of_another_engine_may_come_first(address: str) -> None:
-    async with engines(address, **SLOW) as both:
-        running, waiting = await both.run_and_wait()
-        await both.replace()  # without a turn of the event loop since the first one died
-        await read_error(running, EngineDeadError)
-        assert bytes(tokens(await read(waiting))) == b"Hello"
-
-
 async def test_an_engine_with_other_properties_is_not_used(address: str) -> None:
     async with engines(address, **SLOW) as both:
         _, waiting = await both.run_and_wait()
@@ -519,11 +502,12 @@ async def test_an_adapter_that_cannot_be_loaded_again(
     async with engines(address, max_loras=2, **SLOW) as both:
         client = both.client
         await client.load_adapter("go", "/go", False)
-        _, waiting = await both.run_and_wait()
+        running, waiting = await both.run_and_wait()
         lost = client.submit(with_adapter(client.adapters["go"], "lost"))
-        await both.replace(
+        await both.replace(  # without a turn of the event loop since the first one died
             max_loras=2, adapter_error=AdapterDone(request_id="", error="no such file", is_temporary=is_temporary)
         )
+        await read_error(running, EngineDeadError)
         await read_error(lost, AdapterLostError, match="'go' could not be loaded again")
         assert bytes(tokens(await read(waiting))) == b"Hello"
         assert client.adapters == {}
