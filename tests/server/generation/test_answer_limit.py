@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import StartServer
-from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, shared_server
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, RESPONSES, shared_server
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_envelope, check_error, raw_request, wait_until
 
@@ -51,17 +51,13 @@ def is_empty(server: RunningServer) -> bool:
     [
         (COMPLETIONS, "logprobs", {"logprobs": NUM_TOP}),
         (CHAT, "top_logprobs", {"logprobs": True, "top_logprobs": NUM_TOP, "n": 2}),
-        (
-            "/v1/responses",
-            "top_logprobs",
-            {"top_logprobs": 20, "include": ["message.output_text.logprobs"], "input": "x"},
-        ),
+        (RESPONSES, "top_logprobs", {"top_logprobs": 20, "include": ["message.output_text.logprobs"]}),
     ],
 )
 def test_an_answer_that_becomes_too_large_ends(
     server: RunningServer, path: str, param: str, fields: dict[str, Any]
 ) -> None:
-    length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    length = "max_output_tokens" if path == RESPONSES else "max_tokens"
     error = check_error(ask(server, path, **{length: 1900} | fields), 400)
     assert error["param"] == param
     assert str(MAX_BYTES) in error["message"]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.api.completions.writer import CompletionWriter
-from server.generation.choice_delta import (
-    ChoiceDelta,
-    TokenPosition,
-    ToolCallDelta,
-    best_choices,
-    join_deltas,
-    pace,
-)
+from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta, best_choices, join_deltas, pace
 from server.generation.choice_state import ChoiceState
 from server.generation.endpoint import AnswerMetadata
-from server.generation.event_writer import encode_chunks
 from server.generation.generation import Generation
 from server.generation.prompts import Prompt
 from server.http.strict_json import MAX_DEPTH
@@ -139,21 +131,6 @@ def test_many_deltas_take_linear_time(tokenizer: Tokenizer, are_joined: bool) ->
 # Joining.
 
 
-class Events:
-    """Implements the part of `RequestStream` that `Generation` uses."""
-
-    def __init__(self, batches: list[list[TokenEvent]]) -> None:
-        self._batches = batches
-        self.choices = [SimpleNamespace(times=None)] * 9
-
-    async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
-        for batch in self._batches:
-            yield batch
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.mark.anyio
 async def test_events_of_a_choice_in_one_batch_become_one_delta(tokenizer: Tokenizer) -> None:
     def event(index: int, text: str, reason: FinishReason | None = None) -> TokenEvent:
@@ -162,8 +139,9 @@ async def test_events_of_a_choice_in_one_batch_become_one_delta(tokenizer: Token
 
     batches = [[event(0, "a")], [event(0, "b"), event(1, "x"), event(0, "cd", FinishReason.LENGTH), event(1, "y")]]
     choices = [make_choice(tokenizer, index=index) for index in range(2)]
-    streams: Any = [Events(batches)]
-    generation = Generation([Prompt([1])], streams, choices, metrics=Metrics("", "m"), request_id="r", submitted=0.0)
+    stream = MagicMock(choices=[SimpleNamespace(times=None)] * 2)
+    stream.__aiter__.return_value = batches
+    generation = Generation([Prompt([1])], [stream], choices, metrics=Metrics("", "m"), request_id="r", submitted=0.0)
     found = [
         [(delta.index, delta.text, len(delta.positions), delta.finish_reason) for delta in deltas]
         async for deltas in generation.deltas()
@@ -230,17 +208,6 @@ def test_infinite_log_probabilities_are_json(tokenizer: Tokenizer) -> None:
     assert found["top_logprobs"] == [{"B": -0.5, "C": -9999.0, "D": -9999.0, "A": -9999.0}]
 
 
-@pytest.mark.checklist("D05")
-def test_events_have_no_line_ends_of_any_kind(tokenizer: Tokenizer) -> None:
-    writer = CompletionWriter(tokenizer, AnswerMetadata("cmpl-1", 1, "m", "fp"), None, with_logprobs=False)
-    text = "a\u2028b\u2029c\x85d\ne\r\nf\x0b\x0c\x1c\x1d\x1e\0"
-    events = encode_chunks(writer.chunks(delta(content(text))))
-    (line,) = filter(None, events.decode().splitlines())
-    assert line.startswith("data: ")
-    assert events.endswith(b"}\n\n")
-    assert msgspec.json.decode(line.removeprefix("data: "))["choices"][0]["text"] == text
-
-
 @pytest.mark.parametrize("depth", [1, 98, 99, 995, 100_000])
 def test_arguments_that_are_nested_too_deep_are_text(depth: int) -> None:
     text = '{"a": ' + "[" * depth + "]" * depth + "}"
@@ -251,12 +218,9 @@ def test_arguments_that_are_nested_too_deep_are_text(depth: int) -> None:
 
 def test_best_choices_have_the_highest_mean() -> None:
     """They are selected per prompt and sorted best first; ties keep their order."""
-    wholes = [
-        ChoiceDelta(
-            index, [content(f"{index}")], [TokenPosition(65, TokenLogprobs.pack(x, 1, [], []), 0) for x in each]
-        )
-        for index, each in enumerate([[-3.0], [-1.0, -2.0], [-1.0], [-9.0], [], [-9.0, -9.0]])
-    ]
+    logprobs = [[-3.0], [-1.0, -2.0], [-1.0], [-9.0], [], [-9.0, -9.0]]
+    positions = [[TokenPosition(65, TokenLogprobs.pack(x, 1, [], []), 0) for x in each] for each in logprobs]
+    wholes = [ChoiceDelta(index, [content(f"{index}")], own) for index, own in enumerate(positions)]
     best = best_choices(wholes, 3, 2)
     assert [(delta.index, delta.text) for delta in best] == [(0, "2"), (1, "1"), (2, "3"), (3, "5")]
     assert best_choices(wholes, 3, 3) is wholes

@@ -1,28 +1,19 @@
-"""Request parameters over HTTP reach the engine; seeds; limits on log probabilities; what a request is rendered to."""
+"""What reaches the engine: parameters, seeds, rendered requests; and what vLLM adds to answers: ids of tokens."""
 
 from array import array
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 
-from engine.shared.messages import (
-    MIROSTAT_ORDER,
-    ExtraSamplers,
-    ReasoningLimit,
-    RepetitionDetection,
-    SamplingParams,
-    SequenceBreaker,
-)
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, RepetitionDetection, SequenceBreaker
 from server.generation.parameters import choose_seed, prompt_seed
 from tests.server.conftest import StartServer
-from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask, ask_json, shared_server
+from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, ask_stream
+from tests.support.fake_engine import EOS_TOKEN_ID
 from tests.support.serving import RunningServer, check_error
 from tests.support.tiny_tokenizer_model import chatml
-from tests.support.tool_model import write_tool_model
 
 BOTH = (COMPLETIONS, CHAT)
 
@@ -64,15 +55,6 @@ def test_parameter_reaches_the_engine(server: RunningServer, name: str) -> None:
         got = getattr(server.engine.submits[-1].params, name)
         assert got == expected
         assert type(got) is type(expected)
-
-
-@pytest.mark.parametrize("path", BOTH)
-def test_defaults_leave_the_distribution_as_it_is(server: RunningServer, path: str) -> None:
-    assert ask(server.url, path, seed=3).status_code == 200
-    submit = server.engine.submits[-1]
-    max_tokens = 16 if path == COMPLETIONS else 2048 - len(submit.prompt_token_ids)
-    assert submit.params == SamplingParams(max_tokens=max_tokens, seed=3)
-    assert (submit.n, submit.priority, submit.cache_salt) == (1, 0, "")
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -120,8 +102,9 @@ def test_seed_is_random_and_reported(server: RunningServer, path: str) -> None:
 
 
 def test_seeds_follow_from_the_servers(start_server: StartServer) -> None:
-    seeds = []
-    for server in (start_server(seed=1), start_server(seed=1), start_server(seed=2)):
+    servers, seeds = [start_server(seed=seed) for seed in (1, 1, 2)], []
+    ask_json(servers[1].url, f"{CHAT}/render")  # takes none
+    for server in servers:
         seeds.append([ask(server.url, COMPLETIONS).headers["x-lightwell-seed"] for _ in range(3)])
         ask(server.url, COMPLETIONS, seed=7)
         seeds[-1].append(ask(server.url, COMPLETIONS).headers["x-lightwell-seed"])
@@ -211,10 +194,7 @@ EXTRA_SAMPLERS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
     ),
     ({"dry_multiplier": 0.8, "dry_sequence_breakers": []}, {"dry_multiplier": 0.8}),
     ({"dry_multiplier": 0.8}, {"dry_multiplier": 0.8, "dry_breakers": (breaker(10, 34, 42, 58),)}),
-    (
-        DRY | {"dry_sequence_breakers": ["z", "bc"]},
-        DRY | {"dry_breakers": (breaker(122), breaker(98, rest=(99,)))},
-    ),
+    (DRY | {"dry_sequence_breakers": ["z", "bc"]}, DRY | {"dry_breakers": (breaker(122), breaker(98, rest=(99,)))}),
 ]
 
 
@@ -232,39 +212,6 @@ def test_repeat_penalty_is_repetition_penalty(server: RunningServer) -> None:
         assert ask(server.url, path, **fields).status_code == 200
         params = server.engine.submits[-1].params
         assert (params.repetition_penalty, params.extra_samplers) == (1.5, None)
-
-
-# The limit on reasoning tokens, in chats and in Anthropic's messages.
-
-
-@pytest.fixture(scope="module", params=["plain", "special"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """Run each test with tags as special tokens and as plain text."""
-    folder = write_tool_model(tmp_path_factory.mktemp("tools"), special_tags=request.param == "special")
-    with shared_server(folder, vocab_size=263) as server:
-        yield server
-
-
-def test_reasoning_budget(model: RunningServer) -> None:
-    body = {"model": "tiny", "max_tokens": 9, "messages": MESSAGES, "thinking": {"type": "enabled", "budget_tokens": 7}}
-    tokenizer = model.model.tokenizer
-    if "<think>" not in tokenizer.special_tokens:
-        error = check_error(ask(model.url, CHAT, thinking_token_budget=5), 400)
-        assert (error["param"], error["code"]) == ("thinking_token_budget", "unsupported_parameter")
-        assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
-        return
-    start_id, end_id = (tokenizer.special_ids_in([tag])[tag] for tag in ("<think>", "</think>"))
-    for budget, is_open in ((0, False), (7, True)):
-        ask_json(model.url, CHAT, thinking_token_budget=budget, chat_template_kwargs={"enable_thinking": is_open})
-        expected = ReasoningLimit(max_tokens=budget, start_id=start_id, end_id=end_id, is_open=is_open)
-        assert model.engine.submits[-1].params.reasoning_limit == expected
-    for nothing in (None, -1):
-        ask_json(model.url, CHAT, thinking_token_budget=nothing)
-        assert model.engine.submits[-1].params.reasoning_limit is None
-    assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
-    assert model.engine.submits[-1].params.reasoning_limit == expected
-    fields = {"thinking_token_budget": 5, "bad_words": ["a"]}
-    assert check_error(ask(model.url, CHAT, **fields), 400)["param"] == "bad_words"
 
 
 # `POST .../render` returns what the engine would receive for the same request.
@@ -313,16 +260,118 @@ def test_prompts(server: RunningServer) -> None:
     assert (one["token_ids"], one["max_tokens"], one["sampling_params"]["seed"]) == ([0xC3, 0xA9], 16, 3)
 
 
-def test_it_changes_nothing(start_server: StartServer) -> None:
-    """Rendering does not advance the sequence of seeds that the server's seed determines."""
-    first, second = start_server(seed=5), start_server(seed=5)
-    ask_json(second.url, f"{CHAT}/render")
-    seeds = [ask(server.url, CHAT).headers["x-lightwell-seed"] for server in (first, second)]
-    assert seeds[0] == seeds[1]
-
-
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_what_is_refused_is_refused_here(server: RunningServer, path: str) -> None:
     for fields, status in (({"temperature": 3}, 400), ({"model": "x"}, 404), ({"max_tokens": 0, "echo": False}, 400)):
         error = check_error(ask(server.url, f"{path}/render", **fields), status)
         assert error == check_error(ask(server.url, path, **fields), status)
+
+
+# vLLM's additions to answers: token ids, and log probabilities of the prompt.
+
+REPLY = [*b"Hello, world!"]
+
+
+def prompt_ids(server: RunningServer) -> list[int]:
+    """Return the prompt of the last request as the engine received it."""
+    return list(server.engine.submits[-1].prompt_token_ids)
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_nothing_is_added_unless_asked_for(server: RunningServer, path: str) -> None:
+    for fields in ({}, {"return_token_ids": False, "prompt_logprobs": None}):
+        answers = [ask_json(server.url, path, **fields), *ask_stream(server.url, path, **fields)]
+        for answer in answers:
+            for place in (answer, *answer["choices"]):
+                assert not {"token_ids", "prompt_token_ids", "prompt_logprobs"} & place.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [*REPLY, EOS_TOKEN_ID]),
+        ({"max_tokens": 3}, REPLY[:3]),
+        ({"stop": "lo,"}, REPLY[:6]),
+        ({"stop": "o"}, REPLY[:5]),
+    ],
+)
+def test_token_ids_are_those_that_the_usage_counts(
+    server: RunningServer, fields: dict[str, Any], expected: list[int]
+) -> None:
+    """The chunks of a stream hold them all together, and the prompt's token ids once per choice."""
+    fields = fields | {"return_token_ids": True, "n": 2}
+    for path in BOTH:
+        answer = ask_json(server.url, path, **fields)
+        prompt = prompt_ids(server)
+        assert [choice["token_ids"] for choice in answer["choices"]] == [expected] * 2
+        assert answer["usage"]["completion_tokens"] == 2 * len(expected)
+        places = answer["choices"] if path == COMPLETIONS else [answer]
+        assert [place["prompt_token_ids"] for place in places] == [prompt] * len(places)
+        chunks = ask_stream(server.url, path, **fields)
+        for index in range(2):
+            own = [(chunk, choice) for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+            assert [id for _, choice in own for id in choice.get("token_ids", [])] == expected
+            places = [choice if path == COMPLETIONS else chunk for chunk, choice in own]
+            assert [place["prompt_token_ids"] for place in places if "prompt_token_ids" in place] == [prompt]
+            assert "prompt_token_ids" in places[0]
+
+
+def test_several_prompts_have_their_own(server: RunningServer) -> None:
+    answer = ask_json(server.url, COMPLETIONS, prompt=["ab", "c"], n=2, return_token_ids=True, prompt_logprobs=0)
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == [[97, 98]] * 2 + [[99]] * 2
+    assert [len(choice["prompt_logprobs"]) for choice in answer["choices"]] == [2, 2, 1, 1]
+
+
+def test_token_ids_of_an_echo_are_those_of_the_completion(server: RunningServer) -> None:
+    for num_tokens in (2, 0):
+        fields = {"prompt": "ab", "echo": True, "max_tokens": num_tokens, "return_token_ids": True}
+        (choice,) = ask_json(server.url, COMPLETIONS, **fields)["choices"]
+        assert (choice["token_ids"], choice["text"]) == (REPLY[:num_tokens], "ab" + "He"[:num_tokens])
+
+
+# prompt_logprobs
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_prompt_logprobs(server: RunningServer, num: int) -> None:
+    """The fake engine reports -0.5 and rank 1 for each token, and the bytes after it as alternatives."""
+    for path in BOTH:
+        answer = ask_json(server.url, path, prompt_logprobs=num, n=2)
+        expected: list[Any] = [None]
+        for token_id in prompt_ids(server)[1:]:
+            top = {(token_id + k) % 256: (-0.5 - k, k + 1) for k in range(num)} | {token_id: (-0.5, 1)}
+            expected.append({str(id): {"logprob": logprob, "rank": rank} for id, (logprob, rank) in top.items()})
+        for place in answer["choices"] if path == COMPLETIONS else [answer]:
+            for entry in (entry for some in place["prompt_logprobs"][1:] for entry in some.values()):
+                assert isinstance(entry.pop("decoded_token"), str)
+            assert place["prompt_logprobs"] == expected
+        assert server.engine.submits[-1].params.prompt_logprobs == num
+
+
+@pytest.mark.parametrize(("prompt_logprobs", "logprobs"), [(2, 1), (1, 3), (0, 2)])
+def test_echo_has_its_own_number_of_alternatives(server: RunningServer, prompt_logprobs: int, logprobs: int) -> None:
+    """The alternatives to the prompt's tokens have their texts."""
+    fields: dict[str, Any] = {"prompt": "xyz", "echo": True, "max_tokens": 0, "logprobs": logprobs}
+    both = ask_json(server.url, COMPLETIONS, prompt_logprobs=prompt_logprobs, **fields)["choices"][0]
+    assert both["logprobs"] == ask_json(server.url, COMPLETIONS, **fields)["choices"][0]["logprobs"]
+    texts = [[entry["decoded_token"] for entry in some.values()] for some in both["prompt_logprobs"][1:]]
+    assert texts == ([["y", "z"], ["z", "{"]] if prompt_logprobs == 2 else [["y"], ["z"]])
+
+
+# return_tokens_as_token_ids
+
+
+def test_tokens_in_log_probabilities_as_their_ids(server: RunningServer) -> None:
+    """The bytes in chat answers remain those of the token."""
+    ids = [f"token_id:{token_id}" for token_id in (*REPLY, EOS_TOKEN_ID)]
+    fields = {"return_tokens_as_token_ids": True}
+    logprobs = ask_json(server.url, COMPLETIONS, logprobs=2, **fields)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ids
+    assert logprobs["top_logprobs"][0] == {"token_id:72": -0.5, "token_id:73": -1.5}
+    content = ask_json(server.url, CHAT, logprobs=True, top_logprobs=2, **fields)["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == ids
+    assert content[0]["bytes"] == [72]
+    assert [entry["token"] for entry in content[0]["top_logprobs"]] == ["token_id:72", "token_id:73"]
+    chunks = ask_stream(server.url, CHAT, logprobs=True, **fields)
+    parts = [choice["logprobs"]["content"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    assert [entry["token"] for part in parts for entry in part] == ids

@@ -178,14 +178,6 @@ def test_invalid_parents_are_ignored(traced: RunningServer, receiver: OTLPReceiv
     assert all(root.parent_span_id == b"" and root.trace_state == "" for root in roots)
 
 
-def test_invalid_states_are_ignored(traced: RunningServer, receiver: OTLPReceiver) -> None:
-    states = ["", "=", "a", "a=1,a=2", "A=1", "a=\xe9", ",".join(f"k{n}=1" for n in range(40))]
-    for state in states:
-        send(traced, ("traceparent", PARENT), ("tracestate", state))
-    for root in receiver.wait_for_roots(len(states)):
-        assert (root.parent_span_id.hex(), root.trace_state) == (SPAN, "")
-
-
 # Errors.
 
 
@@ -299,14 +291,8 @@ def test_stages(changes: dict[str, Any], prefill: float, decode: float, preempte
     assert msgspec.structs.astuple(computed.seconds) == (1.0, 2.0, prefill, decode, preempted, 0.25, writing)
     assert sum(msgspec.structs.astuple(computed.seconds)) == pytest.approx(25.0)
     num_preemptions = len(changes.get("preemptions", TIMES.preemptions))
-    counts = {
-        "num_ahead": 4,
-        "num_cached_tokens": 32,
-        "num_computed_tokens": 18,
-        "num_chunks": 3,
-        "num_output_tokens": 8,
-    }
-    expected = {"seed": -5, "wall_s": 25.0, "num_preemptions": num_preemptions, **counts}
+    expected = {"seed": -5, "wall_s": 25.0, "num_preemptions": num_preemptions, "num_ahead": 4, "num_chunks": 3}
+    expected |= {"num_cached_tokens": 32, "num_computed_tokens": 18, "num_output_tokens": 8}
     assert expected.items() <= msgspec.to_builtins(computed).items()
 
 
