@@ -10,17 +10,9 @@ import pytest
 from starlette.routing import Mount, Route
 
 from server.access.api_keys import ApiKeys
-from server.app import create_app
 from server.http.access_control import OPEN_PATHS
 from tests.server.conftest import StartServer
-from tests.support.serving import (
-    RunningServer,
-    check_envelope,
-    check_error,
-    fresh_server,
-    raw_request,
-    read_response,
-)
+from tests.support.serving import RunningServer, check_envelope, check_error, fresh_server, raw_request, read_response
 from tests.support.settings_cases import settings_from_flags
 
 KEYS = ("key-one", "schlüssel-zwei")
@@ -86,7 +78,7 @@ def all_routes(routes: Iterable[object]) -> Iterator[Route]:
 
 @pytest.mark.checklist("B02", "B06")
 def test_every_route_but_probes_and_pages_needs_a_key(guarded: RunningServer) -> None:
-    routes = list(all_routes(create_app(guarded.context).routes))
+    routes = list(all_routes(guarded.app.routes))
     assert {"/v1/models", "/metrics", "/tokenize"} <= {route.path for route in routes}
     for route in routes:
         path = route.path.replace("{model_id:path}", "tiny")

@@ -111,48 +111,41 @@ def test_a_connection_lives_on_after_refusals(start_server: StartServer) -> None
 # The limit on the bytes of all bodies.
 
 
-class Bodies:
-    """Bodies that arrive, and their deadlines."""
-
-    def __init__(self) -> None:
-        self.budget = BodyBudget(MAX_BYTES)
-        self.deadlines: dict[BodyShare, Mock] = {}
-
-    def begin(self, stack: ExitStack, num_bytes: int) -> BodyShare:
-        deadline = Mock(spec=asyncio.Timeout, **{"expired.return_value": False})
-        share = stack.enter_context(self.budget.receive(deadline))
-        self.deadlines[share] = deadline
-        share.add(bytes(num_bytes))
-        return share
-
-
 @pytest.mark.checklist("A17")
 def test_which_bodies_are_refused_and_what_counts() -> None:
     """Those that have counted longest, until the others fit; complete ones are not."""
-    bodies, third = Bodies(), MAX_BYTES // 3
+    budget, third = BodyBudget(MAX_BYTES), MAX_BYTES // 3
+    deadlines: dict[BodyShare, Mock] = {}
+
+    def begin(stack: ExitStack, num_bytes: int) -> BodyShare:
+        deadline = Mock(spec=asyncio.Timeout, **{"expired.return_value": False})
+        deadlines[share := stack.enter_context(budget.receive(deadline))] = deadline
+        share.add(bytes(num_bytes))
+        return share
+
     with ExitStack() as stack:
         with ExitStack() as receiving:
-            complete = bodies.begin(receiving, third)
-        small = bodies.begin(stack, FREE_BYTES)
-        first, second = bodies.begin(stack, third), bodies.begin(stack, MAX_BYTES - 2 * third)
-        assert bodies.budget.num_bytes == MAX_BYTES
+            complete = begin(receiving, third)
+        small = begin(stack, FREE_BYTES)
+        first, second = begin(stack, third), begin(stack, MAX_BYTES - 2 * third)
+        assert budget.num_bytes == MAX_BYTES
         small.add(b"x")  # now it counts
         assert [share.is_refused for share in (complete, small, first, second)] == [False, False, True, False]
         with pytest.raises(BuffersExceedMemoryError):
             first.add(b"x")
-        last = bodies.begin(stack, 2 * third - FREE_BYTES + 1)
+        last = begin(stack, 2 * third - FREE_BYTES + 1)
         assert [share.is_refused for share in (complete, small, second, last)] == [False, True, True, False]
-        refused = [share for share, deadline in bodies.deadlines.items() if deadline.reschedule.called]
+        refused = [share for share, deadline in deadlines.items() if deadline.reschedule.called]
         assert refused == [small, first, second]
-        assert bodies.budget.num_bytes == complete.num_bytes + last.num_bytes
+        assert budget.num_bytes == complete.num_bytes + last.num_bytes
         assert len(complete.join()) == third
         for _ in range(2):
             complete.release()
         with suppress(OSError), ExitStack() as failing:
-            failed = bodies.begin(failing, FREE_BYTES + 1)
-            assert bodies.budget.num_bytes == last.num_bytes + failed.num_bytes
+            failed = begin(failing, FREE_BYTES + 1)
+            assert budget.num_bytes == last.num_bytes + failed.num_bytes
             raise OSError
-        assert bodies.budget.num_bytes == last.num_bytes
+        assert budget.num_bytes == last.num_bytes
         with pytest.raises(BuffersExceedMemoryError):
             last.add(bytes(MAX_BYTES))  # alone
 

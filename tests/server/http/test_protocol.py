@@ -66,15 +66,6 @@ def test_a_huge_head_is_431(server: RunningServer, head: bytes) -> None:
         check_envelope(body)
 
 
-@pytest.mark.checklist("A14")
-def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None:
-    with server.connect() as connection:
-        bad = raw_request("POST", "/tokenize", b"{", **JSON_TYPE)
-        good = raw_request("POST", "/tokenize", JSON_BODY, **JSON_TYPE)
-        connection.sendall(bad + good + raw_request("GET", "/nowhere", connection="close"))
-        assert re.findall(rb"HTTP/1.1 (\d+)", read_all(connection)) == [b"400", b"200", b"404"]
-
-
 GET = b"GET /health HTTP/1.1\r\nhost: a"
 POST = b"POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
 SMUGGLED = b"GET /version HTTP/1.1\r\nhost: a\r\n\r\n"  # must never be answered

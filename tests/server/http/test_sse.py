@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest.mock import AsyncMock
 
@@ -44,9 +45,8 @@ class Stage:
         self.num_sent = 0
 
     async def stream(self, request: Request) -> Response:
-        return sse_response(
-            self._noted(), on_close=lambda: self.notes.append("on_close"), request_id="r", format=self.format
-        )
+        note = partial(self.notes.append, "on_close")
+        return sse_response(self._noted(), on_close=note, request_id="r", format=self.format)
 
     async def _noted(self) -> AsyncGenerator[bytes, None]:
         try:
