@@ -8,7 +8,7 @@ field that can be large one of its own, in `tests/support/hard_bodies.py`.
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from tests.support.api_process import api_process
 from tests.support.clients import CHAT, COMPLETIONS
 from tests.support.fake_engine import FakeEngineConfig
 from tests.support.hard_bodies import HARD_BODIES
-from tests.support.serving import make_test_context, own_address, wait_until
+from tests.support.serving import make_test_context, own_address
 from tests.support.tool_model import write_tool_model
 
 MAX_LOOP_SECONDS = 0.5  # for one request; most of the largest bodies take less than 0.1
@@ -40,30 +40,20 @@ class Cost(NamedTuple):
     loop: float  # of the event loop's thread
     others: float  # of the other threads and the child processes
 
-    def minus(self, other: "Cost") -> "Cost":
-        return Cost(self.loop - other.loop, self.others - other.others)
-
 
 class Api:
     """A running API process."""
 
-    def __init__(self, pid: int, url: str) -> None:
+    def __init__(self, pid: int, url: str, stack: ExitStack) -> None:
         self._process = psutil.Process(pid)
-        self._clients = {
-            key: httpx.Client(base_url=url, timeout=LIMIT_SECONDS, headers={"authorization": f"Bearer {key}"})
-            for key in KEYS
-        }
+        clients = [httpx.Client(base_url=url, timeout=LIMIT_SECONDS, headers={"x-api-key": key}) for key in KEYS]
+        self._attacker, self._bystander = map(stack.enter_context, clients)
 
     def send(self, method: str, path: str, body: bytes = b"") -> int:
         """Send a request and return the status of the response, which may be an endless stream."""
         headers = {"content-type": "application/json"} if body else {}
-        with self._clients["attacker"].stream(method, path, content=body, headers=headers) as response:
+        with self._attacker.stream(method, path, content=body, headers=headers) as response:
             return response.status_code
-
-    def is_ready(self) -> bool:
-        with suppress(httpx.TransportError):
-            return self.send("GET", "/readyz") == 200
-        return False
 
     def cost_so_far(self) -> Cost:
         threads = {thread.id: thread.user_time + thread.system_time for thread in self._process.threads()}
@@ -75,19 +65,14 @@ class Api:
         """Send a request, which the server must not fail on, and return what it cost."""
         before = self.cost_so_far()
         assert self.send(method, path, body) < 500
-        return self.cost_so_far().minus(before)
+        return Cost(*(now - then for now, then in zip(self.cost_so_far(), before, strict=True)))
 
     def ask_as_bystander(self) -> None:
         """Ask for the server's health and for a token, both of which must come."""
-        client = self._clients["bystander"]
-        assert client.get("/health").status_code == 200
+        assert self._bystander.get("/health").status_code == 200
         body = {"model": "tiny", "prompt": "a", "max_tokens": 1, "stream": True}
-        with client.stream("POST", COMPLETIONS, json=body) as response:
+        with self._bystander.stream("POST", COMPLETIONS, json=body) as response:
             assert next(response.iter_lines()).startswith('data: {"id":"cmpl-')
-
-    def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +83,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     with own_address() as address, ExitStack() as stack:
         engine = FakeEngineConfig(address=address, max_model_len=1 << 17, num_blocks=1 << 16)
         started = stack.enter_context(api_process(engine, model, folder, dies=True, **settings))
-        api = stack.enter_context(closing(Api(started.process.pid, started.url)))
-        wait_until(api.is_ready, LIMIT_SECONDS)
+        api = Api(started.process.pid, started.url, stack)
+        started.wait_until_ready()
         api.ask_as_bystander()
         yield api
 

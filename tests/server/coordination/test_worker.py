@@ -143,6 +143,7 @@ def test_a_waiting_request_makes_room_for_a_tenant_of_the_other_process(
     check_end(older.result(), stream)
     check_end(other.result(), stream)
     wait_for_rest(coordinator)
+    assert coordinator.metric("lightwell_requests_rejected_total", reason="evicted") == 1
 
 
 def is_answered(coordinator: RunningServer) -> bool:
