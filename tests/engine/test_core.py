@@ -61,8 +61,9 @@ def test_the_order_of_things(num_prompt_tokens: int, max_tokens: int) -> None:
     device = FakeDevice()
     engine = engine_on(device, Limits(20, 2, 20))
     engine.add(new_submit([1] * num_prompt_tokens, max_tokens=max_tokens, ignore_eos=True))
-    found = []
+    found: list[tuple[bool, int]] = []
     while engine.has_work:
+        assert len(found) < 10, "it does not end"
         step, events = engine.step()
         found.append((step is not None, len(events)))
     assert found == [(False, 0), *[(True, 1)] * 3]
@@ -130,6 +131,7 @@ def test_the_same_answers(loaded: LoadedModel, seed: int) -> None:
     events: list[TokenEvent] = []
     aborted: set[tuple[str, int]] = set()
     while engine.has_work:
+        assert engine.stats().steps_total < 5000, "it does not end"
         if rng.random() < 0.03:
             name, index = rng.choice(submits).request_id, rng.choice([None, 0])
             engine.abort(name, index)
