@@ -6,6 +6,7 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,12 @@ from tests.support.hub_models import gguf_content
 from tests.support.stub_hub import StubHub
 
 CONTENT = b"GGUF" + bytes(range(256)) * 10
+
+
+def check_refused(act: Callable[[str], object], name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        act(name)
+    assert "\n" not in str(caught.value)
 
 
 # Paths.
@@ -76,21 +83,15 @@ def test_the_engine_rejects_pickle_files_with_the_same_message(tmp_path: Path) -
 def test_paths_without_one(tmp_path: Path, kind: str, files: list[str], name: str, message: str) -> None:
     for file in files:
         (tmp_path / file).write_text("{}")
-    with pytest.raises(ModelError, match=f"^{kind} {tmp_path}.*: .*{message}") as caught:
-        (resolve_model if kind == "model" else resolve_adapter)(str(tmp_path / name))
-    assert "\n" not in str(caught.value)
+    resolve = resolve_model if kind == "model" else resolve_adapter
+    check_refused(resolve, str(tmp_path / name), f"^{kind} {tmp_path}.*: .*{message}")
 
 
 def test_unknown_names() -> None:
     for name in ("nothing", "./org/name", "-", "x\0y", "~\0x", "~\ud800", "~/x\0y", "x" * 5000):
-        with pytest.raises(
-            ModelError, match=r"neither an existing file .* alias \(.*smollm2-135m.*\), nor a Hugging Fac"
-        ):
-            resolve_model(name)
-        with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
-            resolve_adapter(name)
-    with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
-        resolve_adapter("smollm2-135m")
+        check_refused(resolve_model, name, r"neither an existing file .* alias \(.*smollm2-135m.*\), nor a Hugging Fac")
+        check_refused(resolve_adapter, name, "is neither an existing file or folder, nor a Hugging Face id")
+    check_refused(resolve_adapter, "smollm2-135m", "is neither an existing file or folder, nor a Hugging Face id")
 
 
 # Hugging Face, with a stub of the hub.
@@ -122,12 +123,12 @@ def test_an_alias(hub: StubHub) -> None:
         assert model.name == name.removeprefix("library/").lower()
         assert model.card_sampling["top_k"] == 20
     assert resolve_model("qwen3:4b-q8_0").path.name == "Qwen3-4B-Q8_0.gguf"
-    with pytest.raises(
-        ModelError, match=r"^model qwen3:4b-q2_K \(Qwen/Qwen3-4B-GGUF:Q2_K\): .* has no Q2_K; it has Q4_K_M"
-    ):
-        resolve_model("qwen3:4b-q2_K")
-    with pytest.raises(ModelError, match=r"^model qwen3:5b: there is no 5b; qwen3 comes as 0\.6b, 1\.7b, 4b, "):
-        resolve_model("qwen3:5b")
+    check_refused(
+        resolve_model,
+        "qwen3:4b-q2_K",
+        r"^model qwen3:4b-q2_K \(Qwen/Qwen3-4B-GGUF:Q2_K\): .* has no Q2_K; it has Q4_K_M",
+    )
+    check_refused(resolve_model, "qwen3:5b", r"^model qwen3:5b: there is no 5b; qwen3 comes as 0\.6b, 1\.7b, 4b, ")
 
 
 def test_failures_of_hugging_face_are_one_line(hub: StubHub) -> None:
@@ -135,15 +136,15 @@ def test_failures_of_hugging_face_are_one_line(hub: StubHub) -> None:
         ("org/nothing", "no such model, or a private one .which needs HF_TOKEN.$"),
         ("https://example.org/x.gguf", "example.org is not Hugging Face"),
     ):
-        with pytest.raises(ModelError, match=f"^model {name}: {message}"):
-            resolve_model(name)
+        check_refused(resolve_model, name, f"^model {name}: {message}")
 
 
 def test_a_hub_cache_that_cannot_be_written(hub: StubHub, tmp_path: Path) -> None:
     hub.add("org/tiny-GGUF", {"tiny-Q4_0.gguf": gguf_content(10_000)})
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(ModelError, match=f"^model org/tiny-GGUF: Not a directory .the cache is {tmp_path}/cache"):
-        resolve_model("org/tiny-GGUF")
+    check_refused(
+        resolve_model, "org/tiny-GGUF", f"^model org/tiny-GGUF: Not a directory .the cache is {tmp_path}/cache"
+    )
 
 
 # LoRA adapters.
@@ -162,13 +163,11 @@ def test_adapters_are_used_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_an_adapter_of_a_repository(hub: StubHub) -> None:
     hub.add("org/sql", {"adapter_config.json": b"{}", "adapter.py": b"", "q8/x.gguf": CONTENT})
-    with pytest.raises(ModelError, match=r"adapter org/sql: no adapter_model\.safetensors in the folder"):
-        resolve_adapter("org/sql")
+    check_refused(resolve_adapter, "org/sql", r"adapter org/sql: no adapter_model\.safetensors in the folder")
     hub.add("org/sql", {"adapter_model.safetensors": b"x"})
     assert sorted(path.name for path in resolve_adapter("org/sql@v1.0").iterdir()) == list(ADAPTER_FILES)
     assert resolve_adapter("org/sql:q8/x.gguf").read_bytes() == CONTENT
-    with pytest.raises(ModelError, match=r"^adapter org/none: no such model"):
-        resolve_adapter("org/none")
+    check_refused(resolve_adapter, "org/none", r"^adapter org/none: no such model")
 
 
 @pytest.mark.checklist("G11")
@@ -194,12 +193,10 @@ def test_downloads_are_removed(hub: StubHub, tmp_path: Path, monkeypatch: pytest
     path = resolve_model("qwen3:4b").path
     assert models.remove_model("qwen3:4b") == len(content)
     assert not path.exists()
-    with pytest.raises(ModelError, match=r"^model qwen3:4b: Qwen/Qwen3-4B-GGUF has not been downloaded"):
-        models.remove_model("qwen3:4b")
+    check_refused(models.remove_model, "qwen3:4b", r"^model qwen3:4b: Qwen/Qwen3-4B-GGUF has not been downloaded")
     alias = PACKAGE_ALIASES["smollm2-135m"]
     file = alias_path("smollm2-135m", alias)
-    with pytest.raises(ModelError, match=r"^model smollm2-135m: it has not been downloaded"):
-        models.remove_model("smollm2-135m")
+    check_refused(models.remove_model, "smollm2-135m", r"^model smollm2-135m: it has not been downloaded")
     file.parent.mkdir(parents=True)
     file.touch()
     assert models.remove_model("smollm2-135m") == alias.num_bytes
@@ -209,8 +206,7 @@ def test_downloads_are_removed(hub: StubHub, tmp_path: Path, monkeypatch: pytest
 def test_files_of_the_user_are_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(CONTENT)
-    with pytest.raises(ModelError, match="is not a download; remove it yourself"):
-        models.remove_model(str(path))
+    check_refused(models.remove_model, str(path), "is not a download; remove it yourself")
     assert path.exists()
 
 
@@ -367,16 +363,6 @@ def test_an_alias_is_downloaded_once(pip: StubPip, cache: Path, capsys: pytest.C
     assert capsys.readouterr().err == ""
 
 
-def test_the_parts_of_a_file_are_joined(pip: StubPip, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pip.set_parts(0, 1, 2)
-    path = resolve_model("tiny:split").path
-    assert path == cache / "tiny-split" / "tiny.gguf"
-    assert path.read_bytes() == CONTENT
-    assert pip.requirements == ["tiny-pkg0==1.0", "tiny-pkg1==1.0", "tiny-pkg2==1.0"]
-    assert os.listdir(cache / "tiny-split") == ["tiny.gguf"]
-    assert "Downloading tiny-pkg1==1.0 (2 of 3)" in capsys.readouterr().err
-
-
 CUT = [(CONTENT[:num], num_parts) for num, num_parts in ((0, 0), (999, 0), (1000, 1), (1999, 1), (2563, 2))]
 DAMAGED = (PARTS[0] + bytes(1000), 1)  # on the disk
 
@@ -394,13 +380,15 @@ def test_a_download_continues_after_the_last_complete_part(
     assert files_in(cache) == {"tiny-split/tiny.gguf": len(CONTENT)}
 
 
-def test_a_failed_download_continues_after_the_parts_before(pip: StubPip, cache: Path) -> None:
+def test_a_failed_download_continues_after_the_parts_before(
+    pip: StubPip, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pip.set_parts(0)
-    with pytest.raises(ModelError, match="cannot download tiny-pkg1"):
-        resolve_model("tiny:split")
+    check_refused(resolve_model, "tiny:split", "cannot download tiny-pkg1")
     assert files_in(cache) == {"tiny-split/tiny.gguf.partial": 1000}
     pip.set_parts(1, 2)
     assert resolve_model("tiny:split").path.read_bytes() == CONTENT
+    assert "Downloading tiny-pkg1==1.0 (2 of 3)" in capsys.readouterr().err
 
 
 def test_a_truncated_file_in_the_cache_is_downloaded_again(pip: StubPip, cache: Path) -> None:
@@ -427,8 +415,7 @@ def test_wrong_packages_are_rejected(pip: StubPip, cache: Path) -> None:
         (CONTENT, "tiny_pkg0/other.gguf", "does not contain tiny_pkg0/tiny.gguf"),
     ):
         pip.set_wheels({0: (member, content)})
-        with pytest.raises(ModelError, match=message):
-            resolve_model("tiny")
+        check_refused(resolve_model, "tiny", message)
         assert files_in(cache) == {}
     pip.set_wheels({0: (MEMBER, CONTENT)})
     assert resolve_model("tiny").path.read_bytes() == CONTENT
@@ -445,22 +432,18 @@ def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path) -> None:
         ("pass", "pip failed"),
     ):
         pip.set_script(body)
-        with pytest.raises(ModelError, match=message) as caught:
-            resolve_model("tiny")
-        assert "\n" not in str(caught.value)
+        check_refused(resolve_model, "tiny", message)
         assert files_in(cache) == {}
 
 
 def test_pip_that_cannot_run(pip: StubPip, cache: Path) -> None:
     pip.path.unlink()
-    with pytest.raises(ModelError, match=r"cannot download tiny-pkg0==1\.0: pip cannot run: No such file"):
-        resolve_model("tiny")
+    check_refused(resolve_model, "tiny", r"cannot download tiny-pkg0==1\.0: pip cannot run: No such file")
 
 
 def test_a_cache_that_cannot_be_written(pip: StubPip, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    with pytest.raises(ModelError, match=r"cannot write tiny to .*: Not a directory \(LIGHTWELL_CACHE sets"):
-        resolve_model("tiny")
+    check_refused(resolve_model, "tiny", r"cannot write tiny to .*: Not a directory \(LIGHTWELL_CACHE sets")
 
 
 def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,6 +451,5 @@ def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(package_aliases, "_append", fail)
-    with pytest.raises(ModelError, match="No space left on device"):
-        resolve_model("tiny")
+    check_refused(resolve_model, "tiny", "No space left on device")
     assert files_in(cache) == {}

@@ -30,7 +30,7 @@ class Api:
 
     process: subprocess.Popen[bytes]
     workers: Sequence[subprocess.Popen[bytes]]
-    engine: FakeEngine | subprocess.Popen[bytes]
+    engine: Any  # a FakeEngine, or its process
     port: int
     log_file: Path
 

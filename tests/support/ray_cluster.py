@@ -19,6 +19,7 @@ from tests.support.paths import ROOT
 from tests.support.server_process import MODEL, READY_SECONDS, free_port
 from tests.support.serving import wait_until
 
+SCRIPTS = Path(sys.executable).parent
 KEY = "sk-ray"
 APPLICATION = "lightwell"
 DEPLOY_ATTEMPTS = 3  # a cluster that has just started on a busy machine may not answer in time
@@ -40,17 +41,12 @@ class RayCluster:
         flags += ["--object-store-memory=100000000", "--disable-usage-stats", f"--temp-dir={folder / 'ray'}"]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*self._script("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", *flags],
+                [SCRIPTS / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_enable_worker_prestart": "0", "TMPDIR": str(folder)},
             )
-
-        self._main = psutil.Process(self._process.pid)
-
-    def _script(self, name: str) -> list[str]:
-        return [str(Path(sys.executable).parent / name)]
 
     def deploy(self, model: Path, replicas: Options, **settings: object) -> None:
         """Deploy `deploy/ray/serve.yaml` with other settings, and other options of the replicas. Wait until it runs."""
@@ -67,7 +63,7 @@ class RayCluster:
         ]
         path = self._folder / "serve.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        command = [*self._script("serve"), "deploy", "--address", self._dashboard, str(path)]
+        command = [str(SCRIPTS / "serve"), "deploy", "--address", self._dashboard, str(path)]
         for _ in range(DEPLOY_ATTEMPTS):
             result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=READY_SECONDS)
             if result.returncode == 0:
@@ -99,7 +95,8 @@ class RayCluster:
 
     def close(self) -> None:
         """Kill all processes. Those of the servers end with their replicas."""
-        family = [self._main, *self._main.children(recursive=True)]
+        main = psutil.Process(self._process.pid)
+        family = [main, *main.children(recursive=True)]
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -76,7 +76,13 @@ OTHERS: dict[str, tuple[list[TextAndValue], list[str]]] = {
     ),
     "lora_modules": (
         [("sql=/a/sql", ("sql=/a/sql",)), ("a/b@1=org/name:x.gguf", ("a/b@1=org/name:x.gguf",))],
-        ["", "/a/sql", "=/a/sql", "sql=", "sql= ", "s q=/a", "a=/\0", "a" * 129 + "=/a", "{", "{}"],
+        [
+            *("", "/a/sql", "=/a/sql", "sql=", "sql= ", "s q=/a", "a=/\0", "a" * 129 + "=/a", "{", "{}"),
+            *('{"name": "a"}', '{"path": "/a"}', '{"name": "a", "path": ""}', '{"name": "", "path": "/a"}'),
+            *('{"name": "a=b", "path": "/a"}', '{"name": "a", "path": 5}', '{"name": "a", "path": "/a\\u0000"}'),
+            *('{"name": "a", "path": "/a", "rank": 8}', '{"name": "a", "path": "/a"', '[{"name": "a", "path": "/a"}]'),
+            *("{" * 100_000, '{"a":' * 100_000),
+        ],
     ),
     "otlp_endpoint": (
         [(url, url) for url in ("http://localhost:4318", "https://[::1]:4318/a/v1/traces")],

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_secret"
@@ -33,8 +33,7 @@ class Faults:
     gated: set[str] = dataclasses.field(default_factory=set)  # repositories that need TOKEN
 
 
-@dataclasses.dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     host: str
     path: str
     range: str
@@ -147,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], unquote(match[2]), unquote(match[3]))
         else:
-            self._send(404, b"Not found")
+            self._send(404, b"Not found", {})
 
     def _has_repo(self, repo: str, revision: str) -> bool:
         if not (self.stub.folder / repo).is_dir():
@@ -202,17 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, content[start:stop], headers, end if stall is None else stall, stalls=stall is not None)
 
     def _send(
-        self,
-        status: int,
-        body: bytes,
-        headers: dict[str, str] | None = None,
-        end: int | None = None,
-        *,
-        stalls: bool = False,
+        self, status: int, body: bytes, headers: dict[str, str], end: int | None = None, *, stalls: bool = False
     ) -> None:
         """Send an answer; only its first `end` bytes, if that is given, and then close the connection, or wait."""
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in headers.items():
             if value:
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))

@@ -104,11 +104,6 @@ def test_prompts() -> None:
     assert len({prompt[:40] for prompt in make_prompts(LoadOptions(url="", input_len=20), 7, 30)}) == 30
 
 
-def exchange(chunks: list[tuple[float, int | None]], num_output_tokens: int | None) -> Exchange:
-    usage = None if num_output_tokens is None else StreamUsage(3, num_output_tokens)
-    return Exchange(0.0, chunks[-1][0] if chunks else 1.0, chunks, usage)
-
-
 def test_inter_token_latencies() -> None:
     cases: list[tuple[list[tuple[float, int | None]], int | None, list[float]]] = [
         ([(1.0, None), (1.5, None), (2.5, None)], 3, [0.5, 1.0]),
@@ -120,7 +115,9 @@ def test_inter_token_latencies() -> None:
         ([(1.0, None), (2.0, None)], 0, [1.0]),
     ]
     for chunks, num_output_tokens, expected in cases:
-        assert exchange(chunks, num_output_tokens).inter_token_latencies() == pytest.approx(expected), chunks
+        usage = None if num_output_tokens is None else StreamUsage(3, num_output_tokens)
+        exchange = Exchange(0.0, chunks[-1][0] if chunks else 1.0, chunks, usage)
+        assert exchange.inter_token_latencies() == pytest.approx(expected), chunks
 
 
 # The report.
@@ -201,10 +198,8 @@ def test_table_output(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_seeds_differ_unless_given() -> None:
     with StubServer() as server:
-        for _ in range(2):
-            main(["bench", "--url", server.url, "--num-requests", "1", "--json"])
-        for _ in range(2):
-            main(["bench", "--url", server.url, "--num-requests", "1", "--json", "--seed", "1"])
+        for seed in ([], [], ["--seed", "1"], ["--seed", "1"]):
+            main(["bench", "--url", server.url, "--num-requests", "1", "--json", *seed])
     prompts = [seen.body["prompt"] for seen in server.requests]
     assert len(set(prompts)) == 3
     assert prompts[2] == prompts[3]

@@ -162,16 +162,15 @@ def terminal(stub: StubServer) -> Iterator[Terminal]:
 
 
 def test_a_conversation(stub: StubServer, terminal: Terminal) -> None:
-    terminal.type("One\n")
-    assert terminal.read_until("> ").endswith("Hello\n> ")
-    terminal.type("/clear\n")
-    terminal.read_until("new conversation\\.\r\n> ")
-    terminal.type("/help\n")
-    terminal.read_until("/exit or Ctrl-D quits.*\n> ")
-    terminal.type("/nonsense\n")
-    terminal.read_until("Unknown command /nonsense.*\n> ")
-    terminal.type("Two\n")
-    terminal.read_until("Hello\r\n> ")
+    for line, pattern in (
+        ("One", "Hello\r\n> "),
+        ("/clear", "new conversation\\.\r\n> "),
+        ("/help", "/exit or Ctrl-D quits.*\n> "),
+        ("/nonsense", "Unknown command /nonsense.*\n> "),
+        ("Two", "Hello\r\n> "),
+    ):
+        terminal.type(f"{line}\n")
+        terminal.read_until(pattern)
     terminal.type("/exit\n")
     assert terminal.end() == 0
     assert [len(seen.body["messages"]) for seen in stub.requests] == [1, 1]
@@ -204,19 +203,14 @@ def test_ctrl_c_at_the_prompt_drops_the_line(stub: StubServer, terminal: Termina
     assert stub.requests[0].body["messages"] == [{"role": "user", "content": "Two"}]
 
 
-@pytest.mark.parametrize(
-    ("line", "script", "error"),
-    [
+def test_a_failure_does_not_end_the_conversation(stub: StubServer, terminal: Terminal) -> None:
+    for line, script, error in (
         (b"caf\xe9\n", Script(), "the line is not utf-8"),
         (b"One\n", Script(status=429, error="Too many."), "the server returned status 429: Too many."),
-    ],
-)
-def test_a_failure_does_not_end_the_conversation(
-    stub: StubServer, terminal: Terminal, line: bytes, script: Script, error: str
-) -> None:
-    stub.script = script
-    os.write(terminal.descriptor, line)
-    terminal.read_until(f"lightwell: error: {error}\r\n> ")
+    ):
+        stub.script = script
+        os.write(terminal.descriptor, line)
+        terminal.read_until(f"lightwell: error: {error}\r\n> ")
     stub.script = Script()
     terminal.type("Two\n")
     terminal.read_until("Hello\r\n> ")

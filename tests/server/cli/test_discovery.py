@@ -196,12 +196,15 @@ def test_a_server_that_is_loading_is_waited_for(
             find_model(client)
 
 
-def test_https_at_a_plain_port_is_explained(server_url: str) -> None:
-    with (
-        connect(server_url.replace("http:", "https:"), None) as client,
-        pytest.raises(RemoteError, match=r"no TLS at https://.*: should the address begin with http://\?"),
-    ):
+def check_refused(url: str, message: str) -> None:
+    with connect(url, None) as client, pytest.raises(RemoteError, match=message):
         find_model(client)
+
+
+def test_addresses_at_which_no_server_answers(server_url: str) -> None:
+    https = server_url.replace("http:", "https:")
+    check_refused(https, r"no TLS at https://.*: should the address begin with http://\?")
+    check_refused("http://a..b", r"^no server answers at http://a\.\.b")  # which no DNS has
 
 
 @pytest.fixture
@@ -225,13 +228,6 @@ def test_a_certificate_that_is_not_trusted_is_not_taken_for_a_plain_port(
     if authority is not None:
         monkeypatch.setenv("SSL_CERT_FILE", str(TLS / authority))
     message = f"the certificate of {tls_url} is not accepted: self-signed certificate; SSL_CERT_FILE names the auth"
-    with connect(tls_url, None) as client, pytest.raises(RemoteError, match=f"^{message}"):
-        find_model(client)
+    check_refused(tls_url, f"^{message}")
     with pytest.raises(RemoteError, match=f"^{message}"):
         run_benchmark(LoadOptions(url=tls_url, model="m", num_requests=1))
-
-
-def test_a_host_that_no_dns_has() -> None:
-    message = r"^no server answers at http://a\.\.b"
-    with connect("http://a..b", None) as client, pytest.raises(RemoteError, match=message):
-        find_model(client)

@@ -28,7 +28,7 @@ from tests.server.coordination.conftest import QUEUE_TIMEOUT, REQUEST_TIMEOUT
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, ask_json, parse_events, write_adapter
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine
 from tests.support.serving import RunningServer, check_envelope, check_error, own_address, raw_request, wait_until
-from tests.support.workers import Pair, reset_pair, running_worker, shared_pair
+from tests.support.workers import Pair, running_worker
 
 EMBEDDINGS = "/v1/embeddings"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -41,19 +41,13 @@ Order = pytest.mark.parametrize("is_worker_first", [False, True], ids=["coordina
 Both = pytest.mark.parametrize(("is_worker_first", "stream"), [(False, True), (True, False)])
 
 
-@pytest.fixture(scope="module")
-def shared_narrow(model_folder: Path) -> Iterator[Pair]:
-    settings: dict[str, Any] = {"max_queued_requests": 1, "api_key": KEYS}
-    with shared_pair(model_folder, engine={"max_num_seqs": 1}, **settings) as pair:
-        yield pair
-
-
 @pytest.fixture
-def narrow(shared_narrow: Pair) -> Iterator[Pair]:
+def narrow(start_pair: StartPair, fake_engine: FakeEngine) -> Pair:
     """Servers of two keys, with capacity for two choices, whose engine is paused."""
-    shared_narrow[0].engine.pause()
-    yield shared_narrow
-    reset_pair(shared_narrow)
+    fake_engine.config.max_num_seqs = 1
+    pair = start_pair(max_queued_requests=1, api_key=KEYS)
+    fake_engine.pause()
+    return pair
 
 
 @pytest.fixture
@@ -203,8 +197,7 @@ def test_timeouts(pair: Pair, start: Start, timeout: str, seconds: int, fields: 
         responses.append(answer.result())
         wait_for_rest(coordinator)
     if stream and timeout == "request_timeout":
-        events = [re.findall("^data: .+", response.text, re.MULTILINE) for response in responses]
-        errors = [each[-2:] for each in events]
+        errors = [re.findall("^data: .+", response.text, re.MULTILINE)[-2:] for response in responses]
         assert errors[0] == errors[1]
         assert errors[0][1] == "data: [DONE]"
         assert check_envelope(errors[0][0].removeprefix("data: ").encode())["code"] == "request_timeout"
@@ -295,10 +288,8 @@ def _post(path: str, **fields: Any) -> bytes:
 ANSWERED: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": ["Hi", "Ho"], "n": 2, "logprobs": 2, "echo": True},
     CHAT: {"messages": MESSAGES, "n": 2, "logprobs": True, "top_logprobs": 3, "stop": "wor"},
-    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
+    **{path: {} for path in MINIMAL if path not in (COMPLETIONS, CHAT, "/v1/responses")},
     "/v1/messages/count_tokens": {"messages": MESSAGES},
-    "/api/chat": {"messages": MESSAGES, "stream": False},
-    "/api/generate": {"prompt": "Hi", "stream": False},
     "/api/embed": {"input": ["Hi", "Ho"]},
     EMBEDDINGS: {"input": [f"text {number}" for number in range(30)]},
     "/v1/rerank": {"query": "Hi", "documents": ["a", "b", "c"]},
@@ -434,27 +425,25 @@ def test_a_request_is_cancelled_through_the_other_process(
     wait_until(lambda: fake_engine.num_choices == 0)
 
 
-def test_requests_with_the_same_id_are_cancelled_in_both(pair: Pair) -> None:
+def test_requests_with_the_same_id_are_cancelled_in_both(pair: Pair, start: Start) -> None:
     pair[0].engine.pause()
-    with ThreadPoolExecutor() as threads:
-        answers = [threads.submit(ask, server.url, COMPLETIONS, request_id="mine") for server in pair]
-        wait_until(lambda: all(len(server.context.running) for server in pair))
-        assert send(pair[1], "/v1/requests/mine/cancel").status_code == 200
-        assert [answer.result().json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
+    answers = [start(server, request_id="mine") for server in pair]
+    wait_until(lambda: all(len(server.context.running) for server in pair))
+    assert send(pair[1], "/v1/requests/mine/cancel").status_code == 200
+    assert [answer.result().json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
 
 
 def test_a_worker_that_has_not_started_delays_no_cancel(
-    start_pair: StartPair, fake_engine: FakeEngine, address: str
+    start_pair: StartPair, fake_engine: FakeEngine, address: str, start: Start
 ) -> None:
     coordinator, _ = start_pair()
     fake_engine.pause()
     relay = Relay(f"{address}-other", coordinator.context, coordinator.app)
     coordinator.loop.call_soon_threadsafe(relay.start)
     coordinator.context.workers.append(relay)
-    with ThreadPoolExecutor() as threads:
-        threads.submit(ask, coordinator.url, COMPLETIONS, request_id="mine")
-        wait_until(lambda: len(coordinator.context.running))
-        assert send(coordinator, "/v1/requests/mine/cancel").status_code == 200
+    start(coordinator, request_id="mine")
+    wait_until(lambda: len(coordinator.context.running))
+    assert send(coordinator, "/v1/requests/mine/cancel").status_code == 200
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

@@ -13,10 +13,12 @@ GB = 10**9
 def gguf(arch: str, layers: int, context: int, hidden: int, heads: object, **attention: object) -> dict[str, Any]:
     """Return the metadata of a GGUF file."""
     values = {
-        **{"block_count": layers, "context_length": context, "embedding_length": hidden},
-        **{"attention.head_count": heads},
-        **{f"attention.{name}": value for name, value in attention.items()},
+        "block_count": layers,
+        "context_length": context,
+        "embedding_length": hidden,
+        "attention.head_count": heads,
     }
+    values |= {f"attention.{name}": value for name, value in attention.items()}
     return {"general.architecture": arch} | {f"{arch}.{name}": value for name, value in values.items()}
 
 

@@ -21,6 +21,7 @@ from server.models.manager import IDLE_POLL_SECONDS, LOAD_TIMEOUT, RETRY_SECONDS
 from server.models.memory import Room
 from server.models.served_model import ServedModel
 from server.processes.supervisor_channel import StartEngine, StopEngine
+from tests.support.clients import MINIMAL
 from tests.support.fake_engine import make_adapter
 from tests.support.records import example_step
 from tests.support.serving import check_error, wait_until
@@ -346,17 +347,7 @@ def test_a_load_ends_with_the_server(model_folder: Path, starts: bool) -> None:
 # Each request reaches the model that it names.
 
 
-MESSAGES = [{"role": "user", "content": "Hi"}]
-GENERATING: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/completions", {"prompt": "Hi"}),
-    ("/v1/chat/completions", {"messages": MESSAGES}),
-    ("/v1/responses", {"input": "Hi"}),
-    ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}),
-    ("/api/chat", {"messages": MESSAGES, "stream": False}),
-    ("/api/generate", {"prompt": "Hi", "stream": False}),
-    ("/v1/embeddings", {"input": "Hi"}),
-    ("/v1/rerank", {"query": "Hi", "documents": ["a"]}),
-]
+GENERATING = MINIMAL | {"/v1/embeddings": {"input": "Hi"}, "/v1/rerank": {"query": "Hi", "documents": ["a"]}}
 
 
 @pytest.fixture(scope="module")
@@ -370,10 +361,10 @@ def loaded(model_folder: Path) -> Iterator[SeveralModels]:
 
 
 def test_a_request_reaches_the_engine_of_its_model(loaded: SeveralModels) -> None:
-    for (path, body), (name, number) in product(GENERATING, (("one", 0), ("two", 1), ("dialect", 1))):
+    for (path, body), (name, number) in product(GENERATING.items(), (("one", 0), ("two", 1), ("dialect", 1))):
         engine, other = loaded.supervisor.engines[number], loaded.supervisor.engines[1 - number]
         num_other = len(other.submits)
-        answer = httpx.post(loaded.url + path, json={"model": name, **body})
+        answer = httpx.post(loaded.url + path, json=body | {"model": name})
         assert answer.status_code == 200, answer.text
         assert engine.submits[-1].lora_name == ("dialect" if name == "dialect" else "")
         assert len(other.submits) == num_other

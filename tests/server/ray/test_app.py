@@ -65,65 +65,53 @@ def test_deployments() -> None:
     assert options.max_ongoing_requests > 108, "the server's own limits apply, with their errors"
 
 
-def applications(file: str) -> list[dict[str, Any]]:
-    config = yaml.safe_load((FOLDER / file).read_text(encoding="utf-8"))
-    config = yaml.safe_load(config["spec"]["serveConfigV2"]) if "spec" in config else config
-    found: list[dict[str, Any]] = config["applications"]
-    return found
+def read(file: str) -> Any:
+    return yaml.safe_load((FOLDER / file).read_text(encoding="utf-8"))
+
+
+(APPLICATION,) = read("serve.yaml")["applications"]
+OPTIONS = {each["name"]: each for each in APPLICATION["deployments"]}
+SERVICE = read("rayservice.yaml")["spec"]
+CLUSTER = SERVICE["rayClusterConfig"]
+(WORKERS,) = CLUSTER["workerGroupSpecs"]
+PODS = [group["template"] for group in (CLUSTER["headGroupSpec"], WORKERS)]
 
 
 def test_shipped_files_describe_this_application() -> None:
-    (application,) = applications("serve.yaml")
-    assert applications("rayservice.yaml") == [application]
-    assert application["import_path"] == f"{app.__module__}:{app.__name__}"
-    settings = replica_settings(application["args"] | {"api-key": "k"})
-    options = {each["name"]: each for each in application["deployments"]}
-    assert options.keys() == {"Ingress", "Lightwell"}
-    assert options["Lightwell"]["graceful_shutdown_timeout_s"] > settings.drain_timeout
-    assert options["Lightwell"]["autoscaling_config"]["target_ongoing_requests"] < settings.max_num_seqs
-
-
-def rayservice() -> dict[str, Any]:
-    spec: dict[str, Any] = yaml.safe_load((FOLDER / "rayservice.yaml").read_text(encoding="utf-8"))["spec"]
-    return spec
-
-
-def pod_templates() -> list[dict[str, Any]]:
-    """Return the templates of the pods of the RayService: the head's, and the workers'."""
-    cluster = rayservice()["rayClusterConfig"]
-    head, worker = (group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]))
-    return [head, worker]
+    assert yaml.safe_load(SERVICE["serveConfigV2"])["applications"] == [APPLICATION]
+    assert APPLICATION["import_path"] == f"{app.__module__}:{app.__name__}"
+    settings = replica_settings(APPLICATION["args"] | {"api-key": "k"})
+    assert OPTIONS.keys() == {"Ingress", "Lightwell"}
+    assert OPTIONS["Lightwell"]["graceful_shutdown_timeout_s"] > settings.drain_timeout
+    assert OPTIONS["Lightwell"]["autoscaling_config"]["target_ongoing_requests"] < settings.max_num_seqs
 
 
 def test_the_pods_outlive_the_requests_of_their_replicas() -> None:
     """Ray's own limit on the time for requests to end is 30 seconds. Links would be settings that do not exist."""
-    (replicas,) = [d for d in applications("rayservice.yaml")[0]["deployments"] if d["name"] == "Lightwell"]
-    for template in pod_templates():
+    replicas = OPTIONS["Lightwell"]
+    for template in PODS:
         pod = template["spec"]
         assert pod["enableServiceLinks"] is False
         environment = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
         drain = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert pod["terminationGracePeriodSeconds"] > drain > replicas["graceful_shutdown_timeout_s"]
-    (workers,) = rayservice()["rayClusterConfig"]["workerGroupSpecs"]
-    assert workers["maxReplicas"] >= replicas["autoscaling_config"]["max_replicas"]
-    cpus = float(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert WORKERS["maxReplicas"] >= replicas["autoscaling_config"]["max_replicas"]
+    cpus = float(WORKERS["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert cpus > replicas["ray_actor_options"]["num_cpus"]
 
 
 def test_only_the_port_of_serve_is_open() -> None:
-    policy = yaml.safe_load((FOLDER / "network-policy.yaml").read_text(encoding="utf-8"))
+    policy = read("network-policy.yaml")
     validate(policy, "1.32", strict=True)
     labels = policy["spec"]["podSelector"]["matchLabels"]
-    assert all(labels.items() <= template["metadata"]["labels"].items() for template in pod_templates())
+    assert all(labels.items() <= template["metadata"]["labels"].items() for template in PODS)
     everybody, pods, operator = policy["spec"]["ingress"]
     assert everybody == {"ports": [{"port": 8000, "protocol": "TCP"}]}
     assert pods == {"from": [{"podSelector": {"matchLabels": labels}}]}
-    (head, _) = pod_templates()
-    ports = {port["name"]: port["containerPort"] for port in head["spec"]["containers"][0]["ports"]}
+    ports = {port["name"]: port["containerPort"] for port in PODS[0]["spec"]["containers"][0]["ports"]}
     assert ports["serve"] == 8000
     assert [port["port"] for port in operator["ports"]] == [ports["dashboard"]]
 
 
 def test_the_image_has_the_version_of_ray_that_the_service_names() -> None:
-    version = rayservice()["rayClusterConfig"]["rayVersion"]
-    assert f'ARG RAY="=={version}"' in (FOLDER / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert f'ARG RAY="=={CLUSTER["rayVersion"]}"' in (FOLDER / "Dockerfile").read_text(encoding="utf-8").splitlines()

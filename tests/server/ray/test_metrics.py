@@ -14,15 +14,17 @@ def page(value: int) -> str:
     return generate_latest(registry).decode()
 
 
+def samples(text: str, **replica: str) -> dict[tuple[object, ...], float]:
+    """Return the samples of a page by family, name and labels, to which `replica` is added."""
+    return {
+        (family.name, family.type, family.documentation, sample.name, *sorted({**sample.labels, **replica}.items())): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
 def test_each_sample_gets_the_label_of_its_replica() -> None:
     pages = {"a": page(3), "b": page(4)}
-    families = {family.name: family for family in text_string_to_metric_families(merged(pages).decode())}
-    for replica, text in pages.items():
-        for family in text_string_to_metric_families(text):
-            found = families[family.name]
-            assert (found.type, found.documentation) == (family.type, family.documentation)
-            own = {(s.name, *sorted(s.labels.items())): s.value for s in family.samples}
-            labels = [(s, {k: v for k, v in s.labels.items() if k != "replica"}) for s in found.samples]
-            assert own == {
-                (s.name, *sorted(rest.items())): s.value for s, rest in labels if s.labels["replica"] == replica
-            }
+    assert samples(merged(pages).decode()) == samples(pages["a"], replica="a") | samples(pages["b"], replica="b")

@@ -117,6 +117,7 @@ WRONG_TYPES = (
         ("no-port: 1", "unknown setting 'no-port'"),
         ("api-key: 123", "expected a non-empty key of printable ASCII characters: put it in quotes$"),
         ("api-key: [a, 2001-01-01]", "expected a non-empty key of printable ASCII characters: put it in quotes$"),
+        ('api-key: "sk-secret\\n"', "expected a non-empty key of printable ASCII characters$"),
         ("api-key: {a: b}", "api-key: expected a non-empty key of printable ASCII characters$"),
         ("served-model-name: yes", "expected non-empty text, got True: put it in quotes$"),
         ("port: 80.5", "port: expected an integer from 0 to 65535, got 80.5$"),
@@ -125,14 +126,10 @@ WRONG_TYPES = (
         ("port: 80\nport: 81", "port is set twice"),
         ("max-num-seqs: 1\nmax_num_seqs: 2", "max_num_seqs is set twice"),
         ("- port", "expected a mapping"),
-        ("port: [", "invalid YAML"),
-        ("port: !!python/object/apply:os.system [id]", "invalid YAML"),
-        ("port: \x00", "invalid YAML"),
+        *((f"port: {each}", "invalid YAML") for each in ("[", "!!python/object/apply:os.system [id]", "\x00")),
         ("port: 1\napi-key: sk-secret: [", "invalid YAML: line 2: "),
         # What no operator writes.
-        (5000 * b"[", "invalid YAML: too many levels$"),
-        (5000 * b"{a: ", "invalid YAML: too many levels$"),
-        (5000 * b"- ", "invalid YAML: too many levels$"),
+        *((5000 * each, "invalid YAML: too many levels$") for each in (b"[", b"{a: ", b"- ")),
         (b"port: " + 100_000 * b"9", "invalid YAML: the file contains invalid characters or values$"),
         (b"port: 0x" + 100_000 * b"f", "invalid YAML: line 1: the number is too large$"),
         (b"seed: 1\nport: " + 4000 * b"9", "invalid YAML: line 2: the number is too large$"),
@@ -252,13 +249,6 @@ def test_beyond_loopback_needs_a_key() -> None:
                 settings_from_flags("--host", host)
 
 
-@pytest.mark.parametrize("key", [["sk-secret", ""], "sk-secret\n"])
-def test_errors_do_not_show_keys(key: object) -> None:
-    with pytest.raises(SettingsError) as caught:
-        load_settings({"api_key": key})
-    assert "sk-secret" not in str(caught.value)
-
-
 def test_adapters_have_names_of_their_own() -> None:
     settings = settings_from_flags("--lora-modules", "a=/x,y=z", "--lora-modules", "b=org/name")
     assert settings.lora_paths == {"a": "/x,y=z", "b": "org/name"}
@@ -281,17 +271,6 @@ def test_vllms_json_of_an_adapter(tmp_path: Path) -> None:
             assert settings.lora_paths == {"org/sql": "/a/x=y,z"}
     both = settings_from_flags("--lora-modules", '{"name":"a","path":"b"}', "--lora-modules", "c=d")
     assert both.lora_paths == {"a": "b", "c": "d"}
-
-
-def test_what_is_no_adapter() -> None:
-    for text in (
-        *('{"name": "a"}', '{"path": "/a"}', '{"name": "a", "path": ""}', '{"name": "", "path": "/a"}'),
-        *('{"name": "a=b", "path": "/a"}', '{"name": "a", "path": 5}', '{"name": "a", "path": "/a\\u0000"}'),
-        *('{"name": "a", "path": "/a", "rank": 8}', '{"name": "a", "path": "/a"', '[{"name": "a", "path": "/a"}]'),
-        *("{" * 100_000, '{"a":' * 100_000),
-    ):
-        with pytest.raises(SettingsError, match=r"^--lora-modules: expected NAME=PATH with a NAME of letters"):
-            settings_from_flags("--lora-modules", text)
 
 
 A, B = {"model": "a"}, {"model": "b"}
@@ -391,10 +370,6 @@ VALUES: list[Any] = [
 # The fields of --default-sampling have the names and limits of the fields of requests.
 
 
-def test_names() -> None:
-    assert SAMPLING_FIELDS.keys() == SamplingFields.model_fields.keys()
-
-
 def accepted(parse: Callable[[Any], object]) -> str:
     """Return the values that are accepted."""
     values = []
@@ -408,6 +383,7 @@ def accepted(parse: Callable[[Any], object]) -> str:
 
 def test_limits() -> None:
     """The setting and a request accept the same values."""
+    assert SAMPLING_FIELDS.keys() == SamplingFields.model_fields.keys()
     for name, field in SAMPLING_FIELDS.items():
         in_a_request = accepted(lambda value: SamplingFields.model_validate({name: value}))  # noqa: B023
         assert accepted(field.parse) == in_a_request, name
