@@ -24,7 +24,6 @@ ON_A_GPU = [
     pytest.mark.skipif(IS_INTERPRETED, reason="Triton interprets its kernels, unless pytest has `-m gpu`"),
 ]
 ALSO_ON_A_GPU = [] if IS_INTERPRETED else ON_A_GPU
-interpreted_only = pytest.mark.skipif(not IS_INTERPRETED, reason="tests in Triton's interpreter")
 
 CAPABILITY = compute_capability(DEVICE) if torch.cuda.is_available() else None
 # The interpreter converts float8, and multiplies in bfloat16 wrongly.

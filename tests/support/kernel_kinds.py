@@ -25,6 +25,7 @@ class Kind(NamedTuple):
     name: str  # torch, triton, or a code path
     dtype: torch.dtype = torch.float32
     num_threads: int = 2
+    kv_cache_dtype: str = "auto"
 
     @property
     def is_cpp(self) -> bool:
@@ -48,7 +49,8 @@ class Kind(NamedTuple):
         return 9 if self.is_slow else MAX_ROWS
 
     def new(self, **options: Any) -> Kernels:
-        all_options = KernelOptions(**{"dtype": self.dtype} | options)
+        of_kind: dict[str, Any] = {"dtype": self.dtype, "kv_cache_dtype": self.kv_cache_dtype}
+        all_options = KernelOptions(**of_kind | options)
         if self.is_cpp:
             return make_kernels(self.name, self.num_threads, all_options)
         if self.name == "torch":
@@ -83,6 +85,9 @@ def kind_of(parameters: ParameterSet) -> Kind:
 
 
 KINDS = _all_kinds()
+CACHES = [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.float32, "int8")]
+# The C++ kernels with each type of the KV cache.
+CPP_CACHES = [Kind(path, dtype, kv_cache_dtype=stored) for dtype, stored in CACHES for path in code_paths()]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -1,12 +1,11 @@
-"""Rotation of heads and the KV cache of plain torch and of Triton: against float64, and all groups in one memory.
+"""Rotation of heads and the KV cache of all kernels: against float64, and all groups in one memory."""
 
-tests/engine/kernels/cpu/test_attention.py tests those of the C++ kernels, which have a layout of their own.
-"""
-
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,20 +14,11 @@ from engine.config import KVShape
 from engine.kernels.interface import HeadNorms, Rotations
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import code_paths
-from tests.support.kernel_device import (
-    ALSO_ON_A_GPU,
-    DEVICE,
-    HAS_FLOAT8,
-    IS_INTERPRETED,
-    assert_close,
-    random_tensor,
-)
-from tests.support.kernel_kinds import Kind
-from tests.support.tensors import random_tensor as random_on_cpu
-
-each_triton = pytest.mark.parametrize("kind", [pytest.param("triton", marks=ALSO_ON_A_GPU)])
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FLOAT8 = torch.float8_e4m3fn if HAS_FLOAT8 and not IS_INTERPRETED else torch.uint8  # its bits
+from tests.support.kernel_device import ALSO_ON_A_GPU
+from tests.support.kernel_kinds import CPP_CACHES, Kind, record
+from tests.support.paged_attention import fill, stored
+from tests.support.recorded_kernels import assert_close
+from tests.support.tensors import random_tensor
 
 
 class Heads(NamedTuple):
@@ -43,61 +33,90 @@ class Heads(NamedTuple):
     values_are_keys: bool
 
 
-heads_of_any_size = st.builds(
-    Heads,
-    st.integers(1, 9),
-    st.sampled_from([(1, 1), (4, 2), (3, 3), (16, 1)]),
-    st.sampled_from([10, 16, 64, 80, 96, 256, 576]),
-    st.sampled_from([16, 32, 128]),
-    st.sampled_from(["none", "head", "all"]),
-    st.booleans(),
-    st.booleans(),
-)
+def heads_of(sizes: list[int]) -> st.SearchStrategy[Heads]:
+    return st.builds(
+        Heads,
+        st.integers(5, 21),
+        st.sampled_from([(1, 1), (4, 2), (3, 3), (16, 1)]),
+        st.sampled_from(sizes),
+        st.sampled_from([16, 32, 128]),
+        st.sampled_from(["none", "head", "all"]),
+        st.booleans(),
+        st.booleans(),
+    )
 
 
-def check_rope_and_store_kv(kind: Kind, shape: Heads, seed: int) -> None:
-    """The cache is the second of three layers whose blocks alternate; row 0 is not stored, nor are k and v of None."""
-    (num_heads, num_kv_heads), size, dtype = shape.nums, shape.size, kind.dtype
-    heads = [num_heads, num_kv_heads, num_kv_heads]
+def check_rope_and_store_kv(kind: Kind, shape: Heads, seed: int) -> list[Tensor]:
+    """Check rotated queries, and what is stored; return both.
 
-    def random_tensor(seed: int, *shape: int) -> Tensor:
-        return random_on_cpu(seed, *shape, dtype=dtype).to(kind.device)
-
-    q, k, v = torch.split(random_tensor(seed, shape.num_rows, sum(heads), size), heads, dim=1)
-    v = k if shape.values_are_keys else v
+    The cache is the second of three layers whose blocks alternate; row 0 is not stored, nor are k and v of None. Keys
+    have very different sizes, the values of row 1 are 0, and a key of row 3 is infinite.
+    """
+    (num_heads, num_kv_heads), size, num_rows = shape.nums, shape.size, shape.num_rows
+    dtype = torch.float32 if kind.is_cpp else kind.dtype
     generator = torch.Generator().manual_seed(seed)
-    rotations = Rotations(*(torch.rand(2, shape.num_rows, size, generator=generator).to(kind.device) * 2 - 1))
+    nums, kernels = [num_heads, num_kv_heads, num_kv_heads], kind.new()
+    heads = random_tensor(seed, num_rows, sum(nums), size, dtype=dtype)
+    q, k, v = torch.split(heads, nums, dim=1)
+    k *= torch.logspace(-2, 2, num_rows)[:, None, None].to(dtype)
+    v[1], k[3, 0, 2] = 0.0, torch.inf
     sizes = {"none": [], "head": [size, size], "all": [num_heads * size, num_kv_heads * size]}[shape.norm]
-    q_weight, k_weight = map(random_tensor, (seed + 1, seed + 2), sizes) if sizes else (None, None)
-    norms = HeadNorms(q_weight, k_weight, random_tensor(seed + 3, size) if shape.has_v_norm else None, 1e-3)
-    kernels = kind.new()
+    weights = [random_tensor(seed + 1 + n, num, dtype=dtype).to(kind.device) for n, num in enumerate([*sizes, size])]
+    q_weight, k_weight = weights[:2] if sizes else (None, None)
+    norms = HeadNorms(q_weight, k_weight, weights[-1] if shape.has_v_norm else None, 1e-3)
+    rotations = [*(torch.rand(2, num_rows, size, generator=generator) * 2 - 1)]
     ((other, cache, _),) = kernels.new_kv_cache([[KVShape(num_kv_heads, size)] * 3], 4, shape.block_size)
-    slots = torch.randperm(4 * shape.block_size, generator=generator)[: shape.num_rows].to(kind.device)
+    fill(cache, slice(None), torch.nan)
+    slots = torch.randperm(4 * shape.block_size, generator=generator)[:num_rows]
     slots[0] = -1
-    rotated = kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, norms)
-    assert_close(rotated, rotate(normed(q, norms.q), rotations.q))
-    alone = kernels.rope_and_store_kv(q, None, None, rotations, slots, cache, norms)
+    slots_on_device = slots.to(kind.device)
+
+    def operation(rows: Tensor, x: Tensor, *rotations: Tensor, stores: bool) -> Tensor:
+        q, k, v = torch.split(x[:, : sum(nums) * size].view(len(x), -1, size), nums, dim=1)
+        keys, values = (k, k if shape.values_are_keys else v) if stores else (None, None)
+        out = kernels.rope_and_store_kv(q, keys, values, Rotations(*rotations), slots_on_device, cache, norms)
+        return out.flatten(1)
+
+    # In rows that are longer than the heads.
+    tables = [table.to(kind.device) for table in (F.pad(heads.flatten(1), (0, 5)), *rotations)]
+    alone, rotated = (
+        record(kernels, tables, partial(operation, stores=stores), num_rows)(range(num_rows)).cpu()
+        for stores in (False, True)
+    )
     assert torch.equal(alone, rotated)
-    blocks, offsets = slots[1:] // shape.block_size, slots[1:] % shape.block_size
-    assert_close(cache.keys[blocks, offsets], rotate(normed(k, norms.k), rotations.k)[1:])
-    assert_close(cache.values[blocks, offsets], normed(v, norms.v)[1:])
-    assert not other.keys.any()
-    cache.keys[blocks, offsets] = cache.values[blocks, offsets] = 0.0
-    assert not cache.keys.any()
-    assert not cache.values.any()
+    exact = rotate(normed(q, norms.q), rotations[0])
+    bound = kind.bound(exact, 2e-6 * (1 + exact.abs().amax(dim=2, keepdim=True)))
+    assert_close(rotated.view(q.shape), exact, bound)
+    expected = rotate(normed(k, norms.k), rotations[1]), normed(k if shape.values_are_keys else v, norms.v)
+    results, places = [rotated], slots[1:]
+    for found, numbers, scales in zip(stored(cache), expected, (cache.key_scales, cache.value_scales), strict=True):
+        by_slot = found.cpu().flatten(0, 1)
+        of_heads, exact = by_slot[places].flatten(0, 1), numbers[1:].double().flatten(0, 1)
+        is_finite = exact.isfinite().all(dim=1)
+        assert not of_heads[~is_finite].isfinite().all(dim=1).any()
+        results.append(of_heads)
+        of_heads, exact = of_heads[is_finite], exact[is_finite]
+        assert_close(of_heads, exact, bounds_of_stored(kind, exact))
+        if scales is not None:
+            found_scales = scales.cpu().transpose(1, 2).flatten(0, 1)[places].flatten()[is_finite].double()
+            most = 448 if kind.kv_cache_dtype == "fp8" else 127
+            torch.testing.assert_close(found_scales * most, exact.abs().amax(dim=1), rtol=1e-5, atol=0)
+        by_slot[places] = torch.nan
+        assert by_slot.isnan().all()
+    assert not other.keys.view(torch.uint8).any()
+    return results
 
 
-@settings(max_examples=num_examples(20, 100), deadline=None)
-@given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), shape=heads_of_any_size, seed=st.integers(0, 2**32))
-def test_rope_and_store_kv_in_torch(dtype: torch.dtype, shape: Heads, seed: int) -> None:
-    check_rope_and_store_kv(Kind("torch", dtype), shape, seed)
-
-
-@each_triton
-@settings(max_examples=num_examples(2, 40), deadline=None)
-@given(dtype=st.sampled_from(DTYPES), shape=heads_of_any_size, seed=st.integers(0, 2**32))
-def test_rope_and_store_kv_in_triton(kind: str, dtype: torch.dtype, shape: Heads, seed: int) -> None:
-    check_rope_and_store_kv(Kind(kind, dtype), shape, seed)
+def bounds_of_stored(kind: Kind, exact: Tensor) -> Tensor:
+    """Return the allowed errors of stored heads: half a step of the cache's numbers, and a little of their largest."""
+    largest = exact.abs().amax(dim=1, keepdim=True)
+    if kind.kv_cache_dtype == "auto" and not kind.is_cpp:
+        return kind.bound(exact)
+    if kind.kv_cache_dtype == "fp8":
+        step = torch.maximum(largest / 448 * 2**-9, 2**-3 * exact.abs())
+    else:
+        step = largest / 127 if kind.kv_cache_dtype == "int8" else exact.abs() * 2**-7 * (kind.dtype == torch.bfloat16)
+    return 0.501 * step + 1e-6 * (1 + largest)
 
 
 def normed(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -105,65 +124,41 @@ def normed(x: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return x
     rows = x.double().reshape(-1, len(weight))
-    return torch.nn.functional.rms_norm(rows, (len(weight),), weight.double(), 1e-3).view(x.shape)
-
-
-@each_triton
-@settings(max_examples=num_examples(2, 30), deadline=None)
-@given(
-    num_kv_heads=st.integers(1, 3),
-    head_dim=st.sampled_from([10, 64, 80]),
-    dtype=st.sampled_from(DTYPES),
-    kv_cache_dtype=st.sampled_from(["int8", "fp8"]),
-    seed=st.integers(0, 2**32),
-)
-def test_a_cache_of_8_bits(
-    kind: str, num_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_cache_dtype: str, seed: int
-) -> None:
-    """Codes are the nearest in -127 .. 127, or in float8; the scale of a head is that of its largest number."""
-    q, k, v = torch.split(random_tensor(seed, 6, 3 * num_kv_heads, head_dim, dtype=dtype), num_kv_heads, dim=1)
-    k *= torch.logspace(-3, 3, 6, device=DEVICE)[:, None, None].to(dtype)
-    v[1] = 0.0
-    k[3, 0, 2] = torch.inf
-    generator = torch.Generator().manual_seed(seed)
-    angles = torch.rand(6, head_dim // 2, generator=generator).to(DEVICE)
-    table = torch.cat((angles.cos(), angles.sin()), dim=1)
-    slot_mapping = torch.randperm(2 * 16, generator=generator)[:6].to(DEVICE)
-    slot_mapping[2] = -1  # not stored
-    kernels = Kind(kind, dtype).new(kv_cache_dtype=kv_cache_dtype)
-    ((_, cache),) = kernels.new_kv_cache([[KVShape(num_kv_heads, head_dim)] * 2], 2, 16)
-    kernels.rope_and_store_kv(q, k, v, Rotations(table, table), slot_mapping, cache)
-    heads = (
-        (rotate(k, table), cache.keys, cache.key_scales),
-        (v, cache.values, cache.value_scales),
-    )
-    for numbers, stored, scales in heads:
-        assert stored.dtype == (torch.int8 if kv_cache_dtype == "int8" else FLOAT8)
-        assert scales is not None
-        codes = stored if kv_cache_dtype == "int8" else stored.view(torch.float8_e4m3fn)
-        for row, slot in enumerate(slot_mapping.tolist()):
-            if slot < 0:
-                continue
-            block, offset = divmod(slot, 16)
-            is_finite = numbers[row].isfinite().all(dim=1)
-            assert scales[block, ~is_finite, offset].isnan().all()
-            of_head, expected = scales[block, is_finite, offset].double(), numbers[row, is_finite].double()
-            most = 127 if kv_cache_dtype == "int8" else 448
-            torch.testing.assert_close(of_head * most, expected.abs().amax(dim=1), rtol=1e-5, atol=0)
-            errors = (codes[block, offset, is_finite].double() * of_head[:, None] - expected).abs()
-            bounds = 0.501 * of_head[:, None].expand_as(errors)  # half of the step between codes
-            if kv_cache_dtype == "fp8":
-                bounds = torch.maximum(bounds * 2**-9, 1.001 * 2**-4 * expected.abs())
-            assert (errors <= bounds).all()
-    is_empty = torch.ones(32, dtype=torch.bool, device=DEVICE)
-    is_empty[slot_mapping[slot_mapping >= 0]] = False
-    assert not cache.keys.view(torch.uint8).flatten(0, 1)[is_empty].any()
+    return F.rms_norm(rows, (len(weight),), weight.double().cpu(), 1e-3).view(x.shape)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     first, second = x.double().chunk(2, dim=-1)
     c, s = table[:, None].double().chunk(2, dim=-1)
     return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+
+@pytest.mark.parametrize("kind", [Kind("torch"), Kind("torch", torch.bfloat16), *CPP_CACHES], ids=str)
+@settings(max_examples=num_examples(10, 60), deadline=None)
+@given(shape=heads_of([16, 48, 64, 80, 96, 256, 576]), seed=st.integers(0, 2**32))
+def test_rope_and_store_kv(kind: Kind, shape: Heads, seed: int) -> None:
+    """All code paths compute the same bits."""
+    results = check_rope_and_store_kv(kind, shape, seed)
+    if kind.is_cpp:
+        best = check_rope_and_store_kv(kind._replace(name=code_paths()[0]), shape, seed)
+        torch.testing.assert_close(results, best, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"),
+    [
+        pytest.param(dtype, kv_cache_dtype, marks=ALSO_ON_A_GPU)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for kv_cache_dtype in ("auto", "int8", "fp8")
+    ],
+    ids=str,
+)
+@settings(max_examples=num_examples(1, 15), deadline=None)
+@given(shape=heads_of([10, 16, 64, 80, 96, 256, 576]), seed=st.integers(0, 2**32))
+def test_rope_and_store_kv_in_triton(dtype: torch.dtype, kv_cache_dtype: str, shape: Heads, seed: int) -> None:
+    if kv_cache_dtype != "auto":  # norms are rounded before
+        shape = shape._replace(num_rows=6, norm="none", has_v_norm=False)
+    check_rope_and_store_kv(Kind("triton", dtype, kv_cache_dtype=kv_cache_dtype), shape, seed)
 
 
 GROUPS = [[KVShape(2, 64), KVShape(2, 64)], [KVShape(1, 512)], [KVShape(3, 16)]]  # the second is the largest

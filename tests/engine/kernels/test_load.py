@@ -99,16 +99,6 @@ def test_float8_needs_a_gpu() -> None:
         load_kernels(CPU, options)
 
 
-def test_what_stays_packed() -> None:
-    """No weights, if the settings ask for number formats other than the checkpoint's own."""
-    for quantization in ("none", "int8"):
-        if quantization == "none" or code_paths():
-            options = KernelOptions(torch.float32, quantization=quantization)
-            assert load_kernels(CPU, options).keep_packed == frozenset()
-    if code_paths():
-        assert {"Q4_1", "Q6_K"} <= load_kernels(CPU, KernelOptions(torch.float32)).keep_packed
-
-
 # On a GPU: what is said if Triton cannot compile its C module.
 
 

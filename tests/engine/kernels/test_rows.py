@@ -1,8 +1,4 @@
-"""Norms, activations and sums of all kernels: against float64, and batch invariance.
-
-The rotary embedding and the KV cache are tested with each kind of kernels, since they lay out their caches in their own
-ways.
-"""
+"""Norms, activations and sums of all kernels: against float64, and batch invariance."""
 
 import math
 from collections.abc import Callable

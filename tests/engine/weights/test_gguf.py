@@ -66,15 +66,22 @@ def every_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(path, {}, tensors, dict(zip(names, DEQUANTIZABLE, strict=True)))
 
 
-@pytest.mark.parametrize("gguf_chunk_size", [2**20, 2**13])
-def test_every_type(every_type: Path, gguf_chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("gguf_chunk_size", "in_inference_mode"), [(2**20, True), (2**13, False)])
+def test_every_type(
+    every_type: Path, gguf_chunk_size: int, in_inference_mode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine loads weights in inference mode."""
     monkeypatch.setattr(dequantization, "GGUF_CHUNK_SIZE", gguf_chunk_size)
     assert {Type.F32, Type.BF16, Type.Q6_K, Type.IQ2_XXS} <= set(DEQUANTIZABLE)
-    weights = dict(load_weights(every_type, CONFIG, torch.float32))
+    calls: list[tuple[int, ...]] = []
+    with torch.inference_mode(mode=in_inference_mode):
+        weights = dict(load_weights(every_type, CONFIG, torch.float32, lambda *progress: calls.append(progress)))
     assert len(weights) == len(DEQUANTIZABLE)
     for index, ggml_type in enumerate(DEQUANTIZABLE):
         tensor = weights[f"model.layers.{index}.mlp.up_proj.weight"]
         assert_same_bits(tensor, dequantize(random_bytes(ggml_type, index), ggml_type))
+    sizes = [random_bytes(ggml_type, 0).nbytes for ggml_type in DEQUANTIZABLE]
+    assert calls == [(sum(sizes[: index + 1]), sum(sizes)) for index in range(len(sizes))]
 
 
 @pytest.mark.parametrize(
@@ -88,16 +95,6 @@ def test_rounding(ggml_type: GGMLQuantizationType, dtype: torch.dtype, tmp_path:
     assert name == "lm_head.weight"
     assert isinstance(tensor, torch.Tensor)
     assert torch.equal(tensor, torch.from_numpy(dequantize(data, ggml_type)).to(dtype))
-
-
-@pytest.mark.parametrize("ggml_type", [Type.Q4_1, Type.Q5_1])  # unpacked here and in threads
-def test_inference_mode(ggml_type: GGMLQuantizationType, tmp_path: Path) -> None:
-    """The engine loads weights in inference mode."""
-    data = random_bytes(ggml_type, 1)
-    path = write_gguf(tmp_path / "w.gguf", {}, {"output.weight": data}, {"output.weight": ggml_type})
-    with torch.inference_mode():
-        ((_, tensor),) = load_weights(path, CONFIG, torch.float32)
-        assert_same_bits(tensor, dequantize(data, ggml_type))
 
 
 def test_the_log_says_what_unpacking_costs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,13 +157,6 @@ def test_a_model_in_several_files(tmp_path: Path) -> None:
     for layer, data in enumerate(tensors.values()):
         assert_same_bits(weights[f"model.layers.{layer}.mlp.up_proj.weight"], dequantize(data, Type.Q4_1))
     assert calls[-1] == (sum(data.nbytes for data in tensors.values()),) * 2
-
-
-def test_progress(every_type: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    list(load_weights(every_type, CONFIG, torch.bfloat16, lambda done, total: calls.append((done, total))))
-    sizes = [random_bytes(ggml_type, 0).nbytes for ggml_type in DEQUANTIZABLE]
-    assert calls == [(sum(sizes[: index + 1]), sum(sizes)) for index in range(len(sizes))]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from engine.config import (
     AttentionSpec,
@@ -136,42 +135,6 @@ def expert_weights(layout: WeightLayout, tensors: dict[str, Weight]) -> dict[str
     return {name.removeprefix(f"{LAYER}mlp.experts."): weight for name, weight in found.items()}
 
 
-@pytest.mark.parametrize("is_flat", [False, True], ids=["stacked", "flat"])
-def test_stacked_experts(is_flat: bool) -> None:
-    """As [E, M, K], or [E * M, K] of GGUF files; gate and up in one tensor or in two."""
-    gate, up, down = (random_tensor(s, NUM_EXPERTS, *shape) for s, shape in enumerate([(SIZE, 32)] * 2 + [(32, SIZE)]))
-
-    def stored(x: Tensor) -> Tensor:
-        return x.flatten(0, 1) if is_flat else x
-
-    fused = expert_weights(PLAIN, {"gate_up_proj": stored(torch.cat((gate, up), dim=1)), "down_proj": stored(down)})
-    apart = expert_weights(
-        PLAIN, {"gate_proj.weight": stored(gate), "up_proj.weight": stored(up), "down_proj.weight": stored(down)}
-    )
-    for found in (fused, apart):
-        assert len(found) == 3 * NUM_EXPERTS
-        for expert in range(NUM_EXPERTS):
-            for name, weights in (("gate", gate), ("up", up), ("down", down)):
-                assert torch.equal(found[f"{expert}.{name}_proj.weight"], weights[expert])
-
-
-def test_interleaved_experts() -> None:
-    """As in gpt-oss: [E, inputs, outputs], with the outputs of gate and up alternating, and their biases too."""
-    gate_up, down = random_tensor(1, NUM_EXPERTS, 32, 2 * SIZE), random_tensor(2, NUM_EXPERTS, SIZE, 32)
-    gate_up_bias, down_bias = random_tensor(3, NUM_EXPERTS, 2 * SIZE), random_tensor(4, NUM_EXPERTS, 32)
-    tensors: dict[str, Weight] = {"gate_up_proj": gate_up, "down_proj": down}
-    tensors |= {"gate_up_proj_bias": gate_up_bias, "down_proj_bias": down_bias}
-    found = expert_weights(WeightLayout(has_interleaved_experts=True), tensors)
-    for expert in range(NUM_EXPERTS):
-        for output in range(SIZE):
-            assert torch.equal(found[f"{expert}.gate_proj.weight"][output], gate_up[expert, :, 2 * output])
-            assert torch.equal(found[f"{expert}.up_proj.weight"][output], gate_up[expert, :, 2 * output + 1])
-            assert found["gate_proj.bias"][expert, output] == gate_up_bias[expert, 2 * output]
-            assert found["up_proj.bias"][expert, output] == gate_up_bias[expert, 2 * output + 1]
-        assert torch.equal(found[f"{expert}.down_proj.weight"], down[expert].T)
-    assert torch.equal(found["down_proj.bias"], down_bias)
-
-
 def test_packed_stacked_experts() -> None:
     packed = random_packed("Q4_0", NUM_EXPERTS * 2 * SIZE, 32, 1)
     found = expert_weights(PLAIN, {"gate_up_proj.weight": packed})
@@ -186,7 +149,6 @@ def test_packed_stacked_experts() -> None:
 
 
 def test_fused_rows_are_divided_and_those_that_rotate_reordered() -> None:
-    """Heads of latent keys and values follow each other in one matrix. Their rotated rows are the last ones."""
     q, k, v = (random_tensor(rows, rows, HIDDEN) for rows in (HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD))
     attention, layout = f"{LAYER}self_attn.", WeightLayout(is_interleaved=True)
     found = split(f"{attention}qkv_proj.weight", torch.cat((q, k, v)), layout=layout)
@@ -194,15 +156,6 @@ def test_fused_rows_are_divided_and_those_that_rotate_reordered() -> None:
     expected = [weight.view(-1, HEAD, HIDDEN)[:, rows].flatten(0, 1) for weight in (q, k)]
     for name, weight in zip("qkv", [*expected, v], strict=True):
         assert torch.equal(found[f"{attention}{name}_proj.weight"], weight)
-    weight, order = random_tensor(1, HEADS, 6 + 10, 16), [0, 2, 1, 3]
-    found = split(f"{attention}kv_b_proj.weight", weight.flatten(0, 1), LATENT)
-    assert torch.equal(found[f"{attention}k_b_proj.weight"], weight[:, :6].flatten(0, 1))
-    assert torch.equal(found[f"{attention}v_b_proj.weight"], weight[:, 6:].flatten(0, 1))
-    queries, compressed = random_tensor(2, HEADS, 10, HIDDEN), random_tensor(3, 20, HIDDEN)
-    (found_q,) = split(f"{attention}q_proj.weight", queries.flatten(0, 1), LATENT, layout).values()
-    assert torch.equal(found_q, torch.cat((queries[:, :6], queries[:, 6:][:, order]), dim=1).flatten(0, 1))
-    (found_kv,) = split(f"{attention}kv_a_proj_with_mqa.weight", compressed, LATENT, layout).values()
-    assert torch.equal(found_kv, torch.cat((compressed[:16], compressed[16:][order])))
 
 
 # Names, norms, and what is left out.

@@ -1,6 +1,5 @@
 """Quantised checkpoints: the numbers of each format, which weights stay packed, and what does not fit together."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,6 @@ from tests.support.quantized_files import (
     save_quantized_model,
     some_schemes,
 )
-
-
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, True)])
-def test_group_quantized(bits: int, symmetric: bool) -> None:
-    parts = [random_groups(bits, rows, 192, 64, seed=rows, symmetric=symmetric) for rows in (300, 7)]
-    weight = concatenate([part for part, _ in parts])
-    assert (weight.shape, weight.group_size, weight.type_name) == ((307, 192), 64, f"int{bits}")
-    assert weight.nbytes == 307 * 192 * bits // 8 + 307 * 3 * (2 if symmetric else 3)
-    numbers = torch.cat([numbers for _, numbers in parts])
-    assert torch.equal(weight.dequantize(torch.float32).double(), numbers)
-    assert torch.equal(weight.dequantize(torch.float16), numbers.half())
 
 
 def test_layouts() -> None:
@@ -90,14 +78,6 @@ def test_float8(num_rows: int) -> None:
         stacked = concatenate([weight, weight])
         assert torch.equal(stacked.dequantize(torch.float32), torch.cat([codes.float() * spread] * 2))
         assert stacked.shape == (2 * num_rows, 200)
-
-
-def test_packed_matrices_are_stacked() -> None:
-    parts = [PackedTensor("Q8_0", (rows, 32), np.full(34 * rows, rows, dtype=np.uint8)) for rows in (1, 2)]
-    both = concatenate(parts)
-    assert (both.type_name, both.shape) == ("Q8_0", (3, 32))
-    assert both.data.tolist() == [1] * 34 + [2] * 68
-    assert concatenate(parts[:1]) is parts[0]
 
 
 KEPT = frozenset({"int4", "int8", "float8"})
@@ -251,38 +231,6 @@ def load_packed(folder: Path, keep_packed: frozenset[str] = PACKED) -> dict[str,
     return dict(load_weights(folder, load_model_config(folder), torch.bfloat16, keep_packed=keep_packed))
 
 
-def test_packed_weights_need_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_quantized_model(tmp_path, SCHEMES["awq 4 bits of 128"], seed=1)
-    with caplog.at_level(logging.INFO):
-        weights = load_packed(tmp_path)
-    assert sum(isinstance(weight, GroupQuantized) for weight in weights.values()) == 14
-    assert caplog.messages == []
-
-
-@pytest.mark.parametrize(
-    ("name", "keep_packed", "line"),
-    [
-        (
-            "gptq 4 bits, act-order",
-            PACKED,
-            "14 of 14 quantised matrices are unpacked to bfloat16 (act-order or a short last group): 4.8 bits a weight "
-            "in the files become 16 in memory, 0 MiB become 0 MiB, unless",
-        ),
-        ("awq 4 bits of 128", frozenset(), "(int4 is not kept packed): 4.2 bits a weight in the files"),
-        ("float8 of blocks", PACKED, "(float8 is not kept packed): 8.0 bits a weight in the files"),
-    ],
-)
-def test_unpacked_weights(
-    name: str, keep_packed: frozenset[str], line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    save_quantized_model(tmp_path, SCHEMES[name], seed=1)
-    weights = load_packed(tmp_path, keep_packed)
-    assert {type(weight) for weight in weights.values()} == {torch.Tensor}
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert line in warnings[0]
-
-
 def with_changes(scheme: Scheme, change: Callable[[Tensors], Tensors]) -> Scheme:
     """Return a scheme whose layers have other tensors."""
 
@@ -293,16 +241,41 @@ def with_changes(scheme: Scheme, change: Callable[[Tensors], Tensors]) -> Scheme
     return Scheme(scheme.config, layer)
 
 
-def test_scales_of_activations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    static = float8_scheme(FP8 | {"activation_scheme": "static", "weight_block_size": None}, "tensor", "weight_scale")
-    scheme = with_changes(static, lambda tensors: tensors | {"k_scale": torch.ones(1)})
+STATIC = with_changes(
+    float8_scheme(FP8 | {"activation_scheme": "static", "weight_block_size": None}, "tensor", "weight_scale"),
+    lambda tensors: tensors | {"k_scale": torch.ones(1)},
+)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "keep_packed", "level", "line"),
+    [
+        (SCHEMES["awq 4 bits of 128"], PACKED, "", ""),
+        (
+            SCHEMES["gptq 4 bits, act-order"],
+            *(PACKED, "WARNING"),
+            "14 of 14 quantised matrices are unpacked to bfloat16 (act-order or a short last group): 4.8 bits a weight "
+            "in the files become 16 in memory, 0 MiB become 0 MiB, unless",
+        ),
+        (SCHEMES["awq 4 bits of 128"], frozenset(), "WARNING", "(int4 is not kept packed): 4.2 bits a weight in the"),
+        (SCHEMES["float8 of blocks"], PACKED, "WARNING", "(float8 is not kept packed): 8.0 bits a weight in the files"),
+        (
+            *(STATIC, {"float8"}, "INFO"),
+            "activations are not quantised, though the checkpoint was made for it; 28 scales of activations and of the "
+            "KV cache are not used",
+        ),
+    ],
+)
+def test_what_the_log_says(
+    scheme: Scheme, keep_packed: set[str], level: str, line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     save_quantized_model(tmp_path, scheme, seed=1)
-    with caplog.at_level(logging.INFO):
-        load_packed(tmp_path, frozenset({"float8"}))
-    assert caplog.messages == [
-        "activations are not quantised, though the checkpoint was made for it; 28 scales of activations and of the KV "
-        "cache are not used"
-    ]
+    weights = load_packed(tmp_path, frozenset(keep_packed))
+    packed = [not isinstance(weight, Tensor) for weight in weights.values()]
+    assert sum(packed) == (0 if level == "WARNING" else 14)
+    found = [record.message for record in caplog.records if record.levelname == level or not line]
+    assert [line in message for message in found] == [True] * bool(line)
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,6 @@ def test_as_transformers_wrote_it(tied: bool, max_shard_size: str, tmp_path: Pat
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
-    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.embed_tokens.weight"]
-    save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
-    kept = load(tmp_path, tied=True)
-    assert list(kept) == ["model.embed_tokens.weight"]
-    kept = load(tmp_path)
-    assert sorted(kept) == ["lm_head.weight", "model.embed_tokens.weight"]
-
-
 def test_rounding_and_progress(tmp_path: Path) -> None:
     expected = save_model(tmp_path, max_shard_size="20KB")
     calls: list[tuple[int, int]] = []

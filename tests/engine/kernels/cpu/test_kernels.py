@@ -41,8 +41,14 @@ from tests.support.tensors import ACTIVATIONS, random_tensor
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 each_code_path = pytest.mark.parametrize("code_path", code_paths())
-best_code_path = pytest.mark.parametrize("code_path", code_paths()[:1])
 FORMATS_OF_PATHS = list(itertools.product(FORMATS, code_paths()))
+
+
+@pytest.fixture(params=code_paths()[:1])
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    """Return those of the best code path."""
+    return make_kernels(request.param, options=KernelOptions(torch.float32, num_lora_slots=1, max_lora_rank=2))
+
 
 ROUNDING = 1e-6  # of a sum in float32, relative to the sum of the absolute values
 
@@ -173,10 +179,8 @@ def test_groups_with_zero_points(code_path: str) -> None:
     assert_product(out, rounded_input("q8_0", x), numbers)
 
 
-@best_code_path
-def test_a_part_that_is_not_packed(code_path: str) -> None:
+def test_a_part_that_is_not_packed(kernels: CpuKernels) -> None:
     """All parts are then computed in the dtype of the kernels."""
-    kernels = make_kernels(code_path)
     packed, plain = random_packed("Q5_1", 40, 64, 1), random_tensor(2, 20, 64)
     matrix = kernels.pack([packed, plain])
     assert [part.format.name for part in matrix.parts] == ["float32"]
@@ -207,10 +211,8 @@ def test_largest_codes(type_name: str, code_path: str) -> None:
     assert_product(out, rounded_input("q8_0", x), numbers_of(packed).double())
 
 
-@best_code_path
-def test_temporaries_of_one_shape_and_two_types(code_path: str) -> None:
+def test_temporaries_of_one_shape_and_two_types(kernels: CpuKernels) -> None:
     """A quantised input of 64 numbers has 96 bytes, and the other product writes 96 results to the same buffer."""
-    kernels = make_kernels(code_path)
     quantised, first, second = (
         kernels.linear(kernels.pack([weight]))
         for weight in (random_weight("q8_0", 40, 64, seed=1)[0], random_tensor(2, 40, 64), random_tensor(3, 96, 64))
@@ -282,12 +284,10 @@ def test_weights_that_are_not_finite_show(name: str, value: float, code_path: st
     assert not embedding[33].isfinite().all()
 
 
-@best_code_path
-def test_all_exponents_of_mxfp4(code_path: str) -> None:
+def test_all_exponents_of_mxfp4(kernels: CpuKernels) -> None:
     data = random_packed("MXFP4", 256, 32, seed=1).data.reshape(256, 17).copy()
     data[:, 0] = range(256)
     packed = PackedTensor("MXFP4", (256, 32), data.reshape(-1))
-    kernels = make_kernels(code_path)
     matrix = kernels.pack([packed])
     embedding = Rows(kernels, [], lambda rows: kernels.embed(rows, matrix), max_rows=256)(range(256))
     assert torch.equal(embedding, numbers_of(packed))
@@ -339,7 +339,6 @@ def calls_of(rows: Rows) -> list[str]:
     return [name.split("_q")[0] for name in rows.program.names if name != "gather"]
 
 
-@best_code_path
 @pytest.mark.parametrize(
     ("names", "calls"),
     [
@@ -348,9 +347,8 @@ def calls_of(rows: Rows) -> list[str]:
         (("q8_0", "q8_0", "float32"), ["rms_norm", "linear", "linear", "linear_float32"]),
     ],
 )
-def test_one_input_for_several_readers(names: tuple[str, ...], calls: list[str] | None, code_path: str) -> None:
+def test_one_input_for_several_readers(names: tuple[str, ...], calls: list[str] | None, kernels: CpuKernels) -> None:
     """A norm prepares its rows once for products of one form, and keeps its numbers for other readers."""
-    kernels = make_kernels(code_path)
     norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
     products = [new_linear(kernels, name, 20, 96, seed) for seed, name in enumerate(names)]
 
@@ -372,10 +370,8 @@ def test_one_input_for_several_readers(names: tuple[str, ...], calls: list[str] 
     assert recorded.program.parameters[1].output is None or "float32" in names
 
 
-@best_code_path
-def test_products_of_columns(code_path: str) -> None:
+def test_products_of_columns(kernels: CpuKernels) -> None:
     """Each product reads its own columns of one result."""
-    kernels = make_kernels(code_path)
     norm, x = random_tensor(0, 192), random_tensor(1, 9, 192)
     linear = new_linear(kernels, "q4_0", 20, 96, seed=2)
     normed = Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, norm, 1e-5))(range(9))
@@ -388,11 +384,9 @@ def test_products_of_columns(code_path: str) -> None:
     assert torch.equal(Rows(kernels, [x], halves)(range(9)), left + right)
 
 
-@best_code_path
 @pytest.mark.parametrize("is_read_before", [False, True])
-def test_products_of_what_outlives_temporaries(is_read_before: bool, code_path: str) -> None:
+def test_products_of_what_outlives_temporaries(is_read_before: bool, kernels: CpuKernels) -> None:
     """A product in one context reads what was made before it, although others reused the memory in between."""
-    kernels = make_kernels(code_path)
     norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
     first, second = (new_linear(kernels, "q4_0", 96, 96, seed) for seed in (2, 3))
 
@@ -410,11 +404,9 @@ def test_products_of_what_outlives_temporaries(is_read_before: bool, code_path: 
     assert torch.equal(Rows(kernels, [x], operation)(range(9)), alone(range(9)))
 
 
-@best_code_path
 @pytest.mark.parametrize("change", ["linear", "rms_norm", "add", "scale", "lora"])
-def test_products_of_what_changes(change: str, code_path: str) -> None:
+def test_products_of_what_changes(change: str, kernels: CpuKernels) -> None:
     """A product reads what its input holds by then, not what an earlier product read."""
-    kernels = make_kernels(code_path, options=KernelOptions(torch.float32, num_lora_slots=1, max_lora_rank=2))
     ones, x, y = torch.ones(96), random_tensor(1, 9, 96), random_tensor(2, 9, 96)
     linear = new_linear(kernels, "q4_0", 96, 96, seed=2)
     lora = kernels.new_lora_weights([96], 96)
@@ -445,15 +437,6 @@ def test_products_of_what_changes(change: str, code_path: str) -> None:
 
 
 # Rows.
-
-
-@best_code_path
-def test_scaled_embeddings(code_path: str) -> None:
-    kernels = make_kernels(code_path)
-    weight = random_tensor(0, 40, 100)
-    matrix = kernels.pack([weight])
-    embed = Rows(kernels, [], lambda rows: kernels.embed(rows, matrix, 25.5))
-    assert torch.equal(embed([39, 0, 7]), weight[[39, 0, 7]] * 25.5)
 
 
 def test_rows_on_all_code_paths() -> None:

@@ -38,7 +38,8 @@ lazy_memory._huge_pages = lambda num_bytes: torch.zeros(num_bytes, dtype=torch.u
 lazy_memory.ARENA_BYTES = 0
 processor.available_code_paths = lambda: {names}
 kernel_choice.build = lambda code_path: Path(library_path)
-files = ["cpu/test_kernels.py", "cpu/test_attention.py", "test_rows.py", "test_experts.py", "test_lora.py"]
+files = ["cpu/test_kernels.py"]
+files += [f"test_{{subject}}.py" for subject in ("attention", "kv_cache", "rows", "experts", "lora")]
 paths = ["tests/engine/kernels/" + name for name in files] + ["tests/engine/sampling/test_sampler.py"]
 sys.exit(pytest.main(["-q", "-o", "cache_dir={folder}", "-k", "{chosen}", *paths]))
 """
@@ -49,7 +50,7 @@ sys.exit(pytest.main(["-q", "-o", "cache_dir={folder}", "-k", "{chosen}", *paths
 @pytest.mark.parametrize("code_path", dict.fromkeys(code_paths()[:1] + code_paths()[-1:]))
 def test_no_operation_leaves_its_buffers(code_path: str, tmp_path: Path) -> None:
     names = [code_path] if code_path in ("avx2", "avx512") else [code_path, "avx512"]  # the sampler has these two
-    chosen = f"({code_path} or test_sampler) and not (test_attention_does_not or test_blocks_that_left)"
+    chosen = f"({code_path} or test_sampler) and not (test_it_does_not or test_what_lies_before)"
     code = RUN.format(code_path=code_path, folder=tmp_path, names=names, chosen=chosen)
     done = run_sanitized(code, sanitized_library(code_path))
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-6000:])

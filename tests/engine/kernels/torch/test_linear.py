@@ -99,21 +99,3 @@ def test_another_order_of_additions_is_found_although_rounding_hides_it(monkeypa
     assert kernels.deterministic
     linear(random_tensor(1, 1, 24, dtype=torch.bfloat16))
     assert nums_of_rows[-1] >= 3
-
-
-def test_linear_adds_to_the_residual(kernels: TorchKernels) -> None:
-    weight, bias = random_tensor(0, 100, 64, dtype=kernels.dtype) / 8, random_tensor(1, 100, dtype=kernels.dtype)
-    x, residual = random_tensor(2, 9, 64, dtype=kernels.dtype), random_tensor(3, 9, 100, dtype=kernels.dtype)
-    x_before, linear = x.clone(), kernels.linear(weight, bias)
-    total = residual + linear(x)
-    assert linear(x, residual) is residual
-    assert torch.equal(residual, total)
-    assert torch.equal(x, x_before)
-
-
-def test_pack_and_embed(kernels: TorchKernels) -> None:
-    """Weights are stacked vertically, and their rows are embeddings."""
-    parts = [random_tensor(0, 5, 24, dtype=kernels.dtype), random_tensor(1, 7, 24, dtype=kernels.dtype)]
-    token_ids = torch.tensor([11, 0, 5, 4, 4])
-    assert torch.equal(kernels.embed(token_ids, kernels.pack(parts)), torch.cat(parts)[token_ids])
-    assert torch.equal(kernels.gather(parts[1], token_ids[1:2]), parts[1][:1])

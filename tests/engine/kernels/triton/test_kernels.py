@@ -1,4 +1,4 @@
-"""A small model on the Triton kernels, in Triton's interpreter: against PEFT, and batch invariance.
+"""A small model on the Triton kernels, in Triton's interpreter: batch invariance.
 
 tests/parity/test_model_families.py compares whole models with transformers.
 """

@@ -1,9 +1,9 @@
 """Products in Triton, of plain and packed weights: against `gguf` and float64, and batch invariance."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -25,23 +25,21 @@ from engine.kernels.triton.tiles import (
     LinearTile,
     LinearTiles,
     Tiles,
-    tiles_for,
 )
 from engine.weights import Float8Tensor, Weight
 from tests.support.examples import num_examples, star
 from tests.support.kernel_device import (
     ALSO_ON_A_GPU,
-    CAPABILITY,
     DEVICE,
     HAS_FLOAT8,
     IS_INTERPRETED,
     PRODUCT_DTYPES,
     TOLERANCES,
-    assert_close,
     random_tensor,
     tiles_and_dtypes,
 )
 from tests.support.packed_weights import inputs_of, numbers_of, random_groups, random_packed, rounded_to_int8
+from tests.support.quantized_files import float8
 
 pytestmark = ALSO_ON_A_GPU
 TABLES = {"smallest": SMALLEST, "9.0": TABLE[9, 0]}
@@ -165,36 +163,10 @@ def test_tiles_of_all_cards(tiles: Tiles, dtype: torch.dtype) -> None:
             assert torch.equal(product(x[some]), whole[some]), f"{num_rows} rows"
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("dtype", "splits"), [(PRODUCT_DTYPES[-1], 1), (torch.float16, 3)])
-def test_all_tiles_give_the_same_bits(dtype: torch.dtype, splits: int) -> None:
-    """Those of all cards that add up in steps of 64 inputs; on a GPU those that it has."""
-    tables = [table for tiles in TABLE.values() for table in (tiles.linear, tiles.packed_linear)]
-    tables = tables if IS_INTERPRETED else [tiles_for(CAPABILITY, torch.float16).linear]
-    tiles = {replace(tile, num_warps=4, num_stages=2) for table in tables if table.inputs == 64 for tile in table.tiles}
-    assert len(tiles) > 3
-    x, weight = random_tensor(1, 70, 300, dtype=dtype), random_tensor(2, 140, 300, dtype=dtype)
-    bias = random_tensor(3, 140, dtype=dtype)
-    results = []
-    for tile in tiles:
-        for programs in (0, 10**6):
-            results.append(torch.empty(70, 140, dtype=dtype, device=DEVICE))
-            linear(x, weight, bias, LinearTiles(64, programs, ((1, tile),), splits), results[-1])
-    assert all(torch.equal(result, results[0]) for result in results)
-    assert_close(results[0], x.double() @ weight.double().T + bias.double())
-
-
 def float8_weights(num_outputs: int, num_inputs: int, scales: str, seed: int) -> tuple[Float8Tensor, Tensor]:
     """Return weights in float8, and their numbers in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randn((num_outputs, num_inputs), generator=generator).to(torch.float8_e4m3fn)
-    blocks = (-(-num_outputs // 128), -(-num_inputs // 128))
-    shape = {"tensor": (), "channel": (num_outputs, 1), "block": blocks}[scales]
-    factors = torch.rand(shape, generator=generator) + 0.5
-    spread = factors
-    if scales == "block":
-        spread = factors.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)[:num_outputs, :num_inputs]
-    return Float8Tensor.from_scales(codes, factors), codes.double() * spread.double()
+    tensors, numbers = float8(np.random.default_rng(seed), num_outputs, num_inputs, scales, "scales")
+    return Float8Tensor.from_scales(tensors["weight"], tensors["scales"]), torch.from_numpy(numbers).double()
 
 
 def assert_products(matrix: PackedMatrix, numbers: Tensor, tiles: LinearTiles, dtype: torch.dtype, seed: int) -> None:

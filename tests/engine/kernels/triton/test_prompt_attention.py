@@ -20,6 +20,8 @@ from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.kv_cache import new_kv_cache
 from engine.kernels.triton.prompt_attention import plan_prompts, unsupported_reason
 from tests.engine.kernels.triton.test_waits import Waits
+from tests.support.kernel_device import ON_A_GPU
+from tests.support.kernel_kinds import Kind
 from tests.support.outputs import all_logits, greedy_outputs
 from tests.support.paged_attention import Paged, Shape, batch_of
 from tests.support.tiny_models import SHAPE, save_random_model
@@ -72,11 +74,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 
 def paged(seq_lens: list[int], window: int | None = None, num_kv_heads: int = 2) -> Paged:
-    def kernels(options: KernelOptions, device: torch.device) -> TritonKernels:
-        return TritonKernels(dataclasses.replace(options, batch_invariant=False), device)
-
-    shape = Shape(num_kv_heads, 2, 16, 16, window, torch.float32)
-    return Paged(shape, seq_lens, SEED, kernels=kernels)
+    return Paged(Kind("triton"), Shape(num_kv_heads, 2, 16, 16, window), seq_lens, SEED, batch_invariant=False)
 
 
 def assert_right(paged: Paged, spans: list[tuple[int, int, int]]) -> None:
@@ -149,6 +147,26 @@ def test_nothing_waits_for_the_device(library: Library) -> None:
             prompt_attention.prompt_attention(q, some.cache, plan, tables, 1.0)
     assert waits.found == []
     assert library.calls == [([9, 9], [40, 9])]
+
+
+@pytest.mark.parametrize("most_gathered", [2**28, 2**20], ids=["all heads", "one at a time"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=ON_A_GPU) for dtype in (torch.bfloat16, torch.float16)])
+def test_same_as_triton(
+    dtype: torch.dtype, window: int | None, most_gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding rows, a whole prompt, and chunks after cached tokens: the last row must see the last key."""
+    monkeypatch.setattr(prompt_attention, "MAX_GATHERED_BYTES", most_gathered)
+    kind, shape, seq_lens = Kind("triton", dtype), Shape(2, 4, 128, 32, window), [700, 33, 300, 1000, 90]
+    options: dict[str, Any] = {"head_dims": frozenset({128})}
+    expected, found = (Paged(kind, shape, seq_lens, SEED, batch_invariant=some, **options) for some in (True, False))
+    assert not expected.kernels.uses_flash_attention
+    assert found.kernels.uses_flash_attention
+    spans = [(0, 699, 700), (1, 32, 33), (2, 0, 300), (3, 800, 1000), (4, 87, 90)]
+    expected_out, out = (torch.cat(some.attend(spans)) for some in (expected, found))
+    torch.testing.assert_close(out, expected_out, rtol=2e-2, atol=2e-2)
+    assert not torch.equal(out, expected_out)
+    assert torch.equal(out[:2], expected_out[:2])
 
 
 @pytest.mark.parametrize("window", [None, 11])

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig
@@ -117,22 +117,6 @@ def test_launches_and_memory_of_a_step(settings: Settings) -> None:
     assert taken + CUDA_CONTEXT_BYTES <= model.card.memory_bytes
 
 
-@pytest.mark.long
-def test_launches_of_a_layer() -> None:
-    """No kernel is launched more often than the model's code says, but for the parts of one that is split."""
-    counts = step_of(CASES["prefill"]).counts()
-    expected = {"linear": 4 * 32 + 1, "norm": 2 * 32 + 1, "rope_and_store_kv": 32, "attend": 32, "act_and_mul": 32}
-    assert {name: counts[name] for name in expected} == expected
-
-
-@pytest.mark.long
-def test_launches_of_experts() -> None:
-    """Two products of experts in a layer, however many experts there are."""
-    counts = step_of(Case([Sequence(1024)] * 8, 0, 0.0, Settings("gpt-oss-20b"))).counts()
-    expected = {"route": 24, "sort_pairs": 24, "expert_linear": 48, "combine": 24, "attend": 24, "act_and_mul": 24}
-    assert {name: counts[name] for name in expected} == expected
-
-
 @pytest.mark.parametrize(("size", "peak_mib"), [(1, 2.6), (64, 82.8), (256, 87.4)])
 @pytest.mark.long
 def test_launches_beside_and_in_a_graph(size: int, peak_mib: float) -> None:
@@ -142,6 +126,14 @@ def test_launches_beside_and_in_a_graph(size: int, peak_mib: float) -> None:
     assert len(graph.launches) == 324
     assert graph.peak_bytes / MIB == pytest.approx(peak_mib, abs=0.06)
     assert graph.peak_bytes < GPU_RESERVE
+
+
+@pytest.mark.long
+def test_launches_of_experts() -> None:
+    """Two products of experts in a layer, however many experts there are."""
+    counts = step_of(Case([Sequence(1024)] * 8, 0, 0.0, Settings("gpt-oss-20b"))).counts()
+    expected = {"route": 24, "sort_pairs": 24, "expert_linear": 48, "combine": 24, "attend": 24, "act_and_mul": 24}
+    assert {name: counts[name] for name in expected} == expected
 
 
 @pytest.mark.long
@@ -221,20 +213,10 @@ def test_rows_of_the_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     runner = loaded.runner
     monkeypatch.setattr(runner.kernels, "warm_up_rows", frozenset({3, 8, 9, 40, 500}))
-    rows: list[int] = []
-    logits: list[int] = []
-    compute_logits = runner.execution.compute_logits
-
-    def forward(step: Any, clock: Any) -> Any:
-        rows.append(step.num_tokens)
-        return type(runner).forward(runner, step, clock)
-
-    def computing(some: torch.Tensor) -> torch.Tensor:
-        logits.append(len(some))
-        return compute_logits(some)
-
+    forward, compute_logits = Mock(wraps=runner.forward), Mock(wraps=runner.execution.compute_logits)
     monkeypatch.setattr(runner, "forward", forward)
-    monkeypatch.setattr(runner.execution, "compute_logits", computing)
+    monkeypatch.setattr(runner.execution, "compute_logits", compute_logits)
     warm_up(Engine(EngineConfig(model_path="", speculative="off"), loaded), 64)
+    rows = [call.args[0].num_tokens for call in forward.call_args_list]
     assert rows == [3, 8, 9, 40, 62, 62, 1]  # the last request generates a second token
-    assert logits == [1] * 7 + [3, 8]
+    assert [len(call.args[0]) for call in compute_logits.call_args_list] == [1] * 7 + [3, 8]

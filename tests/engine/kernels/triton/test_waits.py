@@ -7,10 +7,8 @@ numbers, and what copies to a device in the simple way. What the interpreter of 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,11 +21,8 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.sampling import logprobs
-from engine.scheduling.record import StepClock
-from engine.scheduling.request import BlockTable, Scheduled, Step
-from engine.shared.messages import ExtraSamplers, Pooling, SamplingParams, Submit
-from tests.engine.sampling.test_sampler import make_row
-from tests.support.tiny_models import SHAPE, VOCAB_SIZE, save_random_model
+from engine.shared.messages import ExtraSamplers, Pooling, ReasoningLimit, SamplingParams, Submit
+from tests.support.tiny_models import SHAPE, save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
 pytestmark = pytest.mark.long
@@ -133,6 +128,8 @@ EVERY = [
     ANY(logit_bias={3: 2.0, 5: -100.0}, min_tokens=3, stop_token_ids=[7]),
     ANY(logprobs=3),
     ANY(logprobs=3, post_sampling_probs=True),
+    ANY(logprobs=0, logprob_token_ids=(1, 2)),
+    ANY(reasoning_limit=ReasoningLimit(start_id=1, end_id=2, max_tokens=1, is_open=True)),  # a mask
     SOME(temperature=0.0, prompt_logprobs=2),
     ANY(allowed_token_ids=[3, 4, 5, 6]),
     ANY(bad_words=[(3,), (4, 5)], logit_bias={2: 1.0}, min_tokens=2),
@@ -150,35 +147,6 @@ def test_nothing_waits(loaded: LoadedModel, waits: Waits, chosen: Sequence[Sampl
     with watched(loaded, waits):
         run(loaded, chosen)
     assert not waits.found
-
-
-def test_sampling_64_streams_does_not_wait(loaded: LoadedModel, waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all settings for which the sampler has kernels, log probabilities, and a mask for every other row."""
-    settings: dict[str, Any] = {
-        "temperature": 0.8,
-        "min_p": 0.01,
-        "logit_bias": {3: 2.0},
-        "min_tokens": 3,
-        "logprobs": 5,
-    }
-    settings |= {"repetition_penalty": 1.1, "frequency_penalty": 0.1, "presence_penalty": 0.2, "stop_token_ids": (7,)}
-    settings |= {"bad_words": ((3,), (4, 5)), "logprobs": 5}
-    others: list[dict[str, Any]] = [{"logprob_token_ids": (1, 2)}, {"post_sampling_probs": True}, {"temperature": 0.0}]
-    others += [{"logprobs": 0}, {"top_k": 40, "top_p": 0.9}, *[{}] * 59]
-    rows = [make_row(seed=seed, **settings | other) for seed, other in enumerate(others)]
-    for row in rows:
-        row.request.kv.tables = [BlockTable()]
-    step = Step(0, [Scheduled(row.request, start=0, num_tokens=1, num_samples=1) for row in rows])
-    runner = copy(loaded.runner)
-    monkeypatch.setattr(runner, "execution", Mock(compute_logits=lambda rows: torch.randn(len(rows), VOCAB_SIZE)))
-    monkeypatch.setattr("engine.runner.step_masks", lambda step: {row: bytes([0x55]) * 99 for row in range(0, 64, 2)})
-    batch = runner.builder.build(step)
-    with waits:
-        outputs = runner.sample(step, batch, StepClock())
-    assert not waits.found
-    found = outputs.read()
-    assert [len(output.logprobs[0].top_token_ids) for output in found if output.logprobs] == [2, 5, 5, 0, *[5] * 60]
-    assert all(output.token_ids[0] % 2 == 0 for output in found[::2])
 
 
 def test_mirostat_waits(loaded: LoadedModel, waits: Waits) -> None:
