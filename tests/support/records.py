@@ -1,9 +1,11 @@
 """Records of a fake engine."""
 
+from typing import Any
+
 from engine.shared.records import StepInfo, StepRow
 
 
-def example_step(step_id: int = 7, tenants: tuple[str, ...] = ("",)) -> StepInfo:
+def example_step(step_id: int = 7, tenants: tuple[str, ...] = ("",), **others: Any) -> StepInfo:
     """Return a step with a row of each tenant, whose requests are called `of-` and its name."""
     rows = [
         StepRow(
@@ -20,6 +22,5 @@ def example_step(step_id: int = 7, tenants: tuple[str, ...] = ("",)) -> StepInfo
         )
         for number, tenant in enumerate(tenants)
     ]
-    return StepInfo(
-        step_id, started=1.0, seconds={"forward": 0.5}, rows=rows, num_running=2, num_waiting=1, num_blocks_used=3
-    )
+    fields: dict[str, Any] = {"started": 1.0, "seconds": {"forward": 0.5}, "num_running": 2, "num_waiting": 1}
+    return StepInfo(step_id, rows=rows, **fields | {"num_blocks_used": 3} | others)

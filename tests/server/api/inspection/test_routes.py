@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import count, pairwise
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,14 @@ from hypothesis import strategies as st
 
 from engine.scheduling.record import RequestRecord
 from engine.shared.messages import Submit
-from engine.shared.records import Chunk, InspectionProblem, Prefix, PrefixResult, ReadSteps, RequestDetail, StepInfo
+from engine.shared.records import Chunk, InspectionProblem, Prefix, PrefixResult, ReadSteps, RequestDetail
 from server.api.inspection import routes
-from server.api.inspection.access import RecordAccess
 from server.api.inspection.events import INTERVAL, MAX_READERS_EACH
 from server.api.inspection.inspect import MAX_POSITIONS
-from server.api.inspection.schemas import StepView, Trace, TraceInfo
+from server.api.inspection.schemas import Trace, TraceInfo
 from server.api.inspection.trace import MAX_QUESTIONS, STEPS_AT_A_TIME
 from server.api.inspection.trace_events import TraceBuilder
-from server.api.inspection.views import stages, step_view
+from server.api.inspection.views import stages
 from server.generation.timings import stage_spans
 from tests.server.conftest import StartServer
 from tests.support.chrome_trace import check_trace, requests_in, slices_named, tracks
@@ -46,35 +45,31 @@ def auth(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
+def fields_of(headers: Fields) -> Fields:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
 def get(server: RunningServer, path: str, key: str = "", **headers: str) -> httpx.Response:
-    fields = auth(key) | {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=fields)
+    return httpx.get(f"{server.url}/lightwell/v1/{path}", headers=auth(key) | fields_of(headers))
 
 
-def data(server: RunningServer, path: str, key: str = "") -> list[dict[str, Any]]:
-    response = get(server, path, key)
-    assert response.status_code == 200, response.text
-    entries: list[dict[str, Any]] = response.json()["data"]
-    return entries
+def data(server: RunningServer, path: str, key: str = "") -> Any:
+    return get(server, path, key).raise_for_status().json()["data"]
 
 
 @pytest.fixture
-def streams() -> Iterator[list[httpx.Response]]:
-    """Streams that are closed at the end."""
-    opened: list[httpx.Response] = []
-    yield opened
-    for stream in opened:
-        stream.close()
+def streams() -> Iterator[ExitStack]:
+    """What closes streams at the end."""
+    with ExitStack() as stack:
+        yield stack
 
 
-def start(server: RunningServer, streams: list[httpx.Response], name: str, key: str = "", **fields: Any) -> None:
+def start(server: RunningServer, streams: ExitStack, name: str, key: str = "", **fields: Any) -> None:
     """Start a stream with the x-request-id `name`, and wait until the engine has it."""
     server.engine.config.endless, server.engine.config.step_seconds = True, 0.01
-    num_choices = server.engine.num_choices
-    headers = {"x-request-id": name} | auth(key)
-    client = httpx.Client(timeout=20)
-    request = client.build_request("POST", server.url + COMPLETIONS, json=REQUEST | fields, headers=headers)
-    streams.append(client.send(request, stream=True))
+    num_choices, headers = server.engine.num_choices, {"x-request-id": name} | auth(key)
+    url, body = server.url + COMPLETIONS, REQUEST | fields
+    streams.enter_context(httpx.stream("POST", url, json=body, headers=headers, timeout=20))
     wait_until(lambda: server.engine.num_choices > num_choices)
 
 
@@ -93,7 +88,7 @@ def test_a_step(server: RunningServer, fake_engine: FakeEngine) -> None:
     assert step == {"id": 7, "seconds": {"forward": 0.5}, "rows": [row], **counts}
 
 
-def test_requests(server: RunningServer, streams: list[httpx.Response]) -> None:
+def test_requests(server: RunningServer, streams: ExitStack) -> None:
     start(server, streams, "mine", n=2)
     choices = data(server, "requests")
     for number, choice in enumerate(choices):
@@ -115,9 +110,8 @@ SEEN: list[tuple[str, list[str | None]]]
 SEEN = [("key-a", ["key-1", None]), ("key-b", [None, "key-2"]), ("root", ["key-1", "key-2"])]
 
 
-def test_what_a_client_sees(keyed: RunningServer, streams: list[httpx.Response]) -> None:
-    step = msgspec.structs.replace(example_step(tenants=("key-1", "key-2")), started=time.monotonic())
-    keyed.engine.config.steps = [step]
+def test_what_a_client_sees(keyed: RunningServer, streams: ExitStack) -> None:
+    keyed.engine.config.steps = [example_step(tenants=("key-1", "key-2"), started=time.monotonic())]
     for name, key in (("one", "key-a"), ("two", "key-b"), ("same", "key-a"), ("same", "key-b")):
         start(keyed, streams, name, key)
     for key, names in SEEN:
@@ -133,13 +127,9 @@ def test_what_a_client_sees(keyed: RunningServer, streams: list[httpx.Response])
         assert (whole["args"]["choices"], whole["args"]["generated_tokens"]) == (2, 4)
         for path in ("steps", "requests", "trace"):
             assert [name in get(keyed, path, key).text for name in ("key-1", "key-2")] == [*map(bool, names)]
-    for path, key, expected in (
-        ("requests?key=key-2", "root", ["same", "two"]),
-        ("requests?key=key-2", "key-a", []),
-        ("requests?key=key-1", "key-a", ["one", "same"]),
-        ("requests?key=nobody", "root", []),
-    ):
-        assert sorted(choice["other_ids"][0] for choice in data(keyed, path, key)) == expected
+    found = {("key-2", "root"): ["same", "two"], ("key-2", "key-a"): [], ("key-1", "key-a"): ["one", "same"]}
+    for (name, key), expected in (found | {("nobody", "root"): []}).items():
+        assert sorted(choice["other_ids"][0] for choice in data(keyed, f"requests?key={name}", key)) == expected
     ids = [get(keyed, "requests/same", key).json()["id"] for key in ("key-a", "key-b")]
     assert get(keyed, f"requests/{ids[1]}", "root").json()["id"] == ids[1] != ids[0]
     for path in ("requests/two", f"requests/{ids[1]}", "requests/two/trace"):
@@ -165,7 +155,7 @@ def test_the_queue(keyed: RunningServer, threads: ThreadPoolExecutor) -> None:
     keyed.engine.resume()
 
 
-def test_blocks(keyed: RunningServer, streams: list[httpx.Response]) -> None:
+def test_blocks(keyed: RunningServer, streams: ExitStack) -> None:
     for name, key in (("one", "key-a"), ("two", "key-b")):
         start(keyed, streams, name, key)
     ids = {choice["key"]: choice["id"] for choice in data(keyed, "requests", "root")}
@@ -183,7 +173,7 @@ def test_blocks(keyed: RunningServer, streams: list[httpx.Response]) -> None:
     assert [get(keyed, f"blocks?start={n}&limit=2", "root").json()["has_more"] for n in (1, 2)] == [True, False]
 
 
-def test_without_keys_there_are_none_to_filter_by(server: RunningServer, streams: list[httpx.Response]) -> None:
+def test_without_keys_there_are_none_to_filter_by(server: RunningServer, streams: ExitStack) -> None:
     start(server, streams, "mine")
     assert data(server, "requests?key=127.0.0.1") == []
     assert "127.0.0.1" not in get(server, "requests").text
@@ -220,17 +210,10 @@ def test_large_answers_count_in_the_memory_limit(start_server: StartServer, fake
 
 def test_answers_are_made_in_threads(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that other requests are served meanwhile."""
-    threads: list[str] = []
-
-    def noted(access: RecordAccess, step: StepInfo) -> StepView:
-        threads.append(threading.current_thread().name)
-        return step_view(access, step)
-
-    monkeypatch.setattr(routes, "step_view", noted)
+    monkeypatch.setattr(routes, "step_view", lambda *_: threading.current_thread().name)
     server.engine.config.steps = [example_step()]
-    data(server, "steps")
-    assert len(threads) == 1
-    assert threads != ["server"]  # the thread of the event loop
+    (thread,) = data(server, "steps")
+    assert thread != "server"  # the thread of the event loop
 
 
 # Traces.
@@ -238,16 +221,12 @@ def test_answers_are_made_in_threads(server: RunningServer, monkeypatch: pytest.
 
 def record_steps(engine: FakeEngine, num_steps: int, started: float) -> None:
     """Record steps that begin a millisecond after each other."""
-    engine.config.steps = [
-        msgspec.structs.replace(example_step(number), started=started + number / 1000, seconds={"forward": 0.001})
-        for number in range(1, num_steps + 1)
-    ]
+    steps = (example_step(n, started=started + n / 1000, seconds={"forward": 0.001}) for n in range(1, num_steps + 1))
+    engine.config.steps = list(steps)
 
 
 def read(server: RunningServer, path: str, key: str = "") -> dict[str, Any]:
-    response = get(server, path, key)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
+    answer: dict[str, Any] = get(server, path, key).raise_for_status().json()
     check_trace(answer)
     return answer
 
@@ -256,17 +235,26 @@ def steps_in(trace: dict[str, Any]) -> list[int]:
     return [event["args"]["id"] for event in slices_named(trace, "step")]
 
 
-def test_the_last_seconds(server: RunningServer, fake_engine: FakeEngine, streams: list[httpx.Response]) -> None:
+def test_traces(server: RunningServer, fake_engine: FakeEngine, streams: ExitStack) -> None:
+    """Of the last seconds, and of a request."""
     record_steps(fake_engine, 3, time.monotonic() - 100)
-    fake_engine.config.steps += [msgspec.structs.replace(example_step(4), started=time.monotonic() - 1)]
-    start(server, streams, "mine")
-    for path, expected in (("trace?seconds=60", [4]), ("trace?seconds=600", [1, 2, 3, 4])):
+    for name in ("one", "two"):
+        start(server, streams, name)
+    fake_engine.config.steps += [example_step(4, started=time.monotonic())]
+    expected = {"trace?seconds=60": ([4], 2), "trace?seconds=600": ([1, 2, 3, 4], 2), "requests/one/trace": ([4], 1)}
+    for path, (steps, num_requests) in expected.items():
         trace = read(server, path)
-        assert steps_in(trace) == expected
-        ((whole, *_),) = requests_in(trace)
-        assert whole["args"]["state"] in ("waiting", "running")
+        assert steps_in(trace) == steps
+        assert [slices[0]["args"]["state"] for slices in requests_in(trace)] == ["running"] * num_requests
         assert trace["otherData"] == {"engine": f"{server.context.created}-0", "is_complete": True}
         assert trace["displayTimeUnit"] == "ms"
+    ((whole, *parts),) = requests_in(trace)
+    (choice,) = get(server, "requests/one").json()["choices"]
+    assert (whole["args"]["id"], whole["args"]["model"]) == (choice["id"], "tiny")
+    assert whole["dur"] <= 1e6 * choice["wall_s"]
+    assert whole["ts"] == pytest.approx(1e6 * choice["arrival"], abs=2)
+    assert sum(part["dur"] for part in parts if part["name"] != "chunk") == whole["dur"]
+    check_error(get(server, "requests/three/trace"), 404)
 
 
 def test_more_steps_than_fit_into_one_answer(server: RunningServer, fake_engine: FakeEngine) -> None:
@@ -281,24 +269,11 @@ def test_more_steps_than_fit_into_one_answer(server: RunningServer, fake_engine:
     assert not trace["otherData"]["is_complete"]
 
 
-def test_the_trace_of_a_request(server: RunningServer, fake_engine: FakeEngine, streams: list[httpx.Response]) -> None:
-    record_steps(fake_engine, 3, time.monotonic() - 100)
-    for name in ("one", "two"):
-        start(server, streams, name)
-    fake_engine.config.steps += [msgspec.structs.replace(example_step(4), started=time.monotonic())]
-    trace = read(server, "requests/one/trace")
-    ((whole, *parts),) = requests_in(trace)
-    (choice,) = get(server, "requests/one").json()["choices"]
-    assert steps_in(trace) == [4]
-    assert whole["args"]["id"] == choice["id"]
-    assert whole["args"]["model"] == "tiny"
-    assert whole["dur"] <= 1e6 * choice["wall_s"]
-    assert whole["ts"] == pytest.approx(1e6 * choice["arrival"], abs=2)
-    assert sum(part["dur"] for part in parts if part["name"] != "chunk") == whole["dur"]
-    check_error(get(server, "requests/three/trace"), 404)
-
-
 # Inspections. What they show is tested with the real engine.
+
+
+A: dict[str, Any] = {"token_id": 97, "token": "a"}
+B: dict[str, Any] = {"token_id": 98, "token": "b"}
 
 
 def inspect(server: RunningServer, key: str = "", **body: Any) -> httpx.Response:
@@ -308,13 +283,12 @@ def inspect(server: RunningServer, key: str = "", **body: Any) -> httpx.Response
 def test_an_inspection_of_a_prompt(server: RunningServer) -> None:
     response = inspect(server, prompt="ab", layer=1, head=0)
     assert response.status_code == 200, response.text
-    lens = [{"token_id": 97, "token": "a", "logprob": -0.5}]
     norms = {"residual_norm": 1.0, "attention_norm": 2.0, "mlp_norm": 3.0}
-    layer = {"lens": lens, **norms, "heads": [[[0, 0.75]]], "experts": None}
+    layer = {"lens": [A | {"logprob": -0.5}], **norms, "heads": [[[0, 0.75]]], "experts": None}
     assert response.json() == {
         **{"id": None, "model": "tiny", "num_layers": 2, "num_heads": 1, "num_experts": 0},
         **{"num_prompt_tokens": 2, "num_tokens": 2, "start": 1, "end": 2},
-        "tokens": [{"token_id": 97, "token": "a"}, {"token_id": 98, "token": "b"}],
+        "tokens": [A, B],
         "positions": [{"position": 1, "layers": [layer, layer], "next": None, "recomputed": None, "is_equal": None}],
         "attention": {"layer": 1, "head": 0, "rows": [[0.75, 0.25]]},
         **{"sampling": None, "is_equal": None},
@@ -322,20 +296,17 @@ def test_an_inspection_of_a_prompt(server: RunningServer) -> None:
     assert inspect(server, prompt=[97, 98]).json()["tokens"] == response.json()["tokens"]
 
 
-def test_an_inspection_of_a_request(server: RunningServer, streams: list[httpx.Response]) -> None:
+def test_an_inspection_of_a_request(server: RunningServer, streams: ExitStack) -> None:
     start(server, streams, "mine", prompt="ab")
     body = inspect(server, id="mine").json()
     assert body["id"].startswith("cmpl-")
     (position,) = body["positions"]
-    b = {"token_id": 98, "token": "b"}
-    assert (position["next"], position["recomputed"], position["is_equal"], body["is_equal"]) == (b, b, True, True)
+    assert (position["next"], position["recomputed"], position["is_equal"], body["is_equal"]) == (B, B, True, True)
     assert body["attention"] is None
-    a = {"token_id": 97, "token": "a", "logprob": -0.5}
+    a, noise = A | {"logprob": -0.5}, [B | {"logit": 1.5, "noise": 0.5}]
     logits = {"name": "logits", "num_tokens": 3, "num_removed": 0, "top": [a], "removed": []}
-    top_k = {"name": "top_k", "num_tokens": 1, "num_removed": 2, "top": [b | {"logprob": 0.0}], "removed": [a]}
-    noise = [b | {"logit": 1.5, "noise": 0.5}]
-    sampling = {"position": 1, "stages": [logits, top_k], "noise": noise, "recomputed": b, "sent": b}
-    assert body["sampling"] == sampling
+    top_k = {"name": "top_k", "num_tokens": 1, "num_removed": 2, "top": [B | {"logprob": 0.0}], "removed": [a]}
+    assert body["sampling"] == {"position": 1, "stages": [logits, top_k], "noise": noise, "recomputed": B, "sent": B}
 
 
 PROBLEMS = {
@@ -353,22 +324,21 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", InspectionProblem)
 def test_problems_of_inspections(server: RunningServer, problem: InspectionProblem) -> None:
     server.engine.config.inspection_problem = problem
-    response = inspect(server, id="a", end=9)
-    error = check_error(response, PROBLEMS[problem][0])
-    assert error["code"] == PROBLEMS[problem][1]
+    response, (status, code) = inspect(server, id="a", end=9), PROBLEMS[problem]
+    error = check_error(response, status)
+    assert (error["code"], "retry-after" in response.headers) == (code, status in (429, 503))
     if problem is InspectionProblem.OUT_OF_RANGE:
         assert "of 3 positions, expected 0 <= start < end <= 3" in error["message"]
         assert f"at most {MAX_POSITIONS} positions" in error["message"]
-    assert ("retry-after" in response.headers) == (response.status_code in (429, 503))
 
 
-def test_inspections_need_the_key_of_the_request(keyed: RunningServer, streams: list[httpx.Response]) -> None:
+def test_inspections_need_the_key_of_the_request(keyed: RunningServer, streams: ExitStack) -> None:
     start(keyed, streams, "mine", "key-a")
     for key, status in (("", 401), ("key-b", 404), ("key-a", 200), ("root", 200)):
         assert inspect(keyed, key, id="mine").status_code == status
 
 
-def test_positions_count_as_tokens(start_server: StartServer, streams: list[httpx.Response], tmp_path: Path) -> None:
+def test_positions_count_as_tokens(start_server: StartServer, streams: ExitStack, tmp_path: Path) -> None:
     server = start_server(api_keys_file=str(write_keys_file(tmp_path, tokens_per_day=8)))
 
     def usage(key: str) -> int:
@@ -475,20 +445,18 @@ KEPT = 3  # steps of an engine with a small record
 @contextmanager
 def following(server: RunningServer, **headers: str) -> Iterator[Iterator[Event]]:
     """Yield the ids and the data of the events as they come."""
-    fields = {name.replace("_", "-"): value for name, value in headers.items()}
-    with httpx.stream("GET", server.url + PATH, headers=fields, timeout=20) as response:
-        assert response.status_code == 200
+    with httpx.stream("GET", server.url + PATH, headers=fields_of(headers), timeout=20) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         yield _parse(response.iter_lines())
 
 
 def _parse(lines: Iterator[str]) -> Iterator[Event]:
     event_id = ""
-    for line in lines:
-        if line.startswith("id: "):
-            event_id = line.removeprefix("id: ")
-        elif line.startswith("data: "):
-            yield event_id.strip(), json.loads(line.removeprefix("data: "))
+    for name, _, value in (line.partition(": ") for line in lines):
+        if name == "id":
+            event_id = value.strip()
+        elif name == "data":
+            yield event_id, json.loads(value)
 
 
 def run_step(server: RunningServer, engine: FakeEngine, step_id: int, tenants: tuple[str, ...] = ("",)) -> None:
@@ -533,17 +501,14 @@ def test_going_on_after_an_event(server: RunningServer, fake_engine: FakeEngine)
 def test_a_reader_that_stalls_is_told_what_it_has_lost(server: RunningServer, fake_engine: FakeEngine) -> None:
     """Nothing is stored for it: once the connection is full, the engine is not asked until the client reads on."""
 
-    def num_questions() -> int:
-        return sum(isinstance(message, ReadSteps) for message in list(fake_engine.received))
-
     def run_large_steps(num_steps: int) -> int:
         """Return how often the engine has been asked meanwhile."""
-        num_asked = num_questions()
+        num_before = len(fake_engine.received)
         for _ in range(num_steps):
             run_step(server, fake_engine, next(step_ids), tenants=("",) * 4000)
             fake_engine.config.steps = fake_engine.config.steps[-KEPT:]
             server.turn(2 * INTERVAL)
-        return num_questions() - num_asked
+        return sum(isinstance(message, ReadSteps) for message in fake_engine.received[num_before:])
 
     step_ids = count(1)
     with socket.socket() as connection:
@@ -556,21 +521,14 @@ def test_a_reader_that_stalls_is_told_what_it_has_lost(server: RunningServer, fa
         assert run_large_steps(2 * KEPT) == 0
         connection.settimeout(60)
         with connection.makefile("rb") as stream:
-            events = _parse(line.decode() for line in stream)
-            check_gaps(events, last=fake_engine.config.steps[-1].step_id)
-
-
-def check_gaps(events: Iterator[Event], last: int) -> None:
-    """Check that all steps until the last one are there or counted as lost, and that some are lost."""
-    position, num_lost = 0, 0
-    while position < last:
-        event = next(events)
-        assert ids(event)[0] == position + event[1]["num_lost"] + 1
-        num_lost += event[1]["num_lost"]
-        position = ids(event)[-1]
-        assert event[0].endswith(f"-{position}")
-    assert position == last
-    assert num_lost >= KEPT
+            events, position, num_lost = _parse(line.decode() for line in stream), 0, 0
+            while position < fake_engine.config.steps[-1].step_id:  # those before are there or counted as lost
+                event = next(events)
+                assert ids(event)[0] == position + event[1]["num_lost"] + 1
+                num_lost += event[1]["num_lost"]
+                position = ids(event)[-1]
+                assert event[0].endswith(f"-{position}")
+            assert num_lost >= KEPT
 
 
 def test_an_idle_engine_is_not_asked(server: RunningServer, fake_engine: FakeEngine) -> None:
@@ -591,20 +549,20 @@ def test_a_stream_follows_the_keys_file(start_server: StartServer, fake_engine: 
     file = tmp_path / "keys.yaml"
     own, other = (hashlib.sha256(key.encode()).hexdigest() for key in ("key-b", "key-c"))
 
-    def write(server: RunningServer | None, **fields: object) -> None:
+    def write(**fields: object) -> None:
         file.write_text(json.dumps({"team": {"keys": [other, own], **fields}}))
-        if server is not None:
-            server.context.api_keys.reload()
 
-    write(None, admin=True)
+    write(admin=True)
     server = start_server(api_key=("key-a",), api_keys_file=str(file))
     with following(server, authorization="Bearer key-b") as events:
         run_step(server, fake_engine, 1, tenants=("key-1", "team"))
         assert shown(next(events)) == ["of-key-1", "of-team"]
-        write(server)
+        write()
+        server.context.api_keys.reload()
         run_step(server, fake_engine, 2, tenants=("key-1", "team"))
         assert shown(next(events)) == [None, "of-team"]
-        write(server, keys=other)
+        write(keys=other)
+        server.context.api_keys.reload()
         assert [event[1]["error"]["code"] for event in events] == ["invalid_api_key"]
     wait_until(lambda: not server.context.num_step_readers)
 
@@ -614,12 +572,11 @@ def shown(event: Event) -> list[str | None]:
 
 
 def test_the_number_of_streams_is_limited(server: RunningServer) -> None:
-    with httpx.Client() as client:
-        opened = [client.send(client.build_request("GET", server.url + PATH), stream=True) for _ in range(8)]
-        assert len(opened) == MAX_READERS_EACH == num_readers(server)
+    with ExitStack() as opened:
+        for _ in range(MAX_READERS_EACH):
+            opened.enter_context(following(server))
+        assert num_readers(server) == MAX_READERS_EACH
         assert check_error(httpx.get(server.url + PATH), 429)["code"] == "rate_limit_exceeded"
-        for response in opened:
-            response.close()
     wait_until(lambda: not server.context.num_step_readers)
     with following(server):
         assert num_readers(server) == 1
@@ -643,38 +600,27 @@ def built(trace: TraceBuilder) -> dict[str, Any]:
     """Return a trace as a client gets it."""
     whole = Trace(trace_events=trace.events, other_data=TraceInfo(engine="e", is_complete=True))
     answer: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))
+    check_trace(answer)
     return answer
 
 
-def detail_of(chunks: tuple[Chunk, ...] = ()) -> RequestDetail:
+def detail_of(*chunks: Chunk) -> RequestDetail:
     return RequestDetail(chunks=list(chunks), prefix=Prefix(result=PrefixResult.NEW, num_reusable_tokens=0))
-
-
-def is_running(record: RequestRecord) -> bool:
-    return len(record.preemptions) == len(record.resumptions)
 
 
 @st.composite
 def lives(draw: st.DrawFn) -> tuple[RequestRecord, float]:
     """A choice that is queued, scheduled, and then preempted and resumed in turn, and the time when it is read."""
-    durations = draw(st.lists(st.floats(0, 100), min_size=1, max_size=12))
-    has_first_token = draw(st.integers(0, 12))
-    times = [1.0]
-    for duration in durations:
-        times.append(times[-1] + duration)
-    record = RequestRecord("r-0", 0, arrival=1.0, queued=times[1], num_prompt_tokens=5)
-    for number, moment in enumerate(times[2:]):
-        if number == 0:
-            record.scheduled = moment
-        elif number >= has_first_token and record.first_token is None and is_running(record):
-            record.first_token = moment
-        elif is_running(record):
-            record.preemptions.append(moment)
-        else:
-            record.resumptions.append(moment)
-    if draw(st.booleans()) and is_running(record):
-        record.finished = times[-1]
-    return record, times[-1]
+    durations, num_pauses = draw(st.lists(st.floats(0, 100), min_size=1, max_size=12)), draw(st.integers(0, 5))
+    arrival, queued, *later = accumulate(durations, initial=1.0)
+    now = later[-1] if later else queued
+    record = RequestRecord("r-0", 0, arrival=arrival, queued=queued, num_prompt_tokens=5)
+    record.scheduled = later.pop(0) if later else None
+    record.first_token = later.pop(2 * num_pauses) if 2 * num_pauses < len(later) else None
+    record.preemptions, record.resumptions = later[::2], later[1::2]
+    if draw(st.booleans()) and len(later) % 2 == 0:
+        record.finished = now
+    return record, now
 
 
 @given(life=lives(), chunk_steps=st.lists(st.tuples(st.floats(0, 50), st.floats(0.001, 50)), max_size=5))
@@ -688,17 +634,14 @@ def test_the_slices_of_a_choice(life: tuple[RequestRecord, float], chunk_steps: 
     sums = {name: sum(span.end - span.start for span in spans if span.name == name) for name in STAGES}
     expected = stages(times, now)
     assert sums == pytest.approx({name: getattr(expected, name) for name in STAGES}, abs=1e-6)
-    if record.finished is None and record.preemptions and not is_running(record):
+    if len(record.preemptions) > len(record.resumptions):
         assert expected.preempted >= now - record.preemptions[-1] - 1e-9
-    trace = TraceBuilder(OFFSET)
-    at = 0.0
-    for number, (pause, seconds) in enumerate(chunk_steps):
-        at += pause
-        trace.add_steps([step(number + 1, at, {"forward": seconds})])
-    chunks = tuple(Chunk(number + 1, 4 * number, 4) for number in range(len(chunk_steps)))
-    trace.add_choice("r 0.0", times, detail_of(chunks), now, {"id": "r"})
+    trace, begins = TraceBuilder(OFFSET), accumulate(pause for pause, _ in chunk_steps)
+    for number, (at, (_, seconds)) in enumerate(zip(begins, chunk_steps, strict=True)):
+        trace.add_steps([example_step(number, started=at, seconds={"forward": seconds})])
+    chunks = [Chunk(number, 4 * number, 4) for number in range(len(chunk_steps))]
+    trace.add_choice("r 0.0", times, detail_of(*chunks), now, {"id": "r"})
     answer = built(trace)
-    check_trace(answer)
     wall = round(1e6 * (now + OFFSET)) - round(1e6 * (record.arrival + OFFSET))
     if wall == 0:
         assert requests_in(answer) == []
@@ -711,13 +654,9 @@ def test_the_slices_of_a_choice(life: tuple[RequestRecord, float], chunk_steps: 
         assert any(stage["ts"] <= chunk["ts"] and end <= stage["ts"] + stage["dur"] for stage in computing)
 
 
-def step(step_id: int, started: float, seconds: dict[str, float], tenants: tuple[str, ...] = ()) -> StepInfo:
-    return msgspec.structs.replace(example_step(step_id, tenants), started=started, seconds=seconds)
-
-
 def test_what_a_step_computed() -> None:
     trace = TraceBuilder(OFFSET)
-    trace.add_steps([step(7, 2.0, {"schedule": 0.001, "forward": 0.5}, tenants=("a", "b"))])
+    trace.add_steps([example_step(7, ("a", "b"), started=2.0, seconds={"schedule": 0.001, "forward": 0.5})])
     answer = built(trace)
     whole, first, second = tracks(answer)[1, 1]
     assert (whole["ts"], whole["dur"]) == (1_700_000_002_000_000, 501_000)
@@ -733,11 +672,9 @@ def test_steps_that_overlap_have_tracks_of_their_own() -> None:
     """The parts fill their step, though none of them takes whole microseconds."""
     trace = TraceBuilder(OFFSET)
     parts = {"schedule": 1.4e-6, "forward": 0.15, "wait": 1.4e-6, "update": 1.4e-6}
-    trace.add_steps(step(number, 0.1 * number, parts) for number in range(1, 6))
-    answer = built(trace)
-    check_trace(answer)
+    trace.add_steps(example_step(number, started=0.1 * number, seconds=parts) for number in range(1, 6))
     found = {}
-    for track, slices in tracks(answer).items():
+    for track, slices in tracks(built(trace)).items():
         wholes = [event for event in slices if event["name"] == "step"]
         assert 2 * sum(event["dur"] for event in wholes) == sum(event["dur"] for event in slices)
         found[track] = [event["args"]["id"] for event in wholes]
@@ -746,10 +683,9 @@ def test_steps_that_overlap_have_tracks_of_their_own() -> None:
 
 def test_a_prompt_in_two_chunks() -> None:
     trace = TraceBuilder(OFFSET)
-    trace.add_steps([step(1, 3.0, {"forward": 1.0}), step(2, 4.0, {"forward": 1.0, "update": 1.0})])
+    trace.add_steps(example_step(n, started=2.0 + n, seconds={"forward": 1.0, "update": n - 1.0}) for n in (1, 2))
     record = RequestRecord("r-0", 0, arrival=1.0, queued=2.0, num_prompt_tokens=9, scheduled=3.25, first_token=5.5)
-    detail = detail_of((Chunk(1, 0, 8), Chunk(2, 8, 1), Chunk(99, 9, 1)))
-    trace.add_choice("r 0.0", record.times(), detail, 8.0, {})
+    trace.add_choice("r 0.0", record.times(), detail_of(Chunk(1, 0, 8), Chunk(2, 8, 1), Chunk(99, 9, 1)), 8.0, {})
     ((_, *parts),) = requests_in(built(trace))
     second = 1_000_000
     assert [(part["name"], part["ts"] - 1_700_000_000 * second, part["dur"]) for part in parts] == [
