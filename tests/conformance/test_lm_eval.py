@@ -1,7 +1,7 @@
 """lm-eval scores the served model and transformers with the same weights: all log probabilities agree.
 
-Its completions client sends token ids with `echo` and `logprobs`, several prompts per request and several requests at a
-time.
+Its completions client has the server tokenize, and sends token ids with `echo` and `logprobs`, several prompts per
+request and several requests at a time.
 """
 
 import json
@@ -72,10 +72,10 @@ def loglikelihoods(samples: list[dict[str, Any]]) -> list[list[Any]]:
     return [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 
-def test_the_same_as_transformers(smollm2_path: Path, exported: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+def test_the_same_as_transformers(smollm2_path: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     flags = ("--quantization=none", "--dtype=float32", "--max-model-len=1024", "--kv-cache-memory=64MiB")
     with running_server(smollm2_path, *flags) as server:
-        asked = {"model": MODEL, "base_url": server.url + COMPLETIONS, "tokenizer": exported}
+        asked: dict[str, Any] = {"model": MODEL, "base_url": server.url + COMPLETIONS, "tokenizer_backend": "remote"}
         asked |= {"num_concurrent": 2, "max_length": MAX_LENGTH + 2}  # its windows are two tokens shorter
         found = evaluate(tmp_path, "local-completions", **asked)
         assert server.metric("lightwell_unknown_parameters_total") == 0

@@ -8,31 +8,20 @@ import pytest
 
 from server.api.model_route import COMMENT_SECONDS, MAX_HELD_SECONDS
 from server.models.manager import IDLE_POLL_SECONDS
-from tests.server.api.dialects import Reader
+from tests.server.api.dialects import DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, TOKENIZE, Reader
+from tests.server.api.test_contract import ACTING, RERANK
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MINIMAL, OLLAMA_GENERATE, RESPONSES, ask
 from tests.support.fake_engine import make_adapter
 from tests.support.serving import check_error, wait_until
 from tests.support.several_models import SeveralModels, several_models, unload
 
-STREAMS = {
-    COMPLETIONS: "data: [DONE]",
-    CHAT: "data: [DONE]",
-    RESPONSES: "event: response.completed",
-    ANTHROPIC: "event: message_stop",
-}
-
-
-def body_of(path: str, **fields: Any) -> dict[str, Any]:
-    return MINIMAL[path] | {"model": "one", "stream": True} | fields
-
-
-def stream(server: SeveralModels, path: str, **fields: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json=body_of(path, **fields))
+STREAMS = dict.fromkeys((COMPLETIONS, CHAT), "data: [DONE]")
+STREAMS |= {RESPONSES: "event: response.completed", ANTHROPIC: "event: message_stop"}
 
 
 def reader_with_comment(server: SeveralModels, path: str) -> Reader:
     """Return the reader of a stream that has waited for its model until the status and a comment were sent."""
-    reader = Reader(server.url + path, "POST", body_of(path))
+    reader = Reader(server.url + path, "POST", MINIMAL[path] | {"model": "one", "stream": True})
     wait_until(lambda: server.slots[0].num_users == 1)
     for seconds in (0, MAX_HELD_SECONDS):  # the timer is set when the loop has nothing more to do
         server.turn(seconds)
@@ -51,7 +40,7 @@ def test_a_stream_has_comments_while_its_model_is_loaded(model_folder: Path) -> 
             server.supervisor.configs[0].never_ready = False
             assert end in reader.join()
             wait_until(lambda: server.slots[0].num_users == 0)
-            again = stream(server, path)  # as from a model that is loaded
+            again = ask(server.url, path, model="one", stream=True)  # as from a model that is loaded
             assert (": loading" in again.text, end in again.text) == (False, True)
             unload(server, "one")
 
@@ -71,9 +60,9 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"response_format": {"type": "x"}}, "response_format"),
     (COMPLETIONS, {"n": 2, "best_of": 1}, "best_of"),  # each is valid, but not both
     *((COMPLETIONS, {"queue_timeout": value}, "queue_timeout") for value in (-3, 0, True, "3")),
-    ("/v1/embeddings", {"input": {}}, "input"),
-    ("/v1/rerank", {"query": "a"}, "documents"),
-    ("/tokenize", {"prompt": 1}, "prompt"),
+    (EMBEDDINGS, {"input": {}}, "input"),
+    (RERANK, {"query": "a"}, "documents"),
+    (TOKENIZE, {"prompt": 1}, "prompt"),
     (OLLAMA_GENERATE, {"options": 1}, "options"),
 ]
 
@@ -92,43 +81,39 @@ def test_an_invalid_request_loads_nothing(model_folder: Path) -> None:
 def test_a_short_load_leaves_the_status_to_the_answer(model_folder: Path) -> None:
     with several_models(model_folder) as server:
         for path in STREAMS:
-            assert ": loading" not in stream(server, path).text
-            assert stream(server, path, temperature=99).status_code == 400
+            assert ": loading" not in ask(server.url, path, model="one", stream=True).text
+            assert ask(server.url, path, model="one", stream=True, temperature=99).status_code == 400
             unload(server, "one")
 
 
-NO_NAME: list[tuple[str, dict[str, Any]]] = [
-    ("/tokenize", {"prompt": "Hi"}),
-    ("/detokenize", {"tokens": [72]}),
-    ("/v1/responses/input_tokens", {"input": "Hi"}),
-]
+def ask_without_name(server: SeveralModels, path: str) -> httpx.Response:
+    return ask(server.url, path, **ACTING[path][1] | {"model": ...})
 
 
 def test_the_only_model_is_loaded_if_a_request_names_none(model_folder: Path) -> None:
     models: tuple[dict[str, Any], ...] = ({"lora_modules": ("dialect=/adapters/dialect",)},)
     engines = {"adapters": [make_adapter("dialect")], "max_loras": 1}
     with several_models(model_folder, models=models, engines=engines) as server:
-        for path, body in NO_NAME:
-            answer = httpx.post(server.url + path, json=body, timeout=60)
-            assert answer.status_code == 200, answer.text
+        for path in (TOKENIZE, DETOKENIZE, INPUT_TOKENS):
+            assert ask_without_name(server, path).status_code == 200
             unload(server, "one")
 
 
 def test_a_request_must_name_one_of_several_models(model_folder: Path) -> None:
     with several_models(model_folder) as server:
-        others = [("/v1/embeddings", {"input": "Hi"}), ("/v1/rerank", {"query": "Hi", "documents": ["a"]})]
-        for path, body in [*NO_NAME, *others]:
-            assert "model" in check_error(httpx.post(server.url + path, json=body), 400)["message"]
+        for path in (TOKENIZE, DETOKENIZE, INPUT_TOKENS, EMBEDDINGS, RERANK):
+            assert "model" in check_error(ask_without_name(server, path), 400)["message"]
         assert server.supervisor.orders == []
 
 
-def test_a_replayed_request_waits_for_its_model(model_folder: Path) -> None:
+def test_a_replay_and_an_inspection_wait_for_their_own_model(model_folder: Path) -> None:
     with several_models(model_folder, record_requests=4) as server:
-        request_id = server.complete("two").json()["id"]
-        unload(server, "two")
-        answer = httpx.post(f"{server.url}/v1/requests/{request_id}/replay", timeout=60)
-        assert answer.status_code == 200, answer.text
-        assert server.states == {"one": "unloaded", "two": "loaded"}
+        request_id, inspected = server.complete("two").json()["id"], {"model": "two", "prompt": "Hi"}
+        for path, body in ((f"/v1/requests/{request_id}/replay", None), ("/lightwell/v1/inspect", inspected)):
+            unload(server, "two")
+            answer = httpx.post(server.url + path, json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            assert server.states == {"one": "unloaded", "two": "loaded"}
 
 
 @pytest.mark.parametrize(
@@ -148,20 +133,11 @@ def test_a_keep_alive_without_effect_is_not_kept(model_folder: Path, body: dict[
         assert len(server.supervisor.orders) == 1  # it has not been unloaded meanwhile
 
 
-def test_an_inspection_needs_only_its_own_model(model_folder: Path) -> None:
-    with several_models(model_folder) as server:
-        body = {"model": "two", "prompt": "Hi"}
-        answer = httpx.post(server.url + "/lightwell/v1/inspect", json=body, timeout=60)
-        assert answer.status_code == 200, answer.text
-        assert server.states == {"one": "unloaded", "two": "loaded"}
-
-
 def test_each_engine_has_its_own_id(model_folder: Path) -> None:
     with several_models(model_folder, in_processes=True) as server:
-        ids = []
+        ids = set()
         for name in ("one", "two", "one"):
             server.complete(name)
-            ids.append(httpx.get(server.url + "/lightwell/v1/engine", params={"model": name}).json()["engine"])
-            if name == "one":
-                unload(server, name)
-        assert len(set(ids)) == 3
+            ids.add(httpx.get(f"{server.url}/lightwell/v1/engine?model={name}").json()["engine"])
+            unload(server, name)
+        assert len(ids) == 3
