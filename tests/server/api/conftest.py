@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import tokenizers
-from anthropic import Anthropic
 from tokenizers.processors import TemplateProcessing
 
 from tests.support.clients import shared_server
@@ -37,13 +36,18 @@ def write_fim_model(folder: Path) -> None:
 
 # Kind -> what writes its model, settings of the server, and fields of the fake engine's configuration.
 KINDS: dict[str, tuple[Callable[[Path], object], dict[str, Any], dict[str, Any]]] = {
+    # Tools and reasoning, with tags as plain text and as control tokens.
     "plain": (partial(write_tool_model, special_tags=False), {}, {}),
     "tools": (partial(write_tool_model, special_tags=True), {}, {"vocab_size": 263}),
+    # The harmony format, with markers as plain text and as control tokens.
     "harmony_plain": (partial(write_harmony_model, special_markers=False), {}, {"vocab_size": 266}),
     "harmony_tools": (partial(write_harmony_model, special_markers=True), {}, {"vocab_size": 266}),
+    # Fill-in-the-middle tokens, and a BOS token before each text.
     "fim": (write_fim_model, {}, {"vocab_size": 263}),
     "strict": (write_tiny_model, {"strict": True}, {}),
+    # Only for the keys of two clients and of an admin.
     "keyed": (write_tiny_model, {"api_key": ("key-a", "key-b"), "admin_key": "root"}, {}),
+    # Two adapters and room for a third.
     "adapted": (write_tiny_model, {"allow_runtime_lora_updating": True}, {"adapters": [SQL, CHESS], "max_loras": 3}),
 }
 Servers = Callable[[str], RunningServer]
@@ -74,16 +78,14 @@ def of_kind(servers: Servers) -> Iterator[Servers]:
         server.reset()
 
 
-@pytest.fixture
-def plain(of_kind: Servers) -> RunningServer:
-    """Tools and reasoning, with tags as plain text."""
-    return of_kind("plain")
+def fixture_of(kind: str) -> Any:
+    """Make a fixture with the name of a kind: its server."""
+    return pytest.fixture(name=kind)(lambda of_kind: of_kind(kind))
 
 
-@pytest.fixture
-def tools(of_kind: Servers) -> RunningServer:
-    """Tools and reasoning, with tags as control tokens."""
-    return of_kind("tools")
+plain, tools, harmony_tools, fim, strict, keyed, adapted = map(
+    fixture_of, ("plain", "tools", "harmony_tools", "fim", "strict", "keyed", "adapted")
+)
 
 
 @pytest.fixture(params=["plain", "tools"])
@@ -93,27 +95,6 @@ def model(of_kind: Servers, request: pytest.FixtureRequest) -> RunningServer:
 
 
 @pytest.fixture
-def strict(of_kind: Servers) -> RunningServer:
-    return of_kind("strict")
-
-
-@pytest.fixture
-def keyed(of_kind: Servers) -> RunningServer:
-    """Only for the keys `key-a` and `key-b` of two clients, and `root` of an admin."""
-    return of_kind("keyed")
-
-
-@pytest.fixture
-def adapted(of_kind: Servers) -> RunningServer:
-    """With two adapters and room for a third."""
-    return of_kind("adapted")
-
-
-@pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor() as threads:
         yield threads
-
-
-def anthropic_client(server: RunningServer) -> Anthropic:
-    return Anthropic(base_url=server.url, api_key="none", max_retries=0, _strict_response_validation=True)

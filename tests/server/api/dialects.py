@@ -16,7 +16,7 @@ EMBEDDINGS, TOKENIZE, DETOKENIZE = "/v1/embeddings", "/tokenize", "/detokenize"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 WARNINGS = "x-lightwell-warnings"
 REPLY = "Hello, world!"  # of the fake engine
-RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+RESPONSE_EVENTS: TypeAdapter[Any] = TypeAdapter(list[ResponseStreamEvent])
 
 
 def ask_events(url: str, path: str, **fields: Any) -> list[dict[str, Any]]:
@@ -36,14 +36,11 @@ def parse(path: str, text: str) -> list[dict[str, Any]]:
         return parse_events(text)
     *events, rest = text.split("\n\n")
     assert rest == ""
-    parsed = []
-    for event in events:
-        name, data = event.split("\n")
-        parsed.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {parsed[-1]['type']}"
-        if path == RESPONSES:
-            RESPONSE_EVENT.validate_python(parsed[-1])
+    named = [event.split("\ndata: ") for event in events]
+    parsed = [json.loads(data) for _, data in named]
+    assert [name for name, _ in named] == [f"event: {event['type']}" for event in parsed]
     if path == RESPONSES:
+        RESPONSE_EVENTS.validate_python(parsed)
         assert [event["sequence_number"] for event in parsed] == list(range(len(parsed)))
     return parsed
 

@@ -4,10 +4,12 @@ import json
 from typing import Any
 
 import pytest
+from anthropic import Anthropic
 
-from tests.server.api.conftest import Servers, anthropic_client
-from tests.server.api.dialects import ask_events, prompt_of, text_of
-from tests.support.clients import ANTHROPIC, CHAT, MESSAGES, MINIMAL, RESPONSES, ask_json, ask_stream, openai_client
+from tests.server.api.conftest import Servers
+from tests.server.api.dialects import ask_events, prompt_of
+from tests.support import clients
+from tests.support.clients import ANTHROPIC, CHAT, MESSAGES, MINIMAL, OLLAMA_CHAT, RESPONSES, ask_json, ask_stream
 from tests.support.serving import RunningServer
 from tests.support.tool_model import CALL, PARAMETERS, TOOLS, messages_of, prompt, say
 
@@ -24,29 +26,23 @@ def model(plain: RunningServer) -> RunningServer:
     return plain
 
 
-RESULTS = (
-    f"<think>Hm.</think>Let me see.\n{CALL}\n{CALL}<|im_end|>\n"
-    + "<|im_start|>tool\nsunny<|im_end|>\n" * 2
-    + "<|im_start|>assistant\n"
-)
+SUNNY = "<|im_start|>tool\nsunny<|im_end|>\n"
+RESULTS = f"<think>Hm.</think>Let me see.\n{CALL}\n{CALL}<|im_end|>\n{SUNNY}{SUNNY}<|im_start|>assistant\n"
 
 
 def test_messages(model: RunningServer) -> None:
     request: dict[str, Any] = MINIMAL[ANTHROPIC] | {"tools": [TOOL], "tool_choice": {"type": "auto"}}
-    claude = anthropic_client(model)
+    claude = Anthropic(base_url=model.url, api_key="none", max_retries=0, _strict_response_validation=True)
     message = claude.messages.create(**request)
-    assert (message.stop_reason, [block.type for block in message.content]) == (
-        "tool_use",
-        ["thinking", "text", "tool_use", "tool_use"],
-    )
+    with claude.messages.stream(**request) as stream:
+        streamed = stream.get_final_message()
+    assert message.stop_reason == streamed.stop_reason == "tool_use"
+    assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
     first, second = (block for block in message.content if block.type == "tool_use")
     assert (first.name, first.input) == (second.name, second.input) == ("weather", CITY)
     assert first.id != second.id
-    with claude.messages.stream(**request) as stream:
-        streamed = stream.get_final_message()
-    without_id = [block.model_dump(exclude={"id"}) for block in streamed.content]
-    assert without_id == [block.model_dump(exclude={"id"}) for block in message.content]
-    assert streamed.stop_reason == "tool_use"
+    without_id = [[block.model_dump(exclude={"id"}) for block in each.content] for each in (message, streamed)]
+    assert without_id[0] == without_id[1]
     before = prompt_of(model)
     results = [{"type": "tool_result", "tool_use_id": call.id, "content": "sunny"} for call in (first, second)]
     blocks = [block.model_dump(exclude_none=True) for block in message.content]
@@ -59,7 +55,7 @@ def test_messages(model: RunningServer) -> None:
 def test_responses(model: RunningServer) -> None:
     request: dict[str, Any] = {"model": "tiny", "tools": [FUNCTION], "tool_choice": "auto"}
     own = {"id", "call_id", "parsed_arguments"}
-    with openai_client(model.url) as client:
+    with clients.openai_client(model.url) as client:
         response = client.responses.create(input="Hi", **request)
         assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]
         assert response.output_text == "Let me see."
@@ -104,6 +100,8 @@ def test_reasoning_is_requested(model: RunningServer) -> None:
         (ANTHROPIC, {"output_config": {"effort": "max"}}, True),
         (RESPONSES, {"reasoning": {"effort": "low"}}, True),
         (RESPONSES, {"reasoning": {"effort": "none"}}, False),
+        (OLLAMA_CHAT, {"think": True}, True),
+        (OLLAMA_CHAT, {"think": False}, False),
     ):
         ask_json(model.url, path, **fields)
         assert prompt_of(model).endswith("<think>\n") == opened
@@ -113,7 +111,8 @@ def test_budgets_and_omitted_reasoning(tools: RunningServer) -> None:
     say(tools, "<think>Hm.</think>Yes")
     for kind, num_tokens in (("enabled", 99), ("adaptive", None)):
         thinking = {"type": kind, "budget_tokens": 99, "display": "omitted"}
-        assert [block["type"] for block in ask_json(tools.url, ANTHROPIC, thinking=thinking)["content"]] == ["text"]
+        message = ask_json(tools.url, ANTHROPIC, thinking=thinking, max_tokens=-1)  # which no budget exceeds
+        assert [block["type"] for block in message["content"]] == ["text"]
         budget = tools.engine.submits[-1].params.reasoning_limit
         assert (budget and budget.max_tokens) == num_tokens
 
@@ -125,12 +124,6 @@ ANALYSIS = f"<|channel|>analysis<|message|>Hm.<|end|>{NEXT}"
 PREAMBLE = f"<|channel|>commentary<|message|>Let me see.<|end|>{NEXT}"
 HARMONY_CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "東京"}'
 FINAL = "<|channel|>final<|message|>"
-
-
-@pytest.fixture
-def special(of_kind: Servers) -> RunningServer:
-    """With markers as control tokens."""
-    return of_kind("harmony_tools")
 
 
 @pytest.fixture(params=["harmony_plain", "harmony_tools"])
@@ -155,48 +148,39 @@ def test_chat_in_harmony(harmony: RunningServer) -> None:
     assert not choice["message"]["content"]  # no part of a header
 
 
-def test_the_final_message_is_continued(special: RunningServer) -> None:
-    say(special, " see")
+def test_the_final_message_is_continued(harmony_tools: RunningServer) -> None:
+    say(harmony_tools, " see")
     chat = [*MESSAGES, {"role": "assistant", "content": "I", "reasoning": "Hm."}]
     body = {"messages": chat, "continue_final_message": True}
-    assert prompt(special, **body).endswith(f"<|end|>{NEXT}{ANALYSIS}{FINAL}I")
-    assert ask_json(special.url, CHAT, **body)["choices"][0]["message"]["content"] == " see"
+    assert prompt(harmony_tools, **body).endswith(f"<|end|>{NEXT}{ANALYSIS}{FINAL}I")
+    assert ask_json(harmony_tools.url, CHAT, **body)["choices"][0]["message"]["content"] == " see"
 
 
-def test_responses_in_harmony(special: RunningServer) -> None:
-    say(special, ANALYSIS + PREAMBLE + HARMONY_CALL)
+def test_responses_in_harmony(harmony_tools: RunningServer) -> None:
+    say(harmony_tools, ANALYSIS + PREAMBLE + HARMONY_CALL)
     fields: dict[str, Any] = {"tools": [FUNCTION], "reasoning": {"effort": "low"}}
-    response = ask_json(special.url, RESPONSES, **fields)
-    for output in (response["output"], ask_events(special.url, RESPONSES, **fields)[-1]["response"]["output"]):
-        reasoning, message, call = output
+    streamed = ask_events(harmony_tools.url, RESPONSES, **fields)[-1]["response"]
+    for response in (ask_json(harmony_tools.url, RESPONSES, **fields), streamed):
+        reasoning, message, call = response["output"]
         assert (reasoning["type"], message["content"][0]["text"]) == ("reasoning", "Let me see.")
         assert (call["type"], json.loads(call["arguments"])) == ("function_call", CITY)
-    results = [{"type": "function_call_output", "call_id": response["output"][-1]["call_id"], "output": "sunny<|end|>"}]
-    say(special, f"{FINAL}Sunny.")
-    answer = ask_json(special.url, RESPONSES, input=results, previous_response_id=response["id"], **fields)
-    assert text_of(answer) == "Sunny."
-    assert prompt_of(special).endswith(
-        f"{NEXT}<|channel|>analysis<|message|>Hm.\n\nLet me see.<|end|>"
-        f'{NEXT} to=functions.weather<|channel|>commentary json<|message|>{{"city": "東京"}}<|call|>'
-        f'<|start|>functions.weather to=assistant<|channel|>commentary<|message|>"sunny<|end|>"<|end|>{NEXT}'
-    )
-    assert "\nReasoning: low\n" in prompt_of(special)
+    assert "\nReasoning: low\n" in prompt_of(harmony_tools)
 
 
-def test_log_probabilities_are_those_of_the_content(special: RunningServer) -> None:
-    say(special, f"{ANALYSIS}{PREAMBLE}{ANALYSIS}{FINAL}Yes")
-    output = ask_json(special.url, RESPONSES, include=["message.output_text.logprobs"])["output"]
+def test_log_probabilities_are_those_of_the_content(harmony_tools: RunningServer) -> None:
+    say(harmony_tools, f"{ANALYSIS}{PREAMBLE}{ANALYSIS}{FINAL}Yes")
+    output = ask_json(harmony_tools.url, RESPONSES, include=["message.output_text.logprobs"])["output"]
     contents = [item["content"][0] for item in output if item["type"] == "message"]
     assert [content["text"] for content in contents] == ["Let me see.", "\n\nYes"]
     tokens = ["".join(each["token"] for each in content["logprobs"]) for content in contents]
     assert tokens == ["Let me see.", "Yes<|endoftext|>"]
 
 
-def test_messages_in_harmony(special: RunningServer) -> None:
-    say(special, ANALYSIS + PREAMBLE + HARMONY_CALL)
+def test_messages_in_harmony(harmony_tools: RunningServer) -> None:
+    say(harmony_tools, ANALYSIS + PREAMBLE + HARMONY_CALL)
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 999}}  # the model has no budget
     for fields, effort in (({"output_config": {"effort": "low"}}, "low"), (thinking, "medium")):
-        message = ask_json(special.url, ANTHROPIC, tools=[TOOL], **fields)
-        assert f"\nReasoning: {effort}\n" in prompt_of(special)
+        message = ask_json(harmony_tools.url, ANTHROPIC, tools=[TOOL], **fields)
+        assert f"\nReasoning: {effort}\n" in prompt_of(harmony_tools)
         assert [block["type"] for block in message["content"]] == ["thinking", "text", "tool_use"]
         assert message["stop_reason"] == "tool_use"

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -10,8 +11,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from openai.types.responses import Response
 
 from engine.shared.messages import FinishReason, TokenEvent
 from server.api.messages.writer import MessagesWriter
@@ -31,6 +31,7 @@ from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import HERMES
 from server.text.tokenizer import Tokenizer
+from tests.server.api import dialects
 from tests.support.clients import MINIMAL, RESPONSES
 from tests.support.deltas import NO_LOGPROBS, content, delta, reasoning_part
 from tests.support.growth import num_calls
@@ -46,12 +47,9 @@ PARTS = st.lists(CONTENT | CALL, max_size=6)
 REASONING = st.none() | st.text("ab é", max_size=6).map(lambda text: f"x{text}")
 
 
-def written_text(reasoning: str | None, parts: list[str | dict[str, int]]) -> str:
-    def written(part: str | dict[str, int]) -> str:
-        call = json.dumps({"name": "add", "arguments": part})
-        return part if isinstance(part, str) else f"<tool_call>{call}</tool_call>"
-
-    return ("" if reasoning is None else f"<think>{reasoning}</think>") + "".join(map(written, parts))
+def written(part: str | dict[str, int]) -> str:
+    call = json.dumps({"name": "add", "arguments": part})
+    return part if isinstance(part, str) else f"<tool_call>{call}</tool_call>"
 
 
 def expected_of(reasoning: str | None, parts: list[str | dict[str, int]]) -> list[tuple[str, Any]]:
@@ -106,13 +104,11 @@ def item_of(item: dict[str, Any]) -> tuple[str, Any]:
 def test_whole_as_streamed(
     tokenizer: Tokenizer, reasoning: str | None, parts: list[str | dict[str, int]], cuts: list[int]
 ) -> None:
-    token_ids = [*written_text(reasoning, parts).encode(), EOS]
+    text = ("" if reasoning is None else f"<think>{reasoning}</think>") + "".join(map(written, parts))
+    token_ids = [*text.encode(), EOS]
     expected = expected_of(reasoning, parts)
     for each_cuts in (cuts, list(range(len(token_ids)))):
-
-        def arrive(cuts: list[int] = each_cuts) -> list[ChoiceDelta]:
-            return deltas_of(tokenizer, token_ids, cuts)
-
+        arrive = partial(deltas_of, tokenizer, token_ids, each_cuts)
         # Responses.
         answer = response_writer(tokenizer, with_logprobs=True).answer([join_deltas(arrive())], USAGE)
         whole = msgspec.json.decode(msgspec.json.encode(answer))["output"]
@@ -160,8 +156,6 @@ def streamed_blocks(events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
 ADD = {"type": "function", "name": "add"}
-EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-
 DELTAS = [
     delta(reasoning_part("Hm")),
     delta(reasoning_part("."), content("So: ")),
@@ -171,26 +165,19 @@ DELTAS = [
 ]
 
 
-def parse_responses(data: bytes) -> list[dict[str, Any]]:
-    events = [json.loads(event.split(b"\ndata: ")[1]) for event in data.split(b"\n\n")[:-1]]
-    for event in events:
-        EVENT.validate_python(event)
-    return events
+EVENTS = """created in_progress
+    output_item.added content_part.added reasoning_text.delta reasoning_text.delta
+    reasoning_text.done content_part.done output_item.done
+    output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done
+    output_item.added function_call_arguments.done output_item.done
+    output_item.added function_call_arguments.delta function_call_arguments.delta
+    function_call_arguments.done output_item.done
+    completed"""
 
 
 def test_events_of_reasoning_text_and_calls(tokenizer: Tokenizer) -> None:
-    events = parse_responses(streamed(response_writer(tokenizer), DELTAS))
-    assert [event["type"].removeprefix("response.") for event in events] == [
-        *("created", "in_progress"),
-        *("output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.delta"),
-        *("reasoning_text.done", "content_part.done", "output_item.done"),
-        *("output_item.added", "content_part.added", "output_text.delta"),
-        *("output_text.done", "content_part.done", "output_item.done"),
-        *("output_item.added", "function_call_arguments.done", "output_item.done"),
-        *("output_item.added", "function_call_arguments.delta", "function_call_arguments.delta"),
-        *("function_call_arguments.done", "output_item.done"),
-        "completed",
-    ]
+    events = dialects.parse(RESPONSES, streamed(response_writer(tokenizer), DELTAS).decode())
+    assert [event["type"].removeprefix("response.") for event in events] == EVENTS.split()
     added = [event["item"] for event in events if event["type"] == "response.output_item.added"]
     assert all(item["status"] == "in_progress" for item in added)
     assert [item.get("content", item.get("arguments")) for item in added] == [[], [], "", ""]
@@ -224,7 +211,7 @@ def test_the_request_is_echoed(tokenizer: Tokenizer) -> None:
     ("error", "code"), [(QueueFullError(5), "rate_limit_exceeded"), (EngineDeadError(), "server_error")]
 )
 def test_a_failed_response_says_why(tokenizer: Tokenizer, error: APIError, code: str) -> None:
-    *_, failed = parse_responses(response_writer(tokenizer).failure(error))
+    *_, failed = dialects.parse(RESPONSES, response_writer(tokenizer).failure(error).decode())
     assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
     assert failed["response"]["error"] == {"message": error.message, "code": code}
 

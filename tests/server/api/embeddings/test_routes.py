@@ -13,7 +13,6 @@ import pytest
 from engine.shared.messages import Pooling, SamplingParams
 from tests.server.conftest import StartServer
 from tests.support import clients
-from tests.support.clients import ask_json
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, raw_request, wait_until
 from tests.support.tiny_tokenizer_model import MAX_MODEL_LEN
@@ -33,10 +32,6 @@ def vectors(response: httpx.Response) -> list[list[float]]:
     return [item["embedding"] for item in data]
 
 
-def index_of_sum(embedding: list[float]) -> int:
-    return embedding.index(0.8) - 1
-
-
 @pytest.mark.parametrize(
     ("input", "prompts"),
     [
@@ -48,9 +43,8 @@ def index_of_sum(embedding: list[float]) -> int:
 )
 def test_inputs(server: RunningServer, input: object, prompts: list[list[int]]) -> None:
     answer = ask(server, input, user="somebody")
-    assert [index_of_sum(vector) for vector in vectors(answer)] == [sum(prompt) % 63 for prompt in prompts]
-    num_tokens = sum(map(len, prompts))
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    assert [vector.index(0.8) - 1 for vector in vectors(answer)] == [sum(prompt) % 63 for prompt in prompts]
+    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, prompts)))
     assert answer.json() | {"data": []} == {"object": "list", "model": "tiny", "usage": usage, "data": []}
     submits = server.engine.submits[-len(prompts) :]
     assert [submit.prompt_token_ids for submit in submits] == prompts
@@ -61,23 +55,20 @@ def test_inputs(server: RunningServer, input: object, prompts: list[list[int]]) 
 def test_the_setting(start_server: StartServer) -> None:
     server = start_server(pooling="last")
     vectors(ask(server, "Hi"))
-    expected = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling.LAST)
-    assert server.engine.submits[-1].params == expected
+    (submit,) = server.engine.submits
+    assert submit.params == SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling.LAST)
 
 
 def test_base64(server: RunningServer) -> None:
-    (text,) = vectors(ask(server, "Hi", encoding_format="base64"))
+    (text,), (exact,) = (vectors(ask(server, "Hi", encoding_format=kind)) for kind in ("base64", "float"))
     data = base64.b64decode(str(text), validate=True)
-    (exact,) = vectors(ask(server, "Hi", encoding_format="float"))
     assert list(struct.unpack(f"<{SIZE}f", data)) == pytest.approx(exact, rel=1e-7)
 
 
 def test_dimensions(server: RunningServer) -> None:
-    (whole,) = vectors(ask(server, [10], dimensions=SIZE))
-    assert whole == vectors(ask(server, [10]))[0]
-    (first,) = vectors(ask(server, [10], dimensions=13))  # the other non-zero number has index 11
-    assert first == pytest.approx(whole[:13])
-    (fewer,) = vectors(ask(server, [10], dimensions=5))
+    whole, same, first, fewer = (vectors(ask(server, [10], dimensions=size))[0] for size in (None, SIZE, 13, 5))
+    assert whole == same
+    assert first == pytest.approx(whole[:13])  # the other non-zero number has index 11
     assert fewer == [1.0, 0, 0, 0, 0]
     assert math.hypot(*first) == pytest.approx(1)
 
@@ -118,15 +109,16 @@ def test_little_free_capacity_suffices(start_server: StartServer, threads: Threa
     assert client.num_in_flight == 0
 
 
-def test_how_texts_become_tokens(server: RunningServer) -> None:
+def test_how_texts_become_tokens(server: RunningServer, fim: RunningServer) -> None:
     def prompts(**fields: Any) -> list[list[int]]:
         answer = ask(server, **{"input": ["Hello", "Hi"]} | fields).json()
         found = [submit.prompt_token_ids for submit in server.engine.submits[-2:]]
         assert answer["usage"]["prompt_tokens"] == sum(map(len, found))
         return found
 
-    for same in (True, False, None):  # the tokenizer adds no special tokens
-        assert prompts(add_special_tokens=same) == [[*b"Hello"], [*b"Hi"]]
+    for value in (True, False, None):  # a token before each text
+        usage = ask(fim, "Hi", add_special_tokens=value).json()["usage"]
+        assert usage["prompt_tokens"] == (2 if value is False else 3)
     assert prompts(truncate_prompt_tokens=3) == [[*b"llo"], [*b"Hi"]]
     assert prompts(truncate_prompt_tokens=3, truncation_side="right") == [[*b"Hel"], [*b"Hi"]]
     long = "a" * (MAX_MODEL_LEN + 7)
@@ -162,8 +154,7 @@ def score(server: RunningServer, **fields: Any) -> httpx.Response:
 
 def similarity(server: RunningServer, first: str, second: str) -> float:
     """Return the cosine similarity of two texts, by the API for embeddings."""
-    answer = ask_json(server.url, "/v1/embeddings", input=[first, second])
-    one, other = (item["embedding"] for item in answer["data"])
+    one, other = vectors(ask(server, [first, second]))
     return math.fsum(a * b for a, b in zip(one, other, strict=True))
 
 
@@ -236,11 +227,7 @@ def test_text_of_the_request_is_never_a_control_token(start_server: StartServer)
 @pytest.mark.parametrize("score_tokens", [None, "y,n"])
 def test_errors_name_the_text_that_is_too_long(start_server: StartServer, score_tokens: str | None) -> None:
     server = start_server(score_tokens=score_tokens)
-    for path, *names in (
-        ("score", "text_1", "text_2"),
-        ("score", "queries", "documents"),
-        ("rerank", "query", "documents"),
-    ):
+    for path, *names in map(str.split, ("score text_1 text_2", "score queries documents", "rerank query documents")):
         for name, other in (names, names[::-1]):
             for num_chars in (5000, 5_000_000):
                 error = check_error(clients.ask(server.url, f"/v1/{path}", **{name: "x" * num_chars, other: "a"}), 400)

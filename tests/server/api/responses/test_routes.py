@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from openai.types.responses import Response, ResponseInputItemParam, ResponseInputParam, ResponseItem
 from pydantic import TypeAdapter
@@ -19,7 +18,7 @@ from server.api.responses import conversion as responses
 from server.api.responses.custom_tools import OTHER_CALLS
 from server.generation.pipeline import MAX_HELD_SECONDS
 from tests.server.api import dialects
-from tests.server.api.dialects import REPLY, RESPONSE_EVENT, WARNINGS, Reader, prompt_of, text_of
+from tests.server.api.dialects import REPLY, RESPONSE_EVENTS, WARNINGS, Reader, prompt_of, text_of
 from tests.server.api.messages.test_routes import types_of
 from tests.server.conftest import StartServer
 from tests.support import clients
@@ -112,21 +111,20 @@ def test_logprobs(server: RunningServer) -> None:
 
 
 def test_a_conversation_goes_on(server: RunningServer) -> None:
-    first = ask_json(server, instructions="Short.")
+    first = ask_json(server, instructions="Short.")["id"]
     assert prompt_ids(server) == chatml(("system", "Short."), ("user", "Hi"))
     turns = [("user", "Hi"), ("assistant", REPLY)]  # instructions are not stored
-    ask_json(server, input=..., previous_response_id=first["id"])
+    ask_json(server, input=..., previous_response_id=first)
     assert prompt_ids(server) == chatml(*turns)
-    assert count(server, input=..., previous_response_id=first["id"]) == len(prompt_ids(server))
-    second = ask_json(server, input="Why?", previous_response_id=first["id"])
+    assert count(server, input=..., previous_response_id=first) == len(prompt_ids(server))
+    second = ask_json(server, input="Why?", previous_response_id=first)
     turns += [("user", "Why?")]
-    assert prompt_ids(server) == chatml(*turns)
-    assert second["previous_response_id"] == first["id"]
+    assert (prompt_ids(server), second["previous_response_id"]) == (chatml(*turns), first)
     for stream in (False, True):
         items = [{"role": "user", "content": [{"type": "input_text", "text": "And"}]}]
         ask(server, input=items, previous_response_id=second["id"], instructions="Long.", stream=stream)
         assert prompt_ids(server) == chatml(("system", "Long."), *turns, ("assistant", REPLY), ("user", "And"))
-    delete(server, first["id"])
+    delete(server, first)
     ask_json(server, input="Still", previous_response_id=second["id"])
     assert prompt_ids(server) == chatml(*turns, ("assistant", REPLY), ("user", "Still"))
 
@@ -187,6 +185,7 @@ def test_a_response_can_be_retrieved_until_it_is_deleted(server: RunningServer) 
     for answer in (ask_json(server), ask_events(server)[-1]["response"]):
         id = answer["id"]
         assert get(server, id).json() == answer
+        assert check_error(cancel(server, id), 400)["message"] == "Cannot cancel a synchronous response."
         assert delete(server, id).json() == {"id": id, "object": "response", "deleted": True}
         for response in (get(server, id), get(server, f"{id}/input_items"), cancel(server, id), delete(server, id)):
             assert check_error(response, 404)["message"] == f"Response with id '{id}' not found."
@@ -234,8 +233,6 @@ def test_failures_are_stored(server: RunningServer, fake_engine: FakeEngine) -> 
     fake_engine.config.fail_request = True
     response_id = ask_json(server, background=True)["id"]
     wait_until(lambda: get(server, response_id).json()["status"] == "failed")
-    error = get(server, response_id).json()["error"]
-    assert (error["code"], "secret" in error["message"]) == ("server_error", False)
     events = ask_events(server)
     assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
     assert get(server, events[-1]["response"]["id"]).json() == events[-1]["response"]
@@ -257,11 +254,6 @@ def test_a_stream_that_ends_early(slow: RunningServer, end: str) -> None:
     wait_until(lambda: slow.engine.num_choices == 0 and len(slow.context.running) == 0)
     found = get(slow, response_id)
     assert found.status_code == 404 if end == "delete" else found.json()["status"] == "cancelled"
-
-
-def test_what_has_ended_cannot_be_cancelled(server: RunningServer) -> None:
-    error = check_error(cancel(server, ask_json(server)["id"]), 400)
-    assert error["message"] == "Cannot cancel a synchronous response."
 
 
 def test_a_stream_that_waits_has_begun(server: RunningServer, fake_engine: FakeEngine) -> None:
@@ -290,29 +282,21 @@ FUNCTION: Fields = {"type": "function", "name": "weather", "parameters": {"type"
 SEARCH: Fields = {"type": "web_search"}
 
 
-OTHERS: list[Fields] = [{"type": "web_search", "external_web_access": True}, {"type": "shell"}, {"type": "local_shell"}]
-OTHERS += [{"type": "namespace", "name": "mcp", "tools": [FUNCTION]}]
-
-
 def test_tools_of_other_types_are_left_out(server: RunningServer, strict: RunningServer) -> None:
-    alone = ask(server, tools=[FUNCTION])
+    others = [SEARCH | {"external_web_access": True}, {"type": "namespace", "name": "mcp", "tools": [FUNCTION]}]
+    alone = ask_json(server, tools=[FUNCTION])
     expected = prompt_ids(server)
-    response = ask(server, tools=[*OTHERS, FUNCTION])
-    names = "tools[0].web_search, tools[1].shell, tools[2].local_shell, tools[3].namespace"
-    assert response.headers[WARNINGS] == f"ignored parameters: {names}"
+    response = ask(server, tools=[*others, FUNCTION])
+    assert response.headers[WARNINGS] == "ignored parameters: tools[0].web_search, tools[1].namespace"
     assert prompt_ids(server) == expected
-    assert response.json()["tools"] == alone.json()["tools"] == [FUNCTION | {"description": None, "strict": False}]
-    error = check_error(ask(strict, tools=[FUNCTION, *OTHERS]), 400)
-    assert error["param"] == "tools[1].web_search"
+    assert response.json()["tools"] == alone["tools"] == [FUNCTION | {"description": None, "strict": False}]
+    assert check_error(ask(strict, tools=[FUNCTION, *others]), 400)["param"] == "tools[1].web_search"
 
 
 @pytest.mark.parametrize("tools", [None, [], [SEARCH]])
 def test_a_choice_without_tools(server: RunningServer, tools: list[Any] | None) -> None:
     for choice in ("auto", "none"):
         assert ask_json(server, tools=tools, tool_choice=choice)["tool_choice"] == choice
-    named = {"type": "function", "name": "weather"}
-    for refused in (named,) if tools else (named, "required"):
-        assert check_error(ask(server, tools=tools, tool_choice=refused), 400)["param"] == "tool_choice"
 
 
 @pytest.mark.parametrize(
@@ -435,42 +419,30 @@ def test_an_unknown_reference(server: RunningServer, stream: bool) -> None:
 
 EXEC: Fields = {"type": "exec", "command": ["ls"], "env": {}}
 SHELL: Fields = {"type": "local_shell_call", "id": "lsh_1", "status": "completed", "action": EXEC}
+COMMANDS: Fields = {"type": "shell_call", "action": {"commands": ["ls"]}}
 CHUNK: Fields = {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}
 PATCH: Fields = {"type": "apply_patch_call", "status": "completed", "operation": {"type": "delete_file", "path": "a"}}
+CUSTOM_CALL: Fields = {"type": "custom_tool_call", "name": "apply_patch", "input": "*** é"}
 DONE: Fields = {"type": "custom_tool_call_output", "output": "Done"}
-WRITTEN = [{"type": "input_text", "text": "Done"}]
-OTHER_ITEMS: list[tuple[Fields, str, Fields, str]] = [  # a call, a result, and how the template shows them
-    (SHELL, f'local_shell", "arguments": {json.dumps(EXEC)}', DONE, "Done"),
-    (
-        {"type": "custom_tool_call", "name": "apply_patch", "input": "*** é"},
-        'apply_patch", "arguments": {"input": "*** é"}',
-        DONE | {"output": WRITTEN},
-        "Done",
-    ),
-    (
-        {"type": "shell_call", "action": {"commands": ["ls"]}},
-        'shell", "arguments": {"commands": ["ls"]}',
-        {"type": "shell_call_output", "output": [CHUNK]},
-        json.dumps([CHUNK], separators=(",", ":")),
-    ),
-    (
-        PATCH,
-        f'apply_patch", "arguments": {json.dumps(PATCH["operation"])}',
-        {"type": "apply_patch_call_output", "status": "completed"},
-        "completed",
-    ),
+SHOWN_CHUNK = json.dumps([CHUNK], separators=(",", ":"))
+OTHER_ITEMS: list[tuple[Fields, str, Fields, Fields, str]] = [  # a call, how it is shown, a result, how that is shown
+    (SHELL, "local_shell", EXEC, DONE, "Done"),
+    (CUSTOM_CALL, "apply_patch", {"input": "*** é"}, DONE | {"output": [{"type": "input_text", "text": "D"}]}, "D"),
+    (COMMANDS, "shell", COMMANDS["action"], {"type": "shell_call_output", "output": [CHUNK]}, SHOWN_CHUNK),
+    (PATCH, "apply_patch", PATCH["operation"], {"type": "apply_patch_call_output", "status": "completed"}, "completed"),
 ]
 
 
-@pytest.mark.parametrize(("call", "shown_call", "output", "shown_output"), OTHER_ITEMS)
+@pytest.mark.parametrize(("call", "name", "arguments", "output", "shown_output"), OTHER_ITEMS)
 def test_calls_of_other_tools_are_shown_as_those_of_functions(
-    tools: RunningServer, call: Fields, shown_call: str, output: Fields, shown_output: str
+    tools: RunningServer, call: Fields, name: str, arguments: Fields, output: Fields, shown_output: str
 ) -> None:
     items = [USER, call | {"call_id": "1"}, {"call_id": "1"} | output]
     TypeAdapter(ResponseInputParam).validate_python(items)  # as the official client describes them
     answer = ask(tools, input=items)
     assert (answer.status_code, WARNINGS in answer.headers) == (200, False)
-    assert f'<tool_call>\n{{"name": "{shown_call}}}\n</tool_call>' in prompt_of(tools)
+    shown_call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    assert f"<tool_call>\n{shown_call}\n</tool_call>" in prompt_of(tools)
     assert f"<|im_start|>tool\n{shown_output}<|im_end|>" in prompt_of(tools)
     stored = get(tools, f"{answer.json()['id']}/input_items").json()["data"]
     assert [item["type"] for item in stored] == ["function_call_output", "function_call", "message"]
@@ -593,7 +565,7 @@ def url(server: RunningServer, response_id: str, starting_after: int | None = No
 def check_gone(text: str) -> None:
     """Check the end of a stream whose response is deleted: a reader that is behind gets only an error."""
     last: dict[str, Any] = json.loads(text.rpartition("\ndata: ")[2])
-    RESPONSE_EVENT.validate_python(last)
+    RESPONSE_EVENTS.validate_python([last])
     assert last["type"] in ("response.failed", "error")
     error = last if last["type"] == "error" else last["response"]["error"]
     assert "is no longer stored" in error["message"]
@@ -735,13 +707,8 @@ def test_invalid_requests(server: RunningServer) -> None:
     response_id = ask_events(server, background=True)[-1]["response"]["id"]
     last = parse(httpx.get(url(server, response_id)).text)[-1]["sequence_number"]
     positions = [f"stream=true&starting_after={value}" for value in ("-1", "x", "1.5", "", last + 1, "9" * 100)]
-    for query in (
-        "stream=maybe",
-        "starting_after=1",
-        "stream=false&starting_after=1",
-        "include_obfuscation=x",
-        *positions,
-    ):
+    switches = ["stream=maybe", "starting_after=1", "stream=false&starting_after=1", "include_obfuscation=x"]
+    for query in (*switches, *positions):
         error = check_error(get(server, f"{response_id}?{query}"), 400)
         param = query.rpartition("&")[2].partition("=")[0]
         assert (error["param"], f"'{param}'" in error["message"]) == (param, True), query
@@ -753,10 +720,5 @@ def test_invalid_requests(server: RunningServer) -> None:
 
 
 def test_streams_without_an_event_log(server: RunningServer) -> None:
-    streamed = ask_events(server)[-1]["response"]["id"]
-    in_background = ask_json(server, background=True)["id"]
-    for response_id in (streamed, in_background, ask_json(server)["id"]):
-        error = check_error(get(server, f"{response_id}?stream=true"), 400)
-        assert error["param"] == "stream"
-    with openai_client(server.url) as client, pytest.raises(openai.BadRequestError):
-        client.responses.retrieve(streamed, stream=True)
+    for response in (ask_events(server)[-1]["response"], ask_json(server, background=True), ask_json(server)):
+        assert check_error(get(server, f"{response['id']}?stream=true"), 400)["param"] == "stream"
