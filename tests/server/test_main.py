@@ -192,8 +192,7 @@ def test_draining_does_not_wait_for_adapters(start_api: StartApi, tmp_path: Path
     api = start_api({"max_loras": 2, "ignores_adapters": True}, allow_runtime_lora_updating=True)
     body = {"lora_name": "go", "lora_path": str(write_adapter(tmp_path / "go"))}
     load = POOL.submit(api.post, "/v1/load_lora_adapter", **body)
-    received = api.engine.received
-    wait_until(lambda: any(isinstance(message, LoadAdapter) for message in received))
+    wait_until(lambda: any(isinstance(message, LoadAdapter) for message in api.engine.received))
     assert api.end() == 0
     assert "shutting down" in check_error(load.result(SECONDS), 503)["message"]
 

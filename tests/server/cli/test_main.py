@@ -114,13 +114,11 @@ def test_usage_errors_are_one_line_and_2(run: Run) -> None:
         assert errors.startswith(f"lightwell: error: {message}")
 
 
-@pytest.mark.parametrize(
-    "line", ["--api-key=K --port x", "--api_key=K", "--apikey K", "m --apikey K", "--api-key K --api-key="]
-)
-def test_usage_errors_show_no_key(run: Run, line: str) -> None:
-    status, output, errors = run("serve", *line.replace("K", "sk-secret").split())
-    assert status == 2
-    assert "sk-secret" not in errors + output
+def test_usage_errors_show_no_key(run: Run) -> None:
+    for line in ("--api-key=K --port x", "--api_key=K", "--apikey K", "m --apikey K", "--api-key K --api-key="):
+        status, output, errors = run("serve", *line.replace("K", "sk-secret").split())
+        assert status == 2
+        assert "sk-secret" not in errors + output
 
 
 def test_models_that_cannot_be_had_are_failures(run: Run) -> None:

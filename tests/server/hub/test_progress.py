@@ -39,9 +39,6 @@ with progress_on_stderr() as progress:
 """
 
 
-CODE_OF_TWO_ATTEMPTS = CODE.replace("start(", "start('tiny.gguf', 0, 1000); progress.start(")
-
-
 def output_in_terminal(code: str) -> str:
     leader, follower = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
@@ -56,7 +53,7 @@ def output_in_terminal(code: str) -> str:
 
 def test_a_terminal_gets_a_bar() -> None:
     """Another attempt has the same one, and without a download nothing is drawn."""
-    text = output_in_terminal(CODE_OF_TWO_ATTEMPTS)
+    text = output_in_terminal(CODE.replace("start(", "start('tiny.gguf', 0, 1000); progress.start("))
     assert "[bold]a line[/bold]" in text
     assert "━━━" in text
     assert "1.0/1.0 kB" in text
