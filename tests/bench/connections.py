@@ -166,8 +166,8 @@ async def hold(kind: Kind, port: int, is_open: asyncio.Event) -> None:
             with closing(writer):
                 end = asyncio.create_task(reader.read())
                 while not end.done():
-                    writer.write(b"x" if kind.trickles else b"")
-                    await asyncio.wait([end], timeout=1.0)
+                    await asyncio.wait([end], timeout=1.0 if kind.trickles else None)
+                    writer.write(b"x")
                 await end
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGKILL
 
-import httpx
 import msgspec
 import psutil
 
@@ -21,14 +20,13 @@ from server.cli.bench import Report, make_report, run_benchmark
 from server.cli.http_client import RemoteError
 from server.cli.load_generator import Exchange, LoadOptions, make_prompts
 from tests.bench.peers_setup import ModelFiles
-from tests.bench.serve import free_port
+from tests.bench.serve import READY_SECONDS, free_port, wait_until_ready
 
-ANSWER_SECONDS = 600.0  # until a target is ready, and for one workload of a target without HTTP
 STOP_SECONDS = 30.0
 MAX_NUM_SEQS = 32
 
 
-class TargetError(Exception):
+class TargetError(RuntimeError):
     """A target cannot be measured. The message is one line with the reason."""
 
 
@@ -85,15 +83,8 @@ class Session:
         self._url = f"http://127.0.0.1:{port}"
 
     def wait_until_ready(self) -> None:
-        """Wait until the target accepts requests. Raises TargetError if its process exits or takes too long."""
-        deadline = time.monotonic() + ANSWER_SECONDS
-        with httpx.Client(trust_env=False) as client:
-            while time.monotonic() < deadline and self.process.poll() is None:
-                with contextlib.suppress(httpx.TransportError):
-                    if client.get(f"{self._url}/health").status_code == 200:
-                        return
-                time.sleep(0.05)
-        raise TargetError("not ready")
+        """Wait until the target accepts requests. Raises RuntimeError if its process exits or takes too long."""
+        wait_until_ready(f"{self._url}/health", self.process)
 
     def run(self, load: LoadOptions) -> Report:
         """Run one load. Raises TargetError if it fails as a whole."""
@@ -128,7 +119,7 @@ class OpenVinoSession(Session):
 
     def _read(self) -> str:
         assert self.process.stdout
-        timeout = threading.Timer(ANSWER_SECONDS, self.process.kill)
+        timeout = threading.Timer(READY_SECONDS, self.process.kill)
         timeout.start()
         line = self.process.stdout.readline()
         timeout.cancel()
@@ -160,7 +151,7 @@ def running(target: Target, log: Path) -> Iterator[tuple[Session, float]]:
         session = (Session if target.speaks_http else OpenVinoSession)(process, log, port)
         try:
             session.wait_until_ready()
-        except TargetError as error:
+        except RuntimeError as error:
             raise TargetError(session.explain(str(error))) from None
         yield session, time.monotonic() - started
     finally:

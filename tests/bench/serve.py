@@ -26,7 +26,7 @@ from server.cli.bench import Report, run_benchmark
 from server.cli.load_generator import LoadOptions
 
 LIGHTWELL = Path(sys.executable).with_name("lightwell")
-READY_SECONDS = 300.0
+READY_SECONDS = 600.0
 MODEL_NAME = "m"
 FILE_WIDTH = 120  # characters of a line of a table, unless a terminal says how many it has
 
@@ -104,23 +104,24 @@ def running_server(flags: list[str], lightwell: Path = LIGHTWELL, **options: Any
     try:
         scheme = "https" if any(flag.startswith("--ssl-certfile") for flag in flags) else "http"
         url = f"{scheme}://127.0.0.1:{port}"
-        wait_until_ready(url, process)
+        wait_until_ready(f"{url}/readyz", process)
         yield url, time.monotonic() - started
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
 
 
-def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+def wait_until_ready(url: str, process: "subprocess.Popen[Any]") -> None:
+    """Ask a server until it answers with 200. Raises RuntimeError if it exits or takes too long."""
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/readyz", trust_env=False, verify=False).status_code == 200:
+            if httpx.get(url, trust_env=False, verify=False).status_code == 200:
                 return
         if process.poll() is not None:
-            raise RuntimeError(f"lightwell serve exited with {process.returncode}")
+            raise RuntimeError(f"the server exited with {process.returncode}")
         time.sleep(0.05)
-    raise RuntimeError(f"lightwell serve was not ready after {READY_SECONDS:g} s")
+    raise RuntimeError(f"the server was not ready after {READY_SECONDS:g} s")
 
 
 def free_port() -> int:
