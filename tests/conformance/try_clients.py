@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,17 +70,13 @@ def attempt(program: Program, folder: Path, server: ScriptedServer, *, record: b
 
 def write_replay(program: Program, version: str, exchanges: Sequence[Exchange]) -> None:
     """Write the requests of a conversation that are not like an earlier one."""
-    requests, seen = [], set[str]()
+    requests: list[dict[str, Any]] = []
     for exchange in exchanges:
-        if not exchange.path.startswith("/v1/"):
-            continue
-        request: dict[str, Any] = {"method": exchange.method, "path": exchange.path}
-        request |= {"headers": {name: exchange.headers[name] for name in HEADERS if name in exchange.headers}}
-        body = reduced(exchange.body)
-        new = {f"{exchange.path} {shape}" for shape in shapes(body)}
-        if not new <= seen:
-            requests.append(request | {"warnings": exchange.warnings, "body": body})
-        seen |= new
+        if exchange.path.startswith("/v1/"):
+            headers = {name: exchange.headers[name] for name in HEADERS if name in exchange.headers}
+            request = {"method": exchange.method, "path": exchange.path, "headers": headers}
+            requests.append(request | {"warnings": exchange.warnings, "body": reduced(exchange.body)})
+    requests = _distinct(requests, lambda each: {f"{each['path']} {shape}" for shape in shapes(each["body"])})
     replay = {"client": program.package, "version": version, "requests": requests}
     text = json.dumps(replay, indent=1, ensure_ascii=False)
     (REPLAYS / f"{program.slug}.json").write_text(text + "\n", encoding="utf-8")
@@ -92,7 +88,7 @@ def reduced(value: Any, key: str = "") -> Any:
         return {name: reduced(item, name) for name, item in value.items()}
     if isinstance(value, list):
         items = [reduced(item, key) for item in value]
-        return _distinct(items) if key == "tools" else items
+        return _distinct(items, lambda item: set(shapes(item)))[:12] if key == "tools" else items
     if isinstance(value, str):
         return _reduced_text(value, key)
     return value
@@ -107,14 +103,13 @@ def _reduced_text(text: str, key: str) -> str:
     return f"A text of {len(text)} characters."
 
 
-def _distinct(items: list[Any]) -> list[Any]:
-    """Return the items whose shape has something that no earlier one has, at most twelve."""
+def _distinct(items: list[Any], shapes_of: Callable[[Any], set[str]]) -> list[Any]:
+    """Return the items whose shape has something that no earlier one has."""
     kept, seen = list[Any](), set[str]()
     for item in items:
-        new = set(shapes(item))
-        if not new <= seen and len(kept) < 12:
+        if not (new := shapes_of(item)) <= seen:
             kept.append(item)
-            seen |= new
+        seen |= new
     return kept
 
 

@@ -15,13 +15,8 @@ SHOWN_DEPTH = 4  # tests/engine/kernels/triton
 
 
 def in_slice(nodeid: str, part: str) -> bool:
-    """Return whether a test belongs to part `K/N`, where K counts from 1. Raises pytest.UsageError."""
-    try:
-        index, num_parts = map(int, part.split("/"))
-    except ValueError:
-        raise pytest.UsageError(f"--slice {part}: must be K/N") from None
-    if not 1 <= index <= num_parts:
-        raise pytest.UsageError(f"--slice {part}: K must be 1 to {num_parts}")
+    """Return whether a test belongs to part `K/N`, where K counts from 1. Of a part that does not exist, none does."""
+    index, num_parts = map(int, part.split("/"))
     return zlib.crc32(nodeid.encode()) % num_parts == index - 1
 
 
