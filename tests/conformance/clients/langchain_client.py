@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import openai
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
-from tests.conformance.clients.harness import CITIES, QUESTION, Animal, GetWeather, Server, exercises, refused
+from tests.conformance.clients.harness import CITIES, QUESTION, Animal, GetWeather, Server, exercises
 
 
 def options(server: Server) -> dict[str, Any]:
@@ -64,14 +63,6 @@ def structured_output(server: Server) -> None:
         assert isinstance(answer["parsed"], Animal), answer
 
 
-@exercises("logprobs")
-def logprobs(server: Server) -> None:
-    answer = model_of(server, logprobs=True, top_logprobs=2).invoke(QUESTION)
-    tokens = answer.response_metadata["logprobs"]["content"]
-    assert "".join(token["token"] for token in tokens) == answer.content
-    assert all(len(token["top_logprobs"]) == 2 for token in tokens)
-
-
 @exercises("completions", "streaming")
 def completions(server: Server) -> None:
     model = OpenAI(**options(server))
@@ -84,14 +75,3 @@ def responses(server: Server) -> None:
     model = model_of(server, temperature=0, **fields)
     chunks = list(model.stream(QUESTION))
     assert model.invoke(QUESTION).text == sum(chunks[1:], chunks[0]).text != ""
-
-
-@exercises("errors")
-def errors(server: Server) -> None:
-    wrong: list[tuple[dict[str, Any], type[openai.APIStatusError], str | None]] = [
-        ({"api_key": "wrong"}, openai.AuthenticationError, None),
-        ({"model": "gpt-4"}, openai.NotFoundError, "model"),
-        ({"temperature": 3}, openai.BadRequestError, "temperature"),
-    ]
-    for fields, kind, param in wrong:
-        assert refused(kind, model_of(server, **fields).invoke, input=QUESTION).param == param

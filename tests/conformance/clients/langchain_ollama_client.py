@@ -2,12 +2,11 @@
 
 from typing import Any, Literal
 
-import ollama
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 from pydantic import BaseModel
 
-from tests.conformance.clients.harness import QUESTION, SECONDS, Animal, GetWeather, Server, exercises, refused
+from tests.conformance.clients.harness import SECONDS, Animal, GetWeather, Server, exercises
 from tests.conformance.clients.langchain_client import answered, check_asynchronous
 
 
@@ -56,13 +55,6 @@ def structured_output(server: Server) -> None:
     assert isinstance(answer["parsed"], Animal), answer
 
 
-@exercises("logprobs")
-def logprobs(server: Server) -> None:
-    answer = model_of(server, logprobs=True, top_logprobs=2).invoke(QUESTION)
-    tokens = answer.response_metadata["logprobs"]
-    assert "".join(token["token"] for token in tokens) == answer.content
-
-
 @exercises("completions", "streaming")
 def completions(server: Server) -> None:
     model = OllamaLLM(**connection(server), seed=4, num_predict=8)
@@ -74,12 +66,3 @@ def embeddings(server: Server) -> None:
     model = OllamaEmbeddings(**connection(server))
     one, other = model.embed_documents(["Hello", "world"])
     assert model.embed_query("Hello") == one != other
-
-
-@exercises("errors")
-def errors(server: Server) -> None:
-    stop = [f"stop {number}" for number in range(65)]
-    wrong = refused(ollama.ResponseError, model_of(server, stop=stop).invoke, input=QUESTION)
-    assert (wrong.status_code, "options.stop" in wrong.error) == (400, True)
-    unknown = refused(ValueError, model_of, server=server, model="gpt-4")
-    assert f"{server.model}:latest" in str(unknown)
