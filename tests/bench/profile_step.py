@@ -54,32 +54,26 @@ def main() -> None:
     )
     loaded = load(EngineProcessConfig(address="", config=config), sys.exit)
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
-    decode_steps(loaded, rows=2, context=16, num_steps=8)
+    steps(loaded, 2, 16, max_tokens=9, num_tokens=2)  # warm-up
     columns = {
-        f"{rows} row{'s' * (rows > 1)}": decode_steps(loaded, rows, arguments.context, arguments.steps)
+        f"{rows} row{'s' * (rows > 1)}": steps(
+            loaded, rows, arguments.context, max_tokens=arguments.steps + 1, num_tokens=rows
+        )
         for rows in arguments.rows
     }
-    columns[f"prompt {loaded.limits.max_num_batched_tokens}"] = prompt_steps(loaded)
+    full = loaded.limits.max_num_batched_tokens
+    context = min(PROMPT_STEPS * full + 1, loaded.limits.max_model_len - 1)
+    columns[f"prompt {full}"] = steps(loaded, 1, context, max_tokens=1, num_tokens=full)
     print(f"kernels: {loaded.runner.kernels.name}, threads: {loaded.runner.kernels.num_threads}")
     print_table(columns)
 
 
-def decode_steps(loaded: LoadedModel, rows: int, context: int, num_steps: int) -> list[Milliseconds]:
-    """Return the durations of the steps in which all rows decode."""
-    return steps(loaded, rows, context, max_tokens=num_steps + 1, num_tokens=rows)
-
-
-def prompt_steps(loaded: LoadedModel) -> list[Milliseconds]:
-    """Return the durations of the steps of one prompt that are full of prompt tokens."""
-    full = loaded.limits.max_num_batched_tokens
-    context = min(PROMPT_STEPS * full + 1, loaded.limits.max_model_len - 1)
-    return steps(loaded, 1, context, max_tokens=1, num_tokens=full)
-
-
 def steps(loaded: LoadedModel, rows: int, context: int, *, max_tokens: int, num_tokens: int) -> list[Milliseconds]:
     """Run random prompts; return the durations of the steps that compute `num_tokens` tokens."""
-    engine = engine_with(loaded, rows, context, max_tokens)
-    programs = find_programs(loaded)
+    engine, execution = engine_with(loaded, rows, context, max_tokens), loaded.runner.execution
+    programs: dict[str, Program] = {}  # of C++ kernel calls, by the part of a step in which they run
+    if isinstance(execution, CpuExecution):
+        programs = {"forward": execution.forward_program, "sample": execution.logits_program}
     found = []
     while engine.has_work:
         for program in programs.values():
@@ -89,14 +83,6 @@ def steps(loaded: LoadedModel, rows: int, context: int, *, max_tokens: int, num_
         if record.num_tokens == num_tokens:
             found.append(milliseconds(record.seconds, programs))
     return found
-
-
-def find_programs(loaded: LoadedModel) -> dict[str, Program]:
-    """Return the programs of C++ kernel calls, by the part of a step in which they run."""
-    execution = loaded.runner.execution
-    if not isinstance(execution, CpuExecution):
-        return {}
-    return {"forward": execution.forward_program, "sample": execution.logits_program}
 
 
 def milliseconds(seconds: dict[str, float], programs: dict[str, Program]) -> Milliseconds:

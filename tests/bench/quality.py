@@ -13,9 +13,8 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,26 +43,25 @@ FORMATS = {
 KV_CACHE_DTYPES = ("auto", "int8")
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """The text in token ids."""
 
     prefix: list[int]  # put before each piece, and not compared
     pieces: list[list[int]]
 
-    @classmethod
-    def read(cls, tokenizer: Tokenizer, num_tokens: int) -> Self:
-        token_ids = tokenizer.encode(TEXT.read_text(), add_special_tokens=False)[:num_tokens]
-        if len(token_ids) < num_tokens:
-            raise ValueError(f"{TEXT.name} has only {len(token_ids)} tokens for this model")
-        prefix = [tokenizer.bos_token_id] if tokenizer.add_bos and tokenizer.bos_token_id is not None else []
-        return cls(prefix, [token_ids[first : first + PIECE_TOKENS] for first in range(0, num_tokens, PIECE_TOKENS)])
+
+def read_text(tokenizer: Tokenizer, num_tokens: int) -> Text:
+    token_ids = tokenizer.encode(TEXT.read_text(), add_special_tokens=False)[:num_tokens]
+    if len(token_ids) < num_tokens:
+        raise ValueError(f"{TEXT.name} has only {len(token_ids)} tokens for this model")
+    prefix = [tokenizer.bos_token_id] if tokenizer.add_bos and tokenizer.bos_token_id is not None else []
+    return Text(prefix, [token_ids[first : first + PIECE_TOKENS] for first in range(0, num_tokens, PIECE_TOKENS)])
 
 
 def main() -> int:
     arguments = parse("quality", __doc__, model="smollm2-135m", tokens=(NUM_TOKENS, "of the text"))
     path = resolve_model(arguments.model).path
-    text = Text.read(Tokenizer.from_model(path), arguments.tokens)
+    text = read_text(Tokenizer.from_model(path), arguments.tokens)
     rows: list[tuple[str, ...]] = []
     failures: list[str] = []
     with tempfile.TemporaryFile() as file:  # has the logits of the reference: one model is in memory at a time
@@ -94,13 +92,8 @@ def main() -> int:
 
 def load(path: Path, weights: str, kv_cache: str, text: Text) -> LoadedModel:
     dtype, quantization = FORMATS[weights]
-    config = EngineConfig(
-        model_path=str(path),
-        dtype=dtype,
-        quantization=quantization,
-        kv_cache_dtype=kv_cache,
-        max_model_len=len(text.prefix) + PIECE_TOKENS,
-    )
+    kinds = {"dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache}
+    config = EngineConfig(model_path=str(path), max_model_len=len(text.prefix) + PIECE_TOKENS, **kinds)
     return load_model(config)
 
 
