@@ -94,15 +94,11 @@ def failure(check: Callable[[Server], Any], server: Server) -> str | None:
     """Run a check. Return the traceback if it failed, else None."""
     try:
         result = check(server)
-        if inspect.isawaitable(result):
-            asyncio.run(awaited(result))
+        if inspect.iscoroutine(result):
+            asyncio.run(result)
     except Exception:
         return traceback.format_exc()
     return None
-
-
-async def awaited(result: Any) -> None:
-    await result
 
 
 if __name__ == "__main__":
