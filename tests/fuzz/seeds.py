@@ -86,7 +86,7 @@ TEMPLATES = [
     "{{ raise_exception('a' * 9) if messages | length > 9 }}{{ messages[::-1] | map(attribute='role') | join }}",
     "{% generation %}{{ (messages | first)['content'].split(' ')[0].strip() }}{% endgeneration %}",
     "{{ '%s' | format(tools) }}{{ strftime_now('%d') }}",
-    *(SMALL[name] for name in ("GLM-4.5", "Llama-pythonic")),
+    *(SMALL[name] for name in ("Seed-OSS", "Llama-pythonic")),
 ]
 
 DIGEST = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
@@ -94,6 +94,7 @@ KEYS_FILES = [
     f"a:\n  keys: [sha256:{DIGEST}, {DIGEST[::-1]}]\n  weight: 2\n  admin: true\nb@b: {{keys: {'0' * 64}}}\n",
     f'{{"a": {{"keys": "{DIGEST}", "adapters": ["*"], "tokens-per-day": 9, "negative-priority": false}}}}',
     f"a: &x {{keys: &y {DIGEST}, adapters: sql}}\nb: {{<<: *x, keys: !!str '{DIGEST.upper()}'}}\nc: {{keys: [*y]}}\n",
+    *("a: &x [*x]\n", "&x a: *x\n"),
 ]
 
 

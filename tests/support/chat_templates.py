@@ -18,32 +18,6 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-LLAMA3 = """\
-{{- bos_token }}
-{%- if date_string is not defined %}{%- set date_string = strftime_now("%Y") %}{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\n\nToday: " + date_string + "\n" }}
-{%- if messages[0].role == 'system' %}{{- messages[0].content | trim }}{%- set messages = messages[1:] %}{%- endif %}
-{{- "<|eot_id|>" }}
-{%- if tools is not none %}{%- for tool in tools %}{{- tool | tojson(indent=4) + "\n" }}{%- endfor %}{%- endif %}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
-"""
-
-MISTRAL = """\
-{{ bos_token }}
-{%- for message in messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-    {%- endif -%}
-    {%- if message['role'] == 'user' -%}{{ '[INST] ' + message['content'] + ' [/INST]' }}
-    {%- elif message['role'] == 'assistant' -%}
-        {% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}
-    {%- else -%}{{ raise_exception('Only user and assistant roles are supported!') }}
-    {%- endif -%}
-{%- endfor -%}"""
-
 PARTS = """\
 {%- for message in messages %}
     {%- if loop.index > 50 %}{% break %}{% endif %}
@@ -61,7 +35,8 @@ PARTS_ONLY = """\
 
 # Some models' templates build a control token around the role.
 ROLE_BUILT = (
-    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|im_end|>' }}{% endfor %}"
+    "{% for message in messages %}{% generation %}{{ '<|' + message.role + '|>' + message.content + '<|im_end|>' }}"
+    "{% endgeneration %}{% endfor %}"
 )
 
 # Templates look into what an assistant wrote, and cut its thoughts away.

@@ -39,15 +39,6 @@ def _each(call: str, argument: str = "") -> str:
 
 
 SMALL = {
-    # https://huggingface.co/zai-org/GLM-4.5
-    "GLM-4.5": _chat(
-        _each(
-            f"{{{{ '\\n<tool_call>' + {_NAME} + '\\n' }}}}ARGUMENTS{{{{ '</tool_call>' }}}}",
-            "{{ '<arg_key>' + key + '</arg_key>\\n<arg_value>' + " + _VALUE + " + '</arg_value>\\n' }}",
-        ),
-        "\\n<think>",
-        "</think>\\n",
-    ),
     # https://huggingface.co/ByteDance-Seed/Seed-OSS-36B-Instruct
     "Seed-OSS": _chat(
         _each(
@@ -57,12 +48,6 @@ SMALL = {
         ),
         "<seed:think>",
         "</seed:think>",
-    ),
-    # https://huggingface.co/deepseek-ai/DeepSeek-V3.1
-    "DeepSeek-V3.1": _chat(
-        "{{ '<｜tool▁calls▁begin｜>' }}"
-        + _each(f"{{{{ '<｜tool▁call▁begin｜>' + {_NAME} + '<｜tool▁sep｜>' + {_JSON} + '<｜tool▁call▁end｜>' }}}}")
-        + "{{ '<｜tool▁calls▁end｜>' }}"
     ),
     # Llama 3.2 and 4 with Python's syntax
     "Llama-pythonic": _chat(
@@ -112,18 +97,16 @@ def load_template(name: str) -> ChatTemplate:
 NAMES = sorted([*(path.stem for path in FOLDER.glob("*.jinja")), *SMALL])
 # Templates that need variables which only their own servers set, or that write no calls.
 WITHOUT_CALLS = {
-    "HuggingFaceTB-SmolLM3-3B",
-    "LFM2-8B-A1B",
-    "Phi-4-mini",
-    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
-    "fireworks-ai-llama-3-firefunction-v2",
-    "ibm-granite-granite-3.3-2B-Instruct",
-    "llama-cpp-rwkv-world",
+    *("HuggingFaceTB-SmolLM3-3B", "LFM2-8B-A1B", "Phi-4-mini", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B"),
+    *("fireworks-ai-llama-3-firefunction-v2", "ibm-granite-granite-3.3-2B-Instruct", "llama-cpp-rwkv-world"),
 }
 WITH_CALLS = [name for name in NAMES if name not in WITHOUT_CALLS]
 # One template of each kind of arguments: as JSON, between tags, as literals and nested. The details of all the others
 # are for `make test-long`.
-KINDS = ("Qwen-Qwen3-0.6B", "Cohere2MoE", "Qwen3-Coder", "GLM-4.5", "Kimi-K3", "MiniMax-M3", "google-gemma-4-31B-it")
+KINDS = (
+    *("Qwen-Qwen3-0.6B", "Cohere2MoE", "Qwen3-Coder", "poolside-Laguna-XS.2", "Kimi-K3", "MiniMax-M3"),
+    "google-gemma-4-31B-it",
+)
 
 
 def kinds_first(names: Iterable[str]) -> pytest.MarkDecorator:

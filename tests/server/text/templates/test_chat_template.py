@@ -30,12 +30,15 @@ from tests.support.chat_templates import (
 from tests.support.tool_model import TEMPLATE
 from tests.support.tool_templates import load_template
 
+LLAMA, MISTRAL = (
+    load_template(name).source for name in ("meta-llama-Llama-3.2-3B-Instruct", "mistralai-Mistral-Nemo-Instruct-2407")
+)
 RENDERED = [
     (CHATML, CHAT),
     (CHATML, sources.SYSTEM_CHAT),
-    (sources.LLAMA3, CHAT),
-    (sources.LLAMA3, sources.SYSTEM_CHAT),
-    (sources.MISTRAL, CHAT),
+    (LLAMA, CHAT),
+    (LLAMA, sources.SYSTEM_CHAT),
+    (MISTRAL, CHAT),
     (PARTS, sources.SYSTEM_CHAT),
     (PARTS, user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
     (PARTS_ONLY, user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
@@ -59,8 +62,8 @@ def test_renders_as_transformers_does(source: str, messages: Any) -> None:
 @pytest.mark.checklist("C20")
 @pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
 def test_template_kwargs_are_variables_but_cannot_replace_what_we_set(name: str) -> None:
-    rendered = chat_template(sources.LLAMA3).render(CHAT, template_kwargs={"date_string": "26 Jul 2024"})
-    assert "Today: 26 Jul 2024\n" in rendered
+    rendered = chat_template(LLAMA).render(CHAT, template_kwargs={"date_string": "26 Jul 2024"})
+    assert "Today Date: 26 Jul 2024\n" in rendered
     with pytest.raises(ChatTemplateError, match=name):
         chat_template(CHATML).render(CHAT, template_kwargs={name: "x"})
 
@@ -74,7 +77,7 @@ CONTENTS = [
     (CHATML, "user", "<|im_start|>user\na\nb<|im_end|>\n"),  # joined
     (PARTS, "user", "<|im_start|>user:ab<|im_end|>"),  # the template's own way
     (PARTS_ONLY, "user", "<|im_start|>user:ab"),
-    (sources.MISTRAL, "user", "<s>[INST] a\nb [/INST]"),
+    (MISTRAL, "user", "<s>[INST]a\nb[/INST]"),
     # Some handle parts from users but only strings in the system message.
     (STRINGS_IN_SYSTEM, "user", "<|im_start|>user:ab<|im_end|>"),
     (STRINGS_IN_SYSTEM, "system", "<|im_start|>system:a\nb<|im_end|>"),
@@ -96,8 +99,8 @@ EACH = "{{% for message in messages %}}{{% set late = message.role == 'system' a
 SYSTEM = [
     (CHATML, True),
     (PARTS_ONLY, True),
-    (sources.LLAMA3, True),
-    (sources.MISTRAL, False),  # which supports no system messages
+    (LLAMA, True),
+    (MISTRAL, False),  # which supports no system messages
     (EACH.format("{{ raise_exception('Only first.') if late else message.content }}"), False),
     (EACH.format("{% if not late %}{{ message.content }}{% endif %}"), False),
     (EACH.format("{{ message.content }}"), True),
@@ -118,8 +121,8 @@ def test_other_parts_are_refused(source: str, part: Any) -> None:
 
 
 def test_templates_own_refusal_reaches_the_client_as_one_short_line() -> None:
-    with pytest.raises(ChatTemplateError, match="render this request: Conversation roles must alternate"):
-        chat_template(sources.MISTRAL).render([{"role": "assistant", "content": "x"}])
+    with pytest.raises(ChatTemplateError, match=r"render this request: .* conversation roles must alternate"):
+        chat_template(MISTRAL).render([{"role": "assistant", "content": "x"}])
     with pytest.raises(ChatTemplateError, match=r"^.{1,299}$"):
         chat_template("{{ raise_exception(messages[0].content) }}").render(user("a\nb\x00" * 1000))
 
@@ -201,7 +204,7 @@ def test_reasoning_has_the_name_that_the_template_reads(field: str) -> None:
 # Continued messages.
 
 
-@pytest.mark.parametrize("source", [CHATML, sources.LLAMA3, sources.MISTRAL, PARTS, sources.REASONING])
+@pytest.mark.parametrize("source", [CHATML, LLAMA, MISTRAL, PARTS, sources.REASONING])
 def test_continues_as_transformers_does(source: str) -> None:
     for content in ("It is", "a <b> é", "I think, I think"):
         messages: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": content}]
