@@ -1,9 +1,10 @@
 """Answers that arrive in pieces, and what parsers make of them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 
@@ -37,6 +38,11 @@ class Answer:
     calls: list[tuple[str, str]] = field(default_factory=list)  # names and arguments
     reasoning: str = ""
     is_complete: bool = True  # the last call, or none is
+
+    @property
+    def decoded(self) -> list[tuple[str, Any]]:
+        """The calls with their arguments as values."""
+        return [(name, json.loads(arguments)) for name, arguments in self.calls]
 
 
 def read_answer(parser: Parser, pieces: Sequence[str]) -> Answer:

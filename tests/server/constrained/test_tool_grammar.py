@@ -3,30 +3,31 @@
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from pydantic import TypeAdapter
 
+from engine.grammar.compiler import GrammarCompiler
 from server.constrained.constraints import COMPACT
 from server.constrained.harmony_grammar import harmony_grammar
 from server.constrained.tool_grammar import ToolSchemaError, tool_grammar
 from server.schemas.tools import Tool, ToolChoice
 from server.text.parsers import tool_formats
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
-from server.text.parsers.answer_parts import AnswerPart, PartKind
-from server.text.parsers.harmony import MARKERS, HarmonyFormat
+from server.text.parsers.harmony import HARMONY, MARKERS, HarmonyFormat
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, HERMES, KEY, LLAMA3, TaggedArguments, ToolFormat
+from server.text.tokenizer import Tokenizer
 from tests.support.examples import IS_LONG, num_examples
-from tests.support.grammars import GrammarModel, calls_of
-from tests.support.harmony import write_harmony_model
+from tests.support.grammars import allows, compiler_of
+from tests.support.parsing import Answer, read_answer
 from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID, write_tiny_model
-from tests.support.tool_model import write_tool_model
+from tests.support.tool_model import TAGS
 from tests.support.tool_templates import KINDS, NAMES, kinds_first, load_template
 
 THINK = ReasoningTags("<think>", "</think>")
@@ -40,16 +41,18 @@ CITY = {
 PARIS, BERN = '{"city": "paris"}', '{"city": "bern", "days": 3}'
 
 
-SCHEMAS: dict[str, Any] = {"weather": CITY, "time": {"type": "object", "maxProperties": 0}}
+TOOLS: dict[str, Any] = {"weather": CITY, "time": None}
 
 
 @pytest.fixture(scope="module", params=["plain", "special"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GrammarModel:
-    return GrammarModel(write_tool_model(tmp_path_factory.mktemp("grammar"), special_tags=request.param == "special"))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A vocabulary of bytes, in which the markers of several formats may be special tokens."""
+    special = (*TAGS, *MARKERS) if request.param == "special" else ()
+    return Tokenizer.from_model(write_tiny_model(tmp_path_factory.mktemp("grammar"), *special))
 
 
-def make_tools(*, strict: bool = False) -> list[Tool]:
-    functions = [{"name": "weather", "parameters": CITY, "strict": strict}, {"name": "time"}]
+def tools_of(schemas: dict[str, Any], strict: Collection[str] = ()) -> list[Tool]:
+    functions = [{"name": name, "parameters": schemas[name], "strict": name in strict} for name in schemas]
     return [Tool.model_validate({"type": "function", "function": function}) for function in functions]
 
 
@@ -58,11 +61,17 @@ def validated(choice: Any) -> ToolChoice | None:
 
 
 def grammar_of(
-    model: GrammarModel, format: ToolFormat, choice: Any = None, strict: bool = False, more: bool = False, **fields: Any
+    model: Tokenizer, format: ToolFormat, choice: Any = None, strict: bool = False, more: bool = False, **fields: Any
 ) -> str:
-    special_ids = model.tokenizer.special_ids_in([*format.texts, THINK.start, THINK.end])
-    answers, tools = AnswerFormat(format, **fields), make_tools(strict=strict)
-    grammar = tool_grammar(answers, tools, validated(choice), special_ids=special_ids, has_content_grammar=more)
+    answers = HarmonyFormat(**fields) if format is HARMONY else AnswerFormat(format, **fields)
+    special_ids = model.special_ids_in([*answers.markers, *format.texts, THINK.start, THINK.end])
+    options: dict[str, Any] = {"special_ids": special_ids, "has_content_grammar": more}
+    tools, choice = tools_of(TOOLS, ["weather"] if strict else []), validated(choice)
+    grammar = (
+        harmony_grammar(answers, tools, choice, **options)
+        if isinstance(answers, HarmonyFormat)
+        else tool_grammar(answers, tools, choice, **options)
+    )
     assert grammar is not None
     return grammar
 
@@ -75,229 +84,184 @@ def with_content(calls: str) -> str:
     return json.dumps({"grammars": [{"name": "answer", "lark_grammar": calls}, content]})
 
 
-def write(format: ToolFormat, *calls: tuple[str, str]) -> str:
-    """Return calls as models write them."""
-    texts = [format.before_name + name + format.after_name + args + format.after_arguments for name, args in calls]
-    text = format.separator.join(texts)
-    return text if format is GENERIC and len(calls) == 1 else format.start + text + format.end
-
-
-FORMATS = pytest.mark.parametrize(
-    "format", [HERMES, LLAMA3, tool_formats.MISTRAL, tool_formats.MISTRAL_NAMES, GENERIC], ids=lambda f: f.name
-)
-WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
-REQUIRED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [WEATHER]}}
-
-
-def read(format: ToolFormat, text: str, parallel: bool) -> Any:
-    """Return the calls that an answer consists of, as the parser reads them."""
-    parser = AnswerParser(AnswerFormat(format, {name: {} for name in SCHEMAS}, parallel_calls=parallel))
-    parts = parser.push(text) + parser.finish()
-    assert parser.ends_with_calls
-    assert not any(part.kind is PartKind.CONTENT for part in parts)
-    return calls_of(parts)
-
-
-@FORMATS
-def test_forced_calls(model: GrammarModel, format: ToolFormat) -> None:
-    one, other = ("weather", PARIS), ("time", "{}")
-    wrong = ["", "Hello", write(format, ("weather", "{}")), write(format, ("zzz", "{}")), write(format, one) + "x"]
-    wrong += [write(format, ("weather", '{"city": "paris", "x": 1}')), write(format, ("time", '{"a": 1}'))]
-    for choice, parallel, allowed, refused in [
-        ("required", True, [[one], [other], [one, other, one]], []),
-        ("required", False, [[one], [other]], [[one, other]]),
-        (WEATHER, True, [[one], [("weather", BERN)]], [[other], [one, one]]),
-        (REQUIRED, True, [[one], [one, one]], [[other]]),
-    ]:
-        grammar = grammar_of(model, format, choice, parallel_calls=parallel)
-        for calls in allowed:
-            text = write(format, *calls)
-            assert model.accepts(grammar, text), (choice, text)
-            assert read(format, text, parallel) == [(name, json.loads(arguments)) for name, arguments in calls]
-        assert not any(model.accepts(grammar, write(format, *calls)) for calls in refused), (choice, refused)
-        assert not any(model.accepts(grammar, text) for text in wrong), choice
-
-
-@FORMATS
-def test_strict_calls_of_an_answer_that_is_free(model: GrammarModel, format: ToolFormat) -> None:
-    grammar = grammar_of(model, format, strict=True)
-    one, wrong = write(format, ("weather", PARIS)), write(format, ("weather", "{}"))
-    assert all(model.accepts(grammar, text) for text in ("", "Hello, world!\n", "<b>", one))
-    assert not any(model.accepts(grammar, text) for text in (wrong, one + "x", one[:-1]))
-    if not format.is_bare:
-        assert model.accepts(grammar, f"One moment.\n{one}")
-        assert not model.accepts(grammar, f"One moment.\n{wrong}")
-    assert model.accepts(grammar, write(format, ("time", '{"a": 1}')))  # this tool is not strict
-    two = write(format, ("weather", BERN), ("time", "{}"))
-    assert model.accepts(grammar, two)
-    assert not model.accepts(grammar_of(model, format, strict=True, parallel_calls=False), two)
-
-
-def test_reasoning_comes_first(model: GrammarModel) -> None:
-    call, other = write(HERMES, ("weather", PARIS)), "<tool_call>\nhm\n</tool_call>"
-    for strict, choice in [(False, "required"), (True, None)]:
-        for is_reasoning in (False, True):
-            grammar = grammar_of(model, HERMES, choice, strict=strict, reasoning_tags=THINK, is_reasoning=is_reasoning)
-            start = "" if is_reasoning else "<think>"
-            could = "" if model.tokenizer.special_ids_in(["<tool_call>"]) else other  # special tokens do not match text
-            for text in ("</think>\n\n", f"I could {could}</think>", "\n</think>\n"):
-                assert model.accepts(grammar, start + text + call)
-                assert model.accepts(grammar, start + text) == (choice is None)
-            assert not model.accepts(grammar, f"{start}Hm</think>{other}")
-            assert model.accepts(grammar, call) != is_reasoning
-
-
-@FORMATS
-def test_content_has_a_grammar_of_its_own(model: GrammarModel, format: ToolFormat) -> None:
-    def grammar(choice: str, **more: Any) -> str:
-        return with_content(grammar_of(model, format, choice, more=True, **more))
-
-    call = write(format, ("time", '{"a": 1}'))
-    free, forced, alone = grammar("auto"), grammar("required"), grammar("none", reasoning_tags=THINK)
-    assert all(model.accepts(free, text) for text in ('{"answer":42}', '{"name":"time","answer":42}', call))
-    assert not any(model.accepts(free, text) for text in ("Hi", '{"answer":"x"}', "", call + '{"answer":42}'))
-    assert not model.accepts(forced, '{"answer":42}')
-    assert model.accepts(forced, write(format, ("time", "{}")))
-    assert model.accepts(alone, '{"answer":42}')
-    assert model.accepts(alone, '<think>\nHm\n</think>\n\n{"answer":42}')
-    assert not model.accepts(alone, call)
-
-
-def test_what_needs_no_grammar() -> None:
-    for tools, choice in (
-        (make_tools(), None),
-        (make_tools(), "auto"),
-        (make_tools(strict=True), "none"),
-        (None, None),
-    ):
-        assert tool_grammar(AnswerFormat(HERMES, parallel_calls=False), tools, validated(choice)) is None
-        assert harmony_grammar(HarmonyFormat(), tools, validated(choice)) is None
-
-
-def test_json_cannot_break_the_grammar(model: GrammarModel) -> None:
-    """Text in a schema cannot break out of its JSON string."""
-    schema = {"type": "object", "properties": {'a"\n/\\': {"enum": ['x"\nstart: y', "é", "</tool_call>"]}}}
-    function = {"name": "f", "parameters": schema}
-    tools = [Tool.model_validate({"type": "function", "function": function})]
-    grammar = tool_grammar(AnswerFormat(HERMES), tools, "required")
-    assert grammar is not None
-    for value in ('x"\nstart: y', "é"):
-        arguments = json.dumps({'a"\n/\\': value}, ensure_ascii=False)
-        if not model.tokenizer.special_ids_in(["<tool_call>"]):
-            assert model.accepts(grammar, write(HERMES, ("f", arguments)))
-
-
-# The harmony format.
-
-
 NEXT = "<|start|>assistant"
 ANALYSIS = f"<|channel|>analysis<|message|>Hm <b>.<|end|>{NEXT}"
 PREAMBLE = f"<|channel|>commentary<|message|>Let me\nsee.<|end|>{NEXT}"
 FINAL = "<|channel|>final<|message|>"
 
 
-@pytest.fixture(scope="module", params=["plain", "special"])
-def harmony(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GrammarModel:
-    folder = tmp_path_factory.mktemp("harmony")
-    return GrammarModel(write_harmony_model(folder, special_markers=request.param == "special"))
-
-
-def grammar_in(
-    harmony: GrammarModel, choice: Any = None, *, strict: bool = False, more: bool = False, is_final: bool = False
-) -> str:
-    format, special_ids = HarmonyFormat(is_final=is_final), harmony.tokenizer.special_ids_in(MARKERS)
-    tools = make_tools(strict=strict)
-    grammar = harmony_grammar(format, tools, validated(choice), special_ids=special_ids, has_content_grammar=more)
-    assert grammar is not None
-    return grammar
-
-
 def calling(name: str, arguments: str, content_type: str = " <|constrain|>json", is_role_first: bool = False) -> str:
+    """Return a call in the harmony format."""
     recipient, channel = f" to=functions.{name}", "<|channel|>commentary"
     header = recipient + channel if is_role_first else channel + recipient
     return f"{header}{content_type}<|message|>{arguments}"
 
 
-def test_forced_calls_in_harmony(harmony: GrammarModel) -> None:
-    wrong = [
-        "",
-        "Hi",
-        f"{FINAL}Hi",
-        ANALYSIS,
-        calling("weather", "{}"),
-        calling("zzz", "{}"),
-        calling("time", "{}") + "x",
-    ]
-    wrong += [calling("weather", PARIS) + f"<|call|>{NEXT}" + calling("time", "{}"), calling("time", '{"a": 1}')]
-    for choice, allowed, refused in [
-        ("required", [calling("weather", PARIS), calling("time", "{}")], []),
-        (WEATHER, [calling("weather", BERN)], [calling("time", "{}")]),
-        (REQUIRED, [calling("weather", BERN)], [calling("time", "{}")]),
+def write(format: ToolFormat, *calls: tuple[str, str]) -> str:
+    """Return calls as models write them."""
+    if format is HARMONY:
+        return f"<|call|>{NEXT}".join(calling(*call) for call in calls)
+    texts = [format.before_name + name + format.after_name + args + format.after_arguments for name, args in calls]
+    text = format.separator.join(texts)
+    return text if format is GENERIC and len(calls) == 1 else format.start + text + format.end
+
+
+FORMATS = pytest.mark.parametrize(
+    "format", [HERMES, LLAMA3, tool_formats.MISTRAL, tool_formats.MISTRAL_NAMES, GENERIC, HARMONY], ids=lambda f: f.name
+)
+WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
+REQUIRED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [WEATHER]}}
+
+
+def earlier(format: ToolFormat) -> list[str]:
+    """Return what may stand before an answer: messages of the harmony format."""
+    return ["", ANALYSIS, PREAMBLE, ANALYSIS + PREAMBLE + ANALYSIS] if format is HARMONY else [""]
+
+
+def content_of(format: ToolFormat, text: str) -> str:
+    return FINAL + text if format is HARMONY else text
+
+
+def read(format: ToolFormat, text: str, parallel: bool) -> Any:
+    """Return the calls that an answer consists of, as the parser reads them."""
+    tools: dict[str, Any] = {name: {} for name in TOOLS}
+    answers = HarmonyFormat(tools=tools) if format is HARMONY else AnswerFormat(format, tools, parallel)
+    parser = answers.new_parser()
+    answer = read_answer(parser, [text])
+    assert parser.ends_with_calls
+    assert (answer.content != "") == (PREAMBLE in text)
+    return answer.decoded
+
+
+@FORMATS
+def test_forced_calls(model: Tokenizer, format: ToolFormat) -> None:
+    """Of several calls, the harmony format has one in an answer."""
+    one, other = ("weather", PARIS), ("time", "{}")
+    wrong = ["", "Hello", write(format, ("weather", "{}")), write(format, ("zzz", "{}")), write(format, one) + "x"]
+    wrong += [write(format, ("weather", '{"city": "paris", "x": 1}')), write(format, ("time", '{"a": 1}'))]
+    wrong += [f"{FINAL}Hi", ANALYSIS] if format is HARMONY else []
+    for choice, parallel, possible, refused in [
+        ("required", True, [[one], [other], [one, other, one]], []),
+        ("required", False, [[one], [other], [one, other]], []),
+        (WEATHER, True, [[one], [("weather", BERN)]], [[other], [one, one]]),
+        (REQUIRED, True, [[one], [one, one]], [[other]]),
     ]:
-        grammar = grammar_in(harmony, choice)
-        for before in ("", ANALYSIS, PREAMBLE, ANALYSIS + PREAMBLE + ANALYSIS):
-            for text in allowed:
-                assert harmony.accepts(grammar, before + text), choice
-                parser = HarmonyFormat(tools={name: {} for name in SCHEMAS}).new_parser()
-                ((name, arguments),) = calls_of(parser.push(before + text) + parser.finish())
-                assert parser.ends_with_calls
-                assert calling(name, json.dumps(arguments)) == text
-            assert not any(harmony.accepts(grammar, before + text) for text in [*wrong, *refused]), choice
-    grammar = grammar_in(harmony, "required")
+        grammar = grammar_of(model, format, choice, parallel_calls=parallel)
+        for before in earlier(format):
+            for calls in possible:
+                text = before + write(format, *calls)
+                is_allowed = len(calls) == 1 or (parallel and format is not HARMONY)
+                assert allows(model, grammar, text) == is_allowed, (choice, text)
+                if is_allowed:
+                    assert read(format, text, parallel) == [(name, json.loads(args)) for name, args in calls]
+            for text in [*wrong, *(write(format, *calls) for calls in refused)]:
+                assert not allows(model, grammar, before + text), (choice, text)
+
+
+@FORMATS
+def test_strict_calls_of_an_answer_that_is_free(model: Tokenizer, format: ToolFormat) -> None:
+    grammar = grammar_of(model, format, strict=True)
+    one, wrong = write(format, ("weather", PARIS)), write(format, ("weather", "{}"))
+    loose = write(format, ("time", '{"a": 1}'))  # this tool is not strict
+    for before in [*earlier(format), *([] if format.is_bare or format is HARMONY else ["One moment.\n"])]:
+        allowed = [one, loose, *(content_of(format, text) for text in ("", "Hello,\nworld!\n", "<b>"))]
+        assert all(allows(model, grammar, before + text) for text in allowed)
+        assert not any(allows(model, grammar, before + text) for text in (wrong, one + "x", one[:-1]))
+    two = write(format, ("weather", BERN), ("time", "{}"))
+    assert allows(model, grammar, two) == (format is not HARMONY)
+    assert not allows(model, grammar_of(model, format, strict=True, parallel_calls=False), two)
+
+
+def test_reasoning_comes_first(model: Tokenizer) -> None:
+    call, other = write(HERMES, ("weather", PARIS)), "<tool_call>\nhm\n</tool_call>"
+    for strict, choice in [(False, "required"), (True, None)]:
+        for is_reasoning in (False, True):
+            grammar = grammar_of(model, HERMES, choice, strict=strict, reasoning_tags=THINK, is_reasoning=is_reasoning)
+            start = "" if is_reasoning else "<think>"
+            could = "" if model.special_ids_in(["<tool_call>"]) else other  # special tokens do not match text
+            for text in ("</think>\n\n", f"I could {could}</think>", "\n</think>\n"):
+                assert allows(model, grammar, start + text + call)
+                assert allows(model, grammar, start + text) == (choice is None)
+            assert not allows(model, grammar, f"{start}Hm</think>{other}")
+            assert allows(model, grammar, call) != is_reasoning
+
+
+@FORMATS
+def test_content_has_a_grammar_of_its_own(model: Tokenizer, format: ToolFormat) -> None:
+    def grammar(choice: str, **more: Any) -> str:
+        return with_content(grammar_of(model, format, choice, more=True, **more))
+
+    answer, call = content_of(format, '{"answer":42}'), write(format, ("time", '{"a": 1}'))
+    free, forced = grammar("auto"), grammar("required")
+    alone = grammar("none", **({} if format is HARMONY else {"reasoning_tags": THINK}))
+    for before in [each for each in earlier(format) if PREAMBLE not in each]:
+        named = content_of(format, '{"name":"time","answer":42}')
+        assert all(allows(model, free, before + text) for text in (answer, named, call))
+        wrong = [content_of(format, text) for text in ("Hi", '{"answer":"x"}', '{"answer":42}x')]
+        assert not any(allows(model, free, before + text) for text in (*wrong, "", call + answer))
+        assert not allows(model, forced, before + answer)
+        assert allows(model, forced, before + write(format, ("time", "{}")))
+        assert allows(model, alone, before + answer)
+        assert not allows(model, alone, before + call)
+    if format is not HARMONY:
+        assert allows(model, alone, '<think>\nHm\n</think>\n\n{"answer":42}')
+        return
+    assert allows(model, free, '<|channel|>final <|constrain|>json<|message|>{"answer":42}')
+    assert not allows(model, free, PREAMBLE + answer)  # the preamble would be content
+    assert not allows(model, free, '{"answer":42}')
+    assert allows(model, grammar("none", is_final=True), '{"answer":42}')
+
+
+def test_what_needs_no_grammar() -> None:
+    for tools, choice in (
+        (tools_of(TOOLS), None),
+        (tools_of(TOOLS), "auto"),
+        (tools_of(TOOLS, TOOLS), "none"),
+        (None, None),
+    ):
+        assert tool_grammar(AnswerFormat(HERMES, parallel_calls=False), tools, validated(choice)) is None
+        assert harmony_grammar(HarmonyFormat(), tools, validated(choice)) is None
+
+
+def test_json_cannot_break_the_grammar(model: Tokenizer) -> None:
+    """Text in a schema cannot break out of its JSON string."""
+    schema = {"type": "object", "properties": {'a"\n/\\': {"enum": ['x"\nstart: y', "é", "</tool_call>"]}}}
+    grammar = tool_grammar(AnswerFormat(HERMES), tools_of({"f": schema}), "required")
+    assert grammar is not None
+    for value in ('x"\nstart: y', "é"):
+        arguments = json.dumps({'a"\n/\\': value}, ensure_ascii=False)
+        if not model.special_ids_in(["<tool_call>"]):
+            assert allows(model, grammar, write(HERMES, ("f", arguments)))
+
+
+# The harmony format.
+
+
+def test_headers_of_calls(model: Tokenizer) -> None:
+    grammar = grammar_of(model, HARMONY, "required")
     for content_type in (" <|constrain|>json", "<|constrain|>json", " json", ""):
         for is_role_first in (False, True):
             text = calling("time", "{}", content_type, is_role_first)
-            assert harmony.accepts(grammar, text), text
+            assert allows(model, grammar, text), text
             spaced = re.sub(r"(<\|(start|channel|message|constrain)\|>)", r"\1 ", ANALYSIS + text)
-            assert harmony.accepts(grammar, spaced), spaced
+            assert allows(model, grammar, spaced), spaced
 
 
-def test_strict_calls_of_an_answer_that_is_free_in_harmony(harmony: GrammarModel) -> None:
-    grammar = grammar_in(harmony, strict=True)
-    for before in ("", ANALYSIS, PREAMBLE):
-        for text in (FINAL, f"{FINAL}Hello,\nworld!", calling("weather", PARIS), calling("time", '{"a": 1}')):
-            assert harmony.accepts(grammar, before + text), text
-        assert not harmony.accepts(grammar, before + calling("weather", "{}"))
-
-
-def test_content_has_a_grammar_of_its_own_in_harmony(harmony: GrammarModel) -> None:
-    def grammar(choice: str, **more: bool) -> str:
-        return with_content(grammar_in(harmony, choice, more=True, **more))
-
-    free, forced, alone = grammar("auto"), grammar("required"), grammar("none")
-    answer, time = '{"answer":42}', calling("time", '{"a": 1}')
-    typed = f"<|channel|>final <|constrain|>json<|message|>{answer}"
-    for before in ("", ANALYSIS, ANALYSIS + ANALYSIS):
-        assert all(harmony.accepts(free, before + text) for text in (FINAL + answer, typed, time))
-        assert not any(harmony.accepts(free, before + text) for text in (answer, f"{FINAL}Hi", f"{FINAL}{answer}x"))
-        assert harmony.accepts(alone, before + FINAL + answer)
-        assert not harmony.accepts(alone, before + time)
-        assert harmony.accepts(forced, before + calling("time", "{}"))
-        assert not harmony.accepts(forced, before + FINAL + answer)
-    assert not harmony.accepts(free, PREAMBLE + FINAL + answer)  # it would be content
-    assert harmony.accepts(grammar("none", is_final=True), answer)
-
-
-REQUIRE: dict[str, Any] = {"choice": "required"}
-STRICT: dict[str, Any] = {"strict": True}
-
-
-def test_answers_that_the_prompt_begins(harmony: GrammarModel) -> None:
-    forced, strict = (grammar_in(harmony, is_final=True, **more) for more in (REQUIRE, STRICT))
+def test_answers_that_the_prompt_begins(model: Tokenizer) -> None:
+    forced = grammar_of(model, HARMONY, "required", is_final=True)
+    strict = grammar_of(model, HARMONY, strict=True, is_final=True)
     text = f"lo.<|end|>{NEXT}" + calling("time", "{}")
-    assert harmony.accepts(forced, text)
-    assert not harmony.accepts(forced, "lo.")
-    assert all(harmony.accepts(strict, each) for each in (text, "lo."))
+    assert allows(model, forced, text)
+    assert not allows(model, forced, "lo.")
+    assert all(allows(model, strict, each) for each in (text, "lo."))
 
 
-def test_a_call_ends_with_a_token_that_ends_the_answer(harmony: GrammarModel) -> None:
-    ends = list(harmony.tokenizer.special_ids_in(["<|call|>", "<|return|>"]).values())
-    guide = LLTokenizer(harmony.tokenizer.to_json(), eos_token=ends or [END_OF_TEXT_ID])
-    matcher = LLMatcher(guide, grammar_in(harmony, "required"), log_level=0)
-    matcher.consume_tokens(harmony.tokenizer.encode(calling("time", "{}"), add_special_tokens=False))
+def test_a_call_ends_with_a_token_that_ends_the_answer(model: Tokenizer) -> None:
+    ends = sorted(model.special_ids_in(["<|call|>", "<|return|>"]).values()) or [END_OF_TEXT_ID]
+    matcher = GrammarCompiler(model.to_json(), ends).compile(grammar_of(model, HARMONY, "required"))
+    matcher.consume_tokens(model.encode(calling("time", "{}"), add_special_tokens=False))
     mask = int.from_bytes(matcher.compute_bitmask(), "little")
-    allowed = [token_id for token_id in range(harmony.tokenizer.vocab_size) if mask >> token_id & 1]
-    assert allowed == (sorted(ends) or [END_OF_TEXT_ID])
+    assert [token_id for token_id in range(model.vocab_size) if mask >> token_id & 1] == ends
 
 
 # The formats of real chat templates. Answers are sampled at random from the tokens that the masks allow.
@@ -339,12 +303,29 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
 DISTINCT = list({repr(load_template(name).tool_format): name for name in NAMES}.values()) if IS_LONG else [*KINDS]
 
 
-def tools_of(schemas: dict[str, Any] = ALL, *, strict: bool = False) -> list[Tool]:
-    functions = [{"name": name, "parameters": schema, "strict": strict} for name, schema in schemas.items()]
-    return [Tool.model_validate({"type": "function", "function": function}) for function in functions]
+def sample(tokenizer: Tokenizer, matcher: LLMatcher, rng: random.Random, ends: Sequence[str]) -> str:
+    """Return a random output. Texts that end values, `ends`, are tried often, so that strings end."""
+    tried = [tokenizer.encode(text, add_special_tokens=False) for text in ends]
+    token_ids: list[int] = []
+    while not matcher.is_stopped():
+        assert len(token_ids) < 5000
+        end = rng.choice(tried)
+        if rng.random() < 0.3 and len(end) == matcher.validate_tokens(end):
+            assert matcher.consume_tokens(end)
+            token_ids += end
+            continue
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [token_id for token_id in range(tokenizer.vocab_size) if mask >> token_id & 1]
+        closing = [each for each in allowed if each > END_OF_TEXT_ID or each in (*b'"<\n',)]
+        token_id = rng.choice(closing if closing and rng.random() < len(token_ids) / 200 else allowed)
+        token_id = END_OF_TEXT_ID if END_OF_TEXT_ID in allowed and rng.random() < 0.5 else token_id
+        assert matcher.consume_token(token_id)
+        token_ids.append(token_id)
+    assert not matcher.is_error(), matcher.get_error()
+    return tokenizer.decode([each for each in token_ids if each != END_OF_TEXT_ID], skip_special_tokens=False)
 
 
-class Model(GrammarModel):
+class Model:
     """A vocabulary of bytes in which the tags of a format may be special tokens."""
 
     def __init__(self, name: str, folder: Path, *, special: bool = True) -> None:
@@ -353,7 +334,7 @@ class Model(GrammarModel):
         self.format = self.new_format()
         special = special or template.tool_format.name == "minimax_m3"  # random text seldom ends with its token
         tags = sorted(set(TOKEN.findall("\n".join(self.format.markers)))) if special else []
-        super().__init__(write_tiny_model(folder, *tags))
+        self.tokenizer = Tokenizer.from_model(write_tiny_model(folder, *tags))
         self.special_ids = self.tokenizer.special_ids_in(self.format.markers)
         syntax = template.tool_format.arguments
         tags = [syntax.after_value, syntax.value_end] if isinstance(syntax, TaggedArguments) else [*syntax.texts]
@@ -368,16 +349,18 @@ class Model(GrammarModel):
         assert grammar is not None
         return grammar
 
-    def samples(self, grammar: str, rng: random.Random, num: int = 1) -> Iterator[str]:
-        matcher = self.matcher(grammar)
-        for _ in range(num):
-            yield self.sample(matcher.deep_copy(), rng, self.ends)
+    def accepts(self, grammar: str, text: str) -> bool:
+        return allows(self.tokenizer, grammar, text)
 
-    def parse(
-        self, text: str, schemas: dict[str, Any] = ALL, *, parallel: bool = True
-    ) -> tuple[list[AnswerPart], AnswerParser]:
+    def samples(self, grammar: str, rng: random.Random, num: int = 1) -> Iterator[str]:
+        for _ in range(num):
+            yield sample(self.tokenizer, compiler_of(self.tokenizer).compile(grammar), rng, self.ends)
+
+    def parse(self, text: str, schemas: dict[str, Any] = ALL, *, parallel: bool = True) -> Answer:
         parser = AnswerParser(self.new_format(schemas, parallel), hidden=(*self.content_markers, *self.special_ids))
-        return parser.push(text) + parser.finish(), parser
+        answer = read_answer(parser, [text])
+        answer.is_complete = parser.ends_with_calls
+        return answer
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
@@ -385,15 +368,13 @@ class Model(GrammarModel):
 def test_the_parser_reads_what_the_grammar_allows(name: str, special: bool, tmp_path: Path, rng: random.Random) -> None:
     model = Model(name, tmp_path, special=special)
     for choice, parallel in [("required", True), ("required", False), (NAMED, True)]:
-        grammar = model.grammar(tools_of(), choice, parallel=parallel)
+        grammar = model.grammar(tools_of(ALL), choice, parallel=parallel)
         for text in model.samples(grammar, rng, num_examples(1, 20)):
-            parts, parser = model.parse(text, parallel=parallel)
-            assert not any(part.kind is PartKind.CONTENT for part in parts), text
-            assert parser.ends_with_calls, text
-            calls = calls_of(parts)
-            for tool, arguments in calls:
+            answer = model.parse(text, parallel=parallel)
+            assert (answer.content, answer.is_complete) == ("", True), text
+            for tool, arguments in answer.decoded:
                 jsonschema.validate(arguments, ALL[tool])
-            assert len(calls) == 1 or (parallel and choice == "required"), text
+            assert len(answer.calls) == 1 or (parallel and choice == "required"), text
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
@@ -401,21 +382,21 @@ def test_the_parser_reads_what_the_grammar_allows(name: str, special: bool, tmp_
 def test_strict_calls_are_optional(name: str, special: bool, tmp_path: Path, rng: random.Random) -> None:
     """Free text is allowed, and calls in it follow their schemas, however they begin."""
     model = Model(name, tmp_path, special=special)
-    (call,) = model.samples(model.grammar(tools_of(), NAMED), rng)
-    grammar = model.grammar(tools_of(strict=True), None)
+    (call,) = model.samples(model.grammar(tools_of(ALL), NAMED), rng)
+    grammar = model.grammar(tools_of(ALL, strict=ALL), None)
     assert all(model.accepts(grammar, text) for text in ("", "Hello, world!\n", "a < b", call))
     assert not model.accepts(grammar, call.replace("get_weather", "get_whatever"))
     for text in model.samples(grammar, rng, num_examples(2, 20)):
-        for tool, arguments in calls_of(model.parse(text)[0]):
+        for tool, arguments in model.parse(text).decoded:
             jsonschema.validate(arguments, ALL[tool])
 
 
 def test_content_after_a_marker_that_begins_as_calls_do(tmp_path: Path, rng: random.Random) -> None:
     """Muse addresses content `to=user` and calls `to=get_weather`."""
     model = Model("muse-glimmer", tmp_path)
-    (call,) = model.samples(model.grammar(tools_of(), NAMED), rng)
+    (call,) = model.samples(model.grammar(tools_of(ALL), NAMED), rng)
     call = call.removeprefix("to=user<|message|>")
-    grammar = model.grammar(tools_of(strict=True), None)
+    grammar = model.grammar(tools_of(ALL, strict=ALL), None)
     for text in ("", "Hi", call, f"Hi {call}"):
         assert model.accepts(grammar, text)
         assert model.accepts(grammar, f"to=user<|message|>{text}")
@@ -425,10 +406,10 @@ def test_content_after_a_marker_that_begins_as_calls_do(tmp_path: Path, rng: ran
 @kinds_first(DISTINCT)
 def test_arguments_of_tools_that_are_not_strict_are_free(name: str, tmp_path: Path, rng: random.Random) -> None:
     model = Model(name, tmp_path)
-    tools = [*tools_of({"get_weather": SCHEMA}), *tools_of({"time-now": ALL["time-now"]}, strict=True)]
+    tools = tools_of(ALL, strict=["time-now"])
     if model.tool_format.name != "minimax_m3":  # which does not support further properties
         for text in model.samples(model.grammar(tools, None), rng, num_examples(2, 20)):
-            assert all(isinstance(arguments, dict) for _, arguments in calls_of(model.parse(text)[0])), text
+            assert all(isinstance(arguments, dict) for _, arguments in model.parse(text).decoded), text
 
 
 MORE: dict[str, Any] = {
@@ -441,13 +422,6 @@ EITHER: dict[str, Any] = {
         {"properties": {"kind": {"const": "a"}, "n": {"type": "integer"}}, "required": ["kind", "n"]},
         {"properties": {"kind": {"const": "b"}}, "required": ["kind"]},
     ]
-}
-NODE = {"properties": {"n": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}}, "required": ["n"]}
-TREE: dict[str, Any] = {
-    "type": "object",
-    "properties": {"tree": {"$ref": "#/$defs/node"}},
-    "required": ["tree"],
-    "$defs": {"node": {"type": "object"} | NODE},
 }
 CLOSED = {"type": "object", "required": ["n"], "additionalProperties": False}
 WHOLE_TREE: dict[str, Any] = CLOSED | {
@@ -468,16 +442,14 @@ RECURSIVE = (WHOLE_TREE, CIRCLE)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-Coder", "google-gemma-4-31B-it", "Kimi-K3", "MiniMax-M3"])
-@pytest.mark.parametrize(
-    "schema", [MORE, EITHER, TREE, WHOLE_TREE, CIRCLE], ids=["more", "either", "tree", "whole", "circle"]
-)
+@pytest.mark.parametrize("schema", [MORE, EITHER, WHOLE_TREE, CIRCLE], ids=["more", "either", "whole", "circle"])
 def test_other_schemas(name: str, schema: dict[str, Any], tmp_path: Path, rng: random.Random) -> None:
     model = Model(name, tmp_path)
     if name == "MiniMax-M3" and schema not in RECURSIVE:  # further properties are not supported
         return
     grammar = model.grammar(tools_of({"get_weather": schema}), "required", parallel=False)
     for text in model.samples(grammar, rng, num_examples(3, 30)):
-        ((_, arguments),) = calls_of(model.parse(text, {"get_weather": schema})[0])
+        ((_, arguments),) = model.parse(text, {"get_weather": schema}).decoded
         jsonschema.validate(arguments, schema)
 
 
