@@ -20,6 +20,7 @@ MAX_CHARS = 9_000_000
 HardBody = tuple[Callable[[int], Fields | bytes], int]
 
 chat: Callable[..., Fields] = partial(dict, model="tiny", messages=MESSAGES, max_tokens=1)
+forced: Callable[..., Fields] = partial(chat, tool_choice="required")
 completion: Callable[..., Fields] = partial(dict, model="tiny", prompt="a", max_tokens=1)
 response: Callable[..., Fields] = partial(dict, model="tiny", input="a", max_output_tokens=1)
 ollama: Callable[..., Fields] = partial(dict, model="tiny", messages=MESSAGES, stream=False, options={"num_predict": 1})
@@ -69,13 +70,10 @@ _CHAT: Mapping[str, HardBody] = {
     "messages": (lambda n: chat(messages=turns(n)), 10_000),
     "numbers for messages": (lambda n: chat(messages=[1] * n), MAX_ITEMS),
     "tools": (lambda n: chat(tools=[tool(f"f{i}") for i in range(n)]), 128),
-    "forced tools": (lambda n: chat(tool_choice="required", tools=[tool(f"f{i}") for i in range(n)]), 128),
+    "forced tools": (lambda n: forced(tools=[tool(f"f{i}") for i in range(n)]), 128),
     "properties of a tool": (lambda n: chat(tools=[tool("f", parameters=schema(n))]), 30_000),
     "references in a tool": (lambda n: chat(tools=[tool("f", parameters=references(n))]), 200),
-    "forced references": (
-        lambda n: chat(tools=[tool("f", parameters=references(n))], tool_choice="required"),
-        200,
-    ),
+    "forced references": (lambda n: forced(tools=[tool("f", parameters=references(n))]), 200),
     "a schema": (lambda n: chat(response_format=as_format(schema(n))), 30_000),
     "alternatives": (lambda n: chat(response_format=as_format({"oneOf": [schema(40)] * n})), 1000),
     "stop strings": (lambda n: chat(stop=[f"{i:03}" + "a" * 124 for i in range(n)]), 64),

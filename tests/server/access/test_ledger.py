@@ -98,7 +98,10 @@ def test_tokens_per_minute(pair: Pair) -> None:
     answers = [send(server, "tokens") for server, _ in zip(in_turn(pair), range(3), strict=False)]  # of 6 tokens each
     assert [answer.status_code for answer in answers] == [200, 200, 200]
     for server in pair:
-        assert check_error(send(server, "tokens"), 429)["type"] == "tokens"
+        refused = send(server, "tokens")
+        assert check_error(refused, 429)["type"] == "tokens"
+        assert rates(refused, "tokens") == ("15", "0")
+        assert refused.headers["x-ratelimit-reset-tokens"] == "1m12s"  # what was taken beyond the limit is paid back
         used = usage(server, "tokens")
         assert (used["prompt_tokens"], used["completion_tokens"]) == (12, 6)
 

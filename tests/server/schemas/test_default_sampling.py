@@ -13,19 +13,14 @@ import pytest
 
 from engine.shared.messages import SamplingParams
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling
-from tests.support.clients import MESSAGES
+from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, RESPONSES, ask, ask_json
 from tests.support.serving import RunningServer, fresh_server
 
 FILE = "generation_config.json"
 Start = Callable[..., RunningServer]
 SetDefault = Callable[[DefaultSampling], None]
 
-ENDPOINTS: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"prompt": "Hi"},
-    "/v1/chat/completions": {"messages": MESSAGES},
-    "/v1/responses": {"input": "Hi"},
-    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
-}
+ENDPOINTS = (COMPLETIONS, CHAT, RESPONSES, ANTHROPIC)
 
 
 @pytest.fixture
@@ -55,10 +50,9 @@ def resolve(setting: Any, *recommendations: tuple[str, dict[str, Any]], name: st
     return resolve_default_sampling(setting, {name}, recommendations)
 
 
-def params(server: RunningServer, path: str = "/v1/chat/completions", **fields: Any) -> SamplingParams:
+def params(server: RunningServer, path: str = CHAT, **fields: Any) -> SamplingParams:
     """Send a request and return the parameters that reached the engine."""
-    answer = httpx.post(server.url + path, json={"model": "tiny"} | ENDPOINTS[path] | fields)
-    assert answer.status_code == 200, answer.text
+    ask_json(server.url, path, **fields)
     return server.engine.submits[-1].params
 
 
@@ -68,8 +62,7 @@ def card(server: RunningServer) -> dict[str, Any]:
 
 
 def fingerprint(server: RunningServer) -> str:
-    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "Hi"}).json()
-    return str(answer["system_fingerprint"])
+    return str(ask_json(server.url, COMPLETIONS)["system_fingerprint"])
 
 
 def test_request_before_setting_before_file_before_openai(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -85,7 +78,7 @@ def test_request_before_setting_before_file_before_openai(start: Start, caplog: 
         found = params(server, path, temperature=1.0, top_p=1.0)
         assert (found.temperature, found.top_p, found.top_k) == (1.0, 1.0, 11)
     for fields, expected in (({}, (0.25, 0.75)), ({"temperature": 0.5}, (0.5, 0.75))):
-        answer = httpx.post(f"{server.url}/v1/responses", json={"model": "tiny", "input": "Hi"} | fields).json()
+        answer = ask_json(server.url, RESPONSES, **fields)
         assert (answer["temperature"], answer["top_p"]) == expected
     file, setting = "generation_config.json", "--default-sampling"
     logged = f"default sampling: top_p 0.75, min_p 0.125 ({setting}), temperature 0.25, top_k 11 ({file})"
@@ -112,7 +105,7 @@ def test_none_is_openais(start: Start, server: RunningServer, caplog: pytest.Log
     with caplog.at_level("INFO"):
         none = start(recommended, default_sampling="none")
     for each in (none, server):
-        assert params(each, "/v1/completions", seed=3) == SamplingParams(max_tokens=16, seed=3)
+        assert params(each, COMPLETIONS, seed=3) == SamplingParams(max_tokens=16, seed=3)
         assert card(each)["default_sampling"] == {}
     assert "default sampling: OpenAI's (temperature 1, top_p 1)" in caplog.text
     assert fingerprint(none) == fingerprint(server)
@@ -133,7 +126,7 @@ def test_do_sample_false_is_greedy(start: Start) -> None:
     server = start({"do_sample": False, "temperature": 0.7, "top_k": 5})
     assert (params(server).temperature, params(server).top_k) == (0.0, 0)
     assert params(server, temperature=0.7).temperature == 0.7
-    (rendered,) = httpx.post(f"{server.url}/v1/completions/render", json={"model": "tiny", "prompt": ["Hi"]}).json()
+    (rendered,) = ask(server.url, f"{COMPLETIONS}/render", prompt=["Hi"]).json()
     assert rendered["sampling_params"]["temperature"] == 0.0
 
 
@@ -194,28 +187,20 @@ def test_invalid_settings_name_field_and_limit(setting: dict[str, Any], message:
         resolve(setting)
 
 
-@pytest.mark.parametrize(
-    ("generation", "field"),
-    [
-        ({"temperature": -1}, "temperature"),
-        ({"top_k": -2}, "top_k"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty"),
-    ],
-)
-def test_invalid_recommendations_can_be_ignored(generation: dict[str, Any], field: str) -> None:
-    with pytest.raises(ValueError, match=rf"^file: Invalid .*'{field}'.*\(--default-sampling none ignores it\)"):
-        resolve(None, ("file", generation))
-    assert resolve("none", ("file", generation)) == DefaultSampling()
+def test_invalid_recommendations_can_be_ignored() -> None:
+    for field, value in (("temperature", -1), ("top_k", -2), ("top_p", 1.5), ("repetition_penalty", 0.0)):
+        with pytest.raises(ValueError, match=rf"^file: Invalid .*'{field}'.*\(--default-sampling none ignores it\)"):
+            resolve(None, ("file", {field: value}))
+        assert resolve("none", ("file", {field: value})) == DefaultSampling()
 
 
 def test_default_max_tokens(start: Start, server: RunningServer) -> None:
     limited = start(default_max_tokens=7)
-    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
-        name = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    for path in (COMPLETIONS, CHAT, RESPONSES):
+        name = "max_output_tokens" if path == RESPONSES else "max_tokens"
         assert params(limited, path).max_tokens == params(limited, path, **{name: None}).max_tokens == 7
         assert params(limited, path, **{name: 9}).max_tokens == 9
         num_prompt_tokens = len(limited.engine.submits[-1].prompt_token_ids)
-        assert params(server, path).max_tokens == (16 if path == "/v1/completions" else 2048 - num_prompt_tokens)
-    assert params(limited, "/v1/completions", prompt="a" * 2044).max_tokens == 4  # no more than fits
+        assert params(server, path).max_tokens == (16 if path == COMPLETIONS else 2048 - num_prompt_tokens)
+    assert params(limited, COMPLETIONS, prompt="a" * 2044).max_tokens == 4  # no more than fits
     assert (card(limited)["default_max_tokens"], card(server)["default_max_tokens"]) == (7, None)

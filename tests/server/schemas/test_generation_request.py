@@ -19,6 +19,7 @@ NOT_AN_INTEGER = ["1", True, 1.0, 1.5, [], {}]
 # parameter -> values that are refused
 BAD: dict[str, list[Any]] = {
     "n": [0, -1, 129, 10**12, *NOT_AN_INTEGER],
+    "best_of": [0, -1, 21, *NOT_AN_INTEGER],
     "max_tokens": [-2, 10**19, *NOT_AN_INTEGER],
     "temperature": [-0.1, 2.1, *NOT_A_NUMBER],
     "top_p": [1.1, -1, -1e-9, *NOT_A_NUMBER],
@@ -96,6 +97,7 @@ NO_OPTIONS: list[Any] = [{"include_usage": 1}, {"include_usage": "true"}, [], "a
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"samplers": ["min_p"], "mirostat": 1}, "samplers"),
     ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "repeat_penalty"),
+    ({"best_of": 2, "stream": True}, "best_of"),
     ({"post_sampling_probs": True}, "post_sampling_probs"),
     ({"logprob_token_ids": [1]}, "logprob_token_ids"),
     ({"allowed_token_ids": [3, 256], "stop_token_ids": [3], "min_tokens": 1}, "allowed_token_ids"),
@@ -156,15 +158,8 @@ def test_model_name(server: RunningServer, path: str) -> None:
         check_error(ask(server.url, path, model=wrong), 400)
 
 
-@pytest.mark.checklist("C06")
 def test_best_of(server: RunningServer) -> None:
-    for fields in ({"best_of": 1, "n": 2}, {"best_of": 0}, {"best_of": 2, "stream": True}, {"best_of": 21}):
-        error = check_error(ask(server.url, COMPLETIONS, **fields), 400)
-        assert error["param"] == "best_of"
-        assert "'best_of'" in error["message"]
-    wrong: list[Any] = [*NOT_AN_INTEGER, -1]
-    for value in wrong:
-        assert check_error(ask(server.url, COMPLETIONS, best_of=value), 400)["param"] == "best_of"
+    assert check_error(ask(server.url, COMPLETIONS, best_of=1, n=2), 400)["param"] == "best_of"
     assert ask(server.url, COMPLETIONS, best_of=20, max_tokens=1).status_code == 200
     assert ask(server.url, COMPLETIONS, best_of=2, n=2, stream=True).status_code == 200
     assert check_error(ask(server.url, CHAT, best_of=2), 400)["code"] == "unsupported_parameter"

@@ -210,9 +210,12 @@ def test_tokens_that_only_the_configuration_calls_special(tmp_path: Path) -> Non
 
 
 def test_bos_that_is_no_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = Tokenizer.from_model(write(tmp_path, byte_level(), {"bos_token": "<nope>"}))
+    tokenizer = Tokenizer.from_model(write(tmp_path, byte_level(), {"bos_token": "<nope>", "add_eos_token": True}))
     assert (tokenizer.bos_token, tokenizer.bos_token_id, tokenizer.add_bos) == (None, None, False)
     assert "<nope>" in caplog.text
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(RANKS)
+    assert Tokenizer.from_model(tmp_path).encode("a") == [ord("a")]
 
 
 def test_nothing_is_truncated_or_padded(tmp_path: Path) -> None:
@@ -289,12 +292,6 @@ def test_the_config_completes_other_files(tmp_path: Path) -> None:
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size) == ("<b>", "<e>", 258)
     assert tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.encode("a<e>") == [257, ord("a"), 256]
-
-
-def test_a_bos_token_that_is_not_in_the_vocabulary_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(RANKS)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<nope>", "add_eos_token": True}))
-    assert Tokenizer.from_model(tmp_path).encode("a") == [ord("a")]
 
 
 BAD_CONFIG = '{"additional_special_tokens": ["\\ud800"]}'

@@ -4,11 +4,12 @@ import ast
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.text.parsers.argument_values import ArgumentSchema
+from server.text.parsers.argument_values import JSON_TYPES, MAX_STEPS, ArgumentSchema, to_json
 from server.text.parsers.call_head import MAX_HEAD_CHARS, MAX_KEYS, UNDECIDED, Head, KeyNames
 from server.text.parsers.call_reader import ArgumentsReader
 from server.text.parsers.literal_arguments import LiteralArgumentsReader
@@ -16,6 +17,7 @@ from server.text.parsers.markers import Markers
 from server.text.parsers.nested_tags import nested_to_json
 from server.text.parsers.tagged_arguments import TaggedArgumentsReader
 from server.text.parsers.tool_formats import GEMMA, ID, INDEX, KEY, NAME, PYTHON, LiteralArguments, TaggedArguments
+from tests.support.growth import num_calls
 from tests.support.parsing import cut
 
 PADDED = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
@@ -264,34 +266,19 @@ def test_white_space_is_free(text: str) -> None:
     assert all(Head(TEXT).match(text[:end]) is UNDECIDED for end in range(len(text)))
 
 
-@pytest.mark.parametrize("text", ["<x", "<call>functions.!", "<call>functions.f:x", "<call>functions.f:0<argz"])
-def test_what_does_not_match(text: str) -> None:
-    assert Head(TEXT).match(text) is None
+def test_what_does_not_match() -> None:
+    space = " " * MAX_HEAD_CHARS
+    for text in (
+        *("<x", "<call>functions.!", "<call>functions.f:x", "<call>functions.f:0<argz"),
+        *(f"<call>{space}", f"<call>{space}functions.f:0<args>{{"),  # which are too long
+    ):
+        assert Head(TEXT).match(text) is None
 
 
 def test_slots() -> None:
     match = Head(f'{ID}|{NAME}<p name="{KEY}">').match('call_1:2|f <p name="a key">x')
     assert match is not None
     assert match.slots == {ID: "call_1:2", NAME: "f", KEY: "a key"}
-
-
-def test_a_head_that_is_too_long_does_not_match() -> None:
-    space = " " * MAX_HEAD_CHARS
-    assert Head(TEXT).match(f"<call>{space}functions.f:0<args>{{") is None
-    assert Head(TEXT).match(f"<call>{space}") is None
-
-
-ODD_NAMES = ["my city", "a:b", "<x>", 'say "q"', " lead", "a\nb", "=", ":", "", "it's"]
-
-
-@pytest.mark.parametrize("after", [":", '">', "</key>"])
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_known_names_may_have_any_characters(name: str, after: str) -> None:
-    keys = KeyNames(ODD_NAMES)
-    for text in (name.lstrip(), f"{name.lstrip()} \n"):
-        match = keys.find(f"{text}{after}12345678", after)
-        assert match is not None
-        assert (match.end, match.slots) == (len(text), {KEY: name})
 
 
 def test_known_names_are_limited() -> None:
@@ -320,3 +307,115 @@ def test_the_end_of_a_text_may_begin_one(markers: list[str], text: str) -> None:
         n for n in range(len(text) + 1) if any(len(m) > n and m.startswith(text[len(text) - n :]) for m in markers)
     ]
     assert Markers(markers).num_partial(text) == max(begun, default=0)
+
+
+# Types of values are those that a validator of JSON schemas accepts.
+
+EXAMPLES: dict[str, list[Any]] = {
+    **{"null": [None], "boolean": [True], "integer": [0, 1, 7], "number": [0.5]},
+    **{"string": ["", "a", "b"], "array": [[], [1]], "object": [{}, {"a": 1}]},
+}
+ROOT: dict[str, Any] = {
+    "$defs": {"name": {"type": "string"}, "a/b": {"$ref": "#/$defs/name"}, "loop": {"$ref": "#/$defs/loop"}}
+}
+
+
+TYPES = [
+    {},
+    True,
+    {"type": "integer"},
+    {"type": "number"},
+    {"type": ["string", "null"]},
+    {"enum": [1, "a", None]},
+    {"const": {"a": 1}},
+    {"anyOf": [{"type": "integer"}, {"type": "array"}]},
+    {"oneOf": [{"type": "boolean"}, {"enum": ["a"]}]},
+    {"allOf": [{"type": ["string", "integer"]}, {"type": ["string", "null"]}]},
+    {"$ref": "#/$defs/name"},
+    {"$ref": "#/$defs/a~1b"},
+    {"type": "string", "enum": ["a", 1]},
+]
+
+
+@pytest.mark.parametrize("schema", TYPES)
+def test_types_of_values(schema: Any) -> None:
+    validator = jsonschema.Draft202012Validator(ROOT | schema if isinstance(schema, dict) else schema)
+    valid = {kind for kind, values in EXAMPLES.items() if any(map(validator.is_valid, values))}
+    types = ArgumentSchema(ROOT).types(schema)
+    assert valid <= types | ({"integer"} if "number" in types else set())
+    assert types <= valid | {"integer", "number"}
+
+
+def test_references_without_end_allow_everything() -> None:
+    schema = ArgumentSchema(ROOT)
+    assert schema.resolve({"$ref": "#/$defs/loop"}) == {}
+    assert schema.resolve({"$ref": "#/nowhere"}) == schema.resolve(True) == {}
+
+
+def test_types_of_parameters() -> None:
+    choices = [{"properties": {"b": {"type": kind}}} for kind in ("null", "boolean")]
+    schema = {"properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "integer"}, "anyOf": choices}
+    for name, types in (("a", {"string"}), ("b", {"null", "boolean"}), ("c", {"integer"})):
+        assert ArgumentSchema(schema).parameter_types(name) == types
+    assert ArgumentSchema({}).parameter_types("a") == JSON_TYPES
+    itself = {"anyOf": [{"$ref": "#"}, {"properties": {"a": {"type": "string"}}}]}
+    assert ArgumentSchema(itself).parameter_types("a") == {"string"}
+    assert ArgumentSchema(CHILDREN).parameter_types("children") == {"array"}
+
+
+CHILDREN: dict[str, Any] = {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}}
+
+
+BIG = dict.fromkeys(map(str, range(1000)))
+
+
+def alternatives(number: int) -> dict[str, Any]:
+    """Return definitions each of which refers to all of them, in alternatives and in what they combine."""
+    references = [{"$ref": f"#/$defs/{index}", "title": ""} for index in range(number)]
+    definitions = {str(index): {"anyOf": references, "allOf": references} for index in range(number)}
+    return {"$defs": definitions, "properties": {"a": references[0]}, **definitions["0"]}
+
+
+@pytest.mark.checklist("C21")
+@pytest.mark.parametrize(
+    "schema",
+    [
+        CHILDREN,
+        {"anyOf": [{"$ref": "#"}] * 17},
+        alternatives(3),
+        alternatives(40),
+        {"properties": {"a": {"enum": list(range(100_000))}}, "anyOf": [{}] * 100_000},
+        {"properties": {"a": {"anyOf": [{"$ref": "#/$defs/big", "title": ""}] * 1000}}, "$defs": {"big": BIG}},
+    ],
+    ids=["tree", "itself", "few", "many", "long", "copies"],
+)
+def test_each_part_of_a_schema_is_looked_at_once(schema: dict[str, Any]) -> None:
+    """References that lead to one another multiply no work; what is not looked at may be anything."""
+    find_types = ArgumentSchema(schema).parameter_types
+    assert num_calls(lambda: (find_types("children"), find_types("a"))) < 40 * MAX_STEPS
+
+
+def test_what_many_refer_to_counts_once() -> None:
+    many = {"anyOf": [{"$ref": "#/$defs/a"} for _ in range(50)]}
+    schema = {"properties": {"a": many}, "$defs": {"a": {"type": ["string"] * 100}}}
+    assert ArgumentSchema(schema, max_steps=400).parameter_types("a") == {"string"}
+    assert ArgumentSchema(schema, max_steps=100).parameter_types("a") == JSON_TYPES
+
+
+def test_long_references_are_not_followed() -> None:
+    for length, types in ((900, {"string"}), (1100, JSON_TYPES)):
+        name = "a" * length
+        schema = {"properties": {"a": {"$ref": f"#/$defs/{name}"}}, "$defs": {name: {"type": "string"}}}
+        assert ArgumentSchema(schema).parameter_types("a") == types
+
+
+@pytest.mark.parametrize("odd", [{"type": [{}]}, {"anyOf": 5}, {"allOf": "a"}, {"enum": {}}, {"$ref": 1}, [], 5, None])
+def test_what_is_no_schema_allows_everything(odd: Any) -> None:
+    for schema in ({"properties": {"a": odd}}, {"properties": odd}, {"additionalProperties": odd}, odd):
+        assert ArgumentSchema(schema).parameter_types("a") >= {"string"} or odd == {"type": [{}]}
+
+
+def test_what_is_converted_is_json() -> None:
+    for text in ("", "x", '"', "1", "01", "1e999", "{", "[1,", "nan", "\ud7ff", "[" * 5000):
+        for types in (JSON_TYPES, frozenset(("integer",)), frozenset(("string", "null"))):
+            json.loads(to_json(text, types))
