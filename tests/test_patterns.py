@@ -1,12 +1,22 @@
-"""Regular expressions of both packages: none takes more than linear time, whatever text it is matched with."""
+"""Regular expressions of both packages: none takes more than linear time, whatever text it is matched with.
+
+A pattern becomes an automaton with one state for each character class. Backtracking is more than linear only if the
+automaton has two ways to read the same text: around one loop (exponential), or from one loop into another (at least
+quadratic); see Weideman et al., "Analyzing Matching Time Behavior of Backtracking Regular Expression Matchers". A
+search is a loop over any text before the pattern. A repetition with a high bound, or within another, counts as one
+without a bound: what it costs grows with the bound as it does with the text.
+"""
 
 import ast
 import importlib
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from itertools import chain, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import networkx as nx
 
 from engine.config.families import FAMILIES
 from engine.distributed.plan import PLAN
@@ -18,7 +28,6 @@ from server.text.parsers.object_reader import _NAME, _OTHER_MEMBERS
 from server.text.templates.chat_encoding import _trie_pattern
 from server.text.templates.tool_probe import _VALUES
 from tests.support.paths import ROOT
-from tests.support.regex_cost import MODES, SEARCHES, why_not_linear
 
 PACKAGES = ("engine", "server")
 SETTING_TYPES = ("pattern", "named_paths")  # of settings whose second argument is matched as a whole
@@ -146,3 +155,186 @@ def test_slow_patterns_are_found() -> None:
     for pattern in ("(a+)+b", "(aa|aaa)*b", "a*a*b", r"\s+$", r"(.)\1"):
         assert why_not_linear(pattern) != [], pattern
     assert why_not_linear(r"-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+", mode="fullmatch") == []
+
+
+# Whether `re` matches a pattern in a time that grows linearly with the text.
+
+op: Any = importlib.import_module("re._constants")
+parser: Any = importlib.import_module("re._parser")
+compiler: Any = importlib.import_module("re._compiler")
+
+SEARCHES = frozenset(("search", "findall", "finditer", "sub", "subn", "split"))
+MODES = SEARCHES | {"match", "fullmatch"}
+ALPHABET = "\0\t\n\r 0a_AZz~\x7f\x85\xa0\xb5\xe9\u0663\u03bc\u2028\u4e00\U0010ffff"
+CLASSES = (op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN)
+REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
+MAX_CONSTANT = 16  # repetitions of one character class outside all others that cost no more than a constant
+
+States = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a pattern."""
+
+    first: frozenset[int] = frozenset()  # states by which it begins
+    last: frozenset[int] = frozenset()  # states by which it ends
+    safe: frozenset[int] = frozenset()  # those after which it ends whatever follows
+    is_nullable: bool = True  # it can match nothing
+    is_sure: bool = True  # it can match nothing whatever surrounds it
+
+
+@dataclass(slots=True)
+class Automaton:
+    """What a pattern reads. Each state reads one character; edges are counted, as each is a way of its own."""
+
+    settings: Any  # the state of `re`'s parser, which has the flags
+    sample: str  # the characters that stand for all others
+    chars: list[frozenset[str]] = field(default_factory=list)  # that a state reads
+    edges: Counter[tuple[int, int]] = field(default_factory=Counter)
+    possessive: set[int] = field(default_factory=set)  # states that read all they can, and give none back
+    problems: list[str] = field(default_factory=list)
+    num_open: int = 0  # repetitions around what is added
+
+    def state(self, chars: Iterable[str]) -> Part:
+        self.chars.append(frozenset(chars))
+        states = frozenset((len(self.chars) - 1,))
+        return Part(states, states, states, False, False)
+
+    def connect(self, before: Part, after: Part) -> None:
+        for start, end in product(before.last, after.first):
+            if start not in self.possessive or self.chars[end] - self.chars[start]:
+                self.edges[start, end] += 1
+
+    def sequence(self, items: Iterable[tuple[Any, Any]]) -> Part:
+        whole = Part()
+        for name, value in items:
+            part = self.part(name, value)
+            self.connect(whole, part)
+            whole = Part(
+                whole.first | part.first if whole.is_nullable else whole.first,
+                whole.last | part.last if part.is_nullable else part.last,
+                whole.safe | part.safe if part.is_sure else part.safe,
+                whole.is_nullable and part.is_nullable,
+                whole.is_sure and part.is_sure,
+            )
+        return whole
+
+    def part(self, name: Any, value: Any) -> Part:
+        """Add a node of the parse tree of `re`."""
+        if name in REPEATS:
+            return self.repeat(*value, is_possessive=name is op.POSSESSIVE_REPEAT)
+        if name is op.SUBPATTERN:
+            return self.sequence(value[3])
+        if name is op.ATOMIC_GROUP:
+            return self.sequence(value)
+        if name is op.BRANCH:
+            return self.branch([self.sequence(branch) for branch in value[1]])
+        if name in CLASSES:
+            reads = compiler.compile(parser.SubPattern(self.settings, [(name, value)])).fullmatch
+            return self.state(filter(reads, self.sample))
+        if name in (op.ASSERT, op.ASSERT_NOT) and value[0] > 0:  # it reads ahead, then the rest reads the same text
+            ahead = self.sequence(value[1])
+            return Part(ahead.first, ahead.last, is_sure=False)
+        if name not in (op.AT, op.ASSERT, op.ASSERT_NOT):  # looking back has a fixed length
+            self.problems.append(f"{name} is not understood")
+        return Part(is_sure=False)
+
+    def branch(self, parts: Sequence[Part]) -> Part:
+        if self.num_open and sum(part.is_nullable for part in parts) > 1:
+            self.problems.append("a repetition of what may be empty in several ways")
+        return Part(
+            frozenset().union(*(part.first for part in parts)),
+            frozenset().union(*(part.last for part in parts)),
+            frozenset().union(*(part.safe for part in parts)),
+            any(part.is_nullable for part in parts),
+            any(part.is_sure for part in parts),
+        )
+
+    def repeat(self, low: int, high: Any, body: Any, *, is_possessive: bool) -> Part:
+        self.num_open += high != 1
+        part = self.sequence(body)
+        self.num_open -= high != 1
+        is_class = len(body) == 1 and body[0][0] in CLASSES
+        if high != 1 and not (is_class and high <= MAX_CONSTANT and self.num_open == 0):
+            self.connect(part, part)
+        if part.is_nullable and (high != 1 or (low == 0 and self.num_open)):
+            self.problems.append("a repetition of what may be empty")
+        if is_possessive and is_class:
+            self.possessive |= part.first
+        safe = part.safe if low <= 1 else frozenset[int]()  # not before the last of several
+        return Part(part.first, part.last, safe, low == 0 or part.is_nullable, low == 0 or part.is_sure)
+
+
+def why_not_linear(pattern: str | bytes, flags: int = 0, *, mode: str = "search") -> list[str]:
+    """Return why a pattern may take more than linear time; nothing: it cannot. `mode`: the function of `re`."""
+    if isinstance(pattern, bytes):
+        pattern, flags = pattern.decode("latin-1"), flags | re.ASCII
+    tree = parser.parse(pattern, flags)
+    automaton = Automaton(tree.state, _sample(tree))
+    whole = automaton.sequence(tree)
+    if mode in SEARCHES:
+        _search(automaton, tree, whole)
+    return automaton.problems + list(_ambiguities(automaton, frozenset() if mode == "fullmatch" else whole.safe))
+
+
+def _search(automaton: Automaton, tree: Any, whole: Part) -> None:
+    """Put a loop over any text before a pattern, or over lines for one that begins with `^`."""
+    begins = tree[0][1] if len(tree) and tree[0][0] is op.AT else None
+    if begins is op.AT_BEGINNING_STRING or (begins is op.AT_BEGINNING and not automaton.settings.flags & re.MULTILINE):
+        return
+    anything = automaton.state(automaton.sample)
+    automaton.connect(anything, anything)
+    if begins is op.AT_BEGINNING:
+        automaton.connect(anything, anything := automaton.state("\n"))
+    automaton.connect(anything, whole)
+
+
+def _sample(tree: Any) -> str:
+    """Return characters that stand for all: one of each set that the classes of a pattern tell apart."""
+    bounds = map(int, re.findall(r"\d+", repr(tree)))  # and other numbers, which do no harm
+    codes = {*map(ord, ALPHABET), *(bound + step for bound in bounds for step in (-1, 0, 1))}
+    chars = {chr(code) for code in codes if 0 <= code <= 0x10FFFF}
+    chars |= {case for char in chars for case in (char.lower(), char.upper()) if len(case) == 1}
+    return "".join(sorted(chars))
+
+
+def _ambiguities(automaton: Automaton, safe: frozenset[int]) -> Iterator[str]:
+    """Yield the ways of reading one text twice that backtracking would try. No text fails after a state in `safe`."""
+    graph = nx.DiGraph(list(automaton.edges))
+    reach = nx.transitive_closure(graph)  # a state reaches itself if it is in a loop
+    second = nx.transitive_closure(graph.subgraph(set(graph) - safe))
+    for (start, end), count in automaton.edges.items():
+        if count > 1 and start in reach[end]:
+            yield f"a loop within a loop reads {_show(automaton, start)}"
+    loops = {state: loop for loop in nx.strongly_connected_components(graph) for state in loop if state in reach[state]}
+    for state in {min(loop) for loop in loops.values()}:  # what holds for one of its states holds for all
+        pairs = nx.DiGraph(_side_by_side(automaton, graph, (loops[state],) * 2, (state, state)))
+        if any(one != other for one, other in nx.ancestors(pairs, (state, state))):
+            yield f"two ways around a loop read {_show(automaton, state)}"
+    for one, other in product(loops, loops):
+        if second.has_edge(other, other) and other in reach[one] and one not in reach[other]:
+            between = {state for state in reach[one] if other in reach[state]}
+            within = (loops[one], between, {state for state in second[other] if other in second[state]})
+            if (one, other, other) in _side_by_side(automaton, graph, within, (one, one, other)):
+                yield f"two loops read {_show(automaton, other)} (the first: {_show(automaton, one)})"
+
+
+def _side_by_side(
+    automaton: Automaton, graph: nx.DiGraph, within: tuple[Set[int], ...], start: States
+) -> dict[States, set[States]]:
+    """Return the states that automata side by side reach by reading the same text, each with those that follow."""
+    found: dict[States, set[States]] = {}
+    waiting = [start]
+    while waiting:
+        if (current := waiting.pop()) in found:
+            continue
+        ends = product(*(allowed & graph[state].keys() for state, allowed in zip(current, within, strict=True)))
+        found[current] = {end for end in ends if frozenset.intersection(*(automaton.chars[state] for state in end))}
+        waiting += found[current]
+    return found
+
+
+def _show(automaton: Automaton, state: int) -> str:
+    chars = automaton.chars[state]
+    return "any text" if len(chars) == len(automaton.sample) else repr("".join(sorted(chars))[:12])

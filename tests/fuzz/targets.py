@@ -22,13 +22,13 @@ from server.cli.load_generator import LoadOptions, Target
 from server.models.load_model import make_chat_template
 from server.settings.setting import SettingsError
 from server.text.parsers.answer_parser import AnswerFormat
-from server.text.parsers.answer_parts import AnswerPart
 from server.text.parsers.harmony import HARMONY, HarmonyFormat
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
 from server.text.tokenizer import Tokenizer
 from tests.fuzz import seeds
 from tests.support.lora_files import CONFIG as ADAPTED_MODEL
+from tests.support.parsing import joined_parts
 from tests.support.serving import RunningServer, fresh_server, wait_until
 from tests.support.tiny_tokenizer_model import write_tiny_model
 from tests.support.tool_templates import SCHEMAS, TOOLS, load_template
@@ -136,10 +136,10 @@ def answer(data: bytes) -> None:
     formats = _formats()
     format = formats[data[0] % len(formats)] if data else formats[0]
     text = data[1:].decode("utf-8", "replace")
-    whole = _parts(format, [text])
-    assert _parts(format, list(text)) == whole
+    whole = joined_parts(format.new_parser(), [text])
     step = 2 + len(data) % 7
-    assert _parts(format, [text[start : start + step] for start in range(0, len(text), step)]) == whole
+    for pieces in (list(text), [text[start : start + step] for start in range(0, len(text), step)]):
+        assert joined_parts(format.new_parser(), pieces) == whole
 
 
 @cache
@@ -155,18 +155,6 @@ def _formats() -> list[AnswerFormat]:
             for is_reasoning in ((False, True) if tags else (False,))
         ]
     return formats
-
-
-def _parts(format: AnswerFormat, pieces: list[str]) -> list[AnswerPart]:
-    """Return the parts of an answer; those of one kind that follow each other are joined, except for calls."""
-    parser = format.new_parser()
-    parts: list[AnswerPart] = []
-    for kind, text in [part for piece in pieces for part in parser.push(piece)] + parser.finish():
-        if parts and parts[-1][0] is kind and kind.value != "call":
-            parts[-1] = AnswerPart(kind, parts[-1][1] + text)
-        else:
-            parts.append(AnswerPart(kind, text))
-    return parts
 
 
 def template(data: bytes) -> None:

@@ -1,7 +1,6 @@
 """OpenAI's reference of the harmony format, and the chat template of gpt-oss."""
 
 import base64
-import codecs
 import functools
 import os
 import struct
@@ -48,13 +47,6 @@ def _o200k_base() -> str:
         position += 6 + length
         lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
     return "".join(lines)
-
-
-def decode_pieces(token_ids: list[int]) -> list[str]:
-    """Return the text that each token completes; incomplete characters are held back for a later token."""
-    detokenizer = codecs.getincrementaldecoder("utf-8")()
-    encoding = harmony_encoding()._inner
-    return [detokenizer.decode(bytes(encoding.decode_bytes([token_id]))) for token_id in token_ids]
 
 
 def write_harmony_model(folder: Path, *, special_markers: bool = True) -> Path:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, AnyStr, Protocol
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 
@@ -14,8 +14,8 @@ class Parser(Protocol):
     def finish(self) -> list[AnswerPart]: ...
 
 
-def cut(text: str, cuts: list[int]) -> list[str]:
-    """Cut a text at positions, which may repeat or be beyond its end."""
+def cut(text: AnyStr, cuts: list[int]) -> list[AnyStr]:
+    """Cut a text, or bytes, at positions, which may repeat or be beyond its end."""
     ends = [0, *sorted(min(end, len(text)) for end in cuts), len(text)]
     return [text[begin:end] for begin, end in pairwise(ends)]
 

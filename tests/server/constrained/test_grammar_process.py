@@ -131,10 +131,14 @@ def of_template(name: str, *schemas: Schema) -> bytes:
     return of_tools(*schemas, format=AnswerFormat(load_template(name).tool_format, {"f": {}}))
 
 
-def hostile_requests() -> dict[str, bytes]:
-    """Return requests of all kinds; those with odd schemas for one template only, if not in `make test-long`."""
+@pytest.mark.checklist("C21")
+async def test_whatever_a_schema_costs_it_is_answered(process: GrammarProcess) -> None:
+    """Each request gets a grammar or a problem, never an error of the server.
+
+    Those with odd schemas are tried with one template only, if not in `make test-long`.
+    """
     templates = {name: TEMPLATES if IS_LONG or not name.startswith("odd") else TEMPLATES[:1] for name in TOOLS}
-    return {
+    requests = {
         "itself": of_tools({"type": "object", **LOOP}),
         "tags": request(guided_json={"oneOf": [{"type": "object", "properties": NAMES}] * 30}),
         "deep text": request(guided_json=DEEP),
@@ -143,12 +147,6 @@ def hostile_requests() -> dict[str, bytes]:
         "many": of_tools(*[{"type": "object", "properties": NAMES}] * 100),
         **{f"{each} {name}": of_template(each, schema) for name, schema in TOOLS.items() for each in templates[name]},
     }
-
-
-@pytest.mark.checklist("C21")
-async def test_whatever_a_schema_costs_it_is_answered(process: GrammarProcess) -> None:
-    """Each request gets a grammar or a problem, never an error of the server."""
-    requests = hostile_requests()
     for name, hostile in requests.items():
         result = await process.find(hostile)
         assert isinstance(result, Grammar) or result.message.startswith("Invalid '"), name

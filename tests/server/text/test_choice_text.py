@@ -1,6 +1,6 @@
 """The text of one choice, as it is streamed: with stop strings, `min_tokens` and offsets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +10,20 @@ from hypothesis import strategies as st
 from server.text.choice_text import ChoiceText, token_text
 from server.text.detokenizer import Detokenizer
 from server.text.stop_strings import StopStringMatcher
-from tests.support.byte_tokenizer import BytesTokenizer, split_at
 from tests.support.growth import check_growth
 from tests.support.parsing import cut
+
+
+class BytesTokenizer:
+    """A tokenizer whose token i is the i-th of the given byte strings."""
+
+    def __init__(self, tokens: Sequence[bytes], special_ids: Iterable[int] = ()) -> None:
+        self.tokens = tokens
+        self.special_ids = frozenset(special_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokens[token_id]
+
 
 EMOJI = tuple("x😀y".encode()[start : start + 2] for start in (0, 2, 4))
 HELLO = ("Hello", " wor", "ld", "!", " more")
@@ -69,7 +80,7 @@ def test_offsets_of_tokens_that_begin_or_end_inside_a_character() -> None:
 def test_tokens_may_be_grouped_in_any_way(
     text: str, cuts: list[int], stops: list[str], min_tokens: int, num_per_push: int
 ) -> None:
-    tokenizer = BytesTokenizer(split_at(text.encode(), cuts))
+    tokenizer = BytesTokenizer(cut(text.encode(), cuts))
 
     def run(num_per_push: int) -> tuple[str, str | None, int, list[int]]:
         choice = ChoiceText(tokenizer, stop=stops, min_tokens=min_tokens, track_offsets=True)
@@ -107,7 +118,7 @@ cut_positions = st.lists(st.integers(0, 60), max_size=20)
 @example(b"\xf0\x9f\x98", [1, 2])
 @example(b"\xe0\x80", [1])
 def test_stream_equals_whole_for_any_bytes_and_split(data: bytes, cuts: list[int]) -> None:
-    tokens = split_at(data, cuts)
+    tokens = cut(data, cuts)
     detokenizer = Detokenizer(BytesTokenizer(tokens))
     pieces = [detokenizer.push([token_id]) for token_id in range(len(tokens))]
     assert "".join(pieces) + detokenizer.flush() == data.decode("utf-8", "replace")
@@ -116,7 +127,7 @@ def test_stream_equals_whole_for_any_bytes_and_split(data: bytes, cuts: list[int
 @pytest.mark.checklist("D01")
 @given(st.text(max_size=20), cut_positions, st.integers(1, 5))
 def test_valid_text_streams_only_whole_characters(text: str, cuts: list[int], num_per_push: int) -> None:
-    tokens = split_at(text.encode(), cuts)
+    tokens = cut(text.encode(), cuts)
     detokenizer = Detokenizer(BytesTokenizer(tokens))
     seen, num_bytes = "", 0
     for begin in range(0, len(tokens), num_per_push):
@@ -130,7 +141,7 @@ def test_valid_text_streams_only_whole_characters(text: str, cuts: list[int], nu
 
 @given(any_bytes, cut_positions)
 def test_offset_is_the_character_in_which_a_token_begins(data: bytes, cuts: list[int]) -> None:
-    tokens = split_at(data, cuts)
+    tokens = cut(data, cuts)
     detokenizer = Detokenizer(BytesTokenizer(tokens))
     for token_id, token in enumerate(tokens):
         before = b"".join(tokens[:token_id])

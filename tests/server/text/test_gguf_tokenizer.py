@@ -1,4 +1,4 @@
-"""Tokenizers built from GGUF metadata, against transformers' own conversion, on small trained vocabularies."""
+"""Tokenizers built from GGUF metadata, against transformers' own conversion and llama.cpp; fill-in-the-middle."""
 
 import logging
 from collections.abc import Callable
@@ -11,10 +11,12 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, trainers
+from transformers import CodeLlamaTokenizer
 from transformers.integrations.gguf import gguf_tokenizer_mapping as reference
 
 from engine.shared.gguf import GGUFFile
 from server.text import gguf_tokenizer
+from server.text.fim import MARKERS, FIMTokens
 from server.text.gguf_tokenizer import PRE_TOKENIZERS, GGUFVocabulary, build_tokenizer, rebuild_merges
 from server.text.tiktoken_tokenizer import byte_alphabet
 from server.text.tokenizer import Tokenizer
@@ -22,7 +24,9 @@ from tests.server.text.test_tokenizer import TEXTS, texts
 from tests.support.examples import num_examples
 from tests.support.gguf_files import write_gguf
 from tests.support.growth import check_growth
+from tests.support.pruned_vocabulary import FOLDER, load, tokenizer_of
 from tests.support.random_texts import LINES
+from tests.support.tiny_tokenizer_model import VOCAB_SIZE, write_tiny_model
 from tests.support.trained_tokenizers import byte_level_bpe
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -268,3 +272,67 @@ def test_a_long_token_is_read_in_linear_time(unit: str) -> None:
         return lambda: rebuild_merges(tokens, [NORMAL] * len(tokens), [0.0, 0.0, -1.0, -2.0, -1e9])
 
     check_growth(prepare, 50_000)
+
+
+# Vocabularies of real models in GGUF files: token ids are those of llama.cpp.
+
+REAL = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_token_ids_are_those_of_llama_cpp(name: str) -> None:
+    metadata, cases = load(name)
+    tokenizer = tokenizer_of(metadata, name)
+    assert len(cases) >= 46
+    encoded = [(text, tokenizer.encode(text, add_special_tokens=False).ids) for text, _ in cases]
+    assert encoded == cases
+    assert [tokenizer.decode(token_ids) for _, token_ids in cases] == [text for text, _ in cases]
+
+
+# Prompts with fill-in-the-middle tokens, against prompts written by hand as the models' papers and cards have them.
+
+
+def with_tokens(folder: Path, *tokens: str) -> Tokenizer:
+    """Return the tokenizer of bytes with further special tokens, from id VOCAB_SIZE on."""
+    return Tokenizer.from_model(write_tiny_model(folder, *tokens))
+
+
+@pytest.mark.parametrize("markers", MARKERS)
+def test_tokens_are_found_by_name(tmp_path: Path, markers: tuple[str, str, str, bool]) -> None:
+    *names, is_suffix_first = markers
+    fim = with_tokens(tmp_path, *names).fim
+    assert fim is not None
+    assert is_suffix_first == (names[0] == "<[fim-prefix]>")  # of Seed-Coder
+    prefix, suffix, middle = range(VOCAB_SIZE, VOCAB_SIZE + 3)
+    first = [suffix, *b"cd", prefix, *b"ab"] if is_suffix_first else [prefix, *b"ab", suffix, *b"cd"]
+    assert fim.join([*b"ab"], [*b"cd"]) == [*first, middle]
+
+
+def test_models_without_all_three_tokens(tmp_path: Path, smollm2_path: Path) -> None:
+    assert with_tokens(tmp_path, "<fim_prefix>", "<fim_suffix>", "<|fim_middle|>").fim is None
+    assert Tokenizer.from_model(smollm2_path).fim is None
+
+
+@pytest.mark.parametrize("keys", [("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")])
+def test_keys_of_gguf_files(keys: tuple[str, ...], tmp_path: Path) -> None:
+    named = {f"{name}_token_id": number for name, number in zip(keys, (11, 12, 13), strict=True)}
+    tokenizer = Tokenizer.from_model(write(tmp_path, byte_level_metadata(**named)))
+    assert tokenizer.fim == FIMTokens(11, 12, 13, is_suffix_first=False)
+    prompt = tokenizer.fim.join(
+        tokenizer.encode_plain("def add("), tokenizer.encode_plain(" the", is_continuation=True)
+    )
+    assert prompt == [11, *tokenizer.encode("def add("), 12, *tokenizer.encode(" the"), 13]
+
+
+def test_code_llama(tmp_path: Path) -> None:
+    """As Meta's code: the prefix begins with a space, as every text, but the suffix does not."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", *map(chr, range(33, 127)), "▁a", "▁ab"]
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *pieces]))}
+    merges: Any = [("▁", "a"), ("▁a", "b")]
+    CodeLlamaTokenizer(vocab=vocab, merges=merges).save_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_model(tmp_path)
+    assert tokenizer.fim is not None
+    ids = tokenizer.fim.join(tokenizer.encode_plain("ab("), tokenizer.encode_plain("ab\n", is_continuation=True))
+    expected = ["▁<PRE>", "▁ab", "(", "▁<SUF>", "a", "b", "<0x0A>", "▁<MID>"]
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [backend.id_to_token(token_id) for token_id in ids] == expected

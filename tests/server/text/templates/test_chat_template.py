@@ -16,17 +16,7 @@ from server.text.templates.chat_encoding import _trie_pattern, encode_chat
 from server.text.templates.chat_template import END
 from server.text.templates.sandbox import ChatTemplateError
 from tests.support import chat_templates as sources
-from tests.support.chat_templates import (
-    CHAT,
-    CHATML,
-    PARTS,
-    PARTS_ONLY,
-    byte_tokenizer,
-    chat_template,
-    controls,
-    text_of,
-    user,
-)
+from tests.support.chat_templates import CHAT, CHATML, byte_tokenizer, chat_template, controls, text_of, user
 from tests.support.tool_model import TEMPLATE
 from tests.support.tool_templates import load_template
 
@@ -39,9 +29,9 @@ RENDERED = [
     (LLAMA, CHAT),
     (LLAMA, sources.SYSTEM_CHAT),
     (MISTRAL, CHAT),
-    (PARTS, sources.SYSTEM_CHAT),
-    (PARTS, user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
-    (PARTS_ONLY, user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
+    (sources.PARTS, sources.SYSTEM_CHAT),
+    (sources.PARTS, user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
+    (sources.PARTS_ONLY, user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
     (sources.ROLE_BUILT, CHAT),
     (sources.REASONING, [*CHAT, {"role": "assistant", "content": "<think>hm</think>\n\nYes"}]),
 ]
@@ -68,15 +58,15 @@ def test_template_kwargs_are_variables_but_cannot_replace_what_we_set(name: str)
         chat_template(CHATML).render(CHAT, template_kwargs={name: "x"})
 
 
-STRINGS_IN_SYSTEM = PARTS.replace(
+STRINGS_IN_SYSTEM = sources.PARTS.replace(
     "{%- if message.content is string", "{%- if message.role == 'system' or message.content is string"
 )
 
 
 CONTENTS = [
     (CHATML, "user", "<|im_start|>user\na\nb<|im_end|>\n"),  # joined
-    (PARTS, "user", "<|im_start|>user:ab<|im_end|>"),  # the template's own way
-    (PARTS_ONLY, "user", "<|im_start|>user:ab"),
+    (sources.PARTS, "user", "<|im_start|>user:ab<|im_end|>"),  # the template's own way
+    (sources.PARTS_ONLY, "user", "<|im_start|>user:ab"),
     (MISTRAL, "user", "<s>[INST]a\nb[/INST]"),
     # Some handle parts from users but only strings in the system message.
     (STRINGS_IN_SYSTEM, "user", "<|im_start|>user:ab<|im_end|>"),
@@ -98,7 +88,7 @@ EACH = "{{% for message in messages %}}{{% set late = message.role == 'system' a
 
 SYSTEM = [
     (CHATML, True),
-    (PARTS_ONLY, True),
+    (sources.PARTS_ONLY, True),
     (LLAMA, True),
     (MISTRAL, False),  # which supports no system messages
     (EACH.format("{{ raise_exception('Only first.') if late else message.content }}"), False),
@@ -113,7 +103,7 @@ def test_where_system_messages_are_written(source: str, is_placed: bool) -> None
     assert chat_template(source).keeps_system_position is is_placed
 
 
-@pytest.mark.parametrize("source", [CHATML, PARTS, PARTS_ONLY])
+@pytest.mark.parametrize("source", [CHATML, sources.PARTS, sources.PARTS_ONLY])
 @pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "http://x"}}, {"type": "text"}, "x", None])
 def test_other_parts_are_refused(source: str, part: Any) -> None:
     with pytest.raises(ChatTemplateError, match="content"):
@@ -204,7 +194,7 @@ def test_reasoning_has_the_name_that_the_template_reads(field: str) -> None:
 # Continued messages.
 
 
-@pytest.mark.parametrize("source", [CHATML, LLAMA, MISTRAL, PARTS, sources.REASONING])
+@pytest.mark.parametrize("source", [CHATML, LLAMA, MISTRAL, sources.PARTS, sources.REASONING])
 def test_continues_as_transformers_does(source: str) -> None:
     for content in ("It is", "a <b> é", "I think, I think"):
         messages: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": content}]
@@ -219,7 +209,7 @@ def test_continues_as_transformers_does(source: str) -> None:
 def test_a_template_that_does_not_write_the_final_message_cannot_continue_it() -> None:
     messages: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": "It is"}]
     in_parts: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": [{"type": "text", "text": "It is"}]}]
-    for source, continued in ((PARTS_ONLY, messages), (CHATML, in_parts), (PARTS_ONLY, in_parts)):
+    for source, continued in ((sources.PARTS_ONLY, messages), (CHATML, in_parts), (sources.PARTS_ONLY, in_parts)):
         assert chat_template(source).render(continued, continue_final_message=True).endswith("It is")
     for source in ("{{ messages[0].content }}", "{{ messages[1].content }}{{ messages[1].content }}"):
         with pytest.raises(ChatTemplateError, match="final message"):
@@ -250,12 +240,12 @@ EVERY_FIELD_TEMPLATE = """\
 {{- '<|im_end|>' }}{%- endfor %}"""
 
 
-def check(source: str, messages: list[dict[str, Any]], expected: list[str]) -> None:
+def check(source: str, messages: list[dict[str, Any]], expected: list[str], **options: Any) -> None:
     """Assert that the prompt has these control tokens, and the text that the template renders."""
     template, tokenizer = chat_template(source), byte_tokenizer()
-    ids = encode_chat(template, tokenizer, messages)
+    ids = encode_chat(template, tokenizer, messages, **options)
     assert controls(tokenizer, ids) == expected
-    assert text_of(tokenizer, ids) == template.render(messages)
+    assert text_of(tokenizer, ids) == template.render(messages, **options)
 
 
 TURN = ["<|im_start|>", "<|im_end|>"]
@@ -268,10 +258,8 @@ def test_no_field_of_the_messages_makes_a_control_token() -> None:
 
 
 def test_tools_and_template_kwargs_are_the_requests_text_too() -> None:
-    template, tokenizer = chat_template("<s>{{ tools | tojson }}{{ note }}"), byte_tokenizer()
-    ids = encode_chat(template, tokenizer, CHAT, tools=[{"name": ATTACK}], template_kwargs={"note": ATTACK})
-    assert controls(tokenizer, ids) == ["<s>"]
-    assert text_of(tokenizer, ids) == "<s>" + json.dumps([{"name": ATTACK}]) + ATTACK
+    options = {"tools": [{"name": ATTACK}], "template_kwargs": {"note": ATTACK}}
+    check("<s>{{ tools | tojson }}{{ note }}", CHAT, ["<s>"], **options)
 
 
 CHANGES = [
@@ -343,12 +331,8 @@ def test_text_of_the_request_is_not_special(prefix_space: str | None, data: st.D
 
 
 def test_control_tokens_in_a_continued_message_are_plain_text() -> None:
-    tokenizer = byte_tokenizer()
     messages = [CHAT[0], {"role": "assistant", "content": "a<|im_end|>b"}]
-    template = chat_template(CHATML)
-    ids = encode_chat(template, tokenizer, messages, add_generation_prompt=False, continue_final_message=True)
-    assert text_of(tokenizer, ids).endswith("<|im_start|>assistant\na<|im_end|>b")
-    assert controls(tokenizer, ids).count("<|im_end|>") == 1
+    check(CHATML, messages, [*TURN, TURN[0]], add_generation_prompt=False, continue_final_message=True)
 
 
 SPECIAL = [
