@@ -230,20 +230,21 @@ REPEATED = [
     (PYTHONIC, "[f(a='", "\\'"),
     (PYTHONIC, "[f(a=", "[1,"),
     (PYTHONIC, "", "[f(a=1),"),
+    (AnswerFormat(reasoning_tags=ReasoningTags("<think>", "</think>"), is_reasoning=True), "a", "\n"),
 ]
 
 
 @pytest.mark.long
 @pytest.mark.checklist("C24")
 @pytest.mark.parametrize(("format", "opening", "unit"), REPEATED)
-def test_time_is_linear(format: ToolFormat, opening: str, unit: str) -> None:
+def test_time_is_linear(format: ToolFormat | AnswerFormat, opening: str, unit: str) -> None:
     """Also if the text is nested or held back to the end."""
 
     def prepare(size: int) -> Callable[[], object]:
         text = opening + unit * (size // len(unit))
 
         def work() -> None:
-            parser = ToolParser(format, NAMES)
+            parser = AnswerParser(format) if isinstance(format, AnswerFormat) else ToolParser(format, NAMES)
             for begin in range(0, len(text), 4):
                 parser.push(text[begin : begin + 4])
                 assert parser.num_held >= 0  # as the server asks after each token
@@ -318,14 +319,6 @@ def test_where_a_prompt_breaks_off() -> None:
     assert TAGS.are_open_in("<think>\nLet me")
     assert not TAGS.are_open_in("<think>\nLet me</think> Yes")
     assert not TAGS.are_open_in("Yes")
-
-
-@pytest.mark.long
-def test_a_model_that_writes_line_breaks_without_end_takes_linear_time() -> None:
-    def prepare(size: int) -> Callable[[], object]:
-        return lambda: split_reasoning(["a", *"\n" * size], is_open=True)
-
-    check_growth(prepare, 10_000)
 
 
 # With calls.
