@@ -1,5 +1,6 @@
 """Requests wait for their model: streams with comments, so that proxies keep the connection."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def test_an_invalid_request_loads_nothing(model_folder: Path) -> None:
                 assert (answer.status_code, field in answer.text) == (400, True), (path, answer.text)
         body = {"lora_name": "dialect", "lora_path": "/adapters/dialect", "base_model_name": "one"}
         check_error(httpx.post(server.url + "/v1/load_lora_adapter", json=body), 404)  # not allowed
+        assert server.supervisor.orders == []
+
+
+def test_a_model_is_described_before_it_is_loaded(model_folder: Path) -> None:
+    with several_models(model_folder) as server:
+        info = ask(server.url, "/api/show", model="one").json()["model_info"]
+        config = json.loads((model_folder / "config.json").read_text())
+        assert info[f"{info['general.architecture']}.context_length"] == config["max_position_embeddings"]
         assert server.supervisor.orders == []
 
 
