@@ -1,12 +1,16 @@
 """The reasoning limit on the real model. Any tokens can serve as the tags of the reasoning."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from engine.sampling.masks import step_masks
+from engine.scheduling.request import Scheduled, Status, Step
 from engine.shared.messages import ReasoningLimit
 from tests.engine.grammar.test_constrained import Model
+from tests.support.submits import request_for
 
 END = 17  # a control token that the model does not sample by itself
 GRAMMAR = "start: TEXT <[17]> /[0-9]{3}/\nTEXT: /(.|\\n)*/"
@@ -52,6 +56,23 @@ def test_grammars_go_on_behind_the_end(model: Model) -> None:
     digits = model.tokenizer.decode(answer.token_ids[9:])
     assert len(digits) == 3
     assert digits.isdigit()
+
+
+def test_only_rows_of_running_requests_that_are_sampled_have_masks() -> None:
+    """A prompt's chunk, a request without a grammar, one with two drafts, one that has ended, and one's forced end."""
+    mask, step = b"\xff", Step(1, [])
+    matcher = SimpleNamespace(masks=lambda output, draft: [mask] * (1 + len(draft)))
+    for grammar, draft, status, num_samples, reasoning in (
+        (matcher, [], Status.RUNNING, 0, limit(0)),
+        (None, [], Status.RUNNING, 1, None),
+        (matcher, [5, 6], Status.RUNNING, 3, None),
+        (matcher, [], Status.FINISHED, 1, limit(0)),
+        (matcher, [], Status.RUNNING, 1, limit(0)),
+    ):
+        request = request_for(reasoning_limit=reasoning)
+        request.matcher, request.status = cast(Any, grammar), status
+        step.scheduled.append(Scheduled(request, 0, 1, num_samples, draft_token_ids=draft))
+    assert step_masks(step) == {1: mask, 2: mask, 3: mask, 5: bytes([0, 0, 2])}
 
 
 def test_the_answer_is_the_same_however_it_is_computed(model: Model) -> None:
