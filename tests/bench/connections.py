@@ -27,6 +27,7 @@ from tests.bench.serve import MODEL_NAME, parse, print_rows, run, running_server
 TLS = Path(__file__).parents[1] / "support/tls"
 CERTIFICATE = [f"--ssl-certfile={TLS / 'one.crt'}", f"--ssl-keyfile={TLS / 'one.key'}"]
 JSON = b"content-type: application/json\r\n"
+REOPEN_SECONDS = 0.5  # so that this process can still open the others where the server closes each at once
 SETTLE_SECONDS = 3.0  # from when all connections are open
 PROBE_ADDRESS = "127.0.0.2"  # another client than the attacker
 STREAM = json.dumps(
@@ -169,6 +170,7 @@ async def hold(kind: Kind, port: int, is_open: asyncio.Event) -> None:
                     await asyncio.wait([end], timeout=1.0 if kind.trickles else None)
                     writer.write(b"x")
                 await end
+        await asyncio.sleep(REOPEN_SECONDS)
 
 
 if __name__ == "__main__":
