@@ -115,7 +115,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 @pytest.mark.drawn
 @pytest.mark.parametrize("seed", range(num_examples(8, 100)))
-def test_the_same_answers(loaded: LoadedModel, seed: int) -> None:
+def test_the_same_answers(loaded: LoadedModel, seed: int, caplog: pytest.LogCaptureFixture) -> None:
     """Answers are those without overlap, bit for bit, whoever is preempted or aborted meanwhile."""
     submits, rng = mixed_submits(16), random.Random(seed)
     expected = run(new_engine(loaded), submits)
@@ -149,6 +149,14 @@ def test_the_same_answers(loaded: LoadedModel, seed: int) -> None:
             assert found == answer
     assert engine.stats().num_blocks_used == 0
     assert engine.step() == (None, [])
+    assert caplog.text == "", "a step has failed, and was run again"
+
+
+def test_without_prefix_caching_only_choices_of_one_request_share_blocks(loaded: LoadedModel) -> None:
+    engine = new_engine(loaded, enable_prefix_caching=False)
+    for name in ("a", "b"):
+        run(engine, [new_submit(range(40), name, n=2, max_tokens=2, ignore_eos=True)])
+    assert sorted(record.num_cached_tokens for record in engine.recorder.requests) == [0, 0, 32, 32]
 
 
 def test_auto_is_off_where_it_does_not_pay_or_is_not_exact(

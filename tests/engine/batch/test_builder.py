@@ -146,6 +146,16 @@ def test_a_token_that_the_model_lacks_after_the_rows_of_a_step() -> None:
         builder.build(Step(1, [Scheduled(request, 0, 7, 0, num_prompt_logprobs=7)]))
 
 
+def test_rows_that_read_a_token_of_the_step_before() -> None:
+    """Among other rows and in another order, and although a part of a prompt had no sample."""
+    builder = BatchBuilder(LIMITS, CPU)
+    first, part, last = (make_request(list(range(20)), list(range(2))) for _ in range(3))
+    builder.build(Step(1, [Scheduled(first, 19, 1, 1), Scheduled(part, 0, 7, 0), Scheduled(last, 18, 2, 1)]))
+    ahead = [Scheduled(request, 20, 1, 1, is_ahead=True) for request in (last, first)]
+    batch = builder.build(Step(2, [ahead[0], Scheduled(part, 7, 3, 0), ahead[1]]))
+    assert (batch.ahead_rows.tolist(), batch.ahead_samples.tolist()) == ([0, 4], [1, 0])
+
+
 def test_attention_work() -> None:
     """The work lists of the step's lengths, one of each kind of attention, go to the device with the rest."""
 
