@@ -33,6 +33,13 @@ from tests.support.quantized_files import (
 )
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, True)])
+def test_groups_are_stacked(bits: int, symmetric: bool) -> None:
+    parts = [random_groups(bits, rows, 192, 64, seed=rows, symmetric=symmetric) for rows in (300, 7)]
+    stacked = concatenate([part for part, _ in parts])
+    assert torch.equal(stacked.dequantize(torch.float32).double(), torch.cat([numbers for _, numbers in parts]))
+
+
 def test_layouts() -> None:
     """What differs in any of these cannot be stacked."""
     weight = random_groups(4, 8, 256, 128, 1)[0]
