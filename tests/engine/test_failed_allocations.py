@@ -33,6 +33,7 @@ from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
 from tests.support.submits import new_submit
 
+COVERED = {"preemptions_total", "prefix_cache_hits_total", "accepted_tokens_total"}
 NUM_BLOCKS = 12  # of 16 tokens: too few for all requests
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
@@ -110,6 +111,7 @@ class Scenario:
     """Two tenants' requests: with a grammar, log probabilities, a LoRA adapter, drafts, and a prefix in common."""
 
     def __init__(self, path: Path, loaded: LoadedModel) -> None:
+        self.seen: set[str] = set()
         tokenizer = Tokenizer.from_model(path)
         self.loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=NUM_BLOCKS))
         self.grammars = GrammarManager(loaded.config.eos_token_ids, loaded.config.num_token_ids)
@@ -138,6 +140,7 @@ class Scenario:
                 answers = connected.run(self.submits)
         finally:
             connected.close()
+        self.seen |= {name for name in COVERED if getattr(engine.stats(), name)}
         assert not list(engine.scheduler.requests())
         return answers
 
@@ -174,3 +177,11 @@ def test_an_allocation_fails(scenario: Scenario, kind: Kind, *, overlaps: bool) 
                 assert answer == expected[choice], number
             else:
                 assert answer.token_ids == expected[choice].token_ids[: len(answer.token_ids)], number
+
+
+def test_the_scenario_has_all_that_it_is_for(scenario: Scenario) -> None:
+    """Which request comes first is a matter of time, so no single run needs to have all."""
+    for _ in range(10):
+        if scenario.seen != COVERED:
+            scenario.run(Allocations(), overlaps=False)
+    assert scenario.seen == COVERED

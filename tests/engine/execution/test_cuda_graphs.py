@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from engine.batch.inputs import AttentionWork, BatchInputs
+from engine.batch.transfer import HostCopy
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.execution.cuda_graphs import MAX_GRAPH_BYTES, SIZES, Forward, GraphedExecution, first_cause
@@ -362,3 +363,25 @@ def test_a_graph_runs_the_kernels_of_an_eager_step(max_num_seqs: int, tmp_path: 
         )
         assert expected
         assert found == expected
+
+
+@pytest.mark.parametrize(
+    "offender",
+    [
+        lambda x: x.to(torch.device("cpu"), non_blocking=True),
+        lambda x: torch.cuda.synchronize(),
+        lambda x: x.sum().item(),
+        HostCopy,
+    ],
+)
+def test_offenders_are_found(offender: Callable[[Tensor], object]) -> None:
+    x, checker = torch.ones(8), CaptureChecker()
+    steps: Iterator[Callable[[Tensor], object]] = iter([torch.neg, offender])  # the first step is the warm-up
+
+    def forward() -> Tensor:
+        with suppress(RuntimeError, AssertionError, TypeError):  # where CUDA would have to be there
+            next(steps)(x)
+        return x
+
+    checker.capture(forward)
+    assert checker.found
