@@ -128,6 +128,7 @@ def assert_promise(loaded: LoadedModel, submits: Sequence[Submit], *, chunks: Se
         assert_same(run(engine, submits[::-1]), alone)
         assert all(row.num_tokens <= max(chunk, 8) for step in engine.recorder.steps for row in step.rows)
         assert engine.stats().draft_tokens_total > 0
+        assert_same(run(engine, follow_ups), warm)  # they find blocks of answers that were computed with drafts
 
     # There are blocks for the longest request only.
     longest = 1 + max(len(submit.prompt_token_ids) + submit.params.max_tokens for submit in submits)
