@@ -336,6 +336,27 @@ def test_logs_contain_no_prompt_and_no_key(start_api: StartApi, tmp_path: Path, 
         assert all(json.loads(line)["level"] for line in api.log.splitlines())
 
 
+def test_a_hangup_changes_the_keys(start_api: StartApi, tmp_path: Path) -> None:
+    """The supervisor starts the process with the signal blocked."""
+    file = tmp_path / "keys.yaml"
+    first, second = (f"alice: {{keys: {hashlib.sha256(key).hexdigest()}}}" for key in (b"first", b"second"))
+    file.write_text(first)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    try:
+        api = start_api(api_keys_file=str(file))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def statuses() -> list[int]:
+        headers = [{"authorization": f"Bearer {key}"} for key in ("first", "second")]
+        return [httpx.get(f"{api.url}/v1/models", headers=each).status_code for each in headers]
+
+    assert statuses() == [200, 401]
+    file.write_text(second)
+    api.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: statuses() == [401, 200])
+
+
 def assert_curl_works(command: str) -> None:
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=SECONDS, check=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant", done.stdout
