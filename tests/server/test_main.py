@@ -252,6 +252,8 @@ def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple
     beats: list[messages.Message] = []
     assert received(supervisor, beats)[0] == messages.Heartbeat()
     wait_until(lambda: received(supervisor, beats)[-1] == messages.Heartbeat((pid,)))
+    process = psutil.Process(api.process.pid)
+    num_fds = process.num_fds()
     running_stream = POOL.submit(api.complete, max_tokens=2000, stream=True)
     wait_until(lambda: api.count("running") == 1)
     waiting = POOL.submit(api.complete, max_tokens=5)
@@ -269,6 +271,7 @@ def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple
         assert waiting.result(SECONDS).status_code == 200
         assert api.get("/readyz").json() == {"status": "ok", "restarts": 1}
         wait_until(lambda: messages.Heartbeat((another.pid,)) in supervisor.receive())
+        wait_until(lambda: process.num_fds() <= num_fds)  # nothing of the engine that died is left
     last = POOL.submit(api.complete)
     wait_until(lambda: api.get("/health").status_code == 503)
     supervisor.send(messages.EngineGone(0, "five deaths"))
