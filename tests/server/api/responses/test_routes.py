@@ -233,6 +233,8 @@ def test_failures_are_stored(server: RunningServer, fake_engine: FakeEngine) -> 
     fake_engine.config.fail_request = True
     response_id = ask_json(server, background=True)["id"]
     wait_until(lambda: get(server, response_id).json()["status"] == "failed")
+    error = get(server, response_id).json()["error"]
+    assert (error["code"], "secret" in error["message"]) == ("server_error", False)
     events = ask_events(server)
     assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
     assert get(server, events[-1]["response"]["id"]).json() == events[-1]["response"]
