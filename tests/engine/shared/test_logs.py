@@ -103,7 +103,10 @@ def test_a_line_replaces_a_progress_bar_in_a_terminal(root_logger: logging.Logge
     close = configure_logging("info", "human", fd)
     logger.info("loaded")
     close()
-    assert re.fullmatch(rb"weights 10 %\r\x1b\[K[\d:]{8} INFO +tests.logs: loaded\r\n", os.read(terminal, 1000))
+    shown = b""
+    while not shown.endswith(b"\n"):  # a terminal hands over in parts what was written
+        shown += os.read(terminal, 1000)
+    assert re.fullmatch(rb"weights 10 %\r\x1b\[K[\d:]{8} INFO +tests.logs: loaded\r\n", shown)
     os.close(fd)
     os.close(terminal)
 
