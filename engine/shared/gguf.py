@@ -49,8 +49,8 @@ class TensorInfo(NamedTuple):
 
 def short(name: str) -> str:
     """Return a name for an error message, in one line: names in a file can be as long as it, and hold anything."""
-    shown = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
-    return shown if shown.isprintable() else ascii(shown)
+    shown = name if name[:MAX_SHOWN].isprintable() else ascii(name[:MAX_SHOWN])  # up to ten characters for each
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
 
 
 class _Reader:
