@@ -186,8 +186,8 @@ def test_counts_behind_the_beginning_take_a_bounded_time(
     while len(output) < 9 and (mask := matcher.masks(output)[0]):
         matcher.forced_tokens(output)
         output.append(draw.choice(sorted(allowed(mask))))
-    problem = None if is_followed else "lexer error: too many expressions constructed"
-    assert (len(output), matcher.problem) == (9 if is_followed else 2, problem)
+    assert len(output) == (9 if is_followed else 2)
+    assert str(matcher.problem).startswith("None" if is_followed else "lexer error: too many ")  # expressions or states
 
 
 @pytest.mark.checklist("C22")
