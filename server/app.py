@@ -21,11 +21,10 @@ from server.api.responses import routes as responses
 from server.api.responses.store import ResponseStore
 from server.context import ServerContext
 from server.coordination.forwarded_requests import ForwardingMiddleware
-from server.http.access_control import AuthMiddleware, CrossOriginMiddleware, HostMiddleware
-from server.http.body_middleware import BodyMiddleware
+from server.http.access_control import Authentication, HostRules
+from server.http.bodies import BodyReader
 from server.http.error_handlers import install_error_handlers
-from server.http.limits_middleware import LimitsMiddleware
-from server.http.request_middleware import RequestMiddleware, RootPathMiddleware
+from server.http.request_middleware import RequestMiddleware, RequestRules, RootPathMiddleware
 from server.settings.load import is_loopback
 from server.web.pages import page_routes
 
@@ -95,17 +94,23 @@ def generation_paths() -> frozenset[str]:
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add the middleware, innermost first: a request passes the last one added first."""
     settings = context.settings
-    app.add_middleware(
-        BodyMiddleware, max_body_size=settings.max_body_size, max_buffered_bytes=context.answers.max_bytes
-    )
-    app.add_middleware(LimitsMiddleware, ledger=context.ledger)
-    app.add_middleware(AuthMiddleware, keys=context.api_keys, public_metrics=settings.public_metrics)
-    app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
-    if settings.uds is None and is_loopback(settings.host):  # web pages cannot reach a UNIX socket
-        app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)
-    app.add_middleware(RequestMiddleware, metrics=context.metrics)
+    app.add_middleware(RequestMiddleware, rules=_request_rules(context))
     if settings.root_path:
         app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
     if context.forwarder is not None:
         paths = {prefix + path for prefix in ("", settings.root_path) for path in generation_paths()}
         app.add_middleware(ForwardingMiddleware, paths=paths, forwarder=context.forwarder)
+
+
+def _request_rules(context: ServerContext) -> RequestRules:
+    settings = context.settings
+    # Web pages cannot reach a UNIX socket.
+    checks_hosts = settings.uds is None and is_loopback(settings.host) and "*" not in settings.allowed_origins
+    return RequestRules(
+        hosts=HostRules([settings.host], settings.allowed_origins) if checks_hosts else None,
+        origins=settings.allowed_origins,
+        authentication=Authentication(context.api_keys, public_metrics=settings.public_metrics),
+        ledger=context.ledger,
+        bodies=BodyReader(settings.max_body_size, context.answers.max_bytes),
+        metrics=context.metrics,
+    )

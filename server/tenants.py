@@ -13,9 +13,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
 
-from server.limits.accounts import Account, Limits
+from server.limits.accounts import NO_LIMITS, Account, Limits
 
-TENANT = "tenant"  # in the scope's state, set by `AuthMiddleware`
+TENANT = "tenant"  # in the scope's state, set by `RequestMiddleware`
 CLIENT_PREFIX = 64  # bits of an IPv6 address that do not change when a client takes another one
 EVERYBODY = ""  # the owner of what is made without a key
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
@@ -39,7 +39,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     is_admin: bool = False  # may load adapters, and see metrics and the usage of all
     adapters: frozenset[str] | None = None  # names of the LoRA adapters that it may see and use; None: all
     has_negative_priority: bool = False  # its requests may go before those of others
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     account: Account = msgspec.field(default_factory=Account)  # what it has used
 
     def may_use(self, adapter: str) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from itertools import count
 
 from server.tenants import Tenant
@@ -15,14 +14,17 @@ class Ledger:
     def __init__(self) -> None:
         self._numbers = count()
 
-    @asynccontextmanager
-    async def request(self, tenant: Tenant) -> AsyncGenerator[None, None]:
-        """Count a request that runs in the context. Raises LimitReachedError if it exceeds a limit of its tenant."""
+    async def enter(self, tenant: Tenant) -> int:
+        """Count a request that begins, and return the number with which `leave` must follow.
+
+        Raises LimitReachedError if it exceeds a limit of its tenant, or APIError.
+        """
         self.begin(tenant)
-        try:
-            yield
-        finally:
-            self.end(tenant)
+        return 0
+
+    async def leave(self, tenant: Tenant, number: int) -> None:
+        """Count a request as ended."""
+        self.end(tenant)
 
     def begin(self, tenant: Tenant) -> None:
         """Count a request; `end` must follow. Raises LimitReachedError."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -41,7 +41,7 @@ from server.engine_client.connection import Damaged, EngineConnection
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.http.errors import APIError, EngineDeadError
-from server.limits.accounts import LimitReachedError, Limits
+from server.limits.accounts import NO_LIMITS, LimitReachedError
 from server.metrics import Metrics
 from server.recordings import Recording, Recordings
 from server.running_requests import RunningRequests
@@ -219,25 +219,29 @@ class RemoteLedger(Ledger):
         self._coordinator = coordinator
         self._records_requests = records_requests
 
-    @asynccontextmanager
-    async def request(self, tenant: Tenant) -> AsyncGenerator[None, None]:
+    async def enter(self, tenant: Tenant) -> int:
         message = Admit(self._coordinator.next_number(), tenant.name)
+        if tenant.limits == NO_LIMITS:
+            self._coordinator.send(message)
+            return message.number
         try:
-            if tenant.limits == Limits():
-                self._coordinator.send(message)
-            elif limit := await self._coordinator.ask(message):
+            if limit := await self._coordinator.ask(message):
                 raise LimitReachedError(*limit)
-            yield
-        finally:
-            leave = Leave(message.number)
-            if tenant.limits == Limits() and not self._records_requests:
-                self._coordinator.send(leave)
-            else:  # the client's next request, through another process, must find that this one has ended
-                with suppress(EngineDeadError):
-                    await self._coordinator.ask(leave)
+        except BaseException:
+            await self.leave(tenant, message.number)
+            raise
+        return message.number
+
+    async def leave(self, tenant: Tenant, number: int) -> None:
+        message = Leave(number)
+        if tenant.limits == NO_LIMITS and not self._records_requests:
+            self._coordinator.send(message)
+        else:  # the client's next request, through another process, must find that this one has ended
+            with suppress(EngineDeadError):
+                await self._coordinator.ask(message)
 
     async def headers(self, tenant: Tenant) -> Mapping[str, str]:
-        if tenant.limits == Limits():
+        if tenant.limits == NO_LIMITS:
             return {}
         try:
             headers: dict[str, str] = await self._coordinator.ask(

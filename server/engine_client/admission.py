@@ -51,7 +51,7 @@ class Engines(Protocol):
 
     @property
     def max_num_seqs(self) -> int:
-        """Number of choices that run at a time. Raises EngineUnavailableError like `ready_info`."""
+        """Number of choices that run at a time; 0 before an engine was ready."""
 
     @property
     def num_waiting(self) -> int:
@@ -124,9 +124,10 @@ class Admission:
         Returns the number of choices added. Raises EngineUnavailableError if the engine dies, or the error that ended
         the request.
         """
+        self._engines.ready_info()
         while (num_free := min(count, self.max_in_flight - self.num_in_flight)) <= 0:
-            self._engines.ready_info()
             await asyncio.sleep(REFILL_SECONDS)
+            self._engines.ready_info()
         reservation.check()
         reservation.add(num_free)
         return num_free
@@ -156,7 +157,9 @@ class Admission:
 
     def count_step(self, num_tokens: int, now: float) -> None:
         """Count the tokens of a step, for the estimate of waits."""
-        self._estimate.add_step(num_tokens, now, is_saturated=self._engines.num_waiting > 0)
+        is_saturated = self._engines.num_waiting > 0
+        if is_saturated or self._estimate.is_measuring:
+            self._estimate.add_step(num_tokens, now, is_saturated=is_saturated)
 
     async def watch_timeouts(self) -> None:
         """End requests that wait or take too long, until cancelled."""

@@ -55,7 +55,7 @@ class EngineClient(EngineGroup):
                 on_change=self.update,
                 accepts=self.accepts,
             )
-            self.engines.append(engine)
+            self.add(engine)
         self.adapter_listeners: list[Callable[[], None]] = []  # called when adapters have been loaded or unloaded
         self._watcher: asyncio.Task[None] | None = None  # of timeouts
 
@@ -83,7 +83,7 @@ class EngineClient(EngineGroup):
 
     @property
     def max_in_flight(self) -> int:
-        """Maximum number of choices in flight. Raises EngineUnavailableError like `ready_info`."""
+        """Maximum number of choices in flight."""
         return self._admission.max_in_flight
 
     @property

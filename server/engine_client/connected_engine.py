@@ -231,6 +231,7 @@ class ConnectedEngine:
             self._on_change()
         else:  # from a coordinator whose engines have changed
             self.liveness.info = message.info
+            self._on_change()
 
     async def _resume(self, message: Ready) -> None:
         """Give a restarted engine the adapters that were loaded, and then the waiting requests."""

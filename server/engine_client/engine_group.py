@@ -15,12 +15,24 @@ class EngineGroup:
 
     def __init__(self) -> None:
         self.engines: list[ConnectedEngine] = []
+        self.alive: list[ConnectedEngine] = []  # those that load, are ready or are being restarted
+        self.info: EngineInfo | None = None  # with the shortest context; None while all load the model the first time
+        self.max_num_seqs = 0  # choices that run at a time; 0 before an engine was ready
         self.became_ready = asyncio.Event()  # the first one
         self.died = asyncio.Event()  # the last one
         self.changed = asyncio.Event()  # the state of one, since its reader has cleared it
 
+    def add(self, engine: ConnectedEngine) -> None:
+        """Add an engine that has not been started yet."""
+        self.engines.append(engine)
+        self.alive.append(engine)
+
     def update(self) -> None:
         """Note that the state of an engine has changed. What waits for one that is lost goes to another."""
+        self.alive = [engine for engine in self.engines if engine.liveness.dead_reason is None]
+        infos = [engine.liveness.info for engine in self.alive or self.engines if engine.liveness.info is not None]
+        self.info = min(infos, key=lambda info: info.max_model_len, default=None)
+        self.max_num_seqs = sum(info.max_num_seqs for info in infos) if self.alive else 0
         self.changed.set()
         if self.is_ready:
             self.became_ready.set()
@@ -32,31 +44,18 @@ class EngineGroup:
         """Return whether the answers of an engine that loads are those of the other ones."""
         # Free memory, by which a context may be shortened, differs.
         own = msgspec.structs.replace(info, max_model_len=0)
-        infos = [liveness.info for liveness in self._alive if liveness.info is not None]
+        infos = [engine.liveness.info for engine in self.alive if engine.liveness.info is not None]
         return all(same_properties(own, msgspec.structs.replace(other, max_model_len=0)) for other in infos)
-
-    @property
-    def alive(self) -> list[ConnectedEngine]:
-        """The engines that load, are ready or are being restarted."""
-        return [engine for engine in self.engines if engine.liveness.dead_reason is None]
 
     @property
     def _alive(self) -> list[EngineLiveness]:
         return [engine.liveness for engine in self.alive]
 
-    @property
-    def info(self) -> EngineInfo | None:
-        """The properties of the engines, with the shortest context. None while all load the model the first time."""
-        livenesses = self._alive or [engine.liveness for engine in self.engines]
-        infos = [liveness.info for liveness in livenesses if liveness.info is not None]
-        return min(infos, key=lambda info: info.max_model_len, default=None)
-
     def ready_info(self) -> EngineInfo:
         """Return `info`. Raises EngineUnavailableError before an engine was ready, and once all are dead."""
-        info = self.info
-        if info is None or not self._alive:
-            return (self._alive or [self.engines[0].liveness])[0].ready_info()  # which raises
-        return info
+        if self.info is None or not self.alive:
+            return (self.alive or self.engines)[0].liveness.ready_info()  # which raises
+        return self.info
 
     @property
     def ready_pids(self) -> tuple[int, ...]:
@@ -64,15 +63,9 @@ class EngineGroup:
         return tuple(liveness.ready_info().pid for liveness in self._alive if liveness.is_ready)
 
     @property
-    def max_num_seqs(self) -> int:
-        """Number of choices that run at a time. Raises EngineUnavailableError like `ready_info`."""
-        self.ready_info()
-        return sum(liveness.info.max_num_seqs for liveness in self._alive if liveness.info is not None)
-
-    @property
     def num_waiting(self) -> int:
         """Number of choices in the queues of the engines."""
-        return sum(engine.stats.num_waiting for engine in self.engines)
+        return sum([engine.stats.num_waiting for engine in self.engines])
 
     @property
     def is_ready(self) -> bool:
@@ -110,7 +103,7 @@ class EngineGroup:
     @property
     def dead_reason(self) -> str | None:
         """Why the last engine died for good, for the log; None while one is left."""
-        return None if self._alive else self.engines[-1].liveness.dead_reason
+        return None if self.alive else self.engines[-1].liveness.dead_reason
 
     @property
     def adapters(self) -> dict[str, LoraAdapter]:

@@ -37,21 +37,22 @@ class WaitEstimate:
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
-        self._measured_until: float | None = None
+        self.is_measuring = False  # requests waited after the last step
+        self._measured_until = 0.0
         self._mean_output = FIRST_OUTPUT
 
     def add_step(self, num_tokens: int, now: float, *, is_saturated: bool) -> None:
         """Count the tokens of a step. Only the time between steps after which requests still wait is measured."""
-        if self._measured_until is not None:
+        if self.is_measuring:
             seconds = now - self._measured_until
             kept = math.exp(-seconds / WINDOW)
             self._tokens = self._tokens * kept + num_tokens
             self._seconds = self._seconds * kept + seconds
-        self._measured_until = now if is_saturated else None
+        self.is_measuring, self._measured_until = is_saturated, now
 
     def add_cached(self, num_tokens: int) -> None:
         """Count prompt tokens that were found in the prefix cache."""
-        if self._measured_until is not None:
+        if self.is_measuring:
             self._tokens += num_tokens
 
     def add_output(self, num_tokens: int) -> None:

@@ -35,7 +35,7 @@ from server.generation.reasoning_budget import reasoning_limit
 from server.generation.request_span import RequestSpan
 from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
-from server.http.body_middleware import get_text_size
+from server.http.bodies import get_text_size
 from server.http.errors import APIError, ServerError
 from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS

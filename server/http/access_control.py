@@ -1,4 +1,4 @@
-"""Middleware that rejects requests by their Host, Origin or API key."""
+"""Who may send a request: checks of its Host, its Origin and its API key."""
 
 import ipaddress
 from collections.abc import Collection, Iterable, Sequence
@@ -8,11 +8,11 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from server.access.api_keys import ApiKeys
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
-from server.tenants import ANYBODY, TENANT, Tenant, get_tenant, tenant_of_address
+from server.tenants import ANYBODY, Tenant, get_tenant, tenant_of_address
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
 METRICS = "/metrics"
@@ -60,21 +60,6 @@ class HostRules:
 
     def _is_foreign(self, host: str) -> bool:
         return host == "" or (host not in self._hosts and "." in host and not is_address(host))
-
-
-class HostMiddleware:
-    """Applies `HostRules` to all requests, unless all origins are allowed."""
-
-    def __init__(self, app: ASGIApp, hosts: Iterable[str], origins: Iterable[str]) -> None:
-        self._app = app
-        self._rules = HostRules(hosts, origins)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_checked = scope["type"] == "http" and "*" not in self._rules.origins
-        if is_checked and (error := self._rules.check(Headers(scope=scope))) is not None:
-            await error.response(scope)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
 
 
 def host_not_allowed(host: str) -> str:
@@ -129,48 +114,39 @@ class CrossOriginMiddleware(CORSMiddleware):
         return BadRequestError("Web pages may only send requests with the methods GET, POST and DELETE.").response()
 
 
-class AuthMiddleware:
+class Authentication:
     """Finds the tenant of each request. If there are API keys, requires one of them on all paths that are not open.
 
     The key is read from `Authorization: Bearer` or from Anthropic's `x-api-key`. The path is the one that routing uses.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, *, public_metrics: bool) -> None:
-        self._app = app
+    def __init__(self, keys: ApiKeys, *, public_metrics: bool) -> None:
         self._open_paths = OPEN_PATHS | ({METRICS} if public_metrics else set())
         self._keys = keys
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            tenant = self._find_tenant(scope)
-            if tenant is None:
-                await _unauthorized(scope).response(scope)(scope, receive, send)
-                return
-            scope["state"][TENANT] = tenant
-        await self._app(scope, receive, send)
-
-    def _find_tenant(self, scope: Scope) -> Tenant | None:
-        """Return the tenant of a request, or None if the request needs a key and has none that is valid."""
+    def find_tenant(self, scope: Scope) -> Tenant:
+        """Return the tenant of a request. Raises UnauthorizedError if it needs a key and has none that is valid."""
         if not self._keys.are_required:
-            return tenant_of_address(scope, self._keys.everybody)
-        if is_open(scope, self._open_paths):
-            return ANYBODY
-        return tenant_of_keys(scope, self._keys)
+            tenant: Tenant | None = tenant_of_address(scope, self._keys.everybody)
+        elif is_open(scope, self._open_paths):
+            tenant = ANYBODY
+        else:
+            tenant = tenant_of_keys(scope, self._keys)
+        if tenant is None:
+            has_key = bool(_keys_of(scope["headers"]))
+            raise UnauthorizedError(key_given=has_key, scheme_missing=has_other_scheme(scope["headers"]))
+        return tenant
 
 
 def tenant_of_keys(scope: Scope, keys: ApiKeys) -> Tenant | None:
     """Return the tenant of the first key in the headers of a request that is valid now, or None if none is."""
-    found = [keys.find(key) for key in _keys_of(scope)]
+    found = [keys.find(key) for key in _keys_of(scope["headers"])]
     return next((tenant for tenant in found if tenant is not None), None)
 
 
-def _keys_of(scope: Scope) -> list[bytes]:
+def _keys_of(headers: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
     """Return the keys in the headers of a request."""
-    return [token for token in (bearer_token(scope["headers"]), api_key(scope["headers"])) if token]
-
-
-def _unauthorized(scope: Scope) -> UnauthorizedError:
-    return UnauthorizedError(key_given=bool(_keys_of(scope)), scheme_missing=has_other_scheme(scope["headers"]))
+    return [token for token in (bearer_token(headers), api_key(headers)) if token]
 
 
 def is_open(scope: Scope, paths: Collection[str] = OPEN_PATHS) -> bool:

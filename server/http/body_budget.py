@@ -10,12 +10,13 @@ FREE_BYTES = 16 << 10  # smaller bodies are not counted, so that small requests 
 
 
 class BodyShare:
-    """The share of one body in a `BodyBudget`, with the chunks of it that have arrived."""
+    """One body, or what has arrived of it, and its share of a `BodyBudget`."""
 
     def __init__(self, budget: "BodyBudget", deadline: asyncio.Timeout) -> None:
         self._budget = budget
         self._deadline = deadline
-        self._chunks: list[bytes] = []
+        self.chunks: list[bytes] = []  # until it is complete
+        self.body = b""  # from then on
         self.num_bytes = 0
         self.num_counted = 0  # bytes, as of the last `BodyBudget.update`
         self.is_refused = False
@@ -23,30 +24,27 @@ class BodyShare:
     def add(self, chunk: bytes) -> None:
         """Keep and count bytes that were received. Raises BuffersExceedMemoryError if this body has been refused."""
         if not self.is_refused:
-            self._chunks.append(chunk)
+            self.chunks.append(chunk)
             self.num_bytes += len(chunk)
-            self._budget.update(self)
+            if self.num_bytes > FREE_BYTES:
+                self._budget.update(self)
         if self.is_refused:
             raise BuffersExceedMemoryError
 
-    def join(self) -> bytes:
-        """Return the complete body, which counts until `release`, and drop its chunks."""
-        body = b"".join(self._chunks)
-        self._chunks.clear()
-        return body
-
     def refuse(self) -> None:
-        """Drop the body, and make the task that receives it stop."""
+        """Make the task that receives the body stop."""
         self.is_refused = True
         self.release()
         if not self._deadline.expired():
             self._deadline.reschedule(0)
 
     def release(self) -> None:
-        """Count the body no longer, and drop its chunks. Has no effect the second time."""
-        self._chunks.clear()
+        """Drop the body, and count it no longer. Has no effect the second time."""
+        self.chunks.clear()
+        self.body = b""
         self.num_bytes = 0
-        self._budget.update(self)
+        if self.num_counted:
+            self._budget.update(self)
 
 
 class BodyBudget:
@@ -65,11 +63,13 @@ class BodyBudget:
     def receive(self, deadline: asyncio.Timeout) -> Iterator[BodyShare]:
         """Count the body that is received in this context, which `deadline` must surround.
 
-        After an exception the body is released, otherwise the caller does that.
+        After an exception the body is released; otherwise it is complete, and the caller does that.
         """
         share = BodyShare(self, deadline)
         try:
             yield share
+            share.body = b"".join(share.chunks)
+            share.chunks.clear()
         except BaseException:
             share.release()
             raise

@@ -1,15 +1,15 @@
-"""The outermost middleware: request ids, the access log, HTTP metrics, and status 500 for unhandled exceptions.
+"""The layer around the application: who may ask, ids, limits, bodies, the access log, metrics, and status 500.
 
-All middleware is plain ASGI, since BaseHTTPMiddleware would hide a client's disconnect from streams. From the outside
-in: `RequestMiddleware`, `HostMiddleware` (against DNS rebinding), CORS, `AuthMiddleware`, `LimitsMiddleware`,
-`BodyMiddleware`.
+It is plain ASGI, since BaseHTTPMiddleware would hide a client's disconnect from streams. One object accompanies each
+request, and one function sees each message of its response.
 """
 
 import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,9 +17,21 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.errors import ServerError, is_for_anthropic
+from server.access.ledger import Ledger
+from server.http.access_control import Authentication, CrossOriginMiddleware, HostRules
+from server.http.bodies import BodyReader
+from server.http.body_budget import BodyShare
+from server.http.errors import (
+    APIError,
+    ConcurrencyLimitError,
+    QuotaExceededError,
+    RateLimitError,
+    ServerError,
+    is_for_anthropic,
+)
+from server.limits.accounts import NO_LIMITS, LimitReachedError
 from server.metrics import Metrics
-from server.tenants import client_address
+from server.tenants import TENANT, Tenant, client_address
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
@@ -30,28 +42,160 @@ QUIET_PATHS = frozenset(
     {"/health", "/healthz", "/readyz", "/metrics", *(f"/lightwell/v1/{name}" for name in POLLED_BY_THE_PAGE)}
 )
 QUIET_STATUSES = (200, 503)  # 503: the model is being loaded
+EXCHANGE = "exchange"  # in the scope's state: the `Exchange`
 LOG_FIELDS = "log_fields"  # in the scope's state: a function that returns what else to log at the end of the request
 PATH_CHARS = "/!$&'()*+,;=:@[]{}|^<>"  # which no log line needs quoted
 CLIENT_CLOSED_REQUEST = 499  # in logs and metrics only
+RETRY_COUNT = b"x-stainless-retry-count"  # a header of the official SDKs
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class RequestMiddleware:
-    """Gives each request an id, logs one line when it ends, and returns status 500 for unhandled exceptions."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRules:
+    """What decides about requests before the application sees them, and what counts them."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    hosts: HostRules | None  # None: any host will do
+    origins: Sequence[str]  # of web pages that may send requests
+    authentication: Authentication
+    ledger: Ledger
+    bodies: BodyReader
+    metrics: Metrics
+
+
+class RequestMiddleware:
+    """Decides about each request, reads its body, and records its end."""
+
+    def __init__(self, app: ASGIApp, rules: RequestRules) -> None:
         self._app = app
-        self._metrics = metrics
+        self._rules = rules
+        self._cross_origin = CrossOriginMiddleware(_answer, rules.origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-                return
+        if scope["type"] == "http":
+            await Exchange(self._app, self._rules, scope, receive, send).run(self._cross_origin)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
             await self._app(scope, receive, send)
-            return
-        await _RequestRecord(scope, self._metrics).run(self._app, receive, send)
+
+
+async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application that the rules for web pages are around."""
+    exchange: Exchange = scope["state"][EXCHANGE]
+    await exchange.answer(send)
+
+
+class Exchange:
+    """One request and its response."""
+
+    def __init__(self, app: ASGIApp, rules: RequestRules, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app = app
+        self._rules = rules
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._start = time.monotonic()
+        self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of each name
+        self._request_id = choose_request_id(self._headers.get(b"x-request-id", b"").decode("latin-1"))
+        self._status: int | None = None
+        self._body: BodyShare | None = None
+        self._tenant: Tenant | None = None
+        self._number: int | None = None  # of the request in the ledger, while it counts as one of its tenant
+        scope["state"].update({"request_id": self._request_id, EXCHANGE: self})
+
+    async def run(self, cross_origin: ASGIApp) -> None:
+        """Answer the request; if a web page sent it, through `cross_origin`."""
+        try:
+            if RETRY_COUNT in self._headers and is_retry(self._headers[RETRY_COUNT]):
+                self._rules.metrics.count_retry()
+            hosts = self._rules.hosts
+            error = None if hosts is None else hosts.check(Headers(scope=self._scope))
+            if error is not None:
+                await self._refuse(error, self.send)
+            elif b"origin" in self._headers:
+                await cross_origin(self._scope, self._receive, self.send)
+            else:
+                await self.answer(self.send)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            logger.exception("a request failed", extra={"request_id": self._request_id})
+            if self._status is None:
+                await self._refuse(ServerError(self._request_id), self.send)
+            # Otherwise the response has started. It stays incomplete, so uvicorn closes the connection.
+        finally:
+            if self._body is not None:
+                self._body.release()
+            await self._leave()
+            self._record()
+
+    async def answer(self, send: Send) -> None:
+        """Let the application answer through `send`, if the request's tenant and its body are accepted.
+
+        What counts as a request of a tenant is every POST but the cancelling of a request.
+        """
+        scope, rules, receive = self._scope, self._rules, self._receive
+        try:
+            self._tenant = rules.authentication.find_tenant(scope)
+            scope["state"][TENANT] = self._tenant
+            if scope["method"] == "POST":
+                if not scope["path"].endswith("/cancel"):
+                    self._number = await rules.ledger.enter(self._tenant)
+                self._body = await rules.bodies.read(scope, receive)
+                receive = replay(self._body.body, receive)
+        except (LimitReachedError, APIError) as error:
+            await self._refuse(limit_error(error) if isinstance(error, LimitReachedError) else error, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def send(self, message: Message) -> None:
+        """Pass on a message of the response.
+
+        A body counts until its response begins: the application may use it until then. A client that has its answer may
+        send the next request, so this one has ended for its tenant when the last part is sent.
+        """
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            await self._add_headers(MutableHeaders(scope=message))
+            if self._body is not None:
+                self._body.release()
+        elif not message.get("more_body", False):
+            await self._leave()
+        await self._send(message)
+
+    async def _add_headers(self, headers: MutableHeaders) -> None:
+        if self._tenant is not None and self._tenant.limits != NO_LIMITS:
+            headers.update(await self._rules.ledger.headers(self._tenant))
+        headers["x-request-id"] = self._request_id
+        if is_for_anthropic(self._scope):
+            headers["request-id"] = self._request_id  # the name that Anthropic's clients read
+
+    async def _leave(self) -> None:
+        number, self._number = self._number, None
+        if number is not None and self._tenant is not None:
+            await self._rules.ledger.leave(self._tenant, number)
+
+    async def _refuse(self, error: APIError, send: Send) -> None:
+        await error.response(self._scope)(self._scope, self._receive, send)
+
+    def _record(self) -> None:
+        scope, state = self._scope, self._scope["state"]
+        status = self._status or CLIENT_CLOSED_REQUEST
+        seconds = time.monotonic() - self._start
+        self._rules.metrics.observe_http(getattr(scope.get("route"), "path", "none"), scope["method"], status, seconds)
+        fields = {
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            **(state[LOG_FIELDS]() if LOG_FIELDS in state else {}),
+            "client": client_address(scope) or "-",
+            "request_id": self._request_id,
+        }
+        is_poll = scope["path"] in QUIET_PATHS and status in QUIET_STATUSES
+        level = logging.DEBUG if is_poll else logging.INFO
+        access_logger.log(
+            level, "%s %s", scope["method"][:16], quote(scope["path"][:256], PATH_CHARS), extra={"fields": fields}
+        )
 
 
 class RootPathMiddleware:
@@ -73,63 +217,6 @@ class RootPathMiddleware:
         await self._app(scope, receive, send)
 
 
-class _RequestRecord:
-    """One request: runs it, and records its status and duration."""
-
-    def __init__(self, scope: Scope, metrics: Metrics) -> None:
-        self._scope = scope
-        self._metrics = metrics
-        self._start = time.monotonic()
-        self._headers = Headers(scope=scope)
-        self._request_id = choose_request_id(self._headers.get("x-request-id"))
-        self._status: int | None = None
-        # Anthropic's clients read the second name.
-        self._id_headers = ("x-request-id", "request-id") if is_for_anthropic(scope) else ("x-request-id",)
-        scope["state"]["request_id"] = self._request_id
-
-    async def run(self, app: ASGIApp, receive: Receive, send: Send) -> None:
-        if is_retry(self._headers):
-            self._metrics.count_retry()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._status = message["status"]
-                for name in self._id_headers:
-                    MutableHeaders(scope=message)[name] = self._request_id
-            await send(message)
-
-        try:
-            await app(self._scope, receive, send_with_id)
-        except ClientDisconnect:
-            pass
-        except Exception:
-            logger.exception("a request failed", extra={"request_id": self._request_id})
-            if self._status is None:
-                await ServerError(self._request_id).response(self._scope)(self._scope, receive, send_with_id)
-            # Otherwise the response has started. It stays incomplete, so uvicorn closes the connection.
-        finally:
-            self._record()
-
-    def _record(self) -> None:
-        scope = self._scope
-        status = self._status or CLIENT_CLOSED_REQUEST
-        seconds = time.monotonic() - self._start
-        self._metrics.observe_http(getattr(scope.get("route"), "path", "none"), scope["method"], status, seconds)
-        token_fields: Callable[[], dict[str, object]] = scope["state"].get(LOG_FIELDS, dict)
-        fields = {
-            "status": status,
-            "ms": round(seconds * 1000, 1),
-            **token_fields(),
-            "client": client_address(scope) or "-",
-            "request_id": self._request_id,
-        }
-        is_poll = scope["path"] in QUIET_PATHS and status in QUIET_STATUSES
-        level = logging.DEBUG if is_poll else logging.INFO
-        access_logger.log(
-            level, "%s %s", scope["method"][:16], quote(scope["path"][:256], PATH_CHARS), extra={"fields": fields}
-        )
-
-
 def choose_request_id(client_id: str | None) -> str:
     """Return the client's id if it is safe in headers and logs, else a new one."""
     if client_id is not None and _REQUEST_ID.fullmatch(client_id):
@@ -137,7 +224,27 @@ def choose_request_id(client_id: str | None) -> str:
     return f"req_{secrets.token_hex(16)}"
 
 
-def is_retry(headers: Headers) -> bool:
-    """Return whether the headers of the official SDKs mark this request as a retry."""
-    count = headers.get("x-stainless-retry-count", "")
-    return count.isascii() and count.isdigit() and count.strip("0") != ""
+def is_retry(count: bytes) -> bool:
+    """Return whether a header of the official SDKs marks a request as a retry."""
+    return count.isdigit() and count.strip(b"0") != b""
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that returns a body first, and then the messages of the original, such as a disconnect."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replayed
+
+
+def limit_error(error: LimitReachedError) -> APIError:
+    """Return the error of a request that exceeds a limit of its tenant."""
+    match error.name:
+        case "max_concurrent_requests":
+            return ConcurrencyLimitError(error.limit)
+        case "tokens_per_day":
+            return QuotaExceededError(error.limit)
+        case _:
+            return RateLimitError(error.name.partition("_")[0], error.limit, error.retry_after)

@@ -19,6 +19,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_concurrent_requests: int | None = None
 
 
+NO_LIMITS = Limits()
+
+
 class LimitReachedError(Exception):
     """A request exceeds a limit of its tenant."""
 

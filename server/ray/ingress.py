@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.access.api_keys import ApiKeys
 from server.api.responses.writer import error_event as responses_error_event
-from server.http.access_control import METRICS, AuthMiddleware
-from server.http.body_middleware import BodyMiddleware
+from server.http.access_control import METRICS, Authentication
+from server.http.bodies import BodyReader
 from server.http.errors import APIError, BadRequestError, EngineUnavailableError, is_for_anthropic, is_for_ollama
 from server.http.sse import NDJSON, SERVER_SENT_EVENTS, error_event
 from server.ray.messages import ForwardedRequest, ResponseHead
@@ -48,20 +48,25 @@ class Ingress:
     def __init__(self, replicas: DeploymentHandle[Any], settings: Settings) -> None:
         """Raises SettingsError if the file of keys is invalid."""
         self._replicas = replicas.options(method_name="respond", stream=True)
-        reader = BodyMiddleware(self._forward, settings.max_body_size, settings.max_buffered_bytes)
-        self._read_and_forward = AuthMiddleware(reader, ApiKeys(settings), public_metrics=settings.public_metrics)
+        self._bodies = BodyReader(settings.max_body_size, settings.max_buffered_bytes)
+        self._authentication = Authentication(ApiKeys(settings), public_metrics=settings.public_metrics)
 
     async def __call__(self, request: Request) -> Response:
         """Return the response to a request. The body of a POST is read if its key is valid, others have none."""
-        app = self._read_and_forward if request.method == "POST" else self._forward
-        return AppResponse(app, below_prefix(request.scope))
+        return AppResponse(self._forward, below_prefix(request.scope))
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await Request(scope, receive).body() if scope["method"] == "POST" else b""
+        share = None
         try:
-            response = await self._respond(scope, forwarded_request(scope, body))
+            if scope["method"] == "POST":
+                self._authentication.find_tenant(scope)
+                share = await self._bodies.read(scope, receive)
+            response = await self._respond(scope, forwarded_request(scope, b"" if share is None else share.body))
         except APIError as error:
             response = error.response(scope)
+        finally:
+            if share is not None:
+                share.release()
         await response(scope, receive, send)
 
     async def _respond(self, scope: Scope, request: ForwardedRequest) -> Response:

@@ -18,7 +18,7 @@ from server.api.responses.writer import error_event
 from server.context import get_context
 from server.generation.pipeline import respond, start_in_background
 from server.generation.preamble import find_generating_model, find_model
-from server.http.body_middleware import note_text_size
+from server.http.bodies import note_text_size
 from server.http.errors import (
     APIError,
     BadRequestError,

@@ -15,8 +15,8 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
+from server.http.bodies import BODY_TIMEOUT, DISCARD_TIMEOUT
 from server.http.body_budget import FREE_BYTES, BodyBudget, BodyShare
-from server.http.body_middleware import BODY_TIMEOUT, DISCARD_TIMEOUT
 from server.http.errors import BuffersExceedMemoryError
 from tests.server.conftest import StartServer
 from tests.support.clients import shared_server
@@ -138,7 +138,7 @@ def test_which_bodies_are_refused_and_what_counts() -> None:
         refused = [share for share, deadline in deadlines.items() if deadline.reschedule.called]
         assert refused == [small, first, second]
         assert budget.num_bytes == complete.num_bytes + last.num_bytes
-        assert len(complete.join()) == third
+        assert len(complete.body) == third
         for _ in range(2):
             complete.release()
         with suppress(OSError), ExitStack() as failing:

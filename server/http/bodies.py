@@ -1,0 +1,103 @@
+"""Reads request bodies, with limits on size, time and memory."""
+
+import asyncio
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope
+
+from server.http.body_budget import BodyBudget, BodyShare
+from server.http.errors import (
+    APIError,
+    BodyTimeoutError,
+    BodyTooLargeError,
+    BuffersExceedMemoryError,
+    UnsupportedMediaTypeError,
+)
+
+BODY_TIMEOUT = 60.0  # seconds from the end of a request's head to the end of its body
+TEXT_SIZE = "text_size"  # in the scope's state: bytes of text that the request's work reads, as far as known
+DISCARD_TIMEOUT = 1.0  # seconds to read the rest of a rejected body, so that the client can read the answer
+
+
+class BodyReader:
+    """Reads the bodies of requests.
+
+    A body over the size limit gets status 413 (by its Content-Length, or as soon as it exceeds the limit), a body that
+    does not arrive in time 408; both close the connection. A compressed body gets 415 and is never decompressed.
+
+    When all bodies in memory exceed `max_buffered_bytes`, those that have been arriving for the longest time get 503. A
+    complete body counts until its share is released.
+    """
+
+    def __init__(self, max_body_size: int, max_buffered_bytes: int, timeout: float = BODY_TIMEOUT) -> None:
+        self._max_body_size = min(max_body_size, max_buffered_bytes)
+        self._budget = BodyBudget(max_buffered_bytes)
+        self._timeout = timeout
+
+    async def read(self, scope: Scope, receive: Receive) -> BodyShare:
+        """Return a complete body, and note its size as that of the request's text. The caller must release it.
+
+        Raises APIError once the client can read the answer, or ClientDisconnect.
+        """
+        headers = dict(scope["headers"])
+        try:
+            self._check_head(headers)
+            share = await self._receive(receive)
+        except APIError as error:
+            if b"expect" not in headers and not isinstance(error, BodyTimeoutError):
+                await self._discard(receive)
+            raise
+        scope["state"][TEXT_SIZE] = len(share.body)
+        return share
+
+    def _check_head(self, headers: dict[bytes, bytes]) -> None:
+        if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
+            raise UnsupportedMediaTypeError("The body of your request must not be compressed.")
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and (len(length) > 15 or int(length) > self._max_body_size):
+            raise BodyTooLargeError(self._max_body_size)
+
+    async def _receive(self, receive: Receive) -> BodyShare:
+        """Return the body. Raises BodyTimeoutError, BodyTooLargeError or BuffersExceedMemoryError."""
+        deadline = asyncio.timeout(self._timeout)
+        with self._budget.receive(deadline) as share:
+            try:
+                async with deadline:
+                    more = True
+                    while more:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            raise ClientDisconnect
+                        share.add(message.get("body", b""))
+                        if share.num_bytes > self._max_body_size:
+                            raise BodyTooLargeError(self._max_body_size)
+                        more = message.get("more_body", False)
+                    return share
+            except TimeoutError:
+                if share.is_refused:
+                    raise BuffersExceedMemoryError from None
+                raise BodyTimeoutError(self._timeout) from None
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read the rest of a rejected body, since closing with unread data would reset the connection too early."""
+        size = 0
+        try:
+            async with asyncio.timeout(DISCARD_TIMEOUT):
+                while size <= self._max_body_size:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
+
+
+def get_text_size(request: Request) -> int:
+    """Return how many bytes of text the work for a request reads: those of its body, or what was noted since."""
+    size: int = request.scope["state"].get(TEXT_SIZE, 0)
+    return size
+
+
+def note_text_size(request: Request, num_bytes: int) -> None:
+    """Note that a request refers to stored text, so that its work reads at least `num_bytes`."""
+    request.scope["state"][TEXT_SIZE] = max(get_text_size(request), num_bytes)

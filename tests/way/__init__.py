@@ -1,0 +1,1 @@
+"""The way of a request: the functions of the server that it enters, in order."""
