@@ -24,6 +24,7 @@ from server.coordination.forwarded_requests import ForwardingMiddleware
 from server.http.access_control import Authentication, HostRules
 from server.http.bodies import BodyReader
 from server.http.error_handlers import install_error_handlers
+from server.http.json_route import StrictJSONRoute
 from server.http.request_middleware import RequestMiddleware, RequestRules, RootPathMiddleware
 from server.settings.load import is_loopback
 from server.web.pages import page_routes
@@ -91,10 +92,17 @@ def generation_paths() -> frozenset[str]:
     return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
 
 
+def _json_routes() -> dict[str, StrictJSONRoute]:
+    """Return the routes of JSON bodies by their path, which are found without a search through all routes."""
+    routers = [module.router for module in (completions, chat, messages, ollama, embeddings, rerank, inspect)]
+    every = chain.from_iterable(router.routes for router in (*routers, responses.json_router, tokenize.json_router))
+    return {route.path: route for route in every if isinstance(route, StrictJSONRoute) and route.body_type is not None}
+
+
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add the middleware, innermost first: a request passes the last one added first."""
     settings = context.settings
-    app.add_middleware(RequestMiddleware, rules=_request_rules(context))
+    app.add_middleware(RequestMiddleware, rules=_request_rules(context), routes=_json_routes())
     if settings.root_path:
         app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
     if context.forwarder is not None:

@@ -1,25 +1,21 @@
 """Routes whose requests name a model, which is loaded before their handler runs."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from functools import cached_property
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.context import get_context
-from server.http.errors import APIError
-from server.http.json_route import StrictJSONRequest, StrictJSONRoute
+from server.http.errors import APIError, BadRequestError
+from server.http.json_route import StrictJSONRoute
 from server.http.sse import KEEP_ALIVE_SECONDS, EventStream, error_event, run_until_disconnect, sse_response
 from server.models.manager import LoadTimeoutError, ModelManager
 from server.models.slot import ModelSlot
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import get_tenant
-
-Handler: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
 
 MAX_HELD_SECONDS = KEEP_ALIVE_SECONDS  # for which the status of a stream waits, so that most errors have their own
 COMMENT_SECONDS = 5.0  # between comments to a client that waits for a model
@@ -30,40 +26,36 @@ class ModelRoute(StrictJSONRoute):
 
     name_fields: tuple[str, ...] = ("model",)  # those that may hold the name
 
-    async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
-        body = await request.json()
-        seconds = patience(request, body.get("queue_timeout"))
-        async with loaded(request, None if seconds is None else self.find_slot(request, body), seconds or 0.0):
-            return await handler(request)
+    async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
+        if get_context(request).model_manager is None:
+            return await super().respond(request, fields)
+        seconds = patience(request, fields.get("queue_timeout"))
+        async with loaded(request, None if seconds is None else self.find_slot(request, fields), seconds or 0.0):
+            return await super().respond(request, fields)
 
-    def find_slot(self, request: Request, body: dict[str, Any]) -> ModelSlot | None:
+    def find_slot(self, request: Request, fields: dict[str, Any]) -> ModelSlot | None:
         """Return the model that a request names, or None if its handler will refuse it.
 
         Raises BadRequestError for fields that are valid, but not together.
         """
-        name = next((body[field] for field in self.name_fields if body.get(field) is not None), None)
+        name = next((fields[field] for field in self.name_fields if fields.get(field) is not None), None)
         models, slot = get_context(request).models, None
         if isinstance(name, str):
             slot = models.find_slot(self.served_name(request, name), get_tenant(request))
         elif name is None and len(models.slots) == 1:
             slot = models.slots[0]
         is_loaded = slot is None or slot.served is not None
-        return slot if is_loaded or self._is_valid(body) else None
+        return slot if is_loaded or self._is_valid(fields) else None
 
-    def _is_valid(self, body: dict[str, Any]) -> bool:
+    def _is_valid(self, fields: dict[str, Any]) -> bool:
         """Return whether the fields are valid: no model is loaded, and none makes room, for a request that is not."""
         try:
-            parsed = self._body_type.model_validate(body)
-        except ValidationError:
+            parsed = self.validate(fields)
+        except BadRequestError:
             return False
         if isinstance(parsed, GenerationRequest):
             parsed.check()
         return True
-
-    @cached_property
-    def _body_type(self) -> type[BaseModel]:
-        found: type[BaseModel] = get_type_hints(self.endpoint)["body"]
-        return found
 
     def served_name(self, request: Request, name: str) -> str:
         """Return the name of a served model for the one that the client sent."""
@@ -77,25 +69,44 @@ class StreamRoute(ModelRoute):
         """Return the last events of a stream that failed."""
         return error_event(error)
 
-    async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
-        manager, body = get_context(request).model_manager, await request.json()
-        slot = None if manager is None else self.find_slot(request, body)
-        seconds = patience(request, body.get("queue_timeout")) or 0.0
-        is_stream = body.get("stream") is True and seconds > MAX_HELD_SECONDS
-        if manager is None or slot is None or slot.served is not None or not is_stream:
-            return await super().respond(request, handler)
+    async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
+        manager = get_context(request).model_manager
+        if manager is None or fields.get("stream") is not True:
+            return await super().respond(request, fields)
+        slot = self.find_slot(request, fields)
+        seconds = patience(request, fields.get("queue_timeout")) or 0.0
+        if slot is None or slot.served is not None or seconds <= MAX_HELD_SECONDS:
+            return await super().respond(request, fields)
         with ExitStack() as stack:
             stack.enter_context(slot.in_use())
             try:
                 await run_until_disconnect(request, manager.wait_loaded(slot, MAX_HELD_SECONDS, get_tenant(request)))
             except LoadTimeoutError:
                 return sse_response(
-                    _events(request, handler, manager, slot, seconds),
+                    self._events(request, fields, manager, slot, seconds),
                     on_close=stack.pop_all().close,
                     on_error=self.failure,
                     request_id=request.state.request_id,
                 )
-            return await handler(request)
+            return await StrictJSONRoute.respond(self, request, fields)
+
+    async def _events(
+        self, request: Request, fields: dict[str, Any], manager: ModelManager, slot: ModelSlot, seconds: float
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield comments until the model is loaded, then the events of the stream that the handler returns."""
+        waiting = asyncio.create_task(manager.wait_loaded(slot, seconds - MAX_HELD_SECONDS, get_tenant(request)))
+        try:
+            while not waiting.done():
+                yield _comment(slot)
+                await asyncio.wait([waiting], timeout=COMMENT_SECONDS)
+            waiting.result()
+        finally:
+            waiting.cancel()
+        response = await StrictJSONRoute.respond(self, request, fields)  # they are valid, else it would not have waited
+        assert isinstance(response, EventStream)
+        async with aclosing(response.events()) as events:
+            async for chunk in events:
+                yield chunk
 
 
 @asynccontextmanager
@@ -123,25 +134,6 @@ def patience(request: Request, queue_timeout: object = None) -> float | None:
     if isinstance(queue_timeout, bool) or not isinstance(queue_timeout, int | float) or not queue_timeout > 0:
         return None
     return min([*limits, queue_timeout])
-
-
-async def _events(
-    request: Request, handler: Handler, manager: ModelManager, slot: ModelSlot, seconds: float
-) -> AsyncGenerator[bytes, None]:
-    """Yield comments until the model is loaded, then the events of the stream that the handler returns."""
-    waiting = asyncio.create_task(manager.wait_loaded(slot, seconds - MAX_HELD_SECONDS, get_tenant(request)))
-    try:
-        while not waiting.done():
-            yield _comment(slot)
-            await asyncio.wait([waiting], timeout=COMMENT_SECONDS)
-        waiting.result()
-    finally:
-        waiting.cancel()
-    response = await handler(request)  # whose fields are valid, else it would not have waited
-    assert isinstance(response, EventStream)
-    async with aclosing(response.events()) as events:
-        async for chunk in events:
-            yield chunk
 
 
 def _comment(slot: ModelSlot) -> bytes:

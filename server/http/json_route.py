@@ -1,59 +1,78 @@
-"""A route that parses JSON bodies strictly."""
+"""A route that parses and validates JSON bodies itself, strictly and once."""
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from functools import cached_property
+from typing import Any, get_type_hints
 
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from server.http.errors import UnsupportedMediaTypeError
+from server.http.error_handlers import from_validation_error
+from server.http.errors import APIError, UnsupportedMediaTypeError
 from server.http.strict_json import parse_json_object
 
-
-class StrictJSONRequest(Request):
-    """A request whose body is parsed by `parse_json_object`, once."""
-
-    async def json(self) -> dict[str, Any]:
-        if self._parsed is None:
-            self._parsed = parse_json_object(await self.body())
-        return self._parsed
-
-    _parsed: dict[str, Any] | None = None
+JSON_TYPES = frozenset({b"application/json", b"application/json; charset=utf-8"})  # the usual ones
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 
 
 class StrictJSONRoute(APIRoute):
-    """A route for JSON bodies. The pydantic model of its handler validates the result of `parse_json_object`."""
+    """A route whose handler takes a request and its body: the fields of a pydantic model, or nothing."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+        return super().get_route_handler() if self.body_type is None else self.answer
 
-        async def strict_handler(request: Request) -> Response:
-            request = StrictJSONRequest(request.scope, request.receive)
-            if request.method == "POST":
-                check_media_type(request.headers)
-                await request.json()
-                return await self.respond(request, handler)
-            return await handler(request)
+    @cached_property
+    def body_type(self) -> type[BaseModel] | None:
+        """The model of the body; None if the handler takes none."""
+        found: type[BaseModel] | None = get_type_hints(self.endpoint).get("body")
+        return found
 
-        return strict_handler
+    async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, also with an error."""
+        scope["route"] = self
+        try:
+            response = await self.answer(Request(scope, receive))
+        except APIError as error:
+            response = error.response(scope)
+        await response(scope, receive, send)
 
-    async def respond(
-        self, request: StrictJSONRequest, handler: Callable[[Request], Coroutine[Any, Any, Response]]
-    ) -> Response:
-        """Answer a request that has valid JSON. `handler` validates its fields."""
-        return await handler(request)
+    async def answer(self, request: Request) -> Response:
+        """Answer a request. Raises APIError."""
+        self.check_media_type(request)
+        return await self.respond(request, parse_json_object(await request.body()))
+
+    async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
+        """Answer a request whose body has valid JSON. Raises APIError."""
+        response: Response = await self.endpoint(request, self.validate(fields))
+        return response
+
+    def check_media_type(self, request: Request) -> None:
+        """Raise UnsupportedMediaTypeError unless the Content-Type is JSON in UTF-8."""
+        header = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
+        if header not in JSON_TYPES:
+            check_media_type(header)
+
+    def validate(self, fields: dict[str, Any]) -> BaseModel:
+        """Return the body. Raises BadRequestError."""
+        assert self.body_type is not None
+        try:
+            return self.body_type.model_validate(fields)
+        except ValidationError as error:
+            errors: list[dict[str, Any]] = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+            raise from_validation_error(errors, fields) from None
 
 
-def check_media_type(headers: Headers) -> None:
-    """Raise UnsupportedMediaTypeError unless the Content-Type is JSON in UTF-8."""
-    media_type, *parameters = headers.get("content-type", "").lower().split(";")
-    if media_type.strip() != "application/json":
+def check_media_type(header: bytes) -> None:
+    """Raise UnsupportedMediaTypeError unless a Content-Type is JSON in UTF-8."""
+    media_type, *parameters = header.lower().split(b";")
+    if media_type.strip() != b"application/json":
         raise UnsupportedMediaTypeError(
             "The Content-Type of your request must be application/json; with curl, -H 'Content-Type: application/json'."
         )
     for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "charset" and value.strip().strip('"') not in ("utf-8", "utf8", "us-ascii"):
+        name, _, value = parameter.partition(b"=")
+        if name.strip() == b"charset" and value.strip().strip(b'"') not in CHARSETS:
             raise UnsupportedMediaTypeError("The body of your request must be encoded in UTF-8.")

@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -29,6 +29,7 @@ from server.http.errors import (
     ServerError,
     is_for_anthropic,
 )
+from server.http.json_route import StrictJSONRoute
 from server.limits.accounts import NO_LIMITS, LimitReachedError
 from server.metrics import Metrics
 from server.tenants import TENANT, Tenant, client_address
@@ -66,14 +67,18 @@ class RequestRules:
 class RequestMiddleware:
     """Decides about each request, reads its body, and records its end."""
 
-    def __init__(self, app: ASGIApp, rules: RequestRules) -> None:
+    def __init__(self, app: ASGIApp, rules: RequestRules, routes: Mapping[str, StrictJSONRoute]) -> None:
+        """`routes` are those of POST requests by their whole path; the application finds the others."""
         self._app = app
         self._rules = rules
+        self._routes = routes
         self._cross_origin = CrossOriginMiddleware(_answer, rules.origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await Exchange(self._app, self._rules, scope, receive, send).run(self._cross_origin)
+            route = self._routes.get(scope["path"]) if scope["method"] == "POST" else None
+            app = self._app if route is None else route.run
+            await Exchange(app, self._rules, scope, receive, send).run(self._cross_origin)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:

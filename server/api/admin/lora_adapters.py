@@ -6,12 +6,13 @@ Both answer 404 unless the server allows it (`--allow-runtime-lora-updating`).
 import asyncio
 import logging
 from pathlib import Path
+from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
 from server.api.admin.schemas import LoadAdapterRequest, UnloadAdapterRequest
-from server.api.model_route import Handler, ModelRoute
+from server.api.model_route import ModelRoute
 from server.context import get_context
 from server.engine_client.client import EngineClient
 from server.generation.preamble import begin, find_model
@@ -23,7 +24,6 @@ from server.http.errors import (
     ModelNotFoundError,
     UpdatesNotAllowedError,
 )
-from server.http.json_route import StrictJSONRequest
 from server.model_paths import ModelError, resolve_adapter
 from server.models.served_model import ServedModel
 from server.tenants import get_tenant
@@ -34,12 +34,12 @@ class AdapterRoute(ModelRoute):
 
     name_fields = ("base_model_name",)
 
-    async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
+    async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
         """Raise ForbiddenError or UpdatesNotAllowedError before the model is loaded."""
         require_admin(request)
         if not get_context(request).settings.allow_runtime_lora_updating:
             raise UpdatesNotAllowedError
-        return await super().respond(request, handler)
+        return await super().respond(request, fields)
 
 
 router = APIRouter(route_class=AdapterRoute)

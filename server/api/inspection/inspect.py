@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Iterable
 from functools import cache, partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,7 +42,16 @@ MAX_END = 8192  # attention to so many positions takes the engine some milliseco
 MAX_ATTENDED = 1 << 17  # positions that are named for all heads of all layers at all positions, about 3 MB of JSON
 MAX_TOP = 20
 
-router = APIRouter(route_class=ModelRoute, dependencies=[Depends(check_may_read)])
+
+class InspectRoute(ModelRoute):
+    """A route for clients that may read records."""
+
+    async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
+        await check_may_read(request, request.query_params.get("model"))
+        return await super().respond(request, fields)
+
+
+router = APIRouter(route_class=InspectRoute, dependencies=[Depends(check_may_read)])  # for the OpenAPI document
 
 
 class InspectRequest(BaseModel):

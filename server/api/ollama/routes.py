@@ -1,7 +1,6 @@
 """Ollama's API, as far as its clients need it to use a model that is already loaded."""
 
 import importlib.metadata
-from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from server.api.chat.conversion import ChatEndpoint, reads_effort
 from server.api.chat.request_builder import renamed_errors
 from server.api.completions.conversion import CompletionEndpoint
 from server.api.embeddings.pipeline import respond as respond_with_embeddings
-from server.api.model_route import Handler, ModelRoute
+from server.api.model_route import ModelRoute
 from server.api.ollama.conversion import (
     EMBED_NAMES,
     EMBEDDINGS_NAMES,
@@ -52,7 +51,7 @@ from server.generation.pipeline import respond
 from server.generation.preamble import begin, find_model
 from server.http.errors import NotImplementedAPIError
 from server.http.json_response import StructResponse
-from server.http.json_route import StrictJSONRequest, StrictJSONRoute
+from server.http.json_route import StrictJSONRoute
 from server.http.sse import NDJSON
 from server.tenants import get_tenant
 
@@ -65,17 +64,9 @@ class LenientRoute(StrictJSONRoute):
     A web page must say that its body is JSON, so that its browser asks first whether it may send it.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def lenient_handler(request: Request) -> Response:
-            if "origin" not in request.headers:
-                others = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
-                headers = [*others, (b"content-type", b"application/json")]
-                request = Request({**request.scope, "headers": headers}, request.receive)
-            return await handler(request)
-
-        return lenient_handler
+    def check_media_type(self, request: Request) -> None:
+        if "origin" in request.headers:
+            super().check_media_type(request)
 
 
 class OllamaRoute(LenientRoute, ModelRoute):
@@ -84,15 +75,16 @@ class OllamaRoute(LenientRoute, ModelRoute):
     def served_name(self, request: Request, name: str) -> str:
         return served_name(request, name)
 
-    async def respond(self, request: StrictJSONRequest, handler: Handler) -> Response:
-        body, has_manager = await request.json(), get_context(request).model_manager is not None
-        slot = self.find_slot(request, body) if has_manager else None
-        limit = keep_alive_seconds(body.get("keep_alive")) if get_tenant(request).is_admin else None
+    async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
+        has_manager = get_context(request).model_manager is not None
+        slot = self.find_slot(request, fields) if has_manager else None
+        limit = keep_alive_seconds(fields.get("keep_alive")) if get_tenant(request).is_admin else None
         if slot is None or limit is None:
-            return await super().respond(request, handler)
-        del body["keep_alive"]  # which the handler would report as ignored
-        request.state.unloads = limit == 0 and not any(body.get(name) for name in ("prompt", "messages", "input"))
-        response = await (handler(request) if request.state.unloads else super().respond(request, handler))
+            return await super().respond(request, fields)
+        del fields["keep_alive"]  # which the handler would report as ignored
+        request.state.unloads = limit == 0 and not any(fields.get(name) for name in ("prompt", "messages", "input"))
+        respond = partial(StrictJSONRoute.respond, self) if request.state.unloads else super().respond
+        response = await respond(request, fields)
         if slot.served is not None:
             slot.idle_limit = limit
         return response
