@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar, TypeVarTuple, Unpack, cast
 
 from starlette.requests import Request
@@ -88,7 +89,7 @@ class ServerContext:
 
     def long_answer(self, request: Request, content: bytes, headers: Mapping[str, str] | None = None) -> AnswerResponse:
         """Return an answer, as JSON, that counts in the memory limit of answers until it is sent."""
-        too_large = too_large_error(None, "answer", self.answers.max_bytes)
+        too_large = partial(too_large_error, None, "answer", self.answers.max_bytes)
         share = AnswerShare(self.answers, get_tenant(request), lambda error: None, too_large)
         share.add(len(content))
         return AnswerResponse(content, share, headers or {})

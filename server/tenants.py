@@ -6,6 +6,7 @@ all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import TypeAlias
 
@@ -18,6 +19,7 @@ from server.limits.accounts import NO_LIMITS, Account, Limits
 TENANT = "tenant"  # in the scope's state, set by `RequestMiddleware`
 CLIENT_PREFIX = 64  # bits of an IPv6 address that do not change when a client takes another one
 EVERYBODY = ""  # the owner of what is made without a key
+MAX_CACHED = 1024  # addresses of recent clients
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
 
 
@@ -69,7 +71,12 @@ def tenant_of_address(scope: Scope, account: Account) -> Tenant:
 
 def client_address(scope: Scope) -> str:
     """Return the IP address of a client; empty if it is not known. A trusted proxy may pass on what a client claims."""
-    host = str((scope.get("client") or ("",))[0])
+    return valid_address(str((scope.get("client") or ("",))[0]))
+
+
+@lru_cache(MAX_CACHED)
+def valid_address(host: str) -> str:
+    """Return an IP address, or nothing for what is none."""
     try:
         ip_address(host)
     except ValueError:
@@ -77,6 +84,7 @@ def client_address(scope: Scope) -> str:
     return host
 
 
+@lru_cache(MAX_CACHED)
 def network_of(address: str) -> str:
     """Return the network that one client usually has: an IPv4 address, or the /64 of an IPv6 address (RFC 6177)."""
     try:

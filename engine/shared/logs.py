@@ -65,7 +65,10 @@ class HumanFormatter(logging.Formatter):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         extra = "".join(f" {key}={_one_word(value)}" for key, value in extra_fields(record).items())
         line = f"{clock} {record.levelname:<7} {record.name}: {record.getMessage()}{extra}"
-        return escape(line) + _detail_lines(record) + _indent(_traceback(record))
+        text = escape(line)
+        if hasattr(record, "details"):
+            text += _detail_lines(record)
+        return text + _indent(_traceback(record)) if record.exc_info else text
 
 
 class JSONFormatter(logging.Formatter):

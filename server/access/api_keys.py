@@ -30,11 +30,7 @@ class ApiKeys:
         self._lock = threading.Lock()
         self.known: dict[str, Tenant] = {}  # by name, also those that are gone: they may come back
         self._by_digest = self._with_accounts(_read(settings))
-
-    @property
-    def are_required(self) -> bool:
-        """False if all requests are served without a key."""
-        return bool(self._by_digest)
+        self.are_required = bool(self._by_digest)  # else all requests are served without a key
 
     def find(self, key: bytes) -> Tenant | None:
         """Compare a key with all keys of the server, in a time that does not depend on which one it is."""
@@ -61,6 +57,7 @@ class ApiKeys:
         with self._lock:  # so that the last of several calls reads last
             try:
                 self._by_digest = self._with_accounts(_read(self._settings))
+                self.are_required = bool(self._by_digest)
             except SettingsError as error:
                 logger.error("%s; the keys stay as they were", error)
             else:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from server.context import get_context
 from server.http.errors import APIError, BadRequestError
 from server.http.json_route import StrictJSONRoute
-from server.http.sse import KEEP_ALIVE_SECONDS, EventStream, error_event, run_until_disconnect, sse_response
+from server.http.sse import KEEP_ALIVE_SECONDS, EventStream, error_event
 from server.models.manager import LoadTimeoutError, ModelManager
 from server.models.slot import ModelSlot
 from server.schemas.generation_request import GenerationRequest
@@ -71,7 +71,9 @@ class StreamRoute(ModelRoute):
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
         manager = get_context(request).model_manager
-        if manager is None or fields.get("stream") is not True:
+        if manager is None:
+            return await StrictJSONRoute.respond(self, request, fields)
+        if fields.get("stream") is not True:
             return await super().respond(request, fields)
         slot = self.find_slot(request, fields)
         seconds = patience(request, fields.get("queue_timeout")) or 0.0
@@ -80,9 +82,9 @@ class StreamRoute(ModelRoute):
         with ExitStack() as stack:
             stack.enter_context(slot.in_use())
             try:
-                await run_until_disconnect(request, manager.wait_loaded(slot, MAX_HELD_SECONDS, get_tenant(request)))
+                await manager.wait_loaded(slot, MAX_HELD_SECONDS, get_tenant(request))
             except LoadTimeoutError:
-                return sse_response(
+                return EventStream(
                     self._events(request, fields, manager, slot, seconds),
                     on_close=stack.pop_all().close,
                     on_error=self.failure,
@@ -113,7 +115,7 @@ class StreamRoute(ModelRoute):
 async def loaded(request: Request, slot: ModelSlot | None, seconds: float) -> AsyncGenerator[None, None]:
     """Wait until a model is loaded, at most `seconds`, and keep it loaded in the context. None: there is none.
 
-    Raises APIError if it cannot be loaded in time, ClientDisconnect if the client disconnects before.
+    Raises APIError if it cannot be loaded in time.
     """
     manager = get_context(request).model_manager
     if manager is None or slot is None:
@@ -121,7 +123,7 @@ async def loaded(request: Request, slot: ModelSlot | None, seconds: float) -> As
         return
     with slot.in_use():
         if slot.served is None:
-            await run_until_disconnect(request, manager.wait_loaded(slot, seconds, get_tenant(request)))
+            await manager.wait_loaded(slot, seconds, get_tenant(request))
         yield
 
 

@@ -6,7 +6,7 @@ import msgspec
 from pydantic import ConfigDict
 
 from server.schemas.generation_request import GenerationRequest
-from server.schemas.structured_outputs import ResponseFormat, StructuredOutputsFields
+from server.schemas.structured_outputs import OUTPUT_FIELDS, ResponseFormat, StructuredOutputsFields
 from server.schemas.tools import ToolChoice, Tools, followed_tools
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.harmony import HarmonyFormat
@@ -22,6 +22,10 @@ class ConstrainedFields(StructuredOutputsFields):
     response_format: ResponseFormat | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
+
+
+# Fields of a request whose answer may have a grammar.
+CONSTRAINED_FIELDS = OUTPUT_FIELDS | {"response_format", "tools"}
 
 
 class GrammarVocabulary(msgspec.Struct):

@@ -39,7 +39,7 @@ from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
 from server.engine_client.connection import Damaged, EngineConnection
 from server.engine_client.reservation import Reservation
-from server.engine_client.streams import RequestStream
+from server.engine_client.streams import EventInbox, RequestStream
 from server.http.errors import APIError, EngineDeadError
 from server.limits.accounts import NO_LIMITS, LimitReachedError
 from server.metrics import Metrics
@@ -154,8 +154,8 @@ class HeldReservation(Reservation):
         self._coordinator = coordinator
         coordinator.reservations[number] = self
 
-    def __exit__(self, *exc_info: object) -> None:
-        super().__exit__(*exc_info)
+    def release(self) -> None:
+        super().release()
         self._coordinator.send(Release(self.number))
 
     async def wait_for_start(self, seconds: float) -> None:
@@ -202,13 +202,15 @@ class WorkerClient(EngineClient):
         reservation.add(num_added)
         return num_added
 
-    def submit(self, message: Submit, reservation: Reservation | None = None) -> RequestStream:
+    def submit(
+        self, message: Submit, reservation: Reservation | None = None, inbox: EventInbox | None = None
+    ) -> RequestStream:
         """Send a request to the coordinator, which submits it to an engine as the reservation's tenant."""
         assert isinstance(reservation, HeldReservation)
         self.ready_info()
         reservation.check()
         self._coordinator.send(Use(reservation.number, message.request_id))
-        return self.engines[0].submit(message, reservation)
+        return self.engines[0].streams.open(message, reservation, inbox=inbox)
 
 
 class RemoteLedger(Ledger):

@@ -69,7 +69,7 @@ class Admission:
         self._engines = engines
         self._metrics = metrics
         self._limits = limits
-        self._estimate = WaitEstimate()
+        self.estimate = WaitEstimate()
         self._shares = Shares()
 
     @property
@@ -101,6 +101,19 @@ class Admission:
             InvalidValueError: `count` is more than the total capacity.
         """
         queue_timeout = min(self._limits.queue_timeout, queue_timeout or math.inf)
+        engines, num_in_flight = self._engines, self._shares.num_choices
+        is_open = engines.info is not None and engines.dead_reason is None and not self.drain_requested.is_set()
+        if not (is_open and num_in_flight + count <= engines.max_num_seqs):
+            self._make_way(count, param, tenant, queue_timeout)
+        reservation = Reservation(tenant, self._shares.update)
+        now = asyncio.get_running_loop().time()
+        reservation.queue_timeout = queue_timeout
+        reservation.start_by, reservation.end_by = now + queue_timeout, now + self._limits.request_timeout
+        reservation.add(count)
+        return reservation
+
+    def _make_way(self, count: int, param: str, tenant: Tenant, queue_timeout: float) -> None:
+        """Decide about a request that the engines do not run at once. Raises as `reserve`."""
         try:
             self._check(count, param)
             self._check_wait(tenant, queue_timeout)
@@ -111,12 +124,6 @@ class Admission:
         for request in ended:
             self._metrics.count_rejection("evicted")
             request.fail(QueueFullError(self._retry_after(request.tenant)))
-        reservation = Reservation(tenant, self._shares.update)
-        now = asyncio.get_running_loop().time()
-        reservation.queue_timeout = queue_timeout
-        reservation.start_by, reservation.end_by = now + queue_timeout, now + self._limits.request_timeout
-        reservation.add(count)
-        return reservation
 
     async def refill(self, reservation: Reservation, count: int) -> int:
         """Wait for free capacity and add between 1 and `count` choices to the reservation of an admitted request.
@@ -132,34 +139,33 @@ class Admission:
         reservation.add(num_free)
         return num_free
 
-    def expected_output(self, max_tokens: int) -> float:
-        """Return the expected number of output tokens of a choice."""
-        return self._estimate.expected_output(max_tokens)
-
     def expect(self, reservation: Reservation, choices: Sequence[ChoiceStats]) -> None:
         """Note the work of choices that are sent to the engine. They share their prompt."""
         for index, stats in enumerate(choices):
             num_prompt_tokens = 0 if index else stats.num_prompt_tokens
-            stats.num_expected_tokens = num_prompt_tokens + self.expected_output(stats.max_tokens)
+            stats.num_expected_tokens = num_prompt_tokens + min(stats.max_tokens, self.estimate.mean_output)
             reservation.num_waiting_tokens += stats.num_expected_tokens
 
     def start_choice(self, reservation: Reservation, stats: ChoiceStats, num_cached_tokens: int) -> None:
         """Note that the engine has begun with a choice."""
-        self._estimate.add_cached(num_cached_tokens)
-        self._stop_expecting(reservation, stats)
+        if num_cached_tokens:
+            self.estimate.add_cached(num_cached_tokens)
+        reservation.num_waiting_tokens -= stats.num_expected_tokens
+        stats.num_expected_tokens = 0.0
 
     def end_choice(self, reservation: Reservation, stats: ChoiceStats) -> None:
         """Return the capacity of a choice that ended."""
-        self._stop_expecting(reservation, stats)
+        reservation.num_waiting_tokens -= stats.num_expected_tokens
+        stats.num_expected_tokens = 0.0
         if stats.num_output_tokens:
-            self._estimate.add_output(stats.num_output_tokens)
+            self.estimate.add_output(stats.num_output_tokens)
         reservation.end_choice()
 
     def count_step(self, num_tokens: int, now: float) -> None:
         """Count the tokens of a step, for the estimate of waits."""
         is_saturated = self._engines.num_waiting > 0
-        if is_saturated or self._estimate.is_measuring:
-            self._estimate.add_step(num_tokens, now, is_saturated=is_saturated)
+        if is_saturated or self.estimate.is_measuring:
+            self.estimate.add_step(num_tokens, now, is_saturated=is_saturated)
 
     async def watch_timeouts(self) -> None:
         """End requests that wait or take too long, until cancelled."""
@@ -176,10 +182,6 @@ class Admission:
         elif now > request.start_by and request.is_waiting:
             self._metrics.count_rejection("queue_timeout")
             request.fail(QueueTimeoutError(request.queue_timeout, self._retry_after(request.tenant)))
-
-    def _stop_expecting(self, reservation: Reservation, stats: ChoiceStats) -> None:
-        reservation.num_waiting_tokens -= stats.num_expected_tokens
-        stats.num_expected_tokens = 0.0
 
     def _check(self, count: int, param: str) -> None:
         self.check_open()
@@ -207,7 +209,7 @@ class Admission:
         """Return the seconds that a tenant's next request would wait."""
         if self._engines.info is None or self.num_in_flight < self._engines.max_num_seqs:
             return 0.0
-        return self._estimate.seconds(*self._shares.backlogs(tenant))
+        return self.estimate.seconds(*self._shares.backlogs(tenant))
 
     def _retry_after(self, tenant: Tenant) -> float:
         """Return the predicted wait, with jitter so that clients do not come back all at once."""

@@ -12,36 +12,49 @@ class AnswerShare:
     """What one request's answer takes of an `AnswerBudget`: all of it, or what a stream's client has not read yet."""
 
     def __init__(
-        self, budget: AnswerBudget, tenant: Tenant, refuse: Callable[[APIError], None], too_large: APIError
+        self,
+        budget: AnswerBudget,
+        tenant: Tenant,
+        refuse: Callable[[APIError], None],
+        too_large: Callable[[], APIError],
     ) -> None:
-        """`refuse` ends the request with an error; `too_large` is the error of one that exceeds the budget alone."""
+        """`refuse` ends the request with an error; `too_large` makes that of one that exceeds the budget alone."""
         self.tenant = tenant
         self.num_bytes = 0
         self.too_large = too_large
-        self._error: APIError | None = None
+        self.error: APIError | None = None  # that has refused the answer
         self._budget = budget
         self._refuse = refuse
+        self._is_listed = False  # in the budget, from the first byte on
 
     def add(self, num_bytes: int) -> None:
         """Count bytes that were received or made. This may refuse the answer, or another one."""
-        self._budget.update(self, num_bytes)
+        budget = self._budget
+        if not self._is_listed:
+            self._is_listed = True
+            budget.shares.setdefault(self.tenant.name, {})[self] = None
+        self.num_bytes += num_bytes
+        budget.num_bytes += num_bytes
+        if budget.num_bytes > budget.max_bytes:
+            budget.make_room(self)
 
     def sent(self, num_bytes: int) -> None:
         """Count bytes no longer."""
-        self._budget.update(self, -num_bytes)
+        self.num_bytes -= num_bytes
+        self._budget.num_bytes -= num_bytes
 
     @property
     def is_refused(self) -> bool:
-        return self._error is not None
+        return self.error is not None
 
     def check(self) -> None:
         """Raise the error that has refused the answer, if one has."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
     def refuse(self, error: APIError) -> None:
         """End the request. Its bytes count until the share is released."""
-        self._error = error
+        self.error = error
         self._refuse(error)
 
     def on_refusal(self, refuse: Callable[[APIError], None]) -> None:
@@ -50,7 +63,13 @@ class AnswerShare:
 
     def release(self) -> None:
         """Count the answer no longer. Has no effect the second time."""
-        self._budget.update(self, -self.num_bytes)
+        self.sent(self.num_bytes)
+        if self._is_listed:
+            self._is_listed = False
+            own = self._budget.shares[self.tenant.name]
+            del own[self]
+            if not own:
+                del self._budget.shares[self.tenant.name]
         self._refuse = _ignore  # it refers to the request, which refers to this share
 
 
@@ -64,28 +83,14 @@ class AnswerBudget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._shares: dict[str, dict[AnswerShare, None]] = {}  # by the tenant's name; those with any bytes
+        self.shares: dict[str, dict[AnswerShare, None]] = {}  # by the tenant's name
 
-    def update(self, share: AnswerShare, change: int) -> None:
-        """Count the new size of an answer, and refuse answers until the others fit."""
-        share.num_bytes += change
-        self.num_bytes += change
-        own = self._shares.setdefault(share.tenant.name, {})
-        if share.num_bytes:
-            own[share] = None
-        else:
-            own.pop(share, None)
-        if not own:
-            del self._shares[share.tenant.name]
-        if change > 0 and share.num_bytes > self.max_bytes and not share.is_refused:
-            share.refuse(share.too_large)
-        if change > 0 and self.num_bytes > self.max_bytes:
-            self._make_room()
-
-    def _make_room(self) -> None:
-        """Refuse answers until those that are not refused fit; refused ones end soon."""
+    def make_room(self, newest: AnswerShare) -> None:
+        """Refuse answers until those that are not refused fit; refused ones end soon. `newest` has grown."""
+        if newest.num_bytes > self.max_bytes and not newest.is_refused:
+            newest.refuse(newest.too_large())
         while True:
-            holders = [[share for share in shares if not share.is_refused] for shares in self._shares.values()]
+            holders = [[share for share in shares if not share.is_refused] for shares in self.shares.values()]
             totals = [sum(share.num_bytes for share in shares) for shares in holders]
             if sum(totals) <= self.max_bytes:
                 return

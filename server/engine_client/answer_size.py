@@ -1,6 +1,7 @@
 """How much memory an answer takes, or must take at least."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
 from server.http.errors import InvalidValueError
@@ -11,6 +12,12 @@ POSITION_BYTES = 300  # of a token's log probabilities, as the engine sends them
 ALTERNATIVE_BYTES = 100  # of each alternative to it
 ECHO_BYTES = 12  # of a token of the prompt that is part of the answer
 NUMBER_BYTES = 50  # of an element of an embedding
+
+ECHO_FIELDS = frozenset({"echo", "return_token_ids"})  # of requests whose answer has the prompts
+# Fields of requests whose answer must have some size.
+LARGE_FIELDS = ECHO_FIELDS | {"ignore_eos", "min_tokens", "logprobs", "prompt_logprobs"}
+
+Body = TypeVar("Body", bound=GenerationRequest)
 
 
 def event_bytes(event: TokenEvent, num_choices: int = 1) -> int:
@@ -27,13 +34,13 @@ def position_bytes(logprobs: TokenLogprobs) -> int:
     return POSITION_BYTES + ALTERNATIVE_BYTES * logprobs.num_top
 
 
-def too_large(body: GenerationRequest, max_tokens_field: str, max_bytes: int) -> InvalidValueError:
+def too_large(body: Body, max_tokens_field: Callable[[Body], str], max_bytes: int) -> InvalidValueError:
     """Return the error of a request whose answer would be larger than `max_bytes`: it names the field to reduce."""
     declared = type(body).model_fields.keys() & {"top_logprobs", "logprobs", "prompt_logprobs"}
     numbers = {name: getattr(body, name) or 0 for name in sorted(declared)}
     param = max(numbers, key=lambda name: numbers[name])
     if not numbers[param]:
-        param = "n" if body.num_choices > 1 else max_tokens_field
+        param = "n" if body.requested().num_choices > 1 else max_tokens_field(body)
     return too_large_error(param, "answer that has not been read yet" if body.stream else "answer", max_bytes)
 
 

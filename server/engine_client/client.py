@@ -13,7 +13,7 @@ from server.engine_client.admission import SHUTTING_DOWN, Admission, AdmissionLi
 from server.engine_client.connected_engine import ConnectedEngine, EngineOptions
 from server.engine_client.engine_group import EngineGroup
 from server.engine_client.reservation import Reservation
-from server.engine_client.streams import RequestStream
+from server.engine_client.streams import EventInbox, RequestStream
 from server.http.errors import APIError, EngineUnavailableError
 from server.metrics import Metrics
 from server.settings.process_configs import EngineProcess
@@ -105,7 +105,7 @@ class EngineClient(EngineGroup):
         self, count: int, *, param: str = "n", tenant: Tenant, queue_timeout: float | None = None
     ) -> Reservation:
         """Like `reserve`, wherever the capacity is counted."""
-        return self.reserve(count, param=param, tenant=tenant, queue_timeout=queue_timeout)
+        return self._admission.reserve(count, param=param, tenant=tenant, queue_timeout=queue_timeout)
 
     async def refill(self, reservation: Reservation, count: int) -> int:
         """Wait for capacity for up to `count` more choices; see `Admission.refill`."""
@@ -121,18 +121,21 @@ class EngineClient(EngineGroup):
     # Requests.
 
     def submit_all(self, messages: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:
-        """Submit all of the requests or none. Raises as `submit`."""
+        """Submit all of the requests or none, whose streams share an inbox. Raises as `submit`."""
         streams: list[RequestStream] = []
+        inbox = EventInbox()
         try:
             for message in messages:
-                streams.append(self.submit(message, reservation))
+                streams.append(self.submit(message, reservation, inbox))
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return streams
 
-    def submit(self, message: Submit, reservation: Reservation | None = None) -> RequestStream:
+    def submit(
+        self, message: Submit, reservation: Reservation | None = None, inbox: EventInbox | None = None
+    ) -> RequestStream:
         """Send a request, as the reservation's tenant, and return the stream of its events.
 
         The capacity of its n choices moves from `reservation` to the stream (None reserves it here): it is returned
@@ -146,20 +149,23 @@ class EngineClient(EngineGroup):
         """
         if reservation is None:
             with self.reserve(message.n) as own_reservation:
-                return self.submit(message, own_reservation)
+                return self.submit(message, own_reservation, inbox)
         self.ready_info()
-        reservation.check()
+        if reservation.error is not None:
+            raise reservation.error
         tenant = reservation.tenant
         own = msgspec.structs.replace(
             message,
             tenant=tenant.name,
             weight=tenant.weight,
-            priority=tenant.allowed_priority(message.priority),
-            cache_salt=tenant.salt(message.cache_salt),
+            priority=tenant.allowed_priority(message.priority) if message.priority < 0 else message.priority,
+            cache_salt=tenant.salt(message.cache_salt) if tenant.has_own_cache else message.cache_salt,
         )
-        tenant.account.count_prompt(len(message.prompt_token_ids))
+        tenant.account.count_tokens(prompt=len(message.prompt_token_ids))
+        if len(self.engines) == 1:
+            return self.engines[0].streams.open(own, reservation, inbox=inbox)
         engine, num_cached_tokens = self.choose(own)
-        return engine.submit(own, reservation, num_cached_tokens)
+        return engine.streams.open(own, reservation, num_cached_tokens, inbox)
 
     def fail_streams(self, error: APIError) -> None:
         """End all open streams with `error`, and their requests in the engines. Fail pending changes of adapters."""

@@ -21,7 +21,6 @@ from engine.shared.messages import (
     LoadFailed,
     Outputs,
     Ready,
-    Submit,
     ToEngine,
     Vocabulary,
 )
@@ -31,8 +30,7 @@ from server.engine_client.admission import Admission
 from server.engine_client.connection import Damaged, EngineConnection
 from server.engine_client.liveness import EngineLiveness
 from server.engine_client.records import RecordQuestions
-from server.engine_client.reservation import Reservation
-from server.engine_client.streams import OpenStreams, RequestStream
+from server.engine_client.streams import OpenStreams
 from server.http.errors import APIError, EngineDeadError, ServerError
 from server.metrics import Metrics
 from server.settings.process_configs import EngineProcess
@@ -124,7 +122,9 @@ class ConnectedEngine:
         self._connection.send(Hello())
         if self._options.vocabulary is not None:
             self._connection.send(self._options.vocabulary)
-        self._tasks.append(asyncio.create_task(self._receive()))
+        task = asyncio.create_task(self._connection.receive(self._on_message))
+        task.add_done_callback(self._on_end_of_messages)
+        self._tasks.append(task)
 
     async def close(self, error: APIError) -> None:
         """Stop the tasks, fail the open streams with `error`, and close the connection."""
@@ -149,10 +149,6 @@ class ConnectedEngine:
         num_blocks = next((number for number in range(len(prefixes), 0, -1) if prefixes[number - 1] in self.cached), 0)
         return num_blocks * block_size
 
-    def submit(self, message: Submit, reservation: Reservation, num_cached_tokens: int = 0) -> RequestStream:
-        """Send a request, and return the stream of its events. `num_cached_tokens` of the prompt may be cached."""
-        return self.streams.open(message, reservation, num_cached_tokens)
-
     def fail_streams(self, error: APIError) -> None:
         """End all open streams with `error`, and their requests in the engine. Fail changes of adapters, questions."""
         self.streams.fail(error)
@@ -161,11 +157,9 @@ class ConnectedEngine:
 
     # Messages from the engine.
 
-    async def _receive(self) -> None:
-        try:
-            await self._connection.receive(self._on_message)
-        except Exception:
-            logger.exception("cannot read from the engine")
+    def _on_end_of_messages(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("cannot read from the engine", exc_info=error)
             self.liveness.lose("its messages cannot be read")
 
     def _on_message(self, message: FromEngine | Damaged) -> None:
@@ -196,12 +190,13 @@ class ConnectedEngine:
     def _on_outputs(self, message: Outputs, now: float) -> None:
         self.stats = message.stats
         if message.num_step_tokens:
-            self._metrics.observe_step(message.num_step_tokens)
+            self._metrics.step_tokens.observe(message.num_step_tokens)
             self._admission.count_step(message.num_step_tokens, now)
             self.records.num_steps += 1
         self.cached.update(message.cached)
         self.cached.difference_update(message.evicted)
-        self.streams.start(message.started)
+        if message.started:
+            self.streams.start(message.started)
         self.streams.push(message.events, now)
 
     def _on_damaged(self, message: Damaged) -> None:

@@ -65,18 +65,13 @@ class EngineConnection:
         """
         socket = self._socket
         while socket is not None and socket is self._socket:
-            on_message(self._decode(await socket.recv()))
-
-    def _decode(self, content: bytes) -> FromEngine | Damaged:
-        try:
-            message: FromEngine = self._decoder.decode(content)
-            return message
-        except Exception:
-            logger.exception("a message of the engine cannot be read")
-        try:
-            return msgspec.msgpack.decode(content, type=Damaged)
-        except Exception:
-            return Damaged()
+            content = await socket.recv()
+            try:
+                message = self._decoder.decode(content)
+            except Exception:
+                logger.exception("a message of the engine cannot be read")
+                message = _readable(content)
+            on_message(message)
 
     def disconnect(self) -> None:
         """Drop all messages, sent and received ones, of an engine that is lost. `open` connects to another engine."""
@@ -89,3 +84,10 @@ class EngineConnection:
         if self._context is not None:
             self._context.term()
         self._context = None
+
+
+def _readable(content: bytes) -> Damaged:
+    try:
+        return msgspec.msgpack.decode(content, type=Damaged)
+    except Exception:
+        return Damaged()

@@ -18,6 +18,7 @@ class EngineGroup:
         self.alive: list[ConnectedEngine] = []  # those that load, are ready or are being restarted
         self.info: EngineInfo | None = None  # with the shortest context; None while all load the model the first time
         self.max_num_seqs = 0  # choices that run at a time; 0 before an engine was ready
+        self.dead_reason: str | None = None  # why the last engine died for good, for the log; None while one is left
         self.became_ready = asyncio.Event()  # the first one
         self.died = asyncio.Event()  # the last one
         self.changed = asyncio.Event()  # the state of one, since its reader has cleared it
@@ -33,6 +34,7 @@ class EngineGroup:
         infos = [engine.liveness.info for engine in self.alive or self.engines if engine.liveness.info is not None]
         self.info = min(infos, key=lambda info: info.max_model_len, default=None)
         self.max_num_seqs = sum(info.max_num_seqs for info in infos) if self.alive else 0
+        self.dead_reason = None if self.alive else self.engines[-1].liveness.dead_reason
         self.changed.set()
         if self.is_ready:
             self.became_ready.set()
@@ -99,11 +101,6 @@ class EngineGroup:
     def is_healthy(self) -> bool:
         """True if an engine is ready and its step loop is responsive."""
         return any(liveness.is_healthy for liveness in self._alive)
-
-    @property
-    def dead_reason(self) -> str | None:
-        """Why the last engine died for good, for the log; None while one is left."""
-        return None if self.alive else self.engines[-1].liveness.dead_reason
 
     @property
     def adapters(self) -> dict[str, LoraAdapter]:

@@ -49,6 +49,7 @@ class EngineLiveness:
             name: Names it in the log.
         """
         self.info: EngineInfo | None = None  # of the latest ready engine; None until the first one is ready
+        self.is_ready = False  # the model is loaded, and the engine is neither being restarted nor dead
         self.dead_reason: str | None = None
         self.restarting_since: float | None = None  # Unix time of the loss
         self.num_restarts = 0  # including one that is in progress
@@ -80,11 +81,6 @@ class EngineLiveness:
     def is_restarting(self) -> bool:
         """True from the loss of a ready engine until another one is ready."""
         return self.restarting_since is not None
-
-    @property
-    def is_ready(self) -> bool:
-        """True if the model is loaded, and the engine is neither being restarted nor dead."""
-        return self.info is not None and self.dead_reason is None and not self.is_restarting
 
     @property
     def is_alive(self) -> bool:
@@ -126,7 +122,7 @@ class EngineLiveness:
 
     def on_message(self) -> None:
         """Note that a message of any kind arrived."""
-        self._silence.reset()
+        self._silence.is_broken = True
 
     def set_ready(self, info: EngineInfo) -> None:
         """The engine can compute. If it was restarted with other properties, it is dead: requests rely on them."""
@@ -138,6 +134,7 @@ class EngineLiveness:
             logger.info("%s is ready again after %.1f s (restart %d)", self._name, seconds, self.num_restarts)
         self.info = info
         self.restarting_since = None
+        self.is_ready = self.dead_reason is None
         self._silence.reset()
         if self._pidfd is None:
             self._watch_process(info.pid)
@@ -161,6 +158,7 @@ class EngineLiveness:
             return
         logger.error("%s died: %s; it is being restarted", self._name, reason)
         self.num_restarts += 1
+        self.is_ready = False
         self.restarting_since = time.time()
         self._lost_at = time.monotonic()
         self._on_loss()
@@ -172,6 +170,7 @@ class EngineLiveness:
             return
         logger.error("%s died: %s", self._name, reason)
         self.dead_reason = reason
+        self.is_ready = False
         self.restarting_since = None
         self._on_death()
 
@@ -191,13 +190,16 @@ class EngineLiveness:
     def _check_silence(self) -> None:
         if not self.is_ready:
             return
+        if self._silence.is_broken:
+            self._silence.reset()
         self._silence.count(self._engine_pid if self._silence.total >= HEARTBEAT_SECONDS else None)
         if self._is_silent():
             self.lose(f"no step for more than {self._silence_limit:g} seconds")
 
     def _is_silent(self) -> bool:
         silence, limit = self._silence, self._silence_limit
-        return silence.seconds > limit or silence.total > MAX_WAIT_FACTOR * limit
+        is_long = silence.seconds > limit or silence.total > MAX_WAIT_FACTOR * limit
+        return is_long and not silence.is_broken
 
     def _kill(self) -> None:
         """Kill the engine's process, if it still runs but must be replaced. Its parent then notices its end."""

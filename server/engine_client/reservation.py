@@ -44,7 +44,7 @@ class Reservation:
         self.on_failure: Callable[[APIError], None] | None = None  # called when an error ends it
         self._on_change = on_change
         self._streams: set[FailingStream] = set()
-        self._error: APIError | None = None
+        self.error: APIError | None = None  # that ended the request
         self._is_settled = asyncio.Event()  # it has started, failed or ended
 
     def __enter__(self) -> Reservation:
@@ -56,7 +56,7 @@ class Reservation:
     @property
     def is_waiting(self) -> bool:
         """True if nothing is lost by ending the request, because the engine has not begun with it."""
-        return self.started is None and self._error is None
+        return self.started is None and self.error is None
 
     def add(self, count: int) -> None:
         """Reserve the capacity of `count` more choices, which the caller has found free."""
@@ -66,7 +66,8 @@ class Reservation:
     def release(self) -> None:
         """Return the capacity that no stream uses."""
         count, self.count = self.count, 0
-        self._change_choices(-count)
+        if count:
+            self._change_choices(-count)
 
     def hand_over(self, count: int, stream: FailingStream) -> None:
         """Pass the capacity of `count` choices to a stream, which calls `end_choice` for each."""
@@ -98,14 +99,14 @@ class Reservation:
 
     def check(self) -> None:
         """Raise the error that ended the request, if one did."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
     def fail(self, error: APIError) -> None:
         """End the request: its streams raise `error`, and `check` does from now on."""
-        if self._error is not None:
+        if self.error is not None:
             return
-        self._error = error
+        self.error = error
         if self.on_failure is not None:
             self.on_failure(error)
         self.release()
@@ -121,7 +122,8 @@ class Reservation:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._is_settled.wait()
-        self.check()
+        if self.error is not None:
+            raise self.error
         self.is_answered = True
 
     def _change_choices(self, count: int) -> None:

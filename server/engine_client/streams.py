@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.shared.messages import Abort, FinishReason, LoraAdapter, Submit, ToEngine, TokenEvent
 from server.engine_client.admission import Admission
@@ -32,7 +32,7 @@ class StreamObserver(Protocol):
     def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
         """Handle the first event of a choice."""
 
-    def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
+    def on_tokens(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
         """Count the tokens of an event that arrived at time `now`."""
 
     def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None: ...
@@ -41,16 +41,64 @@ class StreamObserver(Protocol):
         """Handle the end of the last choice."""
 
 
+class ReceivedEvent(NamedTuple):
+    """An event of a request that has not been read yet."""
+
+    prompt: int  # its number, for requests with several prompts
+    event: TokenEvent
+    num_bytes: int  # of the answer, as an `AnswerShare` counts them
+
+
+class EventInbox:
+    """The events of one or more streams until one reader takes them.
+
+    Bounded by max_tokens of each choice, and by the reservation's `answer`.
+    """
+
+    def __init__(self) -> None:
+        self.num_open = 0  # choices that have not ended
+        self.events: deque[ReceivedEvent] = deque()
+        self.error: APIError | None = None  # that the reader gets after the events, once
+        self._reader: asyncio.Future[None] | None = None  # while it waits
+
+    def wake(self) -> None:
+        """Let the reader look again."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def take(self) -> list[ReceivedEvent]:
+        """Return what has arrived since the last call, up to `MAX_BATCH_EVENTS`; nothing once all choices have ended.
+
+        Raises the error that ended a stream.
+        """
+        if len(self.events) > MAX_BATCH_EVENTS:  # the reader is behind, and would not wait
+            await asyncio.sleep(0)
+        while not self.events and self.num_open and self.error is None:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        if self.events:
+            return [self.events.popleft() for _ in range(min(len(self.events), MAX_BATCH_EVENTS))]
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return []
+
+
 class RequestStream:
     """The events of one request, as an asynchronous iterator over batches. It ends when all n choices have ended.
 
-    A batch holds what arrived since the last read, up to `MAX_BATCH_EVENTS`. Whoever holds the stream must close it
-    (`async with` or `aclose`); closing it early ends the request in the engine. If the engine dies, the iteration
-    raises EngineDeadError once, unless the engine is restarted and the request can run again, because it has no event
-    yet.
+    A batch is what `EventInbox.take` returns. Whoever holds the stream must close it (`async with` or `aclose`);
+    closing it early ends the request in the engine. If the engine dies, the iteration raises EngineDeadError once,
+    unless the engine is restarted and the request can run again, because it has no event yet.
     """
 
-    def __init__(self, message: Submit, reservation: Reservation, observer: StreamObserver) -> None:
+    def __init__(
+        self, message: Submit, reservation: Reservation, observer: StreamObserver, inbox: EventInbox | None = None
+    ) -> None:
+        """Streams with the same inbox have one reader, which tells them apart by the number of the prompt."""
         self.request_id = message.request_id
         self.reservation = reservation  # which other streams of the same request may share
         self.waiting: Submit | None = message  # until the first event
@@ -59,31 +107,17 @@ class RequestStream:
             for _ in range(message.n)
         ]
         self.observer = observer
-        self._num_open = message.n
-        # Bounded by max_tokens of each choice, and by the reservation's `answer`.
-        self._events: deque[TokenEvent] = deque()
-        self._error: APIError | None = None
-        self._changed = asyncio.Event()
-
-    @property
-    def num_open(self) -> int:
-        """Number of choices that have not ended."""
-        return self._num_open
+        self.num_open = message.n  # choices that have not ended
+        self._prompt = message.prompt
+        self.inbox = inbox or EventInbox()
+        self.inbox.num_open += message.n
 
     def __aiter__(self) -> RequestStream:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
-        if len(self._events) > MAX_BATCH_EVENTS:  # the reader is behind, and would not wait
-            await asyncio.sleep(0)
-        while not self._events and self._num_open:
-            self._changed.clear()
-            await self._changed.wait()
-        if self._events:
-            return [self._events.popleft() for _ in range(min(len(self._events), MAX_BATCH_EVENTS))]
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if batch := await self.inbox.take():
+            return [received.event for received in batch]
         raise StopAsyncIteration
 
     async def __aenter__(self) -> RequestStream:
@@ -97,22 +131,24 @@ class RequestStream:
 
     def close(self) -> None:
         """End the choices that still run, in the engine too, and drop unread events. May be called again."""
-        self._events.clear()
-        self.abort(FinishReason.ABORT)
+        self.inbox.events.clear()
+        if self.num_open:
+            self.abort(FinishReason.ABORT)
 
     def abort_choice(self, index: int, reason: FinishReason = FinishReason.STOP) -> None:
         """End one choice, in the engine too, and drop its unread events.
 
         `reason` is counted in the metrics: STOP for a stop string, which only the caller can detect.
         """
-        self._events = deque(event for event in self._events if event.index != index)
+        inbox, choice = self.inbox, (self._prompt, index)
+        inbox.events = deque(each for each in inbox.events if (each.prompt, each.event.index) != choice)
         if not self.choices[index].has_ended:
             self.observer.on_abort(Abort(self.request_id, index, reason))
             self._end(index, reason, time.monotonic())
 
     def abort(self, reason: FinishReason) -> None:
         """End the choices that still run, in the engine too. Unread events can still be read."""
-        if not self._num_open:
+        if not self.num_open:
             return
         self.observer.on_abort(Abort(self.request_id, reason=reason))
         now = time.monotonic()
@@ -122,46 +158,45 @@ class RequestStream:
 
     def fail(self, error: APIError) -> None:
         """Abort the request and raise `error` to the reader, after the unread events."""
-        self._error = error
+        self.inbox.error = error
         self.abort(FinishReason.ERROR)
+        self.inbox.wake()
 
     def discard(self, error: APIError) -> None:
         """Like `fail`, but drop the unread events."""
-        self._events.clear()
+        self.inbox.events.clear()
         self.fail(error)
 
     def push(self, event: TokenEvent, now: float) -> None:
         """Add an event that arrived at time `now`. Events of ended choices are ignored."""
-        stats = self.choices[event.index]
+        stats, inbox = self.choices[event.index], self.inbox
         if stats.has_ended:
             return
-        self.waiting = None
         if stats.times is None and not stats.num_output_tokens:
+            self.waiting = None
             self.observer.on_choice_start(self, stats, event)
         stats.times = event.times or stats.times
         if event.token_ids:
-            account = self.reservation.tenant.account
-            account.count_output(len(event.token_ids))
-            if event.index == 0 and stats.first_token is None:
-                account.count_cached(event.num_cached_tokens)
-            self.observer.on_tokens(stats, event, now)
-        self._events.append(event)
-        self._changed.set()
+            self.observer.on_tokens(self, stats, event, now)
+        num_bytes = event_bytes(event, len(self.choices))
+        inbox.events.append(ReceivedEvent(self._prompt, event, num_bytes))
+        inbox.wake()
         if event.finish_reason is not None:
             self._end(event.index, event.finish_reason, now)
         if self.reservation.answer is not None:
-            self.reservation.answer.add(event_bytes(event, len(self.choices)))  # which may call `discard`
+            self.reservation.answer.add(num_bytes)  # which may call `discard`
 
     def _end(self, index: int, reason: FinishReason, now: float) -> None:
         stats = self.choices[index]
         stats.has_ended = True
-        self._num_open -= 1
+        self.num_open -= 1
+        self.inbox.num_open -= 1
         try:
             self.observer.on_choice_end(self, stats, reason, now)
         finally:  # the capacity is free again, whatever happens
-            if not self._num_open:
+            if not self.num_open:
                 self.observer.on_stream_end(self)
-            self._changed.set()
+            self.inbox.wake()
 
 
 class OpenStreams:
@@ -179,12 +214,14 @@ class OpenStreams:
         """Number of choices of the requests without an event."""
         return sum(stream.num_open for stream in self._streams.values() if stream.waiting)
 
-    def open(self, message: Submit, reservation: Reservation, num_cached_tokens: int = 0) -> RequestStream:
+    def open(
+        self, message: Submit, reservation: Reservation, num_cached_tokens: int = 0, inbox: EventInbox | None = None
+    ) -> RequestStream:
         """Send a request and return its stream, which takes over its capacity. The request id must not be in use.
 
         `num_cached_tokens` of its prompt are expected to be cached.
         """
-        stream = RequestStream(message, reservation, self)
+        stream = RequestStream(message, reservation, self, inbox)
         reservation.hand_over(message.n, stream)
         self._admission.expect(reservation, stream.choices)
         self.adopt(stream, message, num_cached_tokens)
@@ -281,15 +318,22 @@ class OpenStreams:
     def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
         stream.reservation.start()
         stream.reservation.has_output = True
-        self._set_load(stats, min(stats.load, self._admission.expected_output(stats.max_tokens)))  # without the prompt
+        expected = min(stats.max_tokens, self._admission.estimate.mean_output)
+        self._set_load(stats, min(stats.load, expected))  # without the prompt
         self._admission.start_choice(stream.reservation, stats, event.num_cached_tokens)
 
-    def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
+    def on_tokens(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
+        account = stream.reservation.tenant.account
+        account.count_tokens(output=len(event.token_ids))
+        stats.num_output_tokens += len(event.token_ids)
         if stats.last_token is None:
-            self._metrics.observe_first_token(now - stats.arrival)
+            self._metrics.first_token.observe(now - stats.arrival)
+            stats.first_token, stats.num_cached_tokens = now, event.num_cached_tokens
+            if event.index == 0:
+                account.count_cached(event.num_cached_tokens)
         else:
-            self._metrics.observe_inter_token(now - stats.last_token)
-        stats.count_tokens(event, now)
+            self._metrics.inter_token.observe(now - stats.last_token)
+        stats.last_token = now
 
     def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
         self._set_load(stats, 0.0)

@@ -39,7 +39,7 @@ class WaitEstimate:
         self._seconds = 0.0
         self.is_measuring = False  # requests waited after the last step
         self._measured_until = 0.0
-        self._mean_output = FIRST_OUTPUT
+        self.mean_output = FIRST_OUTPUT  # tokens that recent outputs had on average
 
     def add_step(self, num_tokens: int, now: float, *, is_saturated: bool) -> None:
         """Count the tokens of a step. Only the time between steps after which requests still wait is measured."""
@@ -57,11 +57,7 @@ class WaitEstimate:
 
     def add_output(self, num_tokens: int) -> None:
         """Note the length of an output that has ended."""
-        self._mean_output += OUTPUT_SHARE * (num_tokens - self._mean_output)
-
-    def expected_output(self, max_tokens: int) -> float:
-        """Return the expected number of output tokens of a choice."""
-        return min(max_tokens, self._mean_output)
+        self.mean_output += OUTPUT_SHARE * (num_tokens - self.mean_output)
 
     def seconds(self, own: Backlog, others: Iterable[Backlog]) -> float:
         """Return the predicted wait of a request behind a tenant's backlog; 0 if nothing has been measured yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,14 +74,15 @@ class ChoiceDelta:
     @property
     def text(self) -> str:
         """The content, without reasoning and tool calls."""
-        return self._text_of(PartKind.CONTENT)
+        parts = self.parts
+        return "".join([each.text for each in parts if isinstance(each, AnswerPart) and each.kind is PartKind.CONTENT])
 
     @property
     def reasoning(self) -> str:
-        return self._text_of(PartKind.REASONING)
-
-    def _text_of(self, kind: PartKind) -> str:
-        return "".join([part.text for part in self.parts if isinstance(part, AnswerPart) and part.kind is kind])
+        parts = self.parts
+        return "".join(
+            [each.text for each in parts if isinstance(each, AnswerPart) and each.kind is PartKind.REASONING]
+        )
 
     @property
     def tool_calls(self) -> list[ToolCallDelta]:
@@ -184,18 +185,28 @@ def _mean_logprob(delta: ChoiceDelta) -> float:
     return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
-async def pace(batches: AsyncIterator[list[ChoiceDelta]], num_tokens: int) -> AsyncGenerator[list[ChoiceDelta], None]:
-    """Join the deltas of each choice until they hold `num_tokens` tokens. Its first and last delta do not wait."""
-    started: set[int] = set()
-    held: dict[int, ChoiceAccumulator] = {}
-    async for batch in batches:
-        for delta in batch:
-            held.setdefault(delta.index, ChoiceAccumulator(delta.index)).add(delta)
-        ready = [
-            index
-            for index, joined in held.items()
-            if index not in started or joined.num_tokens >= num_tokens or joined.has_ended
-        ]
-        started.update(ready)
-        if ready:
-            yield [held.pop(index).join() for index in ready]
+class Pacer:
+    """Joins the deltas of each choice until they hold a number of tokens. Its first and last delta do not wait."""
+
+    def __init__(self, next_batch: Callable[[], Awaitable[list[ChoiceDelta] | None]], num_tokens: int) -> None:
+        """`next_batch` returns None at the end."""
+        self._next_batch = next_batch
+        self._num_tokens = num_tokens
+        self._started: set[int] = set()
+        self._held: dict[int, ChoiceAccumulator] = {}
+
+    async def next(self) -> list[ChoiceDelta] | None:
+        """Return the joined deltas of some choices, or None at the end."""
+        ready: list[int] = []
+        while not ready:
+            if (batch := await self._next_batch()) is None:
+                return None
+            for delta in batch:
+                self._held.setdefault(delta.index, ChoiceAccumulator(delta.index)).add(delta)
+            ready = [
+                index
+                for index, joined in self._held.items()
+                if index not in self._started or joined.num_tokens >= self._num_tokens or joined.has_ended
+            ]
+        self._started.update(ready)
+        return [self._held.pop(index).join() for index in ready]

@@ -108,26 +108,35 @@ class ChoiceState:
     def push(self, event: TokenEvent) -> ChoiceDelta:
         """Return the output that an event adds. The event must not be an error, nor follow the end of the choice."""
         assert self.finish_reason is None
-        start = time.perf_counter()
-        num_seen = self._text.num_tokens
+        start, text = time.perf_counter(), self._text
+        num_seen = text.num_tokens
         hides_last = event.stop_token_id is not None and not self._include_stop
-        delta = ChoiceDelta(self.index)
+        delta, pieces = ChoiceDelta(self.index), list[str]()
         for number, token_id in enumerate(event.token_ids[:-1] if hides_last else event.token_ids):
-            text = self._text.push((token_id,))
+            piece = text.push((token_id,))
             if event.logprobs is not None:
-                self._hold(token_id, event.logprobs[number], self._text.offsets[-1])
-            self._add_text(text, delta)
-            self.num_reasoning_tokens += self._parser is not None and self._parser.is_reasoning
-            if self._text.stopped is not None:
+                self._hold(token_id, event.logprobs[number], text.offsets[-1])
+            if piece and self._parser is None:
+                self._num_chars += len(piece)
+                pieces.append(piece)
+            elif piece:
+                self._add_text(piece, delta)
+            if self._parser is not None:
+                self.num_reasoning_tokens += self._parser.is_reasoning
+            if text.stopped is not None:
                 break
-        ends_hidden = hides_last and self._text.stopped is None
-        self._end(event, delta)
+        if pieces:
+            delta.parts.append(AnswerPart(PartKind.CONTENT, "".join(pieces)))
+        ends_hidden = hides_last and text.stopped is None
+        if event.finish_reason is not None or text.stopped is not None:
+            self._end(event, delta)
         if ends_hidden and event.logprobs is not None:
             self._hold(event.token_ids[-1], event.logprobs[-1], self._num_chars)
             self._held[-1].is_hidden_end = True
-        num_new = self._text.num_tokens - num_seen + ends_hidden
+        num_new = text.num_tokens - num_seen + ends_hidden
         self.num_tokens += num_new
-        delta.positions = self._release()
+        if self._held or self._undecided:
+            delta.positions = self._release()
         delta.token_ids = event.token_ids[:num_new]
         self.seconds += time.perf_counter() - start
         return delta
@@ -135,7 +144,8 @@ class ChoiceState:
     def abort(self) -> ChoiceDelta:
         """End the choice early, and return the output that was held back."""
         delta = ChoiceDelta(self.index, finish_reason=FinishReason.ABORT.value)
-        self._add_text(self._text.finish(), delta)
+        if text := self._text.finish():
+            self._add_text(text, delta)
         if self._parser is not None:
             self._parser.finish(delta)
         self.finish_reason = delta.finish_reason
@@ -148,9 +158,9 @@ class ChoiceState:
 
     def _add_text(self, text: str, delta: ChoiceDelta) -> None:
         self._num_chars += len(text)
-        if text and self._parser is None:
+        if self._parser is None:
             delta.write(AnswerPart(PartKind.CONTENT, text))
-        elif text and self._parser is not None:
+        else:
             is_content = self._parser.push(text, delta)
             if is_content is not None and self._undecided:
                 self._decide(is_content, self._num_chars - self._parser.num_held)
@@ -164,13 +174,14 @@ class ChoiceState:
         del self._undecided[: len(decided)]
 
     def _end(self, event: TokenEvent, delta: ChoiceDelta) -> None:
-        """Add the remaining text and the finish reason to `delta`, if the choice ends with this event."""
+        """Add the remaining text and the finish reason to `delta`: the choice ends with this event."""
         if self._text.stopped is not None:
             self.finish_reason = FinishReason.STOP.value
         elif event.finish_reason is not None:
-            self._add_text(self._text.finish(), delta)
+            if text := self._text.finish():
+                self._add_text(text, delta)
             self.finish_reason = event.finish_reason.value
-        if self.finish_reason is not None and self._parser is not None:
+        if self._parser is not None:
             self._parser.finish(delta)
             if self.finish_reason == FinishReason.STOP:
                 self.finish_reason = self._parser.finish_reason

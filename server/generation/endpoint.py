@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from msgspec import UnsetType
@@ -17,7 +17,7 @@ from server.schemas.generation_request import GenerationRequest
 Body_contra = TypeVar("Body_contra", bound=GenerationRequest, contravariant=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AnswerMetadata:
     """The fields of an answer, and of each chunk of it, that do not depend on its choices."""
 
@@ -25,15 +25,6 @@ class AnswerMetadata:
     created: int  # seconds since the epoch
     model: str
     system_fingerprint: str
-
-    def envelope(self) -> dict[str, Any]:
-        """Return the fields as keyword arguments for OpenAI's answers and chunks."""
-        return {
-            "id": self.id,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.system_fingerprint,
-        }
 
 
 class Writer(Protocol):

@@ -44,6 +44,8 @@ class ChunkWriter(ABC):
         """Return a chunk without choices, for the usage and the timings."""
 
     def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
+        if not deltas:
+            return b""
         chunks = [chunk for delta in deltas for chunk in self.chunks(delta)]
         if self._include_usage:
             _set_usage(chunks, usage if self._continuous else None)
@@ -68,7 +70,8 @@ def _set_usage(chunks: Sequence[Chunk], usage: Usage | None) -> None:
 
 def encode_chunks(chunks: Sequence[Chunk]) -> bytes:
     """Encode chunks as server-sent events without event names."""
-    return _escape_line_ends(b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks]))
+    events = b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks])
+    return events if events.isascii() else _escape_line_ends(events)
 
 
 def encode_events(events: Sequence[msgspec.Struct]) -> bytes:

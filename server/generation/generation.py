@@ -1,18 +1,14 @@
-"""A running request: merges the events of its streams and converts them to deltas of its choices."""
+"""A running request: converts the events of its streams to deltas of its choices."""
 
-import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
-from engine.shared.messages import FinishReason, TokenEvent
-from server.engine_client.answer_budget import AnswerBudget, AnswerShare
-from server.engine_client.answer_size import event_bytes
+from engine.shared.messages import FinishReason
 from server.engine_client.reservation import Reservation
-from server.engine_client.streams import MAX_BATCH_EVENTS, RequestStream
+from server.engine_client.streams import ReceivedEvent, RequestStream
 from server.generation.choice_delta import ChoiceDelta, join_deltas
 from server.generation.choice_state import ChoiceState
 from server.generation.prompts import Prompt
@@ -40,40 +36,32 @@ class Generation:
         *,
         metrics: Metrics,
         request_id: str,
-        submitted: float,
         recording: Recording | None = None,
     ) -> None:
-        """Prepare the generation, with one stream per prompt and the choices of all prompts in order.
-
-        `submitted` is the `time.monotonic()` of the submission.
-        """
+        """Prepare the generation, with one stream per prompt, which share an inbox, and the choices of all prompts."""
         assert len(choices) % len(prompts) == 0
         self.prompts = prompts
         self.choices = choices
-        self.submitted = submitted
         self.last_end: ChoiceEnd | None = None  # of the choice that ended last
         self._streams = streams
+        self._inbox = streams[0].inbox
         self._num_choices = len(choices) // len(prompts)  # per prompt
         self._metrics = metrics
         self._request_id = request_id
         self._is_aborted = False
         self._recording = recording
         # `usage` may be reported in every chunk of a stream, so its constant parts are computed once.
-        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._num_prompt_tokens = sum([len(prompt.token_ids) for prompt in prompts])
         formats = [prompt.answer_format for prompt in prompts]
-        self._reports_reasoning = any(format is not None and format.reasoning_tags is not None for format in formats)
+        self._reports_reasoning = any([each is not None and each.reasoning_tags is not None for each in formats])
 
     def close(self) -> None:
         for stream in self._streams:
-            stream.close()
+            if stream.num_open or stream.inbox.events:
+                stream.close()
 
-    def count_in(self, budget: AnswerBudget, too_large: APIError) -> AnswerShare:
-        """Count the events of all streams in `budget` from now on. The caller must release the share."""
-        share = AnswerShare(budget, self.reservation.tenant, self._refuse, too_large)
-        self.reservation.answer = share
-        return share
-
-    def _refuse(self, error: APIError) -> None:
+    def refuse(self, error: APIError) -> None:
+        """End the choices with an error, and drop what has not been read."""
         for stream in self._streams:
             stream.discard(error)
 
@@ -121,100 +109,51 @@ class Generation:
             "completion_tokens": usage.completion_tokens,
         }
         if firsts := [stats.first_token for stats in choices if stats.first_token is not None]:
-            seconds = max(stats.last_token or 0.0 for stats in choices) - min(firsts)
-            num_later = sum(stats.num_output_tokens for stats in choices) - len(firsts)
+            seconds = max([stats.last_token or 0.0 for stats in choices]) - min(firsts)
+            num_later = sum([stats.num_output_tokens for stats in choices]) - len(firsts)
             if seconds > 0:
                 fields["tokens_per_second"] = round(num_later / seconds, 1)
             fields["ttft_ms"] = round(1e3 * (min(firsts) - choices[0].arrival), 1)
         return fields
 
-    async def deltas(self) -> AsyncGenerator[list[ChoiceDelta], None]:
-        """Yield a list for each batch of events, with one delta per choice in it, until all choices have ended.
+    async def next(self) -> list[ChoiceDelta] | None:
+        """Return a delta for each choice that has new output, or None once all choices have ended.
 
         Raises EngineDeadError, or ServerError if the engine failed on one of the choices.
         """
-        try:
-            async with contextlib.aclosing(_merge(self._streams)) as batches:
-                async for batch in batches:
-                    yield self._take_all(batch)
-            if self._is_aborted:
-                yield [choice.abort() for choice in self.choices if choice.finish_reason is None]
-        finally:
-            self.close()
-
-    def _take_all(self, batch: Sequence[tuple[int, TokenEvent]]) -> list[ChoiceDelta]:
-        """Return the deltas of a batch. Several events of one choice are joined to one delta."""
+        events = await self._inbox.take()
+        if not events:
+            unfinished = [choice for choice in self.choices if choice.finish_reason is None] if self._is_aborted else []
+            return [choice.abort() for choice in unfinished] or None
         deltas: dict[int, list[ChoiceDelta]] = {}
-        for prompt_index, event in batch:
-            if (delta := self._take(prompt_index, event)) is not None:
+        for event in events:
+            if (delta := self._take(event)) is not None:
                 deltas.setdefault(delta.index, []).append(delta)
-        return list(map(join_deltas, deltas.values()))
+        return [each[0] if len(each) == 1 else join_deltas(each) for each in deltas.values()]
 
-    def _take(self, prompt_index: int, event: TokenEvent) -> ChoiceDelta | None:
+    def _take(self, received: ReceivedEvent) -> ChoiceDelta | None:
         """Return the delta of an event, or None if it follows a stop string. Raises ServerError."""
-        choice = self.choices[prompt_index * self._num_choices + event.index]
+        number, event, num_bytes = received
+        choice = self.choices[number * self._num_choices + event.index]
         if choice.finish_reason is not None:
             return None
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             logger.error("the engine failed: %s", event.error, extra={"request_id": self._request_id})
             raise ServerError(self._request_id)
         if event.index == 0:  # other choices of the prompt report the same
-            self._take_prompt(self.prompts[prompt_index], event)
-        num_bytes = event_bytes(event, self._num_choices)
+            prompt = self.prompts[number]
+            prompt.num_cached_tokens = event.num_cached_tokens or prompt.num_cached_tokens
+            prompt.logprobs = prompt.logprobs if event.prompt_logprobs is None else event.prompt_logprobs
         if self._recording is not None:
-            self._recording.take(prompt_index, event)
-        received = time.monotonic()
+            self._recording.take(number, event)
+        received_at = time.monotonic()
         delta = choice.push(event)
         delta.num_bytes = num_bytes
-        if choice.stopped_by_text:
-            self._streams[prompt_index].abort_choice(event.index)
         if choice.finish_reason is not None:
+            stream = self._streams[number]
+            if delta.stop_string is not None:
+                stream.abort_choice(event.index)
             self._metrics.observe_detokenizer(choice.seconds)
-            times = self._streams[prompt_index].choices[event.index].times
-            self.last_end = ChoiceEnd(times, choice.num_tokens, received, time.monotonic())
+            times = stream.choices[event.index].times
+            self.last_end = ChoiceEnd(times, choice.num_tokens, received_at, time.monotonic())
         return delta
-
-    def _take_prompt(self, prompt: Prompt, event: TokenEvent) -> None:
-        if event.num_cached_tokens:
-            prompt.num_cached_tokens = event.num_cached_tokens
-        if event.prompt_logprobs is not None:
-            prompt.logprobs = event.prompt_logprobs
-
-
-async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
-    """Yield the events of all streams, each with its stream's index, in batches of those since the last batch.
-
-    As in a stream, no batch has very many events.
-    """
-    if len(streams) == 1:
-        async for batch in streams[0]:
-            yield [(0, event) for event in batch]
-        return
-    ready: list[tuple[int, TokenEvent]] = []
-    changed = asyncio.Event()
-
-    async def pump(index: int, stream: RequestStream) -> None:
-        async for batch in stream:
-            ready.extend((index, event) for event in batch)
-            changed.set()
-
-    def on_end(pumps: asyncio.Future[list[None]]) -> None:
-        if not pumps.cancelled():
-            pumps.exception()  # retrieved even if the reader leaves, or asyncio would log it
-        changed.set()
-
-    pumps = asyncio.gather(*(pump(index, stream) for index, stream in enumerate(streams)))
-    pumps.add_done_callback(on_end)
-    try:
-        while not pumps.done() or ready:
-            await changed.wait()
-            changed.clear()
-            if ready:
-                batch_of_all = ready.copy()
-                ready.clear()
-                for start in range(0, len(batch_of_all), MAX_BATCH_EVENTS):
-                    yield batch_of_all[start : start + MAX_BATCH_EVENTS]
-                    await asyncio.sleep(0)
-        await pumps
-    finally:
-        pumps.cancel()

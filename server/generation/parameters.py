@@ -1,29 +1,29 @@
 """Checks that need the model's vocabulary, and the translation of request parameters into the engine's."""
 
 import hashlib
-import secrets
 import struct
 from collections.abc import Sequence
 from typing import TypeVar
 
-from engine.shared.messages import GREEDY_TEMPERATURE, RepetitionDetection, SamplingParams
+from engine.shared.messages import GREEDY_TEMPERATURE, ReasoningLimit, RepetitionDetection, SamplingParams
 from server.generation.tokenized_settings import TokenizedSettings
 from server.http.errors import InvalidValueError, clip
-from server.schemas.generation_request import GenerationRequest
+from server.schemas.generation_request import GenerationRequest, Requested
 from server.schemas.request_fields import RepetitionFields
 
 Body = TypeVar("Body", bound=GenerationRequest)
+
+# Fields for which the checks below are made.
+TOKEN_ID_FIELDS = frozenset({"logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"})
+LOGPROB_FIELDS = frozenset({"logprobs", "top_logprobs", "prompt_logprobs"})
 
 SEED_DOMAIN = b"lightwell-seed"
 MIN_TOP_P = 1e-6  # less than the most likely token of any vocabulary has: only that one is kept
 
 
-def choose_seed(server_seed: int | None, number: int) -> int:
-    """Return the seed of a request that has none: 64 random bits, or a hash of the server's seed and `number`.
-
-    `number` is the number of such requests before it.
-    """
-    return secrets.randbits(64) - 2**63 if server_seed is None else _derive_seed(server_seed, number, b"request")
+def derive_seed(server_seed: int, number: int) -> int:
+    """Return the seed of a request that has none: a hash of the server's, and of the number of those before it."""
+    return _derive_seed(server_seed, number, b"request")
 
 
 def prompt_seed(seed: int, index: int) -> int:
@@ -78,11 +78,13 @@ def resolve_num_logprobs(body: Body, max_logprobs: int, vocab_size: int) -> Body
 
 def sampling_params(
     body: GenerationRequest,
+    requested: Requested,
     tokenized: TokenizedSettings,
     *,
     max_tokens: int,
     seed: int,
     vocab_size: int,
+    reasoning_limit: ReasoningLimit | None = None,
 ) -> SamplingParams:
     """Return the engine's sampling parameters for a request whose fields and token ids are valid.
 
@@ -93,16 +95,17 @@ def sampling_params(
         message = f"Invalid 'min_tokens': expected a value <= {max_tokens} (max_tokens), but got {min_tokens} instead."
         raise InvalidValueError(message, param="min_tokens")
 
-    temperature = _given(body.temperature, 1.0)
+    temperature = 1.0 if body.temperature is None else body.temperature
     top_k = body.top_k or 0
+    penalties = [each for each in (body.repetition_penalty, body.repeat_penalty) if each is not None]
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
         temperature=temperature if temperature >= GREEDY_TEMPERATURE else 0.0,
         top_k=top_k if 0 < top_k < vocab_size else 0,
-        top_p=max(_given(body.top_p, 1.0), MIN_TOP_P),
+        top_p=1.0 if body.top_p is None else max(body.top_p, MIN_TOP_P),
         min_p=body.min_p or 0.0,
-        repetition_penalty=_given(body.effective_repetition_penalty, 1.0),
+        repetition_penalty=penalties[0] if penalties else 1.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=body.logit_bias or {},
@@ -112,20 +115,17 @@ def sampling_params(
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
-        repetition_detection=_repetition_detection(body.repetition_detection),
-        logprobs=0 if body.logprob_token_ids else body.num_logprobs,
+        repetition_detection=_repetition_detection(body.repetition_detection) if body.repetition_detection else None,
+        logprobs=0 if body.logprob_token_ids else requested.num_logprobs,
         logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
-        prompt_logprobs=body.num_prompt_logprobs,
+        prompt_logprobs=requested.num_prompt_logprobs,
         post_sampling_probs=bool(body.post_sampling_probs),
+        reasoning_limit=reasoning_limit,
     )
 
 
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-def _repetition_detection(fields: RepetitionFields | None) -> RepetitionDetection | None:
-    if fields is None or not fields.max_pattern_size:
+def _repetition_detection(fields: RepetitionFields) -> RepetitionDetection | None:
+    if not fields.max_pattern_size:
         return None
     return RepetitionDetection(
         min_pattern_size=fields.min_pattern_size or 1,

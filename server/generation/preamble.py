@@ -1,6 +1,7 @@
 """The first checks of every request: find its model, and refuse or report the fields that the server ignores."""
 
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -9,10 +10,10 @@ from fastapi import Request
 from pydantic import BaseModel
 
 from server.context import ServerContext, get_context
-from server.generation.parameters import choose_seed
+from server.generation.parameters import derive_seed
 from server.http.errors import MissingParameterError, UnknownParameterError, UnsupportedParameterError, clip
 from server.models.served_model import ModelVariant
-from server.tenants import get_tenant
+from server.tenants import Tenant, get_tenant
 
 WARNINGS = "x-lightwell-warnings"  # response header
 MAX_WARNINGS_CHARS = 1024  # length of its list of ignored parameters
@@ -142,6 +143,9 @@ HARMLESS = frozenset(
 )
 
 
+OBJECT_FIELDS = ("stream_options", "lightwell", "structured_outputs")  # which may have unknown fields, too
+
+
 @dataclass(frozen=True, slots=True)
 class Preamble:
     """The result of the first checks of a request."""
@@ -158,7 +162,8 @@ class Preamble:
 
     def accept(self) -> dict[str, str]:
         """Count the ignored fields, and return the response header with the warnings if there are any."""
-        self.context.metrics.count_unknown_parameters(len(self.ignored))
+        if self.ignored:
+            self.context.metrics.count_unknown_parameters(len(self.ignored))
         warnings = [warnings_header(self.ignored)] if self.ignored else []
         if self.is_model_missing:
             warnings.append("model missing: the only one is used")
@@ -176,15 +181,14 @@ def find_model(request: Request, name: str | None) -> ModelVariant:
     return get_context(request).models.find(name, get_tenant(request))
 
 
-def find_generating_model(request: Request, name: str | None) -> ModelVariant:
+def find_generating_model(context: ServerContext, name: str | None, tenant: Tenant) -> ModelVariant:
     """Do as `find_model` for a request that should name its model, but need not if there is only one.
 
     Raises MissingParameterError if there are more models or LoRA adapters, or the server is strict.
     """
-    context = get_context(request)
-    if name is None and (context.settings.strict or context.models.is_ambiguous(get_tenant(request))):
+    if name is None and (context.settings.strict or context.models.is_ambiguous(tenant)):
         raise MissingParameterError("model")
-    return find_model(request, name)
+    return context.models.find(name, tenant)
 
 
 def begin(
@@ -205,8 +209,12 @@ def begin(
         UnknownParameterError: a field is ignored, and the server is strict.
     """
     context = get_context(request)
-    preamble = Preamble(context, ignored_fields(body, strict=context.settings.strict), is_model_missing)
-    preamble.ignore(ignored)
+    names: list[str] = []
+    if body.model_extra or not body.model_fields_set.isdisjoint(OBJECT_FIELDS):
+        names = ignored_fields(body, strict=context.settings.strict)
+    preamble = Preamble(context, names, is_model_missing)
+    if ignored:
+        preamble.ignore(ignored)
     return preamble
 
 
@@ -223,7 +231,7 @@ def ignored_fields(body: BaseModel, *, strict: bool) -> list[str]:
         for name, value in undeclared_fields(body)
         if not (name in UNSUPPORTED or name in HARMLESS or (name in HINTS and _is_neutral(value, HINTS[name])))
     ]
-    for part in ("stream_options", "lightwell", "structured_outputs"):
+    for part in OBJECT_FIELDS:
         nested = islice(undeclared_fields(getattr(body, part, None)), MAX_IGNORED)
         names += [f"{part}.{name}" for name, _ in nested]
     names = names[:MAX_IGNORED]
@@ -263,6 +271,6 @@ def warnings_header(names: Sequence[str]) -> str:
 
 
 async def next_seed(context: ServerContext) -> int:
-    """Return the seed of a request that has none."""
+    """Return the seed of a request that has none: 64 random bits, or one derived from the server's seed."""
     seed = context.settings.seed
-    return choose_seed(seed, 0 if seed is None else await context.ledger.take_number())
+    return secrets.randbits(64) - 2**63 if seed is None else derive_seed(seed, await context.ledger.take_number())

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 from fastapi import Request
@@ -65,7 +66,7 @@ async def answer_prompts(
     size = min(num_prompts, model.client.max_num_seqs, model.client.max_in_flight)
     tenant, timeout = get_tenant(request), body.queue_timeout
     with await model.client.admit(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
-        too_large = too_large_error(param, "answer", context.answers.max_bytes)
+        too_large = partial(too_large_error, param, "answer", context.answers.max_bytes)
         share = reservation.answer = AnswerShare(context.answers, tenant, reservation.fail, too_large)
         try:
             batch = await _run_prompts(request, model, make_submits, reservation, size)
@@ -92,7 +93,7 @@ async def _run_prompts(
     submits = [msgspec.structs.replace(submit, ids=ids, prompt=number) for number, submit in enumerate(made)]
     share = reservation.answer
     if share is not None and least_embedding_bytes(submits, model.config.hidden_size) > context.answers.max_bytes:
-        raise share.too_large
+        raise share.too_large()
     submitted = time.monotonic()
     while len(events) < len(submits):
         waiting = submits[len(events) :]

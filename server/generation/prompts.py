@@ -46,7 +46,7 @@ def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
         raise ContextLengthExceededError(max_model_len, num_tokens, noun=noun, at_least=True)
 
 
-def check_min_tokens(model: ServedModel, text: str, limit: int | None, noun: str) -> None:
+def check_min_tokens(model: ServedModel, text: str, *, limit: int | None, noun: str) -> None:
     """Raise ContextLengthExceededError for a long text that certainly has more tokens than `limit`. None is no limit.
 
     This takes a fraction of the time to tokenize it.
@@ -72,7 +72,7 @@ def encode_prompt(
     """
     if isinstance(value, str):
         check_text_size(len(value.encode()), model.max_model_len, noun)
-        check_min_tokens(model, value, limit, noun)
+        check_min_tokens(model, value, limit=limit, noun=noun)
         prompt = Prompt(model.tokenizer.encode(value, add_special_tokens=add_special_tokens), value)
     else:
         prompt = Prompt(value)
@@ -102,7 +102,7 @@ def encode_fim_prompt(
     text = prefix if isinstance(prefix, str) else ""
     check_text_size(len(text.encode()) + len(suffix.encode()), model.max_model_len, "prompt")
     for part in (text, suffix):
-        check_min_tokens(model, part, limit, "prompt")
+        check_min_tokens(model, part, limit=limit, noun="prompt")
     if isinstance(prefix, str):
         prefix = tokenizer.encode_plain(prefix)
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer.add_bos else []
@@ -114,7 +114,8 @@ def encode_fim_prompt(
 
 def check_token_range(model: ServedModel, token_ids: list[int], noun: str) -> None:
     """Raise InvalidValueError for a token id that the model does not have. The tokenizer may have more ids."""
-    size = vocab_size(model)
+    info = model.client.ready_info()
+    size = min(info.vocab_size, model.tokenizer.vocab_size)
     smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
     if smallest < 0 or largest >= size:
         wrong = smallest if smallest < 0 else largest

@@ -33,26 +33,29 @@ MAX_CHOICES = 16  # of a request, whose stages are shown
 
 
 class RequestSpan:
-    """Collects what becomes a span when a request ends. Without `--otlp-endpoint`, none is made."""
+    """Collects what becomes a span when a request ends."""
 
-    def __init__(self, request: Request, body: GenerationRequest, operation: str) -> None:
+    def __init__(self, tracer: Tracer, request: Request, body: GenerationRequest, operation: str) -> None:
         """Begin with the arrival of a request. `operation`: `gen_ai.operation.name`."""
-        self._tracer: Tracer | None = get_context(request).tracer
+        self._tracer: Tracer | None = tracer
         self._arrival = time.monotonic()
         self._headers = request.headers
         self._name = operation
         self._is_stream = bool(body.stream)
         self._generation: Generation | None = None
         self._error: BaseException | None = None
-        self._attributes = {} if self._tracer is None else _request_attributes(request, body, operation)
+        self._submitted = 0.0
+        self._attributes = _request_attributes(request, body, operation)
 
-    def submit(self, generation: Generation, metadata: AnswerMetadata, params: SamplingParams) -> None:
-        """Note that the request is in the engine, with `params` for its first prompt."""
+    def submit(
+        self, generation: Generation, metadata: AnswerMetadata, params: SamplingParams, submitted: float
+    ) -> None:
+        """Note that the request is in the engine since a time, with `params` for its first prompt."""
         self._generation = generation
+        self._submitted = submitted
         self._name += f" {metadata.model}"
-        if self._tracer is not None:
-            self._attributes |= _setting_attributes(params)
-            self._attributes |= {"gen_ai.response.id": metadata.id, "gen_ai.response.model": metadata.model}
+        self._attributes |= _setting_attributes(params)
+        self._attributes |= {"gen_ai.response.id": metadata.id, "gen_ai.response.model": metadata.model}
 
     def fail(self, error: BaseException) -> None:
         """Note the error that ends the request. That its client has left, which cancels it, is none."""
@@ -68,7 +71,7 @@ class RequestSpan:
         children: list[ChildSpan] = []
         if (generation := self._generation) is not None and generation.stats:
             times = [
-                _times(generation, stats, choice.finish_reason is not None, end)
+                _times(generation, stats, choice.finish_reason is not None, self._submitted, end)
                 for stats, choice in zip(generation.stats, generation.choices, strict=True)
             ]
             start = times[0].arrival
@@ -97,8 +100,8 @@ def _request_attributes(request: Request, body: GenerationRequest, operation: st
     }
     if body.model is not None:
         attributes["gen_ai.request.model"] = clip(body.model)
-    if body.num_returned_choices > 1:
-        attributes["gen_ai.request.choice.count"] = body.num_returned_choices
+    if body.n is not None and body.n > 1:
+        attributes["gen_ai.request.choice.count"] = body.n
     if get_context(request).settings.needs_key:  # otherwise, tenants are addresses
         attributes["lightwell.key"] = get_tenant(request).name
     return attributes
@@ -138,11 +141,13 @@ def _response_attributes(
     return attributes
 
 
-def _times(generation: Generation, stats: ChoiceStats, has_finished: bool, end: float) -> RequestTimes:
+def _times(
+    generation: Generation, stats: ChoiceStats, has_finished: bool, submitted: float, end: float
+) -> RequestTimes:
     """Return the times of a choice, which the engine reports with its first and last events. It ends by `end`."""
     times = stats.times or RequestTimes(
         arrival=stats.arrival,
-        queued=generation.submitted,
+        queued=submitted,
         scheduled=generation.reservation.started,
         first_token=stats.first_token,
     )

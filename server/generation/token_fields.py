@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from msgspec import UNSET, UnsetType
 
@@ -24,16 +23,6 @@ class TokenFields:
     with_ids: bool = False
     as_ids: bool = False  # name tokens with log probabilities by id
     num_top: int | None = None  # alternatives of each prompt token; None: no log probabilities
-
-    @classmethod
-    def from_request(cls, body: GenerationRequest, prompts: Sequence[Prompt]) -> Self:
-        return cls(
-            prompts,
-            body.num_returned_choices,
-            bool(body.return_token_ids),
-            bool(body.return_tokens_as_token_ids),
-            body.prompt_logprobs,
-        )
 
     def token_name(self, tokenizer: Tokenizer, token_id: int) -> str:
         """Return how a token is written in log probabilities: its text, or `token_id:N` if requested."""
@@ -77,3 +66,15 @@ def _alternatives(
 
 
 NO_FIELDS = TokenFields()
+REQUEST_FIELDS = frozenset({"return_token_ids", "return_tokens_as_token_ids", "prompt_logprobs"})
+
+
+def token_fields(body: GenerationRequest, prompts: Sequence[Prompt]) -> TokenFields:
+    """Return the optional fields that a request asks for: it has one of REQUEST_FIELDS."""
+    return TokenFields(
+        prompts,
+        body.requested().num_returned_choices,
+        bool(body.return_token_ids),
+        bool(body.return_tokens_as_token_ids),
+        body.prompt_logprobs,
+    )

@@ -24,11 +24,18 @@ SAMPLERS: dict[str, tuple[float, tuple[str, ...]]] = {
 }
 
 
+# Fields of a request that has any of the settings below.
+TOKENIZED_FIELDS = frozenset({"bad_words", "typical_p", "samplers", *SAMPLERS})
+
+
 class TokenizedSettings(NamedTuple):
     """The tokenized settings, with the field names of `SamplingParams`."""
 
     bad_words: tuple[tuple[int, ...], ...] = ()
     extra_samplers: ExtraSamplers | None = None
+
+
+NO_SETTINGS = TokenizedSettings()
 
 
 def tokenize_settings(model: ServedModel, body: GenerationRequest) -> TokenizedSettings:

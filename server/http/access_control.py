@@ -26,6 +26,7 @@ EXPOSED_HEADERS = (
     "retry-after",
     *(f"x-ratelimit-{part}-{noun}" for part in ("limit", "remaining", "reset") for noun in ("requests", "tokens")),
 )
+MAX_KNOWN = 64  # values of the header Host; a client may send many that are accepted
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -39,9 +40,13 @@ class HostRules:
     def __init__(self, hosts: Iterable[str], origins: Iterable[str]) -> None:
         self.origins = frozenset(origin.rstrip("/").lower() for origin in origins)
         self._hosts = LOOPBACK_NAMES | {host.lower() for host in hosts} | set(map(host_of_url, self.origins))
+        self._known: set[str] = set()  # headers that were accepted
 
     def check(self, headers: Headers) -> APIError | None:
         """Return why a request is refused, or None."""
+        hosts = headers.getlist("host")
+        if len(hosts) == 1 and hosts[0] in self._known and "origin" not in headers:
+            return None
         return self.check_host(headers) or self.check_origin(headers)
 
     def check_host(self, headers: Headers) -> APIError | None:
@@ -49,6 +54,8 @@ class HostRules:
         for host in headers.getlist("host"):
             if self._is_foreign(host_of_url(f"//{host}")):
                 return ForbiddenError(host_not_allowed(host))
+            if len(self._known) < MAX_KNOWN:
+                self._known.add(host)
         return None
 
     def check_origin(self, headers: Headers, own_host: str | None = None) -> APIError | None:

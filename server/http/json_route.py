@@ -15,11 +15,17 @@ from server.http.errors import APIError, UnsupportedMediaTypeError
 from server.http.strict_json import parse_json_object
 
 JSON_TYPES = frozenset({b"application/json", b"application/json; charset=utf-8"})  # the usual ones
+NO_JSON = "The Content-Type of your request must be application/json; with curl, -H 'Content-Type: application/json'."
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 
 
 class StrictJSONRoute(APIRoute):
-    """A route whose handler takes a request and its body: the fields of a pydantic model, or nothing."""
+    """A route whose handler takes a request and its body: the fields of a pydantic model, or nothing.
+
+    A handler is cancelled when the client disconnects, if `ends_with_client`.
+    """
+
+    ends_with_client = True
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         return super().get_route_handler() if self.body_type is None else self.answer
@@ -41,7 +47,9 @@ class StrictJSONRoute(APIRoute):
 
     async def answer(self, request: Request) -> Response:
         """Answer a request. Raises APIError."""
-        self.check_media_type(request)
+        content_type = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
+        if content_type not in JSON_TYPES:
+            self.check_media_type(request, content_type)
         return await self.respond(request, parse_json_object(await request.body()))
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
@@ -49,11 +57,15 @@ class StrictJSONRoute(APIRoute):
         response: Response = await self.endpoint(request, self.validate(fields))
         return response
 
-    def check_media_type(self, request: Request) -> None:
+    def check_media_type(self, request: Request, content_type: bytes) -> None:
         """Raise UnsupportedMediaTypeError unless the Content-Type is JSON in UTF-8."""
-        header = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
-        if header not in JSON_TYPES:
-            check_media_type(header)
+        media_type, *parameters = content_type.lower().split(b";")
+        if media_type.strip() != b"application/json":
+            raise UnsupportedMediaTypeError(NO_JSON)
+        for parameter in parameters:
+            name, _, value = parameter.partition(b"=")
+            if name.strip() == b"charset" and value.strip().strip(b'"') not in CHARSETS:
+                raise UnsupportedMediaTypeError("The body of your request must be encoded in UTF-8.")
 
     def validate(self, fields: dict[str, Any]) -> BaseModel:
         """Return the body. Raises BadRequestError."""
@@ -63,16 +75,3 @@ class StrictJSONRoute(APIRoute):
         except ValidationError as error:
             errors: list[dict[str, Any]] = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
             raise from_validation_error(errors, fields) from None
-
-
-def check_media_type(header: bytes) -> None:
-    """Raise UnsupportedMediaTypeError unless a Content-Type is JSON in UTF-8."""
-    media_type, *parameters = header.lower().split(b";")
-    if media_type.strip() != b"application/json":
-        raise UnsupportedMediaTypeError(
-            "The Content-Type of your request must be application/json; with curl, -H 'Content-Type: application/json'."
-        )
-    for parameter in parameters:
-        name, _, value = parameter.partition(b"=")
-        if name.strip() == b"charset" and value.strip().strip(b'"') not in CHARSETS:
-            raise UnsupportedMediaTypeError("The body of your request must be encoded in UTF-8.")

@@ -57,7 +57,9 @@ class StrictConnection(h11.Connection):
             end, self._end = self._end, None
             return end
         while isinstance(event := super().next_event(), h11.Data):
-            self._count_chunk(event)
+            self._num_chunks += event.chunk_start
+            if self._num_chunks > MAX_CHUNKS:
+                raise h11.RemoteProtocolError("too many chunks", error_status_hint=413)
             if not self._piece and len(event.data) >= PIECE_BYTES:
                 return event
             self._piece += event.data
@@ -70,11 +72,6 @@ class StrictConnection(h11.Connection):
             self._num_chunks = 0
             check_framing(event)
         return event
-
-    def _count_chunk(self, data: h11.Data) -> None:
-        self._num_chunks += data.chunk_start
-        if self._num_chunks > MAX_CHUNKS:
-            raise h11.RemoteProtocolError("too many chunks", error_status_hint=413)
 
     def _take_piece(self) -> h11.Data:
         piece, self._piece = self._piece, bytearray()
@@ -258,9 +255,10 @@ class HTTPProtocol(H11Protocol):
 
     def _watch_head(self) -> None:
         """Start or stop the timeout of a head. It runs from its first byte; before that, uvicorn's keep-alive does."""
-        if not self.is_idle or self.transport.is_closing():
+        is_busy = self.cycle is not None and not self.cycle.response_complete
+        if self._head_timer is not None and (is_busy or self.transport.is_closing()):
             self._stop_head_timer()
-        elif self._head_timer is None:
+        elif self._head_timer is None and not (is_busy or self.transport.is_closing()):
             self._head_timer = self.loop.call_later(self.head_timeout, self._on_head_timeout)
 
     def _stop_head_timer(self) -> None:

@@ -4,12 +4,14 @@ It is plain ASGI, since BaseHTTPMiddleware would hide a client's disconnect from
 request, and one function sees each message of its response.
 """
 
+import asyncio
 import logging
 import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -77,8 +79,9 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             route = self._routes.get(scope["path"]) if scope["method"] == "POST" else None
-            app = self._app if route is None else route.run
-            await Exchange(app, self._rules, scope, receive, send).run(self._cross_origin)
+            exchange = Exchange(self._app if route is None else route.run, self._rules, scope, receive, send)
+            exchange.ends_with_client = route is not None and route.ends_with_client
+            await exchange.run(self._cross_origin)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -92,9 +95,14 @@ async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Exchange:
-    """One request and its response."""
+    """One request and its response.
+
+    Attributes:
+        ends_with_client: whether what answers the request is cancelled when the client disconnects.
+    """
 
     def __init__(self, app: ASGIApp, rules: RequestRules, scope: Scope, receive: Receive, send: Send) -> None:
+        self.ends_with_client = False
         self._app = app
         self._rules = rules
         self._scope = scope
@@ -105,8 +113,11 @@ class Exchange:
         self._request_id = choose_request_id(self._headers.get(b"x-request-id", b"").decode("latin-1"))
         self._status: int | None = None
         self._body: BodyShare | None = None
+        self._unread: bytes | None = None  # the complete body, until the application has it
         self._tenant: Tenant | None = None
         self._number: int | None = None  # of the request in the ledger, while it counts as one of its tenant
+        self._watch: asyncio.Task[None] | None = None  # for the client's disconnect
+        self._is_client_gone = False
         scope["state"].update({"request_id": self._request_id, EXCHANGE: self})
 
     async def run(self, cross_origin: ASGIApp) -> None:
@@ -124,16 +135,38 @@ class Exchange:
                 await self.answer(self.send)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:
+            if not self._is_client_gone:
+                raise
         except Exception:
             logger.exception("a request failed", extra={"request_id": self._request_id})
             if self._status is None:
                 await self._refuse(ServerError(self._request_id), self.send)
             # Otherwise the response has started. It stays incomplete, so uvicorn closes the connection.
         finally:
-            if self._body is not None:
-                self._body.release()
+            await self._end()
+
+    def end_with_client(self) -> None:
+        """Cancel this task when the client disconnects. The body must have been read."""
+        if self._watch is None and (task := asyncio.current_task()) is not None:
+            self._watch = asyncio.create_task(self._cancel_on_disconnect(task))
+
+    async def _cancel_on_disconnect(self, task: asyncio.Task[Any]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._is_client_gone = True
+        task.cancel()
+
+    async def _end(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._is_client_gone and (task := asyncio.current_task()) is not None:
+            task.uncancel()
+        if self._body is not None:
+            self._body.release()
+        if self._number is not None:
             await self._leave()
-            self._record()
+        self._record()
 
     async def answer(self, send: Send) -> None:
         """Let the application answer through `send`, if the request's tenant and its body are accepted.
@@ -148,11 +181,20 @@ class Exchange:
                 if not scope["path"].endswith("/cancel"):
                     self._number = await rules.ledger.enter(self._tenant)
                 self._body = await rules.bodies.read(scope, receive)
-                receive = replay(self._body.body, receive)
+                self._unread, receive = self._body.body, self.receive
         except (LimitReachedError, APIError) as error:
             await self._refuse(limit_error(error) if isinstance(error, LimitReachedError) else error, send)
         else:
+            if self.ends_with_client:
+                self.end_with_client()
             await self._app(scope, receive, send)
+
+    async def receive(self) -> Message:
+        """Return the body first, and then the messages that follow, such as a disconnect."""
+        if (body := self._unread) is None:
+            return await self._receive()
+        self._unread = None
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(self, message: Message) -> None:
         """Pass on a message of the response.
@@ -165,7 +207,7 @@ class Exchange:
             await self._add_headers(MutableHeaders(scope=message))
             if self._body is not None:
                 self._body.release()
-        elif not message.get("more_body", False):
+        elif self._number is not None and not message.get("more_body", False):
             await self._leave()
         await self._send(message)
 
@@ -203,6 +245,13 @@ class Exchange:
         )
 
 
+def end_with_client(scope: Scope) -> None:
+    """Cancel what answers a request when its client disconnects; see `Exchange`."""
+    exchange: Exchange | None = scope.get("state", {}).get(EXCHANGE)
+    if exchange is not None:
+        exchange.end_with_client()
+
+
 class RootPathMiddleware:
     """Removes a prefix from paths, since a proxy may have left it there: all other code sees paths without it.
 
@@ -232,16 +281,6 @@ def choose_request_id(client_id: str | None) -> str:
 def is_retry(count: bytes) -> bool:
     """Return whether a header of the official SDKs marks a request as a retry."""
     return count.isdigit() and count.strip(b"0") != b""
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that returns a body first, and then the messages of the original, such as a disconnect."""
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replayed() -> Message:
-        return pending.pop() if pending else await receive()
-
-    return replayed
 
 
 def limit_error(error: LimitReachedError) -> APIError:

@@ -18,6 +18,7 @@ MAX_DEPTH = 100
 MAX_NODES = 100_000  # arrays, objects and keys
 MAX_FIELDS = 1000  # of the object at the top level; each that is unknown is looked at and named
 MAX_ELEMENTS = 1 << 20  # of all arrays and objects together; a prompt may have several hundred thousand token ids
+MAX_UNCHECKED = MAX_NODES  # bytes of a body that cannot exceed the limits on nodes and elements
 CONTAINERS = (dict, list)
 MAX_SEARCHED = 1 << 20  # bytes of an invalid body that is searched for lone surrogates
 
@@ -32,7 +33,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         InvalidJSONError: the body is not valid JSON, or exceeds a limit.
         InvalidValueError: a string contains a lone surrogate; `param` is its path.
     """
-    check_size(body)
+    if len(body) > MAX_UNCHECKED:
+        check_size(body)
     try:
         value = msgspec.json.decode(body)
     except UnicodeDecodeError:

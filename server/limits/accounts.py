@@ -109,26 +109,34 @@ class Account:
             self._requests.take(1, now)
         self.usage.num_requests += 1
 
-    def count_prompt(self, num_tokens: int) -> None:
-        self.usage.num_prompt_tokens += num_tokens
-        self._take(num_tokens)
+    def count_tokens(self, *, prompt: int = 0, output: int = 0) -> None:
+        """Count tokens of a prompt or an output, also where they count in a limit."""
+        self.usage.num_prompt_tokens += prompt
+        self.usage.num_output_tokens += output
+        if int(self._wall_clock()) // DAY != self._day:
+            self._begin_day()
+        self._day_tokens += prompt + output
+        if self._tokens is not None:
+            self._tokens.take(prompt + output, self._clock())
 
     def count_cached(self, num_tokens: int) -> None:
-        """Count prompt tokens, which `count_prompt` has counted too, as read from the prefix cache."""
+        """Count prompt tokens, which `count_tokens` has counted too, as read from the prefix cache."""
         self.usage.num_cached_tokens += num_tokens
-
-    def count_output(self, num_tokens: int) -> None:
-        self.usage.num_output_tokens += num_tokens
-        self._take(num_tokens)
 
     @property
     def num_tokens_today(self) -> int:
         """Prompt and output tokens since midnight in UTC, or since the start of the server."""
+        self._begin_day()
+        return self._day_tokens
+
+    def _begin_day(self) -> None:
+        """Renew the budget if a day has begun.
+
+        A clock that is set back renews no budget, and one that was ahead holds none up for more than a day.
+        """
         today, now = int(self._wall_clock()) // DAY, self._clock()
-        # A clock that is set back renews no budget, and one that was ahead holds none up for more than a day.
         if today > self._day or (today < self._day and now - self._day_began >= DAY):
             self._day, self._day_began, self._day_tokens = today, now, 0
-        return self._day_tokens
 
     def headers(self) -> dict[str, str]:
         """Return OpenAI's headers for the rates that are limited."""
@@ -139,11 +147,6 @@ class Account:
                 headers[f"x-ratelimit-remaining-{noun}"] = str(max(0, math.floor(bucket.level(now))))
                 headers[f"x-ratelimit-reset-{noun}"] = format_duration(bucket.seconds_until(bucket.per_minute, now))
         return headers
-
-    def _take(self, num_tokens: int) -> None:
-        self._day_tokens = self.num_tokens_today + num_tokens
-        if self._tokens is not None:
-            self._tokens.take(num_tokens, self._clock())
 
 
 def _bucket(bucket: TokenBucket | None, per_minute: int | None, now: float) -> TokenBucket | None:

@@ -53,15 +53,16 @@ class ModelRegistry:
             EngineUnavailableError: The model is not loaded, or the adapter is loaded together with it.
         """
         if name is None and len(self.slots) == 1:
-            return ModelVariant(self.default.name, self.default)
+            name = self.slots[0].config.names[0]
         if not name:
             raise MissingParameterError("model")
+        for each in self.slots:
+            if each.served is not None and name in each.served.variants:
+                return each.served.variants[name]
         slot = self.find_slot(name, tenant)
         if slot is None:
             raise ModelNotFoundError(name, self.names(tenant))
         model = _served(slot)
-        if name in model.names:
-            return ModelVariant(name, model)
         if name not in model.client.adapters:
             model.client.ready_info()
             raise ModelNotFoundError(name, self.names(tenant))
@@ -91,5 +92,4 @@ def _names(slot: ModelSlot, tenant: Tenant) -> list[str]:
 
 def _variants(model: ServedModel, tenant: Tenant) -> list[ModelVariant]:
     adapters = [(name, adapter) for name, adapter in model.client.adapters.items() if tenant.may_use(name)]
-    bases = [ModelVariant(name, model) for name in model.names]
-    return [*bases, *(ModelVariant(name, model, adapter) for name, adapter in adapters)]
+    return [*model.variants.values(), *(ModelVariant(name, model, adapter) for name, adapter in adapters)]

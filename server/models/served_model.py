@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from engine.config import ModelConfig
-from engine.shared.messages import LoraAdapter
+from engine.shared.messages import EngineInfo, LoraAdapter
 from server.constrained.grammar_process import GrammarProcess
 from server.engine_client.client import EngineClient
 from server.metrics import Metrics
@@ -48,6 +48,11 @@ class ServedModel:
         return "true" if self.client.ready_info().deterministic else "false"
 
     @cached_property
+    def variants(self) -> "dict[str, ModelVariant]":
+        """The model under each of its names, without its adapters."""
+        return {name: ModelVariant(name, self) for name in self.names}
+
+    @cached_property
     def template_fingerprint(self) -> str:
         source = "" if self.chat_template is None else self.chat_template.source
         return hashlib.sha256(source.encode()).hexdigest()[:12]
@@ -64,13 +69,14 @@ class ServedModel:
             self.chat_template.close()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class ModelVariant:
     """A base model under one of its names, or one of its LoRA adapters, as selected by a request's `model` field."""
 
     name: str
     base: ServedModel
     adapter: LoraAdapter | None = None
+    _fingerprint: tuple[EngineInfo | None, str] = (None, "")  # of the latest engines
 
     @property
     def lora_name(self) -> str:
@@ -82,21 +88,22 @@ class ModelVariant:
         """Hash of the adapter's weights, or "" for the base model. A name can be reused for other weights."""
         return "" if self.adapter is None else self.adapter.fingerprint
 
-    @property
-    def system_fingerprint(self) -> str:
-        """An id of everything outside the request that affects the output.
+    def system_fingerprint(self, info: EngineInfo) -> str:
+        """Return an id of everything outside the request that affects the output.
 
         It covers the engine, the adapter, a chat template given by --chat-template, the default sampling, and
-        --allow-additional-properties. Raises EngineUnavailableError while the engine is not ready.
+        --allow-additional-properties.
         """
-        base = self.base
-        parts = [base.client.ready_info().fingerprint]
-        if self.adapter is not None:
-            parts.append(self.adapter.fingerprint[:12])
-        if base.settings.chat_template is not None:
-            parts.append(base.template_fingerprint)
-        if base.default_sampling.fingerprint:
-            parts.append(base.default_sampling.fingerprint)
-        if base.settings.allow_additional_properties:
-            parts.append("open")
-        return "-".join(parts)
+        if self._fingerprint[0] is not info:
+            base = self.base
+            parts = [info.fingerprint]
+            if self.adapter is not None:
+                parts.append(self.adapter.fingerprint[:12])
+            if base.settings.chat_template is not None:
+                parts.append(base.template_fingerprint)
+            if base.default_sampling.fingerprint:
+                parts.append(base.default_sampling.fingerprint)
+            if base.settings.allow_additional_properties:
+                parts.append("open")
+            self._fingerprint = info, "-".join(parts)
+        return self._fingerprint[1]

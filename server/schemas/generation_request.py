@@ -2,12 +2,15 @@
 
 Requests are pydantic models in strict mode: a string is not accepted as a number, a boolean or 2.0 not as an integer.
 Null stands for the default everywhere. Undeclared fields are kept in `model_extra` and checked by
-`server.generation.preamble`. Lists are bounded and validation stops at their first invalid element: reporting a
-million errors would block the event loop. Answers are msgspec structs, which encode in about a microsecond; their
-fields are in OpenAI's order.
+`server.generation.preamble`. Fields that depend on others are checked if the request has them. Lists are bounded and
+validation stops at their first invalid element: reporting a million errors would block the event loop. Answers are
+msgspec structs, which encode in about a microsecond; their fields are in OpenAI's order.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from pydantic import Field, FiniteFloat
 
@@ -34,7 +37,7 @@ from server.schemas.request_fields import (
     TruncationSide,
 )
 from server.schemas.samplers import INT64_MAX, SamplerFields
-from server.schemas.structured_outputs import ResponseFormat, StructuredOutputsFields
+from server.schemas.structured_outputs import OUTPUT_FIELDS, ResponseFormat, StructuredOutputsFields
 
 
 class SamplingFields(SamplerFields):
@@ -67,13 +70,9 @@ class SamplingFields(SamplerFields):
         None, ge=-2, le=2, description="Subtracted from the logit of each token that is in the output. Default 0."
     )
 
-    @property
-    def effective_repetition_penalty(self) -> float | None:
-        return self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
-
     def check_sampling(self) -> None:
         """Validate the fields against each other. Raises InvalidValueError."""
-        if self.repeat_penalty not in (None, self.effective_repetition_penalty):
+        if self.repeat_penalty is not None and self.repetition_penalty not in (None, self.repeat_penalty):
             message = "Invalid 'repeat_penalty': it is an alias of 'repetition_penalty', which has another value."
             raise InvalidValueError(message, param="repeat_penalty")
         if self.samplers is not None and self.mirostat:
@@ -81,12 +80,71 @@ class SamplingFields(SamplerFields):
             raise InvalidValueError(message, param="samplers")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requested:
+    """What a request asks for, whatever its API calls it."""
+
+    num_prompts: int
+    num_choices: int  # to generate for each prompt
+    num_returned_choices: int  # in the answer, for each prompt
+    max_tokens: int | None  # of each choice; NO_LIMIT, or None if the request does not set it
+    default_max_tokens: int | None = None  # then, or None for what fits the context
+    num_logprobs: int | None  # alternatives to return for each output token; None: no log probabilities at all
+    num_prompt_logprobs: int | None  # the same for each token of the prompt
+
+
+# Fields, and a function that checks requests that have one of them. Raises BadRequestError.
+Check = tuple[frozenset[str], Callable[[Any], None]]
+
+
+def _check_stream_options(body: "GenerationRequest") -> None:
+    if body.stream_options is not None and not body.stream:
+        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        raise InvalidValueError(message, param="stream_options")
+
+
+def _check_prompt_logprobs(body: "GenerationRequest") -> None:
+    if body.prompt_logprobs is not None and body.stream:
+        message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
+        raise InvalidValueError(message, param="prompt_logprobs")
+
+
+def _check_needs_logprobs(body: "GenerationRequest") -> None:
+    for name in NEED_LOGPROBS:
+        if getattr(body, name) and body.requested().num_logprobs is None:
+            raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
+
+
+def _check_response_format(body: "GenerationRequest") -> None:
+    if body.response_format is not None:
+        body.response_format.check()
+
+
+def _check_repetition_detection(body: "GenerationRequest") -> None:
+    if body.repetition_detection is not None:
+        body.repetition_detection.check()
+
+
+NEED_LOGPROBS = ("post_sampling_probs", "logprob_token_ids")
+CHECKS: tuple[Check, ...] = (
+    (frozenset({"stream_options"}), _check_stream_options),
+    (frozenset({"prompt_logprobs"}), _check_prompt_logprobs),
+    (frozenset({"repeat_penalty", "samplers"}), SamplingFields.check_sampling),
+    (frozenset(NEED_LOGPROBS), _check_needs_logprobs),
+    (frozenset({"response_format"}), _check_response_format),
+    (OUTPUT_FIELDS, StructuredOutputsFields.check_structured_outputs),
+    (frozenset({"repetition_detection"}), _check_repetition_detection),
+)
+
+
 class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, ABC):
     """The parameters shared by the generating endpoints.
 
     Parameters that OpenAI does not have are vLLM's, and llama.cpp's for samplers. The endpoints differ in the fields
-    for prompts, output length and log probabilities, so their requests define the abstract properties.
+    for prompts, output length and log probabilities, so their requests say what is requested.
     """
+
+    checks: ClassVar[Sequence[Check]] = CHECKS  # of fields against each other, in order
 
     model: str | None = Field(
         None, description="Name of the model, as listed by GET /v1/models. Required if there are LoRA adapters."
@@ -168,63 +226,13 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
     response_format: ResponseFormat | None = Field(None, description="Format of the answer. Default text.")
     lightwell: LightwellOptions | None = Field(None, description="Options of this server alone.")
 
-    @property
-    def requested_seed(self) -> int | None:
-        """The seed, or None if the server is to choose one. Clients of other servers request that with -1."""
-        return None if self.seed == -1 else self.seed
-
-    @property
-    def wants_timings(self) -> bool:
-        return self.lightwell is not None and bool(self.lightwell.explain)
-
-    @property
-    def num_returned_choices(self) -> int:
-        """Number of choices in the answer for each prompt."""
-        return self.n or 1
-
-    @property
-    def num_choices(self) -> int:
-        """Number of choices to generate for each prompt."""
-        return self.num_returned_choices
-
-    @property
     @abstractmethod
-    def num_prompts(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def max_output_tokens(self) -> int | None:
-        """Maximum number of tokens of each choice; NO_LIMIT, or None if the request does not set it."""
-
-    @property
-    def default_max_output_tokens(self) -> int | None:
-        """Limit for requests that do not set one, or None for what fits the context."""
-        return None
-
-    @property
-    @abstractmethod
-    def num_logprobs(self) -> int | None:
-        """Number of alternatives to return for each output token, or None for no log probabilities at all."""
-
-    @property
-    @abstractmethod
-    def num_prompt_logprobs(self) -> int | None:
-        """Number of alternatives to return for each prompt token, or None for no log probabilities at all."""
+    def requested(self) -> Requested:
+        """Return what the request asks for."""
 
     def check(self) -> None:
         """Validate the fields against each other. Raises BadRequestError."""
-        if self.stream_options is not None and not self.stream:
-            message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-            raise InvalidValueError(message, param="stream_options")
-        if self.prompt_logprobs is not None and self.stream:
-            message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
-            raise InvalidValueError(message, param="prompt_logprobs")
-        self.check_sampling()
-        for name in ("post_sampling_probs", "logprob_token_ids"):
-            if getattr(self, name) and self.num_logprobs is None:
-                raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
-        if self.response_format is not None:
-            self.response_format.check()
-        self.check_structured_outputs()
-        if self.repetition_detection is not None:
-            self.repetition_detection.check()
+        sent = self.model_fields_set
+        for fields, check in self.checks:
+            if not sent.isdisjoint(fields):
+                check(self)

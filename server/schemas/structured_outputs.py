@@ -29,6 +29,7 @@ ALIASES = {
     "ebnf": "grammar",
     "grammar": "grammar",
 }
+OUTPUT_FIELDS = frozenset({"structured_outputs", *ALIASES})  # that constrain the answer, but for `response_format`
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from engine.shared.messages import TokenEvent
 from engine.shared.records import RequestTimes
 
 
@@ -24,11 +23,3 @@ class ChoiceStats:
     last_token: float | None = None
     times: RequestTimes | None = None  # the latest ones that the engine reported
     has_ended: bool = False
-
-    def count_tokens(self, event: TokenEvent, now: float) -> None:
-        """Count the tokens of an event that arrived at time `now`."""
-        self.num_output_tokens += len(event.token_ids)
-        if self.first_token is None:
-            self.first_token = now
-            self.num_cached_tokens = event.num_cached_tokens
-        self.last_token = now

@@ -91,8 +91,8 @@ class EngineMetrics:
         self.stats = stats
         self.info: EngineInfo | None = None  # of the latest ready process
         self._families = families
-        self._first_token = self._histogram("time_to_first_token_seconds", FIRST_TOKEN_BUCKETS, "Time to first token.")
-        self._inter_token = self._histogram("inter_token_latency_seconds", TOKEN_BUCKETS, "Time between tokens.")
+        self.first_token = self._histogram("time_to_first_token_seconds", FIRST_TOKEN_BUCKETS, "Time to first token.")
+        self.inter_token = self._histogram("inter_token_latency_seconds", TOKEN_BUCKETS, "Time between tokens.")
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", TOKEN_BUCKETS, "Mean time per output token after the first."
         )
@@ -109,7 +109,7 @@ class EngineMetrics:
         self._decode = self._histogram(
             "request_decode_time_seconds", REQUEST_BUCKETS, "Time from the first to the last token."
         )
-        self._iteration = self._histogram(
+        self.step_tokens = self._histogram(
             "iteration_tokens_total", ITERATION_BUCKETS, "Tokens computed per engine step."
         )
         success = families.counter("request_success", "Finished choices by finish reason.", "finished_reason")
@@ -140,15 +140,6 @@ class EngineMetrics:
         )
         self._params_n = self._histogram("request_params_n", (1, 2, 5, 10, 20), "The n parameter.")
 
-    def observe_step(self, num_tokens: int) -> None:
-        self._iteration.observe(num_tokens)
-
-    def observe_first_token(self, seconds: float) -> None:
-        self._first_token.observe(seconds)
-
-    def observe_inter_token(self, seconds: float) -> None:
-        self._inter_token.observe(seconds)
-
     def observe_choice(self, choice: ChoiceStats, reason: FinishReason, now: float) -> None:
         """Record the end of a choice, in the engine or in this process (stop string, abort)."""
         self._finished[reason].inc()
@@ -158,7 +149,10 @@ class EngineMetrics:
         self._generation_tokens.observe(choice.num_output_tokens)
         self._params_max_tokens.observe(choice.max_tokens)
         if choice.first_token is not None:
-            self._observe_decode((choice.last_token or now) - choice.first_token, choice.num_output_tokens)
+            seconds = (choice.last_token or now) - choice.first_token
+            self._decode.observe(seconds)
+            if choice.num_output_tokens > 1:
+                self._per_token.observe(seconds / (choice.num_output_tokens - 1))
         times = choice.times
         if times is not None and times.scheduled is not None:
             self._queue.observe(times.scheduled - times.queued)
@@ -166,15 +160,10 @@ class EngineMetrics:
             if times.first_token is not None:
                 self._prefill.observe(times.first_token - times.scheduled)
 
-    def _observe_decode(self, seconds: float, num_tokens: int) -> None:
-        self._decode.observe(seconds)
-        if num_tokens > 1:
-            self._per_token.observe(seconds / (num_tokens - 1))
-
     def observe_request(self, choices: Sequence[ChoiceStats]) -> None:
         """Record the number of choices of a finished request, and the output tokens of its longest choice."""
         self._params_n.observe(len(choices))
-        self._max_generation_tokens.observe(max(choice.num_output_tokens for choice in choices))
+        self._max_generation_tokens.observe(max([choice.num_output_tokens for choice in choices]))
 
     def count_restart(self) -> None:
         self._restarts.inc()

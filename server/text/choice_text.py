@@ -33,16 +33,12 @@ class ChoiceText:
                 text. A token that starts inside a character has the index of that character.
         """
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids)
-        self._matcher = StopStringMatcher(stop, include_stop=include_stop)
+        self._matcher = StopStringMatcher(stop, include_stop=include_stop) if stop else None
         self._min_tokens = min_tokens
         self._track_offsets = track_offsets
         self.num_tokens = 0  # consumed so far, including the token that completes a stop string
         self.offsets: list[int] = []
-
-    @property
-    def stopped(self) -> str | None:
-        """The stop string that ended the text, or None."""
-        return self._matcher.matched
+        self.stopped: str | None = None  # the stop string that ended the text
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Consume tokens and return the text to send. Tokens after the end of a stop string are not consumed."""
@@ -50,21 +46,24 @@ class ChoiceText:
         for token_id in token_ids:
             if self.stopped is not None:
                 break
-            pieces.append(self._push_token(token_id))
+            if self._track_offsets:
+                self.offsets.append(self._detokenizer.offset(token_id))
+            self.num_tokens += 1
+            text = self._detokenizer.push((token_id,))
+            pieces.append(text if self._matcher is None else self._search(self._matcher, text))
         return "".join(pieces)
 
     def finish(self) -> str:
         """Return the text that was held back, which is empty after a stop string. Call it after the last token."""
-        return self._search(self._detokenizer.flush()) + self._matcher.flush()
+        text = self._detokenizer.flush()
+        return text if self._matcher is None else self._search(self._matcher, text) + self._matcher.flush()
 
-    def _push_token(self, token_id: int) -> str:
-        if self._track_offsets:
-            self.offsets.append(self._detokenizer.offset(token_id))
-        self.num_tokens += 1
-        return self._search(self._detokenizer.push((token_id,)))
-
-    def _search(self, text: str) -> str:
-        return text if self.num_tokens <= self._min_tokens else self._matcher.push(text)
+    def _search(self, matcher: StopStringMatcher, text: str) -> str:
+        if self.num_tokens <= self._min_tokens:
+            return text
+        text = matcher.push(text)
+        self.stopped = matcher.matched
+        return text
 
 
 def token_text(tokenizer: TokenBytes, token_id: int) -> str:

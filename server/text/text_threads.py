@@ -44,14 +44,15 @@ class TextThreads:
 
     async def run(self, tenant: Tenant, num_bytes: int, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which works on `num_bytes` of text, when it is the tenant's turn."""
-        if num_bytes > LONG_BYTES:
-            async with self._long.turn(tenant, num_bytes * SECONDS_PER_BYTE):
-                return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
-        async with self._short.turn(tenant, max(num_bytes, MIN_BYTES) * SECONDS_PER_BYTE):
-            work, loop = object(), asyncio.get_running_loop()
+        is_long, work, loop = num_bytes > LONG_BYTES, object(), asyncio.get_running_loop()
+        turns, expected = self._long if is_long else self._short, max(num_bytes, MIN_BYTES) * SECONDS_PER_BYTE
+        start = await turns.acquire(tenant, expected)
+        if not is_long:
             self._short_work[work] = loop.time()
-            try:
-                return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
-            finally:
+        try:
+            return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
+        finally:
+            turns.release(tenant, expected, start)
+            if not is_long:
                 del self._short_work[work]
                 self._last_end = loop.time()

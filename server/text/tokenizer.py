@@ -32,6 +32,8 @@ class Tokenizer:
         special_ids, special_tokens: ids and texts of the control tokens.
         chat_template: Jinja source, or None.
         fim: the FIM tokens, or None if the model has none.
+        token_bytes: maps a token id to the bytes of the token, which may be only part of a character; b"" for an id
+            outside the vocabulary. The bytes of a special token are its text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
@@ -41,6 +43,7 @@ class Tokenizer:
         self._plain_backend = _without_special_tokens(backend)
         self._to_bytes = _token_decoder(backend)
         self.vocab_size = config.vocab_size
+        self.token_bytes: Callable[[int], bytes] = _TokenBytes(self._find_bytes).__getitem__
         self.chat_template = config.chat_template
         self.bos_token, self.bos_token_id = _find(backend, config.bos_token)
         self.eos_token, self.eos_token_id = _find(backend, config.eos_token)
@@ -130,15 +133,24 @@ class Tokenizer:
         """Return the tokenizer in the format of tokenizer.json, for grammars."""
         return without_prefix(self._backend.to_str())
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of a token, which may be only part of a character; b"" for an id outside the vocabulary.
-
-        The bytes of a special token are its text.
-        """
+    def _find_bytes(self, token_id: int) -> bytes:
         if (text := self._added_tokens.get(token_id)) is not None:
             return text.encode()
         token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
         return b"" if token is None else self._to_bytes(token)
+
+
+class _TokenBytes(dict[int, bytes]):
+    """The bytes of tokens by id, found when they are first asked for."""
+
+    def __init__(self, find: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, token_id: int) -> bytes:
+        if data := self._find(token_id):  # ids outside the vocabulary are not kept
+            self[token_id] = data
+        return data
 
 
 def _goes_on(error: BaseException, path: Path) -> bool:

@@ -41,15 +41,31 @@ class Turns:
     @asynccontextmanager
     async def turn(self, tenant: Tenant, expected: float = 0.0) -> AsyncIterator[None]:
         """Wait for a slot and hold it. `expected` is the time that the work probably takes, in seconds."""
-        await self._acquire(_Waiter(tenant, expected, asyncio.get_running_loop().create_future()))
-        start = self._clock()
+        start = await self.acquire(tenant, expected)
         try:
             yield
         finally:
-            self._charge(tenant, self._clock() - start - expected)
-            self._release()
+            self.release(tenant, expected, start)
 
-    async def _acquire(self, waiter: _Waiter) -> None:
+    async def acquire(self, tenant: Tenant, expected: float) -> float:
+        """Wait for a slot, and return the time when it was granted. `release` must follow with the same arguments."""
+        if self._num_free and not self._waiting:
+            if len(self._had) > MAX_IDLE_TENANTS:
+                self._had.clear()
+            had = max(self._had.get(tenant.name, 0.0), self._now)
+            self._num_free -= 1
+            self._now, self._had[tenant.name] = had, had + expected / tenant.weight
+        else:
+            await self._wait(_Waiter(tenant, expected, asyncio.get_running_loop().create_future()))
+        return self._clock()
+
+    def release(self, tenant: Tenant, expected: float, start: float) -> None:
+        """Return a slot that was granted at the time `start`."""
+        seconds = self._clock() - start - expected
+        self._had[tenant.name] = self._had.get(tenant.name, self._now) + seconds / tenant.weight
+        self._free()
+
+    async def _wait(self, waiter: _Waiter) -> None:
         name = waiter.tenant.name
         if name not in self._waiting:
             if len(self._had) > MAX_IDLE_TENANTS:
@@ -64,15 +80,13 @@ class Turns:
             if waiter.granted.cancelled():
                 self._remove(waiter)
             else:  # it was cancelled after its turn had come
-                self._release()
+                self._free()
             raise
 
-    def _charge(self, tenant: Tenant, seconds: float) -> None:
-        self._had[tenant.name] = self._had.get(tenant.name, self._now) + seconds / tenant.weight
-
-    def _release(self) -> None:
+    def _free(self) -> None:
         self._num_free += 1
-        self._grant()
+        if self._waiting:
+            self._grant()
         if self._num_free == self._num_slots:  # nobody waits, so nobody is owed anything
             self._had.clear()
 
@@ -84,7 +98,7 @@ class Turns:
             if not waiter.granted.done():  # else it was cancelled
                 self._num_free -= 1
                 self._now = self._had[name]
-                self._charge(waiter.tenant, waiter.expected)
+                self._had[name] += waiter.expected / waiter.tenant.weight
                 waiter.granted.set_result(None)
             self._remove(waiter)
 

@@ -58,8 +58,8 @@ def exposed_metrics(prefix: str) -> Metrics:
     stats = EngineStats(num_blocks=100, num_blocks_used=3, prompt_tokens_total=9)
     engine = metrics.add_engine(0, lambda: stats)
     engine.set_info(ENGINE_INFO)
-    engine.observe_step(9)
-    engine.observe_first_token(0.1)
+    engine.step_tokens.observe(9)
+    engine.first_token.observe(0.1)
     metrics.observe_http("/v1/completions", "POST", 200, 3.0)
     return metrics
 

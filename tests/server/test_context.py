@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from server.context import LONG_BYTES
+from server.engine_client.answer_budget import AnswerShare
 from tests.support.serving import RunningServer, wait_until
 
 MESSAGE = {"role": "user", "content": "a"}
@@ -47,13 +48,13 @@ def test_long_conversations_are_converted_in_threads(
 def test_long_answers_count_until_they_are_sent(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = httpx.post(server.url + "/v1/responses", json={"model": "tiny", "input": "Hi"}).json()["id"]
     sizes: list[int] = []
-    update = server.context.answers.update
+    add = AnswerShare.add
 
-    def count(share: Any, change: int) -> None:
-        sizes.append(change)
-        update(share, change)
+    def count(share: AnswerShare, num_bytes: int) -> None:
+        sizes.append(num_bytes)
+        add(share, num_bytes)
 
-    monkeypatch.setattr(server.context.answers, "update", count)
+    monkeypatch.setattr(AnswerShare, "add", count)
     for method, path, body in (
         ("POST", "/tokenize", {"prompt": "abc"}),
         ("POST", "/detokenize", {"tokens": [97, 98]}),

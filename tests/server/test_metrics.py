@@ -186,7 +186,7 @@ def test_several_engines() -> None:
     engines = [metrics.add_engine(number, partial(stats.__getitem__, number)) for number in range(2)]
     for engine in engines:
         engine.set_info(msgspec.structs.replace(ENGINE_INFO, pid=os.getpid(), max_loras=2))
-    engines[1].observe_first_token(0.5)
+    engines[1].first_token.observe(0.5)
     engines[1].count_restart()
 
     def values(name: str) -> dict[str, float | None]:

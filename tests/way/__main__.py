@@ -7,12 +7,13 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from server.model_paths import resolve_model
 from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess, running_server
@@ -20,11 +21,11 @@ from tests.support.serving import wait_until
 
 RECORDER = Path(__file__).parent / "recorder"
 IDLE_SECONDS = 2.0  # more than the longest interval of a timer
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "Hello"}]},
     COMPLETIONS: {"prompt": "Hello"},
 }
-FIELDS = {"stream": True, "max_tokens": 8, "ignore_eos": True}
+FIELDS = {"stream": True, "max_tokens": 8, "temperature": 0}
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,10 @@ def ways(model: Path) -> dict[str, list[Way]]:
     return found
 
 
-def make_way(process: str, groups: Sequence[Sequence[str]], idle: Set[str]) -> Way:
+def make_way(process: str, groups: Sequence[Sequence[str]], idle: set[str]) -> Way:
     """Tell the calls of a request from those of timers: groups all of whose functions an idle server calls, too."""
-    own, timers = [], []
+    own: list[str] = []
+    timers: list[str] = []
     for group in groups:
         (timers if idle.issuperset(group) else own).extend(group)
     return Way(process, own, timers)

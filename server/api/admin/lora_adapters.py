@@ -33,6 +33,7 @@ class AdapterRoute(ModelRoute):
     """A route for requests that name the model of an adapter."""
 
     name_fields = ("base_model_name",)
+    ends_with_client = False
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
         """Raise ForbiddenError or UpdatesNotAllowedError before the model is loaded."""

@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
@@ -36,7 +37,7 @@ async def replay(context: ServerContext, tenant: Tenant, request_id: str, record
     ]
     with contextlib.ExitStack() as stack:
         reservation = stack.enter_context(model.client.reserve(sum(submit.n for submit in submits), tenant=tenant))
-        too_large = too_large_error(None, "replayed answer", context.answers.max_bytes)
+        too_large = partial(too_large_error, None, "replayed answer", context.answers.max_bytes)
         share = reservation.answer = AnswerShare(context.answers, tenant, reservation.fail, too_large)
         stack.callback(share.release)
         streams = []

@@ -8,7 +8,7 @@ from server.api.model_route import loaded, patience
 from server.context import get_context
 from server.http.errors import RecordingNotFoundError, RequestNotFoundError
 from server.http.json_response import StructResponse
-from server.http.sse import run_until_disconnect
+from server.http.request_middleware import end_with_client
 from server.tenants import get_owner, get_tenant
 
 router = APIRouter()
@@ -25,11 +25,11 @@ async def cancel_request(request: Request, request_id: str) -> Response:
 @router.post("/v1/requests/{request_id}/replay")
 async def replay_request(request: Request, request_id: str) -> Response:
     """Run a recorded request again, found by its answer's id or its x-request-id, and compare both answers."""
+    end_with_client(request.scope)
     context = get_context(request)
     recording = context.recordings.get(request_id, get_owner(request))
     if recording is None:
         raise RecordingNotFoundError(request_id, num_kept=context.recordings.max_requests)
     tenant = get_tenant(request)
     async with loaded(request, context.models.find_slot(recording.model, tenant), patience(request) or 0.0):
-        again = replay(context, tenant, request_id, recording)
-        return StructResponse(await run_until_disconnect(request, again))
+        return StructResponse(await replay(context, tenant, request_id, recording))

@@ -22,6 +22,7 @@ from server.generation.preamble import begin, find_model
 from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError
 from server.http.json_response import StructResponse
+from server.http.request_middleware import end_with_client
 from server.models.served_model import ServedModel
 from server.tenants import get_tenant
 
@@ -59,6 +60,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template, for clients that render and count by themselves."""
+    end_with_client(request.scope)
     models, name = get_context(request).models, request.query_params.get("model")
     slot = None if name is None and len(models.slots) > 1 else models.find_slot(name, get_tenant(request))
     async with loaded(request, slot, patience(request) or 0.0):

@@ -1,6 +1,7 @@
 """Converts a chat request to its prompt: renders messages, tools and options with the model's chat template."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from server.api.chat.writer import ChatWriter
 from server.generation.endpoint import AnswerMetadata
 from server.generation.preamble import distinct, undeclared_fields
 from server.generation.prompts import Prompt, check_min_tokens, check_text_size, check_token_range
-from server.generation.token_fields import TokenFields
+from server.generation.token_fields import NO_FIELDS, REQUEST_FIELDS, token_fields
 from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
 from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT
@@ -31,6 +32,8 @@ EFFORT_OPTIONS = frozenset(("reasoning_effort", *REASONING_SWITCHES))  # templat
 NEUTRAL_EFFORTS = (None, "none", "medium")  # not worth a warning if the model has no choice of efforts
 # Fields of an earlier answer that OpenAI's clients send back. The model never saw them as text.
 HARMLESS_IN_MESSAGES = frozenset(("refusal", "annotations"))
+# Fields of a request that are variables of the template.
+OPTION_FIELDS = frozenset(("chat_template_kwargs", "documents", "reasoning_effort"))
 NUM_END_TOKENS = 64  # at the end of the prompt; long enough to hold a tag that opens reasoning
 
 
@@ -45,8 +48,10 @@ class ChatEndpoint:
         return "max_tokens" if body.max_completion_tokens in (None, NO_LIMIT) else "max_completion_tokens"
 
     def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
-        unread = unread_options(model.chat_template, body)
-        return [*unknown_in_messages(body.messages), *unread]
+        names = unknown_in_messages(body.messages)
+        if not OPTION_FIELDS.isdisjoint(body.model_fields_set):
+            names += unread_options(model.chat_template, body)
+        return names
 
     def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
         return [encode_request(model, body, limit=limit)]
@@ -63,9 +68,9 @@ class ChatEndpoint:
             body.stream_options,
             with_logprobs=bool(body.logprobs),
             with_reasoning=body.include_reasoning is not False,
-            echoed=body.echoed,
+            echoed=body.messages[-1].text if body.echo and body.messages[-1].role == "assistant" else "",
             prompt_text=prompt_text,
-            fields=TokenFields.from_request(body, prompts),
+            fields=NO_FIELDS if REQUEST_FIELDS.isdisjoint(body.model_fields_set) else token_fields(body, prompts),
         )
 
 
@@ -78,23 +83,27 @@ def encode_request(model: ServedModel, body: ChatCompletionRequest, *, limit: in
     if template is None:
         raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
     messages = [message.for_template() for message in body.messages]
-    tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
+    tools = None
+    if body.tools:
+        tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
     if tools is not None and not template.describes_tools:
         messages, tools = describe_tools(messages, tools), None
-    options = template_options(template, body)
+    options = {} if OPTION_FIELDS.isdisjoint(body.model_fields_set) else template_options(template, body)
+    opens_answer = body.add_generation_prompt is not False and not body.continue_final_message
     if template.is_harmony:
         messages, options = harmony_messages(messages), harmony_options(options)
-    check_text_size(len(msgspec.json.encode([messages, tools, options])), model.max_model_len, "messages")
+    max_len = limit or model.max_model_len
+    check_text_size(len(msgspec.json.encode([messages, tools, options])), max_len, "messages")
     try:
         token_ids = encode_chat(
             template,
             model.tokenizer,
             messages,
-            add_generation_prompt=body.opens_answer,
+            add_generation_prompt=opens_answer,
             continue_final_message=bool(body.continue_final_message),
             tools=tools,
             template_kwargs=options,
-            check_prompt=lambda prompt: check_min_tokens(model, prompt, limit, "messages"),
+            check_prompt=None if limit is None else partial(check_min_tokens, model, limit=limit, noun="messages"),
         )
     except (ChatTemplateError, TemplateLimitError) as error:
         raise InvalidValueError(str(error), param="messages") from error
@@ -105,7 +114,9 @@ def encode_request(model: ServedModel, body: ChatCompletionRequest, *, limit: in
             "Invalid 'messages': the model's chat template renders them as an empty prompt.", param="messages"
         )
     check_token_range(model, token_ids, "messages")
-    format = _output_format(template, model.tokenizer, body, token_ids)
+    if not body.tools and template.has_plain_answers:
+        return Prompt(token_ids)
+    format = _output_format(template, model.tokenizer, body, token_ids, opens_answer=opens_answer)
     return Prompt(token_ids, answer_format=None if format.is_plain else format)
 
 
@@ -141,7 +152,8 @@ def unknown_in_messages(messages: Sequence[ChatMessage]) -> list[str]:
 
     Fields that are null are left out: clients send them for absent fields. Of many names, some are returned.
     """
-    return distinct(_unknown_in_messages(messages))
+    odd = [message for message in messages if message.model_extra or isinstance(message.content, list)]
+    return distinct(_unknown_in_messages(odd)) if odd else []
 
 
 def _unknown_in_messages(messages: Sequence[ChatMessage]) -> Iterator[str]:
@@ -166,7 +178,12 @@ def unread_options(template: ChatTemplate | None, body: ChatCompletionRequest) -
 
 
 def _output_format(
-    template: ChatTemplate, tokenizer: Tokenizer, body: ChatCompletionRequest, token_ids: list[int]
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    body: ChatCompletionRequest,
+    token_ids: list[int],
+    *,
+    opens_answer: bool,
 ) -> AnswerFormat:
     """Return which parts an answer may have beside content: tool calls and reasoning."""
     fields: dict[str, Any] = {
@@ -183,7 +200,7 @@ def _output_format(
         is_reasoning = tags.are_open_in(body.messages[-1].text)
     elif tags is not None:
         end = tokenizer.decode(token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
-        is_reasoning = body.opens_answer and tags.are_opened_by(end)
+        is_reasoning = opens_answer and tags.are_opened_by(end)
     return AnswerFormat(
         **fields,
         tool_format=template.tool_format,

@@ -5,8 +5,9 @@ from fastapi import Request
 from server.api.chat.schemas import ChatCompletionRequest
 from server.context import get_context
 from server.generation.endpoint import Endpoint
-from server.generation.pipeline import encode_prompts
 from server.generation.preamble import begin, find_generating_model
+from server.generation.submission import encode_prompts
+from server.tenants import get_tenant
 
 
 async def count_prompt_tokens(
@@ -17,7 +18,7 @@ async def count_prompt_tokens(
     Raises BadRequestError or ModelNotFoundError.
     """
     context = get_context(request)
-    model = find_generating_model(request, body.model)
+    model = find_generating_model(context, body.model, get_tenant(request))
     ignored = endpoint.ignored_fields(model.base, body)
     preamble = begin(request, body, is_model_missing=body.model is None, ignored=ignored)
     body.check()

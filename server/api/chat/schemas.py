@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`: the request, the answer, and the chunks of its stream."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -10,7 +11,7 @@ from pydantic_core import PydanticKnownError
 from server.http.errors import InvalidValueError
 from server.http.validation import echo
 from server.schemas.answers import PromptLogprobs, RequestTimings, Usage
-from server.schemas.generation_request import GenerationRequest
+from server.schemas.generation_request import CHECKS, Check, GenerationRequest, Requested
 from server.schemas.request_fields import MAX_TEMPLATE_OPTIONS, NO_LIMIT, MaxTokens, NumLogprobs, at_most
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_arguments, check_tools, must_call
 
@@ -114,7 +115,61 @@ TemplateOptions = Annotated[
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
+def _check_top_logprobs(body: "ChatCompletionRequest") -> None:
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
+
+
+def _check_max_tokens(body: "ChatCompletionRequest") -> None:
+    if len({body.max_tokens, body.max_completion_tokens} - {None, NO_LIMIT}) > 1:
+        message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
+        raise InvalidValueError(message, param="max_tokens")
+
+
+def _check_tools(body: "ChatCompletionRequest") -> None:
+    check_tools(body.tools, body.tool_choice)
+
+
+def _check_calls(body: "ChatCompletionRequest") -> None:
+    if calls := [call for message in body.messages for call in message.tool_calls or ()]:
+        check_arguments(calls)
+
+
+def _check_forced_call(body: "ChatCompletionRequest") -> None:
+    if must_call(body.tool_choice) and (names := list(body.requested_outputs)):
+        message = f"Invalid '{names[0]}': not allowed with a 'tool_choice' that forces a tool call."
+        raise InvalidValueError(message, param=names[0])
+
+
+def _check_final_message(body: "ChatCompletionRequest") -> None:
+    if not body.continue_final_message:
+        return
+    if body.add_generation_prompt:
+        message = "Invalid 'continue_final_message': not allowed with 'add_generation_prompt': true."
+        raise InvalidValueError(message, param="continue_final_message")
+    final = body.messages[-1]
+    if final.role != "assistant" or final.content is None or final.tool_calls:
+        message = (
+            "Invalid 'continue_final_message': expected the last message to have role 'assistant', content, and no "
+            "tool calls."
+        )
+        raise InvalidValueError(message, param="continue_final_message")
+
+
+CHAT_CHECKS: tuple[Check, ...] = (
+    *CHECKS,
+    (frozenset({"top_logprobs"}), _check_top_logprobs),
+    (frozenset({"max_completion_tokens"}), _check_max_tokens),
+    (frozenset({"tools", "tool_choice"}), _check_tools),
+    (frozenset({"messages"}), _check_calls),
+    (frozenset({"tool_choice"}), _check_forced_call),
+    (frozenset({"continue_final_message"}), _check_final_message),
+)
+
+
 class ChatCompletionRequest(GenerationRequest):
+    checks: ClassVar[Sequence[Check]] = CHAT_CHECKS
+
     messages: Messages = Field(description="The conversation so far.")
     max_completion_tokens: MaxTokens | None = Field(
         None, description="Maximum number of output tokens; -1: no limit. Default: the rest of the context."
@@ -168,50 +223,16 @@ class ChatCompletionRequest(GenerationRequest):
         final = self.messages[-1]
         return final.text if self.echo and final.role == "assistant" else ""
 
-    @property
-    def num_prompts(self) -> int:
-        return 1
-
-    @property
-    def max_output_tokens(self) -> int | None:
+    def requested(self) -> Requested:
         limits = [limit for limit in (self.max_completion_tokens, self.max_tokens) if limit is not None]
-        return max(limits, default=None)  # of the two, NO_LIMIT yields
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        return self.prompt_logprobs
-
-    def check(self) -> None:
-        super().check()
-        if self.top_logprobs and not self.logprobs:
-            raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
-        if len({self.max_tokens, self.max_completion_tokens} - {None, NO_LIMIT}) > 1:
-            message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
-            raise InvalidValueError(message, param="max_tokens")
-        check_tools(self.tools, self.tool_choice)
-        check_arguments(call for message in self.messages for call in message.tool_calls or ())
-        if self.requested_outputs and must_call(self.tool_choice):
-            name = next(iter(self.requested_outputs))
-            message = f"Invalid '{name}': not allowed with a 'tool_choice' that forces a tool call."
-            raise InvalidValueError(message, param=name)
-        if self.continue_final_message:
-            self._check_final_message()
-
-    def _check_final_message(self) -> None:
-        if self.add_generation_prompt:
-            message = "Invalid 'continue_final_message': not allowed with 'add_generation_prompt': true."
-            raise InvalidValueError(message, param="continue_final_message")
-        final = self.messages[-1]
-        if final.role != "assistant" or final.content is None or final.tool_calls:
-            message = (
-                "Invalid 'continue_final_message': expected the last message to have role 'assistant', content, and no "
-                "tool calls."
-            )
-            raise InvalidValueError(message, param="continue_final_message")
+        return Requested(
+            num_prompts=1,
+            num_choices=self.n or 1,
+            num_returned_choices=self.n or 1,
+            max_tokens=max(limits, default=None),  # of the two, NO_LIMIT yields
+            num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            num_prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 class TopLogprob(msgspec.Struct):

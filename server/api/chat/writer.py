@@ -1,6 +1,7 @@
 """Writes chat completions: whole answers, and streams of chunks."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from msgspec import UNSET, UnsetType
 
@@ -25,6 +26,7 @@ from server.generation.event_writer import ChunkWriter
 from server.generation.token_fields import NO_FIELDS, TokenFields
 from server.schemas.answers import RequestTimings, Usage, encoded
 from server.schemas.request_fields import StreamOptions
+from server.text.parsers.answer_parts import AnswerPart, PartKind
 from server.text.tokenizer import Tokenizer
 
 
@@ -45,7 +47,7 @@ class ChatWriter(ChunkWriter):
     ) -> None:
         super().__init__(options)
         self._tokenizer = tokenizer
-        self._envelope = metadata.envelope()
+        self._envelope: dict[str, Any] = vars(metadata)
         self._fields = fields
         self._with_logprobs = with_logprobs
         self._with_reasoning = with_reasoning
@@ -55,32 +57,40 @@ class ChatWriter(ChunkWriter):
 
     def chunks(self, delta: ChoiceDelta) -> list[ChatCompletionChunk]:
         """Return the chunks for the role (first delta of a choice only), the additions, and the finish reason."""
-        chunks = []
-        token_ids = self._fields.token_ids(delta)
-        if delta.index not in self._started:
-            self._started.add(delta.index)
-            chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", self._echoed))]))
-            chunks[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
-            chunks[0].prompt_text = self._prompt_text
-        num_hidden = sum(position.is_hidden_end for position in delta.positions[-1:])
-        positions = delta.positions[: len(delta.positions) - num_hidden]
-        additions = [ChatChunkChoice(delta.index, addition) for addition in self._additions(delta)]
-        if not additions and (positions or token_ids):
-            additions.append(ChatChunkChoice(delta.index, ChatDelta(content="")))  # these can precede the text
-        if additions:
-            additions[0].logprobs, additions[0].token_ids = self._logprobs(positions), token_ids
+        token_ids = UNSET if self._fields is NO_FIELDS else self._fields.token_ids(delta)
+        positions, num_hidden = delta.positions, 0
+        if positions and positions[-1].is_hidden_end:
+            positions, num_hidden = positions[:-1], 1
+        choices = [ChatChunkChoice(delta.index, addition) for addition in self._additions(delta)]
+        if not choices and (positions or token_ids):
+            choices.append(ChatChunkChoice(delta.index, ChatDelta(content="")))  # these can precede the text
+        if choices:
+            choices[0].token_ids = token_ids
+            choices[0].logprobs = self._logprobs(positions) if self._with_logprobs else None
         if delta.finish_reason is not None:
             last = ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason)
             last.stop_reason = delta.stop_reason
             last.logprobs = self._logprobs(delta.positions[-1:]) if num_hidden else None
-            additions.append(last)
-        return [*chunks, *(self._chunk([choice]) for choice in additions)]
+            choices.append(last)
+        chunks = [ChatCompletionChunk(**self._envelope, choices=[choice]) for choice in choices]
+        if delta.index in self._started:
+            return chunks
+        self._started.add(delta.index)
+        first = ChatChunkChoice(delta.index, ChatDelta("assistant", self._echoed))
+        start = ChatCompletionChunk(**self._envelope, choices=[first], prompt_text=self._prompt_text)
+        start.prompt_token_ids = self._fields.prompt_token_ids(delta.index)
+        return [start, *chunks]
 
     def _additions(self, delta: ChoiceDelta) -> list[ChatDelta]:
         """Return an addition for the reasoning, one for the content and one for each tool call.
 
         Clients that expect them apart, as OpenAI sends them, drop the calls of an addition that has content too.
         """
+        if not delta.parts:
+            return []
+        part = delta.parts[0]
+        if len(delta.parts) == 1 and isinstance(part, AnswerPart) and part.kind is PartKind.CONTENT and part.text:
+            return [ChatDelta(content=part.text)]
         additions = []
         if self._with_reasoning and (reasoning := delta.reasoning):
             additions.append(ChatDelta(reasoning=reasoning, reasoning_content=reasoning))
@@ -90,7 +100,7 @@ class ChatWriter(ChunkWriter):
         return additions
 
     def usage_chunk(self) -> ChatCompletionChunk:
-        return self._chunk([])
+        return ChatCompletionChunk(**self._envelope, choices=[])
 
     def answer(
         self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType = UNSET
@@ -118,9 +128,6 @@ class ChatWriter(ChunkWriter):
             message.content = None
         logprobs, token_ids = self._logprobs(delta.positions), self._fields.token_ids(delta)
         return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", delta.stop_reason, token_ids)
-
-    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
-        return ChatCompletionChunk(**self._envelope, choices=choices)
 
     def _logprobs(self, positions: Sequence[TokenPosition]) -> ChatLogprobs | None:
         if not self._with_logprobs:

@@ -10,7 +10,7 @@ from server.api.completions.schemas import (
 from server.api.completions.writer import CompletionWriter
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt
-from server.generation.token_fields import TokenFields
+from server.generation.token_fields import NO_FIELDS, REQUEST_FIELDS, token_fields
 from server.models.served_model import ServedModel
 
 
@@ -39,7 +39,7 @@ class CompletionEndpoint:
         tokenizer, with_logprobs = model.tokenizer, body.logprobs is not None
         echoes = None
         if body.echo:
-            echoes = PromptEchoes(tokenizer, prompts, num_choices=body.num_returned_choices, num_top=body.logprobs)
-        fields = TokenFields.from_request(body, prompts)
+            echoes = PromptEchoes(tokenizer, prompts, num_choices=body.n or 1, num_top=body.logprobs)
+        fields = NO_FIELDS if REQUEST_FIELDS.isdisjoint(body.model_fields_set) else token_fields(body, prompts)
         options = body.stream_options
         return CompletionWriter(tokenizer, metadata, echoes, options, with_logprobs=with_logprobs, fields=fields)

@@ -1,7 +1,8 @@
 """`POST /v1/completions`: the request, and the answer. The chunks of a stream have the form of the answer."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -10,7 +11,7 @@ from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
 from server.schemas.answers import PromptLogprobs, RequestTimings, Usage
-from server.schemas.generation_request import GenerationRequest
+from server.schemas.generation_request import CHECKS, Check, GenerationRequest, Requested
 from server.schemas.request_fields import NO_LIMIT, NumLogprobs
 from server.schemas.samplers import INT64_MAX
 
@@ -67,7 +68,41 @@ Prompts = Annotated[
 ]
 
 
+def _check_max_tokens(body: "CompletionRequest") -> None:
+    if body.max_tokens == 0 and not body.echo:
+        message = "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 without 'echo', but got 0."
+        raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
+
+
+def _check_best_of(body: "CompletionRequest") -> None:
+    num_returned = body.n or 1
+    if body.best_of is None:
+        return
+    if body.best_of < num_returned:
+        message = f"Invalid 'best_of': expected a value >= {num_returned} (n), but got {body.best_of} instead."
+        raise InvalidValueError(message, param="best_of")
+    if body.stream and body.best_of > num_returned:
+        message = "Invalid 'best_of': the choices cannot be ranked with 'stream': true."
+        raise InvalidValueError(message, param="best_of")
+
+
+def _check_suffix(body: "CompletionRequest") -> None:
+    for name in ("echo", "truncate_prompt_tokens"):
+        if body.suffix and getattr(body, name):
+            raise InvalidValueError(f"Invalid '{name}': not allowed with 'suffix'.", param=name)
+
+
+COMPLETION_CHECKS: tuple[Check, ...] = (
+    *CHECKS,
+    (frozenset({"max_tokens"}), _check_max_tokens),
+    (frozenset({"best_of"}), _check_best_of),
+    (frozenset({"suffix"}), _check_suffix),
+)
+
+
 class CompletionRequest(GenerationRequest):
+    checks: ClassVar[Sequence[Check]] = COMPLETION_CHECKS
+
     prompt: Prompts = Field(description="One or more prompts, as text or token ids.")
     max_tokens: int | None = Field(
         None,
@@ -99,54 +134,19 @@ class CompletionRequest(GenerationRequest):
         "truncate_prompt_tokens.",
     )
 
-    @property
-    def num_prompts(self) -> int:
-        return len(self.prompt)
-
-    @property
-    def max_output_tokens(self) -> int | None:
-        return self.max_tokens
-
-    @property
-    def default_max_output_tokens(self) -> int | None:
-        return DEFAULT_MAX_TOKENS
-
-    @property
-    def num_choices(self) -> int:
-        return self.best_of or self.num_returned_choices
-
-    @property
-    def num_logprobs(self) -> int | None:
-        is_ranked = self.num_choices > self.num_returned_choices
-        return 0 if self.logprobs is None and is_ranked else self.logprobs
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        requested = [self.prompt_logprobs, self.logprobs if self.echo else None]
-        return max((num for num in requested if num is not None), default=None)
-
-    def check(self) -> None:
-        super().check()
-        if self.max_tokens == 0 and not self.echo:
-            message = (
-                "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 without 'echo', but got 0."
-            )
-            raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
-        self._check_best_of()
-        for name in ("echo", "truncate_prompt_tokens"):
-            if self.suffix and getattr(self, name):
-                raise InvalidValueError(f"Invalid '{name}': not allowed with 'suffix'.", param=name)
-
-    def _check_best_of(self) -> None:
-        if self.best_of is None:
-            return
-        if self.best_of < self.num_returned_choices:
-            num_returned = self.num_returned_choices
-            message = f"Invalid 'best_of': expected a value >= {num_returned} (n), but got {self.best_of} instead."
-            raise InvalidValueError(message, param="best_of")
-        if self.stream and self.best_of > self.num_returned_choices:
-            message = "Invalid 'best_of': the choices cannot be ranked with 'stream': true."
-            raise InvalidValueError(message, param="best_of")
+    def requested(self) -> Requested:
+        num_returned = self.n or 1
+        num_choices = self.best_of or num_returned
+        in_prompt = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return Requested(
+            num_prompts=len(self.prompt),
+            num_choices=num_choices,
+            num_returned_choices=num_returned,
+            max_tokens=self.max_tokens,
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            num_logprobs=0 if self.logprobs is None and num_choices > num_returned else self.logprobs,
+            num_prompt_logprobs=max([number for number in in_prompt if number is not None], default=None),
+        )
 
 
 class CompletionLogprobs(msgspec.Struct):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -36,7 +37,7 @@ class CompletionWriter(ChunkWriter):
     ) -> None:
         super().__init__(options)
         self._tokenizer = tokenizer
-        self._envelope = metadata.envelope()
+        self._envelope: dict[str, Any] = vars(metadata)
         self._fields = fields
         self._echoes = echoes
         self._with_logprobs = with_logprobs
@@ -45,29 +46,32 @@ class CompletionWriter(ChunkWriter):
     def chunks(self, delta: ChoiceDelta) -> list[Completion]:
         """Return up to two chunks: one with text, and one with the finish reason."""
         is_first = delta.index not in self._started
-        delta = self._with_echo(delta, is_first=is_first)
+        if self._echoes is not None:
+            delta = self._with_echo(self._echoes, delta, is_first=is_first)
         self._started.add(delta.index)
         choices = []
-        if delta.text or delta.positions or self._fields.token_ids(delta):
-            choices.append(self._choice(delta, self._logprobs(delta.positions), None))
-            choices[0].token_ids = self._fields.token_ids(delta)
+        text, token_ids = delta.text, UNSET if self._fields is NO_FIELDS else self._fields.token_ids(delta)
+        if text or delta.positions or token_ids:
+            logprobs = self._logprobs(delta.positions) if self._with_logprobs else None
+            choices.append(CompletionChoice(text, delta.index, logprobs, None, token_ids=token_ids))
         if delta.finish_reason is not None:
-            choices.append(self._choice(ChoiceDelta(delta.index), None, delta.finish_reason))
-            choices[-1].stop_reason = delta.stop_reason
+            last = CompletionChoice("", delta.index, None, delta.finish_reason, stop_reason=delta.stop_reason)
+            choices.append(last)
         if is_first and choices:
             choices[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
-        return [self._completion([choice]) for choice in choices]
+        return [Completion(**self._envelope, choices=[choice]) for choice in choices]
 
     def usage_chunk(self) -> Completion:
-        return self._completion([])
+        return Completion(**self._envelope, choices=[])
 
     def answer(
         self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType = UNSET
     ) -> Completion:
-        echoed = [self._with_echo(delta, is_first=True) for delta in deltas]
-        answer = self._completion([self._choice(d, self._logprobs(d.positions), d.finish_reason) for d in echoed])
-        answer.usage = usage
-        answer.lightwell = timings
+        echoed = deltas
+        if self._echoes is not None:
+            echoed = [self._with_echo(self._echoes, delta, is_first=True) for delta in deltas]
+        choices = [self._choice(delta) for delta in echoed]
+        answer = Completion(**self._envelope, choices=choices, usage=usage, lightwell=timings)
         for choice, delta in zip(answer.choices, deltas, strict=True):
             choice.prompt_logprobs = self._fields.prompt_logprobs(self._tokenizer, delta.index)
             choice.prompt_token_ids = self._fields.prompt_token_ids(delta.index)
@@ -75,10 +79,8 @@ class CompletionWriter(ChunkWriter):
             choice.stop_reason = delta.stop_reason
         return answer
 
-    def _with_echo(self, delta: ChoiceDelta, *, is_first: bool) -> ChoiceDelta:
-        if self._echoes is None:
-            return delta
-        echo = self._echoes.of_choice(delta.index)
+    def _with_echo(self, echoes: PromptEchoes, delta: ChoiceDelta, *, is_first: bool) -> ChoiceDelta:
+        echo = echoes.of_choice(delta.index)
         for position in delta.positions:
             position.offset += len(echo.text)
         if not is_first:
@@ -86,17 +88,11 @@ class CompletionWriter(ChunkWriter):
         positions = echo.positions + delta.positions
         return replace(delta, parts=echo.parts + delta.parts, positions=positions)
 
-    def _completion(self, choices: list[CompletionChoice]) -> Completion:
-        return Completion(**self._envelope, choices=choices)
+    def _choice(self, delta: ChoiceDelta) -> CompletionChoice:
+        logprobs = self._logprobs(delta.positions) if self._with_logprobs else None
+        return CompletionChoice(delta.text, delta.index, logprobs, delta.finish_reason)
 
-    def _choice(
-        self, delta: ChoiceDelta, logprobs: CompletionLogprobs | None, finish_reason: str | None
-    ) -> CompletionChoice:
-        return CompletionChoice(delta.text, delta.index, logprobs, finish_reason)
-
-    def _logprobs(self, positions: Sequence[TokenPosition]) -> CompletionLogprobs | None:
-        if not self._with_logprobs:
-            return None
+    def _logprobs(self, positions: Sequence[TokenPosition]) -> CompletionLogprobs:
         return CompletionLogprobs(
             text_offset=[position.offset for position in positions],
             token_logprobs=[

@@ -14,7 +14,6 @@ from server.generation.preamble import begin, find_model
 from server.generation.prompt_batch import PromptBatch, answer_prompts
 from server.generation.timings import ChoiceEnd, request_timings
 from server.http.errors import InvalidValueError, ServerError
-from server.http.sse import run_until_disconnect
 from server.models.served_model import ModelVariant
 from server.schemas.answers import RequestTimings
 
@@ -41,7 +40,7 @@ class Embeddings:
 async def respond(request: Request, body: EmbeddingRequest, write: Callable[[Embeddings], bytes]) -> Response:
     """Answer with what `write`, called in a thread, makes of the embeddings. Raises APIError."""
     model, headers = _validate(request, body)
-    return await run_until_disconnect(request, _embed(request, body, model, headers, write))
+    return await _embed(request, body, model, headers, write)
 
 
 def _validate(request: Request, body: EmbeddingRequest) -> tuple[ModelVariant, dict[str, str]]:

@@ -16,7 +16,8 @@ from engine.shared.records import ReadSteps, Steps
 from server.api.inspection.access import EngineNumber, RecordAccess, check_may_read
 from server.api.inspection.routes import MAX_STEPS, step_list
 from server.http.errors import APIError, InvalidValueError
-from server.http.sse import sse_response
+from server.http.request_middleware import end_with_client
+from server.http.sse import EventStream
 
 INTERVAL = 0.1  # seconds between events, at least
 MAX_READERS = 32
@@ -47,7 +48,8 @@ async def stream_steps(
         if not readers[name]:
             del readers[name]
 
-    return sse_response(
+    end_with_client(request.scope)
+    return EventStream(
         _events(access, *position), on_close=leave, on_error=_error_event, request_id=request.state.request_id
     )
 

@@ -33,7 +33,6 @@ from server.http.errors import (
     QueueFullError,
     clip,
 )
-from server.http.sse import run_until_disconnect
 from server.models.served_model import ServedModel
 from server.text.choice_text import token_text
 
@@ -125,13 +124,13 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
         layer=body.layer,
         head=body.head,
     )
-    answer = await _ask_and_charge(request, access, question)
+    answer = await _ask_and_charge(access, question)
     if answer.problem is not None:
         raise _error(answer.problem, answer.num_tokens, body, question)
     return await access.respond(_inspection, base, body, answer, headers=headers)
 
 
-async def _ask_and_charge(request: Request, access: RecordAccess, question: Inspect) -> Inspected:
+async def _ask_and_charge(access: RecordAccess, question: Inspect) -> Inspected:
     """Return the answer of the engine. The positions that it computes count as the client's prompt tokens.
 
     For a client that leaves, those of its prompt count; how many a request has is known with the answer. Raises
@@ -139,7 +138,7 @@ async def _ask_and_charge(request: Request, access: RecordAccess, question: Insp
     """
     num_tokens = min(len(question.prompt_token_ids), question.end or question.max_end)
     try:
-        answer = await run_until_disconnect(request, _ask(access, question))
+        answer = await _ask(access, question)
         is_computed = answer.problem in (None, InspectionProblem.TOO_SLOW)
         num_tokens = max(num_tokens, answer.end) if is_computed else 0
         return answer
@@ -147,7 +146,7 @@ async def _ask_and_charge(request: Request, access: RecordAccess, question: Insp
         num_tokens = 0
         raise
     finally:
-        access.tenant.account.count_prompt(num_tokens)
+        access.tenant.account.count_tokens(prompt=num_tokens)
 
 
 async def _ask(access: RecordAccess, question: Inspect) -> Inspected:

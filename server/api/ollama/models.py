@@ -92,7 +92,9 @@ def _model(models: ModelRegistry, name: str, tenant: Tenant, created: int) -> Ol
         size, details = slot.weight_files.num_bytes, _details(slot, name)
     except (OSError, ValueError):  # a file that cannot be read must not hide the other models
         size, details = 0, OllamaModelDetails()
-    identity = slot.config.path if served is None else models.find(name, tenant).system_fingerprint
+    identity = slot.config.path
+    if served is not None:
+        identity = models.find(name, tenant).system_fingerprint(served.client.ready_info())
     return OllamaModel(
         name=tag,
         model=tag,

@@ -64,9 +64,9 @@ class LenientRoute(StrictJSONRoute):
     A web page must say that its body is JSON, so that its browser asks first whether it may send it.
     """
 
-    def check_media_type(self, request: Request) -> None:
+    def check_media_type(self, request: Request, content_type: bytes) -> None:
         if "origin" in request.headers:
-            super().check_media_type(request)
+            super().check_media_type(request, content_type)
 
 
 class OllamaRoute(LenientRoute, ModelRoute):

@@ -24,7 +24,6 @@ from server.api.rerank.scorers import Pair, choose_scorer
 from server.context import get_context
 from server.generation.preamble import begin, find_model
 from server.generation.prompt_batch import PromptBatch, answer_prompts
-from server.http.sse import run_until_disconnect
 from server.models.served_model import ModelVariant
 from server.text.tokenizer import Tokenizer
 
@@ -53,9 +52,7 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
         ]
         return RerankAnswer(id=_new_id("rerank"), model=model.name, results=results, usage=usage)
 
-    return await run_until_disconnect(
-        request, _score(request, body, model, pairs, ("query", "documents"), answer, headers)
-    )
+    return await _score(request, body, model, pairs, ("query", "documents"), answer, headers)
 
 
 @router.post("/score", include_in_schema=False)
@@ -69,7 +66,7 @@ async def score(request: Request, body: ScoreRequest) -> Response:
         data = [Score(index=index, score=value) for index, value in enumerate(scores)]
         return ScoreList(id=_new_id("score"), created=int(time.time()), model=model.name, data=data, usage=usage)
 
-    return await run_until_disconnect(request, _score(request, body, model, pairs, fields, answer, headers))
+    return await _score(request, body, model, pairs, fields, answer, headers)
 
 
 def _begin(request: Request, body: ScoringRequest) -> tuple[ModelVariant, dict[str, str]]:

@@ -44,7 +44,7 @@ from server.api.responses.truncation import encode_newest
 from server.api.responses.writer import ResponseWriter
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
-from server.generation.token_fields import TokenFields
+from server.generation.token_fields import token_fields
 from server.http.errors import InvalidValueError, MissingParameterError, clip
 from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT
@@ -345,7 +345,7 @@ class ResponsesEndpoint:
             store,
             with_logprobs=bool(body.logprobs),
             custom_tools=[tool.name for tool in original.tools or () if isinstance(tool, CustomTool)],
-            fields=TokenFields.from_request(body, prompts),
+            fields=token_fields(body, prompts),
         )
 
     def end(self) -> None:

@@ -27,9 +27,10 @@ from server.http.errors import (
     ResponseNotFoundError,
 )
 from server.http.json_response import StructResponse
-from server.http.sse import sse_response
+from server.http.request_middleware import end_with_client
+from server.http.sse import EventStream
 from server.models.served_model import ServedModel
-from server.tenants import get_owner
+from server.tenants import get_owner, get_tenant
 
 router = APIRouter()
 
@@ -51,7 +52,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """Generate a response, which may continue a stored conversation."""
     context = get_context(request)
     check(body)
-    model = find_generating_model(request, body.model).base
+    model = find_generating_model(context, body.model, get_tenant(request)).base
     chat, endpoint = await _convert(request, body, model)
     with renamed_errors(error_names(body)):
         if not body.background:
@@ -133,7 +134,8 @@ def _follow(
     if starting_after is not None and starting_after >= events.num_events:
         message = f"Invalid 'starting_after': the latest event is number {events.num_events - 1}."
         raise InvalidValueError(message, param="starting_after")
-    return sse_response(
+    end_with_client(request.scope)
+    return EventStream(
         events.read(0 if starting_after is None else starting_after + 1),
         on_error=lambda error: error_event(error, events.num_events),
         headers=headers,

@@ -19,7 +19,7 @@ def encode_newest(model: ServedModel, body: ChatCompletionRequest, *, limit: int
     length in an error. Raises BadRequestError, then also for a long conversation that certainly has more tokens than
     `limit`, which is not tokenized.
     """
-    room = max_prompt_tokens(body.max_output_tokens, model.max_model_len)
+    room = max_prompt_tokens(body.requested().max_tokens, model.max_model_len)
     whole = _encode(model, body)
     if whole is not None and len(whole.token_ids) <= room:
         return whole

@@ -42,7 +42,7 @@ def encode_chat(
     continue_final_message: bool = False,
     tools: Sequence[dict[str, Any]] | None = None,
     template_kwargs: dict[str, Any] | None = None,
-    check_prompt: Callable[[str], None] = lambda prompt: None,
+    check_prompt: Callable[[str], None] | None = None,
 ) -> list[int]:
     """Render and tokenize the prompt. `check_prompt` gets the rendered prompt before that is tokenized, and may raise.
 
@@ -54,28 +54,32 @@ def encode_chat(
         TemplateLimitError: rendering takes too long.
     """
 
-    def render(guard: Callable[[str], str]) -> str:
-        return template.render(
+    special = _special_tokens(tokenizer.special_tokens)
+    request_text = "".join(_strings([messages, tools, template_kwargs]))
+    render = functools.partial(
+        template.render, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+    )
+    if not special.may_begin_or_end_in(request_text):
+        prompt = render(messages, tools=tools, template_kwargs=template_kwargs)
+        if check_prompt is not None:
+            check_prompt(prompt)
+        return tokenizer.encode(prompt, add_special_tokens=False, parse_special=True)
+
+    def guarded(guard: Callable[[str], str]) -> str:
+        return render(
             _map_strings(guard, messages),
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
             tools=_map_strings(guard, tools),
             template_kwargs=_map_strings(guard, template_kwargs),
         )
 
-    special = _special_tokens(tokenizer.special_tokens)
-    request_text = "".join(_strings([messages, tools, template_kwargs]))
-    if not special.may_begin_or_end_in(request_text):
-        prompt = render(lambda text: text)
-        check_prompt(prompt)
-        return tokenizer.encode(prompt, add_special_tokens=False, parse_special=True)
     guards = _Guards(special, used_chars=request_text + template.source)
     # Templates search contents (`'</think>' in content`), so as few characters as possible are replaced at first.
-    prompt = render(guards.guard_tokens)
-    fully_guarded = render(guards.guard_ends)
+    prompt = guarded(guards.guard_tokens)
+    fully_guarded = guarded(guards.guard_ends)
     if special.find(prompt) != special.find(fully_guarded):  # the template joined pieces of the request to a token
         prompt = fully_guarded
-    check_prompt(guards.remove(prompt))
+    if check_prompt is not None:
+        check_prompt(guards.remove(prompt))
     return _encode_guarded(tokenizer, prompt, special, guards)
 
 
@@ -90,7 +94,7 @@ class _SpecialTokens:
 
     def may_begin_or_end_in(self, text: str) -> bool:
         """Return whether the text contains a token, or a punctuation character with which one begins or ends."""
-        return any(char in text for char in self.punctuation) or self.pattern.search(text) is not None
+        return any([char in text for char in self.punctuation]) or self.pattern.search(text) is not None
 
 
 @functools.lru_cache(maxsize=4)  # some vocabularies have thousands of special tokens
@@ -197,17 +201,24 @@ def _encode_after_special(tokenizer: ChatTokenizer, text: str) -> list[int]:
     return _encode_plain(tokenizer, text)
 
 
-def _strings(value: Any, depth: int = 0) -> Iterator[str]:
-    """Yield all strings in JSON-like data, keys included. Raises ChatTemplateError if it is nested too deeply."""
-    if depth > MAX_DEPTH:
-        raise ChatTemplateError(f"The messages or tools are nested more than {MAX_DEPTH} levels deep.")
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings([*value.keys(), *value.values()], depth)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item, depth + 1)
+def _strings(value: Any) -> list[str]:
+    """Return all strings in JSON-like data, keys included. Raises ChatTemplateError if it is nested too deeply."""
+    found: list[str] = []
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, str):
+                found.append(each)
+            elif isinstance(each, dict):
+                found += [key for key in each if isinstance(key, str)]
+                below += each.values()
+            elif isinstance(each, list | tuple):
+                below += each
+        if not below:
+            return found
+        level = below
+    raise ChatTemplateError(f"The messages or tools are nested more than {MAX_DEPTH} levels deep.")
 
 
 def _map_strings(function: Callable[[str], str], value: Any) -> Any:

@@ -32,6 +32,7 @@ class ChatTemplate:
         options: names of the variables that a request can set.
         tool_format, reasoning: how the model writes tool calls and reasoning, found by rendering conversations.
         is_harmony: whether conversations and answers are in the harmony format.
+        has_plain_answers: whether all of an answer is content where there are no tools.
         keeps_system_position: whether a system message between other turns is rendered in its position.
     """
 
@@ -45,6 +46,7 @@ class ChatTemplate:
         self._writes_json_arguments = False
         self._takes_system_tools = False
         self._omits_calls = False
+        self._as_read: frozenset[str] = frozenset()  # roles whose messages with a text alone need no conversion
         self.reasoning = ReasoningFormat()
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
         self._takes_system_tools = "tools" not in self.variables and self._reads_system_tools()
@@ -56,6 +58,10 @@ class ChatTemplate:
             self._omits_calls = self._omits_calls_of_messages()
             self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
         self.keeps_system_position = self._keeps_system_position()
+        self.has_plain_answers = (
+            not self.is_harmony and self.reasoning.tags is None and not self.reasoning.content_markers
+        )
+        self._as_read = frozenset(role for role, each in self._converters.items() if each is not _to_parts)
         self._deadline = None
 
     @property
@@ -99,7 +105,12 @@ class ChatTemplate:
             ChatTemplateError: the template fails, or `template_kwargs` contains a reserved name.
             TemplateLimitError: the template takes too long.
         """
-        converted = [self._convert(message) for message in messages]
+        converted = [
+            message
+            if len(message) == 2 and isinstance(message.get("content"), str) and message.get("role") in self._as_read
+            else self._convert(message)
+            for message in messages
+        ]
         if tools and self._takes_system_tools:
             converted, tools = _with_system_tools(converted, tools), None
         if continue_final_message:
@@ -113,7 +124,11 @@ class ChatTemplate:
         extra = template_kwargs or {}
         if taken := extra.keys() & variables.keys():
             raise ChatTemplateError(f"chat_template_kwargs cannot set {min(taken)!r}.")
-        prompt = self._render_tools({"documents": None, **extra, **variables})
+        variables = {"documents": None, **extra, **variables}
+        if tools or self._deadline is not None:
+            prompt = self._render_tools(variables)
+        else:
+            prompt = self._renderer.render(variables)
         return _cut_at_end(prompt) if continue_final_message else prompt
 
     def _render_tools(self, variables: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import struct
+from typing import BinaryIO
 
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
 
@@ -26,9 +27,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
-    with socket.socket(fileno=0) as connection:
+    with socket.socket(fileno=0) as connection, connection.makefile("rb") as reader:
         template: SandboxedTemplate | None = None
-        while (content := read_message(connection)) is not None:
+        while (content := read_message(reader)) is not None:
             signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # SIGPROF then ends the process
             try:
                 if template is None:
@@ -46,29 +47,17 @@ def main() -> None:
 
 def send_message(connection: socket.socket, is_ok: bool, content: bytes) -> None:
     """Send a message, either way. Raises OSError."""
-    connection.sendall(HEAD.pack(is_ok, len(content)))
-    connection.sendall(content)
+    connection.sendall(HEAD.pack(is_ok, len(content)) + content)
 
 
-def read_message(connection: socket.socket) -> tuple[bool, bytearray] | None:
+def read_message(reader: BinaryIO) -> tuple[bool, bytes] | None:
     """Return the next message, or None if the peer has closed the socket. Raises OSError, with TimeoutError."""
-    head = _read(connection, HEAD.size)
-    if head is None:
+    head = reader.read(HEAD.size)
+    if len(head) < HEAD.size:
         return None
     is_ok, num_bytes = HEAD.unpack(head)
-    content = _read(connection, num_bytes)
-    return None if content is None else (is_ok, content)
-
-
-def _read(connection: socket.socket, num_bytes: int) -> bytearray | None:
-    content = bytearray(num_bytes)
-    view = memoryview(content)
-    while view:
-        num_read = connection.recv_into(view)
-        if num_read == 0:
-            return None
-        view = view[num_read:]
-    return content
+    content = reader.read(num_bytes)
+    return None if len(content) < num_bytes else (is_ok, content)
 
 
 if __name__ == "__main__":

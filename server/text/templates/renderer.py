@@ -119,11 +119,12 @@ class _Process:
         """Raises ChatTemplateError, TemplateLimitError or OSError."""
         self._connection, theirs = socket.socketpair()
         self._connection.settimeout(MAX_WAITING_SECONDS)
+        self._reader = self._connection.makefile("rb")
         try:
             with theirs:
                 self._process = subprocess.Popen(COMMAND, stdin=theirs.fileno())
         except BaseException:
-            self._connection.close()
+            self._close()
             raise
         try:
             is_ok, answer = self.exchange(source.encode("utf-8", "surrogatepass"))
@@ -142,7 +143,7 @@ class _Process:
         """
         try:
             send_message(self._connection, True, data)
-            message = read_message(self._connection)
+            message = read_message(self._reader)
         except TimeoutError:
             raise
         except OSError:  # it has ended; the exit code says why
@@ -154,7 +155,11 @@ class _Process:
             raise ChildProcessError(f"it ended with exit code {exit_code}")
         return message[0], message[1].decode("utf-8", "surrogatepass")
 
-    def end(self) -> None:
+    def _close(self) -> None:
+        self._reader.close()
         self._connection.close()
+
+    def end(self) -> None:
+        self._close()
         self._process.kill()
         self._process.wait()

@@ -20,7 +20,7 @@ from engine.shared.messages import HEARTBEAT_SECONDS, Abort, SamplingParams, Sub
 from server.coordination import messages
 from server.coordination.relay import Relay
 from server.coordination.worker import WorkerClient
-from server.generation import pipeline
+from server.generation import submission
 from server.generation.pipeline import MAX_HELD_SECONDS
 from server.http.errors import ServerError
 from tests.server.conftest import StartPair
@@ -225,13 +225,13 @@ def test_a_disconnect_returns_capacity(pair: Pair, stream: bool) -> None:
 
 def test_a_disconnect_while_tokenizing_returns_capacity(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     coordinator, worker = pair
-    disconnected, tokenize = threading.Event(), pipeline._tokenize
+    disconnected, tokenize = threading.Event(), submission._tokenize
 
     def slow(job: Any) -> Any:
         assert disconnected.wait(60)
         return tokenize(job)
 
-    monkeypatch.setattr(pipeline, "_tokenize", slow)
+    monkeypatch.setattr(submission, "_tokenize", slow)
     coordinator.engine.pause()
     with worker.connect() as connection:
         connection.sendall(_post(COMPLETIONS))

@@ -26,7 +26,7 @@ class Answers:
     def begin(self, tenant: str, num_bytes: int) -> AnswerShare:
         number = len(self.shares)
         refuse = lambda error: self.errors.append((number, type(error)))  # noqa: E731
-        self.shares.append(AnswerShare(self.budget, Tenant(name=tenant), refuse, TOO_LARGE))
+        self.shares.append(AnswerShare(self.budget, Tenant(name=tenant), refuse, lambda: TOO_LARGE))
         self.shares[-1].add(num_bytes)
         return self.shares[-1]
 
@@ -77,7 +77,7 @@ def test_a_released_share_does_not_keep_its_request() -> None:
 
     class Request:
         def __init__(self) -> None:
-            self.share = AnswerShare(AnswerBudget(MAX_BYTES), Tenant(name="alice"), self.refuse, TOO_LARGE)
+            self.share = AnswerShare(AnswerBudget(MAX_BYTES), Tenant(name="alice"), self.refuse, lambda: TOO_LARGE)
 
         def refuse(self, error: APIError) -> None:
             raise AssertionError

@@ -1,9 +1,9 @@
 """The deltas of choices: made of the engine's events, joined, paced, encoded, and selected."""
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, Mock
 
 import msgspec
 import pytest
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.api.completions.writer import CompletionWriter
-from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta, best_choices, join_deltas, pace
+from server.engine_client.streams import ReceivedEvent
+from server.generation.choice_delta import ChoiceDelta, Pacer, TokenPosition, ToolCallDelta, best_choices, join_deltas
 from server.generation.choice_state import ChoiceState
 from server.generation.endpoint import AnswerMetadata
 from server.generation.generation import Generation
@@ -139,13 +140,13 @@ async def test_events_of_a_choice_in_one_batch_become_one_delta(tokenizer: Token
 
     batches = [[event(0, "a")], [event(0, "b"), event(1, "x"), event(0, "cd", FinishReason.LENGTH), event(1, "y")]]
     choices = [make_choice(tokenizer, index=index) for index in range(2)]
-    stream = MagicMock(choices=[SimpleNamespace(times=None)] * 2)
-    stream.__aiter__.return_value = batches
-    generation = Generation([Prompt([1])], [stream], choices, metrics=Metrics("", "m"), request_id="r", submitted=0.0)
-    found = [
-        [(delta.index, delta.text, len(delta.positions), delta.finish_reason) for delta in deltas]
-        async for deltas in generation.deltas()
-    ]
+    received = [[ReceivedEvent(0, each, 0) for each in batch] for batch in batches]
+    inbox = SimpleNamespace(take=AsyncMock(side_effect=[*received, []]))
+    stream = Mock(choices=[SimpleNamespace(times=None)] * 2, inbox=inbox)
+    generation = Generation([Prompt([1])], [stream], choices, metrics=Metrics("", "m"), request_id="r")
+    found = []
+    while (deltas := await generation.next()) is not None:
+        found.append([(each.index, each.text, len(each.positions), each.finish_reason) for each in deltas])
     assert found == [[(0, "a", 1, None)], [(0, "bcd", 3, "length"), (1, "xy", 2, None)]]
 
 
@@ -168,11 +169,11 @@ async def test_so_many_tokens_are_joined(num_tokens: int, arriving: str, expecte
         end = "stop" if text != letters else None
         return ChoiceDelta(int(text.isupper()), [content(letters)], finish_reason=end, token_ids=[*letters.encode()])
 
-    async def arrive() -> AsyncIterator[list[ChoiceDelta]]:
-        for batch in arriving.split(" "):
-            yield [make_delta(text) for text in batch.split(",")]
-
-    batches = [batch async for batch in pace(arrive(), num_tokens)]
+    arrived = [[make_delta(text) for text in batch.split(",")] for batch in arriving.split(" ")]
+    pacer = Pacer(AsyncMock(side_effect=[*arrived, None]), num_tokens)
+    batches = []
+    while (joined := await pacer.next()) is not None:
+        batches.append(joined)
     texts = [",".join(each.text + "." * (each.finish_reason is not None) for each in batch) for batch in batches]
     assert " ".join(texts) == expected
 

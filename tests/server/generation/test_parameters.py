@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, RepetitionDetection, SequenceBreaker
-from server.generation.parameters import choose_seed, prompt_seed
+from server.generation.parameters import derive_seed, prompt_seed
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, ask_stream
 from tests.support.fake_engine import EOS_TOKEN_ID
@@ -126,7 +126,7 @@ def test_prompts_have_seeds_of_their_own(server: RunningServer) -> None:
 
 @pytest.mark.checklist("C10")
 def test_seeds_have_64_bits() -> None:
-    drawn = {choose_seed(None, 0) for _ in range(100)}
+    drawn = {derive_seed(7, number) for number in range(100)}
     assert len(drawn) == 100
     assert min(drawn) < 0 < max(drawn)
     of_prompts = {prompt_seed(seed, index) for seed in drawn for index in (1, 1023)}

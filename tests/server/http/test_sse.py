@@ -12,12 +12,12 @@ from unittest.mock import AsyncMock
 import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
-from sse_starlette.sse import EventSourceResponse
 
 from server.app import create_app
 from server.http.errors import EngineDeadError
 from server.http.protocol import HTTPProtocol
-from server.http.sse import KEEP_ALIVE_SECONDS, NDJSON, SERVER_SENT_EVENTS, EventStream, StreamFormat, sse_response
+from server.http.request_middleware import end_with_client
+from server.http.sse import KEEP_ALIVE_SECONDS, NDJSON, SERVER_SENT_EVENTS, EventStream, StreamFormat
 from tests.support.serving import (
     RunningServer,
     check_envelope,
@@ -45,8 +45,9 @@ class Stage:
         self.num_sent = 0
 
     async def stream(self, request: Request) -> Response:
+        end_with_client(request.scope)
         note = partial(self.notes.append, "on_close")
-        return sse_response(self._noted(), on_close=note, request_id="r", format=self.format)
+        return EventStream(self._noted(), on_close=note, request_id="r", format=self.format)
 
     async def _noted(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -167,7 +168,7 @@ async def test_on_close_is_called_where_the_generator_never_ran() -> None:
     async def fail(*message: object) -> None:
         raise OSError
 
-    stream = EventStream(events(), lambda: notes.append("on_close"), None)
+    stream = EventStream(events(), on_close=lambda: notes.append("on_close"))
     with pytest.raises(OSError):
         await stream({"type": "http", "method": "POST"}, AsyncMock(return_value={"type": "http.disconnect"}), fail)
     assert notes == ["on_close"]
@@ -197,8 +198,3 @@ def test_a_reader_that_stops_is_cut(server: RunningServer, stage: Stage) -> None
         server.turn(1.1)
         wait_until(lambda: stage.notes == ["closed", "on_close"])
         assert stage.num_sent < 2000  # events that it would not read were not produced
-
-
-def test_the_private_method_that_is_overridden_exists() -> None:
-    """If the library renamed it, all streams would silently end at SIGTERM."""
-    assert asyncio.iscoroutinefunction(EventSourceResponse._listen_for_exit_signal_with_grace)

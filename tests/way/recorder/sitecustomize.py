@@ -13,6 +13,7 @@ from collections import Counter
 from types import CodeType, FrameType
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+EXPRESSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"}  # parts of the functions that have them
 FOLDERS = tuple(os.path.join(ROOT, name, "") for name in ("server", "engine"))
 
 
@@ -30,14 +31,15 @@ class Recorder:
 
     def profile(self, frame: FrameType, event: str, _: object) -> None:
         """The function for `sys.setprofile`."""
-        if not self.is_recording or not frame.f_code.co_filename.startswith(FOLDERS):
+        code = frame.f_code
+        if not self.is_recording or not code.co_filename.startswith(FOLDERS) or code.co_name in EXPRESSIONS:
             return
         thread = threading.get_ident()
         if event == "call":
             if not self._depths[thread]:
                 self._open[thread] = []
                 self._groups.append(self._open[thread])
-            self._open[thread].append(frame.f_code)
+            self._open[thread].append(code)
             self._depths[thread] += 1
         elif event == "return" and self._depths[thread]:  # else the frame is older than the recording
             self._depths[thread] -= 1
