@@ -12,8 +12,7 @@ from starlette.types import ASGIApp
 
 from server.access.api_keys import ApiKeys
 from server.access.ledger import Ledger
-from server.engine_client.answer_budget import AnswerBudget, AnswerShare
-from server.engine_client.answer_size import too_large_error
+from server.engine_client.answer_budget import AnswerBudget, AnswerShare, too_large_error
 from server.http.bodies import get_text_size
 from server.http.json_response import AnswerResponse
 from server.metrics import Metrics

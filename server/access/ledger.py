@@ -19,20 +19,11 @@ class Ledger:
 
         Raises LimitReachedError if it exceeds a limit of its tenant, or APIError.
         """
-        self.begin(tenant)
+        tenant.account.begin()
         return 0
 
     async def leave(self, tenant: Tenant, number: int) -> None:
         """Count a request as ended."""
-        self.end(tenant)
-
-    def begin(self, tenant: Tenant) -> None:
-        """Count a request; `end` must follow. Raises LimitReachedError."""
-        tenant.account.admit()
-        tenant.account.num_running += 1
-
-    def end(self, tenant: Tenant) -> None:
-        """Count a request that `begin` has counted as ended."""
         tenant.account.num_running -= 1
 
     async def headers(self, tenant: Tenant) -> Mapping[str, str]:

@@ -24,7 +24,7 @@ from server.constrained.messages import (
 from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import ANYBODY, Tenant
-from server.text.turns import Turns
+from server.text.text_threads import Turns
 
 logger = logging.getLogger(__name__)
 

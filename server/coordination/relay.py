@@ -346,7 +346,7 @@ class Relay:
     def _on_admit(self, message: Admit) -> None:
         tenant = self._tenant(message.tenant)
         try:
-            self._context.ledger.begin(tenant)
+            tenant.account.begin()
         except LimitReachedError as error:
             self._send(Reply(message.number, (error.name, error.limit, error.retry_after)))
         else:
@@ -355,7 +355,7 @@ class Relay:
 
     def _on_leave(self, message: Leave) -> None:
         if tenant := self._admitted.pop(message.number, None):
-            self._context.ledger.end(tenant)
+            tenant.account.num_running -= 1
         self._send(Reply(message.number))
 
     def _on_read_rates(self, message: ReadRates) -> None:

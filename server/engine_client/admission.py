@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from engine.shared.messages import EngineInfo
 from server.engine_client.reservation import Reservation
-from server.engine_client.shares import Shares
-from server.engine_client.wait_estimate import WaitEstimate
+from server.engine_client.shares import Backlog, Shares
 from server.http.errors import (
     APIError,
     EngineUnavailableError,
@@ -28,6 +27,10 @@ from server.tenants import Tenant
 
 SHUTTING_DOWN = "The server is shutting down. Please retry later."
 TIMEOUT_SECONDS = 0.1  # interval at which timeouts are checked
+WINDOW = 30.0  # seconds; the weight of what was measured falls by a factor of e in this time
+MIN_SECONDS = 1.0  # of measurement, before which there is no estimate
+FIRST_OUTPUT = 128.0  # tokens that an output is expected to have before any has ended
+OUTPUT_SHARE = 0.05  # of the latest output in the mean length
 REFILL_SECONDS = 0.02  # interval at which `refill` looks for free capacity
 
 
@@ -53,12 +56,55 @@ class Engines(Protocol):
     def max_num_seqs(self) -> int:
         """Number of choices that run at a time; 0 before an engine was ready."""
 
-    @property
-    def num_waiting(self) -> int:
-        """Number of choices that wait in the engines."""
-
     def ready_info(self) -> EngineInfo:
         """Return the properties of the engines. Raises EngineUnavailableError."""
+
+
+class WaitEstimate:
+    """Predicts waits from the throughput of the engine while requests wait for it. Times are `time.monotonic()`.
+
+    Work is measured in tokens: those that steps compute, and prompt tokens found in the prefix cache. A waiting choice
+    is expected to take its prompt, and as many output tokens as recent choices had on average, at most its max_tokens.
+    Tenants are served in turn, by weight. Until a tenant's own backlog of q tokens is served, every other tenant gets
+    at most q times the ratio of their weights, and no more than its backlog:
+
+        wait = (q + sum of min(backlog, q * weight / own weight) of the others) / throughput
+
+    It is a lower bound in that work that arrives later is left out, and so are running choices, which hold their slots
+    for a while yet.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self.is_measuring = False  # requests waited after the last step
+        self._measured_until = 0.0
+        self.mean_output = FIRST_OUTPUT  # tokens that recent outputs had on average
+
+    def add_step(self, num_tokens: int, now: float, *, is_saturated: bool) -> None:
+        """Count the tokens of a step. Only the time between steps after which requests still wait is measured."""
+        if self.is_measuring:
+            seconds = now - self._measured_until
+            kept = math.exp(-seconds / WINDOW)
+            self._tokens = self._tokens * kept + num_tokens
+            self._seconds = self._seconds * kept + seconds
+        self.is_measuring, self._measured_until = is_saturated, now
+
+    def add_cached(self, num_tokens: int) -> None:
+        """Count prompt tokens that were found in the prefix cache."""
+        if self.is_measuring:
+            self._tokens += num_tokens
+
+    def add_output(self, num_tokens: int) -> None:
+        """Note the length of an output that has ended."""
+        self.mean_output += OUTPUT_SHARE * (num_tokens - self.mean_output)
+
+    def seconds(self, own: Backlog, others: Iterable[Backlog]) -> float:
+        """Return the predicted wait of a request behind a tenant's backlog; 0 if nothing has been measured yet."""
+        if self._seconds < MIN_SECONDS or not self._tokens:
+            return 0.0
+        ahead = sum(min(other.tokens, own.tokens * other.weight / own.weight) for other in others)
+        return (own.tokens + ahead) * self._seconds / self._tokens
 
 
 class Admission:
@@ -71,6 +117,7 @@ class Admission:
         self._limits = limits
         self.estimate = WaitEstimate()
         self._shares = Shares()
+        self._num_waiting: dict[int, int] = {}  # choices in the queue of each engine, by its number
 
     @property
     def num_in_flight(self) -> int:
@@ -161,11 +208,16 @@ class Admission:
             self.estimate.add_output(stats.num_output_tokens)
         reservation.end_choice()
 
-    def count_step(self, num_tokens: int, now: float) -> None:
-        """Count the tokens of a step, for the estimate of waits."""
-        is_saturated = self._engines.num_waiting > 0
+    def count_step(self, num_tokens: int, now: float, engine: int = 0, num_waiting: int = 0) -> None:
+        """Count the tokens of an engine's step, for the estimate of waits. After it, `num_waiting` choices wait."""
+        self._num_waiting[engine] = num_waiting
+        is_saturated = any(self._num_waiting.values())
         if is_saturated or self.estimate.is_measuring:
             self.estimate.add_step(num_tokens, now, is_saturated=is_saturated)
+
+    def forget_waiting(self, engine: int) -> None:
+        """Note that nothing waits in an engine, which is lost."""
+        self._num_waiting.pop(engine, None)
 
     async def watch_timeouts(self) -> None:
         """End requests that wait or take too long, until cancelled."""

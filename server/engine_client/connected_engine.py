@@ -167,7 +167,7 @@ class ConnectedEngine:
             self._on_damaged(message)
             return
         now = time.monotonic()
-        self.liveness.on_message()
+        self.liveness.was_heard = True
         match message:
             case Outputs():
                 self._on_outputs(message, now)
@@ -191,7 +191,7 @@ class ConnectedEngine:
         self.stats = message.stats
         if message.num_step_tokens:
             self._metrics.step_tokens.observe(message.num_step_tokens)
-            self._admission.count_step(message.num_step_tokens, now)
+            self._admission.count_step(message.num_step_tokens, now, self.number, message.stats.num_waiting)
             self.records.num_steps += 1
         self.cached.update(message.cached)
         self.cached.difference_update(message.evicted)
@@ -270,6 +270,7 @@ class ConnectedEngine:
         self.adapters.fail(EngineDeadError())
         self.records.fail(EngineDeadError())
         self.cached = set()
+        self._admission.forget_waiting(self.number)
         self.stats = msgspec.structs.replace(
             self.stats, num_running=0, num_waiting=0, num_blocks_used=0, running_adapters=[], waiting_adapters=[]
         )

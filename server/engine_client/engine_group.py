@@ -65,11 +65,6 @@ class EngineGroup:
         return tuple(liveness.ready_info().pid for liveness in self._alive if liveness.is_ready)
 
     @property
-    def num_waiting(self) -> int:
-        """Number of choices in the queues of the engines."""
-        return sum([engine.stats.num_waiting for engine in self.engines])
-
-    @property
     def is_ready(self) -> bool:
         """True if an engine is ready."""
         return any(liveness.is_ready for liveness in self._alive)

@@ -49,6 +49,7 @@ class EngineLiveness:
             name: Names it in the log.
         """
         self.info: EngineInfo | None = None  # of the latest ready engine; None until the first one is ready
+        self.was_heard = False  # a message of any kind has arrived since the last check; whoever gets it says so
         self.is_ready = False  # the model is loaded, and the engine is neither being restarted nor dead
         self.dead_reason: str | None = None
         self.restarting_since: float | None = None  # Unix time of the loss
@@ -120,10 +121,6 @@ class EngineLiveness:
         if self.is_restarting:
             raise EngineUnavailableError("The engine is being restarted. Please retry later.")
 
-    def on_message(self) -> None:
-        """Note that a message of any kind arrived."""
-        self._silence.is_broken = True
-
     def set_ready(self, info: EngineInfo) -> None:
         """The engine can compute. If it was restarted with other properties, it is dead: requests rely on them."""
         if self.info is not None and not same_properties(info, self.info):
@@ -190,8 +187,9 @@ class EngineLiveness:
     def _check_silence(self) -> None:
         if not self.is_ready:
             return
-        if self._silence.is_broken:
+        if self.was_heard:
             self._silence.reset()
+            self.was_heard = False
         self._silence.count(self._engine_pid if self._silence.total >= HEARTBEAT_SECONDS else None)
         if self._is_silent():
             self.lose(f"no step for more than {self._silence_limit:g} seconds")
@@ -199,7 +197,7 @@ class EngineLiveness:
     def _is_silent(self) -> bool:
         silence, limit = self._silence, self._silence_limit
         is_long = silence.seconds > limit or silence.total > MAX_WAIT_FACTOR * limit
-        return is_long and not silence.is_broken
+        return is_long and not self.was_heard
 
     def _kill(self) -> None:
         """Kill the engine's process, if it still runs but must be replaced. Its parent then notices its end."""

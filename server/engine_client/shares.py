@@ -6,8 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.engine_client.reservation import Reservation
-from server.engine_client.wait_estimate import Backlog
 from server.tenants import Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """The work of a tenant that the engine has not begun with."""
+
+    tokens: float
+    weight: float  # of the tenant
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from engine.shared.messages import Abort, FinishReason, LoraAdapter, Submit, ToEngine, TokenEvent
 from server.engine_client.admission import Admission
-from server.engine_client.answer_size import event_bytes
+from server.engine_client.answer_budget import event_bytes
 from server.engine_client.reservation import Reservation
 from server.http.errors import AdapterLostError, APIError, ServerError
 from server.statistics.choice_stats import ChoiceStats

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import msgspec
 from msgspec import UnsetType
 
-from server.generation.choice_delta import ChoiceDelta
+from server.generation.choice import ChoiceDelta
 from server.generation.prompts import Prompt
 from server.http.errors import APIError
 from server.models.served_model import ServedModel

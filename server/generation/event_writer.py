@@ -7,7 +7,7 @@ from typing import Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.generation.choice_delta import ChoiceDelta
+from server.generation.choice import ChoiceDelta
 from server.http.errors import APIError
 from server.http.sse import error_event
 from server.schemas.answers import RequestTimings, Usage

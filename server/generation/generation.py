@@ -9,8 +9,7 @@ from msgspec import UNSET, UnsetType
 from engine.shared.messages import FinishReason
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import ReceivedEvent, RequestStream
-from server.generation.choice_delta import ChoiceDelta, join_deltas
-from server.generation.choice_state import ChoiceState
+from server.generation.choice import ChoiceDelta, ChoiceState, join_deltas
 from server.generation.prompts import Prompt
 from server.generation.timings import ChoiceEnd
 from server.http.errors import APIError, ServerError
@@ -102,7 +101,7 @@ class Generation:
 
     def log_fields(self) -> dict[str, object]:
         """Return token counts and speeds so far, for the log. Speed is that of the tokens after the first ones."""
-        usage, choices = self.usage, self.stats
+        usage, choices = self.usage, [stats for stream in self._streams for stats in stream.choices]
         fields: dict[str, object] = {
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.prompt_tokens_details.cached_tokens,

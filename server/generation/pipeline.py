@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import Submit
 from server.context import get_context
-from server.generation.choice_delta import ChoiceAccumulator, Pacer, best_choices
+from server.generation.choice import ChoiceAccumulator, Pacer, best_choices
 from server.generation.endpoint import AnswerMetadata, Endpoint
 from server.generation.job import Body, Job
 from server.generation.parameters import LOGPROB_FIELDS, TOKEN_ID_FIELDS, check_token_ids, resolve_num_logprobs
@@ -29,7 +29,7 @@ from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, EventStream, StreamFormat
 from server.schemas.answers import RequestTimings
 from server.schemas.rendered_prompt import RenderedPrompt
-from server.tenants import get_tenant
+from server.tenants import TENANT, Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,8 @@ async def _validate(
     A request without a seed gets `default_seed`, or a seed that is chosen here. Raises BadRequestError,
     ModelNotFoundError or EngineUnavailableError.
     """
-    arrival, context, tenant = time.monotonic(), get_context(request), get_tenant(request)
+    arrival, context, state = time.monotonic(), get_context(request), request.scope["state"]
+    tenant: Tenant = state[TENANT]
     fields = body.model_fields_set
     model = find_generating_model(context, body.model, tenant)
     base, is_model_missing = model.base, body.model is None
@@ -169,7 +170,7 @@ async def _validate(
         model=model.name,
         system_fingerprint=model.system_fingerprint(info),
     )
-    request_id: str = request.scope["state"]["request_id"]
+    request_id: str = state["request_id"]
     return Job(
         context=context,
         endpoint=endpoint,
@@ -185,7 +186,7 @@ async def _validate(
         request_id=request_id,
         preamble=preamble,
         tenant=tenant,
-        text_size=request.scope["state"].get(TEXT_SIZE, 0),
+        text_size=state.get(TEXT_SIZE, 0),
         on_failure=[],
         on_end=[],
     )
@@ -228,8 +229,7 @@ async def _start(
 
 def _timings(job: Job[Body]) -> RequestTimings | UnsetType:
     """Return the timings of a request that asks for them."""
-    options, end = job.body.lightwell, job.generation.last_end
-    if options is None or not options.explain or end is None:
+    if (end := job.generation.last_end) is None:
         return UNSET
     return request_timings(end, arrival=job.arrival, submitted=job.submitted, now=time.monotonic(), seed=job.seed)
 
@@ -245,7 +245,7 @@ async def _collect(job: Job[Body]) -> bytes:
     def encode() -> bytes:
         choices = [accumulator.join() for accumulator in accumulators]
         best = best_choices(choices, requested.num_choices, requested.num_returned_choices)
-        timings = UNSET if job.body.lightwell is None else _timings(job)
+        timings = _timings(job) if job.requested.wants_timings else UNSET
         return msgspec.json.encode(job.writer.answer(best, generation.usage, timings))
 
     content = await _encode_output(job, job.share.num_bytes, encode)
@@ -274,7 +274,7 @@ async def _stream(job: Job[Body]) -> AsyncGenerator[bytes, None]:
             yield events
         if not writer.repeats_output:
             share.sent(num_bytes)
-    timings = UNSET if job.body.lightwell is None else _timings(job)
+    timings = _timings(job) if job.requested.wants_timings else UNSET
     num_repeated = NUM_REPEATS * share.num_bytes if writer.repeats_output else 0
     share.add(num_repeated)
     if share.error is not None:

@@ -11,8 +11,7 @@ from fastapi import Request
 
 from engine.shared.messages import FinishReason, Submit, TokenEvent
 from server.context import get_context
-from server.engine_client.answer_budget import AnswerShare
-from server.engine_client.answer_size import least_embedding_bytes, too_large_error
+from server.engine_client.answer_budget import AnswerShare, least_embedding_bytes, too_large_error
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.generation.timings import ChoiceEnd

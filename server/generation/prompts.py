@@ -71,8 +71,10 @@ def encode_prompt(
     `limit` is not tokenized.
     """
     if isinstance(value, str):
-        check_text_size(len(value.encode()), model.max_model_len, noun)
-        check_min_tokens(model, value, limit=limit, noun=noun)
+        max_len = limit or model.max_model_len
+        if len(value) > min(max_len, MAX_COUNTED):
+            check_text_size(len(value.encode()), max_len, noun)
+            check_min_tokens(model, value, limit=limit, noun=noun)
         prompt = Prompt(model.tokenizer.encode(value, add_special_tokens=add_special_tokens), value)
     else:
         prompt = Prompt(value)

@@ -9,17 +9,28 @@ import msgspec
 
 from engine.shared.messages import Submit
 from server.constrained.messages import CONSTRAINED_FIELDS, encode_request
-from server.engine_client.answer_budget import AnswerShare
-from server.engine_client.answer_size import ECHO_FIELDS, LARGE_FIELDS, least_bytes, prompt_bytes, too_large
+from server.engine_client.answer_budget import (
+    ECHO_FIELDS,
+    LARGE_FIELDS,
+    AnswerShare,
+    least_bytes,
+    prompt_bytes,
+    too_large,
+)
 from server.engine_client.reservation import Reservation
-from server.generation.choice_state import ChoiceParser, ChoiceState
+from server.generation.choice import ChoiceParser, ChoiceState
 from server.generation.endpoint import Endpoint
 from server.generation.generation import Generation
 from server.generation.job import Body, Job
 from server.generation.parameters import prompt_seed, sampling_params
 from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens, truncate_prompt
-from server.generation.reasoning_budget import reasoning_limit
-from server.generation.tokenized_settings import NO_SETTINGS, TOKENIZED_FIELDS, TokenizedSettings, tokenize_settings
+from server.generation.tokenized_settings import (
+    NO_SETTINGS,
+    TOKENIZED_FIELDS,
+    TokenizedSettings,
+    reasoning_limit,
+    tokenize_settings,
+)
 from server.models.served_model import ServedModel
 from server.recordings import Recording
 from server.text.choice_text import ChoiceText

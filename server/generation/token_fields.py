@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import TokenLogprobs
-from server.generation.choice_delta import ChoiceDelta, json_logprob
+from server.generation.choice import ChoiceDelta, json_logprob
 from server.generation.prompts import Prompt
 from server.schemas.answers import PromptLogprob, PromptLogprobs, encoded
 from server.schemas.generation_request import GenerationRequest

@@ -1,16 +1,20 @@
-"""The sampling settings that need the tokenizer or the tokens of strings: bad words and extra samplers."""
+"""The settings that need the tokenizer: bad words, extra samplers and the limit on the number of reasoning tokens."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers
-from server.generation.prompts import vocab_size
-from server.http.errors import InvalidValueError
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, ReasoningLimit
+from server.constrained.grammar_process import EXCLUSIVE
+from server.generation.prompts import Prompt, vocab_size
+from server.http.errors import InvalidValueError, UnsupportedParameterError
 from server.http.validation import echo
 from server.models.served_model import ServedModel
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.samplers import SamplerFields
+from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.token_sequences import word_sequences
+
+PARAM = "thinking_token_budget"
 
 SEQUENCE_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's default for DRY
 
@@ -75,3 +79,39 @@ def _extra_samplers(model: ServedModel, body: SamplerFields) -> ExtraSamplers | 
         strings = SEQUENCE_BREAKERS if body.dry_sequence_breakers is None else body.dry_sequence_breakers
         fields["dry_breakers"] = model.sequence_breakers.find(strings)
     return ExtraSamplers(**fields) if fields else None
+
+
+# The limit on the number of reasoning tokens.
+
+
+def reasoning_limit(model: ServedModel, body: GenerationRequest, prompt: Prompt) -> ReasoningLimit | None:
+    """Return the engine's limit for a request, or None if it sets none.
+
+    Raises UnsupportedParameterError for a model without reasoning tags, or whose tags are several tokens each, and
+    InvalidValueError together with a parameter that could forbid the end tag.
+    """
+    if body.thinking_token_budget in (None, -1):
+        return None
+    format = prompt.answer_format
+    if format is None or format.reasoning_tags is None:
+        raise UnsupportedParameterError(PARAM, "The model's chat template has no reasoning tags.")
+    tags = _tag_ids(model, format.reasoning_tags)
+    if tags is None:
+        raise UnsupportedParameterError(PARAM, "The model's reasoning tags are not single tokens.")
+    for name in EXCLUSIVE:
+        if getattr(body, name):
+            raise InvalidValueError(f"Invalid '{name}': not allowed with '{PARAM}'.", param=name)
+    max_tokens, (start_id, end_id) = body.thinking_token_budget or 0, tags
+    return ReasoningLimit(max_tokens=max_tokens, start_id=start_id, end_id=end_id, is_open=format.is_reasoning)
+
+
+def supports_reasoning_budget(model: ServedModel) -> bool:
+    """Return whether chats with this model may have a `thinking_token_budget`."""
+    tags = None if model.chat_template is None else model.chat_template.reasoning_tags
+    return tags is not None and _tag_ids(model, tags) is not None
+
+
+def _tag_ids(model: ServedModel, tags: ReasoningTags) -> tuple[int, int] | None:
+    """Return the token ids of the start and end tags, or None if a tag is more than one token."""
+    ids = [model.tokenizer.encode(tag, add_special_tokens=False) for tag in (tags.start, tags.end)]
+    return (ids[0][0], ids[1][0]) if all(len(tag_ids) == 1 for tag_ids in ids) else None

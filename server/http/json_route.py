@@ -1,6 +1,5 @@
 """A route that parses and validates JSON bodies itself, strictly and once."""
 
-from collections.abc import Callable, Coroutine
 from functools import cached_property
 from typing import Any, get_type_hints
 
@@ -22,13 +21,12 @@ CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 class StrictJSONRoute(APIRoute):
     """A route whose handler takes a request and its body: the fields of a pydantic model, or nothing.
 
+    `RequestMiddleware` runs it without a search through all routes; the framework only documents it.
+
     A handler is cancelled when the client disconnects, if `ends_with_client`.
     """
 
     ends_with_client = True
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return super().get_route_handler() if self.body_type is None else self.answer
 
     @cached_property
     def body_type(self) -> type[BaseModel] | None:
@@ -38,19 +36,15 @@ class StrictJSONRoute(APIRoute):
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, also with an error."""
-        scope["route"] = self
+        scope["route"], request = self, Request(scope, receive)
+        content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
         try:
-            response = await self.answer(Request(scope, receive))
+            if content_type not in JSON_TYPES:
+                self.check_media_type(request, content_type)
+            response = await self.respond(request, parse_json_object(await request.body()))
         except APIError as error:
             response = error.response(scope)
         await response(scope, receive, send)
-
-    async def answer(self, request: Request) -> Response:
-        """Answer a request. Raises APIError."""
-        content_type = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
-        if content_type not in JSON_TYPES:
-            self.check_media_type(request, content_type)
-        return await self.respond(request, parse_json_object(await request.body()))
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
         """Answer a request whose body has valid JSON. Raises APIError."""

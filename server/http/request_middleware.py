@@ -21,8 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access.ledger import Ledger
 from server.http.access_control import Authentication, CrossOriginMiddleware, HostRules
-from server.http.bodies import BodyReader
-from server.http.body_budget import BodyShare
+from server.http.bodies import BodyReader, BodyShare
 from server.http.errors import (
     APIError,
     ConcurrencyLimitError,

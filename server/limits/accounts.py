@@ -91,8 +91,8 @@ class Account:
         self._tokens = _bucket(self._tokens, limits.tokens_per_minute, now)
         self._limits = limits
 
-    def admit(self) -> None:
-        """Count a request that begins.
+    def begin(self) -> None:
+        """Count a request that begins, as running until `num_running` is reduced.
 
         Raises LimitReachedError if it exceeds a limit; then it counts as none. A request is admitted while any tokens
         are left: what it takes beyond them has to come back before the next one is admitted.
@@ -108,6 +108,7 @@ class Account:
         if self._requests is not None:
             self._requests.take(1, now)
         self.usage.num_requests += 1
+        self.num_running += 1
 
     def count_tokens(self, *, prompt: int = 0, output: int = 0) -> None:
         """Count tokens of a prompt or an output, also where they count in a limit."""

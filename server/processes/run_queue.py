@@ -42,7 +42,6 @@ class Silence:
 
     def reset(self) -> None:
         """The process is not silent."""
-        self.is_broken = False  # it has been heard since, which the owner may set instead of calling this each time
         self.seconds = 0.0
         self.total = 0.0  # seconds, with those for which a thread waited
         self._cpu_waits: Mapping[int, float] = {}

@@ -91,6 +91,7 @@ class Requested:
     default_max_tokens: int | None = None  # then, or None for what fits the context
     num_logprobs: int | None  # alternatives to return for each output token; None: no log probabilities at all
     num_prompt_logprobs: int | None  # the same for each token of the prompt
+    wants_timings: bool
 
 
 # Fields, and a function that checks requests that have one of them. Raises BadRequestError.

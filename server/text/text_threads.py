@@ -1,16 +1,21 @@
-"""Runs the CPU-bound work on the texts of requests in threads: rendering, tokenizing, encoding long answers."""
+"""Runs the CPU-bound work on the texts of requests in threads, in which tenants take turns."""
+
+from __future__ import annotations
 
 import asyncio
 import math
 import os
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import anyio.to_thread
 from anyio import CapacityLimiter
 
 from server.tenants import Tenant
-from server.text.turns import Turns
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -18,7 +23,107 @@ Ts = TypeVarTuple("Ts")
 LONG_BYTES = 1 << 16  # of text
 SECONDS_PER_BYTE = 0.03 / LONG_BYTES  # that tokenizing a text takes
 MIN_BYTES = 1 << 10  # for which a shorter text counts
+MAX_IDLE_TENANTS = 1024  # of which it is known what they have had while others wait
 STUCK_SECONDS = 10.0  # without any progress with short texts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    tenant: Tenant
+    expected: float  # seconds
+    granted: asyncio.Future[None]
+
+
+class Turns:
+    """A semaphore whose free slots go to the waiting tenant that has had the least of it, relative to its weight.
+
+    This is start-time fair queueing. What a tenant has had counts from when it begins to wait, so that nobody saves up
+    turns by being idle. Work of one tenant is done in the order in which it came. For one event loop.
+
+    A turn costs the seconds for which it holds its slot. Until it ends, it counts as what is expected of it.
+    """
+
+    def __init__(self, num_slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_slots = num_slots
+        self._clock = clock
+        self._num_free = num_slots
+        self._waiting: dict[str, deque[_Waiter]] = {}  # by the tenant's name; never empty
+        self._had: dict[str, float] = {}  # virtual time up to which a tenant has been served
+        self._now = 0.0  # virtual time: that of the tenant that was served last
+
+    @asynccontextmanager
+    async def turn(self, tenant: Tenant, expected: float = 0.0) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. `expected` is the time that the work probably takes, in seconds."""
+        start = await self.acquire(tenant, expected)
+        try:
+            yield
+        finally:
+            self.release(tenant, expected, start)
+
+    async def acquire(self, tenant: Tenant, expected: float) -> float:
+        """Wait for a slot, and return the time when it was granted. `release` must follow with the same arguments."""
+        if self._num_free and not self._waiting:
+            if len(self._had) > MAX_IDLE_TENANTS:
+                self._had.clear()
+            had = max(self._had.get(tenant.name, 0.0), self._now)
+            self._num_free -= 1
+            self._now, self._had[tenant.name] = had, had + expected / tenant.weight
+        else:
+            await self._wait(_Waiter(tenant, expected, asyncio.get_running_loop().create_future()))
+        return self._clock()
+
+    def release(self, tenant: Tenant, expected: float, start: float) -> None:
+        """Return a slot that was granted at the time `start`."""
+        seconds = self._clock() - start - expected
+        self._had[tenant.name] = self._had.get(tenant.name, self._now) + seconds / tenant.weight
+        self._free()
+
+    async def _wait(self, waiter: _Waiter) -> None:
+        name = waiter.tenant.name
+        if name not in self._waiting:
+            if len(self._had) > MAX_IDLE_TENANTS:
+                self._had = {name: had for name, had in self._had.items() if name in self._waiting}
+            self._waiting[name] = deque()
+            self._had[name] = max(self._had.get(name, 0.0), self._now)
+        self._waiting[name].append(waiter)
+        self._grant()
+        try:
+            await waiter.granted
+        except asyncio.CancelledError:
+            if waiter.granted.cancelled():
+                self._remove(waiter)
+            else:  # it was cancelled after its turn had come
+                self._free()
+            raise
+
+    def _free(self) -> None:
+        self._num_free += 1
+        if self._waiting:
+            self._grant()
+        if self._num_free == self._num_slots:  # nobody waits, so nobody is owed anything
+            self._had.clear()
+
+    def _grant(self) -> None:
+        """Give the free slots to those who wait."""
+        while self._num_free and self._waiting:
+            name = min(self._waiting, key=lambda name: self._had[name])
+            waiter = self._waiting[name][0]
+            if not waiter.granted.done():  # else it was cancelled
+                self._num_free -= 1
+                self._now = self._had[name]
+                self._had[name] += waiter.expected / waiter.tenant.weight
+                waiter.granted.set_result(None)
+            self._remove(waiter)
+
+    def _remove(self, waiter: _Waiter) -> None:
+        """Remove a waiter, and forget the tenants that count as new ones again. Does nothing if it is not there."""
+        name = waiter.tenant.name
+        if waiter not in self._waiting.get(name, ()):
+            return
+        self._waiting[name].remove(waiter)
+        if not self._waiting[name]:
+            del self._waiting[name]
+            self._had = {name: had for name, had in self._had.items() if had > self._now or name in self._waiting}
 
 
 class TextThreads:

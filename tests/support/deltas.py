@@ -3,8 +3,7 @@
 from typing import Any
 
 from engine.shared.messages import TokenLogprobs
-from server.generation.choice_delta import ChoiceDelta, DeltaPart
-from server.generation.choice_state import ChoiceState
+from server.generation.choice import ChoiceDelta, ChoiceState, DeltaPart
 from server.text.choice_text import ChoiceText
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 from server.text.tokenizer import Tokenizer

@@ -53,7 +53,7 @@ class RunningServer:
         for model in self.context.models.loaded:
             for engine in model.client.engines:
                 if engine.liveness.is_ready:
-                    self.loop.call_soon_threadsafe(engine.liveness.on_message)
+                    self.loop.call_soon_threadsafe(setattr, engine.liveness, "was_heard", True)
 
     @property
     def connections(self) -> list[HTTPProtocol]:

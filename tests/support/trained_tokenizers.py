@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from server.text.detokenizer import Detokenizer
+from server.text.choice_text import Detokenizer
 from server.text.tokenizer import Tokenizer
 
 

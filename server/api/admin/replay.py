@@ -13,10 +13,9 @@ import msgspec
 from engine.shared.messages import FinishReason, Submit, TokenLogprobs
 from server.api.admin.schemas import Replay, ReplayDifference, ReplayedChoice, TokenAlternative, TokenDistribution
 from server.context import ServerContext
-from server.engine_client.answer_budget import AnswerShare
-from server.engine_client.answer_size import too_large_error
+from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.engine_client.streams import RequestStream
-from server.generation.choice_delta import json_logprob
+from server.generation.choice import json_logprob
 from server.http.errors import RecordedAdapterError, ServerError
 from server.models.served_model import ServedModel
 from server.recordings import RecordedChoice, Recording

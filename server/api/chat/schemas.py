@@ -212,17 +212,6 @@ class ChatCompletionRequest(GenerationRequest):
     )
     parallel_tool_calls: bool | None = Field(None, description="Allow several tool calls in one answer. Default true.")
 
-    @property
-    def opens_answer(self) -> bool:
-        """True if the prompt ends with the start of an assistant's turn."""
-        return self.add_generation_prompt is not False and not self.continue_final_message
-
-    @property
-    def echoed(self) -> str:
-        """Text that precedes the generated text in the answer."""
-        final = self.messages[-1]
-        return final.text if self.echo and final.role == "assistant" else ""
-
     def requested(self) -> Requested:
         limits = [limit for limit in (self.max_completion_tokens, self.max_tokens) if limit is not None]
         return Requested(
@@ -232,6 +221,7 @@ class ChatCompletionRequest(GenerationRequest):
             max_tokens=max(limits, default=None),  # of the two, NO_LIMIT yields
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             num_prompt_logprobs=self.prompt_logprobs,
+            wants_timings=self.lightwell is not None and bool(self.lightwell.explain),
         )
 
 

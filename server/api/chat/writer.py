@@ -20,7 +20,7 @@ from server.api.chat.schemas import (
     ToolCallChunk,
     TopLogprob,
 )
-from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta, json_logprob
+from server.generation.choice import ChoiceDelta, TokenPosition, ToolCallDelta, json_logprob
 from server.generation.endpoint import AnswerMetadata
 from server.generation.event_writer import ChunkWriter
 from server.generation.token_fields import NO_FIELDS, TokenFields
@@ -78,7 +78,8 @@ class ChatWriter(ChunkWriter):
         self._started.add(delta.index)
         first = ChatChunkChoice(delta.index, ChatDelta("assistant", self._echoed))
         start = ChatCompletionChunk(**self._envelope, choices=[first], prompt_text=self._prompt_text)
-        start.prompt_token_ids = self._fields.prompt_token_ids(delta.index)
+        if self._fields is not NO_FIELDS:
+            start.prompt_token_ids = self._fields.prompt_token_ids(delta.index)
         return [start, *chunks]
 
     def _additions(self, delta: ChoiceDelta) -> list[ChatDelta]:

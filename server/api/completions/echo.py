@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from server.generation.choice_delta import ChoiceDelta, TokenPosition
+from server.generation.choice import ChoiceDelta, TokenPosition
 from server.generation.prompts import Prompt
 from server.text.choice_text import ChoiceText
 from server.text.parsers.answer_parts import AnswerPart, PartKind

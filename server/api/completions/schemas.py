@@ -146,6 +146,7 @@ class CompletionRequest(GenerationRequest):
             default_max_tokens=DEFAULT_MAX_TOKENS,
             num_logprobs=0 if self.logprobs is None and num_choices > num_returned else self.logprobs,
             num_prompt_logprobs=max([number for number in in_prompt if number is not None], default=None),
+            wants_timings=self.lightwell is not None and bool(self.lightwell.explain),
         )
 
 

@@ -13,12 +13,13 @@ from server.api.completions.schemas import (
     CompletionChoice,
     CompletionLogprobs,
 )
-from server.generation.choice_delta import ChoiceDelta, TokenPosition, json_logprob
+from server.generation.choice import ChoiceDelta, TokenPosition, json_logprob
 from server.generation.endpoint import AnswerMetadata
 from server.generation.event_writer import ChunkWriter
 from server.generation.token_fields import NO_FIELDS, TokenFields
 from server.schemas.answers import RequestTimings, Usage, encoded
 from server.schemas.request_fields import StreamOptions
+from server.text.parsers.answer_parts import AnswerPart
 from server.text.tokenizer import Tokenizer
 
 
@@ -50,14 +51,15 @@ class CompletionWriter(ChunkWriter):
             delta = self._with_echo(self._echoes, delta, is_first=is_first)
         self._started.add(delta.index)
         choices = []
-        text, token_ids = delta.text, UNSET if self._fields is NO_FIELDS else self._fields.token_ids(delta)
+        text = "".join([part.text for part in delta.parts if isinstance(part, AnswerPart)])  # there are no others
+        token_ids = UNSET if self._fields is NO_FIELDS else self._fields.token_ids(delta)
         if text or delta.positions or token_ids:
             logprobs = self._logprobs(delta.positions) if self._with_logprobs else None
             choices.append(CompletionChoice(text, delta.index, logprobs, None, token_ids=token_ids))
         if delta.finish_reason is not None:
             last = CompletionChoice("", delta.index, None, delta.finish_reason, stop_reason=delta.stop_reason)
             choices.append(last)
-        if is_first and choices:
+        if is_first and choices and self._fields is not NO_FIELDS:
             choices[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
         return [Completion(**self._envelope, choices=[choice]) for choice in choices]
 

@@ -35,7 +35,7 @@ from server.api.messages.schemas import (
 from server.api.messages.writer import MessagesWriter
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
-from server.generation.reasoning_budget import supports_reasoning_budget
+from server.generation.tokenized_settings import supports_reasoning_budget
 from server.http.errors import InvalidValueError, MissingParameterError
 from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT

@@ -23,7 +23,7 @@ from server.api.messages.schemas import (
     ThinkingBlockDelta,
     ToolInputDelta,
 )
-from server.generation.choice_delta import ChoiceDelta, DeltaPart, ToolCallDelta
+from server.generation.choice import ChoiceDelta, DeltaPart, ToolCallDelta
 from server.generation.endpoint import AnswerMetadata
 from server.generation.event_writer import encode_events
 from server.http.errors import APIError

@@ -1,5 +1,6 @@
 """Converts requests of Ollama's API to chat completion requests, and those without a chat template to completions."""
 
+import dataclasses
 import math
 import re
 from collections import OrderedDict, deque
@@ -30,7 +31,7 @@ from server.generation.endpoint import AnswerMetadata, Endpoint
 from server.generation.prompts import Prompt, encode_prompt
 from server.http.errors import InvalidValueError, UnsupportedParameterError
 from server.models.served_model import ServedModel
-from server.schemas.generation_request import GenerationRequest
+from server.schemas.generation_request import GenerationRequest, Requested
 from server.tenants import get_tenant
 
 Body = TypeVar("Body", bound=GenerationRequest)
@@ -74,21 +75,15 @@ CALL_ID = "call{:05d}"  # nine letters and digits, which Mistral's templates req
 class OllamaChatCompletionRequest(ChatCompletionRequest):
     """A chat request whose timings are always reported."""
 
-    @property
-    def wants_timings(self) -> bool:
-        return True
+    def requested(self) -> Requested:
+        return dataclasses.replace(super().requested(), wants_timings=True)
 
 
 class OllamaCompletionRequest(CompletionRequest):
     """A completion request whose timings are always reported, and whose length is limited by the context alone."""
 
-    @property
-    def wants_timings(self) -> bool:
-        return True
-
-    @property
-    def default_max_output_tokens(self) -> int | None:
-        return None
+    def requested(self) -> Requested:
+        return dataclasses.replace(super().requested(), wants_timings=True, default_max_tokens=None)
 
 
 def served_name(request: Request, name: str) -> str:

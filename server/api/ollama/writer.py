@@ -22,7 +22,7 @@ from server.api.ollama.schemas import (
     OllamaGenerateAnswer,
     OllamaToolCall,
 )
-from server.generation.choice_delta import ChoiceDelta, ToolCallDelta
+from server.generation.choice import ChoiceDelta, ToolCallDelta
 from server.generation.event_writer import encode_lines
 from server.http.errors import APIError
 from server.schemas.answers import RequestTimings, Usage

@@ -48,7 +48,7 @@ from server.api.responses.schemas import (
     ResponseUsage,
 )
 from server.api.responses.store import ResponseStore, StoredResponse
-from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta
+from server.generation.choice import ChoiceDelta, TokenPosition, ToolCallDelta
 from server.generation.event_writer import encode_events
 from server.generation.token_fields import NO_FIELDS, TokenFields
 from server.http.errors import APIError, ResponseGoneError

@@ -154,16 +154,16 @@ def test_usage_and_limits_survive_a_change(tmp_path: Path) -> None:
     file.write_text(text)
     keys = ApiKeys(Settings(api_keys_file=str(file)))
     before = keys.tenants["alice"].account
-    before.admit()
+    before.begin()
     file.write_text(text + entry("bob", "b"))
     keys.reload()
     assert keys.tenants["alice"].account is before
     assert keys.usage()["alice"].num_requests == 1
     with pytest.raises(LimitReachedError):
-        before.admit()
+        before.begin()
     file.write_text(entry("alice", "a"))
     keys.reload()
-    before.admit()
+    before.begin()
 
 
 def test_the_last_of_several_reloads_counts(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from server.api.responses.conversion import new_response
 from server.api.responses.schemas import ResponsesRequest
 from server.api.responses.store import StoredResponse
 from server.api.responses.writer import ResponseWriter
-from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta, join_deltas
-from server.generation.choice_state import ChoiceParser, ChoiceState
+from server.generation.choice import ChoiceDelta, ChoiceParser, ChoiceState, TokenPosition, ToolCallDelta, join_deltas
 from server.generation.endpoint import AnswerMetadata, Writer
 from server.http.errors import APIError, EngineDeadError, QueueFullError
 from server.http.json_response import StructResponse

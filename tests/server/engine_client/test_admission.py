@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from engine.shared.messages import Abort, EngineInfo, FinishReason
-from server.engine_client.admission import Admission, AdmissionLimits
+from server.engine_client.admission import FIRST_OUTPUT, Admission, AdmissionLimits, WaitEstimate
 from server.engine_client.client import EngineClient
 from server.engine_client.reservation import Reservation
-from server.engine_client.shares import Shares
-from server.engine_client.wait_estimate import FIRST_OUTPUT, Backlog, WaitEstimate
+from server.engine_client.shares import Backlog, Shares
 from server.http import errors
 from server.metrics import Metrics
 from server.statistics.choice_stats import ChoiceStats
@@ -92,7 +91,7 @@ async def test_a_request_that_takes_too_long_ends(fake_engine: FakeEngine) -> No
 class BusyEngines:
     """Engines that are ready, run one choice at a time, and have a long queue."""
 
-    info, dead_reason, max_num_seqs, num_waiting = ENGINE_INFO, None, 1, 50
+    info, dead_reason, max_num_seqs = ENGINE_INFO, None, 1
 
     def ready_info(self) -> EngineInfo:
         return self.info
@@ -110,7 +109,7 @@ async def test_a_request_that_would_wait_for_too_long_is_refused_at_once() -> No
     for _ in range(50):
         admission.expect(reserve(ALICE, 3), [ChoiceStats(0.0, 100, num_prompt_tokens=2)])
     for step in range(400):
-        admission.count_step(2, 100.0 + step * 0.01)
+        admission.count_step(2, 100.0 + step * 0.01, num_waiting=50)
     after = set()
     for _ in range(21):
         with pytest.raises(errors.WaitTooLongError) as caught:

@@ -6,8 +6,14 @@ import weakref
 import pytest
 
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
-from server.engine_client.answer_budget import AnswerBudget, AnswerShare
-from server.engine_client.answer_size import ALTERNATIVE_BYTES, POSITION_BYTES, TOKEN_BYTES, event_bytes
+from server.engine_client.answer_budget import (
+    ALTERNATIVE_BYTES,
+    POSITION_BYTES,
+    TOKEN_BYTES,
+    AnswerBudget,
+    AnswerShare,
+    event_bytes,
+)
 from server.http.errors import APIError, BadRequestError, BuffersExceedMemoryError
 from server.tenants import Tenant
 

@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.api.completions.writer import CompletionWriter
 from server.engine_client.streams import ReceivedEvent
-from server.generation.choice_delta import ChoiceDelta, Pacer, TokenPosition, ToolCallDelta, best_choices, join_deltas
-from server.generation.choice_state import ChoiceState
+from server.generation.choice import (
+    ChoiceDelta,
+    ChoiceState,
+    Pacer,
+    TokenPosition,
+    ToolCallDelta,
+    best_choices,
+    join_deltas,
+)
 from server.generation.endpoint import AnswerMetadata
 from server.generation.generation import Generation
 from server.generation.prompts import Prompt

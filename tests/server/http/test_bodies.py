@@ -15,8 +15,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from server.http.bodies import BODY_TIMEOUT, DISCARD_TIMEOUT
-from server.http.body_budget import FREE_BYTES, BodyBudget, BodyShare
+from server.http.bodies import BODY_TIMEOUT, DISCARD_TIMEOUT, FREE_BYTES, BodyBudget, BodyShare
 from server.http.errors import BuffersExceedMemoryError
 from tests.server.conftest import StartServer
 from tests.support.clients import shared_server

@@ -47,10 +47,10 @@ def test_a_budget_is_renewed_once_a_day() -> None:
     account = Account(lambda: now, lambda: wall)
     account.set_limits(Limits(tokens_per_day=10))
     account.count_tokens(prompt=9)
-    account.admit()
+    account.begin()
     account.count_tokens(output=1)
     for wall_days, days, is_renewed in DAYS:
         wall, now = noon + wall_days * DAY, start + days * DAY
         with nullcontext() if is_renewed else pytest.raises(LimitReachedError, match="tokens_per_day"):
-            account.admit()
+            account.begin()
         account.count_tokens(prompt=10 if is_renewed else 0)

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +195,13 @@ def start(model_folder: Path, tmp_path: Path) -> Iterator[Start]:
 def set_default(server: RunningServer) -> Iterator[SetDefault]:
     """A function that gives the shared server another default sampling for one test."""
     before = server.model.default_sampling
-    yield partial(object.__setattr__, server.model, "default_sampling")
-    object.__setattr__(server.model, "default_sampling", before)
+
+    def set_to(value: DefaultSampling) -> None:
+        object.__setattr__(server.model, "default_sampling", value)
+        vars(server.model).pop("variants", None)  # which know their fingerprints
+
+    yield set_to
+    set_to(before)
 
 
 def resolve(setting: Any, *recommendations: tuple[str, dict[str, Any]], name: str = "m") -> DefaultSampling:

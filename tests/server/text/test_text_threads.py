@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.tenants import Tenant
-from server.text.text_threads import LONG_BYTES, TextThreads
+from server.text.text_threads import LONG_BYTES, MAX_IDLE_TENANTS, TextThreads, Turns
 from server.text.tokenizer import Tokenizer
-from server.text.turns import MAX_IDLE_TENANTS, Turns
 from tests.support.clients import shared_server
 from tests.support.examples import num_examples
 from tests.support.serving import RunningServer, wait_until
