@@ -75,14 +75,22 @@ class ApiConnections:
         """Return all pending messages with their senders. Wait up to `timeout` seconds for the first."""
         messages: list[tuple[bytes, ToEngine | Damaged]] = []
         wait = int(timeout * 1000)
-        while repeat(partial(self.socket.poll, wait)):
-            frame: zmq.Frame = repeat(lambda: self.socket.recv(zmq.NOBLOCK, copy=False))
+        while self._poll(wait):
+            receive: Callable[[], zmq.Frame] = partial(self.socket.recv, zmq.NOBLOCK, copy=False)  # type: ignore[assignment]
+            frame = repeat(receive)
             self.frames.append(frame)
             if not frame.more:
                 frames, self.frames = self.frames, []
                 messages += self._decode(frames)
             wait = 0
         return messages
+
+    def _poll(self, wait: int) -> int:
+        """Return whether there is a message, after up to `wait` milliseconds."""
+        try:
+            return self.socket.poll(wait)
+        except (zmq.ZMQError, MemoryError):
+            return repeat(partial(self.socket.poll, wait))
 
     def _decode(self, frames: Sequence[zmq.Frame]) -> list[tuple[bytes, ToEngine | Damaged]]:
         """Return the message and its sender, or an empty list if nothing of the message can be read."""

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from engine.config import EngineConfig
@@ -29,7 +30,15 @@ from engine.scheduling.budget import StepBudget
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
 from engine.scheduling.record import Recorder, RowRecord, StepClock, StepRecord
-from engine.scheduling.request import Scheduled, ScheduledOutput, Status, Step, new_request, without_early_end
+from engine.scheduling.request import (
+    NO_LORA_SLOT,
+    Scheduled,
+    ScheduledOutput,
+    Status,
+    Step,
+    new_request,
+    without_early_end,
+)
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import choose_policy
 from engine.shared.block_hashes import prefix_salt
@@ -118,14 +127,15 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self.in_flight is not None
+        scheduler = self.scheduler
+        return self.in_flight is not None or scheduler.running.num + scheduler.waiting.num > 0
 
     def add(self, submit: Submit) -> None:
         """Queue a prompt of 1 to max_model_len tokens. Its choices share blocks even without prefix caching.
 
         Raises AdapterGoneError if its adapter is no longer loaded.
         """
-        slot = self.adapters.find(submit.lora_fingerprint)
+        slot = self.adapters.find(submit.lora_fingerprint) if submit.lora_fingerprint else NO_LORA_SLOT
         salt = prefix_salt(submit.lora_fingerprint, submit.cache_salt)
         salt = salt if self.enable_prefix_caching else os.urandom(16)
         parent = new_request(submit, salt=salt, arrival_number=next(self.arrivals), now=self.clock(), lora_slot=slot)
@@ -154,7 +164,8 @@ class Engine:
         are alone. Raises BrokenDeviceError if the device fails the warm-up prompt, too.
         """
         finished, events = self._step()
-        events += self.scheduler.lifecycle.take_failed()
+        if self.scheduler.lifecycle.failed:
+            events += self.scheduler.lifecycle.take_failed()
         if self.doubt is not None and self.in_flight is None:
             self._check_device(self.doubt)
         return finished, events
@@ -162,9 +173,9 @@ class Engine:
     def _step(self) -> tuple[Step | None, list[TokenEvent]]:
         clock = StepClock(self.clock)
         is_part = bool(self.parts)
-        step = self._next_part() or self.scheduler.schedule() or self._wait_for_grammar()
-        clock.lap("schedule")
-        batch = None if step is None else self._attempt(step, lambda: self.runner.forward(step, clock))
+        step = (self._next_part() if is_part else None) or self.scheduler.schedule() or self._wait_for_grammar()
+        clock.laps.append(("schedule", clock.now()))
+        batch = None if step is None else self._attempt(step, partial(self.runner.forward, step, clock))
         finished, events, failed = self._finish()
         if failed is not None:
             if step is not None:
@@ -172,10 +183,10 @@ class Engine:
             return finished, events + self._fail(*failed)
         if step is None or batch is None:
             return finished, events
-        clock.lap("overlap")
-        outputs = (
-            batch if isinstance(batch, Failure) else self._attempt(step, lambda: self.runner.sample(step, batch, clock))
-        )
+        clock.laps.append(("overlap", clock.now()))
+        if isinstance(batch, Failure):
+            return finished, events + self._fail(step, batch)
+        outputs = self._attempt(step, partial(self.runner.sample, step, batch, clock))
         if isinstance(outputs, Failure):
             return finished, events + self._fail(step, outputs)
         self.in_flight = StepInFlight(step, outputs, clock)
@@ -209,17 +220,17 @@ class Engine:
             return None, [], None
         in_flight, self.in_flight = self.in_flight, None
         step, clock = in_flight.step, in_flight.clock
-        clock.lap("overlap_next")
+        clock.laps.append(("overlap_next", clock.now()))
         outputs = self._attempt(step, in_flight.outputs.read)
         if isinstance(outputs, Failure):
             return None, [], (step, outputs)
-        clock.lap("wait")
+        clock.laps.append(("wait", clock.now()))
         now = self.clock()
         self.scheduler.budget.add_step(step.num_tokens, 1000 * (now - max(clock.started, self.last_read)))
         self.last_read = now
         events = self.scheduler.update(step, outputs)
-        self.doubt = None if any(output.error is None for output in outputs) else outputs[0].error
-        clock.lap("update")
+        self.doubt = None if any([output.error is None for output in outputs]) else outputs[0].error
+        clock.laps.append(("update", clock.now()))
         try:
             self._record(step, clock)
         except Exception:
@@ -292,7 +303,8 @@ class Engine:
         return self.scheduler.current_stats()
 
     def _record(self, step: Step, clock: StepClock) -> None:
-        stats = self.stats()
+        scheduler = self.scheduler
+        num_children = sum([len(request.children) for request in (*scheduler.running, *scheduler.waiting)])
         self.recorder.add_step(
             StepRecord(
                 step_id=step.step_id,
@@ -309,9 +321,9 @@ class Engine:
                     )
                     for item in step.scheduled
                 ],
-                num_running=stats.num_running,
-                num_waiting=stats.num_waiting,
-                num_blocks_used=stats.num_blocks_used,
+                num_running=scheduler.running.num,
+                num_waiting=scheduler.waiting.num + num_children,
+                num_blocks_used=scheduler.pool.num_used,
                 seconds=clock.seconds,
             )
         )

@@ -92,9 +92,9 @@ class EngineLoop:
         """Return for how long to wait for messages before the next step. None is computed while one is unsent."""
         if self.connections.unsent:
             return POLL_SECONDS
-        if self.engine.has_work or self.questions or self.inspector.has_work:
+        if self.engine.has_work or self.questions or self.inspector.running is not None:
             return 0.0
-        return POLL_SECONDS if self.adapter_updates else HEARTBEAT_SECONDS
+        return POLL_SECONDS if self.adapter_updates.queue else HEARTBEAT_SECONDS
 
     def run_once(self, timeout: float) -> None:
         """Receive messages, answer at most one question, run at most one step, and send its events.
@@ -110,22 +110,24 @@ class EngineLoop:
         if timeout == HEARTBEAT_SECONDS and is_idle:
             self.engine.prepare_grammars()
             self.engine.runner.capture_next()
-        for identity, done in self.adapter_updates.advance():
+        for identity, done in self.adapter_updates.advance() if self.adapter_updates.queue else ():
             self.announce_adapters(identity, done)
-        if not self.connections.flush():
+        if self.connections.unsent and not self.connections.flush():
             return  # what is computed now would have to be kept
-        self.answer_question()
+        if self.questions:
+            self.answer_question()
         started_at = self.clock()
         step, events = self.engine.step()
         step_seconds = self.clock() - started_at if self.engine.has_work or step else None
         refused, self.refused = self.refused, []
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
-        prefixes = self.engine.scheduler.kv.pool.take_changes()
+        pool = self.engine.scheduler.pool
+        prefixes: tuple[list[bytes], list[bytes]] = pool.take_changes() if pool.changes else ([], [])
         for abort in self.connections.send_outputs(
             refused + events, self.engine.stats(), num_tokens, started, prefixes
         ):
             self.engine.abort(abort.request_id, abort.index)
-        if self.inspector.has_work and (answer := self.inspector.advance_after(step_seconds)) is not None:
+        if self.inspector.running is not None and (answer := self.inspector.advance_after(step_seconds)) is not None:
             self.reply(*answer)
 
     def handle(self, identity: bytes, message: ToEngine | Damaged) -> None:
@@ -167,10 +169,9 @@ class EngineLoop:
             self.questions.append((identity, question))
 
     def answer_question(self) -> None:
-        """Answer the next question, if any. Each takes up to some milliseconds, so a step follows before the next."""
-        if self.questions:
-            identity, question = self.questions.popleft()
-            self.reply(identity, self.reader.answer(question))
+        """Answer the next question. Each takes up to some milliseconds, so a step follows before the next."""
+        identity, question = self.questions.popleft()
+        self.reply(identity, self.reader.answer(question))
 
     def reply(self, identity: bytes, answer: Answer) -> None:
         """Send an answer to the API process that asked, unless it has gone."""

@@ -62,7 +62,7 @@ class PendingOutputs:
                 output.logprobs = [logprobs[row] for row in range(first, first + num)]
             if item.num_samples and not num:
                 output.error = _sampling_error(item)
-            if item.num_pooled and not output.pooled:
+            if item.request.params.pooling is not None and item.num_pooled and not output.pooled:
                 output.error = "the model's hidden states are not finite"
             outputs.append(output)
             first = last
@@ -90,6 +90,7 @@ class ModelRunner:
         self.kernels = kernels
         with torch.inference_mode():
             self.execution = prepare_execution(kernels, model, kv_cache, builder)
+        self.num_positions = 0  # for which there are rotary embeddings
         self.sampled: Tensor | None = None  # [R] int64: the tokens of the previous step, on the device
 
     @torch.inference_mode()
@@ -112,13 +113,15 @@ class ModelRunner:
     def forward(self, step: Step, clock: StepClock) -> BatchInputs:
         """Launch the model on a step. It may read tokens that the previous step has sampled on the device."""
         batch = self.builder.build(step)
-        self.model.extend_rotary(int(batch.seq_lens.max()))
+        if (num_positions := int(batch.seq_lens.max())) > self.num_positions:
+            self.model.extend_rotary(num_positions)
+            self.num_positions = num_positions
         if len(batch.ahead_rows):
             assert self.sampled is not None
             batch.token_ids[batch.ahead_rows] = self.sampled[batch.ahead_samples]
-        clock.lap("prepare")
+        clock.laps.append(("prepare", clock.now()))
         self.execution.forward(batch)
-        clock.lap("forward")
+        clock.laps.append(("forward", clock.now()))
         return batch
 
     @torch.inference_mode()
@@ -129,12 +132,13 @@ class ModelRunner:
         prompt_logprobs = {
             index: self._prompt_logprobs(*item) for index, item in enumerate(items) if item[0].num_prompt_logprobs
         }
-        pooled = {index: HostCopy(self._pool(*item)) for index, item in enumerate(items) if item[0].num_pooled}
+        pooling = [(index, item) for index, item in enumerate(items) if item[0].request.params.pooling is not None]
+        pooled = {index: HostCopy(self._pool(*item)) for index, item in pooling if item[0].num_pooled}
         rows = [row for item in step.scheduled for row in item.sampling_rows]
         if not rows:
             return PendingOutputs(step, prompt_logprobs, pooled)
         logits = self.execution.compute_logits(batch.sample_rows)
-        logprob_rows = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+        logprob_rows = [index for index, row in enumerate(rows) if row.request.params.logprobs is not None]
         on_device = raw_logits = None
         if logprob_rows:
             (on_device,) = packed_copy([np.array(logprob_rows, dtype=np.int64)], logits.device)
@@ -151,7 +155,7 @@ class ModelRunner:
             num_top = [rows[index].params.logprobs or 0 for index in logprob_rows]
             named_ids = [rows[index].params.logprob_token_ids for index in logprob_rows]
             logprobs = gather_logprobs(raw_logits, sampled.token_ids[on_device], num_top, named_ids)
-        clock.lap("sample")
+        clock.laps.append(("sample", clock.now()))
         return PendingOutputs(step, prompt_logprobs, pooled, copy, logprob_rows, logprobs)
 
     def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[PendingLogprobs]:

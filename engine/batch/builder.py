@@ -109,17 +109,21 @@ class BatchBuilder:
     def _fill(self, step: Step) -> None:
         num_seqs = len(step.scheduled)
         self.query_lens[:num_seqs] = [item.num_tokens for item in step.scheduled]
-        self.hidden_lens[:num_seqs] = [item.num_hidden for item in step.scheduled]
+        self.hidden_lens[:num_seqs] = [
+            item.num_hidden if item.num_prompt_logprobs or item.request.params.pooling else item.num_samples
+            for item in step.scheduled
+        ]
         self.seq_lens[:num_seqs] = [item.start + item.num_tokens for item in step.scheduled]
-        num_generating = sum(not item.is_prompt for item in step.scheduled)
+        num_generating = sum([not item.is_prompt for item in step.scheduled])
         for counts, lens in ((self.num_rows, self.query_lens), (self.num_hidden_rows, self.hidden_lens)):
             counts[:] = lens[:num_seqs].sum(), lens[:num_generating].sum()
         num_rows, num_hidden_rows, self.num_seqs[0] = int(self.num_rows[0]), int(self.num_hidden_rows[0]), num_seqs
         rows = dict(zip(ROWS, self.rows, strict=True))
         rows["token_ids"][:num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
         self._check_token_ids(rows["token_ids"][:num_rows])
-        next_ids = itertools.chain.from_iterable(item.next_prompt_ids for item in step.scheduled)
-        self._check_token_ids(np.fromiter(next_ids, np.int64))
+        if with_next := [item for item in step.scheduled if item.num_prompt_logprobs]:
+            next_ids = itertools.chain.from_iterable(item.next_prompt_ids for item in with_next)
+            self._check_token_ids(np.fromiter(next_ids, np.int64))
         lora_slots = [item.request.lora_slot for item in step.scheduled]
         rows["lora_slots"][:num_rows] = np.repeat(lora_slots, self.query_lens[:num_seqs])
         rows["hidden_rows"][:num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])

@@ -120,27 +120,23 @@ class Inspector:
         self._clock = engine.clock
         self._num_heads = max(layer.attention.num_heads for layer in engine.model_config.layers)
         self._execution: ObservedExecution | None = None  # made for the first inspection
-        self._running: Running | None = None
+        self.running: Running | None = None
         self._seconds = 0.0  # that slices may take now; negative: they have taken too long
-
-    @property
-    def has_work(self) -> bool:
-        return self._running is not None
 
     def begin(self, identity: bytes, question: Inspect) -> Inspected | None:
         """Begin an inspection for the API process `identity`. Return the refusal if another one runs."""
-        if self._running is not None:
+        if self.running is not None:
             return Inspected(read_id=question.read_id, problem=InspectionProblem.BUSY)
-        self._running = Running(identity, question, self._inspect(question), self._clock() + MAX_SECONDS)
+        self.running = Running(identity, question, self._inspect(question), self._clock() + MAX_SECONDS)
         return None
 
     def stop(self, identity: bytes, read_id: int) -> ReadFailed | None:
         """End an inspection whose answer nobody waits for. Return an answer, unless another one runs or none."""
-        running = self._running
+        running = self.running
         if running is None or (identity, read_id) != (running.identity, running.question.read_id):
             return None
         running.slices.close()
-        self._running = None
+        self.running = None
         return ReadFailed(read_id)
 
     def advance_after(self, step_seconds: float | None) -> tuple[bytes, Inspected | ReadFailed] | None:
@@ -154,7 +150,7 @@ class Inspector:
     @torch.inference_mode()
     def advance(self, seconds: float) -> tuple[bytes, Inspected | ReadFailed] | None:
         """Run slices for so many seconds, at least one. Return the answer and who asked for it, once it is complete."""
-        if (running := self._running) is None:
+        if (running := self.running) is None:
             return None
         now = self._clock()
         answer = _run(running.slices, running.question, now + seconds, self._clock)
@@ -163,7 +159,7 @@ class Inspector:
             answer = Inspected(read_id=running.question.read_id, problem=InspectionProblem.TOO_SLOW)
         if answer is None:
             return None
-        self._running = None
+        self.running = None
         return running.identity, answer
 
     def _inspect(self, question: Inspect) -> Generator[None, None, Inspected]:

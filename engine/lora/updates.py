@@ -44,30 +44,26 @@ class AdapterUpdates:
         self.config = config
         self.scheduler = scheduler
         self.clock = clock
-        self._queue: deque[tuple[bytes, UpdateRequest]] = deque()  # API process, and its request
+        self.queue: deque[tuple[bytes, UpdateRequest]] = deque()  # API process, and its request
         self._current: Iterator[None] | None = None  # the update of the first request, once it has begun
-
-    def __bool__(self) -> bool:
-        """Return whether an update is pending."""
-        return bool(self._queue)
 
     def add(self, client: bytes, request: UpdateRequest) -> AdapterDone | None:
         """Queue an update. Return a refusal if too many are pending."""
-        if len(self._queue) >= MAX_PENDING:
+        if len(self.queue) >= MAX_PENDING:
             problem = f"{MAX_PENDING} changes of LoRA adapters are pending already"
             return AdapterDone(request_id=request.request_id, error=problem, is_temporary=True)
-        self._queue.append((client, request))
+        self.queue.append((client, request))
         return None
 
     def advance(self) -> list[tuple[bytes, AdapterDone]]:
         """Work on the pending updates for some milliseconds. Return (API process, reply) for each that has finished."""
         replies: list[tuple[bytes, AdapterDone]] = []
-        while self._queue:
-            client, request = self._queue[0]
+        while self.queue:
+            client, request = self.queue[0]
             reply = self._advance(request)
             if reply is None:
                 break
-            self._queue.popleft()
+            self.queue.popleft()
             self._current = None
             replies.append((client, reply))
         return replies

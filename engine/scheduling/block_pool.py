@@ -161,13 +161,14 @@ class BlockPool:
             self.blocks.append(block)
         else:
             _, block = self.free_blocks.popitem(last=False)
-            self._remember_evicted(block)
-        self.unpublish([block])
+            if block.block_hash is not None:
+                self._remember_evicted(block)
+                self.unpublish([block])
         block.ref_count, block.step_id = 1, self.step_id
         return block
 
     def _remember_evicted(self, block: Block) -> None:
-        if block.block_hash is not None and block.is_cached:
+        if block.is_cached and block.block_hash is not None:
             self.evicted[block.block_hash] = None
             if len(self.evicted) > MAX_EVICTED:
                 del self.evicted[next(iter(self.evicted))]

@@ -69,11 +69,10 @@ class StepBudget:
 
     def num_rows(self, running: Collection[Request]) -> int:
         """Return how many rows the next step may have: at least one for each running request."""
-        num_rows = self.limit
-        is_decoding = any(request.kv.num_computed >= request.num_prompt_tokens for request in running)
-        if self.max_ms is not None and is_decoding:
-            num_rows = min(num_rows, max(len(running) + MIN_PROMPT_ROWS, self.times.num_rows(AIM * self.max_ms)))
-        return max(num_rows, len(running))
+        num_rows, num_running = self.limit, len(running)
+        if self.max_ms is not None and any(each.kv.num_computed >= each.num_prompt_tokens for each in running):
+            num_rows = min(num_rows, max(num_running + MIN_PROMPT_ROWS, self.times.num_rows(AIM * self.max_ms)))
+        return max(num_rows, num_running)
 
     def add_step(self, num_rows: int, ms: float) -> None:
         """Count a step that ran. It was read `ms` milliseconds after the step before it, or after its own start."""

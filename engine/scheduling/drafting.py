@@ -43,12 +43,12 @@ class Drafting:
         """
         generating = [item for item in scheduled if item.num_samples and not item.is_prompt]
         generating = [item for item in generating if item.request.drafting.is_enabled]
-        for item in generating if self.drafts_forced else ():
+        for item in [each for each in generating if each.request.matcher is not None] if self.drafts_forced else ():
             with self.lifecycle.isolated(item.request):
                 budget -= self._add_draft(item, self._forced_tokens(item.request)[:budget])
         if self.policy is not None:
             without_draft = [item for item in generating if not item.draft_token_ids]
-            num_rows = sum(item.num_tokens for item in scheduled)
+            num_rows = sum([item.num_tokens for item in scheduled])
             self._add_ngram_drafts(self.policy, without_draft, self.policy.num_spare_rows(num_rows, budget))
 
     def settle(self, item: Scheduled, num_accepted: int) -> None:
@@ -86,9 +86,14 @@ class Drafting:
             return
         drafts: list[tuple[Scheduled, list[int]]] = []
         for item in generating:
-            with self.lifecycle.isolated(item.request):
-                drafts.append((item, self._ngram_draft(policy, item.request)))
-        drafts = sorted((pair for pair in drafts if pair[1]), key=lambda pair: len(pair[1]))
+            try:
+                draft = self._ngram_draft(policy, item.request)
+            except BaseException as error:
+                self.lifecycle.take_fault(item.request, error, has_ended=False)
+            else:
+                if draft:
+                    drafts.append((item, draft))
+        drafts.sort(key=lambda pair: len(pair[1]))
         for index, (item, draft) in enumerate(drafts):
             share = -(-num_spare // (len(drafts) - index))
             with self.lifecycle.isolated(item.request):
@@ -111,8 +116,9 @@ class Drafting:
 
     def _max_draft_length(self, request: Request) -> int:
         """Return how many tokens a draft may have: one token that is not drafted must fit after it."""
-        num_left = request.params.max_tokens - request.num_output_tokens
-        return min(num_left, self.max_model_len - request.num_tokens) - 1
+        num_tokens = len(request.token_ids)
+        num_left = request.params.max_tokens - (num_tokens - request.num_prompt_tokens)
+        return min(num_left, self.max_model_len - num_tokens) - 1
 
     def _add_draft(self, item: Scheduled, draft: list[int]) -> int:
         """Append a draft to a scheduled request unless blocks are short. Return the number of rows added."""

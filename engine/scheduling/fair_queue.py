@@ -39,9 +39,10 @@ class RequestQueue(Collection[Request]):
 
     def __init__(self) -> None:
         self.by_tenant: dict[str, list[Request]] = {}  # without empty lists
+        self.num = 0  # requests
 
     def __len__(self) -> int:
-        return sum(map(len, self.by_tenant.values()))
+        return self.num
 
     def __iter__(self) -> Iterator[Request]:
         return chain.from_iterable(self.by_tenant.values())
@@ -57,10 +58,12 @@ class RequestQueue(Collection[Request]):
         requests = self.by_tenant.get(request.tenant, [])
         insort(requests, request, key=order_key)
         self.by_tenant[request.tenant] = requests
+        self.num += 1
 
     def remove(self, request: Request) -> None:
         requests = self.by_tenant[request.tenant]
         requests.remove(request)
+        self.num -= 1
         if not requests:
             del self.by_tenant[request.tenant]
 
@@ -93,7 +96,7 @@ class FairQueue:
     def start(self, request: Request) -> None:
         """Move a waiting request to those that run. If it goes first because it was overdue, it is sheltered."""
         now = self.clock()
-        if self._is_overdue(request, now):
+        if request.record.preemptions and self._is_overdue(request, now):
             seconds = seconds_preempted(request, now) / WAIT_PER_SHELTER
             self._sheltered, self._shelter_ends = request, now + seconds
             self._next_shelter = self._shelter_ends + WAIT_PER_SHELTER * seconds
@@ -125,6 +128,8 @@ class FairQueue:
 
     def num_ahead(self, request: Request) -> int:
         """Return how many requests start before one that is about to wait, if tenants take turns."""
+        if not self.waiting.num:
+            return 0
         before = sum(order_key(other) < order_key(request) for other in self.waiting.of(request.tenant))
         others = (some for tenant, some in self.waiting.by_tenant.items() if tenant != request.tenant)
         return before + sum(min(len(some), before) for some in others)
@@ -145,7 +150,8 @@ class FairQueue:
 
     def next_waiting(self) -> Request | None:
         """Return the request that starts next, or None if none can."""
-        heads = (next((some for some in queue if some.can_start), None) for queue in self.waiting.by_tenant.values())
+        queues = self.waiting.by_tenant.values()
+        heads = [next((some for some in queue if some.matcher is None or some.can_start), None) for queue in queues]
         ready = [head for head in heads if head is not None]
         if len(ready) < 2:
             return ready[0] if ready else None

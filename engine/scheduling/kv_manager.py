@@ -30,6 +30,7 @@ class KVManager:
         # Tenant -> id of a block -> number of its requests that hold it. Without tenants that hold none.
         self._held: dict[str, dict[int, int]] = {}
         self.suffixes = [index.to_bytes(2) if index else b"" for index in range(len(groups))]  # of hashes, by group
+        self.slides = any(group.window is not None for group in groups)
         self.watermark = pool.num_blocks // 100  # blocks kept free for running requests to grow into
 
     def num_blocks_for(self, num_tokens: int, num_pending: int | None = None) -> int:
@@ -83,7 +84,7 @@ class KVManager:
         kv, pool = request.kv, self.pool
         self._extend_hashes(request)
         # The last token is always computed: its logits are needed.
-        num_usable = 0 if request.reads_all_rows else (request.num_tokens - 1) // pool.block_size
+        num_usable = 0 if request.reads_all_rows else (len(request.token_ids) - 1) // pool.block_size
         num_cached_blocks = self._num_cached_blocks(kv.block_hashes[:num_usable])
         cached = kv.block_hashes[:num_cached_blocks]
         kv.tables = [self._acquire(request, index, cached) for index in range(len(self.groups))]
@@ -136,7 +137,8 @@ class KVManager:
         num_blocks, size = len(block_hashes), self.pool.block_size
         first = _first_visible(self.groups[index].window, num_blocks * size) // size
         table = BlockTable()
-        table.slide(min(first, num_blocks))
+        if first:
+            table.slide(min(first, num_blocks))
         published = self.pool.acquire(block_hash + self.suffixes[index] for block_hash in block_hashes[first:])
         self._hold(request, table, published)
         return table
@@ -147,8 +149,10 @@ class KVManager:
         The caller advances `num_computed`.
         """
         kv = request.kv
-        num_blocks = self.pool.num_blocks_for(kv.num_computed + num_tokens)
+        num_blocks = -(-(kv.num_computed + num_tokens) // self.pool.block_size)
         missing = [max(0, num_blocks - len(table.blocks)) for table in kv.tables]
+        if not any(missing):
+            return True
         blocks = self.pool.allocate(sum(missing))
         if blocks is None:
             return False

@@ -24,7 +24,7 @@ logger = logging.getLogger("lightwell.engine")
 def new_event(request: Request) -> TokenEvent:
     """Return an event without tokens. The first one of a request says how many tokens were cached."""
     event = TokenEvent(request_id=request.request_id, index=request.index)
-    if request.num_output_tokens == 0:
+    if len(request.token_ids) == request.num_prompt_tokens:
         event.num_cached_tokens = request.record.num_cached_tokens
     return event
 
@@ -36,7 +36,7 @@ class Lifecycle:
         self.queue = queue
         self.kv = kv
         self.recorder = recorder
-        self._failed: dict[Request, TokenEvent] = {}  # last events that `take_failed` has not returned
+        self.failed: dict[Request, TokenEvent] = {}  # last events that `take_failed` has not returned
 
     def requests(self) -> Iterator[Request]:
         """Yield all unfinished requests, including children that wait for their parent's prompt."""
@@ -68,7 +68,7 @@ class Lifecycle:
         """End a request without an event."""
         with self.isolated(request):
             self.end(request, new_event(request), FinishReason.ABORT)
-        self._failed.pop(request, None)
+        self.failed.pop(request, None)
 
     def fail(self, request: Request, error: str) -> None:
         """End a request with an error, for `take_failed`. No other request finds its blocks."""
@@ -77,12 +77,23 @@ class Lifecycle:
 
     def take_failed(self) -> list[TokenEvent]:
         """Return the last events of the requests that have failed since the last call."""
-        failed, self._failed = self._failed, {}
+        failed, self.failed = self.failed, {}
         return list(failed.values())
 
     def isolated(self, request: Request) -> Isolation:
         """Return a context for work on one request: if anything raises, this request fails, and no other."""
         return Isolation(self, request)
+
+    def take_fault(self, request: Request, error: BaseException, *, has_ended: bool) -> None:
+        """Let a request fail because work on it has raised. Raises what ends the engine.
+
+        `has_ended`: it had ended before that work, and its last event is on the way.
+        """
+        if isinstance(error, SystemExit | KeyboardInterrupt):  # SIGTERM ends the engine
+            raise error
+        logger.error("request %s fails", request.request_id, exc_info=error)
+        if not has_ended:
+            self.recover(request)
 
     def recover(self, request: Request) -> None:
         """Let a request fail, whatever state it is in, and free the blocks that nobody holds."""
@@ -92,7 +103,7 @@ class Lifecycle:
         self.kv.reclaim(self.requests())
 
     def _new_failure(self, request: Request, error: str) -> TokenEvent:
-        event = self._failed[request] = new_event(request)
+        event = self.failed[request] = new_event(request)
         event.error = error
         return event
 
@@ -113,7 +124,7 @@ class Lifecycle:
     def _remove(self, request: Request) -> None:
         """Take a request out of the queues, or away from its parent, if it is there."""
         for queue in (self.queue.running, self.queue.waiting):
-            if request in queue:
+            if request in queue.by_tenant.get(request.tenant, ()):
                 queue.remove(request)
                 return
         for other in self.requests():
@@ -135,7 +146,7 @@ class Lifecycle:
 
 
 class Isolation:
-    """A context in which a fault ends one request. Cheaper than a generator, as each request enters it in each step."""
+    """A context in which a fault ends one request. Where each request passes in each step, it is written out."""
 
     __slots__ = ("_has_ended", "_lifecycle", "_request")
 
@@ -150,9 +161,7 @@ class Isolation:
     def __exit__(
         self, _type: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> bool:
-        if error is None or isinstance(error, SystemExit | KeyboardInterrupt):  # SIGTERM ends the engine
+        if error is None or isinstance(error, SystemExit | KeyboardInterrupt):
             return False
-        logger.error("request %s fails", self._request.request_id, exc_info=error)
-        if not self._has_ended:
-            self._lifecycle.recover(self._request)
+        self._lifecycle.take_fault(self._request, error, has_ended=self._has_ended)
         return True

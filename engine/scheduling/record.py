@@ -125,15 +125,23 @@ class StepClock:
     """Measures how long each part of a step takes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self.started = self._last = clock()
-        self.seconds: dict[str, float] = {}
+        self.now = clock
+        self.started = clock()
+        self.laps: list[tuple[str, float]] = []  # parts, and when they ended: each began where the one before did
 
     def lap(self, part: str) -> None:
-        """Add the time since the last lap to `part`."""
-        now = self._clock()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
-        self._last = now
+        """Note that a part ends now."""
+        self.laps.append((part, self.now()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The duration of each part."""
+        seconds: dict[str, float] = {}
+        last = self.started
+        for part, end in self.laps:
+            seconds[part] = seconds.get(part, 0.0) + end - last
+            last = end
+        return seconds
 
 
 class Recorder:

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from engine.scheduling.speculation import Drafter
 
 NO_LORA_SLOT = -1  # `Request.lora_slot` of a request without a LoRA adapter
+MAX_SEED = (1 << 64) - 1
 SECONDS_PER_PRIORITY = 5.0  # waiting this long makes up for one more in `priority`, so that nothing starves
 
 
@@ -46,7 +48,7 @@ class BlockTable:
     """The blocks of a request in one KV group, in the order of its tokens."""
 
     blocks: list[Block | None] = field(default_factory=list)  # None: slid out of the window, and released
-    block_ids: array[int] = field(default_factory=lambda: array("q"))  # of `blocks`, 0 for None
+    block_ids: array[int] = field(default_factory=partial(array, "q"))  # of `blocks`, 0 for None
     num_slid: int = 0  # leading blocks that are None
 
     @property
@@ -128,7 +130,9 @@ class SamplingState:
     """What the sampler keeps of a request between tokens."""
 
     allowed_ids: array[int]  # int32, params.allowed_token_ids
-    history: array[int] = field(default_factory=lambda: array("i"))  # int32 copy of token_ids, see Request.history
+    is_special: bool = False  # see SamplingParams
+    has_penalty: bool = False
+    history: array[int] = field(default_factory=partial(array, "i"))  # int32 copy of token_ids, see Request.history
     counts: TokenCounts = field(default_factory=TokenCounts)  # see SamplingRow.token_counts
     mirostat_mu: list[float] = field(default_factory=list)  # mu in bits, after each output token
     repeat_lengths: NDArray[np.int32] | None = None  # cache of engine.sampling.dry: see _repeat_lengths
@@ -222,8 +226,9 @@ class Request:
 
     def num_pending(self, num_computed: int) -> int:
         """Return how many tokens to compute after the first `num_computed`: prompt or generated tokens, never both."""
-        is_prompt = num_computed < self.num_prompt_tokens
-        return (self.num_prompt_tokens if is_prompt else self.num_target_tokens) - num_computed
+        if num_computed < self.num_prompt_tokens:
+            return self.num_prompt_tokens - num_computed
+        return max(len(self.token_ids), self.kv.num_expected) - num_computed
 
     def history(self) -> array[int]:
         """Return `token_ids` as an int32 array. Each call appends only the new tokens."""
@@ -320,11 +325,10 @@ class Scheduled:
     is_ahead: bool = False  # True if its only row reads a token that the previous step is still sampling
     num_generated: int = 0  # tokens, once the step has been read
     num_accepted: int = 0  # draft tokens, once the step has been read
+    is_prompt: bool = field(init=False)  # True if all rows are prompt tokens, False if none is
 
-    @property
-    def is_prompt(self) -> bool:
-        """True if all rows are prompt tokens, False if none is."""
-        return self.start < self.request.num_prompt_tokens
+    def __post_init__(self) -> None:
+        self.is_prompt = self.start < self.request.num_prompt_tokens
 
     @property
     def num_pooled(self) -> int:
@@ -370,7 +374,7 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
+        return sum([item.num_tokens for item in self.scheduled])
 
     @property
     def started(self) -> list[str]:
@@ -391,10 +395,8 @@ class ScheduledOutput:
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """Return the 64-bit seed of choice `index`. Choice 0 uses the request's own seed."""
-    if index == 0:
-        return seed & 0xFFFFFFFFFFFFFFFF
-    digest = hashlib.sha256(b"lightwell.choice" + struct.pack("<QQ", seed & 0xFFFFFFFFFFFFFFFF, index)).digest()
+    """Return the 64-bit seed of choice `index` after choice 0, which uses the request's own seed."""
+    digest = hashlib.sha256(b"lightwell.choice" + struct.pack("<QQ", seed & MAX_SEED, index)).digest()
     return int.from_bytes(digest[:8], "little")
 
 
@@ -410,7 +412,7 @@ def new_request(
             index=index,
             num_prompt_tokens=len(submit.prompt_token_ids),
             params=submit.params if index == 0 else _without_prompt_logprobs(submit.params),
-            seed=choice_seed(submit.params.seed, index),
+            seed=choice_seed(submit.params.seed, index) if index else submit.params.seed & MAX_SEED,
             tenant=submit.tenant,
             weight=submit.weight,
             queue_key=(now + SECONDS_PER_PRIORITY * submit.priority, arrival_number),
@@ -432,7 +434,7 @@ def new_request(
                 params=submit.params,
             ),
             kv=KVState(salt),
-            sampling=SamplingState(allowed_ids),
+            sampling=SamplingState(allowed_ids, submit.params.is_special, submit.params.has_penalty),
             repetition=None if detection is None else RepetitionDetector(detection, submit.params.min_tokens),
         )
         for index in range(submit.n)

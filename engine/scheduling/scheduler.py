@@ -37,10 +37,6 @@ from engine.shared.records import Chunk
 logger = logging.getLogger("lightwell.engine")
 
 
-def _adapter_names(requests: Iterable[Request]) -> list[str]:
-    return sorted({request.lora_name for request in requests if request.lora_name})
-
-
 def _running(items: Iterable[Scheduled]) -> list[Scheduled]:
     return [item for item in items if item.request.status is Status.RUNNING]
 
@@ -123,7 +119,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+        return self.running.num + self.waiting.num > 0
 
     def requests(self) -> Iterator[Request]:
         """Return all unfinished requests, including children that wait for their parent's prompt."""
@@ -145,17 +141,22 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Hand out the tokens of the next step and the blocks they need. Return None if there is nothing to compute."""
         self.pool.step_id = self.stats.steps_total + 1
-        num_rows = self.budget.num_rows(self.running) - len(self.running)
-        draft = StepInProgress(num_rows, self.queue.next_waiting())
+        num_rows = self.budget.num_rows(self.running) - self.running.num
+        draft = StepInProgress(num_rows, self.queue.next_waiting() if self.waiting.num else None)
         for requests in self.queue.turns():
-            self._start_waiting(draft, before=requests[0])
+            if draft.head is not None:
+                self._start_waiting(draft, before=requests[0])
             for request in requests:
-                with self.lifecycle.isolated(request):
+                has_ended = request.status is Status.FINISHED
+                try:
                     self._schedule_running(request, draft)
-        self._start_waiting(draft)
-        # Rows of the same adapter are adjacent, because they share its matrices.
+                except BaseException as error:
+                    self.lifecycle.take_fault(request, error, has_ended=has_ended)
+        if draft.head is not None:
+            self._start_waiting(draft)
         scheduled = _running(draft.scheduled.values())
-        scheduled.sort(key=lambda item: (item.is_prompt, item.request.lora_slot))
+        if len(scheduled) > 1:  # rows of the same adapter are adjacent, because they share its matrices
+            scheduled.sort(key=lambda item: (item.is_prompt, item.request.lora_slot))
         self.drafting.add_drafts(scheduled, draft.num_free)
         return self._new_step(_running(scheduled))
 
@@ -192,7 +193,7 @@ class Scheduler:
                 draft.scheduled[request] = self._advance(request, num_tokens)
                 draft.num_free -= num_tokens
                 self.queue.charge(request, num_tokens)
-            draft.head = self.queue.next_waiting()
+            draft.head = self.queue.next_waiting() if self.waiting.num else None
 
     def _extend(self, request: Request, num_tokens: int, draft: StepInProgress) -> bool:
         """Give a running request blocks for its next tokens, preempting the newest requests while blocks are short.
@@ -239,7 +240,7 @@ class Scheduler:
         """
         num_slots = min(self.max_num_seqs, self.budget.limit)
         while True:
-            has_slot = len(self.running) < num_slots
+            has_slot = self.running.num < num_slots
             if has_slot and not draft.num_free:
                 return False
             if has_slot and self.kv.admit(request, self.running, min(self.max_chunk, draft.num_free)):
@@ -262,15 +263,18 @@ class Scheduler:
     def _advance(self, request: Request, num_tokens: int) -> Scheduled:
         """Count the next `num_tokens` tokens as computed, and return them as a part of the step."""
         kv, start = request.kv, request.kv.num_computed
-        is_ahead = start == request.num_tokens
+        num_known = len(request.token_ids)
+        is_ahead = start == num_known
         kv.num_computed += num_tokens
-        num_samples = int(kv.num_computed == request.num_target_tokens)
+        num_samples = int(kv.num_computed == max(num_known, kv.num_expected))
         if num_samples and not self.sequences.ends_next(request):
             kv.num_expected = kv.num_computed + 1
         if num_tokens > 1 or start < request.num_prompt_tokens:
             request.record.chunks.append(Chunk(self.stats.steps_total + 1, start, num_tokens))
         num_prompt_logprobs = 0
-        if request.needs_prompt_logprobs:  # a token's row gives the log probability of the next token
+        if (
+            request.params.prompt_logprobs is not None and request.needs_prompt_logprobs
+        ):  # a token's row gives the log probability of the next token
             num_prompt_logprobs = max(0, min(kv.num_computed, request.num_prompt_tokens - 1) - start)
         return Scheduled(request, start, num_tokens, num_samples, num_prompt_logprobs, is_ahead=is_ahead)
 
@@ -340,10 +344,15 @@ class Scheduler:
         """
         events: list[TokenEvent] = []
         for item, output in zip(step.scheduled, outputs, strict=True):
-            with self.lifecycle.isolated(item.request):
-                if (event := self._update(step, item, output)) is not None:
+            has_ended = item.request.status is Status.FINISHED
+            try:
+                event = self._update(step, item, output)
+            except BaseException as error:
+                self.lifecycle.take_fault(item.request, error, has_ended=has_ended)
+            else:
+                if event is not None:
                     events.append(event)
-        return events + self.lifecycle.take_failed()
+        return events + self.lifecycle.take_failed() if self.lifecycle.failed else events
 
     def _update(self, step: Step, item: Scheduled, output: ScheduledOutput) -> TokenEvent | None:
         request = item.request
@@ -358,7 +367,7 @@ class Scheduler:
         event, savepoint = new_event(request), request.savepoint()
         try:
             reason = self.sequences.extend(item, output, event)
-            rejected = num_rejected(item, output, event)
+            rejected = num_rejected(item, output, event) if item.draft_token_ids else 0
             self.kv.publish(request, item.start + item.num_tokens - rejected)
         except Exception:
             logger.exception("the outputs of request %s cannot be applied", request.request_id)
@@ -368,12 +377,14 @@ class Scheduler:
             return None
         # From here on, a fault ends the request.
         item.num_generated, item.num_accepted = len(event.token_ids), len(item.draft_token_ids) - rejected
-        self.drafting.settle(item, item.num_accepted)
-        # Later steps compute no token before these: of a generating request, the last one is still to be computed.
-        self.kv.slide(request, min(item.start + item.num_tokens, request.num_tokens - 1))
+        if request.drafting.drafter is not None or item.draft_token_ids:
+            self.drafting.settle(item, item.num_accepted)
+        if self.kv.slides:
+            # Later steps compute no token before these: of a generating request, the last one is still to be computed.
+            self.kv.slide(request, min(item.start + item.num_tokens, request.num_tokens - 1))
         if not item.num_samples:
             return None
-        if request.num_output_tokens == len(event.token_ids):
+        if len(request.token_ids) - request.num_prompt_tokens == len(event.token_ids):
             self._complete_prompt(request, event)
         request.record.num_output_tokens += len(event.token_ids)
         self.stats.generation_tokens_total += len(event.token_ids)
@@ -393,16 +404,17 @@ class Scheduler:
         event.times = request.record.times()
         if request.params.prompt_logprobs is not None:
             event.prompt_logprobs = request.prompt_outputs.logprobs
-        self.lifecycle.add_children(request)
+        if request.children:
+            self.lifecycle.add_children(request)
 
     def current_stats(self) -> EngineStats:
         """Return the counters, with the gauges brought up to date."""
-        self.stats.num_running = len(self.running)
-        num_children = sum(len(request.children) for request in (*self.running, *self.waiting))
-        self.stats.num_waiting = len(self.waiting) + num_children
+        running, waiting = list(self.running), list(self.waiting)
+        self.stats.num_running = len(running)
+        self.stats.num_waiting = len(waiting) + sum([len(request.children) for request in running + waiting])
         self.stats.num_blocks_used = self.pool.num_used
-        self.stats.running_adapters = _adapter_names(self.running)
-        self.stats.waiting_adapters = _adapter_names(self.waiting)
+        self.stats.running_adapters = sorted({request.lora_name for request in running if request.lora_name})
+        self.stats.waiting_adapters = sorted({request.lora_name for request in waiting if request.lora_name})
         return self.stats
 
     def check(self) -> None:

@@ -31,7 +31,7 @@ class Sequences:
             request.prompt_outputs.add_pooled(output.pooled)
         if not item.num_samples:
             return None
-        if request.num_output_tokens == 0 and request.params.pooling is not None:
+        if request.params.pooling is not None and request.num_output_tokens == 0:
             event.embedding = request.prompt_outputs.embedding()
         return self._append_tokens(request, output, event)
 
@@ -49,15 +49,16 @@ class Sequences:
 
     def _finish_reason(self, request: Request, event: TokenEvent) -> FinishReason | None:
         """Return why the last token ends the request, or None. Must be called exactly once for each token."""
-        last = event.token_ids[-1] if event.token_ids else None
-        if last is not None and request.num_output_tokens >= request.params.min_tokens:
+        last, num_tokens = event.token_ids[-1] if event.token_ids else None, len(request.token_ids)
+        num_output_tokens = num_tokens - request.num_prompt_tokens
+        if last is not None and num_output_tokens >= request.params.min_tokens:
             is_eos = last in self.eos_token_ids and not request.params.ignore_eos
             if is_eos or last in request.params.stop_token_ids:
                 event.stop_token_id = last
                 return FinishReason.STOP
-        if request.num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
+        if num_output_tokens >= request.params.max_tokens or num_tokens >= self.max_model_len:
             return FinishReason.LENGTH
-        if request.repetition is not None and request.repetition.push(request.token_ids, request.num_output_tokens):
+        if request.repetition is not None and request.repetition.push(request.token_ids, num_output_tokens):
             return FinishReason.REPETITION
         return None
 

@@ -70,11 +70,11 @@ class CpuSampler:
         parameters.is_finite = output.is_finite.data_ptr()
         ids, biases = self._fill_rows(rows)
         parameters.ids, parameters.biases = ids.ctypes.data, biases.ctypes.data
-        packed = packed_masks(masks, self.vocab_size)
+        packed = packed_masks(masks, self.vocab_size) if masks else ()
         for index, mask in zip(masks, packed, strict=True):
             self._c_rows[index].allowed = mask.ctypes.data
         (self._program if num_rows > 1 else self._program_of_one).run()
-        special = [index for index, row in enumerate(rows) if row.params.is_special]
+        special = [index for index, row in enumerate(rows) if row.request.sampling.is_special]
         if special:
             part = logits[special]  # a copy, to which the program has only applied the masks
             sampled = self._reference_sampler.sample(part, [rows[index] for index in special])
@@ -98,12 +98,12 @@ class CpuSampler:
         ids: list[int] = []
         biases: list[float] = []
         for index, row in enumerate(rows):
-            params = row.request.params
-            if params.is_special:
+            params, state = row.request.params, row.request.sampling
+            if state.is_special:
                 continue
             if params.temperature >= GREEDY_TEMPERATURE:
                 _set_sampling(self._c_rows[index], row)
-            if params.logit_bias or params.min_tokens or params.bad_words or params.has_penalty:
+            if params.logit_bias or params.min_tokens or params.bad_words or state.has_penalty:
                 self._set_changes(self._c_rows[index], row, ids, biases)
         return np.fromiter(ids, np.int32, len(ids)), np.fromiter(biases, np.float32, len(biases))
 
@@ -116,7 +116,7 @@ class CpuSampler:
         banned = banned_token_ids(row, self.eos_token_ids)
         c_row.num_banned = len(banned)
         ids += banned
-        if params.has_penalty:
+        if row.request.sampling.has_penalty:
             c_row.history, c_row.num_history = row.request.history().buffer_info()
             c_row.num_prompt_tokens, c_row.num_drafted = row.num_prompt_tokens, len(row.draft_token_ids)
             ids += row.draft_token_ids
@@ -127,9 +127,9 @@ class CpuSampler:
 
 def _set_sampling(c_row: SampledRow, row: SamplingRow) -> None:
     """Set what sampling needs beyond greedy decoding."""
-    params = row.params
-    c_row.seed = row.seed
-    c_row.position = row.num_output_tokens
+    request, params = row.request, row.request.params
+    c_row.seed = request.seed
+    c_row.position = len(request.token_ids) - request.num_prompt_tokens + len(row.draft_token_ids)
     c_row.temperature = params.temperature
     c_row.top_k = params.top_k
     c_row.top_p = params.top_p

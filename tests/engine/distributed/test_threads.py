@@ -144,7 +144,7 @@ def test_steps_run_between_the_parts_of_an_inspection(mixtral: Path) -> None:
         engine.add(submit_of(loaded, params))
         tokens: list[int] = []
         while engine.has_work:
-            if not inspector.has_work:
+            if inspector.running is None:
                 assert inspector.begin(b"api", question) is None
             inspector.advance(0.0)
             for event in engine.step()[1]:

@@ -104,7 +104,7 @@ def last_answer(inspector: Inspector, seconds: float = 1.0) -> Inspected:
     assert identity == b"api"
     assert isinstance(answer, Inspected), answer
     assert answer.read_id == 7
-    assert not inspector.has_work
+    assert inspector.running is None
     return answer
 
 
@@ -382,9 +382,9 @@ def test_an_inspection_that_is_stopped(engine: Engine, inspector: Inspector) -> 
     assert inspector.advance(0.0) is None
     assert inspector.stop(b"api", 4) is None
     assert inspector.stop(b"other", 7) is None
-    assert inspector.has_work
+    assert inspector.running is not None
     assert inspector.stop(b"api", 7) == ReadFailed(7)
-    assert not inspector.has_work
+    assert inspector.running is None
     assert not engine.scheduler.pool.published
     assert inspector.stop(b"api", 7) is None
 
