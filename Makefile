@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve quick test test-long fuzz soak check format bench bench-gpu bench-gpu-model peers wheel test-image clean always
+.PHONY: help install serve quick test test-long fuzz soak check format bench bench-gpu bench-gpu-model peers way wheel test-image clean always
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -67,6 +67,9 @@ bench-gpu-model: .venv/installed-test ## Estimate the time of each step on GPUs 
 
 peers: .venv/installed-test ## Measure other servers beside it, as ARGS says (default: how to)
 	$(BIN)/python -m tests.bench.peers $(or $(ARGS),--help)
+
+way: .venv/installed-test ## Print the functions that a short chat and a completion call
+	$(BIN)/python -m tests.way $(ARGS)
 
 wheel: .venv/bin/python ## Make a wheel with compiled kernels, for any Linux on x86-64, in dist/
 	$(PIP_INSTALL) ziglang

@@ -42,7 +42,7 @@ from engine.scheduling.request import (
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import choose_policy
 from engine.shared.block_hashes import prefix_salt
-from engine.shared.messages import EngineStats, SamplingParams, Submit, TokenEvent
+from engine.shared.messages import SamplingParams, Submit, TokenEvent
 
 MAX_STEP_MS = {"cuda": 100.0}  # by device: 8,192 rows of an 8B model take about half a second there
 GRAMMAR_WAIT = 0.02  # seconds to wait for a grammar if nothing else runs; no message is read meanwhile
@@ -128,16 +128,19 @@ class Engine:
     @property
     def has_work(self) -> bool:
         scheduler = self.scheduler
-        return self.in_flight is not None or scheduler.running.num + scheduler.waiting.num > 0
+        return bool(self.in_flight or scheduler.running.requests or scheduler.waiting.requests)
 
     def add(self, submit: Submit) -> None:
         """Queue a prompt of 1 to max_model_len tokens. Its choices share blocks even without prefix caching.
 
         Raises AdapterGoneError if its adapter is no longer loaded.
         """
-        slot = self.adapters.find(submit.lora_fingerprint) if submit.lora_fingerprint else NO_LORA_SLOT
-        salt = prefix_salt(submit.lora_fingerprint, submit.cache_salt)
-        salt = salt if self.enable_prefix_caching else os.urandom(16)
+        slot, salt = NO_LORA_SLOT, submit.cache_salt.encode()
+        if submit.lora_fingerprint:
+            slot = self.adapters.find(submit.lora_fingerprint)
+            salt = prefix_salt(submit.lora_fingerprint, submit.cache_salt)
+        if not self.enable_prefix_caching:
+            salt = os.urandom(16)
         parent = new_request(submit, salt=salt, arrival_number=next(self.arrivals), now=self.clock(), lora_slot=slot)
         if submit.params.grammar is not None:
             for choice in (parent, *parent.children):
@@ -299,12 +302,10 @@ class Engine:
             request.wait_for_grammar(GRAMMAR_WAIT)
         return self.scheduler.schedule()
 
-    def stats(self) -> EngineStats:
-        return self.scheduler.current_stats()
-
     def _record(self, step: Step, clock: StepClock) -> None:
         scheduler = self.scheduler
-        num_children = sum([len(request.children) for request in (*scheduler.running, *scheduler.waiting)])
+        running, waiting = scheduler.running.requests, scheduler.waiting.requests
+        num_children = sum([len(request.children) for request in (*running, *waiting)])
         self.recorder.add_step(
             StepRecord(
                 step_id=step.step_id,
@@ -321,9 +322,9 @@ class Engine:
                     )
                     for item in step.scheduled
                 ],
-                num_running=scheduler.running.num,
-                num_waiting=scheduler.waiting.num + num_children,
-                num_blocks_used=scheduler.pool.num_used,
+                num_running=len(running),
+                num_waiting=len(waiting) + num_children,
+                num_blocks_used=scheduler.pool.num_blocks - scheduler.pool.num_free,
                 seconds=clock.seconds,
             )
         )

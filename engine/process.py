@@ -124,7 +124,7 @@ class EngineLoop:
         pool = self.engine.scheduler.pool
         prefixes: tuple[list[bytes], list[bytes]] = pool.take_changes() if pool.changes else ([], [])
         for abort in self.connections.send_outputs(
-            refused + events, self.engine.stats(), num_tokens, started, prefixes
+            refused + events, self.engine.scheduler.current_stats(), num_tokens, started, prefixes
         ):
             self.engine.abort(abort.request_id, abort.index)
         if self.inspector.running is not None and (answer := self.inspector.advance_after(step_seconds)) is not None:

@@ -60,7 +60,7 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> Blocks:
         read_id=question.read_id,
         block_size=pool.block_size,
         num_blocks=pool.num_blocks,
-        num_used=pool.num_used,
+        num_used=pool.num_blocks - pool.num_free,
         groups=[BlockGroup(len(group.layers), group.window) for group in scheduler.kv.groups],
         owners=[_owner(record) for record in holders.records],
         runs=runs,

@@ -56,10 +56,6 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self.free_blocks) + self.num_blocks - len(self.blocks)
 
-    @property
-    def num_used(self) -> int:
-        return self.num_blocks - self.num_free
-
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 

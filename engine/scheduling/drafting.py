@@ -96,8 +96,10 @@ class Drafting:
         drafts.sort(key=lambda pair: len(pair[1]))
         for index, (item, draft) in enumerate(drafts):
             share = -(-num_spare // (len(drafts) - index))
-            with self.lifecycle.isolated(item.request):
+            try:
                 num_spare -= self._add_draft(item, draft[:share])
+            except BaseException as error:
+                self.lifecycle.take_fault(item.request, error, has_ended=False)
 
     def _forced_tokens(self, request: Request) -> list[int]:
         if request.matcher is None or (room := self._max_draft_length(request)) < 1:

@@ -18,7 +18,7 @@ import math
 import time
 from bisect import insort
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import chain
+from operator import attrgetter
 
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.request import Request
@@ -29,9 +29,7 @@ MIN_WAIT_SECONDS = 20.0  # of a tenant's only request since it was preempted, af
 WAIT_PER_SHELTER = 4  # seconds that it has waited for each that it keeps its blocks; others wait no longer than that
 
 
-def order_key(request: Request) -> tuple[float, int, int]:
-    """Return the order of a tenant's requests."""
-    return (*request.queue_key, request.index)
+order_key: Callable[[Request], tuple[float, int, int]] = attrgetter("queue_key")  # the order of a tenant's requests
 
 
 class RequestQueue(Collection[Request]):
@@ -39,16 +37,16 @@ class RequestQueue(Collection[Request]):
 
     def __init__(self) -> None:
         self.by_tenant: dict[str, list[Request]] = {}  # without empty lists
-        self.num = 0  # requests
+        self.requests: dict[Request, None] = {}  # all, as an ordered set
 
     def __len__(self) -> int:
-        return self.num
+        return len(self.requests)
 
     def __iter__(self) -> Iterator[Request]:
-        return chain.from_iterable(self.by_tenant.values())
+        return iter(self.requests)
 
     def __contains__(self, request: object) -> bool:
-        return isinstance(request, Request) and request in self.of(request.tenant)
+        return request in self.requests
 
     def of(self, tenant: str) -> Sequence[Request]:
         """Return the requests of a tenant."""
@@ -58,12 +56,12 @@ class RequestQueue(Collection[Request]):
         requests = self.by_tenant.get(request.tenant, [])
         insort(requests, request, key=order_key)
         self.by_tenant[request.tenant] = requests
-        self.num += 1
+        self.requests[request] = None
 
     def remove(self, request: Request) -> None:
         requests = self.by_tenant[request.tenant]
         requests.remove(request)
-        self.num -= 1
+        del self.requests[request]
         if not requests:
             del self.by_tenant[request.tenant]
 
@@ -117,7 +115,9 @@ class FairQueue:
 
         If nobody waits for anything, nobody is owed anything, and all counters start again.
         """
-        backlogged = self.waiting.by_tenant.keys() or {some.tenant for some in self.running if some.reads_prompt}
+        backlogged = self.waiting.by_tenant.keys() or {
+            some.tenant for some in self.running.requests if some.reads_prompt
+        }
         if not backlogged:
             self.counters = dict.fromkeys(self.running.by_tenant, 0.0)
         elif len(self.counters) > MAX_IDLE_TENANTS:
@@ -128,7 +128,7 @@ class FairQueue:
 
     def num_ahead(self, request: Request) -> int:
         """Return how many requests start before one that is about to wait, if tenants take turns."""
-        if not self.waiting.num:
+        if not self.waiting.requests:
             return 0
         before = sum(order_key(other) < order_key(request) for other in self.waiting.of(request.tenant))
         others = (some for tenant, some in self.waiting.by_tenant.items() if tenant != request.tenant)

@@ -43,8 +43,9 @@ class KVManager:
 
     def num_missing(self, request: Request) -> int:
         """Return how many blocks a request may need in addition to those that it holds."""
-        kv, num_tokens = request.kv, request.num_tokens
-        return max(0, self.num_blocks_for(num_tokens, num_tokens - kv.num_computed) - kv.num_blocks)
+        kv, num_tokens = request.kv, len(request.token_ids)
+        num_held = sum([len(table.blocks) - table.num_slid for table in kv.tables])
+        return max(0, self.num_blocks_for(num_tokens, num_tokens - kv.num_computed) - num_held)
 
     def num_held(self, tenant: str) -> int:
         """Return how many blocks the requests of a tenant hold together; a block that they share counts once."""
@@ -87,7 +88,9 @@ class KVManager:
         num_usable = 0 if request.reads_all_rows else (len(request.token_ids) - 1) // pool.block_size
         num_cached_blocks = self._num_cached_blocks(kv.block_hashes[:num_usable])
         cached = kv.block_hashes[:num_cached_blocks]
-        kv.tables = [self._acquire(request, index, cached) for index in range(len(self.groups))]
+        kv.tables = [
+            self._acquire(request, index, cached) if cached else BlockTable() for index in range(len(self.groups))
+        ]
         kv.num_computed = num_cached_blocks * pool.block_size
         num_needed = sum(self.num_missing(some) for some in (request, *running)) + self.watermark
         kv.num_published = num_cached_blocks
@@ -104,7 +107,7 @@ class KVManager:
         """
         if request.reads_all_rows:
             return PrefixResult.ALL_ROWS, 0
-        num_usable = (request.num_tokens - 1) // self.pool.block_size
+        num_usable = (len(request.token_ids) - 1) // self.pool.block_size
         num_cached = request.kv.num_computed // self.pool.block_size
         if num_usable == 0:
             result = PrefixResult.TOO_SHORT
@@ -169,10 +172,10 @@ class KVManager:
         kv = request.kv
         kv.num_computed -= num_tokens
         kv.num_expected = 0
-        num_full = kv.num_computed // self.pool.block_size
+        num_full, num_blocks = kv.num_computed // self.pool.block_size, -(-kv.num_computed // self.pool.block_size)
         for table in kv.tables:
             self.pool.unpublish(block for block in table.blocks[num_full : kv.num_published] if block is not None)
-            self._let_go(request, table.truncate(self.pool.num_blocks_for(kv.num_computed)))
+            self._let_go(request, table.truncate(num_blocks))
         kv.num_published = min(kv.num_published, num_full)
 
     def publish(self, request: Request, num_settled: int) -> None:

@@ -124,7 +124,7 @@ class Lifecycle:
     def _remove(self, request: Request) -> None:
         """Take a request out of the queues, or away from its parent, if it is there."""
         for queue in (self.queue.running, self.queue.waiting):
-            if request in queue.by_tenant.get(request.tenant, ()):
+            if request in queue.requests:
                 queue.remove(request)
                 return
         for other in self.requests():

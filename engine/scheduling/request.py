@@ -133,14 +133,14 @@ class SamplingState:
     is_special: bool = False  # see SamplingParams
     has_penalty: bool = False
     history: array[int] = field(default_factory=partial(array, "i"))  # int32 copy of token_ids, see Request.history
-    counts: TokenCounts = field(default_factory=TokenCounts)  # see SamplingRow.token_counts
+    counts: TokenCounts | None = None  # see SamplingRow.token_counts
     mirostat_mu: list[float] = field(default_factory=list)  # mu in bits, after each output token
     repeat_lengths: NDArray[np.int32] | None = None  # cache of engine.sampling.dry: see _repeat_lengths
 
     def rewind(self, num_output_tokens: int) -> None:
         """Forget what was computed for tokens after the first `num_output_tokens`, and all caches."""
         del self.mirostat_mu[num_output_tokens:]
-        self.history, self.counts, self.repeat_lengths = array("i"), TokenCounts(), None
+        self.history, self.counts, self.repeat_lengths = array("i"), None, None
 
 
 class Savepoint(NamedTuple):
@@ -170,7 +170,8 @@ class Request:
     seed: int  # of this choice
     tenant: str  # whose request it is
     weight: float  # of the tenant
-    queue_key: tuple[float, int]  # (time of arrival, later by its priority; arrival number): lower comes first
+    # (time of arrival, later by its priority; arrival number; index): lower comes first.
+    queue_key: tuple[float, int, int]
     lora_name: str  # empty: no LoRA adapter
     lora_slot: int  # slot of the adapter's weights; NO_LORA_SLOT: none
 
@@ -216,7 +217,9 @@ class Request:
     @property
     def reads_all_rows(self) -> bool:
         """True if outputs of all prompt positions are needed. The prefix cache does not hold these."""
-        return self.needs_prompt_logprobs or self.params.pooling is Pooling.MEAN
+        params = self.params
+        needs_logprobs = params.prompt_logprobs is not None and self.needs_prompt_logprobs
+        return needs_logprobs or params.pooling is Pooling.MEAN
 
     @property
     def needs_prompt_logprobs(self) -> bool:
@@ -296,8 +299,9 @@ class SamplingRow:
 
     def token_counts(self) -> TokenCounts:
         """Return the counts of all tokens before this row. Each call counts only the new tokens."""
-        self.state.counts.update(self.request.token_ids, self.num_prompt_tokens)
-        return self.state.counts.with_draft(self.draft_token_ids)
+        counts = self.state.counts = self.state.counts or TokenCounts()
+        counts.update(self.request.token_ids, self.num_prompt_tokens)
+        return counts.with_draft(self.draft_token_ids)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -415,7 +419,7 @@ def new_request(
             seed=choice_seed(submit.params.seed, index) if index else submit.params.seed & MAX_SEED,
             tenant=submit.tenant,
             weight=submit.weight,
-            queue_key=(now + SECONDS_PER_PRIORITY * submit.priority, arrival_number),
+            queue_key=(now + SECONDS_PER_PRIORITY * submit.priority, arrival_number, index),
             lora_name=submit.lora_name,
             lora_slot=lora_slot,
             token_ids=list(submit.prompt_token_ids),

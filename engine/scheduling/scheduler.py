@@ -19,7 +19,7 @@ of its row is dropped. No torch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.scheduling.budget import StepBudget
@@ -29,16 +29,12 @@ from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.lifecycle import Lifecycle, new_event
 from engine.scheduling.record import Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step
-from engine.scheduling.sequences import Sequences, num_rejected
+from engine.scheduling.sequences import Sequences
 from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import EngineStats, TokenEvent
 from engine.shared.records import Chunk
 
 logger = logging.getLogger("lightwell.engine")
-
-
-def _running(items: Iterable[Scheduled]) -> list[Scheduled]:
-    return [item for item in items if item.request.status is Status.RUNNING]
 
 
 def _record_first_schedule(request: Request, stats: EngineStats, now: float) -> None:
@@ -119,7 +115,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return self.running.num + self.waiting.num > 0
+        return bool(self.running.requests or self.waiting.requests)
 
     def requests(self) -> Iterator[Request]:
         """Return all unfinished requests, including children that wait for their parent's prompt."""
@@ -127,7 +123,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request of at most `max_model_len` tokens. Its children are queued once its prompt is computed."""
-        assert 0 < request.num_tokens <= self.max_model_len
+        assert 0 < len(request.token_ids) <= self.max_model_len
         self.lifecycle.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -141,8 +137,9 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Hand out the tokens of the next step and the blocks they need. Return None if there is nothing to compute."""
         self.pool.step_id = self.stats.steps_total + 1
-        num_rows = self.budget.num_rows(self.running) - self.running.num
-        draft = StepInProgress(num_rows, self.queue.next_waiting() if self.waiting.num else None)
+        running = self.running.requests
+        num_rows = self.budget.num_rows(running) - len(running)
+        draft = StepInProgress(num_rows, self.queue.next_waiting() if self.waiting.requests else None)
         for requests in self.queue.turns():
             if draft.head is not None:
                 self._start_waiting(draft, before=requests[0])
@@ -154,13 +151,15 @@ class Scheduler:
                     self.lifecycle.take_fault(request, error, has_ended=has_ended)
         if draft.head is not None:
             self._start_waiting(draft)
-        scheduled = _running(draft.scheduled.values())
+        scheduled = [item for item in draft.scheduled.values() if item.request.status is Status.RUNNING]
         if len(scheduled) > 1:  # rows of the same adapter are adjacent, because they share its matrices
             scheduled.sort(key=lambda item: (item.is_prompt, item.request.lora_slot))
         self.drafting.add_drafts(scheduled, draft.num_free)
-        return self._new_step(_running(scheduled))
+        return self._new_step(scheduled)
 
-    def _new_step(self, scheduled: list[Scheduled]) -> Step | None:
+    def _new_step(self, items: Sequence[Scheduled]) -> Step | None:
+        """Return a step of those items whose requests have not failed, or None if all have."""
+        scheduled = [item for item in items if item.request.status is Status.RUNNING]
         if not scheduled:
             return None
         self.stats.steps_total += 1
@@ -186,14 +185,16 @@ class Scheduler:
             draft.head = None
             if request in draft.preempted:
                 return
-            with self.lifecycle.isolated(request):
+            try:
                 if not self._admit(request, draft):
                     return
                 num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, draft.num_free)
                 draft.scheduled[request] = self._advance(request, num_tokens)
                 draft.num_free -= num_tokens
                 self.queue.charge(request, num_tokens)
-            draft.head = self.queue.next_waiting() if self.waiting.num else None
+            except BaseException as error:
+                self.lifecycle.take_fault(request, error, has_ended=False)
+            draft.head = self.queue.next_waiting() if self.waiting.requests else None
 
     def _extend(self, request: Request, num_tokens: int, draft: StepInProgress) -> bool:
         """Give a running request blocks for its next tokens, preempting the newest requests while blocks are short.
@@ -240,10 +241,10 @@ class Scheduler:
         """
         num_slots = min(self.max_num_seqs, self.budget.limit)
         while True:
-            has_slot = self.running.num < num_slots
+            has_slot = len(self.running.requests) < num_slots
             if has_slot and not draft.num_free:
                 return False
-            if has_slot and self.kv.admit(request, self.running, min(self.max_chunk, draft.num_free)):
+            if has_slot and self.kv.admit(request, self.running.requests, min(self.max_chunk, draft.num_free)):
                 break
             victim = self.queue.displaced_by(request, lacks_blocks=has_slot)
             if victim is None or victim in draft.admitted:
@@ -285,14 +286,15 @@ class Scheduler:
 
         All earlier steps must have been updated, so that their tokens are known.
         """
-        for item in (running := _running(items)):
+        running = [item for item in items if item.request.status is Status.RUNNING]
+        for item in running:
             chunks = item.request.record.chunks
             if chunks and chunks[-1].start == item.start:
                 chunks[-1] = Chunk(self.stats.steps_total + 1, item.start, chunks[-1].num_tokens)
             item.is_ahead = False
             with self.lifecycle.isolated(item.request):
                 item.request.rewind()
-        return self._new_step(_running(running))
+        return self._new_step(running)
 
     def take_back(self, step: Step) -> None:
         """Undo the last `schedule`: its tokens are still to be computed. Requests that it admitted stay admitted.
@@ -367,8 +369,8 @@ class Scheduler:
         event, savepoint = new_event(request), request.savepoint()
         try:
             reason = self.sequences.extend(item, output, event)
-            rejected = num_rejected(item, output, event) if item.draft_token_ids else 0
-            self.kv.publish(request, item.start + item.num_tokens - rejected)
+            num_accepted = max(0, min(len(output.token_ids) - 1, len(event.token_ids)))
+            self.kv.publish(request, item.start + item.num_tokens - len(item.draft_token_ids) + num_accepted)
         except Exception:
             logger.exception("the outputs of request %s cannot be applied", request.request_id)
             self.kv.unpublish(request, savepoint.num_published)
@@ -376,7 +378,7 @@ class Scheduler:
             self._fault(step, item, "the engine could not apply the outputs of this request")
             return None
         # From here on, a fault ends the request.
-        item.num_generated, item.num_accepted = len(event.token_ids), len(item.draft_token_ids) - rejected
+        item.num_generated, item.num_accepted = len(event.token_ids), num_accepted
         if request.drafting.drafter is not None or item.draft_token_ids:
             self.drafting.settle(item, item.num_accepted)
         if self.kv.slides:
@@ -409,10 +411,10 @@ class Scheduler:
 
     def current_stats(self) -> EngineStats:
         """Return the counters, with the gauges brought up to date."""
-        running, waiting = list(self.running), list(self.waiting)
+        running, waiting = list(self.running.requests), list(self.waiting.requests)
         self.stats.num_running = len(running)
         self.stats.num_waiting = len(waiting) + sum([len(request.children) for request in running + waiting])
-        self.stats.num_blocks_used = self.pool.num_used
+        self.stats.num_blocks_used = self.pool.num_blocks - self.pool.num_free
         self.stats.running_adapters = sorted({request.lora_name for request in running if request.lora_name})
         self.stats.waiting_adapters = sorted({request.lora_name for request in waiting if request.lora_name})
         return self.stats

@@ -61,8 +61,3 @@ class Sequences:
         if request.repetition is not None and request.repetition.push(request.token_ids, num_output_tokens):
             return FinishReason.REPETITION
         return None
-
-
-def num_rejected(item: Scheduled, output: ScheduledOutput, event: TokenEvent) -> int:
-    """Return how many draft tokens of an item did not become tokens of its event."""
-    return len(item.draft_token_ids) - max(0, min(len(output.token_ids) - 1, len(event.token_ids)))

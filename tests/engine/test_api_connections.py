@@ -79,7 +79,7 @@ class Connected:
         assert len(answers) == num_open, "every choice has ended"
         assert not self.engine.has_work
         assert not self.connections.owners
-        assert self.engine.stats().num_blocks_used == 0
+        assert self.engine.scheduler.current_stats().num_blocks_used == 0
         return answers
 
     def run_together(self, messages: Sequence[object]) -> None:
@@ -226,12 +226,12 @@ def test_an_api_process_that_does_not_read(tiny_model: LoadedModel, monkeypatch:
     connected.loop.run_once(timeout=SECONDS)
     while connected.connections.flush():
         connected.loop.run_once(timeout=0.0)
-    num_steps = connected.engine.stats().steps_total
+    num_steps = connected.engine.scheduler.current_stats().steps_total
     assert num_steps < 100
     assert connected.engine.has_work
     for _ in range(20):
         connected.loop.run_once(timeout=0.0)
-    assert connected.engine.stats().steps_total <= num_steps + 1
+    assert connected.engine.scheduler.current_stats().steps_total <= num_steps + 1
     for has_work in (True, False):  # what is unsent keeps no CPU busy, and is sent soon
         with mock.patch.object(Engine, "has_work", has_work):
             assert connected.loop.seconds_to_wait() == POLL_SECONDS
@@ -321,7 +321,7 @@ def test_between_two_steps_one_question_is_answered(connected: Connected) -> Non
     for number in range(1, 6):
         assert connected.receive(Steps).read_id == number
         assert len(connected.loop.questions) == 5 - number
-        assert connected.engine.stats().steps_total == number
+        assert connected.engine.scheduler.current_stats().steps_total == number
         connected.loop.run_once(timeout=0.0)
     connected.run_together([Abort("a")])
     assert not connected.engine.has_work

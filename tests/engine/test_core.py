@@ -131,7 +131,7 @@ def test_the_same_answers(loaded: LoadedModel, seed: int, caplog: pytest.LogCapt
     events: list[TokenEvent] = []
     aborted: set[tuple[str, int]] = set()
     while engine.has_work:
-        assert engine.stats().steps_total < 5000, "it does not end"
+        assert engine.scheduler.current_stats().steps_total < 5000, "it does not end"
         if rng.random() < 0.03:
             name, index = rng.choice(submits).request_id, rng.choice([None, 0])
             engine.abort(name, index)
@@ -147,7 +147,7 @@ def test_the_same_answers(loaded: LoadedModel, seed: int, caplog: pytest.LogCapt
             assert found.token_ids == answer.token_ids[: len(found.token_ids)]
         else:
             assert found == answer
-    assert engine.stats().num_blocks_used == 0
+    assert engine.scheduler.current_stats().num_blocks_used == 0
     assert engine.step() == (None, [])
     assert caplog.text == "", "a step has failed, and was run again"
 

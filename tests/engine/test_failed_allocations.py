@@ -140,7 +140,7 @@ class Scenario:
                 answers = connected.run(self.submits)
         finally:
             connected.close()
-        self.seen |= {name for name in COVERED if getattr(engine.stats(), name)}
+        self.seen |= {name for name in COVERED if getattr(engine.scheduler.current_stats(), name)}
         assert not list(engine.scheduler.requests())
         return answers
 

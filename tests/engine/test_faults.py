@@ -426,4 +426,4 @@ def test_an_abort_that_fails_has_no_event(tiny_model: LoadedModel) -> None:
     assert not engine.scheduler.has_work
     assert engine.step()[1] == []
     engine.scheduler.check()
-    assert engine.stats().num_blocks_used == 0
+    assert engine.scheduler.current_stats().num_blocks_used == 0

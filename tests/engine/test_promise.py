@@ -127,7 +127,7 @@ def assert_promise(loaded: LoadedModel, submits: Sequence[Submit], *, chunks: Se
         engine = make_engine(loaded, chunk=chunk, seqs=5, speculative="ngram")
         assert_same(run(engine, submits[::-1]), alone)
         assert all(row.num_tokens <= max(chunk, 8) for step in engine.recorder.steps for row in step.rows)
-        assert engine.stats().draft_tokens_total > 0
+        assert engine.scheduler.current_stats().draft_tokens_total > 0
         assert_same(run(engine, follow_ups), warm)  # they find blocks of answers that were computed with drafts
 
     # There are blocks for the longest request only.
@@ -135,7 +135,7 @@ def assert_promise(loaded: LoadedModel, submits: Sequence[Submit], *, chunks: Se
     shorter = dataclasses.replace(loaded, limits=dataclasses.replace(loaded.limits, max_model_len=longest))
     engine = make_engine(shorter, num_blocks=make_engine(shorter).scheduler.kv.num_blocks_for(longest))
     assert_same(run(engine, submits), alone)
-    assert engine.stats().preemptions_total > 0
+    assert engine.scheduler.current_stats().preemptions_total > 0
     return alone
 
 
@@ -237,11 +237,11 @@ def test_ranks_answer_the_same(num_ranks: int, head_dim: int, tmp_path: Path) ->
         assert_same(run(engine, submits), alone)
         assert max(len(step.rows) for step in engine.recorder.steps) >= len(submits)
         assert_same(run(engine, submits), alone)  # with cached prompts
-        assert engine.stats().prompt_tokens_cached_total > 0
+        assert engine.scheduler.current_stats().prompt_tokens_cached_total > 0
         chunked = msgspec.structs.replace(config, long_prefill_token_threshold=7, speculative="ngram")
         assert_same(run(Engine(chunked, loaded), submits), alone)
         few = dataclasses.replace(loaded.memory, num_blocks=loaded.memory.blocks_per_request)
         engine = Engine(config, dataclasses.replace(loaded, memory=few))
         engine.scheduler.kv.watermark = 0
         assert_same(run(engine, submits), alone)
-        assert engine.stats().preemptions_total > 0
+        assert engine.scheduler.current_stats().preemptions_total > 0

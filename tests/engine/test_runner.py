@@ -144,7 +144,8 @@ def test_drafts_change_no_answer(loaded: LoadedModel) -> None:
     submits = [submit(f"r{n}", prompt_of(20, n), 60, seed=n, logit_bias=bias, **kind) for n, kind in enumerate(kinds)]
     engine = Engine(EngineConfig(model_path="", speculative="ngram"), loaded)
     assert {name: answer for (name, _), answer in run(engine, submits).items()} == run_each(loaded, submits)
-    assert 20 < engine.stats().accepted_tokens_total < engine.stats().draft_tokens_total
+    stats = engine.scheduler.current_stats()
+    assert 20 < stats.accepted_tokens_total < stats.draft_tokens_total
 
 
 def test_what_is_loaded(loaded: LoadedModel, model: LlamaForCausalLM) -> None:
@@ -215,7 +216,7 @@ def test_a_draft_without_numbers_harms_nobody(
     monkeypatch.setattr(Drafter, "draft", draft)
     engine = Engine(EngineConfig(model_path="", speculative="ngram"), clean(broken))
     assert {name: answer for (name, _), answer in run(engine, good).items()} == alone
-    assert engine.stats().drafts_total >= len(good)
+    assert engine.scheduler.current_stats().drafts_total >= len(good)
 
 
 def clean(loaded: LoadedModel) -> LoadedModel:

@@ -52,7 +52,7 @@ def run(engine: Engine, submits: Sequence[Submit] = ()) -> Answers:
         engine.add(submit)
     answers = join(_events(engine))
     assert all(answer.reason is not None for answer in answers.values())
-    assert engine.stats().num_blocks_used == 0
+    assert engine.scheduler.current_stats().num_blocks_used == 0
     return answers
 
 

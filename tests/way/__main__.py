@@ -42,12 +42,16 @@ class Way:
         return Counter(self.calls)
 
     @property
+    def num_functions(self) -> int:
+        return len(set(self.calls))
+
+    @property
     def num_files(self) -> int:
         return len({name.partition(":")[0] for name in self.calls})
 
     def __str__(self) -> str:
         return (
-            f"{len(self.functions)} functions in {self.num_files} files, {len(self.calls)} calls; "
+            f"{self.num_functions} functions in {self.num_files} files, {len(self.calls)} calls; "
             f"timers: {len(set(self.timers))} functions, {len(self.timers)} calls"
         )
 

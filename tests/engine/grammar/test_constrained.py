@@ -165,7 +165,7 @@ def test_the_same_bits_however_they_are_computed(model: Model) -> None:
         small.add(submit)
     small.grammars._thread.submit(int).result()  # all grammars are compiled, so the requests start together
     assert model.finish(small, *submits) == alone
-    assert small.stats().preemptions_total > 0
+    assert small.scheduler.current_stats().preemptions_total > 0
 
 
 @pytest.mark.parametrize("mode", ["off", "auto"])
@@ -175,7 +175,7 @@ def test_what_is_forced_takes_one_step(model: Model, mode: str) -> None:
     answer = model.answer(of_schema({"const": json.loads(text)}), engine)
     assert model.text(answer) == text
     assert len(answer.token_ids) > 25
-    assert engine.stats().steps_total <= 4
+    assert engine.scheduler.current_stats().steps_total <= 4
 
 
 def test_forced_tokens_are_drafted_within_bounds(model: Model) -> None:
@@ -236,7 +236,7 @@ def test_who_waits_for_a_grammar_holds_up_nobody(model: Model, monkeypatch: pyte
     for _ in range(3):
         assert engine.step() == (None, [])
     assert model.answer(None, engine, max_tokens=5).reason == FinishReason.LENGTH
-    assert engine.stats().num_waiting == 2
+    assert engine.scheduler.current_stats().num_waiting == 2
     gate.set()
     ((first, second),) = model.finish(engine, waiting)
     assert first.reason == second.reason == FinishReason.STOP

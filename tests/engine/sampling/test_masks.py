@@ -96,4 +96,4 @@ def test_the_answer_is_the_same_however_it_is_computed(model: Model) -> None:
     small.scheduler.pool.allocate(small.scheduler.pool.num_free - 8)
     small.scheduler.check = lambda: None  # type: ignore[method-assign]  # the blocks above are nobody's
     assert model.run(submits, small) == alone
-    assert small.stats().preemptions_total > 0
+    assert small.scheduler.current_stats().preemptions_total > 0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.scheduling.request import SamplingRow, Scheduled, ScheduledOutput, choice_seed
-from engine.scheduling.sequences import Sequences, num_rejected
+from engine.scheduling.sequences import Sequences
 from engine.scheduling.token_counts import TokenCounts
 from engine.shared.messages import FinishReason, Pooling, RepetitionDetection, TokenEvent
 from engine.shared.messages import TokenLogprobs as Logprobs
@@ -33,9 +33,9 @@ def test_rewinding_forgets_the_tokens_that_a_step_has_sampled_in_vain() -> None:
     request.token_ids += [8, 8]
     request.history()
     row = SamplingRow(request)
-    row.token_counts()
+    counts = row.token_counts()
     request.sampling.mirostat_mu = [4.0, 3.0, 2.0]  # the last one is that of the token that is being sampled
-    request.sampling.counts.num_counted = 4  # counting has stopped midway
+    counts.num_counted = 4  # counting has stopped midway
     request.rewind()
     assert request.sampling.mirostat_mu == [4.0, 3.0]
     assert list(request.history()) == request.token_ids == [5, 6, 7, 8, 8]
@@ -96,7 +96,6 @@ def test_extend_and_restore(
         assert event.embedding == [0.6, 0.8]
         assert event.stop_token_id == (token_ids[-1] if reason is FinishReason.STOP else None)
         assert len(request.prompt_outputs.logprobs) == 1
-        assert num_rejected(item, output, event) == len(sampled) - 1 - min(len(sampled) - 1, len(token_ids))
         request.restore(savepoint)
         assert request.token_ids == before.token_ids
         assert request.prompt_outputs == before.prompt_outputs

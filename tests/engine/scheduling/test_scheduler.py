@@ -671,7 +671,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.counters_agree()
         stats = self.scheduler.current_stats()
         assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
-        assert self.scheduler.pool.num_used == 0
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks
         assert self.scheduler.schedule() is None
 
 
