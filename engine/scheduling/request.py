@@ -399,7 +399,9 @@ class ScheduledOutput:
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """Return the 64-bit seed of choice `index` after choice 0, which uses the request's own seed."""
+    """Return the 64-bit seed of choice `index`. Choice 0 uses the request's own seed."""
+    if index == 0:
+        return seed & MAX_SEED
     digest = hashlib.sha256(b"lightwell.choice" + struct.pack("<QQ", seed & MAX_SEED, index)).digest()
     return int.from_bytes(digest[:8], "little")
 
@@ -416,7 +418,7 @@ def new_request(
             index=index,
             num_prompt_tokens=len(submit.prompt_token_ids),
             params=submit.params if index == 0 else _without_prompt_logprobs(submit.params),
-            seed=choice_seed(submit.params.seed, index) if index else submit.params.seed & MAX_SEED,
+            seed=choice_seed(submit.params.seed, index),
             tenant=submit.tenant,
             weight=submit.weight,
             queue_key=(now + SECONDS_PER_PRIORITY * submit.priority, arrival_number, index),
