@@ -16,9 +16,7 @@ MAX_ENGINE_CALLS_PER_STEP = 120
 STEP = "engine/core.py:Engine.step"
 
 
-@pytest.mark.skipif(
-    sys.version_info[:2] != (3, 11), reason="the budget is one of Python 3.11"
-)
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the budget is one of Python 3.11")
 def test_a_request_stays_in_its_budget(smollm2_path: Path) -> None:
     """A function is counted once however often it is called, and those that only timers call do not count."""
     for path, (api, engine) in ways(smollm2_path).items():
