@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import chain
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 
 from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize, usage
@@ -28,6 +28,15 @@ from server.http.json_route import StrictJSONRoute
 from server.http.request_middleware import RequestMiddleware, RequestRules, RootPathMiddleware
 from server.settings.load import is_loopback
 from server.web.pages import page_routes
+
+OPENAI = (completions, chat, responses, embeddings, rerank, models)
+LIGHTWELL = (inspection, events, inspect, trace, requests, usage, lora_adapters, tokenize, health, metrics_page)
+ROUTERS: dict[str, list[APIRouter]] = {  # by the tag of their API
+    "OpenAI": [*(module.router for module in OPENAI), responses.json_router],
+    "Anthropic": [messages.router],
+    "Ollama": [ollama.router, ollama.file_router, ollama.file_operations],
+    "Lightwell": [*(module.router for module in LIGHTWELL), tokenize.json_router],
+}
 
 
 def create_app(context: ServerContext) -> FastAPI:
@@ -67,17 +76,9 @@ def create_app(context: ServerContext) -> FastAPI:
     app.state.response_store = ResponseStore(
         context.settings.max_stored_responses, context.settings.stored_responses_memory
     )
-    for tag, modules in (
-        ("OpenAI", (completions, chat, responses, embeddings, rerank, models)),
-        ("Anthropic", (messages,)),
-        ("Ollama", (ollama,)),
-        (
-            "Lightwell",
-            (inspection, events, inspect, trace, requests, usage, lora_adapters, tokenize, health, metrics_page),
-        ),
-    ):
-        for module in modules:
-            app.include_router(module.router, tags=[tag])
+    for tag, routers in ROUTERS.items():
+        for router in routers:
+            app.include_router(router, tags=[tag])
     app.router.routes.extend(page_routes(with_docs=with_docs))
     install_error_handlers(app, {path for path, _ in OPERATIONS if "{" not in path})
     _add_middleware(app, context)
@@ -94,8 +95,7 @@ def generation_paths() -> frozenset[str]:
 
 def _json_routes() -> dict[str, StrictJSONRoute]:
     """Return the routes of JSON bodies by their path, which are found without a search through all routes."""
-    routers = [module.router for module in (completions, chat, messages, ollama, embeddings, rerank, inspect)]
-    every = chain.from_iterable(router.routes for router in (*routers, responses.json_router, tokenize.json_router))
+    every = [route for routers in ROUTERS.values() for router in routers for route in router.routes]
     return {route.path: route for route in every if isinstance(route, StrictJSONRoute) and route.body_type is not None}
 
 

@@ -18,6 +18,7 @@ import math
 import time
 from bisect import insort
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import chain
 from operator import attrgetter
 
 from engine.scheduling.kv_manager import KVManager
@@ -37,13 +38,13 @@ class RequestQueue(Collection[Request]):
 
     def __init__(self) -> None:
         self.by_tenant: dict[str, list[Request]] = {}  # without empty lists
-        self.requests: dict[Request, None] = {}  # all, as an ordered set
+        self.requests: dict[Request, None] = {}  # all, as a set, in no order
 
     def __len__(self) -> int:
         return len(self.requests)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self.requests)
+        return chain.from_iterable(self.by_tenant.values())
 
     def __contains__(self, request: object) -> bool:
         return request in self.requests

@@ -1,5 +1,6 @@
 """A route that parses and validates JSON bodies itself, strictly and once."""
 
+from collections.abc import Callable, Coroutine
 from functools import cached_property
 from typing import Any, get_type_hints
 
@@ -7,7 +8,6 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from server.http.error_handlers import from_validation_error
 from server.http.errors import APIError, UnsupportedMediaTypeError
@@ -21,7 +21,7 @@ CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 class StrictJSONRoute(APIRoute):
     """A route whose handler takes a request and its body: the fields of a pydantic model, or nothing.
 
-    `RequestMiddleware` runs it without a search through all routes; the framework only documents it.
+    `RequestMiddleware` asks it without a search through all routes, if it knows it.
 
     A handler is cancelled when the client disconnects, if `ends_with_client`.
     """
@@ -34,17 +34,20 @@ class StrictJSONRoute(APIRoute):
         found: type[BaseModel] | None = get_type_hints(self.endpoint).get("body")
         return found
 
-    async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request for which the application has found this route."""
+        return super().get_route_handler() if self.body_type is None else self.answer
+
+    async def answer(self, request: Request) -> Response:
         """Answer a request, also with an error."""
-        scope["route"], request = self, Request(scope, receive)
-        content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+        headers = request.scope["headers"]
+        content_type = next((value for name, value in headers if name == b"content-type"), b"")
         try:
             if content_type not in JSON_TYPES:
                 self.check_media_type(request, content_type)
-            response = await self.respond(request, parse_json_object(await request.body()))
+            return await self.respond(request, parse_json_object(await request.body()))
         except APIError as error:
-            response = error.response(scope)
-        await response(scope, receive, send)
+            return error.response(request.scope)
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
         """Answer a request whose body has valid JSON. Raises APIError."""

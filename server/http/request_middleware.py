@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -78,8 +78,7 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             route = self._routes.get(scope["path"]) if scope["method"] == "POST" else None
-            exchange = Exchange(self._app if route is None else route.run, self._rules, scope, receive, send)
-            exchange.ends_with_client = route is not None and route.ends_with_client
+            exchange = Exchange(self._app, route, self._rules, scope, receive, send)
             await exchange.run(self._cross_origin)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -94,15 +93,20 @@ async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Exchange:
-    """One request and its response.
+    """One request and its response."""
 
-    Attributes:
-        ends_with_client: whether what answers the request is cancelled when the client disconnects.
-    """
-
-    def __init__(self, app: ASGIApp, rules: RequestRules, scope: Scope, receive: Receive, send: Send) -> None:
-        self.ends_with_client = False
+    def __init__(
+        self,
+        app: ASGIApp,
+        route: StrictJSONRoute | None,
+        rules: RequestRules,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """`route`: what answers the request; None: `app` does."""
         self._app = app
+        self._route = route
         self._rules = rules
         self._scope = scope
         self._receive = receive
@@ -184,9 +188,14 @@ class Exchange:
         except (LimitReachedError, APIError) as error:
             await self._refuse(limit_error(error) if isinstance(error, LimitReachedError) else error, send)
         else:
-            if self.ends_with_client:
+            if (route := self._route) is None:
+                await self._app(scope, receive, send)
+                return
+            if route.ends_with_client:
                 self.end_with_client()
-            await self._app(scope, receive, send)
+            scope["route"] = route
+            response = await route.answer(Request(scope, receive))
+            await response(scope, receive, send)
 
     async def receive(self) -> Message:
         """Return the body first, and then the messages that follow, such as a disconnect."""

@@ -67,9 +67,6 @@ async def tokenizer_info(request: Request) -> Response:
         return StructResponse(_tokenizer_info(find_model(request, name).base))
 
 
-router.include_router(json_router)
-
-
 def _tokenizer_info(model: ServedModel) -> TokenizerInfo:
     tokenizer, template = model.tokenizer, model.chat_template
     return TokenizerInfo(

@@ -218,7 +218,3 @@ async def not_implemented(request: Request) -> Response:
     raise NotImplementedAPIError(
         f"'{name}' is not supported: the model and its adapters are chosen when this server is started."
     )
-
-
-router.include_router(file_router)
-router.include_router(file_operations)

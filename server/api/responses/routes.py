@@ -210,6 +210,3 @@ def _limit(value: str) -> int:
     if not (re.fullmatch("[0-9]{1,4}", value) and 1 <= int(value) <= MAX_PAGE_SIZE):
         raise InvalidValueError(f"Invalid 'limit': expected an integer from 1 to {MAX_PAGE_SIZE}.", param="limit")
     return int(value)
-
-
-router.include_router(json_router)

@@ -241,7 +241,7 @@ def test_the_number_of_pending_updates_is_limited(machine: Machine, folder: Path
     assert f"{MAX_PENDING} changes" in refusal.error
     machine.turn()
     assert len(machine.replies) == MAX_PENDING
-    assert not machine.updates
+    assert not machine.updates.queue
 
 
 def test_the_end_of_the_process_does_not_wait_for_a_file() -> None:

@@ -118,7 +118,9 @@ def test_a_stream_never_shows_the_beginning_of_a_stop_string(tokenizer: Tokenize
 def test_tokens_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
     choice = make_choice(tokenizer, stop=["b"])
     event = TokenEvent(request_id="r", token_ids=[*b"abcd", EOS], finish_reason=FinishReason.STOP, stop_token_id=EOS)
-    assert choice.push(event) == ChoiceDelta(0, [content("a")], [], "stop", stop_string="b", token_ids=[*b"ab"])
+    assert choice.push(event) == ChoiceDelta(
+        0, [content("a")], [], "stop", stop_string="b", stop_reason="b", token_ids=[*b"ab"]
+    )
     assert choice.num_tokens == 2
 
 
