@@ -37,11 +37,12 @@ from engine.shared.records import Chunk
 logger = logging.getLogger("lightwell.engine")
 
 
-def _record_first_schedule(request: Request, stats: EngineStats, now: float) -> None:
+def _record_first_schedule(request: Request, kv: KVManager, stats: EngineStats, now: float) -> None:
     """Record and count that a request begins, with its cached tokens already computed."""
     num_cached = request.kv.num_computed
     request.record.scheduled = now
     request.record.num_cached_tokens = num_cached
+    request.record.prefix_result, request.record.num_reusable_tokens = kv.prefix_result(request)
     stats.prompt_tokens_total += request.num_prompt_tokens
     stats.prompt_tokens_cached_total += num_cached
     if not request.reads_all_rows:
@@ -101,21 +102,15 @@ class Scheduler:
         self.pool = kv.pool
         self.kv = kv
         self.clock = recorder.clock
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.budget = budget
-        self.max_model_len = max_model_len
         self.sequences = Sequences(max_model_len, eos_token_ids)
         self.max_chunk = long_prefill_token_threshold or budget.max_num_rows
         self.queue = FairQueue(kv, max_num_seqs, recorder.clock)
-        self.running = self.queue.running
-        self.waiting = self.queue.waiting
+        self.running, self.waiting = self.queue.running, self.queue.waiting
         self.lifecycle = Lifecycle(self.queue, kv, recorder)
         self.stats = EngineStats(num_blocks=kv.pool.num_blocks)
         self.drafting = Drafting(kv, self.lifecycle, self.stats, speculation, max_model_len)
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.running.requests or self.waiting.requests)
 
     def requests(self) -> Iterator[Request]:
         """Return all unfinished requests, including children that wait for their parent's prompt."""
@@ -255,8 +250,7 @@ class Scheduler:
         draft.admitted.append(request)
         request.status = Status.RUNNING
         if request.record.scheduled is None:
-            _record_first_schedule(request, self.stats, self.clock())
-            request.record.prefix_result, request.record.num_reusable_tokens = self.kv.prefix_result(request)
+            _record_first_schedule(request, self.kv, self.stats, self.clock())
         else:
             request.record.resumptions.append(self.clock())
         return True
@@ -265,19 +259,16 @@ class Scheduler:
         """Count the next `num_tokens` tokens as computed, and return them as a part of the step."""
         kv, start = request.kv, request.kv.num_computed
         num_known = len(request.token_ids)
-        is_ahead = start == num_known
         kv.num_computed += num_tokens
         num_samples = int(kv.num_computed == max(num_known, kv.num_expected))
         if num_samples and not self.sequences.ends_next(request):
             kv.num_expected = kv.num_computed + 1
         if num_tokens > 1 or start < request.num_prompt_tokens:
             request.record.chunks.append(Chunk(self.stats.steps_total + 1, start, num_tokens))
-        num_prompt_logprobs = 0
-        if (
-            request.params.prompt_logprobs is not None and request.needs_prompt_logprobs
-        ):  # a token's row gives the log probability of the next token
+        num_prompt_logprobs = 0  # a token's row gives the log probability of the next token
+        if request.params.prompt_logprobs is not None and request.needs_prompt_logprobs:
             num_prompt_logprobs = max(0, min(kv.num_computed, request.num_prompt_tokens - 1) - start)
-        return Scheduled(request, start, num_tokens, num_samples, num_prompt_logprobs, is_ahead=is_ahead)
+        return Scheduled(request, start, num_tokens, num_samples, num_prompt_logprobs, is_ahead=start == num_known)
 
     # A step that has failed.
 
@@ -286,8 +277,7 @@ class Scheduler:
 
         All earlier steps must have been updated, so that their tokens are known.
         """
-        running = [item for item in items if item.request.status is Status.RUNNING]
-        for item in running:
+        for item in (running := [item for item in items if item.request.status is Status.RUNNING]):
             chunks = item.request.record.chunks
             if chunks and chunks[-1].start == item.start:
                 chunks[-1] = Chunk(self.stats.steps_total + 1, item.start, chunks[-1].num_tokens)

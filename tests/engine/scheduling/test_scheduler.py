@@ -620,7 +620,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         requests = list(scheduler.requests())
         assert len(requests) == len(set(requests))
         assert set(requests) == {choice.request for choice in self.living()}
-        assert scheduler.has_work == bool(requests)
 
     @invariant()
     def children_follow_their_parent(self) -> None:
