@@ -99,8 +99,7 @@ class Scheduler:
     ) -> None:
         """`speculation`: when n-gram drafts are made; None: never. Raises ValueError if limits are contradictory."""
         _check_limits(kv, budget, max_num_seqs, max_model_len, long_prefill_token_threshold)
-        self.pool = kv.pool
-        self.kv = kv
+        self.kv, self.pool = kv, kv.pool
         self.clock = recorder.clock
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.budget = budget

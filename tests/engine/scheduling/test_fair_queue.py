@@ -66,7 +66,7 @@ class TenantsRig(Rig):
     def finish(self) -> list[list[str]]:
         """Run until all requests have ended."""
         steps = []
-        while self.scheduler.has_work:
+        while self.scheduler.running or self.scheduler.waiting:
             steps.append(self.turn())
         return steps
 

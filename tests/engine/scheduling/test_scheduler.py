@@ -659,7 +659,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_steps_left = 2 * (self.max_model_len + 2) * len(self.living())
         if self.step is not None:
             self.update(None)
-        while self.scheduler.has_work:
+        while self.scheduler.running or self.scheduler.waiting:
             assert num_steps_left, "it does not end"
             num_steps_left -= 1
             self.schedule()
@@ -816,7 +816,7 @@ class Rig:
         """Run until all requests have ended."""
         steps: list[dict[str, tuple[int, int]]] = []
         events: list[TokenEvent] = []
-        while self.scheduler.has_work:
+        while self.scheduler.running or self.scheduler.waiting:
             assert len(steps) < 1000
             steps.append(self.step())
             events += self.events
@@ -973,7 +973,7 @@ def test_a_step_that_is_taken_back_was_never_scheduled(seed: int) -> None:
         rig.add(prompt(rng.randint(1, 20), 100 * (number % 4)), max_tokens=rng.randint(1, 12))
     scheduler = rig.scheduler
     num_compared = 0
-    while scheduler.has_work:
+    while scheduler.running or scheduler.waiting:
         running, before = list(scheduler.running), state_of(scheduler)
         step = scheduler.schedule()
         assert step is not None
