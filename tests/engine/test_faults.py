@@ -423,7 +423,7 @@ def test_an_abort_that_fails_has_no_event(tiny_model: LoadedModel) -> None:
     with mock.patch.object(engine.scheduler.kv, "release", side_effect=RuntimeError):
         for submit in submits():
             engine.abort(submit.request_id)
-    assert not (engine.scheduler.running or engine.scheduler.waiting)
+    assert not engine.has_work
     assert engine.step()[1] == []
     engine.scheduler.check()
     assert engine.scheduler.current_stats().num_blocks_used == 0
