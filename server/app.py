@@ -113,7 +113,8 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
 def _request_rules(context: ServerContext) -> RequestRules:
     settings = context.settings
     # Web pages cannot reach a UNIX socket.
-    checks_hosts = settings.uds is None and is_loopback(settings.host) and "*" not in settings.allowed_origins
+    allows_all = "*" in {origin.rstrip("/") for origin in settings.allowed_origins}
+    checks_hosts = settings.uds is None and is_loopback(settings.host) and not allows_all
     return RequestRules(
         hosts=HostRules([settings.host], settings.allowed_origins) if checks_hosts else None,
         origins=settings.allowed_origins,

@@ -20,6 +20,7 @@ TENANT = "tenant"  # in the scope's state, set by `RequestMiddleware`
 CLIENT_PREFIX = 64  # bits of an IPv6 address that do not change when a client takes another one
 EVERYBODY = ""  # the owner of what is made without a key
 MAX_CACHED = 1024  # addresses of recent clients
+MAX_ADDRESS_CHARS = 64  # an IPv6 address has up to 45, and may name its interface
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
 
 
@@ -71,7 +72,7 @@ def tenant_of_address(scope: Scope, account: Account) -> Tenant:
 
 def client_address(scope: Scope) -> str:
     """Return the IP address of a client; empty if it is not known. A trusted proxy may pass on what a client claims."""
-    return valid_address(str((scope.get("client") or ("",))[0]))
+    return valid_address(str((scope.get("client") or ("",))[0])[:MAX_ADDRESS_CHARS])
 
 
 @lru_cache(MAX_CACHED)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.lifecycle import Lifecycle
-from engine.scheduling.request import Request, Scheduled
+from engine.scheduling.request import Request, Scheduled, Status
 from engine.scheduling.speculation import Drafter, SpeculationPolicy
 from engine.shared.messages import EngineStats
 
@@ -47,7 +47,8 @@ class Drafting:
             with self.lifecycle.isolated(item.request):
                 budget -= self._add_draft(item, self._forced_tokens(item.request)[:budget])
         if self.policy is not None:
-            without_draft = [item for item in generating if not item.draft_token_ids]
+            running = [item for item in generating if item.request.status is Status.RUNNING]  # not failed above
+            without_draft = [item for item in running if not item.draft_token_ids]
             num_rows = sum([item.num_tokens for item in scheduled])
             self._add_ngram_drafts(self.policy, without_draft, self.policy.num_spare_rows(num_rows, budget))
 

@@ -56,8 +56,9 @@ class ApiKeys:
         """
         with self._lock:  # so that the last of several calls reads last
             try:
-                self._by_digest = self._with_accounts(_read(self._settings))
-                self.are_required = bool(self._by_digest)
+                keys = self._with_accounts(_read(self._settings))
+                self.are_required = bool(keys)  # first: no request passes without a key meanwhile
+                self._by_digest = keys
             except SettingsError as error:
                 logger.error("%s; the keys stay as they were", error)
             else:

@@ -216,7 +216,7 @@ class Admission:
             self.estimate.add_step(num_tokens, now, is_saturated=is_saturated)
 
     def forget_waiting(self, engine: int) -> None:
-        """Note that nothing waits in an engine, which is lost."""
+        """Note that nothing waits in an engine."""
         self._num_waiting.pop(engine, None)
 
     async def watch_timeouts(self) -> None:

@@ -193,6 +193,8 @@ class ConnectedEngine:
             self._metrics.step_tokens.observe(message.num_step_tokens)
             self._admission.count_step(message.num_step_tokens, now, self.number, message.stats.num_waiting)
             self.records.num_steps += 1
+        elif not message.stats.num_waiting:
+            self._admission.forget_waiting(self.number)
         self.cached.update(message.cached)
         self.cached.difference_update(message.evicted)
         if message.started:

@@ -109,7 +109,7 @@ class Reservation:
         self.error = error
         if self.on_failure is not None:
             self.on_failure(error)
-        self.release()
+        Reservation.release(self)  # whoever holds it releases it, too
         for stream in list(self._streams):
             stream.fail(error)
         self._is_settled.set()

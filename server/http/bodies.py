@@ -121,7 +121,7 @@ class BodyReader:
 
         Raises APIError once the client can read the answer, or ClientDisconnect.
         """
-        headers = dict(scope["headers"])
+        headers = dict(reversed(scope["headers"]))  # the first of each name
         try:
             self._check_head(headers)
             share = await self._receive(receive)

@@ -8,6 +8,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from server.http.error_handlers import from_validation_error
 from server.http.errors import APIError, UnsupportedMediaTypeError
@@ -15,7 +16,14 @@ from server.http.strict_json import parse_json_object
 
 JSON_TYPES = frozenset({b"application/json", b"application/json; charset=utf-8"})  # the usual ones
 NO_JSON = "The Content-Type of your request must be application/json; with curl, -H 'Content-Type: application/json'."
+EXCHANGE = "exchange"  # in the scope's state: the `Exchange` of `server.http.request_middleware`
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
+
+
+def end_with_client(scope: Scope) -> None:
+    """Cancel what answers a request when its client disconnects."""
+    if (exchange := scope.get("state", {}).get(EXCHANGE)) is not None:
+        exchange.end_with_client()
 
 
 class StrictJSONRoute(APIRoute):
@@ -40,7 +48,9 @@ class StrictJSONRoute(APIRoute):
 
     async def answer(self, request: Request) -> Response:
         """Answer a request, also with an error."""
-        headers = request.scope["headers"]
+        headers, exchange = request.scope["headers"], request.scope["state"].get(EXCHANGE)
+        if self.ends_with_client and exchange is not None:
+            exchange.end_with_client()
         content_type = next((value for name, value in headers if name == b"content-type"), b"")
         try:
             if content_type not in JSON_TYPES:

@@ -30,7 +30,7 @@ from server.http.errors import (
     ServerError,
     is_for_anthropic,
 )
-from server.http.json_route import StrictJSONRoute
+from server.http.json_route import EXCHANGE, StrictJSONRoute
 from server.limits.accounts import NO_LIMITS, LimitReachedError
 from server.metrics import Metrics
 from server.tenants import TENANT, Tenant, client_address
@@ -44,7 +44,6 @@ QUIET_PATHS = frozenset(
     {"/health", "/healthz", "/readyz", "/metrics", *(f"/lightwell/v1/{name}" for name in POLLED_BY_THE_PAGE)}
 )
 QUIET_STATUSES = (200, 503)  # 503: the model is being loaded
-EXCHANGE = "exchange"  # in the scope's state: the `Exchange`
 LOG_FIELDS = "log_fields"  # in the scope's state: a function that returns what else to log at the end of the request
 PATH_CHARS = "/!$&'()*+,;=:@[]{}|^<>"  # which no log line needs quoted
 CLIENT_CLOSED_REQUEST = 499  # in logs and metrics only
@@ -143,6 +142,8 @@ class Exchange:
                 raise
         except Exception:
             logger.exception("a request failed", extra={"request_id": self._request_id})
+            if self._watch is not None:
+                self._watch.cancel()
             if self._status is None:
                 await self._refuse(ServerError(self._request_id), self.send)
             # Otherwise the response has started. It stays incomplete, so uvicorn closes the connection.
@@ -167,9 +168,12 @@ class Exchange:
             task.uncancel()
         if self._body is not None:
             self._body.release()
-        if self._number is not None:
-            await self._leave()
-        self._record()
+        try:
+            if self._number is not None:
+                await self._leave()
+        finally:
+            self._record()
+            del self._scope["state"][EXCHANGE]  # so that nothing of the request waits for the garbage collector
 
     async def answer(self, send: Send) -> None:
         """Let the application answer through `send`, if the request's tenant and its body are accepted.
@@ -191,11 +195,14 @@ class Exchange:
             if (route := self._route) is None:
                 await self._app(scope, receive, send)
                 return
-            if route.ends_with_client:
-                self.end_with_client()
             scope["route"] = route
             response = await route.answer(Request(scope, receive))
-            await response(scope, receive, send)
+            try:
+                await response(scope, receive, send)
+            except APIError as error:  # there was no memory for it
+                if self._status is not None:
+                    raise
+                await self._refuse(error, send)
 
     async def receive(self) -> Message:
         """Return the body first, and then the messages that follow, such as a disconnect."""
@@ -251,13 +258,6 @@ class Exchange:
         access_logger.log(
             level, "%s %s", scope["method"][:16], quote(scope["path"][:256], PATH_CHARS), extra={"fields": fields}
         )
-
-
-def end_with_client(scope: Scope) -> None:
-    """Cancel what answers a request when its client disconnects; see `Exchange`."""
-    exchange: Exchange | None = scope.get("state", {}).get(EXCHANGE)
-    if exchange is not None:
-        exchange.end_with_client()
 
 
 class RootPathMiddleware:

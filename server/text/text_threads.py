@@ -75,7 +75,7 @@ class Turns:
     def release(self, tenant: Tenant, expected: float, start: float) -> None:
         """Return a slot that was granted at the time `start`."""
         seconds = self._clock() - start - expected
-        self._had[tenant.name] = self._had.get(tenant.name, self._now) + seconds / tenant.weight
+        self._had[tenant.name] = max(self._had.get(tenant.name, 0.0), self._now) + seconds / tenant.weight
         self._free()
 
     async def _wait(self, waiter: _Waiter) -> None:
@@ -154,10 +154,13 @@ class TextThreads:
         start = await turns.acquire(tenant, expected)
         if not is_long:
             self._short_work[work] = loop.time()
-        try:
-            return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
-        finally:
+
+        def end(_: object) -> None:
             turns.release(tenant, expected, start)
             if not is_long:
                 del self._short_work[work]
                 self._last_end = loop.time()
+
+        running = asyncio.ensure_future(anyio.to_thread.run_sync(function, *args, limiter=self._threads))
+        running.add_done_callback(end)
+        return await asyncio.shield(running)  # if the request is cancelled, the thread goes on and holds its turn

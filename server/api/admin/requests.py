@@ -8,7 +8,7 @@ from server.api.model_route import loaded, patience
 from server.context import get_context
 from server.http.errors import RecordingNotFoundError, RequestNotFoundError
 from server.http.json_response import StructResponse
-from server.http.request_middleware import end_with_client
+from server.http.json_route import end_with_client
 from server.tenants import get_owner, get_tenant
 
 router = APIRouter()

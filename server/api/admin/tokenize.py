@@ -22,7 +22,7 @@ from server.generation.preamble import begin, find_model
 from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError
 from server.http.json_response import StructResponse
-from server.http.request_middleware import end_with_client
+from server.http.json_route import end_with_client
 from server.models.served_model import ServedModel
 from server.tenants import get_tenant
 

@@ -16,7 +16,7 @@ from engine.shared.records import ReadSteps, Steps
 from server.api.inspection.access import EngineNumber, RecordAccess, check_may_read
 from server.api.inspection.routes import MAX_STEPS, step_list
 from server.http.errors import APIError, InvalidValueError
-from server.http.request_middleware import end_with_client
+from server.http.json_route import end_with_client
 from server.http.sse import EventStream
 
 INTERVAL = 0.1  # seconds between events, at least

@@ -27,7 +27,7 @@ from server.http.errors import (
     ResponseNotFoundError,
 )
 from server.http.json_response import StructResponse
-from server.http.request_middleware import end_with_client
+from server.http.json_route import end_with_client
 from server.http.sse import EventStream
 from server.models.served_model import ServedModel
 from server.tenants import get_owner, get_tenant
