@@ -164,6 +164,7 @@ class Exchange:
     async def _end(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
+            self._watch = None  # its exception refers to this object
         if self._is_client_gone and (task := asyncio.current_task()) is not None:
             task.uncancel()
         if self._body is not None:
@@ -229,6 +230,8 @@ class Exchange:
     async def _add_headers(self, headers: MutableHeaders) -> None:
         if self._tenant is not None and self._tenant.limits != NO_LIMITS:
             headers.update(await self._rules.ledger.headers(self._tenant))
+        if b"origin" not in self._headers:  # else the rules for web pages have added it
+            headers["vary"] = ", ".join([*headers.getlist("vary"), "Origin"])
         headers["x-request-id"] = self._request_id
         if is_for_anthropic(self._scope):
             headers["request-id"] = self._request_id  # the name that Anthropic's clients read

@@ -40,6 +40,7 @@ MAX_POSITIONS = 64
 MAX_END = 8192  # attention to so many positions takes the engine some milliseconds for each position and layer
 MAX_ATTENDED = 1 << 17  # positions that are named for all heads of all layers at all positions, about 3 MB of JSON
 MAX_TOP = 20
+MAX_INT = 1 << 53  # of positions and indices: more fits into no message
 
 
 class InspectRoute(ModelRoute):
@@ -59,15 +60,19 @@ class InspectRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     id: str | None = Field(None, description="Of the answer, or its x-request-id.")
-    prompt_index: int = Field(0, ge=0, description="Which of the request's prompts.")
-    index: int = Field(0, ge=0, description="Which of the prompt's choices.")
+    prompt_index: int = Field(0, ge=0, le=MAX_INT, description="Which of the request's prompts.")
+    index: int = Field(0, ge=0, le=MAX_INT, description="Which of the prompt's choices.")
     prompt: str | Annotated[list[int], Field(fail_fast=True)] | None = Field(None, description="A text, or token ids.")
     model: str | None = Field(None, description="Of a prompt: the model or LoRA adapter. Default: the model.")
-    start: int | None = Field(None, ge=0, description="First position. Default: 16 before the end; of a prompt 0.")
-    end: int | None = Field(None, ge=1, description="Position after the last one. Default: that of the last token.")
+    start: int | None = Field(
+        None, ge=0, le=MAX_INT, description="First position. Default: 16 before the end; of a prompt 0."
+    )
+    end: int | None = Field(
+        None, ge=1, le=MAX_INT, description="Position after the last one. Default: that of the last token."
+    )
     top: int = Field(5, ge=1, le=MAX_TOP, description="How many tokens and attended positions are named.")
-    layer: int | None = Field(None, ge=0, description="With `head`: return its attention in full.")
-    head: int | None = Field(None, ge=0)
+    layer: int | None = Field(None, ge=0, le=MAX_INT, description="With `head`: return its attention in full.")
+    head: int | None = Field(None, ge=0, le=MAX_INT)
 
     def check(self, layer_heads: list[int]) -> None:
         """Raise BadRequestError if fields contradict each other, or the model's number of heads in each layer."""

@@ -74,7 +74,7 @@ def test_adapters_are_those_of_one_process(llama: Path) -> None:
         updates = AdapterUpdates(loaded.adapters, loaded.config, Engine(config, loaded).scheduler)
         updates.add(b"", LoadAdapter(request_id="l", name="later", path=str(llama / "adapter")))
         done: list[str] = []
-        while updates:
+        while updates.queue:
             done += [reply.error for _, reply in updates.advance()]
         assert done == [""]
         for name, values in expected.items():

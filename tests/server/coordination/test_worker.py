@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import msgspec
@@ -19,10 +20,11 @@ import zmq
 from engine.shared.messages import HEARTBEAT_SECONDS, Abort, SamplingParams, Submit
 from server.coordination import messages
 from server.coordination.relay import Relay
-from server.coordination.worker import WorkerClient
+from server.coordination.worker import Coordinator, HeldReservation, WorkerClient
 from server.generation import submission
 from server.generation.pipeline import MAX_HELD_SECONDS
 from server.http.errors import ServerError
+from server.tenants import ANYBODY
 from tests.server.conftest import StartPair
 from tests.server.coordination.conftest import QUEUE_TIMEOUT, REQUEST_TIMEOUT
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, ask_json, parse_events, write_adapter
@@ -694,3 +696,14 @@ def test_what_the_worker_cannot_read_harms_nothing_else(start_pair: StartPair) -
             assert ask(worker.url, COMPLETIONS).status_code == 200
             assert httpx.get(f"{worker.url}/v1/models").status_code == 200
         assert coordinator.context.num_step_readers.total() == 1
+
+
+def test_the_coordinator_holds_a_failed_reservation_until_its_request_ends() -> None:
+    """A `Refill` of a reservation that it no longer knows would never be answered."""
+    sent: list[object] = []
+    held = HeldReservation(7, ANYBODY, cast("Coordinator", SimpleNamespace(reservations={}, send=sent.append)))
+    held.add(2)
+    held.fail(ServerError())
+    assert (held.num_choices, sent) == (0, [])
+    held.release()
+    assert sent == [messages.Release(7)]

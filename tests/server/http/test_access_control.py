@@ -163,7 +163,8 @@ def test_what_concerns_all_needs_an_admin_key(
 def test_hosts_and_origins_on_loopback(server: RunningServer) -> None:
     """Pages of this machine may call."""
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:8000", "192.168.0.1", "gateway:80"):
-        assert httpx.get(server.url + "/health", headers={"host": host}).status_code == 200, host
+        response = httpx.get(server.url + "/health", headers={"host": host})
+        assert (response.status_code, response.headers["vary"]) == (200, "Origin"), host
     for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "["):
         for path in ("/health", "/v1/models"):
             check_error(httpx.get(server.url + path, headers={"host": host}), 403)

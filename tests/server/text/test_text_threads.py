@@ -137,6 +137,32 @@ def test_there_are_as_many_threads_as_cores() -> None:
         assert asyncio.run(most_at_once(LONG_BYTES + 1, num_cores, num_long)) == num_long
 
 
+def test_a_thread_holds_its_turn_when_its_request_is_cancelled() -> None:
+    async def run() -> list[str]:
+        threads, order = TextThreads(1), list[str]()
+        begun, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            loop.call_soon_threadsafe(begun.set)
+            assert go_on.wait(60)
+            order.append("first")
+
+        first = asyncio.ensure_future(threads.run(Tenant(name="a"), 1, work))
+        await begun.wait()
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled()
+        second = asyncio.ensure_future(threads.run(Tenant(name="b"), 1, lambda: order.append("second")))
+        await asyncio.sleep(0)  # in which it would begin
+
+        go_on.set()
+        await second
+        return order
+
+    assert asyncio.run(run()) == ["first", "second"]
+
+
 # Turns, of which no slot is lost.
 
 

@@ -280,6 +280,12 @@ def inspect(server: RunningServer, key: str = "", **body: Any) -> httpx.Response
     return httpx.post(f"{server.url}/lightwell/v1/inspect", json=body, headers=auth(key))
 
 
+def test_numbers_that_fit_into_no_message(server: RunningServer) -> None:
+    for name in ("start", "end", "index", "prompt_index", "layer", "head"):
+        assert check_error(inspect(server, prompt="ab", **{name: 10**30}), 400)["param"] == name
+    assert inspect(server, prompt="ab").status_code == 200
+
+
 def test_an_inspection_of_a_prompt(server: RunningServer) -> None:
     response = inspect(server, prompt="ab", layer=1, head=0)
     assert response.status_code == 200, response.text
