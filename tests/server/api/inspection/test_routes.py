@@ -282,7 +282,8 @@ def inspect(server: RunningServer, key: str = "", **body: Any) -> httpx.Response
 
 def test_numbers_that_fit_into_no_message(server: RunningServer) -> None:
     for name in ("start", "end", "index", "prompt_index", "layer", "head"):
-        assert check_error(inspect(server, prompt="ab", **{name: 10**30}), 400)["param"] == name
+        body: dict[str, Any] = {"prompt": "ab", name: 10**30}
+        assert check_error(inspect(server, **body), 400)["param"] == name
     assert inspect(server, prompt="ab").status_code == 200
 
 
