@@ -479,12 +479,14 @@ def test_an_adapter_is_loaded_replaced_and_unloaded_for_both(pair: Pair, tmp_pat
     for number in range(3):
         folder = str(write_adapter(tmp_path / str(number)))
         assert send(first, LOAD, lora_name="sql", lora_path=folder, load_inplace=number > 0).status_code == 200
+        wait_until(lambda: pair[0].model.client.adapters == pair[1].model.client.adapters)  # the worker is told
         for server in (second, first):
             assert ask_json(server.url, COMPLETIONS, model="sql")["model"] == "sql"
         used += {submit.lora_fingerprint for submit in pair[0].engine.submits[-2:]}
         assert used[-1] == pair[0].model.client.adapters["sql"].fingerprint
     assert len(set(used)) == len(used) == 3
     assert send(first, UNLOAD, lora_name="sql").status_code == 200
+    wait_until(lambda: not pair[1].model.client.adapters)
     for server in (second, first):
         assert check_error(ask(server.url, COMPLETIONS, model="sql"), 404)["code"] == "model_not_found"
 
