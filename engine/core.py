@@ -51,7 +51,6 @@ Launched = TypeVar("Launched")
 
 logger = logging.getLogger("lightwell.engine")
 
-
 WARM_UP = SamplingParams(max_tokens=1, ignore_eos=True)
 
 
@@ -177,7 +176,7 @@ class Engine:
         clock = StepClock(self.clock)
         is_part = bool(self.parts)
         step = (self._next_part() if is_part else None) or self.scheduler.schedule() or self._wait_for_grammar()
-        clock.laps.append(("schedule", clock.now()))
+        clock.lap("schedule")
         batch = None if step is None else self._attempt(step, partial(self.runner.forward, step, clock))
         finished, events, failed = self._finish()
         if failed is not None:
@@ -186,7 +185,7 @@ class Engine:
             return finished, events + self._fail(*failed)
         if step is None or batch is None:
             return finished, events
-        clock.laps.append(("overlap", clock.now()))
+        clock.lap("overlap")
         if isinstance(batch, Failure):
             return finished, events + self._fail(step, batch)
         outputs = self._attempt(step, partial(self.runner.sample, step, batch, clock))
@@ -223,17 +222,17 @@ class Engine:
             return None, [], None
         in_flight, self.in_flight = self.in_flight, None
         step, clock = in_flight.step, in_flight.clock
-        clock.laps.append(("overlap_next", clock.now()))
+        clock.lap("overlap_next")
         outputs = self._attempt(step, in_flight.outputs.read)
         if isinstance(outputs, Failure):
             return None, [], (step, outputs)
-        clock.laps.append(("wait", clock.now()))
+        clock.lap("wait")
         now = self.clock()
         self.scheduler.budget.add_step(step.num_tokens, 1000 * (now - max(clock.started, self.last_read)))
         self.last_read = now
         events = self.scheduler.update(step, outputs)
         self.doubt = None if any([output.error is None for output in outputs]) else outputs[0].error
-        clock.laps.append(("update", clock.now()))
+        clock.lap("update")
         try:
             self._record(step, clock)
         except Exception:

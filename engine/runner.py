@@ -119,9 +119,9 @@ class ModelRunner:
         if len(batch.ahead_rows):
             assert self.sampled is not None
             batch.token_ids[batch.ahead_rows] = self.sampled[batch.ahead_samples]
-        clock.laps.append(("prepare", clock.now()))
+        clock.lap("prepare")
         self.execution.forward(batch)
-        clock.laps.append(("forward", clock.now()))
+        clock.lap("forward")
         return batch
 
     @torch.inference_mode()
@@ -155,7 +155,7 @@ class ModelRunner:
             num_top = [rows[index].params.logprobs or 0 for index in logprob_rows]
             named_ids = [rows[index].params.logprob_token_ids for index in logprob_rows]
             logprobs = gather_logprobs(raw_logits, sampled.token_ids[on_device], num_top, named_ids)
-        clock.laps.append(("sample", clock.now()))
+        clock.lap("sample")
         return PendingOutputs(step, prompt_logprobs, pooled, copy, logprob_rows, logprobs)
 
     def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[PendingLogprobs]:

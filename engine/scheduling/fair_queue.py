@@ -29,7 +29,6 @@ MAX_IDLE_TENANTS = 4096  # whose counters are kept while others wait
 MIN_WAIT_SECONDS = 20.0  # of a tenant's only request since it was preempted, after which it goes first
 WAIT_PER_SHELTER = 4  # seconds that it has waited for each that it keeps its blocks; others wait no longer than that
 
-
 order_key: Callable[[Request], tuple[float, int, int]] = attrgetter("queue_key")  # the order of a tenant's requests
 
 

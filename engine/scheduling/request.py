@@ -159,7 +159,7 @@ class Request:
     """One choice of a submitted prompt: a sequence that grows by one or more tokens per step until it ends.
 
     `kv.num_computed` tokens have their keys and values in the blocks of `kv.tables`, or will have once the steps in
-    flight are over. The remaining tokens, up to `num_target_tokens`, are still to be computed.
+    flight are over. The remaining tokens, and the one being sampled, are still to be computed.
     """
 
     # Submitted.
@@ -194,11 +194,6 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def num_target_tokens(self) -> int:
-        """Number of tokens that `kv.num_computed` must reach: all sampled ones, and the one being sampled."""
-        return max(len(self.token_ids), self.kv.num_expected)
 
     @property
     def output_token_ids(self) -> list[int]:

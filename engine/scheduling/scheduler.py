@@ -1,11 +1,11 @@
 """The scheduler: which tokens of which requests the next step computes.
 
 The invariant: there is no prefill phase and no decode phase. A request has `num_computed` tokens that must catch up
-with `num_target_tokens`, and each step hands out a budget of tokens. Chunked prefill, prefix cache hits, resumption
-after preemption and decoding are all this one subtraction. The one restriction: in a step, a request computes either
-prompt tokens or generated tokens, because some kernels compute them differently. Running requests come first, then
-waiting ones, each in the order of arrival, moved by `priority`. Drafts come last and use only rows and blocks that no
-request needs: their tokens count as computed until the step has shown which of them are accepted.
+with those that are known or being sampled, and each step hands out a budget of tokens. Chunked prefill, prefix cache
+hits, resumption after preemption and decoding are all this one subtraction. The one restriction: in a step, a request
+computes either prompt tokens or generated tokens, because some kernels compute them differently. Running requests come
+first, then waiting ones, each in the order of arrival, moved by `priority`. Drafts come last and use only rows and
+blocks that no request needs: their tokens count as computed until the step has shown which of them are accepted.
 
 Several tenants share the engine (engine.scheduling.fair_queue): the running requests of the tenant that has been served
 least come first, and before them the waiting ones of a tenant that has been served less. A waiting request that cannot
@@ -369,7 +369,7 @@ class Scheduler:
         # From here on, a fault ends the request.
         item.num_generated, item.num_accepted = len(event.token_ids), num_accepted
         if request.drafting.drafter is not None or item.draft_token_ids:
-            self.drafting.settle(item, item.num_accepted)
+            self.drafting.settle(item, num_accepted)
         if self.kv.slides:
             # Later steps compute no token before these: of a generating request, the last one is still to be computed.
             self.kv.slide(request, min(item.start + item.num_tokens, request.num_tokens - 1))

@@ -1,4 +1,4 @@
-"""Admission control: how many choices may be in flight, and who waits or is rejected."""
+"""Admission control: how many choices may be in flight, who waits, how long, and who is rejected."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class Admission:
             self.estimate.add_output(stats.num_output_tokens)
         reservation.end_choice()
 
-    def count_step(self, num_tokens: int, now: float, engine: int = 0, num_waiting: int = 0) -> None:
+    def count_step(self, num_tokens: int, now: float, engine: int, num_waiting: int) -> None:
         """Count the tokens of an engine's step, for the estimate of waits. After it, `num_waiting` choices wait."""
         self._num_waiting[engine] = num_waiting
         is_saturated = any(self._num_waiting.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
+from engine.shared.messages import Submit, TokenEvent
 from server.http.errors import APIError, BuffersExceedMemoryError, InvalidValueError
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import Tenant
@@ -117,18 +117,14 @@ def _ignore(error: APIError) -> None:
     """End nothing: the request has ended."""
 
 
-def event_bytes(event: TokenEvent, num_choices: int = 1) -> int:
+def event_bytes(event: TokenEvent, num_choices: int) -> int:
     """Return the estimated size of an event in the answer. Each of `num_choices` choices has the prompt's part."""
     return (
         TOKEN_BYTES * len(event.token_ids)
-        + sum(map(position_bytes, event.logprobs or ()))
-        + num_choices * sum(map(position_bytes, event.prompt_logprobs or ()))
+        + sum([_position_bytes(each.num_top) for each in event.logprobs or ()])
+        + num_choices * sum([_position_bytes(each.num_top) for each in event.prompt_logprobs or ()])
         + NUMBER_BYTES * len(event.embedding or ())
     )
-
-
-def position_bytes(logprobs: TokenLogprobs) -> int:
-    return POSITION_BYTES + ALTERNATIVE_BYTES * logprobs.num_top
 
 
 def too_large(body: Body, max_tokens_field: Callable[[Body], str], max_bytes: int) -> InvalidValueError:

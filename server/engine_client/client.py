@@ -151,8 +151,7 @@ class EngineClient(EngineGroup):
             with self.reserve(message.n) as own_reservation:
                 return self.submit(message, own_reservation, inbox)
         self.ready_info()
-        if reservation.error is not None:
-            raise reservation.error
+        reservation.check()
         tenant = reservation.tenant
         own = msgspec.structs.replace(
             message,

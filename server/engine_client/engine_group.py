@@ -50,7 +50,7 @@ class EngineGroup:
         return all(same_properties(own, msgspec.structs.replace(other, max_model_len=0)) for other in infos)
 
     @property
-    def _alive(self) -> list[EngineLiveness]:
+    def _livenesses(self) -> list[EngineLiveness]:
         return [engine.liveness for engine in self.alive]
 
     def ready_info(self) -> EngineInfo:
@@ -62,12 +62,12 @@ class EngineGroup:
     @property
     def ready_pids(self) -> tuple[int, ...]:
         """Process ids of the engines that are ready."""
-        return tuple(liveness.ready_info().pid for liveness in self._alive if liveness.is_ready)
+        return tuple(liveness.ready_info().pid for liveness in self._livenesses if liveness.is_ready)
 
     @property
     def is_ready(self) -> bool:
         """True if an engine is ready."""
-        return any(liveness.is_ready for liveness in self._alive)
+        return any(liveness.is_ready for liveness in self._livenesses)
 
     @property
     def is_restarting(self) -> bool:
@@ -79,7 +79,7 @@ class EngineGroup:
         """Unix time of the first loss, while no engine is ready and one is being restarted."""
         if self.is_ready:
             return None
-        losses = [liveness.restarting_since for liveness in self._alive]
+        losses = [liveness.restarting_since for liveness in self._livenesses]
         return min((loss for loss in losses if loss is not None), default=None)
 
     @property
@@ -90,12 +90,12 @@ class EngineGroup:
     @property
     def is_alive(self) -> bool:
         """True if an engine is loading or being restarted, or its step loop is responsive."""
-        return any(liveness.is_alive for liveness in self._alive)
+        return any(liveness.is_alive for liveness in self._livenesses)
 
     @property
     def is_healthy(self) -> bool:
         """True if an engine is ready and its step loop is responsive."""
-        return any(liveness.is_healthy for liveness in self._alive)
+        return any(liveness.is_healthy for liveness in self._livenesses)
 
     @property
     def adapters(self) -> dict[str, LoraAdapter]:

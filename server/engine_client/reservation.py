@@ -122,8 +122,7 @@ class Reservation:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._is_settled.wait()
-        if self.error is not None:
-            raise self.error
+        self.check()
         self.is_answered = True
 
     def _change_choices(self, count: int) -> None:

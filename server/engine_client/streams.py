@@ -1,4 +1,4 @@
-"""Streams of the engine's events, one for each request."""
+"""Streams of the engine's events, one for each prompt of a request, and the inbox that they share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from engine.shared.messages import Abort, FinishReason, LoraAdapter, Submit, ToEngine, TokenEvent
 from server.engine_client.admission import Admission
@@ -21,24 +21,6 @@ logger = logging.getLogger(__name__)
 
 MAX_LOST_STARTS = 2  # engines that may die while they compute a request's prompt
 MAX_BATCH_EVENTS = 256  # read at a time; more would hold up other requests for too long
-
-
-class StreamObserver(Protocol):
-    """Handles the aborts, tokens and ends of the choices of a stream."""
-
-    def on_abort(self, message: Abort) -> None:
-        """End a choice, or the whole request, in the engine."""
-
-    def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
-        """Handle the first event of a choice."""
-
-    def on_tokens(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
-        """Count the tokens of an event that arrived at time `now`."""
-
-    def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None: ...
-
-    def on_stream_end(self, stream: RequestStream) -> None:
-        """Handle the end of the last choice."""
 
 
 class ReceivedEvent(NamedTuple):
@@ -90,13 +72,13 @@ class EventInbox:
 class RequestStream:
     """The events of one request, as an asynchronous iterator over batches. It ends when all n choices have ended.
 
-    A batch is what `EventInbox.take` returns. Whoever holds the stream must close it (`async with` or `aclose`);
+    A batch is what `EventInbox.take` returns. Whoever holds the stream must close it (`async with` or `close`);
     closing it early ends the request in the engine. If the engine dies, the iteration raises EngineDeadError once,
     unless the engine is restarted and the request can run again, because it has no event yet.
     """
 
     def __init__(
-        self, message: Submit, reservation: Reservation, observer: StreamObserver, inbox: EventInbox | None = None
+        self, message: Submit, reservation: Reservation, observer: OpenStreams, inbox: EventInbox | None = None
     ) -> None:
         """Streams with the same inbox have one reader, which tells them apart by the number of the prompt."""
         self.request_id = message.request_id
@@ -124,9 +106,6 @@ class RequestStream:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self.close()
-
-    async def aclose(self) -> None:
         self.close()
 
     def close(self) -> None:
@@ -200,7 +179,7 @@ class RequestStream:
 
 
 class OpenStreams:
-    """The open streams by request id. Implements `StreamObserver`: returns capacity and records metrics."""
+    """The open streams by request id. They send aborts, return capacity and record metrics."""
 
     def __init__(self, send: Callable[[ToEngine], None], admission: Admission, metrics: EngineMetrics) -> None:
         self.load = 0.0  # tokens that the requests are expected to take, more or less
@@ -313,9 +292,11 @@ class OpenStreams:
                 self._send(message)
 
     def on_abort(self, message: Abort) -> None:
+        """End a choice, or the whole request, in the engine."""
         self._send(message)
 
     def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
+        """Handle the first event of a choice."""
         stream.reservation.start()
         stream.reservation.has_output = True
         expected = min(stats.max_tokens, self._admission.estimate.mean_output)
@@ -323,6 +304,7 @@ class OpenStreams:
         self._admission.start_choice(stream.reservation, stats, event.num_cached_tokens)
 
     def on_tokens(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
+        """Count the tokens of an event that arrived at time `now`."""
         account = stream.reservation.tenant.account
         account.count_tokens(output=len(event.token_ids))
         stats.num_output_tokens += len(event.token_ids)
@@ -336,11 +318,13 @@ class OpenStreams:
         stats.last_token = now
 
     def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
+        """Return the capacity of a choice, and record how it went."""
         self._set_load(stats, 0.0)
         self._admission.end_choice(stream.reservation, stats)
         self._metrics.observe_choice(stats, reason, now)
 
     def on_stream_end(self, stream: RequestStream) -> None:
+        """Handle the end of the last choice."""
         del self._streams[stream.request_id]
         stream.reservation.end_stream(stream)
         self._metrics.observe_request(stream.choices)

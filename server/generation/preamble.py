@@ -142,7 +142,6 @@ HARMLESS = frozenset(
     }
 )
 
-
 OBJECT_FIELDS = ("stream_options", "lightwell", "structured_outputs")  # which may have unknown fields, too
 
 

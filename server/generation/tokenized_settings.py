@@ -27,7 +27,6 @@ SAMPLERS: dict[str, tuple[float, tuple[str, ...]]] = {
     "repeat_last_n": (-1, ()),
 }
 
-
 # Fields of a request that has any of the settings below.
 TOKENIZED_FIELDS = frozenset({"bad_words", "typical_p", "samplers", *SAMPLERS})
 

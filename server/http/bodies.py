@@ -1,4 +1,4 @@
-"""Reads request bodies, with limits on size, time and memory."""
+"""Reads request bodies, with limits on size, time and memory, and notes how much text a request has."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A route that parses and validates JSON bodies itself, strictly and once."""
+"""A route that parses and validates JSON bodies itself, strictly and once, and ends with its client."""
 
 from collections.abc import Callable, Coroutine
 from functools import cached_property
@@ -48,16 +48,15 @@ class StrictJSONRoute(APIRoute):
 
     async def answer(self, request: Request) -> Response:
         """Answer a request, also with an error."""
-        headers, exchange = request.scope["headers"], request.scope["state"].get(EXCHANGE)
-        if self.ends_with_client and exchange is not None:
-            exchange.end_with_client()
-        content_type = next((value for name, value in headers if name == b"content-type"), b"")
+        if self.ends_with_client:
+            end_with_client(request.scope)
+        content_type = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
         try:
             if content_type not in JSON_TYPES:
                 self.check_media_type(request, content_type)
             return await self.respond(request, parse_json_object(await request.body()))
         except APIError as error:
-            return error.response(request.scope)
+            return error.with_traceback(None).response(request.scope)  # which may hold the frame that holds the error
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
         """Answer a request whose body has valid JSON. Raises APIError."""

@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -242,17 +242,18 @@ class Exchange:
             await self._rules.ledger.leave(self._tenant, number)
 
     async def _refuse(self, error: APIError, send: Send) -> None:
-        await error.response(self._scope)(self._scope, self._receive, send)
+        await error.with_traceback(None).response(self._scope)(self._scope, self._receive, send)
 
     def _record(self) -> None:
         scope, state = self._scope, self._scope["state"]
         status = self._status or CLIENT_CLOSED_REQUEST
         seconds = time.monotonic() - self._start
         self._rules.metrics.observe_http(getattr(scope.get("route"), "path", "none"), scope["method"], status, seconds)
+        log_fields: Callable[[], dict[str, object]] = state.pop(LOG_FIELDS, dict)  # it holds what was generated
         fields = {
             "status": status,
             "ms": round(seconds * 1000, 1),
-            **(state[LOG_FIELDS]() if LOG_FIELDS in state else {}),
+            **log_fields(),
             "client": client_address(scope) or "-",
             "request_id": self._request_id,
         }

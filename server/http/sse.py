@@ -36,10 +36,10 @@ def error_event(error: APIError) -> bytes:
 class EventStream(EventSourceResponse):
     """A response of chunks of events that are already encoded, with comments in pauses if the format has any.
 
-    A handler for which the client's disconnect does not end the request must say so (`end_with_client`): then the
-    generator is closed, which must abort its work. An exception ends the stream
-    with the events that `on_error` returns for it. At the end, `on_close` is always called: the `finally` of a
-    generator does not run if the client disconnects before the first event, so that the generator never starts.
+    The client's disconnect must cancel the handler: `StrictJSONRoute` sees to that, other handlers call
+    `end_with_client`. Then the generator is closed, which must abort its work. An exception ends the stream with the
+    events that `on_error` returns for it. At the end, `on_close` is always called: the `finally` of a generator does
+    not run if the client disconnects before the first event, so that the generator never starts.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class EventStream(EventSourceResponse):
 
     def _last_events(self, error: Exception) -> bytes:
         if isinstance(error, APIError):
-            return self._on_error(error)
+            return self._on_error(error.with_traceback(None))
         logger.error("a stream failed", exc_info=error, extra={"request_id": self._request_id})
         return self._on_error(ServerError(self._request_id))
 

@@ -951,7 +951,7 @@ def state_of(scheduler: Scheduler) -> dict[str, Any]:
         name(request): (
             request.status,
             request.token_ids.copy(),
-            request.num_target_tokens,
+            max(len(request.token_ids), request.kv.num_expected),
             request.kv.num_computed,
             request.kv.num_published,
             [(block.block_id, block.block_hash) for block in request.kv.blocks],

@@ -109,7 +109,7 @@ async def test_a_request_that_would_wait_for_too_long_is_refused_at_once() -> No
     for _ in range(50):
         admission.expect(reserve(ALICE, 3), [ChoiceStats(0.0, 100, num_prompt_tokens=2)])
     for step in range(400):
-        admission.count_step(2, 100.0 + step * 0.01, num_waiting=50)
+        admission.count_step(2, 100.0 + step * 0.01, engine=0, num_waiting=50)
     after = set()
     for _ in range(21):
         with pytest.raises(errors.WaitTooLongError) as caught:
@@ -151,7 +151,7 @@ async def test_metrics_follow_events(fake_engine: FakeEngine) -> None:
         fake_engine.pause()
         stream = client.submit(request("b"))
         await until(lambda: sample(metrics, "num_requests_waiting") == 1)
-        await stream.aclose()
+        stream.close()
         await until(lambda: sample(metrics, "num_requests_waiting") == 0)
         assert sample(metrics, "request_success_total", finished_reason="abort") == 1
         with pytest.raises(errors.InvalidValueError):

@@ -430,7 +430,7 @@ async def test_a_request_that_ends_meanwhile_is_not_sent_again(address: str) -> 
     async with engines(address, **SLOW) as both:
         running, waiting = await both.run_and_wait()
         await both.lose()
-        await waiting.aclose()
+        waiting.close()
         assert both.client.num_in_flight == 0
         await both.replace()
         await until(lambda: both.client.is_ready)
@@ -492,7 +492,7 @@ async def test_adapters_are_loaded_again(address: str) -> None:
         assert client.adapters == {"go": go}
         await client.load_adapter("sql", "/sql", False)
         assert list(client.adapters) == ["go", "sql"]
-        await running.aclose()
+        running.close()
 
 
 @pytest.mark.parametrize("is_temporary", [True, False])

@@ -61,7 +61,7 @@ async def test_closing_a_stream_aborts_its_request(client: EngineClient, fake_en
         await anext(stream)
         assert client.num_in_flight == 2
     assert client.num_in_flight == 0
-    await stream.aclose()
+    stream.close()
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
     await until(lambda: fake_engine.aborts and not fake_engine.num_choices)

@@ -1,5 +1,6 @@
 """Request ids, the access log, HTTP metrics and status 500, over real sockets."""
 
+import gc
 import json
 import logging
 import re
@@ -9,8 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
-from server.http.request_middleware import choose_request_id
+from server.http.request_middleware import Exchange, choose_request_id
 from tests.server.conftest import StartServer
 from tests.support.clients import COMPLETIONS, shared_server
 from tests.support.serving import RunningServer, check_error, raw_request, read_response, wait_until
@@ -128,6 +130,22 @@ def test_an_answer_for_which_there_is_no_memory_is_refused(start_server: StartSe
     server = start_server(max_buffered_bytes=1 << 20)
     response = httpx.post(server.url + path.replace("\n", "%0A"), json={"prompt": "a" * 500_000})
     assert "takes more than" in check_error(response, 400)["message"]
+
+
+def test_nothing_of_a_request_waits_for_the_garbage_collector(server: RunningServer) -> None:
+    def alive() -> list[object]:
+        return [each for each in gc.get_objects() if type(each) in (Exchange, Request)]
+
+    earlier = alive()
+    gc.disable()
+    try:
+        for prompt, status in (("Hello", 200), ("a" * 5000, 400)):  # the second one is too long, as a thread finds
+            for stream in (False, True):
+                body = {"model": "tiny", "prompt": prompt, "max_tokens": 2, "stream": stream}
+                assert httpx.post(server.url + COMPLETIONS, json=body).status_code == status
+                wait_until(lambda: not [each for each in alive() if not any(each is other for other in earlier)])
+    finally:
+        gc.enable()
 
 
 @pytest.mark.checklist("G10")
