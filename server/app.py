@@ -2,10 +2,12 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import chain
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize, usage
 from server.api.chat import routes as chat
@@ -39,7 +41,17 @@ ROUTERS: dict[str, list[APIRouter]] = {  # by the tag of their API
 }
 
 
-def create_app(context: ServerContext) -> FastAPI:
+class Application(FastAPI):
+    """FastAPI behind the server's own layers, which answer most POST requests without it."""
+
+    layers: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self.layers(scope, receive, send)
+
+
+def create_app(context: ServerContext) -> Application:
     """Create the application. Its lifespan opens and closes the connection to the engine."""
 
     @asynccontextmanager
@@ -61,7 +73,7 @@ def create_app(context: ServerContext) -> FastAPI:
             await context.tracer.close()
 
     with_docs = context.settings.enable_docs
-    app = FastAPI(
+    app = Application(
         title="Lightwell",
         lifespan=lifespan,
         openapi_url="/openapi.json" if with_docs else None,
@@ -81,7 +93,7 @@ def create_app(context: ServerContext) -> FastAPI:
             app.include_router(router, tags=[tag])
     app.router.routes.extend(page_routes(with_docs=with_docs))
     install_error_handlers(app, {path for path, _ in OPERATIONS if "{" not in path})
-    _add_middleware(app, context)
+    app.layers = _layers(partial(FastAPI.__call__, app), context)
     return app
 
 
@@ -99,15 +111,16 @@ def _json_routes() -> dict[str, StrictJSONRoute]:
     return {route.path: route for route in every if isinstance(route, StrictJSONRoute) and route.body_type is not None}
 
 
-def _add_middleware(app: FastAPI, context: ServerContext) -> None:
-    """Add the middleware, innermost first: a request passes the last one added first."""
+def _layers(app: ASGIApp, context: ServerContext) -> ASGIApp:
+    """Return the application with the layers around it, of which a request passes the last one added first."""
     settings = context.settings
-    app.add_middleware(RequestMiddleware, rules=_request_rules(context), routes=_json_routes())
+    app = RequestMiddleware(app, _request_rules(context), _json_routes())
     if settings.root_path:
-        app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
+        app = RootPathMiddleware(app, settings.root_path)
     if context.forwarder is not None:
         paths = {prefix + path for prefix in ("", settings.root_path) for path in generation_paths()}
-        app.add_middleware(ForwardingMiddleware, paths=paths, forwarder=context.forwarder)
+        app = ForwardingMiddleware(app, paths, context.forwarder)
+    return app
 
 
 def _request_rules(context: ServerContext) -> RequestRules:

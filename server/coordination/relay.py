@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
-import zmq.asyncio
+import zmq
 from msgspec.structs import replace
 from starlette.types import ASGIApp
 
@@ -73,7 +73,7 @@ class WorkerConnection(EngineConnection):
 
     received = FromWorker
 
-    def _attach(self, socket: zmq.asyncio.Socket, address: str) -> None:
+    def _attach(self, socket: zmq.Socket[bytes], address: str) -> None:
         socket.bind(address)
 
 
@@ -136,9 +136,8 @@ class Relay:
 
     def start(self) -> None:
         """Wait for the worker."""
-        self._connection.open()
+        self._connection.open(self._on_message, self._connection.disconnect)
         self._client.adapter_listeners.append(self.publish_adapters)
-        self._run(self._connection.receive(self._on_message))
         self._run(self._beat())
 
     async def close(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
-from engine.shared.messages import FromEngine, Submit
+from engine.shared.messages import Submit
 from server.access.ledger import Ledger
 from server.coordination.forwarded_requests import Forwarder
 from server.coordination.messages import (
@@ -37,7 +37,7 @@ from server.coordination.messages import (
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
-from server.engine_client.connection import Damaged, EngineConnection
+from server.engine_client.connection import EngineConnection
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import EventInbox, RequestStream
 from server.http.errors import APIError, EngineDeadError
@@ -56,22 +56,22 @@ class CoordinatorConnection(EngineConnection):
 
     received = FromCoordinator
 
-    def __init__(self, address: str, on_message: Callable[[Any], bool], on_loss: Callable[[], None]) -> None:
-        """`on_message` returns whether it has taken a message; `on_loss` is called when no more can come."""
+    def __init__(self, address: str, take: Callable[[Any], bool], on_loss: Callable[[], None]) -> None:
+        """`take` returns whether it has taken a message; `on_loss` is called when no more can come."""
         super().__init__(address)
-        self._on_message = on_message
+        self._take = take
         self._on_loss = on_loss
 
     @property
     def is_open(self) -> bool:
         return self._socket is not None
 
-    async def receive(self, on_message: Callable[[FromEngine | Damaged], None]) -> None:
-        def dispatch(message: FromEngine | Damaged) -> None:
-            if not self._on_message(message):
+    def open(self, on_message: Callable[[Any], None], on_failure: Callable[[], None]) -> None:
+        def dispatch(message: Any) -> None:
+            if not self._take(message):
                 on_message(message)
 
-        await super().receive(dispatch)
+        super().open(dispatch, on_failure)
 
     def disconnect(self) -> None:
         super().disconnect()

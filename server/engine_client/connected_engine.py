@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,8 +36,6 @@ from server.settings.process_configs import EngineProcess
 
 ANSWERS = {answer.__name__ for answer in get_args(Answer)}
 UNREADABLE = "The engine's reply cannot be read. Please retry later."
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +115,10 @@ class ConnectedEngine:
             self._connect()
 
     def _connect(self) -> None:
-        self._connection.open()
+        self._connection.open(self._on_message, self._on_unreadable)
         self._connection.send(Hello())
         if self._options.vocabulary is not None:
             self._connection.send(self._options.vocabulary)
-        task = asyncio.create_task(self._connection.receive(self._on_message))
-        task.add_done_callback(self._on_end_of_messages)
-        self._tasks.append(task)
 
     async def close(self, error: APIError) -> None:
         """Stop the tasks, fail the open streams with `error`, and close the connection."""
@@ -157,10 +151,8 @@ class ConnectedEngine:
 
     # Messages from the engine.
 
-    def _on_end_of_messages(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("cannot read from the engine", exc_info=error)
-            self.liveness.lose("its messages cannot be read")
+    def _on_unreadable(self) -> None:
+        self.liveness.lose("its messages cannot be read")
 
     def _on_message(self, message: FromEngine | Damaged) -> None:
         if isinstance(message, Damaged):

@@ -1,16 +1,18 @@
 """The ZeroMQ connection to the engine process."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from engine.shared.messages import MAX_UNREAD_MESSAGES, FromEngine, ToEngine
 
 logger = logging.getLogger(__name__)
+
+MAX_BATCH_MESSAGES = 16  # read at a time; then others have their turn
 
 
 class DamagedEvent(msgspec.Struct):
@@ -36,46 +38,71 @@ class EngineConnection:
         self._address = address
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(self.received)
-        self._context: zmq.asyncio.Context | None = None
-        self._socket: zmq.asyncio.Socket | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._on_message: Callable[[Any], None]
+        self._on_failure: Callable[[], None]
 
-    def open(self) -> None:
-        """Connect a socket. ZeroMQ keeps messages until the engine has bound its end."""
-        self._context = self._context or zmq.asyncio.Context()
+    def open(self, on_message: Callable[[Any], None], on_failure: Callable[[], None]) -> None:
+        """Connect a socket, and pass each message to `on_message` until `disconnect`.
+
+        ZeroMQ keeps what is sent until the engine has bound its end. `on_failure` is called when a message cannot be
+        received or `on_message` fails; it must disconnect.
+        """
+        self._loop, self._on_message, self._on_failure = asyncio.get_running_loop(), on_message, on_failure
+        self._context = self._context or zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in ((zmq.SNDHWM, 0), (zmq.RCVHWM, MAX_UNREAD_MESSAGES), (zmq.LINGER, 0)):
             self._socket.setsockopt(option, value)
         self._attach(self._socket, self._address)
+        self._loop.add_reader(self._socket.fileno(), self._receive)
 
-    def _attach(self, socket: zmq.asyncio.Socket, address: str) -> None:
+    def _attach(self, socket: zmq.Socket[bytes], address: str) -> None:
         socket.connect(address)
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message, unless the connection is closed or disconnected.
+        """Queue a message, unless the connection is closed or disconnected, or nobody has connected to a bound socket.
 
         Never blocks: sent messages have no high-water mark, and admission bounds the number of messages in its queue.
         """
-        if self._socket is not None:
-            self._socket.send(self._encoder.encode(message))
+        if self._socket is None:
+            return
+        try:
+            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        self._loop.call_soon(self._receive)  # sending may have used up the event that messages have arrived
 
-    async def receive(self, on_message: Callable[[FromEngine | Damaged], None]) -> None:
-        """Pass each message to `on_message` until `disconnect`, which cancels the caller if it waits for a message.
+    def _receive(self) -> None:
+        """Pass on what has arrived: ZeroMQ's file descriptor tells once of all messages.
 
         Each message is decoded once: once per step, not once per token.
         """
         socket = self._socket
-        while socket is not None and socket is self._socket:
-            content = await socket.recv()
-            try:
-                message = self._decoder.decode(content)
-            except Exception:
-                logger.exception("a message of the engine cannot be read")
-                message = _readable(content)
-            on_message(message)
+        try:
+            for _ in range(MAX_BATCH_MESSAGES):
+                if socket is None or socket is not self._socket:
+                    return
+                content = socket.recv(zmq.NOBLOCK)
+                try:
+                    message = self._decoder.decode(content)
+                except Exception:
+                    logger.exception("a message of the engine cannot be read")
+                    message = _readable(content)
+                self._on_message(message)
+        except zmq.Again:
+            return
+        except Exception:
+            logger.exception("cannot read from the engine")
+            self._on_failure()
+        else:
+            self._loop.call_soon(self._receive)
 
     def disconnect(self) -> None:
         """Drop all messages, sent and received ones, of an engine that is lost. `open` connects to another engine."""
         if self._socket is not None:
+            self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
         self._socket = None
 

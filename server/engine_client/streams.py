@@ -41,6 +41,7 @@ class EventInbox:
         self.num_open = 0  # choices that have not ended
         self.events: deque[ReceivedEvent] = deque()
         self.error: APIError | None = None  # that the reader gets after the events, once
+        self._loop = asyncio.get_running_loop()  # asked once: it costs a system call
         self._reader: asyncio.Future[None] | None = None  # while it waits
 
     def wake(self) -> None:
@@ -56,7 +57,7 @@ class EventInbox:
         if len(self.events) > MAX_BATCH_EVENTS:  # the reader is behind, and would not wait
             await asyncio.sleep(0)
         while not self.events and self.num_open and self.error is None:
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._loop.create_future()
             try:
                 await self._reader
             finally:

@@ -314,7 +314,7 @@ class ChoiceState:
         hides_last = event.stop_token_id is not None and not self._include_stop
         delta, pieces = ChoiceDelta(self.index), list[str]()
         for number, token_id in enumerate(event.token_ids[:-1] if hides_last else event.token_ids):
-            piece = text.push((token_id,))
+            piece = text.push(token_id)
             if event.logprobs is not None:
                 self._hold(token_id, event.logprobs[number], text.offsets[-1])
             if piece and self._parser is None:

@@ -1,6 +1,6 @@
 """The interface between the generation pipeline and the APIs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -35,8 +35,8 @@ class Writer(Protocol):
         """True if the last events of a stream have the whole output once more, so that it stays in memory."""
         ...
 
-    def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
-        """Return the encoded events for new output, or b"" if there are none. `usage` is the usage so far.
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Callable[[], Usage]) -> bytes:
+        """Return the encoded events for new output, or b"" if there are none. `usage` returns the usage so far.
 
         The first call has no deltas; it returns the events that precede the first token.
         """

@@ -1,7 +1,7 @@
 """Encodes the events of streams: OpenAI's chunks, which have no event names, named events, and lines of JSON."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -43,12 +43,12 @@ class ChunkWriter(ABC):
     def usage_chunk(self) -> Chunk:
         """Return a chunk without choices, for the usage and the timings."""
 
-    def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Callable[[], Usage]) -> bytes:
         if not deltas:
             return b""
         chunks = [chunk for delta in deltas for chunk in self.chunks(delta)]
         if self._include_usage:
-            _set_usage(chunks, usage if self._continuous else None)
+            _set_usage(chunks, usage() if self._continuous else None)
         return encode_chunks(chunks)
 
     def end(self, usage: Usage, timings: RequestTimings | UnsetType = UNSET) -> bytes:

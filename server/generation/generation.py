@@ -78,9 +78,8 @@ class Generation:
         """The capacity that the choices hold."""
         return self._streams[0].reservation
 
-    @property
     def usage(self) -> Usage:
-        """Token counts so far."""
+        """Return the token counts so far."""
         num_prompt_tokens = self._num_prompt_tokens
         num_output_tokens = sum([choice.num_tokens for choice in self.choices])
         details: CompletionTokensDetails | UnsetType = UNSET
@@ -101,7 +100,7 @@ class Generation:
 
     def log_fields(self) -> dict[str, object]:
         """Return token counts and speeds so far, for the log. Speed is that of the tokens after the first ones."""
-        usage, choices = self.usage, [stats for stream in self._streams for stats in stream.choices]
+        usage, choices = self.usage(), [stats for stream in self._streams for stats in stream.choices]
         fields: dict[str, object] = {
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.prompt_tokens_details.cached_tokens,

@@ -246,7 +246,7 @@ async def _collect(job: Job[Body]) -> bytes:
         choices = [accumulator.join() for accumulator in accumulators]
         best = best_choices(choices, requested.num_choices, requested.num_returned_choices)
         timings = _timings(job) if job.requested.wants_timings else UNSET
-        return msgspec.json.encode(job.writer.answer(best, generation.usage, timings))
+        return msgspec.json.encode(job.writer.answer(best, generation.usage(), timings))
 
     content = await _encode_output(job, job.share.num_bytes, encode)
     job.share.check()
@@ -280,9 +280,9 @@ async def _stream(job: Job[Body]) -> AsyncGenerator[bytes, None]:
     if share.error is not None:
         raise share.error
     if num_repeated < LONG_BYTES:
-        yield writer.end(generation.usage, timings)
+        yield writer.end(generation.usage(), timings)
     else:
-        yield await _encode_output(job, num_repeated, partial(writer.end, generation.usage, timings))
+        yield await _encode_output(job, num_repeated, partial(writer.end, generation.usage(), timings))
 
 
 async def _encode_output(job: Job[Body], num_bytes: int, encode: Callable[[], bytes]) -> bytes:

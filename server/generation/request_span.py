@@ -123,7 +123,7 @@ def _setting_attributes(params: SamplingParams) -> dict[str, AttributeValue]:
 def _response_attributes(
     generation: Generation, times: Sequence[RequestTimes], error: BaseException | None, is_stream: bool
 ) -> dict[str, AttributeValue]:
-    usage, unfinished = generation.usage, FinishReason.ABORT if error is None else FinishReason.ERROR
+    usage, unfinished = generation.usage(), FinishReason.ABORT if error is None else FinishReason.ERROR
     attributes: dict[str, AttributeValue] = {
         "gen_ai.response.finish_reasons": [choice.finish_reason or unfinished.value for choice in generation.choices],
         "gen_ai.usage.input_tokens": usage.prompt_tokens,

@@ -102,6 +102,10 @@ def install_error_handlers(app: FastAPI, paths: Collection[str]) -> None:
         assert isinstance(exc, RequestValidationError)
         return from_validation_error(list(exc.errors()), exc.body).response(request.scope)
 
+    async def pass_on(request: Request, exc: Exception) -> Response:
+        raise exc
+
+    app.add_exception_handler(Exception, pass_on)
     app.add_exception_handler(APIError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)

@@ -15,6 +15,7 @@ from typing import Any
 
 import h11
 from h11._receivebuffer import ReceiveBuffer
+from h11._writers import ChunkedWriter
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from server.http.errors import APIError, EngineUnavailableError
@@ -72,6 +73,14 @@ class StrictConnection(h11.Connection):
             self._num_chunks = 0
             check_framing(event)
         return event
+
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
+        """Return what to write for an event. A chunk of a stream changes no state: it passes by h11's machine."""
+        if type(event) is h11.Data and type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY:
+            pieces: list[bytes] = []
+            self._writer.send_data(event.data, pieces.append)
+            return pieces
+        return super().send_with_data_passthrough(event)
 
     def _take_piece(self) -> h11.Data:
         piece, self._piece = self._piece, bytearray()

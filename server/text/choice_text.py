@@ -33,10 +33,11 @@ class Detokenizer:
         self._is_whole = True  # no character is incomplete
         self.num_chars = 0  # characters returned so far
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens complete."""
-        skipped, token_bytes = self._skipped_ids, self._token_bytes
-        data = b"".join([token_bytes(token_id) for token_id in token_ids if token_id not in skipped])
+    def push(self, token_id: int) -> str:
+        """Return the text that a token completes."""
+        if token_id in self._skipped_ids:
+            return ""
+        data = self._token_bytes(token_id)
         if self._is_whole:
             try:
                 text = data.decode()
@@ -104,18 +105,13 @@ class ChoiceText:
         self.offsets: list[int] = []
         self.stopped: str | None = None  # the stop string that ended the text
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Consume tokens and return the text to send. Tokens after the end of a stop string are not consumed."""
-        pieces = []
-        for token_id in token_ids:
-            if self.stopped is not None:
-                break
-            if self._track_offsets:
-                self.offsets.append(self._detokenizer.offset(token_id))
-            self.num_tokens += 1
-            text = self._detokenizer.push((token_id,))
-            pieces.append(text if self._matcher is None else self._search(self._matcher, text))
-        return "".join(pieces)
+    def push(self, token_id: int) -> str:
+        """Consume a token and return the text to send. Nothing may follow the end of a stop string."""
+        if self._track_offsets:
+            self.offsets.append(self._detokenizer.offset(token_id))
+        self.num_tokens += 1
+        text = self._detokenizer.push(token_id)
+        return text if self._matcher is None else self._search(self._matcher, text)
 
     def finish(self) -> str:
         """Return the text that was held back, which is empty after a stop string. Call it after the last token."""

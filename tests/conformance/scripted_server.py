@@ -90,7 +90,7 @@ def scripted_server() -> Iterator[ScriptedServer]:
         engine = stack.enter_context(FakeEngine(config, script.reply_to))
         context = make_context(api_config(Settings(), EngineProcess(config.address), folder, NAMES))
         app = create_app(context)
-        app.add_middleware(Recorder, exchanges=exchanges)
+        app.layers = Recorder(app.layers, exchanges=exchanges)
         server = stack.enter_context(running_server(context, engine, app=app))
         yield ScriptedServer(server.url, script, exchanges)
 

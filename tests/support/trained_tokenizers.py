@@ -42,4 +42,4 @@ def tekken(**parts: Any) -> dict[str, Any]:
 
 def streamed_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     detokenizer = Detokenizer(tokenizer)
-    return "".join(detokenizer.push([token_id]) for token_id in token_ids) + detokenizer.flush()
+    return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()

@@ -31,7 +31,7 @@ class PromptEchoes:
 
     def _make(self, prompt: Prompt) -> ChoiceDelta:
         decoder = ChoiceText(self._tokenizer, skip_special_tokens=False, track_offsets=self._num_top is not None)
-        tokens_text = decoder.push(prompt.token_ids) + decoder.finish()
+        tokens_text = "".join(map(decoder.push, prompt.token_ids)) + decoder.finish()
         text = tokens_text if prompt.text is None else prompt.text
         # The BOS token and the leading space that sentencepiece adds are not in the client's text.
         num_added = len(tokens_text) - len(text) if tokens_text.endswith(text) else 0

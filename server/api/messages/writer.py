@@ -1,6 +1,6 @@
 """Writes Anthropic messages: whole answers, and streams of content block events."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -54,11 +54,11 @@ class MessagesWriter:
         self._last = ChoiceDelta(0)  # holds the finish reason
         self._has_calls = False
 
-    def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Callable[[], Usage]) -> bytes:
         events: list[msgspec.Struct] = []
         if deltas and not self._has_started:
             self._has_started = True
-            events.append(MessageStart(self._message([], None, None, usage)))
+            events.append(MessageStart(self._message([], None, None, usage())))
         for delta in deltas:
             events += self._additions(delta)
             self._last = delta

@@ -1,6 +1,6 @@
 """Writes answers of Ollama's API: whole ones, and streams of lines of JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -87,7 +87,7 @@ class OllamaWriter:
         self._open_call: ToolCallDelta | None = None
         self._finish_reason: str | None = None
 
-    def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Callable[[], Usage]) -> bytes:
         return encode_lines([line for delta in deltas if (line := self._line(delta)) is not None])
 
     def end(self, usage: Usage, timings: RequestTimings | UnsetType = UNSET) -> bytes:

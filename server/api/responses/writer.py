@@ -101,7 +101,7 @@ class ResponseWriter:
         self._finish_reason = "stop"
         self._positions: list[TokenPosition] = []  # tokens whose log probabilities are not in the output yet
 
-    def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Callable[[], Usage]) -> bytes:
         """Return the encoded events. Raises ResponseGoneError if the event log was dropped, which leaves no reader."""
         events = self._encode(chain(self._begin(), self._grow(deltas)))
         if self._stored.events is not None and self._stored.events.is_dropped:

@@ -67,12 +67,15 @@ def test_changes_of_the_published_prefixes() -> None:
     cut=st.integers(0, 20),
     block_size=st.integers(1, 5),
     salt=st.sampled_from([b"", b"a", b"ab"]),
+    num_prompt_tokens=st.none() | st.integers(0, 20),
 )
-def test_hashes_are_a_sha256_chain_that_grows(token_ids: list[int], cut: int, block_size: int, salt: bytes) -> None:
+def test_hashes_are_a_sha256_chain_that_grows(
+    token_ids: list[int], cut: int, block_size: int, salt: bytes, num_prompt_tokens: int | None
+) -> None:
     hashes: list[bytes] = []
     for part in (token_ids[:cut], token_ids):
-        extend_block_hashes(hashes, part, block_size, salt)
-        assert hashes == full_block_hashes(part, salt, block_size)
+        extend_block_hashes(hashes, part, block_size, salt, num_prompt_tokens)
+        assert hashes == full_block_hashes(part, salt, block_size, num_prompt_tokens)
 
 
 def test_the_hashes_of_overwritten_blocks_are_remembered_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -95,6 +96,20 @@ def test_lines_are_written_in_order(root_logger: logging.Logger) -> None:
     messages = [json.loads(line)["message"] for line in read_all(reader).splitlines()]
     os.close(reader)
     assert messages == [f"line {number}" for number in range(100)]
+
+
+def test_closing_waits_until_the_lines_are_written(root_logger: logging.Logger) -> None:
+    reader, writer = os.pipe()
+    close = configure_logging("info", "json", writer)
+    logger.info("x" * 1_000_000)  # more than a pipe holds: the writer waits for the reader
+    closing = threading.Thread(target=close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    with os.fdopen(reader) as lines:
+        assert len(json.loads(lines.readline())["message"]) == 1_000_000
+        closing.join()
+    os.close(writer)
 
 
 def test_a_line_replaces_a_progress_bar_in_a_terminal(root_logger: logging.Logger) -> None:

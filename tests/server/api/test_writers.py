@@ -75,7 +75,7 @@ def deltas_of(tokenizer: Tokenizer, token_ids: list[int], cuts: list[int]) -> li
 
 
 def streamed(writer: Writer, deltas: list[ChoiceDelta], *timings: RequestTimings) -> bytes:
-    return b"".join([*(writer.events([delta], USAGE) for delta in deltas), writer.end(USAGE, *timings)])
+    return b"".join([*(writer.events([delta], lambda: USAGE) for delta in deltas), writer.end(USAGE, *timings)])
 
 
 def parse(data: bytes) -> list[dict[str, Any]]:
@@ -221,7 +221,7 @@ def test_calls_and_texts_without_end_take_linear_time(tokenizer: Tokenizer) -> N
         deltas = [delta(ToolCallDelta(index, f"call_{index}", "add", "{}"), content("a")) for index in range(size)]
         for index, each in enumerate(deltas):
             each.positions = [TokenPosition(97, NO_LOGPROBS, index, True, index)]
-        return lambda: [writer.events([each], USAGE) for each in deltas]
+        return lambda: [writer.events([each], lambda: USAGE) for each in deltas]
 
     assert num_calls(prepare(1000)) < 3 * num_calls(prepare(500))
 
@@ -235,7 +235,7 @@ def test_calls_in_messages(reason: str) -> None:
     (block,) = answer["content"]
     assert block == {"type": "tool_use", "id": "toolu_1", "name": "sub", "input": {"arguments": '{"a": '}}
     writer = MessagesWriter(metadata)
-    assert b'"stop_reason":"tool_use"' in writer.events([cut], USAGE) + writer.end(USAGE)
+    assert b'"stop_reason":"tool_use"' in writer.events([cut], lambda: USAGE) + writer.end(USAGE)
     assert answer["stop_reason"] == "tool_use"
 
 
@@ -299,5 +299,5 @@ def test_calls_are_written_when_they_are_complete(ollama_writer: OllamaWriter, t
 def test_lines_end_only_where_they_should(ollama_writer: OllamaWriter) -> None:
     """Ollama's Python client splits lines at all line ends of Unicode."""
     text = "a\nb\rc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i"
-    (line,) = ollama_writer.events([delta(content(text))], USAGE).decode().splitlines()
+    (line,) = ollama_writer.events([delta(content(text))], lambda: USAGE).decode().splitlines()
     assert json.loads(line)["message"]["content"] == text
