@@ -3,52 +3,21 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import chain
 
-from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from fastapi import FastAPI
+from starlette.types import ASGIApp
 
-from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize, usage
-from server.api.chat import routes as chat
-from server.api.completions import routes as completions
-from server.api.embeddings import routes as embeddings
-from server.api.inspection import events, inspect, trace
-from server.api.inspection import routes as inspection
-from server.api.messages import routes as messages
-from server.api.ollama import routes as ollama
-from server.api.openapi import OPERATIONS, install_document
-from server.api.rerank import routes as rerank
-from server.api.responses import routes as responses
+from server.api.dialects import DIALECTS, ERROR_FORMATS, OPERATIONS, json_routes, worker_paths
+from server.api.openapi import install_document
 from server.api.responses.store import ResponseStore
 from server.context import ServerContext
 from server.coordination.forwarded_requests import ForwardingMiddleware
 from server.http.access_control import Authentication, HostRules
 from server.http.bodies import BodyReader
 from server.http.error_handlers import install_error_handlers
-from server.http.json_route import StrictJSONRoute
-from server.http.request_middleware import RequestMiddleware, RequestRules, RootPathMiddleware
+from server.http.request_middleware import Application, RequestMiddleware, RequestRules, RootPathMiddleware
 from server.settings.load import is_loopback
 from server.web.pages import page_routes
-
-OPENAI = (completions, chat, responses, embeddings, rerank, models)
-LIGHTWELL = (inspection, events, inspect, trace, requests, usage, lora_adapters, tokenize, health, metrics_page)
-ROUTERS: dict[str, list[APIRouter]] = {  # by the tag of their API
-    "OpenAI": [*(module.router for module in OPENAI), responses.json_router],
-    "Anthropic": [messages.router],
-    "Ollama": [ollama.router, ollama.file_router, ollama.file_operations],
-    "Lightwell": [*(module.router for module in LIGHTWELL), tokenize.json_router],
-}
-
-
-class Application(FastAPI):
-    """FastAPI behind the server's own layers, which answer most POST requests without it."""
-
-    layers: ASGIApp
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"] = self
-        await self.layers(scope, receive, send)
 
 
 def create_app(context: ServerContext) -> Application:
@@ -88,38 +57,24 @@ def create_app(context: ServerContext) -> Application:
     app.state.response_store = ResponseStore(
         context.settings.max_stored_responses, context.settings.stored_responses_memory
     )
-    for tag, routers in ROUTERS.items():
-        for router in routers:
-            app.include_router(router, tags=[tag])
+    for dialect in DIALECTS:
+        for router in dialect.routers:
+            app.include_router(router, tags=[dialect.tag])
     app.router.routes.extend(page_routes(with_docs=with_docs))
-    install_error_handlers(app, {path for path, _ in OPERATIONS if "{" not in path})
+    install_error_handlers(app, ERROR_FORMATS, {path for path, _ in OPERATIONS if "{" not in path})
     app.layers = _layers(partial(FastAPI.__call__, app), context)
     return app
-
-
-def generation_paths() -> frozenset[str]:
-    """Return the paths of the requests that a worker answers itself: those to generate, embed, score or tokenize."""
-    routers = [module.router for module in (completions, chat, messages, ollama, embeddings, rerank)]
-    every = chain.from_iterable(router.routes for router in (*routers, tokenize.json_router))
-    routes = [route for route in every if isinstance(route, APIRoute)]
-    return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
-
-
-def _json_routes() -> dict[str, StrictJSONRoute]:
-    """Return the routes of JSON bodies by their path, which are found without a search through all routes."""
-    every = [route for routers in ROUTERS.values() for router in routers for route in router.routes]
-    return {route.path: route for route in every if isinstance(route, StrictJSONRoute) and route.body_type is not None}
 
 
 def _layers(app: ASGIApp, context: ServerContext) -> ASGIApp:
     """Return the application with the layers around it, of which a request passes the last one added first."""
     settings = context.settings
-    app = RequestMiddleware(app, _request_rules(context), _json_routes())
+    app = RequestMiddleware(app, _request_rules(context), json_routes())
     if settings.root_path:
         app = RootPathMiddleware(app, settings.root_path)
     if context.forwarder is not None:
-        paths = {prefix + path for prefix in ("", settings.root_path) for path in generation_paths()}
-        app = ForwardingMiddleware(app, paths, context.forwarder)
+        paths = {prefix + path for prefix in ("", settings.root_path) for path in worker_paths()}
+        app = ForwardingMiddleware(app, paths, context.forwarder, ERROR_FORMATS)
     return app
 
 
@@ -134,5 +89,6 @@ def _request_rules(context: ServerContext) -> RequestRules:
         authentication=Authentication(context.api_keys, public_metrics=settings.public_metrics),
         ledger=context.ledger,
         bodies=BodyReader(settings.max_body_size, context.answers.max_bytes),
+        errors=ERROR_FORMATS,
         metrics=context.metrics,
     )

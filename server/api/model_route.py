@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.context import get_context
-from server.http.errors import APIError, BadRequestError
+from server.http.error_formats import OPENAI_ERRORS
+from server.http.errors import BadRequestError
 from server.http.json_route import StrictJSONRoute
-from server.http.sse import KEEP_ALIVE_SECONDS, EventStream, error_event
+from server.http.sse import KEEP_ALIVE_SECONDS, EventStream
 from server.models.manager import LoadTimeoutError, ModelManager
 from server.models.slot import ModelSlot
 from server.schemas.generation_request import GenerationRequest
@@ -65,9 +66,7 @@ class ModelRoute(StrictJSONRoute):
 class StreamRoute(ModelRoute):
     """A route that can answer with server-sent events. While a model is loaded, they are comments."""
 
-    def failure(self, error: APIError) -> bytes:
-        """Return the last events of a stream that failed."""
-        return error_event(error)
+    errors = OPENAI_ERRORS
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
         manager = get_context(request).model_manager
@@ -87,7 +86,7 @@ class StreamRoute(ModelRoute):
                 return EventStream(
                     self._events(request, fields, manager, slot, seconds),
                     on_close=stack.pop_all().close,
-                    on_error=self.failure,
+                    on_error=lambda error: self.errors.last_events(error, 0),
                     request_id=request.state.request_id,
                 )
             return await StrictJSONRoute.respond(self, request, fields)

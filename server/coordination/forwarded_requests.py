@@ -18,6 +18,7 @@ from server.coordination.messages import (
     ResponseEnd,
     ResponsePart,
 )
+from server.http.error_formats import ErrorFormats
 from server.http.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -116,10 +117,12 @@ class Forwarder:
             messages.put_nowait(ResponseEnd(number, has_failed=True))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request as the coordinator does. Raises RuntimeError if that fails after it has begun to."""
+        """Answer a request as the coordinator does.
+
+        Raises EngineDeadError if the coordinator is lost, RuntimeError if it fails after it has begun to answer.
+        """
         if self._is_lost:
-            await EngineDeadError().response(scope)(scope, receive, send)
-            return
+            raise EngineDeadError
         number = self._next_number()
         messages = self._running[number] = asyncio.Queue()
         reading: asyncio.Task[None] | None = None
@@ -138,7 +141,7 @@ class Forwarder:
                         if end.has_failed and has_begun:
                             raise RuntimeError("the coordinator could not answer a request")
                         if end.has_failed:
-                            await EngineDeadError().response(scope)(scope, receive, send)
+                            raise EngineDeadError
                         return
         finally:
             if reading is not None:
@@ -153,14 +156,18 @@ class Forwarder:
 class ForwardingMiddleware:
     """In a worker: forwards all requests but the POSTs to some paths."""
 
-    def __init__(self, app: ASGIApp, paths: Collection[str], forwarder: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, paths: Collection[str], forwarder: ASGIApp, errors: ErrorFormats) -> None:
         self._app = app
         self._paths = paths
         self._forwarder = forwarder
+        self._errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_own = scope["type"] != "http" or (scope["method"] == "POST" and scope["path"] in self._paths)
-        await (self._app if is_own else self._forwarder)(scope, receive, send)
+        try:
+            await (self._app if is_own else self._forwarder)(scope, receive, send)
+        except EngineDeadError as error:  # the coordinator is lost
+            await self._errors.response(error.with_traceback(None), scope)(scope, receive, send)
 
 
 def _forward(number: int, scope: Scope) -> Forward:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
+from server.http.error_formats import ErrorFormats
 from server.http.errors import (
     APIError,
     BadRequestError,
@@ -84,7 +85,7 @@ def from_validation_error(errors: list[dict[str, Any]], body: object) -> BadRequ
             return InvalidValueError(problem.message, param=problem.param or None, code=problem.code)
 
 
-def install_error_handlers(app: FastAPI, paths: Collection[str]) -> None:
+def install_error_handlers(app: FastAPI, errors: ErrorFormats, paths: Collection[str]) -> None:
     """Install handlers for all expected errors. `RequestMiddleware` handles the rest.
 
     `paths` are the paths that an error may suggest.
@@ -92,15 +93,15 @@ def install_error_handlers(app: FastAPI, paths: Collection[str]) -> None:
 
     async def on_api_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, APIError)
-        return exc.response(request.scope)
+        return errors.response(exc, request.scope)
 
     async def on_http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
-        return from_http_exception(exc, request, paths).response(request.scope)
+        return errors.response(from_http_exception(exc, request, paths), request.scope)
 
     async def on_validation_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
-        return from_validation_error(list(exc.errors()), exc.body).response(request.scope)
+        return errors.response(from_validation_error(list(exc.errors()), exc.body), request.scope)
 
     async def pass_on(request: Request, exc: Exception) -> Response:
         raise exc

@@ -1,4 +1,4 @@
-"""All errors that a client can see, in the envelope of the API that is used: OpenAI's, Anthropic's or Ollama's.
+"""All errors that a client can see.
 
     APIError
     ├── BadRequestError              400
@@ -49,27 +49,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Scope
 
-from server.http.error_schemas import (
-    AnthropicErrorDetail,
-    AnthropicErrorResponse,
-    ErrorDetail,
-    ErrorResponse,
-    OllamaErrorResponse,
-)
+from server.http.error_schemas import ErrorDetail, ErrorResponse
 
 INVALID_REQUEST = "invalid_request_error"
-ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    500: "api_error",
-    503: "overloaded_error",
-}
 QUEUE_FULL = "The server is at capacity: its request queue is full. Please retry later."
 MAX_LISTED = 8  # names of models in one message
 MAX_RETRY_AFTER = 60  # seconds; some clients ignore longer times, and others then do not retry
@@ -98,27 +81,12 @@ class APIError(Exception):
 
     def body(self) -> bytes:
         """Return the body in OpenAI's envelope, always with its four keys."""
-        detail = ErrorDetail(message=_valid(self.message), type=self.type, param=self.param, code=self.code)
+        detail = ErrorDetail(message=valid_utf8(self.message), type=self.type, param=self.param, code=self.code)
         return msgspec.json.encode(ErrorResponse(detail))
 
-    def anthropic_body(self, request_id: str | None = None) -> bytes:
-        """Return the body in Anthropic's envelope."""
-        detail = AnthropicErrorDetail(ANTHROPIC_TYPES.get(self.status, INVALID_REQUEST), _valid(self.anthropic_message))
-        return msgspec.json.encode(AnthropicErrorResponse(type="error", error=detail, request_id=request_id))
-
-    def ollama_body(self) -> bytes:
-        """Return the body in Ollama's envelope."""
-        return msgspec.json.encode(OllamaErrorResponse(_valid(self.named_message)))
-
-    def response(self, scope: Scope | None = None) -> Response:
-        """Return the response, in the envelope of the API that the request uses. Without a scope, it is OpenAI's."""
-        if scope is not None and is_for_anthropic(scope):
-            body = self.anthropic_body(scope.get("state", {}).get("request_id"))
-        elif scope is not None and is_for_ollama(scope):
-            body = self.ollama_body()
-        else:
-            body = self.body()
-        return Response(body, self.status, self.headers, media_type="application/json")
+    def response(self) -> Response:
+        """Return the response in OpenAI's envelope. `ErrorFormats` has that of the API which a request uses."""
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
 
     @property
     def named_message(self) -> str:
@@ -131,20 +99,9 @@ class APIError(Exception):
         return self.named_message
 
 
-def _valid(message: str) -> str:
+def valid_utf8(message: str) -> str:
+    """Return a message that UTF-8 can encode."""
     return message.encode("utf-8", "replace").decode("utf-8")
-
-
-def is_for_anthropic(scope: Scope) -> bool:
-    """Return whether a request uses Anthropic's API, by its path or by the header that all of its clients send."""
-    if f"{scope['path']}/".startswith("/v1/messages/"):
-        return True
-    return any(name == b"anthropic-version" for name, _ in scope["headers"])
-
-
-def is_for_ollama(scope: Scope) -> bool:
-    """Return whether a request uses Ollama's API."""
-    return str(scope["path"]).startswith("/api/")
 
 
 class BadRequestError(APIError):

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from server.http.error_handlers import from_validation_error
-from server.http.errors import APIError, UnsupportedMediaTypeError
+from server.http.errors import UnsupportedMediaTypeError
 from server.http.strict_json import parse_json_object
 
 JSON_TYPES = frozenset({b"application/json", b"application/json; charset=utf-8"})  # the usual ones
@@ -44,19 +44,19 @@ class StrictJSONRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request for which the application has found this route."""
-        return super().get_route_handler() if self.body_type is None else self.answer
+        return super().get_route_handler() if self.body_type is None else self._answer_found
 
-    async def answer(self, request: Request) -> Response:
-        """Answer a request, also with an error."""
+    async def _answer_found(self, request: Request) -> Response:
         if self.ends_with_client:
             end_with_client(request.scope)
+        return await self.answer(request)
+
+    async def answer(self, request: Request) -> Response:
+        """Answer a request, which the caller ends with its client. Raises APIError."""
         content_type = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
-        try:
-            if content_type not in JSON_TYPES:
-                self.check_media_type(request, content_type)
-            return await self.respond(request, parse_json_object(await request.body()))
-        except APIError as error:
-            return error.with_traceback(None).response(request.scope)  # which may hold the frame that holds the error
+        if content_type not in JSON_TYPES:
+            self.check_media_type(request, content_type)
+        return await self.respond(request, parse_json_object(await request.body()))
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
         """Answer a request whose body has valid JSON. Raises APIError."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse
@@ -22,13 +23,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.access.ledger import Ledger
 from server.http.access_control import Authentication, CrossOriginMiddleware, HostRules
 from server.http.bodies import BodyReader, BodyShare
+from server.http.error_formats import ErrorFormats
 from server.http.errors import (
     APIError,
     ConcurrencyLimitError,
     QuotaExceededError,
     RateLimitError,
     ServerError,
-    is_for_anthropic,
 )
 from server.http.json_route import EXCHANGE, StrictJSONRoute
 from server.limits.accounts import NO_LIMITS, LimitReachedError
@@ -61,7 +62,18 @@ class RequestRules:
     authentication: Authentication
     ledger: Ledger
     bodies: BodyReader
+    errors: ErrorFormats
     metrics: Metrics
+
+
+class Application(FastAPI):
+    """FastAPI behind the server's own layers, which answer most POST requests without it."""
+
+    layers: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self.layers(scope, receive, send)
 
 
 class RequestMiddleware:
@@ -190,20 +202,17 @@ class Exchange:
                     self._number = await rules.ledger.enter(self._tenant)
                 self._body = await rules.bodies.read(scope, receive)
                 self._unread, receive = self._body.body, self.receive
+            app = self._app
+            if (route := self._route) is not None:
+                scope["route"] = route
+                if route.ends_with_client:
+                    self.end_with_client()
+                app = await route.answer(Request(scope, receive))
+            await app(scope, receive, send)
         except (LimitReachedError, APIError) as error:
+            if self._status is not None:  # the response has started
+                raise
             await self._refuse(limit_error(error) if isinstance(error, LimitReachedError) else error, send)
-        else:
-            if (route := self._route) is None:
-                await self._app(scope, receive, send)
-                return
-            scope["route"] = route
-            response = await route.answer(Request(scope, receive))
-            try:
-                await response(scope, receive, send)
-            except APIError as error:  # there was no memory for it
-                if self._status is not None:
-                    raise
-                await self._refuse(error, send)
 
     async def receive(self) -> Message:
         """Return the body first, and then the messages that follow, such as a disconnect."""
@@ -232,9 +241,8 @@ class Exchange:
             headers.update(await self._rules.ledger.headers(self._tenant))
         if b"origin" not in self._headers:  # else the rules for web pages have added it
             headers["vary"] = ", ".join([*headers.getlist("vary"), "Origin"])
-        headers["x-request-id"] = self._request_id
-        if is_for_anthropic(self._scope):
-            headers["request-id"] = self._request_id  # the name that Anthropic's clients read
+        for name in self._rules.errors.find(self._scope).id_headers:
+            headers[name] = self._request_id
 
     async def _leave(self) -> None:
         number, self._number = self._number, None
@@ -242,7 +250,8 @@ class Exchange:
             await self._rules.ledger.leave(self._tenant, number)
 
     async def _refuse(self, error: APIError, send: Send) -> None:
-        await error.with_traceback(None).response(self._scope)(self._scope, self._receive, send)
+        response = self._rules.errors.response(error.with_traceback(None), self._scope)
+        await response(self._scope, self._receive, send)
 
     def _record(self) -> None:
         scope, state = self._scope, self._scope["state"]

@@ -17,11 +17,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.access.api_keys import ApiKeys
-from server.api.responses.writer import error_event as responses_error_event
+from server.api.dialects import ERROR_FORMATS
 from server.http.access_control import METRICS, Authentication
 from server.http.bodies import BodyReader
-from server.http.errors import APIError, BadRequestError, EngineUnavailableError, is_for_anthropic, is_for_ollama
-from server.http.sse import NDJSON, SERVER_SENT_EVENTS, error_event
+from server.http.errors import APIError, BadRequestError, EngineUnavailableError
+from server.http.sse import NDJSON, SERVER_SENT_EVENTS
 from server.ray.messages import ForwardedRequest, ResponseHead
 from server.ray.metrics import merged
 from server.ray.placement import opening
@@ -63,7 +63,7 @@ class Ingress:
                 share = await self._bodies.read(scope, receive)
             response = await self._respond(scope, forwarded_request(scope, b"" if share is None else share.body))
         except APIError as error:
-            response = error.response(scope)
+            response = ERROR_FORMATS.response(error, scope)
         finally:
             if share is not None:
                 share.release()
@@ -170,19 +170,7 @@ async def _body(scope: Scope, content_type: str, answer: Answer) -> AsyncGenerat
     except LOST:
         if separator is None:
             raise
-        yield last_events(scope, EngineUnavailableError("The replica that generated this answer died."), num_events)
+        error = EngineUnavailableError("The replica that generated this answer died.")
+        yield ERROR_FORMATS.find(scope).last_events(error, num_events)
     finally:
         answer.cancel()
-
-
-def last_events(scope: Scope, error: APIError, num_events: int) -> bytes:
-    """Return the end of a stream that failed after `num_events`, in the format of the API that the request uses."""
-    if is_for_anthropic(scope):
-        return b"event: error\ndata: " + error.anthropic_body() + b"\n\n"
-    if is_for_ollama(scope):
-        return error.ollama_body() + b"\n"
-    if scope["path"].startswith("/v1/responses"):
-        return responses_error_event(error, num_events)
-    if scope["path"].startswith("/lightwell/"):
-        return b"data: " + error.body() + b"\n\n"
-    return error_event(error)

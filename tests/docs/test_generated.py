@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from server.http import errors
+from server.api.messages.errors import TYPES
 from server.settings.load import load_settings
 from tests.docs.generate import TABLES, with_tables
 from tests.support.documents import blocks, spans, text_of
@@ -22,7 +22,7 @@ def test_every_error_is_listed() -> None:
     assert codes - set(spans("docs/api.md")) == set()
     table = text_of("docs/api.md").partition("\n## Errors\n")[2]
     statuses = {int(status) for status in re.findall(r"^\| (\d{3}) \|", table, re.MULTILINE)}
-    assert statuses >= set(errors.ANTHROPIC_TYPES)
+    assert statuses >= set(TYPES)
 
 
 def test_files_of_settings_are_valid(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from engine.shared.records import ReadSteps, Steps
 from server.api.inspection.access import EngineNumber, RecordAccess, check_may_read
 from server.api.inspection.routes import MAX_STEPS, step_list
+from server.http.error_formats import ErrorFormat
 from server.http.errors import APIError, InvalidValueError
 from server.http.json_route import end_with_client
 from server.http.sse import EventStream
@@ -93,5 +94,8 @@ async def _events(access: RecordAccess, engine: str, after: int) -> AsyncGenerat
         await asyncio.sleep(INTERVAL)
 
 
-def _error_event(error: APIError) -> bytes:
+def _error_event(error: APIError, num_events: int = 0) -> bytes:
     return b"data: " + error.body() + b"\n\n"
+
+
+EVENT_ERRORS = ErrorFormat(paths=re.compile("/lightwell/"), last_events=_error_event)

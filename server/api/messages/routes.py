@@ -6,21 +6,19 @@ from server.api.chat.counting import count_prompt_tokens
 from server.api.chat.request_builder import reject_chat_only_fields, renamed_errors
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.messages.conversion import MessagesEndpoint, ModelCapabilities, error_names, to_chat
+from server.api.messages.errors import ANTHROPIC_ERRORS
 from server.api.messages.schemas import CountTokensRequest, CountTokensResponse, MessagesRequest
-from server.api.messages.writer import failure_event
 from server.api.model_route import StreamRoute
 from server.context import get_context
 from server.generation.pipeline import respond
 from server.generation.preamble import find_model
-from server.http.errors import APIError
 from server.http.json_response import StructResponse
 
 
 class MessagesRoute(StreamRoute):
     """A route whose streams fail as Anthropic's do."""
 
-    def failure(self, error: APIError) -> bytes:
-        return failure_event(error)
+    errors = ANTHROPIC_ERRORS
 
 
 router = APIRouter(route_class=MessagesRoute)

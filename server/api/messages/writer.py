@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from server.api.messages.errors import error_event
 from server.api.messages.schemas import (
     AnthropicMessage,
     ContentBlockDelta,
@@ -70,7 +71,7 @@ class MessagesWriter:
         return encode_events([*self._close(), MessageDelta(stop, _usage(usage), timings), MessageStop()])
 
     def failure(self, error: APIError) -> bytes:
-        return failure_event(error)
+        return error_event(error)
 
     def answer(
         self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType = UNSET
@@ -149,8 +150,3 @@ def _usage(usage: Usage) -> MessageUsage:
         cache_read_input_tokens=num_cached,
         output_tokens=usage.completion_tokens,
     )
-
-
-def failure_event(error: APIError) -> bytes:
-    """Return the last event of a stream that failed."""
-    return b"event: error\ndata: " + error.anthropic_body() + b"\n\n"

@@ -11,6 +11,7 @@ from server.api.chat.schemas import TokenLogprob
 from server.api.chat.writer import token_logprobs
 from server.api.embeddings.pipeline import Embeddings
 from server.api.embeddings.writer import shorten
+from server.api.ollama.errors import error_line
 from server.api.ollama.schemas import (
     OllamaAnswer,
     OllamaAnswerMessage,
@@ -94,7 +95,7 @@ class OllamaWriter:
         return encode_lines([self._finished(self._make_answer(self._model), usage, timings)])
 
     def failure(self, error: APIError) -> bytes:
-        return error.ollama_body() + b"\n"
+        return error_line(error)
 
     def answer(
         self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType = UNSET

@@ -14,13 +14,12 @@ from server.api.responses.conversion import ResponsesEndpoint, check, error_name
 from server.api.responses.event_log import EventLog
 from server.api.responses.schemas import DeletedResponse, InputTokens, InputTokensRequest, ItemList, ResponsesRequest
 from server.api.responses.store import StoredResponse, get_response_store
-from server.api.responses.writer import error_event
+from server.api.responses.writer import RESPONSES_ERRORS, error_event
 from server.context import get_context
 from server.generation.pipeline import respond, start_in_background
 from server.generation.preamble import find_generating_model, find_model
 from server.http.bodies import note_text_size
 from server.http.errors import (
-    APIError,
     BadRequestError,
     InvalidValueError,
     PreviousResponseNotFoundError,
@@ -38,8 +37,7 @@ router = APIRouter()
 class ResponsesRoute(StreamRoute):
     """A route whose streams fail as those of responses do."""
 
-    def failure(self, error: APIError) -> bytes:
-        return error_event(error, 0)
+    errors = RESPONSES_ERRORS
 
 
 json_router = APIRouter(route_class=ResponsesRoute)

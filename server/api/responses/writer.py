@@ -1,5 +1,6 @@
 """Writes responses: the output items of a generation, and the events that report their growth."""
 
+import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -51,6 +52,7 @@ from server.api.responses.store import ResponseStore, StoredResponse
 from server.generation.choice import ChoiceDelta, TokenPosition, ToolCallDelta
 from server.generation.event_writer import encode_events
 from server.generation.token_fields import NO_FIELDS, TokenFields
+from server.http.error_formats import ErrorFormat
 from server.http.errors import APIError, ResponseGoneError
 from server.schemas.answers import RequestTimings, Usage
 from server.text.parsers.answer_parts import PartKind
@@ -290,6 +292,9 @@ def error_event(error: APIError, sequence_number: int) -> bytes:
     """Return the encoded event that ends a stream which cannot be continued."""
     event = ErrorEvent(sequence_number=sequence_number, code=error.code, message=error.message, param=error.param)
     return encode_events([event])
+
+
+RESPONSES_ERRORS = ErrorFormat(paths=re.compile("/v1/responses(/|$)"), last_events=error_event)
 
 
 def _new_id(prefix: str) -> str:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.app import generation_paths
+from server.api.dialects import worker_paths
 from server.coordination import messages
 from server.coordination.forwarded_requests import ForwardedRequests, Forwarder
 from server.engine_client.liveness import CHECK_SECONDS
@@ -365,9 +365,9 @@ async def test_failures_end_the_request() -> None:
 
 
 def test_what_a_worker_answers_itself() -> None:
-    assert generation_paths() >= {
+    assert worker_paths() >= {
         *("/v1/completions", "/v1/completions/render", "/v1/chat/completions", "/v1/chat/completions/render"),
         *("/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/v1/rerank", "/v1/score"),
         *("/tokenize", "/detokenize", "/api/chat", "/api/generate", "/api/embed"),
     }
-    assert not [path for path in generation_paths() if "{" in path or "responses" in path or "adapter" in path]
+    assert not [path for path in worker_paths() if "{" in path or "responses" in path or "adapter" in path]

@@ -6,6 +6,7 @@ import json
 import httpx
 import pytest
 
+from server.api.messages.errors import error_body
 from server.http import errors
 from server.http.errors import APIError
 from tests.support.serving import RunningServer, check_envelope, check_error
@@ -35,7 +36,7 @@ from tests.support.serving import RunningServer, check_envelope, check_error
 )
 def test_messages_in_the_words_of_openai_and_anthropic(error: APIError, message: str, for_anthropic: str) -> None:
     assert check_envelope(error.body())["message"].startswith(message)
-    body = json.loads(error.anthropic_body("req_1"))
+    body = json.loads(error_body(error, "req_1"))
     assert (body.keys(), body["type"], body["request_id"]) == ({"type", "error", "request_id"}, "error", "req_1")
     assert (body["error"].keys(), body["error"]["type"]) == ({"type", "message"}, "invalid_request_error")
     assert body["error"]["message"].startswith(for_anthropic)

@@ -1,0 +1,36 @@
+"""The APIs that the server speaks, in the order of the OpenAPI document."""
+
+from collections.abc import Mapping
+
+from server.api.admin.dialect import ADMIN, MODELS, TOKENS
+from server.api.chat.dialect import CHAT
+from server.api.completions.dialect import COMPLETIONS
+from server.api.dialect import Operation
+from server.api.embeddings.dialect import EMBEDDINGS
+from server.api.inspection.dialect import INSPECTION
+from server.api.messages.dialect import ANTHROPIC
+from server.api.ollama.dialect import OLLAMA, OLLAMA_FILES
+from server.api.rerank.dialect import RERANK
+from server.api.responses.dialect import RESPONSES
+from server.http.error_formats import ErrorFormats
+from server.http.json_route import StrictJSONRoute
+
+OPENAI = (COMPLETIONS, CHAT, RESPONSES, EMBEDDINGS, RERANK, MODELS)
+DIALECTS = (*OPENAI, ANTHROPIC, OLLAMA, OLLAMA_FILES, INSPECTION, ADMIN, TOKENS)
+
+ERROR_FORMATS = ErrorFormats(dialect.errors for dialect in DIALECTS)
+OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    path_and_method: operation for dialect in DIALECTS for path_and_method, operation in dialect.operations.items()
+}
+
+
+def worker_paths() -> frozenset[str]:
+    """Return the paths of the POST requests that a worker answers itself: to generate, embed, score or tokenize."""
+    routes = [route for dialect in DIALECTS if dialect.in_workers for route in dialect.routes()]
+    return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
+
+
+def json_routes() -> dict[str, StrictJSONRoute]:
+    """Return the routes of JSON bodies by their path, which are found without a search through all routes."""
+    routes = [route for dialect in DIALECTS for route in dialect.routes()]
+    return {route.path: route for route in routes if isinstance(route, StrictJSONRoute) and route.body_type is not None}
