@@ -10,7 +10,8 @@ from server.http.errors import InvalidValueError, UnsupportedParameterError
 from server.http.validation import echo
 from server.models.served_model import ServedModel
 from server.schemas.generation_request import GenerationRequest
-from server.schemas.samplers import SamplerFields
+from server.schemas.samplers import SamplingFields
+from server.settings.sampling_parameters import PARAMETERS
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.token_sequences import word_sequences
 
@@ -20,11 +21,9 @@ SEQUENCE_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's default for DRY
 
 # Field that turns a sampler on -> the value up to which it is off, and the fields with its details.
 SAMPLERS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "top_n_sigma": (0, ()),
-    "xtc_probability": (0, ("xtc_threshold",)),
-    "dry_multiplier": (0, ("dry_base", "dry_allowed_length", "dry_penalty_last_n")),
-    "mirostat": (0, ("mirostat_tau", "mirostat_eta")),
-    "repeat_last_n": (-1, ()),
+    name: (each.off, tuple(detail for detail, other in PARAMETERS.items() if other.of == name))
+    for name, each in PARAMETERS.items()
+    if each.off is not None
 }
 
 # Fields of a request that has any of the settings below.
@@ -61,7 +60,7 @@ def _bad_words(model: ServedModel, words: Sequence[str]) -> tuple[tuple[int, ...
     return tuple(found)
 
 
-def _extra_samplers(model: ServedModel, body: SamplerFields) -> ExtraSamplers | None:
+def _extra_samplers(model: ServedModel, body: SamplingFields) -> ExtraSamplers | None:
     """Return the samplers that the request turns on, or None if it sets neither samplers nor their order."""
     fields: dict[str, Any] = {}
     for name, (off, details) in SAMPLERS.items():

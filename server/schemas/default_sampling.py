@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from server.http.error_handlers import from_validation_error
 from server.http.errors import InvalidValueError
-from server.schemas.generation_request import GenerationRequest, SamplingFields
+from server.schemas.generation_request import GenerationRequest
+from server.schemas.samplers import SamplingFields
 
 Body = TypeVar("Body", bound=GenerationRequest)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from server.http.errors import InvalidValueError
 from server.schemas.request_fields import (
@@ -31,53 +31,12 @@ from server.schemas.request_fields import (
     Stop,
     StopTokenIds,
     StreamOptions,
-    Temperature,
-    TopP,
     TruncatedLength,
     TruncationSide,
 )
-from server.schemas.samplers import INT64_MAX, SamplerFields
+from server.schemas.samplers import SamplingFields
 from server.schemas.structured_outputs import OUTPUT_FIELDS, ResponseFormat, StructuredOutputsFields
-
-
-class SamplingFields(SamplerFields):
-    """The fields that have a default sampling: see `server.schemas.default_sampling`."""
-
-    temperature: Temperature = None
-    top_p: TopP = None
-    top_k: int | None = Field(
-        None, ge=-1, le=INT64_MAX, description="Keep this many of the most likely tokens; 0 or -1: all."
-    )
-    min_p: FiniteFloat | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Keep tokens whose probability is at least this fraction of the most likely token's.",
-    )
-    repetition_penalty: FiniteFloat | None = Field(
-        None,
-        ge=0.01,
-        le=10,
-        description="Values above 1 make tokens that are in the prompt or the output less likely.",
-    )
-    frequency_penalty: FiniteFloat | None = Field(
-        None,
-        ge=-2,
-        le=2,
-        description="Subtracted from a token's logit once for each time it is in the output. Default 0.",
-    )
-    presence_penalty: FiniteFloat | None = Field(
-        None, ge=-2, le=2, description="Subtracted from the logit of each token that is in the output. Default 0."
-    )
-
-    def check_sampling(self) -> None:
-        """Validate the fields against each other. Raises InvalidValueError."""
-        if self.repeat_penalty is not None and self.repetition_penalty not in (None, self.repeat_penalty):
-            message = "Invalid 'repeat_penalty': it is an alias of 'repetition_penalty', which has another value."
-            raise InvalidValueError(message, param="repeat_penalty")
-        if self.samplers is not None and self.mirostat:
-            message = "Invalid 'samplers': not allowed with 'mirostat', which has a sampler order of its own."
-            raise InvalidValueError(message, param="samplers")
+from server.settings.sampling_parameters import INT64_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
-from server.schemas.samplers import INT64_MAX
+from server.settings.sampling_parameters import INT64_MAX
 
 INT64_MIN = -(2**63)
 MAX_STOPS = 64  # stop strings
@@ -125,24 +125,6 @@ StopStrings = Annotated[
     Field(max_length=MAX_STOPS, fail_fast=True),
     BeforeValidator(_without_empty),
     AfterValidator(_check_stop_chars),
-]
-Temperature = Annotated[
-    FiniteFloat | None,
-    Field(
-        ge=0,
-        le=2,
-        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: "
-        "--default-sampling, the model's recommendation, or 1.",
-    ),
-]
-TopP = Annotated[
-    FiniteFloat | None,
-    Field(
-        ge=0,
-        le=1,
-        description="Keep the most likely tokens whose probabilities add up to this, at least one. Default: as "
-        "temperature.",
-    ),
 ]
 Stop = Annotated[
     StopStrings | None,

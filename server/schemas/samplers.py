@@ -1,14 +1,12 @@
-"""Parameters of the samplers other than temperature, min_p, top_k and top_p.
+"""The sampling parameters as fields of requests."""
 
-Names and defaults are llama.cpp's, except the default order and `repeat_last_n`, which is unlimited.
-"""
-
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
-INT64_MAX = 2**63 - 1
-MAX_DRY_LENGTH = 256  # tokens; longer repetitions count as this long
+from server.http.errors import InvalidValueError
+from server.settings.sampling_parameters import PARAMETERS, Integer, Number
+
 MAX_BREAKERS = 32
 MAX_BREAKER_CHARS = 40  # per sequence breaker
 
@@ -21,74 +19,58 @@ def _check_order(names: list[SamplerName]) -> list[SamplerName]:
     return names
 
 
+def parameter(name: str) -> Any:
+    """Return the field of a sampling parameter, with its limits and its description."""
+    each = PARAMETERS[name]
+    match each.type:
+        case None:
+            return Field(None, description=each.description)
+        case Integer(low, high):
+            return Field(None, ge=low, le=high, description=each.description)
+        case Number(low, high, above_low=True):
+            return Field(None, gt=low, le=high, description=each.description)
+        case Number(low, high):
+            return Field(None, ge=low, le=high, description=each.description)
+
+
 SamplerOrder = Annotated[list[SamplerName], Field(fail_fast=True), AfterValidator(_check_order)]
 Breaker = Annotated[str, Field(min_length=1, max_length=MAX_BREAKER_CHARS)]
 Breakers = Annotated[list[Breaker], Field(max_length=MAX_BREAKERS, fail_fast=True)]
 
 
-class SamplerFields(BaseModel):
-    """Request fields for these samplers."""
+class SamplingFields(BaseModel):
+    """The fields that have a default sampling: see `server.schemas.default_sampling`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    samplers: SamplerOrder | None = Field(
-        None,
-        description="Samplers to apply, in this order; others are off. Default: penalties, dry, top_n_sigma, "
-        "temperature, min_p, top_k, typ_p, top_p, xtc.",
-    )
-    typical_p: FiniteFloat | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Locally typical sampling: keep the tokens whose information content is closest to the entropy and "
-        "whose probabilities add up to this.",
-    )
-    top_n_sigma: FiniteFloat | None = Field(
-        None,
-        ge=-1,
-        le=1000,
-        description="Keep tokens whose logits are within this many standard deviations of the largest; 0 or less: all.",
-    )
-    xtc_probability: FiniteFloat | None = Field(
-        None, ge=0, le=1, description="Probability with which xtc_threshold applies to a token. Default 0: never."
-    )
-    xtc_threshold: FiniteFloat | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Remove all but the least likely of the tokens with at least this probability. Default 0.1.",
-    )
-    dry_multiplier: FiniteFloat | None = Field(
-        None,
-        ge=0,
-        le=1000,
-        description="DRY: subtract dry_multiplier * dry_base ** (length - dry_allowed_length) from the logits of "
-        "tokens that would extend a repetition of `length` tokens. Default 0: off.",
-    )
-    dry_base: FiniteFloat | None = Field(
-        None, ge=1, le=1000, description="Base of the power in dry_multiplier. Default 1.75."
-    )
-    dry_allowed_length: int | None = Field(
-        None, ge=1, le=MAX_DRY_LENGTH, description="Shorter repetitions are not penalized. Default 2 tokens."
-    )
-    dry_penalty_last_n: int | None = Field(
-        None, ge=-1, le=INT64_MAX, description="Number of last tokens to search for repetitions; -1: all."
-    )
-    dry_sequence_breakers: Breakers | None = Field(
-        None, description='Strings that repetitions cannot extend across. Default: "\\n", ":", "\\"" and "*".'
-    )
-    repeat_penalty: FiniteFloat | None = Field(None, ge=0.01, le=10, description="Alias of repetition_penalty.")
-    repeat_last_n: int | None = Field(
-        None, ge=-1, le=INT64_MAX, description="Number of last tokens that the penalties consider. Default -1: all."
-    )
-    mirostat: int | None = Field(
-        None,
-        ge=0,
-        le=2,
-        description="Version of Mirostat to use instead of all samplers except penalties, dry and temperature. "
-        "Default 0: off.",
-    )
-    mirostat_tau: FiniteFloat | None = Field(
-        None, ge=0, le=1000, description="Mirostat's target surprise, in bits. Default 5."
-    )
-    mirostat_eta: FiniteFloat | None = Field(None, ge=0, le=1000, description="Mirostat's learning rate. Default 0.1.")
+    temperature: FiniteFloat | None = parameter("temperature")
+    top_p: FiniteFloat | None = parameter("top_p")
+    top_k: int | None = parameter("top_k")
+    min_p: FiniteFloat | None = parameter("min_p")
+    repetition_penalty: FiniteFloat | None = parameter("repetition_penalty")
+    frequency_penalty: FiniteFloat | None = parameter("frequency_penalty")
+    presence_penalty: FiniteFloat | None = parameter("presence_penalty")
+    samplers: SamplerOrder | None = parameter("samplers")
+    typical_p: FiniteFloat | None = parameter("typical_p")
+    top_n_sigma: FiniteFloat | None = parameter("top_n_sigma")
+    xtc_probability: FiniteFloat | None = parameter("xtc_probability")
+    xtc_threshold: FiniteFloat | None = parameter("xtc_threshold")
+    dry_multiplier: FiniteFloat | None = parameter("dry_multiplier")
+    dry_base: FiniteFloat | None = parameter("dry_base")
+    dry_allowed_length: int | None = parameter("dry_allowed_length")
+    dry_penalty_last_n: int | None = parameter("dry_penalty_last_n")
+    dry_sequence_breakers: Breakers | None = parameter("dry_sequence_breakers")
+    repeat_penalty: FiniteFloat | None = parameter("repeat_penalty")
+    repeat_last_n: int | None = parameter("repeat_last_n")
+    mirostat: int | None = parameter("mirostat")
+    mirostat_tau: FiniteFloat | None = parameter("mirostat_tau")
+    mirostat_eta: FiniteFloat | None = parameter("mirostat_eta")
+
+    def check_sampling(self) -> None:
+        """Validate the fields against each other. Raises InvalidValueError."""
+        if self.repeat_penalty is not None and self.repetition_penalty not in (None, self.repeat_penalty):
+            message = "Invalid 'repeat_penalty': it is an alias of 'repetition_penalty', which has another value."
+            raise InvalidValueError(message, param="repeat_penalty")
+        if self.samplers is not None and self.mirostat:
+            message = "Invalid 'samplers': not allowed with 'mirostat', which has a sampler order of its own."
+            raise InvalidValueError(message, param="samplers")

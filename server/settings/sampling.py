@@ -1,7 +1,4 @@
-"""The value of --default-sampling, with the names and limits of the sampling fields of requests.
-
-The types of the requests have the same limits, but import pydantic, which the command line does without.
-"""
+"""The value of --default-sampling."""
 
 import dataclasses
 import math
@@ -10,10 +7,9 @@ from typing import Any
 
 import msgspec
 
+from server.settings.sampling_parameters import PARAMETERS, Integer, Number
 from server.settings.suggestions import did_you_mean
 from server.settings.value_types import ExplainedError, ValueType, integer, number
-
-_INT64_MAX = 2**63 - 1
 
 
 def _list(value: object) -> list[Any]:
@@ -22,31 +18,20 @@ def _list(value: object) -> list[Any]:
     return value
 
 
-_LIST = ValueType("a list", _list)
-SAMPLING_FIELDS = {
-    "temperature": number(0, 2),
-    "top_p": number(0, 1),
-    "top_k": integer(-1, _INT64_MAX),
-    "min_p": number(0, 1),
-    "repetition_penalty": number(0.01, 10),
-    "frequency_penalty": number(-2, 2),
-    "presence_penalty": number(-2, 2),
-    "samplers": _LIST,
-    "typical_p": dataclasses.replace(number(math.ulp(0), 1), expected="a number above 0 and up to 1"),
-    "top_n_sigma": number(-1, 1000),
-    "xtc_probability": number(0, 1),
-    "xtc_threshold": number(0, 1),
-    "dry_multiplier": number(0, 1000),
-    "dry_base": number(1, 1000),
-    "dry_allowed_length": integer(1, 256),
-    "dry_penalty_last_n": integer(-1, _INT64_MAX),
-    "dry_sequence_breakers": _LIST,
-    "repeat_penalty": number(0.01, 10),
-    "repeat_last_n": integer(-1, _INT64_MAX),
-    "mirostat": integer(0, 2),
-    "mirostat_tau": number(0, 1000),
-    "mirostat_eta": number(0, 1000),
-}
+def _value_type(type: Number | Integer | None) -> ValueType:
+    match type:
+        case None:
+            return ValueType("a list", _list)
+        case Integer(low, high):
+            return integer(low, high)
+        case Number(low, high, above_low=True):
+            least = number(math.nextafter(low, high), high)
+            return dataclasses.replace(least, expected=f"a number above {low} and up to {high}")
+        case Number(low, high):
+            return number(low, high)
+
+
+SAMPLING_FIELDS = {name: _value_type(parameter.type) for name, parameter in PARAMETERS.items()}
 
 
 def _sampling(value: object, *, of_model: bool = False) -> dict[str, Any] | str:

@@ -13,7 +13,7 @@ from server.api.ollama.schemas import OllamaChatRequest, OllamaEmbedRequest, Oll
 from server.api.rerank.schemas import RerankRequest, ScoreRequest
 from server.api.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
-from server.settings import markdown
+from server.settings import markdown, sampling_parameters
 from tests.conformance import table as clients
 from tests.docs import aliases, checklist, metrics, models, parameters
 from tests.support.paths import ROOT
@@ -57,6 +57,13 @@ def with_tables(document: str) -> str:
     return text
 
 
+# Files that are generated as a whole.
+FILES: Mapping[str, Callable[[], str]] = {
+    "server/web/static/app/chat/sampling_parameters.js": sampling_parameters.page_module
+}
+
 if __name__ == "__main__":
     for document in TABLES:
         (ROOT / document).write_text(with_tables(document), encoding="utf-8")
+    for file, make_file in FILES.items():
+        (ROOT / file).write_text(make_file(), encoding="utf-8")

@@ -13,7 +13,7 @@ from server.http.errors import InvalidValueError
 from server.schemas.answers import PromptLogprobs, RequestTimings, Usage
 from server.schemas.generation_request import CHECKS, Check, GenerationRequest, Requested
 from server.schemas.request_fields import NO_LIMIT, NumLogprobs
-from server.schemas.samplers import INT64_MAX
+from server.settings.sampling_parameters import INT64_MAX
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16

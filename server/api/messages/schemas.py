@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, T
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import MAX_STOPS, MaxTokens, StopStrings, TopP
-from server.schemas.samplers import INT64_MAX
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, StopStrings
+from server.schemas.samplers import parameter
 from server.schemas.tools import MAX_TOOLS, ToolName
+from server.settings.sampling_parameters import INT64_MAX
 
 # Requests.
 
@@ -256,7 +257,7 @@ class MessagesRequest(CountTokensRequest):
         description="Sampling temperature. Values below 0.00001 select the most likely token. Default: "
         "--default-sampling, the model's recommendation, or 1.",
     )
-    top_p: TopP = None
+    top_p: FiniteFloat | None = parameter("top_p")
     top_k: int | None = Field(None, ge=0, le=INT64_MAX, description="Keep this many of the most likely tokens; 0: all.")
     stop_sequences: StopStrings | None = Field(None, description=f"Up to {MAX_STOPS} strings that end the text.")
     stream: bool | None = Field(None, description="Stream the answer as server-sent events.")

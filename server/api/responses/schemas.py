@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions, TokenLogprob
 from server.api.responses.custom_tools import as_function_item
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import MAX_STOPS, MaxTokens, Stop, Temperature, TopP, at_most
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, Stop, at_most
+from server.schemas.samplers import parameter
 from server.schemas.tools import MAX_TOOLS, ToolName
 
 MAX_METADATA = 16  # entries
@@ -273,8 +274,8 @@ class ResponsesRequest(BaseModel):
     max_output_tokens: MaxTokens | None = Field(
         None, description="Maximum number of output tokens; -1: no limit. Default: the rest of the context."
     )
-    temperature: Temperature = None
-    top_p: TopP = None
+    temperature: FiniteFloat | None = parameter("temperature")
+    top_p: FiniteFloat | None = parameter("top_p")
     include: Annotated[list[Included], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
         None,
         description="message.output_text.logprobs: return the log probability of each output token. Other values "

@@ -14,7 +14,7 @@ import yaml
 
 from engine.config import EngineConfig
 from server.cli.main import make_parser
-from server.schemas.generation_request import SamplingFields
+from server.schemas.samplers import SamplingFields
 from server.settings import load, process_configs
 from server.settings.access import ACCESS, AccessSettings
 from server.settings.load import check_certificate, check_model_names, is_loopback, load_settings
@@ -144,8 +144,8 @@ WRONG_TYPES = (
         ("default-sampling: temprature=1", ": default-sampling: unknown field 'temprature' (did you mean temperature?"),
         ("default-sampling: {m: {topk: 4}}", ": default-sampling: unknown field 'topk' (did you mean top_k?)"),
         ("default-sampling: {m: temprature=1}", "unknown field 'temprature' (did you mean temperature?)"),
-        ("default-sampling: {m: {n: {top_k: 4}}}", "unknown field 'n' (fields: temperature, top_p, "),
-        ("default-sampling: {max_tokens: 5}", "unknown field 'max_tokens' (fields: temperature, top_p, "),
+        ("default-sampling: {m: {n: {top_k: 4}}}", "unknown field 'n' (fields: temperature, min_p, "),
+        ("default-sampling: {max_tokens: 5}", "unknown field 'max_tokens' (fields: temperature, min_p, "),
         ("default-sampling: temperature=5", ": default-sampling: temperature: expected a number from 0 to 2, got 5"),
         ("default-sampling: {temperature: '1'}", "temperature: expected a number from 0 to 2, got '1'"),
         ("default-sampling: {m: {top_k: 1.5}}", "top_k: expected an integer from -1 to 9223372036854775807, got 1.5"),
