@@ -1,6 +1,5 @@
 """Builds requests, mostly chat completions, from those of other APIs. They are validated and answered as such."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -30,18 +29,21 @@ EXTENSIONS = (frozenset(GenerationRequest.model_fields) | _CHAT_EXTENSIONS) - _C
 def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
     """Rename the parameters in errors raised inside to what the client sent.
 
-    `names` maps regular expressions for parameters of chat completions to their replacement.
+    `names` maps parameters of chat completions, or parts of them such as `tools[0].function`, to the client's.
     """
     try:
         yield
     except BadRequestError as error:
         param = error.param or ""
-        for pattern, name in names.items():
-            if re.match(pattern, param):
-                error.param = re.sub(pattern, name, param, count=1)
-                error.message = error.message.replace(f"'{param}'", f"'{error.param}'")
-                break
+        if found := max((name for name in names if _is_part(param, name)), key=len, default=""):
+            error.param = names[found] + param.removeprefix(found)
+            error.message = error.message.replace(f"'{param}'", f"'{error.param}'")
         raise
+
+
+def _is_part(param: str, name: str) -> bool:
+    """Return whether a parameter is the one with that name, or a part of it."""
+    return param.startswith(name) and param[len(name) :][:1] in ("", ".", "[")
 
 
 def reject_chat_only_fields(body: BaseModel) -> None:

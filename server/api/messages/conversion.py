@@ -40,9 +40,9 @@ from server.http.errors import InvalidValueError, MissingParameterError
 from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT
 
-RESPONSE_FORMAT = r"response_format(\.json_schema)?"
-PARAMETER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
-    RESPONSE_FORMAT: "output_config.format",
+RESPONSE_FORMAT = ("response_format", "response_format.json_schema")
+PARAMETER_NAMES = {  # parameter of chat completions -> the parameter of this API
+    **dict.fromkeys(RESPONSE_FORMAT, "output_config.format"),
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
 }
@@ -75,10 +75,12 @@ def error_names(body: CountTokensRequest) -> dict[str, str]:
     """
     tools = {}
     for number, (index, _) in enumerate(_known_tools(body)):
-        tools[rf"tools\[{number}\]\.function\.parameters"] = f"tools[{index}].input_schema"
-        tools[rf"tools\[{number}\]\.function"] = f"tools[{index}]"
-    names = PARAMETER_NAMES if body.output_format is None else PARAMETER_NAMES | {RESPONSE_FORMAT: "output_format"}
-    return tools | {pattern: name for pattern, name in names.items() if pattern not in (body.model_extra or {})}
+        tools[f"tools[{number}].function.parameters"] = f"tools[{index}].input_schema"
+        tools[f"tools[{number}].function"] = f"tools[{index}]"
+    names = PARAMETER_NAMES
+    if body.output_format is not None:
+        names = names | dict.fromkeys(RESPONSE_FORMAT, "output_format")
+    return tools | {param: name for param, name in names.items() if param not in (body.model_extra or {})}
 
 
 def _known_tools(body: CountTokensRequest) -> Iterator[tuple[int, dict[str, Any]]]:

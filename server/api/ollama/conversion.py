@@ -62,8 +62,8 @@ def _range(option: str, parameter: str) -> tuple[float, float]:
 # Ranges of this server, which are narrower than Ollama's. Values outside get the nearest one inside.
 RANGES = {option: _range(option, parameter) for option, parameter in OPTIONS.items() if option != "stop"}
 NEUTRAL_ZEROS = ("typical_p", "repeat_penalty")  # 0, which is no possible value, leaves the sampler off, as 1 does
-OTHER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
-    r"response_format(\.json_schema)?(\.schema)?": "format",
+OTHER_NAMES = {  # parameter of chat completions -> the parameter of this API
+    **dict.fromkeys(("response_format", "response_format.json_schema", "response_format.json_schema.schema"), "format"),
     "reasoning_effort": "think",
 }
 EMBED_NAMES = {"truncate_prompt_tokens": "truncate"}
@@ -110,11 +110,11 @@ def error_names(body: OllamaAnswerRequest) -> dict[str, str]:
 
     A field that the client sent under its chat completions name keeps that name.
     """
-    names = OTHER_NAMES | {rf"{OPTIONS[name]}(?=$|\[)": f"options.{name}" for name in _options(body) if name in OPTIONS}
+    names = OTHER_NAMES | {OPTIONS[name]: f"options.{name}" for name in _options(body) if name in OPTIONS}
     if isinstance(body, OllamaGenerateRequest):
         names["messages"] = "prompt"
     sent = body.model_extra or {}
-    return {pattern: name for pattern, name in names.items() if not any(re.match(pattern, field) for field in sent)}
+    return {param: name for param, name in names.items() if param.partition(".")[0] not in sent}
 
 
 def ignored_names(body: OllamaRequest) -> list[str]:

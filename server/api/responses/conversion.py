@@ -51,9 +51,10 @@ from server.schemas.request_fields import NO_LIMIT
 from server.tenants import EVERYBODY
 from server.text.templates.chat_template import ChatTemplate
 
-PARAMETER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
+PARAMETER_NAMES = {  # parameter of chat completions -> the parameter of this API
     "messages": "input",
-    r"response_format(\.json_schema)?": "text.format",
+    "response_format": "text.format",
+    "response_format.json_schema": "text.format",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
@@ -65,7 +66,7 @@ ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output"
 def error_names(body: ResponsesRequest) -> dict[str, str]:
     """Return the parameter names to use in errors. Indices of tools differ because unsupported tools are dropped."""
     sent = [index for index, tool in enumerate(body.tools or ()) if not isinstance(tool, UnsupportedTool)]
-    return {rf"tools\[{number}\]\.function": f"tools[{index}]" for number, index in enumerate(sent)} | PARAMETER_NAMES
+    return {f"tools[{number}].function": f"tools[{index}]" for number, index in enumerate(sent)} | PARAMETER_NAMES
 
 
 def check(body: ResponsesRequest) -> None:
