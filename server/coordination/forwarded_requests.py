@@ -164,10 +164,13 @@ class ForwardingMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_own = scope["type"] != "http" or (scope["method"] == "POST" and scope["path"] in self._paths)
+        if is_own:
+            await self._app(scope, receive, send)
+            return
         try:
-            await (self._app if is_own else self._forwarder)(scope, receive, send)
+            await self._forwarder(scope, receive, send)
         except EngineDeadError as error:  # the coordinator is lost
-            await self._errors.response(error.with_traceback(None), scope)(scope, receive, send)
+            await self._errors.response(error, scope)(scope, receive, send)
 
 
 def _forward(number: int, scope: Scope) -> Forward:

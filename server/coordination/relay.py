@@ -136,12 +136,13 @@ class Relay:
 
     def start(self) -> None:
         """Wait for the worker."""
-        self._connection.open(self._on_message, self._connection.disconnect)
+        self._connection.open(self._on_message, lambda: None)
         self._client.adapter_listeners.append(self.publish_adapters)
         self._run(self._beat())
 
     async def close(self) -> None:
         """End what the worker waits for, and the connection."""
+        self._connection.ignore_messages()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -122,6 +122,7 @@ class ConnectedEngine:
 
     async def close(self, error: APIError) -> None:
         """Stop the tasks, fail the open streams with `error`, and close the connection."""
+        self._connection.ignore_messages()
         tasks = [*self._tasks, *([] if self._watcher is None else [self._watcher])]
         for task in tasks:
             task.cancel()

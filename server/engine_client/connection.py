@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -47,8 +48,8 @@ class EngineConnection:
     def open(self, on_message: Callable[[Any], None], on_failure: Callable[[], None]) -> None:
         """Connect a socket, and pass each message to `on_message` until `disconnect`.
 
-        ZeroMQ keeps what is sent until the engine has bound its end. `on_failure` is called when a message cannot be
-        received or `on_message` fails; it must disconnect.
+        ZeroMQ keeps what is sent until the engine has bound its end. `on_failure` is called when nothing more can
+        be read, for example because `on_message` has failed.
         """
         self._loop, self._on_message, self._on_failure = asyncio.get_running_loop(), on_message, on_failure
         self._context = self._context or zmq.Context()
@@ -68,11 +69,9 @@ class EngineConnection:
         """
         if self._socket is None:
             return
-        try:
+        self._loop.call_soon(self._receive)  # sending uses up the event that messages have arrived
+        with suppress(zmq.Again):
             self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return
-        self._loop.call_soon(self._receive)  # sending may have used up the event that messages have arrived
 
     def _receive(self) -> None:
         """Pass on what has arrived: ZeroMQ's file descriptor tells once of all messages.
@@ -95,9 +94,14 @@ class EngineConnection:
             return
         except Exception:
             logger.exception("cannot read from the engine")
+            self.disconnect()
             self._on_failure()
         else:
             self._loop.call_soon(self._receive)
+
+    def ignore_messages(self) -> None:
+        """Pass on no more messages. They can still be sent."""
+        self._on_message = _ignore
 
     def disconnect(self) -> None:
         """Drop all messages, sent and received ones, of an engine that is lost. `open` connects to another engine."""
@@ -111,6 +115,10 @@ class EngineConnection:
         if self._context is not None:
             self._context.term()
         self._context = None
+
+
+def _ignore(message: object) -> None:
+    """Do nothing with a message."""
 
 
 def _readable(content: bytes) -> Damaged:

@@ -42,6 +42,6 @@ class ErrorFormats:
         return OPENAI_ERRORS
 
     def response(self, error: APIError, scope: Scope) -> Response:
-        """Return the answer to a request that failed."""
-        body = self.find(scope).body(error, scope.get("state", {}).get("request_id"))
+        """Return the answer to a request that failed. The error no longer holds the frames that hold it."""
+        body = self.find(scope).body(error.with_traceback(None), scope.get("state", {}).get("request_id"))
         return Response(body, error.status, error.headers, media_type="application/json")

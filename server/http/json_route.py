@@ -52,7 +52,7 @@ class StrictJSONRoute(APIRoute):
         return await self.answer(request)
 
     async def answer(self, request: Request) -> Response:
-        """Answer a request, which the caller ends with its client. Raises APIError."""
+        """Answer a request. The caller cancels it when the client disconnects. Raises APIError."""
         content_type = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
         if content_type not in JSON_TYPES:
             self.check_media_type(request, content_type)

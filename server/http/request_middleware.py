@@ -67,7 +67,7 @@ class RequestRules:
 
 
 class Application(FastAPI):
-    """FastAPI behind the server's own layers, which answer most POST requests without it."""
+    """FastAPI behind the server's own layers, which answer most POST requests without it and its middleware."""
 
     layers: ASGIApp
 
@@ -250,7 +250,7 @@ class Exchange:
             await self._rules.ledger.leave(self._tenant, number)
 
     async def _refuse(self, error: APIError, send: Send) -> None:
-        response = self._rules.errors.response(error.with_traceback(None), self._scope)
+        response = self._rules.errors.response(error, self._scope)
         await response(self._scope, self._receive, send)
 
     def _record(self) -> None:

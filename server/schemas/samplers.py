@@ -43,13 +43,6 @@ class SamplingFields(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    temperature: FiniteFloat | None = parameter("temperature")
-    top_p: FiniteFloat | None = parameter("top_p")
-    top_k: int | None = parameter("top_k")
-    min_p: FiniteFloat | None = parameter("min_p")
-    repetition_penalty: FiniteFloat | None = parameter("repetition_penalty")
-    frequency_penalty: FiniteFloat | None = parameter("frequency_penalty")
-    presence_penalty: FiniteFloat | None = parameter("presence_penalty")
     samplers: SamplerOrder | None = parameter("samplers")
     typical_p: FiniteFloat | None = parameter("typical_p")
     top_n_sigma: FiniteFloat | None = parameter("top_n_sigma")
@@ -65,6 +58,13 @@ class SamplingFields(BaseModel):
     mirostat: int | None = parameter("mirostat")
     mirostat_tau: FiniteFloat | None = parameter("mirostat_tau")
     mirostat_eta: FiniteFloat | None = parameter("mirostat_eta")
+    temperature: FiniteFloat | None = parameter("temperature")
+    top_p: FiniteFloat | None = parameter("top_p")
+    top_k: int | None = parameter("top_k")
+    min_p: FiniteFloat | None = parameter("min_p")
+    repetition_penalty: FiniteFloat | None = parameter("repetition_penalty")
+    frequency_penalty: FiniteFloat | None = parameter("frequency_penalty")
+    presence_penalty: FiniteFloat | None = parameter("presence_penalty")
 
     def check_sampling(self) -> None:
         """Validate the fields against each other. Raises InvalidValueError."""

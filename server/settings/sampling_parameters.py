@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from engine.shared.messages import SAMPLER_ORDER
+
 INT64_MAX = 2**63 - 1
 MAX_DRY_LENGTH = 256  # tokens; longer repetitions count as this long
 
@@ -248,18 +250,16 @@ GROUPS: Mapping[str, Sequence[Parameter]] = {
         Parameter(
             "samplers",
             None,
-            "Samplers to apply, in this order; others are off. Default: penalties, dry, top_n_sigma, temperature, "
-            "min_p, top_k, typ_p, top_p, xtc.",
+            f"Samplers to apply, in this order; others are off. Default: {', '.join(SAMPLER_ORDER)}.",
             Lines("Order of samplers"),
-            "One a line; those that are left out are off. Empty: penalties, dry, top_n_sigma, temperature, min_p, "
-            "top_k, typ_p, top_p, xtc.",
+            f"One a line; those that are left out are off. Empty: {', '.join(SAMPLER_ORDER)}.",
         ),
     ),
     "": (Parameter("repeat_penalty", Number(0.01, 10), "Alias of repetition_penalty."),),
 }
 PARAMETERS: Mapping[str, Parameter] = {each.name: each for group in GROUPS.values() for each in group}
 
-MODULE = """// Made of server/settings/sampling_parameters.py by `python -m tests.docs.generate`.
+MODULE = """// Generated from server/settings/sampling_parameters.py by `python -m tests.docs.generate`.
 
 /** @type {{Record<string, import("./parameters.js").Parameter[]>}} by the title of their group */
 export const SAMPLING = {};

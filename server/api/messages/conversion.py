@@ -80,7 +80,8 @@ def error_names(body: CountTokensRequest) -> dict[str, str]:
     names = PARAMETER_NAMES
     if body.output_format is not None:
         names = names | dict.fromkeys(RESPONSE_FORMAT, "output_format")
-    return tools | {param: name for param, name in names.items() if param not in (body.model_extra or {})}
+    sent = body.model_extra or {}
+    return tools | {param: name for param, name in names.items() if sent.get(param) in (None, False)}
 
 
 def _known_tools(body: CountTokensRequest) -> Iterator[tuple[int, dict[str, Any]]]:

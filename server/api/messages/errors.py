@@ -44,7 +44,7 @@ def error_event(error: APIError, num_events: int = 0) -> bytes:
 
 
 ANTHROPIC_ERRORS = ErrorFormat(
-    paths=re.compile("/v1/messages(/|$)"),
+    paths=re.compile(r"/v1/messages(/|\Z)"),
     header=b"anthropic-version",
     schema=AnthropicErrorResponse,
     body=error_body,

@@ -294,7 +294,7 @@ def error_event(error: APIError, sequence_number: int) -> bytes:
     return encode_events([event])
 
 
-RESPONSES_ERRORS = ErrorFormat(paths=re.compile("/v1/responses(/|$)"), last_events=error_event)
+RESPONSES_ERRORS = ErrorFormat(paths=re.compile(r"/v1/responses(/|\Z)"), last_events=error_event)
 
 
 def _new_id(prefix: str) -> str:

@@ -1,4 +1,4 @@
-// Made of server/settings/sampling_parameters.py by `python -m tests.docs.generate`.
+// Generated from server/settings/sampling_parameters.py by `python -m tests.docs.generate`.
 
 /** @type {Record<string, import("./parameters.js").Parameter[]>} by the title of their group */
 export const SAMPLING = {
