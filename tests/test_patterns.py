@@ -21,9 +21,6 @@ import networkx as nx
 from engine.config.families import FAMILIES
 from engine.distributed.plan import PLAN
 from engine.weights.quantized_formats import _LAYOUTS
-from server.api.messages.conversion import PARAMETER_NAMES as MESSAGES_NAMES
-from server.api.ollama.conversion import EMBED_NAMES, EMBEDDINGS_NAMES, OPTIONS, OTHER_NAMES
-from server.api.responses.conversion import PARAMETER_NAMES as RESPONSES_NAMES
 from server.text.parsers.object_reader import _NAME, _OTHER_MEMBERS
 from server.text.templates.chat_encoding import _trie_pattern
 from server.text.templates.tool_probe import _VALUES
@@ -40,12 +37,6 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
     ],
     ("engine.weights.layout", "pattern"): (),  # those of the entry above
     ("engine.weights.quantized_formats", "_LAYOUTS[quantization.method][0]"): [row[0] for row in _LAYOUTS.values()],
-    ("server.api.chat.request_builder", "pattern"): [
-        *(MESSAGES_NAMES | RESPONSES_NAMES | OTHER_NAMES | EMBED_NAMES | EMBEDDINGS_NAMES),
-        *(r"tools\[1\]\.function\.parameters", r"tools\[1\]\.function"),
-        *(rf"{name}(?=$|\[)" for name in OPTIONS.values()),
-    ],
-    ("server.api.ollama.conversion", "pattern"): (),  # those of the entry above
     ("server.constrained.marker_writer", 'f"({tokens})"'): [r"(<\|end\|>|a\+)"],
     ("server.hub.files", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
     ("server.settings.value_types", "regex"): (),  # found by SETTING_TYPES

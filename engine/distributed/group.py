@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import IntEnum
 
@@ -28,7 +28,7 @@ LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher", "engine.rank")
 LOAD_SECONDS = 3600.0  # for all ranks to load their weights
 END_SECONDS = 5.0  # between the loss of a connection and the end of its process
 LOAD_GRACE = 30.0  # seconds for this rank to report why it cannot load either
-DONE = b"\0"
+CONNECTED, DONE = b"\1", b"\0"
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -109,6 +109,9 @@ class Leader(RankGroup):
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watcher.start()
         super().__init__(0, num_ranks, store, memory)
+        for connection in self._connections:
+            with suppress(OSError):  # the watcher tells of the rank that has ended
+                connection.sendall(CONNECTED)
 
     def _start(self, config: EngineProcessConfig, rank: int, store: int, memory: SharedMemory) -> None:
         own, other = socket.socketpair()
@@ -194,6 +197,7 @@ class Follower(RankGroup):
         num_ranks = config.process.config.tensor_parallel_size
         self._connection = socket.socket(fileno=config.connection)
         super().__init__(config.rank, num_ranks, config.store, SharedMemory(config.memory))
+        self._connection.recv(1)  # if this rank ended before, rank 0 would only see a broken connection
 
     def commands(self) -> Iterator[Command]:
         """Yield the commands of rank 0, until it ends. Each counts as done when the next one is asked for."""
