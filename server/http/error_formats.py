@@ -32,12 +32,13 @@ class ErrorFormats:
     """Finds the format of a request's errors. A header decides before a path."""
 
     def __init__(self, formats: Iterable[ErrorFormat]) -> None:
-        self._formats = sorted(set(formats) - {OPENAI_ERRORS}, key=lambda each: each.header is None)
+        self._formats = sorted(dict.fromkeys(formats), key=lambda each: each.header is None)
 
     def find(self, scope: Scope) -> ErrorFormat:
         """Return the format that a request expects; OpenAI's, if it uses no other API."""
+        headers = {name for name, _ in scope["headers"]}
         for format in self._formats:
-            if format.paths.match(scope["path"]) or any(name == format.header for name, _ in scope["headers"]):
+            if format.header in headers or format.paths.match(scope["path"]):
                 return format
         return OPENAI_ERRORS
 

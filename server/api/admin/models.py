@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from server.api.admin.schemas import AnthropicModel, AnthropicModelList, LoadProgress, Model, ModelList, ServerVersion
+from server.api.messages.errors import VERSION_HEADER
 from server.context import ServerContext, get_context
 from server.http.errors import InvalidURLError, ModelNotFoundError
 from server.http.json_response import StructResponse
@@ -19,15 +20,13 @@ from server.tenants import Tenant, get_tenant
 
 router = APIRouter()
 
-ANTHROPIC_HEADER = "anthropic-version"  # that all of its clients send
-
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """List the models and their LoRA adapters, with their state."""
     tenant = get_tenant(request)
     names = get_context(request).models.names(tenant)
-    if ANTHROPIC_HEADER in request.headers:
+    if VERSION_HEADER.decode() in request.headers:
         models = [_anthropic_model(request, name) for name in names]
         return StructResponse(AnthropicModelList(data=models, first_id=models[0].id, last_id=models[-1].id))
     return StructResponse(ModelList(data=[_model(request, name) for name in names]))
@@ -38,7 +37,7 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     """Return one model or LoRA adapter, with its state."""
     if not model_id:
         raise InvalidURLError(request.method, request.scope["path"], "/v1/models")
-    if ANTHROPIC_HEADER in request.headers:
+    if VERSION_HEADER.decode() in request.headers:
         return StructResponse(_anthropic_model(request, model_id))
     return StructResponse(_model(request, model_id))
 

@@ -8,6 +8,7 @@ import msgspec
 from server.http.error_formats import ErrorFormat
 from server.http.errors import INVALID_REQUEST, APIError, valid_utf8
 
+VERSION_HEADER = b"anthropic-version"  # that all of Anthropic's clients send
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -45,7 +46,7 @@ def error_event(error: APIError, num_events: int = 0) -> bytes:
 
 ANTHROPIC_ERRORS = ErrorFormat(
     paths=re.compile(r"/v1/messages(/|\Z)"),
-    header=b"anthropic-version",
+    header=VERSION_HEADER,
     schema=AnthropicErrorResponse,
     body=error_body,
     last_events=error_event,
