@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from server.access.api_keys import ApiKeys
 from server.access.ledger import Ledger
-from server.engine_client.answer_budget import AnswerBudget, AnswerShare, too_large_error
+from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.http.bodies import get_text_size
 from server.http.json_response import AnswerResponse
 from server.metrics import Metrics
@@ -21,6 +21,7 @@ from server.models.registry import ModelRegistry
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.settings.table import Settings
+from server.shares import MemoryBudget
 from server.tenants import get_tenant
 from server.text.text_threads import TextThreads
 
@@ -62,7 +63,7 @@ class ServerContext:
     running: RunningRequests
     recordings: Recordings
     api_keys: ApiKeys
-    answers: AnswerBudget
+    answers: MemoryBudget  # of their bytes
     ledger: Ledger = field(default_factory=Ledger)
     workers: list[Worker] = field(default_factory=list)  # other API processes, if this one is the coordinator
     forwarder: ASGIApp | None = None  # in a worker: answers requests that only the coordinator can answer

@@ -33,7 +33,6 @@ from server.app import create_app
 from server.context import ServerContext
 from server.coordination.relay import Relay
 from server.coordination.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
-from server.engine_client.answer_budget import AnswerBudget
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
 from server.metrics import Metrics
@@ -54,6 +53,7 @@ from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.settings.process_configs import ApiProcessConfig, WorkerLink
 from server.settings.table import Settings
+from server.shares import MemoryBudget
 from server.sockets.acceptor import ACCEPTS_AT_ONCE, Acceptor
 from server.sockets.certificate import Certificate
 from server.sockets.handover import Receiver, Workers
@@ -226,7 +226,7 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
         running=running,
         recordings=Recordings(max_requests) if coordinator is None else RemoteRecordings(max_requests, coordinator),
         api_keys=api_keys,
-        answers=AnswerBudget(settings.max_buffered_bytes // settings.api_server_count),
+        answers=MemoryBudget(settings.max_buffered_bytes // settings.api_server_count),
         tracer=make_tracer(settings),
         models=ModelRegistry(slots),
         model_manager=manager,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
-from server.tenants import EVERYBODY, OwnedId, largest_owner
+from server.shares import giving_way
+from server.tenants import EVERYBODY, OwnedId
 
 NUM_TOP = 5  # top log probabilities recorded for each token of a request that asks for none
 MAX_BYTES = 64 << 20  # of all recordings
@@ -135,10 +136,13 @@ class Recordings:
                 largest.abandon()
 
     def _next_to_go(self) -> Recording:
-        owner = largest_owner(
-            (each.owner, 1 / self.max_requests + each.num_bytes / MAX_BYTES) for each in self._recordings.values()
+        """Return the oldest recording of the owner that holds most, of the two limits together."""
+        share = 1 / self.max_requests
+        return next(
+            giving_way(
+                self._recordings.values(), lambda each: each.owner, lambda each: share + each.num_bytes / MAX_BYTES
+            )
         )
-        return next(each for each in self._recordings.values() if each.owner == owner)
 
     def _drop(self, recording: Recording) -> None:
         del self._recordings[id(recording)]

@@ -4,8 +4,6 @@ What a request leaves behind (responses, recordings, cached prefixes) belongs to
 all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import TypeAlias
@@ -22,14 +20,6 @@ EVERYBODY = ""  # the owner of what is made without a key
 MAX_CACHED = 1024  # addresses of recent clients
 MAX_ADDRESS_CHARS = 64  # an IPv6 address has up to 45, and may name its interface
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
-
-
-def largest_owner(sizes: Iterable[tuple[str, float]]) -> str:
-    """Return the owner that holds most, of the owners and the sizes of all that is stored."""
-    held: defaultdict[str, float] = defaultdict(float)
-    for owner, size in sizes:
-        held[owner] += size
-    return max(held, key=held.__getitem__)
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True):

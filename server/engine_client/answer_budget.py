@@ -1,4 +1,4 @@
-"""One limit on the bytes of all answers in memory, and how much memory an answer takes, or must take at least."""
+"""How much memory an answer takes, or must take at least, and its share of the limit on all answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeVar
 from engine.shared.messages import Submit, TokenEvent
 from server.http.errors import APIError, BuffersExceedMemoryError, InvalidValueError
 from server.schemas.generation_request import GenerationRequest
+from server.shares import MemoryBudget, MemoryShare
 from server.tenants import Tenant
 
 TOKEN_BYTES = 100  # of a token of an answer
@@ -23,94 +24,50 @@ LARGE_FIELDS = ECHO_FIELDS | {"ignore_eos", "min_tokens", "logprobs", "prompt_lo
 Body = TypeVar("Body", bound=GenerationRequest)
 
 
-class AnswerShare:
-    """What one request's answer takes of an `AnswerBudget`: all of it, or what a stream's client has not read yet."""
+class AnswerShare(MemoryShare):
+    """What one request's answer takes of the memory: all of it, or what a stream's client has not read yet.
+
+    A tenant's largest answer gives way first. One that exceeds the limit alone is refused for good.
+    """
 
     def __init__(
         self,
-        budget: AnswerBudget,
+        budget: MemoryBudget,
         tenant: Tenant,
-        refuse: Callable[[APIError], None],
+        end: Callable[[APIError], None],
         too_large: Callable[[], APIError],
     ) -> None:
-        """`refuse` ends the request with an error; `too_large` makes that of one that exceeds the budget alone."""
-        self.tenant = tenant
-        self.num_bytes = 0
+        """`end` ends the request with an error; `too_large` makes that of one that exceeds the budget alone."""
+        super().__init__(budget, tenant.name)
         self.too_large = too_large
         self.error: APIError | None = None  # that has refused the answer
-        self._budget = budget
-        self._refuse = refuse
-        self._is_listed = False  # in the budget, from the first byte on
-
-    def add(self, num_bytes: int) -> None:
-        """Count bytes that were received or made. This may refuse the answer, or another one."""
-        budget = self._budget
-        if not self._is_listed:
-            self._is_listed = True
-            budget.shares.setdefault(self.tenant.name, {})[self] = None
-        self.num_bytes += num_bytes
-        budget.num_bytes += num_bytes
-        if budget.num_bytes > budget.max_bytes:
-            budget.make_room(self)
-
-    def sent(self, num_bytes: int) -> None:
-        """Count bytes no longer."""
-        self.num_bytes -= num_bytes
-        self._budget.num_bytes -= num_bytes
+        self._end = end
 
     @property
-    def is_refused(self) -> bool:
-        return self.error is not None
+    def rank(self) -> float:
+        return -self.num_bytes
 
     def check(self) -> None:
         """Raise the error that has refused the answer, if one has."""
         if self.error is not None:
             raise self.error
 
-    def refuse(self, error: APIError) -> None:
-        """End the request. Its bytes count until the share is released."""
-        self.error = error
-        self._refuse(error)
+    def refuse(self) -> None:
+        """End the request."""
+        is_too_large = self.num_bytes > self._budget.max_bytes
+        self.error = self.too_large() if is_too_large else BuffersExceedMemoryError("large answers")
+        end = self._end
+        super().refuse()
+        end(self.error)
 
-    def on_refusal(self, refuse: Callable[[APIError], None]) -> None:
+    def on_refusal(self, end: Callable[[APIError], None]) -> None:
         """Replace what ends the request, as the answer is complete and being sent now."""
-        self._refuse = refuse
+        self._end = end
 
     def release(self) -> None:
         """Count the answer no longer. Has no effect the second time."""
-        self.sent(self.num_bytes)
-        if self._is_listed:
-            self._is_listed = False
-            own = self._budget.shares[self.tenant.name]
-            del own[self]
-            if not own:
-                del self._budget.shares[self.tenant.name]
-        self._refuse = _ignore  # it refers to the request, which refers to this share
-
-
-class AnswerBudget:
-    """Counts the bytes of answers in memory, and ends requests when there are too many.
-
-    When all answers exceed the limit, the largest answer of the tenant that holds most is refused, so that none can
-    push out the answers of others. An answer that exceeds it alone is refused for good.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self.shares: dict[str, dict[AnswerShare, None]] = {}  # by the tenant's name
-
-    def make_room(self, newest: AnswerShare) -> None:
-        """Refuse answers until those that are not refused fit; refused ones end soon. `newest` has grown."""
-        if newest.num_bytes > self.max_bytes and not newest.is_refused:
-            newest.refuse(newest.too_large())
-        while True:
-            holders = [[share for share in shares if not share.is_refused] for shares in self.shares.values()]
-            totals = [sum(share.num_bytes for share in shares) for shares in holders]
-            if sum(totals) <= self.max_bytes:
-                return
-            largest = holders[totals.index(max(totals))]
-            max(largest, key=lambda share: share.num_bytes).refuse(BuffersExceedMemoryError("large answers"))
+        super().release()
+        self._end = _ignore  # it refers to the request, which refers to this share
 
 
 def _ignore(error: APIError) -> None:

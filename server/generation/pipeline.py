@@ -273,7 +273,7 @@ async def _stream(job: Job[Body]) -> AsyncGenerator[bytes, None]:
         if events:
             yield events
         if not writer.repeats_output:
-            share.sent(num_bytes)
+            share.subtract(num_bytes)
     timings = _timings(job) if job.requested.wants_timings else UNSET
     num_repeated = NUM_REPEATS * share.num_bytes if writer.repeats_output else 0
     share.add(num_repeated)

@@ -1,8 +1,6 @@
 """Reads request bodies, with limits on size, time and memory, and notes how much text a request has."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope
@@ -14,6 +12,7 @@ from server.http.errors import (
     BuffersExceedMemoryError,
     UnsupportedMediaTypeError,
 )
+from server.shares import MemoryBudget, MemoryShare
 
 FREE_BYTES = 16 << 10  # smaller bodies are not counted, so that small requests pass while large ones fill the budget
 BODY_TIMEOUT = 60.0  # seconds from the end of a request's head to the end of its body
@@ -21,84 +20,43 @@ TEXT_SIZE = "text_size"  # in the scope's state: bytes of text that the request'
 DISCARD_TIMEOUT = 1.0  # seconds to read the rest of a rejected body, so that the client can read the answer
 
 
-class BodyShare:
-    """One body, or what has arrived of it, and its share of a `BodyBudget`."""
+class BodyShare(MemoryShare):
+    """One body, or what has arrived of it, and its share of the memory. Bodies that have counted longest give way."""
 
-    def __init__(self, budget: "BodyBudget", deadline: asyncio.Timeout) -> None:
-        self._budget = budget
+    def __init__(self, budget: MemoryBudget, deadline: asyncio.Timeout) -> None:
+        super().__init__(budget, owner="")
         self._deadline = deadline
         self.chunks: list[bytes] = []  # until it is complete
         self.body = b""  # from then on
-        self.num_bytes = 0
-        self.num_counted = 0  # bytes, as of the last `BodyBudget.update`
-        self.is_refused = False
+        self.size = 0  # bytes
 
-    def add(self, chunk: bytes) -> None:
+    def receive(self, chunk: bytes) -> None:
         """Keep and count bytes that were received. Raises BuffersExceedMemoryError if this body has been refused."""
         if not self.is_refused:
             self.chunks.append(chunk)
-            self.num_bytes += len(chunk)
-            if self.num_bytes > FREE_BYTES:
-                self._budget.update(self)
+            self.size += len(chunk)
+            if self.size > FREE_BYTES:
+                self.add(self.size - self.num_bytes)
         if self.is_refused:
             raise BuffersExceedMemoryError
 
+    def complete(self) -> None:
+        """Keep the body until it is released: it gives way no longer."""
+        self.keep()
+        self.body = b"".join(self.chunks)
+        self.chunks.clear()
+
     def refuse(self) -> None:
         """Make the task that receives the body stop."""
-        self.is_refused = True
-        self.release()
+        super().refuse()
         if not self._deadline.expired():
             self._deadline.reschedule(0)
 
     def release(self) -> None:
         """Drop the body, and count it no longer. Has no effect the second time."""
+        super().release()
         self.chunks.clear()
         self.body = b""
-        self.num_bytes = 0
-        if self.num_counted:
-            self._budget.update(self)
-
-
-class BodyBudget:
-    """Counts the bytes of request bodies in memory, and refuses bodies when there are too many.
-
-    A body counts from the moment that it is larger than `FREE_BYTES` until it is released. Only bodies that are still
-    being received can be refused; those that have been counted longest are refused first.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._receiving: dict[BodyShare, None] = {}  # in the order in which they began to count
-        self.num_bytes = 0
-
-    @contextmanager
-    def receive(self, deadline: asyncio.Timeout) -> Iterator[BodyShare]:
-        """Count the body that is received in this context, which `deadline` must surround.
-
-        After an exception the body is released; otherwise it is complete, and the caller does that.
-        """
-        share = BodyShare(self, deadline)
-        try:
-            yield share
-            share.body = b"".join(share.chunks)
-            share.chunks.clear()
-        except BaseException:
-            share.release()
-            raise
-        finally:
-            self._receiving.pop(share, None)
-
-    def update(self, share: BodyShare) -> None:
-        """Count the current size of a body, and refuse bodies until all of them fit."""
-        num_counted = share.num_bytes if share.num_bytes > FREE_BYTES else 0
-        if num_counted and not share.num_counted:
-            self._receiving[share] = None
-        self.num_bytes += num_counted - share.num_counted
-        share.num_counted = num_counted
-        while self.num_bytes > self._max_bytes and self._receiving:
-            longest = next(iter(self._receiving))
-            del self._receiving[longest]
-            longest.refuse()
 
 
 class BodyReader:
@@ -113,7 +71,7 @@ class BodyReader:
 
     def __init__(self, max_body_size: int, max_buffered_bytes: int, timeout: float = BODY_TIMEOUT) -> None:
         self._max_body_size = min(max_body_size, max_buffered_bytes)
-        self._budget = BodyBudget(max_buffered_bytes)
+        self._budget = MemoryBudget(max_buffered_bytes)
         self._timeout = timeout
 
     async def read(self, scope: Scope, receive: Receive) -> BodyShare:
@@ -142,23 +100,28 @@ class BodyReader:
     async def _receive(self, receive: Receive) -> BodyShare:
         """Return the body. Raises BodyTimeoutError, BodyTooLargeError or BuffersExceedMemoryError."""
         deadline = asyncio.timeout(self._timeout)
-        with self._budget.receive(deadline) as share:
-            try:
-                async with deadline:
-                    more = True
-                    while more:
-                        message = await receive()
-                        if message["type"] == "http.disconnect":
-                            raise ClientDisconnect
-                        share.add(message.get("body", b""))
-                        if share.num_bytes > self._max_body_size:
-                            raise BodyTooLargeError(self._max_body_size)
-                        more = message.get("more_body", False)
-                    return share
-            except TimeoutError:
-                if share.is_refused:
-                    raise BuffersExceedMemoryError from None
-                raise BodyTimeoutError(self._timeout) from None
+        share = BodyShare(self._budget, deadline)
+        try:
+            async with deadline:
+                await self._receive_all(receive, share)
+        except BaseException as error:
+            share.release()
+            if not isinstance(error, TimeoutError):
+                raise
+            raise (BuffersExceedMemoryError if share.is_refused else BodyTimeoutError(self._timeout)) from None
+        share.complete()
+        return share
+
+    async def _receive_all(self, receive: Receive, share: BodyShare) -> None:
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            share.receive(message.get("body", b""))
+            if share.size > self._max_body_size:
+                raise BodyTooLargeError(self._max_body_size)
+            more = message.get("more_body", False)
 
     async def _discard(self, receive: Receive) -> None:
         """Read the rest of a rejected body, since closing with unread data would reset the connection too early."""

@@ -9,8 +9,8 @@ import asyncio
 import logging
 import re
 import sys
-from collections import Counter
-from heapq import nsmallest
+from collections import deque
+from itertools import islice
 from typing import Any
 
 import h11
@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from server.http.errors import APIError, EngineUnavailableError
 from server.http.request_middleware import choose_request_id
+from server.shares import giving_way
 from server.tenants import network_of
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Room:
 
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
-        self._next: list[tuple[HTTPProtocol, float]] = []  # the last one is closed first; since when they wait
+        self._next: deque[tuple[HTTPProtocol, float]] = deque()  # that are closed next, and since when they wait
         self._chosen_at = 0.0
 
     def make_for(self, newcomer: "HTTPProtocol") -> bool:
@@ -144,15 +145,10 @@ class Room:
         others = [other for other in newcomer.open_connections() if other is not newcomer]
         if len(others) < self._max_connections:
             return True
-        stalled = [other for other in others if other.is_stalled]
-        num_of_network = Counter(other.network for other in stalled)
+        stalled = sorted((other for other in others if other.is_stalled), key=lambda other: other.waiting_since)
         # Several at a time, since looking at all connections for each newcomer would take the event loop's time.
-        first = nsmallest(
-            1 + self._max_connections // 64,
-            stalled,
-            key=lambda other: (-num_of_network[other.network], other.waiting_since),
-        )
-        self._next = [(other, other.waiting_since) for other in reversed(first)]
+        chosen = islice(giving_way(stalled, lambda other: other.network), 1 + self._max_connections // 64)
+        self._next = deque((other, other.waiting_since) for other in chosen)
         self._chosen_at = newcomer.loop.time()
         return self._close_one(newcomer)
 
@@ -161,7 +157,7 @@ class Room:
         if newcomer.loop.time() - self._chosen_at > STALL_SECONDS:
             self._next.clear()
         while self._next:
-            other, waiting_since = self._next.pop()
+            other, waiting_since = self._next.popleft()
             if other.waiting_since == waiting_since and other.is_stalled and not other.transport.is_closing():
                 other.transport.abort()
                 return True

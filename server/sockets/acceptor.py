@@ -10,9 +10,10 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from heapq import heapify, heappop, heapreplace
-from itertools import count
+from itertools import chain, count, islice
+from typing import NamedTuple
 
+from server.shares import giving_way
 from server.sockets.handover import Workers
 from server.sockets.starter import STARTS_AT_ONCE, Starter
 from server.tenants import network_of
@@ -99,12 +100,19 @@ class Acceptor:
         self._next_start = self._loop.call_soon(self._start_some) if len(self._waiting) else None
 
 
+class WaitingSocket(NamedTuple):
+    """A socket that waits to be started, and the network of its client."""
+
+    arrival: int
+    network: str
+    connection: socket.socket
+
+
 class Waiting:
     """Sockets that wait to be started, in a queue for each network."""
 
     def __init__(self) -> None:
-        # The network whose turn it is first; each socket after its number in the order of arrival.
-        self._of_network: dict[str, deque[tuple[int, socket.socket]]] = {}
+        self._of_network: dict[str, deque[WaitingSocket]] = {}  # the network whose turn it is first; no empty queues
         self._arrivals = count()
         self._num_sockets = 0
 
@@ -112,32 +120,29 @@ class Waiting:
         return self._num_sockets
 
     def add(self, network: str, connection: socket.socket) -> None:
-        self._of_network.setdefault(network, deque()).append((next(self._arrivals), connection))
+        waiting = WaitingSocket(next(self._arrivals), network, connection)
+        self._of_network.setdefault(network, deque()).append(waiting)
         self._num_sockets += 1
 
     def take(self) -> socket.socket:
         """Remove and return the longest waiting socket of the network whose turn it is."""
         network = next(iter(self._of_network))
         queue = self._of_network.pop(network)
-        _, connection = queue.popleft()
+        first = queue.popleft()
         if queue:
             self._of_network[network] = queue  # now the last one
         self._num_sockets -= 1
-        return connection
+        return first.connection
 
     def shrink_to(self, max_sockets: int) -> None:
         """Close the longest waiting sockets of the network that has most, until there are no more than that."""
-        if self._num_sockets <= max_sockets:
+        excess = self._num_sockets - max_sockets
+        if excess <= 0:
             return
-        largest = [(-len(queue), queue[0], network) for network, queue in self._of_network.items()]
-        heapify(largest)
-        while self._num_sockets > max_sockets:
-            size, _, network = largest[0]
-            queue = self._of_network[network]
-            queue.popleft()[1].close()
-            self._num_sockets -= 1
-            if queue:
-                heapreplace(largest, (size + 1, queue[0], network))
-            else:
-                heappop(largest)
-        self._of_network = {network: queue for network, queue in self._of_network.items() if queue}
+        arrived = sorted(chain.from_iterable(self._of_network.values()))
+        for _, network, connection in islice(giving_way(arrived, lambda waiting: waiting.network), excess):
+            connection.close()
+            self._of_network[network].popleft()
+            if not self._of_network[network]:
+                del self._of_network[network]
+        self._num_sockets = max_sockets

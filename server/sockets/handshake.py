@@ -3,11 +3,11 @@
 import asyncio
 import ssl
 from asyncio.sslproto import SSLProtocol
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+from server.shares import giving_way
 from server.tenants import network_of
 
 MAX_HANDSHAKES = 256  # at a time; each takes some milliseconds of an honest client
@@ -22,24 +22,17 @@ class Handshakes:
     def __init__(self, context: ssl.SSLContext, make_http: Callable[..., asyncio.Protocol]) -> None:
         self.context = context
         self._pending: dict[Handshake, None] = {}  # oldest first
-        self._num_of_network: Counter[str] = Counter()
         self._make_http = make_http
 
     def add(self, handshake: "Handshake") -> None:
         """Count a handshake. If there are too many, close the oldest one of the network that has most of them."""
         self._pending[handshake] = None
-        self._num_of_network[handshake.network] += 1
         if len(self._pending) > MAX_HANDSHAKES:
-            network = max(self._num_of_network, key=self._num_of_network.__getitem__)
-            next(each for each in self._pending if each.network == network).abort()
+            next(giving_way(self._pending, lambda each: each.network)).abort()
 
     def discard(self, handshake: "Handshake") -> None:
         """Count a handshake no longer. Has no effect the second time."""
-        if handshake in self._pending:
-            del self._pending[handshake]
-            self._num_of_network[handshake.network] -= 1
-            if not self._num_of_network[handshake.network]:
-                del self._num_of_network[handshake.network]
+        self._pending.pop(handshake, None)
 
     def __call__(self, **kwargs: object) -> asyncio.Protocol:
         return Handshake(self, partial(self._make_http, **kwargs))

@@ -90,11 +90,10 @@ def _unknown_fields(value: object, path: str) -> Iterator[str]:
         for item in value:
             yield from _unknown_fields(item, f"{path}[]")
     elif isinstance(value, BaseModel):
-        for name, field in value:  # includes undeclared fields
-            if name in type(value).model_fields:
+        for name, field in value.__dict__.items():  # the declared ones
+            if isinstance(field, list | BaseModel):
                 yield from _unknown_fields(field, f"{path}.{name}")
-            elif field is not None:
-                yield f"{path}.{name}"
+        yield from (f"{path}.{name}" for name, field in (value.model_extra or {}).items() if field is not None)
 
 
 def text_part(text: str) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from server.engine_client.answer_budget import (
     ALTERNATIVE_BYTES,
     POSITION_BYTES,
     TOKEN_BYTES,
-    AnswerBudget,
     AnswerShare,
     event_bytes,
 )
 from server.http.errors import APIError, BadRequestError, BuffersExceedMemoryError
+from server.shares import MemoryBudget
 from server.tenants import Tenant
 
 MAX_BYTES = 1000
@@ -25,7 +25,7 @@ class Answers:
     """Answers by number, and the errors that refuse them."""
 
     def __init__(self) -> None:
-        self.budget = AnswerBudget(MAX_BYTES)
+        self.budget = MemoryBudget(MAX_BYTES)
         self.shares: list[AnswerShare] = []
         self.errors: list[tuple[int, type[APIError]]] = []
 
@@ -59,18 +59,19 @@ def test_the_largest_answer_of_the_tenant_that_holds_most_makes_room(
     assert [number for number, share in enumerate(answers.shares) if share.is_refused] == refused
 
 
-def test_an_answer_counts_until_it_is_sent_or_released() -> None:
+def test_an_answer_counts_until_it_is_sent_refused_or_released() -> None:
     answers = Answers()
     share = answers.begin("alice", 1000)
-    share.sent(400)
+    share.subtract(400)
     other = answers.begin("bob", 400)
     assert (answers.budget.num_bytes, answers.errors) == (1000, [])
     for _ in range(2):
         other.release()
     assert answers.budget.num_bytes == 600
-    for _ in range(2):  # it is refused once, and counts until it is released
+    for _ in range(2):  # it is refused once, and counts no more
         share.add(401)
-    assert (answers.budget.num_bytes, answers.errors) == (1402, [(0, BadRequestError)])
+    share.subtract(401)
+    assert (answers.budget.num_bytes, answers.errors) == (0, [(0, BadRequestError)])
     with pytest.raises(BadRequestError, match="too large"):
         share.check()
     answers.begin("bob", 1000).check()
@@ -83,7 +84,7 @@ def test_a_released_share_does_not_keep_its_request() -> None:
 
     class Request:
         def __init__(self) -> None:
-            self.share = AnswerShare(AnswerBudget(MAX_BYTES), Tenant(name="alice"), self.refuse, lambda: TOO_LARGE)
+            self.share = AnswerShare(MemoryBudget(MAX_BYTES), Tenant(name="alice"), self.refuse, lambda: TOO_LARGE)
 
         def refuse(self, error: APIError) -> None:
             raise AssertionError

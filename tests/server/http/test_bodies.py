@@ -8,15 +8,16 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
 import pytest
 
-from server.http.bodies import BODY_TIMEOUT, DISCARD_TIMEOUT, FREE_BYTES, BodyBudget, BodyShare
+from server.http.bodies import BODY_TIMEOUT, DISCARD_TIMEOUT, FREE_BYTES, BodyShare
 from server.http.errors import BuffersExceedMemoryError
+from server.shares import MemoryBudget
 from tests.server.conftest import StartServer
 from tests.support.clients import shared_server
 from tests.support.serving import RunningServer, check_envelope, check_error, raw_request, read_response, wait_until
@@ -113,40 +114,33 @@ def test_a_connection_lives_on_after_refusals(start_server: StartServer) -> None
 @pytest.mark.checklist("A17")
 def test_which_bodies_are_refused_and_what_counts() -> None:
     """Those that have counted longest, until the others fit; complete ones are not."""
-    budget, third = BodyBudget(MAX_BYTES), MAX_BYTES // 3
+    budget, third = MemoryBudget(MAX_BYTES), MAX_BYTES // 3
     deadlines: dict[BodyShare, Mock] = {}
 
-    def begin(stack: ExitStack, num_bytes: int) -> BodyShare:
+    def begin(num_bytes: int) -> BodyShare:
         deadline = Mock(spec=asyncio.Timeout, **{"expired.return_value": False})
-        deadlines[share := stack.enter_context(budget.receive(deadline))] = deadline
-        share.add(bytes(num_bytes))
+        deadlines[share := BodyShare(budget, deadline)] = deadline
+        share.receive(bytes(num_bytes))
         return share
 
-    with ExitStack() as stack:
-        with ExitStack() as receiving:
-            complete = begin(receiving, third)
-        small = begin(stack, FREE_BYTES)
-        first, second = begin(stack, third), begin(stack, MAX_BYTES - 2 * third)
-        assert budget.num_bytes == MAX_BYTES
-        small.add(b"x")  # now it counts
-        assert [share.is_refused for share in (complete, small, first, second)] == [False, False, True, False]
-        with pytest.raises(BuffersExceedMemoryError):
-            first.add(b"x")
-        last = begin(stack, 2 * third - FREE_BYTES + 1)
-        assert [share.is_refused for share in (complete, small, second, last)] == [False, True, True, False]
-        refused = [share for share, deadline in deadlines.items() if deadline.reschedule.called]
-        assert refused == [small, first, second]
-        assert budget.num_bytes == complete.num_bytes + last.num_bytes
-        assert len(complete.body) == third
-        for _ in range(2):
-            complete.release()
-        with suppress(OSError), ExitStack() as failing:
-            failed = begin(failing, FREE_BYTES + 1)
-            assert budget.num_bytes == last.num_bytes + failed.num_bytes
-            raise OSError
-        assert budget.num_bytes == last.num_bytes
-        with pytest.raises(BuffersExceedMemoryError):
-            last.add(bytes(MAX_BYTES))  # alone
+    complete = begin(third)
+    complete.complete()
+    small, first, second = begin(FREE_BYTES), begin(third), begin(MAX_BYTES - 2 * third)
+    assert budget.num_bytes == MAX_BYTES
+    small.receive(b"x")  # now it counts
+    assert [share.is_refused for share in (complete, small, first, second)] == [False, False, True, False]
+    with pytest.raises(BuffersExceedMemoryError):
+        first.receive(b"x")
+    last = begin(2 * third - FREE_BYTES + 1)
+    assert [share.is_refused for share in (complete, small, second, last)] == [False, True, True, False]
+    assert [share for share, deadline in deadlines.items() if deadline.reschedule.called] == [small, first, second]
+    assert budget.num_bytes == third + last.size
+    assert len(complete.body) == third
+    for _ in range(2):
+        complete.release()
+    assert budget.num_bytes == last.size
+    with pytest.raises(BuffersExceedMemoryError):
+        last.receive(bytes(MAX_BYTES))  # alone
 
 
 @pytest.fixture(scope="module")
