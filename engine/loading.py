@@ -14,12 +14,8 @@ from torch import Tensor
 
 from engine.batch.builder import BatchBuilder, BatchLimits, NewBuffer, zeros
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.distributed.group import RankGroup
-from engine.distributed.part import ModelPart, WholeModel
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
-from engine.lora.checkpoint import LoraCheckpoint
-from engine.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_lora_slots, read_adapter
 from engine.model import CausalLM, Parameters
 from engine.model.kv_cache import KVCache
 from engine.model.memory_plan import (
@@ -34,10 +30,13 @@ from engine.model.memory_plan import (
     is_out_of_memory,
     plan_memory,
 )
+from engine.parts.lora.checkpoint import LoraCheckpoint
+from engine.parts.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_lora_slots, read_adapter
 from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
 from engine.weights import has_own_head, is_vector, least_weight_bytes, load_weights
+from engine.whole_model import WholeModel
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -78,19 +77,19 @@ def load_model(
     config: EngineConfig,
     clock: StepClock | None = None,
     progress: Progress | None = None,
-    group: RankGroup | None = None,
+    make_part: Callable[[ModelConfig, Path], WholeModel] = WholeModel,
 ) -> LoadedModel:
     """Load the weights and adapters, size the KV cache and make a runner.
 
     `clock` records the time of each part; `progress` is called with the bytes of weights read so far and the total.
-    `group`: all ranks of the model, of which this one loads its part; None: there is only this one.
+    `make_part` chooses what this process loads of the model: by default all.
 
     Raises ValueError if there is no such model, or the model or a setting is not supported or does not fit in memory.
     """
     clock = clock or StepClock()
     path = Path(config.model_path)
     model_config = read_model_config(path)
-    part = WholeModel(model_config) if group is None else ModelPart(model_config, path, group)
+    part = make_part(model_config, path)
     config = part.settings(config)
     number = config.data_parallel_rank * part.num_ranks + part.rank
     device = choose_device(config.device, number, config.data_parallel_size, part.num_ranks)

@@ -17,8 +17,8 @@ import torch
 from engine.config import EngineConfig, ModelConfig
 from engine.core import WARM_UP, Engine
 from engine.loading import LoadedModel, Progress
-from engine.lora.slots import num_lora_slots
 from engine.model.memory_plan import MIB
+from engine.parts.lora.slots import num_lora_slots
 from engine.runner import ModelRunner
 from engine.shared.gguf import split_paths
 from engine.shared.messages import EngineInfo, ReasoningLimit, SamplingParams, Submit

@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar, TypeVarTuple, Unpack, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple, Unpack, cast
 
+import msgspec
 from starlette.requests import Request
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from server.access.api_keys import ApiKeys
@@ -16,9 +18,8 @@ from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.http.bodies import get_text_size
 from server.http.json_response import AnswerResponse
 from server.metrics import Metrics
-from server.models.manager import ModelManager
 from server.models.registry import ModelRegistry
-from server.recordings import Recordings
+from server.parts.models.manager import ModelManager
 from server.running_requests import RunningRequests
 from server.settings.table import Settings
 from server.shares import MemoryBudget
@@ -26,7 +27,8 @@ from server.tenants import get_tenant
 from server.text.text_threads import TextThreads
 
 if TYPE_CHECKING:
-    from server.otel.tracer import Tracer
+    from server.api.admin.schemas import Model
+    from server.generation.steps import Step
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -34,14 +36,26 @@ Ts = TypeVarTuple("Ts")
 LONG_BYTES = 1 << 14  # of a request; converting several hundred messages takes some ten milliseconds
 
 
-class Worker(Protocol):
-    """Another API process, which answers requests with the engines of this one."""
+class ModelFormat(Protocol):
+    """How an API describes models."""
 
-    def start(self) -> None:
-        """Wait for its requests."""
+    def of_model(self, model: "Model") -> msgspec.Struct: ...
+
+    def of_list(self, models: "list[Model]") -> msgspec.Struct: ...
+
+
+class Service(Protocol):
+    """Something that runs as long as the application does."""
+
+    async def start(self) -> None:
+        """Begin. The event loop runs."""
 
     async def close(self) -> None:
-        """End what it waits for."""
+        """End."""
+
+
+class Worker(Service, Protocol):
+    """Another API process, which answers requests with the engines of this one."""
 
     @property
     def num_running(self) -> int:
@@ -61,7 +75,6 @@ class ServerContext:
     created: int  # Unix time in seconds
     metrics: Metrics
     running: RunningRequests
-    recordings: Recordings
     api_keys: ApiKeys
     answers: MemoryBudget  # of their bytes
     ledger: Ledger = field(default_factory=Ledger)
@@ -69,8 +82,18 @@ class ServerContext:
     forwarder: ASGIApp | None = None  # in a worker: answers requests that only the coordinator can answer
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     text_threads: TextThreads = field(default_factory=TextThreads)
-    tracer: "Tracer | None" = None  # None: without --otlp-endpoint
+    # What parts add:
+    of_parts: dict[type, Any] = field(default_factory=dict)  # their objects, by class
+    steps: list["Step"] = field(default_factory=list)  # of each request to generate
+    services: list[Service] = field(default_factory=list)  # closed in the opposite order
+    model_formats: dict[bytes, ModelFormat] = field(default_factory=dict)  # by the header of their clients
+    routes: list[BaseRoute] = field(default_factory=list)  # beside those of the APIs
     num_step_readers: Counter[str] = field(default_factory=Counter)  # streams of steps, by tenant
+
+    def part(self, kind: type[T]) -> T:
+        """Return the object of this class that a part has added."""
+        found: T = self.of_parts[kind]
+        return found
 
     async def run_text_work(self, request: Request, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which works on the texts of a request, in a thread."""

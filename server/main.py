@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import msgspec
 import uvicorn
@@ -31,15 +31,18 @@ from server.access.ledger import Ledger
 from server.announcement import announce
 from server.app import create_app
 from server.context import ServerContext
-from server.coordination.relay import Relay
-from server.coordination.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
 from server.metrics import Metrics
 from server.models.load_model import load_served_model
-from server.models.manager import ModelManager
 from server.models.registry import ModelRegistry
 from server.models.slot import ModelSlot
+from server.part import load_parts
+from server.parts.models.manager import ModelManager
+from server.parts.recordings.store import Recordings
+from server.parts.workers.handover import Receiver, Workers
+from server.parts.workers.relay import Relay
+from server.parts.workers.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
 from server.processes.garbage import collect_in_steps
 from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
@@ -49,19 +52,14 @@ from server.processes.supervisor_channel import (
     EngineStarted,
     Heartbeat,
 )
-from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.settings.process_configs import ApiProcessConfig, WorkerLink
 from server.settings.table import Settings
 from server.shares import MemoryBudget
 from server.sockets.acceptor import ACCEPTS_AT_ONCE, Acceptor
 from server.sockets.certificate import Certificate
-from server.sockets.handover import Receiver, Workers
 from server.sockets.handshake import MAX_HANDSHAKES, Handshakes
 from server.sockets.listeners import listening, url
-
-if TYPE_CHECKING:
-    from server.otel.tracer import Tracer
 
 logger = logging.getLogger("lightwell.api")  # __name__ is __main__ here
 
@@ -224,15 +222,20 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
         created=int(time.time()),
         metrics=metrics,
         running=running,
-        recordings=Recordings(max_requests) if coordinator is None else RemoteRecordings(max_requests, coordinator),
         api_keys=api_keys,
         answers=MemoryBudget(settings.max_buffered_bytes // settings.api_server_count),
-        tracer=make_tracer(settings),
         models=ModelRegistry(slots),
         model_manager=manager,
         ledger=Ledger() if coordinator is None else RemoteLedger(coordinator, records_requests=max_requests > 0),
         forwarder=None if coordinator is None else coordinator.forwarder,
     )
+    for part in load_parts():
+        part.attach(context)
+    if coordinator is not None:
+        context.of_parts[Recordings] = RemoteRecordings(max_requests, coordinator)
+    context.services.append(context.models)
+    if manager is not None:
+        context.services.append(manager)
     if manager is None:  # the last step, since it starts a process
         client = None
         if coordinator is not None:
@@ -246,15 +249,6 @@ def _make_metrics(settings: Settings, model_name: str, coordinator: Coordinator 
     if coordinator is None:
         return Metrics(settings.metrics_prefix, model_name)
     return RemoteMetrics(settings.metrics_prefix, model_name, coordinator)
-
-
-def make_tracer(settings: Settings) -> "Tracer | None":
-    """Return what sends spans to --otlp-endpoint, or None without it. Raises ValueError for invalid OTEL_ variables."""
-    if settings.otlp_endpoint is None:
-        return None
-    from server.otel.tracer import Tracer
-
-    return Tracer(settings.otlp_endpoint)
 
 
 def make_server(

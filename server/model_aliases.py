@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from server.hub.errors import HubError
-from server.hub.files import NUMBER_FORMAT
-from server.hub.names import HubName, parse_hub_name
+from server.parts.hub.errors import HubError
+from server.parts.hub.files import NUMBER_FORMAT
+from server.parts.hub.names import HubName, parse_hub_name
 
 Sampling = Mapping[str, float]
 

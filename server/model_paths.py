@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.config.huggingface import PICKLE_SUFFIXES
-from server.hub.environment import hub_folder
-from server.hub.errors import HubError
-from server.hub.names import HubName, parse_hub_name
-from server.hub.progress import Progress, Silence
 from server.model_aliases import MODEL_ALIASES, families, find_alias
 from server.package_aliases import PACKAGE_ALIASES, PackageError, alias_path, fetch_alias
+from server.parts.hub.environment import hub_folder
+from server.parts.hub.errors import HubError
+from server.parts.hub.names import HubName, parse_hub_name
+from server.parts.hub.progress import Progress, Silence
 from server.settings.suggestions import did_you_mean
 
 GIVE_GGUF_FILE = "for GGUF, give the file itself: path/to/file.gguf or org/name:file.gguf"
@@ -60,7 +60,7 @@ def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
     if isinstance(found, ResolvedModel):
         return found
     with _hub_errors(f"model {name}{f' ({found.source})' if found.name else ''}"):
-        from server.hub.fetch import fetch_model
+        from server.parts.hub.fetch import fetch_model
 
         path = fetch_model(found.source, progress or Silence())
     default_name = _without_part_number(path.name) if path.is_file() else found.source.repo.partition("/")[2]
@@ -96,7 +96,7 @@ def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
     if source is None:
         raise ModelError(f"adapter {name!r} is neither an existing file or folder, nor a Hugging Face id (org/name)")
     with _hub_errors(f"adapter {name}"):
-        from server.hub.fetch import fetch_adapter
+        from server.parts.hub.fetch import fetch_adapter
 
         path = fetch_adapter(source, ADAPTER_FILES, progress or Silence())
     _check_adapter(path, source.repo)
@@ -115,7 +115,7 @@ def remove_model(name: str) -> int:
     if isinstance(found, ResolvedModel):
         raise ModelError(f"model {name}: {found.path} is not a download; remove it yourself")
     with _hub_errors(f"model {name}"):
-        from server.hub import fetch
+        from server.parts.hub import fetch
 
         return fetch.remove_model(found.source)
 

@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
 
-from server.limits.accounts import NO_LIMITS, Account, Limits
+from server.parts.limits.accounts import NO_LIMITS, Account, Limits
 
 TENANT = "tenant"  # in the scope's state, set by `RequestMiddleware`
 CLIENT_PREFIX = 64  # bits of an IPv6 address that do not change when a client takes another one

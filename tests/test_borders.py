@@ -61,7 +61,7 @@ def test_the_server_imports_nothing_heavy() -> None:
     """All but what runs in Ray's processes: Ray imports numpy."""
     names = {module_name(path).split(".")[1] for path in SERVER if path != "server/__init__.py"} - {"ray"}
     assert imported_along([f"server.{name}" for name in sorted(names)], HEAVY) == {}
-    assert imported_along(["server.ray"], [name for name in HEAVY if name != "numpy"]) == {}
+    assert imported_along(["server.parts.ray"], [name for name in HEAVY if name != "numpy"]) == {}
 
 
 @cache
@@ -174,4 +174,4 @@ def test_the_search_for_imports_finds_them() -> None:
 def test_only_readers_of_files_ask_for_the_family_of_a_model() -> None:
     names = {"engine.config.FAMILIES", "engine.config.family_of", "engine.config.families"}
     asking = {Path(path).parent.as_posix() for path in SOURCES if any(is_below(name, names) for name in imports(path))}
-    assert asking == {"engine/config", "engine/lora"}
+    assert asking == {"engine/config", "engine/parts/lora"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from server.access.keys_file import read_keys_file
-from server.limits.accounts import Account, Usage
+from server.parts.limits.accounts import Account, Usage
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
 from server.tenants import Tenant

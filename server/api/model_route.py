@@ -13,8 +13,8 @@ from server.http.error_formats import OPENAI_ERRORS
 from server.http.errors import BadRequestError
 from server.http.json_route import StrictJSONRoute
 from server.http.sse import KEEP_ALIVE_SECONDS, EventStream
-from server.models.manager import LoadTimeoutError, ModelManager
 from server.models.slot import ModelSlot
+from server.parts.models.manager import LoadTimeoutError, ModelManager
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import get_tenant
 

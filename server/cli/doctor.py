@@ -19,9 +19,9 @@ from engine.shared.machine import Machine
 from engine.shared.paths import cache_folder
 from server.cli.discovery import accepts_connections, is_model_server
 from server.cli.parser import fail
-from server.hub.format import format_bytes, home_relative
 from server.model_paths import ModelError, ResolvedModel, find_model
 from server.package_aliases import PACKAGE_ALIASES, alias_path
+from server.parts.hub.format import format_bytes, home_relative
 from server.settings.load import load_settings
 from server.settings.setting import ENV_PREFIX, SettingsError
 from server.settings.table import Settings

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from server.hub.web import make_client
+from server.parts.hub.web import make_client
 from server.settings.load import is_loopback
 
 if TYPE_CHECKING:

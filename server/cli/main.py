@@ -11,7 +11,7 @@ from importlib.metadata import version
 from server.cli.commands import build_kernels, clients, doctor, models, run, serve
 from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Parser, fail
 from server.cli.streams import ReaderGoneError, StreamError, open_standard_streams
-from server.hub.format import format_os_error
+from server.parts.hub.format import format_os_error
 from server.settings.setting import SettingsError
 
 Command = Callable[[argparse.Namespace], int]

@@ -32,8 +32,8 @@ from server.http.errors import (
     ServerError,
 )
 from server.http.json_route import EXCHANGE, StrictJSONRoute
-from server.limits.accounts import NO_LIMITS, LimitReachedError
 from server.metrics import Metrics
+from server.parts.limits.accounts import NO_LIMITS, LimitReachedError
 from server.tenants import TENANT, Tenant, client_address
 
 logger = logging.getLogger(__name__)

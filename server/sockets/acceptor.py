@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 from typing import NamedTuple
 
+from server.parts.workers.handover import Workers
 from server.shares import giving_way
-from server.sockets.handover import Workers
 from server.sockets.starter import STARTS_AT_ONCE, Starter
 from server.tenants import network_of
 

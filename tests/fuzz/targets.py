@@ -13,7 +13,7 @@ import httpx
 import torch
 
 from engine.config import load_model_config
-from engine.lora.reader import load_lora
+from engine.parts.lora.reader import load_lora
 from engine.weights import load_weights
 from server.access.keys_file import read_keys_file
 from server.cli.chat import _content

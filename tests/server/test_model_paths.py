@@ -16,12 +16,12 @@ from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
 from server import package_aliases
-from server.hub.errors import HubError
-from server.hub.files import NUMBER_FORMAT
-from server.hub.names import HubName
 from server.model_aliases import MODEL_ALIASES, families, find_alias
 from server.model_paths import ADAPTER_FILES, PICKLE_REFUSED, ModelError, resolve_adapter, resolve_model
 from server.package_aliases import PACKAGE_ALIASES, PackageAlias, PackagePart, alias_path
+from server.parts.hub.errors import HubError
+from server.parts.hub.files import NUMBER_FORMAT
+from server.parts.hub.names import HubName
 from server.settings.sampling import SAMPLING
 from tests.support.clients import write_adapter
 from tests.support.hub_models import gguf_content

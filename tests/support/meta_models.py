@@ -18,16 +18,16 @@ import pytest
 import torch
 from transformers import GptOssConfig
 
-import engine.kernels.triton.kernels
 import engine.loading
 import engine.model.memory_plan
+import engine.parts.triton.kernels
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.execution.cuda_graphs import Forward, GraphedExecution
-from engine.kernels.triton.kernels import TritonKernels
 from engine.loading import DTYPES, LoadedModel, choose_limits, kernel_options, measure_activations, new_runner
-from engine.lora.slots import LoraAdapters, choose_lora_rank
 from engine.model import CausalLM, Parameters
 from engine.model.memory_plan import ContextSizes, CudaMemory, MemoryPlan, plan_memory
+from engine.parts.lora.slots import LoraAdapters, choose_lora_rank
+from engine.parts.triton.cuda_graphs import Forward, GraphedExecution
+from engine.parts.triton.kernels import TritonKernels
 from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.block_pool import Block
 from engine.scheduling.record import StepClock
@@ -94,9 +94,9 @@ def on_card(card: Card, trace: Trace) -> Iterator[None]:
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: trace.reset_peak())
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
         patch.setattr(PendingOutputs, "read", lambda outputs: [])  # there is nothing to read
-        patch.setattr(engine.kernels.triton.kernels, "compute_capability", lambda device: card.compute_capability)
-        patch.setattr(engine.kernels.triton.kernels, "num_multiprocessors", lambda device: card.num_multiprocessors)
-        patch.setattr(engine.kernels.triton.kernels, "concatenate", _concatenate)
+        patch.setattr(engine.parts.triton.kernels, "compute_capability", lambda device: card.compute_capability)
+        patch.setattr(engine.parts.triton.kernels, "num_multiprocessors", lambda device: card.num_multiprocessors)
+        patch.setattr(engine.parts.triton.kernels, "concatenate", _concatenate)
         yield
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from server.main import make_context
-from server.models.manager import ModelManager
 from server.models.slot import ModelSlot
+from server.parts.models.manager import ModelManager
 from server.processes.supervisor_channel import Message, StartEngine, StopEngine, make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings

@@ -14,7 +14,7 @@ from server.context import ServerContext, get_context
 from server.engine_client.client import EngineClient
 from server.http.errors import EngineUnavailableError
 from server.http.json_response import StructResponse
-from server.models.manager import ModelManager
+from server.parts.models.manager import ModelManager
 
 router = APIRouter()
 

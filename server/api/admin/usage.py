@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.admin.schemas import TenantUsage, UsageList
 from server.context import get_context
 from server.http.json_response import StructResponse
-from server.limits.accounts import Account, Limits
+from server.parts.limits.accounts import Account, Limits
 from server.tenants import get_tenant
 
 router = APIRouter()

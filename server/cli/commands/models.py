@@ -32,8 +32,8 @@ def add(commands: Commands) -> None:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from server.hub.progress import progress_on_stderr
     from server.model_paths import ModelError, resolve_model
+    from server.parts.hub.progress import progress_on_stderr
 
     try:
         print(resolve_model(arguments.model, progress_on_stderr()).path)
@@ -43,8 +43,8 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _remove(arguments: argparse.Namespace) -> int:
-    from server.hub.format import format_bytes
     from server.model_paths import ModelError, remove_model
+    from server.parts.hub.format import format_bytes
 
     try:
         print(f"Removed {arguments.model}, {format_bytes(remove_model(arguments.model))}")

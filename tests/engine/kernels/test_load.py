@@ -19,8 +19,8 @@ from engine.kernels.cpu import processor
 from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
-from engine.kernels.triton import requirements
-from engine.kernels.triton.requirements import missing_requirement
+from engine.parts.triton import requirements
+from engine.parts.triton.requirements import missing_requirement
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.paths import ROOT
 

@@ -49,25 +49,21 @@ def probabilities_of(logits: Floats) -> Floats:
 # Locally typical sampling.
 
 
-def typical(logits: Floats, mass: float) -> set[int]:
-    p = probabilities_of(logits)
-    entropy = -sum(q * math.log(q) for q in p if q > 0)
-    kept: set[int] = set()
-    for token_id in sorted(np.flatnonzero(p), key=lambda i: abs(-math.log(p[i]) - entropy)):
-        if sum(p[list(kept)]) >= mass:
-            break
-        kept.add(int(token_id))
-    return kept
-
-
 @pytest.mark.parametrize("mass", [0.01, 0.2, 0.5, 0.9, 0.999])
 def test_typical(mass: float, rng: np.random.Generator) -> None:
+    """The tokens whose information is closest to the entropy are kept, as few as have the mass."""
     for _ in range(5):
         logits = torch.from_numpy(rng.normal(size=400) * rng.choice([0.1, 1, 4])).float()
         logits[:7] = -math.inf
         kept = kept_ids("typ_p", logits, row_with(typical_p=mass))
-        exact = logits.double().numpy()
-        assert typical(exact, mass - MUCH) <= kept <= typical(exact, mass + MUCH)
+        p = probabilities_of(logits.double().numpy())
+        entropy = -sum(q * math.log(q) for q in p if q > 0)
+        distances = {token_id: abs(-math.log(p[token_id]) - entropy) for token_id in np.flatnonzero(p).tolist()}
+        farthest = max(distances[token_id] for token_id in kept)
+        assert all(distances[token_id] > farthest - MUCH for token_id in distances.keys() - kept)
+        assert sum(p[list(kept)]) > mass - MUCH
+        nearer = [token_id for token_id in kept if distances[token_id] < farthest - MUCH]  # without those that tie
+        assert sum(p[nearer]) < mass + MUCH
 
 
 # Top n sigma.

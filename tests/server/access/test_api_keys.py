@@ -12,7 +12,7 @@ import pytest
 from server.access import keys_file
 from server.access.api_keys import ApiKeys
 from server.access.keys_file import read_keys_file
-from server.limits.accounts import LimitReachedError
+from server.parts.limits.accounts import LimitReachedError
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
 from server.tenants import Tenant

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from server.api.model_route import COMMENT_SECONDS, MAX_HELD_SECONDS
-from server.models.manager import IDLE_POLL_SECONDS
+from server.parts.models.manager import IDLE_POLL_SECONDS
 from tests.server.api.dialects import DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, TOKENIZE, Reader
 from tests.server.api.test_contract import ACTING, RERANK
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MINIMAL, OLLAMA_GENERATE, RESPONSES, ask

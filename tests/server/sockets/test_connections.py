@@ -13,9 +13,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from server.parts.workers.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
 from server.sockets import acceptor
 from server.sockets.acceptor import Acceptor, Waiting
-from server.sockets.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
 from server.sockets.listeners import bind, bind_unix
 from server.sockets.starter import Starter
 from tests.support.engine_clients import until
