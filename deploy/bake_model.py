@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from server.model_paths import ModelError, resolve_model
-from server.parts.hub.progress import progress_on_stderr
+from server.progress import progress_on_stderr
 
 
 def bake(folder: Path, model: str) -> None:

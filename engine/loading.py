@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from engine.adapters import AdapterLoader, Adapters, adapter_loader
 from engine.batch.builder import BatchBuilder, BatchLimits, NewBuffer, zeros
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.kernels.interface import KernelOptions, Kernels
@@ -30,8 +31,6 @@ from engine.model.memory_plan import (
     is_out_of_memory,
     plan_memory,
 )
-from engine.parts.lora.checkpoint import LoraCheckpoint
-from engine.parts.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_lora_slots, read_adapter
 from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
@@ -69,7 +68,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     weight_bytes: int  # of this rank
-    adapters: LoraAdapters
+    adapters: Adapters
     num_ranks: int = 1
 
 
@@ -96,12 +95,11 @@ def load_model(
     card = CudaMemory(device, config.gpu_memory_utilization) if device.type == "cuda" else None
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
-    checkpoints = read_adapters(config, model_config)
-    max_lora_rank = choose_lora_rank(config, checkpoints)
+    loader = adapter_loader(config, model_config)
     device_memory: DeviceMemory = card or HostMemory(limit=config.memory_limit, num_ranks=part.num_ranks)
     free = device_memory.free() if card is None else free_memory(device)
-    check_lora_memory(part.config, config.max_loras, max_lora_rank, dtype.itemsize, free)
-    kernels = load_kernels(device, kernel_options(config, part.config, dtype, limits, max_lora_rank))
+    loader.check_memory(part.config, dtype.itemsize, free)
+    kernels = load_kernels(device, kernel_options(config, part.config, dtype, limits, loader))
     sizes = ContextSizes(part.config, config, limits.max_num_batched_tokens, kernels)
     device_memory.reserved = least_weight_bytes(path) // part.num_ranks
     check_weight_memory(device_memory.reserved, free)
@@ -120,9 +118,7 @@ def load_model(
             allowed_len=limits.max_model_len,
         )
     clock.lap("model")
-    adapters = part.new_adapters(model, config.max_loras, max_lora_rank)
-    for name, checkpoint in checkpoints.items():
-        adapters.load(name, config.lora_modules[name], checkpoint)
+    adapters = loader.load(part, model)
     clock.lap("adapters")
     device_memory.reserved = adapters.num_bytes if card is None else 0  # of the slots, until they are written to
     if card is not None:
@@ -145,13 +141,6 @@ def read_model_config(path: Path) -> ModelConfig:
         return config
     logger.warning("%s: tie_word_embeddings is true, but the files have an LM head that differs: it is used", path)
     return msgspec.structs.replace(config, tie_word_embeddings=False)
-
-
-def read_adapters(config: EngineConfig, model_config: ModelConfig) -> dict[str, LoraCheckpoint]:
-    """Return the matrices of the adapters to load at start, by name. Raises AdapterError."""
-    return {
-        name: read_adapter(name, path, model_config, config.max_lora_rank) for name, path in config.lora_modules.items()
-    }
 
 
 def plan_cache(
@@ -263,7 +252,7 @@ def run_largest_step(model: CausalLM, limits: Limits, block_size: int, device: t
 
 
 def kernel_options(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits, max_lora_rank: int
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits, loader: AdapterLoader
 ) -> KernelOptions:
     """Return the options of the kernels for this model. Raises ValueError for an invalid setting."""
     for name, value, choices in (
@@ -285,8 +274,8 @@ def kernel_options(
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,
         allow_slow_kernels=config.allow_slow_kernels,
-        num_lora_slots=num_lora_slots(config.max_loras),
-        max_lora_rank=max_lora_rank,
+        num_lora_slots=loader.num_slots,
+        max_lora_rank=loader.max_rank,
     )
 
 

@@ -22,12 +22,12 @@ from typing import Any
 import msgspec
 import torch
 
+from engine.adapters import AdapterGoneError
 from engine.api_connections import ApiConnections, Damaged
 from engine.config import EngineProcessConfig
 from engine.core import BrokenDeviceError, Engine
 from engine.loading import load_model
 from engine.model.memory_plan import is_out_of_memory
-from engine.parts.lora.slots import AdapterGoneError
 from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
 from engine.scheduling.record import StepClock
 from engine.shared.launcher import collect_garbage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from engine.batch.builder import NewBuffer, zeros
 from engine.config import EngineConfig, ModelConfig
 from engine.model import CausalLM, Parameters
-from engine.parts.lora.slots import LoraAdapters
+from engine.model.linear import Linear
 from engine.weights import Weight
 
 
@@ -20,6 +20,7 @@ class WholeModel:
 
     rank = 0
     num_ranks = 1
+    new_adapters: Callable[[Sequence[Linear], int, int], Any] | None = None  # of a rank: makes its part of the adapters
 
     def __init__(self, config: ModelConfig, _path: Path) -> None:
         self.config = config
@@ -36,6 +37,3 @@ class WholeModel:
 
     def build(self, parameters: Parameters, **options: Any) -> CausalLM:
         return CausalLM(self.config, parameters, **options)
-
-    def new_adapters(self, model: CausalLM, max_loras: int, max_rank: int) -> LoraAdapters:
-        return LoraAdapters(model.linears, max_loras, max_rank)

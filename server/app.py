@@ -7,14 +7,13 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from server.api.dialects import DIALECTS, ERROR_FORMATS, OPERATIONS, json_routes, worker_paths
+from server.api.dialects import DIALECTS, ERROR_FORMATS, OPERATIONS, json_routes
 from server.api.openapi import install_document
 from server.context import ServerContext
 from server.http.access_control import Authentication, HostRules
 from server.http.bodies import BodyReader
 from server.http.error_handlers import install_error_handlers
 from server.http.request_middleware import Application, RequestMiddleware, RequestRules, RootPathMiddleware
-from server.parts.workers.forwarded_requests import ForwardingMiddleware
 from server.settings.load import is_loopback
 
 
@@ -58,9 +57,8 @@ def _layers(app: ASGIApp, context: ServerContext) -> ASGIApp:
     app = RequestMiddleware(app, _request_rules(context), json_routes())
     if settings.root_path:
         app = RootPathMiddleware(app, settings.root_path)
-    if context.forwarder is not None:
-        paths = {prefix + path for prefix in ("", settings.root_path) for path in worker_paths()}
-        app = ForwardingMiddleware(app, paths, context.forwarder, ERROR_FORMATS)
+    for layer in context.layers:
+        app = layer(app)
     return app
 
 

@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple, Unpack, cast
+from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack, cast
 
-import msgspec
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
@@ -19,29 +18,19 @@ from server.http.bodies import get_text_size
 from server.http.json_response import AnswerResponse
 from server.metrics import Metrics
 from server.models.registry import ModelRegistry
-from server.parts.models.manager import ModelManager
+from server.models.source import ModelSource
+from server.request_steps import Step
+from server.role import Role
 from server.running_requests import RunningRequests
 from server.settings.table import Settings
 from server.shares import MemoryBudget
 from server.tenants import get_tenant
 from server.text.text_threads import TextThreads
 
-if TYPE_CHECKING:
-    from server.api.admin.schemas import Model
-    from server.generation.steps import Step
-
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 LONG_BYTES = 1 << 14  # of a request; converting several hundred messages takes some ten milliseconds
-
-
-class ModelFormat(Protocol):
-    """How an API describes models."""
-
-    def of_model(self, model: "Model") -> msgspec.Struct: ...
-
-    def of_list(self, models: "list[Model]") -> msgspec.Struct: ...
 
 
 class Service(Protocol):
@@ -71,7 +60,8 @@ class ServerContext:
 
     settings: Settings
     models: ModelRegistry
-    model_manager: ModelManager | None  # None: the only model stays loaded
+    source: ModelSource
+    role: Role
     created: int  # Unix time in seconds
     metrics: Metrics
     running: RunningRequests
@@ -79,14 +69,14 @@ class ServerContext:
     answers: MemoryBudget  # of their bytes
     ledger: Ledger = field(default_factory=Ledger)
     workers: list[Worker] = field(default_factory=list)  # other API processes, if this one is the coordinator
-    forwarder: ASGIApp | None = None  # in a worker: answers requests that only the coordinator can answer
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     text_threads: TextThreads = field(default_factory=TextThreads)
     # What parts add:
     of_parts: dict[type, Any] = field(default_factory=dict)  # their objects, by class
-    steps: list["Step"] = field(default_factory=list)  # of each request to generate
+    steps: list[Step] = field(default_factory=list)  # of each request to generate
     services: list[Service] = field(default_factory=list)  # closed in the opposite order
-    model_formats: dict[bytes, ModelFormat] = field(default_factory=dict)  # by the header of their clients
+    model_formats: dict[bytes, Any] = field(default_factory=dict)  # `ModelFormat`s, by the header of their clients
+    layers: list[Callable[[ASGIApp], ASGIApp]] = field(default_factory=list)  # a request passes the last one first
     routes: list[BaseRoute] = field(default_factory=list)  # beside those of the APIs
     num_step_readers: Counter[str] = field(default_factory=Counter)  # streams of steps, by tenant
 

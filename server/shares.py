@@ -53,7 +53,7 @@ class MemoryShare:
 
     @property
     def rank(self) -> float:
-        """Of the shares of one owner, the lowest gives way first; of equal ones, the oldest."""
+        """The share of an owner that has the lowest rank gives way first; of equal ones, the oldest."""
         return 0.0
 
     def add(self, num_bytes: int) -> None:

@@ -4,15 +4,16 @@ What a request leaves behind (responses, recordings, cached prefixes) belongs to
 all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
 
-from server.parts.limits.accounts import NO_LIMITS, Account, Limits
+from server.accounts import Account, Rule
 
 TENANT = "tenant"  # in the scope's state, set by `RequestMiddleware`
 CLIENT_PREFIX = 64  # bits of an IPv6 address that do not change when a client takes another one
@@ -20,6 +21,13 @@ EVERYBODY = ""  # the owner of what is made without a key
 MAX_CACHED = 1024  # addresses of recent clients
 MAX_ADDRESS_CHARS = 64  # an IPv6 address has up to 45, and may name its interface
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
+
+
+class TenantLimits(Protocol):
+    """What limits the requests of a tenant."""
+
+    def rules(self, before: Sequence[Rule]) -> Sequence[Rule]:
+        """Return the rules, in place of those `before`, whose counts go on."""
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +40,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     is_admin: bool = False  # may load adapters, and see metrics and the usage of all
     adapters: frozenset[str] | None = None  # names of the LoRA adapters that it may see and use; None: all
     has_negative_priority: bool = False  # its requests may go before those of others
-    limits: Limits = NO_LIMITS
+    limits: TenantLimits | None = None
     account: Account = msgspec.field(default_factory=Account)  # what it has used
 
     def may_use(self, adapter: str) -> bool:

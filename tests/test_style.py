@@ -4,7 +4,6 @@ import ast
 import io
 import re
 import tokenize
-from collections import Counter
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -16,7 +15,6 @@ SOURCES = sorted(
 MAX_FILE_LINES = 500
 MAX_CLASS_LINES = 330
 MAX_FUNCTION_LINES = 60
-MAX_FOLDER_MODULES = 15
 MAX_TEST_LINES = 50_000
 
 # A docstring that begins like this names a thing; it should say what the function does.
@@ -44,11 +42,6 @@ def test_files_classes_and_functions_are_short() -> None:
         if len((ROOT / path).read_text(encoding="utf-8").splitlines()) > MAX_FILE_LINES:
             too_long.append(path)
     assert too_long == []
-
-
-def test_no_folder_is_crowded() -> None:
-    num_modules = Counter(str(Path(path).parent) for path in SOURCES if not path.endswith("__init__.py"))
-    assert {folder: num for folder, num in num_modules.items() if num > MAX_FOLDER_MODULES} == {}
 
 
 def test_docstrings_say_what_a_function_does() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from server.access.keys_file import read_keys_file
-from server.parts.limits.accounts import Account, Usage
+from server.accounts import Account, Usage
+from server.part_table import load_module
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
 from server.tenants import Tenant
@@ -71,7 +71,7 @@ class ApiKeys:
         for tenant in {tenant.name: tenant for _, tenant in keys}.values():
             before = self.known.get(tenant.name)
             account = Account() if before is None else before.account
-            account.set_limits(tenant.limits)
+            account.rules = () if tenant.limits is None else tenant.limits.rules(account.rules)
             tenants[tenant.name] = msgspec.structs.replace(tenant, account=account)
         self.known |= tenants
         return [(digest, tenants[tenant.name]) for digest, tenant in keys]
@@ -83,6 +83,7 @@ def _read(settings: Settings) -> list[tuple[bytes, Tenant]]:
     if settings.api_keys_file is None:
         return list(keys.items())
     path = Path(os.path.expanduser(settings.api_keys_file))
+    read_keys_file = load_module("limits", "keys_file").read_keys_file
     for digest, tenant in read_keys_file(path, has_own_cache=settings.isolate_keys):
         if digest in keys:
             raise SettingsError(f"{path}: {tenant.name}: a key is one of --api-key or --admin-key, too")

@@ -17,7 +17,7 @@ class Ledger:
     async def enter(self, tenant: Tenant) -> int:
         """Count a request that begins, and return the number with which `leave` must follow.
 
-        Raises LimitReachedError if it exceeds a limit of its tenant, or APIError.
+        Raises APIError if it exceeds a limit of its tenant.
         """
         tenant.account.begin()
         return 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from server.api.admin.dialect import ADMIN, MODELS, TOKENS
 from server.api.chat.dialect import CHAT
 from server.api.completions.dialect import COMPLETIONS
-from server.api.dialect import Operation
+from server.dialect import Operation
 from server.http.error_formats import ErrorFormats
 from server.http.json_route import StrictJSONRoute
 from server.part import load_parts

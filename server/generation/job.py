@@ -11,9 +11,9 @@ from server.engine_client.reservation import Reservation
 from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
 from server.generation.generation import Generation
 from server.generation.preamble import WARNINGS, Preamble
-from server.generation.steps import RequestSteps
 from server.http.errors import APIError
 from server.models.served_model import ModelVariant
+from server.request_steps import RequestSteps
 from server.schemas.generation_request import GenerationRequest, Requested
 from server.tenants import OwnedId, Tenant
 

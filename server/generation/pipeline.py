@@ -19,7 +19,6 @@ from server.generation.job import Body, Job
 from server.generation.parameters import LOGPROB_FIELDS, TOKEN_ID_FIELDS, check_token_ids, resolve_num_logprobs
 from server.generation.preamble import begin, find_generating_model, next_seed
 from server.generation.prompts import vocab_size
-from server.generation.steps import RequestSteps
 from server.generation.submission import prepare, submit
 from server.generation.timings import request_timings
 from server.http.bodies import TEXT_SIZE
@@ -27,6 +26,7 @@ from server.http.errors import APIError, ServerError
 from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, EventStream, StreamFormat
+from server.request_steps import RequestSteps
 from server.schemas.answers import RequestTimings
 from server.schemas.rendered_prompt import RenderedPrompt
 from server.tenants import TENANT, Tenant

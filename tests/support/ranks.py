@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.config import EngineConfig, EngineProcessConfig
 from engine.kernels.interface import Kernels
 from engine.loading import LoadedModel, load_model
-from engine.parts.distributed.adapters import ShardedAdapters
 from engine.parts.distributed.collectives import Collectives, TorchCollectives, cpu_collectives
 from engine.parts.distributed.execution import follow, lead
 from engine.parts.distributed.group import Command, Leader
@@ -37,7 +36,6 @@ def load_ranks(config: EngineConfig) -> Iterator[LoadedModel]:
     group = Leader(EngineProcessConfig(address="", config=config), fail)
     try:
         loaded = load_model(config, make_part=partial(ModelPart, group))
-        assert isinstance(loaded.adapters, ShardedAdapters)
         yield dataclasses.replace(loaded, runner=lead(group, loaded.runner, loaded.adapters))
     finally:
         group.close()
@@ -117,7 +115,6 @@ def load_threads(config: EngineConfig) -> Iterator[LoadedModel]:
     def run(group: Any) -> None:
         try:
             loaded = load_model(config, make_part=partial(ModelPart, group))
-            assert isinstance(loaded.adapters, ShardedAdapters)
             follow(group, loaded.runner, loaded.adapters)
         except BaseException as error:
             errors.append(error)
@@ -128,7 +125,6 @@ def load_threads(config: EngineConfig) -> Iterator[LoadedModel]:
         thread.start()
     try:
         loaded = load_model(config, make_part=partial(ModelPart, groups[0]))
-        assert isinstance(loaded.adapters, ShardedAdapters)
         yield dataclasses.replace(loaded, runner=lead(groups[0], loaded.runner, loaded.adapters))
     except threading.BrokenBarrierError:
         raise errors[0] from None

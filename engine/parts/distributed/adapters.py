@@ -21,7 +21,7 @@ class ShardedAdapters(LoraAdapters):
     """The adapters of one rank. Rank 0 passes on the matrices of each linear layer when it writes its own part."""
 
     def __init__(
-        self, linears: Sequence[Linear], max_loras: int, max_rank: int, plan: ShardingPlan, memory: SharedMemory
+        self, plan: ShardingPlan, memory: SharedMemory, linears: Sequence[Linear], max_loras: int, max_rank: int
     ) -> None:
         super().__init__(linears, max_loras, max_rank)
         self.plan = plan

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.adapters import Adapters
 from engine.batch.inputs import BatchInputs
 from engine.execution.interface import Execution
 from engine.parts.distributed.adapters import ShardedAdapters
@@ -61,17 +62,18 @@ class LeadingExecution:
             return self.execution.compute_logits(rows)
 
 
-def lead(group: Leader, runner: ModelRunner, adapters: ShardedAdapters) -> ModelRunner:
+def lead(group: Leader, runner: ModelRunner, adapters: Adapters) -> ModelRunner:
     """Return a runner whose steps the other ranks follow from now on."""
     message = Message(group.memory, runner.builder.rows.shape[1])
-    adapters.leader = group
+    if isinstance(adapters, ShardedAdapters):
+        adapters.leader = group
     leading = LeadingRunner(runner, group, message.max_observed)
     leading.execution = LeadingExecution(runner.execution, group, message)
     return leading
 
 
 @torch.inference_mode()
-def follow(group: Follower, runner: ModelRunner, adapters: ShardedAdapters) -> None:
+def follow(group: Follower, runner: ModelRunner, adapters: Adapters) -> None:
     """Run what rank 0 runs, until it ends."""
     message = Message(group.memory, runner.builder.rows.shape[1])
     observer: ObservingFollower | None = None
@@ -83,6 +85,7 @@ def follow(group: Follower, runner: ModelRunner, adapters: ShardedAdapters) -> N
         elif command is Command.LOGITS:
             runner.execution.compute_logits(message.read_rows(runner.builder.device))
         elif command is Command.WRITE_ADAPTER:
+            assert isinstance(adapters, ShardedAdapters)
             adapters.receive()
         elif command is Command.PREPARE_TO_OBSERVE:
             max_num_rows = int(message.max_observed[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class ModelPart(WholeModel):
         self.plan = ShardingPlan(config, group.rank, group.num_ranks, column_block(path, config))
         super().__init__(self.plan.local_config(), path)
         self.new_buffer = group.memory.integers
+        self.new_adapters = partial(ShardedAdapters, self.plan, group.memory)
 
     def settings(self, config: EngineConfig) -> EngineConfig:
         """Return the settings of one rank: its share of memory, and no CUDA graphs, which record no messages."""
@@ -54,6 +56,3 @@ class ModelPart(WholeModel):
 
     def build(self, parameters: Parameters, **options: Any) -> CausalLM:
         return build_parallel(self.plan, parameters, self.group.new_collectives(options["kernels"]), **options)
-
-    def new_adapters(self, model: CausalLM, max_loras: int, max_rank: int) -> ShardedAdapters:
-        return ShardedAdapters(model.linears, max_loras, max_rank, self.plan, self.group.memory)

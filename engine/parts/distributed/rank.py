@@ -12,7 +12,6 @@ import msgspec
 import torch
 
 from engine.loading import load_model
-from engine.parts.distributed.adapters import ShardedAdapters
 from engine.parts.distributed.cores import use_own_cores
 from engine.parts.distributed.execution import follow
 from engine.parts.distributed.group import Follower, RankConfig
@@ -44,7 +43,6 @@ def run(config: RankConfig) -> int:
         group = Follower(config)
         loaded = load_model(settings, make_part=partial(ModelPart, group))
         torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
-        assert isinstance(loaded.adapters, ShardedAdapters)
         collect_garbage()
         follow(group, loaded.runner, loaded.adapters)
     except (ValueError, OSError) as error:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from engine.config import EngineProcessConfig, load_model_config
 from engine.loading import LoadedModel, Progress, load_model
-from engine.parts.distributed.adapters import ShardedAdapters
 from engine.parts.distributed.cores import check_cores, use_own_cores
 from engine.parts.distributed.execution import lead
 from engine.parts.distributed.group import Leader
@@ -39,5 +38,4 @@ def load(
     use_own_cores(0, num_ranks, binds=binds)
     with group.loading():
         loaded = load_model(config, clock, progress, partial(ModelPart, group))
-    assert isinstance(loaded.adapters, ShardedAdapters)
     return dataclasses.replace(loaded, runner=lead(group, loaded.runner, loaded.adapters))

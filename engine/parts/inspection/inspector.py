@@ -15,13 +15,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from engine.adapters import AdapterGoneError
 from engine.core import Engine
 from engine.execution.interface import ObservedExecution
 from engine.parts.inspection.borrowed_blocks import BlocksGoneError, BorrowedBlocks
 from engine.parts.inspection.layers import LayerObserver
 from engine.parts.inspection.reader import all_choices, has_id, of_one_request
 from engine.parts.inspection.sampling import view_stages
-from engine.parts.lora.slots import AdapterGoneError
 from engine.sampling.masks import step_masks
 from engine.sampling.sampler import Sampler
 from engine.scheduling.request import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine.parts.lora.slots import LoraAdapters
 from engine.parts.lora.updates import AdapterUpdates
 from engine.shared.messages import AdapterDone, Adapters, LoadAdapter, UnloadAdapter
 
@@ -18,7 +19,8 @@ class UpdateQueue:
     def __init__(self, loop: EngineLoop) -> None:
         engine = loop.engine
         self.loop = loop
-        self.updates = AdapterUpdates(engine.adapters, engine.model_config, engine.scheduler, clock=engine.clock)
+        adapters = engine.adapters if isinstance(engine.adapters, LoraAdapters) else LoraAdapters([], 0, 0)
+        self.updates = AdapterUpdates(adapters, engine.model_config, engine.scheduler, clock=engine.clock)
 
     def add(self, identity: bytes, request: LoadAdapter | UnloadAdapter) -> None:
         """Queue an update for an API process."""

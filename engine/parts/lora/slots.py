@@ -15,16 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.adapters import AdapterGoneError, Adapters
 from engine.batch.transfer import send, to_device
-from engine.config import EngineConfig, ModelConfig
+from engine.config import ModelConfig
 from engine.model.linear import Linear
-from engine.model.memory_plan import MIB
-from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices, module_shapes
+from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
 from engine.parts.lora.reader import load_lora
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter
 
-DEFAULT_MAX_RANK = 16
 EMPTY = ""  # in the list of fingerprints: a slot without an adapter
 
 
@@ -37,17 +36,13 @@ class AdapterError(ValueError):
         self.is_temporary = is_temporary
 
 
-class AdapterGoneError(LookupError):
-    """No slot holds the weights that a request was admitted for."""
-
-
 @dataclass(frozen=True)
 class LoadedAdapter:
     slot: int
     adapter: LoraAdapter
 
 
-class LoraAdapters:
+class LoraAdapters(Adapters):
     """The loaded adapters by name, and the fingerprint of the weights in each slot.
 
     There is one slot more than adapters can be loaded, so that an adapter can be replaced while requests use it.
@@ -56,9 +51,10 @@ class LoraAdapters:
     def __init__(self, linears: Sequence[Linear], max_loras: int, max_rank: int) -> None:
         self.max_loras = max_loras
         self.max_rank = max_rank
+        self.num_slots = num_lora_slots(max_loras)
         self._linears = [(linear.names, linear.lora) for linear in linears if linear.lora is not None]
         self._loaded: dict[str, LoadedAdapter] = {}
-        self._fingerprints = [EMPTY] * num_lora_slots(max_loras)  # of the weights in each slot
+        self._fingerprints = [EMPTY] * self.num_slots  # of the weights in each slot
         self._unloaded_at = [0] * len(self._fingerprints)  # tick at which the slot's adapter was unloaded; 0: never
         self._ticks = itertools.count(1)
 
@@ -169,24 +165,3 @@ def read_adapter(name: str, path: str, config: ModelConfig, max_rank: int | None
         return load_lora(Path(path), config, max_rank)
     except ValueError as error:
         raise AdapterError(f"LoRA adapter {name}: {error}", AdapterField.PATH) from error
-
-
-def check_lora_memory(config: ModelConfig, max_loras: int, rank: int, itemsize: int, free: int) -> None:
-    """Check that the slots fit in the free memory. `itemsize` and `free` are bytes. Raises ValueError."""
-    layers = range(config.num_hidden_layers)
-    numbers = sum(sum(shape) for layer in layers for shape in module_shapes(config, layer).values())
-    num_bytes = num_lora_slots(max_loras) * rank * numbers * itemsize
-    if num_bytes > free:
-        raise ValueError(
-            f"--max-loras {max_loras} of --max-lora-rank {rank} take {num_bytes / MIB:.0f} MiB, but only "
-            f"{free / MIB:.0f} MiB are free"
-        )
-
-
-def choose_lora_rank(config: EngineConfig, checkpoints: Mapping[str, LoraCheckpoint]) -> int:
-    """Return the largest rank that a slot can hold.
-
-    That is `max_lora_rank` if set, else the largest rank of the adapters loaded at start, at least DEFAULT_MAX_RANK.
-    """
-    largest = max((checkpoint.rank for checkpoint in checkpoints.values()), default=0)
-    return config.max_lora_rank or max(DEFAULT_MAX_RANK, largest)

@@ -1,6 +1,6 @@
-"""Models, running requests, tokens, usage, health and metrics."""
+"""Models, running requests, tokens, health and metrics."""
 
-from server.api.admin import cancel, health, metrics_page, models, tokenize, usage
+from server.api.admin import cancel, health, metrics_page, models, tokenize
 from server.api.admin.schemas import (
     CancelResponse,
     DetokenizeResponse,
@@ -9,9 +9,8 @@ from server.api.admin.schemas import (
     ServerVersion,
     TokenizeResponse,
     TokenizerInfo,
-    UsageList,
 )
-from server.api.dialect import BEGINNING, ID, Dialect, Operation
+from server.dialect import BEGINNING, ID, Dialect, Operation
 
 MODELS = Dialect(
     tag="OpenAI",
@@ -34,12 +33,11 @@ TOKENS = Dialect(
 )
 ADMIN = Dialect(
     tag="Lightwell",
-    routers=[each.router for each in (cancel, usage, tokenize, health, metrics_page)],
+    routers=[each.router for each in (cancel, tokenize, health, metrics_page)],
     operations={
         ("/v1/requests/{request_id}/cancel", "post"): Operation(
             CancelResponse, answer_example=CancelResponse(f"chatcmpl-{ID}")
         ),
-        ("/v1/usage", "get"): Operation(UsageList),
         ("/tokenizer_info", "get"): Operation(TokenizerInfo),
         ("/health", "get"): Operation(dict[str, str | int]),
         ("/healthz", "get"): Operation(dict[str, str | int]),

@@ -4,12 +4,14 @@ LoRA adapters are listed as models, after their base model. Parts have formats o
 """
 
 import importlib.metadata
+from typing import Protocol
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from server.api.admin.schemas import LoadProgress, Model, ModelList, ServerVersion
-from server.context import ModelFormat, ServerContext, get_context
+from server.context import ServerContext, get_context
 from server.http.errors import InvalidURLError, ModelNotFoundError
 from server.http.json_response import StructResponse
 from server.models.slot import ModelSlot, ModelState
@@ -44,6 +46,14 @@ async def version(request: Request) -> Response:
     return StructResponse(ServerVersion(version, sampling.values, sampling.sources))
 
 
+class ModelFormat(Protocol):
+    """How an API describes models."""
+
+    def of_model(self, model: Model) -> msgspec.Struct: ...
+
+    def of_list(self, models: list[Model]) -> msgspec.Struct: ...
+
+
 class OpenAIModels:
     """The models in OpenAI's format."""
 
@@ -57,7 +67,8 @@ class OpenAIModels:
 def _format(request: Request) -> ModelFormat:
     """Return the format of the API whose header the client sends."""
     formats = get_context(request).model_formats
-    return next((formats[name] for name, _ in request.headers.raw if name in formats), OpenAIModels())
+    found: ModelFormat = next((formats[name] for name, _ in request.headers.raw if name in formats), OpenAIModels())
+    return found
 
 
 def _model(request: Request, name: str) -> Model:

@@ -1,4 +1,4 @@
-"""Requests and answers of the operational endpoints: models, tokenizer, usage and cancellation."""
+"""Requests and answers of the operational endpoints: models, tokenizer and cancellation."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.api.chat.schemas import ChatCompletionRequest, Messages, TemplateOptions
 from server.http.errors import InvalidValueError, MissingParameterError
 from server.models.slot import ModelState
-from server.parts.limits.accounts import Limits
 from server.schemas.tools import Tools
 
 MAX_DETOKENIZE_TOKENS = 1 << 20
@@ -50,24 +49,6 @@ class ServerVersion(msgspec.Struct, frozen=True):
     version: str
     default_sampling: Mapping[str, Any]
     default_sampling_sources: Mapping[str, str]
-
-
-class TenantUsage(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="usage"):
-    """Counts since the start of the server."""
-
-    name: str | None  # of the tenant; None: all clients, of a server without keys
-    num_requests: int
-    num_running_requests: int
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt tokens
-    completion_tokens: int
-    total_tokens_today: int  # prompt and output, since 00:00 UTC
-    limits: Limits
-
-
-class UsageList(msgspec.Struct, frozen=True, kw_only=True):
-    object: Literal["list"] = "list"
-    data: list[TenantUsage]
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,6 @@
 """OpenAI's embeddings."""
 
-from server.api.dialect import BEGINNING, Dialect, Operation
+from server.dialect import BEGINNING, Dialect, Operation
 from server.part import Part
 from server.parts.embeddings.routes import router
 from server.parts.embeddings.schemas import EmbeddingList

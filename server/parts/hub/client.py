@@ -13,7 +13,7 @@ import msgspec
 from server.parts.hub.environment import endpoint, token
 from server.parts.hub.errors import BrokenConnectionError, HubError, HubUnreachableError
 from server.parts.hub.names import is_inside
-from server.parts.hub.web import make_client
+from server.web_client import make_client
 
 if TYPE_CHECKING:
     import httpx

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.shared.durable_files import replace_durably
+from server.format import format_bytes
 from server.parts.hub.cache import RepositoryCache
 from server.parts.hub.client import HubClient, RemoteFile
 from server.parts.hub.errors import BrokenConnectionError, HubError
-from server.parts.hub.format import format_bytes
-from server.parts.hub.progress import Progress
+from server.progress import Progress
 
 CHUNK_BYTES = 1 << 20
 MAX_FAILURES = 5  # in a row, without a byte between them

@@ -8,16 +8,16 @@ from pathlib import Path
 from engine.config import GGUF_ARCHITECTURES, load_model_config
 from engine.config.json_file import read_json_object
 from engine.shared.gguf import read_partial_metadata
+from server.format import format_bytes, home_relative
 from server.parts.hub.client import HubClient, RemoteFile
 from server.parts.hub.download import Downloader
 from server.parts.hub.environment import hub_folder
 from server.parts.hub.errors import BrokenConnectionError, HubError
 from server.parts.hub.files import CONFIG, select_files, select_gguf
-from server.parts.hub.format import format_bytes, home_relative
 from server.parts.hub.memory import ModelShape, config_shape, gguf_shape, memory_lines
 from server.parts.hub.names import GGUF_SUFFIX, HubName
-from server.parts.hub.progress import Progress
 from server.parts.hub.repository import Repository
+from server.progress import Progress
 
 GGUF_HEADER_BYTES = 1 << 18  # the architecture and its sizes come before the vocabulary
 

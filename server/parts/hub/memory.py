@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from engine.shared.host_memory import available_memory
-from server.parts.hub.format import format_bytes
+from server.format import format_bytes
 
 BYTES_PER_NUMBER = 2
 MIB = 1 << 20

@@ -132,7 +132,7 @@ class RecordAccess:
     def engine_id(self) -> str:
         """An id of the engine process. Steps of another one are numbered from 1 again."""
         number = "" if len(self.model.client.engines) == 1 else f"-{self.engine.number}"
-        if self.context.model_manager is not None and (info := self.engine.liveness.info) is not None:
+        if self.context.source.unloads and (info := self.engine.liveness.info) is not None:
             number = f"-{info.pid}"  # another engine comes with each model, and each time that one is loaded
         return f"{self.context.created}{number}-{self.engine.liveness.num_restarts}"
 

@@ -1,6 +1,6 @@
 """What shows the inside of the engine."""
 
-from server.api.dialect import BEGINNING, Dialect, Operation
+from server.dialect import BEGINNING, Dialect, Operation
 from server.part import Part
 from server.parts.inspection import events, inspect, routes, trace
 from server.parts.inspection.schemas import (

@@ -1,6 +1,6 @@
 """LoRA adapters: those that are loaded and unloaded at runtime."""
 
-from server.api.dialect import Dialect, Operation
+from server.dialect import Dialect, Operation
 from server.part import Part
 from server.parts.lora.routes import router
 

@@ -3,8 +3,8 @@
 from functools import reduce
 from operator import or_
 
-from server.api.dialect import ID, MESSAGES, MODEL, Dialect, Operation
 from server.context import ServerContext
+from server.dialect import ID, MESSAGES, MODEL, Dialect, Operation
 from server.part import Part
 from server.parts.messages.errors import ANTHROPIC_ERRORS, VERSION_HEADER
 from server.parts.messages.models import AnthropicModels

@@ -3,47 +3,36 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from msgspec.structs import replace
+from starlette.requests import Request
 
 from server.engine_client.admission import SHUTTING_DOWN
 from server.engine_client.client import EngineClient
+from server.format import format_bytes
 from server.http.errors import EngineUnavailableError
 from server.models.load_model import load_served_model
 from server.models.served_model import ServedModel
 from server.models.slot import ModelSlot, ModelState
-from server.parts.hub.format import format_bytes
+from server.models.source import WaitingRoute
+from server.parts.models import waiting
+from server.parts.models.errors import RETRY_SECONDS, LoadTimeoutError, ModelLoadError
+from server.parts.models.health import ManagedHealth
 from server.parts.models.memory import HostBudget, is_on_host, least_memory, memory_taken
 from server.processes.supervisor_channel import StartEngine, StopEngine
 from server.tenants import Tenant
 
 T = TypeVar("T")
 
-RETRY_SECONDS = 10.0  # after a failure, until the model is loaded again for another request
 LOAD_TIMEOUT = 1800.0  # seconds after which a load hangs, such as on a file system that does not answer
 POLL_SECONDS = 0.1  # between looks for an idle model that can make room
 IDLE_POLL_SECONDS = 0.5
 
 logger = logging.getLogger("lightwell.api")
-
-
-class ModelLoadError(EngineUnavailableError):
-    """A model cannot be loaded. An empty reason is not shown, since it may name files."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        message = f"The model `{name}` cannot be loaded" + (f": {reason}." if reason else ".")
-        super().__init__(message, code="model_load_failed", retry_after=RETRY_SECONDS)
-
-
-class LoadTimeoutError(EngineUnavailableError):
-    """A model was not loaded in the time that a request may wait."""
-
-    def __init__(self, name: str, seconds: float) -> None:
-        message = f"The model `{name}` is still being loaded. The request waited for {seconds:g} seconds, its limit."
-        super().__init__(message, code="request_timeout")
 
 
 class NoRoomError(Exception):
@@ -64,6 +53,8 @@ class ModelManager:
     Models are loaded one after the other, since each takes a part of the memory that is free.
     """
 
+    unloads = True
+
     def __init__(
         self,
         slots: Sequence[ModelSlot],
@@ -71,6 +62,9 @@ class ModelManager:
         idle_unload: float | None,
     ) -> None:
         """`order` sends a message to the supervisor."""
+        self.health = ManagedHealth(self, slots)
+        self.when_loaded = partial(waiting.respond, self)
+        self.died = asyncio.Event()  # never set: a model can be loaded again
         self._slots = {slot.number: slot for slot in slots}
         self._order = order
         self._idle_unload = idle_unload
@@ -112,6 +106,20 @@ class ModelManager:
                     slot.last_used = slot.now()
                 elif (limit := self.idle_limit(slot)) is not None and slot.now() - slot.last_used >= limit:
                     self._begin_unload(slot)
+
+    async def wait_started(self) -> str:
+        await self.has_started.wait()
+        return ", ".join(f"{slot.name} ({slot.state})" for slot in self._slots.values())
+
+    async def wait_changed(self) -> None:
+        """Wait for ever: the next heartbeat says it."""
+        await asyncio.Event().wait()
+
+    def find_slot(self, route: WaitingRoute, request: Request, fields: dict[str, Any]) -> ModelSlot | None:
+        return waiting.find_slot(route, request, fields)
+
+    def loaded(self, request: Request, slot: ModelSlot | None) -> AbstractAsyncContextManager[None]:
+        return waiting.loaded(self, request, slot, waiting.patience(request) or 0.0)
 
     def idle_limit(self, slot: ModelSlot) -> float | None:
         """Return the seconds without a request after which a model is unloaded. None: it stays loaded."""

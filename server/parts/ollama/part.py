@@ -1,6 +1,6 @@
 """Ollama's API."""
 
-from server.api.dialect import BEGINNING, MESSAGES, Dialect, Operation
+from server.dialect import BEGINNING, MESSAGES, Dialect, Operation
 from server.http.sse import NDJSON
 from server.part import Part
 from server.parts.ollama.errors import OLLAMA_ERRORS

@@ -76,8 +76,7 @@ class OllamaRoute(LenientRoute, ModelRoute):
         return served_name(request, name)
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
-        has_manager = get_context(request).model_manager is not None
-        slot = self.find_slot(request, fields) if has_manager else None
+        slot = get_context(request).source.find_slot(self, request, fields)
         limit = keep_alive_seconds(fields.get("keep_alive")) if get_tenant(request).is_admin else None
         if slot is None or limit is None:
             return await super().respond(request, fields)
@@ -189,8 +188,7 @@ async def tags(request: Request) -> Response:
 async def running(request: Request) -> Response:
     """List the models in memory."""
     context, tenant = get_context(request), get_tenant(request)
-    manager = context.model_manager
-    limits = {slot.name: None if manager is None else manager.idle_limit(slot) for slot in context.models.slots}
+    limits = {slot.name: context.source.idle_limit(slot) for slot in context.models.slots}
     models = await context.run_text_work(request, list_loaded, context.models, tenant, context.created, limits)
     return StructResponse(models)
 

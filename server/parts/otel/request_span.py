@@ -20,11 +20,11 @@ from server.context import get_context
 from server.generation.endpoint import Endpoint
 from server.generation.generation import Generation
 from server.generation.job import Job
-from server.generation.steps import RequestSteps
 from server.generation.timings import stage_spans
 from server.http.errors import APIError, clip
 from server.parts.otel.child_span import AttributeValue, ChildSpan
 from server.parts.otel.tracer import Tracer
+from server.request_steps import RequestSteps
 from server.schemas.generation_request import GenerationRequest
 from server.statistics.choice_stats import ChoiceStats
 from server.tenants import get_tenant

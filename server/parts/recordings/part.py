@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from server.api.dialect import Dialect, Operation
 from server.context import ServerContext
+from server.dialect import Dialect, Operation
 from server.part import Part
 from server.parts.recordings.routes import router
 from server.parts.recordings.schemas import Replay

@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.model_route import loaded, patience
 from server.context import get_context
 from server.http.errors import RecordingNotFoundError
 from server.http.json_response import StructResponse
@@ -24,5 +23,5 @@ async def replay_request(request: Request, request_id: str) -> Response:
     if recording is None:
         raise RecordingNotFoundError(request_id, num_kept=recordings.max_requests)
     tenant = get_tenant(request)
-    async with loaded(request, context.models.find_slot(recording.model, tenant), patience(request) or 0.0):
+    async with context.source.loaded(request, context.models.find_slot(recording.model, tenant)):
         return StructResponse(await replay(context, tenant, request_id, recording))

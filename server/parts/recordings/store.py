@@ -14,7 +14,7 @@ from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
 from server.context import ServerContext
 from server.generation.endpoint import Endpoint
 from server.generation.job import Job
-from server.generation.steps import RequestSteps
+from server.request_steps import RequestSteps
 from server.schemas.generation_request import GenerationRequest
 from server.shares import giving_way
 from server.tenants import EVERYBODY, OwnedId

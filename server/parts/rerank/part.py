@@ -1,6 +1,6 @@
 """Scores of texts, as Cohere's, Jina's and vLLM's APIs have them."""
 
-from server.api.dialect import Dialect, Operation
+from server.dialect import Dialect, Operation
 from server.part import Part
 from server.parts.rerank.routes import router
 from server.parts.rerank.schemas import RerankAnswer, ScoreList

@@ -3,8 +3,8 @@
 from functools import reduce
 from operator import or_
 
-from server.api.dialect import ID, MODEL, QUESTION, Dialect, Operation
 from server.context import ServerContext
+from server.dialect import ID, MODEL, QUESTION, Dialect, Operation
 from server.generation.endpoint import AnswerMetadata
 from server.part import Part
 from server.parts.responses import event_schemas as events

@@ -82,7 +82,7 @@ class Release(msgspec.Struct, frozen=True, tag=True):
 
 
 class Admit(msgspec.Struct, frozen=True, tag=True):
-    """Count a request of a tenant. A `Reply` follows: None, or the fields of a `LimitReachedError`."""
+    """Count a request of a tenant. A `Reply` follows."""
 
     number: int  # of the request from now on
     tenant: str

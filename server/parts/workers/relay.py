@@ -35,7 +35,6 @@ from server.engine_client.connection import EngineConnection
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.http.errors import APIError, EngineUnavailableError, ServerError
-from server.parts.limits.accounts import LimitReachedError
 from server.parts.recordings.store import Recordings
 from server.parts.workers.forwarded_requests import ForwardedRequests
 from server.parts.workers.messages import (
@@ -348,8 +347,8 @@ class Relay:
         tenant = self._tenant(message.tenant)
         try:
             tenant.account.begin()
-        except LimitReachedError as error:
-            self._send(Reply(message.number, (error.name, error.limit, error.retry_after)))
+        except APIError as error:
+            self._send(Reply(message.number, error=ErrorFields.of(error)))
         else:
             self._admitted[message.number] = tenant
             self._send(Reply(message.number))

@@ -19,7 +19,6 @@ from server.engine_client.reservation import Reservation
 from server.engine_client.streams import EventInbox, RequestStream
 from server.http.errors import APIError, EngineDeadError
 from server.metrics import Metrics
-from server.parts.limits.accounts import NO_LIMITS, LimitReachedError
 from server.parts.recordings.store import Recording, Recordings
 from server.parts.workers.forwarded_requests import Forwarder
 from server.parts.workers.messages import (
@@ -223,12 +222,11 @@ class RemoteLedger(Ledger):
 
     async def enter(self, tenant: Tenant) -> int:
         message = Admit(self._coordinator.next_number(), tenant.name)
-        if tenant.limits == NO_LIMITS:
+        if not tenant.account.rules:
             self._coordinator.send(message)
             return message.number
         try:
-            if limit := await self._coordinator.ask(message):
-                raise LimitReachedError(*limit)
+            await self._coordinator.ask(message)
         except BaseException:
             await self.leave(tenant, message.number)
             raise
@@ -236,14 +234,14 @@ class RemoteLedger(Ledger):
 
     async def leave(self, tenant: Tenant, number: int) -> None:
         message = Leave(number)
-        if tenant.limits == NO_LIMITS and not self._records_requests:
+        if not tenant.account.rules and not self._records_requests:
             self._coordinator.send(message)
         else:  # the client's next request, through another process, must find that this one has ended
             with suppress(EngineDeadError):
                 await self._coordinator.ask(message)
 
     async def headers(self, tenant: Tenant) -> Mapping[str, str]:
-        if tenant.limits == NO_LIMITS:
+        if not tenant.account.rules:
             return {}
         try:
             headers: dict[str, str] = await self._coordinator.ask(

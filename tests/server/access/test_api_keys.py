@@ -6,13 +6,13 @@ import logging
 import threading
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from server.access import keys_file
 from server.access.api_keys import ApiKeys
-from server.access.keys_file import read_keys_file
-from server.parts.limits.accounts import LimitReachedError
+from server.http.errors import RateLimitError
+from server.parts.limits import keys_file
+from server.parts.limits.keys_file import read_keys_file
+from server.parts.limits.rules import Limits
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
 from server.tenants import Tenant
@@ -44,7 +44,9 @@ def test_limits(tmp_path: Path) -> None:
     fields = ["requests-per-minute", "tokens_per_minute", "tokens-per-day", "max-concurrent-requests"]
     text = ", ".join(f"{field}: {number}" for number, field in enumerate(fields, 1))
     (tenant,) = read(tmp_path, f"a: {{keys: {DIGEST}, {text}, negative-priority: true}}").values()
-    assert msgspec.structs.astuple(tenant.limits) == (1, 2, 3, 4)
+    assert tenant.limits == Limits(
+        requests_per_minute=1, tokens_per_minute=2, tokens_per_day=3, max_concurrent_requests=4
+    )
     assert tenant.has_negative_priority
 
 
@@ -159,7 +161,7 @@ def test_usage_and_limits_survive_a_change(tmp_path: Path) -> None:
     keys.reload()
     assert keys.tenants["alice"].account is before
     assert keys.usage()["alice"].num_requests == 1
-    with pytest.raises(LimitReachedError):
+    with pytest.raises(RateLimitError):
         before.begin()
     file.write_text(entry("alice", "a"))
     keys.reload()

@@ -29,8 +29,8 @@ from server.parts.ollama import schemas as ollama
 from server.parts.rerank.schemas import RerankRequest, ScoreRequest
 from server.parts.responses.schemas import InputTokensRequest, ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
-from tests.server.api.conftest import Servers
-from tests.server.api.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, error_of
+from tests.server.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, error_of
+from tests.server.kinds import Servers
 from tests.support import clients
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE, RESPONSES
 from tests.support.serving import RunningServer

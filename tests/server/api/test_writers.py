@@ -30,7 +30,7 @@ from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import HERMES
 from server.text.tokenizer import Tokenizer
-from tests.server.api import dialects
+from tests.server import dialects
 from tests.support.clients import MINIMAL, RESPONSES
 from tests.support.deltas import NO_LOGPROBS, content, delta, reasoning_part
 from tests.support.growth import num_calls

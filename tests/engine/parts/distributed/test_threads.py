@@ -16,6 +16,7 @@ from engine.loading import LoadedModel, load_model
 from engine.parts.distributed.execution import LeadingExecution
 from engine.parts.distributed.group import Command
 from engine.parts.inspection.inspector import Inspector
+from engine.parts.lora.slots import LoraAdapters
 from engine.parts.lora.updates import AdapterUpdates
 from engine.shared.messages import LoadAdapter, SamplingParams, Submit
 from engine.shared.records import Inspect, Inspected
@@ -71,6 +72,7 @@ def test_adapters_are_those_of_one_process(llama: Path) -> None:
     assert expected[""] != pytest.approx(expected["start"], abs=0.1)
     config = settings_of(llama, tensor_parallel_size=2, **adapters)
     with load_threads(config) as loaded:
+        assert isinstance(loaded.adapters, LoraAdapters)
         updates = AdapterUpdates(loaded.adapters, loaded.config, Engine(config, loaded).scheduler)
         updates.add(b"", LoadAdapter(request_id="l", name="later", path=str(llama / "adapter")))
         done: list[str] = []

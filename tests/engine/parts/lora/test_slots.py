@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine.adapters import AdapterGoneError
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.parts.lora import slots, updates
+from engine.parts.lora import loading, updates
 from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
-from engine.parts.lora.slots import AdapterError, AdapterGoneError, LoraAdapters, read_adapter
+from engine.parts.lora.slots import AdapterError, LoraAdapters, read_adapter
 from engine.parts.lora.updates import (
     MAX_PENDING,
     READ_TIMEOUT,
@@ -327,14 +328,14 @@ def checkpoint_of(name: str, rank: int = 1) -> LoraCheckpoint:
 @pytest.mark.parametrize(("ranks", "max_rank", "expected"), [((), None, 16), ((3, 64), None, 64), ((3, 64), 8, 8)])
 def test_the_rank_that_slots_have_room_for(ranks: Sequence[int], max_rank: int | None, expected: int) -> None:
     config = EngineConfig(model_path="", max_lora_rank=max_rank)
-    assert slots.choose_lora_rank(config, {str(rank): checkpoint_of("x", rank) for rank in ranks}) == expected
+    assert loading.choose_lora_rank(config, {str(rank): checkpoint_of("x", rank) for rank in ranks}) == expected
 
 
 def test_memory_of_slots(loaded: LoadedModel, folder: Path) -> None:
     config, adapters, itemsize = loaded.config, loaded.adapters, loaded.dtype.itemsize
-    slots.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes)
+    loading.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes)
     with pytest.raises(ValueError, match=r"--max-loras 1 of --max-lora-rank 16 take \d+ MiB, but only \d+ MiB are"):
-        slots.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes - 1)
+        loading.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes - 1)
     with pytest.raises(ValueError, match=r"--max-loras 65536 of --max-lora-rank 4096 take"):
         load_model(EngineConfig(model_path=str(folder), max_loras=65536, max_lora_rank=4096))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from server.cli.http_client import RemoteError, connect
+from server.format import format_bytes, format_seconds, home_relative
 from server.parts.hub.client import HubClient
 from server.parts.hub.environment import endpoint, hub_folder, is_offline, token
 from server.parts.hub.errors import HubError
-from server.parts.hub.format import format_bytes, format_seconds, home_relative
-from server.parts.hub.web import tls_context
+from server.web_client import tls_context
 from tests.support.paths import ROOT
 
 CERTIFICATE = ROOT / "tests/support/tls/one.crt"

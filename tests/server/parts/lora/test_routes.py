@@ -15,9 +15,9 @@ from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, Submi
 from server.parts.lora import routes as adapters
 from server.tenants import Tenant
 from server.text.text_threads import TextThreads
-from tests.server.api.conftest import CHESS, SQL
-from tests.server.api.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, UNLOAD
 from tests.server.api.test_contract import ACTING
+from tests.server.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, UNLOAD
+from tests.server.kinds import CHESS, SQL
 from tests.support import clients
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, RESPONSES
 from tests.support.serving import RunningServer, check_error, wait_until

@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
 from server.parts.messages.client_tools import CLIENT_TOOLS
-from tests.server.api.dialects import COUNT, REPLY, WARNINGS, anthropic_error, ask_events, prompt_of
 from tests.server.conftest import StartServer
+from tests.server.dialects import COUNT, REPLY, WARNINGS, anthropic_error, ask_events, prompt_of
 from tests.support.clients import ANTHROPIC, MESSAGES, MINIMAL, ask, ask_json, shared_server
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer

@@ -17,8 +17,8 @@ from server.http.errors import BadRequestError
 from server.parts.ollama.conversion import OPTIONS, RANGES, ignored_names, keep_alive_seconds, to_chat
 from server.parts.ollama.models import short_number
 from server.parts.ollama.schemas import OllamaChatRequest
-from tests.server.api.dialects import REPLY, ask_events, error_of, prompt_of
 from tests.server.conftest import StartServer
+from tests.server.dialects import REPLY, ask_events, error_of, prompt_of
 from tests.support.clients import CHAT, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE, ask, ask_json, shared_server
 from tests.support.fake_engine import make_adapter
 from tests.support.growth import num_calls

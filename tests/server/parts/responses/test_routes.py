@@ -17,9 +17,9 @@ from pydantic import TypeAdapter
 from server.generation.pipeline import MAX_HELD_SECONDS
 from server.parts.responses import conversion as responses
 from server.parts.responses.custom_tools import OTHER_CALLS
-from tests.server.api import dialects
-from tests.server.api.dialects import REPLY, RESPONSE_EVENTS, WARNINGS, Reader, prompt_of, text_of
+from tests.server import dialects
 from tests.server.conftest import StartServer
+from tests.server.dialects import REPLY, RESPONSE_EVENTS, WARNINGS, Reader, prompt_of, text_of
 from tests.server.parts.messages.test_routes import types_of
 from tests.support import clients
 from tests.support.clients import MINIMAL, RESPONSES, openai_client, shared_server

@@ -443,7 +443,7 @@ def test_a_worker_that_has_not_started_delays_no_cancel(
     coordinator, _ = start_pair()
     fake_engine.pause()
     relay = Relay(f"{address}-other", coordinator.context, coordinator.app)
-    coordinator.loop.call_soon_threadsafe(relay.start)
+    asyncio.run_coroutine_threadsafe(relay.start(), coordinator.loop).result()
     coordinator.context.workers.append(relay)
     start(coordinator, request_id="mine")
     wait_until(lambda: len(coordinator.context.running))
@@ -612,7 +612,7 @@ def raw(address: str, start_pair: StartPair) -> Iterator[tuple[RunningServer, zm
     """A coordinator, and a socket that speaks to a second relay of it as a worker does."""
     coordinator, _ = start_pair()
     relay = Relay(f"{address}-raw", coordinator.context, coordinator.app)
-    coordinator.loop.call_soon_threadsafe(relay.start)
+    asyncio.run_coroutine_threadsafe(relay.start(), coordinator.loop).result()
     coordinator.context.workers.append(relay)
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)

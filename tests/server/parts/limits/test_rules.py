@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.parts.limits.accounts import DAY, Account, LimitReachedError, Limits, TokenBucket, format_duration
+from server.accounts import DAY, Account
+from server.http.errors import QuotaExceededError
+from server.parts.limits.rules import Limits, TokenBucket, format_duration
 
 STEPS = st.lists(st.tuples(st.floats(0, 100), st.integers(0, 50)), max_size=20)
 
@@ -45,12 +47,12 @@ def test_a_budget_is_renewed_once_a_day() -> None:
     start, noon = 1000.0, 20_000.5 * DAY
     now, wall = start, noon
     account = Account(lambda: now, lambda: wall)
-    account.set_limits(Limits(tokens_per_day=10))
+    account.rules = Limits(tokens_per_day=10).rules(())
     account.count_tokens(prompt=9)
     account.begin()
     account.count_tokens(output=1)
     for wall_days, days, is_renewed in DAYS:
         wall, now = noon + wall_days * DAY, start + days * DAY
-        with nullcontext() if is_renewed else pytest.raises(LimitReachedError, match="tokens_per_day"):
+        with nullcontext() if is_renewed else pytest.raises(QuotaExceededError, match="10 tokens per day"):
             account.begin()
         account.count_tokens(prompt=10 if is_renewed else 0)

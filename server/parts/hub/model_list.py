@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 
 from engine.shared.paths import cache_folder
-from server.model_aliases import MODEL_ALIASES
+from server.format import format_bytes, home_relative
 from server.package_aliases import PACKAGE_ALIASES, alias_path
+from server.parts.hub.aliases import MODEL_ALIASES
 from server.parts.hub.environment import hub_folder
 from server.parts.hub.files import CONFIG, GGUFModel, gguf_models
-from server.parts.hub.format import format_bytes, home_relative
 
 
 class ListedModel(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from server.parts.limits.accounts import Limits
+from server.parts.limits.rules import Limits
 from server.settings.setting import SettingsError
 from server.settings.suggestions import did_you_mean
 from server.settings.table import ADAPTER_NAME

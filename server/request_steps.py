@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from fastapi import Request
 
 from engine.shared.messages import Submit, TokenEvent
-from server.generation.endpoint import Endpoint
 from server.schemas.generation_request import GenerationRequest
-
-if TYPE_CHECKING:
-    from server.generation.job import Job
 
 
 @dataclass(slots=True)
 class RequestSteps:
     """The steps of one request."""
 
-    # Before the engine gets its messages, which may be replaced.
-    on_submit: list[Callable[[Job[Any], Sequence[Submit]], Sequence[Submit]]] = field(default_factory=list)
-    on_submitted: list[Callable[[Job[Any], Sequence[Submit]], None]] = field(default_factory=list)
+    # Before the engine gets the messages of a `Job`, which may be replaced.
+    on_submit: list[Callable[[Any, Sequence[Submit]], Sequence[Submit]]] = field(default_factory=list)
+    on_submitted: list[Callable[[Any, Sequence[Submit]], None]] = field(default_factory=list)
     # With each event of the engine, and the number of its prompt.
     on_event: list[Callable[[int, TokenEvent], None]] = field(default_factory=list)
     on_failure: list[Callable[[BaseException], None]] = field(default_factory=list)
@@ -40,5 +36,5 @@ class RequestSteps:
         self.on_end.clear()
 
 
-# Adds the steps of a part to those of a request, which has just arrived and may be invalid.
-Step: TypeAlias = Callable[[Request, GenerationRequest, Endpoint[Any], RequestSteps], None]
+# Adds the steps of a part to those of a request to an `Endpoint`, which has just arrived and may be invalid.
+Step: TypeAlias = Callable[[Request, GenerationRequest, Any, RequestSteps], None]

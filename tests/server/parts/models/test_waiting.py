@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.model_route import COMMENT_SECONDS, MAX_HELD_SECONDS
 from server.parts.models.manager import IDLE_POLL_SECONDS
-from tests.server.api.dialects import DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, TOKENIZE, Reader
+from server.parts.models.waiting import COMMENT_SECONDS, MAX_HELD_SECONDS
 from tests.server.api.test_contract import ACTING, RERANK
+from tests.server.dialects import DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, TOKENIZE, Reader
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MINIMAL, OLLAMA_GENERATE, RESPONSES, ask
 from tests.support.fake_engine import make_adapter
 from tests.support.serving import check_error, wait_until

@@ -2,11 +2,12 @@
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.admin.schemas import TenantUsage, UsageList
+from server.accounts import Account
 from server.context import get_context
 from server.http.json_response import StructResponse
-from server.parts.limits.accounts import Account, Limits
-from server.tenants import get_tenant
+from server.parts.limits.rules import Limits
+from server.parts.limits.schemas import TenantUsage, UsageList
+from server.tenants import Tenant, get_tenant
 
 router = APIRouter()
 
@@ -19,8 +20,12 @@ async def usage(request: Request) -> Response:
     """
     own = get_tenant(request)
     tenants = get_context(request).api_keys.tenants.values() if own.is_admin else ()
-    usages = [_usage(tenant.owner or None, tenant.account, tenant.limits) for tenant in tenants or (own,)]
+    usages = [_usage(tenant.owner or None, tenant.account, _limits(tenant)) for tenant in tenants or (own,)]
     return StructResponse(UsageList(data=usages))
+
+
+def _limits(tenant: Tenant) -> Limits:
+    return tenant.limits if isinstance(tenant.limits, Limits) else Limits()
 
 
 def _usage(name: str | None, account: Account, limits: Limits) -> TenantUsage:

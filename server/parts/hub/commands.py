@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
 
 def _pull(arguments: argparse.Namespace) -> int:
     from server.model_paths import ModelError, resolve_model
-    from server.parts.hub.progress import progress_on_stderr
+    from server.progress import progress_on_stderr
 
     try:
         print(resolve_model(arguments.model, progress_on_stderr()).path)
@@ -43,8 +43,9 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _remove(arguments: argparse.Namespace) -> int:
-    from server.model_paths import ModelError, remove_model
-    from server.parts.hub.format import format_bytes
+    from server.format import format_bytes
+    from server.model_paths import ModelError
+    from server.parts.hub.resolve import remove_model
 
     try:
         print(f"Removed {arguments.model}, {format_bytes(remove_model(arguments.model))}")
@@ -54,6 +55,6 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from server.cli.model_list import print_models
+    from server.parts.hub.model_list import print_models
 
     return print_models(as_json=arguments.json)

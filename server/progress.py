@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from server.parts.hub.format import format_bytes, format_seconds
+from server.format import format_bytes, format_seconds
 
 LINE_SECONDS = 5.0  # between lines
 
