@@ -111,11 +111,7 @@ def load_model(
     clock.lap("weights")
     with torch.inference_mode():
         model = part.build(
-            parameters,
-            kernels=kernels,
-            max_model_len=max_model_len,
-            device=device,
-            allowed_len=limits.max_model_len,
+            parameters, kernels=kernels, max_model_len=max_model_len, device=device, allowed_len=limits.max_model_len
         )
     clock.lap("model")
     adapters = loader.load(part, model)

@@ -21,18 +21,18 @@ class Usage(msgspec.Struct, kw_only=True):
 
 
 class Rule(Protocol):
-    """A limit of a tenant."""
+    """A limit of a tenant. Times are those of its account's clock."""
 
-    def check(self, account: Account) -> None:
+    def check(self, account: Account, now: float) -> None:
         """Raise APIError if a request that begins now exceeds the limit."""
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         """Count a request that begins."""
 
-    def count(self, num_tokens: int) -> None:
+    def count(self, num_tokens: int, now: float) -> None:
         """Count tokens of a prompt or an output."""
 
-    def headers(self) -> dict[str, str]:
+    def headers(self, now: float) -> dict[str, str]:
         """Return headers of responses that tell what is left."""
 
 
@@ -45,7 +45,7 @@ class Account:
         self.usage = Usage()
         self.num_running = 0  # requests
         self.rules: Sequence[Rule] = ()
-        self._clock = clock
+        self.clock = clock
         self._wall_clock = wall_clock
         self._day = 0  # since 1970, in UTC
         self._day_began = 0.0  # by `clock`
@@ -56,10 +56,11 @@ class Account:
 
         Raises APIError if it exceeds a limit; then it counts as none.
         """
+        now = self.clock()
         for rule in self.rules:
-            rule.check(self)
+            rule.check(self, now)
         for rule in self.rules:
-            rule.begin()
+            rule.begin(now)
         self.usage.num_requests += 1
         self.num_running += 1
 
@@ -71,7 +72,7 @@ class Account:
             self._begin_day()
         self._day_tokens += prompt + output
         for rule in self.rules:
-            rule.count(prompt + output)
+            rule.count(prompt + output, self.clock())
 
     def count_cached(self, num_tokens: int) -> None:
         """Count prompt tokens, which `count_tokens` has counted too, as read from the prefix cache."""
@@ -88,10 +89,10 @@ class Account:
 
         A clock that is set back renews no budget, and one that was ahead holds none up for more than a day.
         """
-        today, now = int(self._wall_clock()) // DAY, self._clock()
+        today, now = int(self._wall_clock()) // DAY, self.clock()
         if today > self._day or (today < self._day and now - self._day_began >= DAY):
             self._day, self._day_began, self._day_tokens = today, now, 0
 
     def headers(self) -> dict[str, str]:
         """Return the headers of responses that tell what is left of the limits."""
-        return {name: value for rule in self.rules for name, value in rule.headers().items()}
+        return {name: value for rule in self.rules for name, value in rule.headers(self.clock()).items()}

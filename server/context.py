@@ -11,8 +11,7 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
-from server.access.api_keys import ApiKeys
-from server.access.ledger import Ledger
+from server.api_keys import ApiKeys
 from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.http.bodies import get_text_size
 from server.http.json_response import AnswerResponse
@@ -24,7 +23,7 @@ from server.role import Role
 from server.running_requests import RunningRequests
 from server.settings.table import Settings
 from server.shares import MemoryBudget
-from server.tenants import get_tenant
+from server.tenants import Ledger, get_tenant
 from server.text.text_threads import TextThreads
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ from fastapi import FastAPI
 from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.parent_death import die_with_parent
-from server.access.api_keys import ApiKeys
 from server.announcement import announce
+from server.api_keys import ApiKeys
 from server.app import create_app
 from server.context import ServerContext
 from server.http.errors import EngineUnavailableError
@@ -258,11 +258,7 @@ class Lifecycle:
     """
 
     def __init__(
-        self,
-        server: APIServer,
-        context: ServerContext,
-        flush_logs: Callable[[], None],
-        channel: Channel | None = None,
+        self, server: APIServer, context: ServerContext, flush_logs: Callable[[], None], channel: Channel | None = None
     ) -> None:
         self._server = server
         self._context = context

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from engine.shared.parts import has_part
 from server.context import ServerContext
 from server.dialect import Dialect
-from server.part_table import FOLDER, PARTS, load_module
+from server.part_table import PARTS, is_installed, load_module
 
 
 def _nothing(context: ServerContext) -> None:
@@ -25,4 +24,4 @@ class Part:
 @cache
 def load_parts() -> Sequence[Part]:
     """Return the parts that are there, in the order of the table."""
-    return [load_module(name, "part").PART for name in PARTS if has_part(FOLDER, name)]
+    return [load_module(name, "part").PART for name in PARTS if is_installed(name)]

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI
 
-from server.access.ledger import Ledger
 from server.engine_client.client import EngineClient
 from server.metrics import Metrics
 from server.running_requests import RunningRequests
 from server.settings.table import Settings
 from server.sockets.acceptor import Acceptor
+from server.tenants import Ledger
 
 MakeProtocol = Callable[[], asyncio.BaseProtocol]
 

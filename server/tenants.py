@@ -4,9 +4,10 @@ What a request leaves behind (responses, recordings, cached prefixes) belongs to
 all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address
+from itertools import count
 from typing import Protocol, TypeAlias
 
 import msgspec
@@ -26,8 +27,8 @@ OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner
 class TenantLimits(Protocol):
     """What limits the requests of a tenant."""
 
-    def rules(self, before: Sequence[Rule]) -> Sequence[Rule]:
-        """Return the rules, in place of those `before`, whose counts go on."""
+    def rules(self, account: Account) -> Sequence[Rule]:
+        """Return the rules, in place of those that the account has, whose counts go on."""
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,3 +105,30 @@ def get_tenant(request: Request) -> Tenant:
 def get_owner(request: Request) -> str:
     """Return the owner of what a request leaves behind, and of what it may read, cancel or continue."""
     return get_tenant(request).owner
+
+
+class Ledger:
+    """Counts requests in the accounts of their tenants, and numbers those that have no seed."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+
+    async def enter(self, tenant: Tenant) -> int:
+        """Count a request that begins, and return the number with which `leave` must follow.
+
+        Raises APIError if it exceeds a limit of its tenant.
+        """
+        tenant.account.begin()
+        return 0
+
+    async def leave(self, tenant: Tenant, number: int) -> None:
+        """Count a request as ended."""
+        tenant.account.num_running -= 1
+
+    async def headers(self, tenant: Tenant) -> Mapping[str, str]:
+        """Return OpenAI's headers for the rates of the tenant that are limited."""
+        return tenant.account.headers()
+
+    async def take_number(self) -> int:
+        """Return how often this has been called before."""
+        return next(self._numbers)

@@ -45,8 +45,8 @@ def sizes() -> dict[str, tuple[int, int]]:
     lines: Counter[str] = Counter()
     files: Counter[str] = Counter()
     for package in ("engine", "server", "tests"):
-        for owner, path in sources(package):
-            owner = "tests" if package == "tests" else owner
+        for name, path in sources(package):
+            owner = "tests" if package == "tests" else name
             lines[owner] += num_code_lines(path)
             files[owner] += bool(num_code_lines(path))
     return {owner: (lines[owner], files[owner]) for owner in lines}

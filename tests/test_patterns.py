@@ -20,7 +20,7 @@ import networkx as nx
 
 from engine.config.families import FAMILIES
 from engine.parts.distributed.plan import PLAN
-from engine.weights.quantized_formats import _LAYOUTS
+from engine.parts.quantized.formats import _LAYOUTS
 from server.text.parsers.object_reader import _NAME, _OTHER_MEMBERS
 from server.text.templates.chat_encoding import _trie_pattern
 from server.text.templates.tool_probe import _VALUES
@@ -36,7 +36,7 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
         pattern for family in FAMILIES for layout in (family.layout, family.gguf_layout) for pattern, _ in layout.names
     ],
     ("engine.weights.layout", "pattern"): (),  # those of the entry above
-    ("engine.weights.quantized_formats", "_LAYOUTS[quantization.method][0]"): [row[0] for row in _LAYOUTS.values()],
+    ("engine.parts.quantized.formats", "_LAYOUTS[quantization.method][0]"): [row[0] for row in _LAYOUTS.values()],
     ("server.constrained.marker_writer", 'f"({tokens})"'): [r"(<\|end\|>|a\+)"],
     ("server.parts.hub.files", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
     ("server.settings.value_types", "regex"): (),  # found by SETTING_TYPES
@@ -61,7 +61,7 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
 }
 # Patterns that are not examined, with the reason.
 EXCEPTIONS = {
-    ("engine.parts.lora.peft_config", 'rf"(.*\\.)?({pattern})$"'): "an adapter's own: few branchings, limited by time",
+    ("engine.parts.lora.peft_config", 'rf"(.*\\.)?({pattern})$"'): "an adapter's own: few branchings, limited by time"
 }
 
 

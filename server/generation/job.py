@@ -75,7 +75,9 @@ class Job(Generic[Body]):
         self.generation.close()
         self.context.running.remove(self.generation, self.keys)
         self.keys = ()
-        self.steps.end()
+        for step in self.steps.on_end:
+            step()
+        self.steps.on_end.clear()
 
     def close(self) -> None:
         """End the generation, and count its answer no longer."""

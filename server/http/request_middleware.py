@@ -20,17 +20,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.ledger import Ledger
 from server.http.access_control import Authentication, CrossOriginMiddleware, HostRules
 from server.http.bodies import BodyReader, BodyShare
 from server.http.error_formats import ErrorFormats
-from server.http.errors import (
-    APIError,
-    ServerError,
-)
+from server.http.errors import APIError, ServerError
 from server.http.json_route import EXCHANGE, StrictJSONRoute
 from server.metrics import Metrics
-from server.tenants import TENANT, Tenant, client_address
+from server.tenants import TENANT, Ledger, Tenant, client_address
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
@@ -196,8 +192,8 @@ class Exchange:
             if scope["method"] == "POST":
                 if not scope["path"].endswith("/cancel"):
                     self._number = await rules.ledger.enter(self._tenant)
-                self._body = await rules.bodies.read(scope, receive)
-                self._unread, receive = self._body.body, self.receive
+                self._unread, self._body = await rules.bodies.read(scope, receive)
+                receive = self.receive
             app = self._app
             if (route := self._route) is not None:
                 scope["route"] = route

@@ -13,19 +13,7 @@ import pytest
 
 from server.parts.otel.tracer import Tracer
 from server.text.tokenizer import Tokenizer
-from tests.server.kinds import (  # noqa: F401
-    adapted,
-    fim,
-    harmony_tools,
-    keyed,
-    model,
-    of_kind,
-    plain,
-    servers,
-    strict,
-    threads,
-    tools,
-)
+from tests.server.kinds import *  # noqa: F403
 from tests.support.fake_engine import FakeEngine
 from tests.support.otlp_receiver import OTLPReceiver
 from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server

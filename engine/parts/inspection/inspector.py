@@ -36,15 +36,7 @@ from engine.scheduling.request import (
 )
 from engine.shared.block_hashes import prefix_salt
 from engine.shared.messages import SamplingParams, Submit
-from engine.shared.records import (
-    Candidate,
-    Inspect,
-    Inspected,
-    InspectionProblem,
-    PositionView,
-    ReadFailed,
-    StageView,
-)
+from engine.shared.records import Candidate, Inspect, Inspected, InspectionProblem, PositionView, ReadFailed, StageView
 
 MAX_ROWS = 64  # that are computed at once
 MAX_PRODUCTS = 1 << 19  # of queries and keys of a layer that are computed at once

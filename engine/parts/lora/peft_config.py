@@ -45,16 +45,7 @@ REFUSED_CONFIGS = {
     "use_bdlora": "BD-LoRA, whose matrices are block-diagonal, is not supported",
 }
 # Settings that are read.
-READ_KEYS = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "bias",
-    "init_lora_weights",
-}
+READ_KEYS = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights"}
 # Settings without an effect on a trained adapter: its origin, initialisation and training, and which modules it has.
 HARMLESS_KEYS = {
     "auto_mapping",

@@ -37,14 +37,7 @@ from engine.parts.triton import attention, experts, kv_cache, lora, prompt_atten
 from engine.parts.triton.attention import TritonAttentionPlan
 from engine.parts.triton.attention_plan import TritonAttentionPlanner, new_planner
 from engine.parts.triton.linear import linear
-from engine.parts.triton.packed_matrix import (
-    PACKED_TYPES,
-    PackedMatrix,
-    from_float8,
-    from_ggml,
-    from_groups,
-    to_int8,
-)
+from engine.parts.triton.packed_matrix import PACKED_TYPES, PackedMatrix, from_float8, from_ggml, from_groups, to_int8
 from engine.parts.triton.sampler import TritonSampler
 from engine.parts.triton.tiles import (
     EXPERTS_OF_ROW,

@@ -25,12 +25,7 @@ def encode_inputs(model: ServedModel, body: EmbeddingRequest) -> list[list[int]]
 
 
 def make_submit(
-    model: ModelVariant,
-    request_id: str,
-    token_ids: list[int],
-    arrival: float,
-    *,
-    priority: int = 0,
+    model: ModelVariant, request_id: str, token_ids: list[int], arrival: float, *, priority: int = 0
 ) -> Submit:
     """Return the engine message that asks for the embedding of a prompt."""
     params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(model.base.settings.pooling))

@@ -36,9 +36,7 @@ class EmbeddingRequest(QueueFields):
         None, description="Side from which truncate_prompt_tokens removes tokens. Default left: the beginning."
     )
     dimensions: int | None = Field(
-        None,
-        ge=1,
-        description="Number of dimensions to keep; the result is rescaled to length 1. Default: all.",
+        None, ge=1, description="Number of dimensions to keep; the result is rescaled to length 1. Default: all."
     )
     lightwell: LightwellOptions | None = Field(None, description="Options specific to this server.")
 

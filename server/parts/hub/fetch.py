@@ -70,11 +70,7 @@ class _Fetch:
     """One download, in steps."""
 
     def __init__(
-        self,
-        client: HubClient,
-        repository: Repository,
-        progress: Progress,
-        sleep: Callable[[float], None] = time.sleep,
+        self, client: HubClient, repository: Repository, progress: Progress, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self._client = client
         self._repository = repository

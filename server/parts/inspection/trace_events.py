@@ -31,10 +31,7 @@ class TraceBuilder:
 
     def __init__(self, clock_offset: float) -> None:
         """`clock_offset`: Unix time of the engine's times."""
-        self.events = [
-            _label("process_name", ENGINE, 0, "engine"),
-            _label("process_name", REQUESTS, 0, "requests"),
-        ]
+        self.events = [_label("process_name", ENGINE, 0, "engine"), _label("process_name", REQUESTS, 0, "requests")]
         self._clock_offset = clock_offset
         self._track_ends: list[int] = []  # of the last step on each track of the engine
         self._steps: dict[int, Slice] = {}  # by id

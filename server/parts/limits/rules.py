@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import msgspec
 
@@ -22,18 +21,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_day: int | None = None
     max_concurrent_requests: int | None = None
 
-    def rules(self, before: Sequence[Rule]) -> list[Rule]:
-        """Return the rules. A rate that is the same in those of `before` goes on from where it is."""
-        return list(self._rules({rule.key: rule for rule in before if isinstance(rule, Rate)}))
+    def rules(self, account: Account) -> list[Rule]:
+        """Return the rules of an account. A rate that it has already goes on from where it is."""
+        rates = {rule.key: rule for rule in account.rules if isinstance(rule, Rate)}
+        return list(self._rules(rates, account.clock()))
 
-    def _rules(self, rates: dict[tuple[str, int], Rate]) -> Iterator[Rule]:
+    def _rules(self, rates: dict[tuple[str, int], Rate], now: float) -> Iterator[Rule]:
         if self.max_concurrent_requests is not None:
             yield Concurrency(self.max_concurrent_requests)
         if self.tokens_per_day is not None:
             yield DailyTokens(self.tokens_per_day)
         for kind, per_minute in ((RequestRate, self.requests_per_minute), (TokenRate, self.tokens_per_minute)):
             if per_minute is not None:
-                yield rates.get((kind.noun, per_minute)) or kind(per_minute)
+                yield rates.get((kind.noun, per_minute)) or kind(per_minute, now)
 
 
 class TokenBucket:
@@ -64,13 +64,13 @@ class TokenBucket:
 class Limit:
     """A rule that counts nothing itself."""
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         pass
 
-    def count(self, num_tokens: int) -> None:
+    def count(self, num_tokens: int, now: float) -> None:
         pass
 
-    def headers(self) -> dict[str, str]:
+    def headers(self, now: float) -> dict[str, str]:
         return {}
 
 
@@ -80,7 +80,7 @@ class Concurrency(Limit):
     def __init__(self, max_requests: int) -> None:
         self._max_requests = max_requests
 
-    def check(self, account: Account) -> None:
+    def check(self, account: Account, now: float) -> None:
         if account.num_running >= self._max_requests:
             raise ConcurrencyLimitError(self._max_requests)
 
@@ -91,7 +91,7 @@ class DailyTokens(Limit):
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
 
-    def check(self, account: Account) -> None:
+    def check(self, account: Account, now: float) -> None:
         if account.num_tokens_today >= self._max_tokens:
             raise QuotaExceededError(self._max_tokens)
 
@@ -101,19 +101,18 @@ class Rate(Limit):
 
     noun = ""
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_minute: int, now: float) -> None:
         self.key = (self.noun, per_minute)
-        self._clock = clock
-        self._bucket = TokenBucket(per_minute, clock())
+        self._bucket = TokenBucket(per_minute, now)
 
-    def check(self, _account: Account) -> None:
-        bucket, now = self._bucket, self._clock()
+    def check(self, account: Account, now: float) -> None:
+        bucket = self._bucket
         if bucket.level(now) < 1:
             raise RateLimitError(self.noun, bucket.per_minute, bucket.seconds_until(1, now))
 
-    def headers(self) -> dict[str, str]:
+    def headers(self, now: float) -> dict[str, str]:
         """Return OpenAI's headers for the rate."""
-        bucket, now = self._bucket, self._clock()
+        bucket = self._bucket
         return {
             f"x-ratelimit-limit-{self.noun}": str(bucket.per_minute),
             f"x-ratelimit-remaining-{self.noun}": str(max(0, math.floor(bucket.level(now)))),
@@ -124,15 +123,15 @@ class Rate(Limit):
 class RequestRate(Rate):
     noun = "requests"
 
-    def begin(self) -> None:
-        self._bucket.take(1, self._clock())
+    def begin(self, now: float) -> None:
+        self._bucket.take(1, now)
 
 
 class TokenRate(Rate):
     noun = "tokens"
 
-    def count(self, num_tokens: int) -> None:
-        self._bucket.take(num_tokens, self._clock())
+    def count(self, num_tokens: int, now: float) -> None:
+        self._bucket.take(num_tokens, now)
 
 
 def format_duration(seconds: float) -> str:

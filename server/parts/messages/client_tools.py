@@ -37,10 +37,7 @@ _BASH = (
         },
     },
 )
-_EDITOR = (
-    "Views, creates and edits text files.",
-    _file_schema(_EDITOR_COMMANDS, _EDITOR_FIELDS, ("command", "path")),
-)
+_EDITOR = ("Views, creates and edits text files.", _file_schema(_EDITOR_COMMANDS, _EDITOR_FIELDS, ("command", "path")))
 _MEMORY = (
     "Views and edits the files below /memories, which are kept between conversations.",
     _file_schema((*_EDITOR_COMMANDS, "delete", "rename"), tuple(_FIELDS), ("command",)),

@@ -56,10 +56,7 @@ class ModelManager:
     unloads = True
 
     def __init__(
-        self,
-        slots: Sequence[ModelSlot],
-        order: Callable[[StartEngine | StopEngine], None],
-        idle_unload: float | None,
+        self, slots: Sequence[ModelSlot], order: Callable[[StartEngine | StopEngine], None], idle_unload: float | None
     ) -> None:
         """`order` sends a message to the supervisor."""
         self.health = ManagedHealth(self, slots)

@@ -55,12 +55,7 @@ async def respond(loader: Loader, route: WaitingRoute, request: Request, fields:
 
 
 async def _events(
-    loader: Loader,
-    route: WaitingRoute,
-    request: Request,
-    fields: dict[str, Any],
-    slot: ModelSlot,
-    seconds: float,
+    loader: Loader, route: WaitingRoute, request: Request, fields: dict[str, Any], slot: ModelSlot, seconds: float
 ) -> AsyncGenerator[bytes, None]:
     """Yield comments until the model is loaded, then the events of the stream that the handler returns."""
     waiting = asyncio.create_task(loader.wait_loaded(slot, seconds - MAX_HELD_SECONDS, get_tenant(request)))

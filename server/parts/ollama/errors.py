@@ -24,8 +24,5 @@ def error_line(error: APIError, num_events: int = 0) -> bytes:
 
 
 OLLAMA_ERRORS = ErrorFormat(
-    paths=re.compile("/api/"),
-    schema=OllamaErrorResponse,
-    body=error_body,
-    last_events=error_line,
+    paths=re.compile("/api/"), schema=OllamaErrorResponse, body=error_body, last_events=error_line
 )

@@ -155,10 +155,7 @@ def _times(
 ) -> RequestTimes:
     """Return the times of a choice, which the engine reports with its first and last events. It ends by `end`."""
     times = stats.times or RequestTimes(
-        arrival=stats.arrival,
-        queued=submitted,
-        scheduled=generation.reservation.started,
-        first_token=stats.first_token,
+        arrival=stats.arrival, queued=submitted, scheduled=generation.reservation.started, first_token=stats.first_token
     )
     finished = times.finished or (stats.last_token if has_finished else None)  # a stop string ends it in this process
     return msgspec.structs.replace(times, finished=min(finished or end, end))

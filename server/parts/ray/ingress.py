@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.access.api_keys import ApiKeys
 from server.api.dialects import ERROR_FORMATS
+from server.api_keys import ApiKeys
 from server.http.access_control import METRICS, Authentication
 from server.http.bodies import BodyReader
 from server.http.errors import APIError, BadRequestError, EngineUnavailableError
@@ -56,12 +56,12 @@ class Ingress:
         return AppResponse(self._forward, below_prefix(request.scope))
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        share = None
+        body, share = b"", None
         try:
             if scope["method"] == "POST":
                 self._authentication.find_tenant(scope)
-                share = await self._bodies.read(scope, receive)
-            response = await self._respond(scope, forwarded_request(scope, b"" if share is None else share.body))
+                body, share = await self._bodies.read(scope, receive)
+            response = await self._respond(scope, forwarded_request(scope, body))
         except APIError as error:
             response = ERROR_FORMATS.response(error, scope)
         finally:

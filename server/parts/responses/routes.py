@@ -14,12 +14,7 @@ from server.context import get_context
 from server.generation.pipeline import respond, start_in_background
 from server.generation.preamble import find_generating_model, find_model
 from server.http.bodies import note_text_size
-from server.http.errors import (
-    BadRequestError,
-    InvalidValueError,
-    PreviousResponseNotFoundError,
-    ResponseNotFoundError,
-)
+from server.http.errors import BadRequestError, InvalidValueError, PreviousResponseNotFoundError, ResponseNotFoundError
 from server.http.json_response import StructResponse
 from server.http.json_route import end_with_client
 from server.http.sse import EventStream

@@ -220,8 +220,7 @@ class TextConfig(RequestObject):
 
 class ReasoningConfig(RequestObject):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None,
-        description="Passed to the chat template. Ignored, and reported, if the template does not read it.",
+        None, description="Passed to the chat template. Ignored, and reported, if the template does not read it."
     )
     summary: Literal["auto", "concise", "detailed"] | None = Field(
         None, description="Accepted and ignored: reasoning is returned in full."

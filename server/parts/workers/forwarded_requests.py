@@ -11,15 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.error_formats import ErrorFormats
 from server.http.errors import EngineDeadError
-from server.parts.workers.messages import (
-    Forget,
-    Forward,
-    NextPart,
-    PartSent,
-    RequestPart,
-    ResponseEnd,
-    ResponsePart,
-)
+from server.parts.workers.messages import Forget, Forward, NextPart, PartSent, RequestPart, ResponseEnd, ResponsePart
 
 logger = logging.getLogger(__name__)
 

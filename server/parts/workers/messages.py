@@ -7,16 +7,7 @@ from typing import Any
 
 import msgspec
 
-from engine.shared.messages import (
-    Abort,
-    Adapters,
-    Hello,
-    LoadFailed,
-    Outputs,
-    Ready,
-    Submit,
-    TokenLogprobs,
-)
+from engine.shared.messages import Abort, Adapters, Hello, LoadFailed, Outputs, Ready, Submit, TokenLogprobs
 from server.http.errors import APIError
 from server.parts.recordings.store import RecordedChoice, Recording
 

@@ -266,10 +266,7 @@ class Relay:
 
     def _on_reserve(self, message: Reserve) -> None:
         reservation = self._client.reserve(
-            message.count,
-            param=message.param,
-            tenant=self._tenant(message.tenant),
-            queue_timeout=message.queue_timeout,
+            message.count, param=message.param, tenant=self._tenant(message.tenant), queue_timeout=message.queue_timeout
         )
         held = self._held[message.number] = _Held(reservation)
         self._reservations[message.number] = reservation

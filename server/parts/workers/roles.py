@@ -8,7 +8,6 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from server.access.ledger import Ledger
 from server.api.dialects import ERROR_FORMATS, worker_paths
 from server.context import ServerContext
 from server.engine_client.client import EngineClient
@@ -22,6 +21,7 @@ from server.role import MakeProtocol, Role
 from server.settings.process_configs import ApiProcessConfig, WorkerLink
 from server.settings.table import Settings
 from server.sockets.acceptor import Acceptor
+from server.tenants import Ledger
 
 
 class CoordinatorRole(Role):

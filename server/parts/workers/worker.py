@@ -10,7 +10,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from engine.shared.messages import Submit
-from server.access.ledger import Ledger
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
@@ -45,7 +44,7 @@ from server.parts.workers.messages import (
 )
 from server.running_requests import RunningRequests
 from server.settings.process_configs import EngineProcess
-from server.tenants import ANYBODY, Tenant
+from server.tenants import ANYBODY, Ledger, Tenant
 
 NO_LIMIT = 1 << 30  # choices; the coordinator has one
 

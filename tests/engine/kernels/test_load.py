@@ -169,7 +169,7 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     ],
 )
 def test_a_problem_that_triton_itself_finds(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.kernels.load.missing_requirement", lambda: None)
+    monkeypatch.setattr("engine.parts.triton.load.missing_requirement", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(triton.runtime, "driver", driver := Mock())
     driver.active.get_current_target.side_effect = error

@@ -47,7 +47,7 @@ def test_a_budget_is_renewed_once_a_day() -> None:
     start, noon = 1000.0, 20_000.5 * DAY
     now, wall = start, noon
     account = Account(lambda: now, lambda: wall)
-    account.rules = Limits(tokens_per_day=10).rules(())
+    account.rules = Limits(tokens_per_day=10).rules(account)
     account.count_tokens(prompt=9)
     account.begin()
     account.count_tokens(output=1)

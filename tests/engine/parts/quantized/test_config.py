@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.config import Fields, QuantizationConfig
-from engine.config.quantization import read_quantization
+from engine.parts.quantized.config import read_quantization
 
 GPTQ = {"bits": 4, "desc_act": False, "group_size": 128, "quant_method": "gptq", "sym": True}
 AWQ = {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.config import QuantizationConfig
+from engine.parts.quantized.formats import IGNORED_PARTS, read_layer, split_name
 from engine.weights.packed import Quantized, Weight
-from engine.weights.quantized_formats import IGNORED_PARTS, read_layer, split_name
 
 MIB = 2**20
 

@@ -71,7 +71,7 @@ class ApiKeys:
         for tenant in {tenant.name: tenant for _, tenant in keys}.values():
             before = self.known.get(tenant.name)
             account = Account() if before is None else before.account
-            account.rules = () if tenant.limits is None else tenant.limits.rules(account.rules)
+            account.rules = () if tenant.limits is None else tenant.limits.rules(account)
             tenants[tenant.name] = msgspec.structs.replace(tenant, account=account)
         self.known |= tenants
         return [(digest, tenants[tenant.name]) for digest, tenant in keys]

@@ -41,7 +41,7 @@ def running_pair(
     with running_worker(default_server.engine, model_folder, api_keys_file=file) as pair:
         now = time.monotonic()
         for tenant in pair[0].context.api_keys.tenants.values():
-            tenant.account._clock = lambda: now  # so that no rate recovers while the tests run
+            tenant.account.clock = lambda: now  # so that no rate recovers while the tests run
         yield pair
 
 

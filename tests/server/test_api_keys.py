@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.access.api_keys import ApiKeys
+from server.api_keys import ApiKeys
 from server.http.errors import RateLimitError
 from server.parts.limits import keys_file
 from server.parts.limits.keys_file import read_keys_file
