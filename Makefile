@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve quick test test-long fuzz soak check format bench bench-gpu bench-gpu-model peers way wheel test-image clean always
+.PHONY: help install serve quick test test-long fuzz soak check format bench bench-gpu bench-gpu-model peers size way wheel test-image clean always
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no
 ONCE := -p no:rerunfailures
 QUICK := tests/test_borders.py tests/test_style.py \
 	$(patsubst %,tests/engine/%,batch config grammar model scheduling shared weights) \
-	$(patsubst %,tests/server/%,access constrained limits schemas settings statistics text)
+	$(patsubst %,tests/server/%,constrained schemas settings statistics text)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 COMPILE_KERNELS := $(BIN)/python -m engine.kernels.cpu.build >/dev/null 2>&1
 TORCH ?=
@@ -67,6 +67,9 @@ bench-gpu-model: .venv/installed-test ## Estimate the time of each step on GPUs 
 
 peers: .venv/installed-test ## Measure other servers beside it, as ARGS says (default: how to)
 	$(BIN)/python -m tests.bench.peers $(or $(ARGS),--help)
+
+size: .venv/installed-test ## Count the lines of code of core, parts and tests
+	$(BIN)/python -m tests.size
 
 way: .venv/installed-test ## Print the functions that a short chat and a completion call
 	$(BIN)/python -m tests.way $(ARGS)

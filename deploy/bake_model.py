@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, resolve_model
+from server.progress import progress_on_stderr
 
 
 def bake(folder: Path, model: str) -> None:

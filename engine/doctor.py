@@ -14,9 +14,9 @@ import msgspec
 from engine.kernels.cpu import build
 from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.cpu.processor import CPU_INFO, best_code_path, cpu_flags
-from engine.kernels.triton.requirements import missing_requirement
 from engine.shared.host_memory import available_memory
 from engine.shared.machine import Gpu, Machine
+from engine.shared.parts import MissingPartError, engine_part
 
 
 def examine() -> Machine:
@@ -32,7 +32,7 @@ def examine() -> Machine:
         torch=torch_version,
         cuda=cuda,
         gpus=gpus,
-        triton_problem=missing_requirement(),
+        triton_problem=_triton_problem(),
         compiler=compiler,
         compiler_problem=compiler_problem,
         code_path=code_path,
@@ -54,6 +54,15 @@ def _torch() -> tuple[str | None, str | None, list[Gpu]]:
         return None, None, []
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return str(torch.__version__), torch.version.cuda, [Gpu(gpu.name, gpu.total_memory) for gpu in gpus]
+
+
+def _triton_problem() -> str | None:
+    """Return why Triton cannot be used, or None."""
+    try:
+        problem: str | None = engine_part("triton", "requirements").missing_requirement()
+    except MissingPartError as error:
+        return str(error)
+    return problem
 
 
 def _compiler() -> tuple[str | None, str | None]:

@@ -12,14 +12,11 @@ import msgspec
 import torch
 from torch import Tensor
 
+from engine.adapters import AdapterLoader, Adapters, adapter_loader
 from engine.batch.builder import BatchBuilder, BatchLimits, NewBuffer, zeros
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.distributed.group import RankGroup
-from engine.distributed.part import ModelPart, WholeModel
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
-from engine.lora.checkpoint import LoraCheckpoint
-from engine.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_lora_slots, read_adapter
 from engine.model import CausalLM, Parameters
 from engine.model.kv_cache import KVCache
 from engine.model.memory_plan import (
@@ -38,6 +35,7 @@ from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
 from engine.weights import has_own_head, is_vector, least_weight_bytes, load_weights
+from engine.whole_model import WholeModel
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -70,7 +68,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     weight_bytes: int  # of this rank
-    adapters: LoraAdapters
+    adapters: Adapters
     num_ranks: int = 1
 
 
@@ -78,31 +76,30 @@ def load_model(
     config: EngineConfig,
     clock: StepClock | None = None,
     progress: Progress | None = None,
-    group: RankGroup | None = None,
+    make_part: Callable[[ModelConfig, Path], WholeModel] = WholeModel,
 ) -> LoadedModel:
     """Load the weights and adapters, size the KV cache and make a runner.
 
     `clock` records the time of each part; `progress` is called with the bytes of weights read so far and the total.
-    `group`: all ranks of the model, of which this one loads its part; None: there is only this one.
+    `make_part` chooses what this process loads of the model: by default all.
 
     Raises ValueError if there is no such model, or the model or a setting is not supported or does not fit in memory.
     """
     clock = clock or StepClock()
     path = Path(config.model_path)
     model_config = read_model_config(path)
-    part = WholeModel(model_config) if group is None else ModelPart(model_config, path, group)
+    part = make_part(model_config, path)
     config = part.settings(config)
     number = config.data_parallel_rank * part.num_ranks + part.rank
     device = choose_device(config.device, number, config.data_parallel_size, part.num_ranks)
     card = CudaMemory(device, config.gpu_memory_utilization) if device.type == "cuda" else None
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
-    checkpoints = read_adapters(config, model_config)
-    max_lora_rank = choose_lora_rank(config, checkpoints)
+    loader = adapter_loader(config, model_config)
     device_memory: DeviceMemory = card or HostMemory(limit=config.memory_limit, num_ranks=part.num_ranks)
     free = device_memory.free() if card is None else free_memory(device)
-    check_lora_memory(part.config, config.max_loras, max_lora_rank, dtype.itemsize, free)
-    kernels = load_kernels(device, kernel_options(config, part.config, dtype, limits, max_lora_rank))
+    loader.check_memory(part.config, dtype.itemsize, free)
+    kernels = load_kernels(device, kernel_options(config, part.config, dtype, limits, loader))
     sizes = ContextSizes(part.config, config, limits.max_num_batched_tokens, kernels)
     device_memory.reserved = least_weight_bytes(path) // part.num_ranks
     check_weight_memory(device_memory.reserved, free)
@@ -114,16 +111,10 @@ def load_model(
     clock.lap("weights")
     with torch.inference_mode():
         model = part.build(
-            parameters,
-            kernels=kernels,
-            max_model_len=max_model_len,
-            device=device,
-            allowed_len=limits.max_model_len,
+            parameters, kernels=kernels, max_model_len=max_model_len, device=device, allowed_len=limits.max_model_len
         )
     clock.lap("model")
-    adapters = part.new_adapters(model, config.max_loras, max_lora_rank)
-    for name, checkpoint in checkpoints.items():
-        adapters.load(name, config.lora_modules[name], checkpoint)
+    adapters = loader.load(part, model)
     clock.lap("adapters")
     device_memory.reserved = adapters.num_bytes if card is None else 0  # of the slots, until they are written to
     if card is not None:
@@ -146,13 +137,6 @@ def read_model_config(path: Path) -> ModelConfig:
         return config
     logger.warning("%s: tie_word_embeddings is true, but the files have an LM head that differs: it is used", path)
     return msgspec.structs.replace(config, tie_word_embeddings=False)
-
-
-def read_adapters(config: EngineConfig, model_config: ModelConfig) -> dict[str, LoraCheckpoint]:
-    """Return the matrices of the adapters to load at start, by name. Raises AdapterError."""
-    return {
-        name: read_adapter(name, path, model_config, config.max_lora_rank) for name, path in config.lora_modules.items()
-    }
 
 
 def plan_cache(
@@ -264,7 +248,7 @@ def run_largest_step(model: CausalLM, limits: Limits, block_size: int, device: t
 
 
 def kernel_options(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits, max_lora_rank: int
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits, loader: AdapterLoader
 ) -> KernelOptions:
     """Return the options of the kernels for this model. Raises ValueError for an invalid setting."""
     for name, value, choices in (
@@ -286,8 +270,8 @@ def kernel_options(
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,
         allow_slow_kernels=config.allow_slow_kernels,
-        num_lora_slots=num_lora_slots(config.max_loras),
-        max_lora_rank=max_lora_rank,
+        num_lora_slots=loader.num_slots,
+        max_lora_rank=loader.max_rank,
     )
 
 

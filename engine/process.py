@@ -17,19 +17,17 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import msgspec
 import torch
 
+from engine.adapters import AdapterGoneError
 from engine.api_connections import ApiConnections, Damaged
 from engine.config import EngineProcessConfig
 from engine.core import BrokenDeviceError, Engine
-from engine.inspection.inspector import Inspector
-from engine.inspection.reader import RecordReader
-from engine.lora.slots import AdapterGoneError
-from engine.lora.updates import AdapterUpdates
+from engine.loading import load_model
 from engine.model.memory_plan import is_out_of_memory
-from engine.ranks import load
 from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
 from engine.scheduling.record import StepClock
 from engine.shared.launcher import collect_garbage
@@ -37,29 +35,26 @@ from engine.shared.logs import configure_logging
 from engine.shared.messages import (
     HEARTBEAT_SECONDS,
     Abort,
-    AdapterDone,
-    Adapters,
     EngineInfo,
     FinishReason,
+    FromEngine,
     Hello,
-    LoadAdapter,
     Ready,
     Submit,
     ToEngine,
     TokenEvent,
-    UnloadAdapter,
     Vocabulary,
 )
 from engine.shared.parent_death import die_with_parent
-from engine.shared.records import Answer, Inspect, Question, ReadFailed, RecordQuestion, StopReading
+from engine.shared.parts import ENGINE_PARTS, engine_part, has_part
 from engine.startup import capture_graphs, engine_info, log_plan, process_age, progress_bar, warm_up
 
 logger = logging.getLogger("lightwell.engine")
 
-MAX_QUESTIONS = 64  # that wait; an API process has a few at a time
+LOOP_PARTS = ("inspection", "lora")  # which have something to do between steps
 UNREADABLE = "the request cannot be read"
 REFUSAL_SECONDS = 1.0  # for an API process to connect that learns why there is no engine
-POLL_SECONDS = 0.005  # between checks of adapters that are loading, if the engine is idle, and of unsent messages
+POLL_SECONDS = 0.005  # between calls of what is `polled`, if the engine is idle, and checks of unsent messages
 
 
 class EngineLoop:
@@ -69,15 +64,25 @@ class EngineLoop:
         self.engine = engine
         self.info = info
         self.connections = connections
-        self.adapter_updates = AdapterUpdates(
-            engine.adapters, engine.model_config, engine.scheduler, clock=engine.clock
-        )
-        self.reader = RecordReader(engine.recorder, engine.scheduler, caches_prefixes=engine.enable_prefix_caching)
-        self.inspector = Inspector(engine)
-        self.questions: deque[tuple[bytes, RecordQuestion]] = deque()  # with the API process that asks
         self.clock = engine.clock
-        self.last_work = self.clock()  # when there was something to do other than to answer questions
+        self.last_work = self.clock()  # when there was something to do other than what is in `not_work`
         self.refused: list[TokenEvent] = []  # of choices that were refused before they were queued
+        # What parts add:
+        self.handlers: dict[type, Callable[[bytes, Any], None]] = {
+            Hello: self.greet,
+            Submit: self.add,
+            Abort: self.abort,
+            Vocabulary: self.set_tokenizer,
+            Damaged: self.end,
+        }
+        self.not_work: set[type] = set()  # messages that do not keep an idle engine from its preparations
+        self.unreadable: dict[str, Callable[[bytes, Damaged], None]] = {}  # by the names of messages
+        self.polled: list[Callable[[], None]] = []  # called before each step, and when there is none, as long as listed
+        self.queue: deque[Callable[[], None]] = deque()  # of which one is called before each step
+        self.after_step: list[Callable[[float | None], None]] = []  # called with the seconds of each step, or of none
+        for name in LOOP_PARTS:
+            if has_part(ENGINE_PARTS, name):
+                engine_part(name, "loop").attach(self)
 
     def run(self, step_timeout: float) -> None:
         """Loop forever. If there is nothing to compute, wait for messages and send a heartbeat each second."""
@@ -92,30 +97,30 @@ class EngineLoop:
         """Return for how long to wait for messages before the next step. None is computed while one is unsent."""
         if self.connections.unsent:
             return POLL_SECONDS
-        if self.engine.has_work or self.questions or self.inspector.running is not None:
+        if self.engine.has_work or self.queue or self.after_step:
             return 0.0
-        return POLL_SECONDS if self.adapter_updates.queue else HEARTBEAT_SECONDS
+        return POLL_SECONDS if self.polled else HEARTBEAT_SECONDS
 
     def run_once(self, timeout: float) -> None:
-        """Receive messages, answer at most one question, run at most one step, and send its events.
+        """Receive messages, run at most one step and what parts have to do before and after it, and send its events.
 
         Wait up to `timeout` seconds for a message.
         """
         messages = self.connections.receive(timeout)
         for identity, message in messages:
             self.handle(identity, message)
-        if self.engine.has_work or not all(isinstance(message, Question) for _, message in messages):
+        if self.engine.has_work or not all(type(message) in self.not_work for _, message in messages):
             self.last_work = self.clock()
         is_idle = self.clock() >= self.last_work + HEARTBEAT_SECONDS or not messages
         if timeout == HEARTBEAT_SECONDS and is_idle:
             self.engine.prepare_grammars()
             self.engine.runner.capture_next()
-        for identity, done in self.adapter_updates.advance() if self.adapter_updates.queue else ():
-            self.announce_adapters(identity, done)
+        for poll in tuple(self.polled):
+            poll()
         if self.connections.unsent and not self.connections.flush():
             return  # what is computed now would have to be kept
-        if self.questions:
-            self.answer_question()
+        if self.queue:
+            self.queue.popleft()()
         started_at = self.clock()
         step, events = self.engine.step()
         step_seconds = self.clock() - started_at if self.engine.has_work or step else None
@@ -127,68 +132,51 @@ class EngineLoop:
             refused + events, self.engine.scheduler.current_stats(), num_tokens, started, prefixes
         ):
             self.engine.abort(abort.request_id, abort.index)
-        if self.inspector.running is not None and (answer := self.inspector.advance_after(step_seconds)) is not None:
-            self.reply(*answer)
+        for act in tuple(self.after_step):
+            act(step_seconds)
 
     def handle(self, identity: bytes, message: ToEngine | Damaged) -> None:
         """Act on a message of the API process `identity`."""
-        if isinstance(message, Hello):
-            self.connections.identities.add(identity)
-            pool = self.engine.scheduler.kv.pool
-            prefixes = [] if pool.changes is None else pool.prefix_names()
-            self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded(), prefixes))
-        elif identity not in self.connections.identities:
+        kind = type(message)
+        if kind is not Hello and identity not in self.connections.identities:
             logger.error("a message of an API process is dropped, since its connection was not announced")
-        elif isinstance(message, Submit):
-            self.connections.remember(identity, message)
-            self.add(message)
-        elif isinstance(message, LoadAdapter | UnloadAdapter):
-            if (refusal := self.adapter_updates.add(identity, message)) is not None:
-                self.connections.send(identity, refusal)
-        elif isinstance(message, Abort):
-            self.engine.abort(message.request_id, message.index)
-            self.connections.forget(message.request_id, message.index)
-        elif isinstance(message, Vocabulary):
-            self.engine.set_tokenizer(message.tokenizer)
-        elif isinstance(message, Question):
-            self.ask(identity, message)
-        elif isinstance(message, StopReading):
-            if (answer := self.inspector.stop(identity, message.read_id)) is not None:
-                self.connections.send(identity, answer)
+        elif kind in self.handlers:
+            self.handlers[kind](identity, message)
         else:
-            self.end(identity, message)
+            logger.error("a message of an API process is dropped: the engine lacks the part for %s", kind.__name__)
 
-    def ask(self, identity: bytes, question: Question) -> None:
-        """Queue a question about the engine's records, unless too many wait."""
-        if isinstance(question, Inspect):
-            if (refusal := self.inspector.begin(identity, question)) is not None:
-                self.connections.send(identity, refusal)
-        elif len(self.questions) >= MAX_QUESTIONS:
-            self.connections.send(identity, ReadFailed(question.read_id))
-        else:
-            self.questions.append((identity, question))
+    def greet(self, identity: bytes, _hello: Hello) -> None:
+        """Tell a new API process about the engine."""
+        self.connections.identities.add(identity)
+        pool = self.engine.scheduler.kv.pool
+        prefixes = [] if pool.changes is None else pool.prefix_names()
+        self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded(), prefixes))
 
-    def answer_question(self) -> None:
-        """Answer the next question. Each takes up to some milliseconds, so a step follows before the next."""
-        identity, question = self.questions.popleft()
-        self.reply(identity, self.reader.answer(question))
+    def abort(self, _identity: bytes, abort: Abort) -> None:
+        """End a choice or all choices of a request."""
+        self.engine.abort(abort.request_id, abort.index)
+        self.connections.forget(abort.request_id, abort.index)
 
-    def reply(self, identity: bytes, answer: Answer) -> None:
+    def set_tokenizer(self, _identity: bytes, vocabulary: Vocabulary) -> None:
+        """Set the tokenizer that grammars need."""
+        self.engine.set_tokenizer(vocabulary.tokenizer)
+
+    def reply(self, identity: bytes, answer: FromEngine) -> None:
         """Send an answer to the API process that asked, unless it has gone."""
         if identity in self.connections.identities:
             self.connections.send(identity, answer)
 
     def end(self, identity: bytes, damaged: Damaged) -> None:
         """End the request that an unreadable message is about."""
-        if damaged.type in (LoadAdapter.__name__, UnloadAdapter.__name__):
-            done = AdapterDone(request_id=damaged.request_id, error=UNREADABLE, is_temporary=True)
-            self.connections.send(identity, done)
+        if damaged.type in self.unreadable:
+            self.unreadable[damaged.type](identity, damaged)
         elif choices := self.connections.open_choices(identity, damaged):
             self.engine.abort(damaged.request_id)
             self.refuse(damaged.request_id, choices, UNREADABLE)
 
-    def add(self, submit: Submit) -> None:
+    def add(self, identity: bytes, submit: Submit) -> None:
         """Queue a request. It is refused if its adapter was unloaded or replaced while the request was on its way."""
+        self.connections.remember(identity, submit)
         try:
             self.engine.add(submit)
         except AdapterGoneError:
@@ -206,12 +194,6 @@ class EngineLoop:
         for index in choices:
             event = TokenEvent(request_id=request_id, index=index, finish_reason=FinishReason.ERROR, error=error)
             self.refused.append(event)
-
-    def announce_adapters(self, identity: bytes, done: AdapterDone) -> None:
-        """Send the loaded adapters to all API processes, and then the result to the one that asked."""
-        for process in list(self.connections.identities):  # one that has gone is removed
-            self.connections.send(process, Adapters(self.engine.adapters.loaded()))
-        self.connections.send(identity, done)
 
 
 def leave(_signal: int, _frame: FrameType | None) -> None:
@@ -281,7 +263,10 @@ def start(
     clock = StepClock()
     shows_progress = config.data_parallel_rank == 0  # bars of several processes would overwrite each other
     progress = progress_bar("weights", is_bytes=True) if shows_progress else None
-    loaded = load(process_config, on_rank_death, clock, progress)
+    if config.tensor_parallel_size == 1:
+        loaded = load_model(config, clock, progress)
+    else:
+        loaded = engine_part("distributed", "ranks").load(process_config, on_rank_death, clock, progress)
     # The kernels have their own threads. Torch's threads would busy-wait on the same cores.
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     warm_up(Engine(config, loaded), loaded.limits.max_model_len)  # a separate engine, so that statistics start at zero

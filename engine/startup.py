@@ -17,7 +17,6 @@ import torch
 from engine.config import EngineConfig, ModelConfig
 from engine.core import WARM_UP, Engine
 from engine.loading import LoadedModel, Progress
-from engine.lora.slots import num_lora_slots
 from engine.model.memory_plan import MIB
 from engine.runner import ModelRunner
 from engine.shared.gguf import split_paths
@@ -134,7 +133,7 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
     adapters = loaded.adapters
     if adapters.max_loras:
         names = ", ".join(adapter.name for adapter in adapters.loaded()) or "none yet"
-        size = (num_lora_slots(adapters.max_loras), adapters.max_rank, adapters.num_bytes / MIB)
+        size = (adapters.num_slots, adapters.max_rank, adapters.num_bytes / MIB)
         logger.info("LoRA adapters: %s; %d slots of rank %d, %.0f MiB", names, *size)
 
 

@@ -19,13 +19,7 @@ WILDCARDS = {"//0.0.0.0": "//127.0.0.1", "//[::]": "//[::1]"}  # addresses to li
 
 async def announce(context: ServerContext, urls: Sequence[str]) -> None:
     """Wait until the models are loaded, log how to use them, and keep the server registered until cancelled."""
-    manager, slots = context.model_manager, context.models.slots
-    if manager is None:
-        await context.models.default.client.became_ready.wait()
-        state = f"{slots[0].name} is ready"
-    else:
-        await manager.has_started.wait()
-        state = ", ".join(f"{slot.name} ({slot.state})" for slot in slots)
+    state = await context.source.wait_started()
     url = client_url(urls[0])
     logger.info("%s, listening on %s", state, " and ".join(urls), extra={"details": first_steps(context, url)})
     with registered(RunningServer(url=url, model=context.models.name)):

@@ -7,17 +7,14 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from server.api.dialects import DIALECTS, ERROR_FORMATS, OPERATIONS, json_routes, worker_paths
+from server.api.dialects import DIALECTS, ERROR_FORMATS, OPERATIONS, json_routes
 from server.api.openapi import install_document
-from server.api.responses.store import ResponseStore
 from server.context import ServerContext
-from server.coordination.forwarded_requests import ForwardingMiddleware
 from server.http.access_control import Authentication, HostRules
 from server.http.bodies import BodyReader
 from server.http.error_handlers import install_error_handlers
 from server.http.request_middleware import Application, RequestMiddleware, RequestRules, RootPathMiddleware
 from server.settings.load import is_loopback
-from server.web.pages import page_routes
 
 
 def create_app(context: ServerContext) -> Application:
@@ -25,21 +22,12 @@ def create_app(context: ServerContext) -> Application:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for model in context.models.loaded:
-            await model.client.start()
-        if context.model_manager is not None:
-            await context.model_manager.start()
-        for worker in context.workers:
-            worker.start()
+        services = [*context.services, *context.workers]
+        for service in services:
+            await service.start()
         yield
-        for worker in context.workers:
-            await worker.close()
-        if context.model_manager is not None:
-            await context.model_manager.close()
-        for model in context.models.loaded:
-            await model.close()
-        if context.tracer is not None:
-            await context.tracer.close()
+        for service in reversed(services):
+            await service.close()
 
     with_docs = context.settings.enable_docs
     app = Application(
@@ -54,13 +42,10 @@ def create_app(context: ServerContext) -> Application:
     )
     install_document(app, context.models.name, needs_key=context.settings.needs_key)
     app.state.context = context
-    app.state.response_store = ResponseStore(
-        context.settings.max_stored_responses, context.settings.stored_responses_memory
-    )
     for dialect in DIALECTS:
         for router in dialect.routers:
             app.include_router(router, tags=[dialect.tag])
-    app.router.routes.extend(page_routes(with_docs=with_docs))
+    app.router.routes.extend(context.routes)
     install_error_handlers(app, ERROR_FORMATS, {path for path, _ in OPERATIONS if "{" not in path})
     app.layers = _layers(partial(FastAPI.__call__, app), context)
     return app
@@ -72,9 +57,8 @@ def _layers(app: ASGIApp, context: ServerContext) -> ASGIApp:
     app = RequestMiddleware(app, _request_rules(context), json_routes())
     if settings.root_path:
         app = RootPathMiddleware(app, settings.root_path)
-    if context.forwarder is not None:
-        paths = {prefix + path for prefix in ("", settings.root_path) for path in worker_paths()}
-        app = ForwardingMiddleware(app, paths, context.forwarder, ERROR_FORMATS)
+    for layer in context.layers:
+        app = layer(app)
     return app
 
 

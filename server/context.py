@@ -5,28 +5,26 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar, TypeVarTuple, Unpack, cast
+from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack, cast
 
 from starlette.requests import Request
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
-from server.access.api_keys import ApiKeys
-from server.access.ledger import Ledger
+from server.api_keys import ApiKeys
 from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.http.bodies import get_text_size
 from server.http.json_response import AnswerResponse
 from server.metrics import Metrics
-from server.models.manager import ModelManager
 from server.models.registry import ModelRegistry
-from server.recordings import Recordings
+from server.models.source import ModelSource
+from server.request_steps import Step
+from server.role import Role
 from server.running_requests import RunningRequests
 from server.settings.table import Settings
 from server.shares import MemoryBudget
-from server.tenants import get_tenant
+from server.tenants import Ledger, get_tenant
 from server.text.text_threads import TextThreads
-
-if TYPE_CHECKING:
-    from server.otel.tracer import Tracer
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -34,14 +32,18 @@ Ts = TypeVarTuple("Ts")
 LONG_BYTES = 1 << 14  # of a request; converting several hundred messages takes some ten milliseconds
 
 
-class Worker(Protocol):
-    """Another API process, which answers requests with the engines of this one."""
+class Service(Protocol):
+    """Something that runs as long as the application does."""
 
-    def start(self) -> None:
-        """Wait for its requests."""
+    async def start(self) -> None:
+        """Begin. The event loop runs."""
 
     async def close(self) -> None:
-        """End what it waits for."""
+        """End."""
+
+
+class Worker(Service, Protocol):
+    """Another API process, which answers requests with the engines of this one."""
 
     @property
     def num_running(self) -> int:
@@ -57,20 +59,30 @@ class ServerContext:
 
     settings: Settings
     models: ModelRegistry
-    model_manager: ModelManager | None  # None: the only model stays loaded
+    source: ModelSource
+    role: Role
     created: int  # Unix time in seconds
     metrics: Metrics
     running: RunningRequests
-    recordings: Recordings
     api_keys: ApiKeys
     answers: MemoryBudget  # of their bytes
     ledger: Ledger = field(default_factory=Ledger)
     workers: list[Worker] = field(default_factory=list)  # other API processes, if this one is the coordinator
-    forwarder: ASGIApp | None = None  # in a worker: answers requests that only the coordinator can answer
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     text_threads: TextThreads = field(default_factory=TextThreads)
-    tracer: "Tracer | None" = None  # None: without --otlp-endpoint
+    # What parts add:
+    of_parts: dict[type, Any] = field(default_factory=dict)  # their objects, by class
+    steps: list[Step] = field(default_factory=list)  # of each request to generate
+    services: list[Service] = field(default_factory=list)  # closed in the opposite order
+    model_formats: dict[bytes, Any] = field(default_factory=dict)  # `ModelFormat`s, by the header of their clients
+    layers: list[Callable[[ASGIApp], ASGIApp]] = field(default_factory=list)  # a request passes the last one first
+    routes: list[BaseRoute] = field(default_factory=list)  # beside those of the APIs
     num_step_readers: Counter[str] = field(default_factory=Counter)  # streams of steps, by tenant
+
+    def part(self, kind: type[T]) -> T:
+        """Return the object of this class that a part has added."""
+        found: T = self.of_parts[kind]
+        return found
 
     async def run_text_work(self, request: Request, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which works on the texts of a request, in a thread."""

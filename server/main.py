@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import msgspec
 import uvicorn
@@ -26,20 +26,18 @@ from fastapi import FastAPI
 from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.parent_death import die_with_parent
-from server.access.api_keys import ApiKeys
-from server.access.ledger import Ledger
 from server.announcement import announce
+from server.api_keys import ApiKeys
 from server.app import create_app
 from server.context import ServerContext
-from server.coordination.relay import Relay
-from server.coordination.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
-from server.metrics import Metrics
 from server.models.load_model import load_served_model
-from server.models.manager import ModelManager
 from server.models.registry import ModelRegistry
 from server.models.slot import ModelSlot
+from server.models.source import ModelSource, StartedModel
+from server.part import load_parts
+from server.part_table import load_module
 from server.processes.garbage import collect_in_steps
 from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
@@ -49,19 +47,14 @@ from server.processes.supervisor_channel import (
     EngineStarted,
     Heartbeat,
 )
-from server.recordings import Recordings
-from server.running_requests import RunningRequests
-from server.settings.process_configs import ApiProcessConfig, WorkerLink
+from server.role import Role
+from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
 from server.shares import MemoryBudget
-from server.sockets.acceptor import ACCEPTS_AT_ONCE, Acceptor
+from server.sockets.acceptor import ACCEPTS_AT_ONCE
 from server.sockets.certificate import Certificate
-from server.sockets.handover import Receiver, Workers
 from server.sockets.handshake import MAX_HANDSHAKES, Handshakes
 from server.sockets.listeners import listening, url
-
-if TYPE_CHECKING:
-    from server.otel.tracer import Tracer
 
 logger = logging.getLogger("lightwell.api")  # __name__ is __main__ here
 
@@ -81,54 +74,39 @@ class APIServer(uvicorn.Server):
         config: uvicorn.Config,
         max_connections: int,
         certificate: Certificate | None = None,
-        workers: Sequence[WorkerLink] = (),
-        coordinator: WorkerLink | None = None,
+        role: Role | None = None,
     ) -> None:
         super().__init__(config)
         self._max_connections = max_connections
         self._certificate = certificate
-        self._links = workers
-        self._workers: Workers | None = None
-        self._coordinator = coordinator
-        self._receiver: Receiver | None = None
+        self._role = role or Role()
         self._listens = asyncio.Event()
         self._stopping = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, and listen on the sockets, which uvicorn itself would do through asyncio.
-
-        A worker gets its connections from the coordinator.
-        """
+        """Start the application, and listen on the sockets, which uvicorn itself would do through asyncio."""
         await super().startup([])
         make_http: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
         make_protocol = functools.partial(
             make_http, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
-        source: Acceptor | Receiver
-        if self._coordinator is not None:
-            source = self._receiver = Receiver(inherited(self._coordinator), make_protocol)
-        else:
-            if self._links:
-                self._workers = Workers(map(inherited, self._links), self._max_connections)
-            source = Acceptor(sockets or (), make_protocol, self._num_free, self._workers)
+        source = self._role.accept(sockets or (), make_protocol, self._num_free, self._max_connections)
         self.servers = [cast("asyncio.Server", source)]
         self._listens.set()
 
     async def open(self) -> None:
-        """In a worker: ask for connections, once the application has started."""
+        """Ask for connections, once the application has started."""
         await self._listens.wait()
-        if self._receiver is not None:
-            self._receiver.open()
+        self._role.open()
 
     def _num_free(self) -> int:
         return self._max_connections - len(self.server_state.connections)
 
     async def finish(self, requests: Set[asyncio.Task[None]]) -> None:
-        """Wait until requests have ended, and until the workers have, whose requests this process may serve."""
+        """Wait until requests have ended, and until no other process has some that this one serves."""
         if requests:
             await asyncio.wait(requests)
-        if self._workers is not None:
-            await self._workers.stopped.wait()
+        await self._role.finish()
 
     def stop(self) -> None:
         self.should_exit = True
@@ -179,14 +157,13 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
             return 1
         try:
             app = create_app(context)
-            context.workers.extend(Relay(link.address, context, app) for link in config.workers)
+            context.role.lead(context, app)
             server = make_server(
                 app,
                 max_connections=raise_file_limit(settings.api_server_count),
                 certificate=certificate,
                 forwarded_allow_ips=settings.forwarded_allow_ips,
-                workers=config.workers,
-                coordinator=config.coordinator,
+                role=context.role,
             )
             collect_garbage()
             addresses = [url(each, is_tls=certificate is not None) for each in sockets]
@@ -208,53 +185,39 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
 
     `channel` leads to the supervisor; without one, no engine is restarted.
     """
-    settings, running = config.settings, RunningRequests()
-    coordinator = None if config.coordinator is None else Coordinator(config.coordinator.address, running)
-    slots = [ModelSlot(model, _make_metrics(settings, model.names[0], coordinator)) for model in config.models]
+    settings, role = config.settings, Role()
+    if config.workers or config.coordinator is not None:
+        role = load_module("workers", "roles").choose_role(config)
+    slots = [ModelSlot(model, role.new_metrics(settings, model.names[0])) for model in config.models]
     metrics = slots[0].metrics
     api_keys = ApiKeys(settings)
     metrics.set_usage_source(api_keys.usage)
-    manager = None
+    models = ModelRegistry(slots)
+    source: ModelSource = StartedModel(models)
     if settings.unloads_models:
         assert channel is not None
-        manager = ModelManager(slots, channel.send, settings.idle_unload)
-    max_requests = settings.record_requests
+        source = load_module("models", "manager").ModelManager(slots, channel.send, settings.idle_unload)
     context = ServerContext(
         settings=settings,
         created=int(time.time()),
         metrics=metrics,
-        running=running,
-        recordings=Recordings(max_requests) if coordinator is None else RemoteRecordings(max_requests, coordinator),
+        role=role,
+        running=role.running,
         api_keys=api_keys,
         answers=MemoryBudget(settings.max_buffered_bytes // settings.api_server_count),
-        tracer=make_tracer(settings),
-        models=ModelRegistry(slots),
-        model_manager=manager,
-        ledger=Ledger() if coordinator is None else RemoteLedger(coordinator, records_requests=max_requests > 0),
-        forwarder=None if coordinator is None else coordinator.forwarder,
+        models=models,
+        source=source,
+        ledger=role.new_ledger(settings),
     )
-    if manager is None:  # the last step, since it starts a process
-        client = None
-        if coordinator is not None:
-            client = WorkerClient(coordinator, step_timeout=settings.step_timeout, metrics=metrics)
+    for part in load_parts():
+        part.attach(context)
+    role.join(context)
+    context.services.extend([models, source])
+    if not source.unloads:  # the last step, since it starts a process
+        client = role.new_client(settings, metrics)
         can_restart = channel is not None
         slots[0].served = load_served_model(config.models[0], metrics, can_restart=can_restart, client=client)
     return context
-
-
-def _make_metrics(settings: Settings, model_name: str, coordinator: Coordinator | None) -> Metrics:
-    if coordinator is None:
-        return Metrics(settings.metrics_prefix, model_name)
-    return RemoteMetrics(settings.metrics_prefix, model_name, coordinator)
-
-
-def make_tracer(settings: Settings) -> "Tracer | None":
-    """Return what sends spans to --otlp-endpoint, or None without it. Raises ValueError for invalid OTEL_ variables."""
-    if settings.otlp_endpoint is None:
-        return None
-    from server.otel.tracer import Tracer
-
-    return Tracer(settings.otlp_endpoint)
 
 
 def make_server(
@@ -264,8 +227,7 @@ def make_server(
     protocol: type[HTTPProtocol] = HTTPProtocol,
     certificate: Certificate | None = None,
     forwarded_allow_ips: Sequence[str] = (),
-    workers: Sequence[WorkerLink] = (),
-    coordinator: WorkerLink | None = None,
+    role: Role | None = None,
 ) -> APIServer:
     """Return a server for the application, which speaks TLS if there is a certificate."""
     config = uvicorn.Config(
@@ -286,7 +248,7 @@ def make_server(
     if certificate is not None:
         make_http = Handshakes(certificate.context, make_http)
     config.http_protocol_class = cast("type[asyncio.Protocol]", make_http)
-    return APIServer(config, max_connections, certificate, workers, coordinator)
+    return APIServer(config, max_connections, certificate, role)
 
 
 class Lifecycle:
@@ -296,17 +258,12 @@ class Lifecycle:
     """
 
     def __init__(
-        self,
-        server: APIServer,
-        context: ServerContext,
-        flush_logs: Callable[[], None],
-        channel: Channel | None = None,
+        self, server: APIServer, context: ServerContext, flush_logs: Callable[[], None], channel: Channel | None = None
     ) -> None:
         self._server = server
         self._context = context
         self._models = context.models
-        self._manager = context.model_manager
-        self._died = asyncio.Event() if self._manager else context.models.default.client.died  # the only engine
+        self._died = context.source.died
         self._drain_timeout = context.settings.drain_timeout
         self._flush_logs = flush_logs
         self._channel = channel
@@ -356,34 +313,21 @@ class Lifecycle:
         while True:
             channel.send(Heartbeat(tuple(pid for model in self._models.loaded for pid in model.client.ready_pids)))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._change(), HEARTBEAT_SECONDS)
-
-    async def _change(self) -> None:
-        """Wait until the state of an engine changes. If models are loaded and unloaded, the next heartbeat says so."""
-        if self._manager is not None:
-            await asyncio.Event().wait()
-        changed = self._models.default.client.changed
-        changed.clear()
-        await changed.wait()
+                await asyncio.wait_for(self._context.source.wait_changed(), HEARTBEAT_SECONDS)
 
     def _on_supervisor_message(self, channel: Channel) -> None:
         for message in channel.receive():
             match message:
-                case EngineStarted() if self._manager:
-                    self._manager.engine_started(message.number, message.pid)
-                case EngineGone() if self._manager:
-                    self._manager.engine_gone(message.number, message.reason)
                 case EngineStarted():
-                    self._models.default.client.engines[message.number].engine_started(message.pid)
+                    self._context.source.engine_started(message.number, message.pid)
                 case EngineGone():
-                    self._models.default.client.engines[message.number].liveness.mark_dead(message.reason)
+                    self._context.source.engine_gone(message.number, message.reason)
         if channel.has_ended:
             asyncio.get_running_loop().remove_reader(channel)
 
     async def _drain(self) -> None:
         """Accept no new work and wait for the current requests, but at most --drain-timeout seconds."""
-        if self._manager is not None:
-            self._manager.drain()
+        self._context.source.drain()
         for model in self._models.loaded:
             model.client.drain()
         requests = set(self._server.server_state.tasks)
@@ -400,11 +344,6 @@ class Lifecycle:
         """Keep serving for `DEATH_GRACE` seconds if the engine had been ready. Its requests have already failed."""
         if self._models.default.client.info is not None:
             await asyncio.sleep(DEATH_GRACE)
-
-
-def inherited(link: WorkerLink) -> socket.socket:
-    """Return this process's end of the pair over which connections are passed."""
-    return socket.socket(fileno=link.sockets_fd)
 
 
 def raise_file_limit(num_processes: int = 1) -> int:

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.shared.messages import EngineStats
-from server.limits.accounts import Usage
+from server.accounts import Usage
 from server.statistics.engine_metrics import LABELS, EngineCollector, EngineMetrics, MetricFamilies
 
 # fmt: off

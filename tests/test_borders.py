@@ -59,9 +59,9 @@ def test_the_books_of_the_engine_import_no_torch_and_no_server() -> None:
 
 def test_the_server_imports_nothing_heavy() -> None:
     """All but what runs in Ray's processes: Ray imports numpy."""
-    names = {module_name(path).split(".")[1] for path in SERVER if path != "server/__init__.py"} - {"ray"}
-    assert imported_along([f"server.{name}" for name in sorted(names)], HEAVY) == {}
-    assert imported_along(["server.ray"], [name for name in HEAVY if name != "numpy"]) == {}
+    modules = {module_name(path) for path in SERVER if not is_below(module_name(path), {"server.parts.ray"})}
+    assert imported_along(sorted(modules - {"server", "server.parts"}), HEAVY) == {}
+    assert imported_along(["server.parts.ray"], [name for name in HEAVY if name != "numpy"]) == {}
 
 
 @cache
@@ -116,11 +116,11 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def folder_graph() -> dict[str, set[str]]:
-    """Return the folders that the modules of each folder import from; a folder of an API counts by itself."""
+    """Return the folders that the modules of each folder import from; an API and a part count by themselves."""
 
     def folder(module: str) -> str:
-        parts = module.split(".")
-        return ".".join(parts[: 3 if parts[:2] == ["server", "api"] else 2])
+        names = module.split(".")
+        return ".".join(names[: 3 if names[1:2] in (["api"], ["parts"]) else 2])
 
     graph: dict[str, set[str]] = {}
     for module, imported in import_graph().items():
@@ -131,6 +131,13 @@ def folder_graph() -> dict[str, set[str]]:
 @pytest.mark.parametrize("graph", [import_graph, folder_graph])
 def test_none_import_each_other_in_a_circle(graph: Callable[[], dict[str, set[str]]]) -> None:
     assert [part for part in nx.strongly_connected_components(nx.DiGraph(graph())) if len(part) > 1] == []
+
+
+def test_the_core_imports_no_part() -> None:
+    """It loads those that are there by their names, which stand in a table."""
+    graph = import_graph()
+    cores = [module for module in graph if ".parts" not in module]
+    assert {(core, name) for core in cores for name in graph[core] if ".parts." in name} == set()
 
 
 def test_every_folder_is_a_package() -> None:
@@ -174,4 +181,4 @@ def test_the_search_for_imports_finds_them() -> None:
 def test_only_readers_of_files_ask_for_the_family_of_a_model() -> None:
     names = {"engine.config.FAMILIES", "engine.config.family_of", "engine.config.families"}
     asking = {Path(path).parent.as_posix() for path in SOURCES if any(is_below(name, names) for name in imports(path))}
-    assert asking == {"engine/config", "engine/lora"}
+    assert asking == {"engine/config", "engine/parts/lora"}

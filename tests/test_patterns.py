@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import networkx as nx
 
 from engine.config.families import FAMILIES
-from engine.distributed.plan import PLAN
-from engine.weights.quantized_formats import _LAYOUTS
+from engine.parts.distributed.plan import PLAN
+from engine.parts.quantized.formats import _LAYOUTS
 from server.text.parsers.object_reader import _NAME, _OTHER_MEMBERS
 from server.text.templates.chat_encoding import _trie_pattern
 from server.text.templates.tool_probe import _VALUES
@@ -31,14 +31,14 @@ SETTING_TYPES = ("pattern", "named_paths")  # of settings whose second argument 
 
 # Patterns that the code makes while it runs, by module and by the name or the source of the pattern: what they can be.
 MADE: Mapping[tuple[str, str], Sequence[str]] = {
-    ("engine.distributed.plan", "pattern"): [pattern for pattern, _ in PLAN],
-    ("engine.lora.checkpoint", "pattern"): [
+    ("engine.parts.distributed.plan", "pattern"): [pattern for pattern, _ in PLAN],
+    ("engine.parts.lora.checkpoint", "pattern"): [
         pattern for family in FAMILIES for layout in (family.layout, family.gguf_layout) for pattern, _ in layout.names
     ],
     ("engine.weights.layout", "pattern"): (),  # those of the entry above
-    ("engine.weights.quantized_formats", "_LAYOUTS[quantization.method][0]"): [row[0] for row in _LAYOUTS.values()],
+    ("engine.parts.quantized.formats", "_LAYOUTS[quantization.method][0]"): [row[0] for row in _LAYOUTS.values()],
     ("server.constrained.marker_writer", 'f"({tokens})"'): [r"(<\|end\|>|a\+)"],
-    ("server.hub.files", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
+    ("server.parts.hub.files", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
     ("server.settings.value_types", "regex"): (),  # found by SETTING_TYPES
     ("server.settings.value_types", "name_regex"): (),
     ("server.text.parsers.markers", "_pattern"): [r"<\|end\|>|<\|", "(?!)"],
@@ -61,7 +61,7 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
 }
 # Patterns that are not examined, with the reason.
 EXCEPTIONS = {
-    ("engine.lora.peft_config", 'rf"(.*\\.)?({pattern})$"'): "an adapter's own: few branchings, limited by time",
+    ("engine.parts.lora.peft_config", 'rf"(.*\\.)?({pattern})$"'): "an adapter's own: few branchings, limited by time"
 }
 
 

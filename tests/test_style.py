@@ -1,12 +1,9 @@
 """Keep the code readable: short files and functions, docstrings that say what a function does, one word a thing."""
 
 import ast
-import io
 import re
-import tokenize
-from collections import Counter
-from pathlib import Path
 
+from tests.size import num_code_lines
 from tests.support.paths import ROOT
 
 SOURCES = sorted(
@@ -16,7 +13,6 @@ SOURCES = sorted(
 MAX_FILE_LINES = 500
 MAX_CLASS_LINES = 330
 MAX_FUNCTION_LINES = 60
-MAX_FOLDER_MODULES = 15
 MAX_TEST_LINES = 50_000
 
 # A docstring that begins like this names a thing; it should say what the function does.
@@ -46,11 +42,6 @@ def test_files_classes_and_functions_are_short() -> None:
     assert too_long == []
 
 
-def test_no_folder_is_crowded() -> None:
-    num_modules = Counter(str(Path(path).parent) for path in SOURCES if not path.endswith("__init__.py"))
-    assert {folder: num for folder, num in num_modules.items() if num > MAX_FOLDER_MODULES} == {}
-
-
 def test_docstrings_say_what_a_function_does() -> None:
     nodes = [(path, node) for path in SOURCES for node in ast.walk(tree(path))]
     functions = [(path, node) for path, node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -59,22 +50,6 @@ def test_docstrings_say_what_a_function_does() -> None:
 
 def test_words_are_the_fields() -> None:
     assert [path for path in SOURCES if PRIVATE_WORDS.search((ROOT / path).read_text(encoding="utf-8"))] == []
-
-
-SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-
-
-def num_code_lines(path: Path) -> int:
-    """Return the number of lines that have more than blanks, comments and docstrings."""
-    text = path.read_text(encoding="utf-8")
-    tokens = [each for each in tokenize.generate_tokens(io.StringIO(text).readline) if each.type not in SILENT]
-    lines = {line for each in tokens for line in range(each.start[0], each.end[0] + 1)}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            match node.body:
-                case [ast.Expr(ast.Constant(str())) as docstring, *_]:
-                    lines.difference_update(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
-    return len(lines)
 
 
 def test_the_tests_are_no_longer_than_their_budget() -> None:

@@ -13,7 +13,7 @@ Lengths: TypeAlias = NDArray[np.int64]  # [S]
 
 
 class WorkList(NamedTuple):
-    """What the programs of attention on a GPU compute, as in `engine.kernels.triton.attention_plan`."""
+    """What the programs of attention on a GPU compute, as in `engine.parts.triton.attention_plan`."""
 
     table: NDArray[np.int64]
     num_partial_rows: int  # of results that wait to be merged

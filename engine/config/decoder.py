@@ -285,13 +285,7 @@ def _latent_attention(fields: Fields, num_heads: int, rope: int) -> AttentionSpe
         scale *= yarn_mscale(scaling.number("factor", 1.0), scaling.number("mscale_all_dim", 0.0)) ** 2
     size = latent.kv_lora_rank + latent.rope_head_dim
     return AttentionSpec(
-        num_heads=num_heads,
-        num_kv_heads=1,
-        head_dim=size,
-        scale=scale,
-        rope=rope,
-        values_are_keys=True,
-        latent=latent,
+        num_heads=num_heads, num_kv_heads=1, head_dim=size, scale=scale, rope=rope, values_are_keys=True, latent=latent
     )
 
 

@@ -43,11 +43,7 @@ MINISTRAL3_ROPE = {
     "factor": 16.0,
     "original_max_position_embeddings": 16384,
     "rope_theta": 1e6,
-} | {
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
+} | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 GEMMA_DEFAULTS = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 GEMMA4 = Family(

@@ -10,21 +10,20 @@ from engine.config.decoder import NAMES, Family, build_decoder
 from engine.config.families import FAMILIES
 from engine.config.fields import Fields, shown
 from engine.config.json_file import parse_json_object, read_json_object
-from engine.config.quantization import read_quantization
-from engine.config.structs import ModelConfig
+from engine.config.structs import ModelConfig, QuantizationConfig
 from engine.config.tokenizer_files import num_token_ids
+from engine.shared.parts import engine_part
 
 logger = logging.getLogger("lightwell.engine")
 
+# Files beside config.json that say how the weights are quantised.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # ends of the names of architectures that generate text
 # `model_type` of a multimodal model, whose text part is in `text_config`.
 MULTIMODAL = ("gemma3", "gemma4", "gemma4_unified", "mistral3")
-TEXT_NAMES = (
-    (r"^(model\.)?language_model\.lm_head", "lm_head"),
-    (r"^(model\.)?language_model\.(model\.)?", "model."),
-)
+TEXT_NAMES = ((r"^(model\.)?language_model\.lm_head", "lm_head"), (r"^(model\.)?language_model\.(model\.)?", "model."))
 
 
 def load_folder(folder: Path) -> ModelConfig:
@@ -87,9 +86,18 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         weight_layout=msgspec.structs.replace(family.layout, names=(*TEXT_NAMES, *family.layout.names)),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         eos_token_ids=tuple(dict.fromkeys(end_ids)),
-        quantization=read_quantization(fields),
+        quantization=_read_quantization(fields),
         recommended_sampling=_recommended_sampling(generation),
     )
+
+
+def _read_quantization(fields: Fields) -> QuantizationConfig | None:
+    """Return how a checkpoint is quantised. Raises ValueError, also if it is and the part for it is missing."""
+    says_so = any(fields.values.get(key) for key in ("quantization_config", "compression_config"))
+    if not says_so and not any((Path(fields.source).parent / name).is_file() for name in QUANTIZATION_FILES):
+        return None
+    quantization: QuantizationConfig | None = engine_part("quantized", "config").read_quantization(fields)
+    return quantization
 
 
 def _per_layer_vocab_size(fields: Fields, vocab_size: int) -> int:

@@ -8,6 +8,7 @@ from engine.execution.interface import Execution, ObservedExecution
 from engine.kernels.interface import Kernels
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
+from engine.shared.parts import engine_part
 
 
 def prepare_execution(kernels: Kernels, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> Execution:
@@ -19,9 +20,8 @@ def prepare_execution(kernels: Kernels, model: CausalLM, kv_cache: KVCache, buil
         assert isinstance(kernels, CpuKernels)
         return CpuExecution(kernels, model, kv_cache, builder)
     if kernels.execution == "cuda_graphs":
-        from engine.execution.cuda_graphs import CudaDevice, GraphedExecution
-
-        return GraphedExecution(model, kv_cache, builder, CudaDevice(builder.device))
+        execution: Execution = engine_part("triton", "cuda_graphs").prepare(model, kv_cache, builder)
+        return execution
     return EagerExecution(model, kv_cache)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 
 import torch
 
 from engine.kernels.interface import KernelOptions, Kernels
-from engine.kernels.triton.requirements import missing_requirement
+from engine.shared.parts import MissingPartError, engine_part
 
 NEEDED_KERNELS = {"int8": "the CPU or GPU kernels", "fp8": "the GPU kernels"}  # for a number format
 
@@ -37,19 +36,12 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
 
 def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels | str:
     """Return the Triton kernels, or why they cannot be used."""
-    if problem := missing_requirement():
-        return problem
-    torch.cuda.set_device(device)  # for this thread: kernels run on the current device, wherever their tensors are
     try:
-        import triton
-
-        from engine.kernels.triton.kernels import TritonKernels
-
-        triton.runtime.driver.active.get_current_target()  # compiles the C module
-    except (ImportError, OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__  # some have several lines, or none
-        return f"Triton does not work here: {reason}"
-    return TritonKernels(options, device)
+        load = engine_part("triton", "load").load
+    except MissingPartError as error:
+        return str(error)
+    kernels: Kernels | str = load(device, options)
+    return kernels
 
 
 def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:

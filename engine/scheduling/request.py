@@ -239,12 +239,7 @@ class Request:
         num_equal = self.repetition.num_equal if self.repetition is not None else []
         prompt, kv = self.prompt_outputs, self.kv
         return Savepoint(
-            len(self.token_ids),
-            len(prompt.logprobs),
-            prompt.pooled,
-            num_equal,
-            len(kv.block_hashes),
-            kv.num_published,
+            len(self.token_ids), len(prompt.logprobs), prompt.pooled, num_equal, len(kv.block_hashes), kv.num_published
         )
 
     def restore(self, savepoint: Savepoint) -> None:

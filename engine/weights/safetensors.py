@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 from engine.config import ModelConfig, refuse_pickle
 from engine.config.json_file import MAX_INDEX_BYTES, read_json_object
 from engine.shared.gguf import short
+from engine.shared.parts import engine_part
 from engine.weights.files import RegularFile
 from engine.weights.layout import EMBEDDING, HEAD, UNUSED, is_vector, model_tensors, rename
 from engine.weights.packed import Weight
-from engine.weights.quantized_layers import QuantizedLayers
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -36,6 +36,16 @@ COMPARED_AT_ONCE = 1 << 24  # numbers, which may be converted
 OTHER_PARTS = re.compile("vision|audio|multi_modal")  # in the names of tensors that the text model lacks
 
 
+class StoredLayers(Protocol):
+    """The layers of a quantised checkpoint, whose tensors come one by one."""
+
+    def add(self, name: str, tensor: torch.Tensor) -> Iterable[tuple[str, Weight]]:
+        """Return the weights that a stored tensor completes. Raises ValueError."""
+
+    def log(self) -> None:
+        """Log what was done with them, once all tensors have come."""
+
+
 def load_safetensors(
     folder: Path,
     config: ModelConfig,
@@ -46,11 +56,11 @@ def load_safetensors(
 ) -> Iterator[tuple[str, Weight]]:
     """Yield (name, weight) as `engine.weights.load_weights` describes. `progress` counts the bytes of the files."""
     shards = _find_shards(folder)
-    layers = None
+    layers: StoredLayers | None = None
     names = _read_all_names(shards)
     other_names = _other_names(names, config)
     if config.quantization is not None:
-        layers = QuantizedLayers(names, config.quantization, dtype, keep_packed)
+        layers = engine_part("quantized", "layers").QuantizedLayers(names, config.quantization, dtype, keep_packed)
     types = FLOAT_TYPES if layers is None else FLOAT_TYPES | QUANTIZED_TYPES
     num_bytes = sum(shard.stat().st_size for shard in shards)
     num_bytes_before = 0
@@ -131,7 +141,7 @@ def _num_numbers(shard: Path) -> int:
         raise ValueError(f"{shard}: not a valid safetensors file ({short(str(error))})") from error
 
 
-def _complete(layers: QuantizedLayers, name: str, tensor: torch.Tensor, shard: Path) -> list[tuple[str, Weight]]:
+def _complete(layers: StoredLayers, name: str, tensor: torch.Tensor, shard: Path) -> list[tuple[str, Weight]]:
     """Return the weights that a tensor completes. Raises ValueError that names the file."""
     try:
         weights = list(layers.add(name, tensor))

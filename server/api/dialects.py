@@ -1,22 +1,16 @@
-"""The APIs that the server speaks, in the order of the OpenAPI document."""
+"""The APIs that the server speaks, in the order of the OpenAPI document: those of the core, and those of parts."""
 
 from collections.abc import Mapping
 
 from server.api.admin.dialect import ADMIN, MODELS, TOKENS
 from server.api.chat.dialect import CHAT
 from server.api.completions.dialect import COMPLETIONS
-from server.api.dialect import Operation
-from server.api.embeddings.dialect import EMBEDDINGS
-from server.api.inspection.dialect import INSPECTION
-from server.api.messages.dialect import ANTHROPIC
-from server.api.ollama.dialect import OLLAMA, OLLAMA_FILES
-from server.api.rerank.dialect import RERANK
-from server.api.responses.dialect import RESPONSES
+from server.dialect import Operation
 from server.http.error_formats import ErrorFormats
 from server.http.json_route import StrictJSONRoute
+from server.part import load_parts
 
-OPENAI = (COMPLETIONS, CHAT, RESPONSES, EMBEDDINGS, RERANK, MODELS)
-DIALECTS = (*OPENAI, ANTHROPIC, OLLAMA, OLLAMA_FILES, INSPECTION, ADMIN, TOKENS)
+DIALECTS = (COMPLETIONS, CHAT, MODELS, *(each for part in load_parts() for each in part.dialects), ADMIN, TOKENS)
 
 ERROR_FORMATS = ErrorFormats(dialect.errors for dialect in DIALECTS)
 OPERATIONS: Mapping[tuple[str, str], Operation] = {

@@ -11,8 +11,8 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.api.dialect import Dialect, Operation
 from server.api.dialects import DIALECTS
+from server.dialect import Dialect, Operation
 
 PREFIX = "answer."  # of component names, which would collide with those of requests
 DESCRIPTION = "Language models over HTTP, compatible with clients of the APIs of OpenAI, Anthropic and Ollama."

@@ -19,8 +19,8 @@ from engine.shared.machine import Machine
 from engine.shared.paths import cache_folder
 from server.cli.discovery import accepts_connections, is_model_server
 from server.cli.parser import fail
-from server.hub.format import format_bytes, home_relative
-from server.model_paths import ModelError, ResolvedModel, find_model
+from server.format import format_bytes, home_relative
+from server.model_paths import ModelError, describe_model
 from server.package_aliases import PACKAGE_ALIASES, alias_path
 from server.settings.load import load_settings
 from server.settings.setting import ENV_PREFIX, SettingsError
@@ -149,12 +149,9 @@ def _model(name: str) -> Finding:
     if name in PACKAGE_ALIASES:
         return _alias(name)
     try:
-        model = find_model(name)
+        return Finding(name="Model", text=describe_model(name))
     except ModelError as error:
         return Finding(name="Model", text=str(error), is_fatal=True)
-    if isinstance(model, ResolvedModel):
-        return Finding(name="Model", text=home_relative(str(model.path)))
-    return Finding(name="Model", text=f"{model.source}, downloaded from Hugging Face unless it has been already")
 
 
 def _alias(name: str) -> Finding:

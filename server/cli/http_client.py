@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from server.hub.web import make_client
 from server.settings.load import is_loopback
+from server.web_client import make_client
 
 if TYPE_CHECKING:
     import httpx

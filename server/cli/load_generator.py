@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from server.cli.http_client import RemoteError, StreamUsage, decode_chunk, one_line
-from server.hub.web import tls_context
+from server.web_client import tls_context
 
 _WORDS = (
     "able above across after again air all along animal answer apple arm ask autumn away back bag ball bank base bed "

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from server.cli.commands import build_kernels, clients, doctor, models, run, serve
+from server.cli.commands import build_kernels, clients, doctor, run, serve
 from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Parser, fail
 from server.cli.streams import ReaderGoneError, StreamError, open_standard_streams
-from server.hub.format import format_os_error
+from server.format import format_os_error
+from server.part_table import PARTS, is_installed, load_module
 from server.settings.setting import SettingsError
 
 Command = Callable[[argparse.Namespace], int]
@@ -47,7 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lightwell {version('lightwell')}")
     parser.set_defaults(run=_no_command)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
-    for module in (run, serve, clients, models, doctor, build_kernels):
+    parts = [load_module(name, "commands") for name, part in PARTS.items() if part.has_commands and is_installed(name)]
+    for module in (run, serve, clients, *parts, doctor, build_kernels):
         module.add(commands)
     return parser
 

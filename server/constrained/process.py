@@ -43,7 +43,7 @@ PROBLEM_OF: dict[int, str] = {signal.SIGPROF: TOO_SLOW, signal.SIGSEGV: TOO_DEEP
 # What llguidance says of a schema -> the same in words that help a client.
 PROBLEMS = {
     "oneOf constraints are not supported": "the alternatives of 'oneOf' cannot be told apart: give each of them a "
-    "property with another string as 'const', or use 'anyOf'",
+    "property with another string as 'const', or use 'anyOf'"
 }
 
 

@@ -133,10 +133,7 @@ def _answer_rules(calls: "_CallGrammar", start: str, end: str, content_markers: 
             _up_to(markers, "begin_calls", "BEFORE", end, begins[0], content_markers),
         ]
     # Text that begins with a bracket must be a call.
-    return [
-        f"answer: {start} ({calls.all} | PLAIN) {end}",
-        r"PLAIN: FIRST & /([^{\[ \t\r\n](.|\n)*)?/" + without,
-    ]
+    return [f"answer: {start} ({calls.all} | PLAIN) {end}", r"PLAIN: FIRST & /([^{\[ \t\r\n](.|\n)*)?/" + without]
 
 
 def _up_to(markers: MarkerWriter, rule: str, text: str, end: str, marker: str, content_markers: Sequence[str]) -> str:
@@ -173,11 +170,7 @@ class _CallGrammar:
         before = format.before_name
         begins = begin_markers(format)
         rest = _remove_begin(format.start + before, begins[0]) if begins and not format.is_bare else before
-        return [
-            self._rule("call", before),
-            self._rule("first", before.lstrip()),
-            self._rule("continued", rest),
-        ]
+        return [self._rule("call", before), self._rule("first", before.lstrip()), self._rule("continued", rest)]
 
     def after_begin(self, begin: str) -> str:
         """Return the expression of all calls after the marker that begins them."""

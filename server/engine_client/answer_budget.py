@@ -31,17 +31,12 @@ class AnswerShare(MemoryShare):
     """
 
     def __init__(
-        self,
-        budget: MemoryBudget,
-        tenant: Tenant,
-        end: Callable[[APIError], None],
-        too_large: Callable[[], APIError],
+        self, budget: MemoryBudget, tenant: Tenant, end: Callable[[APIError], None], too_large: Callable[[], APIError]
     ) -> None:
         """`end` ends the request with an error; `too_large` makes that of one that exceeds the budget alone."""
-        super().__init__(budget, tenant.name)
+        super().__init__(budget, tenant.name, end)
         self.too_large = too_large
         self.error: APIError | None = None  # that has refused the answer
-        self._end = end
 
     @property
     def rank(self) -> float:
@@ -52,26 +47,15 @@ class AnswerShare(MemoryShare):
         if self.error is not None:
             raise self.error
 
-    def refuse(self) -> None:
+    def refuse(self, *_reasons: Exception) -> None:
         """End the request."""
         is_too_large = self.num_bytes > self._budget.max_bytes
         self.error = self.too_large() if is_too_large else BuffersExceedMemoryError("large answers")
-        end = self._end
-        super().refuse()
-        end(self.error)
+        super().refuse(self.error)
 
     def on_refusal(self, end: Callable[[APIError], None]) -> None:
         """Replace what ends the request, as the answer is complete and being sent now."""
-        self._end = end
-
-    def release(self) -> None:
-        """Count the answer no longer. Has no effect the second time."""
-        super().release()
-        self._end = _ignore  # it refers to the request, which refers to this share
-
-
-def _ignore(error: APIError) -> None:
-    """End nothing: the request has ended."""
+        self.end = end
 
 
 def event_bytes(event: TokenEvent, num_choices: int) -> int:

@@ -27,12 +27,7 @@ class EngineClient(EngineGroup):
     """
 
     def __init__(
-        self,
-        processes: Sequence[EngineProcess],
-        options: EngineOptions,
-        *,
-        limits: AdmissionLimits,
-        metrics: Metrics,
+        self, processes: Sequence[EngineProcess], options: EngineOptions, *, limits: AdmissionLimits, metrics: Metrics
     ) -> None:
         """Create a client; `start` connects it.
 

@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import UNSET, UnsetType
 
-from engine.shared.messages import FinishReason
+from engine.shared.messages import FinishReason, TokenEvent
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import ReceivedEvent, RequestStream
 from server.generation.choice import ChoiceDelta, ChoiceState, join_deltas
@@ -14,7 +14,6 @@ from server.generation.prompts import Prompt
 from server.generation.timings import ChoiceEnd
 from server.http.errors import APIError, ServerError
 from server.metrics import Metrics
-from server.recordings import Recording
 from server.schemas.answers import CompletionTokensDetails, PromptTokensDetails, Usage
 from server.statistics.choice_stats import ChoiceStats
 
@@ -35,7 +34,7 @@ class Generation:
         *,
         metrics: Metrics,
         request_id: str,
-        recording: Recording | None = None,
+        on_event: Sequence[Callable[[int, TokenEvent], None]] = (),
     ) -> None:
         """Prepare the generation, with one stream per prompt, which share an inbox, and the choices of all prompts."""
         assert len(choices) % len(prompts) == 0
@@ -48,7 +47,7 @@ class Generation:
         self._metrics = metrics
         self._request_id = request_id
         self._is_aborted = False
-        self._recording = recording
+        self._on_event = on_event
         # `usage` may be reported in every chunk of a stream, so its constant parts are computed once.
         self._num_prompt_tokens = sum([len(prompt.token_ids) for prompt in prompts])
         formats = [prompt.answer_format for prompt in prompts]
@@ -142,8 +141,8 @@ class Generation:
             prompt = self.prompts[number]
             prompt.num_cached_tokens = event.num_cached_tokens or prompt.num_cached_tokens
             prompt.logprobs = prompt.logprobs if event.prompt_logprobs is None else event.prompt_logprobs
-        if self._recording is not None:
-            self._recording.take(number, event)
+        for step in self._on_event:
+            step(number, event)
         received_at = time.monotonic()
         delta = choice.push(event)
         delta.num_bytes = num_bytes

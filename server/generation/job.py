@@ -1,6 +1,6 @@
 """One request to generate, from its validation to the end of its answer."""
 
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -13,6 +13,7 @@ from server.generation.generation import Generation
 from server.generation.preamble import WARNINGS, Preamble
 from server.http.errors import APIError
 from server.models.served_model import ModelVariant
+from server.request_steps import RequestSteps
 from server.schemas.generation_request import GenerationRequest, Requested
 from server.tenants import OwnedId, Tenant
 
@@ -21,7 +22,7 @@ Body = TypeVar("Body", bound=GenerationRequest)
 
 @dataclass(slots=True, kw_only=True)
 class Job(Generic[Body]):
-    """A valid request. What a feature does when the request fails or ends, it adds to a list."""
+    """A valid request."""
 
     context: ServerContext
     endpoint: Endpoint[Body]
@@ -38,8 +39,7 @@ class Job(Generic[Body]):
     preamble: Preamble
     tenant: Tenant
     text_size: int  # bytes
-    on_failure: list[Callable[[BaseException], None]]
-    on_end: list[Callable[[], None]]
+    steps: RequestSteps
 
     # Once it has been submitted to the engine:
     submitted: float = 0.0  # seconds of time.monotonic()
@@ -65,14 +65,9 @@ class Job(Generic[Body]):
         deterministic = "true" if self.info.deterministic else "false"
         self.headers = {"x-lightwell-seed": str(self.seed), "x-lightwell-deterministic": deterministic, **warnings}
 
-    def fail(self, error: BaseException) -> None:
-        """Note the error that ends the request."""
-        for callback in self.on_failure:
-            callback(error)
-
     def failure(self, error: APIError) -> bytes:
         """Return the last events of a stream that failed."""
-        self.fail(error)
+        self.steps.fail(error)
         return self.writer.failure(error)
 
     def end(self) -> None:
@@ -80,9 +75,9 @@ class Job(Generic[Body]):
         self.generation.close()
         self.context.running.remove(self.generation, self.keys)
         self.keys = ()
-        for callback in self.on_end:
-            callback()
-        self.on_end.clear()
+        for step in self.steps.on_end:
+            step()
+        self.steps.on_end.clear()
 
     def close(self) -> None:
         """End the generation, and count its answer no longer."""

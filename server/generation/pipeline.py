@@ -19,7 +19,6 @@ from server.generation.job import Body, Job
 from server.generation.parameters import LOGPROB_FIELDS, TOKEN_ID_FIELDS, check_token_ids, resolve_num_logprobs
 from server.generation.preamble import begin, find_generating_model, next_seed
 from server.generation.prompts import vocab_size
-from server.generation.request_span import RequestSpan
 from server.generation.submission import prepare, submit
 from server.generation.timings import request_timings
 from server.http.bodies import TEXT_SIZE
@@ -27,6 +26,7 @@ from server.http.errors import APIError, ServerError
 from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, EventStream, StreamFormat
+from server.request_steps import RequestSteps
 from server.schemas.answers import RequestTimings
 from server.schemas.rendered_prompt import RenderedPrompt
 from server.tenants import TENANT, Tenant
@@ -61,7 +61,7 @@ async def respond(
         else:
             content = await _collect(job)
     except BaseException as error:
-        job.fail(error)
+        job.steps.fail(error)
         job.close()
         raise
     if not body.stream:
@@ -117,7 +117,7 @@ async def start_in_background(
 async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[list[RenderedPrompt], dict[str, str]]:
     """Return the prompts as they would be sent to the engine, and response headers. Raises APIError."""
     # Rendering must not change the seeds of later requests.
-    job = await _validate(request, body, endpoint, default_seed=0)
+    job = await _validate(request, body, endpoint, RequestSteps(), default_seed=0)
     prepared = await prepare(job)
 
     def encode() -> list[RenderedPrompt]:
@@ -142,7 +142,7 @@ def _rendered(job: Job[Body], submit: Submit) -> RenderedPrompt:
 
 
 async def _validate(
-    request: Request, body: Body, endpoint: Endpoint[Body], *, default_seed: int | None = None
+    request: Request, body: Body, endpoint: Endpoint[Body], steps: RequestSteps, *, default_seed: int | None = None
 ) -> Job[Body]:
     """Make all checks that need no tokenizer.
 
@@ -187,8 +187,7 @@ async def _validate(
         preamble=preamble,
         tenant=tenant,
         text_size=state.get(TEXT_SIZE, 0),
-        on_failure=[],
-        on_end=[],
+        steps=steps,
     )
 
 
@@ -199,10 +198,11 @@ async def _start(
 
     Capacity is reserved first: a request that exceeds it must be refused before time is spent on tokenizing it.
     """
-    tracer = get_context(request).tracer
-    span = None if tracer is None else RequestSpan(tracer, request, body, endpoint.operation)
+    steps = RequestSteps()
+    for step in get_context(request).steps:
+        step(request, body, endpoint, steps)
     try:
-        job = await _validate(request, body, endpoint)
+        job = await _validate(request, body, endpoint, steps)
         client, requested = job.model.base.client, job.requested
         param = "n" if requested.num_choices > 1 else endpoint.noun
         count = requested.num_prompts * requested.num_choices
@@ -213,17 +213,12 @@ async def _start(
             submit(job, prepared, reservation)
         finally:
             reservation.release()
-        if span is not None:
-            span.submit(job.generation, job.metadata, prepared.submits[0].params, job.submitted)
-            job.on_failure.append(span.fail)
-            job.on_end.append(span.end)
         if on_end is not None:
-            job.on_end.append(on_end)
+            steps.on_end.append(on_end)
         return job
     except BaseException as error:
-        if span is not None:
-            span.fail(error)
-            span.end()
+        steps.fail(error)
+        steps.end()
         raise
 
 

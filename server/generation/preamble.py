@@ -191,11 +191,7 @@ def find_generating_model(context: ServerContext, name: str | None, tenant: Tena
 
 
 def begin(
-    request: Request,
-    body: BaseModel,
-    *,
-    is_model_missing: bool = False,
-    ignored: Sequence[str] = (),
+    request: Request, body: BaseModel, *, is_model_missing: bool = False, ignored: Sequence[str] = ()
 ) -> Preamble:
     """Check the undeclared fields of a request.
 

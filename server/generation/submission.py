@@ -32,7 +32,6 @@ from server.generation.tokenized_settings import (
     tokenize_settings,
 )
 from server.models.served_model import ServedModel
-from server.recordings import Recording
 from server.text.choice_text import ChoiceText
 
 
@@ -132,26 +131,24 @@ def submit(job: Job[Body], prepared: Prepared, reservation: Reservation) -> None
     if not LARGE_FIELDS.isdisjoint(job.fields) and least_bytes(body, submits) > answers.max_bytes:
         raise error()
     choices = [_make_choice(job, prompts, index) for index in range(len(prompts) * job.requested.num_choices)]
-    recording = None
-    if context.recordings.max_requests:
-        recording = Recording(submits, job.ids, job.tenant.owner, base.name)
-        submits = recording.submits
+    sent: Sequence[Submit] = submits
+    for change in job.steps.on_submit:
+        sent = change(job, sent)
     job.submitted = time.monotonic()
     job.reservation = reservation
-    streams = base.client.submit_all(submits, reservation)
+    streams = base.client.submit_all(sent, reservation)
     job.generation = generation = Generation(
-        prompts, streams, choices, metrics=base.metrics, request_id=job.request_id, recording=recording
+        prompts, streams, choices, metrics=base.metrics, request_id=job.request_id, on_event=job.steps.on_event
     )
     job.share = reservation.answer = AnswerShare(answers, job.tenant, generation.refuse, error)
     if not ECHO_FIELDS.isdisjoint(job.fields):
         job.num_prompt_bytes = prompt_bytes(body, submits)
         job.share.add(job.num_prompt_bytes)
-    if recording is not None:
-        context.recordings.begin(recording)
-        job.on_end.insert(0, partial(context.recordings.add, recording))
     job.keys = context.running.add(generation, job.ids, job.tenant.owner)
     job.writer = job.endpoint.writer(base, body, job.metadata, prompts)
     job.set_headers(min([each.params.max_tokens for each in submits]))
+    for step in job.steps.on_submitted:
+        step(job, submits)
 
 
 def _make_choice(job: Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceState:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
-from server.access.api_keys import ApiKeys
+from server.api_keys import ApiKeys
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
 from server.tenants import ANYBODY, Tenant, get_tenant, tenant_of_address
 

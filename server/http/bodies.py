@@ -24,10 +24,9 @@ class BodyShare(MemoryShare):
     """One body, or what has arrived of it, and its share of the memory. Bodies that have counted longest give way."""
 
     def __init__(self, budget: MemoryBudget, deadline: asyncio.Timeout) -> None:
-        super().__init__(budget, owner="")
+        super().__init__(budget, "", self._stop)
         self._deadline = deadline
-        self.chunks: list[bytes] = []  # until it is complete
-        self.body = b""  # from then on
+        self.chunks: list[bytes] = []
         self.size = 0  # bytes
 
     def receive(self, chunk: bytes) -> None:
@@ -40,23 +39,11 @@ class BodyShare(MemoryShare):
         if self.is_refused:
             raise BuffersExceedMemoryError
 
-    def complete(self) -> None:
-        """Keep the body until it is released: it gives way no longer."""
-        self.keep()
-        self.body = b"".join(self.chunks)
-        self.chunks.clear()
-
-    def refuse(self) -> None:
+    def _stop(self) -> None:
         """Make the task that receives the body stop."""
-        super().refuse()
+        self.chunks.clear()
         if not self._deadline.expired():
             self._deadline.reschedule(0)
-
-    def release(self) -> None:
-        """Drop the body, and count it no longer. Has no effect the second time."""
-        super().release()
-        self.chunks.clear()
-        self.body = b""
 
 
 class BodyReader:
@@ -74,8 +61,8 @@ class BodyReader:
         self._budget = MemoryBudget(max_buffered_bytes)
         self._timeout = timeout
 
-    async def read(self, scope: Scope, receive: Receive) -> BodyShare:
-        """Return a complete body, and note its size as that of the request's text. The caller must release it.
+    async def read(self, scope: Scope, receive: Receive) -> tuple[bytes, BodyShare]:
+        """Return a complete body, and note its size as that of the request's text. The caller must release its share.
 
         Raises APIError once the client can read the answer, or ClientDisconnect.
         """
@@ -87,8 +74,10 @@ class BodyReader:
             if b"expect" not in headers and not isinstance(error, BodyTimeoutError):
                 await self._discard(receive)
             raise
-        scope["state"][TEXT_SIZE] = len(share.body)
-        return share
+        scope["state"][TEXT_SIZE] = share.size
+        body = b"".join(share.chunks)
+        share.chunks.clear()
+        return body, share
 
     def _check_head(self, headers: dict[bytes, bytes]) -> None:
         if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
@@ -103,25 +92,22 @@ class BodyReader:
         share = BodyShare(self._budget, deadline)
         try:
             async with deadline:
-                await self._receive_all(receive, share)
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    share.receive(message.get("body", b""))
+                    if share.size > self._max_body_size:
+                        raise BodyTooLargeError(self._max_body_size)
+                    more = message.get("more_body", False)
         except BaseException as error:
             share.release()
             if not isinstance(error, TimeoutError):
                 raise
             raise (BuffersExceedMemoryError if share.is_refused else BodyTimeoutError(self._timeout)) from None
-        share.complete()
+        self._budget.shares.pop(share, None)  # a complete body does not give way
         return share
-
-    async def _receive_all(self, receive: Receive, share: BodyShare) -> None:
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            share.receive(message.get("body", b""))
-            if share.size > self._max_body_size:
-                raise BodyTooLargeError(self._max_body_size)
-            more = message.get("more_body", False)
 
     async def _discard(self, receive: Receive) -> None:
         """Read the rest of a rejected body, since closing with unread data would reset the connection too early."""

@@ -26,6 +26,7 @@ from server.http.errors import (
     clip,
 )
 from server.http.validation import describe_validation_errors
+from server.part_table import missing_part
 
 BASES = {"/v1": "/v1/models", "/api": "/api/tags"}  # a base URL: what shows that it is right
 MIN_SIMILARITY = 0.8  # of a misspelled path
@@ -37,6 +38,8 @@ def from_http_exception(exc: HTTPException, request: Request, paths: Collection[
     """Convert an exception of the framework, such as that for an unknown route. `paths` are those of the routes."""
     method, path = request.method, request.scope["path"]
     if exc.status_code == 404:
+        if (problem := missing_part(path)) is not None:
+            return APIError(404, f"{problem[0].upper()}{problem[1:]}.", code="part_not_installed")
         return InvalidURLError(method, path, suggested_path(request, paths))
     if exc.status_code == 405:
         return MethodNotAllowedError(method, path, allowed_methods(request, path))

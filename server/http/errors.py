@@ -326,11 +326,7 @@ class QueueFullError(APIError):
 
     def __init__(self, retry_after: float, message: str = QUEUE_FULL) -> None:
         super().__init__(
-            429,
-            message,
-            type="rate_limit_error",
-            code="rate_limit_exceeded",
-            headers=retry_headers(retry_after),
+            429, message, type="rate_limit_error", code="rate_limit_exceeded", headers=retry_headers(retry_after)
         )
 
 

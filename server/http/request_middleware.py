@@ -20,21 +20,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.ledger import Ledger
 from server.http.access_control import Authentication, CrossOriginMiddleware, HostRules
 from server.http.bodies import BodyReader, BodyShare
 from server.http.error_formats import ErrorFormats
-from server.http.errors import (
-    APIError,
-    ConcurrencyLimitError,
-    QuotaExceededError,
-    RateLimitError,
-    ServerError,
-)
+from server.http.errors import APIError, ServerError
 from server.http.json_route import EXCHANGE, StrictJSONRoute
-from server.limits.accounts import NO_LIMITS, LimitReachedError
 from server.metrics import Metrics
-from server.tenants import TENANT, Tenant, client_address
+from server.tenants import TENANT, Ledger, Tenant, client_address
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
@@ -200,8 +192,8 @@ class Exchange:
             if scope["method"] == "POST":
                 if not scope["path"].endswith("/cancel"):
                     self._number = await rules.ledger.enter(self._tenant)
-                self._body = await rules.bodies.read(scope, receive)
-                self._unread, receive = self._body.body, self.receive
+                self._unread, self._body = await rules.bodies.read(scope, receive)
+                receive = self.receive
             app = self._app
             if (route := self._route) is not None:
                 scope["route"] = route
@@ -209,10 +201,10 @@ class Exchange:
                     self.end_with_client()
                 app = await route.answer(Request(scope, receive))
             await app(scope, receive, send)
-        except (LimitReachedError, APIError) as error:
+        except APIError as error:
             if self._status is not None:  # the response has started
                 raise
-            await self._refuse(limit_error(error) if isinstance(error, LimitReachedError) else error, send)
+            await self._refuse(error, send)
 
     async def receive(self) -> Message:
         """Return the body first, and then the messages that follow, such as a disconnect."""
@@ -237,7 +229,7 @@ class Exchange:
         await self._send(message)
 
     async def _add_headers(self, headers: MutableHeaders) -> None:
-        if self._tenant is not None and self._tenant.limits != NO_LIMITS:
+        if self._tenant is not None and self._tenant.account.rules:
             headers.update(await self._rules.ledger.headers(self._tenant))
         if b"origin" not in self._headers:  # else the rules for web pages have added it
             headers["vary"] = ", ".join([*headers.getlist("vary"), "Origin"])
@@ -302,14 +294,3 @@ def choose_request_id(client_id: str | None) -> str:
 def is_retry(count: bytes) -> bool:
     """Return whether a header of the official SDKs marks a request as a retry."""
     return count.isdigit() and count.strip(b"0") != b""
-
-
-def limit_error(error: LimitReachedError) -> APIError:
-    """Return the error of a request that exceeds a limit of its tenant."""
-    match error.name:
-        case "max_concurrent_requests":
-            return ConcurrencyLimitError(error.limit)
-        case "tokens_per_day":
-            return QuotaExceededError(error.limit)
-        case _:
-            return RateLimitError(error.name.partition("_")[0], error.limit, error.retry_after)

@@ -93,9 +93,7 @@ def _default_sampling(config: ServedModelConfig, model_config: ModelConfig) -> D
         message = "--default-sampling: no effect for %s, which is none of this model's names (%s)"
         logger.warning(message, ", ".join(unknown), ", ".join(sorted(names)))
     default = resolve_default_sampling(
-        setting,
-        names,
-        [(files, model_config.recommended_sampling), ("model card", config.card_sampling)],
+        setting, names, [(files, model_config.recommended_sampling), ("model card", config.card_sampling)]
     )
     logger.info("default sampling: %s; a request's own fields have precedence", default)
     return default

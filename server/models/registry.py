@@ -15,6 +15,16 @@ class ModelRegistry:
     def __init__(self, slots: Sequence[ModelSlot]) -> None:
         self.slots = slots
 
+    async def start(self) -> None:
+        """Connect to the engines of the models that are loaded together with the server."""
+        for model in self.loaded:
+            await model.client.start()
+
+    async def close(self) -> None:
+        """Close the models that are loaded."""
+        for model in self.loaded:
+            await model.close()
+
     @property
     def loaded(self) -> list[ServedModel]:
         """The models that are in memory, or are being loaded together with the server."""

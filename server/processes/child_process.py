@@ -26,12 +26,7 @@ class Child:
     """A child process, which gets its configuration on standard input."""
 
     def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        config: bytes,
-        pass_fds: Sequence[int] = (),
-        cpus: Collection[int] = (),
+        self, name: str, command: Sequence[str], config: bytes, pass_fds: Sequence[int] = (), cpus: Collection[int] = ()
     ) -> None:
         """Start it. `cpus`: those on which it may run; empty: all that this process may use."""
         self.name = name

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
+from server.progress import progress_on_stderr
 from server.settings.load import check_adapter_names, check_model_names
 from server.settings.process_configs import EngineProcess, ServedModelConfig, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings

@@ -127,8 +127,7 @@ StopStrings = Annotated[
     AfterValidator(_check_stop_chars),
 ]
 Stop = Annotated[
-    StopStrings | None,
-    BeforeValidator(_check_stop, json_schema_input_type=StopString | StopStrings | None),
+    StopStrings | None, BeforeValidator(_check_stop, json_schema_input_type=StopString | StopStrings | None)
 ]
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]

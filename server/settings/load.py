@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from engine.shared.parts import MissingPartError
+from server.part_table import PARTS, is_installed
 from server.settings.setting import ENV_PREFIX, SettingsError
 from server.settings.suggestions import did_you_mean
 from server.settings.table import CONFIG_VARIABLE, OF_A_MODEL, OTHER_VARIABLES, SETTINGS, Settings
@@ -162,7 +164,18 @@ def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]
 # Checks that involve more than one setting.
 
 
+def _check_parts(settings: Settings) -> None:
+    """Raise SettingsError for a setting that needs a part which is not installed."""
+    defaults = Settings()
+    for name, part in PARTS.items():
+        for setting in part.settings:
+            if getattr(settings, setting) != getattr(defaults, setting) and not is_installed(name):
+                flag = SETTINGS[setting].flag if setting in SETTINGS else setting
+                raise SettingsError(f"{flag}: {MissingPartError(name, part.title)}")
+
+
 def _check(settings: Settings) -> None:
+    _check_parts(settings)
     is_local = settings.uds is not None or is_loopback(settings.host)
     if not (is_local or settings.needs_key or settings.allow_unauthenticated):
         raise SettingsError(

@@ -41,8 +41,7 @@ class ModelSettings(AccessSettings, frozen=True, kw_only=True):
         ),
     ] = ()
     chat_template: Annotated[
-        str | None,
-        Setting(MODELS, text("FILE"), "Jinja chat template to use instead of the model's own."),
+        str | None, Setting(MODELS, text("FILE"), "Jinja chat template to use instead of the model's own.")
     ] = None
     load: Annotated[
         str,

@@ -185,10 +185,9 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
             "additionalProperties, as JSON Schema specifies. By default such objects are closed.",
         ),
     ] = False
-    enable_docs: Annotated[
-        bool,
-        Setting(_API, BOOLEAN, "Serve /openapi.json, and the page /docs that shows it."),
-    ] = True
+    enable_docs: Annotated[bool, Setting(_API, BOOLEAN, "Serve /openapi.json, and the page /docs that shows it.")] = (
+        True
+    )
     strict: Annotated[bool, Setting(_API, BOOLEAN, "Reject requests that contain unknown fields.")] = False
 
     max_queued_requests: Annotated[

@@ -11,10 +11,9 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from server.shares import giving_way
-from server.sockets.handover import Workers
 from server.sockets.starter import STARTS_AT_ONCE, Starter
 from server.tenants import network_of
 
@@ -23,6 +22,18 @@ logger = logging.getLogger(__name__)
 ACCEPTS_AT_ONCE = 128  # between other events; takes 1 or 2 ms
 RETRY_SECONDS = 1.0  # after which connections are accepted again where the system had no more files or memory
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Handover(Protocol):
+    """Other processes, which take connections."""
+
+    @property
+    def num_free(self) -> int: ...
+
+    def assign(self, connection: socket.socket) -> socket.socket | None:
+        """Give a connection to a process. Return it if this is the one."""
+
+    def close(self) -> None: ...
 
 
 class Acceptor:
@@ -37,7 +48,7 @@ class Acceptor:
         listeners: Sequence[socket.socket],
         make_protocol: Callable[[], asyncio.BaseProtocol],
         num_free: Callable[[], int],
-        workers: Workers | None = None,
+        workers: Handover | None = None,
     ) -> None:
         self._listeners = listeners
         self._starter = Starter(make_protocol)

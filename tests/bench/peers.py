@@ -30,15 +30,7 @@ from server.cli.bench import Report
 from server.cli.load_generator import LoadOptions
 from server.model_paths import ModelError
 from tests.bench.peers_setup import PEERS, default_files, make_shape, setup, shape_files
-from tests.bench.peers_targets import (
-    Session,
-    Target,
-    TargetError,
-    installed_targets,
-    memory_of,
-    own_target,
-    running,
-)
+from tests.bench.peers_targets import Session, Target, TargetError, installed_targets, memory_of, own_target, running
 from tests.bench.random_gguf import MIXES, SHAPES, bytes_per_token, parse_shape
 from tests.bench.serve import LOADS, make_parser, print_rows
 

@@ -32,11 +32,7 @@ class Clients:
         self._report = report
         self._keys = keys
         self._http = httpx.AsyncClient(
-            base_url=server.url,
-            timeout=ANSWER_SECONDS,
-            trust_env=False,
-            limits=NO_REUSE,
-            headers=_of(keys[0]),
+            base_url=server.url, timeout=ANSWER_SECONDS, trust_env=False, limits=NO_REUSE, headers=_of(keys[0])
         )
         self._known: dict[str, Any] = {}
         self._bad = bad_requests()

@@ -49,10 +49,7 @@ def test_without_a_choice_and_with_a_wrong_one() -> None:
 
 @pytest.mark.parametrize(
     ("version", "line", "build"),
-    [
-        ("2.13.0+cpu", "cuda: Optional[str] = None", "cpu"),
-        ("2.13.0", "cuda: Optional[str] = '13.0'", "cuda"),
-    ],
+    [("2.13.0+cpu", "cuda: Optional[str] = None", "cpu"), ("2.13.0", "cuda: Optional[str] = '13.0'", "cuda")],
 )
 def test_the_build_of_torch(
     version: str,

@@ -1,7 +1,7 @@
 """The table of aliases in the documentation."""
 
-from server.model_aliases import MODEL_ALIASES, families
 from server.package_aliases import PACKAGE_ALIASES
+from server.parts.hub.aliases import MODEL_ALIASES, families
 
 
 def markdown_table() -> str:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
-from server.api.embeddings.schemas import EmbeddingRequest
-from server.api.messages.schemas import MessagesRequest
-from server.api.ollama.schemas import OllamaChatRequest, OllamaEmbedRequest, OllamaGenerateRequest
-from server.api.rerank.schemas import RerankRequest, ScoreRequest
-from server.api.responses.schemas import ResponsesRequest
+from server.parts.embeddings.schemas import EmbeddingRequest
+from server.parts.messages.schemas import MessagesRequest
+from server.parts.ollama.schemas import OllamaChatRequest, OllamaEmbedRequest, OllamaGenerateRequest
+from server.parts.rerank.schemas import RerankRequest, ScoreRequest
+from server.parts.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
 from server.settings import markdown, sampling_parameters
 from tests.conformance import table as clients
@@ -59,7 +59,7 @@ def with_tables(document: str) -> str:
 
 # Files that are generated as a whole.
 FILES: Mapping[str, Callable[[], str]] = {
-    "server/web/static/app/chat/sampling_parameters.js": sampling_parameters.page_module
+    "server/parts/page/static/app/chat/sampling_parameters.js": sampling_parameters.page_module
 }
 
 if __name__ == "__main__":

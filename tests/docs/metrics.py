@@ -4,7 +4,7 @@ import msgspec
 from prometheus_client import Metric
 
 from engine.shared.messages import EngineStats
-from server.limits.accounts import Usage
+from server.accounts import Usage
 from server.metrics import Metrics
 from tests.support.engine_info import ENGINE_INFO
 

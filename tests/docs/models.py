@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from engine.config import FAMILIES, Family
 from engine.kernels.cpu.weights import PACKED_TYPES as CPU_TYPES
-from engine.kernels.triton.packed_matrix import PACKED_TYPES as GPU_TYPES
+from engine.parts.triton.packed_matrix import PACKED_TYPES as GPU_TYPES
 from engine.shared.ggml import GGML_TYPES
 from tests.support.family_models import FAMILIES as TESTED
 

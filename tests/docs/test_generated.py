@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from server.api.messages.errors import TYPES
+from server.parts.messages.errors import TYPES
 from server.settings.load import load_settings
 from tests.docs.generate import FILES, TABLES, with_tables
 from tests.support.documents import blocks, spans, text_of
@@ -35,7 +35,8 @@ def test_files_of_settings_are_valid(tmp_path: Path) -> None:
 
 
 def test_every_route_is_listed() -> None:
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "server/api").glob("**/*.py")]
+    files = [path for folder in ("api", "parts") for path in (ROOT / "server" / folder).glob("**/*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in files]
     routes = {
         (method.upper(), re.sub(r"\{\w+(:\w+)?\}", "{id}", path))
         for source in sources

@@ -163,7 +163,7 @@ BODY = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 1.0, "see
 
 def ranks_of(server: ServerProcess) -> list[psutil.Process]:
     """Return the processes of the ranks other than 0."""
-    return [child for child in server.engine.children() if "engine.rank" in child.cmdline()]
+    return [child for child in server.engine.children() if "engine.parts.distributed.rank" in child.cmdline()]
 
 
 def test_what_one_process_can_do(start_server: StartServer, smollm2_path: Path, tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def test_between_two_steps_one_question_is_answered(connected: Connected) -> Non
     connected.run_together([submit, *(ReadSteps(read_id=number, limit=1) for number in range(1, 6))])
     for number in range(1, 6):
         assert connected.receive(Steps).read_id == number
-        assert len(connected.loop.questions) == 5 - number
+        assert len(connected.loop.queue) == 5 - number
         assert connected.engine.scheduler.current_stats().steps_total == number
         connected.loop.run_once(timeout=0.0)
     connected.run_together([Abort("a")])
@@ -328,7 +328,7 @@ def test_between_two_steps_one_question_is_answered(connected: Connected) -> Non
 
 
 def test_of_too_many_questions_the_last_ones_fail(connected: Connected, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.process.MAX_QUESTIONS", 2)
+    monkeypatch.setattr("engine.parts.inspection.loop.MAX_QUESTIONS", 2)
     connected.run_together([ReadSteps(read_id=number, limit=1) for number in range(1, 5)])
     assert [connected.receive(ReadFailed).read_id for _ in range(2)] == [3, 4]
     assert connected.receive(Steps).read_id == 1

@@ -11,8 +11,8 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import Limits, LoadedModel
-from engine.lora.slots import LoraAdapters
 from engine.model.memory_plan import MemoryPlan
+from engine.parts.lora.slots import LoraAdapters
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import ScheduledOutput, Step
 from engine.scheduling.speculation import AUTO, NGRAM, SpeculationPolicy

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine.config import EngineConfig, load_model_config
-from engine.execution.cuda_graphs import SIZES, GraphedExecution
 from engine.loading import LoadedModel, load_model
+from engine.parts.triton.cuda_graphs import SIZES, GraphedExecution
 from engine.sampling.logprobs import gather_logprobs
 from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
@@ -143,7 +143,7 @@ def room_for(num_bytes: int) -> Iterator[None]:
 def test_steps_are_launched_without_a_wait(
     smollm2_path: Path, submits: Sequence[Submit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After kernels are compiled and graphs captured. tests/engine/kernels/triton/test_waits.py tests all settings."""
+    """After kernels are compiled and graphs captured. tests/engine/parts/triton/test_waits.py tests all settings."""
     loaded = load(smollm2_path, device="cuda")
     not_waiting = [submit for submit in submits if not uses_mirostat(submit.params)]
     expected = run(make_engine(loaded), not_waiting)

@@ -9,8 +9,8 @@ import torch
 
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
-from engine.distributed.plan import check_num_ranks
 from engine.loading import LoadedModel, load_model
+from engine.parts.distributed.plan import check_num_ranks
 from engine.shared.messages import SamplingParams, Submit
 from tests.bench.random_gguf import MIXES, Shape, write_random_gguf
 from tests.parity.test_model_families import NOT_IN_CPP

@@ -11,7 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from server.parts.otel.tracer import Tracer
 from server.text.tokenizer import Tokenizer
+from tests.server.kinds import *  # noqa: F403
 from tests.support.fake_engine import FakeEngine
 from tests.support.otlp_receiver import OTLPReceiver
 from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
@@ -147,8 +149,8 @@ def traced(traced_server: RunningServer, fake_engine: FakeEngine, receiver: OTLP
     """A server which sends its spans to `receiver`, in front of `fake_engine`."""
     yield traced_server
     traced_server.reset()
-    assert traced_server.context.tracer is not None
-    traced_server.context.tracer._provider.force_flush()
+    tracer = next(each for each in traced_server.context.services if isinstance(each, Tracer))
+    tracer._provider.force_flush()
 
 
 @pytest.fixture

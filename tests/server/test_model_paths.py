@@ -16,12 +16,13 @@ from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
 from server import package_aliases
-from server.hub.errors import HubError
-from server.hub.files import NUMBER_FORMAT
-from server.hub.names import HubName
-from server.model_aliases import MODEL_ALIASES, families, find_alias
 from server.model_paths import ADAPTER_FILES, PICKLE_REFUSED, ModelError, resolve_adapter, resolve_model
 from server.package_aliases import PACKAGE_ALIASES, PackageAlias, PackagePart, alias_path
+from server.parts.hub import resolve
+from server.parts.hub.aliases import MODEL_ALIASES, families, find_alias
+from server.parts.hub.errors import HubError
+from server.parts.hub.files import NUMBER_FORMAT
+from server.parts.hub.names import HubName
 from server.settings.sampling import SAMPLING
 from tests.support.clients import write_adapter
 from tests.support.hub_models import gguf_content
@@ -191,22 +192,22 @@ def test_downloads_are_removed(hub: StubHub, tmp_path: Path, monkeypatch: pytest
     content = gguf_content(9000)
     hub.add("Qwen/Qwen3-4B-GGUF", {"Qwen3-4B-Q4_K_M.gguf": content})
     path = resolve_model("qwen3:4b").path
-    assert models.remove_model("qwen3:4b") == len(content)
+    assert resolve.remove_model("qwen3:4b") == len(content)
     assert not path.exists()
-    check_refused(models.remove_model, "qwen3:4b", r"^model qwen3:4b: Qwen/Qwen3-4B-GGUF has not been downloaded")
+    check_refused(resolve.remove_model, "qwen3:4b", r"^model qwen3:4b: Qwen/Qwen3-4B-GGUF has not been downloaded")
     alias = PACKAGE_ALIASES["smollm2-135m"]
     file = alias_path("smollm2-135m", alias)
-    check_refused(models.remove_model, "smollm2-135m", r"^model smollm2-135m: it has not been downloaded")
+    check_refused(resolve.remove_model, "smollm2-135m", r"^model smollm2-135m: it has not been downloaded")
     file.parent.mkdir(parents=True)
     file.touch()
-    assert models.remove_model("smollm2-135m") == alias.num_bytes
+    assert resolve.remove_model("smollm2-135m") == alias.num_bytes
     assert not file.exists()
 
 
 def test_files_of_the_user_are_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(CONTENT)
-    check_refused(models.remove_model, str(path), "is not a download; remove it yourself")
+    check_refused(resolve.remove_model, str(path), "is not a download; remove it yourself")
     assert path.exists()
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from functools import partial
 
 import pytest
 
@@ -27,14 +28,16 @@ def test_the_first_item_of_the_largest_owner_gives_way_next(num_owners: int) -> 
         assert list(giving_way(items, lambda item: item[0], lambda item: item[1])) == expected
 
 
-def test_a_share_that_is_kept_counts_and_does_not_give_way() -> None:
+def test_a_share_that_does_not_give_way_counts() -> None:
     budget = MemoryBudget(100)
-    kept, other, own = MemoryShare(budget, "a"), MemoryShare(budget, "b"), MemoryShare(budget, "a")
+    ended: list[str] = []
+    kept, other, own = (MemoryShare(budget, owner, partial(ended.append, owner)) for owner in "aba")
     kept.add(60)
-    kept.keep()
+    del budget.shares[kept]
     other.add(30)
     own.add(20)
     assert (kept.is_refused, other.is_refused, own.is_refused, budget.num_bytes) == (False, True, False, 80)
+    assert ended == ["b"]
     for share in (kept, other, own):
         share.release()
     assert (budget.num_bytes, budget.shares) == (0, {})

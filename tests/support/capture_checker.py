@@ -20,8 +20,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from engine.batch import transfer
-from engine.execution.cuda_graphs import Forward
-from tests.engine.kernels.triton.test_waits import Waits
+from engine.parts.triton.cuda_graphs import Forward
+from tests.engine.parts.triton.test_waits import Waits
 
 TARGET = GPUTarget("cuda", 90, 32)
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.linspace, torch.eye, torch.rand}

@@ -61,7 +61,7 @@ class Variant(msgspec.Struct, frozen=True):
     """A kernel with the constants and types that it is compiled for."""
 
     name: str
-    kernel: str  # module in engine.kernels.triton and function
+    kernel: str  # module in engine.parts.triton and function
     constants: dict[str, Any]
     types: dict[str, str]  # of arguments that are not int32
     num_warps: int = 4
@@ -102,12 +102,12 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from engine.kernels.triton.tiles import LAUNCH_OPTIONS
+    from engine.parts.triton.tiles import LAUNCH_OPTIONS
 
     kind, version = target.split()
     gpu = GPUTarget("cuda", int(version.replace(".", "")), 32) if kind == "cuda" else GPUTarget("hip", version, 64)
     module, function = variant.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"engine.kernels.triton.{module}"), function)
+    kernel = getattr(importlib.import_module(f"engine.parts.triton.{module}"), function)
     names = [parameter.name for parameter in kernel.params]
     constants = {name: value for name, value in variant.constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else variant.types.get(name, "i32") for name in names}

@@ -36,7 +36,7 @@ def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
 
 def _interpreted(options: KernelOptions) -> Kernels:
     """Return the GPU kernels, run by Triton's interpreter."""
-    from engine.kernels.triton.kernels import TritonKernels
+    from engine.parts.triton.kernels import TritonKernels
 
     return TritonKernels(options, torch.device("cpu"))
 

@@ -9,8 +9,8 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 from triton import knobs
 
-from engine.kernels.triton.kernels import FLOAT8_CAPABILITY
-from engine.kernels.triton.tiles import SMALLEST, Tiles, compute_capability, tiles_for
+from engine.parts.triton.kernels import FLOAT8_CAPABILITY
+from engine.parts.triton.tiles import SMALLEST, Tiles, compute_capability, tiles_for
 from tests.support import tensors
 from tests.support.tensors import CPU
 

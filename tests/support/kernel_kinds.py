@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.torch.kernels import TorchKernels
-from engine.kernels.triton.kernels import TritonKernels
+from engine.parts.triton.kernels import TritonKernels
 from tests.support.examples import IS_LONG
 from tests.support.kernel_choice import code_paths
 from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, IS_INTERPRETED, TOLERANCES

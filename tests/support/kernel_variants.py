@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from engine.kernels.triton import attention, experts, linear, lora, rows, sampler
-from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTile, Tiles
+from engine.parts.triton import attention, experts, linear, lora, rows, sampler
+from engine.parts.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTile, Tiles
 from tests.support.compiled_kernels import Variant
 
 MODEL_TENSORS = "x weights bias out weight gate up q k v keys values a b q_weight k_weight v_weight"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import ModelConfig
-from engine.lora.checkpoint import module_shapes
+from engine.parts.lora.checkpoint import module_shapes
 
 
 def save_random_adapter(

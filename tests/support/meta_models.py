@@ -18,16 +18,16 @@ import pytest
 import torch
 from transformers import GptOssConfig
 
-import engine.kernels.triton.kernels
 import engine.loading
 import engine.model.memory_plan
+import engine.parts.triton.kernels
+from engine.adapters import adapter_loader
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.execution.cuda_graphs import Forward, GraphedExecution
-from engine.kernels.triton.kernels import TritonKernels
 from engine.loading import DTYPES, LoadedModel, choose_limits, kernel_options, measure_activations, new_runner
-from engine.lora.slots import LoraAdapters, choose_lora_rank
 from engine.model import CausalLM, Parameters
 from engine.model.memory_plan import ContextSizes, CudaMemory, MemoryPlan, plan_memory
+from engine.parts.triton.cuda_graphs import Forward, GraphedExecution
+from engine.parts.triton.kernels import TritonKernels
 from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.block_pool import Block
 from engine.scheduling.record import StepClock
@@ -35,6 +35,7 @@ from engine.scheduling.request import NO_LORA_SLOT, BlockTable, Scheduled, Statu
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.shared.messages import SamplingParams, Submit
 from engine.weights import PackedTensor, Weight
+from engine.whole_model import WholeModel
 from tests.support.gpu_cards import Card
 from tests.support.gpu_shapes import Shape
 from tests.support.gpu_trace import META, Launch, Trace, traced
@@ -62,14 +63,14 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
     config = EngineConfig(**settings)
     limits = choose_limits(config, shape, META)
     config = msgspec.structs.replace(config, max_model_len=limits.max_model_len)
-    rank = choose_lora_rank(config, {})
-    options = kernel_options(config, shape, DTYPES[config.dtype], limits, rank)
+    loader = adapter_loader(config, shape)
+    options = kernel_options(config, shape, DTYPES[config.dtype], limits, loader)
     with traced() as trace, on_card(card, trace), torch.inference_mode():
         device_memory = CudaMemory(META, config.gpu_memory_utilization)
         kernels = TritonKernels(options, META)
         parameters = MetaParameters(shape, packed)
         model = CausalLM(shape, parameters, kernels, max_model_len=limits.max_model_len, device=META)
-        LoraAdapters(model.linears, config.max_loras, rank)
+        loader.load(WholeModel(shape, Path()), model)
         weight_bytes = trace.live_bytes
         measure_activations(device_memory, model, limits, config)
         sizes = ContextSizes(shape, config, limits.max_num_batched_tokens, kernels)
@@ -94,9 +95,9 @@ def on_card(card: Card, trace: Trace) -> Iterator[None]:
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: trace.reset_peak())
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
         patch.setattr(PendingOutputs, "read", lambda outputs: [])  # there is nothing to read
-        patch.setattr(engine.kernels.triton.kernels, "compute_capability", lambda device: card.compute_capability)
-        patch.setattr(engine.kernels.triton.kernels, "num_multiprocessors", lambda device: card.num_multiprocessors)
-        patch.setattr(engine.kernels.triton.kernels, "concatenate", _concatenate)
+        patch.setattr(engine.parts.triton.kernels, "compute_capability", lambda device: card.compute_capability)
+        patch.setattr(engine.parts.triton.kernels, "num_multiprocessors", lambda device: card.num_multiprocessors)
+        patch.setattr(engine.parts.triton.kernels, "concatenate", _concatenate)
         yield
 
 

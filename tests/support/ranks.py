@@ -5,19 +5,20 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, EngineProcessConfig
-from engine.distributed.adapters import ShardedAdapters
-from engine.distributed.collectives import Collectives, TorchCollectives, cpu_collectives
-from engine.distributed.execution import follow, lead
-from engine.distributed.group import Command, Leader
-from engine.distributed.shared_memory import SharedMemory
 from engine.kernels.interface import Kernels
 from engine.loading import LoadedModel, load_model
+from engine.parts.distributed.collectives import Collectives, TorchCollectives, cpu_collectives
+from engine.parts.distributed.execution import follow, lead
+from engine.parts.distributed.group import Command, Leader
+from engine.parts.distributed.part import ModelPart
+from engine.parts.distributed.shared_memory import SharedMemory
 
 
 def fail(what: str) -> None:
@@ -34,8 +35,7 @@ def load_ranks(config: EngineConfig) -> Iterator[LoadedModel]:
     torch.set_num_threads(1)
     group = Leader(EngineProcessConfig(address="", config=config), fail)
     try:
-        loaded = load_model(config, group=group)
-        assert isinstance(loaded.adapters, ShardedAdapters)
+        loaded = load_model(config, make_part=partial(ModelPart, group))
         yield dataclasses.replace(loaded, runner=lead(group, loaded.runner, loaded.adapters))
     finally:
         group.close()
@@ -114,8 +114,7 @@ def load_threads(config: EngineConfig) -> Iterator[LoadedModel]:
 
     def run(group: Any) -> None:
         try:
-            loaded = load_model(config, group=group)
-            assert isinstance(loaded.adapters, ShardedAdapters)
+            loaded = load_model(config, make_part=partial(ModelPart, group))
             follow(group, loaded.runner, loaded.adapters)
         except BaseException as error:
             errors.append(error)
@@ -125,8 +124,7 @@ def load_threads(config: EngineConfig) -> Iterator[LoadedModel]:
     for thread in threads:
         thread.start()
     try:
-        loaded = load_model(config, group=groups[0])
-        assert isinstance(loaded.adapters, ShardedAdapters)
+        loaded = load_model(config, make_part=partial(ModelPart, groups[0]))
         yield dataclasses.replace(loaded, runner=lead(groups[0], loaded.runner, loaded.adapters))
     except threading.BrokenBarrierError:
         raise errors[0] from None

@@ -1,4 +1,4 @@
-"""A Ray cluster of one node on free ports, with the application of `server.ray` as `serve deploy` starts it."""
+"""A Ray cluster of one node on free ports, with the application of `server.parts.ray` as `serve deploy` starts it."""
 
 import copy
 import os

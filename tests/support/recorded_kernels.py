@@ -23,11 +23,7 @@ class Rows:
     """A recorded operation: call it with row numbers and it computes those rows of `tables`."""
 
     def __init__(
-        self,
-        kernels: CpuKernels,
-        tables: Sequence[Tensor],
-        operation: Callable[..., Tensor],
-        max_rows: int = MAX_ROWS,
+        self, kernels: CpuKernels, tables: Sequence[Tensor], operation: Callable[..., Tensor], max_rows: int = MAX_ROWS
     ) -> None:
         self.program = Program(kernels.library, kernels.team)
         self.rows = torch.zeros(max_rows, dtype=torch.int64)

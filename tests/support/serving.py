@@ -17,7 +17,6 @@ import httpx
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
-from server.api.responses.store import ResponseStore
 from server.app import create_app
 from server.context import ServerContext
 from server.engine_client.reservation import Reservation
@@ -25,6 +24,7 @@ from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
 from server.models.served_model import ServedModel
+from server.parts.responses.store import ResponseStore
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
 from server.sockets.certificate import Certificate
@@ -81,8 +81,7 @@ class RunningServer:
 
     @property
     def response_store(self) -> ResponseStore:
-        store: ResponseStore = self.app.state.response_store
-        return store
+        return self.context.part(ResponseStore)
 
     def reserve(self, count: int, **fields: Any) -> Reservation:
         """Take capacity for choices on the event loop, as a request does."""

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from server.main import make_context
-from server.models.manager import ModelManager
 from server.models.slot import ModelSlot
+from server.parts.models.manager import ModelManager
 from server.processes.supervisor_channel import Message, StartEngine, StopEngine, make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
@@ -71,8 +71,8 @@ class SeveralModels:
 
     @property
     def manager(self) -> ModelManager:
-        assert self.context.model_manager is not None
-        return self.context.model_manager
+        assert isinstance(self.context.source, ModelManager)
+        return self.context.source
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         """Call a function on the server's event loop. Raises what it raises."""
@@ -130,7 +130,8 @@ def several_models(
         stack.callback(channel.close)
         channel.send = supervisor.send  # type: ignore[method-assign, assignment]
         context = make_context(ApiProcessConfig(settings=base, models=configs), channel)
-        supervisor.manager = context.model_manager
+        assert isinstance(context.source, ModelManager)
+        supervisor.manager = context.source
         stack.callback(supervisor.close)
         server = stack.enter_context(running_server(context, wait_ready=False))
         yield SeveralModels(server, supervisor)

@@ -11,7 +11,7 @@ import pytest
 NUM_FOLDERS_SHOWN = 40
 BAD = ("failed", "error")
 MAX_EXCESS = 4 / 3  # of a budget
-SHOWN_DEPTH = 4  # tests/engine/kernels/triton
+SHOWN_DEPTH = 4  # tests/engine/parts/triton
 
 
 def in_slice(nodeid: str, part: str) -> bool:

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 from msgspec.structs import replace
 
 from server.app import create_app
-from server.coordination.relay import Relay
 from server.main import make_context
+from server.parts.workers.relay import Relay
 from server.processes.supervisor_channel import make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, WorkerLink
 from server.settings.table import Settings

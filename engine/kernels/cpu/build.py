@@ -30,15 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from engine.kernels.cpu.compiler_runs import (
-    ZIG,
-    BuildError,
-    Command,
-    CompilerRun,
-    name_of,
-    num_processes,
-    run_all,
-)
+from engine.kernels.cpu.compiler_runs import ZIG, BuildError, Command, CompilerRun, name_of, num_processes, run_all
 from engine.kernels.cpu.processor import CODE_PATHS, best_code_path
 from engine.shared.durable_files import is_sealed, replace_durably, seal
 from engine.shared.paths import cache_folder

@@ -25,12 +25,7 @@ class RowCounts(Structure):
 
 
 class PreparedRows(Structure):
-    _fields_ = [
-        ("form", c_int64),
-        ("prompt_form", c_int64),
-        ("rows", c_void_p),
-        ("stride", c_int64),
-    ]
+    _fields_ = [("form", c_int64), ("prompt_form", c_int64), ("rows", c_void_p), ("stride", c_int64)]
 
 
 class PrepareParameters(Structure):
@@ -83,12 +78,7 @@ class AddParameters(Structure):
 
 
 class MeetParameters(Structure):
-    _fields_ = [
-        ("counters", c_void_p),
-        ("num_met", c_void_p),
-        ("rank", c_int64),
-        ("num_ranks", c_int64),
-    ]
+    _fields_ = [("counters", c_void_p), ("num_met", c_void_p), ("rank", c_int64), ("num_ranks", c_int64)]
 
 
 class ScaleParameters(Structure):
@@ -187,12 +177,7 @@ class GatherPairsParameters(Structure):
 
 
 class ExpertLinearParameters(Structure):
-    _fields_ = [
-        ("routing", c_void_p),
-        ("weights", c_void_p),
-        ("bias_stride", c_int64),
-        ("linear", LinearParameters),
-    ]
+    _fields_ = [("routing", c_void_p), ("weights", c_void_p), ("bias_stride", c_int64), ("linear", LinearParameters)]
 
 
 class HeadLinearParameters(Structure):

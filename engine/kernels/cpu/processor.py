@@ -22,10 +22,7 @@ class CodePath:
     uses_tiles: bool = False
 
 
-_AVX2 = CodePath(
-    frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"}),
-    ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"),
-)
+_AVX2 = CodePath(frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"}), ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"))
 _AVX512 = CodePath(
     _AVX2.cpu_flags | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
     (*_AVX2.compiler_flags, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),

@@ -38,9 +38,7 @@ class CpuSampler:
         self._scratch = lazy_zeros((team.num_threads, 2 * num_values + vocab_size), torch.float32)
         self._c_rows = (SampledRow * 0)()
         self._parameters = SampleParameters(
-            vocab_size=vocab_size,
-            scratch=self._scratch.data_ptr(),
-            scratch_stride=self._scratch.stride(0) * 4,
+            vocab_size=vocab_size, scratch=self._scratch.data_ptr(), scratch_stride=self._scratch.stride(0) * 4
         )
         self._program = Program(library, team)
         self._program.add("sample", self._parameters)

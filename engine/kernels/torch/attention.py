@@ -92,11 +92,7 @@ def cached_keys(cache: LayerCache, block_ids: Tensor) -> Tensor:
 
 
 def plan_attention(
-    query_lens: Lengths,
-    seq_lens: Lengths,
-    kind: AttentionKind,
-    tile_sizes: tuple[int, ...],
-    device: torch.device,
+    query_lens: Lengths, seq_lens: Lengths, kind: AttentionKind, tile_sizes: tuple[int, ...], device: torch.device
 ) -> TorchAttentionPlan:
     """Cut the last `query_lens` rows of each sequence into query tiles of the given sizes."""
     members: dict[int, list[QueryTile]] = {}

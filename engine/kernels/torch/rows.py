@@ -31,11 +31,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_pytorch_tanh": _gelu_tanh,
-}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": _silu, "gelu": _gelu, "gelu_pytorch_tanh": _gelu_tanh}
 
 
 def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -1,21 +1,16 @@
-"""Models, adapters, running requests, tokens, health and metrics."""
+"""Models, running requests, tokens, health and metrics."""
 
-from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize, usage
+from server.api.admin import cancel, health, metrics_page, models, tokenize
 from server.api.admin.schemas import (
     CancelResponse,
     DetokenizeResponse,
     Model,
     ModelList,
-    Replay,
     ServerVersion,
     TokenizeResponse,
     TokenizerInfo,
-    UsageList,
 )
-from server.api.dialect import BEGINNING, ID, Dialect, Operation
-
-ADAPTER = {"lora_name": "sql"}
-ADAPTER_DONE = "Success: LoRA adapter 'sql' {} successfully."
+from server.dialect import BEGINNING, ID, Dialect, Operation
 
 MODELS = Dialect(
     tag="OpenAI",
@@ -38,18 +33,10 @@ TOKENS = Dialect(
 )
 ADMIN = Dialect(
     tag="Lightwell",
-    routers=[each.router for each in (requests, usage, lora_adapters, tokenize, health, metrics_page)],
+    routers=[each.router for each in (cancel, tokenize, health, metrics_page)],
     operations={
         ("/v1/requests/{request_id}/cancel", "post"): Operation(
             CancelResponse, answer_example=CancelResponse(f"chatcmpl-{ID}")
-        ),
-        ("/v1/requests/{request_id}/replay", "post"): Operation(Replay),
-        ("/v1/usage", "get"): Operation(UsageList),
-        ("/v1/load_lora_adapter", "post"): Operation(
-            str, ADAPTER | {"lora_path": "./adapters/sql"}, answer_example=ADAPTER_DONE.format("added"), has_model=False
-        ),
-        ("/v1/unload_lora_adapter", "post"): Operation(
-            str, ADAPTER, answer_example=ADAPTER_DONE.format("removed"), has_model=False
         ),
         ("/tokenizer_info", "get"): Operation(TokenizerInfo),
         ("/health", "get"): Operation(dict[str, str | int]),

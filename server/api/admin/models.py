@@ -1,16 +1,16 @@
 """`/v1/models` and `/version`: the served models and the version of the server.
 
-LoRA adapters are listed as models, after their base model. Anthropic clients get models in Anthropic's format.
+LoRA adapters are listed as models, after their base model. Parts have formats of other APIs.
 """
 
 import importlib.metadata
-from datetime import UTC, datetime
+from typing import Protocol
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from server.api.admin.schemas import AnthropicModel, AnthropicModelList, LoadProgress, Model, ModelList, ServerVersion
-from server.api.messages.errors import VERSION_HEADER
+from server.api.admin.schemas import LoadProgress, Model, ModelList, ServerVersion
 from server.context import ServerContext, get_context
 from server.http.errors import InvalidURLError, ModelNotFoundError
 from server.http.json_response import StructResponse
@@ -25,11 +25,8 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     """List the models and their LoRA adapters, with their state."""
     tenant = get_tenant(request)
-    names = get_context(request).models.names(tenant)
-    if VERSION_HEADER.decode() in request.headers:
-        models = [_anthropic_model(request, name) for name in names]
-        return StructResponse(AnthropicModelList(data=models, first_id=models[0].id, last_id=models[-1].id))
-    return StructResponse(ModelList(data=[_model(request, name) for name in names]))
+    models = [_model(request, name) for name in get_context(request).models.names(tenant)]
+    return StructResponse(_format(request).of_list(models))
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -37,9 +34,7 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     """Return one model or LoRA adapter, with its state."""
     if not model_id:
         raise InvalidURLError(request.method, request.scope["path"], "/v1/models")
-    if VERSION_HEADER.decode() in request.headers:
-        return StructResponse(_anthropic_model(request, model_id))
-    return StructResponse(_model(request, model_id))
+    return StructResponse(_format(request).of_model(_model(request, model_id)))
 
 
 @router.get("/version")
@@ -51,11 +46,36 @@ async def version(request: Request) -> Response:
     return StructResponse(ServerVersion(version, sampling.values, sampling.sources))
 
 
+class ModelFormat(Protocol):
+    """How an API describes models."""
+
+    def of_model(self, model: Model) -> msgspec.Struct: ...
+
+    def of_list(self, models: list[Model]) -> msgspec.Struct: ...
+
+
+class OpenAIModels:
+    """The models in OpenAI's format."""
+
+    def of_model(self, model: Model) -> Model:
+        return model
+
+    def of_list(self, models: list[Model]) -> ModelList:
+        return ModelList(data=models)
+
+
+def _format(request: Request) -> ModelFormat:
+    """Return the format of the API whose header the client sends."""
+    formats = get_context(request).model_formats
+    found: ModelFormat = next((formats[name] for name, _ in request.headers.raw if name in formats), OpenAIModels())
+    return found
+
+
 def _model(request: Request, name: str) -> Model:
     """Return the model or adapter with this name. Raises ModelNotFoundError."""
     context, tenant = get_context(request), get_tenant(request)
     slot = _find_slot(context, name, tenant)
-    if context.model_manager is not None and slot.state is not ModelState.LOADED:
+    if slot.served is None or slot.state is ModelState.FAILED:
         return _unloaded_model(slot, name, context.created, shows_reason=tenant.is_admin)
     model = context.models.find(name, tenant)
     base, adapter, template = model.base, model.adapter, model.base.chat_template
@@ -92,12 +112,4 @@ def _unloaded_model(slot: ModelSlot, name: str, created: int, *, shows_reason: b
         state=slot.state,
         reason=slot.reason if slot.reason and shows_reason else UNSET,  # it may name files
         loading=UNSET if seconds is None else LoadProgress(seconds, slot.fraction_loaded),
-    )
-
-
-def _anthropic_model(request: Request, name: str) -> AnthropicModel:
-    model = _model(request, name)
-    created_at = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
-    return AnthropicModel(
-        id=model.id, display_name=model.id, created_at=created_at, max_input_tokens=model.max_model_len
     )

@@ -1,4 +1,4 @@
-"""Requests and answers of the operational endpoints: models, adapters, tokenizer, cancellation and replay."""
+"""Requests and answers of the operational endpoints: models, tokenizer and cancellation."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -9,16 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.chat.schemas import ChatCompletionRequest, Messages, TemplateOptions
 from server.http.errors import InvalidValueError, MissingParameterError
-from server.limits.accounts import Limits
 from server.models.slot import ModelState
 from server.schemas.tools import Tools
-from server.settings.table import ADAPTER_NAME
 
-MAX_PATH_CHARS = 4096
 MAX_DETOKENIZE_TOKENS = 1 << 20
 CHAT_FIELDS = frozenset(ChatCompletionRequest.model_fields) - {"prompt"}
 
-# `GET /v1/models`: OpenAI's fields with vLLM's `root`, `parent` and `max_model_len`; or Anthropic's fields.
+# `GET /v1/models`: OpenAI's fields with vLLM's `root`, `parent` and `max_model_len`.
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -54,79 +51,9 @@ class ServerVersion(msgspec.Struct, frozen=True):
     default_sampling_sources: Mapping[str, str]
 
 
-class TenantUsage(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="usage"):
-    """Counts since the start of the server."""
-
-    name: str | None  # of the tenant; None: all clients, of a server without keys
-    num_requests: int
-    num_running_requests: int
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt tokens
-    completion_tokens: int
-    total_tokens_today: int  # prompt and output, since 00:00 UTC
-    limits: Limits
-
-
-class UsageList(msgspec.Struct, frozen=True, kw_only=True):
-    object: Literal["list"] = "list"
-    data: list[TenantUsage]
-
-
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Model]
-
-
-class AnthropicModel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="model"):
-    id: str
-    display_name: str
-    created_at: str  # RFC 3339
-    lifecycle: Literal["active"] = "active"
-    max_input_tokens: int | None  # None: not known before the model is loaded
-
-
-class AnthropicModelList(msgspec.Struct, frozen=True, kw_only=True):
-    data: list[AnthropicModel]
-    has_more: Literal[False] = False
-    first_id: str
-    last_id: str
-
-
-# `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`, which follow vLLM.
-
-AdapterName = Annotated[
-    str,
-    Field(
-        pattern=f"^{ADAPTER_NAME}$",
-        description="The name that requests pass as `model`: letters, digits and any of _./:@+-",
-    ),
-]
-
-
-class LoadAdapterRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    lora_name: AdapterName
-    lora_path: str = Field(
-        min_length=1,
-        max_length=MAX_PATH_CHARS,
-        description="A PEFT folder or a GGUF file on the server, or the Hugging Face id of either.",
-    )
-    load_inplace: bool | None = Field(
-        None,
-        description="Replace a loaded adapter of the same name. Running requests finish with the adapter they "
-        "started with.",
-    )
-    base_model_name: str | None = Field(
-        None, description="The model that the adapter belongs to. It can be left out if there is only one."
-    )
-
-
-class UnloadAdapterRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    lora_name: AdapterName
-    lora_int_id: int | None = Field(None, description="Accepted for vLLM clients and ignored.")
 
 
 # `POST /tokenize` and `POST /detokenize`, which follow vLLM.
@@ -194,46 +121,9 @@ class DetokenizeResponse(msgspec.Struct, frozen=True):
     prompt: str
 
 
-# `POST /v1/requests/{id}/cancel` and `.../replay`.
+# `POST /v1/requests/{id}/cancel`.
 
 
 class CancelResponse(msgspec.Struct, frozen=True):
     id: str
     cancelled: Literal[True] = True
-
-
-class TokenAlternative(msgspec.Struct, frozen=True):
-    token_id: int
-    token: str
-    logprob: float
-
-
-class TokenDistribution(msgspec.Struct, frozen=True):
-    """The token at one position and the most likely tokens there."""
-
-    token_id: int
-    token: str
-    logprob: float
-    rank: int  # 1: the most likely token
-    top: list[TokenAlternative]
-
-
-class ReplayDifference(msgspec.Struct, frozen=True):
-    part: Literal["prompt", "output"]
-    position: int  # index of the token in its part
-    recorded: TokenDistribution
-    replayed: TokenDistribution | None  # None: the replayed output is shorter
-
-
-class ReplayedChoice(msgspec.Struct, frozen=True):
-    index: int
-    num_tokens: int  # output tokens that were compared
-    bit_equal: bool  # tokens and log probabilities are identical
-    difference: ReplayDifference | None  # the first one
-
-
-class Replay(msgspec.Struct, frozen=True, kw_only=True):
-    id: str
-    object: Literal["replay"] = "replay"
-    bit_equal: bool
-    choices: list[ReplayedChoice]

@@ -16,7 +16,7 @@ from server.api.admin.schemas import (
     TokenizerInfo,
 )
 from server.api.chat.conversion import encode_request, unknown_in_messages
-from server.api.model_route import ModelRoute, loaded, patience
+from server.api.model_route import ModelRoute
 from server.context import get_context
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import vocab_size
@@ -61,9 +61,10 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template, for clients that render and count by themselves."""
     end_with_client(request.scope)
-    models, name = get_context(request).models, request.query_params.get("model")
+    context, name = get_context(request), request.query_params.get("model")
+    models = context.models
     slot = None if name is None and len(models.slots) > 1 else models.find_slot(name, get_tenant(request))
-    async with loaded(request, slot, patience(request) or 0.0):
+    async with context.source.loaded(request, slot):
         return StructResponse(_tokenizer_info(find_model(request, name).base))
 
 

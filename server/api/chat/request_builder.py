@@ -54,11 +54,7 @@ def reject_chat_only_fields(body: BaseModel) -> None:
 
 
 def build_request(
-    body: BaseModel,
-    fields: Mapping[str, Any],
-    model: type[Model],
-    *,
-    ignored: Sequence[str] = (),
+    body: BaseModel, fields: Mapping[str, Any], model: type[Model], *, ignored: Sequence[str] = ()
 ) -> Model:
     """Return the request that corresponds to `body`, such as a chat request.
 

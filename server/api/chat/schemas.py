@@ -186,8 +186,7 @@ class ChatCompletionRequest(GenerationRequest):
         None, description="End the prompt with the start of an assistant's turn. Default true."
     )
     continue_final_message: bool | None = Field(
-        None,
-        description="Continue the last message, an assistant's. The answer does not repeat its text.",
+        None, description="Continue the last message, an assistant's. The answer does not repeat its text."
     )
     echo: bool | None = Field(
         None, description="Prepend the last message's text to the answer, if it is an assistant's."

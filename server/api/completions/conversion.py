@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.api.completions.echo import PromptEchoes
-from server.api.completions.schemas import (
-    CompletionRequest,
-)
+from server.api.completions.schemas import CompletionRequest
 from server.api.completions.writer import CompletionWriter
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt

@@ -8,11 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.api.completions.echo import PromptEchoes
-from server.api.completions.schemas import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-)
+from server.api.completions.schemas import Completion, CompletionChoice, CompletionLogprobs
 from server.generation.choice import ChoiceDelta, TokenPosition, json_logprob
 from server.generation.endpoint import AnswerMetadata
 from server.generation.event_writer import ChunkWriter

@@ -164,21 +164,10 @@ def split_text(text: str) -> list[str]:
 
 
 GENERIC = ToolFormat(
-    "generic",
-    start="[",
-    separator=", ",
-    end="]",
-    is_bare=True,
-    triggers=("<tool_call>",),
-    closers=("</tool_call>",),
+    "generic", start="[", separator=", ", end="]", is_bare=True, triggers=("<tool_call>",), closers=("</tool_call>",)
 )
 
-HERMES = ToolFormat(
-    "hermes",
-    before_name='<tool_call>\n{"name": "',
-    after_arguments="}\n</tool_call>",
-    separator="\n",
-)
+HERMES = ToolFormat("hermes", before_name='<tool_call>\n{"name": "', after_arguments="}\n</tool_call>", separator="\n")
 LLAMA3 = ToolFormat(
     "llama3",
     after_name='", "parameters": ',

@@ -15,13 +15,7 @@ from dataclasses import dataclass
 from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind
 from server.text.parsers.argument_values import ArgumentSchema
 from server.text.parsers.call_head import Head
-from server.text.parsers.call_reader import (
-    ArgumentsReader,
-    CallReader,
-    JSONArgumentsReader,
-    NamedCallReader,
-    Progress,
-)
+from server.text.parsers.call_reader import ArgumentsReader, CallReader, JSONArgumentsReader, NamedCallReader, Progress
 from server.text.parsers.literal_arguments import LiteralArgumentsReader
 from server.text.parsers.markers import Markers
 from server.text.parsers.object_reader import ObjectCallReader

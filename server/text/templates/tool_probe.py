@@ -236,13 +236,7 @@ def _literal_syntax(
     )
 
 
-_VALUES = {
-    "string": re.escape(FIRST),
-    "number": "73",
-    "boolean": "[Tt]rue",
-    "object": r"\{",
-    "array": r"\[\s*81",
-}
+_VALUES = {"string": re.escape(FIRST), "number": "73", "boolean": "[Tt]rue", "object": r"\{", "array": r"\[\s*81"}
 
 
 def _after_keys(text: str, positions: Sequence[int]) -> dict[str, str]:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels.cpu.c_structs import AttentionItem
-from engine.kernels.triton import attention, attention_plan
-from engine.kernels.triton import kernels as triton_kernels
-from engine.kernels.triton.kernels import TritonKernels
-from engine.kernels.triton.tiles import TABLE, Tiles
+from engine.parts.triton import attention, attention_plan
+from engine.parts.triton import kernels as triton_kernels
+from engine.parts.triton.kernels import TritonKernels
+from engine.parts.triton.tiles import TABLE, Tiles
 from tests.support.examples import num_examples, star
 from tests.support.kernel_choice import code_paths
 from tests.support.kernel_device import ALSO_ON_A_GPU, HAS_FLOAT8, PRODUCT_DTYPES, TOLERANCES, tiles_and_dtypes

@@ -19,8 +19,8 @@ from engine.kernels.cpu import processor
 from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
-from engine.kernels.triton import requirements
-from engine.kernels.triton.requirements import missing_requirement
+from engine.parts.triton import requirements
+from engine.parts.triton.requirements import missing_requirement
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.paths import ROOT
 
@@ -169,7 +169,7 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     ],
 )
 def test_a_problem_that_triton_itself_finds(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.kernels.load.missing_requirement", lambda: None)
+    monkeypatch.setattr("engine.parts.triton.load.missing_requirement", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(triton.runtime, "driver", driver := Mock())
     driver.active.get_current_target.side_effect = error

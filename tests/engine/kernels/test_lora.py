@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.kernels.interface import KernelOptions, Kernels, LoraWeights
 from engine.kernels.torch import lora as torch_lora
 from engine.kernels.torch.kernels import TorchKernels
-from engine.kernels.triton import lora
-from engine.kernels.triton.lora import COLUMNS, INPUTS, RANKS, ROWS, SPLIT_INPUTS
+from engine.parts.triton import lora
+from engine.parts.triton.lora import COLUMNS, INPUTS, RANKS, ROWS, SPLIT_INPUTS
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import code_paths
 from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, PRODUCT_DTYPES, random_tensor

@@ -15,8 +15,8 @@ from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.interface import AttentionScores, HeadNorms, KernelOptions, Kernels, Rotations
 from engine.kernels.torch.attention import TorchAttentionPlan
 from engine.kernels.torch.kernels import TorchKernels
-from engine.kernels.triton.attention import TritonAttentionPlan
-from engine.kernels.triton.kernels import TritonKernels
+from engine.parts.triton.attention import TritonAttentionPlan
+from engine.parts.triton.kernels import TritonKernels
 from tests.support.kernel_choice import code_paths
 from tests.support.recorded_kernels import make_kernels
 

@@ -5,8 +5,8 @@ import torch
 
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
-from engine.kernels.triton.kernels import TritonKernels
 from engine.model.kv_cache import KVCache, bytes_per_block
+from engine.parts.triton.kernels import TritonKernels
 from tests.support.model_configs import TINY, llama_config
 
 CPU = torch.device("cpu")

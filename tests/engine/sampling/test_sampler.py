@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.kernels.cpu.library import Team
 from engine.kernels.cpu.sampler import CpuSampler
 from engine.kernels.interface import TokenSampler
-from engine.kernels.triton.sampler import TritonSampler
+from engine.parts.triton.sampler import TritonSampler
 from engine.sampling.logprobs import _top_ids, _top_ids_by_keys, gather_logprobs
 from engine.sampling.rng import coins
 from engine.sampling.rng import gumbel_noise as gumbel_noise_of_torch

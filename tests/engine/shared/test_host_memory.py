@@ -43,10 +43,7 @@ def test_a_limit_of_the_address_space_counts() -> None:
         (None, 4096),  # there is none
         (("max", 500, 0), 4096),
         ((2048, 500, 0), 1548),
-        (
-            (2048, 1800, 1500),
-            1748,
-        ),  # reading weights fills it with cached pages, which the kernel frees when needed
+        ((2048, 1800, 1500), 1748),  # reading weights fills it with cached pages, which the kernel frees when needed
         ((100, 101, 0), 0),
     ],
 )

@@ -16,20 +16,21 @@ from pydantic import BaseModel, ValidationError
 
 from engine.shared.messages import LoadAdapter, Submit
 from engine.shared.records import Inspect
-from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS, DetokenizeRequest, LoadAdapterRequest, TokenizeRequest
+from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
 from server.api.admin.tokenize import MAX_TEXT_BYTES
 from server.api.chat.request_builder import EXTENSIONS
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
-from server.api.embeddings.schemas import EmbeddingRequest
-from server.api.inspection.inspect import InspectRequest
-from server.api.messages.schemas import CountTokensRequest, MessagesRequest
-from server.api.ollama import schemas as ollama
-from server.api.rerank.schemas import RerankRequest, ScoreRequest
-from server.api.responses.schemas import InputTokensRequest, ResponsesRequest
+from server.parts.embeddings.schemas import EmbeddingRequest
+from server.parts.inspection.inspect import InspectRequest
+from server.parts.lora.schemas import LoadAdapterRequest
+from server.parts.messages.schemas import CountTokensRequest, MessagesRequest
+from server.parts.ollama import schemas as ollama
+from server.parts.rerank.schemas import RerankRequest, ScoreRequest
+from server.parts.responses.schemas import InputTokensRequest, ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
-from tests.server.api.conftest import Servers
-from tests.server.api.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, error_of
+from tests.server.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, error_of
+from tests.server.kinds import Servers
 from tests.support import clients
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE, RESPONSES
 from tests.support.serving import RunningServer

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from anthropic import Anthropic
 
-from tests.server.api.conftest import Servers
-from tests.server.api.dialects import ask_events, prompt_of
+from tests.server.dialects import ask_events, prompt_of
+from tests.server.kinds import Servers
 from tests.support import clients
 from tests.support.clients import ANTHROPIC, CHAT, MESSAGES, MINIMAL, OLLAMA_CHAT, RESPONSES, ask_json, ask_stream
 from tests.support.serving import RunningServer

@@ -9,8 +9,8 @@ import pytest
 
 from engine.shared.messages import FinishReason
 from server.tenants import Tenant
-from tests.server.api.dialects import COUNT, INPUT_TOKENS, REPLY, WARNINGS, ask_events, error_of, parse, text_of
 from tests.server.api.test_contract import ACTING
+from tests.server.dialects import COUNT, INPUT_TOKENS, REPLY, WARNINGS, ask_events, error_of, parse, text_of
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, MINIMAL, OLLAMA_CHAT, RESPONSES, ask, ask_json
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, raw_request, wait_until

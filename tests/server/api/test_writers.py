@@ -14,23 +14,23 @@ from hypothesis import strategies as st
 from openai.types.responses import Response
 
 from engine.shared.messages import FinishReason, TokenEvent
-from server.api.messages.writer import MessagesWriter
-from server.api.ollama.writer import OllamaWriter, chat_answer
-from server.api.responses.conversion import new_response
-from server.api.responses.schemas import ResponsesRequest
-from server.api.responses.store import StoredResponse
-from server.api.responses.writer import ResponseWriter
 from server.generation.choice import ChoiceDelta, ChoiceParser, ChoiceState, TokenPosition, ToolCallDelta, join_deltas
 from server.generation.endpoint import AnswerMetadata, Writer
 from server.http.errors import APIError, EngineDeadError, QueueFullError
 from server.http.json_response import StructResponse
+from server.parts.messages.writer import MessagesWriter
+from server.parts.ollama.writer import OllamaWriter, chat_answer
+from server.parts.responses.conversion import new_response
+from server.parts.responses.schemas import ResponsesRequest
+from server.parts.responses.store import StoredResponse
+from server.parts.responses.writer import ResponseWriter
 from server.schemas.answers import PromptTokensDetails, RequestTimings, StageSeconds, Usage
 from server.text.choice_text import ChoiceText
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import HERMES
 from server.text.tokenizer import Tokenizer
-from tests.server.api import dialects
+from tests.server import dialects
 from tests.support.clients import MINIMAL, RESPONSES
 from tests.support.deltas import NO_LOGPROBS, content, delta, reasoning_part
 from tests.support.growth import num_calls

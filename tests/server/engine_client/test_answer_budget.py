@@ -6,13 +6,7 @@ import weakref
 import pytest
 
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
-from server.engine_client.answer_budget import (
-    ALTERNATIVE_BYTES,
-    POSITION_BYTES,
-    TOKEN_BYTES,
-    AnswerShare,
-    event_bytes,
-)
+from server.engine_client.answer_budget import ALTERNATIVE_BYTES, POSITION_BYTES, TOKEN_BYTES, AnswerShare, event_bytes
 from server.http.errors import APIError, BadRequestError, BuffersExceedMemoryError
 from server.shares import MemoryBudget
 from server.tenants import Tenant

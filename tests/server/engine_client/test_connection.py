@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from engine.shared.messages import Abort, Hello
-from server.coordination.messages import Release
-from server.coordination.relay import WorkerConnection
 from server.engine_client.connection import EngineConnection
+from server.parts.workers.messages import Release
+from server.parts.workers.relay import WorkerConnection
 from tests.support.serving import own_address
 
 pytestmark = pytest.mark.anyio

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.parts.recordings.store import Recordings
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, RESPONSES, shared_server
 from tests.support.fake_engine import FakeEngine
@@ -187,6 +188,6 @@ def test_an_answer_that_is_replayed_has_a_limit(start_server: StartServer, fake_
     assert answer.text.endswith("data: [DONE]\n\n")
     assert "error" not in answer.text
     replay = f"/v1/requests/{answer.headers['x-request-id']}/replay"
-    wait_until(lambda: len(server.context.recordings) == 1)
+    wait_until(lambda: len(server.context.part(Recordings)) == 1)
     assert "--max-buffered-bytes" in check_error(ask(server, replay), 400)["message"]
     wait_until(lambda: is_empty(server))

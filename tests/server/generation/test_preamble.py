@@ -14,11 +14,11 @@ from pydantic import BaseModel
 from server.api.chat.conversion import unknown_in_messages
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.completions.schemas import CompletionRequest
-from server.api.embeddings.schemas import EmbeddingRequest
-from server.api.messages.schemas import CountTokensRequest, MessagesRequest
-from server.api.responses.schemas import InputTokensRequest, ResponsesRequest
 from server.generation import preamble
 from server.generation.preamble import HARMLESS, HINTS, MAX_IGNORED, UNSUPPORTED, WARNINGS, ignored_fields
+from server.parts.embeddings.schemas import EmbeddingRequest
+from server.parts.messages.schemas import CountTokensRequest, MessagesRequest
+from server.parts.responses.schemas import InputTokensRequest, ResponsesRequest
 from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, shared_server
 from tests.support.serving import RunningServer, check_error
 

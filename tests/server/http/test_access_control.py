@@ -9,7 +9,7 @@ import httpx
 import pytest
 from starlette.routing import Mount, Route
 
-from server.access.api_keys import ApiKeys
+from server.api_keys import ApiKeys
 from server.http.access_control import OPEN_PATHS
 from tests.server.conftest import StartServer
 from tests.support.serving import RunningServer, check_envelope, check_error, fresh_server, raw_request, read_response

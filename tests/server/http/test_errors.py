@@ -6,9 +6,9 @@ import json
 import httpx
 import pytest
 
-from server.api.messages.errors import error_body
 from server.http import errors
 from server.http.errors import APIError
+from server.parts.messages.errors import error_body
 from tests.support.serving import RunningServer, check_envelope, check_error
 
 

@@ -30,13 +30,7 @@ from tests.support.packed_weights import (
     rounded_input,
     rounded_to_bfloat16,
 )
-from tests.support.recorded_kernels import (
-    MAX_ROWS,
-    Rows,
-    assert_close,
-    assert_rows_are_independent,
-    make_kernels,
-)
+from tests.support.recorded_kernels import MAX_ROWS, Rows, assert_close, assert_rows_are_independent, make_kernels
 from tests.support.tensors import ACTIVATIONS, random_tensor
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")

@@ -11,9 +11,9 @@ import pytest
 
 from server.metrics import exposition
 from server.text import text_threads
-from tests.server.api.conftest import CHESS
-from tests.server.api.dialects import LOAD, UNLOAD
 from tests.server.conftest import StartServer
+from tests.server.dialects import LOAD, UNLOAD
+from tests.server.kinds import CHESS
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, choice_text, write_keys_file
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.processes import template_processes

@@ -11,8 +11,8 @@ from openai.types.chat import ChatCompletionChunk
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.shared.messages import ReasoningLimit
-from tests.server.api.dialects import REPLY, WARNINGS, prompt_of
 from tests.server.conftest import StartServer
+from tests.server.dialects import REPLY, WARNINGS, prompt_of
 from tests.support.clients import CHAT, MESSAGES, MINIMAL, ask, ask_json, ask_stream, finish_reasons, stream_texts
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, fresh_server, raw_request, wait_until

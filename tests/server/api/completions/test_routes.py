@@ -7,8 +7,8 @@ import pytest
 from openai.types import Completion
 
 from engine.shared.messages import Abort, FinishReason
-from tests.server.api.conftest import BOS_ID, MIDDLE_ID, PREFIX_ID, SUFFIX_ID
-from tests.server.api.dialects import REPLY, WARNINGS
+from tests.server.dialects import REPLY, WARNINGS
+from tests.server.kinds import BOS_ID, MIDDLE_ID, PREFIX_ID, SUFFIX_ID
 from tests.support.clients import COMPLETIONS, ask, ask_json, ask_stream, finish_reasons, openai_client, stream_texts
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, wait_until

@@ -1,0 +1,233 @@
+"""The settings of a LoRA adapter in PEFT's adapter_config.json: how its matrices are scaled.
+
+An adapter adds scale * B A to the model's own weights. Settings that mean anything else are refused. Settings that have
+no effect on a trained adapter, such as its initialisation, are ignored. All others are named in a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.config import Fields, parse_json, shown
+from engine.weights.files import read_file
+
+log = logging.getLogger(__name__)
+
+MAX_CONFIG_BYTES = 2**20
+
+# Settings that select other methods -> why they are refused. Booleans ...
+REFUSED_SWITCHES = {
+    "use_dora": "DoRA adapters are not supported",
+    "use_qalora": "QA-LoRA adapters are not supported",
+    "lora_bias": "biases of LoRA matrices are not supported",
+    "fan_in_fan_out": "adapters of transposed weights are not supported",
+}
+# ... lists and objects, which select a method unless they are empty ...
+REFUSED_LISTS = {
+    "modules_to_save": "modules that were trained as a whole are not supported",
+    "trainable_token_indices": "trained embeddings are not supported",
+    "layer_replication": "adapters that repeat layers are not supported",
+    "target_parameters": "only adapters of modules are supported, not of parameters",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
+}
+# ... and objects that select a method even if they are empty.
+REFUSED_CONFIGS = {
+    "arrow_config": "Arrow, which routes between adapters, is not supported",
+    "kasa_config": "KaSA, which changes the model's own weights, is not supported",
+    "monteclora_config": "MonteCLoRA, which samples its matrices, is not supported",
+    "use_bdlora": "BD-LoRA, whose matrices are block-diagonal, is not supported",
+}
+# Settings that are read.
+READ_KEYS = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights"}
+# Settings without an effect on a trained adapter: its origin, initialisation and training, and which modules it has.
+HARMLESS_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "velora_config",
+}
+KNOWN_KEYS = READ_KEYS | HARMLESS_KEYS | REFUSED_SWITCHES.keys() | REFUSED_LISTS.keys() | REFUSED_CONFIGS.keys()
+
+# PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change the model's own weights, and the adapter depends on them. PEFT can save
+# all but LoftQ converted to plain LoRA, and writes "true" for those.
+HARMLESS_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+
+# Regular expressions are limited to what names of modules need, so that Python's backtracking matcher takes at most
+# some milliseconds for each. EVA writes the full name of each module, without branchings.
+MAX_PATTERNS = 4096
+MAX_BRANCHING_PATTERNS = 32
+MAX_MATCH_SECONDS = 2.0  # CPU time for all modules; any real adapter takes a fraction of a second
+MAX_PATTERN_LENGTH = 500
+MAX_BRANCHINGS = 4  # groups and quantifiers of a pattern
+MAX_ALTERNATIVES = 100
+_CHARACTER = r"(?:[\w-]|\\[.dw_-]|\.|\[[\w-]+\])"
+_BRANCH = rf"\^?(?:{_CHARACTER}[*+?]?|\((?:\?:)?(?:{_CHARACTER}|\|)+\))*\$?"
+PATTERN = re.compile(rf"{_BRANCH}(?:\|{_BRANCH})*")
+BRANCHINGS = re.compile(r"[*+?]|\((?!\?)")
+
+
+class Pattern(NamedTuple):
+    """A rank or an alpha for the modules whose name, or its last parts, match a regular expression."""
+
+    regex: re.Pattern[str]
+    number: float
+    has_branches: bool  # whether the matcher may have to backtrack
+
+
+Patterns = list[Pattern]
+
+
+@dataclass(frozen=True)
+class LoraScales:
+    """The settings that determine the scale of each module of an adapter."""
+
+    path: Path
+    rank: int | None
+    alpha: float
+    rank_pattern: Patterns  # of modules whose rank differs
+    alpha_pattern: Patterns
+    use_rslora: bool  # scale alpha / sqrt(rank), not alpha / rank (rank-stabilised LoRA, Kalajdzievski 2023)
+    clock: Callable[[], float] = time.thread_time
+
+    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Return the scale of each module, given the rank of its matrices.
+
+        Raises ValueError if the settings give a module another rank, or if the patterns take too long to match.
+        """
+        deadline = self.clock() + MAX_MATCH_SECONDS
+        return {module: self._scale(module, rank, deadline) for module, rank in ranks.items()}
+
+    def _scale(self, module: str, rank: int, deadline: float) -> float:
+        expected = self._first_match(self.rank_pattern, module, deadline) or self.rank
+        if expected not in (None, rank):
+            raise ValueError(f"{self.path}: r: is {expected:g} for {module}, whose matrices have rank {rank}")
+        alpha = self._first_match(self.alpha_pattern, module, deadline) or self.alpha
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _first_match(self, patterns: Patterns, module: str, deadline: float) -> float | None:
+        self._check_time(deadline)
+        for regex, number, has_branches in patterns:
+            if has_branches:
+                self._check_time(deadline)
+            if regex.match(module):
+                return number
+        return None
+
+    def _check_time(self, deadline: float) -> None:
+        if self.clock() > deadline:
+            raise ValueError(f"{self.path}: rank_pattern and alpha_pattern take too long to match")
+
+
+def read_lora_scales(path: Path) -> LoraScales:
+    """Read adapter_config.json. Raises ValueError for a malformed file, or an adapter that is not plain LoRA."""
+    fields = parse_json(path, read_file(path, MAX_CONFIG_BYTES))
+    if (peft_type := fields.string("peft_type", "not named")) != "LORA":
+        raise fields.error("peft_type", f"{shown(peft_type)} is not supported, only 'LORA'")
+    _refuse_other_methods(fields)
+    _warn_about_unknown_keys(fields)
+    alpha = fields.optional_number("lora_alpha", zero=False)
+    if alpha is None:
+        raise fields.error("lora_alpha", "is missing")
+    return LoraScales(
+        path=path,
+        rank=fields.optional_integer("r"),
+        alpha=alpha,
+        rank_pattern=_patterns(fields, "rank_pattern"),
+        alpha_pattern=_patterns(fields, "alpha_pattern"),
+        use_rslora=fields.boolean("use_rslora"),
+    )
+
+
+def _refuse_other_methods(fields: Fields) -> None:
+    for key, problem in REFUSED_SWITCHES.items():
+        if fields.boolean(key):
+            raise fields.error(key, problem)
+    for key, problem in REFUSED_LISTS.items():
+        if fields.values.get(key):
+            raise fields.error(key, problem)
+    for key, problem in REFUSED_CONFIGS.items():
+        if fields.values.get(key) not in (None, False):
+            raise fields.error(key, problem)
+    if (bias := fields.string("bias", "none")) != "none":
+        raise fields.error("bias", f"{shown(bias)} is not supported: the model's biases must be left as they are")
+    init = fields.values.get("init_lora_weights")
+    if init is not None and str(init).lower() not in HARMLESS_INITS:
+        raise fields.error(
+            "init_lora_weights",
+            f"{shown(init)} changes the model's own weights, which is not supported; save the adapter as plain LoRA, "
+            "with path_initial_model_for_weight_conversion of PEFT's save_pretrained",
+        )
+
+
+def _warn_about_unknown_keys(fields: Fields) -> None:
+    if unknown := sorted(key for key, value in fields.values.items() if value and key not in KNOWN_KEYS):
+        log.warning("%s: ignored unknown settings: %s", fields.source, shown(unknown))
+
+
+def _patterns(fields: Fields, key: str) -> Patterns:
+    values = fields.values.get(key)
+    if values is None:
+        return []
+    if not isinstance(values, dict):
+        raise fields.error(key, f"must be an object, not {shown(values)}")
+    if len(values) > MAX_PATTERNS:
+        raise fields.error(key, f"has {len(values)} patterns, more than {MAX_PATTERNS}")
+    numbers = Fields(f"{fields.source}: {key}", values)
+    patterns: Patterns = []
+    num_branching = 0
+    for pattern in values:
+        has_branches = _has_branches(numbers, pattern)
+        num_branching += has_branches
+        if num_branching > MAX_BRANCHING_PATTERNS:
+            raise fields.error(key, f"has more than {MAX_BRANCHING_PATTERNS} patterns with repetitions or alternatives")
+        number = numbers.optional_number(pattern, zero=False)
+        if number is None:
+            raise numbers.error(pattern, "must be a number above 0, not None")
+        patterns.append(Pattern(_compile(numbers, pattern), number, has_branches))
+    return patterns
+
+
+def _has_branches(numbers: Fields, pattern: str) -> bool:
+    """Return whether a pattern has repetitions or alternatives. Raises ValueError if it is not simple enough."""
+    num_alternatives = pattern.count("|") + 1
+    num_branchings = len(BRANCHINGS.findall(pattern))
+    is_simple = (
+        len(pattern) <= MAX_PATTERN_LENGTH
+        and num_alternatives <= MAX_ALTERNATIVES
+        and num_branchings <= MAX_BRANCHINGS
+        and PATTERN.fullmatch(pattern)
+    )
+    if not is_simple:
+        raise numbers.error(shown(pattern), "is neither a module's name nor a simple regular expression for some")
+    return num_branchings > 0 or num_alternatives > 1
+
+
+def _compile(numbers: Fields, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise numbers.error(shown(pattern), f"is not a regular expression ({error})") from error

@@ -1,0 +1,40 @@
+"""Parts: folders beside the core, which the core never imports, but loads by name where they are there."""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+ENGINE_PARTS = "engine.parts"
+
+# Parts of the engine: what each is for, as errors say it where the folder is missing.
+ENGINE_PART_TITLES = {
+    "triton": "the GPU kernels",
+    "distributed": "tensor parallelism",
+    "inspection": "the inspection of the engine",
+    "lora": "LoRA adapters",
+    "quantized": "quantised safetensors (GPTQ, AWQ, FP8, compressed-tensors, MXFP4)",
+}
+
+
+class MissingPartError(ValueError):
+    """What was asked for needs a part that is not installed."""
+
+    def __init__(self, name: str, title: str) -> None:
+        super().__init__(f"{title} needs the part '{name}', which is not installed")
+
+
+@cache
+def has_part(folder: str, name: str) -> bool:
+    """Return whether the folder of a part is there. `folder`: the package of all parts."""
+    try:
+        return find_spec(f"{folder}.{name}") is not None
+    except ModuleNotFoundError:  # there is no part at all
+        return False
+
+
+def engine_part(name: str, module: str) -> Any:
+    """Return a module of a part of the engine. Raises MissingPartError."""
+    if not has_part(ENGINE_PARTS, name):
+        raise MissingPartError(name, ENGINE_PART_TITLES[name])
+    return import_module(f"{ENGINE_PARTS}.{name}.{module}")

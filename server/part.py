@@ -1,0 +1,27 @@
+"""What a part of the server adds to the core."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from server.context import ServerContext
+from server.dialect import Dialect
+from server.part_table import PARTS, is_installed, load_module
+
+
+def _nothing(context: ServerContext) -> None:
+    """Add nothing to the context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a part adds to the core: the object `PART` of its module `part`."""
+
+    dialects: Sequence[Dialect] = ()
+    attach: Callable[[ServerContext], None] = _nothing  # called once, before the application is made
+
+
+@cache
+def load_parts() -> Sequence[Part]:
+    """Return the parts that are there, in the order of the table."""
+    return [load_module(name, "part").PART for name in PARTS if is_installed(name)]

@@ -1,0 +1,279 @@
+"""`POST /lightwell/v1/inspect`: what happens inside the model, computed again for one request or prompt."""
+
+from array import array
+from collections.abc import Iterable
+from functools import cache, partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.shared.records import Inspect, Inspected, InspectionProblem, LayerView, PositionView, StageView
+from server.api.model_route import ModelRoute
+from server.generation.preamble import begin, find_model
+from server.generation.prompts import encode_prompt
+from server.http.errors import (
+    APIError,
+    ContextLengthExceededError,
+    EngineUnavailableError,
+    InvalidValueError,
+    MissingParameterError,
+    QueueFullError,
+    clip,
+)
+from server.models.served_model import ServedModel
+from server.parts.inspection.access import RecordAccess, check_may_read
+from server.parts.inspection.schemas import (
+    FullAttention,
+    InspectedToken,
+    Inspection,
+    LayerInside,
+    NoisyToken,
+    PositionInside,
+    RankedToken,
+    Sampling,
+    Stage,
+)
+from server.text.choice_text import token_text
+
+MAX_POSITIONS = 64
+MAX_END = 8192  # attention to so many positions takes the engine some milliseconds for each position and layer
+MAX_ATTENDED = 1 << 17  # positions that are named for all heads of all layers at all positions, about 3 MB of JSON
+MAX_TOP = 20
+MAX_INT = 1 << 53  # of positions and indices: more fits into no message
+
+
+class InspectRoute(ModelRoute):
+    """A route for clients that may read records."""
+
+    async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
+        await check_may_read(request, request.query_params.get("model"))
+        return await super().respond(request, fields)
+
+
+router = APIRouter(route_class=InspectRoute, dependencies=[Depends(check_may_read)])  # for the OpenAPI document
+
+
+class InspectRequest(BaseModel):
+    """Either the id of a request, or a prompt."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    id: str | None = Field(None, description="Of the answer, or its x-request-id.")
+    prompt_index: int = Field(0, ge=0, le=MAX_INT, description="Which of the request's prompts.")
+    index: int = Field(0, ge=0, le=MAX_INT, description="Which of the prompt's choices.")
+    prompt: str | Annotated[list[int], Field(fail_fast=True)] | None = Field(None, description="A text, or token ids.")
+    model: str | None = Field(None, description="Of a prompt: the model or LoRA adapter. Default: the model.")
+    start: int | None = Field(
+        None, ge=0, le=MAX_INT, description="First position. Default: 16 before the end; of a prompt 0."
+    )
+    end: int | None = Field(
+        None, ge=1, le=MAX_INT, description="Position after the last one. Default: that of the last token."
+    )
+    top: int = Field(5, ge=1, le=MAX_TOP, description="How many tokens and attended positions are named.")
+    layer: int | None = Field(None, ge=0, le=MAX_INT, description="With `head`: return its attention in full.")
+    head: int | None = Field(None, ge=0, le=MAX_INT)
+
+    def check(self, layer_heads: list[int]) -> None:
+        """Raise BadRequestError if fields contradict each other, or the model's number of heads in each layer."""
+        if self.id is None and self.prompt is None:
+            raise MissingParameterError("id")
+        if self.id is not None and self.prompt is not None:
+            raise InvalidValueError("Expected either 'id' or 'prompt', but got both.", param="prompt")
+        if self.id is not None and self.model is not None:
+            raise InvalidValueError("Expected 'model' only with 'prompt': a request has its own.", param="model")
+        if (self.layer is None) != (self.head is None):
+            missing = "layer" if self.layer is None else "head"
+            raise InvalidValueError("Expected 'layer' and 'head' together.", param=missing)
+        if self.layer is not None and self.layer >= len(layer_heads):
+            message = f"Invalid 'layer': expected 0 to {len(layer_heads) - 1}, but got {self.layer} instead."
+            raise InvalidValueError(message, param="layer")
+        if self.layer is not None and self.head is not None and self.head >= layer_heads[self.layer]:
+            message = f"Invalid 'head': expected 0 to {layer_heads[self.layer] - 1}, but got {self.head} instead."
+            raise InvalidValueError(message, param="head")
+
+
+@router.post("/lightwell/v1/inspect")
+async def inspect(request: Request, body: InspectRequest) -> Response:
+    """Show what happens inside the model: logit lens, attention, norms, experts and the stages of the sampler."""
+    if body.model is not None:
+        request.state.model = body.model
+    access = RecordAccess(request)
+    model = find_model(request, access.model.name if body.model is None else body.model)
+    access.model = base = model.base
+    access.engine = base.client.engines[0]
+    headers = begin(request, body).accept()
+    layer_heads = [layer.attention.num_heads for layer in base.config.layers]
+    body.check(layer_heads)
+    token_ids: list[int] = []
+    if body.prompt is not None:
+        encode = partial(encode_prompt, limit=base.max_model_len)
+        prompt = await access.context.run_text_work(request, encode, base, body.prompt)
+        token_ids = prompt.token_ids
+        if len(token_ids) > base.max_model_len:
+            raise ContextLengthExceededError(base.max_model_len, len(token_ids), noun="prompt")
+    max_positions = min(MAX_POSITIONS, max(1, MAX_ATTENDED // (sum(layer_heads) * body.top)))
+    question = Inspect(
+        tenant=access.own_name,
+        id=body.id,
+        prompt=body.prompt_index,
+        index=body.index,
+        prompt_token_ids=token_ids,
+        lora_name=model.lora_name,
+        lora_fingerprint=model.lora_fingerprint,
+        start=body.start,
+        end=body.end,
+        max_positions=max_positions,
+        max_end=min(MAX_END, base.max_model_len),
+        top=body.top,
+        layer=body.layer,
+        head=body.head,
+    )
+    answer = await _ask_and_charge(access, question)
+    if answer.problem is not None:
+        raise _error(answer.problem, answer.num_tokens, body, question)
+    return await access.respond(_inspection, base, body, answer, headers=headers)
+
+
+async def _ask_and_charge(access: RecordAccess, question: Inspect) -> Inspected:
+    """Return the answer of the engine. The positions that it computes count as the client's prompt tokens.
+
+    For a client that leaves, those of its prompt count; how many a request has is known with the answer. Raises
+    APIError.
+    """
+    num_tokens = min(len(question.prompt_token_ids), question.end or question.max_end)
+    try:
+        answer = await _ask(access, question)
+        is_computed = answer.problem in (None, InspectionProblem.TOO_SLOW)
+        num_tokens = max(num_tokens, answer.end) if is_computed else 0
+        return answer
+    except APIError:
+        num_tokens = 0
+        raise
+    finally:
+        access.tenant.account.count_tokens(prompt=num_tokens)
+
+
+async def _ask(access: RecordAccess, question: Inspect) -> Inspected:
+    """Return the answer of the engine that has the request, or of the first one that is ready. Raises APIError."""
+    first, *others = access.of_all_engines()
+    answer = await first.ask(question)
+    assert isinstance(answer, Inspected)
+    for other in others:
+        if answer.problem is InspectionProblem.NOT_FOUND:
+            answer = await other.ask(question)
+            assert isinstance(answer, Inspected)
+    return answer
+
+
+def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, question: Inspect) -> APIError:
+    match problem:
+        case InspectionProblem.BUSY:
+            return QueueFullError(1, "Another inspection runs. Please retry later.")
+        case InspectionProblem.NO_BLOCKS:
+            message = "Other requests need the free blocks of the KV cache. Please retry later."
+            return EngineUnavailableError(message, code="overloaded")
+        case InspectionProblem.NO_ADAPTER:
+            message = "The LoRA adapter of this request is no longer loaded."
+            return APIError(404, message, code="adapter_not_loaded", param="id")
+        case InspectionProblem.OUT_OF_RANGE:
+            last, most = min(num_tokens, question.max_end), question.max_positions
+            expected = f"0 <= start < end <= {last}, and at most {most} positions"
+            message = f"Invalid 'end': of {num_tokens} positions, expected {expected} with this 'top'."
+            return InvalidValueError(message, param="end")
+        case InspectionProblem.TOO_LONG:
+            message = "Invalid 'end': the KV cache has too few blocks for so many positions."
+            return InvalidValueError(message, param="end")
+        case InspectionProblem.TOO_SLOW:
+            message = "The inspection did not come to its end beside other requests. Please retry later."
+            return EngineUnavailableError(message, code="overloaded")
+        case InspectionProblem.NOT_KEPT:
+            message = "The tokens of this request are not kept. With API keys, --record-requests keeps them."
+            return APIError(404, message, code="tokens_not_kept", param="id")
+        case InspectionProblem.NOT_FOUND:
+            message = f"No request with the id '{clip(body.id or '')}' and this choice is running or among the last."
+            return APIError(404, message, code="request_not_found", param="id")
+
+
+class _Texts:
+    """The texts of tokens, each looked up once."""
+
+    def __init__(self, model: ServedModel) -> None:
+        @cache
+        def text(token_id: int) -> str:
+            return token_text(model.tokenizer, token_id)
+
+        self._text = text
+
+    def token(self, token_id: int) -> InspectedToken:
+        return InspectedToken(token_id, self._text(token_id))
+
+    def ranked(self, pairs: Iterable[tuple[int, float]]) -> list[RankedToken]:
+        return [RankedToken(token_id, self._text(token_id), logprob) for token_id, logprob in pairs]
+
+
+def _inspection(model: ServedModel, body: InspectRequest, answer: Inspected) -> Inspection:
+    """Return what a client sees of an answer. `body` is the question."""
+    texts = _Texts(model)
+    positions = [_position(texts, view, answer) for view in answer.positions]
+    compared = [position.is_equal for position in positions if position.is_equal is not None]
+    attention = None
+    if body.layer is not None and body.head is not None:
+        rows = [[round(weight, 6) for weight in array("f", view.attention)] for view in answer.positions]
+        attention = FullAttention(body.layer, body.head, rows)
+    last = positions[-1]
+    sampling = Sampling(
+        position=last.position,
+        stages=[_stage(texts, view) for view in answer.stages],
+        noise=[
+            NoisyToken(each.token_id, texts.token(each.token_id).token, each.logit, each.noise)
+            for each in answer.candidates
+        ],
+        recomputed=last.recomputed,
+        sent=last.next,
+    )
+    return Inspection(
+        id=answer.ids[0] if answer.ids else None,
+        model=answer.lora_name or model.name,
+        num_layers=len(model.config.layers),
+        num_heads=answer.num_heads,
+        num_experts=answer.num_experts,
+        num_prompt_tokens=answer.num_prompt_tokens,
+        num_tokens=answer.num_tokens,
+        start=answer.start,
+        end=answer.end,
+        tokens=[texts.token(token_id) for token_id in answer.token_ids[: answer.end]],
+        positions=positions,
+        attention=attention,
+        sampling=sampling if answer.stages else None,
+        is_equal=all(compared) if compared else None,
+    )
+
+
+def _position(texts: _Texts, view: PositionView, answer: Inspected) -> PositionInside:
+    following = answer.token_ids[view.position + 1 : view.position + 2]
+    recomputed = None if view.token_id is None else texts.token(view.token_id)
+    return PositionInside(
+        position=view.position,
+        layers=[_layer(texts, layer) for layer in view.layers],
+        next=texts.token(following[0]) if following else None,
+        recomputed=recomputed,
+        is_equal=view.token_id == following[0] if recomputed is not None and following else None,
+    )
+
+
+def _layer(texts: _Texts, view: LayerView) -> LayerInside:
+    return LayerInside(
+        lens=texts.ranked(view.lens),
+        residual_norm=view.residual_norm,
+        attention_norm=view.attention_norm,
+        mlp_norm=view.feed_forward_norm,
+        heads=view.heads,
+        experts=view.experts or None,
+    )
+
+
+def _stage(texts: _Texts, view: StageView) -> Stage:
+    return Stage(
+        view.name, view.num_tokens, view.num_removed, top=texts.ranked(view.top), removed=texts.ranked(view.removed)
+    )

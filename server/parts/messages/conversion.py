@@ -1,0 +1,323 @@
+"""Converts requests of Anthropic's Messages API to chat completion requests."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from typing import Any
+
+import msgspec
+
+from server.api.chat.conversion import ChatEndpoint, reads_effort
+from server.api.chat.request_builder import build_request, function_tool, named_tool, text_part, tool_call
+from server.api.chat.schemas import ChatCompletionRequest
+from server.generation.endpoint import AnswerMetadata
+from server.generation.prompts import Prompt
+from server.generation.tokenized_settings import supports_reasoning_budget
+from server.http.errors import InvalidValueError, MissingParameterError
+from server.models.served_model import ServedModel
+from server.parts.messages.client_tools import CLIENT_TOOLS
+from server.parts.messages.schemas import (
+    CompactionBlock,
+    CountTokensRequest,
+    DocumentBlock,
+    IgnoredBlock,
+    MessageParam,
+    MessagesObject,
+    MessagesRequest,
+    MessagesToolChoice,
+    OutputConfig,
+    PlainText,
+    SearchResultBlock,
+    SystemMessage,
+    TextBlock,
+    ThinkingBlock,
+    ThinkingConfig,
+    ToolDefinition,
+    ToolResultBlock,
+    ToolUseBlock,
+    UserMessage,
+)
+from server.parts.messages.writer import MessagesWriter
+from server.schemas.request_fields import NO_LIMIT
+
+RESPONSE_FORMAT = ("response_format", "response_format.json_schema")
+PARAMETER_NAMES = {  # parameter of chat completions -> the parameter of this API
+    **dict.fromkeys(RESPONSE_FORMAT, "output_config.format"),
+    "reasoning_effort": "output_config.effort",
+    "thinking_token_budget": "thinking.budget_tokens",
+}
+TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+ERROR_PREFIX = "Error: "  # precedes the result of a failed tool call
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCapabilities:
+    """Features of this API that the model and its chat template support."""
+
+    supports_reasoning_budget: bool = True
+    reads_effort: bool = True
+    keeps_system_position: bool = True  # renders system messages at their position in the conversation
+
+    @classmethod
+    def of(cls, model: ServedModel) -> "ModelCapabilities":
+        template = model.chat_template
+        return cls(
+            supports_reasoning_budget=supports_reasoning_budget(model),
+            reads_effort=reads_effort(template),
+            keeps_system_position=template is not None and template.keeps_system_position,
+        )
+
+
+def error_names(body: CountTokensRequest) -> dict[str, str]:
+    """Return the parameter names to use in errors. Indices of tools differ because unsupported tools are dropped.
+
+    A field that the client sent under its chat completions name keeps that name.
+    """
+    tools = {}
+    for number, (index, _) in enumerate(_known_tools(body)):
+        tools[f"tools[{number}].function.parameters"] = f"tools[{index}].input_schema"
+        tools[f"tools[{number}].function"] = f"tools[{index}]"
+    names = PARAMETER_NAMES
+    if body.output_format is not None:
+        names = names | dict.fromkeys(RESPONSE_FORMAT, "output_format")
+    sent = body.model_extra or {}
+    return tools | {param: name for param, name in names.items() if sent.get(param) in (None, False)}
+
+
+def _known_tools(body: CountTokensRequest) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the tools that the model can be told, each with its index in the request."""
+    for index, tool in enumerate(body.tools or ()):
+        if isinstance(tool, ToolDefinition):
+            yield (
+                index,
+                function_tool(
+                    name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+                ),
+            )
+        elif tool.type in CLIENT_TOOLS:
+            description, schema = CLIENT_TOOLS[tool.type]
+            yield index, function_tool(name=tool.name, description=description, parameters=schema, strict=tool.strict)
+
+
+def _ignored(body: CountTokensRequest) -> Iterator[str]:
+    """Yield the names of ignored tools and blocks."""
+    known = [index for index, _ in _known_tools(body)]
+    yield from (f"tools[{index}].{tool.type}" for index, tool in enumerate(body.tools or ()) if index not in known)
+    if _ignores_choice(body) and body.tool_choice is not None:
+        yield f"tool_choice.{body.tool_choice.name or body.tool_choice.type}"
+    for content in (message.content for message in body.messages):
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, IgnoredBlock):
+                yield f"messages[].content[].{block.type}"
+            parts = block.content if isinstance(block, ToolResultBlock) and isinstance(block.content, list) else ()
+            yield from (
+                f"messages[].content[].content[].{each.type}" for each in parts if isinstance(each, IgnoredBlock)
+            )
+
+
+def _ignores_choice(body: CountTokensRequest) -> bool:
+    """Return whether only ignored tools could satisfy the tool choice."""
+    known = [index for index, _ in _known_tools(body)]
+    ignored = [tool.name for index, tool in enumerate(body.tools or ()) if index not in known]
+    match body.tool_choice:
+        case MessagesToolChoice(type="any"):
+            return bool(ignored) and not known
+        case MessagesToolChoice(type="tool", name=str(name)):
+            return name in ignored
+    return False
+
+
+def to_chat(body: CountTokensRequest, capabilities: ModelCapabilities) -> ChatCompletionRequest:
+    """Convert a request to a chat request. Hints that the model cannot follow are dropped.
+
+    Raises BadRequestError.
+    """
+    final = body.messages[-1]
+    if final.role == "assistant" and any(isinstance(block, ToolUseBlock) for block in final.content):
+        message = "Invalid 'messages': the last message calls tools, so their results must follow."
+        raise InvalidValueError(message, param="messages")
+    _check_thinking(body)
+    choice = body.tool_choice
+    fields: dict[str, Any] = {
+        "model": body.model,
+        "messages": list(_turns(body, keeps_system_position=capabilities.keeps_system_position)),
+        "tools": [tool for _, tool in _known_tools(body)],
+        "tool_choice": None if _ignores_choice(body) else _tool_choice(choice),
+        "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
+        "continue_final_message": final.role == "assistant" or None,
+        "reasoning_effort": _effort(body.thinking, body.output_config) if capabilities.reads_effort else None,
+        "include_reasoning": False if body.thinking is not None and body.thinking.display == "omitted" else None,
+        "response_format": _response_format(body),
+    }
+    if isinstance(body, MessagesRequest):
+        fields |= {
+            "max_tokens": body.max_tokens,
+            "thinking_token_budget": _budget(body.thinking) if capabilities.supports_reasoning_budget else None,
+            "stop": body.stop_sequences or None,
+            **{name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "stream")},
+        }
+    return build_request(body, fields, ChatCompletionRequest, ignored=list(_ignored(body)))
+
+
+def _check_thinking(body: CountTokensRequest) -> None:
+    if body.thinking is None or body.thinking.type != "enabled":
+        return
+    if body.thinking.budget_tokens is None:
+        raise MissingParameterError("thinking.budget_tokens")
+    max_tokens = body.max_tokens if isinstance(body, MessagesRequest) else NO_LIMIT
+    if max_tokens != NO_LIMIT and body.thinking.budget_tokens >= max_tokens:
+        message = "`max_tokens` must be greater than `thinking.budget_tokens`."
+        raise InvalidValueError(message, param="thinking.budget_tokens")
+
+
+def _turns(body: CountTokensRequest, *, keeps_system_position: bool) -> Iterator[dict[str, Any]]:
+    """Yield the chat messages.
+
+    Leading system messages join the system prompt. Consecutive messages of the assistant become one message, and so do
+    those between two turns of the assistant, except system messages that the template renders in place.
+    """
+    messages = _active(body.messages)
+    first = list(takewhile(lambda message: message.role == "system", messages))
+    system = [*(_blocks(body.system) if body.system else ()), *_blocks_of(first)]
+    if system:
+        yield {"role": "system", "content": _content(system)}
+    for by_assistant, group in groupby(messages[len(first) :], key=lambda message: message.role == "assistant"):
+        turns = list(group)
+        yield from (
+            _assistant(_blocks_of(turns))
+            if by_assistant
+            else _input(turns, keeps_system_position=keeps_system_position)
+        )
+
+
+def _active(messages: Sequence[MessageParam]) -> list[MessageParam]:
+    """Drop system messages that apply only up to a user message that has followed."""
+    last_user = max((index for index, each in enumerate(messages) if isinstance(each, UserMessage)), default=-1)
+    return [
+        message
+        for index, message in enumerate(messages)
+        if not (isinstance(message, SystemMessage) and message.clear_at == "next_user_message" and index < last_user)
+    ]
+
+
+def _blocks(content: str | Sequence[MessagesObject | IgnoredBlock]) -> list[MessagesObject]:
+    """Return the blocks that the model sees."""
+    if isinstance(content, str):
+        return [TextBlock(type="text", text=content)]
+    return [block for block in content if not isinstance(block, IgnoredBlock)]
+
+
+def _blocks_of(messages: Iterable[MessageParam]) -> list[MessagesObject]:
+    return [block for message in messages for block in _blocks(message.content)]
+
+
+def _input(messages: Sequence[MessageParam], *, keeps_system_position: bool) -> Iterator[dict[str, Any]]:
+    """Yield the chat messages between two turns of the assistant. Tool results come first: they answer its calls.
+
+    Many templates reject system messages within a conversation, drop them, or move them to the beginning, which would
+    change the cached prefix. For these templates a system message becomes text of the user's turn.
+    """
+    yield from (_result(block) for block in _blocks_of(messages) if isinstance(block, ToolResultBlock))
+    for by_system, turns in groupby(messages, key=lambda message: keeps_system_position and message.role == "system"):
+        content = _content([block for block in _blocks_of(turns) if not isinstance(block, ToolResultBlock)])
+        if content is not None:
+            yield {"role": "system" if by_system else "user", "content": content}
+
+
+def _result(block: ToolResultBlock) -> dict[str, Any]:
+    parts = _blocks(block.content or "") or _blocks("")
+    if block.is_error:
+        parts = [TextBlock(type="text", text=ERROR_PREFIX + _text(parts[0])), *parts[1:]]
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": _content(parts)}
+
+
+def _assistant(blocks: Sequence[MessagesObject]) -> Iterator[dict[str, Any]]:
+    reasoning = "".join([block.thinking for block in blocks if isinstance(block, ThinkingBlock)])
+    calls = [
+        tool_call(block.id, block.name, msgspec.json.encode(block.input).decode())
+        for block in blocks
+        if isinstance(block, ToolUseBlock)
+    ]
+    content = _content([block for block in blocks if isinstance(block, TextBlock | CompactionBlock)])
+    if content is None and not calls:
+        content = ""
+    message = {"content": content, "reasoning_content": reasoning or None, "tool_calls": calls or None}
+    yield {"role": "assistant", **{name: value for name, value in message.items() if value is not None}}
+
+
+def _content(blocks: Sequence[MessagesObject]) -> Any:
+    """Return text blocks as the content of a chat message; None if there are no blocks."""
+    texts = [_text(block) for block in blocks]
+    return texts[0] if len(texts) == 1 else [text_part(text) for text in texts] or None
+
+
+def _text(block: MessagesObject) -> str:
+    """Return the text of a block that has text."""
+    if isinstance(block, CompactionBlock):
+        return block.content or ""
+    if isinstance(block, TextBlock):
+        return block.text
+    if isinstance(block, SearchResultBlock):
+        return "\n".join([f"Search result: {block.title}", block.source, *map(_text, block.content)])
+    assert isinstance(block, DocumentBlock)
+    source = block.source
+    text = source.data if isinstance(source, PlainText) else "\n".join(_text(part) for part in _blocks(source.content))
+    title = f"Document: {block.title}" if block.title else None
+    return "\n".join(part for part in (title, block.context, text) if part)
+
+
+def _tool_choice(choice: MessagesToolChoice | None) -> Any:
+    if choice is None:
+        return None
+    if choice.type != "tool":
+        return TOOL_CHOICES[choice.type]
+    if choice.name is None:
+        raise MissingParameterError("tool_choice.name")
+    return named_tool(choice.name)
+
+
+def _effort(thinking: ThinkingConfig | None, config: OutputConfig | None) -> str | None:
+    """Return the reasoning effort. None, as `high`, which is Anthropic's default, leaves it to the model."""
+    if thinking is not None and thinking.type == "disabled":
+        return "none"
+    if config is not None and config.effort not in (None, "high"):
+        return config.effort
+    return "medium" if thinking is not None and thinking.type == "enabled" else None
+
+
+def _budget(thinking: ThinkingConfig | None) -> int | None:
+    return thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
+
+
+def _response_format(body: CountTokensRequest) -> dict[str, Any] | None:
+    format = body.output_config.format if body.output_config is not None else None
+    if format is not None and body.output_format is not None:
+        message = "Invalid 'output_format': it is an alias of 'output_config.format', so only one is allowed."
+        raise InvalidValueError(message, param="output_format")
+    format = format or body.output_format
+    if format is None:
+        return None
+    schema = {"name": "output", "schema": format.json_schema, "strict": True}
+    return {"type": "json_schema", "json_schema": schema}
+
+
+class MessagesEndpoint:
+    """`POST /v1/messages` for the generation pipeline."""
+
+    noun = "messages"
+    id_prefix = "msg_"
+    operation = "chat"
+
+    def max_tokens_field(self, body: ChatCompletionRequest) -> str:
+        return "max_tokens"
+
+    def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
+        return ChatEndpoint().ignored_fields(model, body)
+
+    def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+        return ChatEndpoint().encode(model, body, limit=limit)
+
+    def writer(
+        self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+    ) -> MessagesWriter:
+        return MessagesWriter(metadata, with_thinking=body.include_reasoning is not False)

@@ -1,0 +1,5 @@
+"""Several models, and those that are not kept in memory: `server.main` loads the manager by name."""
+
+from server.part import Part
+
+PART = Part()

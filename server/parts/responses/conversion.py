@@ -1,0 +1,388 @@
+"""Converts requests of OpenAI's Responses API to chat completion requests, and creates their response objects."""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import msgspec
+
+from server.api.chat.conversion import NEUTRAL_EFFORTS, ChatEndpoint, reads_effort
+from server.api.chat.request_builder import (
+    build_request,
+    function_tool,
+    named_tool,
+    reject_chat_only_fields,
+    text_part,
+    tool_call,
+)
+from server.api.chat.schemas import ChatCompletionRequest
+from server.generation.endpoint import AnswerMetadata
+from server.generation.prompts import Prompt
+from server.generation.token_fields import token_fields
+from server.http.errors import InvalidValueError, MissingParameterError, clip
+from server.models.served_model import ServedModel
+from server.parts.responses.custom_tools import CUSTOM_PARAMETERS, as_function_item
+from server.parts.responses.event_log import EventLog
+from server.parts.responses.schemas import (
+    CallOutput,
+    CustomTool,
+    FullInputItem,
+    FunctionTool,
+    IgnoredItem,
+    InputMessage,
+    ItemReference,
+    PastCall,
+    PastReasoning,
+    ReasoningConfig,
+    ResponseObject,
+    ResponsesAllowedTools,
+    ResponsesNamedTool,
+    ResponsesRequest,
+    ResponsesToolChoice,
+    SchemaFormat,
+    TextConfig,
+    UnsupportedTool,
+)
+from server.parts.responses.store import ResponseStore, StoredResponse, encode_each
+from server.parts.responses.truncation import encode_newest
+from server.parts.responses.writer import ResponseWriter
+from server.schemas.request_fields import NO_LIMIT
+from server.tenants import EVERYBODY
+from server.text.templates.chat_template import ChatTemplate
+
+PARAMETER_NAMES = {  # parameter of chat completions -> the parameter of this API
+    "messages": "input",
+    "response_format": "text.format",
+    "response_format.json_schema": "text.format",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+}
+LOGPROBS = "message.output_text.logprobs"  # value of `include`
+MAX_REFERENCED_BYTES = 10 << 20  # per request
+ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
+
+
+def error_names(body: ResponsesRequest) -> dict[str, str]:
+    """Return the parameter names to use in errors. Indices of tools differ because unsupported tools are dropped."""
+    sent = [index for index, tool in enumerate(body.tools or ()) if not isinstance(tool, UnsupportedTool)]
+    return {f"tools[{number}].function": f"tools[{index}]" for number, index in enumerate(sent)} | PARAMETER_NAMES
+
+
+def check(body: ResponsesRequest) -> None:
+    """Raise BadRequestError if fields contradict each other or are not supported."""
+    reject_chat_only_fields(body)
+    if body.input is None and body.previous_response_id is None:
+        raise MissingParameterError("input")
+    if body.top_logprobs and LOGPROBS not in (body.include or ()):
+        message = f"Invalid 'top_logprobs': only allowed with '{LOGPROBS}' in 'include'."
+        raise InvalidValueError(message, param="top_logprobs")
+    if body.background and body.store is False:
+        raise InvalidValueError("Invalid 'background': only allowed when responses are stored.", param="background")
+    if body.stream_options is not None and not body.stream:
+        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        raise InvalidValueError(message, param="stream_options")
+
+
+def input_items(body: ResponsesRequest, store: ResponseStore, owner: str = EVERYBODY) -> list[dict[str, Any]]:
+    """Return the request's input items in OpenAI's full form, each with an id.
+
+    References are resolved to items of responses in `store`. Raises InvalidValueError for unknown ones.
+    """
+    if isinstance(body.input, str):
+        return [_full_item(InputMessage(role="user", content=body.input))]
+    items: list[dict[str, Any]] = []
+    num_bytes = 0  # total size of referenced items
+    for index, item in enumerate(body.input or ()):
+        if isinstance(item, IgnoredItem):
+            continue
+        if isinstance(item, ItemReference):
+            items.append(_referenced(item.id, f"input[{index}].id", store, owner))
+            num_bytes += len(msgspec.json.encode(items[-1]))
+        else:
+            items.append(_full_item(item))
+        if num_bytes > MAX_REFERENCED_BYTES:
+            param = f"input[{index}].id"
+            message = f"Invalid '{param}': the referenced items exceed {MAX_REFERENCED_BYTES} bytes."
+            raise InvalidValueError(message, param=param)
+    return items
+
+
+def _referenced(item_id: str, param: str, store: ResponseStore, owner: str) -> dict[str, Any]:
+    item = store.item(item_id, owner)
+    if item is None:
+        message = (
+            f"Item with id '{clip(item_id)}' not found. Items are kept as long as a stored response contains them."
+        )
+        raise InvalidValueError(message, param=param)
+    found: dict[str, Any] = msgspec.json.decode(item)
+    return found
+
+
+def _full_item(item: FullInputItem) -> dict[str, Any]:
+    full: dict[str, Any] = {
+        "id": item.id or ID_PREFIXES[item.type] + secrets.token_hex(16),
+        "type": item.type,
+        "status": item.status or "completed",
+    }
+    match item:
+        case InputMessage():
+            kind = "output_text" if item.role == "assistant" else "input_text"
+            return full | {"role": item.role, "content": _full_parts(item.content, kind)}
+        case PastCall():
+            return full | {"call_id": item.call_id, "name": item.name, "arguments": item.arguments}
+        case CallOutput():
+            output = item.output if isinstance(item.output, str) else _full_parts(item.output, "input_text")
+            return full | {"call_id": item.call_id, "output": output}
+        case PastReasoning():
+            content = [{"type": "reasoning_text", "text": part.text} for part in item.content or ()]
+            return full | {"summary": item.summary or [], "content": content}
+
+
+def _full_parts(content: str | list[Any], kind: str) -> list[dict[str, Any]]:
+    texts = [content] if isinstance(content, str) else [part.text for part in content]
+    more: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
+    return [{"type": kind, "text": text, **more} for text in texts]
+
+
+def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> list[str]:
+    """Return the names of ignored fields: unsupported tools and items, and options that the template does not read."""
+    tools, items = enumerate(body.tools or ()), enumerate(() if isinstance(body.input, str) else body.input or ())
+    names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, UnsupportedTool)]
+    if (choice := _ignored_choice(body)) is not None:
+        names.append(f"tool_choice.{choice}")
+    names += [f"tools[{index}].format" for index, tool in enumerate(body.tools or ()) if _has_grammar(tool)]
+    names += [f"input[{index}].{item.type}" for index, item in items if isinstance(item, IgnoredItem)]
+    effort = body.reasoning.effort if body.reasoning else None
+    if effort not in NEUTRAL_EFFORTS and not reads_effort(template):
+        names.append("reasoning.effort")
+    if body.text is not None and body.text.verbosity not in (None, "medium"):
+        names.append("text.verbosity")
+    return names
+
+
+def _ignored_choice(body: ResponsesRequest) -> str | None:
+    """Return the name of a tool choice that only ignored tools could satisfy, or None if it has an effect."""
+    choice, tools = body.tool_choice, body.tools
+    match choice:
+        case UnsupportedTool():
+            return choice.type
+        case ResponsesAllowedTools(tools=allowed):
+            return choice.type if all(isinstance(tool, UnsupportedTool) for tool in allowed) else None
+        case "required" if tools and all(isinstance(tool, UnsupportedTool) for tool in tools):
+            return "required"
+    return None
+
+
+def _has_grammar(tool: object) -> bool:
+    return isinstance(tool, CustomTool) and (tool.format or {}).get("type") == "grammar"
+
+
+def to_chat(
+    body: ResponsesRequest, items: Sequence[dict[str, Any]], ignored: Sequence[str] = ()
+) -> ChatCompletionRequest:
+    """Convert a request to a chat request.
+
+    `items` are those of the whole conversation; `ignored` is the result of `ignored_fields`. Raises BadRequestError.
+    """
+    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    with_logprobs = LOGPROBS in (body.include or ())
+    tools = [_chat_tool(tool) for tool in body.tools or () if not isinstance(tool, UnsupportedTool)]
+    fields = {
+        "model": body.model,
+        "messages": [*system, *_messages(items)],
+        "max_completion_tokens": body.max_output_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "stop": body.stop,
+        "stream": body.stream,
+        "logprobs": with_logprobs or None,
+        "top_logprobs": body.top_logprobs if with_logprobs else None,
+        "tools": tools,
+        "tool_choice": None if _ignored_choice(body) else _tool_choice(body.tool_choice),
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning_effort": body.reasoning.effort if body.reasoning and "reasoning.effort" not in ignored else None,
+        "chat_template_kwargs": body.chat_template_kwargs,
+        "response_format": _response_format(body.text),
+        "metadata": body.metadata,
+        "store": body.store,
+    }
+    return build_request(body, fields, ChatCompletionRequest, ignored=ignored)
+
+
+def _messages(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the chat messages. Consecutive items of the model (reasoning, text, calls) become one message."""
+    for from_model, group in groupby(map(as_function_item, items), key=_is_from_model):
+        if from_model:
+            yield from _assistant(list(group))
+        else:
+            yield from map(_input_message, group)
+
+
+def _is_from_model(item: dict[str, Any]) -> bool:
+    return item["type"] in ("reasoning", "function_call") or item.get("role") == "assistant"
+
+
+def _assistant(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the message, if there is more to it than reasoning that is encrypted."""
+    texts = [part["text"] for item in items if item["type"] == "message" for part in item["content"]]
+    reasoning = [part["text"] for item in items if item["type"] == "reasoning" for part in item["content"]]
+    calls = [
+        tool_call(item["call_id"], item["name"], item["arguments"]) for item in items if item["type"] == "function_call"
+    ]
+    message: dict[str, Any] = {"role": "assistant"}
+    if texts or not calls:
+        message["content"] = _content(texts)
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
+    if calls:
+        message["tool_calls"] = calls
+    if reasoning or calls or any(item["type"] == "message" for item in items):
+        yield message
+
+
+def _input_message(item: dict[str, Any]) -> dict[str, Any]:
+    if item["type"] == "message":
+        return {"role": item["role"], "content": _content([part["text"] for part in item["content"]])}
+    output = item["output"]
+    content = output if isinstance(output, str) else _content([part["text"] for part in output])
+    return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+
+
+def _content(texts: Sequence[str]) -> str | list[dict[str, Any]]:
+    return [text_part(text) for text in texts] if len(texts) > 1 else "".join(texts)
+
+
+def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
+    """Return the supported tools in the form of the answer."""
+    return [_tool(tool) for tool in body.tools or () if not isinstance(tool, UnsupportedTool)]
+
+
+def _tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+    shared = {"type": tool.type, "name": tool.name, "description": tool.description}
+    if isinstance(tool, CustomTool):
+        return shared | {"format": tool.format or {"type": "text"}}
+    return shared | {"parameters": tool.parameters, "strict": bool(tool.strict)}
+
+
+def _chat_tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+    shared = {"name": tool.name, "description": tool.description}
+    if isinstance(tool, CustomTool):
+        return function_tool(**shared, parameters=CUSTOM_PARAMETERS, strict=True)
+    return function_tool(**shared, parameters=tool.parameters, strict=bool(tool.strict))
+
+
+def _tool_choice(choice: ResponsesToolChoice | None) -> Any:
+    match choice:
+        case ResponsesNamedTool():
+            return named_tool(choice.name)
+        case ResponsesAllowedTools():
+            tools = [named_tool(tool.name) for tool in choice.tools if isinstance(tool, ResponsesNamedTool)]
+            return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": tools}}
+    return choice
+
+
+def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
+    if text is None or text.format is None:
+        return None
+    if not isinstance(text.format, SchemaFormat):
+        return {"type": text.format.type}
+    schema = _without_nulls(text.format)
+    return {"type": "json_schema", "json_schema": {name: value for name, value in schema.items() if name != "type"}}
+
+
+def _without_nulls(model: TextConfig | SchemaFormat | ReasoningConfig | None) -> dict[str, Any]:
+    return {} if model is None else model.model_dump(exclude_none=True, by_alias=True)
+
+
+class ResponsesEndpoint:
+    """`POST /v1/responses` for the generation pipeline. Made for one request, whose response it stores."""
+
+    noun = "input"
+    id_prefix = "resp_"
+    operation = "chat"
+
+    def __init__(
+        self,
+        body: ResponsesRequest,
+        items: list[dict[str, Any]],
+        previous: StoredResponse | None,
+        store: ResponseStore,
+        owner: str,
+    ) -> None:
+        """`items` are the input items of this request of `owner`, without those of the `previous` response."""
+        self._body = body
+        self._items = encode_each(items)
+        self._previous = previous
+        self._store = store
+        self._owner = owner
+        self._stored: StoredResponse | None = None
+
+    def max_tokens_field(self, body: ChatCompletionRequest) -> str:
+        return "max_output_tokens"
+
+    def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
+        return ChatEndpoint().ignored_fields(model, body)
+
+    def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+        if self._body.truncation == "auto":
+            return [encode_newest(model, body, limit=limit)]
+        return ChatEndpoint().encode(model, body, limit=limit)
+
+    def writer(
+        self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+    ) -> ResponseWriter:
+        original = self._body
+        response = new_response(original, metadata, model.default_sampling.values)
+        earlier = [] if self._previous is None else self._previous.items
+        events = EventLog(metadata.id) if original.background and original.stream else None
+        stored = self._stored = StoredResponse(response, self._items, earlier, events, self._owner)
+        store = None if original.store is False else self._store
+        if store is not None and (original.stream or original.background):
+            store.put(stored)
+        return ResponseWriter(
+            model.tokenizer,
+            stored,
+            store,
+            with_logprobs=bool(body.logprobs),
+            custom_tools=[tool.name for tool in original.tools or () if isinstance(tool, CustomTool)],
+            fields=token_fields(body, prompts),
+        )
+
+    def end(self) -> None:
+        """Close the event log and keep the answer as JSON, whether it was generated successfully or not."""
+        if self._stored is None:
+            return
+        if self._stored.events is not None:
+            self._stored.events.close()
+        self._store.end(self._stored)
+
+
+def new_response(body: ResponsesRequest, metadata: AnswerMetadata, defaults: Any) -> ResponseObject:
+    """Return the response to a request before generation. `defaults` are the default sampling."""
+    choice = None if _ignored_choice(body) else body.tool_choice
+    text = _without_nulls(body.text)
+    return ResponseObject(
+        id=metadata.id,
+        created_at=metadata.created,
+        background=bool(body.background),
+        instructions=body.instructions,
+        max_output_tokens=None if body.max_output_tokens == NO_LIMIT else body.max_output_tokens,
+        max_tool_calls=body.max_tool_calls,
+        model=metadata.model,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        previous_response_id=body.previous_response_id,
+        reasoning={"effort": None, "summary": None} | _without_nulls(body.reasoning),
+        store=body.store is not False,
+        temperature=defaults.get("temperature", 1.0) if body.temperature is None else body.temperature,
+        text={"format": {"type": "text"}} | text,
+        tool_choice=(choice or "auto") if isinstance(choice, str | None) else choice.model_dump(),
+        tools=_tools(body),
+        top_logprobs=body.top_logprobs or 0,
+        top_p=defaults.get("top_p", 1.0) if body.top_p is None else body.top_p,
+        truncation=body.truncation or "disabled",
+        metadata=body.metadata or {},
+        user=body.user,
+        safety_identifier=body.safety_identifier,
+        prompt_cache_key=body.prompt_cache_key,
+    )

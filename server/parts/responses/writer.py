@@ -1,0 +1,312 @@
+"""Writes responses: the output items of a generation, and the events that report their growth."""
+
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal
+
+from msgspec import UNSET, UnsetType
+
+from server.api.chat.schemas import TokenLogprob
+from server.api.chat.writer import token_logprobs
+from server.generation.choice import ChoiceDelta, TokenPosition, ToolCallDelta
+from server.generation.event_writer import encode_events
+from server.generation.token_fields import NO_FIELDS, TokenFields
+from server.http.error_formats import ErrorFormat
+from server.http.errors import APIError, ResponseGoneError
+from server.parts.responses.custom_tools import custom_input
+from server.parts.responses.event_schemas import (
+    ArgumentsDelta,
+    ArgumentsDone,
+    Completed,
+    Created,
+    CustomInputDelta,
+    CustomInputDone,
+    ErrorEvent,
+    Failed,
+    Incomplete,
+    InProgress,
+    ItemAdded,
+    ItemDone,
+    OutputTextDelta,
+    OutputTextDone,
+    PartAdded,
+    PartDone,
+    ReasoningDelta,
+    ReasoningDone,
+    StreamEvent,
+)
+from server.parts.responses.schemas import (
+    CustomCallItem,
+    FunctionCallItem,
+    IncompleteDetails,
+    InputTokensDetails,
+    ItemStatus,
+    MessageItem,
+    OutputItem,
+    OutputText,
+    OutputTokensDetails,
+    ReasoningItem,
+    ReasoningText,
+    ResponseError,
+    ResponseObject,
+    ResponseUsage,
+)
+from server.parts.responses.store import ResponseStore, StoredResponse
+from server.schemas.answers import RequestTimings, Usage
+from server.text.parsers.answer_parts import PartKind
+from server.text.tokenizer import Tokenizer
+
+# Finish reason -> status of the response.
+STATUSES: Mapping[str, Literal["completed", "incomplete", "cancelled"]] = {
+    "stop": "completed",
+    "tool_calls": "completed",
+    "repetition": "completed",
+    "length": "incomplete",
+    "abort": "cancelled",
+}
+
+
+class ResponseWriter:
+    """Writes the one choice of a response. Only the last output item grows.
+
+    A non-streamed answer goes through the same steps, with the events discarded.
+    """
+
+    repeats_output = True
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stored: StoredResponse,
+        store: ResponseStore | None,
+        *,
+        with_logprobs: bool,
+        custom_tools: Collection[str] = (),
+        fields: TokenFields = NO_FIELDS,
+    ) -> None:
+        """`store` is None if the response is not to be stored; `custom_tools` are names."""
+        self._tokenizer = tokenizer
+        assert stored.response is not None
+        self.response = stored.response
+        self._stored = stored
+        self._store = store
+        self._with_logprobs = with_logprobs
+        self._custom_tools = custom_tools
+        self._arguments = ""  # of the growing call of a custom tool
+        self._fields = fields
+        self._was_stored = store is not None and stored in store
+        self._num_events = 0
+        self._num_messages = 0
+        self._open: tuple[str, int] | None = None  # type of the growing item, and index of its tool call
+        self._finish_reason = "stop"
+        self._positions: list[TokenPosition] = []  # tokens whose log probabilities are not in the output yet
+
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Callable[[], Usage]) -> bytes:
+        """Return the encoded events. Raises ResponseGoneError if the event log was dropped, which leaves no reader."""
+        events = self._encode(chain(self._begin(), self._grow(deltas)))
+        if self._stored.events is not None and self._stored.events.is_dropped:
+            raise ResponseGoneError(self.response.id)
+        return events
+
+    def end(self, usage: Usage, timings: RequestTimings | UnsetType = UNSET) -> bytes:
+        self.response.lightwell = timings
+        return self._encode(chain(self._begin(), self._finish(usage), self._last()))
+
+    def failure(self, error: APIError) -> bytes:
+        return self._encode(chain(self._begin(), self._fail(error)))
+
+    def answer(
+        self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType = UNSET
+    ) -> ResponseObject:
+        self.response.lightwell = timings
+        for _ in chain(self._grow(deltas), self._finish(usage)):
+            pass
+        return self.response
+
+    def _encode(self, events: Iterable[StreamEvent]) -> bytes:
+        """Encode events one by one: later events contain the same objects, which have grown by then."""
+        encoded = []
+        for event in events:
+            event.sequence_number = self._num_events
+            self._num_events += 1
+            encoded.append(encode_events([event]))
+        if self._stored.events is not None and self._store is not None:
+            # Before `append`: this may drop the log, and readers that are up to date must still get these events.
+            self._store.count_events(self._stored)
+            self._stored.events.append(encoded)
+        return b"".join(encoded)
+
+    # The response.
+
+    def _begin(self) -> Iterator[StreamEvent]:
+        if self._num_events == 0:
+            yield Created(response=self.response)
+            yield InProgress(response=self.response)
+
+    def _finish(self, usage: Usage) -> Iterator[StreamEvent]:
+        status = STATUSES[self._finish_reason]
+        yield from self._close("completed" if status == "completed" else "incomplete")
+        self.response.status = status
+        if self._finish_reason == "length":
+            self.response.incomplete_details = IncompleteDetails("max_output_tokens")
+        self.response.usage = _usage(usage)
+        self._save()
+
+    def _last(self) -> Iterator[StreamEvent]:
+        kind = Completed if self.response.status == "completed" else Incomplete
+        yield kind(response=self.response)
+
+    def _fail(self, error: APIError) -> Iterator[StreamEvent]:
+        self.response.status = "failed"
+        is_limit = error.status == 429
+        self.response.error = ResponseError(error.message, "rate_limit_exceeded" if is_limit else "server_error")
+        self._save()
+        yield Failed(response=self.response)
+
+    def _save(self) -> None:
+        """Store the response, unless it was deleted meanwhile."""
+        if self._store is not None and (not self._was_stored or self._stored in self._store):
+            self._store.put(self._stored)
+
+    # Its output items.
+
+    def _grow(self, deltas: Sequence[ChoiceDelta]) -> Iterator[StreamEvent]:
+        for delta in deltas:
+            if self._with_logprobs:
+                self._positions += delta.positions
+            for part in delta.parts:
+                if isinstance(part, ToolCallDelta):
+                    yield from self._call(part)
+                elif part.kind is PartKind.REASONING:
+                    yield from self._reason(part.text)
+                else:
+                    yield from self._write(part.text)
+            if self._open == ("message", 0) and (logprobs := self._take_logprobs()):  # of tokens that add no text
+                yield self._text_delta("", logprobs)
+            self._finish_reason = delta.finish_reason or "stop"
+
+    def _reason(self, text: str) -> Iterator[StreamEvent]:
+        yield from self._switch(("reasoning", 0), lambda: ReasoningItem(id=_new_id("rs_"), content=[]), ReasoningText)
+        item = self._item
+        assert isinstance(item, ReasoningItem)
+        item.content[0].text += text
+        yield ReasoningDelta(**self._location(), delta=text)
+
+    def _take_logprobs(self) -> list[TokenLogprob]:
+        """Remove and return the pending log probabilities of tokens in the message items so far.
+
+        Tokens stay pending while it is undetermined whether they are content, or if they belong to a later message.
+        """
+        if not self._positions:
+            return []
+
+        def is_later(position: TokenPosition) -> bool:
+            return position.is_content is None or (position.is_content and position.content_index >= self._num_messages)
+
+        num_taken = next((i for i, each in enumerate(self._positions) if is_later(each)), len(self._positions))
+        taken = self._positions[:num_taken]
+        del self._positions[:num_taken]
+        return token_logprobs(self._tokenizer, [each for each in taken if each.is_content], self._fields)
+
+    def _write(self, text: str) -> Iterator[StreamEvent]:
+        """Add text to the message item, with the log probabilities of its tokens."""
+        yield from self._switch(("message", 0), lambda: MessageItem(id=_new_id("msg_"), content=[]), OutputText)
+        yield self._text_delta(text, self._take_logprobs())
+
+    def _text_delta(self, text: str, logprobs: list[TokenLogprob]) -> StreamEvent:
+        item = self._item
+        assert isinstance(item, MessageItem)
+        item.content[0].text += text
+        item.content[0].logprobs += logprobs
+        return OutputTextDelta(**self._location(), delta=text, logprobs=logprobs)
+
+    def _call(self, call: ToolCallDelta) -> Iterator[StreamEvent]:
+        def make() -> FunctionCallItem | CustomCallItem:
+            if call.name in self._custom_tools:
+                self._arguments = ""
+                return CustomCallItem(id=_new_id("ctc_"), call_id=call.id, name=call.name)
+            return FunctionCallItem(id=_new_id("fc_"), call_id=call.id, name=call.name, arguments="")
+
+        yield from self._switch(("function_call", call.index), make)
+        item = self._item
+        if isinstance(item, CustomCallItem):
+            self._arguments += call.arguments
+            return
+        assert isinstance(item, FunctionCallItem)
+        if call.arguments:
+            item.arguments += call.arguments
+            yield ArgumentsDelta(**self._location(), delta=call.arguments)
+
+    @property
+    def _item(self) -> OutputItem:
+        return self.response.output[-1]
+
+    def _location(self) -> dict[str, Any]:
+        """Return the event fields that locate the last output item."""
+        return {"item_id": self._item.id, "output_index": len(self.response.output) - 1}
+
+    def _switch(
+        self,
+        kind: tuple[str, int],
+        make_item: Callable[[], OutputItem],
+        make_part: Callable[[], OutputText | ReasoningText] | None = None,
+    ) -> Iterator[StreamEvent]:
+        """Finish the growing item and add a new one, unless it is of this kind already. Items have at most one part."""
+        if self._open == kind:
+            return
+        yield from self._close("completed")
+        self._open = kind
+        self.response.output.append(make_item())
+        self._num_messages += isinstance(self._item, MessageItem)
+        yield ItemAdded(output_index=len(self.response.output) - 1, item=self._item)
+        if make_part is not None:
+            part: Any = make_part()
+            yield PartAdded(**self._location(), part=part)
+            self._item.content.append(part)  # type: ignore[union-attr]
+
+    def _close(self, status: ItemStatus) -> Iterator[StreamEvent]:
+        if self._open is None:
+            return
+        self._open = None
+        item, location = self._item, self._location()
+        item.status = status
+        match item:
+            case ReasoningItem():
+                yield ReasoningDone(**location, text=item.content[0].text)
+                yield PartDone(**location, part=item.content[0])
+            case MessageItem():
+                yield OutputTextDone(**location, text=item.content[0].text, logprobs=item.content[0].logprobs)
+                yield PartDone(**location, part=item.content[0])
+            case FunctionCallItem():
+                yield ArgumentsDone(**location, arguments=item.arguments)
+            case CustomCallItem():  # its input is known once the JSON string around it is complete
+                item.input = custom_input(self._arguments)
+                yield CustomInputDelta(**location, delta=item.input)
+                yield CustomInputDone(**location, input=item.input)
+        yield ItemDone(output_index=location["output_index"], item=item)
+
+
+def error_event(error: APIError, sequence_number: int) -> bytes:
+    """Return the encoded event that ends a stream which cannot be continued."""
+    event = ErrorEvent(sequence_number=sequence_number, code=error.code, message=error.message, param=error.param)
+    return encode_events([event])
+
+
+RESPONSES_ERRORS = ErrorFormat(paths=re.compile(r"/v1/responses(/|\Z)"), last_events=error_event)
+
+
+def _new_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(16)
+
+
+def _usage(usage: Usage) -> ResponseUsage:
+    details = usage.completion_tokens_details
+    return ResponseUsage(
+        input_tokens=usage.prompt_tokens,
+        input_tokens_details=InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
+        output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(details.reasoning_tokens if details else 0),
+        total_tokens=usage.total_tokens,
+    )

@@ -1,0 +1,200 @@
+"""HTTP requests that a worker forwards to the coordinator, as ASGI messages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.http.error_formats import ErrorFormats
+from server.http.errors import EngineDeadError
+from server.parts.workers.messages import Forget, Forward, NextPart, PartSent, RequestPart, ResponseEnd, ResponsePart
+
+logger = logging.getLogger(__name__)
+
+DISCONNECT = {"type": "http.disconnect"}
+
+
+class ForwardedRequests:
+    """In the coordinator: runs its application for the requests of a worker. At most one part is on its way."""
+
+    def __init__(self, app: ASGIApp, send: Callable[[Any], None]) -> None:
+        self._app = app
+        self._send = send
+        self._running: dict[int, _Run] = {}
+
+    def begin(self, message: Forward) -> None:
+        self._running[message.number] = _Run(message, self._app, self._send, self._running)
+
+    def take_part(self, message: RequestPart) -> None:
+        if run := self._running.get(message.number):
+            run.parts.put_nowait(message.message)
+
+    def part_sent(self, message: PartSent) -> None:
+        if run := self._running.get(message.number):
+            run.sent.set()
+
+    def forget(self, message: Forget) -> None:
+        """Let the application notice that the client has disconnected."""
+        if run := self._running.get(message.number):
+            run.is_gone = True
+            run.sent.set()
+            run.parts.put_nowait(DISCONNECT)
+
+    def close(self) -> None:
+        for run in self._running.values():
+            run.task.cancel()
+
+
+class _Run:
+    """One forwarded request."""
+
+    def __init__(self, request: Forward, app: ASGIApp, send: Callable[[Any], None], running: dict[int, _Run]) -> None:
+        self.parts: asyncio.Queue[Message] = asyncio.Queue()
+        self.sent = asyncio.Event()
+        self.is_gone = False  # the client
+        self._number = request.number
+        self._app = app
+        self._send = send
+        self.task = asyncio.create_task(self._answer(_scope(request)))
+        self.task.add_done_callback(lambda task: running.pop(self._number, None))
+
+    async def _answer(self, scope: Scope) -> None:
+        try:
+            await self._app(scope, self._receive, self._send_part)
+        except Exception:
+            logger.exception("a forwarded request failed")
+            self._send(ResponseEnd(self._number, has_failed=True))
+        else:
+            self._send(ResponseEnd(self._number))
+
+    async def _receive(self) -> Message:
+        if self.is_gone:
+            return DISCONNECT
+        if self.parts.empty():
+            self._send(NextPart(self._number))
+        part = await self.parts.get()
+        self.is_gone = self.is_gone or part["type"] == DISCONNECT["type"]
+        return part
+
+    async def _send_part(self, part: Message) -> None:
+        if self.is_gone:
+            return
+        self.sent.clear()
+        self._send(ResponsePart(self._number, dict(part)))
+        await self.sent.wait()
+
+
+class Forwarder:
+    """In a worker: the application that forwards requests to the coordinator."""
+
+    def __init__(self, send: Callable[[Any], None], next_number: Callable[[], int]) -> None:
+        self._send = send
+        self._next_number = next_number
+        self._running: dict[int, asyncio.Queue[NextPart | ResponsePart | ResponseEnd]] = {}
+        self._is_lost = False  # the coordinator
+
+    def on_message(self, message: NextPart | ResponsePart | ResponseEnd) -> None:
+        """Take a message about a request; nobody may wait for it any more."""
+        if (messages := self._running.get(message.number)) is not None:
+            messages.put_nowait(message)
+
+    def fail(self) -> None:
+        """End all requests with an error, and those that come, since the coordinator is lost."""
+        self._is_lost = True
+        for number, messages in self._running.items():
+            messages.put_nowait(ResponseEnd(number, has_failed=True))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request as the coordinator does.
+
+        Raises EngineDeadError if the coordinator is lost, RuntimeError if it fails after it has begun to answer.
+        """
+        if self._is_lost:
+            raise EngineDeadError
+        number = self._next_number()
+        messages = self._running[number] = asyncio.Queue()
+        reading: asyncio.Task[None] | None = None
+        has_begun = False
+        self._send(_forward(number, scope))
+        try:
+            while True:
+                match await messages.get():
+                    case NextPart() if reading is None or reading.done():
+                        reading = asyncio.create_task(self._send_request_part(number, receive))
+                    case ResponsePart() as part:
+                        has_begun = True
+                        await send(part.message)
+                        self._send(PartSent(number))
+                    case ResponseEnd() as end:
+                        if end.has_failed and has_begun:
+                            raise RuntimeError("the coordinator could not answer a request")
+                        if end.has_failed:
+                            raise EngineDeadError
+                        return
+        finally:
+            if reading is not None:
+                reading.cancel()
+            del self._running[number]
+            self._send(Forget(number))
+
+    async def _send_request_part(self, number: int, receive: Receive) -> None:
+        self._send(RequestPart(number, dict(await receive())))
+
+
+class ForwardingMiddleware:
+    """In a worker: forwards all requests but the POSTs to some paths."""
+
+    def __init__(self, app: ASGIApp, paths: Collection[str], forwarder: ASGIApp, errors: ErrorFormats) -> None:
+        self._app = app
+        self._paths = paths
+        self._forwarder = forwarder
+        self._errors = errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_own = scope["type"] != "http" or (scope["method"] == "POST" and scope["path"] in self._paths)
+        if is_own:
+            await self._app(scope, receive, send)
+            return
+        try:
+            await self._forwarder(scope, receive, send)
+        except EngineDeadError as error:  # the coordinator is lost
+            await self._errors.response(error, scope)(scope, receive, send)
+
+
+def _forward(number: int, scope: Scope) -> Forward:
+    client, server = scope.get("client"), scope.get("server")
+    return Forward(
+        number=number,
+        http_version=scope["http_version"],
+        method=scope["method"],
+        scheme=scope["scheme"],
+        path=scope["path"],
+        raw_path=scope["raw_path"],
+        query_string=scope["query_string"],
+        root_path=scope["root_path"],
+        headers=[(bytes(name), bytes(value)) for name, value in scope["headers"]],
+        client=None if client is None else tuple(client),
+        server=None if server is None else tuple(server),
+    )
+
+
+def _scope(request: Forward) -> Scope:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": request.http_version,
+        "method": request.method,
+        "scheme": request.scheme,
+        "path": request.path,
+        "raw_path": request.raw_path,
+        "query_string": request.query_string,
+        "root_path": request.root_path,
+        "headers": list(request.headers),
+        "client": request.client,
+        "server": request.server,
+        "state": {},
+    }

@@ -1,0 +1,261 @@
+"""The messages between the coordinator and a worker, besides those between an engine and an API process.
+
+Numbers are chosen by the worker, and are unique for its lifetime, unless said otherwise.
+"""
+
+from typing import Any
+
+import msgspec
+
+from engine.shared.messages import Abort, Adapters, Hello, LoadFailed, Outputs, Ready, Submit, TokenLogprobs
+from server.http.errors import APIError
+from server.parts.recordings.store import RecordedChoice, Recording
+
+
+class ErrorFields(msgspec.Struct, frozen=True):
+    """An `APIError`."""
+
+    status: int
+    message: str
+    type: str
+    code: str | None
+    param: str | None
+    headers: dict[str, str]
+
+    @classmethod
+    def of(cls, error: APIError) -> "ErrorFields":
+        return cls(error.status, error.message, error.type, error.code, error.param, error.headers)
+
+    def error(self) -> APIError:
+        return APIError(
+            self.status, self.message, type=self.type, code=self.code, param=self.param, headers=self.headers
+        )
+
+
+# From a worker. A `Reply` with the same number follows where it is said.
+
+
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """Reserve capacity for a request, under its number from now on; see `EngineClient.reserve`. A `Reply` follows."""
+
+    number: int
+    tenant: str
+    count: int
+    param: str
+    queue_timeout: float | None
+
+
+class Refill(msgspec.Struct, frozen=True, tag=True):
+    """Add capacity to a reservation; see `EngineClient.refill`. A `Reply` with the number of choices follows."""
+
+    number: int
+    reservation: int
+    count: int
+
+
+class Use(msgspec.Struct, frozen=True, tag=True):
+    """The `Submit` of this id, which comes next, uses the capacity of a reservation."""
+
+    reservation: int
+    request_id: str
+
+
+class Answered(msgspec.Struct, frozen=True, tag=True):
+    """The client of a reservation has its HTTP status."""
+
+    reservation: int
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """Return the capacity of a reservation that no `Submit` uses. Nothing refers to the reservation any more."""
+
+    reservation: int
+
+
+class Admit(msgspec.Struct, frozen=True, tag=True):
+    """Count a request of a tenant. A `Reply` follows."""
+
+    number: int  # of the request from now on
+    tenant: str
+
+
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """A request that has been admitted has ended, or nobody waits to be admitted. A `Reply` follows."""
+
+    number: int
+
+
+class ReadRates(msgspec.Struct, frozen=True, tag=True):
+    """A `Reply` with the headers about a tenant's rates follows."""
+
+    number: int
+    tenant: str
+
+
+class TakeNumber(msgspec.Struct, frozen=True, tag=True):
+    """A `Reply` with the number of earlier requests without a seed follows."""
+
+    number: int
+
+
+class Observe(msgspec.Struct, frozen=True, tag=True):
+    """Call a method of `Metrics`."""
+
+    method: str
+    arguments: tuple[str | int | float, ...]
+
+
+class Recorded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The recording of a request that has ended."""
+
+    owner: str
+    model: str
+    ids: tuple[str, ...]
+    hides_logprobs: bool
+    num_bytes: int
+    submits: list[Submit]
+    choices: list[list[tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]]]
+
+    @classmethod
+    def of(cls, recording: Recording) -> "Recorded":
+        return cls(
+            owner=recording.owner,
+            model=recording.model,
+            ids=tuple(request_id for _, request_id in recording.keys),
+            hides_logprobs=recording.hides_logprobs,
+            num_bytes=recording.num_bytes,
+            submits=recording.submits,
+            choices=[
+                [(choice.token_ids, choice.logprobs, choice.prompt_logprobs) for choice in choices]
+                for choices in recording.choices
+            ],
+        )
+
+    def recording(self) -> Recording:
+        recording = Recording(self.submits, self.ids, self.owner, self.model)
+        recording.hides_logprobs, recording.num_bytes = self.hides_logprobs, self.num_bytes
+        recording.choices = [[RecordedChoice(*choice) for choice in choices] for choices in self.choices]
+        return recording
+
+
+class Cancelled(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Cancel`."""
+
+    number: int
+    was_running: bool
+
+
+class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """An HTTP request that the coordinator is to answer: the fields of its ASGI scope."""
+
+    number: int
+    http_version: str
+    method: str
+    scheme: str
+    path: str
+    raw_path: bytes
+    query_string: bytes
+    root_path: str
+    headers: list[tuple[bytes, bytes]]
+    client: tuple[str, int] | None
+    server: tuple[str, int | None] | None
+
+
+class RequestPart(msgspec.Struct, frozen=True, tag=True):
+    """The next ASGI message of a forwarded request: a part of its body, or the client's disconnect.
+
+    The coordinator asks for each with `NextPart`.
+    """
+
+    number: int
+    message: dict[str, Any]
+
+
+class PartSent(msgspec.Struct, frozen=True, tag=True):
+    """The client has taken the last `ResponsePart` of a forwarded request."""
+
+    number: int
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for the response to a forwarded request any more."""
+
+    number: int
+
+
+# From the coordinator.
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a message with this number."""
+
+    number: int
+    value: Any = None
+    error: ErrorFields | None = None
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """A reservation has ended with an error, and its streams too."""
+
+    reservation: int
+    error: ErrorFields
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The stream of a `Submit` has ended with an error."""
+
+    request_id: str
+    error: ErrorFields
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End the requests of an owner with an id that clients use. `Cancelled` follows."""
+
+    number: int  # chosen by the coordinator
+    request_id: str
+    owner: str
+
+
+class NextPart(msgspec.Struct, frozen=True, tag=True):
+    """The application wants the next `RequestPart` of a forwarded request."""
+
+    number: int
+
+
+class ResponsePart(msgspec.Struct, frozen=True, tag=True):
+    """The next ASGI message of the response to a forwarded request. `PartSent` follows."""
+
+    number: int
+    message: dict[str, Any]
+
+
+class ResponseEnd(msgspec.Struct, frozen=True, tag=True):
+    """The application has answered a forwarded request, or has failed to."""
+
+    number: int
+    has_failed: bool = False
+
+
+FromWorker = (
+    Hello
+    | Submit
+    | Abort
+    | Reserve
+    | Refill
+    | Use
+    | Answered
+    | Release
+    | Admit
+    | Leave
+    | ReadRates
+    | TakeNumber
+    | Observe
+    | Recorded
+    | Cancelled
+    | Forward
+    | RequestPart
+    | PartSent
+    | Forget
+)
+ToWorker = Reply | Refused | Failed | Cancel | NextPart | ResponsePart | ResponseEnd
+FromCoordinator = Ready | LoadFailed | Outputs | Adapters | ToWorker

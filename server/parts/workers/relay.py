@@ -1,0 +1,376 @@
+"""The coordinator's end: serves one worker as its engine, and answers the requests that it forwards."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+from weakref import WeakValueDictionary
+
+import zmq
+from msgspec.structs import replace
+from starlette.types import ASGIApp
+
+from engine.shared.messages import (
+    HEARTBEAT_SECONDS,
+    Abort,
+    Adapters,
+    EngineInfo,
+    EngineStats,
+    Hello,
+    LoadFailed,
+    LoraAdapter,
+    Outputs,
+    Ready,
+    Submit,
+    TokenEvent,
+)
+from server.context import ServerContext
+from server.engine_client.client import EngineClient
+from server.engine_client.connection import EngineConnection
+from server.engine_client.reservation import Reservation
+from server.engine_client.streams import RequestStream
+from server.http.errors import APIError, EngineUnavailableError, ServerError
+from server.parts.recordings.store import Recordings
+from server.parts.workers.forwarded_requests import ForwardedRequests
+from server.parts.workers.messages import (
+    Admit,
+    Answered,
+    Cancel,
+    Cancelled,
+    ErrorFields,
+    Failed,
+    Forget,
+    Forward,
+    FromWorker,
+    Leave,
+    Observe,
+    PartSent,
+    ReadRates,
+    Recorded,
+    Refill,
+    Refused,
+    Release,
+    Reply,
+    RequestPart,
+    Reserve,
+    TakeNumber,
+    Use,
+)
+from server.tenants import Tenant
+
+logger = logging.getLogger(__name__)
+
+CANCEL_SECONDS = 1.0  # for a worker to answer; it may have ended
+
+
+class WorkerConnection(EngineConnection):
+    """The socket that a worker connects to."""
+
+    received = FromWorker
+
+    def _attach(self, socket: zmq.Socket[bytes], address: str) -> None:
+        socket.bind(address)
+
+
+class _Held:
+    """The capacity that a request of the worker holds, and its streams so far."""
+
+    def __init__(self, reservation: Reservation) -> None:
+        self.reservation = reservation
+        self.request_ids: list[str] = []
+        self.refill: asyncio.Task[None] | None = None
+
+
+class Relay:
+    """Serves a worker: reserves capacity for its requests, submits them, and passes their events on.
+
+    What the engines do in one step reaches the worker as one message.
+    """
+
+    def __init__(self, address: str, context: ServerContext, app: ASGIApp) -> None:
+        self._context = context
+        self._client: EngineClient = context.models.default.client
+        self._connection = WorkerConnection(address)
+        self._send: Callable[[Any], None] = self._connection.send
+        self._forwarded = ForwardedRequests(app, self._send)
+        self._held: dict[int, _Held] = {}  # by the number of the reservation, until it is released
+        self._reservations: WeakValueDictionary[int, Reservation] = WeakValueDictionary()  # as long as streams use them
+        self._uses: dict[str, _Held] = {}  # by the id of a request that is about to come
+        self._streams: dict[str, RequestStream] = {}
+        self._admitted: dict[int, Tenant] = {}  # of requests that run
+        self._events: list[TokenEvent] = []  # to be sent, like the following
+        self._started: list[str] = []
+        self._is_flushing = False
+        self._has_worker = False  # it has connected
+        self._adapters: list[LoraAdapter] | None = None  # that the worker knows of
+        self._info: EngineInfo | None = None  # likewise
+        self._cancels: dict[int, asyncio.Future[bool]] = {}
+        self._numbers = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            Hello: self._on_hello,
+            Reserve: self._on_reserve,
+            Refill: self._on_refill,
+            Use: self._on_use,
+            Submit: self._on_submit,
+            Abort: self._on_abort,
+            Answered: self._on_answered,
+            Release: self._on_release,
+            Admit: self._on_admit,
+            Leave: self._on_leave,
+            ReadRates: self._on_read_rates,
+            TakeNumber: self._on_take_number,
+            Observe: self._on_observe,
+            Recorded: self._on_recorded,
+            Cancelled: self._on_cancelled,
+            Forward: self._forwarded.begin,
+            RequestPart: self._forwarded.take_part,
+            PartSent: self._forwarded.part_sent,
+            Forget: self._forwarded.forget,
+        }
+
+    async def start(self) -> None:
+        """Wait for the worker."""
+        self._connection.open(self._on_message, lambda: None)
+        self._client.adapter_listeners.append(self.publish_adapters)
+        self._run(self._beat())
+
+    async def close(self) -> None:
+        """End what the worker waits for, and the connection."""
+        self._connection.ignore_messages()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for held in self._held.values():
+            held.reservation.release()
+        self._forwarded.close()
+        self._connection.close()
+
+    def publish_adapters(self) -> None:
+        """Tell the worker which adapters are loaded, if they have changed."""
+        adapters = list(self._client.adapters.values())
+        if self._adapters is not None and adapters != self._adapters:
+            self._adapters = adapters
+            self._send(Adapters(adapters))
+
+    async def cancel(self, request_id: str, owner: str) -> bool:
+        """End the requests of `owner` with this id in the worker. Return whether any was running."""
+        if not self._has_worker:
+            return False
+        number = next(self._numbers)
+        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._cancels[number] = found
+        self._send(Cancel(number, request_id, owner))
+        try:
+            async with asyncio.timeout(CANCEL_SECONDS):
+                return await found
+        except TimeoutError:
+            return False
+        finally:
+            del self._cancels[number]
+
+    @property
+    def num_running(self) -> int:
+        """Number of requests that the worker is answering itself."""
+        return len(self._admitted)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _on_message(self, message: Any) -> None:
+        handler = self._handlers.get(type(message))
+        if handler is None:  # it cannot be read
+            return
+        try:
+            handler(message)
+        except Exception as error:
+            self._fail(message, error)
+
+    def _fail(self, message: Any, error: Exception) -> None:
+        """Say that a message has led to an error, if anybody waits for what it leads to."""
+        if not isinstance(error, APIError):
+            logger.error("a message of an API process cannot be used", exc_info=error)
+        fields = ErrorFields.of(error if isinstance(error, APIError) else ServerError())
+        match message:
+            case Submit():
+                self._send(Failed(message.request_id, fields))
+            case Reserve() | Refill() | Admit() | Leave() | ReadRates() | TakeNumber():
+                self._send(Reply(message.number, error=fields))
+
+    # As an engine.
+
+    def _on_hello(self, message: Hello) -> None:
+        self._has_worker = True
+        self._run(self._report_ready())
+
+    async def _report_ready(self) -> None:
+        events = [asyncio.create_task(event.wait()) for event in (self._client.became_ready, self._client.died)]
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        for event in events:
+            event.cancel()
+        if not self._client.became_ready.is_set():
+            self._send(LoadFailed(self._client.dead_reason or ""))
+            return
+        self._adapters = list(self._client.adapters.values())
+        self._publish_info(self._adapters)
+
+    def _publish_info(self, adapters: list[LoraAdapter]) -> None:
+        """Tell the worker the properties of its engine, which is this process, if they have changed."""
+        info = replace(self._client.ready_info(), pid=os.getpid(), max_num_seqs=self._client.max_num_seqs)
+        if info != self._info:
+            self._info = info
+            self._send(Ready(info, adapters))
+
+    async def _beat(self) -> None:
+        """Send a heartbeat each second, and what has changed: engines become ready one by one, and may die."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            self.publish_adapters()
+            if self._adapters is not None and self._client.dead_reason is None:
+                self._publish_info(self._adapters)
+            self._flush()
+
+    def _flush_soon(self) -> None:
+        """Send the events when all streams with events of the current step have passed them on."""
+        if not self._is_flushing:
+            self._is_flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flushing = False
+        events, started = self._events, self._started
+        self._events, self._started = [], []
+        self._send(Outputs(stats=EngineStats(), events=events, started=started))
+
+    # Capacity and requests.
+
+    def _tenant(self, name: str) -> Tenant:
+        """Return a tenant of the worker, with this process's account.
+
+        Raises EngineUnavailableError if this process has not read the key of the tenant yet.
+        """
+        keys = self._context.api_keys
+        if tenant := keys.known.get(name):
+            return tenant
+        if keys.are_required:
+            raise EngineUnavailableError("The keys of the server are being read again. Please retry.")
+        return Tenant(name=name, has_negative_priority=True, account=keys.everybody)
+
+    def _on_reserve(self, message: Reserve) -> None:
+        reservation = self._client.reserve(
+            message.count, param=message.param, tenant=self._tenant(message.tenant), queue_timeout=message.queue_timeout
+        )
+        held = self._held[message.number] = _Held(reservation)
+        self._reservations[message.number] = reservation
+        reservation.on_start = lambda: self._on_start(held)
+        reservation.on_failure = lambda error: self._refuse_soon(message.number, error)
+        self._send(Reply(message.number))
+
+    def _refuse_soon(self, number: int, error: APIError) -> None:
+        """Say that a reservation has failed, after the events that its streams have not passed on yet."""
+
+        def refuse() -> None:
+            self._flush()
+            self._send(Refused(number, ErrorFields.of(error)))
+
+        asyncio.get_running_loop().call_soon(refuse)
+
+    def _on_start(self, held: _Held) -> None:
+        self._started += held.request_ids[:1]
+        self._flush_soon()
+
+    def _on_refill(self, message: Refill) -> None:
+        if held := self._held.get(message.reservation):
+            held.refill = self._run(self._refill(held.reservation, message))
+
+    async def _refill(self, reservation: Reservation, message: Refill) -> None:
+        try:
+            self._send(Reply(message.number, await self._client.refill(reservation, message.count)))
+        except Exception as error:
+            self._fail(message, error)
+
+    def _on_use(self, message: Use) -> None:
+        self._uses[message.request_id] = self._held[message.reservation]
+
+    def _on_submit(self, message: Submit) -> None:
+        held = self._uses.pop(message.request_id)
+        stream = self._client.submit(message, held.reservation)
+        held.request_ids.append(message.request_id)
+        self._streams[message.request_id] = stream
+        self._run(self._pass_on(stream, message))
+
+    async def _pass_on(self, stream: RequestStream, message: Submit) -> None:
+        """Send the events of a request until it ends."""
+        try:
+            async with stream:
+                async for events in stream:
+                    self._events += events
+                    self._flush_soon()
+        except Exception as error:
+            self._flush()
+            self._fail(message, error)
+        finally:
+            del self._streams[stream.request_id]
+
+    def _on_abort(self, message: Abort) -> None:
+        if (stream := self._streams.get(message.request_id)) is None:
+            return
+        if message.index is None:
+            stream.abort(message.reason)
+        else:
+            stream.abort_choice(message.index, message.reason)
+
+    def _on_answered(self, message: Answered) -> None:
+        if reservation := self._reservations.get(message.reservation):
+            reservation.is_answered = True
+
+    def _on_release(self, message: Release) -> None:
+        if held := self._held.pop(message.reservation, None):
+            if held.refill is not None:
+                held.refill.cancel()
+            held.reservation.release()
+
+    # What all API processes share.
+
+    def _on_admit(self, message: Admit) -> None:
+        tenant = self._tenant(message.tenant)
+        try:
+            tenant.account.begin()
+        except APIError as error:
+            self._send(Reply(message.number, error=ErrorFields.of(error)))
+        else:
+            self._admitted[message.number] = tenant
+            self._send(Reply(message.number))
+
+    def _on_leave(self, message: Leave) -> None:
+        if tenant := self._admitted.pop(message.number, None):
+            tenant.account.num_running -= 1
+        self._send(Reply(message.number))
+
+    def _on_read_rates(self, message: ReadRates) -> None:
+        self._send(Reply(message.number, self._tenant(message.tenant).account.headers()))
+
+    def _on_take_number(self, message: TakeNumber) -> None:
+        self._run(self._take_number(message))
+
+    async def _take_number(self, message: TakeNumber) -> None:
+        self._send(Reply(message.number, await self._context.ledger.take_number()))
+
+    def _on_observe(self, message: Observe) -> None:
+        getattr(self._context.metrics, message.method)(*message.arguments)
+
+    def _on_recorded(self, message: Recorded) -> None:
+        self._context.part(Recordings).add(message.recording())
+
+    def _on_cancelled(self, message: Cancelled) -> None:
+        if (found := self._cancels.get(message.number)) is not None:
+            with suppress(asyncio.InvalidStateError):
+                found.set_result(message.was_running)
