@@ -28,9 +28,10 @@ class MissingPartError(ValueError):
 def has_part(folder: str, name: str) -> bool:
     """Return whether the folder of a part is there. `folder`: the package of all parts."""
     try:
-        return find_spec(f"{folder}.{name}") is not None
+        spec = find_spec(f"{folder}.{name}")
     except ModuleNotFoundError:  # there is no part at all
         return False
+    return spec is not None and spec.origin is not None  # not just a folder, which compiled files may have left
 
 
 def engine_part(name: str, module: str) -> Any:
