@@ -22,11 +22,10 @@ def create_app(context: ServerContext) -> Application:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = [*context.services, *context.workers]
-        for service in services:
+        for service in (*context.services, *context.workers):
             await service.start()
         yield
-        for service in reversed(services):
+        for service in reversed([*context.services, *context.workers]):
             await service.close()
 
     with_docs = context.settings.enable_docs

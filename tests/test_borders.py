@@ -26,7 +26,7 @@ ENGINE, SERVER = ([path for path in SOURCES if path.startswith(room)] for room i
 ENGINE_WITHOUT_TORCH = ["shared", "config", "grammar", "scheduling"]
 HEAVY = ["torch", "numpy", "transformers", "huggingface_hub"]
 WEB = {"server", "fastapi", "pydantic", "starlette", "uvicorn"}
-ENGINE_FOR_SERVER = {"engine.shared", "engine.config", "engine.grammar"}
+ENGINE_FOR_SERVER = {"engine.shared", "engine.config", "engine.grammar", "engine.parts.tokenizers"}
 
 PROBE = """
 import importlib, json, pkgutil, sys

@@ -13,6 +13,7 @@ ENGINE_PART_TITLES = {
     "distributed": "tensor parallelism",
     "inspection": "the inspection of the engine",
     "lora": "LoRA adapters",
+    "tokenizers": "a tokenizer without tokenizer.json",
     "quantized": "quantised safetensors (GPTQ, AWQ, FP8, compressed-tensors, MXFP4)",
 }
 

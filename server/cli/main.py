@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from server.cli.commands import build_kernels, clients, doctor, run, serve
+from server.cli.commands import build_kernels, clients, doctor, serve
 from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Parser, fail
 from server.cli.streams import ReaderGoneError, StreamError, open_standard_streams
 from server.format import format_os_error
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_no_command)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     parts = [load_module(name, "commands") for name, part in PARTS.items() if part.has_commands and is_installed(name)]
-    for module in (run, serve, clients, *parts, doctor, build_kernels):
+    for module in (serve, clients, *parts, doctor, build_kernels):
         module.add(commands)
     return parser
 

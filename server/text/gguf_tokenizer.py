@@ -6,6 +6,7 @@ The metadata has a vocabulary, sometimes merges, and the name of one of llama.cp
 """
 
 import logging
+import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SHORT = 128  # characters; tokens in use are not longer
 SPACE = "\u2581"  # stands for a space in sentencepiece's vocabularies
+_PREFIX_IN_JSON = re.compile(rf',{{"type":"Replace","pattern":{{"Regex":"\\\\A(?:[^"\\]|\\.)*"}},"content":"{SPACE}"}}')
 
 
 class PreTokenizer(NamedTuple):
@@ -304,3 +306,21 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, vocabulary: GGUFVocabulary) -> 
     plain = [AddedToken(token, special=False, normalized=False) for token, kind in typed if kind == USER_DEFINED]
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(plain)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the characters that represent bytes in byte-level vocabularies, with their bytes (GPT-2's encoding).
+
+    Printable characters of Latin-1 represent themselves; the other bytes are mapped to U+0100 and up.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)).difference(printable))
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+def without_prefix(tokenizer_json: str) -> str:
+    """Return a tokenizer.json that puts no space before a text, if it did so with regard to symbols.
+
+    llguidance encodes text that continues other text, and leaves out only a plain `Prepend` itself.
+    """
+    return _PREFIX_IN_JSON.sub("", tokenizer_json, count=1)

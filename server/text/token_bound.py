@@ -12,8 +12,7 @@ from typing import Any, cast
 import tokenizers
 from tokenizers import models
 
-from server.text.gguf_tokenizer import SPACE
-from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.gguf_tokenizer import SPACE, byte_alphabet
 
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 PRE_TOKENIZERS = ("ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts")  # that may keep a text

@@ -12,9 +12,7 @@ import tokenizers
 from engine.shared.gguf import GGUFFile, short
 from server.text.fim import fim_markers_of_gguf, find_fim_tokens
 from server.text.folder_tokenizer import TokenizerConfig, load_folder
-from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer
-from server.text.sentencepiece_tokenizer import without_prefix
-from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer, byte_alphabet, without_prefix
 from server.text.token_bound import TokenBound, token_bound
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from server.cli.bench import Report
-from server.cli.load_generator import LoadOptions
 from server.model_paths import ModelError
+from server.parts.bench.bench import Report
+from server.parts.bench.load_generator import LoadOptions
 from tests.bench.peers_setup import PEERS, default_files, make_shape, setup, shape_files
 from tests.bench.peers_targets import Session, Target, TargetError, installed_targets, memory_of, own_target, running
 from tests.bench.random_gguf import MIXES, SHAPES, bytes_per_token, parse_shape

@@ -16,9 +16,9 @@ from signal import SIGKILL
 import msgspec
 import psutil
 
-from server.cli.bench import Report, make_report, run_benchmark
 from server.cli.http_client import RemoteError
-from server.cli.load_generator import Exchange, LoadOptions, make_prompts
+from server.parts.bench.bench import Report, make_report, run_benchmark
+from server.parts.bench.load_generator import Exchange, LoadOptions, make_prompts
 from tests.bench.peers_setup import ModelFiles
 from tests.bench.serve import READY_SECONDS, free_port, wait_until_ready
 

@@ -22,8 +22,8 @@ import httpx
 from rich.console import Console
 from rich.table import Column, Table
 
-from server.cli.bench import Report, run_benchmark
-from server.cli.load_generator import LoadOptions
+from server.parts.bench.bench import Report, run_benchmark
+from server.parts.bench.load_generator import LoadOptions
 
 LIGHTWELL = Path(sys.executable).with_name("lightwell")
 READY_SECONDS = 600.0

@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.gguf_tokenizer import byte_alphabet
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 END_OF_TEXT_ID, IM_START_ID, IM_END_ID = 256, 257, 258

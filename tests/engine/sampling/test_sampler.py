@@ -133,7 +133,6 @@ def is_right(token_id: int, logits: Floats, row: SamplingRow) -> bool:
     params = SamplingParams(max_tokens=1) if is_greedy else row.params
     if token_id == int(np.where(keep(x, params), scores, -np.inf).argmax()):
         return True
-    hypothesis.event("a near tie")
     slack = 1e-5 * max(1.0, float(np.abs(x[np.isfinite(x)]).max(initial=0.0)))
     best = np.where(keep(x, params, -slack), scores, -np.inf).max()
     return bool(keep(x, params, slack)[token_id] and scores[token_id] >= best - slack)

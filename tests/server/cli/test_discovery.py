@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from server.cli import discovery, http_client
-from server.cli.bench import run_benchmark
 from server.cli.discovery import find_server
 from server.cli.http_client import RemoteError, base_url, connect, find_model
-from server.cli.load_generator import LoadOptions
 from server.http.errors import EngineUnavailableError
+from server.parts.bench.bench import run_benchmark
+from server.parts.bench.load_generator import LoadOptions
 from server.running_servers import RunningServer, folder, registered, registered_servers
 from server.sockets.certificate import Certificate
 from tests.server.conftest import StartServer

@@ -94,7 +94,7 @@ def test_usage_errors_are_one_line_and_2(run: Run) -> None:
         ("serve --port x", "--port: expected an integer from 0 to 65535, got 'x'"),
         ("serve --config /nonexistent.yml", "/nonexistent.yml: cannot be read: No such file or directory"),
         ("serv", "argument COMMAND: invalid choice: 'serv' (did you mean serve?) (see lightwell --help)"),
-        ("frobnicate", "argument COMMAND: invalid choice: 'frobnicate' (choose from run, serve, chat, "),
+        ("frobnicate", "argument COMMAND: invalid choice: 'frobnicate' (choose from serve, chat, run, "),
         ("--verison", "unknown flag --verison (did you mean --version?) (see lightwell --help)"),
         ("pull", "the following arguments are required: MODEL"),
         ("run smollm2-135m hello", "unexpected argument 'hello': a question can be piped in"),
@@ -209,7 +209,7 @@ def test_help_and_clients_are_light() -> None:
     for code, heavy in (
         ("from server.cli.main import make_parser; make_parser().format_help()", "torch numpy httpx rich yaml asyncio"),
         ("from server.cli.main import main; main(['list'])", HEAVY),
-        ("import server.cli.chat, server.cli.discovery, server.cli.run, server.cli.doctor, httpx", HEAVY),
+        ("import server.cli.chat, server.cli.discovery, server.parts.run.run, server.cli.doctor, httpx", HEAVY),
     ):
         program = f"import sys; {code}; print([name for name in {heavy.split()} if name in sys.modules])"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -17,8 +17,7 @@ from transformers.integrations.gguf import gguf_tokenizer_mapping as reference
 from engine.shared.gguf import GGUFFile
 from server.text import gguf_tokenizer
 from server.text.fim import MARKERS, FIMTokens
-from server.text.gguf_tokenizer import PRE_TOKENIZERS, GGUFVocabulary, build_tokenizer, rebuild_merges
-from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.gguf_tokenizer import PRE_TOKENIZERS, GGUFVocabulary, build_tokenizer, byte_alphabet, rebuild_merges
 from server.text.tokenizer import Tokenizer
 from tests.server.text.test_tokenizer import TEXTS, texts
 from tests.support.examples import num_examples

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from server.text.folder_tokenizer import TokenizerConfig
 from server.text.gguf_tokenizer import split_into_bytes
 from server.text.tokenizer import Tokenizer
-from tests.server.text.test_other_files import VARIANTS, train, write
+from tests.server.parts.tokenizers.test_other_files import VARIANTS, train, write
 from tests.server.text.test_tokenizer import byte_level, sentencepiece
 from tests.support.examples import num_examples
 from tests.support.paths import ROOT

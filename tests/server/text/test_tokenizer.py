@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from engine.shared.messages import SequenceBreaker
-from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.gguf_tokenizer import byte_alphabet
 from server.text.token_sequences import SequenceBreakers, word_sequences
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples

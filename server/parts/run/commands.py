@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from msgspec.structs import replace
 
-    from server.cli.run import run
+    from server.parts.run.run import run
 
     settings = load_settings(vars(arguments), os.environ, arguments.config)
     if settings.port == SETTINGS["port"].default and "port" not in vars(arguments) and not is_free(settings):

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
-from engine.config.tokenizer_files import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Piece,
-    SentencePieceModel,
-)
+from engine.config.tokenizer_files import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from engine.parts.tokenizers.files import Piece, SentencePieceModel
 from server.text.gguf_tokenizer import SPACE, rebuild_merges, sentencepiece_decoder
 
 UNMATCHED = (UNKNOWN, CONTROL, UNUSED, BYTE)  # pieces that a text does not become by its characters
@@ -110,17 +102,6 @@ def _normalizers(model: SentencePieceModel, matched: Sequence[str], has_prefix: 
         alone = "|".join(re.escape(text) for text in matched)
         steps.append(normalizers.Replace(Regex(rf"\A(?!\z|(?:{alone})\z)"), SPACE))
     return steps
-
-
-_PREFIX_IN_JSON = re.compile(rf',{{"type":"Replace","pattern":{{"Regex":"\\\\A(?:[^"\\]|\\.)*"}},"content":"{SPACE}"}}')
-
-
-def without_prefix(tokenizer_json: str) -> str:
-    """Return a tokenizer.json that puts no space before a text, if it did so with regard to symbols.
-
-    llguidance encodes text that continues other text, and leaves out only a plain `Prepend` itself.
-    """
-    return _PREFIX_IN_JSON.sub("", tokenizer_json, count=1)
 
 
 def _start_of_unmatched(pieces: Sequence[Piece]) -> Regex:

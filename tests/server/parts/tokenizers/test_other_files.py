@@ -12,11 +12,10 @@ import sentencepiece
 import tiktoken
 from llguidance import LLTokenizer
 
-from engine.config.tokenizer_files import read_tekken, read_tiktoken
 from engine.grammar.compiler import GrammarCompiler
-from server.text.folder_tokenizer import TIKTOKEN_PATTERNS
-from server.text.gguf_tokenizer import LLAMA3, PRE_TOKENIZERS
-from server.text.tiktoken_tokenizer import byte_alphabet
+from engine.parts.tokenizers.files import read_tekken, read_tiktoken
+from server.parts.tokenizers.build import TIKTOKEN_PATTERNS
+from server.text.gguf_tokenizer import LLAMA3, PRE_TOKENIZERS, byte_alphabet
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
 from tests.support.random_texts import LINES, random_texts

@@ -12,7 +12,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models
 
-from engine.config.tokenizer_files import num_token_ids, read_sentencepiece, read_tiktoken, tokenizer_file
+from engine.config.tokenizer_files import num_token_ids, tokenizer_file
+from engine.parts.tokenizers.files import read_sentencepiece, read_tiktoken
 from server.text.tokenizer import Tokenizer
 from tests.support.trained_tokenizers import sentencepiece_model, tekken
 

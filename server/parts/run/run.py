@@ -1,6 +1,6 @@
 """`lightwell run`: starts a server, chats with it, and stops it at the end.
 
-`python -m server.cli.run` is that server: `lightwell serve` with its settings as JSON on standard input.
+`python -m server.parts.run.run` is that server: `lightwell serve` with its settings as JSON on standard input.
 """
 
 import os
@@ -23,7 +23,7 @@ from server.cli.chat import ChatOptions, chat
 from server.cli.parser import FAILURE, fail
 from server.settings.table import Settings
 
-COMMAND = (sys.executable, "-P", "-m", "server.cli.run")
+COMMAND = (sys.executable, "-P", "-m", "server.parts.run.run")
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.1
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from server.cli.commands.run import is_free
-from server.cli.run import parse_record
+from server.parts.run.commands import is_free
+from server.parts.run.run import parse_record
 from server.settings.table import Settings
 from tests.support.serving import wait_until
 

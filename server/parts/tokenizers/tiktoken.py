@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import models
 
 from engine.config.tokenizer_files import NORMAL
-from server.text.gguf_tokenizer import rebuild_merges, split_into_bytes
+from server.text.gguf_tokenizer import byte_alphabet, rebuild_merges, split_into_bytes
 
 # What means something else in the regular expressions of the tokenizers library (Oniguruma) than in tiktoken's.
 _REPEATED_COUNT = re.compile(r"\{\d+(,\d*)?\}\+")
@@ -44,13 +44,3 @@ def build_tiktoken(
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     split_into_bytes(tokenizer, [pattern])
     return tokenizer
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Return the characters that represent bytes in byte-level vocabularies, with their bytes (GPT-2's encoding).
-
-    Printable characters of Latin-1 represent themselves; the other bytes are mapped to U+0100 and up.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)).difference(printable))
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

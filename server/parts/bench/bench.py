@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from server.cli.http_client import RemoteError, connect, find_model, why_not_connected
-from server.cli.load_generator import (
+from server.parts.bench.load_generator import (
     Exchange,
     LoadOptions,
     Target,

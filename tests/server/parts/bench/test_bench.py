@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from server.cli.bench import Report, Summary, make_report, run_benchmark, summarize
 from server.cli.http_client import StreamUsage
-from server.cli.load_generator import Exchange, LoadOptions, Target, make_prompts, poisson_arrivals
 from server.cli.main import main
+from server.parts.bench.bench import Report, Summary, make_report, run_benchmark, summarize
+from server.parts.bench.load_generator import Exchange, LoadOptions, Target, make_prompts, poisson_arrivals
 from tests.support.server_process import free_port
 from tests.support.serving import wait_until
 from tests.support.stub_openai import Script, StubServer

@@ -1,0 +1,5 @@
+"""Tokenizers of other files than tokenizer.json, which `server.text.folder_tokenizer` loads by name."""
+
+from server.part import Part
+
+PART = Part()
