@@ -1,34 +1,27 @@
 """Fixtures for tests of the server: a tiny model, a fake engine, a running server."""
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from server.parts.otel.tracer import Tracer
 from server.text.tokenizer import Tokenizer
 from tests.server.kinds import *  # noqa: F403
 from tests.support.fake_engine import FakeEngine
-from tests.support.otlp_receiver import OTLPReceiver
 from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
 from tests.support.stub_hub import StubHub
 from tests.support.tiny_tokenizer_model import write_tiny_model
 from tests.support.turned_loop import TurnedLoop
-from tests.support.workers import Pair, running_worker
 
 # Requests to servers under test have this many seconds, which are for hangs only.
 for name in ("connect", "read", "write", "pool"):
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, name, 60.0)
-os.environ["OTEL_BSP_SCHEDULE_DELAY"] = "20"  # milliseconds from a span to its being sent
 
 StartServer = Callable[..., RunningServer]
-StartPair = Callable[..., Pair]
 
 
 @pytest.fixture
@@ -106,51 +99,6 @@ def start_server(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartS
             return stack.enter_context(running_server(context, fake_engine, **(server or {})))
 
         yield start
-
-
-@pytest.fixture
-def start_pair(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartPair]:
-    """A function that starts a coordinator in front of `fake_engine`, and a worker, and returns both."""
-    with ExitStack() as stack:
-        yield lambda **settings: stack.enter_context(running_worker(fake_engine, model_folder, **settings))
-
-
-@pytest.fixture(scope="session")
-def shared_receiver() -> Iterator[OTLPReceiver]:
-    with OTLPReceiver() as receiver:
-        yield receiver
-
-
-@pytest.fixture
-def receiver(shared_receiver: OTLPReceiver) -> Iterator[OTLPReceiver]:
-    """A receiver of spans."""
-    yield shared_receiver
-    shared_receiver.reset()
-
-
-@pytest.fixture
-def start_traced(receiver: OTLPReceiver, start_server: StartServer) -> StartServer:
-    """A function that starts a server which sends its spans to `receiver`."""
-    return partial(start_server, otlp_endpoint=receiver.url)
-
-
-@pytest.fixture(scope="session")
-def traced_server(
-    default_server: RunningServer, shared_receiver: OTLPReceiver, model_folder: Path
-) -> Iterator[RunningServer]:
-    engine = default_server.engine
-    context = make_test_context(engine.config.address, model_folder, otlp_endpoint=shared_receiver.url)
-    with running_server(context, engine) as server:
-        yield server
-
-
-@pytest.fixture
-def traced(traced_server: RunningServer, fake_engine: FakeEngine, receiver: OTLPReceiver) -> Iterator[RunningServer]:
-    """A server which sends its spans to `receiver`, in front of `fake_engine`."""
-    yield traced_server
-    traced_server.reset()
-    tracer = next(each for each in traced_server.context.services if isinstance(each, Tracer))
-    tracer._provider.force_flush()
 
 
 @pytest.fixture

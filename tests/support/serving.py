@@ -24,7 +24,6 @@ from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
 from server.models.served_model import ServedModel
-from server.parts.responses.store import ResponseStore
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
 from server.sockets.certificate import Certificate
@@ -78,10 +77,6 @@ class RunningServer:
     def engine(self) -> FakeEngine:
         assert self.own_engine is not None
         return self.own_engine
-
-    @property
-    def response_store(self) -> ResponseStore:
-        return self.context.part(ResponseStore)
 
     def reserve(self, count: int, **fields: Any) -> Reservation:
         """Take capacity for choices on the event loop, as a request does."""

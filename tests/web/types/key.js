@@ -1,1 +1,1 @@
-../../../server/web/static/key.js
+../../../server/parts/page/static/key.js

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from server.generation.pipeline import MAX_HELD_SECONDS
 from server.parts.responses import conversion as responses
 from server.parts.responses.custom_tools import OTHER_CALLS
+from server.parts.responses.store import ResponseStore
 from tests.server import dialects
 from tests.server.conftest import StartServer
 from tests.server.dialects import REPLY, RESPONSE_EVENTS, WARNINGS, Reader, prompt_of, text_of
@@ -655,7 +656,7 @@ def test_cancel(slow: RunningServer) -> None:
 
 
 def test_delete(slow: RunningServer) -> None:
-    num_bytes = slow.response_store.num_bytes
+    num_bytes = slow.context.part(ResponseStore).num_bytes
     with begun(slow) as response_id:
         reader = Reader(url(slow, response_id))
         wait_until(lambda: reader.text.count("delta") > 2)
@@ -663,7 +664,7 @@ def test_delete(slow: RunningServer) -> None:
         check_gone(reader.join())
     check_error(httpx.get(url(slow, response_id)), 404)
     wait_idle(slow)
-    assert slow.response_store.num_bytes == num_bytes
+    assert slow.context.part(ResponseStore).num_bytes == num_bytes
 
 
 # Memory limits.
@@ -677,7 +678,7 @@ def test_a_stream_that_exceeds_the_memory_limit(start_server: StartServer, fake_
     check_gone(text)
     assert len("".join(re.findall(r'"delta":"([^"]*)"', text))) < 500  # of 1900
     wait_idle(server)
-    assert server.response_store.num_bytes == 0
+    assert server.context.part(ResponseStore).num_bytes == 0
     response_id = parse(text.partition("\n\n")[0] + "\n\n")[0]["response"]["id"]
     check_error(get(server, f"{response_id}?stream=true"), 404)
     assert get(server, ask_json(server, max_output_tokens=5)["id"]).status_code == 200

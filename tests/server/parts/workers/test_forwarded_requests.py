@@ -17,7 +17,7 @@ from server.api.dialects import worker_paths
 from server.engine_client.liveness import CHECK_SECONDS
 from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import ForwardedRequests, Forwarder
-from tests.server.conftest import StartPair
+from tests.server.parts.conftest import StartPair
 from tests.support.clients import MINIMAL
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import check_envelope, check_error, raw_request, read_response, wait_until

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import StartPair, StartServer
+from tests.server.conftest import StartServer
+from tests.server.parts.conftest import StartPair
 from tests.support.clients import CHAT, COMPLETIONS
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, wait_until

@@ -26,7 +26,7 @@ from server.parts.workers import messages
 from server.parts.workers.relay import Relay
 from server.parts.workers.worker import Coordinator, HeldReservation, WorkerClient
 from server.tenants import ANYBODY
-from tests.server.conftest import StartPair
+from tests.server.parts.conftest import StartPair
 from tests.server.parts.workers.conftest import QUEUE_TIMEOUT, REQUEST_TIMEOUT
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, ask_json, parse_events, write_adapter
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine
