@@ -92,8 +92,12 @@ class Reservation:
                 self.on_start()
 
     def lose_start(self) -> None:
-        """Note that the engine is lost. A request without output waits for the next one, in its place in the queue."""
+        """Note that the engine is lost. A request without output waits for the next one, in its place in the queue.
+
+        The time in which the engine computed it does not count as waiting.
+        """
         if self.started is not None and not self.has_output:
+            self.start_by += time.monotonic() - self.started
             self.started = None
             self.num_lost_starts += 1
 

@@ -167,7 +167,7 @@ class Room:
 class HTTPProtocol(H11Protocol):
     """One connection."""
 
-    head_timeout = 30.0  # seconds from a request's first byte to the end of its head
+    head_timeout = 30.0  # seconds to the end of a head, from its first byte or the start of the connection
     write_timeout = 30.0  # seconds that the write buffer may stay full
 
     def __init__(self, *args: Any, room: Room, **kwargs: Any) -> None:
@@ -259,7 +259,7 @@ class HTTPProtocol(H11Protocol):
             self._refuse(APIError(400, "We could not parse your HTTP request."))
 
     def _watch_head(self) -> None:
-        """Start or stop the timeout of a head. It runs from its first byte; before that, uvicorn's keep-alive does."""
+        """Start or stop the timeout of a head. Between two requests, uvicorn's keep-alive timeout runs instead."""
         is_busy = self.cycle is not None and not self.cycle.response_complete
         if self._head_timer is not None and (is_busy or self.transport.is_closing()):
             self._stop_head_timer()

@@ -104,11 +104,13 @@ def core_tests() -> list[str]:
 def test_the_core_passes_its_tests(tmp_path: Path) -> None:
     environment, chosen = core(tmp_path), core_tests()
     assert len(chosen) > 90
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("node_modules", "parts"), symlinks=True)
+    shutil.copytree(
+        ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("node_modules", "parts"), symlinks=True
+    )
     for name in ("pyproject.toml", "docs", "README.md"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-n2", "--dist=loadfile", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
-from unittest.mock import Mock, call
+from unittest.mock import Mock, call, patch
 
 import pytest
 from hypothesis import strategies as st
@@ -416,3 +416,12 @@ def test_the_expected_output_follows_recent_ones() -> None:
     for _ in range(200):
         estimate.add_output(40)
     assert estimate.mean_output == pytest.approx(40, rel=0.01)
+
+
+def test_the_time_in_which_a_lost_engine_computed_is_no_waiting() -> None:
+    reservation = Reservation(ANYBODY, Mock())
+    reservation.start_by = 60.0
+    with patch("server.engine_client.reservation.time.monotonic", side_effect=[50.0, 80.0]):
+        reservation.start()
+        reservation.lose_start()
+    assert (reservation.start_by, reservation.is_waiting) == (90.0, True)
