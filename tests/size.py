@@ -7,8 +7,7 @@ import ast
 import io
 import sys
 import tokenize
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -30,37 +29,31 @@ def num_code_lines(path: Path) -> int:
     return len(lines)
 
 
-def sources(package: str) -> Iterator[tuple[str, Path]]:
-    """Yield the Python files of a package, each with what it belongs to: the core, a part, or the tests."""
-    for path in sorted((ROOT / package).glob("**/*.py")):
-        names = path.relative_to(ROOT).parts
-        if "node_modules" in names:
-            continue
-        is_part = names[1] == "parts" and len(names) > 3
-        yield "/".join(names[:3]) if is_part and package != "tests" else f"{package} core", path
+def owner(path: Path) -> str:
+    """Return what a Python file belongs to: the core of a package, a part, or the tests."""
+    package, *folders = path.relative_to(ROOT).parts[:-1]
+    if package == "tests":
+        return package
+    return "/".join([package, *folders[:2]]) if folders[:1] == ["parts"] and folders[1:] else f"{package} core"
 
 
 def sizes() -> dict[str, tuple[int, int]]:
-    """Return the lines and the number of files of each core, each part and the tests."""
-    lines: Counter[str] = Counter()
-    files: Counter[str] = Counter()
+    """Return the lines and the number of files of each core, each part and the tests, and sums of them."""
+    counts: defaultdict[str, list[int]] = defaultdict(list)
     for package in ("engine", "server", "tests"):
-        for name, path in sources(package):
-            owner = "tests" if package == "tests" else name
-            lines[owner] += num_code_lines(path)
-            files[owner] += bool(num_code_lines(path))
-    return {owner: (lines[owner], files[owner]) for owner in lines}
+        for path in sorted((ROOT / package).glob("**/*.py")):
+            if "node_modules" not in path.parts and (num_lines := num_code_lines(path)):
+                name = owner(path)
+                groups = ["both packages", "core" if name.endswith("core") else "parts"]
+                for group in [name, *groups] if package != "tests" else [name]:
+                    counts[group].append(num_lines)
+    return {name: (sum(lines), len(lines)) for name, lines in counts.items()}
 
 
 def main() -> None:
     """Print a table."""
-    found = sizes()
-    product = [owner for owner in found if owner != "tests"]
-    found["core"] = tuple(map(sum, zip(*(found[owner] for owner in product if owner.endswith("core")), strict=True)))  # type: ignore[assignment]
-    found["parts"] = tuple(map(sum, zip(*(found[owner] for owner in product if "/" in owner), strict=True)))  # type: ignore[assignment]
-    found["both packages"] = (found["core"][0] + found["parts"][0], found["core"][1] + found["parts"][1])
-    for owner, (num_lines, num_files) in found.items():
-        sys.stdout.write(f"{owner:28}{num_lines:8,} lines{num_files:6} files\n")
+    for name, (num_lines, num_files) in sorted(sizes().items()):
+        sys.stdout.write(f"{name:28}{num_lines:8,} lines{num_files:6} files\n")
 
 
 if __name__ == "__main__":
