@@ -1,5 +1,6 @@
 """Fixtures for tests of the server: a tiny model, a fake engine, a running server."""
 
+import importlib
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from huggingface_hub import constants
 
 from server.parts.otel.tracer import Tracer
 from server.text.tokenizer import Tokenizer
@@ -67,7 +69,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
     with StubHub(tmp_path / "repositories") as stub:
         for name, value in stub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
+        importlib.reload(constants)  # which reads the environment only when it is imported
         yield stub
+    monkeypatch.undo()
+    importlib.reload(constants)
 
 
 @pytest.fixture(scope="session")
