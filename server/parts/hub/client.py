@@ -5,7 +5,7 @@ read lists and errors of any size, and wait for as long as a server asks.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,7 +70,7 @@ def list_files(repo: str, revision: str) -> Listing:
         raise PassingError("the hub does not answer as Hugging Face's does") from None
 
 
-def request_file(repo: str, commit: str, path: str, span: str = "0-") -> Any:
+def request_file(repo: str, commit: str, path: str, span: str = "0-") -> AbstractContextManager["httpx2.Response"]:
     """Request bytes of a file, as `request` does: `200-` are all but the first 200."""
     headers = {"Range": f"bytes={span}"} if span != "0-" else {}
     return request(repo, f"{repo}/resolve/{commit}/{quote(path)}", headers=headers)

@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
 from server.parts.hub import memory
 from server.parts.hub.download import MAX_FAILURES
@@ -198,30 +195,16 @@ def test_a_gated_repository(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> No
 # The cache, shared with huggingface_hub, and without the hub.
 
 
-def hugging_face(code: str) -> str:
-    """Run code with huggingface_hub in a process of its own, and return what it prints."""
-    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    return done.stdout.strip()
-
-
-def test_huggingface_hub_finds_what_we_have_downloaded() -> None:
+def test_huggingface_hub_finds_what_we_have_downloaded(tmp_path: Path) -> None:
     path, folder = fetch(GGUF), fetch("org/tiny")
-    code = """
-from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
-print(hf_hub_download("org/tiny-GGUF", "tiny-Q4_K_M.gguf", local_files_only=True))
-print(snapshot_download("org/tiny", local_files_only=True))
-print(len(scan_cache_dir().repos), scan_cache_dir().warnings)
-"""
-    assert hugging_face(code).splitlines() == [str(path), str(folder), "2 []"]
+    assert hf_hub_download(GGUF, path.name, local_files_only=True) == str(path)
+    assert snapshot_download("org/tiny", local_files_only=True) == str(folder)
+    found = scan_cache_dir(tmp_path / "cache")
+    assert ({repo.repo_id for repo in found.repos}, found.warnings) == ({GGUF, "org/tiny"}, [])
 
 
 def test_what_huggingface_hub_has_downloaded_is_used(hub: StubHub) -> None:
-    code = """
-from huggingface_hub import hf_hub_download
-print(hf_hub_download("org/tiny-GGUF", "tiny-Q4_K_M.gguf"))
-"""
-    path = hugging_face(code)
+    path = hf_hub_download(GGUF, "tiny-Q4_K_M.gguf")
     sent = hub.num_bytes_sent
     assert sent == len(CONTENT)
     recorder = Recorder()
