@@ -86,16 +86,16 @@ def request(
 
     # Those of the library name what is installed, after asking the hub for names of agents.
     headers = {"User-Agent": f"lightwell/{version('lightwell')}", "Accept-Encoding": "identity"} | (headers or {})
-    if token := get_token():  # which is not sent along when a redirect leads to another host
-        headers["Authorization"] = f"Bearer {token}"
     try:
-        session = get_session()
+        session, token = get_session(), get_token()
     except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
-        raise HubError(f"SSL_CERT_FILE or proxy of the environment: {_one_line(error)}") from None
+        raise HubError(f"SSL_CERT_FILE, proxy or token of the environment: {_one_line(error)}") from None
+    if token:  # which is not sent along when a redirect leads to another host
+        headers["Authorization"] = f"Bearer {token}"
     url, seconds = f"{constants.ENDPOINT}/{path}", httpx2.Timeout(timeout, connect=CONNECT_SECONDS)
     try:
         with session.stream("GET", url, headers=headers, timeout=seconds, **options) as response:
-            _check(response, f"{constants.ENDPOINT}/{repo}", has_token=token is not None)
+            _check(response, constants.ENDPOINT, repo, has_token=token is not None)
             yield response
     except httpx2.HTTPError as error:
         raise PassingError(f"the connection to {constants.ENDPOINT} failed ({_one_line(error)})") from None
@@ -103,7 +103,7 @@ def request(
         raise HubError(f"HF_ENDPOINT {constants.ENDPOINT}, or HF_TOKEN: {_one_line(error)}") from None
 
 
-def _check(response: "httpx2.Response", page: str, *, has_token: bool) -> None:
+def _check(response: "httpx2.Response", endpoint: str, repo: str, *, has_token: bool) -> None:
     """Raise HubError if the hub refuses."""
     code, status = response.headers.get("X-Error-Code", ""), response.status_code
     if response.is_success:
@@ -112,8 +112,8 @@ def _check(response: "httpx2.Response", page: str, *, has_token: bool) -> None:
         raise _passing(response, has_token=has_token)
     if code == "GatedRepo" or (status == HTTPStatus.FORBIDDEN and not code):
         how = "with the account of your token, which must be allowed to read gated repositories"
-        how = how if has_token else "then set HF_TOKEN to a token of that account"
-        raise HubError(f"access is restricted: accept the conditions at {page}, {how}")
+        how = how if has_token else f"then set HF_TOKEN to a token of {endpoint}/settings/tokens"
+        raise HubError(f"access is restricted: accept the conditions at {endpoint}/{repo}, {how}")
     if code == "RepoNotFound" or (not code and status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND)):
         about_token = ", which your token may not read" if has_token else " (which needs HF_TOKEN)"
         raise HubError(f"no such model, or a private one{about_token}")

@@ -39,7 +39,7 @@ def test_an_environment_without_the_hub_is_one_line(monkeypatch: pytest.MonkeyPa
         close_session()
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
-            with pytest.raises(HubError, match=r"^SSL_CERT_FILE or proxy of the environment: .+"):
+            with pytest.raises(HubError, match=r"^SSL_CERT_FILE, proxy or token of the environment: .+"):
                 list_files("org/name", "main")
 
 
