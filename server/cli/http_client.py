@@ -1,5 +1,6 @@
 """The HTTP client of the commands `chat` and `bench`, for any OpenAI-compatible server."""
 
+import os
 import ssl
 import sys
 import time
@@ -11,7 +12,6 @@ from urllib.parse import urlsplit
 import msgspec
 
 from server.settings.load import is_loopback
-from server.web_client import make_client
 
 if TYPE_CHECKING:
     import httpx
@@ -107,11 +107,23 @@ def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "h
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = httpx.Timeout(read_timeout, connect=5.0)
     parts = urlsplit(url)
-    uses_tls, uses_proxies = parts.scheme == "https", not is_loopback(parts.hostname or "")
+    verify = tls_context() if parts.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    uses_proxies = not is_loopback(parts.hostname or "")
     try:
-        return make_client(headers, uses_tls=uses_tls, uses_proxies=uses_proxies, base_url=url, timeout=timeout)
-    except ValueError as error:
-        raise RemoteError(str(error)) from None
+        return httpx.Client(headers=headers, verify=verify, trust_env=uses_proxies, base_url=url, timeout=timeout)
+    except (httpx.InvalidURL, ImportError, ValueError) as error:  # of a proxy, also one that needs a package
+        raise RemoteError(f"address or proxy of the environment: {one_line(error)}") from None
+
+
+def tls_context() -> ssl.SSLContext:
+    """Return whom to trust: SSL_CERT_FILE, SSL_CERT_DIR, or else Mozilla's list. Raises RemoteError."""
+    import httpx
+
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:
+        reason = "has no certificates in PEM format" if isinstance(error, ssl.SSLError) else error.strerror
+        raise RemoteError(f"SSL_CERT_FILE {os.environ.get('SSL_CERT_FILE')}: {reason}") from None
 
 
 def why_not_connected(url: str, error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Fixtures for tests of the server: a tiny model, a fake engine, a running server."""
 
+import importlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from huggingface_hub import constants
 
 from server.text.tokenizer import Tokenizer
 from tests.server.kinds import *  # noqa: F403
@@ -60,7 +62,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
     with StubHub(tmp_path / "repositories") as stub:
         for name, value in stub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
+        importlib.reload(constants)  # which reads the environment only when it is imported
         yield stub
+    monkeypatch.undo()
+    importlib.reload(constants)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ on the same machine.
 import asyncio
 import dataclasses
 import random
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -16,8 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from server.cli.http_client import RemoteError, StreamUsage, decode_chunk, one_line
-from server.web_client import tls_context
+from server.cli.http_client import RemoteError, StreamUsage, decode_chunk, one_line, tls_context
 
 _WORDS = (
     "able above across after again air all along animal answer apple arm ask autumn away back bag ball bank base bed "
@@ -87,13 +85,6 @@ def make_prompts(load: LoadOptions, seed: int, num_prompts: int) -> list[str]:
     return [" ".join(prefix + rng.choices(words, k=num_own)) for _ in range(num_prompts)]
 
 
-def _tls_context() -> ssl.SSLContext:
-    try:
-        return tls_context()
-    except ValueError as error:
-        raise RemoteError(str(error)) from None
-
-
 class Target:
     """The server under load: opens connections to it, sends requests and reads answers."""
 
@@ -103,7 +94,7 @@ class Target:
         url = urlsplit(load.url)
         assert url.hostname is not None
         self._host = url.hostname
-        self._ssl = _tls_context() if url.scheme == "https" else None
+        self._ssl = tls_context() if url.scheme == "https" else None
         self._port = url.port or (443 if self._ssl else 80)
         is_chat = load.endpoint == "chat"
         path = f"{url.path}/v1/{'chat/completions' if is_chat else 'completions'}"

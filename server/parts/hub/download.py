@@ -1,127 +1,97 @@
 """Downloads files into the cache: continues what was begun, tries again when a connection breaks, checks hashes."""
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 
 from engine.shared.durable_files import replace_durably
 from server.format import format_bytes
-from server.parts.hub.cache import RepositoryCache
-from server.parts.hub.client import HubClient, RemoteFile
-from server.parts.hub.errors import BrokenConnectionError, HubError
+from server.parts.hub.client import RemoteFile, request_file
+from server.parts.hub.errors import HubError, PassingError
+from server.parts.hub.repository import Repository, size
 from server.progress import Progress
 
-CHUNK_BYTES = 1 << 20
 MAX_FAILURES = 5  # in a row, without a byte between them
 MAX_WAIT = 30.0  # seconds between two attempts, unless the hub asks for more
 
 
-class PartialFile:
-    """The beginning of a file on disk, with the hash of it."""
-
-    def __init__(self, path: Path, file: RemoteFile) -> None:
-        """Take what is there already."""
-        self.path = path
-        self._file = file
-        self.clear()
-        if path.exists():
-            with path.open("rb") as source:
-                while chunk := source.read(CHUNK_BYTES):
-                    self._count(chunk)
-
-    def clear(self) -> None:
-        self.num_bytes = 0
-        git_header = b"" if self._file.is_sha256 else b"blob %d\0" % self._file.num_bytes
-        self._hash = hashlib.new("sha256" if self._file.is_sha256 else "sha1", git_header, usedforsecurity=False)
-
-    def write(self, start: int, chunks: Iterator[bytes], on_chunk: Callable[[int], None]) -> None:
-        """Write chunks that begin at byte `start`: at the end of what is there, or at the beginning of the file."""
-        if start == 0:
-            self.clear()
-        with self.path.open("ab" if start else "wb") as sink:
-            for chunk in chunks:
-                sink.write(chunk)
-                self._count(chunk)
-                on_chunk(len(chunk))
-
-    @property
-    def is_right(self) -> bool:
-        return self.num_bytes == self._file.num_bytes and self.hash == self._file.etag
-
-    @property
-    def hash(self) -> str:
-        return self._hash.hexdigest()
-
-    def _count(self, chunk: bytes) -> None:
-        self.num_bytes += len(chunk)
-        self._hash.update(chunk)
-
-
+@dataclasses.dataclass(frozen=True)
 class Downloader:
-    """Downloads files of one commit of a repository."""
+    """Downloads files of one repository."""
 
-    def __init__(
-        self,
-        client: HubClient,
-        cache: RepositoryCache,
-        repo: str,
-        commit: str,
-        progress: Progress,
-        sleep: Callable[[float], None],
-    ) -> None:
-        """`sleep` waits between two attempts."""
-        self._client = client
-        self._cache = cache
-        self._repo = repo
-        self._commit = commit
-        self._progress = progress
-        self._sleep = sleep
+    repository: Repository
+    progress: Progress
+    sleep: Callable[[float], None] = time.sleep  # between two attempts
 
-    def fetch(self, file: RemoteFile) -> None:
-        """Make a file complete in the cache. Raises HubError, after which another attempt continues, and OSError."""
+    def download(self, files: Sequence[RemoteFile]) -> None:
+        """Make files complete in the cache. Raises HubError, after which another attempt continues, and OSError."""
+        for file in files:
+            if not self.repository.is_cached(file):
+                self._fetch(file)
+        self.repository.remember_commit()
+
+    def _fetch(self, file: RemoteFile) -> None:
         if not file.etag:
             raise HubError(f"the hub names no hash of {file.path}")
-        blob = self._cache.blob(file.etag)
+        blob, partial = self.repository.blob(file), self.repository.partial(file)
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with self._cache.lock(file.etag, lambda: self._progress.say(f"Another process downloads {file.path}; waiting")):
-            if not self._cache.has_blob(file.etag, file.num_bytes):
-                replace_durably(self._complete(file, self._cache.partial(file.etag)), blob)
-            self._cache.link(self._commit, file.path, file.etag)
+        waiting = f"Another process downloads {file.path}; waiting"
+        with self.repository.lock(file, lambda: self.progress.say(waiting)):
+            if size(blob) != file.num_bytes:
+                self._complete(file, partial)
+                _check(file, partial)
+                replace_durably(partial, blob)
+            self.repository.link(file)
 
-    def _complete(self, file: RemoteFile, path: Path) -> Path:
-        """Download what is missing, check size and hash, and return `path`. A file that is wrong is deleted."""
+    def _complete(self, file: RemoteFile, path: Path) -> None:
+        """Download what is missing. Raises HubError after too many failures."""
         path.touch()
-        partial = PartialFile(path, file)
-        if partial.num_bytes:
-            self._progress.say(f"Continuing {file.path} at {format_bytes(partial.num_bytes)}")
+        if before := size(path):
+            self.progress.say(f"Continuing {file.path} at {format_bytes(before)}")
         num_failures = 0
-        while partial.num_bytes < file.num_bytes:
-            before, error = partial.num_bytes, BrokenConnectionError("the connection was closed")
-            try:
-                self._append(file, partial)
-            except BrokenConnectionError as broken:
-                error = broken
-            num_failures = 1 if partial.num_bytes > before else num_failures + 1
-            if partial.num_bytes < file.num_bytes:
+        while (before := size(path)) < file.num_bytes:
+            error = self._append(file, path)
+            num_failures = 1 if size(path) > before else num_failures + 1
+            if error is not None:
                 self._wait(error, num_failures, file)
-        if not partial.is_right:
-            path.unlink()
-            raise HubError(
-                f"{file.path} has {partial.num_bytes} bytes with hash {partial.hash}, but the hub announced "
-                f"{file.num_bytes} with {file.etag}. It has been deleted: run the command again"
-            )
-        return path
 
-    def _append(self, file: RemoteFile, partial: PartialFile) -> None:
-        """Download the rest of the file, or all of it from a server that ignores ranges."""
-        with self._client.open(self._repo, self._commit, file.path, partial.num_bytes) as content:
-            self._progress.start(Path(file.path).name, content.start, file.num_bytes)
-            partial.write(content.start, content.chunks(), self._progress.advance)
+    def _append(self, file: RemoteFile, path: Path) -> PassingError | None:
+        """Download the rest of the file, or all of it from a server that ignores ranges. Return why it is not all."""
+        repository = self.repository
+        try:
+            with request_file(repository.repo, repository.commit, file.path, f"{size(path)}-") as response:
+                is_rest = response.status_code == HTTPStatus.PARTIAL_CONTENT
+                with path.open("ab" if is_rest else "wb") as sink:
+                    self.progress.start(Path(file.path).name, sink.tell(), file.num_bytes)
+                    for chunk in response.iter_bytes():
+                        sink.write(chunk)
+                        self.progress.advance(len(chunk))
+                        if sink.tell() > file.num_bytes:
+                            break
+        except PassingError as error:
+            return error
+        return PassingError("the connection was closed") if size(path) < file.num_bytes else None
 
-    def _wait(self, error: BrokenConnectionError, num_failures: int, file: RemoteFile) -> None:
+    def _wait(self, error: PassingError, num_failures: int, file: RemoteFile) -> None:
         """Wait before the next attempt. Raises HubError if there have been too many."""
         if num_failures > MAX_FAILURES:
             raise HubError(f"{file.path}: {error}. What has arrived is kept: run the command again to continue")
         seconds = error.retry_after or min(2.0 ** (num_failures - 1), MAX_WAIT)
-        self._progress.say(f"{file.path}: {error}; trying again in {seconds:.0f} s")
-        self._sleep(seconds)
+        self.progress.say(f"{file.path}: {error}; trying again in {seconds:.0f} s")
+        self.sleep(seconds)
+
+
+def _check(file: RemoteFile, path: Path) -> None:
+    """Compare size and hash with what the hub announces. A file that differs is deleted. Raises HubError."""
+    begin = hashlib.sha256 if file.lfs else lambda: hashlib.sha1(b"blob %d\0" % file.num_bytes, usedforsecurity=False)
+    with path.open("rb") as source:
+        digest = hashlib.file_digest(source, begin).hexdigest()
+    if (size(path), digest) != (file.num_bytes, file.etag):
+        path.unlink()
+        raise HubError(
+            f"{file.path} is not what the hub announced, {file.num_bytes} bytes with hash {file.etag}. "
+            "It has been deleted: run the command again"
+        )

@@ -5,12 +5,8 @@ class HubError(Exception):
     """A model on the hub that cannot be found or downloaded."""
 
 
-class HubUnreachableError(HubError):
-    """The hub does not answer, or not now. What the cache holds can still be used."""
-
-
-class BrokenConnectionError(HubError):
-    """A download that stopped before its end, and may be continued later."""
+class PassingError(HubError):
+    """The hub does not answer, or not now: a download may be continued later, and what the cache holds can be used."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)

@@ -10,8 +10,8 @@ from engine.shared.paths import cache_folder
 from server.format import format_bytes, home_relative
 from server.package_aliases import PACKAGE_ALIASES, alias_path
 from server.parts.hub.aliases import MODEL_ALIASES
-from server.parts.hub.environment import hub_folder
 from server.parts.hub.files import CONFIG, GGUFModel, gguf_models
+from server.parts.hub.repository import hub_folder
 
 
 class ListedModel(msgspec.Struct, frozen=True):

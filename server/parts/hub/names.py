@@ -2,16 +2,14 @@
 
 import re
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
 
-from server.parts.hub.environment import endpoint
 from server.parts.hub.errors import HubError
 
 GGUF_SUFFIX = ".gguf"
-HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 MAX_PATH_LENGTH = 1024
-OTHER_KINDS = ("datasets", "spaces", "collections", "papers", "kernels", "buckets")
 
+_ADDRESS = re.compile(r"(hf|https?)://|(huggingface|hf)\.co/", re.IGNORECASE)
+_WWW = re.compile(r"^(https?://)?www\.", re.IGNORECASE)
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<choice>[\w./+-]+))?", re.ASCII
 )
@@ -36,8 +34,8 @@ def parse_hub_name(text: str) -> HubName | None:
 
     Raises HubError for an address that is not that of a model on the hub.
     """
-    path = _path_on_hub(text)
-    name = _parse_id(text) if path is None else _parse_path(path, text)
+    address = _WWW.sub(r"\1", text)
+    name = _parse_address(address) if _ADDRESS.match(address) else _parse_id(text)
     revision = name and name.revision
     if revision is not None and (not is_inside(revision) or ".." in revision):  # which Git does not allow either
         raise HubError(f"{revision!r} is not the name of a branch, tag or commit")
@@ -50,59 +48,42 @@ def is_inside(path: str) -> bool:
     return is_short and path.isprintable() and not any(part in ("", ".", "..") for part in path.split("/"))
 
 
-def _path_on_hub(text: str) -> str | None:
-    """Return the path of an address on the hub, still quoted, or None for a text without scheme and host."""
-    if text.startswith("hf://"):
-        return text.removeprefix("hf://")
-    host, slash, path = text.partition("/")
-    if slash and host.lower() in HOSTS:
-        return path.partition("?")[0]
-    if not re.match(r"https?://", text):
-        return None
-    try:
-        url = urlsplit(text)
-    except ValueError:
-        raise HubError(f"{text!r} is not a valid address") from None
-    mirror = urlsplit(endpoint())
-    if url.netloc == mirror.netloc:
-        return url.path.removeprefix(mirror.path)
-    if url.netloc.lower() in HOSTS:
-        return url.path
-    raise HubError(
-        f"{url.netloc} is not Hugging Face (HF_ENDPOINT names a mirror): download the file and give its path"
-    )
-
-
 def _parse_id(text: str) -> HubName | None:
     match = _ID.fullmatch(text)
     if match is None:
         return None
-    choice = match["choice"]
+    name, choice = HubName(match["repo"], match["revision"]), match["choice"]
     if choice is None or choice == "latest":
-        return HubName(match["repo"], match["revision"])
+        return name
     if choice.lower().endswith(GGUF_SUFFIX):
-        return HubName(match["repo"], match["revision"], file=choice)
-    return HubName(match["repo"], match["revision"], tag=choice) if "/" not in choice else None
+        return name._replace(file=choice)
+    return name._replace(tag=choice) if "/" not in choice else None
 
 
-def _parse_path(quoted: str, text: str) -> HubName:
-    """Parse `org/name`, `org/name/tree/REVISION`, `org/name/resolve/REVISION/FILE` or `org/name/FILE`."""
-    parts = [unquote(part) for part in quoted.strip("/").split("/")]
-    if parts[0] in OTHER_KINDS:
-        raise HubError(f"{text!r} is not a model: it is under {parts[0]}")
-    name = _parse_id("/".join(parts[:2]))
-    if name is None:
-        raise HubError(f"{text!r} names no model: give org/name, org/name:TAG or org/name:file.gguf")
-    action, rest = (parts[2], parts[3:]) if len(parts) > 2 else ("", [])
-    if action in ("resolve", "blob", "raw", "tree") and rest:
-        length = 3 if rest[0] == "refs" else 1  # refs/pr/1
-        name, path = name._replace(revision="/".join(rest[:length])), rest[length:]
-    else:
-        path = parts[2:]
+def _parse_address(text: str) -> HubName:
+    """Parse the address of a repository, a folder or a file, or that of a repository with `:tag`. Raises HubError."""
+    from huggingface_hub import constants, parse_hf_uri
+
+    address, _, choice = text.rpartition(":")
+    is_tagged = "/" in address and "/" not in choice
+    problem = HubError(
+        f"{text!r} names no model on Hugging Face (HF_ENDPOINT names a mirror): give org/name, org/name:TAG or "
+        "org/name:file.gguf, or download the file and give its path"
+    )
+    try:
+        uri = parse_hf_uri(address if is_tagged else text, constants.ENDPOINT)
+    except ValueError:
+        raise problem from None
+    if uri.type != "model":
+        raise HubError(f"{text!r} is not a model: it is under {uri.type}s")
+    name, path = _parse_id(f"{uri.id}:{choice if is_tagged else 'latest'}"), uri.path_in_repo
+    if name is None or (is_tagged and path):
+        raise problem
+    name = name._replace(revision=uri.revision)
     if not path:
         return name
-    if action == "tree":  # a folder, which is named after the number format of its files
-        return name._replace(tag=path[-1])
-    if not path[-1].lower().endswith(GGUF_SUFFIX):
-        raise HubError(f"{path[-1]} is not a GGUF file: for a model in safetensors, give the repository, {name.repo}")
-    return name._replace(file="/".join(path))
+    if path.lower().endswith(GGUF_SUFFIX):
+        return name._replace(file=path)
+    if "/tree/" in text:  # a folder, which is named after the number format of its files
+        return name._replace(tag=path.rpartition("/")[2])
+    raise HubError(f"{path} is not a GGUF file: for a model in safetensors, give the repository, {name.repo}")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from server.model_paths import ADAPTER_FILES, ModelError, ResolvedModel, find_local
 from server.package_aliases import PACKAGE_ALIASES, alias_path
 from server.parts.hub.aliases import MODEL_ALIASES, families, find_alias
-from server.parts.hub.environment import hub_folder
 from server.parts.hub.errors import HubError
 from server.parts.hub.names import HubName, parse_hub_name
+from server.parts.hub.repository import hub_folder
 from server.progress import Progress
 from server.settings.suggestions import did_you_mean
 

@@ -1,62 +1,17 @@
-"""The environment variables, as huggingface_hub itself reads them, and what makes no sense; sizes in words."""
+"""Environment variables that make no sense; sizes in words."""
 
 import ssl
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from huggingface_hub import close_session
 
-from server.cli.http_client import RemoteError, connect
+from server.cli.http_client import RemoteError, connect, tls_context
 from server.format import format_bytes, format_seconds, home_relative
-from server.parts.hub.client import HubClient
-from server.parts.hub.environment import endpoint, hub_folder, is_offline, token
+from server.parts.hub.client import list_files
 from server.parts.hub.errors import HubError
-from server.web_client import tls_context
 from tests.support.paths import ROOT
 
 CERTIFICATE = ROOT / "tests/support/tls/one.crt"
-CODE = """
-import os, sys
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        os.environ.update(eval(line))
-        from huggingface_hub import constants, get_token
-        print(constants.HF_HUB_CACHE, constants.ENDPOINT, constants.HF_HUB_OFFLINE, get_token(), flush=True)
-        os._exit(0)
-    os.waitpid(pid, 0)
-"""
-VARIABLES = (
-    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HF_ENDPOINT", "HF_TOKEN"),
-    *("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
-)
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-
-
-def test_it_is_read_as_the_library_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "token").write_text("hf_login\n")
-    cases: list[dict[str, str]] = [
-        *({}, {"HF_HOME": "/a"}, {"HF_HUB_CACHE": "/b"}, {"HUGGINGFACE_HUB_CACHE": "/b"}, {"XDG_CACHE_HOME": "/c"}),
-        *({"HF_HOME": "/a", "HF_HUB_CACHE": "/b"}, {"HF_ENDPOINT": "https://mirror.example/"}, {"HF_TOKEN": " hf_x\n"}),
-        *({"HUGGING_FACE_HUB_TOKEN": "hf_y"}, {"HF_HOME": str(tmp_path)}, {"TRANSFORMERS_OFFLINE": "on"}),
-        {"HF_HUB_CACHE": "~nobody-has-this-name/hub"},
-        *({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "true"}, {"HF_HUB_OFFLINE": "0"}),
-    ]
-    theirs = subprocess.run(
-        [sys.executable, "-c", CODE], input="\n".join(map(repr, cases)), capture_output=True, text=True, check=True
-    )
-    for variables, line in zip(cases, theirs.stdout.splitlines(), strict=True):
-        with monkeypatch.context() as patch:
-            for name, value in variables.items():
-                patch.setenv(name, value)
-            assert " ".join(map(str, (hub_folder(), endpoint(), is_offline(), token()))) == line, variables
-    assert "hf_login" in theirs.stdout
 
 
 def test_the_authorities_of_the_environment_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +31,16 @@ def test_what_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
             patch.setenv(variable, value)
             with pytest.raises(RemoteError, match=f"^{message}"):
                 connect("https://example.org", None)
-            with pytest.raises(HubError, match=f"^{message}"):
-                HubClient()
+
+
+def test_an_environment_without_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = ("SSL_CERT_FILE", "/nonexistent"), ("SSL_CERT_FILE", "/etc/passwd"), ("HTTPS_PROXY", "foo://x")
+    for variable, value in (*variables, ("HTTPS_PROXY", "http://[::1"), ("HTTPS_PROXY", "socks5://127.0.0.1:9")):
+        close_session()
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            with pytest.raises(HubError, match=r"^SSL_CERT_FILE, proxy or token of the environment: .+"):
+                list_files("org/name", "main")
 
 
 def test_sizes_durations_and_the_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
 from server.parts.hub import memory
 from server.parts.hub.download import MAX_FAILURES
@@ -185,7 +184,7 @@ def test_a_gated_repository(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     check_refused(GGUF, "with the account of your token, which must be allowed to read gated")
     monkeypatch.setenv("HF_TOKEN", "hf_ü")
-    check_refused(GGUF, r"HF_TOKEN .*: expected printable ASCII characters")
+    check_refused(GGUF, r"or HF_TOKEN: .*can't encode")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert fetch(GGUF).read_bytes() == CONTENT
     # The other host, which has the large files, does not get the token.
@@ -196,30 +195,16 @@ def test_a_gated_repository(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> No
 # The cache, shared with huggingface_hub, and without the hub.
 
 
-def hugging_face(code: str) -> str:
-    """Run code with huggingface_hub in a process of its own, and return what it prints."""
-    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    return done.stdout.strip()
-
-
-def test_huggingface_hub_finds_what_we_have_downloaded() -> None:
+def test_huggingface_hub_finds_what_we_have_downloaded(tmp_path: Path) -> None:
     path, folder = fetch(GGUF), fetch("org/tiny")
-    code = """
-from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
-print(hf_hub_download("org/tiny-GGUF", "tiny-Q4_K_M.gguf", local_files_only=True))
-print(snapshot_download("org/tiny", local_files_only=True))
-print(len(scan_cache_dir().repos), scan_cache_dir().warnings)
-"""
-    assert hugging_face(code).splitlines() == [str(path), str(folder), "2 []"]
+    assert hf_hub_download(GGUF, path.name, local_files_only=True) == str(path)
+    assert snapshot_download("org/tiny", local_files_only=True) == str(folder)
+    found = scan_cache_dir(tmp_path / "cache")
+    assert ({repo.repo_id for repo in found.repos}, found.warnings) == ({GGUF, "org/tiny"}, [])
 
 
 def test_what_huggingface_hub_has_downloaded_is_used(hub: StubHub) -> None:
-    code = """
-from huggingface_hub import hf_hub_download
-print(hf_hub_download("org/tiny-GGUF", "tiny-Q4_K_M.gguf"))
-"""
-    path = hugging_face(code)
+    path = hf_hub_download(GGUF, "tiny-Q4_K_M.gguf")
     sent = hub.num_bytes_sent
     assert sent == len(CONTENT)
     recorder = Recorder()
@@ -231,7 +216,7 @@ print(hf_hub_download("org/tiny-GGUF", "tiny-Q4_K_M.gguf"))
 def test_offline(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fetch(GGUF)
     hub.seen.clear()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for choice in ({}, {"tag": "Q4_K_M"}, {"file": "tiny-Q4_K_M.gguf"}):
         assert fetch(GGUF, **choice) == path
         assert fetch(GGUF, **choice, revision=hub.commit(GGUF)) == path
@@ -240,27 +225,19 @@ def test_offline(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.seen == []
 
 
-def test_offline_with_a_part_of_the_weights(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = fetch("org/tiny")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert fetch("org/tiny") == folder
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    check_refused("org/tiny", r"1 files are missing, such as model-00002-of-00002\.safetensors")
-
-
 @pytest.mark.parametrize(
-    ("status", "reason"), [(503, "answers 503"), (429, "no more requests"), (0, "cannot be reached")]
+    ("status", "reason"), [(503, "answers 503"), (429, "no more requests"), (0, "the connection to .* failed")]
 )
 def test_a_hub_that_is_down(hub: StubHub, monkeypatch: pytest.MonkeyPatch, status: int, reason: str) -> None:
     path = fetch(GGUF)
     hub.faults.listing_status = status
     if not status:
-        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     recorder = Recorder()
     assert fetch(GGUF, recorder) == path
     assert len(recorder.lines) == 1
     assert recorder.lines[0].endswith("; using what has been downloaded")
-    assert reason in recorder.lines[0]
+    assert re.search(reason, recorder.lines[0])
     check_refused("org/tiny", f"{reason}.*, and org/tiny has not been downloaded")
 
 
@@ -298,7 +275,7 @@ def test_something_else_than_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     answers += [{"sha": 40 * "a", "siblings": [{"rfilename": "x"} | file]} for file in files]
     for answer in answers:
         monkeypatch.setattr(StubHub, "listing", lambda self, repo, answer=answer: answer)
-        check_refused("org/tiny", "does not answer as Hugging Face's hub does, and org/tiny has not been")
+        check_refused("org/tiny", "does not answer as Hugging Face's does, and org/tiny has not been")
 
 
 def test_paths_that_leave_the_folder_are_not_downloaded(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +289,7 @@ def test_paths_that_leave_the_folder_are_not_downloaded(hub: StubHub, monkeypatc
 
 def test_a_listing_that_does_not_end(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.parts.hub.client.MAX_LISTING_BYTES", 100)
-    check_refused(GGUF, "does not answer as Hugging Face's hub does")
+    check_refused(GGUF, "does not answer as Hugging Face's does")
 
 
 def test_a_reference_in_the_cache_names_a_commit_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +297,7 @@ def test_a_reference_in_the_cache_names_a_commit_or_nothing(tmp_path: Path, monk
     (reference,) = (tmp_path / "cache").glob("models--org--tiny-GGUF/refs/main")
     reference.write_text("")
     assert fetch(GGUF).read_bytes() == CONTENT
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for ref in (b"", b"../../../outside", b"/etc", b"\xff", 10**6 * b"a"):
         reference.write_bytes(ref)
         check_refused(GGUF, "org/tiny-GGUF has not been downloaded")
@@ -402,24 +379,16 @@ def test_a_server_that_ignores_ranges(hub: StubHub) -> None:
     assert fetch(GGUF).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize(
-    ("beginning", "message"),
-    [
-        (bytes(1000), "It has been deleted"),
-        (bytes(SIZE), "It has been deleted"),
-        (CONTENT + b"!", f"has {SIZE + 1} bytes"),
-    ],
-    ids=["wrong", "whole", "too long"],
-)
-def test_a_beginning_that_is_wrong(hub: StubHub, tmp_path: Path, beginning: bytes, message: str) -> None:
+@pytest.mark.parametrize("beginning", [bytes(1000), bytes(SIZE), CONTENT + b"!"], ids=["wrong", "whole", "too long"])
+def test_a_beginning_that_is_wrong(hub: StubHub, tmp_path: Path, beginning: bytes) -> None:
     write_partial(tmp_path, "tiny-GGUF", SHA256, beginning)
-    check_refused(GGUF, message)
+    check_refused(GGUF, "It has been deleted")
     assert fetch(GGUF).read_bytes() == CONTENT
 
 
 def test_a_wrong_hash(hub: StubHub, tmp_path: Path) -> None:
     hub.faults.corrupts = True
-    check_refused(GGUF, f"but the hub announced {SIZE} with {SHA256}. It has been deleted")
+    check_refused(GGUF, f"not what the hub announced, {SIZE} bytes with hash {SHA256}. It has been deleted")
     assert blobs(tmp_path) == []
     assert list((tmp_path / "cache").rglob("snapshots/*/*")) == []
     hub.faults.corrupts = False
@@ -438,7 +407,7 @@ def test_small_files_are_checked_too(hub: StubHub, tmp_path: Path) -> None:
     config = b'{"model_type": "x"}'
     hub.add("org/model", {"config.json": config, "model.safetensors": b"x"})
     write_partial(tmp_path, "model", git_hash(config), b"[" * len(config))
-    check_refused("org/model", r"config\.json has 19 bytes with hash .* It has been deleted")
+    check_refused("org/model", r"config\.json is not .* announced, 19 bytes with hash .* It has been deleted")
 
 
 def test_an_empty_file(hub: StubHub, tmp_path: Path) -> None:

@@ -37,12 +37,13 @@ def test_addresses_of_something_else() -> None:
     revisions = ("../../x", "/etc/passwd", "./main", "a//b")
     parts = ("%2Fetc%2Fpasswd", "a%00b", 2000 * "a", "..%2F..%2Fx")
     for text, message in (
-        ("https://example.org/a/b.gguf", r"example\.org is not Hugging Face .*download the file and give its path"),
+        ("https://example.org/a/b.gguf", r"example\.org.* names no model on .* or download the file and give its path"),
         ("https://huggingface.co/datasets/org/name", "is not a model: it is under datasets"),
         ("hf://spaces/org/name", "is not a model: it is under spaces"),
-        ("https://huggingface.co/org", "names no model: give org/name"),
+        ("https://huggingface.co/org", "names no model on Hugging Face .*: give org/name"),
         ("https://huggingface.co/org/name/resolve/main/model.safetensors", "give the repository, org/name"),
-        ("https://[x/org/name", "not a valid address"),
+        ("https://hf.co/org/name:Q4 0", "names no model on Hugging Face"),
+        ("https://[x/org/name", "names no model on Hugging Face"),
         *((f"org/name@{revision}", "is not the name of a branch, tag or commit") for revision in revisions),
         *((f"hf.co/org/name/tree/{part}", "is not the name of a branch, tag or commit") for part in parts),
     ):
@@ -51,7 +52,7 @@ def test_addresses_of_something_else() -> None:
 
 
 def test_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/hub/")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://mirror.example/hub")
     name = HubName("org/name", "main", "a.gguf")
     assert parse_hub_name("https://mirror.example/hub/org/name/resolve/main/a.gguf") == name
     assert parse_hub_name("https://huggingface.co/org/name/resolve/main/a.gguf") == name
