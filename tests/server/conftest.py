@@ -104,9 +104,3 @@ def start_server(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartS
             return stack.enter_context(running_server(context, fake_engine, **(server or {})))
 
         yield start
-
-
-@pytest.fixture
-def server_url(server: RunningServer) -> str:
-    """The URL of a server with default settings."""
-    return server.url

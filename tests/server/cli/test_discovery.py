@@ -201,8 +201,8 @@ def check_refused(url: str, message: str) -> None:
         find_model(client)
 
 
-def test_addresses_at_which_no_server_answers(server_url: str) -> None:
-    https = server_url.replace("http:", "https:")
+def test_addresses_at_which_no_server_answers(server: RunningServer) -> None:
+    https = server.url.replace("http:", "https:")
     check_refused(https, r"no TLS at https://.*: should the address begin with http://\?")
     check_refused("http://a..b", r"^no server answers at http://a\.\.b")  # which no DNS has
 
