@@ -41,7 +41,7 @@ NO_NORMS = HeadNorms(q=None, k=None, v=None, eps=0.0)
 class CpuAttentionPlan:
     """The plan that the program fills in each step."""
 
-    parameters: AttentionPlan
+    parameters: ctypes.Structure  # AttentionPlan
     kind: AttentionKind
 
 
@@ -129,7 +129,7 @@ def rope_and_store_kv(
     return q
 
 
-def _heads(recorder: ProgramRecorder, x: Tensor | None, norm: Tensor | None) -> Heads:
+def _heads(recorder: ProgramRecorder, x: Tensor | None, norm: Tensor | None) -> ctypes.Structure:
     if x is None:
         return Heads()
     return Heads(recorder.read(x), x.stride(0), *((norm.data_ptr(), norm.numel()) if norm is not None else (None, 0)))
@@ -203,7 +203,7 @@ def paged_attention(
     return out.tensor
 
 
-def _cache_parameters(cache: LayerCache) -> CacheParameters:
+def _cache_parameters(cache: LayerCache) -> ctypes.Structure:
     return CacheParameters(
         type=CACHE_TYPES[cache.keys.dtype],
         keys=cache.keys.data_ptr(),

@@ -32,7 +32,7 @@ MAX_EXPERTS = 1024  # of experts.h
 class CpuRouting:
     """The routing that the program fills in each step."""
 
-    parameters: Routing
+    parameters: ctypes.Structure  # Routing
     num_rows: int  # the address of the RowCounts of the rows
     num_experts: int
     num_chosen: int

@@ -327,8 +327,7 @@ class CpuKernels:
     ) -> list[list[LayerCache]]:
         return attention.new_kv_cache(self.cache_dtype, groups, num_blocks, block_size)
 
-    def cached_keys(self, cache: LayerCache, block_ids: Tensor) -> Tensor:
-        return attention.cached_keys(cache, block_ids)
+    cached_keys = staticmethod(attention.cached_keys)
 
     def rope_and_store_kv(
         self,

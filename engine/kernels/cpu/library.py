@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
-from engine.kernels.cpu.c_structs import STRUCTURES, Call
+from engine.kernels.cpu.c_structs import STRUCTS_H
 from engine.kernels.cpu.processor import available_code_paths
 
 
-class Field(ctypes.Structure):
-    """An entry of the library's table of struct fields, which ends with an entry of null names."""
-
-    _fields_ = [
-        ("struct_name", ctypes.c_char_p),
-        ("struct_size", ctypes.c_int64),
-        ("name", ctypes.c_char_p),
-        ("offset", ctypes.c_int64),
-    ]
-
-
 class LayoutError(RuntimeError):
-    """A struct of the library has a different layout from its ctypes counterpart."""
+    """The structs of the library may have other layouts than those that Python fills in."""
 
 
 class Library:
@@ -31,7 +20,7 @@ class Library:
 
     Raises:
         ValueError: this processor lacks the code path.
-        LayoutError: the library does not fit engine/kernels/cpu/c_structs.py.
+        LayoutError: the library does not fit engine/kernels/cpu/src/structs.h.
     """
 
     def __init__(self, path: Path, code_path: str) -> None:
@@ -40,12 +29,11 @@ class Library:
             raise ValueError(f"code path {code_path}: this processor has {', '.join(available) or 'none'}")
         self.code_path = code_path
         self._library = ctypes.CDLL(str(path))
+        check_layouts(self._library, STRUCTS_H)
         self._declare()
-        check_layouts(self._library.lightwell_fields(), STRUCTURES)
 
     def _declare(self) -> None:
         library = self._library
-        library.lightwell_fields.restype = ctypes.POINTER(Field)
         library.lightwell_function.argtypes = [ctypes.c_char_p]
         library.lightwell_function.restype = ctypes.c_void_p
         library.lightwell_new_team.argtypes = [ctypes.c_int]
@@ -76,29 +64,25 @@ class Team:
         self.num_threads: int = library.lightwell_team_size(self._handle)
         self.close = weakref.finalize(self, library.lightwell_delete_team, self._handle)
 
-    def run(self, calls: ctypes.Array[Call], durations: ctypes.Array[ctypes.c_int64] | None = None) -> None:
+    def run(self, calls: ctypes.Array[ctypes.Structure], durations: ctypes.Array[ctypes.c_int64] | None = None) -> None:
         """Run the calls in order, and add the nanoseconds that each takes to its entry of `durations`."""
         self._library.lightwell_run(self._handle, calls, len(calls), durations)
 
 
-def check_layouts(fields: ctypes._Pointer[Field], structures: Iterable[type[ctypes.Structure]]) -> None:
-    """Compare ctypes structures with the library's table of fields.
+def check_layouts(library: ctypes.CDLL, header: str) -> None:
+    """Compare the structs.h that a library was compiled from, whose text it contains, with the one here.
 
     Raises:
-        LayoutError: the size of a structure, or a field's name or offset, differs from the library's.
+        LayoutError: they differ, or the library has none.
     """
-    compiled: dict[str, tuple[int, dict[str, int]]] = {}
-    index = 0
-    while (field := fields[index]).struct_name is not None:
-        _, offsets = compiled.setdefault(field.struct_name.decode(), (field.struct_size, {}))
-        offsets[field.name.decode()] = field.offset
-        index += 1
-    for kind in structures:
-        size, offsets = compiled.get(kind.__name__, (0, {}))
-        declared = {field[0]: getattr(kind, field[0]).offset for field in kind._fields_}
-        if (size, offsets) != (ctypes.sizeof(kind), declared):
-            differing = sorted(name for name, _ in offsets.items() ^ declared.items())
+    try:
+        text = ctypes.c_char.in_dll(library, "lightwell_structs")
+    except ValueError:
+        raise LayoutError(f"{library._name} is not a library of these kernels") from None
+    compiled = ctypes.string_at(ctypes.addressof(text)).decode()
+    for there, here in zip_longest(compiled.splitlines(), header.splitlines(), fillvalue=""):
+        if there != here:
             raise LayoutError(
-                f"{kind.__name__} has {ctypes.sizeof(kind)} bytes in engine/kernels/cpu/c_structs.py and {size} in the"
-                f" compiled library; fields that differ: {', '.join(dict.fromkeys(differing)) or 'none'}"
+                f"{library._name} was compiled from another engine/kernels/cpu/src/structs.h,"
+                f" where {there.strip()!r} stands for {here.strip()!r}"
             )

@@ -20,10 +20,10 @@ class Program:
         self.parameters: list[Structure] = []
         self.keep: list[Any] = []
         self.durations: ctypes.Array[c_int64] | None = None
-        self._calls: ctypes.Array[Call] | None = None
+        self._calls: ctypes.Array[Structure] | None = None
 
     def add(self, name: str, parameters: Structure) -> None:
-        """Append a call of a function (one of the names in unit.cpp)."""
+        """Append a call of a function, one of those in the tables of src/functions.h."""
         self.names.append(name)
         self.parameters.append(parameters)
         self._calls = None

@@ -30,7 +30,7 @@ class Buffer:
     tensor: Tensor
     scope: int  # see ProgramRecorder.scope
     producer: ctypes.Structure | None = None  # parameters of the call that fills it, if that can also prepare its rows
-    prepared: dict[PreparedKey, PreparedRows] = field(default_factory=dict)  # the same rows as input of products
+    prepared: dict[PreparedKey, ctypes.Structure] = field(default_factory=dict)  # the same rows as input of products
     is_read: bool = False  # as float32
 
 
@@ -142,7 +142,7 @@ class ProgramRecorder:
             source.prepared[key] = self._prepare(x, source, form)
         return source.prepared[key].rows, source.prepared[key].stride
 
-    def _prepare(self, x: Tensor, source: Buffer, form: Format) -> PreparedRows:
+    def _prepare(self, x: Tensor, source: Buffer, form: Format) -> ctypes.Structure:
         """Convert the rows of x to a product's input form, in the call that fills x if it can, else in another call."""
         stride = max(input_row_bytes(some, x.shape[1]) for some in (form.form, form.prompt_form))
         rows = self.temporary(torch.Size((x.shape[0], stride)), torch.uint8)

@@ -105,7 +105,7 @@ class CpuSampler:
                 self._set_changes(self._c_rows[index], row, ids, biases)
         return np.fromiter(ids, np.int32, len(ids)), np.fromiter(biases, np.float32, len(biases))
 
-    def _set_changes(self, c_row: SampledRow, row: SamplingRow, ids: list[int], biases: list[float]) -> None:
+    def _set_changes(self, c_row: ctypes.Structure, row: SamplingRow, ids: list[int], biases: list[float]) -> None:
         """Set biases, banned tokens and penalties."""
         params = row.params
         c_row.first_id, c_row.first_bias, c_row.num_biased = len(ids), len(biases), len(params.logit_bias)
@@ -123,7 +123,7 @@ class CpuSampler:
             c_row.presence_penalty = params.presence_penalty
 
 
-def _set_sampling(c_row: SampledRow, row: SamplingRow) -> None:
+def _set_sampling(c_row: ctypes.Structure, row: SamplingRow) -> None:
     """Set what sampling needs beyond greedy decoding."""
     request, params = row.request, row.request.params
     c_row.seed = request.seed

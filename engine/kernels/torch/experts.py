@@ -20,7 +20,9 @@ class TorchRouting:
     weights: Tensor  # float32 [T, k]
 
 
-def route(logits: Tensor, router: RouterSpec, bias: Tensor | None, expert_scales: Tensor | None) -> TorchRouting:
+def route(
+    logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
+) -> TorchRouting:
     """Choose the experts of each row by its logits, float32 [T, E]."""
     scores = logits.sigmoid() if router.scoring == "sigmoid" else logits.softmax(dim=-1)
     choice = scores if bias is None else scores + bias
@@ -65,7 +67,7 @@ def expert_linear(products: Sequence[LinearOp], num_columns: int) -> ExpertLinea
     return product
 
 
-def combine_experts(x: Tensor, routing: TorchRouting, residual: Tensor | None) -> Tensor:
+def combine_experts(x: Tensor, routing: TorchRouting, residual: Tensor | None = None) -> Tensor:
     """Return the sum of the results x [T * k, K] of each row's experts, times their weights, or add it to `residual`.
 
     Sums are float32.

@@ -11,18 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
-from engine.config import AttentionKind, KVShape, RouterSpec
-from engine.kernels.interface import (
-    AttentionScores,
-    ExecutionKind,
-    ExpertLinearOp,
-    HeadNorms,
-    KernelOptions,
-    LayerCache,
-    LinearOp,
-    LoraWeights,
-    Rotations,
-)
+from engine.config import AttentionKind, KVShape
+from engine.kernels.interface import ExecutionKind, ExpertLinearOp, KernelOptions, LayerCache, LinearOp, LoraWeights
 from engine.kernels.torch import attention, experts, lora, rows
 from engine.kernels.torch.linear import Invariant, Product, adding, find_invariant, new_product, padded
 from engine.sampling.sampler import Sampler
@@ -83,8 +73,7 @@ class TorchKernels:
     def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
         return lora.new_lora_weights(self.options, sizes, num_inputs, self.device)
 
-    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -> None:
-        lora.add_lora(x, out, weights, lora_slots)
+    add_lora = staticmethod(lora.add_lora)
 
     def embed(self, token_ids: Tensor, matrix: Tensor, scale: float = 1.0) -> Tensor:
         embedded = F.embedding(token_ids, matrix)
@@ -97,8 +86,7 @@ class TorchKernels:
         normed = F.rms_norm(x.contiguous(), (x.shape[-1],), weight, eps)
         return normed if residual is None else residual.add_(normed)
 
-    def layer_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rows.layer_norm(x, weight, eps)
+    layer_norm = staticmethod(rows.layer_norm)
 
     def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
         # Not add_ with alpha: in bfloat16, it rounds what is left over after whole vectors in another way.
@@ -109,24 +97,19 @@ class TorchKernels:
         if softcap is not None:
             x.div_(softcap).tanh_().mul_(softcap)
 
-    def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        return rows.act_and_mul(gate, up, activation)
+    act_and_mul = staticmethod(rows.act_and_mul)
 
     def pack_experts(self, weights: Sequence[Sequence[Weight]]) -> list[Tensor]:
         return [self.pack(expert) for expert in weights]
 
-    def route(
-        self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
-    ) -> experts.TorchRouting:
-        return experts.route(logits, router, bias, expert_scales)
+    route = staticmethod(experts.route)
 
     def expert_linear(self, matrices: list[Tensor], bias: Tensor | None = None) -> ExpertLinearOp:
         biases = [None] * len(matrices) if bias is None else bias.unbind()
         products = [self.linear(*pair) for pair in zip(matrices, biases, strict=True)]
         return experts.expert_linear(products, len(matrices[0]))
 
-    def combine_experts(self, x: Tensor, routing: experts.TorchRouting, residual: Tensor | None = None) -> Tensor:
-        return experts.combine_experts(x, routing, residual)
+    combine_experts = staticmethod(experts.combine_experts)
 
     def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
         return block_size * self.dtype.itemsize * attention.numbers_per_token(groups)
@@ -136,20 +119,8 @@ class TorchKernels:
     ) -> list[list[LayerCache]]:
         return attention.new_kv_cache(groups, num_blocks, block_size, self.dtype, self.device)
 
-    def cached_keys(self, cache: LayerCache, block_ids: Tensor) -> Tensor:
-        return attention.cached_keys(cache, block_ids)
-
-    def rope_and_store_kv(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        rotations: Rotations,
-        slot_mapping: Tensor,
-        cache: LayerCache,
-        norms: HeadNorms | None = None,
-    ) -> Tensor:
-        return rows.rope_and_store_kv(q, k, v, rotations, slot_mapping, cache, norms)
+    cached_keys = staticmethod(attention.cached_keys)
+    rope_and_store_kv = staticmethod(rows.rope_and_store_kv)
 
     def attention_planner(self, kind: AttentionKind) -> None:
         return None
@@ -160,15 +131,7 @@ class TorchKernels:
         tile_sizes = self._agreeing_query_tiles(kind.num_heads // kind.num_kv_heads, kind.head_dim)
         return attention.plan_attention(query_lens, batch.seq_lens, kind, tile_sizes, self.device)
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        cache: LayerCache,
-        plan: attention.TorchAttentionPlan,
-        block_tables: Tensor,
-        scores: AttentionScores,
-    ) -> Tensor:
-        return attention.paged_attention(q, cache, plan, block_tables, scores)
+    paged_attention = staticmethod(attention.paged_attention)
 
     def _agreeing_query_tiles(self, group_size: int, head_dim: int) -> tuple[int, ...]:
         """Return all of QUERY_TILES if they give a row the same bits, else the second alone."""

@@ -59,7 +59,7 @@ def rope_and_store_kv(
     rotations: Rotations,
     slot_mapping: Tensor,
     cache: LayerCache,
-    norms: HeadNorms | None,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """Norm and rotate q and k, store k and v in the cache at `slot_mapping`, and return the rotated q."""
     check_heads(q, k, v, rotations, slot_mapping, cache, norms)

@@ -175,7 +175,9 @@ def _sort_pairs(experts, pairs, ends, num_pairs, PAIRS: tl.constexpr):
     tl.store(ends + expert, first)
 
 
-def route(logits: Tensor, router: RouterSpec, bias: Tensor | None, expert_scales: Tensor | None) -> TritonRouting:
+def route(
+    logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
+) -> TritonRouting:
     """Choose the experts of each row by its logits, float32 [T, E], and sort the pairs by expert."""
     num_rows, num_experts = logits.shape
     num_chosen = router.num_experts_per_tok
@@ -410,7 +412,7 @@ def _combine(
     tl.store(pointers, result.to(out.dtype.element_ty), mask=mask)
 
 
-def combine_experts(x: Tensor, routing: TritonRouting, residual: Tensor | None) -> Tensor:
+def combine_experts(x: Tensor, routing: TritonRouting, residual: Tensor | None = None) -> Tensor:
     """Return the sum of the results x [P, K] of each row's experts, times their weights, or add it to `residual`."""
     num_rows, num_chosen = routing.weights.shape
     out = residual

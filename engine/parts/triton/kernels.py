@@ -16,17 +16,15 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.batch.transfer import to_device
-from engine.config import AttentionKind, KVShape, RouterSpec
+from engine.config import AttentionKind, KVShape
 from engine.kernels.interface import (
     AttentionScores,
     ExecutionKind,
     ExpertLinearOp,
-    HeadNorms,
     KernelOptions,
     LayerCache,
     LinearOp,
     LoraWeights,
-    Rotations,
 )
 from engine.kernels.sizes import check_attention
 from engine.kernels.torch.attention import cached_keys
@@ -175,20 +173,11 @@ class TritonKernels:
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
         return table[rows]
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-        return rows.rms_norm(x, weight, eps, residual)
-
-    def layer_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rows.layer_norm(x, weight, eps)
-
-    def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
-        rows.add(residual, x, scale)
-
-    def scale(self, x: Tensor, factor: float, softcap: float | None = None) -> None:
-        rows.scale(x, factor, softcap)
-
-    def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        return rows.act_and_mul(gate, up, activation)
+    rms_norm = staticmethod(rows.rms_norm)
+    layer_norm = staticmethod(rows.layer_norm)
+    add = staticmethod(rows.add)
+    scale = staticmethod(rows.scale)
+    act_and_mul = staticmethod(rows.act_and_mul)
 
     # Mixture of experts.
 
@@ -202,10 +191,7 @@ class TritonKernels:
             parts = [[joined(group, self.dtype, self.device)] for group in groups]
         return experts.ExpertMatrices(len(weights), [part for (part,) in parts])
 
-    def route(
-        self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
-    ) -> experts.TritonRouting:
-        return experts.route(logits, router, bias, expert_scales)
+    route = staticmethod(experts.route)
 
     def expert_linear(self, matrices: experts.ExpertMatrices, bias: Tensor | None = None) -> ExpertLinearOp:
         tiles = [
@@ -220,8 +206,7 @@ class TritonKernels:
             self.warm_up_rows |= experts.first_rows(some, matrices.num_experts)
         return experts.expert_linear(matrices, tiles, bias)
 
-    def combine_experts(self, x: Tensor, routing: experts.TritonRouting, residual: Tensor | None = None) -> Tensor:
-        return experts.combine_experts(x, routing, residual)
+    combine_experts = staticmethod(experts.combine_experts)
 
     # Attention.
 
@@ -233,20 +218,8 @@ class TritonKernels:
     ) -> list[list[LayerCache]]:
         return kv_cache.new_kv_cache(groups, num_blocks, block_size, self.cache_dtype, self.device)
 
-    def cached_keys(self, cache: LayerCache, block_ids: Tensor) -> Tensor:
-        return cached_keys(cache, block_ids)
-
-    def rope_and_store_kv(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        rotations: Rotations,
-        slot_mapping: Tensor,
-        cache: LayerCache,
-        norms: HeadNorms | None = None,
-    ) -> Tensor:
-        return rows.rope_and_store_kv(q, k, v, rotations, slot_mapping, cache, norms)
+    cached_keys = staticmethod(cached_keys)
+    rope_and_store_kv = staticmethod(rows.rope_and_store_kv)
 
     def attention_planner(self, kind: AttentionKind) -> TritonAttentionPlanner:
         sizes = self.tiles.attention_for(kind.head_dim)

@@ -71,32 +71,13 @@ inline void write_input_row(const float* values, int64_t size, int64_t form, uin
     }
 }
 
-// The number of rows of a batch. The first `generated` rows are those of generated tokens, the others those of prompts.
-struct RowCounts {
-    int64_t all, generated;
-};
-
-// The buffer for the input rows of a product.
-struct PreparedRows {
-    int64_t form, prompt_form;
-    uint8_t* rows;  // or null
-    int64_t stride;  // bytes
-
-    // Writes values[size] to a row from `start` on, a multiple of ACTIVATION_GROUP.
-    void write(const RowCounts& counts, int64_t row, int64_t start, const float* values, int64_t size) const {
-        if (rows == nullptr) return;
-        const int64_t form_of_row = row < counts.generated ? form : prompt_form;
-        write_input_row(values, size, form_of_row, rows + row * stride + input_row_bytes(form_of_row, start));
-    }
-};
-
-struct PrepareParameters {
-    const RowCounts* num_rows;
-    const float* input;
-    int64_t row_stride;  // floats
-    int64_t size;
-    PreparedRows output;
-};
+// Writes values[size] to a row from `start` on, a multiple of ACTIVATION_GROUP.
+inline void write_prepared(
+    const PreparedRows& prepared, const RowCounts& counts, int64_t row, int64_t start, const float* values, int64_t size) {
+    if (prepared.rows == nullptr) return;
+    const int64_t form = row < counts.generated ? prepared.form : prepared.prompt_form;
+    write_input_row(values, size, form, prepared.rows + row * prepared.stride + input_row_bytes(form, start));
+}
 
 // Tasks that a thread takes at a time. Few give better balance, but each request costs a transfer between cores, and
 // adjacent rows share cache lines.
@@ -110,7 +91,7 @@ inline void prepare(const void* parameters, const Worker& worker) {
     const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
         for (int64_t row = tasks.first; row < tasks.last; row++)
-            p.output.write(*p.num_rows, row, 0, p.input + row * p.row_stride, p.size);
+            write_prepared(p.output, *p.num_rows, row, 0, p.input + row * p.row_stride, p.size);
 }
 
 }  // namespace

@@ -21,44 +21,6 @@ constexpr int NUM_SUMS = NUM_REGISTERS == 32 ? 24 : 4;  // vectors in registers
 // Vectors of values computed together: as many as fit into the registers, up to four (a head size of 64).
 constexpr int value_vectors(int num_rows) { return num_rows * 4 <= NUM_SUMS ? 4 : 2; }
 
-// The unit of work of the threads: consecutive rows of one sequence, over some chunks of its keys.
-struct AttentionItem {
-    int64_t sequence;
-    int64_t first_row;
-    int64_t num_rows;
-    int64_t first_position;
-    int64_t first_chunk;
-    int64_t num_chunks;
-    int64_t partial;  // index in `partials` of the result to be merged; -1: the item covers all chunks that its rows see
-};
-
-// Successive items of the same rows, one for each chunk.
-struct AttentionMerge {
-    int64_t first_item;
-    int64_t num_chunks;
-};
-
-struct AttentionPlan {
-    int64_t num_items;
-    int64_t num_merges;
-    AttentionItem* items;
-    AttentionMerge* merges;
-    int64_t max_partials;
-    float* partials;  // [max_partials, KH, packed rows, D + 2]: weighted values, highest score, sum of weights
-    float* scratch;  // for each thread, packed rows of D + 2 and then of D
-    int64_t scratch_stride;
-};
-
-struct PlanAttentionParameters {
-    const int64_t* num_seqs;
-    const int64_t* query_lens;
-    const int64_t* seq_lens;
-    int64_t num_heads;
-    int64_t num_kv_heads;
-    int64_t window;  // tokens that a query sees, itself included; 0: all
-    AttentionPlan* plan;
-};
-
 inline int64_t rows_of_item(int64_t group_size) { return max_of(1, MAX_PACKED / group_size); }
 
 INLINE int64_t first_visible(int64_t position, int64_t window) { return window ? max_of(0, position - window + 1) : 0; }
@@ -94,24 +56,6 @@ inline void plan_attention(const void* parameters, const Worker& worker) {
         first_row += p.query_lens[s];
     }
 }
-
-struct PagedAttentionParameters {
-    const RowCounts* num_rows;
-    const float* q;
-    int64_t q_stride;  // floats
-    int64_t num_heads;
-    double scale;
-    int64_t window;  // that of the plan
-    double softcap;  // scores become softcap * tanh(score / softcap); 0: unchanged
-    const float* sinks;  // [H] a score of each head that takes part in the softmax, without a value; or null
-    const int64_t* block_tables;
-    int64_t table_stride;
-    const AttentionPlan* plan;
-    CacheParameters cache;
-    float* output;  // or null
-    int64_t output_stride;
-    PreparedRows prepared;  // the same rows in the input form of the next product; D must be whole groups
-};
 
 // The number types of keys, queries, values and weights.
 
@@ -172,8 +116,8 @@ struct Attention {
     Attention(const PagedAttentionParameters& p, const AttentionItem& item, const AttentionItem* next, int64_t head, float* states, float* queries)
         : p(p), item(item), next(next), head(head), group_size(p.num_heads / p.cache.num_kv_heads), size(p.cache.head_dim),
           block_size(p.cache.block_size), reads_once(item.num_rows * group_size <= TILE_ROWS), states(states), queries((Query*)queries),
-          table(p.block_tables + item.sequence * p.table_stride), first_key((const Element*)p.cache.keys + p.cache.head_of(0, head)),
-          first_value((const Element*)p.cache.values + p.cache.head_of(0, head)) {}
+          table(p.block_tables + item.sequence * p.table_stride), first_key((const Element*)p.cache.keys + first_of_head(p.cache, 0, head)),
+          first_value((const Element*)p.cache.values + first_of_head(p.cache, 0, head)) {}
 
     int64_t num_packed() const { return item.num_rows * group_size; }
     int64_t position(int64_t packed) const { return item.first_position + packed / group_size; }
@@ -184,7 +128,7 @@ struct Attention {
     // The keys and values of the token's block, and their scales.
     const Element* keys_of(int64_t token) const { return first_key + block_of(token) * p.cache.block_stride; }
     const Element* values_of(int64_t token) const { return first_value + block_of(token) * p.cache.block_stride; }
-    int64_t scales_of(int64_t token) const { return p.cache.scales_of(block_of(token), head); }
+    int64_t scales_of(int64_t token) const { return first_scale_of_head(p.cache, block_of(token), head); }
 
     // Returns the keys that are CHUNK tokens after `token`, or those of the next item if the chunk at `start` is the last
     // one; null if there are none.
@@ -381,7 +325,7 @@ inline void write_attention(const PagedAttentionParameters& p, const AttentionIt
         Floats sum = fill(state[size + 1]);
         if (p.sinks) sum = sum + exponential(fill(p.sinks[query_head] - state[size]));
         for (int64_t d = 0; d < size; d += LANES) store(out + d, load(state + d) / sum);
-        p.prepared.write(*p.num_rows, row, first, out, size);
+        write_prepared(p.prepared, *p.num_rows, row, first, out, size);
     }
 }
 

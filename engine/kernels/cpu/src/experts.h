@@ -11,42 +11,7 @@
 
 namespace {
 
-// Successive pairs of one expert.
-struct ExpertRows {
-    int64_t expert;
-    int64_t first;
-    int64_t num_rows;
-};
-
-struct Routing {
-    RowCounts num_pairs;
-    int64_t num_groups;
-    int64_t num_generated_groups;  // those of generated tokens come first
-    ExpertRows* groups;  // [2 E]
-    int64_t* experts;  // [T, k] in descending order of their scores
-    float* weights;  // [T, k]
-    int64_t* rows;  // [P] row of each sorted pair
-    int64_t* places;  // [T, k] place of each pair among the sorted ones
-};
-
 enum RouterScoring : int64_t { SOFTMAX = 0, SIGMOID = 1 };  // SCORINGS of experts.py
-
-struct RouteParameters {
-    const RowCounts* num_rows;
-    const float* logits;
-    int64_t logits_stride;
-    int64_t num_experts;
-    int64_t num_chosen;  // experts of a row
-    int64_t scoring;
-    int64_t normalize;
-    double scale;
-    int64_t num_groups;  // of experts, of which the best `num_best_groups` are kept
-    int64_t num_best_groups;
-    int64_t group_scores;  // highest scores of a group that are added up: 1 or 2
-    const float* bias;  // [E] added to the scores for the choice, or null
-    const float* expert_scales;  // [E] or null
-    Routing* routing;
-};
 
 constexpr int64_t MAX_EXPERTS = 1024;  // of experts.py
 
@@ -149,13 +114,6 @@ inline void route(const void* parameters, const Worker& worker) {
 }
 
 // Copies the input row of each pair to its place.
-struct GatherPairsParameters {
-    const Routing* routing;
-    const uint8_t* input;
-    int64_t stride;  // bytes, of input and output
-    uint8_t* output;
-};
-
 inline void gather_pairs(const void* parameters, const Worker& worker) {
     const GatherPairsParameters& p = *(const GatherPairsParameters*)parameters;
     const int64_t num_pairs = p.routing->num_pairs.all;
@@ -163,13 +121,6 @@ inline void gather_pairs(const void* parameters, const Worker& worker) {
         for (int64_t pair = tasks.first; pair < tasks.last; pair++)
             memcpy(p.output + pair * p.stride, p.input + p.routing->rows[pair] * p.stride, size_t(p.stride));
 }
-
-struct ExpertLinearParameters {
-    const Routing* routing;
-    const uint8_t* const* weights;  // [E]
-    int64_t bias_stride;  // floats, from one expert to the next
-    LinearParameters linear;  // without rows, and with the bias of expert 0; not accumulating
-};
 
 // Computes the products of the groups first..last, whose tasks are panels of weights.
 template <class Format, class Products>
@@ -203,13 +154,6 @@ void expert_linear(const void* parameters, const Worker& worker) {
 }
 
 // A product of each head with a matrix of its own: x [T, H * K] -> [T, H * M].
-struct HeadLinearParameters {
-    const uint8_t* const* weights;  // [H]
-    int64_t num_heads;
-    int64_t head_input_bytes;
-    LinearParameters linear;  // of the first head
-};
-
 template <class Format, class Products = VectorProducts<Format>>
 void head_linear(const void* parameters, const Worker& worker) {
     const HeadLinearParameters& p = *(const HeadLinearParameters*)parameters;
@@ -225,18 +169,6 @@ void head_linear(const void* parameters, const Worker& worker) {
             products.compute(p.weights[head] + panel * panel_bytes, panel_bytes, panel * PANEL, 0, linear.num_rows->all);
         }
 }
-
-struct CombineExpertsParameters {
-    const RowCounts* num_rows;
-    const Routing* routing;
-    const float* input;  // [P, size] in the order of sorted pairs
-    int64_t input_stride;  // floats
-    int64_t size;
-    int64_t num_chosen;
-    float* output;
-    int64_t output_stride;
-    int64_t accumulate;  // whether to add to the output
-};
 
 constexpr int64_t COMBINED_PIECE = 512;  // floats
 

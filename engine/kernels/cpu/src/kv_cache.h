@@ -15,23 +15,15 @@ constexpr int64_t MAX_HEAD_DIM = 576;
 
 enum CacheType : int64_t { CACHE_FLOAT32 = 0, CACHE_BFLOAT16 = 1, CACHE_INT8 = 2 };  // CACHE_TYPES of attention.py
 
-struct CacheParameters {
-    int64_t type;
-    uint8_t* keys;
-    uint8_t* values;
-    float* key_scales;  // int8 only
-    float* value_scales;
-    int64_t block_size;
-    int64_t num_kv_heads;
-    int64_t head_dim;
-    int64_t block_stride;  // numbers of keys or values from one block to the next
-    int64_t scale_stride;  // scales from one block to the next
+// Returns the index of the first key or value of a KV head in a block.
+INLINE int64_t first_of_head(const CacheParameters& c, int64_t block, int64_t head) {
+    return block * c.block_stride + head * c.block_size * c.head_dim;
+}
 
-    // Index of the first key or value of a KV head in a block.
-    int64_t head_of(int64_t block, int64_t head) const { return block * block_stride + head * block_size * head_dim; }
-    // Index of its first scale.
-    int64_t scales_of(int64_t block, int64_t head) const { return block * scale_stride + head * block_size; }
-};
+// Returns the index of its first scale.
+INLINE int64_t first_scale_of_head(const CacheParameters& c, int64_t block, int64_t head) {
+    return block * c.scale_stride + head * c.block_size;
+}
 
 // Quantises a head and returns its scale, which is NaN if a number is not finite.
 INLINE float quantise_head(const float* x, int64_t size, int8_t* out) {
@@ -59,7 +51,7 @@ INLINE float quantise_head(const float* x, int64_t size, int8_t* out) {
 
 INLINE void store_key_value(const CacheParameters& c, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t n = c.block_size, size = c.head_dim, offset = slot % n;
-    const int64_t base = c.head_of(slot / n, head);
+    const int64_t base = first_of_head(c, slot / n, head);
     if (c.type == CACHE_BFLOAT16) {
         uint16_t* keys = (uint16_t*)c.keys + base + offset * 2;
         uint16_t* values = (uint16_t*)c.values + base + offset / 2 * size * 2 + offset % 2;
@@ -73,7 +65,7 @@ INLINE void store_key_value(const CacheParameters& c, int64_t slot, int64_t head
         memcpy((float*)c.values + base + offset * size, v, size_t(size) * 4);
     } else {
         int8_t codes[MAX_HEAD_DIM];
-        const int64_t scale = c.scales_of(slot / n, head) + offset;
+        const int64_t scale = first_scale_of_head(c, slot / n, head) + offset;
         c.key_scales[scale] = quantise_head(k, size, codes);
         for (int64_t d = 0; d < size; d++) ((int8_t*)c.keys)[base + d * n + offset] = codes[d];
         c.value_scales[scale] = quantise_head(v, size, (int8_t*)c.values + base + offset * size);

@@ -10,19 +10,6 @@
 
 namespace {
 
-struct LinearParameters {
-    const RowCounts* num_rows;
-    const uint8_t* input;  // in the input form of the weights
-    int64_t input_stride;  // bytes
-    const uint8_t* weights;
-    int64_t num_inputs;
-    int64_t num_outputs;
-    const float* bias;  // or null
-    float* output;
-    int64_t output_stride;  // floats
-    int64_t accumulate;  // whether to add to the output
-};
-
 template <int ROWS, int VECTORS>
 INLINE void store_tile(const LinearParameters& p, const Floats (&sums)[ROWS][VECTORS], int64_t row, int64_t column) {
     for (int v = 0; v < VECTORS; v++) {
@@ -349,16 +336,6 @@ void linear_by_origin(const void* parameters, const Worker& worker) {
     if (0 < counts.generated && counts.generated < counts.all) barrier(worker);  // resets the counters of tasks
     multiply_rows<Format, PromptProducts>(p, worker, counts.generated, counts.all);
 }
-
-struct EmbedParameters {
-    const RowCounts* num_rows;
-    const int64_t* token_ids;
-    const uint8_t* weights;
-    int64_t num_ids;
-    int64_t size;  // inputs of the packed matrix, whose columns are the embeddings
-    float* output;
-    int64_t output_stride;  // floats
-};
 
 // An id without an embedding gets NaN, which ends its request and no other.
 template <class Format>

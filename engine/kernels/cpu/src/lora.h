@@ -8,29 +8,12 @@
 
 namespace {
 
-struct AddLoraParameters {
-    const RowCounts* num_rows;
-    const int64_t* lora_slots;  // [T] the slot of each row's adapter, -1: none
-    const float* input;
-    int64_t input_stride;  // floats
-    int64_t num_inputs;
-    const uint8_t* a;  // [slots, parts, max_rank, a_stride], rows padded to whole vectors
-    int64_t a_stride;
-    const uint8_t* b;  // [slots, max_rank, b_stride], rows padded by more than a vector
-    int64_t b_stride;
-    const int64_t* ranks;  // [slots, parts]
-    const int64_t* part_ends;  // [parts] the output after the last of each part
-    int64_t num_parts;
-    int64_t max_rank;
-    float* shrunk;  // [rows, parts, max_rank]
-    float* output;
-    int64_t output_stride;
-
-    float* shrunk_row(int64_t row, int64_t part) const { return shrunk + (row * num_parts + part) * max_rank; }
-};
-
 INLINE Floats load_weights(const float* p) { return load(p); }
 INLINE Floats load_weights(const uint16_t* p) { return load_bfloat16(p); }
+
+inline float* shrunk_row(const AddLoraParameters& p, int64_t row, int64_t part) {
+    return p.shrunk + (row * p.num_parts + part) * p.max_rank;
+}
 
 // Sizes of tiles that fit into the registers.
 constexpr int LORA_ROWS = NUM_REGISTERS == 32 ? 4 : 2;
@@ -53,7 +36,7 @@ INLINE void shrink_tile(const AddLoraParameters& p, const Weight* a, int64_t row
         }
     }
     for (int i = 0; i < ROWS; i++)
-        for (int r = 0; r < RANKS; r++) p.shrunk_row(row + i, part)[rank + r] = sum_of_lanes(sums[i][r]);
+        for (int r = 0; r < RANKS; r++) shrunk_row(p, row + i, part)[rank + r] = sum_of_lanes(sums[i][r]);
 }
 
 template <class Weight, int ROWS>
@@ -74,7 +57,7 @@ INLINE void expand_tile(const AddLoraParameters& p, int64_t row, int64_t part, i
         Floats weights[VECTORS];
         for (int v = 0; v < VECTORS; v++) weights[v] = load_weights(b + r * p.b_stride + column + v * LANES);
         for (int i = 0; i < ROWS; i++) {
-            const Floats x = fill(p.shrunk_row(row + i, part)[r]);
+            const Floats x = fill(shrunk_row(p, row + i, part)[r]);
             for (int v = 0; v < VECTORS; v++) sums[i][v] = multiply_add(weights[v], x, sums[i][v]);
         }
     }

@@ -19,13 +19,6 @@ struct alignas(64) MeetCounter {
     std::atomic<int64_t> num_met;
 };
 
-struct MeetParameters {
-    MeetCounter* counters;  // of each process, in shared memory
-    int64_t* num_met;       // of this process
-    int64_t rank;
-    int64_t num_ranks;
-};
-
 // What the processes have written before is visible to all of them afterwards.
 void meet(const void* parameters, const Worker& worker) {
     const MeetParameters& p = *(const MeetParameters*)parameters;

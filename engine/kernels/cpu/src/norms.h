@@ -5,19 +5,6 @@
 
 namespace {
 
-struct NormParameters {
-    const RowCounts* num_rows;
-    const float* input;
-    int64_t input_stride;
-    int64_t size;
-    const float* weight;
-    double epsilon;
-    float* output;  // or null
-    int64_t output_stride;
-    int64_t accumulate;  // whether to add to the output
-    PreparedRows prepared;  // the same rows in the input form of the next product
-};
-
 constexpr int64_t MAX_ROW_PIECE = 1024;  // floats of a row in a buffer on the stack, a multiple of ACTIVATION_GROUP
 
 // Returns 1 / sqrt(mean of (x - center)^2 + epsilon). The RMS norm has no center, and no subtraction.
@@ -70,7 +57,7 @@ inline void norm_row(const NormParameters& p, int64_t row) {
         }
         if (p.accumulate) add_to(out + start, piece, length, 1.0f);
         else if (out) memcpy(out + start, piece, size_t(length) * 4);
-        p.prepared.write(*p.num_rows, row, start, piece, length);
+        write_prepared(p.prepared, *p.num_rows, row, start, piece, length);
     }
 }
 

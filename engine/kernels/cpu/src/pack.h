@@ -7,14 +7,6 @@
 
 namespace {
 
-struct PackParameters {
-    const uint8_t* data;  // contiguous rows
-    int64_t row_bytes;
-    int64_t num_inputs;
-    int64_t num_outputs;
-    uint8_t* output;  // zeroed
-};
-
 inline float half_at(const uint8_t* p) { return Half::load_one(p); }
 
 // Reads 32 codes of four bits: all low nibbles, then all high ones.

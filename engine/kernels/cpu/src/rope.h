@@ -6,27 +6,6 @@
 
 namespace {
 
-// The heads of each row, [T, heads, D], and their RMS norm.
-struct Heads {
-    float* rows;
-    int64_t stride;  // floats from one row to the next
-    const float* norm;  // weights, or null
-    int64_t norm_size;  // numbers that are normed together: those of one head, or of all
-};
-
-struct RopeAndStoreKvParameters {
-    const RowCounts* num_rows;
-    const int64_t* slot_mapping;  // [T] block id * N + offset; negative: nothing is stored
-    int64_t num_heads;
-    Heads q;  // normed and rotated in place
-    Heads k;  // without rows, only q is rotated
-    Heads v;
-    const float* q_rotations;  // [T, D] cosines of D / 2 pairs, then their sines
-    const float* k_rotations;
-    double epsilon;
-    CacheParameters cache;
-};
-
 // The heads of one row.
 struct HeadsOfRow {
     const Heads& heads;

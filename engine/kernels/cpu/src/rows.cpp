@@ -12,8 +12,6 @@
 #include "rows.h"
 #include "sampler.h"
 
-#include "layouts.h"
-
 const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
     {"prepare", prepare},
     {"gather", gather},

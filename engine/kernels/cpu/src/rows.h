@@ -5,16 +5,6 @@
 
 namespace {
 
-struct GatherParameters {
-    const RowCounts* num_rows;
-    const int64_t* row_index;
-    const float* table;
-    int64_t table_stride;  // floats
-    int64_t size;
-    float* output;
-    int64_t output_stride;
-};
-
 void gather(const void* parameters, const Worker& worker) {
     const GatherParameters& p = *(const GatherParameters*)parameters;
     const int64_t num_rows = p.num_rows->all;
@@ -22,16 +12,6 @@ void gather(const void* parameters, const Worker& worker) {
         for (int64_t row = tasks.first; row < tasks.last; row++)
             memcpy(p.output + row * p.output_stride, p.table + p.row_index[row] * p.table_stride, size_t(p.size) * 4);
 }
-
-struct AddParameters {
-    const RowCounts* num_rows;
-    const float* input;
-    int64_t input_stride;
-    int64_t size;
-    double scale;  // of the input
-    float* output;
-    int64_t output_stride;
-};
 
 // Adds scale * input to the output.
 void add(const void* parameters, const Worker& worker) {
@@ -41,15 +21,6 @@ void add(const void* parameters, const Worker& worker) {
         for (int64_t row = tasks.first; row < tasks.last; row++)
             add_to(p.output + row * p.output_stride, p.input + row * p.input_stride, p.size, float(p.scale));
 }
-
-struct ScaleParameters {
-    const RowCounts* num_rows;
-    float* values;
-    int64_t stride;
-    int64_t size;
-    double scale;
-    double softcap;  // values become softcap * tanh(scale * value / softcap); 0: scale * value
-};
 
 constexpr int64_t SCALE_PIECE = 4096;  // floats that a thread takes at a time, because one row of logits is long
 
@@ -106,19 +77,6 @@ INLINE Floats act_and_mul(Floats gate, Floats up, int64_t activation) {
     return (activation == GELU_TANH ? gelu_tanh(gate) : gelu(gate)) * up;
 }
 
-struct ActAndMulParameters {
-    const RowCounts* num_rows;
-    const float* gate;
-    int64_t gate_stride;
-    const float* up;
-    int64_t up_stride;
-    int64_t size;
-    int64_t activation;
-    float* output;  // or null
-    int64_t output_stride;
-    PreparedRows prepared;
-};
-
 constexpr int64_t ACT_PIECE = MAX_ROW_PIECE / 2;
 
 inline void act_and_mul_piece(const ActAndMulParameters& p, int64_t row, int64_t start) {
@@ -131,7 +89,7 @@ inline void act_and_mul_piece(const ActAndMulParameters& p, int64_t row, int64_t
         store_some(piece + k, act_and_mul(load_some(gate + k, n), load_some(up + k, n), p.activation), n);
     }
     if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
-    p.prepared.write(*p.num_rows, row, start, piece, length);
+    write_prepared(p.prepared, *p.num_rows, row, start, piece, length);
 }
 
 // act(gate) * up (GLU variants, Shazeer 2020). Rows are cut into pieces, so that threads can share a row.

@@ -18,42 +18,6 @@ constexpr int64_t SUM_PIECE = 4096;  // values added up in float32; the sums of 
 constexpr float NUCLEUS_DEPTHS[] = {4.0f, 8.0f, 16.0f, INFINITY};  // below the largest value; often few tokens suffice
 constexpr float HIGHEST_NOISE = 22.5f;  // -log of the smallest uniform number is 22.2
 
-// The settings of one row. Sampling is greedy if all of them are 0.
-struct SampledRow {
-    uint64_t seed;
-    int64_t position;  // in the output
-    int64_t first_id;  // of the row in `ids`: biased tokens, banned tokens, then the draft if there are penalties
-    int64_t first_bias;  // of the row in `biases`
-    int64_t num_biased;
-    int64_t num_banned;
-    int64_t num_drafted;
-    const int32_t* history;  // prompt and output without the draft; null without penalties
-    int64_t num_history;
-    int64_t num_prompt_tokens;
-    const uint8_t* allowed;  // bit i of byte j: whether token 8 j + i may be sampled; null: all tokens may
-    int64_t top_k;
-    float temperature;  // 0: greedy
-    float top_p;
-    float min_p;
-    float repetition_penalty;
-    float frequency_penalty;
-    float presence_penalty;
-};
-
-struct SampleParameters {
-    int64_t num_rows;
-    float* logits;  // changed in place
-    int64_t logits_stride;  // floats
-    int64_t vocab_size;
-    const SampledRow* rows;
-    const int32_t* ids;
-    const float* biases;
-    int64_t* token_ids;
-    uint8_t* is_finite;
-    uint8_t* scratch;  // for each thread: values and weights with room for two more vectors, then a zero for each token
-    int64_t scratch_stride;  // bytes
-};
-
 // Vectors.
 
 inline Floats load_padded(const float* p, int64_t n) {  // -infinity after the end of the row

@@ -41,13 +41,4 @@ class Tasks {
     int64_t begin = 0, size = 0;
 };
 
-// A function of a program.
-using Function = void (*)(const void* parameters, const Worker& worker);
-
-// An entry of a program.
-struct Call {
-    Function function;
-    const void* parameters;
-};
-
 }  // namespace lightwell
