@@ -71,7 +71,7 @@ def is_installed(name: str) -> bool:
 def missing_part(path: str) -> str | None:
     """Return what the requests to a path need that is not installed, or None."""
     names = [name for name, entry in PARTS.items() if path.startswith(tuple(entry.paths)) and not is_installed(name)]
-    return f"{PARTS[names[0]].title} needs the part '{names[0]}', which is not installed" if names else None
+    return str(MissingPartError(names[0], PARTS[names[0]].title)) if names else None
 
 
 def load_module(part: str, module: str) -> Any:

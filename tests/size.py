@@ -29,25 +29,24 @@ def num_code_lines(path: Path) -> int:
     return len(lines)
 
 
-def owner(path: Path) -> str:
-    """Return what a Python file belongs to: the core of a package, a part, or the tests."""
+def names(path: Path) -> list[str]:
+    """Return what a Python file counts for: a core or a part, sums of them, or the tests."""
     package, *folders = path.relative_to(ROOT).parts[:-1]
     if package == "tests":
-        return package
-    return "/".join([package, *folders[:2]]) if folders[:1] == ["parts"] and folders[1:] else f"{package} core"
+        return [package]
+    if folders[:1] == ["parts"] and folders[1:]:
+        return ["/".join([package, *folders[:2]]), "parts", "both packages"]
+    return [f"{package} core", "core", "both packages"]
 
 
 def sizes() -> dict[str, tuple[int, int]]:
-    """Return the lines and the number of files of each core, each part and the tests, and sums of them."""
+    """Return the lines and the number of files, of which those without code do not count, by these names."""
     counts: defaultdict[str, list[int]] = defaultdict(list)
     for package in ("engine", "server", "tests"):
-        for path in sorted((ROOT / package).glob("**/*.py")):
-            if "node_modules" not in path.parts and (num_lines := num_code_lines(path)):
-                name = owner(path)
-                groups = ["both packages", "core" if name.endswith("core") else "parts"]
-                for group in [name, *groups] if package != "tests" else [name]:
-                    counts[group].append(num_lines)
-    return {name: (sum(lines), len(lines)) for name, lines in counts.items()}
+        for path in ROOT.glob(f"{package}/**/*.py"):
+            for name in names(path) if "node_modules" not in path.parts else ():
+                counts[name].append(num_code_lines(path))
+    return {name: (sum(lines), sum(map(bool, lines))) for name, lines in counts.items()}
 
 
 def main() -> None:

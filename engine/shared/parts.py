@@ -22,7 +22,7 @@ class MissingPartError(ValueError):
     """What was asked for needs a part that is not installed."""
 
     def __init__(self, name: str, title: str) -> None:
-        super().__init__(f"{title} needs the part '{name}', which is not installed")
+        super().__init__(f"this needs the part '{name}' ({title}), which is not installed")
 
 
 @cache

@@ -1,6 +1,5 @@
 """`examples/textbook.py` computes what the server computes, in a file that is short enough to be read."""
 
-import os
 import re
 import runpy
 import subprocess
@@ -21,8 +20,7 @@ QUESTION = "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assista
 def run(*arguments: object) -> dict[str, str]:
     """Return the lists that the script prints, by the word before them."""
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return dict(re.findall(r"^(\w[\w ]*?) +(\[.*\])$", printed, re.MULTILINE))
 
 

@@ -13,6 +13,7 @@ from engine.kernels.cpu.build import build
 from engine.kernels.cpu.compiler_runs import BuildError
 from engine.kernels.cpu.library import Library
 from engine.kernels.interface import KernelOptions, Kernels
+from engine.shared.parts import engine_part
 
 
 @contextmanager
@@ -36,9 +37,8 @@ def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
 
 def _interpreted(options: KernelOptions) -> Kernels:
     """Return the GPU kernels, run by Triton's interpreter."""
-    from engine.parts.triton.kernels import TritonKernels
-
-    return TritonKernels(options, torch.device("cpu"))
+    kernels: Kernels = engine_part("triton", "kernels").TritonKernels(options, torch.device("cpu"))
+    return kernels
 
 
 @cache

@@ -8,11 +8,10 @@ from engine.shared.paths import cache_folder
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.delenv("LIGHTWELL_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == Path("/home/me/.cache/lightwell")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_folder() == Path("/xdg/lightwell")
-    monkeypatch.setenv("LIGHTWELL_CACHE", "~/models")
-    assert cache_folder() == Path("/home/me/models")
+    for name in ("LIGHTWELL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {"HOME": "/home/me", "XDG_CACHE_HOME": "/xdg", "LIGHTWELL_CACHE": "~/models"}
+    folders = ("/home/me/.cache/lightwell", "/xdg/lightwell", "/home/me/models")
+    for setting, folder in zip(settings.items(), folders, strict=True):
+        monkeypatch.setenv(*setting)
+        assert cache_folder() == Path(folder)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from server.generation.prompts import MAX_TOKEN_BYTES, check_text_size, fit_max_tokens
 from server.http.errors import BadRequestError, ContextLengthExceededError
+from tests.server.generation.test_parameters import prompt_ids
 from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, shared_server
 from tests.support.serving import RunningServer, check_error
 from tests.support.tiny_tokenizer_model import IM_START, IM_START_ID, VOCAB_SIZE, write_tiny_model
@@ -45,11 +46,6 @@ def test_cap_of_a_texts_size() -> None:
     with pytest.raises(BadRequestError) as caught:
         check_text_size(8 * MAX_TOKEN_BYTES + 1, 8, "prompt")
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
-
-
-def prompt_ids(server: RunningServer) -> list[int]:
-    """Return the prompt of the last request as the engine received it."""
-    return list(server.engine.submits[-1].prompt_token_ids)
 
 
 @pytest.mark.parametrize(

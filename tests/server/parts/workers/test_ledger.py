@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.server.api.admin.test_routes import usage
 from tests.server.conftest import StartServer
 from tests.server.parts.conftest import StartPair
 from tests.support.clients import CHAT, COMPLETIONS
@@ -55,11 +56,6 @@ def pair(running_pair: Pair, fake_engine: FakeEngine) -> Pair:
 def send(server: RunningServer, key: str = "free", path: str = COMPLETIONS, **fields: Any) -> httpx.Response:
     body = REQUEST | fields if path == COMPLETIONS else fields
     return httpx.post(server.url + path, json=body, headers={"authorization": f"Bearer {key}"}, timeout=30)
-
-
-def usage(server: RunningServer, key: str) -> dict[str, Any]:
-    (entry,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
-    return dict(entry)
 
 
 def rates(response: httpx.Response, noun: str) -> tuple[str, str]:
