@@ -14,8 +14,8 @@ MAX_FILE_LINES = 500
 MAX_CLASS_LINES = 330
 MAX_FUNCTION_LINES = 60
 MAX_TEST_LINES = 50_000
-MAX_LINES = {"engine core": 11_190, "server core": 17_930, "core": 29_120, "both packages": 44_120}  # may only fall
-MAX_FILES = 466
+MAX_LINES = {"engine core": 10_880, "server core": 17_910, "core": 28_790, "both packages": 43_590}  # may only fall
+MAX_FILES = 463
 
 # A docstring that begins like this names a thing; it should say what the function does.
 NAMES_A_THING = re.compile(r"(What|Whether|Of|As|Those|That|How|Where|By|Who|From|To be)\b")

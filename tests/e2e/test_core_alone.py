@@ -24,10 +24,14 @@ PART = re.compile(r"(engine|server|tests\.engine|tests\.server)\.parts\.")
 TEST = re.compile(r"tests\.(engine|server)\.(\w+\.)*test_")
 
 
+def ignored(folder: str, names: list[str]) -> set[str]:
+    return {"__pycache__", *(names if Path(folder).name == "parts" else ())} - {"__init__.py"}
+
+
 def core(folder: Path, *parts: str) -> dict[str, str]:
     """Copy both packages without their parts but some, as engine/NAME or server/NAME. Return the environment to use."""
     for package in ("engine", "server"):
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("parts", "__pycache__"))
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
     for part in parts:
         package, name = part.split("/")
         shutil.copytree(ROOT / package / "parts" / name, folder / package / "parts" / name)
@@ -94,8 +98,7 @@ def core_tests() -> list[str]:
 def test_the_core_passes_its_tests(tmp_path: Path) -> None:
     environment, chosen = core(tmp_path), core_tests()
     assert len(chosen) > 90
-    ignored = shutil.ignore_patterns("node_modules", "parts")
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=ignored, symlinks=True)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("node_modules"), symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-n2", "--dist=loadfile", "-p", "no:cacheprovider", *chosen]
     done = run(command, environment, cwd=tmp_path)

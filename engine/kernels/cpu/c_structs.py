@@ -15,7 +15,6 @@ from typing import Any
 
 HEADER = Path(__file__).parent / "src" / "structs.h"
 TYPES = {"int64_t": c_int64, "uint64_t": c_uint64, "float": c_float, "double": c_double, "Function": c_void_p}
-STRUCT = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.MULTILINE | re.DOTALL)
 FIELD = re.compile(r" {4}(?:const )?(\w+)((?:\*(?: const)?)*) (\w+);(?: *//.*)?")  # type, stars of a pointer, name
 
 
@@ -26,8 +25,11 @@ def read_structs(header: str) -> Mapping[str, type[Structure]]:
         ValueError: a line of a struct is not a field of a known type, or a pointer.
     """
     types: dict[str, Any] = dict(TYPES)
-    for name, body in STRUCT.findall(header):
-        fields = []
+    for declaration in f"\n{header}".split("\nstruct ")[1:]:
+        first, _, body = declaration.partition("\n};")[0].partition("\n")
+        if not first.endswith(" {"):  # it is declared elsewhere
+            continue
+        name, fields = first.removesuffix(" {"), []
         for line in body.splitlines():
             match = FIELD.fullmatch(line)
             if match is None or not (match[2] or match[1] in types):
