@@ -2,15 +2,16 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
 
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
+from engine.shared.messages import Submit, TokenEvent
 from server.api_keys import ApiKeys
 from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.http.bodies import get_text_size
@@ -18,9 +19,9 @@ from server.http.json_response import AnswerResponse
 from server.metrics import Metrics
 from server.models.registry import ModelRegistry
 from server.models.source import ModelSource
-from server.request_steps import Step
 from server.role import Role
 from server.running_requests import RunningRequests
+from server.schemas.generation_request import GenerationRequest
 from server.settings.table import Settings
 from server.shares import MemoryBudget
 from server.tenants import Ledger, get_tenant
@@ -30,6 +31,34 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 LONG_BYTES = 1 << 14  # of a request; converting several hundred messages takes some ten milliseconds
+
+
+@dataclass(slots=True)
+class RequestSteps:
+    """What parts do at certain points of one request's way. A part adds to the lists that it needs."""
+
+    # Before the engine gets the messages of a `Job`, which may be replaced.
+    on_submit: list[Callable[[Any, Sequence[Submit]], Sequence[Submit]]] = field(default_factory=list)
+    on_submitted: list[Callable[[Any, Sequence[Submit]], None]] = field(default_factory=list)
+    # With each event of the engine, and the number of its prompt.
+    on_event: list[Callable[[int, TokenEvent], None]] = field(default_factory=list)
+    on_failure: list[Callable[[BaseException], None]] = field(default_factory=list)
+    on_end: list[Callable[[], None]] = field(default_factory=list)
+
+    def fail(self, error: BaseException) -> None:
+        """Note the error that ends the request."""
+        for step in self.on_failure:
+            step(error)
+
+    def end(self) -> None:
+        """End the request. May be called again."""
+        for step in self.on_end:
+            step()
+        self.on_end.clear()
+
+
+# Adds the steps of a part to those of a request to an `Endpoint`, which has just arrived and may be invalid.
+Step: TypeAlias = Callable[[Request, GenerationRequest, Any, RequestSteps], None]
 
 
 class Service(Protocol):

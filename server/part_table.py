@@ -5,11 +5,12 @@ The core never imports a part. It loads those whose folders are there, by their 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from typing import Any
 
-from engine.shared.parts import ENGINE_PARTS, MissingPartError, has_part
+from engine.shared.parts import MissingPartError, has_part, missing_engine_part
 
 FOLDER = "server.parts"
 
@@ -21,31 +22,31 @@ class PartEntry:
     title: str
     needs: Sequence[str] = ()  # other parts
     engine_part: str | None = None  # that it asks
-    paths: Sequence[str] = ()  # or their beginnings
+    paths: Sequence[str] = ()  # in which * stands for any text
     settings: Sequence[str] = ()  # that must keep their defaults
     has_commands: bool = False
 
 
 # By the name of the folder.
 PARTS: Mapping[str, PartEntry] = {
-    "responses": PartEntry(title="OpenAI's Responses API", paths=["/v1/responses"]),
+    "responses": PartEntry(title="OpenAI's Responses API", paths=["/v1/responses", "/v1/responses/*"]),
     "embeddings": PartEntry(title="embeddings", paths=["/v1/embeddings"]),
     "rerank": PartEntry(
         title="reranking and scores",
         needs=["embeddings"],
         paths=["/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"],
     ),
-    "messages": PartEntry(title="Anthropic's Messages API", paths=["/v1/messages"]),
-    "ollama": PartEntry(title="Ollama's API", needs=["embeddings"], paths=["/api/"]),
-    "inspection": PartEntry(title="the inspection of the engine", engine_part="inspection", paths=["/lightwell/v1/"]),
-    "recordings": PartEntry(title="recordings and replay"),
+    "messages": PartEntry(title="Anthropic's Messages API", paths=["/v1/messages", "/v1/messages/*"]),
+    "ollama": PartEntry(title="Ollama's API", needs=["embeddings"], paths=["/api/*"]),
+    "inspection": PartEntry(title="the inspection of the engine", engine_part="inspection", paths=["/lightwell/v1/*"]),
+    "recordings": PartEntry(title="recordings and replay", paths=["/v1/requests/*/replay"]),
     "lora": PartEntry(
         title="LoRA adapters",
         engine_part="lora",
         paths=["/v1/load_lora_adapter", "/v1/unload_lora_adapter"],
-        settings=["lora_modules", "allow_runtime_lora_updating"],
+        settings=["lora_modules", "allow_runtime_lora_updating", "max_loras", "max_lora_rank"],
     ),
-    "page": PartEntry(title="the pages for browsers", paths=["/docs", "/assets/"]),
+    "page": PartEntry(title="the pages for browsers", paths=["/", "/docs", "/assets/*"]),
     "limits": PartEntry(title="limits of tenants", paths=["/v1/usage"], settings=["api_keys_file"]),
     "tokenizers": PartEntry(title="a tokenizer without tokenizer.json", engine_part="tokenizers"),
     "run": PartEntry(title="the command run", has_commands=True),
@@ -53,29 +54,34 @@ PARTS: Mapping[str, PartEntry] = {
     "hub": PartEntry(title="downloads from Hugging Face's hub", has_commands=True),
     "models": PartEntry(title="several models", needs=["hub"], settings=["models", "load", "idle_unload"]),
     "workers": PartEntry(title="several API processes", needs=["recordings"], settings=["api_server_count"]),
+    "ray": PartEntry(title="Ray Serve"),
     "otel": PartEntry(title="OpenTelemetry", settings=["otlp_endpoint"]),
 }
 
 
 @cache
+def why_missing(name: str) -> MissingPartError | None:
+    """Return what a part lacks: itself, or one that it needs; None if it can be used."""
+    entry = PARTS[name]
+    if not has_part(FOLDER, name):
+        return MissingPartError(name, entry.title)
+    asked = None if entry.engine_part is None else missing_engine_part(entry.engine_part)
+    return asked or next(filter(None, map(why_missing, entry.needs)), None)
+
+
 def is_installed(name: str) -> bool:
     """Return whether a part is there, with all that it needs."""
-    entry = PARTS[name]
-    return (
-        has_part(FOLDER, name)
-        and (entry.engine_part is None or has_part(ENGINE_PARTS, entry.engine_part))
-        and all(map(is_installed, entry.needs))
-    )
+    return why_missing(name) is None
 
 
 def missing_part(path: str) -> str | None:
     """Return what the requests to a path need that is not installed, or None."""
-    names = [name for name, entry in PARTS.items() if path.startswith(tuple(entry.paths)) and not is_installed(name)]
-    return str(MissingPartError(names[0], PARTS[names[0]].title)) if names else None
+    names = [name for name, entry in PARTS.items() if any(fnmatchcase(path, pattern) for pattern in entry.paths)]
+    return next((str(error) for error in map(why_missing, names) if error is not None), None)
 
 
 def load_module(part: str, module: str) -> Any:
     """Return a module of a part. Raises MissingPartError."""
-    if not is_installed(part):
-        raise MissingPartError(part, PARTS[part].title)
+    if (error := why_missing(part)) is not None:
+        raise error
     return import_module(f"{FOLDER}.{part}.{module}")

@@ -95,18 +95,33 @@ def _ignore(*_reasons: Exception) -> None:
     """End nothing: it has ended."""
 
 
+def fairly(shares: dict[MemoryShare, None]) -> Iterator[MemoryShare]:
+    """Yield the shares in the order in which they give way, so that none can push out those of others."""
+    ranked = sorted(shares, key=lambda share: share.rank)
+    yield from giving_way(ranked, lambda share: share.owner, lambda share: share.num_bytes)
+
+
+def oldest_first(shares: dict[MemoryShare, None]) -> Iterator[MemoryShare]:
+    """Yield the oldest share that is left, as long as there is one."""
+    while shares:
+        yield next(iter(shares))
+
+
 class MemoryBudget:
     """Counts the bytes of things in memory, and refuses some of them when there are too many."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self, max_bytes: int, order: Callable[[dict[MemoryShare, None]], Iterator[MemoryShare]] = fairly
+    ) -> None:
+        """`order` yields the shares in the order in which they give way."""
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.shares: dict[MemoryShare, None] = {}  # that can give way, the oldest first
+        self._order = order
 
     def make_room(self) -> None:
         """Refuse shares until the others fit."""
-        ranked = sorted(self.shares, key=lambda share: share.rank)
-        for share in giving_way(ranked, lambda share: share.owner, lambda share: share.num_bytes):
+        for share in self._order(self.shares):
             if self.num_bytes <= self.max_bytes:
                 return
             share.refuse()

@@ -18,6 +18,10 @@ ENGINE_PART_TITLES = {
 }
 
 
+# Parts that a part imports.
+ENGINE_PART_NEEDS = {"distributed": ("lora",)}
+
+
 class MissingPartError(ValueError):
     """What was asked for needs a part that is not installed."""
 
@@ -35,8 +39,16 @@ def has_part(folder: str, name: str) -> bool:
     return spec is not None and spec.origin is not None  # not just a folder, which compiled files may have left
 
 
+def missing_engine_part(name: str) -> MissingPartError | None:
+    """Return what a part of the engine lacks, which may be itself; None if it can be used."""
+    for each in (name, *ENGINE_PART_NEEDS.get(name, ())):
+        if not has_part(ENGINE_PARTS, each):
+            return MissingPartError(each, ENGINE_PART_TITLES[each])
+    return None
+
+
 def engine_part(name: str, module: str) -> Any:
     """Return a module of a part of the engine. Raises MissingPartError."""
-    if not has_part(ENGINE_PARTS, name):
-        raise MissingPartError(name, ENGINE_PART_TITLES[name])
+    if (error := missing_engine_part(name)) is not None:
+        raise error
     return import_module(f"{ENGINE_PARTS}.{name}.{module}")

@@ -50,7 +50,7 @@ class AnswerShare(MemoryShare):
     def refuse(self, *_reasons: Exception) -> None:
         """End the request."""
         is_too_large = self.num_bytes > self._budget.max_bytes
-        self.error = self.too_large() if is_too_large else BuffersExceedMemoryError("large answers")
+        self.error = self.too_large() if is_too_large else BuffersExceedMemoryError("answers")
         super().refuse(self.error)
 
     def on_refusal(self, end: Callable[[APIError], None]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from engine.shared.messages import EngineInfo
-from server.context import ServerContext
+from server.context import RequestSteps, ServerContext
 from server.engine_client.answer_budget import AnswerShare
 from server.engine_client.reservation import Reservation
 from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
@@ -13,7 +13,6 @@ from server.generation.generation import Generation
 from server.generation.preamble import WARNINGS, Preamble
 from server.http.errors import APIError
 from server.models.served_model import ModelVariant
-from server.request_steps import RequestSteps
 from server.schemas.generation_request import GenerationRequest, Requested
 from server.tenants import OwnedId, Tenant
 
@@ -75,9 +74,7 @@ class Job(Generic[Body]):
         self.generation.close()
         self.context.running.remove(self.generation, self.keys)
         self.keys = ()
-        for step in self.steps.on_end:
-            step()
-        self.steps.on_end.clear()
+        self.steps.end()
 
     def close(self) -> None:
         """End the generation, and count its answer no longer."""

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import Submit
-from server.context import get_context
+from server.context import RequestSteps, get_context
 from server.generation.choice import ChoiceAccumulator, Pacer, best_choices
 from server.generation.endpoint import AnswerMetadata, Endpoint
 from server.generation.job import Body, Job
@@ -26,7 +26,6 @@ from server.http.errors import APIError, ServerError
 from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, EventStream, StreamFormat
-from server.request_steps import RequestSteps
 from server.schemas.answers import RequestTimings
 from server.schemas.rendered_prompt import RenderedPrompt
 from server.tenants import TENANT, Tenant

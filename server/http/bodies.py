@@ -12,7 +12,7 @@ from server.http.errors import (
     BuffersExceedMemoryError,
     UnsupportedMediaTypeError,
 )
-from server.shares import MemoryBudget, MemoryShare
+from server.shares import MemoryBudget, MemoryShare, oldest_first
 
 FREE_BYTES = 16 << 10  # smaller bodies are not counted, so that small requests pass while large ones fill the budget
 BODY_TIMEOUT = 60.0  # seconds from the end of a request's head to the end of its body
@@ -58,7 +58,7 @@ class BodyReader:
 
     def __init__(self, max_body_size: int, max_buffered_bytes: int, timeout: float = BODY_TIMEOUT) -> None:
         self._max_body_size = min(max_body_size, max_buffered_bytes)
-        self._budget = MemoryBudget(max_buffered_bytes)
+        self._budget = MemoryBudget(max_buffered_bytes, oldest_first)
         self._timeout = timeout
 
     async def read(self, scope: Scope, receive: Receive) -> tuple[bytes, BodyShare]:
@@ -75,9 +75,7 @@ class BodyReader:
                 await self._discard(receive)
             raise
         scope["state"][TEXT_SIZE] = share.size
-        body = b"".join(share.chunks)
-        share.chunks.clear()
-        return body, share
+        return share.chunks.pop(), share
 
     def _check_head(self, headers: dict[bytes, bytes]) -> None:
         if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
@@ -101,8 +99,10 @@ class BodyReader:
                     if share.size > self._max_body_size:
                         raise BodyTooLargeError(self._max_body_size)
                     more = message.get("more_body", False)
+            share.chunks[:] = [b"".join(share.chunks)]
         except BaseException as error:
             share.release()
+            share.chunks.clear()  # the exception refers to this frame
             if not isinstance(error, TimeoutError):
                 raise
             raise (BuffersExceedMemoryError if share.is_refused else BodyTimeoutError(self._timeout)) from None

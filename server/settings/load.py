@@ -10,8 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from engine.shared.parts import MissingPartError
-from server.part_table import PARTS, is_installed
+from server.part_table import PARTS, why_missing
 from server.settings.setting import ENV_PREFIX, SettingsError
 from server.settings.suggestions import did_you_mean
 from server.settings.table import CONFIG_VARIABLE, OF_A_MODEL, OTHER_VARIABLES, SETTINGS, Settings
@@ -169,9 +168,9 @@ def _check_parts(settings: Settings) -> None:
     defaults = Settings()
     for name, part in PARTS.items():
         for setting in part.settings:
-            if getattr(settings, setting) != getattr(defaults, setting) and not is_installed(name):
+            if getattr(settings, setting) != getattr(defaults, setting) and (error := why_missing(name)) is not None:
                 flag = SETTINGS[setting].flag if setting in SETTINGS else setting
-                raise SettingsError(f"{flag}: {MissingPartError(name, part.title)}")
+                raise SettingsError(f"{flag}: {error}")
 
 
 def _check(settings: Settings) -> None:

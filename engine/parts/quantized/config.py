@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from engine.config.fields import Fields, shown
+from engine.config.huggingface import QUANTIZATION_FILES
 from engine.config.json_file import read_json_object
 from engine.config.structs import QuantizationConfig, QuantizationMethod
 
@@ -19,8 +20,8 @@ FLOAT8_BLOCK = [128, 128]  # outputs and inputs that share a scale
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 STRATEGIES = ("tensor", "channel", "group", "block")
 # Files beside config.json in which older tools wrote the configuration, and the method that they stand for.
-OTHER_FILES: dict[str, QuantizationMethod] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-MODELOPT_FILE = "hf_quant_config.json"
+GPTQ_FILE, AWQ_FILE, MODELOPT_FILE = QUANTIZATION_FILES
+OTHER_FILES: dict[str, QuantizationMethod] = {GPTQ_FILE: "gptq", AWQ_FILE: "awq"}
 
 
 def read_quantization(fields: Fields) -> QuantizationConfig | None:

@@ -75,7 +75,7 @@ def _model(request: Request, name: str) -> Model:
     """Return the model or adapter with this name. Raises ModelNotFoundError."""
     context, tenant = get_context(request), get_tenant(request)
     slot = _find_slot(context, name, tenant)
-    if slot.served is None or slot.state is ModelState.FAILED:
+    if context.source.unloads and slot.state is not ModelState.LOADED:
         return _unloaded_model(slot, name, context.created, shows_reason=tenant.is_admin)
     model = context.models.find(name, tenant)
     base, adapter, template = model.base, model.adapter, model.base.chat_template

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from engine.shared.messages import FinishReason, SamplingParams, Submit
 from engine.shared.records import RequestTimes
-from server.context import get_context
+from server.context import RequestSteps, get_context
 from server.generation.endpoint import Endpoint
 from server.generation.generation import Generation
 from server.generation.job import Job
@@ -24,7 +24,6 @@ from server.generation.timings import stage_spans
 from server.http.errors import APIError, clip
 from server.parts.otel.child_span import AttributeValue, ChildSpan
 from server.parts.otel.tracer import Tracer
-from server.request_steps import RequestSteps
 from server.schemas.generation_request import GenerationRequest
 from server.statistics.choice_stats import ChoiceStats
 from server.tenants import get_tenant

@@ -11,10 +11,9 @@ import msgspec
 from fastapi import Request
 
 from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
-from server.context import ServerContext
+from server.context import RequestSteps, ServerContext
 from server.generation.endpoint import Endpoint
 from server.generation.job import Job
-from server.request_steps import RequestSteps
 from server.schemas.generation_request import GenerationRequest
 from server.shares import giving_way
 from server.tenants import EVERYBODY, OwnedId

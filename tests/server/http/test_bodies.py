@@ -17,7 +17,7 @@ import pytest
 
 from server.http.bodies import BODY_TIMEOUT, DISCARD_TIMEOUT, FREE_BYTES, BodyShare
 from server.http.errors import BuffersExceedMemoryError
-from server.shares import MemoryBudget
+from server.shares import MemoryBudget, oldest_first
 from tests.server.conftest import StartServer
 from tests.support.clients import shared_server
 from tests.support.serving import RunningServer, check_envelope, check_error, raw_request, read_response, wait_until
@@ -114,7 +114,7 @@ def test_a_connection_lives_on_after_refusals(start_server: StartServer) -> None
 @pytest.mark.checklist("A17")
 def test_which_bodies_are_refused_and_what_counts() -> None:
     """Those that have counted longest, until the others fit; complete ones are not."""
-    budget, third = MemoryBudget(MAX_BYTES), MAX_BYTES // 3
+    budget, third = MemoryBudget(MAX_BYTES, oldest_first), MAX_BYTES // 3
     deadlines: dict[BodyShare, Mock] = {}
 
     def begin(num_bytes: int) -> BodyShare:
