@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from engine.shared.parts import has_part
 from server.context import ServerContext
 from server.dialect import Dialect
-from server.part_table import PARTS, is_installed, load_module
+from server.part_table import FOLDER, PARTS, is_installed, load_module
 
 
 def _nothing(context: ServerContext) -> None:
@@ -15,7 +16,7 @@ def _nothing(context: ServerContext) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a part adds to the core: the object `PART` of its module `part`."""
+    """What a part adds to the core: the object `PART` of its module `part`, if it is not loaded by names alone."""
 
     dialects: Sequence[Dialect] = ()
     attach: Callable[[ServerContext], None] = _nothing  # called once, before the application is made
@@ -24,4 +25,6 @@ class Part:
 @cache
 def load_parts() -> Sequence[Part]:
     """Return the parts that are there, in the order of the table."""
-    return [load_module(name, "part").PART for name in PARTS if is_installed(name)]
+    return [
+        load_module(name, "part").PART for name in PARTS if is_installed(name) and has_part(f"{FOLDER}.{name}", "part")
+    ]

@@ -48,6 +48,8 @@ PARTS: Mapping[str, PartEntry] = {
     ),
     "page": PartEntry(title="the pages for browsers", paths=["/", "/docs", "/assets/*"]),
     "limits": PartEntry(title="limits of tenants", paths=["/v1/usage"], settings=["api_keys_file"]),
+    "tool_formats": PartEntry(title="tool calls that are not JSON"),
+    "structural_tags": PartEntry(title="structural tags"),
     "tokenizers": PartEntry(title="a tokenizer without tokenizer.json", engine_part="tokenizers"),
     "run": PartEntry(title="the command run", has_commands=True),
     "bench": PartEntry(title="the command bench", has_commands=True),
@@ -77,7 +79,13 @@ def is_installed(name: str) -> bool:
 def missing_part(path: str) -> str | None:
     """Return what the requests to a path need that is not installed, or None."""
     names = [name for name, entry in PARTS.items() if any(fnmatchcase(path, pattern) for pattern in entry.paths)]
-    return next((str(error) for error in map(why_missing, names) if error is not None), None)
+    return next((as_sentence(error) for error in map(why_missing, names) if error is not None), None)
+
+
+def as_sentence(error: MissingPartError) -> str:
+    """Return what is missing as the message of an error."""
+    problem = str(error)
+    return f"{problem[0].upper()}{problem[1:]}."
 
 
 def load_module(part: str, module: str) -> Any:

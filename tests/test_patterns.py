@@ -21,9 +21,9 @@ import networkx as nx
 from engine.config.families import FAMILIES
 from engine.parts.distributed.plan import PLAN
 from engine.parts.quantized.formats import _LAYOUTS
+from server.parts.tool_formats.syntaxes import _VALUES
 from server.text.parsers.object_reader import _NAME, _OTHER_MEMBERS
 from server.text.templates.chat_encoding import _trie_pattern
-from server.text.templates.tool_probe import _VALUES
 from tests.support.paths import ROOT
 
 PACKAGES = ("engine", "server")
@@ -37,12 +37,12 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
     ],
     ("engine.weights.layout", "pattern"): (),  # those of the entry above
     ("engine.parts.quantized.formats", "_LAYOUTS[quantization.method][0]"): [row[0] for row in _LAYOUTS.values()],
-    ("server.constrained.marker_writer", 'f"({tokens})"'): [r"(<\|end\|>|a\+)"],
+    ("server.text.parsers.markers", 'f"({tokens})"'): [r"(<\|end\|>|a\+)"],
     ("server.parts.hub.files", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
     ("server.settings.value_types", "regex"): (),  # found by SETTING_TYPES
     ("server.settings.value_types", "name_regex"): (),
     ("server.text.parsers.markers", "_pattern"): [r"<\|end\|>|<\|", "(?!)"],
-    ("server.text.parsers.nested_tags", "_tag"): [r"<ns><(/?)([^<>/]+)>"],
+    ("server.parts.tool_formats.tags", "_tag"): [r"<ns><(/?)([^<>/]+)>"],
     ("server.text.parsers.object_reader", "_header"): [
         rf'\{{\s*{_OTHER_MEMBERS}"(?:name|tool)"\s*:\s*"({_NAME})"\s*,\s*"(?:arguments)"\s*:\s*\{{'
     ],
@@ -54,8 +54,7 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
         _trie_pattern(("<|end|>", "<|endoftext|>", "aab", "aaa", "aa"))
     ],
     ("server.text.templates.chat_encoding", "_any_guard"): ["[ab]"],
-    ("server.text.templates.tool_probe", "re.escape(char)"): [r"\{"],
-    ("server.text.templates.tool_probe", "_VALUES[kind]"): list(_VALUES.values()),
+    ("server.parts.tool_formats.syntaxes", "_VALUES[kind]"): list(_VALUES.values()),
     ("server.text.templates.tool_probe", "pattern[0]"): [r"(?<!\w)0(?!\w)"],
     ("server.text.templates.tool_probe", "pattern[1]"): [r"(?<!\w)1(?!\w)"],
 }

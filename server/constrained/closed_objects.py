@@ -2,14 +2,12 @@
 
 JSON Schema allows further properties in every object whose schema has no `additionalProperties`. Schemas that are made
 from classes rarely have that key and do not mean this, but models make use of it. A schema with `properties` is closed
-if it remains satisfiable, and if each answer is valid under the original schema, too:
+if it alone says what its values are: nothing beside it, or beside a schema that it is in, combines it with others.
+Then it remains satisfiable, and each answer is valid under the original schema, too.
 
-* Nothing else may name properties of the same object. So schemas stay open beside `allOf`, `$ref`, `patternProperties`
-  and the like, and where they are combined with others. The alternatives of `anyOf` and `oneOf` are closed unless there
-  are `properties` beside them; these are closed if the alternatives name no others.
-* In `oneOf`, a narrower alternative can make an answer valid that matched two of them. So these are closed only if
-  their types, or the strings that a property may have, tell them apart. That property, the tag, becomes required: it
-  is optional in schemas made from classes that have a default for it, such as pydantic's.
+In `oneOf`, a narrower alternative can make an answer valid that matched two of them. So these are closed only if their
+types, or the strings that a property may have, tell them apart. That property, the tag, becomes required: it is
+optional in schemas made from classes that have a default for it, such as pydantic's.
 """
 
 import re
@@ -28,18 +26,14 @@ SCHEMA_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions", "d
 
 ANNOTATIONS = ("title", "description")
 
-# Keys whose schemas apply to the same value as the schema with the key, and those whose schemas apply to parts of it.
-_ALTERNATIVES = {"anyOf", "oneOf"}
-_COMBINED = {"allOf", "not", "if", "then", "else", "dependentSchemas", "dependencies"}
 _REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
+# Keys that say more about the value of a schema, or about a part of it, than the keys of `_INNER`.
+_COMBINED = {"anyOf", "oneOf", "allOf", "not", "if", "then", "else", "dependentSchemas", "dependencies", *_REFERENCES}
+_COMBINED |= {"enum", "const", "contains"}
 _INNER = {"properties", "patternProperties", "additionalProperties", "items", "prefixItems", "additionalItems"}
-# Keys that say more about an object's properties than `properties` and `required`, or list its values.
-_OTHERS = {"patternProperties", "additionalProperties", "unevaluatedProperties", "propertyNames", "dependentRequired"}
-_FIXED = {"enum", "const"}
-_CONSTRAINTS = _ALTERNATIVES | _COMBINED | _REFERENCES | _INNER | _OTHERS | _FIXED
-_CONSTRAINTS |= {"required", "minProperties", "maxProperties", "contains", "unevaluatedItems"}
-_NAMED = {"properties", "required"}
-_DEFINITIONS = {"$defs", "definitions"}  # apply where a reference leads to them
+_OTHERS = {"unevaluatedProperties", "unevaluatedItems", "propertyNames", "dependentRequired"}
+_CONSTRAINTS = _COMBINED | _INNER | _OTHERS | {"required", "minProperties", "maxProperties"}
+_OPEN = _COMBINED | _OTHERS | {"patternProperties", "additionalProperties"}
 _MAX_REFERENCES = 16  # in a chain of references
 
 # Keys of a schema that a tag can be made required in, and of the schema of the tag: it must remain satisfiable.
@@ -47,7 +41,7 @@ _TAGGED = {"properties", "required", "additionalProperties"}
 _TAG = {"type", "const", "enum", "default", "examples", *ANNOTATIONS}
 
 Schema = Mapping[str, Any]
-_EMPTY: Schema = {}  # one object, as schemas are known by their ids
+_EMPTY: Schema = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,156 +53,57 @@ class Narrowing:
 
 
 def find_narrowing(root: Schema) -> Narrowing:
-    """Return which of the schemas in `root`, itself included, are to be closed, and which tags become required."""
-    return _Search(root).run()
+    """Return which of the schemas in `root`, itself included, are to be closed, and which tags become required.
 
-
-class _Search:
-    """A search in a root schema, which looks at each schema and follows each reference once."""
-
-    def __init__(self, root: Schema) -> None:
-        self._root = root
-        self._targets: dict[str, Schema | None] = {}  # of references
-        self._tags: dict[int, str | None] = {}  # of the alternatives of `oneOf`, by the id of their schema
-        self._properties: dict[int, dict[str, frozenset[str]]] = {}  # `_fixed_properties` by the id of the schema
-        self._strings: dict[int, frozenset[str]] = {}  # of which a value must be one, by the id of its schema
-
-    def run(self) -> Narrowing:
-        closed: set[int] = set()
-        tags: defaultdict[int, set[str]] = defaultdict(set)
-        seen: set[tuple[int, bool]] = set()
-        has_references = has_ids = False
-        pending = [(self._root, True)]  # schemas, and whether nothing else constrains the same values
-        while pending:
-            schema, is_alone = pending.pop()
-            if (id(schema), is_alone) in seen:
-                continue
-            seen.add((id(schema), is_alone))
-            if is_alone and _can_close(schema):
-                closed.add(id(schema))
-            for number, tag in self._optional_tags(schema) if is_alone else ():
-                tags[number].add(tag)
-            for key, parts in _parts(schema):
-                are_alone = is_alone and self._are_alone(key, schema)
-                pending += [(part, are_alone) for part in parts]
-            has_ids = has_ids or ("$id" in schema and schema is not self._root)
-            if schema.keys() & _REFERENCES:
-                has_references, target = True, self._resolve(schema.get("$ref"))
-                if target is None:
-                    return Narrowing()  # it may be any part of the schema
-                pending.append((target, is_alone and self._are_alone("$ref", schema)))
-        constrained = {number for number, is_alone in seen if not is_alone}
-        # A reference is relative to the id of the schema it is in. Alternatives are not distinct if a tag stays
-        # optional.
-        if (has_references and has_ids) or tags.keys() & constrained:
-            return Narrowing()
-        return Narrowing(frozenset(closed - constrained), tags)
-
-    def _are_alone(self, key: str, schema: Schema) -> bool:
-        """Return whether the schemas at `key` alone constrain their values, given that `schema` does so."""
-        others = schema.keys() & _CONSTRAINTS - {key}
-        match key:
-            case "anyOf" | "$ref":
-                return not others
-            case "allOf":
-                return not others and len(schema[key]) == 1
-            case "oneOf":
-                return not others and self._are_distinct(schema)
-            case "properties" | "patternProperties":
-                others &= _COMBINED | _REFERENCES | _FIXED | {"properties", "patternProperties"}
-            case _:
-                others &= _COMBINED | _REFERENCES | _FIXED | {"contains"}
-        has_only_required = all(part.keys() & _CONSTRAINTS <= {"required"} for part in _alternatives(schema))
-        return key in _INNER and not others and has_only_required
-
-    def _are_distinct(self, schema: Schema) -> bool:
-        """Return whether no value matches two alternatives of `oneOf`, as far as types and the strings of a property
-        show.
-
-        The property may be one that `_optional_tags` makes required.
-        """
-        types = [_types(self._follow(part)) for part in _alternatives(schema)]
-        objects = self._objects(schema)
-        if not _are_disjoint([names for names in types if names != {"object"}] + [{"object"}] * bool(objects)):
-            return False
-        return len(objects) < 2 or self._find_tag(schema) is not None
-
-    def _optional_tags(self, schema: Schema) -> Iterator[tuple[int, str]]:
-        """Yield the alternatives of `oneOf`, by id, whose tag is not required, and the tag."""
-        if "oneOf" not in schema or not self._are_alone("oneOf", schema):
-            return
-        tag = self._find_tag(schema)
-        for part in self._objects(schema):
-            if tag is not None and tag not in _strings(part.get("required")):
-                yield id(part), tag
-
-    def _objects(self, schema: Schema) -> list[Schema]:
-        """Return the alternatives of `oneOf`, which is the only constraint of the schema, that are objects."""
-        return [part for part in map(self._follow, _alternatives(schema)) if _types(part) == {"object"}]
-
-    def _find_tag(self, schema: Schema) -> str | None:
-        """Return a property whose strings tell objects apart: one that all require, or else that all can require."""
-        if id(schema) not in self._tags:
-            self._tags[id(schema)] = self._search_tag(self._objects(schema))
-        return self._tags[id(schema)]
-
-    def _search_tag(self, objects: Sequence[Schema]) -> str | None:
-        if len(objects) < 2 or len(set(map(id, objects))) < len(objects):
-            return None
-        required = set.intersection(*(_strings(schema.get("required")) for schema in objects))
-        fixed = [self._fixed_properties(schema) for schema in objects]
-        names = set[str].intersection(*map(set[str], fixed))
-        for name in [*sorted(required & names), *sorted(names - required)]:
-            if _are_disjoint([strings[name] for strings in fixed]) and (
-                name in required or all(_can_require(schema, name) for schema in objects)
-            ):
-                return name
-        return None
-
-    def _fixed_properties(self, schema: Schema) -> dict[str, frozenset[str]]:
-        """Return the properties that must be one of certain strings, with these."""
-        if id(schema) not in self._properties:
-            properties = schema.get("properties")
-            items = properties.items() if isinstance(properties, Mapping) else ()
-            found = {name: self._fixed_strings(self._follow(value)) for name, value in items}
-            self._properties[id(schema)] = {name: strings for name, strings in found.items() if strings}
-        return self._properties[id(schema)]
-
-    def _fixed_strings(self, schema: Schema) -> frozenset[str]:
-        """Return the strings of which a value must be one, or an empty set if it may be something else."""
-        if id(schema) not in self._strings:
-            values = [schema["const"]] if "const" in schema else schema.get("enum")
-            is_fixed = isinstance(values, list) and all(isinstance(each, str) for each in values)
-            self._strings[id(schema)] = frozenset(values or ()) if is_fixed else frozenset()
-        return self._strings[id(schema)]
-
-    def _follow(self, schema: object) -> Schema:
-        """Return the schema that a schema refers to if it is a reference, which may lead to others, and else itself."""
-        for _ in range(_MAX_REFERENCES):
-            if not isinstance(schema, Mapping):
-                return _EMPTY
-            if "$ref" not in schema:
-                return schema
-            schema = self._resolve(schema["$ref"])
-        return _EMPTY
-
-    def _resolve(self, reference: object) -> Schema | None:
-        """Return the schema that a JSON pointer refers to; None if it is none, or if the reference is not a pointer."""
-        if not isinstance(reference, str):
-            return None
-        if reference not in self._targets:
-            self._targets[reference] = _resolve(reference, self._root)
-        return self._targets[reference]
+    Each schema is looked at once with others beside it, and once without.
+    """
+    closed: set[int] = set()
+    tags: defaultdict[int, set[str]] = defaultdict(set)
+    seen: set[tuple[int, bool]] = set()
+    targets = _References(root)
+    has_references = has_ids = False
+    pending: list[tuple[Schema, bool]] = [(root, True)]  # schemas, and whether they alone say what their values are
+    while pending:
+        schema, is_alone = pending.pop()
+        if (id(schema), is_alone) in seen:
+            continue
+        seen.add((id(schema), is_alone))
+        if is_alone and _can_close(schema):
+            closed.add(id(schema))
+        alone = _alone_keys(schema) if is_alone else set()
+        if "oneOf" in alone and not targets.tell_apart(schema, tags):
+            alone = set()
+        for key, part in _parts(schema):
+            pending.append((part, key in alone))
+        has_ids = has_ids or ("$id" in schema and schema is not root)
+        if schema.keys() & _REFERENCES:
+            has_references, target = True, targets.resolve(schema.get("$ref"))
+            if target is None:
+                return Narrowing()  # it may be any part of the schema
+            pending.append((target, "$ref" in alone))
+    constrained = {number for number, is_alone in seen if not is_alone}
+    # A reference is relative to the id of the schema it is in. Alternatives are not distinct if a tag stays optional.
+    if (has_references and has_ids) or tags.keys() & constrained:
+        return Narrowing()
+    return Narrowing(frozenset(closed - constrained), tags)
 
 
 def _can_close(schema: Schema) -> bool:
-    """Return whether a schema can be closed, given that it alone constrains its values."""
-    if "properties" not in schema or schema.keys() & (_COMBINED | _REFERENCES | _OTHERS | _FIXED):
-        return False
-    alternatives = _alternatives(schema)
-    has_only_names = all(part.keys() & _CONSTRAINTS <= _NAMED for part in alternatives)
-    used = [name for part in (schema, *alternatives) for key in _NAMED for name in _strings(part.get(key))]
-    return has_only_names and _strings(schema["properties"]).issuperset(used)
+    """Return whether a schema can be closed, given that it alone says what its values are."""
+    names = _strings(schema.get("properties"))
+    return "properties" in schema and not schema.keys() & _OPEN and names.issuperset(_strings(schema.get("required")))
+
+
+def _alone_keys(schema: Schema) -> set[str]:
+    """Return the keys whose schemas alone say what their values are, given that `schema` does so."""
+    used = schema.keys() & _CONSTRAINTS
+    if len(used) == 1 and used <= {"anyOf", "oneOf", "$ref"}:
+        return used
+    if used == {"allOf"} and isinstance(schema["allOf"], list) and len(schema["allOf"]) == 1:
+        return used
+    if used & _COMBINED:
+        return set()
+    return _INNER - ({"properties", "patternProperties"} if {"properties", "patternProperties"} <= used else set())
 
 
 def _can_require(schema: Schema, name: str) -> bool:
@@ -241,37 +136,96 @@ def _strings(names: object) -> set[str]:
     return {name for name in names if isinstance(name, str)} if isinstance(names, Mapping | list) else set()
 
 
-def _alternatives(schema: Schema) -> list[Schema]:
-    """Return the schemas of `anyOf` and `oneOf`. True and false stand as empty schemas."""
-    lists = [value for key in _ALTERNATIVES if isinstance(value := schema.get(key), list)]
-    return [part if isinstance(part, Mapping) else _EMPTY for parts in lists for part in parts]
-
-
-def _parts(schema: Schema) -> Iterator[tuple[str, list[Schema]]]:
-    """Yield the schemas directly within a schema, except definitions, by key. True and false are left out."""
+def _parts(schema: Schema) -> Iterator[tuple[str, Schema]]:
+    """Yield the schemas directly within a schema, except definitions, with their keys. True and false are left out."""
     for key, value in schema.items():
         parts: list[Any] = []
         if key in SCHEMA_LIST_KEYS and isinstance(value, list):
             parts = value
         elif key in SCHEMA_KEYS:
             parts = [value]
-        elif key in SCHEMA_MAP_KEYS and key not in _DEFINITIONS and isinstance(value, Mapping):
+        elif key in SCHEMA_MAP_KEYS and key not in ("$defs", "definitions") and isinstance(value, Mapping):
             parts = [*value.values()]
-        if parts:
-            yield key, [part for part in parts if isinstance(part, Mapping)]
+        yield from ((key, part) for part in parts if isinstance(part, Mapping))
 
 
-def _resolve(reference: str, root: Schema) -> Schema | None:
-    """Return the schema that a JSON pointer refers to; None if it is none, or if the reference is not a pointer."""
-    if not re.fullmatch("#(/.{0,1000})?", reference):
-        return None
-    value: object = root
-    for part in unquote(reference).split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, list) and re.fullmatch("[0-9]{1,5}", name):
-            value = value[int(name)] if int(name) < len(value) else None
-        elif isinstance(value, Mapping):
-            value = value.get(name)
-        else:
+class _References:
+    """What references in a root schema lead to."""
+
+    def __init__(self, root: Schema) -> None:
+        self._root = root
+        self._found: dict[str, Schema | None] = {}
+
+    def resolve(self, reference: object) -> Schema | None:
+        """Return the schema that a JSON pointer refers to; None if it is none, or if the reference is not a pointer."""
+        if not isinstance(reference, str):
             return None
-    return value if isinstance(value, Mapping) else None
+        if reference not in self._found:
+            self._found[reference] = self._walk(reference)
+        return self._found[reference]
+
+    def tell_apart(self, schema: Schema, tags: defaultdict[int, set[str]]) -> bool:
+        """Return whether no value matches two alternatives of `oneOf`, as far as types and a property, the tag, show.
+
+        Adds the tag to `tags` for the alternatives in which it is optional. True and false stand as empty schemas.
+        """
+        parts = schema["oneOf"] if isinstance(schema["oneOf"], list) else []
+        alternatives = [self._follow(part) for part in parts]
+        objects = [each for each in alternatives if _types(each) == {"object"}]
+        types = [names for each in alternatives if (names := _types(each)) != {"object"}]
+        if not _are_disjoint(types + [{"object"}] * bool(objects)):
+            return False
+        tag = self._find_tag(objects) if len(objects) > 1 else ""
+        if tag:
+            for each in objects:
+                if tag not in _strings(each.get("required")):
+                    tags[id(each)].add(tag)
+        return tag is not None
+
+    def _find_tag(self, objects: Sequence[Schema]) -> str | None:
+        """Return a property whose strings tell objects apart: one that all require, or else that all can require."""
+        if len(set(map(id, objects))) < len(objects):
+            return None
+        required = set.intersection(*(_strings(schema.get("required")) for schema in objects))
+        fixed = [self._fixed_properties(schema) for schema in objects]
+        names = set[str].intersection(*map(set[str], fixed))
+        for name in [*sorted(required & names), *sorted(names - required)]:
+            if _are_disjoint([strings[name] for strings in fixed]) and (
+                name in required or all(_can_require(schema, name) for schema in objects)
+            ):
+                return name
+        return None
+
+    def _fixed_properties(self, schema: Schema) -> dict[str, set[str]]:
+        """Return the properties that must be one of certain strings, with these."""
+        properties = schema.get("properties")
+        found: dict[str, set[str]] = {}
+        for name, part in properties.items() if isinstance(properties, Mapping) else ():
+            value = self._follow(part)
+            values = [value["const"]] if "const" in value else value.get("enum")
+            if isinstance(values, list) and values and all(isinstance(each, str) for each in values):
+                found[name] = set(values)
+        return found
+
+    def _follow(self, schema: object) -> Schema:
+        for _ in range(_MAX_REFERENCES):
+            if not isinstance(schema, Mapping):
+                return _EMPTY
+            if "$ref" not in schema:
+                return schema
+            schema = self.resolve(schema["$ref"])
+        return _EMPTY
+
+    def _walk(self, reference: str) -> Schema | None:
+        if not re.fullmatch("#(/.{0,1000})?", reference):
+            return None
+        value: object = self._root
+        for part in unquote(reference).split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(value, list) and re.fullmatch("[0-9]{1,5}", name):
+                value = value[int(name)] if int(name) < len(value) else None
+            elif isinstance(value, Mapping):
+                value = value.get(name)
+            else:
+                return None
+        return value if isinstance(value, Mapping) else None

@@ -6,28 +6,22 @@ JSON is generated in compact form: with optional white space, a model could fill
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import msgspec
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
-from pydantic import ValidationError
 
-from server.constrained.json_schema import normalize_schema
-from server.constrained.marker_writer import MarkerWriter
+from server.constrained.json_schema import normalize_schema, regex_grammar
 from server.constrained.messages import ConstrainedFields
-from server.constrained.regex import escape_regex, lark_regex, regex_grammar
-from server.constrained.tag_grammar import StructuralTagError, TagGrammar
 from server.http.errors import InvalidValueError
 from server.http.strict_json import is_deeper
-from server.http.validation import format_path, resolve_location
-from server.schemas.structural_tag import Format, JSONSchemaPart, StructuralTag, inner_parts
+from server.part_table import load_module
 from server.schemas.structured_outputs import ResponseFormat, StructuredOutputs
+from server.text.parsers.markers import escape_regex
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # nested arrays and objects
 NUMBER_KEYS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-MAX_TAG_PARTS = 512  # of a structural tag; each part may repeat the grammar of the text after it
 OPTIONS = "x-guidance"  # llguidance's own key for options in a schema
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
@@ -72,7 +66,7 @@ class ConstraintBuilder:
         if format is None or format.type == "text":
             return None
         if format.structural_tag is not None:
-            return self._tag(format.structural_tag, "response_format")
+            return _tag_constraint(self, format.structural_tag, "response_format")
         if format.schema_ is not None:
             return self.json_schema(format.schema_, "response_format.schema")
         if format.json_schema is None:
@@ -92,7 +86,7 @@ class ConstraintBuilder:
     def _outputs(self, outputs: StructuredOutputs, param: str) -> Constraint:
         """Return the constraint of structured outputs; `param` is the field that has it."""
         if outputs.structural_tag is not None:
-            return self._tag(_parse_tag(outputs.structural_tag, param), param)
+            return _tag_constraint(self, outputs.structural_tag, param)
         if outputs.regex is not None:
             return Constraint(regex_grammar(outputs.regex), param)
         if outputs.choice is not None:
@@ -100,30 +94,17 @@ class ConstraintBuilder:
         if outputs.grammar is not None:
             if outputs.grammar.lstrip().startswith("{"):
                 raise invalid(param, "expected a grammar in Lark's notation, but got JSON")
-            return Constraint(_as_lark(outputs.grammar, param), param)
+            return Constraint(as_lark(outputs.grammar, param), param)
         if outputs.json_ is None:
             return self.json_schema({"type": "object"}, param)
         return self.json_schema(
-            _parse_object(outputs.json_, param) if isinstance(outputs.json_, str) else outputs.json_, param
+            parse_object(outputs.json_, param) if isinstance(outputs.json_, str) else outputs.json_, param
         )
 
-    def _tag(self, tag: StructuralTag, param: str) -> Constraint:
-        format = tag.to_format(param)
-        for index, structure in enumerate(tag.structures or ()):
-            check_schema(structure.schema_, f"{param}.structures[{index}].schema")
-        _check_parts(format, f"{param}.format")
-        as_schema = partial(_compact_schema, allow_additional_properties=self.allow_additional_properties)
-        writer = TagGrammar(MarkerWriter(self.special_ids), as_schema, lark_regex)
-        try:
-            grammar = writer.write(format)
-        except StructuralTagError as error:
-            path = error.path.removeprefix("format.").replace("tags", "structures") if tag.structures else error.path
-            raise invalid(f"{param}.{path}", str(error)) from error
-        if not writer.grammars:
-            return Constraint(grammar, param)
-        parts = [{"name": "answer", "lark_grammar": grammar}]
-        parts += [{"name": name, "lark_grammar": _as_lark(text, param)} for name, text in writer.grammars.items()]
-        return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
+
+def _tag_constraint(builder: ConstraintBuilder, tag: Any, param: str) -> Constraint:
+    constraint: Constraint = load_module("structural_tags", "grammar").constraint(builder, tag, param)
+    return constraint
 
 
 def has_unique_items(value: object) -> bool:
@@ -146,22 +127,7 @@ def _is_object(grammar: str) -> bool:
     return bool((grammars[0].get("json_schema") or {}).get("type") == "object")
 
 
-def _check_parts(format: Format, param: str) -> None:
-    """Check the size and depth of a structural tag, and the schemas in it. Raises InvalidValueError."""
-    num_parts, level, depth = 0, [format], 0
-    while level:
-        num_parts, depth = num_parts + len(level), depth + 1
-        if depth > MAX_SCHEMA_DEPTH:
-            raise invalid(param, f"it is nested more than {MAX_SCHEMA_DEPTH} levels deep")
-        if num_parts > MAX_TAG_PARTS:
-            raise invalid(param, f"expected at most {MAX_TAG_PARTS} parts")
-        for part in level:
-            if isinstance(part, JSONSchemaPart):
-                check_schema(part.json_schema, param)
-        level = [inner for part in level for inner in inner_parts(part)]
-
-
-def _as_lark(grammar: str, param: str) -> str:
+def as_lark(grammar: str, param: str) -> str:
     """Return a grammar in Lark's notation; rules of the form `name ::= ...` are llama.cpp's GBNF."""
     if not re.search(r"^[ \t]*[\w-]+[ \t]*::=", grammar, re.MULTILINE):
         return grammar
@@ -174,19 +140,7 @@ def _as_lark(grammar: str, param: str) -> str:
         raise invalid(param, problem) from error
 
 
-def _parse_tag(tag: StructuralTag | str, param: str) -> StructuralTag:
-    if isinstance(tag, StructuralTag):
-        return tag
-    value = _parse_object(tag, param)
-    try:
-        return StructuralTag.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = format_path(resolve_location({**first, "loc": ("body", *first["loc"])}, value))
-        raise invalid(f"{param}.{path}".rstrip("."), first["msg"]) from error
-
-
-def _parse_object(text: str, param: str) -> dict[str, Any]:
+def parse_object(text: str, param: str) -> dict[str, Any]:
     """Decode the text of a JSON object. Raises InvalidValueError."""
     try:
         value = msgspec.json.decode(text)
@@ -202,11 +156,11 @@ def schema_constraint(
 ) -> Constraint:
     """Return the constraint to compact JSON that is valid under a schema. Raises InvalidValueError."""
     check_schema(schema, param)
-    compact = _compact_schema(schema, allow_additional_properties=allow_additional_properties)
+    compact = compact_schema(schema, allow_additional_properties=allow_additional_properties)
     return Constraint(msgspec.json.encode({"grammars": [{"json_schema": compact}]}).decode(), param)
 
 
-def _compact_schema(schema: Mapping[str, Any], *, allow_additional_properties: bool) -> dict[str, Any]:
+def compact_schema(schema: Mapping[str, Any], *, allow_additional_properties: bool) -> dict[str, Any]:
     return {**normalize_schema(schema, allow_additional_properties=allow_additional_properties), OPTIONS: COMPACT}
 
 

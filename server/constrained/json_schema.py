@@ -1,7 +1,11 @@
-"""Rewrites JSON schemas so that llguidance can follow them: drops keys without effect, replaces unsupported ones."""
+"""Rewrites JSON schemas and patterns in the forms that llguidance follows: patterns are those of Rust's crate regex."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+import msgspec
+from llguidance import LLMatcher
 
 from server.constrained.closed_objects import (
     ANNOTATIONS,
@@ -11,9 +15,14 @@ from server.constrained.closed_objects import (
     Narrowing,
     find_narrowing,
 )
-from server.constrained.regex import ascii_classes, escape_regex
+from server.text.parsers.markers import escape_regex
 
 ANY_NAME: tuple[Any, ...] = (True, {}, {"type": "string"})  # values of propertyNames that allow all names
+
+# Rust's classes cover all of Unicode. Those of JSON Schema's dialect, ECMAScript's, are ASCII. A class in brackets may
+# stand within brackets too, so that these need not be told apart.
+_ASCII_CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[\x09-\x0D\x20]"}
+_CLASSES = _ASCII_CLASSES | {name.upper(): f"[^{text[1:]}" for name, text in _ASCII_CLASSES.items()}
 
 
 def normalize_schema(schema: Mapping[str, Any], *, allow_additional_properties: bool = False) -> dict[str, Any]:
@@ -79,3 +88,27 @@ def _replace_property_names(names: Any, schema: Mapping[str, Any]) -> dict[str, 
         case {"pattern": str(pattern), **others} if not others:
             return {"patternProperties": {pattern: value}, "additionalProperties": False}
     return {"propertyNames": names}
+
+
+def ascii_classes(pattern: str) -> str:
+    r"""Return the pattern with `\d`, `\w`, `\s` and their complements in ASCII, as in Python with `re.ASCII`."""
+    # A hyphen before a class within brackets is a literal, not a range that ends with a bracket.
+    return re.sub(
+        r"\\(.)|-(?=\\[dwsDWS])", lambda found: _CLASSES.get(found[1], _escaped(found[0])), pattern, flags=re.S
+    )
+
+
+def regex_grammar(pattern: str) -> str:
+    """Return the grammar of the texts that match a pattern as a whole."""
+    return LLMatcher.grammar_from_regex(ascii_classes(pattern))
+
+
+def lark_regex(pattern: str) -> str:
+    """Return a regular expression in Lark's notation."""
+    grammar = msgspec.json.decode(regex_grammar(pattern))
+    lark: str = grammar["grammars"][0]["lark_grammar"]
+    return lark.removeprefix("start: ")
+
+
+def _escaped(text: str) -> str:
+    return r"\-" if text == "-" else text

@@ -9,7 +9,6 @@ from server.schemas.generation_request import GenerationRequest
 from server.schemas.structured_outputs import OUTPUT_FIELDS, ResponseFormat, StructuredOutputsFields
 from server.schemas.tools import ToolChoice, Tools, followed_tools
 from server.text.parsers.answer_parser import AnswerFormat
-from server.text.parsers.harmony import HarmonyFormat
 
 LENGTH = struct.Struct("<I")  # number of bytes of a message, sent before it
 
@@ -42,7 +41,7 @@ class GrammarRequest(msgspec.Struct):
 
     param: str  # the field to blame if there is no other
     fields: msgspec.Raw  # ConstrainedFields
-    format: AnswerFormat | HarmonyFormat | None  # None: all of the answer is content
+    format: msgspec.Raw  # AnswerFormat, or null: all of the answer is content
 
 
 class Grammar(msgspec.Struct, tag=True):
@@ -82,7 +81,7 @@ def encode_request(body: GenerationRequest, format: AnswerFormat | None) -> byte
     fields = body.model_dump_json(include=names, exclude_unset=True, by_alias=True).encode()
     if format is not None:
         format = msgspec.structs.replace(format, tools={name: {} for name in format.tools})
-    return msgspec.json.encode(GrammarRequest(param, msgspec.Raw(fields), format))
+    return msgspec.json.encode(GrammarRequest(param, msgspec.Raw(fields), msgspec.Raw(msgspec.json.encode(format))))
 
 
 def _content_param(body: GenerationRequest) -> str | None:

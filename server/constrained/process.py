@@ -18,7 +18,6 @@ import msgspec
 
 from engine.grammar.compiler import STACK_BYTES, GrammarCompiler, GrammarError
 from engine.shared.parent_death import die_with_parent
-from server.constrained.answers import answer_constraint, unenforced_keywords
 from server.constrained.constraints import Constraint, ConstraintBuilder, invalid
 from server.constrained.messages import (
     LENGTH,
@@ -29,7 +28,9 @@ from server.constrained.messages import (
     GrammarRequest,
     GrammarVocabulary,
 )
+from server.constrained.tool_grammar import answer_constraint, unenforced_keywords
 from server.http.errors import BadRequestError
+from server.text.templates.syntaxes import decode_format
 
 MAX_PROCESSOR_SECONDS = 0.7  # for one request; most take a few milliseconds
 MAX_DATA_BYTES = 2 << 30  # RLIMIT_DATA of the forked process
@@ -110,7 +111,7 @@ class _Worker:
         message = msgspec.json.decode(request, type=GrammarRequest)
         self._begin(message.param)
         fields = ConstrainedFields.model_validate_json(bytes(message.fields))
-        constraint = answer_constraint(self._builder, fields, message.format)
+        constraint = answer_constraint(self._builder, fields, decode_format(message.format))
         for each in (*constraint.checked_first, constraint):
             self._compile(each)
         return Grammar(constraint.grammar, constraint.param, unenforced_keywords(fields))

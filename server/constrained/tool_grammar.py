@@ -5,32 +5,22 @@ write them. Everything is literal except the arguments, which follow the tool's 
 https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from server.constrained.argument_grammar import SPACING, ArgumentGrammar, UnsupportedSchemaError
+import msgspec
+
+from server.constrained.constraints import Constraint, ConstraintBuilder, has_unique_items, invalid, named_grammar
 from server.constrained.json_schema import normalize_schema
-from server.constrained.marker_writer import ANYTHING, MarkerWriter, literal
-from server.constrained.regex import escape_regex
-from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, must_call
+from server.constrained.messages import ConstrainedFields
+from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, followed_tools, must_call
 from server.text.parsers.answer_parser import AnswerFormat
-from server.text.parsers.argument_values import ArgumentSchema
+from server.text.parsers.markers import ANYTHING, MarkerWriter, escape_regex, literal
 from server.text.parsers.reasoning_parser import ReasoningTags
-from server.text.parsers.tool_formats import (
-    ID,
-    INDEX,
-    NAME,
-    SLOTS,
-    LiteralArguments,
-    ObjectCall,
-    TaggedArguments,
-    ToolFormat,
-)
+from server.text.parsers.tool_formats import ID, INDEX, NAME, SLOTS, ObjectCall, ToolFormat, UnsupportedSchemaError
 from server.text.parsers.tool_parser import begin_markers
 
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -74,27 +64,36 @@ def tool_grammar(
         return None
     markers = MarkerWriter(special_ids or {})
     as_schema = partial(normalize_schema, allow_additional_properties=allow_additional_properties)
-    several = format.parallel_calls and not isinstance(tool_choice, NamedTool)
-    calls = _CallGrammar(markers, format.tool_format, [tool.name for tool in allowed], several)
-    tags = format.reasoning_tags
+    names = [tool.name for tool in allowed]
+    rules = format.answer_rules(markers, names, is_forced=is_forced, has_content_grammar=has_content_grammar)
+    if rules is None:
+        several = format.parallel_calls and not isinstance(tool_choice, NamedTool)
+        calls = _CallGrammar(markers, format.tool_format, names, several)
+        rules = _answer_rules(calls, format, is_forced=is_forced, has_content_grammar=has_content_grammar)
+    arguments = [
+        rule
+        for index, tool in enumerate(allowed)
+        for rule in _argument_rules(markers, format.tool_format, index, tool, as_schema(_schema(tool, is_forced)))
+    ]
+    return "\n".join(["%llguidance {}", *rules, *arguments, f"TEXT: /{ANYTHING}/"]) + "\n"
+
+
+def _answer_rules(
+    calls: "_CallGrammar", format: AnswerFormat, *, is_forced: bool, has_content_grammar: bool
+) -> list[str]:
+    """Return the rules of an answer with optional reasoning, calls and content."""
+    markers, tags = calls.markers, format.reasoning_tags
     start, end = _content_ends(markers, format.content_markers)
     if is_forced:
         answer = [f"answer: {start} {end} {calls.all} {end}"]
     elif has_content_grammar:
-        answer = [f"answer: {start} ({calls.all} | @content) {end}" if allowed else f"answer: {start} @content {end}"]
+        content = f"({calls.all} | @content)" if calls.names else "@content"
+        answer = [f"answer: {start} {content} {end}"]
     else:
-        answer = _answer_rules(calls, start, end, format.content_markers)
+        answer = _free_answer_rules(calls, start, end, format.content_markers)
     no_reasoning = "" if tags is None or format.is_reasoning else markers.without(tags.start)
-    rules = [
-        "%llguidance {}",
-        *_reasoning_rules(markers, tags, format.is_reasoning),
-        *answer,
-        *calls.rules,
-        *_argument_rules(markers, format.tool_format, allowed, is_forced=is_forced, as_schema=as_schema),
-        f"FIRST: TEXT{no_reasoning}",
-        f"TEXT: /{ANYTHING}/",
-    ]
-    return "\n".join(rules) + "\n"
+    reasoning = _reasoning_rules(markers, tags, format.is_reasoning)
+    return [*reasoning, *answer, *calls.rules, f"FIRST: TEXT{no_reasoning}"]
 
 
 def _reasoning_rules(markers: MarkerWriter, tags: ReasoningTags | None, is_reasoning: bool) -> list[str]:
@@ -119,7 +118,7 @@ def _content_ends(markers: MarkerWriter, content_markers: Sequence[str]) -> tupl
     return start, " ".join(f"({markers.write(each)})?" for each in others if markers.has_special(each))
 
 
-def _answer_rules(calls: "_CallGrammar", start: str, end: str, content_markers: Sequence[str]) -> list[str]:
+def _free_answer_rules(calls: "_CallGrammar", start: str, end: str, content_markers: Sequence[str]) -> list[str]:
     """Return the rule `answer` for optional calls: calls alone, or text that may end with calls."""
     markers, format = calls.markers, calls.format
     begins = begin_markers(format)
@@ -147,7 +146,7 @@ def _up_to(markers: MarkerWriter, rule: str, text: str, end: str, marker: str, c
 
 @dataclass(frozen=True, slots=True)
 class _CallGrammar:
-    """Writes the calls of an answer; their arguments are the rules `arguments_0` and so on, by the tool's index."""
+    """Writes the calls of an answer; their arguments are the rules `args_0` and so on, by the tool's index."""
 
     markers: MarkerWriter
     format: ToolFormat
@@ -185,7 +184,7 @@ class _CallGrammar:
 
     def _rule(self, name: str, before: str) -> str:
         forms = [
-            f"{self._write(before + NAME + self.format.after_name, tool)} arguments_{index} {self._after_arguments}"
+            f"{self._write(before + NAME + self.format.after_name, tool)} args_{index} {self._after_arguments}"
             for index, tool in enumerate(self.names)
         ]
         return f"{name}: {' | '.join(forms)}"
@@ -217,41 +216,72 @@ def _remove_begin(text: str, begin: str) -> str:
 
 
 def _argument_rules(
-    markers: MarkerWriter,
-    format: ToolFormat,
-    tools: Sequence[Tool],
-    *,
-    is_forced: bool,
-    as_schema: Callable[[Mapping[str, Any]], dict[str, Any]],
+    markers: MarkerWriter, format: ToolFormat, index: int, tool: Tool, schema: dict[str, Any]
 ) -> list[str]:
-    """Return the rules of the arguments of each tool."""
-    rules = []
-    for index, tool in enumerate(tools):
-        schema = _arguments_schema(tool, is_forced=is_forced, as_schema=as_schema)
-        if isinstance(format.arguments, TaggedArguments | LiteralArguments):
-            arguments = ArgumentSchema(schema, math.inf)
-            grammar = ArgumentGrammar(f"value_{index}", format.arguments, arguments, markers)
-            try:
-                rules.append(f"arguments_{index}: {grammar.write()}")
-            except UnsupportedSchemaError as error:
-                raise ToolSchemaError(tool.name, str(error)) from error
-            rules += grammar.rules
-        else:
-            rules.append(arguments_rule(index, tool, is_forced=is_forced, as_schema=as_schema))
-    return rules
+    """Return the rules of the arguments of the tool at `index`."""
+    try:
+        return format.arguments.write_rules(f"args_{index}", {"type": "object", **schema}, markers)
+    except UnsupportedSchemaError as error:
+        raise ToolSchemaError(tool.name, str(error)) from error
 
 
-def arguments_rule(
-    index: int, tool: Tool, *, is_forced: bool, as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> str:
-    """Return the rule for the arguments of the tool at `index` as a JSON object."""
-    schema = _arguments_schema(tool, is_forced=is_forced, as_schema=as_schema)
-    return f"arguments_{index}: %json {json.dumps(schema | {'x-guidance': SPACING})}"
-
-
-def _arguments_schema(
-    tool: Tool, *, is_forced: bool, as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
+def _schema(tool: Tool, is_forced: bool) -> dict[str, Any]:
     """Return the schema of a tool's arguments: any object, if calls are neither forced nor strict."""
     parameters = tool.function.parameters or NO_ARGUMENTS
-    return {"type": "object", **as_schema(parameters if is_forced or tool.function.strict else {})}
+    return parameters if is_forced or tool.function.strict else {}
+
+
+def answer_constraint(builder: ConstraintBuilder, body: ConstrainedFields, format: AnswerFormat | None) -> Constraint:
+    """Return the constraint on an answer with optional reasoning, tool calls and content, one of which is constrained.
+
+    Raises InvalidValueError.
+    """
+    content = builder.content(body)
+    if format is None:
+        assert content is not None
+        return content
+    parameters = _parameter_constraints(builder, body)
+    markers = "\n".join(format.markers)
+    try:
+        grammar = tool_grammar(
+            format,
+            body.tools,
+            body.tool_choice,
+            special_ids={token: number for token, number in builder.special_ids.items() if token in markers},
+            has_content_grammar=content is not None,
+            allow_additional_properties=builder.allow_additional_properties,
+        )
+    except ToolSchemaError as error:
+        index = next(index for index, tool in enumerate(body.tools or ()) if tool.name == error.name)
+        raise invalid(_parameters_param(index), str(error)) from error
+    assert grammar is not None
+    if content is None:
+        return Constraint(grammar, "tools", parameters)
+    grammars = [{"name": "answer", "lark_grammar": grammar}, named_grammar("content", content.grammar)]
+    return Constraint(msgspec.json.encode({"grammars": grammars}).decode(), content.param, parameters)
+
+
+def unenforced_keywords(body: ConstrainedFields) -> list[str]:
+    """Return the keywords of schemas that neither the content nor the calls need to follow, with their fields."""
+    fields = {"response_format": body.response_format, **body.requested_outputs}
+    schemas = {name: value.model_dump() for name, value in fields.items() if value}
+    schemas |= {_parameters_param(index): tool.parameters for index, tool in _followed(body)}
+    return [f"{name}.uniqueItems" for name, schema in schemas.items() if has_unique_items(schema)]
+
+
+def _parameter_constraints(builder: ConstraintBuilder, body: ConstrainedFields) -> list[Constraint]:
+    """Return the schemas of the tools whose calls must follow them."""
+    return [
+        builder.json_schema({"type": "object", **tool.parameters}, _parameters_param(index))
+        for index, tool in _followed(body)
+    ]
+
+
+def _parameters_param(index: int) -> str:
+    return f"tools[{index}].function.parameters"
+
+
+def _followed(body: ConstrainedFields) -> list[tuple[int, Tool]]:
+    """Return the tools whose calls must follow their schemas, with their indices."""
+    names = {tool.name for tool in followed_tools(body.tools, body.tool_choice)}
+    return [(index, tool) for index, tool in enumerate(body.tools or ()) if tool.name in names]

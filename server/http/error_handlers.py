@@ -39,7 +39,7 @@ def from_http_exception(exc: HTTPException, request: Request, paths: Collection[
     method, path = request.method, request.scope["path"]
     if exc.status_code == 404:
         if (problem := missing_part(path)) is not None:
-            return APIError(404, f"{problem[0].upper()}{problem[1:]}.", code="part_not_installed")
+            return APIError(404, problem, code="part_not_installed")
         return InvalidURLError(method, path, suggested_path(request, paths))
     if exc.status_code == 405:
         return MethodNotAllowedError(method, path, allowed_methods(request, path))

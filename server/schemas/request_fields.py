@@ -1,7 +1,7 @@
 """Field types and limits that the requests of several APIs share."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -43,6 +43,9 @@ def at_most(limit: int) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+JSONSchema = dict[str, Any]
 
 
 class ClosedObject(BaseModel):

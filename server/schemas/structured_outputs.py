@@ -2,21 +2,31 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.http.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError
+from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError, UnsupportedParameterError
 from server.http.strict_json import MAX_DEPTH, describe_size, is_deeper
-from server.schemas.request_fields import ClosedObject
-from server.schemas.structural_tag import Format, JSONSchema, StructuralTag, Structures, Triggers
+from server.part_table import as_sentence, is_installed, load_module, why_missing
+from server.schemas.request_fields import ClosedObject, JSONSchema
 
 MAX_CHOICES = 1000
 MAX_CHOICE_CHARS = 4096
 MAX_REGEX_CHARS = 8192
 MAX_LARK_CHARS = 16_384
 MAX_TAG_CHARS = 128 * 1024
+
+TAGS = "structural_tags"  # a part
+_tags: Any = load_module(TAGS, "schemas") if is_installed(TAGS) else None
+if TYPE_CHECKING or _tags is None:
+    Format: TypeAlias = Any
+    Structures: TypeAlias = Any
+    Triggers: TypeAlias = Any
+    StructuralTag: TypeAlias = Any
+else:
+    Format, Structures, Triggers, StructuralTag = _tags.Format, _tags.Structures, _tags.Triggers, _tags.StructuralTag
 
 # Other request fields -> the fields of `structured_outputs` that they stand for.
 ALIASES = {
@@ -31,6 +41,12 @@ ALIASES = {
 }
 OUTPUT_FIELDS = frozenset({"structured_outputs", *ALIASES})  # that constrain the answer, but for `response_format`
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
+def check_tags(param: str) -> None:
+    """Raise BadRequestError if structural tags need a part that is not installed."""
+    if (missing := why_missing(TAGS)) is not None:
+        raise BadRequestError(as_sentence(missing), param=param, code="part_not_installed")
 
 
 class JSONSchemaFormat(ClosedObject):
@@ -58,9 +74,12 @@ class ResponseFormat(ClosedObject):
     def structural_tag(self) -> StructuralTag | None:
         if self.type != "structural_tag":
             return None
-        return StructuralTag.model_construct(format=self.format, structures=self.structures, triggers=self.triggers)
+        tag = _tags.StructuralTag.model_construct
+        return tag(format=self.format, structures=self.structures, triggers=self.triggers)
 
     def check(self) -> None:
+        if self.type == "structural_tag":
+            check_tags("response_format")
         for name in ("format", "structures", "triggers"):
             if self.type != "structural_tag" and getattr(self, name) is not None:
                 message = f"Invalid 'response_format.{name}': only allowed with 'type': 'structural_tag'."
@@ -108,6 +127,8 @@ class StructuredOutputs(BaseModel):
     whitespace_pattern: str | None = Field(None, description="Not supported yet: null.")
 
     def check(self) -> None:
+        if self.structural_tag is not None:
+            check_tags("structured_outputs.structural_tag")
         if self.whitespace_pattern is not None:
             raise UnsupportedParameterError("structured_outputs.whitespace_pattern")
         if self.disable_any_whitespace is False:

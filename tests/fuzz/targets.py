@@ -20,9 +20,9 @@ from server.cli.http_client import RemoteError
 from server.models.load_model import make_chat_template
 from server.parts.bench.load_generator import LoadOptions, Target
 from server.parts.limits.keys_file import read_keys_file
+from server.parts.tool_formats.harmony import HarmonyFormat
 from server.settings.setting import SettingsError
 from server.text.parsers.answer_parser import AnswerFormat
-from server.text.parsers.harmony import HARMONY, HarmonyFormat
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
 from server.text.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ def answer(data: bytes) -> None:
 @cache
 def _formats() -> list[AnswerFormat]:
     templates = [load_template(name) for name in TEMPLATES]
-    formats: list[AnswerFormat] = [HarmonyFormat(HARMONY, SCHEMAS)]
+    formats: list[AnswerFormat] = [HarmonyFormat(tools=SCHEMAS)]
     for template in templates:
         tags, markers = template.reasoning_tags, template.reasoning.content_markers
         formats += [

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import openai_harmony
 
-from server.text.parsers.harmony import MARKERS
 from tests.support.tiny_tokenizer_model import write_tiny_model
 
 TEMPLATE = Path(__file__).with_name("gpt_oss.jinja")  # of openai/gpt-oss-120b, Apache-2.0
+MARKERS = tuple(f"<|{name}|>" for name in ("start", "channel", "constrain", "message", "end", "call", "return"))
 VOCABULARY = "o200k_base.tiktoken"
 
 

@@ -15,13 +15,12 @@ from server.generation.prompts import Prompt, check_min_tokens, check_text_size,
 from server.generation.token_fields import NO_FIELDS, REQUEST_FIELDS, token_fields
 from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
 from server.models.served_model import ServedModel
+from server.part_table import as_sentence
 from server.schemas.request_fields import NO_LIMIT
 from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.parsers.answer_parser import AnswerFormat
-from server.text.parsers.harmony import HarmonyFormat
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.chat_template import ChatTemplate
-from server.text.templates.harmony_prompt import harmony_messages, harmony_options
 from server.text.templates.renderer import TemplateLimitError
 from server.text.templates.sandbox import ChatTemplateError
 from server.text.templates.tool_prompt import describe_tools
@@ -86,12 +85,14 @@ def encode_request(model: ServedModel, body: ChatCompletionRequest, *, limit: in
     tools = None
     if body.tools:
         tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
+    if tools is not None and (missing := template.missing_part) is not None:
+        raise BadRequestError(as_sentence(missing), param="tools", code="part_not_installed")
     if tools is not None and not template.describes_tools:
         messages, tools = describe_tools(messages, tools), None
     options = {} if OPTION_FIELDS.isdisjoint(body.model_fields_set) else template_options(template, body)
     opens_answer = body.add_generation_prompt is not False and not body.continue_final_message
-    if template.is_harmony:
-        messages, options = harmony_messages(messages), harmony_options(options)
+    if template.answers is not None:
+        messages, options = template.answers.convert(messages, options)
     max_len = limit or model.max_model_len
     check_text_size(len(msgspec.json.encode([messages, tools, options])), max_len, "messages")
     try:
@@ -192,8 +193,8 @@ def _output_format(
         # As OpenAI does: a forced call ends with `stop`.
         "calls_end": "stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
     }
-    if template.is_harmony:
-        return HarmonyFormat(**fields, is_final=bool(body.continue_final_message))
+    if template.answers is not None:
+        return template.answers.format(**fields, is_final=bool(body.continue_final_message))
     tags = template.reasoning_tags
     is_reasoning = False
     if tags is not None and body.continue_final_message:

@@ -12,8 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from server.api.chat.schemas import MAX_MESSAGES, MAX_TOOL_CALLS, TokenLogprob
 from server.parts.embeddings.schemas import MAX_INPUTS
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import NumLogprobs
-from server.schemas.structural_tag import JSONSchema
+from server.schemas.request_fields import JSONSchema, NumLogprobs
 from server.schemas.tools import MAX_TOOLS
 
 MAX_OPTIONS = 128

@@ -1,0 +1,1 @@
+"""Serves a model and chats with it: a command."""

@@ -1,0 +1,1 @@
+"""Tokenizers of other files than tokenizer.json, which `server.text.folder_tokenizer` loads by name."""

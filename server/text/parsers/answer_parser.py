@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
-from server.text.parsers.argument_values import ArgumentSchema, Schema
+from server.text.parsers.markers import MarkerWriter
 from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
-from server.text.parsers.tool_formats import GENERIC, ToolFormat
+from server.text.parsers.tool_formats import GENERIC, Schema, ToolFormat
 from server.text.parsers.tool_parser import ToolParser
 
 
@@ -41,9 +41,19 @@ class AnswerFormat(msgspec.Struct, frozen=True, tag=True, dict=True):
         return frozenset(self.tools)
 
     @cached_property
-    def argument_schemas(self) -> Mapping[str, ArgumentSchema]:
-        """The schemas of the tools' arguments, shared by all choices."""
-        return {name: ArgumentSchema(schema) for name, schema in self.tools.items()}
+    def argument_schemas(self) -> Mapping[str, Any]:
+        """The schemas of the tools' arguments as the syntax needs them, shared by all choices."""
+        return {name: self.tool_format.arguments.prepare(schema) for name, schema in self.tools.items()}
+
+    def answer_rules(
+        self, markers: MarkerWriter, names: Sequence[str], *, is_forced: bool, has_content_grammar: bool
+    ) -> list[str] | None:
+        """Return the rules of answers in which a call is required, or the content has a grammar, or calls are strict.
+
+        `names` are those of the tools, whose arguments are the rules `args_0` and so on. None: answers are
+        reasoning, calls and content.
+        """
+        return None
 
     def new_parser(self, *, hidden: Sequence[str] = ()) -> "Parser":
         """Return a parser for one answer. `hidden` are markers to remove from content."""

@@ -1,6 +1,6 @@
-"""The parts of an answer's text: reasoning, content, and tool calls."""
+"""The parts of an answer: reasoning, content, and tool calls; and readers of text that arrives in pieces."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -15,6 +15,34 @@ class PartKind(StrEnum):
 class AnswerPart(NamedTuple):
     kind: PartKind
     text: str
+
+
+class PieceReader:
+    """A state machine that reads text that arrives in pieces.
+
+    Each state is a method that reads from `unread`. It returns True to run the next state, and False if it needs more
+    text, or if all has been read.
+    """
+
+    def __init__(self, state: Callable[[], bool]) -> None:
+        self.unread = ""
+        self._state = state
+
+    def _run(self, text: str) -> None:
+        """Run the states on more text."""
+        self.unread += text
+        while self._state():
+            pass
+
+    def _read(self, num_chars: int) -> str:
+        """Remove characters from the unread text and return them."""
+        text, self.unread = self.unread[:num_chars], self.unread[num_chars:]
+        return text
+
+    def _skip_space(self) -> str:
+        """Remove white space; return the character after it, or "" if it has not arrived yet."""
+        self.unread = self.unread.lstrip()
+        return self.unread[:1]
 
 
 class HeldText:

@@ -1,15 +1,81 @@
 """Read one tool call in an answer that arrives in pieces: the protocol, and calls that begin with the tool's name."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import pairwise
 from typing import Protocol
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
-from server.text.parsers.call_head import UNDECIDED, Head
-from server.text.parsers.json_scanner import JSONScanner
-from server.text.parsers.tool_formats import NAME
+from server.text.parsers.json_arguments import ArgumentsReader
+from server.text.parsers.tool_formats import ID, INDEX, NAME, SLOTS, split_text
 
+MAX_HEAD_CHARS = 512
 MAX_SPACE = 256  # characters of white space between a tool's name and its arguments
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMatch:
+    """The result of matching a head.
+
+    Attributes:
+        end: the index after the head; None if more text is needed.
+        slots: the texts of the slots.
+    """
+
+    end: int | None
+    slots: dict[str, str] = field(default_factory=dict)
+
+
+UNDECIDED = HeadMatch(None)
+
+
+class Head:
+    """A sequence of literal texts and slots. White space may stand between them, except where the text needs none."""
+
+    slot_patterns: Mapping[str, re.Pattern[str]] = {
+        NAME: re.compile(r"[a-zA-Z0-9_.-]{1,128}"),
+        ID: re.compile(r"[a-zA-Z0-9_.:-]{1,128}"),
+        INDEX: re.compile(r"[0-9]{1,9}"),
+    }
+
+    def __init__(self, text: str) -> None:
+        self._parts = split_text(text)
+
+    def match(self, text: str) -> HeadMatch | None:
+        """Match the beginning of a text; return None if no continuation of it matches.
+
+        A match does not change when more text follows.
+        """
+        found = self._match(text)
+        if found is UNDECIDED and len(text) <= MAX_HEAD_CHARS:
+            return found
+        return None if found is None or found.end is None or found.end > MAX_HEAD_CHARS else found
+
+    def _match(self, text: str) -> HeadMatch | None:
+        position, slots = 0, dict[str, str]()
+        for part, after in pairwise([*self._parts, ""]):
+            position += len(text[position:]) - len(text[position:].lstrip())
+            rest = text[position:]
+            if SLOTS.match(part):
+                slot = self._slot(part, rest, after)
+                if slot is None or slot.end is None:
+                    return slot
+                slots |= slot.slots
+                position += slot.end
+            elif rest.startswith(part):
+                position += len(part)
+            else:
+                return UNDECIDED if part.startswith(rest) else None
+        return HeadMatch(position, slots)
+
+    def _slot(self, slot: str, text: str, after: str) -> HeadMatch | None:
+        """Match a slot at the beginning of a text. `after` is the part that follows it."""
+        found = self.slot_patterns[slot].match(text)
+        if found is None:
+            return None if text else UNDECIDED
+        return UNDECIDED if found.end() == len(text) else HeadMatch(found.end(), {slot: found[0].rstrip()})
 
 
 class Progress(Enum):
@@ -44,42 +110,6 @@ class CallReader(Protocol):
         ...
 
     def push(self, text: str) -> Progress: ...
-
-
-class ArgumentsReader(Protocol):
-    """Converts the text of a call's arguments to JSON.
-
-    Attributes:
-        unread: the text that is not converted yet, or the text after the arguments.
-    """
-
-    unread: str
-
-    def begins_with(self, text: str) -> bool | None:
-        """Return whether arguments may begin with this text, or None if that needs more text."""
-        ...
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return the JSON that the text adds, and whether the arguments are complete."""
-        ...
-
-
-class JSONArgumentsReader:
-    """Passes the text of a JSON object on."""
-
-    def __init__(self) -> None:
-        self.unread = ""
-        self._scanner = JSONScanner()
-
-    def begins_with(self, text: str) -> bool | None:
-        text = text.lstrip()
-        return text[0] == "{" if text else None
-
-    def push(self, text: str) -> tuple[str, bool]:
-        text = text if self._scanner.depth else text.lstrip()
-        end = self._scanner.advance(text, 0)
-        self.unread = "" if end is None else text[end:]
-        return text[:end], end is not None
 
 
 class NamedCallReader:

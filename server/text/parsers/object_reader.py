@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind
+from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind, PieceReader
 from server.text.parsers.call_reader import Progress
-from server.text.parsers.json_scanner import JSONScanner
+from server.text.parsers.json_arguments import JSONScanner
 from server.text.parsers.tool_formats import ObjectCall
 
 MAX_FIRST_KEY_CHARS = 256  # of an object up to the end of its first key
@@ -21,7 +21,7 @@ _OTHER_KEYS = ("type", "id", "tool_call_id", None)  # that may be first; None: t
 _OTHER_MEMBERS = r'(?:"(?:type|id|tool_call_id)"\s*:\s*"[^"\\]{0,64}"\s*,\s*){0,3}'
 
 
-class ObjectCallReader:
+class ObjectCallReader(PieceReader):
     """Reads a call from the opening brace of its object on.
 
     It is a call from the opening brace of its arguments on. If the arguments do not follow the name, the reader waits
@@ -30,9 +30,9 @@ class ObjectCallReader:
 
     def __init__(self, syntax: ObjectCall, names: Collection[str]) -> None:
         """`names` are the names of the tools."""
+        super().__init__(self._first_key)
         self.parts: list[AnswerPart] = []
         self.is_open = False
-        self.unread = ""
         self.rejected = ""
         self._names = names
         self._name_keys = tuple(dict.fromkeys((*_NAME_KEYS, syntax.name_key)))
@@ -44,7 +44,6 @@ class ObjectCallReader:
         self._arguments_first = re.compile(rf'\{{\s*{_OTHER_MEMBERS}"(?:{arguments})"\s*:\s*\{{')
         self._scanner = JSONScanner()
         self._object = HeldText()
-        self._state = self._first_key
         self._progress: Progress | None = None
 
     @property
@@ -56,12 +55,10 @@ class ObjectCallReader:
         return self._object.num_chars + len(self.unread)
 
     def push(self, text: str) -> Progress:
-        self.unread += text
-        while self._state():
-            pass
+        self._run(text)
         return self._progress or Progress.MORE
 
-    # The states. Each returns False if it needs more text or the call is read, and True to run the next state.
+    # The states.
 
     def _first_key(self) -> bool:
         """Read the first key, which often shows that the object is not a call."""
@@ -127,10 +124,6 @@ class ObjectCallReader:
         return self._finish() if _is_json('{"arguments":{}' + "".join(self._object)) else self._fail()
 
     # Helpers of the states.
-
-    def _read(self, num_chars: int) -> str:
-        text, self.unread = self.unread[:num_chars], self.unread[num_chars:]
-        return text
 
     def _hold(self, *depths: int) -> bool:
         """Read the object until its brackets are nested to one of `depths`; return whether that was reached."""

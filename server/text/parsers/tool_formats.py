@@ -1,7 +1,8 @@
 """The formats in which models write tool calls.
 
 A format is data: the texts around calls, and the syntax of their arguments. `server.text.templates.tool_probe` finds
-them in what a chat template renders; the parser and the grammar of forced calls follow from them.
+them in what a chat template renders; the parser and the grammar of forced calls follow from them. Here are the formats
+in JSON; others are in the part `tool_formats`.
 """
 
 import json
@@ -12,79 +13,65 @@ from typing import Any
 
 import msgspec
 
+from server.text.parsers.json_arguments import ArgumentsReader, JSONArgumentsReader
+from server.text.parsers.markers import MarkerWriter
+
+Schema = Mapping[str, Any]
+
 # Slots in the texts of a format: the tool's name, a call's id, its number, and the name of a parameter.
 NAME, ID, INDEX, KEY = "\ue000", "\ue001", "\ue002", "\ue003"
 SLOTS = re.compile(f"[{NAME}{ID}{INDEX}{KEY}]")
 
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # of JSON in calls
 
-class JSONArguments(msgspec.Struct, frozen=True, tag=True):
+
+class UnsupportedSchemaError(ValueError):
+    """A schema that calls in the model's format cannot follow. The message may be shown to clients."""
+
+
+class Arguments:
+    """The syntax of a call's arguments, from which the parser and the grammar follow: JSON, unless a class says more.
+
+    The classes are structs of msgspec.
+
+    Attributes:
+        close: the beginning of the text after the arguments, if their reader reads it.
+    """
+
+    close: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Markers in the arguments."""
+        return ()
+
+    def prepare(self, schema: Schema) -> Any:
+        """Return what readers of a tool's arguments need of their schema, which they share."""
+
+    def new_reader(self, schema: Any) -> ArgumentsReader:
+        """Return a reader of the arguments of one call. `schema` is what `prepare` has returned."""
+        return JSONArgumentsReader()
+
+    def write_rules(self, name: str, schema: Schema, markers: MarkerWriter) -> list[str]:
+        """Return the rule `name` of arguments that are valid under a schema, and others that it needs.
+
+        Raises UnsupportedSchemaError.
+        """
+        return [f"{name}: %json {json.dumps({**schema, 'x-guidance': SPACING})}"]
+
+
+class JSONArguments(Arguments, msgspec.Struct, frozen=True, tag=True):
     """The arguments are a JSON object after the tool's name."""
 
-    texts: tuple[str, ...] = ()
 
-
-class ObjectCall(msgspec.Struct, frozen=True, tag=True):
+class ObjectCall(Arguments, msgspec.Struct, frozen=True, tag=True):
     """The whole call is a JSON object, with the tool's name and its arguments as members."""
 
     name_key: str = "name"
     arguments_key: str = "arguments"
-    texts: tuple[str, ...] = ()
 
 
-class TaggedArguments(msgspec.Struct, frozen=True, tag=True):
-    """Each argument is a value between tags; strings are written as they are, and other values as JSON.
-
-    Attributes:
-        after_key: the text between a parameter's name and its value.
-        after_keys: this text for each JSON type, if the format tells the type of a value.
-        is_padded: a line break before the value and one after it are layout.
-        is_nested: values of objects and arrays are tags in turn: `<key>` for members, `<item>` for items.
-    """
-
-    before_key: str
-    after_key: str
-    after_value: str
-    after_keys: Mapping[str, str] = {}
-    is_padded: bool = False
-    is_nested: bool = False
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return (self.before_key, self.after_key, self.after_value, *self.after_keys.values())
-
-    @property
-    def value_end(self) -> str:
-        """The marker that ends a value."""
-        return self.after_value.strip()
-
-
-class LiteralArguments(msgspec.Struct, frozen=True, tag=True):
-    """The arguments are literals of a programming language, such as the keyword arguments of a Python call.
-
-    Attributes:
-        quotes: what strings are written between.
-        after_key: the character between a parameter's name and its value.
-        close: the character that ends the arguments.
-        has_escapes: strings have backslash escapes.
-        words: the spellings of true, false and null.
-    """
-
-    quotes: tuple[str, ...]
-    after_key: str
-    close: str
-    separator: str = ", "
-    has_escapes: bool = True
-    words: tuple[str, str, str] = ("true", "false", "null")
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return self.quotes
-
-
-Arguments = JSONArguments | ObjectCall | TaggedArguments | LiteralArguments
 OBJECT_CALL = ObjectCall()
-PYTHON = LiteralArguments(("'", '"'), "=", ")", words=("True", "False", "None"))
-GEMMA = LiteralArguments(('<|"|>',), ":", "}", separator=",", has_escapes=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +179,4 @@ MISTRAL_NAMES = ToolFormat(
     arguments=JSONArguments(),
     name_ends=(f"[CALL_ID]{ID}[ARGS]", ""),
     id_length=9,
-)
-PYTHONIC = ToolFormat(
-    "pythonic",
-    start="[",
-    before_name="",
-    after_name="(",
-    after_arguments=")",
-    separator=", ",
-    end="]",
-    arguments=PYTHON,
-    is_bare=True,
 )

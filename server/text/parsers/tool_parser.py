@@ -11,44 +11,27 @@ last one is removed, like the markers. Each character is read once or twice, so 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind
-from server.text.parsers.argument_values import ArgumentSchema
-from server.text.parsers.call_head import Head
-from server.text.parsers.call_reader import ArgumentsReader, CallReader, JSONArgumentsReader, NamedCallReader, Progress
-from server.text.parsers.literal_arguments import LiteralArgumentsReader
+from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind, PieceReader
+from server.text.parsers.call_reader import CallReader, Head, NamedCallReader, Progress
+from server.text.parsers.json_arguments import ArgumentsReader
 from server.text.parsers.markers import Markers
 from server.text.parsers.object_reader import ObjectCallReader
-from server.text.parsers.tagged_arguments import TaggedArgumentsReader
-from server.text.parsers.tool_formats import (
-    NAME,
-    SLOTS,
-    LiteralArguments,
-    ObjectCall,
-    TaggedArguments,
-    ToolFormat,
-    split_text,
-)
+from server.text.parsers.tool_formats import NAME, SLOTS, ObjectCall, ToolFormat, split_text
 
 
-class ToolParser:
-    """Splits text into content and tool calls.
-
-    A state machine: each state is a method that reads from the buffer. A state returns False if it needs more text.
-    """
+class ToolParser(PieceReader):
+    """Splits text into content and tool calls."""
 
     def __init__(
-        self,
-        format: ToolFormat,
-        tools: Mapping[str, ArgumentSchema],
-        *,
-        parallel: bool = True,
-        hidden: Sequence[str] = (),
+        self, format: ToolFormat, tools: Mapping[str, Any], *, parallel: bool = True, hidden: Sequence[str] = ()
     ) -> None:
-        """`tools` are the schemas of the tools' parameters by name. Without `parallel`, only the first call is one.
+        """`tools` are the tools' schemas, prepared, by name. Without `parallel`, only the first call is one.
 
         `hidden` are markers to remove from content: control tokens that the client does not want to see.
         """
+        super().__init__(self._seek)
         self.num_calls = 0
         self._format = format
         self._tools = tools
@@ -57,8 +40,6 @@ class ToolParser:
         self._begins = _call_begins(format)
         self._markers = Markers([*self._begins, *hidden] if tools else hidden)
         self._separator = format.separator.strip()
-        self._state = self._seek
-        self._buffer = ""  # unread text
         self._held = HeldText()  # layout and markers before a call
         self._openers: list[str] = []  # texts that may follow before the object of a call
         self._heads: Sequence[Head] = ()  # of the calls that may follow
@@ -82,24 +63,22 @@ class ToolParser:
     def num_held(self) -> int:
         """Number of characters held back."""
         in_reader = 0 if self._reader is None else self._reader.num_held
-        return len(self._buffer) + self._held.num_chars + in_reader
+        return len(self.unread) + self._held.num_chars + in_reader
 
     def push(self, text: str) -> list[AnswerPart]:
         """Read the next piece of text; return the parts that it completes."""
-        self._buffer += text
-        while self._state():
-            pass
+        self._run(text)
         return self._take_parts()
 
     def finish(self) -> list[AnswerPart]:
         """Return the parts of the text that was held back. Call it after the last piece of text."""
-        rest = "".join([*self._held, self._reader.held if self._reader is not None else "", self._buffer])
+        rest = "".join([*self._held, self._reader.held if self._reader is not None else "", self.unread])
         is_layout = self._state == self._after or rest.strip() in ("", ",", self._separator)
         if not (self.num_calls and is_layout):
             self._add(PartKind.CONTENT, self._hidden.remove(rest))
         return self._take_parts()
 
-    # The states. Each returns False if it needs more text, and True to run the next state.
+    # The states.
 
     def _seek(self) -> bool:
         """Read content up to the start of a call."""
@@ -110,9 +89,9 @@ class ToolParser:
             if self._may_begin_bare(char):
                 self._begin_after("")
                 return True
-        match = self._markers.find_decided(self._buffer)
+        match = self._markers.find_decided(self.unread)
         if match is None:
-            self._content(self._read(len(self._buffer) - self._markers.num_partial(self._buffer)))
+            self._content(self._read(len(self.unread) - self._markers.num_partial(self.unread)))
             return False
         self._content(self._read(match.start()))
         marker = self._read(len(match[0]))
@@ -146,9 +125,9 @@ class ToolParser:
     def _read_opener(self) -> bool:
         """Read the next of the texts that may precede an object."""
         opener = self._openers[0]
-        if opener.startswith(self._buffer) and opener != self._buffer:
+        if opener.startswith(self.unread) and opener != self.unread:
             return False
-        if self._buffer.startswith(opener):
+        if self.unread.startswith(opener):
             self._held.append(self._read(len(opener)))
         self._openers.pop(0)
         return True
@@ -156,7 +135,7 @@ class ToolParser:
     def _call(self) -> bool:
         """Read a call."""
         assert self._reader is not None
-        progress = self._reader.push(self._take_buffer())
+        progress = self._reader.push(self._read(len(self.unread)))
         parts, self._reader.parts = self._reader.parts, []
         for part in parts:
             if part.kind is PartKind.CALL:
@@ -165,7 +144,7 @@ class ToolParser:
         if progress is Progress.MORE:
             return False
         reader, self._reader = self._reader, None
-        self._buffer = reader.unread
+        self.unread = reader.unread
         if progress is Progress.FAILED:
             return self._give_up(reader.rejected)
         self._state = self._after
@@ -177,10 +156,10 @@ class ToolParser:
         if char == "":
             return False
         separator = "," if self._in_array else self._separator
-        if any(text.startswith(self._buffer) and text != self._buffer for text in [separator, *self._closers]):
+        if any(text.startswith(self.unread) and text != self.unread for text in [separator, *self._closers]):
             return False
-        index = next((i for i, closer in enumerate(self._closers) if self._buffer.startswith(closer)), None)
-        if separator and self._buffer.startswith(separator) and self._may_call:
+        index = next((i for i, closer in enumerate(self._closers) if self.unread.startswith(closer)), None)
+        if separator and self.unread.startswith(separator) and self._may_call:
             self._held.append(self._read(len(separator)))
             self._begin_next()
         elif index is not None:
@@ -212,20 +191,12 @@ class ToolParser:
             return char == "{" or (char == "[" and self._format.has_arrays)
         return char == (self._format.start + self._format.before_name)[:1]
 
-    def _read(self, num_chars: int) -> str:
-        """Remove characters from the buffer and return them."""
-        text, self._buffer = self._buffer[:num_chars], self._buffer[num_chars:]
-        return text
-
-    def _take_buffer(self) -> str:
-        return self._read(len(self._buffer))
-
     def _skip_space(self) -> str:
         """Hold back the next white space; return the character after it, or "" if it has not arrived yet."""
-        num_chars = len(self._buffer) - len(self._buffer.lstrip())
+        num_chars = len(self.unread) - len(self.unread.lstrip())
         if num_chars:
             self._held.append(self._read(num_chars))
-        return self._buffer[:1]
+        return self.unread[:1]
 
     def _begin_after(self, marker: str) -> None:
         """Read a call after a marker that begins one; "" stands for the beginning of a call without one."""
@@ -245,7 +216,7 @@ class ToolParser:
         return True
 
     def _new_arguments_reader(self, name: str) -> ArgumentsReader | None:
-        return _arguments_reader(self._format, self._tools[name]) if name in self._tools else None
+        return self._format.arguments.new_reader(self._tools[name]) if name in self._tools else None
 
     def _begin_call(self) -> None:
         self._held.clear()
@@ -340,16 +311,5 @@ def _closers(format: ToolFormat) -> list[str]:
     """Return the texts that may follow a call."""
     if isinstance(format.arguments, ObjectCall):
         return [*split_text(format.object_end), *format.closers]
-    after = format.after_arguments
-    if isinstance(format.arguments, LiteralArguments):  # the reader of arguments reads the bracket
-        after = after.removeprefix(format.arguments.close)
+    after = format.after_arguments.removeprefix(format.arguments.close)
     return [*split_text(after), *split_text(format.end), *format.closers]
-
-
-def _arguments_reader(format: ToolFormat, schema: ArgumentSchema) -> ArgumentsReader:
-    match format.arguments:
-        case TaggedArguments():
-            return TaggedArgumentsReader(format.arguments, schema)
-        case LiteralArguments():
-            return LiteralArgumentsReader(format.arguments, schema)
-    return JSONArgumentsReader()

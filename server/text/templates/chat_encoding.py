@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from server.text.templates.chat_template import ChatTemplate, Message
-from server.text.templates.rendered_text import num_common
 from server.text.templates.sandbox import ChatTemplateError
+from server.text.templates.tool_probe import num_common
 
 MAX_DEPTH = 100  # of lists and objects in a request
 MAX_BRANCHINGS = 16  # of a pattern; the library compiles patterns recursively

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.text.parsers.harmony import ANALYSIS_TAGS, HARMONY, is_harmony
+from engine.shared.parts import MissingPartError
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
 from server.text.templates.renderer import Renderer, TemplateLimitError
 from server.text.templates.sandbox import ChatTemplateError
-from server.text.templates.tool_probe import NAMES as TOOL_NAMES
-from server.text.templates.tool_probe import QUESTION, Render, assistant, probe_tool_format, user
+from server.text.templates.syntaxes import NAMES as TOOL_NAMES
+from server.text.templates.syntaxes import QUESTION, AnswerSyntax, answer_syntax, missing_part
 from server.text.templates.tool_probe import TOOLS as PROBE_TOOLS
+from server.text.templates.tool_probe import Render, assistant, probe_tool_format, user
 from server.text.templates.tool_prompt import append_text, with_descriptions
 
 Message = dict[str, Any]
@@ -31,7 +32,8 @@ class ChatTemplate:
         variables: names of the variables that the template reads.
         options: names of the variables that a request can set.
         tool_format, reasoning: how the model writes tool calls and reasoning, found by rendering conversations.
-        is_harmony: whether conversations and answers are in the harmony format.
+        answers: the syntax of conversations and answers; None: answers are content, calls and reasoning.
+        missing_part: what tool calls need that is not installed, if they do.
         has_plain_answers: whether all of an answer is content where there are no tools.
         keeps_system_position: whether a system message between other turns is rendered in its position.
     """
@@ -50,17 +52,12 @@ class ChatTemplate:
         self.reasoning = ReasoningFormat()
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
         self._takes_system_tools = "tools" not in self.variables and self._reads_system_tools()
-        self.is_harmony = is_harmony(self._probe("assistant", "x"))
-        if self.is_harmony:
-            self.tool_format, self.reasoning = HARMONY, ReasoningFormat(ANALYSIS_TAGS, message_field="thinking")
-        else:
-            self.tool_format = self._find_tool_format()
-            self._omits_calls = self._omits_calls_of_messages()
-            self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
+        self.answers: AnswerSyntax | None = None
+        self.missing_part: MissingPartError | None = None
+        self.tool_format = replace(GENERIC, is_recognized=False)
+        self._find_formats()
         self.keeps_system_position = self._keeps_system_position()
-        self.has_plain_answers = (
-            not self.is_harmony and self.reasoning.tags is None and not self.reasoning.content_markers
-        )
+        self.has_plain_answers = self.reasoning.tags is None and not self.reasoning.content_markers
         self._as_read = frozenset(role for role, each in self._converters.items() if each is not _to_parts)
         self._deadline = None
 
@@ -150,6 +147,22 @@ class ChatTemplate:
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise TemplateLimitError(f"The chat template takes more than {MAX_PROBING_SECONDS:g} s to be examined.")
         return self._renderer.render(variables)
+
+    def _find_formats(self) -> None:
+        """Find how the model writes answers: their parts, tool calls and reasoning."""
+        try:
+            self.answers = answer_syntax(self._probe("assistant", "x"))
+        except MissingPartError as error:  # all of an answer is content
+            self.missing_part = error
+            return
+        if self.answers is not None:
+            self.tool_format = self.answers.tool_format
+            self.reasoning = ReasoningFormat(self.answers.tags, message_field=self.answers.message_field)
+            return
+        self.tool_format = self._find_tool_format()
+        self.missing_part = None if self.tool_format.is_recognized else missing_part()
+        self._omits_calls = self._omits_calls_of_messages()
+        self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
 
     def _find_tool_format(self) -> ToolFormat:
         """Find the format of tool calls, and whether the template takes their arguments as an object or as JSON."""

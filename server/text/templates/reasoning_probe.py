@@ -6,8 +6,17 @@ from typing import Any
 
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import split_text
-from server.text.templates.rendered_text import common_prefix, common_suffix, last_tag
-from server.text.templates.tool_probe import CONTENT, NAMES, Message, Render, after_question, assistant, user
+from server.text.templates.syntaxes import CONTENT, NAMES
+from server.text.templates.tool_probe import (
+    Message,
+    Render,
+    after_question,
+    assistant,
+    common_prefix,
+    common_suffix,
+    last_tag,
+    user,
+)
 
 REASONING = "lwreasoning"
 FIELDS = ("reasoning_content", "reasoning", "thinking")  # of messages; Hugging Face's name is the first

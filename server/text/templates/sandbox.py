@@ -11,17 +11,16 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
-from server.text.templates.template_options import find_options, find_variables
-
 MAX_PROMPT_CHARS = 1 << 24  # of one rendered conversation
 MAX_REASON_CHARS = 200  # of an error message that the template raises
+RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"))
 
 
 class ChatTemplateError(ValueError):
@@ -151,3 +150,25 @@ def join_bounded(pieces: Iterable[str]) -> str:
             raise OverflowError(f"more than {MAX_PROMPT_CHARS} characters")
         parts.append(piece)
     return "".join(parts)
+
+
+def find_variables(template: nodes.Template) -> frozenset[str]:
+    """Return the names of the variables that the template reads before setting them on some path."""
+    return frozenset(meta.find_undeclared_variables(template))
+
+
+def find_options(template: nodes.Template) -> frozenset[str]:
+    """Return the names of the variables that a request can set with `chat_template_kwargs`.
+
+    These are the variables that it reads except the reserved ones. A variable that the template sets itself counts only
+    if the template gives it a default.
+    """
+    own = {name.name for name in template.find_all(nodes.Name) if name.ctx == "store"}
+    return find_variables(template) - RESERVED - (own - _with_default(template))
+
+
+def _with_default(template: nodes.Template) -> set[str]:
+    """Return the names that the template tests or defaults: `x is defined`, `x | default(1)`."""
+    tests = [test for test in template.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    filters = [each for each in template.find_all(nodes.Filter) if each.name in ("default", "d")]
+    return {each.node.name for each in [*tests, *filters] if isinstance(each.node, nodes.Name)}

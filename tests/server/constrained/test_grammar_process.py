@@ -20,7 +20,7 @@ from server.constrained.process import CRASHED, TOO_DEEP, TOO_SLOW
 from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
 from server.tenants import Tenant
 from server.text.parsers.answer_parser import AnswerFormat
-from server.text.parsers.argument_values import Schema
+from server.text.parsers.tool_formats import Schema
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import IS_LONG
 from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID

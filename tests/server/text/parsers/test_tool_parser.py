@@ -2,23 +2,24 @@
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
-from server.text.parsers.argument_values import ArgumentSchema
+from server.text.parsers.call_reader import MAX_HEAD_CHARS, UNDECIDED, Head
+from server.text.parsers.markers import Markers
 from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
-from server.text.parsers.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, PYTHONIC, ToolFormat
+from server.text.parsers.tool_formats import GENERIC, HERMES, INDEX, LLAMA3, MISTRAL, MISTRAL_NAMES, NAME, ToolFormat
 from server.text.parsers.tool_parser import ToolParser
-from tests.server.text.parsers.test_arguments import PADDED
 from tests.support.growth import check_growth
 from tests.support.parsing import Answer, cut, joined_parts, read_answer
 
 MISTRAL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 Call = tuple[str, str]  # name, arguments
-NAMES = {name: ArgumentSchema({}) for name in ("f", "get_weather", "a-b_C9")}
+NAMES: dict[str, Any] = {name: {} for name in ("f", "get_weather", "a-b_C9")}
 
 
 def parse(format: ToolFormat, pieces: list[str], *, parallel: bool = True, hidden: tuple[str, ...] = ()) -> Answer:
@@ -219,17 +220,10 @@ def test_hidden_markers_are_no_content() -> None:
         assert parse(MISTRAL, list(text)).content == text
 
 
-QWEN = ToolFormat("", before_name="<tool_call>\n<function=", after_name=">\n", arguments=PADDED)
 REPEATED = [
     *((GENERIC, "", unit) for unit in (" \n", "[", '{"arguments":{"a":', '<tool_call>{"', " <tool_call>[", '{"\\')),
     (GENERIC, '<tool_call>{"name": "f", "arguments": {', '{"arguments":{"a":'),
     (GENERIC, '<tool_call>{"arguments": {"', '<tool_call>{"'),
-    (QWEN, "<tool_call><function=f><parameter=a>", "\n</par"),
-    (QWEN, "<tool_call><function=f>", "<parameter=a>1</parameter>"),
-    (QWEN, "", "<tool_call><function=f"),
-    (PYTHONIC, "[f(a='", "\\'"),
-    (PYTHONIC, "[f(a=", "[1,"),
-    (PYTHONIC, "", "[f(a=1),"),
     (AnswerFormat(reasoning_tags=ReasoningTags("<think>", "</think>"), is_reasoning=True), "a", "\n"),
 ]
 
@@ -239,12 +233,13 @@ REPEATED = [
 @pytest.mark.parametrize(("format", "opening", "unit"), REPEATED)
 def test_time_is_linear(format: ToolFormat | AnswerFormat, opening: str, unit: str) -> None:
     """Also if the text is nested or held back to the end."""
+    whole = format if isinstance(format, AnswerFormat) else AnswerFormat(format, NAMES)
 
     def prepare(size: int) -> Callable[[], object]:
         text = opening + unit * (size // len(unit))
 
         def work() -> None:
-            parser = AnswerParser(format) if isinstance(format, AnswerFormat) else ToolParser(format, NAMES)
+            parser = AnswerParser(whole)
             for begin in range(0, len(text), 4):
                 parser.push(text[begin : begin + 4])
                 assert parser.num_held >= 0  # as the server asks after each token
@@ -357,3 +352,49 @@ def test_where_parts_end() -> None:
         assert parser.is_reasoning
         assert joined_parts(parser, [f"Hm</think>{text}"])[0] == ("reasoning", "Hm")
         assert (parser.is_reasoning, parser.ends_with_calls) == (False, ends), text
+
+
+# The text before arguments and markers are matched once it is decided what they are.
+
+
+TEXT = f"<call>\nfunctions.{NAME}:{INDEX}<args>"
+
+
+@pytest.mark.parametrize(
+    "text", ["<call>\nfunctions.f-1:0<args>", "<call>functions.f-1:12 <args>", " <call> \n functions. f-1:0<args>"]
+)
+def test_white_space_is_free(text: str) -> None:
+    match = Head(TEXT).match(text + "{")
+    assert match is not None
+    assert (match.end, match.slots[NAME]) == (len(text), "f-1")
+    assert all(Head(TEXT).match(text[:end]) is UNDECIDED for end in range(len(text)))
+
+
+def test_what_does_not_match() -> None:
+    space = " " * MAX_HEAD_CHARS
+    for text in (
+        *("<x", "<call>functions.!", "<call>functions.f:x", "<call>functions.f:0<argz"),
+        *(f"<call>{space}", f"<call>{space}functions.f:0<args>{{"),  # which are too long
+    ):
+        assert Head(TEXT).match(text) is None
+
+
+# Markers, against a search of the whole text.
+
+
+MARKERS = st.lists(st.text("<a>", min_size=1, max_size=3), max_size=3)
+
+
+@given(MARKERS, st.text("<a>b", max_size=10))
+def test_finds_the_first_and_the_longest_there(markers: list[str], text: str) -> None:
+    found = [(text.index(marker), -len(marker), marker) for marker in markers if marker in text]
+    match = Markers(markers).find(text)
+    assert (match and (match.start(), match[0])) == ((min(found)[0], min(found)[2]) if found else None)
+
+
+@given(MARKERS, st.text("<a>b", max_size=6))
+def test_the_end_of_a_text_may_begin_one(markers: list[str], text: str) -> None:
+    begun = [
+        n for n in range(len(text) + 1) if any(len(m) > n and m.startswith(text[len(text) - n :]) for m in markers)
+    ]
+    assert Markers(markers).num_partial(text) == max(begun, default=0)

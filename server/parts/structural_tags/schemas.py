@@ -6,12 +6,12 @@ not supported. The older form, structures that begin with triggers, is converted
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from server.http.errors import InvalidValueError, MissingParameterError
-from server.schemas.request_fields import ClosedObject
+from server.schemas.request_fields import ClosedObject, JSONSchema
 
 MAX_PARTS = 128  # inner parts of one part
 MAX_MARKER_CHARS = 256
@@ -19,7 +19,6 @@ MAX_TEXT_CHARS = 4096
 MAX_PATTERN_CHARS = 8192
 MAX_GRAMMAR_CHARS = 16_384
 
-JSONSchema = dict[str, Any]
 Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARS)]
 End = Annotated[str, Field(max_length=MAX_MARKER_CHARS)]
 Markers = Annotated[list[Marker], Field(max_length=MAX_PARTS, fail_fast=True)]

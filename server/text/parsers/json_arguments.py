@@ -1,9 +1,46 @@
-"""Find the end of a JSON value in text that arrives in pieces."""
+"""Read the arguments of a tool call, which arrive in pieces: the protocol, and arguments that are a JSON object."""
 
 import re
+from typing import Protocol
 
 _OUTSIDE_STRING = re.compile(r'["{}\[\]]')
 _INSIDE_STRING = re.compile(r'["\\]')
+
+
+class ArgumentsReader(Protocol):
+    """Converts the text of a call's arguments to JSON.
+
+    Attributes:
+        unread: the text that is not converted yet, or the text after the arguments.
+    """
+
+    unread: str
+
+    def begins_with(self, text: str) -> bool | None:
+        """Return whether arguments may begin with this text, or None if that needs more text."""
+        ...
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the JSON that the text adds, and whether the arguments are complete."""
+        ...
+
+
+class JSONArgumentsReader:
+    """Passes the text of a JSON object on."""
+
+    def __init__(self) -> None:
+        self.unread = ""
+        self._scanner = JSONScanner()
+
+    def begins_with(self, text: str) -> bool | None:
+        text = text.lstrip()
+        return text[0] == "{" if text else None
+
+    def push(self, text: str) -> tuple[str, bool]:
+        text = text if self._scanner.depth else text.lstrip()
+        end = self._scanner.advance(text, 0)
+        self.unread = "" if end is None else text[end:]
+        return text[:end], end is not None
 
 
 class JSONScanner:

@@ -2,7 +2,9 @@
 
 import codecs
 import json
+import re
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import openai_harmony as oh
@@ -11,12 +13,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai_harmony import Role, StreamableParser, StreamState, TextContent
 
-from server.text.parsers.harmony import MARKERS, MAX_HEADER_CHARS, HarmonyFormat, HarmonyParser, is_harmony
+from engine.grammar.compiler import GrammarCompiler
+from server import part_table
+from server.parts.tool_formats.harmony import (
+    HARMONY_FORMAT,
+    MARKERS,
+    MAX_HEADER_CHARS,
+    HarmonyFormat,
+    HarmonyParser,
+    convert,
+)
 from server.text.templates.chat_template import ChatTemplate
-from server.text.templates.harmony_prompt import harmony_messages, harmony_options
 from server.text.templates.sandbox import SandboxedTemplate
-from tests.support.harmony import TEMPLATE, harmony_encoding
+from server.text.templates.syntaxes import answer_syntax
+from server.text.tokenizer import Tokenizer
+from tests.server.constrained.test_tool_grammar import calling, grammar_of
+from tests.support.clients import CHAT, ask, shared_server
+from tests.support.grammars import allows
+from tests.support.harmony import TEMPLATE, harmony_encoding, write_harmony_model
 from tests.support.parsing import cut, joined_parts
+from tests.support.serving import check_error
+from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID, write_tiny_model
 
 TOOLS: dict[str, dict[str, Any]] = {"weather": {}, "time-2": {}}
 ANALYSIS = "<|channel|>analysis<|message|>"
@@ -106,8 +123,8 @@ def test_settings_of_the_request() -> None:
     call = [("call", "weather"), ("arguments", '{"city": "Bern"}')]
     assert parse([CALL + NEXT + CALL], parallel_calls=False) == [*call, ("content", '{"city": "Bern"}')]
     assert parse(["lo<|return|>"], is_final=True) == [("content", "lo")]
-    assert is_harmony("<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>")
-    assert not is_harmony("<|im_start|>assistant\nThe <|channel|> of <|message|>")
+    assert answer_syntax("<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>")
+    assert not answer_syntax("<|im_start|>assistant\nThe <|channel|> of <|message|>")
 
 
 SPACED = "<|channel|> analysis<|message|> Hm<|end|><|start|> assistant<|channel|> final<|message|>  a"
@@ -182,6 +199,41 @@ def test_whether_an_answer_ends_with_calls() -> None:
         assert parser.ends_with_calls == bool(ends), text
 
 
+# Grammars.
+
+
+@pytest.fixture(scope="module", params=[(), MARKERS], ids=["plain", "special"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_model(write_tiny_model(tmp_path_factory.mktemp("grammar"), *request.param))
+
+
+def test_headers_of_calls(model: Tokenizer) -> None:
+    grammar = grammar_of(model, HARMONY_FORMAT, "required")
+    for content_type in (" <|constrain|>json", "<|constrain|>json", " json", ""):
+        for is_role_first in (False, True):
+            text = calling("time", "{}", content_type, is_role_first)
+            assert allows(model, grammar, text), text
+            spaced = re.sub(r"(<\|(start|channel|message|constrain)\|>)", r"\1 ", f"{ANALYSIS}Hm.<|end|>{NEXT}{text}")
+            assert allows(model, grammar, spaced), spaced
+
+
+def test_answers_that_the_prompt_begins(model: Tokenizer) -> None:
+    forced = grammar_of(model, HARMONY_FORMAT, "required", is_final=True)
+    strict = grammar_of(model, HARMONY_FORMAT, strict=True, is_final=True)
+    text = f"lo.<|end|>{NEXT}" + calling("time", "{}")
+    assert allows(model, forced, text)
+    assert not allows(model, forced, "lo.")
+    assert all(allows(model, strict, each) for each in (text, "lo."))
+
+
+def test_a_call_ends_with_a_token_that_ends_the_answer(model: Tokenizer) -> None:
+    ends = sorted(model.special_ids_in(["<|call|>", "<|return|>"]).values()) or [END_OF_TEXT_ID]
+    matcher = GrammarCompiler(model.to_json(), ends).compile(grammar_of(model, HARMONY_FORMAT, "required"))
+    matcher.consume_tokens(model.encode(calling("time", "{}"), add_special_tokens=False))
+    mask = int.from_bytes(matcher.compute_bitmask(), "little")
+    assert [token_id for token_id in range(model.vocab_size) if mask >> token_id & 1] == ends
+
+
 # Prompts of gpt-oss, compared with those that OpenAI's library renders.
 
 PROPERTIES = {"city": {"type": "string", "description": "Where"}, "unit": {"type": "string", "enum": ["C", "F"]}}
@@ -198,11 +250,8 @@ def template() -> ChatTemplate:
 
 
 def render(template: ChatTemplate, messages: list[dict[str, Any]], *, with_tools: bool, effort: str = "medium") -> str:
-    return template.render(
-        harmony_messages(messages),
-        tools=DESCRIBED if with_tools else None,
-        template_kwargs=harmony_options({"reasoning_effort": effort}),
-    )
+    converted, options = convert(messages, {"reasoning_effort": effort})
+    return template.render(converted, tools=DESCRIBED if with_tools else None, template_kwargs=options)
 
 
 def assistant_message(text: str, channel: str) -> oh.Message:
@@ -335,10 +384,27 @@ def test_results_without_ids_are_in_the_order_of_the_calls(template: ChatTemplat
         if "id" in names:
             bare[1]["tool_calls"] = [{key: call[key] for key in ("type", "function")} for call in calls]
         assert render(template, bare, with_tools=False) == expected
-    assert harmony_messages(results) == results
+    assert convert(results, {}) == (results, {})
 
 
 def test_efforts(template: ChatTemplate) -> None:
     for effort, expected in (("none", "low"), ("minimal", "low"), ("high", "high"), ("max", "high")):
         assert f"\nReasoning: {expected}\n" in render(template, TURN, with_tools=False, effort=effort)
-    assert harmony_options({}) == {}
+
+
+def test_a_server_without_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools are refused; without them, all of an answer is content."""
+    monkeypatch.setattr(part_table, "has_part", lambda folder, name: False)
+    part_table.why_missing.cache_clear()
+    try:
+        with shared_server(write_harmony_model(tmp_path), vocab_size=266) as server:
+            for part, param, fields in (
+                ("tool_formats", "tools", {"tools": DESCRIBED[:1]}),
+                ("structural_tags", "response_format", {"response_format": {"type": "structural_tag"}}),
+            ):
+                error = check_error(ask(server.url, CHAT, **fields), 400)
+                assert error["message"].startswith(f"This needs the part '{part}' (")
+                assert (error["param"], error["code"]) == (param, "part_not_installed")
+            assert ask(server.url, CHAT, tools=DESCRIBED[:1], tool_choice="none").status_code == 200
+    finally:
+        part_table.why_missing.cache_clear()

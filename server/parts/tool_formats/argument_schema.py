@@ -1,25 +1,61 @@
-"""Convert the arguments of formats that write values as plain text, by the types that the tool's schema allows."""
+"""The schema of a tool's arguments, by which formats that write values as plain text are converted to JSON."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import msgspec
 
-from server.text.parsers.call_head import KeyNames
+from server.text.parsers.call_reader import MAX_HEAD_CHARS, UNDECIDED, HeadMatch
+from server.text.parsers.tool_formats import KEY, Schema
 
-Schema = Mapping[str, Any]
 JSON_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 STRING = frozenset(("string",))
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+MAX_KEYS = 4096  # names of an object's members that are looked at
 MAX_REFERENCES = 16  # `$ref` that refer to one another
 MAX_STEPS = 4000  # some milliseconds
 MAX_REFERENCE_CHARS = 1000
 ALTERNATIVES = ("anyOf", "oneOf")
 COMBINED = (*ALTERNATIVES, "allOf")
 ANYTHING: Schema = {}
+_USUAL_KEY = re.compile(r"[\w.-]{1,128}")
+
+
+class KeyNames:
+    """The names of an object's members by its schema that have unusual characters. All others are found without it."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        unusual = [name for name in islice(names, MAX_KEYS) if not _USUAL_KEY.fullmatch(name)]
+        short = {name.strip(): name for name in unusual if len(name) <= MAX_HEAD_CHARS}
+        self._names = {text.replace('"', "&quot;"): name for text, name in short.items()} | short  # as Kimi K3 writes
+        self._sorted = sorted(self._names)
+
+    def find(self, text: str, after: str) -> HeadMatch | None:
+        """Return the longest unusual name with which a text begins, if `after` follows. The match ends before it."""
+        if not self._names:
+            return None
+        text = text[: 2 * MAX_HEAD_CHARS]
+        if len(text) < 2 * MAX_HEAD_CHARS and self._may_go_on(text, after):
+            return UNDECIDED
+        found, position = None, text.find(after)
+        while 0 <= position <= MAX_HEAD_CHARS:
+            if (name := self._names.get(text[:position].rstrip())) is not None:
+                found = HeadMatch(position, {KEY: name})
+            position = text.find(after, position + 1)
+        return found
+
+    def _may_go_on(self, text: str, after: str) -> bool:
+        """Return whether more text may complete a name or what follows it."""
+        index = bisect_left(self._sorted, text)
+        if index < len(self._sorted) and self._sorted[index].startswith(text):
+            return True
+        begun = [text[: len(text) - length] for length in range(len(after)) if text.endswith(after[:length])]
+        return any(name.rstrip() in self._names for name in begun)
 
 
 class ArgumentSchema:

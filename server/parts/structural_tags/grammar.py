@@ -7,13 +7,27 @@ together with the text after it. https://github.com/guidance-ai/llguidance/blob/
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
+import msgspec
+from pydantic import ValidationError
+
 from engine.grammar.compiler import MAX_GRAMMAR_BYTES
-from server.constrained.marker_writer import ANYTHING, MarkerWriter
-from server.constrained.regex import escape_regex
-from server.schemas.structural_tag import (
+from server.constrained.constraints import (
+    MAX_SCHEMA_DEPTH,
+    Constraint,
+    ConstraintBuilder,
+    as_lark,
+    check_schema,
+    compact_schema,
+    invalid,
+    parse_object,
+)
+from server.constrained.json_schema import lark_regex
+from server.http.validation import format_path, resolve_location
+from server.parts.structural_tags.schemas import (
     AnyText,
     ConstString,
     Format,
@@ -25,10 +39,15 @@ from server.schemas.structural_tag import (
     RegexPart,
     SequencePart,
     StarPart,
+    StructuralTag,
     TagPart,
     TagsWithSeparator,
     TriggeredTags,
+    inner_parts,
 )
+from server.text.parsers.markers import ANYTHING, MarkerWriter, escape_regex
+
+MAX_TAG_PARTS = 512  # of a structural tag; each part may repeat the grammar of the text after it
 
 
 class StructuralTagError(ValueError):
@@ -223,3 +242,51 @@ def _either(alternatives: Alternatives, markers: MarkerWriter) -> str:
 def _trigger_of(tag: TagPart, triggers: Sequence[str]) -> str | None:
     """Return the first trigger that a tag begins with, if any."""
     return next((trigger for trigger in triggers if tag.begin.startswith(trigger)), None)
+
+
+def constraint(builder: ConstraintBuilder, tag: StructuralTag | str, param: str) -> Constraint:
+    """Return the constraint of a structural tag, which may be given as text. Raises InvalidValueError."""
+    tag = _parse_tag(tag, param)
+    format = tag.to_format(param)
+    for index, structure in enumerate(tag.structures or ()):
+        check_schema(structure.schema_, f"{param}.structures[{index}].schema")
+    _check_parts(format, f"{param}.format")
+    as_schema = partial(compact_schema, allow_additional_properties=builder.allow_additional_properties)
+    writer = TagGrammar(MarkerWriter(builder.special_ids), as_schema, lark_regex)
+    try:
+        grammar = writer.write(format)
+    except StructuralTagError as error:
+        path = error.path.removeprefix("format.").replace("tags", "structures") if tag.structures else error.path
+        raise invalid(f"{param}.{path}", str(error)) from error
+    if not writer.grammars:
+        return Constraint(grammar, param)
+    parts = [{"name": "answer", "lark_grammar": grammar}]
+    parts += [{"name": name, "lark_grammar": as_lark(text, param)} for name, text in writer.grammars.items()]
+    return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
+
+
+def _check_parts(format: Format, param: str) -> None:
+    """Check the size and depth of a structural tag, and the schemas in it. Raises InvalidValueError."""
+    num_parts, level, depth = 0, [format], 0
+    while level:
+        num_parts, depth = num_parts + len(level), depth + 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise invalid(param, f"it is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+        if num_parts > MAX_TAG_PARTS:
+            raise invalid(param, f"expected at most {MAX_TAG_PARTS} parts")
+        for part in level:
+            if isinstance(part, JSONSchemaPart):
+                check_schema(part.json_schema, param)
+        level = [inner for part in level for inner in inner_parts(part)]
+
+
+def _parse_tag(tag: StructuralTag | str, param: str) -> StructuralTag:
+    if isinstance(tag, StructuralTag):
+        return tag
+    value = parse_object(tag, param)
+    try:
+        return StructuralTag.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = format_path(resolve_location({**first, "loc": ("body", *first["loc"])}, value))
+        raise invalid(f"{param}.{path}".rstrip("."), first["msg"]) from error

@@ -1,14 +1,18 @@
-"""Read arguments that are written as literals of a programming language, in text that arrives in pieces."""
+"""Arguments that are literals of a programming language: the syntax, its reader, its grammar, and how it is found."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from server.text.parsers.argument_values import NUMBER, ArgumentSchema, Schema
-from server.text.parsers.call_head import UNDECIDED, KeyNames
-from server.text.parsers.markers import Markers
-from server.text.parsers.tool_formats import KEY, LiteralArguments
+import msgspec
+
+from server.parts.tool_formats.argument_schema import NUMBER, STRING, ArgumentSchema, KeyNames
+from server.parts.tool_formats.grammar import ArgumentGrammar, Property, listed_values, times
+from server.text.parsers.answer_parts import PieceReader
+from server.text.parsers.call_reader import UNDECIDED
+from server.text.parsers.markers import Markers, MarkerWriter, literal
+from server.text.parsers.tool_formats import KEY, Arguments, Schema, ToolFormat
 
 MAX_WORD_CHARS = 512
 _WORD = re.compile(r"""[^\s,:=(){}\[\]"'<]*""")
@@ -19,22 +23,64 @@ _OPENERS = {"[": "]", "{": "}", "(": ")"}
 _JSON_OF = {"]": "]", "}": "}", ")": "]"}  # closing brackets in JSON
 
 
-class LiteralArgumentsReader:
-    """Converts arguments to JSON, token by token. Text that is no literal ends the arguments.
+class LiteralArguments(Arguments, msgspec.Struct, frozen=True, tag=True):
+    """The arguments are literals of a programming language, such as the keyword arguments of a Python call.
 
-    A state machine: each state is a method that reads from `unread`, and returns False if it needs more text.
+    Attributes:
+        quotes: what strings are written between.
+        after_key: the character between a parameter's name and its value.
+        close: the character that ends the arguments.
+        has_escapes: strings have backslash escapes.
+        words: the spellings of true, false and null.
     """
+
+    quotes: tuple[str, ...]
+    after_key: str
+    close: str
+    separator: str = ", "
+    has_escapes: bool = True
+    words: tuple[str, str, str] = ("true", "false", "null")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.quotes
+
+    def prepare(self, schema: Schema) -> ArgumentSchema:
+        return ArgumentSchema(schema)
+
+    def new_reader(self, schema: ArgumentSchema) -> "LiteralArgumentsReader":
+        return LiteralArgumentsReader(self, schema)
+
+    def write_rules(self, name: str, schema: Schema, markers: MarkerWriter) -> list[str]:
+        return LiteralGrammar(name, self, schema, markers).write()
+
+
+PYTHON = LiteralArguments(("'", '"'), "=", ")", words=("True", "False", "None"))
+GEMMA = LiteralArguments(('<|"|>',), ":", "}", separator=",", has_escapes=False)
+PYTHONIC = ToolFormat(
+    "pythonic",
+    start="[",
+    before_name="",
+    after_name="(",
+    after_arguments=")",
+    separator=", ",
+    end="]",
+    arguments=PYTHON,
+    is_bare=True,
+)
+
+
+class LiteralArgumentsReader(PieceReader):
+    """Converts arguments to JSON, token by token. Text that is no literal ends the arguments."""
 
     def __init__(self, syntax: LiteralArguments, schema: ArgumentSchema | None = None) -> None:
         """`schema` is that of the tool's parameters."""
-        self.unread = ""
+        super().__init__(self._begin)
         self._syntax = syntax
         self._schema = schema or ArgumentSchema({})
         words = dict(zip(syntax.words, ("true", "false", "null"), strict=True))
         self._words = {"true": "true", "false": "false", "null": "null"} | words
-        self._state = self._begin
         self._json: list[str] = []
-        self._is_complete = False
         self._closers = [syntax.close]  # of the open brackets, the innermost last
         self._is_first = True  # in the innermost bracket
         self._separator = ""  # in front of the next item, in JSON
@@ -49,11 +95,9 @@ class LiteralArgumentsReader:
         return True
 
     def push(self, text: str) -> tuple[str, bool]:
-        self.unread += text
-        while not self._is_complete and self._state():
-            pass
+        self._run(text)
         json, self._json = "".join(self._json), []
-        return json, self._is_complete
+        return json, not self._closers
 
     # The states.
 
@@ -170,6 +214,9 @@ class LiteralArgumentsReader:
         self._state = self._after_key if self._is_key else self._next
         return True
 
+    def _end(self) -> bool:
+        return False
+
     # Helpers of the states.
 
     @property
@@ -197,14 +244,6 @@ class LiteralArgumentsReader:
 
     def _schema_of_value(self) -> Any:
         return self._properties.get(self._name) if self._in_object else self._schemas[-1].get("items")
-
-    def _read(self, num_chars: int) -> str:
-        text, self.unread = self.unread[:num_chars], self.unread[num_chars:]
-        return text
-
-    def _skip_space(self) -> str:
-        self.unread = self.unread.lstrip()
-        return self.unread[:1]
 
     def _find_quote(self) -> str | None:
         """Return the quote that the text begins with, "" if it begins with none, or None if that needs more text."""
@@ -255,8 +294,8 @@ class LiteralArgumentsReader:
         closer = self._closers.pop()
         self._schemas.pop()
         self._json.append("}" if not self._closers else _JSON_OF[closer])
-        self._is_first, self._separator, self._state = False, "", self._next
-        self._is_complete = not self._closers
+        self._is_first, self._separator = False, ""
+        self._state = self._next if self._closers else self._end
 
     def _fail(self) -> bool:
         """Close all brackets, so that the arguments remain valid JSON, and end the arguments."""
@@ -279,3 +318,54 @@ def _escape_of(text: str) -> str:
     if char == "'":
         return "'"
     return text if char and char in '"\\/bfnrt' else json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+class LiteralGrammar(ArgumentGrammar):
+    """Writes the rules of literals."""
+
+    def __init__(self, name: str, syntax: LiteralArguments, schema: Schema, markers: MarkerWriter) -> None:
+        super().__init__(name, schema, markers, syntax.separator)
+        self.syntax = syntax
+
+    def argument(self, each: Property, any_name: str) -> str:
+        return self._pair(each, any_name, self.syntax.after_key)
+
+    def _pair(self, each: Property, any_name: str, after_key: str) -> str:
+        return f"{self.key(each, any_name)} {literal(after_key)} {self._literal(each.schema)}"
+
+    def _literal(self, schema: Any) -> str:
+        """Return the name of the rule of a value as a literal."""
+        return self.named(f"literal {json.dumps(schema)}", lambda: " | ".join(self._literals(schema)))
+
+    def _literals(self, schema: Any) -> Iterator[str]:
+        types = self.schema.types(schema)
+        words = zip(("true", "false", "null"), self.syntax.words, (True, False, None), strict=True)
+        if self.syntax.has_escapes:  # strings, arrays and objects are literals as they are in JSON
+            if others := types - {"boolean", "null"}:
+                yield self.json(self.narrow(schema, others))
+        else:
+            if "string" in types:
+                quote = self.syntax.quotes[0]
+                yield f"{self.markers.write(quote)} {self.text(self.narrow(schema, STRING), quote)}"
+            if numbers := types & {"integer", "number"}:
+                yield self.json(self.narrow(schema, numbers))
+            if "array" in types:
+                yield self._literal_array(self.narrow(schema, frozenset(("array",))))
+            if "object" in types:
+                for each in self.objects(self.narrow(schema, frozenset(("object",)))):
+                    yield f'"{{" {self.members(each, lambda one, name: self._pair(one, name, ":"))} "}}"'
+        allowed = listed_values(self.schema.resolve(schema))
+        for json_word, word, value in words:
+            kind = "null" if json_word == "null" else "boolean"
+            if kind in types and (allowed is None or any(each is value for each in allowed)):
+                yield literal(word)
+
+    def _literal_array(self, schema: Schema) -> str:
+        item = self._literal(schema.get("items", {}))
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        if most == 0:
+            return '"[]"'
+        more = f"({literal(self.syntax.separator)} {item})" + times(
+            {"minItems": max(least - 1, 0)} | ({} if most is None else {"maxItems": most - 1})
+        )
+        return f'"[" {item} {more} "]"' + ("" if least else ' | "[]"')

@@ -1,5 +1,0 @@
-"""Measures a server under load: a command."""
-
-from server.part import Part
-
-PART = Part()

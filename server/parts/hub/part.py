@@ -1,5 +1,0 @@
-"""Models of Hugging Face's hub, which `server.model_paths` and the command line load by name."""
-
-from server.part import Part
-
-PART = Part()

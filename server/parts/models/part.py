@@ -1,5 +1,0 @@
-"""Several models, and those that are not kept in memory: `server.main` loads the manager by name."""
-
-from server.part import Part
-
-PART = Part()

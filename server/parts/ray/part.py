@@ -1,5 +1,0 @@
-"""The application for Ray Serve, which Ray starts."""
-
-from server.part import Part
-
-PART = Part()

@@ -1,5 +1,0 @@
-"""Tokenizers of other files than tokenizer.json, which `server.text.folder_tokenizer` loads by name."""
-
-from server.part import Part
-
-PART = Part()

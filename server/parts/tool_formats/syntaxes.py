@@ -1,0 +1,128 @@
+"""The syntaxes that the part adds, and how they are found in what a chat template renders."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import msgspec
+
+from server.parts.tool_formats.harmony import ANALYSIS_TAGS, HARMONY_FORMAT, HarmonyFormat, convert
+from server.parts.tool_formats.literals import GEMMA, PYTHON, PYTHONIC, LiteralArguments
+from server.parts.tool_formats.tags import TaggedArguments
+from server.text.parsers.tool_formats import KEY
+from server.text.templates.syntaxes import FIRST, KEYS, LAST, TYPES, AnswerSyntax, FoundCall, ToolSyntax
+from server.text.templates.tool_probe import common_prefix
+
+_VALUES = {"string": re.escape(FIRST), "number": "73", "boolean": "[Tt]rue", "object": r"\{", "array": r"\[\s*81"}
+
+
+class _Values(NamedTuple):
+    """Arguments that are written one after the other: the texts around the first and after the last, and the keys."""
+
+    before: str
+    after_key: str
+    between: str
+    rest: str
+    positions: Sequence[int]
+
+
+def _find_values(text: str, after: int) -> _Values | None:
+    positions = [text.find(key, after) for key in KEYS]
+    first, last = text.find(FIRST, after), text.find(LAST, after)
+    if -1 in (*positions, first, last) or positions != sorted(positions) or first < positions[0]:
+        return None
+    after_key, between = text[positions[0] + len(KEYS[0]) : first], text[first + len(FIRST) : positions[1]]
+    return _Values(text[after : positions[0]], after_key, between, text[last + len(LAST) :], positions)
+
+
+def find_literals(text: str, begin: int, name: str) -> FoundCall | None:
+    """Find a call with arguments such as `(a='x', b=1)` or `{a:"x",b:1}`."""
+    if (found := _find_values(text, begin + len(name))) is None:
+        return None
+    before, after_key, rest = found.before.strip(), found.after_key.strip(), found.rest
+    opener, assign, quote = before[-1:], after_key[:1], after_key[1:].strip()
+    closers = {"(": ")", "{": "}"}
+    if opener not in closers or assign not in ("=", ":") or not quote or not rest.startswith(quote):
+        return None
+    python = quote in PYTHON.quotes
+    syntax = msgspec.structs.replace(
+        PYTHON if python else GEMMA,
+        quotes=PYTHON.quotes if python else (quote,),
+        after_key=assign,
+        close=closers[opener],
+        separator=found.between.removeprefix(quote),
+        words=PYTHON.words if "True" in text[found.positions[3] : found.positions[4]] else GEMMA.words,
+    )
+    return FoundCall(text[:begin], found.before, rest.removeprefix(quote), syntax)
+
+
+def find_tags(text: str, begin: int, name: str) -> FoundCall | None:
+    """Find a call with arguments between tags."""
+    if (found := _find_values(text, begin + len(name))) is None:
+        return None
+    between = found.between.replace(KEYS[0], KEY)
+    after_value = common_prefix(between, found.rest.replace(KEYS[-1], KEY))
+    before_key = between.removeprefix(after_value)
+    if not after_value.strip() or not found.before.endswith(before_key) or not before_key:
+        return None
+    after_keys = _after_keys(text, found.positions)
+    syntax = TaggedArguments(
+        before_key,
+        found.after_key,
+        after_value,
+        after_keys=after_keys if len(set(after_keys.values())) > 1 else {},
+        is_padded=found.after_key.endswith("\n") and after_value.startswith("\n"),
+        is_nested=after_keys.get("object") is None,
+    )
+    rest = found.rest.removeprefix(after_value.replace(KEY, KEYS[-1]))
+    return FoundCall(text[:begin], found.before.removesuffix(before_key), rest, syntax)
+
+
+def _after_keys(text: str, positions: Sequence[int]) -> dict[str, str]:
+    """Return the text between the name and the value of a parameter, by the JSON type of the value."""
+    found = {}
+    for (begin, end), key, kind in zip(pairwise([*positions, len(text)]), KEYS, TYPES, strict=True):
+        match = re.search(_VALUES[kind], text[begin + len(key) : end])
+        if match is not None and kind not in found:
+            found[kind] = text[begin + len(key) :][: match.start()]
+    return found
+
+
+TOOL_SYNTAXES = (
+    ToolSyntax(
+        kind=LiteralArguments,
+        name="literal",
+        families=(
+            ("<|tool_call>", "gemma4", {}),
+            ("<|tool_call_start|>", "lfm2", {}),
+            ("[", "pythonic", {"is_bare": True}),
+        ),
+        announced=(
+            (
+                "<|tool_list_start|>",
+                replace(PYTHONIC, name="lfm2", start="<|tool_call_start|>[", end="]<|tool_call_end|>", is_bare=False),
+            ),
+        ),
+        find=find_literals,
+    ),
+    ToolSyntax(
+        kind=TaggedArguments,
+        name="tagged",
+        families=(
+            ("<function=", "qwen3_coder", {}),
+            ("<arg_key>", "glm", {}),
+            ("<minimax:tool_call>", "minimax_m2", {}),
+            ("]<]minimax[>[", "minimax_m3", {}),
+            ("｜DSML｜", "deepseek_dsml", {}),
+            ("<|open|>", "kimi_k3", {}),
+            ("atem:", "muse", {}),
+        ),
+        is_bare=False,
+        find=find_tags,
+    ),
+)
+HARMONY = AnswerSyntax(
+    tool_format=HARMONY_FORMAT, format=HarmonyFormat, tags=ANALYSIS_TAGS, message_field="thinking", convert=convert
+)

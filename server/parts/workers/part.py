@@ -1,5 +1,0 @@
-"""Several API processes: `server.main` loads their roles by name."""
-
-from server.part import Part
-
-PART = Part()
