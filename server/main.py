@@ -32,10 +32,9 @@ from server.app import create_app
 from server.context import ServerContext
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol, Room
-from server.models.load_model import load_served_model
-from server.models.registry import ModelRegistry
-from server.models.slot import ModelSlot
-from server.models.source import ModelSource, StartedModel
+from server.models.registry import ModelRegistry, ModelSlot
+from server.models.served_model import load_served_model
+from server.models.source import ModelSource
 from server.part import load_parts
 from server.part_table import load_module
 from server.processes.garbage import collect_in_steps
@@ -193,10 +192,10 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
     api_keys = ApiKeys(settings)
     metrics.set_usage_source(api_keys.usage)
     models = ModelRegistry(slots)
-    source: ModelSource = StartedModel(models)
+    source = ModelSource(models)
     if settings.unloads_models:
         assert channel is not None
-        source = load_module("models", "manager").ModelManager(slots, channel.send, settings.idle_unload)
+        source = load_module("models", "manager").ModelManager(models, channel.send, settings.idle_unload)
     context = ServerContext(
         settings=settings,
         created=int(time.time()),

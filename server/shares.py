@@ -2,7 +2,7 @@
 
 The rule is the same everywhere: the owner that holds most gives way, so that nobody can push out what others hold. Only
 the choices in the engine's queue have one of their own, since work that has begun is never ended for other work: see
-`server.engine_client.shares`.
+`server.engine_client.reservation`.
 """
 
 from __future__ import annotations

@@ -23,13 +23,11 @@ import msgspec
 from msgspec.structs import replace
 
 from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
-from server.processes.clock import Clock
 from server.processes.cpu_shares import cpu_shares
 from server.processes.error_line import print_error
 from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
-from server.processes.stop_signals import StopSignals
-from server.processes.supervised_api import SupervisedApi, linked_configs
-from server.processes.supervised_engine import SupervisedEngine
+from server.processes.stop_signals import Clock, StopSignals
+from server.processes.supervised import SupervisedApi, SupervisedEngine, linked_configs
 from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
     Channel,

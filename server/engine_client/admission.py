@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.shared.messages import EngineInfo
-from server.engine_client.reservation import Reservation
-from server.engine_client.shares import Backlog, Shares
+from server.engine_client.reservation import Backlog, Reservation, Shares
 from server.http.errors import (
     APIError,
     EngineUnavailableError,

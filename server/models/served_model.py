@@ -1,20 +1,31 @@
 """A model that is served, and its LoRA adapters: what a request needs of the model that it names."""
 
 import hashlib
+import logging
+import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from engine.config import ModelConfig
-from engine.shared.messages import EngineInfo, LoraAdapter
+from engine.config import ModelConfig, load_model_config
+from engine.shared.messages import EngineInfo, LoraAdapter, Vocabulary
 from server.constrained.grammar_process import GrammarProcess
+from server.constrained.messages import GrammarVocabulary
+from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
+from server.engine_client.connected_engine import EngineOptions
+from server.http.errors import EngineUnavailableError
 from server.metrics import Metrics
-from server.schemas.default_sampling import DefaultSampling
+from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
+from server.settings.process_configs import ServedModelConfig
 from server.settings.table import Settings
-from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
+from server.text.templates.renderer import TemplateProcesses
 from server.text.token_sequences import SequenceBreakers
 from server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("lightwell.api")
 
 
 @dataclass(frozen=True)
@@ -107,3 +118,114 @@ class ModelVariant:
                 parts.append("open")
             self._fingerprint = info, "-".join(parts)
         return self._fingerprint[1]
+
+
+def load_served_model(
+    config: ServedModelConfig, metrics: Metrics, *, can_restart: bool, client: EngineClient | None = None
+) -> ServedModel:
+    """Create the text tools of a model and, unless it is given, the client of its engine, which is not connected yet.
+
+    `can_restart`: whether the supervisor replaces an engine that dies. Raises OSError or ValueError if the model's
+    files, or those of its settings, are missing or invalid.
+    """
+    settings, path = config.settings, Path(config.path)
+    tokenizer = Tokenizer.from_model(path)
+    model_config = load_model_config(path)
+    vocabulary = tokenizer.to_json()
+    return ServedModel(
+        settings=settings,
+        names=config.names,
+        path=path,
+        client=client or _make_client(config, vocabulary, metrics, can_restart=can_restart),
+        metrics=metrics,
+        tokenizer=tokenizer,
+        grammar_process=GrammarProcess(
+            GrammarVocabulary(
+                vocabulary,
+                [*model_config.eos_token_ids],
+                tokenizer.special_ids_in(tokenizer.special_tokens),
+                settings.allow_additional_properties,
+            )
+        ),
+        config=model_config,
+        default_sampling=_default_sampling(config, model_config),
+        score_token_ids=_score_token_ids(tokenizer, settings.score_tokens, model_config.num_token_ids),
+        # The last one, since it starts a process.
+        chat_template=make_chat_template(tokenizer, settings.chat_template),
+    )
+
+
+def _make_client(config: ServedModelConfig, vocabulary: str, metrics: Metrics, *, can_restart: bool) -> EngineClient:
+    settings = config.settings
+    options = EngineOptions(
+        step_timeout=settings.step_timeout,
+        can_restart=can_restart and settings.on_engine_death == "restart",
+        vocabulary=Vocabulary(vocabulary),
+    )
+    limits = AdmissionLimits(
+        max_queued_requests=settings.max_queued_requests,
+        queue_timeout=settings.queue_timeout,
+        request_timeout=settings.request_timeout or math.inf,
+    )
+    return EngineClient(config.engines, options, limits=limits, metrics=metrics)
+
+
+def _score_token_ids(tokenizer: Tokenizer, words: str | None, num_token_ids: int) -> tuple[int, ...]:
+    """Return the tokens of `--score-tokens TRUE,FALSE`, or () if it is not set.
+
+    Raises ValueError unless each of the two words is one token, which is among the model's `num_token_ids`.
+    """
+    found = [tokenizer.encode(word, add_special_tokens=False) for word in words.split(",")] if words else []
+    if any(len(token_ids) != 1 or token_ids[0] >= num_token_ids for token_ids in found):
+        raise ValueError(f"--score-tokens {words}: expected two words that are one token each in this model")
+    return tuple(token_id for (token_id,) in found)
+
+
+def _default_sampling(config: ServedModelConfig, model_config: ModelConfig) -> DefaultSampling:
+    """Resolve the default sampling and log it. Raises ValueError if a source has an invalid field."""
+    files = "generation_config.json" if Path(config.path).is_dir() else "GGUF metadata general.sampling"
+    setting, names = config.settings.default_sampling, {config.settings.model, *config.names}
+    if unknown := unknown_models(setting, names):
+        message = "--default-sampling: no effect for %s, which is none of this model's names (%s)"
+        logger.warning(message, ", ".join(unknown), ", ".join(sorted(names)))
+    default = resolve_default_sampling(
+        setting, names, [(files, model_config.recommended_sampling), ("model card", config.card_sampling)]
+    )
+    logger.info("default sampling: %s; a request's own fields have precedence", default)
+    return default
+
+
+def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
+    """Compile the chat template in `file`, or the model's own if `file` is None.
+
+    Returns None if there is neither. Raises ValueError if the template is invalid or the file cannot be read.
+    """
+    if file is None:
+        try:
+            return None if tokenizer.chat_template is None else _compile(tokenizer, tokenizer.chat_template)
+        except ValueError as error:
+            raise ValueError(f"{error} --chat-template FILE replaces the model's template.") from error
+    try:
+        return _compile(tokenizer, Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise ValueError(f"--chat-template {file}: {reason}") from error
+
+
+def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
+    renderer = TemplateProcesses(source)
+    try:
+        template = ChatTemplate(renderer, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    except EngineUnavailableError as error:  # its processes hang or are killed
+        renderer.close()
+        raise ValueError(error.message) from error
+    except BaseException:
+        renderer.close()
+        raise
+    if template.missing_part is not None:
+        logger.warning("the chat template writes tool calls in a form that is not JSON: %s", template.missing_part)
+    elif template.tool_format_name == UNRECOGNIZED:
+        logger.warning("the chat template writes tool calls in a form that is not recognized; a generic one is used")
+    if template.reasoning_format_name == UNRECOGNIZED:
+        logger.warning("the chat template has a switch for reasoning, but its tags are not recognized: it is content")
+    return template

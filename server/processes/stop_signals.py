@@ -1,14 +1,27 @@
-"""Signals that stop the supervisor, as events that it can wait for."""
+"""The time by which the supervisor acts, and the signals that stop it, as events that it can wait for."""
 
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from selectors import BaseSelector, SelectorKey
 
 from server.processes.child_process import RELOAD_SIGNAL, Child
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ECHO_SECONDS = 0.1  # signals closer together count as one: `timeout`, for example, signals the process and its group
+
+
+class Clock:
+    """The time of the system. Tests turn another clock, so that none of them waits for a limit."""
+
+    def now(self) -> float:
+        """Return the time in seconds, from an arbitrary start."""
+        return time.monotonic()
+
+    def select(self, selector: BaseSelector, seconds: float | None) -> Sequence[SelectorKey]:
+        """Wait until something happens, at most `seconds`. Return what did."""
+        return [key for key, _ in selector.select(seconds)]
 
 
 class StopSignals:

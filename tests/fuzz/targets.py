@@ -17,7 +17,7 @@ from engine.parts.lora.reader import load_lora
 from engine.weights import load_weights
 from server.cli.chat import _content
 from server.cli.http_client import RemoteError
-from server.models.load_model import make_chat_template
+from server.models.served_model import make_chat_template
 from server.parts.bench.load_generator import LoadOptions, Target
 from server.parts.limits.keys_file import read_keys_file
 from server.parts.tool_formats.harmony import HarmonyFormat

@@ -29,8 +29,7 @@ from server.model_paths import ModelError, ResolvedModel
 from server.processes import child_process, model_files
 from server.processes import supervisor_channel as messages
 from server.processes.child_process import SupervisorError
-from server.processes.clock import Clock
-from server.processes.stop_signals import ECHO_SECONDS, StopSignals
+from server.processes.stop_signals import ECHO_SECONDS, Clock, StopSignals
 from server.processes.supervisor_channel import Channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.setting import SettingsError

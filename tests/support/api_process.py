@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from server.processes.supervised_api import linked_configs
+from server.processes.supervised import linked_configs
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, fake_engine_process

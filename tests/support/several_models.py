@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from server.main import make_context
-from server.models.slot import ModelSlot
+from server.models.registry import ModelSlot
 from server.parts.models.manager import ModelManager
 from server.processes.supervisor_channel import Message, StartEngine, StopEngine, make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from selectors import EVENT_READ, BaseSelector, SelectorKey
 
-from server.processes.clock import Clock
+from server.processes.stop_signals import Clock
 
 
 class TurnedClock(Clock):

@@ -15,14 +15,14 @@ router = APIRouter()
 async def health(request: Request) -> Response:
     """Return 200 while the engine's step loop and the work on texts make progress. The path is vLLM's."""
     context = get_context(request)
-    return context.source.health.health(is_stuck=context.text_threads.is_stuck)
+    return context.source.health(is_stuck=context.text_threads.is_stuck)
 
 
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def alive(request: Request) -> Response:
     """Return 200 while the model loads, or the engine runs or is being restarted; 503 once it is dead or hangs."""
-    return get_context(request).source.health.alive()
+    return get_context(request).source.alive()
 
 
 @router.head("/readyz", include_in_schema=False)
@@ -30,4 +30,4 @@ async def alive(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Return 200 while new requests are admitted."""
     context = get_context(request)
-    return context.source.health.ready(is_stuck=context.text_threads.is_stuck)
+    return context.source.ready(is_stuck=context.text_threads.is_stuck)

@@ -14,7 +14,7 @@ from server.api.admin.schemas import LoadProgress, Model, ModelList, ServerVersi
 from server.context import ServerContext, get_context
 from server.http.errors import InvalidURLError, ModelNotFoundError
 from server.http.json_response import StructResponse
-from server.models.slot import ModelSlot, ModelState
+from server.models.registry import ModelSlot, ModelState
 from server.schemas.default_sampling import DefaultSampling
 from server.tenants import Tenant, get_tenant
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.chat.schemas import ChatCompletionRequest, Messages, TemplateOptions
 from server.http.errors import InvalidValueError, MissingParameterError
-from server.models.slot import ModelState
+from server.models.registry import ModelState
 from server.schemas.tools import Tools
 
 MAX_DETOKENIZE_TOKENS = 1 << 20

@@ -1,8 +1,11 @@
 """Loads models when they are needed, and unloads them when they are idle or another one needs their memory."""
 
+from __future__ import annotations
+
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, TypeVar
@@ -10,19 +13,19 @@ from typing import Any, TypeVar
 import anyio.to_thread
 from msgspec.structs import replace
 from starlette.requests import Request
+from starlette.responses import Response
 
 from server.engine_client.admission import SHUTTING_DOWN
 from server.engine_client.client import EngineClient
 from server.format import format_bytes
 from server.http.errors import EngineUnavailableError
-from server.models.load_model import load_served_model
-from server.models.served_model import ServedModel
-from server.models.slot import ModelSlot, ModelState
-from server.models.source import WaitingRoute
+from server.http.json_response import StructResponse
+from server.models.registry import ModelRegistry, ModelSlot, ModelState
+from server.models.served_model import ServedModel, load_served_model
+from server.models.source import DRAINING, NO_PROGRESS, ModelSource, WaitingRoute
 from server.parts.models import waiting
-from server.parts.models.errors import RETRY_SECONDS, LoadTimeoutError, ModelLoadError
-from server.parts.models.health import ManagedHealth
 from server.parts.models.memory import HostBudget, is_on_host, least_memory, memory_taken
+from server.parts.models.waiting import RETRY_SECONDS, LoadTimeoutError, ModelLoadError
 from server.processes.supervisor_channel import StartEngine, StopEngine
 from server.tenants import Tenant
 
@@ -47,32 +50,40 @@ class EngineGoneError(Exception):
     """The engine of a model that is being loaded has ended, or hangs. The message is the reason."""
 
 
-class ModelManager:
+class ModelManager(ModelSource):
     """Loads and unloads the models of a server. All methods are called on its event loop.
 
     Models are loaded one after the other, since each takes a part of the memory that is free.
+
+    One that is loaded, or that the next request loads, is enough for health; while none is, `/healthz` still answers
+    200, since a request can load one again. `/readyz` waits for those that are loaded at the start.
     """
 
     unloads = True
 
     def __init__(
-        self, slots: Sequence[ModelSlot], order: Callable[[StartEngine | StopEngine], None], idle_unload: float | None
+        self, models: ModelRegistry, order: Callable[[StartEngine | StopEngine], None], idle_unload: float | None
     ) -> None:
         """`order` sends a message to the supervisor."""
-        self.health = ManagedHealth(self, slots)
+        super().__init__(models)
         self.when_loaded = partial(waiting.respond, self)
-        self.died = asyncio.Event()  # never set: a model can be loaded again
-        self._slots = {slot.number: slot for slot in slots}
+        self._never = asyncio.Event()
+        self._slots = {slot.number: slot for slot in models.slots}
         self._order = order
         self._idle_unload = idle_unload
         self._budget = HostBudget()
         self._lock = asyncio.Lock()  # of the model that is being loaded
         self._started: dict[int, asyncio.Future[int]] = {}  # number of an engine -> its process, once it runs
         self._gone: dict[int, asyncio.Event] = {}  # number of an engine that has been started -> set when it has ended
-        self._starting = {slot for slot in slots if slot.config.settings.load == "at-start"}
+        self._starting = {slot for slot in models.slots if slot.config.settings.load == "at-start"}
         self.has_started = asyncio.Event()  # set: the models that are loaded at the start are loaded, or have failed
         self.is_draining = False
         self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def died(self) -> asyncio.Event:
+        """Never set: a model can be loaded again."""
+        return self._never
 
     async def start(self) -> None:
         """Begin to load the models that are loaded at the start, and to look for idle and dead ones."""
@@ -149,6 +160,30 @@ class ModelManager:
             await asyncio.wait([task], timeout=max(0.0, deadline - slot.now()))
             if not task.done():
                 raise LoadTimeoutError(slot.name, seconds)
+
+    # The answers of the probes.
+
+    def health(self, *, is_stuck: bool) -> Response:
+        return self._answer(NO_PROGRESS if is_stuck else self._no_model())
+
+    def alive(self) -> Response:
+        return self._answer(None)
+
+    def ready(self, *, is_stuck: bool) -> Response:
+        problem = self._no_model() if self.has_started.is_set() else "The models are still being loaded."
+        return self._answer(DRAINING if self.is_draining else problem)
+
+    def _no_model(self) -> str | None:
+        """Return the problem that no model can be used at this time, or None."""
+        return None if any(map(self.is_usable, self._slots.values())) else "No model can be loaded."
+
+    def _answer(self, problem: str | None) -> Response:
+        """Return 200 with the number of models in each state, unless there is a problem."""
+        if problem is not None:
+            return EngineUnavailableError(problem).response()
+        states = Counter(slot.state for slot in self._slots.values())
+        restarts = sum(model.client.num_restarts for model in self._models.loaded)
+        return StructResponse({"status": "ok", "restarts": restarts, "models": states})
 
     # Messages from the supervisor.
 

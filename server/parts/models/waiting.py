@@ -1,4 +1,4 @@
-"""Requests that wait until their model is loaded."""
+"""Requests that wait until their model is loaded, and why they fail."""
 
 from __future__ import annotations
 
@@ -11,16 +11,33 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.context import get_context
-from server.http.errors import BadRequestError
+from server.http.errors import BadRequestError, EngineUnavailableError
 from server.http.sse import KEEP_ALIVE_SECONDS, EventStream
-from server.models.slot import ModelSlot
+from server.models.registry import ModelSlot
 from server.models.source import WaitingRoute
-from server.parts.models.errors import LoadTimeoutError
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import Tenant, get_tenant
 
+RETRY_SECONDS = 10.0  # after a failure, until the model is loaded again for another request
+
 MAX_HELD_SECONDS = KEEP_ALIVE_SECONDS  # for which the status of a stream waits, so that most errors have their own
 COMMENT_SECONDS = 5.0  # between comments to a client that waits for a model
+
+
+class ModelLoadError(EngineUnavailableError):
+    """A model cannot be loaded. An empty reason is not shown, since it may name files."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        message = f"The model `{name}` cannot be loaded" + (f": {reason}." if reason else ".")
+        super().__init__(message, code="model_load_failed", retry_after=RETRY_SECONDS)
+
+
+class LoadTimeoutError(EngineUnavailableError):
+    """A model was not loaded in the time that a request may wait."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        message = f"The model `{name}` is still being loaded. The request waited for {seconds:g} seconds, its limit."
+        super().__init__(message, code="request_timeout")
 
 
 class Loader(Protocol):

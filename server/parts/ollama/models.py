@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from server.http.errors import EngineUnavailableError, ModelNotFoundError
-from server.models.registry import ModelRegistry
+from server.models.registry import ModelRegistry, ModelSlot
 from server.models.served_model import ServedModel
-from server.models.slot import ModelSlot
 from server.parts.ollama.conversion import MAX_DURATION, OPTIONS, tagged_name
 from server.parts.ollama.schemas import OllamaModel, OllamaModelDetails, OllamaModelInfo, OllamaModelList
 from server.parts.ollama.writer import time_text

@@ -4,12 +4,14 @@ A proxy routes by the head of a request alone, so this deployment reads the body
 """
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, cast
 
 import httpx
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector, CollectorRegistry
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.requests import Request
@@ -22,10 +24,8 @@ from server.http.access_control import METRICS, Authentication
 from server.http.bodies import BodyReader
 from server.http.errors import APIError, BadRequestError, EngineUnavailableError
 from server.http.sse import NDJSON, SERVER_SENT_EVENTS
-from server.parts.ray.messages import ForwardedRequest, ResponseHead
-from server.parts.ray.metrics import merged
-from server.parts.ray.placement import opening
 from server.parts.ray.replica import FETCH_SECONDS
+from server.parts.ray.router import ForwardedRequest, ResponseHead, opening
 from server.settings.table import Settings
 
 logger = logging.getLogger("ray.serve")
@@ -174,3 +174,25 @@ async def _body(scope: Scope, content_type: str, answer: Answer) -> AsyncGenerat
         yield ERROR_FORMATS.find(scope).last_events(error, num_events)
     finally:
         answer.cancel()
+
+
+class Families(Collector):
+    """Metric families that have been read."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def merged(pages: Mapping[str, str]) -> bytes:
+    """Return one page of metrics from the pages of the replicas. Each sample gets the label `replica`."""
+    families: dict[str, Metric] = {}
+    for replica, page in pages.items():
+        for family in text_string_to_metric_families(page):
+            all_of_it = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            all_of_it.samples += [s._replace(labels={**s.labels, "replica": replica}) for s in family.samples]
+    registry = CollectorRegistry()
+    registry.register(Families(families.values()))
+    return generate_latest(registry)

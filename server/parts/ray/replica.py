@@ -20,7 +20,7 @@ import httpx
 import msgspec
 from ray import serve
 
-from server.parts.ray.messages import ForwardedRequest, ResponseHead
+from server.parts.ray.router import ForwardedRequest, ResponseHead
 from server.settings.table import Settings
 from server.sockets.socket_folder import SocketFolder
 

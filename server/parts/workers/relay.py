@@ -31,7 +31,7 @@ from engine.shared.messages import (
 )
 from server.context import ServerContext
 from server.engine_client.client import EngineClient
-from server.engine_client.connection import EngineConnection
+from server.engine_client.connected_engine import EngineConnection
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.http.errors import APIError, EngineUnavailableError, ServerError

@@ -12,8 +12,7 @@ from weakref import WeakValueDictionary
 from engine.shared.messages import Submit
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
-from server.engine_client.connected_engine import EngineOptions
-from server.engine_client.connection import EngineConnection
+from server.engine_client.connected_engine import EngineConnection, EngineOptions
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import EventInbox, RequestStream
 from server.http.errors import APIError, EngineDeadError

@@ -13,8 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from engine.shared.messages import Abort, EngineInfo, FinishReason
 from server.engine_client.admission import FIRST_OUTPUT, Admission, AdmissionLimits, WaitEstimate
 from server.engine_client.client import EngineClient
-from server.engine_client.reservation import Reservation
-from server.engine_client.shares import Backlog, Shares
+from server.engine_client.reservation import Backlog, Reservation, Shares
 from server.http import errors
 from server.metrics import Metrics
 from server.statistics.choice_stats import ChoiceStats

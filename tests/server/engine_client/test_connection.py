@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.shared.messages import Abort, Hello
-from server.engine_client.connection import EngineConnection
+from server.engine_client.connected_engine import EngineConnection
 from server.parts.workers.messages import Release
 from server.parts.workers.relay import WorkerConnection
 from tests.support.serving import own_address

@@ -22,8 +22,7 @@ from server.processes.child_process import Child, child_environment
 from server.processes.cpu_shares import cpu_shares
 from server.processes.run_queue import Silence, cpu_waits, longest_wait
 from server.processes.stop_signals import ECHO_SECONDS, STOP_SIGNALS, StopSignals
-from server.processes.supervised_api import SupervisedApi
-from server.processes.supervised_engine import Crashes, SupervisedEngine
+from server.processes.supervised import Crashes, SupervisedApi, SupervisedEngine
 from server.processes.supervisor_channel import EngineGone, EngineStarted, Heartbeat, make_channel
 from tests.support.cpu_topology import write_topology
 from tests.support.serving import wait_until

@@ -18,9 +18,9 @@ import pytest
 from server.models.served_model import ServedModel
 from server.parts.models import manager as manager_module
 from server.parts.models import memory
-from server.parts.models.errors import RETRY_SECONDS
 from server.parts.models.manager import IDLE_POLL_SECONDS, LOAD_TIMEOUT
 from server.parts.models.memory import Room
+from server.parts.models.waiting import RETRY_SECONDS
 from server.processes.supervisor_channel import StartEngine, StopEngine
 from tests.support.clients import MINIMAL
 from tests.support.fake_engine import make_adapter

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from server.parts.ray.ingress import Ingress
-from server.parts.ray.messages import ForwardedRequest, Headers, ResponseHead
+from server.parts.ray.router import ForwardedRequest, Headers, ResponseHead
 from server.settings.table import Settings
 
 pytestmark = pytest.mark.long

@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.parts.ray.metrics import merged
+from server.parts.ray.ingress import merged
 
 
 def page(value: int) -> str:

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from server.parts.ray.placement import FREE_LOAD, OPENING_BYTES, opening, ranked
+from server.parts.ray.router import FREE_LOAD, OPENING_BYTES, opening, ranked
 
 NAMES = ["a", "b", "c"]
 IDLE = dict.fromkeys(NAMES, 0)

@@ -8,9 +8,7 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
-from server.parts.ray.messages import ForwardedRequest
-from server.parts.ray.placement import FREE_LOAD, ranked
-from server.parts.ray.router import PrefixRouter
+from server.parts.ray.router import FREE_LOAD, ForwardedRequest, PrefixRouter, ranked
 
 pytestmark = pytest.mark.long
 
