@@ -56,6 +56,7 @@ PARTS: Mapping[str, PartEntry] = {
     "hub": PartEntry(title="downloads from Hugging Face's hub", has_commands=True),
     "models": PartEntry(title="several models", needs=["hub"], settings=["models", "load", "idle_unload"]),
     "workers": PartEntry(title="several API processes", needs=["recordings"], settings=["api_server_count"]),
+    "data_parallel": PartEntry(title="several engines with the same model", settings=["data_parallel_size"]),
     "ray": PartEntry(title="Ray Serve"),
     "otel": PartEntry(title="OpenTelemetry", settings=["otlp_endpoint"]),
 }

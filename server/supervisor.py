@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from server.part_table import load_module
 from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
-from server.processes.cpu_shares import cpu_shares
 from server.processes.error_line import print_error
 from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
 from server.processes.stop_signals import Clock, StopSignals
@@ -392,7 +392,9 @@ def _add_engines(
     Start them, unless the coordinator decides when they run: then each model has one.
     """
     processes = []
-    for rank, cpus in enumerate(cpu_shares(model.settings.data_parallel_size)):
+    num_engines = model.settings.data_parallel_size
+    shares = [()] if num_engines == 1 else load_module("data_parallel", "cpus").cpu_shares(num_engines)
+    for rank, cpus in enumerate(shares):
         number = first + rank
         address = ipc_address(folder, number)
         config = engine_process_config(model, address, rank)

@@ -7,9 +7,9 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from engine.shared.messages import EngineInfo
+from server.engine_client.liveness import usable_info
 from server.engine_client.reservation import Backlog, Reservation, Shares
 from server.http.errors import (
     APIError,
@@ -22,7 +22,7 @@ from server.http.errors import (
 )
 from server.metrics import Metrics
 from server.statistics.choice_stats import ChoiceStats
-from server.tenants import Tenant
+from server.tenants import ANYBODY, Tenant
 
 SHUTTING_DOWN = "The server is shutting down. Please retry later."
 TIMEOUT_SECONDS = 0.1  # interval at which timeouts are checked
@@ -40,23 +40,6 @@ class AdmissionLimits:
     max_queued_requests: int
     queue_timeout: float = math.inf  # until the engine begins with a request
     request_timeout: float = math.inf  # until it ends
-
-
-class Engines(Protocol):
-    """The part of an `EngineGroup` that admission uses."""
-
-    @property
-    def info(self) -> EngineInfo | None: ...
-
-    @property
-    def dead_reason(self) -> str | None: ...
-
-    @property
-    def max_num_seqs(self) -> int:
-        """Number of choices that run at a time; 0 before an engine was ready."""
-
-    def ready_info(self) -> EngineInfo:
-        """Return the properties of the engines. Raises EngineUnavailableError."""
 
 
 class WaitEstimate:
@@ -109,9 +92,11 @@ class WaitEstimate:
 class Admission:
     """Admits requests up to the capacity of the engine and its queue, and shares it between tenants."""
 
-    def __init__(self, engines: Engines, metrics: Metrics, limits: AdmissionLimits) -> None:
+    def __init__(self, metrics: Metrics, limits: AdmissionLimits) -> None:
         self.drain_requested = asyncio.Event()  # set: no new work is admitted
-        self._engines = engines
+        self.info: EngineInfo | None = None  # with the shortest context; None while all load the model the first time
+        self.max_num_seqs = 0  # choices that run at a time; 0 before an engine was ready
+        self.dead_reason: str | None = None  # why the last engine died for good, for the log; None while one is left
         self._metrics = metrics
         self._limits = limits
         self.estimate = WaitEstimate()
@@ -126,15 +111,34 @@ class Admission:
     @property
     def max_in_flight(self) -> int:
         """Maximum number of choices in flight: those in the engines' batches and those that wait for it."""
-        return self._engines.max_num_seqs + self._limits.max_queued_requests
+        return self.max_num_seqs + self._limits.max_queued_requests
+
+    def update(self) -> None:
+        """Note that the state of an engine has changed."""
+
+    def accepts(self, info: EngineInfo) -> bool:
+        """Return whether the answers of an engine that loads are those of the other ones."""
+        return True
+
+    def ready_info(self) -> EngineInfo:
+        """Return `info`. Raises EngineUnavailableError before an engine was ready, and once all are dead."""
+        return usable_info(self.info, self.dead_reason)
 
     def check_open(self) -> None:
         """Raise EngineUnavailableError if the server accepts no new work."""
         if self.drain_requested.is_set():
             raise EngineUnavailableError(SHUTTING_DOWN, close=True)
-        self._engines.ready_info()
+        self.ready_info()
 
-    def reserve(self, count: int, *, param: str, tenant: Tenant, queue_timeout: float | None) -> Reservation:
+    async def admit(
+        self, count: int, *, param: str = "n", tenant: Tenant, queue_timeout: float | None = None
+    ) -> Reservation:
+        """Like `reserve`, wherever the capacity is counted."""
+        return self.reserve(count, param=param, tenant=tenant, queue_timeout=queue_timeout)
+
+    def reserve(
+        self, count: int, *, param: str = "n", tenant: Tenant = ANYBODY, queue_timeout: float | None = None
+    ) -> Reservation:
         """Reserve capacity for `count` choices (n for each prompt) of a tenant's request, all or none.
 
         If it is full, waiting requests of a tenant that holds more than its share may end with QueueFullError. Call it
@@ -147,9 +151,8 @@ class Admission:
             InvalidValueError: `count` is more than the total capacity.
         """
         queue_timeout = min(self._limits.queue_timeout, queue_timeout or math.inf)
-        engines, num_in_flight = self._engines, self._shares.num_choices
-        is_open = engines.info is not None and engines.dead_reason is None and not self.drain_requested.is_set()
-        if not (is_open and num_in_flight + count <= engines.max_num_seqs):
+        is_open = self.info is not None and self.dead_reason is None and not self.drain_requested.is_set()
+        if not (is_open and self._shares.num_choices + count <= self.max_num_seqs):
             self._make_way(count, param, tenant, queue_timeout)
         reservation = Reservation(tenant, self._shares.update)
         now = asyncio.get_running_loop().time()
@@ -177,10 +180,10 @@ class Admission:
         Returns the number of choices added. Raises EngineUnavailableError if the engine dies, or the error that ended
         the request.
         """
-        self._engines.ready_info()
+        self.ready_info()
         while (num_free := min(count, self.max_in_flight - self.num_in_flight)) <= 0:
             await asyncio.sleep(REFILL_SECONDS)
-            self._engines.ready_info()
+            self.ready_info()
         reservation.check()
         reservation.add(num_free)
         return num_free
@@ -258,7 +261,7 @@ class Admission:
 
     def _predicted_wait(self, tenant: Tenant) -> float:
         """Return the seconds that a tenant's next request would wait."""
-        if self._engines.info is None or self.num_in_flight < self._engines.max_num_seqs:
+        if self.info is None or self.num_in_flight < self.max_num_seqs:
             return 0.0
         return self.estimate.seconds(*self._shares.backlogs(tenant))
 
@@ -271,8 +274,8 @@ class Admission:
             return "predicted_wait"
         if self.drain_requested.is_set():
             return "draining"
-        if self._engines.dead_reason is not None:
+        if self.dead_reason is not None:
             return "engine_dead"
-        if self._engines.info is None:
+        if self.info is None:
             return "loading"
         return "too_many_choices" if count > self.max_in_flight else "queue_full"

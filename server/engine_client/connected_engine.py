@@ -17,24 +17,24 @@ from engine.shared.messages import (
     MAX_UNREAD_MESSAGES,
     AdapterDone,
     Adapters,
-    EngineInfo,
     EngineStats,
     FromEngine,
     Hello,
     LoadFailed,
+    LoraAdapter,
     Outputs,
     Ready,
     ToEngine,
     Vocabulary,
 )
 from engine.shared.records import Answer
-from server.engine_client.adapters import LoadedAdapters
 from server.engine_client.admission import Admission
 from server.engine_client.liveness import EngineLiveness
 from server.engine_client.records import RecordQuestions
 from server.engine_client.streams import OpenStreams
 from server.http.errors import APIError, EngineDeadError, ServerError
 from server.metrics import Metrics
+from server.part_table import is_installed, load_module
 from server.settings.process_configs import EngineProcess
 
 logger = logging.getLogger(__name__)
@@ -157,6 +157,28 @@ def _readable(content: bytes) -> Damaged:
         return Damaged()
 
 
+class EngineAdapters:
+    """The LoRA adapters that an engine has loaded: none, without the part that loads them."""
+
+    def __init__(self, send: Callable[[ToEngine], None]) -> None:
+        self.by_name: dict[str, LoraAdapter] = {}
+
+    def update(self, adapters: Sequence[LoraAdapter]) -> None:
+        """Set the loaded adapters, as the engine reports them."""
+
+    def finish(self, message: AdapterDone) -> None:
+        """Complete a pending change with its result or error."""
+
+    def keep(self) -> None:
+        """Keep the adapters of an engine that is lost until `restore` has loaded them in another one."""
+
+    async def restore(self, loaded: Sequence[LoraAdapter]) -> None:
+        """Load the adapters of the lost engine into another one, which has `loaded`."""
+
+    def fail(self, error: APIError) -> None:
+        """Fail all pending changes with `error`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """What all engines of a client have in common."""
@@ -180,10 +202,8 @@ class ConnectedEngine:
         options: EngineOptions,
         *,
         name: str,
-        admission: Admission,
+        owner: Admission,
         metrics: Metrics,
-        on_change: Callable[[], None],
-        accepts: Callable[[EngineInfo], bool],
     ) -> None:
         """Create the connection; `start` opens it.
 
@@ -192,18 +212,14 @@ class ConnectedEngine:
             process: Where it is. Without its id, its death is noticed only after it has become ready.
             options: What it has in common with other engines.
             name: Names it in the log.
-            admission: To which it returns capacity.
+            owner: The client, to which it returns capacity, and which it tells when it becomes ready, is lost, or dies.
             metrics: To which its own are added.
-            on_change: Called when it becomes ready, is lost, or dies.
-            accepts: Whether an engine with such properties can take part with the others.
         """
         self.number = number
         self.stats = EngineStats()
         self.cached: set[bytes] = set()  # names of prefixes, if there are several engines
         self._options = options
-        self._admission = admission
-        self._on_change = on_change
-        self._accepts = accepts
+        self._owner = owner
         self._connection = options.connect(process.address)
         self.liveness = EngineLiveness(
             step_timeout=options.step_timeout,
@@ -214,8 +230,8 @@ class ConnectedEngine:
             name=name,
         )
         self._metrics = metrics.add_engine(number, self._current_stats)
-        self.streams = OpenStreams(self._send_if_ready, admission, self._metrics)
-        self.adapters = LoadedAdapters(self._connection.send)
+        self.streams = OpenStreams(self._send_if_ready, owner, self._metrics)
+        self.adapters: EngineAdapters = _adapters_type()(self._connection.send)
         self.records = RecordQuestions(self._connection.send, self.liveness.check_ready)
         self._tasks: list[asyncio.Task[None]] = []  # of the current process
         self._watcher: asyncio.Task[None] | None = None  # of the heartbeat
@@ -250,18 +266,6 @@ class ConnectedEngine:
         self.fail_streams(error)
         self.liveness.close()
         self._connection.close()
-
-    def has_adapter(self, fingerprint: str) -> bool:
-        """Return whether the engine has loaded an adapter."""
-        return any(adapter.fingerprint == fingerprint for adapter in self.adapters.by_name.values())
-
-    def num_cached_tokens(self, prefixes: Sequence[bytes], block_size: int) -> int:
-        """Return how long the longest cached prefix is, by the names of those that end with a block, in order.
-
-        With a sliding window, the blocks before the last one need not be cached any more.
-        """
-        num_blocks = next((number for number in range(len(prefixes), 0, -1) if prefixes[number - 1] in self.cached), 0)
-        return num_blocks * block_size
 
     def fail_streams(self, error: APIError) -> None:
         """End all open streams with `error`, and their requests in the engine. Fail changes of adapters, questions."""
@@ -303,10 +307,10 @@ class ConnectedEngine:
         self.stats = message.stats
         if message.num_step_tokens:
             self._metrics.step_tokens.observe(message.num_step_tokens)
-            self._admission.count_step(message.num_step_tokens, now, self.number, message.stats.num_waiting)
+            self._owner.count_step(message.num_step_tokens, now, self.number, message.stats.num_waiting)
             self.records.num_steps += 1
         elif not message.stats.num_waiting:
-            self._admission.forget_waiting(self.number)
+            self._owner.forget_waiting(self.number)
         self.cached.update(message.cached)
         self.cached.difference_update(message.evicted)
         if message.started:
@@ -327,7 +331,7 @@ class ConnectedEngine:
             self.fail_streams(ServerError())
 
     def _on_ready(self, message: Ready) -> None:
-        if self.liveness.info is None and not self._accepts(message.info):
+        if self.liveness.info is None and not self._owner.accepts(message.info):
             self.liveness.mark_dead("its answers would not be those of the other engines; has the model been changed?")
             return
         self._metrics.set_info(message.info)
@@ -337,17 +341,17 @@ class ConnectedEngine:
         elif self.liveness.info is None:
             self.adapters.update(message.adapters)
             self.liveness.set_ready(message.info)
-            self._on_change()
+            self._owner.update()
         else:  # from a coordinator whose engines have changed
             self.liveness.info = message.info
-            self._on_change()
+            self._owner.update()
 
     async def _resume(self, message: Ready) -> None:
         """Give a restarted engine the adapters that were loaded, and then the waiting requests."""
         await self.adapters.restore(message.adapters)
         self.liveness.set_ready(message.info)
         self.streams.submit_again(self.adapters.by_name)
-        self._on_change()
+        self._owner.update()
 
     def _send_if_ready(self, message: ToEngine) -> None:
         """Send a message about a request. A restarting engine gets all waiting requests when it is ready."""
@@ -366,14 +370,14 @@ class ConnectedEngine:
         self.adapters.keep()
         self._leave_engine()
         self.streams.lose_engine(EngineDeadError())
-        self._on_change()
+        self._owner.update()
 
     def _on_death(self) -> None:
         try:
             self._leave_engine()
             self.streams.lose_engine(EngineDeadError())
         finally:
-            self._on_change()  # other engines may take the rest
+            self._owner.update()  # other engines may take the rest
         self.fail_streams(EngineDeadError())
 
     def _leave_engine(self) -> None:
@@ -384,7 +388,14 @@ class ConnectedEngine:
         self.adapters.fail(EngineDeadError())
         self.records.fail(EngineDeadError())
         self.cached = set()
-        self._admission.forget_waiting(self.number)
+        self._owner.forget_waiting(self.number)
         self.stats = msgspec.structs.replace(
             self.stats, num_running=0, num_waiting=0, num_blocks_used=0, running_adapters=[], waiting_adapters=[]
         )
+
+
+def _adapters_type() -> type[EngineAdapters]:
+    found: type[EngineAdapters] = EngineAdapters
+    if is_installed("lora"):
+        found = load_module("lora", "adapters").LoadedAdapters
+    return found

@@ -109,11 +109,7 @@ class EngineLiveness:
 
         Raises EngineUnavailableError before the engine was ready for the first time, and once it is dead.
         """
-        if self.dead_reason is not None:
-            raise EngineUnavailableError("The engine has stopped. Please retry later.", close=True)
-        if self.info is None:
-            raise EngineUnavailableError("The model is still being loaded. Please retry later.")
-        return self.info
+        return usable_info(self.info, self.dead_reason)
 
     def check_ready(self) -> None:
         """Raise EngineUnavailableError unless the engine is ready."""
@@ -220,6 +216,15 @@ class EngineLiveness:
             logger.warning("cannot watch the engine's process (%s); relying on its heartbeat", exc)
         else:
             asyncio.get_running_loop().add_reader(self._pidfd, self.lose, "its process has ended")
+
+
+def usable_info(info: EngineInfo | None, dead_reason: str | None) -> EngineInfo:
+    """Return `info`. Raises EngineUnavailableError if it is None, or if the engine is dead."""
+    if dead_reason is not None:
+        raise EngineUnavailableError("The engine has stopped. Please retry later.", close=True)
+    if info is None:
+        raise EngineUnavailableError("The model is still being loaded. Please retry later.")
+    return info
 
 
 def same_properties(info: EngineInfo, other: EngineInfo) -> bool:

@@ -17,6 +17,7 @@ from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
 from server.http.errors import EngineUnavailableError
 from server.metrics import Metrics
+from server.part_table import load_module
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ServedModelConfig
 from server.settings.table import Settings
@@ -167,7 +168,10 @@ def _make_client(config: ServedModelConfig, vocabulary: str, metrics: Metrics, *
         queue_timeout=settings.queue_timeout,
         request_timeout=settings.request_timeout or math.inf,
     )
-    return EngineClient(config.engines, options, limits=limits, metrics=metrics)
+    new_client: type[EngineClient] = EngineClient
+    if len(config.engines) > 1:
+        new_client = load_module("data_parallel", "client").GroupClient
+    return new_client(config.engines, options, limits=limits, metrics=metrics)
 
 
 def _score_token_ids(tokenizer: Tokenizer, words: str | None, num_token_ids: int) -> tuple[int, ...]:

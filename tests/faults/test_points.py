@@ -166,7 +166,7 @@ class Rig:
     def restore(self) -> None:
         client = self.server.model.client
         (engine,) = client.engines
-        client._admission.drain_requested.clear()
+        client.drain_requested.clear()
         self.server.context.answers.max_bytes = self.server.context.settings.max_buffered_bytes
         if self.own_engine.has_died:
             pid = self.own_engine.replace()
@@ -183,7 +183,7 @@ class Rig:
             "running": len(context.running),
             "answers": context.answers.num_bytes or len(context.answers.shares),
             "bodies": layer._rules.bodies._budget.num_bytes,
-            "capacity": client._admission.num_in_flight,
+            "capacity": client.num_in_flight,
             "streams": len(client.engines[0].streams._streams),
             "load": round(client.engines[0].streams.load, 6),
             "account": context.api_keys.everybody.num_running,

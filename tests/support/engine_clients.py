@@ -1,4 +1,4 @@
-"""Engine clients connected to a fake engine, and requests for them."""
+"""Engine clients connected to a fake engine, also one that is replaced, and requests for them."""
 
 import asyncio
 import time
@@ -15,9 +15,14 @@ from server.engine_client.connected_engine import EngineOptions
 from server.engine_client.streams import RequestStream
 from server.http.errors import APIError
 from server.metrics import Metrics
+from server.part_table import load_module
 from server.settings.process_configs import EngineProcess
+from tests.support.fake_engine import FakeEngineConfig, MortalEngine
 
 PROMPT = list(b"hi")
+# Engines that are slow, or come to no token:
+SLOW: dict[str, Any] = {"max_num_seqs": 1, "step_seconds": 0.01, "endless": True}
+NO_TOKEN: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**9, "step_seconds": 0.01}
 
 
 @asynccontextmanager
@@ -32,8 +37,9 @@ async def connected(
 ) -> AsyncIterator[EngineClient]:
     """Start a client of the engine at `address`, or of several, and close it at the end. `limits`: of admission."""
     defaults: dict[str, Any] = {"max_queued_requests": 4, "queue_timeout": 60.0, "request_timeout": 60.0}
-    client = EngineClient(
-        [EngineProcess(each, engine_pid) for each in ([address] if isinstance(address, str) else address)],
+    addresses = [address] if isinstance(address, str) else address
+    client = (EngineClient if len(addresses) == 1 else load_module("data_parallel", "client").GroupClient)(
+        [EngineProcess(each, engine_pid) for each in addresses],
         EngineOptions(step_timeout=step_timeout, can_restart=can_restart),
         limits=AdmissionLimits(**defaults | limits),
         metrics=metrics or Metrics("lightwell_", "m"),
@@ -88,3 +94,39 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float:
 def tokens(events: list[TokenEvent], index: int = 0) -> list[int]:
     """Return the token ids of one choice."""
     return [token_id for event in events if event.index == index for token_id in event.token_ids]
+
+
+async def begin(*streams: RequestStream) -> None:
+    """Wait until the engine has begun with requests."""
+    await until(lambda: all(stream.reservation.started is not None for stream in streams))
+
+
+class Engines:
+    """Engine processes at one address, and a client that can do without one for a while."""
+
+    def __init__(self, client: EngineClient, engine: MortalEngine) -> None:
+        self.client = client
+        self.engine = engine
+
+    async def lose(self) -> None:
+        """Kill the engine and wait until the client has noticed."""
+        self.engine.kill()
+        await until(lambda: self.client.engines[0].liveness._pidfd is None)
+
+    async def replace(self, **config: Any) -> None:
+        """Start another engine and tell the client."""
+        self.client.engines[0].engine_started(self.engine.replace(**({"max_num_seqs": 1} | config)))
+
+    async def run_and_wait(self) -> tuple[RequestStream, RequestStream]:
+        """Return the stream of a request that has tokens, and one of a request that waits. The engine must be SLOW."""
+        running = self.client.submit(request("running", max_tokens=100_000))
+        await until(lambda: running.choices[0].num_output_tokens)
+        return running, self.client.submit(request("waiting", n=2, max_tokens=5))
+
+
+@asynccontextmanager
+async def engines(address: str, options: dict[str, Any] | None = None, **config: Any) -> AsyncIterator[Engines]:
+    with MortalEngine(FakeEngineConfig(address=address)) as engine:
+        pid = engine.replace(**config)
+        async with ready(address, engine_pid=pid, can_restart=True, **(options or {})) as client:
+            yield Engines(client, engine)

@@ -87,9 +87,13 @@ class HostBudget:
         self.num_bytes = available_memory()  # to be measured before a model is loaded
 
     def room(self, settings: Settings, taken: int) -> Room:
-        """Return the memory for a model with these settings, while others have `taken` host memory."""
+        """Return the memory for a model with these settings, while others have `taken` host memory.
+
+        On GPUs, one for each rank, each takes the same part of the model.
+        """
         if is_on_host(settings):
             return Room(self.num_bytes, min(self.num_bytes - taken, available_memory()))
-        gpu = gpu_memory(_gpu_number(settings)) or GPUMemory(0, 0)
-        allowed = int(gpu.total * settings.gpu_memory_utilization)
-        return Room(allowed, min(allowed, gpu.free))
+        number, num_ranks = _gpu_number(settings), settings.tensor_parallel_size
+        gpus = [gpu_memory(number + rank) or GPUMemory(0, 0) for rank in range(num_ranks)]
+        allowed = int(min(gpu.total for gpu in gpus) * settings.gpu_memory_utilization)
+        return Room(num_ranks * allowed, num_ranks * min(allowed, *(gpu.free for gpu in gpus)))

@@ -11,11 +11,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.error_formats import ErrorFormats
 from server.http.errors import EngineDeadError
-from server.parts.workers.messages import Forget, Forward, NextPart, PartSent, RequestPart, ResponseEnd, ResponsePart
+from server.parts.workers import messages
 
 logger = logging.getLogger(__name__)
 
 DISCONNECT = {"type": "http.disconnect"}
+# What the coordinator needs of a scope.
+TEXT = ("http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
+TUPLES = ("headers", "client", "server")
 
 
 class ForwardedRequests:
@@ -26,18 +29,18 @@ class ForwardedRequests:
         self._send = send
         self._running: dict[int, _Run] = {}
 
-    def begin(self, message: Forward) -> None:
+    def begin(self, message: messages.Forward) -> None:
         self._running[message.number] = _Run(message, self._app, self._send, self._running)
 
-    def take_part(self, message: RequestPart) -> None:
+    def take_part(self, message: messages.RequestPart) -> None:
         if run := self._running.get(message.number):
             run.parts.put_nowait(message.message)
 
-    def part_sent(self, message: PartSent) -> None:
+    def part_sent(self, message: messages.PartSent) -> None:
         if run := self._running.get(message.number):
             run.sent.set()
 
-    def forget(self, message: Forget) -> None:
+    def forget(self, message: messages.Forget) -> None:
         """Let the application notice that the client has disconnected."""
         if run := self._running.get(message.number):
             run.is_gone = True
@@ -52,14 +55,16 @@ class ForwardedRequests:
 class _Run:
     """One forwarded request."""
 
-    def __init__(self, request: Forward, app: ASGIApp, send: Callable[[Any], None], running: dict[int, _Run]) -> None:
+    def __init__(
+        self, request: messages.Forward, app: ASGIApp, send: Callable[[Any], None], running: dict[int, _Run]
+    ) -> None:
         self.parts: asyncio.Queue[Message] = asyncio.Queue()
         self.sent = asyncio.Event()
         self.is_gone = False  # the client
         self._number = request.number
         self._app = app
         self._send = send
-        self.task = asyncio.create_task(self._answer(_scope(request)))
+        self.task = asyncio.create_task(self._answer(_scope(request.scope)))
         self.task.add_done_callback(lambda task: running.pop(self._number, None))
 
     async def _answer(self, scope: Scope) -> None:
@@ -67,15 +72,15 @@ class _Run:
             await self._app(scope, self._receive, self._send_part)
         except Exception:
             logger.exception("a forwarded request failed")
-            self._send(ResponseEnd(self._number, has_failed=True))
+            self._send(messages.ResponseEnd(self._number, has_failed=True))
         else:
-            self._send(ResponseEnd(self._number))
+            self._send(messages.ResponseEnd(self._number))
 
     async def _receive(self) -> Message:
         if self.is_gone:
             return DISCONNECT
         if self.parts.empty():
-            self._send(NextPart(self._number))
+            self._send(messages.NextPart(self._number))
         part = await self.parts.get()
         self.is_gone = self.is_gone or part["type"] == DISCONNECT["type"]
         return part
@@ -84,7 +89,7 @@ class _Run:
         if self.is_gone:
             return
         self.sent.clear()
-        self._send(ResponsePart(self._number, dict(part)))
+        self._send(messages.ResponsePart(self._number, dict(part)))
         await self.sent.wait()
 
 
@@ -94,19 +99,19 @@ class Forwarder:
     def __init__(self, send: Callable[[Any], None], next_number: Callable[[], int]) -> None:
         self._send = send
         self._next_number = next_number
-        self._running: dict[int, asyncio.Queue[NextPart | ResponsePart | ResponseEnd]] = {}
+        self._running: dict[int, asyncio.Queue[messages.OfForwarded]] = {}
         self._is_lost = False  # the coordinator
 
-    def on_message(self, message: NextPart | ResponsePart | ResponseEnd) -> None:
+    def on_message(self, message: messages.OfForwarded) -> None:
         """Take a message about a request; nobody may wait for it any more."""
-        if (messages := self._running.get(message.number)) is not None:
-            messages.put_nowait(message)
+        if (queue := self._running.get(message.number)) is not None:
+            queue.put_nowait(message)
 
     def fail(self) -> None:
         """End all requests with an error, and those that come, since the coordinator is lost."""
         self._is_lost = True
-        for number, messages in self._running.items():
-            messages.put_nowait(ResponseEnd(number, has_failed=True))
+        for number, queue in self._running.items():
+            queue.put_nowait(messages.ResponseEnd(number, has_failed=True))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request as the coordinator does.
@@ -116,20 +121,20 @@ class Forwarder:
         if self._is_lost:
             raise EngineDeadError
         number = self._next_number()
-        messages = self._running[number] = asyncio.Queue()
+        queue = self._running[number] = asyncio.Queue()
         reading: asyncio.Task[None] | None = None
         has_begun = False
-        self._send(_forward(number, scope))
+        self._send(messages.Forward(number, {name: scope.get(name) for name in TEXT + TUPLES}))
         try:
             while True:
-                match await messages.get():
-                    case NextPart() if reading is None or reading.done():
+                match await queue.get():
+                    case messages.NextPart() if reading is None or reading.done():
                         reading = asyncio.create_task(self._send_request_part(number, receive))
-                    case ResponsePart() as part:
+                    case messages.ResponsePart() as part:
                         has_begun = True
                         await send(part.message)
-                        self._send(PartSent(number))
-                    case ResponseEnd() as end:
+                        self._send(messages.PartSent(number))
+                    case messages.ResponseEnd() as end:
                         if end.has_failed and has_begun:
                             raise RuntimeError("the coordinator could not answer a request")
                         if end.has_failed:
@@ -139,10 +144,10 @@ class Forwarder:
             if reading is not None:
                 reading.cancel()
             del self._running[number]
-            self._send(Forget(number))
+            self._send(messages.Forget(number))
 
     async def _send_request_part(self, number: int, receive: Receive) -> None:
-        self._send(RequestPart(number, dict(await receive())))
+        self._send(messages.RequestPart(number, dict(await receive())))
 
 
 class ForwardingMiddleware:
@@ -165,36 +170,14 @@ class ForwardingMiddleware:
             await self._errors.response(error, scope)(scope, receive, send)
 
 
-def _forward(number: int, scope: Scope) -> Forward:
-    client, server = scope.get("client"), scope.get("server")
-    return Forward(
-        number=number,
-        http_version=scope["http_version"],
-        method=scope["method"],
-        scheme=scope["scheme"],
-        path=scope["path"],
-        raw_path=scope["raw_path"],
-        query_string=scope["query_string"],
-        root_path=scope["root_path"],
-        headers=[(bytes(name), bytes(value)) for name, value in scope["headers"]],
-        client=None if client is None else tuple(client),
-        server=None if server is None else tuple(server),
-    )
-
-
-def _scope(request: Forward) -> Scope:
+def _scope(fields: dict[str, Any]) -> Scope:
+    """Return the scope of a forwarded request, in which lists have been tuples before."""
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": request.http_version,
-        "method": request.method,
-        "scheme": request.scheme,
-        "path": request.path,
-        "raw_path": request.raw_path,
-        "query_string": request.query_string,
-        "root_path": request.root_path,
-        "headers": list(request.headers),
-        "client": request.client,
-        "server": request.server,
+        **fields,
+        "headers": [tuple(header) for header in fields["headers"]],
+        "client": fields["client"] and tuple(fields["client"]),
+        "server": fields["server"] and tuple(fields["server"]),
         "state": {},
     }

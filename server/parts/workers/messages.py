@@ -3,7 +3,7 @@
 Numbers are chosen by the worker, and are unique for its lifetime, unless said otherwise.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -145,20 +145,11 @@ class Cancelled(msgspec.Struct, frozen=True, tag=True):
     was_running: bool
 
 
-class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """An HTTP request that the coordinator is to answer: the fields of its ASGI scope."""
+class Forward(msgspec.Struct, frozen=True, tag=True):
+    """An HTTP request that the coordinator is to answer, with the fields of its ASGI scope that matter."""
 
     number: int
-    http_version: str
-    method: str
-    scheme: str
-    path: str
-    raw_path: bytes
-    query_string: bytes
-    root_path: str
-    headers: list[tuple[bytes, bytes]]
-    client: tuple[str, int] | None
-    server: tuple[str, int | None] | None
+    scope: dict[str, Any]
 
 
 class RequestPart(msgspec.Struct, frozen=True, tag=True):
@@ -236,26 +227,8 @@ class ResponseEnd(msgspec.Struct, frozen=True, tag=True):
     has_failed: bool = False
 
 
-FromWorker = (
-    Hello
-    | Submit
-    | Abort
-    | Reserve
-    | Refill
-    | Use
-    | Answered
-    | Release
-    | Admit
-    | Leave
-    | ReadRates
-    | TakeNumber
-    | Observe
-    | Recorded
-    | Cancelled
-    | Forward
-    | RequestPart
-    | PartSent
-    | Forget
-)
-ToWorker = Reply | Refused | Failed | Cancel | NextPart | ResponsePart | ResponseEnd
-FromCoordinator = Ready | LoadFailed | Outputs | Adapters | ToWorker
+Question: TypeAlias = Reserve | Refill | Admit | Leave | ReadRates | TakeNumber  # that a `Reply` answers
+Notice: TypeAlias = Use | Answered | Release | Observe | Recorded | Cancelled
+FromWorker: TypeAlias = Hello | Submit | Abort | Question | Notice | Forward | RequestPart | PartSent | Forget
+OfForwarded: TypeAlias = NextPart | ResponsePart | ResponseEnd
+FromCoordinator: TypeAlias = Ready | LoadFailed | Outputs | Adapters | Reply | Refused | Failed | Cancel | OfForwarded

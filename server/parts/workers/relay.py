@@ -36,31 +36,8 @@ from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.http.errors import APIError, EngineUnavailableError, ServerError
 from server.parts.recordings.store import Recordings
+from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import ForwardedRequests
-from server.parts.workers.messages import (
-    Admit,
-    Answered,
-    Cancel,
-    Cancelled,
-    ErrorFields,
-    Failed,
-    Forget,
-    Forward,
-    FromWorker,
-    Leave,
-    Observe,
-    PartSent,
-    ReadRates,
-    Recorded,
-    Refill,
-    Refused,
-    Release,
-    Reply,
-    RequestPart,
-    Reserve,
-    TakeNumber,
-    Use,
-)
 from server.tenants import Tenant
 
 logger = logging.getLogger(__name__)
@@ -71,7 +48,7 @@ CANCEL_SECONDS = 1.0  # for a worker to answer; it may have ended
 class WorkerConnection(EngineConnection):
     """The socket that a worker connects to."""
 
-    received = FromWorker
+    received = messages.FromWorker
 
     def _attach(self, socket: zmq.Socket[bytes], address: str) -> None:
         socket.bind(address)
@@ -114,24 +91,24 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._handlers: dict[type, Callable[[Any], None]] = {
             Hello: self._on_hello,
-            Reserve: self._on_reserve,
-            Refill: self._on_refill,
-            Use: self._on_use,
+            messages.Reserve: self._on_reserve,
+            messages.Refill: self._on_refill,
+            messages.Use: self._on_use,
             Submit: self._on_submit,
             Abort: self._on_abort,
-            Answered: self._on_answered,
-            Release: self._on_release,
-            Admit: self._on_admit,
-            Leave: self._on_leave,
-            ReadRates: self._on_read_rates,
-            TakeNumber: self._on_take_number,
-            Observe: self._on_observe,
-            Recorded: self._on_recorded,
-            Cancelled: self._on_cancelled,
-            Forward: self._forwarded.begin,
-            RequestPart: self._forwarded.take_part,
-            PartSent: self._forwarded.part_sent,
-            Forget: self._forwarded.forget,
+            messages.Answered: self._on_answered,
+            messages.Release: self._on_release,
+            messages.Admit: self._on_admit,
+            messages.Leave: self._on_leave,
+            messages.ReadRates: self._on_read_rates,
+            messages.TakeNumber: self._on_take_number,
+            messages.Observe: self._on_observe,
+            messages.Recorded: self._on_recorded,
+            messages.Cancelled: self._on_cancelled,
+            messages.Forward: self._forwarded.begin,
+            messages.RequestPart: self._forwarded.take_part,
+            messages.PartSent: self._forwarded.part_sent,
+            messages.Forget: self._forwarded.forget,
         }
 
     async def start(self) -> None:
@@ -165,7 +142,7 @@ class Relay:
         number = next(self._numbers)
         found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._cancels[number] = found
-        self._send(Cancel(number, request_id, owner))
+        self._send(messages.Cancel(number, request_id, owner))
         try:
             async with asyncio.timeout(CANCEL_SECONDS):
                 return await found
@@ -198,12 +175,11 @@ class Relay:
         """Say that a message has led to an error, if anybody waits for what it leads to."""
         if not isinstance(error, APIError):
             logger.error("a message of an API process cannot be used", exc_info=error)
-        fields = ErrorFields.of(error if isinstance(error, APIError) else ServerError())
-        match message:
-            case Submit():
-                self._send(Failed(message.request_id, fields))
-            case Reserve() | Refill() | Admit() | Leave() | ReadRates() | TakeNumber():
-                self._send(Reply(message.number, error=fields))
+        fields = messages.ErrorFields.of(error if isinstance(error, APIError) else ServerError())
+        if isinstance(message, Submit):
+            self._send(messages.Failed(message.request_id, fields))
+        elif isinstance(message, messages.Question):
+            self._send(messages.Reply(message.number, error=fields))
 
     # As an engine.
 
@@ -264,7 +240,7 @@ class Relay:
             raise EngineUnavailableError("The keys of the server are being read again. Please retry.")
         return Tenant(name=name, has_negative_priority=True, account=keys.everybody)
 
-    def _on_reserve(self, message: Reserve) -> None:
+    def _on_reserve(self, message: messages.Reserve) -> None:
         reservation = self._client.reserve(
             message.count, param=message.param, tenant=self._tenant(message.tenant), queue_timeout=message.queue_timeout
         )
@@ -272,14 +248,14 @@ class Relay:
         self._reservations[message.number] = reservation
         reservation.on_start = lambda: self._on_start(held)
         reservation.on_failure = lambda error: self._refuse_soon(message.number, error)
-        self._send(Reply(message.number))
+        self._send(messages.Reply(message.number))
 
     def _refuse_soon(self, number: int, error: APIError) -> None:
         """Say that a reservation has failed, after the events that its streams have not passed on yet."""
 
         def refuse() -> None:
             self._flush()
-            self._send(Refused(number, ErrorFields.of(error)))
+            self._send(messages.Refused(number, messages.ErrorFields.of(error)))
 
         asyncio.get_running_loop().call_soon(refuse)
 
@@ -287,17 +263,17 @@ class Relay:
         self._started += held.request_ids[:1]
         self._flush_soon()
 
-    def _on_refill(self, message: Refill) -> None:
+    def _on_refill(self, message: messages.Refill) -> None:
         if held := self._held.get(message.reservation):
             held.refill = self._run(self._refill(held.reservation, message))
 
-    async def _refill(self, reservation: Reservation, message: Refill) -> None:
+    async def _refill(self, reservation: Reservation, message: messages.Refill) -> None:
         try:
-            self._send(Reply(message.number, await self._client.refill(reservation, message.count)))
+            self._send(messages.Reply(message.number, await self._client.refill(reservation, message.count)))
         except Exception as error:
             self._fail(message, error)
 
-    def _on_use(self, message: Use) -> None:
+    def _on_use(self, message: messages.Use) -> None:
         self._uses[message.request_id] = self._held[message.reservation]
 
     def _on_submit(self, message: Submit) -> None:
@@ -328,11 +304,11 @@ class Relay:
         else:
             stream.abort_choice(message.index, message.reason)
 
-    def _on_answered(self, message: Answered) -> None:
+    def _on_answered(self, message: messages.Answered) -> None:
         if reservation := self._reservations.get(message.reservation):
             reservation.is_answered = True
 
-    def _on_release(self, message: Release) -> None:
+    def _on_release(self, message: messages.Release) -> None:
         if held := self._held.pop(message.reservation, None):
             if held.refill is not None:
                 held.refill.cancel()
@@ -340,37 +316,37 @@ class Relay:
 
     # What all API processes share.
 
-    def _on_admit(self, message: Admit) -> None:
+    def _on_admit(self, message: messages.Admit) -> None:
         tenant = self._tenant(message.tenant)
         try:
             tenant.account.begin()
         except APIError as error:
-            self._send(Reply(message.number, error=ErrorFields.of(error)))
+            self._send(messages.Reply(message.number, error=messages.ErrorFields.of(error)))
         else:
             self._admitted[message.number] = tenant
-            self._send(Reply(message.number))
+            self._send(messages.Reply(message.number))
 
-    def _on_leave(self, message: Leave) -> None:
+    def _on_leave(self, message: messages.Leave) -> None:
         if tenant := self._admitted.pop(message.number, None):
             tenant.account.num_running -= 1
-        self._send(Reply(message.number))
+        self._send(messages.Reply(message.number))
 
-    def _on_read_rates(self, message: ReadRates) -> None:
-        self._send(Reply(message.number, self._tenant(message.tenant).account.headers()))
+    def _on_read_rates(self, message: messages.ReadRates) -> None:
+        self._send(messages.Reply(message.number, self._tenant(message.tenant).account.headers()))
 
-    def _on_take_number(self, message: TakeNumber) -> None:
+    def _on_take_number(self, message: messages.TakeNumber) -> None:
         self._run(self._take_number(message))
 
-    async def _take_number(self, message: TakeNumber) -> None:
-        self._send(Reply(message.number, await self._context.ledger.take_number()))
+    async def _take_number(self, message: messages.TakeNumber) -> None:
+        self._send(messages.Reply(message.number, await self._context.ledger.take_number()))
 
-    def _on_observe(self, message: Observe) -> None:
+    def _on_observe(self, message: messages.Observe) -> None:
         getattr(self._context.metrics, message.method)(*message.arguments)
 
-    def _on_recorded(self, message: Recorded) -> None:
+    def _on_recorded(self, message: messages.Recorded) -> None:
         self._context.part(Recordings).add(message.recording())
 
-    def _on_cancelled(self, message: Cancelled) -> None:
+    def _on_cancelled(self, message: messages.Cancelled) -> None:
         if (found := self._cancels.get(message.number)) is not None:
             with suppress(asyncio.InvalidStateError):
                 found.set_result(message.was_running)

@@ -18,29 +18,8 @@ from server.engine_client.streams import EventInbox, RequestStream
 from server.http.errors import APIError, EngineDeadError
 from server.metrics import Metrics
 from server.parts.recordings.store import Recording, Recordings
+from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import Forwarder
-from server.parts.workers.messages import (
-    Admit,
-    Answered,
-    Cancel,
-    Cancelled,
-    Failed,
-    FromCoordinator,
-    Leave,
-    NextPart,
-    Observe,
-    ReadRates,
-    Recorded,
-    Refill,
-    Refused,
-    Release,
-    Reply,
-    Reserve,
-    ResponseEnd,
-    ResponsePart,
-    TakeNumber,
-    Use,
-)
 from server.running_requests import RunningRequests
 from server.settings.process_configs import EngineProcess
 from server.tenants import ANYBODY, Ledger, Tenant
@@ -51,7 +30,7 @@ NO_LIMIT = 1 << 30  # choices; the coordinator has one
 class CoordinatorConnection(EngineConnection):
     """The connection to the coordinator, which takes messages that are not an engine's."""
 
-    received = FromCoordinator
+    received = messages.FromCoordinator
 
     def __init__(self, address: str, take: Callable[[Any], bool], on_loss: Callable[[], None]) -> None:
         """`take` returns whether it has taken a message; `on_loss` is called when no more can come."""
@@ -95,7 +74,7 @@ class Coordinator:
     def send(self, message: Any) -> None:
         self.connection.send(message)
 
-    async def ask(self, message: Reserve | Refill | Admit | Leave | ReadRates | TakeNumber) -> Any:
+    async def ask(self, message: messages.Question) -> Any:
         """Send a message, and return the reply to it. Raises the APIError that the coordinator replies."""
         if not self.connection.is_open:
             raise EngineDeadError
@@ -109,24 +88,24 @@ class Coordinator:
     def _take(self, message: Any) -> bool:
         """Take a message unless it is an engine's."""
         match message:
-            case Reply():
+            case messages.Reply():
                 self._on_reply(message)
-            case Refused():
+            case messages.Refused():
                 if reservation := self.reservations.get(message.reservation):
                     reservation.fail(message.error.error())
-            case Failed():
+            case messages.Failed():
                 if stream := self.find_stream(message.request_id):
                     stream.fail(message.error.error())
-            case Cancel():
+            case messages.Cancel():
                 was_running = self._running.cancel(message.request_id, message.owner)
-                self.send(Cancelled(message.number, was_running))
-            case NextPart() | ResponsePart() | ResponseEnd():
+                self.send(messages.Cancelled(message.number, was_running))
+            case _ if isinstance(message, messages.OfForwarded):
                 self.forwarder.on_message(message)
             case _:
                 return False
         return True
 
-    def _on_reply(self, message: Reply) -> None:
+    def _on_reply(self, message: messages.Reply) -> None:
         reply = self._replies.get(message.number)
         if reply is None or reply.done():  # nobody waits for it
             return
@@ -153,11 +132,11 @@ class HeldReservation(Reservation):
 
     def release(self) -> None:
         super().release()
-        self._coordinator.send(Release(self.number))
+        self._coordinator.send(messages.Release(self.number))
 
     async def wait_for_start(self, seconds: float) -> None:
         await super().wait_for_start(seconds)
-        self._coordinator.send(Answered(self.number))
+        self._coordinator.send(messages.Answered(self.number))
 
 
 def _ignore(reservation: Reservation, change: int) -> None:
@@ -183,9 +162,9 @@ class WorkerClient(EngineClient):
         """Reserve capacity in the coordinator; see `Admission.reserve`."""
         reservation = HeldReservation(self._coordinator.next_number(), tenant, self._coordinator)
         try:
-            await self._coordinator.ask(Reserve(reservation.number, tenant.name, count, param, queue_timeout))
+            await self._coordinator.ask(messages.Reserve(reservation.number, tenant.name, count, param, queue_timeout))
         except asyncio.CancelledError:
-            self._coordinator.send(Release(reservation.number))
+            self._coordinator.send(messages.Release(reservation.number))
             raise
         reservation.add(count)
         return reservation
@@ -194,7 +173,7 @@ class WorkerClient(EngineClient):
         """Wait until the coordinator has capacity; see `Admission.refill`."""
         assert isinstance(reservation, HeldReservation)
         number = self._coordinator.next_number()
-        num_added: int = await self._coordinator.ask(Refill(number, reservation.number, count))
+        num_added: int = await self._coordinator.ask(messages.Refill(number, reservation.number, count))
         reservation.check()
         reservation.add(num_added)
         return num_added
@@ -206,7 +185,7 @@ class WorkerClient(EngineClient):
         assert isinstance(reservation, HeldReservation)
         self.ready_info()
         reservation.check()
-        self._coordinator.send(Use(reservation.number, message.request_id))
+        self._coordinator.send(messages.Use(reservation.number, message.request_id))
         return self.engines[0].streams.open(message, reservation, inbox=inbox)
 
 
@@ -219,7 +198,7 @@ class RemoteLedger(Ledger):
         self._records_requests = records_requests
 
     async def enter(self, tenant: Tenant) -> int:
-        message = Admit(self._coordinator.next_number(), tenant.name)
+        message = messages.Admit(self._coordinator.next_number(), tenant.name)
         if not tenant.account.rules:
             self._coordinator.send(message)
             return message.number
@@ -231,7 +210,7 @@ class RemoteLedger(Ledger):
         return message.number
 
     async def leave(self, tenant: Tenant, number: int) -> None:
-        message = Leave(number)
+        message = messages.Leave(number)
         if not tenant.account.rules and not self._records_requests:
             self._coordinator.send(message)
         else:  # the client's next request, through another process, must find that this one has ended
@@ -243,14 +222,14 @@ class RemoteLedger(Ledger):
             return {}
         try:
             headers: dict[str, str] = await self._coordinator.ask(
-                ReadRates(self._coordinator.next_number(), tenant.name)
+                messages.ReadRates(self._coordinator.next_number(), tenant.name)
             )
         except APIError:  # the answer is complete without them
             return {}
         return headers
 
     async def take_number(self) -> int:
-        number: int = await self._coordinator.ask(TakeNumber(self._coordinator.next_number()))
+        number: int = await self._coordinator.ask(messages.TakeNumber(self._coordinator.next_number()))
         return number
 
 
@@ -278,7 +257,7 @@ class RemoteMetrics(Metrics):
         self._observe("observe_http", handler, method, status, seconds)
 
     def _observe(self, method: str, *arguments: str | int | float) -> None:
-        self._coordinator.send(Observe(method, arguments))
+        self._coordinator.send(messages.Observe(method, arguments))
 
 
 class RemoteRecordings(Recordings):
@@ -290,4 +269,4 @@ class RemoteRecordings(Recordings):
 
     def add(self, recording: Recording) -> None:
         if self.end(recording) and not recording.is_abandoned:
-            self._coordinator.send(Recorded.of(recording))
+            self._coordinator.send(messages.Recorded.of(recording))

@@ -23,7 +23,7 @@ from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
 from server.parts.embeddings.schemas import EmbeddingRequest
 from server.parts.inspection.inspect import InspectRequest
-from server.parts.lora.schemas import LoadAdapterRequest
+from server.parts.lora.part import LoadAdapterRequest
 from server.parts.messages.schemas import CountTokensRequest, MessagesRequest
 from server.parts.ollama import schemas as ollama
 from server.parts.rerank.schemas import RerankRequest, ScoreRequest

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from engine.shared.messages import Abort, EngineInfo, FinishReason
+from engine.shared.messages import Abort, FinishReason
 from server.engine_client.admission import FIRST_OUTPUT, Admission, AdmissionLimits, WaitEstimate
 from server.engine_client.client import EngineClient
 from server.engine_client.reservation import Backlog, Reservation, Shares
@@ -87,20 +87,12 @@ async def test_a_request_that_takes_too_long_ends(fake_engine: FakeEngine) -> No
         await until(lambda: fake_engine.aborts == [Abort("r", reason=FinishReason.ERROR)])
 
 
-class BusyEngines:
-    """Engines that are ready, run one choice at a time, and have a long queue."""
-
-    info, dead_reason, max_num_seqs = ENGINE_INFO, None, 1
-
-    def ready_info(self) -> EngineInfo:
-        return self.info
-
-
 @pytest.mark.checklist("E11")
 async def test_a_request_that_would_wait_for_too_long_is_refused_at_once() -> None:
-    """Each request is 102 tokens of work, of which the engines compute 200 in a second."""
+    """Each request is 102 tokens of work, of which the engine, which runs one at a time, computes 200 in a second."""
     metrics = Metrics("lightwell_", "m")
-    admission = Admission(BusyEngines(), metrics, AdmissionLimits(max_queued_requests=100))
+    admission = Admission(metrics, AdmissionLimits(max_queued_requests=100))
+    admission.info, admission.max_num_seqs = ENGINE_INFO, 1
 
     def reserve(tenant: Tenant, queue_timeout: float) -> Reservation:
         return admission.reserve(1, param="n", tenant=tenant, queue_timeout=queue_timeout)

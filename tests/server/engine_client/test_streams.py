@@ -6,11 +6,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.shared.messages import Abort, FinishReason, LoadAdapter
+from engine.shared.messages import Abort, FinishReason
 from engine.shared.records import ReadQueue
 from server.engine_client.client import EngineClient
 from server.engine_client.streams import MAX_BATCH_EVENTS
-from server.http.errors import AdaptersBusyError, APIError, EngineDeadError, EngineUnavailableError, ServerError
+from server.http.errors import APIError, EngineDeadError, EngineUnavailableError, ServerError
 from tests.support.engine_clients import connected, read, read_error, ready, request, tokens, until
 from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine, FakeEngineConfig
 
@@ -164,16 +164,6 @@ async def test_an_answer_about_records_that_cannot_be_read(
         await client.engines[0].records.ask(ReadQueue(limit=1))
     fake_engine.resume()
     assert tokens(await read(stream)) == [*fake_engine.config.reply, EOS_TOKEN_ID]
-
-
-async def test_a_reply_about_an_adapter_that_cannot_be_read(client: EngineClient, fake_engine: FakeEngine) -> None:
-    fake_engine.config.max_loras, fake_engine.config.ignores_adapters = 1, True
-    change = asyncio.create_task(client.load_adapter("a", "p", replaces=False))
-    await until(lambda: any(isinstance(message, LoadAdapter) for message in fake_engine.received))
-    request_id = next(message.request_id for message in fake_engine.received if isinstance(message, LoadAdapter))
-    fake_engine.send_raw({"type": "AdapterDone", "request_id": request_id, "error": 1})
-    with pytest.raises(AdaptersBusyError):
-        await change
 
 
 async def test_an_engine_whose_first_message_cannot_be_read_is_dead(address: str) -> None:

@@ -58,7 +58,7 @@ def is_at_rest(server: RunningServer) -> bool:
 def test_a_stream_that_has_its_status_gets_an_error_event(server: RunningServer, threads: ThreadPoolExecutor) -> None:
     def all_have_their_status() -> bool:
         server.turn(MAX_HELD_SECONDS)
-        return all(request.is_answered for request in server.model.client._admission._shares.requests())
+        return all(request.is_answered for request in server.model.client._shares.requests())
 
     alice = []
     for number in range(CAPACITY):

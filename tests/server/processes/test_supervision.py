@@ -16,15 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from engine.shared import cpus
-from server.processes import supervised_engine
+from server.processes import supervised
 from server.processes.child_process import Child, child_environment
-from server.processes.cpu_shares import cpu_shares
 from server.processes.run_queue import Silence, cpu_waits, longest_wait
 from server.processes.stop_signals import ECHO_SECONDS, STOP_SIGNALS, StopSignals
 from server.processes.supervised import Crashes, SupervisedApi, SupervisedEngine
 from server.processes.supervisor_channel import EngineGone, EngineStarted, Heartbeat, make_channel
-from tests.support.cpu_topology import write_topology
 from tests.support.serving import wait_until
 from tests.support.turned_clock import TurnedClock
 
@@ -55,7 +52,7 @@ class Supervised:
 
 def test_threads_that_waited_for_a_cpu_may_have_ended_when_the_engine_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = iter([{1: 5.0, 2: 1.0}, {2: 1.5}])
-    monkeypatch.setattr(supervised_engine, "cpu_waits", lambda _: next(waits))
+    monkeypatch.setattr(supervised, "cpu_waits", lambda _: next(waits))
     it = Supervised()
     it.clock.time += 2.0
     it.engine.note_ready([0])
@@ -237,16 +234,6 @@ def test_sending_never_blocks_or_fails() -> None:
     assert api.receive() == [EngineGone(1, "x")]
     assert api.has_ended
     api.close()
-
-
-def test_each_engine_has_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_topology(tmp_path)
-    monkeypatch.setattr(cpus, "NODES", tmp_path)
-    monkeypatch.setattr(cpus, "TOPOLOGY", f"{tmp_path}/cpu{{}}/{{}}")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
-    nine = [[0], [4], [1], [5], [2], [6], [3], [7], [0]]
-    for shares in (list[list[int]]([[]]), [[0, 4, 1, 5], [2, 6, 3, 7]], nine):
-        assert [list(share) for share in cpu_shares(len(shares))] == shares
 
 
 CODE = "from server.processes.error_line import print_error; print_error('é', logger='a', log_format='human')"

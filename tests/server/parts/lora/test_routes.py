@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, Submit, UnloadAdapter
-from server.parts.lora import routes as adapters
+from server.parts.lora import part as adapters
 from server.tenants import Tenant
 from server.text.text_threads import TextThreads
 from tests.server.api.test_contract import ACTING

@@ -80,5 +80,6 @@ def test_the_room_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     memory._has_gpu.cache_clear()
     monkeypatch.setattr(memory, "gpu_memory", lambda number: GPUMemory(1000 * MIB, 600 * MIB))
     assert budget.room(Settings(device="cuda"), 0) == (900 * MIB, 600 * MIB)
-    assert budget.room(Settings(device="cuda", gpu_memory_utilization=0.5), 0) == (500 * MIB, 500 * MIB)
+    two = Settings(device="cuda", tensor_parallel_size=2, gpu_memory_utilization=0.5)
+    assert budget.room(two, 0) == (1000 * MIB, 1000 * MIB)
     memory._has_gpu.cache_clear()

@@ -145,7 +145,7 @@ def test_a_waiting_request_makes_room_for_a_tenant_of_the_other_process(
 
 def is_answered(coordinator: RunningServer) -> bool:
     """Return whether a client has the HTTP status of a request that has not ended, in either process."""
-    return any(each.is_answered for each in coordinator.model.client._admission._shares.requests())
+    return any(each.is_answered for each in coordinator.model.client._shares.requests())
 
 
 def has_begun(coordinator: RunningServer, num_tokens: float, stream: bool) -> bool:

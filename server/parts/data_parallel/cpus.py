@@ -7,12 +7,10 @@ from engine.shared.cpus import divide_cpus
 
 
 def cpu_shares(num_engines: int) -> Sequence[Collection[int]]:
-    """Return the CPUs on which each engine runs, of those that this process may use. None for a single engine: all.
+    """Return the CPUs on which each engine runs, of those that this process may use.
 
     `divide_cpus` says which stay together. If there are fewer CPUs than engines, engines share them.
     """
-    if num_engines == 1:
-        return [()]
     cpus = os.sched_getaffinity(0)
     parts = divide_cpus(cpus, min(num_engines, len(cpus)))
     return [parts[number % len(parts)] for number in range(num_engines)]

@@ -1,43 +1,27 @@
-"""Clients of several engines, and of one that is replaced: which one gets a request, and what the loss of one means."""
+"""Clients of several engines: which one gets a request, and what the loss of one means."""
 
 import asyncio
-import signal
+import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
-from typing import Any
+from contextlib import ExitStack
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from engine.shared import cpus
 from engine.shared.block_hashes import prefix_names, prefix_salt
-from engine.shared.messages import (
-    AdapterDone,
-    EngineStats,
-    FinishReason,
-    LoadFailed,
-    LoraAdapter,
-    Outputs,
-    Submit,
-    ToEngine,
-    UnloadAdapter,
-)
-from server.engine_client.adapters import LoadedAdapters
+from engine.shared.messages import AdapterDone, EngineStats, Outputs, Submit
 from server.engine_client.client import EngineClient
-from server.engine_client.liveness import CHECK_SECONDS
-from server.engine_client.streams import RequestStream
-from server.http.errors import (
-    AdapterLostError,
-    AdaptersBusyError,
-    EngineDeadError,
-    EngineUnavailableError,
-    QueueTimeoutError,
-)
-from server.metrics import Metrics
+from server.http.errors import AdaptersBusyError, EngineDeadError, EngineUnavailableError
+from server.parts.data_parallel.client import GroupClient
+from server.parts.data_parallel.cpus import cpu_shares
+from server.parts.lora.adapters import load_adapter, unload_adapter
 from server.tenants import Tenant
-from tests.support.engine_clients import connected, read, read_error, ready, request, sample, tokens, until
+from tests.support.cpu_topology import write_topology
+from tests.support.engine_clients import connected, read, read_error, ready, request, tokens, until
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, MortalEngine, make_adapter
 from tests.support.serving import own_address
-from tests.support.turned_loop import turn
 
 pytestmark = pytest.mark.anyio
 
@@ -80,6 +64,7 @@ async def cache(client: EngineClient, fake: FakeEngine, number: int, token_ids: 
 
 def chosen(client: EngineClient, message: Submit) -> tuple[int, int]:
     """Return the number of the engine for a request, and how many tokens it has cached."""
+    assert isinstance(client, GroupClient)
     engine, num_cached_tokens = client.choose(message)
     return engine.number, num_cached_tokens
 
@@ -163,7 +148,7 @@ async def test_a_lost_engine_does_not_touch_the_others(addresses: list[str], mor
         assert [engine.liveness.status for engine in client.engines] == ["ok", "restarting"]
         assert len(tokens(await read(client.submit(request("late", max_tokens=3))))) == 3
         with pytest.raises(EngineUnavailableError, match="being restarted"):
-            await client.load_adapter("a", "/a", replaces=False)
+            await load_adapter(client, "a", "/a", replaces=False)
         client.engines[1].engine_started(second.replace())
         await until(lambda: client.engines[1].liveness.is_ready)
         assert chosen(client, request("next")) == (1, 0)  # the other one is busy
@@ -256,22 +241,22 @@ async def test_an_engine_that_would_give_other_answers_is_not_used(addresses: li
 
 
 async def test_adapters_are_loaded_into_all_engines(client: EngineClient, fakes: list[FakeEngine]) -> None:
-    await client.load_adapter("sql", "/sql", replaces=False)
+    await load_adapter(client, "sql", "/sql", replaces=False)
     assert [fake.adapters for fake in fakes] == [["sql"], ["sql"]]
     assert list(client.adapters) == ["sql"]
     fakes[1].config.adapter_error = AdapterDone(request_id="", error="no room", is_temporary=True)
     with pytest.raises(AdaptersBusyError, match="no room"):
-        await client.load_adapter("chess", "/chess", replaces=False)
+        await load_adapter(client, "chess", "/chess", replaces=False)
     assert list(client.adapters) == ["sql"]
     assert fakes[0].adapters == ["sql"]
-    await client.unload_adapter("sql")
+    await unload_adapter(client, "sql")
     assert [fake.adapters for fake in fakes] == [[], []]
     assert client.adapters == {}
 
 
 async def test_an_engine_is_lost_while_it_loads_an_adapter(client: EngineClient, fakes: list[FakeEngine]) -> None:
     """The others unload it again."""
-    loading = asyncio.create_task(client.load_adapter("sql", "/sql", replaces=False))
+    loading = asyncio.create_task(load_adapter(client, "sql", "/sql", replaces=False))
     await asyncio.sleep(0)
     client.engines[1].liveness.mark_dead("a test")
     with pytest.raises(EngineDeadError):
@@ -282,7 +267,7 @@ async def test_an_engine_is_lost_while_it_loads_an_adapter(client: EngineClient,
 
 async def test_requests_go_to_an_engine_that_has_their_adapter(client: EngineClient, fakes: list[FakeEngine]) -> None:
     """While one is replaced, engines have different ones of the same name."""
-    await client.load_adapter("sql", "/sql", replaces=False)
+    await load_adapter(client, "sql", "/sql", replaces=False)
     old = client.adapters["sql"]
     client.engines[0].adapters.by_name["sql"] = new = msgspec.structs.replace(old, fingerprint="ab")
     assert client.adapters == {"sql": new}
@@ -304,250 +289,11 @@ async def test_what_only_one_engine_has_cannot_be_used(addresses: list[str]) -> 
             assert client.max_num_seqs == 8
 
 
-# One engine dies and is replaced by another one at the same address.
-
-
-SLOW: dict[str, Any] = {"max_num_seqs": 1, "step_seconds": 0.01, "endless": True}
-NO_TOKEN: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**9, "step_seconds": 0.01}
-
-
-class Engines:
-    """Engine processes at one address, and a client that can do without one for a while."""
-
-    def __init__(self, client: EngineClient, engine: MortalEngine) -> None:
-        self.client = client
-        self.engine = engine
-
-    async def lose(self) -> None:
-        """Kill the engine and wait until the client has noticed."""
-        self.engine.kill()
-        await until(lambda: self.client.engines[0].liveness._pidfd is None)
-
-    async def replace(self, **config: Any) -> None:
-        """Start another engine and tell the client."""
-        self.client.engines[0].engine_started(self.engine.replace(**({"max_num_seqs": 1} | config)))
-
-    async def run_and_wait(self) -> tuple[RequestStream, RequestStream]:
-        """Return the stream of a request that has tokens, and one of a request that waits. The engine must be SLOW."""
-        running = self.client.submit(request("running", max_tokens=100_000))
-        await until(lambda: running.choices[0].num_output_tokens)
-        return running, self.client.submit(request("waiting", n=2, max_tokens=5))
-
-
-@asynccontextmanager
-async def engines(address: str, options: dict[str, Any] | None = None, **config: Any) -> AsyncIterator[Engines]:
-    with MortalEngine(FakeEngineConfig(address=address)) as engine:
-        pid = engine.replace(**config)
-        async with ready(address, engine_pid=pid, can_restart=True, **(options or {})) as client:
-            yield Engines(client, engine)
-
-
-async def test_requests_without_a_token_survive(address: str) -> None:
-    metrics = Metrics("lightwell_", "m")
-    async with engines(address, {"metrics": metrics}, **SLOW) as both:
-        client = both.client
-        running, waiting = await both.run_and_wait()
-        await both.lose()
-        await read_error(running, EngineDeadError)
-        assert (client.is_healthy, client.is_alive, client.num_restarts) == (False, True, 1)
-        late = client.submit(request("late"))
-        assert client.num_in_flight == 3
-        assert (sample(metrics, "num_requests_waiting"), sample(metrics, "num_requests_running")) == (3, 0)
-        await both.replace()
-        events = await asyncio.gather(read(waiting), read(late))
-        assert bytes(tokens(events[0], 0)) == bytes(tokens(events[0], 1)) == b"Hello"
-        assert bytes(tokens(events[1])[:-1]) == b"Hello, world!"
-        assert client.is_healthy
-        assert client.num_in_flight == 0
-        assert sample(metrics, "engine_restarts_total") == 1
-        assert not client.died.is_set()
-
-
-async def begin(*streams: RequestStream) -> None:
-    """Wait until the engine has begun with requests."""
-    await until(lambda: all(stream.reservation.started is not None for stream in streams))
-
-
-@pytest.mark.checklist("E11", "F05")
-async def test_the_queue_timeout_goes_on_after_a_restart(address: str) -> None:
-    """It counts from the arrival until the next engine begins, also for what the lost engine had begun with."""
-    slow = NO_TOKEN | {"endless": True}
-    async with engines(address, {"queue_timeout": 500.0, "request_timeout": 1e9}, **slow) as both:
-        first, second = [both.client.submit(request(f"{number}", max_tokens=40)) for number in range(2)]
-        await begin(first)
-        await turn(400.0)
-        await both.lose()
-        assert first.reservation.started is None
-        await both.replace(**slow)
-        await begin(first)
-        await turn(200.0)
-        await read_error(second, QueueTimeoutError, match="500 seconds")
-        both.engine.config.num_prompt_steps = 0
-        assert len(tokens(await read(first))) == 40
-        both.engine.config.num_prompt_steps = 10**9
-        third = both.client.submit(request("third"))
-        await begin(third)
-        await turn(400.0)
-        await both.lose()
-        await turn(200.0)
-        await read_error(third, QueueTimeoutError)
-        assert both.client.num_in_flight == 0
-
-
-@pytest.mark.checklist("F05")
-async def test_a_request_that_engines_die_of_is_not_given_to_a_third(address: str) -> None:
-    """Those that only waited beside it are."""
-    async with engines(address, **NO_TOKEN) as both:
-        deadly, other = both.client.submit(request("deadly")), both.client.submit(request("other"))
-        await begin(deadly)
-        await both.lose()
-        assert deadly.waiting
-        await both.replace(**NO_TOKEN)
-        await begin(deadly)
-        await both.lose()
-        await read_error(deadly, EngineDeadError)
-        await both.replace()
-        assert bytes(tokens(await read(other))[:-1]) == b"Hello, world!"
-
-
-async def test_engines_that_die_or_fail_while_they_load(address: str) -> None:
-    """The supervisor decides how often another one is started."""
-    async with engines(address, **SLOW) as both:
-        _, waiting = await both.run_and_wait()
-        await both.lose()
-        for _ in range(2):
-            await both.replace(never_ready=True)
-            await both.lose()
-        both.client.engines[0]._on_message(LoadFailed("no memory"))
-        assert (both.client.is_restarting, both.client.num_restarts) == (True, 1)
-        await both.replace()
-        assert bytes(tokens(await read(waiting))) == b"Hello"
-        await both.lose()
-        assert both.client.num_restarts == 2
-
-
-async def test_a_request_that_ends_meanwhile_is_not_sent_again(address: str) -> None:
-    async with engines(address, **SLOW) as both:
-        running, waiting = await both.run_and_wait()
-        await both.lose()
-        waiting.close()
-        assert both.client.num_in_flight == 0
-        await both.replace()
-        await until(lambda: both.client.is_ready)
-        await read(both.client.submit(request("after")))
-        assert [submit.request_id for submit in both.engine.submits] == ["after"]
-        await read_error(running, EngineDeadError)
-
-
-async def test_an_engine_that_hangs_is_killed(address: str) -> None:
-    async with engines(address, {"step_timeout": 1.0}, **SLOW) as both:
-        running, waiting = await both.run_and_wait()
-        both.engine.hang()
-        while not both.client.is_restarting:
-            await turn(CHECK_SECONDS)
-            await asyncio.sleep(0.001)
-        assert both.engine.exit_code == -signal.SIGKILL
-        await read_error(running, EngineDeadError)
-        await both.replace()
-        assert bytes(tokens(await read(waiting))) == b"Hello"
-
-
-async def test_an_engine_with_other_properties_is_not_used(address: str) -> None:
-    async with engines(address, **SLOW) as both:
-        _, waiting = await both.run_and_wait()
-        await both.replace(max_model_len=100)
-        await read_error(waiting, EngineDeadError)
-        assert both.client.died.is_set()
-
-
-def with_adapter(adapter: LoraAdapter, request_id: str) -> Submit:
-    message = request(request_id, max_tokens=3)
-    return msgspec.structs.replace(message, lora_name=adapter.name, lora_fingerprint=adapter.fingerprint)
-
-
-async def test_adapters_are_loaded_again(address: str) -> None:
-    """Also if the engine that loads them dies meanwhile."""
-    chess = make_adapter("chess")
-    async with engines(address, adapters=[chess], max_loras=2, **SLOW) as both:
-        client = both.client
-        await client.unload_adapter("chess")
-        await client.load_adapter("go", "/go", False)
-        go = client.adapters["go"]
-        running, _ = await both.run_and_wait()
-        waiting = client.submit(with_adapter(go, "a"))
-        await both.lose()
-        assert client.adapters == {"go": go}
-        with pytest.raises(EngineUnavailableError, match="being restarted"):
-            await client.load_adapter("sql", "/sql", False)
-        late = client.submit(with_adapter(go, "b"))
-        await both.replace(max_loras=2, ignores_adapters=True)
-        await until(lambda: client.engines[0].adapters._changes)
-        client.drain()  # must not end the restart
-        assert client.is_restarting
-        client._admission.drain_requested.clear()
-        await both.replace(adapters=[chess], max_loras=2)
-        for stream in (waiting, late):
-            events = await read(stream)
-            assert events[-1].finish_reason is FinishReason.LENGTH
-        assert client.adapters == {"go": go}
-        await client.load_adapter("sql", "/sql", False)
-        assert list(client.adapters) == ["go", "sql"]
-        running.close()
-
-
-@pytest.mark.parametrize("is_temporary", [True, False])
-async def test_an_adapter_that_cannot_be_loaded_again(
-    address: str, is_temporary: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with engines(address, max_loras=2, **SLOW) as both:
-        client = both.client
-        await client.load_adapter("go", "/go", False)
-        running, waiting = await both.run_and_wait()
-        lost = client.submit(with_adapter(client.adapters["go"], "lost"))
-        await both.replace(  # without a turn of the event loop since the first one died
-            max_loras=2, adapter_error=AdapterDone(request_id="", error="no such file", is_temporary=is_temporary)
-        )
-        await read_error(running, EngineDeadError)
-        await read_error(lost, AdapterLostError, match="'go' could not be loaded again")
-        assert bytes(tokens(await read(waiting))) == b"Hello"
-        assert client.adapters == {}
-        assert "the LoRA adapter go is lost: no such file" in caplog.text
-
-
-# LoRA adapters that are loaded and unloaded.
-
-
-async def test_adapters_reported_before_the_engine_has_read_an_unload() -> None:
-    sent: list[ToEngine] = []
-    loaded = LoadedAdapters(sent.append)
-    chess, go = make_adapter("chess"), make_adapter("go")
-    loaded.update([chess])
-    unloading = loaded.unload("chess")
-    await asyncio.sleep(0)
-    loaded.update([chess, go])
-    assert list(loaded.by_name) == ["go"]
-    (message,) = sent
-    assert isinstance(message, UnloadAdapter)
-    loaded.finish(AdapterDone(request_id=message.request_id))
-    await unloading
-    loaded.update([go, chess])
-    assert list(loaded.by_name) == ["go", "chess"]  # loaded again by another process
-
-
-async def test_the_wait_for_an_adapter_may_end_before_its_result_comes(address: str) -> None:
-    with FakeEngine(FakeEngineConfig(address=address, max_loras=2)) as engine:
-        async with ready(address) as client:
-            loading = asyncio.create_task(client.load_adapter("go", "/go", False))
-            await asyncio.sleep(0)
-            loading.cancel()
-            await until(lambda: "go" in client.adapters)
-            await client.unload_adapter("go")
-            assert engine.adapters == []
-            loading = asyncio.create_task(client.load_adapter("go", "/go", False))
-            await asyncio.sleep(0)
-            client.fail_streams(EngineUnavailableError("over"))
-            with pytest.raises(EngineUnavailableError, match="over"):
-                await loading
-            await client.load_adapter("chess", "/chess", False)
-            assert list(client.adapters) == ["go", "chess"]
-            assert client.is_healthy
+def test_each_engine_has_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_topology(tmp_path)
+    monkeypatch.setattr(cpus, "NODES", tmp_path)
+    monkeypatch.setattr(cpus, "TOPOLOGY", f"{tmp_path}/cpu{{}}/{{}}")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    nine = [[0], [4], [1], [5], [2], [6], [3], [7], [0]]
+    for shares in ([[0, 4, 1, 5], [2, 6, 3, 7]], nine):
+        assert [list(share) for share in cpu_shares(len(shares))] == shares

@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, LoraAdapter, ToEngine, UnloadAdapter
+from server.engine_client.client import EngineClient
+from server.engine_client.connected_engine import ConnectedEngine, EngineAdapters
 from server.http.errors import AdapterNotFoundError, AdaptersBusyError, APIError, BadRequestError, InvalidValueError
 
 logger = logging.getLogger(__name__)
@@ -17,11 +19,11 @@ PARAMS = {AdapterField.NAME: "lora_name", AdapterField.PATH: "lora_path"}  # nam
 Change = LoadAdapter | UnloadAdapter
 
 
-class LoadedAdapters:
+class LoadedAdapters(EngineAdapters):
     """The adapters that the engine has reported as loaded, and the changes that callers wait for."""
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
-        self.by_name: dict[str, LoraAdapter] = {}
+        super().__init__(send)
         self._send = send
         self._changes: dict[str, tuple[Change, asyncio.Future[None]]] = {}  # by request_id
         self._is_restoring = False
@@ -113,3 +115,40 @@ def _error(change: Change, message: AdapterDone) -> APIError:
     if isinstance(change, UnloadAdapter) and message.field is AdapterField.NAME:
         return AdapterNotFoundError(change.name)
     return InvalidValueError(message.error, param=PARAMS[message.field])
+
+
+async def load_adapter(client: EngineClient, name: str, path: str, *, replaces: bool) -> None:
+    """Load an adapter into all engines of a model, or none; see `LoadedAdapters.load`.
+
+    If only some engines fail to replace one, all unload it. Raises EngineUnavailableError if no new work is accepted.
+    """
+    engines = _engines_to_change(client)
+    loads = [_adapters(engine).load(name, path, replaces=replaces) for engine in engines]
+    errors = [result for result in await asyncio.gather(*loads, return_exceptions=True) if result is not None]
+    client.adapters_changed()
+    if not errors:
+        return
+    if len(errors) < len(engines):
+        unloads = [_adapters(engine).unload(name) for engine in engines if engine.liveness.is_ready]
+        await asyncio.gather(*unloads, return_exceptions=True)
+    raise errors[0]
+
+
+async def unload_adapter(client: EngineClient, name: str) -> None:
+    """Unload an adapter; see `LoadedAdapters.unload`. Raises EngineUnavailableError if no new work is accepted."""
+    unloads = [_adapters(engine).unload(name) for engine in _engines_to_change(client)]
+    client.adapters_changed()
+    await asyncio.gather(*unloads)
+
+
+def _engines_to_change(client: EngineClient) -> Sequence[ConnectedEngine]:
+    """Return the engines that are left. Raises EngineUnavailableError unless all are ready."""
+    client.check_open()
+    for engine in client.alive:
+        engine.liveness.check_ready()
+    return client.alive
+
+
+def _adapters(engine: ConnectedEngine) -> LoadedAdapters:
+    assert isinstance(engine.adapters, LoadedAdapters)
+    return engine.adapters

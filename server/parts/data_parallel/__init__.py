@@ -1,0 +1,1 @@
+"""Data parallelism (--data-parallel-size): several engines with the same model, each with some of the requests."""
