@@ -7,10 +7,13 @@ reaches only the supervisor, and a child's subprocesses end with it.
 """
 
 import dataclasses
+import os
+import select
 import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -24,10 +27,9 @@ from msgspec.structs import replace
 
 from server.part_table import load_module
 from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
-from server.processes.error_line import print_error
 from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
 from server.processes.stop_signals import Clock, StopSignals
-from server.processes.supervised import SupervisedApi, SupervisedEngine, linked_configs
+from server.processes.supervised import SupervisedApi, SupervisedEngine
 from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
     Channel,
@@ -55,6 +57,8 @@ STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to fi
 DUMP_SECONDS = 0.5  # for API processes that hang to write the stacks of their threads
 ENDED = "its process has ended"
 ENDED_AT_SHUTDOWN = f"{ENDED}, and the server is shutting down"
+STDERR_FD = 2
+WRITE_SECONDS = 0.5  # for standard error to take a line
 SHOW_CURSOR = "\x1b[?25h"
 
 LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher")
@@ -378,10 +382,10 @@ def supervise(settings: Settings, commands: Commands | None = None, clock: Clock
 
 def _start_apis(supervisor: Supervisor, config: ApiProcessConfig, commands: Commands, folder: Path) -> list[Child]:
     """Start the API processes, first the coordinator. Return them."""
-    addresses = [api_address(folder, number) for number in range(1, config.settings.api_server_count)]
-    names = [f"API {number}" for number in range(1 + len(addresses))] if addresses else ["API"]
-    with linked_configs(config, addresses) as configs:
-        return [supervisor.start_api(name, commands.api, each) for name, each in zip(names, configs, strict=True)]
+    if config.settings.api_server_count == 1:
+        return [supervisor.start_api("API", commands.api, config)]
+    with load_module("workers", "links").linked_configs(config, folder) as configs:
+        return [supervisor.start_api(f"API {number}", commands.api, each) for number, each in enumerate(configs)]
 
 
 def _add_engines(
@@ -451,6 +455,12 @@ def ipc_address(folder: Path, number: int) -> str:
     return f"ipc://{folder}/engine-{number}.sock"
 
 
-def api_address(folder: Path, number: int) -> str:
-    """Return the ZeroMQ address at which the coordinator listens for another API process."""
-    return f"ipc://{folder}/api-{number}.sock"
+def print_error(message: str, *, logger: str, log_format: str) -> None:
+    """Write a line to standard error, unless nothing reads it, or it cannot be written (a full disk, say)."""
+    line = f"lightwell: error: {message}"
+    if log_format == "json":
+        record = {"time": time.time(), "level": "error", "logger": logger, "message": message}
+        line = msgspec.json.encode(record).decode()
+    with suppress(OSError):
+        if select.select([], [STDERR_FD], [], WRITE_SECONDS)[1]:
+            os.write(STDERR_FD, line.encode("utf-8", "backslashreplace") + b"\n")

@@ -1,16 +1,11 @@
 """The processes that the supervisor runs: when an API process hangs, and when another engine takes the place of one."""
 
-import socket
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-
-from msgspec.structs import replace
+from collections.abc import Callable, Container, Sequence
 
 from server.processes.child_process import Child, SupervisorError
 from server.processes.run_queue import MAX_WAIT_FACTOR, Silence, cpu_waits
 from server.processes.stop_signals import Clock
 from server.processes.supervisor_channel import HEARTBEAT_SECONDS, Channel, Message
-from server.settings.process_configs import ApiProcessConfig, WorkerLink
 
 MISSED_HEARTBEATS = 3  # tolerated on top of --step-timeout
 
@@ -52,22 +47,6 @@ class SupervisedApi:
             self._overdue.seconds > MISSED_HEARTBEATS * HEARTBEAT_SECONDS
             or self._overdue.total > MAX_WAIT_FACTOR * self.silence_limit
         )
-
-
-@contextmanager
-def linked_configs(config: ApiProcessConfig, addresses: Sequence[str]) -> Iterator[list[ApiProcessConfig]]:
-    """Yield the configurations of the coordinator and of a worker for each address, linked by pairs of sockets.
-
-    The sockets are open until the end, for the processes to inherit.
-    """
-    with ExitStack() as stack:
-        links, workers = [], []
-        for address in addresses:
-            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            of_coordinator, of_worker = (stack.enter_context(end).fileno() for end in ends)
-            links.append(WorkerLink(address, of_coordinator))
-            workers.append(replace(config, coordinator=WorkerLink(address, of_worker)))
-        yield [replace(config, workers=tuple(links)), *workers]
 
 
 class SupervisedEngine:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import httpx
 import msgspec
 
-from server.processes.supervised import linked_configs
+from server.part_table import load_module
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
+from server.sockets.socket_folder import SocketFolder
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, fake_engine_process
 from tests.support.server_process import free_port
-from tests.support.serving import api_config, own_address, wait_until
+from tests.support.serving import api_config, wait_until
 
 COMMAND = [sys.executable, "-m", "server.main"]
 SECONDS = 60.0  # for hangs only
@@ -129,9 +130,10 @@ def api_process(
             ("tiny",),
             supervisor_fd=supervisor_fd,
         )
-        addresses = [stack.enter_context(own_address()) for _ in range(num_workers)]
         processes = []
-        with linked_configs(config, addresses) as configs:
+        sockets = stack.enter_context(closing(SocketFolder())).path
+        linked = load_module("workers", "links").linked_configs if num_workers else lambda *_: nullcontext([config])
+        with linked(config, sockets) as configs:
             for number, each in enumerate(configs):
                 log = folder / f"api-{number}.log"
                 processes.append(start_process(each, log, redirection=redirection, **(environment or {})))

@@ -20,9 +20,7 @@ from server.settings.process_configs import EngineProcess
 from tests.support.fake_engine import FakeEngineConfig, MortalEngine
 
 PROMPT = list(b"hi")
-# Engines that are slow, or come to no token:
 SLOW: dict[str, Any] = {"max_num_seqs": 1, "step_seconds": 0.01, "endless": True}
-NO_TOKEN: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**9, "step_seconds": 0.01}
 
 
 @asynccontextmanager
@@ -94,11 +92,6 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float:
 def tokens(events: list[TokenEvent], index: int = 0) -> list[int]:
     """Return the token ids of one choice."""
     return [token_id for event in events if event.index == index for token_id in event.token_ids]
-
-
-async def begin(*streams: RequestStream) -> None:
-    """Wait until the engine has begun with requests."""
-    await until(lambda: all(stream.reservation.started is not None for stream in streams))
 
 
 class Engines:

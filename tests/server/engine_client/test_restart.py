@@ -2,28 +2,21 @@
 
 import asyncio
 import signal
+from typing import Any
 
 import pytest
 
 from engine.shared.messages import LoadFailed
 from server.engine_client.liveness import CHECK_SECONDS
+from server.engine_client.streams import RequestStream
 from server.http.errors import EngineDeadError, QueueTimeoutError
 from server.metrics import Metrics
-from tests.support.engine_clients import (
-    NO_TOKEN,
-    SLOW,
-    begin,
-    engines,
-    read,
-    read_error,
-    request,
-    sample,
-    tokens,
-    until,
-)
+from tests.support.engine_clients import SLOW, engines, read, read_error, request, sample, tokens, until
 from tests.support.turned_loop import turn
 
 pytestmark = pytest.mark.anyio
+
+NO_TOKEN: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**9, "step_seconds": 0.01}
 
 
 async def test_requests_without_a_token_survive(address: str) -> None:
@@ -45,6 +38,11 @@ async def test_requests_without_a_token_survive(address: str) -> None:
         assert client.num_in_flight == 0
         assert sample(metrics, "engine_restarts_total") == 1
         assert not client.died.is_set()
+
+
+async def begin(*streams: RequestStream) -> None:
+    """Wait until the engine has begun with requests."""
+    await until(lambda: all(stream.reservation.started is not None for stream in streams))
 
 
 @pytest.mark.checklist("E11", "F05")

@@ -236,7 +236,7 @@ def test_sending_never_blocks_or_fails() -> None:
     api.close()
 
 
-CODE = "from server.processes.error_line import print_error; print_error('é', logger='a', log_format='human')"
+CODE = "from server.supervisor import print_error; print_error('é', logger='a', log_format='human')"
 
 
 def test_a_full_disk_and_a_reader_that_has_gone_are_no_errors() -> None:
