@@ -123,14 +123,14 @@ class RequestStream:
         inbox, choice = self.inbox, (self._prompt, index)
         inbox.events = deque(each for each in inbox.events if (each.prompt, each.event.index) != choice)
         if not self.choices[index].has_ended:
-            self.observer.on_abort(Abort(self.request_id, index, reason))
+            self.observer.send(Abort(self.request_id, index, reason))
             self._end(index, reason, time.monotonic())
 
     def abort(self, reason: FinishReason) -> None:
         """End the choices that still run, in the engine too. Unread events can still be read."""
         if not self.num_open:
             return
-        self.observer.on_abort(Abort(self.request_id, reason=reason))
+        self.observer.send(Abort(self.request_id, reason=reason))
         now = time.monotonic()
         for index, stats in enumerate(self.choices):
             if not stats.has_ended:
@@ -184,7 +184,7 @@ class OpenStreams:
 
     def __init__(self, send: Callable[[ToEngine], None], admission: Admission, metrics: EngineMetrics) -> None:
         self.load = 0.0  # tokens that the requests are expected to take, more or less
-        self._send = send
+        self.send = send
         self._admission = admission
         self._metrics = metrics
         self._streams: dict[str, RequestStream] = {}
@@ -210,7 +210,7 @@ class OpenStreams:
     def adopt(self, stream: RequestStream, message: Submit, num_cached_tokens: int = 0) -> None:
         """Send the request of a stream that has no event yet, also one that another engine was to compute."""
         assert message.request_id not in self._streams
-        self._send(message)
+        self.send(message)
         self._streams[message.request_id] = stream
         stream.observer = self
         for index, stats in enumerate(stream.choices):
@@ -290,11 +290,7 @@ class OpenStreams:
             if message.lora_name and (adapter is None or adapter.fingerprint != message.lora_fingerprint):
                 stream.fail(AdapterLostError(message.lora_name))
             else:
-                self._send(message)
-
-    def on_abort(self, message: Abort) -> None:
-        """End a choice, or the whole request, in the engine."""
-        self._send(message)
+                self.send(message)
 
     def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
         """Handle the first event of a choice."""
