@@ -35,7 +35,7 @@ async def test_adapters_are_loaded_again(address: str) -> None:
             await load_adapter(client, "sql", "/sql", replaces=False)
         late = client.submit(with_adapter(go, "b"))
         await both.replace(max_loras=2, ignores_adapters=True)
-        await until(lambda: client.engines[0].adapters._changes)
+        await until(lambda: client.engines[0].adapters._changes)  # type: ignore[attr-defined]
         client.drain()  # must not end the restart
         assert client.is_restarting
         client.drain_requested.clear()
