@@ -17,9 +17,8 @@ from server.constrained.constraints import Constraint, ConstraintBuilder, has_un
 from server.constrained.json_schema import normalize_schema
 from server.constrained.messages import ConstrainedFields
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, followed_tools, must_call
-from server.text.parsers.answer_parser import AnswerFormat
+from server.text.parsers.answer_parser import AnswerFormat, ReasoningTags
 from server.text.parsers.markers import ANYTHING, MarkerWriter, escape_regex, literal
-from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import ID, INDEX, NAME, SLOTS, ObjectCall, ToolFormat, UnsupportedSchemaError
 from server.text.parsers.tool_parser import begin_markers
 

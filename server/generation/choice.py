@@ -247,7 +247,7 @@ class ChoiceParser:
         parts = self._parser.push(text)
         self._write_all(parts, delta)
         if not parts:
-            return None if self._parser.is_holding else False  # False: a tag, or line breaks next to one
+            return None if self._parser.num_held else False  # False: a tag, or line breaks next to one
         return any(part.kind is PartKind.CONTENT for part in parts)
 
     def finish(self, delta: ChoiceDelta) -> None:

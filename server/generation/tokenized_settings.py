@@ -12,7 +12,7 @@ from server.models.served_model import ServedModel
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.samplers import SamplingFields
 from server.settings.sampling_parameters import PARAMETERS
-from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.answer_parser import ReasoningTags
 from server.text.token_sequences import word_sequences
 
 PARAM = "thinking_token_budget"

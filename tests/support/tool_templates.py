@@ -100,6 +100,9 @@ WITHOUT_CALLS = {
     *("HuggingFaceTB-SmolLM3-3B", "LFM2-8B-A1B", "Phi-4-mini", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B"),
     *("fireworks-ai-llama-3-firefunction-v2", "ibm-granite-granite-3.3-2B-Instruct", "llama-cpp-rwkv-world"),
 }
+HERMES, LLAMA3 = (load_template(name).tool_format for name in ("Qwen-Qwen3-0.6B", "meta-llama-Llama-3.2-3B-Instruct"))
+_OF_MISTRAL = ("mistralai-Mistral-Nemo-Instruct-2407", "unsloth-mistral-Devstral-Small-2507")
+MISTRAL, MISTRAL_NAMES = (load_template(name).tool_format for name in _OF_MISTRAL)
 WITH_CALLS = [name for name in NAMES if name not in WITHOUT_CALLS]
 # One template of each kind of arguments: as JSON, between tags, as literals and nested. The details of all the others
 # are for `make test-long`.

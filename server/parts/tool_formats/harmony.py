@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from server.text.parsers.answer_parser import AnswerFormat
+from server.text.parsers.answer_parser import AnswerFormat, ReasoningTags
 from server.text.parsers.answer_parts import AnswerPart, PartKind, PieceReader
 from server.text.parsers.json_arguments import JSONScanner
 from server.text.parsers.markers import Markers, MarkerWriter
-from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import ToolFormat
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -117,11 +116,6 @@ class HarmonyParser(PieceReader):
     @property
     def is_reasoning(self) -> bool:
         return self._state == self._body and self._kind is PartKind.REASONING
-
-    @property
-    def is_holding(self) -> bool:
-        """True if text is held back because its part is not determined yet."""
-        return bool(self.unread)
 
     @property
     def num_held(self) -> int:

@@ -12,7 +12,7 @@ from server.parts.tool_formats.grammar import ArgumentGrammar, Property, listed_
 from server.text.parsers.answer_parts import PieceReader
 from server.text.parsers.call_reader import UNDECIDED
 from server.text.parsers.markers import Markers, MarkerWriter, literal
-from server.text.parsers.tool_formats import KEY, Arguments, Schema, ToolFormat
+from server.text.parsers.tool_formats import KEY, Arguments, Schema
 
 MAX_WORD_CHARS = 512
 _WORD = re.compile(r"""[^\s,:=(){}\[\]"'<]*""")
@@ -57,17 +57,6 @@ class LiteralArguments(Arguments, msgspec.Struct, frozen=True, tag=True):
 
 PYTHON = LiteralArguments(("'", '"'), "=", ")", words=("True", "False", "None"))
 GEMMA = LiteralArguments(('<|"|>',), ":", "}", separator=",", has_escapes=False)
-PYTHONIC = ToolFormat(
-    "pythonic",
-    start="[",
-    before_name="",
-    after_name="(",
-    after_arguments=")",
-    separator=", ",
-    end="]",
-    arguments=PYTHON,
-    is_bare=True,
-)
 
 
 class LiteralArgumentsReader(PieceReader):

@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
 
 from server.parts.tool_formats.harmony import ANALYSIS_TAGS, HARMONY_FORMAT, HarmonyFormat, convert
-from server.parts.tool_formats.literals import GEMMA, PYTHON, PYTHONIC, LiteralArguments
+from server.parts.tool_formats.literals import GEMMA, PYTHON, LiteralArguments
 from server.parts.tool_formats.tags import TaggedArguments
-from server.text.parsers.tool_formats import KEY
+from server.text.parsers.tool_formats import KEY, ToolFormat
 from server.text.templates.syntaxes import FIRST, KEYS, LAST, TYPES, AnswerSyntax, FoundCall, ToolSyntax
 from server.text.templates.tool_probe import common_prefix
 
@@ -102,7 +101,16 @@ TOOL_SYNTAXES = (
         announced=(
             (
                 "<|tool_list_start|>",
-                replace(PYTHONIC, name="lfm2", start="<|tool_call_start|>[", end="]<|tool_call_end|>", is_bare=False),
+                ToolFormat(
+                    "lfm2",
+                    start="<|tool_call_start|>[",
+                    before_name="",
+                    after_name="(",
+                    after_arguments=")",
+                    separator=", ",
+                    end="]<|tool_call_end|>",
+                    arguments=PYTHON,
+                ),
             ),
         ),
         find=find_literals,

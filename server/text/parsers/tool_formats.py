@@ -153,30 +153,3 @@ def split_text(text: str) -> list[str]:
 GENERIC = ToolFormat(
     "generic", start="[", separator=", ", end="]", is_bare=True, triggers=("<tool_call>",), closers=("</tool_call>",)
 )
-
-HERMES = ToolFormat("hermes", before_name='<tool_call>\n{"name": "', after_arguments="}\n</tool_call>", separator="\n")
-LLAMA3 = ToolFormat(
-    "llama3",
-    after_name='", "parameters": ',
-    separator="; ",
-    arguments=ObjectCall(arguments_key="parameters"),
-    is_bare=True,
-    triggers=("<|python_tag|>",),
-)
-MISTRAL = ToolFormat(
-    "mistral",
-    start="[TOOL_CALLS][",
-    separator=", ",
-    end="]",
-    name_ends=("[ARGS]", f"[CALL_ID]{ID}[ARGS]", ""),
-    id_length=9,
-)
-MISTRAL_NAMES = ToolFormat(
-    "mistral_names",
-    before_name="[TOOL_CALLS]",
-    after_name="[ARGS]",
-    after_arguments="",
-    arguments=JSONArguments(),
-    name_ends=(f"[CALL_ID]{ID}[ARGS]", ""),
-    id_length=9,
-)

@@ -55,13 +55,8 @@ class ToolParser(PieceReader):
         return self._reader is None or not self._reader.is_open
 
     @property
-    def is_holding(self) -> bool:
-        """True if text is held back because its part is not determined yet."""
-        return self.num_held > 0
-
-    @property
     def num_held(self) -> int:
-        """Number of characters held back."""
+        """Number of characters held back because their part is not determined yet."""
         in_reader = 0 if self._reader is None else self._reader.num_held
         return len(self.unread) + self._held.num_chars + in_reader
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.shared.parts import MissingPartError
-from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.answer_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
 from server.text.templates.renderer import Renderer, TemplateLimitError

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.answer_parser import ReasoningTags
 from server.text.parsers.tool_formats import split_text
 from server.text.templates.syntaxes import CONTENT, NAMES
 from server.text.templates.tool_probe import (

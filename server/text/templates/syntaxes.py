@@ -15,18 +15,8 @@ import msgspec
 
 from engine.shared.parts import MissingPartError
 from server.part_table import load_module, why_missing
-from server.text.parsers.answer_parser import AnswerFormat
-from server.text.parsers.reasoning_parser import ReasoningTags
-from server.text.parsers.tool_formats import (
-    ID,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_NAMES,
-    Arguments,
-    JSONArguments,
-    ObjectCall,
-    ToolFormat,
-)
+from server.text.parsers.answer_parser import AnswerFormat, ReasoningTags
+from server.text.parsers.tool_formats import ID, Arguments, JSONArguments, ObjectCall, ToolFormat
 
 PART = "tool_formats"
 
@@ -142,7 +132,7 @@ JSON_SYNTAXES = (
         kind=ObjectCall,
         name="json",
         families=(
-            ("[TOOL_CALLS]", "mistral", {"name_ends": MISTRAL.name_ends}),
+            ("[TOOL_CALLS]", "mistral", {"name_ends": ("[ARGS]", f"[CALL_ID]{ID}[ARGS]", "")}),
             ("<tool_call>", "hermes", {}),
             ("<tool_calls>", "tool_calls", {}),
             ("<TOOLCALL>", "nemotron", {}),
@@ -155,7 +145,7 @@ JSON_SYNTAXES = (
             (
                 '"parameters"',
                 "llama3",
-                {"triggers": LLAMA3.triggers, "separator": "; ", "is_bare": True, "several": True},
+                {"triggers": ("<|python_tag|>",), "separator": "; ", "is_bare": True, "several": True},
             ),
         ),
         announced=(
@@ -169,7 +159,7 @@ JSON_SYNTAXES = (
         kind=JSONArguments,
         name="named_json",
         families=(
-            ("[TOOL_CALLS]", "mistral_names", {"name_ends": MISTRAL_NAMES.name_ends}),
+            ("[TOOL_CALLS]", "mistral_names", {"name_ends": (f"[CALL_ID]{ID}[ARGS]", "")}),
             ("<｜tool▁call▁begin｜>", "deepseek", {}),
             ("<|tool_call_begin|>", "kimi_k2", {}),
             ("<|tools_prefix|>", "apertus", {}),

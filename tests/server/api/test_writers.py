@@ -26,14 +26,13 @@ from server.parts.responses.store import StoredResponse
 from server.parts.responses.writer import ResponseWriter
 from server.schemas.answers import PromptTokensDetails, RequestTimings, StageSeconds, Usage
 from server.text.choice_text import ChoiceText
-from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
-from server.text.parsers.reasoning_parser import ReasoningTags
-from server.text.parsers.tool_formats import HERMES
+from server.text.parsers.answer_parser import AnswerFormat, AnswerParser, ReasoningTags
 from server.text.tokenizer import Tokenizer
 from tests.server import dialects
 from tests.support.clients import MINIMAL, RESPONSES
 from tests.support.deltas import NO_LOGPROBS, content, delta, reasoning_part
 from tests.support.growth import num_calls
+from tests.support.tool_templates import HERMES
 
 EOS = 256
 USAGE = Usage(10, 5, 15, PromptTokensDetails(4))

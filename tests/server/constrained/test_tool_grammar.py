@@ -11,16 +11,15 @@ from server.constrained.constraints import COMPACT
 from server.constrained.tool_grammar import tool_grammar
 from server.part_table import is_installed, load_module
 from server.schemas.tools import Tool, ToolChoice
-from server.text.parsers import tool_formats
-from server.text.parsers.answer_parser import AnswerFormat
-from server.text.parsers.reasoning_parser import ReasoningTags
-from server.text.parsers.tool_formats import GENERIC, HERMES, LLAMA3, ToolFormat
+from server.text.parsers.answer_parser import AnswerFormat, ReasoningTags
+from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.tokenizer import Tokenizer
 from tests.support.grammars import allows
 from tests.support.harmony import MARKERS
 from tests.support.parsing import read_answer
 from tests.support.tiny_tokenizer_model import write_tiny_model
 from tests.support.tool_model import TAGS
+from tests.support.tool_templates import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES
 
 HARMONY: ToolFormat | None = None
 if is_installed("tool_formats"):
@@ -104,7 +103,7 @@ def write(format: ToolFormat, *calls: tuple[str, str]) -> str:
     return text if format is GENERIC and len(calls) == 1 else format.start + text + format.end
 
 
-JSON = (HERMES, LLAMA3, tool_formats.MISTRAL, tool_formats.MISTRAL_NAMES, GENERIC)
+JSON = (HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, GENERIC)
 FORMATS = pytest.mark.parametrize("format", [*JSON, *([HARMONY] if HARMONY else [])], ids=lambda f: f.name)
 WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
 REQUIRED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [WEATHER]}}

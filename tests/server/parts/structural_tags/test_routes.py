@@ -60,7 +60,6 @@ FORMATS: list[tuple[Fields, list[str], list[str]]] = [
     (separated(), ["", "<f1>3</f>", "<f1>3</f>, <f2></f>"], [" ", "<f1>3</f>, ", "<f1>3</f><f1>3</f>"]),
     (separated(at_least_one=True, stop_after_first=True), ["<f1>3</f>"], ["", "<f1>3</f>, <f1>3</f>"]),
     ({"type": "optional", "content": F2}, ["", "<f2>q</f>"], ["<f2>", "q"]),
-    (parts("sequence", {"type": "optional", "content": F2}, text("b")), ["b", "<f2></f>b"], ["", "<f2></f>"]),
     ({"type": "plus", "content": parts("or", text("a"), F1)}, ["a", "a<f1>1</f>a"], ["", "b"]),
     (parts("sequence", {"type": "star", "content": text("ab")}, text("x")), ["x", "ababx"], ["ab", "abaxx"]),
     (parts("sequence", F2, text("\n\n"), triggered()), ["<f2>Hm.</f>\n\nSo <f1>3</f>"], ["<f2>Hm.</f>So"]),
@@ -69,7 +68,6 @@ FORMATS: list[tuple[Fields, list[str], list[str]]] = [
 # Markers with special tokens, as many models have for tool calls.
 SPECIAL: list[tuple[Fields, list[str], list[str]]] = [
     (tag("<|im_start|>a\n", ANY, "<|im_end|>"), ["<|im_start|>a\nb<|im_end|>"], ["a\nb", "<|im_start|>b<|im_end|>"]),
-    (tag("<x>", ANY, "</x>\n<|im_end|>"), ["<x>q</x>\n<|im_end|>"], ["<x>q<|im_end|>", "<x>q</x>"]),
     (tag("a<|im_start|>", ANY, "b<|im_end|>"), ["a<|im_start|>qb<|im_end|>"], ["a<|im_start|>q<|im_end|>"]),
     (
         triggered(triggers=["<|im_start|>"], tags=[tag("<|im_start|>f ", NUMBER, "<|im_end|>")]),

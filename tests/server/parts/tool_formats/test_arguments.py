@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.parts.tool_formats.argument_schema import JSON_TYPES, MAX_KEYS, MAX_STEPS, ArgumentSchema, KeyNames, to_json
-from server.parts.tool_formats.literals import GEMMA, PYTHON, PYTHONIC, LiteralArguments
+from server.parts.tool_formats.literals import GEMMA, PYTHON, LiteralArguments
 from server.parts.tool_formats.tags import TaggedArguments, nested_to_json
 from server.text.parsers.call_reader import MAX_HEAD_CHARS
 from server.text.parsers.tool_formats import KEY, ToolFormat
 from tests.server.text.parsers import test_tool_parser
 from tests.support.growth import num_calls
 from tests.support.parsing import cut
+from tests.support.tool_templates import load_template
 
 PADDED = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
 GLM = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
@@ -361,6 +362,7 @@ def test_what_is_converted_is_json() -> None:
             json.loads(to_json(text, types))
 
 
+PYTHONIC = load_template("Llama-pythonic").tool_format
 QWEN = ToolFormat("", before_name="<tool_call>\n<function=", after_name=">\n", arguments=PADDED)
 REPEATED = [
     (QWEN, "<tool_call><function=f><parameter=a>", "\n</par"),

@@ -14,8 +14,7 @@ from server.constrained.tool_grammar import ToolSchemaError, tool_grammar
 from server.parts.tool_formats.harmony import HARMONY_FORMAT
 from server.parts.tool_formats.tags import TaggedArguments
 from server.schemas.tools import Tool
-from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
-from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.answer_parser import AnswerFormat, AnswerParser, ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, KEY, split_text
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.templates.reasoning_probe import ReasoningFormat

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
+from server.text.parsers.answer_parser import AnswerFormat, AnswerParser, ReasoningParser, ReasoningTags
 from server.text.parsers.call_reader import MAX_HEAD_CHARS, UNDECIDED, Head
 from server.text.parsers.markers import Markers
-from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
-from server.text.parsers.tool_formats import GENERIC, HERMES, INDEX, LLAMA3, MISTRAL, MISTRAL_NAMES, NAME, ToolFormat
+from server.text.parsers.tool_formats import GENERIC, INDEX, NAME, ToolFormat
 from server.text.parsers.tool_parser import ToolParser
 from tests.support.growth import check_growth
 from tests.support.parsing import Answer, cut, joined_parts, read_answer
+from tests.support.tool_templates import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES
 
 MISTRAL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 Call = tuple[str, str]  # name, arguments

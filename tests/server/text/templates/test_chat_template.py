@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.text.parsers.reasoning_parser import ReasoningTags
-from server.text.parsers.tool_formats import GENERIC, HERMES
+from server.text.parsers.answer_parser import ReasoningTags
+from server.text.parsers.tool_formats import GENERIC
 from server.text.templates.chat_encoding import _trie_pattern, encode_chat
 from server.text.templates.chat_template import END
 from server.text.templates.sandbox import ChatTemplateError
 from tests.support import chat_templates as sources
 from tests.support.chat_templates import CHAT, CHATML, byte_tokenizer, chat_template, controls, text_of, user
 from tests.support.tool_model import TEMPLATE
-from tests.support.tool_templates import load_template
+from tests.support.tool_templates import HERMES, load_template
 
 LLAMA, MISTRAL = (
     load_template(name).source for name in ("meta-llama-Llama-3.2-3B-Instruct", "mistralai-Mistral-Nemo-Instruct-2407")
