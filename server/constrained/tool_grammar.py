@@ -27,14 +27,6 @@ ID_CHARS = 9  # of a call's id, if the format has no fixed length
 _JSON_TOKEN = re.compile(r'"[^"]*"|[{}\[\]]|[,:]\s*|[^"{}\[\],:]+')
 
 
-class ToolSchemaError(ValueError):
-    """A tool whose arguments the grammar cannot follow. The message may be shown to clients."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
-        self.name = name  # of the tool
-
-
 def tool_grammar(
     format: AnswerFormat,
     tools: Sequence[Tool] | None,
@@ -55,7 +47,7 @@ def tool_grammar(
         has_content_grammar: an answer without calls must match the grammar `@content`, which the caller adds.
         allow_additional_properties: see `normalize_schema`.
 
-    Raises ToolSchemaError for a schema that calls in the model's format cannot follow.
+    Raises InvalidValueError for a schema that calls in the model's format cannot follow.
     """
     allowed = callable_tools(tools, tool_choice)
     is_forced = must_call(tool_choice)
@@ -69,12 +61,13 @@ def tool_grammar(
         several = format.parallel_calls and not isinstance(tool_choice, NamedTool)
         calls = _CallGrammar(markers, format.tool_format, names, several)
         rules = _answer_rules(calls, format, is_forced=is_forced, has_content_grammar=has_content_grammar)
-    arguments = [
-        rule
-        for index, tool in enumerate(allowed)
-        for rule in _argument_rules(markers, format.tool_format, index, tool, as_schema(_schema(tool, is_forced)))
-    ]
-    return "\n".join(["%llguidance {}", *rules, *arguments, f"TEXT: /{ANYTHING}/"]) + "\n"
+    for index, tool in enumerate(allowed):
+        schema = {"type": "object", **as_schema(_schema(tool, is_forced))}
+        try:
+            rules += format.tool_format.arguments.write_rules(f"args_{index}", schema, markers)
+        except UnsupportedSchemaError as error:
+            raise invalid(_parameters_param(list(tools or ()).index(tool)), str(error)) from error
+    return "\n".join(["%llguidance {}", *rules, f"TEXT: /{ANYTHING}/"]) + "\n"
 
 
 def _answer_rules(
@@ -214,16 +207,6 @@ def _remove_begin(text: str, begin: str) -> str:
     return text.lstrip().removeprefix(begin)
 
 
-def _argument_rules(
-    markers: MarkerWriter, format: ToolFormat, index: int, tool: Tool, schema: dict[str, Any]
-) -> list[str]:
-    """Return the rules of the arguments of the tool at `index`."""
-    try:
-        return format.arguments.write_rules(f"args_{index}", {"type": "object", **schema}, markers)
-    except UnsupportedSchemaError as error:
-        raise ToolSchemaError(tool.name, str(error)) from error
-
-
 def _schema(tool: Tool, is_forced: bool) -> dict[str, Any]:
     """Return the schema of a tool's arguments: any object, if calls are neither forced nor strict."""
     parameters = tool.function.parameters or NO_ARGUMENTS
@@ -241,18 +224,14 @@ def answer_constraint(builder: ConstraintBuilder, body: ConstrainedFields, forma
         return content
     parameters = _parameter_constraints(builder, body)
     markers = "\n".join(format.markers)
-    try:
-        grammar = tool_grammar(
-            format,
-            body.tools,
-            body.tool_choice,
-            special_ids={token: number for token, number in builder.special_ids.items() if token in markers},
-            has_content_grammar=content is not None,
-            allow_additional_properties=builder.allow_additional_properties,
-        )
-    except ToolSchemaError as error:
-        index = next(index for index, tool in enumerate(body.tools or ()) if tool.name == error.name)
-        raise invalid(_parameters_param(index), str(error)) from error
+    grammar = tool_grammar(
+        format,
+        body.tools,
+        body.tool_choice,
+        special_ids={token: number for token, number in builder.special_ids.items() if token in markers},
+        has_content_grammar=content is not None,
+        allow_additional_properties=builder.allow_additional_properties,
+    )
     assert grammar is not None
     if content is None:
         return Constraint(grammar, "tools", parameters)

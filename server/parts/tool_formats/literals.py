@@ -11,6 +11,7 @@ from server.parts.tool_formats.argument_schema import NUMBER, STRING, ArgumentSc
 from server.parts.tool_formats.grammar import ArgumentGrammar, Property, listed_values, times
 from server.text.parsers.answer_parts import PieceReader
 from server.text.parsers.call_reader import UNDECIDED
+from server.text.parsers.json_arguments import ArgumentsReader
 from server.text.parsers.markers import Markers, MarkerWriter, literal
 from server.text.parsers.tool_formats import KEY, Arguments, Schema
 
@@ -59,29 +60,26 @@ PYTHON = LiteralArguments(("'", '"'), "=", ")", words=("True", "False", "None"))
 GEMMA = LiteralArguments(('<|"|>',), ":", "}", separator=",", has_escapes=False)
 
 
-class LiteralArgumentsReader(PieceReader):
+class LiteralArgumentsReader(PieceReader, ArgumentsReader):
     """Converts arguments to JSON, token by token. Text that is no literal ends the arguments."""
 
-    def __init__(self, syntax: LiteralArguments, schema: ArgumentSchema | None = None) -> None:
+    def __init__(self, syntax: LiteralArguments, schema: ArgumentSchema) -> None:
         """`schema` is that of the tool's parameters."""
-        super().__init__(self._begin)
+        super().__init__(self._next)
         self._syntax = syntax
-        self._schema = schema or ArgumentSchema({})
+        self._schema = schema
         words = dict(zip(syntax.words, ("true", "false", "null"), strict=True))
         self._words = {"true": "true", "false": "false", "null": "null"} | words
-        self._json: list[str] = []
+        self._json = ["{"]
         self._closers = [syntax.close]  # of the open brackets, the innermost last
         self._is_first = True  # in the innermost bracket
         self._separator = ""  # in front of the next item, in JSON
         self._needs_value = False  # after a key
-        self._schemas: list[Schema] = []  # of what is in the open brackets
+        self._schemas = [schema.resolve(schema.root)]  # of what is in the open brackets
         self._name = ""  # the last key
         self._is_key = False  # whether the string that is read is a key
         self._quote = ""
         self._ends = Markers(())
-
-    def begins_with(self, text: str) -> bool | None:
-        return True
 
     def push(self, text: str) -> tuple[str, bool]:
         self._run(text)
@@ -89,12 +87,6 @@ class LiteralArgumentsReader(PieceReader):
         return json, not self._closers
 
     # The states.
-
-    def _begin(self) -> bool:
-        self._json.append("{")
-        self._enter(self._schema.root)
-        self._state = self._next
-        return True
 
     def _next(self) -> bool:
         """Read a separator or the end of the innermost bracket, or find that an item begins."""
@@ -108,7 +100,7 @@ class LiteralArgumentsReader(PieceReader):
             self._read(1)
             self._is_first, self._state = True, self._next_item
         elif self._is_first:
-            self._state = self._item
+            self._state = self._key if self._in_object else self._value
         else:
             return self._fail()
         return True
@@ -122,10 +114,6 @@ class LiteralArgumentsReader(PieceReader):
             self._is_first, self._state = False, self._next
             return True
         self._separator = ", "
-        self._state = self._item
-        return True
-
-    def _item(self) -> bool:
         self._state = self._key if self._in_object else self._value
         return True
 
@@ -173,7 +161,7 @@ class LiteralArgumentsReader(PieceReader):
         if char in _OPENERS:
             self._read(1)
             self._emit("{" if char == "{" else "[")
-            self._enter(self._schema_of_value())
+            self._schemas.append(self._schema.resolve(self._schema_of_value()))
             self._closers.append(_OPENERS[char])
             self._is_first, self._state = True, self._next
             return True
@@ -216,10 +204,6 @@ class LiteralArgumentsReader(PieceReader):
     def _assign(self) -> str:
         """The character between a key and its value."""
         return self._syntax.after_key if len(self._closers) == 1 else ":"
-
-    def _enter(self, schema: Any) -> None:
-        """Read on in an object or an array with this schema."""
-        self._schemas.append(self._schema.resolve(schema))
 
     @property
     def _properties(self) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from server.parts.tool_formats.argument_schema import JSON_TYPES, STRING, Argume
 from server.parts.tool_formats.grammar import ArgumentGrammar, Property, times
 from server.text.parsers.answer_parts import PieceReader
 from server.text.parsers.call_reader import UNDECIDED, Head, HeadMatch
+from server.text.parsers.json_arguments import ArgumentsReader
 from server.text.parsers.markers import Markers, MarkerWriter
 from server.text.parsers.tool_formats import KEY, Arguments, Schema, UnsupportedSchemaError
 
@@ -74,7 +75,7 @@ class KeyHead(Head):
         return known if known is not None else super()._slot(slot, text, after)
 
 
-class TaggedArgumentsReader(PieceReader):
+class TaggedArgumentsReader(PieceReader, ArgumentsReader):
     """Converts arguments to JSON. Values of strings are converted as they arrive, others when they are complete.
 
     Text that is neither an argument nor white space ends the arguments.
@@ -82,7 +83,7 @@ class TaggedArgumentsReader(PieceReader):
 
     def __init__(self, syntax: TaggedArguments, schema: ArgumentSchema) -> None:
         """`schema` is that of the tool's parameters."""
-        super().__init__(self._begin)
+        super().__init__(self._read_key)
         self._syntax = syntax
         self._schema = schema
         after_keys = dict.fromkeys(syntax.after_keys.values()) or [syntax.after_key]
@@ -90,7 +91,7 @@ class TaggedArgumentsReader(PieceReader):
             (KeyHead(syntax.before_key + KEY + after_key, schema.parameter_names), after_key)
             for after_key in after_keys
         ]
-        self._json: list[str] = []
+        self._json = ["{"]
         self._is_complete = False
         self._num_keys = 0
         # The current argument.
@@ -101,20 +102,12 @@ class TaggedArgumentsReader(PieceReader):
         self._depth = 0  # of the value's tags
         self._value: list[str] = []
 
-    def begins_with(self, text: str) -> bool | None:
-        return True
-
     def push(self, text: str) -> tuple[str, bool]:
         self._run(text)
         json, self._json = "".join(self._json), []
         return json, self._is_complete
 
     # The states.
-
-    def _begin(self) -> bool:
-        self._json.append("{")
-        self._state = self._read_key
-        return True
 
     def _read_key(self) -> bool:
         """Read the name of the next argument, or find that there is none."""

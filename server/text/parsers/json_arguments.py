@@ -18,7 +18,7 @@ class ArgumentsReader(Protocol):
 
     def begins_with(self, text: str) -> bool | None:
         """Return whether arguments may begin with this text, or None if that needs more text."""
-        ...
+        return True
 
     def push(self, text: str) -> tuple[str, bool]:
         """Return the JSON that the text adds, and whether the arguments are complete."""

@@ -134,7 +134,6 @@ REFUSED: list[Schema] = [
     obj(x={"oneOf": [CAT, {"$ref": "#/$defs/cow"}]}, y={"allOf": [{"$ref": "#/$defs/cow"}, A]})
     | {"$defs": {"cow": COW}},
     {"oneOf": [{"properties": {"kind": {"const": "cat"}}, "required": ["kind"]}, DOG]},
-    {"oneOf": [A, True]},
     {"unevaluatedProperties": False, "anyOf": [A]},
     {"properties": {"a": {}}, "dependentRequired": {"a": ["z"]}},
     {"$ref": 5},

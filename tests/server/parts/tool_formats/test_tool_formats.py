@@ -10,7 +10,8 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher
 
-from server.constrained.tool_grammar import ToolSchemaError, tool_grammar
+from server.constrained.tool_grammar import tool_grammar
+from server.http.errors import InvalidValueError
 from server.parts.tool_formats.harmony import HARMONY_FORMAT
 from server.parts.tool_formats.tags import TaggedArguments
 from server.schemas.tools import Tool
@@ -549,9 +550,9 @@ UNSUPPORTED = [
 @pytest.mark.parametrize(("schema", "message"), UNSUPPORTED)
 def test_schemas_that_no_call_can_follow(schema: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = Model("Qwen3-Coder", tmp_path, special=False)
-    with pytest.raises(ToolSchemaError, match=message) as error:
+    with pytest.raises(InvalidValueError, match=message) as error:
         model.grammar(tools_of({"time-now": ALL["time-now"], "get_weather": schema}), "required")
-    assert error.value.name == "get_weather"
+    assert error.value.param == "tools[1].function.parameters"
 
 
 # Texts are compared at the boundaries of their tags.
