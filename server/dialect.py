@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 
 from server.http.error_formats import OPENAI_ERRORS, ErrorFormat
 from server.http.sse import SERVER_SENT_EVENTS, StreamFormat
-from server.schemas.rendered_prompt import RenderedPrompt
+from server.schemas.answers import RenderedPrompt
 
 # Of examples.
 MODEL, ID = "smollm2-135m", "0f" * 16

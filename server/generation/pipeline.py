@@ -26,8 +26,7 @@ from server.http.errors import APIError, ServerError
 from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, EventStream, StreamFormat
-from server.schemas.answers import RequestTimings
-from server.schemas.rendered_prompt import RenderedPrompt
+from server.schemas.answers import RenderedPrompt, RequestTimings
 from server.tenants import TENANT, Tenant
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from server.api.chat.routes import router
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.dialect import EXAMPLE_PROMPT, MESSAGES, Dialect, Operation
-from server.schemas.rendered_prompt import RenderedPrompt
+from server.schemas.answers import RenderedPrompt
 
 REQUEST = {"messages": MESSAGES, "max_completion_tokens": 20}
 

@@ -3,7 +3,7 @@
 from server.api.completions.routes import router
 from server.api.completions.schemas import Completion
 from server.dialect import BEGINNING, EXAMPLE_PROMPT, Dialect, Operation
-from server.schemas.rendered_prompt import RenderedPrompt
+from server.schemas.answers import RenderedPrompt
 
 REQUEST = {"prompt": BEGINNING, "max_tokens": 20}
 
