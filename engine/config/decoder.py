@@ -136,6 +136,8 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
         if rope not in ropes:
             ropes.append(rope)
         has_experts = _has_experts(fields, index)
+        has_both = has_experts and family.has_parallel_experts
+        norms = set(family.norms) - ({"pre_feedforward_layernorm"} if has_both else set())
         layers.append(
             LayerSpec(
                 attention=_attention(family, layer_fields, kind, ropes.index(rope), sources[index]),
@@ -144,7 +146,7 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
                 is_parallel=family.is_parallel,
                 residual_scale=fields.number("residual_multiplier", 1.0),
                 has_layer_scalar=family.has_layer_scalars,
-                **{name: name in family.norms for name in NORMS},
+                **{name: name in norms for name in NORMS},
             )
         )
     _check_kv_sources(fields, layers)
@@ -412,7 +414,6 @@ def _experts(family: Family, fields: Fields) -> ExpertsSpec:
         bias=family.expert_bias,
         router_bias=family.expert_bias,
         correction_bias=family.correction_bias,
-        router_norm=family.has_parallel_experts,
         expert_scales=family.has_parallel_experts,
         shared=MLPSpec(intermediate_size=shared_size, activation=activation) if shared_size else None,
     )

@@ -140,16 +140,14 @@ class ExpertsSpec(msgspec.Struct, frozen=True, kw_only=True):
     bias: bool = False
     router_bias: bool = False  # of the router's logits
     correction_bias: bool = False  # of the scores, for the choice alone
-    router_norm: bool = False  # the router reads the residual stream, through a norm of its own
     expert_scales: bool = False  # of the weights, one for each expert
     shared: MLPSpec | None = None  # for every token
-    shared_gate: bool = False  # the shared experts are weighted by the sigmoid of a product
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One decoder layer: attention, then an MLP or experts, each with norms before and after.
 
-    If there are both, each has further norms of its own, and their sum is normed and added.
+    If there are both, each reads the residual stream through norms of its own, so there is none before them.
     """
 
     attention: AttentionSpec

@@ -1,59 +1,41 @@
-"""Self-attention: queries, keys and values in many heads, and what a step gives to each layer."""
+"""Self-attention: queries, keys and values in many heads."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.config import AttentionKind, AttentionSpec, ModelConfig
-from engine.kernels.interface import AttentionScores, HeadNorms, Kernels, LayerCache, Rotations
+from engine.config import AttentionSpec, ModelConfig
+from engine.kernels.interface import AttentionScores, HeadNorms, Kernels
+from engine.model.layer_inputs import LayerInputs
 from engine.model.linear import Linear
 from engine.model.parameters import Parameters
-
-
-@dataclass(frozen=True)
-class RowInputs:
-    """Inputs of each layer besides the hidden states, one per row of the batch."""
-
-    rotations: list[Rotations]  # of the row's position, by each table of rotary embeddings
-    slot_mappings: list[Tensor]  # int64 [T] of each KV group, the slot of the KV cache for the row's key and value
-    lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none; empty if no row has one
-    layer_inputs: list[Tensor]  # of each layer, if tokens have embeddings for each layer
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What attention reads besides queries, keys and values."""
-
-    plans: dict[AttentionKind, Any]
-    block_tables: list[Tensor]  # of each KV group
 
 
 class PagedAttention:
     """Attention to the blocks of the KV cache, and the projection of its output."""
 
+    index: int  # of the layer
     kernels: Kernels
     spec: AttentionSpec
     scores: AttentionScores
     o_proj: Linear
 
-    def __call__(
-        self,
-        q: Tensor,
-        group: int,
-        cache: LayerCache,
-        inputs: AttentionInputs,
-        lora_slots: Tensor,
-        residual: Tensor | None,
-    ) -> Tensor:
-        """Return the output, or add it to `residual` in place."""
+    def __call__(self, q: Tensor, inputs: LayerInputs, residual: Tensor | None) -> Tensor:
+        """Return the output for queries q [T, H * D], or add it to `residual` in place."""
+        group, cache = inputs.kv_cache.groups[self.index], inputs.kv_cache.layers[self.index]
         q = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
         plan, table = inputs.plans[self.spec.kind], inputs.block_tables[group]
         out = self.kernels.paged_attention(q, cache, plan, table, self.scores)
-        return self.o_proj(self.head_outputs(out.flatten(1)), lora_slots, residual)
+        return self.o_proj(self.head_outputs(out.flatten(1)), inputs.lora_slots, residual)
+
+    def rope_and_store_kv(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, inputs: LayerInputs, norms: HeadNorms | None = None
+    ) -> Tensor:
+        """Norm and rotate queries [T, H, D] and keys, store keys and values, and return the queries [T, H * D]."""
+        group, cache = inputs.kv_cache.groups[self.index], inputs.kv_cache.layers[self.index]
+        rotations, slots = inputs.rotations[self.spec.rope], inputs.slot_mappings[group]
+        return self.kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, norms).flatten(1)
 
     def head_outputs(self, values: Tensor) -> Tensor:
         """Return the outputs of the heads, given the weighted sums of cached values [T, H * D]: these themselves."""
@@ -63,11 +45,11 @@ class PagedAttention:
 class Attention(PagedAttention):
     """Grouped-query self-attention (Ainslie et al. 2023): H query heads, KH key and value heads."""
 
-    def __init__(
-        self, config: ModelConfig, spec: AttentionSpec, parameters: Parameters, prefix: str, kernels: Kernels
-    ) -> None:
+    def __init__(self, config: ModelConfig, index: int, parameters: Parameters, kernels: Kernels) -> None:
+        self.index = index
         self.kernels = kernels
-        self.spec = spec
+        self.spec = spec = config.layers[index].attention
+        prefix = f"model.layers.{index}.self_attn"
         size, hidden_size = spec.head_dim, config.hidden_size
         heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
         self.names = "q" if spec.kv_source is not None else "qk" if spec.values_are_keys else "qkv"
@@ -94,14 +76,11 @@ class Attention(PagedAttention):
         )
         return HeadNorms(q, k, torch.ones_like(q[: spec.head_dim]) if spec.v_norm and q is not None else None, eps)
 
-    def project(self, x: Tensor, rows: RowInputs, group: int, cache: LayerCache) -> Tensor:
+    def project(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """Return the queries [T, H * D] of hidden states [T, hidden_size]; store their keys and values in the cache."""
-        heads = self.qkv_proj(x, rows.lora_slots).view(len(x), -1, self.spec.head_dim)
+        heads = self.qkv_proj(x, inputs.lora_slots).view(len(x), -1, self.spec.head_dim)
         q, k, v, *_ = *torch.split(heads, self.sizes, dim=1), None, None
-        if self.spec.values_are_keys:
-            v = k
-        rotations, slots = rows.rotations[self.spec.rope], rows.slot_mappings[group]
-        return self.kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, self.norms).flatten(1)
+        return self.rope_and_store_kv(q, k, k if self.spec.values_are_keys else v, inputs, self.norms)
 
     @property
     def linears(self) -> list[Linear]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.config import AttentionSpec, LatentSpec, ModelConfig
-from engine.kernels.interface import AttentionScores, Kernels, LayerCache
-from engine.model.attention import PagedAttention, RowInputs
+from engine.config import LatentSpec, ModelConfig
+from engine.kernels.interface import AttentionScores, Kernels
+from engine.model.attention import PagedAttention
+from engine.model.layer_inputs import LayerInputs
 from engine.model.linear import Linear
 from engine.model.parameters import Parameters
 from engine.weights import Weight
@@ -26,12 +27,12 @@ NORM_EPS = 1e-6  # of the norms inside, whatever that of others is
 class LatentAttention(PagedAttention):
     """Attention of H query heads to latent vectors of rank C with R rotated dimensions."""
 
-    def __init__(
-        self, config: ModelConfig, spec: AttentionSpec, parameters: Parameters, prefix: str, kernels: Kernels
-    ) -> None:
-        assert spec.latent is not None
+    def __init__(self, config: ModelConfig, index: int, parameters: Parameters, kernels: Kernels) -> None:
+        self.index = index
         self.kernels = kernels
-        self.spec = spec
+        self.spec = spec = config.layers[index].attention
+        prefix = f"model.layers.{index}.self_attn"
+        assert spec.latent is not None
         self.latent = latent = spec.latent
         self.scores = AttentionScores(spec.scale)
         num_heads, hidden_size = spec.num_heads, config.hidden_size
@@ -54,22 +55,21 @@ class LatentAttention(PagedAttention):
         self.absorb_values = kernels.head_linear(value_matrices(values, num_heads, latent))
         self.o_proj = linear("o_proj", hidden_size, num_heads * latent.v_head_dim)
 
-    def project(self, x: Tensor, rows: RowInputs, group: int, cache: LayerCache) -> Tensor:
+    def project(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """Return the queries [T, H * (C + R)] of hidden states [T, hidden_size]; store the latent vectors."""
         kernels, latent = self.kernels, self.latent
         inner = x
         if self.q_a_proj is not None and self.q_a_layernorm is not None:
-            inner = kernels.rms_norm(self.q_a_proj(x, rows.lora_slots), self.q_a_layernorm, NORM_EPS)
-        q = self.absorb_queries(self.q_proj(inner, rows.lora_slots))
+            inner = kernels.rms_norm(self.q_a_proj(x, inputs.lora_slots), self.q_a_layernorm, NORM_EPS)
+        q = self.absorb_queries(self.q_proj(inner, inputs.lora_slots))
         compressed, rotated = torch.split(
-            self.kv_a_proj(x, rows.lora_slots), [latent.kv_lora_rank, latent.rope_head_dim], dim=1
+            self.kv_a_proj(x, inputs.lora_slots), [latent.kv_lora_rank, latent.rope_head_dim], dim=1
         )
         normed = kernels.rms_norm(compressed, self.kv_a_layernorm, NORM_EPS)
         halves = zip(normed.chunk(2, dim=1), rotated.chunk(2, dim=1), strict=True)
         k = kernels.concat([part for pair in halves for part in pair])[:, None]
         heads = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
-        rotations, slots = rows.rotations[self.spec.rope], rows.slot_mappings[group]
-        return kernels.rope_and_store_kv(heads, k, k, rotations, slots, cache).flatten(1)
+        return self.rope_and_store_kv(heads, k, k, inputs)
 
     def head_outputs(self, values: Tensor) -> Tensor:
         """Return the outputs of the heads, given the weighted sums of latent vectors [T, H * (C + R)]."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from engine.config import ExpertsSpec, MLPSpec, ModelConfig
+from engine.config import ExpertsSpec, MLPSpec
 from engine.kernels.interface import ExpertLinearOp, Kernels
 from engine.model.linear import Linear
 from engine.model.parameters import Parameters
@@ -13,6 +15,8 @@ from engine.model.parameters import Parameters
 
 class MLP:
     """Gated feed-forward network: down(act(gate(x)) * up(x))."""
+
+    experts = None
 
     def __init__(self, hidden_size: int, spec: MLPSpec, parameters: Parameters, prefix: str, kernels: Kernels) -> None:
         size = spec.intermediate_size
@@ -29,23 +33,29 @@ class MLP:
         del gate, up  # which take as much memory as all the rest
         return self.down_proj(hidden, lora_slots, residual)
 
+    @property
+    def linears(self) -> list[Linear]:
+        return [self.gate_up_proj, self.down_proj]
+
+    def router_logits(self, x: Tensor) -> None:
+        return None
+
 
 class Experts:
     """A mixture of experts (Shazeer et al. 2017): each row passes through the MLPs that the router chooses for it."""
 
+    linears: Sequence[Linear] = ()  # that take adapters
+
     def __init__(
-        self, config: ModelConfig, spec: ExpertsSpec, parameters: Parameters, prefix: str, kernels: Kernels
+        self, hidden_size: int, spec: ExpertsSpec, parameters: Parameters, prefix: str, kernels: Kernels
     ) -> None:
         self.kernels = kernels
         self.spec = spec
-        self.eps = config.rms_norm_eps
-        num_experts, size, hidden_size = spec.router.num_experts, spec.intermediate_size, config.hidden_size
+        num_experts, size = spec.router.num_experts, spec.intermediate_size
         router = parameters.take_weight(f"{prefix}.gate.weight", num_experts, hidden_size)
         bias = parameters.take(f"{prefix}.gate.bias", num_experts) if spec.router_bias else None
         self.router = kernels.linear(kernels.pack([router], dtype=torch.float32), bias, is_float32=True)
-        self.router_norm = self.correction_bias = self.expert_scales = None
-        if spec.router_norm:
-            self.router_norm = parameters.take(f"{prefix}.gate.norm.weight", hidden_size) * hidden_size**-0.5
+        self.correction_bias = self.expert_scales = None
         if spec.correction_bias:
             self.correction_bias = parameters.take(f"{prefix}.gate.e_score_correction_bias", num_experts).float()
         if spec.expert_scales:
@@ -68,13 +78,14 @@ class Experts:
         if spec.shared is not None:
             self.shared = MLP(hidden_size, spec.shared, parameters, f"{prefix}.shared_experts", kernels)
 
-    def __call__(self, x: Tensor, stream: Tensor, lora_slots: Tensor, residual: Tensor | None) -> Tensor:
-        """Return the result for x [T, hidden_size], or add it to `residual` in place.
+    @property
+    def experts(self) -> Experts:
+        return self
 
-        `stream` is the residual stream before its norm, which some routers read through a norm of their own.
-        """
+    def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """Return the result for x [T, hidden_size], or add it to `residual` in place. `logits`: None: those for x."""
         kernels, spec = self.kernels, self.spec
-        logits = self.router_logits(x, stream)
+        logits = self.router_logits(x) if logits is None else logits
         routing = kernels.route(logits, spec.router, self.correction_bias, self.expert_scales)
         gate, up = torch.split(self.gate_up_proj(x, routing), spec.intermediate_size, dim=1)
         hidden = kernels.act_and_mul(gate, up, spec.activation)
@@ -82,7 +93,5 @@ class Experts:
         out = kernels.combine_experts(self.down_proj(hidden, routing), routing, residual)
         return out if self.shared is None else self.shared(x, lora_slots, out)
 
-    def router_logits(self, x: Tensor, stream: Tensor) -> Tensor:
-        """Return the logits of the experts, float32 [T, E], for what `__call__` gets."""
-        normed = x if self.router_norm is None else self.kernels.rms_norm(stream, self.router_norm, self.eps)
-        return self.router(normed)
+    def router_logits(self, x: Tensor) -> Tensor:
+        return self.router(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from engine.config import ModelConfig
@@ -25,3 +27,39 @@ class Norm:
     def add(self, residual: Tensor, x: Tensor) -> None:
         """Add the normed x to the residual stream, in place."""
         self.kernels.rms_norm(x, self.weight, self.eps, residual)
+
+
+class NoNorm:
+    """Leaves the residual stream as it is."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Sum:
+    """Adds a result to the residual stream, in place."""
+
+    def __call__(self, residual: Tensor, compute: Callable[[Tensor | None], Tensor]) -> None:
+        """`compute` returns the result, or adds it to what it is given, which takes no memory for it."""
+        compute(residual)
+
+
+class ScaledSum(Sum):
+    """Adds a multiple of a result."""
+
+    def __init__(self, kernels: Kernels, scale: float) -> None:
+        self.kernels = kernels
+        self.scale = scale
+
+    def __call__(self, residual: Tensor, compute: Callable[[Tensor | None], Tensor]) -> None:
+        self.kernels.add(residual, compute(None), self.scale)
+
+
+class NormedSum(Sum):
+    """Adds a result through a norm."""
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+
+    def __call__(self, residual: Tensor, compute: Callable[[Tensor | None], Tensor]) -> None:
+        self.norm.add(residual, compute(None))

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs
-from engine.model.decoder import CausalLM, DecoderLayer
+from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
 
 
@@ -38,26 +38,17 @@ def observe(model: CausalLM, batch: BatchInputs, kv_cache: KVCache) -> Iterator[
 
     Like `forward`, this may be recorded with placeholder tensors.
     """
-    kernels = model.kernels
-    x = kernels.embed(batch.token_ids, model.embed_tokens, model.config.embedding_scale)
-    rows = model.row_inputs(batch, x)
-    inputs = model.plan(batch, batch.query_lens, range(len(model.layers)))
+    x = model.embed(batch.token_ids)
+    inputs = model.layer_inputs(batch, kv_cache, x, range(len(model.layers)))
     yield Observation(Part.EMBEDDING, -1, x)
     for index, layer in enumerate(model.layers):
-        group, cache = kv_cache.groups[index], kv_cache.layers[index]
-        with kernels.temporaries():
-            projected = layer.project(x, rows, group, cache)
+        with model.kernels.temporaries():
+            projected = layer.project(x, inputs)
             yield Observation(Part.PROJECTION, index, x, q=projected[0])
-            layer.attend(x, projected[0], group, cache, inputs, rows.lora_slots)
+            layer.attend(x, projected, inputs)
             yield Observation(Part.ATTENTION, index, x)
-            router_logits = _router_logits(layer, x, projected)
-            layer.feed_forward(x, projected, rows.lora_slots)
-            layer.finish(x, rows.layer_inputs, index, rows.lora_slots)
+            router_logits = None
+            if layer.mlp.experts is not None:
+                router_logits = layer.mlp.router_logits(layer.feed_forward_input(x, projected))
+            layer.feed_forward(x, projected, inputs)
             yield Observation(Part.FEED_FORWARD, index, x, router_logits=router_logits)
-
-
-def _router_logits(layer: DecoderLayer, residual: Tensor, projected: list[Tensor]) -> Tensor | None:
-    if layer.experts is None:
-        return None
-    x = layer.experts_input(layer.feed_forward_input(residual, projected), residual)
-    return layer.experts.router_logits(x, residual)

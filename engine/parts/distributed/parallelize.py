@@ -11,8 +11,10 @@ from torch import Tensor
 from engine.kernels.interface import LinearOp
 from engine.model import CausalLM, Parameters
 from engine.model.attention import Attention
+from engine.model.layer_builder import FeedForward
 from engine.model.linear import Linear
-from engine.model.mlp import Experts
+from engine.model.mlp import MLP, Experts
+from engine.model.variants import MLPAndExperts
 from engine.parts.distributed.collectives import Collectives
 from engine.parts.distributed.plan import Axis, ShardingPlan
 from engine.weights.layout import HEAD
@@ -36,8 +38,8 @@ class RowParallelExperts(Experts):
         self.__dict__ |= experts.__dict__
         self.collectives = collectives
 
-    def __call__(self, x: Tensor, stream: Tensor, lora_slots: Tensor, residual: Tensor | None) -> Tensor:
-        return self.collectives.sum(super().__call__(x, stream, lora_slots, None), residual)
+    def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        return self.collectives.sum(super().__call__(x, lora_slots, None, logits), residual)
 
 
 class NormedProjection(Linear):
@@ -77,12 +79,21 @@ def build_parallel(plan: ShardingPlan, parameters: Parameters, collectives: Coll
                 attention.qkv_proj, weights, plan.rank, collectives, config.rms_norm_eps
             )
         attention.o_proj = RowParallelLinear(attention.o_proj, collectives)
-        if layer.mlp is not None:
-            layer.mlp.down_proj = RowParallelLinear(layer.mlp.down_proj, collectives)
-        if layer.experts is not None:
-            layer.experts = RowParallelExperts(layer.experts, collectives)
+        layer.mlp = parallel_feed_forward(layer.mlp, collectives)
     model.lm_head = gathering(kernels.linear(head, is_float32=True), plan.vocabulary_sizes, collectives)
     return model
+
+
+def parallel_feed_forward(module: FeedForward, collectives: Collectives) -> FeedForward:
+    """Return a module of the decoder whose results are those of all ranks."""
+    if isinstance(module, Experts):
+        return RowParallelExperts(module, collectives)
+    if isinstance(module, MLPAndExperts):
+        module.experts = RowParallelExperts(module.experts, collectives)
+    mlp = module.mlp if isinstance(module, MLPAndExperts) else module
+    assert isinstance(mlp, MLP)
+    mlp.down_proj = RowParallelLinear(mlp.down_proj, collectives)
+    return module
 
 
 def gathering(product: LinearOp, sizes: Sequence[int], collectives: Collectives) -> LinearOp:

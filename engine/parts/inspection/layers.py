@@ -96,7 +96,7 @@ class LayerObserver:
             self.attention = [row[: self._first + number + 1].tobytes() for number, row in enumerate(rows)]
 
     def _chosen_experts(self, index: int, logits: Tensor) -> list[Pairs]:
-        experts = self._model.layers[index].experts
+        experts = self._model.layers[index].mlp.experts
         assert experts is not None
         routing = route(logits, experts.spec.router, experts.correction_bias, experts.expert_scales)
         pairs = zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)

@@ -1,0 +1,44 @@
+"""What a batch gives to each layer besides hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from engine.batch.inputs import BatchInputs
+from engine.config import AttentionKind, ModelConfig
+from engine.kernels.interface import Kernels, Rotations
+from engine.model.kv_cache import KVCache
+from engine.model.rotary import gather_rotations
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Inputs of each layer, of all T rows of a batch or of its `hidden_rows`."""
+
+    kv_cache: KVCache
+    rotations: list[Rotations]  # of the row's position, by each table of rotary embeddings
+    slot_mappings: list[Tensor]  # int64 [T] of each KV group, the slot of the KV cache for the row's key and value
+    block_tables: list[Tensor]  # of each KV group
+    plans: dict[AttentionKind, Any]  # of attention
+    lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none; empty if no row has one
+    own: list[Tensor]  # of each layer by itself, if tokens have embeddings for each layer
+
+    def of_hidden_rows(
+        self, kernels: Kernels, batch: BatchInputs, plans: dict[AttentionKind, Any], config: ModelConfig, layers: range
+    ) -> LayerInputs:
+        """Return the inputs of `hidden_rows`. The first of `layers` has been given its rotations, the others need them.
+
+        The slots of keys and values stay those of all rows: later layers store none.
+        """
+        used = {config.layers[index].attention.rope for index in layers[1:]}
+        rotations = [
+            gather_rotations(kernels, rotation, batch.hidden_rows) if index in used else rotation
+            for index, rotation in enumerate(self.rotations)
+        ]
+        own = [
+            kernels.gather(each, batch.hidden_rows) if index in layers else each for index, each in enumerate(self.own)
+        ]
+        return replace(self, rotations=rotations, plans=plans, lora_slots=batch.hidden_lora_slots, own=own)
