@@ -108,9 +108,10 @@ def rope_and_store_kv(
     rotations: Rotations,
     slot_mapping: Tensor,
     cache: LayerCache,
-    norms: HeadNorms,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """Add a call that norms and rotates q and k, and stores k and v at `slot_mapping`. Returns q."""
+    norms = norms or NO_NORMS
     check_heads(q, k, v, rotations, slot_mapping, cache, norms)
     parameters = RopeAndStoreKvParameters(
         num_rows=recorder.buffer(q).num_rows,
@@ -136,7 +137,7 @@ def _heads(recorder: ProgramRecorder, x: Tensor | None, norm: Tensor | None) -> 
 
 
 def plan_attention(
-    recorder: ProgramRecorder, batch: BatchInputs, query_lens: Lengths, kind: AttentionKind
+    recorder: ProgramRecorder, batch: BatchInputs, query_lens: Lengths, kind: AttentionKind, kind_index: int
 ) -> CpuAttentionPlan:
     """Add a call that divides the attention of a step's rows among the threads."""
     group_size = kind.num_heads // kind.num_kv_heads

@@ -50,7 +50,11 @@ class CpuRouting:
 
 
 def route(
-    recorder: ProgramRecorder, logits: Tensor, router: RouterSpec, bias: Tensor | None, expert_scales: Tensor | None
+    recorder: ProgramRecorder,
+    logits: Tensor,
+    router: RouterSpec,
+    bias: Tensor | None = None,
+    expert_scales: Tensor | None = None,
 ) -> CpuRouting:
     """Add a call that chooses the experts of each row. All layers of a program share the buffers of one routing."""
     num_rows, num_experts = logits.shape
@@ -89,7 +93,7 @@ def route(
     return CpuRouting(routing, parameters.num_rows, num_experts, num_chosen, max_pairs, (groups, integers, weights))
 
 
-def expert_linear(recorder: ProgramRecorder, experts: Sequence[Matrix], bias: Tensor | None) -> ExpertLinearOp:
+def expert_linear(recorder: ProgramRecorder, experts: Sequence[Matrix], bias: Tensor | None = None) -> ExpertLinearOp:
     """Return an operation that adds the calls of the products of each pair's expert."""
     num_outputs = experts[0].num_outputs
     assert all(expert.shapes == experts[0].shapes for expert in experts)
@@ -137,7 +141,9 @@ def _pair_rows(recorder: ProgramRecorder, x: Tensor, form: Format, routing: CpuR
     return rows.data_ptr(), stride
 
 
-def combine_experts(recorder: ProgramRecorder, x: Tensor, routing: CpuRouting, residual: Tensor | None) -> Tensor:
+def combine_experts(
+    recorder: ProgramRecorder, x: Tensor, routing: CpuRouting, residual: Tensor | None = None
+) -> Tensor:
     """Add a call that adds up the weighted results of each row's experts, and return its result, or `residual`."""
     out = residual
     if out is None:

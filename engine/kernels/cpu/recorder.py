@@ -55,8 +55,12 @@ class ProgramRecorder:
         self.scope = 0  # changes with each context of `temporaries`, in which other calls use the same memory
 
     @contextmanager
-    def recording(self, program: Program, index_rows: Mapping[int, int], num_seqs: int) -> Iterator[None]:
-        """Return a context manager; inside it, calls are added to `program`."""
+    def recording(self, program: Program, index_rows: Mapping[int, int], num_seqs: int = 0) -> Iterator[None]:
+        """Return a context manager; operations inside it add their calls to `program`.
+
+        `index_rows` maps the address of each index tensor to that of its RowCounts. `num_seqs` is the address of the
+        number of sequences in a step; only attention reads it.
+        """
         self.program, self.num_seqs, self._index_rows = program, num_seqs, index_rows
         self._pool, self._shared = {}, {}
         try:

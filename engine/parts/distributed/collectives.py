@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.kernels.interface import Kernels
+from engine.kernels.cpu.c_structs import AddParameters, MeetParameters, PreparedRows, PrepareParameters
+from engine.kernels.cpu.recorder import ProgramRecorder
+from engine.kernels.cpu.weights import FLOAT32
 from engine.parts.distributed.shared_memory import SharedMemory
+
+COUNTER_BYTES = 64  # a cache line
 
 
 class Collectives(Protocol):
@@ -50,10 +55,81 @@ class TorchCollectives:
         return parts
 
 
-def cpu_collectives(kernels: Kernels, memory: SharedMemory, rank: int, num_ranks: int) -> Collectives:
-    """Return the collectives of the C++ kernels."""
-    from engine.kernels.cpu.collectives import CpuCollectives
-    from engine.kernels.cpu.kernels import CpuKernels
+class CpuCollectives:
+    """Adds the calls of collectives in C++, through shared memory, to the program that is being recorded.
 
-    assert isinstance(kernels, CpuKernels)
-    return CpuCollectives(kernels.recorder, memory.take, rank, num_ranks)
+    Each process writes its part to its own slot, waits until all have written theirs, and reads all slots. Successive
+    exchanges use two sets of slots in turn: once a process writes to a set again, all have written to the other one,
+    and so have read this. All have to meet in another way before a recorded program runs again, which begins with the
+    same sets.
+    """
+
+    def __init__(self, recorder: ProgramRecorder, memory: SharedMemory, rank: int, num_ranks: int) -> None:
+        self.recorder = recorder
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self._memory = memory
+        self._counters = memory.take(num_ranks * COUNTER_BYTES)  # of each process: how often it has come to a meeting
+        self._num_met = np.zeros(1, dtype=np.int64)  # meetings of this process
+        self._slots: dict[
+            tuple[int, tuple[int, ...]], list[list[Tensor]]
+        ] = {}  # by shape: two sets, the next one first
+
+    def sum(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Add calls that sum up all processes' x in the order of their ranks, and return the result."""
+        parts = self._exchange(x, [x.shape[1]] * self.num_ranks)
+        if residual is None:
+            residual = self.recorder.new(self.recorder.buffer(x).num_rows, *x.shape).tensor
+            self._copy(parts.pop(0), residual, x)
+        for part in parts:
+            self._add(part, residual)
+        return residual
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Add calls that put all processes' columns side by side, and return the result."""
+        out = self.recorder.new(self.recorder.buffer(x).num_rows, len(x), sum(sizes)).tensor
+        for part, columns in zip(self._exchange(x, sizes), torch.split(out, list(sizes), dim=1), strict=True):
+            self._copy(part, columns, x)
+        return out
+
+    def _exchange(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Add calls after which all processes' x are in the slots that are returned, until the next exchange."""
+        slots = self._next_slots(len(x), tuple(sizes))
+        self._copy(x, slots[self.rank], x)
+        parameters = MeetParameters(
+            counters=self._counters.data_ptr(),
+            num_met=self._num_met.ctypes.data,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+        )
+        self.recorder.call("meet", parameters, self._counters, self._num_met, slots)
+        return list(slots)
+
+    def _next_slots(self, num_rows: int, sizes: tuple[int, ...]) -> list[Tensor]:
+        key = (num_rows, sizes)
+        if key not in self._slots:
+            self._slots[key] = [[self._new_slot(num_rows, size) for size in sizes] for _ in range(2)]
+        self._slots[key].reverse()
+        return self._slots[key][0]
+
+    def _new_slot(self, num_rows: int, size: int) -> Tensor:
+        return self._memory.take(num_rows * size * torch.float32.itemsize).view(torch.float32).view(num_rows, size)
+
+    def _copy(self, source: Tensor, target: Tensor, rows_of: Tensor) -> None:
+        """Add a call that copies the first rows, as many as a step has of `rows_of`."""
+        rows = PreparedRows(FLOAT32, FLOAT32, target.data_ptr(), 4 * target.stride(0))
+        num_rows = self.recorder.buffer(rows_of).num_rows
+        parameters = PrepareParameters(num_rows, self.recorder.read(source), source.stride(0), source.shape[1], rows)
+        self.recorder.call("prepare", parameters)
+
+    def _add(self, source: Tensor, residual: Tensor) -> None:
+        parameters = AddParameters(
+            num_rows=self.recorder.buffer(residual).num_rows,
+            input=source.data_ptr(),
+            input_stride=source.stride(0),
+            size=source.shape[1],
+            scale=1.0,
+            output=self.recorder.change(residual),
+            output_stride=residual.stride(0),
+        )
+        self.recorder.call("add", parameters)

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from engine.config import EngineProcessConfig
+from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.interface import Kernels
-from engine.parts.distributed.collectives import Collectives, TorchCollectives, cpu_collectives
+from engine.parts.distributed.collectives import Collectives, CpuCollectives, TorchCollectives
 from engine.parts.distributed.shared_memory import SharedMemory
 
 LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher", "engine.parts.distributed.rank")
@@ -80,8 +81,8 @@ class RankGroup:
 
     def new_collectives(self, kernels: Kernels) -> Collectives:
         """Return the collectives for the tensors of these kernels."""
-        if kernels.execution == "program":
-            return cpu_collectives(kernels, self.memory, self.rank, self.num_ranks)
+        if isinstance(kernels, ProgramRecorder):
+            return CpuCollectives(kernels, self.memory, self.rank, self.num_ranks)
         return TorchCollectives()
 
     def close(self) -> None:
