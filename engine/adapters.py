@@ -47,9 +47,6 @@ class Adapters:
 class AdapterLoader:
     """Loads the adapters of the settings, of which there are none."""
 
-    num_slots = 0
-    max_rank = 0
-
     def check_memory(self, config: ModelConfig, itemsize: int, free: int) -> None:
         """Check that the slots of a model fit in the free memory, in bytes. Raises ValueError."""
 

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.adapters import AdapterLoader, Adapters, adapter_loader
+from engine.adapters import Adapters, adapter_loader
 from engine.batch.builder import BatchBuilder, BatchLimits, NewBuffer, zeros
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.kernels.interface import KernelOptions, Kernels
@@ -99,7 +99,7 @@ def load_model(
     device_memory: DeviceMemory = card or HostMemory(limit=config.memory_limit, num_ranks=part.num_ranks)
     free = device_memory.free() if card is None else free_memory(device)
     loader.check_memory(part.config, dtype.itemsize, free)
-    kernels = load_kernels(device, kernel_options(config, part.config, dtype, limits, loader))
+    kernels = load_kernels(device, kernel_options(config, part.config, dtype, limits))
     sizes = ContextSizes(part.config, config, limits.max_num_batched_tokens, kernels)
     device_memory.reserved = least_weight_bytes(path) // part.num_ranks
     check_weight_memory(device_memory.reserved, free)
@@ -248,7 +248,7 @@ def run_largest_step(model: CausalLM, limits: Limits, block_size: int, device: t
 
 
 def kernel_options(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits, loader: AdapterLoader
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits
 ) -> KernelOptions:
     """Return the options of the kernels for this model. Raises ValueError for an invalid setting."""
     for name, value, choices in (
@@ -270,8 +270,6 @@ def kernel_options(
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,
         allow_slow_kernels=config.allow_slow_kernels,
-        num_lora_slots=loader.num_slots,
-        max_lora_rank=loader.max_rank,
     )
 
 

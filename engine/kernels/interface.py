@@ -42,21 +42,6 @@ class KernelOptions:
     batch_invariant: bool = True
     enforce_eager: bool = False
     allow_slow_kernels: bool = False  # plain torch on a GPU, if Triton does not work
-    num_lora_slots: int = 0  # one more than --max-loras, so that an adapter can be replaced in use; 0: no LoRA
-    max_lora_rank: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LoraWeights:
-    """The LoRA adapters (Hu et al. 2021) of one product, y += B (A x), in P slots for one adapter each.
-
-    The M outputs are those of several projections, concatenated (q, k and v, for example). Each has an A of its own.
-    """
-
-    a: Tensor  # [P, projections, R, K]
-    b: Tensor  # [P, R, M], scaled
-    ranks: Tensor  # int64 [P, projections], at most R; 0: nothing is added to the projection
-    sizes: tuple[int, ...]  # outputs of each projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +119,8 @@ class Kernels(Protocol):
     """The operations of a decoder on one device."""
 
     name: str
+    device: torch.device
+    dtype: torch.dtype
     deterministic: bool  # whether the kernels are batch invariant
     keep_packed: frozenset[str]  # GGML types that `pack` accepts without dequantizing
     vector_dtype: torch.dtype  # of norms and biases
@@ -175,17 +162,6 @@ class Kernels(Protocol):
 
     def concat(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the columns of tensors [T, ...], which may be columns of others, side by side."""
-        ...
-
-    def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
-        """Return empty adapter slots for a product of projections with `sizes` outputs; None if there are no slots."""
-        ...
-
-    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -> None:
-        """Add the adapter of each row, B (A x), to out [T, M], in place, for x [T, K]. Sums are float32.
-
-        `lora_slots`, int64 [T], holds the slot of each row's adapter, -1 for none. It is empty if no row has one.
-        """
         ...
 
     def embed(self, token_ids: Tensor, matrix: Any, scale: float = 1.0) -> Tensor:

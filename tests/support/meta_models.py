@@ -64,7 +64,7 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
     limits = choose_limits(config, shape, META)
     config = msgspec.structs.replace(config, max_model_len=limits.max_model_len)
     loader = adapter_loader(config, shape)
-    options = kernel_options(config, shape, DTYPES[config.dtype], limits, loader)
+    options = kernel_options(config, shape, DTYPES[config.dtype], limits)
     with traced() as trace, on_card(card, trace), torch.inference_mode():
         device_memory = CudaMemory(META, config.gpu_memory_utilization)
         kernels = TritonKernels(options, META)

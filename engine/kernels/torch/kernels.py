@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.config import AttentionKind, KVShape
-from engine.kernels.interface import ExecutionKind, ExpertLinearOp, KernelOptions, LayerCache, LinearOp, LoraWeights
-from engine.kernels.torch import attention, experts, lora, rows
+from engine.kernels.interface import ExecutionKind, ExpertLinearOp, KernelOptions, LayerCache, LinearOp
+from engine.kernels.torch import attention, experts, rows
 from engine.kernels.torch.linear import Invariant, Product, adding, find_invariant, new_product, padded
 from engine.sampling.sampler import Sampler
 from engine.weights import Weight
@@ -69,11 +69,6 @@ class TorchKernels:
         invariant = find_invariant(product, matrix, bias, self.options.max_num_rows)
         self.deterministic &= invariant is not None
         return invariant or partial(padded, multiple=1)
-
-    def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
-        return lora.new_lora_weights(self.options, sizes, num_inputs, self.device)
-
-    add_lora = staticmethod(lora.add_lora)
 
     def embed(self, token_ids: Tensor, matrix: Tensor, scale: float = 1.0) -> Tensor:
         embedded = F.embedding(token_ids, matrix)

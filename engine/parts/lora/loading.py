@@ -9,6 +9,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.model import CausalLM
 from engine.model.memory_plan import MIB
 from engine.parts.lora.checkpoint import LoraCheckpoint, module_shapes
+from engine.parts.lora.layers import add_slots
 from engine.parts.lora.slots import LoraAdapters, num_lora_slots, read_adapter
 from engine.whole_model import WholeModel
 
@@ -26,12 +27,12 @@ class LoraLoader(AdapterLoader):
             for name, path in config.lora_modules.items()
         }
         self.max_rank = choose_lora_rank(config, self._checkpoints)
-        self.num_slots = num_lora_slots(config.max_loras)
 
     def check_memory(self, config: ModelConfig, itemsize: int, free: int) -> None:
         check_lora_memory(config, self._config.max_loras, self.max_rank, itemsize, free)
 
     def load(self, part: WholeModel, model: CausalLM) -> Adapters:
+        add_slots(model.linears, num_lora_slots(self._config.max_loras), self.max_rank)
         new_adapters = part.new_adapters or LoraAdapters
         adapters: LoraAdapters = new_adapters(model.linears, self._config.max_loras, self.max_rank)
         for name, checkpoint in self._checkpoints.items():

@@ -20,6 +20,7 @@ from engine.batch.transfer import send, to_device
 from engine.config import ModelConfig
 from engine.model.linear import Linear
 from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
+from engine.parts.lora.layers import LoraLayer
 from engine.parts.lora.reader import load_lora
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter
@@ -52,7 +53,9 @@ class LoraAdapters(Adapters):
         self.max_loras = max_loras
         self.max_rank = max_rank
         self.num_slots = num_lora_slots(max_loras)
-        self._linears = [(linear.names, linear.lora) for linear in linears if linear.lora is not None]
+        self._linears = [
+            (linear.names, layer) for linear in linears for layer in linear.additions if isinstance(layer, LoraLayer)
+        ]
         self._loaded: dict[str, LoadedAdapter] = {}
         self._fingerprints = [EMPTY] * self.num_slots  # of the weights in each slot
         self._unloaded_at = [0] * len(self._fingerprints)  # tick at which the slot's adapter was unloaded; 0: never

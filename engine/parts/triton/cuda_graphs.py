@@ -84,7 +84,7 @@ class GraphedExecution(EagerExecution):
         super().__init__(model, kv_cache)
         self.device = device
         self.graphs: dict[tuple[int, bool], Forward] = {}  # by size, and whether any row has an adapter
-        self.kinds = (False, True) if any(linear.lora for linear in model.linears) else (False,)  # of each size
+        self.kinds = (False, True) if any(linear.additions for linear in model.linears) else (False,)  # of each size
         num_groups, max_num_seqs, max_blocks = builder.tables.shape
         self.padding = (*PADDING, *[PADDING_SLOT] * num_groups)
         largest = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])

@@ -17,21 +17,12 @@ from torch import Tensor
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.batch.transfer import to_device
 from engine.config import AttentionKind, KVShape
-from engine.kernels.interface import (
-    AttentionScores,
-    ExecutionKind,
-    ExpertLinearOp,
-    KernelOptions,
-    LayerCache,
-    LinearOp,
-    LoraWeights,
-)
+from engine.kernels.interface import AttentionScores, ExecutionKind, ExpertLinearOp, KernelOptions, LayerCache, LinearOp
 from engine.kernels.sizes import check_attention
 from engine.kernels.torch.attention import cached_keys
 from engine.kernels.torch.kernels import joined
 from engine.kernels.torch.linear import adding
-from engine.kernels.torch.lora import new_lora_weights
-from engine.parts.triton import attention, experts, kv_cache, lora, prompt_attention, rows
+from engine.parts.triton import attention, experts, kv_cache, prompt_attention, rows
 from engine.parts.triton.attention import TritonAttentionPlan
 from engine.parts.triton.attention_plan import TritonAttentionPlanner, new_planner
 from engine.parts.triton.linear import linear
@@ -88,7 +79,6 @@ class TritonKernels:
         self.weight_formats: list[str] = []  # of the weights packed so far, in order
         self.tiles = tiles_for(capability, options.dtype)
         self.warm_up_rows = frozenset({2 * self.tiles.attention.segment + 1})  # with so many, attention splits the keys
-        self.lora_tiles: dict[tuple[int, ...], Tensor] = {}  # by the sizes of a product's projections
 
     @property
     def formats(self) -> str:
@@ -154,14 +144,6 @@ class TritonKernels:
 
     def _tiles_of(self, weights: Tensor | PackedMatrix) -> Tiles:
         return SMALLEST if isinstance(weights, Tensor) and weights.dtype == torch.float32 else self.tiles
-
-    def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
-        return new_lora_weights(self.options, sizes, num_inputs, self.device)
-
-    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -> None:
-        if weights.sizes not in self.lora_tiles:
-            self.lora_tiles[weights.sizes] = lora.column_tiles(weights.sizes, self.device)
-        lora.add_lora(x, out, weights, lora_slots, self.lora_tiles[weights.sizes])
 
     def embed(self, token_ids: Tensor, matrix: Matrix, scale: float = 1.0) -> Tensor:
         (table,) = matrix

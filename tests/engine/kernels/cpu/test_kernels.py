@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.weights import FORMATS, PACKED_TYPES
 from engine.kernels.interface import KernelOptions, LinearOp
+from engine.parts.lora.layers import new_lora_layer
 from engine.weights import PackedTensor, Weight
 from tests.support.examples import star
 from tests.support.kernel_choice import code_paths
@@ -41,7 +42,7 @@ FORMATS_OF_PATHS = list(itertools.product(FORMATS, code_paths()))
 @pytest.fixture(params=code_paths()[:1])
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     """Return those of the best code path."""
-    return make_kernels(request.param, options=KernelOptions(torch.float32, num_lora_slots=1, max_lora_rank=2))
+    return make_kernels(request.param, options=KernelOptions(torch.float32))
 
 
 ROUNDING = 1e-6  # of a sum in float32, relative to the sum of the absolute values
@@ -403,8 +404,7 @@ def test_products_of_what_changes(change: str, kernels: CpuKernels) -> None:
     """A product reads what its input holds by then, not what an earlier product read."""
     ones, x, y = torch.ones(96), random_tensor(1, 9, 96), random_tensor(2, 9, 96)
     linear = new_linear(kernels, "q4_0", 96, 96, seed=2)
-    lora = kernels.new_lora_weights([96], 96)
-    assert lora is not None
+    lora = new_lora_layer(kernels, [96], 96, num_slots=1, max_rank=2)
     for tensor, value in ((lora.a, 1), (lora.b, 1), (lora.ranks, 2)):
         tensor.fill_(value)
     lora_slots = torch.zeros(MAX_ROWS, dtype=torch.int64)
@@ -413,7 +413,7 @@ def test_products_of_what_changes(change: str, kernels: CpuKernels) -> None:
         "rms_norm": lambda x, y: kernels.rms_norm(y, ones, 1e-5, x),
         "add": lambda x, y: kernels.add(x, y, 3.0),
         "scale": lambda x, y: kernels.scale(x, 3.0),
-        "lora": lambda x, y: kernels.add_lora(y, x, lora, lora_slots),
+        "lora": lambda x, y: lora(y, x, lora_slots),
     }
 
     def changed(rows: Tensor, x: Tensor, y: Tensor, *, reads_before: bool) -> Tensor:

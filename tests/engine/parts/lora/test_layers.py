@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.kernels.interface import KernelOptions, Kernels, LoraWeights
-from engine.kernels.torch import lora as torch_lora
+from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.torch.kernels import TorchKernels
+from engine.parts.lora import layers
+from engine.parts.lora.layers import LoraLayer, new_lora_layer
 from engine.parts.triton import lora
 from engine.parts.triton.lora import COLUMNS, INPUTS, RANKS, ROWS, SPLIT_INPUTS
 from tests.support.examples import num_examples
@@ -41,9 +42,6 @@ class LoraCase:
     seed: int
     x_dtype: torch.dtype | None = None  # the C++ kernels' rows are always float32
 
-    def options(self) -> KernelOptions:
-        return KernelOptions(self.dtype, num_lora_slots=len(self.ranks), max_lora_rank=self.max_rank)
-
     def x(self) -> Tensor:
         return random_tensor(self.seed, len(self.lora_slots), self.num_inputs, dtype=self.x_dtype or self.dtype)
 
@@ -53,10 +51,9 @@ class LoraCase:
         out[:, ::3] = -0.0
         return out
 
-    def weights(self, kernels: Kernels) -> LoraWeights:
+    def layer(self, kernels: Kernels) -> LoraLayer:
         """Random weights, with NaN beyond each rank, which would show in a result."""
-        weights = kernels.new_lora_weights(self.sizes, self.num_inputs)
-        assert weights is not None
+        weights = new_lora_layer(kernels, self.sizes, self.num_inputs, len(self.ranks), self.max_rank)
         weights.a[:] = random_tensor(self.seed + 2, *weights.a.shape) / self.num_inputs**0.5
         weights.b[:] = random_tensor(self.seed + 3, *weights.b.shape)
         weights.ranks[:] = torch.tensor(self.ranks)
@@ -66,7 +63,7 @@ class LoraCase:
                 a[rank:] = b[rank:] = torch.nan
         return weights
 
-    def check(self, out: Tensor, weights: LoraWeights) -> None:
+    def check(self, out: Tensor, weights: LoraLayer) -> None:
         """Assert that each number is within its rounding errors, and unchanged where the adapters add nothing.
 
         The factor 1.01 is for Triton's interpreter, which truncates to bfloat16 instead of rounding.
@@ -79,7 +76,7 @@ class LoraCase:
         untouched = torch.from_numpy(size == 0)
         assert torch.equal(bits(out)[untouched], bits(before)[untouched])
 
-    def _added(self, weights: LoraWeights) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def _added(self, weights: LoraLayer) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return what the adapters add, and the sum of the absolute values of its terms."""
         x, a, b = (tensor.double().cpu().numpy() for tensor in (self.x(), weights.a, weights.b))
         added, size = np.zeros((2, len(x), sum(self.sizes)))
@@ -101,14 +98,14 @@ def check_company(name: str, case: LoraCase, rows: Sequence[int], num_threads: i
     kind = Kind(name, case.dtype, num_threads)
     if kind.is_cpp:
         case = replace(case, x_dtype=torch.float32, out_dtype=torch.float32)
-    kernels = kind.new(num_lora_slots=len(case.ranks), max_lora_rank=case.max_rank)
-    weights = case.weights(kernels)
+    kernels = kind.new()
+    layer = case.layer(kernels)
     inputs = (case.x(), case.out(), torch.tensor(case.lora_slots))
     x, before, lora_slots = (tensor.to(kind.device) for tensor in inputs)
     slots_of_step = torch.full_like(lora_slots, len(case.ranks) + 7)  # must not be read after the last row
 
     def operation(index: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        kernels.add_lora(x, out, weights, slots_of_step if kind.is_cpp else slots_of_step[: len(out)])
+        layer(x, out, slots_of_step if kind.is_cpp else slots_of_step[: len(out)])
         return out
 
     def add(x: Tensor, lora_slots: Tensor, rows: Sequence[int]) -> Tensor:
@@ -117,7 +114,7 @@ def check_company(name: str, case: LoraCase, rows: Sequence[int], num_threads: i
 
     everything = range(len(before))
     whole = add(x, lora_slots, everything)
-    case.check(whole, weights)
+    case.check(whole, layer)
     for row in rows:
         assert torch.equal(bits(add(x, lora_slots, [row])), bits(whole[row : row + 1]))
     for num in (2, 3, 4, 5, 7, 12, 33):
@@ -166,7 +163,6 @@ def test_add_lora_in_triton(name: str, case: LoraCase) -> None:
 @pytest.mark.parametrize("name", [*NAMES, TRITON])
 def test_beyond_one_tile(name: str) -> None:
     """There are several steps and splits of the inputs, pieces of the ranks, and tiles of a projection's columns."""
-    assert Kind(name).new().new_lora_weights((5,), 7) is None  # without slots
     sizes, max_rank = (COLUMNS + 88, 2 * COLUMNS, 1), 2 * RANKS + 8
     ranks = ((max_rank, RANKS, 1), (RANKS + 1, 0, 33))
     for dtype in (torch.float16,) if name == "triton" else (torch.float32, torch.bfloat16):
@@ -195,11 +191,11 @@ def test_pieces_do_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     """The size of an operation decides how it is cut into pieces."""
     case = LoraCase(dtype, dtype, 577, (900, 61), 9, ((9, 4), (0, 7)), (0, 1, -1, 1, 0) * 20, seed=1)
     check_company("torch", case, range(0, 100, 7))
-    kernels, whole, in_pieces = TorchKernels(case.options(), CPU), case.out(), case.out()
-    inputs = (case.weights(kernels), torch.tensor(case.lora_slots))
-    kernels.add_lora(case.x(), whole, *inputs)
-    monkeypatch.setattr(torch_lora, "MAX_PRODUCTS", 3 * 9 * 900)
-    kernels.add_lora(case.x(), in_pieces, *inputs)
+    whole, in_pieces = case.out(), case.out()
+    layer, lora_slots = case.layer(TorchKernels(KernelOptions(dtype), CPU)), torch.tensor(case.lora_slots)
+    layer(case.x(), whole, lora_slots)
+    monkeypatch.setattr(layers, "MAX_PRODUCTS", 3 * 9 * 900)
+    layer(case.x(), in_pieces, lora_slots)
     assert torch.equal(bits(in_pieces), bits(whole))
 
 
@@ -217,12 +213,11 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def test_many_rows_take_no_more_memory() -> None:
     case = LoraCase(torch.float32, torch.float32, 500, (10000,), 4, ((4,),), (0,) * 400, seed=0)
-    kernels, x, out = TorchKernels(case.options(), CPU), case.x(), case.out()
-    weights, lora_slots = case.weights(kernels), torch.tensor(case.lora_slots)
+    layer, x, out = case.layer(TorchKernels(KernelOptions(case.dtype), CPU)), case.x(), case.out()
     with Largest() as largest:  # type: ignore[no-untyped-call]
-        kernels.add_lora(x, out, weights, lora_slots)
-    assert 0 < largest.num_bytes <= 4 * torch_lora.MAX_PRODUCTS < out.nbytes
-    case.check(out, weights)
+        layer(x, out, torch.tensor(case.lora_slots))
+    assert 0 < largest.num_bytes <= 4 * layers.MAX_PRODUCTS < out.nbytes
+    case.check(out, layer)
 
 
 # Triton.
@@ -231,23 +226,21 @@ def test_many_rows_take_no_more_memory() -> None:
 @pytest.mark.parametrize("kernels", [pytest.param("triton", marks=ALSO_ON_A_GPU)])
 def test_nothing_is_launched_if_no_row_has_an_adapter(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = LoraCase(torch.float32, torch.float32, 4, (3,), 1, ((1,),), (-1, -1), seed=0)
-    triton, x, out = Kind(kernels).new(num_lora_slots=1, max_lora_rank=1), case.x().to(DEVICE), case.out().to(DEVICE)
-    weights = case.weights(triton)
+    layer, x, out = case.layer(Kind(kernels).new()), case.x().to(DEVICE), case.out().to(DEVICE)
     monkeypatch.setattr(lora, "_shrink", None)
-    triton.add_lora(x, out, weights, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    layer(x, out, torch.empty(0, dtype=torch.int64, device=DEVICE))
     assert torch.equal(bits(out.cpu()), bits(case.out()))
     with pytest.raises(TypeError):
-        triton.add_lora(x, out, weights, torch.tensor(case.lora_slots, device=DEVICE))
+        layer(x, out, torch.tensor(case.lora_slots, device=DEVICE))
 
 
 @pytest.mark.parametrize("kernels", [TRITON_LATER])
 def test_rows_that_do_not_lie_side_by_side(kernels: str) -> None:
     case = LoraCase(torch.float16, torch.float16, 40, (30, 5), 3, ((3, 1),), (0, -1, 0, 0, 0), seed=4)
-    triton = Kind(kernels, torch.float16).new(num_lora_slots=1, max_lora_rank=3)
-    weights, lora_slots = case.weights(triton), torch.tensor(case.lora_slots, device=DEVICE)
+    layer, lora_slots = case.layer(Kind(kernels, torch.float16).new()), torch.tensor(case.lora_slots, device=DEVICE)
     x, out = torch.zeros(5, 60).half().to(DEVICE), torch.zeros(5, 50).half().to(DEVICE)
     x[:, 7:47], out[:, 6:41] = case.x(), case.out()
-    triton.add_lora(x[:, 7:47], out[:, 6:41], weights, lora_slots)
-    case.check(out[:, 6:41], weights)
+    layer(x[:, 7:47], out[:, 6:41], lora_slots)
+    case.check(out[:, 6:41], layer)
     assert not out[:, :6].any()
     assert not out[:, 41:].any()
