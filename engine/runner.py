@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.batch.transfer import HostCopy, packed_copy
-from engine.execution.interface import ObservedExecution
-from engine.execution.load import prepare_execution, prepare_observed_execution
+from engine.execution.load import prepare_execution
 from engine.kernels.interface import Kernels, TokenSampler
 from engine.model import CausalLM
 from engine.model.kv_cache import KVCache
@@ -26,6 +26,7 @@ from engine.sampling.masks import step_masks
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import Scheduled, ScheduledOutput, Step
 from engine.scheduling.speculation import num_confirmed
+from engine.shared.parts import engine_part
 
 LOGPROB_ROWS = 64  # rows per chunk for prompt log probabilities and pooling; bounds the memory for logits
 POOLED_UNIT = 1 << 24  # fixed-point resolution, that of float32 near 1
@@ -94,10 +95,9 @@ class ModelRunner:
         self.sampled: Tensor | None = None  # [R] int64: the tokens of the previous step, on the device
 
     @torch.inference_mode()
-    def new_observed_execution(self, max_num_rows: int) -> ObservedExecution:
-        """Return an execution of the same model, for steps of one request with at most so many rows."""
-        builder = self.builder.smaller(max_num_rows)
-        return prepare_observed_execution(self.kernels, self.model, self.kv_cache, builder)
+    def new_observed_execution(self, max_num_rows: int) -> Any:
+        """Return an execution that shows what happens inside, for steps of one request with at most so many rows."""
+        return engine_part("inspection", "executions").new_observed_execution(self, max_num_rows)
 
     @torch.inference_mode()
     def capture_next(self) -> None:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
-from engine.execution.interface import OBSERVED_LOGIT_ROWS
-from engine.execution.observer import AttentionObserver
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.program import Program
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
-from engine.model.observation import Observation, observe
 
 LOGIT_ROWS_PER_SEQ = 8  # a sampled token and its draft
 MIN_LOGIT_ROWS = 64
@@ -79,51 +73,3 @@ class CpuExecution:
         self.num_logit_rows[:] = num_rows  # all count as rows of generated tokens
         program.run()
         return out[:num_rows]
-
-
-class CpuObservedExecution(AttentionObserver):
-    """Runs the parts of a program that is recorded once."""
-
-    def __init__(self, kernels: CpuKernels, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
-        self.model = model
-        self.kv_cache = kv_cache
-        self.builder = builder
-        batch = builder.buffers()
-        index_rows = dict.fromkeys(
-            (batch.token_ids.data_ptr(), batch.positions.data_ptr()), builder.num_rows.ctypes.data
-        )
-        program = Program(kernels.library, kernels.team)
-        observed: list[tuple[Observation, range]] = []  # with the calls that compute it
-        with kernels.recording(program, index_rows, builder.num_seqs.ctypes.data):
-            for observation in observe(model, batch, kv_cache):
-                first = observed[-1][1].stop if observed else 0
-                observed.append((observation, range(first, len(program.names))))
-        program.keep.append(builder)
-        self.parts = [(observation, program.part(calls)) for observation, calls in observed]
-        self.hidden = torch.zeros(OBSERVED_LOGIT_ROWS, model.config.hidden_size)
-        self.logit_rows = torch.arange(OBSERVED_LOGIT_ROWS)
-        self.num_logit_rows = np.zeros(2, dtype=np.int64)  # RowCounts
-        self.logits_program = Program(kernels.library, kernels.team)
-        with kernels.recording(self.logits_program, {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}):
-            self.logits = model.compute_logits(self.hidden, self.logit_rows)
-
-    def forward(self) -> Iterator[Observation]:
-        batch = self.builder.current()
-        self.model.extend_rotary(int(batch.seq_lens.max()))
-        for observation, program in self.parts:
-            program.run()
-            yield _first_rows(observation, len(batch.token_ids))
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        self.hidden[: len(hidden)] = hidden
-        self.num_logit_rows[:] = len(hidden)  # all count as rows of generated tokens
-        self.logits_program.run()
-        return self.logits[: len(hidden)]
-
-
-def _first_rows(observation: Observation, num_rows: int) -> Observation:
-    def first(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:num_rows]
-
-    residual, q, router_logits = observation.residual, observation.q, observation.router_logits
-    return replace(observation, residual=residual[:num_rows], q=first(q), router_logits=first(router_logits))

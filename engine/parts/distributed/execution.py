@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.adapters import Adapters
 from engine.batch.inputs import BatchInputs
-from engine.execution.interface import Execution
+from engine.execution.load import Execution
 from engine.parts.distributed.adapters import ShardedAdapters
 from engine.parts.distributed.group import Command, Follower, Leader
 from engine.parts.distributed.observation import LeadingRunner, ObservationMemory, ObservingFollower
@@ -90,7 +90,8 @@ def follow(group: Follower, runner: ModelRunner, adapters: Adapters) -> None:
         elif command is Command.PREPARE_TO_OBSERVE:
             max_num_rows = int(message.max_observed[0])
             execution = runner.new_observed_execution(max_num_rows)
-            observer = ObservingFollower(execution, ObservationMemory(group, runner, max_num_rows), group.rank)
+            memory = ObservationMemory(group, runner, max_num_rows, execution.max_logit_rows)
+            observer = ObservingFollower(execution, memory, group.rank)
         else:
             assert observer is not None
             observer.run(command)

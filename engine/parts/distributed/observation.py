@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.execution.interface import OBSERVED_LOGIT_ROWS, ObservedExecution
-from engine.model.observation import Observation
 from engine.parts.distributed.group import Command, Leader, RankGroup
 from engine.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from engine.parts.inspection.executions import ObservedExecution
+    from engine.parts.inspection.observation import Observation
 
 
 class ObservationMemory:
     """What ranks exchange beside the buffers of the batch. Each attends with a part of the heads."""
 
-    def __init__(self, group: RankGroup, runner: ModelRunner, max_num_rows: int) -> None:
+    def __init__(self, group: RankGroup, runner: ModelRunner, max_num_rows: int, max_logit_rows: int) -> None:
         config = runner.model.config
         max_blocks = runner.builder.tables.shape[2]
         num_heads = max(layer.attention.num_heads for layer in config.layers)
         self.target = group.memory.integers((3,))  # layer, first position, number of blocks
         self.block_ids = group.memory.integers((max_blocks,))
         self.num_hidden = group.memory.integers((1,))
-        hidden_bytes = OBSERVED_LOGIT_ROWS * config.hidden_size * torch.float32.itemsize
-        self.hidden = group.memory.take(hidden_bytes).view(torch.float32).view(OBSERVED_LOGIT_ROWS, -1)
+        hidden_bytes = max_logit_rows * config.hidden_size * torch.float32.itemsize
+        self.hidden = group.memory.take(hidden_bytes).view(torch.float32).view(max_logit_rows, -1)
         num_weights = max_num_rows * num_heads * max_blocks * runner.builder.block_size
         self.weights = [group.memory.take(num_weights * 4).view(torch.float32) for _ in range(group.num_ranks)]
 
@@ -112,5 +115,5 @@ class LeadingRunner(ModelRunner):
         self._max_observed[0] = max_num_rows
         with self.group.everywhere(Command.PREPARE_TO_OBSERVE):
             execution = super().new_observed_execution(max_num_rows)
-            memory = ObservationMemory(self.group, self, max_num_rows)
+            memory = ObservationMemory(self.group, self, max_num_rows, execution.max_logit_rows)
         return LeadingObservedExecution(execution, self.group, memory)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from engine.adapters import AdapterGoneError
 from engine.core import Engine
-from engine.execution.interface import ObservedExecution
 from engine.parts.inspection.borrowed_blocks import BlocksGoneError, BorrowedBlocks
+from engine.parts.inspection.executions import ObservedExecution
 from engine.parts.inspection.layers import LayerObserver
 from engine.parts.inspection.reader import all_choices, has_id, of_one_request
 from engine.parts.inspection.sampling import view_stages

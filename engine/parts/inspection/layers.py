@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.execution.interface import OBSERVED_LOGIT_ROWS, ObservedExecution
 from engine.kernels.torch.experts import route
-from engine.model.observation import Observation, Part
+from engine.parts.inspection.executions import ObservedExecution
+from engine.parts.inspection.observation import Observation, Part
 from engine.runner import ModelRunner
 from engine.scheduling.request import Request
 from engine.shared.records import Inspect, LayerView
@@ -57,7 +57,7 @@ class LayerObserver:
     def _look_through_lens(self, execution: ObservedExecution, observation: Observation) -> Generator[None]:
         """Compute the logits of a residual stream, in its own type: after the last layer, those of the step."""
         layer = self._layers[observation.layer]
-        for rows in torch.split(observation.residual, OBSERVED_LOGIT_ROWS):
+        for rows in torch.split(observation.residual, execution.max_logit_rows):
             logits = execution.compute_logits(rows).clone()
             yield
             layer.lens += top_pairs(logits.log_softmax(dim=-1), self._question.top)

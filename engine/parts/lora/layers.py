@@ -61,6 +61,19 @@ class LoraLayer:
         assert out.shape == (len(x), sum(self.sizes))
 
 
+class TritonLoraLayer(LoraLayer):
+    """Adds with the kernels of the part `triton`."""
+
+    def __init__(self, kernels: Kernels, sizes: Sequence[int], num_inputs: int, num_slots: int, max_rank: int) -> None:
+        super().__init__(kernels, sizes, num_inputs, num_slots, max_rank)
+        self.triton = engine_part("triton", "lora")
+        self.tiles = self.triton.column_tiles(self.sizes, kernels.device)
+
+    def __call__(self, x: Tensor, out: Tensor, lora_slots: Tensor) -> None:
+        self.check_sizes(x, out)
+        self.triton.add_lora(x, out, self.a, self.b, self.ranks, lora_slots, self.sizes, self.tiles)
+
+
 def new_lora_layer(kernels: Kernels, sizes: Sequence[int], num_inputs: int, num_slots: int, max_rank: int) -> LoraLayer:
     """Return empty slots for a product of projections with `sizes` outputs."""
     kind = LoraLayer
@@ -69,7 +82,7 @@ def new_lora_layer(kernels: Kernels, sizes: Sequence[int], num_inputs: int, num_
 
         kind = CpuLoraLayer
     elif kernels.name.startswith("triton"):
-        kind = engine_part("triton", "lora").TritonLoraLayer
+        kind = TritonLoraLayer
     return kind(kernels, sizes, num_inputs, num_slots, max_rank)
 
 

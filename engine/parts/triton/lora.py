@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.interface import Kernels
-from engine.parts.lora.layers import LoraLayer
 from engine.parts.triton.tiles import LAUNCH_OPTIONS
 
 ROWS = 16  # of a tile
@@ -150,61 +148,57 @@ def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
-class TritonLoraLayer(LoraLayer):
-    """Adds in two launches, none if `lora_slots` is empty.
+def add_lora(
+    x: Tensor, out: Tensor, a: Tensor, b: Tensor, ranks: Tensor, lora_slots: Tensor, sizes: Sequence[int], tiles: Tensor
+) -> None:
+    """Add the adapter of each row, as `engine.parts.lora.layers.LoraLayer` describes. `tiles` are the `column_tiles`.
 
-    The host does not wait for the device, and the grids depend on shapes alone.
+    If `lora_slots` is empty, nothing is launched. The host does not wait for the device, and the grids depend on shapes
+    alone.
     """
-
-    def __init__(self, kernels: Kernels, sizes: Sequence[int], num_inputs: int, num_slots: int, max_rank: int) -> None:
-        super().__init__(kernels, sizes, num_inputs, num_slots, max_rank)
-        self.tiles = column_tiles(self.sizes, kernels.device)
-
-    def __call__(self, x: Tensor, out: Tensor, lora_slots: Tensor) -> None:
-        num_rows, num_inputs = x.shape
-        _, num_projections, max_rank, _ = self.a.shape
-        self.check_sizes(x, out)
-        assert len(lora_slots) in (0, num_rows)
-        if not len(lora_slots):
-            return
-        assert x.stride(1) == out.stride(1) == lora_slots.stride(0) == 1
-        assert all(tensor.is_contiguous() for tensor in (self.a, self.b, self.ranks))
-        row_tiles, num_splits = triton.cdiv(num_rows, ROWS), triton.cdiv(num_inputs, SPLIT_INPUTS)
-        inner = torch.empty((num_splits, num_rows, num_projections, max_rank), dtype=torch.float32, device=x.device)
-        _shrink[(row_tiles, num_projections, num_splits * triton.cdiv(max_rank, RANKS))](
-            x,
-            self.a,
-            self.ranks,
-            lora_slots,
-            inner,
-            num_rows,
-            num_inputs,
-            max_rank,
-            x.stride(0),
-            ROWS=ROWS,
-            RANKS=RANKS,
-            INPUTS=INPUTS,
-            SPLIT_INPUTS=SPLIT_INPUTS,
-            num_warps=2,
-            num_stages=4,
-            **LAUNCH_OPTIONS,
-        )
-        _expand[(row_tiles, len(self.tiles))](
-            inner,
-            self.b,
-            self.ranks,
-            lora_slots,
-            self.tiles,
-            out,
-            num_rows,
-            num_splits,
-            num_projections,
-            max_rank,
-            out.shape[1],
-            out.stride(0),
-            UNIT=math.gcd(16, *self.sizes),
-            ROWS=ROWS,
-            RANKS=RANKS,
-            COLUMNS=COLUMNS,
-            **LAUNCH_OPTIONS,
-        )
+    num_rows, num_inputs = x.shape
+    _, num_projections, max_rank, _ = a.shape
+    assert len(lora_slots) in (0, num_rows)
+    if not len(lora_slots):
+        return
+    assert x.stride(1) == out.stride(1) == lora_slots.stride(0) == 1
+    assert all(tensor.is_contiguous() for tensor in (a, b, ranks))
+    row_tiles, num_splits = triton.cdiv(num_rows, ROWS), triton.cdiv(num_inputs, SPLIT_INPUTS)
+    inner = torch.empty((num_splits, num_rows, num_projections, max_rank), dtype=torch.float32, device=x.device)
+    _shrink[(row_tiles, num_projections, num_splits * triton.cdiv(max_rank, RANKS))](
+        x,
+        a,
+        ranks,
+        lora_slots,
+        inner,
+        num_rows,
+        num_inputs,
+        max_rank,
+        x.stride(0),
+        ROWS=ROWS,
+        RANKS=RANKS,
+        INPUTS=INPUTS,
+        SPLIT_INPUTS=SPLIT_INPUTS,
+        num_warps=2,
+        num_stages=4,
+        **LAUNCH_OPTIONS,
+    )
+    _expand[(row_tiles, len(tiles))](
+        inner,
+        b,
+        ranks,
+        lora_slots,
+        tiles,
+        out,
+        num_rows,
+        num_splits,
+        num_projections,
+        max_rank,
+        out.shape[1],
+        out.stride(0),
+        UNIT=math.gcd(16, *sizes),
+        ROWS=ROWS,
+        RANKS=RANKS,
+        COLUMNS=COLUMNS,
+        **LAUNCH_OPTIONS,
+    )

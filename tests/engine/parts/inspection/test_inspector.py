@@ -482,7 +482,7 @@ def test_a_fault_ends_the_inspection_alone(inspector: Inspector, monkeypatch: py
         """A fault of a library in Rust."""
 
     with monkeypatch.context() as patch:
-        patch.setattr("engine.execution.observer.attention_weights", mock.Mock(side_effect=Panic))
+        patch.setattr("engine.parts.inspection.executions.attention_weights", mock.Mock(side_effect=Panic))
         begin(inspector)
         while (reply := inspector.advance(1.0)) is None:
             pass

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import torch
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs
+from engine.kernels.interface import AttentionScores
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
 
@@ -52,3 +54,25 @@ def observe(model: CausalLM, batch: BatchInputs, kv_cache: KVCache) -> Iterator[
                 router_logits = layer.mlp.router_logits(layer.feed_forward_input(x, projected))
             layer.feed_forward(x, projected, inputs)
             yield Observation(Part.FEED_FORWARD, index, x, router_logits=router_logits)
+
+
+def attention_weights(q: Tensor, keys: Tensor, first: int, scores: AttentionScores, window: int | None) -> Tensor:
+    """Return the weights, float32 [R, H, n], with which the values at n positions are added up for each row and head.
+
+    `q` [R, H, D] are the rotated queries of the positions from `first` on, `keys` [n, KH, D] those of positions 0 to
+    n - 1. A head's weights add up to 1, or with an attention sink to less.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_keys, num_kv_heads = keys.shape[:2]
+    grouped = q.float().view(num_rows, num_kv_heads, -1, head_dim)
+    products = torch.einsum("rkgd,nkd->rkgn", grouped, keys).reshape(num_rows, num_heads, num_keys) * scores.scale
+    if scores.softcap is not None:
+        products = (products / scores.softcap).tanh() * scores.softcap
+    rows = torch.arange(first, first + num_rows, device=q.device)[:, None]
+    distance = rows - torch.arange(num_keys, device=q.device)
+    is_hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    products.masked_fill_(is_hidden[:, None], float("-inf"))
+    if scores.sinks is None:
+        return products.softmax(dim=-1)
+    sinks = scores.sinks.float()[None, :, None].expand(num_rows, -1, 1)
+    return torch.cat((products, sinks), dim=-1).softmax(dim=-1)[..., :-1]

@@ -1,0 +1,128 @@
+"""Executions of a model that show what happens inside, with the kernels that serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch.builder import BatchBuilder
+from engine.kernels.cpu.kernels import CpuKernels
+from engine.kernels.cpu.program import Program
+from engine.model.decoder import CausalLM
+from engine.model.kv_cache import KVCache
+from engine.parts.inspection.observation import Observation, attention_weights, observe
+from engine.runner import ModelRunner
+
+OBSERVED_LOGIT_ROWS = 4  # that are computed at once: with the weights of an LM head, a few take as long as one
+
+
+class ObservedExecution(Protocol):
+    """A model that shows what happens inside. It has buffers of its own, so that other steps may run in between."""
+
+    builder: BatchBuilder
+    max_logit_rows: int  # that are computed at once
+
+    def forward(self) -> Iterator[Observation]:
+        """Run the step that the builder's buffers hold, with the kernels that serve, and yield after each part.
+
+        What is yielded is valid until the next.
+        """
+        ...
+
+    def attention_weights(self, layer: int, q: Tensor, block_ids: Tensor, first: int) -> Tensor:
+        """Return the attention weights, float32 [R, H, n], of a projection's queries q, of positions from `first` on.
+
+        `block_ids`, int64, are the blocks of all positions up to the last.
+        """
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits, float32 [R, V], of at most `max_logit_rows` hidden states [R, hidden_size].
+
+        They may be those of any layer. The result is valid until the next call.
+        """
+        ...
+
+
+class EagerObservedExecution:
+    """Runs the model's code for every step."""
+
+    max_logit_rows = OBSERVED_LOGIT_ROWS
+
+    def __init__(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.builder = builder
+
+    def forward(self) -> Iterator[Observation]:
+        batch = self.builder.current()
+        self.model.extend_rotary(int(batch.seq_lens.max()))
+        return observe(self.model, batch, self.kv_cache)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.model.compute_logits(hidden, torch.arange(len(hidden), device=hidden.device))
+
+    def attention_weights(self, layer: int, q: Tensor, block_ids: Tensor, first: int) -> Tensor:
+        attention = self.model.layers[layer].self_attn
+        keys = self.model.kernels.cached_keys(self.kv_cache.layers[layer], block_ids)[: first + len(q)]
+        heads = q.view(len(q), attention.spec.num_heads, attention.spec.head_dim)
+        return attention_weights(heads, keys, first, attention.scores, attention.spec.window)
+
+
+class CpuObservedExecution(EagerObservedExecution):
+    """Runs the parts of a program that is recorded once."""
+
+    def __init__(self, kernels: CpuKernels, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
+        super().__init__(model, kv_cache, builder)
+        batch = builder.buffers()
+        index_rows = dict.fromkeys(
+            (batch.token_ids.data_ptr(), batch.positions.data_ptr()), builder.num_rows.ctypes.data
+        )
+        program = Program(kernels.library, kernels.team)
+        observed: list[tuple[Observation, range]] = []  # with the calls that compute it
+        with kernels.recording(program, index_rows, builder.num_seqs.ctypes.data):
+            for observation in observe(model, batch, kv_cache):
+                first = observed[-1][1].stop if observed else 0
+                observed.append((observation, range(first, len(program.names))))
+        program.keep.append(builder)
+        self.parts = [(observation, program.part(calls)) for observation, calls in observed]
+        self.hidden = torch.zeros(OBSERVED_LOGIT_ROWS, model.config.hidden_size)
+        self.logit_rows = torch.arange(OBSERVED_LOGIT_ROWS)
+        self.num_logit_rows = np.zeros(2, dtype=np.int64)  # RowCounts
+        self.logits_program = Program(kernels.library, kernels.team)
+        with kernels.recording(self.logits_program, {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}):
+            self.logits = model.compute_logits(self.hidden, self.logit_rows)
+
+    def forward(self) -> Iterator[Observation]:
+        batch = self.builder.current()
+        self.model.extend_rotary(int(batch.seq_lens.max()))
+        for observation, program in self.parts:
+            program.run()
+            yield _first_rows(observation, len(batch.token_ids))
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        self.hidden[: len(hidden)] = hidden
+        self.num_logit_rows[:] = len(hidden)  # all count as rows of generated tokens
+        self.logits_program.run()
+        return self.logits[: len(hidden)]
+
+
+def _first_rows(observation: Observation, num_rows: int) -> Observation:
+    def first(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[:num_rows]
+
+    residual, q, router_logits = observation.residual, observation.q, observation.router_logits
+    return replace(observation, residual=residual[:num_rows], q=first(q), router_logits=first(router_logits))
+
+
+def new_observed_execution(runner: ModelRunner, max_num_rows: int) -> ObservedExecution:
+    """Return an execution of a runner's model, for steps of one request with at most so many rows."""
+    builder = runner.builder.smaller(max_num_rows)
+    if isinstance(runner.kernels, CpuKernels):
+        return CpuObservedExecution(runner.kernels, runner.model, runner.kv_cache, builder)
+    return EagerObservedExecution(runner.model, runner.kv_cache, builder)
