@@ -13,12 +13,9 @@ from engine.config import ModelConfig
 from engine.weights.gguf import least_gguf_bytes, load_gguf
 from engine.weights.layout import is_vector
 from engine.weights.packed import PackedTensor, Weight, concatenate, layout_of
-from engine.weights.quantized import Float8Tensor, GroupQuantized
 from engine.weights.safetensors import has_own_head, least_safetensors_bytes, load_safetensors
 
 __all__ = [
-    "Float8Tensor",
-    "GroupQuantized",
     "PackedTensor",
     "Weight",
     "concatenate",

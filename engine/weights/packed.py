@@ -1,10 +1,10 @@
-"""Quantised weights, packed as in a GGUF file, and the types that a weight can have."""
+"""The types that a weight can have: a tensor, or a matrix of codes, such as one packed as in a GGUF file."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,56 @@ from torch import Tensor
 
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.weights.dequantize import dequantize
-from engine.weights.quantized import Float8Tensor, GroupQuantized
+
+FLOAT8_BLOCK = 128  # rows and columns that share a scale in checkpoints with float8
+
+
+class Quantized(Protocol):
+    """A matrix [rows, columns] of codes. The part `quantized` has other kinds than `PackedTensor`."""
+
+    @property
+    def type_name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def layout(self) -> Hashable:
+        """What matrices that can be stacked have in common."""
+        ...
+
+    @property
+    def why_unpacked(self) -> str | None:
+        """Why no kernel takes the codes as they are; None if they can."""
+        ...
+
+    @property
+    def column_block(self) -> int:
+        """The number of successive columns that cannot be divided."""
+        ...
+
+    def select_rows(self, rows: slice | npt.NDArray[np.int64]) -> Quantized:
+        """Return some rows: a view for a slice, a copy for indices."""
+        ...
+
+    def select_columns(self, columns: slice) -> Quantized:
+        """Return a copy of some whole blocks of each row."""
+        ...
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix unpacked, as a tensor [rows, columns] in `dtype`."""
+        ...
+
+    def in_blocks(self) -> PackedTensor:
+        """Return the same codes in blocks, as the C++ kernels take them."""
+        ...
+
+    def stack(self, parts: list[Self]) -> Self:
+        """Return matrices of one layout and number of columns as one, the first on top."""
+        ...
+
+
+Weight: TypeAlias = Tensor | Quantized
 
 
 @dataclass(frozen=True)
@@ -31,17 +80,14 @@ class PackedTensor:
         return self.data.nbytes
 
     def select_rows(self, rows: slice | npt.NDArray[np.int64]) -> PackedTensor:
-        """Return some rows: a view for a slice, a copy for indices."""
         data = self.data.reshape(self.shape[0], -1)[rows]
         return PackedTensor(self.type_name, (len(data), self.shape[1]), data.reshape(-1))
 
     @property
     def column_block(self) -> int:
-        """Return the columns of a block, which cannot be divided."""
         return GGML_TYPES_BY_NAME[self.type_name].block_size
 
     def select_columns(self, columns: slice) -> PackedTensor:
-        """Return a copy of some whole blocks of each row."""
         blocks = self.data.reshape(self.shape[0], self.shape[1] // self.column_block, -1)
         data = blocks[:, columns.start // self.column_block : columns.stop // self.column_block]
         return PackedTensor(self.type_name, (self.shape[0], columns.stop - columns.start), data.reshape(-1))
@@ -51,8 +97,10 @@ class PackedTensor:
         return self.type_name
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix unpacked, as a tensor [rows, columns] in `dtype`."""
         return dequantize(self.data.data, GGML_TYPES_BY_NAME[self.type_name], self.shape, dtype)
+
+    def in_blocks(self) -> PackedTensor:
+        return self
 
     @classmethod
     def stack(cls, parts: list[PackedTensor]) -> PackedTensor:
@@ -61,16 +109,12 @@ class PackedTensor:
         return cls(parts[0].type_name, (rows, parts[0].shape[1]), data)
 
 
-Quantized = PackedTensor | GroupQuantized | Float8Tensor
-Weight = Tensor | Quantized
-
-
 def layout_of(weight: Weight) -> Hashable:
     """Return what quantised weights have in common that `concatenate` can stack; None for tensors."""
     return None if isinstance(weight, Tensor) else weight.layout
 
 
-Part = TypeVar("Part", PackedTensor, GroupQuantized, Float8Tensor)
+Part = TypeVar("Part", bound=Quantized)
 
 
 def concatenate(parts: list[Part]) -> Part:
@@ -83,3 +127,9 @@ def select_rows(weight: Weight, rows: slice | npt.NDArray[np.int64]) -> Weight:
     if isinstance(weight, Tensor):
         return weight[rows] if isinstance(rows, slice) else weight[torch.from_numpy(rows)]
     return weight.select_rows(rows)
+
+
+def paired_nibbles(codes: Tensor) -> Tensor:
+    """Pack codes, uint8 [n, 2 k], two in a byte, the first in the low bits: [n, k]."""
+    pairs = codes.contiguous().view(torch.int16)  # the second code in the high byte
+    return (pairs | pairs >> 4).to(torch.uint8)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from engine.kernels.cpu.weights import FORMATS
 from engine.kernels.interface import KernelOptions
-from engine.weights import GroupQuantized, PackedTensor, Weight
+from engine.parts.quantized.weights import GroupQuantized
+from engine.weights import PackedTensor, Weight
 from tests.support.tensors import random_tensor
 
 Array = np.ndarray[Any, Any]

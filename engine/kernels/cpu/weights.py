@@ -14,15 +14,12 @@ from engine.kernels.cpu.library import Library, Team
 from engine.kernels.cpu.program import Program
 from engine.kernels.lazy_memory import Arena
 from engine.shared.ggml import GGML_TYPES_BY_NAME
-from engine.weights import GroupQuantized, PackedTensor, Weight, concatenate, layout_of
-from engine.weights.quantized import halved_nibbles, passes
+from engine.weights import PackedTensor, Weight, concatenate, layout_of
 
 PANEL = 32  # outputs
 FLOAT32, BFLOAT16, INT8_GROUPS = 0, 1, 2  # forms of a product's input, as in activations.h
 ACTIVATION_GROUP = 32  # inputs that share a scale
 ACTIVATION_GROUP_BYTES = 48
-GROUP_OF_BLOCK = 32  # codes of GPTQ and the like that are packed together
-HALF_BYTES = 2  # of a number in half precision
 ROW_PADDING = 32  # rows of bfloat16 are padded to a multiple of this number of inputs
 
 
@@ -56,7 +53,7 @@ _ZERO_POINTS = {"uint4": (32, PANEL * 19, INT8_GROUPS), "uint8": (32, PANEL * 35
 _LAYOUTS = _PLAIN | {"int8": _GGML["q8_0"]} | _GGML | _ZERO_POINTS
 FORMATS = tuple(_LAYOUTS)
 PACKED_TYPES = frozenset(_PACKED)  # GGML types that are packed as they are
-GROUP_TYPES = frozenset({"int4", "int8"})  # types of `GroupQuantized` that are
+GROUP_TYPES = frozenset({"int4", "int8"})  # codes with zero points that are
 
 
 def format_of(name: str, code_path: str) -> Format:
@@ -74,29 +71,6 @@ def input_row_bytes(form: int, size: int) -> int:
     if form == INT8_GROUPS:
         return -(-size // ACTIVATION_GROUP) * ACTIVATION_GROUP_BYTES
     return -(-size // ROW_PADDING) * ROW_PADDING * 2 if form == BFLOAT16 else size * 4
-
-
-def blocks_of(weight: GroupQuantized) -> PackedTensor:
-    """Return a weight in blocks of 32 codes: Q4_0 or Q8_0 if zero points are in the middle, else `uint4` or `uint8`.
-
-    Its scales must be exact in half precision. Larger groups repeat theirs.
-    """
-    num_rows, num_columns = weight.shape
-    has_points = weight.zero_points is not None
-    name = ("uint" if has_points else "Q") + str(weight.bits) + ("" if has_points else "_0")
-    num_blocks = num_columns // GROUP_OF_BLOCK
-    repeats = num_blocks // weight.scales.shape[1]
-    code_bytes = GROUP_OF_BLOCK * weight.bits // 8
-    blocks = torch.empty((num_rows, num_blocks, HALF_BYTES + has_points + code_bytes), dtype=torch.uint8)
-    for rows in passes(num_rows, num_columns):
-        scales = weight.scales[rows].half().repeat_interleave(repeats, dim=1)
-        blocks[rows, :, :HALF_BYTES] = scales.view(torch.uint8).view(*scales.shape, HALF_BYTES)
-        if weight.zero_points is not None:
-            blocks[rows, :, HALF_BYTES] = weight.zero_points[rows].repeat_interleave(repeats, dim=1)
-        codes = weight.codes[rows]
-        codes = halved_nibbles(codes) if weight.bits == 4 else codes if has_points else codes ^ 128
-        blocks[rows, :, -code_bytes:] = codes.view(-1, num_blocks, code_bytes)
-    return PackedTensor(name, (num_rows, num_columns), blocks.flatten().numpy())
 
 
 @dataclass(frozen=True)
@@ -154,7 +128,7 @@ class Packer:
             return Matrix([self._pack_plain(torch.cat(plain), dtype)])
         if any(isinstance(weight, Tensor) for weight in weights):  # all parts must read the same form of input
             weights = [w if isinstance(w, Tensor) else w.dequantize(self.dtype) for w in weights]
-        weights = [blocks_of(weight) if isinstance(weight, GroupQuantized) else weight for weight in weights]
+        weights = [w if isinstance(w, Tensor) else w.in_blocks() for w in weights]
         groups = itertools.groupby(weights, key=layout_of)
         return Matrix([self._pack_part(list(group)) for _, group in groups])
 

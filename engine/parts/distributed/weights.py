@@ -17,8 +17,7 @@ from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
 from engine.weights import Weight
 from engine.weights.layout import EMBEDDING, HEAD
-from engine.weights.packed import PackedTensor, select_rows
-from engine.weights.quantized import FLOAT8_BLOCK
+from engine.weights.packed import FLOAT8_BLOCK, PackedTensor, select_rows
 
 logger = logging.getLogger("lightwell.engine")
 

@@ -14,15 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.config import QuantizationConfig
-from engine.weights.packed import PackedTensor, Weight
-from engine.weights.quantized import (
-    Float8Tensor,
-    GroupQuantized,
-    halved_nibbles,
-    paired_nibbles,
-    passes,
-    unpacked_nibbles,
-)
+from engine.parts.quantized.weights import Float8Tensor, GroupQuantized, halved_nibbles, passes, unpacked_nibbles
+from engine.weights.packed import PackedTensor, Weight, paired_nibbles
 
 Parts: TypeAlias = Mapping[str, Tensor]  # the stored tensors of a layer, by the last part of their names
 

@@ -37,7 +37,7 @@ from engine.parts.triton.tiles import (
     num_multiprocessors,
     tiles_for,
 )
-from engine.weights import Float8Tensor, GroupQuantized, PackedTensor, Weight, concatenate, layout_of
+from engine.weights import PackedTensor, Weight, concatenate, layout_of
 
 logger = logging.getLogger("lightwell.engine")
 FLOAT8_CAPABILITY = (8, 9)  # from which Triton has float8 e4m3
@@ -101,13 +101,13 @@ class TritonKernels:
         name = plain_name if isinstance(weight, Tensor) else weight.type_name.lower()
         if name not in self.weight_formats:
             self.weight_formats.append(name)
-        match weight:
-            case PackedTensor():
-                return from_ggml(weight, self.device)
-            case GroupQuantized():
-                return from_groups(weight, self.device)
-            case Float8Tensor():
-                return from_float8(weight, self.device, is_native=self.has_float8)
+        if isinstance(weight, PackedTensor):
+            return from_ggml(weight, self.device)
+        if not isinstance(weight, Tensor):
+            codes: Any = weight  # of the part `quantized`
+            if name == "float8":
+                return from_float8(codes, self.device, is_native=self.has_float8)
+            return from_groups(codes, self.device)
         return to_int8(weight) if is_int8 else weight
 
     def linear(self, matrix: Matrix, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:

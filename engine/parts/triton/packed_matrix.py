@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.shared.ggml import GGML_TYPES_BY_NAME
-from engine.weights import Float8Tensor, GroupQuantized, PackedTensor
+from engine.weights import PackedTensor
 from engine.weights.dequantize import split_fields
-from engine.weights.quantized import FLOAT8_BLOCK, paired_nibbles
+from engine.weights.packed import FLOAT8_BLOCK, paired_nibbles
+
+if TYPE_CHECKING:
+    from engine.parts.quantized.weights import Float8Tensor, GroupQuantized
 
 INT8_GROUP = 32  # inputs that share a scale
 GROUPS = (16, 32, 64, 128)  # inputs that share a scale; a power of two, because it must divide steps, or they it

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from engine.parts.distributed.plan import ShardingPlan
 from engine.parts.distributed.weights import shard
-from engine.weights import Float8Tensor, GroupQuantized, Weight
+from engine.parts.quantized.weights import Float8Tensor, GroupQuantized
+from engine.weights import Weight
 from tests.engine.parts.distributed.test_plan import config, plans
 from tests.support.packed_weights import random_weight
 from tests.support.tensors import random_tensor

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engine.config import QuantizationConfig, QuantizationMethod, load_model_config
 from engine.parts.quantized.formats import read_layer, split_name
-from engine.weights import Float8Tensor, GroupQuantized, PackedTensor, Weight, concatenate, layout_of, load_weights
+from engine.parts.quantized.weights import Float8Tensor, GroupQuantized
+from engine.weights import PackedTensor, Weight, concatenate, layout_of, load_weights
 from tests.support.model_configs import model_names
 from tests.support.packed_weights import random_groups
 from tests.support.quantized_files import (

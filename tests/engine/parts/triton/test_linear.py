@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels.interface import KernelOptions
+from engine.parts.quantized.weights import Float8Tensor
 from engine.parts.triton.float8 import float8_bits
 from engine.parts.triton.kernels import TritonKernels
 from engine.parts.triton.linear import linear
 from engine.parts.triton.packed_matrix import READERS, PackedMatrix, from_float8, from_ggml, from_groups, to_int8
 from engine.parts.triton.tiles import MAX_SPLIT_SUMS, SMALLEST, TABLE, LinearTable, LinearTile, LinearTiles, Tiles
-from engine.weights import Float8Tensor, Weight
+from engine.weights import Weight
 from tests.support.examples import num_examples, star
 from tests.support.kernel_device import (
     ALSO_ON_A_GPU,

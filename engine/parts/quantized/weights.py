@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.weights.dequantize import CHUNK_SIZE
+from engine.weights.packed import FLOAT8_BLOCK, PackedTensor
 
 PACKED_GROUP = 32  # kernels pack groups of a multiple of this number of columns
-FLOAT8_BLOCK = 128  # rows and columns that share a scale in a block
+HALF_BYTES = 2  # of a number in half precision
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,28 @@ class GroupQuantized:
             else:
                 weights[rows] = (codes - offsets[rows][:, self.column_groups]) * scales[rows][:, self.column_groups]
         return weights
+
+    def in_blocks(self) -> PackedTensor:
+        """Return blocks of 32 codes: Q4_0 or Q8_0 if zero points are in the middle, else `uint4` or `uint8`.
+
+        Scales must be exact in half precision. Larger groups repeat theirs.
+        """
+        num_rows, num_columns = self.shape
+        has_points = self.zero_points is not None
+        name = ("uint" if has_points else "Q") + str(self.bits) + ("" if has_points else "_0")
+        num_blocks = num_columns // PACKED_GROUP
+        repeats = num_blocks // self.scales.shape[1]
+        code_bytes = PACKED_GROUP * self.bits // 8
+        blocks = torch.empty((num_rows, num_blocks, HALF_BYTES + has_points + code_bytes), dtype=torch.uint8)
+        for rows in passes(num_rows, num_columns):
+            scales = self.scales[rows].half().repeat_interleave(repeats, dim=1)
+            blocks[rows, :, :HALF_BYTES] = scales.view(torch.uint8).view(*scales.shape, HALF_BYTES)
+            if self.zero_points is not None:
+                blocks[rows, :, HALF_BYTES] = self.zero_points[rows].repeat_interleave(repeats, dim=1)
+            codes = self.codes[rows]
+            codes = halved_nibbles(codes) if self.bits == 4 else codes if has_points else codes ^ 128
+            blocks[rows, :, -code_bytes:] = codes.view(-1, num_blocks, code_bytes)
+        return PackedTensor(name, (num_rows, num_columns), blocks.flatten().numpy())
 
     @classmethod
     def stack(cls, parts: list[GroupQuantized]) -> GroupQuantized:
@@ -179,6 +202,9 @@ class Float8Tensor:
             weights[rows] = self.codes[rows].float() * scales
         return weights
 
+    def in_blocks(self) -> PackedTensor:
+        raise NotImplementedError("no blocks of a GGML type hold float8")
+
     @classmethod
     def stack(cls, parts: list[Float8Tensor]) -> Float8Tensor:
         codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
@@ -193,12 +219,6 @@ def passes(num_rows: int, num_columns: int) -> Iterator[slice]:
 
 
 # Codes of four bits. Bytes are moved in numbers of two bytes, many times faster than one by one.
-
-
-def paired_nibbles(codes: Tensor) -> Tensor:
-    """Pack codes, uint8 [n, 2 k], two in a byte, the first in the low bits: [n, k]."""
-    pairs = codes.contiguous().view(torch.int16)  # the second code in the high byte
-    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 def unpacked_nibbles(packed: Tensor) -> Tensor:
