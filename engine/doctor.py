@@ -12,8 +12,8 @@ import sys
 import msgspec
 
 from engine.kernels.cpu import build
-from engine.kernels.cpu.compiler_runs import BuildError
-from engine.kernels.cpu.processor import CPU_INFO, best_code_path, cpu_flags
+from engine.kernels.cpu.build import BuildError
+from engine.kernels.cpu.library import CPU_INFO, best_code_path, cpu_flags
 from engine.shared.host_memory import available_memory
 from engine.shared.machine import Gpu, Machine
 from engine.shared.parts import MissingPartError, engine_part

@@ -22,7 +22,7 @@ from engine.kernels.interface import Kernels, TokenSampler
 from engine.model import CausalLM
 from engine.model.kv_cache import KVCache
 from engine.sampling.logprobs import PendingLogprobs, gather_logprobs
-from engine.sampling.masks import step_masks
+from engine.sampling.sampler import step_masks
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import Scheduled, ScheduledOutput, Step
 from engine.scheduling.speculation import num_confirmed

@@ -161,7 +161,7 @@ def choose_token(logits: Tensor, position: int, temperature: float, seed: int) -
 
 def gumbel_noise(vocab_size: int, seed: int, position: int) -> Tensor:
     """Return -log(-log(u)) [vocab_size], where u are uniform: hashes of seed, position in the answer and token id."""
-    x = seed + (position + 1) * 0x9E3779B97F4A7C15 & 2**64 - 1  # SplitMix64, as in engine/sampling/rng.py
+    x = seed + (position + 1) * 0x9E3779B97F4A7C15 & 2**64 - 1  # SplitMix64, as in engine/sampling/ops.py
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 2**64 - 1
     x = (x ^ x >> 27) * 0x94D049BB133111EB & 2**64 - 1
     x ^= x >> 31

@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from engine.config.json_file import parse_json_object
+from engine.config.fields import parse_json_object
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile, short, split_paths
 

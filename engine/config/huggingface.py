@@ -8,8 +8,7 @@ import msgspec
 
 from engine.config.decoder import NAMES, Family, build_decoder
 from engine.config.families import FAMILIES
-from engine.config.fields import Fields, shown
-from engine.config.json_file import parse_json_object, read_json_object
+from engine.config.fields import Fields, parse_json_object, read_json_object, shown
 from engine.config.structs import ModelConfig, QuantizationConfig
 from engine.config.tokenizer_files import num_token_ids
 from engine.shared.parts import engine_part

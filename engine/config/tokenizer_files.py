@@ -6,8 +6,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.fields import shown
-from engine.config.json_file import read_json_object
+from engine.config.fields import read_json_object, shown
 from engine.shared.gguf import short
 from engine.shared.parts import engine_part
 

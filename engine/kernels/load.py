@@ -46,11 +46,9 @@ def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels |
 
 def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:
     """Return the C++ kernels, or why they cannot be used."""
-    from engine.kernels.cpu.build import build
-    from engine.kernels.cpu.compiler_runs import BuildError
+    from engine.kernels.cpu.build import BuildError, build
     from engine.kernels.cpu.kernels import CpuKernels, why_unsupported
-    from engine.kernels.cpu.library import Library
-    from engine.kernels.cpu.processor import best_code_path
+    from engine.kernels.cpu.library import Library, best_code_path
 
     if reason := why_unsupported(options):
         return reason

@@ -12,9 +12,8 @@ import torch
 from engine.config import ModelConfig
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile, TensorInfo
-from engine.weights.dequantize import cost_of_unpacking, dequantize
 from engine.weights.layout import model_tensors
-from engine.weights.packed import PackedTensor, Weight
+from engine.weights.packed import PackedTensor, Weight, cost_of_unpacking, dequantize
 
 logger = logging.getLogger("lightwell.engine")
 

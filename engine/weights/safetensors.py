@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import ModelConfig, refuse_pickle
-from engine.config.json_file import MAX_INDEX_BYTES, read_json_object
+from engine.config.fields import MAX_INDEX_BYTES, read_json_object
 from engine.shared.gguf import short
 from engine.shared.parts import engine_part
 from engine.weights.files import RegularFile

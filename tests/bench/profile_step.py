@@ -18,7 +18,7 @@ import torch
 
 from engine.config import EngineConfig, EngineProcessConfig
 from engine.execution.cpu_program import CpuExecution
-from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.library import Program
 from engine.loading import LoadedModel
 from engine.parts.distributed.ranks import load
 from server.model_paths import resolve_model

@@ -12,7 +12,7 @@ import pytest
 
 from deploy.make_wheel import platform_tag
 from deploy.torch_build import main
-from engine.kernels.cpu.processor import CODE_PATHS
+from engine.kernels.cpu.library import CODE_PATHS
 from tests.support.paths import ROOT
 
 has_make = pytest.mark.skipif(not shutil.which("make"), reason="needs make")

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from engine.kernels.cpu.build import build
-from engine.kernels.cpu.processor import best_code_path
+from engine.kernels.cpu.library import best_code_path
 from engine.shared.machine import Machine
 
 

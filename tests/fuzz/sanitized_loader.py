@@ -15,7 +15,8 @@ import engine.kernels.cpu.build
 from engine.config import EngineConfig, KVShape
 from engine.core import Engine
 from engine.kernels import lazy_memory
-from engine.kernels.cpu import attention, processor
+from engine.kernels.cpu import attention
+from engine.kernels.cpu import library as compiled
 from engine.kernels.interface import LayerCache
 from engine.loading import LoadedModel
 from engine.shared.messages import SamplingParams, Submit
@@ -72,7 +73,7 @@ def main(code_path: str) -> None:
     lazy_memory.Arena.take = lambda self, num_bytes: allocate(num_bytes)  # type: ignore[method-assign]
     engine.kernels.cpu.build.build = lambda code_path: library  # type: ignore[assignment, misc]
     attention.new_kv_cache = new_kv_cache
-    processor.best_code_path = lambda: code_path
+    compiled.best_code_path = lambda: code_path
     loader.main(answer_requests)
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import engine.kernels.load
-from engine.kernels.cpu import processor
-from engine.kernels.cpu.build import build
-from engine.kernels.cpu.compiler_runs import BuildError
+from engine.kernels.cpu import library
+from engine.kernels.cpu.build import BuildError, build
 from engine.kernels.cpu.library import Library
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.shared.parts import engine_part
@@ -26,7 +25,7 @@ def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
         elif name == "triton":
             patch.setattr(engine.kernels.load, "_load_cpu_kernels", _interpreted)
         elif name != "default":
-            patch.setattr(processor, "best_code_path", lambda: name)
+            patch.setattr(library, "best_code_path", lambda: name)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         try:
@@ -44,7 +43,7 @@ def _interpreted(options: KernelOptions) -> Kernels:
 @cache
 def load_library(code_path: str) -> Library:
     """Return the library of a code path. Skips the test if there is none, or the processor lacks the code path."""
-    if code_path not in processor.available_code_paths():
+    if code_path not in library.available_code_paths():
         pytest.skip(f"the processor lacks {code_path}")
     try:
         return Library(build(code_path), code_path)
@@ -55,7 +54,7 @@ def load_library(code_path: str) -> Library:
 @cache
 def code_paths() -> list[str]:
     """Return the code paths of this processor, best first; none if there is no library of the best."""
-    available = processor.available_code_paths()
+    available = library.available_code_paths()
     with suppress(BuildError):
         if available:
             build(available[0])

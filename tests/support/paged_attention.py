@@ -15,7 +15,7 @@ from engine.batch.inputs import BatchInputs, Lengths
 from engine.config import AttentionKind, KVShape
 from engine.kernels.cpu.attention import CpuAttentionPlan
 from engine.kernels.cpu.kernels import CpuKernels
-from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.library import Program
 from engine.kernels.interface import AttentionScores, Kernels, LayerCache, LinearOp, Rotations
 from tests.support.kernel_kinds import Kind
 from tests.support.tensors import CPU, random_tensor

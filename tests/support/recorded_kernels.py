@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.kernels import CpuKernels
-from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.library import Program
 from engine.kernels.interface import KernelOptions
 from tests.support.kernel_choice import load_library
 

@@ -24,9 +24,8 @@ from engine.kernels.cpu.c_structs import (
 )
 from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.cpu.weights import ACTIVATION_GROUP
-from engine.kernels.interface import AttentionScores, HeadNorms, LayerCache, Rotations
+from engine.kernels.interface import AttentionScores, HeadNorms, LayerCache, Rotations, check_attention, check_heads
 from engine.kernels.lazy_memory import lazy_zeros
-from engine.kernels.sizes import check_attention, check_heads
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # CacheType of kv_cache.h
 CHUNK = 256  # tokens; the numbers below too are those of attention.h, kv_cache.h and simd.h

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.c_structs import PreparedRows, PrepareParameters
-from engine.kernels.cpu.library import Library, Team
-from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.library import Library, Program, Team
 from engine.kernels.cpu.weights import FLOAT32, Format, input_row_bytes
 from engine.kernels.lazy_memory import lazy_zeros
 

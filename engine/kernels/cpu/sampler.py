@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.c_structs import SampledRow, SampleParameters
-from engine.kernels.cpu.library import Library, Team
-from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.library import Library, Program, Team
 from engine.kernels.lazy_memory import lazy_zeros
 from engine.sampling.sampler import NO_MASKS, Sampler, SamplerOutput, banned_token_ids, packed_masks
 from engine.scheduling.request import SamplingRow

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.c_structs import PackParameters
-from engine.kernels.cpu.library import Library, Team
-from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.library import Library, Program, Team
 from engine.kernels.lazy_memory import Arena
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.weights import PackedTensor, Weight, concatenate, layout_of

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from engine.batch.inputs import Lengths
 from engine.config import AttentionKind, KVShape
-from engine.kernels.interface import AttentionScores, LayerCache
+from engine.kernels.interface import AttentionScores, LayerCache, check_attention
 from engine.kernels.lazy_memory import lazy_zeros
-from engine.kernels.sizes import check_attention
 from engine.kernels.torch.linear import random_numbers
 
 KEY_TILE = 256  # keys that one step of the running softmax takes in

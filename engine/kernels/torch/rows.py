@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.interface import HeadNorms, LayerCache, Rotations
-from engine.kernels.sizes import check_heads
+from engine.kernels.interface import HeadNorms, LayerCache, Rotations, check_heads
 
 # Written out, in float32: F.silu and F.gelu compute the elements left over after whole vectors with another exp or erf,
 # so their result for an element depends on its index. exp, erf and tanh by themselves do not have this flaw.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
 from engine.kernels.cpu.kernels import CpuKernels
-from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.library import Program
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
 from engine.parts.inspection.observation import Observation, attention_weights, observe

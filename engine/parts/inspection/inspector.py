@@ -22,8 +22,7 @@ from engine.parts.inspection.executions import ObservedExecution
 from engine.parts.inspection.layers import LayerObserver
 from engine.parts.inspection.reader import all_choices, has_id, of_one_request
 from engine.parts.inspection.sampling import view_stages
-from engine.sampling.masks import step_masks
-from engine.sampling.sampler import Sampler
+from engine.sampling.sampler import Sampler, step_masks
 from engine.scheduling.request import (
     Request,
     SamplingRow,

@@ -21,9 +21,9 @@ from engine.parts.lora.checkpoint import (
 )
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFHeader, TensorInfo, short
-from engine.weights.dequantize import dequantize
 from engine.weights.files import RegularFile
 from engine.weights.gguf import huggingface_name
+from engine.weights.packed import dequantize
 
 TENSOR_NAME = re.compile(r"(.+)\.(lora_[ab])")
 

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from engine.config.fields import Fields, shown
+from engine.config.fields import Fields, read_json_object, shown
 from engine.config.huggingface import QUANTIZATION_FILES
-from engine.config.json_file import read_json_object
 from engine.config.structs import QuantizationConfig, QuantizationMethod
 
 METHODS = get_args(QuantizationMethod)

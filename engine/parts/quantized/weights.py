@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.weights.dequantize import CHUNK_SIZE
-from engine.weights.packed import FLOAT8_BLOCK, PackedTensor
+from engine.weights.packed import CHUNK_SIZE, FLOAT8_BLOCK, PackedTensor
 
 PACKED_GROUP = 32  # kernels pack groups of a multiple of this number of columns
 HALF_BYTES = 2  # of a number in half precision

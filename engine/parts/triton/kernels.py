@@ -17,8 +17,15 @@ from torch import Tensor
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.batch.transfer import to_device
 from engine.config import AttentionKind, KVShape
-from engine.kernels.interface import AttentionScores, ExecutionKind, ExpertLinearOp, KernelOptions, LayerCache, LinearOp
-from engine.kernels.sizes import check_attention
+from engine.kernels.interface import (
+    AttentionScores,
+    ExecutionKind,
+    ExpertLinearOp,
+    KernelOptions,
+    LayerCache,
+    LinearOp,
+    check_attention,
+)
 from engine.kernels.torch.attention import cached_keys
 from engine.kernels.torch.kernels import joined
 from engine.kernels.torch.linear import adding

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.weights import PackedTensor
-from engine.weights.dequantize import split_fields
-from engine.weights.packed import FLOAT8_BLOCK, paired_nibbles
+from engine.weights.packed import FLOAT8_BLOCK, paired_nibbles, split_fields
 
 if TYPE_CHECKING:
     from engine.parts.quantized.weights import Float8Tensor, GroupQuantized

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.interface import HeadNorms, LayerCache, Rotations
-from engine.kernels.sizes import check_heads
+from engine.kernels.interface import HeadNorms, LayerCache, Rotations, check_heads
 from engine.parts.triton.float8 import MAX_FLOAT8, float8_bits
 from engine.parts.triton.tiles import LAUNCH_OPTIONS
 

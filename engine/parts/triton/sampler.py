@@ -234,7 +234,7 @@ def _mix(x):
 
 @triton.jit
 def _noise(ids, first_key, second_key):
-    """Return Gumbel noise as `engine.sampling.rng.gumbel_noise` does for the same keys."""
+    """Return Gumbel noise as `engine.sampling.ops.gumbel_noise` does for the same keys."""
     bits = _mix(_mix((ids.to(tl.uint32) * 0x9E3779B1) ^ first_key) ^ second_key)
     uniform = ((bits & 0x7FFFFFFF).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2^-31
     uniform = tl.minimum(uniform, 0.99999994)  # 1 - 2^-24

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.sampling.rng import noise_keys
+from engine.sampling.ops import noise_keys
 from engine.sampling.sampler import banned_token_ids
 from engine.scheduling.request import SamplingRow
 from engine.shared.messages import GREEDY_TEMPERATURE

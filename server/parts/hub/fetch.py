@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.config import GGUF_ARCHITECTURES, load_model_config
-from engine.config.json_file import read_json_object
+from engine.config.fields import read_json_object
 from engine.shared.gguf import read_partial_metadata
 from server.format import format_bytes, home_relative
 from server.parts.hub.client import RemoteFile, read, request_file

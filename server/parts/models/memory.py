@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.config.json_file import read_json_object
+from engine.config.fields import read_json_object
 from engine.shared.gguf import GGUFFile
 from engine.shared.host_memory import available_memory
 from engine.shared.messages import EngineInfo

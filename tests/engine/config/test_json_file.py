@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import load_model_config
-from engine.config.json_file import MAX_DEPTH, parse_json_data, read_json_file, read_json_object
+from engine.config.fields import MAX_DEPTH, parse_json_data, read_json_file, read_json_object
 from engine.config.tokenizer_files import read_added_tokens
 from engine.parts.quantized.config import OTHER_FILES
 

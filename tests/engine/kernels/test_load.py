@@ -15,8 +15,8 @@ import torch
 import triton
 
 from engine.kernels.cpu import build as build_module
-from engine.kernels.cpu import processor
-from engine.kernels.cpu.compiler_runs import BuildError
+from engine.kernels.cpu import library
+from engine.kernels.cpu.build import BuildError
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
 from engine.parts.triton import requirements
@@ -81,7 +81,7 @@ def test_where_they_cannot_be_used(
     if build:
         monkeypatch.setattr(build_module, "build", build)
     else:
-        monkeypatch.setattr(processor, "cpu_flags", lambda: {"sse4_2", "avx"})
+        monkeypatch.setattr(library, "cpu_flags", lambda: {"sse4_2", "avx"})
     assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
     (message,) = caplog.messages
     assert f"kernels: {reason}" in message

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from engine.sampling.masks import step_masks
+from engine.sampling.sampler import step_masks
 from engine.scheduling.request import Scheduled, Status, Step
 from engine.shared.messages import ReasoningLimit
 from tests.engine.grammar.test_constrained import Model

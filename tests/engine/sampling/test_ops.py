@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.sampling.dry import repeat_penalties
-from engine.sampling.ops import SAMPLING_OPS, apply_ops
-from engine.sampling.rng import coins
+from engine.sampling.ops import SAMPLING_OPS, apply_ops, coins
 from engine.scheduling.request import SamplingRow
 from engine.shared.messages import MIROSTAT_ORDER, SAMPLER_ORDER, ExtraSamplers, SequenceBreaker
 from tests.engine.sampling.test_sampler import gumbel_noise, make_row, make_sampler, random_logits

@@ -21,8 +21,8 @@ from engine.kernels.cpu.sampler import CpuSampler
 from engine.kernels.interface import TokenSampler
 from engine.parts.triton.sampler import TritonSampler
 from engine.sampling.logprobs import _top_ids, _top_ids_by_keys, gather_logprobs
-from engine.sampling.rng import coins
-from engine.sampling.rng import gumbel_noise as gumbel_noise_of_torch
+from engine.sampling.ops import coins
+from engine.sampling.ops import gumbel_noise as gumbel_noise_of_torch
 from engine.sampling.sampler import Sampler, SamplerOutput
 from engine.scheduling.request import SamplingRow
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams

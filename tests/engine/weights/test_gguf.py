@@ -12,7 +12,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.weights import PackedTensor, Weight, load_weights
-from engine.weights import dequantize as dequantization
+from engine.weights import packed as dequantization
 from tests.support.gguf_files import interleave, write_gguf
 from tests.support.model_configs import TINY, llama_config
 

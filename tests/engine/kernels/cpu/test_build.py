@@ -24,10 +24,19 @@ from typing import Any
 import pytest
 
 from engine.kernels.cpu import build as build_module
-from engine.kernels.cpu import compiler_runs
-from engine.kernels.cpu.build import COMMON_FLAGS, COSTS, PACKAGE, NotCompiledError, find_compiler
-from engine.kernels.cpu.compiler_runs import BuildError, CompilerRun, _Process, run_all, seconds_left
-from engine.kernels.cpu.processor import CODE_PATHS, CodePath
+from engine.kernels.cpu.build import (
+    COMMON_FLAGS,
+    COSTS,
+    PACKAGE,
+    BuildError,
+    CompilerRun,
+    NotCompiledError,
+    _Process,
+    find_compiler,
+    run_all,
+    seconds_left,
+)
+from engine.kernels.cpu.library import CODE_PATHS, CodePath
 from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
 from tests.support.sanitizer import run_sanitized
@@ -74,7 +83,7 @@ class Place:
         for name, text in {"other.cpp": UNIT, "library.cpp": LIBRARY, "names.h": NAMES}.items():
             (self.sources / name).write_text(text)
         patch.setenv("LIGHTWELL_CACHE", str(folder / "cache"))
-        patch.setattr(compiler_runs, "POLL_SECONDS", 0.001)
+        patch.setattr(build_module, "POLL_SECONDS", 0.001)
         self.compiler, self.log = folder / "stub-c++", folder / "calls"
         self.compiler_does("")
         patch.setenv("CXX", str(self.compiler))
@@ -463,8 +472,8 @@ def test_one_process_for_each_core_up_to_four(
             running.remove(self)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
-    monkeypatch.setattr(compiler_runs, "_Process", Run)
-    monkeypatch.setattr(compiler_runs, "POLL_SECONDS", 0)
+    monkeypatch.setattr(build_module, "_Process", Run)
+    monkeypatch.setattr(build_module, "POLL_SECONDS", 0)
     run_all([CompilerRun(["true"])] * 9, tmp_path, tmp_path)
     assert (len(nums_running), max(nums_running), len(running)) == (9, num_processes, 0)
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.kernels.cpu.build import ZIG_ARGUMENTS, find_compiler
-from engine.kernels.cpu.compiler_runs import ZIG
+from engine.kernels.cpu.build import ZIG, ZIG_ARGUMENTS, find_compiler
 from engine.loading import load_model
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.outputs import all_logits

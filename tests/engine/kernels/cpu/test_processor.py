@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.kernels.cpu import processor
-from engine.kernels.cpu.processor import CODE_PATHS, available_code_paths, best_code_path, cpu_flags
+from engine.kernels.cpu import library
+from engine.kernels.cpu.library import CODE_PATHS, available_code_paths, best_code_path, cpu_flags
 
 # Flags of /proc/cpuinfo, without most of those that no code path needs.
 HASWELL = "fpu sse2 ssse3 fma sse4_2 avx f16c rdrand bmi1 avx2 smep bmi2 erms"
@@ -29,13 +29,13 @@ PROCESSORS = [
 def has(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = f"processor\t: 0\nmodel name\t: X\nflags\t\t: {flags}\nbugs\t\t:\n\nprocessor\t: 1\nflags\t\t: other\n"
     (tmp_path / "cpuinfo").write_text(info)
-    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(library, "CPU_INFO", tmp_path / "cpuinfo")
 
 
 @pytest.mark.parametrize(("flags", "names"), PROCESSORS)
 def test_code_paths(flags: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     has(flags, tmp_path, monkeypatch)
-    monkeypatch.setattr(processor, "_may_use_tiles", lambda: True)
+    monkeypatch.setattr(library, "_may_use_tiles", lambda: True)
     assert available_code_paths() == names == [name for name in CODE_PATHS if name in names]
     if names:
         assert best_code_path() == names[0]
@@ -62,7 +62,7 @@ def test_the_system_may_refuse_tiles(answer: int, best: str, tmp_path: Path, mon
 
 
 def test_without_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "missing")
+    monkeypatch.setattr(library, "CPU_INFO", tmp_path / "missing")
     assert cpu_flags() == set()
     (tmp_path / "missing").write_text("Processor: ARMv8\nFeatures: fp asimd\n")
     assert available_code_paths() == []

@@ -23,7 +23,7 @@ os.environ.pop("TEST_LONG", None)
 import pytest
 import torch
 from engine.kernels import lazy_memory
-from engine.kernels.cpu import processor
+from engine.kernels.cpu import library
 from tests.support import kernel_choice, recorded_kernels
 
 
@@ -36,7 +36,7 @@ def some_rows(rows, num_rows=recorded_kernels.MAX_ROWS):
 recorded_kernels.assert_rows_are_independent = some_rows  # which would take ten times as long here
 lazy_memory._huge_pages = lambda num_bytes: torch.zeros(num_bytes, dtype=torch.uint8)
 lazy_memory.ARENA_BYTES = 0
-processor.available_code_paths = lambda: {names}
+library.available_code_paths = lambda: {names}
 kernel_choice.build = lambda code_path: Path(library_path)
 files = ["cpu/test_kernels.py"]
 files += [f"test_{{subject}}.py" for subject in ("attention", "kv_cache", "rows", "experts", "lora")]
