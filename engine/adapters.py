@@ -59,5 +59,5 @@ def adapter_loader(config: EngineConfig, model_config: ModelConfig) -> AdapterLo
     """Return what loads the adapters of the settings, whose files it reads. Raises ValueError."""
     if not config.max_loras:
         return AdapterLoader()
-    loader: AdapterLoader = engine_part("lora", "loading").LoraLoader(config, model_config)
+    loader: AdapterLoader = engine_part("lora", "slots").LoraLoader(config, model_config)
     return loader

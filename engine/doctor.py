@@ -59,7 +59,7 @@ def _torch() -> tuple[str | None, str | None, list[Gpu]]:
 def _triton_problem() -> str | None:
     """Return why Triton cannot be used, or None."""
     try:
-        problem: str | None = engine_part("triton", "requirements").missing_requirement()
+        problem: str | None = engine_part("triton", "load").missing_requirement()
     except MissingPartError as error:
         return str(error)
     return problem

@@ -60,7 +60,7 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
 }
 # Patterns that are not examined, with the reason.
 EXCEPTIONS = {
-    ("engine.parts.lora.peft_config", 'rf"(.*\\.)?({pattern})$"'): "an adapter's own: few branchings, limited by time"
+    ("engine.parts.lora.peft", 'rf"(.*\\.)?({pattern})$"'): "an adapter's own: few branchings, limited by time"
 }
 
 

@@ -60,7 +60,7 @@ def load_safetensors(
     names = _read_all_names(shards)
     other_names = _other_names(names, config)
     if config.quantization is not None:
-        layers = engine_part("quantized", "layers").QuantizedLayers(names, config.quantization, dtype, keep_packed)
+        layers = engine_part("quantized", "formats").QuantizedLayers(names, config.quantization, dtype, keep_packed)
     types = FLOAT_TYPES if layers is None else FLOAT_TYPES | QUANTIZED_TYPES
     num_bytes = sum(shard.stat().st_size for shard in shards)
     num_bytes_before = 0

@@ -16,9 +16,8 @@ from engine.kernels.interface import Kernels
 from engine.loading import LoadedModel, load_model
 from engine.parts.distributed.collectives import Collectives, TorchCollectives, cpu_collectives
 from engine.parts.distributed.execution import follow, lead
-from engine.parts.distributed.group import Command, Leader
+from engine.parts.distributed.group import Command, Leader, SharedMemory
 from engine.parts.distributed.part import ModelPart
-from engine.parts.distributed.shared_memory import SharedMemory
 
 
 def fail(what: str) -> None:

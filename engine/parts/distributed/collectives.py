@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.kernels.cpu.c_structs import AddParameters, MeetParameters, PreparedRows, PrepareParameters
 from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.cpu.weights import FLOAT32
-from engine.parts.distributed.shared_memory import SharedMemory
+from engine.parts.distributed.group import SharedMemory
 
 COUNTER_BYTES = 64  # a cache line
 

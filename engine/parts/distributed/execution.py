@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.adapters import Adapters
 from engine.batch.inputs import BatchInputs
 from engine.execution.load import Execution
 from engine.parts.distributed.adapters import ShardedAdapters
-from engine.parts.distributed.group import Command, Follower, Leader
-from engine.parts.distributed.observation import LeadingRunner, ObservationMemory, ObservingFollower
-from engine.parts.distributed.shared_memory import SharedMemory
+from engine.parts.distributed.group import Command, Follower, Leader, RankGroup, SharedMemory
 from engine.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from engine.parts.inspection.executions import Observation, ObservedExecution
 
 
 class Message:
@@ -95,3 +100,104 @@ def follow(group: Follower, runner: ModelRunner, adapters: Adapters) -> None:
         else:
             assert observer is not None
             observer.run(command)
+
+
+class ObservationMemory:
+    """What ranks exchange beside the buffers of the batch. Each attends with a part of the heads."""
+
+    def __init__(self, group: RankGroup, runner: ModelRunner, max_num_rows: int, max_logit_rows: int) -> None:
+        config = runner.model.config
+        max_blocks = runner.builder.tables.shape[2]
+        num_heads = max(layer.attention.num_heads for layer in config.layers)
+        self.target = group.memory.integers((3,))  # layer, first position, number of blocks
+        self.block_ids = group.memory.integers((max_blocks,))
+        self.num_hidden = group.memory.integers((1,))
+        hidden_bytes = max_logit_rows * config.hidden_size * torch.float32.itemsize
+        self.hidden = group.memory.take(hidden_bytes).view(torch.float32).view(max_logit_rows, -1)
+        num_weights = max_num_rows * num_heads * max_blocks * runner.builder.block_size
+        self.weights = [group.memory.take(num_weights * 4).view(torch.float32) for _ in range(group.num_ranks)]
+
+
+class LeadingObservedExecution:
+    """The execution of rank 0, which the other ranks follow."""
+
+    def __init__(self, execution: ObservedExecution, group: Leader, memory: ObservationMemory) -> None:
+        self.execution = execution
+        self.builder = execution.builder
+        self.group = group
+        self.memory = memory
+
+    def forward(self) -> Iterator[Observation]:
+        parts = self.execution.forward()
+        command = Command.OBSERVE
+        while True:
+            with self.group.everywhere(command):
+                observation = next(parts, None)
+            if observation is None:
+                return
+            yield observation
+            command = Command.OBSERVE_NEXT
+
+    def attention_weights(self, layer: int, q: Tensor, block_ids: Tensor, first: int) -> Tensor:
+        memory = self.memory
+        memory.target[:] = layer, first, len(block_ids)
+        memory.block_ids[: len(block_ids)] = block_ids.cpu().numpy()
+        with self.group.everywhere(Command.WEIGH_ATTENTION):
+            own = self.execution.attention_weights(layer, q, block_ids, first)
+        others = [weights[: own.numel()].view(own.shape).to(own.device) for weights in memory.weights[1:]]
+        return torch.cat([own, *others], dim=1)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        self.memory.num_hidden[0] = len(hidden)
+        self.memory.hidden[: len(hidden)] = hidden
+        with self.group.everywhere(Command.LOOK_THROUGH_LENS):
+            return self.execution.compute_logits(hidden)
+
+
+class ObservingFollower:
+    """What a rank other than 0 does for an execution of rank 0 that shows what happens inside."""
+
+    def __init__(self, execution: ObservedExecution, memory: ObservationMemory, rank: int) -> None:
+        self.execution = execution
+        self.memory = memory
+        self.rank = rank
+        self.parts: Iterator[Observation] = iter(())
+        self.last: Observation | None = None
+
+    def run(self, command: Command) -> None:
+        if command is Command.WEIGH_ATTENTION:
+            self._weigh_attention()
+        elif command is Command.LOOK_THROUGH_LENS:
+            assert self.last is not None
+            hidden = self.memory.hidden[: self.memory.num_hidden[0]]
+            self.execution.compute_logits(hidden.to(self.last.residual))
+        else:
+            if command is Command.OBSERVE:
+                self.parts = self.execution.forward()
+            self.last = next(self.parts, self.last)
+
+    def _weigh_attention(self) -> None:
+        assert self.last is not None
+        assert self.last.q is not None
+        layer, first, num_blocks = self.memory.target.tolist()
+        block_ids = torch.from_numpy(self.memory.block_ids[:num_blocks]).to(self.last.q.device)
+        weights = self.execution.attention_weights(layer, self.last.q, block_ids, first)
+        self.memory.weights[self.rank][: weights.numel()] = weights.flatten()
+
+
+class LeadingRunner(ModelRunner):
+    """The runner of rank 0, whose observed executions the other ranks follow too."""
+
+    def __init__(self, runner: ModelRunner, group: Leader, max_observed: NDArray[np.int64]) -> None:
+        """`max_observed`: a number in shared memory, for the rows of an observed execution."""
+        self.__dict__ |= runner.__dict__
+        self.group = group
+        self._max_observed = max_observed
+
+    @torch.inference_mode()
+    def new_observed_execution(self, max_num_rows: int) -> LeadingObservedExecution:
+        self._max_observed[0] = max_num_rows
+        with self.group.everywhere(Command.PREPARE_TO_OBSERVE):
+            execution = super().new_observed_execution(max_num_rows)
+            memory = ObservationMemory(self.group, self, max_num_rows, execution.max_logit_rows)
+        return LeadingObservedExecution(execution, self.group, memory)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,16 @@ from typing import Any
 import msgspec
 import torch
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, EngineProcessConfig, ModelConfig, load_model_config
+from engine.loading import LoadedModel, Progress, load_model
 from engine.model import CausalLM, Parameters
 from engine.parts.distributed.adapters import ShardedAdapters
-from engine.parts.distributed.group import RankGroup
+from engine.parts.distributed.execution import lead
+from engine.parts.distributed.group import Leader, RankGroup
 from engine.parts.distributed.parallelize import build_parallel
-from engine.parts.distributed.plan import ShardingPlan, check_num_ranks
-from engine.parts.distributed.weights import column_block, shard
+from engine.parts.distributed.plan import ShardingPlan, check_num_ranks, column_block, divide, shard
+from engine.scheduling.record import StepClock
+from engine.shared.cpus import divide_cpus
 from engine.weights import Weight
 from engine.whole_model import WholeModel
 
@@ -56,3 +61,52 @@ class ModelPart(WholeModel):
 
     def build(self, parameters: Parameters, **options: Any) -> CausalLM:
         return build_parallel(self.plan, parameters, self.group.new_collectives(options["kernels"]), **options)
+
+
+def use_own_cores(rank: int, num_ranks: int, *, binds: bool) -> None:
+    """Give this rank its share of the threads, and if it `binds`, cores of its own. Call this in the main thread.
+
+    Memory comes from the NUMA node of the thread that first writes to it, so it is that of the rank's cores. Raises
+    ValueError if there are fewer cores than ranks.
+    """
+    num_threads = torch.get_num_threads()
+    share = divide(num_threads, num_ranks, 1)[rank]
+    num_own = share.stop - share.start
+    if binds:
+        allowed = os.sched_getaffinity(0)
+        check_cores(len(allowed), num_ranks)
+        own = divide_cpus(allowed, num_ranks)[rank]
+        os.sched_setaffinity(0, own)
+        num_own = min(max(1, num_own), len(own))
+    torch.set_num_threads(max(1, num_own))
+
+
+def check_cores(num_cores: int, num_ranks: int) -> None:
+    """Raise ValueError if there are fewer cores than ranks."""
+    if num_cores < num_ranks:
+        raise ValueError(
+            f"--cpu-affinity auto: {num_ranks} ranks need a core each, but this process may use {num_cores}"
+        )
+
+
+def load(
+    process_config: EngineProcessConfig,
+    on_rank_death: Callable[[str], None],
+    clock: StepClock | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a model, of which this process is rank 0. `on_rank_death` is that of `Leader`, the others of `load_model`.
+
+    Raises ValueError if the model does not divide among so many ranks, and as `load_model` does.
+    """
+    config = process_config.config
+    num_ranks = config.tensor_parallel_size
+    check_num_ranks(load_model_config(Path(config.model_path)), num_ranks)
+    binds = config.cpu_affinity == "auto"
+    if binds:
+        check_cores(len(os.sched_getaffinity(0)), num_ranks)
+    group = Leader(process_config, on_rank_death)  # whose processes inherit the cores that this one may use
+    use_own_cores(0, num_ranks, binds=binds)
+    with group.loading():
+        loaded = load_model(config, clock, progress, partial(ModelPart, group))
+    return dataclasses.replace(loaded, runner=lead(group, loaded.runner, loaded.adapters))

@@ -12,10 +12,9 @@ import msgspec
 import torch
 
 from engine.loading import load_model
-from engine.parts.distributed.cores import use_own_cores
 from engine.parts.distributed.execution import follow
 from engine.parts.distributed.group import Follower, RankConfig
-from engine.parts.distributed.part import ModelPart
+from engine.parts.distributed.part import ModelPart, use_own_cores
 from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.parent_death import die_with_parent

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.torch.experts import route
-from engine.parts.inspection.executions import ObservedExecution
-from engine.parts.inspection.observation import Observation, Part
+from engine.parts.inspection.executions import Observation, ObservedExecution, Part
 from engine.runner import ModelRunner
 from engine.scheduling.request import Request
 from engine.shared.records import Inspect, LayerView

@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.config import ModelConfig
 from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
 from engine.parts.lora.gguf_reader import read_gguf
-from engine.parts.lora.peft_reader import CONFIG_NAME, read_folder
+from engine.parts.lora.peft import CONFIG_NAME, read_folder
 
 
 def load_lora(path: Path, config: ModelConfig, max_rank: int | None = None) -> LoraCheckpoint:

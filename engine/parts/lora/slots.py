@@ -15,15 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.adapters import AdapterGoneError, Adapters
+from engine.adapters import AdapterGoneError, AdapterLoader, Adapters
 from engine.batch.transfer import send, to_device
-from engine.config import ModelConfig
+from engine.config import EngineConfig, ModelConfig
+from engine.model import CausalLM
 from engine.model.linear import Linear
-from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
-from engine.parts.lora.layers import LoraLayer
+from engine.model.memory_plan import MIB
+from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices, module_shapes
+from engine.parts.lora.layers import LoraLayer, add_slots
 from engine.parts.lora.reader import load_lora
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter
+from engine.whole_model import WholeModel
 
 EMPTY = ""  # in the list of fingerprints: a slot without an adapter
 
@@ -168,3 +171,51 @@ def read_adapter(name: str, path: str, config: ModelConfig, max_rank: int | None
         return load_lora(Path(path), config, max_rank)
     except ValueError as error:
         raise AdapterError(f"LoRA adapter {name}: {error}", AdapterField.PATH) from error
+
+
+DEFAULT_MAX_RANK = 16
+
+
+class LoraLoader(AdapterLoader):
+    """Loads the adapters of the settings, which have been read."""
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
+        """Raises AdapterError."""
+        self._config = config
+        self._checkpoints = {
+            name: read_adapter(name, path, model_config, config.max_lora_rank)
+            for name, path in config.lora_modules.items()
+        }
+        self.max_rank = choose_lora_rank(config, self._checkpoints)
+
+    def check_memory(self, config: ModelConfig, itemsize: int, free: int) -> None:
+        check_lora_memory(config, self._config.max_loras, self.max_rank, itemsize, free)
+
+    def load(self, part: WholeModel, model: CausalLM) -> Adapters:
+        add_slots(model.linears, num_lora_slots(self._config.max_loras), self.max_rank)
+        new_adapters = part.new_adapters or LoraAdapters
+        adapters: LoraAdapters = new_adapters(model.linears, self._config.max_loras, self.max_rank)
+        for name, checkpoint in self._checkpoints.items():
+            adapters.load(name, self._config.lora_modules[name], checkpoint)
+        return adapters
+
+
+def check_lora_memory(config: ModelConfig, max_loras: int, rank: int, itemsize: int, free: int) -> None:
+    """Check that the slots fit in the free memory. `itemsize` and `free` are bytes. Raises ValueError."""
+    layers = range(config.num_hidden_layers)
+    numbers = sum(sum(shape) for layer in layers for shape in module_shapes(config, layer).values())
+    num_bytes = num_lora_slots(max_loras) * rank * numbers * itemsize
+    if num_bytes > free:
+        raise ValueError(
+            f"--max-loras {max_loras} of --max-lora-rank {rank} take {num_bytes / MIB:.0f} MiB, but only "
+            f"{free / MIB:.0f} MiB are free"
+        )
+
+
+def choose_lora_rank(config: EngineConfig, checkpoints: Mapping[str, LoraCheckpoint]) -> int:
+    """Return the largest rank that a slot can hold.
+
+    That is `max_lora_rank` if set, else the largest rank of the adapters loaded at start, at least DEFAULT_MAX_RANK.
+    """
+    largest = max((checkpoint.rank for checkpoint in checkpoints.values()), default=0)
+    return config.max_lora_rank or max(DEFAULT_MAX_RANK, largest)

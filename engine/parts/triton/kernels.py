@@ -26,10 +26,11 @@ from engine.kernels.interface import (
     LinearOp,
     check_attention,
 )
+from engine.kernels.torch import attention as torch_attention
 from engine.kernels.torch.attention import cached_keys
 from engine.kernels.torch.kernels import joined
 from engine.kernels.torch.linear import adding
-from engine.parts.triton import attention, experts, kv_cache, prompt_attention, rows
+from engine.parts.triton import attention, experts, prompt_attention, rows
 from engine.parts.triton.attention import TritonAttentionPlan
 from engine.parts.triton.attention_plan import TritonAttentionPlanner, new_planner
 from engine.parts.triton.linear import linear
@@ -200,12 +201,12 @@ class TritonKernels:
     # Attention.
 
     def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
-        return kv_cache.kv_cache_bytes(groups, block_size, self.cache_dtype)
+        return kv_cache_bytes(groups, block_size, self.cache_dtype)
 
     def new_kv_cache(
         self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
     ) -> list[list[LayerCache]]:
-        return kv_cache.new_kv_cache(groups, num_blocks, block_size, self.cache_dtype, self.device)
+        return new_kv_cache(groups, num_blocks, block_size, self.cache_dtype, self.device)
 
     cached_keys = staticmethod(cached_keys)
     rope_and_store_kv = staticmethod(rows.rope_and_store_kv)
@@ -244,3 +245,40 @@ class TritonKernels:
 
     def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> TritonSampler:
         return TritonSampler(vocab_size, eos_token_ids, self.device)
+
+
+# The KV cache of all layers, in one memory for all KV groups; scales of 8-bit keys and values are in another.
+
+
+def kv_cache_bytes(groups: Sequence[Sequence[KVShape]], block_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one block."""
+    num_bytes = dtype.itemsize * torch_attention.numbers_per_token(groups)
+    if dtype.itemsize == 1:
+        num_bytes += torch.float32.itemsize * torch_attention.numbers_per_token(_of_scales(groups))
+    return block_size * num_bytes
+
+
+def new_kv_cache(
+    groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[list[LayerCache]]:
+    """Return empty keys and values [B, N, KH, D] of each layer, with scales [B, KH, N] if they have 8 bits.
+
+    The layers of a group lie in a block one after the other.
+    """
+    if dtype.itemsize > 1:
+        return torch_attention.new_kv_cache(groups, num_blocks, block_size, dtype, device)
+    codes = torch_attention.new_kv_cache(groups, num_blocks, block_size, torch.uint8, device)
+    scales = torch_attention.new_kv_cache(_of_scales(groups), num_blocks, block_size, torch.float32, device)
+    return [[_coded(*pair, dtype) for pair in zip(*some, strict=True)] for some in zip(codes, scales, strict=True)]
+
+
+def _of_scales(groups: Sequence[Sequence[KVShape]]) -> list[list[KVShape]]:
+    return [[KVShape(shape.num_kv_heads, 1) for shape in group] for group in groups]
+
+
+def _coded(codes: LayerCache, scales: LayerCache, dtype: torch.dtype) -> LayerCache:
+    num_blocks, block_size, num_kv_heads, _ = codes.keys.shape
+    key_scales, value_scales = (
+        some.view(num_blocks, num_kv_heads, block_size) for some in (scales.keys, scales.values)
+    )
+    return LayerCache(codes.shape, codes.keys.view(dtype), codes.values.view(dtype), key_scales, value_scales)

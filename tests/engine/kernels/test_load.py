@@ -19,8 +19,8 @@ from engine.kernels.cpu import library
 from engine.kernels.cpu.build import BuildError
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
-from engine.parts.triton import requirements
-from engine.parts.triton.requirements import missing_requirement
+from engine.parts.triton import load as triton_load
+from engine.parts.triton.load import missing_requirement
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.paths import ROOT
 
@@ -139,7 +139,7 @@ def test_what_is_said_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "there is no CC=/nonexistent/cc: unset CC" in (missing_requirement() or "")
     monkeypatch.setenv("CC", sys.executable)
     assert missing_requirement() is None
-    monkeypatch.setattr(requirements, "python_include", lambda: tmp_path)
+    monkeypatch.setattr(triton_load, "python_include", lambda: tmp_path)
     problem = missing_requirement() or ""
     assert f"there is no {tmp_path}/Python.h: apt install python3-dev" in problem
     assert "\n" not in problem
@@ -147,7 +147,7 @@ def test_what_is_said_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """It is refused unless slow kernels are allowed, which still lack what they lack."""
-    monkeypatch.setattr(requirements, "python_include", lambda: Path("/nonexistent"))
+    monkeypatch.setattr(triton_load, "python_include", lambda: Path("/nonexistent"))
     options = KernelOptions(torch.bfloat16)
     with pytest.raises(ValueError, match=r"/nonexistent/Python.h: .*python3-dev\. With --allow-slow-kernels") as error:
         load_kernels(CUDA, options)

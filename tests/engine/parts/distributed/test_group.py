@@ -12,11 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig, EngineProcessConfig
-from engine.parts.distributed.cores import check_cores, use_own_cores
-from engine.parts.distributed.group import Command, Leader
-from engine.parts.distributed.observation import LeadingRunner
-from engine.parts.distributed.ranks import load
-from engine.parts.distributed.shared_memory import SharedMemory
+from engine.parts.distributed.execution import LeadingRunner
+from engine.parts.distributed.group import Command, Leader, SharedMemory
+from engine.parts.distributed.part import check_cores, load, use_own_cores
 from tests.support.ranks import fail
 from tests.support.tiny_engine import TINY_SHAPE
 from tests.support.tiny_models import save_random_model

@@ -16,8 +16,8 @@ from engine.loading import LoadedModel, load_model
 from engine.parts.distributed.execution import LeadingExecution
 from engine.parts.distributed.group import Command
 from engine.parts.inspection.inspector import Inspector
+from engine.parts.lora.loop import AdapterUpdates
 from engine.parts.lora.slots import LoraAdapters
-from engine.parts.lora.updates import AdapterUpdates
 from engine.shared.messages import LoadAdapter, SamplingParams, Submit
 from engine.shared.records import Inspect, Inspected
 from tests.engine.parts.inspection.test_inspector import ask, weights_of

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.parts.distributed.plan import ShardingPlan
-from engine.parts.distributed.weights import shard
+from engine.parts.distributed.plan import ShardingPlan, shard
 from engine.parts.quantized.weights import Float8Tensor, GroupQuantized
 from engine.weights import Weight
 from tests.engine.parts.distributed.test_plan import config, plans

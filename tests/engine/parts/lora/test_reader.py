@@ -22,9 +22,9 @@ from torch.nn import Linear
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from engine.config import load_model_config
-from engine.parts.lora import peft_config
+from engine.parts.lora import peft
 from engine.parts.lora.checkpoint import module_shapes
-from engine.parts.lora.peft_config import read_lora_scales
+from engine.parts.lora.peft import read_lora_scales
 from engine.parts.lora.reader import load_lora
 from engine.weights.files import RegularFile
 from tests.support.gguf_files import interleave, write_gguf
@@ -270,23 +270,23 @@ def test_malformed_settings(content: str | bytes, tmp_path: Path) -> None:
 
 def test_all_settings_of_peft_are_known() -> None:
     """After an upgrade of PEFT, look up what a new setting does and add it to one of the tables."""
-    assert {field.name for field in fields(LoraConfig)} == peft_config.KNOWN_KEYS
+    assert {field.name for field in fields(LoraConfig)} == peft.KNOWN_KEYS
     names = ("READ_KEYS", "HARMLESS_KEYS", "REFUSED_SWITCHES", "REFUSED_LISTS", "REFUSED_CONFIGS")
-    assert sum(len(getattr(peft_config, name)) for name in names) == len(peft_config.KNOWN_KEYS)
+    assert sum(len(getattr(peft, name)) for name in names) == len(peft.KNOWN_KEYS)
 
 
 def test_no_other_kind_of_lora_is_called_harmless() -> None:
     """PEFT marks the settings of LoRA variants. Of these, only VeLoRA is harmless: it differs in training alone."""
     variants = {field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     assert "use_dora" in variants
-    assert variants & peft_config.HARMLESS_KEYS <= {"velora_config"}
+    assert variants & peft.HARMLESS_KEYS <= {"velora_config"}
 
 
 def warnings_about(caplog: pytest.LogCaptureFixture, folder: Path) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_lora(folder, CONFIG)
-    return [record.getMessage() for record in caplog.records if record.name == "engine.parts.lora.peft_config"]
+    return [record.getMessage() for record in caplog.records if record.name == "engine.parts.lora.peft"]
 
 
 def test_unknown_settings_are_named_in_one_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -334,11 +334,11 @@ def test_patterns_that_match_slowly(tmp_path: Path) -> None:
     """The time is looked at before each pattern that may take long; one alone takes some milliseconds."""
     patterns = {f".*x{index}": 2 for index in range(32)}
     write_folder(tmp_path, rank_pattern=patterns, alpha_pattern=patterns)
-    times = itertools.count(step=peft_config.MAX_MATCH_SECONDS / 40)
+    times = itertools.count(step=peft.MAX_MATCH_SECONDS / 40)
     scales = replace(read_lora_scales(tmp_path / "adapter_config.json"), clock=lambda: next(times))
     with pytest.raises(ValueError, match=r"config\.json: rank_pattern and alpha_pattern take too long to match"):
         scales.scales({"model.layers.0.self_attn.q_proj": 2})
-    assert next(times) == pytest.approx(peft_config.MAX_MATCH_SECONDS, rel=0.1)
+    assert next(times) == pytest.approx(peft.MAX_MATCH_SECONDS, rel=0.1)
 
 
 # Limits of the file.

@@ -16,17 +16,10 @@ from engine.adapters import AdapterGoneError
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.parts.lora import loading, updates
+from engine.parts.lora import loop, slots
 from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
+from engine.parts.lora.loop import MAX_PENDING, READ_TIMEOUT, SLOT_TIMEOUT, WRITE_SECONDS, AdapterUpdates, run_in_thread
 from engine.parts.lora.slots import AdapterError, LoraAdapters, read_adapter
-from engine.parts.lora.updates import (
-    MAX_PENDING,
-    READ_TIMEOUT,
-    SLOT_TIMEOUT,
-    WRITE_SECONDS,
-    AdapterUpdates,
-    run_in_thread,
-)
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, UnloadAdapter
 from tests.support.answers import run
 from tests.support.lora_adapters import save_random_adapter
@@ -114,7 +107,7 @@ def run_at_once(function: Callable[[], LoraCheckpoint]) -> Future[LoraCheckpoint
 
 @pytest.fixture
 def machine(loaded: LoadedModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(updates, "run_in_thread", run_at_once)
+    monkeypatch.setattr(loop, "run_in_thread", run_at_once)
     return Machine(loaded, folder)
 
 
@@ -190,10 +183,10 @@ def test_what_cannot_be_loaded_changes_nothing(
     def fail(*args: object) -> None:
         raise MemoryError("no")
 
-    monkeypatch.setattr(updates, "read_adapter", fail)
+    monkeypatch.setattr(loop, "read_adapter", fail)
     failed = machine.wait_for_reply(machine.load("a", folder / "b", replaces=True))
     assert failed.error == "LoRA adapter a: cannot be loaded (MemoryError)"
-    monkeypatch.setattr(updates, "read_adapter", read_adapter)
+    monkeypatch.setattr(loop, "read_adapter", read_adapter)
     with monkeypatch.context() as patch:
         patch.setattr(LoraAdapters, "write", fail)
         machine.wait_for_reply(machine.load("a", folder / "b", replaces=True))
@@ -204,7 +197,7 @@ def test_what_cannot_be_loaded_changes_nothing(
 def test_a_file_that_does_not_come(machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meanwhile steps go on and the next update waits. In the end the load fails."""
     with monkeypatch.context() as patch:
-        patch.setattr(updates, "run_in_thread", lambda function: Future())
+        patch.setattr(loop, "run_in_thread", lambda function: Future())
         slow = machine.load("a", folder / "b", replaces=True)
         machine.turn()
     waiting = machine.update(UnloadAdapter(request_id="unload", name="a"))
@@ -328,14 +321,14 @@ def checkpoint_of(name: str, rank: int = 1) -> LoraCheckpoint:
 @pytest.mark.parametrize(("ranks", "max_rank", "expected"), [((), None, 16), ((3, 64), None, 64), ((3, 64), 8, 8)])
 def test_the_rank_that_slots_have_room_for(ranks: Sequence[int], max_rank: int | None, expected: int) -> None:
     config = EngineConfig(model_path="", max_lora_rank=max_rank)
-    assert loading.choose_lora_rank(config, {str(rank): checkpoint_of("x", rank) for rank in ranks}) == expected
+    assert slots.choose_lora_rank(config, {str(rank): checkpoint_of("x", rank) for rank in ranks}) == expected
 
 
 def test_memory_of_slots(loaded: LoadedModel, folder: Path) -> None:
     config, adapters, itemsize = loaded.config, loaded.adapters, loaded.dtype.itemsize
-    loading.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes)
+    slots.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes)
     with pytest.raises(ValueError, match=r"--max-loras 1 of --max-lora-rank 16 take \d+ MiB, but only \d+ MiB are"):
-        loading.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes - 1)
+        slots.check_lora_memory(config, 1, 16, itemsize, adapters.num_bytes - 1)
     with pytest.raises(ValueError, match=r"--max-loras 65536 of --max-lora-rank 4096 take"):
         load_model(EngineConfig(model_path=str(folder), max_loras=65536, max_lora_rank=4096))
 

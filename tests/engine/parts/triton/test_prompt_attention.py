@@ -16,8 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from engine.config import AttentionKind, KVShape
 from engine.kernels.interface import KernelOptions
 from engine.parts.triton import prompt_attention
-from engine.parts.triton.kernels import TritonKernels
-from engine.parts.triton.kv_cache import new_kv_cache
+from engine.parts.triton.kernels import TritonKernels, new_kv_cache
 from engine.parts.triton.prompt_attention import plan_prompts, unsupported_reason
 from tests.engine.parts.triton.test_waits import Waits
 from tests.support.kernel_device import ON_A_GPU
