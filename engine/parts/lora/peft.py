@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +85,10 @@ def _read_matrix(file: RegularFile, tensor: StoredTensor) -> Tensor:
     return read_tensor(file, tensor).to(torch.float32)
 
 
+# The settings of an adapter: how its matrices are scaled. It adds scale * B A to the model's own weights. Settings that
+# mean anything else are refused. Settings that have no effect on a trained adapter, such as its initialisation, are
+# ignored. All others are named in a warning.
+
 log = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 2**20
@@ -145,29 +147,8 @@ KNOWN_KEYS = READ_KEYS | HARMLESS_KEYS | REFUSED_SWITCHES.keys() | REFUSED_LISTS
 # all but LoftQ converted to plain LoRA, and writes "true" for those.
 HARMLESS_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
-# Regular expressions are limited to what names of modules need, so that Python's backtracking matcher takes at most
-# some milliseconds for each. EVA writes the full name of each module, without branchings.
-MAX_PATTERNS = 4096
-MAX_BRANCHING_PATTERNS = 32
-MAX_MATCH_SECONDS = 2.0  # CPU time for all modules; any real adapter takes a fraction of a second
-MAX_PATTERN_LENGTH = 500
-MAX_BRANCHINGS = 4  # groups and quantifiers of a pattern
-MAX_ALTERNATIVES = 100
-_CHARACTER = r"(?:[\w-]|\\[.dw_-]|\.|\[[\w-]+\])"
-_BRANCH = rf"\^?(?:{_CHARACTER}[*+?]?|\((?:\?:)?(?:{_CHARACTER}|\|)+\))*\$?"
-PATTERN = re.compile(rf"{_BRANCH}(?:\|{_BRANCH})*")
-BRANCHINGS = re.compile(r"[*+?]|\((?!\?)")
-
-
-class Pattern(NamedTuple):
-    """A rank or an alpha for the modules whose name, or its last parts, match a regular expression."""
-
-    regex: re.Pattern[str]
-    number: float
-    has_branches: bool  # whether the matcher may have to backtrack
-
-
-Patterns = list[Pattern]
+MAX_PATTERNS = 4096  # EVA writes the full name of each module
+NAME = re.compile(r"\^?[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -177,38 +158,29 @@ class LoraScales:
     path: Path
     rank: int | None
     alpha: float
-    rank_pattern: Patterns  # of modules whose rank differs
-    alpha_pattern: Patterns
+    rank_pattern: dict[str, float]  # of modules whose rank differs, by name
+    alpha_pattern: dict[str, float]
     use_rslora: bool  # scale alpha / sqrt(rank), not alpha / rank (rank-stabilised LoRA, Kalajdzievski 2023)
-    clock: Callable[[], float] = time.thread_time
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """Return the scale of each module, given the rank of its matrices.
 
-        Raises ValueError if the settings give a module another rank, or if the patterns take too long to match.
+        Raises ValueError if the settings give a module another rank.
         """
-        deadline = self.clock() + MAX_MATCH_SECONDS
-        return {module: self._scale(module, rank, deadline) for module, rank in ranks.items()}
+        return {module: self._scale(module, rank) for module, rank in ranks.items()}
 
-    def _scale(self, module: str, rank: int, deadline: float) -> float:
-        expected = self._first_match(self.rank_pattern, module, deadline) or self.rank
+    def _scale(self, module: str, rank: int) -> float:
+        expected = _number_of(module, self.rank_pattern) or self.rank
         if expected not in (None, rank):
             raise ValueError(f"{self.path}: r: is {expected:g} for {module}, whose matrices have rank {rank}")
-        alpha = self._first_match(self.alpha_pattern, module, deadline) or self.alpha
+        alpha = _number_of(module, self.alpha_pattern) or self.alpha
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def _first_match(self, patterns: Patterns, module: str, deadline: float) -> float | None:
-        self._check_time(deadline)
-        for regex, number, has_branches in patterns:
-            if has_branches:
-                self._check_time(deadline)
-            if regex.match(module):
-                return number
-        return None
 
-    def _check_time(self, deadline: float) -> None:
-        if self.clock() > deadline:
-            raise ValueError(f"{self.path}: rank_pattern and alpha_pattern take too long to match")
+def _number_of(module: str, numbers: dict[str, float]) -> float | None:
+    """Return the number of the first name that is the module's, after ^, or the last parts of it, after a dot."""
+    whole, end = f"^{module}", f".{module}"
+    return next((number for name, number in numbers.items() if name == whole or end.endswith(name)), None)
 
 
 def read_lora_scales(path: Path) -> LoraScales:
@@ -257,46 +229,23 @@ def _warn_about_unknown_keys(fields: Fields) -> None:
         log.warning("%s: ignored unknown settings: %s", fields.source, shown(unknown))
 
 
-def _patterns(fields: Fields, key: str) -> Patterns:
+def _patterns(fields: Fields, key: str) -> dict[str, float]:
+    """Return numbers by the names of modules. Raises ValueError for regular expressions, which PEFT takes too."""
     values = fields.values.get(key)
     if values is None:
-        return []
+        return {}
     if not isinstance(values, dict):
         raise fields.error(key, f"must be an object, not {shown(values)}")
     if len(values) > MAX_PATTERNS:
         raise fields.error(key, f"has {len(values)} patterns, more than {MAX_PATTERNS}")
     numbers = Fields(f"{fields.source}: {key}", values)
-    patterns: Patterns = []
-    num_branching = 0
+    patterns: dict[str, float] = {}
     for pattern in values:
-        has_branches = _has_branches(numbers, pattern)
-        num_branching += has_branches
-        if num_branching > MAX_BRANCHING_PATTERNS:
-            raise fields.error(key, f"has more than {MAX_BRANCHING_PATTERNS} patterns with repetitions or alternatives")
+        name = pattern.replace(r"\.", ".")
+        if not NAME.fullmatch(name):
+            raise numbers.error(shown(pattern), "is not the name of a module; regular expressions are not supported")
         number = numbers.optional_number(pattern, zero=False)
         if number is None:
             raise numbers.error(pattern, "must be a number above 0, not None")
-        patterns.append(Pattern(_compile(numbers, pattern), number, has_branches))
+        patterns[name if name.startswith("^") else f".{name}"] = number
     return patterns
-
-
-def _has_branches(numbers: Fields, pattern: str) -> bool:
-    """Return whether a pattern has repetitions or alternatives. Raises ValueError if it is not simple enough."""
-    num_alternatives = pattern.count("|") + 1
-    num_branchings = len(BRANCHINGS.findall(pattern))
-    is_simple = (
-        len(pattern) <= MAX_PATTERN_LENGTH
-        and num_alternatives <= MAX_ALTERNATIVES
-        and num_branchings <= MAX_BRANCHINGS
-        and PATTERN.fullmatch(pattern)
-    )
-    if not is_simple:
-        raise numbers.error(shown(pattern), "is neither a module's name nor a simple regular expression for some")
-    return num_branchings > 0 or num_alternatives > 1
-
-
-def _compile(numbers: Fields, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
-        raise numbers.error(shown(pattern), f"is not a regular expression ({error})") from error

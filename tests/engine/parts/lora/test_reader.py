@@ -1,11 +1,10 @@
 """LoRA adapters in PEFT's format and in GGUF files: compared with what PEFT computes, and what of them is refused."""
 
-import itertools
 import json
 import logging
 import os
 import struct
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +55,7 @@ PATTERNS = [
     "model.layers.1.mlp.up_proj",
     "^model.layers.0.self_attn.v_proj",
     "^layers.0.self_attn.v_proj",
-    ".*",
-    r".*\.1\..*",
-    r"layers\.[0-9]+\.mlp\.(gate|up)_proj",
-    r"layers.\d.self_attn.(?:k|o)_proj$",
-    "q_proj|down_proj",
+    r"layers\.1\.mlp\.up_proj",
     "v_pro",
 ]
 
@@ -71,12 +66,12 @@ LORAS: list[dict[str, Any]] = [
     {"r": 40, "lora_alpha": 3, "use_rslora": True, "target_modules": ["up_proj", "v_proj"], "layers_to_transform": 1},
     {
         "target_modules": PROJECTIONS,
-        "rank_pattern": {".*": 3, "q_proj": 2},
+        "rank_pattern": {"k_proj": 3, "q_proj": 2},
         "alpha_pattern": {"q_proj": 5, "self_attn.q_proj": 4},
     },
     {
         "target_modules": PROJECTIONS,
-        "rank_pattern": {"mlp.*": 5, "v_proj": 7},
+        "rank_pattern": {"down_proj": 5, "v_proj": 7},
         "use_rslora": True,
         "layers_to_transform": [0],
     },
@@ -228,9 +223,8 @@ def test_settings_that_change_nothing(changes: dict[str, Any], tmp_path: Path) -
         ({"rank_pattern": [1]}, r"rank_pattern: must be an object, not \[1\]"),
         ({"alpha_pattern": "x"}, "alpha_pattern: must be an object, not 'x'"),
         ({"alpha_pattern": {"x": None}}, "alpha_pattern: x: must be a number above 0, not None"),
-        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(': is neither a module's name nor a simple regular expr"),
-        ({"alpha_pattern": {r"(.)\2": 1}}, "alpha_pattern: .*: is neither a module's name"),
-        ({"alpha_pattern": {"[z-a]": 1}}, r"alpha_pattern: '\[z-a\]': is not a regular expression \(bad character"),
+        ({"alpha_pattern": {".*": 1}}, r"alpha_pattern: '\.\*': is not the name of a module; regular expressions"),
+        ({"rank_pattern": {"k|q_proj": 1}}, r"rank_pattern: 'k\|q_proj': is not the name of a module"),
         ({"use_rslora": "yes"}, "use_rslora: must be true or false"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out: adapters of transposed weights"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA"),
@@ -244,17 +238,6 @@ def test_settings_that_are_refused(changes: dict[str, Any], message: str, tmp_pa
     folder = write_folder(tmp_path, **changes)
     with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
         load_lora(folder, CONFIG)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    ["(.+)+X", "(.|.)*X", "(((.+)+)+)+X", ".*" * 5 + "X", "(.|.)" * 5 + "X", f"({'|' * 100})X", "a" * 10**6],
-    ids=lambda pattern: pattern[:20],
-)
-def test_patterns_that_would_take_forever(pattern: str, tmp_path: Path) -> None:
-    refusal = str(refusal_of(write_folder(tmp_path, alpha_pattern={pattern: 3})))
-    assert "is neither a module's name nor a simple regular expression" in refusal
-    assert len(refusal) < 500
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[" * 5000, b"\xff\xfe{}", "{}"])
@@ -305,7 +288,6 @@ def test_unknown_settings_are_named_in_one_warning(caplog: pytest.LogCaptureFixt
 # Limits of patterns.
 
 LARGE_MODEL = {f"model.layers.{layer}.self_attn.{part}_proj": 2 for layer in range(140) for part in "qkvo"}
-BRANCHING = [f"{'.*' * (index % 4 + 1)}x{index}" for index in range(32)] + ["a|b"]
 PLAIN = [f"model.layers.{index}.self_attn.z_proj" for index in range(4097)]
 
 
@@ -315,10 +297,8 @@ def test_how_many_patterns(key: str, tmp_path: Path) -> None:
         changes: dict[str, Any] = {key: dict.fromkeys(patterns, 2)}
         return refusal_of(write_folder(tmp_path, **changes))
 
-    assert refusal(BRANCHING[:32] + PLAIN[:4064]) is None
+    assert refusal(PLAIN[:4096]) is None
     assert f"{key}: has 4097 patterns, more than 4096" in str(refusal(PLAIN))
-    assert f"{key}: has more than 32 patterns with repetitions or alternatives" in str(refusal(BRANCHING))
-    assert f"{key}: has more than 32 patterns with" in str(refusal([f"layers.{index}+" for index in range(33)]))
 
 
 def test_names_of_all_modules_as_patterns(tmp_path: Path) -> None:
@@ -328,17 +308,6 @@ def test_names_of_all_modules_as_patterns(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, rank_pattern=ranks, alpha_pattern=alphas)
     scales = read_lora_scales(folder / "adapter_config.json").scales(ranks)
     assert scales == {name: alphas[name] / ranks[name] for name in LARGE_MODEL}
-
-
-def test_patterns_that_match_slowly(tmp_path: Path) -> None:
-    """The time is looked at before each pattern that may take long; one alone takes some milliseconds."""
-    patterns = {f".*x{index}": 2 for index in range(32)}
-    write_folder(tmp_path, rank_pattern=patterns, alpha_pattern=patterns)
-    times = itertools.count(step=peft.MAX_MATCH_SECONDS / 40)
-    scales = replace(read_lora_scales(tmp_path / "adapter_config.json"), clock=lambda: next(times))
-    with pytest.raises(ValueError, match=r"config\.json: rank_pattern and alpha_pattern take too long to match"):
-        scales.scales({"model.layers.0.self_attn.q_proj": 2})
-    assert next(times) == pytest.approx(peft.MAX_MATCH_SECONDS, rel=0.1)
 
 
 # Limits of the file.
