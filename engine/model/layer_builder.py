@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
@@ -30,7 +30,7 @@ class FeedForward(Protocol):
         ...
 
     @property
-    def linears(self) -> list[Linear]:
+    def linears(self) -> Sequence[Linear]:
         """The linear layers that take adapters, in the order of their use."""
         ...
 

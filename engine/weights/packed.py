@@ -31,17 +31,17 @@ class Quantized(Protocol):
     def nbytes(self) -> int: ...
     @property
     def layout(self) -> Hashable:
-        """What matrices that can be stacked have in common."""
+        """Return what matrices that can be stacked have in common."""
         ...
 
     @property
     def why_unpacked(self) -> str | None:
-        """Why no kernel takes the codes as they are; None if they can."""
+        """Return why no kernel takes the codes as they are; None if they can."""
         ...
 
     @property
     def column_block(self) -> int:
-        """The number of successive columns that cannot be divided."""
+        """Return the number of successive columns that cannot be divided."""
         ...
 
     def select_rows(self, rows: slice | npt.NDArray[np.int64]) -> Quantized:

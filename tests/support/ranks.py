@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, EngineProcessConfig
+from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.interface import Kernels
 from engine.loading import LoadedModel, load_model
-from engine.parts.distributed.collectives import Collectives, TorchCollectives, cpu_collectives
+from engine.parts.distributed.collectives import Collectives, CpuCollectives, SharedMemory, TorchCollectives
 from engine.parts.distributed.execution import follow, lead
-from engine.parts.distributed.group import Command, Leader, SharedMemory
+from engine.parts.distributed.group import Command, Leader
 from engine.parts.distributed.part import ModelPart
 
 
@@ -85,8 +86,8 @@ class ThreadGroup:
         return [min(some) for some in zip(*self.room.exchange(self.rank, numbers), strict=True)]
 
     def new_collectives(self, kernels: Kernels) -> Collectives:
-        if kernels.execution == "program":
-            return cpu_collectives(kernels, self.memory, self.rank, self.num_ranks)
+        if isinstance(kernels, ProgramRecorder):
+            return CpuCollectives(kernels, self.memory, self.rank, self.num_ranks)
         return ThreadCollectives(self.room, self.rank)
 
     @contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from engine.model.linear import Linear
-from engine.parts.distributed.group import Command, Leader, SharedMemory
+from engine.parts.distributed.collectives import SharedMemory
+from engine.parts.distributed.group import Command, Leader
 from engine.parts.distributed.plan import ShardingPlan, shard_lora
 from engine.parts.lora.checkpoint import LoraMatrices, module_shapes
 from engine.parts.lora.slots import LoraAdapters

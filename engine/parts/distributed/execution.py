@@ -14,7 +14,8 @@ from engine.adapters import Adapters
 from engine.batch.inputs import BatchInputs
 from engine.execution.load import Execution
 from engine.parts.distributed.adapters import ShardedAdapters
-from engine.parts.distributed.group import Command, Follower, Leader, RankGroup, SharedMemory
+from engine.parts.distributed.collectives import SharedMemory
+from engine.parts.distributed.group import Command, Follower, Leader, RankGroup
 from engine.runner import ModelRunner
 
 if TYPE_CHECKING:

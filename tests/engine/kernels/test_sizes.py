@@ -38,7 +38,7 @@ def new_kernels(name: str) -> Kernels:
 
 def new_rows(kernels: Kernels, *shape: int) -> Tensor:
     """Return rows that operations can read."""
-    return kernels.recorder.new(0, *shape).tensor if isinstance(kernels, CpuKernels) else torch.zeros(shape)
+    return kernels.new(0, *shape).tensor if isinstance(kernels, CpuKernels) else torch.zeros(shape)
 
 
 def new_plan(kernels: Kernels) -> Any:

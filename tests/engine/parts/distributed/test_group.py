@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig, EngineProcessConfig
+from engine.parts.distributed.collectives import SharedMemory
 from engine.parts.distributed.execution import LeadingRunner
-from engine.parts.distributed.group import Command, Leader, SharedMemory
+from engine.parts.distributed.group import Command, Leader
 from engine.parts.distributed.part import check_cores, load, use_own_cores
 from tests.support.ranks import fail
 from tests.support.tiny_engine import TINY_SHAPE
