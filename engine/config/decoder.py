@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 
@@ -106,19 +106,11 @@ class Family:
     refused: Mapping[str, Any] = field(default_factory=dict)  # as REFUSED
 
 
-class Decoder(NamedTuple):
-    """The part of a `ModelConfig` that a family decides."""
+def build_decoder(family: Family, fields: Fields) -> dict[str, Any]:
+    """Return the fields of a `ModelConfig` that a file of this family describes, whatever its format.
 
-    layers: tuple[LayerSpec, ...]
-    ropes: tuple[RopeSpec, ...]
-    embedding_scale: float
-    per_layer_input_size: int
-    logits_scale: float
-    logits_softcap: float | None
-
-
-def build_decoder(family: Family, fields: Fields) -> Decoder:
-    """Return the layers that a file of this family describes. Raises ValueError, which names the file and the key."""
+    Raises ValueError, which names the file and the key.
+    """
     fields = fields.with_defaults(family.defaults)
     for key, supported in {**REFUSED, **family.refused}.items():
         if (value := fields.get(key)) is not None and value != supported:
@@ -150,14 +142,19 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
             )
         )
     _check_kv_sources(fields, layers)
-    return Decoder(
-        tuple(layers),
-        tuple(ropes),
-        fields.number("embedding_multiplier", hidden_size**0.5 if family.scales_embeddings else 1.0),
-        fields.integer("hidden_size_per_layer_input", 0, minimum=0),
-        _logits_scale(family, fields),
-        fields.optional_number("final_logit_softcapping", zero=False),
-    )
+    return {
+        "architecture": family.model_type,
+        "hidden_size": hidden_size,
+        "layers": tuple(layers),
+        "ropes": tuple(ropes),
+        "max_position_embeddings": fields.integer("max_position_embeddings"),
+        "norm": family.norm,
+        "embedding_scale": fields.number("embedding_multiplier", hidden_size**0.5 if family.scales_embeddings else 1.0),
+        "per_layer_input_size": fields.integer("hidden_size_per_layer_input", 0, minimum=0),
+        "logits_scale": _logits_scale(family, fields),
+        "logits_softcap": fields.optional_number("final_logit_softcapping", zero=False),
+        "num_ignored_layers": fields.integer("num_nextn_predict_layers", 0, minimum=0),
+    }
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
