@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.config import AttentionKind, KVShape
-from engine.kernels.interface import ExecutionKind, ExpertLinearOp, KernelOptions, LayerCache, LinearOp
+from engine.kernels.interface import ExecutionKind, ExpertLinearOp, KernelOptions, LinearOp
 from engine.kernels.torch import attention, experts, rows
 from engine.kernels.torch.linear import Invariant, Product, adding, find_invariant, new_product, padded
 from engine.sampling.sampler import Sampler
@@ -34,6 +34,8 @@ class TorchKernels:
         self.dtype = self.vector_dtype = options.dtype
         self.formats = f"weights and KV cache {str(options.dtype).removeprefix('torch.')}"
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
+        self.new_kv_cache = partial(attention.new_kv_cache, dtype=self.dtype, device=device)
+        self.new_sampler = partial(Sampler, device=device)
         self.deterministic = True  # until a probe finds no invariant form of a product
         self._invariants: dict[
             tuple[torch.Size, torch.dtype, bool], Invariant
@@ -109,11 +111,6 @@ class TorchKernels:
     def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
         return block_size * self.dtype.itemsize * attention.numbers_per_token(groups)
 
-    def new_kv_cache(
-        self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
-    ) -> list[list[LayerCache]]:
-        return attention.new_kv_cache(groups, num_blocks, block_size, self.dtype, self.device)
-
     cached_keys = staticmethod(attention.cached_keys)
     rope_and_store_kv = staticmethod(rows.rope_and_store_kv)
 
@@ -141,9 +138,6 @@ class TorchKernels:
 
     def temporaries(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
-        return Sampler(vocab_size, eos_token_ids, self.device)
 
 
 def joined(weights: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from engine.parts.lora.checkpoint import (
     MAX_HEADER_BYTES,
     LoraMatrices,
     MatrixKey,
+    RegularFile,
     StoredMatrices,
     StoredMatrix,
     check_shape,
@@ -21,7 +22,6 @@ from engine.parts.lora.checkpoint import (
 )
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFHeader, TensorInfo, short
-from engine.weights.files import RegularFile
 from engine.weights.gguf import huggingface_name
 from engine.weights.packed import dequantize
 

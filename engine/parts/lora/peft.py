@@ -8,8 +8,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -18,14 +21,15 @@ from engine.parts.lora.checkpoint import (
     MAX_HEADER_BYTES,
     LoraMatrices,
     MatrixKey,
+    RegularFile,
     StoredMatrices,
     StoredMatrix,
     check_shape,
+    read_file,
     read_modules,
 )
 from engine.shared.gguf import short
-from engine.weights.files import RegularFile, read_file
-from engine.weights.safetensors import StoredTensor, read_header, read_tensor
+from engine.weights.safetensors import FLOAT_TYPES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -249,3 +253,66 @@ def _patterns(fields: Fields, key: str) -> dict[str, float]:
             raise numbers.error(pattern, "must be a number above 0, not None")
         patterns[name if name.startswith("^") else f".{name}"] = number
     return patterns
+
+
+# Safetensors files, of which nothing but the header is read before its sizes have been checked.
+
+MAX_DIMS = 8
+
+
+class StoredTensor(NamedTuple):
+    """One entry of a file's header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # offset in the file, in bytes
+    num_bytes: int
+
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=MAX_DIMS)]
+    data_offsets: tuple[Size, Size]
+
+
+def read_header(file: RegularFile, max_bytes: int) -> list[StoredTensor]:
+    """Read the header of a file, of at most `max_bytes` bytes, and return its tensors in the order of the file.
+
+    Raises:
+        ValueError: the header is too long or damaged, or the tensors that it lists do not make up the whole file.
+    """
+    length = int.from_bytes(file.read(0, min(8, file.size)), "little")
+    if not 0 < length <= min(max_bytes, file.size - 8):
+        raise _damaged(file, f"a header of {length} bytes in a file of {file.size}; at most {max_bytes} are allowed")
+    try:
+        parts = msgspec.json.decode(file.read(8, length), type=dict[str, msgspec.Raw])
+        parts.pop("__metadata__", None)
+        entries = {name: msgspec.json.decode(part, type=_Entry) for name, part in parts.items()}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _damaged(file, str(error)) from error
+    tensors: list[StoredTensor] = []
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if (dtype := FLOAT_TYPES.get(entry.dtype)) is None:
+            raise ValueError(f"{file.path}: {short(name)}: type {short(entry.dtype)} is not supported")
+        start, num_bytes = end, prod(entry.shape) * dtype.itemsize
+        end += num_bytes
+        if entry.data_offsets != (start, end):
+            raise _damaged(file, f"{short(name)} does not lie at bytes {start} to {end} of the data")
+        tensors.append(StoredTensor(name, dtype, entry.shape, 8 + length + start, num_bytes))
+    if 8 + length + end != file.size:
+        raise _damaged(file, f"its tensors end at byte {8 + length + end}, the file at byte {file.size}")
+    return tensors
+
+
+def _damaged(file: RegularFile, problem: str) -> ValueError:
+    return ValueError(f"{file.path}: not a valid safetensors file ({short(problem)})")
+
+
+def read_tensor(file: RegularFile, tensor: StoredTensor) -> torch.Tensor:
+    """Read one tensor, in the type in which it is stored, into new memory."""
+    return torch.frombuffer(file.read(tensor.start, tensor.num_bytes), dtype=tensor.dtype).view(tensor.shape)

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -79,6 +80,9 @@ class TritonKernels:
         self.has_float8 = capability is not None and capability >= FLOAT8_CAPABILITY
         float8 = torch.float8_e4m3fn if self.has_float8 else torch.uint8  # its bits
         self.cache_dtype = {"int8": torch.int8, "fp8": float8}.get(options.kv_cache_dtype, options.dtype)
+        self.kv_cache_bytes = partial(kv_cache_bytes, dtype=self.cache_dtype)
+        self.new_kv_cache = partial(new_kv_cache, dtype=self.cache_dtype, device=device)
+        self.new_sampler = partial(TritonSampler, device=device)
         self.has_scales = self.cache_dtype.itemsize == 1
         reason = prompt_attention.unsupported_reason(options, capability)
         self.uses_flash_attention = not options.batch_invariant and reason is None
@@ -200,14 +204,6 @@ class TritonKernels:
 
     # Attention.
 
-    def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
-        return kv_cache_bytes(groups, block_size, self.cache_dtype)
-
-    def new_kv_cache(
-        self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
-    ) -> list[list[LayerCache]]:
-        return new_kv_cache(groups, num_blocks, block_size, self.cache_dtype, self.device)
-
     cached_keys = staticmethod(cached_keys)
     rope_and_store_kv = staticmethod(rows.rope_and_store_kv)
 
@@ -242,9 +238,6 @@ class TritonKernels:
 
     def temporaries(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> TritonSampler:
-        return TritonSampler(vocab_size, eos_token_ids, self.device)
 
 
 # The KV cache of all layers, in one memory for all KV groups; scales of 8-bit keys and values are in another.

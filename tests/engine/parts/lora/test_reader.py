@@ -22,10 +22,9 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from engine.config import load_model_config
 from engine.parts.lora import peft
-from engine.parts.lora.checkpoint import module_shapes
+from engine.parts.lora.checkpoint import RegularFile, module_shapes
 from engine.parts.lora.peft import read_lora_scales
 from engine.parts.lora.reader import load_lora
-from engine.weights.files import RegularFile
 from tests.support.gguf_files import interleave, write_gguf
 from tests.support.lora_files import (
     CONFIG,

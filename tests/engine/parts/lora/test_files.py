@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.weights.files import RegularFile
+from engine.parts.lora.checkpoint import RegularFile
 
 
 def test_pieces(tmp_path: Path) -> None:
