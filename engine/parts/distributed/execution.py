@@ -125,6 +125,7 @@ class LeadingObservedExecution:
     def __init__(self, execution: ObservedExecution, group: Leader, memory: ObservationMemory) -> None:
         self.execution = execution
         self.builder = execution.builder
+        self.max_logit_rows = execution.max_logit_rows
         self.group = group
         self.memory = memory
 
