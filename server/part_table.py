@@ -29,15 +29,20 @@ class PartEntry:
 
 # By the name of the folder.
 PARTS: Mapping[str, PartEntry] = {
-    "responses": PartEntry(title="OpenAI's Responses API", paths=["/v1/responses", "/v1/responses/*"]),
+    "conversions": PartEntry(title="conversions of other APIs' requests"),
+    "responses": PartEntry(
+        title="OpenAI's Responses API", needs=["conversions"], paths=["/v1/responses", "/v1/responses/*"]
+    ),
     "embeddings": PartEntry(title="embeddings", paths=["/v1/embeddings"]),
     "rerank": PartEntry(
         title="reranking and scores",
         needs=["embeddings"],
         paths=["/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"],
     ),
-    "messages": PartEntry(title="Anthropic's Messages API", paths=["/v1/messages", "/v1/messages/*"]),
-    "ollama": PartEntry(title="Ollama's API", needs=["embeddings"], paths=["/api/*"]),
+    "messages": PartEntry(
+        title="Anthropic's Messages API", needs=["conversions"], paths=["/v1/messages", "/v1/messages/*"]
+    ),
+    "ollama": PartEntry(title="Ollama's API", needs=["conversions", "embeddings"], paths=["/api/*"]),
     "inspection": PartEntry(title="the inspection of the engine", engine_part="inspection", paths=["/lightwell/v1/*"]),
     "recordings": PartEntry(title="recordings and replay", paths=["/v1/requests/*/replay"]),
     "lora": PartEntry(

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from server.api.admin.dialect import ADMIN, MODELS, TOKENS
-from server.api.chat.dialect import CHAT
-from server.api.completions.dialect import COMPLETIONS
+from server.api.admin.routes import ADMIN, MODELS, TOKENS
+from server.api.chat.routes import CHAT
+from server.api.completions.routes import COMPLETIONS
 from server.dialect import Operation
 from server.http.error_formats import ErrorFormats
 from server.http.json_route import StrictJSONRoute

@@ -78,15 +78,14 @@ class ChoiceDelta:
     @property
     def text(self) -> str:
         """The content, without reasoning and tool calls."""
-        parts = self.parts
-        return "".join([each.text for each in parts if isinstance(each, AnswerPart) and each.kind is PartKind.CONTENT])
+        return self._joined(PartKind.CONTENT)
 
     @property
     def reasoning(self) -> str:
-        parts = self.parts
-        return "".join(
-            [each.text for each in parts if isinstance(each, AnswerPart) and each.kind is PartKind.REASONING]
-        )
+        return self._joined(PartKind.REASONING)
+
+    def _joined(self, kind: PartKind) -> str:
+        return "".join([each.text for each in self.parts if isinstance(each, AnswerPart) and each.kind is kind])
 
     @property
     def tool_calls(self) -> list[ToolCallDelta]:
@@ -211,74 +210,11 @@ class Pacer:
         return [self._held.pop(index).join() for index in ready]
 
 
-# The state of a choice while it is generated.
-
-
-class ChoiceParser:
-    """Parses the text of one choice into parts, and assigns ids to its tool calls."""
-
-    def __init__(self, parser: Parser, choice_id: str) -> None:
-        """Prepare the parser. The ids of tool calls are derived from `choice_id`, which must be unique."""
-        self._parser = parser
-        self._choice_id = choice_id
-        self._num_calls = 0
-        self.num_contents = 0  # runs of content, separated by reasoning or calls
-        self.last_is_content = False
-
-    @property
-    def is_reasoning(self) -> bool:
-        return self._parser.is_reasoning
-
-    @property
-    def finish_reason(self) -> str:
-        """Finish reason of a choice that the model ended."""
-        return self._parser.format.calls_end if self._parser.ends_with_calls else FinishReason.STOP.value
-
-    @property
-    def num_held(self) -> int:
-        """Number of characters at the end of the text whose kind is undecided."""
-        return self._parser.num_held
-
-    def push(self, text: str, delta: ChoiceDelta) -> bool | None:
-        """Parse more text and add its parts to `delta`.
-
-        Returns whether any of the parts is content, or None if `text` is held back because it may begin a tag.
-        """
-        parts = self._parser.push(text)
-        self._write_all(parts, delta)
-        if not parts:
-            return None if self._parser.num_held else False  # False: a tag, or line breaks next to one
-        return any(part.kind is PartKind.CONTENT for part in parts)
-
-    def finish(self, delta: ChoiceDelta) -> None:
-        """Add the remaining parts to `delta`."""
-        self._write_all(self._parser.finish(), delta)
-
-    def _write_all(self, parts: Sequence[AnswerPart], delta: ChoiceDelta) -> None:
-        for part in parts:
-            self._write(part, delta)
-
-    def _write(self, part: AnswerPart, delta: ChoiceDelta) -> None:
-        is_content = part.kind is PartKind.CONTENT
-        self.num_contents += is_content and not self.last_is_content
-        self.last_is_content = is_content
-        match part.kind:
-            case PartKind.CALL:
-                delta.write(ToolCallDelta(self._num_calls, self._call_id(), part.text, ""))
-                self._num_calls += 1
-            case PartKind.ARGUMENTS:
-                delta.write(ToolCallDelta(self._num_calls - 1, "", "", part.text))
-            case _:
-                delta.write(part)
-
-    def _call_id(self) -> str:
-        digest = hashlib.sha256(f"{self._choice_id}-{self._num_calls}".encode()).hexdigest()
-        length = self._parser.format.tool_format.id_length
-        return f"call_{digest[:24]}" if length is None else digest[:length]
-
-
 class ChoiceState:
-    """Converts the events of one choice to deltas. A token's log probabilities are released together with its text."""
+    """Converts the events of one choice to deltas: parses its text into parts, and assigns ids to its tool calls.
+
+    A token's log probabilities are released together with its text.
+    """
 
     def __init__(
         self,
@@ -287,11 +223,13 @@ class ChoiceState:
         *,
         include_stop: bool,
         stop_token_ids: Sequence[int] = (),
-        parser: ChoiceParser | None = None,
+        parser: Parser | None = None,
+        choice_id: str = "",
     ) -> None:
         """Prepare the state of the choice at `index` of the answer.
 
-        `stop_token_ids` are the request's, without the model's own. Without a parser all text is content.
+        `stop_token_ids` are the request's, without the model's own. Without a parser all text is content. The ids of
+        tool calls are derived from `choice_id`, which must be unique.
         """
         self.index = index
         self.num_tokens = 0  # up to the end of the text, including a stop string and an end token
@@ -302,6 +240,10 @@ class ChoiceState:
         self._include_stop = include_stop
         self._stop_token_ids = frozenset(stop_token_ids)
         self._parser = parser
+        self._choice_id = choice_id
+        self._num_calls = 0
+        self._num_contents = 0  # runs of content, separated by reasoning or calls
+        self._last_is_content = False
         self._num_chars = 0  # of released text
         self._held: list[TokenPosition] = []  # of tokens whose text is not released
         self._undecided: list[TokenPosition] = []  # of tokens that may or may not be content
@@ -348,7 +290,7 @@ class ChoiceState:
         if text := self._text.finish():
             self._add_text(text, delta)
         if self._parser is not None:
-            self._parser.finish(delta)
+            self._write_parts(self._parser.finish(), delta)
         self.finish_reason = delta.finish_reason
         delta.positions = self._release()
         return delta
@@ -361,17 +303,39 @@ class ChoiceState:
         self._num_chars += len(text)
         if self._parser is None:
             delta.write(AnswerPart(PartKind.CONTENT, text))
-        else:
-            is_content = self._parser.push(text, delta)
-            if is_content is not None and self._undecided:
-                self._decide(is_content, self._num_chars - self._parser.num_held)
+            return
+        parts = self._parser.push(text)
+        self._write_parts(parts, delta)
+        # Without parts, the text may begin a tag if it is held, and else it is one, or line breaks next to one.
+        if self._undecided and (parts or not self._parser.num_held):
+            is_content = any(part.kind is PartKind.CONTENT for part in parts)
+            self._decide(is_content, self._num_chars - self._parser.num_held)
+
+    def _write_parts(self, parts: Sequence[AnswerPart], delta: ChoiceDelta) -> None:
+        for part in parts:
+            is_content = part.kind is PartKind.CONTENT
+            self._num_contents += is_content and not self._last_is_content
+            self._last_is_content = is_content
+            match part.kind:
+                case PartKind.CALL:
+                    delta.write(ToolCallDelta(self._num_calls, self._call_id(), part.text, ""))
+                    self._num_calls += 1
+                case PartKind.ARGUMENTS:
+                    delta.write(ToolCallDelta(self._num_calls - 1, "", "", part.text))
+                case _:
+                    delta.write(part)
+
+    def _call_id(self) -> str:
+        assert self._parser is not None
+        digest = hashlib.sha256(f"{self._choice_id}-{self._num_calls}".encode()).hexdigest()
+        length = self._parser.format.tool_format.id_length
+        return f"call_{digest[:24]}" if length is None else digest[:length]
 
     def _decide(self, is_content: bool, end: int | None = None) -> None:
         """Record whether the undecided tokens that begin before character `end` are content, and which run of it."""
-        assert self._parser is not None
         decided = [position for position in self._undecided if end is None or position.offset < end]
         for position in decided:
-            position.is_content, position.content_index = is_content, self._parser.num_contents - 1
+            position.is_content, position.content_index = is_content, self._num_contents - 1
         del self._undecided[: len(decided)]
 
     def _end(self, event: TokenEvent, delta: ChoiceDelta) -> None:
@@ -383,9 +347,9 @@ class ChoiceState:
                 self._add_text(text, delta)
             self.finish_reason = event.finish_reason.value
         if self._parser is not None:
-            self._parser.finish(delta)
-            if self.finish_reason == FinishReason.STOP:
-                self.finish_reason = self._parser.finish_reason
+            self._write_parts(self._parser.finish(), delta)
+            if self.finish_reason == FinishReason.STOP and self._parser.ends_with_calls:
+                self.finish_reason = self._parser.format.calls_end
         delta.finish_reason = self.finish_reason
         delta.stop_string = delta.stop_reason = self._text.stopped
         if delta.stop_string is None and event.stop_token_id in self._stop_token_ids:
@@ -401,7 +365,7 @@ class ChoiceState:
     def _release(self) -> list[TokenPosition]:
         """Return the tokens whose text is released; at the end all tokens except the tokens of a hidden stop string."""
         if self.finish_reason is not None and self._parser is not None:
-            self._decide(self._parser.last_is_content)
+            self._decide(self._last_is_content)
         if self.finish_reason is not None and not (self.stopped_by_text and not self._include_stop):
             num_free = len(self._held)
         else:

@@ -1,7 +1,5 @@
 """The way from a request to its answer: validate, reserve, encode, submit, then stream or collect."""
 
-import asyncio
-import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -14,22 +12,18 @@ from msgspec import UNSET, UnsetType
 from engine.shared.messages import Submit
 from server.context import RequestSteps, get_context
 from server.generation.choice import ChoiceAccumulator, Pacer, best_choices
-from server.generation.endpoint import AnswerMetadata, Endpoint
-from server.generation.job import Body, Job
+from server.generation.endpoint import AnswerMetadata, Body, Endpoint
+from server.generation.generation import request_timings
+from server.generation.job import Job, prepare, submit
 from server.generation.parameters import LOGPROB_FIELDS, TOKEN_ID_FIELDS, check_token_ids, resolve_num_logprobs
 from server.generation.preamble import begin, find_generating_model, next_seed
 from server.generation.prompts import vocab_size
-from server.generation.submission import prepare, submit
-from server.generation.timings import request_timings
 from server.http.bodies import TEXT_SIZE
-from server.http.errors import APIError, ServerError
 from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, EventStream, StreamFormat
 from server.schemas.answers import RenderedPrompt, RequestTimings
 from server.tenants import TENANT, Tenant
-
-logger = logging.getLogger(__name__)
 
 # A stream's status is held back until the engine has begun with the request, so that one that has to make room for
 # another gets a real 429, which clients retry. After this time it is sent, since idle connections need comments.
@@ -51,13 +45,13 @@ async def respond(
 
     Raises APIError for errors before the first byte of the answer.
     """
-    job = await _start(request, body, endpoint, on_end)
+    job = await start(request, body, endpoint, on_end)
     request.scope["state"][LOG_FIELDS] = job.generation.log_fields
     try:
         if body.stream:
             await job.reservation.wait_for_start(MAX_HELD_SECONDS)
         else:
-            content = await _collect(job)
+            content = await collect(job)
     except BaseException as error:
         job.steps.fail(error)
         job.close()
@@ -66,7 +60,7 @@ async def respond(
         job.end()
         return AnswerResponse(content, job.share, job.headers)
     return EventStream(
-        _stream(job),
+        stream(job),
         on_close=job.close,
         on_error=job.failure,
         headers=job.headers,
@@ -75,54 +69,17 @@ async def respond(
     )
 
 
-async def start_in_background(
-    request: Request, body: Body, endpoint: Endpoint[Body], on_end: Callable[[], None]
-) -> tuple[AnswerMetadata, dict[str, str]]:
-    """Answer a request in a task that outlives the connection. The writer keeps the answer or its stream.
-
-    `on_end` is called when the task is done. Returns the metadata of the answer and the headers of the response to the
-    client. Raises APIError for errors before the generation starts.
-    """
-    job = await _start(request, body, endpoint, on_end)
-    job.reservation.is_answered = True
-    account = job.tenant.account
-
-    async def generate() -> None:
-        account.num_running += 1
-        try:
-            if body.stream:
-                async for _ in _stream(job):
-                    pass
-            else:
-                await _collect(job)
-        except APIError as error:
-            job.failure(error)
-        except Exception:
-            logger.exception("a background request failed", extra={"request_id": job.request_id})
-            job.failure(ServerError(job.request_id))
-        finally:
-            account.num_running -= 1
-            job.close()
-            fields = {**job.generation.log_fields(), "request_id": job.request_id}
-            logger.info("%s ended in the background", job.metadata.id, extra={"fields": fields})
-
-    task = asyncio.create_task(generate())
-    job.context.background_tasks.add(task)
-    task.add_done_callback(job.context.background_tasks.discard)
-    return job.metadata, job.headers
-
-
 async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[list[RenderedPrompt], dict[str, str]]:
     """Return the prompts as they would be sent to the engine, and response headers. Raises APIError."""
     # Rendering must not change the seeds of later requests.
     job = await _validate(request, body, endpoint, RequestSteps(), default_seed=0)
-    prepared = await prepare(job)
+    submits, _ = await prepare(job)
 
     def encode() -> list[RenderedPrompt]:
-        return [_rendered(job, submit) for submit in prepared.submits]
+        return [_rendered(job, submit) for submit in submits]
 
     rendered = await job.context.run_text_work(request, encode)
-    job.set_headers(min([each.params.max_tokens for each in prepared.submits]))
+    job.set_headers(submits)
     del job.headers["x-lightwell-seed"]
     return rendered, job.headers
 
@@ -189,9 +146,7 @@ async def _validate(
     )
 
 
-async def _start(
-    request: Request, body: Body, endpoint: Endpoint[Body], on_end: Callable[[], None] | None
-) -> Job[Body]:
+async def start(request: Request, body: Body, endpoint: Endpoint[Body], on_end: Callable[[], None] | None) -> Job[Body]:
     """Validate a request, reserve capacity, tokenize the request and submit it to the engine. Raises APIError.
 
     Capacity is reserved first: a request that exceeds it must be refused before time is spent on tokenizing it.
@@ -206,9 +161,9 @@ async def _start(
         count = requested.num_prompts * requested.num_choices
         reservation = await client.admit(count, param=param, tenant=job.tenant, queue_timeout=body.queue_timeout)
         try:
-            prepared = await prepare(job)
-            job.model.base.metrics.observe_tokenizer(prepared.tokenizer_seconds)
-            submit(job, prepared, reservation)
+            submits, tokenizer_seconds = await prepare(job)
+            job.model.base.metrics.observe_tokenizer(tokenizer_seconds)
+            submit(job, submits, reservation)
         finally:
             reservation.release()
         if on_end is not None:
@@ -227,7 +182,7 @@ def _timings(job: Job[Body]) -> RequestTimings | UnsetType:
     return request_timings(end, arrival=job.arrival, submitted=job.submitted, now=time.monotonic(), seed=job.seed)
 
 
-async def _collect(job: Job[Body]) -> bytes:
+async def collect(job: Job[Body]) -> bytes:
     """Return the answer as JSON."""
     requested, generation = job.requested, job.generation
     accumulators = [ChoiceAccumulator(index) for index in range(len(generation.choices))]
@@ -246,7 +201,7 @@ async def _collect(job: Job[Body]) -> bytes:
     return content
 
 
-async def _stream(job: Job[Body]) -> AsyncGenerator[bytes, None]:
+async def stream(job: Job[Body]) -> AsyncGenerator[bytes, None]:
     """Yield the answer as server-sent events, with one write for each step of the engine."""
     generation, writer, share = job.generation, job.writer, job.share
     if opening := writer.events([], generation.usage):  # sent before the first token is generated

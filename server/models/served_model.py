@@ -18,7 +18,7 @@ from server.engine_client.connected_engine import EngineOptions
 from server.http.errors import EngineUnavailableError
 from server.metrics import Metrics
 from server.part_table import load_module
-from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
+from server.schemas.sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ServedModelConfig
 from server.settings.table import Settings
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate

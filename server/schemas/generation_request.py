@@ -34,7 +34,7 @@ from server.schemas.request_fields import (
     TruncatedLength,
     TruncationSide,
 )
-from server.schemas.samplers import SamplingFields
+from server.schemas.sampling import SamplingFields
 from server.schemas.structured_outputs import OUTPUT_FIELDS, ResponseFormat, StructuredOutputsFields
 from server.settings.sampling_parameters import INT64_MAX
 

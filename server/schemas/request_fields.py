@@ -48,6 +48,12 @@ def at_most(limit: int) -> BeforeValidator:
 JSONSchema = dict[str, Any]
 
 
+class OpenObject(BaseModel):
+    """Base of the objects whose unknown fields are kept, and reported by name."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
 class ClosedObject(BaseModel):
     """Base of the objects that allow no unknown fields."""
 
@@ -155,10 +161,8 @@ LogitBias = Annotated[
 ]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(OpenObject):
     """Extra information in a stream."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool | None = Field(None, description="Send a last chunk with the usage and no choices.")
     continuous_usage_stats: bool | None = Field(
@@ -186,10 +190,8 @@ class RepetitionFields(ClosedObject):
             raise InvalidValueError(f"Invalid '{param}': expected a value >= 2 with max_pattern_size.", param=param)
 
 
-class QueueFields(BaseModel):
+class QueueFields(OpenObject):
     """How a request waits for the engine."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     priority: int | None = Field(
         None, ge=INT64_MIN, le=INT64_MAX, description="Requests with lower values are scheduled first. Default 0."
@@ -202,9 +204,7 @@ class QueueFields(BaseModel):
     )
 
 
-class LightwellOptions(BaseModel):
+class LightwellOptions(OpenObject):
     """Options of this server alone."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     explain: bool | None = Field(None, description="Report how long each stage of the request took, as `lightwell`.")

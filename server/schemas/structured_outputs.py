@@ -5,12 +5,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError, UnsupportedParameterError
 from server.http.strict_json import MAX_DEPTH, describe_size, is_deeper
 from server.part_table import as_sentence, is_installed, load_module, why_missing
-from server.schemas.request_fields import ClosedObject, JSONSchema
+from server.schemas.request_fields import ClosedObject, JSONSchema, OpenObject
 
 MAX_CHOICES = 1000
 MAX_CHOICE_CHARS = 4096
@@ -100,10 +100,8 @@ Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARS)]
 Lark = Annotated[str, Field(min_length=1, max_length=MAX_LARK_CHARS)]
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(OpenObject):
     """vLLM's `structured_outputs`: exactly one of KINDS, and options that must match what this server does anyway."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     json_: JSONSchema | str | None = Field(None, alias="json", description="A JSON schema, or the text of one.")
     json_object: bool | None = Field(None, description="Any JSON object.")

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
 from server.http.errors import InvalidValueError
 from server.http.strict_json import describe_size
+from server.schemas.request_fields import OpenObject
 
 MAX_TOOLS = 128
 TOOL_NAME = "^[a-zA-Z0-9_-]{1,128}$"
@@ -23,10 +24,8 @@ def _check_parameters(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-class FunctionDefinition(BaseModel):
+class FunctionDefinition(OpenObject):
     """The function of a tool."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     name: ToolName
     description: str | None = None
@@ -36,9 +35,7 @@ class FunctionDefinition(BaseModel):
     strict: bool | None = Field(None, description="The arguments follow the schema exactly.")
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class Tool(OpenObject):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -59,32 +56,24 @@ class Tool(BaseModel):
         return {"type": "function", "function": function | {"parameters": self.parameters}}
 
 
-class FunctionName(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class FunctionName(OpenObject):
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(OpenObject):
     """A tool choice that names the one tool to call."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["function"]
     function: FunctionName
 
 
-class AllowedTools(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class AllowedTools(OpenObject):
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
-class AllowedToolsChoice(BaseModel):
+class AllowedToolsChoice(OpenObject):
     """A tool choice that allows some of the tools, which may or must be called."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -158,19 +147,15 @@ def followed_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> l
     return [tool for tool in callable_tools(tools, choice) if is_forced or tool.function.strict]
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(OpenObject):
     """The function of a tool call."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     name: str
     arguments: str = Field(description="A JSON object as text.")
 
 
-class ToolCall(BaseModel):
+class ToolCall(OpenObject):
     """A tool call of an earlier answer."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     id: str | None = None
     type: Literal["function"] = "function"

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from server.parts.messages.errors import TYPES
+from server.parts.messages.writer import TYPES
 from server.settings.load import load_settings
 from tests.docs.generate import FILES, TABLES, with_tables
 from tests.support.documents import blocks, spans, text_of

@@ -5,13 +5,15 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from server.api.chat.schemas import ChatCompletionRequest, Messages, TemplateOptions
 from server.http.errors import InvalidValueError, MissingParameterError
 from server.models.registry import ModelState
+from server.schemas.request_fields import OpenObject
 from server.schemas.tools import Tools
 
+MAX_TEXT_BYTES = 1 << 20  # of a prompt to tokenize
 MAX_DETOKENIZE_TOKENS = 1 << 20
 CHAT_FIELDS = frozenset(ChatCompletionRequest.model_fields) - {"prompt"}
 
@@ -59,10 +61,8 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 # `POST /tokenize` and `POST /detokenize`, which follow vLLM.
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(OpenObject):
     """Either a text prompt, or messages that are rendered by the chat template."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
     prompt: str | None = None
@@ -110,9 +110,7 @@ class TokenizeResponse(msgspec.Struct, frozen=True):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class DetokenizeRequest(OpenObject):
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_DETOKENIZE_TOKENS, fail_fast=True)]
 

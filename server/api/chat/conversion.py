@@ -5,14 +5,12 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.chat.writer import ChatWriter
-from server.generation.endpoint import AnswerMetadata
+from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
 from server.generation.preamble import distinct, undeclared_fields
 from server.generation.prompts import Prompt, check_min_tokens, check_text_size, check_token_range
-from server.generation.token_fields import NO_FIELDS, REQUEST_FIELDS, token_fields
 from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
 from server.models.served_model import ServedModel
 from server.part_table import as_sentence
@@ -36,7 +34,7 @@ OPTION_FIELDS = frozenset(("chat_template_kwargs", "documents", "reasoning_effor
 NUM_END_TOKENS = 64  # at the end of the prompt; long enough to hold a tag that opens reasoning
 
 
-class ChatEndpoint:
+class ChatEndpoint(Endpoint[ChatCompletionRequest]):
     """`POST /v1/chat/completions` for the generation pipeline."""
 
     noun = "messages"
@@ -57,20 +55,8 @@ class ChatEndpoint:
 
     def writer(
         self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
-    ) -> ChatWriter:
-        prompt_text: str | UnsetType = UNSET
-        if body.return_prompt_text:
-            prompt_text = model.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
-        return ChatWriter(
-            model.tokenizer,
-            metadata,
-            body.stream_options,
-            with_logprobs=bool(body.logprobs),
-            with_reasoning=body.include_reasoning is not False,
-            echoed=body.messages[-1].text if body.echo and body.messages[-1].role == "assistant" else "",
-            prompt_text=prompt_text,
-            fields=NO_FIELDS if REQUEST_FIELDS.isdisjoint(body.model_fields_set) else token_fields(body, prompts),
-        )
+    ) -> Writer:
+        return ChatWriter(model.tokenizer, metadata, body, prompts)
 
 
 def encode_request(model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> Prompt:

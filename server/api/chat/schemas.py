@@ -1,18 +1,15 @@
-"""`POST /v1/chat/completions`: the request, the answer, and the chunks of its stream."""
+"""`POST /v1/chat/completions`: the request."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
-from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
 from server.http.validation import echo
-from server.schemas.answers import PromptLogprobs, RequestTimings, Usage
 from server.schemas.generation_request import CHECKS, Check, GenerationRequest, Requested
-from server.schemas.request_fields import MAX_TEMPLATE_OPTIONS, NO_LIMIT, MaxTokens, NumLogprobs, at_most
+from server.schemas.request_fields import MAX_TEMPLATE_OPTIONS, NO_LIMIT, MaxTokens, NumLogprobs, OpenObject, at_most
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_arguments, check_tools, must_call
 
 MAX_MESSAGES = 10_000
@@ -21,9 +18,7 @@ MAX_TOOL_CALLS = 1024  # per message
 MAX_DOCUMENTS = 1024
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class TextPart(OpenObject):
     type: Literal["text"]
     text: str
 
@@ -61,10 +56,8 @@ ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast
 Documents = Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)]
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(OpenObject):
     """One turn of the conversation. Other fields are not passed to the model."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     name: str | None = Field(None, description="Passed to the model's chat template.")
@@ -222,112 +215,3 @@ class ChatCompletionRequest(GenerationRequest):
             num_prompt_logprobs=self.prompt_logprobs,
             wants_timings=self.lightwell is not None and bool(self.lightwell.explain),
         )
-
-
-class TopLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob] | msgspec.Raw
-
-
-class ChatLogprobs(msgspec.Struct):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class ResponseFunction(msgspec.Struct):
-    name: str
-    arguments: str
-
-
-class ResponseToolCall(msgspec.Struct, kw_only=True):
-    id: str
-    type: Literal["function"] = "function"
-    function: ResponseFunction
-
-
-class ChatResponseMessage(msgspec.Struct, kw_only=True):
-    """An assistant message. Reasoning is returned under both names that clients read."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str | None  # null if there are only tool calls or reasoning
-    refusal: None = None
-    tool_calls: list[ResponseToolCall] | UnsetType = UNSET
-    reasoning: str | UnsetType = UNSET
-    reasoning_content: str | UnsetType = UNSET
-
-
-class ChatChoice(msgspec.Struct):
-    index: int
-    message: ChatResponseMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str
-    stop_reason: str | int | None  # the stop string or stop token id that ended the text
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatCompletion(msgspec.Struct, kw_only=True):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    system_fingerprint: str
-    lightwell: RequestTimings | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_text: str | UnsetType = UNSET
-
-
-class FunctionChunk(msgspec.Struct, kw_only=True):
-    name: str | UnsetType = UNSET
-    arguments: str
-
-
-class ToolCallChunk(msgspec.Struct, kw_only=True):
-    """A piece of a tool call. The first piece of a call has its id, type and name."""
-
-    index: int
-    id: str | UnsetType = UNSET
-    type: Literal["function"] | UnsetType = UNSET
-    function: FunctionChunk
-
-
-class ChatDelta(msgspec.Struct):
-    """An addition to a message. The first of a choice has the role; the last is empty."""
-
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-    tool_calls: list[ToolCallChunk] | UnsetType = UNSET
-    reasoning: str | UnsetType = UNSET
-    reasoning_content: str | UnsetType = UNSET
-
-
-class ChatChunkChoice(msgspec.Struct):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | UnsetType | None = UNSET  # only in the last chunk of a choice
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatCompletionChunk(msgspec.Struct, kw_only=True):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-    lightwell: RequestTimings | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET  # only in the first chunk of a choice
-    prompt_text: str | UnsetType = UNSET  # only in the first chunk of a choice

@@ -1,59 +1,143 @@
-"""Writes chat completions: whole answers, and streams of chunks."""
+"""Chat completions: whole answers, streams of chunks, and how they are written."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Literal
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.api.chat.schemas import (
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatDelta,
-    ChatLogprobs,
-    ChatResponseMessage,
-    FunctionChunk,
-    ResponseFunction,
-    ResponseToolCall,
-    TokenLogprob,
-    ToolCallChunk,
-    TopLogprob,
-)
+from server.api.chat.schemas import ChatCompletionRequest
 from server.generation.choice import ChoiceDelta, TokenPosition, ToolCallDelta, json_logprob
-from server.generation.endpoint import AnswerMetadata
-from server.generation.event_writer import ChunkWriter
-from server.generation.token_fields import NO_FIELDS, TokenFields
-from server.schemas.answers import RequestTimings, Usage, encoded
-from server.schemas.request_fields import StreamOptions
+from server.generation.endpoint import NO_FIELDS, AnswerMetadata, ChunkWriter, TokenFields
+from server.generation.prompts import Prompt
+from server.schemas.answers import PromptLogprobs, RequestTimings, Usage, encoded
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 from server.text.tokenizer import Tokenizer
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob] | msgspec.Raw
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ResponseFunction(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class ResponseToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: ResponseFunction
+
+
+class ChatResponseMessage(msgspec.Struct, kw_only=True):
+    """An assistant message. Reasoning is returned under both names that clients read."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None  # null if there are only tool calls or reasoning
+    refusal: None = None
+    tool_calls: list[ResponseToolCall] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatResponseMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    stop_reason: str | int | None  # the stop string or stop token id that ended the text
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+    lightwell: RequestTimings | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_text: str | UnsetType = UNSET
+
+
+class FunctionChunk(msgspec.Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallChunk(msgspec.Struct, kw_only=True):
+    """A piece of a tool call. The first piece of a call has its id, type and name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionChunk
+
+
+class ChatDelta(msgspec.Struct):
+    """An addition to a message. The first of a choice has the role; the last is empty."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallChunk] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | UnsetType | None = UNSET  # only in the last chunk of a choice
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletionChunk(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    lightwell: RequestTimings | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # only in the first chunk of a choice
+    prompt_text: str | UnsetType = UNSET  # only in the first chunk of a choice
 
 
 class ChatWriter(ChunkWriter):
     """Writes the answer or the stream of one chat request."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        metadata: AnswerMetadata,
-        options: StreamOptions | None = None,
-        *,
-        with_logprobs: bool,
-        with_reasoning: bool = True,
-        echoed: str = "",
-        prompt_text: str | UnsetType = UNSET,
-        fields: TokenFields = NO_FIELDS,
+        self, tokenizer: Tokenizer, metadata: AnswerMetadata, body: ChatCompletionRequest, prompts: Sequence[Prompt]
     ) -> None:
-        super().__init__(options)
-        self._tokenizer = tokenizer
-        self._envelope: dict[str, Any] = vars(metadata)
-        self._fields = fields
-        self._with_logprobs = with_logprobs
-        self._with_reasoning = with_reasoning
-        self._echoed = echoed
-        self._prompt_text = prompt_text
-        self._started: set[int] = set()  # indices of choices whose first chunk was written
+        super().__init__(tokenizer, metadata, body, prompts)
+        last = body.messages[-1]
+        self._with_logprobs = bool(body.logprobs)
+        self._with_reasoning = body.include_reasoning is not False
+        self._echoed = last.text if body.echo and last.role == "assistant" else ""
+        self._prompt_text: str | UnsetType = UNSET
+        if body.return_prompt_text:
+            self._prompt_text = tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
 
     def chunks(self, delta: ChoiceDelta) -> list[ChatCompletionChunk]:
         """Return the chunks for the role (first delta of a choice only), the additions, and the finish reason."""

@@ -1,12 +1,40 @@
-"""`POST /v1/completions`, and `.../render` for its prompts."""
+"""OpenAI's text completions: `POST /v1/completions`, and `.../render` for its prompts."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.completions.conversion import CompletionEndpoint
 from server.api.completions.schemas import CompletionRequest
+from server.api.completions.writer import Completion, CompletionWriter
 from server.api.model_route import StreamRoute
+from server.dialect import BEGINNING, EXAMPLE_PROMPT, Dialect, Operation
+from server.generation.endpoint import AnswerMetadata, Endpoint
 from server.generation.pipeline import render, respond
+from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt
 from server.http.json_response import StructResponse
+from server.models.served_model import ServedModel
+from server.schemas.answers import RenderedPrompt
+
+
+class CompletionEndpoint(Endpoint[CompletionRequest]):
+    """`POST /v1/completions` for the generation pipeline."""
+
+    noun = "prompt"
+    id_prefix = "cmpl-"
+    operation = "text_completion"
+
+    def encode(self, model: ServedModel, body: CompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+        options: Any = {"add_special_tokens": body.add_special_tokens is not False, "limit": limit}
+        if body.suffix:
+            return [encode_fim_prompt(model, text, body.suffix, **options) for text in body.prompt]
+        return [encode_prompt(model, value, **options) for value in body.prompt]
+
+    def writer(
+        self, model: ServedModel, body: CompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+    ) -> CompletionWriter:
+        return CompletionWriter(model.tokenizer, metadata, body, prompts)
+
 
 router = APIRouter(route_class=StreamRoute)
 
@@ -22,3 +50,18 @@ async def render_completion(request: Request, body: CompletionRequest) -> Respon
     """Return the prompts as token ids and text without generating."""
     prompts, headers = await render(request, body, CompletionEndpoint())
     return StructResponse(prompts, headers=headers)
+
+
+REQUEST = {"prompt": BEGINNING, "max_tokens": 20}
+
+COMPLETIONS = Dialect(
+    tag="OpenAI",
+    routers=[router],
+    operations={
+        ("/v1/completions", "post"): Operation(Completion, REQUEST, Completion),
+        ("/v1/completions/render", "post"): Operation(
+            list[RenderedPrompt], REQUEST, answer_example=[EXAMPLE_PROMPT], reaches_engine=True
+        ),
+    },
+    in_workers=True,
+)

@@ -1,16 +1,13 @@
-"""`POST /v1/completions`: the request, and the answer. The chunks of a stream have the form of the answer."""
+"""`POST /v1/completions`: the request."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-import msgspec
-from msgspec import UNSET, UnsetType
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
-from server.schemas.answers import PromptLogprobs, RequestTimings, Usage
 from server.schemas.generation_request import CHECKS, Check, GenerationRequest, Requested
 from server.schemas.request_fields import NO_LIMIT, NumLogprobs
 from server.settings.sampling_parameters import INT64_MAX
@@ -148,36 +145,3 @@ class CompletionRequest(GenerationRequest):
             num_prompt_logprobs=max([number for number in in_prompt if number is not None], default=None),
             wants_timings=self.lightwell is not None and bool(self.lightwell.explain),
         )
-
-
-class CompletionLogprobs(msgspec.Struct):
-    """Four lists with an entry per token. With echo the entry of the first prompt token is null."""
-
-    text_offset: list[int] = []  # characters of the choice's text before the token
-    token_logprobs: list[float | None] = []
-    tokens: list[str] = []
-    top_logprobs: list[dict[str, float] | msgspec.Raw | None] = []
-
-
-class CompletionChoice(msgspec.Struct):
-    text: str
-    index: int
-    logprobs: CompletionLogprobs | None
-    finish_reason: str | None  # null only in chunks of a stream
-    stop_reason: str | int | UnsetType | None = UNSET  # the stop string or stop token id that ended the text
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET  # in a stream only in the first chunk of a choice
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class Completion(msgspec.Struct, kw_only=True):
-    """A whole answer, or a chunk of a stream. Chunks have `usage` only if requested."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
-    system_fingerprint: str
-    lightwell: RequestTimings | UnsetType = UNSET

@@ -6,7 +6,7 @@ from functools import cache, partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from engine.shared.records import Inspect, Inspected, InspectionProblem, LayerView, PositionView, StageView
 from server.api.model_route import ModelRoute
@@ -34,6 +34,7 @@ from server.parts.inspection.schemas import (
     Sampling,
     Stage,
 )
+from server.schemas.request_fields import OpenObject
 from server.text.choice_text import token_text
 
 MAX_POSITIONS = 64
@@ -54,10 +55,8 @@ class InspectRoute(ModelRoute):
 router = APIRouter(route_class=InspectRoute, dependencies=[Depends(check_may_read)])  # for the OpenAPI document
 
 
-class InspectRequest(BaseModel):
+class InspectRequest(OpenObject):
     """Either the id of a request, or a prompt."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     id: str | None = Field(None, description="Of the answer, or its x-request-id.")
     prompt_index: int = Field(0, ge=0, le=MAX_INT, description="Which of the request's prompts.")

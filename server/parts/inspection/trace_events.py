@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from engine.shared.records import Chunk, RequestDetail, RequestTimes, StepInfo
-from server.generation.timings import stage_spans
+from server.generation.generation import stage_spans
 from server.parts.inspection.schemas import TraceEvent
 
 ENGINE, REQUESTS = 1, 2  # the two groups of tracks, which the format calls processes

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from server.api.model_route import ModelRoute
 from server.context import get_context
@@ -29,6 +29,7 @@ from server.model_paths import ModelError, resolve_adapter
 from server.models.served_model import ServedModel
 from server.part import Part
 from server.parts.lora.adapters import load_adapter, unload_adapter
+from server.schemas.request_fields import OpenObject
 from server.settings.table import ADAPTER_NAME
 from server.tenants import get_tenant
 
@@ -43,9 +44,7 @@ AdapterName = Annotated[
 ]
 
 
-class LoadAdapterRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class LoadAdapterRequest(OpenObject):
     lora_name: AdapterName
     lora_path: str = Field(
         min_length=1,
@@ -62,9 +61,7 @@ class LoadAdapterRequest(BaseModel):
     )
 
 
-class UnloadAdapterRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class UnloadAdapterRequest(OpenObject):
     lora_name: AdapterName
     lora_int_id: int | None = Field(None, description="Accepted for vLLM clients and ignored.")
 

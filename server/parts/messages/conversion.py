@@ -1,6 +1,6 @@
 """Converts requests of Anthropic's Messages API to chat completion requests."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Any
@@ -8,14 +8,20 @@ from typing import Any
 import msgspec
 
 from server.api.chat.conversion import ChatEndpoint, reads_effort
-from server.api.chat.request_builder import build_request, function_tool, named_tool, text_part, tool_call
 from server.api.chat.schemas import ChatCompletionRequest
 from server.generation.endpoint import AnswerMetadata
+from server.generation.parameters import supports_reasoning_budget
 from server.generation.prompts import Prompt
-from server.generation.tokenized_settings import supports_reasoning_budget
 from server.http.errors import InvalidValueError, MissingParameterError
 from server.models.served_model import ServedModel
-from server.parts.messages.client_tools import CLIENT_TOOLS
+from server.parts.conversions.requests import (
+    assistant_message,
+    build_request,
+    content_of,
+    function_tool,
+    named_tool,
+    tool_call,
+)
 from server.parts.messages.schemas import (
     CompactionBlock,
     CountTokensRequest,
@@ -39,6 +45,55 @@ from server.parts.messages.schemas import (
 )
 from server.parts.messages.writer import MessagesWriter
 from server.schemas.request_fields import NO_LIMIT
+
+_FIELDS: Mapping[str, Any] = {
+    "path": {"type": "string", "description": "Path of the file or directory."},
+    "file_text": {"type": "string", "description": "With create: content of the new file."},
+    "old_str": {"type": "string", "description": "With str_replace: text to replace, which must occur exactly once."},
+    "new_str": {"type": "string", "description": "With str_replace: the new text."},
+    "insert_line": {"type": "integer", "description": "With insert: number of the line after which to insert."},
+    "insert_text": {"type": "string", "description": "With insert: the text to insert."},
+    "view_range": {
+        "type": "array",
+        "items": {"type": "integer"},
+        "description": "With view: first and last line to show; -1: the end of the file.",
+    },
+    "old_path": {"type": "string", "description": "With rename: the present path."},
+    "new_path": {"type": "string", "description": "With rename: the new path."},
+}
+_EDITOR_FIELDS = ("path", "file_text", "old_str", "new_str", "insert_line", "insert_text", "view_range")
+_EDITOR_COMMANDS = ("view", "create", "str_replace", "insert")
+
+
+def _file_schema(commands: Sequence[str], fields: Sequence[str], required: Sequence[str]) -> dict[str, Any]:
+    properties = {"command": {"type": "string", "enum": list(commands)}} | {name: _FIELDS[name] for name in fields}
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+_BASH = (
+    "Runs a command in a bash shell that keeps its state between calls.",
+    {
+        "type": "object",
+        "properties": {
+            "command": {"type": "string", "description": "The command to run."},
+            "restart": {"type": "boolean", "description": "True: restart the shell instead."},
+        },
+    },
+)
+_EDITOR = ("Views, creates and edits text files.", _file_schema(_EDITOR_COMMANDS, _EDITOR_FIELDS, ("command", "path")))
+_MEMORY = (
+    "Views and edits the files below /memories, which are kept between conversations.",
+    _file_schema((*_EDITOR_COMMANDS, "delete", "rename"), tuple(_FIELDS), ("command",)),
+)
+# Type of a tool -> its description and the JSON schema of its input.
+CLIENT_TOOLS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "bash_20241022": _BASH,
+    "bash_20250124": _BASH,
+    "text_editor_20250429": _EDITOR,
+    "text_editor_20250728": _EDITOR,
+    "memory_20250818": _MEMORY,
+}
+
 
 RESPONSE_FORMAT = ("response_format", "response_format.json_schema")
 PARAMETER_NAMES = {  # parameter of chat completions -> the parameter of this API
@@ -180,14 +235,13 @@ def _turns(body: CountTokensRequest, *, keeps_system_position: bool) -> Iterator
     first = list(takewhile(lambda message: message.role == "system", messages))
     system = [*(_blocks(body.system) if body.system else ()), *_blocks_of(first)]
     if system:
-        yield {"role": "system", "content": _content(system)}
+        yield {"role": "system", "content": content_of([_text(block) for block in system])}
     for by_assistant, group in groupby(messages[len(first) :], key=lambda message: message.role == "assistant"):
         turns = list(group)
-        yield from (
-            _assistant(_blocks_of(turns))
-            if by_assistant
-            else _input(turns, keeps_system_position=keeps_system_position)
-        )
+        if by_assistant:
+            yield _assistant(_blocks_of(turns))
+        else:
+            yield from _input(turns, keeps_system_position=keeps_system_position)
 
 
 def _active(messages: Sequence[MessageParam]) -> list[MessageParam]:
@@ -219,36 +273,26 @@ def _input(messages: Sequence[MessageParam], *, keeps_system_position: bool) -> 
     """
     yield from (_result(block) for block in _blocks_of(messages) if isinstance(block, ToolResultBlock))
     for by_system, turns in groupby(messages, key=lambda message: keeps_system_position and message.role == "system"):
-        content = _content([block for block in _blocks_of(turns) if not isinstance(block, ToolResultBlock)])
-        if content is not None:
-            yield {"role": "system" if by_system else "user", "content": content}
+        texts = [_text(block) for block in _blocks_of(turns) if not isinstance(block, ToolResultBlock)]
+        if texts:
+            yield {"role": "system" if by_system else "user", "content": content_of(texts)}
 
 
 def _result(block: ToolResultBlock) -> dict[str, Any]:
-    parts = _blocks(block.content or "") or _blocks("")
-    if block.is_error:
-        parts = [TextBlock(type="text", text=ERROR_PREFIX + _text(parts[0])), *parts[1:]]
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": _content(parts)}
+    first, *others = map(_text, _blocks(block.content or "") or _blocks(""))
+    texts = [ERROR_PREFIX + first if block.is_error else first, *others]
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content_of(texts)}
 
 
-def _assistant(blocks: Sequence[MessagesObject]) -> Iterator[dict[str, Any]]:
+def _assistant(blocks: Sequence[MessagesObject]) -> dict[str, Any]:
     reasoning = "".join([block.thinking for block in blocks if isinstance(block, ThinkingBlock)])
     calls = [
         tool_call(block.id, block.name, msgspec.json.encode(block.input).decode())
         for block in blocks
         if isinstance(block, ToolUseBlock)
     ]
-    content = _content([block for block in blocks if isinstance(block, TextBlock | CompactionBlock)])
-    if content is None and not calls:
-        content = ""
-    message = {"content": content, "reasoning_content": reasoning or None, "tool_calls": calls or None}
-    yield {"role": "assistant", **{name: value for name, value in message.items() if value is not None}}
-
-
-def _content(blocks: Sequence[MessagesObject]) -> Any:
-    """Return text blocks as the content of a chat message; None if there are no blocks."""
-    texts = [_text(block) for block in blocks]
-    return texts[0] if len(texts) == 1 else [text_part(text) for text in texts] or None
+    texts = [_text(block) for block in blocks if isinstance(block, TextBlock | CompactionBlock)]
+    return assistant_message(texts, reasoning or None, calls)
 
 
 def _text(block: MessagesObject) -> str:
@@ -301,21 +345,10 @@ def _response_format(body: CountTokensRequest) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": schema}
 
 
-class MessagesEndpoint:
+class MessagesEndpoint(ChatEndpoint):
     """`POST /v1/messages` for the generation pipeline."""
 
-    noun = "messages"
     id_prefix = "msg_"
-    operation = "chat"
-
-    def max_tokens_field(self, body: ChatCompletionRequest) -> str:
-        return "max_tokens"
-
-    def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
-        return ChatEndpoint().ignored_fields(model, body)
-
-    def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
-        return ChatEndpoint().encode(model, body, limit=limit)
 
     def writer(
         self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]

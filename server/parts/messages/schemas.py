@@ -1,4 +1,4 @@
-"""`POST /v1/messages` of Anthropic's API: the request, the answer, and the events of its stream.
+"""`POST /v1/messages` of Anthropic's API: the request.
 
 https://docs.claude.com/en/api/messages and .../messages-streaming. Fields that do not affect the text (cache_control,
 citations, metadata) are accepted and ignored: prefixes are always cached.
@@ -6,24 +6,17 @@ citations, metadata) are accepted and ignored: prefixes are always cached.
 
 from typing import Annotated, Any, Literal
 
-import msgspec
-from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS
-from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import MAX_STOPS, MaxTokens, StopStrings
-from server.schemas.samplers import parameter
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, StopStrings
+from server.schemas.sampling import parameter
 from server.schemas.tools import MAX_TOOLS, ToolName
 from server.settings.sampling_parameters import INT64_MAX
 
-# Requests.
 
-
-class MessagesObject(BaseModel):
+class MessagesObject(OpenObject):
     """Base of the objects inside a request. Undeclared fields are kept, and reported by name."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     cache_control: dict[str, Any] | None = None
 
@@ -216,10 +209,8 @@ class OutputConfig(MessagesObject):
     )
 
 
-class CountTokensRequest(BaseModel):
+class CountTokensRequest(OpenObject):
     """The fields of a request that determine its prompt."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str = Field(description="Name of the model, as listed by GET /v1/models.")
     messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] = Field(
@@ -263,97 +254,3 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = Field(None, description="Stream the answer as server-sent events.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted and ignored.")
     service_tier: str | None = Field(None, description="Accepted and ignored.")
-
-
-# Answers.
-
-
-class CountTokensResponse(msgspec.Struct, frozen=True):
-    input_tokens: int
-
-
-class OutputTextBlock(msgspec.Struct, tag_field="type", tag="text"):
-    text: str
-    citations: None = None
-
-
-class OutputToolUseBlock(msgspec.Struct, tag_field="type", tag="tool_use"):
-    id: str
-    name: str
-    input: dict[str, Any]
-
-
-class OutputThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
-    thinking: str
-    signature: str = ""
-
-
-OutputBlock = OutputTextBlock | OutputToolUseBlock | OutputThinkingBlock
-
-
-class MessageUsage(msgspec.Struct, kw_only=True):
-    """Token counts. The number of prompt tokens is the sum of the three input counts."""
-
-    input_tokens: int  # prompt tokens not found in the prefix cache
-    cache_creation_input_tokens: int = 0
-    cache_read_input_tokens: int
-    output_tokens: int
-
-
-class AnthropicMessage(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
-    id: str
-    role: Literal["assistant"] = "assistant"
-    model: str
-    content: list[OutputBlock]
-    stop_reason: str | None
-    stop_sequence: str | None
-    usage: MessageUsage
-    lightwell: RequestTimings | UnsetType = UNSET
-
-
-# The events of a stream.
-
-
-class MessageStart(msgspec.Struct, tag_field="type", tag="message_start"):
-    message: AnthropicMessage
-
-
-class ContentBlockStart(msgspec.Struct, tag_field="type", tag="content_block_start"):
-    index: int
-    content_block: OutputBlock
-
-
-class TextBlockDelta(msgspec.Struct, tag_field="type", tag="text_delta"):
-    text: str
-
-
-class ToolInputDelta(msgspec.Struct, tag_field="type", tag="input_json_delta"):
-    partial_json: str
-
-
-class ThinkingBlockDelta(msgspec.Struct, tag_field="type", tag="thinking_delta"):
-    thinking: str
-
-
-class ContentBlockDelta(msgspec.Struct, tag_field="type", tag="content_block_delta"):
-    index: int
-    delta: TextBlockDelta | ToolInputDelta | ThinkingBlockDelta
-
-
-class ContentBlockStop(msgspec.Struct, tag_field="type", tag="content_block_stop"):
-    index: int
-
-
-class StopDetails(msgspec.Struct):
-    stop_reason: str
-    stop_sequence: str | None
-
-
-class MessageDelta(msgspec.Struct, tag_field="type", tag="message_delta"):
-    delta: StopDetails
-    usage: MessageUsage
-    lightwell: RequestTimings | UnsetType = UNSET
-
-
-class MessageStop(msgspec.Struct, tag_field="type", tag="message_stop"):
-    pass

@@ -1,35 +1,191 @@
-"""Writes Anthropic messages: whole answers, and streams of content block events."""
+"""Writes what Anthropic's clients get: messages, streams of content block events, errors and models."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from server.api.admin.routes import ModelFormat
+from server.api.admin.schemas import Model
 from server.generation.choice import ChoiceDelta, DeltaPart, ToolCallDelta
-from server.generation.endpoint import AnswerMetadata
-from server.generation.event_writer import encode_events
-from server.http.errors import APIError
-from server.parts.messages.errors import error_event
-from server.parts.messages.schemas import (
-    AnthropicMessage,
-    ContentBlockDelta,
-    ContentBlockStart,
-    ContentBlockStop,
-    MessageDelta,
-    MessageStart,
-    MessageStop,
-    MessageUsage,
-    OutputBlock,
-    OutputTextBlock,
-    OutputThinkingBlock,
-    OutputToolUseBlock,
-    StopDetails,
-    TextBlockDelta,
-    ThinkingBlockDelta,
-    ToolInputDelta,
-)
+from server.generation.endpoint import AnswerMetadata, Writer, encode_events
+from server.http.error_formats import ErrorFormat
+from server.http.errors import INVALID_REQUEST, APIError, valid_utf8
 from server.schemas.answers import RequestTimings, Usage
 from server.text.parsers.answer_parts import PartKind
+
+
+class CountTokensResponse(msgspec.Struct, frozen=True):
+    input_tokens: int
+
+
+class OutputTextBlock(msgspec.Struct, tag_field="type", tag="text"):
+    text: str
+    citations: None = None
+
+
+class OutputToolUseBlock(msgspec.Struct, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class OutputThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
+    thinking: str
+    signature: str = ""
+
+
+OutputBlock = OutputTextBlock | OutputToolUseBlock | OutputThinkingBlock
+
+
+class MessageUsage(msgspec.Struct, kw_only=True):
+    """Token counts. The number of prompt tokens is the sum of the three input counts."""
+
+    input_tokens: int  # prompt tokens not found in the prefix cache
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class AnthropicMessage(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
+    id: str
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[OutputBlock]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: MessageUsage
+    lightwell: RequestTimings | UnsetType = UNSET
+
+
+# The events of a stream.
+
+
+class MessageStart(msgspec.Struct, tag_field="type", tag="message_start"):
+    message: AnthropicMessage
+
+
+class ContentBlockStart(msgspec.Struct, tag_field="type", tag="content_block_start"):
+    index: int
+    content_block: OutputBlock
+
+
+class TextBlockDelta(msgspec.Struct, tag_field="type", tag="text_delta"):
+    text: str
+
+
+class ToolInputDelta(msgspec.Struct, tag_field="type", tag="input_json_delta"):
+    partial_json: str
+
+
+class ThinkingBlockDelta(msgspec.Struct, tag_field="type", tag="thinking_delta"):
+    thinking: str
+
+
+class ContentBlockDelta(msgspec.Struct, tag_field="type", tag="content_block_delta"):
+    index: int
+    delta: TextBlockDelta | ToolInputDelta | ThinkingBlockDelta
+
+
+class ContentBlockStop(msgspec.Struct, tag_field="type", tag="content_block_stop"):
+    index: int
+
+
+class StopDetails(msgspec.Struct):
+    stop_reason: str
+    stop_sequence: str | None
+
+
+class MessageDelta(msgspec.Struct, tag_field="type", tag="message_delta"):
+    delta: StopDetails
+    usage: MessageUsage
+    lightwell: RequestTimings | UnsetType = UNSET
+
+
+class MessageStop(msgspec.Struct, tag_field="type", tag="message_stop"):
+    pass
+
+
+MessageEvent = MessageStart | ContentBlockStart | ContentBlockDelta | ContentBlockStop | MessageDelta | MessageStop
+
+
+VERSION_HEADER = b"anthropic-version"  # that all of Anthropic's clients send
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+
+
+class AnthropicErrorDetail(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Anthropic's envelope. Error events of a stream have no id, which is in the headers of the response."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+    request_id: str | None = None
+
+
+def error_body(error: APIError, request_id: str | None = None) -> bytes:
+    detail = AnthropicErrorDetail(TYPES.get(error.status, INVALID_REQUEST), valid_utf8(error.anthropic_message))
+    return msgspec.json.encode(AnthropicErrorResponse(type="error", error=detail, request_id=request_id))
+
+
+def error_event(error: APIError, num_events: int = 0) -> bytes:
+    """Return the last event of a stream that failed."""
+    return b"event: error\ndata: " + error_body(error) + b"\n\n"
+
+
+ANTHROPIC_ERRORS = ErrorFormat(
+    paths=re.compile(r"/v1/messages(/|\Z)"),
+    header=VERSION_HEADER,
+    schema=AnthropicErrorResponse,
+    body=error_body,
+    last_events=error_event,
+    id_headers=("x-request-id", "request-id"),  # the second is what Anthropic's clients read
+)
+
+
+class AnthropicModel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="model"):
+    id: str
+    display_name: str
+    created_at: str  # RFC 3339
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int | None  # None: not known before the model is loaded
+
+
+class AnthropicModelList(msgspec.Struct, frozen=True, kw_only=True):
+    data: list[AnthropicModel]
+    has_more: Literal[False] = False
+    first_id: str
+    last_id: str
+
+
+class AnthropicModels(ModelFormat):
+    """The models in Anthropic's format."""
+
+    def of_model(self, model: Model) -> AnthropicModel:
+        created_at = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
+        return AnthropicModel(
+            id=model.id, display_name=model.id, created_at=created_at, max_input_tokens=model.max_model_len
+        )
+
+    def of_list(self, models: list[Model]) -> AnthropicModelList:
+        found = [self.of_model(model) for model in models]
+        return AnthropicModelList(data=found, first_id=found[0].id, last_id=found[-1].id)
+
 
 # Finish reason -> Anthropic's stop reason. `pause_turn` tells the client that it may continue with another request.
 STOP_REASONS = {
@@ -41,10 +197,8 @@ STOP_REASONS = {
 }
 
 
-class MessagesWriter:
+class MessagesWriter(Writer):
     """Writes the one choice of an answer as content blocks: thinking, text and tool use."""
-
-    repeats_output = False
 
     def __init__(self, metadata: AnswerMetadata, *, with_thinking: bool = True) -> None:
         self._metadata = metadata

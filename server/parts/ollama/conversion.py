@@ -5,20 +5,19 @@ import math
 import re
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 
-from server.api.chat.request_builder import build_request, reject_chat_only_fields, tool_call
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
 from server.context import get_context
-from server.generation.endpoint import AnswerMetadata, Endpoint
+from server.generation.endpoint import AnswerMetadata, Body, Endpoint
 from server.generation.prompts import Prompt, encode_prompt
 from server.http.errors import InvalidValueError, UnsupportedParameterError
 from server.models.served_model import ServedModel
+from server.parts.conversions.requests import build_request, present, reject_chat_only_fields, tool_call
 from server.parts.embeddings.schemas import EmbeddingRequest
 from server.parts.ollama.schemas import (
     OllamaAnswerRequest,
@@ -31,10 +30,8 @@ from server.parts.ollama.schemas import (
     OllamaRequest,
 )
 from server.parts.ollama.writer import MakeAnswer, OllamaWriter
-from server.schemas.generation_request import GenerationRequest, Requested
+from server.schemas.generation_request import Requested
 from server.tenants import get_tenant
-
-Body = TypeVar("Body", bound=GenerationRequest)
 
 DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 MAX_DURATION_CHARS = 64
@@ -265,52 +262,41 @@ def _effort(think: bool | str | None) -> str | None:
     return think
 
 
-class _WaitingCalls:
-    """The calls whose results follow. Neither adding nor taking one depends on how many there are."""
-
-    def __init__(self) -> None:
-        self._ids: OrderedDict[int, str] = OrderedDict()  # in the order of the calls, by their numbers
-        self._numbers: dict[str | None, deque[int]] = {}  # by the name of the tool; those that were taken, too
-        self._num_calls = 0
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def add(self, name: str, call_id: str) -> None:
-        self._ids[self._num_calls] = call_id
-        self._numbers.setdefault(name, deque()).append(self._num_calls)
-        self._num_calls += 1
-
-    def take(self, name: str | None) -> str:
-        """Remove the call that a result answers, the first one with its name or the first one, and return its id."""
-        numbers = self._numbers.get(name, deque())
-        while numbers:
-            if (number := numbers.popleft()) in self._ids:
-                return self._ids.pop(number)
-        return self._ids.popitem(last=False)[1]
-
-
 def _turns(messages: Sequence[OllamaMessage]) -> Iterator[dict[str, Any]]:
     """Yield the messages of chat completions. Calls and results without ids, as most clients send them, get some."""
     num_calls = 0
-    waiting = _WaitingCalls()
+    waiting: OrderedDict[int, str] = OrderedDict()  # number -> id of the calls whose results follow
+    numbers: dict[str | None, deque[int]] = {}  # of the calls by the name of the tool; those that have results, too
     for index, message in enumerate(messages):
         if message.images:
             raise UnsupportedParameterError(f"messages[{index}].images", NO_IMAGES)
         calls = [_call(call, num_calls + number) for number, call in enumerate(message.tool_calls or ())]
+        for number, call in enumerate(calls, num_calls):
+            waiting[number] = call["id"]
+            numbers.setdefault(call["function"]["name"], deque()).append(number)
         num_calls += len(calls)
-        for call in calls:
-            waiting.add(call["function"]["name"], call["id"])
-        turn = {
-            "content": message.content or "",
-            "name": message.tool_name,
-            "reasoning_content": message.thinking or None,
-            "tool_calls": calls or None,
-            "tool_call_id": message.tool_call_id,
-        }
-        if message.role == "tool" and message.tool_call_id is None and waiting:
-            turn["tool_call_id"] = waiting.take(message.tool_name)
-        yield {"role": message.role, **{name: value for name, value in turn.items() if value is not None}}
+        call_id = message.tool_call_id
+        if message.role == "tool" and call_id is None and waiting:
+            call_id = _take(waiting, numbers.get(message.tool_name, deque()))
+        yield present(
+            role=message.role,
+            content=message.content or "",
+            name=message.tool_name,
+            reasoning_content=message.thinking or None,
+            tool_calls=calls or None,
+            tool_call_id=call_id,
+        )
+
+
+def _take(waiting: OrderedDict[int, str], numbers: deque[int]) -> str:
+    """Remove the first of the calls with these numbers that is waiting, or the first one, and return its id.
+
+    The time does not depend on how many there are.
+    """
+    while numbers:
+        if (number := numbers.popleft()) in waiting:
+            return waiting.pop(number)
+    return waiting.popitem(last=False)[1]
 
 
 def _call(call: OllamaCall, number: int) -> dict[str, Any]:
@@ -337,33 +323,39 @@ def _embedding_request(body: OllamaRequest, model: str, fields: Mapping[str, Any
     return build_request(body, {"model": model, **fields}, EmbeddingRequest, ignored=ignored_names(body))
 
 
-@dataclass(frozen=True, slots=True)
-class OllamaEndpoint(Generic[Body]):
+class OllamaEndpoint(Endpoint[Body]):
     """An endpoint for the generation pipeline whose answers are written in Ollama's form."""
-
-    inner: Endpoint[Body]  # that of the API to which the request was converted
-    model: str  # name of the model in answers: the one that the client sent
-    noun: str
-    make_answer: MakeAnswer
-    with_logprobs: bool = False
-    context_ids: Sequence[int] | None = None  # of an earlier answer; None: the answer does not return its own
 
     id_prefix = "ollama-"
 
-    @property
-    def operation(self) -> str:
-        return self.inner.operation
+    def __init__(
+        self,
+        inner: Endpoint[Body],
+        original: OllamaAnswerRequest,
+        make_answer: MakeAnswer,
+        context_ids: Sequence[int] | None = None,
+    ) -> None:
+        """`inner` is that of the API to which the `original` request was converted.
+
+        `context_ids` are those of an earlier answer; None: the answer does not return its own.
+        """
+        self.noun = "messages" if isinstance(original, OllamaChatRequest) else "prompt"
+        self.operation = inner.operation
+        self._inner = inner
+        self._original = original
+        self._make_answer = make_answer
+        self._context_ids = context_ids
 
     def max_tokens_field(self, body: Body) -> str:
         return "options.num_predict"
 
     def ignored_fields(self, model: ServedModel, body: Body) -> list[str]:
-        return self.inner.ignored_fields(model, body)
+        return self._inner.ignored_fields(model, body)
 
     def encode(self, model: ServedModel, body: Body, *, limit: int | None = None) -> list[Prompt]:
-        prompts = self.inner.encode(model, body, limit=limit)
-        if self.context_ids:
-            earlier = encode_prompt(model, list(self.context_ids), noun="context").token_ids
+        prompts = self._inner.encode(model, body, limit=limit)
+        if self._context_ids:
+            earlier = encode_prompt(model, list(self._context_ids), noun="context").token_ids
             for prompt in prompts:
                 prompt.token_ids = [*earlier, *prompt.token_ids]
         return prompts
@@ -373,9 +365,9 @@ class OllamaEndpoint(Generic[Body]):
     ) -> OllamaWriter:
         return OllamaWriter(
             model.tokenizer,
-            self.model,
-            self.make_answer,
-            prompt_ids=None if self.context_ids is None else prompts[0].token_ids,
-            with_logprobs=self.with_logprobs,
+            self._original.model,
+            self._make_answer,
+            prompt_ids=None if self._context_ids is None else prompts[0].token_ids,
+            with_logprobs=bool(self._original.logprobs),
             explains=body.lightwell is not None and bool(body.lightwell.explain),
         )

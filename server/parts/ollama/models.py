@@ -11,8 +11,7 @@ from server.http.errors import EngineUnavailableError, ModelNotFoundError
 from server.models.registry import ModelRegistry, ModelSlot
 from server.models.served_model import ServedModel
 from server.parts.ollama.conversion import MAX_DURATION, OPTIONS, tagged_name
-from server.parts.ollama.schemas import OllamaModel, OllamaModelDetails, OllamaModelInfo, OllamaModelList
-from server.parts.ollama.writer import time_text
+from server.parts.ollama.writer import OllamaModel, OllamaModelDetails, OllamaModelInfo, OllamaModelList, time_text
 from server.tenants import Tenant
 
 NEVER = "2318-01-01T00:00:00Z"  # when the model is unloaded

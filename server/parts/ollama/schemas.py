@@ -1,18 +1,15 @@
-"""Ollama's API: its requests, its answers, and the lines of its streams.
+"""The requests of Ollama's API.
 
-https://docs.ollama.com/api. Durations are in nanoseconds. Streams are lines of JSON, and the default.
+https://docs.ollama.com/api. Streams are the default.
 """
 
 from typing import Annotated, Any, Literal
 
-import msgspec
-from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from server.api.chat.schemas import MAX_MESSAGES, MAX_TOOL_CALLS, TokenLogprob
+from server.api.chat.schemas import MAX_MESSAGES, MAX_TOOL_CALLS
 from server.parts.embeddings.schemas import MAX_INPUTS
-from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import JSONSchema, NumLogprobs
+from server.schemas.request_fields import JSONSchema, NumLogprobs, OpenObject
 from server.schemas.tools import MAX_TOOLS
 
 MAX_OPTIONS = 128
@@ -24,25 +21,16 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-# Requests.
-
-
-class OllamaObject(BaseModel):
-    """Base of the requests and the objects inside them. Undeclared fields are kept, and reported by name."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
 Images = Annotated[list[Any], Field(max_length=MAX_IMAGES)]
 
 
-class OllamaFunctionCall(OllamaObject):
+class OllamaFunctionCall(OpenObject):
     name: str
     arguments: dict[str, Any] = {}
     index: int | None = None
 
 
-class OllamaCall(OllamaObject):
+class OllamaCall(OpenObject):
     """A tool call of an earlier answer."""
 
     id: str | None = None
@@ -51,7 +39,7 @@ class OllamaCall(OllamaObject):
     function: OllamaFunctionCall
 
 
-class OllamaMessage(OllamaObject):
+class OllamaMessage(OpenObject):
     role: Annotated[
         Literal["developer", "system", "user", "assistant", "tool"],
         BeforeValidator(_lower, json_schema_input_type=Literal["system", "user", "assistant", "tool"]),
@@ -64,7 +52,7 @@ class OllamaMessage(OllamaObject):
     tool_call_id: str | None = None
 
 
-class OllamaRequest(OllamaObject):
+class OllamaRequest(OpenObject):
     """The fields that all requests to a model have."""
 
     model: str = Field(description="Name of the model, with or without `:latest`.")
@@ -138,111 +126,6 @@ class OllamaEmbeddingsRequest(OllamaRequest):
     prompt: str | None = Field(None, description="The text.")
 
 
-class OllamaShowRequest(OllamaObject):
+class OllamaShowRequest(OpenObject):
     model: str | None = Field(None, description="Name of the model, with or without `:latest`.")
     name: str | None = Field(None, description="Deprecated alias of model.")
-
-
-# Answers.
-
-
-class OllamaFunction(msgspec.Struct):
-    index: int
-    name: str
-    arguments: dict[str, Any]
-
-
-class OllamaToolCall(msgspec.Struct):
-    id: str
-    function: OllamaFunction
-
-
-class OllamaAnswerMessage(msgspec.Struct, kw_only=True):
-    role: Literal["assistant"] = "assistant"
-    content: str = ""
-    thinking: str | UnsetType = UNSET
-    tool_calls: list[OllamaToolCall] | UnsetType = UNSET
-
-
-class OllamaAnswer(msgspec.Struct, kw_only=True):
-    """A whole answer or a line of a stream, without its text. Only the last line has the fields after `done`."""
-
-    model: str
-    created_at: str  # RFC 3339
-    done: bool = False
-    done_reason: str | UnsetType = UNSET  # stop, length, load, unload, repetition or abort
-    total_duration: int | UnsetType = UNSET
-    load_duration: int | UnsetType = UNSET
-    prompt_eval_count: int | UnsetType = UNSET
-    prompt_eval_duration: int | UnsetType = UNSET
-    eval_count: int | UnsetType = UNSET
-    eval_duration: int | UnsetType = UNSET
-    logprobs: list[TokenLogprob] | UnsetType = UNSET
-    lightwell: RequestTimings | UnsetType = UNSET
-
-
-class OllamaChatAnswer(OllamaAnswer, kw_only=True):
-    message: OllamaAnswerMessage
-
-
-class OllamaGenerateAnswer(OllamaAnswer, kw_only=True):
-    response: str = ""
-    thinking: str | UnsetType = UNSET
-    context: list[int] | UnsetType = UNSET  # the token ids of prompt and answer
-
-
-class OllamaEmbedAnswer(msgspec.Struct, kw_only=True):
-    model: str
-    embeddings: list[list[float]]
-    total_duration: int = 0
-    load_duration: int = 0
-    prompt_eval_count: int = 0
-
-
-class OllamaEmbeddingsAnswer(msgspec.Struct):
-    embedding: list[float]
-
-
-class OllamaModelDetails(msgspec.Struct, frozen=True, kw_only=True):
-    parent_model: str = ""  # for a LoRA adapter: the name of its base model
-    format: str = ""  # gguf, safetensors; this and what follows is empty if the files cannot be read
-    family: str = ""
-    families: list[str] = []
-    parameter_size: str = ""  # 134.52M, 8B
-    quantization_level: str = ""  # Q4_1, BF16
-    context_length: int = 0  # tokens
-    embedding_length: int = 0
-
-
-class OllamaModel(msgspec.Struct, kw_only=True):
-    """A model in the lists of /api/tags and /api/ps."""
-
-    name: str
-    model: str
-    modified_at: str | UnsetType = UNSET
-    size: int  # bytes
-    digest: str  # changes when the weights or the version of the server change
-    details: OllamaModelDetails
-    capabilities: list[str] | UnsetType = UNSET
-    expires_at: str | UnsetType = UNSET
-    size_vram: int | UnsetType = UNSET
-    context_length: int | UnsetType = UNSET
-
-
-class OllamaModelList(msgspec.Struct):
-    models: list[OllamaModel]
-
-
-class OllamaModelInfo(msgspec.Struct, kw_only=True):
-    modelfile: str
-    parameters: str  # the model's default sampling settings, one a line
-    template: str
-    details: OllamaModelDetails
-    model_info: dict[str, Any]
-    capabilities: list[str]
-    modified_at: str
-
-
-class OllamaVersion(msgspec.Struct):
-    version: str  # of Ollama's API that this server follows, which clients compare with what they need
-    lightwell: str

@@ -1,33 +1,147 @@
-"""Writes answers of Ollama's API: whole ones, and streams of lines of JSON."""
+"""The answers of Ollama's API, and how they are written: whole ones, streams of lines of JSON, and errors.
 
+Durations are in nanoseconds.
+"""
+
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.api.chat.schemas import TokenLogprob
-from server.api.chat.writer import token_logprobs
+from server.api.chat.writer import TokenLogprob, token_logprobs
 from server.generation.choice import ChoiceDelta, ToolCallDelta
-from server.generation.event_writer import encode_lines
-from server.http.errors import APIError
-from server.parts.embeddings.pipeline import Embeddings
-from server.parts.embeddings.writer import shorten
-from server.parts.ollama.errors import error_line
-from server.parts.ollama.schemas import (
-    OllamaAnswer,
-    OllamaAnswerMessage,
-    OllamaChatAnswer,
-    OllamaEmbedAnswer,
-    OllamaEmbeddingsAnswer,
-    OllamaEmbedRequest,
-    OllamaFunction,
-    OllamaGenerateAnswer,
-    OllamaToolCall,
-)
+from server.generation.endpoint import Writer, encode_lines
+from server.http.error_formats import ErrorFormat
+from server.http.errors import APIError, valid_utf8
+from server.parts.embeddings.pipeline import PromptBatch, shorten
+from server.parts.ollama.schemas import OllamaEmbedRequest
 from server.schemas.answers import RequestTimings, Usage
 from server.text.tokenizer import Tokenizer
+
+
+class OllamaFunction(msgspec.Struct):
+    index: int
+    name: str
+    arguments: dict[str, Any]
+
+
+class OllamaToolCall(msgspec.Struct):
+    id: str
+    function: OllamaFunction
+
+
+class OllamaAnswerMessage(msgspec.Struct, kw_only=True):
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+    thinking: str | UnsetType = UNSET
+    tool_calls: list[OllamaToolCall] | UnsetType = UNSET
+
+
+class OllamaAnswer(msgspec.Struct, kw_only=True):
+    """A whole answer or a line of a stream, without its text. Only the last line has the fields after `done`."""
+
+    model: str
+    created_at: str  # RFC 3339
+    done: bool = False
+    done_reason: str | UnsetType = UNSET  # stop, length, load, unload, repetition or abort
+    total_duration: int | UnsetType = UNSET
+    load_duration: int | UnsetType = UNSET
+    prompt_eval_count: int | UnsetType = UNSET
+    prompt_eval_duration: int | UnsetType = UNSET
+    eval_count: int | UnsetType = UNSET
+    eval_duration: int | UnsetType = UNSET
+    logprobs: list[TokenLogprob] | UnsetType = UNSET
+    lightwell: RequestTimings | UnsetType = UNSET
+
+
+class OllamaChatAnswer(OllamaAnswer, kw_only=True):
+    message: OllamaAnswerMessage
+
+
+class OllamaGenerateAnswer(OllamaAnswer, kw_only=True):
+    response: str = ""
+    thinking: str | UnsetType = UNSET
+    context: list[int] | UnsetType = UNSET  # the token ids of prompt and answer
+
+
+class OllamaEmbedAnswer(msgspec.Struct, kw_only=True):
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+
+
+class OllamaEmbeddingsAnswer(msgspec.Struct):
+    embedding: list[float]
+
+
+class OllamaModelDetails(msgspec.Struct, frozen=True, kw_only=True):
+    parent_model: str = ""  # for a LoRA adapter: the name of its base model
+    format: str = ""  # gguf, safetensors; this and what follows is empty if the files cannot be read
+    family: str = ""
+    families: list[str] = []
+    parameter_size: str = ""  # 134.52M, 8B
+    quantization_level: str = ""  # Q4_1, BF16
+    context_length: int = 0  # tokens
+    embedding_length: int = 0
+
+
+class OllamaModel(msgspec.Struct, kw_only=True):
+    """A model in the lists of /api/tags and /api/ps."""
+
+    name: str
+    model: str
+    modified_at: str | UnsetType = UNSET
+    size: int  # bytes
+    digest: str  # changes when the weights or the version of the server change
+    details: OllamaModelDetails
+    capabilities: list[str] | UnsetType = UNSET
+    expires_at: str | UnsetType = UNSET
+    size_vram: int | UnsetType = UNSET
+    context_length: int | UnsetType = UNSET
+
+
+class OllamaModelList(msgspec.Struct):
+    models: list[OllamaModel]
+
+
+class OllamaModelInfo(msgspec.Struct, kw_only=True):
+    modelfile: str
+    parameters: str  # the model's default sampling settings, one a line
+    template: str
+    details: OllamaModelDetails
+    model_info: dict[str, Any]
+    capabilities: list[str]
+    modified_at: str
+
+
+class OllamaVersion(msgspec.Struct):
+    version: str  # of Ollama's API that this server follows, which clients compare with what they need
+    lightwell: str
+
+
+class OllamaErrorResponse(msgspec.Struct, frozen=True):
+    """Ollama's envelope, also of the last line of a stream that failed."""
+
+    error: str
+
+
+def error_body(error: APIError, request_id: str | None = None) -> bytes:
+    return msgspec.json.encode(OllamaErrorResponse(valid_utf8(error.named_message)))
+
+
+def error_line(error: APIError, num_events: int = 0) -> bytes:
+    """Return the last line of a stream that failed."""
+    return error_body(error) + b"\n"
+
+
+OLLAMA_ERRORS = ErrorFormat(
+    paths=re.compile("/api/"), schema=OllamaErrorResponse, body=error_body, last_events=error_line
+)
 
 
 class MakeAnswer(Protocol):
@@ -62,10 +176,8 @@ def nanoseconds(seconds: float) -> int:
     return max(0, round(seconds * 1e9))
 
 
-class OllamaWriter:
+class OllamaWriter(Writer):
     """Writes the one choice of an answer. A tool call is written as a whole, when it is complete."""
-
-    repeats_output = False
 
     def __init__(
         self,
@@ -164,7 +276,7 @@ def loaded_answer(make_answer: MakeAnswer, model: str, *, reason: str) -> Ollama
     return answer
 
 
-def write_embeddings(body: OllamaEmbedRequest, embeddings: Embeddings) -> bytes:
+def write_embeddings(body: OllamaEmbedRequest, embeddings: PromptBatch) -> bytes:
     """Return the answer of /api/embed as JSON."""
     answer = OllamaEmbedAnswer(
         model=body.model,
@@ -175,6 +287,6 @@ def write_embeddings(body: OllamaEmbedRequest, embeddings: Embeddings) -> bytes:
     return msgspec.json.encode(answer)
 
 
-def write_embedding(embeddings: Embeddings) -> bytes:
+def write_embedding(embeddings: PromptBatch) -> bytes:
     """Return the answer of /api/embeddings as JSON."""
     return msgspec.json.encode(OllamaEmbeddingsAnswer(embeddings.vectors[0]))

@@ -18,9 +18,8 @@ from engine.shared.messages import FinishReason, SamplingParams, Submit
 from engine.shared.records import RequestTimes
 from server.context import RequestSteps, get_context
 from server.generation.endpoint import Endpoint
-from server.generation.generation import Generation
+from server.generation.generation import Generation, stage_spans
 from server.generation.job import Job
-from server.generation.timings import stage_spans
 from server.http.errors import APIError, clip
 from server.parts.otel.child_span import AttributeValue, ChildSpan
 from server.parts.otel.tracer import Tracer

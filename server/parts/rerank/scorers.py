@@ -6,9 +6,8 @@ from functools import partial
 from operator import mul
 from typing import Protocol
 
-from engine.shared.messages import SamplingParams, Submit, TokenEvent
+from engine.shared.messages import SamplingParams, TokenEvent
 from server.generation.prompts import (
-    Prompt,
     check_min_tokens,
     check_text_size,
     check_token_range,
@@ -17,7 +16,7 @@ from server.generation.prompts import (
 )
 from server.http.errors import BadRequestError, InvalidValueError
 from server.models.served_model import ModelVariant
-from server.parts.embeddings.conversion import make_submit
+from server.parts.embeddings.pipeline import embedding_params
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.renderer import TemplateLimitError
 from server.text.templates.sandbox import ChatTemplateError
@@ -36,13 +35,13 @@ PAIR_ROLES = ('"document"', "'document'")  # in chat templates that take a query
 class Scorer(Protocol):
     """Makes the prompts for pairs of a query and a document, and scores from their last events."""
 
+    params: SamplingParams  # of the prompts
+
     def num_prompts(self, pairs: Sequence[Pair]) -> int: ...
 
-    def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
-        """Return the prompts to run. May be slow; called in a thread. Raises BadRequestError."""
+    def prompts(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        """Return the token ids of the prompts to run. May be slow; called in a thread. Raises BadRequestError."""
         ...
-
-    def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit: ...
 
     def scores(self, pairs: Sequence[Pair], events: Sequence[TokenEvent]) -> list[float]:
         """Return the score of each pair. `events` are those of the prompts. May be slow; called in a thread."""
@@ -60,25 +59,23 @@ class EmbeddingScorer:
     """Scores by the cosine similarity of the two texts' embeddings. Each distinct text is computed once."""
 
     def __init__(self, model: ModelVariant, fields: tuple[str, str]) -> None:
+        self.params = embedding_params(model.base)
         self._model = model
         self._fields = fields
 
     def num_prompts(self, pairs: Sequence[Pair]) -> int:
         return len(_texts(pairs))
 
-    def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
+    def prompts(self, pairs: Sequence[Pair]) -> list[list[int]]:
         names: dict[str, str] = {}
         for pair, pair_names in zip(pairs, _names(pairs, self._fields), strict=True):
             names |= zip(pair, pair_names, strict=True)
         return [self._prompt(text, names[text]) for text in _texts(pairs)]
 
-    def _prompt(self, text: str, field: str) -> Prompt:
-        prompt = encode_prompt(self._model.base, text, noun=field, limit=self._model.base.max_model_len)
-        fit_max_tokens(0, len(prompt.token_ids), self._model.base.max_model_len, field)
-        return prompt
-
-    def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit:
-        return make_submit(self._model, request_id, prompt.token_ids, arrival, priority=priority)
+    def _prompt(self, text: str, field: str) -> list[int]:
+        token_ids = encode_prompt(self._model.base, text, noun=field, limit=self._model.base.max_model_len).token_ids
+        fit_max_tokens(0, len(token_ids), self._model.base.max_model_len, field)
+        return token_ids
 
     def scores(self, pairs: Sequence[Pair], events: Sequence[TokenEvent]) -> list[float]:
         embeddings = {text: event.embedding or [] for text, event in zip(_texts(pairs), events, strict=True)}
@@ -89,6 +86,9 @@ class TokenScorer:
     """Scores by the probability that a reranker answers with the token for true rather than that for false."""
 
     def __init__(self, model: ModelVariant, instruction: str, fields: tuple[str, str]) -> None:
+        self.params = SamplingParams(
+            max_tokens=1, temperature=0.0, logprobs=2, logprob_token_ids=model.base.score_token_ids
+        )
         self._model = model
         self._fields = fields
         self._instruction = instruction
@@ -96,21 +96,8 @@ class TokenScorer:
     def num_prompts(self, pairs: Sequence[Pair]) -> int:
         return len(pairs)
 
-    def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
+    def prompts(self, pairs: Sequence[Pair]) -> list[list[int]]:
         return [self._prompt(*pair, names) for pair, names in zip(pairs, _names(pairs, self._fields), strict=True)]
-
-    def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit:
-        return Submit(
-            request_id=request_id,
-            prompt_token_ids=prompt.token_ids,
-            params=SamplingParams(
-                max_tokens=1, temperature=0.0, logprobs=2, logprob_token_ids=self._model.base.score_token_ids
-            ),
-            arrival=arrival,
-            priority=priority,
-            lora_name=self._model.lora_name,
-            lora_fingerprint=self._model.lora_fingerprint,
-        )
 
     def scores(self, pairs: Sequence[Pair], events: Sequence[TokenEvent]) -> list[float]:
         return [self._score(event) for event in events]
@@ -122,7 +109,7 @@ class TokenScorer:
         true, false = (logprobs[token_id] for token_id in self._model.base.score_token_ids)
         return 1 / (1 + math.exp(min(false - true, 700.0)))
 
-    def _prompt(self, query: str, document: str, names: tuple[str, str]) -> Prompt:
+    def _prompt(self, query: str, document: str, names: tuple[str, str]) -> list[int]:
         template, max_model_len = self._model.base.chat_template, self._model.base.max_model_len
         longer = names[len(document) >= len(query)]
         if template is None:
@@ -151,7 +138,7 @@ class TokenScorer:
             raise InvalidValueError(str(error), param=names[1]) from error
         check_token_range(self._model.base, token_ids, longer)
         fit_max_tokens(1, len(token_ids), max_model_len, longer)
-        return Prompt(token_ids)
+        return token_ids
 
 
 def _names(pairs: Sequence[Pair], fields: tuple[str, str]) -> list[tuple[str, str]]:

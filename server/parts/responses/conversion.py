@@ -1,29 +1,29 @@
 """Converts requests of OpenAI's Responses API to chat completion requests, and creates their response objects."""
 
 import secrets
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 import msgspec
 
-from server.api.chat.conversion import NEUTRAL_EFFORTS, ChatEndpoint, reads_effort
-from server.api.chat.request_builder import (
+from server.api.chat.conversion import NEUTRAL_EFFORTS, ChatEndpoint, encode_request, reads_effort
+from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
+from server.generation.endpoint import AnswerMetadata, TokenFields
+from server.generation.prompts import Prompt, max_prompt_tokens
+from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError, clip
+from server.models.served_model import ServedModel
+from server.parts.conversions.requests import (
+    assistant_message,
     build_request,
+    content_of,
     function_tool,
     named_tool,
     reject_chat_only_fields,
-    text_part,
     tool_call,
 )
-from server.api.chat.schemas import ChatCompletionRequest
-from server.generation.endpoint import AnswerMetadata
-from server.generation.prompts import Prompt
-from server.generation.token_fields import token_fields
-from server.http.errors import InvalidValueError, MissingParameterError, clip
-from server.models.served_model import ServedModel
 from server.parts.responses.custom_tools import CUSTOM_PARAMETERS, as_function_item
-from server.parts.responses.event_log import EventLog
 from server.parts.responses.schemas import (
     CallOutput,
     CustomTool,
@@ -44,12 +44,63 @@ from server.parts.responses.schemas import (
     TextConfig,
     UnsupportedTool,
 )
-from server.parts.responses.store import ResponseStore, StoredResponse, encode_each
-from server.parts.responses.truncation import encode_newest
+from server.parts.responses.store import EventLog, ResponseStore, StoredResponse, encode_each
 from server.parts.responses.writer import ResponseWriter
 from server.schemas.request_fields import NO_LIMIT
 from server.tenants import EVERYBODY
 from server.text.templates.chat_template import ChatTemplate
+
+SYSTEM_ROLES = ("system", "developer")
+
+
+def encode_newest(model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> Prompt:
+    """Return the prompt of the longest suffix of the conversation that fits. System messages are always kept.
+
+    If even the last message does not fit, return the prompt of the whole conversation; the pipeline then reports its
+    length in an error. Raises BadRequestError, then also for a long conversation that certainly has more tokens than
+    `limit`, which is not tokenized.
+    """
+    room = max_prompt_tokens(body.requested().max_tokens, model.max_model_len)
+    whole = _encode(model, body)
+    if whole is not None and len(whole.token_ids) <= room:
+        return whole
+
+    def prompt_from(start: int) -> Prompt | None:
+        kept = [
+            message for index, message in enumerate(body.messages) if index >= start or message.role in SYSTEM_ROLES
+        ]
+        prompt = _encode(model, body.model_copy(update={"messages": kept}), is_truncated=True)
+        return prompt if prompt is not None and len(prompt.token_ids) <= room else None
+
+    for starts in _starts(body.messages):
+        # Later starts give shorter prompts, so bisection applies if the template accepts every start of this kind.
+        first = bisect_left(starts, True, key=lambda start: prompt_from(start) is not None)
+        if first < len(starts) and (prompt := prompt_from(starts[first])) is not None:
+            return prompt
+    return encode_request(model, body, limit=limit) if whole is None else whole
+
+
+def _starts(messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
+    """Return the indices of messages at which the kept part may start, in two lists to try in order.
+
+    The first has the user messages, as templates expect. The second has messages within the last turn, which not all
+    templates accept, without tool results: these must follow their call.
+    """
+    others = [index for index, message in enumerate(messages) if message.role not in SYSTEM_ROLES]
+    users = [index for index in others if messages[index].role == "user"]
+    within = [index for index in others if index > max(users, default=-1) and messages[index].role != "tool"]
+    return [index for index in users if index != others[0]], [index for index in within if index != others[0]]
+
+
+def _encode(model: ServedModel, body: ChatCompletionRequest, *, is_truncated: bool = False) -> Prompt | None:
+    """Return the prompt; None if it is far too long, or if the template rejects a truncated conversation."""
+    try:
+        return encode_request(model, body, limit=model.max_model_len)
+    except BadRequestError as error:
+        if not is_truncated and error.code != "context_length_exceeded":
+            raise
+        return None
+
 
 PARAMETER_NAMES = {  # parameter of chat completions -> the parameter of this API
     "messages": "input",
@@ -230,27 +281,16 @@ def _assistant(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     calls = [
         tool_call(item["call_id"], item["name"], item["arguments"]) for item in items if item["type"] == "function_call"
     ]
-    message: dict[str, Any] = {"role": "assistant"}
-    if texts or not calls:
-        message["content"] = _content(texts)
-    if reasoning:
-        message["reasoning_content"] = "".join(reasoning)
-    if calls:
-        message["tool_calls"] = calls
     if reasoning or calls or any(item["type"] == "message" for item in items):
-        yield message
+        yield assistant_message(texts, "".join(reasoning) if reasoning else None, calls)
 
 
 def _input_message(item: dict[str, Any]) -> dict[str, Any]:
     if item["type"] == "message":
-        return {"role": item["role"], "content": _content([part["text"] for part in item["content"]])}
+        return {"role": item["role"], "content": content_of([part["text"] for part in item["content"]])}
     output = item["output"]
-    content = output if isinstance(output, str) else _content([part["text"] for part in output])
+    content = output if isinstance(output, str) else content_of([part["text"] for part in output])
     return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-
-
-def _content(texts: Sequence[str]) -> str | list[dict[str, Any]]:
-    return [text_part(text) for text in texts] if len(texts) > 1 else "".join(texts)
 
 
 def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
@@ -295,12 +335,11 @@ def _without_nulls(model: TextConfig | SchemaFormat | ReasoningConfig | None) ->
     return {} if model is None else model.model_dump(exclude_none=True, by_alias=True)
 
 
-class ResponsesEndpoint:
+class ResponsesEndpoint(ChatEndpoint):
     """`POST /v1/responses` for the generation pipeline. Made for one request, whose response it stores."""
 
     noun = "input"
     id_prefix = "resp_"
-    operation = "chat"
 
     def __init__(
         self,
@@ -321,13 +360,10 @@ class ResponsesEndpoint:
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
         return "max_output_tokens"
 
-    def ignored_fields(self, model: ServedModel, body: ChatCompletionRequest) -> list[str]:
-        return ChatEndpoint().ignored_fields(model, body)
-
     def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
         if self._body.truncation == "auto":
             return [encode_newest(model, body, limit=limit)]
-        return ChatEndpoint().encode(model, body, limit=limit)
+        return super().encode(model, body, limit=limit)
 
     def writer(
         self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
@@ -346,7 +382,7 @@ class ResponsesEndpoint:
             store,
             with_logprobs=bool(body.logprobs),
             custom_tools=[tool.name for tool in original.tools or () if isinstance(tool, CustomTool)],
-            fields=token_fields(body, prompts),
+            fields=TokenFields(body, prompts),
         )
 
     def end(self) -> None:

@@ -1,19 +1,52 @@
-"""OpenAI's responses. What is stored belongs together, so only one process has it."""
+"""`/v1/responses`: create, retrieve, cancel and delete responses.
 
-from functools import reduce
-from operator import or_
+They are stored in the memory of this process. What is stored belongs together, so only one process has it.
+"""
 
-from server.context import ServerContext
+import asyncio
+import logging
+import re
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Query, Request, Response
+
+from server.api.chat.schemas import ChatCompletionRequest
+from server.api.model_route import StreamRoute
+from server.context import ServerContext, get_context
 from server.dialect import ID, MODEL, QUESTION, Dialect, Operation
 from server.generation.endpoint import AnswerMetadata
+from server.generation.pipeline import collect, respond, start, stream
+from server.generation.preamble import find_generating_model, find_model
+from server.http.bodies import note_text_size
+from server.http.errors import (
+    APIError,
+    BadRequestError,
+    InvalidValueError,
+    PreviousResponseNotFoundError,
+    ResponseNotFoundError,
+    ServerError,
+)
+from server.http.json_response import StructResponse
+from server.http.json_route import end_with_client
+from server.http.sse import EventStream
+from server.models.served_model import ServedModel
 from server.part import Part
-from server.parts.responses import event_schemas as events
-from server.parts.responses.conversion import new_response
-from server.parts.responses.routes import json_router, router
+from server.parts.conversions.requests import count_prompt_tokens, renamed_errors
+from server.parts.responses.conversion import (
+    ResponsesEndpoint,
+    check,
+    error_names,
+    ignored_fields,
+    input_items,
+    new_response,
+    to_chat,
+)
 from server.parts.responses.schemas import (
     DeletedResponse,
     InputTokens,
     InputTokensDetails,
+    InputTokensRequest,
     ItemList,
     MessageItem,
     OutputText,
@@ -22,16 +55,228 @@ from server.parts.responses.schemas import (
     ResponsesRequest,
     ResponseUsage,
 )
-from server.parts.responses.store import ResponseStore
-from server.parts.responses.writer import RESPONSES_ERRORS
+from server.parts.responses.store import EventLog, ResponseStore, StoredResponse, get_response_store
+from server.parts.responses.writer import RESPONSES_ERRORS, AnyEvent, error_event
+from server.tenants import get_owner, get_tenant
 
-EVENTS = (
-    *(events.Created, events.InProgress, events.ItemAdded, events.PartAdded),
-    *(events.OutputTextDelta, events.OutputTextDone),
-    *(events.ReasoningDelta, events.ReasoningDone, events.ArgumentsDelta, events.ArgumentsDone, events.PartDone),
-    *(events.CustomInputDelta, events.CustomInputDone),
-    *(events.ItemDone, events.Completed, events.Incomplete, events.Failed, events.ErrorEvent),
-)
+logger = logging.getLogger(__name__)
+
+router = APIRouter()
+
+
+class ResponsesRoute(StreamRoute):
+    """A route whose streams fail as those of responses do."""
+
+    errors = RESPONSES_ERRORS
+
+
+json_router = APIRouter(route_class=ResponsesRoute)
+
+MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 100, 20  # input items
+
+
+@json_router.post("/v1/responses")
+async def create_response(request: Request, body: ResponsesRequest) -> Response:
+    """Generate a response, which may continue a stored conversation."""
+    context = get_context(request)
+    check(body)
+    model = find_generating_model(context, body.model, get_tenant(request)).base
+    chat, endpoint = await _convert(request, body, model)
+    with renamed_errors(error_names(body)):
+        if not body.background:
+            return await respond(request, chat, endpoint, on_end=endpoint.end)
+        metadata, headers = await _start_in_background(request, chat, endpoint)
+    stored = get_response_store(request).get(metadata.id, get_owner(request))
+    if stored is None:
+        context.running.cancel(metadata.id, get_owner(request))
+        message = "Invalid 'background': the response exceeds the memory limit for stored responses."
+        raise InvalidValueError(message, param="background")
+    if stored.events is not None:
+        return _follow(request, stored.events, headers=headers)
+    return context.long_answer(request, stored.to_json(), headers=headers)
+
+
+async def _start_in_background(
+    request: Request, body: ChatCompletionRequest, endpoint: ResponsesEndpoint
+) -> tuple[AnswerMetadata, dict[str, str]]:
+    """Answer a request in a task that outlives the connection. The writer keeps the answer or its stream.
+
+    Returns the metadata of the answer and the headers of the response to the client. Raises APIError for errors before
+    the generation starts.
+    """
+    job = await start(request, body, endpoint, endpoint.end)
+    job.reservation.is_answered = True
+    account = job.tenant.account
+
+    async def generate() -> None:
+        account.num_running += 1
+        try:
+            if body.stream:
+                async for _ in stream(job):
+                    pass
+            else:
+                await collect(job)
+        except APIError as error:
+            job.failure(error)
+        except Exception:
+            logger.exception("a background request failed", extra={"request_id": job.request_id})
+            job.failure(ServerError(job.request_id))
+        finally:
+            account.num_running -= 1
+            job.close()
+            fields = {**job.generation.log_fields(), "request_id": job.request_id}
+            logger.info("%s ended in the background", job.metadata.id, extra={"fields": fields})
+
+    task = asyncio.create_task(generate())
+    job.context.background_tasks.add(task)
+    task.add_done_callback(job.context.background_tasks.discard)
+    return job.metadata, job.headers
+
+
+@json_router.post("/v1/responses/input_tokens")
+async def count_input_tokens(request: Request, body: InputTokensRequest) -> Response:
+    """Count the prompt tokens of a conversation without generating or storing anything."""
+    check(body)
+    model = find_model(request, body.model)
+    body.model = model.name
+    chat, endpoint = await _convert(request, body, model.base)
+    with renamed_errors(error_names(body)):
+        num_tokens, headers = await count_prompt_tokens(request, chat, endpoint)
+    return StructResponse(InputTokens(num_tokens), headers=headers)
+
+
+async def _convert(
+    request: Request, body: ResponsesRequest, model: ServedModel
+) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+    """Convert a request and the conversation it continues to a chat request. Raises BadRequestError."""
+    previous = None if body.previous_response_id is None else _previous(request, body.previous_response_id)
+    if previous is not None:
+        note_text_size(request, previous.num_json_bytes)
+    return await get_context(request).convert(request, _to_chat, request, body, model, previous)
+
+
+def _to_chat(
+    request: Request, body: ResponsesRequest, model: ServedModel, previous: StoredResponse | None
+) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+    store, owner = get_response_store(request), get_owner(request)
+    items = input_items(body, store, owner)
+    with renamed_errors(error_names(body)):
+        conversation = [*map(msgspec.json.decode, previous.items if previous else ()), *items]
+        chat = to_chat(body, conversation, ignored_fields(body, model.chat_template))
+    note_text_size(request, sum(len(message.text) for message in chat.messages))
+    return chat, ResponsesEndpoint(body, items, previous, store, owner)
+
+
+@router.get("/v1/responses/{response_id}")
+async def retrieve_response(
+    request: Request,
+    response_id: str,
+    stream: Annotated[
+        bool, Query(description="Stream the events of a response created with `background` and `stream`.")
+    ] = False,
+    starting_after: Annotated[
+        int | None, Query(ge=0, description="Send only events after this `sequence_number`.")
+    ] = None,
+    include_obfuscation: Annotated[bool, Query(description="Accepted and ignored: events are never padded.")] = False,
+) -> Response:
+    """Return a stored response as generated so far; with `stream`, its events from the first to the last."""
+    stored = _find(request, response_id)
+    if not stream and starting_after is not None:
+        message = "The 'starting_after' parameter is only allowed when 'stream' is enabled."
+        raise InvalidValueError(message, param="starting_after")
+    if not stream:
+        return get_context(request).long_answer(request, stored.to_json())
+    if stored.events is None:
+        message = "Invalid 'stream': the response was not created with both 'background' and 'stream'."
+        raise InvalidValueError(message, param="stream")
+    return _follow(request, stored.events, starting_after)
+
+
+def _follow(
+    request: Request, events: EventLog, starting_after: int | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    """Stream the logged events, then new ones as they occur."""
+    if starting_after is not None and starting_after >= events.num_events:
+        message = f"Invalid 'starting_after': the latest event is number {events.num_events - 1}."
+        raise InvalidValueError(message, param="starting_after")
+    end_with_client(request.scope)
+    return EventStream(
+        events.read(0 if starting_after is None else starting_after + 1),
+        on_error=lambda error: error_event(error, events.num_events),
+        headers=headers,
+        request_id=request.state.request_id,
+    )
+
+
+@router.get("/v1/responses/{response_id}/input_items")
+async def list_input_items(request: Request, response_id: str) -> Response:
+    """List the input items of a response, the latest first, without those of previous responses."""
+    items = _find(request, response_id).input_items
+    query = request.query_params
+    if query.get("order", "desc") not in ("asc", "desc"):
+        raise InvalidValueError("Invalid 'order': expected 'asc' or 'desc'.", param="order")
+    if query.get("order") != "asc":
+        items = items[::-1]
+    if (after := query.get("after")) is not None:
+        items = items[_index_of(items, after) + 1 :]
+    limit = _limit(query.get("limit", str(DEFAULT_PAGE_SIZE)))
+    page = [msgspec.json.decode(item) for item in items[:limit]]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else ("", "")
+    answer = ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit)
+    return get_context(request).long_answer(request, msgspec.json.encode(answer))
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel_response(request: Request, response_id: str) -> Response:
+    """Cancel a response that is being generated. Its output so far stays stored."""
+    context = get_context(request)
+    stored = _find(request, response_id)
+    if context.running.cancel(response_id, get_owner(request)) and stored.response is not None:
+        stored.response.status = "cancelled"
+    elif not stored.is_background:
+        raise BadRequestError("Cannot cancel a synchronous response.")
+    return context.long_answer(request, stored.to_json())
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(request: Request, response_id: str) -> Response:
+    """Delete a response, cancelling it if it is being generated. Responses that continue it keep its items."""
+    if not get_response_store(request).delete(response_id, get_owner(request)):
+        raise ResponseNotFoundError(response_id)
+    get_context(request).running.cancel(response_id, get_owner(request))
+    return StructResponse(DeletedResponse(response_id))
+
+
+def _find(request: Request, response_id: str) -> StoredResponse:
+    stored = get_response_store(request).get(response_id, get_owner(request))
+    if stored is None:
+        raise ResponseNotFoundError(response_id)
+    return stored
+
+
+def _previous(request: Request, response_id: str) -> StoredResponse:
+    stored = get_response_store(request).get(response_id, get_owner(request))
+    if stored is None:
+        raise PreviousResponseNotFoundError(response_id)
+    if stored.is_in_progress:
+        message = "Invalid 'previous_response_id': that response is still being generated."
+        raise InvalidValueError(message, param="previous_response_id")
+    return stored
+
+
+def _index_of(items: list[bytes], item_id: str) -> int:
+    for index, item in enumerate(items):
+        if msgspec.json.decode(item)["id"] == item_id:
+            return index
+    raise InvalidValueError("Invalid 'after': the response has no item with that id.", param="after")
+
+
+def _limit(value: str) -> int:
+    if not (re.fullmatch("[0-9]{1,4}", value) and 1 <= int(value) <= MAX_PAGE_SIZE):
+        raise InvalidValueError(f"Invalid 'limit': expected an integer from 1 to {MAX_PAGE_SIZE}.", param="limit")
+    return int(value)
+
+
 ITEM = {
     "id": f"msg_{ID}",
     "type": "message",
@@ -59,9 +304,9 @@ RESPONSES = Dialect(
     routers=[router, json_router],
     operations={
         ("/v1/responses", "post"): Operation(
-            ResponseObject, {"input": QUESTION, "max_output_tokens": 20}, reduce(or_, EVENTS), RESPONSE
+            ResponseObject, {"input": QUESTION, "max_output_tokens": 20}, AnyEvent, RESPONSE
         ),
-        (PATH, "get"): Operation(ResponseObject, events=reduce(or_, EVENTS), answer_example=RESPONSE),
+        (PATH, "get"): Operation(ResponseObject, events=AnyEvent, answer_example=RESPONSE),
         (PATH, "delete"): Operation(DeletedResponse, answer_example=DeletedResponse(f"resp_{ID}")),
         (f"{PATH}/input_items", "get"): Operation(ItemList, answer_example=ITEMS),
         (f"{PATH}/cancel", "post"): Operation(ResponseObject, answer_example=RESPONSE),

@@ -9,11 +9,12 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag
 
-from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions, TokenLogprob
+from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions
+from server.api.chat.writer import TokenLogprob
 from server.parts.responses.custom_tools import as_function_item
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import MAX_STOPS, MaxTokens, Stop, at_most
-from server.schemas.samplers import parameter
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, Stop, at_most
+from server.schemas.sampling import parameter
 from server.schemas.tools import MAX_TOOLS, ToolName
 
 MAX_METADATA = 16  # entries
@@ -22,18 +23,12 @@ MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
 # Requests.
 
 
-class RequestObject(BaseModel):
-    """Base of the objects inside a request. Undeclared fields are kept, and reported by name."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class InputText(RequestObject):
+class InputText(OpenObject):
     type: Literal["input_text"]
     text: str
 
 
-class PastText(RequestObject):
+class PastText(OpenObject):
     """Text of an earlier answer."""
 
     type: Literal["output_text"]
@@ -42,7 +37,7 @@ class PastText(RequestObject):
     logprobs: list[Any] | None = None
 
 
-class PastRefusal(RequestObject):
+class PastRefusal(OpenObject):
     """Refusal of an earlier answer, from another model. It is treated as text."""
 
     type: Literal["refusal"]
@@ -57,7 +52,7 @@ InputTextPart = Annotated[InputText | PastText | PastRefusal, Field(discriminato
 InputTextParts = Annotated[list[InputTextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
-class RequestItem(RequestObject):
+class RequestItem(OpenObject):
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -84,7 +79,7 @@ class CallOutput(RequestItem):
     output: str | InputTextParts
 
 
-class PastReasoningText(RequestObject):
+class PastReasoningText(OpenObject):
     type: Literal["reasoning_text"]
     text: str
 
@@ -98,7 +93,7 @@ class PastReasoning(RequestItem):
     encrypted_content: str | None = None
 
 
-class ItemReference(RequestObject):
+class ItemReference(OpenObject):
     """A reference to an item of a stored response."""
 
     type: Literal["item_reference"]
@@ -127,7 +122,7 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(RequestObject):
+class FunctionTool(OpenObject):
     type: Literal["function"]
     name: ToolName
     description: str | None = None
@@ -135,7 +130,7 @@ class FunctionTool(RequestObject):
     strict: bool | None = None
 
 
-class CustomTool(RequestObject):
+class CustomTool(OpenObject):
     """A tool whose input is text. The model sees a function with the parameter `input`."""
 
     type: Literal["custom"]
@@ -165,7 +160,7 @@ ResponsesTool = Annotated[
 ]
 
 
-class ResponsesNamedTool(RequestObject):
+class ResponsesNamedTool(OpenObject):
     type: Literal["function", "custom"]
     name: str
 
@@ -178,7 +173,7 @@ NamedOrIgnoredTool = Annotated[
 ]
 
 
-class ResponsesAllowedTools(RequestObject):
+class ResponsesAllowedTools(OpenObject):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedOrIgnoredTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
@@ -199,11 +194,11 @@ ResponsesToolChoice = Annotated[
 ]
 
 
-class PlainFormat(RequestObject):
+class PlainFormat(OpenObject):
     type: Literal["text", "json_object"]
 
 
-class SchemaFormat(RequestObject):
+class SchemaFormat(OpenObject):
     type: Literal["json_schema"]
     name: str
     json_schema: dict[str, Any] = Field(alias="schema")
@@ -211,14 +206,14 @@ class SchemaFormat(RequestObject):
     strict: bool | None = None
 
 
-class TextConfig(RequestObject):
+class TextConfig(OpenObject):
     format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
         None, description="Ignored. Values other than medium are reported as ignored."
     )
 
 
-class ReasoningConfig(RequestObject):
+class ReasoningConfig(OpenObject):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="Passed to the chat template. Ignored, and reported, if the template does not read it."
     )
@@ -240,7 +235,7 @@ Included = Literal[
 ]
 
 
-class ResponseStreamOptions(RequestObject):
+class ResponseStreamOptions(OpenObject):
     include_obfuscation: bool | None = Field(None, description="Accepted and ignored: events are never padded.")
 
 
@@ -259,9 +254,7 @@ Metadata = Annotated[
 ]
 
 
-class ResponsesRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class ResponsesRequest(OpenObject):
     model: str = Field(description="Name of the model, as listed by GET /v1/models.")
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = (
         Field(None, description="The input of this turn. Required unless previous_response_id is set.")

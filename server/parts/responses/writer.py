@@ -6,37 +6,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import chain
 from typing import Any, Literal
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.api.chat.schemas import TokenLogprob
-from server.api.chat.writer import token_logprobs
+from server.api.chat.writer import TokenLogprob, token_logprobs
 from server.generation.choice import ChoiceDelta, TokenPosition, ToolCallDelta
-from server.generation.event_writer import encode_events
-from server.generation.token_fields import NO_FIELDS, TokenFields
+from server.generation.endpoint import NO_FIELDS, TokenFields, Writer, encode_events
 from server.http.error_formats import ErrorFormat
 from server.http.errors import APIError, ResponseGoneError
 from server.parts.responses.custom_tools import custom_input
-from server.parts.responses.event_schemas import (
-    ArgumentsDelta,
-    ArgumentsDone,
-    Completed,
-    Created,
-    CustomInputDelta,
-    CustomInputDone,
-    ErrorEvent,
-    Failed,
-    Incomplete,
-    InProgress,
-    ItemAdded,
-    ItemDone,
-    OutputTextDelta,
-    OutputTextDone,
-    PartAdded,
-    PartDone,
-    ReasoningDelta,
-    ReasoningDone,
-    StreamEvent,
-)
 from server.parts.responses.schemas import (
     CustomCallItem,
     FunctionCallItem,
@@ -58,6 +36,113 @@ from server.schemas.answers import RequestTimings, Usage
 from server.text.parsers.answer_parts import PartKind
 from server.text.tokenizer import Tokenizer
 
+OutputTextPart = OutputText | ReasoningText
+
+
+class StreamEvent(msgspec.Struct, kw_only=True, tag_field="type"):
+    sequence_number: int = 0
+
+
+class ResponseEvent(StreamEvent, kw_only=True):
+    """An event about the response as a whole."""
+
+    response: ResponseObject
+
+
+class Created(ResponseEvent, kw_only=True, tag="response.created"): ...
+
+
+class InProgress(ResponseEvent, kw_only=True, tag="response.in_progress"): ...
+
+
+class Completed(ResponseEvent, kw_only=True, tag="response.completed"): ...
+
+
+class Incomplete(ResponseEvent, kw_only=True, tag="response.incomplete"): ...
+
+
+class Failed(ResponseEvent, kw_only=True, tag="response.failed"): ...
+
+
+class ErrorEvent(StreamEvent, kw_only=True, tag="error"):
+    """The stream cannot be continued. The response itself may still complete."""
+
+    code: str | None
+    message: str
+    param: str | None = None
+
+
+class ItemEvent(StreamEvent, kw_only=True):
+    output_index: int
+    item: OutputItem
+
+
+class ItemAdded(ItemEvent, kw_only=True, tag="response.output_item.added"): ...
+
+
+class ItemDone(ItemEvent, kw_only=True, tag="response.output_item.done"): ...
+
+
+class ItemContentEvent(StreamEvent, kw_only=True):
+    """An event about the content of an output item."""
+
+    item_id: str
+    output_index: int
+
+
+class ContentPartEvent(ItemContentEvent, kw_only=True):
+    content_index: int = 0
+
+
+class PartAdded(ContentPartEvent, kw_only=True, tag="response.content_part.added"):
+    part: OutputTextPart
+
+
+class PartDone(ContentPartEvent, kw_only=True, tag="response.content_part.done"):
+    part: OutputTextPart
+
+
+class OutputTextDelta(ContentPartEvent, kw_only=True, tag="response.output_text.delta"):
+    delta: str
+    logprobs: list[TokenLogprob]
+
+
+class OutputTextDone(ContentPartEvent, kw_only=True, tag="response.output_text.done"):
+    text: str
+    logprobs: list[TokenLogprob]
+
+
+class ReasoningDelta(ContentPartEvent, kw_only=True, tag="response.reasoning_text.delta"):
+    delta: str
+
+
+class ReasoningDone(ContentPartEvent, kw_only=True, tag="response.reasoning_text.done"):
+    text: str
+
+
+class ArgumentsDelta(ItemContentEvent, kw_only=True, tag="response.function_call_arguments.delta"):
+    delta: str
+
+
+class CustomInputDelta(ItemContentEvent, kw_only=True, tag="response.custom_tool_call_input.delta"):
+    delta: str
+
+
+class CustomInputDone(ItemContentEvent, kw_only=True, tag="response.custom_tool_call_input.done"):
+    input: str
+
+
+class ArgumentsDone(ItemContentEvent, kw_only=True, tag="response.function_call_arguments.done"):
+    arguments: str
+
+
+AnyEvent = (
+    (Created | InProgress | ItemAdded | PartAdded | OutputTextDelta | OutputTextDone | ReasoningDelta | ReasoningDone)
+    | (ArgumentsDelta | ArgumentsDone | PartDone | CustomInputDelta | CustomInputDone)
+    | (ItemDone | Completed | Incomplete | Failed | ErrorEvent)
+)
+
+
 # Finish reason -> status of the response.
 STATUSES: Mapping[str, Literal["completed", "incomplete", "cancelled"]] = {
     "stop": "completed",
@@ -68,7 +153,7 @@ STATUSES: Mapping[str, Literal["completed", "incomplete", "cancelled"]] = {
 }
 
 
-class ResponseWriter:
+class ResponseWriter(Writer):
     """Writes the one choice of a response. Only the last output item grows.
 
     A non-streamed answer goes through the same steps, with the events discarded.

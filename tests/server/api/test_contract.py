@@ -16,11 +16,10 @@ from pydantic import BaseModel, ValidationError
 
 from engine.shared.messages import LoadAdapter, Submit
 from engine.shared.records import Inspect
-from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
-from server.api.admin.tokenize import MAX_TEXT_BYTES
-from server.api.chat.request_builder import EXTENSIONS
+from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS, MAX_TEXT_BYTES, DetokenizeRequest, TokenizeRequest
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
+from server.parts.conversions.requests import EXTENSIONS
 from server.parts.embeddings.schemas import EmbeddingRequest
 from server.parts.inspection.inspect import InspectRequest
 from server.parts.lora.part import LoadAdapterRequest

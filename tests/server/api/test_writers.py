@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from openai.types.responses import Response
 
 from engine.shared.messages import FinishReason, TokenEvent
-from server.generation.choice import ChoiceDelta, ChoiceParser, ChoiceState, TokenPosition, ToolCallDelta, join_deltas
+from server.generation.choice import ChoiceDelta, ChoiceState, TokenPosition, ToolCallDelta, join_deltas
 from server.generation.endpoint import AnswerMetadata, Writer
 from server.http.errors import APIError, EngineDeadError, QueueFullError
 from server.http.json_response import StructResponse
@@ -61,7 +61,7 @@ def expected_of(reasoning: str | None, parts: list[str | dict[str, int]]) -> lis
 
 def deltas_of(tokenizer: Tokenizer, token_ids: list[int], cuts: list[int]) -> list[ChoiceDelta]:
     text = ChoiceText(tokenizer, track_offsets=True)
-    choice = ChoiceState(0, text, include_stop=False, parser=ChoiceParser(AnswerParser(FORMAT), "id"))
+    choice = ChoiceState(0, text, include_stop=False, parser=AnswerParser(FORMAT), choice_id="id")
     ends = sorted({min(cut, len(token_ids)) for cut in cuts} | {len(token_ids)})
     deltas = []
     for start, end in zip([0, *ends], ends, strict=False):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
+from server.api.completions.schemas import CompletionRequest
 from server.api.completions.writer import CompletionWriter
 from server.engine_client.streams import ReceivedEvent
 from server.generation.choice import (
@@ -211,7 +212,8 @@ def test_a_chunk_every_so_many_tokens(server: RunningServer, fake_engine: FakeEn
 def test_infinite_log_probabilities_are_json(tokenizer: Tokenizer) -> None:
     logprobs = TokenLogprobs.pack(-math.inf, 7, [66, 67, 68], [-0.5, -math.inf, -12345.0])
     event = TokenEvent(request_id="r", token_ids=[65], logprobs=[logprobs], finish_reason=FinishReason.LENGTH)
-    writer = CompletionWriter(tokenizer, AnswerMetadata("cmpl-1", 1, "m", "fp"), None, with_logprobs=True)
+    body = CompletionRequest.model_validate({"prompt": "a", "logprobs": 3})
+    writer = CompletionWriter(tokenizer, AnswerMetadata("cmpl-1", 1, "m", "fp"), body, [])
     chunk = msgspec.json.decode(msgspec.json.encode(writer.chunks(make_choice(tokenizer).push(event))[0]))
     found = chunk["choices"][0]["logprobs"]
     assert found["token_logprobs"] == [-9999.0]

@@ -8,7 +8,7 @@ import pytest
 
 from server.http import errors
 from server.http.errors import APIError
-from server.parts.messages.errors import error_body
+from server.parts.messages.writer import error_body
 from tests.support.serving import RunningServer, check_envelope, check_error
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from engine.shared.messages import SamplingParams
-from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling
+from server.schemas.sampling import DefaultSampling, resolve_default_sampling
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MINIMAL, RESPONSES, ask, ask_json
 from tests.support.serving import RunningServer, check_error, fresh_server
 

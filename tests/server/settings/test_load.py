@@ -14,7 +14,7 @@ import yaml
 
 from engine.config import EngineConfig
 from server.cli.main import make_parser
-from server.schemas.samplers import SamplingFields
+from server.schemas.sampling import SamplingFields
 from server.settings import load, process_configs
 from server.settings.access import ACCESS, AccessSettings
 from server.settings.load import check_certificate, check_model_names, is_loopback, load_settings

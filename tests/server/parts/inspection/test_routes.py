@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from engine.scheduling.record import RequestRecord
 from engine.shared.messages import Submit
 from engine.shared.records import Chunk, InspectionProblem, Prefix, PrefixResult, ReadSteps, RequestDetail
-from server.generation.timings import stage_spans
+from server.generation.generation import stage_spans
 from server.parts.inspection import routes
 from server.parts.inspection.events import INTERVAL, MAX_READERS_EACH
 from server.parts.inspection.inspect import MAX_POSITIONS

@@ -14,9 +14,8 @@ from server.generation.endpoint import AnswerMetadata
 from server.http.errors import ResponseGoneError
 from server.parts.responses import store as stores
 from server.parts.responses.conversion import new_response
-from server.parts.responses.event_log import BLOCK_EVENTS, EventLog
 from server.parts.responses.schemas import MessageItem, OutputText, ResponsesRequest
-from server.parts.responses.store import FOUND_BYTES, ITEM_BYTES, RESPONSE_BYTES, ResponseStore, StoredResponse
+from server.parts.responses.store import EventLog, ResponseStore, StoredResponse
 from server.tenants import EVERYBODY
 
 LIMIT = 60_000
@@ -50,7 +49,7 @@ def item_id(kind: str, number: int) -> str:
 def size_of(stored: StoredResponse) -> int:
     texts = [*stored.items, msgspec.json.encode(msgspec.json.decode(stored.to_json()) | {"output": []})]
     num_bytes = sum(map(len, texts)) + (stored.events.num_bytes if stored.events is not None else 0)
-    return RESPONSE_BYTES + ITEM_BYTES * (len(texts) - 1) + 2 * FOUND_BYTES + num_bytes
+    return stores.RESPONSE_BYTES + stores.ITEM_BYTES * (len(texts) - 1) + 2 * stores.FOUND_BYTES + num_bytes
 
 
 def test_against_a_list(rng: random.Random) -> None:
@@ -108,7 +107,7 @@ def test_a_response_stays_as_it_was_when_it_ended() -> None:
     assert after == before | {"status": "cancelled"}  # nothing was stored when it was complete
     assert stored.items == items
     assert store.item(item_id("out", 2)) == items[-1]
-    assert store.num_bytes == size_of(stored) + FOUND_BYTES
+    assert store.num_bytes == size_of(stored) + stores.FOUND_BYTES
 
 
 def cost_of(num_items: int, size: int) -> tuple[int, int, int]:
@@ -159,7 +158,7 @@ def test_a_response_that_grows_is_counted_anew() -> None:
     assert store.item(item_id("out", 2)) is None
     store.put(stored)
     assert msgspec.json.decode(store.item(item_id("out", 2)) or b"")["content"][0]["text"] == "z" * 100
-    assert (len(store), store.num_bytes) == (1, size_of(stored) + FOUND_BYTES)
+    assert (len(store), store.num_bytes) == (1, size_of(stored) + stores.FOUND_BYTES)
     assert store.num_bytes > before + 100
     add_output(stored, "more", "z" * 20_000)
     store.put(stored)
@@ -168,7 +167,7 @@ def test_a_response_that_grows_is_counted_anew() -> None:
 
 @pytest.mark.parametrize("size", [1, 3000])  # the number is the limit, or the size
 def test_one_owner_does_not_push_out_what_others_have_stored(size: int) -> None:
-    store = ResponseStore(20, 20 * RESPONSE_BYTES + 50_000)
+    store = ResponseStore(20, 20 * stores.RESPONSE_BYTES + 50_000)
     for number in range(2):
         store.put(make(number, size, owner="bob"))
     for number in range(2, 100):
@@ -216,7 +215,7 @@ async def test_every_reader_gets_all_events_from_its_own_on(rng: random.Random) 
 
 def test_the_size() -> None:
     """Similar events compress well, and every event is accounted for."""
-    log, events = EventLog("resp_1"), [event(number, random.Random(1)) for number in range(10 * BLOCK_EVENTS - 1)]
+    log, events = EventLog("resp_1"), [event(n, random.Random(1)) for n in range(10 * stores.BLOCK_EVENTS - 1)]
     log.append(events)
     kept = sum(map(len, log._blocks)) + sum(map(len, log._tail))
     assert kept < log.num_bytes < kept + 50 * (len(log._blocks) + len(log._tail))
@@ -226,14 +225,14 @@ def test_the_size() -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("num_events", [2, 3 * BLOCK_EVENTS])
+@pytest.mark.parametrize("num_events", [2, 3 * stores.BLOCK_EVENTS])
 async def test_a_log_that_is_dropped(num_events: int) -> None:
     """Readers that are behind get an error; others read to the end."""
     log = EventLog("resp_1")
     log.append([b"%d\n\n" % number for number in range(num_events)])
     waiting = asyncio.create_task(read(log, num_events - 1))
     behind, started = log.read(0), log.read(0)
-    if num_events > BLOCK_EVENTS:
+    if num_events > stores.BLOCK_EVENTS:
         assert (await anext(started)).startswith(b"0\n\n1\n\n")
     for _ in range(10):  # the first one reads what there is, and waits
         await asyncio.sleep(0)

@@ -18,7 +18,7 @@ import pytest
 import zmq
 
 from engine.shared.messages import HEARTBEAT_SECONDS, Abort, SamplingParams, Submit
-from server.generation import submission
+from server.generation import job as jobs
 from server.generation.pipeline import MAX_HELD_SECONDS
 from server.http.errors import ServerError
 from server.parts.recordings.store import Recordings
@@ -228,13 +228,13 @@ def test_a_disconnect_returns_capacity(pair: Pair, stream: bool) -> None:
 
 def test_a_disconnect_while_tokenizing_returns_capacity(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     coordinator, worker = pair
-    disconnected, tokenize = threading.Event(), submission._tokenize
+    disconnected, tokenize = threading.Event(), jobs._tokenize
 
     def slow(job: Any) -> Any:
         assert disconnected.wait(60)
         return tokenize(job)
 
-    monkeypatch.setattr(submission, "_tokenize", slow)
+    monkeypatch.setattr(jobs, "_tokenize", slow)
     coordinator.engine.pause()
     with worker.connect() as connection:
         connection.sendall(_post(COMPLETIONS))

@@ -4,13 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from server.api.chat.schemas import ChatCompletionRequest
-from server.generation.preamble import distinct
+from server.context import get_context
+from server.generation.endpoint import Endpoint
+from server.generation.job import encode_prompts
+from server.generation.preamble import begin, distinct, find_generating_model
 from server.http.error_handlers import from_validation_error
 from server.http.errors import BadRequestError, UnsupportedParameterError
 from server.schemas.generation_request import GenerationRequest
+from server.tenants import get_tenant
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -67,7 +72,7 @@ def build_request(
 
     Raises BadRequestError for invalid values.
     """
-    values = {name: value for name, value in fields.items() if value is not None}
+    values = present(**fields)
     for name, value in (body.model_extra or {}).items():
         values.setdefault(name, value)
     for name in type(body).model_fields:
@@ -92,16 +97,28 @@ def _unknown_fields(value: object, path: str) -> Iterator[str]:
         yield from (f"{path}.{name}" for name, field in (value.model_extra or {}).items() if field is not None)
 
 
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
+def present(**fields: Any) -> dict[str, Any]:
+    """Return the fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def content_of(texts: Sequence[str]) -> str | list[dict[str, Any]]:
+    """Return texts as the content of a message."""
+    return [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else "".join(texts)
+
+
+def assistant_message(texts: Sequence[str], reasoning: str | None, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a turn of the model. It has content, if only an empty one, unless it calls tools."""
+    content = content_of(texts) if texts or not calls else None
+    return present(role="assistant", content=content, reasoning_content=reasoning, tool_calls=calls or None)
 
 
 def function_tool(**function: Any) -> dict[str, Any]:
-    """Return a tool in the form of chat completions. Fields that are None are left out.
+    """Return a tool in the form of chat completions.
 
-    `function` may have name, description, parameters and strict.
+    `function` may have name, description, parameters and strict. Those that are None are left out.
     """
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+    return {"type": "function", "function": present(**function)}
 
 
 def named_tool(name: str) -> dict[str, Any]:
@@ -111,3 +128,20 @@ def named_tool(name: str) -> dict[str, Any]:
 def tool_call(id: str, name: str, arguments: str) -> dict[str, Any]:
     """Return a tool call of an earlier answer. `arguments` is a JSON object as text."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+async def count_prompt_tokens(
+    request: Request, body: ChatCompletionRequest, endpoint: Endpoint[ChatCompletionRequest]
+) -> tuple[int, dict[str, str]]:
+    """Return the number of prompt tokens and the headers of the answer.
+
+    Raises BadRequestError or ModelNotFoundError.
+    """
+    context = get_context(request)
+    model = find_generating_model(context, body.model, get_tenant(request))
+    ignored = endpoint.ignored_fields(model.base, body)
+    preamble = begin(request, body, is_model_missing=body.model is None, ignored=ignored)
+    body.check()
+    headers = preamble.accept()
+    (prompt,) = await context.run_text_work(request, encode_prompts, model.base, body, endpoint)
+    return len(prompt.token_ids), headers

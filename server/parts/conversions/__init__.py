@@ -1,0 +1,1 @@
+"""What the APIs share whose requests are converted to those of others."""
