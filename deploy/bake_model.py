@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from server.model_paths import ModelError, resolve_model
-from server.progress import progress_on_stderr
 
 
 def bake(folder: Path, model: str) -> None:
@@ -17,7 +16,7 @@ def bake(folder: Path, model: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = ""
     if model:
-        resolved = resolve_model(model, progress_on_stderr())
+        resolved = resolve_model(model, shows_progress=True)
         link = folder / resolved.name  # the last part of a path is the model's name in the API
         link.symlink_to(resolved.path)
         config = f"model: {json.dumps(str(link))}\n"

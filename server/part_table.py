@@ -23,43 +23,56 @@ class PartEntry:
     needs: Sequence[str] = ()  # other parts
     engine_part: str | None = None  # that it asks
     paths: Sequence[str] = ()  # in which * stands for any text
-    settings: Sequence[str] = ()  # that must keep their defaults
-    has_commands: bool = False
+    settings: Sequence[str] = ()  # that its module `settings` declares
+    commands: Sequence[str] = ()  # added by its module `commands`
 
 
 # By the name of the folder.
 PARTS: Mapping[str, PartEntry] = {
     "conversions": PartEntry(title="conversions of other APIs' requests"),
     "responses": PartEntry(
-        title="OpenAI's Responses API", needs=["conversions"], paths=["/v1/responses", "/v1/responses/*"]
+        title="OpenAI's Responses API",
+        needs=["conversions"],
+        paths=["/v1/responses", "/v1/responses/*"],
+        settings=["max_stored_responses", "stored_responses_memory"],
     ),
-    "embeddings": PartEntry(title="embeddings", paths=["/v1/embeddings"]),
+    "embeddings": PartEntry(title="embeddings", paths=["/v1/embeddings"], settings=["pooling"]),
     "rerank": PartEntry(
         title="reranking and scores",
         needs=["embeddings"],
         paths=["/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"],
+        settings=["score_tokens"],
     ),
     "messages": PartEntry(
         title="Anthropic's Messages API", needs=["conversions"], paths=["/v1/messages", "/v1/messages/*"]
     ),
     "ollama": PartEntry(title="Ollama's API", needs=["conversions", "embeddings"], paths=["/api/*"]),
-    "inspection": PartEntry(title="the inspection of the engine", engine_part="inspection", paths=["/lightwell/v1/*"]),
-    "recordings": PartEntry(title="recordings and replay", paths=["/v1/requests/*/replay"]),
+    "inspection": PartEntry(
+        title="the inspection of the engine",
+        engine_part="inspection",
+        paths=["/lightwell/v1/*"],
+        settings=["inspect", "inspect_public"],
+    ),
+    "recordings": PartEntry(
+        title="recordings and replay", paths=["/v1/requests/*/replay"], settings=["record_requests"]
+    ),
     "lora": PartEntry(
         title="LoRA adapters",
         engine_part="lora",
         paths=["/v1/load_lora_adapter", "/v1/unload_lora_adapter"],
-        settings=["lora_modules", "allow_runtime_lora_updating", "max_loras", "max_lora_rank"],
+        settings=["lora_modules", "max_loras", "max_lora_rank", "allow_runtime_lora_updating"],
     ),
     "page": PartEntry(title="the pages for browsers", paths=["/", "/docs", "/assets/*"]),
     "limits": PartEntry(title="limits of tenants", paths=["/v1/usage"], settings=["api_keys_file"]),
     "tool_formats": PartEntry(title="tool calls that are not JSON"),
     "structural_tags": PartEntry(title="structural tags"),
     "tokenizers": PartEntry(title="a tokenizer without tokenizer.json", engine_part="tokenizers"),
-    "run": PartEntry(title="the command run", has_commands=True),
-    "bench": PartEntry(title="the command bench", has_commands=True),
-    "hub": PartEntry(title="downloads from Hugging Face's hub", has_commands=True),
-    "models": PartEntry(title="several models", needs=["hub"], settings=["models", "load", "idle_unload"]),
+    "run": PartEntry(title="the command run", commands=["run"]),
+    "bench": PartEntry(title="the command bench", commands=["bench"]),
+    "hub": PartEntry(title="downloads of models", commands=["pull", "list", "rm"]),
+    "build_kernels": PartEntry(title="the command build-kernels", commands=["build-kernels"]),
+    "foreign_flags": PartEntry(title="hints for flags of other servers"),
+    "models": PartEntry(title="several models", needs=["hub"], settings=["load", "idle_unload"]),
     "workers": PartEntry(title="several API processes", needs=["recordings"], settings=["api_server_count"]),
     "data_parallel": PartEntry(title="several engines with the same model", settings=["data_parallel_size"]),
     "ray": PartEntry(title="Ray Serve"),
@@ -92,6 +105,11 @@ def as_sentence(error: MissingPartError) -> str:
     """Return what is missing as the message of an error."""
     problem = str(error)
     return f"{problem[0].upper()}{problem[1:]}."
+
+
+def missing_command(command: str) -> MissingPartError | None:
+    """Return what a command lacks, or None if it is there, or no part has one of that name."""
+    return next((why_missing(name) for name, entry in PARTS.items() if command in entry.commands), None)
 
 
 def load_module(part: str, module: str) -> Any:

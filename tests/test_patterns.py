@@ -27,7 +27,7 @@ from server.text.templates.chat_encoding import _trie_pattern
 from tests.support.paths import ROOT
 
 PACKAGES = ("engine", "server")
-SETTING_TYPES = ("pattern", "named_paths")  # of settings whose second argument is matched as a whole
+SETTING_TYPES = ("pattern",)  # of settings whose second argument is matched as a whole
 
 # Patterns that the code makes while it runs, by module and by the name or the source of the pattern: what they can be.
 MADE: Mapping[tuple[str, str], Sequence[str]] = {
@@ -40,7 +40,6 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
     ("server.text.parsers.markers", 'f"({tokens})"'): [r"(<\|end\|>|a\+)"],
     ("server.parts.hub.files", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
     ("server.settings.value_types", "regex"): (),  # found by SETTING_TYPES
-    ("server.settings.value_types", "name_regex"): (),
     ("server.text.parsers.markers", "_pattern"): [r"<\|end\|>|<\|", "(?!)"],
     ("server.parts.tool_formats.tags", "_tag"): [r"<ns><(/?)([^<>/]+)>"],
     ("server.text.parsers.object_reader", "_header"): [
@@ -83,7 +82,7 @@ class Found(NamedTuple):
 def find_patterns() -> list[Found]:
     """Return the patterns that both packages pass to functions of `re` and to the types of settings."""
     texts = {path: path.read_text() for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
-    texts = {path: text for path, text in texts.items() if re.search(r"\bre\.|\b(pattern|named_paths)\(", text)}
+    texts = {path: text for path, text in texts.items() if re.search(r"\bre\.|\bpattern\(", text)}
     nodes = {path: list(ast.walk(ast.parse(text))) for path, text in texts.items()}
     uses: dict[str, set[str]] = defaultdict(set)  # of compiled patterns, by name
     for node in chain.from_iterable(nodes.values()):

@@ -1,17 +1,14 @@
-"""Finds a running server for `lightwell chat` and `lightwell bench`."""
+"""Finds a running server for the commands that are clients of one."""
 
 import socket
 import sys
 from urllib.parse import urlsplit
 
 from server.cli.http_client import RemoteError, connect, plain_errors
+from server.part_table import missing_command
 from server.running_servers import DEFAULT_URL, registered_servers
 
 CONNECT_SECONDS = 1.0
-NO_SERVER = (
-    "no server is running here: `lightwell serve` starts one, `lightwell run` starts one and a chat, and --url is the "
-    "address of a server elsewhere"
-)
 
 
 def find_server() -> str:
@@ -27,7 +24,9 @@ def find_server() -> str:
     if DEFAULT_URL not in servers and is_model_server(DEFAULT_URL):
         servers[DEFAULT_URL] = "an unknown server"
     if not servers:
-        raise RemoteError(NO_SERVER)
+        run = "" if missing_command("run") else " `lightwell run` starts one and a chat,"
+        hint = f"`lightwell serve` starts one,{run} and --url is the address of a server elsewhere"
+        raise RemoteError(f"no server is running here: {hint}")
     if len(servers) > 1:
         others = ", ".join(f"{model} at {other}" for other, model in servers.items() if other != url)
         _say(f"using {servers[url]} at {url} (--url chooses another: {others})")

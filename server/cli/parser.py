@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
-from server.cli.foreign_flags import FOREIGN_ARGUMENTS, FOREIGN_FLAGS
-from server.settings.suggestions import did_you_mean
+from server.part_table import is_installed, load_module, missing_command
+from server.settings.setting import did_you_mean
 from server.settings.table import REPEAT_LORA_MODULES, SETTINGS
 from server.settings.value_types import ValueType
 
@@ -23,7 +23,7 @@ def fail(message: str, status: int = FAILURE) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that knows flags of other servers, and reports errors in one line."""
+    """An argument parser that reports errors in one line, and says what to use instead of flags of other servers."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=_Formatter)
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse all arguments, or exit: unlike in argparse, none may be left."""
         args = sys.argv[1:] if args is None else list(args)
-        foreign = FOREIGN_FLAGS.get(self._command, {})
+        foreign = _hints("FOREIGN_FLAGS", self.prog)
         for flag in map(_flag_of, args):
             if flag in foreign and flag not in self._option_string_actions:
                 self.error(f"unknown flag {flag}: {foreign[flag]}")
@@ -46,21 +46,26 @@ class Parser(argparse.ArgumentParser):
         if flags:
             return f"unknown flag {flags[0]}{did_you_mean(flags[0].replace('_', '-'), self._option_string_actions)}"
         is_adapter = "=" in unknown[0] or unknown[0].startswith("{")
-        hint = REPEAT_LORA_MODULES if is_adapter else FOREIGN_ARGUMENTS.get(self._command)
+        hint = REPEAT_LORA_MODULES if is_adapter else _hints("FOREIGN_ARGUMENTS", self.prog)
         return f"unexpected argument {unknown[0]!r}" + (f": {hint}" if hint else "")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Suggest the nearest choice, and list all only if none is near."""
         if action.choices is not None and value not in action.choices:
+            if (error := missing_command(str(value))) is not None:
+                raise argparse.ArgumentError(None, f"{value}: {error}")
             hint = did_you_mean(str(value), action.choices) or f" (choose from {', '.join(action.choices)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint}")
 
-    @property
-    def _command(self) -> str:
-        return self.prog.split()[-1]
-
     def error(self, message: str) -> NoReturn:
         raise SystemExit(fail(f"{message} (see {self.prog} --help)", USAGE_ERROR))
+
+
+def _hints(table: str, prog: str) -> Any:
+    """Return what a command says about what its counterparts in other servers have, if there is anything."""
+    if not is_installed("foreign_flags"):
+        return {}
+    return getattr(load_module("foreign_flags", "flags"), table).get(prog.rsplit(maxsplit=1)[-1], {})
 
 
 def _flag_of(argument: str) -> str:

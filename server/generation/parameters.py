@@ -21,7 +21,7 @@ from server.models.served_model import ServedModel
 from server.schemas.generation_request import GenerationRequest, Requested
 from server.schemas.request_fields import RepetitionFields
 from server.schemas.sampling import SamplingFields
-from server.settings.sampling_parameters import PARAMETERS
+from server.settings.sampling import PARAMETERS
 from server.text.parsers.answer_parser import ReasoningTags
 from server.text.token_sequences import word_sequences
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
-from server.progress import progress_on_stderr
 from server.settings.load import check_adapter_names, check_model_names
 from server.settings.process_configs import EngineProcess, ServedModelConfig, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings
@@ -36,7 +35,7 @@ def resolve_models(settings: Settings) -> list[ModelOnDisk]:
 
 def _resolve(settings: Settings) -> ModelOnDisk:
     try:
-        resolved = resolve_model(settings.model, progress_on_stderr())
+        resolved = resolve_model(settings.model, shows_progress=True)
     except ModelError as error:
         if settings.lora_modules and "=" in settings.model:  # it is the second value after one --lora-modules
             raise ModelError(f"{error}; {REPEAT_LORA_MODULES}") from None
@@ -51,7 +50,7 @@ def _resolve_adapters(settings: Settings) -> dict[str, Path]:
     paths = {}
     for name, path in settings.lora_paths.items():
         try:
-            paths[name] = resolve_adapter(path, progress_on_stderr())
+            paths[name] = resolve_adapter(path, shows_progress=True)
         except ModelError as error:
             raise ModelError(f"--lora-modules {name}: {error}") from None
     return paths

@@ -36,7 +36,7 @@ from server.schemas.request_fields import (
 )
 from server.schemas.sampling import SamplingFields
 from server.schemas.structured_outputs import OUTPUT_FIELDS, ResponseFormat, StructuredOutputsFields
-from server.settings.sampling_parameters import INT64_MAX
+from server.settings.sampling import INT64_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

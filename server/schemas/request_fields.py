@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
-from server.settings.sampling_parameters import INT64_MAX
+from server.settings.sampling import INT64_MAX
 
 INT64_MIN = -(2**63)
 MAX_STOPS = 64  # stop strings

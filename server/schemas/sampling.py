@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 from server.http.error_handlers import from_validation_error
 from server.http.errors import InvalidValueError
 from server.schemas.request_fields import OpenObject
-from server.settings.sampling_parameters import PARAMETERS, Integer, Number
+from server.settings.sampling import PARAMETERS, Integer, Number
 
 MAX_BREAKERS = 32
 MAX_BREAKER_CHARS = 40  # per sequence breaker

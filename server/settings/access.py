@@ -4,10 +4,9 @@ from typing import Annotated
 
 import msgspec
 
-from server.settings.setting import Setting
-from server.settings.value_types import BOOLEAN, HEADER_KEY, HEADER_KEYS, pattern, text
+from server.settings.setting import ACCESS, Setting
+from server.settings.value_types import BOOLEAN, HEADER_KEY, HEADER_KEYS, pattern
 
-ACCESS = "Access"
 _ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
 
 
@@ -24,14 +23,7 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
             secret=True,
         ),
     ] = ()
-    api_keys_file: Annotated[
-        str | None,
-        Setting(
-            ACCESS,
-            text("FILE"),
-            "YAML file of clients, with hashes of their keys and limits (docs/tenants.md). SIGHUP reads it again.",
-        ),
-    ] = None
+    api_keys_file: str | None = None
     admin_key: Annotated[
         str | None,
         Setting(
@@ -73,25 +65,8 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ()
 
-    inspect: Annotated[
-        bool,
-        Setting(
-            ACCESS,
-            BOOLEAN,
-            "Show under /lightwell/v1/ what the engine does (its steps, its requests, its KV blocks) and what happens "
-            "inside the model. With API keys, a client sees its own requests and an admin key all.",
-        ),
-    ] = True
-    inspect_public: Annotated[
-        bool,
-        Setting(
-            ACCESS,
-            BOOLEAN,
-            "Show it, with the texts of all requests, to everybody where there are no API keys. By default "
-            "only clients on this machine see it: not through a proxy, not with --allowed-origins '*', and not if the "
-            "server listens beyond loopback.",
-        ),
-    ] = False
+    inspect: bool = True
+    inspect_public: bool = False
 
     @property
     def needs_key(self) -> bool:

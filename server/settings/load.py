@@ -3,18 +3,22 @@
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from server.part_table import PARTS, why_missing
-from server.settings.setting import ENV_PREFIX, SettingsError
-from server.settings.suggestions import did_you_mean
+from server.part_table import why_missing
+from server.settings.setting import ENV_PREFIX, SettingsError, did_you_mean
 from server.settings.table import CONFIG_VARIABLE, OF_A_MODEL, OTHER_VARIABLES, SETTINGS, Settings
-from server.settings.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    import yaml
+
+AnyLoader = TypeVar("AnyLoader", bound="yaml.BaseLoader | yaml.SafeLoader")
+Document = TypeVar("Document")
 
 MAX_FILE_BYTES = 1 << 20
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")  # LIGHTWELL_PORT=tcp://10.0.0.1:8000
@@ -154,6 +158,55 @@ def _load_yaml(path: Path) -> list[tuple[object, object]]:
     return read_yaml(path, Loader, pairs, MAX_FILE_BYTES)
 
 
+# YAML files of operators. Errors quote nothing of them, since a line may hold a key.
+
+
+def read_yaml(
+    path: Path, loader: type[AnyLoader], construct: "Callable[[AnyLoader, yaml.Node | None], Document]", max_bytes: int
+) -> Document:
+    """Return what `construct` makes of the root node, which is None for an empty file. Raises SettingsError.
+
+    `max_bytes` bounds the file, and its values with those that aliases repeat.
+    """
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise SettingsError(f"{path}: larger than {max_bytes} bytes")
+        reader = loader(data.decode("utf-8"))
+        root = reader.get_single_node()
+        if num_values(root, max_bytes) > max_bytes:
+            raise SettingsError(f"{path}: its aliases make more than {max_bytes} values")
+        return construct(reader, root)
+    except SettingsError:
+        raise
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        problem = re.split(r" ?['\"]", error.problem or "")[0]
+        raise SettingsError(f"{path}: invalid YAML: line {line}: {problem}") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: invalid YAML: too many levels") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: invalid YAML: the file is not UTF-8") from None
+    except (yaml.YAMLError, ValueError):
+        raise SettingsError(f"{path}: invalid YAML: the file contains invalid characters or values") from None
+
+
+def num_values(root: "yaml.Node | None", limit: int) -> int:
+    """Return how many nodes there are below the root and with it, or a number above `limit` if there are more."""
+    count, waiting = 0, [] if root is None else [root]
+    while waiting and count <= limit:
+        count += 1
+        value = waiting.pop().value
+        if isinstance(value, list):  # of nodes, or of pairs of them
+            waiting += (node for item in value for node in (item if isinstance(item, tuple) else (item,)))
+    return count
+
+
 def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]]:
     for name, value in flags.items():
         if name in SETTINGS:
@@ -163,18 +216,9 @@ def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]
 # Checks that involve more than one setting.
 
 
-def _check_parts(settings: Settings) -> None:
-    """Raise SettingsError for a setting that needs a part which is not installed."""
-    defaults = Settings()
-    for name, part in PARTS.items():
-        for setting in part.settings:
-            if getattr(settings, setting) != getattr(defaults, setting) and (error := why_missing(name)) is not None:
-                flag = SETTINGS[setting].flag if setting in SETTINGS else setting
-                raise SettingsError(f"{flag}: {error}")
-
-
 def _check(settings: Settings) -> None:
-    _check_parts(settings)
+    if settings.models and (error := why_missing("models")) is not None:
+        raise SettingsError(f"{SETTINGS['models'].flag}: {error}")
     is_local = settings.uds is not None or is_loopback(settings.host)
     if not (is_local or settings.needs_key or settings.allow_unauthenticated):
         raise SettingsError(

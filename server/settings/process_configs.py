@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -62,43 +62,25 @@ class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
 def engine_config(
     settings: Settings, model_path: Path, lora_paths: Mapping[str, Path], number: int = 0
 ) -> "EngineConfig":
-    """Return the configuration of an engine, with its share of the memory.
+    """Return the configuration of an engine, with its share of the memory. Settings go to fields of the same name.
 
     `lora_paths` maps adapter names to the local paths of --lora-modules.
     """
     from engine.config import EngineConfig
 
     num_engines = settings.data_parallel_size
-    return EngineConfig(
-        model_path=str(model_path),
-        device=settings.device,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        cpu_affinity=settings.cpu_affinity,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        long_prefill_token_threshold=settings.long_prefill_token_threshold,
-        max_step_ms=settings.max_step_ms,
-        block_size=settings.block_size,
-        enable_prefix_caching=settings.enable_prefix_caching,
-        kv_cache_memory=None if settings.kv_cache_memory is None else settings.kv_cache_memory // num_engines,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        speculative=settings.speculative,
-        batch_invariant=settings.batch_invariant,
-        enforce_eager=settings.enforce_eager,
-        allow_slow_kernels=settings.allow_slow_kernels,
-        lora_modules={name: str(path) for name, path in lora_paths.items()},
-        max_loras=settings.max_loaded_adapters,
-        max_lora_rank=settings.max_lora_rank,
-        step_timeout=settings.step_timeout,
-        keep_token_ids=_keeps_token_ids(settings),
-        data_parallel_size=num_engines,
-        data_parallel_rank=number,
-        memory_limit=None if num_engines == 1 else available_memory() // num_engines,
-    )
+    of_same_name = set(EngineConfig.__struct_fields__).intersection(Settings.__struct_fields__)
+    values: dict[str, Any] = {name: getattr(settings, name) for name in of_same_name}
+    values |= {
+        "model_path": str(model_path),
+        "kv_cache_memory": None if settings.kv_cache_memory is None else settings.kv_cache_memory // num_engines,
+        "lora_modules": {name: str(path) for name, path in lora_paths.items()},
+        "max_loras": settings.max_loaded_adapters,
+        "keep_token_ids": _keeps_token_ids(settings),
+        "data_parallel_rank": number,
+        "memory_limit": None if num_engines == 1 else available_memory() // num_engines,
+    }
+    return EngineConfig(**values)
 
 
 def _keeps_token_ids(settings: Settings) -> bool:

@@ -1,15 +1,154 @@
-"""The value of --default-sampling."""
+"""The sampling parameters: the fields of requests that decide how tokens are sampled, and have a default sampling.
+
+The schema of the requests, the values of --default-sampling and the documentation come from this table. Names and
+defaults are OpenAI's, vLLM's and llama.cpp's, except the default order and `repeat_last_n`, which is unlimited.
+"""
 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from server.settings.sampling_parameters import PARAMETERS, Integer, Number
-from server.settings.suggestions import did_you_mean
+from engine.shared.messages import SAMPLER_ORDER
+from server.settings.setting import did_you_mean
 from server.settings.value_types import ExplainedError, ValueType, integer, number
+
+INT64_MAX = 2**63 - 1
+MAX_DRY_LENGTH = 256  # tokens; longer repetitions count as this long
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Number:
+    """A number with a fraction, and its limits."""
+
+    low: float
+    high: float
+    above_low: bool = False  # `low` itself is too small
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Integer:
+    """A whole number, and its limits."""
+
+    low: int
+    high: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parameter:
+    """One field of a request."""
+
+    name: str
+    type: Number | Integer | None  # None: a list, which the schema of requests limits
+    description: str
+    off: float | None = None  # of a field that turns on an extra sampler: the value up to which that is off
+    of: str = ""  # of a field that matters with an extra sampler only: the one that turns it on
+
+
+_TABLE = (
+    Parameter(
+        "temperature",
+        Number(0, 2),
+        "Sampling temperature. Values below 0.00001 select the most likely token. Default: --default-sampling,"
+        " the model's recommendation, or 1.",
+    ),
+    Parameter(
+        "min_p", Number(0, 1), "Keep tokens whose probability is at least this fraction of the most likely token's."
+    ),
+    Parameter("top_k", Integer(-1, INT64_MAX), "Keep this many of the most likely tokens; 0 or -1: all."),
+    Parameter(
+        "top_p",
+        Number(0, 1),
+        "Keep the most likely tokens whose probabilities add up to this, at least one. Default: as temperature.",
+    ),
+    Parameter(
+        "typical_p",
+        Number(0, 1, above_low=True),
+        "Locally typical sampling: keep the tokens whose information content is closest to the entropy and "
+        "whose probabilities add up to this.",
+    ),
+    Parameter(
+        "top_n_sigma",
+        Number(-1, 1000),
+        "Keep tokens whose logits are within this many standard deviations of the largest; 0 or less: all.",
+        off=0,
+    ),
+    Parameter(
+        "xtc_probability",
+        Number(0, 1),
+        "Probability with which xtc_threshold applies to a token. Default 0: never.",
+        off=0,
+    ),
+    Parameter(
+        "xtc_threshold",
+        Number(0, 1),
+        "Remove all but the least likely of the tokens with at least this probability. Default 0.1.",
+        of="xtc_probability",
+    ),
+    Parameter(
+        "repetition_penalty",
+        Number(0.01, 10),
+        "Values above 1 make tokens that are in the prompt or the output less likely.",
+    ),
+    Parameter(
+        "presence_penalty", Number(-2, 2), "Subtracted from the logit of each token that is in the output. Default 0."
+    ),
+    Parameter(
+        "frequency_penalty",
+        Number(-2, 2),
+        "Subtracted from a token's logit once for each time it is in the output. Default 0.",
+    ),
+    Parameter(
+        "repeat_last_n",
+        Integer(-1, INT64_MAX),
+        "Number of last tokens that the penalties consider. Default -1: all.",
+        off=-1,
+    ),
+    Parameter(
+        "dry_multiplier",
+        Number(0, 1000),
+        "DRY: subtract dry_multiplier * dry_base ** (length - dry_allowed_length) from the logits of tokens "
+        "that would extend a repetition of `length` tokens. Default 0: off.",
+        off=0,
+    ),
+    Parameter("dry_base", Number(1, 1000), "Base of the power in dry_multiplier. Default 1.75.", of="dry_multiplier"),
+    Parameter(
+        "dry_allowed_length",
+        Integer(1, MAX_DRY_LENGTH),
+        "Shorter repetitions are not penalized. Default 2 tokens.",
+        of="dry_multiplier",
+    ),
+    Parameter(
+        "dry_penalty_last_n",
+        Integer(-1, INT64_MAX),
+        "Number of last tokens to search for repetitions; -1: all.",
+        of="dry_multiplier",
+    ),
+    Parameter(
+        "dry_sequence_breakers",
+        None,
+        'Strings that repetitions cannot extend across. Default: "\\n", ":", "\\"" and "*".',
+    ),
+    Parameter(
+        "mirostat",
+        Integer(0, 2),
+        "Version of Mirostat to use instead of all samplers except penalties, dry and temperature. Default 0: off.",
+        off=0,
+    ),
+    Parameter("mirostat_tau", Number(0, 1000), "Mirostat's target surprise, in bits. Default 5.", of="mirostat"),
+    Parameter("mirostat_eta", Number(0, 1000), "Mirostat's learning rate. Default 0.1.", of="mirostat"),
+    Parameter(
+        "samplers", None, f"Samplers to apply, in this order; others are off. Default: {', '.join(SAMPLER_ORDER)}."
+    ),
+    Parameter("repeat_penalty", Number(0.01, 10), "Alias of repetition_penalty."),
+)
+PARAMETERS: Mapping[str, Parameter] = {each.name: each for each in _TABLE}
+
+
+# The value of --default-sampling.
 
 
 def _list(value: object) -> list[Any]:

@@ -2,12 +2,21 @@
 
 import dataclasses
 import datetime
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from server.settings.value_types import ExplainedError, ValueType, format_size
 
 ENV_PREFIX = "LIGHTWELL_"
+ADAPTER_NAME = r"[\w./:@+-]{1,128}"  # without comma and =, which separate items and names in lists of adapters
+
+MODELS, ENGINE, API, ACCESS, LIMITS = "Models", "Engine", "API", "Access", "Limits"
+MEMORY, LORA, LOGS = "Memory and scheduling", "LoRA adapters", "Logs and metrics"
+GROUPS = (MODELS, ENGINE, API, ACCESS, LIMITS, MEMORY, LORA, LOGS)  # in help and documentation
+
 MAX_SHOWN = 200  # characters of an invalid value
+MIN_SIMILARITY = 0.7
 
 
 class SettingsError(ValueError):
@@ -91,3 +100,9 @@ def _as_text(value: object) -> object:
     if isinstance(value, list):
         return [_as_text(item) for item in value]
     return str(value) if isinstance(value, int | float | datetime.date) else value
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question about the known name that is most like `name`, or "" if none is."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=MIN_SIMILARITY)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""

@@ -1,9 +1,9 @@
 """The table of settings. Flags, environment variables, config file keys, help and documentation are made from it.
 
 A setting is a field of `Settings` with its name, type and default, annotated with a `Setting`: its group, the type of
-its values and its help text. The flag `--max-num-seqs`, the variable `LIGHTWELL_MAX_NUM_SEQS` and the key
-`max-num-seqs` of a YAML file are the same setting; a flag overrides the environment, and the environment the file.
-`python -m server.settings` prints the table in Markdown.
+its values and its help text. For a setting of a part, that stands in the part's module `settings`. The flag
+`--max-num-seqs`, the variable `LIGHTWELL_MAX_NUM_SEQS` and the key `max-num-seqs` of a YAML file are the same setting;
+a flag overrides the environment, and the environment the file. `python -m server.settings` prints them in Markdown.
 """
 
 import dataclasses
@@ -12,24 +12,25 @@ from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
-from server.settings.access import ACCESS
-from server.settings.models import MODELS, ModelSettings
+from server.part_table import PARTS, load_module, why_missing
+from server.settings.access import AccessSettings
 from server.settings.sampling import SAMPLING
-from server.settings.setting import Setting
+from server.settings.setting import API, ENGINE, GROUPS, LIMITS, LOGS, LORA, MEMORY, MODELS, Setting
 from server.settings.value_types import (
     BOOLEAN,
     INT64,
     choice,
-    http_url,
     int_choice,
     integer,
-    named_paths,
+    model_entries,
     networks,
+    nothing,
     number,
     pattern,
     seconds,
     size,
     text,
+    texts,
 )
 
 CONFIG_VARIABLE = "LIGHTWELL_CONFIG"
@@ -41,79 +42,84 @@ OTHER_VARIABLES = {
     "LIGHTWELL_TEST_MODEL": "GGUF file that the tests use instead of downloading one.",
 }
 
-ADAPTER_NAME = r"[\w./:@+-]{1,128}"  # without comma and =, which separate items and names in lists of adapters
 REPEAT_LORA_MODULES = "repeat --lora-modules for each adapter"
 
-_API, _LIMITS, _ENGINE, _MEMORY, _LOGS = "API", "Limits", "Engine", "Memory and scheduling", "Logs and metrics"
-_LORA = "LoRA adapters"
-_GROUPS = (MODELS, _ENGINE, _API, ACCESS, _LIMITS, _MEMORY, _LORA, _LOGS)  # in help and documentation
 
-
-class ApiSettings(ModelSettings, frozen=True, kw_only=True):
+class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     """The settings of the models, the API and its limits."""
+
+    model: Annotated[
+        str,
+        Setting(
+            MODELS,
+            text("MODEL"),
+            "Alias (smollm2-135m, qwen3:4b), GGUF file, folder with config.json and safetensors files, or Hugging Face "
+            "id (org/name, org/name:Q4_K_M, org/name:file.gguf, org/name@revision).",
+            positional=True,
+        ),
+    ] = "smollm2-135m"
+    models: Annotated[
+        tuple[dict[str, Any], ...],
+        Setting(
+            MODELS,
+            model_entries("MODEL"),
+            "Model to serve. Can be repeated: each model has its own engine. In a "
+            "config file, the list `models` can give each its own settings (docs/models.md).",
+            singular="model",
+        ),
+    ] = ()
+    served_model_name: Annotated[
+        tuple[str, ...],
+        Setting(
+            MODELS,
+            texts("NAME"),
+            "Name of the model in the API. Can be repeated. Unset: the alias, or the last part of MODEL.",
+        ),
+    ] = ()
+    chat_template: Annotated[
+        str | None, Setting(MODELS, text("FILE"), "Jinja chat template to use instead of the model's own.")
+    ] = None
+    load: str = "at-start"
+    idle_unload: float | None = None
 
     device: Annotated[
         str,
         Setting(
-            _ENGINE,
+            ENGINE,
             pattern("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d+)?", "DEVICE"),
             "Device to run on: auto, cpu, cuda or cuda:N.",
         ),
     ] = "auto"
-    data_parallel_size: Annotated[
-        int,
-        Setting(
-            _ENGINE,
-            integer(1, 64),
-            "Number of engines with the whole model. They share the CPUs and the memory of the machine, or have a GPU "
-            "each. A request goes to one of them: the one that has cached most of its prompt, unless it is busy.",
-        ),
-    ] = 1
+    data_parallel_size: int = 1
     tensor_parallel_size: Annotated[
-        int, Setting(_ENGINE, integer(1, 64), "Number of processes that run the model together, a part of it each.")
+        int, Setting(ENGINE, integer(1, 64), "Number of processes that run the model together, a part of it each.")
     ] = 1
     cpu_affinity: Annotated[
-        str, Setting(_ENGINE, choice("MODE", "none", "auto"), "auto: each of these processes has cores of its own.")
+        str, Setting(ENGINE, choice("MODE", "none", "auto"), "auto: each of these processes has cores of its own.")
     ] = "none"
     dtype: Annotated[
-        str,
-        Setting(_ENGINE, choice("DTYPE", "auto", "float32", "bfloat16", "float16"), "Data type of the computation."),
+        str, Setting(ENGINE, choice("DTYPE", "auto", "float32", "bfloat16", "float16"), "Data type of the computation.")
     ] = "auto"
     quantization: Annotated[
         str,
         Setting(
-            _ENGINE,
+            ENGINE,
             choice("QUANTIZATION", "auto", "none", "int8"),
             "Format of the weights in memory. auto: as in the file; none: unpacked to --dtype; int8: 8-bit integers "
             "with one scale per 32 weights.",
         ),
     ] = "auto"
-    pooling: Annotated[
-        str,
-        Setting(
-            _ENGINE,
-            choice("POOLING", "mean", "last"),
-            "How /v1/embeddings pools the last hidden states of a text: their mean, or the state of the last token.",
-        ),
-    ] = "mean"
-    score_tokens: Annotated[
-        str | None,
-        Setting(
-            _ENGINE,
-            pattern("two words such as yes,no", r"[^,\s]+,[^,\s]+", "TRUE,FALSE"),
-            "The two words, one token each, that a reranker answers with: /v1/rerank and /v1/score report the "
-            "probability of the first. Unset: the cosine similarity of embeddings.",
-        ),
-    ] = None
+    pooling: str = "mean"
+    score_tokens: str | None = None
     seed: Annotated[
         int | None,
-        Setting(_ENGINE, INT64, "Seed for requests that do not set one. Unset: a random seed for each request."),
+        Setting(ENGINE, INT64, "Seed for requests that do not set one. Unset: a random seed for each request."),
     ] = None
 
     default_sampling: Annotated[
         dict[str, Any] | str | None,
         Setting(
-            _ENGINE,
+            ENGINE,
             SAMPLING,
             "Sampling fields for requests that do not send them, as temperature=0.2,top_p=0.9 or JSON; a config file "
             "can also map model names to fields. none: OpenAI's defaults. Unset: as the model recommends.",
@@ -123,17 +129,17 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
     host: Annotated[
         str,
         Setting(
-            _API,
+            API,
             text("HOST"),
             "Address to listen on, such as 0.0.0.0 for all of IPv4 or :: for all of IPv6 and IPv4. Addresses other "
             "than loopback require an API key or --allow-unauthenticated.",
         ),
     ] = "127.0.0.1"
-    port: Annotated[int, Setting(_API, integer(0, 65535), "Port to listen on; 0 selects a free port.")] = 8000
+    port: Annotated[int, Setting(API, integer(0, 65535), "Port to listen on; 0 selects a free port.")] = 8000
     uds: Annotated[
         str | None,
         Setting(
-            _API,
+            API,
             text("PATH"),
             "UNIX socket to listen on, instead of --host and --port. The user and the group of the server may connect.",
         ),
@@ -141,7 +147,7 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
     ssl_certfile: Annotated[
         str | None,
         Setting(
-            _API,
+            API,
             text("FILE"),
             "Certificate chain in PEM format: the server speaks HTTPS. It is read again when the file changes, without "
             "a restart.",
@@ -149,20 +155,13 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
     ] = None
     ssl_keyfile: Annotated[
         str | None,
-        Setting(_API, text("FILE"), "Private key of --ssl-certfile, not encrypted. Unset: it is in the same file."),
+        Setting(API, text("FILE"), "Private key of --ssl-certfile, not encrypted. Unset: it is in the same file."),
     ] = None
-    api_server_count: Annotated[
-        int,
-        Setting(
-            _API,
-            integer(1, 64),
-            "Number of API processes, which share the connections. More than one are for many streams at a time.",
-        ),
-    ] = 1
+    api_server_count: int = 1
     root_path: Annotated[
         str,
         Setting(
-            _API,
+            API,
             pattern("a path such as /llm", r"(/[\w.~-]+)+", "PATH"),
             "Prefix of all paths, as clients see them. A proxy in front may remove it or leave it.",
         ),
@@ -170,7 +169,7 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
     forwarded_allow_ips: Annotated[
         tuple[str, ...],
         Setting(
-            _API,
+            API,
             networks("ADDRESS"),
             "Address or network of a proxy whose X-Forwarded-For names the client; * trusts every peer, also on a UNIX "
             "socket. Can be repeated.",
@@ -179,61 +178,36 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
     allow_additional_properties: Annotated[
         bool,
         Setting(
-            _API,
+            API,
             BOOLEAN,
             "Allow properties that a JSON schema does not name in objects for which it has properties, but no "
             "additionalProperties, as JSON Schema specifies. By default such objects are closed.",
         ),
     ] = False
-    enable_docs: Annotated[bool, Setting(_API, BOOLEAN, "Serve /openapi.json, and the page /docs that shows it.")] = (
-        True
-    )
-    strict: Annotated[bool, Setting(_API, BOOLEAN, "Reject requests that contain unknown fields.")] = False
+    enable_docs: Annotated[bool, Setting(API, BOOLEAN, "Serve /openapi.json, and the page /docs that shows it.")] = True
+    strict: Annotated[bool, Setting(API, BOOLEAN, "Reject requests that contain unknown fields.")] = False
 
     max_queued_requests: Annotated[
-        int, Setting(_LIMITS, integer(1), "Maximum number of queued requests; further ones get status 429.")
+        int, Setting(LIMITS, integer(1), "Maximum number of queued requests; further ones get status 429.")
     ] = 256
-    max_body_size: Annotated[int, Setting(_LIMITS, size(1024), "Maximum size of a request body.")] = 10 << 20
+    max_body_size: Annotated[int, Setting(LIMITS, size(1024), "Maximum size of a request body.")] = 10 << 20
     max_buffered_bytes: Annotated[
         int,
         Setting(
-            _LIMITS,
+            LIMITS,
             size(1024),
             "Memory limit for the bodies of all requests together, until their responses begin, and another one for "
             "all answers that are not read yet. When it is exceeded, bodies that have been arriving for the longest "
             "time and the largest answers get status 503. No body and no answer can be larger.",
         ),
     ] = 256 << 20
-    max_stored_responses: Annotated[
-        int,
-        Setting(
-            _LIMITS,
-            integer(0),
-            "Maximum number of /v1/responses results kept in memory for later retrieval; 0 keeps none.",
-        ),
-    ] = 1000
-    stored_responses_memory: Annotated[
-        int,
-        Setting(
-            _LIMITS,
-            size(0),
-            "Memory limit for stored responses, including their conversations and events; the least recently used ones "
-            "of the client that holds most are dropped first.",
-        ),
-    ] = 64 << 20
-    record_requests: Annotated[
-        int,
-        Setting(
-            _LIMITS,
-            integer(0),
-            "Number of finished requests kept in memory for /v1/requests/{id}/replay; 0 keeps none. Recording computes "
-            "log probabilities for every request, even if the client does not ask for them.",
-        ),
-    ] = 0
+    max_stored_responses: int = 1000
+    stored_responses_memory: int = 64 << 20
+    record_requests: int = 0
     default_max_tokens: Annotated[
         int | None,
         Setting(
-            _LIMITS,
+            LIMITS,
             integer(1),
             "Maximum number of output tokens for requests that do not set one. Unset: the rest of the context, and 16 "
             "for /v1/completions.",
@@ -241,12 +215,12 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
     ] = None
     max_logprobs: Annotated[
         int,
-        Setting(_LIMITS, integer(-1), "Maximum number of top log probabilities per token; -1: the whole vocabulary."),
+        Setting(LIMITS, integer(-1), "Maximum number of top log probabilities per token; -1: the whole vocabulary."),
     ] = 20
     queue_timeout: Annotated[
         float,
         Setting(
-            _LIMITS,
+            LIMITS,
             seconds(0.1),
             "Time that a request may wait until the engine begins with it, in seconds; then it gets status 503. A "
             "request whose predicted wait is longer gets status 429 at once. A request can ask for less.",
@@ -255,26 +229,24 @@ class ApiSettings(ModelSettings, frozen=True, kw_only=True):
     request_timeout: Annotated[
         float | None,
         Setting(
-            _LIMITS,
+            LIMITS,
             seconds(0.1),
             "Time that a request may take in all, in seconds; then it gets status 503. Unset: no limit.",
         ),
     ] = None
     drain_timeout: Annotated[
-        float, Setting(_LIMITS, seconds(0), "Time that running requests have to finish at shutdown, in seconds.")
+        float, Setting(LIMITS, seconds(0), "Time that running requests have to finish at shutdown, in seconds.")
     ] = 30.0
     step_timeout: Annotated[
         float,
         Setting(
-            _LIMITS,
-            seconds(0.1),
-            "Time after which an engine step, or the API process, is considered hung, in seconds.",
+            LIMITS, seconds(0.1), "Time after which an engine step, or the API process, is considered hung, in seconds."
         ),
     ] = 60.0
     on_engine_death: Annotated[
         str,
         Setting(
-            _LIMITS,
+            LIMITS,
             choice("ACTION", "restart", "exit"),
             "What happens when the engine dies or hangs after it has been ready. restart: it is started again, and "
             "requests without a token wait for it; after five deaths in a minute the server exits. exit: the server "
@@ -289,18 +261,18 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     max_model_len: Annotated[
         int | None,
         Setting(
-            _MEMORY,
+            MEMORY,
             integer(1),
             "Maximum length of prompt and output together, in tokens. Unset: the model's, or what memory holds.",
         ),
     ] = None
-    max_num_seqs: Annotated[
-        int, Setting(_MEMORY, integer(1, 65536), "Maximum number of sequences per engine step.")
-    ] = 128
+    max_num_seqs: Annotated[int, Setting(MEMORY, integer(1, 65536), "Maximum number of sequences per engine step.")] = (
+        128
+    )
     max_num_batched_tokens: Annotated[
         int | None,
         Setting(
-            _MEMORY,
+            MEMORY,
             integer(1),
             "Maximum number of tokens computed per engine step. Unset: 256 on a CPU, 8192 on a GPU, at least "
             "--max-num-seqs.",
@@ -309,13 +281,13 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     long_prefill_token_threshold: Annotated[
         int,
         Setting(
-            _MEMORY, integer(0), "Maximum number of prompt tokens of one request per engine step; 0 means no limit."
+            MEMORY, integer(0), "Maximum number of prompt tokens of one request per engine step; 0 means no limit."
         ),
     ] = 0
     max_step_ms: Annotated[
         float | None,
         Setting(
-            _MEMORY,
+            MEMORY,
             number(1, 60_000),
             "Time that an engine step should take at most while a stream is decoding, in milliseconds. Prompts are cut "
             "into smaller chunks, of at least 16 tokens, by the measured time of recent steps; with --batch-invariant, "
@@ -323,15 +295,15 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
         ),
     ] = None
     block_size: Annotated[
-        int, Setting(_MEMORY, int_choice(16, 32, 64, 128), "Number of tokens per block of the KV cache.")
+        int, Setting(MEMORY, int_choice(16, 32, 64, 128), "Number of tokens per block of the KV cache.")
     ] = 32
     enable_prefix_caching: Annotated[
-        bool, Setting(_MEMORY, BOOLEAN, "Reuse the KV cache of earlier prompts for prompts with the same prefix.")
+        bool, Setting(MEMORY, BOOLEAN, "Reuse the KV cache of earlier prompts for prompts with the same prefix.")
     ] = True
     kv_cache_dtype: Annotated[
         str,
         Setting(
-            _MEMORY,
+            MEMORY,
             choice("DTYPE", "auto", "int8", "fp8"),
             "Data type of the KV cache: that of the computation, or 8 bits with a scale (fp8: on GPUs, less precise).",
         ),
@@ -339,7 +311,7 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     kv_cache_memory: Annotated[
         int | None,
         Setting(
-            _MEMORY,
+            MEMORY,
             size(1 << 20),
             "Memory for the KV caches of all engines, such as 2GiB. Unset: depends on the device and the model.",
         ),
@@ -347,7 +319,7 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     gpu_memory_utilization: Annotated[
         float,
         Setting(
-            _MEMORY,
+            MEMORY,
             number(0.01, 1),
             "Share of a GPU's memory that the server may use, for weights, activations and KV cache together; about "
             "500 MB of CUDA's own are not counted. --kv-cache-memory overrides it.",
@@ -356,80 +328,42 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     speculative: Annotated[
         str,
         Setting(
-            _MEMORY,
+            MEMORY,
             choice("MODE", "auto", "ngram", "off"),
             "Speculative decoding: draft tokens from the text so far and verify several in one step. Answers are the "
             "same with and without it while --batch-invariant is on. auto: only on a CPU; ngram: always.",
         ),
     ] = "auto"
     enforce_eager: Annotated[
-        bool, Setting(_MEMORY, BOOLEAN, "Launch GPU kernels one by one instead of as CUDA graphs.")
+        bool, Setting(MEMORY, BOOLEAN, "Launch GPU kernels one by one instead of as CUDA graphs.")
     ] = False
     allow_slow_kernels: Annotated[
-        bool, Setting(_MEMORY, BOOLEAN, "Start on a GPU where Triton does not work, with much slower kernels.")
+        bool, Setting(MEMORY, BOOLEAN, "Start on a GPU where Triton does not work, with much slower kernels.")
     ] = False
     batch_invariant: Annotated[
         bool,
         Setting(
-            _MEMORY,
+            MEMORY,
             BOOLEAN,
             "Give the same request the same answer in any batch, bit for bit. Turning it off lets a GPU use its "
             "vendor's matrix multiplication, and torch's flash attention for prompts; a CPU gains nothing.",
         ),
     ] = True
 
-    lora_modules: Annotated[
-        tuple[str, ...],
-        Setting(
-            _LORA,
-            named_paths("NAME=PATH with a NAME of letters, digits and _./:@+-", ADAPTER_NAME),
-            "LoRA adapter to load at startup, as NAME=PATH or vLLM's JSON. NAME is its model name in the API; PATH is "
-            "a folder in PEFT's format, a GGUF file, or the Hugging Face id of either. Can be repeated.",
-        ),
-    ] = ()
-    max_loras: Annotated[
-        int,
-        Setting(
-            _LORA,
-            integer(1, 1024),
-            "Maximum number of loaded adapters. One step can use all of them; in vLLM this limits the adapters of one "
-            "step, and more can be kept on the CPU.",
-        ),
-    ] = 8
-    max_lora_rank: Annotated[
-        int | None,
-        Setting(
-            _LORA, integer(1, 4096), "Maximum rank of adapters. Unset: the largest of --lora-modules, at least 16."
-        ),
-    ] = None
-    allow_runtime_lora_updating: Annotated[
-        bool,
-        Setting(
-            _LORA,
-            BOOLEAN,
-            "Allow clients to load and unload adapters (/v1/load_lora_adapter, /v1/unload_lora_adapter) from any "
-            "folder that the server can read, or from Hugging Face, where the server downloads them.",
-        ),
-    ] = False
+    lora_modules: tuple[str, ...] = ()
+    max_loras: int = 8
+    max_lora_rank: int | None = None
+    allow_runtime_lora_updating: bool = False
 
     log_level: Annotated[
-        str,
-        Setting(_LOGS, choice("LEVEL", "debug", "info", "warning", "error"), "Minimum severity of logged messages."),
+        str, Setting(LOGS, choice("LEVEL", "debug", "info", "warning", "error"), "Minimum severity of logged messages.")
     ] = "info"
-    log_format: Annotated[str, Setting(_LOGS, choice("FORMAT", "human", "json"), "Format of log messages.")] = "human"
-    otlp_endpoint: Annotated[
-        str | None,
-        Setting(
-            _LOGS,
-            http_url("a URL such as http://localhost:4318, without user, query and fragment", "URL"),
-            "OpenTelemetry receiver (OTLP over HTTP) that gets a trace of each generation request; /v1/traces is "
-            "appended. Needs lightwell[otel]. OTEL_* variables set headers, sampling and more (docs/metrics.md).",
-        ),
-    ] = None
+    log_format: Annotated[str, Setting(LOGS, choice("FORMAT", "human", "json"), "Format of log messages.")] = "human"
+    otlp_endpoint: str | None = None
     metrics_prefix: Annotated[
         str,
         Setting(
-            _LOGS,
+            LOGS,
             pattern("letters, digits, _ and :, not starting with a digit", r"[a-zA-Z_:][a-zA-Z0-9_:]*", "PREFIX"),
             "Prefix of metric names. Use vllm: for dashboards made for vLLM.",
         ),
@@ -471,21 +405,30 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
+def _of_parts() -> dict[str, Setting]:
+    """Return the settings of the parts by name. Those of a part that is missing accept no value and are not shown."""
+    found: dict[str, Setting] = {}
+    for name, part in PARTS.items():
+        if part.settings and (error := why_missing(name)) is not None:
+            found |= dict.fromkeys(part.settings, Setting(MODELS, nothing(str(error)), ""))
+        elif part.settings:
+            found |= load_module(name, "settings").SETTINGS
+    return found
+
+
 def _table() -> dict[str, Setting]:
-    hints = get_type_hints(Settings, include_extras=True)
+    hints, found = get_type_hints(Settings, include_extras=True), _of_parts()
+    found |= {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
     defaults = {field.name: field.default for field in msgspec.structs.fields(Settings)}
-    settings = [
-        dataclasses.replace(hints[name].__metadata__[0], name=name, default=default)
-        for name, default in defaults.items()
-    ]
-    return {setting.name: setting for setting in sorted(settings, key=lambda setting: _GROUPS.index(setting.group))}
+    settings = [dataclasses.replace(found[name], name=name, default=default) for name, default in defaults.items()]
+    return {setting.name: setting for setting in sorted(settings, key=lambda setting: GROUPS.index(setting.group))}
 
 
 SETTINGS: Mapping[str, Setting] = _table()
 
 # The settings that a model can have for itself, if there are several: what is about engines, and how it is served.
 OF_A_MODEL = {
-    *(name for name, setting in SETTINGS.items() if setting.group in (_ENGINE, _MEMORY, _LORA)),
+    *(name for name, setting in SETTINGS.items() if setting.group in (ENGINE, MEMORY, LORA)),
     "model",
     "load",
     "served_model_name",

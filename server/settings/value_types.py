@@ -9,9 +9,6 @@ import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
-
-import msgspec
 
 Num = TypeVar("Num", int, float)
 
@@ -31,19 +28,19 @@ class ExplainedError(ValueError):
     """An invalid value, with a message for the user."""
 
 
-def _text(value: object) -> str:
+def non_empty_text(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError
     return value
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    return tuple(_text(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    return tuple(non_empty_text(item) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _header_key(value: object) -> str:
     """Return a key without spaces around it, which no header keeps. Raises ValueError for characters beyond ASCII."""
-    key = _text(value).strip()
+    key = non_empty_text(value).strip()
     if not key.isascii():
         raise ValueError
     return key
@@ -163,7 +160,7 @@ def int_choice(*options: int) -> ValueType:
 
 def pattern(expected: str, regex: str, metavar: str, *, is_list: bool = False) -> ValueType:
     def parse_one(value: object) -> str:
-        text = _text(value)
+        text = non_empty_text(value)
         if re.fullmatch(regex, text) is None:
             raise ValueError
         return text
@@ -184,61 +181,12 @@ def networks(metavar: str) -> ValueType:
     return ValueType("an address such as 10.0.0.1, a network such as 10.0.0.0/8, or *", parse, metavar, is_list=True)
 
 
-def http_url(expected: str, metavar: str) -> ValueType:
-    """Return the type of an http or https URL without user, password, query and fragment."""
-
-    def parse(value: object) -> str:
-        text = _text(value)
-        url = urlsplit(text)
-        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or re.search(r"[\s@?#]", text):
-            raise ValueError
-        return text
-
-    return ValueType(expected, parse, metavar)
-
-
-class _NamedPath(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-    path: str
-    base_model_name: str | None = None  # ignored: the server has one base model
-
-
-def named_paths(expected: str, name_regex: str) -> ValueType:
-    """Return the type of a list of NAME=PATH items, which may also be vLLM's JSON: {"name": NAME, "path": PATH}."""
-
-    def parse_one(value: object) -> str:
-        if isinstance(value, str) and not value.lstrip().startswith("{"):
-            name, _, path = _text(value).partition("=")
-        else:
-            name, path = _from_json(value)
-        if re.fullmatch(name_regex, name) is None:
-            raise ValueError
-        return f"{name}={_text(path)}"
-
-    def parse(value: object) -> tuple[str, ...]:
-        return tuple(parse_one(item) for item in (value if isinstance(value, list | tuple) else [value]))
-
-    return ValueType(expected, parse, "NAME=PATH", is_list=True)
-
-
-def _from_json(value: object) -> tuple[str, str]:
-    try:
-        module = (
-            msgspec.json.decode(value, type=_NamedPath)
-            if isinstance(value, str)
-            else msgspec.convert(value, _NamedPath)
-        )
-    except msgspec.MsgspecError:
-        raise ValueError from None
-    return module.name, module.path
-
-
 def model_entries(metavar: str) -> ValueType:
     """Return the type of a list of models: each a name, or a mapping of `model` and settings of its own."""
 
     def parse_one(value: object) -> dict[str, Any]:
         entry = value if isinstance(value, dict) else {"model": value}
-        _text(entry.get("model"))
+        non_empty_text(entry.get("model"))
         return entry
 
     def parse(value: object) -> tuple[dict[str, Any], ...]:
@@ -247,12 +195,21 @@ def model_entries(metavar: str) -> ValueType:
     return ValueType("a model, or a mapping with the key model and settings of its own", parse, metavar, is_list=True)
 
 
+def nothing(problem: str) -> ValueType:
+    """Return the type of a setting that accepts no value. `problem` is the message for the user."""
+
+    def parse(value: object) -> str:
+        raise ExplainedError(problem)
+
+    return ValueType("", parse)
+
+
 BOOLEAN = ValueType("true or false", _boolean)
 INT64 = ValueType("a 64-bit integer", _within(_int, -(2**63), 2**63 - 1), "N")
 
 
 def text(metavar: str) -> ValueType:
-    return ValueType("non-empty text", _text, metavar)
+    return ValueType("non-empty text", non_empty_text, metavar)
 
 
 def texts(metavar: str, expected: str = "non-empty text") -> ValueType:

@@ -1,7 +1,7 @@
 """The table of aliases in the documentation."""
 
-from server.package_aliases import PACKAGE_ALIASES
-from server.parts.hub.aliases import MODEL_ALIASES, families
+from server.parts.hub.names import MODEL_ALIASES, families
+from server.parts.hub.packages import PACKAGE_ALIASES
 
 
 def markdown_table() -> str:

@@ -13,14 +13,14 @@ from server.parts.ollama.schemas import OllamaChatRequest, OllamaEmbedRequest, O
 from server.parts.rerank.schemas import RerankRequest, ScoreRequest
 from server.parts.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
-from server.settings import markdown, sampling_parameters
+from server.settings.__main__ import markdown_table as settings_table
 from tests.conformance import table as clients
 from tests.docs import aliases, checklist, metrics, models, parameters
 from tests.support.paths import ROOT
 
 # Document -> name of a table -> what makes it.
 TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
-    "docs/settings.md": {"settings": markdown.markdown_table},
+    "docs/settings.md": {"settings": settings_table},
     "docs/models.md": {
         "families": models.families_table,
         "types": models.formats_table,
@@ -57,13 +57,6 @@ def with_tables(document: str) -> str:
     return text
 
 
-# Files that are generated as a whole.
-FILES: Mapping[str, Callable[[], str]] = {
-    "server/parts/page/static/app/chat/sampling_parameters.js": sampling_parameters.page_module
-}
-
 if __name__ == "__main__":
     for document in TABLES:
         (ROOT / document).write_text(with_tables(document), encoding="utf-8")
-    for file, make_file in FILES.items():
-        (ROOT / file).write_text(make_file(), encoding="utf-8")

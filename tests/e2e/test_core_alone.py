@@ -64,10 +64,19 @@ def test_the_core_answers_and_says_what_is_missing(start_server: StartServer, tm
             response = server.http.post(path, json={})
             assert response.status_code == 404, path
             assert response.json()["error"]["message"].startswith(f"This needs the part '{name}' (")
-    command = [sys.executable, "-m", "server.cli.main", "serve", "--api-server-count=2"]
-    refused = run(command, environment)
-    assert refused.returncode == 2
-    assert "--api-server-count: this needs the part 'workers' (several API processes), which is not" in refused.stderr
+    command = [sys.executable, "-m", "server.cli.main"]
+    for arguments, error in (
+        (
+            ["serve", "--api-server-count=2"],
+            "--api-server-count: this needs the part 'workers' (several API processes)",
+        ),
+        (["build-kernels"], "build-kernels: this needs the part 'build_kernels' (the command build-kernels), which is"),
+        (["serve", "-c", "2"], "unknown flag -c (see"),
+    ):
+        refused = run([*command, *arguments], environment)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert error in refused.stderr
+    assert re.search("lightwell (run|bench|build)", run([*command, "doctor"], environment).stdout) is None
 
 
 @pytest.mark.long

@@ -15,14 +15,12 @@ import pytest
 from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
-from server import package_aliases
 from server.model_paths import ADAPTER_FILES, PICKLE_REFUSED, ModelError, resolve_adapter, resolve_model
-from server.package_aliases import PACKAGE_ALIASES, PackageAlias, PackagePart, alias_path
-from server.parts.hub import resolve
-from server.parts.hub.aliases import MODEL_ALIASES, families, find_alias
-from server.parts.hub.errors import HubError
-from server.parts.hub.files import NUMBER_FORMAT
-from server.parts.hub.names import HubName
+from server.parts.hub import packages
+from server.parts.hub.client import HubError
+from server.parts.hub.models import remove_model
+from server.parts.hub.names import MODEL_ALIASES, NUMBER_FORMAT, HubName, families, find_alias
+from server.parts.hub.packages import PACKAGE_ALIASES, PackageAlias, PackagePart, alias_path
 from server.settings.sampling import SAMPLING
 from tests.support.clients import write_adapter
 from tests.support.hub_models import gguf_content
@@ -192,22 +190,22 @@ def test_downloads_are_removed(hub: StubHub, tmp_path: Path, monkeypatch: pytest
     content = gguf_content(9000)
     hub.add("Qwen/Qwen3-4B-GGUF", {"Qwen3-4B-Q4_K_M.gguf": content})
     path = resolve_model("qwen3:4b").path
-    assert resolve.remove_model("qwen3:4b") == len(content)
+    assert remove_model("qwen3:4b") == len(content)
     assert not path.exists()
-    check_refused(resolve.remove_model, "qwen3:4b", r"^model qwen3:4b: Qwen/Qwen3-4B-GGUF has not been downloaded")
+    check_refused(remove_model, "qwen3:4b", r"^model qwen3:4b: Qwen/Qwen3-4B-GGUF has not been downloaded")
     alias = PACKAGE_ALIASES["smollm2-135m"]
     file = alias_path("smollm2-135m", alias)
-    check_refused(resolve.remove_model, "smollm2-135m", r"^model smollm2-135m: it has not been downloaded")
+    check_refused(remove_model, "smollm2-135m", r"^model smollm2-135m: it has not been downloaded")
     file.parent.mkdir(parents=True)
     file.touch()
-    assert resolve.remove_model("smollm2-135m") == alias.num_bytes
+    assert remove_model("smollm2-135m") == alias.num_bytes
     assert not file.exists()
 
 
 def test_files_of_the_user_are_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(CONTENT)
-    check_refused(resolve.remove_model, str(path), "is not a download; remove it yourself")
+    check_refused(remove_model, str(path), "is not a download; remove it yourself")
     assert path.exists()
 
 
@@ -451,6 +449,6 @@ def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*args: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(package_aliases, "_append", fail)
+    monkeypatch.setattr(packages, "_append", fail)
     check_refused(resolve_model, "tiny", "No space left on device")
     assert files_in(cache) == {}

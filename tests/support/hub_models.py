@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from server.progress import Silence
+from server.parts.hub.progress import Silence
 from tests.support.gguf_files import LLAMA, write_gguf
 
 

@@ -10,7 +10,7 @@ from pydantic_core import PydanticKnownError
 from server.http.errors import InvalidValueError
 from server.schemas.generation_request import CHECKS, Check, GenerationRequest, Requested
 from server.schemas.request_fields import NO_LIMIT, NumLogprobs
-from server.settings.sampling_parameters import INT64_MAX
+from server.settings.sampling import INT64_MAX
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16

@@ -3,11 +3,12 @@
 import argparse
 import os
 
-from server.cli.foreign_flags import MODEL_SYNONYMS
 from server.cli.parser import Commands, Parser, fail
 from server.settings.load import load_settings
 from server.settings.setting import ENV_PREFIX, Setting
 from server.settings.table import SETTINGS
+
+MODEL_SYNONYMS = ("--model", "-m", "--model-path")  # as in other servers
 
 EPILOG = f"""\
 Each flag can also be set by an environment variable (--max-num-seqs by {ENV_PREFIX}MAX_NUM_SEQS; commas separate the
@@ -40,7 +41,8 @@ def add_settings(parser: Parser) -> None:
 
 def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
     """Add a flag that stores its text unparsed: `load_settings` parses the values of all sources alike."""
-    text = (setting.description + (f" [{setting.default_text}]" if setting.default_text else "")).replace("%", "%%")
+    text = setting.description + (f" [{setting.default_text}]" if setting.default_text else "")
+    text = text.replace("%", "%%") if setting.help else argparse.SUPPRESS
     metavar, unset = setting.value_type.metavar, argparse.SUPPRESS
     if setting.is_switch:
         group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, default=unset, help=text)

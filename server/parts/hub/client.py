@@ -13,8 +13,6 @@ from urllib.parse import quote
 
 import msgspec
 
-from server.parts.hub.errors import HubError, PassingError
-
 if TYPE_CHECKING:
     import httpx2
 
@@ -24,6 +22,19 @@ PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
 MAX_LISTING_BYTES = 64 << 20  # a repository of 100,000 files needs half of it
 MAX_RETRY_AFTER = 300.0  # seconds
 REFUSALS = {"RevisionNotFound": "no such branch, tag or commit", "EntryNotFound": "no such file"}  # by X-Error-Code
+
+
+class HubError(Exception):
+    """A model on the hub that cannot be found or downloaded. The message is one line for the user."""
+
+
+class PassingError(HubError):
+    """The hub does not answer, or not now: a download may be continued later, and what the cache holds can be used."""
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after  # seconds that the hub asks to wait
+
 
 _Size = Annotated[int, msgspec.Meta(ge=0)]
 _Hash = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{40}|[0-9a-f]{64})\Z")]

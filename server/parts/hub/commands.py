@@ -33,10 +33,9 @@ def add(commands: Commands) -> None:
 
 def _pull(arguments: argparse.Namespace) -> int:
     from server.model_paths import ModelError, resolve_model
-    from server.progress import progress_on_stderr
 
     try:
-        print(resolve_model(arguments.model, progress_on_stderr()).path)
+        print(resolve_model(arguments.model, shows_progress=True).path)
     except ModelError as error:
         return fail(str(error))
     return 0
@@ -45,7 +44,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 def _remove(arguments: argparse.Namespace) -> int:
     from server.format import format_bytes
     from server.model_paths import ModelError
-    from server.parts.hub.resolve import remove_model
+    from server.parts.hub.models import remove_model
 
     try:
         print(f"Removed {arguments.model}, {format_bytes(remove_model(arguments.model))}")
@@ -55,6 +54,6 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from server.parts.hub.model_list import print_models
+    from server.parts.hub.models import print_models
 
     return print_models(as_json=arguments.json)

@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 from typing import NamedTuple
 
 from engine.config.huggingface import PICKLE_SUFFIXES
-from server.parts.hub.errors import HubError
-from server.parts.hub.names import GGUF_SUFFIX, HubName
-from server.settings.suggestions import did_you_mean
+from server.parts.hub.client import HubError
+from server.parts.hub.names import GGUF_SUFFIX, NUMBER_FORMAT, HubName
+from server.settings.setting import did_you_mean
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FOLDER_PATTERNS = ("*.json", "*.jinja", "tokenizer.model*", "*.tiktoken", "merges.txt", "vocab.txt")  # and the weights
@@ -17,8 +17,6 @@ FOLDER_PATTERNS = ("*.json", "*.jinja", "tokenizer.model*", "*.tiktoken", "merge
 # GGUF files that are not a model: what llama.cpp loads beside one.
 _COMPANION = re.compile(r"mmproj|imatrix|(^|[-._])(mtp|eagle3|dflash|dspark)[-._]", re.IGNORECASE)
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-# The end of a file name without suffix, or of one of Ollama's tags.
-NUMBER_FORMAT = r"(?:UD-)?(?:I?Q\d\w{0,16}|TQ\d\w{0,16}|(?:MX|NV)FP4\w{0,16}|BF16|F16|FP16|F32|FP32)"
 _FORMAT = re.compile(rf"(?:^|[-._])(?P<format>{NUMBER_FORMAT})$", re.IGNORECASE)
 
 # The number format to choose where none is named: small, and close to the quality of 16 bits.

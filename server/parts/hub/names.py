@@ -1,12 +1,20 @@
-"""Names of models on Hugging Face's hub: parses ids, addresses and the spellings of other programs."""
+"""Names of models on Hugging Face's hub: ids, addresses and short names, also as other programs spell them.
+
+Short names are spelled as in Ollama: family:tag. Repositories and number formats are as of 2026-11-27. A repository of
+the model's publisher or of llama.cpp's (ggml-org) is preferred to those of others. Which file has the number format is
+looked up in the repository, so that a file may be renamed. Sampling is what the model's card recommends, where it does.
+"""
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from server.parts.hub.errors import HubError
+from server.parts.hub.client import HubError
 
 GGUF_SUFFIX = ".gguf"
 MAX_PATH_LENGTH = 1024
+# The end of a file name without suffix, or of one of Ollama's tags.
+NUMBER_FORMAT = r"(?:UD-)?(?:I?Q\d\w{0,16}|TQ\d\w{0,16}|(?:MX|NV)FP4\w{0,16}|BF16|F16|FP16|F32|FP32)"
 
 _ADDRESS = re.compile(r"(hf|https?)://|(huggingface|hf)\.co/", re.IGNORECASE)
 _WWW = re.compile(r"^(https?://)?www\.", re.IGNORECASE)
@@ -87,3 +95,123 @@ def _parse_address(text: str) -> HubName:
     if "/tree/" in text:  # a folder, which is named after the number format of its files
         return name._replace(tag=path.rpartition("/")[2])
     raise HubError(f"{path} is not a GGUF file: for a model in safetensors, give the repository, {name.repo}")
+
+
+Sampling = Mapping[str, float]
+
+
+class ModelAlias(NamedTuple):
+    """A short name, with the model that it stands for."""
+
+    name: str  # family:tag
+    model: HubName
+    card_sampling: Sampling
+
+
+_NONE: Sampling = {}
+_QWEN3: Sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
+_QWEN3_INSTRUCT: Sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+_QWEN3_CODER: Sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+_GEMMA: Sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 64, "min_p": 0.0}
+_DEEPSEEK_R1: Sampling = {"temperature": 0.6, "top_p": 0.95}
+_DEVSTRAL: Sampling = {"temperature": 0.15}
+_SMOLLM3: Sampling = {"temperature": 0.6, "top_p": 0.95}
+_GLM: Sampling = {"temperature": 1.0, "top_p": 0.95}
+
+# The first tag of a family is what the family's name alone means.
+_TABLE: tuple[tuple[str, str, Sampling], ...] = (
+    ("qwen3:8b", "Qwen/Qwen3-8B-GGUF:Q4_K_M", _QWEN3),
+    ("qwen3:0.6b", "Qwen/Qwen3-0.6B-GGUF:Q8_0", _QWEN3),
+    ("qwen3:1.7b", "Qwen/Qwen3-1.7B-GGUF:Q8_0", _QWEN3),
+    ("qwen3:4b", "Qwen/Qwen3-4B-GGUF:Q4_K_M", _QWEN3),
+    ("qwen3:14b", "Qwen/Qwen3-14B-GGUF:Q4_K_M", _QWEN3),
+    ("qwen3:30b", "Qwen/Qwen3-30B-A3B-GGUF:Q4_K_M", _QWEN3),
+    ("qwen3:32b", "Qwen/Qwen3-32B-GGUF:Q4_K_M", _QWEN3),
+    ("qwen3:4b-instruct", "unsloth/Qwen3-4B-Instruct-2507-GGUF:Q4_K_M", _QWEN3_INSTRUCT),
+    ("qwen3-coder:30b", "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF:Q4_K_M", _QWEN3_CODER),
+    ("qwen2.5:7b", "Qwen/Qwen2.5-7B-Instruct-GGUF:Q4_K_M", _NONE),
+    ("qwen2.5-coder:7b", "Qwen/Qwen2.5-Coder-7B-Instruct-GGUF:Q4_K_M", _NONE),
+    ("qwen2.5-coder:1.5b", "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF:Q4_K_M", _NONE),
+    ("gemma2:2b", "bartowski/gemma-2-2b-it-GGUF:Q4_K_M", _NONE),
+    ("gemma3:4b", "ggml-org/gemma-3-4b-it-GGUF:Q4_K_M", _GEMMA),
+    ("gemma3:1b", "ggml-org/gemma-3-1b-it-GGUF:Q4_K_M", _GEMMA),
+    ("gemma3:12b", "ggml-org/gemma-3-12b-it-GGUF:Q4_K_M", _GEMMA),
+    ("gemma3:27b", "ggml-org/gemma-3-27b-it-GGUF:Q4_K_M", _GEMMA),
+    ("gemma3:1b-it-qat", "ggml-org/gemma-3-1b-it-qat-GGUF:Q4_0", _GEMMA),
+    ("gemma3:4b-it-qat", "ggml-org/gemma-3-4b-it-qat-GGUF:Q4_0", _GEMMA),
+    ("gemma4:e4b", "ggml-org/gemma-4-E4B-it-GGUF:Q4_0", _GEMMA),
+    ("gemma4:e2b", "ggml-org/gemma-4-E2B-it-GGUF:Q4_0", _GEMMA),
+    ("gemma4:26b", "ggml-org/gemma-4-26B-A4B-it-GGUF:Q4_0", _GEMMA),
+    ("gemma4:31b", "ggml-org/gemma-4-31B-it-GGUF:Q4_0", _GEMMA),
+    ("gpt-oss:20b", "ggml-org/gpt-oss-20b-GGUF:MXFP4", _NONE),
+    ("gpt-oss:120b", "ggml-org/gpt-oss-120b-GGUF:MXFP4", _NONE),
+    ("llama3.2:3b", "bartowski/Llama-3.2-3B-Instruct-GGUF:Q4_K_M", _NONE),
+    ("llama3.2:1b", "bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M", _NONE),
+    ("llama3.1:8b", "bartowski/Meta-Llama-3.1-8B-Instruct-GGUF:Q4_K_M", _NONE),
+    ("mistral:7b", "bartowski/Mistral-7B-Instruct-v0.3-GGUF:Q4_K_M", _NONE),
+    ("ministral-3:8b", "mistralai/Ministral-3-8B-Instruct-2512-GGUF:Q4_K_M", _NONE),
+    ("ministral-3:3b", "mistralai/Ministral-3-3B-Instruct-2512-GGUF:Q4_K_M", _NONE),
+    ("devstral:24b", "mistralai/Devstral-Small-2507_gguf:Q4_K_M", _DEVSTRAL),
+    ("devstral-small-2:24b", "unsloth/Devstral-Small-2-24B-Instruct-2512-GGUF:Q4_K_M", _DEVSTRAL),
+    ("phi4:14b", "bartowski/phi-4-GGUF:Q4_K_M", _NONE),
+    ("phi4-mini:3.8b", "unsloth/Phi-4-mini-instruct-GGUF:Q4_K_M", _NONE),
+    ("olmo2:7b", "allenai/OLMo-2-1124-7B-Instruct-GGUF:Q4_K_M", _NONE),
+    ("olmo-3:7b", "unsloth/Olmo-3-7B-Instruct-GGUF:Q4_K_M", _NONE),
+    ("smollm3:3b", "ggml-org/SmolLM3-3B-GGUF:Q4_K_M", _SMOLLM3),
+    ("granite3.3:8b", "ibm-granite/granite-3.3-8b-instruct-GGUF:Q4_K_M", _NONE),
+    ("granite4:micro", "ibm-granite/granite-4.0-micro-GGUF:Q4_K_M", _NONE),
+    ("deepseek-r1:8b", "unsloth/DeepSeek-R1-0528-Qwen3-8B-GGUF:Q4_K_M", _DEEPSEEK_R1),
+    ("deepseek-r1:1.5b", "unsloth/DeepSeek-R1-Distill-Qwen-1.5B-GGUF:Q4_K_M", _DEEPSEEK_R1),
+    ("deepseek-r1:7b", "unsloth/DeepSeek-R1-Distill-Qwen-7B-GGUF:Q4_K_M", _DEEPSEEK_R1),
+    ("glm-4.7-flash:30b", "unsloth/GLM-4.7-Flash-GGUF:Q4_K_M", _GLM),
+)
+
+
+def _make_alias(name: str, model: str, card_sampling: Sampling) -> ModelAlias:
+    parsed = parse_hub_name(model)
+    assert parsed is not None, model
+    return ModelAlias(name, parsed, card_sampling)
+
+
+MODEL_ALIASES = {row[0]: _make_alias(*row) for row in _TABLE}
+
+_LIBRARY = re.compile(r"^(ollama://|(https?://)?(registry\.)?ollama\.(ai|com)/)?(library/)?", re.IGNORECASE)
+_USUAL_VARIANTS = re.compile(r"[-_](it|instruct|chat|text)\b")  # tuned for chats, as all of these are
+_FORMAT_AT_END = re.compile(rf"(^|[-_])(?P<format>{NUMBER_FORMAT})$", re.IGNORECASE)
+
+
+def families() -> dict[str, list[str]]:
+    """Return the tags of each family."""
+    found: dict[str, list[str]] = {}
+    for name in MODEL_ALIASES:
+        family, _, tag = name.partition(":")
+        found.setdefault(family, []).append(tag)
+    return found
+
+
+def _size(tag: str) -> tuple[float, str]:
+    """Return a key to sort tags by the number of parameters that they begin with."""
+    number = re.match(r"[a-z]*([\d.]+)b", tag)
+    return float(number[1]) if number else 0.0, tag
+
+
+def find_alias(text: str) -> ModelAlias | None:
+    """Return the alias that a spelling of Ollama means: `qwen3`, `qwen3:latest`, `library/gemma3:1b-it-q4_K_M`.
+
+    A number format at the end of the tag replaces that of the alias. Return None if the family is not known. Raises
+    HubError if it is, but has no such tag.
+    """
+    family, _, tag = _LIBRARY.sub("", text).lower().partition(":")
+    if not (tags := families().get(family)):
+        return None
+    number_format = _FORMAT_AT_END.search(tag)
+    size = tag[: number_format.start()] if number_format else tag
+    size = tags[0] if size in ("", "latest") else size
+    found = next((name for name in (size, _USUAL_VARIANTS.sub("", size)) if name in tags), None)
+    if found is None:
+        raise HubError(f"there is no {tag}; {family} comes as {', '.join(sorted(tags, key=_size))}")
+    alias = MODEL_ALIASES[f"{family}:{found}"]
+    if number_format is None:
+        return alias
+    asked = number_format["format"].upper()
+    return alias._replace(name=f"{alias.name}-{asked.lower()}", model=alias.model._replace(tag=asked))

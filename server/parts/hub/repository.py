@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from server.parts.hub.client import RemoteFile, list_files
-from server.parts.hub.errors import HubError, PassingError
+from server.parts.hub.client import HubError, PassingError, RemoteFile, list_files
 from server.parts.hub.names import HubName, is_inside
 
 MAIN = "main"

@@ -16,11 +16,9 @@ from typing import Any
 import yaml
 
 from server.parts.limits.rules import Limits
-from server.settings.setting import SettingsError
-from server.settings.suggestions import did_you_mean
-from server.settings.table import ADAPTER_NAME
+from server.settings.load import read_yaml
+from server.settings.setting import ADAPTER_NAME, SettingsError, did_you_mean
 from server.settings.value_types import BOOLEAN, ValueType, integer, number, pattern
-from server.settings.yaml_file import read_yaml
 from server.tenants import Tenant
 
 MAX_FILE_SIZE = 4 << 20  # bytes

@@ -30,7 +30,7 @@ from server.models.served_model import ServedModel
 from server.part import Part
 from server.parts.lora.adapters import load_adapter, unload_adapter
 from server.schemas.request_fields import OpenObject
-from server.settings.table import ADAPTER_NAME
+from server.settings.setting import ADAPTER_NAME
 from server.tenants import get_tenant
 
 MAX_PATH_CHARS = 4096

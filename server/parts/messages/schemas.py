@@ -12,7 +12,7 @@ from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS
 from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, StopStrings
 from server.schemas.sampling import parameter
 from server.schemas.tools import MAX_TOOLS, ToolName
-from server.settings.sampling_parameters import INT64_MAX
+from server.settings.sampling import INT64_MAX
 
 
 class MessagesObject(OpenObject):

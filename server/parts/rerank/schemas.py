@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from server.http.errors import InvalidValueError, MissingParameterError
 from server.schemas.request_fields import QueueFields
-from server.settings.sampling_parameters import INT64_MAX
+from server.settings.sampling import INT64_MAX
 
 MAX_TEXTS = 2048  # the limit of inputs for embeddings
 

@@ -13,8 +13,9 @@ import pytest
 
 from server import model_paths as models
 from server import supervisor
-from server.cli.foreign_flags import FOREIGN_FLAGS, MODEL_SYNONYMS
+from server.cli.commands.serve import MODEL_SYNONYMS
 from server.cli.main import main, make_parser
+from server.parts.foreign_flags.flags import FOREIGN_FLAGS
 from server.settings.load import load_settings
 from server.settings.table import SETTINGS, Settings
 from tests.support.processes import wait_for_end_of
@@ -136,7 +137,7 @@ def test_models_that_cannot_be_had_are_failures(run: Run) -> None:
 
 
 def test_pull_fetches_and_prints_the_path(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "resolve_model", lambda name, progress: models.ResolvedModel(tmp_path / name, name))
+    monkeypatch.setattr(models, "resolve_model", lambda name, **_: models.ResolvedModel(tmp_path / name, name))
     assert run("pull", "x") == (0, f"{tmp_path}/x\n", "")
 
 

@@ -14,17 +14,17 @@ import yaml
 
 from engine.config import EngineConfig
 from server.cli.main import make_parser
+from server.part_table import PARTS, load_module
 from server.schemas.sampling import SamplingFields
 from server.settings import load, process_configs
-from server.settings.access import ACCESS, AccessSettings
-from server.settings.load import check_certificate, check_model_names, is_loopback, load_settings
-from server.settings.markdown import markdown_table
+from server.settings.__main__ import markdown_table
+from server.settings.access import AccessSettings
+from server.settings.load import check_certificate, check_model_names, is_loopback, load_settings, num_values
 from server.settings.process_configs import engine_config
 from server.settings.sampling import SAMPLING_FIELDS
-from server.settings.setting import SettingsError
+from server.settings.setting import ACCESS, SettingsError
 from server.settings.table import SETTINGS, Settings
 from server.settings.value_types import format_size, parse_size
-from server.settings.yaml_file import num_values
 from tests.support.settings_cases import CASES, INVALID, KINDS, VALID, settings_from_flags
 
 
@@ -394,15 +394,14 @@ def test_limits() -> None:
 
 def test_the_cases_cover_the_table() -> None:
     assert sorted(CASES) == sorted(SETTINGS) == sorted(Settings.__struct_fields__)
+    assert [name for name, setting in SETTINGS.items() if f"`{setting.flag}`" not in markdown_table()] == []
+    of_parts = {name: part.settings for name, part in PARTS.items() if part.settings}
+    assert of_parts == {name: [*load_module(name, "settings").SETTINGS] for name in of_parts}
 
 
 def test_access_is_one_group_of_the_table() -> None:
     fields = {field.name for field in msgspec.structs.fields(AccessSettings)}
     assert {name for name, setting in SETTINGS.items() if setting.group == ACCESS} == fields
-
-
-def test_the_documentation_has_every_setting() -> None:
-    assert [name for name, setting in SETTINGS.items() if f"`{setting.flag}`" not in markdown_table()] == []
 
 
 def test_repr_does_not_show_keys() -> None:

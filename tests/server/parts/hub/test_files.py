@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from server.parts.hub.errors import HubError
+from server.parts.hub.client import HubError
 from server.parts.hub.files import select_files
 from server.parts.hub.names import HubName
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.parts.hub.errors import HubError
+from server.parts.hub.client import HubError
 from server.parts.hub.names import HubName, parse_hub_name
 
 

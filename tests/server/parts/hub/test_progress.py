@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from server.progress import Lines
+from server.parts.hub.progress import Lines
 
 MB = 10**6
 
@@ -31,7 +31,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 CODE = """
-from server.progress import progress_on_stderr
+from server.parts.hub.progress import progress_on_stderr
 with progress_on_stderr() as progress:
     progress.say("[bold]a line[/bold]")
     progress.start("tiny.gguf", 0, 1000)
@@ -58,7 +58,7 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "━━━" in text
     assert "1.0/1.0 kB" in text
     assert sum("tiny.gguf" in line for line in re.split(r"\x1b\[2K|\r", text.rpartition("a line")[2])[-3:]) == 1
-    assert output_in_terminal("from server.progress import Bar\nwith Bar(): pass") == ""
+    assert output_in_terminal("from server.parts.hub.progress import Bar\nwith Bar(): pass") == ""
 
 
 def test_a_file_gets_lines() -> None:

@@ -1,4 +1,4 @@
-// Generated from server/settings/sampling_parameters.py by `python -m tests.docs.generate`.
+// The controls of the parameters that have a default sampling. Ranges are what is useful, not what is possible.
 
 /** @type {Record<string, import("./parameters.js").Parameter[]>} by the title of their group */
 export const SAMPLING = {

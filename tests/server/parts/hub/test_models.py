@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from server.package_aliases import PACKAGE_ALIASES
-from server.parts.hub.aliases import MODEL_ALIASES
+from server.parts.hub.names import MODEL_ALIASES
+from server.parts.hub.packages import PACKAGE_ALIASES
 
 ALIAS = PACKAGE_ALIASES["smollm2-135m"]
 

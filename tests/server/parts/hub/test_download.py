@@ -14,9 +14,8 @@ import pytest
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
 from server.parts.hub import memory
-from server.parts.hub.download import MAX_FAILURES
-from server.parts.hub.errors import HubError
-from server.parts.hub.fetch import GGUF_HEADER_BYTES, fetch_model, remove_model
+from server.parts.hub.client import HubError
+from server.parts.hub.download import GGUF_HEADER_BYTES, MAX_FAILURES, fetch_model, remove_model
 from server.parts.hub.names import HubName
 from tests.support.hub_models import Recorder, gguf_content
 from tests.support.stub_hub import TOKEN, StubHub, git_hash

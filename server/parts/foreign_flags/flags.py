@@ -2,9 +2,6 @@
 
 from collections.abc import Mapping
 
-# Other names of a flag, which are accepted.
-MODEL_SYNONYMS = ("--model", "-m", "--model-path")
-
 _ONE_DEVICE = "one server uses one device, which --device chooses"
 _KV_CACHE_MEMORY = "--kv-cache-memory sets the memory for the KV cache, such as 2GiB; unset, it depends on what is free"
 _DETECTED = "it is not needed: tool calls and reasoning are recognised by the chat template"

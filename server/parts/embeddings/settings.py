@@ -1,0 +1,14 @@
+"""The settings of embeddings."""
+
+from collections.abc import Mapping
+
+from server.settings.setting import ENGINE, Setting
+from server.settings.value_types import choice
+
+SETTINGS: Mapping[str, Setting] = {
+    "pooling": Setting(
+        ENGINE,
+        choice("POOLING", "mean", "last"),
+        "How /v1/embeddings pools the last hidden states of a text: their mean, or the state of the last token.",
+    )
+}

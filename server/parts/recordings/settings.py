@@ -1,0 +1,15 @@
+"""The settings of recordings."""
+
+from collections.abc import Mapping
+
+from server.settings.setting import LIMITS, Setting
+from server.settings.value_types import integer
+
+SETTINGS: Mapping[str, Setting] = {
+    "record_requests": Setting(
+        LIMITS,
+        integer(0),
+        "Number of finished requests kept in memory for /v1/requests/{id}/replay; 0 keeps none. Recording computes "
+        "log probabilities for every request, even if the client does not ask for them.",
+    )
+}

@@ -1,0 +1,15 @@
+"""The settings of reranking."""
+
+from collections.abc import Mapping
+
+from server.settings.setting import ENGINE, Setting
+from server.settings.value_types import pattern
+
+SETTINGS: Mapping[str, Setting] = {
+    "score_tokens": Setting(
+        ENGINE,
+        pattern("two words such as yes,no", r"[^,\s]+,[^,\s]+", "TRUE,FALSE"),
+        "The two words, one token each, that a reranker answers with: /v1/rerank and /v1/score report the "
+        "probability of the first. Unset: the cosine similarity of embeddings.",
+    )
+}
