@@ -66,6 +66,7 @@ PARTS: Mapping[str, PartEntry] = {
     "limits": PartEntry(title="limits of tenants", paths=["/v1/usage"], settings=["api_keys_file"]),
     "tool_formats": PartEntry(title="tool calls that are not JSON"),
     "structural_tags": PartEntry(title="structural tags"),
+    "hardening": PartEntry(title="a server for the open net"),
     "tokenizers": PartEntry(title="a tokenizer without tokenizer.json", engine_part="tokenizers"),
     "run": PartEntry(title="the command run", commands=["run"]),
     "bench": PartEntry(title="the command bench", commands=["bench"]),

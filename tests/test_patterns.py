@@ -48,7 +48,7 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
     ("server.text.parsers.object_reader", "_arguments_first"): [
         rf'\{{\s*{_OTHER_MEMBERS}"(?:arguments|parameters)"\s*:\s*\{{'
     ],
-    ("server.text.stop_strings", "_first_char"): [r"[a\]\-]"],
+    ("server.text.choice_text", "_first_char"): [r"[a\]\-]"],
     ("server.text.templates.chat_encoding", '_trie_pattern(tokens) if tokens else "(?!)"'): [
         _trie_pattern(("<|end|>", "<|endoftext|>", "aab", "aaa", "aa"))
     ],

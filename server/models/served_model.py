@@ -22,7 +22,7 @@ from server.schemas.sampling import DefaultSampling, resolve_default_sampling, u
 from server.settings.process_configs import ServedModelConfig
 from server.settings.table import Settings
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
-from server.text.templates.renderer import TemplateProcesses
+from server.text.templates.sandbox import make_renderer
 from server.text.token_sequences import SequenceBreakers
 from server.text.tokenizer import Tokenizer
 
@@ -217,7 +217,7 @@ def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate |
 
 
 def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
-    renderer = TemplateProcesses(source)
+    renderer = make_renderer(source)
     try:
         template = ChatTemplate(renderer, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     except EngineUnavailableError as error:  # its processes hang or are killed

@@ -8,7 +8,7 @@ The metadata has a vocabulary, sometimes merges, and the name of one of llama.cp
 import logging
 import re
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -18,7 +18,7 @@ from engine.config.tokenizer_files import BYTE, CONTROL, UNKNOWN, USER_DEFINED
 
 logger = logging.getLogger(__name__)
 
-SHORT = 128  # characters; tokens in use are not longer
+MAX_MERGED_CHARS = 256  # of a token whose merges are not in the file; the longest in use are runs of 128 spaces
 SPACE = "\u2581"  # stands for a space in sentencepiece's vocabularies
 _PREFIX_IN_JSON = re.compile(rf',{{"type":"Replace","pattern":{{"Regex":"\\\\A(?:[^"\\]|\\.)*"}},"content":"{SPACE}"}}')
 
@@ -245,54 +245,24 @@ def _bpe(
 def rebuild_merges(tokens: Sequence[str], token_types: Sequence[int], ranks: Sequence[float]) -> list[tuple[str, str]]:
     """Return every way to merge two tokens into a third, by descending rank of the result, longer left halves first.
 
-    The time is proportional to the total length of the tokens and to the number of merges.
+    Raises:
+        ValueError: a token is so long that trying every cut would be slow.
     """
     pieces = {
         token: rank
         for token, token_type, rank in zip(tokens, token_types, ranks, strict=True)
         if token_type not in (UNKNOWN, CONTROL, BYTE)
     }
+    if (longest := max(map(len, pieces), default=0)) > MAX_MERGED_CHARS:
+        raise ValueError(f"a token of {longest} characters without merges (supported are {MAX_MERGED_CHARS})")
     merges = [
         (rank, cut, token)
         for token, rank in pieces.items()
-        if len(token) <= SHORT
         for cut in range(1, len(token))
         if token[:cut] in pieces and token[cut:] in pieces
     ]
-    if any(len(token) > SHORT for token in pieces):
-        merges += [(pieces[token], cut, token) for token, cut in _cuts_of_long(pieces)]
     merges.sort(key=lambda merge: (merge[0], merge[1], len(merge[2]) - merge[1]), reverse=True)
     return [(token[:cut], token[cut:]) for _, cut, token in merges]
-
-
-def _cuts_of_long(tokens: Collection[str]) -> Iterator[tuple[str, int]]:
-    """Yield each token of more than `SHORT` characters and where it can be cut into two tokens.
-
-    Trying every cut would take a time that grows with the square of a token's length.
-    """
-    prefixes, suffixes = _longest_prefixes(tokens), _longest_prefixes(token[::-1] for token in tokens)
-    for token in tokens:
-        if len(token) > SHORT:
-            ends = {len(token) - length for length in _prefix_lengths(token[::-1], suffixes)}
-            yield from ((token, cut) for cut in _prefix_lengths(token, prefixes) if cut in ends)
-
-
-def _longest_prefixes(texts: Iterable[str]) -> dict[str, str]:
-    """Return for each text the longest of its proper prefixes that is a text too, or the empty string."""
-    longest: dict[str, str] = {}
-    prefixes = [""]  # of the text before, and that text itself
-    for text in sorted(texts):
-        while not text.startswith(prefixes[-1]):
-            prefixes.pop()
-        longest[text] = prefixes[-1]
-        prefixes.append(text)
-    return longest
-
-
-def _prefix_lengths(text: str, longest: Mapping[str, str]) -> Iterator[int]:
-    """Yield the lengths of the non-empty proper prefixes of a text that are texts too."""
-    while text := longest[text]:
-        yield len(text)
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, vocabulary: GGUFVocabulary) -> None:

@@ -6,10 +6,8 @@ import asyncio
 import math
 import os
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import anyio.to_thread
@@ -27,13 +25,6 @@ MAX_IDLE_TENANTS = 1024  # of which it is known what they have had while others 
 STUCK_SECONDS = 10.0  # without any progress with short texts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Waiter:
-    tenant: Tenant
-    expected: float  # seconds
-    granted: asyncio.Future[None]
-
-
 class Turns:
     """A semaphore whose free slots go to the waiting tenant that has had the least of it, relative to its weight.
 
@@ -47,7 +38,7 @@ class Turns:
         self._num_slots = num_slots
         self._clock = clock
         self._num_free = num_slots
-        self._waiting: dict[str, deque[_Waiter]] = {}  # by the tenant's name; never empty
+        self._waiting: dict[str, dict[asyncio.Future[None], float]] = {}  # by tenant, what each costs; never empty
         self._had: dict[str, float] = {}  # virtual time up to which a tenant has been served
         self._now = 0.0  # virtual time: that of the tenant that was served last
 
@@ -62,14 +53,17 @@ class Turns:
 
     async def acquire(self, tenant: Tenant, expected: float) -> float:
         """Wait for a slot, and return the time when it was granted. `release` must follow with the same arguments."""
-        if self._num_free and not self._waiting:
+        name, cost = tenant.name, expected / tenant.weight
+        if name not in self._waiting:
             if len(self._had) > MAX_IDLE_TENANTS:
-                self._had.clear()
-            had = max(self._had.get(tenant.name, 0.0), self._now)
+                self._had = {name: had for name, had in self._had.items() if name in self._waiting}
+            self._had[name] = max(self._had.get(name, 0.0), self._now)
+        if self._num_free and not self._waiting:
             self._num_free -= 1
-            self._now, self._had[tenant.name] = had, had + expected / tenant.weight
+            self._now = self._had[name]
+            self._had[name] += cost
         else:
-            await self._wait(_Waiter(tenant, expected, asyncio.get_running_loop().create_future()))
+            await self._wait(name, cost)
         return self._clock()
 
     def release(self, tenant: Tenant, expected: float, start: float) -> None:
@@ -78,20 +72,15 @@ class Turns:
         self._had[tenant.name] = max(self._had.get(tenant.name, 0.0), self._now) + seconds / tenant.weight
         self._free()
 
-    async def _wait(self, waiter: _Waiter) -> None:
-        name = waiter.tenant.name
-        if name not in self._waiting:
-            if len(self._had) > MAX_IDLE_TENANTS:
-                self._had = {name: had for name, had in self._had.items() if name in self._waiting}
-            self._waiting[name] = deque()
-            self._had[name] = max(self._had.get(name, 0.0), self._now)
-        self._waiting[name].append(waiter)
+    async def _wait(self, name: str, cost: float) -> None:
+        granted = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(name, {})[granted] = cost
         self._grant()
         try:
-            await waiter.granted
+            await granted
         except asyncio.CancelledError:
-            if waiter.granted.cancelled():
-                self._remove(waiter)
+            if granted.cancelled():
+                self._remove(name, granted)
             else:  # it was cancelled after its turn had come
                 self._free()
             raise
@@ -106,24 +95,21 @@ class Turns:
     def _grant(self) -> None:
         """Give the free slots to those who wait."""
         while self._num_free and self._waiting:
-            name = min(self._waiting, key=lambda name: self._had[name])
-            waiter = self._waiting[name][0]
-            if not waiter.granted.done():  # else it was cancelled
+            name = min(self._waiting, key=self._had.__getitem__)
+            granted, cost = next(iter(self._waiting[name].items()))
+            if not granted.done():  # else it was cancelled
                 self._num_free -= 1
                 self._now = self._had[name]
-                self._had[name] += waiter.expected / waiter.tenant.weight
-                waiter.granted.set_result(None)
-            self._remove(waiter)
+                self._had[name] += cost
+                granted.set_result(None)
+            self._remove(name, granted)
 
-    def _remove(self, waiter: _Waiter) -> None:
-        """Remove a waiter, and forget the tenants that count as new ones again. Does nothing if it is not there."""
-        name = waiter.tenant.name
-        if waiter not in self._waiting.get(name, ()):
-            return
-        self._waiting[name].remove(waiter)
-        if not self._waiting[name]:
-            del self._waiting[name]
-            self._had = {name: had for name, had in self._had.items() if had > self._now or name in self._waiting}
+    def _remove(self, name: str, granted: asyncio.Future[None]) -> None:
+        """Remove one who waits. Does nothing if it is not there."""
+        waiting = self._waiting.get(name, {})
+        waiting.pop(granted, None)
+        if not waiting:
+            self._waiting.pop(name, None)
 
 
 class TextThreads:

@@ -9,6 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from engine.loading import LoadedModel
+    from tests.engine.test_api_connections import Connected
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +21,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel
 
     with choose_kernels("torch", num_threads=1):
         yield load_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def connected(tiny_model: LoadedModel) -> Iterator[Connected]:
+    from tests.engine.test_api_connections import Connected
+    from tests.support.tiny_engine import new_engine
+
+    connected = Connected(new_engine(tiny_model))
+    yield connected
+    connected.close()

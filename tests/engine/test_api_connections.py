@@ -2,7 +2,7 @@
 
 import errno
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -17,8 +17,7 @@ from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.process import POLL_SECONDS, EngineLoop
 from engine.shared.block_hashes import prefix_names
-from engine.shared.messages import Abort, AdapterDone, FromEngine, Hello, Outputs, Ready, Submit, TokenEvent
-from engine.shared.records import ReadFailed, ReadSteps, Steps
+from engine.shared.messages import Abort, FromEngine, Hello, Outputs, Ready, Submit, TokenEvent
 from tests.support.answers import Answers, errors_of, join
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.examples import drawn
@@ -96,13 +95,6 @@ class Connected:
         self.socket.close()
         self.connections.close()
         self.folder.cleanup()
-
-
-@pytest.fixture
-def connected(tiny_model: LoadedModel) -> Iterator[Connected]:
-    connected = Connected(new_engine(tiny_model))
-    yield connected
-    connected.close()
 
 
 @pytest.fixture(scope="module")
@@ -273,13 +265,6 @@ def test_an_abort_that_cannot_be_read(connected: Connected, expected: Answers) -
     assert_only_one_fails(events, expected, "r5", "the request cannot be read")
 
 
-def test_a_change_of_adapters_that_cannot_be_read(connected: Connected) -> None:
-    connected.send(msgspec.msgpack.encode({"type": "LoadAdapter", "request_id": "a", "name": 1, "path": "p"}))
-    connected.loop.run_once(timeout=SECONDS)
-    done = AdapterDone(request_id="a", error="the request cannot be read", is_temporary=True)
-    assert connected.receive(AdapterDone) == done
-
-
 def test_a_connection_that_was_not_announced(connected: Connected, expected: Answers) -> None:
     """The engine goes on. The API process hears nothing more, and so takes the engine for lost."""
     other = connect(connected, hello=False)
@@ -299,55 +284,6 @@ def connect(connected: Connected, *, hello: bool = True) -> Any:
         while not other.poll(0):
             connected.loop.run_once(timeout=0.01)
     return other
-
-
-def test_events_go_to_the_api_process_that_waits_for_them(connected: Connected) -> None:
-    other = connect(connected)
-    connected.run(mixed_submits(2))
-    other.send(msgspec.msgpack.encode(ReadSteps(read_id=1, limit=1)))
-    connected.loop.run_once(timeout=SECONDS)
-    messages: list[object] = []
-    while not messages or not isinstance(messages[-1], Steps):
-        assert other.poll(1000 * SECONDS)
-        messages.append(connected.decoder.decode(other.recv()))
-    other.close()
-    assert isinstance(messages[0], Ready)
-    assert all(isinstance(message, Outputs) and message.events == [] for message in messages[1:-1])
-
-
-def test_between_two_steps_one_question_is_answered(connected: Connected) -> None:
-    submit = new_submit([1], "a", max_tokens=20, ignore_eos=True)
-    connected.run_together([submit, *(ReadSteps(read_id=number, limit=1) for number in range(1, 6))])
-    for number in range(1, 6):
-        assert connected.receive(Steps).read_id == number
-        assert len(connected.loop.queue) == 5 - number
-        assert connected.engine.scheduler.current_stats().steps_total == number
-        connected.loop.run_once(timeout=0.0)
-    connected.run_together([Abort("a")])
-    assert not connected.engine.has_work
-
-
-def test_of_too_many_questions_the_last_ones_fail(connected: Connected, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.parts.inspection.loop.MAX_QUESTIONS", 2)
-    connected.run_together([ReadSteps(read_id=number, limit=1) for number in range(1, 5)])
-    assert [connected.receive(ReadFailed).read_id for _ in range(2)] == [3, 4]
-    assert connected.receive(Steps).read_id == 1
-    connected.loop.run_once(timeout=0.0)
-    assert connected.receive(Steps).read_id == 2
-
-
-def test_questions_do_not_keep_an_idle_engine_from_its_preparations(connected: Connected) -> None:
-    engine, loop = connected.engine, connected.loop
-    with (
-        mock.patch.object(engine, "prepare_grammars") as prepare,
-        mock.patch.object(engine.runner, "capture_next", create=True),
-    ):
-        for seconds_idle, num_calls in ((0.0, 0), (0.999, 0), (1.0, 1)):
-            loop.last_work, loop.clock = 100.0, mock.Mock(return_value=100.0 + seconds_idle)
-            connected.send(ReadSteps(limit=1))
-            assert connected.connections.socket.poll(1000 * SECONDS)
-            loop.run_once(timeout=1.0)
-            assert prepare.call_count == num_calls
 
 
 @pytest.mark.parametrize("num_engines", [1, 2])

@@ -14,13 +14,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from triton.runtime.interpreter import InterpretedFunction
 
 from engine import loading
 from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
-from engine.core import Engine
 from engine.loading import Limits
 from engine.model.kv_cache import KVCache
 from engine.model.memory_plan import MIB
@@ -29,15 +26,13 @@ from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import Step
-from engine.startup import log_plan, warm_up
-from tests.support import triton_models
+from engine.startup import log_plan
 from tests.support.examples import num_examples
 from tests.support.family_models import save_family_model
 from tests.support.kernel_choice import choose_kernels
 from tests.support.model_configs import TINY, llama_config
 from tests.support.tensors import CPU
 from tests.support.tiny_engine import MAX_MODEL_LEN, load_tiny_model
-from tests.support.tiny_models import SHAPE, save_random_model
 
 MODEL = llama_config(**TINY | {"max_position_embeddings": 4096})
 
@@ -229,19 +224,3 @@ def test_a_line_says_what_the_memory_is_for(tmp_path: Path, caplog: pytest.LogCa
     log_plan(dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, activation_bytes=868 * MIB)), config)
     (line,) = [record.message for record in caplog.records if record.message.startswith("memory: ")]
     assert line.startswith(f"memory: weights {weights} MiB, activations 868 MiB, KV cache 2 MiB for ")
-
-
-def test_the_warm_up_runs_all_kernels_of_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the first request that needs one would wait for its compilation, and so would all streams beside it."""
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))
-    loaded = triton_models.load(save_random_model(model, tmp_path, 11), max_model_len=16, max_num_seqs=2)
-    launched: set[str] = set()
-    run = InterpretedFunction.run
-
-    def recorded(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        launched.add(kernel.fn.__name__)
-        run(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(InterpretedFunction, "run", recorded)
-    warm_up(Engine(EngineConfig(model_path="", speculative="off"), loaded), loaded.limits.max_model_len)
-    assert launched >= {"_top", "_forbid", "_add_biases", "_penalise", "_collect", "_draw"}

@@ -46,7 +46,9 @@ KINDS: dict[str, tuple[Callable[[Path], object], dict[str, Any], dict[str, Any]]
     "fim": (write_fim_model, {}, {"vocab_size": 263}),
     "strict": (write_tiny_model, {"strict": True}, {}),
     # Only for the keys of two clients and of an admin.
-    "keyed": (write_tiny_model, {"api_key": ("key-a", "key-b"), "admin_key": "root"}, {}),
+    "keyed": (write_tiny_model, {"api_key": ("key-a", "key-b"), "admin_key": "root", "record_requests": 9}, {}),
+    # Two keys, and a context for long texts.
+    "roomy": (write_tiny_model, {"api_key": ("key-a", "key-b")}, {"max_num_seqs": 64, "max_model_len": 1 << 20}),
     # Two adapters and room for a third.
     "adapted": (write_tiny_model, {"allow_runtime_lora_updating": True}, {"adapters": [SQL, CHESS], "max_loras": 3}),
 }
@@ -83,8 +85,8 @@ def fixture_of(kind: str) -> Any:
     return pytest.fixture(name=kind)(lambda of_kind: of_kind(kind))
 
 
-plain, tools, harmony_tools, fim, strict, keyed, adapted = map(
-    fixture_of, ("plain", "tools", "harmony_tools", "fim", "strict", "keyed", "adapted")
+plain, tools, harmony_tools, fim, strict, keyed, roomy, adapted = map(
+    fixture_of, ("plain", "tools", "harmony_tools", "fim", "strict", "keyed", "roomy", "adapted")
 )
 
 

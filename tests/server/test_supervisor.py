@@ -39,7 +39,7 @@ from server.sockets.socket_folder import MAX_PATH_BYTES
 from tests.support.clients import write_adapter
 from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
-from tests.support.serving import wait_until
+from tests.support.serving import skip_without_parts, wait_until
 
 STUB = ROOT / "tests" / "support" / "stub_child.py"
 ENGINE_CONFIG = EngineProcessConfig(address="", config=EngineConfig(model_path=""))
@@ -182,6 +182,7 @@ def start(tmp_path: Path, temporary: str) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def start_one(engine: str = "run", api: str = "run", **settings: Any) -> Running:
+            skip_without_parts(settings)
             return stack.enter_context(closing(Running(tmp_path, temporary, engine, api, **settings)))
 
         yield start_one
@@ -261,17 +262,15 @@ def test_the_sampling_of_an_alias_is_passed_on() -> None:
         ({}, (["/none"], ["/none"]), r"cannot start the engine process: .*No such file"),
         ({"api_server_count": 2}, (["sleep", "60"], ["/none"]), r"cannot start the API 0 process: .*No such file"),
         ({"lora_modules": ("sql=/nothing",)}, (), "--lora-modules sql: adapter '/nothing' is neither"),
-        (
-            {"model": "/none", "api_keys_file": "/no.yaml"},
-            (),
-            r"^/no\.yaml: cannot be read: No such",
-        ),  # before the model
+        # Before the model.
+        ({"model": "/none", "api_keys_file": "/no.yaml"}, (), r"^/no\.yaml: cannot be read: No such"),
         ({"lora_modules": ("model.gguf=/x",)}, (), "--lora-modules: model.gguf is the name of the model"),
     ],
 )
 def test_what_cannot_be_started(
     tmp_path: Path, settings: dict[str, Any], commands: tuple[Sequence[str], ...], message: str
 ) -> None:
+    skip_without_parts(settings)
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     with pytest.raises((ModelError, SettingsError, SupervisorError), match=message):

@@ -19,7 +19,7 @@ from server.settings.table import Settings
 from server.sockets.socket_folder import SocketFolder
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, fake_engine_process
 from tests.support.server_process import free_port
-from tests.support.serving import api_config, wait_until
+from tests.support.serving import api_config, skip_without_parts, wait_until
 
 COMMAND = [sys.executable, "-m", "server.main"]
 SECONDS = 60.0  # for hangs only
@@ -119,6 +119,7 @@ def api_process(
 
     `dies`: the engine is a process that can be killed. Otherwise it is a thread of this one.
     """
+    skip_without_parts(settings)
     with ExitStack() as stack:
         fake: FakeEngine | subprocess.Popen[bytes]
         fake = stack.enter_context(fake_engine_process(engine)) if dies else stack.enter_context(FakeEngine(engine))

@@ -7,10 +7,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from server.text.folder_tokenizer import TokenizerConfig
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.sandbox import SandboxedTemplate
-from server.text.tokenizer import Tokenizer
+from server.text.tokenizer import Tokenizer, TokenizerConfig
 
 CHATML = (
     "{% for message in messages %}"

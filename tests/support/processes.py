@@ -16,7 +16,7 @@ def is_running(pid: int) -> bool:
 def template_processes(parent: psutil.Process | None = None) -> list[psutil.Process]:
     """Return the processes in which chat templates run, below this process or `parent`."""
     children = [child for child in (parent or psutil.Process()).children(recursive=True) if is_running(child.pid)]
-    return [child for child in children if any("templates.process" in part for part in child.cmdline())]
+    return [child for child in children if "server.parts.hardening.template_processes" in child.cmdline()]
 
 
 def wait_for_end_of(*pids: int, seconds: float = 60.0) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
@@ -24,6 +25,7 @@ from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
 from server.models.served_model import ServedModel
+from server.part_table import PARTS, is_installed, missing_part
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
 from server.sockets.certificate import Certificate
@@ -123,7 +125,19 @@ def wait_until(condition: Any, timeout: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+def is_served(path: str) -> bool:
+    """Return whether a path is one of the core, or of a part that is there: a copy of the core has none."""
+    return missing_part(path) is None
+
+
+def skip_without_parts(settings: Any) -> None:
+    """Skip a test of settings, given by name, whose part is not there."""
+    if any(not is_installed(name) and {*part.settings} & {*settings} for name, part in PARTS.items()):
+        pytest.skip("it needs a part")
+
+
 def make_test_context(address: str, model_folder: Path, **settings: Any) -> ServerContext:
+    skip_without_parts(settings)
     return make_context(api_config(Settings(**settings), EngineProcess(address), model_folder, MODEL_NAMES))
 
 

@@ -18,8 +18,7 @@ from server.http.errors import BadRequestError, InvalidValueError
 from server.models.served_model import ModelVariant
 from server.parts.embeddings.pipeline import embedding_params
 from server.text.templates.chat_encoding import encode_chat
-from server.text.templates.renderer import TemplateLimitError
-from server.text.templates.sandbox import ChatTemplateError
+from server.text.templates.sandbox import ChatTemplateError, TemplateLimitError
 
 Pair = tuple[str, str]  # query, document
 

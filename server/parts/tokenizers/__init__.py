@@ -1,1 +1,1 @@
-"""Tokenizers of other files than tokenizer.json, which `server.text.folder_tokenizer` loads by name."""
+"""Tokenizers of other files than tokenizer.json, which `server.text.tokenizer` loads by name."""

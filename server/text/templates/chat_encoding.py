@@ -14,28 +14,20 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from server.text.templates.chat_template import ChatTemplate, Message
 from server.text.templates.sandbox import ChatTemplateError
 from server.text.templates.tool_probe import num_common
+from server.text.tokenizer import Tokenizer
 
 MAX_DEPTH = 100  # of lists and objects in a request
 MAX_BRANCHINGS = 16  # of a pattern; the library compiles patterns recursively
 
 
-class ChatTokenizer(Protocol):
-    """The methods of a tokenizer that `encode_chat` uses."""
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]: ...
-
-
 def encode_chat(
     template: ChatTemplate,
-    tokenizer: ChatTokenizer,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
@@ -160,15 +152,15 @@ class _Guards:
         return self._guard_of[token[0]] + token[1:-1] + self._guard_of[token[-1]]
 
 
-def _encode_guarded(tokenizer: ChatTokenizer, prompt: str, special: _SpecialTokens, guards: _Guards) -> list[int]:
+def _encode_guarded(tokenizer: Tokenizer, prompt: str, special: _SpecialTokens, guards: _Guards) -> list[int]:
     """Split a guarded prompt at the template's special tokens, and encode the spans with guards as plain text."""
     token_ids: list[int] = []
     start = 0  # index of the first character that is not encoded yet
     for begin, end in _spans_between(prompt, special.pattern):
         if guards.are_in(prompt[begin:end]):
             token_ids += tokenizer.encode(prompt[start:begin], add_special_tokens=False, parse_special=True)
-            encode_plain = _encode_after_special if begin > 0 else _encode_plain
-            token_ids += encode_plain(tokenizer, guards.remove(prompt[begin:end]))
+            plain = guards.remove(prompt[begin:end])
+            token_ids += _encode_after_special(tokenizer, plain) if begin > 0 else tokenizer.encode_plain(plain)
             start = end
     return token_ids + tokenizer.encode(prompt[start:], add_special_tokens=False, parse_special=True)
 
@@ -181,24 +173,11 @@ def _spans_between(text: str, separator: re.Pattern[str]) -> Iterator[tuple[int,
     yield begin, len(text)
 
 
-def _encode_plain(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-
-
-def _encode_after_special(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    """Encode plain text that follows a special token.
-
-    Some tokenizers prepend a space to a text, but not after a special token. For these, the text is encoded after a
-    newline, whose tokens are then removed.
-    """
+def _encode_after_special(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode plain text that follows a special token. Some tokenizers put a space before a text, but not there."""
     special_token = tokenizer.special_tokens[0]
     after_special = tokenizer.encode(special_token + "x", add_special_tokens=False, parse_special=True)[1:]
-    if after_special != _encode_plain(tokenizer, "x"):
-        newline_ids = _encode_plain(tokenizer, "\n")
-        token_ids = _encode_plain(tokenizer, "\n" + text)
-        if token_ids[: len(newline_ids)] == newline_ids:
-            return token_ids[len(newline_ids) :]
-    return _encode_plain(tokenizer, text)
+    return tokenizer.encode_plain(text, is_continuation=after_special != tokenizer.encode_plain("x"))
 
 
 def _strings(value: Any) -> list[str]:

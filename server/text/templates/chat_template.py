@@ -10,8 +10,7 @@ from engine.shared.parts import MissingPartError
 from server.text.parsers.answer_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
-from server.text.templates.renderer import Renderer, TemplateLimitError
-from server.text.templates.sandbox import ChatTemplateError
+from server.text.templates.sandbox import ChatTemplateError, Renderer, TemplateLimitError
 from server.text.templates.syntaxes import NAMES as TOOL_NAMES
 from server.text.templates.syntaxes import QUESTION, AnswerSyntax, answer_syntax, missing_part
 from server.text.templates.tool_probe import TOOLS as PROBE_TOOLS

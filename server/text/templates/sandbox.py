@@ -2,13 +2,13 @@
 
 A template comes from the model or the operator, never from a client. The sandbox blocks access to Python's internals
 and limits `range()`, powers, repetitions and the length of the output. Nested loops can still take very long, and much
-memory: the server runs templates in processes of their own (`server.text.templates.renderer`).
+memory: the part hardening runs templates in processes of their own.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 from jinja2 import meta, nodes
@@ -18,6 +18,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
+from server.part_table import is_installed, load_module
+
 MAX_PROMPT_CHARS = 1 << 24  # of one rendered conversation
 MAX_REASON_CHARS = 200  # of an error message that the template raises
 RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"))
@@ -25,6 +27,10 @@ RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt",
 
 class ChatTemplateError(ValueError):
     """An invalid template, or messages that it cannot render. The message is safe to send to a client."""
+
+
+class TemplateLimitError(ValueError):
+    """A template takes too long. The message is safe to send to a client."""
 
 
 class _TemplateRefusal(jinja2.TemplateError):
@@ -97,6 +103,33 @@ class SandboxedTemplate:
         """Do nothing: there is nothing to end."""
 
 
+class Renderer(Protocol):
+    """A compiled template: its source, the names of variables that it reads, and of those that a request can set."""
+
+    source: str
+    variables: frozenset[str]
+    options: frozenset[str]
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """Return the rendered text. Raises ChatTemplateError, and TemplateLimitError if it takes too long."""
+        ...
+
+    def close(self) -> None:
+        """End what runs the template."""
+        ...
+
+
+def make_renderer(source: str) -> Renderer:
+    """Return what runs a template: processes of its own with the part hardening, else this process.
+
+    Raises ChatTemplateError, TemplateLimitError or OSError.
+    """
+    if is_installed("hardening"):
+        processes: Renderer = load_module("hardening", "template_processes").TemplateProcesses(source)
+        return processes
+    return SandboxedTemplate(source)
+
+
 class _GenerationTag(Extension):
     """The tag `{% generation %}`, which marks an assistant's turn for training. It renders its body."""
 
@@ -150,6 +183,9 @@ def join_bounded(pieces: Iterable[str]) -> str:
             raise OverflowError(f"more than {MAX_PROMPT_CHARS} characters")
         parts.append(piece)
     return "".join(parts)
+
+
+# The variables of a template.
 
 
 def find_variables(template: nodes.Template) -> frozenset[str]:

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.text.choice_text import ChoiceText, Detokenizer, token_text
-from server.text.stop_strings import StopStringMatcher
+from server.text.choice_text import ChoiceText, Detokenizer, StopStringMatcher, token_text
 from tests.support.growth import check_growth
 from tests.support.parsing import cut
 

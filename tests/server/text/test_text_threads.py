@@ -1,13 +1,11 @@
 """Long texts hold up neither other tenants nor short requests: tenants take turns in proportion to their weights."""
 
 import asyncio
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,12 +16,11 @@ from hypothesis import strategies as st
 from server.tenants import Tenant
 from server.text.text_threads import LONG_BYTES, MAX_IDLE_TENANTS, TextThreads, Turns
 from server.text.tokenizer import Tokenizer
-from tests.support.clients import shared_server
 from tests.support.examples import num_examples
 from tests.support.serving import RunningServer, wait_until
 
 LONG = "x" * (LONG_BYTES + 1)
-KEYS = ("key-one", "key-two")
+KEYS = ("key-a", "key-b")
 
 
 class SlowTokenizer:
@@ -58,13 +55,6 @@ def long_requests(server: RunningServer, count: int) -> Iterator[list[Future[htt
         yield waiting
 
 
-@pytest.fixture(scope="module")
-def guarded(model_folder: Path) -> Iterator[RunningServer]:
-    engine = {"max_num_seqs": 64, "max_model_len": 1 << 20}
-    with shared_server(model_folder, settings={"api_key": KEYS}, **engine) as server:
-        yield server
-
-
 SHORT: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "a"}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
@@ -73,46 +63,21 @@ SHORT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_short_requests_and_other_tenants_pass_long_ones(
-    guarded: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer, other = SlowTokenizer(guarded.model.tokenizer, monkeypatch), "y" * len(LONG)
-    with long_requests(guarded, 40) as waiting, ThreadPoolExecutor(1) as pool:
+def test_short_requests_and_other_tenants_pass_long_ones(roomy: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, other = SlowTokenizer(roomy.model.tokenizer, monkeypatch), "y" * len(LONG)
+    with long_requests(roomy, 40) as waiting, ThreadPoolExecutor(1) as pool:
         for path, body in SHORT:
-            assert ask(guarded, path, body).status_code == 200
+            assert ask(roomy, path, body).status_code == 200
         assert not any(each.done() for each in waiting)
         wait_until(lambda: len(tokenizer.begun) > 0)
         num_threads = len(tokenizer.begun)
-        answer = pool.submit(ask, guarded, "/v1/completions", {"prompt": other, "max_tokens": 1}, KEYS[1])
-        wait_until(lambda: guarded.model.client.num_in_flight == 41)
+        answer = pool.submit(ask, roomy, "/v1/completions", {"prompt": other, "max_tokens": 1}, KEYS[1])
+        wait_until(lambda: roomy.model.client.num_in_flight == 41)
         tokenizer.go_on.release(num_threads + 2)
         assert answer.result(60).status_code == 200
         assert tokenizer.begun.index(other) <= num_threads + 1
         tokenizer.go_on.release(40)
         assert {each.result().status_code for each in waiting} == {200}
-
-
-def test_a_long_stored_conversation_is_a_long_text(guarded: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = SlowTokenizer(guarded.model.tokenizer, monkeypatch)
-    tokenizer.go_on.release()
-    stored = ask(guarded, "/v1/responses", {"input": LONG, "max_output_tokens": 1}).json()["id"]
-    count = 1 + (os.cpu_count() or 1)  # as many as fill the threads for short texts
-    threads = guarded.context.text_threads
-    run_in_thread, texts = threads.run, list[int]()
-
-    async def run(tenant: Tenant, num_bytes: int, *work: Any) -> Any:
-        texts.append(num_bytes)
-        return await run_in_thread(tenant, num_bytes, *work)
-
-    with long_requests(guarded, 30) as waiting, ThreadPoolExecutor(count) as pool:
-        monkeypatch.setattr(threads, "run", run)
-        body = {"input": "a", "previous_response_id": stored, "max_output_tokens": 1}
-        continued = [pool.submit(ask, guarded, "/v1/responses", body) for _ in range(count)]
-        wait_until(lambda: len(texts) == count)
-        assert ask(guarded, "/v1/completions", {"prompt": "a"}).status_code == 200
-        assert not any(each.done() for each in waiting)
-        tokenizer.go_on.release(30 + count)
-        assert {each.result().status_code for each in [*waiting, *continued]} == {200}
 
 
 def test_there_are_as_many_threads_as_cores() -> None:

@@ -1,6 +1,5 @@
 """The tokenizer against transformers, on the real model and on folders that the tests write; sequences of tokens."""
 
-import base64
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -217,9 +216,6 @@ def test_bos_that_is_no_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     tokenizer = Tokenizer.from_model(write(tmp_path, byte_level(), {"bos_token": "<nope>", "add_eos_token": True}))
     assert (tokenizer.bos_token, tokenizer.bos_token_id, tokenizer.add_bos) == (None, None, False)
     assert "<nope>" in caplog.text
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(RANKS)
-    assert Tokenizer.from_model(tmp_path).encode("a") == [ord("a")]
 
 
 def test_nothing_is_truncated_or_padded(tmp_path: Path) -> None:
@@ -257,7 +253,6 @@ REFUSED = [
     ({"tokenizer_config.json": '{"chat_template": 7}'}, r"tokenizer_config\.json: chat_template"),
     ({"tokenizer_config.json": "[1]"}, r"tokenizer_config\.json: must hold a JSON object"),
     ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: not valid JSON"),
-    ({"tokenizer.model": b"\x0a\x04\x0a\x02hi", "added_tokens.json": '{"<x>": 1000000}'}, "token 1000000 is far"),
 ]
 
 
@@ -271,31 +266,6 @@ def test_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
         Tokenizer.from_model(tmp_path)
     with pytest.raises(ValueError, match=r"none\.gguf: no such model"):
         Tokenizer.from_model(tmp_path / "none.gguf")
-
-
-# Which file is read, and what completes it.
-
-RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
-
-
-def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(RANKS)
-    assert Tokenizer.from_model(tmp_path).vocab_size == 256
-    without_merges(**{"a": 0, "<s>": 1}).save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.from_model(tmp_path).vocab_size == 2
-
-
-def test_the_config_completes_other_files(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(RANKS)
-    names = {"eos_token": {"content": "<e>"}, "bos_token": "<e>", "pad_token": None}
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
-    added = {"256": {"content": "<e>", "special": True}, "257": {"content": "<b>"}}
-    config = {"added_tokens_decoder": added, "chat_template": "{{ messages }}", "bos_token": {"content": "<b>"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer.from_model(tmp_path)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size) == ("<b>", "<e>", 258)
-    assert tokenizer.chat_template == "{{ messages }}"
-    assert tokenizer.encode("a<e>") == [257, ord("a"), 256]
 
 
 BAD_CONFIG = '{"additional_special_tokens": ["\\ud800"]}'

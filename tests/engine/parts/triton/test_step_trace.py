@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
+from triton.runtime.interpreter import InterpretedFunction
 
 from engine.config import EngineConfig
 from engine.core import Engine
@@ -220,3 +221,19 @@ def test_rows_of_the_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     rows = [call.args[0].num_tokens for call in forward.call_args_list]
     assert rows == [3, 8, 9, 40, 62, 62, 1]  # the last request generates a second token
     assert [len(call.args[0]) for call in compute_logits.call_args_list] == [1] * 7 + [3, 8]
+
+
+def test_the_warm_up_runs_all_kernels_of_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the first request that needs one would wait for its compilation, and so would all streams beside it."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))
+    loaded = load(save_random_model(model, tmp_path, 11), max_model_len=16, max_num_seqs=2)
+    launched: set[str] = set()
+    run = InterpretedFunction.run
+
+    def recorded(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launched.add(kernel.fn.__name__)
+        run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", recorded)
+    warm_up(Engine(EngineConfig(model_path="", speculative="off"), loaded), loaded.limits.max_model_len)
+    assert launched >= {"_top", "_forbid", "_add_biases", "_penalise", "_collect", "_draw"}

@@ -1,4 +1,4 @@
-"""Health in each state of the engine and of the server, usage, tokens of texts, and requests that are cancelled."""
+"""Health in each state of the engine and of the server, tokens of texts, and requests that are cancelled."""
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,14 +9,11 @@ import httpx
 import jinja2
 import pytest
 
-from server.metrics import exposition
-from server.text import text_threads
 from tests.server.conftest import StartServer
 from tests.server.dialects import LOAD, UNLOAD
 from tests.server.kinds import CHESS
-from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, choice_text, write_keys_file
+from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, choice_text
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
-from tests.support.processes import template_processes
 from tests.support.serving import RunningServer, check_error, make_test_context, running_server, wait_until
 from tests.support.tiny_tokenizer_model import IM_END_ID, MAX_MODEL_LEN, chatml
 
@@ -78,68 +75,6 @@ def test_hanging_and_dead(start_server: StartServer, monkeypatch: pytest.MonkeyP
     wait_until(lambda: liveness.dead_reason)
     assert statuses(server) == (503, 503, 503)
     check_error(ask(server.url, COMPLETIONS), 503)
-
-
-@pytest.mark.checklist("G05")
-def test_work_on_texts_that_hangs(start_server: StartServer, threads: ThreadPoolExecutor) -> None:
-    """Readiness comes back by itself, when there is progress again."""
-    others = template_processes()
-    server = start_server()
-    processes = set(template_processes()) - set(others)
-    for process in processes:
-        process.suspend()
-    answer = threads.submit(ask, server.url, CHAT)
-    wait_until(lambda: server.context.text_threads._short_work)
-    assert statuses(server) == (200, 200, 200)
-    server.turn(text_threads.STUCK_SECONDS + 1)
-    assert statuses(server) == (503, 200, 503)
-    for process in processes:
-        process.resume()
-    assert answer.result().status_code == 200
-    assert statuses(server) == (200, 200, 200)
-
-
-# Usage.
-
-
-def complete(server: RunningServer, key: str = "none", **fields: Any) -> httpx.Response:
-    body = {"model": "tiny", "prompt": "abcd", "max_tokens": 2, **fields}
-    return httpx.post(server.url + COMPLETIONS, json=body, headers={"authorization": f"Bearer {key}"})
-
-
-def usage(server: RunningServer, key: str = "none") -> dict[str, Any]:
-    (entry,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
-    return dict(entry)
-
-
-def test_usage_of_each_tenant(start_server: StartServer, tmp_path: Path) -> None:
-    server = start_server(api_keys_file=str(write_keys_file(tmp_path, tokens_per_day=99)))
-    for key in ("a", "a", "b", "none"):
-        complete(server, key)
-    for tenant, key, num_requests in (("alice", "a", 2), ("bob", "b", 1)):
-        for name, count in (("requests", 1), ("prompt_tokens", 4), ("generation_tokens", 2)):
-            assert server.metric(f"lightwell_tenant_{name}_total", tenant=tenant) == count * num_requests
-        own = usage(server, key)
-        assert (own["name"], own["num_requests"], own["total_tokens_today"]) == (tenant, num_requests, 6 * num_requests)
-        assert own["limits"]["tokens_per_day"] == (99 if key == "a" else None)
-
-
-def test_usage_without_keys_is_that_of_all(start_server: StartServer) -> None:
-    server = start_server()
-    assert complete(server, priority=-9).headers.get("x-lightwell-warnings") is None
-    assert usage(server) | {"limits": None} == {
-        **{"object": "usage", "name": None, "num_requests": 1, "num_running_requests": 0, "limits": None},
-        **{"prompt_tokens": 4, "cached_tokens": 0, "completion_tokens": 2, "total_tokens_today": 6},
-    }
-    assert b"tenant=" not in exposition([server.context.metrics])[0]
-
-
-def test_an_admin_sees_all(start_server: StartServer) -> None:
-    server = start_server(api_key=("a", "b"), admin_key="root")
-    complete(server, "a")
-    answer = httpx.get(server.url + "/v1/usage", headers={"authorization": "Bearer root"}).json()
-    assert {entry["name"]: entry["num_requests"] for entry in answer["data"]} == {"key-1": 1, "key-2": 0, "admin": 0}
-    assert usage(server, "b")["name"] == "key-2"
 
 
 # Tokens.

@@ -176,12 +176,10 @@ def test_no_grammar_is_made_for_who_has_gone(server: RunningServer, path: str) -
 
 
 def test_reasoning_budget(model: RunningServer) -> None:
-    body = {"model": "tiny", "max_tokens": 9, "messages": MESSAGES, "thinking": {"type": "enabled", "budget_tokens": 7}}
     tokenizer = model.model.tokenizer
     if "<think>" not in tokenizer.special_tokens:
         error = check_error(ask(model.url, CHAT, thinking_token_budget=5), 400)
         assert (error["param"], error["code"]) == ("thinking_token_budget", "unsupported_parameter")
-        assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
         return
     start_id, end_id = (tokenizer.special_ids_in([tag])[tag] for tag in ("<think>", "</think>"))
     for budget, is_open in ((0, False), (7, True)):
@@ -191,8 +189,6 @@ def test_reasoning_budget(model: RunningServer) -> None:
     for nothing in (None, -1):
         ask_json(model.url, CHAT, thinking_token_budget=nothing)
         assert model.engine.submits[-1].params.reasoning_limit is None
-    assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
-    assert model.engine.submits[-1].params.reasoning_limit == expected
     fields = {"thinking_token_budget": 5, "bad_words": ["a"]}
     assert check_error(ask(model.url, CHAT, **fields), 400)["param"] == "bad_words"
 

@@ -53,13 +53,6 @@ def between(prompt: Iterable[int], suffix: bytes = b"b") -> list[int]:
     return [BOS_ID, PREFIX_ID, *prompt, SUFFIX_ID, *suffix, MIDDLE_ID]
 
 
-def test_text_between_prompt_and_suffix(fim: RunningServer) -> None:
-    answer = ask(fim.url, "/api/generate", prompt="f(", suffix=")\n", system="Be brief.")
-    assert (answer.json()["response"], answer.headers[WARNINGS]) == (REPLY, "ignored parameters: system")
-    assert fim.engine.submits[-1].prompt_token_ids == between(b"f(", b")\n")
-    assert "insert" in ask_json(fim.url, "/api/show")["capabilities"]
-
-
 @pytest.mark.checklist("C03")
 @pytest.mark.parametrize(
     ("fields", "prompts"),

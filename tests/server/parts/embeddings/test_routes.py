@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import math
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 
 from engine.shared.messages import Pooling, SamplingParams
 from tests.server.conftest import StartServer
+from tests.server.http.test_request_middleware import access_fields
 from tests.support import clients
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, raw_request, wait_until
@@ -245,3 +247,11 @@ def test_other_names_of_texts(server: RunningServer) -> None:
     assert answer.json()["data"] == expected
     assert "x-lightwell-warnings" not in answer.headers
     assert rerank(server, documents="b").json()["results"][0]["document"] == {"text": "b"}
+
+
+def test_the_log_has_the_tokens_of_the_prompt_alone(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    ask(server, ["Hello", "you"])
+    fields = access_fields(caplog, PATH)
+    assert fields["prompt_tokens"] > 0
+    assert "completion_tokens" not in fields

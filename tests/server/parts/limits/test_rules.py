@@ -1,14 +1,21 @@
-"""Token buckets against a plain model, and the format of durations."""
+"""Token buckets against a plain model, the format of durations, and what tenants have used."""
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.accounts import DAY, Account
 from server.http.errors import QuotaExceededError
+from server.metrics import exposition
 from server.parts.limits.rules import Limits, TokenBucket, format_duration
+from tests.server.conftest import StartServer
+from tests.support.clients import COMPLETIONS, write_keys_file
+from tests.support.serving import RunningServer
 
 STEPS = st.lists(st.tuples(st.floats(0, 100), st.integers(0, 50)), max_size=20)
 
@@ -56,3 +63,46 @@ def test_a_budget_is_renewed_once_a_day() -> None:
         with nullcontext() if is_renewed else pytest.raises(QuotaExceededError, match="10 tokens per day"):
             account.begin()
         account.count_tokens(prompt=10 if is_renewed else 0)
+
+
+# What tenants have used.
+
+
+def complete(server: RunningServer, key: str = "none", **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "abcd", "max_tokens": 2, **fields}
+    return httpx.post(server.url + COMPLETIONS, json=body, headers={"authorization": f"Bearer {key}"})
+
+
+def usage(server: RunningServer, key: str = "none") -> dict[str, Any]:
+    (entry,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
+    return dict(entry)
+
+
+def test_usage_of_each_tenant(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server(api_keys_file=str(write_keys_file(tmp_path, tokens_per_day=99)))
+    for key in ("a", "a", "b", "none"):
+        complete(server, key)
+    for tenant, key, num_requests in (("alice", "a", 2), ("bob", "b", 1)):
+        for name, count in (("requests", 1), ("prompt_tokens", 4), ("generation_tokens", 2)):
+            assert server.metric(f"lightwell_tenant_{name}_total", tenant=tenant) == count * num_requests
+        own = usage(server, key)
+        assert (own["name"], own["num_requests"], own["total_tokens_today"]) == (tenant, num_requests, 6 * num_requests)
+        assert own["limits"]["tokens_per_day"] == (99 if key == "a" else None)
+
+
+def test_usage_without_keys_is_that_of_all(start_server: StartServer) -> None:
+    server = start_server()
+    assert complete(server, priority=-9).headers.get("x-lightwell-warnings") is None
+    assert usage(server) | {"limits": None} == {
+        **{"object": "usage", "name": None, "num_requests": 1, "num_running_requests": 0, "limits": None},
+        **{"prompt_tokens": 4, "cached_tokens": 0, "completion_tokens": 2, "total_tokens_today": 6},
+    }
+    assert b"tenant=" not in exposition([server.context.metrics])[0]
+
+
+def test_an_admin_sees_all(start_server: StartServer) -> None:
+    server = start_server(api_key=("a", "b"), admin_key="root")
+    complete(server, "a")
+    answer = httpx.get(server.url + "/v1/usage", headers={"authorization": "Bearer root"}).json()
+    assert {entry["name"]: entry["num_requests"] for entry in answer["data"]} == {"key-1": 1, "key-2": 0, "admin": 0}
+    assert usage(server, "b")["name"] == "key-2"

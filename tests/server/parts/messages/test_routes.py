@@ -16,6 +16,7 @@ from typing_extensions import is_typeddict
 from server.parts.messages.conversion import CLIENT_TOOLS
 from tests.server.conftest import StartServer
 from tests.server.dialects import COUNT, REPLY, WARNINGS, anthropic_error, ask_events, prompt_of
+from tests.server.generation.test_prompts import LONG, LONG_MESSAGES
 from tests.support.clients import ANTHROPIC, MESSAGES, MINIMAL, ask, ask_json, shared_server
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer
@@ -301,3 +302,7 @@ def test_models_in_this_form(server: RunningServer) -> None:
     assert model in page["data"]
     assert (model["type"], model["display_name"], model["max_input_tokens"]) == ("model", "tiny", 2048)
     assert "object" in httpx.get(f"{server.url}/v1/models/tiny").json()
+
+
+def test_a_long_text_is_counted_as_a_whole(server: RunningServer) -> None:
+    assert ask_json(server.url, COUNT, messages=LONG_MESSAGES)["input_tokens"] > len(LONG)

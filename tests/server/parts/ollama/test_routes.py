@@ -17,8 +17,9 @@ from server.http.errors import BadRequestError
 from server.parts.ollama.conversion import OPTIONS, RANGES, ignored_names, keep_alive_seconds, to_chat
 from server.parts.ollama.models import short_number
 from server.parts.ollama.schemas import OllamaChatRequest
+from tests.server.api.completions.test_routes import between
 from tests.server.conftest import StartServer
-from tests.server.dialects import REPLY, ask_events, error_of, prompt_of
+from tests.server.dialects import REPLY, WARNINGS, ask_events, error_of, prompt_of
 from tests.support.clients import CHAT, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE, ask, ask_json, shared_server
 from tests.support.fake_engine import make_adapter
 from tests.support.growth import num_calls
@@ -346,3 +347,10 @@ def test_durations() -> None:
     assert [keep_alive_seconds(value) for value in endless] == [math.inf] * 6
     nothing = (None, "", "-", "s", "m5", "5 m", True, "1d", ".", "--1", "1h2", "1" * 40 + "x", "1m" * 10**6)
     assert [value for value in nothing if keep_alive_seconds(value) is not None] == []
+
+
+def test_text_between_prompt_and_suffix(fim: RunningServer) -> None:
+    answer = ask(fim.url, "/api/generate", prompt="f(", suffix=")\n", system="Be brief.")
+    assert (answer.json()["response"], answer.headers[WARNINGS]) == (REPLY, "ignored parameters: system")
+    assert fim.engine.submits[-1].prompt_token_ids == between(b"f(", b")\n")
+    assert "insert" in ask_json(fim.url, "/api/show")["capabilities"]

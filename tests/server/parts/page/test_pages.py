@@ -117,3 +117,12 @@ def test_documentation_in_chromium(server: RunningServer, guarded: RunningServer
         page.get_by_text("Create Chat Completion").first.wait_for()
         page.goto(f"{guarded.url}/docs")
         page.locator("#no-key").wait_for()
+
+
+def test_the_prefix_alone_leads_to_the_page(start_server: StartServer) -> None:
+    """With a slash, to which the page's paths are relative."""
+    prefixed = start_server(root_path="/llm", api_key=("k",))
+    headers = {"authorization": "Bearer k"}
+    response = httpx.get(prefixed.url + "/llm", follow_redirects=True, headers=headers)
+    assert (response.status_code, response.url.path) == (200, "/llm/")
+    assert httpx.get(prefixed.url + "/llmx", headers=headers).status_code == 404

@@ -1,9 +1,11 @@
 """`/v1/responses` over real sockets, with a fake engine: tokens are bytes, the template is ChatML."""
 
 import json
+import os
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
@@ -18,10 +20,14 @@ from server.generation.pipeline import MAX_HELD_SECONDS
 from server.parts.responses import conversion as responses
 from server.parts.responses.custom_tools import OTHER_CALLS
 from server.parts.responses.store import ResponseStore
+from server.tenants import Tenant
 from tests.server import dialects
 from tests.server.conftest import StartServer
 from tests.server.dialects import REPLY, RESPONSE_EVENTS, WARNINGS, Reader, prompt_of, text_of
 from tests.server.parts.messages.test_routes import types_of
+from tests.server.text.test_text_threads import LONG as LONG_TEXT
+from tests.server.text.test_text_threads import SlowTokenizer, long_requests
+from tests.server.text.test_text_threads import ask as ask_key
 from tests.support import clients
 from tests.support.clients import MINIMAL, RESPONSES, openai_client, shared_server
 from tests.support.fake_engine import FakeEngine
@@ -725,3 +731,26 @@ def test_invalid_requests(server: RunningServer) -> None:
 def test_streams_without_an_event_log(server: RunningServer) -> None:
     for response in (ask_events(server)[-1]["response"], ask_json(server, background=True), ask_json(server)):
         assert check_error(get(server, f"{response['id']}?stream=true"), 400)["param"] == "stream"
+
+
+def test_a_long_stored_conversation_is_a_long_text(roomy: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = SlowTokenizer(roomy.model.tokenizer, monkeypatch)
+    tokenizer.go_on.release()
+    stored = ask_key(roomy, "/v1/responses", {"input": LONG_TEXT, "max_output_tokens": 1}).json()["id"]
+    count = 1 + (os.cpu_count() or 1)  # as many as fill the threads for short texts
+    threads = roomy.context.text_threads
+    run_in_thread, texts = threads.run, list[int]()
+
+    async def run(tenant: Tenant, num_bytes: int, *work: Any) -> Any:
+        texts.append(num_bytes)
+        return await run_in_thread(tenant, num_bytes, *work)
+
+    with long_requests(roomy, 30) as waiting, ThreadPoolExecutor(count) as pool:
+        monkeypatch.setattr(threads, "run", run)
+        body = {"input": "a", "previous_response_id": stored, "max_output_tokens": 1}
+        continued = [pool.submit(ask_key, roomy, "/v1/responses", body) for _ in range(count)]
+        wait_until(lambda: len(texts) == count)
+        assert ask_key(roomy, "/v1/completions", {"prompt": "a"}).status_code == 200
+        assert not any(each.done() for each in waiting)
+        tokenizer.go_on.release(30 + count)
+        assert {each.result().status_code for each in [*waiting, *continued]} == {200}

@@ -17,6 +17,7 @@ from engine.parts.tokenizers.files import read_tekken, read_tiktoken
 from server.parts.tokenizers.build import TIKTOKEN_PATTERNS
 from server.text.gguf_tokenizer import LLAMA3, PRE_TOKENIZERS, byte_alphabet
 from server.text.tokenizer import Tokenizer
+from tests.server.text.test_tokenizer import without_merges
 from tests.support.examples import num_examples
 from tests.support.random_texts import LINES, random_texts
 from tests.support.trained_tokenizers import byte_level_bpe, sentencepiece_model, streamed_text
@@ -179,6 +180,9 @@ def test_refused(model: bytes, tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=rf"tokenizer\.model: {message}"):
             Tokenizer.from_model(write(tmp_path, data))
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 1000000}')
+    with pytest.raises(ValueError, match="token 1000000 is far"):
+        Tokenizer.from_model(write(tmp_path, model))
 
 
 def protobuf_bytes(number: int, value: bytes) -> bytes:
@@ -324,3 +328,31 @@ def test_patterns_that_mean_something_else_are_refused(pattern: str, ranks: dict
     folder = write_tiktoken(tmp_path / "other.tiktoken", ranks, {"pat_str": pattern})
     with pytest.raises(ValueError, match=r"the pattern .* is not supported, because of"):
         Tokenizer.from_model(folder)
+
+
+# Which file is read, and what completes it.
+
+RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
+
+
+def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(RANKS)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"bos_token": "<nope>", "add_eos_token": true}')
+    tokenizer = Tokenizer.from_model(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.encode("a")) == (256, [ord("a")])
+    without_merges(**{"a": 0, "<s>": 1}).save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_model(tmp_path).vocab_size == 2
+
+
+def test_the_config_completes_other_files(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(RANKS)
+    names = {"eos_token": {"content": "<e>"}, "bos_token": "<e>", "pad_token": None}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    added = {"256": {"content": "<e>", "special": True}, "257": {"content": "<b>"}}
+    config = {"added_tokens_decoder": added, "chat_template": "{{ messages }}", "bos_token": {"content": "<b>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_model(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size) == ("<b>", "<e>", 258)
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.encode("a<e>") == [257, ord("a"), 256]

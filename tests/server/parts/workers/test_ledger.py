@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.api.admin.test_routes import usage
 from tests.server.conftest import StartServer
 from tests.server.parts.conftest import StartPair
+from tests.server.parts.limits.test_rules import usage
 from tests.support.clients import CHAT, COMPLETIONS
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, wait_until

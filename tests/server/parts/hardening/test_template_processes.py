@@ -1,4 +1,4 @@
-"""Chat templates that fail, loop, eat memory, look around or end their process harm only what they render."""
+"""Chat templates that fail, loop, eat memory or end their process harm only what they render."""
 
 import gc
 import os
@@ -18,17 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.http.errors import EngineUnavailableError
-from server.text.templates import renderer
+from server.parts.hardening import template_processes as renderer
+from server.parts.hardening.template_processes import MAX_DATA_BYTES, MAX_SECONDS, TemplateProcesses
+from server.text import text_threads
 from server.text.templates.chat_template import ChatTemplate
-from server.text.templates.process import MAX_DATA_BYTES, MAX_SECONDS
-from server.text.templates.renderer import TemplateLimitError, TemplateProcesses
-from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
+from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate, TemplateLimitError
+from tests.server.api.admin.test_routes import statuses
 from tests.server.conftest import StartServer
-from tests.support.chat_templates import CHATML, chat_template, user
+from tests.support.clients import CHAT, ask
 from tests.support.examples import num_examples
 from tests.support.processes import template_processes, wait_for_end_of
 from tests.support.serving import check_error, wait_until
-from tests.support.tool_templates import load_template
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROW = "{% set ns = namespace(x=['a' * 9999]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
@@ -129,7 +129,7 @@ def test_closing_ends_the_processes() -> None:
 
 def test_a_process_ends_with_what_it_belongs_to() -> None:
     """The parent, even if it is killed, and the object."""
-    code = "from server.text.templates.renderer import TemplateProcesses; t = TemplateProcesses('a'); print(1); input()"
+    code = "from server.parts.hardening.template_processes import *; t = TemplateProcesses('a'); print(1); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=os.getcwd()) as parent:
         assert parent.stdout is not None
@@ -194,83 +194,20 @@ def test_others_are_served_beside_a_template_that_loops(start_server: StartServe
     assert (error["param"], "2 seconds of processor time" in error["message"]) == ("messages", True)
 
 
-# The sandbox: hostile and broken templates fail, and reach nothing outside; which variables a template reads.
-
-ESCAPES = [
-    "{{ messages.__class__ }}",
-    "{{ messages | attr('__class__') }}",
-    "{{ messages | map(attribute='__class__') | list }}",
-    "{{ messages[0]['content']['__class__'] }}",
-    "{{ '{0.__class__.__mro__}'.format(messages) }}",
-    "{{ ('{0.__class__}' | attr('format'))(messages) }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ lipsum.__globals__ }}",
-    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-    "{{ messages.append(1) }}",
-    "{{ messages[0].update(role='system') }}",
-    "{% include '/etc/passwd' %}",
-]
-
-
-@pytest.mark.checklist("B10")
-@pytest.mark.parametrize("escape", ESCAPES)
-def test_sandbox_holds(escape: str) -> None:
-    messages = user("x")
-    try:
-        shown = chat_template(escape).render(messages)
-    except ChatTemplateError as error:
-        shown = str(error)
-    assert not any(leak in shown for leak in ("<class", "<function", "built-in", "uid=", "root:", "/usr", "subprocess"))
-    assert messages == user("x")
-
-
-LARGE = [
-    "{% for i in range(10**9) %}x{% endfor %}",
-    "{{ 'a' * 10**9 }}",
-    "{{ 10**9 * [1] }}",
-    "{{ 10 ** (10 ** 10) }}",
-    "{{ 4 ** 30000 * 4 ** 30000 > 1 }}",
-    "{% set ns = namespace(x=10**30) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}",
-    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-]
-FAILING = ["{{ messages[0].content.no.more }}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}", "{{ messages | tojson(indent={}) }}"]
-NOT_COMPILED = ["{% if %}", "{{ x", "{% nothing %}", "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}"]
-ERRORS = [
-    (LARGE, "too large or too deeply nested"),
-    (FAILING, "cannot render this request"),
-    (NOT_COMPILED, "does not compile"),
-]
-
-
-@pytest.mark.checklist("B10", "C20")
-@pytest.mark.parametrize(
-    ("source", "message"), [(source, message) for sources, message in ERRORS for source in sources]
-)
-def test_any_error_is_a_chat_template_error(source: str, message: str) -> None:
-    with pytest.raises(ChatTemplateError, match=message) as error:
-        chat_template(source).render(user("canary"))
-    assert "canary" not in str(error.value)
-
-
-# The variables that a template reads, and those that a request can set.
-
-
-OPTIONS = """\
-{%- if not date is defined %}{%- set date = strftime_now("%Y") %}{%- endif %}
-{%- macro shout(text) %}{{ text | upper }}{{ mark }}{% endmacro %}
-{%- set ns = namespace(found=false) %}{%- set unit = unit | default('m') %}
-{%- for message in messages %}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{ range(2) | list }}{% endif %}
-    {%- if loop.first %}{%- set own = '' %}{%- endif %}{{ own }}
-    {%- if false %}{{ raise_exception('no') }}{% endif %}{{ shout(message.content) }}{{ '<tool_call>' + '</think>' }}
-{%- endfor %}{{ bos_token }}{{ documents }}{% if add_generation_prompt %}{{ tools }}{% endif %}{{ date }}"""
-
-
-def test_options_are_what_the_template_reads() -> None:
-    template = chat_template(OPTIONS)
-    assert template.options == {"date", "mark", "enable_thinking", "unit"}
-    assert template.variables > {"messages", "tools", "documents", "add_generation_prompt", "bos_token"}
-    assert chat_template(CHATML).options == frozenset()
-    llama = load_template("meta-llama-Llama-3.2-3B-Instruct")
-    assert llama.options == {"custom_tools", "date_string", "tools_in_user_message"}
+@pytest.mark.checklist("G05")
+def test_work_on_texts_that_hangs(start_server: StartServer, threads: ThreadPoolExecutor) -> None:
+    """Readiness comes back by itself, when there is progress again."""
+    others = template_processes()
+    server = start_server()
+    processes = set(template_processes()) - set(others)
+    for process in processes:
+        process.suspend()
+    answer = threads.submit(ask, server.url, CHAT)
+    wait_until(lambda: server.context.text_threads._short_work)
+    assert statuses(server) == (200, 200, 200)
+    server.turn(text_threads.STUCK_SECONDS + 1)
+    assert statuses(server) == (503, 200, 503)
+    for process in processes:
+        process.resume()
+    assert answer.result().status_code == 200
+    assert statuses(server) == (200, 200, 200)

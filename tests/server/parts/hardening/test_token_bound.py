@@ -12,15 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from server.text.folder_tokenizer import TokenizerConfig
 from server.text.gguf_tokenizer import split_into_bytes
-from server.text.tokenizer import Tokenizer
+from server.text.tokenizer import Tokenizer, TokenizerConfig
+from tests.server.generation.test_prompts import LONG, LONG_MESSAGES
 from tests.server.parts.tokenizers.test_other_files import VARIANTS, train, write
 from tests.server.text.test_tokenizer import byte_level, sentencepiece
+from tests.support.clients import CHAT, COMPLETIONS, ask
 from tests.support.examples import num_examples
 from tests.support.paths import ROOT
 from tests.support.pruned_vocabulary import FOLDER, load, tokenizer_of
 from tests.support.random_texts import random_texts
+from tests.support.serving import RunningServer, check_error
 
 ENGLISH = (ROOT / "tests/bench/english.txt").read_text(encoding="utf-8")
 CODE = (ROOT / "server/text/tokenizer.py").read_text(encoding="utf-8")
@@ -184,3 +186,14 @@ def test_without_tokens_for_unknown_characters_there_is_no_bound(tmp_path: Path)
     backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     backend.decoder = decoders.Metaspace()
     assert min_tokens(tokenizer_from(backend), "a b " * 1000) == 0
+
+
+def test_a_text_that_is_certainly_too_long_is_not_tokenized(server: RunningServer) -> None:
+    rows: list[tuple[str, str, Any]] = [
+        *((COMPLETIONS, "prompt", prompt) for prompt in (LONG, ["Hi", LONG])),
+        *((CHAT, "messages", LONG_MESSAGES + more) for more in ([], [{"role": "user", "content": "<|im_end|>"}])),
+    ]
+    for path, noun, value in rows:
+        error = check_error(ask(server.url, path, **{noun: value}), 400)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", noun)
+        assert f"your {noun} resulted in at least " in error["message"]  # tokenizing would give the exact number

@@ -1,50 +1,39 @@
 """Runs a chat template in other processes, so that one that loops or eats memory harms nothing else.
 
 The sandbox keeps a template from Python's internals, but not from taking time and memory.
+
+The standard input of such a process, `python -m server.parts.hardening.template_processes`, is a socket. It reads the
+template's source and answers with the names of the template's variables; then it reads the variables of one rendering
+after the other, and answers each with the text or an error. It ends when the socket is closed. Work that takes longer
+than `MAX_SECONDS` ends it too, as its parent sees by the exit code.
 """
 
 import json
 import logging
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import weakref
 from collections import deque
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
-from server.http.errors import EngineUnavailableError
-from server.text.templates.process import MAX_SECONDS, read_message, send_message
-from server.text.templates.sandbox import ChatTemplateError
+from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate, TemplateLimitError
 
 logger = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-P", "-m", "server.text.templates.process")
+COMMAND = (sys.executable, "-P", "-m", "server.parts.hardening.template_processes")
+MAX_SECONDS = 2.0  # of processor time for one rendering; most take a few milliseconds
+MAX_DATA_BYTES = 512 << 20  # RLIMIT_DATA; beyond it, Python raises MemoryError
 MAX_PROCESSES = 16  # that render at the same time; there are no more than threads that ask for it
 MAX_WAITING_SECONDS = 30.0  # for one answer of a process, on a machine that is busy with other things
+TOO_LARGE = "The chat template cannot render this request: it is too large."
 TOO_SLOW = f"The chat template takes more than {MAX_SECONDS:g} seconds of processor time."
-
-
-class TemplateLimitError(ValueError):
-    """A template takes too long. The message is safe to send to a client."""
-
-
-class Renderer(Protocol):
-    """A compiled template: its source, the names of variables that it reads, and of those that a request can set."""
-
-    source: str
-    variables: frozenset[str]
-    options: frozenset[str]
-
-    def render(self, variables: dict[str, Any]) -> str:
-        """Return the rendered text. Raises ChatTemplateError, and TemplateLimitError if it takes too long."""
-        ...
-
-    def close(self) -> None:
-        """End what runs the template."""
-        ...
+HEAD = struct.Struct("<?I")  # whether it is an answer without an error, and the number of bytes that follow
 
 
 class TemplateProcesses:
@@ -70,6 +59,8 @@ class TemplateProcesses:
 
         Raises ChatTemplateError, TemplateLimitError, or EngineUnavailableError if no process answers.
         """
+        from server.http.errors import EngineUnavailableError  # which the processes need not load
+
         data = json.dumps(variables).encode()
         with self._slots:
             for _ in range(2):
@@ -163,3 +154,48 @@ class _Process:
         self._close()
         self._process.kill()
         self._process.wait()
+
+
+# A process.
+
+
+def main() -> None:
+    """Render until the socket is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
+    with socket.socket(fileno=0) as connection, connection.makefile("rb") as reader:
+        template: SandboxedTemplate | None = None
+        while (content := read_message(reader)) is not None:
+            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # SIGPROF then ends the process
+            try:
+                if template is None:
+                    template = SandboxedTemplate(content[1].decode())
+                    answer = json.dumps([sorted(template.variables), sorted(template.options)])
+                else:
+                    answer = template.render(json.loads(content[1]))
+                is_ok = True
+                data = answer.encode("utf-8", "surrogatepass")
+            except (ChatTemplateError, MemoryError) as error:
+                is_ok, data = False, (str(error) or TOO_LARGE).encode("utf-8", "surrogatepass")
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
+            send_message(connection, is_ok, data)
+
+
+def send_message(connection: socket.socket, is_ok: bool, content: bytes) -> None:
+    """Send a message, either way. Raises OSError."""
+    connection.sendall(HEAD.pack(is_ok, len(content)) + content)
+
+
+def read_message(reader: BinaryIO) -> tuple[bool, bytes] | None:
+    """Return the next message, or None if the peer has closed the socket. Raises OSError, with TimeoutError."""
+    head = reader.read(HEAD.size)
+    if len(head) < HEAD.size:
+        return None
+    is_ok, num_bytes = HEAD.unpack(head)
+    content = reader.read(num_bytes)
+    return None if len(content) < num_bytes else (is_ok, content)
+
+
+if __name__ == "__main__":
+    main()

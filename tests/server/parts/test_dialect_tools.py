@@ -114,7 +114,7 @@ def test_budgets_and_omitted_reasoning(tools: RunningServer) -> None:
         message = ask_json(tools.url, ANTHROPIC, thinking=thinking, max_tokens=-1)  # which no budget exceeds
         assert [block["type"] for block in message["content"]] == ["text"]
         budget = tools.engine.submits[-1].params.reasoning_limit
-        assert (budget and budget.max_tokens) == num_tokens
+        assert (budget and (budget.max_tokens, budget.is_open)) == (num_tokens and (num_tokens, True))
 
 
 # The harmony format.
