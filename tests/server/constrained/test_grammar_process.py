@@ -133,6 +133,7 @@ def of_template(name: str, *schemas: Schema) -> bytes:
 
 
 @pytest.mark.checklist("C21")
+@pytest.mark.skipif(not is_installed("tool_formats"), reason="its templates are of that part")
 async def test_whatever_a_schema_costs_it_is_answered(process: GrammarProcess) -> None:
     """Each request gets a grammar or a problem, never an error of the server.
 

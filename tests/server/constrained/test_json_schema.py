@@ -26,6 +26,7 @@ from engine.grammar.compiler import GrammarError, compute_mask
 from server.constrained.closed_objects import Narrowing, find_narrowing
 from server.constrained.constraints import schema_constraint
 from server.constrained.json_schema import ascii_classes, normalize_schema
+from server.part_table import is_installed
 from server.text.tokenizer import Tokenizer
 from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, shared_server
 from tests.support.examples import num_examples
@@ -323,6 +324,7 @@ def test_names_within_names(server: RunningServer) -> None:
     assert matches(server, grammar, '{"a":' * 25 + "7" + "}" * 25)
 
 
+HAS_TAGS = is_installed("structural_tags")
 PERSON: dict[str, Any] = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 INSIDE, OUTSIDE = '{"name":"Jo"}', '{"name":"Jo","age":3}'
 TAG: dict[str, Any] = {"type": "json_schema", "json_schema": PERSON}
@@ -337,8 +339,8 @@ EVERYWHERE: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"response_format": {"type": "json_object", "schema": PERSON}}, "", ""),
     (CHAT, {"structured_outputs": {"json": PERSON}}, "", ""),
     (COMPLETIONS, {"guided_json": json.dumps(PERSON)}, "", ""),
-    (CHAT, {"response_format": {"type": "structural_tag", "format": TAG}}, "", ""),
-    (CHAT, {"response_format": STRUCTURES}, "a<f>", "b"),
+    *[(CHAT, {"response_format": {"type": "structural_tag", "format": TAG}}, "", "")] * HAS_TAGS,
+    *[(CHAT, {"response_format": STRUCTURES}, "a<f>", "b")] * HAS_TAGS,
     (CHAT, FORCED, '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"),
     ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "a", "schema": PERSON}}}, "", ""),
     ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": PERSON}}}, "", ""),
@@ -402,7 +404,7 @@ def test_sets_of_pydantic(servers: list[RunningServer]) -> None:
     tools = [{"type": "function", "function": function} for function in (loose, strict)]
     requests: list[tuple[str, str, dict[str, Any]]] = [
         (CHAT, "response_format", {"response_format": json_schema(schema)}),
-        (CHAT, "response_format", {"response_format": {"type": "structural_tag", "format": tag}}),
+        *[(CHAT, "response_format", {"response_format": {"type": "structural_tag", "format": tag}})] * HAS_TAGS,
         (COMPLETIONS, "structured_outputs", {"structured_outputs": {"json": json.dumps(schema)}}),
         (COMPLETIONS, "guided_json", {"guided_json": schema}),
         (CHAT, "tools[1].function.parameters", {"tools": tools}),
