@@ -21,7 +21,7 @@ from server.text.parsers.tool_formats import ID, Arguments, JSONArguments, Objec
 PART = "tool_formats"
 
 # What a template gets to render.
-QUESTION, CONTENT, RESULT = "lwquestion", "lwcontent", "lwresult"
+QUESTION, CONTENT = "lwquestion", "lwcontent"
 NAMES = ("lwtool_a", "lwtool_b")
 IDS = ("lwid00001", "lwid00002")  # nine characters, which Mistral's templates require
 FIRST, LAST = "lwfirst", "lwlast"

@@ -27,7 +27,7 @@ from server.text.templates.syntaxes import (
 Message = dict[str, Any]
 Render = Callable[..., str | None]  # (messages, *, tools, add_generation_prompt, **options); None: not possible
 
-OPENERS, CLOSERS = "<[{(\"'◁", ">]})\"'▷"
+OPENERS = "<[{(\"'◁"
 _PROPERTIES = {
     key: {"type": kind, "description": "x", "items": {"type": "integer"}, "additionalProperties": {"type": "string"}}
     for key, kind in zip(KEYS, TYPES, strict=True)
