@@ -186,7 +186,9 @@ class ChunkWriter(Writer):
             return b""
         chunks = [chunk for delta in deltas for chunk in self.chunks(delta)]
         if self._include_usage:
-            _set_usage(chunks, usage() if self._continuous else None)
+            so_far = usage() if self._continuous else None
+            for chunk in chunks:
+                chunk.usage = so_far
         return encode_chunks(chunks)
 
     def end(self, usage: Usage, timings: RequestTimings | UnsetType = UNSET) -> bytes:
@@ -199,11 +201,6 @@ class ChunkWriter(Writer):
 
     def failure(self, error: APIError) -> bytes:
         return error_event(error)
-
-
-def _set_usage(chunks: Sequence[Chunk], usage: Usage | None) -> None:
-    for chunk in chunks:
-        chunk.usage = usage
 
 
 def encode_chunks(chunks: Sequence[Chunk]) -> bytes:

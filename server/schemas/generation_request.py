@@ -2,15 +2,13 @@
 
 Requests are pydantic models in strict mode: a string is not accepted as a number, a boolean or 2.0 not as an integer.
 Null stands for the default everywhere. Undeclared fields are kept in `model_extra` and checked by
-`server.generation.preamble`. Fields that depend on others are checked if the request has them. Lists are bounded and
-validation stops at their first invalid element: reporting a million errors would block the event loop. Answers are
-msgspec structs, which encode in about a microsecond; their fields are in OpenAI's order.
+`server.generation.preamble`. Lists are bounded and validation stops at their first invalid element: reporting a million
+errors would block the event loop. Answers are msgspec structs, which encode in about a microsecond; their fields are in
+OpenAI's order.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -53,48 +51,7 @@ class Requested:
     wants_timings: bool
 
 
-# Fields, and a function that checks requests that have one of them. Raises BadRequestError.
-Check = tuple[frozenset[str], Callable[[Any], None]]
-
-
-def _check_stream_options(body: "GenerationRequest") -> None:
-    if body.stream_options is not None and not body.stream:
-        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-        raise InvalidValueError(message, param="stream_options")
-
-
-def _check_prompt_logprobs(body: "GenerationRequest") -> None:
-    if body.prompt_logprobs is not None and body.stream:
-        message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
-        raise InvalidValueError(message, param="prompt_logprobs")
-
-
-def _check_needs_logprobs(body: "GenerationRequest") -> None:
-    for name in NEED_LOGPROBS:
-        if getattr(body, name) and body.requested().num_logprobs is None:
-            raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
-
-
-def _check_response_format(body: "GenerationRequest") -> None:
-    if body.response_format is not None:
-        body.response_format.check()
-
-
-def _check_repetition_detection(body: "GenerationRequest") -> None:
-    if body.repetition_detection is not None:
-        body.repetition_detection.check()
-
-
 NEED_LOGPROBS = ("post_sampling_probs", "logprob_token_ids")
-CHECKS: tuple[Check, ...] = (
-    (frozenset({"stream_options"}), _check_stream_options),
-    (frozenset({"prompt_logprobs"}), _check_prompt_logprobs),
-    (frozenset({"repeat_penalty", "samplers"}), SamplingFields.check_sampling),
-    (frozenset(NEED_LOGPROBS), _check_needs_logprobs),
-    (frozenset({"response_format"}), _check_response_format),
-    (OUTPUT_FIELDS, StructuredOutputsFields.check_structured_outputs),
-    (frozenset({"repetition_detection"}), _check_repetition_detection),
-)
 
 
 class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, ABC):
@@ -103,8 +60,6 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
     Parameters that OpenAI does not have are vLLM's, and llama.cpp's for samplers. The endpoints differ in the fields
     for prompts, output length and log probabilities, so their requests say what is requested.
     """
-
-    checks: ClassVar[Sequence[Check]] = CHECKS  # of fields against each other, in order
 
     model: str | None = Field(
         None, description="Name of the model, as listed by GET /v1/models. Required if there are LoRA adapters."
@@ -192,7 +147,20 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
 
     def check(self) -> None:
         """Validate the fields against each other. Raises BadRequestError."""
-        sent = self.model_fields_set
-        for fields, check in self.checks:
-            if not sent.isdisjoint(fields):
-                check(self)
+        if self.stream_options is not None and not self.stream:
+            message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            raise InvalidValueError(message, param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
+            raise InvalidValueError(message, param="prompt_logprobs")
+        if self.repeat_penalty is not None or self.samplers is not None:
+            self.check_sampling()
+        for name in NEED_LOGPROBS:
+            if getattr(self, name) and self.requested().num_logprobs is None:
+                raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
+        if self.response_format is not None:
+            self.response_format.check()
+        if not OUTPUT_FIELDS.isdisjoint(self.model_fields_set):
+            self.check_structured_outputs()
+        if self.repetition_detection is not None:
+            self.repetition_detection.check()

@@ -1,14 +1,13 @@
 """`POST /v1/chat/completions`: the request."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, FiniteFloat, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
 from server.http.validation import echo
-from server.schemas.generation_request import CHECKS, Check, GenerationRequest, Requested
+from server.schemas.generation_request import GenerationRequest, Requested
 from server.schemas.request_fields import MAX_TEMPLATE_OPTIONS, NO_LIMIT, MaxTokens, NumLogprobs, OpenObject, at_most
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_arguments, check_tools, must_call
 
@@ -108,61 +107,7 @@ TemplateOptions = Annotated[
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-def _check_top_logprobs(body: "ChatCompletionRequest") -> None:
-    if body.top_logprobs and not body.logprobs:
-        raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
-
-
-def _check_max_tokens(body: "ChatCompletionRequest") -> None:
-    if len({body.max_tokens, body.max_completion_tokens} - {None, NO_LIMIT}) > 1:
-        message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
-        raise InvalidValueError(message, param="max_tokens")
-
-
-def _check_tools(body: "ChatCompletionRequest") -> None:
-    check_tools(body.tools, body.tool_choice)
-
-
-def _check_calls(body: "ChatCompletionRequest") -> None:
-    if calls := [call for message in body.messages for call in message.tool_calls or ()]:
-        check_arguments(calls)
-
-
-def _check_forced_call(body: "ChatCompletionRequest") -> None:
-    if must_call(body.tool_choice) and (names := list(body.requested_outputs)):
-        message = f"Invalid '{names[0]}': not allowed with a 'tool_choice' that forces a tool call."
-        raise InvalidValueError(message, param=names[0])
-
-
-def _check_final_message(body: "ChatCompletionRequest") -> None:
-    if not body.continue_final_message:
-        return
-    if body.add_generation_prompt:
-        message = "Invalid 'continue_final_message': not allowed with 'add_generation_prompt': true."
-        raise InvalidValueError(message, param="continue_final_message")
-    final = body.messages[-1]
-    if final.role != "assistant" or final.content is None or final.tool_calls:
-        message = (
-            "Invalid 'continue_final_message': expected the last message to have role 'assistant', content, and no "
-            "tool calls."
-        )
-        raise InvalidValueError(message, param="continue_final_message")
-
-
-CHAT_CHECKS: tuple[Check, ...] = (
-    *CHECKS,
-    (frozenset({"top_logprobs"}), _check_top_logprobs),
-    (frozenset({"max_completion_tokens"}), _check_max_tokens),
-    (frozenset({"tools", "tool_choice"}), _check_tools),
-    (frozenset({"messages"}), _check_calls),
-    (frozenset({"tool_choice"}), _check_forced_call),
-    (frozenset({"continue_final_message"}), _check_final_message),
-)
-
-
 class ChatCompletionRequest(GenerationRequest):
-    checks: ClassVar[Sequence[Check]] = CHAT_CHECKS
-
     messages: Messages = Field(description="The conversation so far.")
     max_completion_tokens: MaxTokens | None = Field(
         None, description="Maximum number of output tokens; -1: no limit. Default: the rest of the context."
@@ -215,3 +160,32 @@ class ChatCompletionRequest(GenerationRequest):
             num_prompt_logprobs=self.prompt_logprobs,
             wants_timings=self.lightwell is not None and bool(self.lightwell.explain),
         )
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
+        if len({self.max_tokens, self.max_completion_tokens} - {None, NO_LIMIT}) > 1:
+            message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
+            raise InvalidValueError(message, param="max_tokens")
+        if self.tools is not None or self.tool_choice is not None:
+            check_tools(self.tools, self.tool_choice)
+        if calls := [call for message in self.messages for call in message.tool_calls or ()]:
+            check_arguments(calls)
+        if self.tool_choice is not None and must_call(self.tool_choice) and (names := list(self.requested_outputs)):
+            message = f"Invalid '{names[0]}': not allowed with a 'tool_choice' that forces a tool call."
+            raise InvalidValueError(message, param=names[0])
+        if self.continue_final_message:
+            self._check_final_message()
+
+    def _check_final_message(self) -> None:
+        if self.add_generation_prompt:
+            message = "Invalid 'continue_final_message': not allowed with 'add_generation_prompt': true."
+            raise InvalidValueError(message, param="continue_final_message")
+        final = self.messages[-1]
+        if final.role != "assistant" or final.content is None or final.tool_calls:
+            message = (
+                "Invalid 'continue_final_message': expected the last message to have role 'assistant', content, and no "
+                "tool calls."
+            )
+            raise InvalidValueError(message, param="continue_final_message")

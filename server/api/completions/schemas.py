@@ -1,14 +1,13 @@
 """`POST /v1/completions`: the request."""
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
-from server.schemas.generation_request import CHECKS, Check, GenerationRequest, Requested
+from server.schemas.generation_request import GenerationRequest, Requested
 from server.schemas.request_fields import NO_LIMIT, NumLogprobs
 from server.settings.sampling import INT64_MAX
 
@@ -65,41 +64,7 @@ Prompts = Annotated[
 ]
 
 
-def _check_max_tokens(body: "CompletionRequest") -> None:
-    if body.max_tokens == 0 and not body.echo:
-        message = "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 without 'echo', but got 0."
-        raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
-
-
-def _check_best_of(body: "CompletionRequest") -> None:
-    num_returned = body.n or 1
-    if body.best_of is None:
-        return
-    if body.best_of < num_returned:
-        message = f"Invalid 'best_of': expected a value >= {num_returned} (n), but got {body.best_of} instead."
-        raise InvalidValueError(message, param="best_of")
-    if body.stream and body.best_of > num_returned:
-        message = "Invalid 'best_of': the choices cannot be ranked with 'stream': true."
-        raise InvalidValueError(message, param="best_of")
-
-
-def _check_suffix(body: "CompletionRequest") -> None:
-    for name in ("echo", "truncate_prompt_tokens"):
-        if body.suffix and getattr(body, name):
-            raise InvalidValueError(f"Invalid '{name}': not allowed with 'suffix'.", param=name)
-
-
-COMPLETION_CHECKS: tuple[Check, ...] = (
-    *CHECKS,
-    (frozenset({"max_tokens"}), _check_max_tokens),
-    (frozenset({"best_of"}), _check_best_of),
-    (frozenset({"suffix"}), _check_suffix),
-)
-
-
 class CompletionRequest(GenerationRequest):
-    checks: ClassVar[Sequence[Check]] = COMPLETION_CHECKS
-
     prompt: Prompts = Field(description="One or more prompts, as text or token ids.")
     max_tokens: int | None = Field(
         None,
@@ -145,3 +110,21 @@ class CompletionRequest(GenerationRequest):
             num_prompt_logprobs=max([number for number in in_prompt if number is not None], default=None),
             wants_timings=self.lightwell is not None and bool(self.lightwell.explain),
         )
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            message = (
+                "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 without 'echo', but got 0."
+            )
+            raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
+        num_returned = self.n or 1
+        if self.best_of is not None and self.best_of < num_returned:
+            message = f"Invalid 'best_of': expected a value >= {num_returned} (n), but got {self.best_of} instead."
+            raise InvalidValueError(message, param="best_of")
+        if self.best_of is not None and self.stream and self.best_of > num_returned:
+            message = "Invalid 'best_of': the choices cannot be ranked with 'stream': true."
+            raise InvalidValueError(message, param="best_of")
+        for name in ("echo", "truncate_prompt_tokens"):
+            if self.suffix and getattr(self, name):
+                raise InvalidValueError(f"Invalid '{name}': not allowed with 'suffix'.", param=name)
