@@ -13,7 +13,7 @@ import httpx
 import torch
 
 from engine.config import load_model_config
-from engine.parts.lora.reader import load_lora
+from engine.parts.lora.slots import load_lora
 from engine.weights import load_weights
 from server.cli.chat import _content
 from server.cli.http_client import RemoteError

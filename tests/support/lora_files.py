@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.parts.lora.reader import load_lora
+from engine.parts.lora.slots import load_lora
 from tests.support.model_configs import TINY, llama_config
 
 # Warnings of PEFT about its calls of transformers, and about the settings in these tests.

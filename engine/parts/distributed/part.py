@@ -15,8 +15,7 @@ import torch
 from engine.config import EngineConfig, EngineProcessConfig, ModelConfig, load_model_config
 from engine.loading import LoadedModel, Progress, load_model
 from engine.model import CausalLM, Parameters
-from engine.parts.distributed.adapters import ShardedAdapters
-from engine.parts.distributed.execution import lead
+from engine.parts.distributed.execution import ShardedAdapters, lead
 from engine.parts.distributed.group import Leader, RankGroup
 from engine.parts.distributed.parallelize import build_parallel
 from engine.parts.distributed.plan import ShardingPlan, check_num_ranks, column_block, divide, shard

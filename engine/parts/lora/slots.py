@@ -7,7 +7,9 @@ still found after the adapter was unloaded, or its name given to other weights, 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,9 @@ from engine.model import CausalLM
 from engine.model.linear import Linear
 from engine.model.memory_plan import MIB
 from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices, module_shapes
+from engine.parts.lora.gguf_reader import read_gguf
 from engine.parts.lora.layers import LoraLayer, add_slots
-from engine.parts.lora.reader import load_lora
+from engine.parts.lora.peft import CONFIG_NAME, read_folder
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter
 from engine.whole_model import WholeModel
@@ -219,3 +222,35 @@ def choose_lora_rank(config: EngineConfig, checkpoints: Mapping[str, LoraCheckpo
     """
     largest = max((checkpoint.rank for checkpoint in checkpoints.values()), default=0)
     return config.max_lora_rank or max(DEFAULT_MAX_RANK, largest)
+
+
+def load_lora(path: Path, config: ModelConfig, max_rank: int | None = None) -> LoraCheckpoint:
+    """Read the adapter at `path`, for the model that `config` describes.
+
+    Raises:
+        ValueError: a file is missing or damaged, or a pickle file; or the adapter is not plain LoRA, is for another
+            model, or has a rank above `max_rank`. The message names the file. No other exception is raised, whatever
+            the files hold.
+    """
+    try:
+        if path.is_dir():
+            modules = read_folder(path, config, max_rank)
+        elif path.is_file():
+            modules = read_gguf(path, config, max_rank)
+        else:
+            raise ValueError(f"{path}: no such adapter (expected a GGUF file, or a folder with {CONFIG_NAME})")
+        return LoraCheckpoint(modules, _fingerprint(modules))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError) as error:  # from torch, NumPy and `gguf`
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _fingerprint(modules: dict[str, LoraMatrices]) -> str:
+    """Hash the names, shapes and numbers of all matrices, so that an adapter has one fingerprint in all formats."""
+    digest = hashlib.sha256()
+    for module, matrices in sorted(modules.items()):
+        digest.update(json.dumps([module, list(matrices.a.shape), list(matrices.b.shape)]).encode())
+        for matrix in (matrices.a, matrices.b):
+            digest.update(matrix.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -24,7 +24,7 @@ from engine.config import load_model_config
 from engine.parts.lora import peft
 from engine.parts.lora.checkpoint import RegularFile, module_shapes
 from engine.parts.lora.peft import read_lora_scales
-from engine.parts.lora.reader import load_lora
+from engine.parts.lora.slots import load_lora
 from tests.support.gguf_files import interleave, write_gguf
 from tests.support.lora_files import (
     CONFIG,
