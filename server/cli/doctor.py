@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from engine.shared.machine import Machine
-from server.cli.discovery import accepts_connections, is_model_server
+from server.cli.http_client import accepts_connections, is_model_server
 from server.cli.parser import fail
 from server.format import format_bytes
 from server.model_paths import ModelError, describe_model

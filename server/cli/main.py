@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from server.cli.commands import clients, doctor, serve
-from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Parser, fail
+from server.cli import chat, serve
+from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Commands, Parser, fail
 from server.cli.streams import ReaderGoneError, StreamError, open_standard_streams
 from server.format import format_os_error
 from server.part_table import PARTS, is_installed, load_module
@@ -49,9 +49,26 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_no_command)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     parts = [load_module(name, "commands") for name, part in PARTS.items() if part.commands and is_installed(name)]
-    for module in (serve, clients, *parts, doctor):
+    for module in (serve, chat, *parts):
         module.add(commands)
+    _add_doctor(commands)
     return parser
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what this machine has, what would run, and what is missing",
+        description="Report what this machine has, what would run on it, and how to mend what is missing.",
+    )
+    parser.set_defaults(run=_doctor)
+    parser.add_argument("--json", action="store_true", help="Print the report as JSON")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from server.cli.doctor import doctor
+
+    return doctor(as_json=arguments.json)
 
 
 def _no_command(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import secrets
 
-from server.cli.commands.clients import add_server, client_options, remote
+from server.cli.chat import add_server, client_options, remote
 from server.cli.parser import Commands, Parser, argument_type
 from server.settings.value_types import INT64, integer, number, seconds
 

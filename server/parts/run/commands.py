@@ -1,15 +1,35 @@
-"""`lightwell run`, with the flags of `lightwell serve` and of a chat."""
+"""`lightwell run`: starts a server, chats with it, and stops it at the end. Its flags are those of `serve` and a chat.
+
+`python -m server.parts.run.commands` is that server: `lightwell serve` with its settings as JSON on standard input.
+"""
 
 import argparse
 import os
+import queue
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import FrameType
+from typing import Any
 
-from server.cli.commands.clients import add_conversation, remote
-from server.cli.commands.serve import add_settings
-from server.cli.parser import Commands
+import msgspec
+
+from engine.shared.parent_death import die_with_parent
+from server.cli.chat import ChatOptions, add_conversation, chat, remote
+from server.cli.parser import FAILURE, Commands, fail
+from server.cli.serve import add_settings
 from server.settings.load import load_settings
 from server.settings.table import SETTINGS, Settings
 
+COMMAND = (sys.executable, "-P", "-m", "server.parts.run.commands")
+STOP_SECONDS = 10.0
+POLL_SECONDS = 0.1
 CHAT_FLAGS = ("system", "temperature", "top_p", "max_tokens")
 
 
@@ -27,13 +47,9 @@ def add(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from msgspec.structs import replace
-
-    from server.parts.run.run import run
-
     settings = load_settings(vars(arguments), os.environ, arguments.config)
     if settings.port == SETTINGS["port"].default and "port" not in vars(arguments) and not is_free(settings):
-        settings = replace(settings, port=0)
+        settings = msgspec.structs.replace(settings, port=0)
     chat_flags = {name: vars(arguments)[name] for name in CHAT_FLAGS}
     return remote(lambda: run(settings, chat_flags))
 
@@ -49,3 +65,147 @@ def is_free(settings: Settings) -> bool:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+class ServerError(Exception):
+    """The server ended by itself. The message is its first error."""
+
+
+class ServerProcess:
+    """A server in the background, of which only warnings and errors are shown. It ends with this process.
+
+    It has its own process group, so that Ctrl-C, which stops an answer of the chat, does not reach it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.last_message = ""
+        self.errors: list[str] = []  # messages; the first is the cause of those after it
+        self.warnings: list[str] = []
+        self._process = subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509  (this process has one thread)
+        )
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as stdin:
+            # Records of level info tell how far it is.
+            stdin.write(msgspec.json.encode(msgspec.structs.replace(settings, log_format="json", log_level="info")))
+        self._ready: queue.Queue[str | None] = queue.Queue()  # the base URL; None at the end of the log
+        threading.Thread(target=self._read_log, name="log of the server", daemon=True).start()
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            record = parse_record(line)
+            self.last_message = str(record.get("message", ""))
+            if record.get("level") == "error":
+                self.errors.append(self.last_message)
+            if record.get("level") == "warning":
+                self.warnings.append(self.last_message)
+            if "base_url" in record:
+                self._ready.put(str(record["base_url"]))
+        self._ready.put(None)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def error(self) -> ServerError:
+        return ServerError(self.errors[0] if self.errors else self.last_message or "the server ended")
+
+    def wait_until_ready(self) -> str:
+        """Return the server's URL, showing its progress in a terminal. Raises ServerError if it ends instead."""
+        with progress_line() as show:
+            while True:
+                with suppress(queue.Empty):
+                    if (base_url := self._ready.get(timeout=POLL_SECONDS)) is None:
+                        raise self.error()
+                    return base_url.removesuffix("/v1")
+                show(self.last_message)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        self._process.kill()
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    """Return a record of the log. A line that is none, such as an error before the log begins, is made one."""
+    with suppress(ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        return msgspec.json.decode(line, type=dict[str, Any])
+    text = line.decode(errors="replace").strip()
+    message = text.removeprefix("lightwell: error: ")
+    return {"level": "info" if message == text else "error", "message": message}
+
+
+@contextmanager
+def progress_line() -> Iterator[Any]:
+    """Yield a function that shows a message with the time so far, in one line of the terminal if there is one."""
+    from rich.console import Console
+
+    started = time.monotonic()
+    with Console(stderr=True, highlight=False).status("Starting the server") as status:
+
+        def show(message: str) -> None:
+            from rich.text import Text
+
+            text = f"Starting the server, {time.monotonic() - started:.0f} s. {message}"
+            status.update(Text(text, no_wrap=True, overflow="ellipsis"))
+
+        yield show
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Turn signals that would end this process into SystemExit, so that the server is stopped in order."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    previous = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def run(settings: Settings, chat_flags: dict[str, Any]) -> int:
+    """Serve and chat. Return the exit status of the chat. Raises RemoteError."""
+    with exit_on_signals():
+        server = ServerProcess(settings)
+        try:
+            url = server.wait_until_ready()
+            for message in server.warnings:
+                print(f"lightwell: warning: {message}", file=sys.stderr, flush=True)
+            status = chat(ChatOptions(url=url, api_key=next(iter(settings.api_key), None), **chat_flags))
+            if server.has_ended:
+                raise server.error()
+            return status
+        except ServerError as error:
+            return fail(str(error))
+        finally:
+            server.stop()
+
+
+def main() -> int:
+    """Serve with the settings on standard input, as `lightwell serve` does. Return the exit status."""
+    from server.model_paths import ModelError
+    from server.processes.child_process import SupervisorError
+    from server.supervisor import supervise
+
+    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
+    try:
+        return supervise(settings)
+    except (ModelError, SupervisorError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,9 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.cli import discovery, http_client
-from server.cli.discovery import find_server
-from server.cli.http_client import RemoteError, base_url, connect, find_model
+from server.cli import http_client
+from server.cli.http_client import RemoteError, base_url, connect, find_model, find_server
 from server.http.errors import EngineUnavailableError
 from server.parts.bench.bench import run_benchmark
 from server.parts.bench.load_generator import LoadOptions
@@ -31,7 +30,7 @@ NOBODY = "http://127.0.0.1:9"
 def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let no server be found. Return where the files of servers would be."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(discovery, "DEFAULT_URL", NOBODY)
+    monkeypatch.setattr(http_client, "DEFAULT_URL", NOBODY)
     return tmp_path / "lightwell"
 
 
@@ -54,7 +53,7 @@ def test_which_is_taken_and_what_is_said(
     """One at the default port is taken silently, another one is named, and of several the one at that port is taken."""
 
     def found(default_url: str = NOBODY) -> tuple[str, str]:
-        monkeypatch.setattr(discovery, "DEFAULT_URL", default_url)
+        monkeypatch.setattr(http_client, "DEFAULT_URL", default_url)
         return find_server(), capsys.readouterr().err
 
     with registered(RunningServer(url=stub.url, model="first")), StubServer() as second:
@@ -71,7 +70,7 @@ def test_an_unknown_one_gets_no_key_before_it_is_named(
 ) -> None:
     """It may be any program, of any user."""
     monkeypatch.setenv("LIGHTWELL_API_KEY", "secret")
-    monkeypatch.setattr(discovery, "DEFAULT_URL", stub.url)
+    monkeypatch.setattr(http_client, "DEFAULT_URL", stub.url)
     assert find_server() == stub.url
     assert capsys.readouterr().err == f"lightwell: using an unknown server at {stub.url}\n"
     assert [request.headers.get("authorization") for request in stub.seen] == [None]
@@ -91,7 +90,7 @@ def test_only_a_model_server_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(discovery, "DEFAULT_URL", url := f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr(http_client, "DEFAULT_URL", url := f"http://127.0.0.1:{server.server_address[1]}")
         for answer, is_found in (
             (b'HTTP/1.1 401 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),
             (b'HTTP/1.1 503 No\r\ncontent-length: 12\r\n\r\n{"error":{}}', True),

@@ -13,8 +13,8 @@ import pytest
 
 from server import model_paths as models
 from server import supervisor
-from server.cli.commands.serve import MODEL_SYNONYMS
 from server.cli.main import main, make_parser
+from server.cli.serve import MODEL_SYNONYMS
 from server.parts.foreign_flags.flags import FOREIGN_FLAGS
 from server.settings.load import load_settings
 from server.settings.table import SETTINGS, Settings
@@ -210,7 +210,7 @@ def test_help_and_clients_are_light() -> None:
     for code, heavy in (
         ("from server.cli.main import make_parser; make_parser().format_help()", "torch numpy httpx rich yaml asyncio"),
         ("from server.cli.main import main; main(['list'])", "fastapi pydantic uvicorn torch httpx2 tqdm"),
-        ("import server.cli.chat, server.cli.discovery, server.parts.run.run, server.cli.doctor, httpx", HEAVY),
+        ("import server.cli.chat, server.cli.http_client, server.parts.run.commands, server.cli.doctor, httpx", HEAVY),
     ):
         program = f"import sys; {code}; print([name for name in {heavy.split()} if name in sys.modules])"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.parts.run.commands import is_free
-from server.parts.run.run import parse_record
+from server.parts.run.commands import is_free, parse_record
 from server.settings.table import Settings
 from tests.support.serving import wait_until
 
