@@ -1,35 +1,28 @@
 """The API keys of the server, and the tenants to whom they belong."""
 
 import hashlib
-import logging
-import os
 import secrets
-import threading
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from server.accounts import Account, Usage
 from server.part_table import load_module
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
-from server.tenants import Tenant
-
-logger = logging.getLogger(__name__)
+from server.tenants import Account, Tenant, Usage
 
 
 class ApiKeys:
-    """The tenants by the SHA-256 of their keys, from --api-key, --admin-key and --api-keys-file. No key is kept."""
+    """The tenants by the SHA-256 of their keys, from --api-key and --admin-key. No key is kept."""
+
+    num_reloads = 0  # of a keys file
 
     def __init__(self, settings: Settings) -> None:
-        """Read the keys file, if there is one. Raises SettingsError."""
+        """Raises SettingsError."""
         self.everybody = Account()  # of all clients where there are no keys
-        self.num_reloads = 0  # of the keys file
-        self._settings = settings
-        self._lock = threading.Lock()
         self.known: dict[str, Tenant] = {}  # by name, also those that are gone: they may come back
-        self._by_digest = self._with_accounts(_read(settings))
+        self._settings = settings
+        self._by_digest = self._with_accounts(self._read())
         self.are_required = bool(self._by_digest)  # else all requests are served without a key
 
     def find(self, key: bytes) -> Tenant | None:
@@ -50,45 +43,30 @@ class ApiKeys:
         return {name: tenant.account.usage for name, tenant in self.tenants.items()}
 
     def reload(self) -> None:
-        """Read the keys file again. If it is invalid, log an error and keep the keys. May be called in any thread.
+        """Read the keys file again, if there is one. May be called in any thread."""
 
-        Running requests whose key is removed go on, streams of the engine's steps do not.
-        """
-        with self._lock:  # so that the last of several calls reads last
-            try:
-                keys = self._with_accounts(_read(self._settings))
-                self.are_required = bool(keys)  # first: no request passes without a key meanwhile
-                self._by_digest = keys
-            except SettingsError as error:
-                logger.error("%s; the keys stay as they were", error)
-            else:
-                self.num_reloads += 1
-                logger.info("read %s again: %d keys", self._settings.api_keys_file, len(self._by_digest))
+    def _read(self) -> dict[bytes, Tenant]:
+        """Return the SHA-256 of each key, with its tenant. Raises SettingsError."""
+        return dict(_plain_keys(self._settings))
 
-    def _with_accounts(self, keys: list[tuple[bytes, Tenant]]) -> list[tuple[bytes, Tenant]]:
+    def _with_accounts(self, keys: Mapping[bytes, Tenant]) -> list[tuple[bytes, Tenant]]:
         """Give each tenant the account that it had before, with its limits of now."""
         tenants: dict[str, Tenant] = {}
-        for tenant in {tenant.name: tenant for _, tenant in keys}.values():
+        for tenant in keys.values():
             before = self.known.get(tenant.name)
             account = Account() if before is None else before.account
             account.rules = () if tenant.limits is None else tenant.limits.rules(account)
             tenants[tenant.name] = msgspec.structs.replace(tenant, account=account)
         self.known |= tenants
-        return [(digest, tenants[tenant.name]) for digest, tenant in keys]
+        return [(digest, tenants[tenant.name]) for digest, tenant in keys.items()]
 
 
-def _read(settings: Settings) -> list[tuple[bytes, Tenant]]:
-    """Return the SHA-256 of each key, with its tenant. Raises SettingsError."""
-    keys = dict(_plain_keys(settings))
-    if settings.api_keys_file is None:
-        return list(keys.items())
-    path = Path(os.path.expanduser(settings.api_keys_file))
-    read_keys_file = load_module("limits", "keys_file").read_keys_file
-    for digest, tenant in read_keys_file(path, has_own_cache=settings.isolate_keys):
-        if digest in keys:
-            raise SettingsError(f"{path}: {tenant.name}: a key is one of --api-key or --admin-key, too")
-        keys[digest] = tenant
-    return list(keys.items())
+def load_api_keys(settings: Settings) -> ApiKeys:
+    """Return the keys of the server, also those of --api-keys-file. Raises SettingsError."""
+    kind: type[ApiKeys] = ApiKeys
+    if settings.api_keys_file is not None:
+        kind = load_module("limits", "keys_file").KeysOfFile
+    return kind(settings)
 
 
 def _plain_keys(settings: Settings) -> Iterator[tuple[bytes, Tenant]]:

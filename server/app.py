@@ -8,11 +8,10 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from server.api.dialects import DIALECTS, ERROR_FORMATS, OPERATIONS, json_routes
-from server.api.openapi import install_document
 from server.context import ServerContext
 from server.http.access_control import Authentication, HostRules
 from server.http.bodies import BodyReader
-from server.http.error_handlers import install_error_handlers
+from server.http.error_formats import install_error_handlers
 from server.http.request_middleware import Application, RequestMiddleware, RequestRules, RootPathMiddleware
 from server.settings.load import is_loopback
 
@@ -28,18 +27,7 @@ def create_app(context: ServerContext) -> Application:
         for service in reversed([*context.services, *context.workers]):
             await service.close()
 
-    with_docs = context.settings.enable_docs
-    app = Application(
-        title="Lightwell",
-        lifespan=lifespan,
-        openapi_url="/openapi.json" if with_docs else None,
-        docs_url=None,
-        redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
-        redirect_slashes=False,
-        servers=[{"url": context.settings.root_path}] if context.settings.root_path else None,
-    )
-    install_document(app, context.models.name, needs_key=context.settings.needs_key)
+    app = Application(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.context = context
     for dialect in DIALECTS:
         for router in dialect.routers:

@@ -15,7 +15,7 @@ from engine.shared.messages import Submit, TokenEvent
 from server.api_keys import ApiKeys
 from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.http.bodies import get_text_size
-from server.http.json_response import AnswerResponse
+from server.http.responses import AnswerResponse
 from server.metrics import Metrics
 from server.models.registry import ModelRegistry
 from server.models.source import ModelSource

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
 from server.http.error_formats import OPENAI_ERRORS, ErrorFormat
-from server.http.sse import SERVER_SENT_EVENTS, StreamFormat
+from server.http.responses import SERVER_SENT_EVENTS, StreamFormat
 from server.schemas.answers import RenderedPrompt
 
 # Of examples.

@@ -8,34 +8,29 @@ the exit code is 1. The configuration comes from standard input only, never from
 import asyncio
 import contextlib
 import faulthandler
-import functools
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from typing import cast
+from collections.abc import Callable, Sequence, Set
 
 import msgspec
-import uvicorn
-from fastapi import FastAPI
 
 from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.parent_death import die_with_parent
 from server.announcement import announce
-from server.api_keys import ApiKeys
+from server.api_keys import load_api_keys
+from server.api_server import APIServer, raise_file_limit
 from server.app import create_app
 from server.context import ServerContext
 from server.http.errors import EngineUnavailableError
-from server.http.protocol import HTTPProtocol, Room
 from server.models.registry import ModelRegistry, ModelSlot
 from server.models.served_model import load_served_model
 from server.models.source import ModelSource
-from server.part import load_parts
+from server.part import load_parts, server_type
 from server.part_table import load_module
 from server.processes.garbage import collect_in_steps
 from server.processes.supervisor_channel import (
@@ -48,83 +43,12 @@ from server.processes.supervisor_channel import (
 )
 from server.role import Role
 from server.settings.process_configs import ApiProcessConfig
-from server.settings.table import Settings
 from server.shares import MemoryBudget
-from server.sockets.acceptor import ACCEPTS_AT_ONCE
-from server.sockets.certificate import Certificate
-from server.sockets.handshake import MAX_HANDSHAKES, Handshakes
 from server.sockets.listeners import listening, url
 
 logger = logging.getLogger("lightwell.api")  # __name__ is __main__ here
 
 DEATH_GRACE = 2.0  # seconds between the engine's death and the exit, in which probes and clients can notice it
-CLOSE_TIMEOUT = 2  # seconds for connections to receive their last bytes
-KEEP_ALIVE = 75  # seconds; longer than load balancers keep idle connections open (often 60)
-MAX_CONNECTIONS = 4096
-SPARE_FILES = 128 + MAX_HANDSHAKES + 2 * ACCEPTS_AT_ONCE  # file descriptors for everything but connections
-TICK = 1.0  # seconds between updates of the Date header
-
-
-class APIServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which re-raise the signal at the end, and with fewer wake-ups when idle."""
-
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        max_connections: int,
-        certificate: Certificate | None = None,
-        role: Role | None = None,
-    ) -> None:
-        super().__init__(config)
-        self._max_connections = max_connections
-        self._certificate = certificate
-        self._role = role or Role()
-        self._listens = asyncio.Event()
-        self._stopping = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, and listen on the sockets, which uvicorn itself would do through asyncio."""
-        await super().startup([])
-        make_http: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
-        make_protocol = functools.partial(
-            make_http, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        source = self._role.accept(sockets or (), make_protocol, self._num_free, self._max_connections)
-        self.servers = [cast("asyncio.Server", source)]
-        self._listens.set()
-
-    async def open(self) -> None:
-        """Ask for connections, once the application has started."""
-        await self._listens.wait()
-        self._role.open()
-
-    def _num_free(self) -> int:
-        return self._max_connections - len(self.server_state.connections)
-
-    async def finish(self, requests: Set[asyncio.Task[None]]) -> None:
-        """Wait until requests have ended, and until no other process has some that this one serves."""
-        if requests:
-            await asyncio.wait(requests)
-        await self._role.finish()
-
-    def stop(self) -> None:
-        self.should_exit = True
-        self._stopping.set()
-
-    async def main_loop(self) -> None:
-        """Run until `stop`. Every second, update the Date header, and the certificate if its files have changed.
-
-        uvicorn's own loop wakes up ten times a second.
-        """
-        while not await self.on_tick(0):
-            if self._certificate is not None:
-                self._certificate.refresh()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), TICK)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def main() -> None:
@@ -145,7 +69,6 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
     settings = config.settings
     with contextlib.ExitStack() as stack:
         try:
-            certificate = load_certificate(settings)
             sockets = []
             if config.coordinator is None:
                 sockets = stack.enter_context(listening(settings.host, settings.port, settings.uds))
@@ -157,26 +80,15 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
         try:
             app = create_app(context)
             context.role.lead(context, app)
-            server = make_server(
-                app,
-                max_connections=raise_file_limit(settings.api_server_count),
-                certificate=certificate,
-                forwarded_allow_ips=settings.forwarded_allow_ips,
-                role=context.role,
-            )
+            server = server_type()(app, context, raise_file_limit(settings.api_server_count))
             collect_garbage()
-            addresses = [url(each, is_tls=certificate is not None) for each in sockets]
+            addresses = [url(each, is_tls=settings.ssl_certfile is not None) for each in sockets]
             if addresses:
                 logger.debug("%s is open for health probes", addresses[0])
             return asyncio.run(Lifecycle(server, context, flush_logs, channel).run(sockets, addresses))
         except Exception:
             logger.exception("the server failed")
             return 1
-
-
-def load_certificate(settings: Settings) -> Certificate | None:
-    """Return the certificate of --ssl-certfile, or None without it. Raises ValueError if its files are invalid."""
-    return None if settings.ssl_certfile is None else Certificate(settings.ssl_certfile, settings.ssl_keyfile)
 
 
 def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> ServerContext:
@@ -189,7 +101,7 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
         role = load_module("workers", "roles").choose_role(config)
     slots = [ModelSlot(model, role.new_metrics(settings, model.names[0])) for model in config.models]
     metrics = slots[0].metrics
-    api_keys = ApiKeys(settings)
+    api_keys = load_api_keys(settings)
     metrics.set_usage_source(api_keys.usage)
     models = ModelRegistry(slots)
     source = ModelSource(models)
@@ -217,37 +129,6 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
         can_restart = channel is not None
         slots[0].served = load_served_model(config.models[0], metrics, can_restart=can_restart, client=client)
     return context
-
-
-def make_server(
-    app: FastAPI,
-    *,
-    max_connections: int,
-    protocol: type[HTTPProtocol] = HTTPProtocol,
-    certificate: Certificate | None = None,
-    forwarded_allow_ips: Sequence[str] = (),
-    role: Role | None = None,
-) -> APIServer:
-    """Return a server for the application, which speaks TLS if there is a certificate."""
-    config = uvicorn.Config(
-        app,
-        http=protocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(forwarded_allow_ips),
-        forwarded_allow_ips=list(forwarded_allow_ips),
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=CLOSE_TIMEOUT,
-    )
-    config.load()
-    make_http: Callable[..., asyncio.Protocol] = functools.partial(protocol, room=Room(max_connections))
-    if certificate is not None:
-        make_http = Handshakes(certificate.context, make_http)
-    config.http_protocol_class = cast("type[asyncio.Protocol]", make_http)
-    return APIServer(config, max_connections, certificate, role)
 
 
 class Lifecycle:
@@ -297,7 +178,7 @@ class Lifecycle:
     async def _open(self) -> None:
         """Have the coordinator pass connections on to this process once it can answer."""
         await self._models.default.client.became_ready.wait()
-        await self._server.open()
+        await self._context.role.open()
 
     def _on_sigterm(self) -> None:
         if self._terminated.is_set():
@@ -333,32 +214,22 @@ class Lifecycle:
         num_requests = len(requests) + sum(worker.num_running for worker in self._context.workers)
         logger.info("draining: waiting for %d running requests", num_requests)
         death = asyncio.create_task(self._died.wait())
-        finished = asyncio.create_task(self._server.finish(requests))
+        finished = asyncio.create_task(self._finish(requests))
         waiting = {death, finished}
         await asyncio.wait(waiting, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
         death.cancel()
         finished.cancel()
 
+    async def _finish(self, requests: Set[asyncio.Task[None]]) -> None:
+        """Wait until requests have ended, and until no other process has some that this one serves."""
+        if requests:
+            await asyncio.wait(requests)
+        await self._context.role.finish()
+
     async def _on_engine_death(self) -> None:
         """Keep serving for `DEATH_GRACE` seconds if the engine had been ready. Its requests have already failed."""
         if self._models.default.client.info is not None:
             await asyncio.sleep(DEATH_GRACE)
-
-
-def raise_file_limit(num_processes: int = 1) -> int:
-    """Raise the soft limit of open files as far as needed and allowed. Return the number of connections it allows.
-
-    With several API processes, this is that of each: the coordinator may hold the connections of all, until it has
-    passed them on.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = num_processes * MAX_CONNECTIONS + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY:
-        return MAX_CONNECTIONS
-    return max(16, min(MAX_CONNECTIONS, (soft - SPARE_FILES) // num_processes))
 
 
 if __name__ == "__main__":

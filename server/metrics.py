@@ -14,8 +14,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.shared.messages import EngineStats
-from server.accounts import Usage
 from server.statistics.engine_metrics import LABELS, EngineCollector, EngineMetrics, MetricFamilies
+from server.tenants import Usage
 
 # fmt: off
 TEXT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)

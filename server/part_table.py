@@ -62,11 +62,11 @@ PARTS: Mapping[str, PartEntry] = {
         paths=["/v1/load_lora_adapter", "/v1/unload_lora_adapter"],
         settings=["lora_modules", "max_loras", "max_lora_rank", "allow_runtime_lora_updating"],
     ),
-    "page": PartEntry(title="the pages for browsers", paths=["/", "/docs", "/assets/*"]),
+    "page": PartEntry(title="the pages for browsers", paths=["/", "/docs", "/openapi.json", "/assets/*"]),
     "limits": PartEntry(title="limits of tenants", paths=["/v1/usage"], settings=["api_keys_file"]),
     "tool_formats": PartEntry(title="tool calls that are not JSON"),
     "structural_tags": PartEntry(title="structural tags"),
-    "hardening": PartEntry(title="a server for the open net"),
+    "hardening": PartEntry(title="a server for the open net", settings=["ssl_certfile", "ssl_keyfile"]),
     "tokenizers": PartEntry(title="a tokenizer without tokenizer.json", engine_part="tokenizers"),
     "run": PartEntry(title="the command run", commands=["run"]),
     "bench": PartEntry(title="the command bench", commands=["bench"]),
@@ -74,8 +74,10 @@ PARTS: Mapping[str, PartEntry] = {
     "build_kernels": PartEntry(title="the command build-kernels", commands=["build-kernels"]),
     "foreign_flags": PartEntry(title="hints for flags of other servers"),
     "models": PartEntry(title="several models", needs=["hub"], settings=["load", "idle_unload"]),
-    "workers": PartEntry(title="several API processes", needs=["recordings"], settings=["api_server_count"]),
     "data_parallel": PartEntry(title="several engines with the same model", settings=["data_parallel_size"]),
+    "workers": PartEntry(
+        title="several API processes", needs=["recordings", "hardening"], settings=["api_server_count"]
+    ),
     "ray": PartEntry(title="Ray Serve"),
     "otel": PartEntry(title="OpenTelemetry", settings=["otlp_endpoint"]),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -13,20 +13,7 @@ from server.engine_client.client import EngineClient
 from server.metrics import Metrics
 from server.running_requests import RunningRequests
 from server.settings.table import Settings
-from server.sockets.acceptor import Acceptor
 from server.tenants import Ledger
-
-MakeProtocol = Callable[[], asyncio.BaseProtocol]
-
-
-class ConnectionSource(Protocol):
-    """Where connections come from."""
-
-    def close(self) -> None:
-        """Take no more of them."""
-
-    async def wait_closed(self) -> None:
-        """Wait until those that are being started are their protocols' own."""
 
 
 class Role:
@@ -54,15 +41,18 @@ class Role:
     def accept(
         self,
         sockets: Sequence[socket.socket],
-        make_protocol: MakeProtocol,
+        make_protocol: Callable[[], asyncio.BaseProtocol],
         num_free: Callable[[], int],
         max_connections: int,
-    ) -> ConnectionSource:
-        """Begin to start connections. `num_free` returns how many more of `max_connections` there may be."""
-        return Acceptor(sockets, make_protocol, num_free)
+    ) -> Any | None:
+        """Begin to start connections. `num_free` returns how many more of `max_connections` there may be.
 
-    def open(self) -> None:
-        """Ask for connections, once the application can answer."""
+        Return None if this process accepts all of them.
+        """
+        return None
+
+    async def open(self) -> None:
+        """Ask for connections, once the application has started."""
 
     async def finish(self) -> None:
         """Wait until no other process takes connections, whose requests this one may serve."""

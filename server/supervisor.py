@@ -360,9 +360,9 @@ def supervise(settings: Settings, commands: Commands | None = None, clock: Clock
     check_otel(settings)
     reloads = settings.api_keys_file is not None
     if reloads:
-        from server.api_keys import ApiKeys
+        from server.api_keys import load_api_keys
 
-        ApiKeys(settings)  # an error in the file must not wait for the model
+        load_api_keys(settings)  # an error in the file must not wait for the model
     # By default, PID 1 of a container ignores SIGTERM.
     with _handling([signal.SIGTERM], _exit), _handling([RELOAD_SIGNAL] if reloads else [], signal.SIG_IGN):
         models = resolve_models(settings)

@@ -13,7 +13,7 @@ from engine.shared.messages import Abort, FinishReason, LoraAdapter, Submit, ToE
 from server.engine_client.admission import Admission
 from server.engine_client.answer_budget import event_bytes
 from server.engine_client.reservation import Reservation
-from server.http.errors import AdapterLostError, APIError, ServerError
+from server.http.errors import APIError, EngineUnavailableError, ServerError, clip
 from server.statistics.choice_stats import ChoiceStats
 from server.statistics.engine_metrics import EngineMetrics
 
@@ -288,7 +288,8 @@ class OpenStreams:
                 continue
             adapter = adapters.get(message.lora_name)
             if message.lora_name and (adapter is None or adapter.fingerprint != message.lora_fingerprint):
-                stream.fail(AdapterLostError(message.lora_name))
+                lost = f"The LoRA adapter '{clip(message.lora_name)}' could not be loaded again"
+                stream.fail(EngineUnavailableError(f"{lost} after a restart of the engine."))
             else:
                 self.send(message)
 

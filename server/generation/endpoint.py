@@ -12,7 +12,7 @@ from engine.shared.messages import TokenLogprobs
 from server.generation.choice import ChoiceDelta, json_logprob
 from server.generation.prompts import Prompt
 from server.http.errors import APIError
-from server.http.sse import error_event
+from server.http.responses import error_event
 from server.models.served_model import ServedModel
 from server.schemas.answers import PromptLogprob, PromptLogprobs, RequestTimings, Usage, encoded
 from server.schemas.generation_request import GenerationRequest

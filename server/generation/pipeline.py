@@ -19,9 +19,8 @@ from server.generation.parameters import LOGPROB_FIELDS, TOKEN_ID_FIELDS, check_
 from server.generation.preamble import begin, find_generating_model, next_seed
 from server.generation.prompts import vocab_size
 from server.http.bodies import TEXT_SIZE
-from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
-from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, EventStream, StreamFormat
+from server.http.responses import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, AnswerResponse, EventStream, StreamFormat
 from server.schemas.answers import RenderedPrompt, RequestTimings
 from server.tenants import TENANT, Tenant
 

@@ -1,61 +1,30 @@
-"""All errors that a client can see.
+"""The errors that a client can see; those of parts are made where they are raised.
 
-    APIError
-    ├── BadRequestError              400
-    │   ├── InvalidJSONError
-    │   ├── MissingParameterError
-    │   ├── InvalidTypeError
-    │   ├── InvalidValueError
-    │   ├── UnknownParameterError
-    │   ├── UnsupportedParameterError
-    │   ├── ContextLengthExceededError
-    │   └── PreviousResponseNotFoundError
-    ├── UnauthorizedError            401
-    ├── ForbiddenError               403
-    ├── ModelNotFoundError           404
-    ├── RequestNotFoundError         404
-    ├── RecordingNotFoundError       404
-    ├── RecordedAdapterError         404
-    ├── AdapterNotFoundError         404
-    ├── UpdatesNotAllowedError       404
-    ├── ResponseNotFoundError        404
-    │   └── ResponseGoneError
-    ├── InvalidURLError              404
-    ├── MethodNotAllowedError        405
-    ├── BodyTimeoutError             408
-    ├── BodyTooLargeError            413
-    ├── UnsupportedMediaTypeError    415
-    ├── QueueFullError               429
-    │   └── WaitTooLongError
-    ├── RateLimitError               429
-    ├── ConcurrencyLimitError        429
-    ├── QuotaExceededError           429
-    ├── ServerError                  500
-    ├── NotImplementedAPIError       501
-    └── EngineUnavailableError       503
-        ├── QueueTimeoutError
-        ├── RequestTimeoutError
-        ├── EngineDeadError
-        ├── AdapterLostError
-        ├── AdaptersBusyError
-        └── BuffersExceedMemoryError
-
-The text of an exception outside of this tree never reaches a client. Clients retry 408, 429 and 5xx, so errors of the
+The text of an exception other than `APIError` never reaches a client. Clients retry 408, 429 and 5xx, so errors of the
 client have other statuses.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.responses import Response
 
-from server.http.error_schemas import ErrorDetail, ErrorResponse
-
 INVALID_REQUEST = "invalid_request_error"
 QUEUE_FULL = "The server is at capacity: its request queue is full. Please retry later."
 MAX_LISTED = 8  # names of models in one message
 MAX_RETRY_AFTER = 60  # seconds; some clients ignore longer times, and others then do not retry
+
+
+# OpenAI's envelope. It always has all four fields, and its `code` is a string or null.
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(msgspec.Struct, frozen=True):
+    error: ErrorDetail
 
 
 class APIError(Exception):
@@ -192,14 +161,6 @@ class ContextLengthExceededError(BadRequestError):
         return self._anthropic_message
 
 
-class PreviousResponseNotFoundError(BadRequestError):
-    """The previous response does not exist. The status is 400, as in OpenAI's API."""
-
-    def __init__(self, response_id: str) -> None:
-        message = f"Previous response with id '{clip(response_id)}' not found."
-        super().__init__(message, param="previous_response_id", code="previous_response_not_found")
-
-
 class UnauthorizedError(APIError):
     """No API key, or an invalid one. The message never contains the key."""
 
@@ -239,64 +200,12 @@ class RequestNotFoundError(APIError):
         super().__init__(404, f"No request with the id '{clip(request_id)}' is running.", code="request_not_found")
 
 
-class RecordingNotFoundError(APIError):
-    def __init__(self, request_id: str, *, num_kept: int) -> None:
-        message = "Requests are not recorded: start the server with --record-requests."
-        if num_kept:
-            message = f"No request with the id '{clip(request_id)}' is among the last {num_kept} finished requests."
-        super().__init__(404, message, code="request_not_found")
-
-
-class RecordedAdapterError(APIError):
-    """A recorded request cannot be replayed, since its LoRA adapter was unloaded or replaced."""
-
-    def __init__(self, name: str) -> None:
-        message = f"The LoRA adapter '{clip(name)}' of the recorded request is not loaded any more."
-        super().__init__(404, message, code="model_not_found")
-
-
-class AdapterNotFoundError(APIError):
-    def __init__(self, name: str) -> None:
-        message = f"The lora adapter '{clip(name)}' cannot be found."
-        super().__init__(404, message, code="model_not_found", param="lora_name")
-
-
-class UpdatesNotAllowedError(APIError):
-    def __init__(self) -> None:
-        message = "LoRA adapters cannot be changed: start the server with --allow-runtime-lora-updating."
-        super().__init__(404, message, code="not_enabled")
-
-
-class ResponseNotFoundError(APIError):
-    def __init__(self, response_id: str) -> None:
-        super().__init__(404, f"Response with id '{clip(response_id)}' not found.")
-
-
-class ResponseGoneError(ResponseNotFoundError):
-    """The response was deleted or dropped while it was being read."""
-
-    def __init__(self, response_id: str) -> None:
-        super().__init__(response_id)
-        self.message = (
-            f"Response with id '{response_id}' is no longer stored: it was deleted, or dropped to make room for others "
-            "(--max-stored-responses, --stored-responses-memory)."
-        )
-
-
 class InvalidURLError(APIError):
     """No route has this path. `suggestion` is a path that one has."""
 
     def __init__(self, method: str, path: str, suggestion: str | None = None) -> None:
         hint = f". (HINT: Did you mean {clip(suggestion)}?)" if suggestion else ""
         super().__init__(404, f"Invalid URL ({clip(method)} {clip(path)}){hint}")
-
-
-class MethodNotAllowedError(APIError):
-    """The path has routes, but only for the methods in `allowed`."""
-
-    def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
-        message = f"Not allowed to {clip(method)} on {clip(path)}. (HINT: Use {' or '.join(allowed)}.)"
-        super().__init__(405, message, code="method_not_supported", headers={"allow": ", ".join(allowed)})
 
 
 class BodyTimeoutError(APIError):
@@ -338,36 +247,6 @@ class WaitTooLongError(QueueFullError):
         super().__init__(retry_after, f"The server is at capacity: {waits}. Please retry later.")
 
 
-class RateLimitError(APIError):
-    """The requests or tokens per minute of the client's key are used up. `retry_after` is in seconds."""
-
-    def __init__(self, noun: str, per_minute: int, retry_after: float) -> None:
-        super().__init__(
-            429,
-            f"Rate limit reached: {per_minute} {noun} per minute. Please try again in {max(retry_after, 0.001):.3f}s.",
-            type=noun,
-            code="rate_limit_exceeded",
-            headers=retry_headers(math.ceil(retry_after)),
-        )
-
-
-class ConcurrencyLimitError(APIError):
-    """The client's key has as many requests running as it may have."""
-
-    def __init__(self, max_requests: int) -> None:
-        message = f"Rate limit reached: {max_requests} requests at a time. Please try again when one has ended."
-        super().__init__(429, message, type="requests", code="rate_limit_exceeded", headers=retry_headers(1))
-
-
-class QuotaExceededError(APIError):
-    """The tokens per day of the client's key are used up. Clients must not retry it soon."""
-
-    def __init__(self, tokens_per_day: int) -> None:
-        message = f"You exceeded your current quota: {tokens_per_day} tokens per day, which are renewed at 00:00 UTC."
-        name = "insufficient_quota"
-        super().__init__(429, message, type=name, code=name, headers={"x-should-retry": "false"})
-
-
 class ServerError(APIError):
     """A bug, or a request that the engine could not compute. Clients must not retry, since it would fail again."""
 
@@ -376,13 +255,6 @@ class ServerError(APIError):
         if request_id is not None:
             message += f" Please include the request ID {request_id} when you report it."
         super().__init__(500, message, type="server_error", headers={"x-should-retry": "false"})
-
-
-class NotImplementedAPIError(APIError):
-    """An operation of a supported API that this server does not have. Clients must not retry it."""
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(501, detail, code="not_implemented", headers={"x-should-retry": "false"})
 
 
 class EngineUnavailableError(APIError):
@@ -419,20 +291,6 @@ class EngineDeadError(EngineUnavailableError):
 
     def __init__(self) -> None:
         super().__init__("The engine stopped while it was processing your request. Please retry later.", close=True)
-
-
-class AdapterLostError(EngineUnavailableError):
-    """A request waited for a restarted engine, which could not load the request's LoRA adapter again."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"The LoRA adapter '{clip(name)}' could not be loaded again after a restart of the engine.")
-
-
-class AdaptersBusyError(EngineUnavailableError):
-    """The engine cannot load a LoRA adapter at the moment. The message comes from the engine."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="adapters_busy")
 
 
 class BuffersExceedMemoryError(EngineUnavailableError):

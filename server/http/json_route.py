@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from server.http.error_handlers import from_validation_error
 from server.http.errors import UnsupportedMediaTypeError
 from server.http.strict_json import parse_json_object
+from server.http.validation import from_validation_error
 
 JSON_TYPES = frozenset({b"application/json", b"application/json; charset=utf-8"})  # the usual ones
 NO_JSON = "The Content-Type of your request must be application/json; with curl, -H 'Content-Type: application/json'."

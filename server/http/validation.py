@@ -1,8 +1,16 @@
-"""Describe pydantic's errors about a body as OpenAI does: one problem, with a path like `messages[0].content`."""
+"""Pydantic's errors about a body as OpenAI would describe them: one problem, with a path like `messages[0].content`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from server.http.errors import (
+    BadRequestError,
+    InvalidTypeError,
+    InvalidValueError,
+    MissingParameterError,
+    UnknownParameterError,
+    clip,
+)
 
 MAX_ECHO = 64  # characters of a client's value that are repeated in a message
 
@@ -45,20 +53,8 @@ LENGTH_LIMITS = {
 }
 
 
-@dataclass(frozen=True)
-class ValidationProblem:
-    """A problem with a body. `message` and `code` are set for kind "value", `expected` and `got` for kind "type"."""
-
-    kind: str  # missing, type, unknown, value
-    param: str  # empty: the whole body
-    message: str = ""
-    code: str | None = "invalid_value"
-    expected: str = ""
-    got: str = ""
-
-
-def describe_validation_errors(errors: Sequence[dict[str, Any]], body: object) -> ValidationProblem:
-    """Return the problem to report: that of the first invalid field and, among the errors of a union, the deepest.
+def from_validation_error(errors: Sequence[dict[str, Any]], body: object) -> BadRequestError:
+    """Return the error to report: that of the first invalid field and, among the errors of a union, the deepest.
 
     `errors` are pydantic's. Their locations start with the source of the value ("body", "path", "query").
     """
@@ -137,23 +133,23 @@ def _depth(path: str) -> int:
     return path.count(".") + path.count("[")
 
 
-def _describe(path: str, errors: list[dict[str, Any]]) -> ValidationProblem:
+def _describe(path: str, errors: list[dict[str, Any]]) -> BadRequestError:
     """Describe the errors at one path as one problem. A union has several errors; a limit is preferred to a type."""
     for error in errors:
         if error["type"] not in EXPECTED_TYPES:
             return _describe_one(path, error)
     expected = list(dict.fromkeys(EXPECTED_TYPES[error["type"]] for error in errors))
     phrase = expected[0] if len(expected) == 1 else "one of " + _join(expected)
-    return ValidationProblem("type", path, expected=phrase, got=json_type(errors[0]["input"]))
+    return InvalidTypeError(path, phrase, json_type(errors[0]["input"]))
 
 
-def _describe_one(path: str, error: dict[str, Any]) -> ValidationProblem:
+def _describe_one(path: str, error: dict[str, Any]) -> BadRequestError:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind in ("missing", "union_tag_not_found"):
         tag = str(context.get("discriminator", "")).strip("'")
-        return ValidationProblem("missing", f"{path}.{tag}" if tag else path)
+        return MissingParameterError(f"{path}.{tag}" if tag else path)
     if kind == "extra_forbidden":
-        return ValidationProblem("unknown", path)
+        return UnknownParameterError(clip(path))
     if kind in NUMBER_LIMITS:
         return _describe_number(path, error)
     if kind in LENGTH_LIMITS:
@@ -161,19 +157,21 @@ def _describe_one(path: str, error: dict[str, Any]) -> ValidationProblem:
     if kind in ("literal_error", "enum", "union_tag_invalid"):
         return _describe_choice(path, error)
     if kind in ("value_error", "assertion_error"):
-        return ValidationProblem(
-            "value", path, f"Invalid '{path}': {context['error']}" if path else str(context["error"])
-        )
+        return _invalid(path, f"Invalid '{path}': {context['error']}" if path else str(context["error"]))
     if kind == "string_unicode":
-        return ValidationProblem("value", path, f"Invalid '{path}': the string is not valid Unicode.")
+        return _invalid(path, f"Invalid '{path}': the string is not valid Unicode.")
     if kind == "string_pattern_mismatch":
         pattern = context["pattern"]
         message = f"Invalid '{path}': string does not match pattern. Expected a string that matches '{pattern}'."
-        return ValidationProblem("value", path, message)
-    return ValidationProblem("value", path, f"Invalid '{path}': {error['msg']}, but got {echo(value)} instead.")
+        return _invalid(path, message)
+    return _invalid(path, f"Invalid '{path}': {error['msg']}, but got {echo(value)} instead.")
 
 
-def _describe_number(path: str, error: dict[str, Any]) -> ValidationProblem:
+def _invalid(path: str, message: str, code: str = "invalid_value") -> InvalidValueError:
+    return InvalidValueError(message, param=path or None, code=code)
+
+
+def _describe_number(path: str, error: dict[str, Any]) -> BadRequestError:
     is_upper, sign, key = NUMBER_LIMITS[error["type"]]
     limit, value = error["ctx"][key], error["input"]
     noun = "integer" if isinstance(value, int) and isinstance(limit, int) else "decimal"
@@ -182,10 +180,10 @@ def _describe_number(path: str, error: dict[str, Any]) -> ValidationProblem:
         f"Invalid '{path}': {noun} {'above maximum' if is_upper else 'below minimum'} value. "
         f"Expected a value {sign} {limit}, but got {echo(value)} instead."
     )
-    return ValidationProblem("value", path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_value")
+    return _invalid(path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_value")
 
 
-def _describe_length(path: str, error: dict[str, Any]) -> ValidationProblem:
+def _describe_length(path: str, error: dict[str, Any]) -> BadRequestError:
     noun, is_upper = LENGTH_LIMITS[error["type"]]
     context = error["ctx"]
     bound, limit = ("maximum", context.get("max_length")) if is_upper else ("minimum", context.get("min_length"))
@@ -193,13 +191,13 @@ def _describe_length(path: str, error: dict[str, Any]) -> ValidationProblem:
     expected = f"Expected {'an' if noun == 'array' else 'a'} {noun} with {bound} length {limit}"
     if length == 0:
         message = f"Invalid '{path}': empty {noun}. {expected}, but got an empty {noun} instead."
-        return ValidationProblem("value", path, message, f"empty_{noun}")
+        return _invalid(path, message, f"empty_{noun}")
     got = f"{'an' if noun == 'array' else 'a'} {noun} with length {length}"
     message = f"Invalid '{path}': {noun} too {'long' if is_upper else 'short'}. {expected}, but got {got} instead."
-    return ValidationProblem("value", path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_length")
+    return _invalid(path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_length")
 
 
-def _describe_choice(path: str, error: dict[str, Any]) -> ValidationProblem:
+def _describe_choice(path: str, error: dict[str, Any]) -> BadRequestError:
     context, value = error["ctx"], error["input"]
     if error["type"] == "union_tag_invalid":
         tag = context["discriminator"].strip("'")
@@ -207,8 +205,8 @@ def _describe_choice(path: str, error: dict[str, Any]) -> ValidationProblem:
     else:
         supported = context["expected"]
     if not isinstance(value, str):
-        return ValidationProblem("type", path, expected=f"one of {supported}", got=json_type(value))
-    return ValidationProblem("value", path, f"Invalid value: {echo(value)}. Supported values are: {supported}.")
+        return InvalidTypeError(path, f"one of {supported}", json_type(value))
+    return _invalid(path, f"Invalid value: {echo(value)}. Supported values are: {supported}.")
 
 
 def _join(phrases: list[str]) -> str:

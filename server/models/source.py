@@ -15,7 +15,7 @@ from starlette.responses import Response
 from server.engine_client.client import EngineClient
 from server.http.error_formats import ErrorFormat
 from server.http.errors import EngineUnavailableError
-from server.http.json_response import StructResponse
+from server.http.responses import StructResponse
 from server.models.registry import ModelRegistry, ModelSlot
 
 DRAINING = "The server is shutting down."

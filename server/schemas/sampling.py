@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
-from server.http.error_handlers import from_validation_error
 from server.http.errors import InvalidValueError
+from server.http.validation import from_validation_error
 from server.schemas.request_fields import OpenObject
 from server.settings.sampling import PARAMETERS, Integer, Number
 

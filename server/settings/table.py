@@ -144,19 +144,8 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
             "UNIX socket to listen on, instead of --host and --port. The user and the group of the server may connect.",
         ),
     ] = None
-    ssl_certfile: Annotated[
-        str | None,
-        Setting(
-            API,
-            text("FILE"),
-            "Certificate chain in PEM format: the server speaks HTTPS. It is read again when the file changes, without "
-            "a restart.",
-        ),
-    ] = None
-    ssl_keyfile: Annotated[
-        str | None,
-        Setting(API, text("FILE"), "Private key of --ssl-certfile, not encrypted. Unset: it is in the same file."),
-    ] = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     api_server_count: int = 1
     root_path: Annotated[
         str,

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
-from server.main import raise_file_limit
+from server.api_server import raise_file_limit
 from tests.bench.serve import MODEL_NAME, parse, print_rows, run, running_server
 
 TLS = Path(__file__).parents[1] / "support/tls"

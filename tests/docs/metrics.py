@@ -4,8 +4,8 @@ import msgspec
 from prometheus_client import Metric
 
 from engine.shared.messages import EngineStats
-from server.accounts import Usage
 from server.metrics import Metrics
+from server.tenants import Usage
 from tests.support.engine_info import ENGINE_INFO
 
 PREFIX = "lightwell_"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from server.api_keys import ApiKeys
-from server.http.errors import RateLimitError
+from server.api_keys import ApiKeys, load_api_keys
+from server.http.errors import APIError
 from server.parts.limits import keys_file
 from server.parts.limits.keys_file import read_keys_file
 from server.parts.limits.rules import Limits
@@ -118,24 +118,25 @@ def names(keys: ApiKeys, *texts: str) -> list[str | None]:
 
 
 def test_plain_keys() -> None:
-    assert not ApiKeys(Settings()).are_required
-    assert names(ApiKeys(Settings(api_key=(PAIR[0], *PAIR))), *PAIR, "", "key-three") == ["key-1", "key-2", None, None]
+    assert not load_api_keys(Settings()).are_required
+    keys = load_api_keys(Settings(api_key=(PAIR[0], *PAIR)))
+    assert names(keys, *PAIR, "", "key-three") == ["key-1", "key-2", None, None]
 
 
 def test_a_file_beside_plain_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(entry("alice", "a", "b") + entry("bob", "c"))
-    keys = ApiKeys(Settings(api_key=PAIR, api_keys_file=str(file)))
+    keys = load_api_keys(Settings(api_key=PAIR, api_keys_file=str(file)))
     assert names(keys, "a", "b", "c", *PAIR, "d") == ["alice", "alice", "bob", "key-1", "key-2", None]
     file.write_text(entry("alice", "key-two"))
     with pytest.raises(SettingsError, match=r"keys\.yaml: alice: a key is one of --api-key or --admin-key, too$"):
-        ApiKeys(Settings(api_key=PAIR, api_keys_file=str(file)))
+        load_api_keys(Settings(api_key=PAIR, api_keys_file=str(file)))
 
 
 def test_a_bad_file_keeps_the_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(entry("alice", "a"))
-    keys = ApiKeys(Settings(api_keys_file=str(file)))
+    keys = load_api_keys(Settings(api_keys_file=str(file)))
     for text in ("", "alice: {}", entry("alice", "a") * 2, None):
         file.write_text(text) if text is not None else file.unlink()
         caplog.clear()
@@ -154,14 +155,14 @@ def test_usage_and_limits_survive_a_change(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     text = entry("alice", "a").replace("}", ", requests-per-minute: 1}")
     file.write_text(text)
-    keys = ApiKeys(Settings(api_keys_file=str(file)))
+    keys = load_api_keys(Settings(api_keys_file=str(file)))
     before = keys.tenants["alice"].account
     before.begin()
     file.write_text(text + entry("bob", "b"))
     keys.reload()
     assert keys.tenants["alice"].account is before
     assert keys.usage()["alice"].num_requests == 1
-    with pytest.raises(RateLimitError):
+    with pytest.raises(APIError, match="Rate limit"):
         before.begin()
     file.write_text(entry("alice", "a"))
     keys.reload()
@@ -171,7 +172,7 @@ def test_usage_and_limits_survive_a_change(tmp_path: Path) -> None:
 def test_the_last_of_several_reloads_counts(tmp_path: Path) -> None:
     file, number = tmp_path / "keys.yaml", 0
     file.write_text(entry("tenant", "0"))
-    keys = ApiKeys(Settings(api_keys_file=str(file)))
+    keys = load_api_keys(Settings(api_keys_file=str(file)))
     threads = []
     for number in range(20):
         (tmp_path / "new").write_text(entry("tenant", str(number)))
@@ -194,8 +195,8 @@ def test_who_is_an_admin_and_who_may_go_first(tmp_path: Path) -> None:
         (Settings(admin_key="root"), {"admin"}, None),
         (Settings(api_key=("k",), api_keys_file=str(file)), {"alice"}, None),
     ):
-        tenants = ApiKeys(settings).tenants
+        tenants = load_api_keys(settings).tenants
         assert {name for name, tenant in tenants.items() if tenant.is_admin} == admins
         assert first is None or {name for name, tenant in tenants.items() if tenant.has_negative_priority} == first
     with pytest.raises(SettingsError, match=r"^--admin-key is one of --api-key, too$"):
-        ApiKeys(Settings(api_key=PAIR, admin_key=PAIR[0]))
+        load_api_keys(Settings(api_key=PAIR, admin_key=PAIR[0]))

@@ -24,7 +24,8 @@ import psutil
 import pytest
 
 from engine.shared.messages import LoadAdapter
-from server.main import MAX_CONNECTIONS, SPARE_FILES, Lifecycle, make_context, raise_file_limit, run
+from server.api_server import MAX_CONNECTIONS, SPARE_FILES, raise_file_limit
+from server.main import Lifecycle, make_context, run
 from server.processes import supervisor_channel as messages
 from server.processes.supervisor_channel import Channel, make_channel
 from server.settings.process_configs import EngineProcess

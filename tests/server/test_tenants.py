@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.shared.messages import Submit
-from server.accounts import Account
-from server.tenants import EVERYBODY, Tenant, tenant_of_address
+from server.tenants import EVERYBODY, Account, Tenant, tenant_of_address
 from tests.server.conftest import StartServer
 from tests.support.serving import RunningServer
 

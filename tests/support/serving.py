@@ -7,7 +7,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,12 @@ from server.app import create_app
 from server.context import ServerContext
 from server.engine_client.reservation import Reservation
 from server.http.errors import EngineUnavailableError
-from server.http.protocol import HTTPProtocol
-from server.main import make_context, make_server
+from server.main import make_context
 from server.models.served_model import ServedModel
+from server.part import server_type
 from server.part_table import PARTS, is_installed, missing_part
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
-from server.sockets.certificate import Certificate
 from server.sockets.listeners import bind, url
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.turned_loop import TurnedLoop
@@ -57,9 +56,9 @@ class RunningServer:
                     self.loop.call_soon_threadsafe(setattr, engine.liveness, "was_heard", True)
 
     @property
-    def connections(self) -> list[HTTPProtocol]:
-        """The connections that are open."""
-        return [each for each in list(self.state.connections) if isinstance(each, HTTPProtocol)]
+    def connections(self) -> list[Any]:
+        """The protocols of the connections that are open."""
+        return list(self.state.connections)
 
     @property
     def num_requests(self) -> int:
@@ -165,9 +164,6 @@ def running_server(
     app: FastAPI | None = None,
     wait_ready: bool = True,
     max_connections: int = 256,
-    protocol: type[HTTPProtocol] = HTTPProtocol,
-    certificate: Certificate | None = None,
-    forwarded_allow_ips: Sequence[str] = (),
 ) -> Iterator[RunningServer]:
     """Run a server for `context` in a thread. `app` replaces the application that `create_app` would create."""
     app = app or create_app(context)
@@ -175,8 +171,7 @@ def running_server(
     # other thread does the same.
     for route in app.routes:
         route.matches({"type": "http", "method": "GET", "path": "/none", "root_path": "", "headers": []})
-    options: dict[str, Any] = {"protocol": protocol, "certificate": certificate}
-    server = make_server(app, max_connections=max_connections, forwarded_allow_ips=forwarded_allow_ips, **options)
+    server = server_type()(app, context, max_connections)
     sockets = bind("127.0.0.1", 0)
     loop = TurnedLoop()
 
@@ -190,7 +185,7 @@ def running_server(
         wait_until(lambda: server.started)
         if wait_ready:
             wait_until(lambda: context.models.default.client.is_ready)
-        address = url(sockets[0], is_tls=certificate is not None)
+        address = url(sockets[0], is_tls=context.settings.ssl_certfile is not None)
         yield RunningServer(address, app, context, engine, server.server_state, loop)
     finally:
         loop.call_soon_threadsafe(server.stop)

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 from msgspec.structs import replace
 
 from server.app import create_app
 from server.main import make_context
 from server.parts.workers.relay import Relay
+from server.parts.workers.roles import WorkerRole
 from server.processes.supervisor_channel import make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, WorkerLink
 from server.settings.table import Settings
@@ -45,6 +47,7 @@ def running_worker(
         context.workers.append(Relay(address, context, app))
         link = WorkerLink(address, sockets_fd=-1)
         worker = make_context(ApiProcessConfig(settings=config.settings, models=config.models, coordinator=link))
+        stack.enter_context(patch.object(WorkerRole, "accept", return_value=None))  # it has a port of its own
         with (
             running_server(context, fake_engine, app=app, **(server or {})) as coordinator,
             running_server(worker, fake_engine, **(server or {})) as running,

@@ -33,8 +33,8 @@ from server.generation.preamble import begin, find_model
 from server.generation.prompts import vocab_size
 from server.http.access_control import require_admin
 from server.http.errors import InvalidURLError, InvalidValueError, ModelNotFoundError, RequestNotFoundError
-from server.http.json_response import StructResponse
 from server.http.json_route import end_with_client
+from server.http.responses import StructResponse
 from server.metrics import exposition
 from server.models.registry import ModelSlot, ModelState
 from server.models.served_model import ServedModel

@@ -8,7 +8,7 @@ from server.api.chat.writer import ChatCompletion, ChatCompletionChunk
 from server.api.model_route import StreamRoute
 from server.dialect import EXAMPLE_PROMPT, MESSAGES, Dialect, Operation
 from server.generation.pipeline import render, respond
-from server.http.json_response import StructResponse
+from server.http.responses import StructResponse
 from server.schemas.answers import RenderedPrompt
 
 router = APIRouter(route_class=StreamRoute)

@@ -12,7 +12,7 @@ from server.dialect import BEGINNING, EXAMPLE_PROMPT, Dialect, Operation
 from server.generation.endpoint import AnswerMetadata, Endpoint
 from server.generation.pipeline import render, respond
 from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt
-from server.http.json_response import StructResponse
+from server.http.responses import StructResponse
 from server.models.served_model import ServedModel
 from server.schemas.answers import RenderedPrompt
 

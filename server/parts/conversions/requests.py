@@ -12,8 +12,8 @@ from server.context import get_context
 from server.generation.endpoint import Endpoint
 from server.generation.job import encode_prompts
 from server.generation.preamble import begin, distinct, find_generating_model
-from server.http.error_handlers import from_validation_error
 from server.http.errors import BadRequestError, UnsupportedParameterError
+from server.http.validation import from_validation_error
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import get_tenant
 

@@ -24,8 +24,8 @@ from server.generation.generation import ChoiceEnd, request_timings
 from server.generation.preamble import Preamble, begin, find_model
 from server.generation.prompts import encode_prompt, fit_max_tokens, truncate_prompt
 from server.http.errors import InvalidValueError, ServerError
-from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
+from server.http.responses import AnswerResponse
 from server.models.served_model import ModelVariant, ServedModel
 from server.parts.embeddings.schemas import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from server.schemas.answers import RequestTimings

@@ -16,7 +16,7 @@ from engine.shared.records import ReadSteps, Steps
 from server.http.error_formats import ErrorFormat
 from server.http.errors import APIError, InvalidValueError
 from server.http.json_route import end_with_client
-from server.http.sse import EventStream
+from server.http.responses import EventStream
 from server.parts.inspection.access import EngineNumber, RecordAccess, check_may_read
 from server.parts.inspection.routes import MAX_STEPS, step_list
 

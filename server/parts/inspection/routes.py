@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from engine.shared.records import Blocks, Queue, ReadBlocks, ReadQueue, ReadRequests, ReadSteps, Requests, Steps
 from server.http.errors import APIError, clip
-from server.http.json_response import StructResponse
+from server.http.responses import StructResponse
 from server.parts.inspection.access import EngineNumber, RecordAccess, check_may_read
 from server.parts.inspection.schemas import QueueList, RequestDetails, RequestList, State, StepList
 from server.parts.inspection.views import block_map, choice_detail, engine_view, queued_view, request_view, step_view

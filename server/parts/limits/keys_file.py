@@ -8,18 +8,25 @@ It is YAML, of which JSON is a part. Messages about it name the tenant and the f
 user may have written a key in place of its hash.
 """
 
+import logging
+import os
 import re
+import threading
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from server.api_keys import ApiKeys
 from server.parts.limits.rules import Limits
 from server.settings.load import read_yaml
 from server.settings.setting import ADAPTER_NAME, SettingsError, did_you_mean
+from server.settings.table import Settings
 from server.settings.value_types import BOOLEAN, ValueType, integer, number, pattern
 from server.tenants import Tenant
+
+logger = logging.getLogger(__name__)
 
 MAX_FILE_SIZE = 4 << 20  # bytes
 MAX_KEYS = 4096  # each request's key is compared with all of them
@@ -36,6 +43,40 @@ FIELDS: Mapping[str, ValueType] = {
     "negative-priority": BOOLEAN,
     **LIMITS,
 }
+
+
+class KeysOfFile(ApiKeys):
+    """The keys of the file, beside --api-key and --admin-key."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read the file. Raises SettingsError."""
+        self._lock = threading.Lock()
+        super().__init__(settings)
+
+    def reload(self) -> None:
+        """Read the keys file again. If it is invalid, log an error and keep the keys. May be called in any thread.
+
+        Running requests whose key is removed go on, streams of the engine's steps do not.
+        """
+        with self._lock:  # so that the last of several calls reads last
+            try:
+                keys = self._with_accounts(self._read())
+                self.are_required = bool(keys)  # first: no request passes without a key meanwhile
+                self._by_digest = keys
+            except SettingsError as error:
+                logger.error("%s; the keys stay as they were", error)
+            else:
+                self.num_reloads += 1
+                logger.info("read %s again: %d keys", self._settings.api_keys_file, len(self._by_digest))
+
+    def _read(self) -> dict[bytes, Tenant]:
+        keys = super()._read()
+        path = Path(os.path.expanduser(self._settings.api_keys_file or ""))
+        for digest, tenant in read_keys_file(path, has_own_cache=self._settings.isolate_keys):
+            if digest in keys:
+                raise SettingsError(f"{path}: {tenant.name}: a key is one of --api-key or --admin-key, too")
+            keys[digest] = tenant
+        return keys
 
 
 class _Loader(yaml.BaseLoader):

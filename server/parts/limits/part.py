@@ -1,9 +1,68 @@
-"""Limits of tenants, from the keys file, and what they have used."""
+"""Limits of tenants, from the keys file; `GET /v1/usage`: what a client has used, and its limits."""
 
+from typing import Literal
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.context import get_context
 from server.dialect import Dialect, Operation
+from server.http.responses import StructResponse
 from server.part import Part
-from server.parts.limits.routes import router
-from server.parts.limits.schemas import UsageList
+from server.parts.limits.rules import Limits
+from server.tenants import Account, Tenant, get_tenant
+
+
+class TenantUsage(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="usage"):
+    """Counts since the start of the server."""
+
+    name: str | None  # of the tenant; None: all clients, of a server without keys
+    num_requests: int
+    num_running_requests: int
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt tokens
+    completion_tokens: int
+    total_tokens_today: int  # prompt and output, since 00:00 UTC
+    limits: Limits
+
+
+class UsageList(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[TenantUsage]
+
+
+router = APIRouter()
+
+
+@router.get("/v1/usage")
+async def usage(request: Request) -> Response:
+    """Return the requests and tokens of the client's key since the start of the server, and its limits.
+
+    An admin key gets those of all keys.
+    """
+    own = get_tenant(request)
+    tenants = get_context(request).api_keys.tenants.values() if own.is_admin else ()
+    usages = [_usage(tenant.owner or None, tenant.account, _limits(tenant)) for tenant in tenants or (own,)]
+    return StructResponse(UsageList(data=usages))
+
+
+def _limits(tenant: Tenant) -> Limits:
+    return tenant.limits if isinstance(tenant.limits, Limits) else Limits()
+
+
+def _usage(name: str | None, account: Account, limits: Limits) -> TenantUsage:
+    used = account.usage
+    return TenantUsage(
+        name=name,
+        num_requests=used.num_requests,
+        num_running_requests=account.num_running,
+        prompt_tokens=used.num_prompt_tokens,
+        cached_tokens=used.num_cached_tokens,
+        completion_tokens=used.num_output_tokens,
+        total_tokens_today=account.num_tokens_today,
+        limits=limits,
+    )
+
 
 USAGE = Dialect(
     tag="Lightwell", routers=[router], operations={("/v1/usage", "get"): Operation(UsageList)}, in_workers=False

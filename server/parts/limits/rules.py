@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from server.accounts import Account, Rule
-from server.http.errors import ConcurrencyLimitError, QuotaExceededError, RateLimitError
+from server.http.errors import APIError, retry_headers
+from server.tenants import Account, Rule
 
 MINUTE = 60.0
+REQUESTS, TOKENS = "requests", "tokens"
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,34 +32,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             yield Concurrency(self.max_concurrent_requests)
         if self.tokens_per_day is not None:
             yield DailyTokens(self.tokens_per_day)
-        for kind, per_minute in ((RequestRate, self.requests_per_minute), (TokenRate, self.tokens_per_minute)):
+        for noun, per_minute in ((REQUESTS, self.requests_per_minute), (TOKENS, self.tokens_per_minute)):
             if per_minute is not None:
-                yield rates.get((kind.noun, per_minute)) or kind(per_minute, now)
-
-
-class TokenBucket:
-    """Holds `per_minute` units, and gets as many back in a minute. It may be overdrawn.
-
-    Times are in seconds of `time.monotonic()`.
-    """
-
-    def __init__(self, per_minute: int, now: float) -> None:
-        self.per_minute = per_minute
-        self._level = float(per_minute)
-        self._time = now
-
-    def level(self, now: float) -> float:
-        """Return the number of units left; negative if the bucket is overdrawn."""
-        self._level = min(self.per_minute, self._level + max(0.0, now - self._time) * self.per_minute / MINUTE)
-        self._time = max(self._time, now)
-        return self._level
-
-    def take(self, amount: int, now: float) -> None:
-        self._level = self.level(now) - amount
-
-    def seconds_until(self, level: float, now: float) -> float:
-        """Return the time until the bucket holds `level` units."""
-        return max(0.0, level - self.level(now)) * MINUTE / self.per_minute
+                yield rates.get((noun, per_minute)) or Rate(noun, per_minute, now)
 
 
 class Limit:
@@ -82,7 +58,10 @@ class Concurrency(Limit):
 
     def check(self, account: Account, now: float) -> None:
         if account.num_running >= self._max_requests:
-            raise ConcurrencyLimitError(self._max_requests)
+            message = (
+                f"Rate limit reached: {self._max_requests} requests at a time. Please try again when one has ended."
+            )
+            raise APIError(429, message, type="requests", code="rate_limit_exceeded", headers=retry_headers(1))
 
 
 class DailyTokens(Limit):
@@ -93,45 +72,61 @@ class DailyTokens(Limit):
 
     def check(self, account: Account, now: float) -> None:
         if account.num_tokens_today >= self._max_tokens:
-            raise QuotaExceededError(self._max_tokens)
+            quota = f"{self._max_tokens} tokens per day, which are renewed at 00:00 UTC"
+            kind, headers = "insufficient_quota", {"x-should-retry": "false"}
+            raise APIError(429, f"You exceeded your current quota: {quota}.", type=kind, code=kind, headers=headers)
 
 
 class Rate(Limit):
-    """A rate per minute. A request is admitted while any units are left: what it takes beyond them has to come back."""
+    """So many requests or tokens per minute. A request is admitted while any are left: what it takes beyond them has to
+    come back.
 
-    noun = ""
+    Times are in seconds of `time.monotonic()`.
+    """
 
-    def __init__(self, per_minute: int, now: float) -> None:
-        self.key = (self.noun, per_minute)
-        self._bucket = TokenBucket(per_minute, now)
+    def __init__(self, noun: str, per_minute: int, now: float) -> None:
+        self.key = (noun, per_minute)
+        self._noun = noun
+        self._per_minute = per_minute
+        self._level = float(per_minute)
+        self._time = now
+
+    def level(self, now: float) -> float:
+        """Return the number of units left; negative if more were taken."""
+        self._level = min(self._per_minute, self._level + max(0.0, now - self._time) * self._per_minute / MINUTE)
+        self._time = max(self._time, now)
+        return self._level
+
+    def take(self, amount: int, now: float) -> None:
+        self._level = self.level(now) - amount
+
+    def seconds_until(self, level: float, now: float) -> float:
+        """Return the time until `level` units are left."""
+        return max(0.0, level - self.level(now)) * MINUTE / self._per_minute
 
     def check(self, account: Account, now: float) -> None:
-        bucket = self._bucket
-        if bucket.level(now) < 1:
-            raise RateLimitError(self.noun, bucket.per_minute, bucket.seconds_until(1, now))
+        if self.level(now) < 1:
+            wait = self.seconds_until(1, now)
+            rate = f"{self._per_minute} {self._noun} per minute"
+            message = f"Rate limit reached: {rate}. Please try again in {max(wait, 0.001):.3f}s."
+            headers = retry_headers(math.ceil(wait))
+            raise APIError(429, message, type=self._noun, code="rate_limit_exceeded", headers=headers)
+
+    def begin(self, now: float) -> None:
+        if self._noun == REQUESTS:
+            self.take(1, now)
+
+    def count(self, num_tokens: int, now: float) -> None:
+        if self._noun == TOKENS:
+            self.take(num_tokens, now)
 
     def headers(self, now: float) -> dict[str, str]:
         """Return OpenAI's headers for the rate."""
-        bucket = self._bucket
         return {
-            f"x-ratelimit-limit-{self.noun}": str(bucket.per_minute),
-            f"x-ratelimit-remaining-{self.noun}": str(max(0, math.floor(bucket.level(now)))),
-            f"x-ratelimit-reset-{self.noun}": format_duration(bucket.seconds_until(bucket.per_minute, now)),
+            f"x-ratelimit-limit-{self._noun}": str(self._per_minute),
+            f"x-ratelimit-remaining-{self._noun}": str(max(0, math.floor(self.level(now)))),
+            f"x-ratelimit-reset-{self._noun}": format_duration(self.seconds_until(self._per_minute, now)),
         }
-
-
-class RequestRate(Rate):
-    noun = "requests"
-
-    def begin(self, now: float) -> None:
-        self._bucket.take(1, now)
-
-
-class TokenRate(Rate):
-    noun = "tokens"
-
-    def count(self, num_tokens: int, now: float) -> None:
-        self._bucket.take(num_tokens, now)
 
 
 def format_duration(seconds: float) -> str:

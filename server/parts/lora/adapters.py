@@ -10,13 +10,26 @@ from collections.abc import Callable, Sequence
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, LoraAdapter, ToEngine, UnloadAdapter
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import ConnectedEngine, EngineAdapters
-from server.http.errors import AdapterNotFoundError, AdaptersBusyError, APIError, BadRequestError, InvalidValueError
+from server.http.errors import APIError, BadRequestError, EngineUnavailableError, InvalidValueError, clip
 
 logger = logging.getLogger(__name__)
 
 PARAMS = {AdapterField.NAME: "lora_name", AdapterField.PATH: "lora_path"}  # names of the fields in the API
 
 Change = LoadAdapter | UnloadAdapter
+
+
+class AdapterNotFoundError(APIError):
+    def __init__(self, name: str) -> None:
+        message = f"The lora adapter '{clip(name)}' cannot be found."
+        super().__init__(404, message, code="model_not_found", param="lora_name")
+
+
+class AdaptersBusyError(EngineUnavailableError):
+    """The engine cannot load a LoRA adapter at the moment. The message comes from the engine."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="adapters_busy")
 
 
 class LoadedAdapters(EngineAdapters):

@@ -18,17 +18,11 @@ from server.dialect import Dialect, Operation
 from server.engine_client.client import EngineClient
 from server.generation.preamble import begin, find_model
 from server.http.access_control import require_admin
-from server.http.errors import (
-    AdapterNotFoundError,
-    InvalidValueError,
-    MissingParameterError,
-    ModelNotFoundError,
-    UpdatesNotAllowedError,
-)
+from server.http.errors import APIError, InvalidValueError, MissingParameterError, ModelNotFoundError
 from server.model_paths import ModelError, resolve_adapter
 from server.models.served_model import ServedModel
 from server.part import Part
-from server.parts.lora.adapters import load_adapter, unload_adapter
+from server.parts.lora.adapters import AdapterNotFoundError, load_adapter, unload_adapter
 from server.schemas.request_fields import OpenObject
 from server.settings.setting import ADAPTER_NAME
 from server.tenants import get_tenant
@@ -73,10 +67,11 @@ class AdapterRoute(ModelRoute):
     ends_with_client = False
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
-        """Raise ForbiddenError or UpdatesNotAllowedError before the model is loaded."""
+        """Raise APIError before the model is loaded."""
         require_admin(request)
         if not get_context(request).settings.allow_runtime_lora_updating:
-            raise UpdatesNotAllowedError
+            message = "LoRA adapters cannot be changed: start the server with --allow-runtime-lora-updating."
+            raise APIError(404, message, code="not_enabled")
         return await super().respond(request, fields)
 
 

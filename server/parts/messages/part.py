@@ -8,7 +8,7 @@ from server.context import ServerContext, get_context
 from server.dialect import ID, MESSAGES, MODEL, Dialect, Operation
 from server.generation.pipeline import respond
 from server.generation.preamble import find_model
-from server.http.json_response import StructResponse
+from server.http.responses import StructResponse
 from server.part import Part
 from server.parts.conversions.requests import count_prompt_tokens, reject_chat_only_fields, renamed_errors
 from server.parts.messages.conversion import MessagesEndpoint, ModelCapabilities, error_names, to_chat

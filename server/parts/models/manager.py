@@ -19,7 +19,7 @@ from server.engine_client.admission import SHUTTING_DOWN
 from server.engine_client.client import EngineClient
 from server.format import format_bytes
 from server.http.errors import EngineUnavailableError
-from server.http.json_response import StructResponse
+from server.http.responses import StructResponse
 from server.models.registry import ModelRegistry, ModelSlot, ModelState
 from server.models.served_model import ServedModel, load_served_model
 from server.models.source import DRAINING, NO_PROGRESS, ModelSource, WaitingRoute

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from server.context import get_context
 from server.http.errors import BadRequestError, EngineUnavailableError
-from server.http.sse import KEEP_ALIVE_SECONDS, EventStream
+from server.http.responses import KEEP_ALIVE_SECONDS, EventStream
 from server.models.registry import ModelSlot
 from server.models.source import WaitingRoute
 from server.schemas.generation_request import GenerationRequest

@@ -14,10 +14,9 @@ from server.context import get_context
 from server.dialect import BEGINNING, MESSAGES, Dialect, Operation
 from server.generation.pipeline import respond
 from server.generation.preamble import begin, find_model
-from server.http.errors import NotImplementedAPIError
-from server.http.json_response import StructResponse
+from server.http.errors import APIError
 from server.http.json_route import StrictJSONRoute
-from server.http.sse import NDJSON
+from server.http.responses import NDJSON, StructResponse
 from server.part import Part
 from server.parts.conversions.requests import renamed_errors
 from server.parts.embeddings.pipeline import respond as respond_with_embeddings
@@ -217,9 +216,8 @@ file_operations = APIRouter()  # which need no valid body to be refused
 async def not_implemented(request: Request) -> Response:
     """Refuse an operation on model files."""
     name = request.url.path.removeprefix("/api/").partition("/")[0]
-    raise NotImplementedAPIError(
-        f"'{name}' is not supported: the model and its adapters are chosen when this server is started."
-    )
+    message = f"'{name}' is not supported: the model and its adapters are chosen when this server is started."
+    raise APIError(501, message, code="not_implemented", headers={"x-should-retry": "false"})
 
 
 REQUEST = {"stream": False, "options": {"num_predict": 20}}

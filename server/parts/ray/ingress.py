@@ -19,11 +19,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.dialects import ERROR_FORMATS
-from server.api_keys import ApiKeys
+from server.api_keys import load_api_keys
 from server.http.access_control import METRICS, Authentication
 from server.http.bodies import BodyReader
 from server.http.errors import APIError, BadRequestError, EngineUnavailableError
-from server.http.sse import NDJSON, SERVER_SENT_EVENTS
+from server.http.responses import NDJSON, SERVER_SENT_EVENTS
 from server.parts.ray.replica import FETCH_SECONDS
 from server.parts.ray.router import ForwardedRequest, ResponseHead, opening
 from server.settings.table import Settings
@@ -49,7 +49,7 @@ class Ingress:
         """Raises SettingsError if the file of keys is invalid."""
         self._replicas = replicas.options(method_name="respond", stream=True)
         self._bodies = BodyReader(settings.max_body_size, settings.max_buffered_bytes)
-        self._authentication = Authentication(ApiKeys(settings), public_metrics=settings.public_metrics)
+        self._authentication = Authentication(load_api_keys(settings), public_metrics=settings.public_metrics)
 
     async def __call__(self, request: Request) -> Response:
         """Return the response to a request. The body of a POST is read if its key is valid, others have none."""

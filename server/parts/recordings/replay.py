@@ -15,7 +15,7 @@ from server.context import ServerContext
 from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.engine_client.streams import RequestStream
 from server.generation.choice import json_logprob
-from server.http.errors import RecordedAdapterError, ServerError
+from server.http.errors import APIError, ServerError, clip
 from server.models.served_model import ServedModel
 from server.parts.recordings.schemas import (
     Replay,
@@ -69,12 +69,13 @@ def _compare(
 
 
 def _check_adapter(model: ServedModel, tenant: Tenant, submit: Submit) -> None:
-    """Raise RecordedAdapterError unless the adapter that the request used is still loaded under its name."""
+    """Raise APIError unless the adapter that the request used is still loaded under its name."""
     if not submit.lora_name:
         return
     loaded = model.client.adapters.get(submit.lora_name)
     if loaded is None or not tenant.may_use(submit.lora_name) or loaded.fingerprint != submit.lora_fingerprint:
-        raise RecordedAdapterError(submit.lora_name)
+        message = f"The LoRA adapter '{clip(submit.lora_name)}' of the recorded request is not loaded any more."
+        raise APIError(404, message, code="model_not_found")
 
 
 def _resubmission(submit: Submit, choices: Sequence[RecordedChoice]) -> Submit:

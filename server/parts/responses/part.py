@@ -19,17 +19,9 @@ from server.generation.endpoint import AnswerMetadata
 from server.generation.pipeline import collect, respond, start, stream
 from server.generation.preamble import find_generating_model, find_model
 from server.http.bodies import note_text_size
-from server.http.errors import (
-    APIError,
-    BadRequestError,
-    InvalidValueError,
-    PreviousResponseNotFoundError,
-    ResponseNotFoundError,
-    ServerError,
-)
-from server.http.json_response import StructResponse
+from server.http.errors import APIError, BadRequestError, InvalidValueError, ServerError, clip
 from server.http.json_route import end_with_client
-from server.http.sse import EventStream
+from server.http.responses import EventStream, StructResponse
 from server.models.served_model import ServedModel
 from server.part import Part
 from server.parts.conversions.requests import count_prompt_tokens, renamed_errors
@@ -242,22 +234,27 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 async def delete_response(request: Request, response_id: str) -> Response:
     """Delete a response, cancelling it if it is being generated. Responses that continue it keep its items."""
     if not get_response_store(request).delete(response_id, get_owner(request)):
-        raise ResponseNotFoundError(response_id)
+        raise _not_found(response_id)
     get_context(request).running.cancel(response_id, get_owner(request))
     return StructResponse(DeletedResponse(response_id))
+
+
+def _not_found(response_id: str) -> APIError:
+    return APIError(404, f"Response with id '{clip(response_id)}' not found.")
 
 
 def _find(request: Request, response_id: str) -> StoredResponse:
     stored = get_response_store(request).get(response_id, get_owner(request))
     if stored is None:
-        raise ResponseNotFoundError(response_id)
+        raise _not_found(response_id)
     return stored
 
 
 def _previous(request: Request, response_id: str) -> StoredResponse:
     stored = get_response_store(request).get(response_id, get_owner(request))
     if stored is None:
-        raise PreviousResponseNotFoundError(response_id)
+        message = f"Previous response with id '{clip(response_id)}' not found."
+        raise BadRequestError(message, param="previous_response_id", code="previous_response_not_found")
     if stored.is_in_progress:
         message = "Invalid 'previous_response_id': that response is still being generated."
         raise InvalidValueError(message, param="previous_response_id")

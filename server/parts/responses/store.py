@@ -13,13 +13,24 @@ import msgspec
 from starlette.requests import Request
 
 from server.context import get_context
-from server.http.errors import ResponseGoneError
+from server.http.errors import APIError
 from server.parts.responses.schemas import ResponseObject
 from server.shares import giving_way
 from server.tenants import EVERYBODY, OwnedId
 
 BLOCK_EVENTS = 64
 OBJECT_BYTES = 41  # memory of a bytes object and its list entry, beside its content
+
+
+class ResponseGoneError(APIError):
+    """The response was deleted or dropped while it was being read."""
+
+    def __init__(self, response_id: str) -> None:
+        message = (
+            f"Response with id '{response_id}' is no longer stored: it was deleted, or dropped to make room for others "
+            "(--max-stored-responses, --stored-responses-memory)."
+        )
+        super().__init__(404, message)
 
 
 class EventLog:

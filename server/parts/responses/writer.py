@@ -13,7 +13,7 @@ from server.api.chat.writer import TokenLogprob, token_logprobs
 from server.generation.choice import ChoiceDelta, TokenPosition, ToolCallDelta
 from server.generation.endpoint import NO_FIELDS, TokenFields, Writer, encode_events
 from server.http.error_formats import ErrorFormat
-from server.http.errors import APIError, ResponseGoneError
+from server.http.errors import APIError
 from server.parts.responses.custom_tools import custom_input
 from server.parts.responses.schemas import (
     CustomCallItem,
@@ -31,7 +31,7 @@ from server.parts.responses.schemas import (
     ResponseObject,
     ResponseUsage,
 )
-from server.parts.responses.store import ResponseStore, StoredResponse
+from server.parts.responses.store import ResponseGoneError, ResponseStore, StoredResponse
 from server.schemas.answers import RequestTimings, Usage
 from server.text.parsers.answer_parts import PartKind
 from server.text.tokenizer import Tokenizer

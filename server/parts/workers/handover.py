@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from server.sockets.starter import STARTS_AT_ONCE, Starter
+from server.parts.hardening.acceptor import STARTS_AT_ONCE, Starter
 
 logger = logging.getLogger(__name__)
 

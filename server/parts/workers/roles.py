@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,15 +13,15 @@ from server.api.dialects import ERROR_FORMATS, worker_paths
 from server.context import ServerContext
 from server.engine_client.client import EngineClient
 from server.metrics import Metrics
+from server.parts.hardening.acceptor import Acceptor
 from server.parts.recordings.store import Recordings
 from server.parts.workers.forwarded_requests import ForwardingMiddleware
 from server.parts.workers.handover import Receiver, Workers
 from server.parts.workers.relay import Relay
 from server.parts.workers.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
-from server.role import MakeProtocol, Role
+from server.role import Role
 from server.settings.process_configs import ApiProcessConfig, WorkerLink
 from server.settings.table import Settings
-from server.sockets.acceptor import Acceptor
 from server.tenants import Ledger
 
 
@@ -38,7 +39,7 @@ class CoordinatorRole(Role):
     def accept(
         self,
         sockets: Sequence[socket.socket],
-        make_protocol: MakeProtocol,
+        make_protocol: Callable[[], asyncio.BaseProtocol],
         num_free: Callable[[], int],
         max_connections: int,
     ) -> Acceptor:
@@ -58,6 +59,7 @@ class WorkerRole(Role):
         self._link = link
         self._coordinator = Coordinator(link.address, self.running)
         self._receiver: Receiver | None = None
+        self._accepts = asyncio.Event()
 
     def new_metrics(self, settings: Settings, model_name: str) -> Metrics:
         return RemoteMetrics(settings.metrics_prefix, model_name, self._coordinator)
@@ -78,14 +80,16 @@ class WorkerRole(Role):
     def accept(
         self,
         sockets: Sequence[socket.socket],
-        make_protocol: MakeProtocol,
+        make_protocol: Callable[[], asyncio.BaseProtocol],
         num_free: Callable[[], int],
         max_connections: int,
     ) -> Receiver:
         self._receiver = Receiver(_inherited(self._link), make_protocol)
+        self._accepts.set()
         return self._receiver
 
-    def open(self) -> None:
+    async def open(self) -> None:
+        await self._accepts.wait()
         if self._receiver is not None:
             self._receiver.open()
 

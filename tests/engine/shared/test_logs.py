@@ -142,5 +142,5 @@ def test_a_full_disk_is_ignored(root_logger: logging.Logger) -> None:
     close = configure_logging("debug", "human", os.open("/dev/full", os.O_WRONLY))
     logger.info("lost")
     close()
-    for name in ("sse_starlette.sse", "httpx", "httpcore.http11", "uvicorn.error"):
+    for name in ("httpx", "httpcore.http11", "uvicorn.error"):
         assert not logging.getLogger(name).isEnabledFor(logging.INFO), "verbose loggers do not log requests"

@@ -17,7 +17,7 @@ from engine.shared.messages import FinishReason, TokenEvent
 from server.generation.choice import ChoiceDelta, ChoiceState, TokenPosition, ToolCallDelta, join_deltas
 from server.generation.endpoint import AnswerMetadata, Writer
 from server.http.errors import APIError, EngineDeadError, QueueFullError
-from server.http.json_response import StructResponse
+from server.http.responses import StructResponse
 from server.parts.messages.writer import MessagesWriter
 from server.parts.ollama.writer import OllamaWriter, chat_answer
 from server.parts.responses.conversion import new_response

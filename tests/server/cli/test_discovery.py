@@ -18,7 +18,6 @@ from server.http.errors import EngineUnavailableError
 from server.parts.bench.bench import run_benchmark
 from server.parts.bench.load_generator import LoadOptions
 from server.running_servers import RunningServer, folder, registered, registered_servers
-from server.sockets.certificate import Certificate
 from tests.server.conftest import StartServer
 from tests.support.paths import ROOT
 from tests.support.stub_openai import StubServer
@@ -209,8 +208,7 @@ def test_addresses_at_which_no_server_answers(server: RunningServer) -> None:
 @pytest.fixture
 def tls_url(start_server: StartServer) -> str:
     """The address of a server on loopback whose certificate nobody has signed."""
-    certificate = Certificate(str(TLS / "one.crt"), str(TLS / "one.key"))
-    return start_server(server={"certificate": certificate}).url
+    return start_server(ssl_certfile=str(TLS / "one.crt"), ssl_keyfile=str(TLS / "one.key")).url
 
 
 def test_a_private_authority_is_trusted_on_loopback_too(tls_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

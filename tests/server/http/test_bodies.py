@@ -5,18 +5,19 @@ import gzip
 import json
 import select
 import socket
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
 
-from server.http.bodies import BODY_TIMEOUT, DISCARD_TIMEOUT, FREE_BYTES, BodyShare
-from server.http.errors import BuffersExceedMemoryError
+from server.http.bodies import BODY_TIMEOUT, DISCARD_TIMEOUT, FREE_BYTES, BodyReader, BodyShare
+from server.http.errors import BodyTooLargeError, BuffersExceedMemoryError
 from server.shares import MemoryBudget, oldest_first
 from tests.server.conftest import StartServer
 from tests.support.clients import shared_server
@@ -131,6 +132,7 @@ def test_which_bodies_are_refused_and_what_counts() -> None:
     assert [share.is_refused for share in (complete, small, first, second)] == [False, False, True, False]
     with pytest.raises(BuffersExceedMemoryError):
         first.receive(b"x")
+    assert not first.chunks
     last = begin(2 * third - FREE_BYTES + 1)
     assert [share.is_refused for share in (complete, small, second, last)] == [False, True, True, False]
     assert [share for share, deadline in deadlines.items() if deadline.reschedule.called] == [small, first, second]
@@ -140,6 +142,19 @@ def test_which_bodies_are_refused_and_what_counts() -> None:
     assert budget.num_bytes == last.size
     with pytest.raises(BuffersExceedMemoryError):
         last.receive(bytes(MAX_BYTES))  # alone
+
+
+@pytest.mark.checklist("A17")
+@pytest.mark.anyio
+async def test_a_refused_body_leaves_memory_at_once() -> None:
+    """Also while its error is kept, which refers to the frame that has received it."""
+    first, rest = bytes(100), bytes(1000)
+    messages = [{"type": "http.request", "body": body, "more_body": True} for body in (first, rest)]
+    num_references = sys.getrefcount(first)
+    scope, receive = {"headers": [(b"expect", b"100-continue")]}, AsyncMock(side_effect=messages)
+    with pytest.raises(BodyTooLargeError) as kept:
+        await BodyReader(1000, MAX_BYTES).read(scope, receive)
+    assert sys.getrefcount(first) == num_references, kept
 
 
 @pytest.fixture(scope="module")

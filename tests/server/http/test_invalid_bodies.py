@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from server.http.error_handlers import from_validation_error
 from server.http.errors import BadRequestError, InvalidJSONError, InvalidValueError
 from server.http.strict_json import MAX_DEPTH, MAX_ELEMENTS, MAX_FIELDS, MAX_NODES, describe_size, parse_json_object
+from server.http.validation import from_validation_error
 from tests.support.serving import RunningServer, check_error
 
 INVALID = [

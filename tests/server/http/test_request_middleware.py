@@ -190,7 +190,7 @@ def test_only_trusted_proxies_name_the_client(
 ) -> None:
     """In the log, and as the tenant."""
     caplog.set_level(logging.INFO)
-    server = start_server(server={"forwarded_allow_ips": trusted})
+    server = start_server(forwarded_allow_ips=trusted)
     for forwarded, client in clients.items():
         body, headers = {"model": "tiny", "prompt": "x"}, {"x-forwarded-for": forwarded}
         assert httpx.post(server.url + COMPLETIONS, json=body, headers=headers).status_code == 200

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from server.app import create_app
+from server.parts.page.openapi import make_document
 from tests.support.api_process import api_process
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES
 from tests.support.fake_engine import FakeEngineConfig
@@ -260,8 +261,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 def document(model_folder: Path) -> dict[str, Any]:
     """The OpenAPI document of the server."""
     context = make_test_context("ipc:///tmp/nowhere", model_folder, allow_runtime_lora_updating=True)
-    described: dict[str, Any] = create_app(context).openapi()
-    return described
+    return make_document(create_app(context), context)
 
 
 def check_costs(api: Api, path: str, make: Callable[[int], bytes], size: int) -> None:

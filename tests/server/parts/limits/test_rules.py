@@ -1,4 +1,4 @@
-"""Token buckets against a plain model, the format of durations, and what tenants have used."""
+"""Rates against a plain model, the format of durations, and what tenants have used."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.accounts import DAY, Account
-from server.http.errors import QuotaExceededError
+from server.http.errors import APIError
 from server.metrics import exposition
-from server.parts.limits.rules import Limits, TokenBucket, format_duration
+from server.parts.limits.rules import TOKENS, Limits, Rate, format_duration
+from server.tenants import DAY, Account
 from tests.server.conftest import StartServer
 from tests.support.clients import COMPLETIONS, write_keys_file
 from tests.support.serving import RunningServer
@@ -21,16 +21,16 @@ STEPS = st.lists(st.tuples(st.floats(0, 100), st.integers(0, 50)), max_size=20)
 
 
 @given(per_minute=st.integers(1, 100), steps=STEPS)
-def test_a_bucket_refills_in_a_minute_and_can_be_overdrawn(per_minute: int, steps: list[tuple[float, int]]) -> None:
-    bucket, level, now = TokenBucket(per_minute, 0.0), float(per_minute), 0.0
+def test_a_rate_refills_in_a_minute_and_can_be_overdrawn(per_minute: int, steps: list[tuple[float, int]]) -> None:
+    rate, level, now = Rate(TOKENS, per_minute, 0.0), float(per_minute), 0.0
     for seconds, amount in steps:
         now += seconds
         level = min(per_minute, level + seconds * per_minute / 60)
-        assert bucket.level(now) == pytest.approx(level)
-        assert bucket.level(now - 50.0) == pytest.approx(level)  # a clock that is set back
-        bucket.take(amount, now)
+        assert rate.level(now) == pytest.approx(level)
+        assert rate.level(now - 50.0) == pytest.approx(level)  # a clock that is set back
+        rate.take(amount, now)
         level -= amount
-        assert bucket.seconds_until(1, now) == pytest.approx(max(0.0, 1 - level) * 60 / per_minute)
+        assert rate.seconds_until(1, now) == pytest.approx(max(0.0, 1 - level) * 60 / per_minute)
 
 
 def test_durations() -> None:
@@ -60,7 +60,7 @@ def test_a_budget_is_renewed_once_a_day() -> None:
     account.count_tokens(output=1)
     for wall_days, days, is_renewed in DAYS:
         wall, now = noon + wall_days * DAY, start + days * DAY
-        with nullcontext() if is_renewed else pytest.raises(QuotaExceededError, match="10 tokens per day"):
+        with nullcontext() if is_renewed else pytest.raises(APIError, match="10 tokens per day"):
             account.begin()
         account.count_tokens(prompt=10 if is_renewed else 0)
 

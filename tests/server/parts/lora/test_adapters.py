@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from engine.shared.messages import AdapterDone, FinishReason, LoadAdapter, LoraAdapter, Submit, ToEngine, UnloadAdapter
-from server.http.errors import AdapterLostError, AdaptersBusyError, EngineDeadError, EngineUnavailableError
-from server.parts.lora.adapters import LoadedAdapters, load_adapter, unload_adapter
+from server.http.errors import EngineDeadError, EngineUnavailableError
+from server.parts.lora.adapters import AdaptersBusyError, LoadedAdapters, load_adapter, unload_adapter
 from tests.support.engine_clients import SLOW, engines, read, read_error, ready, request, tokens, until
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, make_adapter
 
@@ -62,7 +62,7 @@ async def test_an_adapter_that_cannot_be_loaded_again(
             max_loras=2, adapter_error=AdapterDone(request_id="", error="no such file", is_temporary=is_temporary)
         )
         await read_error(running, EngineDeadError)
-        await read_error(lost, AdapterLostError, match="'go' could not be loaded again")
+        await read_error(lost, EngineUnavailableError, match="'go' could not be loaded again")
         assert bytes(tokens(await read(waiting))) == b"Hello"
         assert client.adapters == {}
         assert "the LoRA adapter go is lost: no such file" in caplog.text

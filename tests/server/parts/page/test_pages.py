@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.parts.page.pages import STATIC
+from server.parts.page.part import STATIC
 from tests.server.conftest import StartServer
 from tests.support.browser import CHROMIUM, NO_CHROMIUM, running_browser
 from tests.support.clients import shared_server

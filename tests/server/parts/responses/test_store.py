@@ -11,11 +11,10 @@ import msgspec
 import pytest
 
 from server.generation.endpoint import AnswerMetadata
-from server.http.errors import ResponseGoneError
 from server.parts.responses import store as stores
 from server.parts.responses.conversion import new_response
 from server.parts.responses.schemas import MessageItem, OutputText, ResponsesRequest
-from server.parts.responses.store import EventLog, ResponseStore, StoredResponse
+from server.parts.responses.store import EventLog, ResponseGoneError, ResponseStore, StoredResponse
 from server.tenants import EVERYBODY
 
 LIMIT = 60_000

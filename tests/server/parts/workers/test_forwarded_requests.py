@@ -144,7 +144,7 @@ def test_a_stream_of_steps_ends_with_its_client(pair: Pair) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", RESPONSES])
 def test_the_address_of_the_client(start_pair: StartPair, caplog: pytest.LogCaptureFixture, path: str) -> None:
-    pair = start_pair(server={"forwarded_allow_ips": ("127.0.0.1",)})
+    pair = start_pair(forwarded_allow_ips=("127.0.0.1",))
     body = {"model": "tiny", "input" if path == RESPONSES else "prompt": "Hi"}
     with caplog.at_level(logging.INFO, "server.access"):
         for server in pair:

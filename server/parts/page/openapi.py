@@ -12,27 +12,19 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.api.dialects import DIALECTS
+from server.context import ServerContext
 from server.dialect import Dialect, Operation
 
 PREFIX = "answer."  # of component names, which would collide with those of requests
 DESCRIPTION = "Language models over HTTP, compatible with clients of the APIs of OpenAI, Anthropic and Ollama."
 
 
-def install_document(app: FastAPI, model: str, *, needs_key: bool) -> None:
-    """Replace FastAPI's OpenAPI document by this one, which is built once. Its examples use the model `model`."""
-
-    def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = make_document(app, model, needs_key=needs_key)
-        return app.openapi_schema
-
-    app.openapi = document  # type: ignore[method-assign]
-
-
-def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any]:
-    version = importlib.metadata.version("lightwell")
+def make_document(app: FastAPI, context: ServerContext) -> dict[str, Any]:
+    """Return the document of an application. Its examples use the first model."""
+    version, root_path = importlib.metadata.version("lightwell"), context.settings.root_path
+    servers: list[dict[str, str | Any]] | None = [{"url": root_path}] if root_path else None
     document = get_openapi(
-        title="Lightwell", version=version, description=DESCRIPTION, routes=app.routes, servers=app.servers
+        title="Lightwell", version=version, description=DESCRIPTION, routes=app.routes, servers=servers
     )
     described_by = {path: dialect for dialect in DIALECTS for path, _ in dialect.operations}
     types = [type for dialect in DIALECTS for operation in dialect.operations.values() for type in operation.types]
@@ -49,11 +41,12 @@ def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any
             described_operation["responses"] = _responses(operation, described, error)
             if operation.example is not None:
                 content = described_operation["requestBody"]["content"]["application/json"]
-                content["example"] = {**({"model": model} if operation.has_model else {}), **operation.example}
+                model = {"model": context.models.name} if operation.has_model else {}
+                content["example"] = {**model, **operation.example}
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's error formats, which are not used
         del document["components"]["schemas"][name]
     document["components"]["schemas"] |= {PREFIX + name: schema for name, schema in components.items()}
-    if needs_key:
+    if context.settings.needs_key:
         document["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},

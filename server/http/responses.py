@@ -1,19 +1,77 @@
-"""Streams of events."""
+"""Answers: as JSON, and as streams of events."""
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from sse_starlette.sse import EventSourceResponse
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.http.errors import APIError, ServerError
 
 logger = logging.getLogger(__name__)
 
+SLICE_BYTES = 64 << 10
 KEEP_ALIVE_SECONDS = 15.0
 COMMENT = b": keep-alive\n\n"
+
+
+class StructResponse(Response):
+    """A JSON response whose content is a msgspec struct, or any other value that msgspec encodes."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+class Counted(Protocol):
+    """The part of an `AnswerShare` that a response uses."""
+
+    def check(self) -> None:
+        """Raise the error that has refused the answer, if one has."""
+
+    def on_refusal(self, refuse: Callable[[APIError], None]) -> None:
+        """Replace what ends the request."""
+
+    def release(self) -> None:
+        """Count the answer no longer."""
+
+
+class AnswerResponse(Response):
+    """A JSON answer that counts in its share until it is sent. If it has to make room, the connection is closed."""
+
+    def __init__(self, content: bytes, share: Counted, headers: Mapping[str, str]) -> None:
+        super().__init__(content, headers=headers, media_type="application/json")
+        self._share = share
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer, and release its share. Raises the error that has refused the answer meanwhile, if any."""
+        try:
+            self._share.check()
+            async with asyncio.timeout(None) as deadline:
+
+                def stop(error: APIError) -> None:
+                    deadline.reschedule(0)
+
+                self._share.on_refusal(stop)
+                await self._send(send)
+        except TimeoutError:
+            raise ClientDisconnect from None
+        finally:
+            self._share.release()
+
+    async def _send(self, send: Send) -> None:
+        """Send slices, each of which waits until the client has read most of those before."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), SLICE_BYTES):
+            end = start + SLICE_BYTES
+            more = end < len(self.body)
+            await send({"type": "http.response.body", "body": bytes(self.body[start:end]), "more_body": more})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +91,7 @@ def error_event(error: APIError) -> bytes:
     return b"data: " + error.body() + b"\n\ndata: [DONE]\n\n"
 
 
-class EventStream(EventSourceResponse):
+class EventStream(StreamingResponse):
     """A response of chunks of events that are already encoded, with comments in pauses if the format has any.
 
     The client's disconnect must cancel the handler: `StrictJSONRoute` sees to that, other handlers call
@@ -52,7 +110,8 @@ class EventStream(EventSourceResponse):
         request_id: str | None = None,
         format: StreamFormat = SERVER_SENT_EVENTS,
     ) -> None:
-        super().__init__(chunks, headers=headers, media_type=format.media_type)
+        own = {"cache-control": "no-store", "connection": "keep-alive", "x-accel-buffering": "no"}
+        super().__init__(chunks, headers={**(headers or {}), **own}, media_type=format.media_type)
         self._chunks = chunks
         self._on_close = on_close
         self._on_error = on_error

@@ -11,8 +11,8 @@ import h11
 import httpx
 import pytest
 
-from server.http import protocol
-from server.main import KEEP_ALIVE
+from server.api_server import KEEP_ALIVE
+from server.parts.hardening import protocol
 from tests.server.conftest import StartServer
 from tests.support.clients import COMPLETIONS
 from tests.support.fake_engine import FakeEngine
@@ -233,7 +233,7 @@ def test_slow_bodies_and_readers_make_room(start_server: StartServer, fake_engin
         def are_held_up() -> bool:
             """Whether all wait for the rest of a body, or until the client reads."""
             mine = [each for each in server.connections if each.client and each.client[1] in ports and each.cycle]
-            return sum(each.flow.write_paused if kind == "reader" else each.cycle.more_body for each in mine) == 4
+            return [each.flow.write_paused if kind == "reader" else each.cycle.more_body for each in mine] == [True] * 4
 
         for connection in slow:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -4,7 +4,6 @@ import asyncio
 import ssl
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 from server.shares import giving_way
@@ -17,12 +16,11 @@ SSLProtocol.max_size = 32 << 10
 
 
 class Handshakes:
-    """Makes a protocol for each new connection, which gives it to an HTTP protocol after the handshake."""
+    """The handshakes that go on, for certificates of one context."""
 
-    def __init__(self, context: ssl.SSLContext, make_http: Callable[..., asyncio.Protocol]) -> None:
+    def __init__(self, context: ssl.SSLContext) -> None:
         self.context = context
         self._pending: dict[Handshake, None] = {}  # oldest first
-        self._make_http = make_http
 
     def add(self, handshake: "Handshake") -> None:
         """Count a handshake. If there are too many, close the oldest one of the network that has most of them."""
@@ -34,12 +32,9 @@ class Handshakes:
         """Count a handshake no longer. Has no effect the second time."""
         self._pending.pop(handshake, None)
 
-    def __call__(self, **kwargs: object) -> asyncio.Protocol:
-        return Handshake(self, partial(self._make_http, **kwargs))
-
 
 class Handshake(asyncio.Protocol):
-    """A connection until the end of its handshake."""
+    """A connection until the end of its handshake, after which an HTTP protocol gets it."""
 
     def __init__(self, handshakes: Handshakes, make_http: Callable[[], asyncio.Protocol]) -> None:
         self._handshakes = handshakes

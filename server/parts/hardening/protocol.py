@@ -172,6 +172,7 @@ class HTTPProtocol(H11Protocol):
 
     def __init__(self, *args: Any, room: Room, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.limit_concurrency = None  # `room` makes room instead
         self.conn = StrictConnection()
         self.network = ""  # of the client
         self.waiting_since = 0.0  # when the server began to wait for the client, if it does

@@ -14,14 +14,39 @@ from itertools import chain, count, islice
 from typing import NamedTuple, Protocol
 
 from server.shares import giving_way
-from server.sockets.starter import STARTS_AT_ONCE, Starter
 from server.tenants import network_of
 
 logger = logging.getLogger(__name__)
 
 ACCEPTS_AT_ONCE = 128  # between other events; takes 1 or 2 ms
+STARTS_AT_ONCE = 4  # likewise; with TLS
 RETRY_SECONDS = 1.0  # after which connections are accepted again where the system had no more files or memory
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Starter:
+    """Starts a protocol for each connection."""
+
+    def __init__(self, make_protocol: Callable[[], asyncio.BaseProtocol]) -> None:
+        self._make_protocol = make_protocol
+        self._loop = asyncio.get_running_loop()
+        self._starting: set[asyncio.Task[None]] = set()
+
+    def start(self, connection: socket.socket) -> None:
+        task = self._loop.create_task(self._start(connection))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+
+    async def wait(self) -> None:
+        """Wait until the connections that are being started are the protocols' own."""
+        await asyncio.gather(*self._starting)
+
+    async def _start(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+        except Exception:
+            logger.exception("a connection could not be started")
+            connection.close()
 
 
 class Handover(Protocol):

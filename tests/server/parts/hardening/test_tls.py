@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.main import TICK
-from server.sockets import handshake
-from server.sockets.certificate import Certificate
+from server.api_server import TICK
+from server.parts.hardening import handshake
+from server.parts.hardening.certificate import Certificate
 from tests.server.conftest import StartServer
 from tests.support.paths import ROOT
 from tests.support.serving import RunningServer, is_cut, raw_request, wait_until
@@ -44,8 +44,7 @@ def test_a_changed_certificate_is_used_without_a_restart(
 ) -> None:
     """Connections that are open go on. An invalid change has no effect."""
     put(tmp_path, ONE)
-    certificate = Certificate(str(tmp_path / "server.crt"), str(tmp_path / "server.key"))
-    server = start_server(server={"certificate": certificate})
+    server = start_server(ssl_certfile=str(tmp_path / "server.crt"), ssl_keyfile=str(tmp_path / "server.key"))
     with httpx.Client(verify=trusting(ONE), trust_env=False) as client:
         assert client.get(f"{server.url}/healthz").status_code == 200
         shutil.copy(TLS / "two.crt", tmp_path / "server.crt")
@@ -95,7 +94,7 @@ def test_certificate_and_key_may_be_one_file(tmp_path: Path) -> None:
 def server(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> RunningServer:
     """A server with HTTPS, which has room for 8 handshakes."""
     monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 8)
-    return start_server(server={"certificate": Certificate(str(TLS / "one.crt"), str(TLS / "one.key"))})
+    return start_server(ssl_certfile=str(TLS / "one.crt"), ssl_keyfile=str(TLS / "one.key"))
 
 
 @pytest.mark.checklist("A16")
