@@ -85,6 +85,7 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def gemma3_path() -> Path:
     """The GGUF file of Gemma 3 270M (pretrained, Q4_K_M), downloaded on first use."""
+    pytest.importorskip("server.parts.hub")
     from server.model_paths import resolve_model
 
     return resolve_model("gemma3:270m").path

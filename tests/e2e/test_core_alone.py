@@ -18,7 +18,8 @@ from tests.support.paths import ROOT
 from tests.support.server_process import CHAT, ServerProcess
 from tests.test_borders import imports, module_name
 
-WITH_PARTS = Path(__file__).with_name("tests_with_parts.txt")  # files that try parts too, by settings or paths
+# These try settings and commands of parts, too.
+WITH_PARTS = {f"tests/server/{name}.py" for name in ("cli/test_doctor", "settings/test_load", "test_main")}
 PACKAGES = ("engine", "server", "tests")
 PART = re.compile(r"(engine|server|tests\.engine|tests\.server)\.parts\.")
 TEST = re.compile(r"tests\.(engine|server)\.(\w+\.)*test_")
@@ -101,12 +102,12 @@ def core_tests() -> list[str]:
     graph.add_edges_from((name, module_name(f"{Path(path).parent}/conftest.py")) for name, path in names.items())
     graph.add_edges_from((name, "a part") for name in [*graph.nodes] if PART.match(name))
     chosen = {names[name] for name in names.keys() - nx.ancestors(graph, "a part") if TEST.match(name)}
-    return sorted(chosen - {*WITH_PARTS.read_text(encoding="utf-8").split()})
+    return sorted(chosen - WITH_PARTS)
 
 
 @pytest.mark.long
-def test_the_core_passes_its_tests(tmp_path: Path) -> None:
-    environment, chosen = core(tmp_path), core_tests()
+def test_the_core_passes_its_tests(tmp_path: Path, smollm2_path: Path) -> None:
+    environment, chosen = core(tmp_path) | {"LIGHTWELL_TEST_MODEL": str(smollm2_path)}, core_tests()
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("node_modules"), symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-n2", "--dist=loadfile", "-p", "no:cacheprovider", *chosen]

@@ -28,12 +28,6 @@ from server.settings.value_types import format_size, parse_size
 from tests.support.settings_cases import CASES, INVALID, KINDS, VALID, settings_from_flags
 
 
-@pytest.fixture(autouse=True)
-def all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let settings of any part be read. tests/e2e/test_core_alone.py has what is said where one is missing."""
-    monkeypatch.setattr(load, "why_missing", lambda name: None)
-
-
 def write(path: Path, content: str) -> str:
     file = path / "settings.yml"
     file.write_text(content, encoding="utf-8")

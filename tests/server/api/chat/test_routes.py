@@ -11,6 +11,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.shared.messages import ReasoningLimit
+from server.part_table import is_installed
 from tests.server.conftest import StartServer
 from tests.server.dialects import REPLY, WARNINGS, prompt_of
 from tests.support.clients import CHAT, MESSAGES, MINIMAL, ask, ask_json, ask_stream, finish_reasons, stream_texts
@@ -473,6 +474,7 @@ def test_what_grammars_accept(model: RunningServer, fields: dict[str, Any], good
 
 # Models whose templates write calls and reasoning in forms of their own.
 
+of_other_formats = pytest.mark.skipif(not is_installed("tool_formats"), reason="their formats are a part")
 ARGUMENTS = {"city": 'São "Paulo"', "days": 3, "options": {"x": 1}}
 OTHER_REPLY = (
     "Hm</think>\n\n<tool_call>\n<function=get_weather>\n"
@@ -481,6 +483,7 @@ OTHER_REPLY = (
 )
 
 
+@of_other_formats
 def test_reasoning_and_calls_in_another_format(start_server: StartServer) -> None:
     """tests/server/text has all formats."""
     server = start_server(chat_template=str(FOLDER / "Qwen3.5-4B.jinja"))
@@ -497,6 +500,7 @@ def test_reasoning_and_calls_in_another_format(start_server: StartServer) -> Non
         assert (message["reasoning"], message["content"]) == ("Hm", "")
 
 
+@of_other_formats
 def test_unknown_formats(start_server: StartServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{% endfor %}"
