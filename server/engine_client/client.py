@@ -46,7 +46,7 @@ class EngineClient(Admission):
         self.became_ready = asyncio.Event()  # the first one
         self.died = asyncio.Event()  # the last one
         self.changed = asyncio.Event()  # the state of one, since its reader has cleared it
-        self.adapter_listeners: list[Callable[[], None]] = []  # called when LoRA adapters have been loaded or unloaded
+        self.listeners: list[Callable[[], None]] = []  # called when the state of an engine or its adapters change
         self._watcher: asyncio.Task[None] | None = None  # of timeouts
 
     async def start(self) -> None:
@@ -84,6 +84,7 @@ class EngineClient(Admission):
             self.became_ready.set()
         if self.dead_reason is not None:
             self.died.set()
+        self.tell_listeners()
 
     @property
     def ready_pids(self) -> tuple[int, ...]:
@@ -126,9 +127,9 @@ class EngineClient(Admission):
         """The LoRA adapters that are loaded, by name."""
         return self.engines[0].adapters.by_name
 
-    def adapters_changed(self) -> None:
-        """Tell the listeners that adapters have been loaded or unloaded."""
-        for listener in self.adapter_listeners:
+    def tell_listeners(self) -> None:
+        """Say that the state of an engine, or of LoRA adapters, has changed."""
+        for listener in self.listeners:
             listener()
 
     # Requests.

@@ -138,7 +138,7 @@ async def load_adapter(client: EngineClient, name: str, path: str, *, replaces: 
     engines = _engines_to_change(client)
     loads = [_adapters(engine).load(name, path, replaces=replaces) for engine in engines]
     errors = [result for result in await asyncio.gather(*loads, return_exceptions=True) if result is not None]
-    client.adapters_changed()
+    client.tell_listeners()
     if not errors:
         return
     if len(errors) < len(engines):
@@ -150,7 +150,7 @@ async def load_adapter(client: EngineClient, name: str, path: str, *, replaces: 
 async def unload_adapter(client: EngineClient, name: str) -> None:
     """Unload an adapter; see `LoadedAdapters.unload`. Raises EngineUnavailableError if no new work is accepted."""
     unloads = [_adapters(engine).unload(name) for engine in _engines_to_change(client)]
-    client.adapters_changed()
+    client.tell_listeners()
     await asyncio.gather(*unloads)
 
 

@@ -84,7 +84,7 @@ class Relay:
         self._started: list[str] = []
         self._is_flushing = False
         self._has_worker = False  # it has connected
-        self._adapters: list[LoraAdapter] | None = None  # that the worker knows of
+        self._adapters: list[LoraAdapter] = []  # that the worker knows of
         self._info: EngineInfo | None = None  # likewise
         self._cancels: dict[int, asyncio.Future[bool]] = {}
         self._numbers = itertools.count()
@@ -114,7 +114,7 @@ class Relay:
     async def start(self) -> None:
         """Wait for the worker."""
         self._connection.open(self._on_message, lambda: None)
-        self._client.adapter_listeners.append(self.publish_adapters)
+        self._client.listeners.append(self._publish)
         self._run(self._beat())
 
     async def close(self) -> None:
@@ -127,13 +127,6 @@ class Relay:
             held.reservation.release()
         self._forwarded.close()
         self._connection.close()
-
-    def publish_adapters(self) -> None:
-        """Tell the worker which adapters are loaded, if they have changed."""
-        adapters = list(self._client.adapters.values())
-        if self._adapters is not None and adapters != self._adapters:
-            self._adapters = adapters
-            self._send(Adapters(adapters))
 
     async def cancel(self, request_id: str, owner: str) -> bool:
         """End the requests of `owner` with this id in the worker. Return whether any was running."""
@@ -184,34 +177,35 @@ class Relay:
     # As an engine.
 
     def _on_hello(self, message: Hello) -> None:
-        self._has_worker = True
-        self._run(self._report_ready())
+        self._has_worker, self._info = True, None
+        self._publish()
 
-    async def _report_ready(self) -> None:
-        events = [asyncio.create_task(event.wait()) for event in (self._client.became_ready, self._client.died)]
-        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-        for event in events:
-            event.cancel()
-        if not self._client.became_ready.is_set():
-            self._send(LoadFailed(self._client.dead_reason or ""))
+    def _publish(self) -> None:
+        """Tell the worker the properties of its engine, which is this process, and the adapters, if they have changed.
+
+        Engines become ready one by one, and may die.
+        """
+        client = self._client
+        if not self._has_worker:
             return
-        self._adapters = list(self._client.adapters.values())
-        self._publish_info(self._adapters)
-
-    def _publish_info(self, adapters: list[LoraAdapter]) -> None:
-        """Tell the worker the properties of its engine, which is this process, if they have changed."""
-        info = replace(self._client.ready_info(), pid=os.getpid(), max_num_seqs=self._client.max_num_seqs)
+        if client.info is None and client.dead_reason is not None:
+            self._send(LoadFailed(client.dead_reason))
+        if client.info is None or client.dead_reason is not None:
+            return
+        info = replace(client.info, pid=os.getpid(), max_num_seqs=client.max_num_seqs)
+        adapters = list(client.adapters.values())
         if info != self._info:
-            self._info = info
             self._send(Ready(info, adapters))
+        if adapters != self._adapters:
+            self._send(Adapters(adapters))
+        self._info, self._adapters = info, adapters
 
     async def _beat(self) -> None:
-        """Send a heartbeat each second, and what has changed: engines become ready one by one, and may die."""
+        """Send a heartbeat each second, and the adapters that engines have loaded or lost."""
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
-            self.publish_adapters()
-            if self._adapters is not None and self._client.dead_reason is None:
-                self._publish_info(self._adapters)
+            if self._client.dead_reason is None:
+                self._publish()
             self._flush()
 
     def _flush_soon(self) -> None:
