@@ -122,7 +122,9 @@ class Admission:
 
     def ready_info(self) -> EngineInfo:
         """Return `info`. Raises EngineUnavailableError before an engine was ready, and once all are dead."""
-        return usable_info(self.info, self.dead_reason)
+        if self.info is not None and self.dead_reason is None:
+            return self.info
+        return usable_info(self.info, self.dead_reason)  # which raises
 
     def check_open(self) -> None:
         """Raise EngineUnavailableError if the server accepts no new work."""
