@@ -78,14 +78,15 @@ class ChoiceDelta:
     @property
     def text(self) -> str:
         """The content, without reasoning and tool calls."""
-        return self._joined(PartKind.CONTENT)
+        return "".join(
+            [each.text for each in self.parts if isinstance(each, AnswerPart) and each.kind is PartKind.CONTENT]
+        )
 
     @property
     def reasoning(self) -> str:
-        return self._joined(PartKind.REASONING)
-
-    def _joined(self, kind: PartKind) -> str:
-        return "".join([each.text for each in self.parts if isinstance(each, AnswerPart) and each.kind is kind])
+        return "".join(
+            [each.text for each in self.parts if isinstance(each, AnswerPart) and each.kind is PartKind.REASONING]
+        )
 
     @property
     def tool_calls(self) -> list[ToolCallDelta]:
