@@ -25,7 +25,7 @@ from server.cli.http_client import (
 from server.cli.parser import Commands, Parser, argument_type, fail
 from server.cli.streams import input_lines
 from server.running_servers import DEFAULT_URL
-from server.settings.value_types import INT64, integer, number
+from server.settings.setting import INT64, integer, number
 
 if TYPE_CHECKING:
     import httpx

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
 from server.part_table import is_installed, load_module, missing_command
-from server.settings.setting import did_you_mean
+from server.settings.setting import ValueType, did_you_mean
 from server.settings.table import REPEAT_LORA_MODULES, SETTINGS
-from server.settings.value_types import ValueType
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 

@@ -4,8 +4,7 @@ from typing import Annotated
 
 import msgspec
 
-from server.settings.setting import ACCESS, Setting
-from server.settings.value_types import BOOLEAN, HEADER_KEY, HEADER_KEYS, pattern
+from server.settings.setting import ACCESS, BOOLEAN, HEADER_KEY, HEADER_KEYS, Setting, pattern
 
 _ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
 

@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 
 from engine.shared.messages import SAMPLER_ORDER
-from server.settings.setting import did_you_mean
-from server.settings.value_types import ExplainedError, ValueType, integer, number
+from server.settings.setting import ExplainedError, ValueType, did_you_mean, integer, number
 
 INT64_MAX = 2**63 - 1
 MAX_DRY_LENGTH = 256  # tokens; longer repetitions count as this long

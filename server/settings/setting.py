@@ -1,12 +1,16 @@
-"""One row of the table of settings."""
+"""One row of the table of settings, and the types of its values: how each is parsed, and which limits it has.
+
+A parser accepts text (from flags and the environment) and the value that YAML reads from the same text.
+"""
 
 import dataclasses
 import datetime
 import difflib
-from collections.abc import Iterable
-from typing import Any
-
-from server.settings.value_types import ExplainedError, ValueType, format_size
+import ipaddress
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 ENV_PREFIX = "LIGHTWELL_"
 ADAPTER_NAME = r"[\w./:@+-]{1,128}"  # without comma and =, which separate items and names in lists of adapters
@@ -17,6 +21,219 @@ GROUPS = (MODELS, ENGINE, API, ACCESS, LIMITS, MEMORY, LORA, LOGS)  # in help an
 
 MAX_SHOWN = 200  # characters of an invalid value
 MIN_SIMILARITY = 0.7
+
+Num = TypeVar("Num", int, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueType:
+    """A type of setting value: its parser, and its description in error messages and help."""
+
+    expected: str  # names the type and its limits; completes "expected ..."
+    parse: Callable[[object], Any]  # takes text or a YAML value; raises ValueError
+    metavar: str | None = None
+    is_list: bool = False
+    options: tuple[str, ...] = ()  # all accepted values, if they are few
+
+
+class ExplainedError(ValueError):
+    """An invalid value, with a message for the user."""
+
+
+def non_empty_text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise ValueError
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(non_empty_text(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _header_key(value: object) -> str:
+    """Return a key without spaces around it, which no header keeps. Raises ValueError for characters beyond ASCII."""
+    key = non_empty_text(value).strip()
+    if not key.isascii():
+        raise ValueError
+    return key
+
+
+def _header_keys(value: object) -> tuple[str, ...]:
+    return tuple(_header_key(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise ValueError from None
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond all numbers
+        raise ValueError from None
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _int(value: object) -> int:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,20}", value):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+_UNITS = {"": 1, "b": 1} | {
+    unit: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for unit, base in ((f"{letter}b", 1000), (f"{letter}ib", 1024), (letter, 1024))
+}
+
+
+def parse_size(value: object) -> int:
+    """Return the number of bytes in `268435456`, `256MiB`, `256M` (both powers of 1024) or `256MB` (powers of 1000).
+
+    Raises ValueError.
+    """
+    if not isinstance(value, str):
+        return _int(value)
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([a-z]*)", value.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"not a size: {value!r}")
+    return int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+
+
+def format_size(num_bytes: int) -> str:
+    """Format a number of bytes exactly, with the largest unit that divides it: 10485760 is `10MiB`."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes and num_bytes % size == 0:
+            return f"{num_bytes // size}{unit}"
+    return str(num_bytes)
+
+
+def _within(parse: Callable[[object], Num], low: float, high: float) -> Callable[[object], Num]:
+    def checked(value: object) -> Num:
+        number = parse(value)
+        if not low <= number <= high:
+            raise ValueError
+        return number
+
+    return checked
+
+
+def integer(low: int, high: int | None = None) -> ValueType:
+    expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    return ValueType(expected, _within(_int, low, 2**31 - 1 if high is None else high), "N")
+
+
+def number(low: float, high: float) -> ValueType:
+    return ValueType(f"a number from {low:g} to {high:g}", _within(_number, low, high), "X")
+
+
+def seconds(low: float, high: float = 86400) -> ValueType:
+    return ValueType(f"a number of seconds from {low:g} to {high:g}", _within(_number, low, high), "SECONDS")
+
+
+def size(low: int) -> ValueType:
+    expected = f"a size in bytes of at least {format_size(low)}, such as 1073741824, 256MiB or 1GiB"
+    return ValueType(expected, _within(parse_size, low, 2**50), "SIZE")
+
+
+def choice(metavar: str, *options: str) -> ValueType:
+    def parse(value: object) -> str:
+        if value is False:  # YAML reads a bare `off` as False
+            value = "off"
+        if value not in options:
+            raise ValueError
+        return str(value)
+
+    return ValueType(f"one of {', '.join(options)}", parse, metavar, options=options)
+
+
+def int_choice(*options: int) -> ValueType:
+    def parse(value: object) -> int:
+        number = _int(value)
+        if number not in options:
+            raise ValueError
+        return number
+
+    names = tuple(str(option) for option in options)
+    return ValueType(f"one of {', '.join(names)}", parse, "N", options=names)
+
+
+def pattern(expected: str, regex: str, metavar: str, *, is_list: bool = False) -> ValueType:
+    def parse_one(value: object) -> str:
+        text = non_empty_text(value)
+        if re.fullmatch(regex, text) is None:
+            raise ValueError
+        return text
+
+    def parse_all(value: object) -> tuple[str, ...]:
+        return tuple(parse_one(item) for item in _texts(value))
+
+    return ValueType(expected, parse_all if is_list else parse_one, metavar, is_list)
+
+
+def networks(metavar: str) -> ValueType:
+    """Return the type of a list of addresses and networks, or `*` for all."""
+
+    def parse(value: object) -> tuple[str, ...]:
+        items = _texts(value)
+        return items if items == ("*",) else tuple(str(ipaddress.ip_network(item, strict=False)) for item in items)
+
+    return ValueType("an address such as 10.0.0.1, a network such as 10.0.0.0/8, or *", parse, metavar, is_list=True)
+
+
+def model_entries(metavar: str) -> ValueType:
+    """Return the type of a list of models: each a name, or a mapping of `model` and settings of its own."""
+
+    def parse_one(value: object) -> dict[str, Any]:
+        entry = value if isinstance(value, dict) else {"model": value}
+        non_empty_text(entry.get("model"))
+        return entry
+
+    def parse(value: object) -> tuple[dict[str, Any], ...]:
+        return tuple(parse_one(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+    return ValueType("a model, or a mapping with the key model and settings of its own", parse, metavar, is_list=True)
+
+
+def nothing(problem: str) -> ValueType:
+    """Return the type of a setting that accepts no value. `problem` is the message for the user."""
+
+    def parse(value: object) -> str:
+        raise ExplainedError(problem)
+
+    return ValueType("", parse)
+
+
+BOOLEAN = ValueType("true or false", _boolean)
+INT64 = ValueType("a 64-bit integer", _within(_int, -(2**63), 2**63 - 1), "N")
+
+
+def text(metavar: str) -> ValueType:
+    return ValueType("non-empty text", non_empty_text, metavar)
+
+
+def texts(metavar: str, expected: str = "non-empty text") -> ValueType:
+    return ValueType(expected, _texts, metavar, is_list=True)
+
+
+_KEY = "a non-empty key of printable ASCII characters"
+HEADER_KEY = ValueType(_KEY, _header_key, "KEY")
+HEADER_KEYS = ValueType(_KEY, _header_keys, "KEY", is_list=True)
+
+
+# A row.
 
 
 class SettingsError(ValueError):

@@ -15,10 +15,18 @@ import msgspec
 from server.part_table import PARTS, load_module, why_missing
 from server.settings.access import AccessSettings
 from server.settings.sampling import SAMPLING
-from server.settings.setting import API, ENGINE, GROUPS, LIMITS, LOGS, LORA, MEMORY, MODELS, Setting
-from server.settings.value_types import (
+from server.settings.setting import (
+    API,
     BOOLEAN,
+    ENGINE,
+    GROUPS,
     INT64,
+    LIMITS,
+    LOGS,
+    LORA,
+    MEMORY,
+    MODELS,
+    Setting,
     choice,
     int_choice,
     integer,

@@ -5,7 +5,7 @@ import secrets
 
 from server.cli.chat import add_server, client_options, remote
 from server.cli.parser import Commands, Parser, argument_type
-from server.settings.value_types import INT64, integer, number, seconds
+from server.settings.setting import INT64, integer, number, seconds
 
 
 def add(commands: Commands) -> None:

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import ENGINE, Setting
-from server.settings.value_types import integer
+from server.settings.setting import ENGINE, Setting, integer
 
 SETTINGS: Mapping[str, Setting] = {
     "data_parallel_size": Setting(

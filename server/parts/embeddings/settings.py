@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import ENGINE, Setting
-from server.settings.value_types import choice
+from server.settings.setting import ENGINE, Setting, choice
 
 SETTINGS: Mapping[str, Setting] = {
     "pooling": Setting(

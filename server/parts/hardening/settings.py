@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import API, Setting
-from server.settings.value_types import text
+from server.settings.setting import API, Setting, text
 
 SETTINGS: Mapping[str, Setting] = {
     "ssl_certfile": Setting(

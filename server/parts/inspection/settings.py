@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import ACCESS, Setting
-from server.settings.value_types import BOOLEAN
+from server.settings.setting import ACCESS, BOOLEAN, Setting
 
 SETTINGS: Mapping[str, Setting] = {
     "inspect": Setting(

@@ -21,9 +21,17 @@ import yaml
 from server.api_keys import ApiKeys
 from server.parts.limits.rules import Limits
 from server.settings.load import read_yaml
-from server.settings.setting import ADAPTER_NAME, SettingsError, did_you_mean
+from server.settings.setting import (
+    ADAPTER_NAME,
+    BOOLEAN,
+    SettingsError,
+    ValueType,
+    did_you_mean,
+    integer,
+    number,
+    pattern,
+)
 from server.settings.table import Settings
-from server.settings.value_types import BOOLEAN, ValueType, integer, number, pattern
 from server.tenants import Tenant
 
 logger = logging.getLogger(__name__)

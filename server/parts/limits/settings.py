@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import ACCESS, Setting
-from server.settings.value_types import text
+from server.settings.setting import ACCESS, Setting, text
 
 SETTINGS: Mapping[str, Setting] = {
     "api_keys_file": Setting(

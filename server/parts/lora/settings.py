@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from server.settings.setting import ADAPTER_NAME, LORA, Setting
-from server.settings.value_types import BOOLEAN, ValueType, integer, non_empty_text
+from server.settings.setting import ADAPTER_NAME, BOOLEAN, LORA, Setting, ValueType, integer, non_empty_text
 
 
 class _NamedPath(msgspec.Struct, forbid_unknown_fields=True):

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import MODELS, Setting
-from server.settings.value_types import choice, seconds
+from server.settings.setting import MODELS, Setting, choice, seconds
 
 SETTINGS: Mapping[str, Setting] = {
     "load": Setting(

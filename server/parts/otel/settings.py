@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from server.settings.setting import LOGS, Setting
-from server.settings.value_types import ValueType, non_empty_text
+from server.settings.setting import LOGS, Setting, ValueType, non_empty_text
 
 
 def _url(value: object) -> str:

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import LIMITS, Setting
-from server.settings.value_types import integer
+from server.settings.setting import LIMITS, Setting, integer
 
 SETTINGS: Mapping[str, Setting] = {
     "record_requests": Setting(

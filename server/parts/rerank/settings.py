@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import ENGINE, Setting
-from server.settings.value_types import pattern
+from server.settings.setting import ENGINE, Setting, pattern
 
 SETTINGS: Mapping[str, Setting] = {
     "score_tokens": Setting(

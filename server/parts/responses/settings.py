@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import LIMITS, Setting
-from server.settings.value_types import integer, size
+from server.settings.setting import LIMITS, Setting, integer, size
 
 SETTINGS: Mapping[str, Setting] = {
     "max_stored_responses": Setting(

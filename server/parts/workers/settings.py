@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.settings.setting import API, Setting
-from server.settings.value_types import integer
+from server.settings.setting import API, Setting, integer
 
 SETTINGS: Mapping[str, Setting] = {
     "api_server_count": Setting(

@@ -22,9 +22,8 @@ from server.settings.access import AccessSettings
 from server.settings.load import check_certificate, check_model_names, is_loopback, load_settings, num_values
 from server.settings.process_configs import engine_config
 from server.settings.sampling import SAMPLING_FIELDS
-from server.settings.setting import ACCESS, SettingsError
+from server.settings.setting import ACCESS, SettingsError, format_size, parse_size
 from server.settings.table import SETTINGS, Settings
-from server.settings.value_types import format_size, parse_size
 from tests.support.settings_cases import CASES, INVALID, KINDS, VALID, settings_from_flags
 
 
