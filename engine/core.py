@@ -29,7 +29,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.budget import StepBudget
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
-from engine.scheduling.record import Recorder, RowRecord, StepClock, StepRecord
+from engine.scheduling.record import StepClock
 from engine.scheduling.request import (
     NO_LORA_SLOT,
     Scheduled,
@@ -91,7 +91,8 @@ class Engine:
         self.runner = loaded.runner
         self.model_config = loaded.config
         self.adapters = loaded.adapters
-        self.recorder = Recorder(keeps_tokens=config.keep_token_ids, clock=clock)
+        self.keeps_token_ids = config.keep_token_ids
+        self.on_step: list[Callable[[Step, StepClock], None]] = []  # what parts do with a step that has been read
         # If a row's result depends on the number of rows, a draft could change the answer.
         is_lossless = loaded.runner.kernels.deterministic
         is_cheap = loaded.device.type == "cpu"
@@ -101,13 +102,13 @@ class Engine:
             pool.changes = {}  # for the API process, which chooses the engine of a request
         self.scheduler = Scheduler(
             KVManager(pool, loaded.runner.model.config.kv_groups, max_in_flight(loaded.limits.max_num_batched_tokens)),
-            self.recorder,
             StepBudget(loaded.limits.max_num_batched_tokens, config.max_step_ms or MAX_STEP_MS.get(loaded.device.type)),
             max_num_seqs=loaded.limits.max_num_seqs,
             max_model_len=loaded.limits.max_model_len,
             eos_token_ids=loaded.config.eos_token_ids,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             speculation=choose_policy(config.speculative, auto_enabled=is_lossless and is_cheap),
+            clock=clock,
         )
         # With drafts, neither the next token nor its position is known before the step has been read. Of several ranks,
         # only the first has sampled tokens on its device.
@@ -234,7 +235,8 @@ class Engine:
         self.doubt = None if any([output.error is None for output in outputs]) else outputs[0].error
         clock.lap("update")
         try:
-            self._record(step, clock)
+            for act in self.on_step:
+                act(step, clock)
         except Exception:
             logger.exception("the record of step %d is lost", step.step_id)
         if not step.faults:
@@ -300,30 +302,3 @@ class Engine:
         with self.scheduler.lifecycle.isolated(request):
             request.wait_for_grammar(GRAMMAR_WAIT)
         return self.scheduler.schedule()
-
-    def _record(self, step: Step, clock: StepClock) -> None:
-        scheduler = self.scheduler
-        running, waiting = scheduler.running.requests, scheduler.waiting.requests
-        num_children = sum([len(request.children) for request in (*running, *waiting)])
-        self.recorder.add_step(
-            StepRecord(
-                step_id=step.step_id,
-                started=clock.started,
-                rows=[
-                    RowRecord(
-                        item.request.record,
-                        item.start,
-                        item.num_tokens,
-                        item.is_prompt,
-                        item.num_generated,
-                        len(item.draft_token_ids),
-                        item.num_accepted,
-                    )
-                    for item in step.scheduled
-                ],
-                num_running=len(running),
-                num_waiting=len(waiting) + num_children,
-                num_blocks_used=scheduler.pool.num_blocks - scheduler.pool.num_free,
-                seconds=clock.seconds,
-            )
-        )

@@ -12,7 +12,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.adapters import Adapters, adapter_loader
 from engine.batch.builder import BatchBuilder, BatchLimits, NewBuffer, zeros
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.kernels.interface import KernelOptions, Kernels
@@ -20,7 +19,6 @@ from engine.kernels.load import load_kernels
 from engine.model import CausalLM, Parameters
 from engine.model.kv_cache import KVCache
 from engine.model.memory_plan import (
-    MIB,
     ContextSizes,
     CudaMemory,
     DeviceMemory,
@@ -28,14 +26,13 @@ from engine.model.memory_plan import (
     MemoryPlan,
     check_weight_memory,
     free_memory,
-    is_out_of_memory,
     plan_memory,
 )
 from engine.runner import ModelRunner
-from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
+from engine.shared.parts import ENGINE_PARTS, engine_part, has_part
 from engine.weights import has_own_head, is_vector, least_weight_bytes, load_weights
-from engine.whole_model import WholeModel
+from engine.whole_model import Adapters, WholeModel, adapter_loader
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -117,8 +114,9 @@ def load_model(
     adapters = loader.load(part, model)
     clock.lap("adapters")
     device_memory.reserved = adapters.num_bytes if card is None else 0  # of the slots, until they are written to
-    if card is not None:
-        measure_activations(card, model, replace(limits, max_model_len=max_model_len), config)
+    if card is not None and has_part(ENGINE_PARTS, "triton"):
+        of_model = replace(limits, max_model_len=max_model_len)
+        engine_part("triton", "largest_step").measure_activations(card, model, of_model, config)
         clock.lap("activations")
     kernels.deterministic = bool(part.least(kernels.deterministic)[0])  # when all have loaded their weights
     memory, limits = plan_cache(part, model, sizes, config, device_memory, limits, max_model_len)
@@ -216,35 +214,6 @@ def new_runner(
         kernels.new_sampler(config.num_token_ids, config.eos_token_ids),
         kernels,
     )
-
-
-def measure_activations(card: CudaMemory, model: CausalLM, limits: Limits, config: EngineConfig) -> None:
-    """Measure the memory of the largest step. Raises ValueError, with the settings that help, if it does not fit."""
-    free = free_memory(card.device)
-    try:
-        card.measure(lambda: run_largest_step(model, limits, config.block_size, card.device))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"a step of --max-num-batched-tokens {limits.max_num_batched_tokens} and --max-num-seqs "
-            f"{limits.max_num_seqs} does not fit into {free // MIB} MiB, which is what the weights leave "
-            f"free; lower either{', or use --quantization int8' if config.quantization != 'int8' else ''}"
-        ) from error
-
-
-def run_largest_step(model: CausalLM, limits: Limits, block_size: int, device: torch.device) -> None:
-    """Run a step with all rows and all samples that the limits allow, on a KV cache of one block.
-
-    All its sequences share the block: what is in it is of no interest.
-    """
-    num_groups = len(model.config.kv_groups)
-    step = largest_step(
-        limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, block_size, num_groups
-    )
-    runner = new_runner(model, limits, MemoryPlan(1, block_size, 0, 1, limits.max_model_len), device)
-    clock = StepClock()
-    runner.sample(step, runner.forward(step, clock), clock).read()
 
 
 def kernel_options(

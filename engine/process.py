@@ -22,7 +22,6 @@ from typing import Any
 import msgspec
 import torch
 
-from engine.adapters import AdapterGoneError
 from engine.api_connections import ApiConnections, Damaged
 from engine.config import EngineProcessConfig
 from engine.core import BrokenDeviceError, Engine
@@ -48,6 +47,7 @@ from engine.shared.messages import (
 from engine.shared.parent_death import die_with_parent
 from engine.shared.parts import ENGINE_PARTS, engine_part, has_part
 from engine.startup import capture_graphs, engine_info, log_plan, process_age, progress_bar, warm_up
+from engine.whole_model import AdapterGoneError
 
 logger = logging.getLogger("lightwell.engine")
 

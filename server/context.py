@@ -1,7 +1,6 @@
 """The objects that all handlers share, created once at start-up and passed to `create_app`."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -106,7 +105,6 @@ class ServerContext:
     model_formats: dict[bytes, Any] = field(default_factory=dict)  # `ModelFormat`s, by the header of their clients
     layers: list[Callable[[ASGIApp], ASGIApp]] = field(default_factory=list)  # a request passes the last one first
     routes: list[BaseRoute] = field(default_factory=list)  # beside those of the APIs
-    num_step_readers: Counter[str] = field(default_factory=Counter)  # streams of steps, by tenant
 
     def part(self, kind: type[T]) -> T:
         """Return the object of this class that a part has added."""

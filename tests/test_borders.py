@@ -26,7 +26,8 @@ ENGINE, SERVER = ([path for path in SOURCES if path.startswith(room)] for room i
 ENGINE_WITHOUT_TORCH = ["shared", "config", "grammar", "scheduling"]
 HEAVY = ["torch", "numpy", "transformers", "huggingface_hub"]
 WEB = {"server", "fastapi", "pydantic", "starlette", "uvicorn"}
-ENGINE_FOR_SERVER = {"engine.shared", "engine.config", "engine.grammar", "engine.parts.tokenizers"}
+PARTS_FOR_SERVER = {"engine.parts.tokenizers", "engine.parts.inspection.records"}
+ENGINE_FOR_SERVER = {"engine.shared", "engine.config", "engine.grammar"} | PARTS_FOR_SERVER
 
 PROBE = """
 import importlib, json, pkgutil, sys

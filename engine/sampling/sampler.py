@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.transfer import packed_copy, to_device
-from engine.sampling.ops import SAMPLING_OPS, apply_ops, gumbel_noise, hash_token_ids, token_index, update_mirostat
+from engine.sampling.ops import apply_ops, gumbel_noise, hash_token_ids, token_index, update_mirostat
 from engine.scheduling.request import SamplingRow, Scheduled, Status, Step
 from engine.shared.messages import GREEDY_TEMPERATURE, ReasoningLimit
 
@@ -54,8 +54,8 @@ class Sampler:
         """
         apply_masks(logits, masks)
         is_finite = torch.isfinite(logits.amax(dim=-1))
-        self._apply_bias(logits, rows)
-        self._ban_tokens(logits, rows)
+        self.apply_bias(logits, rows)
+        self.ban_tokens(logits, rows)
         special = [index for index, row in enumerate(rows) if row.params.is_special]
         if not special:
             return SamplerOutput(self._sample_plain(logits, rows), is_finite)
@@ -69,48 +69,18 @@ class Sampler:
             is_finite[on_device] &= torch.isfinite(logits[on_device].amax(dim=-1))  # the ops may leave no token
         return SamplerOutput(token_ids, is_finite)
 
-    def stages(
-        self, logits: Tensor, row: SamplingRow, masks: Mapping[int, bytes] = NO_MASKS
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield what `sample` does with the logits [1, V] of a row: after each stage that applies, its name and a copy.
-
-        The first stage is `logits` itself. The last one is `noise`, which is added before the argmax is taken, unless
-        the row is greedy.
-        """
-        rows, params = [row], row.params
-        logits = logits.clone()
-        yield "logits", logits.clone()
-        if masks:
-            apply_masks(logits, masks)
-            yield "grammar", logits.clone()
-        if params.logit_bias:
-            self._apply_bias(logits, rows)
-            yield "logit_bias", logits.clone()
-        if banned_token_ids(row, self.eos_token_ids):
-            self._ban_tokens(logits, rows)
-            yield "banned_tokens", logits.clone()
-        if params.allowed_token_ids:
-            self._allow_only(logits, rows)
-            yield "allowed_token_ids", logits.clone()
-        is_sampled = params.is_special or params.temperature >= GREEDY_TEMPERATURE
-        order = params.order if params.is_special else GREEDY_ORDER + (SAMPLED_ORDER if is_sampled else ())
-        for name in order:
-            if SAMPLING_OPS[name].is_on(params):
-                logits = apply_ops(logits, rows, (name,))
-                yield name, logits.clone()
-        if is_sampled:
-            yield "noise", gumbel_noise(self.hashed_ids, rows)
-
     # Settings that change single tokens.
 
-    def _apply_bias(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    def apply_bias(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+        """Add the bias of each row to its logits, in place."""
         entries = [(index, *item) for index, row in enumerate(rows) for item in row.params.logit_bias.items()]
         if entries:
             indices, ids, values = zip(*entries, strict=True)
             changes = to_device(values, np.float32, self.device)
             logits.index_put_(token_index(indices, ids, logits), changes, accumulate=True)
 
-    def _ban_tokens(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    def ban_tokens(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+        """Ban the tokens that end each row too early, or complete a bad word."""
         entries = [
             (index, token_id)
             for index, row in enumerate(rows)
@@ -121,7 +91,8 @@ class Sampler:
             # Assigning a Python number would copy it to the device, and wait.
             logits.index_put_(token_index(indices, ids, logits), logits.new_full((), float("-inf")))
 
-    def _allow_only(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    def allow_only(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+        """Ban all but the tokens that each row allows, if it names any."""
         for index, row in enumerate(rows):
             if row.state.allowed_ids:
                 ids = to_device(np.frombuffer(row.state.allowed_ids, np.int32), np.int64, self.device)
@@ -146,7 +117,7 @@ class Sampler:
     def _sample_special(self, logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
         """Return token ids [R], and the logits they were sampled from. All rows must have the same sampler order."""
         order = rows[0].params.order
-        self._allow_only(logits, rows)
+        self.allow_only(logits, rows)
         x = apply_ops(logits, rows, order)
         token_ids = (x + gumbel_noise(self.hashed_ids, rows)).argmax(dim=-1)
         if "mirostat" in order:

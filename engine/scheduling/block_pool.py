@@ -9,13 +9,10 @@ cached prefix is lost while there is unused memory.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.shared.block_hashes import is_prefix, name_of
-
-BORROWED = b"borrowed "  # begins the hash of a block that is borrowed, and that of no prefix
-MAX_EVICTED = 1 << 15  # hashes of overwritten blocks that are remembered, about 4 MB
 
 
 @dataclass(slots=True, eq=False)
@@ -26,11 +23,6 @@ class Block:
     ref_count: int = 0  # number of requests that hold it
     block_hash: bytes | None = None  # set while it is published
     step_id: int = 0  # for which it was handed out
-
-    @property
-    def is_cached(self) -> bool:
-        """True if it holds a prefix that later requests find."""
-        return self.block_hash is not None and not self.block_hash.startswith(BORROWED)
 
 
 class BlockPool:
@@ -48,7 +40,7 @@ class BlockPool:
         self.blocks: list[Block] = []  # that have been used at least once
         self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before: without a hash, then oldest first
         self.published: dict[bytes, Block] = {}
-        self.evicted: dict[bytes, None] = {}  # hashes of blocks that were overwritten, the latest last
+        self.on_evict: list[Callable[[bytes], None]] = []  # what parts do with the hash of a block that is overwritten
         # Hash -> whether it is published now, of those for which that has changed; None: they are not recorded.
         self.changes: dict[bytes, bool] | None = None
 
@@ -64,23 +56,6 @@ class BlockPool:
         if num_blocks > self.num_free:
             return None
         return [self._take() for _ in range(num_blocks)]
-
-    def borrow(self, num_blocks: int) -> list[Block] | None:
-        """Return free blocks that may be written to as long as they have the same hash; None if too few are free.
-
-        They stay free, like those of a cached prefix that was used just now. `give_back` ends this.
-        """
-        blocks = self.allocate(num_blocks)
-        for block in blocks or ():
-            self.publish(block, BORROWED + block.block_id.to_bytes(8))
-        self.release(blocks or ())
-        return blocks
-
-    def give_back(self, blocks: Sequence[Block]) -> None:
-        """Free borrowed blocks that nobody holds for other use."""
-        self.unpublish(blocks)
-        for block in blocks:
-            self._free(block)
 
     def acquire(self, block_hashes: Iterable[bytes]) -> list[Block]:
         """Hold and return the published blocks of the longest prefix of `block_hashes` that has one for each hash."""
@@ -101,7 +76,7 @@ class BlockPool:
             assert block.ref_count > 0
             block.ref_count -= 1
             if block.ref_count == 0:
-                self._free(block)
+                self.free(block)
 
     def reclaim(self, held: Iterable[Block]) -> None:
         """Free all blocks but those in `held`, which has each once for each of its holders."""
@@ -111,7 +86,7 @@ class BlockPool:
             if block.ref_count:
                 self.free_blocks.pop(block.block_id, None)
             elif block.block_id not in self.free_blocks:
-                self._free(block)
+                self.free(block)
 
     def publish(self, block: Block, block_hash: bytes) -> None:
         """Publish a held block whose tokens are all computed, unless an equal block is published already."""
@@ -145,7 +120,8 @@ class BlockPool:
         """Return the names of the published prefixes, as `take_changes` does."""
         return [name_of(block_hash) for block_hash in self.published if is_prefix(block_hash)]
 
-    def _free(self, block: Block) -> None:
+    def free(self, block: Block) -> None:
+        """Let a block that nobody holds be handed out: last, unless its contents cannot be found."""
         self.free_blocks[block.block_id] = block
         if block.block_hash is None:
             self.free_blocks.move_to_end(block.block_id, last=False)
@@ -158,16 +134,11 @@ class BlockPool:
         else:
             _, block = self.free_blocks.popitem(last=False)
             if block.block_hash is not None:
-                self._remember_evicted(block)
+                for act in self.on_evict:
+                    act(block.block_hash)
                 self.unpublish([block])
         block.ref_count, block.step_id = 1, self.step_id
         return block
-
-    def _remember_evicted(self, block: Block) -> None:
-        if block.is_cached and block.block_hash is not None:
-            self.evicted[block.block_hash] = None
-            if len(self.evicted) > MAX_EVICTED:
-                del self.evicted[next(iter(self.evicted))]
 
     def check(self, holders: Iterable[Sequence[Block]] = ()) -> None:
         """Raise RuntimeError if the pool is inconsistent. `holders` are the block lists of all unfinished requests."""

@@ -13,7 +13,6 @@ from engine.config import KVGroup
 from engine.scheduling.block_pool import Block, BlockPool
 from engine.scheduling.request import BlockTable, Request
 from engine.shared.block_hashes import extend_block_hashes
-from engine.shared.records import PrefixResult
 
 TWO_STEPS = 2  # tokens in flight of a request that generates
 FULL_ATTENTION = (KVGroup((), None),)  # one group, without a window
@@ -99,25 +98,6 @@ class KVManager:
             return True
         self.release(request)
         return False
-
-    def prefix_result(self, request: Request) -> tuple[PrefixResult, int]:
-        """Return why a request that was just admitted has as much of its prompt cached as it has.
-
-        Also return how many tokens of the prompt it could have found in an ideal cache.
-        """
-        if request.reads_all_rows:
-            return PrefixResult.ALL_ROWS, 0
-        num_usable = (len(request.token_ids) - 1) // self.pool.block_size
-        num_cached = request.kv.num_computed // self.pool.block_size
-        if num_usable == 0:
-            result = PrefixResult.TOO_SHORT
-        elif num_cached == num_usable:
-            result = PrefixResult.FOUND
-        else:
-            missing = request.kv.block_hashes[num_cached]
-            was_there = any(missing + suffix in self.pool.evicted for suffix in self.suffixes)
-            result = PrefixResult.EVICTED if was_there else PrefixResult.NOT_FOUND
-        return result, num_usable * self.pool.block_size
 
     def _num_cached_blocks(self, block_hashes: Sequence[bytes]) -> int:
         """Return the length of the longest prefix whose next token finds all that it sees: in each group, the blocks

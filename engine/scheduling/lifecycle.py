@@ -1,4 +1,4 @@
-"""The unfinished requests, from the queue to their last event. No torch.
+"""The unfinished requests, from the queue to their last event, and how the outputs of a step extend them. No torch.
 
 A fault belongs to the request that is being handled: `Lifecycle.isolated` ends it, and everybody else goes on. What
 raises outside of it belongs to no request, and ends the engine.
@@ -7,13 +7,12 @@ raises outside of it belongs to no request, and ends the engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from engine.scheduling.fair_queue import FairQueue
 from engine.scheduling.kv_manager import KVManager
-from engine.scheduling.record import Recorder
-from engine.scheduling.request import Request, Status
+from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status
 from engine.shared.messages import FinishReason, TokenEvent
 
 COULD_NOT_COMPUTE = "the engine could not compute this request"
@@ -32,10 +31,11 @@ def new_event(request: Request) -> TokenEvent:
 class Lifecycle:
     """Queues requests and ends them, each exactly once."""
 
-    def __init__(self, queue: FairQueue, kv: KVManager, recorder: Recorder) -> None:
+    def __init__(self, queue: FairQueue, kv: KVManager) -> None:
         self.queue = queue
         self.kv = kv
-        self.recorder = recorder
+        self.on_start: list[Callable[[Request], None]] = []  # what parts do with a request that begins
+        self.on_end: list[Callable[[Request], None]] = []  # what parts do with a request that has ended
         self.failed: dict[Request, TokenEvent] = {}  # last events that `take_failed` has not returned
 
     def requests(self) -> Iterator[Request]:
@@ -135,14 +135,15 @@ class Lifecycle:
     def _record_end(self, request: Request, event: TokenEvent, reason: FinishReason) -> None:
         record = request.record
         try:
-            record.finished = self.recorder.clock()
+            record.finished = self.queue.clock()
             record.finish_reason = reason.value
-            self.recorder.add_request(record, request.token_ids)
+            for act in self.on_end:
+                act(request)
             event.times = record.times()
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException:
-            logger.exception("the record of request %s is lost", record.request_id)
+            logger.exception("the record of request %s is lost", request.request_id)
 
 
 class Isolation:
@@ -165,3 +166,58 @@ class Isolation:
             return False
         self._lifecycle.take_fault(self._request, error, has_ended=self._has_ended)
         return True
+
+
+class Sequences:
+    """Extends sequences up to the limits of the model."""
+
+    def __init__(self, max_model_len: int, eos_token_ids: Sequence[int]) -> None:
+        self.max_model_len = max_model_len
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    def ends_next(self, request: Request) -> bool:
+        """Return whether the token sampled after `num_computed` tokens reaches a length limit."""
+        num_tokens = request.kv.num_computed + 1
+        return num_tokens >= min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
+
+    def extend(self, item: Scheduled, output: ScheduledOutput, event: TokenEvent) -> FinishReason | None:
+        """Add outputs to a request and to its event, and return why they end it, or None.
+
+        If this raises, `Request.restore` undoes it.
+        """
+        request = item.request
+        request.prompt_outputs.logprobs += output.prompt_logprobs
+        if output.pooled:
+            request.prompt_outputs.add_pooled(output.pooled)
+        if not item.num_samples:
+            return None
+        if request.params.pooling is not None and request.num_output_tokens == 0:
+            event.embedding = request.prompt_outputs.embedding()
+        return self._append_tokens(request, output, event)
+
+    def _append_tokens(self, request: Request, output: ScheduledOutput, event: TokenEvent) -> FinishReason | None:
+        """Append sampled tokens until one ends the request, and return why it does. Tokens after it are dropped."""
+        reason = FinishReason.LENGTH if request.params.max_tokens == 0 else None
+        for token_id in output.token_ids:
+            if reason is not None:
+                break
+            request.token_ids.append(token_id)
+            event.token_ids.append(token_id)
+            reason = self._finish_reason(request, event)
+        event.logprobs = output.logprobs[: len(event.token_ids)] if output.logprobs is not None else None
+        return reason
+
+    def _finish_reason(self, request: Request, event: TokenEvent) -> FinishReason | None:
+        """Return why the last token ends the request, or None. Must be called exactly once for each token."""
+        last, num_tokens = event.token_ids[-1] if event.token_ids else None, len(request.token_ids)
+        num_output_tokens = num_tokens - request.num_prompt_tokens
+        if last is not None and num_output_tokens >= request.params.min_tokens:
+            is_eos = last in self.eos_token_ids and not request.params.ignore_eos
+            if is_eos or last in request.params.stop_token_ids:
+                event.stop_token_id = last
+                return FinishReason.STOP
+        if num_output_tokens >= request.params.max_tokens or num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        if request.repetition is not None and request.repetition.push(request.token_ids, num_output_tokens):
+            return FinishReason.REPETITION
+        return None

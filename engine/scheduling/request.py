@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from engine.scheduling.record import RequestRecord
-from engine.scheduling.repetition import RepetitionDetector
-from engine.scheduling.token_counts import TokenCounts
+from engine.scheduling.token_counts import RepetitionDetector, TokenCounts
 from engine.shared.messages import Pooling, SamplingParams, Submit, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -401,6 +400,7 @@ def new_request(
 ) -> Request:
     """Create choice 0 of a submitted prompt, with the other choices as its children."""
     allowed_ids = array("i", submit.params.allowed_token_ids)
+    without_prompt = msgspec.structs.replace(submit, prompt_token_ids=[])
     detection = submit.params.repetition_detection
     choices = [
         Request(
@@ -415,20 +415,7 @@ def new_request(
             lora_name=submit.lora_name,
             lora_slot=lora_slot,
             token_ids=list(submit.prompt_token_ids),
-            record=RequestRecord(
-                request_id=submit.request_id,
-                index=index,
-                arrival=submit.arrival,
-                queued=now,
-                num_prompt_tokens=len(submit.prompt_token_ids),
-                ids=submit.ids,
-                prompt=submit.prompt,
-                tenant=submit.tenant,
-                lora_name=submit.lora_name,
-                lora_fingerprint=submit.lora_fingerprint,
-                salt=salt,
-                params=submit.params,
-            ),
+            record=RequestRecord(without_prompt, index, queued=now, num_prompt_tokens=len(submit.prompt_token_ids)),
             kv=KVState(salt),
             sampling=SamplingState(allowed_ids, submit.params.is_special, submit.params.has_penalty),
             repetition=None if detection is None else RepetitionDetector(detection, submit.params.min_tokens),

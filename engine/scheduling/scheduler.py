@@ -19,35 +19,35 @@ of its row is dropped. No torch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.scheduling.budget import StepBudget
 from engine.scheduling.drafting import Drafting
 from engine.scheduling.fair_queue import FairQueue
 from engine.scheduling.kv_manager import KVManager
-from engine.scheduling.lifecycle import Lifecycle, new_event
-from engine.scheduling.record import Recorder
+from engine.scheduling.lifecycle import Lifecycle, Sequences, new_event
+from engine.scheduling.record import Chunk
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step
-from engine.scheduling.sequences import Sequences
 from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import EngineStats, TokenEvent
-from engine.shared.records import Chunk
 
 logger = logging.getLogger("lightwell.engine")
 
 
-def _record_first_schedule(request: Request, kv: KVManager, stats: EngineStats, now: float) -> None:
+def _record_first_schedule(request: Request, lifecycle: Lifecycle, stats: EngineStats, now: float) -> None:
     """Record and count that a request begins, with its cached tokens already computed."""
     num_cached = request.kv.num_computed
     request.record.scheduled = now
     request.record.num_cached_tokens = num_cached
-    request.record.prefix_result, request.record.num_reusable_tokens = kv.prefix_result(request)
     stats.prompt_tokens_total += request.num_prompt_tokens
     stats.prompt_tokens_cached_total += num_cached
     if not request.reads_all_rows:
         stats.prefix_cache_queries_total += request.num_prompt_tokens
         stats.prefix_cache_hits_total += num_cached
+    for act in lifecycle.on_start:
+        act(request)
 
 
 @dataclass(slots=True)
@@ -88,7 +88,6 @@ class Scheduler:
     def __init__(
         self,
         kv: KVManager,
-        recorder: Recorder,
         budget: StepBudget,
         *,
         max_num_seqs: int,
@@ -96,18 +95,19 @@ class Scheduler:
         eos_token_ids: Sequence[int] = (),
         long_prefill_token_threshold: int = 0,
         speculation: SpeculationPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`speculation`: when n-gram drafts are made; None: never. Raises ValueError if limits are contradictory."""
         _check_limits(kv, budget, max_num_seqs, max_model_len, long_prefill_token_threshold)
         self.kv, self.pool = kv, kv.pool
-        self.clock = recorder.clock
+        self.clock = clock
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.budget = budget
         self.sequences = Sequences(max_model_len, eos_token_ids)
         self.max_chunk = long_prefill_token_threshold or budget.max_num_rows
-        self.queue = FairQueue(kv, max_num_seqs, recorder.clock)
+        self.queue = FairQueue(kv, max_num_seqs, clock)
         self.running, self.waiting = self.queue.running, self.queue.waiting
-        self.lifecycle = Lifecycle(self.queue, kv, recorder)
+        self.lifecycle = Lifecycle(self.queue, kv)
         self.stats = EngineStats(num_blocks=kv.pool.num_blocks)
         self.drafting = Drafting(kv, self.lifecycle, self.stats, speculation, max_model_len)
 
@@ -249,7 +249,7 @@ class Scheduler:
         draft.admitted.append(request)
         request.status = Status.RUNNING
         if request.record.scheduled is None:
-            _record_first_schedule(request, self.kv, self.stats, self.clock())
+            _record_first_schedule(request, self.lifecycle, self.stats, self.clock())
         else:
             request.record.resumptions.append(self.clock())
         return True

@@ -9,11 +9,10 @@ A request is a prompt with its parameters. It has one or more choices (`n`), eac
 from array import array
 from collections.abc import Sequence
 from enum import StrEnum
+from itertools import zip_longest
 from typing import Self
 
 import msgspec
-
-from engine.shared.records import Answer, Question, RequestTimes, StopReading
 
 
 class FinishReason(StrEnum):
@@ -172,6 +171,38 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
         return type(self)(self.logprob, self.rank, self.packed_ids[: 4 * num_top], self.packed_logprobs[: 4 * num_top])
 
 
+class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Times and counts of one choice. Its first event has those so far; its last event has all."""
+
+    arrival: float  # the API process received the request
+    queued: float  # the engine received it
+    scheduled: float | None = None  # the choice became part of a batch for the first time
+    first_token: float | None = None
+    finished: float | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    num_output_tokens: int = 0
+    preemptions: tuple[float, ...] = ()
+    resumptions: tuple[float, ...] = ()  # when it was scheduled again after each preemption
+    num_ahead: int = 0  # choices ahead of it in the queue when it was queued
+    num_chunks: int = 0  # steps that computed prompt tokens, or recomputed tokens after a preemption
+    num_accepted_tokens: int = 0  # output tokens that came from accepted drafts
+
+    @property
+    def num_preemptions(self) -> int:
+        return len(self.preemptions)
+
+    def preempted(self, end: float) -> tuple[float, float]:
+        """Return for how many seconds it was preempted until `end`, before its first token and after it."""
+        before, after = 0.0, 0.0
+        for preempted, resumed in zip_longest(self.preemptions, self.resumptions, fillvalue=end):
+            if self.first_token is None or preempted < self.first_token:
+                before += resumed - preempted
+            else:
+                after += resumed - preempted
+        return before, after
+
+
 class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The result of one step for one choice: its new tokens, and its end if it ended."""
 
@@ -302,6 +333,19 @@ class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     name: str
 
 
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """A question that the part `inspection` of the API process asks that of the engine, which replies with `Answer`."""
+
+    number: int
+    question: bytes
+
+
+class StopAsking(msgspec.Struct, frozen=True, tag=True):
+    """Stop to work on a question whose answer nobody waits for. It is answered all the same, in whatever way."""
+
+    number: int
+
+
 # From the engine to the API process.
 
 
@@ -349,7 +393,14 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     evicted: list[bytes] = []  # names of those that no longer can
 
 
-ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter | Question | StopReading
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """Reply to `Ask`."""
+
+    number: int  # of the question
+    answer: bytes | None  # None: the engine failed to answer, because of a bug. The reason is in its log
+
+
+ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter | Ask | StopAsking
 FromEngine = Ready | LoadFailed | Outputs | Adapters | AdapterDone | Answer
 
 HEARTBEAT_SECONDS = 1.0

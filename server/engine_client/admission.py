@@ -20,8 +20,7 @@ from server.http.errors import (
     RequestTimeoutError,
     WaitTooLongError,
 )
-from server.metrics import Metrics
-from server.statistics.choice_stats import ChoiceStats
+from server.metrics import ChoiceStats, Metrics
 from server.tenants import ANYBODY, Tenant
 
 SHUTTING_DOWN = "The server is shutting down. Please retry later."

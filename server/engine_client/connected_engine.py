@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import zmq
@@ -17,6 +17,7 @@ from engine.shared.messages import (
     MAX_UNREAD_MESSAGES,
     AdapterDone,
     Adapters,
+    Answer,
     EngineStats,
     FromEngine,
     Hello,
@@ -27,10 +28,8 @@ from engine.shared.messages import (
     ToEngine,
     Vocabulary,
 )
-from engine.shared.records import Answer
 from server.engine_client.admission import Admission
 from server.engine_client.liveness import EngineLiveness
-from server.engine_client.records import RecordQuestions
 from server.engine_client.streams import OpenStreams
 from server.http.errors import APIError, EngineDeadError, ServerError
 from server.metrics import Metrics
@@ -41,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_MESSAGES = 16  # read at a time; then others have their turn
 
-ANSWERS = {answer.__name__ for answer in get_args(Answer)}
 UNREADABLE = "The engine's reply cannot be read. Please retry later."
 
 
@@ -217,6 +215,7 @@ class ConnectedEngine:
         """
         self.number = number
         self.stats = EngineStats()
+        self.num_steps = 0  # that it has reported
         self.cached: set[bytes] = set()  # names of prefixes, if there are several engines
         self._options = options
         self._owner = owner
@@ -232,7 +231,8 @@ class ConnectedEngine:
         self._metrics = metrics.add_engine(number, self._current_stats)
         self.streams = OpenStreams(self._send_if_ready, owner, self._metrics)
         self.adapters: EngineAdapters = _adapters_type()(self._connection.send)
-        self.records = RecordQuestions(self._connection.send, self.liveness.check_ready)
+        self.send = self._connection.send
+        self.asker: Any = None  # of a part: `finish` gets the engine's answers, `fail` an error that ends all questions
         self._tasks: list[asyncio.Task[None]] = []  # of the current process
         self._watcher: asyncio.Task[None] | None = None  # of the heartbeat
 
@@ -271,7 +271,11 @@ class ConnectedEngine:
         """End all open streams with `error`, and their requests in the engine. Fail changes of adapters, questions."""
         self.streams.fail(error)
         self.adapters.fail(error)
-        self.records.fail(error)
+        self._fail_questions(error)
+
+    def _fail_questions(self, error: APIError) -> None:
+        if self.asker is not None:
+            self.asker.fail(error)
 
     # Messages from the engine.
 
@@ -295,8 +299,9 @@ class ConnectedEngine:
                 self.adapters.update(message.adapters)
             case AdapterDone():
                 self.adapters.finish(message)
-            case _:
-                self.records.finish(message)
+            case Answer():
+                if self.asker is not None:
+                    self.asker.finish(message)
 
     def _on_load_failed(self, message: LoadFailed) -> None:
         """Give up an engine that has never been ready. The supervisor decides how often a restart is tried."""
@@ -308,7 +313,7 @@ class ConnectedEngine:
         if message.num_step_tokens:
             self._metrics.step_tokens.observe(message.num_step_tokens)
             self._owner.count_step(message.num_step_tokens, now, self.number, message.stats.num_waiting)
-            self.records.num_steps += 1
+            self.num_steps += 1
         elif not message.stats.num_waiting:
             self._owner.forget_waiting(self.number)
         self.cached.update(message.cached)
@@ -325,8 +330,8 @@ class ConnectedEngine:
             self.adapters.finish(AdapterDone(request_id=message.request_id, error=UNREADABLE, is_temporary=True))
         elif message.events:
             self.streams.discard([event.request_id for event in message.events], ServerError())
-        elif message.type in ANSWERS:
-            self.records.fail(ServerError())
+        elif message.type == Answer.__name__:
+            self._fail_questions(ServerError())
         elif message.type != Adapters.__name__:
             self.fail_streams(ServerError())
 
@@ -386,7 +391,7 @@ class ConnectedEngine:
         self._tasks = []
         self._connection.disconnect()
         self.adapters.fail(EngineDeadError())
-        self.records.fail(EngineDeadError())
+        self._fail_questions(EngineDeadError())
         self.cached = set()
         self._owner.forget_waiting(self.number)
         self.stats = msgspec.structs.replace(

@@ -14,8 +14,7 @@ from server.engine_client.admission import Admission
 from server.engine_client.answer_budget import event_bytes
 from server.engine_client.reservation import Reservation
 from server.http.errors import APIError, EngineUnavailableError, ServerError, clip
-from server.statistics.choice_stats import ChoiceStats
-from server.statistics.engine_metrics import EngineMetrics
+from server.metrics import ChoiceStats, EngineMetrics
 
 logger = logging.getLogger(__name__)
 

@@ -11,16 +11,14 @@ from typing import NamedTuple
 
 from msgspec import UNSET, UnsetType
 
-from engine.shared.messages import FinishReason, TokenEvent
-from engine.shared.records import RequestTimes
+from engine.shared.messages import FinishReason, RequestTimes, TokenEvent
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import ReceivedEvent, RequestStream
 from server.generation.choice import ChoiceDelta, ChoiceState, join_deltas
 from server.generation.prompts import Prompt
 from server.http.errors import APIError, ServerError
-from server.metrics import Metrics
+from server.metrics import ChoiceStats, Metrics
 from server.schemas.answers import CompletionTokensDetails, PromptTokensDetails, RequestTimings, StageSeconds, Usage
-from server.statistics.choice_stats import ChoiceStats
 
 
 class Stage(NamedTuple):

@@ -75,13 +75,14 @@ def steps(loaded: LoadedModel, rows: int, context: int, *, max_tokens: int, num_
     if isinstance(execution, CpuExecution):
         programs = {"forward": execution.forward_program, "sample": execution.logits_program}
     found = []
+    seen: list[tuple[int, dict[str, float]]] = []
+    engine.on_step.append(lambda step, clock: seen.append((step.num_tokens, clock.seconds)))
     while engine.has_work:
         for program in programs.values():
             program.measure()  # resets the durations
         engine.step()
-        record = engine.recorder.steps[-1]
-        if record.num_tokens == num_tokens:
-            found.append(milliseconds(record.seconds, programs))
+        if seen[-1][0] == num_tokens:
+            found.append(milliseconds(seen[-1][1], programs))
     return found
 
 

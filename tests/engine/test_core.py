@@ -18,7 +18,7 @@ from engine.scheduling.request import ScheduledOutput, Step
 from engine.scheduling.speculation import AUTO, NGRAM, SpeculationPolicy
 from engine.shared.messages import FinishReason, TokenEvent
 from tests.engine.test_loading import MODEL
-from tests.support.answers import Answer, join, run
+from tests.support.answers import Answer, join, run, watch
 from tests.support.examples import num_examples
 from tests.support.submits import new_submit
 from tests.support.tiny_engine import load_tiny_model, mixed_submits, new_engine
@@ -60,6 +60,8 @@ def test_the_order_of_things(num_prompt_tokens: int, max_tokens: int) -> None:
     """A step is launched before the previous one is read, and sampled after; none follows a request's last token."""
     device = FakeDevice()
     engine = engine_on(device, Limits(20, 2, 20))
+    steps: list[tuple[int, list[str]]] = []
+    engine.on_step.append(lambda step, clock: steps.append((step.step_id, list(clock.seconds))))
     engine.add(new_submit([1] * num_prompt_tokens, max_tokens=max_tokens, ignore_eos=True))
     found: list[tuple[bool, int]] = []
     while engine.has_work:
@@ -73,9 +75,8 @@ def test_the_order_of_things(num_prompt_tokens: int, max_tokens: int) -> None:
         *("forward 3", "read 2", "sample 3"),
         "read 3",
     ]
-    assert [record.step_id for record in engine.recorder.steps] == [1, 2, 3]
     parts = ["schedule", "overlap", "overlap_next", "wait", "update"]  # in the order in which they end
-    assert [list(record.seconds) for record in engine.recorder.steps] == [parts] * 3
+    assert steps == [(number, parts) for number in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -154,9 +155,10 @@ def test_the_same_answers(loaded: LoadedModel, seed: int, caplog: pytest.LogCapt
 
 def test_without_prefix_caching_only_choices_of_one_request_share_blocks(loaded: LoadedModel) -> None:
     engine = new_engine(loaded, enable_prefix_caching=False)
+    _, ended = watch(engine)
     for name in ("a", "b"):
         run(engine, [new_submit(range(40), name, n=2, max_tokens=2, ignore_eos=True)])
-    assert sorted(record.num_cached_tokens for record in engine.recorder.requests) == [0, 0, 32, 32]
+    assert sorted(record.num_cached_tokens for record in ended) == [0, 0, 32, 32]
 
 
 def test_auto_is_off_where_it_does_not_pay_or_is_not_exact(

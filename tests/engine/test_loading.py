@@ -22,8 +22,8 @@ from engine.loading import Limits
 from engine.model.kv_cache import KVCache
 from engine.model.memory_plan import MIB
 from engine.model.rotary import inverse_frequencies
+from engine.parts.triton import largest_step
 from engine.runner import ModelRunner
-from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import Step
 from engine.startup import log_plan
@@ -131,14 +131,14 @@ def test_a_largest_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
     class FullCard:
         device = torch.device("cuda", 0)
 
-        def measure(self, largest_step: Callable[[], None]) -> None:
-            largest_step()
+        def measure(self, run: Callable[[], None]) -> None:
+            run()
 
     def run_largest_step(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loading, "run_largest_step", run_largest_step)
-    monkeypatch.setattr(loading, "free_memory", lambda device: 300 << 20)
+    monkeypatch.setattr(largest_step, "run_largest_step", run_largest_step)
+    monkeypatch.setattr(largest_step, "free_memory", lambda device: 300 << 20)
     card: Any = FullCard()
     model: Any = None
     message = (
@@ -147,7 +147,7 @@ def test_a_largest_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
     for quantization, more in (("auto", ", or use --quantization int8"), ("int8", "")):
         config = EngineConfig(model_path="", quantization=quantization)
         with pytest.raises(ValueError, match=f"{message}{more}$"):
-            loading.measure_activations(card, model, Limits(4096, 128, 8192), config)
+            largest_step.measure_activations(card, model, Limits(4096, 128, 8192), config)
 
 
 # The largest step.
@@ -159,7 +159,7 @@ def test_the_largest_step_has_all_rows_and_all_samples(seed: int) -> None:
     rng = random.Random(seed)
     max_num_seqs, max_model_len, block_size = rng.randint(1, 40), rng.choice([1, 2, 3, 50, 500]), rng.choice([16, 32])
     max_num_rows = max_num_seqs + rng.choice([0, 1, rng.randint(0, 2000)])
-    step = largest_step(max_num_rows, max_num_seqs, max_model_len, block_size, num_groups=1)
+    step = largest_step.largest_step(max_num_rows, max_num_seqs, max_model_len, block_size, num_groups=1)
     assert step.num_tokens == min(max_num_rows, max_num_seqs * max_model_len)
     assert len(step.scheduled) == sum(item.num_samples for item in step.scheduled) == max_num_seqs
     kinds = [item.is_prompt for item in step.scheduled]
@@ -202,7 +202,7 @@ def test_a_model_runs_the_largest_step_and_keeps_nothing(
     monkeypatch.setattr(ModelRunner, "sample", watched)
     gc.disable()  # as while the engine starts
     try:
-        loading.run_largest_step(loaded.runner.model, Limits(MAX_MODEL_LEN, 8, 500), 16, CPU)
+        largest_step.run_largest_step(loaded.runner.model, Limits(MAX_MODEL_LEN, 8, 500), 16, CPU)
         assert [cache() for cache in caches] == [None]
     finally:
         gc.enable()

@@ -17,7 +17,7 @@ from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, Pooling, SamplingParams, Submit
-from tests.support.answers import Answers, assert_same, make_engine, run, run_alone
+from tests.support.answers import Answers, assert_same, make_engine, run, run_alone, watch
 from tests.support.examples import IS_LONG
 from tests.support.family_models import VOCAB_SIZE, save_family_model
 from tests.support.kernel_choice import choose_kernels, code_paths
@@ -105,13 +105,14 @@ def assert_promise(loaded: LoadedModel, submits: Sequence[Submit], *, chunks: Se
     alone = run_alone(loaded, submits)
 
     engine = make_engine(loaded)
+    steps, ended = watch(engine)
     assert_same(run(engine, submits), alone)
     num_generating = sum(submit.params.max_tokens > 0 for submit in submits)
-    assert max(len(step.rows) for step in engine.recorder.steps) >= num_generating
+    assert max(map(len, steps)) >= num_generating
 
     # The same requests again, whose prompts are cached; then conversations that go on.
     assert_same(run(engine, submits), alone)
-    found = {record.request_id: record.num_cached_tokens for record in list(engine.recorder.requests)[-len(alone) :]}
+    found = {record.submit.request_id: record.num_cached_tokens for record in ended[-len(alone) :]}
     for submit in submits:
         is_whole = submit.params.prompt_logprobs is not None or submit.params.pooling is Pooling.MEAN
         num_cacheable = 0 if is_whole else len(submit.prompt_token_ids) - 1
@@ -125,8 +126,9 @@ def assert_promise(loaded: LoadedModel, submits: Sequence[Submit], *, chunks: Se
 
     for chunk in chunks:
         engine = make_engine(loaded, chunk=chunk, seqs=5, speculative="ngram")
+        steps, _ = watch(engine)
         assert_same(run(engine, submits[::-1]), alone)
-        assert all(row.num_tokens <= max(chunk, 8) for step in engine.recorder.steps for row in step.rows)
+        assert all(num_tokens <= max(chunk, 8) for step in steps for num_tokens in step)
         assert engine.scheduler.current_stats().draft_tokens_total > 0
         assert_same(run(engine, follow_ups), warm)  # they find blocks of answers that were computed with drafts
 
@@ -234,8 +236,9 @@ def test_ranks_answer_the_same(num_ranks: int, head_dim: int, tmp_path: Path) ->
         assert loaded.runner.kernels.deterministic
         alone = {key: answer for submit in submits for key, answer in run(Engine(config, loaded), [submit]).items()}
         engine = Engine(config, loaded)
+        steps, _ = watch(engine)
         assert_same(run(engine, submits), alone)
-        assert max(len(step.rows) for step in engine.recorder.steps) >= len(submits)
+        assert max(map(len, steps)) >= len(submits)
         assert_same(run(engine, submits), alone)  # with cached prompts
         assert engine.scheduler.current_stats().prompt_tokens_cached_total > 0
         chunked = msgspec.structs.replace(config, long_prefill_token_threshold=7, speculative="ngram")

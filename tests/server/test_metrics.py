@@ -10,8 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from engine.shared.messages import EngineStats
-from server.metrics import Metrics, exposition
-from server.statistics.engine_metrics import buckets_1_2_5
+from server.metrics import Metrics, buckets_1_2_5, exposition
 from tests.server.conftest import StartServer
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.fake_engine import FakeEngine
@@ -50,7 +49,7 @@ PICKER_METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
-def test_vllm_names_types_and_labels(prefix: str) -> None:
+def test_vllm_names_types_labels_and_buckets(prefix: str) -> None:
     metrics = Metrics(prefix, "m")
     metrics.add_engine(0, EngineStats).set_info(ENGINE_INFO)
     page, content_type = exposition([metrics])
@@ -66,14 +65,8 @@ def test_vllm_names_types_and_labels(prefix: str) -> None:
     assert families[prefix + "cache_config_info"].samples[0].labels["block_size"] == "32"
     assert "process_resident_memory_bytes" in families
 
-
-def test_vllm_buckets() -> None:
-    metrics = Metrics("vllm:", "m")
-    metrics.add_engine(0, EngineStats).set_info(ENGINE_INFO)
-    families = {family.name: family for family in parse_text(exposition([metrics])[0].decode())}
-
     def buckets(name: str) -> list[str]:
-        return [s.labels["le"] for s in families["vllm:" + name].samples if s.name.endswith("_bucket")]
+        return [s.labels["le"] for s in families[prefix + name].samples if s.name.endswith("_bucket")]
 
     tokens = ["1.0", "2.0", "5.0", "10.0", "20.0", "50.0", "100.0", "200.0", "500.0", "1000.0", "2000.0", "+Inf"]
     assert buckets("request_prompt_tokens") == tokens

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel
+from engine.scheduling.record import RequestRecord
 from engine.shared.messages import FinishReason, Submit, TokenEvent, TokenLogprobs
 from engine.startup import capture_graphs
 from tests.support.outputs import runner_with
@@ -54,6 +55,14 @@ def run(engine: Engine, submits: Sequence[Submit] = ()) -> Answers:
     assert all(answer.reason is not None for answer in answers.values())
     assert engine.scheduler.current_stats().num_blocks_used == 0
     return answers
+
+
+def watch(engine: Engine) -> tuple[list[list[int]], list[RequestRecord]]:
+    """Return how many tokens steps compute for their choices from now on, and the records of choices that end."""
+    steps, ended = list[list[int]](), list[RequestRecord]()
+    engine.on_step.append(lambda step, _: steps.append([item.num_tokens for item in step.scheduled]))
+    engine.scheduler.lifecycle.on_end.append(lambda request: ended.append(request.record))
+    return steps, ended
 
 
 def _events(engine: Engine) -> Iterator[TokenEvent]:

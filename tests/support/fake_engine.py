@@ -14,15 +14,15 @@ import subprocess
 import sys
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Self
 
 import msgspec
 import zmq
 
-from engine.shared import messages, records
+from engine.shared import messages
 from tests.support.engine_info import ENGINE_INFO
 
 EOS_TOKEN_ID = 256  # of the tokenizer in tests/support/tiny_tokenizer_model.py
@@ -48,13 +48,13 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     max_model_len: int = 2048
     max_num_seqs: int = 8
     num_blocks: int = 256
-    inspection_problem: records.InspectionProblem | None = None  # of every inspection
+    inspection_problem: str | None = None  # of every inspection
     vocab_size: int = 260
     adapters: list[messages.LoraAdapter] = []  # loaded at start-up
     max_loras: int = 0
     adapter_error: messages.AdapterDone | None = None  # result of every load, with its request id
     ignores_adapters: bool = False  # loads and unloads get no reply
-    steps: list[records.StepInfo] = []  # that it has recorded
+    steps: list[Any] = []  # `StepView`s that it has recorded
     forgets_adapters: bool = False  # weights are dropped when their adapter is unloaded; otherwise they stay forever
 
 
@@ -64,7 +64,7 @@ def make_adapter(name: str, path: str = "") -> messages.LoraAdapter:
     return messages.LoraAdapter(name=name, path=path, rank=8, fingerprint=hashlib.sha256(path.encode()).hexdigest())
 
 
-class _Running(msgspec.Struct):
+class Running(msgspec.Struct):
     """One choice of a request and the rest of its reply."""
 
     identity: bytes
@@ -94,8 +94,8 @@ class FakeEngine:
         self._paused = threading.Event()  # no steps, but heartbeats
         self._hung = threading.Event()  # it is to hang
         self._hangs = threading.Event()  # and does
-        self._running: list[_Running] = []
-        self._waiting: list[_Running] = []
+        self.running: list[Running] = []
+        self.waiting: list[Running] = []
         self._raw: list[bytes] = []  # messages to be sent as they are
         self._resets: list[tuple[dict[str, Any] | None, threading.Event]] = []  # `_start_anew`, and who waits
         self._defaults = copy.deepcopy(config)
@@ -130,7 +130,7 @@ class FakeEngine:
     @property
     def num_choices(self) -> int:
         """Number of choices that wait or run."""
-        return len(self._waiting) + len(self._running)
+        return len(self.waiting) + len(self.running)
 
     def pause(self) -> None:
         """Stop stepping until `resume`. Heartbeats go on."""
@@ -186,7 +186,7 @@ class FakeEngine:
             setattr(self.config, name, value)
         if changes is not None:
             self._clients.clear()
-        for what in (self._running, self._waiting, self._raw, self._paused, self._hung, self._hangs):
+        for what in (self.running, self.waiting, self._raw, self._paused, self._hung, self._hangs):
             what.clear()
         adapters = self.loaded
         self._begin()
@@ -207,7 +207,7 @@ class FakeEngine:
             for identity in list(self._clients):
                 self._send_bytes(identity, self._raw[0])
             del self._raw[0]
-        busy = bool(self._running or self._waiting) and not self._paused.is_set()
+        busy = bool(self.running or self.waiting) and not self._paused.is_set()
         wait = max(0.0, self._next_step - time.monotonic()) if busy else 0.005
         if self._socket.poll(round(wait * 1000)):
             self._read()
@@ -236,118 +236,9 @@ class FakeEngine:
                 self._send_outputs({})
             case messages.LoadAdapter() | messages.UnloadAdapter():
                 self._change_adapters(identity, message)
-            case _ if isinstance(message, records.Question):
-                self._send(identity, self._answer(message))
-
-    def _answer(self, question: records.Question) -> records.Answer:
-        answers: dict[type, Callable[[Any], records.Answer]] = {
-            records.ReadSteps: self._steps_after,
-            records.ReadQueue: self._queue,
-            records.ReadBlocks: self._blocks,
-            records.ReadRequests: self._requests,
-            records.Inspect: self._inspected,
-        }
-        return answers[type(question)](question)
-
-    def _steps_after(self, question: records.ReadSteps) -> records.Steps:
-        steps, after = self.config.steps, question.after
-        if after is None and question.since is None:
-            return records.Steps(read_id=question.read_id, steps=steps[-question.limit :], num_lost=0, has_more=False)
-        num_lost = 0 if after is None or not steps else max(0, steps[0].step_id - after - 1)
-        later = [step for step in steps if step.step_id > (after or 0) and step.started >= (question.since or 0.0)]
-        shown, has_more = later[: question.limit], len(later) > question.limit
-        return records.Steps(read_id=question.read_id, steps=shown, num_lost=num_lost, has_more=has_more)
-
-    def _queue(self, question: records.ReadQueue) -> records.Queue:
-        choices = [
-            records.QueuedChoice(
-                *_name(choice),
-                choice.queued,
-                place,
-                len(choice.submit.prompt_token_ids),
-                was_preempted=False,
-                can_start=True,
-            )
-            for place, choice in enumerate(self._waiting)
-        ]
-        now, shown = time.monotonic(), choices[: question.limit]
-        return records.Queue(read_id=question.read_id, now=now, num_waiting=len(choices), choices=shown)
-
-    def _blocks(self, question: records.ReadBlocks) -> records.Blocks:
-        """Return a pool in which each running choice holds a block; one more is cached, and one was never used."""
-        named = [choice for choice in self._running if question.tenant in (None, choice.submit.tenant)]
-        owners = [named.index(choice) if choice in named else None for choice in self._running]
-        sizes = [None if owner is None else 32 for owner in owners]
-        runs = [records.BlockRun(i, 1, 1, False, owners[i], 0, sizes[i], 5) for i in range(len(owners))]
-        runs.append(records.BlockRun(len(runs), 1, 0, True, None, None, None, 9))
-        runs.append(records.BlockRun(len(runs), 1, 0, False, None, None, None, None))
-        return records.Blocks(
-            read_id=question.read_id,
-            block_size=32,
-            num_blocks=len(runs),
-            num_used=len(self._running),
-            groups=[records.BlockGroup(2, None)],
-            owners=[records.ChoiceName(*_name(choice)) for choice in named],
-            runs=runs,
-        )
-
-    def _inspected(self, question: records.Inspect) -> records.Inspected:
-        """Return what happens in a model of two layers with one head, of a prompt or of a running choice."""
-        if self.config.inspection_problem is not None:
-            return records.Inspected(read_id=question.read_id, problem=self.config.inspection_problem, num_tokens=3)
-        token_ids, ids = question.prompt_token_ids, tuple[str, ...]()
-        if question.id is not None:
-            submits = [choice.submit for choice in self._running if question.id in choice.submit.ids]
-            submits = [submit for submit in submits if question.tenant in (None, submit.tenant)]
-            if not submits:
-                return records.Inspected(read_id=question.read_id, problem=records.InspectionProblem.NOT_FOUND)
-            token_ids, ids = [*submits[0].prompt_token_ids, 98], submits[0].ids
-        layer = records.LayerView([(97, -0.5)], 1.0, 2.0, 3.0, [[(0, 0.75)]], [])
-        num_prompt_tokens = len(token_ids) - len(ids[:1])
-        end = min(num_prompt_tokens, question.end or num_prompt_tokens)
-        stages = [("logits", 3, 0, [(97, -0.5)], []), ("top_k", 1, 2, [(98, 0.0)], [(97, -0.5)])]
-        attention = array("f", [0.75, 0.25]).tobytes()
-        return records.Inspected(
-            read_id=question.read_id,
-            num_tokens=len(token_ids),
-            ids=ids,
-            lora_name=question.lora_name,
-            token_ids=token_ids,
-            num_prompt_tokens=num_prompt_tokens,
-            start=end - 1,
-            end=end,
-            num_heads=1,
-            positions=[records.PositionView(end - 1, [layer, layer], attention, 98 if ids else None)],
-            stages=[records.StageView(*stage) for stage in stages if ids],
-            candidates=[records.Candidate(98, 1.5, 0.5)] if ids else [],
-        )
-
-    def _requests(self, question: records.ReadRequests) -> records.Requests:
-        """Return the choices that have not ended, like the reader of the real engine."""
-        choices = [
-            choice
-            for choice in (*self._waiting, *self._running)
-            if question.tenant in (None, choice.submit.tenant) and question.id in (None, *choice.submit.ids)
-        ]
-        now = time.monotonic()
-        prefix = records.Prefix(result=records.PrefixResult.NEW, num_reusable_tokens=0)
-        detail = records.RequestDetail(chunks=[records.Chunk(1, 0, 4)], prefix=prefix)
-        infos = [
-            records.RequestInfo(
-                ids=choice.submit.ids,
-                prompt=choice.submit.prompt,
-                index=choice.index,
-                tenant=choice.submit.tenant,
-                lora_name=choice.submit.lora_name,
-                state="running" if choice in self._running else "waiting",
-                finish_reason=None,
-                times=self._times(choice, None),
-                num_blocks=1,
-                detail=None if question.id is None and question.since is None else detail,
-            )
-            for choice in choices
-        ]
-        return records.Requests(read_id=question.read_id, now=now, requests=infos)
+            case messages.Ask():  # whose answers need a part
+                answer = import_module("tests.support.records").answer(self, message.question)
+                self._send(identity, messages.Answer(message.number, answer))
 
     def _change_adapters(self, identity: bytes, message: messages.LoadAdapter | messages.UnloadAdapter) -> None:
         if self.config.ignores_adapters:
@@ -389,35 +280,35 @@ class FakeEngine:
         now = time.monotonic()
         has_weights = not submit.lora_name or submit.lora_fingerprint in self._weights
         for index in range(submit.n):
-            choice = _Running(identity, submit, index, now, [*reply, EOS_TOKEN_ID], has_weights=has_weights)
-            self._waiting.append(choice)
+            choice = Running(identity, submit, index, now, [*reply, EOS_TOKEN_ID], has_weights=has_weights)
+            self.waiting.append(choice)
         self.stats.prompt_tokens_total += len(submit.prompt_token_ids) * submit.n
         self.stats.prompt_tokens_cached_total += self.config.num_cached_tokens * submit.n
         self.stats.prefix_cache_queries_total += len(submit.prompt_token_ids)
         self.stats.prefix_cache_hits_total += self.config.num_cached_tokens
 
     def _abort(self, abort: messages.Abort) -> None:
-        def is_aborted(choice: _Running) -> bool:
+        def is_aborted(choice: Running) -> bool:
             return choice.submit.request_id == abort.request_id and abort.index in (None, choice.index)
 
-        self._running = [choice for choice in self._running if not is_aborted(choice)]
-        self._waiting = [choice for choice in self._waiting if not is_aborted(choice)]
+        self.running = [choice for choice in self.running if not is_aborted(choice)]
+        self.waiting = [choice for choice in self.waiting if not is_aborted(choice)]
 
     def _step(self) -> None:
-        while self._waiting and len(self._running) < self.config.max_num_seqs:
-            self._running.append(self._waiting.pop(0))
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            self.running.append(self.waiting.pop(0))
         events: dict[bytes, list[messages.TokenEvent]] = {}
-        for choice in self._running:
+        for choice in self.running:
             choice.num_steps += 1
             if choice.num_steps > self.config.num_prompt_steps:
                 events.setdefault(choice.identity, []).append(self._token(choice))
         ended = {(e.request_id, e.index) for batch in events.values() for e in batch if e.finish_reason}
-        self._running = [c for c in self._running if (c.submit.request_id, c.index) not in ended]
+        self.running = [c for c in self.running if (c.submit.request_id, c.index) not in ended]
         self.stats.steps_total += 1
         self._send_outputs(events, num_step_tokens=sum(map(len, events.values())))
         self._next_step = time.monotonic() + self.config.step_seconds
 
-    def _token(self, choice: _Running) -> messages.TokenEvent:
+    def _token(self, choice: Running) -> messages.TokenEvent:
         now = time.monotonic()
         params = choice.submit.params
         event = messages.TokenEvent(request_id=choice.submit.request_id, index=choice.index)
@@ -435,10 +326,10 @@ class FakeEngine:
         if params.prompt_logprobs is not None and choice.index == 0 and choice.num_output_tokens <= 1:
             event.prompt_logprobs = [_logprobs(t, params.prompt_logprobs) for t in choice.submit.prompt_token_ids[1:]]
         if event.finish_reason is not None:
-            event.times = self._times(choice, now)
+            event.times = self.times(choice, now)
         return event
 
-    def _take_token(self, choice: _Running, event: messages.TokenEvent, now: float) -> None:
+    def _take_token(self, choice: Running, event: messages.TokenEvent, now: float) -> None:
         params = choice.submit.params
         token_id = choice.reply.pop(0)
         choice.first_token = choice.first_token or now
@@ -453,8 +344,8 @@ class FakeEngine:
         elif choice.num_output_tokens == params.max_tokens or not choice.reply:
             event.finish_reason = messages.FinishReason.LENGTH
 
-    def _times(self, choice: _Running, now: float | None) -> records.RequestTimes:
-        return records.RequestTimes(
+    def times(self, choice: Running, now: float | None) -> messages.RequestTimes:
+        return messages.RequestTimes(
             arrival=choice.submit.arrival,
             queued=choice.queued,
             scheduled=choice.scheduled,
@@ -467,17 +358,17 @@ class FakeEngine:
         )
 
     def _send_outputs(self, events: dict[bytes, list[messages.TokenEvent]], num_step_tokens: int = 0) -> None:
-        self.stats.num_running = len(self._running)
-        self.stats.num_waiting = len(self._waiting)
-        self.stats.num_blocks_used = len(self._running)
-        self.stats.running_adapters = _adapters_of(self._running)
-        self.stats.waiting_adapters = _adapters_of(self._waiting)
+        self.stats.num_running = len(self.running)
+        self.stats.num_waiting = len(self.waiting)
+        self.stats.num_blocks_used = len(self.running)
+        self.stats.running_adapters = _adapters_of(self.running)
+        self.stats.waiting_adapters = _adapters_of(self.waiting)
         for identity in list(self._clients):
             outputs = messages.Outputs(
                 stats=self.stats,
                 events=events.get(identity, []),
                 num_step_tokens=num_step_tokens,
-                started=[choice.submit.request_id for choice in self._running if choice.identity == identity],
+                started=[choice.submit.request_id for choice in self.running if choice.identity == identity],
             )
             self._send(identity, outputs)
         self._last_sent = time.monotonic()
@@ -496,12 +387,7 @@ class FakeEngine:
             self._clients.discard(identity)
 
 
-def _name(choice: _Running) -> tuple[str, int, int, str]:
-    """Return the fields of a `ChoiceName`."""
-    return choice.submit.ids[0], choice.submit.prompt, choice.index, choice.submit.tenant
-
-
-def _adapters_of(choices: list[_Running]) -> list[str]:
+def _adapters_of(choices: list[Running]) -> list[str]:
     return list(dict.fromkeys(choice.submit.lora_name for choice in choices if choice.submit.lora_name))
 
 

@@ -21,13 +21,13 @@ from transformers import GptOssConfig
 import engine.loading
 import engine.model.memory_plan
 import engine.parts.triton.kernels
-from engine.adapters import adapter_loader
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.loading import DTYPES, LoadedModel, choose_limits, kernel_options, measure_activations, new_runner
+from engine.loading import DTYPES, LoadedModel, choose_limits, kernel_options, new_runner
 from engine.model import CausalLM, Parameters
 from engine.model.memory_plan import ContextSizes, CudaMemory, MemoryPlan, plan_memory
 from engine.parts.triton.cuda_graphs import Forward, GraphedExecution
 from engine.parts.triton.kernels import TritonKernels
+from engine.parts.triton.largest_step import measure_activations
 from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.block_pool import Block
 from engine.scheduling.record import StepClock
@@ -35,7 +35,7 @@ from engine.scheduling.request import NO_LORA_SLOT, BlockTable, Scheduled, Statu
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.shared.messages import SamplingParams, Submit
 from engine.weights import PackedTensor, Weight
-from engine.whole_model import WholeModel
+from engine.whole_model import WholeModel, adapter_loader
 from tests.support.gpu_cards import Card
 from tests.support.gpu_shapes import Shape
 from tests.support.gpu_trace import META, Launch, Trace, traced

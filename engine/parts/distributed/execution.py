@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.adapters import Adapters
 from engine.batch.inputs import BatchInputs
 from engine.execution.load import Execution
 from engine.model.linear import Linear
@@ -20,6 +19,7 @@ from engine.parts.distributed.plan import ShardingPlan, shard_lora
 from engine.parts.lora.checkpoint import LoraMatrices, module_shapes
 from engine.parts.lora.slots import LoraAdapters
 from engine.runner import ModelRunner
+from engine.whole_model import Adapters
 
 if TYPE_CHECKING:
     from engine.parts.inspection.executions import Observation, ObservedExecution

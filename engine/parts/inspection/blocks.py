@@ -9,17 +9,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.parts.inspection.recorder import is_prefix, shown_id
+from engine.parts.inspection.records import BlockGroupView, BlockMap, BlockOwnerView, BlockRunView, ReadBlocks
 from engine.scheduling.record import RequestRecord
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
-from engine.shared.records import BlockGroup, BlockRun, Blocks, ChoiceName, ReadBlocks
 
 NONE = -1  # in an array, a block without an owner or a group
 
 Column = NDArray[np.int64]  # a number of each block
 
 
-def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> Blocks:
+def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> BlockMap:
     """Return how blocks are used, in runs of consecutive ones that are used alike."""
     pool, step_id = scheduler.pool, scheduler.stats.steps_total
     first = min(question.start, pool.num_blocks)
@@ -31,7 +32,7 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> Blocks:
     table = np.stack(
         [
             np.array([block.ref_count for block in used], dtype=np.int64),
-            np.array([block.is_cached for block in used], dtype=np.int64),
+            np.array([is_prefix(block.block_hash) for block in used], dtype=np.int64),
             np.array([max(0, step_id - block.step_id) for block in used], dtype=np.int64),
             holders.owners,
             holders.groups,
@@ -40,9 +41,10 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> Blocks:
     )
     starts, ends = _equal_columns(table)
     runs = [
-        BlockRun(
+        BlockRunView(
             start=first + start,
             num_blocks=stop - start,
+            state="held" if num_holders else "cached" if is_cached else "free",
             num_holders=num_holders,
             is_cached=bool(is_cached),
             owner=None if owner == NONE else owner,
@@ -55,15 +57,28 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> Blocks:
         )
     ]
     if (num_unused := end - first - len(used)) > 0:
-        runs.append(BlockRun(end - num_unused, num_unused, 0, False, None, None, None, None))
-    return Blocks(
-        read_id=question.read_id,
+        runs.append(
+            BlockRunView(
+                start=end - num_unused,
+                num_blocks=num_unused,
+                state="unused",
+                num_holders=0,
+                is_cached=False,
+                owner=None,
+                group=None,
+                position=None,
+                age=None,
+            )
+        )
+    return BlockMap(
+        engine="",
         block_size=pool.block_size,
         num_blocks=pool.num_blocks,
         num_used=pool.num_blocks - pool.num_free,
-        groups=[BlockGroup(len(group.layers), group.window) for group in scheduler.kv.groups],
+        has_more=end < pool.num_blocks,
+        groups=[BlockGroupView(num_layers=len(group.layers), window=group.window) for group in scheduler.kv.groups],
         owners=[_owner(record) for record in holders.records],
-        runs=runs,
+        data=runs,
     )
 
 
@@ -103,8 +118,9 @@ def _equal_columns(table: NDArray[np.int64]) -> tuple[list[int], list[int]]:
     return starts, [*starts[1:], num_columns]
 
 
-def _owner(record: RequestRecord) -> ChoiceName:
-    return ChoiceName(*record.name)
+def _owner(record: RequestRecord) -> BlockOwnerView:
+    submit = record.submit
+    return BlockOwnerView(id=shown_id(record), prompt=submit.prompt, index=record.index, key=submit.tenant)
 
 
 def _queued(request: Request) -> float:

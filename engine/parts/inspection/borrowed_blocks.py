@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.parts.inspection.recorder import BORROWED, is_prefix
+from engine.scheduling.block_pool import Block, BlockPool
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.request import BlockTable, Request
 from engine.shared.block_hashes import extend_block_hashes
@@ -31,8 +33,7 @@ class BorrowedBlocks:
         extend_block_hashes(hashes, beginning, pool.block_size, request.kv.salt, num_prompt_tokens)
         num_cached = _num_published(kv, hashes)
         num_new = pool.num_blocks_for(request.num_tokens) - num_cached
-        blocks = pool.borrow(num_new * len(kv.groups))
-        if blocks is None:
+        if (blocks := _borrow(pool, num_new * len(kv.groups))) is None:
             raise BlocksGoneError
         self._pool = pool
         self._hashes = [(block, block.block_hash) for block in blocks]
@@ -52,7 +53,22 @@ class BorrowedBlocks:
     def close(self) -> None:
         """Give back what has not been handed out."""
         same = [block for block, block_hash in self._hashes if block.block_hash == block_hash]
-        self._pool.give_back([block for block in same if not block.is_cached])
+        blocks = [block for block in same if not is_prefix(block.block_hash)]
+        self._pool.unpublish(blocks)
+        for block in blocks:
+            self._pool.free(block)
+
+
+def _borrow(pool: BlockPool, num_blocks: int) -> list[Block] | None:
+    """Return free blocks that may be written to as long as they have the same hash; None if too few are free.
+
+    They stay free, like those of a cached prefix that was used just now.
+    """
+    blocks = pool.allocate(num_blocks)
+    for block in blocks or ():
+        pool.publish(block, BORROWED + block.block_id.to_bytes(8))
+    pool.release(blocks or ())
+    return blocks
 
 
 def _num_published(kv: KVManager, hashes: Sequence[bytes]) -> int:

@@ -15,13 +15,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.adapters import AdapterGoneError
 from engine.core import Engine
 from engine.parts.inspection.borrowed_blocks import BlocksGoneError, BorrowedBlocks
 from engine.parts.inspection.executions import ObservedExecution
-from engine.parts.inspection.layers import LayerObserver
+from engine.parts.inspection.layers import LayerObserver, view_stages
 from engine.parts.inspection.reader import all_choices, has_id, of_one_request
-from engine.parts.inspection.sampling import view_stages
+from engine.parts.inspection.recorder import Recorder, notes_of
+from engine.parts.inspection.records import Candidate, Inspect, Inspected, InspectionProblem, PositionView, StageView
 from engine.sampling.sampler import Sampler, step_masks
 from engine.scheduling.request import (
     Request,
@@ -35,7 +35,7 @@ from engine.scheduling.request import (
 )
 from engine.shared.block_hashes import prefix_salt
 from engine.shared.messages import SamplingParams, Submit
-from engine.shared.records import Candidate, Inspect, Inspected, InspectionProblem, PositionView, ReadFailed, StageView
+from engine.whole_model import AdapterGoneError
 
 MAX_ROWS = 64  # that are computed at once
 MAX_PRODUCTS = 1 << 19  # of queries and keys of a layer that are computed at once
@@ -45,6 +45,9 @@ MAX_SECONDS = 60.0  # of an inspection: others wait for it
 DEFAULT_POSITIONS = 16  # the last ones of a request
 
 PARAMS = SamplingParams(max_tokens=1)  # of a prompt
+
+# What has ended: the API process that has asked, the number of its question, and the answer; None: it has failed.
+Inspection = tuple[bytes, int, Inspected | None]
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -98,7 +101,7 @@ class Running:
     """The inspection that runs."""
 
     identity: bytes  # of the API process that asks for it
-    question: Inspect
+    number: int  # of the question
     slices: Generator[None, None, Inspected]
     deadline: float  # in seconds of the engine's clock
 
@@ -106,31 +109,32 @@ class Running:
 class Inspector:
     """Runs one inspection at a time, in slices."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, recorder: Recorder) -> None:
         self._engine = engine
+        self._recorder = recorder
         self._clock = engine.clock
         self._num_heads = max(layer.attention.num_heads for layer in engine.model_config.layers)
         self._execution: ObservedExecution | None = None  # made for the first inspection
         self.running: Running | None = None
         self._seconds = 0.0  # that slices may take now; negative: they have taken too long
 
-    def begin(self, identity: bytes, question: Inspect) -> Inspected | None:
+    def begin(self, identity: bytes, number: int, question: Inspect) -> Inspected | None:
         """Begin an inspection for the API process `identity`. Return the refusal if another one runs."""
         if self.running is not None:
-            return Inspected(read_id=question.read_id, problem=InspectionProblem.BUSY)
-        self.running = Running(identity, question, self._inspect(question), self._clock() + MAX_SECONDS)
+            return Inspected(problem=InspectionProblem.BUSY)
+        self.running = Running(identity, number, self._inspect(question), self._clock() + MAX_SECONDS)
         return None
 
-    def stop(self, identity: bytes, read_id: int) -> ReadFailed | None:
-        """End an inspection whose answer nobody waits for. Return an answer, unless another one runs or none."""
+    def stop(self, identity: bytes, number: int) -> bool:
+        """End an inspection whose answer nobody waits for. Return False if another one runs, or none."""
         running = self.running
-        if running is None or (identity, read_id) != (running.identity, running.question.read_id):
-            return None
+        if running is None or (identity, number) != (running.identity, running.number):
+            return False
         running.slices.close()
         self.running = None
-        return ReadFailed(read_id)
+        return True
 
-    def advance_after(self, step_seconds: float | None) -> tuple[bytes, Inspected | ReadFailed] | None:
+    def advance_after(self, step_seconds: float | None) -> Inspection | None:
         """Run slices for a share of the time of steps. `step_seconds` is that of the last one; None: there was none."""
         started = self._clock()
         self._seconds = IDLE_SECONDS if step_seconds is None else self._seconds + SHARE_OF_STEPS * step_seconds
@@ -139,19 +143,19 @@ class Inspector:
         return reply
 
     @torch.inference_mode()
-    def advance(self, seconds: float) -> tuple[bytes, Inspected | ReadFailed] | None:
-        """Run slices for so many seconds, at least one. Return the answer and who asked for it, once it is complete."""
+    def advance(self, seconds: float) -> Inspection | None:
+        """Run slices for so many seconds, at least one. Return what has ended: who asked for it, and the answer."""
         if (running := self.running) is None:
             return None
         now = self._clock()
-        answer = _run(running.slices, running.question, now + seconds, self._clock)
-        if answer is None and now > running.deadline:
+        has_ended, answer = _run(running.slices, now + seconds, self._clock)
+        if not has_ended and now > running.deadline:
             running.slices.close()
-            answer = Inspected(read_id=running.question.read_id, problem=InspectionProblem.TOO_SLOW)
-        if answer is None:
+            has_ended, answer = True, Inspected(problem=InspectionProblem.TOO_SLOW)
+        if not has_ended:
             return None
         self.running = None
-        return running.identity, answer
+        return running.identity, running.number, answer
 
     def _inspect(self, question: Inspect) -> Generator[None, None, Inspected]:
         """Yield after each slice. Raises InspectionError, AdapterGoneError or BlocksGoneError."""
@@ -173,7 +177,6 @@ class Inspector:
         layers = [row for observer in seen for row in observer.views()]
         config = engine.model_config
         return Inspected(
-            read_id=question.read_id,
             num_tokens=len(target.token_ids),
             ids=target.ids,
             lora_name=target.lora_name,
@@ -216,24 +219,24 @@ class Inspector:
             fingerprint = question.lora_fingerprint
             salt = prefix_salt(fingerprint, "")
             return Target(prompt, len(prompt), PARAMS, 0, salt, question.lora_name, fingerprint)
-        recorder, scheduler = self._engine.recorder, self._engine.scheduler
-        choices = of_one_request([pair for pair in all_choices(recorder, scheduler) if has_id(pair[0], question)])
-        chosen = [pair for pair in choices if (pair[0].prompt, pair[0].index) == (question.prompt, question.index)]
+        choices = of_one_request([pair for pair in all_choices(self._recorder) if has_id(pair[0], question)])
+        place = (question.prompt, question.index)
+        chosen = [pair for pair in choices if (pair[0].submit.prompt, pair[0].index) == place]
         if not chosen:
             raise InspectionError(InspectionProblem.NOT_FOUND)
         (record, living), *_ = chosen
-        token_ids = record.token_ids if living is None else living.token_ids
-        if token_ids is None or record.params is None or not recorder.keeps_tokens:
+        token_ids = notes_of(record).token_ids if living is None else living.token_ids
+        if token_ids is None or not self._recorder.keeps_tokens:
             raise InspectionError(InspectionProblem.NOT_KEPT)
         return Target(
             list(token_ids),
             record.num_prompt_tokens,
-            record.params,
+            record.submit.params,
             record.index,
-            record.salt,
-            record.lora_name,
-            record.lora_fingerprint,
-            record.ids,
+            notes_of(record).salt if living is None else living.kv.salt,
+            record.submit.lora_name,
+            record.submit.lora_fingerprint,
+            record.submit.ids,
         )
 
     def _request(self, target: Target) -> Request:
@@ -291,25 +294,24 @@ class Inspector:
 
 
 def _run(
-    slices: Generator[None, None, Inspected], question: Inspect, deadline: float, clock: Callable[[], float]
-) -> Inspected | ReadFailed | None:
-    """Run slices until the deadline, at least one. Return the answer if it is complete."""
+    slices: Generator[None, None, Inspected], deadline: float, clock: Callable[[], float]
+) -> tuple[bool, Inspected | None]:
+    """Run slices until the deadline, at least one. Return whether they have ended, and the answer unless they fail."""
     try:
         while True:
             next(slices)
             if clock() >= deadline:
-                return None
+                return False, None
     except StopIteration as end:
-        answer: Inspected = end.value
-        return answer
+        return True, end.value
     except InspectionError as error:
-        return Inspected(read_id=question.read_id, problem=error.problem, num_tokens=error.num_tokens)
+        return True, Inspected(problem=error.problem, num_tokens=error.num_tokens)
     except AdapterGoneError:
-        return Inspected(read_id=question.read_id, problem=InspectionProblem.NO_ADAPTER)
+        return True, Inspected(problem=InspectionProblem.NO_ADAPTER)
     except BlocksGoneError:
-        return Inspected(read_id=question.read_id, problem=InspectionProblem.NO_BLOCKS)
+        return True, Inspected(problem=InspectionProblem.NO_BLOCKS)
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException:  # a panic of a library in Rust is no Exception
         logger.exception("an inspection fails")
-        return ReadFailed(question.read_id)
+        return True, None

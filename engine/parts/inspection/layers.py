@@ -1,8 +1,8 @@
-"""What the layers do at some rows: attention weights, the logit lens, norms, and the choice of experts."""
+"""What is shown of some rows: attention weights, logit lens, norms and experts of the layers, stages of the sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,10 +10,14 @@ from torch import Tensor
 
 from engine.kernels.torch.experts import route
 from engine.parts.inspection.executions import Observation, ObservedExecution, Part
+from engine.parts.inspection.records import Candidate, Inspect, LayerView, StageView
 from engine.runner import ModelRunner
-from engine.scheduling.request import Request
-from engine.shared.records import Inspect, LayerView
+from engine.sampling.ops import SAMPLING_OPS, apply_ops, gumbel_noise
+from engine.sampling.sampler import GREEDY_ORDER, SAMPLED_ORDER, Sampler, apply_masks, banned_token_ids
+from engine.scheduling.request import Request, SamplingRow
+from engine.shared.messages import GREEDY_TEMPERATURE
 
+NUM_CANDIDATES = 8
 DIGITS = 6  # after the point: float32 has about as many, and further ones would make answers twice as long
 
 Pairs = list[tuple[int, float]]  # of a token, a position or an expert and its number
@@ -119,3 +123,78 @@ def top_pairs(values: Tensor, num_top: int, *, above: float = float("-inf")) -> 
     rows = zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
     pairs = (zip(*row, strict=True) for row in rows)
     return [[(column, round(value, DIGITS)) for column, value in row if value > above] for row in pairs]
+
+
+# The sampler.
+
+
+def stages(
+    sampler: Sampler, logits: Tensor, row: SamplingRow, masks: Mapping[int, bytes]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `sample` does with the logits [1, V] of a row: after each stage that applies, its name and a copy.
+
+    The first stage is `logits` itself. The last one is `noise`, which is added before the argmax is taken, unless
+    the row is greedy.
+    """
+    rows, params = [row], row.params
+    logits = logits.clone()
+    yield "logits", logits.clone()
+    if masks:
+        apply_masks(logits, masks)
+        yield "grammar", logits.clone()
+    if params.logit_bias:
+        sampler.apply_bias(logits, rows)
+        yield "logit_bias", logits.clone()
+    if banned_token_ids(row, sampler.eos_token_ids):
+        sampler.ban_tokens(logits, rows)
+        yield "banned_tokens", logits.clone()
+    if params.allowed_token_ids:
+        sampler.allow_only(logits, rows)
+        yield "allowed_token_ids", logits.clone()
+    is_sampled = params.is_special or params.temperature >= GREEDY_TEMPERATURE
+    order = params.order if params.is_special else GREEDY_ORDER + (SAMPLED_ORDER if is_sampled else ())
+    for name in order:
+        if SAMPLING_OPS[name].is_on(params):
+            logits = apply_ops(logits, rows, (name,))
+            yield name, logits.clone()
+    if is_sampled:
+        yield "noise", gumbel_noise(sampler.hashed_ids, rows)
+
+
+def view_stages(
+    sampler: Sampler, logits: Tensor, row: SamplingRow, masks: Mapping[int, bytes], num_top: int
+) -> Generator[None, None, tuple[list[StageView], list[Candidate]]]:
+    """Return the distribution after each stage, and the tokens with the largest sums of logit and noise.
+
+    `logits` [1, V] are those of the model. There are no candidates if the row is greedy. Yields after each stage.
+    """
+    views: list[StageView] = []
+    candidates: list[Candidate] = []
+    before: Tensor | None = None
+    for name, after in stages(sampler, logits, row, masks):
+        if name == "noise" and before is not None:
+            candidates = _candidates(before[0], after[0])
+        else:
+            views.append(_stage(name, before, after, num_top))
+            before = after
+        yield
+    return views, candidates
+
+
+def _stage(name: str, before: Tensor | None, after: Tensor, num_top: int) -> StageView:
+    is_possible = after.isfinite()
+    removed: Pairs = []
+    num_removed = 0
+    if before is not None:
+        is_removed = before.isfinite() & ~is_possible
+        num_removed = int(is_removed.sum())
+        (removed,) = top_pairs(before.log_softmax(dim=-1).masked_fill(~is_removed, float("-inf")), num_top)
+    (top,) = top_pairs(after.log_softmax(dim=-1), num_top)
+    return StageView(name, int(is_possible.sum()), num_removed, top, removed)
+
+
+def _candidates(logits: Tensor, noise: Tensor) -> list[Candidate]:
+    sums = (logits + noise).topk(min(NUM_CANDIDATES, len(logits)))
+    pairs = zip(sums.indices.tolist(), sums.values.tolist(), strict=True)
+    possible = [token_id for token_id, value in pairs if value != float("-inf")]
+    return [Candidate(token_id, logits[token_id].item(), noise[token_id].item()) for token_id in possible]

@@ -6,8 +6,9 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from engine.parts.inspection.recorder import notes_of, shown_id
+from engine.parts.inspection.records import PrefixResult, PrefixView
 from engine.scheduling.record import RequestRecord
-from engine.shared.records import Prefix, PrefixResult
 
 PART = 256  # tokens that are compared at a time
 MAX_COMPARED = 1 << 18  # tokens compared for one choice, which takes one to ten milliseconds
@@ -28,41 +29,38 @@ def explain_prefix(
     others: Iterable[Other],
     caches_prefixes: bool,
     block_size: int,
-) -> Prefix:
+) -> PrefixView:
     """Return why a request had as much of its prompt cached as it had.
 
     `token_ids`: those of the request, None if they are not kept; then only what the scheduler has recorded is known.
     """
-    result, num_reusable = record.prefix_result, record.num_reusable_tokens
-    if not caches_prefixes and result is not PrefixResult.PENDING:
-        return Prefix(result=PrefixResult.CACHING_OFF, num_reusable_tokens=0)
-    if result is not PrefixResult.NOT_FOUND or token_ids is None or record.scheduled is None:
-        return Prefix(result=result, num_reusable_tokens=num_reusable)
+    if record.scheduled is None:
+        return _explained(record, PrefixResult.PENDING)
+    result = notes_of(record).prefix_result
+    if not caches_prefixes:
+        return _explained(record, PrefixResult.CACHING_OFF)
+    if result is not PrefixResult.NOT_FOUND or token_ids is None:
+        return _explained(record, result)
     started = record.scheduled
     needed = record.num_cached_tokens + block_size  # the first block that was missing ends here
     start = array("i", token_ids[:needed])
     similar, elsewhere = _nearest(start, (other for other in others if _is_earlier(other[0], started, record)), record)
     if similar is None or elsewhere is None:
-        return Prefix(result=result, num_reusable_tokens=num_reusable)
+        return _explained(record, result)
     if similar.other is not None and similar.num_common >= needed:
-        return _named(_why_not_shared(similar.other, needed, started), similar.other, num_reusable)
+        return _explained(record, _why_not_shared(similar.other, needed, started), similar=similar.other)
     if elsewhere.other is not None and elsewhere.num_common >= needed:
-        is_adapter = elsewhere.other.lora_name != record.lora_name
+        is_adapter = elsewhere.other.submit.lora_name != record.submit.lora_name
         why = PrefixResult.OTHER_ADAPTER if is_adapter else PrefixResult.OTHER_SALT
-        return _named(why, elsewhere.other, num_reusable)
+        return _explained(record, why, similar=elsewhere.other)
     if similar.num_common < record.num_cached_tokens:  # the token ids of the request that cached them are forgotten
-        return Prefix(result=result, num_reusable_tokens=num_reusable)
+        return _explained(record, result)
     if similar.other is None:
-        return Prefix(result=PrefixResult.NEW, num_reusable_tokens=num_reusable)
+        return _explained(record, PrefixResult.NEW)
     if similar.num_common == similar.num_tokens:
-        return _named(PrefixResult.ENDED, similar.other, num_reusable)
-    return Prefix(
-        result=PrefixResult.DIVERGED,
-        num_reusable_tokens=num_reusable,
-        position=similar.num_common,
-        token_id=start[similar.num_common],
-        similar_id=similar.other.shown_id,
-    )
+        return _explained(record, PrefixResult.ENDED, similar=similar.other)
+    place = similar.num_common
+    return _explained(record, PrefixResult.DIVERGED, position=place, token_id=start[place], similar=similar.other)
 
 
 def _nearest(
@@ -75,13 +73,13 @@ def _nearest(
     nearest = {True: Nearest(), False: Nearest()}
     num_left = MAX_COMPARED
     for other, ids in others:
-        best = nearest[other.salt == record.salt]
+        best = nearest[notes_of(other).salt == notes_of(record).salt]
         longest = best.num_common
         if longest == len(start) or longest >= len(ids) or ids[longest] != start[longest]:
             continue  # it has no more in common
         length = num_common(start, ids)
         if length > longest:
-            nearest[other.salt == record.salt] = Nearest(length, other, len(ids))
+            nearest[notes_of(other).salt == notes_of(record).salt] = Nearest(length, other, len(ids))
         num_left -= length
         if num_left < 0:
             return None, None
@@ -101,8 +99,23 @@ def _is_earlier(other: RequestRecord, started: float, record: RequestRecord) -> 
     return other is not record and other.scheduled is not None and other.scheduled <= started
 
 
-def _named(result: PrefixResult, other: RequestRecord, num_reusable: int) -> Prefix:
-    return Prefix(result=result, num_reusable_tokens=num_reusable, similar_id=other.shown_id)
+def _explained(
+    record: RequestRecord,
+    result: PrefixResult,
+    *,
+    position: int | None = None,
+    token_id: int | None = None,
+    similar: RequestRecord | None = None,
+) -> PrefixView:
+    has_none = result in (PrefixResult.PENDING, PrefixResult.CACHING_OFF)
+    return PrefixView(
+        result=result,
+        num_cached_tokens=record.num_cached_tokens,
+        num_reusable_tokens=0 if has_none else notes_of(record).num_reusable_tokens,
+        position=position,
+        token_id=token_id,
+        similar_id=None if similar is None else shown_id(similar),
+    )
 
 
 def num_common(token_ids: array[int], other: Sequence[int]) -> int:

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, repeat
+from itertools import islice, zip_longest
 
 from engine.parts.inspection.blocks import read_blocks
 from engine.parts.inspection.prefix import explain_prefix
-from engine.scheduling.fair_queue import order_key
-from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
-from engine.scheduling.request import Request, Status
-from engine.scheduling.scheduler import Scheduler
-from engine.shared.records import (
+from engine.parts.inspection.recorder import Recorder, notes_of, shown_id
+from engine.parts.inspection.records import (
     Answer,
+    ChoiceDetail,
+    ChunkView,
     Inspect,
-    Queue,
-    QueuedChoice,
+    PreemptionView,
+    PrefixView,
+    QueuedChoiceView,
+    QueueList,
     ReadBlocks,
-    ReadFailed,
     ReadQueue,
     ReadRequests,
     ReadSteps,
     RecordQuestion,
-    RequestDetail,
     RequestInfo,
     Requests,
-    StepInfo,
-    StepRow,
-    Steps,
+    Stages,
+    State,
+    StepList,
+    StepView,
 )
+from engine.scheduling.fair_queue import order_key
+from engine.scheduling.record import RequestRecord
+from engine.scheduling.request import Request, Status
+from engine.shared.messages import RequestTimes
 
 MAX_ROWS = 8192  # of the steps in one answer, which takes some milliseconds
 MAX_EXPLAINED = 8  # choices of one answer whose prompts are compared with those of other requests
@@ -42,13 +46,13 @@ logger = logging.getLogger("lightwell.engine")
 class RecordReader:
     """Reads the records of an engine, between its steps."""
 
-    def __init__(self, recorder: Recorder, scheduler: Scheduler, *, caches_prefixes: bool) -> None:
+    def __init__(self, recorder: Recorder, *, caches_prefixes: bool) -> None:
         self.recorder = recorder
-        self.scheduler = scheduler
+        self.scheduler = recorder.scheduler
         self.caches_prefixes = caches_prefixes
 
-    def answer(self, question: RecordQuestion) -> Answer:
-        """Return the answer to a question. A fault in it does not end the engine."""
+    def answer(self, question: RecordQuestion) -> Answer | None:
+        """Return the answer to a question. A fault in it, for which there is none, does not end the engine."""
         try:
             match question:
                 case ReadSteps():
@@ -61,29 +65,32 @@ class RecordReader:
                     return read_blocks(question, self.scheduler)
         except Exception:
             logger.exception("a question about the engine's records cannot be answered")
-            return ReadFailed(question.read_id)
+            return None
 
     # Steps.
 
-    def _steps(self, question: ReadSteps) -> Steps:
+    def _steps(self, question: ReadSteps) -> StepList:
         steps, limit = self.recorder.steps, question.limit
         after, since = question.after or 0, question.since or 0.0
+        num_lost, has_more = 0, False
         if question.after is None and question.since is None:
-            latest = _bounded(islice(reversed(steps), limit))
-            return Steps(read_id=question.read_id, steps=latest[::-1], num_lost=0, has_more=False)
-        later: list[StepRecord] = []
-        for step in reversed(steps):
-            if step.step_id <= after or step.started < since:
-                break
-            later.append(step)
-        later.reverse()
-        num_lost = max(0, self.recorder.last_dropped - after) if later and later[0] is steps[0] else 0
-        infos = _bounded(later[:limit])
-        return Steps(read_id=question.read_id, steps=infos, num_lost=num_lost, has_more=len(infos) < len(later))
+            shown = _bounded(islice(reversed(steps), limit))[::-1]
+        else:
+            later: list[StepView] = []
+            for step in reversed(steps):
+                if step.id <= after or step.started < since:
+                    break
+                later.append(step)
+            later.reverse()
+            num_lost = max(0, self.recorder.last_dropped - after) if later and later[0] is steps[0] else 0
+            shown = _bounded(later[:limit])
+            has_more = len(shown) < len(later)
+        num_blocks = self.scheduler.pool.num_blocks
+        return StepList(engine="", num_blocks=num_blocks, num_lost=num_lost, has_more=has_more, data=shown)
 
     # The queue.
 
-    def _queue(self, question: ReadQueue) -> Queue:
+    def _queue(self, question: ReadQueue) -> QueueList:
         """Return the queue as if tenants took turns: the first of each, then the second of each."""
         queues = list(self.scheduler.waiting.by_tenant.values())
         num_ahead, places = 0, []
@@ -93,47 +100,48 @@ class RecordReader:
             turn = sorted((queue[place] for queue in queues if len(queue) > place), key=order_key)
             places += [(request, num_ahead) for request in turn]
             num_ahead += len(turn)
-        return Queue(
-            read_id=question.read_id,
-            now=self.recorder.clock(),
+        now, shown = self.scheduler.clock(), places[: question.limit]
+        return QueueList(
             num_waiting=len(self.scheduler.waiting),
-            choices=[_queued(request, num_before) for request, num_before in places[: question.limit]],
+            data=[_queued(request, num_before, now) for request, num_before in shown],
         )
 
     # Requests.
 
     def _requests(self, question: ReadRequests) -> Requests:
-        now = self.recorder.clock()
-        matching = [pair for pair in all_choices(self.recorder, self.scheduler) if _matches(*pair, question)]
+        now = self.scheduler.clock()
+        matching = [pair for pair in all_choices(self.recorder) if _matches(*pair, question)]
         if question.id is not None:
             matching = of_one_request(matching)
         shown, has_more = matching[: question.limit], len(matching) > question.limit
         has_details = question.id is not None or question.since is not None
-        details = self._details(question, shown) if has_details else repeat(None)
-        infos = [_info(*pair, now, detail) for pair, detail in zip(shown, details, strict=False)]
-        return Requests(read_id=question.read_id, now=now, requests=infos, has_more=has_more)
+        infos = [
+            RequestInfo(choice_detail(record, request, now, prefix, has_chunks=has_details), record.times())
+            for (record, request), prefix in zip(shown, self._prefixes(question, shown), strict=True)
+        ]
+        return Requests(now=now, requests=infos, has_more=has_more)
 
-    def _details(self, question: ReadRequests, choices: Sequence[Choice]) -> list[RequestDetail | None]:
-        """Return the details of choices. Why a prefix was not found is compared with requests of the same tenant."""
+    def _prefixes(self, question: ReadRequests, choices: Sequence[Choice]) -> Iterator[PrefixView]:
+        """Yield the prefix of each choice. Why it was not found is compared with requests of the same tenant."""
         num_explained = MAX_EXPLAINED if question.id is not None and self.recorder.keeps_tokens else 0
         others = [
-            (other, other.token_ids or () if request is None else request.token_ids)
-            for other, request in (all_choices(self.recorder, self.scheduler) if num_explained else ())
-            if question.tenant in (None, other.tenant)
+            (other, _token_ids(other, request) or ())
+            for other, request in (all_choices(self.recorder) if num_explained else ())
+            if question.tenant in (None, other.submit.tenant)
         ]
         block_size = self.scheduler.pool.block_size
-        details: list[RequestDetail | None] = []
         for number, (record, request) in enumerate(choices):
-            token_ids = record.token_ids if request is None else request.token_ids
-            known_ids = token_ids if number < num_explained else None
-            prefix = explain_prefix(record, known_ids, others, self.caches_prefixes, block_size)
-            details.append(RequestDetail(chunks=record.chunks, prefix=prefix))
-        return details
+            known_ids = _token_ids(record, request) if number < num_explained else None
+            yield explain_prefix(record, known_ids, others, self.caches_prefixes, block_size)
 
 
-def all_choices(recorder: Recorder, scheduler: Scheduler) -> Iterator[Choice]:
+def _token_ids(record: RequestRecord, request: Request | None) -> Sequence[int] | None:
+    return request.token_ids if request is not None else notes_of(record).token_ids
+
+
+def all_choices(recorder: Recorder) -> Iterator[Choice]:
     """Yield the records of all choices, each with its request while that has not ended; the latest first."""
-    living = sorted(scheduler.requests(), key=lambda request: request.record.queued, reverse=True)
+    living = sorted(recorder.scheduler.requests(), key=lambda request: request.record.queued, reverse=True)
     for request in living:
         yield request.record, request
     for record in reversed(recorder.requests):
@@ -145,51 +153,34 @@ def of_one_request(choices: Sequence[Choice]) -> list[Choice]:
     if not choices:
         return []
     latest = max((record for record, _ in choices), key=lambda record: record.queued)
-    own = [pair for pair in choices if (pair[0].ids, pair[0].arrival) == (latest.ids, latest.arrival)]
-    return sorted(own, key=lambda pair: (pair[0].prompt, pair[0].index))
+    own = [pair for pair in choices if _names(pair[0]) == _names(latest)]
+    return sorted(own, key=lambda pair: (pair[0].submit.prompt, pair[0].index))
 
 
-def _bounded(steps: Iterable[StepRecord]) -> list[StepInfo]:
+def _names(record: RequestRecord) -> tuple[tuple[str, ...], float]:
+    return record.submit.ids, record.submit.arrival
+
+
+def _bounded(steps: Iterable[StepView]) -> list[StepView]:
     """Return the first steps, at least one, that have at most `MAX_ROWS` rows together."""
-    infos: list[StepInfo] = []
+    bounded: list[StepView] = []
     num_rows = 0
     for step in steps:
         num_rows += len(step.rows)
-        if infos and num_rows > MAX_ROWS:
+        if bounded and num_rows > MAX_ROWS:
             break
-        infos.append(_step_info(step))
-    return infos
+        bounded.append(step)
+    return bounded
 
 
-def _step_info(step: StepRecord) -> StepInfo:
-    return StepInfo(
-        step_id=step.step_id,
-        started=step.started,
-        seconds=step.seconds,
-        rows=[_row(row) for row in step.rows],
-        num_running=step.num_running,
-        num_waiting=step.num_waiting,
-        num_blocks_used=step.num_blocks_used,
-    )
-
-
-def _row(row: RowRecord) -> StepRow:
-    return StepRow(
-        *row.request.name,
-        row.position,
-        row.num_tokens,
-        row.is_prompt,
-        row.num_generated,
-        row.num_drafts,
-        row.num_accepted,
-    )
-
-
-def _queued(request: Request, num_ahead: int) -> QueuedChoice:
+def _queued(request: Request, num_ahead: int, now: float) -> QueuedChoiceView:
     record = request.record
-    return QueuedChoice(
-        *record.name,
-        queued=record.preemptions[-1] if record.preemptions else record.queued,
+    return QueuedChoiceView(
+        id=shown_id(record),
+        prompt=record.submit.prompt,
+        index=record.index,
+        key=record.submit.tenant,
+        waited=now - (record.preemptions[-1] if record.preemptions else record.queued),
         num_ahead=num_ahead,
         num_tokens=request.num_tokens,
         was_preempted=bool(record.preemptions),
@@ -197,7 +188,7 @@ def _queued(request: Request, num_ahead: int) -> QueuedChoice:
     )
 
 
-def _state(request: Request | None) -> str:
+def _state(request: Request | None) -> State:
     if request is None:
         return "finished"
     return "running" if request.status is Status.RUNNING else "waiting"
@@ -205,30 +196,67 @@ def _state(request: Request | None) -> str:
 
 def has_id(record: RequestRecord, question: ReadRequests | Inspect) -> bool:
     """Return whether a choice is one of a tenant and of a request with an id, if these are asked for."""
-    return question.tenant in (None, record.tenant) and (question.id is None or question.id in record.ids)
+    submit = record.submit
+    return question.tenant in (None, submit.tenant) and (question.id is None or question.id in submit.ids)
 
 
 def _matches(record: RequestRecord, request: Request | None, question: ReadRequests) -> bool:
     return (
         has_id(record, question)
-        and question.lora_name in (None, record.lora_name)
+        and question.lora_name in (None, record.submit.lora_name)
         and question.state in (None, _state(request))
         and (question.since is None or record.finished is None or record.finished >= question.since)
     )
 
 
-def _info(
-    record: RequestRecord, request: Request | None, now: float, detail: RequestDetail | None = None
-) -> RequestInfo:
-    return RequestInfo(
-        ids=record.ids or (record.request_id,),
-        prompt=record.prompt,
+def stages(times: RequestTimes, now: float) -> Stages:
+    """Return the stages of a choice until `now`, or until its end."""
+    end = now if times.finished is None else times.finished
+    scheduled = end if times.scheduled is None else times.scheduled
+    first_token = end if times.first_token is None else times.first_token
+    before, after = times.preempted(end)
+    return Stages(
+        tokenizing=times.queued - times.arrival,
+        queue=scheduled - times.queued,
+        prefill=first_token - scheduled - before,
+        decode=end - first_token - after,
+        preempted=before + after,
+    )
+
+
+def choice_detail(
+    record: RequestRecord, request: Request | None, now: float, prefix: PrefixView, *, has_chunks: bool
+) -> ChoiceDetail:
+    submit, times = record.submit, record.times()
+    id, *other_ids = submit.ids or (submit.request_id,)
+    return ChoiceDetail(
+        id=id,
+        other_ids=other_ids,
+        prompt=submit.prompt,
         index=record.index,
-        tenant=record.tenant,
-        lora_name=record.lora_name,
+        key=submit.tenant,
+        model=submit.lora_name,
         state=_state(request),
         finish_reason=record.finish_reason,
-        times=record.times(),
+        arrival=times.arrival,
+        wall_s=(now if times.finished is None else times.finished) - times.arrival,
+        seconds=stages(times, now),
+        first_token=times.first_token,
+        finished=times.finished,
+        num_ahead=times.num_ahead,
+        num_prompt_tokens=times.num_prompt_tokens,
+        num_cached_tokens=times.num_cached_tokens,
+        num_output_tokens=times.num_output_tokens,
+        num_accepted_tokens=times.num_accepted_tokens,
+        num_preemptions=times.num_preemptions,
+        num_chunks=times.num_chunks,
         num_blocks=0 if request is None else request.kv.num_blocks,
-        detail=detail,
+        engine=0,
+        chunks=[ChunkView(step=step, position=start, num_tokens=num) for step, start, num in record.chunks]
+        if has_chunks
+        else [],
+        preemptions=[
+            PreemptionView(at=at, resumed=resumed) for at, resumed in zip_longest(times.preemptions, times.resumptions)
+        ],
+        prefix=prefix,
     )

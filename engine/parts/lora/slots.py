@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.adapters import AdapterGoneError, AdapterLoader, Adapters
 from engine.batch.transfer import send, to_device
 from engine.config import EngineConfig, ModelConfig
 from engine.model import CausalLM
@@ -29,7 +28,7 @@ from engine.parts.lora.layers import LoraLayer, add_slots
 from engine.parts.lora.peft import CONFIG_NAME, read_folder
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter
-from engine.whole_model import WholeModel
+from engine.whole_model import AdapterGoneError, AdapterLoader, Adapters, WholeModel
 
 EMPTY = ""  # in the list of fingerprints: a slot without an adapter
 

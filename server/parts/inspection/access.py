@@ -13,12 +13,13 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.shared.records import Question
+from engine.parts.inspection.records import ChoiceDetail, Question, QueuedChoiceView, RequestInfo, StepRowView
 from server.context import ServerContext, get_context
 from server.generation.preamble import find_model
 from server.http.access_control import HostRules, host_of_url, tenant_of_keys
 from server.http.errors import APIError, ForbiddenError, InvalidValueError, UnauthorizedError
 from server.models.served_model import ServedModel
+from server.parts.inspection.questions import A, RecordQuestions, questions_to
 from server.settings.load import hidden_without_keys
 from server.settings.table import Settings
 from server.tenants import Tenant, get_tenant
@@ -137,13 +138,34 @@ class RecordAccess:
         return f"{self.context.created}{number}-{self.engine.liveness.num_restarts}"
 
     @property
-    def clock_offset(self) -> float:
-        """Unix time of the engine's times."""
-        return self.engine.records.clock_offset
+    def questions(self) -> RecordQuestions:
+        """The questions to the engine."""
+        return questions_to(self.engine)
 
-    async def ask(self, question: Question) -> object:
+    async def ask(self, question: Question, kind: type[A]) -> A:
         """Return the engine's answer; see `RecordQuestions.ask`. Raises APIError."""
-        return await self.engine.records.ask(question)
+        return await self.questions.ask(question, kind)
+
+    def show_choice(self, choice: StepRowView | QueuedChoiceView) -> bool:
+        """Take the name off a choice of another client. Return whether it has kept it."""
+        tenant = choice.key or ""
+        if self.may_see(tenant):
+            choice.key = self.key_name(tenant)
+            return True
+        choice.id = choice.prompt = choice.index = choice.key = None
+        return False
+
+    def show_request(self, info: RequestInfo) -> ChoiceDetail:
+        """Return a choice of a request with Unix times, which the client may see."""
+        view, offset = info.view, self.questions.clock_offset
+        view.key = self.key_name(view.key or "")
+        view.model, view.engine = view.model or self.model.name, self.engine.number
+        view.arrival += offset
+        view.first_token = None if view.first_token is None else view.first_token + offset
+        view.finished = None if view.finished is None else view.finished + offset
+        for each in view.preemptions:
+            each.at, each.resumed = each.at + offset, None if each.resumed is None else each.resumed + offset
+        return view
 
     def of_all_engines(self) -> list[Self]:
         """Return the same access to the records of each engine that can answer, or to these if none can."""

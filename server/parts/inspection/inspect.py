@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from functools import cache, partial
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
-from engine.shared.records import Inspect, Inspected, InspectionProblem, LayerView, PositionView, StageView
+from engine.parts.inspection.records import Inspect, Inspected, InspectionProblem, LayerView, PositionView, StageView
 from server.api.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import encode_prompt
@@ -23,17 +24,6 @@ from server.http.errors import (
 )
 from server.models.served_model import ServedModel
 from server.parts.inspection.access import RecordAccess, check_may_read
-from server.parts.inspection.schemas import (
-    FullAttention,
-    InspectedToken,
-    Inspection,
-    LayerInside,
-    NoisyToken,
-    PositionInside,
-    RankedToken,
-    Sampling,
-    Stage,
-)
 from server.schemas.request_fields import OpenObject
 from server.text.choice_text import token_text
 
@@ -156,12 +146,10 @@ async def _ask_and_charge(access: RecordAccess, question: Inspect) -> Inspected:
 async def _ask(access: RecordAccess, question: Inspect) -> Inspected:
     """Return the answer of the engine that has the request, or of the first one that is ready. Raises APIError."""
     first, *others = access.of_all_engines()
-    answer = await first.ask(question)
-    assert isinstance(answer, Inspected)
+    answer = await first.ask(question, Inspected)
     for other in others:
         if answer.problem is InspectionProblem.NOT_FOUND:
-            answer = await other.ask(question)
-            assert isinstance(answer, Inspected)
+            answer = await other.ask(question, Inspected)
     return answer
 
 
@@ -192,6 +180,97 @@ def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, qu
         case InspectionProblem.NOT_FOUND:
             message = f"No request with the id '{clip(body.id or '')}' and this choice is running or among the last."
             return APIError(404, message, code="request_not_found", param="id")
+
+
+# The answer.
+
+
+class InspectedToken(msgspec.Struct, frozen=True):
+    token_id: int
+    token: str
+
+
+class RankedToken(msgspec.Struct, frozen=True):
+    token_id: int
+    token: str
+    logprob: float
+
+
+class LayerInside(msgspec.Struct, frozen=True):
+    """What a layer does at one position."""
+
+    lens: list[RankedToken]  # what the final norm and the LM head make of the residual stream after this layer
+    residual_norm: float  # L2 norms: of the residual stream after the layer,
+    attention_norm: float  # of what attention adds to it,
+    mlp_norm: float  # and of what MLP or experts add
+    heads: list[list[tuple[int, float]]]  # of each head: positions and their weights, the largest first
+    experts: list[tuple[int, float]] | None  # the router's choice, and its weights
+
+
+class PositionInside(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens at one position."""
+
+    position: int
+    layers: list[LayerInside]
+    next: InspectedToken | None  # the token that follows
+    recomputed: InspectedToken | None  # the token that the sampler chooses now; null: the next one is of the prompt
+    is_equal: bool | None  # whether these are the same
+
+
+class FullAttention(msgspec.Struct, frozen=True):
+    """The attention of one head, for each position in the range."""
+
+    layer: int
+    head: int
+    rows: list[list[float]]  # weights of the positions from 0 on
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """The distribution after one stage of the sampler."""
+
+    name: str
+    num_tokens: int  # that are possible
+    num_removed: int  # by this stage
+    top: list[RankedToken]
+    removed: list[RankedToken]  # the likeliest of those
+
+
+class NoisyToken(msgspec.Struct, frozen=True):
+    """A candidate. The one with the largest sum of logit and noise is chosen."""
+
+    token_id: int
+    token: str
+    logit: float
+    noise: float
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the token after the last position is chosen."""
+
+    position: int
+    stages: list[Stage]
+    noise: list[NoisyToken]  # empty for greedy decoding
+    recomputed: InspectedToken | None
+    sent: InspectedToken | None
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens inside the model at some positions."""
+
+    id: str | None
+    model: str
+    num_layers: int
+    num_heads: int  # of the layer that has most
+    num_experts: int
+    num_prompt_tokens: int
+    num_tokens: int
+    start: int
+    end: int
+    tokens: list[InspectedToken]  # from position 0 to the end
+    positions: list[PositionInside]
+    attention: FullAttention | None
+    sampling: Sampling | None
+    is_equal: bool | None  # whether all recomputed tokens are those that were sent; null: there are none
 
 
 class _Texts:

@@ -1,22 +1,17 @@
 """What shows the inside of the engine."""
 
+from engine.parts.inspection.records import BlockMap, QueueList, StepList
+from server.context import ServerContext
 from server.dialect import BEGINNING, Dialect, Operation
 from server.part import Part
-from server.parts.inspection import events, inspect, routes, trace
-from server.parts.inspection.schemas import (
-    BlockMap,
-    EngineView,
-    Inspection,
-    QueueList,
-    RequestDetails,
-    RequestList,
-    StepList,
-    Trace,
-)
+from server.parts.inspection import inspect, routes, trace
+from server.parts.inspection.inspect import Inspection
+from server.parts.inspection.routes import EngineView, RequestDetails, RequestList, StepReaders
+from server.parts.inspection.trace import Trace
 
 INSPECTION = Dialect(
     tag="Lightwell",
-    routers=[routes.router, events.router, inspect.router, trace.router],
+    routers=[routes.router, inspect.router, trace.router],
     operations={
         ("/lightwell/v1/engine", "get"): Operation(EngineView),
         ("/lightwell/v1/steps", "get"): Operation(StepList),
@@ -29,8 +24,13 @@ INSPECTION = Dialect(
         ("/lightwell/v1/trace", "get"): Operation(Trace),
         ("/lightwell/v1/inspect", "post"): Operation(Inspection, {"prompt": BEGINNING}, has_model=False),
     },
-    errors=events.EVENT_ERRORS,
+    errors=routes.EVENT_ERRORS,
     in_workers=False,
 )
 
-PART = Part(dialects=[INSPECTION])
+
+def _attach(context: ServerContext) -> None:
+    context.of_parts[StepReaders] = StepReaders()
+
+
+PART = Part(dialects=[INSPECTION], attach=_attach)

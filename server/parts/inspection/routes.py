@@ -1,31 +1,114 @@
 """`/lightwell/v1/`: what the engine does, read from its records. No text of prompts or answers is in them."""
 
+import asyncio
 import math
-from collections.abc import Sequence
-from typing import Annotated
+import re
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+import msgspec
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from engine.shared.records import Blocks, Queue, ReadBlocks, ReadQueue, ReadRequests, ReadSteps, Requests, Steps
-from server.http.errors import APIError, clip
-from server.http.responses import StructResponse
+from engine.parts.inspection.records import (
+    BlockMap,
+    ChoiceDetail,
+    QueueList,
+    ReadBlocks,
+    ReadQueue,
+    ReadRequests,
+    ReadSteps,
+    Requests,
+    RequestView,
+    State,
+    StepList,
+)
+from engine.shared.host_memory import available_memory
+from engine.shared.messages import EngineInfo
+from server.http.error_formats import ErrorFormat
+from server.http.errors import APIError, InvalidValueError, clip
+from server.http.json_route import end_with_client
+from server.http.responses import EventStream, StructResponse
 from server.parts.inspection.access import EngineNumber, RecordAccess, check_may_read
-from server.parts.inspection.schemas import QueueList, RequestDetails, RequestList, State, StepList
-from server.parts.inspection.views import block_map, choice_detail, engine_view, queued_view, request_view, step_view
 
 MAX_STEPS = 1024
 MAX_REQUESTS = 1024
 MAX_CHOICES = 128
 MAX_BLOCKS = 1 << 14  # the engine needs some milliseconds for these
 
+INTERVAL = 0.1  # seconds between events, at least
+MAX_READERS = 32
+MAX_READERS_EACH = 8  # of a tenant
+
+_EVENT_ID = re.compile(r"(\d{1,15}(?:-\d{1,15}){1,2})-(\d{1,15})", re.ASCII)  # engine, step
+
 router = APIRouter(dependencies=[Depends(check_may_read)])
+
+
+class EngineView(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of the engine, and how its memory is divided."""
+
+    object: Literal["engine"] = "engine"
+    engine: str  # changes when the engine is restarted
+    device: str
+    dtype: str
+    kernels: str
+    deterministic: bool  # a request gets the same answer, bit for bit, in any batch
+    max_model_len: int  # tokens of a prompt and its answer
+    max_num_seqs: int  # choices in the batch
+    max_num_batched_tokens: int  # of a step
+    block_size: int  # tokens
+    num_blocks: int  # of the KV cache
+    weight_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int  # of the largest step; 0: not measured
+    num_engines: int  # with --data-parallel-size
+    available_bytes: int  # memory of the host that is free now
+
+
+class RequestList(msgspec.Struct, frozen=True, kw_only=True):
+    """Choices: those that have not ended, and then those that have, each the latest first."""
+
+    object: Literal["list"] = "list"
+    has_more: bool
+    data: list[RequestView]
+
+
+class RequestDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """One request with its choices."""
+
+    object: Literal["request"] = "request"
+    id: str
+    has_more: bool  # there are more choices
+    choices: list[ChoiceDetail]
 
 
 @router.get("/lightwell/v1/engine")
 async def describe_engine(request: Request, engine: EngineNumber = 0) -> Response:
     """Return the limits of the engine, and how its memory is divided."""
     access = RecordAccess(request, engine)
-    return await access.respond(engine_view, access, access.engine.liveness.ready_info())
+    return await access.respond(_engine_view, access, access.engine.liveness.ready_info())
+
+
+def _engine_view(access: RecordAccess, info: EngineInfo) -> EngineView:
+    """Return the engine's limits."""
+    return EngineView(
+        engine=access.engine_id,
+        device=info.device,
+        dtype=info.dtype,
+        kernels=info.kernels,
+        deterministic=info.deterministic,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        block_size=info.block_size,
+        num_blocks=info.num_blocks,
+        weight_bytes=info.weight_bytes,
+        kv_cache_bytes=info.kv_cache_bytes,
+        activation_bytes=info.activation_bytes,
+        num_engines=len(access.model.client.engines),
+        available_bytes=available_memory(),
+    )
 
 
 @router.get("/lightwell/v1/steps")
@@ -39,20 +122,19 @@ async def list_steps(
 ) -> Response:
     """Return steps of the engine: how long each part took, and what was computed for which request."""
     access = RecordAccess(request, engine)
-    answer = await access.ask(ReadSteps(after=after, limit=limit))
-    assert isinstance(answer, Steps)
-    return await access.respond(step_list, access, answer)
+    answer = await access.ask(ReadSteps(after=after, limit=limit), StepList)
+    return await access.respond(show_steps, access, answer)
 
 
-def step_list(access: RecordAccess, answer: Steps) -> StepList:
-    """Return what a client sees of some steps."""
-    return StepList(
-        engine=access.engine_id,
-        num_blocks=access.engine.liveness.ready_info().num_blocks,
-        num_lost=answer.num_lost,
-        has_more=answer.has_more,
-        data=[step_view(access, step) for step in answer.steps],
-    )
+def show_steps(access: RecordAccess, steps: StepList) -> StepList:
+    """Return what a client sees of some steps: those of other clients' rows have no names."""
+    steps.engine, offset = access.engine_id, access.questions.clock_offset
+    for step in steps.data:
+        step.started += offset
+        for row in step.rows:
+            if not access.show_choice(row):
+                row.position = None
+    return steps
 
 
 @router.get("/lightwell/v1/queue")
@@ -63,14 +145,10 @@ async def list_queue(
 ) -> Response:
     """Return the choices that wait for a slot or for KV blocks, the next ones first."""
     access = RecordAccess(request, engine)
-    answer = await access.ask(ReadQueue(limit=limit))
-    assert isinstance(answer, Queue)
-    return await access.respond(_queue_list, access, answer)
-
-
-def _queue_list(access: RecordAccess, answer: Queue) -> QueueList:
-    data = [queued_view(access, choice, answer.now) for choice in answer.choices]
-    return QueueList(num_waiting=answer.num_waiting, data=data)
+    queue = await access.ask(ReadQueue(limit=limit), QueueList)
+    for choice in queue.data:
+        access.show_choice(choice)
+    return await access.respond(lambda: queue)
 
 
 @router.get("/lightwell/v1/blocks")
@@ -82,9 +160,11 @@ async def list_blocks(
 ) -> Response:
     """Return which blocks of the KV cache are held by which choices, cached or free."""
     access = RecordAccess(request, engine)
-    answer = await access.ask(ReadBlocks(tenant=access.own_name, start=start, limit=limit))
-    assert isinstance(answer, Blocks)
-    return await access.respond(block_map, access, answer, start + limit)
+    blocks = await access.ask(ReadBlocks(tenant=access.own_name, start=start, limit=limit), BlockMap)
+    blocks.engine = access.engine_id
+    for owner in blocks.owners:
+        owner.key = access.key_name(owner.key or "")
+    return await access.respond(lambda: blocks)
 
 
 @router.get("/lightwell/v1/requests")
@@ -105,20 +185,14 @@ async def list_requests(
         lora_name="" if model in access.model.names else model,
         limit=limit,
     )
-    answers = [(each, await read_requests(each, question)) for each in access.of_all_engines()]
+    answers = [(each, await each.ask(question, Requests)) for each in access.of_all_engines()]
     return await access.respond(_request_list, answers, limit)
-
-
-async def read_requests(access: RecordAccess, question: ReadRequests) -> Requests:
-    """Return an engine's answer. Raises APIError."""
-    answer = await access.ask(question)
-    assert isinstance(answer, Requests)
-    return answer
 
 
 def _request_list(answers: Sequence[tuple[RecordAccess, Requests]], limit: int) -> RequestList:
     """Return the choices of all engines: those that have not ended, and then those that have, the latest first."""
-    data = [request_view(access, info, answer.now) for access, answer in answers for info in answer.requests]
+    details = [access.show_request(info) for access, answer in answers for info in answer.requests]
+    data = [msgspec.convert(detail, RequestView, from_attributes=True) for detail in details]
     if len(answers) > 1:
         data.sort(key=lambda view: -math.inf if view.finished is None else -view.finished)
     has_more = len(data) > limit or any(answer.has_more for _, answer in answers)
@@ -133,7 +207,7 @@ async def retrieve_request(request: Request, request_id: str) -> Response:
 
 
 def _request_details(access: RecordAccess, answer: Requests) -> RequestDetails:
-    choices = [choice_detail(access, info, answer.now, info.detail) for info in answer.requests if info.detail]
+    choices = list(map(access.show_request, answer.requests))
     return RequestDetails(id=choices[0].id, has_more=answer.has_more, choices=choices)
 
 
@@ -144,9 +218,89 @@ async def read_request(access: RecordAccess, request_id: str) -> tuple[RecordAcc
     none.
     """
     question = ReadRequests(tenant=access.own_name, id=request_id, limit=MAX_CHOICES)
-    answers = [(each, await read_requests(each, question)) for each in access.of_all_engines()]
+    answers = [(each, await each.ask(question, Requests)) for each in access.of_all_engines()]
     found = [(each, answer) for each, answer in answers if answer.requests]
     if not found:
         message = f"No request with the id '{clip(request_id)}' is running or among the last that have ended."
         raise APIError(404, message, code="request_not_found")
     return max(found, key=lambda pair: pair[1].requests[0].times.arrival)
+
+
+# The steps as they happen. A stream asks for what is new since its last event when the client has taken that one. A
+# client that is slow asks later, so nothing is stored for it: what the engine no longer has by then is lost, and the
+# next event says how much.
+
+
+class StepReaders(Counter[str]):
+    """Streams of steps, by tenant."""
+
+
+@router.get("/lightwell/v1/events")
+async def stream_steps(
+    request: Request,
+    last_event_id: Annotated[str | None, Header(description="Go on after the event with this id.")] = None,
+    engine: EngineNumber = 0,
+) -> Response:
+    """Stream the steps of the engine from now on, in batches like those of `/lightwell/v1/steps`."""
+    access = RecordAccess(request, engine)
+    position = await _latest(access) if last_event_id is None else _parse(last_event_id)
+    readers, name = access.context.part(StepReaders), access.tenant.name
+    if readers.total() >= MAX_READERS or readers[name] >= MAX_READERS_EACH:
+        message = f"Too many streams of steps are open: at most {MAX_READERS}, and {MAX_READERS_EACH} of a client."
+        raise APIError(429, message, code="rate_limit_exceeded", headers={"retry-after": "5"})
+    readers[name] += 1
+
+    def leave() -> None:
+        readers[name] -= 1
+        if not readers[name]:
+            del readers[name]
+
+    end_with_client(request.scope)
+    return EventStream(
+        _events(access, *position), on_close=leave, on_error=_error_event, request_id=request.state.request_id
+    )
+
+
+async def _latest(access: RecordAccess) -> tuple[str, int]:
+    """Return the engine, and its latest step."""
+    steps = (await access.ask(ReadSteps(limit=1), StepList)).data
+    return access.engine_id, steps[-1].id if steps else 0
+
+
+def _parse(event_id: str) -> tuple[str, int]:
+    """Return the engine and the step that an event ended with. Raises InvalidValueError."""
+    match = _EVENT_ID.fullmatch(event_id)
+    if match is None:
+        message = "Invalid 'last-event-id': expected the id of an earlier event."
+        raise InvalidValueError(message, param="last-event-id")
+    return match[1], int(match[2])
+
+
+async def _events(access: RecordAccess, engine: str, after: int) -> AsyncGenerator[bytes, None]:
+    """Yield events until the server shuts down, the engine is dead or the client's key is no longer valid.
+
+    Another engine is read from its first step.
+    """
+    client, num_seen = access.model.client, -1
+    while not client.drain_requested.is_set():
+        access.check_key()
+        is_new = num_seen != access.engine.num_steps
+        if is_new and not access.engine.liveness.is_restarting and access.questions.has_room:
+            if engine != access.engine_id:
+                engine, after = access.engine_id, 0
+            num_reported = access.engine.num_steps
+            steps = await access.ask(ReadSteps(after=after, limit=MAX_STEPS), StepList)
+            if not steps.has_more:
+                num_seen = num_reported
+            if steps.data:
+                after = steps.data[-1].id
+                data = msgspec.json.encode(await access.run(show_steps, access, steps))
+                yield f"id: {engine}-{after}\ndata: ".encode() + data + b"\n\n"
+        await asyncio.sleep(INTERVAL)
+
+
+def _error_event(error: APIError, num_events: int = 0) -> bytes:
+    return b"data: " + error.body() + b"\n\n"
+
+
+EVENT_ERRORS = ErrorFormat(paths=re.compile("/lightwell/"), last_events=_error_event)

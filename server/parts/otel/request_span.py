@@ -14,17 +14,15 @@ import msgspec
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from engine.shared.messages import FinishReason, SamplingParams, Submit
-from engine.shared.records import RequestTimes
+from engine.shared.messages import FinishReason, RequestTimes, SamplingParams, Submit
 from server.context import RequestSteps, get_context
 from server.generation.endpoint import Endpoint
 from server.generation.generation import Generation, stage_spans
 from server.generation.job import Job
 from server.http.errors import APIError, clip
-from server.parts.otel.child_span import AttributeValue, ChildSpan
-from server.parts.otel.tracer import Tracer
+from server.metrics import ChoiceStats
+from server.parts.otel.tracer import AttributeValue, ChildSpan, Tracer
 from server.schemas.generation_request import GenerationRequest
-from server.statistics.choice_stats import ChoiceStats
 from server.tenants import get_tenant
 
 MAX_CHOICES = 16  # of a request, whose stages are shown

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import requests
@@ -23,7 +24,7 @@ from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers
 
-from server.parts.otel.child_span import AttributeValue, ChildSpan
+AttributeValue = str | bool | int | float | Sequence[str]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,16 @@ PATH = "/v1/traces"  # of an OTLP receiver
 UNNAMED_SERVICE = "unknown_service"  # how the SDK's default name of a service begins
 CLOSE_SECONDS = 1.0  # for the last spans at shutdown; the supervisor waits little longer
 REPEAT_SECONDS = 600.0  # until a message of the SDK is logged again
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpan:
+    """A span within another one, from and to times of `time.monotonic()`."""
+
+    name: str
+    start: float
+    end: float
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
 class Tracer:

@@ -5,8 +5,7 @@ from functools import partial
 from server.context import ServerContext
 from server.dialect import Dialect, Operation
 from server.part import Part
-from server.parts.recordings.routes import router
-from server.parts.recordings.schemas import Replay
+from server.parts.recordings.replay import Replay, router
 from server.parts.recordings.store import Recordings, record
 
 REPLAY = Dialect(

@@ -1,33 +1,84 @@
-"""Runs a recorded request again and finds the first position at which the answers differ in any bit."""
-
-from __future__ import annotations
+"""`POST /v1/requests/{id}/replay` runs a request again, and finds the first position at which the answers differ."""
 
 import contextlib
 import secrets
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import msgspec
+from fastapi import APIRouter, Request, Response
 
 from engine.shared.messages import FinishReason, Submit, TokenLogprobs
-from server.context import ServerContext
+from server.context import ServerContext, get_context
 from server.engine_client.answer_budget import AnswerShare, too_large_error
 from server.engine_client.streams import RequestStream
 from server.generation.choice import json_logprob
 from server.http.errors import APIError, ServerError, clip
+from server.http.json_route import end_with_client
+from server.http.responses import StructResponse
 from server.models.served_model import ServedModel
-from server.parts.recordings.schemas import (
-    Replay,
-    ReplayDifference,
-    ReplayedChoice,
-    TokenAlternative,
-    TokenDistribution,
-)
-from server.parts.recordings.store import RecordedChoice, Recording
-from server.tenants import Tenant
+from server.parts.recordings.store import RecordedChoice, Recording, Recordings
+from server.tenants import Tenant, get_owner, get_tenant
 from server.text.choice_text import token_text
 from server.text.tokenizer import Tokenizer
+
+router = APIRouter()
+
+
+class TokenAlternative(msgspec.Struct, frozen=True):
+    token_id: int
+    token: str
+    logprob: float
+
+
+class TokenDistribution(msgspec.Struct, frozen=True):
+    """The token at one position and the most likely tokens there."""
+
+    token_id: int
+    token: str
+    logprob: float
+    rank: int  # 1: the most likely token
+    top: list[TokenAlternative]
+
+
+class ReplayDifference(msgspec.Struct, frozen=True):
+    part: Literal["prompt", "output"]
+    position: int  # index of the token in its part
+    recorded: TokenDistribution
+    replayed: TokenDistribution | None  # None: the replayed output is shorter
+
+
+class ReplayedChoice(msgspec.Struct, frozen=True):
+    index: int
+    num_tokens: int  # output tokens that were compared
+    bit_equal: bool  # tokens and log probabilities are identical
+    difference: ReplayDifference | None  # the first one
+
+
+class Replay(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["replay"] = "replay"
+    bit_equal: bool
+    choices: list[ReplayedChoice]
+
+
+@router.post("/v1/requests/{request_id}/replay")
+async def replay_request(request: Request, request_id: str) -> Response:
+    """Run a recorded request again, found by its answer's id or its x-request-id, and compare both answers."""
+    end_with_client(request.scope)
+    context = get_context(request)
+    recordings = context.part(Recordings)
+    recording = recordings.get(request_id, get_owner(request))
+    if recording is None:
+        message = "Requests are not recorded: start the server with --record-requests."
+        if num_kept := recordings.max_requests:
+            message = f"No request with the id '{clip(request_id)}' is among the last {num_kept} finished requests."
+        raise APIError(404, message, code="request_not_found")
+    tenant = get_tenant(request)
+    async with context.source.loaded(request, context.models.find_slot(recording.model, tenant)):
+        return StructResponse(await replay(context, tenant, request_id, recording))
 
 
 async def replay(context: ServerContext, tenant: Tenant, request_id: str, recording: Recording) -> Replay:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.scheduling.lifecycle import Sequences
 from engine.scheduling.request import SamplingRow, Scheduled, ScheduledOutput, choice_seed
-from engine.scheduling.sequences import Sequences
 from engine.scheduling.token_counts import TokenCounts
 from engine.shared.messages import FinishReason, Pooling, RepetitionDetection, TokenEvent
 from engine.shared.messages import TokenLogprobs as Logprobs

@@ -26,12 +26,11 @@ from engine.scheduling.block_pool import Block, BlockPool
 from engine.scheduling.budget import StepBudget
 from engine.scheduling.fair_queue import FEW_BLOCKS
 from engine.scheduling.kv_manager import KVManager
-from engine.scheduling.record import Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step, choice_seed, new_request
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import SpeculationPolicy
+from engine.shared import messages
 from engine.shared.messages import FinishReason, RepetitionDetection, SamplingParams, Submit, TokenEvent, TokenLogprobs
-from engine.shared.records import RequestTimes
 from tests.support.examples import num_examples
 from tests.support.submits import request_for
 
@@ -270,20 +269,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_usable = max(len(windows), pool.num_blocks - limits["spare_blocks"])
         self.max_model_len = max(n for n in range(1, len(PROMPT) + 1) if manager.num_blocks_for(n) <= num_usable)
         self.max_chunk = limits["threshold"] or self.budget
-        self.recorder = Recorder(clock=itertools.count(0.0, 1e-6).__next__)
         self.scheduler = Scheduler(
             manager,
-            self.recorder,
             StepBudget(self.budget),
             max_num_seqs=limits["max_num_seqs"],
             max_model_len=self.max_model_len,
             eos_token_ids=[EOS],
             long_prefill_token_threshold=limits["threshold"],
             speculation=self.policy,
+            clock=itertools.count(0.0, 1e-6).__next__,
         )
+        self.ended: list[Request] = []
+        self.scheduler.lifecycle.on_end.append(self.ended.append)
         self.scheduler.kv.watermark = limits["watermark"]
         self.model = FakeModel(self.block_size, self.next_token, separates_prompts=separates_prompts, windows=windows)
-        self.now = -1e6  # earlier than all that the recorder's clock shows, which never stands still
+        self.now = -1e6  # earlier than all that the scheduler's clock shows, which never stands still
         self.choices: list[Choice] = []
         self.by_request: dict[Request, Choice] = {}
         self.num_submitted = 0
@@ -569,19 +569,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             logprob_of(prefix + event.token_ids[:number], token_id) for number, token_id in enumerate(event.token_ids)
         ]
 
-    def end(self, choice: Choice, reason: FinishReason, times: RequestTimes | None = None) -> None:
+    def end(self, choice: Choice, reason: FinishReason, times: messages.RequestTimes | None = None) -> None:
         choice.ended = True
         choice.num_computed = None
         assert choice.request.status is Status.FINISHED
         assert choice.request.kv.blocks == []
-        record = next(record for record in self.recorder.requests if record is choice.request.record)
+        assert choice.request in self.ended
+        record = choice.request.record
         assert record.finish_reason == reason
         if times is None:
             assert reason is FinishReason.ABORT
             times = record.times()
         self.expect_account(choice, times)
 
-    def expect_account(self, choice: Choice, times: RequestTimes) -> None:
+    def expect_account(self, choice: Choice, times: messages.RequestTimes) -> None:
         assert times.num_prompt_tokens == len(choice.submit.prompt_token_ids)
         assert times.num_cached_tokens == (choice.num_cached or 0)
         assert times.num_output_tokens == len(choice.token_ids)
@@ -649,7 +650,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert stats.steps_total == self.num_steps
         assert (stats.drafts_total, stats.draft_tokens_total) == (self.num_drafts, self.num_draft_tokens)
         assert stats.accepted_tokens_total == sum(choice.num_accepted for choice in self.choices)
-        assert len(self.recorder.requests) == sum(choice.ended for choice in self.choices)
+        assert len(self.ended) == sum(choice.ended for choice in self.choices)
 
     def teardown(self) -> None:
         """Without further input all requests end in time, and no block stays in use."""
@@ -777,15 +778,14 @@ class Rig:
         **limits: int,
     ) -> None:
         self.block_size = limits.pop("block_size", 4)
-        self.recorder = Recorder(clock=clock)
         self.scheduler = Scheduler(
             KVManager(BlockPool(limits.pop("num_blocks", 16), self.block_size, separates_prompts=separates_prompts)),
-            self.recorder,
             StepBudget(limits.pop("max_num_batched_tokens", 16)),
             max_num_seqs=limits.pop("max_num_seqs", 4),
             max_model_len=limits.pop("max_model_len", 32),
             eos_token_ids=[EOS],
             speculation=speculation,
+            clock=clock,
             **limits,
         )
         self.model = FakeModel(self.block_size, next_token, separates_prompts=separates_prompts)

@@ -14,8 +14,7 @@ import msgspec
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from engine.shared.messages import LoadAdapter, Submit
-from engine.shared.records import Inspect
+from engine.shared.messages import Ask, LoadAdapter, Submit
 from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS, MAX_TEXT_BYTES, DetokenizeRequest, TokenizeRequest
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
@@ -570,7 +569,7 @@ def test_what_is_refused_is_named(of_kind: Servers, server: RunningServer, path:
             about = (str(fields)[:200], answer.text)
             assert param in message if path in (ANTHROPIC, OLLAMA_CHAT, OLLAMA_GENERATE) else named == param, about
             assert len(message) < 600, about
-    assert not [message for message in server.engine.received if isinstance(message, Submit | LoadAdapter | Inspect)]
+    assert not [message for message in server.engine.received if isinstance(message, Submit | LoadAdapter | Ask)]
     assert server.model.client.num_in_flight == 0
 
 

@@ -15,8 +15,7 @@ from server.engine_client.admission import FIRST_OUTPUT, Admission, AdmissionLim
 from server.engine_client.client import EngineClient
 from server.engine_client.reservation import Backlog, Reservation, Shares
 from server.http import errors
-from server.metrics import Metrics
-from server.statistics.choice_stats import ChoiceStats
+from server.metrics import ChoiceStats, Metrics
 from server.tenants import ANYBODY, Tenant
 from tests.support.engine_clients import PROMPT, read, read_error, ready, request, sample, tokens, until
 from tests.support.engine_info import ENGINE_INFO

@@ -7,7 +7,6 @@ import msgspec
 import pytest
 
 from engine.shared.messages import Abort, FinishReason
-from engine.shared.records import ReadQueue
 from server.engine_client.client import EngineClient
 from server.engine_client.streams import MAX_BATCH_EVENTS
 from server.http.errors import APIError, EngineDeadError, EngineUnavailableError, ServerError
@@ -148,22 +147,6 @@ async def test_a_message_that_does_not_say_whose_events_are_lost(
     fake_engine.resume()
     assert await read(client.submit(request("next")))
     assert client.num_in_flight == 0
-
-
-@pytest.mark.checklist("F01")
-@pytest.mark.parametrize("name", ["Steps", "Requests", "Queue", "Blocks", "ReadFailed"])
-async def test_an_answer_about_records_that_cannot_be_read(
-    client: EngineClient, fake_engine: FakeEngine, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The questions end, and the requests go on."""
-    monkeypatch.setattr(fake_engine, "_answer", lambda _: {"type": name, "read_id": "x"})
-    fake_engine.pause()
-    stream = client.submit(request())
-    await until(lambda: fake_engine.num_choices)
-    with pytest.raises(ServerError):
-        await client.engines[0].records.ask(ReadQueue(limit=1))
-    fake_engine.resume()
-    assert tokens(await read(stream)) == [*fake_engine.config.reply, EOS_TOKEN_ID]
 
 
 async def test_an_engine_whose_first_message_cannot_be_read_is_dead(address: str) -> None:

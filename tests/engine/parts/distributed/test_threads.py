@@ -15,12 +15,11 @@ from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.parts.distributed.execution import LeadingExecution
 from engine.parts.distributed.group import Command
-from engine.parts.inspection.inspector import Inspector
+from engine.parts.inspection.records import Inspect, Inspected
 from engine.parts.lora.loop import AdapterUpdates
 from engine.parts.lora.slots import LoraAdapters
 from engine.shared.messages import LoadAdapter, SamplingParams, Submit
-from engine.shared.records import Inspect, Inspected
-from tests.engine.parts.inspection.test_inspector import ask, weights_of
+from tests.engine.parts.inspection.test_inspector import ask, inspector_of, weights_of
 from tests.support.answers import run
 from tests.support.kernel_choice import choose_kernels
 from tests.support.lora_adapters import save_random_adapter
@@ -112,7 +111,7 @@ def test_each_run_of_the_head_is_a_command(llama: Path, monkeypatch: pytest.Monk
 
 
 def inspect(loaded: LoadedModel, head: int) -> Inspected:
-    inspector = Inspector(Engine(EngineConfig(model_path="", keep_token_ids=True), loaded))
+    inspector = inspector_of(Engine(EngineConfig(model_path=""), loaded))
     return ask(inspector, prompt_token_ids=PROMPT, layer=1, head=head)
 
 
@@ -136,18 +135,18 @@ def test_an_inspection_sees_all_ranks_together(kernels: str, mixtral: Path) -> N
 
 def test_steps_run_between_the_parts_of_an_inspection(mixtral: Path) -> None:
     """And requests get the same answer."""
-    question = Inspect(read_id=1, prompt_token_ids=PROMPT, layer=0, head=1, max_positions=64, max_end=64, top=3)
+    question = Inspect(prompt_token_ids=PROMPT, layer=0, head=1, max_positions=64, max_end=64, top=3)
     params = SamplingParams(max_tokens=16, temperature=1.0, seed=3, logprobs=1, ignore_eos=True)
-    config = settings_of(mixtral, tensor_parallel_size=2, keep_token_ids=True)
+    config = settings_of(mixtral, tensor_parallel_size=2)
     with load_threads(config) as loaded:
         expected = run(Engine(config, loaded), [submit_of(loaded, params)])["r", 0].token_ids
         engine = Engine(config, loaded)
-        inspector = Inspector(engine)
+        inspector = inspector_of(engine)
         engine.add(submit_of(loaded, params))
         tokens: list[int] = []
         while engine.has_work:
             if inspector.running is None:
-                assert inspector.begin(b"api", question) is None
+                assert inspector.begin(b"api", 1, question) is None
             inspector.advance(0.0)
             for event in engine.step()[1]:
                 tokens += event.token_ids

@@ -7,28 +7,30 @@ from hypothesis import settings
 from hypothesis.stateful import invariant, precondition, rule
 
 from engine.parts.inspection.blocks import read_blocks
+from engine.parts.inspection.records import BlockGroupView, BlockMap, BlockOwnerView, BlockRunView, ReadBlocks
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
-from engine.shared.messages import FromEngine
-from engine.shared.records import BlockGroup, BlockRun, Blocks, ChoiceName, ReadBlocks
 from tests.engine.scheduling.test_scheduler import Rig, TenantsMachine
 from tests.support.examples import num_examples
+from tests.support.records import make
 
 Holder = tuple[Request, int, int]  # with the KV group and the place
 
 
-def read(scheduler: Scheduler, start: int = 0, limit: int = 1000, tenant: str | None = None) -> Blocks:
-    answer = read_blocks(ReadBlocks(read_id=3, tenant=tenant, start=start, limit=limit), scheduler)
-    received = msgspec.msgpack.Decoder(FromEngine).decode(msgspec.msgpack.encode(answer))
-    assert received == answer
-    assert answer.read_id == 3
+def read(scheduler: Scheduler, start: int = 0, limit: int = 1000, tenant: str | None = None) -> BlockMap:
+    answer = read_blocks(ReadBlocks(tenant=tenant, start=start, limit=limit), scheduler)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=BlockMap) == answer
     return answer
 
 
-def one_by_one(blocks: Blocks) -> dict[int, tuple[Any, ...]]:
+def owner_of(request: Request) -> BlockOwnerView:
+    return BlockOwnerView(id=request.request_id, prompt=0, index=request.index, key=request.tenant)
+
+
+def one_by_one(blocks: BlockMap) -> dict[int, tuple[Any, ...]]:
     """Return for each block how many hold it, whether it is cached, its owner and position, its group and its age."""
     single: dict[int, tuple[Any, ...]] = {}
-    for run in blocks.runs:
+    for run in blocks.data:
         owner = None if run.owner is None else blocks.owners[run.owner]
         for number in range(run.num_blocks):
             place = (owner, None if run.position is None else run.position + number * blocks.block_size)
@@ -39,9 +41,10 @@ def one_by_one(blocks: Blocks) -> dict[int, tuple[Any, ...]]:
 
 def test_neighbours_that_are_used_alike_are_one_run() -> None:
     scheduler = Rig(num_blocks=16384).scheduler
-    assert read(scheduler, limit=16384).runs == [BlockRun(0, 16384, 0, False, None, None, None, None)]
+    run = make(BlockRunView, 0, 16384, "unused", 0, False, None, None, None, None)
+    assert read(scheduler, limit=16384).data == [run]
     scheduler.pool.release(scheduler.pool.allocate(16384) or [])
-    assert read(scheduler, limit=16384).runs == [BlockRun(0, 16384, 0, False, None, None, None, 0)]
+    assert read(scheduler, limit=16384).data == [msgspec.structs.replace(run, state="free", age=0)]
 
 
 class BlockMapMachine(TenantsMachine):
@@ -78,7 +81,7 @@ class BlockMapMachine(TenantsMachine):
         pool = self.scheduler.pool
         blocks = read(self.scheduler, tenant=tenant)
         assert (blocks.num_blocks, blocks.block_size) == (pool.num_blocks, self.block_size)
-        assert blocks.groups == [BlockGroup(2, window) for window in self.model.windows]
+        assert blocks.groups == [BlockGroupView(num_layers=2, window=window) for window in self.model.windows]
         single = one_by_one(blocks)
         assert sorted(single) == list(range(pool.num_blocks))
         held: dict[int, list[Holder]] = {number: [] for number in single}
@@ -90,7 +93,7 @@ class BlockMapMachine(TenantsMachine):
             named = [holder for holder in held[number] if tenant in (None, holder[0].tenant)]
             first = min((request.record.queued for request, *_ in named), default=0.0)
             owners = [
-                (ChoiceName(request.request_id, 0, request.index, request.tenant), place * self.block_size)
+                (owner_of(request), place * self.block_size)
                 for request, _, place in named
                 if request.record.queued == first
             ]

@@ -22,11 +22,12 @@ from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.parts.inspection.inspector import IDLE_SECONDS, MAX_SECONDS, SHARE_OF_STEPS, Inspector
 from engine.parts.inspection.layers import top_pairs
+from engine.parts.inspection.recorder import Recorder
+from engine.parts.inspection.records import Inspect, Inspected, InspectionProblem, PositionView
 from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
 from engine.parts.lora.slots import LoraAdapters
 from engine.scheduling.request import NO_LORA_SLOT, Step
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, Pooling, ReasoningLimit, SamplingParams, Submit
-from engine.shared.records import Inspect, Inspected, InspectionProblem, PositionView, ReadFailed
 from tests.support.answers import run as answers_of
 from tests.support.family_models import VOCAB_SIZE, save_family_model
 from tests.support.kernel_choice import choose_kernels
@@ -77,7 +78,22 @@ def new_engine(
 ) -> Engine:
     """Return an engine whose clock hardly moves by itself, so that no inspection takes too long."""
     clock = clock or itertools.count(0.0, 1e-6).__next__
-    return Engine(EngineConfig(model_path="", keep_token_ids=True, **fields), loaded, overlaps=overlaps, clock=clock)
+    engine = Engine(EngineConfig(model_path="", keep_token_ids=True, **fields), loaded, overlaps=overlaps, clock=clock)
+    recorder_of(engine)
+    return engine
+
+
+def recorder_of(engine: Engine) -> Recorder:
+    """Return what records an engine, from the first call on."""
+    if not engine.on_step:
+        engine.on_step.append(Recorder(engine.scheduler, keeps_tokens=engine.keeps_token_ids).add_step)
+    recorder = getattr(engine.on_step[0], "__self__", None)
+    assert isinstance(recorder, Recorder)
+    return recorder
+
+
+def inspector_of(engine: Engine) -> Inspector:
+    return Inspector(engine, recorder_of(engine))
 
 
 @pytest.fixture
@@ -87,23 +103,22 @@ def engine(llama: LoadedModel) -> Engine:
 
 @pytest.fixture
 def inspector(engine: Engine) -> Inspector:
-    return Inspector(engine)
+    return inspector_of(engine)
 
 
 def begin(inspector: Inspector, **fields: Any) -> None:
-    question = {"read_id": 7, "max_positions": 128, "max_end": 4096, "top": TOP}
+    question = {"max_positions": 128, "max_end": 4096, "top": TOP}
     prompt = {} if "id" in fields else {"prompt_token_ids": random_prompt(64)}
-    assert inspector.begin(b"api", Inspect(**question | prompt | fields)) is None
+    assert inspector.begin(b"api", 7, Inspect(**question | prompt | fields)) is None
 
 
 def last_answer(inspector: Inspector, seconds: float = 1.0) -> Inspected:
     """Return the answer, with no steps in between."""
     while (reply := inspector.advance(seconds)) is None:
         pass
-    identity, answer = reply
-    assert identity == b"api"
+    *asked, answer = reply
+    assert asked == [b"api", 7]
     assert isinstance(answer, Inspected), answer
-    assert answer.read_id == 7
     assert inspector.running is None
     return answer
 
@@ -136,7 +151,7 @@ def logits_of(model: Any, stream: torch.Tensor) -> torch.Tensor:
 def test_prompts(models: Callable[[str, str], tuple[LoadedModel, Any]], family: str, kernels: str) -> None:
     loaded, model = models(family, kernels)
     prompt = random_prompt()
-    inspector = Inspector(new_engine(loaded))
+    inspector = inspector_of(new_engine(loaded))
     with torch.inference_mode():
         expected = model(torch.tensor([prompt]), output_attentions=True, output_hidden_states=True)
     streams = [hidden[0] for hidden in expected.hidden_states]  # the last one is normed
@@ -175,7 +190,7 @@ def test_keys_of_smaller_formats(tmp_path: Path, cache: str, tolerance: float) -
     model.set_attn_implementation("eager")
     config = EngineConfig(model_path=str(tmp_path), dtype="bfloat16", quantization="none", kv_cache_dtype=cache)
     prompt = random_prompt()
-    answer = ask(Inspector(Engine(config, load_model(config))), prompt_token_ids=prompt, layer=0, head=1)
+    answer = ask(inspector_of(Engine(config, load_model(config))), prompt_token_ids=prompt, layer=0, head=1)
     with torch.inference_mode():
         weights = model(torch.tensor([prompt]), output_attentions=True).attentions[0][0, 1]
     for view in answer.positions:
@@ -234,7 +249,7 @@ def test_the_same_tokens_are_sampled_again(
 ) -> None:
     engine = new_engine(models(family, "default")[0])
     outputs = run(engine, SETTINGS[name], name, n=2)
-    inspector = Inspector(engine)
+    inspector = inspector_of(engine)
     for index, output in enumerate(outputs):
         answer = ask(inspector, id=name, index=index, start=36, end=37 + len(output) - 1)
         assert [view.token_id for view in answer.positions] == output
@@ -260,7 +275,7 @@ def test_a_request_that_runs(engine: Engine, inspector: Inspector) -> None:
     while answer is None:  # a step before each slice
         engine.step()
         answer = inspector.advance(0.0)
-    view = answer[1]
+    view = answer[2]
     assert isinstance(view, Inspected)
     assert view.num_tokens == 30  # it begins with its first slice
     assert [each.token_id for each in view.positions] == view.token_ids[view.start + 1 :]
@@ -304,26 +319,26 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def test_a_cached_beginning_is_not_computed_again(engine: Engine, computed: list[tuple[int, int]]) -> None:
     run(engine, SETTINGS["sampled"], "r", num_prompt_tokens=100)
-    first = ask(Inspector(engine), id="r", start=99)
+    first = ask(inspector_of(engine), id="r", start=99)
     assert computed[0] == (96, 3)  # three blocks of 32 tokens are cached
     engine.scheduler.pool.unpublish(list(engine.scheduler.pool.blocks))
     computed.clear()
-    assert ask(Inspector(engine), id="r", start=99) == first
+    assert ask(inspector_of(engine), id="r", start=99) == first
     assert computed[0][0] == 0
 
 
 def test_slices_take_a_share_of_the_time_of_steps(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 
-    def slices(question: Inspect) -> Generator[None, None, Inspected]:
+    def slices(_question: Inspect) -> Generator[None, None, Inspected]:
         """Take a millisecond each."""
         nonlocal now
         for _ in range(20):
             now += 0.001
             yield
-        return Inspected(read_id=question.read_id)
+        return Inspected()
 
-    inspector = Inspector(new_engine(llama, clock=lambda: now))
+    inspector = inspector_of(new_engine(llama, clock=lambda: now))
     monkeypatch.setattr(inspector, "_inspect", slices)
     for step_seconds, num_calls in ((0.002, 20 * 0.001 / (SHARE_OF_STEPS * 0.002)), (None, 20 * 0.001 / IDLE_SECONDS)):
         begin(inspector)
@@ -344,7 +359,7 @@ def test_other_engines(llama: LoadedModel, fields: dict[str, Any]) -> None:
         "reasoning": SamplingParams(max_tokens=24, seed=22, reasoning_limit=REASONING),
     }.items():
         (output,) = run(engine, params, name)
-        answer = ask(Inspector(engine), id=name, start=36, end=37 + len(output) - 1)
+        answer = ask(inspector_of(engine), id=name, start=36, end=37 + len(output) - 1)
         assert [view.token_id for view in answer.positions] == output, name
 
 
@@ -357,7 +372,7 @@ def test_a_preempted_request(llama: LoadedModel) -> None:
     engine.scheduler._preempt(request)
     while engine.has_work:
         engine.step()
-    answer = ask(Inspector(engine), id="r", start=49)
+    answer = ask(inspector_of(engine), id="r", start=49)
     assert [view.token_id for view in answer.positions] == answer.token_ids[50:]
     assert len(answer.positions) == 40
 
@@ -369,7 +384,7 @@ def test_an_adapter_has_no_keys_of_the_model(
     monkeypatch.setattr(engine.adapters, "find", lambda fingerprint: NO_LORA_SLOT)
     for fingerprint, num_cached in (("", 64), ("ab" * 16, 0)):
         computed.clear()
-        ask(Inspector(engine), prompt_token_ids=random_prompt(100), lora_fingerprint=fingerprint, start=70)
+        ask(inspector_of(engine), prompt_token_ids=random_prompt(100), lora_fingerprint=fingerprint, start=70)
         assert computed[0][0] == num_cached
 
 
@@ -380,18 +395,18 @@ def test_an_inspection_that_is_stopped(engine: Engine, inspector: Inspector) -> 
     begin(inspector)
     assert inspector.advance(0.0) is None
     assert inspector.advance(0.0) is None
-    assert inspector.stop(b"api", 4) is None
-    assert inspector.stop(b"other", 7) is None
+    assert not inspector.stop(b"api", 4)
+    assert not inspector.stop(b"other", 7)
     assert inspector.running is not None
-    assert inspector.stop(b"api", 7) == ReadFailed(7)
+    assert inspector.stop(b"api", 7)
     assert inspector.running is None
     assert not engine.scheduler.pool.published
-    assert inspector.stop(b"api", 7) is None
+    assert not inspector.stop(b"api", 7)
 
 
 def test_an_inspection_that_takes_too_long(llama: LoadedModel) -> None:
     now = 0.0
-    inspector = Inspector(new_engine(llama, clock=lambda: now))
+    inspector = inspector_of(new_engine(llama, clock=lambda: now))
     begin(inspector)
     for moment in (1.0, MAX_SECONDS):
         now = moment
@@ -413,7 +428,7 @@ def test_an_adapter_that_moves_to_another_slot(engine: Engine, monkeypatch: pyte
         adapters.load(name, "", LoraCheckpoint(matrices, fingerprint=name))
         return adapters.find(name)
 
-    inspector, slot = Inspector(engine), load("0a")
+    inspector, slot = inspector_of(engine), load("0a")
     begin(inspector, lora_fingerprint="0a")
     for _ in range(3):
         assert inspector.advance(0.0) is None
@@ -428,13 +443,13 @@ def test_a_sequence_that_the_cache_cannot_hold(models: Callable[[str, str], tupl
     engine = new_engine(models("gemma3_text", "default")[0])
     num_tokens = engine.scheduler.pool.num_blocks * 32 // 2 + 33  # there are two groups
     bounds = {"start": 0, "end": num_tokens, "max_positions": num_tokens, "max_end": num_tokens}
-    answer = ask(Inspector(engine), prompt_token_ids=[1] * num_tokens, **bounds)
+    answer = ask(inspector_of(engine), prompt_token_ids=[1] * num_tokens, **bounds)
     assert answer.problem is InspectionProblem.TOO_LONG
 
 
 def test_one_at_a_time(inspector: Inspector) -> None:
     begin(inspector)
-    refusal = inspector.begin(b"other", Inspect(prompt_token_ids=[1, 2], max_positions=64, max_end=4096, top=3))
+    refusal = inspector.begin(b"other", 8, Inspect(prompt_token_ids=[1, 2], max_positions=64, max_end=4096, top=3))
     assert refusal is not None
     assert refusal.problem is InspectionProblem.BUSY
     assert last_answer(inspector).problem is None
@@ -468,13 +483,14 @@ def test_positions_that_are_not_there(engine: Engine, inspector: Inspector) -> N
 
 def test_requests_that_are_not_there(engine: Engine, llama: LoadedModel) -> None:
     run(engine, SETTINGS["greedy"], "r")
-    inspector = Inspector(engine)
+    inspector = inspector_of(engine)
     for fields in ({"id": "other"}, {"id": "r", "index": 1}, {"id": "r", "prompt": 1}, {"id": "r", "tenant": "b"}):
         assert ask(inspector, **fields).problem is InspectionProblem.NOT_FOUND
     assert ask(inspector, id="latest", tenant="").problem is None
     engine = Engine(EngineConfig(model_path=""), llama)
+    recorder_of(engine)
     run(engine, SETTINGS["greedy"], "r")
-    assert ask(Inspector(engine), id="r").problem is InspectionProblem.NOT_KEPT
+    assert ask(inspector_of(engine), id="r").problem is InspectionProblem.NOT_KEPT
 
 
 def test_a_fault_ends_the_inspection_alone(inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,7 +502,7 @@ def test_a_fault_ends_the_inspection_alone(inspector: Inspector, monkeypatch: py
         begin(inspector)
         while (reply := inspector.advance(1.0)) is None:
             pass
-        assert reply == (b"api", ReadFailed(7))
+        assert reply == (b"api", 7, None)
     assert ask(inspector).problem is None
 
 

@@ -1,6 +1,7 @@
 """Questions about the records of a scheduler that runs a fake model, with blocks of four tokens."""
 
 from array import array
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -10,18 +11,16 @@ from hypothesis import strategies as st
 
 from engine.parts.inspection.prefix import PART, num_common
 from engine.parts.inspection.reader import MAX_ROWS, RecordReader
-from engine.scheduling.record import Recorder, RequestRecord, RowRecord, StepRecord
+from engine.parts.inspection.recorder import Recorder, notes_of
+from engine.parts.inspection.records import PrefixResult, ReadQueue, ReadRequests, ReadSteps
 from engine.scheduling.request import Request
-from engine.shared.messages import FromEngine
-from engine.shared.records import PrefixResult, ReadFailed, ReadQueue, ReadRequests, ReadSteps
 from tests.engine.scheduling.test_scheduler import Rig, prompt
-
-DECODER = msgspec.msgpack.Decoder(FromEngine)
+from tests.support.records import example_step
 
 
 def received(answer: object) -> Any:
     """Return an answer as the other process gets it."""
-    return DECODER.decode(msgspec.msgpack.encode(answer))
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=type(answer))
 
 
 class Reading:
@@ -29,8 +28,8 @@ class Reading:
 
     def __init__(self, *, keeps_tokens: bool = True, caches_prefixes: bool = True, **limits: Any) -> None:
         self.rig = Rig(**limits)
-        self.rig.recorder.keeps_tokens = keeps_tokens
-        self.reader = RecordReader(self.rig.recorder, self.rig.scheduler, caches_prefixes=caches_prefixes)
+        self.recorder = Recorder(self.rig.scheduler, keeps_tokens=keeps_tokens)
+        self.reader = RecordReader(self.recorder, caches_prefixes=caches_prefixes)
 
     def add(self, token_ids: range | list[int], id: str = "", **fields: Any) -> Request:
         now = float(self.rig.num_submitted)
@@ -44,9 +43,7 @@ class Reading:
         self.rig.run()
 
     def ask(self, kind: Any, **fields: Any) -> Any:
-        answer = received(self.reader.answer(kind(read_id=7, **fields)))
-        assert answer.read_id == 7
-        return answer
+        return received(self.reader.answer(kind(**fields)))
 
     def steps(self, after: int | None = None, **fields: Any) -> Any:
         return self.ask(ReadSteps, after=after, **{"limit": 100} | fields)
@@ -54,28 +51,28 @@ class Reading:
     def requests(self, **filters: Any) -> Any:
         return self.ask(ReadRequests, **{"limit": 100} | filters)
 
+    def views(self, **filters: Any) -> Any:
+        return [info.view for info in self.requests(**filters).requests]
+
     def queue(self, limit: int = 100) -> Any:
         return self.ask(ReadQueue, limit=limit)
 
     def one(self, id: str, **filters: Any) -> Any:
         (info,) = self.requests(id=id, **filters).requests
-        return info
+        return info.view
 
     def record_step(self, step_id: int, num_rows: int = 1) -> None:
-        record = RequestRecord("r-0", 0, 0.0, 0.0, 4, ids=("r",), tenant="t")
-        row = RowRecord(record, 5, 1, is_prompt=False, num_generated=1, num_drafts=0, num_accepted=0)
-        step = StepRecord(step_id, float(step_id), [row] * num_rows, num_running=1, num_waiting=0, num_blocks_used=1)
-        self.rig.recorder.add_step(step)
+        self.recorder.keep_step(example_step(step_id, ("t",) * num_rows, started=float(step_id)))
 
 
 def test_steps() -> None:
     """After one or since a time, with how many a reader has missed, and whether there are more."""
     reading = Reading()
-    reading.rig.recorder.steps = Recorder(num_steps=5).steps
+    reading.recorder.steps = deque(maxlen=5)
 
     def found(limit: int = 100, **question: Any) -> tuple[list[int], int, bool]:
         steps = reading.steps(limit=limit, **question)
-        return [step.step_id for step in steps.steps], steps.num_lost, steps.has_more
+        return [step.id for step in steps.data], steps.num_lost, steps.has_more
 
     assert found() == found(after=0) == ([], 0, False)
     for step_id in (1, 2, 4):  # 3 has failed
@@ -102,30 +99,28 @@ def test_an_answer_has_a_bounded_number_of_rows_but_at_least_one_step(monkeypatc
         reading.record_step(step_id, num_rows=MAX_ROWS // 2)
     for after, step_ids, has_more in ((0, [1], True), (1, [2, 3], True), (3, [4], False), (None, [3, 4], False)):
         steps = reading.steps(after=after)
-        assert ([step.step_id for step in steps.steps], steps.has_more) == (step_ids, has_more)
-    (row, *_) = reading.steps(after=3).steps[0].rows
-    assert (row.id, row.tenant, row.position, row.num_generated, row.is_prompt) == ("r", "t", 5, 1, False)
+        assert ([step.id for step in steps.data], steps.has_more) == (step_ids, has_more)
+    assert reading.steps(after=3).data == [example_step(4, ("t",) * (MAX_ROWS // 2), started=4.0)]
     # Steps that are dropped for their rows are missed too.
-    monkeypatch.setattr("engine.scheduling.record.MAX_ROWS_KEPT", MAX_ROWS)
+    monkeypatch.setattr("engine.parts.inspection.recorder.MAX_ROWS_KEPT", MAX_ROWS)
     reading.record_step(5)
     found = [reading.steps(after) for after in (0, 3, 4)]
-    assert [(steps.steps[0].step_id, steps.num_lost) for steps in found] == [(4, 3), (4, 0), (5, 0)]
+    assert [(steps.data[0].id, steps.num_lost) for steps in found] == [(4, 3), (4, 0), (5, 0)]
 
 
 def test_requests_that_had_not_ended_before_a_time() -> None:
     reading = Reading(max_num_seqs=2)
     for number in range(3):
         reading.complete(prompt(9), f"r{number}")
-        reading.rig.recorder.requests[-1].finished = float(number)
+        reading.recorder.requests[-1].finished = float(number)
     reading.add(prompt(9), "living")
     reading.rig.step()
-    found = reading.requests(since=1.0).requests
-    assert [info.ids[0] for info in found] == ["living", "r2", "r1"]
-    for info in found:
-        assert [chunk.start for chunk in info.detail.chunks] == [info.times.num_cached_tokens]
-    first = reading.requests(since=0.0).requests[-1]
-    assert first.detail.prefix.result is PrefixResult.NOT_FOUND  # not compared with others
-    assert reading.requests().requests[0].detail is None
+    found = reading.views(since=1.0)
+    assert [view.id for view in found] == ["living", "r2", "r1"]
+    for view in found:
+        assert [chunk.position for chunk in view.chunks] == [view.num_cached_tokens]
+    assert reading.views(since=0.0)[-1].prefix.result is PrefixResult.NOT_FOUND  # not compared with others
+    assert reading.views()[0].chunks == []
 
 
 def test_requests_the_living_before_the_ended_and_the_latest_first() -> None:
@@ -133,11 +128,11 @@ def test_requests_the_living_before_the_ended_and_the_latest_first() -> None:
     for number in range(4):
         tenant = ("even", "odd")[number % 2]
         reading.add(prompt(3, 100 * number), tenant=tenant, lora_name="lora"[: number * 4])
-    while len(reading.rig.recorder.requests) < 2:
+    while len(reading.recorder.requests) < 2:
         reading.rig.step()
     reading.rig.step()
-    assert [info.ids[0] for info in reading.requests().requests] == ["r3", "r2", "r1", "r0"]
-    assert [info.state for info in reading.requests().requests] == ["waiting", "running", "finished", "finished"]
+    assert [view.id for view in reading.views()] == ["r3", "r2", "r1", "r0"]
+    assert [view.state for view in reading.views()] == ["waiting", "running", "finished", "finished"]
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"state": "running"}, ["r2"]),
         ({"tenant": "odd", "state": "finished"}, ["r1"]),
@@ -146,37 +141,38 @@ def test_requests_the_living_before_the_ended_and_the_latest_first() -> None:
         ({"lora_name": "lora"}, ["r3", "r2", "r1"]),
     ]
     for filters, expected in cases:
-        assert [info.ids[0] for info in reading.requests(**filters).requests] == expected
+        assert [view.id for view in reading.views(**filters)] == expected
     first = reading.requests(limit=3)
     assert (len(first.requests), first.has_more) == (3, True)
     running, finished = reading.one("r2"), reading.one("r1")
     assert (running.num_blocks, finished.num_blocks, finished.finish_reason) == (1, 0, "length")
-    assert finished.times.num_output_tokens == 2
-    assert [(chunk.start, chunk.num_tokens) for chunk in finished.detail.chunks] == [(0, 3)]
+    assert finished.num_output_tokens == 2
+    assert [(chunk.position, chunk.num_tokens) for chunk in finished.chunks] == [(0, 3)]
 
 
 def test_the_queue_as_if_tenants_took_turns() -> None:
     reading = Reading(max_num_seqs=1)
     reading.add(prompt(3), "running", tenant="a")
     reading.rig.step()
-    assert reading.queue().choices == []
+    assert reading.queue().data == []
     for name, tenant in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b"), ("c1", "c")):
         request = reading.add(prompt(5), name, tenant=tenant)
         assert request.record.num_ahead <= 5
     expected = [("a1", 0), ("b1", 0), ("c1", 0), ("a2", 3), ("b2", 3), ("a3", 5)]
-    assert [(choice.id, choice.num_ahead) for choice in reading.queue().choices] == expected
-    assert [choice.id for choice in reading.queue(limit=4).choices] == ["a1", "b1", "c1", "a2"]
+    assert [(choice.id, choice.num_ahead) for choice in reading.queue().data] == expected
+    assert [choice.id for choice in reading.queue(limit=4).data] == ["a1", "b1", "c1", "a2"]
     assert reading.queue(limit=1).num_waiting == 6
-    last = reading.queue().choices[-1]
-    assert (last.tenant, last.num_tokens, last.was_preempted, last.can_start) == ("a", 5, False, True)
+    last = reading.queue().data[-1]
+    assert (last.key, last.num_tokens, last.was_preempted, last.can_start) == ("a", 5, False, True)
     for request in reading.rig.scheduler.waiting:
-        ahead = next(choice.num_ahead for choice in reading.queue().choices if choice.id == request.record.ids[0])
+        ahead = next(choice.num_ahead for choice in reading.queue().data if choice.id == request.record.submit.ids[0])
         assert ahead == reading.rig.scheduler.queue.num_ahead(request)
-    assert last.queued == 3.0  # or since it was last preempted
-    request = next(some for some in reading.rig.scheduler.waiting if some.record.ids[0] == last.id)
+    now = reading.rig.scheduler.clock()
+    assert last.waited == pytest.approx(now - 3.0, abs=60)  # or since it was last preempted
+    request = next(some for some in reading.rig.scheduler.waiting if some.record.submit.ids[0] == last.id)
     request.record.preemptions += [5.0, 8.0]
     request.record.resumptions += [6.0]
-    assert reading.queue().choices[-1].queued == 8.0
+    assert reading.queue().data[-1].waited == pytest.approx(now - 8.0, abs=60)
 
 
 def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> None:
@@ -184,9 +180,9 @@ def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> No
     reading.complete(prompt(3), "first")
     reading.add(prompt(3), "second", n=2)
     reading.rig.step()
-    found = reading.requests(id="same").requests
-    assert [(info.ids[0], info.index) for info in found] == [("second", 0), ("second", 1)]
-    assert reading.requests(id="first").requests[0].state == "finished"
+    found = reading.views(id="same")
+    assert [(view.id, view.index) for view in found] == [("second", 0), ("second", 1)]
+    assert reading.one("first").state == "finished"
     assert reading.requests(id="none").requests == []
     assert reading.requests(id="first", tenant="another").requests == []
     limited = reading.requests(id="same", limit=1)
@@ -194,7 +190,7 @@ def test_an_id_names_the_latest_request_that_has_it_with_all_its_choices() -> No
 
 
 def why(reading: Reading, id: str, **filters: Any) -> tuple[PrefixResult, int, int | None, int | None, str | None]:
-    prefix = reading.one(id, **filters).detail.prefix
+    prefix = reading.one(id, **filters).prefix
     return prefix.result, prefix.num_reusable_tokens, prefix.position, prefix.token_id, prefix.similar_id
 
 
@@ -215,7 +211,7 @@ def test_why_a_prefix_was_or_was_not_found() -> None:
     assert why(reading, "short") == (PrefixResult.TOO_SHORT, 0, None, None, None)
     assert why(reading, "other") == (PrefixResult.NEW, 8, None, None, None)
     assert why(reading, "later") == (PrefixResult.DIVERGED, 8, 6, 1, "again")
-    assert reading.one("later").times.num_cached_tokens == 4
+    assert reading.one("later").num_cached_tokens == 4
     assert why(reading, "salted") == (PrefixResult.OTHER_SALT, 8, None, None, "later")
     assert why(reading, "adapted")[0] is PrefixResult.OTHER_ADAPTER
 
@@ -223,22 +219,23 @@ def test_why_a_prefix_was_or_was_not_found() -> None:
 def test_a_prompt_that_goes_on_where_an_earlier_request_ended() -> None:
     reading = Reading(num_blocks=32)
     reading.complete(prompt(6), "first", max_tokens=1)
-    (record,) = reading.rig.recorder.requests
-    assert record.token_ids is not None
-    reading.complete([*record.token_ids, *prompt(6, 700)], "second")
-    assert reading.one("second").times.num_cached_tokens == 4
+    (record,) = reading.recorder.requests
+    token_ids = notes_of(record).token_ids
+    assert token_ids is not None
+    reading.complete([*token_ids, *prompt(6, 700)], "second")
+    assert reading.one("second").num_cached_tokens == 4
     assert why(reading, "second") == (PrefixResult.ENDED, 12, None, None, "first")
 
 
 def test_a_prefix_whose_token_ids_are_forgotten() -> None:
     reading = Reading(num_blocks=32)
     reading.complete(prompt(9), "first")
-    reading.rig.recorder.requests[-1].token_ids = None
+    notes_of(reading.recorder.requests[-1]).token_ids = None
     for id, token_ids in (("none", [*prompt(4), *prompt(6, 700)]), ("other", [*prompt(2), *prompt(8, 900)])):
         reading.complete(token_ids, id)
-    reading.rig.recorder.requests[-2].token_ids = None
+    notes_of(reading.recorder.requests[-2]).token_ids = None
     reading.complete([*prompt(4), *prompt(6, 800)], "last")
-    assert reading.one("last").times.num_cached_tokens == 4
+    assert reading.one("last").num_cached_tokens == 4
     assert why(reading, "none")[0] is PrefixResult.NOT_FOUND
     assert why(reading, "last")[0] is PrefixResult.NOT_FOUND  # "other" has two of the tokens
 
@@ -281,7 +278,7 @@ def test_a_prefix_that_is_not_computed_yet_or_was_generated() -> None:
     reading.complete(prompt(4), "first", max_tokens=7)  # the model generates 9, 9, 9 ...
     reading.complete([*prompt(4), 9, 9, 9, 9, 5], "second")
     assert why(reading, "second") == (PrefixResult.GENERATED, 8, None, None, "first")
-    assert reading.one("second").times.num_cached_tokens == 4
+    assert reading.one("second").num_cached_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -292,7 +289,7 @@ def test_what_explains_nothing(settings: dict[str, bool], result: PrefixResult) 
     reading = Reading(**settings)
     reading.complete(prompt(9), "first")
     assert why(reading, "first")[0] is result
-    assert (reading.rig.recorder.requests[0].token_ids is None) == ("keeps_tokens" in settings)
+    assert (notes_of(reading.recorder.requests[0]).token_ids is None) == ("keeps_tokens" in settings)
 
 
 def test_the_requests_of_other_tenants_explain_nothing() -> None:
@@ -306,8 +303,7 @@ def test_the_requests_of_other_tenants_explain_nothing() -> None:
 def test_a_fault_of_the_reader_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     reading = Reading()
     monkeypatch.setattr(reading.reader, "_steps", lambda question: 1 / 0)
-    answer = received(reading.reader.answer(ReadSteps(read_id=3, limit=1)))
-    assert answer == ReadFailed(3)
+    assert reading.reader.answer(ReadSteps(limit=1)) is None
 
 
 FEW = st.lists(st.integers(0, 1), max_size=8)

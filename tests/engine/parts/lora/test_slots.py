@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.adapters import AdapterGoneError
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
@@ -21,7 +20,8 @@ from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
 from engine.parts.lora.loop import MAX_PENDING, READ_TIMEOUT, SLOT_TIMEOUT, WRITE_SECONDS, AdapterUpdates, run_in_thread
 from engine.parts.lora.slots import AdapterError, LoraAdapters, read_adapter
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, UnloadAdapter
-from tests.support.answers import run
+from engine.whole_model import AdapterGoneError
+from tests.support.answers import run, watch
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
 from tests.support.submits import new_submit
@@ -266,10 +266,11 @@ def test_prefixes_are_shared_by_requests_of_one_adapter_only(machine: Machine) -
     engine, key = machine.engine, fingerprint_of(machine.loaded, "a")
     own: list[dict[str, Any]] = [{}, {"lora_name": "a", "lora_fingerprint": key}]
     salts = [{"cache_salt": salt} for salt in (key, "\xff" + key, bytes.fromhex(key).decode("latin-1"))]
+    _, ended = watch(engine)
     for kinds, num_cached in ((own, 0), (own, 96), (salts, 0)):
         for kind in kinds:
             run(engine, [new_submit(range(100), params=GREEDY, **kind)])
-            assert engine.recorder.requests[-1].num_cached_tokens == num_cached, kind
+            assert ended[-1].num_cached_tokens == num_cached, kind
 
 
 # The state of slots.

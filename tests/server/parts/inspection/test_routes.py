@@ -18,23 +18,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.parts.inspection.reader import stages
+from engine.parts.inspection.records import ChunkView, InspectionProblem
 from engine.scheduling.record import RequestRecord
-from engine.shared.messages import Submit
-from engine.shared.records import Chunk, InspectionProblem, Prefix, PrefixResult, ReadSteps, RequestDetail
+from engine.shared.messages import Ask, Submit
 from server.generation.generation import stage_spans
-from server.parts.inspection import routes
-from server.parts.inspection.events import INTERVAL, MAX_READERS_EACH
+from server.parts.inspection.access import RecordAccess
 from server.parts.inspection.inspect import MAX_POSITIONS
-from server.parts.inspection.schemas import Trace, TraceInfo
-from server.parts.inspection.trace import MAX_QUESTIONS, STEPS_AT_A_TIME
-from server.parts.inspection.trace_events import TraceBuilder
-from server.parts.inspection.views import stages
+from server.parts.inspection.routes import INTERVAL, MAX_READERS_EACH, StepReaders
+from server.parts.inspection.trace import MAX_QUESTIONS, STEPS_AT_A_TIME, Trace, TraceBuilder, TraceInfo
 from tests.server.conftest import StartServer
 from tests.support.chrome_trace import check_trace, requests_in, slices_named, tracks
 from tests.support.clients import COMPLETIONS, write_keys_file
 from tests.support.fake_engine import FakeEngine
-from tests.support.records import example_step
+from tests.support.records import example_step, make
 from tests.support.serving import RunningServer, check_error, fresh_server, wait_until
+from tests.support.submits import new_submit
 
 Fields = dict[str, str]
 
@@ -210,10 +209,12 @@ def test_large_answers_count_in_the_memory_limit(start_server: StartServer, fake
 
 def test_answers_are_made_in_threads(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that other requests are served meanwhile."""
-    monkeypatch.setattr(routes, "step_view", lambda *_: threading.current_thread().name)
+    threads: list[str] = []
+    monkeypatch.setattr(RecordAccess, "show_choice", lambda *_: threads.append(threading.current_thread().name))
     server.engine.config.steps = [example_step()]
-    (thread,) = data(server, "steps")
-    assert thread != "server"  # the thread of the event loop
+    data(server, "steps")
+    assert threads
+    assert "server" not in threads  # the thread of the event loop
 
 
 # Traces.
@@ -478,7 +479,7 @@ def ids(event: Event) -> list[int]:
 
 
 def num_readers(server: RunningServer) -> int:
-    return server.context.num_step_readers.total()
+    return server.context.part(StepReaders).total()
 
 
 def test_steps_from_now_on(server: RunningServer, fake_engine: FakeEngine) -> None:
@@ -515,7 +516,7 @@ def test_a_reader_that_stalls_is_told_what_it_has_lost(server: RunningServer, fa
             run_step(server, fake_engine, next(step_ids), tenants=("",) * 4000)
             fake_engine.config.steps = fake_engine.config.steps[-KEPT:]
             server.turn(2 * INTERVAL)
-        return sum(isinstance(message, ReadSteps) for message in fake_engine.received[num_before:])
+        return sum(isinstance(message, Ask) for message in fake_engine.received[num_before:])
 
     step_ids = count(1)
     with socket.socket() as connection:
@@ -524,12 +525,12 @@ def test_a_reader_that_stalls_is_told_what_it_has_lost(server: RunningServer, fa
         connection.sendall(f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         wait_until(lambda: num_readers(server) == 1)
         while run_large_steps(10):
-            assert fake_engine.config.steps[-1].step_id < 400
+            assert fake_engine.config.steps[-1].id < 400
         assert run_large_steps(2 * KEPT) == 0
         connection.settimeout(60)
         with connection.makefile("rb") as stream:
             events, position, num_lost = _parse(line.decode() for line in stream), 0, 0
-            while position < fake_engine.config.steps[-1].step_id:  # those before are there or counted as lost
+            while position < fake_engine.config.steps[-1].id:  # those before are there or counted as lost
                 event = next(events)
                 assert ids(event)[0] == position + event[1]["num_lost"] + 1
                 num_lost += event[1]["num_lost"]
@@ -549,7 +550,7 @@ def test_an_idle_engine_is_not_asked(server: RunningServer, fake_engine: FakeEng
             server.turn(INTERVAL)
         run_step(server, fake_engine, 2)  # of which the engine learns after what it has been asked
         new = fake_engine.received[num_received:]
-        assert sum(isinstance(message, ReadSteps) for message in new[: [*map(type, new)].index(Submit)]) == 0
+        assert sum(isinstance(message, Ask) for message in new[: [*map(type, new)].index(Submit)]) == 0
 
 
 def test_a_stream_follows_the_keys_file(start_server: StartServer, fake_engine: FakeEngine, tmp_path: Path) -> None:
@@ -571,7 +572,7 @@ def test_a_stream_follows_the_keys_file(start_server: StartServer, fake_engine: 
         write(keys=other)
         server.context.api_keys.reload()
         assert [event[1]["error"]["code"] for event in events] == ["invalid_api_key"]
-    wait_until(lambda: not server.context.num_step_readers)
+    wait_until(lambda: not server.context.part(StepReaders))
 
 
 def shown(event: Event) -> list[str | None]:
@@ -584,7 +585,7 @@ def test_the_number_of_streams_is_limited(server: RunningServer) -> None:
             opened.enter_context(following(server))
         assert num_readers(server) == MAX_READERS_EACH
         assert check_error(httpx.get(server.url + PATH), 429)["code"] == "rate_limit_exceeded"
-    wait_until(lambda: not server.context.num_step_readers)
+    wait_until(lambda: not server.context.part(StepReaders))
     with following(server):
         assert num_readers(server) == 1
 
@@ -611,17 +612,13 @@ def built(trace: TraceBuilder) -> dict[str, Any]:
     return answer
 
 
-def detail_of(*chunks: Chunk) -> RequestDetail:
-    return RequestDetail(chunks=list(chunks), prefix=Prefix(result=PrefixResult.NEW, num_reusable_tokens=0))
-
-
 @st.composite
 def lives(draw: st.DrawFn) -> tuple[RequestRecord, float]:
     """A choice that is queued, scheduled, and then preempted and resumed in turn, and the time when it is read."""
     durations, num_pauses = draw(st.lists(st.floats(0, 100), min_size=1, max_size=12)), draw(st.integers(0, 5))
     arrival, queued, *later = accumulate(durations, initial=1.0)
     now = later[-1] if later else queued
-    record = RequestRecord("r-0", 0, arrival=arrival, queued=queued, num_prompt_tokens=5)
+    record = RequestRecord(new_submit(arrival=arrival), 0, queued=queued, num_prompt_tokens=5)
     record.scheduled = later.pop(0) if later else None
     record.first_token = later.pop(2 * num_pauses) if 2 * num_pauses < len(later) else None
     record.preemptions, record.resumptions = later[::2], later[1::2]
@@ -636,7 +633,7 @@ def test_the_slices_of_a_choice(life: tuple[RequestRecord, float], chunk_steps: 
     record, now = life
     times = record.times()
     spans = stage_spans(times, now)
-    assert (spans[0].start, spans[-1].end) == (record.arrival, now)
+    assert (spans[0].start, spans[-1].end) == (times.arrival, now)
     assert all(before.end == after.start <= after.end for before, after in pairwise(spans))
     sums = {name: sum(span.end - span.start for span in spans if span.name == name) for name in STAGES}
     expected = stages(times, now)
@@ -646,19 +643,19 @@ def test_the_slices_of_a_choice(life: tuple[RequestRecord, float], chunk_steps: 
     trace, begins = TraceBuilder(OFFSET), accumulate(pause for pause, _ in chunk_steps)
     for number, (at, (_, seconds)) in enumerate(zip(begins, chunk_steps, strict=True)):
         trace.add_steps([example_step(number, started=at, seconds={"forward": seconds})])
-    chunks = [Chunk(number, 4 * number, 4) for number in range(len(chunk_steps))]
-    trace.add_choice("r 0.0", times, detail_of(*chunks), now, {"id": "r"})
+    chunks = [make(ChunkView, number, 4 * number, 4) for number in range(len(chunk_steps))]
+    trace.add_choice("r 0.0", times, chunks, now, {"id": "r"})
     answer = built(trace)
-    wall = round(1e6 * (now + OFFSET)) - round(1e6 * (record.arrival + OFFSET))
+    wall = round(1e6 * (now + OFFSET)) - round(1e6 * (times.arrival + OFFSET))
     if wall == 0:
         assert requests_in(answer) == []
         return
     ((whole, *parts),) = requests_in(answer)
     assert whole["dur"] == wall == sum(part["dur"] for part in parts if part["name"] in STAGES)
     computing = [part for part in parts if part["name"] in ("prefill", "decode")]
-    for chunk in (part for part in parts if part["name"] == "chunk"):
-        end = chunk["ts"] + chunk["dur"]
-        assert any(stage["ts"] <= chunk["ts"] and end <= stage["ts"] + stage["dur"] for stage in computing)
+    for part in (part for part in parts if part["name"] == "chunk"):
+        end = part["ts"] + part["dur"]
+        assert any(stage["ts"] <= part["ts"] and end <= stage["ts"] + stage["dur"] for stage in computing)
 
 
 def test_what_a_step_computed() -> None:
@@ -688,11 +685,14 @@ def test_steps_that_overlap_have_tracks_of_their_own() -> None:
     assert found == {(1, 1): [1, 3, 5], (1, 2): [2, 4]}
 
 
+CHUNKS = [(1, 0, 8), (2, 8, 1), (99, 9, 1)]
+
+
 def test_a_prompt_in_two_chunks() -> None:
     trace = TraceBuilder(OFFSET)
     trace.add_steps(example_step(n, started=2.0 + n, seconds={"forward": 1.0, "update": n - 1.0}) for n in (1, 2))
-    record = RequestRecord("r-0", 0, arrival=1.0, queued=2.0, num_prompt_tokens=9, scheduled=3.25, first_token=5.5)
-    trace.add_choice("r 0.0", record.times(), detail_of(Chunk(1, 0, 8), Chunk(2, 8, 1), Chunk(99, 9, 1)), 8.0, {})
+    record = RequestRecord(new_submit(arrival=1.0), 0, queued=2.0, num_prompt_tokens=9, scheduled=3.25, first_token=5.5)
+    trace.add_choice("r 0.0", record.times(), [make(ChunkView, *each) for each in CHUNKS], 8.0, {})
     ((_, *parts),) = requests_in(built(trace))
     second = 1_000_000
     assert [(part["name"], part["ts"] - 1_700_000_000 * second, part["dur"]) for part in parts] == [

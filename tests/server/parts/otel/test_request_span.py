@@ -11,22 +11,12 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics
 from opentelemetry.semconv.attributes import error_attributes, http_attributes
 
-from engine.shared.messages import FinishReason
-from engine.shared.records import RequestTimes
+from engine.shared.messages import FinishReason, RequestTimes
 from server.generation.generation import ChoiceEnd, request_timings
 from server.parts.otel.request_span import MAX_CHOICES
 from tests.server.conftest import StartServer
-from tests.support.clients import (
-    CHAT,
-    COMPLETIONS,
-    MESSAGES,
-    MINIMAL,
-    OLLAMA_GENERATE,
-    RESPONSES,
-    ask,
-    ask_json,
-    ask_stream,
-)
+from tests.support import clients
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, OLLAMA_GENERATE, RESPONSES
 from tests.support.fake_engine import FakeEngine
 from tests.support.otlp_receiver import OTLPReceiver, attributes
 from tests.support.serving import RunningServer, wait_until
@@ -97,22 +87,22 @@ def test_a_request(traced: RunningServer, receiver: OTLPReceiver, fake_engine: F
 def test_each_api(traced: RunningServer, receiver: OTLPReceiver) -> None:
     """The names are those of the conventions."""
     for number, path in enumerate(MINIMAL, start=1):
-        ask_json(traced.url, path, raw=True if path == OLLAMA_GENERATE else ...)
+        clients.ask_json(traced.url, path, raw=True if path == OLLAMA_GENERATE else ...)
         root = receiver.wait_for_roots(number)[-1]
         operation = "text_completion" if path in (COMPLETIONS, OLLAMA_GENERATE) else "chat"
         found = attributes(root.attributes)
         assert root.name == f"{operation} tiny"
         assert (found["http.route"], found["gen_ai.operation.name"]) == (path, operation)
         check_sum(receiver, root)
-    ask_stream(traced.url, CHAT, n=2, top_k=3)
-    ask(traced.url, CHAT, model="other")
+    clients.ask_stream(traced.url, CHAT, n=2, top_k=3)
+    clients.ask(traced.url, CHAT, model="other")
     names = {name for root in receiver.wait_for_roots(number + 2) for name in attributes(root.attributes)}
     assert {"gen_ai.request.choice.count", "gen_ai.request.top_k", "error.type"} <= names
     assert {name for name in names if not name.startswith("lightwell.")} <= CONVENTIONS
 
 
 def test_each_choice_has_stages(traced: RunningServer, receiver: OTLPReceiver) -> None:
-    ask_json(traced.url, COMPLETIONS, prompt=["Hi", "Ho"], n=2)
+    clients.ask_json(traced.url, COMPLETIONS, prompt=["Hi", "Ho"], n=2)
     root, found = one_root(receiver)
     assert found["gen_ai.response.finish_reasons"] == ["stop"] * 4
     *stages, writing = receiver.children(root)
@@ -129,7 +119,7 @@ def test_each_choice_has_stages(traced: RunningServer, receiver: OTLPReceiver) -
 
 
 def test_very_many_choices(traced: RunningServer, receiver: OTLPReceiver) -> None:
-    ask_json(traced.url, COMPLETIONS, prompt=["Hi"] * (MAX_CHOICES + 5))
+    clients.ask_json(traced.url, COMPLETIONS, prompt=["Hi"] * (MAX_CHOICES + 5))
     root, found = one_root(receiver)
     assert len(found["gen_ai.response.finish_reasons"]) == MAX_CHOICES + 5
     assert sum(child.name == "decode" for child in receiver.children(root)) == MAX_CHOICES
@@ -138,7 +128,7 @@ def test_very_many_choices(traced: RunningServer, receiver: OTLPReceiver) -> Non
 def test_a_stop_string(traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine) -> None:
     """It ends a choice in this process, so the engine reports no end of it."""
     fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.005
-    ask_json(traced.url, CHAT, stop=["world"])
+    clients.ask_json(traced.url, CHAT, stop=["world"])
     root, found = one_root(receiver)
     assert found["gen_ai.response.finish_reasons"] == ["stop"]
     check_sum(receiver, root)
@@ -190,7 +180,7 @@ def test_invalid_parents_are_ignored(traced: RunningServer, receiver: OTLPReceiv
     ],
 )
 def test_a_refused_request(traced: RunningServer, receiver: OTLPReceiver, fields: dict[str, Any], error: str) -> None:
-    assert ask(traced.url, COMPLETIONS, **fields).status_code in (400, 404)
+    assert clients.ask(traced.url, COMPLETIONS, **fields).status_code in (400, 404)
     root, found = one_root(receiver)
     assert (root.name, root.status.code, root.status.message) == ("text_completion", Status.STATUS_CODE_ERROR, "")
     assert found["error.type"] == error
@@ -203,7 +193,7 @@ def test_a_failed_request(
     traced: RunningServer, receiver: OTLPReceiver, fake_engine: FakeEngine, path: str, fields: dict[str, Any]
 ) -> None:
     fake_engine.config.fail_request = True
-    ask(traced.url, path, **fields)
+    clients.ask(traced.url, path, **fields)
     root, found = one_root(receiver)
     assert (root.status.code, found["error.type"]) == (Status.STATUS_CODE_ERROR, "server_error")
     assert found["gen_ai.response.finish_reasons"] == ["error"]

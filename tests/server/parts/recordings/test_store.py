@@ -119,6 +119,11 @@ def test_a_replay_that_differs(start_server: StartServer, fake_engine: FakeEngin
         assert ended["difference"]["replayed"]["token_id"] == 256
         fake_engine.config.reply = []
         assert httpx.post(url).json()["choices"][0]["difference"]["position"] == 0
+    fake_engine.config.fail_request = True
+    failed = httpx.post(url)
+    check_error(failed, 500)
+    assert "secret" not in failed.text
+    assert server.model.client.num_in_flight == 0
 
 
 def test_requests_that_are_not_recorded(start_server: StartServer) -> None:
@@ -127,13 +132,3 @@ def test_requests_that_are_not_recorded(start_server: StartServer) -> None:
         error = check_error(httpx.post(f"{server.url}/v1/requests/unknown/replay"), 404)
         assert error["code"] == "request_not_found"
         assert words in error["message"]
-
-
-def test_an_engine_that_fails(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    server = start_server(record_requests=3)
-    answer_id = httpx.post(server.url + COMPLETIONS, json=MINIMAL[COMPLETIONS]).json()["id"]
-    fake_engine.config.fail_request = True
-    response = httpx.post(f"{server.url}/v1/requests/{answer_id}/replay")
-    check_error(response, 500)
-    assert "secret" not in response.text
-    assert server.model.client.num_in_flight == 0

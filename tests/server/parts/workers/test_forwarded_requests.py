@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.dialects import worker_paths
 from server.engine_client.liveness import CHECK_SECONDS
+from server.parts.inspection.routes import StepReaders
 from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import ForwardedRequests, Forwarder
 from tests.server.parts.conftest import StartPair
@@ -133,13 +134,13 @@ def test_a_disconnect_ends_a_forwarded_generation(pair: Pair) -> None:
 
 def test_a_stream_of_steps_ends_with_its_client(pair: Pair) -> None:
     coordinator, worker = pair
-    readers = coordinator.context.num_step_readers
+    readers = coordinator.context.part(StepReaders)
     for _ in range(3):
         with httpx.stream("GET", f"{worker.url}/lightwell/v1/events", timeout=60) as answer:
             assert answer.status_code == 200
             assert readers.total() == 1
         wait_until(lambda: not readers.total())
-    assert not worker.context.num_step_readers
+    assert not worker.context.part(StepReaders)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", RESPONSES])

@@ -21,6 +21,7 @@ from engine.shared.messages import HEARTBEAT_SECONDS, Abort, SamplingParams, Sub
 from server.generation import job as jobs
 from server.generation.pipeline import MAX_HELD_SECONDS
 from server.http.errors import ServerError
+from server.parts.inspection.routes import StepReaders
 from server.parts.recordings.store import Recordings
 from server.parts.workers import messages
 from server.parts.workers.relay import Relay
@@ -698,7 +699,7 @@ def test_what_the_worker_cannot_read_harms_nothing_else(start_pair: StartPair) -
         for _ in range(3):
             assert ask(worker.url, COMPLETIONS).status_code == 200
             assert httpx.get(f"{worker.url}/v1/models").status_code == 200
-        assert coordinator.context.num_step_readers.total() == 1
+        assert coordinator.context.part(StepReaders).total() == 1
 
 
 def test_the_coordinator_holds_a_failed_reservation_until_its_request_ends() -> None:

@@ -1,8 +1,15 @@
-"""The largest step that the limits allow, with made-up requests, to measure how much memory a step takes. No torch."""
+"""Measures how much memory of a GPU a step takes: with the largest one that the limits allow, of made-up requests."""
 
 from __future__ import annotations
 
+import torch
+
+from engine.config import EngineConfig
+from engine.loading import Limits, new_runner
+from engine.model import CausalLM
+from engine.model.memory_plan import MIB, CudaMemory, MemoryPlan, free_memory, is_out_of_memory
 from engine.scheduling.block_pool import Block
+from engine.scheduling.record import StepClock
 from engine.scheduling.request import BlockTable, Request, Scheduled, Status, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 
@@ -16,6 +23,35 @@ SAMPLING = SamplingParams(
     presence_penalty=0.1,
     logprobs=20,
 )
+
+
+def measure_activations(card: CudaMemory, model: CausalLM, limits: Limits, config: EngineConfig) -> None:
+    """Measure the memory of the largest step. Raises ValueError, with the settings that help, if it does not fit."""
+    free = free_memory(card.device)
+    try:
+        card.measure(lambda: run_largest_step(model, limits, config.block_size, card.device))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"a step of --max-num-batched-tokens {limits.max_num_batched_tokens} and --max-num-seqs "
+            f"{limits.max_num_seqs} does not fit into {free // MIB} MiB, which is what the weights leave "
+            f"free; lower either{', or use --quantization int8' if config.quantization != 'int8' else ''}"
+        ) from error
+
+
+def run_largest_step(model: CausalLM, limits: Limits, block_size: int, device: torch.device) -> None:
+    """Run a step with all rows and all samples that the limits allow, on a KV cache of one block.
+
+    All its sequences share the block: what is in it is of no interest.
+    """
+    num_groups = len(model.config.kv_groups)
+    step = largest_step(
+        limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, block_size, num_groups
+    )
+    runner = new_runner(model, limits, MemoryPlan(1, block_size, 0, 1, limits.max_model_len), device)
+    clock = StepClock()
+    runner.sample(step, runner.forward(step, clock), clock).read()
 
 
 def largest_step(
