@@ -94,17 +94,17 @@ class Job(Generic[Body]):
         self.steps.fail(error)
         return self.writer.failure(error)
 
-    def end(self) -> None:
-        """End the generation. May be called again."""
+    def end(self, *, is_answered: bool = False) -> None:
+        """End the generation, and count its answer no longer, unless a response that sends it does so.
+
+        May be called again.
+        """
+        if not is_answered:
+            self.share.release()
         self.generation.close()
         self.context.running.remove(self.generation, self.keys)
         self.keys = ()
         self.steps.end()
-
-    def close(self) -> None:
-        """End the generation, and count its answer no longer."""
-        self.share.release()
-        self.end()
 
 
 async def prepare(job: Job[Body]) -> tuple[list[Submit], float]:

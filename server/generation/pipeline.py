@@ -53,14 +53,14 @@ async def respond(
             content = await collect(job)
     except BaseException as error:
         job.steps.fail(error)
-        job.close()
+        job.end()
         raise
     if not body.stream:
-        job.end()
+        job.end(is_answered=True)
         return AnswerResponse(content, job.share, job.headers)
     return EventStream(
         stream(job),
-        on_close=job.close,
+        on_close=job.end,
         on_error=job.failure,
         headers=job.headers,
         request_id=job.request_id,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
+from sse_starlette.sse import EventSourceResponse
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.http.errors import APIError, ServerError
@@ -91,7 +92,7 @@ def error_event(error: APIError) -> bytes:
     return b"data: " + error.body() + b"\n\ndata: [DONE]\n\n"
 
 
-class EventStream(StreamingResponse):
+class EventStream(EventSourceResponse):
     """A response of chunks of events that are already encoded, with comments in pauses if the format has any.
 
     The client's disconnect must cancel the handler: `StrictJSONRoute` sees to that, other handlers call
@@ -110,8 +111,7 @@ class EventStream(StreamingResponse):
         request_id: str | None = None,
         format: StreamFormat = SERVER_SENT_EVENTS,
     ) -> None:
-        own = {"cache-control": "no-store", "connection": "keep-alive", "x-accel-buffering": "no"}
-        super().__init__(chunks, headers={**(headers or {}), **own}, media_type=format.media_type)
+        super().__init__(chunks, headers=headers, media_type=format.media_type)
         self._chunks = chunks
         self._on_close = on_close
         self._on_error = on_error

@@ -80,10 +80,15 @@ class Recorder:
         scheduler.pool.on_evict.append(self.add_evicted)
 
     def add_step(self, step: Step, clock: StepClock) -> None:
-        """Add a step that has been read."""
+        """Keep a step that has been read. The oldest are dropped if there are too many, or too many rows of them."""
         running, waiting = self.scheduler.running.requests, self.scheduler.waiting.requests
         num_children = sum([len(request.children) for request in (*running, *waiting)])
-        self.keep_step(
+        self.num_rows += len(step.scheduled)
+        while self.steps and (self.num_rows > MAX_ROWS_KEPT or len(self.steps) == self.steps.maxlen):
+            oldest = self.steps.popleft()
+            self.num_rows -= len(oldest.rows)
+            self.last_dropped = oldest.id
+        self.steps.append(
             StepView(
                 id=step.step_id,
                 started=clock.started,
@@ -95,27 +100,14 @@ class Recorder:
             )
         )
 
-    def keep_step(self, step: StepView) -> None:
-        """Keep a step. The oldest ones are dropped if there are too many, or if they have too many rows together."""
-        self.num_rows += len(step.rows)
-        while self.steps and (self.num_rows > MAX_ROWS_KEPT or len(self.steps) == self.steps.maxlen):
-            oldest = self.steps.popleft()
-            self.num_rows -= len(oldest.rows)
-            self.last_dropped = oldest.id
-        self.steps.append(step)
-
     def begin_request(self, request: Request) -> None:
         """Note why a request that was just admitted has as much of its prompt cached as it has."""
-        request.record.notes = Notes(request.kv.salt, *self._prefix_result(request))
-
-    def _prefix_result(self, request: Request) -> tuple[PrefixResult, int]:
-        """Also return how many tokens of the prompt it could have found in an ideal cache."""
         block_size = self.scheduler.pool.block_size
-        if request.reads_all_rows:
-            return PrefixResult.ALL_ROWS, 0
-        num_usable = (len(request.token_ids) - 1) // block_size
+        num_usable = 0 if request.reads_all_rows else (len(request.token_ids) - 1) // block_size
         num_cached = request.kv.num_computed // block_size
-        if num_usable == 0:
+        if request.reads_all_rows:
+            result = PrefixResult.ALL_ROWS
+        elif num_usable == 0:
             result = PrefixResult.TOO_SHORT
         elif num_cached == num_usable:
             result = PrefixResult.FOUND
@@ -123,7 +115,7 @@ class Recorder:
             missing = request.kv.block_hashes[num_cached]
             was_there = any(missing + suffix in self.evicted for suffix in self.scheduler.kv.suffixes)
             result = PrefixResult.EVICTED if was_there else PrefixResult.NOT_FOUND
-        return result, num_usable * block_size
+        request.record.notes = Notes(request.kv.salt, result, num_usable * block_size)
 
     def add_evicted(self, block_hash: bytes) -> None:
         """Remember the hash of a block that is overwritten."""

@@ -115,7 +115,7 @@ async def _start_in_background(
             job.failure(ServerError(job.request_id))
         finally:
             account.num_running -= 1
-            job.close()
+            job.end()
             fields = {**job.generation.log_fields(), "request_id": job.request_id}
             logger.info("%s ended in the background", job.metadata.id, extra={"fields": fields})
 
