@@ -118,7 +118,7 @@ class Engine:
         self.device = loaded.device
         self.dtype = str(loaded.dtype).removeprefix("torch.")
         self.in_flight: StepInFlight | None = None
-        self.parts: list[list[Scheduled]] = []  # parts of a failed step that are to be run again; the last one is next
+        self.retries: list[list[Scheduled]] = []  # of parts of a failed step; the last one is next
         self.doubt: str | None = None  # why a step has failed, if none has succeeded since
         self.last_read = 0.0  # time when the last step was read
         self.grammars = GrammarManager(loaded.config.eos_token_ids, loaded.config.num_token_ids)
@@ -175,8 +175,8 @@ class Engine:
 
     def _step(self) -> tuple[Step | None, list[TokenEvent]]:
         clock = StepClock(self.clock)
-        is_part = bool(self.parts)
-        step = (self._next_part() if is_part else None) or self.scheduler.schedule() or self._wait_for_grammar()
+        is_retry = bool(self.retries)
+        step = (self._next_retry() if is_retry else None) or self.scheduler.schedule() or self._wait_for_grammar()
         clock.lap("schedule")
         batch = None if step is None else self._attempt(step, partial(self.runner.forward, step, clock))
         finished, events, failed = self._finish()
@@ -193,7 +193,7 @@ class Engine:
         if isinstance(outputs, Failure):
             return finished, events + self._fail(step, outputs)
         self.in_flight = StepInFlight(step, outputs, clock)
-        if self.overlaps and not is_part:
+        if self.overlaps and not is_retry:
             return finished, events
         finished, events, failed = self._finish()
         return finished, events if failed is None else events + self._fail(*failed)
@@ -251,7 +251,7 @@ class Engine:
         that fails alone ends. `failure`: None if the requests of `step` have failed beside others that have not.
         """
         if failure is None:
-            self.parts.append(step.scheduled)
+            self.retries.append(step.scheduled)
             return []
         if failure.out_of_memory:
             release_memory(self.device)  # nothing holds the tensors of the failed launch any more
@@ -260,14 +260,14 @@ class Engine:
         self.doubt = failure.reason
         half = len(step.scheduled) // 2
         if half:
-            self.parts += [step.scheduled[half:], step.scheduled[:half]]
+            self.retries += [step.scheduled[half:], step.scheduled[:half]]
             return []
         return self.scheduler.update(step, [ScheduledOutput(error=COULD_NOT_COMPUTE)])
 
-    def _next_part(self) -> Step | None:
+    def _next_retry(self) -> Step | None:
         """Return the next part of a failed step, unless its requests have ended."""
-        while self.parts:
-            if (step := self.scheduler.repeat(self.parts.pop())) is not None:
+        while self.retries:
+            if (step := self.scheduler.repeat(self.retries.pop())) is not None:
                 return step
         return None
 

@@ -94,7 +94,7 @@ class EngineLoop:
             self.run_once(self.seconds_to_wait())
 
     def seconds_to_wait(self) -> float:
-        """Return for how long to wait for messages before the next step. None is computed while one is unsent."""
+        """Return for how long to wait for messages before the next step, which is not computed while one is unsent."""
         if self.connections.unsent:
             return POLL_SECONDS
         if self.engine.has_work or self.queue or self.after_step:
@@ -111,8 +111,8 @@ class EngineLoop:
             self.handle(identity, message)
         if self.engine.has_work or not all(type(message) in self.not_work for _, message in messages):
             self.last_work = self.clock()
-        is_idle = self.clock() >= self.last_work + HEARTBEAT_SECONDS or not messages
-        if timeout == HEARTBEAT_SECONDS and is_idle:
+        may_prepare = self.clock() >= self.last_work + HEARTBEAT_SECONDS or not messages
+        if timeout == HEARTBEAT_SECONDS and may_prepare:  # there was nothing to do
             self.engine.prepare_grammars()
             self.engine.runner.capture_next()
         for poll in tuple(self.polled):
@@ -128,9 +128,9 @@ class EngineLoop:
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
         pool = self.engine.scheduler.pool
         prefixes: tuple[list[bytes], list[bytes]] = pool.take_changes() if pool.changes else ([], [])
-        for abort in self.connections.send_outputs(
-            refused + events, self.engine.scheduler.current_stats(), num_tokens, started, prefixes
-        ):
+        stats = self.engine.scheduler.current_stats()
+        aborts = self.connections.send_outputs(refused + events, stats, num_tokens, started, prefixes)
+        for abort in aborts:  # what could not be sent, or whose API process has gone
             self.engine.abort(abort.request_id, abort.index)
         for act in tuple(self.after_step):
             act(step_seconds)
@@ -148,7 +148,7 @@ class EngineLoop:
     def greet(self, identity: bytes, _hello: Hello) -> None:
         """Tell a new API process about the engine."""
         self.connections.identities.add(identity)
-        pool = self.engine.scheduler.kv.pool
+        pool = self.engine.scheduler.pool
         prefixes = [] if pool.changes is None else pool.prefix_names()
         self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded(), prefixes))
 

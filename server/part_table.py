@@ -98,9 +98,9 @@ def is_installed(name: str) -> bool:
     return why_missing(name) is None
 
 
-def missing_part(path: str) -> str | None:
-    """Return what the requests to a path need that is not installed, or None."""
-    names = [name for name, entry in PARTS.items() if any(fnmatchcase(path, pattern) for pattern in entry.paths)]
+def missing_part(url_path: str) -> str | None:
+    """Return the sentence that names what requests to a path of the API need and is not installed, or None."""
+    names = [name for name, entry in PARTS.items() if any(fnmatchcase(url_path, pattern) for pattern in entry.paths)]
     return next((as_sentence(error) for error in map(why_missing, names) if error is not None), None)
 
 

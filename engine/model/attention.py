@@ -79,6 +79,7 @@ class Attention(PagedAttention):
     def project(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """Return the queries [T, H * D] of hidden states [T, hidden_size]; store their keys and values in the cache."""
         heads = self.qkv_proj(x, inputs.lora_slots).view(len(x), -1, self.spec.head_dim)
+        # Layers that read the cache of another have no k and v, some have no v.
         q, k, v, *_ = *torch.split(heads, self.sizes, dim=1), None, None
         return self.rope_and_store_kv(q, k, k if self.spec.values_are_keys else v, inputs, self.norms)
 

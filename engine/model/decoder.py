@@ -53,12 +53,12 @@ class DecoderLayer:
 
     def attend(self, x: Tensor, projected: list[Tensor], inputs: LayerInputs) -> None:
         """x = x + attention(queries)."""
-        self.add_attention(x, lambda out: self.self_attn(projected[0], inputs, out))
+        self.add_attention(x, lambda residual: self.self_attn(projected[0], inputs, residual))
 
     def feed_forward(self, x: Tensor, projected: list[Tensor], inputs: LayerInputs) -> None:
         """x = x + mlp(norm(x))."""
         normed = self.feed_forward_input(x, projected)
-        self.add_feed_forward(x, lambda out: self.mlp(normed, inputs.lora_slots, out))
+        self.add_feed_forward(x, lambda residual: self.mlp(normed, inputs.lora_slots, residual))
         for extra in self.extras:
             extra(x, inputs)
 
@@ -126,6 +126,7 @@ class CausalLM:
         for layer in self.layers[:last]:
             with self.kernels.temporaries():
                 layer(x, inputs)
+        # All keys and values are stored from here on. In most models this layer is the last, and no other follows.
         x, inputs = self._keep_hidden_rows(batch, x, inputs)
         for layer in self.layers[last + 1 :]:
             with self.kernels.temporaries():

@@ -25,7 +25,7 @@ NORM_EPS = 1e-6  # of the norms inside, whatever that of others is
 
 
 class LatentAttention(PagedAttention):
-    """Attention of H query heads to latent vectors of rank C with R rotated dimensions."""
+    """Attention of H query heads to latent vectors of rank C with R rotated dimensions; the values have V each."""
 
     def __init__(self, config: ModelConfig, index: int, parameters: Parameters, kernels: Kernels) -> None:
         self.index = index

@@ -28,6 +28,8 @@ NO_MASKS: Mapping[int, bytes] = {}
 GREEDY_ORDER = ("penalties",)
 SAMPLED_ORDER = ("temperature", "min_p", "top_k", "top_p")  # of rows that are not special, after GREEDY_ORDER
 
+NUM_FIRST_TOKENS = 16  # the tag that begins the reasoning must be among the first tokens of the output
+
 
 @dataclass(slots=True)
 class SamplerOutput:
@@ -183,11 +185,8 @@ def packed_masks(masks: Mapping[int, bytes], vocab_size: int) -> npt.NDArray[np.
     return np.frombuffer(joined, dtype=np.uint8).reshape(len(masks), num_bytes)
 
 
-NUM_FIRST_TOKENS = 16  # the tag that begins the reasoning must be among the first tokens of the output
-
-
 def step_masks(step: Step) -> dict[int, bytes]:
-    """Return index among the step's sampled rows -> mask, for the constrained rows; see `sampler.apply_masks`.
+    """Return index among the step's sampled rows -> mask, for the constrained rows; see `apply_masks`.
 
     The mask that ends the reasoning replaces that of a grammar, which allows reasoning to end anywhere.
     """

@@ -51,7 +51,7 @@ def _record_first_schedule(request: Request, lifecycle: Lifecycle, stats: Engine
 
 
 @dataclass(slots=True)
-class StepInProgress:
+class StepPlan:
     """A step that is being scheduled."""
 
     num_free: int  # rows that are neither given out nor reserved: each running request has one until its turn
@@ -133,22 +133,22 @@ class Scheduler:
         self.pool.step_id = self.stats.steps_total + 1
         running = self.running.requests
         num_rows = self.budget.num_rows(running) - len(running)
-        draft = StepInProgress(num_rows, self.queue.next_waiting() if self.waiting.requests else None)
+        plan = StepPlan(num_rows, self.queue.next_waiting() if self.waiting.requests else None)
         for requests in self.queue.turns():
-            if draft.head is not None:
-                self._start_waiting(draft, before=requests[0])
+            if plan.head is not None:
+                self._start_waiting(plan, before=requests[0])
             for request in requests:
                 has_ended = request.status is Status.FINISHED
                 try:
-                    self._schedule_running(request, draft)
+                    self._schedule_running(request, plan)
                 except BaseException as error:
                     self.lifecycle.take_fault(request, error, has_ended=has_ended)
-        if draft.head is not None:
-            self._start_waiting(draft)
-        scheduled = [item for item in draft.scheduled.values() if item.request.status is Status.RUNNING]
+        if plan.head is not None:
+            self._start_waiting(plan)
+        scheduled = [item for item in plan.scheduled.values() if item.request.status is Status.RUNNING]
         if len(scheduled) > 1:  # rows of the same adapter are adjacent, because they share its matrices
             scheduled.sort(key=lambda item: (item.is_prompt, item.request.lora_slot))
-        self.drafting.add_drafts(scheduled, draft.num_free)
+        self.drafting.add_drafts(scheduled, plan.num_free)
         return self._new_step(scheduled)
 
     def _new_step(self, items: Sequence[Scheduled]) -> Step | None:
@@ -159,62 +159,62 @@ class Scheduler:
         self.stats.steps_total += 1
         return Step(self.stats.steps_total, scheduled)
 
-    def _schedule_running(self, request: Request, draft: StepInProgress) -> None:
+    def _schedule_running(self, request: Request, plan: StepPlan) -> None:
         """Give a running request its part of the step."""
         if request.status is not Status.RUNNING:  # preempted before its turn
             return
-        num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, draft.num_free + 1)
-        if num_tokens and not self._extend(request, num_tokens, draft):
+        num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, plan.num_free + 1)
+        if num_tokens and not self._extend(request, num_tokens, plan):
             return
-        draft.num_free += 1 - num_tokens  # one row was reserved for it
+        plan.num_free += 1 - num_tokens  # one row was reserved for it
         if num_tokens:  # 0 while its last token is being sampled
-            draft.scheduled[request] = self._advance(request, num_tokens)
+            plan.scheduled[request] = self._advance(request, num_tokens)
             self.queue.charge(request, num_tokens)
 
-    def _start_waiting(self, draft: StepInProgress, before: Request | None = None) -> None:
+    def _start_waiting(self, plan: StepPlan, before: Request | None = None) -> None:
         """Start waiting requests while there is room: all, or those that come before a running one."""
-        while (request := draft.head) is not None:
+        while (request := plan.head) is not None:
             if before is not None and not self.queue.precedes(request, before):
                 return
-            draft.head = None
-            if request in draft.preempted:
+            plan.head = None
+            if request in plan.preempted:
                 return
             try:
-                if not self._admit(request, draft):
+                if not self._admit(request, plan):
                     return
-                num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, draft.num_free)
-                draft.scheduled[request] = self._advance(request, num_tokens)
-                draft.num_free -= num_tokens
+                num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, plan.num_free)
+                plan.scheduled[request] = self._advance(request, num_tokens)
+                plan.num_free -= num_tokens
                 self.queue.charge(request, num_tokens)
             except BaseException as error:
                 self.lifecycle.take_fault(request, error, has_ended=False)
-            draft.head = self.queue.next_waiting() if self.waiting.requests else None
+            plan.head = self.queue.next_waiting() if self.waiting.requests else None
 
-    def _extend(self, request: Request, num_tokens: int, draft: StepInProgress) -> bool:
+    def _extend(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
         """Give a running request blocks for its next tokens, preempting the newest requests while blocks are short.
 
         Return False if the request itself was preempted.
         """
         while not self.kv.extend(request, num_tokens):
-            draft.head = None
+            plan.head = None
             newest = self.queue.newest()
             with self.lifecycle.isolated(newest):
-                self._preempt(newest, draft)
+                self._preempt(newest, plan)
             if newest is request:
                 return False
         return True
 
-    def _preempt(self, request: Request, draft: StepInProgress | None = None) -> None:
+    def _preempt(self, request: Request, plan: StepPlan | None = None) -> None:
         """Release a request's blocks and queue it again. It later recomputes what the prefix cache has lost by then.
 
-        `draft`: the step being scheduled, which takes back the rows that were given out to it or reserved for it, and
+        `plan`: the step being scheduled, which takes back the rows that were given out to it or reserved for it, and
         what its tenant was charged for them.
         """
-        if draft is not None:
-            draft.preempted.append(request)
+        if plan is not None:
+            plan.preempted.append(request)
             is_pending = request.num_pending(request.kv.num_computed) > 0
-            item = draft.scheduled.pop(request, None)
-            draft.num_free += item.num_tokens if item is not None else int(is_pending)
+            item = plan.scheduled.pop(request, None)
+            plan.num_free += item.num_tokens if item is not None else int(is_pending)
             if item is not None:
                 self.queue.charge(request, -item.num_tokens)
             request.record.take_back(self.stats.steps_total + 1)
@@ -228,7 +228,7 @@ class Scheduler:
         self.stats.preemptions_total += 1
         self.queue.wait(request)
 
-    def _admit(self, request: Request, draft: StepInProgress) -> bool:
+    def _admit(self, request: Request, plan: StepPlan) -> bool:
         """Start a waiting request. Return False if slots, blocks or rows are short.
 
         Slots and blocks are taken from tenants that hold too much, rows are not: the next step has new ones.
@@ -236,17 +236,17 @@ class Scheduler:
         num_slots = min(self.max_num_seqs, self.budget.limit)
         while True:
             has_slot = len(self.running.requests) < num_slots
-            if has_slot and not draft.num_free:
+            if has_slot and not plan.num_free:
                 return False
-            if has_slot and self.kv.admit(request, self.running.requests, min(self.max_chunk, draft.num_free)):
+            if has_slot and self.kv.admit(request, self.running.requests, min(self.max_chunk, plan.num_free)):
                 break
             victim = self.queue.displaced_by(request, lacks_blocks=has_slot)
-            if victim is None or victim in draft.admitted:
+            if victim is None or victim in plan.admitted:
                 return False
             with self.lifecycle.isolated(victim):
-                self._preempt(victim, draft)
+                self._preempt(victim, plan)
         self.queue.start(request)
-        draft.admitted.append(request)
+        plan.admitted.append(request)
         request.status = Status.RUNNING
         if request.record.scheduled is None:
             _record_first_schedule(request, self.lifecycle, self.stats, self.clock())

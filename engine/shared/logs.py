@@ -51,6 +51,7 @@ def configure_logging(level: str, log_format: str, fd: int = STDERR_FD, label: s
 
 
 def _add_label(label: str, record: logging.LogRecord) -> bool:
+    """Append the label to the name of the logger, and keep the record: a filter."""
     record.name += label
     return True
 

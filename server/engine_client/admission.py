@@ -56,8 +56,8 @@ class WaitEstimate:
     """
 
     def __init__(self) -> None:
-        self._tokens = 0.0
-        self._seconds = 0.0
+        self._tokens = 0.0  # a decaying sum, over the time in which requests waited
+        self._seconds = 0.0  # that time, decaying likewise
         self.is_measuring = False  # requests waited after the last step
         self._measured_until = 0.0
         self.mean_output = FIRST_OUTPUT  # tokens that recent outputs had on average

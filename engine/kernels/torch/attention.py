@@ -83,7 +83,7 @@ def new_kv_cache(
 
 
 def cached_keys(cache: LayerCache, block_ids: Tensor) -> Tensor:
-    """Return the keys [B', N, KH, D] in blocks [B'] in float32, one block after the other: [B' * N, KH, D]."""
+    """Return the keys in blocks `block_ids` [B'] as float32 [B' * N, KH, D], one block after the other."""
     keys = cache.keys[block_ids].float()
     if cache.key_scales is not None:
         keys *= cache.key_scales[block_ids].transpose(1, 2)[..., None]
@@ -128,8 +128,8 @@ def products_agree(
 ) -> bool:
     """Return whether the products of `_attend`, q k^T and p v, are independent of the number of rows and of tiles."""
     rows = [_round_up(tile * group_size, ROW_MULTIPLE) for tile in tile_sizes]
-    pages = random_numbers(PROBE_TILES[-1], KEY_TILE, head_dim, device=device, dtype=dtype).float()
-    for w in (pages.transpose(1, 2), pages):
+    keys = random_numbers(PROBE_TILES[-1], KEY_TILE, head_dim, device=device, dtype=dtype).float()
+    for w in (keys.transpose(1, 2), keys):
         x = random_numbers(len(w), rows[-1], w.shape[1], device=device, dtype=dtype).float()
         expected = torch.bmm(x, w)
         for num in rows:
@@ -162,7 +162,7 @@ def _group(size: int, tiles: list[QueryTile], group_size: int, padding_row: int,
 def _attend(
     q: Tensor, cache: LayerCache, group: QueryGroup, tables: Tensor, scores: AttentionScores, window: int | None
 ) -> Tensor:
-    """Return flash attention of query tiles q [A, Q, H, D] over their pages."""
+    """Return flash attention of query tiles q [A, Q, H, D] over the keys and values of their sequences."""
     num_tiles, size, num_heads, head_dim = q.shape
     block_size, num_kv_heads = cache.keys.shape[1:3]
     blocks_per_tile = KEY_TILE // block_size
@@ -224,12 +224,12 @@ def _merge(scores: Tensor, values: Tensor, highest: Tensor, total: Tensor, weigh
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """Return the pages `blocks` [A, n] of a cache [B, N, KH, D] in float32: [A, KH, n * N, D]."""
+    """Return blocks [A, n] of a cache [B, N, KH, D] in float32: [A, KH, n * N, D]."""
     num_tiles, num_blocks = blocks.shape
     _, block_size, num_kv_heads, head_dim = cache.shape
-    pages = cache.index_select(0, blocks.flatten())
-    pages = pages.view(num_tiles, num_blocks * block_size, num_kv_heads, head_dim).transpose(1, 2)
-    return pages.to(torch.float32, memory_format=torch.contiguous_format)
+    gathered = cache.index_select(0, blocks.flatten())
+    gathered = gathered.view(num_tiles, num_blocks * block_size, num_kv_heads, head_dim).transpose(1, 2)
+    return gathered.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class ObjectCallReader(PieceReader):
         self._run(text)
         return self._progress or Progress.MORE
 
-    # The states.
+    # The states; each returns whether it can go on, see `PieceReader`.
 
     def _first_key(self) -> bool:
         """Read the first key, which often shows that the object is not a call."""
@@ -83,7 +83,7 @@ class ObjectCallReader(PieceReader):
         if header is not None and header[1] in self._names:
             self._begin_call(header[1])
             self.parts.append(AnswerPart(PartKind.ARGUMENTS, "{"))
-            self._state = self._arguments
+            self._state = self._read_arguments
         elif self._arguments_first.fullmatch(text):
             self._state = self._whole_object
         else:
@@ -93,7 +93,7 @@ class ObjectCallReader(PieceReader):
     def _whole_object(self) -> bool:
         return self._hold(0) and self._decide("".join(self._object))
 
-    def _arguments(self) -> bool:
+    def _read_arguments(self) -> bool:
         end = self._scanner.advance(self.unread, 1)
         text = self._read(len(self.unread) if end is None else end)
         if text:
