@@ -30,7 +30,7 @@ from engine.model.memory_plan import (
 )
 from engine.runner import ModelRunner
 from engine.scheduling.record import StepClock
-from engine.shared.parts import ENGINE_PARTS, engine_part, has_part
+from engine.shared.parts import engine_part
 from engine.weights import has_own_head, is_vector, least_weight_bytes, load_weights
 from engine.whole_model import Adapters, WholeModel, adapter_loader
 
@@ -90,6 +90,7 @@ def load_model(
     number = config.data_parallel_rank * part.num_ranks + part.rank
     device = choose_device(config.device, number, config.data_parallel_size, part.num_ranks)
     card = CudaMemory(device, config.gpu_memory_utilization) if device.type == "cuda" else None
+    largest_step = None if card is None else engine_part("triton", "largest_step")
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
     loader = adapter_loader(config, model_config)
@@ -114,9 +115,9 @@ def load_model(
     adapters = loader.load(part, model)
     clock.lap("adapters")
     device_memory.reserved = adapters.num_bytes if card is None else 0  # of the slots, until they are written to
-    if card is not None and has_part(ENGINE_PARTS, "triton"):
+    if card is not None and largest_step is not None:
         of_model = replace(limits, max_model_len=max_model_len)
-        engine_part("triton", "largest_step").measure_activations(card, model, of_model, config)
+        largest_step.measure_activations(card, model, of_model, config)
         clock.lap("activations")
     kernels.deterministic = bool(part.least(kernels.deterministic)[0])  # when all have loaded their weights
     memory, limits = plan_cache(part, model, sizes, config, device_memory, limits, max_model_len)

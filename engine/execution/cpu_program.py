@@ -41,9 +41,8 @@ class CpuExecution:
             self.hidden = model.compute_hidden(hidden, self.logit_rows)
         self.forward_program.keep.append(builder)
         self.plain_program = self.forward_program
-        if any(
-            linear.additions for linear in model.linears
-        ):  # a call with nothing to do still costs a barrier of all threads
+        if any(linear.additions for linear in model.linears):
+            # A call with nothing to do still costs a barrier of all threads.
             self.plain_program = self.forward_program.without("add_lora_")
         self.uncaptured: list[int] = []
 

@@ -23,7 +23,7 @@ STDERR_FD = 2
 CLEAR_LINE = b"\r\x1b[K"  # of a progress bar, which this process or another may show and will draw again below
 
 # Loggers that log at level debug what clients send or receive.
-VERBOSE_LOGGERS = ("httpx", "httpcore", "asyncio", "uvicorn")
+VERBOSE_LOGGERS = ("httpx", "httpcore", "asyncio", "uvicorn", "sse_starlette")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _ENDS_WORD = re.compile(r'[\s="]')

@@ -30,6 +30,7 @@ from server.constrained.messages import (
 )
 from server.constrained.tool_grammar import answer_constraint, unenforced_keywords
 from server.http.errors import BadRequestError
+from server.part_table import is_installed, load_module
 from server.text.templates.syntaxes import decode_format
 
 MAX_PROCESSOR_SECONDS = 0.7  # for one request; most take a few milliseconds
@@ -63,6 +64,10 @@ def main() -> None:
     _write(answers, None)
     builder = ConstraintBuilder(vocabulary.special_ids, vocabulary.allow_additional_properties)
     worker = _Worker(compiler, builder)
+    # Forked processes find imported what these import.
+    decode_format(msgspec.Raw(b"null"))
+    if is_installed("structural_tags"):
+        load_module("structural_tags", "grammar")
     while request := _read(requests):
         if (process := os.fork()) == 0:
             answer = worker.answer(request)

@@ -38,3 +38,9 @@ def test_nothing_is_compiled_and_there_is_no_compiler(tmp_path: Path) -> None:
     for problem in (machine.kernel_problem, machine.compiler_problem):
         assert "/nonexistent/c++" in (problem or "")
     assert os.listdir(tmp_path) == []
+
+
+def test_torch_that_cannot_be_imported() -> None:
+    script = "import sys; sys.modules['torch'] = None; from engine.doctor import examine; print(examine().torch)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ran.stdout, ran.stderr) == ("None\n", "")

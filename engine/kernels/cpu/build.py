@@ -307,10 +307,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 # Runs of the compiler: one for each core at a time.
 
 
@@ -439,3 +435,7 @@ def _first_error(lines: list[str], status: int) -> str:
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if re.search(r"\b(error:|undefined reference)", line)]
     return [*errors, *lines, f"exit status {status}"][0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ import msgspec
 
 from engine.parts.inspection.records import PrefixResult, StepRowView, StepView
 from engine.scheduling.record import RequestRecord, StepClock
-from engine.scheduling.request import Request, Scheduled, Step
+from engine.scheduling.request import Request, Step
 from engine.scheduling.scheduler import Scheduler
 from engine.shared.messages import SamplingParams
 
@@ -80,15 +80,25 @@ class Recorder:
         scheduler.pool.on_evict.append(self.add_evicted)
 
     def add_step(self, step: Step, clock: StepClock) -> None:
-        """Keep a step that has been read. The oldest are dropped if there are too many, or too many rows of them."""
+        """Add a step that has been read."""
         running, waiting = self.scheduler.running.requests, self.scheduler.waiting.requests
         num_children = sum([len(request.children) for request in (*running, *waiting)])
-        self.num_rows += len(step.scheduled)
-        while self.steps and (self.num_rows > MAX_ROWS_KEPT or len(self.steps) == self.steps.maxlen):
-            oldest = self.steps.popleft()
-            self.num_rows -= len(oldest.rows)
-            self.last_dropped = oldest.id
-        self.steps.append(
+        rows = [
+            StepRowView(
+                id=shown_id(record := item.request.record),
+                prompt=record.submit.prompt,
+                index=record.index,
+                key=record.submit.tenant,
+                position=item.start,
+                num_tokens=item.num_tokens,
+                kind="prompt" if item.is_prompt else "generated",
+                num_generated=item.num_generated,
+                num_drafts=len(item.draft_token_ids),
+                num_accepted=item.num_accepted,
+            )
+            for item in step.scheduled
+        ]
+        self.keep_step(
             StepView(
                 id=step.step_id,
                 started=clock.started,
@@ -96,9 +106,18 @@ class Recorder:
                 num_running=len(running),
                 num_waiting=len(waiting) + num_children,
                 num_blocks_used=self.scheduler.pool.num_blocks - self.scheduler.pool.num_free,
-                rows=list(map(_row, step.scheduled)),
+                rows=rows,
             )
         )
+
+    def keep_step(self, step: StepView) -> None:
+        """Keep a step. The oldest ones are dropped if there are too many, or if they have too many rows together."""
+        self.num_rows += len(step.rows)
+        while self.steps and (self.num_rows > MAX_ROWS_KEPT or len(self.steps) == self.steps.maxlen):
+            oldest = self.steps.popleft()
+            self.num_rows -= len(oldest.rows)
+            self.last_dropped = oldest.id
+        self.steps.append(step)
 
     def begin_request(self, request: Request) -> None:
         """Note why a request that was just admitted has as much of its prompt cached as it has."""
@@ -148,19 +167,3 @@ class Recorder:
         self.num_kept_bytes -= notes.num_kept_bytes
         notes.token_ids, notes.num_kept_bytes = None, 0
         record.submit = msgspec.structs.replace(record.submit, params=NO_PARAMS)
-
-
-def _row(item: Scheduled) -> StepRowView:
-    record = item.request.record
-    return StepRowView(
-        id=shown_id(record),
-        prompt=record.submit.prompt,
-        index=record.index,
-        key=record.submit.tenant,
-        position=item.start,
-        num_tokens=item.num_tokens,
-        kind="prompt" if item.is_prompt else "generated",
-        num_generated=item.num_generated,
-        num_drafts=len(item.draft_token_ids),
-        num_accepted=item.num_accepted,
-    )

@@ -81,8 +81,6 @@ def new_lora_layer(kernels: Kernels, sizes: Sequence[int], num_inputs: int, num_
     """Return empty slots for a product of projections with `sizes` outputs."""
     kind = LoraLayer
     if kernels.execution == "program":
-        from engine.parts.lora.layers import CpuLoraLayer
-
         kind = CpuLoraLayer
     elif kernels.name.startswith("triton"):
         kind = TritonLoraLayer

@@ -8,16 +8,20 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # `lightwell doctor` examines machines on which torch cannot be imported
+    import torch
 
-from engine.kernels.interface import KernelOptions, Kernels
+    from engine.kernels.interface import KernelOptions, Kernels
 
 
 def load(device: torch.device, options: KernelOptions) -> Kernels | str:
     """Return the Triton kernels, or why they cannot be used."""
     if problem := missing_requirement():
         return problem
+    import torch
+
     torch.cuda.set_device(device)  # for this thread: kernels run on the current device, wherever their tensors are
     try:
         import triton

@@ -72,8 +72,12 @@ async def score(request: Request, body: ScoreRequest) -> Response:
 
 
 def _begin(request: Request, body: ScoringRequest) -> tuple[ModelVariant, Preamble]:
-    """Return the model to use, and the result of the first checks. Raises BadRequestError or ModelNotFoundError."""
+    """Return the model to use, and the result of the first checks.
+
+    Raises BadRequestError, ModelNotFoundError or EngineUnavailableError.
+    """
     model = find_model(request, body.model)
+    model.base.client.ready_info()
     unread = body.instruction is not None and not model.base.score_token_ids
     return model, begin(request, body, ignored=["instruction"] if unread else [])
 
