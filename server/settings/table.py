@@ -407,7 +407,8 @@ def _of_parts() -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for name, part in PARTS.items():
         if part.settings and (error := why_missing(name)) is not None:
-            found |= dict.fromkeys(part.settings, Setting(MODELS, nothing(str(error)), ""))
+            # In a group that the settings of one model have too: the reason is the same there.
+            found |= dict.fromkeys(part.settings, Setting(ENGINE, nothing(str(error)), ""))
         elif part.settings:
             found |= load_module(name, "settings").SETTINGS
     return found

@@ -694,7 +694,7 @@ class TenantsMachine(SchedulerMachine):
         for tenant in self.weights:
             before = [request.status is Status.RUNNING for request in running if request.tenant == tenant]
             assert before == sorted(before, reverse=True), "the newest are preempted"
-            if before and not any(before) and not self.is_large(tenant, waiting):
+            if before and not any(before) and not self.is_large(tenant, running, waiting):
                 assert not any(request.status is Status.RUNNING for request in self.of(waiting, tenant))
                 counts = Counter(request.tenant for request in self.scheduler.running)
                 assert max(counts.values()) == 1, "a tenant's only request is preempted"
@@ -704,14 +704,15 @@ class TenantsMachine(SchedulerMachine):
             super().expect_order(running, waiting, is_short=is_short)
         self.expect_no_excess(running)
 
-    def is_large(self, tenant: str, waiting: list[Request]) -> bool:
-        """Return whether a tenant held many times the blocks of another one's request that waited."""
+    def is_large(self, tenant: str, running: list[Request], waiting: list[Request]) -> bool:
+        """Return whether a tenant held, or could get in the step, many times the blocks of another one's request."""
         needed = [
             Fraction(self.scheduler.kv.num_blocks_for(request.num_tokens)) / Fraction(self.weights[request.tenant])
             for request in waiting
             if request.tenant != tenant
         ]
-        held = Fraction(self.blocks_before[tenant]) / Fraction(self.weights[tenant])
+        grown = sum(self.scheduler.kv.num_blocks_for(request.num_tokens) for request in self.of(running, tenant))
+        held = Fraction(max(self.blocks_before[tenant], grown)) / Fraction(self.weights[tenant])
         return any(held >= FEW_BLOCKS * number for number in needed)
 
     def excess(self) -> dict[str, Fraction]:

@@ -170,7 +170,8 @@ def test_paths_may_have_the_prefix_of_a_proxy(prefixed: RunningServer, prefix: s
         client.headers["authorization"] = "Bearer k"
         assert client.get("/v1/models").status_code == 200
         assert client.get("/llmv1/models").status_code == 404
-        assert client.get("/openapi.json").json()["servers"] == [{"url": "/llm"}]
+        document = client.get("/openapi.json").json()
+        assert document.get("servers") == ([{"url": "/llm"}] if is_served("/openapi.json") else None)
         is_anthropics = client.post("/v1/messages", json={}).json().get("type") == "error"  # its envelope, by the path
         assert is_anthropics == is_served("/v1/messages")
 
