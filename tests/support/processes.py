@@ -1,5 +1,7 @@
 """Helpers to check whether processes have ended."""
 
+from contextlib import suppress
+
 import psutil
 
 from tests.support.serving import wait_until
@@ -13,10 +15,19 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def processes_of(module: str, parent: psutil.Process | None = None, *, recursive: bool = True) -> list[psutil.Process]:
+    """Return the running processes of a module, below this process or `parent`, or just its children."""
+    found = []
+    for child in (parent or psutil.Process()).children(recursive=recursive):
+        with suppress(psutil.NoSuchProcess):  # it has ended, and may be a zombie
+            if module in child.cmdline():
+                found.append(child)
+    return found
+
+
 def template_processes(parent: psutil.Process | None = None) -> list[psutil.Process]:
     """Return the processes in which chat templates run, below this process or `parent`."""
-    children = [child for child in (parent or psutil.Process()).children(recursive=True) if is_running(child.pid)]
-    return [child for child in children if "server.parts.hardening.template_processes" in child.cmdline()]
+    return processes_of("server.parts.hardening.template_processes", parent)
 
 
 def wait_for_end_of(*pids: int, seconds: float = 60.0) -> None:

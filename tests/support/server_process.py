@@ -17,7 +17,7 @@ import psutil
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.processes import is_running
+from tests.support.processes import is_running, processes_of
 from tests.support.serving import wait_until
 
 MODEL = "smollm2-135m"
@@ -86,11 +86,7 @@ class ServerProcess:
 
     def children(self, module: str) -> list[psutil.Process]:
         """Return the supervisor's child processes that run a module."""
-        found = []
-        for each in psutil.Process(self.process.pid).children():
-            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-                found += [each] if module in each.cmdline() else []
-        return found
+        return processes_of(module, psutil.Process(self.process.pid), recursive=False)
 
     # Requests.
 

@@ -16,6 +16,7 @@ from engine.parts.distributed.collectives import SharedMemory
 from engine.parts.distributed.execution import LeadingRunner
 from engine.parts.distributed.group import Command, Leader
 from engine.parts.distributed.part import check_cores, load, use_own_cores
+from tests.support.processes import processes_of
 from tests.support.ranks import fail
 from tests.support.tiny_engine import TINY_SHAPE
 from tests.support.tiny_models import save_random_model
@@ -42,7 +43,7 @@ def started(path: Path) -> Iterator[tuple[Leader, queue.Queue[str]]]:
 
 
 def rank_process() -> psutil.Process:
-    (process,) = (child for child in psutil.Process().children() if "engine.parts.distributed.rank" in child.cmdline())
+    (process,) = processes_of("engine.parts.distributed.rank")
     return process
 
 
