@@ -32,7 +32,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY README.md LICENSE ./
 COPY engine engine
-RUN test "$(uname -m)" != x86_64 || python3 -m engine.kernels.cpu.build --all --in-package
+RUN test "$(uname -m)" != x86_64 || python3 -m engine.parts.build_kernels.build --all --in-package
 COPY server server
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip wheel --no-deps --wheel-dir /dist . \

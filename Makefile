@@ -20,7 +20,7 @@ QUICK := tests/test_borders.py tests/test_style.py \
 	$(patsubst %,tests/engine/%,batch config grammar model scheduling shared weights) \
 	$(patsubst %,tests/server/%,constrained schemas settings statistics text)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
-COMPILE_KERNELS := $(BIN)/python -m engine.kernels.cpu.build >/dev/null 2>&1
+COMPILE_KERNELS := $(BIN)/python -m engine.parts.build_kernels.build >/dev/null 2>&1
 TORCH ?=
 TORCH_ARGS_cpu := --upgrade --index-url https://download.pytorch.org/whl/cpu
 

@@ -30,7 +30,7 @@ def main() -> None:
         folder = Path(temporary)
         copy_sources(folder)
         environ = {**os.environ, "CXX": shlex.join(COMPILER)}
-        build = [sys.executable, "-P", "-m", "engine.kernels.cpu.build", "--all", "--in-package"]
+        build = [sys.executable, "-P", "-m", "engine.parts.build_kernels.build", "--all", "--in-package"]
         subprocess.run(build, cwd=folder, env=environ | {"PYTHONPATH": str(folder)}, check=True)
         platform = platform_tag((folder / PREBUILT).glob("*.so"))
         wheel = [

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 
 import msgspec
 
-from engine.kernels.cpu import build
-from engine.kernels.cpu.build import BuildError
-from engine.kernels.cpu.library import CPU_INFO, best_code_path, cpu_flags
+from engine.kernels.cpu.library import CPU_INFO, Library, best_code_path, cpu_flags, find_library
 from engine.shared.host_memory import available_memory
 from engine.shared.machine import Gpu, Machine
 from engine.shared.parts import MissingPartError, engine_part
@@ -68,21 +67,20 @@ def _triton_problem() -> str | None:
 def _compiler() -> tuple[str | None, str | None]:
     """Return the compiler's name and version, or why there is none."""
     try:
-        return build.version_of(build.find_compiler()).partition("\n")[0], None
-    except BuildError as error:
+        command = [*engine_part("build_kernels", "build").find_compiler(), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except (ValueError, OSError) as error:
         return None, str(error)
+    return done.stdout.partition("\n")[0], None
 
 
 def _kernels() -> tuple[str | None, str | None]:
     """Return the code path of the compiled kernels, or why they cannot be used. Both are None if there are none."""
-    from engine.kernels.cpu.library import Library
-
     try:
         code_path = best_code_path()
-        return Library(build.build(code_path, may_compile=False), code_path).code_path, None
-    except build.NotCompiledError:
-        return None, None
-    except (BuildError, OSError, ValueError) as error:
+        path = find_library(code_path)
+        return None if path is None else Library(path, code_path).code_path, None
+    except (OSError, ValueError) as error:
         return None, str(error)
 
 

@@ -71,7 +71,9 @@ PARTS: Mapping[str, PartEntry] = {
     "run": PartEntry(title="the command run", commands=["run"]),
     "bench": PartEntry(title="the command bench", commands=["bench"]),
     "hub": PartEntry(title="downloads of models", commands=["pull", "list", "rm"]),
-    "build_kernels": PartEntry(title="the command build-kernels", commands=["build-kernels"]),
+    "build_kernels": PartEntry(
+        title="the command build-kernels", engine_part="build_kernels", commands=["build-kernels"]
+    ),
     "foreign_flags": PartEntry(title="hints for flags of other servers"),
     "models": PartEntry(title="several models", needs=["hub"], settings=["load", "idle_unload"]),
     "data_parallel": PartEntry(title="several engines with the same model", settings=["data_parallel_size"]),

@@ -46,15 +46,15 @@ def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels |
 
 def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:
     """Return the C++ kernels, or why they cannot be used."""
-    from engine.kernels.cpu.build import BuildError, build
     from engine.kernels.cpu.kernels import CpuKernels, why_unsupported
-    from engine.kernels.cpu.library import Library, best_code_path
+    from engine.kernels.cpu.library import Library, best_code_path, find_library
 
     if reason := why_unsupported(options):
         return reason
     try:
         code_path = best_code_path()
-        library = Library(build(code_path), code_path)
-    except (BuildError, ValueError, OSError) as error:
+        path = find_library(code_path) or engine_part("build_kernels", "build").build(code_path)
+        library = Library(path, code_path)
+    except (ValueError, OSError) as error:  # there is none, and none can be compiled
         return str(error)
     return CpuKernels(library, options, torch.get_num_threads())

@@ -9,6 +9,7 @@ ENGINE_PARTS = "engine.parts"
 
 # Parts of the engine: what each is for, as errors say it where the folder is missing.
 ENGINE_PART_TITLES = {
+    "build_kernels": "the compiler of the CPU kernels",
     "triton": "the GPU kernels",
     "distributed": "tensor parallelism",
     "inspection": "the inspection of the engine",

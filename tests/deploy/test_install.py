@@ -29,7 +29,7 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @has_make
 def test_a_build_of_torch_is_installed_before_the_project() -> None:
     kernels, first, second, third, *_ = dry_run("TORCH=cpu").stdout.splitlines()
-    assert "engine.kernels.cpu.build" in kernels
+    assert "engine.parts.build_kernels.build" in kernels
     assert kernels.endswith("&")
     requirement = first[first.index('"') :]
     echoed = subprocess.run(["sh", "-c", f"echo {requirement}"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -97,7 +97,7 @@ def test_a_wheel_needs_no_compiler(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(installed), str(wheel)]
     subprocess.run(pip, check=True)
-    command = [sys.executable, "-P", "-m", "engine.kernels.cpu.build", "--all"]
+    command = [sys.executable, "-P", "-m", "engine.parts.build_kernels.build", "--all"]
     environ = {"PATH": str(tmp_path), "PYTHONPATH": str(installed), "LIGHTWELL_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
     assert re.findall(rf"{installed}/engine/kernels/cpu/prebuilt/(\w+)-", done.stdout) == list(CODE_PATHS)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
 
-from engine.kernels.cpu.build import find_compiler
+from engine.parts.build_kernels.build import find_compiler
 
 SOURCE = Path(__file__).with_suffix(".c")
 NUM_INTS = 11  # of `struct control`

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import engine.kernels.cpu.build
 from engine.config import EngineConfig, KVShape
 from engine.core import Engine
 from engine.kernels import lazy_memory
@@ -19,6 +18,7 @@ from engine.kernels.cpu import attention
 from engine.kernels.cpu import library as compiled
 from engine.kernels.interface import LayerCache
 from engine.loading import LoadedModel
+from engine.parts.build_kernels.build import build
 from engine.shared.messages import SamplingParams, Submit
 from engine.startup import warm_up
 from tests.fuzz import loader
@@ -68,10 +68,10 @@ def answer_requests(config: EngineConfig, loaded: LoadedModel) -> None:
 
 
 def main(code_path: str) -> None:
-    library = engine.kernels.cpu.build.build(code_path, sanitize=True)
+    library = build(code_path, sanitize=True)
     lazy_memory._huge_pages = allocate
     lazy_memory.Arena.take = lambda self, num_bytes: allocate(num_bytes)  # type: ignore[method-assign]
-    engine.kernels.cpu.build.build = lambda code_path: library  # type: ignore[assignment, misc]
+    compiled.find_library = lambda code_path: library  # type: ignore[assignment, misc]
     attention.new_kv_cache = new_kv_cache
     compiled.best_code_path = lambda: code_path
     loader.main(answer_requests)

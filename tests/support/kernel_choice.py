@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
 import engine.kernels.load
 from engine.kernels.cpu import library
-from engine.kernels.cpu.build import BuildError, build
 from engine.kernels.cpu.library import Library
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.shared.parts import engine_part
@@ -46,17 +46,23 @@ def load_library(code_path: str) -> Library:
     if code_path not in library.available_code_paths():
         pytest.skip(f"the processor lacks {code_path}")
     try:
-        return Library(build(code_path), code_path)
-    except BuildError as error:
+        return Library(library_path(code_path), code_path)
+    except ValueError as error:
         pytest.skip(str(error))
+
+
+def library_path(code_path: str) -> Path:
+    """Return the path of a compiled library. Raises ValueError if there is none and none can be compiled."""
+    path: Path = library.find_library(code_path) or engine_part("build_kernels", "build").build(code_path)
+    return path
 
 
 @cache
 def code_paths() -> list[str]:
     """Return the code paths of this processor, best first; none if there is no library of the best."""
     available = library.available_code_paths()
-    with suppress(BuildError):
+    with suppress(ValueError):
         if available:
-            build(available[0])
+            library_path(available[0])
             return available
     return []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels.cpu.build import BuildError, build, find_compiler
+from engine.parts.build_kernels.build import BuildError, build, find_compiler
 from tests.support.paths import ROOT
 
 SECONDS = 1800.0  # bounds hangs only

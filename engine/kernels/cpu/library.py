@@ -1,10 +1,14 @@
-"""The compiled library: its functions, the code paths that it may have, and programs that a team of threads runs."""
+"""The compiled library: where it is, its functions, its code paths, and programs that a team of threads runs."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import json
+import logging
 import weakref
+from collections.abc import Sequence
 from ctypes import Structure, c_int64
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -12,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.kernels.cpu.c_structs import STRUCTS_H, Call
+from engine.shared.durable_files import is_sealed
+from engine.shared.paths import cache_folder
+
+logger = logging.getLogger(__name__)
 
 
 class LayoutError(RuntimeError):
@@ -155,6 +163,53 @@ def _may_use_tiles() -> bool:
     system_call = ctypes.CDLL(None).syscall
     numbers = (SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
     return bool(system_call(*map(ctypes.c_long, numbers)) == 0)
+
+
+# Libraries. The part `build_kernels` compiles them.
+
+PACKAGE = Path(__file__).parent
+# Products and sums are fused only where the source says so, because all code paths and compilers must round alike,
+# except in bfloat16 products, for which code paths have different instructions.
+COMMON_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"),
+    *("-Wall", "-Wextra", "-Werror=return-type"),
+]
+LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined", "-Wl,--as-needed"]
+
+
+def compiler_flags(code_path: str, extra: Sequence[str] = ()) -> list[str]:
+    return [*COMMON_FLAGS, *CODE_PATHS[code_path].compiler_flags, *extra]
+
+
+def kernels_folder() -> Path:
+    """Return the cache folder of libraries."""
+    return cache_folder().absolute() / "kernels"
+
+
+def library_name(code_path: str, extra_flags: Sequence[str] = (), package: Path = PACKAGE) -> str:
+    """Return the name of a library: its code path and the hash of all sources and flags, so that others are ignored."""
+    files = sorted(path for path in (package / "src").glob("*") if path.suffix in (".cpp", ".h"))
+    contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    key = hashlib.sha256(
+        json.dumps([contents, compiler_flags(code_path, extra_flags), LINK_FLAGS]).encode()
+    ).hexdigest()
+    return f"{code_path}-{key}.so"
+
+
+def find_library(code_path: str, extra_flags: Sequence[str] = (), package: Path = PACKAGE) -> Path | None:
+    """Return the library of a code path, beside the sources or in the cache folder; None if there is none.
+
+    One that is damaged is not used: loading it could end the process.
+    """
+    name = library_name(code_path, extra_flags, package)
+    for library in (package / "prebuilt" / name, kernels_folder() / name):
+        if is_sealed(library):
+            return library
+        with contextlib.suppress(OSError):  # of a folder that may not be read
+            if library.is_file():
+                logger.warning("%s is damaged: it is not used", library)
+    return None
 
 
 # Programs.

@@ -27,4 +27,4 @@ def add(commands: Commands) -> None:
 def _build_kernels(arguments: argparse.Namespace) -> NoReturn:
     """Replace this process by the engine's build script, since this one must not import torch."""
     flags = [*(["--all"] if arguments.all else []), *(["--in-package"] if arguments.in_package else [])]
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "engine.kernels.cpu.build", *flags])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "engine.parts.build_kernels.build", *flags])

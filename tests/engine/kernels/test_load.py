@@ -14,9 +14,7 @@ import pytest
 import torch
 import triton
 
-from engine.kernels.cpu import build as build_module
 from engine.kernels.cpu import library
-from engine.kernels.cpu.build import BuildError
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
 from engine.parts.triton import load as triton_load
@@ -62,24 +60,22 @@ def test_what_they_lack_is_said_and_done_by_torch(
     assert re.match(f"using the slower plain torch kernels: .*{reason}", message)
 
 
-def no_compiler(code_path: str) -> Path:
-    raise BuildError("there is no compiler")
-
-
 @pytest.mark.parametrize(
-    ("build", "reason"),
+    ("find", "reason"),
     [
-        (no_compiler, "there is no compiler"),
+        pytest.param(lambda code_path: None, "the C++ compiler named by CXX does not exist: /no", marks=has_library),
         pytest.param(lambda code_path: Path("/nonexistent/k.so"), "/nonexistent/k.so: cannot open", marks=has_library),
         (None, "this processor has no AVX2"),
     ],
 )
 def test_where_they_cannot_be_used(
-    build: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    find: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Number formats that only they have are not left out in silence."""
-    if build:
-        monkeypatch.setattr(build_module, "build", build)
+    if find:
+        monkeypatch.setenv("CXX", "/no")
+        monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path))
+        monkeypatch.setattr(library, "find_library", find)
     else:
         monkeypatch.setattr(library, "cpu_flags", lambda: {"sse4_2", "avx"})
     assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"

@@ -190,7 +190,7 @@ def test_build_kernels_hands_on_to_the_engine(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "execv", lambda path, command: seen.append(command))
     main(["build-kernels"])
     main(["build-kernels", "--in-package", "--all"])
-    command = [sys.executable, "-P", "-m", "engine.kernels.cpu.build"]
+    command = [sys.executable, "-P", "-m", "engine.parts.build_kernels.build"]
     assert seen == [command, [*command, "--all", "--in-package"]]
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels.cpu.build import build, find_compiler
 from engine.kernels.cpu.c_structs import HEADER, STRUCTS, STRUCTS_H, read_structs
 from engine.kernels.cpu.library import LayoutError, Library
+from engine.parts.build_kernels.build import build, find_compiler
 from tests.support.kernel_choice import code_paths
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")

@@ -37,7 +37,7 @@ recorded_kernels.assert_rows_are_independent = some_rows  # which would take ten
 lazy_memory._huge_pages = lambda num_bytes: torch.zeros(num_bytes, dtype=torch.uint8)
 lazy_memory.ARENA_BYTES = 0
 library.available_code_paths = lambda: {names}
-kernel_choice.build = lambda code_path: Path(library_path)
+kernel_choice.library_path = lambda code_path: Path(library_path)
 files = ["cpu/test_kernels.py"]
 files += [f"test_{{subject}}.py" for subject in ("attention", "kv_cache", "rows", "experts", "lora")]
 paths = ["tests/engine/kernels/" + name for name in files] + ["tests/engine/sampling/test_sampler.py"]

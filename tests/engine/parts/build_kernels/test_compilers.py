@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.kernels.cpu.build import ZIG, ZIG_ARGUMENTS, find_compiler
 from engine.loading import load_model
+from engine.parts.build_kernels.build import ZIG, ZIG_ARGUMENTS, find_compiler
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.outputs import all_logits
 
@@ -46,12 +46,13 @@ def logits(model: Path, code_path: str, prompt: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("other", [name for name, is_there in OTHERS.items() if is_there])
 @pytest.mark.parametrize("code_path", code_paths())
-def test_bits(code_path: str, other: str, smollm2_path: Path, use: pytest.MonkeyPatch) -> None:
+def test_bits(code_path: str, other: str, smollm2_path: Path, use: pytest.MonkeyPatch, tmp_path: Path) -> None:
     prompt = [random.Random(3).randrange(1000, 40000) for _ in range(301)]
     use.setenv("CXX", "g++")
     expected = logits(smollm2_path, code_path, prompt)
     use.delenv("CXX")
-    use.setattr("engine.kernels.cpu.build.COMPILERS", [] if other == ZIG else [other])
+    use.setenv("LIGHTWELL_CACHE", str(tmp_path / "other"))
+    use.setattr("engine.parts.build_kernels.build.COMPILERS", [] if other == ZIG else [other])
     assert find_compiler()[1:] == (ZIG_ARGUMENTS if other == ZIG else [])
     for own, theirs in zip(logits(smollm2_path, code_path, prompt), expected, strict=True):
         assert torch.equal(own.view(torch.int32), theirs.view(torch.int32))
