@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import msgspec
 
 from engine.shared.messages import RequestTimes, Submit
 
@@ -21,25 +22,13 @@ class Chunk(NamedTuple):
     num_tokens: int
 
 
-@dataclass(slots=True)
-class RequestRecord:
+class RequestRecord(RequestTimes, kw_only=True):
     """Whose request a choice belongs to, its times and its token counts."""
 
     submit: Submit  # without the prompt
     index: int
-    queued: float  # when the engine received it
-    num_prompt_tokens: int
-    scheduled: float | None = None  # first time in a batch
-    first_token: float | None = None
-    finished: float | None = None
     finish_reason: str | None = None
-    num_cached_tokens: int = 0
-    num_output_tokens: int = 0
-    num_accepted_tokens: int = 0
-    chunks: list[Chunk] = field(default_factory=list)
-    num_ahead: int = 0  # choices ahead of it when it joined the queue
-    preemptions: list[float] = field(default_factory=list)
-    resumptions: list[float] = field(default_factory=list)  # when it was scheduled again after each preemption
+    chunks: list[Chunk] = []
     notes: Any = None  # of the part that shows what the engine does
 
     def take_back(self, step_id: int) -> None:
@@ -49,21 +38,8 @@ class RequestRecord:
 
     def times(self) -> RequestTimes:
         """Return the timings so far, as sent with the request's events."""
-        return RequestTimes(
-            arrival=self.submit.arrival,
-            queued=self.queued,
-            scheduled=self.scheduled,
-            first_token=self.first_token,
-            finished=self.finished,
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_cached_tokens=self.num_cached_tokens,
-            num_output_tokens=self.num_output_tokens,
-            preemptions=tuple(self.preemptions),
-            resumptions=tuple(self.resumptions),
-            num_ahead=self.num_ahead,
-            num_chunks=len(self.chunks),
-            num_accepted_tokens=self.num_accepted_tokens,
-        )
+        self.num_chunks = len(self.chunks)
+        return msgspec.convert(self, RequestTimes, from_attributes=True)
 
 
 class StepClock:

@@ -171,7 +171,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
         return type(self)(self.logprob, self.rank, self.packed_ids[: 4 * num_top], self.packed_logprobs[: 4 * num_top])
 
 
-class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RequestTimes(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Times and counts of one choice. Its first event has those so far; its last event has all."""
 
     arrival: float  # the API process received the request
@@ -182,8 +182,8 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_output_tokens: int = 0
-    preemptions: tuple[float, ...] = ()
-    resumptions: tuple[float, ...] = ()  # when it was scheduled again after each preemption
+    preemptions: list[float] = []
+    resumptions: list[float] = []  # when it was scheduled again after each preemption
     num_ahead: int = 0  # choices ahead of it in the queue when it was queued
     num_chunks: int = 0  # steps that computed prompt tokens, or recomputed tokens after a preemption
     num_accepted_tokens: int = 0  # output tokens that came from accepted drafts

@@ -130,9 +130,8 @@ def _requests(engine: FakeEngine, question: records.ReadRequests) -> records.Req
 
 def _detail(engine: FakeEngine, choice: Running, now: float) -> records.ChoiceDetail:
     """Return a choice that has computed its prompt in one step."""
-    times, fields = engine.times(choice, None), ("num_prompt_tokens", "scheduled", "first_token", "num_output_tokens")
-    known = {name: getattr(times, name) for name in fields}
-    record = RequestRecord(choice.submit, choice.index, choice.queued, **known, chunks=[Chunk(1, 0, 4)])
+    known = msgspec.structs.asdict(engine.times(choice, None))
+    record = RequestRecord(submit=choice.submit, index=choice.index, **known, chunks=[Chunk(1, 0, 4)])
     view = choice_detail(record, None, now, make(records.PrefixView, "new", 0, 0, None, None, None), has_chunks=True)
     view.state = "running" if choice in engine.running else "waiting"
     return view

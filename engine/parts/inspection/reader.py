@@ -227,7 +227,7 @@ def stages(times: RequestTimes, now: float) -> Stages:
 def choice_detail(
     record: RequestRecord, request: Request | None, now: float, prefix: PrefixView, *, has_chunks: bool
 ) -> ChoiceDetail:
-    submit, times = record.submit, record.times()
+    submit = record.submit
     id, *other_ids = submit.ids or (submit.request_id,)
     return ChoiceDetail(
         id=id,
@@ -238,25 +238,26 @@ def choice_detail(
         model=submit.lora_name,
         state=_state(request),
         finish_reason=record.finish_reason,
-        arrival=times.arrival,
-        wall_s=(now if times.finished is None else times.finished) - times.arrival,
-        seconds=stages(times, now),
-        first_token=times.first_token,
-        finished=times.finished,
-        num_ahead=times.num_ahead,
-        num_prompt_tokens=times.num_prompt_tokens,
-        num_cached_tokens=times.num_cached_tokens,
-        num_output_tokens=times.num_output_tokens,
-        num_accepted_tokens=times.num_accepted_tokens,
-        num_preemptions=times.num_preemptions,
-        num_chunks=times.num_chunks,
+        arrival=record.arrival,
+        wall_s=(now if record.finished is None else record.finished) - record.arrival,
+        seconds=stages(record, now),
+        first_token=record.first_token,
+        finished=record.finished,
+        num_ahead=record.num_ahead,
+        num_prompt_tokens=record.num_prompt_tokens,
+        num_cached_tokens=record.num_cached_tokens,
+        num_output_tokens=record.num_output_tokens,
+        num_accepted_tokens=record.num_accepted_tokens,
+        num_preemptions=record.num_preemptions,
+        num_chunks=len(record.chunks),
         num_blocks=0 if request is None else request.kv.num_blocks,
         engine=0,
         chunks=[ChunkView(step=step, position=start, num_tokens=num) for step, start, num in record.chunks]
         if has_chunks
         else [],
         preemptions=[
-            PreemptionView(at=at, resumed=resumed) for at, resumed in zip_longest(times.preemptions, times.resumptions)
+            PreemptionView(at=at, resumed=resumed)
+            for at, resumed in zip_longest(record.preemptions, record.resumptions)
         ],
         prefix=prefix,
     )

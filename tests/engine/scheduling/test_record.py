@@ -5,7 +5,7 @@ from tests.support.submits import new_submit
 
 
 def test_timings_of_a_request() -> None:
-    record = RequestRecord(new_submit(arrival=1), 0, queued=2.0, num_prompt_tokens=5)
+    record = RequestRecord(submit=new_submit(), index=0, arrival=1, queued=2.0, num_prompt_tokens=5)
     names = ["arrival", "queued", "scheduled", "first_token", "finished"]
     names += [f"num_{part}" for part in ("prompt_tokens", "cached_tokens", "output_tokens", "ahead", "accepted_tokens")]
     for number, name in enumerate(names[1:], 2):

@@ -618,7 +618,7 @@ def lives(draw: st.DrawFn) -> tuple[RequestRecord, float]:
     durations, num_pauses = draw(st.lists(st.floats(0, 100), min_size=1, max_size=12)), draw(st.integers(0, 5))
     arrival, queued, *later = accumulate(durations, initial=1.0)
     now = later[-1] if later else queued
-    record = RequestRecord(new_submit(arrival=arrival), 0, queued=queued, num_prompt_tokens=5)
+    record = RequestRecord(submit=new_submit(), index=0, arrival=arrival, queued=queued, num_prompt_tokens=5)
     record.scheduled = later.pop(0) if later else None
     record.first_token = later.pop(2 * num_pauses) if 2 * num_pauses < len(later) else None
     record.preemptions, record.resumptions = later[::2], later[1::2]
@@ -691,7 +691,9 @@ CHUNKS = [(1, 0, 8), (2, 8, 1), (99, 9, 1)]
 def test_a_prompt_in_two_chunks() -> None:
     trace = TraceBuilder(OFFSET)
     trace.add_steps(example_step(n, started=2.0 + n, seconds={"forward": 1.0, "update": n - 1.0}) for n in (1, 2))
-    record = RequestRecord(new_submit(arrival=1.0), 0, queued=2.0, num_prompt_tokens=9, scheduled=3.25, first_token=5.5)
+    record = RequestRecord(
+        submit=new_submit(), index=0, arrival=1.0, queued=2.0, num_prompt_tokens=9, scheduled=3.25, first_token=5.5
+    )
     trace.add_choice("r 0.0", record.times(), [make(ChunkView, *each) for each in CHUNKS], 8.0, {})
     ((_, *parts),) = requests_in(built(trace))
     second = 1_000_000

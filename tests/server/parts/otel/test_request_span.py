@@ -258,8 +258,8 @@ TIMES = RequestTimes(
     num_prompt_tokens=50,
     num_cached_tokens=32,
     num_output_tokens=9,
-    preemptions=(105.0, 109.0),
-    resumptions=(106.0, 111.5),
+    preemptions=[105.0, 109.0],
+    resumptions=[106.0, 111.5],
     num_chunks=3,
     num_ahead=4,
 )
@@ -271,7 +271,7 @@ TIMES = RequestTimes(
         ({}, 3.0, 7.5, 3.5, 7.75),
         ({"finished": None}, 3.0, 8.5, 3.5, 6.75),  # a stop string, which the server finds
         # A request that is only a prompt.
-        ({"first_token": None, "preemptions": (105.0,), "resumptions": (106.0,)}, 13.0, 0.0, 1.0, 7.75),
+        ({"first_token": None, "preemptions": [105.0], "resumptions": [106.0]}, 13.0, 0.0, 1.0, 7.75),
     ],
 )
 def test_stages(changes: dict[str, Any], prefill: float, decode: float, preempted: float, writing: float) -> None:
