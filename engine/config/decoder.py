@@ -49,6 +49,9 @@ REFUSED: Mapping[str, Any] = {"is_causal": True, "use_bidirectional_attention": 
 MAX_EXPERTS = 1024  # more the kernels do not support
 MAX_LAYERS = 1024  # more are a damaged file
 PLAIN_LAYOUT = WeightLayout()
+# Llama calls the norm before the MLP by its place after attention.
+LLAMA_NAMES = ((r"\.post_attention_layernorm\.", ".pre_feedforward_layernorm."),)
+LLAMA_LAYOUT = WeightLayout(names=LLAMA_NAMES)
 
 Switch = bool | str  # a fixed value, or the key of a boolean that is false if it is missing
 
@@ -67,7 +70,7 @@ class Family:
 
     # Attention.
     qkv_bias: Switch = False
-    output_bias: Switch = False
+    output_bias: Switch | None = None  # None: as qkv_bias
     qk_norm: QKNorm = "none"
     v_norm: bool = False
     has_sinks: bool = False
@@ -98,7 +101,7 @@ class Family:
     has_layer_scalars: bool = False
 
     # Checkpoints.
-    layout: WeightLayout = PLAIN_LAYOUT  # of safetensors
+    layout: WeightLayout = LLAMA_LAYOUT  # of safetensors
     gguf_layout: WeightLayout = PLAIN_LAYOUT
     gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys that GGUF files do not have
     # GGUF files do not say the scale of scores: models with so many layers compute it from hidden size / heads.
@@ -259,7 +262,7 @@ def _attention(family: Family, fields: Fields, kind: str, rope: int, source: int
         window=fields.integer("sliding_window") if kind == SLIDING else None,
         softcap=fields.optional_number("attn_logit_softcapping", zero=False),
         qkv_bias=is_on(family.qkv_bias, fields),
-        output_bias=is_on(family.output_bias, fields),
+        output_bias=is_on(family.qkv_bias if family.output_bias is None else family.output_bias, fields),
         qk_norm=family.qk_norm,
         v_norm=family.v_norm,
         has_sinks=family.has_sinks,

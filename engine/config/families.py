@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.config.decoder import NORMS, Family
+from engine.config.decoder import LLAMA_LAYOUT, LLAMA_NAMES, NORMS, PLAIN_LAYOUT, Family
 from engine.config.structs import WeightLayout
 
 SANDWICH = NORMS  # before and after attention and MLP
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-# Llama calls the norm before the MLP by its place after attention.
-LLAMA_NAMES = ((r"\.post_attention_layernorm\.", ".pre_feedforward_layernorm."),)
-LLAMA = WeightLayout(names=LLAMA_NAMES)
 GLM_NAMES = (*LLAMA_NAMES, ("post_self_attn_layernorm", "post_attention_layernorm"), ("post_mlp_", "post_feedforward_"))
 MIXTRAL_NAMES = (
     *LLAMA_NAMES,
@@ -78,9 +75,7 @@ FAMILIES = (
         "llama",
         {"max_position_embeddings": 2048},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         mlp_bias="mlp_bias",
-        layout=LLAMA,
         gguf_layout=INTERLEAVED,
         gguf_defaults={"norm_topk_prob": True},  # Mixtral
     ),
@@ -90,7 +85,6 @@ FAMILIES = (
         "llama",
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         windows="all",
-        layout=LLAMA,
         gguf_layout=INTERLEAVED,
     ),
     Family(
@@ -100,7 +94,6 @@ FAMILIES = (
         {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128, "norm_eps": 1e-5}
         | {"rope_parameters": MINISTRAL3_ROPE},
         windows="all",
-        layout=LLAMA,
         gguf_layout=INTERLEAVED,
     ),
     Family(
@@ -124,8 +117,8 @@ FAMILIES = (
             "max_window_layers": 28,
         },
         qkv_bias=True,
+        output_bias=False,
         windows="last",
-        layout=LLAMA,
     ),
     Family(
         "qwen3",
@@ -134,10 +127,8 @@ FAMILIES = (
         {"max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
         | {"head_dim": 128},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         qk_norm="head",
         windows="last",
-        layout=LLAMA,
     ),
     Family(
         "qwen3_moe",
@@ -146,9 +137,7 @@ FAMILIES = (
         {"max_position_embeddings": 32768, "use_sliding_window": False, "num_key_value_heads": 4}
         | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         qk_norm="head",
-        layout=LLAMA,
         gguf_defaults={"norm_topk_prob": True},
         refused={"use_sliding_window": False},
     ),
@@ -158,9 +147,7 @@ FAMILIES = (
         "olmoe",
         {"max_position_embeddings": 4096, "norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         qk_norm="all",
-        layout=LLAMA,
         refused={"clip_qkv": None},
     ),
     Family(
@@ -172,7 +159,6 @@ FAMILIES = (
         | {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
         | {"hidden_act": "gelu_pytorch_tanh"},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         scale="query_pre_attn_scalar",
         windows="pattern",
         norms=SANDWICH,
@@ -188,7 +174,6 @@ FAMILIES = (
         | {"max_position_embeddings": 131072, "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6}
         | {"query_pre_attn_scalar": 256, "hidden_act": "gelu_pytorch_tanh", "vocab_size": 262208},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         qk_norm="head",
         scale="query_pre_attn_scalar",
         windows="pattern",
@@ -216,7 +201,6 @@ FAMILIES = (
         | {"num_local_experts": 128, "num_experts_per_tok": 4, "rope_theta": 150000.0, "norm_eps": 1e-5}
         | {"rope_parameters": GPT_OSS_ROPE},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         has_sinks=True,
         windows="pattern",
         activation="swigluoai",
@@ -225,7 +209,7 @@ FAMILIES = (
             names=(*LLAMA_NAMES, (r"\.mlp\.router\.", ".mlp.gate."), (r"\.sinks$", ".sinks.weight")),
             has_interleaved_experts=True,
         ),
-        gguf_layout=LLAMA,
+        gguf_layout=LLAMA_LAYOUT,
         gguf_defaults={"truncate": False},
         refused={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     ),
@@ -236,7 +220,6 @@ FAMILIES = (
         {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "norm_eps": 1e-5},
         windows="all",
         rope_names={"su": "longrope", "yarn": "longrope"},
-        layout=LLAMA,
         gguf_layout=WeightLayout(names=FUSED_UP),
     ),
     Family(
@@ -245,9 +228,9 @@ FAMILIES = (
         "olmo2",
         {"max_position_embeddings": 2048, "norm_eps": 1e-5},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         qk_norm="all",
         norms=POST_NORMS,
+        layout=PLAIN_LAYOUT,
     ),
     Family(
         "olmo3",
@@ -256,11 +239,11 @@ FAMILIES = (
         {"max_position_embeddings": 2048, "norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4}
         | {"rope_theta": 500000.0},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         qk_norm="all",
         windows="pattern",
         local_theta="rope_theta",
         norms=POST_NORMS,
+        layout=PLAIN_LAYOUT,
     ),
     Family(
         "granite",
@@ -268,12 +251,10 @@ FAMILIES = (
         "granite",
         {"max_position_embeddings": 2048, "position_embedding_type": "rope"},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         mlp_bias="mlp_bias",
         scale="attention_multiplier",
         no_rope="flagged",
         logits="divided",
-        layout=LLAMA,
         gguf_layout=INTERLEAVED,
         refused={"num_experts": 0},
     ),
@@ -283,7 +264,6 @@ FAMILIES = (
         "granite",
         {"max_position_embeddings": 2048},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         scale="attention_multiplier",
         no_rope="flagged",
         logits="divided",
@@ -299,10 +279,8 @@ FAMILIES = (
         {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6, "use_sliding_window": False}
         | {"tie_word_embeddings": True, "num_attention_heads": 16},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         mlp_bias="mlp_bias",
         no_rope="listed",
-        layout=LLAMA,
         gguf_layout=INTERLEAVED,
         refused={"use_sliding_window": False},
     ),
@@ -313,6 +291,7 @@ FAMILIES = (
         {"max_position_embeddings": 131072, "head_dim": 128, "num_key_value_heads": 2, "norm_eps": 1.5625e-7}
         | {"attention_bias": True, "partial_rotary_factor": 0.5},
         qkv_bias="attention_bias",
+        output_bias=False,
         norms=SANDWICH,
         layout=WeightLayout(names=GLM_NAMES, is_interleaved=True),
         gguf_layout=WeightLayout(names=FUSED_UP, is_interleaved=True),
@@ -324,7 +303,6 @@ FAMILIES = (
         {"max_position_embeddings": 8192, "norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
         | {"sliding_window": 4096, "sliding_window_pattern": 4},
         qkv_bias="attention_bias",
-        output_bias="attention_bias",
         windows="pattern",
         no_rope="full",
         norm="layer",
@@ -343,6 +321,7 @@ FAMILIES = (
         windows="pattern",
         no_rope="mixed",
         norms=POST_NORMS,
+        layout=PLAIN_LAYOUT,
     ),
     Family(
         "ernie4_5",
@@ -351,7 +330,6 @@ FAMILIES = (
         {"max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128, "norm_eps": 1e-5}
         | {"rope_theta": 500000.0, "tie_word_embeddings": True},
         qkv_bias="use_bias",
-        output_bias="use_bias",
         mlp_bias="use_bias",
         layout=WeightLayout(names=LLAMA_NAMES, is_interleaved=True),
         gguf_layout=INTERLEAVED,
