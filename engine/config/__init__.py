@@ -10,7 +10,7 @@ from engine.config.decoder import Family
 from engine.config.families import FAMILIES, family_of
 from engine.config.fields import Fields, shown
 from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
-from engine.config.huggingface import load_folder, parse_json, refuse_pickle
+from engine.config.huggingface import load_folder, refuse_pickle
 from engine.config.layers import (
     AttentionKind,
     AttentionSpec,
@@ -58,7 +58,6 @@ __all__ = [
     "WeightLayout",
     "family_of",
     "load_model_config",
-    "parse_json",
     "refuse_pickle",
     "shown",
 ]

@@ -162,15 +162,14 @@ MAX_DEPTH = 100
 MAX_DIGITS = 40  # tokenizer_config.json has model_max_length 10**30
 
 
-def read_json_file(path: Path, max_bytes: int = MAX_BYTES) -> Any:
-    """Return the value in a JSON file. Raises ValueError with its path if it is none, and OSError."""
+def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises ValueError with its path if it is none, and OSError."""
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    return parse_json_data(path, data, max_bytes)
+        return parse_json_object(path, file.read(max_bytes + 1), max_bytes)
 
 
-def parse_json_data(path: Path, data: bytes | bytearray, max_bytes: int = MAX_BYTES) -> Any:
-    """Return the value in the content of a JSON file; `path` is for messages. Raises ValueError."""
+def parse_json_object(path: Path, data: bytes | bytearray, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return the object in the content of a JSON file; `path` is for messages. Raises ValueError if it is none."""
     try:
         if len(data) > max_bytes:
             raise ValueError(f"larger than {max_bytes} bytes")
@@ -180,20 +179,6 @@ def parse_json_data(path: Path, data: bytes | bytearray, max_bytes: int = MAX_BY
         raise ValueError(f"{path}: not valid JSON (more than {MAX_DEPTH} levels)") from None
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
-    return value
-
-
-def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ValueError with its path if it is none, and OSError."""
-    return _checked_object(path, read_json_file(path, max_bytes))
-
-
-def parse_json_object(path: Path, data: bytes | bytearray, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Return the object in the content of a JSON file; `path` is for messages. Raises ValueError if it is none."""
-    return _checked_object(path, parse_json_data(path, data, max_bytes))
-
-
-def _checked_object(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return value

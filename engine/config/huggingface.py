@@ -8,9 +8,9 @@ import msgspec
 
 from engine.config.decoder import NAMES, Family, build_decoder
 from engine.config.families import FAMILIES
-from engine.config.fields import Fields, parse_json_object, read_json_object, shown
+from engine.config.fields import Fields, read_json_object, shown
 from engine.config.structs import ModelConfig, QuantizationConfig
-from engine.config.tokenizer_files import num_token_ids
+from engine.config.tokenizer_files import num_token_ids, read_optional_object
 from engine.shared.parts import engine_part
 
 logger = logging.getLogger("lightwell.engine")
@@ -30,20 +30,9 @@ def load_folder(folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json in this folder")
     refuse_pickle(folder)
-    fields = text_part(read_json(folder / "config.json"))
+    fields = text_part(Fields(str(folder / "config.json"), read_json_object(folder / "config.json")))
     generation = folder / "generation_config.json"
-    empty = Fields(str(generation), {})
-    return _load_config_json(folder, fields, read_json(generation) if generation.is_file() else empty)
-
-
-def read_json(path: Path) -> Fields:
-    """Read a JSON file that holds an object. Raises ValueError if it does not."""
-    return Fields(str(path), read_json_object(path))
-
-
-def parse_json(path: Path, data: bytes | bytearray) -> Fields:
-    """Parse the content of a JSON file that holds an object; `path` is for messages. Raises ValueError."""
-    return Fields(str(path), parse_json_object(path, data))
+    return _load_config_json(folder, fields, Fields(str(generation), read_optional_object(generation)))
 
 
 def text_part(fields: Fields) -> Fields:

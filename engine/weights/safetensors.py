@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,14 +114,20 @@ def _are_equal(head: Tensor, embedding: Tensor) -> bool:
     return all(torch.equal(some.to(dtype), others.to(dtype)) for some, others in pairs)
 
 
-def _read_tensor(shard: Path, name: str) -> Tensor:
-    """Return a tensor, as a view of the memory-mapped file. Raises ValueError if the file is damaged."""
+@contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
+    """Open a file, whose tensors may be views of the memory-mapped file. Raises ValueError if it is damaged."""
     try:
         with safe_open(shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            yield file
     except SafetensorError as error:
-        raise ValueError(f"{shard}: {short(name)}: cannot be read ({short(str(error))})") from error
-    return tensor
+        raise ValueError(f"{shard}: not a valid safetensors file ({short(str(error))})") from error
+
+
+def _read_tensor(shard: Path, name: str) -> Tensor:
+    with _opened(shard) as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 def least_safetensors_bytes(folder: Path) -> int:
@@ -129,13 +136,10 @@ def least_safetensors_bytes(folder: Path) -> int:
 
 
 def _num_numbers(shard: Path) -> int:
-    """Return how many numbers the text model has in a file. Raises ValueError if it is damaged."""
-    try:
-        with safe_open(shard, framework="pt") as file:
-            names = [name for name in file.keys() if not OTHER_PARTS.search(name)]  # noqa: SIM118
-            return sum(prod(file.get_slice(name).get_shape()) for name in names)
-    except SafetensorError as error:
-        raise ValueError(f"{shard}: not a valid safetensors file ({short(str(error))})") from error
+    """Return how many numbers the text model has in a file."""
+    with _opened(shard) as file:
+        names = [name for name in file.keys() if not OTHER_PARTS.search(name)]  # noqa: SIM118
+        return sum(prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def _complete(layers: StoredLayers, name: str, tensor: torch.Tensor, shard: Path) -> list[tuple[str, Weight]]:
@@ -193,22 +197,15 @@ def _read_all_names(shards: Mapping[Path, set[str]]) -> dict[str, Path]:
     """
     names: dict[str, Path] = {}
     for shard, expected in shards.items():
-        for name in _read_names(shard):
+        with _opened(shard) as file:
+            stored = list(file.keys())
+        for name in stored:
             other = names.get(name)
             if other is None or name in expected:
                 names[name] = shard
             elif name not in shards[other] and not UNUSED.fullmatch(name):
                 raise ValueError(f"{shard}: {short(name)}: the tensor is in {other.name} too")
     return names
-
-
-def _read_names(shard: Path) -> list[str]:
-    """Return the names of the tensors of a file. Raises ValueError if it is damaged."""
-    try:
-        with safe_open(shard, framework="pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{shard}: not a valid safetensors file ({short(str(error))})") from error
 
 
 def read_tensors(
@@ -218,14 +215,11 @@ def read_tensors(
 
     Raises ValueError if a tensor of `expected` is missing, a type is not among `types`, or the file is damaged.
     """
-    try:
-        with safe_open(shard, framework="pt") as file:
-            names = list(file.keys())
-            if missing := expected.difference(names):
-                raise ValueError(f"{shard}: {min(missing)} is missing, though {INDEX_NAME} names this file for it")
-            for name in names:
-                if (stored_type := file.get_slice(name).get_dtype()) not in types:
-                    raise ValueError(f"{shard}: {name}: type {stored_type} is not supported")
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{shard}: not a valid safetensors file ({short(str(error))})") from error
+    with _opened(shard) as file:
+        names = list(file.keys())
+        if missing := expected.difference(names):
+            raise ValueError(f"{shard}: {min(missing)} is missing, though {INDEX_NAME} names this file for it")
+        for name in names:
+            if (stored_type := file.get_slice(name).get_dtype()) not in types:
+                raise ValueError(f"{shard}: {name}: type {stored_type} is not supported")
+            yield name, file.get_tensor(name)

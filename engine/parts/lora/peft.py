@@ -16,7 +16,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.config import Fields, ModelConfig, family_of, parse_json, refuse_pickle, shown
+from engine.config import Fields, ModelConfig, family_of, refuse_pickle, shown
+from engine.config.fields import parse_json_object
 from engine.parts.lora.checkpoint import (
     MAX_HEADER_BYTES,
     LoraMatrices,
@@ -189,7 +190,7 @@ def _number_of(module: str, numbers: dict[str, float]) -> float | None:
 
 def read_lora_scales(path: Path) -> LoraScales:
     """Read adapter_config.json. Raises ValueError for a malformed file, or an adapter that is not plain LoRA."""
-    fields = parse_json(path, read_file(path, MAX_CONFIG_BYTES))
+    fields = Fields(str(path), parse_json_object(path, read_file(path, MAX_CONFIG_BYTES)))
     if (peft_type := fields.string("peft_type", "not named")) != "LORA":
         raise fields.error("peft_type", f"{shown(peft_type)} is not supported, only 'LORA'")
     _refuse_other_methods(fields)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import load_model_config
-from engine.config.fields import MAX_DEPTH, parse_json_data, read_json_file, read_json_object
+from engine.config.fields import MAX_DEPTH, parse_json_object, read_json_object
 from engine.config.tokenizer_files import read_added_tokens
 from engine.parts.quantized.config import OTHER_FILES
 
@@ -39,24 +39,24 @@ def test_content_that_no_tool_writes(tmp_path: Path, name: str, data: bytes, mes
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     path = tmp_path / name
     path.write_bytes(data)
-    read: Callable[[Path], object] = FILES.get(name, lambda folder: read_json_file(folder / name))
+    read: Callable[[Path], object] = FILES.get(name, lambda folder: read_json_object(folder / name))
     with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: not valid JSON (')}.*{message}"):
         read(tmp_path)
 
 
 def test_limits(tmp_path: Path) -> None:
     nested = (MAX_DEPTH - 1) * b"[" + b"10" + (MAX_DEPTH - 1) * b"]"
-    assert parse_json_data(tmp_path, b"[" + nested + b"]")
+    assert parse_json_object(tmp_path, b'{"a": ' + nested + b"}")
     with pytest.raises(ValueError, match="more than 100 levels"):
-        parse_json_data(tmp_path, b"[[" + nested + b"]]")
-    assert parse_json_data(tmp_path, b"1000000000000000019884624838656") == int(1e30)
+        parse_json_object(tmp_path, b'{"a": [' + nested + b"]}")
+    assert parse_json_object(tmp_path, b'{"a": 1000000000000000019884624838656}') == {"a": int(1e30)}
     (tmp_path / "x").write_bytes(b"[1]")
     with pytest.raises(ValueError, match="x: must hold a JSON object"):
         read_json_object(tmp_path / "x")
     with pytest.raises(ValueError, match=r"x: not valid JSON \(larger than 2 bytes\)"):
-        read_json_file(tmp_path / "x", 2)
-    (tmp_path / "x").write_bytes(b"[1]".ljust(16 << 20))
-    assert read_json_file(tmp_path / "x") == [1]
-    (tmp_path / "x").write_bytes(b"[1]".ljust((16 << 20) + 1))
+        read_json_object(tmp_path / "x", 2)
+    (tmp_path / "x").write_bytes(b"{}".ljust(16 << 20))
+    assert read_json_object(tmp_path / "x") == {}
+    (tmp_path / "x").write_bytes(b"{}".ljust((16 << 20) + 1))
     with pytest.raises(ValueError, match=r"x: not valid JSON \(larger than 16777216 bytes\)"):
-        read_json_file(tmp_path / "x")
+        read_json_object(tmp_path / "x")
