@@ -61,27 +61,6 @@ class StepPlan:
     preempted: list[Request] = field(default_factory=list)
 
 
-def _check_limits(
-    kv: KVManager, budget: StepBudget, max_num_seqs: int, max_model_len: int, long_prefill_token_threshold: int
-) -> None:
-    """Raise ValueError if limits are contradictory."""
-    if max_num_seqs < 1 or max_model_len < 1 or long_prefill_token_threshold < 0:
-        raise ValueError(
-            f"max_num_seqs ({max_num_seqs}) and max_model_len ({max_model_len}) must be at least 1, "
-            f"long_prefill_token_threshold ({long_prefill_token_threshold}) at least 0"
-        )
-    if budget.max_num_rows < max_num_seqs:
-        raise ValueError(
-            f"max_num_batched_tokens ({budget.max_num_rows}) must be at least max_num_seqs ({max_num_seqs}), "
-            "so that every running request gets a token in each step"
-        )
-    if kv.pool.num_blocks < (num_blocks := kv.num_blocks_for(max_model_len)):
-        raise ValueError(
-            f"the KV cache has {kv.pool.num_blocks} blocks, but one request of max_model_len ({max_model_len}) "
-            f"needs {num_blocks}"
-        )
-
-
 class Scheduler:
     """The waiting and the running requests. Blocks are the work of `kv`, drafts that of `drafting`."""
 
@@ -97,8 +76,9 @@ class Scheduler:
         speculation: SpeculationPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`speculation`: when n-gram drafts are made; None: never. Raises ValueError if limits are contradictory."""
-        _check_limits(kv, budget, max_num_seqs, max_model_len, long_prefill_token_threshold)
+        """`speculation`: when n-gram drafts are made; None: never."""
+        assert budget.max_num_rows >= max_num_seqs  # every running request gets a token in each step
+        assert kv.pool.num_blocks >= kv.num_blocks_for(max_model_len)
         self.kv, self.pool = kv, kv.pool
         self.clock = clock
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len

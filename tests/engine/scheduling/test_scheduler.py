@@ -912,22 +912,6 @@ def test_one_row_fails_and_the_others_go_on() -> None:
 # Limits.
 
 
-@pytest.mark.checklist("E05")
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [
-        ({"max_num_batched_tokens": 7, "max_num_seqs": 8}, r"max_num_batched_tokens \(7\).*max_num_seqs \(8\)"),
-        ({"num_blocks": 7, "max_model_len": 29}, r"7 blocks.*max_model_len \(29\) needs 8"),
-        ({"max_num_seqs": 0}, "at least"),
-        ({"long_prefill_token_threshold": -1}, "at least"),
-        ({"max_model_len": 0}, "at least"),
-    ],
-)
-def test_limits_that_cannot_work_are_refused(limits: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Rig(**limits)  # type: ignore[arg-type]
-
-
 def test_a_prompt_beyond_the_context_is_a_programmer_error() -> None:
     rig = Rig(max_model_len=8)
     with pytest.raises(AssertionError):
