@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.batch.transfer import HostCopy, packed_copy
-from engine.execution.load import prepare_execution
+from engine.execution import prepare_execution
 from engine.kernels.interface import Kernels, TokenSampler
 from engine.model import CausalLM
 from engine.model.kv_cache import KVCache

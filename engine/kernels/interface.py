@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from engine.config import AttentionKind, KVShape, RouterSpec
 from engine.sampling.sampler import SamplerOutput
 from engine.scheduling.request import SamplingRow
 from engine.weights import Weight
-
-ExecutionKind: TypeAlias = Literal["eager", "program", "cuda_graphs"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Kernels(Protocol):
     vector_dtype: torch.dtype  # of norms and biases
     num_threads: int  # that the kernels run on
     num_torch_threads: int  # to set for torch's own operations
-    execution: ExecutionKind  # how a model runs on these kernels: see engine.execution.load
+    is_graphed: bool  # whether a model runs on these kernels in CUDA graphs
     warm_up_rows: frozenset[int]  # numbers of rows with which a model runs all kernels that most requests need
 
     @property

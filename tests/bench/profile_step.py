@@ -17,7 +17,7 @@ import sys
 import torch
 
 from engine.config import EngineConfig, EngineProcessConfig
-from engine.execution.cpu_program import CpuExecution
+from engine.execution import CpuExecution
 from engine.kernels.cpu.library import Program
 from engine.loading import LoadedModel
 from engine.parts.distributed.part import load

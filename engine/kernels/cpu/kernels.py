@@ -33,7 +33,7 @@ from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.cpu.sampler import CpuSampler
 from engine.kernels.cpu.weights import FLOAT32, GROUP_TYPES, PACKED_TYPES, Matrix, Packer
-from engine.kernels.interface import ExecutionKind, KernelOptions, LinearOp
+from engine.kernels.interface import KernelOptions, LinearOp
 from engine.weights import Weight, layout_of
 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2, "swigluoai": 3}  # Activation of rows.h
@@ -57,7 +57,7 @@ class CpuKernels(ProgramRecorder):
 
     deterministic = True
     device = torch.device("cpu")
-    execution: ExecutionKind = "program"
+    is_graphed = False
     vector_dtype = torch.float32
     warm_up_rows = frozenset({2})
     num_torch_threads = 1

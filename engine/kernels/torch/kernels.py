@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.config import AttentionKind, KVShape
-from engine.kernels.interface import ExecutionKind, ExpertLinearOp, KernelOptions, LinearOp
+from engine.kernels.interface import ExpertLinearOp, KernelOptions, LinearOp
 from engine.kernels.torch import attention, experts, rows
 from engine.kernels.torch.linear import Invariant, Product, adding, find_invariant, new_product, padded
 from engine.sampling.sampler import Sampler
@@ -24,7 +24,7 @@ class TorchKernels:
 
     name = "torch"
     keep_packed: frozenset[str] = frozenset()
-    execution: ExecutionKind = "eager"
+    is_graphed = False
     separates_prompts = False
     warm_up_rows = frozenset({2})
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs
-from engine.execution.load import Execution
+from engine.execution import Execution
 from engine.model.linear import Linear
 from engine.parts.distributed.collectives import SharedMemory
 from engine.parts.distributed.group import Command, Follower, Leader, RankGroup
@@ -42,7 +42,7 @@ class Message:
         return torch.from_numpy(np.array(self._rows[: self._num_rows[0]])).to(device)
 
 
-class LeadingExecution:
+class LeadingExecution(Execution):
     """The execution of rank 0, which the other ranks follow."""
 
     def __init__(self, execution: Execution, group: Leader, message: Message) -> None:
@@ -50,10 +50,6 @@ class LeadingExecution:
         self.group = group
         self.message = message
         self.max_logit_rows = execution.max_logit_rows
-        self.uncaptured: list[int] = []
-
-    def capture_next(self) -> None:
-        """Do nothing: there are no graphs."""
 
     def forward(self, batch: BatchInputs) -> None:
         with self.group.everywhere(Command.FORWARD):

@@ -80,7 +80,7 @@ class TritonLoraLayer(LoraLayer):
 def new_lora_layer(kernels: Kernels, sizes: Sequence[int], num_inputs: int, num_slots: int, max_rank: int) -> LoraLayer:
     """Return empty slots for a product of projections with `sizes` outputs."""
     kind = LoraLayer
-    if kernels.execution == "program":
+    if isinstance(kernels, CpuKernels):
         kind = CpuLoraLayer
     elif kernels.name.startswith("triton"):
         kind = TritonLoraLayer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import AttentionWork, BatchInputs
-from engine.execution.load import EagerExecution
+from engine.execution import EagerExecution
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
 from engine.model.memory_plan import MIB, free_memory

@@ -20,7 +20,6 @@ from engine.batch.transfer import to_device
 from engine.config import AttentionKind, KVShape
 from engine.kernels.interface import (
     AttentionScores,
-    ExecutionKind,
     ExpertLinearOp,
     KernelOptions,
     LayerCache,
@@ -73,8 +72,7 @@ class TritonKernels:
         self.name = f"triton {triton.__version__} {card_name(device)}"
         self.deterministic = options.batch_invariant
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
-        is_graphed = device.type == "cuda" and not options.enforce_eager
-        self.execution: ExecutionKind = "cuda_graphs" if is_graphed else "eager"
+        self.is_graphed = device.type == "cuda" and not options.enforce_eager
         self.keep_packed = PACKED_TYPES if options.quantization == "auto" else frozenset()
         capability = compute_capability(device)
         self.has_float8 = capability is not None and capability >= FLOAT8_CAPABILITY

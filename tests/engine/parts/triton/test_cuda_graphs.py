@@ -18,7 +18,7 @@ from engine.batch.inputs import AttentionWork, BatchInputs
 from engine.batch.transfer import HostCopy
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
-from engine.execution.load import EagerExecution
+from engine.execution import EagerExecution
 from engine.loading import LoadedModel
 from engine.model.kv_cache import KVCache
 from engine.parts.triton import tiles
