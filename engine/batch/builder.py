@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -161,17 +161,9 @@ class BatchBuilder:
 
     def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
         num_rows, num_groups = len(ROWS), len(self.tables)
-        token_ids, positions, lora_slots, hidden_rows, hidden_lora_slots, *sampling = tensors[:num_rows]
-        sample_rows, ahead_rows, ahead_samples = sampling
+        rows: dict[str, Any] = dict(zip(ROWS, tensors, strict=False))
         return BatchInputs(
-            token_ids,
-            positions,
-            lora_slots,
-            hidden_rows,
-            hidden_lora_slots,
-            sample_rows,
-            ahead_rows,
-            ahead_samples,
+            **rows,
             slot_mappings=list(tensors[num_rows : num_rows + num_groups]),
             block_tables=list(tensors[num_rows + num_groups :]),
             query_lens=self.query_lens[:num_seqs],
