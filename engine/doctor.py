@@ -13,8 +13,7 @@ import sys
 import msgspec
 
 from engine.kernels.cpu.library import CPU_INFO, Library, best_code_path, cpu_flags, find_library
-from engine.shared.host_memory import available_memory
-from engine.shared.machine import Gpu, Machine
+from engine.shared.machine import Gpu, Machine, available_memory
 from engine.shared.parts import MissingPartError, engine_part
 
 

@@ -15,7 +15,7 @@ from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.library import Program
 from engine.kernels.interface import Kernels
 from engine.model.decoder import CausalLM
-from engine.model.kv_cache import KVCache
+from engine.model.layer_inputs import KVCache
 from engine.shared.parts import engine_part
 
 LOGIT_ROWS_PER_SEQ = 8  # a sampled token and its draft

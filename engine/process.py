@@ -25,11 +25,11 @@ import torch
 from engine.api_connections import ApiConnections, Damaged
 from engine.config import EngineProcessConfig
 from engine.core import BrokenDeviceError, Engine
-from engine.loading import load_model
+from engine.loading import AdapterGoneError, load_model
 from engine.model.memory_plan import is_out_of_memory
 from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
 from engine.scheduling.record import StepClock
-from engine.shared.launcher import collect_garbage
+from engine.shared.launcher import collect_garbage, die_with_parent
 from engine.shared.logs import configure_logging
 from engine.shared.messages import (
     HEARTBEAT_SECONDS,
@@ -44,10 +44,8 @@ from engine.shared.messages import (
     TokenEvent,
     Vocabulary,
 )
-from engine.shared.parent_death import die_with_parent
 from engine.shared.parts import ENGINE_PARTS, engine_part, has_part
 from engine.startup import capture_graphs, engine_info, log_plan, process_age, progress_bar, warm_up
-from engine.whole_model import AdapterGoneError
 
 logger = logging.getLogger("lightwell.engine")
 

@@ -20,7 +20,7 @@ from engine.batch.transfer import HostCopy, packed_copy
 from engine.execution import prepare_execution
 from engine.kernels.interface import Kernels, TokenSampler
 from engine.model import CausalLM
-from engine.model.kv_cache import KVCache
+from engine.model.layer_inputs import KVCache
 from engine.sampling.logprobs import PendingLogprobs, gather_logprobs
 from engine.sampling.sampler import step_masks
 from engine.scheduling.record import StepClock

@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence, Set
 
 import msgspec
 
-from engine.shared.launcher import collect_garbage
+from engine.shared.launcher import collect_garbage, die_with_parent
 from engine.shared.logs import configure_logging
-from engine.shared.parent_death import die_with_parent
 from server.announcement import announce
 from server.api_keys import load_api_keys
 from server.api_server import APIServer, raise_file_limit

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.shared.paths import cache_folder
+from engine.shared.files import cache_folder
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from engine.config import AttentionSpec, ModelConfig
 from engine.kernels.interface import AttentionScores, HeadNorms, Kernels
 from engine.model.layer_inputs import LayerInputs
-from engine.model.linear import Linear
-from engine.model.parameters import Parameters
+from engine.model.linear import Linear, Parameters
 
 
 class PagedAttention:

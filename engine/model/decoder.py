@@ -19,12 +19,10 @@ from torch import Tensor
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.config import AttentionKind, ModelConfig
 from engine.kernels.interface import Kernels
-from engine.model.kv_cache import KVCache
 from engine.model.layer_builder import LayerBuilder
-from engine.model.layer_inputs import LayerInputs
-from engine.model.linear import Linear
+from engine.model.layer_inputs import KVCache, LayerInputs
+from engine.model.linear import Linear, Parameters
 from engine.model.norm import Norm
-from engine.model.parameters import Parameters
 from engine.model.rotary import RotaryEmbedding
 from engine.model.variants import PerLayerEmbedding
 

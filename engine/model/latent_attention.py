@@ -17,8 +17,7 @@ from engine.config import LatentSpec, ModelConfig
 from engine.kernels.interface import AttentionScores, Kernels
 from engine.model.attention import PagedAttention
 from engine.model.layer_inputs import LayerInputs
-from engine.model.linear import Linear
-from engine.model.parameters import Parameters
+from engine.model.linear import Linear, Parameters
 from engine.weights import Weight
 
 NORM_EPS = 1e-6  # of the norms inside, whatever that of others is

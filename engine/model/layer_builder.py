@@ -12,10 +12,9 @@ from engine.kernels.interface import Kernels
 from engine.model.attention import Attention
 from engine.model.latent_attention import LatentAttention
 from engine.model.layer_inputs import LayerInputs
-from engine.model.linear import Linear
+from engine.model.linear import Linear, Parameters
 from engine.model.mlp import MLP, Experts
 from engine.model.norm import NoNorm, Norm, NormedSum, ScaledSum, Sum
-from engine.model.parameters import Parameters
 from engine.model.variants import LayerScalar, MLPAndExperts, PerLayerGate
 
 Extra: TypeAlias = Callable[[Tensor, LayerInputs], None]  # changes the residual stream at the end of a layer

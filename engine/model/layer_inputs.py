@@ -1,4 +1,4 @@
-"""What a batch gives to each layer besides hidden states."""
+"""What each layer reads besides hidden states: the KV cache, and what a batch gives to it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,29 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs
 from engine.config import AttentionKind, ModelConfig
-from engine.kernels.interface import Kernels, Rotations
-from engine.model.kv_cache import KVCache
+from engine.kernels.interface import Kernels, LayerCache, Rotations
 from engine.model.rotary import gather_rotations
+
+
+class KVCache:
+    """The cache of each layer, in the layout of the kernels: `num_blocks` blocks of `block_size` tokens.
+
+    A block holds the layers of one KV group at a time. A layer that reads the keys and values of another has its cache.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, kernels: Kernels) -> None:
+        caches = kernels.new_kv_cache(config.kv_shapes, num_blocks, block_size)
+        stored = {
+            layer: (number, cache)
+            for number, (group, members) in enumerate(zip(config.kv_groups, caches, strict=True))
+            for layer, cache in zip(group.layers, members, strict=True)
+        }
+        sources = [
+            index if layer.attention.kv_source is None else layer.attention.kv_source
+            for index, layer in enumerate(config.layers)
+        ]
+        self.groups: list[int] = [stored[source][0] for source in sources]  # the KV group of each layer
+        self.layers: list[LayerCache] = [stored[source][1] for source in sources]
 
 
 @dataclass(frozen=True)

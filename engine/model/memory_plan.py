@@ -15,9 +15,8 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels.interface import Kernels
-from engine.model.kv_cache import bytes_per_block
 from engine.model.rotary import table_bytes as rotary_bytes
-from engine.shared.host_memory import available_memory, own_memory
+from engine.shared.machine import available_memory, own_memory
 
 FULL_LENGTH_REQUESTS = 4  # requests of max_model_len tokens that the default cache on a CPU holds
 CPU_MEMORY_SHARE = 0.5  # of the memory that is free once the weights are loaded
@@ -174,7 +173,7 @@ class ContextSizes:
         self, config: ModelConfig, engine_config: EngineConfig, max_num_batched_tokens: int, kernels: Kernels
     ) -> None:
         self.block_size = engine_config.block_size
-        self.block_bytes = bytes_per_block(config, self.block_size, kernels)
+        self.block_bytes = kernels.kv_cache_bytes(config.kv_shapes, self.block_size)
         self._config = config
         self._groups = config.kv_groups
         self._max_num_seqs = engine_config.max_num_seqs

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from engine.config import ExpertsSpec, MLPSpec
 from engine.kernels.interface import ExpertLinearOp, Kernels
-from engine.model.linear import Linear
-from engine.model.parameters import Parameters
+from engine.model.linear import Linear, Parameters
 
 
 class MLP:

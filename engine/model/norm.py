@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.kernels.interface import Kernels
-from engine.model.parameters import Parameters
+from engine.model.linear import Parameters
 
 
 class Norm:

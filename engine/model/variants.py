@@ -8,10 +8,9 @@ from torch import Tensor
 from engine.config import ExpertsSpec, MLPSpec, ModelConfig
 from engine.kernels.interface import Kernels
 from engine.model.layer_inputs import LayerInputs
-from engine.model.linear import Linear
+from engine.model.linear import Linear, Parameters
 from engine.model.mlp import MLP, Experts
 from engine.model.norm import Norm
-from engine.model.parameters import Parameters
 
 
 class PerLayerEmbedding:

@@ -1,14 +1,18 @@
-"""Run the `main` of a module as a process: `python -m engine.shared.launcher MODULE`.
+"""Run the `main` of a module as a process: `python -m engine.shared.launcher MODULE`. It may end with its parent.
 
 Nothing is collected as garbage until `main` calls `collect_garbage`. What is loaded at start stays, and the collector
 would go over it again and again: that takes an eighth of the time in which torch is imported.
 """
 
+import ctypes
 import gc
+import os
+import signal
 import sys
 from importlib import import_module
 from types import ModuleType
 
+PR_SET_PDEATHSIG = 1
 NO_MEMORY = ("failed to map segment", "Cannot allocate memory")  # errors of the dynamic linker
 
 
@@ -32,6 +36,20 @@ def collect_garbage() -> None:
     """Turn the garbage collector on, for what is made from now on."""
     gc.freeze()
     gc.enable()
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends, and end it now if the parent has already ended.
+
+    Call this before anything else. The signal is sent when the parent's thread that started this process ends, even if
+    other threads go on (see prctl(2), PR_SET_PDEATHSIG). Raises OSError if the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

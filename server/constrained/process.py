@@ -17,7 +17,7 @@ from typing import BinaryIO
 import msgspec
 
 from engine.grammar.compiler import STACK_BYTES, GrammarCompiler, GrammarError
-from engine.shared.parent_death import die_with_parent
+from engine.shared.launcher import die_with_parent
 from server.constrained.constraints import Constraint, ConstraintBuilder, invalid
 from server.constrained.messages import (
     LENGTH,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import partial
 
-from engine.shared.parent_death import die_with_parent
+from engine.shared.launcher import die_with_parent
 
 KILL_SECONDS = 1.0  # for the kernel to end a child after SIGKILL
 RELOAD_SIGNAL = signal.SIGHUP  # stops a server that has no files to read again

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.shared.host_memory import available_memory
+from engine.shared.machine import available_memory
 from server.settings.load import hidden_without_keys
 from server.settings.table import Settings
 

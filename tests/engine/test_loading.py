@@ -19,7 +19,7 @@ from engine import loading
 from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.loading import Limits
-from engine.model.kv_cache import KVCache
+from engine.model.layer_inputs import KVCache
 from engine.model.memory_plan import MIB
 from engine.model.rotary import inverse_frequencies
 from engine.parts.triton import largest_step

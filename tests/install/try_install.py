@@ -21,7 +21,7 @@ from pathlib import Path
 
 import httpx
 
-from engine.shared.paths import cache_folder
+from engine.shared.files import cache_folder
 from tests.bench.serve import MODEL_NAME, running_server
 from tests.support.paths import ROOT
 

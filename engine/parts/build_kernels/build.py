@@ -38,7 +38,7 @@ from engine.kernels.cpu.library import (
     kernels_folder,
     library_name,
 )
-from engine.shared.durable_files import is_sealed, replace_durably, seal
+from engine.shared.files import is_sealed, replace_durably, seal
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs
 from engine.execution import Execution
+from engine.loading import Adapters
 from engine.model.linear import Linear
 from engine.parts.distributed.collectives import SharedMemory
 from engine.parts.distributed.group import Command, Follower, Leader, RankGroup
@@ -19,7 +20,6 @@ from engine.parts.distributed.plan import ShardingPlan, shard_lora
 from engine.parts.lora.checkpoint import LoraMatrices, module_shapes
 from engine.parts.lora.slots import LoraAdapters
 from engine.runner import ModelRunner
-from engine.whole_model import Adapters
 
 if TYPE_CHECKING:
     from engine.parts.inspection.executions import Observation, ObservedExecution

@@ -13,16 +13,15 @@ import msgspec
 import torch
 
 from engine.config import EngineConfig, EngineProcessConfig, ModelConfig, load_model_config
-from engine.loading import LoadedModel, Progress, load_model
+from engine.loading import LoadedModel, Progress, WholeModel, load_model
 from engine.model import CausalLM, Parameters
 from engine.parts.distributed.execution import ShardedAdapters, lead
 from engine.parts.distributed.group import Leader, RankGroup
 from engine.parts.distributed.parallelize import build_parallel
 from engine.parts.distributed.plan import ShardingPlan, check_num_ranks, column_block, divide, shard
 from engine.scheduling.record import StepClock
-from engine.shared.cpus import divide_cpus
+from engine.shared.machine import divide_cpus
 from engine.weights import Weight
-from engine.whole_model import WholeModel
 
 
 class ModelPart(WholeModel):

@@ -15,9 +15,8 @@ from engine.loading import load_model
 from engine.parts.distributed.execution import follow
 from engine.parts.distributed.group import Follower, RankConfig
 from engine.parts.distributed.part import ModelPart, use_own_cores
-from engine.shared.launcher import collect_garbage
+from engine.shared.launcher import collect_garbage, die_with_parent
 from engine.shared.logs import configure_logging
-from engine.shared.parent_death import die_with_parent
 
 logger = logging.getLogger("lightwell.engine")
 

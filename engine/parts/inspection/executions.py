@@ -17,7 +17,7 @@ from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.library import Program
 from engine.kernels.interface import AttentionScores
 from engine.model.decoder import CausalLM
-from engine.model.kv_cache import KVCache
+from engine.model.layer_inputs import KVCache
 from engine.runner import ModelRunner
 
 OBSERVED_LOGIT_ROWS = 4  # that are computed at once: with the weights of an LM head, a few take as long as one

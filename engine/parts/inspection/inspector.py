@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.core import Engine
+from engine.loading import AdapterGoneError
 from engine.parts.inspection.borrowed_blocks import BlocksGoneError, BorrowedBlocks
 from engine.parts.inspection.executions import ObservedExecution
 from engine.parts.inspection.layers import LayerObserver, view_stages
@@ -35,7 +36,6 @@ from engine.scheduling.request import (
 )
 from engine.shared.block_hashes import prefix_salt
 from engine.shared.messages import SamplingParams, Submit
-from engine.whole_model import AdapterGoneError
 
 MAX_ROWS = 64  # that are computed at once
 MAX_PRODUCTS = 1 << 19  # of queries and keys of a layer that are computed at once

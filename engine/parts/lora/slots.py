@@ -19,6 +19,7 @@ import torch
 
 from engine.batch.transfer import send, to_device
 from engine.config import EngineConfig, ModelConfig
+from engine.loading import AdapterGoneError, AdapterLoader, Adapters, WholeModel
 from engine.model import CausalLM
 from engine.model.linear import Linear
 from engine.model.memory_plan import MIB
@@ -28,7 +29,6 @@ from engine.parts.lora.layers import LoraLayer, add_slots
 from engine.parts.lora.peft import CONFIG_NAME, read_folder
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter
-from engine.whole_model import AdapterGoneError, AdapterLoader, Adapters, WholeModel
 
 EMPTY = ""  # in the list of fingerprints: a slot without an adapter
 

@@ -22,7 +22,7 @@ from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import AttentionWork, BatchInputs
 from engine.execution import EagerExecution
 from engine.model.decoder import CausalLM
-from engine.model.kv_cache import KVCache
+from engine.model.layer_inputs import KVCache
 from engine.model.memory_plan import MIB, free_memory
 from engine.scheduling.request import NO_LORA_SLOT
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection, Sequence
 
-from engine.shared.cpus import divide_cpus
+from engine.shared.machine import divide_cpus
 
 
 def cpu_shares(num_engines: int) -> Sequence[Collection[int]]:

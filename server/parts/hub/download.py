@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.config import GGUF_ARCHITECTURES, load_model_config
 from engine.config.fields import read_json_object
-from engine.shared.durable_files import replace_durably
+from engine.shared.files import replace_durably
 from engine.shared.gguf import read_partial_metadata
 from server.format import format_bytes, home_relative
 from server.parts.hub.client import HubError, PassingError, RemoteFile, read, request_file

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from engine.shared.host_memory import available_memory
+from engine.shared.machine import available_memory
 from server.format import format_bytes
 
 BYTES_PER_NUMBER = 2

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from engine.shared.paths import cache_folder
+from engine.shared.files import cache_folder
 from server.format import format_bytes, home_relative
 from server.model_paths import ADAPTER_FILES, ModelError, ResolvedModel, find_local
 from server.parts.hub.client import HubError

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from engine.shared.durable_files import replace_durably
-from engine.shared.paths import cache_folder
+from engine.shared.files import cache_folder, replace_durably
 from server.format import format_bytes, home_relative
 from server.model_paths import ModelError, ResolvedModel
 

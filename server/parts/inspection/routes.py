@@ -23,7 +23,7 @@ from engine.parts.inspection.records import (
     State,
     StepList,
 )
-from engine.shared.host_memory import available_memory
+from engine.shared.machine import available_memory
 from engine.shared.messages import EngineInfo
 from server.http.error_formats import ErrorFormat
 from server.http.errors import APIError, InvalidValueError, clip

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from engine.config.fields import read_json_object
 from engine.shared.gguf import GGUFFile
-from engine.shared.host_memory import available_memory
+from engine.shared.machine import available_memory
 from engine.shared.messages import EngineInfo
 from server.parts.hub.memory import GPU_RESERVE, MIB, GPUMemory, ModelShape, config_shape, gguf_shape, gpu_memory
 from server.settings.process_configs import ServedModelConfig

@@ -5,7 +5,7 @@ import sys
 
 import msgspec
 
-from engine.shared.parent_death import die_with_parent
+from engine.shared.launcher import die_with_parent
 from server.cli.parser import USAGE_ERROR, fail
 from server.model_paths import ModelError
 from server.processes.child_process import SupervisorError

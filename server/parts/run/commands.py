@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from engine.shared.parent_death import die_with_parent
+from engine.shared.launcher import die_with_parent
 from server.cli.chat import ChatOptions, add_conversation, chat, remote
 from server.cli.parser import FAILURE, Commands, fail
 from server.cli.serve import add_settings

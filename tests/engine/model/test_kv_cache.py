@@ -5,7 +5,7 @@ import torch
 
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
-from engine.model.kv_cache import KVCache, bytes_per_block
+from engine.model.layer_inputs import KVCache
 from engine.parts.triton.kernels import TritonKernels
 from tests.support.model_configs import TINY, llama_config
 
@@ -26,7 +26,8 @@ def test_bytes_of_the_kernels_of_this_processor(dtype: str, kv_cache_dtype: str,
     stored = torch.int8 if kv_cache_dtype == "int8" else options.dtype
     assert_bytes_are_those_of_the_tensors(kernels, block_size, stored)
     scale_bytes = 4 if kv_cache_dtype == "int8" else 0
-    assert bytes_per_block(MODEL, block_size, kernels) == 2 * 3 * block_size * 2 * (16 * stored.itemsize + scale_bytes)
+    num_bytes = kernels.kv_cache_bytes(MODEL.kv_shapes, block_size)
+    assert num_bytes == 2 * 3 * block_size * 2 * (16 * stored.itemsize + scale_bytes)
 
 
 @pytest.mark.parametrize(
@@ -46,4 +47,4 @@ def assert_bytes_are_those_of_the_tensors(kernels: Kernels, block_size: int, dty
         assert layer.keys.dtype == layer.values.dtype == dtype
         tensors = (layer.keys, layer.values, layer.key_scales, layer.value_scales)
         num_bytes += sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    assert num_bytes == 7 * bytes_per_block(MODEL, block_size, kernels)
+    assert num_bytes == 7 * kernels.kv_cache_bytes(MODEL.kv_shapes, block_size)

@@ -14,13 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
-from engine.loading import LoadedModel, load_model
+from engine.loading import AdapterGoneError, LoadedModel, load_model
 from engine.parts.lora import loop, slots
 from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices
 from engine.parts.lora.loop import MAX_PENDING, READ_TIMEOUT, SLOT_TIMEOUT, WRITE_SECONDS, AdapterUpdates, run_in_thread
 from engine.parts.lora.slots import AdapterError, LoraAdapters, read_adapter
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, UnloadAdapter
-from engine.whole_model import AdapterGoneError
 from tests.support.answers import run, watch
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of

@@ -20,7 +20,7 @@ from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.execution import EagerExecution
 from engine.loading import LoadedModel
-from engine.model.kv_cache import KVCache
+from engine.model.layer_inputs import KVCache
 from engine.parts.triton import tiles
 from engine.parts.triton.attention_plan import NUM_FIELDS
 from engine.parts.triton.cuda_graphs import MAX_GRAPH_BYTES, SIZES, Forward, GraphedExecution, first_cause

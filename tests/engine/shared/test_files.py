@@ -1,11 +1,21 @@
-"""Files that are whole or show that they are not."""
+"""Where models and kernels are kept, and files that are whole or show that they are not."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from engine.shared.durable_files import is_sealed, replace_durably, seal
+from engine.shared.files import cache_folder, is_sealed, replace_durably, seal
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LIGHTWELL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {"HOME": "/home/me", "XDG_CACHE_HOME": "/xdg", "LIGHTWELL_CACHE": "~/models"}
+    folders = ("/home/me/.cache/lightwell", "/xdg/lightwell", "/home/me/models")
+    for setting, folder in zip(settings.items(), folders, strict=True):
+        monkeypatch.setenv(*setting)
+        assert cache_folder() == Path(folder)
 
 
 def test_every_change_of_a_sealed_file_shows(tmp_path: Path) -> None:

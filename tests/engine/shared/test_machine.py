@@ -1,4 +1,4 @@
-"""The available memory, of this machine and of made-up ones."""
+"""The memory and the CPUs of this machine and of made-up ones."""
 
 import subprocess
 import sys
@@ -7,8 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.shared import host_memory
-from engine.shared.host_memory import available_memory, own_memory
+from engine.shared import machine
+from engine.shared.machine import available_memory, divide_cpus, own_memory, parse_cpus
+from tests.support.cpu_topology import write_topology
 
 MIB = 1024 * 1024
 
@@ -20,7 +21,7 @@ def test_available_memory_is_plausible() -> None:
 def test_own_memory_grows_with_what_is_written() -> None:
     """In a process of its own: here, what is written may go to memory that was freed before."""
     code = (
-        "from engine.shared.host_memory import own_memory\n"
+        "from engine.shared.machine import own_memory\n"
         f"before = own_memory(); written = bytearray(b'x') * {64 * MIB}; print(own_memory() - before)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
@@ -30,7 +31,7 @@ def test_own_memory_grows_with_what_is_written() -> None:
 
 def test_a_limit_of_the_address_space_counts() -> None:
     code = (
-        "import resource; from engine.shared.host_memory import available_memory\n"
+        "import resource; from engine.shared.machine import available_memory\n"
         "resource.setrlimit(resource.RLIMIT_AS, (256 << 20, 256 << 20)); print(available_memory())"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
@@ -57,5 +58,53 @@ def test_available_memory_of_a_machine_with_4_gib(
         (tmp_path / "memory.current").write_text(f"{current * MIB}\n")
         stat = f"anon {100 * MIB}\ninactive_file {inactive_file * MIB}\nactive_file {200 * MIB}\n"
         (tmp_path / "memory.stat").write_text(stat)
-    monkeypatch.setattr(host_memory, "open", lambda path: (tmp_path / Path(path).name).open(), raising=False)
+    monkeypatch.setattr(machine, "open", lambda path: (tmp_path / Path(path).name).open(), raising=False)
     assert available_memory() == available * MIB
+
+
+# CPUs, divided among processes.
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stands in for the folder in which Linux describes CPUs."""
+    monkeypatch.setattr(machine, "NODES", tmp_path)
+    monkeypatch.setattr(machine, "TOPOLOGY", f"{tmp_path}/cpu{{}}/{{}}")
+    return tmp_path
+
+
+def test_lists_of_the_kernel() -> None:
+    assert parse_cpus("0-3,8,10-11\n") == [0, 1, 2, 3, 8, 10, 11]
+    assert parse_cpus("\n") == []
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "parts"),
+    [
+        (1, [[0, 4, 1, 5, 2, 6, 3, 7]]),
+        (2, [[0, 4, 1, 5], [2, 6, 3, 7]]),
+        (3, [[0, 4], [1, 5, 2], [6, 3, 7]]),
+        (4, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ],
+)
+def test_threads_of_a_core_and_cores_of_a_package_stay_together(
+    folder: Path, num_parts: int, parts: list[list[int]]
+) -> None:
+    write_topology(folder)
+    assert divide_cpus(range(8), num_parts) == parts
+
+
+def test_cpus_of_a_node_stay_together(folder: Path) -> None:
+    for number, cpus in enumerate(("0,2,4,6", "1,3,5,7")):
+        (folder / f"node{number}").mkdir()
+        (folder / f"node{number}" / "cpulist").write_text(cpus)
+    assert divide_cpus(range(8), 2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert divide_cpus(range(8), 4) == [[0, 2], [4, 6], [1, 3], [5, 7]]
+    assert divide_cpus({3, 5}, 1) == [[3, 5]]
+
+
+def test_a_machine_that_does_not_say(folder: Path) -> None:
+    assert divide_cpus({1, 2, 5}, 2) == [[1], [2, 5]]
+    parts = divide_cpus(range(7), 3)
+    assert sorted(cpu for part in parts for cpu in part) == list(range(7))
+    assert {len(part) for part in parts} == {2, 3}

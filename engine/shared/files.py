@@ -1,4 +1,4 @@
-"""Files that a crash of the machine leaves whole or not at all, and files that show whether they are whole."""
+"""The cache folder, files that a crash of the machine leaves whole or not at all, and files that show whether they are."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,16 @@ import os
 from pathlib import Path
 
 SEAL_BYTES = hashlib.sha256().digest_size
+
+
+def cache_folder() -> Path:
+    """Return the folder of fetched models and compiled kernels.
+
+    It is $LIGHTWELL_CACHE, or else the folder `lightwell` in the user's cache ($XDG_CACHE_HOME or ~/.cache).
+    """
+    if chosen := os.environ.get("LIGHTWELL_CACHE"):
+        return Path(os.path.expanduser(chosen))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lightwell"
 
 
 def replace_durably(new: Path, target: Path) -> None:
