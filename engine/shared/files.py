@@ -1,4 +1,4 @@
-"""The cache folder, files that a crash of the machine leaves whole or not at all, and files that show whether they are."""
+"""The cache folder, files that a crash of the machine leaves whole, and files that show whether they are."""
 
 import contextlib
 import hashlib
