@@ -264,7 +264,7 @@ def start(
     if config.tensor_parallel_size == 1:
         loaded = load_model(config, clock, progress)
     else:
-        loaded = engine_part("distributed", "part").load(process_config, on_rank_death, clock, progress)
+        loaded = engine_part("distributed", "rank").load(process_config, on_rank_death, clock, progress)
     # The kernels have their own threads. Torch's threads would busy-wait on the same cores.
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     warm_up(Engine(config, loaded), loaded.limits.max_model_len)  # a separate engine, so that statistics start at zero

@@ -20,7 +20,7 @@ from engine.config import EngineConfig, EngineProcessConfig
 from engine.execution import CpuExecution
 from engine.kernels.cpu.library import Program
 from engine.loading import LoadedModel
-from engine.parts.distributed.part import load
+from engine.parts.distributed.rank import load
 from server.model_paths import resolve_model
 from tests.bench.engines import engine_with
 from tests.bench.serve import parse, print_rows

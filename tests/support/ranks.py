@@ -17,8 +17,8 @@ from engine.kernels.interface import Kernels
 from engine.loading import LoadedModel, load_model
 from engine.parts.distributed.collectives import Collectives, CpuCollectives, SharedMemory, TorchCollectives
 from engine.parts.distributed.execution import follow, lead
-from engine.parts.distributed.group import Command, Leader
-from engine.parts.distributed.part import ModelPart
+from engine.parts.distributed.group import Leader
+from engine.parts.distributed.rank import ModelPart
 
 
 def fail(what: str) -> None:
@@ -49,8 +49,8 @@ class Room:
         self.num_ranks = num_ranks
         self.barrier = threading.Barrier(num_ranks, timeout=120)
         self.values: list[Any] = [None] * num_ranks
-        self.commands: list[queue.Queue[Command | None]] = [queue.Queue() for _ in range(num_ranks)]
-        self.done: queue.Queue[int] = queue.Queue()
+        self.commands: list[queue.Queue[Any]] = [queue.Queue() for _ in range(num_ranks)]
+        self.replies: list[queue.Queue[Any]] = [queue.Queue() for _ in range(num_ranks)]
         self.memory = SharedMemory()
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
@@ -91,18 +91,17 @@ class ThreadGroup:
         return ThreadCollectives(self.room, self.rank)
 
     @contextmanager
-    def everywhere(self, command: Command) -> Iterator[None]:
+    def everywhere(self, *command: Any) -> Iterator[list[Any]]:
+        replies: list[Any] = []
         for commands in self.room.commands[1:]:
             commands.put(command)
-        yield
-        for _ in self.room.commands[1:]:
-            self.room.done.get(timeout=60)
+        yield replies
+        replies += [each.get(timeout=60) for each in self.room.replies[1:]]
 
-    def commands(self) -> Iterator[Command]:
-        commands = self.room.commands[self.rank]
-        while (command := commands.get()) is not None:
-            yield command
-            self.room.done.put(self.rank)
+    def obey(self, rank: object) -> None:
+        while (command := self.room.commands[self.rank].get()) is not None:
+            name, *arguments = command
+            self.room.replies[self.rank].put(getattr(rank, name)(*arguments))
 
 
 @contextmanager

@@ -6,14 +6,14 @@ import logging
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from enum import IntEnum
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
 
 import msgspec
 import torch
@@ -28,22 +28,8 @@ LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher", "engine.parts.
 LOAD_SECONDS = 3600.0  # for all ranks to load their weights
 END_SECONDS = 5.0  # between the loss of a connection and the end of its process
 LOAD_GRACE = 30.0  # seconds for this rank to report why it cannot load either
-CONNECTED, DONE = b"\1", b"\0"
 
 logger = logging.getLogger("lightwell.engine")
-
-
-class Command(IntEnum):
-    """What all ranks are to run. The rest of the message is in shared memory."""
-
-    FORWARD = 1  # the batch in the buffers of the builder
-    LOGITS = 2  # of the rows in the buffer of `LeadingExecution`
-    WRITE_ADAPTER = 3  # the matrices of one linear layer
-    PREPARE_TO_OBSERVE = 4  # the rest is about executions that show what happens inside: make one
-    OBSERVE = 5  # the first part of a step
-    OBSERVE_NEXT = 6  # the next part
-    WEIGH_ATTENTION = 7  # of the last part
-    LOOK_THROUGH_LENS = 8  # compute logits of hidden states
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +40,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     store: int  # descriptor of the file by which the ranks find each other
     memory: int  # descriptor of the shared memory
-    connection: int  # descriptor of the socket to rank 0
+    connection: int  # descriptor of the pipe to rank 0
 
 
 class RankGroup:
@@ -97,7 +83,7 @@ class Leader(RankGroup):
         """`on_death` is called, maybe in another thread, with a sentence that says which rank has ended and how."""
         num_ranks = config.config.tensor_parallel_size
         memory = SharedMemory()
-        self._connections: list[socket.socket] = []
+        self._connections: list[Connection[Any, Any]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ranks: dict[int, int] = {}  # by the descriptor of their process
         self._is_closing = threading.Event()
@@ -111,10 +97,10 @@ class Leader(RankGroup):
         super().__init__(0, num_ranks, store, memory)
         for connection in self._connections:
             with suppress(OSError):  # the watcher tells of the rank that has ended
-                connection.sendall(CONNECTED)
+                connection.send(None)
 
     def _start(self, config: EngineProcessConfig, rank: int, store: int, memory: SharedMemory) -> None:
-        own, other = socket.socketpair()
+        own, other = Pipe()
         fds = (memory.descriptor, store, other.fileno())
         rank_config = RankConfig(
             process=config,
@@ -134,18 +120,18 @@ class Leader(RankGroup):
         self._ranks[os.pidfd_open(process.pid)] = rank
 
     @contextmanager
-    def everywhere(self, command: Command) -> Iterator[None]:
-        """Have the other ranks run a command, of which the caller runs this rank's part. Wait until all have.
+    def everywhere(self, command: str, *arguments: Any) -> Iterator[list[Any]]:
+        """Have the other ranks run a command, a method of `Rank`, of which the caller runs this rank's part.
 
-        If this rank's part fails, the group cannot go on: the others wait for it in vain.
+        Wait until all have. What they have returned, in their order, is then in the list that the context gives. If
+        this rank's part fails, the group cannot go on: the others wait for it in vain.
         """
+        replies: list[Any] = []
         try:
             for connection in self._connections:
-                connection.sendall(bytes([command]))
-            yield
-            for connection in self._connections:
-                if connection.recv(1) != DONE:
-                    raise ConnectionError("a rank has closed its connection")
+                connection.send((command, *arguments))
+            yield replies
+            replies += [connection.recv() for connection in self._connections]
         except Exception as error:
             self._watcher.join(END_SECONDS)  # if another rank's end is the cause, it is reported
             if self._watcher.is_alive():
@@ -195,12 +181,13 @@ class Follower(RankGroup):
 
     def __init__(self, config: RankConfig) -> None:
         num_ranks = config.process.config.tensor_parallel_size
-        self._connection = socket.socket(fileno=config.connection)
+        self._connection: Connection[Any, Any] = Connection(config.connection)
         super().__init__(config.rank, num_ranks, config.store, SharedMemory(config.memory))
-        self._connection.recv(1)  # if this rank ended before, rank 0 would only see a broken connection
+        self._connection.recv()  # if this rank ended before, rank 0 would only see a broken connection
 
-    def commands(self) -> Iterator[Command]:
-        """Yield the commands of rank 0, until it ends. Each counts as done when the next one is asked for."""
-        while message := self._connection.recv(1):
-            yield Command(message[0])
-            self._connection.sendall(DONE)
+    def obey(self, rank: object) -> None:
+        """Run the commands of rank 0, methods of `rank`, until it ends."""
+        with suppress(EOFError):
+            while True:
+                command, *arguments = self._connection.recv()
+                self._connection.send(getattr(rank, command)(*arguments))

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig, EngineProcessConfig
 from engine.parts.distributed.collectives import SharedMemory
 from engine.parts.distributed.execution import LeadingRunner
-from engine.parts.distributed.group import Command, Leader
-from engine.parts.distributed.part import check_cores, load, use_own_cores
+from engine.parts.distributed.group import Leader
+from engine.parts.distributed.rank import check_cores, load, use_own_cores
 from tests.support.processes import processes_of
 from tests.support.ranks import fail
 from tests.support.tiny_engine import TINY_SHAPE
@@ -56,11 +56,11 @@ def lose_rank() -> None:
 def test_a_connection_that_breaks_is_no_failure_of_rank_0(folder: Path) -> None:
     """The collective that fails in rank 0 knows less than the end of the other rank tells."""
     with started(folder) as (group, deaths):
-        with pytest.raises(RuntimeError), group.everywhere(Command.FORWARD):
+        with pytest.raises(RuntimeError), group.everywhere("forward"):
             lose_rank()
         assert deaths.get(timeout=SECONDS) == "rank 1 of 2 was killed by SIGKILL"
         assert deaths.empty()
-        with pytest.raises(OSError), group.everywhere(Command.FORWARD):
+        with pytest.raises(OSError), group.everywhere("forward"):
             pass
         assert deaths.empty()
 

@@ -14,7 +14,6 @@ from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.parts.distributed.execution import LeadingExecution
-from engine.parts.distributed.group import Command
 from engine.parts.inspection.records import Inspect, Inspected
 from engine.parts.lora.loop import AdapterUpdates
 from engine.parts.lora.slots import LoraAdapters
@@ -95,19 +94,19 @@ def test_each_run_of_the_head_is_a_command(llama: Path, monkeypatch: pytest.Monk
         rows = torch.arange(150)
         most = execution.max_logit_rows
         expected = torch.cat([execution.compute_logits(some).clone() for some in torch.split(rows, most)])
-        commands: Counter[Command] = Counter()
+        commands: Counter[str] = Counter()
         everywhere = execution.group.everywhere
 
         @contextmanager
-        def counted(command: Command) -> Iterator[None]:
+        def counted(command: str, *arguments: Any) -> Iterator[list[Any]]:
             commands[command] += 1
-            with everywhere(command):
-                yield
+            with everywhere(command, *arguments) as replies:
+                yield replies
 
         monkeypatch.setattr(execution.group, "everywhere", counted)
         assert torch.equal(execution.compute_logits(rows), expected)
-        assert commands == {Command.LOGITS: -(-len(rows) // most)}
-        assert commands[Command.LOGITS] > 1
+        assert commands == {"compute_logits": -(-len(rows) // most)}
+        assert commands["compute_logits"] > 1
 
 
 def inspect(loaded: LoadedModel, head: int) -> Inspected:
