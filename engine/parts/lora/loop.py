@@ -77,7 +77,7 @@ class AdapterUpdates:
     def _advance(self, request: UpdateRequest) -> AdapterDone | None:
         """Begin or continue the first update. Return the reply once it has finished."""
         try:
-            self._current = self._current or self._begin(request)
+            self._current = self._current or self._update(request)
             next(self._current)
         except StopIteration:
             return AdapterDone(request_id=request.request_id)
@@ -91,15 +91,11 @@ class AdapterUpdates:
             return AdapterDone(request_id=request.request_id, error=problem)
         return None
 
-    def _begin(self, request: UpdateRequest) -> Iterator[None]:
-        return self._load(request) if isinstance(request, LoadAdapter) else self._unload(request)
-
-    def _unload(self, request: UnloadAdapter) -> Iterator[None]:
-        self.adapters.unload(request.name)
-        yield from ()
-
-    def _load(self, request: LoadAdapter) -> Iterator[None]:
+    def _update(self, request: UpdateRequest) -> Iterator[None]:
         adapters, name = self.adapters, request.name
+        if isinstance(request, UnloadAdapter):
+            adapters.unload(name)
+            return
         adapters.check_name(name, replaces=request.replaces)
         reading = run_in_thread(lambda: read_adapter(name, request.path, self.config, adapters.max_rank))
         started = self.clock()

@@ -24,9 +24,8 @@ from engine.model import CausalLM
 from engine.model.linear import Linear
 from engine.model.memory_plan import MIB
 from engine.parts.lora.checkpoint import LoraCheckpoint, LoraMatrices, module_shapes
-from engine.parts.lora.gguf_reader import read_gguf
+from engine.parts.lora.formats import CONFIG_NAME, read_folder, read_gguf
 from engine.parts.lora.layers import LoraLayer, add_slots
-from engine.parts.lora.peft import CONFIG_NAME, read_folder
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter
 

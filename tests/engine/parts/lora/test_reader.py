@@ -21,9 +21,9 @@ from torch.nn import Linear
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from engine.config import load_model_config
-from engine.parts.lora import peft
+from engine.parts.lora import formats
 from engine.parts.lora.checkpoint import RegularFile, module_shapes
-from engine.parts.lora.peft import read_lora_scales
+from engine.parts.lora.formats import read_lora_scales
 from engine.parts.lora.slots import load_lora
 from tests.support.gguf_files import interleave, write_gguf
 from tests.support.lora_files import (
@@ -252,23 +252,23 @@ def test_malformed_settings(content: str | bytes, tmp_path: Path) -> None:
 
 def test_all_settings_of_peft_are_known() -> None:
     """After an upgrade of PEFT, look up what a new setting does and add it to one of the tables."""
-    assert {field.name for field in fields(LoraConfig)} == peft.KNOWN_KEYS
-    names = ("READ_KEYS", "HARMLESS_KEYS", "REFUSED_SWITCHES", "REFUSED_LISTS", "REFUSED_CONFIGS")
-    assert sum(len(getattr(peft, name)) for name in names) == len(peft.KNOWN_KEYS)
+    assert {field.name for field in fields(LoraConfig)} == formats.KNOWN_KEYS
+    names = ("READ_KEYS", "HARMLESS_KEYS", "REFUSED_KEYS")
+    assert sum(len(getattr(formats, name)) for name in names) == len(formats.KNOWN_KEYS)
 
 
 def test_no_other_kind_of_lora_is_called_harmless() -> None:
     """PEFT marks the settings of LoRA variants. Of these, only VeLoRA is harmless: it differs in training alone."""
     variants = {field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     assert "use_dora" in variants
-    assert variants & peft.HARMLESS_KEYS <= {"velora_config"}
+    assert variants & formats.HARMLESS_KEYS <= {"velora_config"}
 
 
 def warnings_about(caplog: pytest.LogCaptureFixture, folder: Path) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_lora(folder, CONFIG)
-    return [record.getMessage() for record in caplog.records if record.name == "engine.parts.lora.peft"]
+    return [record.getMessage() for record in caplog.records if record.name == "engine.parts.lora.formats"]
 
 
 def test_unknown_settings_are_named_in_one_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

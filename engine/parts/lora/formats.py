@@ -1,22 +1,21 @@
-"""Read LoRA adapters in the format of PEFT: a folder with adapter_config.json and adapter_model.safetensors."""
+"""Read LoRA adapters in the formats of PEFT, a folder with adapter_config.json and adapter_model.safetensors, and GGUF."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 import torch
 from torch import Tensor
 
-from engine.config import Fields, ModelConfig, family_of, refuse_pickle, shown
+from engine.config import Fields, ModelConfig, WeightLayout, family_of, refuse_pickle, shown
 from engine.config.fields import parse_json_object
 from engine.parts.lora.checkpoint import (
     MAX_HEADER_BYTES,
@@ -29,7 +28,10 @@ from engine.parts.lora.checkpoint import (
     read_file,
     read_modules,
 )
-from engine.shared.gguf import short
+from engine.shared.ggml import GGML_TYPES
+from engine.shared.gguf import GGUFHeader, TensorInfo, short
+from engine.weights.gguf import huggingface_name
+from engine.weights.packed import dequantize
 from engine.weights.safetensors import FLOAT_TYPES
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,7 +39,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 # Some tools leave the adapter's name, usually "default", in the names of its tensors.
 # In multimodal models, the text model has a name of its own.
-TENSOR_NAME = re.compile(
+PEFT_NAME = re.compile(
     r"base_model\.model\.(?:model\.language_model|(?:language_model\.)?model)\.(layers\..+)\.(lora_[AB])(?:\.default)?\.weight"
 )
 
@@ -53,7 +55,7 @@ OTHER_TENSORS = {
 
 
 def read_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> dict[str, LoraMatrices]:
-    """Read an adapter's matrices, by module. Raises ValueError or OSError, as `load_lora` says."""
+    """Read an adapter's matrices, by module, in PEFT's format. Raises ValueError or OSError, as `load_lora` says."""
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         refuse_pickle(folder)
@@ -62,32 +64,42 @@ def read_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> dict
             raise ValueError(f"{folder}: no {path.name} in this folder")
     scales = read_lora_scales(folder / CONFIG_NAME)
     layout = family_of(config.architecture).layout
-    matrices: StoredMatrices = {}
     with RegularFile(weights) as file:
-        for tensor in read_header(file, MAX_HEADER_BYTES):
-            try:
-                key = _matrix_key(tensor.name)
-                check_shape(key, tensor.shape, config, layout)
-            except ValueError as error:
-                raise ValueError(f"{weights}: {short(tensor.name)}: {error}") from error
-            if key in matrices:
-                raise ValueError(f"{weights}: {tensor.name}: is stored twice, also as {matrices[key].name}")
-            matrices[key] = StoredMatrix(tensor.name, tensor.shape, partial(_read_matrix, file, tensor))
+        tensors = read_header(file, MAX_HEADER_BYTES)
+        matrices = _stored(file, tensors, _matrix_key, read_tensor, config, layout)
         return read_modules(file, matrices, scales.scales, config, layout, max_rank)
+
+
+def _stored(
+    file: RegularFile,
+    tensors: Iterable[Entry],
+    key_of: Callable[[str], MatrixKey],
+    read: Callable[[RegularFile, Entry], Tensor],
+    config: ModelConfig,
+    layout: WeightLayout,
+) -> StoredMatrices:
+    """Return the entries of a file's header that make up an adapter of the model. Raises ValueError."""
+    matrices: StoredMatrices = {}
+    for tensor in tensors:
+        try:
+            key = key_of(tensor.name)
+            check_shape(key, tensor.shape, config, layout)
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {short(tensor.name)}: {error}") from error
+        if key in matrices:
+            raise ValueError(f"{file.path}: {tensor.name}: is stored twice, also as {matrices[key].name}")
+        matrices[key] = StoredMatrix(tensor.name, tensor.shape, partial(read, file, tensor))
+    return matrices
 
 
 def _matrix_key(name: str) -> MatrixKey:
     """Return which matrix a tensor of this name is. Raises ValueError if it is not a LoRA matrix of a layer."""
-    if match := TENSOR_NAME.fullmatch(name):
+    if match := PEFT_NAME.fullmatch(name):
         return f"model.{match[1]}", match[2]
     for part, problem in OTHER_TENSORS.items():
         if part in name:
             raise ValueError(problem)
     raise ValueError("is neither lora_A nor lora_B of a layer's module")
-
-
-def _read_matrix(file: RegularFile, tensor: StoredTensor) -> Tensor:
-    return read_tensor(file, tensor).to(torch.float32)
 
 
 # The settings of an adapter: how its matrices are scaled. It adds scale * B A to the model's own weights. Settings that
@@ -98,28 +110,24 @@ log = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 2**20
 
-# Settings that select other methods -> why they are refused. Booleans ...
-REFUSED_SWITCHES = {
+# Settings that select other methods, unless they are false or empty -> why they are refused.
+REFUSED_KEYS = {
     "use_dora": "DoRA adapters are not supported",
     "use_qalora": "QA-LoRA adapters are not supported",
     "lora_bias": "biases of LoRA matrices are not supported",
     "fan_in_fan_out": "adapters of transposed weights are not supported",
-}
-# ... lists and objects, which select a method unless they are empty ...
-REFUSED_LISTS = {
     "modules_to_save": "modules that were trained as a whole are not supported",
     "trainable_token_indices": "trained embeddings are not supported",
     "layer_replication": "adapters that repeat layers are not supported",
     "target_parameters": "only adapters of modules are supported, not of parameters",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
-}
-# ... and objects that select a method even if they are empty.
-REFUSED_CONFIGS = {
     "arrow_config": "Arrow, which routes between adapters, is not supported",
     "kasa_config": "KaSA, which changes the model's own weights, is not supported",
     "monteclora_config": "MonteCLoRA, which samples its matrices, is not supported",
     "use_bdlora": "BD-LoRA, whose matrices are block-diagonal, is not supported",
 }
+# Those among them that select a method even if they are empty.
+REFUSED_OBJECTS = {"arrow_config", "kasa_config", "monteclora_config", "use_bdlora"}
 # Settings that are read.
 READ_KEYS = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights"}
 # Settings without an effect on a trained adapter: its origin, initialisation and training, and which modules it has.
@@ -146,7 +154,7 @@ HARMLESS_KEYS = {
     "task_type",
     "velora_config",
 }
-KNOWN_KEYS = READ_KEYS | HARMLESS_KEYS | REFUSED_SWITCHES.keys() | REFUSED_LISTS.keys() | REFUSED_CONFIGS.keys()
+KNOWN_KEYS = READ_KEYS | HARMLESS_KEYS | REFUSED_KEYS.keys()
 
 # PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change the model's own weights, and the adapter depends on them. PEFT can save
 # all but LoftQ converted to plain LoRA, and writes "true" for those.
@@ -209,14 +217,9 @@ def read_lora_scales(path: Path) -> LoraScales:
 
 
 def _refuse_other_methods(fields: Fields) -> None:
-    for key, problem in REFUSED_SWITCHES.items():
-        if fields.boolean(key):
-            raise fields.error(key, problem)
-    for key, problem in REFUSED_LISTS.items():
-        if fields.values.get(key):
-            raise fields.error(key, problem)
-    for key, problem in REFUSED_CONFIGS.items():
-        if fields.values.get(key) not in (None, False):
+    for key, problem in REFUSED_KEYS.items():
+        value = fields.values.get(key)
+        if value or (key in REFUSED_OBJECTS and value not in (None, False)):
             raise fields.error(key, problem)
     if (bias := fields.string("bias", "none")) != "none":
         raise fields.error("bias", f"{shown(bias)} is not supported: the model's biases must be left as they are")
@@ -271,6 +274,7 @@ class StoredTensor(NamedTuple):
     num_bytes: int
 
 
+Entry = TypeVar("Entry", StoredTensor, TensorInfo)
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
@@ -300,7 +304,7 @@ def read_header(file: RegularFile, max_bytes: int) -> list[StoredTensor]:
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         if (dtype := FLOAT_TYPES.get(entry.dtype)) is None:
             raise ValueError(f"{file.path}: {short(name)}: type {short(entry.dtype)} is not supported")
-        start, num_bytes = end, prod(entry.shape) * dtype.itemsize
+        start, num_bytes = end, math.prod(entry.shape) * dtype.itemsize
         end += num_bytes
         if entry.data_offsets != (start, end):
             raise _damaged(file, f"{short(name)} does not lie at bytes {start} to {end} of the data")
@@ -314,6 +318,57 @@ def _damaged(file: RegularFile, problem: str) -> ValueError:
     return ValueError(f"{file.path}: not a valid safetensors file ({short(problem)})")
 
 
-def read_tensor(file: RegularFile, tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor, in the type in which it is stored, into new memory."""
-    return torch.frombuffer(file.read(tensor.start, tensor.num_bytes), dtype=tensor.dtype).view(tensor.shape)
+def read_tensor(file: RegularFile, tensor: StoredTensor) -> Tensor:
+    data = torch.frombuffer(file.read(tensor.start, tensor.num_bytes), dtype=tensor.dtype)
+    return data.view(tensor.shape).to(torch.float32)
+
+
+# GGUF, as convert_lora_to_gguf.py of llama.cpp writes it.
+
+GGUF_NAME = re.compile(r"(.+)\.(lora_[ab])")
+
+
+def read_gguf(path: Path, config: ModelConfig, max_rank: int | None) -> dict[str, LoraMatrices]:
+    """Read an adapter's matrices, by module. Raises ValueError or OSError, as `load_lora` says."""
+    layout = family_of(config.architecture).gguf_layout
+    with RegularFile(path) as file:
+        header = GGUFHeader(path, file.read(0, min(file.size, MAX_HEADER_BYTES)), file.size)
+        alpha = _read_alpha(header, config.architecture)
+        matrices = _stored(file, header.tensors.values(), _gguf_key, _read_packed, config, layout)
+        return read_modules(file, matrices, partial(_gguf_scales, alpha), config, layout, max_rank)
+
+
+def _gguf_scales(alpha: float, ranks: dict[str, int]) -> dict[str, float]:
+    """Return the scale of each module as llama.cpp computes it: 1 if alpha is 0 or missing; no rank-stabilised LoRA."""
+    return {module: alpha / rank if alpha else 1.0 for module, rank in ranks.items()}
+
+
+def _read_alpha(header: GGUFHeader, architecture: str) -> float:
+    """Check that the file is a LoRA adapter of this architecture, and return its alpha (0 if missing)."""
+    fields = Fields(str(header.path), header.metadata)
+    if (file_type := fields.string("general.type", "not named")) != "adapter":
+        raise fields.error("general.type", f"must be 'adapter', not {shown(file_type)}")
+    if (adapter_type := fields.string("adapter.type", "not named")) != "lora":
+        raise fields.error("adapter.type", f"must be 'lora', not {shown(adapter_type)}")
+    if (arch := fields.string("general.architecture", "not named")) != (expected := family_of(architecture).gguf):
+        raise fields.error("general.architecture", f"is {shown(arch)}, but the model's is {expected!r}")
+    if fields.values.get("adapter.alora.invocation_tokens"):
+        raise fields.error("adapter.alora.invocation_tokens", "activated LoRA (aLoRA) is not supported")
+    return fields.number("adapter.lora.alpha", 0.0)
+
+
+def _gguf_key(name: str) -> MatrixKey:
+    """Return which matrix a tensor of this name is. Raises ValueError if it is not a LoRA matrix."""
+    match = GGUF_NAME.fullmatch(name)
+    if not match:
+        raise ValueError("is neither lora_a nor lora_b of a layer's matrix")
+    return huggingface_name(match[1]).removesuffix(".weight"), f"lora_{match[2][-1].upper()}"
+
+
+def _read_packed(file: RegularFile, tensor: TensorInfo) -> Tensor:
+    """Read and dequantise a matrix. Raises ValueError, which names it, for types that cannot be unpacked."""
+    data = memoryview(file.read(tensor.offset, tensor.n_bytes))
+    try:
+        return dequantize(data, GGML_TYPES[tensor.ggml_type], tensor.shape, torch.float32)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{file.path}: {tensor.name}: {error}") from error
