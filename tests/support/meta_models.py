@@ -25,7 +25,7 @@ from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.loading import DTYPES, LoadedModel, WholeModel, adapter_loader, choose_limits, kernel_options, new_runner
 from engine.model import CausalLM, Parameters
 from engine.model.memory_plan import ContextSizes, CudaMemory, MemoryPlan, plan_memory
-from engine.parts.triton.cuda_graphs import Forward, GraphedExecution
+from engine.parts.triton.cuda_graphs import CudaDevice, Forward, GraphedExecution
 from engine.parts.triton.kernels import TritonKernels
 from engine.parts.triton.largest_step import measure_activations
 from engine.runner import ModelRunner, PendingOutputs
@@ -184,12 +184,11 @@ def traced_step(
     return TracedStep(sequences, lora_slot != NO_LORA_SLOT, trace.launches, trace.peak_bytes)
 
 
-class TracingDevice:
+class TracingDevice(CudaDevice):
     """In place of a device that captures graphs: traces what a graph would hold."""
 
-    num_bytes = 0
-
     def __init__(self) -> None:
+        self.num_bytes = 0
         self.graphs: list[Trace] = []
 
     def capture(self, forward: Forward) -> Forward:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, EngineProcessConfig
-from engine.kernels.cpu.recorder import ProgramRecorder
+from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.interface import Kernels
 from engine.loading import LoadedModel, load_model
 from engine.parts.distributed.collectives import Collectives, CpuCollectives, SharedMemory, TorchCollectives
@@ -86,7 +86,7 @@ class ThreadGroup:
         return [min(some) for some in zip(*self.room.exchange(self.rank, numbers), strict=True)]
 
     def new_collectives(self, kernels: Kernels) -> Collectives:
-        if isinstance(kernels, ProgramRecorder):
+        if isinstance(kernels, CpuKernels):
             return CpuCollectives(kernels, self.memory, self.rank, self.num_ranks)
         return ThreadCollectives(self.room, self.rank)
 

@@ -25,8 +25,6 @@ from engine.kernels.cpu.c_structs import (
     HeadLinearParameters,
     LinearParameters,
     NormParameters,
-    PreparedRows,
-    PrepareParameters,
     ScaleParameters,
 )
 from engine.kernels.cpu.library import Library
@@ -184,7 +182,7 @@ class CpuKernels(ProgramRecorder):
     def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
         assert residual.shape == x.shape
         parameters = AddParameters(
-            num_rows=self.buffer(x).num_rows,
+            num_rows=self.buffer(residual).num_rows,
             input=self.read(x),
             input_stride=x.stride(0),
             size=x.shape[1],
@@ -257,8 +255,7 @@ class CpuKernels(ProgramRecorder):
         out = self.new(num_rows, len(parts[0]), sum(part.shape[1] for part in parts)).tensor
         first = 0
         for part in parts:
-            columns = PreparedRows(FLOAT32, FLOAT32, out[:, first:].data_ptr(), 4 * out.stride(0))
-            self.call("prepare", PrepareParameters(num_rows, self.read(part), part.stride(0), part.shape[1], columns))
+            self.copy(num_rows, part, out[:, first:])
             first += part.shape[1]
         return out
 

@@ -77,6 +77,11 @@ class ProgramRecorder:
         self.program.add(name, parameters)
         self.program.keep += keep
 
+    def copy(self, num_rows: int, source: Tensor, target: Tensor) -> None:
+        """Add a call that copies rows, as many as the RowCounts at `num_rows` say."""
+        rows = PreparedRows(FLOAT32, FLOAT32, target.data_ptr(), 4 * target.stride(0))
+        self.call("prepare", PrepareParameters(num_rows, self.read(source), source.stride(0), source.shape[1], rows))
+
     # Buffers.
 
     def new(self, num_rows: int, *shape: int) -> Buffer:

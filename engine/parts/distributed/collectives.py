@@ -18,9 +18,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.cpu.c_structs import AddParameters, MeetParameters, PreparedRows, PrepareParameters
-from engine.kernels.cpu.recorder import ProgramRecorder
-from engine.kernels.cpu.weights import FLOAT32
+from engine.kernels.cpu.c_structs import MeetParameters
+from engine.kernels.cpu.kernels import CpuKernels
 
 COUNTER_BYTES = 64  # a cache line
 MAX_BYTES = 1 << 40  # of addresses: memory is taken when it is first written
@@ -94,8 +93,8 @@ class CpuCollectives:
     same sets.
     """
 
-    def __init__(self, recorder: ProgramRecorder, memory: SharedMemory, rank: int, num_ranks: int) -> None:
-        self.recorder = recorder
+    def __init__(self, kernels: CpuKernels, memory: SharedMemory, rank: int, num_ranks: int) -> None:
+        self.kernels = kernels
         self.rank = rank
         self.num_ranks = num_ranks
         self._memory = memory
@@ -107,32 +106,33 @@ class CpuCollectives:
 
     def sum(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Add calls that sum up all processes' x in the order of their ranks, and return the result."""
-        parts = self._exchange(x, [x.shape[1]] * self.num_ranks)
+        num_rows, parts = self.kernels.buffer(x).num_rows, self._exchange(x, [x.shape[1]] * self.num_ranks)
         if residual is None:
-            residual = self.recorder.new(self.recorder.buffer(x).num_rows, *x.shape).tensor
-            self._copy(parts.pop(0), residual, x)
+            residual = self.kernels.new(num_rows, *x.shape).tensor
+            self.kernels.copy(num_rows, parts.pop(0), residual)
         for part in parts:
-            self._add(part, residual)
+            self.kernels.add(residual, part, 1.0)
         return residual
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Add calls that put all processes' columns side by side, and return the result."""
-        out = self.recorder.new(self.recorder.buffer(x).num_rows, len(x), sum(sizes)).tensor
+        num_rows = self.kernels.buffer(x).num_rows
+        out = self.kernels.new(num_rows, len(x), sum(sizes)).tensor
         for part, columns in zip(self._exchange(x, sizes), torch.split(out, list(sizes), dim=1), strict=True):
-            self._copy(part, columns, x)
+            self.kernels.copy(num_rows, part, columns)
         return out
 
     def _exchange(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Add calls after which all processes' x are in the slots that are returned, until the next exchange."""
         slots = self._next_slots(len(x), tuple(sizes))
-        self._copy(x, slots[self.rank], x)
+        self.kernels.copy(self.kernels.buffer(x).num_rows, x, slots[self.rank])
         parameters = MeetParameters(
             counters=self._counters.data_ptr(),
             num_met=self._num_met.ctypes.data,
             rank=self.rank,
             num_ranks=self.num_ranks,
         )
-        self.recorder.call("meet", parameters, self._counters, self._num_met, slots)
+        self.kernels.call("meet", parameters, self._counters, self._num_met, slots)
         return list(slots)
 
     def _next_slots(self, num_rows: int, sizes: tuple[int, ...]) -> list[Tensor]:
@@ -144,22 +144,3 @@ class CpuCollectives:
 
     def _new_slot(self, num_rows: int, size: int) -> Tensor:
         return self._memory.take(num_rows * size * torch.float32.itemsize).view(torch.float32).view(num_rows, size)
-
-    def _copy(self, source: Tensor, target: Tensor, rows_of: Tensor) -> None:
-        """Add a call that copies the first rows, as many as a step has of `rows_of`."""
-        rows = PreparedRows(FLOAT32, FLOAT32, target.data_ptr(), 4 * target.stride(0))
-        num_rows = self.recorder.buffer(rows_of).num_rows
-        parameters = PrepareParameters(num_rows, self.recorder.read(source), source.stride(0), source.shape[1], rows)
-        self.recorder.call("prepare", parameters)
-
-    def _add(self, source: Tensor, residual: Tensor) -> None:
-        parameters = AddParameters(
-            num_rows=self.recorder.buffer(residual).num_rows,
-            input=source.data_ptr(),
-            input_stride=source.stride(0),
-            size=source.shape[1],
-            scale=1.0,
-            output=self.recorder.change(residual),
-            output_stride=residual.stride(0),
-        )
-        self.recorder.call("add", parameters)

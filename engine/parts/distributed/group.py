@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import EngineProcessConfig
-from engine.kernels.cpu.recorder import ProgramRecorder
+from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.interface import Kernels
 from engine.parts.distributed.collectives import Collectives, CpuCollectives, SharedMemory, TorchCollectives
 
@@ -66,7 +66,7 @@ class RankGroup:
 
     def new_collectives(self, kernels: Kernels) -> Collectives:
         """Return the collectives for the tensors of these kernels."""
-        if isinstance(kernels, ProgramRecorder):
+        if isinstance(kernels, CpuKernels):
             return CpuCollectives(kernels, self.memory, self.rank, self.num_ranks)
         return TorchCollectives()
 

@@ -27,12 +27,16 @@ Pairs = list[tuple[int, float]]  # of a token, a position or an expert and its n
 class LayerRows:
     """What one layer does at each row."""
 
-    heads: list[list[Pairs]] = field(default_factory=list)
+    lens: list[Pairs] = field(default_factory=list)
+    residual_norms: list[float] = field(default_factory=list)
     attention_norms: list[float] = field(default_factory=list)
     feed_forward_norms: list[float] = field(default_factory=list)
-    residual_norms: list[float] = field(default_factory=list)
+    heads: list[list[Pairs]] = field(default_factory=list)
     experts: list[Pairs] = field(default_factory=list)
-    lens: list[Pairs] = field(default_factory=list)
+
+    def views(self) -> Iterator[LayerView]:
+        norms = (self.residual_norms, self.attention_norms, self.feed_forward_norms)
+        return map(LayerView, self.lens, *norms, self.heads, self.experts or [[] for _ in self.heads])
 
 
 class LayerObserver:
@@ -69,8 +73,7 @@ class LayerObserver:
 
     def views(self) -> list[list[LayerView]]:
         """Return what each layer does, row by row."""
-        rows = range(len(self._layers[0].residual_norms))
-        return [[_view(layer, row) for layer in self._layers] for row in rows]
+        return [list(views) for views in zip(*(layer.views() for layer in self._layers), strict=True)]
 
     def _see(self, execution: ObservedExecution, observation: Observation) -> None:
         index = observation.layer
@@ -104,17 +107,6 @@ class LayerObserver:
         routing = route(logits, experts.spec.router, experts.correction_bias, experts.expert_scales)
         pairs = zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
         return [list(zip(*row, strict=True)) for row in pairs]
-
-
-def _view(layer: LayerRows, row: int) -> LayerView:
-    return LayerView(
-        lens=layer.lens[row],
-        residual_norm=layer.residual_norms[row],
-        attention_norm=layer.attention_norms[row],
-        feed_forward_norm=layer.feed_forward_norms[row],
-        heads=layer.heads[row],
-        experts=layer.experts[row] if layer.experts else [],
-    )
 
 
 def top_pairs(values: Tensor, num_top: int, *, above: float = float("-inf")) -> list[Pairs]:

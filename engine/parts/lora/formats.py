@@ -1,4 +1,4 @@
-"""Read LoRA adapters in the formats of PEFT, a folder with adapter_config.json and adapter_model.safetensors, and GGUF."""
+"""Read LoRA adapters in PEFT's format, a folder with adapter_config.json and adapter_model.safetensors, and in GGUF."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -36,19 +36,6 @@ PADDING, PADDING_SLOT = (0, 0, NO_LORA_SLOT), -1
 Forward: TypeAlias = Callable[[], Tensor]
 
 
-class GraphDevice(Protocol):
-    """A device that captures graphs."""
-
-    num_bytes: int  # that the graphs take
-
-    def capture(self, forward: Forward) -> Forward:
-        """Return a function that replays what `forward` does on the device, in the same memory.
-
-        Raises RuntimeError if that cannot be captured.
-        """
-        ...
-
-
 class CudaDevice:
     """Captures CUDA graphs on one stream into one memory pool, as sharing the memory requires."""
 
@@ -56,10 +43,14 @@ class CudaDevice:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.num_bytes = 0
+        self.num_bytes = 0  # that the graphs take
 
     def capture(self, forward: Forward) -> Forward:
-        """Run `forward` once, since kernels are compiled and libraries loaded on first use, and then capture it."""
+        """Return a function that replays what `forward` does on the device, in the same memory.
+
+        It is run once before, since kernels are compiled and libraries loaded on first use. Raises RuntimeError if it
+        cannot be captured.
+        """
         num_free = free_memory(self.device)
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -80,7 +71,7 @@ class CudaDevice:
 class GraphedExecution(EagerExecution):
     """Runs a batch in the smallest captured graph that holds it, or operation by operation if there is none."""
 
-    def __init__(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, device: GraphDevice) -> None:
+    def __init__(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, device: CudaDevice) -> None:
         super().__init__(model, kv_cache)
         self.device = device
         self.graphs: dict[tuple[int, bool], Forward] = {}  # by size, and whether any row has an adapter

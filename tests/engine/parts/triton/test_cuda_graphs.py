@@ -23,7 +23,7 @@ from engine.loading import LoadedModel
 from engine.model.layer_inputs import KVCache
 from engine.parts.triton import tiles
 from engine.parts.triton.attention_plan import NUM_FIELDS
-from engine.parts.triton.cuda_graphs import MAX_GRAPH_BYTES, SIZES, Forward, GraphedExecution, first_cause
+from engine.parts.triton.cuda_graphs import MAX_GRAPH_BYTES, SIZES, CudaDevice, Forward, GraphedExecution, first_cause
 from engine.process import EngineLoop
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import NO_LORA_SLOT, Step
@@ -38,7 +38,7 @@ from tests.support.tiny_models import SHAPE, save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
 
-class Device:
+class Device(CudaDevice):
     """Replaces a device: keeps captured functions, and records the sizes that are captured and replayed."""
 
     def __init__(self, failing: Collection[int] = (), bytes_per_graph: int = 0) -> None:
