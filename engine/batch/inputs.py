@@ -31,11 +31,9 @@ class AttentionPlanner(Protocol):
 
     def plan(self, query_lens: Lengths, seq_lens: Lengths) -> WorkList:
         """Return the work list of the last `query_lens` rows of each sequence."""
-        ...
 
     def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
         """Return an empty work list that has room for any step in which each of `num_seqs` sequences has one row."""
-        ...
 
 
 @dataclass(slots=True)

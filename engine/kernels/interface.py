@@ -91,7 +91,6 @@ class LinearOp(Protocol):
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the product, or add it to `residual` in place and return that."""
-        ...
 
 
 class ExpertLinearOp(Protocol):
@@ -102,7 +101,6 @@ class ExpertLinearOp(Protocol):
 
         Only the kernels know the order of the P rows, which is that of the routing.
         """
-        ...
 
 
 class TokenSampler(Protocol):
@@ -110,7 +108,6 @@ class TokenSampler(Protocol):
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Mapping[int, bytes] = ...) -> SamplerOutput:
         """Sample the next token of each row from its logits, float32 [R, V]. May change the logits in place."""
-        ...
 
 
 class Kernels(Protocol):
@@ -130,68 +127,55 @@ class Kernels(Protocol):
     @property
     def separates_prompts(self) -> bool:
         """True if a token of a prompt gets keys and values with different bits from the same token when generated."""
-        ...
 
     @property
     def formats(self) -> str:
         """The number formats of weights and KV cache, for the log and the fingerprint."""
-        ...
 
     def pack(self, weights: Sequence[Weight], dtype: torch.dtype | None = None) -> Any:
         """Return the weights, stacked vertically to [M, K], in the layout of `linear` and `embed`.
 
         `dtype`: unpack them to this type, in which `linear` then computes; None: as the options say.
         """
-        ...
 
     def linear(self, matrix: Any, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         """Return an operation that computes x W^T + b, in the dtype of x or in float32.
 
         Products of torch are computed in the dtype of x, and then converted.
         """
-        ...
 
     def head_linear(self, matrices: Tensor) -> LinearOp:
         """Return an operation that multiplies each head of x [T, H * K] with a matrix of its own: [T, H * M].
 
         `matrices` is [H, M, K] in float32, and need not be on the device. The operation takes no residual stream.
         """
-        ...
 
     def concat(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the columns of tensors [T, ...], which may be columns of others, side by side."""
-        ...
 
     def embed(self, token_ids: Tensor, matrix: Any, scale: float = 1.0) -> Tensor:
         """Return the rows `token_ids` [T] of a packed matrix [M, K], times `scale`: the residual stream [T, K]."""
-        ...
 
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
         """Return table[rows]."""
-        ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         """Return x [T, K] divided by its root mean square, times weight (Zhang and Sennrich 2019).
 
         With `residual`, add it to that in place and return that.
         """
-        ...
 
     def layer_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x [T, K] minus its mean, divided by its standard deviation, times weight (Ba et al. 2016)."""
-        ...
 
     def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
         """Add scale * x to `residual` [T, K], in place."""
-        ...
 
     def scale(self, x: Tensor, factor: float, softcap: float | None = None) -> None:
         """Multiply x [T, K] by a factor, in place; then, with a soft cap, replace x by softcap * tanh(x / softcap)."""
-        ...
 
     def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
         """Return the bytes of one block, which holds the layers of any one of the groups."""
-        ...
 
     def new_kv_cache(
         self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
@@ -200,11 +184,9 @@ class Kernels(Protocol):
 
         The groups share the memory: a block belongs to one group at a time, and holds the layers of that group.
         """
-        ...
 
     def cached_keys(self, cache: LayerCache, block_ids: Tensor) -> Tensor:
         """Return the keys in blocks, int64 [B'], one after the other: float32 [B' * N, KH, D]."""
-        ...
 
     def rope_and_store_kv(
         self,
@@ -221,18 +203,15 @@ class Kernels(Protocol):
 
         k and v are None if the layer reads keys and values that another layer has stored. Slot -1 stores nothing.
         """
-        ...
 
     def attention_planner(self, kind: AttentionKind) -> AttentionPlanner | None:
         """Return what makes the work lists of attention on the host; None if these kernels take none."""
-        ...
 
     def plan_attention(self, batch: BatchInputs, query_lens: Lengths, kind: AttentionKind, kind_index: int) -> Any:
         """Prepare `paged_attention` of one kind for the last `query_lens` rows of each sequence, once a step.
 
         `kind_index` is the place of the kind in `batch.attention_work`.
         """
-        ...
 
     def paged_attention(
         self, q: Tensor, cache: LayerCache, plan: Any, block_tables: Tensor, scores: AttentionScores
@@ -243,7 +222,6 @@ class Kernels(Protocol):
         The softmax is computed in float32. The result may replace q. A block that no row of a sequence sees may hold
         anything, NaN included, and its entry in the table any block.
         """
-        ...
 
     def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """Return act(gate) * up for gate and up [T, I], maybe columns of one tensor (GLU variants, Shazeer 2020).
@@ -251,13 +229,11 @@ class Kernels(Protocol):
         `activation` is silu (SwiGLU), gelu, gelu_pytorch_tanh, or swigluoai (gpt-oss: gate is at most 7, up within
         -7 .. 7; gate * sigmoid(1.702 gate) * (up + 1)).
         """
-        ...
 
     # Mixture of experts (Shazeer et al. 2017).
 
     def pack_experts(self, weights: Sequence[Sequence[Weight]]) -> Any:
         """Return the weights of each expert, stacked vertically to [M, K], in the layout of `expert_linear`."""
-        ...
 
     def route(
         self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
@@ -267,11 +243,9 @@ class Kernels(Protocol):
         The highest scores win, ties go to the lowest expert. `bias` [E] is added to the scores for the choice, not to
         the weights. `expert_scales` [E] multiply the weights at the end.
         """
-        ...
 
     def expert_linear(self, matrices: Any, bias: Tensor | None = None) -> ExpertLinearOp:
         """Return an operation that multiplies each pair's row with the matrix of its expert. `bias` is [E, M]."""
-        ...
 
     def combine_experts(self, x: Tensor, routing: Any, residual: Tensor | None = None) -> Tensor:
         """Return the sum [T, K] of the results x [P, K] of each row's experts, times their weights.
@@ -279,17 +253,14 @@ class Kernels(Protocol):
         With `residual`, add it to that in place and return that. The experts of a row are added up in descending order
         of their scores, whatever the other rows are.
         """
-        ...
 
     def temporaries(self) -> AbstractContextManager[None]:
         """Return a context manager. Tensors that operations return inside it may be overwritten once it exits;
         additions to the residual stream remain.
         """
-        ...
 
     def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> TokenSampler:
         """Return a sampler for a vocabulary."""
-        ...
 
 
 # Checks of attention's tensors against each other, for kernels that take a size from one and use it for another.

@@ -26,20 +26,16 @@ class FeedForward(Protocol):
     @property
     def experts(self) -> Experts | None:
         """The experts, if there are any."""
-        ...
 
     @property
     def linears(self) -> Sequence[Linear]:
         """The linear layers that take adapters, in the order of their use."""
-        ...
 
     def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None) -> Tensor:
         """Return the result for x [T, hidden_size], or add it to `residual` in place."""
-        ...
 
     def router_logits(self, x: Tensor) -> Tensor | None:
         """Return the logits of the experts, float32 [T, E], for the same x; None if there are no experts."""
-        ...
 
 
 class LayerBuilder:

@@ -68,7 +68,6 @@ class DeviceMemory(Protocol):
 
     def free(self) -> int:
         """Return the bytes that are left for a KV cache."""
-        ...
 
     def default_kv_cache_bytes(self, full_length_bytes: int, table_bytes: int = 0) -> int:
         """Return the bytes that it gets unless the settings say how many.
@@ -76,11 +75,9 @@ class DeviceMemory(Protocol):
         `full_length_bytes` hold one request of max_model_len tokens, and `table_bytes` are needed beside the cache. May
         be negative: less than nothing is left.
         """
-        ...
 
     def explain(self, full_length_bytes: int, table_bytes: int, config: EngineConfig) -> str:
         """Return why the default is not larger, and which settings change that."""
-        ...
 
 
 class HostMemory:

@@ -32,37 +32,29 @@ class Quantized(Protocol):
     @property
     def layout(self) -> Hashable:
         """Return what matrices that can be stacked have in common."""
-        ...
 
     @property
     def why_unpacked(self) -> str | None:
         """Return why no kernel takes the codes as they are; None if they can."""
-        ...
 
     @property
     def column_block(self) -> int:
         """Return the number of successive columns that cannot be divided."""
-        ...
 
     def select_rows(self, rows: slice | npt.NDArray[np.int64]) -> Quantized:
         """Return some rows: a view for a slice, a copy for indices."""
-        ...
 
     def select_columns(self, columns: slice) -> Quantized:
         """Return a copy of some whole blocks of each row."""
-        ...
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix unpacked, as a tensor [rows, columns] in `dtype`."""
-        ...
 
     def in_blocks(self) -> PackedTensor:
         """Return the same codes in blocks, as the C++ kernels take them."""
-        ...
 
     def stack(self, parts: list[Self]) -> Self:
         """Return matrices of one layout and number of columns as one, the first on top."""
-        ...
 
 
 Weight: TypeAlias = Tensor | Quantized

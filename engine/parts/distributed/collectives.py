@@ -56,11 +56,9 @@ class Collectives(Protocol):
 
     def sum(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return the sum of the ranks' x [T, K], or add it to `residual` in place and return that."""
-        ...
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Return the columns of all ranks' x side by side. `sizes` are the numbers of columns of each rank."""
-        ...
 
 
 class TorchCollectives:

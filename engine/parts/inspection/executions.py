@@ -34,21 +34,18 @@ class ObservedExecution(Protocol):
 
         What is yielded is valid until the next.
         """
-        ...
 
     def attention_weights(self, layer: int, q: Tensor, block_ids: Tensor, first: int) -> Tensor:
         """Return the attention weights, float32 [R, H, n], of a projection's queries q, of positions from `first` on.
 
         `block_ids`, int64, are the blocks of all positions up to the last.
         """
-        ...
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, float32 [R, V], of at most `max_logit_rows` hidden states [R, hidden_size].
 
         They may be those of any layer. The result is valid until the next call.
         """
-        ...
 
 
 class EagerObservedExecution:
