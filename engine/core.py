@@ -148,14 +148,6 @@ class Engine:
                 choice.params = without_early_end(choice.params)
         self.scheduler.add(parent)
 
-    def set_tokenizer(self, tokenizer: str) -> None:
-        """Set the text of the tokenizer.json, which requests with a grammar need."""
-        self.grammars.set_tokenizer(tokenizer)
-
-    def prepare_grammars(self) -> None:
-        """Do what the first request with a grammar would have to wait for: a fraction of a second, but only once."""
-        self.grammars.prepare()
-
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choice `index` of a request, or all its choices, without an event. Unknown ids are ignored."""
         self.scheduler.abort(request_id, index)

@@ -111,7 +111,7 @@ class EngineLoop:
             self.last_work = self.clock()
         may_prepare = self.clock() >= self.last_work + HEARTBEAT_SECONDS or not messages
         if timeout == HEARTBEAT_SECONDS and may_prepare:  # there was nothing to do
-            self.engine.prepare_grammars()
+            self.engine.grammars.prepare()
             self.engine.runner.capture_next()
         for poll in tuple(self.polled):
             poll()
@@ -157,7 +157,7 @@ class EngineLoop:
 
     def set_tokenizer(self, _identity: bytes, vocabulary: Vocabulary) -> None:
         """Set the tokenizer that grammars need."""
-        self.engine.set_tokenizer(vocabulary.tokenizer)
+        self.engine.grammars.set_tokenizer(vocabulary.tokenizer)
 
     def reply(self, identity: bytes, answer: FromEngine) -> None:
         """Send an answer to the API process that asked, unless it has gone."""

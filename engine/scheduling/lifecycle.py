@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from contextlib import contextmanager
 
 from engine.scheduling.fair_queue import FairQueue
 from engine.scheduling.kv_manager import KVManager
@@ -80,9 +80,17 @@ class Lifecycle:
         failed, self.failed = self.failed, {}
         return list(failed.values())
 
-    def isolated(self, request: Request) -> Isolation:
-        """Return a context for work on one request: if anything raises, this request fails, and no other."""
-        return Isolation(self, request)
+    @contextmanager
+    def isolated(self, request: Request) -> Iterator[None]:
+        """Return a context for work on one request: if anything raises, this request fails, and no other.
+
+        Where each request passes in each step, it is written out.
+        """
+        has_ended = request.status is Status.FINISHED
+        try:
+            yield
+        except BaseException as error:
+            self.take_fault(request, error, has_ended=has_ended)
 
     def take_fault(self, request: Request, error: BaseException, *, has_ended: bool) -> None:
         """Let a request fail because work on it has raised. Raises what ends the engine.
@@ -144,28 +152,6 @@ class Lifecycle:
             raise
         except BaseException:
             logger.exception("the record of request %s is lost", request.request_id)
-
-
-class Isolation:
-    """A context in which a fault ends one request. Where each request passes in each step, it is written out."""
-
-    __slots__ = ("_has_ended", "_lifecycle", "_request")
-
-    def __init__(self, lifecycle: Lifecycle, request: Request) -> None:
-        self._lifecycle = lifecycle
-        self._request = request
-        self._has_ended = request.status is Status.FINISHED  # and its last event is on the way
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, _type: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
-    ) -> bool:
-        if error is None or isinstance(error, SystemExit | KeyboardInterrupt):
-            return False
-        self._lifecycle.take_fault(self._request, error, has_ended=self._has_ended)
-        return True
 
 
 class Sequences:

@@ -37,7 +37,7 @@ class Model:
 
     def engine(self, *, overlaps: bool = False, **options: Any) -> Engine:
         engine = Engine(msgspec.structs.replace(self.config, **options), self.loaded, overlaps=overlaps)
-        engine.set_tokenizer(self.vocabulary)
+        engine.grammars.set_tokenizer(self.vocabulary)
         return engine
 
     def submit(self, grammar: str | None, *, n: int = 1, prompt: str = PROMPT, **params: Any) -> Submit:
@@ -227,7 +227,7 @@ def test_where_a_grammar_cannot_be_followed_the_request_fails(model: Model) -> N
 
 def test_who_waits_for_a_grammar_holds_up_nobody(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, gate = model.engine(), threading.Event()
-    engine.prepare_grammars()
+    engine.grammars.prepare()
     compiler: Any = engine.grammars._compiler
     compile_soon = compiler.compile
     monkeypatch.setattr(compiler, "compile", lambda grammar: compile_soon(grammar) if gate.wait(30) else None)

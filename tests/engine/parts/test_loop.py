@@ -59,7 +59,7 @@ def test_of_too_many_questions_the_last_ones_fail(connected: Connected, monkeypa
 def test_questions_do_not_keep_an_idle_engine_from_its_preparations(connected: Connected) -> None:
     engine, loop = connected.engine, connected.loop
     with (
-        mock.patch.object(engine, "prepare_grammars") as prepare,
+        mock.patch.object(engine.grammars, "prepare") as prepare,
         mock.patch.object(engine.runner, "capture_next", create=True),
     ):
         for seconds_idle, num_calls in ((0.0, 0), (0.999, 0), (1.0, 1)):
