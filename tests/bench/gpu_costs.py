@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from engine.parts.triton.linear import ROW_GROUP
 from tests.support.gpu_cards import Card
 from tests.support.gpu_trace import Launch, TensorSpec
 from tests.support.meta_models import TracedStep
@@ -69,9 +70,10 @@ def linear(launch: Launch, step: TracedStep, card: Card) -> Cost:
     row_tiles, column_tiles = -(-num_rows // rows), -(-codes.shape[0] // columns)
     weight_bytes = codes.nbytes
     if arguments["FORMAT"] != "plain":
-        weight_bytes += arguments["scales"].nbytes + arguments["HAS_MINIMUM"] * arguments["minima"].nbytes
+        weight_bytes += arguments["scales"].nbytes
+        weight_bytes += 0 if arguments["minima"] is None else arguments["minima"].nbytes
     fits_l2 = weight_bytes + x.nbytes < card.l2_bytes / 2
-    num_reads = 1 if fits_l2 else -(-row_tiles // arguments["GROUP"])
+    num_reads = 1 if fits_l2 else -(-row_tiles // ROW_GROUP.value)
     out_bytes = (1 + arguments["ADDS"]) * arguments["out"].nbytes
     if arguments["IS_SPLIT"]:
         out_bytes = arguments["partial"].nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from engine.parts.triton import attention, experts, linear, lora, rows, sampler
+from engine.parts.triton import attention, experts, linear, rows, sampler
 from engine.parts.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTile, Tiles
 from tests.support.compiled_kernels import Variant
 
@@ -47,11 +47,8 @@ PACKED = {
 }
 HEADS = {64: 64, 80: 128, 128: 128, 256: 256, 512: 512, 576: 1024}  # head sizes and the columns of their tiles
 HEADS_WITH_SINKS = frozenset({64})  # as gpt-oss
-NORMS: dict[str, Any] = {"HAS_Q_NORM": True, "HAS_K_NORM": True, "HAS_V_NORM": True}
-NO_NORMS = dict.fromkeys(NORMS, False) | dict.fromkeys(("q_weight", "k_weight", "v_weight"))
+NO_NORMS: dict[str, Any] = dict.fromkeys(("q_weight", "k_weight", "v_weight"))
 SAMPLER, PIECE, ID_PIECE = (SAMPLER_TYPES, sampler.NUM_WARPS), {"PIECE": sampler.PIECE}, {"PIECE": sampler.ID_PIECE}
-SHRUNK = {"ROWS": lora.ROWS, "RANKS": lora.RANKS, "INPUTS": lora.INPUTS, "SPLIT_INPUTS": lora.SPLIT_INPUTS}
-EXPANDED = {"UNIT": 16, "ROWS": lora.ROWS, "RANKS": lora.RANKS, "COLUMNS": lora.COLUMNS}
 Types = dict[str, str]
 
 
@@ -83,8 +80,8 @@ def variants_of(target: str, dtype: str) -> list[Variant]:
         *(Variant(f"top {flag}", "sampler._top", {"IS_CHANGED": flag, **PIECE}, *SAMPLER) for flag in (False, True)),
         *(Variant(name, f"sampler._{name}", PIECE, *SAMPLER) for name in ("forbid", "collect", "draw")),
         *(Variant(name, f"sampler._{name}", ID_PIECE, *SAMPLER) for name in ("add_biases", "penalise")),
-        Variant("shrink", "lora._shrink", SHRUNK, types, num_warps=2, num_stages=4),
-        Variant("expand", "lora._expand", EXPANDED, types),
+        Variant("shrink", "lora._shrink", {}, types, num_warps=2, num_stages=4),
+        Variant("expand", "lora._expand", {"UNIT": 16}, types),
     ]
 
 
@@ -95,7 +92,7 @@ def cache_types(codes: str) -> dict[str, str]:
 
 def scales_of(cache: Types) -> dict[str, Any]:
     """Return the constants that tell whether a KV cache has scales."""
-    return {"HAS_SCALES": bool(cache)} | ({} if cache else dict.fromkeys(("key_scales", "value_scales")))
+    return {} if cache else dict.fromkeys(("key_scales", "value_scales"))
 
 
 def product(
@@ -107,13 +104,20 @@ def product(
     *,
     kernel: str = "linear._linear",
     is_aligned: bool = True,
+    has_bias: bool = False,
     **changes: object,
 ) -> Variant:
     """Return a variant of the product that adds to a residual, with some constants changed."""
     weights = weights or WeightFormat(PLAIN, types["weights"])
-    constants = {"FORMAT": weights.format, "SCALE_COLUMNS": weights.group_outputs, "SCALE_INPUTS": weights.group}
-    constants |= {"HAS_MINIMUM": weights.has_minimum, "HAS_BIAS": False, "ADDS": True, "IS_SPLIT": False, "SPLITS": 1}
-    constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": table.inputs, "GROUP": linear.ROW_GROUP}
+    constants: dict[str, Any] = {
+        "FORMAT": weights.format,
+        "SCALE_COLUMNS": weights.group_outputs,
+        "SCALE_INPUTS": weights.group,
+    }
+    constants |= {"ADDS": True, "IS_SPLIT": False, "SPLITS": 1}
+    constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": table.inputs}
+    constants |= {"minima": None} if not weights.has_minimum else {}
+    constants |= {"bias": None} if not has_bias else {}
     types = types | {"weights": weights.codes, "scales": weights.scales}
     launch = tile.num_warps, tile.num_stages, is_aligned
     return Variant(name, kernel, constants | changes, types, *launch, has_arithmetic=True)
@@ -126,14 +130,14 @@ def size_of(tile: LinearTile) -> str:
 def plain_products(table: LinearTable, types: Types) -> Iterator[Variant]:
     smallest, largest_with_splits = table.tiles[0], [tile for tile in table.tiles if tile.sums_per_thread <= 64][-1]
     rows: list[tuple[LinearTile, str, dict[str, Any]]] = [(tile, "", {}) for tile in table.tiles]
-    rows.append((smallest, " with bias", {"HAS_BIAS": True, "ADDS": False}))
+    rows.append((smallest, " with bias", {"has_bias": True, "ADDS": False}))
     rows.append((smallest, " alone", {"ADDS": False}))
     rows.append((smallest, " unaligned", {"is_aligned": False}))
     rows += [(tile, " of 2 splits", {"SPLITS": 2}) for tile in {smallest, largest_with_splits}]
     rows.append((smallest, " split", {"SPLITS": 2, "IS_SPLIT": True}))
     for tile, name, changes in rows:
         yield product(f"linear {size_of(tile)}{name}", table, tile, types, **changes)
-    constants = {"HAS_BIAS": False, "ADDS": True, "SPLITS": 2, "COLUMNS": linear.SUM_COLUMNS}
+    constants = {"bias": None, "ADDS": True, "SPLITS": 2, "COLUMNS": linear.SUM_COLUMNS}
     yield Variant("add_splits", "linear._add_splits", constants, types, has_arithmetic=True)
 
 
@@ -144,22 +148,22 @@ def attention_kernels(tiles: Tiles, types: Types, caches: Mapping[str, Types]) -
         constants |= {} if size in HEADS_WITH_SINKS else {"sinks": None}
         merging = constants | {"COLUMNS": min(block, attention.MERGED_COLUMNS)}
         yield Variant(f"reduce {size}", "attention._reduce", merging, types, sizes.num_warps, has_arithmetic=True)
-        constants |= {"HAS_WINDOW": size == 64, "HAS_SOFTCAP": size == 64, "SEGMENT": sizes.segment}
-        constants |= {"KEYS": sizes.keys, "TOKENS": 32}
+        constants |= {} if size == 64 else {"window": None, "softcap": None}
+        constants |= {"SEGMENT": sizes.segment, "KEYS": sizes.keys, "TOKENS": 32}
         for name, cache in caches.items():
             own, launch = constants | scales_of(cache), (sizes.num_warps, sizes.num_stages)
             yield Variant(f"attend {size}{name}", "attention._attend", own, types | cache, *launch, has_arithmetic=True)
 
 
 def expert_kernels(tiles: Tiles, types: Types) -> Iterator[Variant]:
-    chosen = {"NUM_EXPERTS": 256, "EXPERTS": 256, "NUM_CHOSEN": 8, "CHOSEN": 8, "HAS_BIAS": True, "HAS_SCALES": True}
+    chosen = {"NUM_EXPERTS": 256, "EXPERTS": 256, "NUM_CHOSEN": 8, "CHOSEN": 8}
     chosen |= {"IS_SIGMOID": True, "NORMALIZES": True, "NUM_GROUPS": 8, "GROUPS": 8}
     chosen |= {"NUM_BEST_GROUPS": 4, "TAKES_TWO": True}
     yield Variant("route", "experts._route", chosen, types | ROUTER_TYPES, num_warps=1)
     yield Variant("sort_pairs", "experts._sort_pairs", {"PAIRS": experts.SORTED_PAIRS}, types, num_warps=8)
     combined = {"NUM_CHOSEN": 8, "ADDS": True, "BLOCK": rows.ROW_COLUMNS}
     yield Variant("combine", "experts._combine", combined, types | {"weights": "*fp32"})
-    gpt_oss: dict[str, Any] = {"NUM_EXPERTS": 32, "EXPERTS": 32, "PAIRS_OF_ROW": 4, "HAS_BIAS": True}
+    gpt_oss: dict[str, Any] = {"NUM_EXPERTS": 32, "EXPERTS": 32, "PAIRS_OF_ROW": 4, "has_bias": True}
     gpt_oss["kernel"] = "experts._expert_linear"
     for name, table in (("", tiles.linear), (" float4", tiles.packed_linear)):
         for tile in table.tiles:
@@ -176,11 +180,11 @@ def row_kernels(types: Types, caches: Mapping[str, Types]) -> Iterator[Variant]:
         yield Variant(name, "rows._norm", {"BLOCK": 4096, "IS_LAYER_NORM": is_layer_norm, "ADDS": adds}, types)
     block = {"BLOCK": rows.ROW_COLUMNS}
     yield Variant("add", "rows._add", block, types)
-    yield Variant("scale", "rows._scale", block | {"HAS_SOFTCAP": True}, types)
+    yield Variant("scale", "rows._scale", block, types)
     for activation in ("silu", "gelu", "gelu_pytorch_tanh", "swigluoai"):
         yield Variant(f"act_and_mul {activation}", "rows._act_and_mul", {"ACTIVATION": activation, **block}, types)
     for name, cache in caches.items():
-        for norms, own in (("", NO_NORMS | {"BLOCK": 128}), (" with norms", NORMS | {"BLOCK": 512})):
+        for norms, own in (("", NO_NORMS | {"BLOCK": 128}), (" with norms", {"BLOCK": 512})):
             constants = {"TOKENS": 32, **scales_of(cache), **own}
             kernel = f"rope_and_store_kv{norms}{name}"
             yield Variant(kernel, "rows._rope_and_store_kv", constants, types | cache, num_warps=1)

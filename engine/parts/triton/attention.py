@@ -119,9 +119,9 @@ def _load_numbers(stored, offsets, mask, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scaled(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Return scores times `scale`, capped if HAS_SOFTCAP, times log2(e)."""
-    if HAS_SOFTCAP:
+def _scaled(scores, scale, softcap):
+    """Return scores times `scale`, capped if there is a soft cap, times log2(e)."""
+    if softcap is not None:
         return _capped(scores * scale, softcap) * LOG2_E
     return scores * (scale * LOG2_E)
 
@@ -134,20 +134,18 @@ def _capped(scores, softcap):
 
 
 @triton.jit
-def _is_visible(tokens, positions, window, HAS_WINDOW: tl.constexpr):
+def _is_visible(tokens, positions, window):
     """Return whether rows at `positions` see tokens."""
     visible = tokens[None, :] <= positions[:, None]
-    if HAS_WINDOW:
+    if window is not None:
         visible &= tokens[None, :] > positions[:, None] - window
     return visible
 
 
 @triton.jit
-def _load_values(
-    values, scales, offsets, scale_offsets, mask, has_token, dtype: tl.constexpr, HAS_SCALES: tl.constexpr
-):
+def _load_values(values, scales, offsets, scale_offsets, mask, has_token, dtype: tl.constexpr):
     numbers = _load_numbers(values, offsets, mask, dtype)
-    if HAS_SCALES:  # scales the values: small weights would be lost in float16
+    if scales is not None:  # scales the values: small weights would be lost in float16
         factors = tl.load(scales + scale_offsets, mask=has_token, other=0.0)
         numbers = (numbers.to(tl.float32) * factors[:, None]).to(dtype)
     return numbers
@@ -172,9 +170,6 @@ def _segment(
     scale,
     softcap,
     window,
-    HAS_SCALES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     KEYS: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -189,10 +184,10 @@ def _segment(
     """
     columns = tl.arange(0, BLOCK)
     highest, total, weighted = _empty_softmax(PACKED, BLOCK)
-    first = tl.maximum(start, oldest // KEYS * KEYS) if HAS_WINDOW else start
+    first = tl.maximum(start, oldest // KEYS * KEYS) if window is not None else start
     for offset in range(first, tl.minimum(start + SEGMENT, end), KEYS):
         tokens = offset + tl.arange(0, KEYS)
-        has_token = (tokens >= oldest) & (tokens < end) if HAS_WINDOW else tokens < end
+        has_token = (tokens >= oldest) & (tokens < end) if window is not None else tokens < end
         blocks = tl.load(table + tokens // TOKENS, mask=has_token, other=0).to(tl.int64)
         offsets = blocks * block_stride + (tokens % TOKENS * num_kv_heads + kv_head) * SIZE
         scale_offsets = blocks * scale_stride + kv_head * TOKENS + tokens % TOKENS
@@ -200,15 +195,15 @@ def _segment(
         mask = has_token[:, None] & (columns < SIZE)[None, :]
         k = _load_numbers(keys, offsets, mask, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if HAS_SCALES:
+        if key_scales is not None:
             scores *= tl.load(key_scales + scale_offsets, mask=has_token, other=0.0)[None, :]
-        scores = _scaled(scores, scale, softcap, HAS_SOFTCAP)
-        scores = tl.where(_is_visible(tokens, positions, window, HAS_WINDOW), scores, float("-inf"))
+        scores = _scaled(scores, scale, softcap)
+        scores = tl.where(_is_visible(tokens, positions, window), scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink = tl.exp2(highest - pivot)
         weights = tl.exp2(scores - pivot[:, None])
-        v = _load_values(values, value_scales, offsets, scale_offsets, mask, has_token, q.dtype, HAS_SCALES)
+        v = _load_values(values, value_scales, offsets, scale_offsets, mask, has_token, q.dtype)
         total = total * shrink + tl.sum(weights, axis=1)
         weighted = weighted * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
         highest = new_highest
@@ -256,9 +251,6 @@ def _attend(
     scale,
     softcap,
     window,
-    HAS_SCALES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     KEYS: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -279,13 +271,14 @@ def _attend(
         positions = tl.where(has_row, first_position + rows, first_position)  # rows that do not exist see a key too
         queries = _load_queries(q, offsets, has_row, SIZE, BLOCK)
         table = tables + _field(item, SEQUENCE).to(tl.int64) * table_stride
-        oldest, end = first_position - window + 1, first_position + num_rows
+        oldest = 0 if window is None else first_position - window + 1
+        end = first_position + num_rows
         highest, total, weighted = _empty_softmax(PACKED, BLOCK)
         for segment in range(_field(item, FIRST_SEGMENT), _field(item, END_SEGMENT)):
             state = _segment(
                 queries, positions, keys, values, key_scales, value_scales, table, kv_head, segment * SEGMENT, oldest,
-                end, num_kv_heads, block_stride, scale_stride, scale, softcap, window, HAS_SCALES, HAS_SOFTCAP,
-                HAS_WINDOW, PACKED, KEYS, SEGMENT, SIZE, BLOCK, TOKENS
+                end, num_kv_heads, block_stride, scale_stride, scale, softcap, window, PACKED, KEYS, SEGMENT,
+                SIZE, BLOCK, TOKENS
             )  # fmt: skip
             highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
         if _field(item, PARTIAL_ROW) < 0:
@@ -391,11 +384,8 @@ def paged_attention(
         plan.part_size,
         num_kv_heads,
         scores.scale,
-        scores.softcap or 0.0,
-        plan.kind.window or 0,
-        HAS_SCALES=cache.key_scales is not None,
-        HAS_SOFTCAP=scores.softcap is not None,
-        HAS_WINDOW=plan.kind.window is not None,
+        scores.softcap,
+        plan.kind.window,
         **steps,
         num_stages=sizes.num_stages,
         **flags,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.config import RouterSpec
 from engine.kernels.interface import ExpertLinearOp, LinearOp
-from engine.parts.triton.linear import ROW_GROUP, _store, _sum
+from engine.parts.triton.linear import _store, _sum, _tile
 from engine.parts.triton.packed_matrix import PackedMatrix
 from engine.parts.triton.rows import ROW_COLUMNS
 from engine.parts.triton.tiles import EXPERTS_OF_ROW, LAUNCH_OPTIONS, LinearTiles
@@ -106,8 +106,6 @@ def _route(
     stride,
     scale,
     IS_SIGMOID: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
     NORMALIZES: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     NUM_CHOSEN: tl.constexpr,
@@ -129,7 +127,7 @@ def _route(
         powers = tl.exp(numbers - tl.max(numbers, axis=0))
         scores = powers / tl.sum(powers, axis=0)
     choice = scores
-    if HAS_BIAS:
+    if bias is not None:
         choice += tl.load(bias + columns, mask=is_expert, other=0.0)
     choice = tl.where(is_expert & (choice > float("-inf")), choice, float("-inf"))  # NaN has no place among others
     if NUM_GROUPS > 1:
@@ -151,7 +149,7 @@ def _route(
         found = found / (total + SMALLEST_SUM)
     found *= scale
     is_place = places < NUM_CHOSEN
-    if HAS_SCALES:
+    if expert_scales is not None:
         found *= tl.load(expert_scales + chosen, mask=is_place, other=0.0)
     tl.store(weights + row * NUM_CHOSEN + places, found, mask=is_place)
     tl.store(experts + row * NUM_CHOSEN + places, chosen, mask=is_place)
@@ -199,8 +197,6 @@ def route(
             logits.stride(0),
             router.scale,
             IS_SIGMOID=router.scoring == "sigmoid",
-            HAS_BIAS=bias is not None,
-            HAS_SCALES=expert_scales is not None,
             NORMALIZES=router.normalize,
             NUM_EXPERTS=num_experts,
             NUM_CHOSEN=num_chosen,
@@ -258,41 +254,35 @@ def _expert_linear(
     FORMAT: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     SCALE_INPUTS: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     PAIRS_OF_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INPUTS: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """Compute the products of the pairs of one tile with their expert's weights [M, K], for some columns.
 
-    PAIRS_OF_ROW is the number of pairs that read a row of x. Programs that share columns have adjacent numbers.
+    PAIRS_OF_ROW is the number of pairs that read a row of x.
     """
-    program = tl.program_id(0)
-    programs_of_group = GROUP * tl.cdiv(num_columns, COLUMNS)
-    first_tile = program // programs_of_group * GROUP
-    group_size = tl.minimum(num_tiles - first_tile, GROUP)
-    tile = first_tile + program % programs_of_group % group_size
-    columns = (program % programs_of_group // group_size * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    tile, columns = _tile(num_tiles, num_columns, COLUMNS)
     expert, its_pairs = _pairs_of_tile(pairs, ends, tile, NUM_EXPERTS, EXPERTS, ROWS)
     if expert >= 0:
         number = expert.to(tl.int64)
         has_row = its_pairs >= 0
         rows = tl.where(has_row, its_pairs // PAIRS_OF_ROW, num_rows).to(tl.int64)
         scales += number * num_scale_rows * scales_stride
-        minima += number * num_scale_rows * scales_stride
+        if minima is not None:
+            minima += number * num_scale_rows * scales_stride
         sums = _sum(
             x, weights + number * num_columns * weights_stride, scales, minima, rows, columns, 0, num_rows, num_columns,
             num_inputs, x_stride, weights_stride, scales_stride, group_stride, FORMAT, SCALE_COLUMNS, SCALE_INPUTS,
-            HAS_MINIMUM, 1, INPUTS
+            1, INPUTS
         )  # fmt: skip
-        bias += number * bias_stride
+        if bias is not None:
+            bias += number * bias_stride
         out_rows = its_pairs.to(tl.int64)
-        _store(sums, bias, out, out_rows, columns, has_row[:, None], num_columns, out_stride, HAS_BIAS, False)
+        _store(sums, bias, out, out_rows, columns, has_row[:, None], num_columns, out_stride, False)
 
 
 def expert_linear(matrices: ExpertMatrices, tiles: Sequence[LinearTiles], bias: Tensor | None) -> ExpertLinearOp:
@@ -330,13 +320,12 @@ def _launch(
     assert num_pairs % len(x) == 0
     tile = tiles.tile_for(max(1, pairs.num_rows))
     num_tiles = min(num_pairs, num_experts) + num_pairs // tile.rows  # at most
-    flags = {"HAS_MINIMUM": matrix.minima is not None, "HAS_BIAS": bias is not None}
     _expert_linear[(num_tiles * triton.cdiv(num_columns, tile.columns),)](
         x,
         matrix.codes,
         matrix.scales,
-        matrix.scales if matrix.minima is None else matrix.minima,
-        x if bias is None else bias,
+        matrix.minima,
+        bias,
         out,
         pairs.pairs,
         pairs.ends,
@@ -359,10 +348,8 @@ def _launch(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         INPUTS=tiles.inputs,
-        GROUP=ROW_GROUP,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **flags,
         **LAUNCH_OPTIONS,
     )
 

@@ -19,7 +19,7 @@ from engine.parts.triton.packed_matrix import PackedMatrix
 from engine.parts.triton.tiles import LAUNCH_OPTIONS, LinearTiles
 
 SUM_COLUMNS = 1024  # of a program that adds up splits
-ROW_GROUP = 8  # tiles of rows that share columns at about the same time
+ROW_GROUP = tl.constexpr(8)  # tiles of rows that share columns at about the same time
 
 
 @triton.jit
@@ -38,7 +38,6 @@ def _load_weights(
     FORMAT: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     SCALE_INPUTS: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
     """Return the weights [COLUMNS, INPUTS] from input `start` on, dequantized to `dtype`."""
@@ -69,29 +68,28 @@ def _load_weights(
         factors = tl.load(scales + index, mask=has_group, other=0.0)
         factors = powers_of_two(factors) if FORMAT == "float4" else factors.to(tl.float32)
         numbers *= factors[:, :, None]
-        if HAS_MINIMUM:
+        if minima is not None:
             numbers += tl.load(minima + index, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
         codes = tl.reshape(numbers, (columns.shape[0], INPUTS)).to(dtype)
     return codes
 
 
 @triton.jit
-def _tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Return the rows and columns of a program. Programs that share columns have adjacent numbers."""
+def _tile(num_row_tiles, num_columns, COLUMNS: tl.constexpr):
+    """Return the tile of rows and the columns of a program. Programs that share columns have adjacent numbers."""
     program = tl.program_id(0)
-    programs_of_group = GROUP * tl.cdiv(num_columns, COLUMNS)
-    first_row_tile = program // programs_of_group * GROUP
-    group_size = tl.minimum(tl.cdiv(num_rows, ROWS) - first_row_tile, GROUP)
-    row_tile = first_row_tile + program % programs_of_group % group_size
+    programs_of_group = ROW_GROUP * tl.cdiv(num_columns, COLUMNS)
+    first_tile = program // programs_of_group * ROW_GROUP
+    group_size = tl.minimum(num_row_tiles - first_tile, ROW_GROUP)
     column_tile = program % programs_of_group // group_size
-    rows = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    return rows, (column_tile * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    columns = (column_tile * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    return first_tile + program % programs_of_group % group_size, columns
 
 
 @triton.jit
-def _store(sums, bias, out, rows, columns, has_row, num_columns, stride, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr):
+def _store(sums, bias, out, rows, columns, has_row, num_columns, stride, ADDS: tl.constexpr):
     has_column = columns < num_columns
-    if HAS_BIAS:
+    if bias is not None:
         sums += tl.load(bias + columns, mask=has_column, other=0.0).to(tl.float32)[None, :]
     pointers = out + rows[:, None] * stride + columns[None, :]
     mask = has_row & has_column[None, :]
@@ -120,7 +118,6 @@ def _sum(
     FORMAT: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     SCALE_INPUTS: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
     SPLITS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
@@ -134,7 +131,7 @@ def _sum(
         a = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=has_row & (k[None, :] < num_inputs), other=0.0)
         b = _load_weights(
             weights, scales, minima, columns, start, num_columns, num_inputs, weights_stride, scales_stride,
-            group_stride, x.dtype.element_ty, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, HAS_MINIMUM, INPUTS
+            group_stride, x.dtype.element_ty, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, INPUTS
         )  # fmt: skip
         sums = tl.dot(a.to(b.dtype), tl.trans(b), sums, input_precision="ieee")
     return sums
@@ -160,41 +157,37 @@ def _linear(
     FORMAT: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     SCALE_INPUTS: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INPUTS: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """Compute x W^T + b to `out`, on a grid (tiles): each program computes all splits of the inputs in order.
 
     With IS_SPLIT, the grid is (tiles, splits): each program computes one split, to `partial` [SPLITS, T, M].
     """
-    rows, columns = _tile(num_rows, num_columns, ROWS, COLUMNS, GROUP)
+    tile, columns = _tile(tl.cdiv(num_rows, ROWS), num_columns, COLUMNS)
+    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     if IS_SPLIT or SPLITS == 1:  # a second accumulator would double the registers
         total = _sum(
             x, weights, scales, minima, rows, columns, tl.program_id(1), num_rows, num_columns, num_inputs, x_stride,
-            weights_stride, scales_stride, group_stride, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, HAS_MINIMUM, SPLITS,
-            INPUTS
+            weights_stride, scales_stride, group_stride, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, SPLITS, INPUTS
         )  # fmt: skip
     else:
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for split in range(SPLITS):
             total += _sum(
                 x, weights, scales, minima, rows, columns, split, num_rows, num_columns, num_inputs, x_stride,
-                weights_stride, scales_stride, group_stride, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, HAS_MINIMUM, SPLITS,
-                INPUTS
+                weights_stride, scales_stride, group_stride, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, SPLITS, INPUTS
             )  # fmt: skip
     has_row = rows[:, None] < num_rows
     if IS_SPLIT:
         partial += tl.program_id(1).to(tl.int64) * num_rows * num_columns
-        _store(total, bias, partial, rows, columns, has_row, num_columns, num_columns, False, False)
+        _store(total, None, partial, rows, columns, has_row, num_columns, num_columns, False)
     else:
-        _store(total, bias, out, rows, columns, has_row, num_columns, out_stride, HAS_BIAS, ADDS)
+        _store(total, bias, out, rows, columns, has_row, num_columns, out_stride, ADDS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -205,7 +198,6 @@ def _add_splits(
     num_rows,
     num_columns,
     out_stride,
-    HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr,
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -218,7 +210,7 @@ def _add_splits(
     for split in range(SPLITS):
         index = (split * num_rows + rows)[:, None] * num_columns + columns[None, :]
         total += tl.load(partial + index, mask=mask, other=0.0)
-    _store(total, bias, out, rows, columns, rows[:, None] < num_rows, num_columns, out_stride, HAS_BIAS, ADDS)
+    _store(total, bias, out, rows, columns, rows[:, None] < num_rows, num_columns, out_stride, ADDS)
 
 
 def _check_sizes(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, out: Tensor) -> None:
@@ -253,13 +245,12 @@ def linear(
     partial = out
     if is_split:
         partial = torch.empty((tiles.splits, num_rows, num_columns), dtype=torch.float32, device=x.device)
-    flags = {"HAS_BIAS": bias is not None, "ADDS": adds, "SPLITS": tiles.splits}
-    bias = bias if bias is not None else x
+    flags = {"ADDS": adds, "SPLITS": tiles.splits}
     _linear[(num_tiles, tiles.splits if is_split else 1)](
         x,
         matrix.codes,
         matrix.scales,
-        matrix.scales if matrix.minima is None else matrix.minima,
+        matrix.minima,
         bias,
         out,
         partial,
@@ -273,12 +264,10 @@ def linear(
         FORMAT=matrix.format,
         SCALE_COLUMNS=matrix.group_outputs,
         SCALE_INPUTS=matrix.group,
-        HAS_MINIMUM=matrix.minima is not None,
         IS_SPLIT=is_split,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         INPUTS=tiles.inputs,
-        GROUP=ROW_GROUP,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **flags,

@@ -19,36 +19,22 @@ from torch import Tensor
 
 from engine.parts.triton.tiles import LAUNCH_OPTIONS
 
-ROWS = 16  # of a tile
-RANKS = 16  # of a program that computes t, and of a step of one that adds B t
-INPUTS = 128  # of a step of a program that computes t,
-SPLIT_INPUTS = 1024  # which takes this many at most: with few rows, programs for all inputs would be too few
-COLUMNS = 128  # of a program that adds B t
+ROWS = tl.constexpr(16)  # of a tile
+RANKS = tl.constexpr(16)  # of a program that computes t, and of a step of one that adds B t
+INPUTS = tl.constexpr(128)  # of a step of a program that computes t,
+SPLIT_INPUTS = tl.constexpr(1024)  # which takes this many at most: with few rows, there would be too few programs
+COLUMNS = tl.constexpr(128)  # of a program that adds B t
 
 
 @triton.jit
-def _load_slots(lora_slots, num_rows, ROWS: tl.constexpr):
+def _load_slots(lora_slots, num_rows):
     """Return the rows of this program's tile, and the slot of the adapter of each, -1 for none."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return rows, tl.load(lora_slots + rows, mask=rows < num_rows, other=-1)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["lora_slots"])
-def _shrink(
-    x,
-    a,
-    ranks,
-    lora_slots,
-    inner,
-    num_rows,
-    num_inputs,
-    max_rank,
-    x_stride,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    INPUTS: tl.constexpr,
-    SPLIT_INPUTS: tl.constexpr,
-):
+def _shrink(x, a, ranks, lora_slots, inner, num_rows, num_inputs, max_rank, x_stride):
     """Compute A x for each split of the inputs to `inner` [splits, T, projections, R].
 
     Grid (tiles of rows, projections, splits of the inputs x pieces of the ranks).
@@ -59,7 +45,7 @@ def _shrink(
     split = tl.program_id(2) // num_pieces
     first_input = split * SPLIT_INPUTS
     rows_of_a = first_rank + tl.arange(0, RANKS)
-    rows, slots = _load_slots(lora_slots, num_rows, ROWS)
+    rows, slots = _load_slots(lora_slots, num_rows)
     slot = tl.max(slots, axis=0)
     while slot >= 0:
         is_own = slots == slot
@@ -97,9 +83,6 @@ def _expand(
     num_columns,
     out_stride,
     UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     """Add B t to `out`, on a grid (tiles of rows, tiles of columns). t is the sum over the splits of `inner`, in order.
 
@@ -109,7 +92,7 @@ def _expand(
     projection = tl.load(tile)
     columns = tl.multiple_of(tl.load(tile + 1), UNIT) + tl.arange(0, COLUMNS)
     has_column = columns < tl.multiple_of(tl.load(tile + 2), UNIT)
-    rows, slots = _load_slots(lora_slots, num_rows, ROWS)
+    rows, slots = _load_slots(lora_slots, num_rows)
     slot = tl.max(slots, axis=0)
     while slot >= 0:
         is_own = slots == slot
@@ -143,7 +126,7 @@ def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
     """
     tiles, first = [], 0
     for projection, size in enumerate(sizes):
-        tiles += [(projection, column, first + size) for column in range(first, first + size, COLUMNS)]
+        tiles += [(projection, column, first + size) for column in range(first, first + size, COLUMNS.value)]
         first += size
     return torch.tensor(tiles, dtype=torch.int32, device=device)
 
@@ -163,9 +146,9 @@ def add_lora(
         return
     assert x.stride(1) == out.stride(1) == lora_slots.stride(0) == 1
     assert all(tensor.is_contiguous() for tensor in (a, b, ranks))
-    row_tiles, num_splits = triton.cdiv(num_rows, ROWS), triton.cdiv(num_inputs, SPLIT_INPUTS)
+    row_tiles, num_splits = triton.cdiv(num_rows, ROWS.value), triton.cdiv(num_inputs, SPLIT_INPUTS.value)
     inner = torch.empty((num_splits, num_rows, num_projections, max_rank), dtype=torch.float32, device=x.device)
-    _shrink[(row_tiles, num_projections, num_splits * triton.cdiv(max_rank, RANKS))](
+    _shrink[(row_tiles, num_projections, num_splits * triton.cdiv(max_rank, RANKS.value))](
         x,
         a,
         ranks,
@@ -175,10 +158,6 @@ def add_lora(
         num_inputs,
         max_rank,
         x.stride(0),
-        ROWS=ROWS,
-        RANKS=RANKS,
-        INPUTS=INPUTS,
-        SPLIT_INPUTS=SPLIT_INPUTS,
         num_warps=2,
         num_stages=4,
         **LAUNCH_OPTIONS,
@@ -197,8 +176,5 @@ def add_lora(
         out.shape[1],
         out.stride(0),
         UNIT=math.gcd(16, *sizes),
-        ROWS=ROWS,
-        RANKS=RANKS,
-        COLUMNS=COLUMNS,
         **LAUNCH_OPTIONS,
     )

@@ -100,20 +100,19 @@ def add(residual: Tensor, x: Tensor, scale: float) -> None:
 
 
 @triton.jit
-def _scale(out, out_stride, size, scale, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+def _scale(out, out_stride, size, scale, softcap, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
     values = tl.load(out + row * out_stride + columns, mask=mask, other=0.0).to(tl.float32) * scale
-    if HAS_SOFTCAP:
+    if softcap is not None:
         values = softcap * _tanh(values / softcap)
     tl.store(out + row * out_stride + columns, values.to(out.dtype.element_ty), mask=mask)
 
 
 def scale(x: Tensor, factor: float, softcap: float | None = None) -> None:
     """Multiply x [T, K] by a factor, in place; then, with a soft cap, replace x by softcap * tanh(x / softcap)."""
-    numbers = {"scale": factor, "softcap": softcap or 0.0, "HAS_SOFTCAP": softcap is not None}
-    _launch_on_rows(_scale, x, size=x.shape[1], **numbers)
+    _launch_on_rows(_scale, x, size=x.shape[1], scale=factor, softcap=softcap)
 
 
 @triton.jit
@@ -156,22 +155,22 @@ def _launch_on_rows(kernel: Any, *tensors: Tensor, size: int, **arguments: Any) 
 
 
 @triton.jit
-def _load_normed(x, weight, columns, scale, size, HAS_NORM: tl.constexpr):
-    """Return the numbers of one head at `columns`; with HAS_NORM, multiplied by `scale` and the weight."""
+def _load_normed(x, weight, columns, scale, size):
+    """Return the numbers of one head at `columns`, multiplied by `scale` and the weight if there is one."""
     mask = columns < size
     loaded = tl.load(x + columns, mask=mask, other=0.0)
     values = loaded.to(tl.float32)
-    if HAS_NORM:
+    if weight is not None:
         normed = values * scale * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
         values = normed.to(loaded.dtype).to(tl.float32)  # rounded, as if it had been stored
     return values
 
 
 @triton.jit
-def _norm_scale(x, size, eps, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the inverse of the root mean square of one head."""
+def _norm_scale(x, weight, size, eps, BLOCK: tl.constexpr):
+    """Return the inverse of the root mean square of one head, if its norm has a weight."""
     scale = 1.0
-    if HAS_NORM:
+    if weight is not None:
         columns = tl.arange(0, BLOCK)
         values = tl.load(x + columns, mask=columns < size, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(values * values) / size + eps)
@@ -179,29 +178,29 @@ def _norm_scale(x, size, eps, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotated(x, weight, rotation, half, eps, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return one head, normed and rotated in the pairs (i, i + half)."""
+def _rotated(x, weight, rotation, half, eps, BLOCK: tl.constexpr):
+    """Return one head, normed if there is a weight, and rotated in the pairs (i, i + half)."""
     columns = tl.arange(0, BLOCK)
     size = 2 * half
     mask = columns < size
     is_first = columns < half
     pairs = tl.where(is_first, columns, columns - half)
-    scale = _norm_scale(x, size, eps, HAS_NORM, BLOCK)
-    values = _load_normed(x, weight, columns, scale, size, HAS_NORM)
-    others = _load_normed(x, weight, tl.where(is_first, columns + half, columns - half), scale, size, HAS_NORM)
+    scale = _norm_scale(x, weight, size, eps, BLOCK)
+    values = _load_normed(x, weight, columns, scale, size)
+    others = _load_normed(x, weight, tl.where(is_first, columns + half, columns - half), scale, size)
     turned = others * tl.load(rotation + half + pairs, mask=mask, other=0.0)
     return values * tl.load(rotation + pairs, mask=mask, other=0.0) + tl.where(is_first, -turned, turned)
 
 
 @triton.jit
-def _store_head(values, heads, index, scales, scale_index, size, HAS_SCALES: tl.constexpr, BLOCK: tl.constexpr):
+def _store_head(values, heads, index, scales, scale_index, size, BLOCK: tl.constexpr):
     """Store one head [BLOCK], or its codes and a scale, which is NaN if a number is not finite.
 
     Codes are int8 in -127 .. 127, or float8 up to 448, or its bits in uint8.
     """
     columns = tl.arange(0, BLOCK)
     heads += index + columns
-    if HAS_SCALES:
+    if scales is not None:
         is_int8: tl.constexpr = heads.dtype.element_ty == tl.int8
         most: tl.constexpr = 127.0 if is_int8 else MAX_FLOAT8
         sizes = tl.abs(values)
@@ -244,10 +243,6 @@ def _rope_and_store_kv(
     num_kv_heads,
     half,
     eps,
-    HAS_Q_NORM: tl.constexpr,
-    HAS_K_NORM: tl.constexpr,
-    HAS_V_NORM: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -258,7 +253,7 @@ def _rope_and_store_kv(
     columns = tl.arange(0, BLOCK)
     if head < num_heads:
         rotation = q_rotations + row * size
-        rotated = _rotated(q + row * q_stride + head * size, q_weight, rotation, half, eps, HAS_Q_NORM, BLOCK)
+        rotated = _rotated(q + row * q_stride + head * size, q_weight, rotation, half, eps, BLOCK)
         pointers = out + (row * num_heads + head) * size + columns
         tl.store(pointers, rotated.to(out.dtype.element_ty), mask=columns < size)
     else:
@@ -269,12 +264,12 @@ def _rope_and_store_kv(
             index = block * block_stride + (token * num_kv_heads + kv_head) * size
             scale_index = block * scale_stride + kv_head * TOKENS + token
             rotation = k_rotations + row * size
-            key = _rotated(k + row * k_stride + kv_head * size, k_weight, rotation, half, eps, HAS_K_NORM, BLOCK)
+            key = _rotated(k + row * k_stride + kv_head * size, k_weight, rotation, half, eps, BLOCK)
             v += row * v_stride + kv_head * size
-            scale = _norm_scale(v, size, eps, HAS_V_NORM, BLOCK)
-            value = _load_normed(v, v_weight, columns, scale, size, HAS_V_NORM)
-            _store_head(key, keys, index, key_scales, scale_index, size, HAS_SCALES, BLOCK)
-            _store_head(value, values, index, value_scales, scale_index, size, HAS_SCALES, BLOCK)
+            scale = _norm_scale(v, v_weight, size, eps, BLOCK)
+            value = _load_normed(v, v_weight, columns, scale, size)
+            _store_head(key, keys, index, key_scales, scale_index, size, BLOCK)
+            _store_head(value, values, index, value_scales, scale_index, size, BLOCK)
 
 
 def rope_and_store_kv(
@@ -323,10 +318,6 @@ def rope_and_store_kv(
             num_kv_heads,
             size // 2,
             norms.eps,
-            HAS_Q_NORM=q_weight is not None,
-            HAS_K_NORM=k_weight is not None,
-            HAS_V_NORM=v_weight is not None,
-            HAS_SCALES=cache.key_scales is not None,
             TOKENS=cache.keys.shape[1],
             BLOCK=triton.next_power_of_2(size),
             num_warps=1,  # a lane takes four numbers of a head of 128

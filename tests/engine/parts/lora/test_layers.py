@@ -18,7 +18,6 @@ from engine.kernels.torch.kernels import TorchKernels
 from engine.parts.lora import layers
 from engine.parts.lora.layers import LoraLayer, new_lora_layer
 from engine.parts.triton import lora
-from engine.parts.triton.lora import COLUMNS, INPUTS, RANKS, ROWS, SPLIT_INPUTS
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import code_paths
 from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, PRODUCT_DTYPES, random_tensor
@@ -26,6 +25,8 @@ from tests.support.kernel_kinds import Kind, record
 from tests.support.tensors import CPU
 
 NAMES = ["torch", *code_paths()]
+TILE = (lora.COLUMNS, lora.INPUTS, lora.RANKS, lora.ROWS, lora.SPLIT_INPUTS)
+COLUMNS, INPUTS, RANKS, ROWS, SPLIT_INPUTS = (size.value for size in TILE)
 TRITON = pytest.param("triton", marks=ALSO_ON_A_GPU)
 TRITON_LATER = pytest.param("triton", marks=[*ALSO_ON_A_GPU, pytest.mark.long])
 
