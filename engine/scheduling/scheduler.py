@@ -73,10 +73,9 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Sequence[int] = (),
         long_prefill_token_threshold: int = 0,
-        speculation: SpeculationPolicy | None = None,
+        speculation: SpeculationPolicy | None = None,  # when n-gram drafts are made; None: never
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`speculation`: when n-gram drafts are made; None: never."""
         assert budget.max_num_rows >= max_num_seqs  # every running request gets a token in each step
         assert kv.pool.num_blocks >= kv.num_blocks_for(max_model_len)
         self.kv, self.pool = kv, kv.pool
