@@ -15,7 +15,7 @@ from engine.scheduling.record import RequestRecord
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
 
-NONE = -1  # in an array, a block without an owner or a group
+NONE = -1  # in an array, a block without an owner or a group, or one that has never been used
 
 Column = NDArray[np.int64]  # a number of each block
 
@@ -26,50 +26,31 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> BlockMap:
     first = min(question.start, pool.num_blocks)
     end = min(first + question.limit, pool.num_blocks)
     used = pool.blocks[first:end]
-    holders = _Holders(first, len(used))
+    holders = _Holders(first, end - first)
     for request in sorted(scheduler.requests(), key=_queued, reverse=True):
         holders.add(request, is_named=question.tenant in (None, request.tenant))
-    table = np.stack(
-        [
-            np.array([block.ref_count for block in used], dtype=np.int64),
-            np.array([is_prefix(block.block_hash) for block in used], dtype=np.int64),
-            np.array([max(0, step_id - block.step_id) for block in used], dtype=np.int64),
-            holders.owners,
-            holders.groups,
-            holders.shifts,
-        ]
-    )
+    table = np.full((6, end - first), NONE)  # also of blocks that have never been used
+    table[0, : len(used)] = [block.ref_count for block in used]
+    table[1, : len(used)] = [is_prefix(block.block_hash) for block in used]
+    table[2, : len(used)] = [max(0, step_id - block.step_id) for block in used]
+    table[3:] = holders.owners, holders.groups, holders.shifts
     starts, ends = _equal_columns(table)
     runs = [
         BlockRunView(
             start=first + start,
             num_blocks=stop - start,
-            state="held" if num_holders else "cached" if is_cached else "free",
-            num_holders=num_holders,
-            is_cached=bool(is_cached),
+            state="unused" if age == NONE else "held" if num_holders else "cached" if is_cached else "free",
+            num_holders=max(0, num_holders),
+            is_cached=is_cached == 1,
             owner=None if owner == NONE else owner,
             group=None if group == NONE else group,
             position=None if owner == NONE else (shift + start) * pool.block_size,
-            age=age,
+            age=None if age == NONE else age,
         )
         for start, stop, (num_holders, is_cached, age, owner, group, shift) in zip(
             starts, ends, table[:, np.array(starts, dtype=np.int64)].T.tolist(), strict=True
         )
     ]
-    if (num_unused := end - first - len(used)) > 0:
-        runs.append(
-            BlockRunView(
-                start=end - num_unused,
-                num_blocks=num_unused,
-                state="unused",
-                num_holders=0,
-                is_cached=False,
-                owner=None,
-                group=None,
-                position=None,
-                age=None,
-            )
-        )
     return BlockMap(
         engine="",
         block_size=pool.block_size,

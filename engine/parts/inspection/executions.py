@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,33 +22,8 @@ from engine.runner import ModelRunner
 OBSERVED_LOGIT_ROWS = 4  # that are computed at once: with the weights of an LM head, a few take as long as one
 
 
-class ObservedExecution(Protocol):
+class ObservedExecution:
     """A model that shows what happens inside. It has buffers of its own, so that other steps may run in between."""
-
-    builder: BatchBuilder
-    max_logit_rows: int  # that are computed at once
-
-    def forward(self) -> Iterator[Observation]:
-        """Run the step that the builder's buffers hold, with the kernels that serve, and yield after each part.
-
-        What is yielded is valid until the next.
-        """
-
-    def attention_weights(self, layer: int, q: Tensor, block_ids: Tensor, first: int) -> Tensor:
-        """Return the attention weights, float32 [R, H, n], of a projection's queries q, of positions from `first` on.
-
-        `block_ids`, int64, are the blocks of all positions up to the last.
-        """
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits, float32 [R, V], of at most `max_logit_rows` hidden states [R, hidden_size].
-
-        They may be those of any layer. The result is valid until the next call.
-        """
-
-
-class EagerObservedExecution:
-    """Runs the model's code for every step."""
 
     max_logit_rows = OBSERVED_LOGIT_ROWS
 
@@ -59,21 +33,33 @@ class EagerObservedExecution:
         self.builder = builder
 
     def forward(self) -> Iterator[Observation]:
+        """Run the step that the builder's buffers hold, with the kernels that serve, and yield after each part.
+
+        What is yielded is valid until the next.
+        """
         batch = self.builder.current()
         self.model.extend_rotary(int(batch.seq_lens.max()))
         return observe(self.model, batch, self.kv_cache)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits, float32 [R, V], of at most `max_logit_rows` hidden states [R, hidden_size].
+
+        They may be those of any layer. The result is valid until the next call.
+        """
         return self.model.compute_logits(hidden, torch.arange(len(hidden), device=hidden.device))
 
     def attention_weights(self, layer: int, q: Tensor, block_ids: Tensor, first: int) -> Tensor:
+        """Return the attention weights, float32 [R, H, n], of a projection's queries q, of positions from `first` on.
+
+        `block_ids`, int64, are the blocks of all positions up to the last.
+        """
         attention = self.model.layers[layer].self_attn
         keys = self.model.kernels.cached_keys(self.kv_cache.layers[layer], block_ids)[: first + len(q)]
         heads = q.view(len(q), attention.spec.num_heads, attention.spec.head_dim)
         return attention_weights(heads, keys, first, attention.scores, attention.spec.window)
 
 
-class CpuObservedExecution(EagerObservedExecution):
+class CpuObservedExecution(ObservedExecution):
     """Runs the parts of a program that is recorded once."""
 
     def __init__(self, kernels: CpuKernels, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
@@ -102,7 +88,7 @@ class CpuObservedExecution(EagerObservedExecution):
         self.model.extend_rotary(int(batch.seq_lens.max()))
         for observation, program in self.parts:
             program.run()
-            yield _first_rows(observation, len(batch.token_ids))
+            yield observation.first_rows(len(batch.token_ids))
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         self.hidden[: len(hidden)] = hidden
@@ -111,20 +97,12 @@ class CpuObservedExecution(EagerObservedExecution):
         return self.logits[: len(hidden)]
 
 
-def _first_rows(observation: Observation, num_rows: int) -> Observation:
-    def first(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:num_rows]
-
-    residual, q, router_logits = observation.residual, observation.q, observation.router_logits
-    return replace(observation, residual=residual[:num_rows], q=first(q), router_logits=first(router_logits))
-
-
 def new_observed_execution(runner: ModelRunner, max_num_rows: int) -> ObservedExecution:
     """Return an execution of a runner's model, for steps of one request with at most so many rows."""
     builder = runner.builder.smaller(max_num_rows)
     if isinstance(runner.kernels, CpuKernels):
         return CpuObservedExecution(runner.kernels, runner.model, runner.kv_cache, builder)
-    return EagerObservedExecution(runner.model, runner.kv_cache, builder)
+    return ObservedExecution(runner.model, runner.kv_cache, builder)
 
 
 class Part(Enum):
@@ -145,6 +123,11 @@ class Observation:
     residual: Tensor  # [T, hidden_size]
     q: Tensor | None = None  # [T, H * D], rotated: of a projection
     router_logits: Tensor | None = None  # float32 [T, E]: of the feed-forward part of a layer with experts
+
+    def first_rows(self, num_rows: int) -> Observation:
+        """Return what it shows of the first rows only."""
+        q, logits = (None if some is None else some[:num_rows] for some in (self.q, self.router_logits))
+        return replace(self, residual=self.residual[:num_rows], q=q, router_logits=logits)
 
 
 def observe(model: CausalLM, batch: BatchInputs, kv_cache: KVCache) -> Iterator[Observation]:
