@@ -10,10 +10,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
@@ -226,14 +225,6 @@ class RegularFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _open_nonblocking(path: str, flags: int) -> int:
     """Open a file; return at once even if it is a pipe without a writer."""
@@ -242,7 +233,7 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 def read_file(path: Path, max_bytes: int) -> bytearray:
     """Return the content of a small file. Raises ValueError if it has more than `max_bytes` bytes."""
-    with RegularFile(path) as file:
+    with closing(RegularFile(path)) as file:
         if file.size > max_bytes:
             raise ValueError(f"{path}: has {file.size} bytes, more than the {max_bytes} allowed for such a file")
         return file.read(0, file.size)

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> dict
             raise ValueError(f"{folder}: no {path.name} in this folder")
     scales = read_lora_scales(folder / CONFIG_NAME)
     layout = family_of(config.architecture).layout
-    with RegularFile(weights) as file:
+    with closing(RegularFile(weights)) as file:
         tensors = read_header(file, MAX_HEADER_BYTES)
         matrices = _stored(file, tensors, _matrix_key, read_tensor, config, layout)
         return read_modules(file, matrices, scales.scales, config, layout, max_rank)
@@ -331,7 +332,7 @@ GGUF_NAME = re.compile(r"(.+)\.(lora_[ab])")
 def read_gguf(path: Path, config: ModelConfig, max_rank: int | None) -> dict[str, LoraMatrices]:
     """Read an adapter's matrices, by module. Raises ValueError or OSError, as `load_lora` says."""
     layout = family_of(config.architecture).gguf_layout
-    with RegularFile(path) as file:
+    with closing(RegularFile(path)) as file:
         header = GGUFHeader(path, file.read(0, min(file.size, MAX_HEADER_BYTES)), file.size)
         alpha = _read_alpha(header, config.architecture)
         matrices = _stored(file, header.tensors.values(), _gguf_key, _read_packed, config, layout)

@@ -1,6 +1,7 @@
 """Files whose paths clients choose: opening never blocks, and no more is read than requested."""
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from engine.parts.lora.checkpoint import RegularFile
 def test_pieces(tmp_path: Path) -> None:
     data = bytes(range(256)) * 1000
     (tmp_path / "file").write_bytes(data)
-    with RegularFile(tmp_path / "file") as file:
+    with closing(RegularFile(tmp_path / "file")) as file:
         assert file.size == len(data)
         for start, num_bytes in ((0, 10), (70_000, 150_000), (5, 0), (255_999, 1), (0, 256_000)):
             assert file.read(start, num_bytes) == data[start : start + num_bytes]
@@ -23,7 +24,7 @@ def test_pieces(tmp_path: Path) -> None:
 def test_a_file_that_changes_its_length(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"a" * 100_000)
-    with RegularFile(path) as file:
+    with closing(RegularFile(path)) as file:
         assert file.read(0, 10) == b"a" * 10
         os.truncate(path, 50_000)
         with pytest.raises(ValueError, match="file: ends at byte 50000, though 100000 were expected"):
