@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.shared import cpus
+from engine.shared import machine
 from engine.shared.block_hashes import prefix_names, prefix_salt
 from engine.shared.messages import AdapterDone, EngineStats, Outputs, Submit
 from server.engine_client.client import EngineClient
@@ -291,8 +291,8 @@ async def test_what_only_one_engine_has_cannot_be_used(addresses: list[str]) -> 
 
 def test_each_engine_has_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_topology(tmp_path)
-    monkeypatch.setattr(cpus, "NODES", tmp_path)
-    monkeypatch.setattr(cpus, "TOPOLOGY", f"{tmp_path}/cpu{{}}/{{}}")
+    monkeypatch.setattr(machine, "NODES", tmp_path)
+    monkeypatch.setattr(machine, "TOPOLOGY", f"{tmp_path}/cpu{{}}/{{}}")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
     nine = [[0], [4], [1], [5], [2], [6], [3], [7], [0]]
     for shares in ([[0, 4, 1, 5], [2, 6, 3, 7]], nine):
