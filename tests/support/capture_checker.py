@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from engine.batch import transfer
-from engine.parts.triton.cuda_graphs import Forward
+from engine.parts.triton.cuda_graphs import CudaDevice, Forward
 from tests.engine.parts.triton.test_waits import Waits
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -30,7 +30,7 @@ MOVES = {Tensor.cuda, Tensor.cpu, Tensor.pin_memory}
 UNSEEN = [(torch, "from_numpy"), (torch, "frombuffer"), (transfer, "send"), (transfer.HostCopy, "__init__")]
 
 
-class CaptureChecker(Waits):
+class CaptureChecker(Waits, CudaDevice):
     """Stands in for the device of `GraphedExecution`. `found` lists what may not be in a capture."""
 
     def __init__(self) -> None:
