@@ -98,9 +98,8 @@ class CpuCollectives:
         self._memory = memory
         self._counters = memory.take(num_ranks * COUNTER_BYTES)  # of each process: how often it has come to a meeting
         self._num_met = np.zeros(1, dtype=np.int64)  # meetings of this process
-        self._slots: dict[
-            tuple[int, tuple[int, ...]], list[list[Tensor]]
-        ] = {}  # by shape: two sets, the next one first
+        # By shape: two sets, the next one first.
+        self._slots: dict[tuple[int, tuple[int, ...]], list[list[Tensor]]] = {}
 
     def sum(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Add calls that sum up all processes' x in the order of their ranks, and return the result."""

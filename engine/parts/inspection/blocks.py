@@ -27,7 +27,7 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> BlockMap:
     end = min(first + question.limit, pool.num_blocks)
     used = pool.blocks[first:end]
     holders = _Holders(first, end - first)
-    for request in sorted(scheduler.requests(), key=_queued, reverse=True):
+    for request in sorted(scheduler.requests(), key=lambda request: request.record.queued, reverse=True):
         holders.add(request, is_named=question.tenant in (None, request.tenant))
     table = np.full((6, end - first), NONE)  # also of blocks that have never been used
     table[0, : len(used)] = [block.ref_count for block in used]
@@ -58,7 +58,10 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> BlockMap:
         num_used=pool.num_blocks - pool.num_free,
         has_more=end < pool.num_blocks,
         groups=[BlockGroupView(num_layers=len(group.layers), window=group.window) for group in scheduler.kv.groups],
-        owners=[_owner(record) for record in holders.records],
+        owners=[
+            BlockOwnerView(id=shown_id(one), prompt=one.submit.prompt, index=one.index, key=one.submit.tenant)
+            for one in holders.records
+        ],
         data=runs,
     )
 
@@ -97,12 +100,3 @@ def _equal_columns(table: NDArray[np.int64]) -> tuple[list[int], list[int]]:
     changes = np.flatnonzero((table[:, 1:] != table[:, :-1]).any(axis=0)) + 1
     starts = [0, *changes.tolist()]
     return starts, [*starts[1:], num_columns]
-
-
-def _owner(record: RequestRecord) -> BlockOwnerView:
-    submit = record.submit
-    return BlockOwnerView(id=shown_id(record), prompt=submit.prompt, index=record.index, key=submit.tenant)
-
-
-def _queued(request: Request) -> float:
-    return request.record.queued

@@ -34,33 +34,51 @@ def explain_prefix(
 
     `token_ids`: those of the request, None if they are not kept; then only what the scheduler has recorded is known.
     """
-    if record.scheduled is None:
-        return _explained(record, PrefixResult.PENDING)
-    result = notes_of(record).prefix_result
-    if not caches_prefixes:
-        return _explained(record, PrefixResult.CACHING_OFF)
-    if result is not PrefixResult.NOT_FOUND or token_ids is None:
-        return _explained(record, result)
+    result, similar, position = _explained(record, token_ids, others, caches_prefixes, block_size)
+    has_begun = result not in (PrefixResult.PENDING, PrefixResult.CACHING_OFF)
+    return PrefixView(
+        result=result,
+        num_cached_tokens=record.num_cached_tokens,
+        num_reusable_tokens=notes_of(record).num_reusable_tokens if has_begun else 0,
+        position=position,
+        token_id=None if position is None or token_ids is None else token_ids[position],
+        similar_id=None if similar is None else shown_id(similar),
+    )
+
+
+def _explained(
+    record: RequestRecord,
+    token_ids: Sequence[int] | None,
+    others: Iterable[Other],
+    caches_prefixes: bool,
+    block_size: int,
+) -> tuple[PrefixResult, RequestRecord | None, int | None]:
+    """Return the reason, the most similar earlier request, and where they differ, as far as these are known."""
     started = record.scheduled
+    if started is None:
+        return PrefixResult.PENDING, None, None
+    if not caches_prefixes:
+        return PrefixResult.CACHING_OFF, None, None
+    result = notes_of(record).prefix_result
+    if result is not PrefixResult.NOT_FOUND or token_ids is None:
+        return result, None, None
     needed = record.num_cached_tokens + block_size  # the first block that was missing ends here
     start = array("i", token_ids[:needed])
     similar, elsewhere = _nearest(start, (other for other in others if _is_earlier(other[0], started, record)), record)
     if similar is None or elsewhere is None:
-        return _explained(record, result)
+        return result, None, None
     if similar.other is not None and similar.num_common >= needed:
-        return _explained(record, _why_not_shared(similar.other, needed, started), similar=similar.other)
+        return _why_not_shared(similar.other, needed, started), similar.other, None
     if elsewhere.other is not None and elsewhere.num_common >= needed:
         is_adapter = elsewhere.other.submit.lora_name != record.submit.lora_name
-        why = PrefixResult.OTHER_ADAPTER if is_adapter else PrefixResult.OTHER_SALT
-        return _explained(record, why, similar=elsewhere.other)
+        return PrefixResult.OTHER_ADAPTER if is_adapter else PrefixResult.OTHER_SALT, elsewhere.other, None
     if similar.num_common < record.num_cached_tokens:  # the token ids of the request that cached them are forgotten
-        return _explained(record, result)
+        return result, None, None
     if similar.other is None:
-        return _explained(record, PrefixResult.NEW)
+        return PrefixResult.NEW, None, None
     if similar.num_common == similar.num_tokens:
-        return _explained(record, PrefixResult.ENDED, similar=similar.other)
-    place = similar.num_common
-    return _explained(record, PrefixResult.DIVERGED, position=place, token_id=start[place], similar=similar.other)
+        return PrefixResult.ENDED, similar.other, None
+    return PrefixResult.DIVERGED, similar.other, similar.num_common
 
 
 def _nearest(
@@ -97,25 +115,6 @@ def _why_not_shared(other: RequestRecord, needed: int, started: float) -> Prefix
 
 def _is_earlier(other: RequestRecord, started: float, record: RequestRecord) -> bool:
     return other is not record and other.scheduled is not None and other.scheduled <= started
-
-
-def _explained(
-    record: RequestRecord,
-    result: PrefixResult,
-    *,
-    position: int | None = None,
-    token_id: int | None = None,
-    similar: RequestRecord | None = None,
-) -> PrefixView:
-    has_none = result in (PrefixResult.PENDING, PrefixResult.CACHING_OFF)
-    return PrefixView(
-        result=result,
-        num_cached_tokens=record.num_cached_tokens,
-        num_reusable_tokens=0 if has_none else notes_of(record).num_reusable_tokens,
-        position=position,
-        token_id=token_id,
-        similar_id=None if similar is None else shown_id(similar),
-    )
 
 
 def num_common(token_ids: array[int], other: Sequence[int]) -> int:
