@@ -12,7 +12,6 @@ import queue
 import re
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from logging.handlers import QueueHandler
@@ -69,7 +68,9 @@ class HumanFormatter(logging.Formatter):
         text = escape(line)
         if hasattr(record, "details"):
             text += _detail_lines(record)
-        return text + _indent(_traceback(record)) if record.exc_info else text
+        if record.exc_info and record.exc_info[0]:
+            text += _indent(self.formatException(record.exc_info))
+        return text
 
 
 class JSONFormatter(logging.Formatter):
@@ -84,8 +85,8 @@ class JSONFormatter(logging.Formatter):
             **extra_fields(record),
             **details(record),
         }
-        if text := _traceback(record):
-            fields["traceback"] = text
+        if record.exc_info and record.exc_info[0]:
+            fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps(fields, default=str)
 
 
@@ -110,12 +111,6 @@ def escape(text: str) -> str:
 def _one_word(value: object) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if _ENDS_WORD.search(text) else text
-
-
-def _traceback(record: logging.LogRecord) -> str:
-    if not record.exc_info or record.exc_info[0] is None:
-        return ""
-    return "".join(traceback.format_exception(*record.exc_info)).rstrip()
 
 
 def _detail_lines(record: logging.LogRecord) -> str:
