@@ -97,7 +97,7 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
     """
     settings, role = config.settings, Role()
     if config.workers or config.coordinator is not None:
-        role = load_module("workers", "roles").choose_role(config)
+        role = load_module("workers", "relay").choose_role(config)
     slots = [ModelSlot(model, role.new_metrics(settings, model.names[0])) for model in config.models]
     metrics = slots[0].metrics
     api_keys = load_api_keys(settings)

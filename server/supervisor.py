@@ -397,7 +397,7 @@ def _add_engines(
     """
     processes = []
     num_engines = model.settings.data_parallel_size
-    shares = [()] if num_engines == 1 else load_module("data_parallel", "cpus").cpu_shares(num_engines)
+    shares = [()] if num_engines == 1 else load_module("data_parallel", "settings").cpu_shares(num_engines)
     for rank, cpus in enumerate(shares):
         number = first + rank
         address = ipc_address(folder, number)

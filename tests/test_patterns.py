@@ -38,7 +38,7 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
     ("engine.weights.layout", "pattern"): (),  # those of the entry above
     ("engine.parts.quantized.formats", "_LAYOUTS[quantization.method][0]"): [row[0] for row in _LAYOUTS.values()],
     ("server.text.parsers.markers", 'f"({tokens})"'): [r"(<\|end\|>|a\+)"],
-    ("server.parts.hub.files", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
+    ("server.parts.hub.names", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
     ("server.settings.setting", "regex"): (),  # found by SETTING_TYPES
     ("server.text.parsers.markers", "_pattern"): [r"<\|end\|>|<\|", "(?!)"],
     ("server.parts.tool_formats.tags", "_tag"): [r"<ns><(/?)([^<>/]+)>"],

@@ -402,5 +402,5 @@ class ConnectedEngine:
 def _adapters_type() -> type[EngineAdapters]:
     found: type[EngineAdapters] = EngineAdapters
     if is_installed("lora"):
-        found = load_module("lora", "adapters").LoadedAdapters
+        found = load_module("lora", "part").LoadedAdapters
     return found

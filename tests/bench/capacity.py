@@ -21,7 +21,7 @@ import psutil
 
 from server.model_paths import resolve_model
 from server.parts.bench.bench import run_benchmark
-from server.parts.bench.load_generator import LoadOptions
+from server.parts.bench.commands import LoadOptions
 from tests.bench.serve import parse, print_rows
 from tests.support.api_process import api_process
 from tests.support.fake_engine import FakeEngineConfig

@@ -28,7 +28,7 @@ import numpy as np
 
 from server.model_paths import ModelError
 from server.parts.bench.bench import Report
-from server.parts.bench.load_generator import LoadOptions
+from server.parts.bench.commands import LoadOptions
 from tests.bench.peers_setup import PEERS, default_files, make_shape, setup, shape_files
 from tests.bench.peers_targets import Session, Target, TargetError, installed_targets, memory_of, own_target, running
 from tests.bench.random_gguf import MIXES, SHAPES, bytes_per_token, parse_shape

@@ -17,8 +17,8 @@ import msgspec
 import psutil
 
 from server.cli.http_client import RemoteError
-from server.parts.bench.bench import Report, make_report, run_benchmark
-from server.parts.bench.load_generator import Exchange, LoadOptions, make_prompts
+from server.parts.bench.bench import Exchange, Report, make_prompts, make_report, run_benchmark
+from server.parts.bench.commands import LoadOptions
 from tests.bench.peers_setup import ModelFiles
 from tests.bench.serve import READY_SECONDS, free_port, wait_until_ready
 

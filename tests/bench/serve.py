@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from server.parts.bench.bench import Report, run_benchmark
-from server.parts.bench.load_generator import LoadOptions
+from server.parts.bench.commands import LoadOptions
 
 LIGHTWELL = Path(sys.executable).with_name("lightwell")
 READY_SECONDS = 600.0

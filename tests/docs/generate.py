@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
-from server.parts.embeddings.schemas import EmbeddingRequest
+from server.parts.embeddings.part import EmbeddingRequest
 from server.parts.messages.schemas import MessagesRequest
 from server.parts.ollama.schemas import OllamaChatRequest, OllamaEmbedRequest, OllamaGenerateRequest
-from server.parts.rerank.schemas import RerankRequest, ScoreRequest
+from server.parts.rerank.part import RerankRequest, ScoreRequest
 from server.parts.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
 from server.settings.__main__ import markdown_table as settings_table

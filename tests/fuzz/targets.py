@@ -18,7 +18,8 @@ from engine.weights import load_weights
 from server.cli.chat import _content
 from server.cli.http_client import RemoteError
 from server.models.served_model import make_chat_template
-from server.parts.bench.load_generator import LoadOptions, Target
+from server.parts.bench.bench import Target
+from server.parts.bench.commands import LoadOptions
 from server.parts.limits.keys_file import read_keys_file
 from server.parts.tool_formats.harmony import HarmonyFormat
 from server.settings.setting import SettingsError

@@ -11,8 +11,7 @@ import pytest
 from server.api_keys import ApiKeys, load_api_keys
 from server.http.errors import APIError
 from server.parts.limits import keys_file
-from server.parts.limits.keys_file import read_keys_file
-from server.parts.limits.rules import Limits
+from server.parts.limits.keys_file import Limits, read_keys_file
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
 from server.tenants import Tenant

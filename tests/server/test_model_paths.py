@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,10 +17,8 @@ from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
 from server.model_paths import ADAPTER_FILES, PICKLE_REFUSED, ModelError, resolve_adapter, resolve_model
-from server.parts.hub import packages
-from server.parts.hub.client import HubError
 from server.parts.hub.models import remove_model
-from server.parts.hub.names import MODEL_ALIASES, NUMBER_FORMAT, HubName, families, find_alias
+from server.parts.hub.names import MODEL_ALIASES, NUMBER_FORMAT, HubError, HubName, families, find_alias
 from server.parts.hub.packages import PACKAGE_ALIASES, PackageAlias, PackagePart, alias_path
 from server.settings.sampling import SAMPLING
 from tests.support.clients import write_adapter
@@ -231,7 +230,7 @@ def test_spellings() -> None:
     ):
         alias = find_alias(text)
         assert alias is not None
-        assert (alias.name, alias.model) == (name, model)
+        assert (alias.name, alias.source) == (name, model)
 
 
 def test_other_names() -> None:
@@ -251,9 +250,9 @@ def test_the_table() -> None:
     for name, alias in MODEL_ALIASES.items():
         assert re.fullmatch(r"[a-z][a-z0-9.-]*:[a-z0-9][a-z0-9.-]*", name)
         assert find_alias(name) == alias
-        assert alias.model.tag is not None
-        assert re.fullmatch(NUMBER_FORMAT, alias.model.tag)
-        assert alias.model.file is alias.model.revision is None
+        assert alias.source.tag is not None
+        assert re.fullmatch(NUMBER_FORMAT, alias.source.tag)
+        assert alias.source.file is alias.source.revision is None
         assert alias.card_sampling == {} or SAMPLING.parse(dict(alias.card_sampling)) == alias.card_sampling
     assert not MODEL_ALIASES.keys() & PACKAGE_ALIASES.keys()
     assert all(tags for tags in families().values())
@@ -449,6 +448,6 @@ def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*args: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packages, "_append", fail)
+    monkeypatch.setattr(shutil, "copyfileobj", fail)
     check_refused(resolve_model, "tiny", "No space left on device")
     assert files_in(cache) == {}

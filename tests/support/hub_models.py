@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from server.parts.hub.progress import Silence
+from server.parts.hub.download import Progress
 from tests.support.gguf_files import LLAMA, write_gguf
 
 
@@ -19,7 +19,7 @@ def gguf_content(
     return header + random.Random(seed).randbytes(num_bytes - len(header))
 
 
-class Recorder(Silence):
+class Recorder(Progress):
     """Keeps what is shown: the lines, and the bytes that each file began with and got."""
 
     def __init__(self) -> None:

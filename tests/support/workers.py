@@ -10,8 +10,7 @@ from msgspec.structs import replace
 
 from server.app import create_app
 from server.main import make_context
-from server.parts.workers.relay import Relay
-from server.parts.workers.roles import WorkerRole
+from server.parts.workers.relay import Relay, WorkerRole
 from server.processes.supervisor_channel import make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, WorkerLink
 from server.settings.table import Settings

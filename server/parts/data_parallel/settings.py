@@ -1,10 +1,12 @@
-"""The settings of several engines with the same model."""
+"""The setting of several engines with the same model, and the CPUs of the machine, which are divided among them."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Sequence
 
+from engine.shared.machine import divide_cpus
 from server.settings.setting import ENGINE, Setting, integer
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "data_parallel_size": Setting(
         ENGINE,
         integer(1, 64),
@@ -12,3 +14,13 @@ SETTINGS: Mapping[str, Setting] = {
         "each. A request goes to one of them: the one that has cached most of its prompt, unless it is busy.",
     )
 }
+
+
+def cpu_shares(num_engines: int) -> Sequence[Collection[int]]:
+    """Return the CPUs on which each engine runs, of those that this process may use.
+
+    `divide_cpus` says which stay together. If there are fewer CPUs than engines, engines share them.
+    """
+    cpus = os.sched_getaffinity(0)
+    parts = divide_cpus(cpus, min(num_engines, len(cpus)))
+    return [parts[number % len(parts)] for number in range(num_engines)]

@@ -1,10 +1,8 @@
 """The settings of embeddings."""
 
-from collections.abc import Mapping
-
 from server.settings.setting import ENGINE, Setting, choice
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "pooling": Setting(
         ENGINE,
         choice("POOLING", "mean", "last"),

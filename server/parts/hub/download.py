@@ -6,28 +6,117 @@ A download continues what was begun, tries again when a connection breaks, and c
 import dataclasses
 import hashlib
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
 
 from engine.config import GGUF_ARCHITECTURES, load_model_config
-from engine.config.fields import read_json_object
 from engine.shared.files import replace_durably
 from engine.shared.gguf import read_partial_metadata
-from server.format import format_bytes, home_relative
-from server.parts.hub.client import HubError, PassingError, RemoteFile, read, request_file
-from server.parts.hub.files import CONFIG, select_files, select_gguf
-from server.parts.hub.memory import ModelShape, config_shape, gguf_shape, memory_lines
-from server.parts.hub.names import GGUF_SUFFIX, HubName
-from server.parts.hub.progress import Progress
-from server.parts.hub.repository import Repository, cached_repository, hub_folder, open_repository, size
+from server.format import format_bytes, format_seconds, home_relative
+from server.parts.hub.memory import ModelShape, gguf_shape, memory_lines, model_shape
+from server.parts.hub.names import GGUF_SUFFIX, HubError, HubName, select_files, select_gguf
+from server.parts.hub.repository import (
+    PassingError,
+    RemoteFile,
+    Repository,
+    cached_repository,
+    hub_folder,
+    open_repository,
+    read,
+    request_file,
+    size,
+)
 
 MAX_FAILURES = 5  # in a row, without a byte between them
 MAX_WAIT = 30.0  # seconds between two attempts, unless the hub asks for more
 GGUF_HEADER_BYTES = 1 << 18  # the architecture and its sizes come before the vocabulary
+LINE_SECONDS = 5.0  # between lines about a download
 
-Say = Callable[[str], None]
+
+class Progress:
+    """Shows messages, and the files of a download one after the other; this one shows nothing."""
+
+    def say(self, line: str) -> None: ...
+
+    def start(self, name: str, num_done: int, num_bytes: int) -> None:
+        """Begin with a file, of which `num_done` bytes are there already."""
+
+    def advance(self, num_bytes: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Lines(Progress):
+    """Prints a line every few seconds to standard error, and one at the end of each file."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def start(self, name: str, num_done: int, num_bytes: int) -> None:
+        self._name, self._num_done, self._num_bytes = name, num_done, num_bytes
+        self._num_new = 0
+        self._started = self._printed = self._now()
+
+    def advance(self, num_bytes: int) -> None:
+        self._num_done += num_bytes
+        self._num_new += num_bytes
+        now = self._now()
+        if now - self._printed >= LINE_SECONDS or self._num_done >= self._num_bytes:
+            self._printed = now
+            self.say(self._line(now - self._started))
+
+    def _line(self, seconds: float) -> str:
+        rate = self._num_new / max(seconds, 1e-3)
+        remaining = (self._num_bytes - self._num_done) / max(rate, 1.0)
+        end = f", {format_seconds(remaining)} left" if self._num_done < self._num_bytes else ""
+        percent = 100 * self._num_done // max(self._num_bytes, 1)
+        amount = f"{format_bytes(self._num_done)} of {format_bytes(self._num_bytes)}"
+        return f"Downloading {self._name}: {percent} %, {amount}, {format_bytes(int(rate))}/s{end}"
+
+
+class Bar(Progress):
+    """Shows a bar in the terminal of standard error for each file."""
+
+    def __init__(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+        console = Console(stderr=True, highlight=False)
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}"), progress.BarColumn(), *columns, console=console
+        )
+        self._tasks: dict[str, progress.TaskID] = {}  # by the name of the file
+
+    def say(self, line: str) -> None:
+        from rich.text import Text
+
+        self._progress.console.print(Text(line), soft_wrap=True)
+
+    def start(self, name: str, num_done: int, num_bytes: int) -> None:
+        if name in self._tasks:  # another attempt
+            self._progress.remove_task(self._tasks[name])
+        self._progress.start()
+        self._task = self._tasks[name] = self._progress.add_task(name, total=num_bytes, completed=num_done)
+
+    def advance(self, num_bytes: int) -> None:
+        self._progress.advance(self._task, num_bytes)
+
+    def close(self) -> None:
+        if self._tasks:
+            self._progress.stop()
+
+
+def new_progress(is_shown: bool) -> Progress:
+    """Return what suits standard error: a bar for a terminal, else lines; or nothing."""
+    return Progress() if not is_shown else Bar() if sys.stderr.isatty() else Lines()
 
 
 def fetch_model(name: HubName, progress: Progress, sleep: Callable[[float], None] = time.sleep) -> Path:
@@ -35,7 +124,7 @@ def fetch_model(name: HubName, progress: Progress, sleep: Callable[[float], None
 
     `sleep` waits before another attempt. Raises HubError, and OSError if the cache cannot be written.
     """
-    with progress:
+    with closing(progress):
         repository = open_repository(name, progress.say)
         files = repository.select(lambda paths: select_files(paths, name))
         downloader = Downloader(repository, progress, sleep)
@@ -45,7 +134,7 @@ def fetch_model(name: HubName, progress: Progress, sleep: Callable[[float], None
             weights = files if is_gguf else [file for file in files if file.path.endswith(".safetensors")]
             if not is_gguf:
                 downloader.download([file for file in files if file not in weights])
-            shape = _gguf_shape(repository, files[0]) if is_gguf else _config_shape(repository.path("."))
+            shape = _gguf_shape(repository, files[0]) if is_gguf else _folder_shape(repository.path("."))
             for line in memory_lines(sum(file.num_bytes for file in weights), shape) if shape else ():
                 progress.say(line)
         downloader.download(files)
@@ -58,13 +147,11 @@ def fetch_adapter(name: HubName, adapter_files: Sequence[str], progress: Progres
     Raises HubError, and OSError if the cache cannot be written.
     """
     is_gguf = bool(name.file or name.tag)
-
-    def choose(paths: Sequence[str]) -> Sequence[str]:
-        return select_gguf(paths, name).paths if is_gguf else [path for path in paths if path in adapter_files]
-
-    with progress:
+    with closing(progress):
         repository = open_repository(name, progress.say)
-        files = repository.select(choose)
+        files = repository.select(
+            lambda paths: select_gguf(paths, name).paths if is_gguf else sorted({*paths} & {*adapter_files})
+        )
         Downloader(repository, progress).download(files)
         return repository.path(files[0].path if is_gguf else ".")
 
@@ -75,7 +162,7 @@ def remove_model(name: HubName) -> int:
     return repository.remove(repository.select(lambda paths: select_files(paths, name)))
 
 
-def _check_disk(repository: Repository, files: Sequence[RemoteFile], say: Say) -> None:
+def _check_disk(repository: Repository, files: Sequence[RemoteFile], say: Callable[[str], None]) -> None:
     """Say what is downloaded to where. Raises HubError if the disk is too small."""
     folder = hub_folder()
     missing, total = repository.num_missing_bytes(files), sum(file.num_bytes for file in files)
@@ -114,11 +201,10 @@ def _gguf_shape(repository: Repository, first: RemoteFile) -> ModelShape | None:
     return gguf_shape(metadata)
 
 
-def _config_shape(folder: Path) -> ModelShape | None:
+def _folder_shape(folder: Path) -> ModelShape:
     """Return the shape by config.json. Raises HubError if the configuration is not supported."""
     try:
-        load_model_config(folder)
-        return config_shape(read_json_object(folder / CONFIG))
+        return model_shape(load_model_config(folder))
     except ValueError as error:
         raise HubError(str(error).replace(f"{folder}/", "")) from None
 

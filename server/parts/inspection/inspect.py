@@ -13,15 +13,7 @@ from engine.parts.inspection.records import Inspect, Inspected, InspectionProble
 from server.api.model_route import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import encode_prompt
-from server.http.errors import (
-    APIError,
-    ContextLengthExceededError,
-    EngineUnavailableError,
-    InvalidValueError,
-    MissingParameterError,
-    QueueFullError,
-    clip,
-)
+from server.http import errors
 from server.models.served_model import ServedModel
 from server.parts.inspection.access import RecordAccess, check_may_read
 from server.schemas.request_fields import OpenObject
@@ -32,6 +24,20 @@ MAX_END = 8192  # attention to so many positions takes the engine some milliseco
 MAX_ATTENDED = 1 << 17  # positions that are named for all heads of all layers at all positions, about 3 MB of JSON
 MAX_TOP = 20
 MAX_INT = 1 << 53  # of positions and indices: more fits into no message
+
+PROBLEMS = {
+    InspectionProblem.NO_BLOCKS: "Other requests need the free blocks of the KV cache. Please retry later.",
+    InspectionProblem.TOO_SLOW: "The inspection did not come to its end beside other requests. Please retry later.",
+    InspectionProblem.TOO_LONG: "Invalid 'end': the KV cache has too few blocks for so many positions.",
+    InspectionProblem.NO_ADAPTER: "The LoRA adapter of this request is no longer loaded.",
+    InspectionProblem.NOT_KEPT: "The tokens of this request are not kept. With API keys, --record-requests keeps them.",
+    InspectionProblem.NOT_FOUND: "No request with the id '{}' and this choice is running or among the last.",
+}
+CODES = {
+    InspectionProblem.NO_ADAPTER: "adapter_not_loaded",
+    InspectionProblem.NOT_KEPT: "tokens_not_kept",
+    InspectionProblem.NOT_FOUND: "request_not_found",
+}
 
 
 class InspectRoute(ModelRoute):
@@ -66,20 +72,20 @@ class InspectRequest(OpenObject):
     def check(self, layer_heads: list[int]) -> None:
         """Raise BadRequestError if fields contradict each other, or the model's number of heads in each layer."""
         if self.id is None and self.prompt is None:
-            raise MissingParameterError("id")
+            raise errors.MissingParameterError("id")
         if self.id is not None and self.prompt is not None:
-            raise InvalidValueError("Expected either 'id' or 'prompt', but got both.", param="prompt")
+            raise errors.InvalidValueError("Expected either 'id' or 'prompt', but got both.", param="prompt")
         if self.id is not None and self.model is not None:
-            raise InvalidValueError("Expected 'model' only with 'prompt': a request has its own.", param="model")
+            raise errors.InvalidValueError("Expected 'model' only with 'prompt': a request has its own.", param="model")
         if (self.layer is None) != (self.head is None):
             missing = "layer" if self.layer is None else "head"
-            raise InvalidValueError("Expected 'layer' and 'head' together.", param=missing)
+            raise errors.InvalidValueError("Expected 'layer' and 'head' together.", param=missing)
         if self.layer is not None and self.layer >= len(layer_heads):
             message = f"Invalid 'layer': expected 0 to {len(layer_heads) - 1}, but got {self.layer} instead."
-            raise InvalidValueError(message, param="layer")
+            raise errors.InvalidValueError(message, param="layer")
         if self.layer is not None and self.head is not None and self.head >= layer_heads[self.layer]:
             message = f"Invalid 'head': expected 0 to {layer_heads[self.layer] - 1}, but got {self.head} instead."
-            raise InvalidValueError(message, param="head")
+            raise errors.InvalidValueError(message, param="head")
 
 
 @router.post("/lightwell/v1/inspect")
@@ -100,23 +106,17 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
         prompt = await access.context.run_text_work(request, encode, base, body.prompt)
         token_ids = prompt.token_ids
         if len(token_ids) > base.max_model_len:
-            raise ContextLengthExceededError(base.max_model_len, len(token_ids), noun="prompt")
+            raise errors.ContextLengthExceededError(base.max_model_len, len(token_ids), noun="prompt")
     max_positions = min(MAX_POSITIONS, max(1, MAX_ATTENDED // (sum(layer_heads) * body.top)))
     question = Inspect(
         tenant=access.own_name,
-        id=body.id,
         prompt=body.prompt_index,
-        index=body.index,
         prompt_token_ids=token_ids,
         lora_name=model.lora_name,
         lora_fingerprint=model.lora_fingerprint,
-        start=body.start,
-        end=body.end,
         max_positions=max_positions,
         max_end=min(MAX_END, base.max_model_len),
-        top=body.top,
-        layer=body.layer,
-        head=body.head,
+        **{name: getattr(body, name) for name in ("id", "index", "start", "end", "top", "layer", "head")},
     )
     answer = await _ask_and_charge(access, question)
     if answer.problem is not None:
@@ -136,7 +136,7 @@ async def _ask_and_charge(access: RecordAccess, question: Inspect) -> Inspected:
         is_computed = answer.problem in (None, InspectionProblem.TOO_SLOW)
         num_tokens = max(num_tokens, answer.end) if is_computed else 0
         return answer
-    except APIError:
+    except errors.APIError:
         num_tokens = 0
         raise
     finally:
@@ -153,33 +153,20 @@ async def _ask(access: RecordAccess, question: Inspect) -> Inspected:
     return answer
 
 
-def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, question: Inspect) -> APIError:
+def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, question: Inspect) -> errors.APIError:
     match problem:
         case InspectionProblem.BUSY:
-            return QueueFullError(1, "Another inspection runs. Please retry later.")
-        case InspectionProblem.NO_BLOCKS:
-            message = "Other requests need the free blocks of the KV cache. Please retry later."
-            return EngineUnavailableError(message, code="overloaded")
-        case InspectionProblem.NO_ADAPTER:
-            message = "The LoRA adapter of this request is no longer loaded."
-            return APIError(404, message, code="adapter_not_loaded", param="id")
+            return errors.QueueFullError(1, "Another inspection runs. Please retry later.")
+        case InspectionProblem.NO_BLOCKS | InspectionProblem.TOO_SLOW:
+            return errors.EngineUnavailableError(PROBLEMS[problem], code="overloaded")
         case InspectionProblem.OUT_OF_RANGE:
             last, most = min(num_tokens, question.max_end), question.max_positions
             expected = f"0 <= start < end <= {last}, and at most {most} positions"
             message = f"Invalid 'end': of {num_tokens} positions, expected {expected} with this 'top'."
-            return InvalidValueError(message, param="end")
+            return errors.InvalidValueError(message, param="end")
         case InspectionProblem.TOO_LONG:
-            message = "Invalid 'end': the KV cache has too few blocks for so many positions."
-            return InvalidValueError(message, param="end")
-        case InspectionProblem.TOO_SLOW:
-            message = "The inspection did not come to its end beside other requests. Please retry later."
-            return EngineUnavailableError(message, code="overloaded")
-        case InspectionProblem.NOT_KEPT:
-            message = "The tokens of this request are not kept. With API keys, --record-requests keeps them."
-            return APIError(404, message, code="tokens_not_kept", param="id")
-        case InspectionProblem.NOT_FOUND:
-            message = f"No request with the id '{clip(body.id or '')}' and this choice is running or among the last."
-            return APIError(404, message, code="request_not_found", param="id")
+            return errors.InvalidValueError(PROBLEMS[problem], param="end")
+    return errors.APIError(404, PROBLEMS[problem].format(errors.clip(body.id or "")), code=CODES[problem], param="id")
 
 
 # The answer.
@@ -277,11 +264,7 @@ class _Texts:
     """The texts of tokens, each looked up once."""
 
     def __init__(self, model: ServedModel) -> None:
-        @cache
-        def text(token_id: int) -> str:
-            return token_text(model.tokenizer, token_id)
-
-        self._text = text
+        self._text = cache(partial(token_text, model.tokenizer))
 
     def token(self, token_id: int) -> InspectedToken:
         return InspectedToken(token_id, self._text(token_id))
@@ -314,10 +297,7 @@ def _inspection(model: ServedModel, body: InspectRequest, answer: Inspected) -> 
         id=answer.ids[0] if answer.ids else None,
         model=answer.lora_name or model.name,
         num_layers=len(model.config.layers),
-        num_heads=answer.num_heads,
-        num_experts=answer.num_experts,
-        num_prompt_tokens=answer.num_prompt_tokens,
-        num_tokens=answer.num_tokens,
+        **{name: getattr(answer, name) for name in ("num_heads", "num_experts", "num_prompt_tokens", "num_tokens")},
         start=answer.start,
         end=answer.end,
         tokens=[texts.token(token_id) for token_id in answer.token_ids[: answer.end]],

@@ -1,10 +1,8 @@
 """The settings of the inspection."""
 
-from collections.abc import Mapping
-
 from server.settings.setting import ACCESS, BOOLEAN, Setting
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "inspect": Setting(
         ACCESS,
         BOOLEAN,

@@ -13,19 +13,10 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from engine.parts.inspection.records import (
-    ChunkView,
-    ReadRequests,
-    ReadSteps,
-    RequestInfo,
-    Requests,
-    StepList,
-    StepView,
-)
+from engine.parts.inspection import records
 from engine.shared.messages import RequestTimes
 from server.generation.generation import stage_spans
-from server.parts.inspection.access import EngineNumber, RecordAccess, check_may_read
-from server.parts.inspection.routes import read_request
+from server.parts.inspection.access import EngineNumber, RecordAccess, check_may_read, read_request
 
 STEPS_AT_A_TIME = 256  # between them, other requests are served
 MAX_QUESTIONS = 40  # for steps
@@ -89,7 +80,7 @@ class TraceBuilder:
         self._steps: dict[int, Slice] = {}  # by id
         self._num_choices = 0
 
-    def add_steps(self, steps: Iterable[StepView]) -> None:
+    def add_steps(self, steps: Iterable[records.StepView]) -> None:
         """Add steps, in the order in which they have started, each with its parts."""
         for step in steps:
             bounds = [
@@ -114,7 +105,9 @@ class TraceBuilder:
         self.events.append(_label("thread_name", ENGINE, track, "steps"))
         return track
 
-    def add_choice(self, name: str, times: RequestTimes, chunks: Sequence[ChunkView], now: float, args: Args) -> None:
+    def add_choice(
+        self, name: str, times: RequestTimes, chunks: Sequence[records.ChunkView], now: float, args: Args
+    ) -> None:
         """Add a track with the stages of a choice, and the prompt chunks in them. `now` is when they were reported."""
         track = FIRST_CHOICE + self._num_choices
         self._num_choices += 1
@@ -132,7 +125,7 @@ class TraceBuilder:
         computing = [stage for stage in stages if stage.name in ("prefill", "decode")]
         self._add_chunks(chunks, computing, track)
 
-    def _add_chunks(self, chunks: Sequence[ChunkView], stages: Sequence[Slice], track: int) -> None:
+    def _add_chunks(self, chunks: Sequence[records.ChunkView], stages: Sequence[Slice], track: int) -> None:
         """Add the part of each chunk's step that lies within a stage and after the chunk before."""
         index, last_end = 0, 0
         for chunk in chunks:
@@ -162,7 +155,7 @@ def _label(kind: str, process: int, track: int, name: str) -> TraceEvent:
     return TraceEvent(ph="M", name=kind, pid=process, tid=track, args={"name": name})
 
 
-def _step_args(step: StepView) -> Args:
+def _step_args(step: records.StepView) -> Args:
     return {
         "id": step.id,
         "choices": len(step.rows),
@@ -185,7 +178,9 @@ async def trace_engine(
     access, since = RecordAccess(request, engine), time.monotonic() - seconds
     trace = TraceBuilder(access.questions.clock_offset)
     is_complete = await _add_steps(access, trace, since)
-    answer = await access.ask(ReadRequests(tenant=access.own_name, since=since, limit=MAX_TRACED), Requests)
+    answer = await access.ask(
+        records.ReadRequests(tenant=access.own_name, since=since, limit=MAX_TRACED), records.Requests
+    )
     return await access.respond(_whole, access, trace, answer, is_complete)
 
 
@@ -206,7 +201,7 @@ async def _add_steps(access: RecordAccess, trace: TraceBuilder, since: float, un
     after: int | None = None
     num_lost = 0
     for _ in range(MAX_QUESTIONS):
-        answer = await access.ask(ReadSteps(after=after, since=since, limit=STEPS_AT_A_TIME), StepList)
+        answer = await access.ask(records.ReadSteps(after=after, since=since, limit=STEPS_AT_A_TIME), records.StepList)
         num_lost += answer.num_lost
         await access.run(trace.add_steps, [step for step in answer.data if step.started <= until])
         if not answer.has_more or answer.data[-1].started > until:
@@ -215,15 +210,11 @@ async def _add_steps(access: RecordAccess, trace: TraceBuilder, since: float, un
     return False
 
 
-def _whole(access: RecordAccess, trace: TraceBuilder, answer: Requests, is_complete: bool) -> Trace:
+def _whole(access: RecordAccess, trace: TraceBuilder, answer: records.Requests, is_complete: bool) -> Trace:
     """Add the choices to the steps. `is_complete`: these are all."""
-    for info in sorted(answer.requests, key=_queued):
+    for info in sorted(answer.requests, key=lambda each: (each.times.queued, each.view.prompt, each.view.index)):
         view = access.show_request(info)
         args: Args = {name: getattr(view, name) for name in SHOWN}
         trace.add_choice(f"{view.id} {view.prompt}.{view.index}", info.times, view.chunks, answer.now, args)
     about = TraceInfo(engine=access.engine_id, is_complete=is_complete and not answer.has_more)
     return Trace(trace_events=trace.events, other_data=about)
-
-
-def _queued(info: RequestInfo) -> tuple[float, int, int]:
-    return info.times.queued, info.view.prompt, info.view.index

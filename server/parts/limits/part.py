@@ -9,7 +9,7 @@ from server.context import get_context
 from server.dialect import Dialect, Operation
 from server.http.responses import StructResponse
 from server.part import Part
-from server.parts.limits.rules import Limits
+from server.parts.limits.keys_file import Limits
 from server.tenants import Account, Tenant, get_tenant
 
 

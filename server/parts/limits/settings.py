@@ -1,10 +1,8 @@
 """The settings of the keys file."""
 
-from collections.abc import Mapping
-
 from server.settings.setting import ACCESS, Setting, text
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "api_keys_file": Setting(
         ACCESS,
         text("FILE"),

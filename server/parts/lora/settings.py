@@ -1,7 +1,6 @@
 """The settings of LoRA adapters."""
 
 import re
-from collections.abc import Mapping
 
 import msgspec
 
@@ -18,8 +17,13 @@ def _named_path(value: object) -> str:
     """Return NAME=PATH, which may also be given as vLLM's JSON: {"name": NAME, "path": PATH}."""
     if isinstance(value, str) and not value.lstrip().startswith("{"):
         name, _, path = non_empty_text(value).partition("=")
-    else:
-        name, path = _from_json(value)
+    else:  # msgspec's errors are ValueErrors
+        module = (
+            msgspec.json.decode(value, type=_NamedPath)
+            if isinstance(value, str)
+            else msgspec.convert(value, _NamedPath)
+        )
+        name, path = module.name, module.path
     if re.fullmatch(ADAPTER_NAME, name) is None:
         raise ValueError
     return f"{name}={non_empty_text(path)}"
@@ -29,21 +33,9 @@ def _named_paths(value: object) -> tuple[str, ...]:
     return tuple(_named_path(item) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
-def _from_json(value: object) -> tuple[str, str]:
-    try:
-        module = (
-            msgspec.json.decode(value, type=_NamedPath)
-            if isinstance(value, str)
-            else msgspec.convert(value, _NamedPath)
-        )
-    except msgspec.MsgspecError:
-        raise ValueError from None
-    return module.name, module.path
-
-
 NAMED_PATHS = ValueType("NAME=PATH with a NAME of letters, digits and _./:@+-", _named_paths, "NAME=PATH", is_list=True)
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "lora_modules": Setting(
         LORA,
         NAMED_PATHS,

@@ -6,9 +6,10 @@ citations, metadata) are accepted and ignored: prefixes are always cached.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag
+from pydantic import Discriminator, Field, FiniteFloat, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS
+from server.parts.conversions.chat_requests import IgnoredObject
 from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, StopStrings
 from server.schemas.sampling import parameter
 from server.schemas.tools import MAX_TOOLS, ToolName
@@ -67,10 +68,8 @@ class CompactionBlock(MessagesObject):
     signature: str | None = None
 
 
-class IgnoredBlock(BaseModel):
+class IgnoredBlock(IgnoredObject):
     """A block of a tool or service that this server does not have. The model does not see it."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     type: (
         Literal["server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result"]
@@ -155,12 +154,9 @@ class ToolDefinition(MessagesObject):
     strict: bool | None = None
 
 
-class VendorTool(BaseModel):
+class VendorTool(IgnoredObject):
     """A tool of Anthropic's, without a schema. Those in CLIENT_TOOLS get theirs, others are ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    type: str
     name: ToolName | None = None
     strict: bool | None = None
 

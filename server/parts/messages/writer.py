@@ -55,8 +55,8 @@ class AnthropicMessage(msgspec.Struct, kw_only=True, tag_field="type", tag="mess
     role: Literal["assistant"] = "assistant"
     model: str
     content: list[OutputBlock]
-    stop_reason: str | None
-    stop_sequence: str | None
+    stop_reason: str | None = None
+    stop_sequence: str | None = None
     usage: MessageUsage
     lightwell: RequestTimings | UnsetType = UNSET
 
@@ -213,7 +213,7 @@ class MessagesWriter(Writer):
         events: list[msgspec.Struct] = []
         if deltas and not self._has_started:
             self._has_started = True
-            events.append(MessageStart(self._message([], None, None, usage())))
+            events.append(MessageStart(self._message([], usage())))
         for delta in deltas:
             events += self._additions(delta)
             self._last = delta
@@ -221,7 +221,7 @@ class MessagesWriter(Writer):
         return encode_events(events)
 
     def end(self, usage: Usage, timings: RequestTimings | UnsetType = UNSET) -> bytes:
-        stop = StopDetails(*_stop(self._last, has_calls=self._has_calls))
+        stop = _stop(self._last, has_calls=self._has_calls)
         return encode_events([*self._close(), MessageDelta(stop, _usage(usage), timings), MessageStop()])
 
     def failure(self, error: APIError) -> bytes:
@@ -234,47 +234,35 @@ class MessagesWriter(Writer):
         shown = ChoiceDelta(0)
         for part in filter(self._is_shown, delta.parts):
             shown.write(part)
-        message = self._message(list(map(_block, shown.parts)), *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
-        message.lightwell = timings
+        stop = _stop(delta, has_calls=bool(delta.tool_calls))
+        message = self._message(list(map(_block, shown.parts)), usage)
+        message.stop_reason, message.stop_sequence, message.lightwell = stop.stop_reason, stop.stop_sequence, timings
         return message
 
     def _is_shown(self, part: DeltaPart) -> bool:
         return self._with_thinking or isinstance(part, ToolCallDelta) or part.kind is not PartKind.REASONING
 
-    def _message(
-        self, content: list[OutputBlock], reason: str | None, sequence: str | None, usage: Usage
-    ) -> AnthropicMessage:
-        return AnthropicMessage(
-            id=self._metadata.id,
-            model=self._metadata.model,
-            content=content,
-            stop_reason=reason,
-            stop_sequence=sequence,
-            usage=_usage(usage),
-        )
+    def _message(self, content: list[OutputBlock], usage: Usage) -> AnthropicMessage:
+        return AnthropicMessage(id=self._metadata.id, model=self._metadata.model, content=content, usage=_usage(usage))
 
     def _additions(self, delta: ChoiceDelta) -> Iterator[msgspec.Struct]:
+        """Yield the events of new parts. At most one block is open at a time."""
         for part in filter(self._is_shown, delta.parts):
+            addition: TextBlockDelta | ToolInputDelta | ThinkingBlockDelta
+            start: OutputBlock
             if isinstance(part, ToolCallDelta):
-                yield from self._call(part)
+                block, addition = ("tool_use", part.index), ToolInputDelta(part.arguments)
+                start = OutputToolUseBlock(part.id, part.name, {})
             elif part.kind is PartKind.REASONING:
-                yield from self._switch(("thinking", 0), OutputThinkingBlock(""))
-                yield ContentBlockDelta(self._index, ThinkingBlockDelta(part.text))
+                block, addition, start = ("thinking", 0), ThinkingBlockDelta(part.text), OutputThinkingBlock("")
             else:
-                yield from self._switch(("text", 0), OutputTextBlock(""))
-                yield ContentBlockDelta(self._index, TextBlockDelta(part.text))
-
-    def _call(self, call: ToolCallDelta) -> Iterator[msgspec.Struct]:
-        yield from self._switch(("tool_use", call.index), OutputToolUseBlock(call.id, call.name, {}))
-        if call.arguments:
-            yield ContentBlockDelta(self._index, ToolInputDelta(call.arguments))
-
-    def _switch(self, block: tuple[str, int], start: OutputBlock) -> Iterator[msgspec.Struct]:
-        """Start `block` unless it is open. At most one block is open at a time."""
-        if self._open != block:
-            yield from self._close()
-            self._open = block
-            yield ContentBlockStart(self._index, start)
+                block, addition, start = ("text", 0), TextBlockDelta(part.text), OutputTextBlock("")
+            if self._open != block:
+                yield from self._close()
+                self._open = block
+                yield ContentBlockStart(self._index, start)
+            if not isinstance(part, ToolCallDelta) or part.arguments:
+                yield ContentBlockDelta(self._index, addition)
 
     def _close(self) -> list[msgspec.Struct]:
         if self._open is None:
@@ -284,11 +272,11 @@ class MessagesWriter(Writer):
         return [ContentBlockStop(self._index - 1)]
 
 
-def _stop(delta: ChoiceDelta, *, has_calls: bool) -> tuple[str, str | None]:
+def _stop(delta: ChoiceDelta, *, has_calls: bool) -> StopDetails:
     if delta.stop_string is not None:
-        return "stop_sequence", delta.stop_string
+        return StopDetails("stop_sequence", delta.stop_string)
     reason = STOP_REASONS[delta.finish_reason or "stop"]
-    return "tool_use" if reason == "end_turn" and has_calls else reason, None
+    return StopDetails("tool_use" if reason == "end_turn" and has_calls else reason, None)
 
 
 def _block(part: DeltaPart) -> OutputBlock:

@@ -7,14 +7,17 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from functools import partial
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import anyio.to_thread
 from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.config import ModelConfig
+from engine.shared.machine import available_memory
+from engine.shared.messages import EngineInfo
 from server.engine_client.admission import SHUTTING_DOWN
 from server.engine_client.client import EngineClient
 from server.format import format_bytes
@@ -23,19 +26,90 @@ from server.http.responses import StructResponse
 from server.models.registry import ModelRegistry, ModelSlot, ModelState
 from server.models.served_model import ServedModel, load_served_model
 from server.models.source import DRAINING, NO_PROGRESS, ModelSource, WaitingRoute
+from server.parts.hub.memory import GPU_RESERVE, MIB, GPUMemory, ModelShape, gpu_memory, model_shape
 from server.parts.models import waiting
-from server.parts.models.memory import HostBudget, is_on_host, least_memory, memory_taken
 from server.parts.models.waiting import RETRY_SECONDS, LoadTimeoutError, ModelLoadError
 from server.processes.supervisor_channel import StartEngine, StopEngine
+from server.settings.table import Settings
 from server.tenants import Tenant
+from server.weight_files import WeightFiles
+
+logger = logging.getLogger("lightwell.api")
 
 T = TypeVar("T")
 
+HOST_RESERVE = 384 * MIB  # a process of the engine with its libraries, and the activations of a step on a CPU
+MIN_TOKENS = 4096  # of context, that a KV cache of default size must hold
+BYTES_PER_PARAMETER = {"int8": 1.125, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 LOAD_TIMEOUT = 1800.0  # seconds after which a load hangs, such as on a file system that does not answer
 POLL_SECONDS = 0.1  # between looks for an idle model that can make room
 IDLE_POLL_SECONDS = 0.5
 
-logger = logging.getLogger("lightwell.api")
+
+def least_memory(settings: Settings, files: WeightFiles, config: ModelConfig) -> int:
+    """Return the bytes with which a model can just be served."""
+    reserve = settings.tensor_parallel_size * (HOST_RESERVE if is_on_host(settings) else GPU_RESERVE)
+    return weight_bytes(files, settings) + kv_cache_bytes(model_shape(config), settings) + reserve
+
+
+def weight_bytes(files: WeightFiles, settings: Settings) -> int:
+    """Return what weights take in memory, in which they may have another format than in their files."""
+    if settings.quantization == "auto":
+        return files.num_bytes
+    number = settings.quantization if settings.quantization == "int8" else settings.dtype
+    return int(files.num_parameters * BYTES_PER_PARAMETER.get(number, 2.0))
+
+
+def kv_cache_bytes(shape: ModelShape, settings: Settings) -> int:
+    """Return the bytes of the KV cache that the settings ask for, or that it needs at least."""
+    if settings.kv_cache_memory is not None:
+        return settings.kv_cache_memory
+    return shape.kv_cache_bytes(settings.max_model_len or min(shape.context, MIN_TOKENS))
+
+
+def is_on_host(settings: Settings) -> bool:
+    """Return whether the model runs on a CPU."""
+    return settings.device == "cpu" or not _has_gpu(_gpu_number(settings))
+
+
+@cache
+def _has_gpu(number: int) -> bool:
+    return gpu_memory(number) is not None
+
+
+def _gpu_number(settings: Settings) -> int:
+    return int(settings.device.partition(":")[2] or 0)
+
+
+def memory_taken(info: EngineInfo) -> int:
+    """Return the bytes of host memory that an engine holds, or will hold when its KV cache has been used."""
+    return info.weight_bytes + info.kv_cache_bytes + info.activation_bytes + info.num_ranks * HOST_RESERVE
+
+
+class Room(NamedTuple):
+    """The memory that is there for a model: all that the server may use, and what others leave of it."""
+
+    num_bytes: int
+    free: int
+
+
+class HostBudget:
+    """The host memory that models share. What KV caches have reserved counts, though they take it only when used."""
+
+    def __init__(self) -> None:
+        self.num_bytes = available_memory()  # to be measured before a model is loaded
+
+    def room(self, settings: Settings, taken: int) -> Room:
+        """Return the memory for a model with these settings, while others have `taken` host memory.
+
+        On GPUs, one for each rank, each takes the same part of the model.
+        """
+        if is_on_host(settings):
+            return Room(self.num_bytes, min(self.num_bytes - taken, available_memory()))
+        number, num_ranks = _gpu_number(settings), settings.tensor_parallel_size
+        gpus = [gpu_memory(number + rank) or GPUMemory(0, 0) for rank in range(num_ranks)]
+        allowed = int(min(gpu.total for gpu in gpus) * settings.gpu_memory_utilization)
+        return Room(num_ranks * allowed, num_ranks * min(allowed, *(gpu.free for gpu in gpus)))
 
 
 class NoRoomError(Exception):
@@ -66,7 +140,7 @@ class ModelManager(ModelSource):
     ) -> None:
         """`order` sends a message to the supervisor."""
         super().__init__(models)
-        self.when_loaded = partial(waiting.respond, self)
+        self.when_loaded = partial(waiting.respond, self.wait_loaded)
         self._never = asyncio.Event()
         self._slots = {slot.number: slot for slot in models.slots}
         self._order = order
@@ -127,7 +201,7 @@ class ModelManager(ModelSource):
         return waiting.find_slot(route, request, fields)
 
     def loaded(self, request: Request, slot: ModelSlot | None) -> AbstractAsyncContextManager[None]:
-        return waiting.loaded(self, request, slot, waiting.patience(request) or 0.0)
+        return waiting.loaded(self.wait_loaded, request, slot, waiting.patience(request) or 0.0)
 
     def idle_limit(self, slot: ModelSlot) -> float | None:
         """Return the seconds without a request after which a model is unloaded. None: it stays loaded."""
@@ -256,7 +330,9 @@ class ModelManager(ModelSource):
         While all others are in use, it waits. Raises NoRoomError if the model can never fit, AbandonedError if nobody
         waits for it any longer, and OSError or ValueError if its files are invalid, or EngineGoneError if they hang.
         """
-        read = anyio.to_thread.run_sync(lambda: least_memory(slot.config, slot.weight_files))
+        read = anyio.to_thread.run_sync(
+            lambda: least_memory(slot.config.settings, slot.weight_files, slot.model_config)
+        )
         needed = await _within_limit(read)
         while True:
             others = [other for other in self._slots.values() if other is not slot]

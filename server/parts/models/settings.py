@@ -1,10 +1,8 @@
 """The settings that say when models are in memory."""
 
-from collections.abc import Mapping
-
 from server.settings.setting import MODELS, Setting, choice, seconds
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "load": Setting(
         MODELS,
         choice("WHEN", "at-start", "on-first-use"),

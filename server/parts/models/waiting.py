@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +22,8 @@ RETRY_SECONDS = 10.0  # after a failure, until the model is loaded again for ano
 
 MAX_HELD_SECONDS = KEEP_ALIVE_SECONDS  # for which the status of a stream waits, so that most errors have their own
 COMMENT_SECONDS = 5.0  # between comments to a client that waits for a model
+
+WaitLoaded: TypeAlias = Callable[[ModelSlot, float, Tenant], Coroutine[Any, Any, None]]  # `ModelManager.wait_loaded`
 
 
 class ModelLoadError(EngineUnavailableError):
@@ -40,19 +42,13 @@ class LoadTimeoutError(EngineUnavailableError):
         super().__init__(message, code="request_timeout")
 
 
-class Loader(Protocol):
-    """The part of a `ModelManager` that requests use."""
-
-    async def wait_loaded(self, slot: ModelSlot, seconds: float, tenant: Tenant) -> None: ...
-
-
-async def respond(loader: Loader, route: WaitingRoute, request: Request, fields: dict[str, Any]) -> Response:
+async def respond(wait_loaded: WaitLoaded, route: WaitingRoute, request: Request, fields: dict[str, Any]) -> Response:
     """Answer a request for a model once it is loaded. While it is, a stream of server-sent events has comments."""
     seconds = patience(request, fields.get("queue_timeout"))
     is_stream = route.errors is not None and fields.get("stream") is True
     slot = find_slot(route, request, fields) if is_stream or seconds is not None else None
     if not is_stream or slot is None or slot.served is not None or (seconds or 0.0) <= MAX_HELD_SECONDS:
-        async with loaded(loader, request, None if seconds is None else slot, seconds or 0.0):
+        async with loaded(wait_loaded, request, None if seconds is None else slot, seconds or 0.0):
             return await route.respond_loaded(request, fields)
     assert seconds is not None
     assert route.errors is not None
@@ -60,10 +56,10 @@ async def respond(loader: Loader, route: WaitingRoute, request: Request, fields:
     with ExitStack() as stack:
         stack.enter_context(slot.in_use())
         try:
-            await loader.wait_loaded(slot, MAX_HELD_SECONDS, get_tenant(request))
+            await wait_loaded(slot, MAX_HELD_SECONDS, get_tenant(request))
         except LoadTimeoutError:
             return EventStream(
-                _events(loader, route, request, fields, slot, seconds),
+                _events(wait_loaded, route, request, fields, slot, seconds),
                 on_close=stack.pop_all().close,
                 on_error=lambda error: errors.last_events(error, 0),
                 request_id=request.state.request_id,
@@ -72,10 +68,15 @@ async def respond(loader: Loader, route: WaitingRoute, request: Request, fields:
 
 
 async def _events(
-    loader: Loader, route: WaitingRoute, request: Request, fields: dict[str, Any], slot: ModelSlot, seconds: float
+    wait_loaded: WaitLoaded,
+    route: WaitingRoute,
+    request: Request,
+    fields: dict[str, Any],
+    slot: ModelSlot,
+    seconds: float,
 ) -> AsyncGenerator[bytes, None]:
     """Yield comments until the model is loaded, then the events of the stream that the handler returns."""
-    waiting = asyncio.create_task(loader.wait_loaded(slot, seconds - MAX_HELD_SECONDS, get_tenant(request)))
+    waiting = asyncio.create_task(wait_loaded(slot, seconds - MAX_HELD_SECONDS, get_tenant(request)))
     try:
         while not waiting.done():
             yield _comment(slot)
@@ -118,7 +119,7 @@ def _is_valid(route: WaitingRoute, fields: dict[str, Any]) -> bool:
 
 @asynccontextmanager
 async def loaded(
-    loader: Loader, request: Request, slot: ModelSlot | None, seconds: float
+    wait_loaded: WaitLoaded, request: Request, slot: ModelSlot | None, seconds: float
 ) -> AsyncGenerator[None, None]:
     """Wait until a model is loaded, at most `seconds`, and keep it loaded in the context. None: there is none.
 
@@ -129,7 +130,7 @@ async def loaded(
         return
     with slot.in_use():
         if slot.served is None:
-            await loader.wait_loaded(slot, seconds, get_tenant(request))
+            await wait_loaded(slot, seconds, get_tenant(request))
         yield
 
 

@@ -10,26 +10,17 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from server.api.chat.conversion import reads_effort
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
 from server.context import get_context
 from server.generation.endpoint import AnswerMetadata, Body, Endpoint
 from server.generation.prompts import Prompt, encode_prompt
 from server.http.errors import InvalidValueError, UnsupportedParameterError
-from server.models.served_model import ServedModel
-from server.parts.conversions.requests import build_request, present, reject_chat_only_fields, tool_call
-from server.parts.embeddings.schemas import EmbeddingRequest
-from server.parts.ollama.schemas import (
-    OllamaAnswerRequest,
-    OllamaCall,
-    OllamaChatRequest,
-    OllamaEmbeddingsRequest,
-    OllamaEmbedRequest,
-    OllamaGenerateRequest,
-    OllamaMessage,
-    OllamaRequest,
-)
-from server.parts.ollama.writer import MakeAnswer, OllamaWriter
+from server.models.served_model import ModelVariant, ServedModel
+from server.parts.conversions.chat_requests import build_request, present, reject_chat_only_fields, tool_call
+from server.parts.embeddings.part import EmbeddingRequest
+from server.parts.ollama import schemas
 from server.schemas.generation_request import Requested
 from server.tenants import get_tenant
 
@@ -102,21 +93,21 @@ def tagged_name(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else name + LATEST
 
 
-def error_names(body: OllamaAnswerRequest) -> dict[str, str]:
+def error_names(body: schemas.OllamaAnswerRequest) -> dict[str, str]:
     """Return the parameter names to use in errors.
 
     A field that the client sent under its chat completions name keeps that name.
     """
     names = OTHER_NAMES | {OPTIONS[name]: f"options.{name}" for name in _options(body) if name in OPTIONS}
-    if isinstance(body, OllamaGenerateRequest):
+    if isinstance(body, schemas.OllamaGenerateRequest):
         names["messages"] = "prompt"
     sent = body.model_extra or {}
     return {param: name for param, name in names.items() if param.partition(".")[0] not in sent}
 
 
-def ignored_names(body: OllamaRequest) -> list[str]:
+def ignored_names(body: schemas.OllamaRequest) -> list[str]:
     """Return the names of the declared fields and options of a request that have no effect."""
-    used = OPTIONS if isinstance(body, OllamaAnswerRequest) else {}
+    used = OPTIONS if isinstance(body, schemas.OllamaAnswerRequest) else {}
     options = [f"options.{name}" for name, value in _options(body).items() if name not in used and value is not None]
     if used:
         capped = [(name, value) for name, value in _options(body).items() if _number(name, value) != value]
@@ -151,7 +142,7 @@ def _duration(text: str) -> float | None:
     return sign * sum(float(part[1]) * DURATION_UNITS[part[2]] for part in parts)
 
 
-def to_chat(body: OllamaChatRequest, model: str, *, reads_effort: bool = True) -> OllamaChatCompletionRequest:
+def to_chat(body: schemas.OllamaChatRequest, model: ModelVariant) -> OllamaChatCompletionRequest:
     """Convert a request that has messages. As in Ollama, the answer continues a final message of the assistant.
 
     Raises BadRequestError.
@@ -160,26 +151,21 @@ def to_chat(body: OllamaChatRequest, model: str, *, reads_effort: bool = True) -
         "messages": list(_turns(body.messages or ())),
         "tools": [{"type": "function", **tool} for tool in body.tools or ()] or None,
     }
-    if body.messages and _is_begun(body.messages[-1]):
+    final = body.messages[-1] if body.messages else None
+    if final and final.role == "assistant" and final.content and not final.tool_calls:
         fields["continue_final_message"] = True
-    return _build(body, model, fields, OllamaChatCompletionRequest, reads_effort=reads_effort)
+    return _build(body, model, fields, OllamaChatCompletionRequest)
 
 
-def _is_begun(message: OllamaMessage) -> bool:
-    return message.role == "assistant" and bool(message.content) and not message.tool_calls
-
-
-def generate_to_chat(
-    body: OllamaGenerateRequest, model: str, *, reads_effort: bool = True
-) -> OllamaChatCompletionRequest:
+def generate_to_chat(body: schemas.OllamaGenerateRequest, model: ModelVariant) -> OllamaChatCompletionRequest:
     """Convert a request with a prompt to a chat of one message, or two with `system`. Raises BadRequestError."""
     _check_generate(body)
     system = [{"role": "system", "content": body.system}] if body.system else []
     messages = [*system, {"role": "user", "content": body.prompt}]
-    return _build(body, model, {"messages": messages}, OllamaChatCompletionRequest, reads_effort=reads_effort)
+    return _build(body, model, {"messages": messages}, OllamaChatCompletionRequest)
 
 
-def generate_to_completion(body: OllamaGenerateRequest, model: str) -> OllamaCompletionRequest:
+def generate_to_completion(body: schemas.OllamaGenerateRequest, model: ModelVariant) -> OllamaCompletionRequest:
     """Convert a request whose prompt is completed as it is, or that has a suffix. Raises BadRequestError."""
     _check_generate(body)
     ignored = ["system"] if body.system and not body.raw else []  # models are trained to fill in without one
@@ -190,10 +176,10 @@ def generate_to_completion(body: OllamaGenerateRequest, model: str) -> OllamaCom
     fields: dict[str, Any] = {"prompt": body.prompt, "suffix": body.suffix or None}
     if body.logprobs:
         fields["logprobs"] = body.top_logprobs or 0
-    return _build(body, model, fields, OllamaCompletionRequest, reads_effort=False, ignored=ignored)
+    return _build(body, model, fields, OllamaCompletionRequest, ignored=ignored)
 
 
-def _check_generate(body: OllamaGenerateRequest) -> None:
+def _check_generate(body: schemas.OllamaGenerateRequest) -> None:
     if body.images:
         raise UnsupportedParameterError("images", NO_IMAGES)
     if body.template:
@@ -201,21 +187,21 @@ def _check_generate(body: OllamaGenerateRequest) -> None:
 
 
 def _build(
-    body: OllamaAnswerRequest,
-    model: str,
+    body: schemas.OllamaAnswerRequest,
+    model: ModelVariant,
     fields: Mapping[str, Any],
     result: type[Body],
     *,
-    reads_effort: bool,
     ignored: Sequence[str] = (),
 ) -> Body:
-    ignored = [*ignored_names(body), *ignored, *(("think",) if body.think and not reads_effort else ())]
     is_chat = issubclass(result, ChatCompletionRequest)
+    reads_think = is_chat and reads_effort(model.base.chat_template)
+    ignored = [*ignored_names(body), *ignored, *(("think",) if body.think and not reads_think else ())]
     shared = {
-        "model": model,
+        "model": model.name,
         "stream": body.stream is not False,
         "response_format": _response_format(body.format),
-        "reasoning_effort": _effort(body.think) if reads_effort else None,
+        "reasoning_effort": _effort(body.think) if reads_think else None,
         "logprobs": body.logprobs if is_chat else None,
         "top_logprobs": body.top_logprobs if is_chat else None,
         **_sampling(body),
@@ -224,11 +210,11 @@ def _build(
     return build_request(body, {**shared, **fields}, result, ignored=ignored)
 
 
-def _options(body: OllamaRequest) -> Mapping[str, Any]:
+def _options(body: schemas.OllamaRequest) -> Mapping[str, Any]:
     return body.options or {}
 
 
-def _sampling(body: OllamaRequest) -> dict[str, Any]:
+def _sampling(body: schemas.OllamaRequest) -> dict[str, Any]:
     """Return the options as parameters of this server."""
     fields = {OPTIONS[name]: _number(name, value) for name, value in _options(body).items() if name in OPTIONS}
     max_tokens = fields.get("max_tokens")
@@ -262,7 +248,7 @@ def _effort(think: bool | str | None) -> str | None:
     return think
 
 
-def _turns(messages: Sequence[OllamaMessage]) -> Iterator[dict[str, Any]]:
+def _turns(messages: Sequence[schemas.OllamaMessage]) -> Iterator[dict[str, Any]]:
     """Yield the messages of chat completions. Calls and results without ids, as most clients send them, get some."""
     num_calls = 0
     waiting: OrderedDict[int, str] = OrderedDict()  # number -> id of the calls whose results follow
@@ -299,12 +285,12 @@ def _take(waiting: OrderedDict[int, str], numbers: deque[int]) -> str:
     return waiting.popitem(last=False)[1]
 
 
-def _call(call: OllamaCall, number: int) -> dict[str, Any]:
+def _call(call: schemas.OllamaCall, number: int) -> dict[str, Any]:
     arguments = msgspec.json.encode(call.function.arguments).decode()
     return tool_call(call.id or CALL_ID.format(number), call.function.name, arguments)
 
 
-def embed_request(body: OllamaEmbedRequest, model: str) -> EmbeddingRequest:
+def embed_request(body: schemas.OllamaEmbedRequest, model: str) -> EmbeddingRequest:
     """Convert a request that has an input. Raises BadRequestError."""
     fields = {
         "input": body.input,
@@ -314,60 +300,49 @@ def embed_request(body: OllamaEmbedRequest, model: str) -> EmbeddingRequest:
     return _embedding_request(body, model, fields)
 
 
-def embeddings_request(body: OllamaEmbeddingsRequest, model: str) -> EmbeddingRequest:
+def embeddings_request(body: schemas.OllamaEmbeddingsRequest, model: str) -> EmbeddingRequest:
     """Convert a request of the older form that has a prompt. Raises BadRequestError."""
     return _embedding_request(body, model, {"input": body.prompt})
 
 
-def _embedding_request(body: OllamaRequest, model: str, fields: Mapping[str, Any]) -> EmbeddingRequest:
+def _embedding_request(body: schemas.OllamaRequest, model: str, fields: Mapping[str, Any]) -> EmbeddingRequest:
     return build_request(body, {"model": model, **fields}, EmbeddingRequest, ignored=ignored_names(body))
 
 
+@dataclasses.dataclass(eq=False)
 class OllamaEndpoint(Endpoint[Body]):
     """An endpoint for the generation pipeline whose answers are written in Ollama's form."""
 
     id_prefix = "ollama-"
 
-    def __init__(
-        self,
-        inner: Endpoint[Body],
-        original: OllamaAnswerRequest,
-        make_answer: MakeAnswer,
-        context_ids: Sequence[int] | None = None,
-    ) -> None:
-        """`inner` is that of the API to which the `original` request was converted.
+    inner: Endpoint[Body]  # that of the API to which the request was converted
+    original: schemas.OllamaAnswerRequest
+    context_ids: Sequence[int] | None = None  # those of an earlier answer; None: the answer does not return its own
 
-        `context_ids` are those of an earlier answer; None: the answer does not return its own.
-        """
-        self.noun = "messages" if isinstance(original, OllamaChatRequest) else "prompt"
-        self.operation = inner.operation
-        self._inner = inner
-        self._original = original
-        self._make_answer = make_answer
-        self._context_ids = context_ids
+    def __post_init__(self) -> None:
+        self.noun = "messages" if isinstance(self.original, schemas.OllamaChatRequest) else "prompt"
+        self.operation = self.inner.operation
 
     def max_tokens_field(self, body: Body) -> str:
         return "options.num_predict"
 
     def ignored_fields(self, model: ServedModel, body: Body) -> list[str]:
-        return self._inner.ignored_fields(model, body)
+        return self.inner.ignored_fields(model, body)
 
     def encode(self, model: ServedModel, body: Body, *, limit: int | None = None) -> list[Prompt]:
-        prompts = self._inner.encode(model, body, limit=limit)
-        if self._context_ids:
-            earlier = encode_prompt(model, list(self._context_ids), noun="context").token_ids
+        prompts = self.inner.encode(model, body, limit=limit)
+        if self.context_ids:
+            earlier = encode_prompt(model, list(self.context_ids), noun="context").token_ids
             for prompt in prompts:
                 prompt.token_ids = [*earlier, *prompt.token_ids]
         return prompts
 
     def writer(
         self, model: ServedModel, body: Body, metadata: AnswerMetadata, prompts: Sequence[Prompt]
-    ) -> OllamaWriter:
-        return OllamaWriter(
+    ) -> schemas.OllamaWriter:
+        return schemas.OllamaWriter(
             model.tokenizer,
-            self._original.model,
-            self._make_answer,
-            prompt_ids=None if self._context_ids is None else prompts[0].token_ids,
-            with_logprobs=bool(self._original.logprobs),
+            self.original,
+            prompt_ids=None if self.context_ids is None else prompts[0].token_ids,
             explains=body.lightwell is not None and bool(body.lightwell.explain),
         )

@@ -10,8 +10,7 @@ def _attach(context: ServerContext) -> None:
         return
     from functools import partial
 
-    from server.parts.otel.request_span import begin_span
-    from server.parts.otel.tracer import Tracer
+    from server.parts.otel.tracer import Tracer, begin_span
 
     tracer = Tracer(context.settings.otlp_endpoint)
     context.services.append(tracer)

@@ -1,7 +1,6 @@
 """The settings of OpenTelemetry."""
 
 import re
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from server.settings.setting import LOGS, Setting, ValueType, non_empty_text
@@ -16,7 +15,7 @@ def _url(value: object) -> str:
     return text
 
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "otlp_endpoint": Setting(
         LOGS,
         ValueType("a URL such as http://localhost:4318, without user, query and fragment", _url, "URL"),

@@ -1,10 +1,8 @@
 """The settings of recordings."""
 
-from collections.abc import Mapping
-
 from server.settings.setting import LIMITS, Setting, integer
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "record_requests": Setting(
         LIMITS,
         integer(0),

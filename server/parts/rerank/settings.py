@@ -1,10 +1,8 @@
 """The settings of reranking."""
 
-from collections.abc import Mapping
-
 from server.settings.setting import ENGINE, Setting, pattern
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "score_tokens": Setting(
         ENGINE,
         pattern("two words such as yes,no", r"[^,\s]+,[^,\s]+", "TRUE,FALSE"),

@@ -3,6 +3,7 @@
 import secrets
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -14,37 +15,10 @@ from server.generation.endpoint import AnswerMetadata, TokenFields
 from server.generation.prompts import Prompt, max_prompt_tokens
 from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError, clip
 from server.models.served_model import ServedModel
-from server.parts.conversions.requests import (
-    assistant_message,
-    build_request,
-    content_of,
-    function_tool,
-    named_tool,
-    reject_chat_only_fields,
-    tool_call,
-)
+from server.parts.conversions import chat_requests
+from server.parts.responses import schemas
 from server.parts.responses.custom_tools import CUSTOM_PARAMETERS, as_function_item
-from server.parts.responses.schemas import (
-    CallOutput,
-    CustomTool,
-    FullInputItem,
-    FunctionTool,
-    IgnoredItem,
-    InputMessage,
-    ItemReference,
-    PastCall,
-    PastReasoning,
-    ReasoningConfig,
-    ResponseObject,
-    ResponsesAllowedTools,
-    ResponsesNamedTool,
-    ResponsesRequest,
-    ResponsesToolChoice,
-    SchemaFormat,
-    TextConfig,
-    UnsupportedTool,
-)
-from server.parts.responses.store import EventLog, ResponseStore, StoredResponse, encode_each
+from server.parts.responses.store import EventLog, ResponseStore, StoredResponse
 from server.parts.responses.writer import ResponseWriter
 from server.schemas.request_fields import NO_LIMIT
 from server.tenants import EVERYBODY
@@ -109,20 +83,27 @@ PARAMETER_NAMES = {  # parameter of chat completions -> the parameter of this AP
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
+# Of both APIs' parameters.
+SAME_NAMES = (
+    *("model", "temperature", "top_p", "stop", "stream", "parallel_tool_calls", "chat_template_kwargs"),
+    *("metadata", "store"),
+)
+# Parameters that a response repeats as they are.
+REPEATED = ("instructions", "max_tool_calls", "previous_response_id", "user", "safety_identifier", "prompt_cache_key")
 LOGPROBS = "message.output_text.logprobs"  # value of `include`
 MAX_REFERENCED_BYTES = 10 << 20  # per request
 ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
 
 
-def error_names(body: ResponsesRequest) -> dict[str, str]:
+def error_names(body: schemas.ResponsesRequest) -> dict[str, str]:
     """Return the parameter names to use in errors. Indices of tools differ because unsupported tools are dropped."""
-    sent = [index for index, tool in enumerate(body.tools or ()) if not isinstance(tool, UnsupportedTool)]
+    sent = [index for index, tool in enumerate(body.tools or ()) if not isinstance(tool, schemas.UnsupportedTool)]
     return {f"tools[{number}].function": f"tools[{index}]" for number, index in enumerate(sent)} | PARAMETER_NAMES
 
 
-def check(body: ResponsesRequest) -> None:
+def check(body: schemas.ResponsesRequest) -> None:
     """Raise BadRequestError if fields contradict each other or are not supported."""
-    reject_chat_only_fields(body)
+    chat_requests.reject_chat_only_fields(body)
     if body.input is None and body.previous_response_id is None:
         raise MissingParameterError("input")
     if body.top_logprobs and LOGPROBS not in (body.include or ()):
@@ -135,19 +116,19 @@ def check(body: ResponsesRequest) -> None:
         raise InvalidValueError(message, param="stream_options")
 
 
-def input_items(body: ResponsesRequest, store: ResponseStore, owner: str = EVERYBODY) -> list[dict[str, Any]]:
+def input_items(body: schemas.ResponsesRequest, store: ResponseStore, owner: str = EVERYBODY) -> list[dict[str, Any]]:
     """Return the request's input items in OpenAI's full form, each with an id.
 
     References are resolved to items of responses in `store`. Raises InvalidValueError for unknown ones.
     """
     if isinstance(body.input, str):
-        return [_full_item(InputMessage(role="user", content=body.input))]
+        return [_full_item(schemas.InputMessage(role="user", content=body.input))]
     items: list[dict[str, Any]] = []
     num_bytes = 0  # total size of referenced items
     for index, item in enumerate(body.input or ()):
-        if isinstance(item, IgnoredItem):
+        if isinstance(item, schemas.IgnoredItem):
             continue
-        if isinstance(item, ItemReference):
+        if isinstance(item, schemas.ItemReference):
             items.append(_referenced(item.id, f"input[{index}].id", store, owner))
             num_bytes += len(msgspec.json.encode(items[-1]))
         else:
@@ -170,22 +151,22 @@ def _referenced(item_id: str, param: str, store: ResponseStore, owner: str) -> d
     return found
 
 
-def _full_item(item: FullInputItem) -> dict[str, Any]:
+def _full_item(item: schemas.FullInputItem) -> dict[str, Any]:
     full: dict[str, Any] = {
         "id": item.id or ID_PREFIXES[item.type] + secrets.token_hex(16),
         "type": item.type,
         "status": item.status or "completed",
     }
     match item:
-        case InputMessage():
+        case schemas.InputMessage():
             kind = "output_text" if item.role == "assistant" else "input_text"
             return full | {"role": item.role, "content": _full_parts(item.content, kind)}
-        case PastCall():
+        case schemas.PastCall():
             return full | {"call_id": item.call_id, "name": item.name, "arguments": item.arguments}
-        case CallOutput():
+        case schemas.CallOutput():
             output = item.output if isinstance(item.output, str) else _full_parts(item.output, "input_text")
             return full | {"call_id": item.call_id, "output": output}
-        case PastReasoning():
+        case schemas.PastReasoning():
             content = [{"type": "reasoning_text", "text": part.text} for part in item.content or ()]
             return full | {"summary": item.summary or [], "content": content}
 
@@ -196,14 +177,20 @@ def _full_parts(content: str | list[Any], kind: str) -> list[dict[str, Any]]:
     return [{"type": kind, "text": text, **more} for text in texts]
 
 
-def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> list[str]:
+def ignored_fields(body: schemas.ResponsesRequest, template: ChatTemplate | None) -> list[str]:
     """Return the names of ignored fields: unsupported tools and items, and options that the template does not read."""
-    tools, items = enumerate(body.tools or ()), enumerate(() if isinstance(body.input, str) else body.input or ())
-    names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, UnsupportedTool)]
+    tools, items = body.tools or (), enumerate(() if isinstance(body.input, str) else body.input or ())
+    names = [
+        f"tools[{index}].{tool.type}" for index, tool in enumerate(tools) if isinstance(tool, schemas.UnsupportedTool)
+    ]
     if (choice := _ignored_choice(body)) is not None:
         names.append(f"tool_choice.{choice}")
-    names += [f"tools[{index}].format" for index, tool in enumerate(body.tools or ()) if _has_grammar(tool)]
-    names += [f"input[{index}].{item.type}" for index, item in items if isinstance(item, IgnoredItem)]
+    names += [
+        f"tools[{index}].format"
+        for index, tool in enumerate(tools)
+        if isinstance(tool, schemas.CustomTool) and (tool.format or {}).get("type") == "grammar"
+    ]
+    names += [f"input[{index}].{item.type}" for index, item in items if isinstance(item, schemas.IgnoredItem)]
     effort = body.reasoning.effort if body.reasoning else None
     if effort not in NEUTRAL_EFFORTS and not reads_effort(template):
         names.append("reasoning.effort")
@@ -212,25 +199,21 @@ def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> lis
     return names
 
 
-def _ignored_choice(body: ResponsesRequest) -> str | None:
+def _ignored_choice(body: schemas.ResponsesRequest) -> str | None:
     """Return the name of a tool choice that only ignored tools could satisfy, or None if it has an effect."""
     choice, tools = body.tool_choice, body.tools
     match choice:
-        case UnsupportedTool():
+        case schemas.UnsupportedTool():
             return choice.type
-        case ResponsesAllowedTools(tools=allowed):
-            return choice.type if all(isinstance(tool, UnsupportedTool) for tool in allowed) else None
-        case "required" if tools and all(isinstance(tool, UnsupportedTool) for tool in tools):
+        case schemas.ResponsesAllowedTools(tools=allowed):
+            return choice.type if all(isinstance(tool, schemas.UnsupportedTool) for tool in allowed) else None
+        case "required" if tools and all(isinstance(tool, schemas.UnsupportedTool) for tool in tools):
             return "required"
     return None
 
 
-def _has_grammar(tool: object) -> bool:
-    return isinstance(tool, CustomTool) and (tool.format or {}).get("type") == "grammar"
-
-
 def to_chat(
-    body: ResponsesRequest, items: Sequence[dict[str, Any]], ignored: Sequence[str] = ()
+    body: schemas.ResponsesRequest, items: Sequence[dict[str, Any]], ignored: Sequence[str] = ()
 ) -> ChatCompletionRequest:
     """Convert a request to a chat request.
 
@@ -238,27 +221,19 @@ def to_chat(
     """
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     with_logprobs = LOGPROBS in (body.include or ())
-    tools = [_chat_tool(tool) for tool in body.tools or () if not isinstance(tool, UnsupportedTool)]
+    tools = [_chat_tool(tool) for tool in body.tools or () if not isinstance(tool, schemas.UnsupportedTool)]
     fields = {
-        "model": body.model,
+        **{name: getattr(body, name) for name in SAME_NAMES},
         "messages": [*system, *_messages(items)],
         "max_completion_tokens": body.max_output_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "stop": body.stop,
-        "stream": body.stream,
         "logprobs": with_logprobs or None,
         "top_logprobs": body.top_logprobs if with_logprobs else None,
         "tools": tools,
         "tool_choice": None if _ignored_choice(body) else _tool_choice(body.tool_choice),
-        "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning.effort if body.reasoning and "reasoning.effort" not in ignored else None,
-        "chat_template_kwargs": body.chat_template_kwargs,
         "response_format": _response_format(body.text),
-        "metadata": body.metadata,
-        "store": body.store,
     }
-    return build_request(body, fields, ChatCompletionRequest, ignored=ignored)
+    return chat_requests.build_request(body, fields, ChatCompletionRequest, ignored=ignored)
 
 
 def _messages(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -279,101 +254,95 @@ def _assistant(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     texts = [part["text"] for item in items if item["type"] == "message" for part in item["content"]]
     reasoning = [part["text"] for item in items if item["type"] == "reasoning" for part in item["content"]]
     calls = [
-        tool_call(item["call_id"], item["name"], item["arguments"]) for item in items if item["type"] == "function_call"
+        chat_requests.tool_call(item["call_id"], item["name"], item["arguments"])
+        for item in items
+        if item["type"] == "function_call"
     ]
     if reasoning or calls or any(item["type"] == "message" for item in items):
-        yield assistant_message(texts, "".join(reasoning) if reasoning else None, calls)
+        yield chat_requests.assistant_message(texts, "".join(reasoning) if reasoning else None, calls)
 
 
 def _input_message(item: dict[str, Any]) -> dict[str, Any]:
     if item["type"] == "message":
-        return {"role": item["role"], "content": content_of([part["text"] for part in item["content"]])}
+        return {"role": item["role"], "content": chat_requests.content_of([part["text"] for part in item["content"]])}
     output = item["output"]
-    content = output if isinstance(output, str) else content_of([part["text"] for part in output])
+    content = output if isinstance(output, str) else chat_requests.content_of([part["text"] for part in output])
     return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
 
 
-def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """Return the supported tools in the form of the answer."""
-    return [_tool(tool) for tool in body.tools or () if not isinstance(tool, UnsupportedTool)]
-
-
-def _tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+def _tool(tool: schemas.FunctionTool | schemas.CustomTool) -> dict[str, Any]:
+    """Return a tool in the form of the answer."""
     shared = {"type": tool.type, "name": tool.name, "description": tool.description}
-    if isinstance(tool, CustomTool):
+    if isinstance(tool, schemas.CustomTool):
         return shared | {"format": tool.format or {"type": "text"}}
     return shared | {"parameters": tool.parameters, "strict": bool(tool.strict)}
 
 
-def _chat_tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+def _chat_tool(tool: schemas.FunctionTool | schemas.CustomTool) -> dict[str, Any]:
     shared = {"name": tool.name, "description": tool.description}
-    if isinstance(tool, CustomTool):
-        return function_tool(**shared, parameters=CUSTOM_PARAMETERS, strict=True)
-    return function_tool(**shared, parameters=tool.parameters, strict=bool(tool.strict))
+    if isinstance(tool, schemas.CustomTool):
+        return chat_requests.function_tool(**shared, parameters=CUSTOM_PARAMETERS, strict=True)
+    return chat_requests.function_tool(**shared, parameters=tool.parameters, strict=bool(tool.strict))
 
 
-def _tool_choice(choice: ResponsesToolChoice | None) -> Any:
+def _tool_choice(choice: schemas.ResponsesToolChoice | None) -> Any:
     match choice:
-        case ResponsesNamedTool():
-            return named_tool(choice.name)
-        case ResponsesAllowedTools():
-            tools = [named_tool(tool.name) for tool in choice.tools if isinstance(tool, ResponsesNamedTool)]
+        case schemas.ResponsesNamedTool():
+            return chat_requests.named_tool(choice.name)
+        case schemas.ResponsesAllowedTools():
+            tools = [
+                chat_requests.named_tool(tool.name)
+                for tool in choice.tools
+                if isinstance(tool, schemas.ResponsesNamedTool)
+            ]
             return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": tools}}
     return choice
 
 
-def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
+def _response_format(text: schemas.TextConfig | None) -> dict[str, Any] | None:
     if text is None or text.format is None:
         return None
-    if not isinstance(text.format, SchemaFormat):
+    if not isinstance(text.format, schemas.SchemaFormat):
         return {"type": text.format.type}
     schema = _without_nulls(text.format)
     return {"type": "json_schema", "json_schema": {name: value for name, value in schema.items() if name != "type"}}
 
 
-def _without_nulls(model: TextConfig | SchemaFormat | ReasoningConfig | None) -> dict[str, Any]:
+def _without_nulls(model: schemas.TextConfig | schemas.SchemaFormat | schemas.ReasoningConfig | None) -> dict[str, Any]:
     return {} if model is None else model.model_dump(exclude_none=True, by_alias=True)
 
 
+@dataclass(eq=False)
 class ResponsesEndpoint(ChatEndpoint):
     """`POST /v1/responses` for the generation pipeline. Made for one request, whose response it stores."""
 
     noun = "input"
     id_prefix = "resp_"
 
-    def __init__(
-        self,
-        body: ResponsesRequest,
-        items: list[dict[str, Any]],
-        previous: StoredResponse | None,
-        store: ResponseStore,
-        owner: str,
-    ) -> None:
-        """`items` are the input items of this request of `owner`, without those of the `previous` response."""
-        self._body = body
-        self._items = encode_each(items)
-        self._previous = previous
-        self._store = store
-        self._owner = owner
-        self._stored: StoredResponse | None = None
+    original: schemas.ResponsesRequest
+    items: list[bytes]  # the input items of this request, without those of the `previous` response
+    previous: StoredResponse | None
+    store: ResponseStore
+    owner: str
+    _stored: StoredResponse | None = field(default=None, init=False)
 
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
         return "max_output_tokens"
 
     def encode(self, model: ServedModel, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
-        if self._body.truncation == "auto":
+        if self.original.truncation == "auto":
             return [encode_newest(model, body, limit=limit)]
         return super().encode(model, body, limit=limit)
 
     def writer(
         self, model: ServedModel, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> ResponseWriter:
-        original = self._body
+        original = self.original
         response = new_response(original, metadata, model.default_sampling.values)
-        earlier = [] if self._previous is None else self._previous.items
+        earlier = [] if self.previous is None else self.previous.items
         events = EventLog(metadata.id) if original.background and original.stream else None
-        stored = self._stored = StoredResponse(response, self._items, earlier, events, self._owner)
-        store = None if original.store is False else self._store
+        stored = self._stored = StoredResponse(response, self.items, earlier, events, self.owner)
+        store = None if original.store is False else self.store
         if store is not None and (original.stream or original.background):
             store.put(stored)
         return ResponseWriter(
@@ -381,7 +350,7 @@ class ResponsesEndpoint(ChatEndpoint):
             stored,
             store,
             with_logprobs=bool(body.logprobs),
-            custom_tools=[tool.name for tool in original.tools or () if isinstance(tool, CustomTool)],
+            custom_tools=[tool.name for tool in original.tools or () if isinstance(tool, schemas.CustomTool)],
             fields=TokenFields(body, prompts),
         )
 
@@ -391,34 +360,29 @@ class ResponsesEndpoint(ChatEndpoint):
             return
         if self._stored.events is not None:
             self._stored.events.close()
-        self._store.end(self._stored)
+        self.store.end(self._stored)
 
 
-def new_response(body: ResponsesRequest, metadata: AnswerMetadata, defaults: Any) -> ResponseObject:
+def new_response(body: schemas.ResponsesRequest, metadata: AnswerMetadata, defaults: Any) -> schemas.ResponseObject:
     """Return the response to a request before generation. `defaults` are the default sampling."""
     choice = None if _ignored_choice(body) else body.tool_choice
     text = _without_nulls(body.text)
-    return ResponseObject(
+    return schemas.ResponseObject(
         id=metadata.id,
         created_at=metadata.created,
+        **{name: getattr(body, name) for name in REPEATED},
         background=bool(body.background),
-        instructions=body.instructions,
         max_output_tokens=None if body.max_output_tokens == NO_LIMIT else body.max_output_tokens,
-        max_tool_calls=body.max_tool_calls,
         model=metadata.model,
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        previous_response_id=body.previous_response_id,
         reasoning={"effort": None, "summary": None} | _without_nulls(body.reasoning),
         store=body.store is not False,
         temperature=defaults.get("temperature", 1.0) if body.temperature is None else body.temperature,
         text={"format": {"type": "text"}} | text,
         tool_choice=(choice or "auto") if isinstance(choice, str | None) else choice.model_dump(),
-        tools=_tools(body),
+        tools=[_tool(tool) for tool in body.tools or () if not isinstance(tool, schemas.UnsupportedTool)],
         top_logprobs=body.top_logprobs or 0,
         top_p=defaults.get("top_p", 1.0) if body.top_p is None else body.top_p,
         truncation=body.truncation or "disabled",
         metadata=body.metadata or {},
-        user=body.user,
-        safety_identifier=body.safety_identifier,
-        prompt_cache_key=body.prompt_cache_key,
     )

@@ -5,8 +5,7 @@ They are stored in the memory of this process. What is stored belongs together, 
 
 import asyncio
 import logging
-import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
@@ -24,30 +23,9 @@ from server.http.json_route import end_with_client
 from server.http.responses import EventStream, StructResponse
 from server.models.served_model import ServedModel
 from server.part import Part
-from server.parts.conversions.requests import count_prompt_tokens, renamed_errors
-from server.parts.responses.conversion import (
-    ResponsesEndpoint,
-    check,
-    error_names,
-    ignored_fields,
-    input_items,
-    new_response,
-    to_chat,
-)
-from server.parts.responses.schemas import (
-    DeletedResponse,
-    InputTokens,
-    InputTokensDetails,
-    InputTokensRequest,
-    ItemList,
-    MessageItem,
-    OutputText,
-    OutputTokensDetails,
-    ResponseObject,
-    ResponsesRequest,
-    ResponseUsage,
-)
-from server.parts.responses.store import EventLog, ResponseStore, StoredResponse, get_response_store
+from server.parts.conversions.chat_requests import count_prompt_tokens, renamed_errors
+from server.parts.responses import conversion, schemas
+from server.parts.responses.store import EventLog, ResponseStore, StoredResponse, encode_each, get_response_store
 from server.parts.responses.writer import RESPONSES_ERRORS, AnyEvent, error_event
 from server.tenants import get_owner, get_tenant
 
@@ -68,13 +46,13 @@ MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 100, 20  # input items
 
 
 @json_router.post("/v1/responses")
-async def create_response(request: Request, body: ResponsesRequest) -> Response:
+async def create_response(request: Request, body: schemas.ResponsesRequest) -> Response:
     """Generate a response, which may continue a stored conversation."""
     context = get_context(request)
-    check(body)
+    conversion.check(body)
     model = find_generating_model(context, body.model, get_tenant(request)).base
     chat, endpoint = await _convert(request, body, model)
-    with renamed_errors(error_names(body)):
+    with renamed_errors(conversion.error_names(body)):
         if not body.background:
             return await respond(request, chat, endpoint, on_end=endpoint.end)
         metadata, headers = await _start_in_background(request, chat, endpoint)
@@ -89,7 +67,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
 
 
 async def _start_in_background(
-    request: Request, body: ChatCompletionRequest, endpoint: ResponsesEndpoint
+    request: Request, body: ChatCompletionRequest, endpoint: conversion.ResponsesEndpoint
 ) -> tuple[AnswerMetadata, dict[str, str]]:
     """Answer a request in a task that outlives the connection. The writer keeps the answer or its stream.
 
@@ -126,20 +104,20 @@ async def _start_in_background(
 
 
 @json_router.post("/v1/responses/input_tokens")
-async def count_input_tokens(request: Request, body: InputTokensRequest) -> Response:
+async def count_input_tokens(request: Request, body: schemas.InputTokensRequest) -> Response:
     """Count the prompt tokens of a conversation without generating or storing anything."""
-    check(body)
+    conversion.check(body)
     model = find_model(request, body.model)
     body.model = model.name
     chat, endpoint = await _convert(request, body, model.base)
-    with renamed_errors(error_names(body)):
+    with renamed_errors(conversion.error_names(body)):
         num_tokens, headers = await count_prompt_tokens(request, chat, endpoint)
-    return StructResponse(InputTokens(num_tokens), headers=headers)
+    return StructResponse(schemas.InputTokens(num_tokens), headers=headers)
 
 
 async def _convert(
-    request: Request, body: ResponsesRequest, model: ServedModel
-) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+    request: Request, body: schemas.ResponsesRequest, model: ServedModel
+) -> tuple[ChatCompletionRequest, conversion.ResponsesEndpoint]:
     """Convert a request and the conversation it continues to a chat request. Raises BadRequestError."""
     previous = None if body.previous_response_id is None else _previous(request, body.previous_response_id)
     if previous is not None:
@@ -148,15 +126,15 @@ async def _convert(
 
 
 def _to_chat(
-    request: Request, body: ResponsesRequest, model: ServedModel, previous: StoredResponse | None
-) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+    request: Request, body: schemas.ResponsesRequest, model: ServedModel, previous: StoredResponse | None
+) -> tuple[ChatCompletionRequest, conversion.ResponsesEndpoint]:
     store, owner = get_response_store(request), get_owner(request)
-    items = input_items(body, store, owner)
-    with renamed_errors(error_names(body)):
+    items = conversion.input_items(body, store, owner)
+    with renamed_errors(conversion.error_names(body)):
         conversation = [*map(msgspec.json.decode, previous.items if previous else ()), *items]
-        chat = to_chat(body, conversation, ignored_fields(body, model.chat_template))
+        chat = conversion.to_chat(body, conversation, conversion.ignored_fields(body, model.chat_template))
     note_text_size(request, sum(len(message.text) for message in chat.messages))
-    return chat, ResponsesEndpoint(body, items, previous, store, owner)
+    return chat, conversion.ResponsesEndpoint(body, encode_each(items), previous, store, owner)
 
 
 @router.get("/v1/responses/{response_id}")
@@ -201,20 +179,25 @@ def _follow(
 
 
 @router.get("/v1/responses/{response_id}/input_items")
-async def list_input_items(request: Request, response_id: str) -> Response:
+async def list_input_items(
+    request: Request,
+    response_id: str,
+    order: Annotated[Literal["asc", "desc"], Query(description="desc: the latest first.")] = "desc",
+    after: Annotated[str | None, Query(description="Only items after the one with this id.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE, description="Maximum number of items.")] = DEFAULT_PAGE_SIZE,
+) -> Response:
     """List the input items of a response, the latest first, without those of previous responses."""
-    items = _find(request, response_id).input_items
-    query = request.query_params
-    if query.get("order", "desc") not in ("asc", "desc"):
-        raise InvalidValueError("Invalid 'order': expected 'asc' or 'desc'.", param="order")
-    if query.get("order") != "asc":
-        items = items[::-1]
-    if (after := query.get("after")) is not None:
-        items = items[_index_of(items, after) + 1 :]
-    limit = _limit(query.get("limit", str(DEFAULT_PAGE_SIZE)))
-    page = [msgspec.json.decode(item) for item in items[:limit]]
+    items = [msgspec.json.decode(item) for item in _find(request, response_id).input_items]
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise InvalidValueError("Invalid 'after': the response has no item with that id.", param="after")
+        del items[: ids.index(after) + 1]
+    page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else ("", "")
-    answer = ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit)
+    answer = schemas.ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit)
     return get_context(request).long_answer(request, msgspec.json.encode(answer))
 
 
@@ -236,7 +219,7 @@ async def delete_response(request: Request, response_id: str) -> Response:
     if not get_response_store(request).delete(response_id, get_owner(request)):
         raise _not_found(response_id)
     get_context(request).running.cancel(response_id, get_owner(request))
-    return StructResponse(DeletedResponse(response_id))
+    return StructResponse(schemas.DeletedResponse(response_id))
 
 
 def _not_found(response_id: str) -> APIError:
@@ -261,19 +244,6 @@ def _previous(request: Request, response_id: str) -> StoredResponse:
     return stored
 
 
-def _index_of(items: list[bytes], item_id: str) -> int:
-    for index, item in enumerate(items):
-        if msgspec.json.decode(item)["id"] == item_id:
-            return index
-    raise InvalidValueError("Invalid 'after': the response has no item with that id.", param="after")
-
-
-def _limit(value: str) -> int:
-    if not (re.fullmatch("[0-9]{1,4}", value) and 1 <= int(value) <= MAX_PAGE_SIZE):
-        raise InvalidValueError(f"Invalid 'limit': expected an integer from 1 to {MAX_PAGE_SIZE}.", param="limit")
-    return int(value)
-
-
 ITEM = {
     "id": f"msg_{ID}",
     "type": "message",
@@ -281,15 +251,17 @@ ITEM = {
     "role": "user",
     "content": [{"type": "input_text", "text": QUESTION}],
 }
-ITEMS = ItemList(data=[ITEM], first_id=f"msg_{ID}", last_id=f"msg_{ID}", has_more=False)
+ITEMS = schemas.ItemList(data=[ITEM], first_id=f"msg_{ID}", last_id=f"msg_{ID}", has_more=False)
 
 
-def _example() -> ResponseObject:
-    request = ResponsesRequest.model_validate({"model": MODEL, "input": QUESTION})
-    response = new_response(request, AnswerMetadata(f"resp_{ID}", 1_764_000_000, MODEL, ""), {})
+def _example() -> schemas.ResponseObject:
+    request = schemas.ResponsesRequest.model_validate({"model": MODEL, "input": QUESTION})
+    response = conversion.new_response(request, AnswerMetadata(f"resp_{ID}", 1_764_000_000, MODEL, ""), {})
     response.status = "completed"
-    response.output.append(MessageItem(id=f"msg_{ID}", status="completed", content=[OutputText("Paris.")]))
-    response.usage = ResponseUsage(37, InputTokensDetails(0), 4, OutputTokensDetails(0), 41)
+    response.output.append(
+        schemas.MessageItem(id=f"msg_{ID}", status="completed", content=[schemas.OutputText("Paris.")])
+    )
+    response.usage = schemas.ResponseUsage(37, schemas.InputTokensDetails(0), 4, schemas.OutputTokensDetails(0), 41)
     return response
 
 
@@ -301,14 +273,14 @@ RESPONSES = Dialect(
     routers=[router, json_router],
     operations={
         ("/v1/responses", "post"): Operation(
-            ResponseObject, {"input": QUESTION, "max_output_tokens": 20}, AnyEvent, RESPONSE
+            schemas.ResponseObject, {"input": QUESTION, "max_output_tokens": 20}, AnyEvent, RESPONSE
         ),
-        (PATH, "get"): Operation(ResponseObject, events=AnyEvent, answer_example=RESPONSE),
-        (PATH, "delete"): Operation(DeletedResponse, answer_example=DeletedResponse(f"resp_{ID}")),
-        (f"{PATH}/input_items", "get"): Operation(ItemList, answer_example=ITEMS),
-        (f"{PATH}/cancel", "post"): Operation(ResponseObject, answer_example=RESPONSE),
+        (PATH, "get"): Operation(schemas.ResponseObject, events=AnyEvent, answer_example=RESPONSE),
+        (PATH, "delete"): Operation(schemas.DeletedResponse, answer_example=schemas.DeletedResponse(f"resp_{ID}")),
+        (f"{PATH}/input_items", "get"): Operation(schemas.ItemList, answer_example=ITEMS),
+        (f"{PATH}/cancel", "post"): Operation(schemas.ResponseObject, answer_example=RESPONSE),
         ("/v1/responses/input_tokens", "post"): Operation(
-            InputTokens, {"input": QUESTION}, answer_example=InputTokens(37)
+            schemas.InputTokens, {"input": QUESTION}, answer_example=schemas.InputTokens(37)
         ),
     },
     errors=RESPONSES_ERRORS,

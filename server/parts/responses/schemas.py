@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, FiniteFloat, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions
 from server.api.chat.writer import TokenLogprob
+from server.parts.conversions.chat_requests import IgnoredObject
 from server.parts.responses.custom_tools import as_function_item
 from server.schemas.answers import RequestTimings
 from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, Stop, at_most
@@ -100,10 +101,8 @@ class ItemReference(OpenObject):
     id: str = Field(min_length=1)
 
 
-class IgnoredItem(BaseModel):
+class IgnoredItem(IgnoredObject):
     """An item of a tool or service that this server does not have. The model does not see it."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     type: (
         Literal[
@@ -139,12 +138,8 @@ class CustomTool(OpenObject):
     format: dict[str, Any] | None = Field(None, description="A grammar of the input is ignored, and reported as such.")
 
 
-class UnsupportedTool(BaseModel):
+class UnsupportedTool(IgnoredObject):
     """A built-in tool, which this server cannot run, or one of an unknown type. It is ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    type: str
 
 
 def _kind_of_tool(value: object) -> str:
@@ -344,34 +339,33 @@ class ReasoningText(msgspec.Struct, tag_field="type", tag="reasoning_text"):
     text: str = ""
 
 
-class MessageItem(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
+class GrowingItem(msgspec.Struct, kw_only=True, tag_field="type"):
+    """An output item."""
+
     id: str
     status: ItemStatus = "in_progress"
+
+
+class MessageItem(GrowingItem, kw_only=True, tag="message"):
     role: Literal["assistant"] = "assistant"
     content: list[OutputText]
 
 
-class ReasoningItem(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning"):
-    id: str
+class ReasoningItem(GrowingItem, kw_only=True, tag="reasoning"):
     summary: list[Any] = []
     content: list[ReasoningText]
-    status: ItemStatus = "in_progress"
 
 
-class FunctionCallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call"):
-    id: str
+class FunctionCallItem(GrowingItem, kw_only=True, tag="function_call"):
     call_id: str
     name: str
     arguments: str
-    status: ItemStatus = "in_progress"
 
 
-class CustomCallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="custom_tool_call"):
-    id: str
+class CustomCallItem(GrowingItem, kw_only=True, tag="custom_tool_call"):
     call_id: str
     name: str
     input: str = ""
-    status: ItemStatus = "in_progress"
 
 
 OutputItem = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem

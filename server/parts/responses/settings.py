@@ -1,10 +1,8 @@
 """The settings of the Responses API."""
 
-from collections.abc import Mapping
-
 from server.settings.setting import LIMITS, Setting, integer, size
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "max_stored_responses": Setting(
         LIMITS, integer(0), "Maximum number of /v1/responses results kept in memory for later retrieval; 0 keeps none."
     ),

@@ -3,7 +3,6 @@
 import asyncio
 import re
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from server.parts.responses.schemas import ResponseObject
 from server.shares import giving_way
 from server.tenants import EVERYBODY, OwnedId
 
-BLOCK_EVENTS = 64
+EVENTS_AT_ONCE = 64  # that a reader gets
 OBJECT_BYTES = 41  # memory of a bytes object and its list entry, beside its content
 
 
@@ -37,39 +36,32 @@ class EventLog:
     """The log of one stream: one task writes, others read at their own pace without blocking it.
 
     The readers are in one event loop. The writer may be in a thread, as long events are written there. Events are
-    indexed by their `sequence_number`. They are very similar, so all but the latest are kept compressed.
+    indexed by their `sequence_number`.
     """
 
     def __init__(self, response_id: str) -> None:
-        self.num_events = 0
         self.num_bytes = 0  # memory used
         self.is_dropped = False
         self._response_id = response_id
-        self._blocks: list[bytes] = []  # BLOCK_EVENTS events each; the last block of a closed log may have fewer
-        self._tail: list[bytes] = []
+        self._events: list[bytes] = []
         self._is_closed = False
         self._first = 0  # number of the first event that can still be read
-        self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None  # that of the readers, if there were any
         self._changed = asyncio.Event()
 
+    @property
+    def num_events(self) -> int:
+        return len(self._events)
+
     def append(self, events: Sequence[bytes]) -> None:
-        """Append encoded events. Each must end with its only empty line."""
-        with self._lock:
-            for event in events:
-                self._tail.append(event)
-                self.num_events += 1
-                self.num_bytes += len(event) + OBJECT_BYTES
-                if len(self._tail) == BLOCK_EVENTS:
-                    self._compress()
+        """Append encoded events."""
+        self._events += events
+        self.num_bytes += sum(len(event) + OBJECT_BYTES for event in events)
         self._wake()
 
     def close(self) -> None:
         """Mark the end of the log. May be called again."""
-        with self._lock:
-            if self._tail:
-                self._compress()
-            self._is_closed = True
+        self._is_closed = True
         self._wake()
 
     def drop(self) -> None:
@@ -87,31 +79,16 @@ class EventLog:
         """
         self._loop = asyncio.get_running_loop()
         while True:
-            changed = self._changed
+            changed, is_closed = self._changed, self._is_closed
             if start < self._first:
                 raise ResponseGoneError(self._response_id)
-            if start < self.num_events:
-                events, start = self._from(start)
-                yield events
-            elif self._is_closed:
+            if events := self._events[start : start + EVENTS_AT_ONCE]:
+                start += len(events)
+                yield b"".join(events)
+            elif is_closed:
                 return
             else:
                 await changed.wait()
-
-    def _from(self, start: int) -> tuple[bytes, int]:
-        """Return the events from `start` to the end of its block, and the number of the event after them."""
-        index, num_before = divmod(start, BLOCK_EVENTS)
-        with self._lock:
-            if index == len(self._blocks):
-                return b"".join(self._tail[num_before:]), self.num_events
-        block = zlib.decompress(self._blocks[index])
-        return block.split(b"\n\n", num_before)[-1], min((index + 1) * BLOCK_EVENTS, self.num_events)
-
-    def _compress(self) -> None:
-        block = zlib.compress(b"".join(self._tail), level=1)
-        self.num_bytes += len(block) + OBJECT_BYTES - sum(len(event) + OBJECT_BYTES for event in self._tail)
-        self._blocks.append(block)
-        self._tail = []
 
     def _wake(self) -> None:
         if self._loop is not None:
@@ -235,19 +212,19 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._by_id: OrderedDict[OwnedId, StoredResponse] = OrderedDict()
         self._holders: dict[OwnedId, list[OwnedId]] = {}  # item -> the responses that have it, the latest last
-        self._num_bytes = 0
+        self.num_bytes = 0
         self._lock = threading.RLock()  # answers with log probabilities are written in threads
 
     def __len__(self) -> int:
         return len(self._by_id)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._num_bytes
-
     def get(self, response_id: str, owner: str = EVERYBODY) -> StoredResponse | None:
-        """Return a response of `owner`."""
-        return self._get((owner, response_id))
+        """Return a response of `owner`. This counts as a use."""
+        key = owner, response_id
+        with self._lock:
+            if key in self._by_id:
+                self._by_id.move_to_end(key)
+            return self._by_id.get(key)
 
     def item(self, item_id: str, owner: str = EVERYBODY) -> bytes | None:
         """Return an input or output item of a stored response of `owner`.
@@ -256,7 +233,7 @@ class ResponseStore:
         """
         with self._lock:
             holders = self._holders.get((owner, item_id))
-            stored = self._get(holders[-1]) if holders else None
+            stored = self.get(holders[-1][1], owner) if holders else None
             return None if stored is None else stored.items_by_id[item_id]
 
     def put(self, stored: StoredResponse) -> None:
@@ -282,38 +259,30 @@ class ResponseStore:
     def count_events(self, stored: StoredResponse) -> None:
         """Update the size of a response whose event log has grown, if it is still stored. This counts as a use."""
         with self._lock:
-            if self._get(stored.key) is stored:
+            if self.get(stored.id, stored.owner) is stored:
                 self._count(stored)
 
     def delete(self, response_id: str, owner: str = EVERYBODY) -> bool:
         """Delete a response of `owner`. Return whether it was stored."""
-        return self._delete((owner, response_id))
-
-    def __contains__(self, stored: StoredResponse) -> bool:
-        """Return whether a response is stored. This counts as a use."""
-        return self._get(stored.key) is not None
-
-    def _get(self, key: OwnedId) -> StoredResponse | None:
         with self._lock:
-            if key in self._by_id:
-                self._by_id.move_to_end(key)
-            return self._by_id.get(key)
-
-    def _delete(self, key: OwnedId) -> bool:
-        with self._lock:
-            stored = self._remove(key)
+            stored = self._remove((owner, response_id))
             if stored is not None and stored.events is not None:
                 stored.events.drop()
             return stored is not None
 
+    def __contains__(self, stored: StoredResponse) -> bool:
+        """Return whether a response is stored. This counts as a use."""
+        return self.get(stored.id, stored.owner) is not None
+
     def _count(self, stored: StoredResponse) -> None:
         num_bytes = stored.memory
-        self._num_bytes += num_bytes - stored.num_bytes
+        self.num_bytes += num_bytes - stored.num_bytes
         stored.num_bytes = num_bytes
         if num_bytes > self._max_bytes:
-            self._delete(stored.key)  # too large even for an otherwise empty store
-        while len(self._by_id) > self._max_responses or self._num_bytes > self._max_bytes:
-            self._delete(self._next_to_go().key)
+            self.delete(stored.id, stored.owner)  # too large even for an otherwise empty store
+        while len(self._by_id) > self._max_responses or self.num_bytes > self._max_bytes:
+            dropped = self._next_to_go()
+            self.delete(dropped.id, dropped.owner)
 
     def _next_to_go(self) -> StoredResponse:
         """Return the least recently used response of the owner that holds most, of the two limits together."""
@@ -325,16 +294,12 @@ class ResponseStore:
     def _remove(self, key: OwnedId) -> StoredResponse | None:
         stored = self._by_id.pop(key, None)
         if stored is not None:
-            self._num_bytes -= stored.num_bytes
-            for item_id in stored.items_by_id:
-                self._drop_holder((stored.owner, item_id), key)
+            self.num_bytes -= stored.num_bytes
+            for item in [(stored.owner, item_id) for item_id in stored.items_by_id]:
+                self._holders[item].remove(key)
+                if not self._holders[item]:
+                    del self._holders[item]
         return stored
-
-    def _drop_holder(self, item: OwnedId, key: OwnedId) -> None:
-        holders = self._holders[item]
-        holders.remove(key)
-        if not holders:
-            del self._holders[item]
 
 
 def get_response_store(request: Request) -> ResponseStore:

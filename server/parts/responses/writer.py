@@ -3,6 +3,7 @@
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
@@ -10,33 +11,18 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.api.chat.writer import TokenLogprob, token_logprobs
-from server.generation.choice import ChoiceDelta, TokenPosition, ToolCallDelta
+from server.generation.choice import ChoiceDelta, DeltaPart, TokenPosition, ToolCallDelta
 from server.generation.endpoint import NO_FIELDS, TokenFields, Writer, encode_events
 from server.http.error_formats import ErrorFormat
 from server.http.errors import APIError
+from server.parts.responses import schemas
 from server.parts.responses.custom_tools import custom_input
-from server.parts.responses.schemas import (
-    CustomCallItem,
-    FunctionCallItem,
-    IncompleteDetails,
-    InputTokensDetails,
-    ItemStatus,
-    MessageItem,
-    OutputItem,
-    OutputText,
-    OutputTokensDetails,
-    ReasoningItem,
-    ReasoningText,
-    ResponseError,
-    ResponseObject,
-    ResponseUsage,
-)
 from server.parts.responses.store import ResponseGoneError, ResponseStore, StoredResponse
 from server.schemas.answers import RequestTimings, Usage
 from server.text.parsers.answer_parts import PartKind
 from server.text.tokenizer import Tokenizer
 
-OutputTextPart = OutputText | ReasoningText
+OutputTextPart = schemas.OutputText | schemas.ReasoningText
 
 
 class StreamEvent(msgspec.Struct, kw_only=True, tag_field="type"):
@@ -46,7 +32,7 @@ class StreamEvent(msgspec.Struct, kw_only=True, tag_field="type"):
 class ResponseEvent(StreamEvent, kw_only=True):
     """An event about the response as a whole."""
 
-    response: ResponseObject
+    response: schemas.ResponseObject
 
 
 class Created(ResponseEvent, kw_only=True, tag="response.created"): ...
@@ -74,7 +60,7 @@ class ErrorEvent(StreamEvent, kw_only=True, tag="error"):
 
 class ItemEvent(StreamEvent, kw_only=True):
     output_index: int
-    item: OutputItem
+    item: schemas.OutputItem
 
 
 class ItemAdded(ItemEvent, kw_only=True, tag="response.output_item.added"): ...
@@ -153,6 +139,10 @@ STATUSES: Mapping[str, Literal["completed", "incomplete", "cancelled"]] = {
 }
 
 
+MESSAGE, REASONING = ("message", 0), ("reasoning", 0)  # types of growing items
+
+
+@dataclass(eq=False)
 class ResponseWriter(Writer):
     """Writes the one choice of a response. Only the last output item grows.
 
@@ -161,37 +151,29 @@ class ResponseWriter(Writer):
 
     repeats_output = True
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stored: StoredResponse,
-        store: ResponseStore | None,
-        *,
-        with_logprobs: bool,
-        custom_tools: Collection[str] = (),
-        fields: TokenFields = NO_FIELDS,
-    ) -> None:
-        """`store` is None if the response is not to be stored; `custom_tools` are names."""
-        self._tokenizer = tokenizer
-        assert stored.response is not None
-        self.response = stored.response
-        self._stored = stored
-        self._store = store
-        self._with_logprobs = with_logprobs
-        self._custom_tools = custom_tools
-        self._arguments = ""  # of the growing call of a custom tool
-        self._fields = fields
-        self._was_stored = store is not None and stored in store
-        self._num_events = 0
-        self._num_messages = 0
-        self._open: tuple[str, int] | None = None  # type of the growing item, and index of its tool call
-        self._finish_reason = "stop"
-        self._positions: list[TokenPosition] = []  # tokens whose log probabilities are not in the output yet
+    tokenizer: Tokenizer
+    stored: StoredResponse
+    store: ResponseStore | None  # None: the response is not to be stored
+    with_logprobs: bool = field(kw_only=True)
+    custom_tools: Collection[str] = field(default=(), kw_only=True)  # their names
+    fields: TokenFields = field(default=NO_FIELDS, kw_only=True)
+    _arguments: str = field(default="", init=False)  # of the growing call of a custom tool
+    _num_events: int = field(default=0, init=False)
+    _num_messages: int = field(default=0, init=False)
+    _open: tuple[str, int] | None = field(default=None, init=False)  # type of the growing item, and index of its call
+    _finish_reason: str = field(default="stop", init=False)
+    # Tokens whose log probabilities are not in the output yet.
+    _positions: list[TokenPosition] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        assert self.stored.response is not None
+        self.response = self.stored.response
+        self._was_stored = self.store is not None and self.stored in self.store
 
     def events(self, deltas: Sequence[ChoiceDelta], usage: Callable[[], Usage]) -> bytes:
         """Return the encoded events. Raises ResponseGoneError if the event log was dropped, which leaves no reader."""
         events = self._encode(chain(self._begin(), self._grow(deltas)))
-        if self._stored.events is not None and self._stored.events.is_dropped:
+        if self.stored.events is not None and self.stored.events.is_dropped:
             raise ResponseGoneError(self.response.id)
         return events
 
@@ -204,7 +186,7 @@ class ResponseWriter(Writer):
 
     def answer(
         self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType = UNSET
-    ) -> ResponseObject:
+    ) -> schemas.ResponseObject:
         self.response.lightwell = timings
         for _ in chain(self._grow(deltas), self._finish(usage)):
             pass
@@ -217,10 +199,10 @@ class ResponseWriter(Writer):
             event.sequence_number = self._num_events
             self._num_events += 1
             encoded.append(encode_events([event]))
-        if self._stored.events is not None and self._store is not None:
+        if self.stored.events is not None and self.store is not None:
             # Before `append`: this may drop the log, and readers that are up to date must still get these events.
-            self._store.count_events(self._stored)
-            self._stored.events.append(encoded)
+            self.store.count_events(self.stored)
+            self.stored.events.append(encoded)
         return b"".join(encoded)
 
     # The response.
@@ -235,7 +217,7 @@ class ResponseWriter(Writer):
         yield from self._close("completed" if status == "completed" else "incomplete")
         self.response.status = status
         if self._finish_reason == "length":
-            self.response.incomplete_details = IncompleteDetails("max_output_tokens")
+            self.response.incomplete_details = schemas.IncompleteDetails("max_output_tokens")
         self.response.usage = _usage(usage)
         self._save()
 
@@ -246,38 +228,69 @@ class ResponseWriter(Writer):
     def _fail(self, error: APIError) -> Iterator[StreamEvent]:
         self.response.status = "failed"
         is_limit = error.status == 429
-        self.response.error = ResponseError(error.message, "rate_limit_exceeded" if is_limit else "server_error")
+        self.response.error = schemas.ResponseError(
+            error.message, "rate_limit_exceeded" if is_limit else "server_error"
+        )
         self._save()
         yield Failed(response=self.response)
 
     def _save(self) -> None:
         """Store the response, unless it was deleted meanwhile."""
-        if self._store is not None and (not self._was_stored or self._stored in self._store):
-            self._store.put(self._stored)
+        if self.store is not None and (not self._was_stored or self.stored in self.store):
+            self.store.put(self.stored)
 
     # Its output items.
 
     def _grow(self, deltas: Sequence[ChoiceDelta]) -> Iterator[StreamEvent]:
         for delta in deltas:
-            if self._with_logprobs:
+            if self.with_logprobs:
                 self._positions += delta.positions
             for part in delta.parts:
-                if isinstance(part, ToolCallDelta):
-                    yield from self._call(part)
-                elif part.kind is PartKind.REASONING:
-                    yield from self._reason(part.text)
-                else:
-                    yield from self._write(part.text)
-            if self._open == ("message", 0) and (logprobs := self._take_logprobs()):  # of tokens that add no text
+                yield from self._add(part)
+            if self._open == MESSAGE and (logprobs := self._take_logprobs()):  # of tokens that add no text
                 yield self._text_delta("", logprobs)
             self._finish_reason = delta.finish_reason or "stop"
 
-    def _reason(self, text: str) -> Iterator[StreamEvent]:
-        yield from self._switch(("reasoning", 0), lambda: ReasoningItem(id=_new_id("rs_"), content=[]), ReasoningText)
-        item = self._item
-        assert isinstance(item, ReasoningItem)
-        item.content[0].text += text
-        yield ReasoningDelta(**self._location(), delta=text)
+    def _add(self, part: DeltaPart) -> Iterator[StreamEvent]:
+        """Add a part to the growing item, or begin another one."""
+        if isinstance(part, ToolCallDelta):
+            kind, text = ("function_call", part.index), part.arguments
+        else:
+            kind, text = REASONING if part.kind is PartKind.REASONING else MESSAGE, part.text
+        if self._open != kind:
+            yield from self._close("completed")
+            self._open = kind
+            yield from self._begin_item(part)
+        match item := self._item:
+            case schemas.MessageItem():
+                yield self._text_delta(text, self._take_logprobs())
+            case schemas.ReasoningItem():
+                item.content[0].text += text
+                yield ReasoningDelta(**self._location(), delta=text)
+            case schemas.CustomCallItem():
+                self._arguments += text
+            case schemas.FunctionCallItem() if text:
+                item.arguments += text
+                yield ArgumentsDelta(**self._location(), delta=text)
+
+    def _begin_item(self, part: DeltaPart) -> Iterator[StreamEvent]:
+        """Add the item of a part to the output, and the part of its content, of which items have at most one."""
+        content: schemas.OutputText | schemas.ReasoningText | None = None
+        item: schemas.OutputItem
+        if not isinstance(part, ToolCallDelta) and part.kind is PartKind.REASONING:
+            item, content = schemas.ReasoningItem(id=_new_id("rs_"), content=[]), schemas.ReasoningText()
+        elif not isinstance(part, ToolCallDelta):
+            item, content = schemas.MessageItem(id=_new_id("msg_"), content=[]), schemas.OutputText()
+            self._num_messages += 1
+        elif part.name in self.custom_tools:
+            item, self._arguments = schemas.CustomCallItem(id=_new_id("ctc_"), call_id=part.id, name=part.name), ""
+        else:
+            item = schemas.FunctionCallItem(id=_new_id("fc_"), call_id=part.id, name=part.name, arguments="")
+        self.response.output.append(item)
+        yield ItemAdded(output_index=len(self.response.output) - 1, item=item)
+        if content is not None:
+            yield PartAdded(**self._location(), part=content)
+            item.content.append(content)  # type: ignore[union-attr, arg-type]
 
     def _take_logprobs(self) -> list[TokenLogprob]:
         """Remove and return the pending log probabilities of tokens in the message items so far.
@@ -293,80 +306,39 @@ class ResponseWriter(Writer):
         num_taken = next((i for i, each in enumerate(self._positions) if is_later(each)), len(self._positions))
         taken = self._positions[:num_taken]
         del self._positions[:num_taken]
-        return token_logprobs(self._tokenizer, [each for each in taken if each.is_content], self._fields)
-
-    def _write(self, text: str) -> Iterator[StreamEvent]:
-        """Add text to the message item, with the log probabilities of its tokens."""
-        yield from self._switch(("message", 0), lambda: MessageItem(id=_new_id("msg_"), content=[]), OutputText)
-        yield self._text_delta(text, self._take_logprobs())
+        return token_logprobs(self.tokenizer, [each for each in taken if each.is_content], self.fields)
 
     def _text_delta(self, text: str, logprobs: list[TokenLogprob]) -> StreamEvent:
         item = self._item
-        assert isinstance(item, MessageItem)
+        assert isinstance(item, schemas.MessageItem)
         item.content[0].text += text
         item.content[0].logprobs += logprobs
         return OutputTextDelta(**self._location(), delta=text, logprobs=logprobs)
 
-    def _call(self, call: ToolCallDelta) -> Iterator[StreamEvent]:
-        def make() -> FunctionCallItem | CustomCallItem:
-            if call.name in self._custom_tools:
-                self._arguments = ""
-                return CustomCallItem(id=_new_id("ctc_"), call_id=call.id, name=call.name)
-            return FunctionCallItem(id=_new_id("fc_"), call_id=call.id, name=call.name, arguments="")
-
-        yield from self._switch(("function_call", call.index), make)
-        item = self._item
-        if isinstance(item, CustomCallItem):
-            self._arguments += call.arguments
-            return
-        assert isinstance(item, FunctionCallItem)
-        if call.arguments:
-            item.arguments += call.arguments
-            yield ArgumentsDelta(**self._location(), delta=call.arguments)
-
     @property
-    def _item(self) -> OutputItem:
+    def _item(self) -> schemas.OutputItem:
         return self.response.output[-1]
 
     def _location(self) -> dict[str, Any]:
         """Return the event fields that locate the last output item."""
         return {"item_id": self._item.id, "output_index": len(self.response.output) - 1}
 
-    def _switch(
-        self,
-        kind: tuple[str, int],
-        make_item: Callable[[], OutputItem],
-        make_part: Callable[[], OutputText | ReasoningText] | None = None,
-    ) -> Iterator[StreamEvent]:
-        """Finish the growing item and add a new one, unless it is of this kind already. Items have at most one part."""
-        if self._open == kind:
-            return
-        yield from self._close("completed")
-        self._open = kind
-        self.response.output.append(make_item())
-        self._num_messages += isinstance(self._item, MessageItem)
-        yield ItemAdded(output_index=len(self.response.output) - 1, item=self._item)
-        if make_part is not None:
-            part: Any = make_part()
-            yield PartAdded(**self._location(), part=part)
-            self._item.content.append(part)  # type: ignore[union-attr]
-
-    def _close(self, status: ItemStatus) -> Iterator[StreamEvent]:
+    def _close(self, status: schemas.ItemStatus) -> Iterator[StreamEvent]:
         if self._open is None:
             return
         self._open = None
         item, location = self._item, self._location()
         item.status = status
         match item:
-            case ReasoningItem():
+            case schemas.ReasoningItem():
                 yield ReasoningDone(**location, text=item.content[0].text)
                 yield PartDone(**location, part=item.content[0])
-            case MessageItem():
+            case schemas.MessageItem():
                 yield OutputTextDone(**location, text=item.content[0].text, logprobs=item.content[0].logprobs)
                 yield PartDone(**location, part=item.content[0])
-            case FunctionCallItem():
+            case schemas.FunctionCallItem():
                 yield ArgumentsDone(**location, arguments=item.arguments)
-            case CustomCallItem():  # its input is known once the JSON string around it is complete
+            case schemas.CustomCallItem():  # its input is known once the JSON string around it is complete
                 item.input = custom_input(self._arguments)
                 yield CustomInputDelta(**location, delta=item.input)
                 yield CustomInputDone(**location, input=item.input)
@@ -386,12 +358,12 @@ def _new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(16)
 
 
-def _usage(usage: Usage) -> ResponseUsage:
+def _usage(usage: Usage) -> schemas.ResponseUsage:
     details = usage.completion_tokens_details
-    return ResponseUsage(
+    return schemas.ResponseUsage(
         input_tokens=usage.prompt_tokens,
-        input_tokens_details=InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
+        input_tokens_details=schemas.InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputTokensDetails(details.reasoning_tokens if details else 0),
+        output_tokens_details=schemas.OutputTokensDetails(details.reasoning_tokens if details else 0),
         total_tokens=usage.total_tokens,
     )

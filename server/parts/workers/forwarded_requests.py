@@ -29,23 +29,12 @@ class ForwardedRequests:
         self._send = send
         self._running: dict[int, _Run] = {}
 
-    def begin(self, message: messages.Forward) -> None:
-        self._running[message.number] = _Run(message, self._app, self._send, self._running)
-
-    def take_part(self, message: messages.RequestPart) -> None:
-        if run := self._running.get(message.number):
-            run.parts.put_nowait(message.message)
-
-    def part_sent(self, message: messages.PartSent) -> None:
-        if run := self._running.get(message.number):
-            run.sent.set()
-
-    def forget(self, message: messages.Forget) -> None:
-        """Let the application notice that the client has disconnected."""
-        if run := self._running.get(message.number):
-            run.is_gone = True
-            run.sent.set()
-            run.parts.put_nowait(DISCONNECT)
+    def on_message(self, message: messages.OfWorkersRequests) -> None:
+        """Begin with a request, or take a message about one, which may have ended."""
+        if isinstance(message, messages.Forward):
+            self._running[message.number] = _Run(message, self._app, self._send, self._running)
+        elif run := self._running.get(message.number):
+            run.on_message(message)
 
     def close(self) -> None:
         for run in self._running.values():
@@ -66,6 +55,15 @@ class _Run:
         self._send = send
         self.task = asyncio.create_task(self._answer(_scope(request.scope)))
         self.task.add_done_callback(lambda task: running.pop(self._number, None))
+
+    def on_message(self, message: messages.OfWorkersRequests) -> None:
+        if isinstance(message, messages.RequestPart):
+            self.parts.put_nowait(message.message)
+            return
+        self.sent.set()
+        if isinstance(message, messages.Forget):  # the application notices that the client has disconnected
+            self.is_gone = True
+            self.parts.put_nowait(DISCONNECT)
 
     async def _answer(self, scope: Scope) -> None:
         try:
@@ -150,24 +148,19 @@ class Forwarder:
         self._send(messages.RequestPart(number, dict(await receive())))
 
 
-class ForwardingMiddleware:
-    """In a worker: forwards all requests but the POSTs to some paths."""
+def forwarding(app: ASGIApp, *, paths: Collection[str], forwarder: ASGIApp, errors: ErrorFormats) -> ASGIApp:
+    """Return an application that in a worker forwards all requests but the POSTs to some paths."""
 
-    def __init__(self, app: ASGIApp, paths: Collection[str], forwarder: ASGIApp, errors: ErrorFormats) -> None:
-        self._app = app
-        self._paths = paths
-        self._forwarder = forwarder
-        self._errors = errors
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_own = scope["type"] != "http" or (scope["method"] == "POST" and scope["path"] in self._paths)
-        if is_own:
-            await self._app(scope, receive, send)
-            return
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        is_own = scope["type"] != "http" or (scope["method"] == "POST" and scope["path"] in paths)
         try:
-            await self._forwarder(scope, receive, send)
+            await (app if is_own else forwarder)(scope, receive, send)
         except EngineDeadError as error:  # the coordinator is lost
-            await self._errors.response(error, scope)(scope, receive, send)
+            if is_own:
+                raise
+            await errors.response(error, scope)(scope, receive, send)
+
+    return answer
 
 
 def _scope(fields: dict[str, Any]) -> Scope:

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from engine.shared.messages import Abort, Adapters, Hello, LoadFailed, Outputs, Ready, Submit, TokenLogprobs
+from engine.shared.messages import Abort, Adapters, Hello, LoadFailed, Outputs, Ready, Submit
 from server.http.errors import APIError
-from server.parts.recordings.store import RecordedChoice, Recording
+from server.parts.recordings.part import Recording
 
 
 class ErrorFields(msgspec.Struct, frozen=True):
@@ -27,12 +27,10 @@ class ErrorFields(msgspec.Struct, frozen=True):
         return cls(error.status, error.message, error.type, error.code, error.param, error.headers)
 
     def error(self) -> APIError:
-        return APIError(
-            self.status, self.message, type=self.type, code=self.code, param=self.param, headers=self.headers
-        )
+        return APIError(**msgspec.structs.asdict(self))
 
 
-# From a worker. A `Reply` with the same number follows where it is said.
+# From a worker. A `Reply` with the same number follows where it is said. `Recording`s are of requests that have ended.
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
@@ -103,39 +101,6 @@ class Observe(msgspec.Struct, frozen=True, tag=True):
 
     method: str
     arguments: tuple[str | int | float, ...]
-
-
-class Recorded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The recording of a request that has ended."""
-
-    owner: str
-    model: str
-    ids: tuple[str, ...]
-    hides_logprobs: bool
-    num_bytes: int
-    submits: list[Submit]
-    choices: list[list[tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]]]
-
-    @classmethod
-    def of(cls, recording: Recording) -> "Recorded":
-        return cls(
-            owner=recording.owner,
-            model=recording.model,
-            ids=tuple(request_id for _, request_id in recording.keys),
-            hides_logprobs=recording.hides_logprobs,
-            num_bytes=recording.num_bytes,
-            submits=recording.submits,
-            choices=[
-                [(choice.token_ids, choice.logprobs, choice.prompt_logprobs) for choice in choices]
-                for choices in recording.choices
-            ],
-        )
-
-    def recording(self) -> Recording:
-        recording = Recording(self.submits, self.ids, self.owner, self.model)
-        recording.hides_logprobs, recording.num_bytes = self.hides_logprobs, self.num_bytes
-        recording.choices = [[RecordedChoice(*choice) for choice in choices] for choices in self.choices]
-        return recording
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag=True):
@@ -227,8 +192,10 @@ class ResponseEnd(msgspec.Struct, frozen=True, tag=True):
     has_failed: bool = False
 
 
-Question: TypeAlias = Reserve | Refill | Admit | Leave | ReadRates | TakeNumber  # that a `Reply` answers
-Notice: TypeAlias = Use | Answered | Release | Observe | Recorded | Cancelled
-FromWorker: TypeAlias = Hello | Submit | Abort | Question | Notice | Forward | RequestPart | PartSent | Forget
+AnsweredAtOnce: TypeAlias = Reserve | Admit | Leave | ReadRates
+Question: TypeAlias = AnsweredAtOnce | Refill | TakeNumber  # that a `Reply` answers
+Notice: TypeAlias = Use | Answered | Release | Observe | Recording | Cancelled
+OfWorkersRequests: TypeAlias = Forward | RequestPart | PartSent | Forget
+FromWorker: TypeAlias = Hello | Submit | Abort | Question | Notice | OfWorkersRequests
 OfForwarded: TypeAlias = NextPart | ResponsePart | ResponseEnd
 FromCoordinator: TypeAlias = Ready | LoadFailed | Outputs | Adapters | Reply | Refused | Failed | Cancel | OfForwarded

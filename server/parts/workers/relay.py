@@ -1,4 +1,4 @@
-"""The coordinator's end: serves one worker as its engine, and answers the requests that it forwards."""
+"""The roles of several API processes, and the coordinator's end: serves a worker as its engine, and answers for it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import asyncio
 import itertools
 import logging
 import os
-from collections.abc import Callable, Coroutine
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 from weakref import WeakValueDictionary
 
 import zmq
+from fastapi import FastAPI
 from msgspec.structs import replace
 from starlette.types import ASGIApp
 
@@ -29,16 +32,24 @@ from engine.shared.messages import (
     Submit,
     TokenEvent,
 )
+from server.api.dialects import ERROR_FORMATS, worker_paths
 from server.context import ServerContext
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineConnection
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.http.errors import APIError, EngineUnavailableError, ServerError
-from server.parts.recordings.store import Recordings
+from server.metrics import Metrics
+from server.parts.hardening.acceptor import Acceptor
+from server.parts.recordings.part import Recording, Recordings
 from server.parts.workers import messages
-from server.parts.workers.forwarded_requests import ForwardedRequests
-from server.tenants import Tenant
+from server.parts.workers.forwarded_requests import ForwardedRequests, forwarding
+from server.parts.workers.handover import Receiver, Workers
+from server.parts.workers.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
+from server.role import Role
+from server.settings.process_configs import ApiProcessConfig, WorkerLink
+from server.settings.table import Settings
+from server.tenants import Ledger, Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +100,7 @@ class Relay:
         self._cancels: dict[int, asyncio.Future[bool]] = {}
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._handlers: dict[type, Callable[[Any], None]] = {
+        self._handlers: dict[type, Callable[[Any], Any]] = {
             Hello: self._on_hello,
             messages.Reserve: self._on_reserve,
             messages.Refill: self._on_refill,
@@ -103,12 +114,9 @@ class Relay:
             messages.ReadRates: self._on_read_rates,
             messages.TakeNumber: self._on_take_number,
             messages.Observe: self._on_observe,
-            messages.Recorded: self._on_recorded,
+            Recording: lambda recording: context.part(Recordings).add(recording),
             messages.Cancelled: self._on_cancelled,
-            messages.Forward: self._forwarded.begin,
-            messages.RequestPart: self._forwarded.take_part,
-            messages.PartSent: self._forwarded.part_sent,
-            messages.Forget: self._forwarded.forget,
+            **dict.fromkeys(get_args(messages.OfWorkersRequests), self._forwarded.on_message),
         }
 
     async def start(self) -> None:
@@ -160,9 +168,12 @@ class Relay:
         if handler is None:  # it cannot be read
             return
         try:
-            handler(message)
+            value = handler(message)
         except Exception as error:
             self._fail(message, error)
+        else:
+            if isinstance(message, messages.AnsweredAtOnce):
+                self._send(messages.Reply(message.number, value))
 
     def _fail(self, message: Any, error: Exception) -> None:
         """Say that a message has led to an error, if anybody waits for what it leads to."""
@@ -242,7 +253,6 @@ class Relay:
         self._reservations[message.number] = reservation
         reservation.on_start = lambda: self._on_start(held)
         reservation.on_failure = lambda error: self._refuse_soon(message.number, error)
-        self._send(messages.Reply(message.number))
 
     def _refuse_soon(self, number: int, error: APIError) -> None:
         """Say that a reservation has failed, after the events that its streams have not passed on yet."""
@@ -259,11 +269,11 @@ class Relay:
 
     def _on_refill(self, message: messages.Refill) -> None:
         if held := self._held.get(message.reservation):
-            held.refill = self._run(self._refill(held.reservation, message))
+            held.refill = self._run(self._reply(message, self._client.refill(held.reservation, message.count)))
 
-    async def _refill(self, reservation: Reservation, message: messages.Refill) -> None:
+    async def _reply(self, message: messages.Question, value: Awaitable[Any]) -> None:
         try:
-            self._send(messages.Reply(message.number, await self._client.refill(reservation, message.count)))
+            self._send(messages.Reply(message.number, await value))
         except Exception as error:
             self._fail(message, error)
 
@@ -312,35 +322,102 @@ class Relay:
 
     def _on_admit(self, message: messages.Admit) -> None:
         tenant = self._tenant(message.tenant)
-        try:
-            tenant.account.begin()
-        except APIError as error:
-            self._send(messages.Reply(message.number, error=messages.ErrorFields.of(error)))
-        else:
-            self._admitted[message.number] = tenant
-            self._send(messages.Reply(message.number))
+        tenant.account.begin()
+        self._admitted[message.number] = tenant
 
     def _on_leave(self, message: messages.Leave) -> None:
         if tenant := self._admitted.pop(message.number, None):
             tenant.account.num_running -= 1
-        self._send(messages.Reply(message.number))
 
-    def _on_read_rates(self, message: messages.ReadRates) -> None:
-        self._send(messages.Reply(message.number, self._tenant(message.tenant).account.headers()))
+    def _on_read_rates(self, message: messages.ReadRates) -> dict[str, str]:
+        return self._tenant(message.tenant).account.headers()
 
     def _on_take_number(self, message: messages.TakeNumber) -> None:
-        self._run(self._take_number(message))
-
-    async def _take_number(self, message: messages.TakeNumber) -> None:
-        self._send(messages.Reply(message.number, await self._context.ledger.take_number()))
+        self._run(self._reply(message, self._context.ledger.take_number()))
 
     def _on_observe(self, message: messages.Observe) -> None:
         getattr(self._context.metrics, message.method)(*message.arguments)
-
-    def _on_recorded(self, message: messages.Recorded) -> None:
-        self._context.part(Recordings).add(message.recording())
 
     def _on_cancelled(self, message: messages.Cancelled) -> None:
         if (found := self._cancels.get(message.number)) is not None:
             with suppress(asyncio.InvalidStateError):
                 found.set_result(message.was_running)
+
+
+class CoordinatorRole(Role):
+    """The process that has the engines, accepts connections for all, and keeps the accounts."""
+
+    def __init__(self, links: Sequence[WorkerLink]) -> None:
+        super().__init__()
+        self._links = links
+        self._workers: Workers | None = None
+
+    def lead(self, context: ServerContext, app: FastAPI) -> None:
+        context.workers.extend(Relay(link.address, context, app) for link in self._links)
+
+    def accept(
+        self,
+        sockets: Sequence[socket.socket],
+        make_protocol: Callable[[], asyncio.BaseProtocol],
+        num_free: Callable[[], int],
+        max_connections: int,
+    ) -> Acceptor:
+        self._workers = Workers(map(_inherited, self._links), max_connections)
+        return Acceptor(sockets, make_protocol, num_free, self._workers)
+
+    async def finish(self) -> None:
+        if self._workers is not None:
+            await self._workers.stopped.wait()
+
+
+class WorkerRole(Role):
+    """A process that gets its connections and its engines from the coordinator."""
+
+    def __init__(self, link: WorkerLink) -> None:
+        super().__init__()
+        self._link = link
+        self._coordinator = Coordinator(link.address, self.running)
+        self._receiver: Receiver | None = None
+        self._accepts = asyncio.Event()
+
+    def new_metrics(self, settings: Settings, model_name: str) -> Metrics:
+        return RemoteMetrics(settings.metrics_prefix, model_name, self._coordinator)
+
+    def new_ledger(self, settings: Settings) -> Ledger:
+        return RemoteLedger(self._coordinator, records_requests=settings.record_requests > 0)
+
+    def new_client(self, settings: Settings, metrics: Metrics) -> EngineClient:
+        return WorkerClient(self._coordinator, step_timeout=settings.step_timeout, metrics=metrics)
+
+    def join(self, context: ServerContext) -> None:
+        if Recordings in context.of_parts:
+            context.of_parts[Recordings] = RemoteRecordings(context.settings.record_requests, self._coordinator)
+        paths = {prefix + path for prefix in ("", context.settings.root_path) for path in worker_paths()}
+        layer = partial(forwarding, paths=paths, forwarder=self._coordinator.forwarder, errors=ERROR_FORMATS)
+        context.layers.append(layer)
+
+    def accept(
+        self,
+        sockets: Sequence[socket.socket],
+        make_protocol: Callable[[], asyncio.BaseProtocol],
+        num_free: Callable[[], int],
+        max_connections: int,
+    ) -> Receiver:
+        self._receiver = Receiver(_inherited(self._link), make_protocol)
+        self._accepts.set()
+        return self._receiver
+
+    async def open(self) -> None:
+        await self._accepts.wait()
+        if self._receiver is not None:
+            self._receiver.open()
+
+
+def choose_role(config: ApiProcessConfig) -> Role:
+    """Return the role of a process among several."""
+    return CoordinatorRole(config.workers) if config.coordinator is None else WorkerRole(config.coordinator)
+
+
+def _inherited(link: WorkerLink) -> socket.socket:
+    """Return this process's end of the pair over which connections are passed."""
+    return socket.socket(fileno=link.sockets_fd)

@@ -1,10 +1,8 @@
 """The settings of several API processes."""
 
-from collections.abc import Mapping
-
 from server.settings.setting import API, Setting, integer
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS = {
     "api_server_count": Setting(
         API,
         integer(1, 64),

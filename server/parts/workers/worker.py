@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,7 +18,7 @@ from server.engine_client.reservation import Reservation
 from server.engine_client.streams import EventInbox, RequestStream
 from server.http.errors import APIError, EngineDeadError
 from server.metrics import Metrics
-from server.parts.recordings.store import Recording, Recordings
+from server.parts.recordings.part import Recording, Recordings
 from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import Forwarder
 from server.running_requests import RunningRequests
@@ -27,22 +28,24 @@ from server.tenants import ANYBODY, Ledger, Tenant
 NO_LIMIT = 1 << 30  # choices; the coordinator has one
 
 
-class CoordinatorConnection(EngineConnection):
-    """The connection to the coordinator, which takes messages that are not an engine's."""
+class Coordinator(EngineConnection):
+    """The connection to the coordinator: questions to it, requests that it answers, and what it orders."""
 
     received = messages.FromCoordinator
 
-    def __init__(self, address: str, take: Callable[[Any], bool], on_loss: Callable[[], None]) -> None:
-        """`take` returns whether it has taken a message; `on_loss` is called when no more can come."""
+    def __init__(self, address: str, running: RunningRequests) -> None:
         super().__init__(address)
-        self._take = take
-        self._on_loss = on_loss
-
-    @property
-    def is_open(self) -> bool:
-        return self._socket is not None
+        self.address = address
+        self.forwarder = Forwarder(self.send, self.next_number)
+        self.reservations: WeakValueDictionary[int, HeldReservation] = WeakValueDictionary()
+        self.find_stream: Callable[[str], RequestStream | None] = lambda request_id: None
+        self._running = running
+        self._numbers = itertools.count()
+        self._replies: dict[int, asyncio.Future[Any]] = {}
 
     def open(self, on_message: Callable[[Any], None], on_failure: Callable[[], None]) -> None:
+        """Connect, as to an engine, whose messages go to `on_message`."""
+
         def dispatch(message: Any) -> None:
             if not self._take(message):
                 on_message(message)
@@ -51,32 +54,21 @@ class CoordinatorConnection(EngineConnection):
 
     def disconnect(self) -> None:
         super().disconnect()
-        self._on_loss()
-
-
-class Coordinator:
-    """The coordinator, as a worker sees it: questions to it, requests that it answers, and what it orders."""
-
-    def __init__(self, address: str, running: RunningRequests) -> None:
-        self.address = address
-        self.connection = CoordinatorConnection(address, self._take, self._fail)
-        self.forwarder = Forwarder(self.send, self.next_number)
-        self.reservations: WeakValueDictionary[int, HeldReservation] = WeakValueDictionary()
-        self.find_stream: Callable[[str], RequestStream | None] = lambda request_id: None
-        self._running = running
-        self._numbers = itertools.count()
-        self._replies: dict[int, asyncio.Future[Any]] = {}
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(EngineDeadError())
+        self.forwarder.fail()
 
     def next_number(self) -> int:
         """Return a number for a message."""
         return next(self._numbers)
 
     def send(self, message: Any) -> None:
-        self.connection.send(message)
+        super().send(message)
 
     async def ask(self, message: messages.Question) -> Any:
         """Send a message, and return the reply to it. Raises the APIError that the coordinator replies."""
-        if not self.connection.is_open:
+        if self._socket is None:
             raise EngineDeadError
         reply = self._replies[message.number] = asyncio.get_running_loop().create_future()
         self.send(message)
@@ -114,18 +106,12 @@ class Coordinator:
         else:
             reply.set_exception(message.error.error())
 
-    def _fail(self) -> None:
-        for reply in self._replies.values():
-            if not reply.done():
-                reply.set_exception(EngineDeadError())
-        self.forwarder.fail()
-
 
 class HeldReservation(Reservation):
     """The capacity of a request, which the coordinator holds under a number."""
 
     def __init__(self, number: int, tenant: Tenant, coordinator: Coordinator) -> None:
-        super().__init__(tenant, _ignore)
+        super().__init__(tenant, lambda reservation, change: None)  # the coordinator counts
         self.number = number
         self._coordinator = coordinator
         coordinator.reservations[number] = self
@@ -139,17 +125,13 @@ class HeldReservation(Reservation):
         self._coordinator.send(messages.Answered(self.number))
 
 
-def _ignore(reservation: Reservation, change: int) -> None:
-    """Count nothing: the coordinator does."""
-
-
 class WorkerClient(EngineClient):
     """A client whose only engine is the coordinator, which admits requests."""
 
     def __init__(self, coordinator: Coordinator, *, step_timeout: float, metrics: Metrics) -> None:
         super().__init__(
             [EngineProcess(coordinator.address)],
-            EngineOptions(step_timeout=step_timeout, connect=lambda address: coordinator.connection),
+            EngineOptions(step_timeout=step_timeout, connect=lambda address: coordinator),
             limits=AdmissionLimits(max_queued_requests=NO_LIMIT),
             metrics=metrics,
         )
@@ -239,22 +221,12 @@ class RemoteMetrics(Metrics):
     def __init__(self, prefix: str, model_name: str, coordinator: Coordinator) -> None:
         super().__init__(prefix, model_name)
         self._coordinator = coordinator
-
-    def observe_tokenizer(self, seconds: float) -> None:
-        self._observe("observe_tokenizer", seconds)
-
-    def observe_detokenizer(self, seconds: float) -> None:
-        self._observe("observe_detokenizer", seconds)
+        for method in ("observe_tokenizer", "observe_detokenizer", "count_retry", "observe_http"):
+            setattr(self, method, partial(self._observe, method))
 
     def count_unknown_parameters(self, num_parameters: int) -> None:
         if num_parameters:
             self._observe("count_unknown_parameters", num_parameters)
-
-    def count_retry(self) -> None:
-        self._observe("count_retry")
-
-    def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        self._observe("observe_http", handler, method, status, seconds)
 
     def _observe(self, method: str, *arguments: str | int | float) -> None:
         self._coordinator.send(messages.Observe(method, arguments))
@@ -269,4 +241,4 @@ class RemoteRecordings(Recordings):
 
     def add(self, recording: Recording) -> None:
         if self.end(recording) and not recording.is_abandoned:
-            self._coordinator.send(messages.Recorded.of(recording))
+            self._coordinator.send(recording)

@@ -18,13 +18,13 @@ from engine.shared.messages import Ask, LoadAdapter, Submit
 from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS, MAX_TEXT_BYTES, DetokenizeRequest, TokenizeRequest
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
-from server.parts.conversions.requests import EXTENSIONS
-from server.parts.embeddings.schemas import EmbeddingRequest
+from server.parts.conversions.chat_requests import EXTENSIONS
+from server.parts.embeddings.part import EmbeddingRequest
 from server.parts.inspection.inspect import InspectRequest
 from server.parts.lora.part import LoadAdapterRequest
 from server.parts.messages.schemas import CountTokensRequest, MessagesRequest
 from server.parts.ollama import schemas as ollama
-from server.parts.rerank.schemas import RerankRequest, ScoreRequest
+from server.parts.rerank.part import RerankRequest, ScoreRequest
 from server.parts.responses.schemas import InputTokensRequest, ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
 from tests.server.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, error_of

@@ -19,7 +19,7 @@ from server.generation.endpoint import AnswerMetadata, Writer
 from server.http.errors import APIError, EngineDeadError, QueueFullError
 from server.http.responses import StructResponse
 from server.parts.messages.writer import MessagesWriter
-from server.parts.ollama.writer import OllamaWriter, chat_answer
+from server.parts.ollama.schemas import OllamaChatRequest, OllamaWriter
 from server.parts.responses.conversion import new_response
 from server.parts.responses.schemas import ResponsesRequest
 from server.parts.responses.store import StoredResponse
@@ -35,6 +35,7 @@ from tests.support.growth import num_calls
 from tests.support.tool_templates import HERMES
 
 EOS = 256
+OLLAMA_REQUEST = OllamaChatRequest.model_validate({"model": "tiny:latest"})
 USAGE = Usage(10, 5, 15, PromptTokensDetails(4))
 FORMAT = AnswerFormat(HERMES, {"add": {}}, reasoning_tags=ReasoningTags("<think>", "</think>"))
 
@@ -259,7 +260,7 @@ def lines_of(data: bytes) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def ollama_writer(tokenizer: Tokenizer) -> OllamaWriter:
-    return OllamaWriter(tokenizer, "tiny:latest", chat_answer)
+    return OllamaWriter(tokenizer, OLLAMA_REQUEST)
 
 
 def test_a_stream_of_text(ollama_writer: OllamaWriter) -> None:
@@ -290,7 +291,8 @@ def test_calls_are_written_when_they_are_complete(ollama_writer: OllamaWriter, t
     assert first["message"] == {"role": "assistant", "content": "So: ", "thinking": "Hm"}
     assert [each["message"]["tool_calls"] for each in others] == [[call] for call in calls]
     assert (last["done_reason"], "tool_calls" in last["message"]) == ("stop", False)
-    whole = OllamaWriter(tokenizer, "tiny:latest", chat_answer).answer([join_deltas(deltas)], USAGE, TIMINGS)
+    writer = OllamaWriter(tokenizer, OLLAMA_REQUEST)
+    whole = writer.answer([join_deltas(deltas)], USAGE, TIMINGS)
     (answer,) = lines_of(bytes(StructResponse(whole).body) + b"\n")
     assert answer["message"] == {**first["message"], "tool_calls": calls}
 

@@ -16,7 +16,7 @@ from server.cli import http_client
 from server.cli.http_client import RemoteError, base_url, connect, find_model, find_server
 from server.http.errors import EngineUnavailableError
 from server.parts.bench.bench import run_benchmark
-from server.parts.bench.load_generator import LoadOptions
+from server.parts.bench.commands import LoadOptions
 from server.running_servers import RunningServer, folder, registered, registered_servers
 from tests.server.conftest import StartServer
 from tests.support.paths import ROOT

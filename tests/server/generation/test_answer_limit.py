@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.parts.recordings.store import Recordings
+from server.parts.recordings.part import Recordings
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, RESPONSES, shared_server
 from tests.support.fake_engine import FakeEngine

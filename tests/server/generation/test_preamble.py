@@ -16,7 +16,7 @@ from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.completions.schemas import CompletionRequest
 from server.generation import preamble
 from server.generation.preamble import HARMLESS, HINTS, MAX_IGNORED, UNSUPPORTED, WARNINGS, ignored_fields
-from server.parts.embeddings.schemas import EmbeddingRequest
+from server.parts.embeddings.part import EmbeddingRequest
 from server.parts.messages.schemas import CountTokensRequest, MessagesRequest
 from server.parts.responses.schemas import InputTokensRequest, ResponsesRequest
 from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, shared_server

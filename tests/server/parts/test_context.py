@@ -13,11 +13,11 @@ from tests.support.serving import RunningServer, wait_until
 
 MESSAGE = {"role": "user", "content": "a"}
 CONVERSIONS = [
-    ("/v1/responses", "server.parts.responses.part", "input"),
-    ("/v1/responses/input_tokens", "server.parts.responses.part", "input"),
+    ("/v1/responses", "server.parts.responses.conversion", "input"),
+    ("/v1/responses/input_tokens", "server.parts.responses.conversion", "input"),
     ("/v1/messages", "server.parts.messages.part", "messages"),
     ("/v1/messages/count_tokens", "server.parts.messages.part", "messages"),
-    ("/api/chat", "server.parts.ollama.part", "messages"),
+    ("/api/chat", "server.parts.ollama.conversion", "messages"),
 ]
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from server.app import create_app
-from server.parts.page.openapi import make_document
+from server.parts.page.part import make_document
 from tests.support.api_process import api_process
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES
 from tests.support.fake_engine import FakeEngineConfig

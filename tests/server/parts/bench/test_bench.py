@@ -11,8 +11,18 @@ import pytest
 
 from server.cli.http_client import StreamUsage
 from server.cli.main import main
-from server.parts.bench.bench import Report, Summary, make_report, run_benchmark, summarize
-from server.parts.bench.load_generator import Exchange, LoadOptions, Target, make_prompts, poisson_arrivals
+from server.parts.bench.bench import (
+    Exchange,
+    Report,
+    Summary,
+    Target,
+    make_prompts,
+    make_report,
+    poisson_arrivals,
+    run_benchmark,
+    summarize,
+)
+from server.parts.bench.commands import LoadOptions
 from tests.support.server_process import free_port
 from tests.support.serving import wait_until
 from tests.support.stub_openai import Script, StubServer

@@ -15,8 +15,8 @@ from engine.shared.messages import AdapterDone, EngineStats, Outputs, Submit
 from server.engine_client.client import EngineClient
 from server.http.errors import EngineDeadError, EngineUnavailableError
 from server.parts.data_parallel.client import GroupClient
-from server.parts.data_parallel.cpus import cpu_shares
-from server.parts.lora.adapters import AdaptersBusyError, load_adapter, unload_adapter
+from server.parts.data_parallel.settings import cpu_shares
+from server.parts.lora.part import AdaptersBusyError, load_adapter, unload_adapter
 from server.tenants import Tenant
 from tests.support.cpu_topology import write_topology
 from tests.support.engine_clients import connected, read, read_error, ready, request, tokens, until

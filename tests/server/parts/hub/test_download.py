@@ -14,9 +14,8 @@ import pytest
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
 from server.parts.hub import memory
-from server.parts.hub.client import HubError
 from server.parts.hub.download import GGUF_HEADER_BYTES, MAX_FAILURES, fetch_model, remove_model
-from server.parts.hub.names import HubName
+from server.parts.hub.names import HubError, HubName
 from tests.support.hub_models import Recorder, gguf_content
 from tests.support.stub_hub import TOKEN, StubHub, git_hash
 
@@ -287,7 +286,7 @@ def test_paths_that_leave_the_folder_are_not_downloaded(hub: StubHub, monkeypatc
 
 
 def test_a_listing_that_does_not_end(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.parts.hub.client.MAX_LISTING_BYTES", 100)
+    monkeypatch.setattr("server.parts.hub.repository.MAX_LISTING_BYTES", 100)
     check_refused(GGUF, "does not answer as Hugging Face's does")
 
 

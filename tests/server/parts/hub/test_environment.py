@@ -7,7 +7,8 @@ from huggingface_hub import close_session
 
 from server.cli.http_client import RemoteError, connect, tls_context
 from server.format import format_bytes, format_seconds, home_relative
-from server.parts.hub.client import HubError, list_files
+from server.parts.hub.names import HubError
+from server.parts.hub.repository import list_files
 from tests.support.paths import ROOT
 
 CERTIFICATE = ROOT / "tests/support/tls/one.crt"

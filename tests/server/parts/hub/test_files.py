@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from server.parts.hub.client import HubError
-from server.parts.hub.files import select_files
-from server.parts.hub.names import HubName
+from server.parts.hub.names import HubError, HubName, select_files
 
 BF16 = ["BF16/big-BF16-00001-of-00002.gguf", "BF16/big-BF16-00002-of-00002.gguf"]
 UNSLOTH = [

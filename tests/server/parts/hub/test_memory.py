@@ -3,11 +3,15 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from engine.config import LatentSpec, ModelConfig
 from server.parts.hub import memory
-from server.parts.hub.memory import Memory, ModelShape, config_shape, gguf_shape, memory_lines
+from server.parts.hub.memory import Memory, ModelShape, gguf_shape, memory_lines, model_shape
+from tests.support.model_configs import TINY, llama_config
 
 GB = 10**9
+LATENT = LatentSpec(q_lora_rank=None, kv_lora_rank=512, nope_head_dim=128, rope_head_dim=64, v_head_dim=128)
 
 
 def gguf(arch: str, layers: int, context: int, hidden: int, heads: object, **attention: object) -> dict[str, Any]:
@@ -22,14 +26,15 @@ def gguf(arch: str, layers: int, context: int, hidden: int, heads: object, **att
     return {"general.architecture": arch} | {f"{arch}.{name}": value for name, value in values.items()}
 
 
-def config(layers: int, context: int, hidden: int, heads: int, **others: object) -> dict[str, Any]:
-    """Return what a config.json says."""
-    names = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "num_attention_heads")
-    return dict(zip(names, (layers, context, hidden, heads), strict=True)) | others
+def config(layers: int, context: int, kv_heads: int, head_dim: int, **attention: Any) -> ModelConfig:
+    """Return the configuration of a Llama; `attention` are fields of its layers' attention."""
+    sizes = {"num_hidden_layers": layers, "max_position_embeddings": context, "num_key_value_heads": kv_heads}
+    made = llama_config(**TINY | sizes | {"head_dim": head_dim})
+    changed = replace(made.layers[0], attention=replace(made.layers[0].attention, **attention))
+    return replace(made, layers=(changed,) * layers)
 
 
 QWEN3_4B = gguf("qwen3", 36, 40960, 2560, 32, head_count_kv=8, key_length=128, value_length=128)
-QWEN3_4B_JSON = config(36, 40960, 2560, 32, num_key_value_heads=8, head_dim=128)
 QWEN3_4B_SHAPE = ModelShape(40960, 36 * 8 * (128 + 128) * 2, 0, 0)
 
 
@@ -39,16 +44,13 @@ def test_shapes() -> None:
     latent_gguf = gguf("deepseek2", 27, 163840, 2048, 16, kv_lora_rank=512) | {"deepseek2.rope.dimension_count": 64}
     for found, shape in (
         (gguf_shape(QWEN3_4B), QWEN3_4B_SHAPE),
-        (config_shape(QWEN3_4B_JSON), QWEN3_4B_SHAPE),
-        (config_shape({"model_type": "x", "text_config": QWEN3_4B_JSON}), QWEN3_4B_SHAPE),
+        (model_shape(config(36, 40960, 8, 128)), QWEN3_4B_SHAPE),
         # Head sizes follow from the hidden size.
         (gguf_shape(gguf("qwen3", 36, 100, 2560, 32, head_count_kv=8)), hidden),
-        (config_shape(config(36, 100, 2560, 32, num_key_value_heads=8)), hidden),
-        (config_shape(config(36, 40960, 2560, 32)), ModelShape(40960, 36 * 32 * (80 + 80) * 2, 0, 0)),
         # Heads of each layer, and latent attention.
         (gguf_shape(layers), ModelShape(40960, 10 * 256 * 2, 0, 0)),
         (gguf_shape(latent_gguf), latent),
-        (config_shape(config(27, 163840, 2048, 16, kv_lora_rank=512, qk_rope_head_dim=64)), latent),
+        (model_shape(config(27, 163840, 1, 576, latent=LATENT)), latent),
     ):
         assert found == shape
 
@@ -60,10 +62,8 @@ def test_sliding_windows() -> None:
     width = 4 * 512 * 2
     shape = ModelShape(131072, 5 * width, 29 * width, 1024)
     assert gguf_shape(metadata) == shape
-    types = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(34)]
-    heads = {"num_key_value_heads": 4, "head_dim": 256}
-    text_config = config(34, 131072, 2560, 8, sliding_window=1024, layer_types=types, **heads)
-    assert config_shape({"text_config": text_config}) == shape
+    near, far = config(29, 131072, 4, 256, window=1024), config(5, 131072, 4, 256)
+    assert model_shape(replace(near, layers=near.layers + far.layers)) == shape
     pattern = [layer % 6 != 5 for layer in range(34)]
     assert gguf_shape(metadata | {"gemma3.attention.sliding_window_pattern": pattern}) == shape
     assert shape.kv_cache_bytes(1000) == 1000 * 34 * width
@@ -73,7 +73,6 @@ def test_sliding_windows() -> None:
 def test_metadata_that_says_too_little() -> None:
     for metadata in ({}, {"general.architecture": "x"}, QWEN3_4B | {"qwen3.block_count": "many"}):
         assert gguf_shape(metadata) is None
-        assert config_shape(metadata) is None
 
 
 @pytest.mark.parametrize(

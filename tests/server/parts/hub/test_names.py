@@ -2,8 +2,7 @@
 
 import pytest
 
-from server.parts.hub.client import HubError
-from server.parts.hub.names import HubName, parse_hub_name
+from server.parts.hub.names import HubError, HubName, parse_hub_name
 
 
 def test_spellings() -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from server.parts.hub.progress import Lines
+from server.parts.hub.download import Lines
 
 MB = 10**6
 
@@ -31,11 +31,12 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 CODE = """
-from server.parts.hub.progress import progress_on_stderr
-with progress_on_stderr() as progress:
-    progress.say("[bold]a line[/bold]")
-    progress.start("tiny.gguf", 0, 1000)
-    progress.advance(1000)
+from server.parts.hub.download import new_progress
+progress = new_progress(True)
+progress.say("[bold]a line[/bold]")
+progress.start("tiny.gguf", 0, 1000)
+progress.advance(1000)
+progress.close()
 """
 
 
@@ -58,7 +59,7 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "━━━" in text
     assert "1.0/1.0 kB" in text
     assert sum("tiny.gguf" in line for line in re.split(r"\x1b\[2K|\r", text.rpartition("a line")[2])[-3:]) == 1
-    assert output_in_terminal("from server.parts.hub.progress import Bar\nwith Bar(): pass") == ""
+    assert output_in_terminal("from server.parts.hub.download import Bar\nBar().close()") == ""
 
 
 def test_a_file_gets_lines() -> None:

@@ -12,7 +12,7 @@ from engine.parts.inspection.records import ReadSteps, StepList
 from engine.shared.messages import Answer, Ask, StopAsking, ToEngine
 from server.engine_client.client import EngineClient
 from server.http.errors import EngineDeadError, EngineUnavailableError, QueueFullError, ServerError
-from server.parts.inspection.questions import MAX_QUESTIONS, MAX_WAITING, RecordQuestions, questions_to
+from server.parts.inspection.access import MAX_QUESTIONS, MAX_WAITING, RecordQuestions, questions_to
 from tests.support.engine_clients import read, ready, request, tokens, until
 from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine
 from tests.support.turned_loop import turn

@@ -25,7 +25,7 @@ from engine.shared.messages import Ask, Submit
 from server.generation.generation import stage_spans
 from server.parts.inspection.access import RecordAccess
 from server.parts.inspection.inspect import MAX_POSITIONS
-from server.parts.inspection.routes import INTERVAL, MAX_READERS_EACH, StepReaders
+from server.parts.inspection.part import INTERVAL, MAX_READERS_EACH, StepReaders
 from server.parts.inspection.trace import MAX_QUESTIONS, STEPS_AT_A_TIME, Trace, TraceBuilder, TraceInfo
 from tests.server.conftest import StartServer
 from tests.support.chrome_trace import check_trace, requests_in, slices_named, tracks

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.http.errors import APIError
 from server.metrics import exposition
-from server.parts.limits.rules import TOKENS, Limits, Rate, format_duration
+from server.parts.limits.keys_file import TOKENS, Limits, Rate, format_duration
 from server.tenants import DAY, Account
 from tests.server.conftest import StartServer
 from tests.support.clients import COMPLETIONS, write_keys_file

@@ -7,7 +7,7 @@ import pytest
 
 from engine.shared.messages import AdapterDone, FinishReason, LoadAdapter, LoraAdapter, Submit, ToEngine, UnloadAdapter
 from server.http.errors import EngineDeadError, EngineUnavailableError
-from server.parts.lora.adapters import AdaptersBusyError, LoadedAdapters, load_adapter, unload_adapter
+from server.parts.lora.part import AdaptersBusyError, LoadedAdapters, load_adapter, unload_adapter
 from tests.support.engine_clients import SLOW, engines, read, read_error, ready, request, tokens, until
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, make_adapter
 

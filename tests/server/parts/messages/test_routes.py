@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
-from server.parts.messages.conversion import CLIENT_TOOLS
+from server.parts.messages.part import CLIENT_TOOLS
 from tests.server.conftest import StartServer
 from tests.server.dialects import COUNT, REPLY, WARNINGS, anthropic_error, ask_events, prompt_of
 from tests.server.generation.test_prompts import LONG, LONG_MESSAGES

@@ -17,9 +17,7 @@ import pytest
 
 from server.models.served_model import ServedModel
 from server.parts.models import manager as manager_module
-from server.parts.models import memory
-from server.parts.models.manager import IDLE_POLL_SECONDS, LOAD_TIMEOUT
-from server.parts.models.memory import Room
+from server.parts.models.manager import IDLE_POLL_SECONDS, LOAD_TIMEOUT, Room
 from server.parts.models.waiting import RETRY_SECONDS
 from server.processes.supervisor_channel import StartEngine, StopEngine
 from tests.support.clients import MINIMAL
@@ -38,9 +36,9 @@ def two(model_folder: Path) -> Iterator[SeveralModels]:
 
 def set_room(monkeypatch: pytest.MonkeyPatch, *, needed: int, total: int) -> None:
     """Let each model need `needed` bytes of the `total` that the server may use."""
-    monkeypatch.setattr(manager_module, "least_memory", lambda config, files: needed)
+    monkeypatch.setattr(manager_module, "least_memory", lambda *_: needed)
     monkeypatch.setattr(manager_module, "memory_taken", lambda info: needed)
-    monkeypatch.setattr(memory.HostBudget, "room", lambda self, settings, taken: Room(total, total - taken))
+    monkeypatch.setattr(manager_module.HostBudget, "room", lambda self, settings, taken: Room(total, total - taken))
 
 
 @contextmanager
@@ -319,7 +317,7 @@ def test_an_engine_is_stopped_if_its_client_cannot_be_closed(
 def test_models_that_do_not_fit_do_not_wait_for_each_other(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Event()
     monkeypatch.setattr(manager_module, "least_memory", lambda *_: both.wait() * 6)
-    monkeypatch.setattr(memory.HostBudget, "room", lambda self, settings, taken: Room(10, 5))
+    monkeypatch.setattr(manager_module.HostBudget, "room", lambda self, settings, taken: Room(10, 5))
     with several_models(model_folder) as server, ThreadPoolExecutor() as pool:
         answers = [pool.submit(server.complete, name) for name in ("one", "two")]
         wait_until(lambda: server.states == {"one": "loading", "two": "loading"})

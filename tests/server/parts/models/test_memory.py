@@ -1,14 +1,11 @@
 """Estimates of the memory that models take."""
 
-import json
-from pathlib import Path
-
 import msgspec
 import pytest
 
 from server.parts.hub.memory import GPU_RESERVE, MIB, GPUMemory, ModelShape
-from server.parts.models import memory
-from server.parts.models.memory import (
+from server.parts.models import manager
+from server.parts.models.manager import (
     HOST_RESERVE,
     HostBudget,
     kv_cache_bytes,
@@ -16,10 +13,10 @@ from server.parts.models.memory import (
     memory_taken,
     weight_bytes,
 )
-from server.settings.process_configs import EngineProcess, ServedModelConfig
 from server.settings.table import Settings
 from server.weight_files import WeightFiles
 from tests.support.engine_info import ENGINE_INFO
+from tests.support.model_configs import TINY, llama_config
 
 FILES = WeightFiles(format="gguf", num_bytes=100 * MIB, num_parameters=200 * MIB, number_format="Q4_1")
 SHAPE = ModelShape(context=8192, full_bytes=1000, window_bytes=0, window=0)
@@ -49,37 +46,32 @@ def test_each_process_of_an_engine_takes_memory() -> None:
     assert memory_taken(info) == 36 * MIB + 3 * HOST_RESERVE
 
 
-def test_a_model_needs_its_weights_a_kv_cache_and_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "max_position_embeddings": 1000}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    kv_bytes = 1000 * 2 * 2 * 64 * 2  # tokens, layers, keys and values, numbers, bytes
+def test_a_model_needs_its_weights_a_kv_cache_and_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv_bytes = 128 * 2 * 2 * 32 * 2  # tokens, layers, keys and values, numbers, bytes
 
     def least(device: str, num_ranks: int = 1) -> int:
         settings = Settings(device=device, tensor_parallel_size=num_ranks)
-        served = ServedModelConfig(
-            settings=settings, path=str(tmp_path), names=("m",), engines=(EngineProcess("ipc:///x"),)
-        )
-        return least_memory(served, FILES)
+        return least_memory(settings, FILES, llama_config(**TINY))
 
     assert least("cpu") == 100 * MIB + kv_bytes + HOST_RESERVE
     assert least("cpu", 4) == least("cpu") + 3 * HOST_RESERVE
-    memory._has_gpu.cache_clear()
-    monkeypatch.setattr(memory, "gpu_memory", lambda number: GPUMemory(1000 * MIB, 600 * MIB))
+    manager._has_gpu.cache_clear()
+    monkeypatch.setattr(manager, "gpu_memory", lambda number: GPUMemory(1000 * MIB, 600 * MIB))
     assert least("cuda:0") == 100 * MIB + kv_bytes + GPU_RESERVE
-    memory._has_gpu.cache_clear()
+    manager._has_gpu.cache_clear()
 
 
 def test_the_room_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, what others have reserved is taken; of a GPU, what is in use, and not more than its share."""
-    monkeypatch.setattr(memory, "available_memory", lambda: 1000 * MIB)
+    monkeypatch.setattr(manager, "available_memory", lambda: 1000 * MIB)
     budget = HostBudget()
     cpu = Settings(device="cpu")
     assert budget.room(cpu, 300 * MIB) == (1000 * MIB, 700 * MIB)
-    monkeypatch.setattr(memory, "available_memory", lambda: 600 * MIB)  # others have taken it
+    monkeypatch.setattr(manager, "available_memory", lambda: 600 * MIB)  # others have taken it
     assert budget.room(cpu, 300 * MIB) == (1000 * MIB, 600 * MIB)
-    memory._has_gpu.cache_clear()
-    monkeypatch.setattr(memory, "gpu_memory", lambda number: GPUMemory(1000 * MIB, 600 * MIB))
+    manager._has_gpu.cache_clear()
+    monkeypatch.setattr(manager, "gpu_memory", lambda number: GPUMemory(1000 * MIB, 600 * MIB))
     assert budget.room(Settings(device="cuda"), 0) == (900 * MIB, 600 * MIB)
     two = Settings(device="cuda", tensor_parallel_size=2, gpu_memory_utilization=0.5)
     assert budget.room(two, 0) == (1000 * MIB, 1000 * MIB)
-    memory._has_gpu.cache_clear()
+    manager._has_gpu.cache_clear()

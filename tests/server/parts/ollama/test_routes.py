@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from server.http.errors import BadRequestError
 from server.parts.ollama.conversion import OPTIONS, RANGES, ignored_names, keep_alive_seconds, to_chat
-from server.parts.ollama.models import short_number
+from server.parts.ollama.part import short_number
 from server.parts.ollama.schemas import OllamaChatRequest
 from tests.server.api.completions.test_routes import between
 from tests.server.conftest import StartServer
@@ -217,10 +218,16 @@ def test_short_numbers() -> None:
 # Conversion of requests.
 
 
+def variant(*, reads_effort: bool = True) -> Any:
+    """Return a model whose chat template reads `reasoning_effort`, or does not."""
+    template = SimpleNamespace(options={"reasoning_effort"} if reads_effort else set())
+    return SimpleNamespace(name="tiny", base=SimpleNamespace(chat_template=template))
+
+
 def chat(*, reads_effort: bool = True, **fields: Any) -> dict[str, Any]:
     """Return the fields that are set, without the model."""
     body = OllamaChatRequest.model_validate({"model": "tiny:latest", "messages": MESSAGES} | fields)
-    converted = to_chat(body, "tiny", reads_effort=reads_effort)
+    converted = to_chat(body, variant(reads_effort=reads_effort))
     return converted.model_dump(exclude_unset=True, by_alias=True, exclude={"model"})
 
 
@@ -332,7 +339,7 @@ def test_the_cost_of_a_result_does_not_depend_on_the_number_of_calls() -> None:
         asked = [{"role": "assistant", "tool_calls": [{"function": {"name": "add"}}] * 1000}] * (num_calls // 1000)
         messages = [*asked, *[{"role": "tool", "tool_name": "sub", "content": "1"}] * num_calls]
         body = OllamaChatRequest.model_validate({"model": "m", "messages": messages})
-        return lambda: to_chat(body, "m")
+        return lambda: to_chat(body, variant())
 
     assert num_calls(prepare(4000)) < 3 * num_calls(prepare(2000))
 

@@ -13,7 +13,7 @@ from opentelemetry.semconv.attributes import error_attributes, http_attributes
 
 from engine.shared.messages import FinishReason, RequestTimes
 from server.generation.generation import ChoiceEnd, request_timings
-from server.parts.otel.request_span import MAX_CHOICES
+from server.parts.otel.tracer import MAX_CHOICES
 from tests.server.conftest import StartServer
 from tests.support import clients
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, MINIMAL, OLLAMA_GENERATE, RESPONSES

@@ -35,7 +35,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def record(spans: Tracer, name: str = "chat", headers: Headers | None = None) -> None:
     now = time.monotonic()
-    spans.record(name, headers or Headers(), {"a": 1}, [], start=now - 1, end=now, is_error=False)
+    spans.record(tracer.Span(name, now - 1, now, {"a": 1}), [], headers or Headers(), is_error=False)
 
 
 def nonsense(handler: BaseHTTPRequestHandler) -> None:

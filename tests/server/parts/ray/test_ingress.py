@@ -13,8 +13,8 @@ from ray.exceptions import RayActorError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from server.parts.ray.ingress import Ingress, merged
-from server.parts.ray.router import ForwardedRequest, Headers, ResponseHead
+from server.parts.ray.app import Ingress, merged
+from server.parts.ray.replica import ForwardedRequest, Headers, ResponseHead
 from server.settings.table import Settings
 
 pytestmark = pytest.mark.long

@@ -16,8 +16,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.parts.ray.replica import Replica
-from server.parts.ray.router import ForwardedRequest, ResponseHead
+from server.parts.ray.replica import ForwardedRequest, Replica, ResponseHead
 from server.settings.load import load_settings
 from tests.support.processes import wait_for_end_of
 from tests.support.server_process import MODEL

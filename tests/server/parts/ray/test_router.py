@@ -10,7 +10,7 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
-from server.parts.ray.router import FREE_LOAD, OPENING_BYTES, ForwardedRequest, PrefixRouter, opening, ranked
+from server.parts.ray.replica import FREE_LOAD, OPENING_BYTES, ForwardedRequest, PrefixRouter, opening, ranked
 
 NAMES = ["a", "b", "c"]
 IDLE = dict.fromkeys(NAMES, 0)

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from engine.shared.messages import SamplingParams, Submit, TokenEvent, TokenLogprobs
-from server.parts.recordings import store as recordings
-from server.parts.recordings.store import NUM_TOP, Recording, Recordings
+from server.parts.recordings import part as recordings
+from server.parts.recordings.part import NUM_TOP, Recordings, new_recording
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, MINIMAL
 from tests.support.fake_engine import FakeEngine
@@ -24,7 +24,7 @@ def submit(num_tokens: int = 3, **params: object) -> Submit:
 
 def test_log_probabilities_are_always_recorded_but_returned_only_on_request() -> None:
     for requested, recorded in ((None, NUM_TOP), (0, 0), (9, 9)):
-        recording = Recording([submit() if requested is None else submit(logprobs=requested)])
+        recording = new_recording([submit() if requested is None else submit(logprobs=requested)])
         assert recording.submits[0].params.logprobs == recorded
         event = TokenEvent(request_id="r", index=1, token_ids=[7], logprobs=[ENTRY], prompt_logprobs=[ENTRY, ENTRY])
         recording.take(0, event)
@@ -36,7 +36,7 @@ def test_log_probabilities_are_always_recorded_but_returned_only_on_request() ->
 
 def test_the_oldest_are_dropped() -> None:
     kept = Recordings(2)
-    all_of_them = [Recording([submit()], ids=(f"r{number}", "mine")) for number in range(4)]
+    all_of_them = [new_recording([submit()], ids=(f"r{number}", "mine")) for number in range(4)]
     for recording in all_of_them:
         kept.add(recording)
         kept.add(recording)
@@ -47,22 +47,22 @@ def test_the_oldest_are_dropped() -> None:
 
 def test_one_owner_does_not_push_out_the_recordings_of_others() -> None:
     kept = Recordings(4)
-    kept.add(Recording([submit()], ids=("r",), owner="bob"))
+    kept.add(new_recording([submit()], ids=("r",), owner="bob"))
     for number in range(9):
-        kept.add(Recording([submit()], ids=(f"r{number}",), owner="alice"))
+        kept.add(new_recording([submit()], ids=(f"r{number}",), owner="alice"))
     assert kept.get("r", "bob") is not None
     assert [number for number in range(9) if kept.get(f"r{number}", "alice")] == [6, 7, 8]
 
 
 def test_log_probabilities_and_parameters_count() -> None:
     """A list of token ids takes the memory of its numbers, once for all prompts."""
-    recording = Recording([submit(1)])
+    recording = new_recording([submit(1)])
     empty = recording.num_bytes
     top = TokenLogprobs.pack(-1.0, 1, list(range(50_000)), [-1.0] * 50_000)
     recording.take(0, TokenEvent(request_id="r", index=1, token_ids=[1], logprobs=[top]))
     assert recording.num_bytes - empty >= 50_000 * 8
     allowed = tuple(range(1000, 51_000))
-    few, many = (Recording([submit(1, **params)] * 2) for params in ({}, {"allowed_token_ids": allowed}))
+    few, many = (new_recording([submit(1, **params)] * 2) for params in ({}, {"allowed_token_ids": allowed}))
     assert many.num_bytes - few.num_bytes > sum(map(sys.getsizeof, allowed)) + sys.getsizeof(allowed)
 
 
@@ -70,9 +70,9 @@ def test_many_bytes_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recordings, "MAX_BYTES", 102 * recordings.TOKEN_BYTES)
     kept = Recordings(9)
     for number, num_tokens in enumerate((60, 40, 1)):
-        kept.add(Recording([submit(num_tokens)], ids=(f"r{number}",)))
+        kept.add(new_recording([submit(num_tokens)], ids=(f"r{number}",)))
     assert [kept.get(f"r{number}") is None for number in range(3)] == [True, False, False]
-    kept.add(Recording([submit(103)], ids=("large",)))
+    kept.add(new_recording([submit(103)], ids=("large",)))
     assert len(kept) == 0
     assert kept.get("large") is None
 
@@ -80,21 +80,21 @@ def test_many_bytes_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recordings_of_running_requests_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recordings, "MAX_BYTES", 102 * recordings.TOKEN_BYTES)
     kept = Recordings(9)
-    kept.add(Recording([submit(60)], ids=("ended",)))
-    small, large = (Recording([submit(num_tokens)], ids=(f"r{num_tokens}",)) for num_tokens in (10, 20))
+    kept.add(new_recording([submit(60)], ids=("ended",)))
+    small, large = (new_recording([submit(num_tokens)], ids=(f"r{num_tokens}",)) for num_tokens in (10, 20))
     for recording in (small, large):
         kept.begin(recording)
     assert kept.get("ended") is not None
     event = TokenEvent(request_id="r", index=1, token_ids=[7] * 71, logprobs=[ENTRY])
-    large.take(0, event)
+    kept.take(large, 0, event)
     assert (len(kept), large.is_abandoned, small.is_abandoned) == (0, True, False)
     assert event.logprobs is None
-    large.take(0, event)
+    kept.take(large, 0, event)
     for recording in (large, small):
         kept.add(recording)
         kept.add(recording)
     assert (kept.get("r20"), kept.get("r10")) == (None, small)
-    kept.add(Recording([submit(90)], ids=("next",)))
+    kept.add(new_recording([submit(90)], ids=("next",)))
     assert len(kept) == 2
 
 

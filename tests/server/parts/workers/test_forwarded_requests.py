@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.dialects import worker_paths
 from server.engine_client.liveness import CHECK_SECONDS
-from server.parts.inspection.routes import StepReaders
+from server.parts.inspection.part import StepReaders
 from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import ForwardedRequests, Forwarder
 from tests.server.parts.conftest import StartPair
@@ -223,12 +222,6 @@ class Ends:
         self.sent: list[Any] = []  # by either end
         self.forwarded = ForwardedRequests(app, self._to_worker)
         self.forwarder = Forwarder(self._to_coordinator, itertools.count().__next__)
-        self.handlers: dict[type, Callable[[Any], None]] = {
-            messages.Forward: self.forwarded.begin,
-            messages.RequestPart: self.forwarded.take_part,
-            messages.PartSent: self.forwarded.part_sent,
-            messages.Forget: self.forwarded.forget,
-        }
 
     def count(self, *kinds: type) -> int:
         return sum(isinstance(message, kinds) for message in self.sent)
@@ -240,8 +233,8 @@ class Ends:
 
     def _to_coordinator(self, message: Any) -> None:
         self.sent.append(message)
-        copy = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=messages.FromWorker)
-        asyncio.get_running_loop().call_soon(self.handlers[type(copy)], copy)
+        copy: Any = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=messages.FromWorker)
+        asyncio.get_running_loop().call_soon(self.forwarded.on_message, copy)
 
 
 SCOPE: Scope = {

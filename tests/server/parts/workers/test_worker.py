@@ -21,8 +21,8 @@ from engine.shared.messages import HEARTBEAT_SECONDS, Abort, SamplingParams, Sub
 from server.generation import job as jobs
 from server.generation.pipeline import MAX_HELD_SECONDS
 from server.http.errors import ServerError
-from server.parts.inspection.routes import StepReaders
-from server.parts.recordings.store import Recordings
+from server.parts.inspection.part import StepReaders
+from server.parts.recordings.part import Recordings
 from server.parts.workers import messages
 from server.parts.workers.relay import Relay
 from server.parts.workers.worker import Coordinator, HeldReservation, WorkerClient

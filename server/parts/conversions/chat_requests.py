@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from server.api.chat.schemas import ChatCompletionRequest
 from server.context import get_context
@@ -20,6 +20,15 @@ from server.tenants import get_tenant
 Model = TypeVar("Model", bound=BaseModel)
 
 CHAT = "/v1/chat/completions"
+
+
+class IgnoredObject(BaseModel):
+    """An object of a tool or service that this server does not have."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: str
+
 
 # Parameters that the other APIs name differently, or whose results their answers cannot hold.
 _CHAT_ONLY = {
