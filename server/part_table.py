@@ -74,7 +74,6 @@ PARTS: Mapping[str, PartEntry] = {
     "build_kernels": PartEntry(
         title="the command build-kernels", engine_part="build_kernels", commands=["build-kernels"]
     ),
-    "foreign_flags": PartEntry(title="hints for flags of other servers"),
     "models": PartEntry(title="several models", needs=["hub"], settings=["load", "idle_unload"]),
     "data_parallel": PartEntry(title="several engines with the same model", settings=["data_parallel_size"]),
     "workers": PartEntry(

@@ -1,4 +1,4 @@
-"""The argument parser of all commands: errors in one line that name what to use instead, and readable help."""
+"""The argument parser of all commands: errors in one line, and readable help."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
-from server.part_table import is_installed, load_module, missing_command
+from server.part_table import missing_command
 from server.settings.setting import ValueType, did_you_mean
 from server.settings.table import REPEAT_LORA_MODULES, SETTINGS
 
@@ -22,18 +22,13 @@ def fail(message: str, status: int = FAILURE) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line, and says what to use instead of flags of other servers."""
+    """An argument parser that reports errors in one line."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=_Formatter)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse all arguments, or exit: unlike in argparse, none may be left."""
-        args = sys.argv[1:] if args is None else list(args)
-        foreign = _hints("FOREIGN_FLAGS", self.prog)
-        for flag in map(_flag_of, args):
-            if flag in foreign and flag not in self._option_string_actions:
-                self.error(f"unknown flag {flag}: {foreign[flag]}")
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown_arguments(unknown))
@@ -41,12 +36,11 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown_arguments(self, unknown: list[str]) -> str:
         """Return the usage error. It names flags without their values, which might be secrets."""
-        flags = [_flag_of(argument) for argument in unknown if argument.startswith("-")]
+        flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         if flags:
             return f"unknown flag {flags[0]}{did_you_mean(flags[0].replace('_', '-'), self._option_string_actions)}"
         is_adapter = "=" in unknown[0] or unknown[0].startswith("{")
-        hint = REPEAT_LORA_MODULES if is_adapter else _hints("FOREIGN_ARGUMENTS", self.prog)
-        return f"unexpected argument {unknown[0]!r}" + (f": {hint}" if hint else "")
+        return f"unexpected argument {unknown[0]!r}" + (f": {REPEAT_LORA_MODULES}" if is_adapter else "")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Suggest the nearest choice, and list all only if none is near."""
@@ -58,17 +52,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(fail(f"{message} (see {self.prog} --help)", USAGE_ERROR))
-
-
-def _hints(table: str, prog: str) -> Any:
-    """Return what a command says about what its counterparts in other servers have, if there is anything."""
-    if not is_installed("foreign_flags"):
-        return {}
-    return getattr(load_module("foreign_flags", "flags"), table).get(prog.rsplit(maxsplit=1)[-1], {})
-
-
-def _flag_of(argument: str) -> str:
-    return argument.partition("=")[0]
 
 
 class _Formatter(argparse.HelpFormatter):
