@@ -18,6 +18,7 @@ from server.http.responses import AnswerResponse
 from server.metrics import Metrics
 from server.models.registry import ModelRegistry
 from server.models.source import ModelSource
+from server.part_table import hardened
 from server.role import Role
 from server.running_requests import RunningRequests
 from server.schemas.generation_request import GenerationRequest
@@ -97,7 +98,7 @@ class ServerContext:
     ledger: Ledger = field(default_factory=Ledger)
     workers: list[Worker] = field(default_factory=list)  # other API processes, if this one is the coordinator
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
-    text_threads: TextThreads = field(default_factory=TextThreads)
+    text_threads: TextThreads = field(default_factory=hardened("turns", "FairThreads", TextThreads))
     # What parts add:
     of_parts: dict[type, Any] = field(default_factory=dict)  # their objects, by class
     steps: list[Step] = field(default_factory=list)  # of each request to generate

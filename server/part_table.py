@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.shared.parts import MissingPartError, has_part, missing_engine_part
 
 FOLDER = "server.parts"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,12 @@ def as_sentence(error: MissingPartError) -> str:
 def missing_command(command: str) -> MissingPartError | None:
     """Return what a command lacks, or None if it is there, or no part has one of that name."""
     return next((why_missing(name) for name, entry in PARTS.items() if command in entry.commands), None)
+
+
+def hardened(module: str, name: str, default: T) -> T:
+    """Return what the part hardening has in place of a class of the core, or that if the part is not installed."""
+    found: T = getattr(load_module("hardening", module), name) if is_installed("hardening") else default
+    return found
 
 
 def load_module(part: str, module: str) -> Any:

@@ -1,8 +1,8 @@
 """Compilation of grammars with llguidance, within limits on their size and on the time they take. No torch.
 
 A grammar is a text that llguidance reads: Lark with its extensions, or a JSON object with a JSON schema or a regular
-expression. It is compiled twice: before admission, in a process that may be killed (server.constrained.process), and in
-the engine, to constrain the output. llguidance computes a mask by walking the trie of all tokens along a lexer, made of
+expression. It is compiled twice: before admission (server.constrained.grammars), and in the engine, to constrain the
+output. llguidance computes a mask by walking the trie of all tokens along a lexer, made of
 derivatives of regular expressions, and an Earley parser (https://github.com/guidance-ai/llguidance).
 """
 

@@ -1,6 +1,4 @@
-"""What the API process and the grammar process send each other: a length, then JSON."""
-
-import struct
+"""What grammars are made of, and the results, as JSON for other processes."""
 
 import msgspec
 from pydantic import ConfigDict
@@ -9,8 +7,6 @@ from server.schemas.generation_request import GenerationRequest
 from server.schemas.structured_outputs import OUTPUT_FIELDS, ResponseFormat, StructuredOutputsFields
 from server.schemas.tools import ToolChoice, Tools, followed_tools
 from server.text.parsers.answer_parser import AnswerFormat
-
-LENGTH = struct.Struct("<I")  # number of bytes of a message, sent before it
 
 
 class ConstrainedFields(StructuredOutputsFields):
@@ -28,7 +24,7 @@ CONSTRAINED_FIELDS = OUTPUT_FIELDS | {"response_format", "tools"}
 
 
 class GrammarVocabulary(msgspec.Struct):
-    """The first message, which the process answers, too."""
+    """What the grammars of a model depend on."""
 
     tokenizer: str  # the text of a tokenizer.json
     eos_token_ids: list[int]
@@ -58,10 +54,6 @@ class GrammarProblem(msgspec.Struct, tag=True):
     message: str
     param: str | None = None
     code: str | None = "invalid_value"
-
-
-# The answer to a request, and to the vocabulary: None if that suits.
-GrammarAnswer = Grammar | GrammarProblem | None
 
 
 def encode_request(body: GenerationRequest, format: AnswerFormat | None) -> bytes | None:

@@ -108,13 +108,13 @@ class Job(Generic[Body]):
 
 
 async def prepare(job: Job[Body]) -> tuple[list[Submit], float]:
-    """Tokenize the request in a thread, and make its grammar in the grammar process.
+    """Tokenize the request in a thread, and make its grammar.
 
     Returns a message to the engine for each prompt, and the seconds that tokenizing took. Raises BadRequestError.
     """
     submits, grammar_request, seconds = await job.context.text_threads.run(job.tenant, job.text_size, _tokenize, job)
     if grammar_request is not None:  # all prompts share the grammar
-        grammar = await job.model.base.grammar_process.make(grammar_request, job.body, job.tenant)
+        grammar = await job.model.base.grammars.make(grammar_request, job.body, job.tenant)
         job.preamble.ignore(grammar.unenforced)
         submits = [_with_grammar(submit, grammar.text) for submit in submits]
     return submits, seconds
@@ -125,7 +125,7 @@ def _with_grammar(submit: Submit, grammar: str) -> Submit:
 
 
 def _tokenize(job: Job[Body]) -> tuple[list[Submit], bytes | None, float]:
-    """Set the prompts, and return the messages to the engine, the request to the grammar process, and the seconds."""
+    """Set the prompts, and return the messages to the engine, the request for its grammar, and the seconds."""
     start, base, body = time.monotonic(), job.model.base, job.body
     if body.truncate_prompt_tokens is None:
         job.prompts = job.endpoint.encode(base, body, limit=job.info.max_model_len)

@@ -13,7 +13,7 @@ from engine.shared.messages import (
     RepetitionDetection,
     SamplingParams,
 )
-from server.constrained.grammar_process import EXCLUSIVE
+from server.constrained.grammars import EXCLUSIVE
 from server.generation.prompts import Prompt, vocab_size
 from server.http.errors import InvalidValueError, UnsupportedParameterError, clip
 from server.http.validation import echo

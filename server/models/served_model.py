@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.config import ModelConfig, load_model_config
 from engine.shared.messages import EngineInfo, LoraAdapter, Vocabulary
-from server.constrained.grammar_process import GrammarProcess
+from server.constrained.grammars import Grammars
 from server.constrained.messages import GrammarVocabulary
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
@@ -40,7 +40,7 @@ class ServedModel:
     metrics: Metrics
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None  # None: the model has none, and chat requests are rejected
-    grammar_process: GrammarProcess
+    grammars: Grammars
     config: ModelConfig
     default_sampling: DefaultSampling  # of the model and its adapters
     score_token_ids: tuple[int, ...] = ()  # of --score-tokens: true, false
@@ -76,7 +76,7 @@ class ServedModel:
     async def close(self) -> None:
         """Close the connection to the engine, and end the processes of grammars and of the chat template."""
         await self.client.close()
-        await self.grammar_process.close()
+        self.grammars.close()
         if self.chat_template is not None:
             self.chat_template.close()
 
@@ -140,7 +140,7 @@ def load_served_model(
         client=client or _make_client(config, vocabulary, metrics, can_restart=can_restart),
         metrics=metrics,
         tokenizer=tokenizer,
-        grammar_process=GrammarProcess(
+        grammars=Grammars(
             GrammarVocabulary(
                 vocabulary,
                 [*model_config.eos_token_ids],

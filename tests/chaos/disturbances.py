@@ -27,7 +27,7 @@ DEATHS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL, signal.SIGSEGV)  # of 
 
 # The modules that the processes run.
 ENGINE, API = "engine.process", "server.main"
-HELPERS = ("server.parts.hardening.template_processes", "server.constrained.process")
+HELPERS = ("server.parts.hardening.template_processes", "server.parts.hardening.grammar_process")
 
 
 class KeysFile:

@@ -20,7 +20,7 @@ from engine.config import EngineConfig, load_model_config
 from engine.core import BrokenDeviceError, Engine
 from engine.loading import LoadedModel, load_model
 from engine.startup import warm_up
-from server.constrained import grammar_process  # noqa: F401  (the API process has it too)
+from server.constrained import grammars  # noqa: F401  (the API process has it too)
 from server.models.served_model import make_chat_template
 from server.text.tokenizer import Tokenizer
 

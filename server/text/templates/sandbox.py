@@ -6,7 +6,7 @@ memory: the part hardening runs templates in processes of their own.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
-from server.part_table import is_installed, load_module
+from server.part_table import hardened
 
 MAX_PROMPT_CHARS = 1 << 24  # of one rendered conversation
 MAX_REASON_CHARS = 200  # of an error message that the template raises
@@ -124,10 +124,8 @@ def make_renderer(source: str) -> Renderer:
 
     Raises ChatTemplateError, TemplateLimitError or OSError.
     """
-    if is_installed("hardening"):
-        processes: Renderer = load_module("hardening", "template_processes").TemplateProcesses(source)
-        return processes
-    return SandboxedTemplate(source)
+    kind: Callable[[str], Renderer] = SandboxedTemplate
+    return hardened("template_processes", "TemplateProcesses", kind)(source)
 
 
 class _GenerationTag(Extension):

@@ -163,7 +163,7 @@ def test_max_tokens_has_two_names(server: RunningServer) -> None:
 @pytest.mark.parametrize("path", [CHAT, f"{CHAT}/render"])
 def test_no_grammar_is_made_for_who_has_gone(server: RunningServer, path: str) -> None:
     """But the one that is being made."""
-    grammars = server.model.grammar_process
+    grammars = server.model.grammars
     num_results = len(grammars._results)
     with ExitStack() as connections:
         for number in range(6):

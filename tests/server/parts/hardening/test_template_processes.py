@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from server.http.errors import EngineUnavailableError
 from server.parts.hardening import template_processes as renderer
+from server.parts.hardening.processes import _Process
 from server.parts.hardening.template_processes import MAX_DATA_BYTES, MAX_SECONDS, TemplateProcesses
-from server.text import text_threads
+from server.parts.hardening.turns import STUCK_SECONDS
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate, TemplateLimitError
 from tests.server.api.admin.test_routes import statuses
@@ -69,7 +70,7 @@ def test_memory_is_limited(hostile: TemplateProcesses) -> None:
 @contextmanager
 def suspended(renderer: TemplateProcesses) -> Iterator[psutil.Process]:
     """Stop the process that renders next, and let it go on at the end. Yield it."""
-    process = psutil.Process(renderer._idle[-1]._process.pid)
+    process = psutil.Process(renderer._processes._idle[-1]._process.pid)
     process.suspend()
     try:
         yield process
@@ -89,7 +90,7 @@ def test_errors_are_those_of_the_sandbox(hostile: TemplateProcesses) -> None:
 
 def test_processes_that_are_killed_are_replaced(hostile: TemplateProcesses) -> None:
     for signum in (signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM):
-        hostile._idle.extend(renderer._Process(HOSTILE) for _ in range(2))
+        hostile._processes._idle.extend(_Process(renderer.COMMAND, HOSTILE.encode()) for _ in range(2))
         for process in template_processes():
             process.send_signal(signum)
         for _ in range(3):
@@ -98,7 +99,7 @@ def test_processes_that_are_killed_are_replaced(hostile: TemplateProcesses) -> N
 
 def test_a_process_that_hangs_is_replaced() -> None:
     with closing(TemplateProcesses("{{ text }}")) as running, suspended(running) as process:
-        running._idle[-1]._connection.settimeout(0.01)  # which is over before a stopped process answers
+        running._processes._idle[-1]._connection.settimeout(0.01)  # which is over before a stopped process answers
         assert running.render({"text": "a"}) == "a"
         wait_for_end_of(process.pid)
 
@@ -106,6 +107,7 @@ def test_a_process_that_hangs_is_replaced() -> None:
 def test_no_process_can_live(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(TemplateProcesses("{{ text }}")) as running:
         monkeypatch.setattr(renderer, "COMMAND", ("false",))
+        monkeypatch.setattr(running._processes, "_command", renderer.COMMAND)
         for process in template_processes():
             process.kill()
         for _ in range(2):
@@ -187,7 +189,7 @@ def test_others_are_served_beside_a_template_that_loops(start_server: StartServe
     with ThreadPoolExecutor(1) as pool:
         with suspended(running):
             looping = pool.submit(post, "loop")
-            wait_until(lambda: not running._idle)
+            wait_until(lambda: not running._processes._idle)
             assert [post("a").status_code for _ in range(3)] == [200] * 3
             assert not looping.done()
         error = check_error(looping.result(), 400)
@@ -205,7 +207,7 @@ def test_work_on_texts_that_hangs(start_server: StartServer, threads: ThreadPool
     answer = threads.submit(ask, server.url, CHAT)
     wait_until(lambda: server.context.text_threads._short_work)
     assert statuses(server) == (200, 200, 200)
-    server.turn(text_threads.STUCK_SECONDS + 1)
+    server.turn(STUCK_SECONDS + 1)
     assert statuses(server) == (503, 200, 503)
     for process in processes:
         process.resume()

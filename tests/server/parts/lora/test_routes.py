@@ -14,7 +14,6 @@ import pytest
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, Submit, UnloadAdapter
 from server.parts.lora import part as adapters
 from server.tenants import Tenant
-from server.text.text_threads import TextThreads
 from tests.server.api.test_contract import ACTING
 from tests.server.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, UNLOAD
 from tests.server.kinds import CHESS, SQL
@@ -249,15 +248,16 @@ def test_only_where_it_is_allowed(model_folder: Path, path: str) -> None:
 
 
 @pytest.fixture
-def validated(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> Gate:
+def validated(monkeypatch: pytest.MonkeyPatch, gate: Gate, adapted: RunningServer) -> Gate:
     """Requests between validation and submit."""
-    run = TextThreads.run
+    kind = type(adapted.context.text_threads)
+    run = kind.run
 
-    async def run_later(threads: TextThreads, tenant: Tenant, size: int, *work: Any) -> Any:
+    async def run_later(threads: Any, tenant: Tenant, size: int, *work: Any) -> Any:
         await run(threads, tenant, size, gate.hold)
         return await run(threads, tenant, size, *work)
 
-    monkeypatch.setattr(TextThreads, "run", run_later)
+    monkeypatch.setattr(kind, "run", run_later)
     return gate
 
 

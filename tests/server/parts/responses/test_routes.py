@@ -24,10 +24,10 @@ from server.tenants import Tenant
 from tests.server import dialects
 from tests.server.conftest import StartServer
 from tests.server.dialects import REPLY, RESPONSE_EVENTS, WARNINGS, Reader, prompt_of, text_of
+from tests.server.parts.hardening.test_turns import LONG as LONG_TEXT
+from tests.server.parts.hardening.test_turns import SlowTokenizer, long_requests
+from tests.server.parts.hardening.test_turns import ask as ask_key
 from tests.server.parts.messages.test_routes import types_of
-from tests.server.text.test_text_threads import LONG as LONG_TEXT
-from tests.server.text.test_text_threads import SlowTokenizer, long_requests
-from tests.server.text.test_text_threads import ask as ask_key
 from tests.support import clients
 from tests.support.clients import MINIMAL, RESPONSES, openai_client, shared_server
 from tests.support.fake_engine import FakeEngine

@@ -6,24 +6,25 @@ import signal
 from collections.abc import AsyncIterator
 from itertools import count
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
 from engine.grammar.compiler import GrammarCompiler, GrammarError
 from server.api.chat.schemas import ChatCompletionRequest
-from server.constrained import grammar_process
-from server.constrained.grammar_process import MAX_WAITING, UNSUITABLE, GrammarProcess
+from server.constrained.grammars import CRASHED, MAX_WAITING, TOO_DEEP, UNSUITABLE, GrammarMaker, Grammars
 from server.constrained.messages import Grammar, GrammarProblem, GrammarVocabulary, encode_request
-from server.constrained.process import CRASHED, TOO_DEEP, TOO_SLOW
 from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
 from server.part_table import is_installed
+from server.parts.hardening import grammar_process
+from server.parts.hardening.grammar_process import TOO_SLOW
 from server.tenants import Tenant
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.tool_formats import Schema
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import IS_LONG
+from tests.support.serving import wait_until
 from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
 from tests.support.tool_templates import load_template
 
@@ -67,43 +68,45 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-async def process(tokenizer: Tokenizer) -> AsyncIterator[GrammarProcess]:
+async def process(tokenizer: Tokenizer) -> AsyncIterator[Grammars]:
     """A process that the tests share which do not end it."""
-    process = GrammarProcess(GrammarVocabulary(tokenizer.to_json(), [END_OF_TEXT_ID], {}))
+    process = Grammars(GrammarVocabulary(tokenizer.to_json(), [END_OF_TEXT_ID], {}))
     yield process
-    await process.close()
+    process.close()
 
 
 @pytest.fixture
-async def own_process(tokenizer: Tokenizer) -> AsyncIterator[GrammarProcess]:
+async def own_process(tokenizer: Tokenizer) -> AsyncIterator[Grammars]:
     """A process for one test, of which nothing may be left."""
     before = set(psutil.Process().children())
-    process = GrammarProcess(GrammarVocabulary(tokenizer.to_json(), [END_OF_TEXT_ID], {}))
+    process = Grammars(GrammarVocabulary(tokenizer.to_json(), [END_OF_TEXT_ID], {}))
     yield process
-    await process.close()
-    assert set(psutil.Process().children()) <= before
+    process.close()
+    wait_until(lambda: set(psutil.Process().children()) <= before)
 
 
-async def test_results_agree_with_the_compiler(tokenizer: Tokenizer, process: GrammarProcess) -> None:
+async def test_results_agree_with_the_compiler(tokenizer: Tokenizer, process: Grammars) -> None:
+    """And without the part, with what is made in this process."""
     compiler = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID])
+    maker = GrammarMaker(GrammarVocabulary(tokenizer.to_json(), [END_OF_TEXT_ID], {}))
     for grammar in (GOOD + BAD) * 2:  # made, then kept
         expected: Grammar | GrammarProblem = Grammar(grammar, "structured_outputs.grammar")
         try:
             compiler.compile(grammar)
         except GrammarError as error:
             expected = problem(" ".join(str(error).split()).rstrip("."))
-        assert await process.find(of_grammar(grammar)) == expected
+        assert await process.find(of_grammar(grammar)) == maker.make(of_grammar(grammar)) == expected
         assert isinstance(expected, Grammar) == (grammar in GOOD)
 
 
 @pytest.mark.checklist("C21")
-async def test_what_takes_too_long_is_stopped(process: GrammarProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_takes_too_long_is_stopped(process: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many concurrent requests for one slow grammar share its result, and later requests work as before."""
-    answer, request = AsyncMock(wraps=process._answer), slow_grammar()
-    monkeypatch.setattr(process, "_answer", answer)
+    answer, request = Mock(wraps=process._maker.make), slow_grammar()
+    monkeypatch.setattr(process._maker, "make", answer)
     slow = await asyncio.gather(*[process.find(request) for _ in range(32)])
     assert slow == [problem(TOO_SLOW)] * 32
-    answer.assert_awaited_once_with(request)
+    answer.assert_called_once_with(request)
     assert isinstance(await process.find(of_grammar(GOOD[1])), Grammar)
     again = asyncio.create_task(process.find(slow_grammar()))
     await asyncio.sleep(0)
@@ -134,7 +137,7 @@ def of_template(name: str, *schemas: Schema) -> bytes:
 
 @pytest.mark.checklist("C21")
 @pytest.mark.skipif(not is_installed("tool_formats"), reason="its templates are of that part")
-async def test_whatever_a_schema_costs_it_is_answered(process: GrammarProcess) -> None:
+async def test_whatever_a_schema_costs_it_is_answered(process: Grammars) -> None:
     """Each request gets a grammar or a problem, never an error of the server.
 
     Those with odd schemas are tried with one template only, if not in `make test-long`.
@@ -162,7 +165,7 @@ async def test_whatever_a_schema_costs_it_is_answered(process: GrammarProcess) -
     assert isinstance(await process.find(of_grammar(GOOD[0])), Grammar)
 
 
-async def test_tenants_take_turns(process: GrammarProcess) -> None:
+async def test_tenants_take_turns(process: Grammars) -> None:
     """One tenant's requests, of which as many wait as may, hold up another's for no more than two of them."""
     other = Tenant(name="other")
     many = [asyncio.create_task(process.find(slow_grammar())) for _ in range(MAX_WAITING)]
@@ -173,7 +176,7 @@ async def test_tenants_take_turns(process: GrammarProcess) -> None:
         each.cancel()
 
 
-async def test_no_more_wait_than_may(process: GrammarProcess) -> None:
+async def test_no_more_wait_than_may(process: Grammars) -> None:
     tenant, requests = Tenant(name="many"), [f'{GOOD[0]} | "{number}"' for number in range(MAX_WAITING + 5)]
     tasks = [process.find(of_grammar(each), tenant) for each in requests]
     answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -182,9 +185,9 @@ async def test_no_more_wait_than_may(process: GrammarProcess) -> None:
     assert isinstance(await process.find(of_grammar(GOOD[1])), Grammar)
 
 
-async def test_a_process_that_cannot_live(own_process: GrammarProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_cannot_live(own_process: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure is not blamed on the grammar, and not kept."""
-    monkeypatch.setattr(grammar_process, "COMMAND", ("false",))
+    monkeypatch.setattr(own_process._maker._processes, "_command", ("false",))
     for _ in range(2):
         with pytest.raises(EngineUnavailableError):
             await own_process.find(of_grammar(GOOD[0]))
@@ -193,10 +196,10 @@ async def test_a_process_that_cannot_live(own_process: GrammarProcess, monkeypat
     assert isinstance(await own_process.find(of_grammar(GOOD[0])), Grammar)
 
 
-async def test_who_goes_away_leaves_no_answer(process: GrammarProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_goes_away_leaves_no_answer(process: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor work: what waits for its turn is not done."""
-    answer = AsyncMock(wraps=process._answer)
-    monkeypatch.setattr(process, "_answer", answer)
+    answer = Mock(wraps=process._maker.make)
+    monkeypatch.setattr(process._maker, "make", answer)
     gone = [asyncio.create_task(process.find(slow_grammar())) for _ in range(8)]
     await gone[0]
     for each in gone:
@@ -204,10 +207,10 @@ async def test_who_goes_away_leaves_no_answer(process: GrammarProcess, monkeypat
     bad = [f"{grammar} /{next(NUMBERS)}" for grammar in BAD]
     for grammar in (*GOOD, *bad):
         assert isinstance(await process.find(of_grammar(grammar)), Grammar) == (grammar in GOOD)
-    assert answer.await_count <= 2 + len([*GOOD, *bad])
+    assert answer.call_count <= 2 + len([*GOOD, *bad])
 
 
-async def test_a_process_that_was_killed_is_started_anew(own_process: GrammarProcess) -> None:
+async def test_a_process_that_was_killed_is_started_anew(own_process: Grammars) -> None:
     before = set(psutil.Process().children())
     for grammar in GOOD:
         assert isinstance(await own_process.find(of_grammar(grammar)), Grammar)
@@ -216,29 +219,29 @@ async def test_a_process_that_was_killed_is_started_anew(own_process: GrammarPro
 
 
 @pytest.mark.checklist("C21")
-async def test_a_grammar_that_crashes_the_compiler(
-    own_process: GrammarProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_grammar_that_crashes_the_compiler(own_process: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     crashing = """
 import os
 from engine.grammar.compiler import GrammarCompiler
-from server.constrained import process
+from server.constrained import grammars
+from server.parts.hardening import grammar_process
 
 class Crashing(GrammarCompiler):
     def compile(self, grammar):
         return os.abort() if "crash" in grammar else super().compile(grammar)
 
-process.GrammarCompiler = Crashing
-process.main()
+grammars.GrammarCompiler = Crashing
+grammar_process.main()
 """
-    monkeypatch.setattr(grammar_process, "COMMAND", (grammar_process.COMMAND[0], "-c", crashing))
+    command = (grammar_process.COMMAND[0], "-c", crashing)
+    monkeypatch.setattr(own_process._maker._processes, "_command", command)
     tools = of_tools({"type": "object"}, {"type": "object", "properties": {"crash": {}}})
     assert await own_process.find(tools) == problem(CRASHED, "tools[1].function.parameters")
     assert await own_process.find(of_grammar('start: "crash"')) == problem(CRASHED)
     assert isinstance(await own_process.find(of_grammar(GOOD[0])), Grammar)
 
 
-async def test_a_process_that_is_just_started_ends_too(own_process: GrammarProcess) -> None:
+async def test_a_process_that_is_just_started_ends_too(own_process: Grammars) -> None:
     task = asyncio.create_task(own_process.find(of_grammar(GOOD[0])))
     for _ in range(3):
         await asyncio.sleep(0)
@@ -246,11 +249,13 @@ async def test_a_process_that_is_just_started_ends_too(own_process: GrammarProce
 
 
 async def test_a_tokenizer_that_does_not_suit(tokenizer: Tokenizer) -> None:
-    process = GrammarProcess(GrammarVocabulary(tokenizer.to_json(), [], {}))
+    process = Grammars(GrammarVocabulary(tokenizer.to_json(), [], {}))
     for grammar in (*GOOD, GOOD[0]):
-        assert await process.find(of_grammar(grammar)) == GrammarProblem(UNSUITABLE)
+        problem = await process.find(of_grammar(grammar))
+        assert isinstance(problem, GrammarProblem)
+        assert problem.message.startswith(UNSUITABLE)
     body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "?"}]})
     with pytest.raises(InvalidValueError, match=UNSUITABLE) as error:
         await process.make(of_grammar(GOOD[0]), body)
     assert error.value.param == "structured_outputs.grammar"
-    await process.close()
+    process.close()

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.parts.hardening.turns import MAX_IDLE_TENANTS, FairThreads, Turns
 from server.tenants import Tenant
-from server.text.text_threads import LONG_BYTES, MAX_IDLE_TENANTS, TextThreads, Turns
+from server.text.text_threads import LONG_BYTES
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
 from tests.support.serving import RunningServer, wait_until
@@ -84,7 +85,7 @@ def test_there_are_as_many_threads_as_cores() -> None:
     """Half as many for long texts, but at least one."""
 
     async def most_at_once(num_bytes: int, num_cores: int, expected: int) -> int:
-        threads, running, most = TextThreads(num_cores), 0, 0
+        threads, running, most = FairThreads(num_cores), 0, 0
         all_run = threading.Barrier(expected, timeout=60)
 
         def work() -> None:
@@ -104,7 +105,7 @@ def test_there_are_as_many_threads_as_cores() -> None:
 
 def test_a_thread_holds_its_turn_when_its_request_is_cancelled() -> None:
     async def run() -> list[str]:
-        threads, order = TextThreads(1), list[str]()
+        threads, order = FairThreads(1), list[str]()
         begun, go_on = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
 
