@@ -66,7 +66,7 @@ PARTS: Mapping[str, PartEntry] = {
     ),
     "page": PartEntry(title="the pages for browsers", paths=["/", "/docs", "/openapi.json", "/assets/*"]),
     "limits": PartEntry(title="limits of tenants", paths=["/v1/usage"], settings=["api_keys_file"]),
-    "tool_formats": PartEntry(title="tool calls that are not JSON"),
+    "tool_formats": PartEntry(title="tool calls that are no JSON objects"),
     "structural_tags": PartEntry(title="structural tags"),
     "hardening": PartEntry(title="a server for the open net", settings=["ssl_certfile", "ssl_keyfile"]),
     "tokenizers": PartEntry(title="a tokenizer without tokenizer.json", engine_part="tokenizers"),

@@ -1,1 +1,1 @@
-"""Tool calls that are not in JSON, and harmony, which `server.text.templates.syntaxes` loads by name."""
+"""Tool calls that are no JSON objects, and harmony, which `server.text.templates.syntaxes` loads by name."""

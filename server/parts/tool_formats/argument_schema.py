@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from server.text.parsers.call_reader import MAX_HEAD_CHARS, UNDECIDED, HeadMatch
+from server.parts.tool_formats.named import MAX_HEAD_CHARS, UNDECIDED, HeadMatch
 from server.text.parsers.tool_formats import KEY, Schema
 
 JSON_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))

@@ -16,8 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from server.text.parsers.answer_parser import AnswerFormat, ReasoningTags
-from server.text.parsers.answer_parts import AnswerPart, PartKind, PieceReader
-from server.text.parsers.json_arguments import JSONScanner
+from server.text.parsers.answer_parts import AnswerPart, JSONScanner, PartKind, PieceReader
 from server.text.parsers.markers import Markers, MarkerWriter
 from server.text.parsers.tool_formats import ToolFormat
 

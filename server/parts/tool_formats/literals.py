@@ -9,11 +9,10 @@ import msgspec
 
 from server.parts.tool_formats.argument_schema import NUMBER, STRING, ArgumentSchema, KeyNames
 from server.parts.tool_formats.grammar import ArgumentGrammar, Property, listed_values, times
+from server.parts.tool_formats.named import UNDECIDED, ArgumentsReader, NamedArguments
 from server.text.parsers.answer_parts import PieceReader
-from server.text.parsers.call_reader import UNDECIDED
-from server.text.parsers.json_arguments import ArgumentsReader
 from server.text.parsers.markers import Markers, MarkerWriter, literal
-from server.text.parsers.tool_formats import KEY, Arguments, Schema
+from server.text.parsers.tool_formats import KEY, Schema
 
 MAX_WORD_CHARS = 512
 _WORD = re.compile(r"""[^\s,:=(){}\[\]"'<]*""")
@@ -24,7 +23,7 @@ _OPENERS = {"[": "]", "{": "}", "(": ")"}
 _JSON_OF = {"]": "]", "}": "}", ")": "]"}  # closing brackets in JSON
 
 
-class LiteralArguments(Arguments, msgspec.Struct, frozen=True, tag=True):
+class LiteralArguments(NamedArguments, msgspec.Struct, frozen=True, tag=True):
     """The arguments are literals of a programming language, such as the keyword arguments of a Python call.
 
     Attributes:
@@ -49,7 +48,7 @@ class LiteralArguments(Arguments, msgspec.Struct, frozen=True, tag=True):
     def prepare(self, schema: Schema) -> ArgumentSchema:
         return ArgumentSchema(schema)
 
-    def new_reader(self, schema: ArgumentSchema) -> "LiteralArgumentsReader":
+    def arguments_reader(self, schema: ArgumentSchema) -> "LiteralArgumentsReader":
         return LiteralArgumentsReader(self, schema)
 
     def write_rules(self, name: str, schema: Schema, markers: MarkerWriter) -> list[str]:

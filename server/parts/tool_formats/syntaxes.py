@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -9,10 +10,24 @@ import msgspec
 
 from server.parts.tool_formats.harmony import ANALYSIS_TAGS, HARMONY_FORMAT, HarmonyFormat, convert
 from server.parts.tool_formats.literals import GEMMA, PYTHON, LiteralArguments
+from server.parts.tool_formats.named import JSONArguments, MistralCall
 from server.parts.tool_formats.tags import TaggedArguments
-from server.text.parsers.tool_formats import KEY, ToolFormat
-from server.text.templates.syntaxes import FIRST, KEYS, LAST, TYPES, AnswerSyntax, FoundCall, ToolSyntax
-from server.text.templates.tool_probe import common_prefix
+from server.text.parsers.tool_formats import ID, INDEX, KEY, ObjectCall, ToolFormat
+from server.text.templates.syntaxes import (
+    ARGUMENTS,
+    FIRST,
+    KEYS,
+    LAST,
+    OBJECTS,
+    TYPES,
+    AnswerSyntax,
+    FoundCall,
+    ToolSyntax,
+    decode_at,
+    find_all,
+    find_object,
+)
+from server.text.templates.tool_probe import common_prefix, common_suffix
 
 _VALUES = {"string": re.escape(FIRST), "number": "73", "boolean": "[Tt]rue", "object": r"\{", "array": r"\[\s*81"}
 
@@ -89,7 +104,65 @@ def _after_keys(text: str, positions: Sequence[int]) -> dict[str, str]:
     return found
 
 
+def find_json(text: str, begin: int, name: str) -> FoundCall | None:
+    """Find a call that is the name and the arguments as a JSON object."""
+    after = begin + len(name)
+    for position in find_all(text, "{", after):
+        value, end = decode_at(text, position)
+        if value == ARGUMENTS:
+            return FoundCall(text[:begin], text[after:position], text[end:], JSONArguments())
+    return None
+
+
+def find_mistral(text: str, begin: int, name: str) -> FoundCall | None:
+    """Find a call that is an object after the marker of Mistral's models, which later ones put before a name."""
+    found = find_object(text, begin, name)
+    if found is None or "[TOOL_CALLS]" not in found.before or not isinstance(found.arguments, ObjectCall):
+        return None
+    return replace(found, arguments=MistralCall(found.arguments.name_key, found.arguments.arguments_key))
+
+
+def merge_numbers(format: ToolFormat, between: str, after_name: str) -> tuple[str, str, str]:
+    """Replace the number of the call by a slot, where the texts around two calls differ only in it."""
+
+    def merge(first: str, second: str) -> tuple[str, str]:
+        for number in (0, 1):
+            pattern = (rf"(?<!\w){number}(?!\w)", rf"(?<!\w){number + 1}(?!\w)")
+            slots = re.sub(pattern[0], INDEX, first), re.sub(pattern[1], INDEX, second)
+            if (
+                slots[0] != first
+                and slots[1] != second
+                and len(common_suffix(*slots)) > len(common_suffix(first, second))
+            ):
+                return slots
+        return first, second
+
+    before, merged = merge(format.before_name, between)
+    one, other = merge(format.after_name, after_name)
+    return before, merged, one if one == other else format.after_name
+
+
 TOOL_SYNTAXES = (
+    ToolSyntax(
+        kind=MistralCall,
+        name="mistral",
+        families=(("[TOOL_CALLS]", "mistral", {"name_ends": ("[ARGS]", f"[CALL_ID]{ID}[ARGS]", "")}),),
+        find=find_mistral,
+    ),
+    OBJECTS,
+    ToolSyntax(
+        kind=JSONArguments,
+        name="named_json",
+        families=(
+            ("[TOOL_CALLS]", "mistral_names", {"name_ends": (f"[CALL_ID]{ID}[ARGS]", "")}),
+            ("<｜tool▁call▁begin｜>", "deepseek", {}),
+            ("<|tool_call_begin|>", "kimi_k2", {}),
+            ("<|tools_prefix|>", "apertus", {}),
+            ("<|tool_call:begin|>", "solar", {}),
+        ),
+        find=find_json,
+        merge=merge_numbers,
+    ),
     ToolSyntax(
         kind=LiteralArguments,
         name="literal",
@@ -114,6 +187,7 @@ TOOL_SYNTAXES = (
             ),
         ),
         find=find_literals,
+        merge=merge_numbers,
     ),
     ToolSyntax(
         kind=TaggedArguments,
@@ -129,6 +203,7 @@ TOOL_SYNTAXES = (
         ),
         is_bare=False,
         find=find_tags,
+        merge=merge_numbers,
     ),
 )
 HARMONY = AnswerSyntax(

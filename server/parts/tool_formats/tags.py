@@ -9,17 +9,16 @@ import msgspec
 
 from server.parts.tool_formats.argument_schema import JSON_TYPES, STRING, ArgumentSchema, KeyNames, to_json
 from server.parts.tool_formats.grammar import ArgumentGrammar, Property, times
+from server.parts.tool_formats.named import UNDECIDED, ArgumentsReader, Head, HeadMatch, NamedArguments
 from server.text.parsers.answer_parts import PieceReader
-from server.text.parsers.call_reader import UNDECIDED, Head, HeadMatch
-from server.text.parsers.json_arguments import ArgumentsReader
 from server.text.parsers.markers import Markers, MarkerWriter
-from server.text.parsers.tool_formats import KEY, Arguments, Schema, UnsupportedSchemaError
+from server.text.parsers.tool_formats import KEY, Schema, UnsupportedSchemaError
 
 MAX_DEPTH = 64  # of tags in tags
 ITEM = "item"
 
 
-class TaggedArguments(Arguments, msgspec.Struct, frozen=True, tag=True):
+class TaggedArguments(NamedArguments, msgspec.Struct, frozen=True, tag=True):
     """Each argument is a value between tags; strings are written as they are, and other values as JSON.
 
     Attributes:
@@ -53,7 +52,7 @@ class TaggedArguments(Arguments, msgspec.Struct, frozen=True, tag=True):
     def prepare(self, schema: Schema) -> ArgumentSchema:
         return ArgumentSchema(schema)
 
-    def new_reader(self, schema: ArgumentSchema) -> "TaggedArgumentsReader":
+    def arguments_reader(self, schema: ArgumentSchema) -> "TaggedArgumentsReader":
         return TaggedArgumentsReader(self, schema)
 
     def write_rules(self, name: str, schema: Schema, markers: MarkerWriter) -> list[str]:

@@ -1,8 +1,12 @@
 """The parts of an answer: reasoning, content, and tool calls; and readers of text that arrives in pieces."""
 
+import re
 from collections.abc import Callable, Iterator
-from enum import StrEnum
-from typing import NamedTuple
+from enum import Enum, StrEnum, auto
+from typing import NamedTuple, Protocol
+
+_OUTSIDE_STRING = re.compile(r'["{}\[\]]')
+_INSIDE_STRING = re.compile(r'["\\]')
 
 
 class PartKind(StrEnum):
@@ -62,3 +66,76 @@ class HeldText:
     def clear(self) -> None:
         self._pieces.clear()
         self.num_chars = 0
+
+
+class JSONScanner:
+    """Counts the open brackets outside of strings. It does not check the JSON otherwise."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # number of open brackets
+        self._in_string = False
+        self._is_escaped = False
+
+    def advance(self, text: str, *depths: int) -> int | None:
+        """Read up to the bracket that makes the depth one of `depths`.
+
+        Returns the index after that bracket, or None if it has read all of the text.
+        """
+        position = 0
+        while position < len(text):
+            if self._is_escaped:
+                self._is_escaped = False
+                position += 1
+                continue
+            match = (_INSIDE_STRING if self._in_string else _OUTSIDE_STRING).search(text, position)
+            if match is None:
+                return None
+            position = match.end()
+            if self._read(match[0]) and self.depth in depths:
+                return position
+        return None
+
+    def _read(self, char: str) -> bool:
+        """Update the state for a character; return whether it is a bracket."""
+        if char == "\\":
+            self._is_escaped = True
+        elif char == '"':
+            self._in_string = not self._in_string
+        else:
+            self.depth += 1 if char in "{[" else -1
+            return True
+        return False
+
+
+class Progress(Enum):
+    MORE = auto()  # the call needs more text
+    DONE = auto()  # the call is complete
+    FAILED = auto()  # the text is not, or no longer, a call
+
+
+class CallReader(Protocol):
+    """Reads one call.
+
+    Attributes:
+        parts: the parts read so far; the caller takes them away.
+        is_open: whether the arguments have begun and not ended.
+        unread: the text after a call that is complete, or the text to read otherwise if it is no call.
+        rejected: the text before `unread` that becomes content if the text is no call.
+    """
+
+    parts: list[AnswerPart]
+    is_open: bool
+    unread: str
+    rejected: str
+
+    @property
+    def held(self) -> str:
+        """The text that becomes content if the answer ends here."""
+        ...
+
+    @property
+    def num_held(self) -> int:
+        """Number of characters held back."""
+        ...
+
+    def push(self, text: str) -> Progress: ...

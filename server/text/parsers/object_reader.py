@@ -6,10 +6,7 @@ from typing import Any
 
 import msgspec
 
-from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind, PieceReader
-from server.text.parsers.call_reader import Progress
-from server.text.parsers.json_arguments import JSONScanner
-from server.text.parsers.tool_formats import ObjectCall
+from server.text.parsers.answer_parts import AnswerPart, HeldText, JSONScanner, PartKind, PieceReader, Progress
 
 MAX_FIRST_KEY_CHARS = 256  # of an object up to the end of its first key
 
@@ -28,15 +25,15 @@ class ObjectCallReader(PieceReader):
     for the end of the object. Members after the arguments are ignored.
     """
 
-    def __init__(self, syntax: ObjectCall, names: Collection[str]) -> None:
+    def __init__(self, name_key: str, arguments_key: str, names: Collection[str]) -> None:
         """`names` are the names of the tools."""
         super().__init__(self._first_key)
         self.parts: list[AnswerPart] = []
         self.is_open = False
         self.rejected = ""
         self._names = names
-        self._name_keys = tuple(dict.fromkeys((*_NAME_KEYS, syntax.name_key)))
-        self._arguments_keys = tuple(dict.fromkeys((*_ARGUMENTS_KEYS, syntax.arguments_key)))
+        self._name_keys = tuple(dict.fromkeys((*_NAME_KEYS, name_key)))
+        self._arguments_keys = tuple(dict.fromkeys((*_ARGUMENTS_KEYS, arguments_key)))
         name, arguments = ("|".join(map(re.escape, keys)) for keys in (self._name_keys, self._arguments_keys))
         self._header = re.compile(
             rf'\{{\s*{_OTHER_MEMBERS}"(?:{name})"\s*:\s*"({_NAME})"\s*,\s*"(?:{arguments})"\s*:\s*\{{'

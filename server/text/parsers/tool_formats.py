@@ -2,7 +2,7 @@
 
 A format is data: the texts around calls, and the syntax of their arguments. `server.text.templates.tool_probe` finds
 them in what a chat template renders; the parser and the grammar of forced calls follow from them. Here are the formats
-in JSON; others are in the part `tool_formats`.
+whose calls are JSON objects; others are in the part `tool_formats`.
 """
 
 import json
@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 
-from server.text.parsers.json_arguments import ArgumentsReader, JSONArgumentsReader
+from server.text.parsers.answer_parts import CallReader
 from server.text.parsers.markers import MarkerWriter
+from server.text.parsers.object_reader import ObjectCallReader
 
 Schema = Mapping[str, Any]
 
@@ -30,15 +31,10 @@ class UnsupportedSchemaError(ValueError):
 
 
 class Arguments:
-    """The syntax of a call's arguments, from which the parser and the grammar follow: JSON, unless a class says more.
+    """The syntax of a call and its arguments, from which the parser and the grammar follow.
 
     The classes are structs of msgspec.
-
-    Attributes:
-        close: the beginning of the text after the arguments, if their reader reads it.
     """
-
-    close: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -48,9 +44,21 @@ class Arguments:
     def prepare(self, schema: Schema) -> Any:
         """Return what readers of a tool's arguments need of their schema, which they share."""
 
-    def new_reader(self, schema: Any) -> ArgumentsReader:
-        """Return a reader of the arguments of one call. `schema` is what `prepare` has returned."""
-        return JSONArgumentsReader()
+    def begins(self, format: "ToolFormat") -> list[str]:
+        """Return the texts that may begin a call, whose first piece is a marker."""
+        raise NotImplementedError
+
+    def ends(self, format: "ToolFormat") -> list[str]:
+        """Return the pieces of text that may follow a call."""
+        raise NotImplementedError
+
+    def new_reader(self, format: "ToolFormat", before: str, tools: Mapping[str, Any], text: str) -> CallReader | None:
+        """Return a reader of one call, or None if none begins with `text`, which is not empty.
+
+        `before` is the text that precedes the tool's name, as far as it was not read with a marker. `tools` are the
+        tools' schemas, prepared, by name.
+        """
+        raise NotImplementedError
 
     def write_rules(self, name: str, schema: Schema, markers: MarkerWriter) -> list[str]:
         """Return the rule `name` of arguments that are valid under a schema, and others that it needs.
@@ -60,15 +68,20 @@ class Arguments:
         return [f"{name}: %json {json.dumps({**schema, 'x-guidance': SPACING})}"]
 
 
-class JSONArguments(Arguments, msgspec.Struct, frozen=True, tag=True):
-    """The arguments are a JSON object after the tool's name."""
-
-
 class ObjectCall(Arguments, msgspec.Struct, frozen=True, tag=True):
     """The whole call is a JSON object, with the tool's name and its arguments as members."""
 
     name_key: str = "name"
     arguments_key: str = "arguments"
+
+    def begins(self, format: "ToolFormat") -> list[str]:
+        return [format.object_start, format.before_name.partition("{")[0]]
+
+    def ends(self, format: "ToolFormat") -> list[str]:
+        return split_text(format.object_end)
+
+    def new_reader(self, format: "ToolFormat", before: str, tools: Mapping[str, Any], text: str) -> CallReader | None:
+        return ObjectCallReader(self.name_key, self.arguments_key, tools) if text.startswith("{") else None
 
 
 OBJECT_CALL = ObjectCall()
@@ -113,8 +126,8 @@ class ToolFormat:
         return tuple(filter(None, (*texts, *self.triggers, *self.closers, *self.arguments.texts)))
 
     def write_calls(self, functions: Sequence[Mapping[str, Any]]) -> str:
-        """Return calls with these names and arguments as the model writes them; "" if arguments are not JSON."""
-        if not isinstance(self.arguments, ObjectCall | JSONArguments):
+        """Return calls with these names and arguments as the model writes them; "" if they are no objects."""
+        if not isinstance(self.arguments, ObjectCall):
             return ""
         texts = [
             self.before_name

@@ -10,15 +10,11 @@ last one is removed, like the markers. Each character is read once or twice, so 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind, PieceReader
-from server.text.parsers.call_reader import CallReader, Head, NamedCallReader, Progress
-from server.text.parsers.json_arguments import ArgumentsReader
+from server.text.parsers.answer_parts import AnswerPart, CallReader, HeldText, PartKind, PieceReader, Progress
 from server.text.parsers.markers import Markers
-from server.text.parsers.object_reader import ObjectCallReader
-from server.text.parsers.tool_formats import NAME, SLOTS, ObjectCall, ToolFormat, split_text
+from server.text.parsers.tool_formats import SLOTS, ObjectCall, ToolFormat, split_text
 
 
 class ToolParser(PieceReader):
@@ -42,7 +38,7 @@ class ToolParser(PieceReader):
         self._separator = format.separator.strip()
         self._held = HeldText()  # layout and markers before a call
         self._openers: list[str] = []  # texts that may follow before the object of a call
-        self._heads: Sequence[Head] = ()  # of the calls that may follow
+        self._before = ""  # text that precedes the name of the tool, unless it was read with a marker
         self._reader: CallReader | None = None
         self._in_array = False
         self._closers: list[str] = []  # texts expected after the call, in their order
@@ -99,23 +95,21 @@ class ToolParser(PieceReader):
 
     def _open(self) -> bool:
         """Read what precedes the object of a call, if calls are objects, and choose the reader."""
-        if not isinstance(self._format.arguments, ObjectCall):
-            return self._begin_reader(NamedCallReader(self._heads, self._new_arguments_reader))
         char = self._skip_space()
         if char == "":
             return False
         if self._openers:
             return self._read_opener()
-        if char == "{":
-            return self._begin_reader(ObjectCallReader(self._format.arguments, self._tools))
-        if char == "[" and self._format.has_arrays and not self._in_array:
+        self._reader = self._format.arguments.new_reader(self._format, self._before, self._tools, self.unread)
+        if self._reader is not None:
+            self._state = self._call
+        elif char == "[" and self._format.has_arrays and not self._in_array:
             self._held.append(self._read(1))
-            self._in_array = True
+            self._in_array, self._before = True, self._format.before_name
             self._closers.insert(0, "]")
-            return True
-        if self._heads and not self._in_array and any(held in self._begins for held in self._held):
-            return self._begin_reader(NamedCallReader(self._heads, self._new_arguments_reader))
-        return self._give_up()
+        else:
+            return self._give_up()
+        return True
 
     def _read_opener(self) -> bool:
         """Read the next of the texts that may precede an object."""
@@ -179,12 +173,11 @@ class ToolParser(PieceReader):
     @property
     def _follows_directly(self) -> bool:
         """True if the objects of calls may follow one another without markers of their own."""
-        return isinstance(self._format.arguments, ObjectCall) and self._format.before_name.startswith("{")
+        return self._format.before_name.startswith("{")
 
     def _may_begin_bare(self, char: str) -> bool:
-        if isinstance(self._format.arguments, ObjectCall):
-            return char == "{" or (char == "[" and self._format.has_arrays)
-        return char == (self._format.start + self._format.before_name)[:1]
+        before = self._format.before_name
+        return char in ((self._format.start + before)[:1], before[:1])
 
     def _skip_space(self) -> str:
         """Hold back the next white space; return the character after it, or "" if it has not arrived yet."""
@@ -195,23 +188,15 @@ class ToolParser(PieceReader):
 
     def _begin_after(self, marker: str) -> None:
         """Read a call after a marker that begins one; "" stands for the beginning of a call without one."""
-        begin = self._begins.get(marker) or _bare_begin(self._format)
-        self._openers, self._heads, self._closers = list(begin.openers), begin.heads, list(begin.closers)
+        begin = self._begins.get(marker, _Begin((), self._format.start + self._format.before_name))
+        self._openers, self._before, self._closers = list(begin.openers), begin.before, _closers(self._format)
         self._in_array = False
         self._state = self._open
 
     def _begin_next(self) -> None:
         """Read a call after a separator."""
-        self._openers, self._heads = [], _heads(self._format, self._format.before_name)
+        self._openers, self._before = [], self._format.before_name
         self._state = self._open
-
-    def _begin_reader(self, reader: CallReader) -> bool:
-        self._reader = reader
-        self._state = self._call
-        return True
-
-    def _new_arguments_reader(self, name: str) -> ArgumentsReader | None:
-        return self._format.arguments.new_reader(self._tools[name]) if name in self._tools else None
 
     def _begin_call(self) -> None:
         self._held.clear()
@@ -252,13 +237,11 @@ class ToolParser(PieceReader):
         return parts
 
 
-@dataclass(frozen=True, slots=True)
-class _Begin:
+class _Begin(NamedTuple):
     """What may follow a marker that begins a call."""
 
-    openers: Sequence[str]
-    heads: Sequence[Head]
-    closers: Sequence[str]
+    openers: Sequence[str]  # before the object of a call
+    before: str  # before the name of the tool
 
 
 def begin_markers(format: ToolFormat) -> list[str]:
@@ -268,21 +251,13 @@ def begin_markers(format: ToolFormat) -> list[str]:
 
 def _call_begins(format: ToolFormat) -> dict[str, _Begin]:
     """Return the markers that begin a call, with what may follow each of them."""
-    if isinstance(format.arguments, ObjectCall):
-        texts = [format.object_start, format.before_name.partition("{")[0]]
-    else:
-        texts = [format.start + format.before_name, format.before_name, _last_tag(format.before_name)]
     begins: dict[str, _Begin] = {}
-    for text in [*texts, *format.triggers]:
+    for text in [*format.arguments.begins(format), *format.triggers]:
         pieces = split_text(text)
         if pieces and not SLOTS.match(pieces[0]) and (_is_marker(pieces[0]) or not (begins or format.is_bare)):
-            heads = _heads(format, text.lstrip()[len(pieces[0]) :])
-            begins.setdefault(pieces[0], _Begin(pieces[1:], heads, _closers(format)))
+            openers = pieces[1:] if isinstance(format.arguments, ObjectCall) else []
+            begins.setdefault(pieces[0], _Begin(openers, text.lstrip()[len(pieces[0]) :]))
     return begins
-
-
-def _bare_begin(format: ToolFormat) -> _Begin:
-    return _Begin((), _heads(format, format.start + format.before_name), _closers(format))
 
 
 def _is_marker(piece: str) -> bool:
@@ -290,21 +265,6 @@ def _is_marker(piece: str) -> bool:
     return len(piece) > 2 and piece[0] not in "{["
 
 
-def _last_tag(text: str) -> str:
-    """Return the text from the last tag on."""
-    return text[text.rfind("<") :] if "<" in text else ""
-
-
-def _heads(format: ToolFormat, before_name: str) -> list[Head]:
-    """Return the forms of the text of a call between a marker and the arguments."""
-    if isinstance(format.arguments, ObjectCall):
-        return [Head(NAME + after) for after in format.name_ends]
-    return [Head(before_name + NAME + after) for after in (format.after_name, *format.name_ends)]
-
-
 def _closers(format: ToolFormat) -> list[str]:
     """Return the texts that may follow a call."""
-    if isinstance(format.arguments, ObjectCall):
-        return [*split_text(format.object_end), *format.closers]
-    after = format.after_arguments.removeprefix(format.arguments.close)
-    return [*split_text(after), *split_text(format.end), *format.closers]
+    return [*format.arguments.ends(format), *format.closers]

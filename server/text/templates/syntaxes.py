@@ -1,6 +1,6 @@
 """The syntaxes of tool calls: how they are told from one another in what a chat template renders, and their names.
 
-Those in JSON are here. The part `tool_formats` adds others, and formats of whole answers.
+Objects in JSON are here. The part `tool_formats` adds others, and formats of whole answers.
 """
 
 import json
@@ -16,7 +16,7 @@ import msgspec
 from engine.shared.parts import MissingPartError
 from server.part_table import load_module, why_missing
 from server.text.parsers.answer_parser import AnswerFormat, ReasoningTags
-from server.text.parsers.tool_formats import ID, Arguments, JSONArguments, ObjectCall, ToolFormat
+from server.text.parsers.tool_formats import ID, Arguments, ObjectCall, ToolFormat
 
 PART = "tool_formats"
 
@@ -62,6 +62,8 @@ class ToolSyntax:
         announced: text of a prompt with tools, and the format that it asks for, of templates that do not write the
             calls of earlier messages.
         find: finds a call in a text, in which the name of the tool begins at a position.
+        merge: returns the texts before a name, between two calls and after a name, of a format and of two calls in
+            which they may differ: between calls, and after the name of the second.
     """
 
     kind: type[Arguments]
@@ -70,6 +72,11 @@ class ToolSyntax:
     announced: Sequence[tuple[str, ToolFormat]] = ()
     is_bare: bool = True  # calls need no marker before their bracket
     find: Callable[[str, int, str], FoundCall | None]
+    merge: Callable[[ToolFormat, str, str], tuple[str, str, str]] = lambda format, between, _: (
+        format.before_name,
+        between,
+        format.after_name,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,68 +124,45 @@ def find_object(text: str, begin: int, name: str) -> FoundCall | None:
     return None
 
 
-def find_json(text: str, begin: int, name: str) -> FoundCall | None:
-    """Find a call that is the name and the arguments as a JSON object."""
-    after = begin + len(name)
-    for position in find_all(text, "{", after):
-        value, end = decode_at(text, position)
-        if value == ARGUMENTS:
-            return FoundCall(text[:begin], text[after:position], text[end:], JSONArguments())
-    return None
-
-
-JSON_SYNTAXES = (
-    ToolSyntax(
-        kind=ObjectCall,
-        name="json",
-        families=(
-            ("[TOOL_CALLS]", "mistral", {"name_ends": ("[ARGS]", f"[CALL_ID]{ID}[ARGS]", "")}),
-            ("<tool_call>", "hermes", {}),
-            ("<tool_calls>", "tool_calls", {}),
-            ("<TOOLCALL>", "nemotron", {}),
-            ("<|START_ACTION|>", "cohere", {}),
-            ("Action:", "command_r", {}),
-            ("functools", "firefunction", {}),
-            ("<|tool_call|>", "granite", {}),
-            ("function call", "gigachat", {}),
-            ("<|function_call|>", "gigachat", {}),
-            (
-                '"parameters"',
-                "llama3",
-                {"triggers": ("<|python_tag|>",), "separator": "; ", "is_bare": True, "several": True},
-            ),
+OBJECTS = ToolSyntax(
+    kind=ObjectCall,
+    name="json",
+    families=(
+        ("[TOOL_CALLS]", "mistral", {}),
+        ("<tool_call>", "hermes", {}),
+        ("<tool_calls>", "tool_calls", {}),
+        ("<TOOLCALL>", "nemotron", {}),
+        ("<|START_ACTION|>", "cohere", {}),
+        ("Action:", "command_r", {}),
+        ("functools", "firefunction", {}),
+        ("<|tool_call|>", "granite", {}),
+        ("function call", "gigachat", {}),
+        ("<|function_call|>", "gigachat", {}),
+        (
+            '"parameters"',
+            "llama3",
+            {"triggers": ("<|python_tag|>",), "separator": "; ", "is_bare": True, "several": True},
         ),
-        announced=(
-            ("<|tool_call|>", ToolFormat("granite", start="<|tool_call|>[", separator=", ", end="]")),
-            ("<|tool|>", ToolFormat("phi4", start="<|tool_call|>[", separator=", ", end="]<|/tool_call|>")),
-            ("functools[", ToolFormat("firefunction", start="functools[", separator=", ", end="]")),
-        ),
-        find=find_object,
     ),
-    ToolSyntax(
-        kind=JSONArguments,
-        name="named_json",
-        families=(
-            ("[TOOL_CALLS]", "mistral_names", {"name_ends": (f"[CALL_ID]{ID}[ARGS]", "")}),
-            ("<｜tool▁call▁begin｜>", "deepseek", {}),
-            ("<|tool_call_begin|>", "kimi_k2", {}),
-            ("<|tools_prefix|>", "apertus", {}),
-            ("<|tool_call:begin|>", "solar", {}),
-        ),
-        find=find_json,
+    announced=(
+        ("<|tool_call|>", ToolFormat("granite", start="<|tool_call|>[", separator=", ", end="]")),
+        ("<|tool|>", ToolFormat("phi4", start="<|tool_call|>[", separator=", ", end="]<|/tool_call|>")),
+        ("functools[", ToolFormat("firefunction", start="functools[", separator=", ", end="]")),
     ),
+    find=find_object,
 )
 
 
 def missing_part() -> MissingPartError | None:
-    """Return what calls need that are not in JSON, if it is not installed."""
+    """Return what calls need that are no objects in JSON, if it is not installed."""
     return why_missing(PART)
 
 
 @cache
 def tool_syntaxes() -> Sequence[ToolSyntax]:
     """Return the syntaxes of calls that are installed, in the order in which they are tried."""
-    return (*JSON_SYNTAXES, *(load_module(PART, "syntaxes").TOOL_SYNTAXES if missing_part() is None else ()))
+    syntaxes: Sequence[ToolSyntax] = (OBJECTS,) if missing_part() else load_module(PART, "syntaxes").TOOL_SYNTAXES
+    return syntaxes
 
 
 def answer_syntax(conversation: str) -> AnswerSyntax | None:
@@ -204,9 +188,14 @@ def decode_format(encoded: msgspec.Raw) -> AnswerFormat | None:
     return found
 
 
+def syntax_of(format: ToolFormat) -> ToolSyntax:
+    """Return the syntax of a format's calls."""
+    return next(each for each in tool_syntaxes() if each.kind is type(format.arguments))
+
+
 def name_format(format: ToolFormat) -> ToolFormat:
     """Return a format with its name, and with the fields that its family needs."""
-    syntax = next(each for each in tool_syntaxes() if each.kind is type(format.arguments))
+    syntax = syntax_of(format)
     texts = "\n".join(format.texts)
     for text, name, fields in syntax.families:
         if text in texts:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from server.parts.tool_formats.argument_schema import JSON_TYPES, MAX_KEYS, MAX_STEPS, ArgumentSchema, KeyNames, to_json
 from server.parts.tool_formats.literals import GEMMA, PYTHON, LiteralArguments
+from server.parts.tool_formats.named import MAX_HEAD_CHARS, UNDECIDED, Head
 from server.parts.tool_formats.tags import TaggedArguments, nested_to_json
-from server.text.parsers.call_reader import MAX_HEAD_CHARS
-from server.text.parsers.tool_formats import KEY, ToolFormat
+from server.text.parsers.tool_formats import INDEX, KEY, NAME, ToolFormat
 from tests.server.text.parsers import test_tool_parser
 from tests.support.growth import num_calls
 from tests.support.parsing import cut
@@ -28,7 +28,7 @@ SCHEMA: dict[str, Any] = {"properties": {"text": {"type": "string"}, "count": {"
 
 def convert(syntax: Syntax, pieces: list[str], schema: Any = None) -> tuple[str, str, bool]:
     """Return the JSON, the text after the arguments, and whether they are complete."""
-    reader, found, is_complete = syntax.new_reader(syntax.prepare(schema or {})), "", False
+    reader, found, is_complete = syntax.arguments_reader(syntax.prepare(schema or {})), "", False
     assert reader.begins_with("")
     for index, piece in enumerate(pieces):
         json_text, is_complete = reader.push(piece)
@@ -236,7 +236,7 @@ STREAMS = [
 @pytest.mark.parametrize(("syntax", "pieces", "streamed"), STREAMS)
 def test_what_is_streamed(syntax: Syntax, pieces: list[str], streamed: list[str]) -> None:
     """Strings are; between tags, other values are not."""
-    reader = syntax.new_reader(syntax.prepare(SCHEMA))
+    reader = syntax.arguments_reader(syntax.prepare(SCHEMA))
     assert [reader.push(piece)[0] for piece in pieces] == streamed
 
 
@@ -379,3 +379,28 @@ REPEATED = [
 @pytest.mark.parametrize(("format", "opening", "unit"), REPEATED)
 def test_time_is_linear(format: ToolFormat, opening: str, unit: str) -> None:
     test_tool_parser.test_time_is_linear(format, opening, unit)
+
+
+# The text before arguments is matched once it is decided what it is.
+
+
+TEXT = f"<call>\nfunctions.{NAME}:{INDEX}<args>"
+
+
+@pytest.mark.parametrize(
+    "text", ["<call>\nfunctions.f-1:0<args>", "<call>functions.f-1:12 <args>", " <call> \n functions. f-1:0<args>"]
+)
+def test_white_space_is_free(text: str) -> None:
+    match = Head(TEXT).match(text + "{")
+    assert match is not None
+    assert (match.end, match.slots[NAME]) == (len(text), "f-1")
+    assert all(Head(TEXT).match(text[:end]) is UNDECIDED for end in range(len(text)))
+
+
+def test_what_does_not_match() -> None:
+    space = " " * MAX_HEAD_CHARS
+    for text in (
+        *("<x", "<call>functions.!", "<call>functions.f:x", "<call>functions.f:0<argz"),
+        *(f"<call>{space}", f"<call>{space}functions.f:0<args>{{"),  # which are too long
+    ):
+        assert Head(TEXT).match(text) is None

@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.part_table import is_installed
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser, ReasoningParser, ReasoningTags
-from server.text.parsers.call_reader import MAX_HEAD_CHARS, UNDECIDED, Head
 from server.text.parsers.markers import Markers
-from server.text.parsers.tool_formats import GENERIC, INDEX, NAME, ToolFormat
+from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.parsers.tool_parser import ToolParser
 from tests.support.growth import check_growth
 from tests.support.parsing import Answer, cut, joined_parts, read_answer
 from tests.support.tool_templates import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES
 
+OF_PART = pytest.mark.skipif(not is_installed("tool_formats"), reason="names before arguments are of that part")
 MISTRAL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 Call = tuple[str, str]  # name, arguments
 NAMES: dict[str, Any] = {name: {} for name in ("f", "get_weather", "a-b_C9")}
@@ -118,6 +119,7 @@ def test_bare_calls(
     assert parse(format, cut(text, cuts)) == parse(format, list(text)) == Answer("", [parts for _, parts in found])
 
 
+@OF_PART
 @given(
     st.lists(calls(key="arguments", forms=CLOSED), min_size=1, max_size=3),
     st.lists(st.tuples(st.sampled_from(sorted(NAMES)), OBJECTS), min_size=1, max_size=3),
@@ -185,6 +187,7 @@ def test_json_answers_are_content(format: ToolFormat) -> None:
         assert parse(format, list(text)) == Answer(text)
 
 
+@OF_PART
 @pytest.mark.checklist("C24")
 @pytest.mark.parametrize("num_spaces", [0, 200, 251, 252, 253, 300, 600])
 def test_what_is_too_long_is_content_in_any_pieces(num_spaces: int) -> None:
@@ -352,31 +355,6 @@ def test_where_parts_end() -> None:
         assert parser.is_reasoning
         assert joined_parts(parser, [f"Hm</think>{text}"])[0] == ("reasoning", "Hm")
         assert (parser.is_reasoning, parser.ends_with_calls) == (False, ends), text
-
-
-# The text before arguments and markers are matched once it is decided what they are.
-
-
-TEXT = f"<call>\nfunctions.{NAME}:{INDEX}<args>"
-
-
-@pytest.mark.parametrize(
-    "text", ["<call>\nfunctions.f-1:0<args>", "<call>functions.f-1:12 <args>", " <call> \n functions. f-1:0<args>"]
-)
-def test_white_space_is_free(text: str) -> None:
-    match = Head(TEXT).match(text + "{")
-    assert match is not None
-    assert (match.end, match.slots[NAME]) == (len(text), "f-1")
-    assert all(Head(TEXT).match(text[:end]) is UNDECIDED for end in range(len(text)))
-
-
-def test_what_does_not_match() -> None:
-    space = " " * MAX_HEAD_CHARS
-    for text in (
-        *("<x", "<call>functions.!", "<call>functions.f:x", "<call>functions.f:0<argz"),
-        *(f"<call>{space}", f"<call>{space}functions.f:0<args>{{"),  # which are too long
-    ):
-        assert Head(TEXT).match(text) is None
 
 
 # Markers, against a search of the whole text.

@@ -1,15 +1,15 @@
-"""Read one tool call in an answer that arrives in pieces: the protocol, and calls that begin with the tool's name."""
+"""Calls that begin with the tool's name: their syntax, and the reader of one call, which arrives in pieces."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
-from server.text.parsers.answer_parts import AnswerPart, PartKind
-from server.text.parsers.json_arguments import ArgumentsReader
-from server.text.parsers.tool_formats import ID, INDEX, NAME, SLOTS, split_text
+import msgspec
+
+from server.text.parsers.answer_parts import AnswerPart, CallReader, JSONScanner, PartKind, Progress
+from server.text.parsers.tool_formats import ID, INDEX, NAME, SLOTS, Arguments, ObjectCall, ToolFormat, split_text
 
 MAX_HEAD_CHARS = 512
 MAX_SPACE = 256  # characters of white space between a tool's name and its arguments
@@ -78,41 +78,43 @@ class Head:
         return UNDECIDED if found.end() == len(text) else HeadMatch(found.end(), {slot: found[0].rstrip()})
 
 
-class Progress(Enum):
-    MORE = auto()  # the call needs more text
-    DONE = auto()  # the call is complete
-    FAILED = auto()  # the text is not, or no longer, a call
-
-
-class CallReader(Protocol):
-    """Reads one call.
+class ArgumentsReader(Protocol):
+    """Converts the text of a call's arguments to JSON.
 
     Attributes:
-        parts: the parts read so far; the caller takes them away.
-        is_open: whether the arguments have begun and not ended.
-        unread: the text after a call that is complete, or the text to read otherwise if it is no call.
-        rejected: the text before `unread` that becomes content if the text is no call.
+        unread: the text that is not converted yet, or the text after the arguments.
     """
 
-    parts: list[AnswerPart]
-    is_open: bool
     unread: str
-    rejected: str
 
-    @property
-    def held(self) -> str:
-        """The text that becomes content if the answer ends here."""
+    def begins_with(self, text: str) -> bool | None:
+        """Return whether arguments may begin with this text, or None if that needs more text."""
+        return True
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the JSON that the text adds, and whether the arguments are complete."""
         ...
 
-    @property
-    def num_held(self) -> int:
-        """Number of characters held back."""
-        ...
 
-    def push(self, text: str) -> Progress: ...
+class JSONArgumentsReader(ArgumentsReader):
+    """Passes the text of a JSON object on."""
+
+    def __init__(self) -> None:
+        self.unread = ""
+        self._scanner = JSONScanner()
+
+    def begins_with(self, text: str) -> bool | None:
+        text = text.lstrip()
+        return text[0] == "{" if text else None
+
+    def push(self, text: str) -> tuple[str, bool]:
+        text = text if self._scanner.depth else text.lstrip()
+        end = self._scanner.advance(text, 0)
+        self.unread = "" if end is None else text[end:]
+        return text[:end], end is not None
 
 
-class NamedCallReader:
+class NamedCallReader(CallReader):
     """Reads a call that begins with text and the tool's name, up to the end of its arguments."""
 
     def __init__(self, heads: Sequence[Head], new_reader: Callable[[str], ArgumentsReader | None]) -> None:
@@ -176,3 +178,45 @@ class NamedCallReader:
         self.is_open = False
         self.unread = self._reader.unread
         return Progress.DONE
+
+
+class NamedArguments(Arguments):
+    """A call is the tool's name and its arguments, with texts around both.
+
+    Attributes:
+        close: the beginning of the text after the arguments, if their reader reads it.
+    """
+
+    close: str = ""
+
+    def arguments_reader(self, schema: Any) -> ArgumentsReader:
+        """Return a reader of the arguments of one call. `schema` is what `prepare` has returned."""
+        raise NotImplementedError
+
+    def begins(self, format: ToolFormat) -> list[str]:
+        before = format.before_name
+        return [format.start + before, before, before[before.rfind("<") :] if "<" in before else ""]
+
+    def ends(self, format: ToolFormat) -> list[str]:
+        return [*split_text(format.after_arguments.removeprefix(self.close)), *split_text(format.end)]
+
+    def new_reader(self, format: ToolFormat, before: str, tools: Mapping[str, Any], text: str) -> CallReader:
+        heads = [Head(before + NAME + after) for after in (format.after_name, *format.name_ends)]
+        return NamedCallReader(heads, lambda name: self.arguments_reader(tools[name]) if name in tools else None)
+
+
+class JSONArguments(NamedArguments, msgspec.Struct, frozen=True, tag=True):
+    """The arguments are a JSON object after the tool's name."""
+
+    def arguments_reader(self, schema: Any) -> ArgumentsReader:
+        return JSONArgumentsReader()
+
+
+class MistralCall(ObjectCall, frozen=True, tag=True):
+    """A call is an object in an array, or after the marker the tool's name and a JSON object."""
+
+    def new_reader(self, format: ToolFormat, before: str, tools: Mapping[str, Any], text: str) -> CallReader | None:
+        if text[0] in "{[" or before.strip():
+            return super().new_reader(format, before, tools, text)
+        heads = [Head(NAME + after) for after in format.name_ends]
+        return NamedCallReader(heads, lambda name: JSONArgumentsReader() if name in tools else None)
