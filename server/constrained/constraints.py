@@ -13,7 +13,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from server.constrained.json_schema import normalize_schema, regex_grammar
 from server.constrained.messages import ConstrainedFields
-from server.http.errors import InvalidValueError
+from server.http.errors import invalid
 from server.http.strict_json import is_deeper
 from server.part_table import load_module
 from server.schemas.structured_outputs import ResponseFormat, StructuredOutputs
@@ -134,10 +134,15 @@ def as_lark(grammar: str, param: str) -> str:
     try:
         return gbnf_to_lark(grammar)
     except GbnfToLarkError as error:
-        raise invalid(param, str(error)) from error
+        raise invalid(param, one_line(error)) from error
     except Exception as error:  # gbnf_to_lark raises bare Exceptions for missing rules, others for truncated text
-        problem = str(error) if type(error) is Exception else "it ends too early, or is nested too deep"
+        problem = one_line(error) if type(error) is Exception else "it ends too early, or is nested too deep"
         raise invalid(param, problem) from error
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of another library as the end of a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def parse_object(text: str, param: str) -> dict[str, Any]:
@@ -206,9 +211,3 @@ def _values(value: object) -> Iterator[object]:
     while pending:
         yield (value := pending.pop())
         pending += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-
-
-def invalid(param: str, problem: str) -> InvalidValueError:
-    """Return the error about a field, with the problem as the end of a sentence."""
-    problem = re.sub(r"\s+", " ", problem).rstrip(".")
-    return InvalidValueError(f"Invalid '{param}': {problem}.", param=param)

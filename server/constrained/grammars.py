@@ -11,10 +11,10 @@ import msgspec
 
 from engine.grammar.compiler import GrammarCompiler, GrammarError
 from engine.shared.recently_used import RecentlyUsed
-from server.constrained.constraints import Constraint, ConstraintBuilder, invalid
+from server.constrained.constraints import Constraint, ConstraintBuilder, one_line
 from server.constrained.messages import ConstrainedFields, Grammar, GrammarProblem, GrammarRequest, GrammarVocabulary
 from server.constrained.tool_grammar import answer_constraint, unenforced_keywords
-from server.http.errors import BadRequestError, InvalidValueError, QueueFullError
+from server.http.errors import BadRequestError, InvalidValueError, QueueFullError, invalid
 from server.part_table import hardened
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import ANYBODY, Tenant
@@ -88,7 +88,7 @@ def _compile(compiler: GrammarCompiler, constraint: Constraint) -> None:
         compiler.compile(constraint.grammar)
     except GrammarError as error:
         known = [text for beginning, text in PROBLEMS.items() if beginning in str(error)]
-        raise invalid(constraint.param, [*known, str(error)][0]) from error
+        raise invalid(constraint.param, [*known, one_line(error)][0]) from error
 
 
 def problem(error: BadRequestError) -> GrammarProblem:
@@ -118,8 +118,7 @@ class Grammars:
             raise InvalidValueError(result.message, param=param, code=result.code)
         for name in EXCLUSIVE:
             if getattr(body, name, None):
-                message = f"Invalid '{name}': not allowed with '{result.param}'."
-                raise InvalidValueError(message, param=name)
+                raise invalid(name, f"not allowed with '{result.param}'")
         return result
 
     async def find(self, request: bytes, tenant: Tenant = ANYBODY) -> Result:

@@ -108,6 +108,11 @@ class InvalidValueError(BadRequestError):
         super().__init__(message, param=param, code=code)
 
 
+def invalid(param: str, problem: str) -> InvalidValueError:
+    """Return the error about the value of a field, with the problem as the end of a sentence."""
+    return InvalidValueError(f"Invalid '{param}': {problem}.", param=param)
+
+
 class UnknownParameterError(BadRequestError):
     """An unknown field, with --strict or in an object that allows no others. Elsewhere unknown fields are ignored."""
 

@@ -227,9 +227,7 @@ def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
         renderer.close()
         raise
     if template.missing_part is not None:
-        logger.warning(
-            "the chat template writes tool calls in a form that is no JSON object: %s", template.missing_part
-        )
+        logger.warning("the chat template writes tool calls that are no JSON objects: %s", template.missing_part)
     elif template.tool_format_name == UNRECOGNIZED:
         logger.warning("the chat template writes tool calls in a form that is not recognized; a generic one is used")
     if template.reasoning_format_name == UNRECOGNIZED:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from server.http.errors import InvalidValueError
+from server.http.errors import InvalidValueError, invalid
 from server.schemas.request_fields import (
     INT64_MIN,
     MAX_CACHE_SALT_CHARS,
@@ -151,13 +151,12 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
             message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
             raise InvalidValueError(message, param="stream_options")
         if self.prompt_logprobs is not None and self.stream:
-            message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
-            raise InvalidValueError(message, param="prompt_logprobs")
+            raise invalid("prompt_logprobs", "not allowed with 'stream': true")
         if self.repeat_penalty is not None or self.samplers is not None:
             self.check_sampling()
         for name in NEED_LOGPROBS:
             if getattr(self, name) and self.requested().num_logprobs is None:
-                raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
+                raise invalid(name, "only allowed with 'logprobs'")
         if self.response_format is not None:
             self.response_format.check()
         if not OUTPUT_FIELDS.isdisjoint(self.model_fields_set):

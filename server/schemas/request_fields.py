@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from server.http.errors import InvalidValueError
+from server.http.errors import invalid
 from server.settings.sampling import INT64_MAX
 
 INT64_MIN = -(2**63)
@@ -183,11 +183,9 @@ class RepetitionFields(ClosedObject):
     def check(self) -> None:
         """Validate the fields against each other. Raises InvalidValueError."""
         if (self.min_pattern_size or 0) > (self.max_pattern_size or 0):
-            param = "repetition_detection.min_pattern_size"
-            raise InvalidValueError(f"Invalid '{param}': expected a value <= max_pattern_size.", param=param)
+            raise invalid("repetition_detection.min_pattern_size", "expected a value <= max_pattern_size")
         if self.max_pattern_size and (self.min_count or 0) < 2:
-            param = "repetition_detection.min_count"
-            raise InvalidValueError(f"Invalid '{param}': expected a value >= 2 with max_pattern_size.", param=param)
+            raise invalid("repetition_detection.min_count", "expected a value >= 2 with max_pattern_size")
 
 
 class QueueFields(OpenObject):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
-from server.http.errors import InvalidValueError
+from server.http.errors import InvalidValueError, invalid
 from server.http.validation import from_validation_error
 from server.schemas.request_fields import OpenObject
 from server.settings.sampling import PARAMETERS, Integer, Number
@@ -79,11 +79,9 @@ class SamplingFields(OpenObject):
     def check_sampling(self) -> None:
         """Validate the fields against each other. Raises InvalidValueError."""
         if self.repeat_penalty is not None and self.repetition_penalty not in (None, self.repeat_penalty):
-            message = "Invalid 'repeat_penalty': it is an alias of 'repetition_penalty', which has another value."
-            raise InvalidValueError(message, param="repeat_penalty")
+            raise invalid("repeat_penalty", "it is an alias of 'repetition_penalty', which has another value")
         if self.samplers is not None and self.mirostat:
-            message = "Invalid 'samplers': not allowed with 'mirostat', which has a sampler order of its own."
-            raise InvalidValueError(message, param="samplers")
+            raise invalid("samplers", "not allowed with 'mirostat', which has a sampler order of its own")
 
 
 Body = TypeVar("Body", bound=SamplingFields)

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from pydantic import BaseModel, Field
 
-from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError, UnsupportedParameterError
+from server.http.errors import BadRequestError, MissingParameterError, UnsupportedParameterError, invalid
 from server.http.strict_json import MAX_DEPTH, describe_size, is_deeper
 from server.part_table import as_sentence, is_installed, load_module, why_missing
 from server.schemas.request_fields import ClosedObject, JSONSchema, OpenObject
@@ -82,16 +82,13 @@ class ResponseFormat(ClosedObject):
             check_tags("response_format")
         for name in ("format", "structures", "triggers"):
             if self.type != "structural_tag" and getattr(self, name) is not None:
-                message = f"Invalid 'response_format.{name}': only allowed with 'type': 'structural_tag'."
-                raise InvalidValueError(message, param=f"response_format.{name}")
+                raise invalid(f"response_format.{name}", "only allowed with 'type': 'structural_tag'")
         if self.schema_ is not None and (self.json_schema is not None or not self.type.startswith("json")):
-            message = "Invalid 'response_format.schema': only allowed instead of 'json_schema'."
-            raise InvalidValueError(message, param="response_format.schema")
+            raise invalid("response_format.schema", "only allowed instead of 'json_schema'")
         if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
             raise MissingParameterError("response_format.json_schema")
         if self.type != "json_schema" and self.json_schema is not None:
-            message = "Invalid 'response_format.json_schema': only allowed with 'type': 'json_schema'."
-            raise InvalidValueError(message, param="response_format.json_schema")
+            raise invalid("response_format.json_schema", "only allowed with 'type': 'json_schema'")
 
 
 Choice = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARS)]
@@ -130,23 +127,17 @@ class StructuredOutputs(OpenObject):
         if self.whitespace_pattern is not None:
             raise UnsupportedParameterError("structured_outputs.whitespace_pattern")
         if self.disable_any_whitespace is False:
-            param = "structured_outputs.disable_any_whitespace"
-            message = f"Invalid '{param}': expected true, because JSON is always generated without white space."
-            raise InvalidValueError(message, param=param)
+            problem = "expected true, because JSON is always generated without white space"
+            raise invalid("structured_outputs.disable_any_whitespace", problem)
         if len(self.constraints) != 1:
             got = " and ".join(self.constraints) or "none"
-            message = f"Invalid 'structured_outputs': expected exactly one of {', '.join(KINDS)}, but got {got}."
-            raise InvalidValueError(message, param="structured_outputs")
+            raise invalid("structured_outputs", f"expected exactly one of {', '.join(KINDS)}, but got {got}")
 
     @property
     def constraints(self) -> dict[str, Any]:
         """The values of the fields in KINDS that are set, by name: one, in a valid request."""
         fields = [(field.alias or name, getattr(self, name)) for name, field in type(self).model_fields.items()]
         return {name: value for name, value in fields if name in KINDS and value not in (None, False)}
-
-    def sets_same(self, other: Self) -> bool:
-        """Return whether both set the same constraint, of a kind that is in ALIASES."""
-        return _canonical(self.constraints) == _canonical(other.constraints)
 
 
 class StructuredOutputsFields(BaseModel):
@@ -167,17 +158,16 @@ class StructuredOutputsFields(BaseModel):
     @property
     def requested_outputs(self) -> dict[str, StructuredOutputs]:
         """The constraints by the names of the fields that set them. In a valid request, all are the same."""
+        values = [(name, field, getattr(self, name)) for name, field in ALIASES.items()]
         requested = {
-            name: StructuredOutputs.model_construct(**{field: getattr(self, name)})
-            for name, field in ALIASES.items()
-            if getattr(self, name) not in (None, "")
+            name: StructuredOutputs.model_construct(**{field: value})
+            for name, field, value in values
+            if value not in (None, "")
         }
         own = self.structured_outputs
-        return (
-            requested
-            if own is None or (requested and not own.model_fields_set)
-            else requested | {"structured_outputs": own}
-        )
+        if own is not None and (own.model_fields_set or not requested):
+            requested["structured_outputs"] = own
+        return requested
 
     @property
     def output_param(self) -> str | None:
@@ -188,14 +178,13 @@ class StructuredOutputsFields(BaseModel):
         return f"structured_outputs.{next(iter(outputs.constraints))}"
 
     def check_structured_outputs(self) -> None:
-        if own := self.requested_outputs.get("structured_outputs"):
+        requested = self.requested_outputs
+        if own := requested.get("structured_outputs"):
             own.check()
-        requested = [*self.requested_outputs.items()]
-        for name, outputs in requested[1:]:
-            first, other = requested[0]
-            if not outputs.sets_same(other):
-                message = f"Invalid '{first}': not allowed with '{name}', which sets another constraint."
-                raise InvalidValueError(message, param=first)
+        for name, outputs in requested.items():
+            first = next(iter(requested))
+            if _canonical(outputs.constraints) != _canonical(requested[first].constraints):
+                raise invalid(first, f"not allowed with '{name}', which sets another constraint")
 
 
 def _canonical(constraints: Mapping[str, Any]) -> bytes:

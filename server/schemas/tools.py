@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
-from server.http.errors import InvalidValueError
+from server.http.errors import InvalidValueError, invalid
 from server.http.strict_json import describe_size
 from server.schemas.request_fields import OpenObject
 
@@ -101,13 +101,12 @@ def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
     names = [tool.name for tool in tools or ()]
     if len(set(names)) < len(names):
         name = next(name for index, name in enumerate(names) if name in names[:index])
-        raise InvalidValueError(f"Invalid 'tools': the name '{name}' is not unique.", param="tools")
+        raise invalid("tools", f"the name '{name}' is not unique")
     if not tools and choice not in (None, "none", "auto"):
-        raise InvalidValueError("Invalid 'tool_choice': only allowed when 'tools' are given.", param="tool_choice")
+        raise invalid("tool_choice", "only allowed when 'tools' are given")
     for name in chosen_names(choice):
         if name not in names:
-            message = f"Invalid 'tool_choice': no tool of 'tools' has the name '{name[:64]}'."
-            raise InvalidValueError(message, param="tool_choice")
+            raise invalid("tool_choice", f"no tool of 'tools' has the name '{name[:64]}'")
 
 
 def chosen_names(choice: ToolChoice | None) -> list[str]:

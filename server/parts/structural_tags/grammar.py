@@ -5,10 +5,8 @@ together with the text after it. https://github.com/guidance-ai/llguidance/blob/
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,10 +20,10 @@ from server.constrained.constraints import (
     as_lark,
     check_schema,
     compact_schema,
-    invalid,
     parse_object,
 )
 from server.constrained.json_schema import lark_regex
+from server.http.errors import invalid
 from server.http.validation import format_path, resolve_location
 from server.parts.structural_tags.schemas import (
     AnyText,
@@ -33,12 +31,9 @@ from server.parts.structural_tags.schemas import (
     Format,
     GrammarPart,
     JSONSchemaPart,
-    OptionalPart,
-    OrPart,
-    PlusPart,
     RegexPart,
-    SequencePart,
-    StarPart,
+    RepeatedPart,
+    SeveralParts,
     StructuralTag,
     TagPart,
     TagsWithSeparator,
@@ -48,14 +43,6 @@ from server.parts.structural_tags.schemas import (
 from server.text.parsers.markers import ANYTHING, MarkerWriter, escape_regex
 
 MAX_TAG_PARTS = 512  # of a structural tag; each part may repeat the grammar of the text after it
-
-
-class StructuralTagError(ValueError):
-    """A part that no grammar can express at its position. The message may be shown to clients."""
-
-    def __init__(self, path: str, message: str) -> None:
-        super().__init__(message)
-        self.path = path  # of the part in the structural tag
 
 
 class Alternative(NamedTuple):
@@ -71,40 +58,41 @@ UNKNOWN: Alternatives = (Alternative(None, ""),)  # text that the caller appends
 
 @dataclass(slots=True)
 class TagGrammar:
-    """Writes the rules of a structural tag.
+    """Writes the rules of a structural tag. Raises InvalidValueError for what no grammar can express at its position.
+
+    Paths are those of parts in the request.
 
     Attributes:
-        markers: writes texts that may contain special tokens.
-        as_schema: returns a JSON schema as llguidance reads it.
-        regex: returns a regular expression in Lark's notation.
         grammars: the parts that are separate grammars, by the names by which the rules refer to them.
     """
 
-    markers: MarkerWriter
-    as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
-    regex: Callable[[str], str]
+    builder: ConstraintBuilder
+    tags_name: str = "tags"
     grammars: dict[str, str] = field(default_factory=dict)
-    rules: list[str] = field(default_factory=list)
+    _rules: list[str] = field(default_factory=list)
     _names: dict[str, str] = field(default_factory=dict)  # names of rules by their bodies
-    _tags: dict[tuple[int, Alternatives], str] = field(default_factory=dict)  # `_after_begin` by its arguments
     _num_chars: int = 0  # total length of the rules
 
-    def write(self, format: Format) -> str:
-        """Return the grammar of an answer that consists of `format` alone. Raises StructuralTagError."""
-        start = _either(self._alternatives(format, (), "format"), self.markers)
-        return "\n".join(["%llguidance {}", f"start: {start}", *self.rules]) + "\n"
+    @property
+    def markers(self) -> MarkerWriter:
+        return MarkerWriter(self.builder.special_ids)
+
+    def write(self, format: Format, path: str) -> str:
+        """Return the grammar of an answer that consists of `format` alone."""
+        start = self._either(self._alternatives(format, (), path))
+        return "\n".join(["%llguidance {}", f"start: {start}", *self._rules]) + "\n"
 
     def _add(self, rule: str) -> None:
-        """Add a rule. Raises StructuralTagError if the grammar becomes larger than the engine accepts."""
-        self.rules.append(rule)
+        """Add a rule, unless the grammar becomes larger than the engine accepts."""
+        self._rules.append(rule)
         self._num_chars += len(rule)
         if self._num_chars > MAX_GRAMMAR_BYTES:
-            raise StructuralTagError("format", "its grammar would be too large")
+            raise invalid("structural_tag", "its grammar would be too large")
 
     def _rule(self, body: str) -> str:
         """Return the name of a rule with this body, which is added once however often it is used."""
         if body and body not in self._names:
-            self._names[body] = f"part_{len(self.rules)}"
+            self._names[body] = f"part_{len(self._rules)}"
             self._add(f"{self._names[body]}: {body}")
         return self._names.get(body, "")
 
@@ -115,19 +103,15 @@ class TagGrammar:
     def _list_alternatives(self, format: Format, following: Alternatives, path: str) -> Sequence[Alternative]:
         match format:
             case ConstString():
-                rest = self._rule(_either(following, self.markers))
+                rest = self._rule(self._either(following))
                 return [Alternative(format.value, rest)] if format.value else following or UNKNOWN
-            case SequencePart():
-                alternatives = following
+            case SeveralParts(type="or"):
+                return self._of_all(format.elements, following, f"{path}.elements")
+            case SeveralParts():
                 for index in reversed(range(len(format.elements))):
-                    alternatives = self._alternatives(format.elements[index], alternatives, f"{path}.elements[{index}]")
-                return alternatives
-            case OrPart():
-                parts = enumerate(format.elements)
-                return [
-                    each for i, part in parts for each in self._alternatives(part, following, f"{path}.elements[{i}]")
-                ]
-            case OptionalPart():
+                    following = self._alternatives(format.elements[index], following, f"{path}.elements[{index}]")
+                return following
+            case RepeatedPart(type="optional"):
                 return [*self._alternatives(format.content, following, f"{path}.content"), *(following or UNKNOWN)]
             case TagPart():
                 return [Alternative(format.begin, self._rule(self._after_begin(format, following, path)))]
@@ -135,56 +119,56 @@ class TagGrammar:
                 return [Alternative(None, self._free_text(format.excludes, following, path))]
             case TriggeredTags():
                 return [Alternative(None, self._triggered(format, following, path))]
-        rest = self._rule(_either(following, self.markers))
-        return [Alternative(None, f"{self._self_delimiting(format, path)} {rest}")]
-
-    def _self_delimiting(self, format: Format, path: str) -> str:
-        """Return the expression of a part whose end does not depend on the text after it."""
-        match format:
+            # The end of the others does not depend on the text after them.
             case JSONSchemaPart():
-                return self._rule(f"%json {json.dumps(self.as_schema(format.json_schema))}")
+                allow = self.builder.allow_additional_properties
+                schema = compact_schema(format.json_schema, allow_additional_properties=allow)
+                expression = self._rule(f"%json {json.dumps(schema)}")
             case RegexPart():
-                return self._rule(self.regex(format.pattern))
+                expression = self._rule(lark_regex(format.pattern))
             case GrammarPart():
                 name = f"grammar_{len(self.grammars)}"
-                self.grammars[name] = format.grammar
-                return f"@{name}"
-            case PlusPart() | StarPart():
-                repeated = _either(self._alternatives(format.content, UNKNOWN, f"{path}.content"), self.markers)
-                return f"({repeated}){'+' if isinstance(format, PlusPart) else '*'}"
+                self.grammars[name], expression = format.grammar, f"@{name}"
+            case RepeatedPart():
+                repeated = self._either(self._alternatives(format.content, UNKNOWN, f"{path}.content"))
+                expression = f"({repeated}){'+' if format.type == 'plus' else '*'}"
             case TagsWithSeparator():
-                return self._separated(format, path)
-        raise TypeError(format)
+                tag = self._any_of(format.tags, path)
+                more = "" if format.stop_after_first else f" ({self.markers.write(format.separator)} {tag})*"
+                expression = f"({tag}{more}){'' if format.at_least_one else '?'}"
+        return [Alternative(None, f"{expression} {self._rule(self._either(following))}")]
+
+    def _of_all(self, parts: Sequence[Format], following: Alternatives, path: str) -> Sequence[Alternative]:
+        found = [self._alternatives(part, following, f"{path}[{index}]") for index, part in enumerate(parts)]
+        return [each for alternatives in found for each in alternatives]
+
+    def _any_of(self, tags: Sequence[TagPart], path: str) -> str:
+        """Return the expression of any one of the tags."""
+        return self._rule(self._either(self._of_all(tags, UNKNOWN, f"{path}.{self.tags_name}")))
 
     def _after_begin(self, tag: TagPart, following: Alternatives, path: str) -> str:
         """Return the expression of a tag after its begin marker, with the text after it."""
-        key = (id(tag), following)
-        if key not in self._tags:
-            rest = self._rule(_either(following, self.markers))
-            ends = [each for end in tag.ends for each in ((Alternative(end, rest),) if end else following or UNKNOWN)]
-            if not any(tag.ends) and not following:
-                ends = []
-            content = self._alternatives(tag.content, tuple(dict.fromkeys(ends)), f"{path}.content")
-            self._tags[key] = _either(content, self.markers)
-        return self._tags[key]
+        rest = self._rule(self._either(following))
+        ends = [each for end in tag.ends for each in ((Alternative(end, rest),) if end else following or UNKNOWN)]
+        if not any(tag.ends) and not following:
+            ends = []
+        return self._either(self._alternatives(tag.content, tuple(dict.fromkeys(ends)), f"{path}.content"))
 
     def _free_text(self, excludes: Sequence[str], following: Alternatives, path: str) -> str:
         """Return the expression of any text up to the text after the part, which is included."""
         text = self._terminal(excludes)
-        if not following:
-            return text
-        return f"({' | '.join(f'{begin} {rest}' for begin, rest in self._rules_up_to(text, following, path))})"
+        return f"({' | '.join(self._up_to(text, following, path))})" if following else text
 
-    def _rules_up_to(self, text: str, following: Alternatives, path: str) -> Iterator[tuple[str, str]]:
+    def _up_to(self, text: str, following: Alternatives, path: str) -> Iterator[str]:
         for marker, rest in following:
             if marker is None:
-                raise StructuralTagError(path, "any text must be followed by a literal text, which ends it")
-            name = f"up_to_{len(self.rules)}"
+                raise invalid(path, "any text must be followed by a literal text, which ends it")
+            name = f"up_to_{len(self._rules)}"
             self._add(self.markers.up_to(name, text, marker))
-            yield name, rest
+            yield f"{name} {rest}"
 
     def _terminal(self, excludes: Sequence[str]) -> str:
-        name = f"TEXT_{len(self.rules)}"
+        name = f"TEXT_{len(self._rules)}"
         without = f" & ~/{ANYTHING}({'|'.join(map(escape_regex, excludes))}){ANYTHING}/" if excludes else ""
         self._add(f"{name}: /{ANYTHING}/{without}")
         return name
@@ -192,9 +176,8 @@ class TagGrammar:
     def _triggered(self, format: TriggeredTags, following: Alternatives, path: str) -> str:
         """Return the expression of free text with tags in it. A required tag is at the beginning."""
         text = self._terminal(format.excludes)
-        by_trigger = tuple(self._by_trigger(format, path))
-        tag = self._rule(" | ".join(map(" ".join, self._rules_up_to(text, by_trigger, path))))
-        rest = self._rule(_either(following, self.markers))
+        tag = self._rule(" | ".join(self._up_to(text, tuple(self._by_trigger(format, path)), path)))
+        rest = self._rule(self._either(following))
         end = self._free_text(format.excludes, following, path)
         first = self._any_of(format.tags, path) if format.at_least_one else None
         if format.stop_after_first:
@@ -203,45 +186,26 @@ class TagGrammar:
 
     def _by_trigger(self, format: TriggeredTags, path: str) -> Iterator[Alternative]:
         """Yield each trigger with the expression of its tags after the trigger."""
-        triggers = [_trigger_of(tag, format.triggers) for tag in format.tags]
-        for index, trigger in enumerate(triggers):
+        forms: dict[str, list[str]] = {trigger: [] for trigger in format.triggers}
+        for index, tag in enumerate(format.tags):
+            tag_path = f"{path}.{self.tags_name}[{index}]"
+            trigger = next((each for each in format.triggers if tag.begin.startswith(each)), None)
             if trigger is None:
-                raise StructuralTagError(
-                    f"{path}.tags[{index}].begin", "expected text that begins with one of the triggers"
-                )
+                raise invalid(f"{tag_path}.begin", "expected text that begins with one of the triggers")
+            rest = self._rule(self._after_begin(tag, UNKNOWN, tag_path))
+            forms[trigger].append(f"{self.markers.write(tag.begin[len(trigger) :])} {rest}")
         for number, trigger in enumerate(format.triggers):
-            if trigger not in triggers:
+            if not forms[trigger]:
                 problem = "no tag begins with it, or all of them begin with an earlier trigger"
-                raise StructuralTagError(f"{path}.triggers[{number}]", problem)
-            forms = [
-                f"{self.markers.write(tag.begin[len(trigger) :])} "
-                + self._rule(self._after_begin(tag, UNKNOWN, f"{path}.tags[{index}]"))
-                for index, tag in enumerate(format.tags)
-                if triggers[index] == trigger
-            ]
-            yield Alternative(trigger, f"({' | '.join(forms)})")
+                raise invalid(f"{path}.triggers[{number}]", problem)
+            yield Alternative(trigger, f"({' | '.join(forms[trigger])})")
 
-    def _separated(self, format: TagsWithSeparator, path: str) -> str:
-        tag = self._any_of(format.tags, path)
-        several = tag if format.stop_after_first else f"{tag} ({self.markers.write(format.separator)} {tag})*"
-        return f"({several})" if format.at_least_one else f"({several})?"
-
-    def _any_of(self, tags: Sequence[TagPart], path: str) -> str:
-        """Return the expression of any one of the tags."""
-        by_tag = [self._alternatives(tag, UNKNOWN, f"{path}.tags[{index}]") for index, tag in enumerate(tags)]
-        return self._rule(_either(tuple(chain.from_iterable(by_tag)), self.markers))
-
-
-def _either(alternatives: Alternatives, markers: MarkerWriter) -> str:
-    """Return the alternatives as one expression."""
-    forms = [rest if marker is None else f"{markers.write(marker)} {rest}" for marker, rest in alternatives]
-    forms = [form or '""' for form in dict.fromkeys(form.strip() for form in forms)]
-    return forms[0] if len(forms) == 1 else f"({' | '.join(forms)})" if forms else ""
-
-
-def _trigger_of(tag: TagPart, triggers: Sequence[str]) -> str | None:
-    """Return the first trigger that a tag begins with, if any."""
-    return next((trigger for trigger in triggers if tag.begin.startswith(trigger)), None)
+    def _either(self, alternatives: Iterable[Alternative]) -> str:
+        """Return the alternatives as one expression."""
+        write = self.markers.write
+        forms = [rest if marker is None else f"{write(marker)} {rest}" for marker, rest in alternatives]
+        forms = [form or '""' for form in dict.fromkeys(form.strip() for form in forms)]
+        return forms[0] if len(forms) == 1 else f"({' | '.join(forms)})" if forms else ""
 
 
 def constraint(builder: ConstraintBuilder, tag: StructuralTag | str, param: str) -> Constraint:
@@ -251,16 +215,11 @@ def constraint(builder: ConstraintBuilder, tag: StructuralTag | str, param: str)
     for index, structure in enumerate(tag.structures or ()):
         check_schema(structure.schema_, f"{param}.structures[{index}].schema")
     _check_parts(format, f"{param}.format")
-    as_schema = partial(compact_schema, allow_additional_properties=builder.allow_additional_properties)
-    writer = TagGrammar(MarkerWriter(builder.special_ids), as_schema, lark_regex)
-    try:
-        grammar = writer.write(format)
-    except StructuralTagError as error:
-        path = error.path.removeprefix("format.").replace("tags", "structures") if tag.structures else error.path
-        raise invalid(f"{param}.{path}", str(error)) from error
+    writer = TagGrammar(builder, "structures" if tag.structures else "tags")
+    grammar = writer.write(format, param if tag.structures else f"{param}.format")
     if not writer.grammars:
         return Constraint(grammar, param)
-    parts = [{"name": "answer", "lark_grammar": grammar}]
+    parts: list[Any] = [{"name": "answer", "lark_grammar": grammar}]
     parts += [{"name": name, "lark_grammar": as_lark(text, param)} for name, text in writer.grammars.items()]
     return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
 

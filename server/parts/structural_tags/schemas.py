@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from server.http.errors import InvalidValueError, MissingParameterError
+from server.http.errors import MissingParameterError, invalid
 from server.schemas.request_fields import ClosedObject, JSONSchema
 
 MAX_PARTS = 128  # inner parts of one part
@@ -58,28 +58,13 @@ class GrammarPart(StructuralPart):
     grammar: GrammarText
 
 
-class SequencePart(StructuralPart):
-    type: Literal["sequence"]
+class SeveralParts(StructuralPart):
+    type: Literal["sequence", "or"]
     elements: Parts
 
 
-class OrPart(StructuralPart):
-    type: Literal["or"]
-    elements: Parts
-
-
-class OptionalPart(StructuralPart):
-    type: Literal["optional"]
-    content: Format
-
-
-class PlusPart(StructuralPart):
-    type: Literal["plus"]
-    content: Format
-
-
-class StarPart(StructuralPart):
-    type: Literal["star"]
+class RepeatedPart(StructuralPart):
+    type: Literal["optional", "plus", "star"]
     content: Format
 
 
@@ -123,11 +108,8 @@ Format = Annotated[
     | AnyText
     | RegexPart
     | GrammarPart
-    | SequencePart
-    | OrPart
-    | OptionalPart
-    | PlusPart
-    | StarPart
+    | SeveralParts
+    | RepeatedPart
     | TagPart
     | TriggeredTags
     | TagsWithSeparator,
@@ -139,9 +121,9 @@ Parts = Annotated[list[Format], Field(min_length=1, max_length=MAX_PARTS, fail_f
 def inner_parts(part: Format) -> list[Format]:
     """Return the parts that a part directly contains."""
     match part:
-        case SequencePart() | OrPart():
+        case SeveralParts():
             return part.elements
-        case OptionalPart() | PlusPart() | StarPart() | TagPart():
+        case RepeatedPart() | TagPart():
             return [part.content]
         case TriggeredTags() | TagsWithSeparator():
             return list(part.tags)
@@ -174,17 +156,15 @@ class StructuralTag(StructuralPart):
         """
         if self.format is not None:
             if self.structures is not None or self.triggers is not None:
-                message = f"Invalid '{param}.structures': not allowed with 'format'."
-                raise InvalidValueError(message, param=f"{param}.structures")
+                raise invalid(f"{param}.structures", "not allowed with 'format'")
             return self.format
         if self.structures is None:
             raise MissingParameterError(f"{param}.{'structures' if self.triggers is not None else 'format'}")
         if self.triggers is None:
             raise MissingParameterError(f"{param}.triggers")
-        tags = [_as_tag(structure) for structure in self.structures]
-        return TriggeredTags(triggers=self.triggers, tags=tags, excludes=[])
-
-
-def _as_tag(structure: Structure) -> TagPart:
-    content = JSONSchemaPart(type="json_schema", json_schema=structure.schema_)
-    return TagPart(begin=structure.begin, content=content, end=structure.end)
+        contents = [JSONSchemaPart(type="json_schema", json_schema=each.schema_) for each in self.structures]
+        tags = [
+            TagPart(begin=each.begin, content=content, end=each.end)
+            for each, content in zip(self.structures, contents, strict=True)
+        ]
+        return TriggeredTags(triggers=self.triggers, tags=tags)

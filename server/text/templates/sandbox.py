@@ -1,8 +1,8 @@
 """The sandboxed Jinja environment in which chat templates run.
 
 A template comes from the model or the operator, never from a client. The sandbox blocks access to Python's internals
-and limits `range()`, powers, repetitions and the length of the output. Nested loops can still take very long, and much
-memory: the part hardening runs templates in processes of their own.
+and limits `range()` and the length of the output. A template can still take very long, and much memory: the part
+hardening runs templates in processes of their own.
 """
 
 import json
@@ -15,8 +15,7 @@ from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.part_table import hardened
 
@@ -56,19 +55,12 @@ def describe_error(error: Exception) -> str:
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """A Jinja environment with the options, filters and functions that Hugging Face's chat templates expect."""
 
-    intercepted_binops = frozenset({"*", "**"})
-
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         del self.globals["lipsum"]
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if (_product_size if operator == "*" else _power_size)(left, right) > MAX_RANGE:
-            raise OverflowError(f"the result of {operator} is too large")
-        return super().call_binop(context, operator, left, right)
 
 
 class SandboxedTemplate:
@@ -137,19 +129,6 @@ class _GenerationTag(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
-
-
-def _product_size(left: Any, right: Any) -> int:
-    """Return the number of items of a repetition, or of bits of a product of integers."""
-    if isinstance(left, int) and isinstance(right, int):
-        return left.bit_length() + right.bit_length()
-    if isinstance(right, int):
-        left, right = right, left
-    return left * len(right) if isinstance(left, int) and hasattr(right, "__len__") else 0
-
-
-def _power_size(left: Any, right: Any) -> int:
-    return left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
 
 
 def _raise_exception(message: object) -> None:

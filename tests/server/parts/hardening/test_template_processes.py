@@ -67,6 +67,12 @@ def test_memory_is_limited(hostile: TemplateProcesses) -> None:
     assert all(process.memory_info().rss < MAX_DATA_BYTES + (100 << 20) for process in template_processes())
 
 
+@pytest.mark.parametrize("source", ["{{ 'a' * 10**9 }}", "{{ 10**9 * [1] }}", "{{ 10 ** (10 ** 10) }}"])
+def test_one_operation_is_limited_too(source: str) -> None:
+    with closing(TemplateProcesses(source)) as running, pytest.raises((ChatTemplateError, TemplateLimitError)):
+        running.render({})
+
+
 @contextmanager
 def suspended(renderer: TemplateProcesses) -> Iterator[psutil.Process]:
     """Stop the process that renders next, and let it go on at the end. Yield it."""

@@ -390,11 +390,6 @@ def test_sandbox_holds(escape: str) -> None:
 
 LARGE = [
     "{% for i in range(10**9) %}x{% endfor %}",
-    "{{ 'a' * 10**9 }}",
-    "{{ 10**9 * [1] }}",
-    "{{ 10 ** (10 ** 10) }}",
-    "{{ 4 ** 30000 * 4 ** 30000 > 1 }}",
-    "{% set ns = namespace(x=10**30) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}",
     "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
 ]
