@@ -119,24 +119,29 @@ class TagGrammar:
                 return [Alternative(None, self._free_text(format.excludes, following, path))]
             case TriggeredTags():
                 return [Alternative(None, self._triggered(format, following, path))]
-            # The end of the others does not depend on the text after them.
+        return [Alternative(None, f"{self._self_delimiting(format, path)} {self._rule(self._either(following))}")]
+
+    def _self_delimiting(self, format: Format, path: str) -> str:
+        """Return the expression of a part whose end does not depend on the text after it."""
+        match format:
             case JSONSchemaPart():
                 allow = self.builder.allow_additional_properties
                 schema = compact_schema(format.json_schema, allow_additional_properties=allow)
-                expression = self._rule(f"%json {json.dumps(schema)}")
+                return self._rule(f"%json {json.dumps(schema)}")
             case RegexPart():
-                expression = self._rule(lark_regex(format.pattern))
+                return self._rule(lark_regex(format.pattern))
             case GrammarPart():
                 name = f"grammar_{len(self.grammars)}"
-                self.grammars[name], expression = format.grammar, f"@{name}"
+                self.grammars[name] = format.grammar
+                return f"@{name}"
             case RepeatedPart():
                 repeated = self._either(self._alternatives(format.content, UNKNOWN, f"{path}.content"))
-                expression = f"({repeated}){'+' if format.type == 'plus' else '*'}"
+                return f"({repeated}){'+' if format.type == 'plus' else '*'}"
             case TagsWithSeparator():
                 tag = self._any_of(format.tags, path)
                 more = "" if format.stop_after_first else f" ({self.markers.write(format.separator)} {tag})*"
-                expression = f"({tag}{more}){'' if format.at_least_one else '?'}"
-        return [Alternative(None, f"{expression} {self._rule(self._either(following))}")]
+                return f"({tag}{more}){'' if format.at_least_one else '?'}"
+        raise TypeError(format)
 
     def _of_all(self, parts: Sequence[Format], following: Alternatives, path: str) -> Sequence[Alternative]:
         found = [self._alternatives(part, following, f"{path}[{index}]") for index, part in enumerate(parts)]
