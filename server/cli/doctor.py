@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from engine.shared.machine import Machine
-from server.cli.http_client import accepts_connections, is_model_server
+from server.cli.http_client import accepts_connections, is_model_server, local_url
 from server.cli.parser import fail
 from server.format import format_bytes
 from server.model_paths import ModelError, describe_model
@@ -151,8 +151,7 @@ def _model(name: str) -> Finding:
 
 
 def _port(settings: Settings) -> Finding:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{settings.port}"
+    url = local_url(settings)
     if settings.port == 0:
         return Finding(name="Port", text="any that is free")
     if not accepts_connections(url):

@@ -1,8 +1,6 @@
 """The HTTP client of the commands that talk to an OpenAI-compatible server, and how they find one."""
 
-import os
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -15,13 +13,13 @@ import msgspec
 from server.part_table import missing_command
 from server.running_servers import DEFAULT_URL, registered_servers
 from server.settings.load import is_loopback
+from server.settings.table import Settings
 
 if TYPE_CHECKING:
     import httpx
 
 LOADING_POLL_SECONDS = 0.5
 CONNECT_SECONDS = 1.0  # to servers on this machine
-UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # OpenSSL's errors of certificates that nobody signed who is trusted
 
 
 class RemoteError(Exception):
@@ -110,37 +108,16 @@ def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "h
         raise RemoteError("invalid API key: expected printable ASCII characters")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = httpx.Timeout(read_timeout, connect=5.0)
-    parts = urlsplit(url)
-    verify = tls_context() if parts.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    uses_proxies = not is_loopback(parts.hostname or "")
+    uses_proxies = not is_loopback(urlsplit(url).hostname or "")
     try:
+        verify = httpx.create_ssl_context()  # which trusts what SSL_CERT_FILE names, on loopback too
         return httpx.Client(headers=headers, verify=verify, trust_env=uses_proxies, base_url=url, timeout=timeout)
-    except (httpx.InvalidURL, ImportError, ValueError) as error:  # of a proxy, also one that needs a package
-        raise RemoteError(f"address or proxy of the environment: {one_line(error)}") from None
+    except (httpx.InvalidURL, ImportError, ValueError, OSError) as error:  # of a proxy, also one that needs a package
+        raise RemoteError(f"address, SSL_CERT_FILE or proxy of the environment: {one_line(error)}") from None
 
 
-def tls_context() -> ssl.SSLContext:
-    """Return whom to trust: SSL_CERT_FILE, SSL_CERT_DIR, or else Mozilla's list. Raises RemoteError."""
-    import httpx
-
-    try:
-        return httpx.create_ssl_context()
-    except OSError as error:
-        reason = "has no certificates in PEM format" if isinstance(error, ssl.SSLError) else error.strerror
-        raise RemoteError(f"SSL_CERT_FILE {os.environ.get('SSL_CERT_FILE')}: {reason}") from None
-
-
-def why_not_connected(url: str, error: BaseException) -> str:
-    """Return why there is no connection to a server, by the error in OpenSSL that others may have as their cause."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLError):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        hint = "; SSL_CERT_FILE names the authorities to trust" if cause.verify_code in UNKNOWN_AUTHORITY else ""
-        return f"the certificate of {url} is not accepted: {cause.verify_message}{hint}"
-    if cause is not None:
-        return f"no TLS at {url} ({one_line(cause)}): should the address begin with http://?"
-    return f"no server answers at {url} (`lightwell serve` starts one)"
+def not_connected(url: str, error: BaseException) -> RemoteError:
+    return RemoteError(f"no server answers at {url} ({one_line(error)}): `lightwell serve` starts one")
 
 
 @contextmanager
@@ -151,13 +128,9 @@ def plain_errors(url: str) -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, UnicodeError) as error:  # UnicodeError: of a host name that no DNS has
-        raise RemoteError(why_not_connected(url, error)) from None
-    except httpx.TimeoutException:
-        raise RemoteError(f"the server at {url} takes too long to answer") from None
-    except httpx.RemoteProtocolError:
-        raise RemoteError(f"the server at {url} closed the connection early") from None
+        raise not_connected(url, error) from None
     except httpx.HTTPError as error:
-        raise RemoteError(f"the server at {url}: {error}") from None
+        raise RemoteError(f"the server at {url}: {one_line(error)}") from None
 
 
 def check_status(response: "httpx.Response") -> None:
@@ -227,6 +200,12 @@ def find_server() -> str:
 
 def _say(text: str) -> None:
     print(f"lightwell: {text}", file=sys.stderr, flush=True)
+
+
+def local_url(settings: Settings) -> str:
+    """Return the address of a server on this machine with these settings."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}"
 
 
 def accepts_connections(url: str) -> bool:

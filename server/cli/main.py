@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from server.cli import chat, serve
 from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Commands, Parser, fail
-from server.cli.streams import ReaderGoneError, StreamError, open_standard_streams
+from server.cli.streams import StreamError, drop_output, open_standard_streams
 from server.format import format_os_error
 from server.part_table import PARTS, is_installed, load_module
 from server.settings.setting import SettingsError
@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(str(error), USAGE_ERROR)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except ReaderGoneError:
-        return FAILURE
     except StreamError as error:
         return fail(str(error))
     except OSError as error:
-        return fail(format_os_error(error))
+        drop_output(1)  # which it may be about
+        is_reader_gone = isinstance(error, BrokenPipeError)  # as in `lightwell list | head`
+        return FAILURE if is_reader_gone else fail(format_os_error(error))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
+from server.cli.streams import drop_output
 from server.part_table import missing_command
 from server.settings.setting import ValueType, did_you_mean
 from server.settings.table import REPEAT_LORA_MODULES, SETTINGS
@@ -17,7 +18,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 def fail(message: str, status: int = FAILURE) -> int:
     """Print an error and return the exit status."""
-    print(f"lightwell: error: {message}", file=sys.stderr, flush=True)
+    try:
+        print(f"lightwell: error: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        drop_output(2)
     return status
 
 

@@ -1,24 +1,19 @@
-"""The standard streams of the commands: what cannot be read or written is an error of one line."""
+"""The standard streams of the commands."""
 
 import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
 
 MAX_LINE_BYTES = 16 << 20  # of input; servers take no larger requests
 
 
 class StreamError(Exception):
-    """Standard input cannot be read, or standard output not be written. The message is one line for the user."""
-
-
-class ReaderGoneError(StreamError):
-    """The program that read standard output has ended, as in `lightwell list | head`. Nobody needs to be told."""
+    """Standard input cannot be read. The message is one line for the user."""
 
 
 def open_standard_streams() -> None:
-    """Open the null device for standard streams that are closed, and make errors of the others harmless.
+    """Open the null device for standard streams that are closed.
 
     The next file or connection would get the number of a closed one, and logs would be written into it. Output that
     the encoding of the terminal lacks is escaped.
@@ -29,45 +24,14 @@ def open_standard_streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
             setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # in the locale C, bytes that are no text are not noticed otherwise
-    sys.stdout = _replaced(sys.stdout, sys.__stdout__, _Output(1, "w", closefd=False))
-    sys.stderr = _replaced(sys.stderr, sys.__stderr__, _Errors(2, "w", closefd=False))
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # in the locale C, bytes that are no text are not noticed otherwise
+            stream.reconfigure(errors=errors)
 
 
-def _replaced(stream: TextIO, original: TextIO | None, file: io.FileIO) -> TextIO:
-    """Return a stream that writes to the file instead, unless somebody else has replaced the original one."""
-    if stream is not original:
-        return stream
-    buffer = io.BufferedWriter(file)
-    return io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=file.isatty())
-
-
-class _Output(io.FileIO):
-    """Standard output. Its errors are StreamErrors, so that none is taken for that of a file or a connection."""
-
-    _is_lost = False
-
-    def write(self, data: "bytes | memoryview", /) -> int | None:  # type: ignore[override]
-        """Write to the file. Raises StreamError the first time that it fails; what comes later is dropped."""
-        if self._is_lost:
-            return len(data)
-        try:
-            return super().write(data)
-        except OSError as error:
-            self._is_lost = True
-            kind = ReaderGoneError if isinstance(error, BrokenPipeError) else StreamError
-            raise kind(f"standard output cannot be written: {error.strerror}") from None
-
-
-class _Errors(io.FileIO):
-    """Standard error. What cannot be written is dropped, since nobody can be told."""
-
-    def write(self, data: "bytes | memoryview", /) -> int | None:  # type: ignore[override]
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
+def drop_output(fd: int) -> None:
+    """Let nothing more be written to a standard stream, which has failed: Python would try so again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def input_lines() -> Iterator[str]:

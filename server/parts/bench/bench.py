@@ -73,12 +73,13 @@ class Target:
     """The server under load: opens connections to it, sends requests and reads answers."""
 
     def __init__(self, load: LoadOptions, model: str) -> None:
-        """Raises RemoteError if the authorities to trust cannot be read."""
+        import httpx
+
         self._load = load
         url = urlsplit(load.url)
         assert url.hostname is not None
         self._host = url.hostname
-        self._ssl = http_client.tls_context() if url.scheme == "https" else None
+        self._ssl = httpx.create_ssl_context() if url.scheme == "https" else None
         self._port = url.port or (443 if self._ssl else 80)
         is_chat = load.endpoint == "chat"
         path = f"{url.path}/v1/{'chat/completions' if is_chat else 'completions'}"
@@ -273,7 +274,7 @@ async def _run(load: LoadOptions, target: Target, on_done: Callable[[], None]) -
         _, writer = await target.connect()
         writer.close()
     except (OSError, UnicodeError) as error:
-        raise http_client.RemoteError(http_client.why_not_connected(load.url, error)) from None
+        raise http_client.not_connected(load.url, error) from None
     await send_all(target, make_prompts(load, load.seed + 1, load.warmup), load.concurrency)
     prompts = make_prompts(load, load.seed, load.num_requests)
     arrivals = None if load.rate is None else poisson_arrivals(load.rate, len(prompts), load.seed)

@@ -7,7 +7,6 @@ import argparse
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ import msgspec
 
 from engine.shared.launcher import die_with_parent
 from server.cli.chat import ChatOptions, add_conversation, chat, remote
+from server.cli.http_client import accepts_connections, local_url
 from server.cli.parser import FAILURE, Commands, fail
 from server.cli.serve import add_settings
 from server.settings.load import load_settings
@@ -48,23 +48,11 @@ def add(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     settings = load_settings(vars(arguments), os.environ, arguments.config)
-    if settings.port == SETTINGS["port"].default and "port" not in vars(arguments) and not is_free(settings):
+    is_default = settings.port == SETTINGS["port"].default and "port" not in vars(arguments)
+    if is_default and accepts_connections(local_url(settings)):
         settings = msgspec.structs.replace(settings, port=0)
     chat_flags = {name: vars(arguments)[name] for name in CHAT_FLAGS}
     return remote(lambda: run(settings, chat_flags))
-
-
-def is_free(settings: Settings) -> bool:
-    """Return whether the server can have its port."""
-    try:
-        socket.create_server((settings.host, settings.port), family=_family(settings.host)).close()
-    except OSError:
-        return False
-    return True
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class ServerError(Exception):

@@ -226,7 +226,7 @@ def test_the_command_fails_where_all_requests_do(capsys: pytest.CaptureFixture[s
 def test_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     assert main(["bench", "--url", url]) == 1
-    assert capsys.readouterr().err == f"lightwell: error: no server answers at {url} (`lightwell serve` starts one)\n"
+    assert capsys.readouterr().err.startswith(f"lightwell: error: no server answers at {url} (")
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,35 +1,24 @@
 """Environment variables that make no sense; sizes in words."""
 
-import ssl
-
 import pytest
 from huggingface_hub import close_session
 
-from server.cli.http_client import RemoteError, connect, tls_context
+from server.cli.http_client import RemoteError, connect
 from server.format import format_bytes, format_seconds, home_relative
 from server.parts.hub.names import HubError
 from server.parts.hub.repository import list_files
-from tests.support.paths import ROOT
-
-CERTIFICATE = ROOT / "tests/support/tls/one.crt"
-
-
-def test_the_authorities_of_the_environment_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
-    ours = ssl.PEM_cert_to_DER_cert(CERTIFICATE.read_text())
-    assert tls_context().get_ca_certs(binary_form=True) == [ours]
 
 
 def test_what_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value, message in (
-        ("SSL_CERT_FILE", "/nonexistent", "SSL_CERT_FILE /nonexistent: No such file or directory"),
-        ("SSL_CERT_FILE", "/etc/passwd", "SSL_CERT_FILE /etc/passwd: has no certificates in PEM format"),
-        ("HTTPS_PROXY", "foo://x", "address or proxy of the environment: Unknown scheme for proxy URL"),
-        ("HTTPS_PROXY", "http://[::1", "address or proxy of the environment: Invalid port"),
+        ("SSL_CERT_FILE", "/nonexistent", ".*No such file or directory"),
+        ("SSL_CERT_FILE", "/etc/passwd", ".*no certificate"),
+        ("HTTPS_PROXY", "foo://x", "Unknown scheme for proxy URL"),
+        ("HTTPS_PROXY", "http://[::1", "Invalid port"),
     ):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
-            with pytest.raises(RemoteError, match=f"^{message}"):
+            with pytest.raises(RemoteError, match=f"^address, SSL_CERT_FILE or proxy of the environment: {message}"):
                 connect("https://example.org", None)
 
 

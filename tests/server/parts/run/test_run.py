@@ -2,15 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from server.parts.run.commands import is_free, parse_record
-from server.settings.table import Settings
+from server.parts.run.commands import parse_record
 from tests.support.serving import wait_until
 
 COMMAND = [sys.executable, "-m", "server.cli.main", "run"]
@@ -49,13 +47,6 @@ def test_that_it_will_be_slow_is_said_before_the_chat(smollm2_path: Path, tmp_pa
     done = subprocess.run(command, env=env, input="Hi\n", capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0
     assert done.stderr.startswith("lightwell: warning: using the slower plain torch kernels: the C++ compiler named by")
-
-
-def test_a_taken_port() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        settings = Settings(port=listener.getsockname()[1])
-        assert not is_free(settings)
-    assert is_free(settings)
 
 
 @pytest.mark.parametrize(
