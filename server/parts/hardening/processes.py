@@ -55,31 +55,25 @@ class Processes:
                 if self._is_closed:
                     break
                 try:
-                    return self._ask_once(data)
+                    try:
+                        process = self._idle.pop()
+                    except IndexError:
+                        process = _Process(self._command, self._first)
+                    answer = process.exchange(data)
                 except OSError as error:
                     logger.warning("a process for %s is gone: %s", self._purpose, error)
                     _end_all(self._idle)  # which may have been killed, too
+                    continue
+                self._idle.append(process)
+                if self._is_closed:
+                    self.close()
+                return answer
         raise EngineUnavailableError(f"The process for {self._purpose} is unavailable. Please retry later.")
 
     def close(self) -> None:
         """End the processes that are idle; those that work end when they are done."""
         self._is_closed = True
         _end_all(self._idle)
-
-    def _ask_once(self, data: bytes) -> Answer:
-        try:
-            process = self._idle.pop()
-        except IndexError:
-            process = _Process(self._command, self._first)
-        try:
-            answer = process.exchange(data)
-        except BaseException:
-            process.end()
-            raise
-        self._idle.append(process)
-        if self._is_closed:
-            self.close()
-        return answer
 
 
 def _end_all(processes: "deque[_Process]") -> None:
@@ -101,30 +95,26 @@ class _Process:
         except BaseException:
             self._close()
             raise
-        try:
-            self.first_answer = self.exchange(first)
-        except BaseException:
-            self.end()
-            raise
+        self.first_answer = self.exchange(first)
 
     def exchange(self, data: bytes) -> Answer:
         """Send a message and return the answer.
 
-        Raises TimeLimitError, or OSError if the process has ended for another reason or does not answer.
+        Raises TimeLimitError, or OSError if the process has ended for another reason or does not answer; it is ended.
         """
         try:
-            _send(self._connection, True, data)
-            message = _read(self._reader)
-        except TimeoutError:
-            raise
-        except OSError:  # it has ended; the exit code says why
-            message = None
-        if message is None:
+            with suppress(ConnectionError):  # it has ended; the exit code says why
+                _send(self._connection, True, data)
+                if (message := _read(self._reader)) is not None:
+                    return message
             exit_code = self._process.wait()
-            if exit_code == -signal.SIGPROF:
-                raise TimeLimitError
-            raise ChildProcessError(f"it ended with exit code {exit_code}")
-        return message
+        except BaseException:
+            self.end()
+            raise
+        self._close()
+        if exit_code == -signal.SIGPROF:
+            raise TimeLimitError
+        raise ChildProcessError(f"it ended with exit code {exit_code}")
 
     def _close(self) -> None:
         self._reader.close()

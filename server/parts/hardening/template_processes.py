@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from server.parts.hardening.processes import Answer, Processes, TimeLimitError, open_parent
+from server.parts.hardening.processes import Processes, TimeLimitError, open_parent
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate, TemplateLimitError
 
 COMMAND = (sys.executable, "-P", "-m", "server.parts.hardening.template_processes")
@@ -35,13 +35,13 @@ class TemplateProcesses:
         content = source.encode("utf-8", "surrogatepass")
         self._processes = Processes(COMMAND, content, MAX_PROCESSES, "the chat template")
         try:
-            names = json.loads(_text_of(self._processes.start()))
+            is_ok, names = self._processes.start()
         except TimeLimitError:
             raise TemplateLimitError(TOO_SLOW) from None
-        except ChatTemplateError:
+        if not is_ok:
             self.close()
-            raise
-        self.variables, self.options = frozenset(names[0]), frozenset(names[1])
+            raise ChatTemplateError(names.decode("utf-8", "surrogatepass"))
+        self.variables, self.options = map(frozenset, json.loads(names))
 
     def render(self, variables: dict[str, Any]) -> str:
         """Return the rendered text.
@@ -49,21 +49,16 @@ class TemplateProcesses:
         Raises ChatTemplateError, TemplateLimitError, or EngineUnavailableError if no process answers.
         """
         try:
-            return _text_of(self._processes.ask(json.dumps(variables).encode()))
+            is_ok, answer = self._processes.ask(json.dumps(variables).encode())
         except TimeLimitError:
             raise TemplateLimitError(TOO_SLOW) from None
+        text = answer.decode("utf-8", "surrogatepass")
+        if not is_ok:
+            raise ChatTemplateError(text)
+        return text
 
     def close(self) -> None:
         self._processes.close()
-
-
-def _text_of(answer: Answer) -> str:
-    """Return the text of an answer. Raises ChatTemplateError if it is an error."""
-    is_ok, content = answer
-    text = content.decode("utf-8", "surrogatepass")
-    if not is_ok:
-        raise ChatTemplateError(text)
-    return text
 
 
 # A process.
