@@ -23,17 +23,21 @@ from server.cli.http_client import (
     plain_errors,
 )
 from server.cli.parser import Commands, Parser, argument_type, fail
-from server.cli.streams import input_lines
 from server.running_servers import DEFAULT_URL
 from server.settings.setting import INT64, integer, number
 
 if TYPE_CHECKING:
     import httpx
 
+MAX_LINE_BYTES = 16 << 20  # of input; servers take no larger requests
 HELP = "/clear starts a new conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer."
 
 # Removed from answers, since a model's output must not control the terminal.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class StreamError(Exception):
+    """Standard input cannot be read. The message is one line for the user."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,27 @@ def _chat_in_pipe(conversation: Conversation) -> int:
         if line.strip():
             _print_answer(conversation, line.strip())
     return 0
+
+
+def input_lines() -> Iterator[str]:
+    """Yield the lines of standard input. Raises StreamError if one cannot be read, is no text or is too long."""
+    encoding, number = sys.stdin.encoding, 0
+    while line := _read_bytes():
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise StreamError(f"standard input: line {number} is longer than {MAX_LINE_BYTES} bytes")
+        try:
+            text = line.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise StreamError(f"standard input: line {number} is not {encoding} (byte {error.start + 1})") from None
+        yield text
+
+
+def _read_bytes() -> bytes:
+    try:
+        return sys.stdin.buffer.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise StreamError(f"standard input cannot be read: {error.strerror or error}") from None
 
 
 def _chat_in_terminal(conversation: Conversation) -> int:

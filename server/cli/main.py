@@ -4,13 +4,15 @@ A command imports what it needs only when it runs, so that help and usage errors
 """
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from server.cli import chat, serve
-from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Commands, Parser, fail
-from server.cli.streams import StreamError, drop_output, open_standard_streams
+from server.cli.chat import StreamError
+from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Commands, Parser, drop_output, fail
 from server.format import format_os_error
 from server.part_table import PARTS, is_installed, load_module
 from server.settings.setting import SettingsError
@@ -38,6 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_output(1)  # which it may be about
         is_reader_gone = isinstance(error, BrokenPipeError)  # as in `lightwell list | head`
         return FAILURE if is_reader_gone else fail(format_os_error(error))
+
+
+def open_standard_streams() -> None:
+    """Open the null device for standard streams that are closed.
+
+    The next file or connection would get the number of a closed one, and logs would be written into it. Output that
+    the encoding of the terminal lacks is escaped.
+    """
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # in the locale C, bytes that are no text are not noticed otherwise
+            stream.reconfigure(errors=errors)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,12 +1,12 @@
 """The argument parser of all commands: errors in one line, and readable help."""
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
-from server.cli.streams import drop_output
 from server.part_table import missing_command
 from server.settings.setting import ValueType, did_you_mean
 from server.settings.table import REPEAT_LORA_MODULES, SETTINGS
@@ -14,6 +14,11 @@ from server.settings.table import REPEAT_LORA_MODULES, SETTINGS
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def drop_output(fd: int) -> None:
+    """Let nothing more be written to a standard stream, which has failed: Python would try so again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def fail(message: str, status: int = FAILURE) -> int:

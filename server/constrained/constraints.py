@@ -12,11 +12,10 @@ import msgspec
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from server.constrained.json_schema import normalize_schema, regex_grammar
-from server.constrained.messages import ConstrainedFields
 from server.http.errors import invalid
 from server.http.strict_json import is_deeper
 from server.part_table import load_module
-from server.schemas.structured_outputs import ResponseFormat, StructuredOutputs
+from server.schemas.structured_outputs import ConstrainedFields, ResponseFormat, StructuredOutputs
 from server.text.parsers.markers import escape_regex
 
 MAX_SCHEMA_BYTES = 64 * 1024
@@ -109,9 +108,7 @@ def _tag_constraint(builder: ConstraintBuilder, tag: Any, param: str) -> Constra
 
 def has_unique_items(value: object) -> bool:
     """Return whether schemas within a value, which may be given as text, ask for arrays without duplicates."""
-    texts = [each for each in _values(value) if isinstance(each, str)]
-    asks = any(isinstance(each, dict) and each.get("uniqueItems") is True for each in _values(value))
-    return asks or any(re.search(r'"uniqueItems"\s*:\s*true', text) for text in texts)
+    return re.search(rb'\\?"uniqueItems\\?"\s*:\s*true', msgspec.json.encode(value)) is not None
 
 
 def named_grammar(name: str, grammar: str) -> dict[str, Any]:

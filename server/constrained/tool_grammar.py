@@ -15,8 +15,8 @@ import msgspec
 
 from server.constrained.constraints import Constraint, ConstraintBuilder, has_unique_items, named_grammar
 from server.constrained.json_schema import normalize_schema
-from server.constrained.messages import ConstrainedFields
 from server.http.errors import invalid
+from server.schemas.structured_outputs import ConstrainedFields
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, followed_tools, must_call
 from server.text.parsers.answer_parser import AnswerFormat, ReasoningTags
 from server.text.parsers.markers import ANYTHING, MarkerWriter, escape_regex, literal

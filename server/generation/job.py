@@ -9,7 +9,7 @@ from typing import Generic
 import msgspec
 
 from engine.shared.messages import EngineInfo, Submit
-from server.constrained.messages import CONSTRAINED_FIELDS, encode_request
+from server.constrained.grammars import encode_request
 from server.context import RequestSteps, ServerContext
 from server.engine_client.answer_budget import (
     ECHO_FIELDS,
@@ -37,6 +37,7 @@ from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens,
 from server.http.errors import APIError
 from server.models.served_model import ModelVariant, ServedModel
 from server.schemas.generation_request import Requested
+from server.schemas.structured_outputs import CONSTRAINED_FIELDS
 from server.tenants import OwnedId, Tenant
 from server.text.choice_text import ChoiceText
 

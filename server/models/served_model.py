@@ -10,8 +10,7 @@ from pathlib import Path
 
 from engine.config import ModelConfig, load_model_config
 from engine.shared.messages import EngineInfo, LoraAdapter, Vocabulary
-from server.constrained.grammars import Grammars
-from server.constrained.messages import GrammarVocabulary
+from server.constrained.grammars import Grammars, GrammarVocabulary
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions

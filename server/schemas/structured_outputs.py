@@ -5,12 +5,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.http.errors import BadRequestError, MissingParameterError, UnsupportedParameterError, invalid
 from server.http.strict_json import MAX_DEPTH, describe_size, is_deeper
 from server.part_table import as_sentence, is_installed, load_module, why_missing
 from server.schemas.request_fields import ClosedObject, JSONSchema, OpenObject
+from server.schemas.tools import ToolChoice, Tools
 
 MAX_CHOICES = 1000
 MAX_CHOICE_CHARS = 4096
@@ -195,3 +196,17 @@ def _canonical(constraints: Mapping[str, Any]) -> bytes:
             schema = msgspec.json.decode(text)
             values["json"] = text if is_deeper(schema, MAX_DEPTH) else schema
     return msgspec.json.encode(values, enc_hook=repr)
+
+
+class ConstrainedFields(StructuredOutputsFields):
+    """The fields of a request that constrain its answer."""
+
+    model_config = ConfigDict(strict=True)
+
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+
+
+# Fields of a request whose answer may have a grammar.
+CONSTRAINED_FIELDS = OUTPUT_FIELDS | {"response_format", "tools"}

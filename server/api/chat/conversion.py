@@ -18,9 +18,8 @@ from server.schemas.request_fields import NO_LIMIT
 from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.templates.chat_encoding import encode_chat
-from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.chat_template import ChatTemplate, describe_tools
 from server.text.templates.sandbox import ChatTemplateError, TemplateLimitError
-from server.text.templates.tool_prompt import describe_tools
 from server.text.tokenizer import Tokenizer
 
 REASONING_SWITCHES = ("enable_thinking", "thinking")  # template variables that turn reasoning on and off

@@ -15,8 +15,7 @@ from contextlib import suppress
 import msgspec
 
 from engine.grammar.compiler import STACK_BYTES
-from server.constrained.grammars import CRASHED, TOO_DEEP, GrammarMaker, Result, problem
-from server.constrained.messages import GrammarVocabulary
+from server.constrained.grammars import CRASHED, TOO_DEEP, GrammarMaker, GrammarVocabulary, Result, problem
 from server.http.errors import invalid
 from server.part_table import is_installed, load_module
 from server.parts.hardening.processes import Processes, open_parent

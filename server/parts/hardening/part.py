@@ -12,9 +12,8 @@ from server.api_server import APIServer
 from server.context import ServerContext
 from server.part import Part
 from server.parts.hardening.acceptor import Acceptor
-from server.parts.hardening.certificate import Certificate
-from server.parts.hardening.handshake import Handshake, Handshakes
 from server.parts.hardening.protocol import HTTPProtocol, Room
+from server.parts.hardening.tls import Certificate, Handshake, Handshakes
 
 
 class HardenedServer(APIServer):

@@ -116,9 +116,7 @@ class ObjectCallReader(PieceReader):
         return self._finish()
 
     def _other_members(self) -> bool:
-        if not self._hold(0):
-            return False
-        return self._finish() if _is_json('{"arguments":{}' + "".join(self._object)) else self._fail()
+        return self._hold(0) and self._finish()
 
     # Helpers of the states.
 
@@ -176,11 +174,3 @@ class ObjectCallReader(PieceReader):
 def _first_of(members: dict[str, msgspec.Raw], keys: tuple[str, ...]) -> bytes:
     """Return the value of the first of the keys that has one, as JSON; b"" if none has."""
     return next((bytes(members[key]) for key in keys if key in members), b"")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        msgspec.json.decode(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -195,7 +195,7 @@ def test_build_kernels_hands_on_to_the_engine(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")
 def test_build_kernels_without_a_compiler(tmp_path: Path) -> None:
     environ = os.environ | {"CXX": "/nonexistent/c++", "LIGHTWELL_CACHE": str(tmp_path)}
-    command = [sys.executable, "-m", "server.cli", "build-kernels"]
+    command = [sys.executable, "-m", "server.cli.main", "build-kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     message = "lightwell: error: the C++ compiler named by CXX does not exist: /nonexistent/c++"
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", [message])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from server.cli import streams
-from server.cli.streams import StreamError, input_lines
+from server.cli import chat
+from server.cli.chat import StreamError, input_lines
 
-COMMAND = f"{sys.executable} -m server.cli"
+COMMAND = f"{sys.executable} -m server.cli.main"
 FULL = "lightwell: error: No space left on device\n"
 
 
@@ -45,7 +45,7 @@ def test_lines_of_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_line_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 8)
+    monkeypatch.setattr(chat, "MAX_LINE_BYTES", 8)
     assert lines_of(b"12345678", monkeypatch) == ["12345678"]
     with pytest.raises(StreamError, match=r"^standard input: line 1 is longer than 8 bytes$"):
         lines_of(b"123456789", monkeypatch)
@@ -61,7 +61,7 @@ def test_input_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_standard_streams_that_are_closed_get_the_null_device() -> None:
     code = (
-        "import os, subprocess, sys; from server.cli.streams import open_standard_streams; open_standard_streams();"
+        "import os, subprocess, sys; from server.cli.main import open_standard_streams; open_standard_streams();"
         "print('lost', file=sys.stderr); print('lost');"
         "same = [os.path.samestat(os.fstat(fd), os.stat(os.devnull)) for fd in (0, 1, 2)];"
         "child = subprocess.run([sys.executable, '-c', 'import sys; sys.exit(sys.stderr is None)']);"

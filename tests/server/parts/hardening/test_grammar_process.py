@@ -13,8 +13,18 @@ import pytest
 
 from engine.grammar.compiler import GrammarCompiler, GrammarError
 from server.api.chat.schemas import ChatCompletionRequest
-from server.constrained.grammars import CRASHED, MAX_WAITING, TOO_DEEP, UNSUITABLE, GrammarMaker, Grammars
-from server.constrained.messages import Grammar, GrammarProblem, GrammarVocabulary, encode_request
+from server.constrained.grammars import (
+    CRASHED,
+    MAX_WAITING,
+    TOO_DEEP,
+    UNSUITABLE,
+    Grammar,
+    GrammarMaker,
+    GrammarProblem,
+    Grammars,
+    GrammarVocabulary,
+    encode_request,
+)
 from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
 from server.part_table import is_installed
 from server.parts.hardening import grammar_process

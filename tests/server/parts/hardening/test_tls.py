@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from server.api_server import TICK
-from server.parts.hardening import handshake
-from server.parts.hardening.certificate import Certificate
+from server.parts.hardening import tls as handshake
+from server.parts.hardening.tls import Certificate
 from tests.server.conftest import StartServer
 from tests.support.paths import ROOT
 from tests.support.serving import RunningServer, is_cut, raw_request, wait_until

@@ -71,5 +71,7 @@ def test_what_has_been_downloaded(tmp_path: Path) -> None:
 
 def test_characters_that_the_terminal_lacks_are_escaped(tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "LIGHTWELL_CACHE": f"{tmp_path}/é"}
-    done = subprocess.run([sys.executable, "-m", "server.cli", "list"], env=environ, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli.main", "list"], env=environ, capture_output=True, check=True
+    )
     assert f"others in {tmp_path}/\\xe9".encode() in done.stdout
