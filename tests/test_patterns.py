@@ -54,8 +54,8 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
     ],
     ("server.text.templates.chat_encoding", "_any_guard"): ["[ab]"],
     ("server.parts.tool_formats.syntaxes", "_VALUES[kind]"): list(_VALUES.values()),
-    ("server.parts.tool_formats.syntaxes", "pattern[0]"): [r"(?<!\w)0(?!\w)"],
-    ("server.parts.tool_formats.syntaxes", "pattern[1]"): [r"(?<!\w)1(?!\w)"],
+    ("server.text.templates.tool_probe", "pattern[0]"): [r"(?<!\w)0(?!\w)"],
+    ("server.text.templates.tool_probe", "pattern[1]"): [r"(?<!\w)1(?!\w)"],
 }
 
 

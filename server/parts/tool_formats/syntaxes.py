@@ -12,7 +12,7 @@ from server.parts.tool_formats.harmony import ANALYSIS_TAGS, HARMONY_FORMAT, Har
 from server.parts.tool_formats.literals import GEMMA, PYTHON, LiteralArguments
 from server.parts.tool_formats.named import JSONArguments, MistralCall
 from server.parts.tool_formats.tags import TaggedArguments
-from server.text.parsers.tool_formats import ID, INDEX, KEY, ObjectCall, ToolFormat
+from server.text.parsers.tool_formats import ID, KEY, ObjectCall, ToolFormat
 from server.text.templates.syntaxes import (
     ARGUMENTS,
     FIRST,
@@ -27,7 +27,7 @@ from server.text.templates.syntaxes import (
     find_all,
     find_object,
 )
-from server.text.templates.tool_probe import common_prefix, common_suffix
+from server.text.templates.tool_probe import common_prefix
 
 _VALUES = {"string": re.escape(FIRST), "number": "73", "boolean": "[Tt]rue", "object": r"\{", "array": r"\[\s*81"}
 
@@ -122,26 +122,6 @@ def find_mistral(text: str, begin: int, name: str) -> FoundCall | None:
     return replace(found, arguments=MistralCall(found.arguments.name_key, found.arguments.arguments_key))
 
 
-def merge_numbers(format: ToolFormat, between: str, after_name: str) -> tuple[str, str, str]:
-    """Replace the number of the call by a slot, where the texts around two calls differ only in it."""
-
-    def merge(first: str, second: str) -> tuple[str, str]:
-        for number in (0, 1):
-            pattern = (rf"(?<!\w){number}(?!\w)", rf"(?<!\w){number + 1}(?!\w)")
-            slots = re.sub(pattern[0], INDEX, first), re.sub(pattern[1], INDEX, second)
-            if (
-                slots[0] != first
-                and slots[1] != second
-                and len(common_suffix(*slots)) > len(common_suffix(first, second))
-            ):
-                return slots
-        return first, second
-
-    before, merged = merge(format.before_name, between)
-    one, other = merge(format.after_name, after_name)
-    return before, merged, one if one == other else format.after_name
-
-
 TOOL_SYNTAXES = (
     ToolSyntax(
         kind=MistralCall,
@@ -161,7 +141,6 @@ TOOL_SYNTAXES = (
             ("<|tool_call:begin|>", "solar", {}),
         ),
         find=find_json,
-        merge=merge_numbers,
     ),
     ToolSyntax(
         kind=LiteralArguments,
@@ -187,7 +166,6 @@ TOOL_SYNTAXES = (
             ),
         ),
         find=find_literals,
-        merge=merge_numbers,
     ),
     ToolSyntax(
         kind=TaggedArguments,
@@ -203,7 +181,6 @@ TOOL_SYNTAXES = (
         ),
         is_bare=False,
         find=find_tags,
-        merge=merge_numbers,
     ),
 )
 HARMONY = AnswerSyntax(

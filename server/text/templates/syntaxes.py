@@ -62,8 +62,6 @@ class ToolSyntax:
         announced: text of a prompt with tools, and the format that it asks for, of templates that do not write the
             calls of earlier messages.
         find: finds a call in a text, in which the name of the tool begins at a position.
-        merge: returns the texts before a name, between two calls and after a name, of a format and of two calls in
-            which they may differ: between calls, and after the name of the second.
     """
 
     kind: type[Arguments]
@@ -72,11 +70,6 @@ class ToolSyntax:
     announced: Sequence[tuple[str, ToolFormat]] = ()
     is_bare: bool = True  # calls need no marker before their bracket
     find: Callable[[str, int, str], FoundCall | None]
-    merge: Callable[[ToolFormat, str, str], tuple[str, str, str]] = lambda format, between, _: (
-        format.before_name,
-        between,
-        format.after_name,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,14 +181,9 @@ def decode_format(encoded: msgspec.Raw) -> AnswerFormat | None:
     return found
 
 
-def syntax_of(format: ToolFormat) -> ToolSyntax:
-    """Return the syntax of a format's calls."""
-    return next(each for each in tool_syntaxes() if each.kind is type(format.arguments))
-
-
 def name_format(format: ToolFormat) -> ToolFormat:
     """Return a format with its name, and with the fields that its family needs."""
-    syntax = syntax_of(format)
+    syntax = next(each for each in tool_syntaxes() if each.kind is type(format.arguments))
     texts = "\n".join(format.texts)
     for text, name, fields in syntax.families:
         if text in texts:

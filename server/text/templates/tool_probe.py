@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.text.parsers.tool_formats import GENERIC, ID, NAME, ObjectCall, ToolFormat
+from server.text.parsers.tool_formats import GENERIC, ID, INDEX, NAME, ObjectCall, ToolFormat
 from server.text.templates.syntaxes import (
     ARGUMENTS,
     CONTENT,
@@ -22,7 +22,6 @@ from server.text.templates.syntaxes import (
     announced_format,
     find_call,
     name_format,
-    syntax_of,
 )
 
 Message = dict[str, Any]
@@ -148,8 +147,7 @@ def _with_several_calls(render: Render, format: ToolFormat) -> ToolFormat:
     between = second.before[len(text) - len(first.after) :]
     if isinstance(format.arguments, ObjectCall):
         between = re.sub(rf',\s*"\w+":\s*"{ID}"(?=\s*\}})', "", between)
-    after_second = second.after_name.replace(NAMES[1], NAME)
-    before, between, after_name = syntax_of(format).merge(format, between, after_second)
+    before, between, after_name = _with_index(format, between, second.after_name.replace(NAMES[1], NAME))
     call_end = common_prefix(between, format.after_arguments)
     call_start = common_suffix(before, between.removeprefix(call_end))
     return replace(
@@ -162,6 +160,26 @@ def _with_several_calls(render: Render, format: ToolFormat) -> ToolFormat:
         end=format.after_arguments.removeprefix(call_end),
         several=True,
     )
+
+
+def _with_index(format: ToolFormat, between: str, after_name: str) -> tuple[str, str, str]:
+    """Replace the number of the call by a slot, where the texts around two calls differ only in it."""
+
+    def merge(first: str, second: str) -> tuple[str, str]:
+        for number in (0, 1):
+            pattern = (rf"(?<!\w){number}(?!\w)", rf"(?<!\w){number + 1}(?!\w)")
+            slots = re.sub(pattern[0], INDEX, first), re.sub(pattern[1], INDEX, second)
+            if (
+                slots[0] != first
+                and slots[1] != second
+                and len(common_suffix(*slots)) > len(common_suffix(first, second))
+            ):
+                return slots
+        return first, second
+
+    before, merged = merge(format.before_name, between)
+    one, other = merge(format.after_name, after_name)
+    return before, merged, one if one == other else format.after_name
 
 
 def _id_length(render: Render) -> int | None:
