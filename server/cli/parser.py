@@ -59,6 +59,10 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(str(value), action.choices) or f" (choose from {', '.join(action.choices)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint}")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help or a version. Raises OSError, which argparse would ignore."""
+        (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         raise SystemExit(fail(f"{message} (see {self.prog} --help)", USAGE_ERROR))
 
