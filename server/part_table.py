@@ -119,7 +119,7 @@ def missing_command(command: str) -> MissingPartError | None:
 
 
 def hardened(module: str, name: str, default: T) -> T:
-    """Return what the part hardening has in place of a class of the core, or that if the part is not installed."""
+    """Return what the part hardening has in place of something of the core, or that if it is not installed."""
     found: T = getattr(load_module("hardening", module), name) if is_installed("hardening") else default
     return found
 

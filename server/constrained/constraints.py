@@ -58,8 +58,10 @@ class ConstraintBuilder:
         return of_format or other
 
     def json_schema(self, schema: Mapping[str, Any], param: str) -> Constraint:
-        """Return the constraint to JSON that is valid under a schema. Raises InvalidValueError."""
-        return schema_constraint(schema, param, allow_additional_properties=self.allow_additional_properties)
+        """Return the constraint to compact JSON that is valid under a schema. Raises InvalidValueError."""
+        check_schema(schema, param)
+        compact = compact_schema(schema, allow_additional_properties=self.allow_additional_properties)
+        return Constraint(msgspec.json.encode({"grammars": [{"json_schema": compact}]}).decode(), param)
 
     def _response_format(self, format: ResponseFormat | None) -> Constraint | None:
         if format is None or format.type == "text":
@@ -151,15 +153,6 @@ def parse_object(text: str, param: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid(param, "the text must hold a JSON object")
     return value
-
-
-def schema_constraint(
-    schema: Mapping[str, Any], param: str, *, allow_additional_properties: bool = False
-) -> Constraint:
-    """Return the constraint to compact JSON that is valid under a schema. Raises InvalidValueError."""
-    check_schema(schema, param)
-    compact = compact_schema(schema, allow_additional_properties=allow_additional_properties)
-    return Constraint(msgspec.json.encode({"grammars": [{"json_schema": compact}]}).decode(), param)
 
 
 def compact_schema(schema: Mapping[str, Any], *, allow_additional_properties: bool) -> dict[str, Any]:

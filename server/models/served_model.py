@@ -16,12 +16,12 @@ from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineOptions
 from server.http.errors import EngineUnavailableError
 from server.metrics import Metrics
-from server.part_table import load_module
+from server.part_table import hardened, load_module
 from server.schemas.sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ServedModelConfig
 from server.settings.table import Settings
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
-from server.text.templates.sandbox import make_renderer
+from server.text.templates.sandbox import SandboxedTemplate
 from server.text.token_sequences import SequenceBreakers
 from server.text.tokenizer import Tokenizer
 
@@ -216,7 +216,7 @@ def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate |
 
 
 def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
-    renderer = make_renderer(source)
+    renderer = hardened("template_processes", "TemplateProcesses", SandboxedTemplate)(source)
     try:
         template = ChatTemplate(renderer, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     except EngineUnavailableError as error:  # its processes hang or are killed

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.http.errors import BadRequestError, MissingParameterError, UnsupportedParameterError, invalid
 from server.http.strict_json import MAX_DEPTH, describe_size, is_deeper
-from server.part_table import as_sentence, is_installed, load_module, why_missing
+from server.part_table import as_sentence, why_missing
 from server.schemas.request_fields import ClosedObject, JSONSchema, OpenObject
 from server.schemas.tools import ToolChoice, Tools
 
@@ -20,14 +20,8 @@ MAX_LARK_CHARS = 16_384
 MAX_TAG_CHARS = 128 * 1024
 
 TAGS = "structural_tags"  # a part
-_tags: Any = load_module(TAGS, "schemas") if is_installed(TAGS) else None
-if TYPE_CHECKING or _tags is None:
-    Format: TypeAlias = Any
-    Structures: TypeAlias = Any
-    Triggers: TypeAlias = Any
-    StructuralTag: TypeAlias = Any
-else:
-    Format, Structures, Triggers, StructuralTag = _tags.Format, _tags.Structures, _tags.Triggers, _tags.StructuralTag
+TAG_FIELDS = ("format", "structures", "triggers")  # of a tag in `response_format`
+Tag: TypeAlias = dict[str, Any]  # or a part of it, which is checked when its grammar is made
 
 # Other request fields -> the fields of `structured_outputs` that they stand for.
 ALIASES = {
@@ -67,21 +61,20 @@ class ResponseFormat(ClosedObject):
     schema_: JSONSchema | None = Field(
         None, alias="schema", description="llama.cpp's name of the schema, with type json_schema or json_object."
     )
-    format: Format | None = Field(None, description="Only with type structural_tag.")
-    structures: Structures | None = Field(None, description="Only with type structural_tag, instead of a format.")
-    triggers: Triggers | None = Field(None, description="Only with structures: a text that each structure begins with.")
+    format: Tag | None = Field(None, description="Only with type structural_tag.")
+    structures: list[Any] | None = Field(None, description="Only with type structural_tag, instead of a format.")
+    triggers: list[Any] | None = Field(None, description="Only with structures: texts with which these begin.")
 
     @property
-    def structural_tag(self) -> StructuralTag | None:
-        if self.type != "structural_tag":
-            return None
-        tag = _tags.StructuralTag.model_construct
-        return tag(format=self.format, structures=self.structures, triggers=self.triggers)
+    def structural_tag(self) -> Tag | None:
+        fields = {name: getattr(self, name) for name in ("type", *TAG_FIELDS)}
+        tag = {name: value for name, value in fields.items() if value is not None}
+        return tag if self.type == "structural_tag" else None
 
     def check(self) -> None:
         if self.type == "structural_tag":
             check_tags("response_format")
-        for name in ("format", "structures", "triggers"):
+        for name in TAG_FIELDS:
             if self.type != "structural_tag" and getattr(self, name) is not None:
                 raise invalid(f"response_format.{name}", "only allowed with 'type': 'structural_tag'")
         if self.schema_ is not None and (self.json_schema is not None or not self.type.startswith("json")):
@@ -108,7 +101,7 @@ class StructuredOutputs(OpenObject):
     grammar: Lark | None = Field(
         None, description="A grammar in Lark's notation, with the start rule `start`, or in GBNF, with `root`."
     )
-    structural_tag: StructuralTag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = Field(
+    structural_tag: Tag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = Field(
         None, description="A structural tag, as an object or as its JSON text."
     )
     disable_any_whitespace: bool | None = Field(

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -12,13 +12,14 @@ from tokenizers import AddedToken, models
 
 from engine.config.tokenizer_files import check_num_token_ids, read_optional_object, tokenizer_file
 from engine.shared.gguf import GGUFFile, short
-from server.part_table import is_installed, load_module
+from server.part_table import hardened, load_module
 from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer, byte_alphabet, without_prefix
 
 logger = logging.getLogger(__name__)
 
 UNUSUAL = "\U0010fffd"  # a character for private use, which vocabularies do not have
 NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+MAX_CACHED_TOKENS = 1 << 18  # whose bytes are known
 MAX_UNIGRAM_CHARS = 512  # of a token in a unigram model, as in sentencepiece's trainer
 
 
@@ -92,7 +93,7 @@ class Tokenizer:
         self._plain_backend = _without_special_tokens(backend)
         self._to_bytes = _token_decoder(backend)
         self.vocab_size = config.vocab_size
-        self.token_bytes: Callable[[int], bytes] = _TokenBytes(self._find_bytes).__getitem__
+        self.token_bytes: Callable[[int], bytes] = lru_cache(MAX_CACHED_TOKENS)(self._find_bytes)
         self.chat_template = config.chat_template
         self.bos_token, self.bos_token_id = _find(backend, config.bos_token)
         self.eos_token, self.eos_token_id = _find(backend, config.eos_token)
@@ -156,9 +157,8 @@ class Tokenizer:
 
     @cached_property
     def _bound(self) -> Any:
-        if not is_installed("hardening"):
-            return None
-        return load_module("hardening", "token_bound").token_bound(self._backend, self.vocab_size, self._to_bytes)
+        find_bound: Callable[..., Any] = hardened("token_bound", "token_bound", lambda *_: None)
+        return find_bound(self._backend, self.vocab_size, self._to_bytes)
 
     def encode_plain(self, text: str, *, is_continuation: bool = False) -> list[int]:
         """Return the token ids of a text without special tokens.
@@ -192,19 +192,6 @@ class Tokenizer:
             return text.encode()
         token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
         return b"" if token is None else self._to_bytes(token)
-
-
-class _TokenBytes(dict[int, bytes]):
-    """The bytes of tokens by id, found when they are first asked for."""
-
-    def __init__(self, find: Callable[[int], bytes]) -> None:
-        super().__init__()
-        self._find = find
-
-    def __missing__(self, token_id: int) -> bytes:
-        if data := self._find(token_id):  # ids outside the vocabulary are not kept
-            self[token_id] = data
-        return data
 
 
 def _goes_on(error: BaseException, path: Path) -> bool:

@@ -1,1 +1,1 @@
-"""Structural tags, which `server.schemas.structured_outputs` and `server.constrained.constraints` load by name."""
+"""Structural tags, which `server.constrained.constraints` loads by name."""

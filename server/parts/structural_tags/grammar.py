@@ -24,7 +24,7 @@ from server.constrained.constraints import (
 )
 from server.constrained.json_schema import lark_regex
 from server.http.errors import invalid
-from server.http.validation import format_path, resolve_location
+from server.http.validation import from_validation_error
 from server.parts.structural_tags.schemas import (
     AnyText,
     ConstString,
@@ -213,9 +213,9 @@ class TagGrammar:
         return forms[0] if len(forms) == 1 else f"({' | '.join(forms)})" if forms else ""
 
 
-def constraint(builder: ConstraintBuilder, tag: StructuralTag | str, param: str) -> Constraint:
+def constraint(builder: ConstraintBuilder, value: dict[str, Any] | str, param: str) -> Constraint:
     """Return the constraint of a structural tag, which may be given as text. Raises InvalidValueError."""
-    tag = _parse_tag(tag, param)
+    tag = _parse_tag(value, param)
     format = tag.to_format(param)
     for index, structure in enumerate(tag.structures or ()):
         check_schema(structure.schema_, f"{param}.structures[{index}].schema")
@@ -244,13 +244,14 @@ def _check_parts(format: Format, param: str) -> None:
         level = [inner for part in level for inner in inner_parts(part)]
 
 
-def _parse_tag(tag: StructuralTag | str, param: str) -> StructuralTag:
-    if isinstance(tag, StructuralTag):
-        return tag
-    value = parse_object(tag, param)
+def _parse_tag(tag: dict[str, Any] | str, param: str) -> StructuralTag:
+    value = parse_object(tag, param) if isinstance(tag, str) else tag
     try:
         return StructuralTag.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = format_path(resolve_location({**first, "loc": ("body", *first["loc"])}, value))
-        raise invalid(f"{param}.{path}".rstrip("."), first["msg"]) from error
+        *outer, last = param.split(".")
+        body: Any = {last: value}
+        for name in reversed(outer):
+            body = {name: body}
+        errors = [{**each, "loc": ("body", *outer, last, *each["loc"])} for each in error.errors()]
+        raise from_validation_error(errors, body) from error

@@ -1,7 +1,6 @@
 """Render chat messages to the prompt format that the model was trained on, with the model's own Jinja template."""
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from engine.shared.parts import MissingPartError
 from server.text.parsers.answer_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
-from server.text.templates.sandbox import ChatTemplateError, Renderer, TemplateLimitError
+from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
 from server.text.templates.syntaxes import NAMES as TOOL_NAMES
 from server.text.templates.syntaxes import QUESTION, AnswerSyntax, answer_syntax, missing_part
 from server.text.templates.tool_probe import TOOLS as PROBE_TOOLS
@@ -19,7 +18,6 @@ from server.text.templates.tool_probe import Render, assistant, probe_tool_forma
 Message = dict[str, Any]
 
 UNRECOGNIZED = "unrecognized"  # name of a format of tool calls or reasoning that was not found
-MAX_PROBING_SECONDS = 30.0  # to find the properties of a template; most take less than a second
 END = "\U0010fffd"  # a private-use character that marks the end of the final message
 
 # For models whose chat template does not support tools, or not all of them. Calls are in the format `GENERIC`.
@@ -45,11 +43,10 @@ class ChatTemplate:
         keeps_system_position: whether a system message between other turns is rendered in its position.
     """
 
-    def __init__(self, renderer: Renderer, *, bos_token: str | None, eos_token: str | None) -> None:
+    def __init__(self, renderer: SandboxedTemplate, *, bos_token: str | None, eos_token: str | None) -> None:
         """Render conversations to find the properties of the template. Raises TemplateLimitError if that takes long."""
         self.source, self.variables, self.options = renderer.source, renderer.variables, renderer.options
         self._renderer = renderer
-        self._deadline: float | None = time.monotonic() + MAX_PROBING_SECONDS
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {name: token for name, token in tokens.items() if token is not None}
         self._writes_json_arguments = False
@@ -66,7 +63,6 @@ class ChatTemplate:
         self.keeps_system_position = self._keeps_system_position()
         self.has_plain_answers = self.reasoning.tags is None and not self.reasoning.content_markers
         self._as_read = frozenset(role for role, each in self._converters.items() if each is not _to_parts)
-        self._deadline = None
 
     @property
     def reasoning_tags(self) -> ReasoningTags | None:
@@ -129,31 +125,23 @@ class ChatTemplate:
         if taken := extra.keys() & variables.keys():
             raise ChatTemplateError(f"chat_template_kwargs cannot set {min(taken)!r}.")
         variables = {"documents": None, **extra, **variables}
-        if tools or self._deadline is not None:
-            prompt = self._render_tools(variables)
-        else:
-            prompt = self._renderer.render(variables)
+        prompt = self._render_tools(variables) if tools else self._renderer.render(variables)
         return _cut_at_end(prompt) if continue_final_message else prompt
 
     def _render_tools(self, variables: dict[str, Any]) -> str:
         """Render once more, with empty descriptions, if the template cannot do without those that tools lack."""
         try:
-            return self._render(variables)
+            return self._renderer.render(variables)
         except ChatTemplateError:
             tools = variables["tools"] or []
             described = [with_descriptions(tool) for tool in tools]
             if described == tools:
                 raise
-        return self._render({**variables, "tools": described})
+        return self._renderer.render({**variables, "tools": described})
 
     def close(self) -> None:
         """End the processes in which the template runs."""
         self._renderer.close()
-
-    def _render(self, variables: dict[str, Any]) -> str:
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            raise TemplateLimitError(f"The chat template takes more than {MAX_PROBING_SECONDS:g} s to be examined.")
-        return self._renderer.render(variables)
 
     def _find_formats(self) -> None:
         """Find how the model writes answers: their parts, tool calls and reasoning."""
@@ -269,7 +257,7 @@ class ChatTemplate:
         filler = "x" if isinstance(content, str) else _to_parts("x")
         messages = [{"role": each, "content": content if each == role else filler} for each in roles]
         try:
-            return self._render({**self._tokens, "messages": messages, "tools": None, "documents": None})
+            return self._renderer.render({**self._tokens, "messages": messages, "tools": None, "documents": None})
         except ChatTemplateError:
             return ""
 

@@ -6,9 +6,9 @@ hardening runs templates in processes of their own.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
@@ -16,8 +16,6 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from server.part_table import hardened
 
 MAX_PROMPT_CHARS = 1 << 24  # of one rendered conversation
 MAX_REASON_CHARS = 200  # of an error message that the template raises
@@ -93,31 +91,6 @@ class SandboxedTemplate:
 
     def close(self) -> None:
         """Do nothing: there is nothing to end."""
-
-
-class Renderer(Protocol):
-    """A compiled template: its source, the names of variables that it reads, and of those that a request can set."""
-
-    source: str
-    variables: frozenset[str]
-    options: frozenset[str]
-
-    def render(self, variables: dict[str, Any]) -> str:
-        """Return the rendered text. Raises ChatTemplateError, and TemplateLimitError if it takes too long."""
-        ...
-
-    def close(self) -> None:
-        """End what runs the template."""
-        ...
-
-
-def make_renderer(source: str) -> Renderer:
-    """Return what runs a template: processes of its own with the part hardening, else this process.
-
-    Raises ChatTemplateError, TemplateLimitError or OSError.
-    """
-    kind: Callable[[str], Renderer] = SandboxedTemplate
-    return hardened("template_processes", "TemplateProcesses", kind)(source)
 
 
 class _GenerationTag(Extension):

@@ -23,7 +23,7 @@ from llguidance import LLMatcher
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 
 from engine.grammar.compiler import GrammarError, compute_mask
-from server.constrained.constraints import schema_constraint
+from server.constrained.constraints import ConstraintBuilder
 from server.constrained.json_schema import ascii_classes, find_tags, normalize_schema
 from server.part_table import is_installed
 from server.text.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ IN, OUT, BOTH = {"a": 1}, {"a": 1, "z": 1}, {"a": 1, "b": 1}  # values of A, of 
 
 
 def schema_grammar(schema: Schema, is_open: bool) -> str:
-    return schema_constraint(schema, "schema", allow_additional_properties=is_open).grammar
+    return ConstraintBuilder({}, is_open).json_schema(schema, "schema").grammar
 
 
 def accepts(tokenizer: Tokenizer, schema: Schema, value: object, *, is_open: bool = False) -> bool:

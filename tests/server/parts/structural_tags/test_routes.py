@@ -197,4 +197,4 @@ def test_wrong_shapes(server: RunningServer, constraint: Any, param: str) -> Non
         error = check_error(ask(server.url, path, response_format=constraint), 400)
         assert error["param"] == f"response_format{param}"
     error = check_error(ask(server.url, COMPLETIONS, structured_outputs={"structural_tag": "{}"}), 400)
-    assert (error["param"], error["message"][-16:]) == ("structured_outputs.structural_tag.type", " Field required.")
+    assert (error["param"], error["code"]) == ("structured_outputs.structural_tag.type", "missing_required_parameter")
