@@ -4,25 +4,15 @@ When standard input is a pipe or a file, each of its lines is a message, and onl
 """
 
 import argparse
-import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from server.cli.http_client import (
-    RemoteError,
-    base_url,
-    check_status,
-    connect,
-    decode_chunk,
-    find_model,
-    find_server,
-    plain_errors,
-)
-from server.cli.parser import Commands, Parser, argument_type, fail
+from server.cli.http_client import base_url, check_status, connect, decode_chunk, find_model, find_server, plain_errors
+from server.cli.parser import CommandError, Commands, Parser, argument_type
 from server.running_servers import DEFAULT_URL
 from server.settings.setting import INT64, integer, number
 
@@ -36,40 +26,14 @@ HELP = "/clear starts a new conversation, /exit or Ctrl-D quits, Ctrl-C stops an
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class StreamError(Exception):
-    """Standard input cannot be read. The message is one line for the user."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatOptions:
-    url: str
-    api_key: str | None = None
-    model: str | None = None  # None: the first model that the server lists
-    system: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int  # per answer; a small model may never end one by itself
-    seed: int | None = None
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The request fields of the options that are set."""
-        fields = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_completion_tokens": self.max_tokens,
-            "seed": self.seed,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
-
-
 class Conversation:
     """The messages so far, and the client that requests the next answer."""
 
-    def __init__(self, client: "httpx.Client", model: str, options: ChatOptions) -> None:
+    def __init__(self, client: "httpx.Client", system: str | None, fields: dict[str, Any]) -> None:
+        """`fields` are those of all requests."""
         self._client = client
-        self._request = {"model": model, "stream": True, **options.sampling}
-        self._system = [{"role": "system", "content": options.system}] if options.system else []
+        self._request = fields | {"stream": True}
+        self._system = [{"role": "system", "content": system}] if system else []
         self.is_cut_off = False  # the last answer reached its limit of tokens
         self.clear()
 
@@ -77,7 +41,7 @@ class Conversation:
         self.messages = list(self._system)
 
     def ask(self, text: str) -> Generator[str]:
-        """Send a message and yield the answer piece by piece as it arrives. Raises RemoteError.
+        """Send a message and yield the answer piece by piece as it arrives. Raises CommandError.
 
         The answer stays in the conversation even if it is cut off; a message without any answer is removed.
         """
@@ -104,7 +68,7 @@ class Conversation:
 def _content(lines: Iterator[str]) -> Generator[str, None, bool]:
     """Yield the text of server-sent events, and return whether the answer reached its limit of tokens.
 
-    Raises RemoteError for an error event, and if `[DONE]` is missing.
+    Raises CommandError for an error event, and if `[DONE]` is missing.
     """
     is_cut_off = False
     for line in lines:
@@ -116,18 +80,22 @@ def _content(lines: Iterator[str]) -> Generator[str, None, bool]:
             is_cut_off |= chunk.is_cut_off
             if chunk.text:
                 yield chunk.text
-    raise RemoteError("the answer was cut off")
+    raise CommandError("the answer was cut off")
 
 
-def chat(options: ChatOptions) -> int:
-    """Chat until the end of the input and return the exit status. Raises RemoteError."""
+def chat(*, url: str, api_key: str | None, model: str | None = None, system: str | None, **sampling: Any) -> int:
+    """Chat until the end of the input and return the exit status. Raises CommandError.
+
+    Without a model, it is the first one that the server lists. `sampling` are fields of requests, or None.
+    """
     is_terminal = sys.stdin.isatty()
-    with connect(options.url, options.api_key) as client:
-        model = options.model or find_model(client)
-        conversation = Conversation(client, model, options)
+    with connect(url, api_key) as client:
+        model = model or find_model(client)
+        fields = {name: value for name, value in sampling.items() if value is not None}
+        conversation = Conversation(client, system, {"model": model, **fields})
         if not is_terminal:
             return _chat_in_pipe(conversation)
-        print(f"{model} at {options.url}. {HELP}")
+        print(f"{model} at {url}. {HELP}")
         return _chat_in_terminal(conversation)
 
 
@@ -139,16 +107,16 @@ def _chat_in_pipe(conversation: Conversation) -> int:
 
 
 def input_lines() -> Iterator[str]:
-    """Yield the lines of standard input. Raises StreamError if one cannot be read, is no text or is too long."""
+    """Yield the lines of standard input. Raises CommandError if one cannot be read, is no text or is too long."""
     encoding, number = sys.stdin.encoding, 0
     while line := _read_bytes():
         number += 1
         if len(line) > MAX_LINE_BYTES:
-            raise StreamError(f"standard input: line {number} is longer than {MAX_LINE_BYTES} bytes")
+            raise CommandError(f"standard input: line {number} is longer than {MAX_LINE_BYTES} bytes")
         try:
             text = line.decode(encoding)
         except UnicodeDecodeError as error:
-            raise StreamError(f"standard input: line {number} is not {encoding} (byte {error.start + 1})") from None
+            raise CommandError(f"standard input: line {number} is not {encoding} (byte {error.start + 1})") from None
         yield text
 
 
@@ -156,7 +124,7 @@ def _read_bytes() -> bytes:
     try:
         return sys.stdin.buffer.readline(MAX_LINE_BYTES + 1)
     except OSError as error:
-        raise StreamError(f"standard input cannot be read: {error.strerror or error}") from None
+        raise CommandError(f"standard input cannot be read: {error.strerror or error}") from None
 
 
 def _chat_in_terminal(conversation: Conversation) -> int:
@@ -200,7 +168,7 @@ def _answer_in_terminal(conversation: Conversation, line: str) -> None:
         _print_answer(conversation, line)
     except KeyboardInterrupt:
         print(" (stopped)")
-    except RemoteError as error:
+    except CommandError as error:
         print(f"lightwell: error: {error}", file=sys.stderr, flush=True)
 
 
@@ -252,14 +220,6 @@ def api_key_of_environment() -> str | None:
     return os.environ.get("LIGHTWELL_API_KEY", "").split(",")[0].strip() or None
 
 
-def remote(run: Callable[[], int]) -> int:
-    """Run a client and return its exit status. A RemoteError is printed."""
-    try:
-        return run()
-    except RemoteError as error:
-        return fail(str(error))
-
-
 def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "chat", help="chat with a served model", description="Chat with a model on an OpenAI-compatible server."
@@ -289,6 +249,7 @@ def add_conversation(parser: Parser | argparse._ArgumentGroup) -> None:
     )
     parser.add_argument(
         "--max-tokens",
+        dest="max_completion_tokens",  # the field of requests
         type=argument_type(integer(1)),
         default=1024,
         metavar="N",
@@ -297,4 +258,4 @@ def add_conversation(parser: Parser | argparse._ArgumentGroup) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    return remote(lambda: chat(ChatOptions(**client_options(arguments))))
+    return chat(**client_options(arguments))

@@ -60,8 +60,10 @@ def _mark(finding: Finding) -> str:
 
 def examine(machine: Machine) -> list[Finding]:
     """Return the findings in the order of the report. The last says what would run."""
-    findings = [_python(), _torch(machine), _processor(machine), _gpu(machine), _compiler(machine), _kernels(machine)]
-    findings.append(_memory(machine))
+    python = f"{platform.python_version()}, {sys.executable}; Lightwell {version('lightwell')}"
+    processor = f"{machine.processor}, {machine.num_cores} cores for this process"
+    findings = [Finding(name="Python", text=python), _torch(machine), Finding(name="Processor", text=processor)]
+    findings += [_gpu(machine), _compiler(machine), _kernels(machine), _memory(machine)]
     try:
         settings = load_settings(environ=os.environ)
     except SettingsError as error:
@@ -71,20 +73,11 @@ def examine(machine: Machine) -> list[Finding]:
     return [*findings, _summary(machine, settings) if is_possible else CANNOT_START]
 
 
-def _python() -> Finding:
-    text = f"{platform.python_version()}, {sys.executable}; Lightwell {version('lightwell')}"
-    return Finding(name="Python", text=text)
-
-
 def _torch(machine: Machine) -> Finding:
     if machine.torch is None:
         return Finding(name="PyTorch", text="missing", remedy="pip install torch", is_fatal=True)
     build = f"for CUDA {machine.cuda}" if machine.cuda else "for CPUs"
     return Finding(name="PyTorch", text=f"{machine.torch}, built {build}")
-
-
-def _processor(machine: Machine) -> Finding:
-    return Finding(name="Processor", text=f"{machine.processor}, {machine.num_cores} cores for this process")
 
 
 def _gpu(machine: Machine) -> Finding:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from server.cli.parser import CommandError
 from server.part_table import missing_command
 from server.running_servers import DEFAULT_URL, registered_servers
 from server.settings.load import is_loopback
@@ -22,11 +23,7 @@ LOADING_POLL_SECONDS = 0.5
 CONNECT_SECONDS = 1.0  # to servers on this machine
 
 
-class RemoteError(Exception):
-    """The server cannot be used. The message is one line for the user."""
-
-
-class LoadingError(RemoteError):
+class LoadingError(CommandError):
     """The server is still loading its model."""
 
 
@@ -72,13 +69,13 @@ _CHUNK_DECODER = msgspec.json.Decoder(StreamChunk)
 
 
 def decode_chunk(data: str | bytes) -> StreamChunk:
-    """Decode the data of one event. Raises RemoteError if it is an error or not in OpenAI's format."""
+    """Decode the data of one event. Raises CommandError if it is an error or not in OpenAI's format."""
     try:
         chunk = _CHUNK_DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise RemoteError("the server sent an event that is not in the OpenAI format") from None
+        raise CommandError("the server sent an event that is not in the OpenAI format") from None
     if chunk.error:
-        raise RemoteError(f"the answer failed: {one_line(chunk.error.get('message'))}")
+        raise CommandError(f"the answer failed: {one_line(chunk.error.get('message'))}")
     return chunk
 
 
@@ -100,12 +97,12 @@ def base_url(url: str) -> str:
 def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "httpx.Client":
     """Return a client for `url`, as returned by `base_url`. For loopback, it ignores proxies of the environment.
 
-    Raises RemoteError for a key that no header can carry, and for what the environment makes impossible.
+    Raises CommandError for a key that no header can carry, and for what the environment makes impossible.
     """
     import httpx
 
     if api_key and not (api_key.isascii() and api_key.isprintable()):
-        raise RemoteError("invalid API key: expected printable ASCII characters")
+        raise CommandError("invalid API key: expected printable ASCII characters")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = httpx.Timeout(read_timeout, connect=5.0)
     uses_proxies = not is_loopback(urlsplit(url).hostname or "")
@@ -113,16 +110,16 @@ def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "h
         verify = httpx.create_ssl_context()  # which trusts what SSL_CERT_FILE names, on loopback too
         return httpx.Client(headers=headers, verify=verify, trust_env=uses_proxies, base_url=url, timeout=timeout)
     except (httpx.InvalidURL, ImportError, ValueError, OSError) as error:  # of a proxy, also one that needs a package
-        raise RemoteError(f"address, SSL_CERT_FILE or proxy of the environment: {one_line(error)}") from None
+        raise CommandError(f"address, SSL_CERT_FILE or proxy of the environment: {one_line(error)}") from None
 
 
-def not_connected(url: str, error: BaseException) -> RemoteError:
-    return RemoteError(f"no server answers at {url} ({one_line(error)}): `lightwell serve` starts one")
+def not_connected(url: str, error: BaseException) -> CommandError:
+    return CommandError(f"no server answers at {url} ({one_line(error)}): `lightwell serve` starts one")
 
 
 @contextmanager
 def plain_errors(url: str) -> Iterator[None]:
-    """Convert httpx's errors to RemoteErrors."""
+    """Convert httpx's errors to CommandErrors."""
     import httpx
 
     try:
@@ -130,17 +127,17 @@ def plain_errors(url: str) -> Iterator[None]:
     except (httpx.ConnectError, UnicodeError) as error:  # UnicodeError: of a host name that no DNS has
         raise not_connected(url, error) from None
     except httpx.HTTPError as error:
-        raise RemoteError(f"the server at {url}: {one_line(error)}") from None
+        raise CommandError(f"the server at {url}: {one_line(error)}") from None
 
 
 def check_status(response: "httpx.Response") -> None:
-    """Raise RemoteError with the server's error message unless the status is 2xx."""
+    """Raise CommandError with the server's error message unless the status is 2xx."""
     if not response.is_success:
         response.read()
         message = _message(response)
         if response.status_code == 401:
             message += " (--api-key or LIGHTWELL_API_KEY is the key)"
-        kind = LoadingError if response.status_code == 503 and "still being loaded" in message else RemoteError
+        kind = LoadingError if response.status_code == 503 and "still being loaded" in message else CommandError
         raise kind(f"the server returned status {response.status_code}: {message}")
 
 
@@ -152,7 +149,7 @@ def _message(response: "httpx.Response") -> str:
 
 
 def find_model(client: "httpx.Client") -> str:
-    """Return the first model that the server lists, once it has loaded its model. Raises RemoteError."""
+    """Return the first model that the server lists, once it has loaded its model. Raises CommandError."""
     is_announced = False
     while True:
         try:
@@ -171,35 +168,30 @@ def _first_model(client: "httpx.Client") -> str:
     try:
         return str(response.json()["data"][0]["id"])
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        raise RemoteError("the server lists no models: set --model") from None
+        raise CommandError("the server lists no models: set --model") from None
 
 
 def find_server() -> str:
     """Return the URL of this user's server at the default port, or else of the one that started last.
 
     Without one, any server at the default port is taken. It is named on standard error, since it will get the user's
-    key; so is every server that is not the only one and at the default port. No key is sent here. Raises RemoteError.
+    key; so is every server that is not the only one and at the default port. No key is sent here. Raises CommandError.
     """
     registered = [server for server in registered_servers() if not server.url.startswith("unix:")]
     servers = {server.url: server.model for server in registered if accepts_connections(server.url)}
-    url = DEFAULT_URL if DEFAULT_URL in servers else next(iter(servers), DEFAULT_URL)
-    is_silent = list(servers) == [DEFAULT_URL]
-    if DEFAULT_URL not in servers and is_model_server(DEFAULT_URL):
+    is_own = DEFAULT_URL in servers
+    if not is_own and is_model_server(DEFAULT_URL):
         servers[DEFAULT_URL] = "an unknown server"
     if not servers:
         run = "" if missing_command("run") else " `lightwell run` starts one and a chat,"
         hint = f"`lightwell serve` starts one,{run} and --url is the address of a server elsewhere"
-        raise RemoteError(f"no server is running here: {hint}")
-    if len(servers) > 1:
-        others = ", ".join(f"{model} at {other}" for other, model in servers.items() if other != url)
-        _say(f"using {servers[url]} at {url} (--url chooses another: {others})")
-    elif not is_silent:
-        _say(f"using {servers[url]} at {url}")
+        raise CommandError(f"no server is running here: {hint}")
+    url = DEFAULT_URL if is_own else next(iter(servers))
+    others = ", ".join(f"{model} at {other}" for other, model in servers.items() if other != url)
+    if others or not is_own:
+        choice = f" (--url chooses another: {others})" if others else ""
+        print(f"lightwell: using {servers[url]} at {url}{choice}", file=sys.stderr, flush=True)
     return url
-
-
-def _say(text: str) -> None:
-    print(f"lightwell: {text}", file=sys.stderr, flush=True)
 
 
 def local_url(settings: Settings) -> str:
@@ -224,6 +216,6 @@ def is_model_server(url: str) -> bool:
     try:
         with connect(url, api_key=None, read_timeout=CONNECT_SECONDS) as client, plain_errors(url):
             answer = client.get("/v1/models").json()
-    except (RemoteError, ValueError, RecursionError):
+    except (CommandError, ValueError, RecursionError):
         return False
     return isinstance(answer, dict) and bool(answer.keys() & {"data", "error"})

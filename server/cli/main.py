@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from server.cli import chat, serve
-from server.cli.chat import StreamError
-from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, Commands, Parser, drop_output, fail
+from server.cli.parser import FAILURE, INTERRUPTED, USAGE_ERROR, CommandError, Commands, Parser, drop_output, fail
 from server.format import format_os_error
 from server.part_table import PARTS, is_installed, load_module
 from server.settings.setting import SettingsError
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(str(error), USAGE_ERROR)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except StreamError as error:
+    except CommandError as error:
         return fail(str(error))
     except OSError as error:
         drop_output(1)  # which it may be about

@@ -16,6 +16,10 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
+class CommandError(Exception):
+    """A command cannot go on. The message is one line for the user."""
+
+
 def drop_output(fd: int) -> None:
     """Let nothing more be written to a standard stream, which has failed: Python would try so again at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), fd)

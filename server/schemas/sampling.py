@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 from server.http.errors import InvalidValueError, invalid
 from server.http.validation import from_validation_error
 from server.schemas.request_fields import OpenObject
-from server.settings.sampling import PARAMETERS, Integer, Number
+from server.settings.sampling import PARAMETERS, Number
 
 MAX_BREAKERS = 32
 MAX_BREAKER_CHARS = 40  # per sequence breaker
@@ -34,15 +34,11 @@ def _check_order(names: list[SamplerName]) -> list[SamplerName]:
 def parameter(name: str) -> Any:
     """Return the field of a sampling parameter, with its limits and its description."""
     each = PARAMETERS[name]
-    match each.type:
-        case None:
-            return Field(None, description=each.description)
-        case Integer(low, high):
-            return Field(None, ge=low, le=high, description=each.description)
-        case Number(low, high, above_low=True):
-            return Field(None, gt=low, le=high, description=each.description)
-        case Number(low, high):
-            return Field(None, ge=low, le=high, description=each.description)
+    limits: dict[str, Any] = {}
+    if each.type is not None:
+        is_above = isinstance(each.type, Number) and each.type.above_low
+        limits = {"gt" if is_above else "ge": each.type.low, "le": each.type.high}
+    return Field(None, **limits, description=each.description)
 
 
 SamplerOrder = Annotated[list[SamplerName], Field(fail_fast=True), AfterValidator(_check_order)]

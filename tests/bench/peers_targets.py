@@ -16,7 +16,7 @@ from signal import SIGKILL
 import msgspec
 import psutil
 
-from server.cli.http_client import RemoteError
+from server.cli.parser import CommandError
 from server.parts.bench.bench import Exchange, Report, make_prompts, make_report, run_benchmark
 from server.parts.bench.commands import LoadOptions
 from tests.bench.peers_setup import ModelFiles
@@ -90,7 +90,7 @@ class Session:
         """Run one load. Raises TargetError if it fails as a whole."""
         try:
             return run_benchmark(replace(load, url=self._url))
-        except RemoteError as error:
+        except CommandError as error:
             raise TargetError(str(error)) from None
 
     def explain(self, failure: str) -> str:

@@ -16,7 +16,7 @@ from engine.config import load_model_config
 from engine.parts.lora.slots import load_lora
 from engine.weights import load_weights
 from server.cli.chat import _content
-from server.cli.http_client import RemoteError
+from server.cli.parser import CommandError
 from server.models.served_model import make_chat_template
 from server.parts.bench.bench import Target
 from server.parts.bench.commands import LoadOptions
@@ -107,7 +107,7 @@ def http(data: bytes) -> None:
 
 def sse(data: bytes) -> None:
     """Read an answer with both clients, which end with the answer or with an error for the user."""
-    with suppress(RemoteError):
+    with suppress(CommandError):
         list(_content(httpx.Response(200, content=data).iter_lines()))
     target = _CannedTarget(data)
     exchange = asyncio.run(target.exchange("Hello", 0.0))

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from server.cli import http_client
+from server.cli.parser import CommandError
 from server.parts.bench.commands import LoadOptions
 
 _WORDS = (
@@ -114,7 +115,7 @@ class Target:
             exchange.error = "timeout"
         except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             exchange.error = "connection broken"
-        except http_client.RemoteError as error:
+        except CommandError as error:
             exchange.error = str(error)
         exchange.end = time.perf_counter()
         return exchange
@@ -134,14 +135,14 @@ class Target:
         status, is_chunked = await _read_head(reader)
         body = _chunked(reader) if is_chunked else _plain(reader)
         if status != 200:
-            raise http_client.RemoteError(f"HTTP {status}: {_error_message(b''.join([piece async for piece in body]))}")
+            raise CommandError(f"HTTP {status}: {_error_message(b''.join([piece async for piece in body]))}")
         async for line in _lines(body):
             data = line[5:].strip() if line.startswith(b"data:") else b""
             if data == b"[DONE]":
                 return
             if data:
                 _record_chunk(exchange, data)
-        raise http_client.RemoteError("stream cut off")
+        raise CommandError("stream cut off")
 
 
 def _record_chunk(exchange: Exchange, data: bytes) -> None:
@@ -259,7 +260,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_benchmark(load: LoadOptions, on_done: Callable[[], None] = lambda: None) -> Report:
-    """Run one benchmark; `on_done` is called after each request. Raises RemoteError if no server answers."""
+    """Run one benchmark; `on_done` is called after each request. Raises CommandError if no server answers."""
     model = load.model
     if model is None:
         with http_client.connect(load.url, load.api_key) as client:

@@ -5,7 +5,7 @@ import dataclasses
 import secrets
 from typing import Any
 
-from server.cli.chat import add_server, client_options, remote
+from server.cli.chat import add_server, client_options
 from server.cli.parser import Commands, argument_type
 from server.part_table import load_module
 from server.settings.setting import INT64, ValueType, integer, number, seconds
@@ -68,11 +68,8 @@ def add(commands: Commands) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    def run() -> int:
-        options = client_options(arguments, "json")
-        if options["seed"] is None:
-            options["seed"] = secrets.randbits(32)
-        status: int = load_module("bench", "bench").bench(LoadOptions(**options), as_json=arguments.json)
-        return status
-
-    return remote(run)
+    options = client_options(arguments, "json")
+    if options["seed"] is None:
+        options["seed"] = secrets.randbits(32)
+    status: int = load_module("bench", "bench").bench(LoadOptions(**options), as_json=arguments.json)
+    return status

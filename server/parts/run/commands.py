@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from engine.shared.launcher import die_with_parent
-from server.cli.chat import ChatOptions, add_conversation, chat, remote
+from server.cli.chat import add_conversation, chat
 from server.cli.http_client import accepts_connections, local_url
 from server.cli.parser import FAILURE, Commands, fail
 from server.cli.serve import add_settings
@@ -30,7 +30,7 @@ from server.settings.table import SETTINGS, Settings
 COMMAND = (sys.executable, "-P", "-m", "server.parts.run.commands")
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.1
-CHAT_FLAGS = ("system", "temperature", "top_p", "max_tokens")
+CHAT_FLAGS = ("system", "temperature", "top_p", "max_completion_tokens")
 
 
 def add(commands: Commands) -> None:
@@ -52,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if is_default and accepts_connections(local_url(settings)):
         settings = msgspec.structs.replace(settings, port=0)
     chat_flags = {name: vars(arguments)[name] for name in CHAT_FLAGS}
-    return remote(lambda: run(settings, chat_flags))
+    return run(settings, chat_flags)
 
 
 class ServerError(Exception):
@@ -163,14 +163,14 @@ def exit_on_signals() -> Iterator[None]:
 
 
 def run(settings: Settings, chat_flags: dict[str, Any]) -> int:
-    """Serve and chat. Return the exit status of the chat. Raises RemoteError."""
+    """Serve and chat. Return the exit status of the chat. Raises CommandError."""
     with exit_on_signals():
         server = ServerProcess(settings)
         try:
             url = server.wait_until_ready()
             for message in server.warnings:
                 print(f"lightwell: warning: {message}", file=sys.stderr, flush=True)
-            status = chat(ChatOptions(url=url, api_key=next(iter(settings.api_key), None), **chat_flags))
+            status = chat(url=url, api_key=next(iter(settings.api_key), None), **chat_flags)
             if server.has_ended:
                 raise server.error()
             return status

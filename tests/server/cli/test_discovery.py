@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from server.cli import http_client
-from server.cli.http_client import RemoteError, base_url, connect, find_model, find_server
+from server.cli.http_client import base_url, connect, find_model, find_server
+from server.cli.parser import CommandError
 from server.http.errors import EngineUnavailableError
 from server.parts.bench.bench import run_benchmark
 from server.parts.bench.commands import LoadOptions
@@ -40,9 +41,9 @@ def stub() -> Iterator[StubServer]:
 
 
 def test_no_server_runs() -> None:
-    with pytest.raises(RemoteError, match="no server is running here: `lightwell serve` starts one"):
+    with pytest.raises(CommandError, match="no server is running here: `lightwell serve` starts one"):
         find_server()
-    with registered(RunningServer(url=NOBODY, model="m")), pytest.raises(RemoteError):  # it does not answer
+    with registered(RunningServer(url=NOBODY, model="m")), pytest.raises(CommandError):  # it does not answer
         find_server()
 
 
@@ -103,7 +104,7 @@ def test_only_a_model_server_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
             if is_found:
                 assert find_server() == url
             else:
-                with pytest.raises(RemoteError):
+                with pytest.raises(CommandError):
                     find_server()
         server.shutdown()
 
@@ -172,7 +173,7 @@ def test_addresses() -> None:
 
 @pytest.mark.parametrize("key", ["sk-ü", "a\tb", "a\nb"])
 def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
-    with pytest.raises(RemoteError, match="invalid API key: expected printable ASCII characters"):
+    with pytest.raises(CommandError, match="invalid API key: expected printable ASCII characters"):
         connect("http://localhost:1", key)
 
 
@@ -190,12 +191,12 @@ def test_a_server_that_is_loading_is_waited_for(
     with httpx.Client(base_url="http://x", transport=httpx.MockTransport(lambda request: answers.pop(0))) as client:
         assert find_model(client) == "m"
         assert capsys.readouterr().err == "http://x is still loading its model\n"
-        with pytest.raises(RemoteError, match="shutting down"):
+        with pytest.raises(CommandError, match="shutting down"):
             find_model(client)
 
 
 def check_refused(url: str, message: str) -> None:
-    with connect(url, None) as client, pytest.raises(RemoteError, match=message):
+    with connect(url, None) as client, pytest.raises(CommandError, match=message):
         find_model(client)
 
 
@@ -226,5 +227,5 @@ def test_a_certificate_that_is_not_trusted_is_not_taken_for_a_plain_port(
         monkeypatch.setenv("SSL_CERT_FILE", str(TLS / authority))
     message = rf"no server answers at {tls_url} \(.*self-signed certificate"
     check_refused(tls_url, f"^{message}")
-    with pytest.raises(RemoteError, match=f"^{message}"):
+    with pytest.raises(CommandError, match=f"^{message}"):
         run_benchmark(LoadOptions(url=tls_url, model="m", num_requests=1))

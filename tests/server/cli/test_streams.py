@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from server.cli import chat
-from server.cli.chat import StreamError, input_lines
+from server.cli.chat import input_lines
+from server.cli.parser import CommandError
 
 COMMAND = f"{sys.executable} -m server.cli.main"
 FULL = "lightwell: error: No space left on device\n"
@@ -47,7 +48,7 @@ def test_lines_of_input(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_line_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "MAX_LINE_BYTES", 8)
     assert lines_of(b"12345678", monkeypatch) == ["12345678"]
-    with pytest.raises(StreamError, match=r"^standard input: line 1 is longer than 8 bytes$"):
+    with pytest.raises(CommandError, match=r"^standard input: line 1 is longer than 8 bytes$"):
         lines_of(b"123456789", monkeypatch)
 
 
@@ -55,7 +56,7 @@ def test_input_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with (tmp_path / "out").open("wb") as out:
         reader = open(out.fileno(), closefd=False, encoding="utf-8")  # noqa: SIM115
         monkeypatch.setattr(sys, "stdin", reader)
-        with pytest.raises(StreamError, match=r"^standard input cannot be read: Bad file descriptor$"):
+        with pytest.raises(CommandError, match=r"^standard input cannot be read: Bad file descriptor$"):
             next(input_lines())
 
 

@@ -3,7 +3,8 @@
 import pytest
 from huggingface_hub import close_session
 
-from server.cli.http_client import RemoteError, connect
+from server.cli.http_client import connect
+from server.cli.parser import CommandError
 from server.format import format_bytes, format_seconds, home_relative
 from server.parts.hub.names import HubError
 from server.parts.hub.repository import list_files
@@ -18,7 +19,7 @@ def test_what_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
-            with pytest.raises(RemoteError, match=f"^address, SSL_CERT_FILE or proxy of the environment: {message}"):
+            with pytest.raises(CommandError, match=f"^address, SSL_CERT_FILE or proxy of the environment: {message}"):
                 connect("https://example.org", None)
 
 
