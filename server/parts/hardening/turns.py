@@ -119,7 +119,7 @@ class FairThreads(TextThreads):
         """`num_cores` is by default that of the machine."""
         num_short = num_cores or os.cpu_count() or 1
         num_long = max(1, num_short // 2)
-        self._short, self._long = Turns(num_short), Turns(num_long)
+        self._short_turns, self._long_turns = Turns(num_short), Turns(num_long)
         self._threads = CapacityLimiter(num_short + num_long)
         self._short_work: dict[object, float] = {}  # what runs -> when it began, by the event loop's clock
         self._last_end = 0.0  # of short work
@@ -133,7 +133,10 @@ class FairThreads(TextThreads):
     async def run(self, tenant: Tenant, num_bytes: int, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which works on `num_bytes` of text, when it is the tenant's turn."""
         is_long, work, loop = num_bytes > LONG_BYTES, object(), asyncio.get_running_loop()
-        turns, expected = self._long if is_long else self._short, max(num_bytes, MIN_BYTES) * SECONDS_PER_BYTE
+        turns, expected = (
+            self._long_turns if is_long else self._short_turns,
+            max(num_bytes, MIN_BYTES) * SECONDS_PER_BYTE,
+        )
         start = await turns.acquire(tenant, expected)
         if not is_long:
             self._short_work[work] = loop.time()

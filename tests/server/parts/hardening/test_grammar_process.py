@@ -29,6 +29,7 @@ from server.http.errors import EngineUnavailableError, InvalidValueError, QueueF
 from server.part_table import is_installed
 from server.parts.hardening import grammar_process
 from server.parts.hardening.grammar_process import TOO_SLOW
+from server.parts.hardening.processes import Processes
 from server.tenants import Tenant
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.tool_formats import Schema
@@ -93,6 +94,11 @@ async def own_process(tokenizer: Tokenizer) -> AsyncIterator[Grammars]:
     yield process
     process.close()
     wait_until(lambda: set(psutil.Process().children()) <= before)
+
+
+def processes_of(grammars: Grammars) -> Processes:
+    assert isinstance(grammars._maker, grammar_process.GrammarProcess)
+    return grammars._maker._processes
 
 
 async def test_results_agree_with_the_compiler(tokenizer: Tokenizer, process: Grammars) -> None:
@@ -197,7 +203,7 @@ async def test_no_more_wait_than_may(process: Grammars) -> None:
 
 async def test_a_process_that_cannot_live(own_process: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure is not blamed on the grammar, and not kept."""
-    monkeypatch.setattr(own_process._maker._processes, "_command", ("false",))
+    monkeypatch.setattr(processes_of(own_process), "_command", ("false",))
     for _ in range(2):
         with pytest.raises(EngineUnavailableError):
             await own_process.find(of_grammar(GOOD[0]))
@@ -244,7 +250,7 @@ grammars.GrammarCompiler = Crashing
 grammar_process.main()
 """
     command = (grammar_process.COMMAND[0], "-c", crashing)
-    monkeypatch.setattr(own_process._maker._processes, "_command", command)
+    monkeypatch.setattr(processes_of(own_process), "_command", command)
     tools = of_tools({"type": "object"}, {"type": "object", "properties": {"crash": {}}})
     assert await own_process.find(tools) == problem(CRASHED, "tools[1].function.parameters")
     assert await own_process.find(of_grammar('start: "crash"')) == problem(CRASHED)

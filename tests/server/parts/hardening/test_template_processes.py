@@ -211,7 +211,8 @@ def test_work_on_texts_that_hangs(start_server: StartServer, threads: ThreadPool
     for process in processes:
         process.suspend()
     answer = threads.submit(ask, server.url, CHAT)
-    wait_until(lambda: server.context.text_threads._short_work)
+    text_threads: Any = server.context.text_threads
+    wait_until(lambda: text_threads._short_work)
     assert statuses(server) == (200, 200, 200)
     server.turn(STUCK_SECONDS + 1)
     assert statuses(server) == (503, 200, 503)
