@@ -133,10 +133,8 @@ class FairThreads(TextThreads):
     async def run(self, tenant: Tenant, num_bytes: int, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which works on `num_bytes` of text, when it is the tenant's turn."""
         is_long, work, loop = num_bytes > LONG_BYTES, object(), asyncio.get_running_loop()
-        turns, expected = (
-            self._long_turns if is_long else self._short_turns,
-            max(num_bytes, MIN_BYTES) * SECONDS_PER_BYTE,
-        )
+        turns = self._long_turns if is_long else self._short_turns
+        expected = max(num_bytes, MIN_BYTES) * SECONDS_PER_BYTE
         start = await turns.acquire(tenant, expected)
         if not is_long:
             self._short_work[work] = loop.time()
