@@ -2,7 +2,6 @@
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -16,7 +15,7 @@ from server.text.parsers.tool_formats import KEY, Schema
 JSON_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 STRING = frozenset(("string",))
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-MAX_KEYS = 4096  # names of an object's members that are looked at
+MAX_KEYS = 512  # names of an object's members that are looked at
 MAX_REFERENCES = 16  # `$ref` that refer to one another
 MAX_STEPS = 4000  # some milliseconds
 MAX_REFERENCE_CHARS = 1000
@@ -32,30 +31,20 @@ class KeyNames:
     def __init__(self, names: Iterable[str] = ()) -> None:
         unusual = [name for name in islice(names, MAX_KEYS) if not _USUAL_KEY.fullmatch(name)]
         short = {name.strip(): name for name in unusual if len(name) <= MAX_HEAD_CHARS}
-        self._names = {text.replace('"', "&quot;"): name for text, name in short.items()} | short  # as Kimi K3 writes
-        self._sorted = sorted(self._names)
+        written = {text.replace('"', "&quot;"): name for text, name in short.items()} | short  # as Kimi K3 writes
+        self._names = sorted(written.items(), key=lambda names: -len(names[0]))
 
     def find(self, text: str, after: str) -> HeadMatch | None:
         """Return the longest unusual name with which a text begins, if `after` follows. The match ends before it."""
-        if not self._names:
-            return None
-        text = text[: 2 * MAX_HEAD_CHARS]
-        if len(text) < 2 * MAX_HEAD_CHARS and self._may_go_on(text, after):
-            return UNDECIDED
-        found, position = None, text.find(after)
-        while 0 <= position <= MAX_HEAD_CHARS:
-            if (name := self._names.get(text[:position].rstrip())) is not None:
-                found = HeadMatch(position, {KEY: name})
-            position = text.find(after, position + 1)
-        return found
-
-    def _may_go_on(self, text: str, after: str) -> bool:
-        """Return whether more text may complete a name or what follows it."""
-        index = bisect_left(self._sorted, text)
-        if index < len(self._sorted) and self._sorted[index].startswith(text):
-            return True
-        begun = [text[: len(text) - length] for length in range(len(after)) if text.endswith(after[:length])]
-        return any(name.rstrip() in self._names for name in begun)
+        for written, name in self._names:
+            rest = text[len(written) :].lstrip()
+            end = len(text) - len(rest)
+            if text.startswith(written) and rest.startswith(after) and end <= MAX_HEAD_CHARS:
+                return HeadMatch(end, {KEY: name})
+            may_go_on = written.startswith(text) or (text.startswith(written) and after.startswith(rest))
+            if may_go_on and len(text) < 2 * MAX_HEAD_CHARS:
+                return UNDECIDED
+        return None
 
 
 class ArgumentSchema:
