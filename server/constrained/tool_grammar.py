@@ -119,7 +119,7 @@ def _free_answer_rules(calls: "_CallGrammar", start: str, end: str, content_mark
     if not format.is_bare:
         others = "".join(markers.without(begin, anywhere=True) for begin in begins[1:])
         return [
-            f"answer: {start} (begin_calls {calls.after_begin(begins[0])} | FREE) {end}",
+            f"answer: {start} (begin_calls {calls.write_calls('continued')} | FREE) {end}",
             f"FREE: FIRST{without}",
             f"BEFORE: FIRST{others}",
             _up_to(markers, "begin_calls", "BEFORE", end, begins[0], content_markers),
@@ -153,7 +153,7 @@ class _CallGrammar:
         if format.is_bare and format.has_arrays:
             more = f"({literal(format.separator)} call)*" if self.several else ""
             return f'(call | "[" call {more} "]")' if self.several else "call"
-        return f"{self._write(start)} {self._calls('first' if not start else 'call')}"
+        return f"{self._write(start)} {self.write_calls('first' if not start else 'call')}"
 
     @property
     def rules(self) -> list[str]:
@@ -161,14 +161,11 @@ class _CallGrammar:
         format = self.format
         before = format.before_name
         begins = begin_markers(format)
-        rest = _remove_begin(format.start + before, begins[0]) if begins and not format.is_bare else before
+        rest = (format.start + before).lstrip().removeprefix(begins[0]) if begins and not format.is_bare else before
         return [self._rule("call", before), self._rule("first", before.lstrip()), self._rule("continued", rest)]
 
-    def after_begin(self, begin: str) -> str:
-        """Return the expression of all calls after the marker that begins them."""
-        return self._calls("continued")
-
-    def _calls(self, first: str) -> str:
+    def write_calls(self, first: str) -> str:
+        """Return the expression of all calls. `first` is the rule of the first one."""
         format = self.format
         more = f"({self._write(format.separator)} call)*" if self.several and format.several else ""
         end = self._write(format.end)
@@ -176,15 +173,12 @@ class _CallGrammar:
         return f"{first} {more} " + (f"({end})?" if is_token else end)
 
     def _rule(self, name: str, before: str) -> str:
+        end = self._write(self.format.after_arguments)
         forms = [
-            f"{self._write(before + NAME + self.format.after_name, tool)} args_{index} {self._after_arguments}"
+            f"{self._write(before + NAME + self.format.after_name, tool)} args_{index} {end}"
             for index, tool in enumerate(self.names)
         ]
         return f"{name}: {' | '.join(forms)}"
-
-    @property
-    def _after_arguments(self) -> str:
-        return self._write(self.format.after_arguments)
 
     def _write(self, text: str, name: str = "") -> str:
         """Return the expression of a text of the format, with the tool's name in its slot."""
@@ -202,10 +196,6 @@ def _with_slots(write: Callable[[str], str], text: str) -> list[str]:
     slots = {ID: f"/[a-z0-9]{{{ID_CHARS}}}/", INDEX: "/[0-9]{1,3}/"}
     parts = re.split(f"({SLOTS.pattern})", text)
     return [slots[part] if part in slots else write(part) for part in parts if part]
-
-
-def _remove_begin(text: str, begin: str) -> str:
-    return text.lstrip().removeprefix(begin)
 
 
 def _schema(tool: Tool, is_forced: bool) -> dict[str, Any]:
