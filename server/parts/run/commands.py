@@ -106,13 +106,18 @@ class ServerProcess:
 
     def wait_until_ready(self) -> str:
         """Return the server's URL, showing its progress in a terminal. Raises ServerError if it ends instead."""
-        with progress_line() as show:
+        from rich.console import Console
+        from rich.text import Text
+
+        started = time.monotonic()
+        with Console(stderr=True, highlight=False).status("Starting the server") as status:
             while True:
                 with suppress(queue.Empty):
                     if (base_url := self._ready.get(timeout=POLL_SECONDS)) is None:
                         raise self.error()
                     return base_url.removesuffix("/v1")
-                show(self.last_message)
+                text = f"Starting the server, {time.monotonic() - started:.0f} s. {self.last_message}"
+                status.update(Text(text, no_wrap=True, overflow="ellipsis"))
 
     def stop(self) -> None:
         self._process.terminate()
@@ -128,23 +133,6 @@ def parse_record(line: bytes) -> dict[str, Any]:
     text = line.decode(errors="replace").strip()
     message = text.removeprefix("lightwell: error: ")
     return {"level": "info" if message == text else "error", "message": message}
-
-
-@contextmanager
-def progress_line() -> Iterator[Any]:
-    """Yield a function that shows a message with the time so far, in one line of the terminal if there is one."""
-    from rich.console import Console
-
-    started = time.monotonic()
-    with Console(stderr=True, highlight=False).status("Starting the server") as status:
-
-        def show(message: str) -> None:
-            from rich.text import Text
-
-            text = f"Starting the server, {time.monotonic() - started:.0f} s. {message}"
-            status.update(Text(text, no_wrap=True, overflow="ellipsis"))
-
-        yield show
 
 
 @contextmanager
