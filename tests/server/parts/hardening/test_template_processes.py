@@ -22,7 +22,6 @@ from server.parts.hardening import template_processes as renderer
 from server.parts.hardening.processes import _Process
 from server.parts.hardening.template_processes import MAX_DATA_BYTES, MAX_SECONDS, TemplateProcesses
 from server.parts.hardening.turns import STUCK_SECONDS
-from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate, TemplateLimitError
 from tests.server.api.admin.test_routes import statuses
 from tests.server.conftest import StartServer
@@ -170,12 +169,6 @@ def test_variables_arrive_as_they_are(echo: TemplateProcesses, value: Any, bos_t
 def test_any_size_arrives(echo: TemplateProcesses) -> None:
     for size in (0, 1, 65_535, 65_536, 8 << 20):
         assert echo.render({"value": 1, "bos_token": "ä" * size}) == "1" + "ä" * size
-
-
-def test_an_examination_that_takes_long_ends(monkeypatch: pytest.MonkeyPatch, echo: TemplateProcesses) -> None:
-    monkeypatch.setattr("server.text.templates.chat_template.MAX_PROBING_SECONDS", -1.0)
-    with pytest.raises(TemplateLimitError, match="to be examined"):
-        ChatTemplate(echo, bos_token=None, eos_token=None)
 
 
 @pytest.mark.checklist("B10", "C20")
