@@ -210,14 +210,9 @@ def _url(text: str) -> str:
 def client_options(arguments: argparse.Namespace, *apart: str) -> dict[str, Any]:
     """Return the flags as keyword arguments, except those in `apart`. Find the server if no --url is given."""
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", *apart)}
-    options["api_key"] = options["api_key"] or api_key_of_environment()
-    if options["url"] is None:
-        options["url"] = find_server()
+    options["api_key"] = options["api_key"] or os.environ.get("LIGHTWELL_API_KEY", "").split(",")[0].strip() or None
+    options["url"] = options["url"] or find_server()
     return options
-
-
-def api_key_of_environment() -> str | None:
-    return os.environ.get("LIGHTWELL_API_KEY", "").split(",")[0].strip() or None
 
 
 def add(commands: Commands) -> None:
