@@ -160,6 +160,7 @@ def test_max_tokens_has_two_names(server: RunningServer) -> None:
         assert server.engine.submits[-1].params.max_tokens == expected
 
 
+@pytest.mark.skipif(not is_installed("hardening"), reason="it ends slow ones")
 @pytest.mark.parametrize("path", [CHAT, f"{CHAT}/render"])
 def test_no_grammar_is_made_for_who_has_gone(server: RunningServer, path: str) -> None:
     """But the one that is being made."""
