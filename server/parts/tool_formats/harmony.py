@@ -227,7 +227,7 @@ class HarmonyParser(PieceReader):
         self._name = recipient.removeprefix(NAMESPACE)
         if f"{CHANNEL} " in header:
             self._state = self._space
-        if self._name in self.format.tool_names and (self.format.parallel_calls or self._num_calls == 0):
+        if self._name in self.format.tools and (self.format.parallel_calls or self._num_calls == 0):
             self._state = self._before_arguments
         return True
 

@@ -53,10 +53,6 @@ class AnswerFormat(msgspec.Struct, frozen=True, tag=True, dict=True):
         tags = (self.reasoning_tags.start, self.reasoning_tags.end) if self.reasoning_tags is not None else ()
         return (*tags, *tool_markers, *self.content_markers)
 
-    @property
-    def tool_names(self) -> frozenset[str]:
-        return frozenset(self.tools)
-
     @cached_property
     def argument_schemas(self) -> Mapping[str, Any]:
         """The schemas of the tools' arguments as the syntax needs them, shared by all choices."""
