@@ -24,7 +24,7 @@ from engine.core import Engine
 from engine.grammar.matcher import GrammarManager
 from engine.loading import LoadedModel, load_model
 from engine.scheduling.block_pool import BlockPool
-from server.constrained.constraints import schema_constraint
+from server.constrained.constraints import ConstraintBuilder
 from server.text.tokenizer import Tokenizer
 from tests.engine.test_api_connections import Connected
 from tests.support.answers import Answers, errors_of
@@ -120,7 +120,7 @@ class Scenario:
         prompt = tokenizer.encode("One two three four. " * 20)[:42]  # the answers reach into another block
         new = partial(new_submit, prompt, max_tokens=12, ignore_eos=True)
         adapter = {"lora_name": "a", "lora_fingerprint": fingerprint_of(loaded, "a")}
-        grammar = schema_constraint(SCHEMA, "schema").grammar
+        grammar = ConstraintBuilder({}).json_schema(SCHEMA, "schema").grammar
         self.submits = [
             new("grammar", tenant="a", grammar=grammar, ignore_eos=False),
             new("logprobs", tenant="b", n=2, logprobs=3, seed=5),

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import load_model
 from engine.shared.messages import FinishReason, SamplingParams, Submit, TokenEvent
-from server.constrained.constraints import schema_constraint
+from server.constrained.constraints import ConstraintBuilder
 from server.text.tokenizer import Tokenizer
 from tests.support.answers import Answer, join
 from tests.support.examples import num_examples
@@ -80,7 +80,7 @@ def model(smollm2_path: Path) -> Model:
 
 
 def of_schema(schema: Mapping[str, Any]) -> str:
-    return schema_constraint(schema, "schema").grammar
+    return ConstraintBuilder({}).json_schema(schema, "schema").grammar
 
 
 def of_regex(pattern: str) -> str:
