@@ -6,8 +6,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import anyio.to_thread
@@ -42,17 +41,11 @@ class Turns:
         self._had: dict[str, float] = {}  # virtual time up to which a tenant has been served
         self._now = 0.0  # virtual time: that of the tenant that was served last
 
-    @asynccontextmanager
-    async def turn(self, tenant: Tenant, expected: float = 0.0) -> AsyncIterator[None]:
-        """Wait for a slot and hold it. `expected` is the time that the work probably takes, in seconds."""
-        start = await self.acquire(tenant, expected)
-        try:
-            yield
-        finally:
-            self.release(tenant, expected, start)
-
     async def acquire(self, tenant: Tenant, expected: float) -> float:
-        """Wait for a slot, and return the time when it was granted. `release` must follow with the same arguments."""
+        """Wait for a slot, and return the time when it was granted. `release` must follow with the same arguments.
+
+        `expected` is the time that the work probably takes, in seconds.
+        """
         name, cost = tenant.name, expected / tenant.weight
         if name not in self._waiting:
             if len(self._had) > MAX_IDLE_TENANTS:

@@ -3,9 +3,9 @@
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
@@ -135,6 +135,16 @@ def test_a_thread_holds_its_turn_when_its_request_is_cancelled() -> None:
 NAMES = ("a", "b", "c")
 
 
+@asynccontextmanager
+async def turn(turns: Turns, tenant: Tenant, expected: float = 1.0) -> AsyncIterator[None]:
+    """Hold a slot."""
+    start = await turns.acquire(tenant, expected)
+    try:
+        yield
+    finally:
+        turns.release(tenant, expected, start)
+
+
 class Work:
     """Turns of tenants, whose clock stands still but while work is done."""
 
@@ -143,7 +153,7 @@ class Work:
         self._turns = Turns(1, lambda: self.now)
 
     async def do(self, tenant: Tenant, seconds: float = 1.0, expected: float = 1.0) -> None:
-        async with self._turns.turn(tenant, expected):
+        async with turn(self._turns, tenant, expected):
             self.order.append(tenant.name)
             self.now += seconds
             await asyncio.sleep(0)
@@ -191,7 +201,7 @@ def test_any_order_of_work_and_cancellation_keeps_all_slots(num_slots: int, step
     running: list[asyncio.Event] = []
 
     async def hold(turns: Turns, name: str) -> None:
-        async with turns.turn(Tenant(name=name), 1.0):
+        async with turn(turns, Tenant(name=name)):
             running.append(ended := asyncio.Event())
             try:
                 await ended.wait()
@@ -226,14 +236,14 @@ def test_any_order_of_work_and_cancellation_keeps_all_slots(num_slots: int, step
 def test_little_is_kept_of_tenants_that_have_gone() -> None:
     async def visit(turns: Turns, num_tenants: int) -> int:
         for number in range(num_tenants):
-            async with turns.turn(Tenant(name=str(number)), 1.0):
+            async with turn(turns, Tenant(name=str(number))):
                 pass
         return len(turns._had)
 
     async def run() -> None:
         turns = Turns(2)
         assert await visit(turns, 10) == 0
-        async with turns.turn(Tenant(name="long"), 1.0):
+        async with turn(turns, Tenant(name="long")):
             assert await visit(turns, 5_000) <= MAX_IDLE_TENANTS + 1
 
     asyncio.run(run())
