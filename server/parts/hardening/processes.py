@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING_SECONDS = 60.0  # for one answer of a process, on a machine that is busy with other things
+MAX_WAITING_SECONDS = 30.0  # for one answer of a process, on a machine that is busy with other things
 HEAD = struct.Struct("<?I")  # whether it is an answer without an error, and the number of bytes that follow
 
 Answer = tuple[bool, bytes]  # False: the bytes are an error
