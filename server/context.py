@@ -1,31 +1,74 @@
-"""The objects that all handlers share, created once at start-up and passed to `create_app`."""
+"""The objects that all handlers share, created once at start-up and passed to `create_app`: also running requests."""
+
+from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
 
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from engine.shared.messages import Submit, TokenEvent
-from server.api_keys import ApiKeys
 from server.engine_client.answer_budget import AnswerShare, too_large_error
+from server.engine_client.client import EngineClient
 from server.http.bodies import get_text_size
 from server.http.responses import AnswerResponse
 from server.metrics import Metrics
 from server.models.registry import ModelRegistry
-from server.models.source import ModelSource
 from server.part_table import hardened
-from server.role import Role
-from server.running_requests import RunningRequests
 from server.schemas.generation_request import GenerationRequest
 from server.settings.table import Settings
 from server.shares import MemoryBudget
-from server.tenants import Ledger, get_tenant
+from server.tenants import ApiKeys, Ledger, OwnedId, get_tenant
 from server.text.text_threads import TextThreads
+
+
+class Cancellable(Protocol):
+    """The part of a generation that the registry uses."""
+
+    def abort(self) -> bool:
+        """End the choices that still run. Return whether there were any."""
+
+
+class RunningRequests:
+    """Generations by their owner and the ids a client may use: the response id and the x-request-id.
+
+    The latter need not be unique, and is easily guessed: only the owner finds a request by it.
+    """
+
+    def __init__(self) -> None:
+        self._by_id: dict[OwnedId, list[Cancellable]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, key: OwnedId) -> bool:
+        return key in self._by_id
+
+    def add(self, generation: Cancellable, ids: Sequence[str], owner: str) -> tuple[OwnedId, ...]:
+        """Register a generation of `owner` under `ids`, and return its keys, with which the caller must remove it."""
+        keys = tuple([(owner, request_id) for request_id in ids])
+        for key in keys:
+            self._by_id.setdefault(key, []).append(generation)
+        return keys
+
+    def remove(self, generation: Cancellable, keys: Sequence[OwnedId]) -> None:
+        for key in keys:
+            generations = self._by_id[key]
+            generations.remove(generation)
+            if not generations:
+                del self._by_id[key]
+
+    def cancel(self, request_id: str, owner: str) -> bool:
+        """End the generations of `owner` with this id, with finish reason `abort`. Return whether any was running."""
+        return any([generation.abort() for generation in self._by_id.get((owner, request_id), ())])
+
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -88,7 +131,6 @@ class ServerContext:
 
     settings: Settings
     models: ModelRegistry
-    source: ModelSource
     role: Role
     created: int  # Unix time in seconds
     metrics: Metrics
@@ -138,3 +180,45 @@ class ServerContext:
 def get_context(request: Request) -> ServerContext:
     """Return the context of the application that handles the request."""
     return cast("ServerContext", request.app.state.context)
+
+
+class Role:
+    """The only API process: it accepts all connections, and keeps all accounts."""
+
+    def __init__(self) -> None:
+        self.running = RunningRequests()
+
+    def new_metrics(self, settings: Settings, model_name: str) -> Metrics:
+        return Metrics(settings.metrics_prefix, model_name)
+
+    def new_ledger(self, settings: Settings) -> Ledger:
+        return Ledger()
+
+    def new_client(self, settings: Settings, metrics: Metrics) -> EngineClient | None:
+        """Return the client of the engines, or None for one that is connected to them."""
+        return None
+
+    def join(self, context: ServerContext) -> None:
+        """Complete the context, to which parts have added what they need."""
+
+    def lead(self, context: ServerContext, app: FastAPI) -> None:
+        """Begin to serve other processes with the application."""
+
+    def accept(
+        self,
+        sockets: Sequence[socket.socket],
+        make_protocol: Callable[[], asyncio.BaseProtocol],
+        num_free: Callable[[], int],
+        max_connections: int,
+    ) -> Any | None:
+        """Begin to start connections. `num_free` returns how many more of `max_connections` there may be.
+
+        Return None if this process accepts all of them.
+        """
+        return None
+
+    async def open(self) -> None:
+        """Ask for connections, once the application has started."""
+
+    async def finish(self) -> None:
+        """Wait until no other process takes connections, whose requests this one may serve."""

@@ -1,4 +1,4 @@
-"""Sizes, durations, paths and errors of the system as people read them."""
+"""Sizes, paths and errors of the system as people read them."""
 
 import os
 
@@ -9,14 +9,6 @@ def format_bytes(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}" if num_bytes < 10 * size else f"{num_bytes / size:.0f} {unit}"
     return f"{num_bytes / 1000:.0f} kB"
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration in its largest units: 48 s, 12 min, 3 h 20 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def home_relative(path: str) -> str:

@@ -10,28 +10,25 @@ import contextlib
 import faulthandler
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 
 import msgspec
 
 from engine.shared.launcher import collect_garbage, die_with_parent
 from engine.shared.logs import configure_logging
-from server.announcement import announce
-from server.api_keys import load_api_keys
-from server.api_server import APIServer, raise_file_limit
+from server.api_server import APIServer, collect_in_steps, raise_file_limit
 from server.app import create_app
-from server.context import ServerContext
+from server.context import Role, ServerContext
 from server.http.errors import EngineUnavailableError
-from server.models.registry import ModelRegistry, ModelSlot
-from server.models.served_model import load_served_model
-from server.models.source import ModelSource
+from server.models.registry import ModelRegistry
 from server.part import load_parts, server_type
 from server.part_table import load_module
-from server.processes.garbage import collect_in_steps
 from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
     HEARTBEAT_SECONDS,
@@ -40,14 +37,17 @@ from server.processes.supervisor_channel import (
     EngineStarted,
     Heartbeat,
 )
-from server.role import Role
+from server.running_servers import DEFAULT_URL, RunningServer, registered
 from server.settings.process_configs import ApiProcessConfig
 from server.shares import MemoryBudget
-from server.sockets.listeners import listening, url
+from server.sockets import listening, url
+from server.tenants import load_api_keys
 
 logger = logging.getLogger("lightwell.api")  # __name__ is __main__ here
 
 DEATH_GRACE = 2.0  # seconds between the engine's death and the exit, in which probes and clients can notice it
+KEY = "YOUR_KEY"  # stands for the key, which the log must not hold
+WILDCARDS = {"//0.0.0.0": "//127.0.0.1", "//[::]": "//[::1]"}  # addresses to listen on, but not to call
 
 
 def main() -> None:
@@ -98,15 +98,10 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
     settings, role = config.settings, Role()
     if config.workers or config.coordinator is not None:
         role = load_module("workers", "relay").choose_role(config)
-    slots = [ModelSlot(model, role.new_metrics(settings, model.names[0])) for model in config.models]
-    metrics = slots[0].metrics
+    kind = load_module("models", "manager").ModelManager if settings.unloads_models else ModelRegistry
+    models: ModelRegistry = kind(config, partial(role.new_metrics, settings), channel)
+    metrics = models.slots[0].metrics
     api_keys = load_api_keys(settings)
-    metrics.set_usage_source(api_keys.usage)
-    models = ModelRegistry(slots)
-    source = ModelSource(models)
-    if settings.unloads_models:
-        assert channel is not None
-        source = load_module("models", "manager").ModelManager(models, channel.send, settings.idle_unload)
     context = ServerContext(
         settings=settings,
         created=int(time.time()),
@@ -116,17 +111,13 @@ def make_context(config: ApiProcessConfig, channel: Channel | None = None) -> Se
         api_keys=api_keys,
         answers=MemoryBudget(settings.max_buffered_bytes // settings.api_server_count),
         models=models,
-        source=source,
         ledger=role.new_ledger(settings),
     )
     for part in load_parts():
         part.attach(context)
     role.join(context)
-    context.services.extend([models, source])
-    if not source.unloads:  # the last step, since it starts a process
-        client = role.new_client(settings, metrics)
-        can_restart = channel is not None
-        slots[0].served = load_served_model(config.models[0], metrics, can_restart=can_restart, client=client)
+    context.services.append(models)
+    models.load(role.new_client(settings, metrics))  # the last step, since it starts a process
     return context
 
 
@@ -142,8 +133,7 @@ class Lifecycle:
         self._server = server
         self._context = context
         self._models = context.models
-        self._died = context.source.died
-        self._drain_timeout = context.settings.drain_timeout
+        self._died = context.models.died
         self._flush_logs = flush_logs
         self._channel = channel
         self._terminated = asyncio.Event()
@@ -163,8 +153,8 @@ class Lifecycle:
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
         if self._terminated.is_set():
             await self._drain()
-        if self._died.is_set():
-            await self._on_engine_death()
+        if self._died.is_set() and self._models.default.client.info is not None:  # its requests have already failed
+            await asyncio.sleep(DEATH_GRACE)
         for task in (announcing, *events, *talking):
             task.cancel()
         for model in self._models.loaded:
@@ -192,30 +182,28 @@ class Lifecycle:
         while True:
             channel.send(Heartbeat(tuple(pid for model in self._models.loaded for pid in model.client.ready_pids)))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._context.source.wait_changed(), HEARTBEAT_SECONDS)
+                await asyncio.wait_for(self._models.wait_changed(), HEARTBEAT_SECONDS)
 
     def _on_supervisor_message(self, channel: Channel) -> None:
         for message in channel.receive():
             match message:
                 case EngineStarted():
-                    self._context.source.engine_started(message.number, message.pid)
+                    self._models.engine_started(message.number, message.pid)
                 case EngineGone():
-                    self._context.source.engine_gone(message.number, message.reason)
+                    self._models.engine_gone(message.number, message.reason)
         if channel.has_ended:
             asyncio.get_running_loop().remove_reader(channel)
 
     async def _drain(self) -> None:
         """Accept no new work and wait for the current requests, but at most --drain-timeout seconds."""
-        self._context.source.drain()
-        for model in self._models.loaded:
-            model.client.drain()
+        self._models.drain()
         requests = set(self._server.server_state.tasks)
         num_requests = len(requests) + sum(worker.num_running for worker in self._context.workers)
         logger.info("draining: waiting for %d running requests", num_requests)
         death = asyncio.create_task(self._died.wait())
         finished = asyncio.create_task(self._finish(requests))
         waiting = {death, finished}
-        await asyncio.wait(waiting, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waiting, timeout=self._context.settings.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
         death.cancel()
         finished.cancel()
 
@@ -225,10 +213,46 @@ class Lifecycle:
             await asyncio.wait(requests)
         await self._context.role.finish()
 
-    async def _on_engine_death(self) -> None:
-        """Keep serving for `DEATH_GRACE` seconds if the engine had been ready. Its requests have already failed."""
-        if self._models.default.client.info is not None:
-            await asyncio.sleep(DEATH_GRACE)
+
+# How the server is announced once it is ready: in the log, and in a file by which `lightwell chat` finds it.
+
+
+async def announce(context: ServerContext, urls: Sequence[str]) -> None:
+    """Wait until the models are loaded, log how to use them, and keep the server registered until cancelled."""
+    state = await context.models.wait_started()
+    url = client_url(urls[0])
+    logger.info("%s, listening on %s", state, " and ".join(urls), extra={"details": first_steps(context, url)})
+    with registered(RunningServer(url=url, model=context.models.name)):
+        await asyncio.Event().wait()
+
+
+def client_url(url: str) -> str:
+    """Return a URL by which this machine reaches a server that listens on `url`."""
+    for wildcard, address in WILDCARDS.items():
+        url = url.replace(wildcard, address)
+    return url
+
+
+def first_steps(context: ServerContext, url: str) -> dict[str, object]:
+    """Return the base URL for clients, a curl command, and the command to chat if the model can. They hold no key."""
+    served = context.models.slots[0].served
+    can_chat = served is None or served.chat_template is not None
+    body: dict[str, object] = {"model": context.models.name, "max_tokens": 64}
+    if not can_chat:
+        path, body["prompt"] = "/v1/completions", "Once upon a time"
+    else:
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "hello"}]
+    key = f" -H 'Authorization: Bearer {KEY}'" if context.settings.needs_key else ""
+    data = shlex.quote(msgspec.json.encode(body).decode())
+    options = f"{key} -H 'Content-Type: application/json' -d {data}"
+    if url.startswith("unix:"):
+        address = shlex.quote(url.removeprefix("unix:"))
+        return {"base_url": url, "curl": f"curl --unix-socket {address} http://localhost{path}{options}"}
+    steps: dict[str, object] = {"base_url": f"{url}/v1", "curl": f"curl {url}{path}{options}"}
+    if can_chat:
+        flags = ("" if url == DEFAULT_URL else f" --url {url}") + (f" --api-key {KEY}" if key else "")
+        steps["chat"] = f"lightwell chat{flags}"
+    return steps
 
 
 if __name__ == "__main__":

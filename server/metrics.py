@@ -10,18 +10,15 @@ arrive.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.shared.messages import EngineInfo, EngineStats, FinishReason, RequestTimes
-from server.tenants import Usage
 
 LABELS = ("model_name", "engine")
 
@@ -42,6 +39,25 @@ TEXT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05
 HTTP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 # fmt: on
 
+HISTOGRAMS: Mapping[str, tuple[Sequence[float], str]] = {  # buckets and description
+    "time_to_first_token_seconds": (FIRST_TOKEN_BUCKETS, "Time to first token."),
+    "inter_token_latency_seconds": (TOKEN_BUCKETS, "Time between tokens."),
+    "request_time_per_output_token_seconds": (TOKEN_BUCKETS, "Mean time per output token after the first."),
+    "e2e_request_latency_seconds": (REQUEST_BUCKETS, "Time from arrival to the end."),
+    "request_queue_time_seconds": (REQUEST_BUCKETS, "Time spent in the queue."),
+    "request_inference_time_seconds": (REQUEST_BUCKETS, "Time from scheduling to the end."),
+    "request_prefill_time_seconds": (REQUEST_BUCKETS, "Time from scheduling to the first token."),
+    "request_decode_time_seconds": (REQUEST_BUCKETS, "Time from the first to the last token."),
+    "iteration_tokens_total": (ITERATION_BUCKETS, "Tokens computed per engine step."),
+    "request_params_n": ((1, 2, 5, 10, 20), "The n parameter."),
+}
+TOKEN_HISTOGRAMS = {  # description; the buckets go up to the context length
+    "request_prompt_tokens": "Prompt tokens.",
+    "request_generation_tokens": "Output tokens.",
+    "request_max_num_generation_tokens": "Output tokens of the longest choice of a request.",
+    "request_params_max_tokens": "The max_tokens parameter.",
+    "request_prefill_kv_computed_tokens": "Prompt tokens computed rather than read from the prefix cache.",
+}
 COUNTERS = (  # name, description, field of `EngineStats`
     ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "prefix_cache_queries_total"),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_cache_hits_total"),
@@ -82,7 +98,7 @@ class ChoiceStats:
     max_tokens: int
     num_prompt_tokens: int
     num_expected_tokens: float = 0.0  # that the engine is expected to compute, until it begins with the choice
-    load: float = 0.0  # tokens that it is expected to take of its engine, more or less
+    load: float = 0.0  # tokens that it is expected to take of its engine, if there are several
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     first_token: float | None = None
@@ -132,27 +148,10 @@ class EngineMetrics:
         self.stats = stats
         self.info: EngineInfo | None = None  # of the latest ready process
         self._families = families
-        self.first_token = self._histogram("time_to_first_token_seconds", FIRST_TOKEN_BUCKETS, "Time to first token.")
-        self.inter_token = self._histogram("inter_token_latency_seconds", TOKEN_BUCKETS, "Time between tokens.")
-        self._per_token = self._histogram(
-            "request_time_per_output_token_seconds", TOKEN_BUCKETS, "Mean time per output token after the first."
-        )
-        self._end_to_end = self._histogram(
-            "e2e_request_latency_seconds", REQUEST_BUCKETS, "Time from arrival to the end."
-        )
-        self._queue = self._histogram("request_queue_time_seconds", REQUEST_BUCKETS, "Time spent in the queue.")
-        self._inference = self._histogram(
-            "request_inference_time_seconds", REQUEST_BUCKETS, "Time from scheduling to the end."
-        )
-        self._prefill = self._histogram(
-            "request_prefill_time_seconds", REQUEST_BUCKETS, "Time from scheduling to the first token."
-        )
-        self._decode = self._histogram(
-            "request_decode_time_seconds", REQUEST_BUCKETS, "Time from the first to the last token."
-        )
-        self.step_tokens = self._histogram(
-            "iteration_tokens_total", ITERATION_BUCKETS, "Tokens computed per engine step."
-        )
+        self._histograms = {name: self._histogram(name, *row) for name, row in HISTOGRAMS.items()}
+        self.first_token = self._histograms["time_to_first_token_seconds"]
+        self.inter_token = self._histograms["inter_token_latency_seconds"]
+        self.step_tokens = self._histograms["iteration_tokens_total"]
         success = families.counter("request_success", "Finished choices by finish reason.", "finished_reason")
         self._finished = {reason: success.labels(*self.labels, reason.value) for reason in FinishReason}
         self._restarts = families.counter("engine_restarts", "Restarts of the engine after it died or hung.").labels(
@@ -168,43 +167,34 @@ class EngineMetrics:
         if not is_first:
             return
         buckets = buckets_1_2_5(info.max_model_len)
-        self._prompt_tokens = self._histogram("request_prompt_tokens", buckets, "Prompt tokens.")
-        self._generation_tokens = self._histogram("request_generation_tokens", buckets, "Output tokens.")
-        self._max_generation_tokens = self._histogram(
-            "request_max_num_generation_tokens", buckets, "Output tokens of the longest choice of a request."
-        )
-        self._params_max_tokens = self._histogram("request_params_max_tokens", buckets, "The max_tokens parameter.")
-        self._computed_tokens = self._histogram(
-            "request_prefill_kv_computed_tokens",
-            buckets,
-            "Prompt tokens computed rather than read from the prefix cache.",
-        )
-        self._params_n = self._histogram("request_params_n", (1, 2, 5, 10, 20), "The n parameter.")
+        self._histograms |= {name: self._histogram(name, buckets, help) for name, help in TOKEN_HISTOGRAMS.items()}
 
     def observe_choice(self, choice: ChoiceStats, reason: FinishReason, now: float) -> None:
         """Record the end of a choice, in the engine or in this process (stop string, abort)."""
+        histograms = self._histograms
         self._finished[reason].inc()
-        self._end_to_end.observe(now - choice.arrival)
-        self._prompt_tokens.observe(choice.num_prompt_tokens)
-        self._computed_tokens.observe(choice.num_prompt_tokens - choice.num_cached_tokens)
-        self._generation_tokens.observe(choice.num_output_tokens)
-        self._params_max_tokens.observe(choice.max_tokens)
+        histograms["e2e_request_latency_seconds"].observe(now - choice.arrival)
+        histograms["request_prompt_tokens"].observe(choice.num_prompt_tokens)
+        histograms["request_prefill_kv_computed_tokens"].observe(choice.num_prompt_tokens - choice.num_cached_tokens)
+        histograms["request_generation_tokens"].observe(choice.num_output_tokens)
+        histograms["request_params_max_tokens"].observe(choice.max_tokens)
         if choice.first_token is not None:
             seconds = (choice.last_token or now) - choice.first_token
-            self._decode.observe(seconds)
+            histograms["request_decode_time_seconds"].observe(seconds)
             if choice.num_output_tokens > 1:
-                self._per_token.observe(seconds / (choice.num_output_tokens - 1))
+                histograms["request_time_per_output_token_seconds"].observe(seconds / (choice.num_output_tokens - 1))
         times = choice.times
         if times is not None and times.scheduled is not None:
-            self._queue.observe(times.scheduled - times.queued)
-            self._inference.observe((times.finished or now) - times.scheduled)
+            histograms["request_queue_time_seconds"].observe(times.scheduled - times.queued)
+            histograms["request_inference_time_seconds"].observe((times.finished or now) - times.scheduled)
             if times.first_token is not None:
-                self._prefill.observe(times.first_token - times.scheduled)
+                histograms["request_prefill_time_seconds"].observe(times.first_token - times.scheduled)
 
     def observe_request(self, choices: Sequence[ChoiceStats]) -> None:
         """Record the number of choices of a finished request, and the output tokens of its longest choice."""
-        self._params_n.observe(len(choices))
-        self._max_generation_tokens.observe(max([choice.num_output_tokens for choice in choices]))
+        self._histograms["request_params_n"].observe(len(choices))
+        longest = max([choice.num_output_tokens for choice in choices])
+        self._histograms["request_max_num_generation_tokens"].observe(longest)
 
     def count_restart(self) -> None:
         self._restarts.inc()
@@ -227,12 +217,9 @@ class EngineCollector(Collector):
         yield from self._gauges(stats)
         yield from self._counters(stats)
         infos = {engine.labels: engine.info for engine in self._engines if engine.info is not None}
-        if not infos:
-            return
-        yield self._cache_config(infos)
-        yield from self._processes(infos)
-        if max_loras := max(info.max_loras for info in infos.values()):
-            yield self._adapters(stats.values(), max_loras)
+        if infos:
+            yield self._cache_config(infos)
+            yield from self._processes(infos)
 
     def _gauges(self, stats: EachEngine) -> Iterator[Metric]:
         yield self._gauge("num_requests_running", "Choices in the engine's batch.", stats, lambda s: s.num_running)
@@ -282,24 +269,11 @@ class EngineCollector(Collector):
         """Return the memory, CPU time and files of the engines' processes."""
         families: dict[str, Metric] = {}
         for (_, engine), info in infos.items():
-            pid = info.pid
-            for metric in ProcessCollector(f"{self._prefix}engine", partial(int, pid), registry=None).collect():
+            for metric in ProcessCollector(f"{self._prefix}engine", partial(int, info.pid), registry=None).collect():
                 family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
                 for sample in metric.samples:
                     family.add_sample(sample.name, {"engine": engine}, sample.value)
         yield from families.values()
-
-    def _adapters(self, stats: Collection[EngineStats], max_loras: int) -> Metric:
-        """Return the adapters in use: names as labels and the current time as the value.
-
-        vLLM keeps a sample of each earlier combination of names, too.
-        """
-        labels = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
-        waiting = {name for each in stats for name in each.waiting_adapters}
-        running = {name for each in stats for name in each.running_adapters}
-        family = GaugeMetricFamily(f"{self._prefix}lora_requests_info", "LoRA adapters in use.", labels=labels)
-        family.add_metric([str(max_loras), ",".join(sorted(waiting)), ",".join(sorted(running))], time.time())
-        return family
 
 
 class Metrics:
@@ -311,8 +285,8 @@ class Metrics:
         self.model_name = self._model_name = model_name
         self._labels = {"model_name": model_name, "engine": "0"}  # of what no engine does
         self._families = MetricFamilies(prefix, self.registry)
-        self._engines: list[EngineMetrics] = []
-        self.registry.register(EngineCollector(prefix, self._engines))
+        self.engines: list[EngineMetrics] = []
+        self.registry.register(EngineCollector(prefix, self.engines))
         self._add_server_metrics()
         ProcessCollector(registry=self.registry)
 
@@ -321,18 +295,13 @@ class Metrics:
             "requests_rejected", "Requests that admission control rejected, or ended early.", "reason"
         )
         self._rejected = {reason: rejected.labels(**self._labels, reason=reason) for reason in REJECTION_REASONS}
-        self._unknown_parameters = self._families.counter(
-            "unknown_parameters", "Unknown request fields, which were ignored."
-        ).labels(**self._labels)
-        self._retries = self._families.counter("retried_requests", "Requests that an SDK marked as a retry.").labels(
-            **self._labels
-        )
-        self._tokenizer = self._families.histogram(
-            "tokenizer_seconds", TEXT_BUCKETS, "Time to tokenize the prompts of a request."
-        ).labels(**self._labels)
-        self._detokenizer = self._families.histogram(
-            "detokenizer_seconds", TEXT_BUCKETS, "Time to detokenize one choice."
-        ).labels(**self._labels)
+        counter, histogram = self._families.counter, self._families.histogram
+        unknown = counter("unknown_parameters", "Unknown request fields, which were ignored.")
+        retries = counter("retried_requests", "Requests that an SDK marked as a retry.")
+        tokenizer = histogram("tokenizer_seconds", TEXT_BUCKETS, "Time to tokenize the prompts of a request.")
+        detokenizer = histogram("detokenizer_seconds", TEXT_BUCKETS, "Time to detokenize one choice.")
+        self._unknown_parameters, self._retries = unknown.labels(**self._labels), retries.labels(**self._labels)
+        self._tokenizer, self._detokenizer = tokenizer.labels(**self._labels), detokenizer.labels(**self._labels)
         self._http = Counter(
             "http_requests", "HTTP responses by route.", ("handler", "method", "status"), registry=self.registry
         )
@@ -347,16 +316,12 @@ class Metrics:
     def add_engine(self, number: int, stats: Callable[[], EngineStats]) -> EngineMetrics:
         """Add the metrics of an engine. Each scrape calls `stats`, which returns its statistics."""
         engine = EngineMetrics(self._families, self._model_name, number, stats)
-        self._engines.append(engine)
+        self.engines.append(engine)
         return engine
 
     def remove_engines(self) -> None:
         """Remove the metrics of engines that have ended, but those that this process counts."""
-        self._engines.clear()
-
-    def set_usage_source(self, usage: Callable[[], Mapping[str, Usage]]) -> None:
-        """Set the function that returns what each tenant has used, by name; each scrape calls it."""
-        self.registry.register(_UsageCollector(self._prefix, list(self._labels.values()), usage))
+        self.engines.clear()
 
     def observe_tokenizer(self, seconds: float) -> None:
         """Record the time to render and tokenize the prompts of one request."""
@@ -381,56 +346,3 @@ class Metrics:
         method = method if method in METHODS else "other"
         self._http.labels(handler, method, status).inc()
         self._http_seconds.labels(handler, method).observe(seconds)
-
-
-def exposition(metrics: Sequence[Metrics]) -> tuple[bytes, str]:
-    """Return the page with the metrics of all models, and its content type.
-
-    The format is always Prometheus text: the library's OpenMetrics format replaces the colon in a prefix such as
-    `vllm:` with an underscore.
-    """
-    page = generate_latest(metrics[0].registry if len(metrics) == 1 else _JoinedRegistry(metrics))
-    return page, CONTENT_TYPE_PLAIN_0_0_4
-
-
-class _JoinedRegistry(CollectorRegistry):
-    """The metrics of several models. Each has the label `model_name`, but what is not about a model."""
-
-    def __init__(self, metrics: Sequence[Metrics]) -> None:
-        super().__init__()
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for metrics in self._metrics:
-            for family in metrics.registry.collect():
-                if family.name.startswith(metrics.prefix):
-                    label = {"model_name": metrics.model_name}
-                    family.samples = [sample._replace(labels=label | sample.labels) for sample in family.samples]
-                    families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                    families[family.name].samples += family.samples
-                else:  # of the process and its HTTP responses: the same for all models
-                    families.setdefault(family.name, family)
-        yield from families.values()
-
-
-class _UsageCollector(Collector):
-    """Reads what the tenants have used at scrape time. The label is a tenant's name, never its key or address."""
-
-    def __init__(self, prefix: str, label_values: list[str], usage: Callable[[], Mapping[str, Usage]]) -> None:
-        self._usage = usage
-        self._prefix = prefix
-        self._label_values = label_values
-
-    def collect(self) -> Iterator[Metric]:
-        usage = self._usage()
-        for field, name, help in (
-            ("num_requests", "tenant_requests", "Requests of a tenant."),
-            ("num_prompt_tokens", "tenant_prompt_tokens", "Prompt tokens of a tenant."),
-            ("num_cached_tokens", "tenant_prompt_tokens_cached", "Prompt tokens of a tenant from the prefix cache."),
-            ("num_output_tokens", "tenant_generation_tokens", "Output tokens of a tenant."),
-        ):
-            family = CounterMetricFamily(f"{self._prefix}{name}", help, labels=(*LABELS, "tenant"))
-            for tenant, used in usage.items():
-                family.add_metric([*self._label_values, tenant], getattr(used, field))
-            yield family

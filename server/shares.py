@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heapreplace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -45,12 +45,12 @@ def giving_way(
 class MemoryShare:
     """What one thing takes of a `MemoryBudget`, from its first byte until it is released or refused."""
 
-    def __init__(self, budget: MemoryBudget, owner: str, end: Callable[..., None]) -> None:
-        """`end` ends what has the share if it gives way."""
+    def __init__(self, budget: MemoryBudget, owner: str, end: Callable[[Any], None]) -> None:
+        """`end` ends what has the share, with an error, if it gives way. It may be replaced."""
         self.owner = owner
         self.end = end
         self.num_bytes = 0  # that are counted
-        self.is_refused = False
+        self.error: Exception | None = None  # with which it has been refused
         self._budget = budget
 
     @property
@@ -60,7 +60,7 @@ class MemoryShare:
 
     def add(self, num_bytes: int) -> None:
         """Count more bytes, which may refuse this share or another one. One that has been refused counts no more."""
-        if self.is_refused:
+        if self.error is not None:
             return
         budget = self._budget
         if not self.num_bytes:
@@ -72,7 +72,7 @@ class MemoryShare:
 
     def subtract(self, num_bytes: int) -> None:
         """Count bytes no longer."""
-        if not self.is_refused:
+        if self.error is None:
             self.num_bytes -= num_bytes
             self._budget.num_bytes -= num_bytes
 
@@ -83,45 +83,38 @@ class MemoryShare:
         self._budget.shares.pop(self, None)
         self.end = _ignore  # it refers to what has this share
 
-    def refuse(self, *reasons: Exception) -> None:
+    def refuse(self) -> None:
         """Give way: end what has the share."""
-        end = self.end
+        end, self.error = self.end, self.refusal()
         self.release()
-        self.is_refused = True
-        end(*reasons)
+        end(self.error)
+
+    def refusal(self) -> Exception:
+        """Return the error with which it gives way."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise the error with which it has been refused, if it has."""
+        if self.error is not None:
+            raise self.error
 
 
-def _ignore(*_reasons: Exception) -> None:
+def _ignore(error: Exception) -> None:
     """End nothing: it has ended."""
-
-
-def fairly(shares: dict[MemoryShare, None]) -> Iterator[MemoryShare]:
-    """Yield the shares in the order in which they give way, so that none can push out those of others."""
-    ranked = sorted(shares, key=lambda share: share.rank)
-    yield from giving_way(ranked, lambda share: share.owner, lambda share: share.num_bytes)
-
-
-def oldest_first(shares: dict[MemoryShare, None]) -> Iterator[MemoryShare]:
-    """Yield the oldest share that is left, as long as there is one."""
-    while shares:
-        yield next(iter(shares))
 
 
 class MemoryBudget:
     """Counts the bytes of things in memory, and refuses some of them when there are too many."""
 
-    def __init__(
-        self, max_bytes: int, order: Callable[[dict[MemoryShare, None]], Iterator[MemoryShare]] = fairly
-    ) -> None:
-        """`order` yields the shares in the order in which they give way."""
+    def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.shares: dict[MemoryShare, None] = {}  # that can give way, the oldest first
-        self._order = order
 
     def make_room(self) -> None:
-        """Refuse shares until the others fit."""
-        for share in self._order(self.shares):
+        """Refuse shares until the others fit, so that none can push out those of other owners."""
+        ranked = sorted(self.shares, key=lambda share: share.rank)
+        for share in giving_way(ranked, lambda share: share.owner, lambda share: share.num_bytes):
             if self.num_bytes <= self.max_bytes:
                 return
             share.refuse()

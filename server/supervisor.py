@@ -6,6 +6,8 @@ imports nothing heavy. No child outlives it. Each child has its own process grou
 reaches only the supervisor, and a child's subprocesses end with it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import select
@@ -14,21 +16,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
+from engine.config import EngineProcessConfig
+from server.model_paths import ModelOnDisk, api_model_config, engine_process_config, resolve_models
 from server.part_table import load_module
-from server.processes.child_process import RELOAD_SIGNAL, Child, SupervisorError
-from server.processes.model_files import ModelOnDisk, api_model_config, engine_process_config, resolve_models
-from server.processes.stop_signals import Clock, StopSignals
+from server.processes.child_process import RELOAD_SIGNAL, Child, Clock, StopSignals, SupervisorError
 from server.processes.supervised import SupervisedApi, SupervisedEngine
 from server.processes.supervisor_channel import (
     DUMP_SIGNAL,
@@ -37,19 +38,12 @@ from server.processes.supervisor_channel import (
     EngineStarted,
     Heartbeat,
     Message,
-    StartEngine,
-    StopEngine,
     make_channel,
 )
 from server.running_servers import forget_ended_servers
-from server.settings.load import check_certificate, check_otel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
-from server.sockets.listeners import remove_stale
-from server.sockets.socket_folder import SocketFolder
-
-if TYPE_CHECKING:
-    from engine.config import EngineProcessConfig
+from server.sockets import SocketFolder, remove_stale
 
 DEATH_GRACE_SECONDS = 3.0  # for the API processes to end their streams with an error after the engine's death
 DRAIN_GRACE_SECONDS = 2.5  # for the API processes to exit after --drain-timeout
@@ -77,7 +71,7 @@ class EngineLaunch(NamedTuple):
 
     name: str  # of its process, for messages
     command: Sequence[str]
-    config: "EngineProcessConfig"
+    config: EngineProcessConfig
     cpus: Collection[int] = ()  # on which it runs; empty: all
 
 
@@ -94,21 +88,21 @@ class Supervisor:
     The first of the API processes is the coordinator: it has the connections to the engines.
     """
 
+    engine_type = SupervisedEngine
+    needs_engines = True  # it ends when no engine is left
+
     def __init__(self, signals: StopSignals, settings: Settings, clock: Clock) -> None:
         self._signals = signals
         self._clock = clock
-        self.unloads_models = settings.unloads_models  # the coordinator decides which engines run
         self._settings = settings
         self._selector = selectors.DefaultSelector()
         self._selector.register(signals, selectors.EVENT_READ)
         self._children: list[Child] = []
-        self._launches: dict[int, EngineLaunch] = {}
         self._engines: list[SupervisedEngine] = []  # those that run or are to be started again
-        self._orders: deque[StartEngine | StopEngine] = deque()  # of the coordinator, to be carried out
         self._apis: list[SupervisedApi] = []
         self._channels: list[Channel] = []  # to be closed at the end
 
-    def __enter__(self) -> "Supervisor":
+    def __enter__(self) -> Supervisor:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -137,22 +131,15 @@ class Supervisor:
         self._selector.register(child, selectors.EVENT_READ)
         return child
 
-    def add_engine(self, number: int, launch: "EngineLaunch") -> None:
-        """Make an engine known, which can then be started."""
-        self._launches[number] = launch
+    def add_engine(self, number: int, launch: EngineLaunch) -> int | None:
+        """Start an engine. Return the id of its process; None: it will be started later. Raises SupervisorError."""
+        return self.start_engine(number, launch).pid
 
-    def start_engine(self, number: int, memory_limit: int | None = None) -> Child:
-        """Start an engine, which `watch` starts again if it dies. Return its process. Raises SupervisorError.
-
-        `memory_limit`: bytes of host memory that it may use.
-        """
-        launch = self._launches[number]
-        config = launch.config
-        if memory_limit is not None:
-            config = replace(config, config=replace(config.config, memory_limit=memory_limit))
-        engine = SupervisedEngine(
+    def start_engine(self, number: int, launch: EngineLaunch) -> Child:
+        """Start an engine, which `watch` starts again if it dies. Return its process. Raises SupervisorError."""
+        engine = self.engine_type(
             number,
-            partial(self.start, launch.name, launch.command, config, cpus=launch.cpus),
+            partial(self.start, launch.name, launch.command, launch.config, cpus=launch.cpus),
             restarts=self._settings.on_engine_death == "restart",
             step_timeout=self._settings.step_timeout,
             report=self._report,
@@ -162,19 +149,15 @@ class Supervisor:
         return engine.process
 
     def start_api(self, name: str, command: Sequence[str], config: ApiProcessConfig) -> Child:
-        """Start an API process, with a channel to it. Return it. Raises SupervisorError."""
+        """Start an API process, first the coordinator, with a channel to it. Return it. Raises SupervisorError."""
         channel, api_end = make_channel()
         self._channels.append(channel)
         with closing(api_end):
             config = replace(config, supervisor_fd=api_end.fileno())
             process = self.start(name, command, config, config.inherited_fds)
-        self.add_api(process, channel)
-        return process
-
-    def add_api(self, process: Child, channel: Channel) -> None:
-        """Make an API process known, which `watch` watches: first the coordinator."""
         self._apis.append(SupervisedApi(process, channel, self._settings.step_timeout, self._clock))
         self._selector.register(channel, selectors.EVENT_READ)
+        return process
 
     def watch(self) -> int:
         """Wait until a signal arrives, an API process ends or hangs, or no engine is left. Then stop all that is left.
@@ -190,32 +173,15 @@ class Supervisor:
                     return self._after_hang(hanging)
                 if isinstance(event, Child) and event in self._api_processes:
                     return self._after_api_death(event)
-                while self._orders:
-                    self._obey(self._orders.popleft())
+                self._carry_out_orders()
                 for engine in list(self._engines):
                     self._advance(engine)
-                    if engine.is_gone and len(self._engines) == 1 and not self.unloads_models:
+                    if engine.is_gone and len(self._engines) == 1 and self.needs_engines:
                         return self._after_last_death(engine)
                     if engine.is_gone:
                         self._go_on_without(engine)
         except StopNowError as stop:
             return 128 + stop.signum
-
-    def _obey(self, order: StartEngine | StopEngine) -> None:
-        """Start or stop an engine as the coordinator wants. It is told once when one that is stopped has ended."""
-        running = [engine for engine in self._engines if engine.number == order.number]
-        if isinstance(order, StopEngine):
-            for engine in running:
-                engine.stop(STOP_SECONDS)
-        elif running:
-            self._tell(EngineStarted(order.number, running[0].process.pid))
-        else:
-            try:
-                process = self.start_engine(order.number, order.memory_limit)
-            except SupervisorError as error:
-                self._tell(EngineGone(order.number, str(error)))
-            else:
-                self._tell(EngineStarted(order.number, process.pid))
 
     def _advance(self, engine: SupervisedEngine) -> None:
         """Do what is due for an engine, and tell the coordinator if it has another process."""
@@ -232,8 +198,10 @@ class Supervisor:
         self._children.remove(engine.process)
         engine.process.close()
         self._tell(EngineGone(engine.number, ENDED))
-        if not engine.is_stopped:
-            self._report(f"{engine.outcome}; the server goes on without it")
+        self._report_loss(engine)
+
+    def _report_loss(self, engine: SupervisedEngine) -> None:
+        self._report(f"{engine.outcome}; the server goes on without it")
 
     def _seconds_to_deadline(self) -> float | None:
         """Return the seconds until something is due, without a heartbeat before. None: nothing is."""
@@ -326,7 +294,7 @@ class Supervisor:
                     if all(engine.process.has_ended for engine in self._engines):
                         deadline = min(deadline, self._clock.now() + DEATH_GRACE_SECONDS)
 
-    def _wait(self, seconds: float | None) -> "Child | int | None":
+    def _wait(self, seconds: float | None) -> Child | int | None:
         """Sleep until something happens. Return the ended child, the number of a stop signal, or None for neither."""
         ready = [key.fileobj for key in self._clock.select(self._selector, seconds)]
         for api in self._apis:
@@ -342,35 +310,38 @@ class Supervisor:
         return None
 
     def _read_channel(self, api: SupervisedApi) -> None:
-        """Read the heartbeats of an API process, and the orders of the coordinator."""
         for message in api.receive():
-            if isinstance(message, Heartbeat):
-                for engine in self._engines:
-                    engine.note_ready(message.ready_pids)
-            if isinstance(message, StartEngine | StopEngine):
-                self._orders.append(message)
+            self._note(message)
         if api.channel.has_ended:
             self._selector.unregister(api.channel)
+
+    def _note(self, message: Message) -> None:
+        """Note what an API process says."""
+        if isinstance(message, Heartbeat):
+            for engine in self._engines:
+                engine.note_ready(message.ready_pids)
+
+    def _carry_out_orders(self) -> None:
+        """Do what the coordinator has ordered: a part starts and stops engines."""
 
 
 def supervise(settings: Settings, commands: Commands | None = None, clock: Clock | None = None) -> int:
     """Serve until a signal or a failure. Return the exit status. Raises ModelError, SupervisorError, SettingsError."""
     commands, clock = commands or Commands(), clock or Clock()
-    check_certificate(settings)
-    check_otel(settings)
+    new_supervisor = load_module("models", "supervisor").OrderedSupervisor if settings.unloads_models else Supervisor
     reloads = settings.api_keys_file is not None
     if reloads:
-        from server.api_keys import load_api_keys
+        from server.tenants import load_api_keys
 
         load_api_keys(settings)  # an error in the file must not wait for the model
     # By default, PID 1 of a container ignores SIGTERM.
     with _handling([signal.SIGTERM], _exit), _handling([RELOAD_SIGNAL] if reloads else [], signal.SIG_IGN):
         models = resolve_models(settings)
         with (
-            closing(_socket_folder()) as sockets,
+            closing(SocketFolder()) as sockets,
             _files_of_killed_processes(settings),
             StopSignals(reloads=reloads, now=clock.now) as signals,
-            Supervisor(signals, settings, clock) as supervisor,
+            new_supervisor(signals, settings, clock) as supervisor,
         ):
             folder = sockets.path
             engines = [_add_engines(supervisor, model, number, commands, folder) for number, model in enumerate(models)]
@@ -391,19 +362,16 @@ def _start_apis(supervisor: Supervisor, config: ApiProcessConfig, commands: Comm
 def _add_engines(
     supervisor: Supervisor, model: ModelOnDisk, first: int, commands: Commands, folder: Path
 ) -> tuple[EngineProcess, ...]:
-    """Make the engines of a model known to the supervisor, numbered from `first`.
-
-    Start them, unless the coordinator decides when they run: then each model has one.
-    """
+    """Add the engines of a model, numbered from `first`. Where the coordinator decides when they run, each has one."""
     processes = []
     num_engines = model.settings.data_parallel_size
     shares = [()] if num_engines == 1 else load_module("data_parallel", "settings").cpu_shares(num_engines)
     for rank, cpus in enumerate(shares):
         number = first + rank
-        address = ipc_address(folder, number)
+        address = f"ipc://{folder}/engine-{number}.sock"
         config = engine_process_config(model, address, rank)
-        supervisor.add_engine(number, EngineLaunch(_engine_name(model, rank), commands.engine, config, cpus))
-        pid = None if supervisor.unloads_models else supervisor.start_engine(number).pid
+        launch = EngineLaunch(_engine_name(model, rank), commands.engine, config, cpus)
+        pid = supervisor.add_engine(number, launch)
         processes.append(EngineProcess(address, pid, number))
     return tuple(processes)
 
@@ -430,14 +398,6 @@ def _handling(signums: Sequence[signal.Signals], handler: signal.Handlers | Call
             signal.signal(signum, handler_before)
 
 
-def _socket_folder() -> SocketFolder:
-    """Return a new folder for the sockets of the children. Raises SupervisorError."""
-    try:
-        return SocketFolder()
-    except OSError as error:
-        raise SupervisorError(f"cannot create a folder for the engine's socket: {error}") from None
-
-
 @contextmanager
 def _files_of_killed_processes(settings: Settings) -> Iterator[None]:
     """Remove at the end what API processes have left that were killed."""
@@ -448,11 +408,6 @@ def _files_of_killed_processes(settings: Settings) -> Iterator[None]:
         if settings.uds is not None:
             with suppress(OSError):  # another server has the path
                 remove_stale(settings.uds)
-
-
-def ipc_address(folder: Path, number: int) -> str:
-    """Return the ZeroMQ address of an engine."""
-    return f"ipc://{folder}/engine-{number}.sock"
 
 
 def print_error(message: str, *, logger: str, log_format: str) -> None:

@@ -6,9 +6,11 @@ all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from itertools import count
 from typing import Protocol, TypeAlias
@@ -16,6 +18,10 @@ from typing import Protocol, TypeAlias
 import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
+
+from server.part_table import load_module
+from server.settings.setting import SettingsError
+from server.settings.table import Settings
 
 DAY = 86_400
 
@@ -224,3 +230,79 @@ class Ledger:
     async def take_number(self) -> int:
         """Return how often this has been called before."""
         return next(self._numbers)
+
+
+class ApiKeys:
+    """The tenants by the SHA-256 of their keys, from --api-key and --admin-key. No key is kept."""
+
+    num_reloads = 0  # of a keys file
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError."""
+        self.everybody = Account()  # of all clients where there are no keys
+        self.known: dict[str, Tenant] = {}  # by name, also those that are gone: they may come back
+        self._settings = settings
+        self._by_digest = self._with_accounts(self._read())
+        self.are_required = bool(self._by_digest)  # else all requests are served without a key
+
+    def find(self, key: bytes) -> Tenant | None:
+        """Compare a key with all keys of the server, in a time that does not depend on which one it is."""
+        digest = hashlib.sha256(key).digest()
+        found = None
+        for candidate, tenant in self._by_digest:
+            found = tenant if secrets.compare_digest(digest, candidate) else found
+        return found
+
+    @property
+    def tenants(self) -> dict[str, Tenant]:
+        """The tenants that have a key, by name."""
+        return {tenant.name: tenant for _, tenant in self._by_digest}
+
+    def usage(self) -> dict[str, Usage]:
+        """Return what each tenant with a key has used, by name."""
+        return {name: tenant.account.usage for name, tenant in self.tenants.items()}
+
+    def reload(self) -> None:
+        """Read the keys file again, if there is one. May be called in any thread."""
+
+    def _read(self) -> dict[bytes, Tenant]:
+        """Return the SHA-256 of each key, with its tenant. Raises SettingsError."""
+        return dict(_plain_keys(self._settings))
+
+    def _with_accounts(self, keys: Mapping[bytes, Tenant]) -> list[tuple[bytes, Tenant]]:
+        """Give each tenant the account that it had before, with its limits of now."""
+        tenants: dict[str, Tenant] = {}
+        for tenant in keys.values():
+            before = self.known.get(tenant.name)
+            account = Account() if before is None else before.account
+            account.rules = () if tenant.limits is None else tenant.limits.rules(account)
+            tenants[tenant.name] = msgspec.structs.replace(tenant, account=account)
+        self.known |= tenants
+        return [(digest, tenants[tenant.name]) for digest, tenant in keys.items()]
+
+
+def load_api_keys(settings: Settings) -> ApiKeys:
+    """Return the keys of the server, also those of --api-keys-file. Raises SettingsError."""
+    kind: type[ApiKeys] = ApiKeys
+    if settings.api_keys_file is not None:
+        kind = load_module("limits", "keys_file").KeysOfFile
+    return kind(settings)
+
+
+def _plain_keys(settings: Settings) -> Iterator[tuple[bytes, Tenant]]:
+    """Yield the tenants of --api-key, one for each key or one for all, and of --admin-key."""
+    is_alone = settings.api_keys_file is None and (settings.one_tenant or len(set(settings.api_key)) == 1)
+    tenant = partial(Tenant, has_own_cache=settings.isolate_keys)
+    for number, key in enumerate(dict.fromkeys(settings.api_key), 1):
+        name = "key-1" if settings.one_tenant else f"key-{number}"
+        is_admin = is_alone and settings.admin_key is None
+        yield _digest(key), tenant(name=name, owner=name, is_admin=is_admin, has_negative_priority=is_alone)
+    if settings.admin_key is not None:
+        if settings.admin_key in settings.api_key:
+            raise SettingsError("--admin-key is one of --api-key, too")
+        admin = tenant(name="admin", owner="admin", is_admin=True, has_negative_priority=True)
+        yield _digest(settings.admin_key), admin
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -166,8 +166,11 @@ class Admission:
         """Decide about a request that the engines do not run at once. Raises as `reserve`."""
         try:
             self._check(count, param)
-            self._check_wait(tenant, queue_timeout)
-            ended = self._make_room(count, tenant)
+            if (wait := self._predicted_wait(tenant)) > queue_timeout:
+                raise WaitTooLongError(wait, queue_timeout, self._retry_after(tenant))
+            ended = self._shares.make_room(tenant, count, self.max_in_flight)
+            if ended is None:
+                raise QueueFullError(self._retry_after(tenant))
         except APIError as error:
             self._metrics.count_rejection(self._rejection_reason(count, error))
             raise
@@ -246,19 +249,6 @@ class Admission:
                 f"but this server holds {self.max_in_flight} at a time."
             )
             raise InvalidValueError(message, param=param)
-
-    def _make_room(self, count: int, tenant: Tenant) -> Sequence[Reservation]:
-        """Return the waiting requests to end. Raises QueueFullError."""
-        ended = self._shares.make_room(tenant, count, self.max_in_flight)
-        if ended is None:
-            raise QueueFullError(self._retry_after(tenant))
-        return ended
-
-    def _check_wait(self, tenant: Tenant, timeout: float) -> None:
-        """Raise WaitTooLongError if a request would wait for longer than `timeout` seconds."""
-        wait = self._predicted_wait(tenant)
-        if wait > timeout:
-            raise WaitTooLongError(wait, timeout, self._retry_after(tenant))
 
     def _predicted_wait(self, tenant: Tenant) -> float:
         """Return the seconds that a tenant's next request would wait."""

@@ -36,26 +36,14 @@ class AnswerShare(MemoryShare):
         """`end` ends the request with an error; `too_large` makes that of one that exceeds the budget alone."""
         super().__init__(budget, tenant.name, end)
         self.too_large = too_large
-        self.error: APIError | None = None  # that has refused the answer
 
     @property
     def rank(self) -> float:
         return -self.num_bytes
 
-    def check(self) -> None:
-        """Raise the error that has refused the answer, if one has."""
-        if self.error is not None:
-            raise self.error
-
-    def refuse(self, *_reasons: Exception) -> None:
-        """End the request."""
+    def refusal(self) -> APIError:
         is_too_large = self.num_bytes > self._budget.max_bytes
-        self.error = self.too_large() if is_too_large else BuffersExceedMemoryError("answers")
-        super().refuse(self.error)
-
-    def on_refusal(self, end: Callable[[APIError], None]) -> None:
-        """Replace what ends the request, as the answer is complete and being sent now."""
-        self.end = end
+        return self.too_large() if is_too_large else BuffersExceedMemoryError("answers")
 
 
 def event_bytes(event: TokenEvent, num_choices: int) -> int:
@@ -94,11 +82,6 @@ def prompt_bytes(body: GenerationRequest, submits: Sequence[Submit]) -> int:
 def least_bytes(body: GenerationRequest, submits: Sequence[Submit]) -> int:
     """Return the least size that the answer can have, of what is in memory at once."""
     return prompt_bytes(body, submits) + sum(submit.n * _choice_bytes(body, submit) for submit in submits)
-
-
-def least_embedding_bytes(submits: Sequence[Submit], hidden_size: int) -> int:
-    """Return the least size of the embeddings of prompts, each of which has `hidden_size` numbers."""
-    return NUMBER_BYTES * hidden_size * sum(submit.params.pooling is not None for submit in submits)
 
 
 def _choice_bytes(body: GenerationRequest, submit: Submit) -> int:

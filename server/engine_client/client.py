@@ -12,7 +12,7 @@ from engine.shared.messages import LoraAdapter, Submit
 from server.engine_client.admission import SHUTTING_DOWN, Admission, AdmissionLimits
 from server.engine_client.connected_engine import ConnectedEngine, EngineOptions
 from server.engine_client.reservation import Reservation
-from server.engine_client.streams import EventInbox, RequestStream
+from server.engine_client.streams import EventInbox, OpenStreams, RequestStream
 from server.http.errors import APIError, EngineUnavailableError
 from server.metrics import Metrics
 from server.settings.process_configs import EngineProcess
@@ -24,6 +24,8 @@ class EngineClient(Admission):
     The part for data parallelism has one for several engines; state and connections are those of all of them.
     All methods but `__init__` must be called on the event loop that called `start`.
     """
+
+    streams_type = OpenStreams
 
     def __init__(
         self, processes: Sequence[EngineProcess], options: EngineOptions, *, limits: AdmissionLimits, metrics: Metrics
@@ -39,7 +41,7 @@ class EngineClient(Admission):
         super().__init__(metrics, limits)
         names = ["the engine"] if len(processes) == 1 else [f"engine {number}" for number in range(len(processes))]
         self.engines = [
-            ConnectedEngine(number, process, options, name=name, owner=self, metrics=metrics)
+            ConnectedEngine(number, process, options, name=name, owner=self, metrics=metrics, streams=self.streams_type)
             for number, (name, process) in enumerate(zip(names, processes, strict=True))
         ]
         self.alive = self.engines  # those that load, are ready or are being restarted
@@ -97,11 +99,6 @@ class EngineClient(Admission):
         return any(engine.liveness.is_ready for engine in self.engines)
 
     @property
-    def is_restarting(self) -> bool:
-        """True while no engine is ready, but one that was is being restarted."""
-        return self.restarting_since is not None
-
-    @property
     def restarting_since(self) -> float | None:
         """Unix time of the first loss, while no engine is ready and one is being restarted."""
         losses = [engine.liveness.restarting_since for engine in self.engines]
@@ -126,6 +123,11 @@ class EngineClient(Admission):
     def adapters(self) -> dict[str, LoraAdapter]:
         """The LoRA adapters that are loaded, by name."""
         return self.engines[0].adapters.by_name
+
+    @property
+    def states(self) -> dict[str, object]:
+        """The state of each engine, for the probes, if there are several."""
+        return {}
 
     def tell_listeners(self) -> None:
         """Say that the state of an engine, or of LoRA adapters, has changed."""

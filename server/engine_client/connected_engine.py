@@ -128,7 +128,7 @@ class EngineConnection:
 
     def ignore_messages(self) -> None:
         """Pass on no more messages. They can still be sent."""
-        self._on_message = _ignore
+        self._on_message = lambda message: None
 
     def disconnect(self) -> None:
         """Drop all messages, sent and received ones, of an engine that is lost. `open` connects to another engine."""
@@ -142,10 +142,6 @@ class EngineConnection:
         if self._context is not None:
             self._context.term()
         self._context = None
-
-
-def _ignore(message: object) -> None:
-    """Do nothing with a message."""
 
 
 def _readable(content: bytes) -> Damaged:
@@ -202,6 +198,7 @@ class ConnectedEngine:
         name: str,
         owner: Admission,
         metrics: Metrics,
+        streams: type[OpenStreams] = OpenStreams,
     ) -> None:
         """Create the connection; `start` opens it.
 
@@ -212,6 +209,7 @@ class ConnectedEngine:
             name: Names it in the log.
             owner: The client, to which it returns capacity, and which it tells when it becomes ready, is lost, or dies.
             metrics: To which its own are added.
+            streams: The class of those of its requests.
         """
         self.number = number
         self.stats = EngineStats()
@@ -229,8 +227,9 @@ class ConnectedEngine:
             name=name,
         )
         self._metrics = metrics.add_engine(number, self._current_stats)
-        self.streams = OpenStreams(self._send_if_ready, owner, self._metrics)
-        self.adapters: EngineAdapters = _adapters_type()(self._connection.send)
+        self.streams = streams(self._send_if_ready, owner, self._metrics)
+        adapters = load_module("lora", "part").LoadedAdapters if is_installed("lora") else EngineAdapters
+        self.adapters: EngineAdapters = adapters(self._connection.send)
         self.send = self._connection.send
         self.asker: Any = None  # of a part: `finish` gets the engine's answers, `fail` an error that ends all questions
         self._tasks: list[asyncio.Task[None]] = []  # of the current process
@@ -294,7 +293,8 @@ class ConnectedEngine:
             case Ready():
                 self._on_ready(message)
             case LoadFailed():
-                self._on_load_failed(message)
+                if not self.liveness.is_restarting:  # else the supervisor decides how often a restart is tried
+                    self.liveness.mark_dead(message.reason)
             case Adapters():
                 self.adapters.update(message.adapters)
             case AdapterDone():
@@ -302,11 +302,6 @@ class ConnectedEngine:
             case Answer():
                 if self.asker is not None:
                     self.asker.finish(message)
-
-    def _on_load_failed(self, message: LoadFailed) -> None:
-        """Give up an engine that has never been ready. The supervisor decides how often a restart is tried."""
-        if not self.liveness.is_restarting:
-            self.liveness.mark_dead(message.reason)
 
     def _on_outputs(self, message: Outputs, now: float) -> None:
         self.stats = message.stats
@@ -397,10 +392,3 @@ class ConnectedEngine:
         self.stats = msgspec.structs.replace(
             self.stats, num_running=0, num_waiting=0, num_blocks_used=0, running_adapters=[], waiting_adapters=[]
         )
-
-
-def _adapters_type() -> type[EngineAdapters]:
-    found: type[EngineAdapters] = EngineAdapters
-    if is_installed("lora"):
-        found = load_module("lora", "part").LoadedAdapters
-    return found

@@ -12,7 +12,7 @@ import msgspec
 
 from engine.shared.messages import HEARTBEAT_SECONDS, EngineInfo
 from server.http.errors import EngineUnavailableError
-from server.processes.run_queue import MAX_WAIT_FACTOR, Silence
+from server.processes.supervisor_channel import MAX_WAIT_FACTOR, Silence
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +92,6 @@ class EngineLiveness:
     def is_healthy(self) -> bool:
         """True if the engine is ready and its step loop is responsive."""
         return self.is_ready and not self._is_silent()
-
-    @property
-    def status(self) -> str:
-        """The state in a word."""
-        if self.dead_reason is not None:
-            return "dead"
-        if self.info is None:
-            return "loading"
-        if self.is_restarting:
-            return "restarting"
-        return "ok" if self.is_healthy else "silent"
 
     def ready_info(self) -> EngineInfo:
         """Return the engine's properties, which a restart does not change.

@@ -182,7 +182,6 @@ class OpenStreams:
     """The open streams by request id. They send aborts, return capacity and record metrics."""
 
     def __init__(self, send: Callable[[ToEngine], None], admission: Admission, metrics: EngineMetrics) -> None:
-        self.load = 0.0  # tokens that the requests are expected to take, more or less
         self.send = send
         self._admission = admission
         self._metrics = metrics
@@ -193,47 +192,20 @@ class OpenStreams:
         """Number of choices of the requests without an event."""
         return sum(stream.num_open for stream in self._streams.values() if stream.waiting)
 
-    def open(
-        self, message: Submit, reservation: Reservation, num_cached_tokens: int = 0, inbox: EventInbox | None = None
-    ) -> RequestStream:
-        """Send a request and return its stream, which takes over its capacity. The request id must not be in use.
-
-        `num_cached_tokens` of its prompt are expected to be cached.
-        """
+    def open(self, message: Submit, reservation: Reservation, inbox: EventInbox | None = None) -> RequestStream:
+        """Send a request and return its stream, which takes over its capacity. The request id must not be in use."""
         stream = RequestStream(message, reservation, self, inbox)
         reservation.hand_over(message.n, stream)
         self._admission.expect(reservation, stream.choices)
-        self.adopt(stream, message, num_cached_tokens)
+        self.adopt(stream, message)
         return stream
 
-    def adopt(self, stream: RequestStream, message: Submit, num_cached_tokens: int = 0) -> None:
+    def adopt(self, stream: RequestStream, message: Submit) -> None:
         """Send the request of a stream that has no event yet, also one that another engine was to compute."""
         assert message.request_id not in self._streams
         self.send(message)
         self._streams[message.request_id] = stream
         stream.observer = self
-        for index, stats in enumerate(stream.choices):
-            self._set_load(stats, stats.num_expected_tokens - (0 if index else num_cached_tokens))
-
-    def take_waiting(self) -> list[tuple[RequestStream, Submit]]:
-        """Remove and return the streams that no engine has begun with, and their requests: another engine adopts them.
-
-        A request that the lost engine had begun with may have killed it, so it waits for the restart.
-        """
-        waiting = [
-            (stream, stream.waiting)
-            for stream in self._streams.values()
-            if stream.waiting is not None and not stream.reservation.num_lost_starts
-        ]
-        for stream, message in waiting:
-            del self._streams[message.request_id]
-            for stats in stream.choices:
-                self._set_load(stats, 0.0)
-        return waiting
-
-    def _set_load(self, stats: ChoiceStats, num_tokens: float) -> None:
-        self.load += num_tokens - stats.load
-        stats.load = num_tokens
 
     def start(self, request_ids: Sequence[str]) -> None:
         """Note that the engine has begun with requests."""
@@ -296,8 +268,6 @@ class OpenStreams:
         """Handle the first event of a choice."""
         stream.reservation.start()
         stream.reservation.has_output = True
-        expected = min(stats.max_tokens, self._admission.estimate.mean_output)
-        self._set_load(stats, min(stats.load, expected))  # without the prompt
         self._admission.start_choice(stream.reservation, stats, event.num_cached_tokens)
 
     def on_tokens(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
@@ -316,7 +286,6 @@ class OpenStreams:
 
     def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
         """Return the capacity of a choice, and record how it went."""
-        self._set_load(stats, 0.0)
         self._admission.end_choice(stream.reservation, stats)
         self._metrics.observe_choice(stats, reason, now)
 

@@ -7,12 +7,8 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import msgspec
 
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
-from server.http.strict_json import MAX_DEPTH, is_deeper
 from server.text.choice_text import ChoiceText
 from server.text.parsers.answer_parser import Parser
 from server.text.parsers.answer_parts import AnswerPart, PartKind
@@ -44,19 +40,6 @@ class ToolCallDelta:
     id: str  # "" after the first delta
     name: str  # "" after the first delta
     arguments: str  # a piece of the JSON text
-
-    @property
-    def decoded_arguments(self) -> dict[str, Any]:
-        """The arguments of a whole call as an object.
-
-        Other text, as of a call that was cut off, is wrapped in one, and so is what is nested too deep for a request.
-        """
-        try:
-            value = msgspec.json.decode(self.arguments)
-        except (msgspec.DecodeError, RecursionError):
-            value = None
-        is_usable = isinstance(value, dict) and not is_deeper(value, MAX_DEPTH)
-        return value if is_usable else {"arguments": self.arguments}
 
 
 DeltaPart = AnswerPart | ToolCallDelta
@@ -123,15 +106,6 @@ class ChoiceAccumulator:
         self._delta = ChoiceDelta(index)
         self._texts: list[list[str]] = []  # pieces of each part
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self._delta.token_ids)
-
-    @property
-    def has_ended(self) -> bool:
-        """True if the last delta is that of the choice."""
-        return self._delta.finish_reason is not None
-
     def add(self, delta: ChoiceDelta) -> None:
         parts = self._delta.parts
         for part in delta.parts:
@@ -192,7 +166,7 @@ class Pacer:
         self._next_batch = next_batch
         self._num_tokens = num_tokens
         self._started: set[int] = set()
-        self._held: dict[int, ChoiceAccumulator] = {}
+        self._held: dict[int, list[ChoiceDelta]] = {}
 
     async def next(self) -> list[ChoiceDelta] | None:
         """Return the joined deltas of some choices, or None at the end."""
@@ -201,14 +175,13 @@ class Pacer:
             if (batch := await self._next_batch()) is None:
                 return None
             for delta in batch:
-                self._held.setdefault(delta.index, ChoiceAccumulator(delta.index)).add(delta)
-            ready = [
-                index
-                for index, joined in self._held.items()
-                if index not in self._started or joined.num_tokens >= self._num_tokens or joined.has_ended
-            ]
+                self._held.setdefault(delta.index, []).append(delta)
+            ready = [index for index, held in self._held.items() if index not in self._started or self._is_full(held)]
         self._started.update(ready)
-        return [self._held.pop(index).join() for index in ready]
+        return [join_deltas(self._held.pop(index)) for index in ready]
+
+    def _is_full(self, held: Sequence[ChoiceDelta]) -> bool:
+        return held[-1].finish_reason is not None or sum(len(delta.token_ids) for delta in held) >= self._num_tokens
 
 
 class ChoiceState:
@@ -296,10 +269,6 @@ class ChoiceState:
         delta.positions = self._release()
         return delta
 
-    @property
-    def stopped_by_text(self) -> bool:
-        return self._text.stopped is not None
-
     def _add_text(self, text: str, delta: ChoiceDelta) -> None:
         self._num_chars += len(text)
         if self._parser is None:
@@ -367,7 +336,7 @@ class ChoiceState:
         """Return the tokens whose text is released; at the end all tokens except the tokens of a hidden stop string."""
         if self.finish_reason is not None and self._parser is not None:
             self._decide(self._last_is_content)
-        if self.finish_reason is not None and not (self.stopped_by_text and not self._include_stop):
+        if self.finish_reason is not None and not (self._text.stopped is not None and not self._include_stop):
             num_free = len(self._held)
         else:
             num_free = next((i for i, held in enumerate(self._held) if held.offset >= self._num_chars), len(self._held))

@@ -206,27 +206,10 @@ class ChunkWriter(Writer):
 def encode_chunks(chunks: Sequence[Chunk]) -> bytes:
     """Encode chunks as server-sent events without event names."""
     events = b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks])
-    return events if events.isascii() else _escape_line_ends(events)
+    return events if events.isascii() else escape_line_ends(events)
 
 
-def encode_events(events: Sequence[msgspec.Struct]) -> bytes:
-    """Encode named events. The name of an event is the `type` tag of its struct."""
-    return _escape_line_ends(
-        b"".join(
-            [
-                b"event: %s\ndata: %s\n\n" % (str(event.__struct_config__.tag).encode(), msgspec.json.encode(event))
-                for event in events
-            ]
-        )
-    )
-
-
-def encode_lines(objects: Sequence[msgspec.Struct]) -> bytes:
-    """Encode objects as lines of JSON."""
-    return _escape_line_ends(b"".join([msgspec.json.encode(each) + b"\n" for each in objects]))
-
-
-def _escape_line_ends(events: bytes) -> bytes:
+def escape_line_ends(events: bytes) -> bytes:
     for char, escape in LINE_ENDS:
         events = events.replace(char, escape)
     return events

@@ -27,7 +27,7 @@ from server.generation.parameters import (
     NO_SETTINGS,
     TOKENIZED_FIELDS,
     TokenizedSettings,
-    prompt_seed,
+    derive_seed,
     reasoning_limit,
     sampling_params,
     tokenize_settings,
@@ -170,7 +170,7 @@ def _make_submit(job: Job[Body], prompt: Prompt, index: int, tokenized: Tokenize
         requested,
         tokenized,
         max_tokens=max_tokens,
-        seed=prompt_seed(job.seed, index) if index else job.seed,
+        seed=derive_seed(job.seed, index, b"prompt") if index else job.seed,
         vocab_size=min(job.info.vocab_size, base.tokenizer.vocab_size),
         reasoning_limit=None if body.thinking_token_budget is None else reasoning_limit(base, body, prompt),
     )

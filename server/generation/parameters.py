@@ -15,7 +15,7 @@ from engine.shared.messages import (
 )
 from server.constrained.grammars import EXCLUSIVE
 from server.generation.prompts import Prompt, vocab_size
-from server.http.errors import InvalidValueError, UnsupportedParameterError, clip
+from server.http.errors import InvalidValueError, UnsupportedParameterError, clip, invalid
 from server.http.validation import echo
 from server.models.served_model import ServedModel
 from server.schemas.generation_request import GenerationRequest, Requested
@@ -103,26 +103,20 @@ def reasoning_limit(model: ServedModel, body: GenerationRequest, prompt: Prompt)
     format = prompt.answer_format
     if format is None or format.reasoning_tags is None:
         raise UnsupportedParameterError(PARAM, "The model's chat template has no reasoning tags.")
-    tags = _tag_ids(model, format.reasoning_tags)
+    tags = tag_ids(model, format.reasoning_tags)
     if tags is None:
         raise UnsupportedParameterError(PARAM, "The model's reasoning tags are not single tokens.")
     for name in EXCLUSIVE:
         if getattr(body, name):
-            raise InvalidValueError(f"Invalid '{name}': not allowed with '{PARAM}'.", param=name)
+            raise invalid(name, f"not allowed with '{PARAM}'")
     max_tokens, (start_id, end_id) = body.thinking_token_budget or 0, tags
     return ReasoningLimit(max_tokens=max_tokens, start_id=start_id, end_id=end_id, is_open=format.is_reasoning)
 
 
-def supports_reasoning_budget(model: ServedModel) -> bool:
-    """Return whether chats with this model may have a `thinking_token_budget`."""
-    tags = None if model.chat_template is None else model.chat_template.reasoning_tags
-    return tags is not None and _tag_ids(model, tags) is not None
-
-
-def _tag_ids(model: ServedModel, tags: ReasoningTags) -> tuple[int, int] | None:
+def tag_ids(model: ServedModel, tags: ReasoningTags) -> tuple[int, int] | None:
     """Return the token ids of the start and end tags, or None if a tag is more than one token."""
     ids = [model.tokenizer.encode(tag, add_special_tokens=False) for tag in (tags.start, tags.end)]
-    return (ids[0][0], ids[1][0]) if all(len(tag_ids) == 1 for tag_ids in ids) else None
+    return (ids[0][0], ids[1][0]) if all(len(tag) == 1 for tag in ids) else None
 
 
 Body = TypeVar("Body", bound=GenerationRequest)
@@ -135,17 +129,8 @@ SEED_DOMAIN = b"lightwell-seed"
 MIN_TOP_P = 1e-6  # less than the most likely token of any vocabulary has: only that one is kept
 
 
-def derive_seed(server_seed: int, number: int) -> int:
-    """Return the seed of a request that has none: a hash of the server's, and of the number of those before it."""
-    return _derive_seed(server_seed, number, b"request")
-
-
-def prompt_seed(seed: int, index: int) -> int:
-    """Return the seed of the prompt at `index`. The first prompt has the seed of the request."""
-    return _derive_seed(seed, index, b"prompt") if index else seed
-
-
-def _derive_seed(seed: int, index: int, domain: bytes) -> int:
+def derive_seed(seed: int, index: int, domain: bytes) -> int:
+    """Return a seed that follows from another one, and from a number in its domain."""
     digest = hashlib.sha256(SEED_DOMAIN + domain + struct.pack("<qq", seed, index)).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
@@ -158,12 +143,10 @@ def check_token_ids(body: GenerationRequest, vocab_size: int, eos_token_ids: Seq
     """
     for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
         if too_high := [token_id for token_id in getattr(body, name) or () if token_id >= vocab_size]:
-            message = f"Invalid '{name}': expected token ids from 0 to {vocab_size - 1}, but got {too_high[0]} instead."
-            raise InvalidValueError(message, param=name)
+            raise invalid(name, f"expected token ids from 0 to {vocab_size - 1}, but got {too_high[0]} instead")
     ends = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else eos_token_ids)}
     if body.min_tokens and body.allowed_token_ids and ends.issuperset(body.allowed_token_ids):
-        message = "Invalid 'allowed_token_ids': all of them are end tokens, which 'min_tokens' forbids at first."
-        raise InvalidValueError(message, param="allowed_token_ids")
+        raise invalid("allowed_token_ids", "all of them are end tokens, which 'min_tokens' forbids at first")
 
 
 def resolve_num_logprobs(body: Body, max_logprobs: int, vocab_size: int) -> Body:
@@ -176,17 +159,11 @@ def resolve_num_logprobs(body: Body, max_logprobs: int, vocab_size: int) -> Body
     fields = {name: getattr(body, name) for name in names if name in type(body).model_fields}
     for name, number in fields.items():
         if number == -1 and max_logprobs != -1:
-            message = (
-                f"Invalid '{name}': -1 requests all tokens, but this server allows at most {max_logprobs} "
-                "(--max-logprobs)."
-            )
-            raise InvalidValueError(message, param=name, code="integer_below_min_value")
+            problem = f"-1 requests all tokens, but this server allows at most {max_logprobs} (--max-logprobs)"
+            raise invalid(name, problem, code="integer_below_min_value")
         if number is not None and number is not True and number > limit:
-            message = (
-                f"Invalid '{name}': integer above maximum value. Expected a value <= {limit}, but got "
-                f"{clip(str(number))} instead."
-            )
-            raise InvalidValueError(message, param=name, code="integer_above_max_value")
+            problem = f"integer above maximum value. Expected a value <= {limit}, but got {clip(str(number))} instead"
+            raise invalid(name, problem, code="integer_above_max_value")
     return body.model_copy(update={name: vocab_size for name, number in fields.items() if number == -1})
 
 
@@ -206,8 +183,8 @@ def sampling_params(
     """
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
-        message = f"Invalid 'min_tokens': expected a value <= {max_tokens} (max_tokens), but got {min_tokens} instead."
-        raise InvalidValueError(message, param="min_tokens")
+        problem = f"expected a value <= {max_tokens} (max_tokens), but got {min_tokens} instead"
+        raise invalid("min_tokens", problem)
 
     temperature = 1.0 if body.temperature is None else body.temperature
     top_k = body.top_k or 0

@@ -9,7 +9,6 @@ import msgspec
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
-from engine.shared.messages import Submit
 from server.context import RequestSteps, get_context
 from server.generation.choice import ChoiceAccumulator, Pacer, best_choices
 from server.generation.endpoint import AnswerMetadata, Body, Endpoint
@@ -21,7 +20,7 @@ from server.generation.prompts import vocab_size
 from server.http.bodies import TEXT_SIZE
 from server.http.request_middleware import LOG_FIELDS
 from server.http.responses import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, AnswerResponse, EventStream, StreamFormat
-from server.schemas.answers import RenderedPrompt, RequestTimings
+from server.schemas.answers import RequestTimings
 from server.tenants import TENANT, Tenant
 
 # A stream's status is held back until the engine has begun with the request, so that one that has to make room for
@@ -68,34 +67,7 @@ async def respond(
     )
 
 
-async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[list[RenderedPrompt], dict[str, str]]:
-    """Return the prompts as they would be sent to the engine, and response headers. Raises APIError."""
-    # Rendering must not change the seeds of later requests.
-    job = await _validate(request, body, endpoint, RequestSteps(), default_seed=0)
-    submits, _ = await prepare(job)
-
-    def encode() -> list[RenderedPrompt]:
-        return [_rendered(job, submit) for submit in submits]
-
-    rendered = await job.context.run_text_work(request, encode)
-    job.set_headers(submits)
-    del job.headers["x-lightwell-seed"]
-    return rendered, job.headers
-
-
-def _rendered(job: Job[Body], submit: Submit) -> RenderedPrompt:
-    params = dict(zip(submit.params.__struct_encode_fields__, msgspec.structs.astuple(submit.params), strict=True))
-    return RenderedPrompt(
-        request_id=submit.request_id,
-        model=job.model.name,
-        prompt=job.model.base.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False),
-        token_ids=submit.prompt_token_ids,
-        max_tokens=submit.params.max_tokens,
-        sampling_params=params | {"seed": None if job.body.seed in (None, -1) else submit.params.seed},
-    )
-
-
-async def _validate(
+async def validate(
     request: Request, body: Body, endpoint: Endpoint[Body], steps: RequestSteps, *, default_seed: int | None = None
 ) -> Job[Body]:
     """Make all checks that need no tokenizer.
@@ -154,7 +126,7 @@ async def start(request: Request, body: Body, endpoint: Endpoint[Body], on_end: 
     for step in get_context(request).steps:
         step(request, body, endpoint, steps)
     try:
-        job = await _validate(request, body, endpoint, steps)
+        job = await validate(request, body, endpoint, steps)
         client, requested = job.model.base.client, job.requested
         param = "n" if requested.num_choices > 1 else endpoint.noun
         count = requested.num_prompts * requested.num_choices

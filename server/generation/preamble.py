@@ -208,4 +208,6 @@ def warnings_header(names: Sequence[str]) -> str:
 async def next_seed(context: ServerContext) -> int:
     """Return the seed of a request that has none: 64 random bits, or one derived from the server's seed."""
     seed = context.settings.seed
-    return secrets.randbits(64) - 2**63 if seed is None else derive_seed(seed, await context.ledger.take_number())
+    if seed is None:
+        return secrets.randbits(64) - 2**63
+    return derive_seed(seed, await context.ledger.take_number(), b"request")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from engine.shared.messages import TokenLogprobs
-from server.http.errors import ContextLengthExceededError, InvalidValueError, clip
+from server.http.errors import ContextLengthExceededError, clip, invalid
 from server.models.served_model import ServedModel
 from server.schemas.request_fields import NO_LIMIT
 from server.text.parsers.answer_parser import AnswerFormat
@@ -80,7 +80,7 @@ def encode_prompt(
         prompt = Prompt(value)
     check_token_range(model, prompt.token_ids, noun)
     if not prompt.token_ids:
-        raise InvalidValueError(f"Invalid '{noun}': expected at least one token, but got none.", param=noun)
+        raise invalid(noun, "expected at least one token, but got none")
     return prompt
 
 
@@ -99,8 +99,8 @@ def encode_fim_prompt(
     """
     tokenizer = model.tokenizer
     if tokenizer.fim is None:
-        message = "Invalid 'suffix': not supported by this model, which has no fill-in-the-middle (FIM) tokens."
-        raise InvalidValueError(message, param="suffix", code="unsupported_parameter")
+        problem = "not supported by this model, which has no fill-in-the-middle (FIM) tokens"
+        raise invalid("suffix", problem, code="unsupported_parameter")
     text = prefix if isinstance(prefix, str) else ""
     check_text_size(len(text.encode()) + len(suffix.encode()), model.max_model_len, "prompt")
     for part in (text, suffix):
@@ -121,8 +121,7 @@ def check_token_range(model: ServedModel, token_ids: list[int], noun: str) -> No
     smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
     if smallest < 0 or largest >= size:
         wrong = smallest if smallest < 0 else largest
-        message = f"Invalid '{noun}': expected token ids from 0 to {size - 1}, but got {clip(str(wrong))} instead."
-        raise InvalidValueError(message, param=noun)
+        raise invalid(noun, f"expected token ids from 0 to {size - 1}, but got {clip(str(wrong))} instead")
 
 
 def max_prompt_tokens(max_tokens: int | None, max_model_len: int) -> int:

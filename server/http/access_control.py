@@ -1,6 +1,5 @@
 """Who may send a request: checks of its Host, its Origin and its API key."""
 
-import ipaddress
 from collections.abc import Collection, Iterable, Sequence
 from urllib.parse import urlsplit
 
@@ -10,9 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
-from server.api_keys import ApiKeys
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
-from server.tenants import ANYBODY, Tenant, get_tenant, tenant_of_address
+from server.tenants import ANYBODY, ApiKeys, Tenant, get_tenant, tenant_of_address, valid_address
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
 METRICS = "/metrics"
@@ -66,7 +64,7 @@ class HostRules:
         return None
 
     def _is_foreign(self, host: str) -> bool:
-        return host == "" or (host not in self._hosts and "." in host and not is_address(host))
+        return host == "" or (host not in self._hosts and "." in host and not valid_address(host))
 
 
 def host_not_allowed(host: str) -> str:
@@ -81,14 +79,6 @@ def origin_not_allowed(origin: str) -> str:
     """Return the message for a page of another origin. Pages from files have the origin `null`."""
     allowed = "'*'" if origin == "null" else clip(origin)
     return f"Web pages of the origin {clip(origin)} may not call this server; --allowed-origins {allowed} allows it."
-
-
-def is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def host_of_url(url: str) -> str:

@@ -5,14 +5,8 @@ import asyncio
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope
 
-from server.http.errors import (
-    APIError,
-    BodyTimeoutError,
-    BodyTooLargeError,
-    BuffersExceedMemoryError,
-    UnsupportedMediaTypeError,
-)
-from server.shares import MemoryBudget, MemoryShare, oldest_first
+from server.http.errors import APIError, BodyTooLargeError, BuffersExceedMemoryError, UnsupportedMediaTypeError
+from server.shares import MemoryBudget, MemoryShare
 
 FREE_BYTES = 16 << 10  # smaller bodies are not counted, so that small requests pass while large ones fill the budget
 BODY_TIMEOUT = 60.0  # seconds from the end of a request's head to the end of its body
@@ -31,15 +25,18 @@ class BodyShare(MemoryShare):
 
     def receive(self, chunk: bytes) -> None:
         """Keep and count bytes that were received. Raises BuffersExceedMemoryError if this body has been refused."""
-        if not self.is_refused:
+        if self.error is None:
             self.chunks.append(chunk)
             self.size += len(chunk)
             if self.size > FREE_BYTES:
                 self.add(self.size - self.num_bytes)
-        if self.is_refused:
+        if self.error is not None:
             raise BuffersExceedMemoryError
 
-    def _stop(self) -> None:
+    def refusal(self) -> APIError:
+        return BuffersExceedMemoryError()
+
+    def _stop(self, error: APIError) -> None:
         """Make the task that receives the body stop."""
         self.chunks.clear()
         if not self._deadline.expired():
@@ -58,7 +55,7 @@ class BodyReader:
 
     def __init__(self, max_body_size: int, max_buffered_bytes: int, timeout: float = BODY_TIMEOUT) -> None:
         self._max_body_size = min(max_body_size, max_buffered_bytes)
-        self._budget = MemoryBudget(max_buffered_bytes, oldest_first)
+        self._budget = MemoryBudget(max_buffered_bytes)
         self._timeout = timeout
 
     async def read(self, scope: Scope, receive: Receive) -> tuple[bytes, BodyShare]:
@@ -71,7 +68,7 @@ class BodyReader:
             self._check_head(headers)
             share = await self._receive(receive)
         except APIError as error:
-            if b"expect" not in headers and not isinstance(error, BodyTimeoutError):
+            if b"expect" not in headers and error.status != 408:
                 await self._discard(receive)
             raise
         scope["state"][TEXT_SIZE] = share.size
@@ -85,7 +82,7 @@ class BodyReader:
             raise BodyTooLargeError(self._max_body_size)
 
     async def _receive(self, receive: Receive) -> BodyShare:
-        """Return the body. Raises BodyTimeoutError, BodyTooLargeError or BuffersExceedMemoryError."""
+        """Return the body. Raises APIError."""
         deadline = asyncio.timeout(self._timeout)
         share = BodyShare(self._budget, deadline)
         try:
@@ -105,7 +102,11 @@ class BodyReader:
             share.chunks.clear()  # the exception refers to this frame
             if not isinstance(error, TimeoutError):
                 raise
-            raise (BuffersExceedMemoryError if share.is_refused else BodyTimeoutError(self._timeout)) from None
+            if share.error is not None:
+                raise BuffersExceedMemoryError from None
+            message = f"The body of your request did not arrive within {self._timeout:g} seconds."
+            headers = {"connection": "close"}
+            raise APIError(408, message, code="request_timeout", headers=headers) from None  # a retry may succeed
         self._budget.shares.pop(share, None)  # a complete body does not give way
         return share
 
@@ -127,8 +128,3 @@ def get_text_size(request: Request) -> int:
     """Return how many bytes of text the work for a request reads: those of its body, or what was noted since."""
     size: int = request.scope["state"].get(TEXT_SIZE, 0)
     return size
-
-
-def note_text_size(request: Request, num_bytes: int) -> None:
-    """Note that a request refers to stored text, so that its work reads at least `num_bytes`."""
-    request.scope["state"][TEXT_SIZE] = max(get_text_size(request), num_bytes)

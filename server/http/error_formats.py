@@ -108,17 +108,12 @@ def install_error_handlers(app: FastAPI, errors: ErrorFormats, paths: Collection
     `paths` are the paths that an error may suggest.
     """
 
-    async def on_http_exception(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, HTTPException)
-        return errors.response(from_http_exception(exc, request, paths), request.scope)
-
-    async def on_validation_error(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, RequestValidationError)
-        return errors.response(from_validation_error(list(exc.errors()), exc.body), request.scope)
-
-    async def pass_on(request: Request, exc: Exception) -> Response:
+    async def answer(request: Request, exc: Exception) -> Response:
+        if isinstance(exc, HTTPException):
+            return errors.response(from_http_exception(exc, request, paths), request.scope)
+        if isinstance(exc, RequestValidationError):
+            return errors.response(from_validation_error(list(exc.errors()), exc.body), request.scope)
         raise exc
 
-    app.add_exception_handler(Exception, pass_on)
-    app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(RequestValidationError, on_validation_error)
+    for kind in (Exception, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, answer)

@@ -57,16 +57,6 @@ class APIError(Exception):
         """Return the response in OpenAI's envelope. `ErrorFormats` has that of the API which a request uses."""
         return Response(self.body(), self.status, self.headers, media_type="application/json")
 
-    @property
-    def named_message(self) -> str:
-        """The message with the name of the field, for envelopes that have no `param`."""
-        return self.message if self.param is None or self.param in self.message else f"{self.param}: {self.message}"
-
-    @property
-    def anthropic_message(self) -> str:
-        """The message in Anthropic's envelope."""
-        return self.named_message
-
 
 def valid_utf8(message: str) -> str:
     """Return a message that UTF-8 can encode."""
@@ -108,9 +98,9 @@ class InvalidValueError(BadRequestError):
         super().__init__(message, param=param, code=code)
 
 
-def invalid(param: str, problem: str) -> InvalidValueError:
+def invalid(param: str, problem: str, *, code: str | None = "invalid_value") -> InvalidValueError:
     """Return the error about the value of a field, with the problem as the end of a sentence."""
-    return InvalidValueError(f"Invalid '{param}': {problem}.", param=param)
+    return InvalidValueError(f"Invalid '{param}': {problem}.", param=param, code=code)
 
 
 class UnknownParameterError(BadRequestError):
@@ -133,7 +123,7 @@ class ContextLengthExceededError(BadRequestError):
     """The prompt, or prompt and completion together, exceed the context length. All numbers are in tokens.
 
     `noun` is the endpoint's name for its input: "messages" or "prompt". `at_least` means that `num_prompt_tokens` is a
-    lower bound. Anthropic's clients parse its wording of the message, to know by how much to shorten the input.
+    lower bound.
     """
 
     def __init__(
@@ -145,25 +135,17 @@ class ContextLengthExceededError(BadRequestError):
         noun: str = "messages",
         at_least: bool = False,
     ) -> None:
+        self.max_model_len, self.max_tokens = max_model_len, max_tokens
+        self.num_prompt_tokens = f"at least {num_prompt_tokens}" if at_least else str(num_prompt_tokens)
         limit = f"This model's maximum context length is {max_model_len} tokens. However, "
         if max_tokens is None:
-            number = f"at least {num_prompt_tokens}" if at_least else str(num_prompt_tokens)
-            text = f"your {noun} resulted in {number} tokens. Please reduce the length of the {noun}."
-            self._anthropic_message = f"prompt is too long: {number} tokens > {max_model_len} maximum"
+            text = f"your {noun} resulted in {self.num_prompt_tokens} tokens. Please reduce the length of the {noun}."
         else:
-            self._anthropic_message = (
-                f"input length and `max_tokens` exceed context limit: {num_prompt_tokens} + {max_tokens} > "
-                f"{max_model_len}, decrease input length or `max_tokens` and try again"
-            )
             text = (
                 f"you requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the {noun}, "
                 f"{max_tokens} in the completion). Please reduce the length of the {noun} or completion."
             )
         super().__init__(limit + text, param=noun, code="context_length_exceeded")
-
-    @property
-    def anthropic_message(self) -> str:
-        return self._anthropic_message
 
 
 class UnauthorizedError(APIError):
@@ -200,25 +182,12 @@ class ModelNotFoundError(APIError):
         super().__init__(404, message, code="model_not_found", param="model")
 
 
-class RequestNotFoundError(APIError):
-    def __init__(self, request_id: str) -> None:
-        super().__init__(404, f"No request with the id '{clip(request_id)}' is running.", code="request_not_found")
-
-
 class InvalidURLError(APIError):
     """No route has this path. `suggestion` is a path that one has."""
 
     def __init__(self, method: str, path: str, suggestion: str | None = None) -> None:
         hint = f". (HINT: Did you mean {clip(suggestion)}?)" if suggestion else ""
         super().__init__(404, f"Invalid URL ({clip(method)} {clip(path)}){hint}")
-
-
-class BodyTimeoutError(APIError):
-    """The body did not arrive in time. The status is 408, since a retry may succeed."""
-
-    def __init__(self, timeout: float) -> None:
-        message = f"The body of your request did not arrive within {timeout:g} seconds."
-        super().__init__(408, message, code="request_timeout", headers={"connection": "close"})
 
 
 class BodyTooLargeError(APIError):

@@ -24,7 +24,7 @@ from server.http.access_control import Authentication, CrossOriginMiddleware, Ho
 from server.http.bodies import BodyReader, BodyShare
 from server.http.error_formats import ErrorFormats
 from server.http.errors import APIError, ServerError
-from server.http.json_route import EXCHANGE, StrictJSONRoute
+from server.http.strict_json import EXCHANGE, StrictJSONRoute
 from server.metrics import Metrics
 from server.tenants import TENANT, Ledger, Tenant, client_address
 
@@ -45,19 +45,6 @@ RETRY_COUNT = b"x-stainless-retry-count"  # a header of the official SDKs
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRules:
-    """What decides about requests before the application sees them, and what counts them."""
-
-    hosts: HostRules | None  # None: any host will do
-    origins: Sequence[str]  # of web pages that may send requests
-    authentication: Authentication
-    ledger: Ledger
-    bodies: BodyReader
-    errors: ErrorFormats
-    metrics: Metrics
-
-
 class Application(FastAPI):
     """FastAPI behind the server's own layers, which answer most POST requests without it and its middleware."""
 
@@ -68,25 +55,32 @@ class Application(FastAPI):
         await self.layers(scope, receive, send)
 
 
+@dataclass(kw_only=True)
 class RequestMiddleware:
-    """Decides about each request, reads its body, and records its end."""
+    """Decides about each request before the application sees it, reads its body, and records its end."""
 
-    def __init__(self, app: ASGIApp, rules: RequestRules, routes: Mapping[str, StrictJSONRoute]) -> None:
-        """`routes` are those of POST requests by their whole path; the application finds the others."""
-        self._app = app
-        self._rules = rules
-        self._routes = routes
-        self._cross_origin = CrossOriginMiddleware(_answer, rules.origins)
+    app: ASGIApp
+    routes: Mapping[str, StrictJSONRoute]  # of POST requests by their whole path; the application finds the others
+    hosts: HostRules | None  # None: any host will do
+    origins: Sequence[str]  # of web pages that may send requests
+    authentication: Authentication
+    ledger: Ledger
+    bodies: BodyReader
+    errors: ErrorFormats
+    metrics: Metrics
+
+    def __post_init__(self) -> None:
+        self._cross_origin = CrossOriginMiddleware(_answer, self.origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            route = self._routes.get(scope["path"]) if scope["method"] == "POST" else None
-            exchange = Exchange(self._app, route, self._rules, scope, receive, send)
+            route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
+            exchange = Exchange(self, route, scope, receive, send)
             await exchange.run(self._cross_origin)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
 
 
 async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,16 +93,9 @@ class Exchange:
     """One request and its response."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        route: StrictJSONRoute | None,
-        rules: RequestRules,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
+        self, rules: RequestMiddleware, route: StrictJSONRoute | None, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """`route`: what answers the request; None: `app` does."""
-        self._app = app
+        """`route`: what answers the request; None: the application does."""
         self._route = route
         self._rules = rules
         self._scope = scope
@@ -129,7 +116,8 @@ class Exchange:
     async def run(self, cross_origin: ASGIApp) -> None:
         """Answer the request; if a web page sent it, through `cross_origin`."""
         try:
-            if RETRY_COUNT in self._headers and is_retry(self._headers[RETRY_COUNT]):
+            retries = self._headers.get(RETRY_COUNT, b"")
+            if retries.isdigit() and retries.strip(b"0"):
                 self._rules.metrics.count_retry()
             hosts = self._rules.hosts
             error = None if hosts is None else hosts.check(Headers(scope=self._scope))
@@ -194,7 +182,7 @@ class Exchange:
                     self._number = await rules.ledger.enter(self._tenant)
                 self._unread, self._body = await rules.bodies.read(scope, receive)
                 receive = self.receive
-            app = self._app
+            app = rules.app
             if (route := self._route) is not None:
                 scope["route"] = route
                 if route.ends_with_client:
@@ -289,8 +277,3 @@ def choose_request_id(client_id: str | None) -> str:
     if client_id is not None and _REQUEST_ID.fullmatch(client_id):
         return client_id
     return f"req_{secrets.token_hex(16)}"
-
-
-def is_retry(count: bytes) -> bool:
-    """Return whether a header of the official SDKs marks a request as a retry."""
-    return count.isdigit() and count.strip(b"0") != b""

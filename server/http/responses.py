@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from sse_starlette.sse import EventSourceResponse
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.http.errors import APIError, ServerError
+from server.shares import MemoryShare
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +31,10 @@ class StructResponse(Response):
         return msgspec.json.encode(content)
 
 
-class Counted(Protocol):
-    """The part of an `AnswerShare` that a response uses."""
-
-    def check(self) -> None:
-        """Raise the error that has refused the answer, if one has."""
-
-    def on_refusal(self, refuse: Callable[[APIError], None]) -> None:
-        """Replace what ends the request."""
-
-    def release(self) -> None:
-        """Count the answer no longer."""
-
-
 class AnswerResponse(Response):
     """A JSON answer that counts in its share until it is sent. If it has to make room, the connection is closed."""
 
-    def __init__(self, content: bytes, share: Counted, headers: Mapping[str, str]) -> None:
+    def __init__(self, content: bytes, share: MemoryShare, headers: Mapping[str, str]) -> None:
         super().__init__(content, headers=headers, media_type="application/json")
         self._share = share
 
@@ -59,7 +47,7 @@ class AnswerResponse(Response):
                 def stop(error: APIError) -> None:
                     deadline.reschedule(0)
 
-                self._share.on_refusal(stop)
+                self._share.end = stop
                 await self._send(send)
         except TimeoutError:
             raise ClientDisconnect from None

@@ -1,5 +1,6 @@
 """Pydantic's errors about a body as OpenAI would describe them: one problem, with a path like `messages[0].content`."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,27 +15,14 @@ from server.http.errors import (
 
 MAX_ECHO = 64  # characters of a client's value that are repeated in a message
 
-# error type -> the expected type, as a phrase with its article
+# Beginning of the error types of values of another type -> the expected type, as a phrase with its article.
 EXPECTED_TYPES = {
-    "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a decimal",
-    "float_parsing": "a decimal",
-    "decimal_type": "a decimal",
-    "bool_type": "a boolean",
-    "bool_parsing": "a boolean",
-    "string_type": "a string",
-    "list_type": "an array",
-    "tuple_type": "an array",
-    "iterable_type": "an array",
-    "dict_type": "an object",
-    "mapping_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "dataclass_type": "an object",
-    "none_required": "null",
+    **{"int": "an integer", "float": "a decimal", "decimal": "a decimal", "bool": "a boolean", "string": "a string"},
+    **dict.fromkeys(("list", "tuple", "iterable"), "an array"),
+    **dict.fromkeys(("dict", "mapping", "model", "dataclass"), "an object"),
+    "none": "null",
 }
+TYPE_ERROR = re.compile(r"([a-z]+)_(type|parsing|from_float|attributes_type|required)")
 
 # error type -> (is it an upper limit, sign of the limit, key of the limit in `ctx`)
 NUMBER_LIMITS = {
@@ -135,12 +123,16 @@ def _depth(path: str) -> int:
 
 def _describe(path: str, errors: list[dict[str, Any]]) -> BadRequestError:
     """Describe the errors at one path as one problem. A union has several errors; a limit is preferred to a type."""
+    expected: dict[str, None] = {}
     for error in errors:
-        if error["type"] not in EXPECTED_TYPES:
+        match = TYPE_ERROR.fullmatch(error["type"])
+        phrase = EXPECTED_TYPES.get(match[1]) if match else None
+        if phrase is None:
             return _describe_one(path, error)
-    expected = list(dict.fromkeys(EXPECTED_TYPES[error["type"]] for error in errors))
-    phrase = expected[0] if len(expected) == 1 else "one of " + _join(expected)
-    return InvalidTypeError(path, phrase, json_type(errors[0]["input"]))
+        expected[phrase] = None
+    *others, last = expected
+    all_types = f"one of {', '.join(others)} or {last}" if others else last
+    return InvalidTypeError(path, all_types, json_type(errors[0]["input"]))
 
 
 def _describe_one(path: str, error: dict[str, Any]) -> BadRequestError:
@@ -207,7 +199,3 @@ def _describe_choice(path: str, error: dict[str, Any]) -> BadRequestError:
     if not isinstance(value, str):
         return InvalidTypeError(path, f"one of {supported}", json_type(value))
     return _invalid(path, f"Invalid value: {echo(value)}. Supported values are: {supported}.")
-
-
-def _join(phrases: list[str]) -> str:
-    return ", ".join(phrases[:-1]) + " or " + phrases[-1]

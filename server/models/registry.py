@@ -1,125 +1,76 @@
-"""The models that can be served, whether they are in memory or not, by their names."""
+"""The model that is served, by its names: what loads it, and how it is. A part serves several."""
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
-from functools import cached_property
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import chain
-from pathlib import Path
+from typing import Any
 
-from engine.config import ModelConfig, load_model_config
+import msgspec
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.engine_client.client import EngineClient
 from server.http.errors import EngineUnavailableError, MissingParameterError, ModelNotFoundError
+from server.http.responses import StructResponse
 from server.metrics import Metrics
-from server.models.served_model import ModelVariant, ServedModel
-from server.settings.process_configs import ServedModelConfig
+from server.models.served_model import ModelVariant, ServedModel, load_served_model
+from server.processes.supervisor_channel import Channel
+from server.settings.process_configs import ApiProcessConfig, ServedModelConfig
 from server.tenants import Tenant
-from server.weight_files import WeightFiles, describe_weights
 
-
-class ModelState(StrEnum):
-    """Whether a model can answer."""
-
-    UNLOADED = "unloaded"
-    LOADING = "loading"
-    LOADED = "loaded"
-    FAILED = "failed"  # the last attempt to load it, or its engine
+DRAINING = "The server is shutting down."
+NO_PROGRESS = "The work on texts makes no progress."
 
 
 class ModelSlot:
-    """A model that can be served, and what is in memory of it. Times are in seconds, by `now`."""
+    """A model that can be served. In the core, it is loaded before there are requests."""
 
-    def __init__(self, config: ServedModelConfig, metrics: Metrics, served: ServedModel | None = None) -> None:
+    def __init__(self, config: ServedModelConfig, metrics: Metrics) -> None:
         self.config = config
+        self.names = config.names
+        self.name = config.names[0]
         self.metrics = metrics
-        self.served = served  # None: it is not loaded
-        self.task: asyncio.Task[None] | None = None  # that loads or unloads it
-        self.failure = ""  # why it could not be loaded, or its engine has ended
-        self.failed_at = 0.0
-        self.memory = 0  # bytes of host memory that it holds, or has reserved
-        self.num_users = 0  # requests that need it, beside those in its engine
-        self.now: Callable[[], float] = time.monotonic  # the time of the event loop, once it runs
-        self.last_used = 0.0
-        self.idle_limit: float | None = None  # after which it is unloaded, if a client has said so
-        self.load_requested: float | None = None  # None: it is not being loaded
-        self.load_began: float | None = None  # None: it is not being loaded, or waits for memory
-        self.load_seconds: float | None = None  # that the last load took
+        self.served: ServedModel | None = None  # None: it is not loaded
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.config.names
+    def loaded(self) -> ServedModel:
+        """Return what is served. Raises EngineUnavailableError if it is not loaded."""
+        assert self.served is not None
+        return self.served
 
-    @property
-    def name(self) -> str:
-        return self.config.names[0]
+    def unloaded_fields(self, tenant: Tenant) -> dict[str, Any] | None:
+        """Return the fields of `GET /v1/models` of a model that is not loaded, or None if it is."""
+        return None
 
-    @cached_property
-    def weight_files(self) -> WeightFiles:
-        """The model's files. The first call reads their headers. Raises OSError or ValueError."""
-        return describe_weights(Path(self.config.path))
-
-    @cached_property
-    def model_config(self) -> ModelConfig:
-        """The model's configuration. The first call reads it. Raises OSError or ValueError."""
-        return load_model_config(Path(self.config.path))
-
-    @property
-    def number(self) -> int:
-        """The number of its engine."""
-        return self.config.engines[0].number
-
-    @property
-    def state(self) -> ModelState:
-        if self.served is not None and self.served.client.dead_reason is None:
-            return ModelState.LOADING if self.served.client.info is None else ModelState.LOADED
-        if self.load_requested is not None:
-            return ModelState.LOADING
-        return ModelState.FAILED if self.reason else ModelState.UNLOADED
-
-    @property
-    def reason(self) -> str:
-        """Why it cannot be used; empty if nothing has failed."""
-        return self.failure or (self.served and self.served.client.dead_reason) or ""
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep the model loaded, or the load going."""
-        self.num_users += 1
-        try:
-            yield
-        finally:
-            self.num_users -= 1
-            self.last_used = self.now()
-
-    @property
-    def is_idle(self) -> bool:
-        """True if it is loaded, and no request needs it."""
-        return (
-            self.task is None
-            and self.served is not None
-            and self.num_users == 0
-            and self.served.client.num_in_flight == 0
-        )
-
-    @property
-    def seconds_loading(self) -> float | None:
-        """Seconds since its load was requested, or None if it is not being loaded."""
-        return None if self.load_requested is None else self.now() - self.load_requested
-
-    @property
-    def fraction_loaded(self) -> float | None:
-        """The part of a load that is done, by the time that the last one took. None: it is not known."""
-        if self.load_began is None or self.load_seconds is None:
-            return None
-        return min(0.99, (self.now() - self.load_began) / self.load_seconds)
+    def all_names(self, tenant: Tenant) -> list[str]:
+        """Return its names, and those of its adapters: those that are loaded, or will be together with it."""
+        client = None if self.served is None else self.served.client
+        adapters = self.config.settings.lora_names if client is None or client.info is None else client.adapters
+        return [*self.names, *(name for name in adapters if tenant.may_use(name))]
 
 
 class ModelRegistry:
-    """All models. If there is only one, it answers requests that name none, where that is allowed."""
+    """The models by their names. In the core it is one, which is loaded together with the server, and stays.
 
-    def __init__(self, slots: Sequence[ModelSlot]) -> None:
-        self.slots = slots
+    If there is only one, it answers requests that name none, where that is allowed.
+    """
+
+    # Answers a request once its model is loaded, with its route and its fields; None: none needs to wait.
+    when_loaded: Callable[..., Awaitable[Response]] | None = None
+    unloads = False  # each load starts another engine
+
+    def __init__(
+        self, config: ApiProcessConfig, new_metrics: Callable[[str], Metrics], channel: Channel | None = None
+    ) -> None:
+        """`new_metrics` makes those of a model with this name. `channel` leads to the supervisor, if there is one."""
+        self.slots: Sequence[ModelSlot] = [ModelSlot(each, new_metrics(each.names[0])) for each in config.models]
+        self._can_restart = channel is not None
+
+    def load(self, client: EngineClient | None) -> None:
+        """Load the model, whose engine has this client; None: make one. It starts a process. Raises ValueError."""
+        slot = self.slots[0]
+        slot.served = load_served_model(slot.config, slot.metrics, can_restart=self._can_restart, client=client)
 
     async def start(self) -> None:
         """Connect to the engines of the models that are loaded together with the server."""
@@ -139,26 +90,27 @@ class ModelRegistry:
     @property
     def default(self) -> ServedModel:
         """The first model. Raises EngineUnavailableError if it is not loaded."""
-        return _served(self.slots[0])
+        return self.slots[0].loaded()
 
     @property
     def name(self) -> str:
         """The name of the first model."""
         return self.slots[0].name
 
+    @property
+    def metrics(self) -> CollectorRegistry:
+        """The metrics of all models."""
+        return self.slots[0].metrics.registry
+
     def names(self, tenant: Tenant) -> list[str]:
         """Return the names that the tenant can use: those of each model, then those of its adapters."""
-        return list(chain.from_iterable(_names(slot, tenant) for slot in self.slots))
-
-    def variants(self, tenant: Tenant) -> list[ModelVariant]:
-        """Return each loaded model under each of its names, then its loaded adapters that the tenant may use."""
-        return list(chain.from_iterable(_variants(model, tenant) for model in self.loaded))
+        return list(chain.from_iterable(slot.all_names(tenant) for slot in self.slots))
 
     def find_slot(self, name: str | None, tenant: Tenant) -> ModelSlot | None:
         """Return the slot of the model or adapter with this name, or None. A name of None is that of the first."""
         if name is None:
             return self.slots[0]
-        return next((slot for slot in self.slots if name in _names(slot, tenant)), None)
+        return next((slot for slot in self.slots if name in slot.all_names(tenant)), None)
 
     def find(self, name: str | None, tenant: Tenant) -> ModelVariant:
         """Return the model or adapter with this name, or the only model if it is None.
@@ -169,7 +121,7 @@ class ModelRegistry:
             EngineUnavailableError: The model is not loaded, or the adapter is loaded together with it.
         """
         if name is None and len(self.slots) == 1:
-            name = self.slots[0].config.names[0]
+            name = self.name
         if not name:
             raise MissingParameterError("model")
         for each in self.slots:
@@ -178,34 +130,81 @@ class ModelRegistry:
         slot = self.find_slot(name, tenant)
         if slot is None:
             raise ModelNotFoundError(name, self.names(tenant))
-        model = _served(slot)
-        if name not in model.client.adapters:
-            model.client.ready_info()
+        client = slot.loaded().client
+        if name not in client.adapters:
+            client.ready_info()
             raise ModelNotFoundError(name, self.names(tenant))
-        return ModelVariant(name, model, model.client.adapters[name])
+        return ModelVariant(name, slot.loaded(), client.adapters[name])
 
     def is_ambiguous(self, tenant: Tenant) -> bool:
         """Return whether a request of the tenant must name its model, since there are several, or adapters."""
         return len(self.slots) > 1 or len(self.names(tenant)) > len(self.slots[0].names)
 
+    def keep_loaded(self, request: Request, slot: ModelSlot | None) -> AbstractAsyncContextManager[None]:
+        """Wait until a model is loaded, and keep it loaded in the context. Raises APIError."""
+        return nullcontext()
 
-def _served(slot: ModelSlot) -> ServedModel:
-    if slot.served is None:
-        is_loading = slot.state is ModelState.LOADING
-        state = (
-            "still being loaded. Please retry later." if is_loading else "not loaded. A request that runs it loads it."
-        )
-        raise EngineUnavailableError(f"The model `{slot.name}` is {state}")
-    return slot.served
+    # How the engines are.
+
+    @property
+    def _client(self) -> EngineClient:
+        return self.default.client
+
+    @property
+    def died(self) -> asyncio.Event:
+        """Set when the server has to end, as it cannot answer any longer."""
+        return self._client.died
+
+    async def wait_started(self) -> str:
+        """Wait until the models that are loaded at the start are loaded. Return the state of all, in words."""
+        await self._client.became_ready.wait()
+        return f"{self.name} is ready"
+
+    async def wait_changed(self) -> None:
+        """Wait until the state of an engine changes."""
+        changed = self._client.changed
+        changed.clear()
+        await changed.wait()
+
+    def engine_started(self, number: int, pid: int) -> None:
+        """Note that a process of an engine runs."""
+        self._client.engines[number].engine_started(pid)
+
+    def engine_gone(self, number: int, reason: str) -> None:
+        """Note that an engine has ended, and is not started again at once."""
+        self._client.engines[number].liveness.mark_dead(reason)
+
+    def drain(self) -> None:
+        """Admit no new work: the server shuts down."""
+        for model in self.loaded:
+            model.client.drain()
+
+    # The answers of the probes, from memory, in any state. `is_stuck`: the work on texts makes no progress.
+
+    def health(self, *, is_stuck: bool) -> Response:
+        return _answer(self._client, is_ok=self._client.is_healthy and not is_stuck)
+
+    def alive(self) -> Response:
+        return _answer(self._client, is_ok=self._client.is_alive)
+
+    def ready(self, *, is_stuck: bool) -> Response:
+        client = self._client
+        return _answer(client, is_ok=client.is_healthy and not is_stuck and not client.drain_requested.is_set())
 
 
-def _names(slot: ModelSlot, tenant: Tenant) -> list[str]:
-    """Return the names of a model, and of its adapters: those that are loaded, or will be together with it."""
-    client = None if slot.served is None else slot.served.client
-    adapters = slot.config.settings.lora_names if client is None or client.info is None else client.adapters
-    return [*slot.names, *(name for name in adapters if tenant.may_use(name))]
-
-
-def _variants(model: ServedModel, tenant: Tenant) -> list[ModelVariant]:
-    adapters = [(name, adapter) for name, adapter in model.client.adapters.items() if tenant.may_use(name)]
-    return [*model.variants.values(), *(ModelVariant(name, model, adapter) for name, adapter in adapters)]
+def _answer(client: EngineClient, *, is_ok: bool) -> Response:
+    if is_ok:
+        return StructResponse({"status": "ok", "restarts": client.num_restarts} | client.states)
+    if (since := client.restarting_since) is not None:  # Unix time
+        error = EngineUnavailableError("The engine died and is being restarted.")
+        state = {"status": "restarting", "since": int(since), "restarts": client.num_restarts} | client.states
+        return StructResponse(state | msgspec.json.decode(error.body()), error.status, error.headers)
+    if client.dead_reason is not None:
+        return EngineUnavailableError("The engine has stopped.").response()
+    if not client.is_ready:
+        return EngineUnavailableError("The model is still being loaded.").response()
+    if client.drain_requested.is_set():
+        return EngineUnavailableError(DRAINING).response()
+    if client.is_healthy:
+        return EngineUnavailableError(NO_PROGRESS).response()
+    return EngineUnavailableError("The engine does not respond.").response()

@@ -34,7 +34,6 @@ class ServedModel:
 
     settings: Settings
     names: tuple[str, ...]  # accepted in `model`; the first is the id in responses
-    path: Path
     client: EngineClient
     metrics: Metrics
     tokenizer: Tokenizer
@@ -135,7 +134,6 @@ def load_served_model(
     return ServedModel(
         settings=settings,
         names=config.names,
-        path=path,
         client=client or _make_client(config, vocabulary, metrics, can_restart=can_restart),
         metrics=metrics,
         tokenizer=tokenizer,

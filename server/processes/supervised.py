@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Container, Sequence
 
-from server.processes.child_process import Child, SupervisorError
-from server.processes.run_queue import MAX_WAIT_FACTOR, Silence, cpu_waits
-from server.processes.stop_signals import Clock
-from server.processes.supervisor_channel import HEARTBEAT_SECONDS, Channel, Message
+from server.processes.child_process import Child, Clock, SupervisorError
+from server.processes.supervisor_channel import HEARTBEAT_SECONDS, MAX_WAIT_FACTOR, Channel, Message, Silence, cpu_waits
 
 MISSED_HEARTBEATS = 3  # tolerated on top of --step-timeout
 
@@ -76,7 +74,6 @@ class SupervisedEngine:
             clock: Says when something is due.
         """
         self.number = number
-        self.is_stopped = False  # it has been asked to end
         self.is_gone = False  # its process has ended, and no other one will be started
         self._launch = launch
         self._restarts = restarts
@@ -90,7 +87,6 @@ class SupervisedEngine:
         self._load_seconds: float | None = None  # of the first process; None until it is ready
         self._failure = ""  # why the latest process could not be started
         self._restart_at: float | None = None
-        self._kill_at: float | None = None  # when a process that was asked to end has had time enough
         self.process = launch()
 
     @property
@@ -98,8 +94,6 @@ class SupervisedEngine:
         """When another process is to be started, or a restarted one must be ready. None: nothing is due."""
         if self.is_gone:
             return None
-        if self.is_stopped:
-            return self._kill_at
         if self._restart_at is None and self._load_seconds is not None and not self._is_ready:
             return self._started + self._load_limit
         return self._restart_at
@@ -115,22 +109,13 @@ class SupervisedEngine:
             self._is_ready = True
             self._load_seconds = self._load_seconds or self._clock.now() - self._started
 
-    def stop(self, seconds: float) -> None:
-        """Ask the process to end, and kill it after `seconds`. No other one is started."""
-        self.is_stopped, self._restarts, self._kill_at = True, False, self._clock.now() + seconds
-        self._restart_at = None
-        self.process.terminate()
-
     def advance(self) -> None:
-        """Do what is due: plan the start of another process, start it, or kill one that should be ready or gone."""
+        """Do what is due: plan the start of another process, start it, or kill one that should be ready."""
         if self.process.has_ended and self._restart_at is None and not self.is_gone:
             self._plan_restart()
         if self.deadline is None or self._clock.now() < self.deadline:
             return
-        if self.is_stopped:
-            self._kill_at = None
-            self.process.kill()
-        elif self._restart_at is None:
+        if self._restart_at is None:
             self._check_load()
         else:
             self._restart()

@@ -1,6 +1,4 @@
-"""Answers, and parts of them, that several APIs share: usage, log probabilities, timings, and a rendered prompt."""
-
-from typing import Any
+"""Answers, and parts of them, that several APIs share: usage, log probabilities and timings."""
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -66,14 +64,3 @@ class RequestTimings(msgspec.Struct, frozen=True):
     num_chunks: int  # steps that computed prompt tokens, or recomputed tokens lost by preemption
     num_output_tokens: int
     num_preemptions: int
-
-
-class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt of a request as the model would see it: the answer of `.../render`, an endpoint of vLLM."""
-
-    request_id: str
-    model: str
-    prompt: str  # the token ids as text, including special tokens
-    token_ids: list[int]
-    max_tokens: int  # per choice
-    sampling_params: dict[str, Any]  # as sent to the engine; the seed is null unless the request sets it

@@ -31,6 +31,7 @@ from server.schemas.request_fields import (
     StreamOptions,
     TruncatedLength,
     TruncationSide,
+    optional,
 )
 from server.schemas.sampling import SamplingFields
 from server.schemas.structured_outputs import OUTPUT_FIELDS, ResponseFormat, StructuredOutputsFields
@@ -61,12 +62,10 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
     for prompts, output length and log probabilities, so their requests say what is requested.
     """
 
-    model: str | None = Field(
-        None, description="Name of the model, as listed by GET /v1/models. Required if there are LoRA adapters."
-    )
+    model: str | None = optional("Name of the model, as listed by GET /v1/models. Required if there are LoRA adapters.")
     n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
-    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
-    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    stream: bool | None = optional("Send the answer as server-sent events while it is generated.")
+    stream_options: StreamOptions | None = optional("Only with stream.")
     stream_interval: int | None = Field(
         None,
         ge=1,
@@ -75,15 +74,12 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
         "last chunk are sent at once. Default 1.",
     )
 
-    logit_bias: LogitBias = Field(
-        None, description="Values from -100 to 100 to add to the logits of tokens, by token id."
-    )
-    allowed_token_ids: AllowedTokenIds | None = Field(None, description="Sample only these tokens.")
-    bad_words: BadWords | None = Field(None, description="Words that must not appear in the output.")
-    post_sampling_probs: bool | None = Field(
-        None,
-        description="Report log probabilities of the distribution that tokens were sampled from, after all settings "
-        "here, instead of the model's own.",
+    logit_bias: LogitBias = optional("Values from -100 to 100 to add to the logits of tokens, by token id.")
+    allowed_token_ids: AllowedTokenIds | None = optional("Sample only these tokens.")
+    bad_words: BadWords | None = optional("Words that must not appear in the output.")
+    post_sampling_probs: bool | None = optional(
+        "Report log probabilities of the distribution that tokens were sampled from, after all settings "
+        "here, instead of the model's own."
     )
     seed: int | None = Field(
         None,
@@ -94,14 +90,12 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
     )
 
     stop: Stop = Field(None, description=f"Up to {MAX_STOPS} strings that end the text. They are not part of it.")
-    include_stop_str_in_output: bool | None = Field(None, description="Include the stop string in the text.")
-    stop_token_ids: StopTokenIds | None = Field(
-        None, description="Tokens that end the text, in addition to the model's own."
-    )
-    ignore_eos: bool | None = Field(None, description="Continue after the model's end-of-sequence token.")
+    include_stop_str_in_output: bool | None = optional("Include the stop string in the text.")
+    stop_token_ids: StopTokenIds | None = optional("Tokens that end the text, in addition to the model's own.")
+    ignore_eos: bool | None = optional("Continue after the model's end-of-sequence token.")
     min_tokens: int | None = Field(None, ge=0, description="Minimum number of tokens before anything ends the text.")
-    repetition_detection: RepetitionFields | None = Field(
-        None, description="When to end an answer that repeats itself. Default: never."
+    repetition_detection: RepetitionFields | None = optional(
+        "When to end an answer that repeats itself. Default: never."
     )
     thinking_token_budget: int | None = Field(
         None,
@@ -109,24 +103,23 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
         le=INT64_MAX,
         description="Maximum number of reasoning tokens, for models that reason before they answer; -1: no limit.",
     )
-    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text. Default true.")
-    truncate_prompt_tokens: TruncatedLength | None = Field(
-        None, description="Truncate the prompt to this many tokens; -1: to what fits the context. Default: never."
+    skip_special_tokens: bool | None = optional("Leave special tokens out of the text. Default true.")
+    truncate_prompt_tokens: TruncatedLength | None = optional(
+        "Truncate the prompt to this many tokens; -1: to what fits the context. Default: never."
     )
-    truncation_side: TruncationSide | None = Field(
-        None, description="Side of the prompt that truncate_prompt_tokens removes. Default left: the beginning."
+    truncation_side: TruncationSide | None = optional(
+        "Side of the prompt that truncate_prompt_tokens removes. Default left: the beginning."
     )
-    prompt_logprobs: NumLogprobs | None = Field(
-        None,
-        description="Return the log probabilities of the prompt's tokens and of this many alternatives; -1: of all "
-        "tokens. Not with stream.",
+    prompt_logprobs: NumLogprobs | None = optional(
+        "Return the log probabilities of the prompt's tokens and of this many alternatives; -1: of all "
+        "tokens. Not with stream."
     )
-    logprob_token_ids: LogprobTokenIds | None = Field(
-        None, description="With logprobs: return these tokens as alternatives instead of the most likely ones."
+    logprob_token_ids: LogprobTokenIds | None = optional(
+        "With logprobs: return these tokens as alternatives instead of the most likely ones."
     )
-    return_token_ids: bool | None = Field(None, description="Return the token ids of the prompt and the output.")
-    return_tokens_as_token_ids: bool | None = Field(
-        None, description="With logprobs: name tokens as 'token_id:5' instead of by their text."
+    return_token_ids: bool | None = optional("Return the token ids of the prompt and the output.")
+    return_tokens_as_token_ids: bool | None = optional(
+        "With logprobs: name tokens as 'token_id:5' instead of by their text."
     )
     request_id: str | None = Field(
         None,
@@ -138,8 +131,8 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, AB
         max_length=MAX_CACHE_SALT_CHARS,
         description="Share cached prefixes only with requests that have the same salt.",
     )
-    response_format: ResponseFormat | None = Field(None, description="Format of the answer. Default text.")
-    lightwell: LightwellOptions | None = Field(None, description="Options of this server alone.")
+    response_format: ResponseFormat | None = optional("Format of the answer. Default text.")
+    lightwell: LightwellOptions | None = optional("Options of this server alone.")
 
     @abstractmethod
     def requested(self) -> Requested:

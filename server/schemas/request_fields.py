@@ -48,6 +48,11 @@ def at_most(limit: int) -> BeforeValidator:
 JSONSchema = dict[str, Any]
 
 
+def optional(description: str) -> Any:
+    """Return a field that may be left out, or null, as the OpenAPI document describes it."""
+    return Field(None, description=description)
+
+
 class OpenObject(BaseModel):
     """Base of the objects whose unknown fields are kept, and reported by name."""
 
@@ -164,11 +169,9 @@ LogitBias = Annotated[
 class StreamOptions(OpenObject):
     """Extra information in a stream."""
 
-    include_usage: bool | None = Field(None, description="Send a last chunk with the usage and no choices.")
-    continuous_usage_stats: bool | None = Field(
-        None, description="With include_usage: report the usage so far in every chunk."
-    )
-    include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
+    include_usage: bool | None = optional("Send a last chunk with the usage and no choices.")
+    continuous_usage_stats: bool | None = optional("With include_usage: report the usage so far in every chunk.")
+    include_obfuscation: bool | None = optional("Accepted; chunks are never padded.")
 
 
 class RepetitionFields(ClosedObject):
@@ -205,4 +208,4 @@ class QueueFields(OpenObject):
 class LightwellOptions(OpenObject):
     """Options of this server alone."""
 
-    explain: bool | None = Field(None, description="Report how long each stage of the request took, as `lightwell`.")
+    explain: bool | None = optional("Report how long each stage of the request took, as `lightwell`.")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.http.errors import BadRequestError, MissingParameterError, UnsupportedParameterError, invalid
 from server.http.strict_json import MAX_DEPTH, describe_size, is_deeper
 from server.part_table import as_sentence, why_missing
-from server.schemas.request_fields import ClosedObject, JSONSchema, OpenObject
+from server.schemas.request_fields import ClosedObject, JSONSchema, OpenObject, optional
 from server.schemas.tools import ToolChoice, Tools
 
 MAX_CHOICES = 1000
@@ -57,13 +57,13 @@ class ResponseFormat(ClosedObject):
     """OpenAI's `response_format`, with the schema of llama.cpp and the structural tags of vLLM."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
-    json_schema: JSONSchemaFormat | None = Field(None, description="Only with type json_schema.")
+    json_schema: JSONSchemaFormat | None = optional("Only with type json_schema.")
     schema_: JSONSchema | None = Field(
         None, alias="schema", description="llama.cpp's name of the schema, with type json_schema or json_object."
     )
-    format: Tag | None = Field(None, description="Only with type structural_tag.")
-    structures: list[Any] | None = Field(None, description="Only with type structural_tag, instead of a format.")
-    triggers: list[Any] | None = Field(None, description="Only with structures: texts with which these begin.")
+    format: Tag | None = optional("Only with type structural_tag.")
+    structures: list[Any] | None = optional("Only with type structural_tag, instead of a format.")
+    triggers: list[Any] | None = optional("Only with structures: texts with which these begin.")
 
     @property
     def structural_tag(self) -> Tag | None:
@@ -95,25 +95,22 @@ class StructuredOutputs(OpenObject):
     """vLLM's `structured_outputs`: exactly one of KINDS, and options that must match what this server does anyway."""
 
     json_: JSONSchema | str | None = Field(None, alias="json", description="A JSON schema, or the text of one.")
-    json_object: bool | None = Field(None, description="Any JSON object.")
-    regex: Regex | None = Field(None, description="A regular expression that the whole answer must match.")
-    choice: Choices | None = Field(None, description="Texts of which the answer must be one.")
-    grammar: Lark | None = Field(
-        None, description="A grammar in Lark's notation, with the start rule `start`, or in GBNF, with `root`."
+    json_object: bool | None = optional("Any JSON object.")
+    regex: Regex | None = optional("A regular expression that the whole answer must match.")
+    choice: Choices | None = optional("Texts of which the answer must be one.")
+    grammar: Lark | None = optional(
+        "A grammar in Lark's notation, with the start rule `start`, or in GBNF, with `root`."
     )
-    structural_tag: Tag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = Field(
-        None, description="A structural tag, as an object or as its JSON text."
+    structural_tag: Tag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = optional(
+        "A structural tag, as an object or as its JSON text."
     )
-    disable_any_whitespace: bool | None = Field(
-        None, description="Null or true: JSON is always generated without white space."
+    disable_any_whitespace: bool | None = optional("Null or true: JSON is always generated without white space.")
+    disable_fallback: bool | None = optional("Accepted; there is no fallback.")
+    disable_additional_properties: bool | None = optional(
+        "Close objects for which the schema has properties, but no additionalProperties. Default true, or "
+        "false with --allow-additional-properties."
     )
-    disable_fallback: bool | None = Field(None, description="Accepted; there is no fallback.")
-    disable_additional_properties: bool | None = Field(
-        None,
-        description="Close objects for which the schema has properties, but no additionalProperties. Default true, or "
-        "false with --allow-additional-properties.",
-    )
-    whitespace_pattern: str | None = Field(None, description="Not supported yet: null.")
+    whitespace_pattern: str | None = optional("Not supported yet: null.")
 
     def check(self) -> None:
         if self.structural_tag is not None:
@@ -137,16 +134,16 @@ class StructuredOutputs(OpenObject):
 class StructuredOutputsFields(BaseModel):
     """`structured_outputs`, and other fields that stand for its fields."""
 
-    structured_outputs: StructuredOutputs | None = Field(None, description="Constraints on the answer.")
-    guided_json: JSONSchema | str | None = Field(None, description="Deprecated alias of structured_outputs.json.")
-    guided_regex: Regex | None = Field(None, description="Deprecated alias of structured_outputs.regex.")
-    guided_choice: Choices | None = Field(None, description="Deprecated alias of structured_outputs.choice.")
-    guided_grammar: Lark | None = Field(None, description="Deprecated alias of structured_outputs.grammar.")
-    json_schema: JSONSchema | str | None = Field(None, description="SGLang's name of structured_outputs.json.")
-    regex: Regex | None = Field(None, description="SGLang's name of structured_outputs.regex.")
-    ebnf: Lark | None = Field(None, description="SGLang's name of structured_outputs.grammar.")
-    grammar: Annotated[str, Field(max_length=MAX_LARK_CHARS)] | None = Field(
-        None, description="llama.cpp's name of structured_outputs.grammar. Empty: none."
+    structured_outputs: StructuredOutputs | None = optional("Constraints on the answer.")
+    guided_json: JSONSchema | str | None = optional("Deprecated alias of structured_outputs.json.")
+    guided_regex: Regex | None = optional("Deprecated alias of structured_outputs.regex.")
+    guided_choice: Choices | None = optional("Deprecated alias of structured_outputs.choice.")
+    guided_grammar: Lark | None = optional("Deprecated alias of structured_outputs.grammar.")
+    json_schema: JSONSchema | str | None = optional("SGLang's name of structured_outputs.json.")
+    regex: Regex | None = optional("SGLang's name of structured_outputs.regex.")
+    ebnf: Lark | None = optional("SGLang's name of structured_outputs.grammar.")
+    grammar: Annotated[str, Field(max_length=MAX_LARK_CHARS)] | None = optional(
+        "llama.cpp's name of structured_outputs.grammar. Empty: none."
     )
 
     @property

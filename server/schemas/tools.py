@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
 from server.http.errors import InvalidValueError, invalid
 from server.http.strict_json import describe_size
-from server.schemas.request_fields import OpenObject
+from server.schemas.request_fields import OpenObject, optional
 
 MAX_TOOLS = 128
 TOOL_NAME = "^[a-zA-Z0-9_-]{1,128}$"
@@ -29,10 +29,10 @@ class FunctionDefinition(OpenObject):
 
     name: ToolName
     description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = Field(
-        None, description="A JSON schema of type object. Default: no parameters."
+    parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = optional(
+        "A JSON schema of type object. Default: no parameters."
     )
-    strict: bool | None = Field(None, description="The arguments follow the schema exactly.")
+    strict: bool | None = optional("The arguments follow the schema exactly.")
 
 
 class Tool(OpenObject):

@@ -2,17 +2,14 @@
 
 import ipaddress
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from server.part_table import why_missing
+from server.part_table import PARTS, is_installed, load_module, why_missing
 from server.settings.setting import ENV_PREFIX, SettingsError, did_you_mean
-from server.settings.table import CONFIG_VARIABLE, OF_A_MODEL, OTHER_VARIABLES, SETTINGS, Settings
+from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS, Settings
 
 if TYPE_CHECKING:
     import yaml
@@ -36,36 +33,16 @@ def load_settings(
     environ = environ or {}
     config = config or environ.get(CONFIG_VARIABLE)
     values: dict[str, Any] = {}
-    for source in (_from_file(Path(config)) if config else (), _from_environment(environ), _from_flags(flags or {})):
-        found = {name: _parse(name, value, origin) for name, value, origin in source}
+    in_file = named_settings(_load_yaml(Path(config)), config) if config else ()
+    in_flags = [(name, value, SETTINGS[name].flag) for name, value in (flags or {}).items() if name in SETTINGS]
+    for source in (in_file, _from_environment(environ), in_flags):
+        found = {name: SETTINGS[name].parse(value, origin) for name, value, origin in source}
         if not found.keys().isdisjoint(_MODELS):  # they say together what is served
             values = {name: value for name, value in values.items() if name not in _MODELS}
         values |= found
     settings = Settings(**_with_models(values))
     _check(settings)
     return settings
-
-
-def _parse(name: str, value: object, origin: str) -> Any:
-    """Parse a value. Raises SettingsError."""
-    parsed = SETTINGS[name].parse(value, origin)
-    if name != "models":
-        return parsed
-    return tuple(_parse_entry(entry, f"{origin}[{index}]") for index, entry in enumerate(parsed))
-
-
-def _parse_entry(entry: dict[str, object], origin: str) -> dict[str, Any]:
-    """Parse the settings of one of several models. Raises SettingsError."""
-    parsed = {}
-    for key, value in entry.items():
-        name = str(key).replace("-", "_")
-        if name not in OF_A_MODEL:
-            known = [SETTINGS[each].key for each in OF_A_MODEL]
-            reason = "applies to all models" if name in SETTINGS else f"unknown setting{did_you_mean(str(key), known)}"
-            raise SettingsError(f"{origin}: {key}: {reason}")
-        if value is not None:
-            parsed[name] = SETTINGS[name].parse(value, f"{origin}: {key}")
-    return parsed
 
 
 def _with_models(values: dict[str, Any]) -> dict[str, Any]:
@@ -91,11 +68,8 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object,
             value = environ[variable]
             if _SERVICE_LINK.match(value):
                 raise SettingsError(f"{variable}: expected {SETTINGS[name].value_type.expected}, got {value!r}{_LINKS}")
-            yield name, _items(value) if SETTINGS[name].value_type.is_list else value, variable
-
-
-def _items(value: str) -> list[str]:
-    return [item.strip() for item in value.split(",")]
+            items = [item.strip() for item in value.split(",")]
+            yield name, items if SETTINGS[name].value_type.is_list else value, variable
 
 
 def _unknown_variables(variables: list[str], known: Collection[str]) -> str:
@@ -103,10 +77,6 @@ def _unknown_variables(variables: list[str], known: Collection[str]) -> str:
         return f"unknown environment variables: {', '.join(variables)}{_LINKS}"
     named = [f"{variable}{did_you_mean(variable, known)}" for variable in variables]
     return f"unknown environment variables: {', '.join(named)}"
-
-
-def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
-    return named_settings(_load_yaml(path), str(path))
 
 
 def named_settings(pairs: Iterable[tuple[object, object]], source: str) -> Iterator[tuple[str, object, str]]:
@@ -207,12 +177,6 @@ def num_values(root: "yaml.Node | None", limit: int) -> int:
     return count
 
 
-def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]]:
-    for name, value in flags.items():
-        if name in SETTINGS:
-            yield name, value, SETTINGS[name].flag
-
-
 # Checks that involve more than one setting.
 
 
@@ -225,68 +189,10 @@ def _check(settings: Settings) -> None:
             f"--host {settings.host} is reachable from other machines: "
             "set --api-key, or --allow-unauthenticated if everyone may use this server"
         )
-    for name in ("data_parallel_size", "api_server_count"):
-        if settings.unloads_models and getattr(settings, name) > 1:
-            raise SettingsError(f"{SETTINGS[name].flag}: not with several models, --load on-first-use or --idle-unload")
-    if settings.models and (settings.served_model_name or settings.lora_modules):
-        name = "served-model-name" if settings.served_model_name else "lora-modules"
-        raise SettingsError(
-            f"--{name}: there are several models; set {name} of its model in the list models of the --config file"
-        )
-    for model in settings.each_model:
-        check_adapter_names(model, model.served_model_name)
-        if len(model.lora_modules) > model.max_loras:
-            raise SettingsError(
-                f"--lora-modules names {len(model.lora_modules)} adapters, but --max-loras is {model.max_loras}"
-            )
-
-
-def check_model_names(names: Sequence[Collection[str]]) -> None:
-    """Raise SettingsError if several models or adapters share a name. `names` are those of each model."""
-    counts = Counter(chain.from_iterable(map(set, names)))
-    if shared := [name for name, count in counts.items() if count > 1]:
-        raise SettingsError(
-            f"two models are named {shared[0]}; set served-model-name of one in the list models of the --config file"
-        )
-
-
-def check_certificate(settings: Settings) -> None:
-    """Raise SettingsError if there is a private key without a certificate."""
-    if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
-        raise SettingsError("--ssl-keyfile: set --ssl-certfile too, the file of its certificate")
-
-
-def check_otel(settings: Settings) -> None:
-    """Raise SettingsError if the packages are missing that --otlp-endpoint needs."""
-    if settings.otlp_endpoint is None:
-        return
-    try:
-        is_installed = find_spec("opentelemetry.exporter.otlp.proto.http") is not None
-    except ModuleNotFoundError:  # a package around it is missing
-        is_installed = False
-    if not is_installed:
-        raise SettingsError("--otlp-endpoint needs more packages: pip install 'lightwell[otel]'")
-
-
-def check_adapter_names(settings: Settings, model_names: Collection[str]) -> None:
-    """Raise SettingsError if an adapter of --lora-modules shares its name with another one or with the model."""
-    names = settings.lora_names
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise SettingsError(f"--lora-modules: two adapters are named {name}")
-        if name in model_names:
-            raise SettingsError(f"--lora-modules: {name} is the name of the model; choose another adapter name")
-
-
-def hidden_without_keys(settings: Settings) -> str | None:
-    """Return why a server without API keys shows nobody what the engine does, or None if it may show it."""
-    if settings.inspect_public:
-        return None
-    if settings.uds is None and not is_loopback(settings.host):
-        return "Without API keys, what the engine does is shown only by a server that listens on loopback"
-    if "*" in settings.allowed_origins:
-        return "Without API keys, what the engine does is not shown where all origins are allowed"
-    return None
+    for name, part in PARTS.items():
+        check = getattr(load_module(name, "settings"), "check", None) if part.settings and is_installed(name) else None
+        if check is not None:
+            check(settings)
 
 
 def is_loopback(host: str) -> bool:

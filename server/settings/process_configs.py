@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from engine.config import EngineConfig
 from engine.shared.machine import available_memory
-from server.settings.load import hidden_without_keys
+from server.part_table import is_installed, load_module
 from server.settings.table import Settings
-
-if TYPE_CHECKING:
-    from engine.config import EngineConfig
 
 
 class EngineProcess(msgspec.Struct, frozen=True):
@@ -61,13 +59,11 @@ class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def engine_config(
     settings: Settings, model_path: Path, lora_paths: Mapping[str, Path], number: int = 0
-) -> "EngineConfig":
+) -> EngineConfig:
     """Return the configuration of an engine, with its share of the memory. Settings go to fields of the same name.
 
     `lora_paths` maps adapter names to the local paths of --lora-modules.
     """
-    from engine.config import EngineConfig
-
     num_engines = settings.data_parallel_size
     of_same_name = set(EngineConfig.__struct_fields__).intersection(Settings.__struct_fields__)
     values: dict[str, Any] = {name: getattr(settings, name) for name in of_same_name}
@@ -76,18 +72,9 @@ def engine_config(
         "kv_cache_memory": None if settings.kv_cache_memory is None else settings.kv_cache_memory // num_engines,
         "lora_modules": {name: str(path) for name, path in lora_paths.items()},
         "max_loras": settings.max_loaded_adapters,
-        "keep_token_ids": _keeps_token_ids(settings),
+        "keep_token_ids": is_installed("inspection")
+        and load_module("inspection", "settings").keeps_token_ids(settings),
         "data_parallel_rank": number,
         "memory_limit": None if num_engines == 1 else available_memory() // num_engines,
     }
     return EngineConfig(**values)
-
-
-def _keeps_token_ids(settings: Settings) -> bool:
-    """Return whether the engine keeps tokens of prompts for those who may read what was cached of theirs.
-
-    With keys, they stay as private as other texts: they are kept only where requests are recorded.
-    """
-    if settings.needs_key:
-        return settings.inspect and settings.record_requests > 0
-    return settings.inspect and hidden_without_keys(settings) is None

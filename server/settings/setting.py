@@ -46,20 +46,12 @@ def non_empty_text(value: object) -> str:
     return value
 
 
-def _texts(value: object) -> tuple[str, ...]:
-    return tuple(non_empty_text(item) for item in (value if isinstance(value, list | tuple) else [value]))
-
-
 def _header_key(value: object) -> str:
     """Return a key without spaces around it, which no header keeps. Raises ValueError for characters beyond ASCII."""
     key = non_empty_text(value).strip()
     if not key.isascii():
         raise ValueError
     return key
-
-
-def _header_keys(value: object) -> tuple[str, ...]:
-    return tuple(_header_key(item) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _boolean(value: object) -> bool:
@@ -148,63 +140,45 @@ def size(low: int) -> ValueType:
     return ValueType(expected, _within(parse_size, low, 2**50), "SIZE")
 
 
-def choice(metavar: str, *options: str) -> ValueType:
+def choice(metavar: str, *options: str | int) -> ValueType:
+    by_text = {str(option): option for option in options}
+
+    def parse(value: object) -> str | int:
+        text = "off" if value is False else str(value)  # YAML reads a bare `off` as False
+        if text not in by_text:
+            raise ValueError
+        return by_text[text]
+
+    return ValueType(f"one of {', '.join(by_text)}", parse, metavar, options=tuple(by_text))
+
+
+def pattern(expected: str, regex: str, metavar: str) -> ValueType:
     def parse(value: object) -> str:
-        if value is False:  # YAML reads a bare `off` as False
-            value = "off"
-        if value not in options:
-            raise ValueError
-        return str(value)
-
-    return ValueType(f"one of {', '.join(options)}", parse, metavar, options=options)
-
-
-def int_choice(*options: int) -> ValueType:
-    def parse(value: object) -> int:
-        number = _int(value)
-        if number not in options:
-            raise ValueError
-        return number
-
-    names = tuple(str(option) for option in options)
-    return ValueType(f"one of {', '.join(names)}", parse, "N", options=names)
-
-
-def pattern(expected: str, regex: str, metavar: str, *, is_list: bool = False) -> ValueType:
-    def parse_one(value: object) -> str:
         text = non_empty_text(value)
         if re.fullmatch(regex, text) is None:
             raise ValueError
         return text
 
-    def parse_all(value: object) -> tuple[str, ...]:
-        return tuple(parse_one(item) for item in _texts(value))
+    return ValueType(expected, parse, metavar)
 
-    return ValueType(expected, parse_all if is_list else parse_one, metavar, is_list)
+
+def many(kind: ValueType) -> ValueType:
+    """Return the type of a list of values, of which one may stand alone."""
+
+    def parse(value: object) -> tuple[Any, ...]:
+        return tuple(kind.parse(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+    return dataclasses.replace(kind, parse=parse, is_list=True)
 
 
 def networks(metavar: str) -> ValueType:
     """Return the type of a list of addresses and networks, or `*` for all."""
 
     def parse(value: object) -> tuple[str, ...]:
-        items = _texts(value)
+        items = many(text(metavar)).parse(value)
         return items if items == ("*",) else tuple(str(ipaddress.ip_network(item, strict=False)) for item in items)
 
     return ValueType("an address such as 10.0.0.1, a network such as 10.0.0.0/8, or *", parse, metavar, is_list=True)
-
-
-def model_entries(metavar: str) -> ValueType:
-    """Return the type of a list of models: each a name, or a mapping of `model` and settings of its own."""
-
-    def parse_one(value: object) -> dict[str, Any]:
-        entry = value if isinstance(value, dict) else {"model": value}
-        non_empty_text(entry.get("model"))
-        return entry
-
-    def parse(value: object) -> tuple[dict[str, Any], ...]:
-        return tuple(parse_one(item) for item in (value if isinstance(value, list | tuple) else [value]))
-
-    return ValueType("a model, or a mapping with the key model and settings of its own", parse, metavar, is_list=True)
 
 
 def nothing(problem: str) -> ValueType:
@@ -224,13 +198,8 @@ def text(metavar: str) -> ValueType:
     return ValueType("non-empty text", non_empty_text, metavar)
 
 
-def texts(metavar: str, expected: str = "non-empty text") -> ValueType:
-    return ValueType(expected, _texts, metavar, is_list=True)
-
-
 _KEY = "a non-empty key of printable ASCII characters"
 HEADER_KEY = ValueType(_KEY, _header_key, "KEY")
-HEADER_KEYS = ValueType(_KEY, _header_keys, "KEY", is_list=True)
 
 
 # A row.
@@ -244,9 +213,9 @@ class SettingsError(ValueError):
 class Setting:
     """One row of the table. `name` and `default` are taken from the field of `Settings`."""
 
-    group: str
     value_type: ValueType
     help: str
+    group: str = ""  # of the class or the part that declares it
     secret: bool = False  # the value is never shown
     positional: bool = False
     singular: str = ""  # of the name, for the flag of a list; empty: the same

@@ -1,44 +1,48 @@
 """The table of settings. Flags, environment variables, config file keys, help and documentation are made from it.
 
-A setting is a field of `Settings` with its name, type and default, annotated with a `Setting`: its group, the type of
-its values and its help text. For a setting of a part, that stands in the part's module `settings`. The flag
-`--max-num-seqs`, the variable `LIGHTWELL_MAX_NUM_SEQS` and the key `max-num-seqs` of a YAML file are the same setting;
-a flag overrides the environment, and the environment the file. `python -m server.settings` prints them in Markdown.
+A setting is a field of `Settings` with its name, type and default, annotated with a `Setting`: the type of its values
+and its help text. There is a class for each group. For a setting of a part, that stands in the part's module
+`settings`. The flag `--max-num-seqs`, the variable `LIGHTWELL_MAX_NUM_SEQS` and the key `max-num-seqs` of a YAML file
+are the same setting; a flag overrides the environment, and the environment the file. `python -m server.settings`
+prints them in Markdown.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, get_type_hints
+from inspect import get_annotations
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
+from engine.shared.parts import MissingPartError
 from server.part_table import PARTS, load_module, why_missing
-from server.settings.access import AccessSettings
 from server.settings.sampling import SAMPLING
 from server.settings.setting import (
+    ACCESS,
     API,
     BOOLEAN,
     ENGINE,
     GROUPS,
+    HEADER_KEY,
     INT64,
     LIMITS,
     LOGS,
-    LORA,
     MEMORY,
     MODELS,
+    ExplainedError,
     Setting,
+    ValueType,
     choice,
-    int_choice,
     integer,
-    model_entries,
+    many,
     networks,
+    non_empty_text,
     nothing,
     number,
     pattern,
     seconds,
     size,
     text,
-    texts,
 )
 
 CONFIG_VARIABLE = "LIGHTWELL_CONFIG"
@@ -53,13 +57,31 @@ OTHER_VARIABLES = {
 REPEAT_LORA_MODULES = "repeat --lora-modules for each adapter"
 
 
-class ApiSettings(AccessSettings, frozen=True, kw_only=True):
-    """The settings of the models, the API and its limits."""
+def _models(value: object) -> tuple[dict[str, Any], ...]:
+    """Return an entry for each model: a part reads those that are mappings of `model` and settings of its own."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    if not any(isinstance(entry, dict) for entry in entries):
+        return tuple({"model": non_empty_text(entry)} for entry in entries)
+    try:
+        found: tuple[dict[str, Any], ...] = load_module("models", "entries").parse(entries)
+    except MissingPartError as error:
+        raise ExplainedError(str(error)) from None
+    return found
+
+
+_MODEL = "a model, or a mapping with the key model and settings of its own"
+MODEL_ENTRIES = ValueType(_MODEL, _models, "MODEL", is_list=True)
+_ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings that say which models are served."""
+
+    group: ClassVar[str] = MODELS
 
     model: Annotated[
         str,
         Setting(
-            MODELS,
             text("MODEL"),
             "Alias (smollm2-135m, qwen3:4b), GGUF file, folder with config.json and safetensors files, or Hugging Face "
             "id (org/name, org/name:Q4_K_M, org/name:file.gguf, org/name@revision).",
@@ -69,8 +91,7 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     models: Annotated[
         tuple[dict[str, Any], ...],
         Setting(
-            MODELS,
-            model_entries("MODEL"),
+            MODEL_ENTRIES,
             "Model to serve. Can be repeated: each model has its own engine. In a "
             "config file, the list `models` can give each its own settings (docs/models.md).",
             singular="model",
@@ -79,39 +100,42 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     served_model_name: Annotated[
         tuple[str, ...],
         Setting(
-            MODELS,
-            texts("NAME"),
+            many(text("NAME")),
             "Name of the model in the API. Can be repeated. Unset: the alias, or the last part of MODEL.",
         ),
     ] = ()
     chat_template: Annotated[
-        str | None, Setting(MODELS, text("FILE"), "Jinja chat template to use instead of the model's own.")
+        str | None, Setting(text("FILE"), "Jinja chat template to use instead of the model's own.")
     ] = None
     load: str = "at-start"
     idle_unload: float | None = None
 
+
+class EngineSettings(ModelSettings, frozen=True, kw_only=True):
+    """The settings that say how they run."""
+
+    group: ClassVar[str] = ENGINE
+
     device: Annotated[
         str,
         Setting(
-            ENGINE,
             pattern("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d+)?", "DEVICE"),
             "Device to run on: auto, cpu, cuda or cuda:N.",
         ),
     ] = "auto"
     data_parallel_size: int = 1
     tensor_parallel_size: Annotated[
-        int, Setting(ENGINE, integer(1, 64), "Number of processes that run the model together, a part of it each.")
+        int, Setting(integer(1, 64), "Number of processes that run the model together, a part of it each.")
     ] = 1
     cpu_affinity: Annotated[
-        str, Setting(ENGINE, choice("MODE", "none", "auto"), "auto: each of these processes has cores of its own.")
+        str, Setting(choice("MODE", "none", "auto"), "auto: each of these processes has cores of its own.")
     ] = "none"
     dtype: Annotated[
-        str, Setting(ENGINE, choice("DTYPE", "auto", "float32", "bfloat16", "float16"), "Data type of the computation.")
+        str, Setting(choice("DTYPE", "auto", "float32", "bfloat16", "float16"), "Data type of the computation.")
     ] = "auto"
     quantization: Annotated[
         str,
         Setting(
-            ENGINE,
             choice("QUANTIZATION", "auto", "none", "int8"),
             "Format of the weights in memory. auto: as in the file; none: unpacked to --dtype; int8: 8-bit integers "
             "with one scale per 32 weights.",
@@ -120,34 +144,35 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     pooling: str = "mean"
     score_tokens: str | None = None
     seed: Annotated[
-        int | None,
-        Setting(ENGINE, INT64, "Seed for requests that do not set one. Unset: a random seed for each request."),
+        int | None, Setting(INT64, "Seed for requests that do not set one. Unset: a random seed for each request.")
     ] = None
-
     default_sampling: Annotated[
         dict[str, Any] | str | None,
         Setting(
-            ENGINE,
             SAMPLING,
             "Sampling fields for requests that do not send them, as temperature=0.2,top_p=0.9 or JSON; a config file "
             "can also map model names to fields. none: OpenAI's defaults. Unset: as the model recommends.",
         ),
     ] = None
 
+
+class ApiSettings(EngineSettings, frozen=True, kw_only=True):
+    """The settings that say where the server listens, and what it serves."""
+
+    group: ClassVar[str] = API
+
     host: Annotated[
         str,
         Setting(
-            API,
             text("HOST"),
             "Address to listen on, such as 0.0.0.0 for all of IPv4 or :: for all of IPv6 and IPv4. Addresses other "
             "than loopback require an API key or --allow-unauthenticated.",
         ),
     ] = "127.0.0.1"
-    port: Annotated[int, Setting(API, integer(0, 65535), "Port to listen on; 0 selects a free port.")] = 8000
+    port: Annotated[int, Setting(integer(0, 65535), "Port to listen on; 0 selects a free port.")] = 8000
     uds: Annotated[
         str | None,
         Setting(
-            API,
             text("PATH"),
             "UNIX socket to listen on, instead of --host and --port. The user and the group of the server may connect.",
         ),
@@ -158,7 +183,6 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     root_path: Annotated[
         str,
         Setting(
-            API,
             pattern("a path such as /llm", r"(/[\w.~-]+)+", "PATH"),
             "Prefix of all paths, as clients see them. A proxy in front may remove it or leave it.",
         ),
@@ -166,7 +190,6 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     forwarded_allow_ips: Annotated[
         tuple[str, ...],
         Setting(
-            API,
             networks("ADDRESS"),
             "Address or network of a proxy whose X-Forwarded-For names the client; * trusts every peer, also on a UNIX "
             "socket. Can be repeated.",
@@ -175,23 +198,88 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     allow_additional_properties: Annotated[
         bool,
         Setting(
-            API,
             BOOLEAN,
             "Allow properties that a JSON schema does not name in objects for which it has properties, but no "
             "additionalProperties, as JSON Schema specifies. By default such objects are closed.",
         ),
     ] = False
-    enable_docs: Annotated[bool, Setting(API, BOOLEAN, "Serve /openapi.json, and the page /docs that shows it.")] = True
-    strict: Annotated[bool, Setting(API, BOOLEAN, "Reject requests that contain unknown fields.")] = False
+    enable_docs: Annotated[bool, Setting(BOOLEAN, "Serve /openapi.json, and the page /docs that shows it.")] = True
+    strict: Annotated[bool, Setting(BOOLEAN, "Reject requests that contain unknown fields.")] = False
+
+
+class AccessSettings(ApiSettings, frozen=True, kw_only=True):
+    """The settings that say who may use it."""
+
+    group: ClassVar[str] = ACCESS
+
+    api_key: Annotated[
+        tuple[str, ...],
+        Setting(
+            many(HEADER_KEY),
+            "API key that clients must send. Can be repeated. Other users of the machine can see flags: prefer the "
+            "environment or the config file.",
+            secret=True,
+        ),
+    ] = ()
+    api_keys_file: str | None = None
+    admin_key: Annotated[
+        str | None,
+        Setting(
+            HEADER_KEY,
+            "API key that loading of LoRA adapters, /metrics and the usage of all clients require. Unset: a single "
+            "--api-key is one, and of several none.",
+            secret=True,
+        ),
+    ] = None
+    public_metrics: Annotated[bool, Setting(BOOLEAN, "Serve /metrics without an API key.")] = False
+    one_tenant: Annotated[
+        bool,
+        Setting(
+            BOOLEAN,
+            "Treat several --api-key as keys of one client, for example while a key is replaced. By default, each is a "
+            "client of its own.",
+        ),
+    ] = False
+    isolate_keys: Annotated[
+        bool,
+        Setting(
+            BOOLEAN,
+            "Keep cached prefixes of clients with different keys apart, so that no client learns from the times of its "
+            "requests what others send.",
+        ),
+    ] = True
+    allow_unauthenticated: Annotated[
+        bool, Setting(BOOLEAN, "Allow listening on addresses other than loopback without an API key.")
+    ] = False
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Setting(
+            many(pattern("an origin such as https://example.org, or *", _ORIGIN, "ORIGIN")),
+            "Origin whose web pages may call the API (CORS); * allows any. Can be repeated.",
+        ),
+    ] = ()
+
+    inspect: bool = True
+    inspect_public: bool = False
+
+    @property
+    def needs_key(self) -> bool:
+        """True if requests need an API key."""
+        return bool(self.api_key) or self.api_keys_file is not None or self.admin_key is not None
+
+
+class LimitSettings(AccessSettings, frozen=True, kw_only=True):
+    """The settings that say how much clients may ask of it."""
+
+    group: ClassVar[str] = LIMITS
 
     max_queued_requests: Annotated[
-        int, Setting(LIMITS, integer(1), "Maximum number of queued requests; further ones get status 429.")
+        int, Setting(integer(1), "Maximum number of queued requests; further ones get status 429.")
     ] = 256
-    max_body_size: Annotated[int, Setting(LIMITS, size(1024), "Maximum size of a request body.")] = 10 << 20
+    max_body_size: Annotated[int, Setting(size(1024), "Maximum size of a request body.")] = 10 << 20
     max_buffered_bytes: Annotated[
         int,
         Setting(
-            LIMITS,
             size(1024),
             "Memory limit for the bodies of all requests together, until their responses begin, and another one for "
             "all answers that are not read yet. When it is exceeded, bodies that have been arriving for the longest "
@@ -204,20 +292,17 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     default_max_tokens: Annotated[
         int | None,
         Setting(
-            LIMITS,
             integer(1),
             "Maximum number of output tokens for requests that do not set one. Unset: the rest of the context, and 16 "
             "for /v1/completions.",
         ),
     ] = None
     max_logprobs: Annotated[
-        int,
-        Setting(LIMITS, integer(-1), "Maximum number of top log probabilities per token; -1: the whole vocabulary."),
+        int, Setting(integer(-1), "Maximum number of top log probabilities per token; -1: the whole vocabulary.")
     ] = 20
     queue_timeout: Annotated[
         float,
         Setting(
-            LIMITS,
             seconds(0.1),
             "Time that a request may wait until the engine begins with it, in seconds; then it gets status 503. A "
             "request whose predicted wait is longer gets status 429 at once. A request can ask for less.",
@@ -226,24 +311,19 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     request_timeout: Annotated[
         float | None,
         Setting(
-            LIMITS,
-            seconds(0.1),
-            "Time that a request may take in all, in seconds; then it gets status 503. Unset: no limit.",
+            seconds(0.1), "Time that a request may take in all, in seconds; then it gets status 503. Unset: no limit."
         ),
     ] = None
     drain_timeout: Annotated[
-        float, Setting(LIMITS, seconds(0), "Time that running requests have to finish at shutdown, in seconds.")
+        float, Setting(seconds(0), "Time that running requests have to finish at shutdown, in seconds.")
     ] = 30.0
     step_timeout: Annotated[
         float,
-        Setting(
-            LIMITS, seconds(0.1), "Time after which an engine step, or the API process, is considered hung, in seconds."
-        ),
+        Setting(seconds(0.1), "Time after which an engine step, or the API process, is considered hung, in seconds."),
     ] = 60.0
     on_engine_death: Annotated[
         str,
         Setting(
-            LIMITS,
             choice("ACTION", "restart", "exit"),
             "What happens when the engine dies or hangs after it has been ready. restart: it is started again, and "
             "requests without a token wait for it; after five deaths in a minute the server exits. exit: the server "
@@ -252,55 +332,48 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     ] = "restart"
 
 
-class Settings(ApiSettings, frozen=True, kw_only=True):
-    """All settings of `lightwell serve`. None means that the default depends on the model and the device."""
+class MemorySettings(LimitSettings, frozen=True, kw_only=True):
+    """The settings that say how memory is used, and steps are scheduled."""
+
+    group: ClassVar[str] = MEMORY
 
     max_model_len: Annotated[
         int | None,
         Setting(
-            MEMORY,
             integer(1),
             "Maximum length of prompt and output together, in tokens. Unset: the model's, or what memory holds.",
         ),
     ] = None
-    max_num_seqs: Annotated[int, Setting(MEMORY, integer(1, 65536), "Maximum number of sequences per engine step.")] = (
-        128
-    )
+    max_num_seqs: Annotated[int, Setting(integer(1, 65536), "Maximum number of sequences per engine step.")] = 128
     max_num_batched_tokens: Annotated[
         int | None,
         Setting(
-            MEMORY,
             integer(1),
             "Maximum number of tokens computed per engine step. Unset: 256 on a CPU, 8192 on a GPU, at least "
             "--max-num-seqs.",
         ),
     ] = None
     long_prefill_token_threshold: Annotated[
-        int,
-        Setting(
-            MEMORY, integer(0), "Maximum number of prompt tokens of one request per engine step; 0 means no limit."
-        ),
+        int, Setting(integer(0), "Maximum number of prompt tokens of one request per engine step; 0 means no limit.")
     ] = 0
     max_step_ms: Annotated[
         float | None,
         Setting(
-            MEMORY,
             number(1, 60_000),
             "Time that an engine step should take at most while a stream is decoding, in milliseconds. Prompts are cut "
             "into smaller chunks, of at least 16 tokens, by the measured time of recent steps; with --batch-invariant, "
             "answers do not depend on the chunks. Unset: 100 on a GPU, no limit on a CPU.",
         ),
     ] = None
-    block_size: Annotated[
-        int, Setting(MEMORY, int_choice(16, 32, 64, 128), "Number of tokens per block of the KV cache.")
-    ] = 32
+    block_size: Annotated[int, Setting(choice("N", 16, 32, 64, 128), "Number of tokens per block of the KV cache.")] = (
+        32
+    )
     enable_prefix_caching: Annotated[
-        bool, Setting(MEMORY, BOOLEAN, "Reuse the KV cache of earlier prompts for prompts with the same prefix.")
+        bool, Setting(BOOLEAN, "Reuse the KV cache of earlier prompts for prompts with the same prefix.")
     ] = True
     kv_cache_dtype: Annotated[
         str,
         Setting(
-            MEMORY,
             choice("DTYPE", "auto", "int8", "fp8"),
             "Data type of the KV cache: that of the computation, or 8 bits with a scale (fp8: on GPUs, less precise).",
         ),
@@ -308,7 +381,6 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     kv_cache_memory: Annotated[
         int | None,
         Setting(
-            MEMORY,
             size(1 << 20),
             "Memory for the KV caches of all engines, such as 2GiB. Unset: depends on the device and the model.",
         ),
@@ -316,7 +388,6 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     gpu_memory_utilization: Annotated[
         float,
         Setting(
-            MEMORY,
             number(0.01, 1),
             "Share of a GPU's memory that the server may use, for weights, activations and KV cache together; about "
             "500 MB of CUDA's own are not counted. --kv-cache-memory overrides it.",
@@ -325,42 +396,42 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     speculative: Annotated[
         str,
         Setting(
-            MEMORY,
             choice("MODE", "auto", "ngram", "off"),
             "Speculative decoding: draft tokens from the text so far and verify several in one step. Answers are the "
             "same with and without it while --batch-invariant is on. auto: only on a CPU; ngram: always.",
         ),
     ] = "auto"
-    enforce_eager: Annotated[
-        bool, Setting(MEMORY, BOOLEAN, "Launch GPU kernels one by one instead of as CUDA graphs.")
-    ] = False
+    enforce_eager: Annotated[bool, Setting(BOOLEAN, "Launch GPU kernels one by one instead of as CUDA graphs.")] = False
     allow_slow_kernels: Annotated[
-        bool, Setting(MEMORY, BOOLEAN, "Start on a GPU where Triton does not work, with much slower kernels.")
+        bool, Setting(BOOLEAN, "Start on a GPU where Triton does not work, with much slower kernels.")
     ] = False
     batch_invariant: Annotated[
         bool,
         Setting(
-            MEMORY,
             BOOLEAN,
             "Give the same request the same answer in any batch, bit for bit. Turning it off lets a GPU use its "
             "vendor's matrix multiplication, and torch's flash attention for prompts; a CPU gains nothing.",
         ),
     ] = True
 
+
+class Settings(MemorySettings, frozen=True, kw_only=True):
+    """All settings of `lightwell serve`. None means that the default depends on the model and the device."""
+
+    group: ClassVar[str] = LOGS
+
     lora_modules: tuple[str, ...] = ()
     max_loras: int = 8
     max_lora_rank: int | None = None
     allow_runtime_lora_updating: bool = False
-
     log_level: Annotated[
-        str, Setting(LOGS, choice("LEVEL", "debug", "info", "warning", "error"), "Minimum severity of logged messages.")
+        str, Setting(choice("LEVEL", "debug", "info", "warning", "error"), "Minimum severity of logged messages.")
     ] = "info"
-    log_format: Annotated[str, Setting(LOGS, choice("FORMAT", "human", "json"), "Format of log messages.")] = "human"
+    log_format: Annotated[str, Setting(choice("FORMAT", "human", "json"), "Format of log messages.")] = "human"
     otlp_endpoint: str | None = None
     metrics_prefix: Annotated[
         str,
         Setting(
-            LOGS,
             pattern("letters, digits, _ and :, not starting with a digit", r"[a-zA-Z_:][a-zA-Z0-9_:]*", "PREFIX"),
             "Prefix of metric names. Use vllm: for dashboards made for vLLM.",
         ),
@@ -385,12 +456,6 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
         return [module.partition("=")[0] for module in self.lora_modules]
 
     @property
-    def lora_paths(self) -> dict[str, str]:
-        """Paths or Hugging Face ids of the adapters to load at startup, by adapter name."""
-        paths = [module.partition("=")[2] for module in self.lora_modules]
-        return dict(zip(self.lora_names, paths, strict=True))
-
-    @property
     def max_loaded_adapters(self) -> int:
         """Number of adapters that can be loaded at a time: 0 if LoRA is not enabled."""
         return self.max_loras if self.lora_modules or self.allow_runtime_lora_updating else 0
@@ -408,27 +473,22 @@ def _of_parts() -> dict[str, Setting]:
     for name, part in PARTS.items():
         if part.settings and (error := why_missing(name)) is not None:
             # In a group that the settings of one model have too: the reason is the same there.
-            found |= dict.fromkeys(part.settings, Setting(ENGINE, nothing(str(error)), ""))
+            found |= dict.fromkeys(part.settings, Setting(nothing(str(error)), "", group=ENGINE))
         elif part.settings:
-            found |= load_module(name, "settings").SETTINGS
+            module = load_module(name, "settings")
+            found |= {name: dataclasses.replace(row, group=module.GROUP) for name, row in module.SETTINGS.items()}
     return found
 
 
 def _table() -> dict[str, Setting]:
-    hints, found = get_type_hints(Settings, include_extras=True), _of_parts()
-    found |= {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+    found, kinds = _of_parts(), list[Any](Settings.__mro__)
+    for kind in kinds[: kinds.index(msgspec.Struct)]:
+        for name, hint in get_annotations(kind).items():
+            for row in getattr(hint, "__metadata__", ()):
+                found[name] = dataclasses.replace(row, group=kind.group)
     defaults = {field.name: field.default for field in msgspec.structs.fields(Settings)}
     settings = [dataclasses.replace(found[name], name=name, default=default) for name, default in defaults.items()]
     return {setting.name: setting for setting in sorted(settings, key=lambda setting: GROUPS.index(setting.group))}
 
 
 SETTINGS: Mapping[str, Setting] = _table()
-
-# The settings that a model can have for itself, if there are several: what is about engines, and how it is served.
-OF_A_MODEL = {
-    *(name for name, setting in SETTINGS.items() if setting.group in (ENGINE, MEMORY, LORA)),
-    "model",
-    "load",
-    "served_model_name",
-    "chat_template",
-} - {"data_parallel_size", "seed", "allow_runtime_lora_updating"}

@@ -20,17 +20,18 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from deploy.bake_model import bake
 from deploy.check_dashboard import load_dashboard, queries
 from engine.shared.messages import EngineStats
-from server.metrics import Metrics, exposition
+from server.metrics import Metrics
 from server.model_paths import resolve_model
 from server.processes.child_process import KILL_SECONDS
 from server.settings.load import load_settings
 from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS
-from server.sockets.listeners import bind_unix
+from server.sockets import bind_unix
 from server.supervisor import DRAIN_GRACE_SECONDS, STOP_SECONDS
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.paths import ROOT
@@ -66,7 +67,7 @@ def exposed_metrics(prefix: str) -> Metrics:
 
 def exposed_labels(prefix: str) -> Labels:
     """Return the labels of each exposed sample, as a scraper parses them."""
-    page, _ = exposition([exposed_metrics(prefix)])
+    page = generate_latest(exposed_metrics(prefix).registry)
     labels: Labels = defaultdict(set)
     for sample in (sample for family in parse_text(page.decode()) for sample in family.samples):
         labels[sample.name] |= set(sample.labels)

@@ -5,6 +5,8 @@ from prometheus_client import Metric
 
 from engine.shared.messages import EngineStats
 from server.metrics import Metrics
+from server.parts.limits.part import UsageCollector
+from server.parts.lora.part import AdapterCollector
 from server.tenants import Usage
 from tests.support.engine_info import ENGINE_INFO
 
@@ -15,7 +17,8 @@ def exposed_families() -> list[Metric]:
     """Return every family of a server whose engine is ready and which has answered a request."""
     metrics = Metrics(PREFIX, "model")
     metrics.add_engine(0, EngineStats).set_info(msgspec.structs.replace(ENGINE_INFO, max_loras=1))
-    metrics.set_usage_source(lambda: {"alice": Usage()})
+    metrics.registry.register(UsageCollector(metrics, lambda: {"alice": Usage()}))
+    metrics.registry.register(AdapterCollector(metrics))
     metrics.observe_http("/v1/completions", "POST", 200, 1.0)
     return list(metrics.registry.collect())
 

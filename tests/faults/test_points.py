@@ -182,10 +182,9 @@ class Rig:
             "requests": self.server.num_requests,
             "running": len(context.running),
             "answers": context.answers.num_bytes or len(context.answers.shares),
-            "bodies": layer._rules.bodies._budget.num_bytes,
+            "bodies": layer.bodies._budget.num_bytes,
             "capacity": client.num_in_flight,
             "streams": len(client.engines[0].streams._streams),
-            "load": round(client.engines[0].streams.load, 6),
             "account": context.api_keys.everybody.num_running,
             "engine": self.own_engine.num_choices,
         }

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from server.api_keys import ApiKeys, load_api_keys
 from server.http.errors import APIError
 from server.parts.limits import keys_file
 from server.parts.limits.keys_file import Limits, read_keys_file
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
-from server.tenants import Tenant
+from server.tenants import ApiKeys, Tenant, load_api_keys
 
 DIGEST = hashlib.sha256(b"secret").hexdigest()
 OTHER = hashlib.sha256(b"other").hexdigest()

@@ -1,5 +1,6 @@
 """Tests of `python -m server.main` as a process: start, shutdown, and what clients see of them."""
 
+import dataclasses
 import gc
 import hashlib
 import json
@@ -25,17 +26,17 @@ import pytest
 
 from engine.shared.messages import LoadAdapter
 from server.api_server import MAX_CONNECTIONS, SPARE_FILES, raise_file_limit
-from server.main import Lifecycle, make_context, run
+from server.main import Lifecycle, client_url, first_steps, make_context, run
 from server.processes import supervisor_channel as messages
 from server.processes.supervisor_channel import Channel, make_channel
 from server.settings.process_configs import EngineProcess
 from server.settings.table import Settings
-from server.sockets.listeners import bind, url
+from server.sockets import bind, url
 from tests.support.api_process import COMMAND, SECONDS, Api, api_process
 from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngineConfig, fake_engine_process
 from tests.support.paths import ROOT
-from tests.support.serving import api_config, check_envelope, check_error, raw_request, wait_until
+from tests.support.serving import api_config, check_envelope, check_error, make_test_context, raw_request, wait_until
 
 MAX_RSS = 150 << 20
 TLS = ROOT / "tests/support/tls"
@@ -458,17 +459,17 @@ def test_many_unfinished_bodies_cost_no_more_than_their_budget(start_api: StartA
     api = start_api(max_buffered_bytes=budget)
     process = psutil.Process(api.process.pid)
     before = process.memory_info().rss
-    head = "POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 10485760\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
     body = b'{"prompt": "' + b"x" * 10_000_000
     with httpx.Client(base_url=api.url, timeout=SECONDS) as client:
         for _ in range(2):  # the second time in the same memory
             with ExitStack() as stack:
                 for _ in range(50):
                     connection = stack.enter_context(socket.create_connection(("127.0.0.1", api.port)))
-                    connection.sendall(head.encode() + body)
+                    connection.sendall(head.format(10 << 20).encode() + body)
                     assert client.get("/healthz").status_code == 200
                     assert process.memory_info().rss - before < 1.5 * budget
-                assert client.post("/tokenize", json={"prompt": "x" * 40_000}).status_code == 200
+                assert client.post("/v1/completions", json={"prompt": "x" * 40_000}).status_code == 400
 
 
 # Sockets and limits.
@@ -510,3 +511,27 @@ def test_the_file_limit_allows_connections(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1 << 20))
     assert raise_file_limit(4) == MAX_CONNECTIONS
     assert limits == [(5000, 5000), (4 * MAX_CONNECTIONS + SPARE_FILES, 1 << 20)]
+
+
+def test_clients_cannot_call_a_wildcard() -> None:
+    for listening, shown in (
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://0.0.0.0:8000", "http://127.0.0.1:8000"),
+        ("http://[::]:1", "http://[::1]:1"),
+        ("http://10.0.0.1:8000", "http://10.0.0.1:8000"),
+    ):
+        assert client_url(listening) == shown, listening
+
+
+def test_what_is_shown_depends_on_the_port_and_the_chat_template(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    context = make_test_context("ipc:///nowhere", model_folder, chat_template=str(tmp_path / "chat.jinja"))
+    model = context.models.default
+    assert model.chat_template is not None
+    model.chat_template.close()
+    assert first_steps(context, "http://127.0.0.1:8000")["chat"] == "lightwell chat"  # the default port
+    assert first_steps(context, "http://127.0.0.1:1")["chat"] == "lightwell chat --url http://127.0.0.1:1"
+    context.models.slots[0].served = dataclasses.replace(model, chat_template=None)
+    steps = first_steps(context, "http://127.0.0.1:8000")
+    assert "chat" not in steps
+    assert "/v1/completions -H" in str(steps["curl"])

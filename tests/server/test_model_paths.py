@@ -16,10 +16,11 @@ import pytest
 from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
-from server.model_paths import ADAPTER_FILES, PICKLE_REFUSED, ModelError, resolve_adapter, resolve_model
+from server.model_paths import ADAPTER_FILES, PICKLE_REFUSED, ModelError, resolve_model
 from server.parts.hub.models import remove_model
 from server.parts.hub.names import MODEL_ALIASES, NUMBER_FORMAT, HubError, HubName, families, find_alias
 from server.parts.hub.packages import PACKAGE_ALIASES, PackageAlias, PackagePart, alias_path
+from server.parts.lora.files import resolve_adapter
 from server.settings.sampling import SAMPLING
 from tests.support.clients import write_adapter
 from tests.support.hub_models import gguf_content

@@ -24,18 +24,16 @@ import psutil
 import pytest
 
 from engine.config import EngineConfig, EngineProcessConfig
-from server import running_servers, supervisor
+from server import model_paths, running_servers, supervisor
 from server.model_paths import ModelError, ResolvedModel
-from server.processes import child_process, model_files
+from server.processes import child_process
 from server.processes import supervisor_channel as messages
-from server.processes.child_process import SupervisorError
-from server.processes.stop_signals import ECHO_SECONDS, Clock, StopSignals
+from server.processes.child_process import ECHO_SECONDS, Clock, StopSignals, SupervisorError
 from server.processes.supervisor_channel import Channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
-from server.sockets.listeners import bind_unix
-from server.sockets.socket_folder import MAX_PATH_BYTES
+from server.sockets import MAX_PATH_BYTES, bind_unix
 from tests.support.clients import write_adapter
 from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
@@ -252,8 +250,8 @@ def test_several_engines_and_api_processes(start: Start) -> None:
 
 def test_the_sampling_of_an_alias_is_passed_on() -> None:
     resolved = ResolvedModel(Path("/m.gguf"), "m", {"temperature": 0.2})
-    model = model_files.ModelOnDisk(Settings(), resolved, ("m",), {})
-    assert model_files.api_model_config(model, ()).card_sampling == {"temperature": 0.2}
+    model = model_paths.ModelOnDisk(Settings(), resolved, ("m",), {})
+    assert model_paths.api_model_config(model, ()).card_sampling == {"temperature": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -384,7 +382,6 @@ def test_an_engine_that_cannot_be_killed_is_reported(
     with StopSignals() as signals, supervisor.Supervisor(signals, Settings(), Clock()) as watched:
         command = ["sh", "-c", f"trap '' TERM; touch {ignores}; sleep 60"]
         watched.add_engine(0, supervisor.EngineLaunch("engine", command, ENGINE_CONFIG))
-        watched.start_engine(0)
         wait_until(ignores.exists)
         with monkeypatch.context() as patch:
             patch.setattr(child_process, "KILL_SECONDS", 0.0)

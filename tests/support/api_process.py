@@ -16,7 +16,7 @@ import msgspec
 from server.part_table import load_module
 from server.settings.process_configs import ApiProcessConfig, EngineProcess
 from server.settings.table import Settings
-from server.sockets.socket_folder import SocketFolder
+from server.sockets import SocketFolder
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, fake_engine_process
 from tests.support.server_process import free_port
 from tests.support.serving import api_config, skip_without_parts, wait_until

@@ -28,7 +28,7 @@ from server.part import server_type
 from server.part_table import PARTS, is_installed, missing_part
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
-from server.sockets.listeners import bind, url
+from server.sockets import bind, url
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.turned_loop import TurnedLoop
 

@@ -71,8 +71,8 @@ class SeveralModels:
 
     @property
     def manager(self) -> ModelManager:
-        assert isinstance(self.context.source, ModelManager)
-        return self.context.source
+        assert isinstance(self.context.models, ModelManager)
+        return self.context.models
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         """Call a function on the server's event loop. Raises what it raises."""
@@ -130,8 +130,8 @@ def several_models(
         stack.callback(channel.close)
         channel.send = supervisor.send  # type: ignore[method-assign, assignment]
         context = make_context(ApiProcessConfig(settings=base, models=configs), channel)
-        assert isinstance(context.source, ModelManager)
-        supervisor.manager = context.source
+        assert isinstance(context.models, ModelManager)
+        supervisor.manager = context.models
         stack.callback(supervisor.close)
         server = stack.enter_context(running_server(context, wait_ready=False))
         yield SeveralModels(server, supervisor)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from selectors import EVENT_READ, BaseSelector, SelectorKey
 
-from server.processes.stop_signals import Clock
+from server.processes.child_process import Clock
 
 
 class TurnedClock(Clock):

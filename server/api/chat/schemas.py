@@ -5,10 +5,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, FiniteFloat, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
-from server.http.errors import InvalidValueError
+from server.http.errors import invalid
 from server.http.validation import echo
 from server.schemas.generation_request import GenerationRequest, Requested
-from server.schemas.request_fields import MAX_TEMPLATE_OPTIONS, NO_LIMIT, MaxTokens, NumLogprobs, OpenObject, at_most
+from server.schemas.request_fields import (
+    MAX_TEMPLATE_OPTIONS,
+    NO_LIMIT,
+    MaxTokens,
+    NumLogprobs,
+    OpenObject,
+    at_most,
+    optional,
+)
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_arguments, check_tools, must_call
 
 MAX_MESSAGES = 10_000
@@ -59,11 +67,11 @@ class ChatMessage(OpenObject):
     """One turn of the conversation. Other fields are not passed to the model."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    name: str | None = Field(None, description="Passed to the model's chat template.")
-    tool_calls: ToolCalls | None = Field(None, description="Tool calls of an earlier answer.")
-    tool_call_id: str | None = Field(None, description="With role tool: id of the call whose result this is.")
-    reasoning_content: str | None = Field(None, description="Reasoning of an assistant before its content.")
-    reasoning: str | None = Field(None, description="Alias of reasoning_content, which takes precedence.")
+    name: str | None = optional("Passed to the model's chat template.")
+    tool_calls: ToolCalls | None = optional("Tool calls of an earlier answer.")
+    tool_call_id: str | None = optional("With role tool: id of the call whose result this is.")
+    reasoning_content: str | None = optional("Reasoning of an assistant before its content.")
+    reasoning: str | None = optional("Alias of reasoning_content, which takes precedence.")
     content: Content = Field(
         None, validate_default=True, description="Text. Null, for no text, only from an assistant or a tool."
     )
@@ -109,45 +117,36 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSA
 
 class ChatCompletionRequest(GenerationRequest):
     messages: Messages = Field(description="The conversation so far.")
-    max_completion_tokens: MaxTokens | None = Field(
-        None, description="Maximum number of output tokens; -1: no limit. Default: the rest of the context."
+    max_completion_tokens: MaxTokens | None = optional(
+        "Maximum number of output tokens; -1: no limit. Default: the rest of the context."
     )
-    max_tokens: MaxTokens | None = Field(None, description="Deprecated alias of max_completion_tokens.")
-    logprobs: bool | None = Field(None, description="Return the log probability of each output token.")
-    top_logprobs: NumLogprobs | None = Field(
-        None, description="With logprobs: number of most likely tokens to return for each position; -1: all."
+    max_tokens: MaxTokens | None = optional("Deprecated alias of max_completion_tokens.")
+    logprobs: bool | None = optional("Return the log probability of each output token.")
+    top_logprobs: NumLogprobs | None = optional(
+        "With logprobs: number of most likely tokens to return for each position; -1: all."
     )
-    return_prompt_text: bool | None = Field(
-        None, description="Return the prompt that the chat template renders, as prompt_text."
+    return_prompt_text: bool | None = optional("Return the prompt that the chat template renders, as prompt_text.")
+    add_generation_prompt: bool | None = optional("End the prompt with the start of an assistant's turn. Default true.")
+    continue_final_message: bool | None = optional(
+        "Continue the last message, an assistant's. The answer does not repeat its text."
     )
-    add_generation_prompt: bool | None = Field(
-        None, description="End the prompt with the start of an assistant's turn. Default true."
+    echo: bool | None = optional("Prepend the last message's text to the answer, if it is an assistant's.")
+    add_special_tokens: bool | None = optional(
+        "Prepend the model's BOS token, if it has one, to the rendered prompt. Default false: chat "
+        "templates write it themselves where needed."
     )
-    continue_final_message: bool | None = Field(
-        None, description="Continue the last message, an assistant's. The answer does not repeat its text."
+    chat_template_kwargs: TemplateOptions | None = optional(
+        "Variables for the model's chat template, such as enable_thinking."
     )
-    echo: bool | None = Field(
-        None, description="Prepend the last message's text to the answer, if it is an assistant's."
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = optional(
+        "Passed to the chat template; enable_thinking and thinking are on unless it is none."
     )
-    add_special_tokens: bool | None = Field(
-        None,
-        description="Prepend the model's BOS token, if it has one, to the rendered prompt. Default false: chat "
-        "templates write it themselves where needed.",
-    )
-    chat_template_kwargs: TemplateOptions | None = Field(
-        None, description="Variables for the model's chat template, such as enable_thinking."
-    )
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="Passed to the chat template; enable_thinking and thinking are on unless it is none."
-    )
-    include_reasoning: bool | None = Field(None, description="Return the model's reasoning. Default true.")
-    documents: Documents | None = Field(None, description="Passed to the chat template.")
+    include_reasoning: bool | None = optional("Return the model's reasoning. Default true.")
+    documents: Documents | None = optional("Passed to the chat template.")
 
-    tools: Tools | None = Field(None, description="Functions that the model may call.")
-    tool_choice: ToolChoice | None = Field(
-        None, description="Whether the model calls a tool, and which one. Default auto."
-    )
-    parallel_tool_calls: bool | None = Field(None, description="Allow several tool calls in one answer. Default true.")
+    tools: Tools | None = optional("Functions that the model may call.")
+    tool_choice: ToolChoice | None = optional("Whether the model calls a tool, and which one. Default auto.")
+    parallel_tool_calls: bool | None = optional("Allow several tool calls in one answer. Default true.")
 
     def requested(self) -> Requested:
         limits = [limit for limit in (self.max_completion_tokens, self.max_tokens) if limit is not None]
@@ -164,28 +163,22 @@ class ChatCompletionRequest(GenerationRequest):
     def check(self) -> None:
         super().check()
         if self.top_logprobs and not self.logprobs:
-            raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
+            raise invalid("top_logprobs", "only allowed with 'logprobs': true")
         if len({self.max_tokens, self.max_completion_tokens} - {None, NO_LIMIT}) > 1:
-            message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
-            raise InvalidValueError(message, param="max_tokens")
+            raise invalid("max_tokens", "it is an alias of 'max_completion_tokens', which has a different value")
         if self.tools is not None or self.tool_choice is not None:
             check_tools(self.tools, self.tool_choice)
         if calls := [call for message in self.messages for call in message.tool_calls or ()]:
             check_arguments(calls)
         if self.tool_choice is not None and must_call(self.tool_choice) and (names := list(self.requested_outputs)):
-            message = f"Invalid '{names[0]}': not allowed with a 'tool_choice' that forces a tool call."
-            raise InvalidValueError(message, param=names[0])
+            raise invalid(names[0], "not allowed with a 'tool_choice' that forces a tool call")
         if self.continue_final_message:
             self._check_final_message()
 
     def _check_final_message(self) -> None:
         if self.add_generation_prompt:
-            message = "Invalid 'continue_final_message': not allowed with 'add_generation_prompt': true."
-            raise InvalidValueError(message, param="continue_final_message")
+            raise invalid("continue_final_message", "not allowed with 'add_generation_prompt': true")
         final = self.messages[-1]
         if final.role != "assistant" or final.content is None or final.tool_calls:
-            message = (
-                "Invalid 'continue_final_message': expected the last message to have role 'assistant', content, and no "
-                "tool calls."
-            )
-            raise InvalidValueError(message, param="continue_final_message")
+            problem = "expected the last message to have role 'assistant', content, and no tool calls"
+            raise invalid("continue_final_message", problem)

@@ -1,4 +1,4 @@
-"""OpenAI's text completions: `POST /v1/completions`, and `.../render` for its prompts."""
+"""OpenAI's text completions: `POST /v1/completions`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,11 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.completions.schemas import CompletionRequest
 from server.api.completions.writer import Completion, CompletionWriter
-from server.api.model_route import StreamRoute
-from server.dialect import BEGINNING, EXAMPLE_PROMPT, Dialect, Operation
+from server.dialect import BEGINNING, Dialect, Operation, StreamRoute
 from server.generation.endpoint import AnswerMetadata, Endpoint
-from server.generation.pipeline import render, respond
+from server.generation.pipeline import respond
 from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt
-from server.http.responses import StructResponse
 from server.models.served_model import ServedModel
-from server.schemas.answers import RenderedPrompt
 
 
 class CompletionEndpoint(Endpoint[CompletionRequest]):
@@ -45,23 +42,11 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     return await respond(request, body, CompletionEndpoint())
 
 
-@router.post("/v1/completions/render")
-async def render_completion(request: Request, body: CompletionRequest) -> Response:
-    """Return the prompts as token ids and text without generating."""
-    prompts, headers = await render(request, body, CompletionEndpoint())
-    return StructResponse(prompts, headers=headers)
-
-
-REQUEST = {"prompt": BEGINNING, "max_tokens": 20}
-
 COMPLETIONS = Dialect(
     tag="OpenAI",
     routers=[router],
     operations={
-        ("/v1/completions", "post"): Operation(Completion, REQUEST, Completion),
-        ("/v1/completions/render", "post"): Operation(
-            list[RenderedPrompt], REQUEST, answer_example=[EXAMPLE_PROMPT], reaches_engine=True
-        ),
+        ("/v1/completions", "post"): Operation(Completion, {"prompt": BEGINNING, "max_tokens": 20}, Completion)
     },
     in_workers=True,
 )

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
-from server.http.errors import InvalidValueError
+from server.http.errors import invalid
 from server.schemas.generation_request import GenerationRequest, Requested
-from server.schemas.request_fields import NO_LIMIT, NumLogprobs
+from server.schemas.request_fields import NO_LIMIT, NumLogprobs, optional
 from server.settings.sampling import INT64_MAX
 
 MAX_PROMPTS = 1024
@@ -73,15 +73,14 @@ class CompletionRequest(GenerationRequest):
         description="Maximum number of output tokens; -1: no limit. Default --default-max-tokens, or 16, or the rest "
         "of the context if that is less. 0, with echo: only the prompt.",
     )
-    echo: bool | None = Field(None, description="Return the prompt before the completion.")
-    logprobs: NumLogprobs | None = Field(
-        None,
-        description="Return the log probabilities of output tokens (with echo, of prompt tokens too) and of this many "
-        "of the most likely tokens at each position; -1: all.",
+    echo: bool | None = optional("Return the prompt before the completion.")
+    logprobs: NumLogprobs | None = optional(
+        "Return the log probabilities of output tokens (with echo, of prompt tokens too) and of this many "
+        "of the most likely tokens at each position; -1: all."
     )
 
-    add_special_tokens: bool | None = Field(
-        None, description="Prepend the model's BOS token, if it has one, to text prompts. Default true."
+    add_special_tokens: bool | None = optional(
+        "Prepend the model's BOS token, if it has one, to text prompts. Default true."
     )
     best_of: int | None = Field(
         None,
@@ -90,10 +89,9 @@ class CompletionRequest(GenerationRequest):
         description="Generate this many choices and return the n with the highest mean log probability per token. "
         "Not with stream.",
     )
-    suffix: str | None = Field(
-        None,
-        description="Text after the completion, for models with fill-in-the-middle (FIM) tokens. Not with echo or "
-        "truncate_prompt_tokens.",
+    suffix: str | None = optional(
+        "Text after the completion, for models with fill-in-the-middle (FIM) tokens. Not with echo or "
+        "truncate_prompt_tokens."
     )
 
     def requested(self) -> Requested:
@@ -114,17 +112,13 @@ class CompletionRequest(GenerationRequest):
     def check(self) -> None:
         super().check()
         if self.max_tokens == 0 and not self.echo:
-            message = (
-                "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 without 'echo', but got 0."
-            )
-            raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
+            problem = "integer below minimum value. Expected a value >= 1 without 'echo', but got 0"
+            raise invalid("max_tokens", problem, code="integer_below_min_value")
         num_returned = self.n or 1
         if self.best_of is not None and self.best_of < num_returned:
-            message = f"Invalid 'best_of': expected a value >= {num_returned} (n), but got {self.best_of} instead."
-            raise InvalidValueError(message, param="best_of")
+            raise invalid("best_of", f"expected a value >= {num_returned} (n), but got {self.best_of} instead")
         if self.best_of is not None and self.stream and self.best_of > num_returned:
-            message = "Invalid 'best_of': the choices cannot be ranked with 'stream': true."
-            raise InvalidValueError(message, param="best_of")
+            raise invalid("best_of", "the choices cannot be ranked with 'stream': true")
         for name in ("echo", "truncate_prompt_tokens"):
             if self.suffix and getattr(self, name):
-                raise InvalidValueError(f"Invalid '{name}': not allowed with 'suffix'.", param=name)
+                raise invalid(name, "not allowed with 'suffix'")

@@ -5,16 +5,60 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.shared.block_hashes import prefix_names, prefix_salt
-from engine.shared.messages import EngineInfo, LoraAdapter, Submit
+from engine.shared.messages import EngineInfo, FinishReason, LoraAdapter, Submit, TokenEvent
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import ConnectedEngine
-from server.engine_client.liveness import same_properties
+from server.engine_client.liveness import EngineLiveness, same_properties
 from server.engine_client.reservation import Reservation
-from server.engine_client.streams import EventInbox, RequestStream
+from server.engine_client.streams import EventInbox, OpenStreams, RequestStream
+from server.metrics import ChoiceStats
+
+
+class CountedStreams(OpenStreams):
+    """The open streams of an engine, and the tokens that their requests are expected to take."""
+
+    load = 0.0  # more or less
+
+    def adopt(self, stream: RequestStream, message: Submit) -> None:
+        super().adopt(stream, message)
+        for stats in stream.choices:
+            self.set_load(stats, stats.num_expected_tokens)
+
+    def take_waiting(self) -> list[tuple[RequestStream, Submit]]:
+        """Remove and return the streams that no engine has begun with, and their requests: another engine adopts them.
+
+        A request that the lost engine had begun with may have killed it, so it waits for the restart.
+        """
+        waiting = [
+            (stream, stream.waiting)
+            for stream in self._streams.values()
+            if stream.waiting is not None and not stream.reservation.num_lost_starts
+        ]
+        for stream, message in waiting:
+            del self._streams[message.request_id]
+            for stats in stream.choices:
+                self.set_load(stats, 0.0)
+        return waiting
+
+    def set_load(self, stats: ChoiceStats, num_tokens: float) -> None:
+        """Set the tokens that a choice is expected to take."""
+        self.load += num_tokens - stats.load
+        stats.load = num_tokens
+
+    def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
+        expected = min(stats.max_tokens, self._admission.estimate.mean_output)
+        self.set_load(stats, min(stats.load, expected))  # without the prompt
+        super().on_choice_start(stream, stats, event)
+
+    def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
+        self.set_load(stats, 0.0)
+        super().on_choice_end(stream, stats, reason, now)
 
 
 class GroupClient(EngineClient):
     """A client that chooses an engine for each request. What waits for one that is lost goes to another."""
+
+    streams_type = CountedStreams
 
     def update(self) -> None:
         super().update()
@@ -40,9 +84,15 @@ class GroupClient(EngineClient):
         """The engines that are left, and have been ready."""
         return [engine for engine in self.alive if engine.liveness.info is not None]
 
+    @property
+    def states(self) -> dict[str, object]:
+        return {"engines": [{"number": engine.number, "status": status(engine.liveness)} for engine in self.engines]}
+
     def open(self, message: Submit, reservation: Reservation, inbox: EventInbox | None) -> RequestStream:
         engine, num_cached_tokens = self.choose(message)
-        return engine.streams.open(message, reservation, num_cached_tokens, inbox)
+        stream = engine.streams.open(message, reservation, inbox)
+        _count_cached(engine, stream, num_cached_tokens)
+        return stream
 
     def choose(self, message: Submit) -> tuple[ConnectedEngine, int]:
         """Return the engine for a request, and how many tokens of its prompt that has cached.
@@ -62,16 +112,41 @@ class GroupClient(EngineClient):
             having = [engine for engine in candidates if _has_adapter(engine, message.lora_fingerprint)]
             candidates = having or candidates
         cached = {engine: _num_cached_tokens(engine, prefixes, info.block_size) for engine in candidates}
-        best = min(cached, key=lambda engine: (engine.streams.load - cached[engine], len(engine.cached), engine.number))
+        best = min(
+            cached, key=lambda engine: (streams_of(engine).load - cached[engine], len(engine.cached), engine.number)
+        )
         return best, cached[best]
 
     def _move_waiting(self) -> None:
         for engine in self.engines:
             is_dead = engine.liveness.dead_reason is not None
-            if (self.is_ready and not engine.liveness.is_ready) or (is_dead and self.is_restarting):
-                for stream, message in engine.streams.take_waiting():
+            if (self.is_ready and not engine.liveness.is_ready) or (is_dead and self.restarting_since):
+                for stream, message in streams_of(engine).take_waiting():
                     other, num_cached_tokens = self.choose(message)
-                    other.streams.adopt(stream, message, num_cached_tokens)
+                    other.streams.adopt(stream, message)
+                    _count_cached(other, stream, num_cached_tokens)
+
+
+def status(liveness: EngineLiveness) -> str:
+    """Return the state of an engine in a word."""
+    if liveness.dead_reason is not None:
+        return "dead"
+    if liveness.info is None:
+        return "loading"
+    if liveness.is_restarting:
+        return "restarting"
+    return "ok" if liveness.is_healthy else "silent"
+
+
+def streams_of(engine: ConnectedEngine) -> CountedStreams:
+    assert isinstance(engine.streams, CountedStreams)
+    return engine.streams
+
+
+def _count_cached(engine: ConnectedEngine, stream: RequestStream, num_tokens: int) -> None:
+    """Note that an engine is expected to find so many tokens of a request's prompt in its cache."""
+    first = stream.choices[0]
+    streams_of(engine).set_load(first, first.load - num_tokens)
 
 
 def _has_adapter(engine: ConnectedEngine, fingerprint: str) -> bool:

@@ -18,10 +18,9 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit, TokenEvent
 from server.api.completions.schemas import PromptInput, prompts_schema, read_prompts
-from server.api.model_route import ModelRoute
 from server.context import get_context
-from server.dialect import BEGINNING, Dialect, Operation
-from server.engine_client.answer_budget import AnswerShare, least_embedding_bytes, too_large_error
+from server.dialect import BEGINNING, Dialect, ModelRoute, Operation
+from server.engine_client.answer_budget import NUMBER_BYTES, AnswerShare, too_large_error
 from server.engine_client.client import EngineClient
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
@@ -34,7 +33,7 @@ from server.http.responses import AnswerResponse
 from server.models.served_model import ModelVariant, ServedModel
 from server.part import Part
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import LightwellOptions, QueueFields, TruncatedLength, TruncationSide
+from server.schemas.request_fields import LightwellOptions, QueueFields, TruncatedLength, TruncationSide, optional
 from server.tenants import get_tenant
 
 MAX_INPUTS = 2048  # OpenAI's limit
@@ -50,22 +49,22 @@ NO_SEED = 0  # nothing is sampled
 class EmbeddingRequest(QueueFields):
     model: str = Field(description="Name of the model, as listed by GET /v1/models.")
     input: Inputs = Field(description="One or more inputs, as text or token ids.")
-    encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="float: a list of numbers. base64: their encoding as little-endian float32. Default float."
+    encoding_format: Literal["float", "base64"] | None = optional(
+        "float: a list of numbers. base64: their encoding as little-endian float32. Default float."
     )
-    add_special_tokens: bool | None = Field(
-        None, description="Add the special tokens that the model expects around a text. Default true."
+    add_special_tokens: bool | None = optional(
+        "Add the special tokens that the model expects around a text. Default true."
     )
-    truncate_prompt_tokens: TruncatedLength | None = Field(
-        None, description="Truncate each input to this many tokens; -1: to the maximum model length. Default: never."
+    truncate_prompt_tokens: TruncatedLength | None = optional(
+        "Truncate each input to this many tokens; -1: to the maximum model length. Default: never."
     )
-    truncation_side: TruncationSide | None = Field(
-        None, description="Side from which truncate_prompt_tokens removes tokens. Default left: the beginning."
+    truncation_side: TruncationSide | None = optional(
+        "Side from which truncate_prompt_tokens removes tokens. Default left: the beginning."
     )
     dimensions: int | None = Field(
         None, ge=1, description="Number of dimensions to keep; the result is rescaled to length 1. Default: all."
     )
-    lightwell: LightwellOptions | None = Field(None, description="Options specific to this server.")
+    lightwell: LightwellOptions | None = optional("Options specific to this server.")
 
     @property
     def explain(self) -> bool:
@@ -163,7 +162,8 @@ async def answer_prompts(
                 )
                 for number, token_ids in enumerate(await context.run_text_work(request, prompts.encode))
             ]
-            if least_embedding_bytes(submits, model.base.config.hidden_size) > context.answers.max_bytes:
+            num_embeddings = sum(submit.params.pooling is not None for submit in submits)
+            if NUMBER_BYTES * model.base.config.hidden_size * num_embeddings > context.answers.max_bytes:
                 raise share.too_large()
             submitted = time.monotonic()
             events, endings = await _run_prompts(request, client, submits, reservation, size)

@@ -16,7 +16,7 @@ from pathlib import Path
 from engine.config import GGUF_ARCHITECTURES, load_model_config
 from engine.shared.files import replace_durably
 from engine.shared.gguf import read_partial_metadata
-from server.format import format_bytes, format_seconds, home_relative
+from server.format import format_bytes, home_relative
 from server.parts.hub.memory import ModelShape, gguf_shape, memory_lines, model_shape
 from server.parts.hub.names import GGUF_SUFFIX, HubError, HubName, select_files, select_gguf
 from server.parts.hub.repository import (
@@ -286,3 +286,11 @@ def _check(file: RemoteFile, path: Path) -> None:
             f"{file.path} is not what the hub announced, {file.num_bytes} bytes with hash {file.etag}. "
             "It has been deleted: run the command again"
         )
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in its largest units: 48 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

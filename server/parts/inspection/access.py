@@ -28,7 +28,7 @@ from server.generation.preamble import find_model
 from server.http import errors
 from server.http.access_control import HostRules, host_of_url, tenant_of_keys
 from server.models.served_model import ServedModel
-from server.settings.load import hidden_without_keys
+from server.parts.inspection.settings import hidden_without_keys
 from server.settings.table import Settings
 from server.tenants import Tenant, get_tenant
 from server.text.text_threads import LONG_BYTES
@@ -237,7 +237,7 @@ class RecordAccess:
     def engine_id(self) -> str:
         """An id of the engine process. Steps of another one are numbered from 1 again."""
         number = "" if len(self.model.client.engines) == 1 else f"-{self.engine.number}"
-        if self.context.source.unloads and (info := self.engine.liveness.info) is not None:
+        if self.context.models.unloads and (info := self.engine.liveness.info) is not None:
             number = f"-{info.pid}"  # another engine comes with each model, and each time that one is loaded
         return f"{self.context.created}{number}-{self.engine.liveness.num_restarts}"
 

@@ -10,13 +10,13 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
 from engine.parts.inspection.records import Inspect, Inspected, InspectionProblem, LayerView, PositionView, StageView
-from server.api.model_route import ModelRoute
+from server.dialect import ModelRoute
 from server.generation.preamble import begin, find_model
 from server.generation.prompts import encode_prompt
 from server.http import errors
 from server.models.served_model import ServedModel
 from server.parts.inspection.access import RecordAccess, check_may_read
-from server.schemas.request_fields import OpenObject
+from server.schemas.request_fields import OpenObject, optional
 from server.text.choice_text import token_text
 
 MAX_POSITIONS = 64
@@ -54,11 +54,11 @@ router = APIRouter(route_class=InspectRoute, dependencies=[Depends(check_may_rea
 class InspectRequest(OpenObject):
     """Either the id of a request, or a prompt."""
 
-    id: str | None = Field(None, description="Of the answer, or its x-request-id.")
+    id: str | None = optional("Of the answer, or its x-request-id.")
     prompt_index: int = Field(0, ge=0, le=MAX_INT, description="Which of the request's prompts.")
     index: int = Field(0, ge=0, le=MAX_INT, description="Which of the prompt's choices.")
-    prompt: str | Annotated[list[int], Field(fail_fast=True)] | None = Field(None, description="A text, or token ids.")
-    model: str | None = Field(None, description="Of a prompt: the model or LoRA adapter. Default: the model.")
+    prompt: str | Annotated[list[int], Field(fail_fast=True)] | None = optional("A text, or token ids.")
+    model: str | None = optional("Of a prompt: the model or LoRA adapter. Default: the model.")
     start: int | None = Field(
         None, ge=0, le=MAX_INT, description="First position. Default: 16 before the end; of a prompt 0."
     )

@@ -16,9 +16,9 @@ from engine.shared.messages import EngineInfo
 from server.context import ServerContext
 from server.dialect import BEGINNING, Dialect, Operation
 from server.http.error_formats import ErrorFormat
-from server.http.errors import APIError, InvalidValueError
-from server.http.json_route import end_with_client
+from server.http.errors import APIError, invalid
 from server.http.responses import EventStream, StructResponse
+from server.http.strict_json import end_with_client
 from server.part import Part
 from server.parts.inspection import inspect, trace
 from server.parts.inspection.access import EngineNumber, RecordAccess, check_may_read, read_request
@@ -235,8 +235,7 @@ def _parse(event_id: str) -> tuple[str, int]:
     """Return the engine and the step that an event ended with. Raises InvalidValueError."""
     match = _EVENT_ID.fullmatch(event_id)
     if match is None:
-        message = "Invalid 'last-event-id': expected the id of an earlier event."
-        raise InvalidValueError(message, param="last-event-id")
+        raise invalid("last-event-id", "expected the id of an earlier event")
     return match[1], int(match[2])
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import msgspec
 import yaml
 
-from server.api_keys import ApiKeys
 from server.http.errors import APIError, retry_headers
 from server.settings.load import read_yaml
 from server.settings.setting import (
@@ -32,11 +31,12 @@ from server.settings.setting import (
     ValueType,
     did_you_mean,
     integer,
+    many,
     number,
     pattern,
 )
 from server.settings.table import Settings
-from server.tenants import Account, Rule, Tenant
+from server.tenants import Account, ApiKeys, Rule, Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ LIMITS: Mapping[str, ValueType] = {name.replace("_", "-"): integer(1, 10**12) fo
 FIELDS: Mapping[str, ValueType] = {
     "weight": number(0.01, 100),
     "admin": BOOLEAN,
-    "adapters": pattern("a list of names of LoRA adapters, or *", ADAPTER_NAME + r"|\*", "NAME", is_list=True),
+    "adapters": many(pattern("a list of names of LoRA adapters, or *", ADAPTER_NAME + r"|\*", "NAME")),
     "negative-priority": BOOLEAN,
     **LIMITS,
 }

@@ -1,16 +1,20 @@
 """Limits of tenants, from the keys file; `GET /v1/usage`: what a client has used, and its limits."""
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from server.context import get_context
+from server.context import ServerContext, get_context
 from server.dialect import Dialect, Operation
 from server.http.responses import StructResponse
+from server.metrics import LABELS, Metrics
 from server.part import Part
 from server.parts.limits.keys_file import Limits
-from server.tenants import Account, Tenant, get_tenant
+from server.tenants import Account, Tenant, Usage, get_tenant
 
 
 class TenantUsage(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="usage"):
@@ -64,8 +68,34 @@ def _usage(name: str | None, account: Account, limits: Limits) -> TenantUsage:
     )
 
 
+class UsageCollector(Collector):
+    """Reads what the tenants have used at scrape time. The label is a tenant's name, never its key or address."""
+
+    def __init__(self, metrics: Metrics, usage: Callable[[], Mapping[str, Usage]]) -> None:
+        self._usage = usage
+        self._prefix = metrics.prefix
+        self._label_values = (metrics.model_name, "0")  # no engine counts it
+
+    def collect(self) -> Iterator[Metric]:
+        usage = self._usage()
+        for field, name, help in (
+            ("num_requests", "tenant_requests", "Requests of a tenant."),
+            ("num_prompt_tokens", "tenant_prompt_tokens", "Prompt tokens of a tenant."),
+            ("num_cached_tokens", "tenant_prompt_tokens_cached", "Prompt tokens of a tenant from the prefix cache."),
+            ("num_output_tokens", "tenant_generation_tokens", "Output tokens of a tenant."),
+        ):
+            family = CounterMetricFamily(f"{self._prefix}{name}", help, labels=(*LABELS, "tenant"))
+            for tenant, used in usage.items():
+                family.add_metric([*self._label_values, tenant], getattr(used, field))
+            yield family
+
+
+def _attach(context: ServerContext) -> None:
+    context.metrics.registry.register(UsageCollector(context.metrics, context.api_keys.usage))
+
+
 USAGE = Dialect(
     tag="Lightwell", routers=[router], operations={("/v1/usage", "get"): Operation(UsageList)}, in_workers=False
 )
 
-PART = Part(dialects=[USAGE])
+PART = Part(dialects=[USAGE], attach=_attach)

@@ -8,18 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pydantic import Field
 
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, LoraAdapter, ToEngine, UnloadAdapter
-from server.api.model_route import ModelRoute
-from server.context import get_context
-from server.dialect import Dialect, Operation
+from server.context import ServerContext, get_context
+from server.dialect import Dialect, ModelRoute, Operation
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import ConnectedEngine, EngineAdapters
 from server.generation.preamble import begin, find_model
@@ -32,11 +34,14 @@ from server.http.errors import (
     MissingParameterError,
     ModelNotFoundError,
     clip,
+    invalid,
 )
-from server.model_paths import ModelError, resolve_adapter
+from server.metrics import Metrics
+from server.model_paths import ModelError
 from server.models.served_model import ServedModel
 from server.part import Part
-from server.schemas.request_fields import OpenObject
+from server.parts.lora.files import resolve_adapter
+from server.schemas.request_fields import OpenObject, optional
 from server.settings.setting import ADAPTER_NAME
 from server.tenants import get_tenant
 
@@ -212,19 +217,17 @@ class LoadAdapterRequest(OpenObject):
         max_length=MAX_PATH_CHARS,
         description="A PEFT folder or a GGUF file on the server, or the Hugging Face id of either.",
     )
-    load_inplace: bool | None = Field(
-        None,
-        description="Replace a loaded adapter of the same name. Running requests finish with the adapter they "
-        "started with.",
+    load_inplace: bool | None = optional(
+        "Replace a loaded adapter of the same name. Running requests finish with the adapter they started with."
     )
-    base_model_name: str | None = Field(
-        None, description="The model that the adapter belongs to. It can be left out if there is only one."
+    base_model_name: str | None = optional(
+        "The model that the adapter belongs to. It can be left out if there is only one."
     )
 
 
 class UnloadAdapterRequest(OpenObject):
     lora_name: AdapterName
-    lora_int_id: int | None = Field(None, description="Accepted for vLLM clients and ignored.")
+    lora_int_id: int | None = optional("Accepted for vLLM clients and ignored.")
 
 
 class AdapterRoute(ModelRoute):
@@ -253,10 +256,9 @@ async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Respo
     name, replaces = body.lora_name, bool(body.load_inplace)
     models, tenant = get_context(request).models, get_tenant(request)
     if any(name in slot.names for slot in models.slots):
-        raise InvalidValueError(f"Invalid 'lora_name': '{name}' is the name of a model.", param="lora_name")
+        raise invalid("lora_name", f"'{name}' is the name of a model")
     if (owner := models.find_slot(name, tenant)) is not None and owner.served is not model:
-        message = f"Invalid 'lora_name': '{name}' is an adapter of the model '{owner.name}'."
-        raise InvalidValueError(message, param="lora_name")
+        raise invalid("lora_name", f"'{name}' is an adapter of the model '{owner.name}'")
     if name in model.client.adapters and not replaces:
         message = (
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
@@ -296,7 +298,7 @@ def _base_model(request: Request, name: str | None) -> ServedModel:
     try:
         return find_model(request, name).base
     except ModelNotFoundError as error:
-        raise InvalidValueError(f"Invalid 'base_model_name': {error.message}", param="base_model_name") from None
+        raise invalid("base_model_name", error.message.removesuffix(".")) from None
 
 
 async def _resolve_path(client: EngineClient, lora_path: str) -> Path:
@@ -312,7 +314,7 @@ async def _resolve_path(client: EngineClient, lora_path: str) -> Path:
             client.check_open()
         return await resolving
     except ModelError as error:
-        raise InvalidValueError(f"Invalid 'lora_path': {error}.", param="lora_path") from None
+        raise invalid("lora_path", f"{error}") from None
     finally:
         resolving.cancel()
         draining.cancel()
@@ -320,6 +322,35 @@ async def _resolve_path(client: EngineClient, lora_path: str) -> Path:
 
 def _done(text: str, headers: dict[str, str]) -> Response:
     return Response(text, headers=headers, media_type="text/plain")
+
+
+class AdapterCollector(Collector):
+    """Reads at scrape time which adapters are in use: names as labels and the current time as the value.
+
+    vLLM keeps a sample of each earlier combination of names, too.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        engines = self._metrics.engines
+        max_loras = max((engine.info.max_loras for engine in engines if engine.info is not None), default=0)
+        if max_loras == 0:
+            return
+        stats = [engine.stats() for engine in engines]
+        waiting = {name for each in stats for name in each.waiting_adapters}
+        running = {name for each in stats for name in each.running_adapters}
+        labels = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        name = f"{self._metrics.prefix}lora_requests_info"
+        family = GaugeMetricFamily(name, "LoRA adapters in use.", labels=labels)
+        family.add_metric([str(max_loras), ",".join(sorted(waiting)), ",".join(sorted(running))], time.time())
+        yield family
+
+
+def _attach(context: ServerContext) -> None:
+    for slot in context.models.slots:
+        slot.metrics.registry.register(AdapterCollector(slot.metrics))
 
 
 ADAPTER = {"lora_name": "sql"}
@@ -339,4 +370,4 @@ ADAPTERS = Dialect(
     in_workers=False,
 )
 
-PART = Part(dialects=[ADAPTERS])
+PART = Part(dialects=[ADAPTERS], attach=_attach)

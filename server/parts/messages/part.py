@@ -7,17 +7,16 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.api.chat.conversion import ChatEndpoint, reads_effort
+from server.api.chat.routes import ChatEndpoint, reads_effort
 from server.api.chat.schemas import ChatCompletionRequest
-from server.api.model_route import StreamRoute
 from server.context import ServerContext, get_context
-from server.dialect import ID, MESSAGES, MODEL, Dialect, Operation
+from server.dialect import ID, MESSAGES, MODEL, Dialect, Operation, StreamRoute
 from server.generation.endpoint import AnswerMetadata, Writer
-from server.generation.parameters import supports_reasoning_budget
+from server.generation.parameters import tag_ids
 from server.generation.pipeline import respond
 from server.generation.preamble import find_model
 from server.generation.prompts import Prompt
-from server.http.errors import InvalidValueError, MissingParameterError
+from server.http.errors import InvalidValueError, MissingParameterError, invalid
 from server.http.responses import StructResponse
 from server.models.served_model import ServedModel
 from server.part import Part
@@ -150,8 +149,7 @@ def to_chat(body: schemas.CountTokensRequest, model: ServedModel) -> ChatComplet
     """
     final = body.messages[-1]
     if final.role == "assistant" and any(isinstance(block, schemas.ToolUseBlock) for block in final.content):
-        message = "Invalid 'messages': the last message calls tools, so their results must follow."
-        raise InvalidValueError(message, param="messages")
+        raise invalid("messages", "the last message calls tools, so their results must follow")
     _check_thinking(body)
     choice, template = body.tool_choice, model.chat_template
     keeps_position = template is not None and template.keeps_system_position
@@ -169,7 +167,7 @@ def to_chat(body: schemas.CountTokensRequest, model: ServedModel) -> ChatComplet
     if isinstance(body, schemas.MessagesRequest):
         fields |= {
             "max_tokens": body.max_tokens,
-            "thinking_token_budget": _budget(body.thinking) if supports_reasoning_budget(model) else None,
+            "thinking_token_budget": _budget(body.thinking) if _has_budget(model) else None,
             "stop": body.stop_sequences or None,
             **{name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "stream")},
         }
@@ -297,6 +295,12 @@ def _effort(thinking: schemas.ThinkingConfig | None, config: schemas.OutputConfi
     return "medium" if thinking is not None and thinking.type == "enabled" else None
 
 
+def _has_budget(model: ServedModel) -> bool:
+    """Return whether chats with this model may have a `thinking_token_budget`."""
+    tags = None if model.chat_template is None else model.chat_template.reasoning_tags
+    return tags is not None and tag_ids(model, tags) is not None
+
+
 def _budget(thinking: schemas.ThinkingConfig | None) -> int | None:
     return thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
 
@@ -304,8 +308,7 @@ def _budget(thinking: schemas.ThinkingConfig | None) -> int | None:
 def _response_format(body: schemas.CountTokensRequest) -> dict[str, Any] | None:
     format = body.output_config.format if body.output_config is not None else None
     if format is not None and body.output_format is not None:
-        message = "Invalid 'output_format': it is an alias of 'output_config.format', so only one is allowed."
-        raise InvalidValueError(message, param="output_format")
+        raise invalid("output_format", "it is an alias of 'output_config.format', so only one is allowed")
     format = format or body.output_format
     if format is None:
         return None

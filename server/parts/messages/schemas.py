@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, FiniteFloat, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS
 from server.parts.conversions.chat_requests import IgnoredObject
-from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, StopStrings
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, StopStrings, optional
 from server.schemas.sampling import parameter
 from server.schemas.tools import MAX_TOOLS, ToolName
 from server.settings.sampling import INT64_MAX
@@ -45,8 +45,8 @@ class DocumentBlock(MessagesObject):
     type: Literal["document"]
     source: Annotated[PlainText | TextContent, Field(discriminator="type")]
     title: str | None = None
-    context: str | None = Field(None, description="Further information about the document for the model.")
-    citations: dict[str, Any] | None = Field(None, description="Accepted and ignored: answers have no citations.")
+    context: str | None = optional("Further information about the document for the model.")
+    citations: dict[str, Any] | None = optional("Accepted and ignored: answers have no citations.")
 
 
 class SearchResultBlock(MessagesObject):
@@ -56,7 +56,7 @@ class SearchResultBlock(MessagesObject):
     title: str
     source: str
     content: Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
-    citations: dict[str, Any] | None = Field(None, description="Accepted and ignored: answers have no citations.")
+    citations: dict[str, Any] | None = optional("Accepted and ignored: answers have no citations.")
 
 
 class CompactionBlock(MessagesObject):
@@ -96,9 +96,7 @@ class ToolResultBlock(MessagesObject):
     type: Literal["tool_result"]
     tool_use_id: str = Field(min_length=1)
     content: str | Annotated[list[ReadableBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    is_error: bool | None = Field(
-        None, description="Whether the call failed. The content is then prefixed with 'Error: '."
-    )
+    is_error: bool | None = optional("Whether the call failed. The content is then prefixed with 'Error: '.")
 
 
 class ThinkingBlock(MessagesObject):
@@ -136,8 +134,8 @@ class SystemMessage(MessagesObject):
 
     role: Literal["system"]
     content: str | Annotated[list[TextBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
-    clear_at: Literal["next_user_message", "never"] | None = Field(
-        None, description="next_user_message: the instruction is dropped once a user message follows."
+    clear_at: Literal["next_user_message", "never"] | None = optional(
+        "next_user_message: the instruction is dropped once a user message follows."
     )
 
 
@@ -174,7 +172,7 @@ MessagesTool = Annotated[
 
 class MessagesToolChoice(MessagesObject):
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = Field(None, description="With type tool: name of the tool.")
+    name: str | None = optional("With type tool: name of the tool.")
     disable_parallel_tool_use: bool | None = None
 
 
@@ -188,8 +186,8 @@ class ThinkingConfig(MessagesObject):
         description="Maximum number of reasoning tokens; ignored if the model's reasoning tags are not single tokens. "
         "Required with type enabled, and must be less than max_tokens.",
     )
-    display: Literal["summarized", "omitted", "updates"] | None = Field(
-        None, description="omitted: the answer has no thinking blocks. Thinking is never summarized."
+    display: Literal["summarized", "omitted", "updates"] | None = optional(
+        "omitted: the answer has no thinking blocks. Thinking is never summarized."
     )
 
 
@@ -200,8 +198,8 @@ class OutputSchemaFormat(MessagesObject):
 
 class OutputConfig(MessagesObject):
     format: OutputSchemaFormat | None = None
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="Passed to the chat template; ignored if the template does not read it."
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = optional(
+        "Passed to the chat template; ignored if the template does not read it."
     )
 
 
@@ -212,27 +210,21 @@ class CountTokensRequest(OpenObject):
     messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] = Field(
         description="The conversation so far. If the last message is an assistant's, the answer continues it."
     )
-    system: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
-        None, description="System prompt, as text or text blocks."
+    system: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = optional(
+        "System prompt, as text or text blocks."
     )
-    tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
-        None,
-        description="Functions that the model may call, and Anthropic's tools bash, text_editor and memory. Others are "
-        "ignored, and reported as such.",
+    tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = optional(
+        "Functions that the model may call, and Anthropic's tools bash, text_editor and memory. Others are "
+        "ignored, and reported as such."
     )
-    tool_choice: MessagesToolChoice | None = Field(
-        None,
-        description="Whether the model calls a tool, and which one. A choice of ignored tools is ignored. "
-        "Default auto.",
+    tool_choice: MessagesToolChoice | None = optional(
+        "Whether the model calls a tool, and which one. A choice of ignored tools is ignored. Default auto."
     )
-    thinking: ThinkingConfig | None = Field(
-        None,
-        description="Whether the model reasons before it answers, and at most how long. Default: the model decides.",
+    thinking: ThinkingConfig | None = optional(
+        "Whether the model reasons before it answers, and at most how long. Default: the model decides."
     )
-    output_config: OutputConfig | None = Field(
-        None, description="Format of the answer (a JSON schema), and reasoning effort."
-    )
-    output_format: OutputSchemaFormat | None = Field(None, description="Deprecated alias of output_config.format.")
+    output_config: OutputConfig | None = optional("Format of the answer (a JSON schema), and reasoning effort.")
+    output_format: OutputSchemaFormat | None = optional("Deprecated alias of output_config.format.")
 
 
 class MessagesRequest(CountTokensRequest):
@@ -247,6 +239,6 @@ class MessagesRequest(CountTokensRequest):
     top_p: FiniteFloat | None = parameter("top_p")
     top_k: int | None = Field(None, ge=0, le=INT64_MAX, description="Keep this many of the most likely tokens; 0: all.")
     stop_sequences: StopStrings | None = Field(None, description=f"Up to {MAX_STOPS} strings that end the text.")
-    stream: bool | None = Field(None, description="Stream the answer as server-sent events.")
-    metadata: dict[str, Any] | None = Field(None, description="Accepted and ignored.")
-    service_tier: str | None = Field(None, description="Accepted and ignored.")
+    stream: bool | None = optional("Stream the answer as server-sent events.")
+    metadata: dict[str, Any] | None = optional("Accepted and ignored.")
+    service_tier: str | None = optional("Accepted and ignored.")

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.api.admin.routes import ModelFormat
-from server.api.admin.schemas import Model
+from server.api.admin import Model, ModelFormat
 from server.generation.choice import ChoiceDelta, DeltaPart, ToolCallDelta
-from server.generation.endpoint import AnswerMetadata, Writer, encode_events
+from server.generation.endpoint import AnswerMetadata, Writer
 from server.http.error_formats import ErrorFormat
-from server.http.errors import INVALID_REQUEST, APIError, valid_utf8
+from server.http.errors import INVALID_REQUEST, APIError, ContextLengthExceededError
+from server.parts.conversions.answers import arguments_of, encode_events, named_message
 from server.schemas.answers import RequestTimings, Usage
 from server.text.parsers.answer_parts import PartKind
 
@@ -139,8 +139,19 @@ class AnthropicErrorResponse(msgspec.Struct, frozen=True, kw_only=True, omit_def
 
 
 def error_body(error: APIError, request_id: str | None = None) -> bytes:
-    detail = AnthropicErrorDetail(TYPES.get(error.status, INVALID_REQUEST), valid_utf8(error.anthropic_message))
+    message = _too_long(error) if isinstance(error, ContextLengthExceededError) else named_message(error)
+    detail = AnthropicErrorDetail(TYPES.get(error.status, INVALID_REQUEST), message)
     return msgspec.json.encode(AnthropicErrorResponse(type="error", error=detail, request_id=request_id))
+
+
+def _too_long(error: ContextLengthExceededError) -> str:
+    """Return Anthropic's wording, which its clients parse to know by how much to shorten the input."""
+    if error.max_tokens is None:
+        return f"prompt is too long: {error.num_prompt_tokens} tokens > {error.max_model_len} maximum"
+    return (
+        f"input length and `max_tokens` exceed context limit: {error.num_prompt_tokens} + {error.max_tokens} > "
+        f"{error.max_model_len}, decrease input length or `max_tokens` and try again"
+    )
 
 
 def error_event(error: APIError, num_events: int = 0) -> bytes:
@@ -281,7 +292,7 @@ def _stop(delta: ChoiceDelta, *, has_calls: bool) -> StopDetails:
 
 def _block(part: DeltaPart) -> OutputBlock:
     if isinstance(part, ToolCallDelta):
-        return OutputToolUseBlock(part.id, part.name, part.decoded_arguments)
+        return OutputToolUseBlock(part.id, part.name, arguments_of(part))
     return OutputThinkingBlock(part.text) if part.kind is PartKind.REASONING else OutputTextBlock(part.text)
 
 

@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import anyio.to_thread
 from msgspec.structs import replace
+from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, load_model_config
 from engine.shared.machine import available_memory
 from engine.shared.messages import EngineInfo
 from server.engine_client.admission import SHUTTING_DOWN
@@ -23,16 +25,18 @@ from server.engine_client.client import EngineClient
 from server.format import format_bytes
 from server.http.errors import EngineUnavailableError
 from server.http.responses import StructResponse
-from server.models.registry import ModelRegistry, ModelSlot, ModelState
+from server.metrics import Metrics
+from server.models.registry import DRAINING, NO_PROGRESS, ModelRegistry, ModelSlot
 from server.models.served_model import ServedModel, load_served_model
-from server.models.source import DRAINING, NO_PROGRESS, ModelSource, WaitingRoute
 from server.parts.hub.memory import GPU_RESERVE, MIB, GPUMemory, ModelShape, gpu_memory, model_shape
+from server.parts.hub.weight_files import WeightFiles
 from server.parts.models import waiting
+from server.parts.models.slots import JoinedRegistry, LoadableSlot, ModelState
 from server.parts.models.waiting import RETRY_SECONDS, LoadTimeoutError, ModelLoadError
-from server.processes.supervisor_channel import StartEngine, StopEngine
+from server.processes.supervisor_channel import Channel, StartEngine, StopEngine
+from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
 from server.tenants import Tenant
-from server.weight_files import WeightFiles
 
 logger = logging.getLogger("lightwell.api")
 
@@ -124,7 +128,7 @@ class EngineGoneError(Exception):
     """The engine of a model that is being loaded has ended, or hangs. The message is the reason."""
 
 
-class ModelManager(ModelSource):
+class ModelManager(ModelRegistry):
     """Loads and unloads the models of a server. All methods are called on its event loop.
 
     Models are loaded one after the other, since each takes a part of the memory that is free.
@@ -135,24 +139,30 @@ class ModelManager(ModelSource):
 
     unloads = True
 
-    def __init__(
-        self, models: ModelRegistry, order: Callable[[StartEngine | StopEngine], None], idle_unload: float | None
-    ) -> None:
-        """`order` sends a message to the supervisor."""
-        super().__init__(models)
+    def __init__(self, config: ApiProcessConfig, new_metrics: Callable[[str], Metrics], channel: Channel) -> None:
+        """`channel` leads to the supervisor, which starts and stops engines."""
+        super().__init__(config, new_metrics, channel)
+        self.slots = slots = [LoadableSlot(slot.config, slot.metrics) for slot in self.slots]
         self.when_loaded = partial(waiting.respond, self.wait_loaded)
         self._never = asyncio.Event()
-        self._slots = {slot.number: slot for slot in models.slots}
-        self._order = order
-        self._idle_unload = idle_unload
+        self._slots = {slot.number: slot for slot in slots}
+        self._order = channel.send
+        self._idle_unload = config.settings.idle_unload
         self._budget = HostBudget()
         self._lock = asyncio.Lock()  # of the model that is being loaded
         self._started: dict[int, asyncio.Future[int]] = {}  # number of an engine -> its process, once it runs
         self._gone: dict[int, asyncio.Event] = {}  # number of an engine that has been started -> set when it has ended
-        self._starting = {slot for slot in models.slots if slot.config.settings.load == "at-start"}
+        self._starting = {slot for slot in slots if slot.config.settings.load == "at-start"}
         self.has_started = asyncio.Event()  # set: the models that are loaded at the start are loaded, or have failed
         self.is_draining = False
         self._watcher: asyncio.Task[None] | None = None
+
+    def load(self, client: EngineClient | None) -> None:
+        """Load nothing before the event loop runs."""
+
+    @property
+    def metrics(self) -> CollectorRegistry:
+        return super().metrics if len(self.slots) == 1 else JoinedRegistry([slot.metrics for slot in self.slots])
 
     @property
     def died(self) -> asyncio.Event:
@@ -170,11 +180,12 @@ class ModelManager(ModelSource):
         self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        """Stop what is being loaded and unloaded."""
+        """Stop what is being loaded and unloaded, and close the models that are loaded."""
         tasks = [task for task in (self._watcher, *(slot.task for slot in self._slots.values())) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await super().close()
 
     async def _watch(self) -> None:
         """Unload models that are idle, and those whose client has given up an engine that may still run."""
@@ -197,28 +208,34 @@ class ModelManager(ModelSource):
         """Wait for ever: the next heartbeat says it."""
         await asyncio.Event().wait()
 
-    def find_slot(self, route: WaitingRoute, request: Request, fields: dict[str, Any]) -> ModelSlot | None:
-        return waiting.find_slot(route, request, fields)
-
-    def loaded(self, request: Request, slot: ModelSlot | None) -> AbstractAsyncContextManager[None]:
+    def keep_loaded(self, request: Request, slot: ModelSlot | None) -> AbstractAsyncContextManager[None]:
         return waiting.loaded(self.wait_loaded, request, slot, waiting.patience(request) or 0.0)
 
-    def idle_limit(self, slot: ModelSlot) -> float | None:
+    def idle_limit(self, slot: LoadableSlot) -> float | None:
         """Return the seconds without a request after which a model is unloaded. None: it stays loaded."""
         return self._idle_unload if slot.idle_limit is None else slot.idle_limit
 
+    def seconds_left(self) -> dict[str, float | None]:
+        """Return for each model, by name, after how many seconds it is unloaded if no request comes. None: it stays."""
+        left = {slot.name: self.idle_limit(slot) for slot in self._slots.values()}
+        for slot in self._slots.values():
+            if (limit := left[slot.name]) is not None and slot.is_idle:
+                left[slot.name] = max(0.0, slot.last_used + limit - slot.now())
+        return left
+
     def drain(self) -> None:
-        """Load no more models: the server shuts down."""
+        """Admit no new work and load no more models: the server shuts down."""
         self.is_draining = True
         for slot in self._slots.values():
             if slot.task is not None and slot.load_requested is not None:
                 slot.task.cancel()
+        super().drain()
 
-    def is_usable(self, slot: ModelSlot) -> bool:
+    def is_usable(self, slot: LoadableSlot) -> bool:
         """Return whether requests use a model, or load it: they do not soon after it has failed."""
         return slot.state is not ModelState.FAILED or slot.now() >= slot.failed_at + RETRY_SECONDS
 
-    async def wait_loaded(self, slot: ModelSlot, seconds: float, tenant: Tenant) -> None:
+    async def wait_loaded(self, slot: LoadableSlot, seconds: float, tenant: Tenant) -> None:
         """Wait until a model is loaded, which begins now if need be. Only an admin learns why it cannot be.
 
         Raises ModelLoadError if it cannot be loaded, LoadTimeoutError if that takes more than `seconds`, and
@@ -256,7 +273,7 @@ class ModelManager(ModelSource):
         if problem is not None:
             return EngineUnavailableError(problem).response()
         states = Counter(slot.state for slot in self._slots.values())
-        restarts = sum(model.client.num_restarts for model in self._models.loaded)
+        restarts = sum(model.client.num_restarts for model in self.loaded)
         return StructResponse({"status": "ok", "restarts": restarts, "models": states})
 
     # Messages from the supervisor.
@@ -284,7 +301,7 @@ class ModelManager(ModelSource):
         started = self._started.pop(number, None)
         return None if started is None or started.done() else started
 
-    def _give_up(self, slot: ModelSlot, served: ServedModel, reason: str) -> None:
+    def _give_up(self, slot: LoadableSlot, served: ServedModel, reason: str) -> None:
         """Unload a model that is dead, so that it can be loaded again."""
         self._note_failure(slot, reason)
         slot.served = None
@@ -292,12 +309,12 @@ class ModelManager(ModelSource):
 
     # Loading.
 
-    def _begin_load(self, slot: ModelSlot) -> asyncio.Task[None]:
+    def _begin_load(self, slot: LoadableSlot) -> asyncio.Task[None]:
         slot.load_requested, slot.failure = slot.now(), ""
         slot.task = asyncio.create_task(self._load(slot))
         return slot.task
 
-    async def _load(self, slot: ModelSlot) -> None:
+    async def _load(self, slot: LoadableSlot) -> None:
         try:
             async with self._lock:
                 memory_limit = await self._make_room(slot)
@@ -315,23 +332,23 @@ class ModelManager(ModelSource):
             slot.load_requested = slot.load_began = slot.task = None
             self._end_start(slot)
 
-    def _end_start(self, slot: ModelSlot) -> None:
+    def _end_start(self, slot: LoadableSlot) -> None:
         self._starting.discard(slot)
         if not self._starting:
             self.has_started.set()
 
-    def _note_failure(self, slot: ModelSlot, reason: str) -> None:
+    def _note_failure(self, slot: LoadableSlot, reason: str) -> None:
         logger.error("%s cannot be used: %s", slot.name, reason)
         slot.failure, slot.failed_at = reason.rstrip("."), slot.now()
 
-    async def _make_room(self, slot: ModelSlot) -> int:
+    async def _make_room(self, slot: LoadableSlot) -> int:
         """Unload idle models until this one fits, the least recently used first. Return the bytes that it may use.
 
         While all others are in use, it waits. Raises NoRoomError if the model can never fit, AbandonedError if nobody
         waits for it any longer, and OSError or ValueError if its files are invalid, or EngineGoneError if they hang.
         """
         read = anyio.to_thread.run_sync(
-            lambda: least_memory(slot.config.settings, slot.weight_files, slot.model_config)
+            lambda: least_memory(slot.config.settings, slot.weight_files, load_model_config(Path(slot.config.path)))
         )
         needed = await _within_limit(read)
         while True:
@@ -354,12 +371,12 @@ class ModelManager(ModelSource):
             else:
                 await asyncio.sleep(POLL_SECONDS)
 
-    def _runs(self, slot: ModelSlot) -> bool:
+    def _runs(self, slot: LoadableSlot) -> bool:
         """Return whether a model has an engine, which holds memory."""
         gone = self._gone.get(slot.number)
         return gone is not None and not gone.is_set()
 
-    async def _start(self, slot: ModelSlot, memory_limit: int) -> ServedModel:
+    async def _start(self, slot: LoadableSlot, memory_limit: int) -> ServedModel:
         """Start the engine of a model, and return the model when it is ready.
 
         Raises EngineGoneError if the engine ends, and OSError or ValueError if the model's files are invalid.
@@ -387,14 +404,14 @@ class ModelManager(ModelSource):
 
     # Unloading.
 
-    def _begin_unload(self, slot: ModelSlot) -> asyncio.Task[None]:
+    def _begin_unload(self, slot: LoadableSlot) -> asyncio.Task[None]:
         """Unload an idle model."""
         served, slot.served = slot.served, None
         assert served is not None
         slot.task = asyncio.create_task(self._close(slot, served))
         return slot.task
 
-    async def _close(self, slot: ModelSlot, served: ServedModel) -> None:
+    async def _close(self, slot: LoadableSlot, served: ServedModel) -> None:
         try:
             served.client.drain()
             await served.close()
@@ -406,7 +423,7 @@ class ModelManager(ModelSource):
         finally:
             slot.task = None
 
-    async def _stop(self, slot: ModelSlot) -> None:
+    async def _stop(self, slot: LoadableSlot) -> None:
         """End the engine of a model, if it runs."""
         slot.metrics.remove_engines()
         if self._runs(slot):

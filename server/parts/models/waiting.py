@@ -11,10 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.context import get_context
+from server.dialect import ModelRoute
 from server.http.errors import BadRequestError, EngineUnavailableError
 from server.http.responses import KEEP_ALIVE_SECONDS, EventStream
 from server.models.registry import ModelSlot
-from server.models.source import WaitingRoute
+from server.parts.models.slots import LoadableSlot
 from server.schemas.generation_request import GenerationRequest
 from server.tenants import Tenant, get_tenant
 
@@ -23,7 +24,7 @@ RETRY_SECONDS = 10.0  # after a failure, until the model is loaded again for ano
 MAX_HELD_SECONDS = KEEP_ALIVE_SECONDS  # for which the status of a stream waits, so that most errors have their own
 COMMENT_SECONDS = 5.0  # between comments to a client that waits for a model
 
-WaitLoaded: TypeAlias = Callable[[ModelSlot, float, Tenant], Coroutine[Any, Any, None]]  # `ModelManager.wait_loaded`
+WaitLoaded: TypeAlias = Callable[[LoadableSlot, float, Tenant], Coroutine[Any, Any, None]]  # `ModelManager.wait_loaded`
 
 
 class ModelLoadError(EngineUnavailableError):
@@ -42,7 +43,7 @@ class LoadTimeoutError(EngineUnavailableError):
         super().__init__(message, code="request_timeout")
 
 
-async def respond(wait_loaded: WaitLoaded, route: WaitingRoute, request: Request, fields: dict[str, Any]) -> Response:
+async def respond(wait_loaded: WaitLoaded, route: ModelRoute, request: Request, fields: dict[str, Any]) -> Response:
     """Answer a request for a model once it is loaded. While it is, a stream of server-sent events has comments."""
     seconds = patience(request, fields.get("queue_timeout"))
     is_stream = route.errors is not None and fields.get("stream") is True
@@ -69,10 +70,10 @@ async def respond(wait_loaded: WaitLoaded, route: WaitingRoute, request: Request
 
 async def _events(
     wait_loaded: WaitLoaded,
-    route: WaitingRoute,
+    route: ModelRoute,
     request: Request,
     fields: dict[str, Any],
-    slot: ModelSlot,
+    slot: LoadableSlot,
     seconds: float,
 ) -> AsyncGenerator[bytes, None]:
     """Yield comments until the model is loaded, then the events of the stream that the handler returns."""
@@ -91,7 +92,7 @@ async def _events(
             yield chunk
 
 
-def find_slot(route: WaitingRoute, request: Request, fields: dict[str, Any]) -> ModelSlot | None:
+def find_slot(route: ModelRoute, request: Request, fields: dict[str, Any]) -> LoadableSlot | None:
     """Return the model that a request names, or None if its handler will refuse it.
 
     Raises BadRequestError for fields that are valid, but not together.
@@ -102,11 +103,12 @@ def find_slot(route: WaitingRoute, request: Request, fields: dict[str, Any]) -> 
         slot = models.find_slot(route.served_name(request, name), get_tenant(request))
     elif name is None and len(models.slots) == 1:
         slot = models.slots[0]
-    is_loaded = slot is None or slot.served is not None
-    return slot if is_loaded or _is_valid(route, fields) else None
+    if not isinstance(slot, LoadableSlot):
+        return None
+    return slot if slot.served is not None or _is_valid(route, fields) else None
 
 
-def _is_valid(route: WaitingRoute, fields: dict[str, Any]) -> bool:
+def _is_valid(route: ModelRoute, fields: dict[str, Any]) -> bool:
     """Return whether the fields are valid: no model is loaded, and none makes room, for a request that is not."""
     try:
         parsed = route.validate(fields)
@@ -125,7 +127,7 @@ async def loaded(
 
     Raises APIError if it cannot be loaded in time.
     """
-    if slot is None:
+    if not isinstance(slot, LoadableSlot):
         yield
         return
     with slot.in_use():
@@ -145,7 +147,7 @@ def patience(request: Request, queue_timeout: object = None) -> float | None:
     return min([*limits, queue_timeout])
 
 
-def _comment(slot: ModelSlot) -> bytes:
+def _comment(slot: LoadableSlot) -> bytes:
     """Return a comment that says how far the load is."""
     fraction = slot.fraction_loaded
     done = "" if fraction is None else f", {fraction:.0%}"

@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
-from server.api.chat.conversion import reads_effort
+from server.api.chat.routes import reads_effort
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
 from server.context import get_context
 from server.generation.endpoint import AnswerMetadata, Body, Endpoint
 from server.generation.prompts import Prompt, encode_prompt
-from server.http.errors import InvalidValueError, UnsupportedParameterError
+from server.http.errors import UnsupportedParameterError, invalid
 from server.models.served_model import ModelVariant, ServedModel
 from server.parts.conversions.chat_requests import build_request, present, reject_chat_only_fields, tool_call
 from server.parts.embeddings.part import EmbeddingRequest
@@ -172,7 +172,7 @@ def generate_to_completion(body: schemas.OllamaGenerateRequest, model: ModelVari
     for name in ("system", "context"):
         if getattr(body, name) and name not in ignored:
             other = "'raw': true" if body.raw else "'suffix'"
-            raise InvalidValueError(f"Invalid '{name}': not allowed with {other}.", param=name)
+            raise invalid(name, f"not allowed with {other}")
     fields: dict[str, Any] = {"prompt": body.prompt, "suffix": body.suffix or None}
     if body.logprobs:
         fields["logprobs"] = body.top_logprobs or 0

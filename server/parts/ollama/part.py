@@ -9,27 +9,30 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.api.chat.conversion import ChatEndpoint
+from engine.config import ModelConfig, load_model_config
+from server.api.chat.routes import ChatEndpoint
 from server.api.completions.routes import CompletionEndpoint
-from server.api.model_route import ModelRoute
 from server.context import get_context
-from server.dialect import BEGINNING, MESSAGES, Dialect, Operation
+from server.dialect import BEGINNING, MESSAGES, Dialect, ModelRoute, Operation
 from server.generation.pipeline import respond
 from server.generation.preamble import begin, find_model
 from server.http.errors import APIError, EngineUnavailableError, ModelNotFoundError
-from server.http.json_route import StrictJSONRoute
 from server.http.responses import NDJSON, StructResponse
+from server.http.strict_json import StrictJSONRoute
 from server.models.registry import ModelRegistry, ModelSlot
 from server.models.served_model import ServedModel
 from server.part import Part
+from server.part_table import load_module
 from server.parts.conversions.chat_requests import renamed_errors
 from server.parts.embeddings.part import respond as respond_with_embeddings
+from server.parts.hub.weight_files import WeightFiles, describe_weights
 from server.parts.ollama import conversion, schemas
 from server.parts.ollama.conversion import MAX_DURATION, OPTIONS, tagged_name
 from server.parts.ollama.schemas import OllamaModel, OllamaModelDetails, OllamaModelInfo, OllamaModelList, time_text
@@ -46,28 +49,37 @@ def list_models(models: ModelRegistry, tenant: Tenant, created: int) -> OllamaMo
 
 
 def list_loaded(
-    models: ModelRegistry, tenant: Tenant, created: int, idle_limits: Mapping[str, float | None]
+    models: ModelRegistry, tenant: Tenant, created: int, seconds_left: Mapping[str, float | None]
 ) -> OllamaModelList:
-    """Return the models in memory, for /api/ps. `idle_limits`: seconds after which a model is unloaded, by its name."""
+    """Return the models in memory, for /api/ps. `seconds_left`: until a model is unloaded, by its name."""
     loaded = []
-    for variant in models.variants(tenant):
-        if variant.base.client.dead_reason is not None:
+    for slot in models.slots:
+        if (served := slot.served) is None or served.client.dead_reason is not None:
             continue
-        slot = models.find_slot(variant.name, tenant)
-        entry = _model(models, variant.name, tenant, created)
-        entry.expires_at = NEVER if slot is None else _expiry(slot, idle_limits[slot.name])
-        entry.context_length = variant.base.max_model_len
-        entry.size_vram = 0 if variant.base.client.ready_info().device == "cpu" else entry.size
-        loaded.append(entry)
+        for name in slot.all_names(tenant):
+            entry = _model(models, name, tenant, created)
+            entry.expires_at = _expiry(seconds_left.get(slot.name))
+            entry.context_length = served.max_model_len
+            entry.size_vram = 0 if served.client.ready_info().device == "cpu" else entry.size
+            loaded.append(entry)
     return OllamaModelList(loaded)
 
 
-def _expiry(slot: ModelSlot, limit: float | None) -> str:
+def _expiry(seconds_left: float | None) -> str:
     """Return when a model is unloaded if no other request comes."""
-    if limit is None or limit > MAX_DURATION:
+    if seconds_left is None or seconds_left > MAX_DURATION:
         return NEVER
-    left = max(0.0, slot.last_used + limit - slot.now()) if slot.is_idle else limit
-    return time_text(datetime.fromtimestamp(time.time() + left, UTC))
+    return time_text(datetime.fromtimestamp(time.time() + seconds_left, UTC))
+
+
+@cache
+def _weights(path: str) -> WeightFiles:
+    return describe_weights(Path(path))
+
+
+@cache
+def _config(path: str) -> ModelConfig:
+    return load_model_config(Path(path))
 
 
 def show_model(models: ModelRegistry, name: str, tenant: Tenant, created: int) -> OllamaModelInfo:
@@ -108,7 +120,7 @@ def _model(models: ModelRegistry, name: str, tenant: Tenant, created: int) -> Ol
     slot, tag = find_slot(models, name, tenant), tagged_name(name)
     served = slot.served
     try:
-        size, details = slot.weight_files.num_bytes, _details(slot, name)
+        size, details = _weights(slot.config.path).num_bytes, _details(slot, name)
     except (OSError, ValueError):  # a file that cannot be read must not hide the other models
         size, details = 0, OllamaModelDetails()
     identity = slot.config.path
@@ -126,7 +138,7 @@ def _model(models: ModelRegistry, name: str, tenant: Tenant, created: int) -> Ol
 
 
 def _details(slot: ModelSlot, name: str) -> OllamaModelDetails:
-    files, config = slot.weight_files, slot.model_config
+    files, config = _weights(slot.config.path), _config(slot.config.path)
     return OllamaModelDetails(
         parent_model="" if name in slot.names else tagged_name(slot.name),
         format=files.format,
@@ -143,12 +155,12 @@ def _context_length(slot: ModelSlot) -> int:
     """Return the maximum length of the context; before the model is loaded, that of the settings or of its files."""
     if slot.served is not None:
         return slot.served.max_model_len
-    return slot.config.settings.max_model_len or slot.model_config.max_position_embeddings
+    return slot.config.settings.max_model_len or _config(slot.config.path).max_position_embeddings
 
 
 def _model_info(slot: ModelSlot) -> dict[str, Any]:
     """Return the metadata by their names in GGUF files. The context length is that of this server."""
-    config = slot.model_config
+    config = _config(slot.config.path)
     all_experts = [layer.experts for layer in config.layers if layer.experts is not None]
     of_architecture = {
         "context_length": _context_length(slot),
@@ -165,7 +177,7 @@ def _model_info(slot: ModelSlot) -> dict[str, Any]:
     }
     return {
         "general.architecture": config.architecture,
-        "general.parameter_count": slot.weight_files.num_parameters,
+        "general.parameter_count": _weights(slot.config.path).num_parameters,
         **{f"{config.architecture}.{name}": value for name, value in of_architecture.items() if value is not None},
     }
 
@@ -226,7 +238,9 @@ class OllamaRoute(LenientRoute, ModelRoute):
         return conversion.served_name(request, name)
 
     async def respond(self, request: Request, fields: dict[str, Any]) -> Response:
-        slot = get_context(request).source.find_slot(self, request, fields)
+        if not get_context(request).models.unloads:
+            return await super().respond(request, fields)
+        slot = load_module("models", "waiting").find_slot(self, request, fields)
         limit = conversion.keep_alive_seconds(fields.get("keep_alive")) if get_tenant(request).is_admin else None
         if slot is None or limit is None:
             return await super().respond(request, fields)
@@ -338,9 +352,9 @@ async def tags(request: Request) -> Response:
 async def running(request: Request) -> Response:
     """List the models in memory."""
     context, tenant = get_context(request), get_tenant(request)
-    limits = {slot.name: context.source.idle_limit(slot) for slot in context.models.slots}
-    models = await context.run_text_work(request, list_loaded, context.models, tenant, context.created, limits)
-    return StructResponse(models)
+    models: Any = context.models  # one that unloads some has `seconds_left`
+    left = models.seconds_left() if models.unloads else {}
+    return StructResponse(await context.run_text_work(request, list_loaded, models, tenant, context.created, left))
 
 
 @router.head("/api/version", include_in_schema=False)

@@ -16,12 +16,13 @@ from pydantic import BeforeValidator, Field
 from server.api.chat.schemas import MAX_MESSAGES, MAX_TOOL_CALLS
 from server.api.chat.writer import TokenLogprob, token_logprobs
 from server.generation.choice import ChoiceDelta, ToolCallDelta
-from server.generation.endpoint import Writer, encode_lines
+from server.generation.endpoint import Writer
 from server.http.error_formats import ErrorFormat
-from server.http.errors import APIError, valid_utf8
+from server.http.errors import APIError
+from server.parts.conversions.answers import arguments_of, encode_lines, named_message
 from server.parts.embeddings.part import MAX_INPUTS, PromptBatch, shorten
 from server.schemas.answers import RequestTimings, Usage
-from server.schemas.request_fields import JSONSchema, NumLogprobs, OpenObject
+from server.schemas.request_fields import JSONSchema, NumLogprobs, OpenObject, optional
 from server.schemas.tools import MAX_TOOLS
 from server.text.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ class OllamaMessage(OpenObject):
     ]
     content: str | None = None
     thinking: str | None = None
-    images: Images | None = Field(None, description="Not supported: must be null or empty.")
+    images: Images | None = optional("Not supported: must be null or empty.")
     tool_calls: Annotated[list[OllamaCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
@@ -69,64 +70,57 @@ class OllamaRequest(OpenObject):
     """The fields that all requests to a model have."""
 
     model: str = Field(description="Name of the model, with or without `:latest`.")
-    keep_alive: int | float | str | None = Field(
-        None,
-        description="For how long the model stays loaded without a request, where models are unloaded. Otherwise it is "
-        "ignored, and 0 without a prompt is answered as if the model had been unloaded.",
+    keep_alive: int | float | str | None = optional(
+        "For how long the model stays loaded without a request, where models are unloaded. Otherwise it is "
+        "ignored, and 0 without a prompt is answered as if the model had been unloaded."
     )
-    options: Annotated[dict[str, Any], Field(max_length=MAX_OPTIONS)] | None = Field(
-        None, description="Sampling options by Ollama's names; those of its runtime, such as num_ctx, are ignored."
+    options: Annotated[dict[str, Any], Field(max_length=MAX_OPTIONS)] | None = optional(
+        "Sampling options by Ollama's names; those of its runtime, such as num_ctx, are ignored."
     )
 
 
 class OllamaAnswerRequest(OllamaRequest):
     """The fields of requests that generate."""
 
-    stream: bool | None = Field(None, description="Stream the answer as lines of JSON. Default true.")
-    format: Literal["", "json"] | JSONSchema | None = Field(
-        None, description="json, or a JSON schema that the answer must follow."
+    stream: bool | None = optional("Stream the answer as lines of JSON. Default true.")
+    format: Literal["", "json"] | JSONSchema | None = optional("json, or a JSON schema that the answer must follow.")
+    think: bool | Literal["low", "medium", "high", "max"] | None = optional(
+        "Whether the model reasons before it answers, and how much. Default: the model decides."
     )
-    think: bool | Literal["low", "medium", "high", "max"] | None = Field(
-        None, description="Whether the model reasons before it answers, and how much. Default: the model decides."
-    )
-    logprobs: bool | None = Field(None, description="Return the log probability of each output token.")
-    top_logprobs: NumLogprobs | None = Field(
-        None, description="With logprobs: number of most likely tokens to return for each position."
+    logprobs: bool | None = optional("Return the log probability of each output token.")
+    top_logprobs: NumLogprobs | None = optional(
+        "With logprobs: number of most likely tokens to return for each position."
     )
 
 
 class OllamaChatRequest(OllamaAnswerRequest):
-    messages: Annotated[list[OllamaMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
-        None, description="The conversation so far. Without messages, nothing is generated."
+    messages: Annotated[list[OllamaMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = optional(
+        "The conversation so far. Without messages, nothing is generated."
     )
-    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
-        None, description="Functions that the model may call, in the form of chat completions."
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = optional(
+        "Functions that the model may call, in the form of chat completions."
     )
 
 
 class OllamaGenerateRequest(OllamaAnswerRequest):
-    prompt: str | None = Field(
-        None, description="The user's message, or with raw the whole prompt. Without it, nothing is generated."
+    prompt: str | None = optional("The user's message, or with raw the whole prompt. Without it, nothing is generated.")
+    system: str | None = optional("System message.")
+    suffix: str | None = optional("Text that follows the answer, for models with fill-in-the-middle tokens.")
+    raw: bool | None = optional("Do not apply the model's chat template.")
+    context: Annotated[list[int], Field(max_length=MAX_CONTEXT, fail_fast=True)] | None = optional(
+        "`context` of an earlier answer, to continue its conversation."
     )
-    system: str | None = Field(None, description="System message.")
-    suffix: str | None = Field(
-        None, description="Text that follows the answer, for models with fill-in-the-middle tokens."
-    )
-    raw: bool | None = Field(None, description="Do not apply the model's chat template.")
-    context: Annotated[list[int], Field(max_length=MAX_CONTEXT, fail_fast=True)] | None = Field(
-        None, description="`context` of an earlier answer, to continue its conversation."
-    )
-    template: str | None = Field(None, description="Not supported: must be null or empty.")
-    images: Images | None = Field(None, description="Not supported: must be null or empty.")
+    template: str | None = optional("Not supported: must be null or empty.")
+    images: Images | None = optional("Not supported: must be null or empty.")
 
 
 Texts = Annotated[list[str], Field(max_length=MAX_INPUTS, fail_fast=True)]
 
 
 class OllamaEmbedRequest(OllamaRequest):
-    input: str | Texts | None = Field(None, description="One or more texts.")
-    truncate: bool | None = Field(
-        None, description="Truncate the end of texts that exceed the context. Default true; false: refuse them."
+    input: str | Texts | None = optional("One or more texts.")
+    truncate: bool | None = optional(
+        "Truncate the end of texts that exceed the context. Default true; false: refuse them."
     )
     dimensions: int | None = Field(
         None, ge=0, description="Number of dimensions to keep; the result is rescaled to length 1. Default 0: all."
@@ -136,12 +130,12 @@ class OllamaEmbedRequest(OllamaRequest):
 class OllamaEmbeddingsRequest(OllamaRequest):
     """The older form of `OllamaEmbedRequest`."""
 
-    prompt: str | None = Field(None, description="The text.")
+    prompt: str | None = optional("The text.")
 
 
 class OllamaShowRequest(OpenObject):
-    model: str | None = Field(None, description="Name of the model, with or without `:latest`.")
-    name: str | None = Field(None, description="Deprecated alias of model.")
+    model: str | None = optional("Name of the model, with or without `:latest`.")
+    name: str | None = optional("Deprecated alias of model.")
 
 
 class OllamaFunction(msgspec.Struct):
@@ -253,7 +247,7 @@ class OllamaErrorResponse(msgspec.Struct, frozen=True):
 
 
 def error_body(error: APIError, request_id: str | None = None) -> bytes:
-    return msgspec.json.encode(OllamaErrorResponse(valid_utf8(error.named_message)))
+    return msgspec.json.encode(OllamaErrorResponse(named_message(error)))
 
 
 def error_line(error: APIError, num_events: int = 0) -> bytes:
@@ -338,7 +332,7 @@ class OllamaWriter(Writer):
             completed.append(self._open_call)
             self._open_call = None
         return [
-            OllamaToolCall(call.id, OllamaFunction(call.index, call.name, call.decoded_arguments))
+            OllamaToolCall(call.id, OllamaFunction(call.index, call.name, arguments_of(call)))
             for call in completed
             if call is not None
         ]

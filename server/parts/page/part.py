@@ -39,7 +39,7 @@ HEADERS: Mapping[str, str] = {
 
 def make_document(app: FastAPI, context: ServerContext) -> dict[str, Any]:
     """Return the document of an application. Its examples use the first model."""
-    from server.api.dialects import DIALECTS  # when all parts have been loaded
+    from server.app import DIALECTS  # when all parts have been loaded
 
     version, root_path = importlib.metadata.version("lightwell"), context.settings.root_path
     servers: list[dict[str, str | Any]] | None = [{"url": root_path}] if root_path else None
@@ -47,7 +47,8 @@ def make_document(app: FastAPI, context: ServerContext) -> dict[str, Any]:
         title="Lightwell", version=version, description=DESCRIPTION, routes=app.routes, servers=servers
     )
     described_by = {path: dialect for dialect in DIALECTS for path, _ in dialect.operations}
-    types = [type for dialect in DIALECTS for operation in dialect.operations.values() for type in operation.types]
+    operations = [operation for dialect in DIALECTS for operation in dialect.operations.values()]
+    types = [type for each in operations for type in (each.answer, each.events) if type is not None]
     types += dict.fromkeys(dialect.errors.schema for dialect in DIALECTS)
     template = "#/components/schemas/" + PREFIX + "{name}"
     schemas, components = msgspec.json.schema_components(types, ref_template=template)
@@ -117,7 +118,9 @@ def _responses(operation: Operation, described: Mapping[str, Any], error: Mappin
         description = "The answer; with `stream`, events whose data has the given schema."
     if operation.answer is None:
         description = "Events whose data has the given schema."
-    headers = REQUEST_ID_HEADER | GENERATION_HEADERS if operation.reports_generation else REQUEST_ID_HEADER
+    headers = REQUEST_ID_HEADER
+    if operation.reaches_engine or (operation.events is not None and operation.example is not None):
+        headers = headers | GENERATION_HEADERS
     error_response = {
         "description": "An error.",
         "headers": REQUEST_ID_HEADER | ERROR_HEADERS,

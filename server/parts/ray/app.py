@@ -21,8 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.dialects import ERROR_FORMATS
-from server.api_keys import load_api_keys
+from server.app import ERROR_FORMATS
 from server.http.access_control import METRICS, Authentication
 from server.http.bodies import BodyReader
 from server.http.errors import APIError, BadRequestError, EngineUnavailableError
@@ -39,6 +38,7 @@ from server.parts.ray.replica import (
 from server.settings.load import load_settings, named_settings
 from server.settings.setting import SettingsError
 from server.settings.table import SETTINGS, Settings
+from server.tenants import load_api_keys
 
 logger = logging.getLogger("ray.serve")
 

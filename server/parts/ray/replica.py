@@ -29,7 +29,7 @@ from ray import serve
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from server.settings.table import Settings
-from server.sockets.socket_folder import SocketFolder
+from server.sockets import SocketFolder
 
 logger = logging.getLogger("ray.serve")
 

@@ -23,8 +23,8 @@ from server.generation.choice import json_logprob
 from server.generation.endpoint import Endpoint
 from server.generation.job import Job
 from server.http.errors import APIError, ServerError, clip
-from server.http.json_route import end_with_client
 from server.http.responses import StructResponse
+from server.http.strict_json import end_with_client
 from server.models.served_model import ServedModel
 from server.part import Part
 from server.schemas.generation_request import GenerationRequest
@@ -263,7 +263,7 @@ async def replay_request(request: Request, request_id: str) -> Response:
             message = f"No request with the id '{clip(request_id)}' is among the last {num_kept} finished requests."
         raise APIError(404, message, code="request_not_found")
     tenant = get_tenant(request)
-    async with context.source.loaded(request, context.models.find_slot(recording.model, tenant)):
+    async with context.models.keep_loaded(request, context.models.find_slot(recording.model, tenant)):
         return StructResponse(await replay(context, tenant, request_id, recording))
 
 

@@ -17,16 +17,15 @@ from msgspec import UNSET, UnsetType
 from pydantic import BeforeValidator, Field
 
 from engine.shared.messages import SamplingParams, TokenEvent
-from server.api.model_route import ModelRoute
 from server.context import get_context
-from server.dialect import Dialect, Operation
+from server.dialect import Dialect, ModelRoute, Operation
 from server.generation import prompts
 from server.generation.preamble import Preamble, begin, find_model
-from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError
+from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError, invalid
 from server.models.served_model import ModelVariant, ServedModel
 from server.part import Part
 from server.parts.embeddings.part import PromptBatch, Prompts, PromptUsage, answer_prompts, embedding_params
-from server.schemas.request_fields import QueueFields
+from server.schemas.request_fields import QueueFields, optional
 from server.settings.sampling import INT64_MAX
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.sandbox import ChatTemplateError, TemplateLimitError
@@ -154,8 +153,8 @@ class ScoringRequest(QueueFields):
     """The parameters of both endpoints."""
 
     model: str = Field(description="Name of the model, as listed by GET /v1/models.")
-    instruction: str | None = Field(
-        None, description="With --score-tokens: the task, for models that read one. Default: that of a web search."
+    instruction: str | None = optional(
+        "With --score-tokens: the task, for models that read one. Default: that of a web search."
     )
 
 
@@ -163,19 +162,17 @@ class RerankRequest(ScoringRequest):
     query: str = Field(description="The text to compare the documents with.")
     documents: Documents = Field(description="One or more documents: strings, or objects with `text`.")
     top_n: int | None = Field(None, ge=1, le=INT64_MAX, description="Number of results. Default: all documents.")
-    return_documents: bool | None = Field(None, description="Return the text of each document. Default true.")
+    return_documents: bool | None = optional("Return the text of each document. Default true.")
     max_tokens_per_doc: int | None = Field(
         None, ge=1, le=INT64_MAX, description="Compare only this many first tokens of each document. Default: all."
     )
 
 
 class ScoreRequest(ScoringRequest):
-    text_1: TextOrTexts | None = Field(None, description="One text, or as many as text_2 has. Required.")
-    text_2: TextOrTexts | None = Field(
-        None, description="One or more texts, each compared with its counterpart in text_1. Required."
-    )
-    queries: TextOrTexts | None = Field(None, description="Alias of text_1.")
-    documents: TextOrTexts | None = Field(None, description="Alias of text_2.")
+    text_1: TextOrTexts | None = optional("One text, or as many as text_2 has. Required.")
+    text_2: TextOrTexts | None = optional("One or more texts, each compared with its counterpart in text_1. Required.")
+    queries: TextOrTexts | None = optional("Alias of text_1.")
+    documents: TextOrTexts | None = optional("Alias of text_2.")
 
     def pairs(self) -> tuple[list[tuple[str, str]], tuple[str, str]]:
         """Return the pairs to score, and the names of the fields that hold them. Raises BadRequestError."""
@@ -195,9 +192,7 @@ class ScoreRequest(ScoringRequest):
         if not sent:
             raise MissingParameterError(name)
         if len(sent) > 1:
-            raise InvalidValueError(
-                f"Invalid '{alias}': it is an alias of '{name}', so only one is allowed.", param=alias
-            )
+            raise invalid(alias, f"it is an alias of '{name}', so only one is allowed")
         return sent[0]
 
 

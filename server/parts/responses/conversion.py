@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from server.api.chat.conversion import NEUTRAL_EFFORTS, ChatEndpoint, encode_request, reads_effort
+from server.api.chat.routes import NEUTRAL_EFFORTS, ChatEndpoint, encode_request, reads_effort
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.generation.endpoint import AnswerMetadata, TokenFields
 from server.generation.prompts import Prompt, max_prompt_tokens
-from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError, clip
+from server.http.errors import BadRequestError, InvalidValueError, MissingParameterError, clip, invalid
 from server.models.served_model import ServedModel
 from server.parts.conversions import chat_requests
 from server.parts.responses import schemas
@@ -107,10 +107,9 @@ def check(body: schemas.ResponsesRequest) -> None:
     if body.input is None and body.previous_response_id is None:
         raise MissingParameterError("input")
     if body.top_logprobs and LOGPROBS not in (body.include or ()):
-        message = f"Invalid 'top_logprobs': only allowed with '{LOGPROBS}' in 'include'."
-        raise InvalidValueError(message, param="top_logprobs")
+        raise invalid("top_logprobs", f"only allowed with '{LOGPROBS}' in 'include'")
     if body.background and body.store is False:
-        raise InvalidValueError("Invalid 'background': only allowed when responses are stored.", param="background")
+        raise invalid("background", "only allowed when responses are stored")
     if body.stream_options is not None and not body.stream:
         message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
         raise InvalidValueError(message, param="stream_options")
@@ -135,8 +134,7 @@ def input_items(body: schemas.ResponsesRequest, store: ResponseStore, owner: str
             items.append(_full_item(item))
         if num_bytes > MAX_REFERENCED_BYTES:
             param = f"input[{index}].id"
-            message = f"Invalid '{param}': the referenced items exceed {MAX_REFERENCED_BYTES} bytes."
-            raise InvalidValueError(message, param=param)
+            raise invalid(param, f"the referenced items exceed {MAX_REFERENCED_BYTES} bytes")
     return items
 
 

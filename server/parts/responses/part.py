@@ -11,16 +11,15 @@ import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
 from server.api.chat.schemas import ChatCompletionRequest
-from server.api.model_route import StreamRoute
 from server.context import ServerContext, get_context
-from server.dialect import ID, MODEL, QUESTION, Dialect, Operation
+from server.dialect import ID, MODEL, QUESTION, Dialect, Operation, StreamRoute
 from server.generation.endpoint import AnswerMetadata
 from server.generation.pipeline import collect, respond, start, stream
 from server.generation.preamble import find_generating_model, find_model
-from server.http.bodies import note_text_size
-from server.http.errors import APIError, BadRequestError, InvalidValueError, ServerError, clip
-from server.http.json_route import end_with_client
+from server.http.bodies import TEXT_SIZE, get_text_size
+from server.http.errors import APIError, BadRequestError, InvalidValueError, ServerError, clip, invalid
 from server.http.responses import EventStream, StructResponse
+from server.http.strict_json import end_with_client
 from server.models.served_model import ServedModel
 from server.part import Part
 from server.parts.conversions.chat_requests import count_prompt_tokens, renamed_errors
@@ -59,8 +58,7 @@ async def create_response(request: Request, body: schemas.ResponsesRequest) -> R
     stored = get_response_store(request).get(metadata.id, get_owner(request))
     if stored is None:
         context.running.cancel(metadata.id, get_owner(request))
-        message = "Invalid 'background': the response exceeds the memory limit for stored responses."
-        raise InvalidValueError(message, param="background")
+        raise invalid("background", "the response exceeds the memory limit for stored responses")
     if stored.events is not None:
         return _follow(request, stored.events, headers=headers)
     return context.long_answer(request, stored.to_json(), headers=headers)
@@ -115,13 +113,18 @@ async def count_input_tokens(request: Request, body: schemas.InputTokensRequest)
     return StructResponse(schemas.InputTokens(num_tokens), headers=headers)
 
 
+def _note_text_size(request: Request, num_bytes: int) -> None:
+    """Note that a request refers to stored text, so that its work reads at least `num_bytes`."""
+    request.scope["state"][TEXT_SIZE] = max(get_text_size(request), num_bytes)
+
+
 async def _convert(
     request: Request, body: schemas.ResponsesRequest, model: ServedModel
 ) -> tuple[ChatCompletionRequest, conversion.ResponsesEndpoint]:
     """Convert a request and the conversation it continues to a chat request. Raises BadRequestError."""
     previous = None if body.previous_response_id is None else _previous(request, body.previous_response_id)
     if previous is not None:
-        note_text_size(request, previous.num_json_bytes)
+        _note_text_size(request, previous.num_json_bytes)
     return await get_context(request).convert(request, _to_chat, request, body, model, previous)
 
 
@@ -133,7 +136,7 @@ def _to_chat(
     with renamed_errors(conversion.error_names(body)):
         conversation = [*map(msgspec.json.decode, previous.items if previous else ()), *items]
         chat = conversion.to_chat(body, conversation, conversion.ignored_fields(body, model.chat_template))
-    note_text_size(request, sum(len(message.text) for message in chat.messages))
+    _note_text_size(request, sum(len(message.text) for message in chat.messages))
     return chat, conversion.ResponsesEndpoint(body, encode_each(items), previous, store, owner)
 
 
@@ -157,8 +160,7 @@ async def retrieve_response(
     if not stream:
         return get_context(request).long_answer(request, stored.to_json())
     if stored.events is None:
-        message = "Invalid 'stream': the response was not created with both 'background' and 'stream'."
-        raise InvalidValueError(message, param="stream")
+        raise invalid("stream", "the response was not created with both 'background' and 'stream'")
     return _follow(request, stored.events, starting_after)
 
 
@@ -167,8 +169,7 @@ def _follow(
 ) -> Response:
     """Stream the logged events, then new ones as they occur."""
     if starting_after is not None and starting_after >= events.num_events:
-        message = f"Invalid 'starting_after': the latest event is number {events.num_events - 1}."
-        raise InvalidValueError(message, param="starting_after")
+        raise invalid("starting_after", f"the latest event is number {events.num_events - 1}")
     end_with_client(request.scope)
     return EventStream(
         events.read(0 if starting_after is None else starting_after + 1),
@@ -193,7 +194,7 @@ async def list_input_items(
     if after is not None:
         ids = [item["id"] for item in items]
         if after not in ids:
-            raise InvalidValueError("Invalid 'after': the response has no item with that id.", param="after")
+            raise invalid("after", "the response has no item with that id")
         del items[: ids.index(after) + 1]
     page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else ("", "")
@@ -239,8 +240,7 @@ def _previous(request: Request, response_id: str) -> StoredResponse:
         message = f"Previous response with id '{clip(response_id)}' not found."
         raise BadRequestError(message, param="previous_response_id", code="previous_response_not_found")
     if stored.is_in_progress:
-        message = "Invalid 'previous_response_id': that response is still being generated."
-        raise InvalidValueError(message, param="previous_response_id")
+        raise invalid("previous_response_id", "that response is still being generated")
     return stored
 
 

@@ -14,7 +14,7 @@ from server.api.chat.writer import TokenLogprob
 from server.parts.conversions.chat_requests import IgnoredObject
 from server.parts.responses.custom_tools import as_function_item
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, Stop, at_most
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, OpenObject, Stop, at_most, optional
 from server.schemas.sampling import parameter
 from server.schemas.tools import MAX_TOOLS, ToolName
 
@@ -135,7 +135,7 @@ class CustomTool(OpenObject):
     type: Literal["custom"]
     name: ToolName
     description: str | None = None
-    format: dict[str, Any] | None = Field(None, description="A grammar of the input is ignored, and reported as such.")
+    format: dict[str, Any] | None = optional("A grammar of the input is ignored, and reported as such.")
 
 
 class UnsupportedTool(IgnoredObject):
@@ -203,17 +203,17 @@ class SchemaFormat(OpenObject):
 
 class TextConfig(OpenObject):
     format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Literal["low", "medium", "high"] | None = Field(
-        None, description="Ignored. Values other than medium are reported as ignored."
+    verbosity: Literal["low", "medium", "high"] | None = optional(
+        "Ignored. Values other than medium are reported as ignored."
     )
 
 
 class ReasoningConfig(OpenObject):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="Passed to the chat template. Ignored, and reported, if the template does not read it."
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = optional(
+        "Passed to the chat template. Ignored, and reported, if the template does not read it."
     )
-    summary: Literal["auto", "concise", "detailed"] | None = Field(
-        None, description="Accepted and ignored: reasoning is returned in full."
+    summary: Literal["auto", "concise", "detailed"] | None = optional(
+        "Accepted and ignored: reasoning is returned in full."
     )
 
 
@@ -231,7 +231,7 @@ Included = Literal[
 
 
 class ResponseStreamOptions(OpenObject):
-    include_obfuscation: bool | None = Field(None, description="Accepted and ignored: events are never padded.")
+    include_obfuscation: bool | None = optional("Accepted and ignored: events are never padded.")
 
 
 def _check_metadata(value: dict[str, str]) -> dict[str, str]:
@@ -254,19 +254,16 @@ class ResponsesRequest(OpenObject):
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = (
         Field(None, description="The input of this turn. Required unless previous_response_id is set.")
     )
-    instructions: str | None = Field(None, description="System message for this request, placed first.")
-    previous_response_id: str | None = Field(
-        None, description="Id of a stored response whose conversation to continue."
-    )
-    max_output_tokens: MaxTokens | None = Field(
-        None, description="Maximum number of output tokens; -1: no limit. Default: the rest of the context."
+    instructions: str | None = optional("System message for this request, placed first.")
+    previous_response_id: str | None = optional("Id of a stored response whose conversation to continue.")
+    max_output_tokens: MaxTokens | None = optional(
+        "Maximum number of output tokens; -1: no limit. Default: the rest of the context."
     )
     temperature: FiniteFloat | None = parameter("temperature")
     top_p: FiniteFloat | None = parameter("top_p")
-    include: Annotated[list[Included], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
-        None,
-        description="message.output_text.logprobs: return the log probability of each output token. Other values "
-        "are accepted and ignored.",
+    include: Annotated[list[Included], Field(max_length=MAX_PARTS, fail_fast=True)] | None = optional(
+        "message.output_text.logprobs: return the log probability of each output token. Other values "
+        "are accepted and ignored."
     )
     top_logprobs: int | None = Field(
         None,
@@ -276,52 +273,44 @@ class ResponsesRequest(OpenObject):
         "in include.",
     )
     stop: Stop = Field(None, description=f"Up to {MAX_STOPS} strings that end the text. They are not returned.")
-    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
-        None,
-        description="Functions and custom tools that the model may call. Others are ignored, and reported as such.",
+    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = optional(
+        "Functions and custom tools that the model may call. Others are ignored, and reported as such."
     )
-    tool_choice: ResponsesToolChoice | None = Field(
-        None,
-        description="Whether the model calls a tool, and which one. A choice of ignored tools is ignored. "
-        "Default auto.",
+    tool_choice: ResponsesToolChoice | None = optional(
+        "Whether the model calls a tool, and which one. A choice of ignored tools is ignored. Default auto."
     )
-    parallel_tool_calls: bool | None = Field(None, description="Allow several tool calls in one answer. Default true.")
+    parallel_tool_calls: bool | None = optional("Allow several tool calls in one answer. Default true.")
     max_tool_calls: int | None = Field(
         None, ge=1, description="Accepted and ignored: it limits built-in tools, which are not supported."
     )
-    text: TextConfig | None = Field(
-        None, description="Format of the answer: text, any JSON object, or JSON that matches a schema. Default text."
+    text: TextConfig | None = optional(
+        "Format of the answer: text, any JSON object, or JSON that matches a schema. Default text."
     )
-    reasoning: ReasoningConfig | None = Field(
-        None, description="effort is passed to the chat template; summary is ignored."
+    reasoning: ReasoningConfig | None = optional("effort is passed to the chat template; summary is ignored.")
+    chat_template_kwargs: TemplateOptions | None = optional(
+        "Variables for the model's chat template, such as enable_thinking."
     )
-    chat_template_kwargs: TemplateOptions | None = Field(
-        None, description="Variables for the model's chat template, such as enable_thinking."
+    truncation: Literal["disabled", "auto"] | None = optional(
+        "auto: drop the oldest turns, but no instructions, if the conversation exceeds the context. "
+        "Default disabled: return an error."
     )
-    truncation: Literal["disabled", "auto"] | None = Field(
-        None,
-        description="auto: drop the oldest turns, but no instructions, if the conversation exceeds the context. "
-        "Default disabled: return an error.",
+    metadata: Metadata | None = optional("Returned in the response.")
+    user: str | None = optional("Returned in the response.")
+    safety_identifier: str | None = optional("Returned in the response.")
+    prompt_cache_key: str | None = optional("Returned in the response. Prefix caching does not need it.")
+    service_tier: str | None = optional("Accepted and ignored: the only tier is default.")
+    store: bool | None = optional("Store the response for later retrieval. Default true.")
+    background: bool | None = optional(
+        "Return at once and generate in the background. With stream, the events are stored."
     )
-    metadata: Metadata | None = Field(None, description="Returned in the response.")
-    user: str | None = Field(None, description="Returned in the response.")
-    safety_identifier: str | None = Field(None, description="Returned in the response.")
-    prompt_cache_key: str | None = Field(None, description="Returned in the response. Prefix caching does not need it.")
-    service_tier: str | None = Field(None, description="Accepted and ignored: the only tier is default.")
-    store: bool | None = Field(None, description="Store the response for later retrieval. Default true.")
-    background: bool | None = Field(
-        None, description="Return at once and generate in the background. With stream, the events are stored."
-    )
-    stream: bool | None = Field(None, description="Stream the answer as server-sent events.")
-    stream_options: ResponseStreamOptions | None = Field(
-        None, description="Accepted and ignored: events are never padded."
-    )
+    stream: bool | None = optional("Stream the answer as server-sent events.")
+    stream_options: ResponseStreamOptions | None = optional("Accepted and ignored: events are never padded.")
 
 
 class InputTokensRequest(ResponsesRequest):
     """A request whose prompt tokens are counted. Fields that do not affect the prompt are validated too."""
 
-    model: str | None = Field(None, description="Name of the model, as in GET /v1/models. Default: the only one.")  # type: ignore[assignment]
+    model: str | None = optional("Name of the model, as in GET /v1/models. Default: the only one.")  # type: ignore[assignment]
 
 
 # Answers.

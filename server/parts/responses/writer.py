@@ -12,9 +12,10 @@ from msgspec import UNSET, UnsetType
 
 from server.api.chat.writer import TokenLogprob, token_logprobs
 from server.generation.choice import ChoiceDelta, DeltaPart, TokenPosition, ToolCallDelta
-from server.generation.endpoint import NO_FIELDS, TokenFields, Writer, encode_events
+from server.generation.endpoint import NO_FIELDS, TokenFields, Writer
 from server.http.error_formats import ErrorFormat
 from server.http.errors import APIError
+from server.parts.conversions.answers import encode_events
 from server.parts.responses import schemas
 from server.parts.responses.custom_tools import custom_input
 from server.parts.responses.store import ResponseGoneError, ResponseStore, StoredResponse

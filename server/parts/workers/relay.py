@@ -32,8 +32,8 @@ from engine.shared.messages import (
     Submit,
     TokenEvent,
 )
-from server.api.dialects import ERROR_FORMATS, worker_paths
-from server.context import ServerContext
+from server.app import DIALECTS, ERROR_FORMATS
+from server.context import Role, ServerContext
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineConnection
 from server.engine_client.reservation import Reservation
@@ -46,7 +46,6 @@ from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import ForwardedRequests, forwarding
 from server.parts.workers.handover import Receiver, Workers
 from server.parts.workers.worker import Coordinator, RemoteLedger, RemoteMetrics, RemoteRecordings, WorkerClient
-from server.role import Role
 from server.settings.process_configs import ApiProcessConfig, WorkerLink
 from server.settings.table import Settings
 from server.tenants import Ledger, Tenant
@@ -421,3 +420,9 @@ def choose_role(config: ApiProcessConfig) -> Role:
 def _inherited(link: WorkerLink) -> socket.socket:
     """Return this process's end of the pair over which connections are passed."""
     return socket.socket(fileno=link.sockets_fd)
+
+
+def worker_paths() -> frozenset[str]:
+    """Return the paths of the POST requests that a worker answers itself: to generate, embed, score or tokenize."""
+    routes = [route for dialect in DIALECTS if dialect.in_workers for route in dialect.routes()]
+    return frozenset(route.path for route in routes if "POST" in (route.methods or ()))

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from engine.shared.messages import Submit
+from server.context import RunningRequests
 from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineConnection, EngineOptions
@@ -21,7 +22,6 @@ from server.metrics import Metrics
 from server.parts.recordings.part import Recording, Recordings
 from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import Forwarder
-from server.running_requests import RunningRequests
 from server.settings.process_configs import EngineProcess
 from server.tenants import ANYBODY, Ledger, Tenant
 

@@ -15,7 +15,6 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from engine.shared.messages import Ask, LoadAdapter, Submit
-from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS, MAX_TEXT_BYTES, DetokenizeRequest, TokenizeRequest
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
 from server.parts.conversions.chat_requests import EXTENSIONS
@@ -26,6 +25,7 @@ from server.parts.messages.schemas import CountTokensRequest, MessagesRequest
 from server.parts.ollama import schemas as ollama
 from server.parts.rerank.part import RerankRequest, ScoreRequest
 from server.parts.responses.schemas import InputTokensRequest, ResponsesRequest
+from server.parts.tokenization.part import MAX_DETOKENIZE_TOKENS, MAX_TEXT_BYTES, DetokenizeRequest, TokenizeRequest
 from server.schemas.generation_request import GenerationRequest
 from tests.server.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, LOAD, TOKENIZE, error_of
 from tests.server.kinds import Servers

@@ -50,7 +50,7 @@ def test_the_largest_answer_of_the_tenant_that_holds_most_makes_room(
         for num_bytes in own:
             answers.begin(tenant, num_bytes)
     assert answers.errors == [(number, BuffersExceedMemoryError) for number in refused]
-    assert [number for number, share in enumerate(answers.shares) if share.is_refused] == refused
+    assert [number for number, share in enumerate(answers.shares) if share.error is not None] == refused
 
 
 def test_an_answer_counts_until_it_is_sent_refused_or_released() -> None:

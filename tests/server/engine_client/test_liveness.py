@@ -15,7 +15,7 @@ from engine.shared.messages import HEARTBEAT_SECONDS
 from server.engine_client.client import EngineClient
 from server.engine_client.liveness import CHECK_SECONDS, MISSED_HEARTBEATS, EngineLiveness
 from server.http.errors import EngineDeadError, EngineUnavailableError
-from server.processes.run_queue import MAX_WAIT_FACTOR
+from server.processes.supervisor_channel import MAX_WAIT_FACTOR
 from tests.support.engine_clients import connected, read, ready, request, until
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.fake_engine import FakeEngineConfig, MortalEngine
@@ -93,7 +93,7 @@ async def checks(seconds: float) -> None:
 def cpu_waits(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """Returns for how long the threads of the engine have waited for a CPU."""
     waits = Mock(return_value={})
-    monkeypatch.setattr("server.processes.run_queue.cpu_waits", waits)
+    monkeypatch.setattr("server.processes.supervisor_channel.cpu_waits", waits)
     return waits
 
 

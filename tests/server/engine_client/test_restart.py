@@ -96,7 +96,7 @@ async def test_engines_that_die_or_fail_while_they_load(address: str) -> None:
             await both.replace(never_ready=True)
             await both.lose()
         both.client.engines[0]._on_message(LoadFailed("no memory"))
-        assert (both.client.is_restarting, both.client.num_restarts) == (True, 1)
+        assert (bool(both.client.restarting_since), both.client.num_restarts) == (True, 1)
         await both.replace()
         assert bytes(tokens(await read(waiting))) == b"Hello"
         await both.lose()
@@ -120,7 +120,7 @@ async def test_an_engine_that_hangs_is_killed(address: str) -> None:
     async with engines(address, {"step_timeout": 1.0}, **SLOW) as both:
         running, waiting = await both.run_and_wait()
         both.engine.hang()
-        while not both.client.is_restarting:
+        while not both.client.restarting_since:
             await turn(CHECK_SECONDS)
             await asyncio.sleep(0.001)
         assert both.engine.exit_code == -signal.SIGKILL

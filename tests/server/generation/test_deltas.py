@@ -14,19 +14,10 @@ from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.api.completions.schemas import CompletionRequest
 from server.api.completions.writer import CompletionWriter
 from server.engine_client.streams import ReceivedEvent
-from server.generation.choice import (
-    ChoiceDelta,
-    ChoiceState,
-    Pacer,
-    TokenPosition,
-    ToolCallDelta,
-    best_choices,
-    join_deltas,
-)
+from server.generation.choice import ChoiceDelta, ChoiceState, Pacer, TokenPosition, best_choices, join_deltas
 from server.generation.endpoint import AnswerMetadata
 from server.generation.generation import Generation
 from server.generation.prompts import Prompt
-from server.http.strict_json import MAX_DEPTH
 from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from tests.support.clients import CHAT, COMPLETIONS, ask_stream, finish_reasons, stream_texts
@@ -218,14 +209,6 @@ def test_infinite_log_probabilities_are_json(tokenizer: Tokenizer) -> None:
     found = chunk["choices"][0]["logprobs"]
     assert found["token_logprobs"] == [-9999.0]
     assert found["top_logprobs"] == [{"B": -0.5, "C": -9999.0, "D": -9999.0, "A": -9999.0}]
-
-
-@pytest.mark.parametrize("depth", [1, 98, 99, 995, 100_000])
-def test_arguments_that_are_nested_too_deep_are_text(depth: int) -> None:
-    text = '{"a": ' + "[" * depth + "]" * depth + "}"
-    arguments = ToolCallDelta(0, "id", "name", text).decoded_arguments
-    assert msgspec.json.encode(arguments)
-    assert (arguments == {"arguments": text}) == (depth >= MAX_DEPTH)
 
 
 def test_best_choices_have_the_highest_mean() -> None:

@@ -1,19 +1,17 @@
-"""What reaches the engine: parameters, seeds, rendered requests; and what vLLM adds to answers: ids of tokens."""
+"""What reaches the engine: parameters and seeds; and what vLLM adds to answers: ids of tokens."""
 
 from array import array
 from itertools import product
 from typing import Any
 
-import msgspec
 import pytest
 
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, RepetitionDetection, SequenceBreaker
-from server.generation.parameters import derive_seed, prompt_seed
+from server.generation.parameters import derive_seed
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, ask_stream
 from tests.support.fake_engine import EOS_TOKEN_ID
 from tests.support.serving import RunningServer, check_error
-from tests.support.tiny_tokenizer_model import chatml
 
 BOTH = (COMPLETIONS, CHAT)
 
@@ -103,7 +101,6 @@ def test_seed_is_random_and_reported(server: RunningServer, path: str) -> None:
 
 def test_seeds_follow_from_the_servers(start_server: StartServer) -> None:
     servers, seeds = [start_server(seed=seed) for seed in (1, 1, 2)], []
-    ask_json(servers[1].url, f"{CHAT}/render")  # takes none
     for server in servers:
         seeds.append([ask(server.url, COMPLETIONS).headers["x-lightwell-seed"] for _ in range(3)])
         ask(server.url, COMPLETIONS, seed=7)
@@ -126,10 +123,10 @@ def test_prompts_have_seeds_of_their_own(server: RunningServer) -> None:
 
 @pytest.mark.checklist("C10")
 def test_seeds_have_64_bits() -> None:
-    drawn = {derive_seed(7, number) for number in range(100)}
+    drawn = {derive_seed(7, number, b"request") for number in range(100)}
     assert len(drawn) == 100
     assert min(drawn) < 0 < max(drawn)
-    of_prompts = {prompt_seed(seed, index) for seed in drawn for index in (1, 1023)}
+    of_prompts = {derive_seed(seed, index, b"prompt") for seed in drawn for index in (1, 1023)}
     assert len(of_prompts | drawn) == 300
     assert -(2**63) <= min(of_prompts) < 0 < max(of_prompts) < 2**63
 
@@ -212,59 +209,6 @@ def test_repeat_penalty_is_repetition_penalty(server: RunningServer) -> None:
         assert ask(server.url, path, **fields).status_code == 200
         params = server.engine.submits[-1].params
         assert (params.repetition_penalty, params.extra_samplers) == (1.5, None)
-
-
-# `POST .../render` returns what the engine would receive for the same request.
-
-
-SAMPLING_PARAMS = (
-    "max_tokens pooling seed temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty "
-    "logit_bias allowed_token_ids bad_words chain min_tokens ignore_eos stop_token_ids repetition_detection logprobs "
-    "logprob_token_ids prompt_logprobs grammar thinking post_sampling_probs"
-)
-SETTINGS = {"temperature": 0.5, "top_k": 3, "seed": 7, "logit_bias": {"65": 1}, "stop_token_ids": [66], "n": 2}
-
-
-def test_a_conversation(server: RunningServer) -> None:
-    answer = ask(server.url, f"{CHAT}/render", wish=1, **SETTINGS)
-    assert answer.headers["x-lightwell-warnings"] == "ignored parameters: wish"
-    assert "x-lightwell-seed" not in answer.headers
-    rendered = answer.json()
-    assert server.engine.submits == []
-    ask_json(server.url, CHAT, **SETTINGS)
-    (submit,) = server.engine.submits
-    assert rendered.pop("request_id").startswith("chatcmpl-")
-    values = msgspec.json.decode(msgspec.json.encode(msgspec.structs.astuple(submit.params)))
-    params = dict(zip(SAMPLING_PARAMS.split(), values, strict=True))
-    assert list(rendered["sampling_params"]) == SAMPLING_PARAMS.split()
-    assert (params["seed"], params["logit_bias"], params["stop_token_ids"]) == (7, {"65": 1.0}, [66])
-    assert rendered == {
-        "model": "tiny",
-        "prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-        "token_ids": submit.prompt_token_ids,
-        "max_tokens": submit.params.max_tokens,
-        "sampling_params": params,
-    }
-    assert rendered["token_ids"] == chatml(("user", "Hi"))
-    assert rendered["max_tokens"] == 2048 - len(rendered["token_ids"])
-
-
-def test_prompts(server: RunningServer) -> None:
-    rendered = ask(server.url, f"{COMPLETIONS}/render", prompt=[[72, 105], [256]], max_tokens=9).json()
-    assert [(each["prompt"], each["token_ids"], each["max_tokens"]) for each in rendered] == [
-        ("Hi", [72, 105], 9),
-        ("<|endoftext|>", [256], 9),
-    ]
-    assert [each["sampling_params"]["seed"] for each in rendered] == [None, None]
-    (one,) = ask(server.url, f"{COMPLETIONS}/render", prompt="é", seed=3).json()
-    assert (one["token_ids"], one["max_tokens"], one["sampling_params"]["seed"]) == ([0xC3, 0xA9], 16, 3)
-
-
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_what_is_refused_is_refused_here(server: RunningServer, path: str) -> None:
-    for fields, status in (({"temperature": 3}, 400), ({"model": "x"}, 404), ({"max_tokens": 0, "echo": False}, 400)):
-        error = check_error(ask(server.url, f"{path}/render", **fields), status)
-        assert error == check_error(ask(server.url, path, **fields), status)
 
 
 # vLLM's additions to answers: token ids, and log probabilities of the prompt.

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from server.api.chat.conversion import unknown_in_messages
+from server.api.chat.routes import unknown_in_messages
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.completions.schemas import CompletionRequest
 from server.generation import preamble
@@ -193,5 +193,5 @@ def test_the_only_model_need_not_be_named(server: RunningServer, strict: Running
 
 @pytest.mark.parametrize("name", ["", " ", "\n", "é"])
 def test_a_field_of_any_name_is_named_in_a_header(server: RunningServer, name: str) -> None:
-    answer = httpx.post(server.url + "/tokenize", json={"prompt": "Hi", name: 1})
+    answer = httpx.post(server.url + COMPLETIONS, json={"model": "tiny", "prompt": "Hi", name: 1})
     assert answer.headers[WARNINGS] == "ignored parameters: ?"

@@ -9,9 +9,9 @@ import httpx
 import pytest
 from starlette.routing import Mount, Route
 
-from server.api_keys import ApiKeys
 from server.http.access_control import OPEN_PATHS
 from server.part_table import missing_part
+from server.tenants import ApiKeys
 from tests.server.conftest import StartServer
 from tests.support.serving import RunningServer, check_envelope, check_error, fresh_server, raw_request, read_response
 from tests.support.settings_cases import settings_from_flags
@@ -80,7 +80,7 @@ def all_routes(routes: Iterable[object]) -> Iterator[Route]:
 @pytest.mark.checklist("B02", "B06")
 def test_every_route_but_probes_and_pages_needs_a_key(guarded: RunningServer) -> None:
     routes = list(all_routes(guarded.app.routes))
-    assert {"/v1/models", "/metrics", "/tokenize"} <= {route.path for route in routes}
+    assert {"/v1/models", "/metrics", "/v1/completions"} <= {route.path for route in routes}
     for route in routes:
         path = route.path.replace("{model_id:path}", "tiny")
         for method in route.methods or ():
@@ -172,7 +172,7 @@ def test_hosts_and_origins_on_loopback(server: RunningServer) -> None:
             check_error(httpx.get(server.url + path, headers={"host": host}), 403)
 
     def post(origin: str) -> httpx.Response:
-        return httpx.post(server.url + "/tokenize", json={"prompt": "hi"}, headers={"origin": origin})
+        return httpx.post(server.url + "/v1/completions", json={"prompt": "hi"}, headers={"origin": origin})
 
     for origin in ("http://localhost:3000", "http://127.0.0.1", "http://[::1]:5"):
         assert post(origin).status_code == 200, origin

@@ -76,7 +76,7 @@ def test_methods_that_a_route_does_not_have(server: RunningServer) -> None:
         ("/openai/v1/embeddings", "/v1/embeddings"),
         ("//v1/completions", "/v1/completions"),
         ("/v1/chat/completions/", "/v1/chat/completions"),
-        ("/v1/tokenize", "/tokenize"),
+        ("/v1/metrics", "/metrics"),
         ("/v1/api/tags", "/api/tags"),
         ("/v2/chat/completions", "/v1/chat/completions"),
         ("/v1/chat/completion", "/v1/chat/completions"),

@@ -30,7 +30,7 @@ INVALID = [
 @pytest.mark.checklist("A01", "A02", "A03", "A05")
 def test_refused_in_openais_words(server: RunningServer) -> None:
     for body in INVALID:
-        answer = httpx.post(server.url + "/tokenize", content=body, headers={"content-type": "application/json"})
+        answer = httpx.post(server.url + "/v1/completions", content=body, headers={"content-type": "application/json"})
         error = check_error(answer, 400)
         assert error["message"].startswith("We could not parse the JSON body of your request."), body[:20]
         assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", None, None)

@@ -111,7 +111,7 @@ def test_a_bug_is_500_without_details(
         raise RuntimeError("/secret/path at 0x7f00")
 
     monkeypatch.setattr(type(server.model.tokenizer), "encode", explode)
-    response = httpx.post(server.url + "/tokenize", json={"prompt": "hi"})
+    response = httpx.post(server.url + COMPLETIONS, json={"prompt": "hi"})
     error = check_error(response, 500)
     assert (error["type"], error["code"], error["param"]) == ("server_error", None, None)
     assert response.headers["x-request-id"] in error["message"]

@@ -15,8 +15,8 @@ from fastapi import FastAPI, Request, Response
 
 from server.app import create_app
 from server.http.errors import EngineDeadError
-from server.http.json_route import end_with_client
 from server.http.responses import KEEP_ALIVE_SECONDS, NDJSON, SERVER_SENT_EVENTS, EventStream, StreamFormat
+from server.http.strict_json import end_with_client
 from server.parts.hardening.protocol import HTTPProtocol
 from tests.support.serving import (
     RunningServer,

@@ -3,9 +3,13 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from anthropic import Anthropic
 
+from server.generation.choice import ToolCallDelta
+from server.http.strict_json import MAX_DEPTH
+from server.parts.conversions.answers import arguments_of
 from tests.server.dialects import ask_events, prompt_of
 from tests.server.kinds import Servers
 from tests.support import clients
@@ -184,3 +188,11 @@ def test_messages_in_harmony(harmony_tools: RunningServer) -> None:
         assert f"\nReasoning: {effort}\n" in prompt_of(harmony_tools)
         assert [block["type"] for block in message["content"]] == ["thinking", "text", "tool_use"]
         assert message["stop_reason"] == "tool_use"
+
+
+@pytest.mark.parametrize("depth", [1, 98, 99, 995, 100_000])
+def test_arguments_that_are_nested_too_deep_are_text(depth: int) -> None:
+    text = '{"a": ' + "[" * depth + "]" * depth + "}"
+    arguments = arguments_of(ToolCallDelta(0, "id", "name", text))
+    assert msgspec.json.encode(arguments)
+    assert (arguments == {"arguments": text}) == (depth >= MAX_DEPTH)

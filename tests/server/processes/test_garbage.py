@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.processes import garbage
-from server.processes.garbage import collect_in_steps
+from server import api_server
+from server.api_server import collect_in_steps
 
 
 class Node:
@@ -56,7 +56,7 @@ def test_garbage_among_the_survivors_does_not_add_up() -> None:
 
 def test_a_few_survivors_that_hold_much_memory_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     size = 0
-    monkeypatch.setattr(garbage, "resident_bytes", lambda: size)
+    monkeypatch.setattr(api_server, "resident_bytes", lambda: size)
     collect_in_steps(max_growth_bytes=1000)
     survivor = Node()
     node = weakref.ref(survivor)

@@ -17,11 +17,17 @@ import psutil
 import pytest
 
 from server.processes import supervised
-from server.processes.child_process import Child, child_environment
-from server.processes.run_queue import Silence, cpu_waits, longest_wait
-from server.processes.stop_signals import ECHO_SECONDS, STOP_SIGNALS, StopSignals
+from server.processes.child_process import ECHO_SECONDS, STOP_SIGNALS, Child, StopSignals, child_environment
 from server.processes.supervised import Crashes, SupervisedApi, SupervisedEngine
-from server.processes.supervisor_channel import EngineGone, EngineStarted, Heartbeat, make_channel
+from server.processes.supervisor_channel import (
+    EngineGone,
+    EngineStarted,
+    Heartbeat,
+    Silence,
+    cpu_waits,
+    longest_wait,
+    make_channel,
+)
 from tests.support.serving import wait_until
 from tests.support.turned_clock import TurnedClock
 
@@ -29,11 +35,11 @@ from tests.support.turned_clock import TurnedClock
 class Supervised:
     """A supervised engine by a clock that stands still, whose processes end when they are killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[SupervisedEngine] = SupervisedEngine) -> None:
         self.clock = TurnedClock()
         self.processes: list[Any] = []
         self.reports: list[str] = []
-        self.engine = SupervisedEngine(
+        self.engine = kind(
             0, self._launch, restarts=True, step_timeout=10.0, report=self.reports.append, clock=self.clock
         )
 
@@ -69,19 +75,6 @@ def test_threads_that_waited_for_a_cpu_may_have_ended_when_the_engine_is_late(mo
     assert it.reports == ["it ended; another one starts", "the engine process has not become ready within 21 s"]
 
 
-def test_an_engine_that_is_stopped_before_it_is_started_again_is_gone() -> None:
-    it = Supervised()
-    for _ in range(2):  # another one starts at once, and the next one a second later
-        it.crash()
-    assert it.engine.deadline == it.clock.time + 1.0
-    it.engine.stop(5.0)
-    it.engine.advance()
-    assert it.engine.is_gone
-    it.clock.time += 100.0
-    it.engine.advance()
-    assert len(it.processes) == 2
-
-
 def test_when_engines_are_started_again() -> None:
     crashes = Crashes()
     assert [crashes.add(now, was_ready=True) for now in (0.0, 1.0, 2.0, 3.0)] == [0.0, 1.0, 2.0, 4.0]
@@ -99,7 +92,7 @@ def test_a_silent_api_process_hangs_even_if_the_machine_is_busy(
     """`share` of the time, one of its threads waits for a CPU, while another one may loop."""
     clock = TurnedClock()
     began = clock.time
-    monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _: {1: share * clock.time})
+    monkeypatch.setattr("server.processes.supervisor_channel.cpu_waits", lambda _: {1: share * clock.time})
     process: Any = SimpleNamespace(pid=0)
     channel, other_end = make_channel()
     api = SupervisedApi(process, channel, 10.0, clock)
@@ -151,7 +144,7 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
         ([(0.5, 0.0)] * 8 + [(0.5, 30.0)], 0.0, 4.5),
     ):
         clock, waits = TurnedClock(), {1: 0.0, 2: 50.0}
-        monkeypatch.setattr("server.processes.run_queue.cpu_waits", lambda _, waits=waits: dict(waits))
+        monkeypatch.setattr("server.processes.supervisor_channel.cpu_waits", lambda _, waits=waits: dict(waits))
         silence = Silence(0.5, clock.now)
         for elapsed, wait in checks:
             clock.time += elapsed

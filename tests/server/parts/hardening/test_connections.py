@@ -16,7 +16,7 @@ import pytest
 from server.parts.hardening import acceptor
 from server.parts.hardening.acceptor import Acceptor, Starter, Waiting
 from server.parts.workers.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
-from server.sockets.listeners import bind, bind_unix
+from server.sockets import bind, bind_unix
 from tests.support.engine_clients import until
 from tests.support.serving import is_closed
 from tests.support.turned_loop import turn

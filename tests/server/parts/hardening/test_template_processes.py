@@ -23,7 +23,7 @@ from server.parts.hardening.processes import _Process
 from server.parts.hardening.template_processes import MAX_DATA_BYTES, MAX_SECONDS, TemplateProcesses
 from server.parts.hardening.turns import STUCK_SECONDS
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate, TemplateLimitError
-from tests.server.api.admin.test_routes import statuses
+from tests.server.api.test_admin import statuses
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, ask
 from tests.support.examples import num_examples

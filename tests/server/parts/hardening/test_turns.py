@@ -59,8 +59,6 @@ def long_requests(server: RunningServer, count: int) -> Iterator[list[Future[htt
 SHORT: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "a"}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
-    ("/tokenize", {"prompt": "a"}),
-    ("/detokenize", {"tokens": [97]}),
 ]
 
 

@@ -5,7 +5,8 @@ from huggingface_hub import close_session
 
 from server.cli.http_client import connect
 from server.cli.parser import CommandError
-from server.format import format_bytes, format_seconds, home_relative
+from server.format import format_bytes, home_relative
+from server.parts.hub.download import format_seconds
 from server.parts.hub.names import HubError
 from server.parts.hub.repository import list_files
 

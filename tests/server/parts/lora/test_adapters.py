@@ -37,7 +37,7 @@ async def test_adapters_are_loaded_again(address: str) -> None:
         await both.replace(max_loras=2, ignores_adapters=True)
         await until(lambda: client.engines[0].adapters._changes)  # type: ignore[attr-defined]
         client.drain()  # must not end the restart
-        assert client.is_restarting
+        assert client.restarting_since
         client.drain_requested.clear()
         await both.replace(adapters=[chess], max_loras=2)
         for stream in (waiting, late):

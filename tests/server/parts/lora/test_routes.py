@@ -1,6 +1,7 @@
 """LoRA adapters as models, and loading and unloading them at runtime."""
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import httpx
 import msgspec
 import pytest
 
-from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, Submit, UnloadAdapter
+from engine.shared.messages import AdapterDone, AdapterField, EngineStats, LoadAdapter, Submit, UnloadAdapter
+from server.metrics import Metrics
 from server.parts.lora import part as adapters
 from server.tenants import Tenant
 from tests.server.api.test_contract import ACTING
@@ -19,6 +21,7 @@ from tests.server.dialects import COUNT, DETOKENIZE, EMBEDDINGS, INPUT_TOKENS, L
 from tests.server.kinds import CHESS, SQL
 from tests.support import clients
 from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, RESPONSES
+from tests.support.engine_info import ENGINE_INFO
 from tests.support.serving import RunningServer, check_error, wait_until
 
 NAMES = ["tiny", "org/tiny", "org/sql", "chess"]
@@ -344,3 +347,26 @@ def test_shutdown_ends_the_wait(model_folder: Path, path: str, threads: ThreadPo
         check_shutting_down(unload(server, "org/sql"))
         fetching.opened.set()
         assert len(changes(server)) == 1
+
+
+@pytest.mark.parametrize("max_loras", [0, 3])
+def test_adapters_in_use(max_loras: int) -> None:
+    """Sorted names, for the latest statistics of all engines only, and only if LoRA is enabled."""
+    metrics, start = Metrics("vllm:", "m"), int(time.time())
+    stats = [EngineStats(running_adapters=["b", "a"], waiting_adapters=["c"]), EngineStats(running_adapters=["d"])]
+    for number, each in enumerate(stats):
+        engine = metrics.add_engine(number, lambda each=each: each)  # type: ignore[misc]
+        engine.set_info(msgspec.structs.replace(ENGINE_INFO, max_loras=max_loras))
+
+    def labels() -> list[dict[str, str]]:
+        families = list(adapters.AdapterCollector(metrics).collect())
+        assert all((family.name, family.type) == ("vllm:lora_requests_info", "gauge") for family in families)
+        samples = [sample for family in families for sample in family.samples]
+        assert all(start <= sample.value <= time.time() for sample in samples)
+        return [sample.labels for sample in samples]
+
+    first = {"max_lora": "3", "running_lora_adapters": "a,b,d", "waiting_lora_adapters": "c"}
+    assert labels() == ([first] if max_loras else [])
+    stats[0].running_adapters, stats[0].waiting_adapters = ["c"], []
+    second = {"max_lora": "3", "running_lora_adapters": "c,d", "waiting_lora_adapters": ""}
+    assert labels() == ([second] if max_loras else [])

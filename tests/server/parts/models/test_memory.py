@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from server.parts.hub.memory import GPU_RESERVE, MIB, GPUMemory, ModelShape
+from server.parts.hub.weight_files import WeightFiles
 from server.parts.models import manager
 from server.parts.models.manager import (
     HOST_RESERVE,
@@ -14,7 +15,6 @@ from server.parts.models.manager import (
     weight_bytes,
 )
 from server.settings.table import Settings
-from server.weight_files import WeightFiles
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.model_configs import TINY, llama_config
 

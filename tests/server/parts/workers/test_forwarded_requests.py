@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.dialects import worker_paths
 from server.engine_client.liveness import CHECK_SECONDS
 from server.parts.inspection.part import StepReaders
 from server.parts.workers import messages
 from server.parts.workers.forwarded_requests import ForwardedRequests, Forwarder
+from server.parts.workers.relay import worker_paths
 from tests.server.parts.conftest import StartPair
 from tests.support.clients import MINIMAL
 from tests.support.fake_engine import FakeEngine

@@ -601,7 +601,7 @@ def test_the_engine_is_restarted(address: str, model_folder: Path) -> None:
         wait_until(lambda: coordinator.model.client.num_in_flight == 3)
         engine.kill()
         check_failed(lines)
-        wait_until(lambda: coordinator.model.client.is_restarting)
+        wait_until(lambda: coordinator.model.client.restarting_since)
         coordinator.loop.call_soon_threadsafe(coordinator.model.client.engines[0].engine_started, engine.replace())
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert ask(worker.url, COMPLETIONS).status_code == 200

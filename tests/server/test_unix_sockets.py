@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from server.sockets.listeners import bind_unix, listening, url
-from server.sockets.socket_folder import LONGEST_NAME, MAX_PATH_BYTES, PREFIX, SocketFolder
+from server.sockets import LONGEST_NAME, MAX_PATH_BYTES, PREFIX, SocketFolder, bind_unix, listening, url
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def test_the_reason_is_named(path: str, bad: str, reason: str) -> None:
 
 KILLED = """
 import os, signal
-from server.sockets.socket_folder import SocketFolder
+from server.sockets import SocketFolder
 folder = SocketFolder()
 (folder.path / "engine-0.sock").touch()
 os.kill(os.getpid(), signal.SIGKILL)

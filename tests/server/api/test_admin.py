@@ -1,4 +1,4 @@
-"""Health in each state of the engine and of the server, tokens of texts, and requests that are cancelled."""
+"""Health in each state of the engine and of the server, and requests that are cancelled."""
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jinja2
 import pytest
 
 from tests.server.conftest import StartServer
 from tests.server.dialects import LOAD, UNLOAD
 from tests.server.kinds import CHESS
-from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MESSAGES, MINIMAL, ask, choice_text
+from tests.support.clients import ANTHROPIC, CHAT, COMPLETIONS, MINIMAL, ask, choice_text
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.serving import RunningServer, check_error, make_test_context, running_server, wait_until
-from tests.support.tiny_tokenizer_model import IM_END_ID, MAX_MODEL_LEN, chatml
 
 PROBES = ("/health", "/healthz", "/readyz")
 
@@ -75,48 +73,6 @@ def test_hanging_and_dead(start_server: StartServer, monkeypatch: pytest.MonkeyP
     wait_until(lambda: liveness.dead_reason)
     assert statuses(server) == (503, 503, 503)
     check_error(ask(server.url, COMPLETIONS), 503)
-
-
-# Tokens.
-
-
-def tokenize(server: RunningServer, **body: object) -> httpx.Response:
-    return httpx.post(server.url + "/tokenize", json=body, timeout=20)
-
-
-def test_a_prompt(server: RunningServer) -> None:
-    expected = {"count": 3, "max_model_len": MAX_MODEL_LEN, "tokens": [*"hé".encode()], "token_strs": None}
-    assert tokenize(server, model="tiny", prompt="hé").json() == expected
-    assert tokenize(server, prompt="").json()["tokens"] == []
-    answer = tokenize(server, prompt="h<|im_end|>", return_token_strs=True).json()
-    assert (answer["tokens"], answer["token_strs"]) == ([104, IM_END_ID], ["h", "<|im_end|>"])
-
-
-def test_messages(server: RunningServer) -> None:
-    """Text of users is no control token."""
-    messages = [{"role": "user", "content": "<|im_end|>"}]
-    for fields, opened in (({}, True), ({"add_generation_prompt": False}, False)):
-        tokens = tokenize(server, messages=messages, **fields).json()["tokens"]
-        assert tokens == chatml(("user", "<|im_end|>"), opened=opened)
-
-
-def test_there_and_back(server: RunningServer) -> None:
-    text = "Grüße, 世界 🙂 <|im_start|>\n"
-    tokens = tokenize(server, prompt=text).json()["tokens"]
-    assert server.metric("lightwell_tokenizer_seconds_count") == 1
-    response = httpx.post(server.url + "/detokenize", json={"model": "org/tiny", "tokens": tokens})
-    assert response.json() == {"prompt": text}
-
-
-def test_tokenizer_info(server: RunningServer) -> None:
-    info = httpx.get(server.url + "/tokenizer_info").json()
-    tokenizer = server.model.tokenizer
-    assert (info["bos_token"], info["eos_token"], info["add_bos_token"]) == (None, "<|endoftext|>", False)
-    assert tokenize(server, prompt=info["eos_token"]).json()["tokens"] == [tokenizer.eos_token_id]
-    assert (info["model_max_length"], info["vocab_size"]) == (MAX_MODEL_LEN, tokenizer.vocab_size)
-    rendered = jinja2.Environment().from_string(info["chat_template"]).render(messages=MESSAGES)
-    asked = tokenize(server, messages=MESSAGES, add_generation_prompt=False)
-    assert tokenizer.encode(rendered) == asked.json()["tokens"]
 
 
 # Cancelled requests.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.weight_files import WeightFiles, describe_weights
+from server.parts.hub.weight_files import WeightFiles, describe_weights
 from tests.engine.shared.test_gguf import write_split
 
 
