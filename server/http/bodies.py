@@ -104,9 +104,9 @@ class BodyReader:
                 raise
             if share.error is not None:
                 raise BuffersExceedMemoryError from None
-            message = f"The body of your request did not arrive within {self._timeout:g} seconds."
+            problem = f"The body of your request did not arrive within {self._timeout:g} seconds."
             headers = {"connection": "close"}
-            raise APIError(408, message, code="request_timeout", headers=headers) from None  # a retry may succeed
+            raise APIError(408, problem, code="request_timeout", headers=headers) from None  # a retry may succeed
         self._budget.shares.pop(share, None)  # a complete body does not give way
         return share
 

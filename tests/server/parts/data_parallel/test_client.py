@@ -14,7 +14,7 @@ from engine.shared.block_hashes import prefix_names, prefix_salt
 from engine.shared.messages import AdapterDone, EngineStats, Outputs, Submit
 from server.engine_client.client import EngineClient
 from server.http.errors import EngineDeadError, EngineUnavailableError
-from server.parts.data_parallel.client import GroupClient
+from server.parts.data_parallel.client import GroupClient, status, streams_of
 from server.parts.data_parallel.settings import cpu_shares
 from server.parts.lora.part import AdaptersBusyError, load_adapter, unload_adapter
 from server.tenants import Tenant
@@ -114,7 +114,7 @@ async def test_an_engine_with_too_long_a_queue_is_passed_over(client: EngineClie
         fake.resume()
     for stream in streams:
         await read(stream)
-    assert all(engine.streams.load == 0.0 for engine in client.engines)
+    assert all(streams_of(engine).load == 0.0 for engine in client.engines)
     assert chosen(client, prompt(PROMPT)) == (1, 96)
 
 
@@ -133,10 +133,6 @@ def mortals(addresses: list[str]) -> Iterator[list[MortalEngine]]:
         yield [stack.enter_context(MortalEngine(config)) for config in configs]
 
 
-def are_restarting(client: EngineClient) -> bool:
-    return all(engine.liveness.is_restarting for engine in client.engines)
-
-
 async def test_a_lost_engine_does_not_touch_the_others(addresses: list[str], mortals: list[MortalEngine]) -> None:
     first, second = mortals
     for each in mortals:
@@ -147,9 +143,9 @@ async def test_a_lost_engine_does_not_touch_the_others(addresses: list[str], mor
         client.engines[1].cached = {b"x"}
         second.kill()
         await read_error(streams[1], EngineDeadError)
-        assert (client.is_ready, are_restarting(client), client.num_restarts) == (True, False, 1)
+        assert (client.is_ready, client.restarting_since, client.num_restarts) == (True, None, 1)
         assert client.engines[1].cached == set()
-        assert [engine.liveness.status for engine in client.engines] == ["ok", "restarting"]
+        assert [status(engine.liveness) for engine in client.engines] == ["ok", "restarting"]
         assert len(tokens(await read(client.submit(request("late", max_tokens=3))))) == 3
         with pytest.raises(EngineUnavailableError, match="being restarted"):
             await load_adapter(client, "a", "/a", replaces=False)
@@ -177,7 +173,7 @@ async def test_what_an_engine_has_not_begun_with_goes_to_another(
         await until(lambda: not client.engines[0].liveness.is_ready)
         assert waiting.reservation.started is None
         assert client.engines[1].streams.find(waiting.request_id) is waiting
-        assert (client.engines[0].streams.load > 0.0) == can_restart
+        assert (streams_of(client.engines[0]).load > 0.0) == can_restart
         if can_restart:
             assert client.engines[0].streams.find(begun.request_id) is begun
             begun.close()
@@ -189,7 +185,7 @@ async def test_what_an_engine_has_not_begun_with_goes_to_another(
                 events = await read(stream)
                 assert [bytes(tokens(events, index)) for index in (0, 1)] == [b"Hel", b"Hel"]
         assert client.num_in_flight == 0
-        assert [engine.streams.load for engine in client.engines] == [0.0, 0.0]
+        assert [streams_of(engine).load for engine in client.engines] == [0.0, 0.0]
 
 
 async def test_the_requests_of_a_dead_engine_wait_for_one_that_is_restarted(
@@ -215,7 +211,7 @@ async def test_the_last_engine(addresses: list[str], mortals: list[MortalEngine]
     async with ready(addresses, can_restart=True) as client:
         for each in mortals:
             each.kill()
-        await until(lambda: are_restarting(client))
+        await until(lambda: client.restarting_since is not None)
         assert client.restarting_since is not None
         waiting = client.submit(request("waiting"))  # for the first one
         client.engines[1].liveness.mark_dead("a test")
@@ -223,7 +219,7 @@ async def test_the_last_engine(addresses: list[str], mortals: list[MortalEngine]
         client.engines[0].engine_started(mortals[0].replace())
         await read(waiting)
         mortals[0].kill()
-        await until(lambda: are_restarting(client))
+        await until(lambda: client.restarting_since is not None)
         waiting = client.submit(request("waiting again"))
         client.engines[0].liveness.mark_dead("a test")
         assert client.died.is_set()
