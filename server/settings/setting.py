@@ -198,8 +198,7 @@ def text(metavar: str) -> ValueType:
     return ValueType("non-empty text", non_empty_text, metavar)
 
 
-_KEY = "a non-empty key of printable ASCII characters"
-HEADER_KEY = ValueType(_KEY, _header_key, "KEY")
+HEADER_KEY = ValueType("a non-empty key of printable ASCII characters", _header_key, "KEY")
 
 
 # A row.

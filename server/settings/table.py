@@ -3,8 +3,7 @@
 A setting is a field of `Settings` with its name, type and default, annotated with a `Setting`: the type of its values
 and its help text. There is a class for each group. For a setting of a part, that stands in the part's module
 `settings`. The flag `--max-num-seqs`, the variable `LIGHTWELL_MAX_NUM_SEQS` and the key `max-num-seqs` of a YAML file
-are the same setting; a flag overrides the environment, and the environment the file. `python -m server.settings`
-prints them in Markdown.
+are the same setting; a flag overrides the environment, and the environment the file.
 """
 
 import dataclasses

@@ -13,14 +13,13 @@ from server.parts.ollama.schemas import OllamaChatRequest, OllamaEmbedRequest, O
 from server.parts.rerank.part import RerankRequest, ScoreRequest
 from server.parts.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
-from server.settings.__main__ import markdown_table as settings_table
 from tests.conformance import table as clients
-from tests.docs import aliases, checklist, metrics, models, parameters
+from tests.docs import aliases, checklist, metrics, models, parameters, settings
 from tests.support.paths import ROOT
 
 # Document -> name of a table -> what makes it.
 TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
-    "docs/settings.md": {"settings": settings_table},
+    "docs/settings.md": {"settings": settings.markdown_table},
     "docs/models.md": {
         "families": models.families_table,
         "types": models.formats_table,

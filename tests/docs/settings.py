@@ -1,4 +1,4 @@
-"""Print the table of settings in Markdown, for the documentation: `python -m server.settings`."""
+"""The table of settings."""
 
 from server.settings.setting import Setting
 from server.settings.table import OTHER_VARIABLES, SETTINGS
@@ -20,7 +20,3 @@ def _row(setting: Setting) -> str:
     flag = f"`{setting.flag}`" + (f", `--no-{setting.key}`" if setting.default is True else "")
     default = f"`{setting.default_text}`" if setting.default_text else ""
     return f"| {flag} | {default} | {setting.description} |".replace("*", "\\*")
-
-
-if __name__ == "__main__":
-    print(markdown_table(), end="")
