@@ -19,11 +19,14 @@ WARNINGS = "x-lightwell-warnings"  # response header
 MAX_WARNINGS_CHARS = 1024  # length of its list of ignored parameters
 MAX_IGNORED = 1000  # fields without effect that are counted
 
+# Parameters of older vLLM -> fields of structured_outputs.
+GUIDED = {f"guided_{kind}": f"structured_outputs.{kind}" for kind in ("json", "regex", "choice", "grammar")}
+
 # Parameters that change an answer and that no endpoint, or not every endpoint, supports -> values that are accepted
 # in addition to null because they leave the answer as it is.
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("audio", "moderation", "structural_tag", "guided_whitespace_pattern", "prompt_embeds"), ()),
-    **dict.fromkeys(("json_schema", "regex", "ebnf", "stop_regex", "custom_logit_processor", "lora_path"), ()),
+    **dict.fromkeys((*GUIDED, "json_schema", "regex", "ebnf", "stop_regex", "custom_logit_processor", "lora_path"), ()),
     **dict.fromkeys(("truncate_prompt_tokens", "chat_template", "max_completion_tokens"), ()),
     **dict.fromkeys(("thread", "compaction", "conversation", "prompt", "kv_transfer_params"), ()),
     **dict.fromkeys(("tools", "functions", "logits_processors", "documents", "lora"), ([],)),
@@ -45,6 +48,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 
 # Parameters of other servers -> the parameter to use instead.
 ALTERNATIVES: Mapping[str, str] = {
+    **GUIDED,
     "functions": "tools",
     "function_call": "tool_choice",
     "max_completion_tokens": "max_tokens",

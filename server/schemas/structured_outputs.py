@@ -24,16 +24,7 @@ TAG_FIELDS = ("format", "structures", "triggers")  # of a tag in `response_forma
 Tag: TypeAlias = dict[str, Any]  # or a part of it, which is checked when its grammar is made
 
 # Other request fields -> the fields of `structured_outputs` that they stand for.
-ALIASES = {
-    "guided_json": "json_",
-    "guided_regex": "regex",
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-    "json_schema": "json_",
-    "regex": "regex",
-    "ebnf": "grammar",
-    "grammar": "grammar",
-}
+ALIASES = {"json_schema": "json_", "regex": "regex", "ebnf": "grammar", "grammar": "grammar"}
 OUTPUT_FIELDS = frozenset({"structured_outputs", *ALIASES})  # that constrain the answer, but for `response_format`
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
@@ -135,10 +126,6 @@ class StructuredOutputsFields(BaseModel):
     """`structured_outputs`, and other fields that stand for its fields."""
 
     structured_outputs: StructuredOutputs | None = optional("Constraints on the answer.")
-    guided_json: JSONSchema | str | None = optional("Deprecated alias of structured_outputs.json.")
-    guided_regex: Regex | None = optional("Deprecated alias of structured_outputs.regex.")
-    guided_choice: Choices | None = optional("Deprecated alias of structured_outputs.choice.")
-    guided_grammar: Lark | None = optional("Deprecated alias of structured_outputs.grammar.")
     json_schema: JSONSchema | str | None = optional("SGLang's name of structured_outputs.json.")
     regex: Regex | None = optional("SGLang's name of structured_outputs.regex.")
     ebnf: Lark | None = optional("SGLang's name of structured_outputs.grammar.")

@@ -56,8 +56,7 @@ SAMPLING: dict[str, Any] = (
     | {"ignore_eos": True, "min_tokens": 2, "repetition_detection": {"max_pattern_size": 3, "min_count": 2}}
     | {"truncate_prompt_tokens": 1, "truncation_side": ({"truncate_prompt_tokens": 1}, "right"), "cache_salt": "a"}
     | {"skip_special_tokens": False, "priority": 3, "lightwell": {"explain": True}}
-    | {"response_format": FORMAT, "structured_outputs": {"regex": "[a-z]+"}, "guided_json": SCHEMA}
-    | {"guided_regex": "[a-z]+", "guided_choice": ["a", "b"], "guided_grammar": 'start: "a"', "json_schema": SCHEMA}
+    | {"response_format": FORMAT, "structured_outputs": {"regex": "[a-z]+"}, "json_schema": SCHEMA}
     | {"regex": "[a-z]+", "ebnf": 'root ::= "a"', "grammar": 'root ::= "a"'}
     | {"xtc_probability": 0.5, "xtc_threshold": ({"xtc_probability": 0.5}, 0.2)}
     | DRY
@@ -311,7 +310,7 @@ REFUSED: dict[str, dict[str, list[Fields]]] = {
             *each("tool_choice", "always", named("g"), ALLOWED, tools=[TOOL]),
         ],
         "structured_outputs": each("structured_outputs", {"regex": "a"}, tools=[TOOL], tool_choice="required"),
-        "guided_choice": each("guided_choice", ["a"], tools=[TOOL], tool_choice=named("weather")),
+        "regex": each("regex", "a", tools=[TOOL], tool_choice=named("weather")),
         "tool_choice.type": each("tool_choice", {}, {"type": "custom"}, tools=[TOOL]),
         "tool_choice.function.name": each("tool_choice", {"type": "function", "function": {}}, tools=[TOOL]),
         "messages[0].tool_calls[0]": earlier_calls(5),

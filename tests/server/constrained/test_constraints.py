@@ -65,10 +65,10 @@ def test_aliases(server: RunningServer, alias: str, field: str) -> None:
 
 def test_schemas_are_compared_as_json(server: RunningServer) -> None:
     outputs = {"json": json.dumps(SCHEMA, indent=1), "disable_any_whitespace": True}
-    assert grammar_of(server, CHAT, guided_json=SCHEMA, json_schema=SCHEMA, structured_outputs=outputs)
+    assert grammar_of(server, CHAT, json_schema=SCHEMA, structured_outputs=outputs)
     different = [SCHEMA | {"title": "a"}, {"const": True}, {"const": 1}, {"const": 1.0}, "{", '{"const":"1"}']
     for one, other in itertools.permutations(different, 2):
-        refuse(server, CHAT, "guided_json", guided_json=one, structured_outputs={"json": other})
+        refuse(server, CHAT, "json_schema", json_schema=one, structured_outputs={"json": other})
 
 
 def test_response_format(server: RunningServer) -> None:
@@ -157,6 +157,7 @@ def test_exact_integers_and_annotations_are_accepted(server: RunningServer) -> N
 OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"regex": "a("}, "regex", "unclosed group."),
     ({"choice": [""]}, "choice[0]", "empty string"),
+    ({"choice": ["a"] * 1001}, "choice", "array too long"),
     ({"grammar": ' {"grammars": []}'}, "grammar", "expected a grammar in Lark's notation, but got JSON."),
     ({"grammar": 'begin: "a"'}, "grammar", ""),
     ({"grammar": "start: a\na: b\nb: a"}, "grammar", "no text matches it."),
@@ -201,8 +202,8 @@ def test_exactly_one(server: RunningServer) -> None:
     both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
     message = refuse(server, CHAT, "structured_outputs.regex", **both)
     assert message.endswith(": not allowed with 'response_format'.")
-    for other in ({"guided_choice": ["b"]}, {"regex": "b"}, {"structured_outputs": {"json_object": True}}):
-        message = refuse(server, CHAT, "guided_regex", guided_regex="a", **other)
+    for other in ({"ebnf": 'start: "b"'}, {"structured_outputs": {"json_object": True}}):
+        message = refuse(server, CHAT, "regex", regex="a", **other)
         assert message.endswith(f": not allowed with '{next(iter(other))}', which sets another constraint.")
 
 

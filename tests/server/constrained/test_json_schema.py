@@ -327,7 +327,7 @@ EVERYWHERE: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"response_format": json_schema(PERSON)}, "", ""),
     (COMPLETIONS, {"response_format": {"type": "json_object", "schema": PERSON}}, "", ""),
     (CHAT, {"structured_outputs": {"json": PERSON}}, "", ""),
-    (COMPLETIONS, {"guided_json": json.dumps(PERSON)}, "", ""),
+    (COMPLETIONS, {"json_schema": json.dumps(PERSON)}, "", ""),
     *[(CHAT, {"response_format": {"type": "structural_tag", "format": TAG}}, "", "")] * HAS_TAGS,
     *[(CHAT, {"response_format": STRUCTURES}, "a<f>", "b")] * HAS_TAGS,
     (CHAT, FORCED, '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"),
@@ -369,12 +369,12 @@ def test_fields_that_agree(server: RunningServer) -> None:
     """`response_format` may say the same as another field, or less; empty or unknown options are no obstacle."""
     url, any_object = server.url, {"type": "json_object"}
     for format in (json_schema(PERSON), any_object):
-        grammar = grammar_of(server, CHAT, response_format=format, guided_json=PERSON)
+        grammar = grammar_of(server, CHAT, response_format=format, json_schema=PERSON)
         assert matches(server, grammar, INSIDE)
         assert not matches(server, grammar, '{"nam":"Jo"}')
-    for other in ({"guided_json": {"type": "array"}}, {"guided_regex": "a"}):
+    for other in ({"json_schema": {"type": "array"}}, {"regex": "a"}):
         assert ask(url, CHAT, response_format=any_object, **other).status_code == 400
-    grammar = grammar_of(server, CHAT, guided_choice=["a", "b"], structured_outputs={})
+    grammar = grammar_of(server, CHAT, regex="a|b", structured_outputs={})
     assert matches(server, grammar, "b")
     assert ask(url, CHAT, structured_outputs={}).status_code == 400
     answer = ask(url, CHAT, structured_outputs={"regex": "a", "backend": "xgrammar"})
@@ -395,7 +395,7 @@ def test_sets_of_pydantic(servers: list[RunningServer]) -> None:
         (CHAT, "response_format", {"response_format": json_schema(schema)}),
         *[(CHAT, "response_format", {"response_format": {"type": "structural_tag", "format": tag}})] * HAS_TAGS,
         (COMPLETIONS, "structured_outputs", {"structured_outputs": {"json": json.dumps(schema)}}),
-        (COMPLETIONS, "guided_json", {"guided_json": schema}),
+        (COMPLETIONS, "json_schema", {"json_schema": schema}),
         (CHAT, "tools[1].function.parameters", {"tools": tools}),
     ]
     server, _, strict_server = servers

@@ -110,6 +110,7 @@ REFUSED: dict[str, list[Any]] = {
     "reasoning_format": ["none"],
     "lora_path": ["/adapters/sql", ["sql"]],
     "lora": [[{"id": 0, "scale": 0.5}]],
+    "guided_json": [{"type": "object"}, "{}"],
 }
 
 # What leaves the answer as it is.

@@ -161,8 +161,8 @@ async def test_whatever_a_schema_costs_it_is_answered(process: Grammars) -> None
     templates = {name: TEMPLATES if IS_LONG or not name.startswith("odd") else TEMPLATES[:1] for name in TOOLS}
     requests = {
         "itself": of_tools({"type": "object", **LOOP}),
-        "tags": request(guided_json={"oneOf": [{"type": "object", "properties": NAMES}] * 30}),
-        "deep text": request(guided_json=DEEP),
+        "tags": request(json_schema={"oneOf": [{"type": "object", "properties": NAMES}] * 30}),
+        "deep text": request(json_schema=DEEP),
         "deep tag": request(structured_outputs={"structural_tag": DEEP.replace("items", "format")}),
         "chain of rules": of_grammar("start: r0\n" + "\n".join(f"r{n}: r{n + 1}" for n in range(900)) + '\nr900: "a"'),
         "many": of_tools(*[{"type": "object", "properties": NAMES}] * 100),
