@@ -11,7 +11,6 @@ from pydantic import (
     Field,
     FiniteFloat,
     PlainValidator,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
@@ -148,22 +147,8 @@ StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fai
 AllowedTokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True)]
 LogprobTokenIds = Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKEN_IDS, fail_fast=True)]
 BadWords = Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS, fail_fast=True)]
-LogitBias = Annotated[
-    dict[int, float] | None,
-    PlainValidator(_check_logit_bias),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-                    "maxProperties": MAX_LOGIT_BIAS,
-                },
-                {"type": "null"},
-            ]
-        }
-    ),
-]
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)]
+LogitBias = Annotated[dict[int, float] | None, PlainValidator(_check_logit_bias, json_schema_input_type=Biases | None)]
 
 
 class StreamOptions(OpenObject):

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import invalid
@@ -41,27 +41,14 @@ def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def prompts_schema(max_prompts: int) -> dict[str, Any]:
-    token_ids = {"type": "array", "items": {"type": "integer"}}
-    return {
-        "anyOf": [
-            {"type": "string"},
-            token_ids | {"minItems": 1},
-            {
-                "type": "array",
-                "items": {"anyOf": [{"type": "string"}, token_ids]},
-                "minItems": 1,
-                "maxItems": max_prompts,
-            },
-        ]
-    }
+def prompts_validator(max_prompts: int) -> PlainValidator:
+    """Return what reads prompts, with their type as the OpenAPI document describes it."""
+    several = Annotated[list[PromptInput], Field(min_length=1, max_length=max_prompts)]
+    described: Any = str | Annotated[list[int], Field(min_length=1)] | several
+    return PlainValidator(partial(read_prompts, max_prompts=max_prompts), json_schema_input_type=described)
 
 
-Prompts = Annotated[
-    list[PromptInput],
-    PlainValidator(partial(read_prompts, max_prompts=MAX_PROMPTS)),
-    WithJsonSchema(prompts_schema(MAX_PROMPTS)),
-]
+Prompts = Annotated[list[PromptInput], prompts_validator(MAX_PROMPTS)]
 
 
 class CompletionRequest(GenerationRequest):

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import Field
 
 from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit, TokenEvent
-from server.api.completions.schemas import PromptInput, prompts_schema, read_prompts
+from server.api.completions.schemas import PromptInput, prompts_validator
 from server.context import get_context
 from server.dialect import BEGINNING, Dialect, ModelRoute, Operation
 from server.engine_client.answer_budget import NUMBER_BYTES, AnswerShare, too_large_error
@@ -38,11 +38,7 @@ from server.tenants import get_tenant
 
 MAX_INPUTS = 2048  # OpenAI's limit
 
-Inputs = Annotated[
-    list[PromptInput],
-    PlainValidator(partial(read_prompts, max_prompts=MAX_INPUTS)),
-    WithJsonSchema(prompts_schema(MAX_INPUTS)),
-]
+Inputs = Annotated[list[PromptInput], prompts_validator(MAX_INPUTS)]
 NO_SEED = 0  # nothing is sampled
 
 
