@@ -63,11 +63,6 @@ class ServedModel:
         return {name: ModelVariant(name, self) for name in self.names}
 
     @cached_property
-    def template_fingerprint(self) -> str:
-        source = "" if self.chat_template is None else self.chat_template.source
-        return hashlib.sha256(source.encode()).hexdigest()[:12]
-
-    @cached_property
     def sequence_breakers(self) -> SequenceBreakers:
         return SequenceBreakers(self.tokenizer)
 
@@ -109,8 +104,8 @@ class ModelVariant:
             parts = [info.fingerprint]
             if self.adapter is not None:
                 parts.append(self.adapter.fingerprint[:12])
-            if base.settings.chat_template is not None:
-                parts.append(base.template_fingerprint)
+            if base.settings.chat_template is not None and base.chat_template is not None:
+                parts.append(hashlib.sha256(base.chat_template.source.encode()).hexdigest()[:12])
             if base.default_sampling.fingerprint:
                 parts.append(base.default_sampling.fingerprint)
             if base.settings.allow_additional_properties:
@@ -131,6 +126,10 @@ def load_served_model(
     tokenizer = Tokenizer.from_model(path)
     model_config = load_model_config(path)
     vocabulary = tokenizer.to_json()
+    score_token_ids = ()
+    if settings.score_tokens is not None:
+        find_tokens = load_module("rerank", "part").find_score_tokens
+        score_token_ids = find_tokens(tokenizer, settings.score_tokens, model_config.num_token_ids)
     return ServedModel(
         settings=settings,
         names=config.names,
@@ -147,7 +146,7 @@ def load_served_model(
         ),
         config=model_config,
         default_sampling=_default_sampling(config, model_config),
-        score_token_ids=_score_token_ids(tokenizer, settings.score_tokens, model_config.num_token_ids),
+        score_token_ids=score_token_ids,
         # The last one, since it starts a process.
         chat_template=make_chat_template(tokenizer, settings.chat_template),
     )
@@ -169,17 +168,6 @@ def _make_client(config: ServedModelConfig, vocabulary: str, metrics: Metrics, *
     if len(config.engines) > 1:
         new_client = load_module("data_parallel", "client").GroupClient
     return new_client(config.engines, options, limits=limits, metrics=metrics)
-
-
-def _score_token_ids(tokenizer: Tokenizer, words: str | None, num_token_ids: int) -> tuple[int, ...]:
-    """Return the tokens of `--score-tokens TRUE,FALSE`, or () if it is not set.
-
-    Raises ValueError unless each of the two words is one token, which is among the model's `num_token_ids`.
-    """
-    found = [tokenizer.encode(word, add_special_tokens=False) for word in words.split(",")] if words else []
-    if any(len(token_ids) != 1 or token_ids[0] >= num_token_ids for token_ids in found):
-        raise ValueError(f"--score-tokens {words}: expected two words that are one token each in this model")
-    return tuple(token_id for (token_id,) in found)
 
 
 def _default_sampling(config: ServedModelConfig, model_config: ModelConfig) -> DefaultSampling:

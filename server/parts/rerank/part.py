@@ -89,6 +89,17 @@ def score_by_tokens(
     return asked, lambda events: list(map(score, events))
 
 
+def find_score_tokens(tokenizer: Tokenizer, words: str, num_token_ids: int) -> tuple[int, ...]:
+    """Return the tokens of `--score-tokens TRUE,FALSE`.
+
+    Raises ValueError unless each of the two words is one token, which is among the model's `num_token_ids`.
+    """
+    found = [tokenizer.encode(word, add_special_tokens=False) for word in words.split(",")]
+    if any(len(token_ids) != 1 or token_ids[0] >= num_token_ids for token_ids in found):
+        raise ValueError(f"--score-tokens {words}: expected two words that are one token each in this model")
+    return tuple(token_id for (token_id,) in found)
+
+
 def _encode_pair(model: ServedModel, query: str, document: str, instruction: str, names: tuple[str, str]) -> list[int]:
     """Return the prompt that asks a reranker about a pair. Raises BadRequestError, with one of its `names`."""
     template, max_model_len = model.chat_template, model.max_model_len
