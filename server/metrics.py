@@ -154,7 +154,7 @@ class EngineMetrics:
         self.step_tokens = self._histograms["iteration_tokens_total"]
         success = families.counter("request_success", "Finished choices by finish reason.", "finished_reason")
         self._finished = {reason: success.labels(*self.labels, reason.value) for reason in FinishReason}
-        self._restarts = families.counter("engine_restarts", "Restarts of the engine after it died or hung.").labels(
+        self.restarts = families.counter("engine_restarts", "Restarts of the engine after it died or hung.").labels(
             *self.labels
         )
 
@@ -195,9 +195,6 @@ class EngineMetrics:
         self._histograms["request_params_n"].observe(len(choices))
         longest = max([choice.num_output_tokens for choice in choices])
         self._histograms["request_max_num_generation_tokens"].observe(longest)
-
-    def count_restart(self) -> None:
-        self._restarts.inc()
 
     def _histogram(self, name: str, buckets: Sequence[float], help: str) -> Histogram:
         return self._families.histogram(name, buckets, help).labels(*self.labels)
@@ -285,7 +282,7 @@ class Metrics:
         self.model_name = self._model_name = model_name
         self._labels = {"model_name": model_name, "engine": "0"}  # of what no engine does
         self._families = MetricFamilies(prefix, self.registry)
-        self.engines: list[EngineMetrics] = []
+        self.engines: list[EngineMetrics] = []  # those that run or load, whose statistics a scrape reads
         self.registry.register(EngineCollector(prefix, self.engines))
         self._add_server_metrics()
         ProcessCollector(registry=self.registry)
@@ -318,10 +315,6 @@ class Metrics:
         engine = EngineMetrics(self._families, self._model_name, number, stats)
         self.engines.append(engine)
         return engine
-
-    def remove_engines(self) -> None:
-        """Remove the metrics of engines that have ended, but those that this process counts."""
-        self.engines.clear()
 
     def observe_tokenizer(self, seconds: float) -> None:
         """Record the time to render and tokenize the prompts of one request."""

@@ -11,17 +11,13 @@ from server.dialect import Dialect
 from server.part_table import FOLDER, PARTS, is_installed, load_module
 
 
-def _nothing(context: ServerContext) -> None:
-    """Add nothing to the context."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """What a part adds to the core: the object `PART` of its module `part`, if it is not loaded by names alone."""
 
     dialects: Sequence[Dialect] = ()
     server: type[APIServer] | None = None  # in place of the core's
-    attach: Callable[[ServerContext], None] = _nothing  # called once, before the application is made
+    attach: Callable[[ServerContext], None] = lambda context: None  # called once, before the application is made
 
 
 def server_type() -> type[APIServer]:

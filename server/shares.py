@@ -81,7 +81,7 @@ class MemoryShare:
         self._budget.num_bytes -= self.num_bytes
         self.num_bytes = 0
         self._budget.shares.pop(self, None)
-        self.end = _ignore  # it refers to what has this share
+        self.end = lambda error: None  # it refers to what has this share
 
     def refuse(self) -> None:
         """Give way: end what has the share."""
@@ -97,10 +97,6 @@ class MemoryShare:
         """Raise the error with which it has been refused, if it has."""
         if self.error is not None:
             raise self.error
-
-
-def _ignore(error: Exception) -> None:
-    """End nothing: it has ended."""
 
 
 class MemoryBudget:

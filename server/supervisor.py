@@ -299,7 +299,10 @@ class Supervisor:
         ready = [key.fileobj for key in self._clock.select(self._selector, seconds)]
         for api in self._apis:
             if api.channel in ready:
-                self._read_channel(api)
+                for message in api.receive():
+                    self._note(message)
+                if api.channel.has_ended:
+                    self._selector.unregister(api.channel)
         if self._signals in ready:
             return self._signals.take()
         for child in self._children:
@@ -308,12 +311,6 @@ class Supervisor:
                 child.has_ended = True
                 return child
         return None
-
-    def _read_channel(self, api: SupervisedApi) -> None:
-        for message in api.receive():
-            self._note(message)
-        if api.channel.has_ended:
-            self._selector.unregister(api.channel)
 
     def _note(self, message: Message) -> None:
         """Note what an API process says."""

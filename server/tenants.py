@@ -90,10 +90,6 @@ class Account:
         for rule in self.rules:
             rule.count(prompt + output, self.clock())
 
-    def count_cached(self, num_tokens: int) -> None:
-        """Count prompt tokens, which `count_tokens` has counted too, as read from the prefix cache."""
-        self.usage.num_cached_tokens += num_tokens
-
     @property
     def num_tokens_today(self) -> int:
         """Prompt and output tokens since midnight in UTC, or since the start of the server."""

@@ -88,21 +88,16 @@ def chat(*, url: str, api_key: str | None, model: str | None = None, system: str
 
     Without a model, it is the first one that the server lists. `sampling` are fields of requests, or None.
     """
-    is_terminal = sys.stdin.isatty()
     with connect(url, api_key) as client:
         model = model or find_model(client)
         fields = {name: value for name, value in sampling.items() if value is not None}
         conversation = Conversation(client, system, {"model": model, **fields})
-        if not is_terminal:
-            return _chat_in_pipe(conversation)
-        print(f"{model} at {url}. {HELP}")
-        return _chat_in_terminal(conversation)
-
-
-def _chat_in_pipe(conversation: Conversation) -> int:
-    for line in input_lines():
-        if line.strip():
-            _print_answer(conversation, line.strip())
+        if sys.stdin.isatty():
+            print(f"{model} at {url}. {HELP}")
+            _chat_in_terminal(conversation)
+        else:
+            for line in filter(None, map(str.strip, input_lines())):
+                _print_answer(conversation, line)
     return 0
 
 
@@ -127,17 +122,24 @@ def _read_bytes() -> bytes:
         raise CommandError(f"standard input cannot be read: {error.strerror or error}") from None
 
 
-def _chat_in_terminal(conversation: Conversation) -> int:
+def _chat_in_terminal(conversation: Conversation) -> None:
     import readline  # noqa: F401  (gives input() line editing and history)
 
     while (line := _read_line()) is not None:
         if line in ("/exit", "/quit"):
             break
-        if line.startswith("/"):
-            _run_command(conversation, line)
+        if line == "/clear":
+            conversation.clear()
+            print("Started a new conversation.")
+        elif line.startswith("/"):
+            print(HELP if line == "/help" else f"Unknown command {line}. {HELP}")
         elif line:
-            _answer_in_terminal(conversation, line)
-    return 0
+            try:
+                _print_answer(conversation, line)
+            except KeyboardInterrupt:
+                print(" (stopped)")
+            except CommandError as error:
+                print(f"lightwell: error: {error}", file=sys.stderr, flush=True)
 
 
 def _read_line() -> str | None:
@@ -153,23 +155,6 @@ def _read_line() -> str | None:
     except EOFError:
         print()
         return None
-
-
-def _run_command(conversation: Conversation, command: str) -> None:
-    if command == "/clear":
-        conversation.clear()
-        print("Started a new conversation.")
-    else:
-        print(HELP if command == "/help" else f"Unknown command {command}. {HELP}")
-
-
-def _answer_in_terminal(conversation: Conversation, line: str) -> None:
-    try:
-        _print_answer(conversation, line)
-    except KeyboardInterrupt:
-        print(" (stopped)")
-    except CommandError as error:
-        print(f"lightwell: error: {error}", file=sys.stderr, flush=True)
 
 
 def _print_answer(conversation: Conversation, line: str) -> None:
@@ -219,7 +204,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "chat", help="chat with a served model", description="Chat with a model on an OpenAI-compatible server."
     )
-    parser.set_defaults(run=_chat)
+    parser.set_defaults(run=lambda arguments: chat(**client_options(arguments)))
     add_server(parser)
     add_conversation(parser)
     parser.add_argument(
@@ -250,7 +235,3 @@ def add_conversation(parser: Parser | argparse._ArgumentGroup) -> None:
         metavar="N",
         help="Maximum number of tokens per answer",
     )
-
-
-def _chat(arguments: argparse.Namespace) -> int:
-    return chat(**client_options(arguments))

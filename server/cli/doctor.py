@@ -48,14 +48,11 @@ def doctor(*, as_json: bool) -> int:
         print(msgspec.json.format(msgspec.json.encode(findings)).decode())
     else:
         for finding in findings:
-            print(f"{_mark(finding)} {finding.name:<10} {finding.text}")
+            mark = "!!" if finding.is_fatal else "--" if finding.remedy else "ok"
+            print(f"{mark} {finding.name:<10} {finding.text}")
             if finding.remedy:
                 print(f"{'':<14}-> {finding.remedy}")
     return 1 if any(finding.is_fatal for finding in findings) else 0
-
-
-def _mark(finding: Finding) -> str:
-    return "!!" if finding.is_fatal else "--" if finding.remedy else "ok"
 
 
 def examine(machine: Machine) -> list[Finding]:

@@ -82,7 +82,8 @@ def encode_request(body: GenerationRequest, format: AnswerFormat | None) -> byte
     Args:
         format: the parts that the answers can have; None: all is content.
     """
-    param = _content_param(body)
+    has_format = body.response_format is not None and body.response_format.type != "text"
+    param = "response_format" if has_format else body.output_param
     names = set(ConstrainedFields.model_fields)
     if format is None:
         names -= {"tools", "tool_choice"}
@@ -94,13 +95,6 @@ def encode_request(body: GenerationRequest, format: AnswerFormat | None) -> byte
     if format is not None:
         format = msgspec.structs.replace(format, tools={name: {} for name in format.tools})
     return msgspec.json.encode(GrammarRequest(param, msgspec.Raw(fields), msgspec.Raw(msgspec.json.encode(format))))
-
-
-def _content_param(body: GenerationRequest) -> str | None:
-    """Return the field that constrains the content."""
-    if body.response_format is not None and body.response_format.type != "text":
-        return "response_format"
-    return body.output_param
 
 
 class GrammarMaker:

@@ -46,7 +46,8 @@ _SCALARS = ("string", "number", "integer", "boolean", "null")
 # Rust's classes cover all of Unicode. Those of JSON Schema's dialect, ECMAScript's, are ASCII. A class in brackets may
 # stand within brackets too, so that these need not be told apart.
 _ASCII_CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[\x09-\x0D\x20]"}
-_CLASSES = _ASCII_CLASSES | {name.upper(): f"[^{text[1:]}" for name, text in _ASCII_CLASSES.items()}
+_NEGATED = {name.upper(): f"[^{text[1:]}" for name, text in _ASCII_CLASSES.items()}
+_CLASSES: Mapping[str | None, str] = {None: r"\-", **_ASCII_CLASSES, **_NEGATED}  # None: a hyphen before a class
 
 Schema: TypeAlias = Mapping[str, Any]
 Tags: TypeAlias = Mapping[int, set[str]]  # properties that become required, by the ids (Python's) of schemas
@@ -204,9 +205,7 @@ def _replace_property_names(names: Any, schema: Mapping[str, Any]) -> dict[str, 
 def ascii_classes(pattern: str) -> str:
     r"""Return the pattern with `\d`, `\w`, `\s` and their complements in ASCII, as in Python with `re.ASCII`."""
     # A hyphen before a class within brackets is a literal, not a range that ends with a bracket.
-    return re.sub(
-        r"\\(.)|-(?=\\[dwsDWS])", lambda found: _CLASSES.get(found[1], _escaped(found[0])), pattern, flags=re.S
-    )
+    return re.sub(r"\\(.)|-(?=\\[dwsDWS])", lambda found: _CLASSES.get(found[1], found[0]), pattern, flags=re.S)
 
 
 def regex_grammar(pattern: str) -> str:
@@ -219,7 +218,3 @@ def lark_regex(pattern: str) -> str:
     grammar = msgspec.json.decode(regex_grammar(pattern))
     lark: str = grammar["grammars"][0]["lark_grammar"]
     return lark.removeprefix("start: ")
-
-
-def _escaped(text: str) -> str:
-    return r"\-" if text == "-" else text

@@ -366,7 +366,7 @@ class ConnectedEngine:
 
     def _on_loss(self) -> None:
         """The engine is being restarted: fail the requests that have had tokens; the others wait for it."""
-        self._metrics.count_restart()
+        self._metrics.restarts.inc()
         self.adapters.keep()
         self._leave_engine()
         self.streams.lose_engine(EngineDeadError())

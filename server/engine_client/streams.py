@@ -279,7 +279,7 @@ class OpenStreams:
             self._metrics.first_token.observe(now - stats.arrival)
             stats.first_token, stats.num_cached_tokens = now, event.num_cached_tokens
             if event.index == 0:
-                account.count_cached(event.num_cached_tokens)
+                account.usage.num_cached_tokens += event.num_cached_tokens
         else:
             self._metrics.inter_token.observe(now - stats.last_token)
         stats.last_token = now

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic
 
-import msgspec
+from msgspec.structs import replace
 
 from engine.shared.messages import EngineInfo, Submit
 from server.constrained.grammars import encode_request
@@ -117,12 +117,8 @@ async def prepare(job: Job[Body]) -> tuple[list[Submit], float]:
     if grammar_request is not None:  # all prompts share the grammar
         grammar = await job.model.base.grammars.make(grammar_request, job.body, job.tenant)
         job.preamble.ignore(grammar.unenforced)
-        submits = [_with_grammar(submit, grammar.text) for submit in submits]
+        submits = [replace(each, params=replace(each.params, grammar=grammar.text)) for each in submits]
     return submits, seconds
-
-
-def _with_grammar(submit: Submit, grammar: str) -> Submit:
-    return msgspec.structs.replace(submit, params=msgspec.structs.replace(submit.params, grammar=grammar))
 
 
 def _tokenize(job: Job[Body]) -> tuple[list[Submit], bytes | None, float]:

@@ -116,8 +116,7 @@ def encode_fim_prompt(
 
 def check_token_range(model: ServedModel, token_ids: list[int], noun: str) -> None:
     """Raise InvalidValueError for a token id that the model does not have. The tokenizer may have more ids."""
-    info = model.client.ready_info()
-    size = min(info.vocab_size, model.tokenizer.vocab_size)
+    size = vocab_size(model)
     smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
     if smallest < 0 or largest >= size:
         wrong = smallest if smallest < 0 else largest

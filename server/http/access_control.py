@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
-from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
+from server.http.errors import APIError, BadRequestError, UnauthorizedError, clip
 from server.tenants import ANYBODY, ApiKeys, Tenant, get_tenant, tenant_of_address, valid_address
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
@@ -50,8 +50,9 @@ class HostRules:
     def check_host(self, headers: Headers) -> APIError | None:
         """Return why a request is refused for its Host, or None."""
         for host in headers.getlist("host"):
-            if self._is_foreign(host_of_url(f"//{host}")):
-                return ForbiddenError(host_not_allowed(host))
+            name = host_of_url(f"//{host}")
+            if name == "" or (name not in self._hosts and "." in name and not valid_address(name)):
+                return APIError(403, host_not_allowed(host))
             if len(self._known) < MAX_KNOWN:
                 self._known.add(host)
         return None
@@ -60,11 +61,8 @@ class HostRules:
         """Return why a request is refused for its Origin, or None. Pages of `own_host` are accepted."""
         for origin in headers.getlist("origin"):
             if origin.lower() not in self.origins and host_of_url(origin) not in LOOPBACK_NAMES | {own_host}:
-                return ForbiddenError(origin_not_allowed(origin))
+                return APIError(403, origin_not_allowed(origin))
         return None
-
-    def _is_foreign(self, host: str) -> bool:
-        return host == "" or (host not in self._hosts and "." in host and not valid_address(host))
 
 
 def host_not_allowed(host: str) -> str:
@@ -153,9 +151,9 @@ def is_open(scope: Scope, paths: Collection[str] = OPEN_PATHS) -> bool:
 
 
 def require_admin(request: Request) -> None:
-    """Raise ForbiddenError if the client's key is no admin key."""
+    """Raise APIError if the client's key is no admin key."""
     if not get_tenant(request).is_admin:
-        raise ForbiddenError("This needs an admin key of the server; the key of your request is none.")
+        raise APIError(403, "This needs an admin key of the server; the key of your request is none.")
 
 
 def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import chain
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -91,15 +92,9 @@ def suggested_path(request: Request, paths: Collection[str]) -> str | None:
     path = re.sub("/+", "/", request.scope["path"]).rstrip("/")
     candidates = (path, f"/v1{path}", "/v1/" + path.rpartition("/v1/")[2], path.removeprefix("/v1"), BASES.get(path))
     exact = (candidate for candidate in candidates if candidate and allowed_methods(request, candidate))
-    return next(exact, None) or nearest_path(path[:MAX_PATH], paths)
-
-
-def nearest_path(path: str, paths: Collection[str]) -> str | None:
-    """Return the one of `paths` that is most like `path`, with or without /v1."""
-    for spelling in (path, f"/v1{path}"):
-        if nearest := difflib.get_close_matches(spelling, paths, n=1, cutoff=MIN_SIMILARITY):
-            return nearest[0]
-    return None
+    spellings = (path[:MAX_PATH], f"/v1{path[:MAX_PATH]}")
+    alike = (difflib.get_close_matches(spelling, paths, n=1, cutoff=MIN_SIMILARITY) for spelling in spellings)
+    return next(chain(exact, chain.from_iterable(alike)), None)
 
 
 def install_error_handlers(app: FastAPI, errors: ErrorFormats, paths: Collection[str]) -> None:

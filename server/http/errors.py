@@ -165,11 +165,6 @@ class UnauthorizedError(APIError):
         super().__init__(401, message, code=code, headers={"www-authenticate": "Bearer"})
 
 
-class ForbiddenError(APIError):
-    def __init__(self, message: str) -> None:
-        super().__init__(403, message)
-
-
 class ModelNotFoundError(APIError):
     """There is no such model. `available` are the names that the client may use instead."""
 

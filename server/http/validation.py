@@ -49,7 +49,7 @@ def from_validation_error(errors: Sequence[dict[str, Any]], body: object) -> Bad
     located = [(format_path(resolve_location(error, body)), error) for error in errors]
     first = _field(located[0][0])
     located = [(path, error) for path, error in located if _field(path) == first]
-    deepest = max((path for path, _ in located), key=_depth)
+    deepest = max((path for path, _ in located), key=lambda path: path.count(".") + path.count("["))
     return _describe(deepest, [error for path, error in located if path == deepest])
 
 
@@ -115,10 +115,6 @@ def _has_item(value: Any, part: int | str | None) -> bool:
 
 def _field(path: str) -> str:
     return path.replace("[", ".").split(".", 1)[0]
-
-
-def _depth(path: str) -> int:
-    return path.count(".") + path.count("[")
 
 
 def _describe(path: str, errors: list[dict[str, Any]]) -> BadRequestError:

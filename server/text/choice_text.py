@@ -80,9 +80,7 @@ class StopStringMatcher:
     """
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
-        """With `include_stop`, the text includes the stop string. Raises ValueError if a stop string is empty."""
-        if "" in stops:
-            raise ValueError("stop: a stop string must have at least one character")
+        """With `include_stop`, the text includes the stop string. No stop string is empty."""
         self._automaton = _automaton(tuple(stops)) if stops else None
         self._include_stop = include_stop
         self._state = 0
@@ -171,9 +169,8 @@ class _Automaton:
                 queue.append(child)
 
 
-@functools.lru_cache(maxsize=8)  # the choices of a request share one, which may have thousands of states
-def _automaton(stops: tuple[str, ...]) -> _Automaton:
-    return _Automaton(stops)
+# The choices of a request share one, which may have thousands of states.
+_automaton = functools.lru_cache(maxsize=8)(_Automaton)
 
 
 class ChoiceText:

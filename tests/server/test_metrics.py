@@ -10,7 +10,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from engine.shared.messages import EngineStats
-from server.metrics import Metrics, buckets_1_2_5
+from server.metrics import Metrics
 from server.part_table import is_installed
 from tests.server.conftest import StartServer
 from tests.support.engine_info import ENGINE_INFO
@@ -125,12 +125,6 @@ def test_requests_do_not_create_label_values(server: RunningServer) -> None:
 # Metrics of engines: values of the latest statistics, and the label that says which engine it is.
 
 
-def test_buckets_1_2_5() -> None:
-    assert buckets_1_2_5(1) == [1]
-    assert buckets_1_2_5(5) == [1, 2, 5]
-    assert buckets_1_2_5(999) == [1, 2, 5, 10, 20, 50, 100, 200, 500]
-
-
 def test_engine_metrics_show_the_latest_statistics() -> None:
     metrics = Metrics("x_", "m")
     stats = EngineStats(num_running=3, num_waiting=2, num_blocks=200, num_blocks_used=50, drafts_total=4)
@@ -160,7 +154,7 @@ def test_several_engines() -> None:
     for engine in engines:
         engine.set_info(msgspec.structs.replace(ENGINE_INFO, pid=os.getpid()))
     engines[1].first_token.observe(0.5)
-    engines[1].count_restart()
+    engines[1].restarts.inc()
 
     def values(name: str) -> dict[str, float | None]:
         labels = {"model_name": "m"}

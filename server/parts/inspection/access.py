@@ -153,7 +153,7 @@ async def check_may_read(
     if (error := _check_page(settings, request.headers)) is not None:
         raise error
     if not settings.needs_key and not settings.inspect_public and (reason := _refusal(settings, request.headers)):
-        raise errors.ForbiddenError(reason + ALLOWED_BY)
+        raise errors.APIError(403, reason + ALLOWED_BY)
 
 
 def _check_page(settings: Settings, headers: Headers) -> errors.APIError | None:
@@ -173,7 +173,7 @@ def _check_site(headers: Headers) -> errors.APIError | None:
     Browsers send no Origin with it. The page cannot read the answer, but the engine would work for it.
     """
     if headers.get("sec-fetch-site") == "cross-site" and "origin" not in headers:
-        return errors.ForbiddenError("What the engine does is not shown to other sites' pages that send no Origin.")
+        return errors.APIError(403, "What the engine does is not shown to other sites' pages that send no Origin.")
     return None
 
 

@@ -425,7 +425,7 @@ class ModelManager(ModelRegistry):
 
     async def _stop(self, slot: LoadableSlot) -> None:
         """End the engine of a model, if it runs."""
-        slot.metrics.remove_engines()
+        slot.metrics.engines.clear()
         if self._runs(slot):
             self._order(StopEngine(slot.number))
             await self._gone[slot.number].wait()

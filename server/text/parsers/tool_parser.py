@@ -156,8 +156,8 @@ class ToolParser(PieceReader):
             self._held.clear()
             self._in_array = self._in_array and "]" in self._closers[index + 1 :]
             del self._closers[: index + 1]
-        elif char == "{" and self._closers and self._follows_directly and self._may_call:
-            self._begin_next()
+        elif char == "{" and self._closers and self._format.before_name.startswith("{") and self._may_call:
+            self._begin_next()  # the objects of calls may follow one another without markers of their own
         else:
             self._closers.clear()
             self._in_array = False
@@ -169,11 +169,6 @@ class ToolParser(PieceReader):
     @property
     def _may_call(self) -> bool:
         return bool(self._tools) and (self._parallel or self.num_calls == 0)
-
-    @property
-    def _follows_directly(self) -> bool:
-        """True if the objects of calls may follow one another without markers of their own."""
-        return self._format.before_name.startswith("{")
 
     def _may_begin_bare(self, char: str) -> bool:
         before = self._format.before_name

@@ -237,7 +237,7 @@ class ChatTemplate:
         from_string = self._probe(role, text)
         from_parts = self._probe(role, _to_parts(text))
         if text in from_string:
-            return _keep if from_parts == from_string else _to_string
+            return (lambda content: content) if from_parts == from_string else _to_string
         return _to_parts if text in from_parts else _to_string
 
     def _keeps_system_position(self) -> bool:
@@ -281,10 +281,6 @@ def _remember(render: Render) -> Render:
         return texts[key]
 
     return render_once
-
-
-def _keep(content: Any) -> Any:
-    return content
 
 
 def _to_parts(content: Any) -> Any:

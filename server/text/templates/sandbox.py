@@ -57,7 +57,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
+        self.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         del self.globals["lipsum"]
 
 
@@ -106,10 +106,6 @@ class _GenerationTag(Extension):
 
 def _raise_exception(message: object) -> None:
     raise _TemplateRefusal(str(message))
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 def _tojson(

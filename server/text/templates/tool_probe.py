@@ -69,12 +69,14 @@ def probe_tool_format(render: Render) -> ToolFormat | None:
 
     The format has `is_recognized` False if the template describes tools but no format of calls was found.
     """
-    described = after_question(render) is not None and _describes_tools(render)
+    question = render([user()], tools=TOOLS) or ""
+    described = QUESTION in question and all(name in question for name in NAMES)
     text = after_question(render, assistant(num_calls=1))
     found = None if text is None else find_call(_with_slots(text), NAMES[0])
     if found is None:
-        announced = announced_format(render([user()], tools=TOOLS) or "") if described else None
-        return announced or (None if not described and not _writes_names(text) else _unrecognized())
+        announced = announced_format(question) if described else None
+        has_tools = described or (text is not None and NAMES[0] in text)
+        return announced or (replace(GENERIC, is_recognized=False) if has_tools else None)
     before = _text_before_call(render, found.before)
     after = _text_after_call(render, found.after)
     format = ToolFormat(
@@ -87,18 +89,6 @@ def probe_tool_format(render: Render) -> ToolFormat | None:
         id_length=_id_length(render),
     )
     return name_format(_with_several_calls(render, format))
-
-
-def _describes_tools(render: Render) -> bool:
-    return all(name in (render([user()], tools=TOOLS) or "") for name in NAMES)
-
-
-def _writes_names(text: str | None) -> bool:
-    return text is not None and NAMES[0] in text
-
-
-def _unrecognized() -> ToolFormat:
-    return replace(GENERIC, is_recognized=False)
 
 
 def _with_slots(text: str) -> str:
