@@ -110,16 +110,6 @@ async def test_only_silence_counts(cpu_waits: Mock) -> None:
         assert liveness.dead_reason == "no step for more than 5 seconds"
 
 
-async def test_a_pause_of_all_processes_is_no_hang(cpu_waits: Mock) -> None:
-    """The step in progress may take as long as it would have without the pause."""
-    async with watched() as liveness:
-        await turn(1000.0)
-        await checks(LIMIT - CHECK_SECONDS)
-        assert liveness.is_healthy
-        await checks(CHECK_SECONDS)
-        assert not liveness.is_alive
-
-
 async def test_an_engine_that_waits_for_a_cpu_does_not_hang(cpu_waits: Mock) -> None:
     """Unless it waits forever: one thread may hang while another one waits."""
     loop = asyncio.get_running_loop()
