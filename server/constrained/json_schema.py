@@ -47,7 +47,7 @@ _SCALARS = ("string", "number", "integer", "boolean", "null")
 # stand within brackets too, so that these need not be told apart.
 _ASCII_CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[\x09-\x0D\x20]"}
 _NEGATED = {name.upper(): f"[^{text[1:]}" for name, text in _ASCII_CLASSES.items()}
-_CLASSES: Mapping[str | None, str] = {None: r"\-", **_ASCII_CLASSES, **_NEGATED}  # None: a hyphen before a class
+_CLASSES = {"": r"\-", **_ASCII_CLASSES, **_NEGATED}  # "": a hyphen before a class
 
 Schema: TypeAlias = Mapping[str, Any]
 Tags: TypeAlias = Mapping[int, set[str]]  # properties that become required, by the ids (Python's) of schemas
@@ -205,7 +205,7 @@ def _replace_property_names(names: Any, schema: Mapping[str, Any]) -> dict[str, 
 def ascii_classes(pattern: str) -> str:
     r"""Return the pattern with `\d`, `\w`, `\s` and their complements in ASCII, as in Python with `re.ASCII`."""
     # A hyphen before a class within brackets is a literal, not a range that ends with a bracket.
-    return re.sub(r"\\(.)|-(?=\\[dwsDWS])", lambda found: _CLASSES.get(found[1], found[0]), pattern, flags=re.S)
+    return re.sub(r"\\(.)|-(?=\\[dwsDWS])", lambda found: _CLASSES.get(found[1] or "", found[0]), pattern, flags=re.S)
 
 
 def regex_grammar(pattern: str) -> str:
