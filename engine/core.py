@@ -43,6 +43,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import choose_policy
 from engine.shared.block_hashes import prefix_salt
 from engine.shared.messages import SamplingParams, Submit, TokenEvent
+from engine.shared.parts import engine_part
 
 MAX_STEP_MS = {"cuda": 100.0}  # by device: 8,192 rows of an 8B model take about half a second there
 GRAMMAR_WAIT = 0.02  # seconds to wait for a grammar if nothing else runs; no message is read meanwhile
@@ -75,6 +76,15 @@ class StepInFlight:
     clock: StepClock
 
 
+def new_kv_manager(pool: BlockPool, loaded: LoadedModel) -> KVManager:
+    """Return what gives requests the blocks of a model's KV cache, and states if it has them."""
+    config, in_flight = loaded.runner.model.config, max_in_flight(loaded.limits.max_num_batched_tokens)
+    if not config.mixers:
+        return KVManager(pool, config.kv_groups, in_flight)
+    manager: KVManager = engine_part("hybrid", "states").new_manager(config, pool, in_flight, loaded.memory.num_states)
+    return manager
+
+
 class Engine:
     """One model with its scheduler and its runner."""
 
@@ -101,7 +111,7 @@ class Engine:
         if config.data_parallel_size > 1 and config.enable_prefix_caching:
             pool.changes = {}  # for the API process, which chooses the engine of a request
         self.scheduler = Scheduler(
-            KVManager(pool, loaded.runner.model.config.kv_groups, max_in_flight(loaded.limits.max_num_batched_tokens)),
+            new_kv_manager(pool, loaded),
             StepBudget(loaded.limits.max_num_batched_tokens, config.max_step_ms or MAX_STEP_MS.get(loaded.device.type)),
             max_num_seqs=loaded.limits.max_num_seqs,
             max_model_len=loaded.limits.max_model_len,

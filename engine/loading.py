@@ -281,7 +281,7 @@ def new_runner(
     planners = [kernels.attention_planner(kind) for kind in config.attention_kinds]
     return ModelRunner(
         model,
-        KVCache(config, memory.num_blocks, memory.block_size, kernels),
+        KVCache(config, memory.num_blocks, memory.block_size, kernels, memory.num_states),
         BatchBuilder(
             BatchLimits(
                 limits.max_num_batched_tokens,
@@ -294,6 +294,7 @@ def new_runner(
             num_groups=len(config.kv_groups),
             planners=[planner for planner in planners if planner is not None],
             new_buffer=new_buffer,
+            new_states=engine_part("hybrid", "states").StateBuffers if config.mixers else None,
         ),
         kernels.new_sampler(config.num_token_ids, config.eos_token_ids),
         kernels,
@@ -317,11 +318,11 @@ def kernel_options(
         max_num_rows=limits.max_num_batched_tokens,
         head_dims=frozenset(kind.head_dim for kind in model_config.attention_kinds),
         has_special_scores=any(
-            layer.attention.has_sinks or layer.attention.softcap is not None for layer in model_config.layers
+            attention.has_sinks or attention.softcap is not None for attention in model_config.attentions.values()
         ),
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
-        enforce_eager=config.enforce_eager,
+        enforce_eager=config.enforce_eager or bool(model_config.mixers),  # whose loops no graph can repeat
         allow_slow_kernels=config.allow_slow_kernels,
     )
 

@@ -86,13 +86,14 @@ def fingerprint(model_path: str, loaded: LoadedModel) -> str:
 
 
 def describe_kinds(config: ModelConfig) -> list[str]:
-    """Return how many layers there are of each kind of attention, and of experts, in words."""
-    counts = Counter(layer.attention.kind for layer in config.layers)
+    """Return how many layers there are of each kind of attention, of other mixers, and of experts, in words."""
+    counts = Counter(attention.kind for attention in config.attentions.values())
     texts = [
         f"{count} with {kind.num_heads} attention heads and {kind.num_kv_heads} KV heads of {kind.head_dim}"
         + (f", window {kind.window}" if kind.window else "")
         for kind, count in counts.items()
     ]
+    texts += [f"{count} with {mixer.description}" for mixer, count in Counter(config.mixers.values()).items()]
     routers = Counter(layer.experts.router for layer in config.layers if layer.experts is not None)
     return texts + [
         f"{count} with {router.num_experts} experts, of which {router.num_experts_per_tok} are active"

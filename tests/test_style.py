@@ -14,8 +14,8 @@ MAX_FILE_LINES = 500
 MAX_CLASS_LINES = 330
 MAX_FUNCTION_LINES = 60
 MAX_TEST_LINES = 50_000
-MAX_LINES = {"engine core": 9_870, "server core": 13_700, "core": 23_560, "both packages": 42_110}  # may only fall
-MAX_FILES = 348
+MAX_LINES = {"engine core": 9_750, "server core": 11_980, "core": 21_725, "both packages": 40_940}  # may only fall
+MAX_FILES = 300
 
 # A docstring that begins like this names a thing; it should say what the function does.
 NAMES_A_THING = re.compile(r"(What|Whether|Of|As|Those|That|How|Where|By|Who|From|To be)\b")

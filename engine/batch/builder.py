@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch.inputs import AttentionPlanner, AttentionWork, BatchInputs, Lengths
+from engine.batch.inputs import AttentionPlanner, AttentionWork, BatchInputs, Lengths, StateFiller
 from engine.batch.transfer import packed_copy
 from engine.scheduling.request import NO_LORA_SLOT, Request, Step
 
@@ -58,8 +58,11 @@ class BatchBuilder:
         num_groups: int = 1,
         planners: Sequence[AttentionPlanner] = (),
         new_buffer: NewBuffer = zeros,
+        new_states: Callable[[int, NewBuffer], StateFiller] | None = None,
     ) -> None:
         """`num_groups`: number of KV groups; `planners`: of each kind of attention, if the kernels need work lists.
+
+        `new_states` makes what fills in the states of so many sequences; None: the model has none.
 
         `new_buffer` returns the buffers. Another process in which they are in the same memory may read each batch.
         """
@@ -79,6 +82,8 @@ class BatchBuilder:
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self.tables = new_buffer((num_groups, limits.max_num_seqs, max_blocks))
         self.query_lens, self.hidden_lens, self.seq_lens = new_buffer((3, limits.max_num_seqs))
+        self.new_states = new_states
+        self.states = None if new_states is None else new_states(limits.max_num_seqs, new_buffer)
 
     def smaller(self, max_num_tokens: int) -> BatchBuilder:
         """Return a builder with buffers of its own for batches of one sequence."""
@@ -88,6 +93,7 @@ class BatchBuilder:
             num_groups=len(self.tables),
             planners=self.planners,
             new_buffer=self.new_buffer,
+            new_states=self.new_states,
         )
 
     def buffers(self) -> BatchInputs:
@@ -132,6 +138,8 @@ class BatchBuilder:
         rows["sample_rows"][: len(sample_rows)] = sample_rows
         num_ahead = self._fill_ahead(step, rows["ahead_rows"], rows["ahead_samples"])
         self.max_blocks[0] = self._fill_tables(step)
+        if self.states is not None:
+            self.states.fill(step, self.query_lens[:num_seqs])
         self._fill_positions(rows["positions"][:num_rows], num_seqs)
         has_adapters = max(lora_slots) != NO_LORA_SLOT
         lengths = [num_rows, num_rows, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters]
@@ -169,6 +177,7 @@ class BatchBuilder:
             query_lens=self.query_lens[:num_seqs],
             hidden_lens=self.hidden_lens[:num_seqs],
             seq_lens=self.seq_lens[:num_seqs],
+            states=None if self.states is None else self.states.rows(self.query_lens[:num_seqs]),
         )
 
     def _fill_ahead(self, step: Step, rows: Lengths, samples: Lengths) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,18 @@ class AttentionWork(NamedTuple):
     num_partial_rows: int
 
 
+class StateFiller(Protocol):
+    """Fills buffers with what a step does to the states of its sequences."""
+
+    def fill(self, step: Any, query_lens: Lengths) -> None:
+        """Fill them for a `Step` whose sequences have so many rows."""
+        ...
+
+    def rows(self, query_lens: Lengths) -> StateRows:
+        """Return views of the buffers for so many sequences."""
+        ...
+
+
 class AttentionPlanner(Protocol):
     """Makes the work lists of a model."""
 
@@ -34,6 +46,18 @@ class AttentionPlanner(Protocol):
 
     def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
         """Return an empty work list that has room for any step in which each of `num_seqs` sequences has one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """What each sequence of a step does to its state, in models that have states. All are [S], on the host."""
+
+    query_lens: Lengths
+    first_rows: Lengths
+    num_drafts: Lengths  # last rows, whose state is not kept
+    num_replayed: Lengths  # accepted rows of the last draft, which come first
+    sources: Lengths  # block of the state before; -1: there is none
+    targets: Lengths  # block of the state after, another one
 
 
 @dataclass(slots=True)
@@ -54,3 +78,4 @@ class BatchInputs:
     hidden_lens: Lengths  # number of trailing rows of each sequence that are in hidden_rows
     seq_lens: Lengths  # number of tokens of each sequence up to and including its last row
     attention_work: list[AttentionWork] = field(default_factory=list)  # of `query_lens`, for each kind of attention
+    states: StateRows | None = None  # of models that have states

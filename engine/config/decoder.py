@@ -25,6 +25,7 @@ from engine.config.layers import (
 )
 from engine.config.rope import FULL, SLIDING, read_layer_rope, rope_fields, yarn_mscale
 from engine.config.structs import WeightLayout
+from engine.shared.parts import engine_part
 
 ACTIVATIONS = {  # name in config.json -> name of the activation in `Kernels.act_and_mul`
     "silu": "silu",
@@ -48,6 +49,7 @@ REFUSED: Mapping[str, Any] = {"is_causal": True, "use_bidirectional_attention": 
 
 MAX_EXPERTS = 1024  # more the kernels do not support
 MAX_LAYERS = 1024  # more are a damaged file
+MIXER = "mixer"  # the type of layers without attention
 PLAIN_LAYOUT = WeightLayout()
 # Llama calls the norm before the MLP by its place after attention.
 LLAMA_NAMES = ((r"\.post_attention_layernorm\.", ".pre_feedforward_layernorm."),)
@@ -82,6 +84,10 @@ class Family:
     # Layers without rotary embeddings. "full": those without a window; "mixed": the same, if the file has a window.
     no_rope: Literal["none", "full", "mixed", "listed", "flagged"] = "none"
     is_latent: bool = False
+    has_gate: bool = False
+
+    # What layers of other types than attention have, which their config class names.
+    mixer: Literal["none", "gated_delta_net", "short_conv"] = "none"
 
     # Norms and residual stream.
     norm: Literal["rms", "layer"] = "rms"
@@ -96,6 +102,7 @@ class Family:
     activation: str | None = None  # None: hidden_act
     expert_bias: bool = False
     correction_bias: bool = False
+    has_shared_gate: bool = False
     group_score: Literal["max", "top2"] = "max"
     has_parallel_experts: bool = False  # beside the MLP, with a norm of the router and scales of experts (Gemma 4)
     has_layer_scalars: bool = False
@@ -119,6 +126,8 @@ def build_decoder(family: Family, fields: Fields) -> dict[str, Any]:
         if (value := fields.get(key)) is not None and value != supported:
             raise fields.error(key, f"{shown(value)} is not supported")
     num_layers, hidden_size = fields.integer("num_hidden_layers", maximum=MAX_LAYERS), fields.integer("hidden_size")
+    if family.mixer != "none":
+        fields = engine_part("hybrid", "config").complete(family.mixer, fields)
     types = _layer_types(family, fields, num_layers)
     if family.ends_with_full:
         types[-1] = FULL
@@ -130,12 +139,16 @@ def build_decoder(family: Family, fields: Fields) -> dict[str, Any]:
         rope = _rope(family, layer_fields, kind) if has_rope[index] else _no_rope(layer_fields)
         if rope not in ropes:
             ropes.append(rope)
+        is_mixer = kind == MIXER
         has_experts = _has_experts(fields, index)
         has_both = has_experts and family.has_parallel_experts
         norms = set(family.norms) - ({"pre_feedforward_layernorm"} if has_both else set())
         layers.append(
             LayerSpec(
-                attention=_attention(family, layer_fields, kind, ropes.index(rope), sources[index]),
+                attention=None
+                if is_mixer
+                else _attention(family, layer_fields, kind, ropes.index(rope), sources[index]),
+                mixer=engine_part("hybrid", "config").read_mixer(family.mixer, layer_fields) if is_mixer else None,
                 mlp=_mlp(family, layer_fields) if family.has_parallel_experts or not has_experts else None,
                 experts=_experts(family, layer_fields) if has_experts else None,
                 is_parallel=family.is_parallel,
@@ -227,9 +240,9 @@ def _kv_sources(fields: Fields, types: list[str]) -> list[int | None]:
 def _check_kv_sources(fields: Fields, layers: list[LayerSpec]) -> None:
     """Check that layers find keys and values of their own shape and window where they read those of another."""
     for index, layer in enumerate(layers):
-        if (source := layer.attention.kv_source) is None:
+        if layer.attention is None or (source := layer.attention.kv_source) is None:
             continue
-        own, other = ((spec.kv_shape, spec.window) for spec in (layer.attention, layers[source].attention))
+        own, other = ((spec.kv_shape, spec.window) for spec in (layer.attention, layers[source].attention) if spec)
         if own != other:
             (shape, window), (shape_there, window_there) = own, other
             problem = (
@@ -266,6 +279,7 @@ def _attention(family: Family, fields: Fields, kind: str, rope: int, source: int
         qk_norm=family.qk_norm,
         v_norm=family.v_norm,
         has_sinks=family.has_sinks,
+        has_gate=family.has_gate,
         values_are_keys=kind == FULL and fields.boolean("attention_k_eq_v"),
         kv_source=source,
     )
@@ -301,12 +315,15 @@ def _score_scale(family: Family, fields: Fields, size: int) -> float:
 
 
 def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
-    """Return full_attention or sliding_attention for each layer."""
+    """Return full_attention, sliding_attention or mixer for each layer."""
     types = fields.get("layer_types") or []
-    if not isinstance(types, list) or any(kind not in (FULL, SLIDING, "attention") for kind in types):
-        raise fields.error("layer_types", f"must be {FULL} or {SLIDING}, not {shown(types)}")
+    known = (FULL, SLIDING) if family.mixer == "none" else (FULL, MIXER)
+    if not isinstance(types, list) or any(kind not in (*known, "attention") for kind in types):
+        raise fields.error("layer_types", f"must be {known[0]} or {known[1]}, not {shown(types)}")
     if types and len(types) != num_layers:
         raise fields.error("layer_types", f"has {len(types)} elements, but there are {num_layers} layers")
+    if family.mixer != "none":
+        return [kind if kind == MIXER else FULL for kind in types]
     window = fields.optional_integer("sliding_window", minimum=0)
     is_off = family.windows == "last" and not fields.boolean("use_sliding_window", default=True)
     if not window or family.windows == "none" or is_off:
@@ -416,6 +433,7 @@ def _experts(family: Family, fields: Fields) -> ExpertsSpec:
         correction_bias=family.correction_bias,
         expert_scales=family.has_parallel_experts,
         shared=MLPSpec(intermediate_size=shared_size, activation=activation) if shared_size else None,
+        shared_gate=family.has_shared_gate and shared_size > 0,
     )
 
 

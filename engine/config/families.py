@@ -22,6 +22,24 @@ GRANITE4_NAMES = (
     (r"\.shared_mlp\.input_linear\.", ".mlp.gate_up_proj."),
     (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."),
 )
+DELTA_NAMES = (
+    *LLAMA_NAMES,
+    (r"\.linear_attn\.dt_bias$", ".linear_attn.dt.bias"),
+    (r"\.mlp\.shared_expert\.", ".mlp.shared_experts."),
+    (r"\.self_attn\.qkv_proj\.", ".linear_attn.in_proj_qkv."),  # of GGUF files, in which attention has three matrices
+)
+LFM2_NAMES = (
+    (r"\.operator_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".pre_feedforward_layernorm."),
+    (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
+    (r"\.self_attn\.([qk])_layernorm\.", r".self_attn.\1_norm."),
+    (r"\.feed_forward\.expert_bias$", ".mlp.gate.e_score_correction_bias"),
+    (r"\.feed_forward\.", ".mlp."),
+    (r"\.w1\.", ".gate_proj."),
+    (r"\.w2\.", ".down_proj."),
+    (r"\.w3\.", ".up_proj."),
+    (r"^model\.embedding_norm\.", "model.norm."),
+)
 INTERLEAVED = WeightLayout(is_interleaved=True)
 FUSED_UP = (("mlp.up_proj", "mlp.gate_up_proj"),)  # gate and up are one tensor in GGUF files
 GEMMA4_NAMES = (
@@ -140,6 +158,76 @@ FAMILIES = (
         qk_norm="head",
         gguf_defaults={"norm_topk_prob": True},
         refused={"use_sliding_window": False},
+    ),
+    Family(
+        "qwen3_5_text",
+        "Qwen3_5ForCausalLM",
+        "qwen35",
+        {"max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 256, "partial_rotary_factor": 0.25},
+        qkv_bias="attention_bias",
+        qk_norm="head",
+        has_gate=True,
+        mixer="gated_delta_net",
+        layout=WeightLayout(names=DELTA_NAMES, norm_offset=1.0),
+        gguf_layout=WeightLayout(names=DELTA_NAMES),
+        gguf_defaults={"linear_heads_tiled": True},
+    ),
+    Family(
+        "qwen3_5_moe_text",
+        "Qwen3_5MoeForCausalLM",
+        "qwen35moe",
+        {"max_position_embeddings": 32768, "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25}
+        | {"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512, "norm_topk_prob": True}
+        | {"shared_expert_intermediate_size": 512, "intermediate_size": 512},
+        qkv_bias="attention_bias",
+        qk_norm="head",
+        has_gate=True,
+        mixer="gated_delta_net",
+        has_shared_gate=True,
+        layout=WeightLayout(names=DELTA_NAMES, norm_offset=1.0),
+        gguf_layout=WeightLayout(names=DELTA_NAMES),
+        gguf_defaults={"linear_heads_tiled": True, "norm_topk_prob": True},
+    ),
+    Family(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        "qwen3next",
+        {"max_position_embeddings": 32768, "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25}
+        | {"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "norm_topk_prob": True}
+        | {"shared_expert_intermediate_size": 512},
+        qkv_bias="attention_bias",
+        qk_norm="head",
+        has_gate=True,
+        mixer="gated_delta_net",
+        has_shared_gate=True,
+        layout=WeightLayout(names=DELTA_NAMES, norm_offset=1.0),
+        gguf_layout=WeightLayout(names=DELTA_NAMES),
+        gguf_defaults={"norm_topk_prob": True},
+    ),
+    Family(
+        "lfm2_moe",
+        "Lfm2MoeForCausalLM",
+        "lfm2moe",
+        {"max_position_embeddings": 128000, "num_key_value_heads": 8, "rope_theta": 1e6, "norm_eps": 1e-5}
+        | {"tie_word_embeddings": True, "num_experts": 32, "num_experts_per_tok": 4, "num_dense_layers": 2}
+        | {"moe_intermediate_size": 1792, "norm_topk_prob": True, "scoring_func": "sigmoid"},
+        qk_norm="head",
+        mixer="short_conv",
+        correction_bias=True,
+        layout=WeightLayout(names=LFM2_NAMES),
+        gguf_defaults={"norm_topk_prob": True},
+        refused={"use_expert_bias": True},
+    ),
+    Family(
+        "lfm2",
+        "Lfm2ForCausalLM",
+        "lfm2",
+        {"max_position_embeddings": 128000, "num_key_value_heads": 8, "rope_theta": 1e6, "norm_eps": 1e-5}
+        | {"tie_word_embeddings": True, "block_auto_adjust_ff_dim": True},
+        qk_norm="head",
+        mixer="short_conv",
+        layout=WeightLayout(names=LFM2_NAMES),
+        gguf_defaults={"block_auto_adjust_ff_dim": False},
     ),
     Family(
         "olmoe",

@@ -11,6 +11,7 @@ from engine.config.rope import FULL, SLIDING
 from engine.config.structs import ModelConfig
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
+from engine.shared.parts import engine_part
 
 # Where families share an architecture, the name of the most general one: Mistral and Mixtral are read as Llama.
 SHARED = {"llama": "llama", "olmo2": "olmo3", "granite": "granite", "gemma4": "gemma4_text", "deepseek2": "deepseek_v2"}
@@ -166,6 +167,8 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
         values["intermediate_size"] = values["shared_expert_intermediate_size"]  # Granite 4
     if family.is_latent:
         values |= _latent_sizes(metadata, arch)
+    if family.mixer != "none":
+        values |= engine_part("hybrid", "config").gguf_values(family.mixer, metadata, arch, values)
     num_blocks, tensors = metadata.integer(keys["num_hidden_layers"], maximum=MAX_LAYERS), file.tensors
     num_ignored = metadata.integer(keys["num_nextn_predict_layers"], 0, minimum=0, maximum=num_blocks - 1)
     values["num_hidden_layers"] = num_blocks - num_ignored

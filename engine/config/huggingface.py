@@ -21,7 +21,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # ends of the names of architectures that generate text
 # `model_type` of a multimodal model, whose text part is in `text_config`.
-MULTIMODAL = ("gemma3", "gemma4", "gemma4_unified", "mistral3")
+MULTIMODAL = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_5", "qwen3_5_moe")
 TEXT_NAMES = ((r"^(model\.)?language_model\.lm_head", "lm_head"), (r"^(model\.)?language_model\.(model\.)?", "model."))
 
 

@@ -75,6 +75,7 @@ class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: QKNorm = "none"  # RMS norm of each head of queries and keys, or of all heads together
     v_norm: bool = False  # RMS norm of each head of values, without weights
     has_sinks: bool = False
+    has_gate: bool = False  # outputs of the heads are multiplied by the sigmoid of a projection
     values_are_keys: bool = False  # values are the keys before norm and rotation
     latent: LatentSpec | None = None
     kv_source: int | None = None  # the layer whose keys and values this one reads; None: its own
@@ -106,6 +107,63 @@ class KVShape(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+
+class GatedDeltaNetSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A gated delta net (Yang et al. 2025) with a causal convolution: Qwen3-Next, Qwen 3.5.
+
+    Each value head has a matrix that every token decays and writes to, in place of keys and values.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_size: int  # tokens that the convolution sees, its own included
+    is_tiled: bool = False  # value head i has key head i % num_key_heads; False: adjacent ones share a key head
+
+    @property
+    def num_channels(self) -> int:
+        """Inputs of the convolution: queries and keys, then values."""
+        return 2 * self.num_key_heads * self.key_head_dim + self.num_value_heads * self.value_head_dim
+
+    @property
+    def row_size(self) -> int:
+        """Numbers of a token that change the state: the channels, strengths of writing, time steps."""
+        return self.num_channels + 2 * self.num_value_heads
+
+    @property
+    def matrix_size(self) -> int:
+        return self.num_value_heads * self.key_head_dim * self.value_head_dim
+
+    @property
+    def description(self) -> str:
+        heads = f"{self.num_value_heads} value heads of {self.value_head_dim}"
+        return f"gated delta nets, {heads} and {self.num_key_heads} key heads of {self.key_head_dim}"
+
+
+class ShortConvSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A gated causal convolution of each channel: LFM 2."""
+
+    num_channels: int
+    conv_size: int
+    bias: bool = False
+
+    @property
+    def row_size(self) -> int:
+        return self.num_channels
+
+    @property
+    def matrix_size(self) -> int:
+        return 0
+
+    @property
+    def description(self) -> str:
+        return f"short convolutions of {self.conv_size} tokens"
+
+
+# What a layer has in place of attention: its state has a fixed size.
+MixerSpec: TypeAlias = GatedDeltaNetSpec | ShortConvSpec
 
 
 class MLPSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,16 +200,18 @@ class ExpertsSpec(msgspec.Struct, frozen=True, kw_only=True):
     correction_bias: bool = False  # of the scores, for the choice alone
     expert_scales: bool = False  # of the weights, one for each expert
     shared: MLPSpec | None = None  # for every token
+    shared_gate: bool = False  # its result is multiplied by the sigmoid of a projection to one number
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One decoder layer: attention, then an MLP or experts, each with norms before and after.
+    """One decoder layer: attention or another mixer, then an MLP or experts, each with norms before and after.
 
     If there are both, each reads the residual stream through norms of its own, so there is none before them.
     """
 
-    attention: AttentionSpec
+    attention: AttentionSpec | None
     mlp: MLPSpec | None
+    mixer: MixerSpec | None = None  # in place of attention
     experts: ExpertsSpec | None = None
     input_layernorm: bool = True  # before attention
     post_attention_layernorm: bool = False  # of what attention adds to the residual stream
@@ -160,6 +220,11 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
     is_parallel: bool = False  # the MLP reads what attention reads
     residual_scale: float = 1.0  # of what attention and MLP add
     has_layer_scalar: bool = False  # the residual stream is multiplied by a number at the end
+
+    @property
+    def stores(self) -> bool:
+        """True if tokens leave something for later ones: keys and values, or a state."""
+        return self.attention is None or self.attention.kv_source is None
 
 
 MAX_UNUSED = 0.1  # of the KV cache, so that there are few groups
@@ -190,7 +255,7 @@ def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[KVGroup, ...]:
     """
     kinds: dict[tuple[KVShape, int | None], list[int]] = {}
     for index, layer in enumerate(layers):
-        if layer.attention.kv_source is None:
+        if layer.attention is not None and layer.attention.kv_source is None:
             kinds.setdefault((layer.attention.kv_shape, layer.attention.window), []).append(index)
     block_size = _block_size([(shape.size, len(members)) for (shape, _), members in kinds.items()])
     groups: list[KVGroup] = []

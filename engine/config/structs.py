@@ -4,7 +4,16 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from engine.config.layers import AttentionKind, KVGroup, KVShape, LayerSpec, RopeSpec, group_layers
+from engine.config.layers import (
+    AttentionKind,
+    AttentionSpec,
+    KVGroup,
+    KVShape,
+    LayerSpec,
+    MixerSpec,
+    RopeSpec,
+    group_layers,
+)
 
 QuantizationMethod: TypeAlias = Literal["awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4"]
 
@@ -100,9 +109,19 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.layers)
 
     @property
+    def attentions(self) -> dict[int, AttentionSpec]:
+        """The attention of the layers that have it, by their numbers."""
+        return {index: layer.attention for index, layer in enumerate(self.layers) if layer.attention is not None}
+
+    @property
+    def mixers(self) -> dict[int, MixerSpec]:
+        """The mixers of the other layers, by their numbers."""
+        return {index: layer.mixer for index, layer in enumerate(self.layers) if layer.mixer is not None}
+
+    @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """The kinds of attention, in the order of their first use."""
-        return tuple(dict.fromkeys(layer.attention.kind for layer in self.layers))
+        return tuple(dict.fromkeys(attention.kind for attention in self.attentions.values()))
 
     @property
     def kv_groups(self) -> tuple[KVGroup, ...]:
@@ -111,4 +130,5 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_shapes(self) -> list[list[KVShape]]:
         """The shapes of the layers of each KV group."""
-        return [[self.layers[index].attention.kv_shape for index in group.layers] for group in self.kv_groups]
+        attentions = self.attentions
+        return [[attentions[index].kv_shape for index in group.layers] for group in self.kv_groups]

@@ -226,9 +226,13 @@ class Kernels(Protocol):
     def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """Return act(gate) * up for gate and up [T, I], maybe columns of one tensor (GLU variants, Shazeer 2020).
 
-        `activation` is silu (SwiGLU), gelu, gelu_pytorch_tanh, or swigluoai (gpt-oss: gate is at most 7, up within
-        -7 .. 7; gate * sigmoid(1.702 gate) * (up + 1)).
+        `activation` is silu (SwiGLU), gelu, gelu_pytorch_tanh, sigmoid, identity, or swigluoai (gpt-oss: gate is at
+        most 7, up within -7 .. 7; gate * sigmoid(1.702 gate) * (up + 1)).
         """
+
+    def gate_rows(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Return each row of x [T, K] times the sigmoid of its number in gate, float32 [T, 1]."""
+        ...
 
     # Mixture of experts (Shazeer et al. 2017).
 

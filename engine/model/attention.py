@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,13 +22,17 @@ class PagedAttention:
     scores: AttentionScores
     o_proj: Linear
 
-    def __call__(self, q: Tensor, inputs: LayerInputs, residual: Tensor | None) -> Tensor:
-        """Return the output for queries q [T, H * D], or add it to `residual` in place."""
+    def __call__(self, projected: Sequence[Tensor], inputs: LayerInputs, residual: Tensor | None) -> Tensor:
+        """Return the output for what `project` returned, or add it to `residual` in place."""
+        q, *gates = projected
         group, cache = inputs.kv_cache.groups[self.index], inputs.kv_cache.layers[self.index]
         q = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
         plan, table = inputs.plans[self.spec.kind], inputs.block_tables[group]
         out = self.kernels.paged_attention(q, cache, plan, table, self.scores)
-        return self.o_proj(self.head_outputs(out.flatten(1)), inputs.lora_slots, residual)
+        outputs = self.head_outputs(out.flatten(1))
+        for gate in gates:
+            outputs = self.kernels.act_and_mul(gate, outputs, "sigmoid")
+        return self.o_proj(outputs, inputs.lora_slots, residual)
 
     def rope_and_store_kv(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, inputs: LayerInputs, norms: HeadNorms | None = None
@@ -47,11 +53,12 @@ class Attention(PagedAttention):
     def __init__(self, config: ModelConfig, index: int, parameters: Parameters, kernels: Kernels) -> None:
         self.index = index
         self.kernels = kernels
-        self.spec = spec = config.layers[index].attention
+        self.spec = spec = config.attentions[index]
         prefix = f"model.layers.{index}.self_attn"
         size, hidden_size = spec.head_dim, config.hidden_size
-        heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
+        heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads, "g": spec.num_heads}
         self.names = "q" if spec.kv_source is not None else "qk" if spec.values_are_keys else "qkv"
+        self.names += "g" if spec.has_gate else ""
         self.sizes = [heads[name] for name in self.names]
         qkv = [(f"{prefix}.{name}_proj", heads[name] * size) for name in self.names]
         self.qkv_proj = Linear(kernels, parameters, qkv, hidden_size, has_bias=spec.qkv_bias)
@@ -75,12 +82,17 @@ class Attention(PagedAttention):
         )
         return HeadNorms(q, k, torch.ones_like(q[: spec.head_dim]) if spec.v_norm and q is not None else None, eps)
 
-    def project(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        """Return the queries [T, H * D] of hidden states [T, hidden_size]; store their keys and values in the cache."""
+    def project(self, x: Tensor, inputs: LayerInputs) -> list[Tensor]:
+        """Return the queries, and gates if there are any, [T, H * D] of hidden states [T, hidden_size].
+
+        Their keys and values are stored in the cache.
+        """
         heads = self.qkv_proj(x, inputs.lora_slots).view(len(x), -1, self.spec.head_dim)
         # Layers that read the cache of another have no k and v, some have no v.
-        q, k, v, *_ = *torch.split(heads, self.sizes, dim=1), None, None
-        return self.rope_and_store_kv(q, k, k if self.spec.values_are_keys else v, inputs, self.norms)
+        parts = dict(zip(self.names, torch.split(heads, self.sizes, dim=1), strict=True))
+        k, v = parts.get("k"), parts.get("k" if self.spec.values_are_keys else "v")
+        queries = self.rope_and_store_kv(parts["q"], k, v, inputs, self.norms)
+        return [queries, parts["g"].flatten(1)] if "g" in parts else [queries]
 
     @property
     def linears(self) -> list[Linear]:

@@ -33,7 +33,7 @@ class DecoderLayer:
     def __init__(self, config: ModelConfig, index: int, parameters: Parameters, kernels: Kernels) -> None:
         new = LayerBuilder(config, index, parameters, kernels)
         self.input_layernorm = new.norm("input_layernorm")
-        self.self_attn = new.attention()
+        self.self_attn = new.attention()  # or another mixer of tokens
         self.add_attention = new.sum("post_attention_layernorm")
         self.pre_feedforward_layernorm = new.norm("pre_feedforward_layernorm")
         self.mlp = new.feed_forward()  # or a mixture of experts
@@ -46,12 +46,12 @@ class DecoderLayer:
         self.feed_forward(x, projected, inputs)
 
     def project(self, x: Tensor, inputs: LayerInputs) -> list[Tensor]:
-        """Store keys and values in the KV cache; return the queries [T, H * D], and what else is needed later."""
-        return [self.self_attn.project(self.input_layernorm(x), inputs)]
+        """Store keys and values, or a state; return the queries [T, H * D], and what else is needed later."""
+        return self.self_attn.project(self.input_layernorm(x), inputs)
 
     def attend(self, x: Tensor, projected: list[Tensor], inputs: LayerInputs) -> None:
         """x = x + attention(queries)."""
-        self.add_attention(x, lambda residual: self.self_attn(projected[0], inputs, residual))
+        self.add_attention(x, lambda residual: self.self_attn(projected, inputs, residual))
 
     def feed_forward(self, x: Tensor, projected: list[Tensor], inputs: LayerInputs) -> None:
         """x = x + mlp(norm(x))."""
@@ -75,10 +75,10 @@ class ParallelLayer(DecoderLayer):
 
     def project(self, x: Tensor, inputs: LayerInputs) -> list[Tensor]:
         normed = self.input_layernorm(x)
-        return [self.self_attn.project(normed, inputs), normed]
+        return [*self.self_attn.project(normed, inputs), normed]
 
     def feed_forward_input(self, x: Tensor, projected: list[Tensor]) -> Tensor:
-        return projected[1]
+        return projected[-1]
 
 
 class CausalLM:
@@ -108,7 +108,7 @@ class CausalLM:
             (ParallelLayer if spec.is_parallel else DecoderLayer)(config, index, parameters, kernels)
             for index, spec in enumerate(config.layers)
         ]
-        self.last_stored = max(index for index, spec in enumerate(config.layers) if spec.attention.kv_source is None)
+        self.last_stored = max(index for index, spec in enumerate(config.layers) if spec.stores)
         self.norm = Norm(config, parameters, "model.norm", kernels)
         head = self.embed_tokens
         if not config.tie_word_embeddings:
@@ -154,7 +154,9 @@ class CausalLM:
             own = self.per_layer_embedding(batch.token_ids, x, batch.lora_slots)
         rotations = [rotary.gather(self.kernels, batch.positions) for rotary in self.rotary]
         plans = self._plan(batch, batch.query_lens, layers)
-        return LayerInputs(kv_cache, rotations, batch.slot_mappings, batch.block_tables, plans, batch.lora_slots, own)
+        return LayerInputs(
+            kv_cache, rotations, batch.slot_mappings, batch.block_tables, plans, batch.lora_slots, batch.states, own
+        )
 
     def _keep_hidden_rows(self, batch: BatchInputs, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, LayerInputs]:
         """Compute the last layer that stores keys and values: these for all rows, and the rest for `hidden_rows` alone.
@@ -174,7 +176,8 @@ class CausalLM:
     def _plan(self, batch: BatchInputs, query_lens: Lengths, layers: range) -> dict[AttentionKind, object]:
         """Plan the attention of the last `query_lens` rows of each sequence, for each kind of layer among `layers`."""
         numbers = {kind: index for index, kind in enumerate(self.config.attention_kinds)}
-        kinds = dict.fromkeys(self.config.layers[index].attention.kind for index in layers)
+        attentions = self.config.attentions
+        kinds = dict.fromkeys(attentions[index].kind for index in layers if index in attentions)
         return {kind: self.kernels.plan_attention(batch, query_lens, kind, numbers[kind]) for kind in kinds}
 
     def set_max_model_len(self, max_model_len: int) -> None:

@@ -29,7 +29,7 @@ class LatentAttention(PagedAttention):
     def __init__(self, config: ModelConfig, index: int, parameters: Parameters, kernels: Kernels) -> None:
         self.index = index
         self.kernels = kernels
-        self.spec = spec = config.layers[index].attention
+        self.spec = spec = config.attentions[index]
         prefix = f"model.layers.{index}.self_attn"
         assert spec.latent is not None
         self.latent = latent = spec.latent
@@ -54,7 +54,7 @@ class LatentAttention(PagedAttention):
         self.absorb_values = kernels.head_linear(value_matrices(values, num_heads, latent))
         self.o_proj = linear("o_proj", hidden_size, num_heads * latent.v_head_dim)
 
-    def project(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+    def project(self, x: Tensor, inputs: LayerInputs) -> list[Tensor]:
         """Return the queries [T, H * (C + R)] of hidden states [T, hidden_size]; store the latent vectors."""
         kernels, latent = self.kernels, self.latent
         inner = x
@@ -68,7 +68,7 @@ class LatentAttention(PagedAttention):
         halves = zip(normed.chunk(2, dim=1), rotated.chunk(2, dim=1), strict=True)
         k = kernels.concat([part for pair in halves for part in pair])[:, None]
         heads = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
-        return self.rope_and_store_kv(heads, k, k, inputs)
+        return [self.rope_and_store_kv(heads, k, k, inputs)]
 
     def head_outputs(self, values: Tensor) -> Tensor:
         """Return the outputs of the heads, given the weighted sums of latent vectors [T, H * (C + R)]."""

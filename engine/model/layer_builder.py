@@ -16,6 +16,7 @@ from engine.model.linear import Linear, Parameters
 from engine.model.mlp import MLP, Experts
 from engine.model.norm import NoNorm, Norm, NormedSum, ScaledSum, Sum
 from engine.model.variants import LayerScalar, MLPAndExperts, PerLayerGate
+from engine.shared.parts import engine_part
 
 Extra: TypeAlias = Callable[[Tensor, LayerInputs], None]  # changes the residual stream at the end of a layer
 
@@ -38,6 +39,23 @@ class FeedForward(Protocol):
         """Return the logits of the experts, float32 [T, E], for the same x; None if there are no experts."""
 
 
+class Mixer(Protocol):
+    """Attention, or another mixer of tokens."""
+
+    @property
+    def linears(self) -> Sequence[Linear]:
+        """The linear layers, in the order of their use."""
+        ...
+
+    def project(self, x: Tensor, inputs: LayerInputs) -> list[Tensor]:
+        """Store what later tokens need; return what `__call__` needs of each row of x [T, hidden_size]."""
+        ...
+
+    def __call__(self, projected: list[Tensor], inputs: LayerInputs, residual: Tensor | None) -> Tensor:
+        """Return the output for what `project` returned, or add it to `residual` in place."""
+        ...
+
+
 class LayerBuilder:
     """Makes the modules of one layer."""
 
@@ -49,7 +67,13 @@ class LayerBuilder:
         self.kernels = kernels
         self.prefix = f"model.layers.{index}"
 
-    def attention(self) -> Attention | LatentAttention:
+    def attention(self) -> Mixer:
+        """Return the attention of the layer, or what it has in its place."""
+        if self.spec.attention is None:
+            mixer: Mixer = engine_part("hybrid", "mixers").new_mixer(
+                self.config, self.index, self.parameters, self.kernels
+            )
+            return mixer
         attention = Attention if self.spec.attention.latent is None else LatentAttention
         return attention(self.config, self.index, self.parameters, self.kernels)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.batch.inputs import BatchInputs
+from engine.batch.inputs import BatchInputs, StateRows
 from engine.config import AttentionKind, ModelConfig
 from engine.kernels.interface import Kernels, LayerCache, Rotations
 from engine.model.rotary import gather_rotations
+from engine.shared.parts import engine_part
 
 
 class KVCache:
@@ -19,19 +20,25 @@ class KVCache:
     A block holds the layers of one KV group at a time. A layer that reads the keys and values of another has its cache.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, kernels: Kernels) -> None:
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, kernels: Kernels, num_states: int = 0
+    ) -> None:
         caches = kernels.new_kv_cache(config.kv_shapes, num_blocks, block_size)
         stored = {
             layer: (number, cache)
             for number, (group, members) in enumerate(zip(config.kv_groups, caches, strict=True))
             for layer, cache in zip(group.layers, members, strict=True)
         }
-        sources = [
-            index if layer.attention.kv_source is None else layer.attention.kv_source
-            for index, layer in enumerate(config.layers)
-        ]
-        self.groups: list[int] = [stored[source][0] for source in sources]  # the KV group of each layer
-        self.layers: list[LayerCache] = [stored[source][1] for source in sources]
+        sources = {
+            index: index if attention.kv_source is None else attention.kv_source
+            for index, attention in config.attentions.items()
+        }
+        # By the numbers of the layers that have attention.
+        self.groups: dict[int, int] = {index: stored[source][0] for index, source in sources.items()}
+        self.layers: dict[int, LayerCache] = {index: stored[source][1] for index, source in sources.items()}
+        self.states: dict[int, Tensor] = {}  # of the other layers, float32 [num_states, size]
+        if num_states:
+            self.states = engine_part("hybrid", "mixers").new_states(config, num_states, kernels.device)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class LayerInputs:
     block_tables: list[Tensor]  # of each KV group
     plans: dict[AttentionKind, Any]  # of attention
     lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none; empty if no row has one
+    states: StateRows | None  # of all T rows
     own: list[Tensor]  # of each layer by itself, if tokens have embeddings for each layer
 
     def of_hidden_rows(
@@ -53,7 +61,8 @@ class LayerInputs:
 
         The slots of keys and values stay those of all rows: later layers store none.
         """
-        used = {config.layers[index].attention.rope for index in layers[1:]}
+        attentions = config.attentions
+        used = {attentions[index].rope for index in layers[1:] if index in attentions}
         rotations = [
             gather_rotations(kernels, rotation, batch.hidden_rows) if index in used else rotation
             for index, rotation in enumerate(self.rotations)

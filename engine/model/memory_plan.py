@@ -17,6 +17,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.kernels.interface import Kernels
 from engine.model.rotary import table_bytes as rotary_bytes
 from engine.shared.machine import available_memory, own_memory
+from engine.shared.parts import engine_part
 
 FULL_LENGTH_REQUESTS = 4  # requests of max_model_len tokens that the default cache on a CPU holds
 CPU_MEMORY_SHARE = 0.5  # of the memory that is free once the weights are loaded
@@ -30,6 +31,9 @@ OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
 )
 MIN_CHOSEN_LEN = 2048  # tokens; a context that is shorter for lack of memory is for the user to choose
+# States of models that have them: a request has two, and others are snapshots.
+STATES_OF_A_REQUEST, SNAPSHOTS, MIN_STATES = 2, 64, 16
+STATE_SHARE = 0.4  # of the memory
 GPU_RESERVE = 512 * MIB  # for CUDA graphs, and for free memory in pieces too small to use; estimated, not measured
 
 
@@ -43,10 +47,13 @@ class MemoryPlan:
     blocks_per_request: int  # of max_model_len tokens
     max_model_len: int  # tokens
     activation_bytes: int = 0  # of the largest step; 0: not measured
+    num_states: int = 0  # of sequences, in models that have states
+    state_bytes: int = 0  # of one
 
     @property
     def kv_cache_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
+        """Bytes of all blocks and states."""
+        return self.num_blocks * self.block_bytes + self.num_states * self.state_bytes
 
     @property
     def num_tokens(self) -> int:
@@ -171,6 +178,7 @@ class ContextSizes:
     ) -> None:
         self.block_size = engine_config.block_size
         self.block_bytes = kernels.kv_cache_bytes(config.kv_shapes, self.block_size)
+        self.state_bytes = engine_part("hybrid", "mixers").state_bytes(config) if config.mixers else 0
         self._config = config
         self._groups = config.kv_groups
         self._max_num_seqs = engine_config.max_num_seqs
@@ -181,8 +189,15 @@ class ContextSizes:
         return sum(group.num_blocks_for(max_model_len, self.block_size, self._in_flight) for group in self._groups)
 
     def cache_bytes(self, max_model_len: int) -> int:
-        """Return the bytes of one request in the KV cache."""
-        return self.num_blocks(max_model_len) * self.block_bytes
+        """Return the bytes of one request in the KV cache, with its share of the default number of states."""
+        return self.num_blocks(max_model_len) * self.block_bytes + MIN_STATES * self.state_bytes
+
+    def num_states(self, budget: int) -> int:
+        """Return how many states get memory of `budget` bytes: a share, as far as more are of use."""
+        if not self.state_bytes:
+            return 0
+        useful = STATES_OF_A_REQUEST * self._max_num_seqs + SNAPSHOTS
+        return max(MIN_STATES, min(useful, int(budget * STATE_SHARE) // self.state_bytes))
 
     def table_bytes(self, max_model_len: int, *, has_rotary: bool = False) -> int:
         """Return the bytes of the tables of blocks and, unless there are these already, of rotary embeddings."""
@@ -198,7 +213,7 @@ class ContextSizes:
 
     def describe(self) -> str:
         """Return the sizes of the model that make contexts large."""
-        kinds = dict.fromkeys(layer.attention.kv_shape for layer in self._config.layers)
+        kinds = dict.fromkeys(attention.kv_shape for attention in self._config.attentions.values())
         heads = ", ".join(f"{kind.num_kv_heads} KV heads of {kind.head_dim}" for kind in list(kinds)[:4])
         return f"{self._config.num_hidden_layers} layers, {heads}"
 
@@ -254,9 +269,19 @@ def plan_memory(
             f"max_model_len {max_model_len} needs {num_ranks * min_bytes / MIB:.0f} MiB ({sizes.describe()}); "
             f"use {shorter}{limiting.explain(min_bytes, table_bytes(max_model_len), engine_config)}"
         )
-    min_blocks = sizes.num_blocks(length)
-    num_blocks = max(min_blocks, budget(length) // sizes.block_bytes)  # the free memory may have changed since
-    return MemoryPlan(num_blocks, sizes.block_size, sizes.block_bytes, min_blocks, length, memory.activation_bytes)
+    min_blocks, total = sizes.num_blocks(length), budget(length)
+    num_states = sizes.num_states(total)
+    num_blocks = (total - num_states * sizes.state_bytes) // sizes.block_bytes
+    return MemoryPlan(
+        max(min_blocks, num_blocks),  # the free memory may have changed since
+        sizes.block_size,
+        sizes.block_bytes,
+        min_blocks,
+        length,
+        memory.activation_bytes,
+        num_states,
+        sizes.state_bytes,
+    )
 
 
 def max_in_flight(max_num_batched_tokens: int) -> int:

@@ -73,9 +73,12 @@ class Experts:
 
         self.gate_up_proj = linear(("gate_proj", "up_proj"), size, hidden_size)
         self.down_proj = linear(("down_proj",), hidden_size, size)
-        self.shared = None
+        self.shared = self.shared_gate = None
         if spec.shared is not None:
             self.shared = MLP(hidden_size, spec.shared, parameters, f"{prefix}.shared_experts", kernels)
+        if spec.shared_gate:
+            gate = parameters.take_weight(f"{prefix}.shared_expert_gate.weight", 1, hidden_size)
+            self.shared_gate = kernels.linear(kernels.pack([gate], dtype=torch.float32), is_float32=True)
 
     @property
     def experts(self) -> Experts:
@@ -90,7 +93,10 @@ class Experts:
         hidden = kernels.act_and_mul(gate, up, spec.activation)
         del gate, up
         out = kernels.combine_experts(self.down_proj(hidden, routing), routing, residual)
-        return out if self.shared is None else self.shared(x, lora_slots, out)
+        if self.shared is None or self.shared_gate is None:
+            return out if self.shared is None else self.shared(x, lora_slots, out)
+        kernels.add(out, kernels.gate_rows(self.shared(x, lora_slots, None), self.shared_gate(x)), 1.0)
+        return out
 
     def router_logits(self, x: Tensor) -> Tensor:
         return self.router(x)

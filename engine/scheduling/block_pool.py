@@ -105,6 +105,12 @@ class BlockPool:
                     self.changes[block.block_hash] = False
                 block.block_hash = None
 
+    def discard(self, block: Block) -> None:
+        """Unpublish a block, and let it be handed out first if nobody holds it."""
+        self.unpublish([block])
+        if block.ref_count == 0:
+            self.free(block)
+
     def take_changes(self) -> tuple[list[bytes], list[bytes]]:
         """Return the names of prefixes that have been published, and of those that are no longer, since the last call.
 

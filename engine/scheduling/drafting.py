@@ -125,7 +125,7 @@ class Drafting:
 
     def _add_draft(self, item: Scheduled, draft: list[int]) -> int:
         """Append a draft to a scheduled request unless blocks are short. Return the number of rows added."""
-        if not draft or not self.kv.extend(item.request, len(draft)):
+        if not draft or not (draft := self.kv.extend_by_draft(item.request, draft)):
             return 0
         item.request.kv.num_computed += len(draft)
         item.draft_token_ids = draft

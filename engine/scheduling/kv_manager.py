@@ -144,6 +144,10 @@ class KVManager:
             del blocks[:number]
         return True
 
+    def extend_by_draft(self, request: Request, draft: list[int]) -> list[int]:
+        """Return as much of a draft as a request has been given blocks for."""
+        return draft if self.extend(request, len(draft)) else []
+
     def truncate(self, request: Request, num_tokens: int) -> None:
         """Mark the last `num_tokens` computed tokens as not computed, and release the blocks that only they used.
 
@@ -191,6 +195,10 @@ class KVManager:
             self._let_go(request, table.held)
         kv.tables = []
         kv.num_computed = kv.num_expected = kv.num_published = 0
+
+    def withdraw(self, request: Request) -> None:
+        """Let no other request find what a request has computed."""
+        self.pool.unpublish(request.kv.blocks)
 
     def reclaim(self, requests: Iterable[Request]) -> None:
         """Free all blocks but those of `requests`, after work on another request has not come to its end."""

@@ -72,7 +72,7 @@ class Lifecycle:
 
     def fail(self, request: Request, error: str) -> None:
         """End a request with an error, for `take_failed`. No other request finds its blocks."""
-        self.kv.pool.unpublish(request.kv.blocks)
+        self.kv.withdraw(request)
         self.end(request, self._new_failure(request, error), FinishReason.ERROR)
 
     def take_failed(self) -> list[TokenEvent]:
@@ -105,8 +105,8 @@ class Lifecycle:
 
     def recover(self, request: Request) -> None:
         """Let a request fail, whatever state it is in, and free the blocks that nobody holds."""
-        self.kv.pool.unpublish(request.kv.blocks)
-        request.kv.tables = []
+        self.kv.withdraw(request)
+        request.kv.tables, request.kv.states = [], {}
         self._finish(request, self._new_failure(request, COULD_NOT_COMPUTE), FinishReason.ERROR)
         self.kv.reclaim(self.requests())
 

@@ -85,6 +85,9 @@ class KVState:
     tables: list[BlockTable] = field(default_factory=list)  # of each KV group; empty while it holds no blocks
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # leading blocks that have been published for other requests
+    # Of models with states: number of tokens -> block with the state after them, and where chunks of the prompt end.
+    states: dict[int, Block] = field(default_factory=dict)
+    borders: Sequence[int] = ()
 
     @property
     def blocks(self) -> list[Block]:
@@ -224,7 +227,8 @@ class Request:
     def num_pending(self, num_computed: int) -> int:
         """Return how many tokens to compute after the first `num_computed`: prompt or generated tokens, never both."""
         if num_computed < self.num_prompt_tokens:
-            return self.num_prompt_tokens - num_computed
+            ends = [border for border in self.kv.borders if border > num_computed] if self.kv.borders else ()
+            return min(ends, default=self.num_prompt_tokens) - num_computed
         return max(len(self.token_ids), self.kv.num_expected) - num_computed
 
     def history(self) -> array[int]:

@@ -13,6 +13,7 @@ ENGINE_PART_TITLES = {
     "triton": "the GPU kernels",
     "distributed": "tensor parallelism",
     "inspection": "the inspection of the engine",
+    "hybrid": "layers with a state in place of attention",
     "lora": "LoRA adapters",
     "tokenizers": "a tokenizer without tokenizer.json",
     "quantized": "quantised safetensors (GPTQ, AWQ, FP8, compressed-tensors, MXFP4)",

@@ -23,6 +23,7 @@ TENSOR_NAMES = {
     "output": "lm_head",
     "per_layer_token_embd": "model.embed_tokens_per_layer",
     "per_layer_model_proj": "model.per_layer_model_projection",
+    "token_embd_norm": "model.norm",
     "per_layer_proj_norm": "model.per_layer_projection_norm",
 }
 LAYER_TENSOR_NAMES = {
@@ -62,6 +63,18 @@ LAYER_TENSOR_NAMES = {
     "inp_gate": "per_layer_input_gate",
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_ba": "linear_attn.in_proj_ba",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt": "linear_attn.dt",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 WHOLE_NAMES = {
     "attn_k_b.weight": "self_attn.k_b_proj.transposed",
@@ -69,6 +82,7 @@ WHOLE_NAMES = {
     "layer_output_scale.weight": "layer_scalar",
     "ffn_gate_inp.scale": "mlp.gate.norm.weight",
     "ffn_down_exps.scale": "mlp.gate.expert_scales",
+    "ssm_a": "linear_attn.negative_decay",
 }
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # read with the metadata
 
@@ -115,7 +129,7 @@ def _load_tensor(
         return
     name, data = huggingface_name(tensor.name), file.tensor_data(tensor)
     ggml_type = GGML_TYPES[tensor.ggml_type]
-    is_vector = len(tensor.shape) == 1 or name.endswith(".bias")
+    is_vector = len(tensor.shape) == 1 or name.endswith((".bias", "conv1d.weight", "conv.conv.weight"))
     shape = tensor.shape if len(tensor.shape) < 3 else (prod(tensor.shape[:-1]), tensor.shape[-1])
     weight: Weight
     if ggml_type.name in keep_packed and len(shape) == 2 and not is_vector:
@@ -142,13 +156,13 @@ def huggingface_name(name: str) -> str:
 
     Raises ValueError for a name that no supported model has.
     """
-    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)) and match[2] in WHOLE_NAMES:
+    if (match := re.fullmatch(r"blk\.(\d+)\.([\w.]+)", name)) and match[2] in WHOLE_NAMES:
         return f"model.layers.{match[1]}.{WHOLE_NAMES[match[2]]}"
     stem, _, kind = name.rpartition(".")
     if kind in ("weight", "bias"):
         if stem in TENSOR_NAMES:
             return f"{TENSOR_NAMES[stem]}.{kind}"
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        match = re.fullmatch(r"blk\.(\d+)\.([\w.]+)", stem)
         if match and match[2] in LAYER_TENSOR_NAMES:
             return f"model.layers.{match[1]}.{LAYER_TENSOR_NAMES[match[2]]}.{kind}"
         if match := re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)", stem):  # files of 2023

@@ -17,16 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.config import AttentionSpec, LatentSpec, ModelConfig, RopeSpec, WeightLayout
+from engine.shared.parts import engine_part
 from engine.weights.packed import Weight, select_rows
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 FUSED_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.gate_up_proj\.weight")
 TRANSPOSED_K = "self_attn.k_b_proj.transposed"  # of GGUF files
+MIXERS = ("linear_attn.", "conv.")
+LATENT_PARTS = ("self_attn.kv_b_proj.weight", TRANSPOSED_K)
 FUSED_MLP = re.compile(r"(mlp|mlp\.shared_experts)\.gate_up_proj\.(weight|bias)")
 STACKED = re.compile(r"mlp\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)[._]?(weight|bias)?")
 UNUSED = re.compile(
-    r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\..*"
+    r".*\.rotary_emb\.inv_freq|mtp\..*"
+    r"|(model\.)?(vision_tower|visual|multi_modal_projector|embed_vision|audio_tower|embed_audio)\..*"
 )
 
 
@@ -39,7 +43,9 @@ def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: Weight
     name = rename(name, layout)
     if UNUSED.fullmatch(name) or (name == HEAD and config.tie_word_embeddings):
         return
-    if layout.norm_offset and isinstance(weight, Tensor) and re.search(r"norm\.weight$", name):
+    if name.endswith("shared_expert_gate.weight") and isinstance(weight, Tensor):
+        weight = weight.view(1, -1)  # of GGUF files, a vector
+    if layout.norm_offset and isinstance(weight, Tensor) and re.search(r"(?<!linear_attn\.)norm\.weight$", name):
         weight = weight + layout.norm_offset
     match = LAYER.fullmatch(name)
     layer = int(match[1]) if match else -1
@@ -49,7 +55,11 @@ def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: Weight
         yield name, weight
         return
     attention = config.layers[layer].attention
-    if attention.kv_source is not None and re.match(r"self_attn\.[kv]_(proj|norm)\.", match[2]):
+    if (
+        attention is not None
+        and attention.kv_source is not None
+        and re.match(r"self_attn\.[kv]_(proj|norm)\.", match[2])
+    ):
         return  # some checkpoints hold them although they are not used
     for part, part_weight in layer_tensors(match[2], weight, config, layer, layout):
         yield f"model.layers.{layer}.{part}", part_weight
@@ -79,7 +89,7 @@ def _in_model_order(part: str, weight: Weight, config: ModelConfig, layer: int, 
     """Reorder the rows of queries and keys, of a projection or a norm, if the checkpoint has them in another order."""
     attention = config.layers[layer].attention
     match = re.match(r"self_attn\.(q_proj|k_proj|q_norm|k_norm|q_b_proj|kv_a_proj_with_mqa)\.", part)
-    if match is None:
+    if match is None or attention is None:
         return weight
     order = _head_order(match[1], attention, config.ropes[attention.rope], layout.is_interleaved)
     num_rows, size = weight.shape[0], len(order)
@@ -114,11 +124,16 @@ def _split(
     part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout
 ) -> Iterator[tuple[str, Weight]]:
     """Yield the projections that a tensor holds; most hold just one."""
-    spec = config.layers[layer]
-    if part.startswith("self_attn.qkv_proj."):
-        yield from _named_parts(part, "qkv_proj", ("q_proj", "k_proj", "v_proj"), weight, _qkv_sizes(spec.attention))
-    elif spec.attention.latent is not None and part in ("self_attn.kv_b_proj.weight", TRANSPOSED_K):
-        yield from _latent_parts(part, weight, spec.attention.num_heads, spec.attention.latent)
+    spec, attention = config.layers[layer], config.layers[layer].attention
+    if spec.mixer is not None and part.startswith(MIXERS):
+        yield from engine_part("hybrid", "layout").mixer_tensors(part, weight, spec.mixer)
+        return
+    if attention is not None and part.startswith("self_attn.qkv_proj."):
+        yield from _named_parts(part, "qkv_proj", ("q_proj", "k_proj", "v_proj"), weight, _qkv_sizes(attention))
+    elif attention is not None and attention.has_gate and part.startswith("self_attn.q_proj."):
+        yield from _gated_queries(part, weight, attention)
+    elif attention is not None and attention.latent is not None and part in LATENT_PARTS:
+        yield from _latent_parts(part, weight, attention.num_heads, attention.latent)
     elif match := FUSED_EXPERT.fullmatch(part):
         parts = _halves(np.arange(weight.shape[0]), 2, layout.has_interleaved_experts)
         for name, rows in zip(("gate_proj", "up_proj"), parts, strict=True):
@@ -147,6 +162,15 @@ def _latent_parts(part: str, weight: Weight, num_heads: int, latent: LatentSpec)
     rows = np.arange(num_heads * size).reshape(num_heads, size)
     yield "self_attn.k_b_proj.weight", select_rows(weight, rows[:, : latent.nope_head_dim].reshape(-1))
     yield "self_attn.v_b_proj.weight", select_rows(weight, rows[:, latent.nope_head_dim :].reshape(-1))
+
+
+def _gated_queries(part: str, weight: Weight, attention: AttentionSpec) -> Iterator[tuple[str, Weight]]:
+    """Yield the projections of queries and of gates, which alternate head by head."""
+    if weight.shape[0] != 2 * attention.num_heads * attention.head_dim:
+        raise ValueError(f"has {weight.shape[0]} rows, but {attention.num_heads} heads with gates have others")
+    rows = np.arange(weight.shape[0]).reshape(attention.num_heads, 2, attention.head_dim)
+    for number, name in enumerate(("q_proj", "g_proj")):
+        yield part.replace("q_proj", name), select_rows(weight, rows[:, number].reshape(-1))
 
 
 def _qkv_sizes(attention: AttentionSpec) -> tuple[int, int, int]:

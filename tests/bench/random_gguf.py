@@ -1,6 +1,7 @@
 """Write a GGUF file in the shape of a real model with random weights, to measure speed with.
 
-In SHAPE:TYPES, SHAPE is 1b or 3b (Llama 3.2), or moe (Qwen 3 with 128 experts); TYPES is q4_0 or q4_k_m.
+In SHAPE:TYPES, SHAPE is 1b or 3b (Llama 3.2), moe (Qwen 3 with 128 experts), or hybrid0.8b, hybrid4b or hybrid9b
+(Qwen 3.5); TYPES is q4_0 or q4_k_m.
 
 The types of the tensors are those that llama.cpp's quantiser chooses (`llama_tensor_get_type_impl` in its
 `llama-quant.cpp`). Weights have a mean of zero and a variance of 1 / inputs, so that hidden states neither overflow nor
@@ -43,13 +44,21 @@ class Shape:
     num_experts: int = 0
     num_experts_per_tok: int = 0
     rope_theta: float = 500000.0
+    num_value_heads: int = 0  # of gated delta nets, in three of four layers; 0: there are none
+
+    def has_attention(self, layer: int) -> bool:
+        return not self.num_value_heads or layer % 4 == 3
 
 
+STATE_HEADS, STATE_SIZE, CONV_SIZE = 16, 128, 4  # of keys, numbers of each, rows of the convolution
 SHAPES = {
     "1b": Shape("llama", 2048, 16, 32, 8, 64, 8192),  # Llama 3.2 1B
     "3b": Shape("llama", 3072, 28, 24, 8, 128, 8192),  # Llama 3.2 3B
     # 5.2e9 parameters, 0.63e9 of them active.
     "moe": Shape("qwen3moe", 2048, 12, 32, 4, 128, 512, num_experts=128, num_experts_per_tok=8, rope_theta=1e6),
+    "hybrid0.8b": Shape("qwen35", 1024, 24, 8, 2, 256, 3584, rope_theta=1e7, num_value_heads=16),
+    "hybrid4b": Shape("qwen35", 2560, 32, 16, 4, 256, 9216, rope_theta=1e7, num_value_heads=32),
+    "hybrid9b": Shape("qwen35", 4096, 32, 16, 4, 256, 12288, rope_theta=1e7, num_value_heads=32),
 }
 
 
@@ -62,17 +71,19 @@ def tensors_of(shape: Shape, vocab_size: int, mix: gguf.LlamaFileType) -> Iterat
     num_layers, eighth = shape.num_layers, shape.num_layers // 8
     for layer in range(num_layers):
         is_chosen = layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
-        for part, size in _layer_parts(shape).items():
+        for part, size in _layer_parts(shape, layer).items():
             type_name = "Q6_K" if is_chosen and part in ("attn_v", "ffn_down", "ffn_down_exps") else "Q4_K"
             if mix == gguf.LlamaFileType.MOSTLY_Q4_0:
                 type_name = "Q4_0"
-            if len(size) == 1 or part == "ffn_gate_inp":
+            if len(size) == 1 or part in ("ffn_gate_inp", "ssm_conv1d"):
                 type_name = "F32"
-            yield f"blk.{layer}.{part}.weight", size, type_name
+            yield f"blk.{layer}.{part}{'' if part in ('ssm_a', 'ssm_dt.bias') else '.weight'}", size, type_name
     yield "output_norm.weight", (shape.hidden_size,), "F32"
 
 
-def _layer_parts(shape: Shape) -> dict[str, tuple[int, ...]]:
+def _layer_parts(shape: Shape, layer: int) -> dict[str, tuple[int, ...]]:
+    if shape.num_value_heads:
+        return _hybrid_parts(shape, layer)
     hidden, width = shape.hidden_size, shape.intermediate_size
     q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     attention: dict[str, tuple[int, ...]] = {
@@ -93,6 +104,23 @@ def _layer_parts(shape: Shape) -> dict[str, tuple[int, ...]]:
         "ffn_up_exps": (shape.num_experts, width, hidden),
         "ffn_down_exps": (shape.num_experts, hidden, width),
     }
+
+
+def _hybrid_parts(shape: Shape, layer: int) -> dict[str, tuple[int, ...]]:
+    hidden, width, heads = shape.hidden_size, shape.intermediate_size, shape.num_value_heads
+    parts: dict[str, tuple[int, ...]] = {"attn_norm": (hidden,)}
+    if shape.has_attention(layer):
+        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        parts |= {"attn_q": (2 * q_size, hidden), "attn_k": (kv_size, hidden), "attn_v": (kv_size, hidden)}
+        parts |= {"attn_output": (hidden, q_size), "attn_q_norm": (shape.head_dim,), "attn_k_norm": (shape.head_dim,)}
+    else:
+        num_channels = (2 * STATE_HEADS + heads) * STATE_SIZE
+        parts |= {"attn_qkv": (num_channels, hidden), "attn_gate": (heads * STATE_SIZE, hidden)}
+        parts |= {"ssm_alpha": (heads, hidden), "ssm_beta": (heads, hidden), "ssm_conv1d": (num_channels, CONV_SIZE)}
+        parts |= {"ssm_a": (heads,), "ssm_dt.bias": (heads,), "ssm_norm": (STATE_SIZE,)}
+        parts |= {"ssm_out": (hidden, heads * STATE_SIZE)}
+    parts |= {"post_attention_norm": (hidden,), "ffn_gate": (width, hidden), "ffn_up": (width, hidden)}
+    return parts | {"ffn_down": (hidden, width)}
 
 
 def random_tensor(shape: tuple[int, ...], type_name: str, rng: np.random.Generator) -> Array:
@@ -152,12 +180,21 @@ def write_random_gguf(path: Path, shape: Shape, mix: gguf.LlamaFileType, tokeniz
     if shape.num_experts:
         sizes |= {"expert_count": shape.num_experts, "expert_used_count": shape.num_experts_per_tok}
         sizes["expert_feed_forward_length"] = shape.intermediate_size
+    if shape.num_value_heads:
+        sizes["rope.dimension_count"] = shape.head_dim // 4
+        sizes |= {"ssm.conv_kernel": CONV_SIZE, "ssm.state_size": STATE_SIZE, "ssm.group_count": STATE_HEADS}
+        sizes |= {"ssm.time_step_rank": shape.num_value_heads, "ssm.inner_size": shape.num_value_heads * STATE_SIZE}
+        sizes["full_attention_interval"] = 4
     metadata: dict[str, Any] = {f"{shape.architecture}.{name}": size for name, size in sizes.items()}
+    if shape.num_value_heads:
+        metadata[f"{shape.architecture}.rope.dimension_sections"] = [11, 11, 10, 0]
     metadata |= {"general.file_type": int(mix), "general.quantization_version": gguf.GGML_QUANT_VERSION}
     rng = np.random.default_rng(SEED)
     tensors, types = {}, {}
     for name, size, type_name in tensors_of(shape, vocab_size, mix):
         tensors[name] = random_tensor(size, type_name, rng)
+        if name.endswith("ssm_a"):
+            tensors[name] *= -1
         types[name] = gguf.GGMLQuantizationType[type_name]
     write_gguf(path, metadata | words, tensors, types, shape.architecture)
 

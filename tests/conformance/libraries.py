@@ -28,27 +28,6 @@ def add(a: int, b: int) -> str:
     return f"marker-{a + b}"
 
 
-def ag2() -> None:
-    from ag2 import Agent, tool
-    from ag2.config import OpenAIConfig
-
-    async def ask(streaming: bool) -> None:
-        config = OpenAIConfig(model=MODEL, base_url=URL, api_key=KEY, streaming=streaming)
-        print((await Agent("a", prompt="Be nice.", config=config, tools=[tool(add)]).ask("hello")).body)
-
-    for streaming in (False, True):
-        asyncio.run(ask(streaming))
-
-
-def agno() -> None:
-    from agno.agent import Agent
-    from agno.models.openai.like import OpenAILike
-
-    agent = Agent(model=OpenAILike(id=MODEL, base_url=URL, api_key=KEY), tools=[add], telemetry=False)
-    print(agent.run("hello").content)
-    print("".join(str(event.content or "") for event in agent.run("hello", stream=True) if hasattr(event, "content")))
-
-
 def autogen() -> None:
     from autogen_agentchat.agents import AssistantAgent
     from autogen_core.models import ModelInfo
@@ -63,16 +42,6 @@ def autogen() -> None:
             print([message.model_dump().get("content") for message in (await agent.run(task="hello")).messages])
 
     asyncio.run(ask())
-
-
-def chatlas() -> None:
-    from chatlas import ChatOpenAI, ChatOpenAICompletions
-
-    for kind in (ChatOpenAI, ChatOpenAICompletions):
-        chat = kind(model=MODEL, base_url=URL, api_key=KEY)
-        print(chat.chat("hello", echo="none"), "".join(str(part) for part in chat.stream("hello")))
-        chat.register_tool(add)
-        print(chat.chat("hello", echo="none"))
 
 
 def crewai() -> None:
@@ -92,20 +61,6 @@ def dspy() -> None:
     for kind, model in (("chat", "openai"), ("responses", "openai"), ("text", "text-completion-openai")):
         lm = LM(f"{model}/{MODEL}", model_type=kind, api_base=URL, api_key=KEY, cache=False, num_retries=0)
         print(lm("hello", temperature=0.7))
-
-
-def guidance() -> None:
-    from guidance import assistant, gen, json, models, user
-
-    schema = Answer.model_json_schema() | {"additionalProperties": False}
-    model: Any = models.OpenAI(MODEL, base_url=URL, api_key=KEY, echo=False)
-    for answer in (gen("x", temperature=0.5), json("x", schema=schema)):
-        chat = model
-        with user():
-            chat += "hello"
-        with assistant():
-            chat += answer
-        print(Answer.model_validate_json(chat["x"]))
 
 
 def haystack() -> None:
@@ -135,20 +90,6 @@ def llama_index() -> None:
 
     print(llm.predict_and_call([FunctionTool.from_defaults(add)], "hello").response)
     print(OpenAILike(model=MODEL, api_base=URL, api_key=KEY, is_chat_model=False).complete("hello"))
-
-
-def magentic() -> None:
-    from magentic import OpenaiChatModel, StreamedStr, prompt
-
-    model = OpenaiChatModel(MODEL, base_url=URL, api_key=KEY)
-
-    @prompt("hello", model=model)
-    def whole() -> str: ...
-
-    @prompt("hello", model=model)
-    def streamed() -> StreamedStr: ...
-
-    print(whole(), "".join(streamed()))
 
 
 def open_webui() -> None:
@@ -265,15 +206,6 @@ def smolagents() -> None:
     print(ToolCallingAgent(tools=[tool(add)], model=model, max_steps=2).run("hello"))
     for streams in (False, True):
         print(CodeAgent(tools=[], model=model, max_steps=1, stream_outputs=streams).run("hello"))
-
-
-def strands() -> None:
-    from strands import Agent, tool
-    from strands.models.openai import OpenAIModel
-
-    model = OpenAIModel(client_args={"base_url": URL, "api_key": KEY}, model_id=MODEL)
-    print(Agent(model=model, tools=[tool(add)], callback_handler=None)("hello"))
-    print(Agent(model=model, callback_handler=None).structured_output(Answer, "hello"))
 
 
 if __name__ == "__main__":

@@ -52,12 +52,6 @@ PI_CONFIG = """
 {"providers": {"lw": {"baseUrl": "URL/v1", "api": "openai-completions", "apiKey": "none",
  "models": [{"id": "tiny"}]}}}
 """
-SHELL_GPT_CONFIG = f"""
-OPENAI_API_KEY=none
-API_BASE_URL=URL/v1
-DEFAULT_MODEL={MODEL}
-OPENAI_USE_FUNCTIONS=false
-"""
 
 
 @dataclass(frozen=True)
@@ -184,29 +178,17 @@ PROGRAMS = (
         files={"extra-openai-models.yaml": LLM_CONFIG},
         locked="agents",
     ),
-    Program(
-        "shell-gpt",
-        "PyPI shell-gpt click",
-        "{bin}/sgpt --no-interaction --no-cache hello",
-        files={".config/shell_gpt/.sgptrc": SHELL_GPT_CONFIG},
-    ),
     javascript_library("OpenAI Agents, JavaScript", "@openai/agents zod", "agents"),
     javascript_library("LangChain, JavaScript", "@langchain/openai @langchain/core zod", "langchain"),
     library("OpenAI Agents", "openai-agents", locked="agents"),
-    library("AG2", "ag2[openai]"),
-    library("Agno", "agno openai"),
     library("AutoGen", "autogen-ext[openai] autogen-agentchat", locked="agents"),
-    library("chatlas", "chatlas"),
     library("CrewAI", "crewai"),
     library("DSPy", "dspy", tool=""),
-    library("guidance", "guidance openai", tool="", greeting=JSON_GREETING),
     library("Haystack", "haystack-ai"),
     library("LlamaIndex", "llama-index-llms-openai-like", "llama_index"),
-    library("magentic", "magentic", tool=""),
     library("Outlines", "outlines[openai]", tool="", greeting=JSON_GREETING, locked="agents"),
     library("Semantic Kernel", "semantic-kernel", tool="plugin-add"),
     library("smolagents", "smolagents[openai]", locked="agents"),
-    library("Strands", "strands-agents[openai]", greeting=JSON_GREETING),
 )
 
 

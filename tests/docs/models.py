@@ -16,6 +16,11 @@ MODELS = {  # model_type -> the models that people know
     "qwen2": "Qwen 2, Qwen 2.5 and its Coder, R1-Distill-Qwen",
     "qwen3": "Qwen 3, 0.6B to 32B",
     "qwen3_moe": "Qwen 3 30B-A3B and 235B-A22B, Qwen 3 Coder 30B-A3B",
+    "qwen3_5_text": "Qwen 3.5 and 3.6, dense",
+    "qwen3_5_moe_text": "Qwen 3.5 and 3.6 with experts",
+    "qwen3_next": "Qwen3-Next 80B-A3B",
+    "lfm2": "LFM 2 and 2.5",
+    "lfm2_moe": "LFM 2 8B-A1B and 24B-A2B",
     "olmoe": "OLMoE 1B-7B",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3, 270M to 27B",
@@ -41,6 +46,7 @@ ALWAYS_TRUE = {  # field of a family that is on -> what it means
     "local_theta": "rotary tables for each kind of layer",
     "is_latent": "latent attention (MLA)",
     "is_parallel": "attention and MLP in parallel",
+    "has_gate": "gates of attention",
     "scales_embeddings": "scaled embeddings",
     "correction_bias": "bias of the choice of experts",
     "has_parallel_experts": "experts beside the MLP",
@@ -60,6 +66,7 @@ BY_VALUE = {  # field -> value -> what it means
         "listed": "layers without rotation",
         "flagged": "rotation if the file says so",
     },
+    "mixer": {"gated_delta_net": "gated delta nets in most layers", "short_conv": "short convolutions in most layers"},
     "norm": {"layer": "LayerNorm"},
     "logits": {"divided": "multipliers of embeddings, scores, residuals and logits", "multiplied": "scaled logits"},
     "activation": {"swigluoai": "clamped SwiGLU with biases"},
@@ -97,12 +104,13 @@ def differences(family: Family) -> Iterator[str]:
         yield "head sizes by kind of layer"
     if family.defaults.get("hidden_size_per_layer_input"):
         yield "embeddings for each layer, shared keys and values"
-    if "partial_rotary_factor" in family.defaults:
-        yield "half of each head rotated"
+    if share := family.defaults.get("partial_rotary_factor"):
+        yield f"{'half' if share == 0.5 else 'a quarter'} of each head rotated"
     if family.layout.is_interleaved:
         yield "adjacent dimensions rotated"
     if family.defaults.keys() & EXPERTS:
-        shared = " and shared experts" if "n_shared_experts" in family.defaults else ""
+        has_shared = family.has_shared_gate or "n_shared_experts" in family.defaults
+        shared = " and shared experts" if has_shared else ""
         yield f"mixture of experts ({family.defaults.get('scoring_func', 'softmax')}){shared}"
 
 

@@ -117,7 +117,7 @@ class FaultyDevice:
             for position in range(item.start, item.start + item.num_tokens):
                 number, offset = divmod(position, BLOCK_SIZE)
                 block_id = item.request.kv.blocks[number].block_id
-                for layer in self.runner.kv_cache.layers:
+                for layer in self.runner.kv_cache.layers.values():
                     layer.keys[block_id, offset] = layer.values[block_id, offset] = float("nan")
 
 

@@ -221,7 +221,7 @@ def test_a_draft_without_numbers_harms_nobody(
 
 def clean(loaded: LoadedModel) -> LoadedModel:
     """Return an engine with a clean cache and few blocks, so that blocks are reused."""
-    for layer in loaded.runner.kv_cache.layers:
+    for layer in loaded.runner.kv_cache.layers.values():
         for tensor in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
             if tensor is not None:
                 tensor.zero_()

@@ -51,7 +51,7 @@ def answer_requests(config: EngineConfig, loaded: LoadedModel) -> None:
     """Run requests alone and then together: the answers must be the same, to the bit."""
     engine = Engine(config, loaded)
     warm_up(engine, loaded.limits.max_model_len)
-    for layer in loaded.runner.kv_cache.layers:
+    for layer in loaded.runner.kv_cache.layers.values():
         for stored in (layer.keys, layer.values):
             stored.fill_(torch.nan)
     rng, longest, num_ids = random.Random(SEED), loaded.limits.max_model_len, loaded.config.num_token_ids

@@ -186,7 +186,7 @@ def test_shapes(changes: dict[str, Any], kernels: str, tmp_path: Path) -> None:
     model_type = "mistral" if "sliding_window" in changes else "llama"
     saved = Reference(tmp_path, save_variant(SHAPE | changes | {"model_type": model_type}, tmp_path))
     loaded = load(tmp_path, kernels)
-    in_cpp = kernels == "default" and code_paths() and loaded.config.layers[0].attention.head_dim % 16 == 0
+    in_cpp = kernels == "default" and code_paths() and loaded.config.attentions[0].head_dim % 16 == 0
     assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if in_cpp else "torch")
     assert_same_as_transformers((1, 32, 100, 700), saved, loaded)
 

@@ -108,6 +108,21 @@ LATENT |= {"routed_scaling_factor": 1.7, "first_k_dense_replace": 1}
 LATENT_YARN: Sizes = {"rope_parameters": yarn(beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.707)}
 GREEDY: Sizes = {"topk_method": "greedy"}
 GLM4_ROUTER: Sizes = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid"}
+DELTA: Sizes = {"linear_num_key_heads": OneOf(1, 2), "linear_num_value_heads": OneOf(2, 4)}
+DELTA |= {"linear_key_head_dim": OneOf(16, 32), "linear_value_head_dim": OneOf(16, 64)}
+DELTA |= {"linear_conv_kernel_dim": OneOf(2, 4), "head_dim": OneOf(32, 64)}
+QWEN35: Sizes = {"rope_parameters": rope(partial_rotary_factor=0.25, mrope_section=[2, 1, 1], mrope_interleaved=True)}
+QWEN35 |= {
+    "hidden_size": OneOf(32, 48),
+    "layer_types": ["linear_attention"] * 2 + ["full_attention", "linear_attention"],
+}
+SHARED_EXPERT: Sizes = {"num_experts": OneOf(4, 6), "num_experts_per_tok": 2, "moe_intermediate_size": OneOf(24, 32)}
+SHARED_EXPERT |= {"shared_expert_intermediate_size": OneOf(24, 40)}
+QWEN3_NEXT: Sizes = {"rope_parameters": rope(partial_rotary_factor=0.25)}
+LFM2: Sizes = {"layer_types": ["conv", "full_attention", "conv", "conv"], "conv_L_cache": OneOf(2, 3, 4)}
+LFM2 |= {"block_multiple_of": 16, "conv_bias": False, "norm_eps": OneOf(1e-5, 1e-3), "rms_norm_eps": ...}
+LFM2_MOE: Sizes = {"num_experts": OneOf(4, 6), "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LFM2_MOE |= {"num_dense_layers": 1, "routed_scaling_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,12 @@ FAMILIES = {
     "qwen3_yarn": Family("qwen3", "qwen3", [HEADS, {"rope_parameters": yarn()}]),
     "qwen3_moe": Family("qwen3_moe", "qwen3moe", [HEADS, QWEN3_MOE, {"norm_topk_prob": True}], QWEN3_MOE),
     "qwen3_moe_mixed": Family("qwen3_moe", None, [HEADS, QWEN3_MOE, MIXED], QWEN3_MOE),
+    "qwen3_5": Family("qwen3_5_text", "qwen35", [DELTA, QWEN35], DELTA),
+    "qwen3_5_vision": Family("qwen3_5_text", None, [DELTA, QWEN35], DELTA, wrapper="qwen3_5"),
+    "qwen3_5_moe": Family("qwen3_5_moe_text", "qwen35moe", [DELTA, QWEN35, SHARED_EXPERT], DELTA),
+    "qwen3_next": Family("qwen3_next", "qwen3next", [DELTA, QWEN3_NEXT, SHARED_EXPERT], DELTA),
+    "lfm2": Family("lfm2", "lfm2", [LFM2], LFM2),
+    "lfm2_moe": Family("lfm2_moe", "lfm2moe", [LFM2, LFM2_MOE], LFM2_MOE),
     "mixtral": Family("mixtral", "llama", [HEADS, MIXTRAL, FULL, {"intermediate_size": 24}], MIXTRAL),
     "olmoe": Family("olmoe", "olmoe", [OLMOE, {"norm_topk_prob": False, "rms_norm_eps": 1e-5}], OLMOE),
     "gemma2": Family("gemma2", "gemma2", [GEMMA2], HEAD_DIM),

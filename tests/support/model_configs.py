@@ -54,7 +54,7 @@ def llama_fields(config: ModelConfig) -> SimpleNamespace:
     """Return the numbers of a model whose layers are all alike, under the names of config.json and of `ModelConfig`."""
     (layer,) = set(config.layers)
     (rope,) = config.ropes
-    attention = layer.attention
+    attention = config.attentions[0]
     assert layer.mlp is not None
     assert layer.experts is None
     assert (rope.head_dim, rope.rotary_dim) == (attention.head_dim, attention.head_dim)

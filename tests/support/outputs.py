@@ -20,7 +20,8 @@ def runner_with(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> ModelRun
     runner, model_len, block_size = loaded.runner, loaded.limits.max_model_len, loaded.memory.block_size
     limits = BatchLimits(num_tokens, num_seqs, model_len, block_size, loaded.config.num_token_ids)
     groups, planners = len(loaded.config.kv_groups), runner.builder.planners
-    builder = BatchBuilder(limits, loaded.device, num_groups=groups, planners=planners)
+    new_states = runner.builder.new_states
+    builder = BatchBuilder(limits, loaded.device, num_groups=groups, planners=planners, new_states=new_states)
     return ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
 
 
@@ -37,6 +38,7 @@ def all_logits(
         table = BlockTable()
         table.append([Block(first + index) for index in reversed(range(num_blocks))])
         request.kv.tables.append(table)
+    request.kv.states = {len(prompt): Block(0)}
     runner = runner_with(loaded, len(prompt), 1)  # the prompt may be longer than the token budget of the engine's steps
     execution = runner.execution
     with torch.inference_mode():

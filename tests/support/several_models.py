@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from server.main import make_context
-from server.models.registry import ModelSlot
 from server.parts.models.manager import ModelManager
+from server.parts.models.slots import LoadableSlot
 from server.processes.supervisor_channel import Message, StartEngine, StopEngine, make_channel
 from server.settings.process_configs import ApiProcessConfig, EngineProcess, ServedModelConfig
 from server.settings.table import Settings
@@ -83,8 +83,8 @@ class SeveralModels:
         asyncio.run_coroutine_threadsafe(on_loop(), self.loop).result(30)
 
     @property
-    def slots(self) -> Sequence[ModelSlot]:
-        return self.context.models.slots
+    def slots(self) -> Sequence[LoadableSlot]:
+        return [slot for slot in self.context.models.slots if isinstance(slot, LoadableSlot)]
 
     @property
     def states(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ from engine.kernels.cpu.c_structs import (
     ActAndMulParameters,
     AddParameters,
     EmbedParameters,
+    GateRowsParameters,
     GatherParameters,
     HeadLinearParameters,
     LinearParameters,
@@ -34,7 +35,8 @@ from engine.kernels.cpu.weights import FLOAT32, GROUP_TYPES, PACKED_TYPES, Matri
 from engine.kernels.interface import KernelOptions, LinearOp
 from engine.weights import Weight, layout_of
 
-ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2, "swigluoai": 3}  # Activation of rows.h
+# Activation of rows.h.
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2, "swigluoai": 3, "sigmoid": 4, "identity": 5}
 
 
 def why_unsupported(options: KernelOptions) -> str | None:
@@ -202,6 +204,22 @@ class CpuKernels(ProgramRecorder):
             softcap=softcap or 0.0,
         )
         self.call("scale", parameters)
+
+    def gate_rows(self, x: Tensor, gate: Tensor) -> Tensor:
+        assert gate.shape == (len(x), 1)
+        out = self.new(self.buffer(x).num_rows, *x.shape)
+        parameters = GateRowsParameters(
+            num_rows=out.num_rows,
+            input=self.read(x),
+            input_stride=x.stride(0),
+            gate=self.read(gate),
+            gate_stride=gate.stride(0),
+            size=x.shape[1],
+            output=out.tensor.data_ptr(),
+            output_stride=out.tensor.stride(0),
+        )
+        self.call("gate_rows", parameters)
+        return out.tensor
 
     def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         assert up.shape == gate.shape

@@ -95,6 +95,7 @@ class TorchKernels:
             x.div_(softcap).tanh_().mul_(softcap)
 
     act_and_mul = staticmethod(rows.act_and_mul)
+    gate_rows = staticmethod(rows.gate_rows)
 
     def pack_experts(self, weights: Sequence[Sequence[Weight]]) -> list[Tensor]:
         return [self.pack(expert) for expert in weights]

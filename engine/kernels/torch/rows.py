@@ -30,7 +30,18 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": _silu, "gelu": _gelu, "gelu_pytorch_tanh": _gelu_tanh}
+def _sigmoid(x: Tensor) -> Tensor:
+    out = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return out.neg_().exp_().add_(1).reciprocal_()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "sigmoid": _sigmoid,
+    "identity": lambda x: x.to(torch.float32, memory_format=torch.contiguous_format, copy=True),
+}
 
 
 def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -38,6 +49,11 @@ def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if activation == "swigluoai":
         return _clamped_swiglu(gate.float(), up.float()).to(gate.dtype)
     return ACTIVATIONS[activation](gate).mul_(up).to(gate.dtype)
+
+
+def gate_rows(x: Tensor, gate: Tensor) -> Tensor:
+    """Return each row of x [T, K] times the sigmoid of its number in gate [T, 1]."""
+    return (x.float() * _sigmoid(gate)).to(x.dtype)
 
 
 def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:

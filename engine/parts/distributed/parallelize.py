@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.kernels.interface import LinearOp
 from engine.model import CausalLM, Parameters
-from engine.model.attention import Attention
+from engine.model.attention import Attention, PagedAttention
 from engine.model.layer_builder import FeedForward
 from engine.model.linear import Linear
 from engine.model.mlp import MLP, Experts
@@ -78,6 +78,7 @@ def build_parallel(plan: ShardingPlan, parameters: Parameters, collectives: Coll
             attention.qkv_proj = NormedProjection(
                 attention.qkv_proj, weights, plan.rank, collectives, config.rms_norm_eps
             )
+        assert isinstance(attention, PagedAttention)
         attention.o_proj = RowParallelLinear(attention.o_proj, collectives)
         layer.mlp = parallel_feed_forward(layer.mlp, collectives)
     model.lm_head = gathering(kernels.linear(head, is_float32=True), plan.vocabulary_sizes, collectives)
@@ -108,7 +109,7 @@ def gathering(product: LinearOp, sizes: Sequence[int], collectives: Collectives)
 
 def _take_norms(parameters: Parameters, plan: ShardingPlan, layer: int) -> list[Tensor]:
     """Return the weights of the norms of all heads at once of a layer; an empty list if it has none."""
-    attention = plan.config.layers[layer].attention
+    attention = plan.config.attentions[layer]
     if attention.qk_norm != "all":
         return []
     heads = {"q": attention.num_heads, "k": attention.num_kv_heads}

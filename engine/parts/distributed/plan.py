@@ -95,7 +95,7 @@ class ShardingPlan:
         if axis is Axis.KV_HEADS:
             match = LAYER.match(name)
             assert match is not None
-            num_pieces = min(num_pieces, self.config.layers[int(match[1])].attention.num_kv_heads)
+            num_pieces = min(num_pieces, self.config.attentions[int(match[1])].num_kv_heads)
         piece = size // num_pieces
         numbers = [rank * num_pieces // self.num_ranks for rank in range(self.num_ranks)]
         return [slice(number * piece, (number + 1) * piece) for number in numbers]
@@ -130,8 +130,8 @@ class ShardingPlan:
             experts=self._local_experts(layer.experts),
         )
 
-    def _local_attention(self, attention: AttentionSpec) -> AttentionSpec:
-        return msgspec.structs.replace(
+    def _local_attention(self, attention: AttentionSpec | None) -> AttentionSpec | None:
+        return attention and msgspec.structs.replace(
             attention,
             num_heads=attention.num_heads // self.num_ranks,
             num_kv_heads=max(1, attention.num_kv_heads // self.num_ranks),
@@ -165,7 +165,11 @@ def _size(part: slice) -> int:
 
 def check_num_ranks(config: ModelConfig, num_ranks: int) -> None:
     """Raise ValueError, with the numbers that work, unless each layer divides among `num_ranks` ranks."""
-    attentions = {layer.attention for layer in config.layers}
+    if config.mixers:
+        raise ValueError(
+            f"--tensor-parallel-size {num_ranks}: layers that have a state in place of attention are not divided"
+        )
+    attentions = set(config.attentions.values())
     if all(_divides(attention, num_ranks) for attention in attentions) and num_ranks <= _least_width(config):
         return
     most = min(_least_width(config), *(attention.num_heads for attention in attentions))

@@ -15,6 +15,7 @@ from engine.batch.inputs import BatchInputs
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.library import Program
 from engine.kernels.interface import AttentionScores
+from engine.model.attention import PagedAttention
 from engine.model.decoder import CausalLM
 from engine.model.layer_inputs import KVCache
 from engine.runner import ModelRunner
@@ -54,6 +55,7 @@ class ObservedExecution:
         `block_ids`, int64, are the blocks of all positions up to the last.
         """
         attention = self.model.layers[layer].self_attn
+        assert isinstance(attention, PagedAttention)
         keys = self.model.kernels.cached_keys(self.kv_cache.layers[layer], block_ids)[: first + len(q)]
         heads = q.view(len(q), attention.spec.num_heads, attention.spec.head_dim)
         return attention_weights(heads, keys, first, attention.scores, attention.spec.window)

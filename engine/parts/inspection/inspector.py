@@ -115,7 +115,7 @@ class Inspector:
         self._engine = engine
         self._recorder = recorder
         self._clock = engine.clock
-        self._num_heads = max(layer.attention.num_heads for layer in engine.model_config.layers)
+        self._num_heads = max(attention.num_heads for attention in engine.model_config.attentions.values())
         self._execution: ObservedExecution | None = None  # made for the first inspection
         self.running: Running | None = None
         self._seconds = 0.0  # that slices may take now; negative: they have taken too long
@@ -162,6 +162,8 @@ class Inspector:
     def _inspect(self, question: Inspect) -> Generator[None, None, Inspected]:
         """Yield after each slice. Raises InspectionError or AdapterGoneError."""
         engine = self._engine
+        if engine.model_config.mixers:
+            raise InspectionError(InspectionProblem.HAS_STATES)
         target = self._target(question)
         start, end = target.positions(question)
         kv = engine.scheduler.kv

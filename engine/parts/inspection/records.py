@@ -234,6 +234,7 @@ class InspectionProblem(StrEnum):
     TOO_SLOW = "too_slow"  # it did not come to its end in time
     NO_ADAPTER = "no_adapter"  # its adapter has been unloaded
     NO_BLOCKS = "no_blocks"  # other requests need the blocks of the KV cache
+    HAS_STATES = "has_states"  # layers have states in place of attention
 
 
 class LayerView(msgspec.Struct, frozen=True, array_like=True, gc=False):

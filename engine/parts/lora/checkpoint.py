@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.config import AttentionSpec, ModelConfig, WeightLayout
+from engine.shared.parts import engine_part
 from engine.weights.layout import layer_tensors
 
 MAX_HEADER_BYTES = 2**22
@@ -67,7 +68,10 @@ ComputeScales = Callable[[dict[str, int]], dict[str, float]]  # rank of each mod
 def module_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Return the shapes [M, K] of a layer's projections that an adapter can update, by name within the layer."""
     spec, hidden = config.layers[layer], config.hidden_size
-    shapes = _attention_shapes(spec.attention, hidden)
+    if spec.attention is not None:
+        shapes = _attention_shapes(spec.attention, hidden)
+    else:
+        shapes = engine_part("hybrid", "layout").module_shapes(spec.mixer, hidden)
     if spec.mlp is not None:
         size = spec.mlp.intermediate_size
         shapes |= {"mlp.gate_proj": (size, hidden), "mlp.up_proj": (size, hidden), "mlp.down_proj": (hidden, size)}

@@ -30,6 +30,7 @@ from engine.kernels.torch import attention as torch_attention
 from engine.kernels.torch.attention import cached_keys
 from engine.kernels.torch.kernels import joined
 from engine.kernels.torch.linear import adding
+from engine.kernels.torch.rows import gate_rows
 from engine.parts.triton import attention, experts, prompt_attention, rows
 from engine.parts.triton.attention import TritonAttentionPlan
 from engine.parts.triton.attention_plan import TritonAttentionPlanner, new_planner
@@ -170,6 +171,7 @@ class TritonKernels:
     add = staticmethod(rows.add)
     scale = staticmethod(rows.scale)
     act_and_mul = staticmethod(rows.act_and_mul)
+    gate_rows = staticmethod(gate_rows)
 
     # Mixture of experts.
 

@@ -128,6 +128,10 @@ def _act_and_mul(
         activated = gates / (1.0 + _bounded_exp(-gates))
     elif ACTIVATION == "gelu":
         activated = 0.5 * gates * (1.0 + tl.erf(gates * 0.7071067811865476))
+    elif ACTIVATION == "sigmoid":
+        activated = 1.0 / (1.0 + _bounded_exp(-gates))
+    elif ACTIVATION == "identity":
+        activated = gates
     elif ACTIVATION == "swigluoai":
         gates = tl.minimum(gates, 7.0, propagate_nan=tl.PropagateNan.ALL)
         ups = tl.clamp(ups, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1.0

@@ -107,7 +107,9 @@ def gguf_shape(metadata: Mapping[str, Any]) -> ModelShape | None:
         width = get("attention.key_length", head_size) + get("attention.value_length", head_size)
         if rank := get("attention.kv_lora_rank"):  # latent attention: one vector per token
             heads, width = 1, rank + get("rope.dimension_count", 0)
+        interval = get("full_attention_interval", 1)  # other layers have no keys and values
         heads = [heads] * num_layers if isinstance(heads, int) else list(heads)
+        heads = [count * ((layer + 1) % interval == 0) for layer, count in enumerate(heads)]
         window = get("attention.sliding_window", 0)
         pattern = get("attention.sliding_window_pattern", _WINDOW_PERIODS.get(arch or "", 1))
         if isinstance(pattern, int):
@@ -119,7 +121,7 @@ def gguf_shape(metadata: Mapping[str, Any]) -> ModelShape | None:
 
 def model_shape(config: ModelConfig) -> ModelShape:
     """Return the shape of a model. With latent attention, values are a part of the keys."""
-    layers = [layer.attention for layer in config.layers if layer.attention.kv_source is None]
+    layers = [attention for attention in config.attentions.values() if attention.kv_source is None]
     widths = [each.kv_shape.size * (1 if each.latent else 2) for each in layers]
     window = max((each.window or 0 for each in layers), default=0)
     return _shape(config.max_position_embeddings, widths, [each.window is not None for each in layers], window)

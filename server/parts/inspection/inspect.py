@@ -29,6 +29,7 @@ PROBLEMS = {
     InspectionProblem.NO_BLOCKS: "Other requests need the free blocks of the KV cache. Please retry later.",
     InspectionProblem.TOO_SLOW: "The inspection did not come to its end beside other requests. Please retry later.",
     InspectionProblem.TOO_LONG: "Invalid 'end': the KV cache has too few blocks for so many positions.",
+    InspectionProblem.HAS_STATES: "This model cannot be inspected: layers have states in place of attention.",
     InspectionProblem.NO_ADAPTER: "The LoRA adapter of this request is no longer loaded.",
     InspectionProblem.NOT_KEPT: "The tokens of this request are not kept. With API keys, --record-requests keeps them.",
     InspectionProblem.NOT_FOUND: "No request with the id '{}' and this choice is running or among the last.",
@@ -98,7 +99,7 @@ async def inspect(request: Request, body: InspectRequest) -> Response:
     access.model = base = model.base
     access.engine = base.client.engines[0]
     headers = begin(request, body).accept()
-    layer_heads = [layer.attention.num_heads for layer in base.config.layers]
+    layer_heads = [layer.attention.num_heads if layer.attention else 0 for layer in base.config.layers]
     body.check(layer_heads)
     token_ids: list[int] = []
     if body.prompt is not None:
@@ -166,6 +167,8 @@ def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, qu
             return errors.InvalidValueError(message, param="end")
         case InspectionProblem.TOO_LONG:
             return errors.InvalidValueError(PROBLEMS[problem], param="end")
+        case InspectionProblem.HAS_STATES:
+            return errors.InvalidValueError(PROBLEMS[problem], param="model")
     return errors.APIError(404, PROBLEMS[problem].format(errors.clip(body.id or "")), code=CODES[problem], param="id")
 
 

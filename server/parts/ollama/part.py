@@ -161,6 +161,7 @@ def _context_length(slot: ModelSlot) -> int:
 def _model_info(slot: ModelSlot) -> dict[str, Any]:
     """Return the metadata by their names in GGUF files. The context length is that of this server."""
     config = _config(slot.config.path)
+    attentions = config.attentions.values()
     all_experts = [layer.experts for layer in config.layers if layer.experts is not None]
     of_architecture = {
         "context_length": _context_length(slot),
@@ -170,9 +171,9 @@ def _model_info(slot: ModelSlot) -> dict[str, Any]:
         "expert_feed_forward_length": _of_layers(experts.intermediate_size for experts in all_experts),
         "expert_count": _of_layers(experts.router.num_experts for experts in all_experts),
         "expert_used_count": _of_layers(experts.router.num_experts_per_tok for experts in all_experts),
-        "attention.head_count": _of_layers(layer.attention.num_heads for layer in config.layers),
-        "attention.head_count_kv": _of_layers(layer.attention.num_kv_heads for layer in config.layers),
-        "attention.key_length": _of_layers(layer.attention.head_dim for layer in config.layers),
+        "attention.head_count": _of_layers(attention.num_heads for attention in attentions),
+        "attention.head_count_kv": _of_layers(attention.num_kv_heads for attention in attentions),
+        "attention.key_length": _of_layers(attention.head_dim for attention in attentions),
         "vocab_size": config.vocab_size,
     }
     return {

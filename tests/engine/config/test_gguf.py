@@ -125,10 +125,9 @@ def test_gguf_refused(metadata: dict[str, Any], tensors: tuple[str, ...], messag
 def test_keys_of_phi3(tmp_path: Path) -> None:
     """llama.cpp ignores a window for Llama, and so for Mistral. The default context is not that of config.json."""
     metadata = {key.replace("llama.", "phi3."): value for key, value in LLAMA.items()}
-    (layer,) = gguf_config(tmp_path, metadata | {"phi3.attention.sliding_window": 9}, arch="phi3").layers
-    assert layer.attention.window == 9
-    (layer,) = gguf_config(tmp_path, {"llama.attention.sliding_window": 9}).layers
-    assert layer.attention.window is None
+    config = gguf_config(tmp_path, metadata | {"phi3.attention.sliding_window": 9}, arch="phi3")
+    assert config.attentions[0].window == 9
+    assert gguf_config(tmp_path, {"llama.attention.sliding_window": 9}).attentions[0].window is None
     factors = ("rope_factors_short.weight", "rope_factors_long.weight")
     for key, expected in ({"phi3.rope.scaling.original_context_length": 64}, 64), ({}, 128):
         (rope,) = gguf_config(tmp_path, metadata | key, *factors, arch="phi3").ropes
@@ -157,6 +156,6 @@ def test_older_files_of_deepseek_v2(tmp_path: Path) -> None:
     sizes |= {"deepseek2.attention.key_length": 10, "deepseek2.attention.value_length": 6}
     newer = gguf_config(tmp_path, values | sizes | {"deepseek2.attention.head_count_kv": 1}, arch="deepseek2")
     assert older.layers == newer.layers
-    latent = older.layers[0].attention.latent
+    latent = older.attentions[0].latent
     assert latent is not None
     assert (latent.nope_head_dim, latent.rope_head_dim, latent.v_head_dim) == (8, 4, 8)

@@ -98,7 +98,7 @@ def test_the_text_part_of_a_multimodal_model(tied: bool, tmp_path: Path) -> None
 
 def test_a_missing_key_has_the_default_of_the_family_and_null_has_not(tmp_path: Path) -> None:
     def attention(**changes: Any) -> AttentionSpec:
-        return load(tmp_path, model_type="mistral", **changes).layers[0].attention
+        return load(tmp_path, model_type="mistral", **changes).attentions[0]
 
     assert attention(num_key_value_heads=...).num_kv_heads == transformers.MistralConfig().num_key_value_heads == 8
     assert attention(num_key_value_heads=None, num_attention_heads=16).num_kv_heads == 16
@@ -203,7 +203,7 @@ def test_gemma_3_leaves_out_what_is_default(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = load_model_config(tmp_path)
     expected: Any = transformers.Gemma3Config(**values).text_config
-    attention = config.layers[0].attention
+    attention = config.attentions[0]
     heads = (expected.num_attention_heads, expected.num_key_value_heads, expected.head_dim)
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == heads
     assert (config.vocab_size, config.tie_word_embeddings) == (expected.vocab_size, True)
@@ -215,8 +215,8 @@ def test_gemma_4_12b(tmp_path: Path) -> None:
     expected.save_pretrained(tmp_path)
     config = load_model_config(tmp_path)
     assert config.per_layer_input_size == 0
-    assert [layer.attention.head_dim for layer in config.layers] == [256] * 5 + [512]
-    assert [layer.attention.window for layer in config.layers] == [1024] * 5 + [None]
+    assert [attention.head_dim for attention in config.attentions.values()] == [256] * 5 + [512]
+    assert [attention.window for attention in config.attentions.values()] == [1024] * 5 + [None]
 
 
 # What families say of their layers.
@@ -226,12 +226,12 @@ MOE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermed
 
 
 def windows(config: ModelConfig) -> list[int | None]:
-    return [layer.attention.window for layer in config.layers]
+    return [attention.window for attention in config.attentions.values()]
 
 
 def thetas(config: ModelConfig) -> list[float]:
     """Return the base of each layer; 0 if it rotates nothing."""
-    ropes = [config.ropes[layer.attention.rope] for layer in config.layers]
+    ropes = [config.ropes[attention.rope] for attention in config.attentions.values()]
     return [rope.theta if rope.rotary_dim else 0.0 for rope in ropes]
 
 
@@ -275,8 +275,8 @@ def test_norms(tmp_path: Path) -> None:
 
 def test_scales(tmp_path: Path) -> None:
     gemma2 = family(tmp_path, "gemma2", query_pre_attn_scalar=100)
-    assert (gemma2.embedding_scale, gemma2.layers[0].attention.scale) == (8.0, 0.1)
-    assert (gemma2.logits_softcap, gemma2.layers[0].attention.softcap) == (30.0, 50.0)
+    assert (gemma2.embedding_scale, gemma2.attentions[0].scale) == (8.0, 0.1)
+    assert (gemma2.logits_softcap, gemma2.attentions[0].softcap) == (30.0, 50.0)
     assert family(tmp_path, "gemma2", final_logit_softcapping=None).logits_softcap is None
 
 
@@ -320,13 +320,13 @@ def test_a_layer_cannot_read_keys_and_values_of_another_shape(
 def test_a_layer_cannot_choose_whose_keys_and_values_it_reads(tmp_path: Path) -> None:
     own = {"num_kv_shared_layers": 1, "num_hidden_layers": 9, "layer_types": ["full_attention"] * 4}
     config = family(tmp_path, "gemma4_text", **SHARED, per_layer_config={str(index): own for index in range(4)})
-    assert [layer.attention.kv_source for layer in config.layers] == [None, None, 0, 1]
+    assert [attention.kv_source for attention in config.attentions.values()] == [None, None, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
-        ("qwen3_next", {}, "model_type: 'qwen3_next' is not supported"),
+        ("mamba2", {}, "model_type: 'mamba2' is not supported"),
         ("gemma3_text", {"layer_types": ["linear_attention"] * 4}, "layer_types: .*'linear_attention'"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types: has 1 elements, but there are 4 layers"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0 is not supported"),
@@ -366,4 +366,4 @@ def test_families_refused(model_type: str, changes: dict[str, Any], message: str
 def test_sizes_of_single_layers(tmp_path: Path) -> None:
     config = family(tmp_path, "llama", intermediate_size=[8, 16, 24, 32], num_key_value_heads=[1, 2, 4, 8])
     assert [layer.mlp.intermediate_size for layer in config.layers if layer.mlp] == [8, 16, 24, 32]
-    assert [layer.attention.num_kv_heads for layer in config.layers] == [1, 2, 4, 8]
+    assert [attention.num_kv_heads for attention in config.attentions.values()] == [1, 2, 4, 8]

@@ -42,7 +42,7 @@ def assert_bytes_are_those_of_the_tensors(kernels: Kernels, block_size: int, dty
     cache = KVCache(MODEL, 7, block_size, kernels)
     assert len(cache.layers) == 3
     num_bytes = 0
-    for layer in cache.layers:
+    for layer in cache.layers.values():
         assert layer.keys.numel() == layer.values.numel() == 7 * block_size * 2 * 16
         assert layer.keys.dtype == layer.values.dtype == dtype
         tensors = (layer.keys, layer.values, layer.key_scales, layer.value_scales)

@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "lora.h"
 #include "meet.h"
+#include "mixers.h"
 #include "pack.h"
 #include "rope.h"
 #include "rows.h"
@@ -21,10 +22,13 @@ const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
     {"meet", meet},
     {"scale", scale},
     {"act_and_mul", act_and_mul},
+    {"gate_rows", gate_rows},
     {"route", route},
     {"gather_pairs", gather_pairs},
     {"combine_experts", combine_experts},
     {"rope_and_store_kv", rope_and_store_kv},
+    {"gated_delta_net", gated_delta_net},
+    {"short_conv", short_conv},
     {"sample", sample},
     {"add_lora_float32", add_lora<float>},
     {"add_lora_bfloat16", add_lora<uint16_t>},

@@ -44,7 +44,7 @@ void scale(const void* parameters, const Worker& worker) {
         }
 }
 
-enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2, SWIGLU_OAI = 3 };  // ACTIVATIONS of kernels.py
+enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2, SWIGLU_OAI = 3, SIGMOID_GATE = 4, IDENTITY = 5 };  // ACTIVATIONS of kernels.py
 
 INLINE Floats silu(Floats x) { return x / (fill(1.0f) + exponential(zero() - x)); }
 
@@ -74,7 +74,22 @@ INLINE Floats swiglu_oai(Floats gate, Floats up) {
 INLINE Floats act_and_mul(Floats gate, Floats up, int64_t activation) {
     if (activation == SILU) return silu(gate) * up;
     if (activation == SWIGLU_OAI) return swiglu_oai(gate, up);
+    if (activation == SIGMOID_GATE) return up / (fill(1.0f) + exponential(zero() - gate));
+    if (activation == IDENTITY) return gate * up;
     return (activation == GELU_TANH ? gelu_tanh(gate) : gelu(gate)) * up;
+}
+
+// Multiplies each row by the sigmoid of a number.
+void gate_rows(const void* parameters, const Worker& worker) {
+    const GateRowsParameters& p = *(const GateRowsParameters*)parameters;
+    const int64_t num_rows = p.num_rows->all;
+    for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
+        for (int64_t row = tasks.first; row < tasks.last; row++) {
+            const Floats one = fill(1.0f), factor = one / (one + exponential(fill(-p.gate[row * p.gate_stride])));
+            const float* x = p.input + row * p.input_stride;
+            float* out = p.output + row * p.output_stride;
+            for (int64_t k = 0; k < p.size; k += LANES) store_some(out + k, load_some(x + k, p.size - k) * factor, p.size - k);
+        }
 }
 
 constexpr int64_t ACT_PIECE = MAX_ROW_PIECE / 2;

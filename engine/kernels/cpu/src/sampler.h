@@ -42,28 +42,6 @@ inline int64_t store_chosen(float* p, Floats x, uint32_t chosen) {
 #endif
 }
 
-// Natural logarithm of positive normal numbers, to about one unit in the last place, with the polynomial of Cephes.
-inline Floats logarithm(Floats x) {
-    const Ints lowest = fill_ints(0x3f3504f3);  // sqrt(1/2): the mantissa is reduced to sqrt(1/2)..sqrt(2)
-    const Ints bits = as_ints(x) + fill_ints(0x3f800000 - 0x3f3504f3);
-    const Floats exponent = to_floats(shift_right<23>(bits) + fill_ints(-127));
-    const Floats f = as_floats((bits & fill_ints(0x7fffff)) + lowest) - fill(1.0f);
-    Floats p = fill(7.0376836292e-2f);
-    p = multiply_add(p, f, fill(-1.1514610310e-1f));
-    p = multiply_add(p, f, fill(1.1676998740e-1f));
-    p = multiply_add(p, f, fill(-1.2420140846e-1f));
-    p = multiply_add(p, f, fill(1.4249322787e-1f));
-    p = multiply_add(p, f, fill(-1.6668057665e-1f));
-    p = multiply_add(p, f, fill(2.0000714765e-1f));
-    p = multiply_add(p, f, fill(-2.4999993993e-1f));
-    p = multiply_add(p, f, fill(3.3333331174e-1f));
-    const Floats square = f * f;
-    Floats rest = f * square * p;
-    rest = multiply_add(exponent, fill(-2.12194440e-4f), rest);
-    rest = multiply_add(square, fill(-0.5f), rest);
-    return multiply_add(exponent, fill(0.693359375f), f + rest);
-}
-
 // The largest value.
 
 struct Top {

@@ -68,6 +68,8 @@ INLINE Floats load_some(const float* p, int64_t n) {
     return n >= LANES ? load(p) : Floats{_mm512_maskz_loadu_ps(first(n), p)};
 }
 INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+// Writes around the caches. `p` is aligned to 64 bytes.
+INLINE void stream(float* p, Floats x) { _mm512_stream_ps(p, x.v); }
 INLINE void store_some(float* p, Floats x, int64_t n) {
     if (n >= LANES) store(p, x);
     else _mm512_mask_storeu_ps(p, first(n), x.v);
@@ -175,6 +177,7 @@ INLINE Floats load_some(const float* p, int64_t n) {
     return {_mm256_maskload_ps(p, first_eight(n)), n > 8 ? _mm256_maskload_ps(p + 8, first_eight(n - 8)) : _mm256_setzero_ps()};
 }
 INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+INLINE void stream(float* p, Floats x) { _mm256_stream_ps(p, x.a); _mm256_stream_ps(p + 8, x.b); }
 INLINE void store_some(float* p, Floats x, int64_t n) {
     if (n >= LANES) return store(p, x);
     _mm256_maskstore_ps(p, first_eight(n), x.a);
@@ -393,6 +396,28 @@ INLINE Floats exponential(Floats x) {
     p = multiply_add(p, r * r, r + fill(1.0f));
     Floats power = as_floats(shift_left<23>(n + fill_ints(127)));
     return where_less(x, lowest, zero(), p * power);
+}
+
+// Natural logarithm of positive normal numbers, to about one unit in the last place, with the polynomial of Cephes.
+inline Floats logarithm(Floats x) {
+    const Ints lowest = fill_ints(0x3f3504f3);  // sqrt(1/2): the mantissa is reduced to sqrt(1/2)..sqrt(2)
+    const Ints bits = as_ints(x) + fill_ints(0x3f800000 - 0x3f3504f3);
+    const Floats exponent = to_floats(shift_right<23>(bits) + fill_ints(-127));
+    const Floats f = as_floats((bits & fill_ints(0x7fffff)) + lowest) - fill(1.0f);
+    Floats p = fill(7.0376836292e-2f);
+    p = multiply_add(p, f, fill(-1.1514610310e-1f));
+    p = multiply_add(p, f, fill(1.1676998740e-1f));
+    p = multiply_add(p, f, fill(-1.2420140846e-1f));
+    p = multiply_add(p, f, fill(1.4249322787e-1f));
+    p = multiply_add(p, f, fill(-1.6668057665e-1f));
+    p = multiply_add(p, f, fill(2.0000714765e-1f));
+    p = multiply_add(p, f, fill(-2.4999993993e-1f));
+    p = multiply_add(p, f, fill(3.3333331174e-1f));
+    const Floats square = f * f;
+    Floats rest = f * square * p;
+    rest = multiply_add(exponent, fill(-2.12194440e-4f), rest);
+    rest = multiply_add(square, fill(-0.5f), rest);
+    return multiply_add(exponent, fill(0.693359375f), f + rest);
 }
 
 // 2^x with a relative error of about 1e-4, for weights that are rounded to bfloat16; x at most 127; exactly 0 from -127

@@ -77,6 +77,17 @@ struct ScaleParameters {
     double softcap;  // values become softcap * tanh(scale * value / softcap); 0: scale * value
 };
 
+struct GateRowsParameters {
+    const RowCounts* num_rows;
+    const float* input;
+    int64_t input_stride;
+    const float* gate;  // a number for each row
+    int64_t gate_stride;
+    int64_t size;
+    float* output;
+    int64_t output_stride;
+};
+
 struct ActAndMulParameters {
     const RowCounts* num_rows;
     const float* gate;
@@ -261,6 +272,52 @@ struct RopeAndStoreKvParameters {
     const float* k_rotations;
     double epsilon;
     CacheParameters cache;
+};
+
+// The states of a layer that has a mixer in place of attention, in blocks, and what each sequence of a step does to them.
+struct StateParameters {
+    float* blocks;  // the layer's state in block 0
+    int64_t block_stride;  // floats from one block to the next
+    const int64_t* num_seqs;
+    const int64_t* first_rows;  // [S]
+    const int64_t* query_lens;  // [S] rows
+    const int64_t* num_drafts;  // [S] last rows, whose state is not kept; they are in the journal
+    const int64_t* num_replayed;  // [S] rows of the journal that come before the first one
+    const int64_t* sources;  // [S] block of the state before; -1: zeros
+    const int64_t* targets;  // [S] block of the state after
+};
+
+struct GatedDeltaNetParameters {
+    StateParameters states;
+    const float* input;  // [T] queries, keys and values before the convolution, write strengths, steps, output gates
+    int64_t input_stride;  // floats
+    int64_t num_key_heads;
+    int64_t num_value_heads;
+    int64_t is_tiled;  // value head i has key head i % num_key_heads, not i / (num_value_heads / num_key_heads)
+    int64_t key_size;  // of a head
+    int64_t value_size;
+    int64_t conv_size;
+    const float* conv;  // [conv_size, channels] weights of the row conv_size - 1 before, ..., of the row itself
+    const float* decay;  // [value heads] exp(A_log)
+    const float* step_bias;  // [value heads]
+    const float* norm;  // [value_size] weights
+    double epsilon;
+    float* output;
+    int64_t output_stride;
+};
+
+struct ShortConvParameters {
+    StateParameters states;
+    const float* input;  // [T, channels]
+    int64_t input_stride;  // floats
+    const float* gate;  // [T, channels] of the output
+    int64_t gate_stride;
+    int64_t num_channels;
+    int64_t conv_size;
+    const float* conv;  // [conv_size, channels]
+    const float* bias;  // [channels] or null
+    float* output;
+    int64_t output_stride;
 };
 
 // The unit of work of the threads: consecutive rows of one sequence, over some chunks of its keys.

@@ -46,7 +46,7 @@ def test_kv_heads_that_would_be_divided_between_ranks_are_refused() -> None:
 def test_a_norm_of_all_heads_needs_each_kv_head_once() -> None:
     model = config(8, 2)
     layers = tuple(
-        msgspec.structs.replace(layer, attention=msgspec.structs.replace(layer.attention, qk_norm="all"))
+        msgspec.structs.replace(layer, attention=msgspec.structs.replace(model.attentions[0], qk_norm="all"))
         for layer in model.layers
     )
     normed = msgspec.structs.replace(model, layers=layers)

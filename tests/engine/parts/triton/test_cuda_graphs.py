@@ -129,7 +129,7 @@ def test_captures_and_padding_write_nothing(folder: Path) -> None:
     loaded = small(folder)
     execution = with_graphs(loaded, Device(), num_captures=1)
     answers(loaded, {name: (5, 2) for name in "abc"})
-    before = [cache.keys.clone() for cache in loaded.runner.kv_cache.layers]
+    before = [cache.keys.clone() for cache in loaded.runner.kv_cache.layers.values()]
     assert any(keys.any() for keys in before)
     *_, slots = execution.rows  # of the one KV group
     assert [slot >= 0 for slot in slots.tolist()] == [True, True, True, False]
@@ -138,7 +138,10 @@ def test_captures_and_padding_write_nothing(folder: Path) -> None:
     loaded.runner.capture_next()
     loaded.runner.capture_next()
     assert not work.any()  # what is left of a larger batch would be written beyond the end of a smaller one
-    assert all(torch.equal(cache.keys, keys) for cache, keys in zip(loaded.runner.kv_cache.layers, before, strict=True))
+    assert all(
+        torch.equal(cache.keys, keys)
+        for cache, keys in zip(loaded.runner.kv_cache.layers.values(), before, strict=True)
+    )
 
 
 def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def config(layers: int, context: int, kv_heads: int, head_dim: int, **attention:
     """Return the configuration of a Llama; `attention` are fields of its layers' attention."""
     sizes = {"num_hidden_layers": layers, "max_position_embeddings": context, "num_key_value_heads": kv_heads}
     made = llama_config(**TINY | sizes | {"head_dim": head_dim})
-    changed = replace(made.layers[0], attention=replace(made.layers[0].attention, **attention))
+    changed = replace(made.layers[0], attention=replace(made.attentions[0], **attention))
     return replace(made, layers=(changed,) * layers)
 
 
