@@ -77,6 +77,9 @@ class ParallelLayer(DecoderLayer):
         normed = self.input_layernorm(x)
         return [*self.self_attn.project(normed, inputs), normed]
 
+    def attend(self, x: Tensor, projected: list[Tensor], inputs: LayerInputs) -> None:
+        super().attend(x, projected[:-1], inputs)
+
     def feed_forward_input(self, x: Tensor, projected: list[Tensor]) -> Tensor:
         return projected[-1]
 

@@ -121,11 +121,11 @@ class Drafting:
         """Return how many tokens a draft may have: one token that is not drafted must fit after it."""
         num_tokens = len(request.token_ids)
         num_left = request.params.max_tokens - (num_tokens - request.num_prompt_tokens)
-        return min(num_left, self.max_model_len - num_tokens) - 1
+        return min(num_left - 1, self.max_model_len - num_tokens - 1, request.kv.max_draft)
 
     def _add_draft(self, item: Scheduled, draft: list[int]) -> int:
         """Append a draft to a scheduled request unless blocks are short. Return the number of rows added."""
-        if not draft or not (draft := self.kv.extend_by_draft(item.request, draft)):
+        if not draft or not self.kv.extend_blocks(item.request, len(draft)):
             return 0
         item.request.kv.num_computed += len(draft)
         item.draft_token_ids = draft

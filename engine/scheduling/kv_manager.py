@@ -126,7 +126,7 @@ class KVManager:
         self._hold(request, table, published)
         return table
 
-    def extend(self, request: Request, num_tokens: int) -> bool:
+    def extend_blocks(self, request: Request, num_tokens: int) -> bool:
         """Give a request blocks for its next `num_tokens` tokens. Return False and change nothing if too few are free.
 
         The caller advances `num_computed`.
@@ -144,9 +144,7 @@ class KVManager:
             del blocks[:number]
         return True
 
-    def extend_by_draft(self, request: Request, draft: list[int]) -> list[int]:
-        """Return as much of a draft as a request has been given blocks for."""
-        return draft if self.extend(request, len(draft)) else []
+    extend = extend_blocks  # what tokens need that are no draft
 
     def truncate(self, request: Request, num_tokens: int) -> None:
         """Mark the last `num_tokens` computed tokens as not computed, and release the blocks that only they used.

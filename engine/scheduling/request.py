@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,9 +86,11 @@ class KVState:
     tables: list[BlockTable] = field(default_factory=list)  # of each KV group; empty while it holds no blocks
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # leading blocks that have been published for other requests
-    # Of models with states: number of tokens -> block with the state after them, and where chunks of the prompt end.
+    # Of models with states: number of tokens -> block with the state after them, ends of the prompt's chunks, and the
+    # longest draft.
     states: dict[int, Block] = field(default_factory=dict)
     borders: Sequence[int] = ()
+    max_draft: int = sys.maxsize
 
     @property
     def blocks(self) -> list[Block]:

@@ -29,8 +29,7 @@ LATENT_PARTS = ("self_attn.kv_b_proj.weight", TRANSPOSED_K)
 FUSED_MLP = re.compile(r"(mlp|mlp\.shared_experts)\.gate_up_proj\.(weight|bias)")
 STACKED = re.compile(r"mlp\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)[._]?(weight|bias)?")
 UNUSED = re.compile(
-    r".*\.rotary_emb\.inv_freq|mtp\..*"
-    r"|(model\.)?(vision_tower|visual|multi_modal_projector|embed_vision|audio_tower|embed_audio)\..*"
+    r".*\.rotary_emb\.inv_freq|mtp\..*|(model\.)?(visual|(vision|audio)_tower|embed_(vision|audio)|multi_modal_\w+)\..*"
 )
 
 

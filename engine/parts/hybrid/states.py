@@ -61,21 +61,16 @@ class HybridKVManager(KVManager):
         return super()._acquire(request, index, block_hashes)
 
     def extend(self, request: Request, num_tokens: int) -> bool:
-        kv, end = request.kv, request.kv.num_computed + num_tokens
+        """Drafts fit into the journal, and end before the row with which a block is full: its state is kept."""
+        kv, end, size = request.kv, request.kv.num_computed + num_tokens, self.pool.block_size
+        kv.max_draft = min(size - 1 - end % size, MAX_DRAFTED)
         if end in kv.states:
-            return super().extend(request, num_tokens)
-        if not self.state_pool.num_free or not super().extend(request, num_tokens):
+            return self.extend_blocks(request, num_tokens)
+        if not self.state_pool.num_free or not self.extend_blocks(request, num_tokens):
             return False
         self.state_pool.step_id = self.pool.step_id
         kv.states[end] = (self.state_pool.allocate(1) or [])[0]
         return True
-
-    def extend_by_draft(self, request: Request, draft: list[int]) -> list[int]:
-        """Drafts fit into the journal, and end before the row with which a block is full: its state is kept."""
-        size = self.pool.block_size
-        room = size - 1 - request.kv.num_computed % size
-        draft = draft[: min(room, MAX_DRAFTED)]
-        return draft if draft and super().extend(request, len(draft)) else []
 
     def publish(self, request: Request, num_settled: int) -> None:
         super().publish(request, num_settled)

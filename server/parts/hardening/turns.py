@@ -132,7 +132,9 @@ class FairThreads(TextThreads):
         if not is_long:
             self._short_work[work] = loop.time()
 
-        def end(_: object) -> None:
+        def end(ended: asyncio.Future[T]) -> None:
+            if not ended.cancelled():
+                ended.exception()  # that of a request whose client has gone is of interest to nobody
             turns.release(tenant, expected, start)
             if not is_long:
                 del self._short_work[work]

@@ -320,6 +320,7 @@ def test_an_inspection_of_a_request(server: RunningServer, streams: ExitStack) -
 PROBLEMS = {
     InspectionProblem.BUSY: (429, "rate_limit_exceeded"),
     InspectionProblem.NO_BLOCKS: (503, "overloaded"),
+    InspectionProblem.HAS_STATES: (400, "invalid_value"),
     InspectionProblem.NO_ADAPTER: (404, "adapter_not_loaded"),
     InspectionProblem.NOT_FOUND: (404, "request_not_found"),
     InspectionProblem.NOT_KEPT: (404, "tokens_not_kept"),
