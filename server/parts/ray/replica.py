@@ -162,7 +162,7 @@ def wait_until_ready(path: str, process: subprocess.Popen[bytes]) -> None:
     with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url=BASE_URL) as client:
         while (status := process.poll()) is None:
             with suppress(httpx.TransportError):
-                if client.get("/readyz").is_success:
+                if os.path.exists(path) and client.get("/readyz").is_success:  # a failed attempt leaves its socket open
                     return
             time.sleep(POLL_SECONDS)
     raise RuntimeError(f"the server ended with exit status {status}; the replica's log says why")

@@ -39,8 +39,9 @@ lazy_memory.ARENA_BYTES = 0
 library.available_code_paths = lambda: {names}
 kernel_choice.library_path = lambda code_path: Path(library_path)
 files = ["cpu/test_kernels.py"]
-files += [f"test_{{subject}}.py" for subject in ("attention", "kv_cache", "rows", "experts", "lora")]
-paths = ["tests/engine/kernels/" + name for name in files] + ["tests/engine/sampling/test_sampler.py"]
+files += [f"test_{{subject}}.py" for subject in ("attention", "kv_cache", "rows", "experts")]
+paths = ["tests/engine/kernels/" + name for name in files]
+paths += ["tests/engine/sampling/test_sampler.py", "tests/engine/parts/lora/test_layers.py"]
 sys.exit(pytest.main(["-q", "-o", "cache_dir={folder}", "-k", "{chosen}", *paths]))
 """
 
