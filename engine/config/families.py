@@ -86,6 +86,33 @@ GEMMA4 = Family(
     refused={"attention_bias": False, "use_bidirectional_attention": "vision"},
 )
 
+SHARED_EXPERT = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True}
+SHARED_EXPERT |= {"num_key_value_heads": 2, "intermediate_size": 5632}
+QWEN35 = Family(
+    "qwen3_5_text",
+    "Qwen3_5ForCausalLM",
+    "qwen35",
+    {"max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 256, "partial_rotary_factor": 0.25},
+    qkv_bias="attention_bias",
+    qk_norm="head",
+    has_gate=True,
+    mixer="gated_delta_net",
+    layout=WeightLayout(names=DELTA_NAMES, norm_offset=1.0),
+    gguf_layout=WeightLayout(names=DELTA_NAMES),
+    gguf_defaults={"linear_heads_tiled": True},
+)
+LFM2 = Family(
+    "lfm2",
+    "Lfm2ForCausalLM",
+    "lfm2",
+    {"max_position_embeddings": 128000, "num_key_value_heads": 8, "rope_theta": 1e6, "norm_eps": 1e-5}
+    | {"tie_word_embeddings": True, "block_auto_adjust_ff_dim": True},
+    qk_norm="head",
+    mixer="short_conv",
+    layout=WeightLayout(names=LFM2_NAMES),
+    gguf_defaults={"block_auto_adjust_ff_dim": False},
+)
+
 FAMILIES = (
     Family(
         "llama",
@@ -159,75 +186,36 @@ FAMILIES = (
         gguf_defaults={"norm_topk_prob": True},
         refused={"use_sliding_window": False},
     ),
-    Family(
-        "qwen3_5_text",
-        "Qwen3_5ForCausalLM",
-        "qwen35",
-        {"max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 256, "partial_rotary_factor": 0.25},
-        qkv_bias="attention_bias",
-        qk_norm="head",
-        has_gate=True,
-        mixer="gated_delta_net",
-        layout=WeightLayout(names=DELTA_NAMES, norm_offset=1.0),
-        gguf_layout=WeightLayout(names=DELTA_NAMES),
-        gguf_defaults={"linear_heads_tiled": True},
-    ),
-    Family(
-        "qwen3_5_moe_text",
-        "Qwen3_5MoeForCausalLM",
-        "qwen35moe",
-        {"max_position_embeddings": 32768, "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25}
-        | {"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512, "norm_topk_prob": True}
-        | {"shared_expert_intermediate_size": 512, "intermediate_size": 512},
-        qkv_bias="attention_bias",
-        qk_norm="head",
-        has_gate=True,
-        mixer="gated_delta_net",
+    QWEN35,
+    replace(
+        QWEN35,
+        model_type="qwen3_5_moe_text",
+        architecture="Qwen3_5MoeForCausalLM",
+        gguf="qwen35moe",
+        defaults={**QWEN35.defaults, **SHARED_EXPERT, "num_experts": 256, "num_experts_per_tok": 8},
         has_shared_gate=True,
-        layout=WeightLayout(names=DELTA_NAMES, norm_offset=1.0),
-        gguf_layout=WeightLayout(names=DELTA_NAMES),
-        gguf_defaults={"linear_heads_tiled": True, "norm_topk_prob": True},
+        gguf_defaults={**QWEN35.gguf_defaults, "norm_topk_prob": True},
     ),
-    Family(
-        "qwen3_next",
-        "Qwen3NextForCausalLM",
-        "qwen3next",
-        {"max_position_embeddings": 32768, "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25}
-        | {"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "norm_topk_prob": True}
-        | {"shared_expert_intermediate_size": 512},
-        qkv_bias="attention_bias",
-        qk_norm="head",
-        has_gate=True,
-        mixer="gated_delta_net",
+    replace(
+        QWEN35,
+        model_type="qwen3_next",
+        architecture="Qwen3NextForCausalLM",
+        gguf="qwen3next",
+        defaults={**QWEN35.defaults, **SHARED_EXPERT, "num_experts": 512, "num_experts_per_tok": 10},
         has_shared_gate=True,
-        layout=WeightLayout(names=DELTA_NAMES, norm_offset=1.0),
-        gguf_layout=WeightLayout(names=DELTA_NAMES),
         gguf_defaults={"norm_topk_prob": True},
     ),
-    Family(
-        "lfm2_moe",
-        "Lfm2MoeForCausalLM",
-        "lfm2moe",
-        {"max_position_embeddings": 128000, "num_key_value_heads": 8, "rope_theta": 1e6, "norm_eps": 1e-5}
-        | {"tie_word_embeddings": True, "num_experts": 32, "num_experts_per_tok": 4, "num_dense_layers": 2}
-        | {"moe_intermediate_size": 1792, "norm_topk_prob": True, "scoring_func": "sigmoid"},
-        qk_norm="head",
-        mixer="short_conv",
+    LFM2,
+    replace(
+        LFM2,
+        model_type="lfm2_moe",
+        architecture="Lfm2MoeForCausalLM",
+        gguf="lfm2moe",
+        defaults={**LFM2.defaults, "block_auto_adjust_ff_dim": False, "num_experts": 32, "num_experts_per_tok": 4}
+        | {"num_dense_layers": 2, "moe_intermediate_size": 1792, "norm_topk_prob": True, "scoring_func": "sigmoid"},
         correction_bias=True,
-        layout=WeightLayout(names=LFM2_NAMES),
         gguf_defaults={"norm_topk_prob": True},
         refused={"use_expert_bias": True},
-    ),
-    Family(
-        "lfm2",
-        "Lfm2ForCausalLM",
-        "lfm2",
-        {"max_position_embeddings": 128000, "num_key_value_heads": 8, "rope_theta": 1e6, "norm_eps": 1e-5}
-        | {"tie_word_embeddings": True, "block_auto_adjust_ff_dim": True},
-        qk_norm="head",
-        mixer="short_conv",
-        layout=WeightLayout(names=LFM2_NAMES),
-        gguf_defaults={"block_auto_adjust_ff_dim": False},
     ),
     Family(
         "olmoe",

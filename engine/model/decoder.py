@@ -179,8 +179,8 @@ class CausalLM:
     def _plan(self, batch: BatchInputs, query_lens: Lengths, layers: range) -> dict[AttentionKind, object]:
         """Plan the attention of the last `query_lens` rows of each sequence, for each kind of layer among `layers`."""
         numbers = {kind: index for index, kind in enumerate(self.config.attention_kinds)}
-        attentions = self.config.attentions
-        kinds = dict.fromkeys(attentions[index].kind for index in layers if index in attentions)
+        attentions = (self.config.layers[index].attention for index in layers)
+        kinds = dict.fromkeys(attention.kind for attention in attentions if attention is not None)
         return {kind: self.kernels.plan_attention(batch, query_lens, kind, numbers[kind]) for kind in kinds}
 
     def set_max_model_len(self, max_model_len: int) -> None:

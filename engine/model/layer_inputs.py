@@ -61,8 +61,8 @@ class LayerInputs:
 
         The slots of keys and values stay those of all rows: later layers store none.
         """
-        attentions = config.attentions
-        used = {attentions[index].rope for index in layers[1:] if index in attentions}
+        attentions = (config.layers[index].attention for index in layers[1:])
+        used = {attention.rope for attention in attentions if attention is not None}
         rotations = [
             gather_rotations(kernels, rotation, batch.hidden_rows) if index in used else rotation
             for index, rotation in enumerate(self.rotations)

@@ -68,7 +68,6 @@ class HybridKVManager(KVManager):
             return self.extend_blocks(request, num_tokens)
         if not self.state_pool.num_free or not self.extend_blocks(request, num_tokens):
             return False
-        self.state_pool.step_id = self.pool.step_id
         kv.states[end] = (self.state_pool.allocate(1) or [])[0]
         return True
 

@@ -88,7 +88,8 @@ def _attention_shapes(attention: AttentionSpec, hidden: int) -> dict[str, tuple[
             return shapes | {"self_attn.q_proj": (queries, hidden)}
         rank = latent.q_lora_rank
         return shapes | {"self_attn.q_a_proj": (rank, hidden), "self_attn.q_b_proj": (queries, rank)}
-    shapes = {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
+    with_gates = 2 * queries if attention.has_gate else queries
+    shapes = {"self_attn.q_proj": (with_gates, hidden), "self_attn.o_proj": (hidden, queries)}
     if attention.kv_source is None:
         shapes["self_attn.k_proj"] = (keys, hidden)
     if attention.kv_source is None and not attention.values_are_keys:

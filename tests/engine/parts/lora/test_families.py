@@ -21,7 +21,7 @@ TARGETS: dict[str, list[str] | str] = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "glm4": ["q_proj", "gate_up_proj", "down_proj"],
     "granite4": ["k_proj", "input_linear", "output_linear"],
-    **dict.fromkeys(("llama3", "qwen3", "gemma3_text", "cohere2"), "all-linear"),
+    **dict.fromkeys(("llama3", "qwen3", "gemma3_text", "cohere2", "qwen3_5", "lfm2"), "all-linear"),
     "qwen3_moe": ["q_proj", "v_proj"],
     "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
