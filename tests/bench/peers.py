@@ -8,8 +8,8 @@ The peers are OpenVINO GenAI (int8, continuous batching in its own process, no H
 itself) and vLLM for the CPU (bfloat16). In a round, all targets get the same prompts; no prompt is used twice.
 
 With a shape, OpenVINO has int4 in groups of 64, and nobody speculates. At c1, the table compares the speed at which a
-target reads weights (bytes per token, divided by the mean time between tokens) with that at which the machine reads
-memory, which is measured before each start of a target.
+target moves weights and states (bytes per token, divided by the mean time between tokens) with that at which the
+machine reads memory, which is measured before each start of a target.
 """
 
 import argparse
@@ -49,7 +49,7 @@ DEFAULT_WORKLOADS = ("c1", "c8", "c32", "prefill")
 SHAPE_WORKLOADS = ("c1", "c4", "c16", "prefill")
 COLUMNS = (
     *("", "", "tokens/s", "range", "to best peer", "first token (ms)", "token (ms)"),
-    *("weights (GB/s)", "of memory", "memory (GB)", "ready (s)"),
+    *("moved (GB/s)", "of memory", "memory (GB)", "ready (s)"),
 )
 
 
@@ -176,7 +176,7 @@ def measure(session: Session, load: LoadOptions, warmup: LoadOptions) -> tuple[R
 
 
 def read_speed(target: Target, report: Report) -> float | None:
-    """Return the gigabytes of weights that a target reads in a second of decoding one sequence."""
+    """Return the gigabytes of weights and states that a target moves in a second of decoding one sequence."""
     if not target.gguf or report.concurrency != 1 or not report.inter_token_latency_ms:
         return None
     return bytes_per_token(target.gguf) / report.inter_token_latency_ms.mean / 1e6

@@ -51,6 +51,7 @@ class Shape:
 
 
 STATE_HEADS, STATE_SIZE, CONV_SIZE = 16, 128, 4  # of keys, numbers of each, rows of the convolution
+STATE_BYTES = 4  # of a number of a state
 SHAPES = {
     "1b": Shape("llama", 2048, 16, 32, 8, 64, 8192),  # Llama 3.2 1B
     "3b": Shape("llama", 3072, 28, 24, 8, 128, 8192),  # Llama 3.2 3B
@@ -200,7 +201,7 @@ def write_random_gguf(path: Path, shape: Shape, mix: gguf.LlamaFileType, tokeniz
 
 
 def bytes_per_token(path: Path) -> int:
-    """Return the bytes of weights that a decoding step of one row reads: all, but only the chosen experts."""
+    """Return the bytes that a decoding step of one row moves: weights, of experts the chosen ones, and states twice."""
     with GGUFFile(path) as file:
         arch = file.metadata["general.architecture"]
         num_experts = file.metadata.get(f"{arch}.expert_count", 0)
@@ -211,4 +212,7 @@ def bytes_per_token(path: Path) -> int:
                 num_bytes += tensor.n_bytes * num_chosen // num_experts
             elif name != "token_embd.weight" or "output.weight" not in file.tensors:
                 num_bytes += tensor.n_bytes
+            if name.endswith(".ssm_out.weight"):  # a matrix for each head is read and written
+                state = file.metadata[f"{arch}.ssm.inner_size"] * file.metadata[f"{arch}.ssm.state_size"]
+                num_bytes += 2 * STATE_BYTES * state
         return num_bytes
