@@ -176,6 +176,7 @@ class Engine:
         return finished, events
 
     def _step(self) -> tuple[Step | None, list[TokenEvent]]:
+        """Schedule and launch a step, then read the one in flight: that before it if steps overlap, else itself."""
         clock = StepClock(self.clock)
         is_retry = bool(self.retries)
         step = (self._next_retry() if is_retry else None) or self.scheduler.schedule() or self._wait_for_grammar()

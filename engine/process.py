@@ -65,7 +65,7 @@ class EngineLoop:
         self.clock = engine.clock
         self.last_work = self.clock()  # when there was something to do other than what is in `not_work`
         self.refused: list[TokenEvent] = []  # of choices that were refused before they were queued
-        # What parts add:
+        # What parts add to:
         self.handlers: dict[type, Callable[[bytes, Any], None]] = {
             Hello: self.greet,
             Submit: self.add,

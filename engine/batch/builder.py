@@ -113,6 +113,7 @@ class BatchBuilder:
         return self.current()
 
     def _fill(self, step: Step) -> None:
+        """Write a step to the buffers, and to `lengths` how much of each it takes."""
         num_seqs = len(step.scheduled)
         self.query_lens[:num_seqs] = [item.num_tokens for item in step.scheduled]
         self.hidden_lens[:num_seqs] = [

@@ -39,7 +39,7 @@ class StateFiller(Protocol):
 
 
 class AttentionPlanner(Protocol):
-    """Makes the work lists of a model."""
+    """Makes the work lists of one kind of attention, for kernels that find there what to compute."""
 
     def plan(self, query_lens: Lengths, seq_lens: Lengths) -> WorkList:
         """Return the work list of the last `query_lens` rows of each sequence."""
@@ -50,12 +50,15 @@ class AttentionPlanner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StateRows:
-    """What each sequence of a step does to its state, in models that have states. All are [S], on the host."""
+    """What each sequence of a step does to its state, in models that have states. All are [S], on the host.
+
+    The block of a state holds that of one sequence in all layers.
+    """
 
     query_lens: Lengths
     first_rows: Lengths
     num_drafts: Lengths  # last rows, whose state is not kept
-    num_replayed: Lengths  # accepted rows of the last draft, which come first
+    num_replayed: Lengths  # accepted rows of the last draft, by which the state is advanced before its own rows
     sources: Lengths  # block of the state before; -1: there is none
     targets: Lengths  # block of the state after, another one
 

@@ -194,7 +194,12 @@ def head_dim(fields: Fields) -> int:
 
 
 def _layer_fields(fields: Fields, index: int, kind: str) -> Fields:
-    """Return the fields of one layer: lists have an element for each layer, and the types of layers may differ."""
+    """Return the fields of the file with what they say of one layer in place of what they say of all.
+
+    A list has an element for each layer. Some families have sizes by type of layer: heads of global layers, heads of
+    sliding ones in GGUF files, and a wider MLP where a layer reads the keys and values of another (Gemma 4).
+    `per_layer_config` comes last: the fields of single layers, by their numbers.
+    """
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     num_layers = fields.integer("num_hidden_layers")
     values = {key: fields.integers(key, num_layers)[index] for key in keys if isinstance(fields.get(key), list)}

@@ -248,19 +248,19 @@ class KVGroup(msgspec.Struct, frozen=True):
 
 
 def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[KVGroup, ...]:
-    """Return the KV groups of a model: layers of one kind, in groups that need about the same memory for a token.
+    """Return the KV groups of a model: layers of one shape and window that need about the same memory for a token.
 
-    So any group can use any block of one pool, as in vLLM's hybrid KV cache manager. A model whose layers are all of
-    one kind has one group.
+    So any group can use any block of one pool, as in vLLM's hybrid KV cache manager. A model whose layers all have the
+    same shape and window has one group. Layers that store no keys and values are in none.
     """
     kinds: dict[tuple[KVShape, int | None], list[int]] = {}
     for index, layer in enumerate(layers):
         if layer.attention is not None and layer.attention.kv_source is None:
             kinds.setdefault((layer.attention.kv_shape, layer.attention.window), []).append(index)
-    block_size = _block_size([(shape.size, len(members)) for (shape, _), members in kinds.items()])
+    token_size = _token_size([(shape.size, len(members)) for (shape, _), members in kinds.items()])
     groups: list[KVGroup] = []
     for (shape, window), members in kinds.items():
-        num_groups = -(-len(members) // max(1, block_size // shape.size))
+        num_groups = -(-len(members) // max(1, token_size // shape.size))
         group_size = -(-len(members) // num_groups)
         groups += [
             KVGroup(tuple(members[start : start + group_size]), window) for start in range(0, len(members), group_size)
@@ -268,17 +268,17 @@ def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[KVGroup, ...]:
     return tuple(groups)
 
 
-def _block_size(kinds: list[tuple[int, int]]) -> int:
-    """Return how many numbers a token takes in a block, for kinds of (numbers of a layer, layers).
+def _token_size(kinds: list[tuple[int, int]]) -> int:
+    """Return how many numbers of keys, and of values, a block holds for a token. Kinds: (those of a layer, layers).
 
     That is the largest size that leaves at most MAX_UNUSED of the memory unused, or else the one that leaves least.
     """
     total = sum(size * count for size, count in kinds)
 
-    def unused(block_size: int) -> float:
-        num_groups = sum(-(-count // (block_size // size)) for size, count in kinds)
-        return num_groups * block_size / total - 1
+    def unused(token_size: int) -> float:
+        num_groups = sum(-(-count // (token_size // size)) for size, count in kinds)
+        return num_groups * token_size / total - 1
 
     largest = max(size for size, _ in kinds)
     sizes = {size * number for size, count in kinds for number in range(1, count + 1) if size * number >= largest}
-    return max(sizes, key=lambda block_size: (-max(MAX_UNUSED, unused(block_size)), block_size))
+    return max(sizes, key=lambda token_size: (-max(MAX_UNUSED, unused(token_size)), token_size))

@@ -70,9 +70,10 @@ def num_token_ids(folder: Path) -> int | None:
 
 
 def _num_ids_of_tokenizer_json(path: Path) -> int:
+    """Return the highest token id of a tokenizer.json plus one. Raises ValueError if it cannot be read."""
     try:
         tokenizer = msgspec.json.decode(path.read_bytes())
-        vocab = tokenizer["model"]["vocab"]
+        vocab = tokenizer["model"]["vocab"]  # token -> id, or in Unigram a list in the order of ids
         ids = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
         return int(1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])]))
     except (msgspec.DecodeError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:

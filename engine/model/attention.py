@@ -57,6 +57,7 @@ class Attention(PagedAttention):
         prefix = f"model.layers.{index}.self_attn"
         size, hidden_size = spec.head_dim, config.hidden_size
         heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads, "g": spec.num_heads}
+        # The first letters of queries, keys, values and gates, in the order of their projections.
         self.names = "q" if spec.kv_source is not None else "qk" if spec.values_are_keys else "qkv"
         self.names += "g" if spec.has_gate else ""
         self.sizes = [heads[name] for name in self.names]

@@ -120,14 +120,17 @@ class CausalLM:
         parameters.finish()
 
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:
-        """Return the last hidden states [L, hidden_size] of `hidden_rows`; store the keys and values of every row."""
+        """Return the last hidden states [L, hidden_size] of `hidden_rows`.
+
+        Every row stores its keys and values, and advances states.
+        """
         last = self.last_stored
         x = self.embed(batch.token_ids)
         inputs = self.layer_inputs(batch, kv_cache, x, range(last))
         for layer in self.layers[:last]:
             with self.kernels.temporaries():
                 layer(x, inputs)
-        # All keys and values are stored from here on. In most models this layer is the last, and no other follows.
+        # The next layer, in most models the last one, is the last that stores anything. After it, other rows are idle.
         x, inputs = self._keep_hidden_rows(batch, x, inputs)
         for layer in self.layers[last + 1 :]:
             with self.kernels.temporaries():
@@ -162,7 +165,7 @@ class CausalLM:
         )
 
     def _keep_hidden_rows(self, batch: BatchInputs, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, LayerInputs]:
-        """Compute the last layer that stores keys and values: these for all rows, and the rest for `hidden_rows` alone.
+        """Compute the last layer that stores something: that part for all rows, and the rest for `hidden_rows` alone.
 
         Return the residual stream and the inputs of these rows. No other row is needed any more.
         """

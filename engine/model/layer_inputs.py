@@ -51,8 +51,8 @@ class LayerInputs:
     block_tables: list[Tensor]  # of each KV group
     plans: dict[AttentionKind, Any]  # of attention
     lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none; empty if no row has one
-    states: StateRows | None  # of all T rows
-    own: list[Tensor]  # of each layer by itself, if tokens have embeddings for each layer
+    states: StateRows | None  # of each sequence, with all of its rows even in the inputs of `hidden_rows`
+    own: list[Tensor]  # [T, size] for each layer: the input of that layer alone, if the model has such inputs
 
     def of_hidden_rows(
         self, kernels: Kernels, batch: BatchInputs, plans: dict[AttentionKind, Any], config: ModelConfig, layers: range

@@ -41,6 +41,7 @@ class RotaryEmbedding:
             self.num_rows = end
 
     def _compute(self, start: int, end: int) -> None:
+        """Fill in the rows of positions start .. end. Pairs that are not rotated get cosine 1 and sine 0."""
         rope, num_pairs = self.rope, self.rope.head_dim // 2
         positions = torch.arange(start, end, dtype=torch.float32)
         angles = positions[:, None] * self.frequencies

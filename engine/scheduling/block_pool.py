@@ -133,6 +133,7 @@ class BlockPool:
             self.free_blocks.move_to_end(block.block_id, last=False)
 
     def _take(self) -> Block:
+        """Hold a block for new tokens: the next in the order that this module begins with. One must be free."""
         first = next(iter(self.free_blocks.values()), None)
         if len(self.blocks) < self.num_blocks and (first is None or first.block_hash is not None):
             block = Block(len(self.blocks))

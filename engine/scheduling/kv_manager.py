@@ -129,7 +129,7 @@ class KVManager:
     def extend_blocks(self, request: Request, num_tokens: int) -> bool:
         """Give a request blocks for its next `num_tokens` tokens. Return False and change nothing if too few are free.
 
-        The caller advances `num_computed`.
+        The caller advances `num_computed`. Drafts call this, all others `extend`.
         """
         kv = request.kv
         num_blocks = -(-(kv.num_computed + num_tokens) // self.pool.block_size)
@@ -144,7 +144,7 @@ class KVManager:
             del blocks[:number]
         return True
 
-    extend = extend_blocks  # what tokens need that are no draft
+    extend = extend_blocks  # what other tokens than drafts need; in a model with states (engine.parts.hybrid), also one
 
     def truncate(self, request: Request, num_tokens: int) -> None:
         """Mark the last `num_tokens` computed tokens as not computed, and release the blocks that only they used.

@@ -116,6 +116,7 @@ class Lifecycle:
         return event
 
     def _finish(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:
+        """Remove a request whose blocks have been released, and complete its last event."""
         self._remove(request)
         request.status = Status.FINISHED
         if request.matcher is not None:

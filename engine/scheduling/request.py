@@ -86,11 +86,10 @@ class KVState:
     tables: list[BlockTable] = field(default_factory=list)  # of each KV group; empty while it holds no blocks
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # leading blocks that have been published for other requests
-    # Of models with states: number of tokens -> block with the state after them, ends of the prompt's chunks, and the
-    # longest draft.
-    states: dict[int, Block] = field(default_factory=dict)
-    borders: Sequence[int] = ()
-    max_draft: int = sys.maxsize
+    # Of models with states, see engine.parts.hybrid.states:
+    states: dict[int, Block] = field(default_factory=dict)  # number of tokens -> block with the state after them
+    borders: Sequence[int] = ()  # numbers of prompt tokens at which a chunk ends, so that there is a state after them
+    max_draft: int = sys.maxsize  # tokens of a draft
 
     @property
     def blocks(self) -> list[Block]:
@@ -228,7 +227,10 @@ class Request:
         return self.params.prompt_logprobs is not None and not has_all
 
     def num_pending(self, num_computed: int) -> int:
-        """Return how many tokens to compute after the first `num_computed`: prompt or generated tokens, never both."""
+        """Return how many tokens to compute after the first `num_computed`: prompt or generated tokens, never both.
+
+        In models with states, prompt tokens only up to the next of `kv.borders`.
+        """
         if num_computed < self.num_prompt_tokens:
             ends = [border for border in self.kv.borders if border > num_computed] if self.kv.borders else ()
             return min(ends, default=self.num_prompt_tokens) - num_computed

@@ -84,7 +84,10 @@ def load_safetensors(
 
 
 def _other_names(names: Iterable[str], config: ModelConfig) -> dict[str, str]:
-    """Return the embedding's name for the LM head, by its stored name, if the two are tied and it stands for both."""
+    """Return the names that some tensors are read by in place of their stored names: stored name -> name.
+
+    If embedding and LM head are one matrix, files may hold it as the head alone. Then it is read as the embedding.
+    """
     stored = {rename(name, config.weight_layout): name for name in names}
     if config.tie_word_embeddings and HEAD in stored and EMBEDDING not in stored:
         return {stored[HEAD]: EMBEDDING}

@@ -38,7 +38,7 @@ class QueryTile:
 
 @dataclass(slots=True)
 class QueryGroup:
-    """A query tiles of one size Q, sorted by number of keys, descending: the tiles that still have keys are a prefix.
+    """Query tiles of one size Q, A in number, in descending order of their keys: those that have some left come first.
 
     A packed row is a pair of token and query head; a tile has R = Q * G of them for each KV head, padded.
     """
@@ -140,6 +140,7 @@ def products_agree(
 
 
 def _group(size: int, tiles: list[QueryTile], group_size: int, padding_row: int, device: torch.device) -> QueryGroup:
+    """Return tiles of up to `size` tokens as a group, padded. `group_size`: query heads that share a KV head."""
     tiles.sort(key=lambda tile: -(tile.first_position + tile.num_rows))
     offsets = torch.arange(size)
     valid = offsets < torch.tensor([tile.num_rows for tile in tiles])[:, None]
@@ -172,7 +173,8 @@ def _attend(
     packed = q.new_zeros((num_tiles, num_kv_heads, num_rows, head_dim), dtype=torch.float32)
     heads = q.view(num_tiles, size, num_kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4)
     packed[:, :, :num_packed] = heads.reshape(num_tiles, num_kv_heads, num_packed, head_dim)
-    packed *= scores.scale
+    packed *= scores.scale  # 1 / sqrt(D) in most models
+    # The running softmax of each packed row: its largest score, the sum of its weights, the weighted sum of values.
     highest = packed.new_full((num_tiles, num_kv_heads, num_rows, 1), float("-inf"))
     total = torch.zeros_like(highest)
     weighted = torch.zeros_like(packed)
@@ -191,8 +193,8 @@ def _attend(
             unseen = unseen | (positions[:, None] < group.starts[:active] - window + 1)
         values.masked_fill_(unseen, 0.0)
         distance = group.positions[:active] - positions  # [A, 1, R, KEY_TILE]
-        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        products = _bmm(packed[:active], keys.transpose(2, 3))
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)  # the causal mask
+        products = _bmm(packed[:active], keys.transpose(2, 3))  # q k^T, scaled
         if scores.softcap is not None:
             products = products.div_(scores.softcap).tanh_().mul_(scores.softcap)
         products.masked_fill_(hidden, float("-inf"))

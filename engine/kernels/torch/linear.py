@@ -104,6 +104,7 @@ def _in_pieces(product: Product) -> Product:
 
 
 def _can_pack(weight: Tensor) -> bool:
+    """Return whether oneDNN computes products with a weight: in bfloat16, on a CPU that multiplies it."""
     is_bfloat16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return is_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
