@@ -70,7 +70,7 @@ DEFAULTED_KEYS = {
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
 }
-V_NAMES = ("attn_v", "attn_qkv")
+V_NAMES = ("attn_v", "attn_qkv")  # tensors that hold the projection of values
 YARN_KEYS = {
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",

@@ -58,7 +58,7 @@ class ProgramRecorder:
         """Return a context manager; operations inside it add their calls to `program`.
 
         `index_rows` maps the address of each index tensor to that of its RowCounts. `num_seqs` is the address of the
-        number of sequences in a step; only attention reads it.
+        number of sequences in a step, which attention and mixers read.
         """
         self.program, self.num_seqs, self._index_rows = program, num_seqs, index_rows
         self._pool, self._shared = {}, {}
