@@ -172,12 +172,10 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Return the metrics for Prometheus, as text. With several API keys, an admin key is required.
-
-    The library's OpenMetrics format would replace the colon in a prefix such as `vllm:` with an underscore.
-    """
+    """Return the metrics for Prometheus. With several API keys, an admin key is required."""
     if not get_context(request).settings.public_metrics:
         require_admin(request)
+    # As text: the library's OpenMetrics format would replace the colon in a prefix such as `vllm:` with an underscore.
     page = generate_latest(get_context(request).models.metrics)
     return Response(page, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 

@@ -162,7 +162,7 @@ def _invalid(path: str, message: str, code: str = "invalid_value") -> InvalidVal
 def _describe_number(path: str, error: dict[str, Any]) -> BadRequestError:
     is_upper, sign, key = NUMBER_LIMITS[error["type"]]
     limit, value = error["ctx"][key], error["input"]
-    noun = "integer" if isinstance(value, int) and isinstance(limit, int) else "decimal"
+    noun = "integer" if isinstance(value, int | str) and isinstance(limit, int) else "decimal"  # a query has strings
     limit = int(limit) if float(limit).is_integer() else limit
     message = (
         f"Invalid '{path}': {noun} {'above maximum' if is_upper else 'below minimum'} value. "
