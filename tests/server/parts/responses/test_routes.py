@@ -207,11 +207,9 @@ def test_input_items(server: RunningServer) -> None:
     assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", "msg_4", "msg_0", False)
     page = get(server, f"{response_id}/input_items?order=asc&limit=2&after=msg_1").json()
     assert ([item["id"] for item in page["data"]], page["has_more"]) == (["msg_2", "msg_3"], True)
-    below, above, invalid = "integer_below_min_value", "integer_above_max_value", "invalid_value"
-    for query, code in (("order=up", invalid), ("limit=0", below), ("limit=101", above), ("after=x", invalid)):
+    for query in ("order=up", "limit=0", "limit=101", f"limit=0099{'9' * 5000}", "after=x"):
         error = check_error(get(server, f"{response_id}/input_items?{query}"), 400)
-        assert (error["param"], error["code"]) == (query.partition("=")[0], code)
-    check_error(get(server, f"{response_id}/input_items?limit=0099{'9' * 5000}"), 400)
+        assert (error["param"], "decimal" in error["code"]) == (query.partition("=")[0], False)
 
 
 # Cancellation, disconnects and background responses.
