@@ -236,8 +236,9 @@ def plan_cache(
     """
     has_rotary = isinstance(device_memory, CudaMemory)
     own = plan_memory(sizes, config, max_model_len, device_memory, has_rotary=has_rotary)
-    num_blocks, length = part.least(own.num_blocks, own.max_model_len)
-    memory = replace(own, num_blocks=num_blocks, max_model_len=length, blocks_per_request=sizes.num_blocks(length))
+    num_blocks, length, num_states = part.least(own.num_blocks, own.max_model_len, own.num_states)
+    memory = replace(own, num_blocks=num_blocks, max_model_len=length, num_states=num_states)
+    memory = replace(memory, blocks_per_request=sizes.num_blocks(length))
     if length < max_model_len:
         with torch.inference_mode():
             model.set_max_model_len(length)

@@ -42,6 +42,8 @@ class FeedForward(Protocol):
 class Mixer(Protocol):
     """Attention, or another mixer of tokens."""
 
+    o_proj: Linear
+
     @property
     def linears(self) -> Sequence[Linear]:
         """The linear layers, in the order of their use."""

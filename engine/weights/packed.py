@@ -44,7 +44,7 @@ class Quantized(Protocol):
     def select_rows(self, rows: slice | npt.NDArray[np.int64]) -> Quantized:
         """Return some rows: a view for a slice, a copy for indices."""
 
-    def select_columns(self, columns: slice) -> Quantized:
+    def select_columns(self, columns: npt.NDArray[np.int64]) -> Quantized:
         """Return a copy of some whole blocks of each row."""
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -82,10 +82,10 @@ class PackedTensor:
     def column_block(self) -> int:
         return GGML_TYPES_BY_NAME[self.type_name].block_size
 
-    def select_columns(self, columns: slice) -> PackedTensor:
+    def select_columns(self, columns: npt.NDArray[np.int64]) -> PackedTensor:
         blocks = self.data.reshape(self.shape[0], self.shape[1] // self.column_block, -1)
-        data = blocks[:, columns.start // self.column_block : columns.stop // self.column_block]
-        return PackedTensor(self.type_name, (self.shape[0], columns.stop - columns.start), data.reshape(-1))
+        data = blocks[:, columns[:: self.column_block] // self.column_block]
+        return PackedTensor(self.type_name, (self.shape[0], len(columns)), data.reshape(-1))
 
     @property
     def layout(self) -> Hashable:

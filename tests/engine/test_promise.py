@@ -234,14 +234,20 @@ SHARED = TINY_SHAPE | {"num_attention_heads": 8, "vocab_size": VOCAB_SIZE, "max_
 
 @pytest.mark.checklist("E15")
 @pytest.mark.parametrize(
-    ("num_ranks", "head_dim"),
-    [(2, 16), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 16), (4, 16), (2, 8)))],
+    ("num_ranks", "kind"),
+    [(2, 16), (2, "qwen3_5"), *(pytest.param(*each, marks=LONG) for each in ((4, 16), (2, 8), (2, "lfm2")))],
 )
-def test_ranks_answer_the_same(num_ranks: int, head_dim: int, tmp_path: Path) -> None:
-    """The promise holds within one number of ranks. Heads of 8 are computed by plain torch."""
-    folder = save_random_model(LlamaForCausalLM(LlamaConfig(**SHARED, head_dim=head_dim)), tmp_path, SEED)
+def test_ranks_answer_the_same(num_ranks: int, kind: int | str, tmp_path: Path) -> None:
+    """The promise holds within one number of ranks, for heads of a size, and for a row of the table of families.
+
+    Heads of 8 are computed by plain torch.
+    """
+    if isinstance(kind, str):
+        save_family_model(kind, tmp_path, seed=4)  # whose heads divide
+    else:
+        save_random_model(LlamaForCausalLM(LlamaConfig(**SHARED, head_dim=kind)), tmp_path, SEED)
     config = EngineConfig(
-        model_path=str(folder),
+        model_path=str(tmp_path),
         block_size=BLOCK_SIZE,
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=MAX_MODEL_LEN,

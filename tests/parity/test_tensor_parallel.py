@@ -59,7 +59,7 @@ def log_probabilities(loaded: LoadedModel, num_tokens: int = NUM_TOKENS) -> torc
     return torch.tensor(values)
 
 
-@pytest.mark.parametrize("name", some_families())
+@pytest.mark.parametrize("name", some_families("qwen3_5_moe", "lfm2_moe"))
 def test_ranks_agree_with_one_process(name: str, tmp_path: Path) -> None:
     kernels = "torch" if name in IN_TORCH else "default"
     num_ranks = save_divisible(name, tmp_path)
@@ -76,6 +76,7 @@ def test_ranks_agree_with_one_process(name: str, tmp_path: Path) -> None:
 SHAPES = {
     "dense": Shape("llama", 512, 2, 4, 2, 128, 1024),
     "moe": Shape("qwen3moe", 512, 2, 4, 2, 128, 512, num_experts=4, num_experts_per_tok=4),
+    "hybrid": Shape("qwen35", 512, 4, 4, 2, 128, 1024, num_value_heads=32),
 }
 
 
@@ -94,15 +95,7 @@ def check_packed(path: Path) -> None:
     assert differences["default", 2] < 2 * differences["default", 1] + TOLERANCE, differences
 
 
-@pytest.mark.parametrize(
-    ("shape", "mix"),
-    [
-        ("dense", "q4_k_m"),
-        ("moe", "q4_0"),
-        pytest.param("dense", "q4_0", marks=pytest.mark.long),
-        pytest.param("moe", "q4_k_m", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize(("shape", "mix"), [("dense", "q4_k_m"), ("moe", "q4_0"), ("hybrid", "q4_k_m")])
 def test_packed_gguf_files(shape: str, mix: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_random_gguf(path, SHAPES[shape], MIXES[mix], write_gguf(tmp_path / "tokenizer.gguf", TOKENIZER))

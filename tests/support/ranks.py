@@ -27,10 +27,7 @@ def fail(what: str) -> None:
 
 @contextmanager
 def load_ranks(config: EngineConfig) -> Iterator[LoadedModel]:
-    """Load a model in as many processes as the settings say, with one thread each; one may be enough."""
-    if config.tensor_parallel_size == 1:
-        yield load_model(config)
-        return
+    """Load a model in as many processes as the settings say, with one thread each."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     group = Leader(EngineProcessConfig(address="", config=config), fail)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from engine.kernels.interface import LinearOp
 from engine.model import CausalLM, Parameters
-from engine.model.attention import Attention, PagedAttention
+from engine.model.attention import Attention
 from engine.model.layer_builder import FeedForward
 from engine.model.linear import Linear
 from engine.model.mlp import MLP, Experts
 from engine.model.variants import MLPAndExperts
 from engine.parts.distributed.collectives import Collectives
-from engine.parts.distributed.plan import Axis, ShardingPlan
+from engine.parts.distributed.plan import ShardingPlan
 from engine.weights.layout import HEAD
 
 
@@ -68,8 +68,7 @@ class NormedProjection(Linear):
 def build_parallel(plan: ShardingPlan, parameters: Parameters, collectives: Collectives, **options: Any) -> CausalLM:
     """Return this rank's part of a model. `options` are those of `CausalLM`."""
     kernels, config = options["kernels"], plan.config
-    rows = plan.part(HEAD, Axis.VOCABULARY, config.vocab_size)
-    head = kernels.pack([parameters.take_weight(HEAD, rows.stop - rows.start, config.hidden_size)])
+    head = kernels.pack([parameters.take_weight(HEAD, plan.vocabulary_sizes[plan.rank], config.hidden_size)])
     norms = [_take_norms(parameters, plan, index) for index in range(config.num_hidden_layers)]
     model = CausalLM(plan.local_config(), parameters, **options)
     for layer, weights in zip(model.layers, norms, strict=True):
@@ -78,7 +77,6 @@ def build_parallel(plan: ShardingPlan, parameters: Parameters, collectives: Coll
             attention.qkv_proj = NormedProjection(
                 attention.qkv_proj, weights, plan.rank, collectives, config.rms_norm_eps
             )
-        assert isinstance(attention, PagedAttention)
         attention.o_proj = RowParallelLinear(attention.o_proj, collectives)
         layer.mlp = parallel_feed_forward(layer.mlp, collectives)
     model.lm_head = gathering(kernels.linear(head, is_float32=True), plan.vocabulary_sizes, collectives)
@@ -109,8 +107,8 @@ def gathering(product: LinearOp, sizes: Sequence[int], collectives: Collectives)
 
 def _take_norms(parameters: Parameters, plan: ShardingPlan, layer: int) -> list[Tensor]:
     """Return the weights of the norms of all heads at once of a layer; an empty list if it has none."""
-    attention = plan.config.attentions[layer]
-    if attention.qk_norm != "all":
+    attention = plan.config.layers[layer].attention
+    if attention is None or attention.qk_norm != "all":
         return []
     heads = {"q": attention.num_heads, "k": attention.num_kv_heads}
     prefix, size = f"model.layers.{layer}.self_attn", attention.head_dim

@@ -1,7 +1,8 @@
 """The sharding plan: which parameters are divided among the ranks, and along what (Shoeybi et al. 2019).
 
-What makes heads or the inner numbers of an MLP is divided by rows, and what reads them by columns: so the results of
-`o_proj`, `down_proj` and the experts are parts of a sum. All else is the same on each rank.
+What makes heads, the inner numbers of an MLP or the channels of a convolution is divided by rows, and what reads them
+by columns: so the results of `o_proj`, `out_proj`, `down_proj` and the experts are parts of a sum. All else is the same
+on each rank.
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.config import AttentionSpec, ExpertsSpec, LayerSpec, MLPSpec, ModelConfig
+from engine.config import (
+    AttentionSpec,
+    ExpertsSpec,
+    GatedDeltaNetSpec,
+    LayerSpec,
+    MixerSpec,
+    MLPSpec,
+    ModelConfig,
+    ShortConvSpec,
+)
 from engine.parts.lora.checkpoint import LoraMatrices
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
@@ -35,7 +46,12 @@ class Axis(Enum):
 
     HEADS = auto()  # of queries
     KV_HEADS = auto()  # if there are more ranks than these, several ranks have the same one
-    WIDTH = auto()  # inner numbers of an MLP or of each expert: in whole blocks, so that parts may differ in size
+    KEYS_AND_VALUES = auto()  # of the heads of a gated delta net: queries, keys and values, one after the other
+    VALUES = auto()  # of these heads, of which a rank has those of its key heads
+    # Inner numbers of an MLP or of each expert, or channels of a short convolution: in whole blocks, so that parts may
+    # differ in size.
+    WIDTH = auto()
+    THREE_WIDTHS = auto()  # one after the other
     VOCABULARY = auto()
 
 
@@ -53,14 +69,20 @@ class OnFirstRank:
 _MLP = r"\.mlp\.(shared_experts\.|experts\.\d+\.)?"
 PLAN: Sequence[tuple[str, Split | OnFirstRank]] = (
     (r"lm_head\.weight", Split(0, Axis.VOCABULARY)),
-    (r".*\.self_attn\.(q_proj|q_b_proj|k_b_proj|v_b_proj|sinks)\.(weight|bias)", Split(0, Axis.HEADS)),
+    (r".*\.self_attn\.(q_proj|g_proj|q_b_proj|k_b_proj|v_b_proj|sinks)\.(weight|bias)", Split(0, Axis.HEADS)),
     (r".*\.self_attn\.[kv]_proj\.(weight|bias)", Split(0, Axis.KV_HEADS)),
     (r".*\.self_attn\.o_proj\.weight", Split(1, Axis.HEADS)),
     (rf".*{_MLP}(gate|up)_proj\.weight", Split(0, Axis.WIDTH)),
     (r".*\.mlp\.(shared_experts\.)?(gate|up)_proj\.bias", Split(0, Axis.WIDTH)),
     (r".*\.mlp\.experts\.(gate|up)_proj\.bias", Split(1, Axis.WIDTH)),
     (rf".*{_MLP}down_proj\.weight", Split(1, Axis.WIDTH)),
-    (r".*\.(o_proj|down_proj)\.bias", OnFirstRank()),
+    (r".*\.linear_attn\.(in_proj_qkv|conv1d)\.weight", Split(0, Axis.KEYS_AND_VALUES)),
+    (r".*\.linear_attn\.(in_proj_[zba]\.weight|decay|dt\.bias)", Split(0, Axis.VALUES)),
+    (r".*\.linear_attn\.out_proj\.weight", Split(1, Axis.VALUES)),
+    (r".*\.conv\.in_proj\.(weight|bias)", Split(0, Axis.THREE_WIDTHS)),
+    (r".*\.conv\.conv\.(weight|bias)", Split(0, Axis.WIDTH)),
+    (r".*\.conv\.out_proj\.weight", Split(1, Axis.WIDTH)),
+    (r".*\.(o_proj|out_proj|down_proj)\.bias", OnFirstRank()),
 )
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -81,32 +103,45 @@ class ShardingPlan:
         """Return how a parameter is divided; None if it is not."""
         return next((rule for pattern, rule in PLAN if re.fullmatch(pattern, name)), None)
 
-    def part(self, name: str, axis: Axis, size: int) -> slice:
-        """Return the part of this rank in a dimension of a parameter."""
-        return self.parts(name, axis, size)[self.rank]
+    def part(self, name: str, axis: Axis, size: int) -> NDArray[np.int64]:
+        """Return the indices of this rank's part in a dimension of a parameter."""
+        return _indices(self.parts(name, axis, size)[self.rank])
 
-    def parts(self, name: str, axis: Axis, size: int) -> list[slice]:
-        """Return the parts of all ranks in a dimension of a parameter, of which `size` is the whole."""
-        if axis is Axis.WIDTH:
+    def parts(self, name: str, axis: Axis, size: int) -> list[list[slice]]:
+        """Return the parts of all ranks in a dimension of a parameter, of which `size` is the whole.
+
+        They are those of its sections, which follow each other and are divided one by one. If the size is wrong, so is
+        that of some part.
+        """
+        match = LAYER.match(name)
+        layer = self.config.layers[int(match[1])] if match and int(match[1]) < len(self.config.layers) else None
+        mixer, attention = (layer.mixer, layer.attention) if layer else (None, None)
+        sections = _sections(axis, size, mixer)
+        divided = [self._divide(axis, section, attention) for section in sections]
+        starts = list(accumulate(sections, initial=0))
+        return [
+            [slice(start + part.start, start + part.stop) for start, part in zip(starts, parts, strict=False)]
+            for parts in zip(*divided, strict=True)
+        ]
+
+    def _divide(self, axis: Axis, size: int, attention: AttentionSpec | None) -> list[slice]:
+        if axis in (Axis.WIDTH, Axis.THREE_WIDTHS):
             return self.width_parts(size)
         if axis is Axis.VOCABULARY:
             return divide(size, self.num_ranks, VECTOR_BLOCK)
         num_pieces = self.num_ranks
-        if axis is Axis.KV_HEADS:
-            match = LAYER.match(name)
-            assert match is not None
-            num_pieces = min(num_pieces, self.config.attentions[int(match[1])].num_kv_heads)
-        piece = size // num_pieces
-        numbers = [rank * num_pieces // self.num_ranks for rank in range(self.num_ranks)]
-        return [slice(number * piece, (number + 1) * piece) for number in numbers]
+        if axis is Axis.KV_HEADS and attention is not None:
+            num_pieces = min(num_pieces, attention.num_kv_heads)
+        pieces = divide(size, num_pieces, 1)
+        return [pieces[rank * num_pieces // self.num_ranks] for rank in range(self.num_ranks)]
 
     def width_parts(self, width: int) -> list[slice]:
-        """Return the parts of all ranks in the width of an MLP.
+        """Return the parts of all ranks in the width of an MLP, or the channels of a short convolution.
 
         They are whole blocks of the files' formats if these are enough, so that packed weights stay packed.
         """
-        blocks = (self.column_block, VECTOR_BLOCK, 1)
-        block = next(block for block in blocks if width % block == 0 and width // block >= self.num_ranks)
+        blocks = (self.column_block, VECTOR_BLOCK)
+        block = next((block for block in blocks if width % block == 0 and width // block >= self.num_ranks), 1)
         return divide(width, self.num_ranks, block)
 
     @property
@@ -126,6 +161,7 @@ class ShardingPlan:
         return msgspec.structs.replace(
             layer,
             attention=self._local_attention(layer.attention),
+            mixer=self._local_mixer(layer.mixer),
             mlp=self._local_mlp(layer.mlp),
             experts=self._local_experts(layer.experts),
         )
@@ -138,17 +174,43 @@ class ShardingPlan:
             qk_norm="none" if attention.qk_norm == "all" else attention.qk_norm,  # see `parallelize`
         )
 
+    def _local_mixer(self, mixer: MixerSpec | None) -> MixerSpec | None:
+        if isinstance(mixer, ShortConvSpec):
+            return msgspec.structs.replace(mixer, num_channels=self._width(mixer.num_channels))
+        return mixer and msgspec.structs.replace(
+            mixer,
+            num_key_heads=mixer.num_key_heads // self.num_ranks,
+            num_value_heads=mixer.num_value_heads // self.num_ranks,
+        )
+
     def _local_mlp(self, mlp: MLPSpec | None) -> MLPSpec | None:
-        return None if mlp is None else msgspec.structs.replace(mlp, intermediate_size=self._width(mlp))
+        return mlp and msgspec.structs.replace(mlp, intermediate_size=self._width(mlp.intermediate_size))
 
     def _local_experts(self, experts: ExpertsSpec | None) -> ExpertsSpec | None:
         if experts is None:
             return None
         shared = self._local_mlp(experts.shared)
-        return msgspec.structs.replace(experts, intermediate_size=self._width(experts), shared=shared)
+        width = self._width(experts.intermediate_size)
+        return msgspec.structs.replace(experts, intermediate_size=width, shared=shared)
 
-    def _width(self, spec: MLPSpec | ExpertsSpec) -> int:
-        return _size(self.width_parts(spec.intermediate_size)[self.rank])
+    def _width(self, width: int) -> int:
+        return _size(self.width_parts(width)[self.rank])
+
+
+def _sections(axis: Axis, size: int, mixer: MixerSpec | None) -> list[int]:
+    """Return the sizes of what is divided one by one in a dimension of a parameter; if they do not add up, its own."""
+    sections = [size // 3] * 3 if axis is Axis.THREE_WIDTHS else [size]
+    if axis in (Axis.KEYS_AND_VALUES, Axis.VALUES) and isinstance(mixer, GatedDeltaNetSpec):
+        keys = [mixer.num_key_heads * mixer.key_head_dim] * 2 if axis is Axis.KEYS_AND_VALUES else []
+        # Tiles have one value head of each key head.
+        num_tiles = mixer.num_value_heads // mixer.num_key_heads if mixer.is_tiled else 1
+        sections = [*keys, *[(size - sum(keys)) // num_tiles] * num_tiles]
+    return sections if sum(sections) == size and min(sections) > 0 else [size]
+
+
+def _indices(pieces: Sequence[slice]) -> NDArray[np.int64]:
+    indices: NDArray[np.int64] = np.r_[tuple(pieces)]
+    return indices
 
 
 def divide(size: int, num_parts: int, block: int) -> list[slice]:
@@ -165,39 +227,43 @@ def _size(part: slice) -> int:
 
 def check_num_ranks(config: ModelConfig, num_ranks: int) -> None:
     """Raise ValueError, with the numbers that work, unless each layer divides among `num_ranks` ranks."""
-    if config.mixers:
-        raise ValueError(
-            f"--tensor-parallel-size {num_ranks}: layers that have a state in place of attention are not divided"
-        )
-    attentions = set(config.attentions.values())
-    if all(_divides(attention, num_ranks) for attention in attentions) and num_ranks <= _least_width(config):
+    specs = list(dict.fromkeys(layer.attention or layer.mixer for layer in config.layers))
+    most = _least_width(config)
+    if num_ranks <= most and all(_divides(spec, num_ranks) for spec in specs):
         return
-    most = min(_least_width(config), *(attention.num_heads for attention in attentions))
-    working = [n for n in range(2, most + 1) if all(_divides(attention, n) for attention in attentions)]
-    kinds = sorted({(attention.num_heads, attention.num_kv_heads) for attention in attentions})
-    heads = " and of ".join(
-        f"{num_heads} attention heads and {num_kv_heads} KV heads" for num_heads, num_kv_heads in kinds
-    )
+    working = [n for n in range(2, most + 1) if all(_divides(spec, n) for spec in specs)]
+    heads = " and of ".join(dict.fromkeys(filter(None, map(_heads, specs))))
     raise ValueError(
         f"--tensor-parallel-size {num_ranks}: the model has layers of {heads}, "
         f"which {f'divide among {_listed(working)} ranks only' if working else 'do not divide'}"
     )
 
 
-def _divides(attention: AttentionSpec, num_ranks: int) -> bool:
+def _divides(spec: AttentionSpec | MixerSpec | None, num_ranks: int) -> bool:
     """Return whether each rank gets as many heads as any other, and these share KV heads as all heads do.
 
     A norm of all heads at once needs each KV head once.
     """
-    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
-    repeats = num_ranks % num_kv_heads == 0 and attention.qk_norm != "all"
+    if isinstance(spec, GatedDeltaNetSpec):
+        return spec.num_key_heads % num_ranks == 0
+    if not isinstance(spec, AttentionSpec):
+        return True
+    num_heads, num_kv_heads = spec.num_heads, spec.num_kv_heads
+    repeats = num_ranks % num_kv_heads == 0 and spec.qk_norm != "all"
     return num_heads % num_ranks == 0 and (num_kv_heads % num_ranks == 0 or repeats)
+
+
+def _heads(spec: AttentionSpec | MixerSpec | None) -> str:
+    if isinstance(spec, AttentionSpec):
+        return f"{spec.num_heads} attention heads and {spec.num_kv_heads} KV heads"
+    return f"{spec.num_key_heads} key heads" if isinstance(spec, GatedDeltaNetSpec) else ""
 
 
 def _least_width(config: ModelConfig) -> int:
     mlps = [layer.mlp for layer in config.layers] + [layer.experts and layer.experts.shared for layer in config.layers]
     specs: list[MLPSpec | ExpertsSpec | None] = [*mlps, *(layer.experts for layer in config.layers)]
-    return min(spec.intermediate_size for spec in specs if spec is not None)
+    channels = [mixer.num_channels for mixer in config.mixers.values() if isinstance(mixer, ShortConvSpec)]
+    return min(channels + [spec.intermediate_size for spec in specs if spec is not None])
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -238,21 +304,21 @@ def shard(
 
 def _part(name: str, weight: Weight, plan: ShardingPlan, dtype: torch.dtype) -> Weight:
     rule = plan.rule(name)
-    if rule is None:
-        return weight
     if isinstance(rule, OnFirstRank):
         assert isinstance(weight, Tensor)
         return weight if plan.rank == 0 else torch.zeros_like(weight)
+    if rule is None or rule.dim >= len(weight.shape):
+        return weight
     parts = plan.parts(name, rule.axis, weight.shape[rule.dim])
-    part = parts[plan.rank]
+    own = parts[plan.rank]
     if rule.dim == 0:
-        is_mapped = isinstance(weight, PackedTensor)
-        return select_rows(weight, part if is_mapped else np.arange(part.start, part.stop))  # a view keeps the rest
+        is_view = isinstance(weight, PackedTensor) and len(own) == 1  # of a mapped file; others would keep the rest
+        return select_rows(weight, own[0] if is_view else _indices(own))
     if isinstance(weight, Tensor):
-        return weight[:, part].clone()
-    if any(border % weight.column_block for some in parts for border in (some.start, some.stop)):
-        return weight.dequantize(dtype)[:, part].clone()
-    return weight.select_columns(part)
+        return torch.cat([weight[:, piece] for piece in own], dim=1)
+    if any(border % weight.column_block for some in parts for piece in some for border in (piece.start, piece.stop)):
+        return weight.dequantize(dtype)[:, _indices(own)]
+    return weight.select_columns(_indices(own))
 
 
 def shard_lora(name: str, matrices: LoraMatrices, plan: ShardingPlan) -> LoraMatrices:

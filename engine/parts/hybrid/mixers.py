@@ -54,7 +54,7 @@ class Mixer(ABC):
     """A mixer and its projections; this class and its subclasses compute in plain torch."""
 
     in_proj: Linear
-    out_proj: Linear
+    o_proj: Linear
 
     def __init__(self, index: int, spec: MixerSpec, kernels: Kernels) -> None:
         self.index = index
@@ -63,16 +63,16 @@ class Mixer(ABC):
 
     @abstractmethod
     def project(self, x: Tensor, inputs: LayerInputs) -> list[Tensor]:
-        """Advance the states by hidden states [T, hidden_size]; return what `out_proj` reads of each row."""
+        """Advance the states by hidden states [T, hidden_size]; return what `o_proj` reads of each row."""
 
     def __call__(self, projected: list[Tensor], inputs: LayerInputs, residual: Tensor | None) -> Tensor:
         """Return the output for what `project` returned, or add it to `residual` in place."""
-        return self.out_proj(projected[0], inputs.lora_slots, residual)
+        return self.o_proj(projected[0], inputs.lora_slots, residual)
 
     @property
     def linears(self) -> list[Linear]:
         """The linear layers, in the order of their use."""
-        return [self.in_proj, self.out_proj]
+        return [self.in_proj, self.o_proj]
 
     def take_convolution(self, parameters: Parameters, name: str) -> Tensor:
         """Take the weights of the convolution, and return them as float32 [conv_size, C], the row itself last."""
@@ -148,7 +148,7 @@ class GatedDeltaNet(Mixer):
         self.norm = parameters.take(f"{prefix}.norm.weight", spec.value_head_dim).float()
         self.eps = config.rms_norm_eps
         out = [(f"{prefix}.out_proj", config.hidden_size)]
-        self.out_proj = Linear(kernels, parameters, out, self.value_size, has_bias=False)
+        self.o_proj = Linear(kernels, parameters, out, self.value_size, has_bias=False)
         heads, num_keys = torch.arange(num_heads, device=kernels.device), spec.num_key_heads
         self.key_heads = heads % num_keys if spec.is_tiled else heads // (num_heads // num_keys)  # of value heads
 
@@ -211,7 +211,7 @@ class ShortConv(Mixer):
         self.conv = self.take_convolution(parameters, f"{prefix}.conv.weight")
         self.bias = parameters.take(f"{prefix}.conv.bias", size).float() if spec.bias else None
         out = [(f"{prefix}.out_proj", config.hidden_size)]
-        self.out_proj = Linear(kernels, parameters, out, size, has_bias=spec.bias)
+        self.o_proj = Linear(kernels, parameters, out, size, has_bias=spec.bias)
 
     def project(self, x: Tensor, inputs: LayerInputs) -> list[Tensor]:
         b, c, x = torch.split(self.in_proj(x, inputs.lora_slots), self.num_channels, dim=1)

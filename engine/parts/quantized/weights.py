@@ -70,12 +70,13 @@ class GroupQuantized:
         """Return the number of successive columns that cannot be divided."""
         return self.shape[1] if self.column_groups is not None else self.group_size
 
-    def select_columns(self, columns: slice) -> GroupQuantized:
+    def select_columns(self, columns: NDArray[np.int64]) -> GroupQuantized:
         """Return a copy of some whole groups of each row."""
-        codes = self.codes[:, columns.start * self.bits // 8 : columns.stop * self.bits // 8].clone()
-        groups = slice(columns.start // self.column_block, columns.stop // self.column_block)
-        zero_points = None if self.zero_points is None else self.zero_points[:, groups].clone()
-        return GroupQuantized(self.bits, codes, self.scales[:, groups].clone(), zero_points)
+        per_byte = 8 // self.bits
+        codes = self.codes[:, torch.from_numpy(columns[::per_byte] // per_byte)]
+        groups = torch.from_numpy(columns[:: self.column_block] // self.column_block)
+        zero_points = None if self.zero_points is None else self.zero_points[:, groups]
+        return GroupQuantized(self.bits, codes, self.scales[:, groups], zero_points)
 
     def offsets(self) -> Tensor:
         """Return the zero points as float32 [rows, groups]."""
@@ -183,13 +184,12 @@ class Float8Tensor:
         """Return the number of successive columns that cannot be divided."""
         return FLOAT8_BLOCK if self.scales.shape[1] > 1 else 1
 
-    def select_columns(self, columns: slice) -> Float8Tensor:
+    def select_columns(self, columns: NDArray[np.int64]) -> Float8Tensor:
         """Return a copy of some whole blocks of columns."""
-        codes = self.codes.view(torch.uint8)[:, columns].clone().view(torch.float8_e4m3fn)
+        codes = self.codes.view(torch.uint8)[:, torch.from_numpy(columns)].view(torch.float8_e4m3fn)
         if self.scales.shape[1] == 1:
             return Float8Tensor(codes, self.scales)
-        blocks = slice(columns.start // FLOAT8_BLOCK, -(-columns.stop // FLOAT8_BLOCK))
-        return Float8Tensor(codes, self.scales[:, blocks].clone())
+        return Float8Tensor(codes, self.scales[:, torch.from_numpy(columns[::FLOAT8_BLOCK] // FLOAT8_BLOCK)])
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix as a tensor [rows, columns] in `dtype`, computed in float32."""

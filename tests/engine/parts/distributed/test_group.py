@@ -15,7 +15,7 @@ from engine.config import EngineConfig, EngineProcessConfig
 from engine.parts.distributed.collectives import SharedMemory
 from engine.parts.distributed.execution import LeadingRunner
 from engine.parts.distributed.group import Leader
-from engine.parts.distributed.rank import check_cores, load, use_own_cores
+from engine.parts.distributed.rank import check_cores, load
 from tests.support.processes import processes_of
 from tests.support.ranks import fail
 from tests.support.tiny_engine import TINY_SHAPE
@@ -105,13 +105,8 @@ def cores_restored() -> Iterator[None]:
 
 
 def test_each_rank_needs_a_core() -> None:
-    check_cores(2, 2)
     with pytest.raises(ValueError, match="--cpu-affinity auto: 3 ranks need a core each, but this process may use 2"):
         check_cores(2, 3)
-    with cores_restored():
-        use_own_cores(0, len(ALLOWED), binds=True)
-        assert len(os.sched_getaffinity(0)) == 1
-        assert torch.get_num_threads() == 1
 
 
 @pytest.mark.skipif(len(ALLOWED) < 2, reason="each rank needs a core")
@@ -123,4 +118,5 @@ def test_ranks_run_on_cores_of_their_own(folder: Path) -> None:
         own, others = os.sched_getaffinity(0), set(rank_process().cpu_affinity())
         assert own | others == ALLOWED
         assert not own & others
+        assert torch.get_num_threads() <= len(own)
         loaded.runner.group.close()

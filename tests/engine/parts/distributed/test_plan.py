@@ -1,9 +1,12 @@
 """The sharding plan: which numbers of ranks work, and where parameters are cut."""
 
-import msgspec
-import pytest
+import re
+from typing import Any
 
-from engine.config import ModelConfig
+import pytest
+from msgspec.structs import replace
+
+from engine.config import GatedDeltaNetSpec, ModelConfig, ShortConvSpec
 from engine.parts.distributed.plan import Axis, ShardingPlan, check_num_ranks, divide
 from tests.support.model_configs import TINY, llama_config
 
@@ -12,6 +15,18 @@ def config(num_heads: int, num_kv_heads: int, width: int = 1536) -> ModelConfig:
     heads = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
     sizes = {"vocab_size": 288, "num_token_ids": 288, "hidden_size": 64, "intermediate_size": width}
     return llama_config(**TINY | heads | sizes)
+
+
+def changed(**changes: Any) -> ModelConfig:
+    """Return a model with changes to all layers."""
+    model = config(8, 2)
+    return replace(model, layers=tuple(replace(layer, **changes) for layer in model.layers))
+
+
+def delta_net(num_keys: int, *, is_tiled: bool = False) -> ModelConfig:
+    """Return a model with three value heads for each key head."""
+    sizes = {"num_key_heads": num_keys, "num_value_heads": 3 * num_keys, "key_head_dim": 16, "value_head_dim": 32}
+    return changed(attention=None, mixer=GatedDeltaNetSpec(**sizes, conv_size=4, is_tiled=is_tiled))
 
 
 def plans(num_ranks: int, model: ModelConfig, column_block: int = 32) -> list[ShardingPlan]:
@@ -25,40 +40,42 @@ def test_parts_are_whole_blocks_that_cover_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "working", "refused"),
-    [((9, 3), (3, 9), {2: "3 or 9", 4: "3 or 9", 6: "3 or 9"}), ((8, 2), (2, 4, 8), {3: "2, 4 or 8", 16: "2, 4 or 8"})],
+    ("model", "refused", "told"),
+    [
+        (config(9, 3), (2, 4, 6), "9 attention heads and 3 KV heads, which divide among 3 or 9"),
+        (config(8, 2), (3, 16), "8 attention heads and 2 KV heads, which divide among 2, 4 or 8"),
+        (config(12, 4), (3,), "12 attention heads and 4 KV heads, which divide among 2, 4 or 12"),
+        # A norm of all heads needs each KV head once.
+        (changed(attention=replace(config(8, 2).attentions[0], qk_norm="all")), (4,), "divide among 2"),
+        (delta_net(4), (3, 8), "layers of 4 key heads, which divide among 2 or 4"),
+        (changed(attention=None, mixer=ShortConvSpec(num_channels=3, conv_size=3)), (4,), "divide among 2 or 3"),
+    ],
 )
-def test_numbers_of_ranks(heads: tuple[int, int], working: tuple[int, ...], refused: dict[int, str]) -> None:
-    for num_ranks in (1, *working):
-        check_num_ranks(config(*heads), num_ranks)
-    for num_ranks, numbers in refused.items():
-        with pytest.raises(
-            ValueError, match=f"--tensor-parallel-size {num_ranks}: .*divide among {numbers} ranks only"
-        ):
-            check_num_ranks(config(*heads), num_ranks)
+def test_numbers_of_ranks(model: ModelConfig, refused: tuple[int, ...], told: str) -> None:
+    for num_ranks in (1, *map(int, re.findall(r"\d+", told.rpartition("among")[2]))):
+        check_num_ranks(model, num_ranks)
+    for num_ranks in refused:
+        with pytest.raises(ValueError, match=f"--tensor-parallel-size {num_ranks}: .*{told} ranks only"):
+            check_num_ranks(model, num_ranks)
 
 
-def test_kv_heads_that_would_be_divided_between_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"12 attention heads and 4 KV heads.* among 2, 4 or 12 ranks only"):
-        check_num_ranks(config(12, 4), 3)
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_a_rank_has_the_value_heads_of_its_key_heads(is_tiled: bool) -> None:
+    def rows(first: int, size: int, heads: list[int]) -> list[int]:
+        return [first + head * size + row for head in heads for row in range(size)]
 
-
-def test_a_norm_of_all_heads_needs_each_kv_head_once() -> None:
-    model = config(8, 2)
-    layers = tuple(
-        msgspec.structs.replace(layer, attention=msgspec.structs.replace(model.attentions[0], qk_norm="all"))
-        for layer in model.layers
-    )
-    normed = msgspec.structs.replace(model, layers=layers)
-    check_num_ranks(normed, 2)
-    with pytest.raises(ValueError, match="among 2 ranks only"):
-        check_num_ranks(normed, 4)
+    for plan in plans(2, delta_net(4, is_tiled=is_tiled)):
+        keys = [2 * plan.rank, 2 * plan.rank + 1]
+        values = [head for head in range(12) if (head % 4 if is_tiled else head // 3) in keys]
+        assert plan.part("model.layers.0.linear_attn.out_proj.weight", Axis.VALUES, 384).tolist() == rows(0, 32, values)
+        expected = rows(0, 16, keys) + rows(64, 16, keys) + rows(128, 32, values)
+        assert plan.part("model.layers.0.linear_attn.conv1d.weight", Axis.KEYS_AND_VALUES, 512).tolist() == expected
+        assert plan.local_config().mixers[0].num_channels == len(expected)
 
 
 def test_ranks_share_kv_heads_with_their_neighbours() -> None:
-    name = "model.layers.0.self_attn.k_proj.weight"
-    parts = [plan.part(name, Axis.KV_HEADS, 32) for plan in plans(4, config(8, 2))]
-    assert parts == [slice(0, 16)] * 2 + [slice(16, 32)] * 2
+    parts = plans(4, config(8, 2))[0].parts("model.layers.0.self_attn.k_proj.weight", Axis.KV_HEADS, 32)
+    assert parts == [[slice(0, 16)]] * 2 + [[slice(16, 32)]] * 2
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from engine.parts.lora.slots import LoraAdapters
 from engine.shared.messages import LoadAdapter, SamplingParams, Submit
 from tests.engine.parts.inspection.test_inspector import ask, inspector_of, weights_of
 from tests.support.answers import run
+from tests.support.family_models import save_family_model
 from tests.support.kernel_choice import choose_kernels
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
@@ -34,9 +35,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_random_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path_factory.mktemp("llama"), seed=1)
-    save_random_adapter(folder / "adapter", load_model_config(folder), 2, ranks={"": 4}, strength=1.0)
-    return folder
+    return save_random_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path_factory.mktemp("llama"), seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +61,19 @@ def prompt_logprobs(loaded: LoadedModel, adapter: str) -> list[float]:
     return [entry.logprob for entry in answer.prompt_logprobs]
 
 
-def test_adapters_are_those_of_one_process(llama: Path) -> None:
-    """One is loaded at start by each rank, the same one later through rank 0."""
-    adapters: dict[str, Any] = {"lora_modules": {"start": str(llama / "adapter")}, "max_loras": 2}
-    whole = load_model(settings_of(llama, **adapters))
+def test_adapters_are_those_of_one_process(tmp_path: Path) -> None:
+    """One is loaded at start by each rank, the same one later through rank 0: of attention, mixers and MLPs."""
+    save_family_model("qwen3_5", tmp_path, seed=4)  # whose heads divide
+    save_random_adapter(tmp_path / "adapter", load_model_config(tmp_path), 2, ranks={"": 4}, strength=1.0)
+    adapters: dict[str, Any] = {"lora_modules": {"start": str(tmp_path / "adapter")}, "max_loras": 2}
+    whole = load_model(settings_of(tmp_path, **adapters))
     expected = {name: prompt_logprobs(whole, name) for name in ("", "start")}
     assert expected[""] != pytest.approx(expected["start"], abs=0.1)
-    config = settings_of(llama, tensor_parallel_size=2, **adapters)
+    config = settings_of(tmp_path, tensor_parallel_size=2, **adapters)
     with load_threads(config) as loaded:
         assert isinstance(loaded.adapters, LoraAdapters)
         updates = AdapterUpdates(loaded.adapters, loaded.config, Engine(config, loaded).scheduler)
-        updates.add(b"", LoadAdapter(request_id="l", name="later", path=str(llama / "adapter")))
+        updates.add(b"", LoadAdapter(request_id="l", name="later", path=str(tmp_path / "adapter")))
         done: list[str] = []
         while updates.queue:
             done += [reply.error for _, reply in updates.advance()]
