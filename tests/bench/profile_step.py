@@ -19,7 +19,7 @@ import torch
 from engine.config import EngineConfig, EngineProcessConfig
 from engine.execution import CpuExecution
 from engine.kernels.cpu.library import Program
-from engine.loading import LoadedModel
+from engine.loading import LoadedModel, load_model
 from engine.parts.distributed.rank import load
 from server.model_paths import resolve_model
 from tests.bench.engines import engine_with
@@ -52,7 +52,8 @@ def main() -> None:
         tensor_parallel_size=arguments.ranks,
         speculative="off",
     )
-    loaded = load(EngineProcessConfig(address="", config=config), sys.exit)
+    process = EngineProcessConfig(address="", config=config)
+    loaded = load_model(config) if arguments.ranks == 1 else load(process, sys.exit)
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     steps(loaded, 2, 16, max_tokens=9, num_tokens=2)  # warm-up
     columns = {
