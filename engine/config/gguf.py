@@ -69,6 +69,13 @@ DEFAULTED_KEYS = {
     "num_nextn_predict_layers": "nextn_predict_layers",
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
+    "conv_L_cache": "shortconv.l_cache",
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "full_attention_interval": "full_attention_interval",
+    "recurrent_layers": "attention.recurrent_layers",
 }
 V_NAMES = ("attn_v", "attn_qkv")  # tensors that hold the projection of values
 YARN_KEYS = {
@@ -181,6 +188,8 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     if isinstance(pattern, list):
         values["layer_types"] = [SLIDING if is_sliding else FULL for is_sliding in pattern]
     keys |= {"rope_scaling": f"{arch}.rope.scaling", "qk_nope_head_dim": keys["head_dim"]}
+    keys["layer_types"] = keys["sliding_window_pattern" if isinstance(pattern, list) else "recurrent_layers"]
+    keys["linear_value_head_dim"] = f"{arch}.ssm.inner_size"
     fields = Fields(metadata.source, values, labels=keys)
     fields = fields.with_values(values | {"rope_scaling": _rope_scaling(metadata, fields, file, arch)})
     size = head_dim(fields)

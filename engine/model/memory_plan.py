@@ -214,8 +214,9 @@ class ContextSizes:
     def describe(self) -> str:
         """Return the sizes of the model that make contexts large."""
         kinds = dict.fromkeys(attention.kv_shape for attention in self._config.attentions.values())
-        heads = ", ".join(f"{kind.num_kv_heads} KV heads of {kind.head_dim}" for kind in list(kinds)[:4])
-        return f"{self._config.num_hidden_layers} layers, {heads}"
+        heads = [f"{kind.num_kv_heads} KV heads of {kind.head_dim}" for kind in list(kinds)[:4]]
+        mixers = dict.fromkeys(mixer.description for mixer in self._config.mixers.values())
+        return ", ".join([f"{self._config.num_hidden_layers} layers", *heads, *list(mixers)[:4]])
 
 
 def check_weight_memory(weight_bytes: int, free: int) -> None:

@@ -75,6 +75,8 @@ def layer_tensors(
     part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout
 ) -> Iterator[tuple[str, Weight]]:
     """Yield the projections that a tensor of a layer holds, with their rows in the model's order. Raises ValueError."""
+    if not weight.shape:
+        raise ValueError("is a single number")
     for name, rows in _split(part, weight, config, layer, layout):
         yield name, _in_model_order(name, rows, config, layer, layout)
 

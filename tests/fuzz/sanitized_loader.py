@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig, KVShape
+from engine.config import EngineConfig, KVShape, ModelConfig
 from engine.core import Engine
 from engine.kernels import lazy_memory
 from engine.kernels.cpu import attention
@@ -19,6 +19,7 @@ from engine.kernels.cpu import library as compiled
 from engine.kernels.interface import LayerCache
 from engine.loading import LoadedModel
 from engine.parts.build_kernels.build import build
+from engine.parts.hybrid import mixers
 from engine.shared.messages import SamplingParams, Submit
 from engine.startup import warm_up
 from tests.fuzz import loader
@@ -47,13 +48,21 @@ def new_kv_cache(
     return [[cache(shape) for shape in group] for group in groups]
 
 
+def new_states(config: ModelConfig, num_states: int, device: torch.device) -> dict[int, Tensor]:
+    """Return states of layers that share no memory."""
+    return {
+        index: torch.zeros(num_states, mixers.state_size(spec), device=device) for index, spec in config.mixers.items()
+    }
+
+
 def answer_requests(config: EngineConfig, loaded: LoadedModel) -> None:
     """Run requests alone and then together: the answers must be the same, to the bit."""
     engine = Engine(config, loaded)
     warm_up(engine, loaded.limits.max_model_len)
-    for layer in loaded.runner.kv_cache.layers.values():
-        for stored in (layer.keys, layer.values):
-            stored.fill_(torch.nan)
+    cache = loaded.runner.kv_cache
+    layers = [stored for layer in cache.layers.values() for stored in (layer.keys, layer.values)]
+    for stored in (*layers, *cache.states.values()):
+        stored.fill_(torch.nan)
     rng, longest, num_ids = random.Random(SEED), loaded.limits.max_model_len, loaded.config.num_token_ids
     num_generated = min(NUM_GENERATED, longest)
     params = SamplingParams(max_tokens=num_generated, temperature=0.0, logprobs=0, ignore_eos=True)
@@ -72,7 +81,7 @@ def main(code_path: str) -> None:
     lazy_memory._huge_pages = allocate
     lazy_memory.Arena.take = lambda self, num_bytes: allocate(num_bytes)  # type: ignore[method-assign]
     compiled.find_library = lambda code_path: library  # type: ignore[assignment, misc]
-    attention.new_kv_cache = new_kv_cache
+    attention.new_kv_cache, mixers.new_states = new_kv_cache, new_states
     compiled.best_code_path = lambda: code_path
     loader.main(answer_requests)
 

@@ -33,7 +33,7 @@ OPTIONAL_KEYS = (
     *(f"rope.scaling.{name}" for name in YARN_KEYS.values()),
     *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scale_linear"),
     *("attention.value_length", "attention.key_length_mla", "attention.value_length_mla", "expert_gating_func"),
-    *("attention.temperature_scale", "vocab_size"),
+    *("attention.temperature_scale", "vocab_size", "ssm.inner_size"),
 )
 GENERAL_KEYS = (
     *("general.alignment", "split.count", "split.no", "split.tensors.count"),
@@ -58,7 +58,10 @@ def some(cases: list[Any], name: str) -> list[Any]:
 @pytest.mark.checklist("F11")
 @pytest.mark.parametrize(
     "name",
-    quick("gemma4_e2b", "llama3", "qwen3_yarn", "qwen3_moe", "deepseek_v2", "gpt_oss", "phi3_longrope", "granite4"),
+    [
+        *quick("gemma4_e2b", "llama3", "qwen3_yarn", "qwen3_moe", "deepseek_v2", "gpt_oss", "phi3_longrope"),
+        *quick("qwen3_5", "granite4", "qwen3_next", "lfm2_moe"),
+    ],
 )
 def test_hostile_gguf(check: Check, tmp_path: Path, name: str) -> None:
     image = GGUFImage(name, path := tmp_path / "model.gguf")
@@ -112,7 +115,8 @@ def fields_of(folder: Path) -> list[str]:
     "name",
     [
         "adapter",
-        *quick("gemma4_e2b", "llama3", "phi3_longrope", "qwen3_moe", "gemma3", "deepseek_v2"),
+        *quick("gemma4_e2b", "llama3", "phi3_longrope", "qwen3_moe", "gemma3", "deepseek_v2", "qwen3_next"),
+        *quick("lfm2_moe", "qwen3_5"),
         *quick("awq 4 bits of 32", "gptq 4 bits of 128", "compressed-tensors 4 bits of 128", "float8 of blocks"),
     ],
 )
@@ -157,7 +161,7 @@ def test_damaged_gguf(check: Check, tmp_path: Path, part: int) -> None:
 
 @pytest.mark.drawn
 @pytest.mark.checklist("F11")
-@pytest.mark.parametrize("name", quick("gpt_oss_mxfp4", "llama3", "qwen3_moe", "gemma3", "deepseek_v2"))
+@pytest.mark.parametrize("name", quick("gpt_oss_mxfp4", "llama3", "qwen3_moe", "gemma3", "deepseek_v2", "qwen3_next"))
 def test_damaged_folder(check: Check, tmp_path: Path, name: str) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
     save_family_model(name, whole)
@@ -179,7 +183,7 @@ def test_damaged_folder(check: Check, tmp_path: Path, name: str) -> None:
 
 NUM_OTHERS = 16  # changes of what all layers have in common
 NUM_LISTS = 3  # of each key with an element for each layer
-OF_LAYERS = ("head_count", "key_length", "shared", "window")  # in keys of what layers may differ in
+OF_LAYERS = ("head_count", "key_length", "shared", "window", "ssm", "recurrent")  # in keys of what layers may differ in
 HUGE = (2**20, 2**31 - 1)
 FLOATS = (0.0, -1.0, 1e-6, 0.5, 1.0, 1e4, 1e30)
 
@@ -243,7 +247,7 @@ def changes(image: GGUFImage, name: str) -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.long
 @pytest.mark.checklist("F11")
-@pytest.mark.parametrize("name", ["gemma4_e2b", "gpt_oss", "qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["gemma4_e2b", "gpt_oss", "qwen3_moe", "deepseek_v2", "qwen3_5", "lfm2_moe"])
 def test_plausible_gguf(sanitized_check: Check, tmp_path: Path, name: str) -> None:
     image = GGUFImage(name, path := tmp_path / "model.gguf")
     assert sanitized_check(path, name)

@@ -5,7 +5,6 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,22 +16,14 @@ MAX_HEAD_DIM = 256  # of a gated delta net: the kernels support no more
 LANES = 16  # heads are a multiple of
 ATTENTION, MIXER = "full_attention", "mixer"
 TYPES = {"gated_delta_net": "linear_attention", "short_conv": "conv"}  # in layer_types
-# Key of config.json -> key of GGUF metadata after the architecture.
-GGUF_KEYS = {
-    "conv_L_cache": "shortconv.l_cache",
-    "linear_conv_kernel_dim": "ssm.conv_kernel",
-    "linear_key_head_dim": "ssm.state_size",
-    "linear_num_key_heads": "ssm.group_count",
-    "linear_num_value_heads": "ssm.time_step_rank",
-    "full_attention_interval": "full_attention_interval",
-    "recurrent_layers": "attention.recurrent_layers",
-}
 
 
 def complete(mixer: str, fields: Fields) -> Fields:
     """Return the fields with the types of layers, and the sizes that follow from others. Raises ValueError."""
     num_layers = fields.integer("num_hidden_layers")
     values: dict[str, Any] = {"layer_types": _layer_types(mixer, fields, num_layers)}
+    if ATTENTION not in values["layer_types"]:
+        raise fields.error("layer_types", f"no layer has {ATTENTION}, which is not supported")
     if mixer == "short_conv":
         num_dense = fields.integer("num_dense_layers", 0, minimum=0)
         values["first_k_dense_replace"] = fields.integer("first_k_dense_replace", num_dense, minimum=0)
@@ -41,14 +32,20 @@ def complete(mixer: str, fields: Fields) -> Fields:
 
 
 def _layer_types(mixer: str, fields: Fields, num_layers: int) -> list[Any]:
-    """Return full_attention or mixer for each layer; other names stay as they are."""
-    types = fields.get("layer_types")
-    if isinstance(types, list) and types:
-        return [MIXER if kind == TYPES[mixer] else kind for kind in types]
+    """Return full_attention or mixer for each layer."""
+    if types := fields.get("layer_types"):
+        supported = (ATTENTION, TYPES[mixer])
+        others = [kind for kind in types if kind not in supported] if isinstance(types, list) else [types]
+        if others:
+            problem = f"{shown(others[0])} is not supported (supported: {', '.join(supported)})"
+            raise fields.error("layer_types", problem)
+        return [ATTENTION if kind == ATTENTION else MIXER for kind in types]
     if isinstance(recurrent := fields.get("recurrent_layers"), list):  # with those that predict later tokens
+        if len(recurrent) < num_layers:
+            raise fields.error("recurrent_layers", f"has {len(recurrent)} elements, but there are {num_layers} layers")
         return [MIXER if is_recurrent else ATTENTION for is_recurrent in recurrent[:num_layers]]
     if mixer == "gated_delta_net":
-        interval = fields.integer("full_attention_interval", 4)
+        interval = fields.integer("full_attention_interval", 4, maximum=num_layers)
         return [MIXER if (index + 1) % interval else ATTENTION for index in range(num_layers)]
     indices = fields.get("full_attn_idxs")
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
@@ -87,7 +84,7 @@ def read_mixer(mixer: str, fields: Fields) -> MixerSpec:
         raise fields.error("linear_num_value_heads", problem)
     for key, size in (("linear_key_head_dim", spec.key_head_dim), ("linear_value_head_dim", spec.value_head_dim)):
         if size % LANES or size > MAX_HEAD_DIM:
-            raise fields.error(key, f"must be a multiple of {LANES} up to {MAX_HEAD_DIM}, not {size}")
+            raise fields.error(key, f"heads of {size} are no multiple of {LANES} up to {MAX_HEAD_DIM}")
     return spec
 
 
@@ -96,18 +93,15 @@ def gguf_values(mixer: str, metadata: Fields, arch: str, values: Mapping[str, An
 
     `values` are those of all models.
     """
-    found = {key: metadata.get(f"{arch}.{name}") for key, name in GGUF_KEYS.items()}
-    found = {
-        key: list(value) if isinstance(value, array) else value for key, value in found.items() if value is not None
-    }
     if mixer == "short_conv":  # layers without attention have no KV heads
-        counts = values.get("num_key_value_heads")
-        if not isinstance(counts, list):
-            raise metadata.error(f"{arch}.attention.head_count_kv", f"must be a list, not {shown(counts)}")
-        found["layer_types"] = [ATTENTION if count else TYPES[mixer] for count in counts]
-        return found | {"num_key_value_heads": next((count for count in counts if count), None)}
+        counts, num_layers = values.get("num_key_value_heads"), metadata.integer(f"{arch}.block_count")
+        if not isinstance(counts, list) or len(counts) != num_layers or not any(counts):
+            problem = f"must be {num_layers} numbers, not all 0, instead of {shown(counts)}"
+            raise metadata.error(f"{arch}.attention.head_count_kv", problem)
+        types = [ATTENTION if count else TYPES[mixer] for count in counts]
+        return {"layer_types": types, "num_key_value_heads": next(count for count in counts if count)}
     num_heads = metadata.integer(f"{arch}.ssm.time_step_rank")
     inner_size = metadata.integer(f"{arch}.ssm.inner_size")
     if inner_size % num_heads:
         raise metadata.error(f"{arch}.ssm.inner_size", f"{inner_size} is no multiple of the {num_heads} value heads")
-    return found | {"linear_value_head_dim": inner_size // num_heads}
+    return {"linear_value_head_dim": inner_size // num_heads}

@@ -14,11 +14,17 @@ DECAYS = {"linear_attn.A_log": 1, "linear_attn.negative_decay": -1}
 
 
 def mixer_tensors(part: str, weight: Weight, spec: MixerSpec) -> Iterator[tuple[str, Weight]]:
-    """Yield the tensors of a mixer that one of a checkpoint holds. Raises ValueError if its rows do not divide."""
-    if part in DECAYS and isinstance(weight, Tensor):
-        yield "linear_attn.decay", weight.float().exp() if DECAYS[part] > 0 else -weight
-    elif part.endswith(("conv1d.weight", "conv.conv.weight")) and isinstance(weight, Tensor) and weight.ndim == 3:
-        yield part, weight.flatten(1)
+    """Yield the tensors of a mixer that one of a checkpoint holds.
+
+    Raises ValueError if its rows do not divide, or if it has numbers with which no state stays finite.
+    """
+    if isinstance(weight, Tensor) and "_proj." not in part:  # it has few numbers
+        if part in DECAYS:
+            part, weight = "linear_attn.decay", weight.float().exp() if DECAYS[part] > 0 else -weight
+        if not weight.float().isfinite().all() or (part == "linear_attn.decay" and (weight < 0).any()):
+            raise ValueError("has numbers that are not finite, or decays below 0")
+    if part.endswith(("conv1d.weight", "conv.conv.weight")) and isinstance(weight, Tensor) and weight.ndim == 3:
+        yield part, weight.squeeze(1)
     elif part == "linear_attn.in_proj_qkvz.weight" and isinstance(spec, GatedDeltaNetSpec):
         values = spec.num_value_heads // spec.num_key_heads * spec.value_head_dim
         q, k, v, z = _parts_of_heads(weight, spec, (spec.key_head_dim, spec.key_head_dim, values, values))

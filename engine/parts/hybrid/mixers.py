@@ -256,6 +256,9 @@ class CpuGatedDeltaNet(GatedDeltaNet):
         assert isinstance(recorder, CpuKernels)
         assert rows.shape[1] == self.row_size + self.value_size
         assert states.shape[1] == state_size(spec)
+        assert self.conv.shape == (spec.conv_size, spec.num_channels)
+        assert self.decay.shape == self.step_bias.shape == (spec.num_value_heads,)
+        assert self.norm.shape == (spec.value_head_dim,)
         out = recorder.new(recorder.buffer(rows).num_rows, len(rows), self.value_size).tensor
         parameters = GatedDeltaNetParameters(
             states=_state_parameters(recorder, states, plan),
@@ -287,6 +290,9 @@ class CpuShortConv(ShortConv):
         assert isinstance(recorder, CpuKernels)
         assert rows.shape == gate.shape
         assert rows.shape[1] == self.num_channels
+        assert states.shape[1] == (self.conv_size - 1 + MAX_DRAFTED) * self.num_channels
+        assert self.conv.shape == (self.conv_size, self.num_channels)
+        assert self.bias is None or self.bias.shape == (self.num_channels,)
         out = recorder.new(recorder.buffer(rows).num_rows, len(rows), self.num_channels).tensor
         parameters = ShortConvParameters(
             states=_state_parameters(recorder, states, plan),

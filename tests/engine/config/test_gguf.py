@@ -61,14 +61,6 @@ def test_gguf_sampling(tmp_path: Path) -> None:
     assert gguf_config(tmp_path).recommended_sampling == {}
 
 
-@pytest.mark.parametrize(
-    ("tensor", "field"),
-    [("attn_q", "attention_bias"), ("attn_output", "attention_output_bias"), ("ffn_down", "mlp_bias")],
-)
-def test_gguf_biases(tensor: str, field: str, tmp_path: Path) -> None:
-    assert getattr(llama_fields(gguf_config(tmp_path, None, f"blk.0.{tensor}.bias")), field)
-
-
 def test_gguf_rope_scaling(tmp_path: Path) -> None:
     linear = RopeScaling(rope_type="linear", factor=4.0)
     keys = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
@@ -120,6 +112,33 @@ def test_gguf_end_tokens(tmp_path: Path) -> None:
 def test_gguf_refused(metadata: dict[str, Any], tensors: tuple[str, ...], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"tiny\.gguf: .*{message}"):
         gguf_config(tmp_path, metadata, *tensors)
+
+
+STATES = {"block_count": 4, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2}
+STATES |= {"ssm.time_step_rank": 4, "ssm.inner_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "message"),
+    [
+        ("qwen35", {"attention.recurrent_layers": [True] * 3}, "attention.recurrent_layers: has 3 elements"),
+        ("qwen35", {"attention.recurrent_layers": [True] * 4}, "attention.recurrent_layers: no layer has"),
+        ("qwen35", {"ssm.inner_size": 66}, "ssm.inner_size: 66 is no multiple of the 4 value heads"),
+        ("qwen35", {"ssm.inner_size": 48}, "ssm.inner_size: heads of 12 are no multiple of 16"),
+        ("qwen35", {"ssm.time_step_rank": ...}, "ssm.time_step_rank: is missing"),
+        ("qwen35", {"ssm.group_count": 3}, "ssm.time_step_rank: 4 value heads are no multiple of 3 key heads"),
+        ("qwen35", {"ssm.state_size": 8}, "ssm.state_size: heads of 8 are no multiple of 16"),
+        ("qwen35", {"ssm.conv_kernel": 17}, "ssm.conv_kernel: must be an integer from 2 to 16"),
+        ("lfm2", {"attention.head_count_kv": 2}, "attention.head_count_kv: must be 4 numbers"),
+        ("lfm2", {"attention.head_count_kv": [0, 2]}, "attention.head_count_kv: must be 4 numbers"),
+        ("lfm2", {"attention.head_count_kv": [0] * 4}, "attention.head_count_kv: must be 4 numbers, not all 0"),
+        ("lfm2", {"attention.head_count_kv": [0, 2, 2, 2], "shortconv.l_cache": 1}, "shortconv.l_cache: must be"),
+    ],
+)
+def test_layers_with_states_refused(arch: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    values = {key.removeprefix("llama."): value for key, value in LLAMA.items()} | STATES | changes
+    with pytest.raises(ValueError, match=rf"tiny\.gguf: {arch}\.{message}"):
+        gguf_config(tmp_path, {f"{arch}.{key}": value for key, value in values.items()}, arch=arch)
 
 
 def test_keys_of_phi3(tmp_path: Path) -> None:

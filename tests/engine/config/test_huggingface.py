@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from engine.config import AttentionSpec, ModelConfig, RopeScaling, load_model_config
+from engine.config import AttentionSpec, ModelConfig, load_model_config
 from tests.support.model_configs import llama_fields
 
 SHAPE: dict[str, Any] = {
@@ -66,13 +66,6 @@ def test_missing_keys_have_the_defaults_of_transformers(config_class: Any, tmp_p
     assert config.sliding_window == getattr(expected, "sliding_window", None)
 
 
-def test_older_files(tmp_path: Path) -> None:
-    scaling = {"type": "linear", "factor": 4.0}
-    config = llama_fields(load(tmp_path, rope_scaling=scaling, head_dim=None, num_key_value_heads=...))
-    assert (config.rope_theta, config.rope_scaling) == (500000.0, RopeScaling(rope_type="linear", factor=4.0))
-    assert (config.head_dim, config.num_key_value_heads) == (8, 8)
-
-
 def test_code_of_a_supported_model_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     config = load(tmp_path, auto_map={"AutoModelForCausalLM": "modeling.Model"})
@@ -120,15 +113,6 @@ def test_recommended_sampling(tmp_path: Path) -> None:
     assert load(tmp_path, {"temperature": 0.6, "top_k": None}).recommended_sampling == {"temperature": 0.6}
     assert load(tmp_path, {"top_k": 0}).recommended_sampling == {"top_k": 0}
     assert load(tmp_path, settings | {"do_sample": False}).recommended_sampling == {"temperature": 0.0}
-
-
-def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
-    generation: Any = transformers.GenerationConfig
-    fields = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.1}
-    generation(do_sample=True, eos_token_id=[4, 5], **fields).save_pretrained(tmp_path)
-    config = load(tmp_path)
-    assert config.recommended_sampling == fields
-    assert config.eos_token_ids == (4, 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -221,18 +205,12 @@ def test_gemma_4_12b(tmp_path: Path) -> None:
 
 # What families say of their layers.
 
-SLIDING = "sliding_attention"
+SLIDING, DELTA = "sliding_attention", "linear_attention"
 MOE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 
 
 def windows(config: ModelConfig) -> list[int | None]:
     return [attention.window for attention in config.attentions.values()]
-
-
-def thetas(config: ModelConfig) -> list[float]:
-    """Return the base of each layer; 0 if it rotates nothing."""
-    ropes = [config.ropes[attention.rope] for attention in config.attentions.values()]
-    return [rope.theta if rope.rotary_dim else 0.0 for rope in ropes]
 
 
 @pytest.mark.parametrize(
@@ -249,43 +227,6 @@ def thetas(config: ModelConfig) -> list[float]:
 )
 def test_windows(model_type: str, changes: dict[str, Any], expected: list[int | None], tmp_path: Path) -> None:
     assert windows(family(tmp_path, model_type, **changes)) == expected
-
-
-def test_bases_of_rotary_embeddings(tmp_path: Path) -> None:
-    gemma3 = family(tmp_path, "gemma3_text", sliding_window_pattern=2, rope_theta=7e5, rope_local_base_freq=500.0)
-    assert thetas(gemma3) == [500.0, 7e5, 500.0, 7e5]
-    scaled = family(tmp_path, "gemma3_text", sliding_window_pattern=2, rope_scaling={"type": "linear", "factor": 8.0})
-    assert [rope.scaling.factor for rope in scaled.ropes] == [1.0, 8.0]  # only layers that see everything
-    assert thetas(family(tmp_path, "cohere2", sliding_window_pattern=2, rope_theta=5.0)) == [5.0, 0.0, 5.0, 0.0]
-    assert thetas(family(tmp_path, "smollm3", rope_theta=5.0, no_rope_layers=[1, 0, 0, 1])) == [5.0, 0.0, 0.0, 5.0]
-    assert thetas(family(tmp_path, "smollm3", rope_theta=5.0, no_rope_layer_interval=2)) == [5.0, 0.0, 5.0, 0.0]
-
-
-def test_norms(tmp_path: Path) -> None:
-    def norms(model_type: str) -> list[bool]:
-        layer = family(tmp_path, model_type).layers[0]
-        before = [layer.input_layernorm, layer.pre_feedforward_layernorm]
-        return [*before, layer.post_attention_layernorm, layer.post_feedforward_layernorm]
-
-    assert norms("llama") == [True, True, False, False]
-    assert norms("olmo2") == [False, False, True, True]
-    assert norms("gemma2") == [True, True, True, True]
-    assert norms("cohere2") == [True, False, False, False]
-
-
-def test_scales(tmp_path: Path) -> None:
-    gemma2 = family(tmp_path, "gemma2", query_pre_attn_scalar=100)
-    assert (gemma2.embedding_scale, gemma2.attentions[0].scale) == (8.0, 0.1)
-    assert (gemma2.logits_softcap, gemma2.attentions[0].softcap) == (30.0, 50.0)
-    assert family(tmp_path, "gemma2", final_logit_softcapping=None).logits_softcap is None
-
-
-def test_experts(tmp_path: Path) -> None:
-    moe = family(tmp_path, "qwen3_moe", **MOE, norm_topk_prob=True, decoder_sparse_step=2, mlp_only_layers=[3])
-    assert [layer.experts is not None for layer in moe.layers] == [False, True, False, False]
-    assert [layer.mlp is None for layer in moe.layers] == [False, True, False, False]
-    other = family(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=3)  # under its other name
-    assert [layer.experts.router.num_experts for layer in other.layers if layer.experts is not None] == [4] * 4
 
 
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20, "n_routed_experts": 8}
@@ -356,6 +297,19 @@ def test_a_layer_cannot_choose_whose_keys_and_values_it_reads(tmp_path: Path) ->
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: must be 4 integers"),
         ("deepseek_v2", LATENT | {"kv_lora_rank": 33}, "kv_lora_rank: must be even, not 33"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob: True is not supported"),
+        ("qwen3_5_text", {"layer_types": [*[DELTA] * 3, "mamba"]}, "layer_types: 'mamba' is .*full_attention, linear_"),
+        ("qwen3_5_text", {"layer_types": [DELTA] * 4}, "layer_types: no layer has full_attention"),
+        ("qwen3_5_text", {"layer_types": [DELTA, "full_attention"]}, "layer_types: has 2 elements, but there are 4 la"),
+        ("qwen3_5_text", {"layer_types": 7}, "layer_types: 7 is not supported"),
+        ("qwen3_next", {"full_attention_interval": 5}, "full_attention_interval: must be an integer from 1 to 4"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 17}, "linear_conv_kernel_dim: must be an integer from 2 to 16"),
+        ("qwen3_next", {"linear_num_value_heads": 2**31}, "linear_num_value_heads: must be an integer"),
+        ("qwen3_next", {"linear_num_key_heads": 3}, "linear_num_value_heads: 32 value heads are no multiple of 3"),
+        ("qwen3_next", {"linear_key_head_dim": 272}, "linear_key_head_dim: heads of 272 are no multiple of 16 up to"),
+        ("lfm2", {"full_attn_idxs": ["1"]}, "full_attn_idxs: must be numbers of layers"),
+        ("lfm2", {"full_attn_idxs": [1], "conv_L_cache": 1}, "conv_L_cache: must be an integer from 2 to 16, not 1"),
+        ("lfm2", {"full_attn_idxs": [1], "block_ffn_dim_multiplier": 1e30}, "intermediate_size: must be an integer"),
+        ("lfm2", {"full_attn_idxs": [1], "block_multiple_of": 0}, "block_multiple_of: must be an integer"),
     ],
 )
 def test_families_refused(model_type: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -12,9 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import ModelConfig
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
-from engine.kernels.torch.kernels import TorchKernels
 from engine.model import CausalLM, Parameters
-from engine.model.linear import Linear
 from engine.weights import PackedTensor
 from tests.support.model_configs import TINY, llama_config, model_names
 
@@ -65,39 +63,10 @@ def test_a_tensor_that_comes_twice() -> None:
         Parameters([*tensors.items(), (name, tensors[name])])
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ("attention_bias", "model.layers.0.self_attn.q_proj.bias"),
-        ("attention_output_bias", "model.layers.0.self_attn.o_proj.bias"),
-        ("mlp_bias", "model.layers.1.mlp.down_proj.bias"),
-        ("tie_word_embeddings", "lm_head.weight"),
-    ],
-)
-def test_tensor_that_the_config_rules_out(change: str, name: str) -> None:
-    config = llama_config(**FIELDS | {change: not FIELDS.get(change, False)})
-    with pytest.raises(ValueError, match=name):
-        build(checkpoint(), config)
-
-
 def test_many_unused_tensors_are_counted() -> None:
     assert len(build(checkpoint()).layers) == 2
     with pytest.raises(ValueError, match="12 tensors"):
         build(checkpoint() | {f"extra.{number}": torch.zeros(1) for number in range(12)})
-
-
-def test_fused_tensors_keep_their_order() -> None:
-    """The weights and biases of several projections become those of one product."""
-    tensors = {
-        "b.weight": torch.full((1, 3), 2.0),
-        "b.bias": torch.tensor([30.0]),
-        "a.bias": torch.tensor([10.0, 20.0]),
-        "a.weight": torch.ones(2, 3),
-    }
-    parameters = Parameters(tensors.items())
-    fused = Linear(TorchKernels(KernelOptions(torch.float32), CPU), parameters, [("a", 2), ("b", 1)], 3, has_bias=True)
-    assert fused(torch.eye(3)[:1], torch.tensor([-1])).tolist() == [[11.0, 21.0, 32.0]]
-    parameters.finish()
 
 
 def test_only_matrices_may_be_packed() -> None:
