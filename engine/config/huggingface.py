@@ -21,8 +21,14 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # ends of the names of architectures that generate text
 # `model_type` of a multimodal model, whose text part is in `text_config`.
-MULTIMODAL = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_5", "qwen3_5_moe")
-TEXT_NAMES = ((r"^(model\.)?language_model\.lm_head", "lm_head"), (r"^(model\.)?language_model\.(model\.)?", "model."))
+MULTIMODAL = (
+    *("gemma3", "gemma4", "gemma4_unified", "idefics3", "internvl", "lfm2_vl", "llava", "llava_next"),
+    *("llava_onevision", "minicpmv4_6", "mistral3", "qwen3_5", "qwen3_5_moe", "smolvlm"),
+)
+TEXT_NAMES = (
+    (r"^(model\.)?language_model\.lm_head", "lm_head"),
+    (r"^(model\.)?(language|text)_model\.(model\.)?", "model."),
+)
 
 
 def load_folder(folder: Path) -> ModelConfig:
@@ -37,9 +43,10 @@ def load_folder(folder: Path) -> ModelConfig:
 
 def text_part(fields: Fields) -> Fields:
     """Return the fields of the text model, if it is a part of a multimodal one, whose own keys come first."""
-    text = fields.nested("text_config")
-    if text is None or fields.string("model_type", "") not in MULTIMODAL:
+    text, model_type = fields.nested("text_config"), fields.string("model_type", "")
+    if text is None or model_type not in MULTIMODAL:
         return Fields(fields.source, fields.values, NAMES)
+    logger.info("%s: %s loads the text part only; images are not supported", fields.source, model_type)
     outer = ("quantization_config", "tie_word_embeddings", "eos_token_id", "bos_token_id")
     values = {key: fields.values[key] for key in outer if fields.values.get(key) is not None}
     return Fields(text.source, {**text.values, **values}, NAMES)

@@ -29,7 +29,8 @@ LATENT_PARTS = ("self_attn.kv_b_proj.weight", TRANSPOSED_K)
 FUSED_MLP = re.compile(r"(mlp|mlp\.shared_experts)\.gate_up_proj\.(weight|bias)")
 STACKED = re.compile(r"mlp\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)[._]?(weight|bias)?")
 UNUSED = re.compile(
-    r".*\.rotary_emb\.inv_freq|mtp\..*|(model\.)?(visual|(vision|audio)_tower|embed_(vision|audio)|multi_modal_\w+)\..*"
+    r".*\.rotary_emb\.inv_freq|mtp\..*|(model\.)?image_newline|"
+    r"(model\.)?(visual|(vision|audio)_\w+|embed_(vision|audio)|multi_modal_\w+|connector|merger)\..*"
 )
 
 

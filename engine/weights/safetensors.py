@@ -31,7 +31,8 @@ QUANTIZED_TYPES = {  # of codes and their scales, in quantised checkpoints alone
 }
 HEADS = (HEAD, "lm_head.qweight", "lm_head.weight_packed")  # the matrix itself, not its scales or a bias
 COMPARED_AT_ONCE = 1 << 24  # numbers, which may be converted
-OTHER_PARTS = re.compile("vision|audio|multi_modal")  # in the names of tensors that the text model lacks
+# In the names of tensors that the text model lacks.
+OTHER_PARTS = re.compile("vision|visual|audio|multi_modal|connector|merger")
 
 
 class StoredLayers(Protocol):

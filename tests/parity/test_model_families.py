@@ -17,8 +17,10 @@ import torch
 from _pytest.mark import ParameterSet
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from engine.config import EngineConfig, ModelConfig, load_model_config
+from engine.config.huggingface import MULTIMODAL
 from engine.loading import LoadedModel, load_model
 from tests.parity.make_fixtures import FIXTURES
 from tests.support.examples import num_examples
@@ -29,7 +31,10 @@ from tests.support.family_models import (
     family_config,
     read_config,
     save_family_model,
+    save_model,
     save_variant,
+    sizes_of,
+    wrapped,
 )
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.older_configs import older_config
@@ -267,6 +272,29 @@ def test_an_lm_head_beside_tied_embeddings(
     assert ("tie_word_embeddings is true, but the files have an LM head that differs" in caplog.text) == (
         stored == "another"
     )
+
+
+# Row of the text part of each multimodal model.
+TEXT_PARTS = {
+    **{"gemma3": "gemma3_text", "gemma4": "gemma4_e2b", "gemma4_unified": "gemma4_31b"},
+    **{"idefics3": "llama3", "internvl": "qwen2", "lfm2_vl": "lfm2", "llava": "llama3", "llava_next": "mistral_full"},
+    **{"llava_onevision": "qwen2", "minicpmv4_6": "qwen3_5", "mistral3": "ministral3", "qwen3_5": "qwen3_5"},
+    **{"qwen3_5_moe": "qwen3_5_moe", "smolvlm": "llama3"},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * (name not in ("qwen3_5_moe", "smolvlm"))) for name in MULTIMODAL],
+)
+def test_the_text_part_of_a_multimodal_model(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    row = TEXT_PARTS[name]
+    model_type = "gemma4_unified_text" if name == "gemma4_unified" else FAMILIES[row].model_type
+    config = wrapped(name, sizes_of(FAMILIES[row], f"{row} 0") | {"model_type": model_type})
+    saved = Reference(tmp_path, save_model(AutoModelForImageTextToText, config, tmp_path, 0))
+    assert_same_as_transformers(FAMILIES[row].lengths[-1:], saved, load(tmp_path, "torch"), 1)
+    assert f"config.json: {name} loads the text part only; images are not supported" in caplog.text
 
 
 def test_every_family_has_its_gguf_file() -> None:

@@ -1,13 +1,11 @@
 """From the tensors of checkpoints to those of the model: names, fused and stacked matrices, and the order of rows."""
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from engine.config import (
     AttentionSpec,
@@ -19,7 +17,6 @@ from engine.config import (
     RopeSpec,
     RouterSpec,
     WeightLayout,
-    load_model_config,
 )
 from engine.weights import Weight
 from engine.weights.layout import head_order, model_tensors
@@ -53,32 +50,6 @@ def split(name: str, weight: Weight, config: ModelConfig | None = None, layout: 
     found = list(model_tensors(name, weight, config or config_of(), layout))
     assert len(dict(found)) == len(found)
     return dict(found)
-
-
-def rotated(head: list[float], rotary_dim: int, *, is_interleaved: bool, angles: list[float]) -> list[float]:
-    """Rotate the pairs of one head as the checkpoint orders them: (2i, 2i + 1), or (i, i + R / 2)."""
-    out = list(head)
-    for pair, angle in enumerate(angles[: rotary_dim // 2]):
-        a, b = (2 * pair, 2 * pair + 1) if is_interleaved else (pair, pair + rotary_dim // 2)
-        out[a] = head[a] * np.cos(angle) - head[b] * np.sin(angle)
-        out[b] = head[b] * np.cos(angle) + head[a] * np.sin(angle)
-    return out
-
-
-@pytest.mark.parametrize("is_interleaved", [False, True])
-@pytest.mark.parametrize("rotary_dim", [2, 6, 8])
-def test_rotated_pairs_are_half_a_head_apart(rotary_dim: int, is_interleaved: bool) -> None:
-    """Rotating in the model's order, then going back, is the rotation of the checkpoint's order."""
-    rng = np.random.default_rng(rotary_dim)
-    head, angles = rng.standard_normal(HEAD).tolist(), rng.uniform(0, 6, HEAD // 2).tolist()
-    order = head_order(HEAD, rotary_dim, is_interleaved)
-    assert sorted(order) == list(range(HEAD))
-    ours = [head[index] for index in order]
-    turned = rotated(ours, HEAD, is_interleaved=False, angles=angles[: rotary_dim // 2] + [0.0] * HEAD)
-    back = [0.0] * HEAD
-    for index, value in zip(order, turned, strict=True):
-        back[index] = value
-    assert back == pytest.approx(rotated(head, rotary_dim, is_interleaved=is_interleaved, angles=angles))
 
 
 @pytest.mark.parametrize("rotary_dim", [4, 8])
@@ -148,32 +119,14 @@ def test_packed_stacked_experts() -> None:
         expert_weights(PLAIN, {"gate_up_proj.weight": torch.zeros(10, 32)})
 
 
-def test_fused_rows_are_divided_and_those_that_rotate_reordered() -> None:
-    q, k, v = (random_tensor(rows, rows, HIDDEN) for rows in (HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD))
-    attention, layout = f"{LAYER}self_attn.", WeightLayout(is_interleaved=True)
-    found = split(f"{attention}qkv_proj.weight", torch.cat((q, k, v)), layout=layout)
-    rows = head_order(HEAD, HEAD, True)
-    expected = [weight.view(-1, HEAD, HIDDEN)[:, rows].flatten(0, 1) for weight in (q, k)]
-    for name, weight in zip("qkv", [*expected, v], strict=True):
-        assert torch.equal(found[f"{attention}{name}_proj.weight"], weight)
-
-
 # Names, norms, and what is left out.
-
-
-def test_norms_whose_weights_are_stored_less_one() -> None:
-    layout, weight = WeightLayout(norm_offset=1.0), random_tensor(1, HEADS * HEAD)
-    names = ("model.norm", f"{LAYER}input_layernorm", f"{LAYER}self_attn.q_norm")
-    for name in (*names, f"{LAYER}self_attn.o_proj"):
-        (found,) = split(f"{name}.weight", weight, layout=layout).values()
-        assert torch.equal(found, weight + 1 if name in names else weight)
 
 
 def test_what_is_left_out() -> None:
     weight = torch.zeros(2)
     tied, shared = msgspec.structs.replace(config_of(), tie_word_embeddings=True), config_of(kv_source=0)
     for config, left_out, kept in (
-        (None, ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.vision_tower.b"), "lm_head.weight"),
+        (None, ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.embed_audio.b"), "lm_head.weight"),
         (tied, ("lm_head.weight",), "model.norm.weight"),
         (
             shared,
@@ -185,29 +138,3 @@ def test_what_is_left_out() -> None:
     ):
         assert [split(name, weight, config) for name in left_out] == [{}] * len(left_out)
         assert list(split(kept, weight, config)) == [kept]
-
-
-PARTS: dict[str, Any] = {"audio_config": {}, "vision_config": {}, "text_config": {"num_hidden_layers": 6}}
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        pytest.param("Gemma3", {}, marks=pytest.mark.long),
-        ("Gemma4", PARTS),
-        pytest.param("Gemma4Unified", PARTS, marks=pytest.mark.long),
-    ],
-)
-def test_parts_for_images_and_sound_are_left_out(name: str, parts: dict[str, Any], tmp_path: Path) -> None:
-    config = getattr(transformers, f"{name}Config")(**parts)
-    config.save_pretrained(tmp_path)
-    loaded = load_model_config(tmp_path)
-    with torch.device("meta"):
-        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    left_out = [
-        name
-        for name, tensor in model.state_dict().items()
-        if not list(model_tensors(name, tensor, loaded, loaded.weight_layout))
-    ]
-    text = {f"model.language_model.{name}" for name in model.model.language_model.state_dict()}
-    assert {*left_out} == {*model.state_dict()} - text  # with the head, which is tied
