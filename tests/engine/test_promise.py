@@ -169,7 +169,9 @@ def assert_promise(loaded: LoadedModel, submits: Sequence[Submit], *, chunks: Se
     ],
 )
 def test_answers_are_the_same(name: str, kernels: str, model: Callable[[str], Path]) -> None:
-    assert_promise(load(model(name), kernels), requests(), chunks=(1, 7, 40) if IS_LONG else (7,))
+    submits = requests()
+    alone = assert_promise(load(model(name), kernels), submits, chunks=(1, 7, 40) if IS_LONG else (7,))
+    assert_same(run(make_engine(load(model(name), kernels)), submits), alone)  # after a restart
 
 
 @pytest.mark.parametrize(

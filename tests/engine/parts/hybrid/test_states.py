@@ -1,6 +1,7 @@
 """States and their snapshots: how much of a prompt is computed again, and what an engine does when states are short."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,21 +13,27 @@ from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.parts.hybrid.states import HybridKVManager
 from engine.scheduling.request import Step
+from server.text.templates.chat_encoding import encode_chat
 from tests.support.answers import assert_same, make_engine, run, watch
+from tests.support.chat_templates import byte_tokenizer
 from tests.support.family_models import save_family_model
 from tests.support.submits import new_submit
 from tests.support.tiny_engine import new_engine
+from tests.support.tool_templates import load_template
 
 BLOCK_SIZE = 16
 FAMILIES = ("qwen3_5", "lfm2")
 PROMPT = [number % 250 + 3 for number in range(7, 700, 7)]  # 99 tokens
 
 
+def load(family: str, folder: Path) -> LoadedModel:
+    save_family_model(family, folder)
+    return load_model(EngineConfig(model_path=str(folder), block_size=BLOCK_SIZE, max_num_seqs=8))
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    folder = tmp_path_factory.mktemp(request.param)
-    save_family_model(request.param, folder)
-    return load_model(EngineConfig(model_path=str(folder), block_size=BLOCK_SIZE, max_num_seqs=8))
+    return load(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def num_cached(engine: Engine, prompt: list[int], max_tokens: int = 1) -> tuple[int, list[int]]:
@@ -45,6 +52,23 @@ def test_the_next_turn_computes_its_message_and_two_blocks(loaded: LoadedModel) 
         assert len(turn) - num_cached(engine, turn)[0] <= len(message) + 2 * BLOCK_SIZE
     again = [*PROMPT[:-6], *range(50, 60)]
     assert len(again) - num_cached(engine, again)[0] <= 10 + 2 * BLOCK_SIZE
+
+
+TEMPLATES = {"qwen3_5": "Qwen3.5-4B", "qwen3_5_moe": "Qwen3.5-4B", "qwen3_next": "Qwen-Qwen3-0.6B"}
+TEMPLATES |= {"lfm2": "LFM2-8B-A1B", "lfm2_moe": "LFM2.5-8B-A1B"}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_the_next_turn_of_a_chat_computes_what_has_changed_and_two_blocks(family: str, tmp_path: Path) -> None:
+    """All templates but one leave out what was thought before the last question."""
+    engine, template, tokens = make_engine(load(family, tmp_path)), load_template(TEMPLATES[family]), byte_tokenizer()
+    question = {"role": "user", "content": "What is the tallest mountain of this country, and where is it?"}
+    answer = {"role": "assistant", "content": "<think>\nThey may mean this.\n</think>\n\nThis one, far in the east."}
+    first, second = (encode_chat(template, tokens, chat) for chat in ([question], [question, answer, question]))
+    num_common = next((i for i, pair in enumerate(zip(first, second, strict=False)) if len({*pair}) > 1), len(first))
+    assert len(first) - num_common <= len("<think>\n")
+    num_cached(engine, first, max_tokens=30)
+    assert num_common - 2 * BLOCK_SIZE <= num_cached(engine, second)[0] <= num_common
 
 
 def test_a_snapshot_is_taken_where_prompts_branch_off(loaded: LoadedModel) -> None:
