@@ -72,9 +72,8 @@ class GroupQuantized:
 
     def select_columns(self, columns: NDArray[np.int64]) -> GroupQuantized:
         """Return a copy of some whole groups of each row."""
-        per_byte = 8 // self.bits
-        codes = self.codes[:, torch.from_numpy(columns[::per_byte] // per_byte)]
         groups = torch.from_numpy(columns[:: self.column_block] // self.column_block)
+        codes = self.codes.reshape(len(self.codes), self.scales.shape[1], -1).index_select(1, groups).flatten(1)
         zero_points = None if self.zero_points is None else self.zero_points[:, groups]
         return GroupQuantized(self.bits, codes, self.scales[:, groups], zero_points)
 
@@ -186,10 +185,10 @@ class Float8Tensor:
 
     def select_columns(self, columns: NDArray[np.int64]) -> Float8Tensor:
         """Return a copy of some whole blocks of columns."""
-        codes = self.codes.view(torch.uint8)[:, torch.from_numpy(columns)].view(torch.float8_e4m3fn)
-        if self.scales.shape[1] == 1:
-            return Float8Tensor(codes, self.scales)
-        return Float8Tensor(codes, self.scales[:, torch.from_numpy(columns[::FLOAT8_BLOCK] // FLOAT8_BLOCK)])
+        blocks = torch.from_numpy(columns[:: self.column_block] // self.column_block)
+        codes = self.codes.view(torch.uint8).reshape(len(self.codes), -1, self.column_block).index_select(1, blocks)
+        scales = self.scales if self.scales.shape[1] == 1 else self.scales[:, blocks]
+        return Float8Tensor(codes.flatten(1).view(torch.float8_e4m3fn), scales)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix as a tensor [rows, columns] in `dtype`, computed in float32."""
