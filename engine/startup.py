@@ -58,6 +58,8 @@ def engine_info(loaded: LoadedModel, model_path: str) -> EngineInfo:
         num_ranks=num_ranks,
         weight_bytes=num_ranks * loaded.weight_bytes,
         kv_cache_bytes=num_ranks * loaded.memory.kv_cache_bytes,
+        num_states=loaded.memory.num_states,
+        state_bytes=num_ranks * loaded.memory.state_bytes,
         activation_bytes=num_ranks * loaded.memory.activation_bytes,
     )
 
@@ -121,14 +123,16 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
     logger.info("device: %s, %s%d threads, kernels: %s", loaded.device, ranks, kernels.num_threads, kernels.name)
     invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
     logger.info("formats: %s; answers are %s", kernels.formats, invariant)
+    states = memory.num_states * memory.state_bytes
     logger.info(
-        "memory%s: weights %.0f MiB, %sKV cache %.0f MiB for %d tokens, or %.1f requests of full length%s",
+        "memory%s: weights %.0f MiB, %sKV cache %.0f MiB for %d tokens, or %.1f requests of full length%s%s",
         " of each rank" if ranks else "",
         loaded.weight_bytes / MIB,
         f"activations {memory.activation_bytes / MIB:.0f} MiB, " if memory.activation_bytes else "",
-        memory.kv_cache_bytes / MIB,
+        (memory.kv_cache_bytes - states) / MIB,
         memory.num_tokens,
         memory.num_full_length_requests,
+        f", and {states / MIB:.0f} MiB for {memory.num_states} states" if states else "",
         "; memory use grows up to that as requests are cached" if loaded.device.type == "cpu" else "",
     )
     adapters = loaded.adapters

@@ -24,6 +24,7 @@ class KVManager:
     def __init__(self, pool: BlockPool, groups: Sequence[KVGroup] = FULL_ATTENTION, max_in_flight: int = 1) -> None:
         """`max_in_flight`: tokens of a request that are computed before blocks that have slid out are released."""
         self.pool = pool
+        self.state_pool = BlockPool(0, pool.block_size)  # of models that have states
         self.groups = groups
         self.max_in_flight = max_in_flight
         # Tenant -> id of a block -> number of its requests that hold it. Without tenants that hold none.

@@ -88,6 +88,7 @@ class KVState:
     num_published: int = 0  # leading blocks that have been published for other requests
     # Of models with states, see engine.parts.hybrid.states:
     states: dict[int, Block] = field(default_factory=dict)  # number of tokens -> block with the state after them
+    num_found: int = 0  # tokens whose keys and values were cached when it was admitted, with or without a state
     borders: Sequence[int] = ()  # numbers of prompt tokens at which a chunk ends, so that there is a state after them
     max_draft: int = sys.maxsize  # tokens of a draft
 

@@ -267,7 +267,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 0  # of a step
     num_ranks: int = 1  # processes that have a part of the model each; the bytes are of all together
     weight_bytes: int = 0
-    kv_cache_bytes: int = 0
+    kv_cache_bytes: int = 0  # of all blocks and states
+    num_states: int = 0  # in models that have states, of choices and snapshots
+    state_bytes: int = 0  # of one
     activation_bytes: int = 0  # of the largest step; 0: not measured
 
 

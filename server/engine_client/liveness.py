@@ -223,4 +223,5 @@ def same_properties(info: EngineInfo, other: EngineInfo) -> bool:
 
 def _properties(info: EngineInfo) -> EngineInfo:
     device = info.device.partition(":")[0]
-    return msgspec.structs.replace(info, pid=0, device=device, num_blocks=0, kv_cache_bytes=0, activation_bytes=0)
+    sizes = dict.fromkeys(("num_blocks", "kv_cache_bytes", "num_states", "activation_bytes"), 0)
+    return msgspec.structs.replace(info, pid=0, device=device, **sizes)

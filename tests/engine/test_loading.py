@@ -221,6 +221,8 @@ def test_a_line_says_what_the_memory_is_for(tmp_path: Path, caplog: pytest.LogCa
     weights, tokens = round(loaded.weight_bytes / MIB), loaded.memory.num_tokens
     assert line.startswith(f"memory: weights {weights} MiB, KV cache 2 MiB for {tokens} tokens, or ")
     caplog.clear()
-    log_plan(dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, activation_bytes=868 * MIB)), config)
+    sizes = {"activation_bytes": 868 * MIB, "num_states": 16, "state_bytes": 3 * MIB}
+    log_plan(dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, **sizes)), config)
     (line,) = [record.message for record in caplog.records if record.message.startswith("memory: ")]
     assert line.startswith(f"memory: weights {weights} MiB, activations 868 MiB, KV cache 2 MiB for ")
+    assert ", and 48 MiB for 16 states; " in line

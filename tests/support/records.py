@@ -82,7 +82,7 @@ def _blocks(engine: FakeEngine, question: records.ReadBlocks) -> records.BlockMa
         [make(records.BlockOwnerView, *_name(each)) for each in named],
     )
     has_more = question.start + question.limit < len(runs)
-    return make(records.BlockMap, "", 32, len(runs), len(owners), has_more, groups, shown, runs)
+    return make(records.BlockMap, "", 32, len(runs), len(owners), 0, 0, 0, has_more, groups, shown, runs)
 
 
 def _inspected(engine: FakeEngine, question: records.Inspect) -> records.Inspected:
@@ -132,6 +132,6 @@ def _detail(engine: FakeEngine, choice: Running, now: float) -> records.ChoiceDe
     """Return a choice that has computed its prompt in one step."""
     known = msgspec.structs.asdict(engine.times(choice, None))
     record = RequestRecord(submit=choice.submit, index=choice.index, **known, chunks=[Chunk(1, 0, 4)])
-    view = choice_detail(record, None, now, make(records.PrefixView, "new", 0, 0, None, None, None), has_chunks=True)
+    view = choice_detail(record, None, now, make(records.PrefixView, "new", 0, 0, 0, None, None, None), has_chunks=True)
     view.state = "running" if choice in engine.running else "waiting"
     return view

@@ -43,6 +43,7 @@ class HybridKVManager(KVManager):
         num_usable = 0 if request.reads_all_rows else (len(request.token_ids) - 1) // self.pool.block_size
         num_cached = super()._num_cached_blocks(request.kv.block_hashes[:num_usable])
         num_full = request.num_prompt_tokens // self.pool.block_size
+        request.kv.num_found = num_cached * self.pool.block_size
         request.kv.borders = sorted({self.pool.block_size * n for n in (num_cached, num_full - 1, num_full) if n > 0})
         return super().admit(request, running, max_tokens)
 

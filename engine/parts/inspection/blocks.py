@@ -22,7 +22,7 @@ Column = NDArray[np.int64]  # a number of each block
 
 def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> BlockMap:
     """Return how blocks are used, in runs of consecutive ones that are used alike."""
-    pool, step_id = scheduler.pool, scheduler.stats.steps_total
+    pool, states, step_id = scheduler.pool, scheduler.kv.state_pool, scheduler.stats.steps_total
     first = min(question.start, pool.num_blocks)
     end = min(first + question.limit, pool.num_blocks)
     used = pool.blocks[first:end]
@@ -56,6 +56,9 @@ def read_blocks(question: ReadBlocks, scheduler: Scheduler) -> BlockMap:
         block_size=pool.block_size,
         num_blocks=pool.num_blocks,
         num_used=pool.num_blocks - pool.num_free,
+        num_states=states.num_blocks,
+        num_states_used=states.num_blocks - states.num_free,
+        num_snapshots=sum(map(is_prefix, states.published)),
         has_more=end < pool.num_blocks,
         groups=[BlockGroupView(num_layers=len(group.layers), window=group.window) for group in scheduler.kv.groups],
         owners=[

@@ -39,6 +39,7 @@ def explain_prefix(
     return PrefixView(
         result=result,
         num_cached_tokens=record.num_cached_tokens,
+        num_found_tokens=notes_of(record).num_found_tokens if has_begun else 0,
         num_reusable_tokens=notes_of(record).num_reusable_tokens if has_begun else 0,
         position=position,
         token_id=None if position is None or token_ids is None else token_ids[position],

@@ -37,6 +37,7 @@ class Notes:
     salt: bytes  # of its cached prefixes
     prefix_result: PrefixResult = PrefixResult.PENDING
     num_reusable_tokens: int = 0  # of the prompt, with an ideal prefix cache
+    num_found_tokens: int = 0  # whose keys and values were cached
     token_ids: array[int] | None = None  # int32, prompt and output, once it has ended; None: they are not kept
     num_kept_bytes: int = 0  # of these and its parameters, once it has ended
 
@@ -124,17 +125,20 @@ class Recorder:
         block_size = self.scheduler.pool.block_size
         num_usable = 0 if request.reads_all_rows else (len(request.token_ids) - 1) // block_size
         num_cached = request.kv.num_computed // block_size
+        num_found = max(request.kv.num_found, request.kv.num_computed)
         if request.reads_all_rows:
             result = PrefixResult.ALL_ROWS
         elif num_usable == 0:
             result = PrefixResult.TOO_SHORT
         elif num_cached == num_usable:
             result = PrefixResult.FOUND
+        elif num_found > request.kv.num_computed:
+            result = PrefixResult.NO_SNAPSHOT
         else:
             missing = request.kv.block_hashes[num_cached]
             was_there = any(missing + suffix in self.evicted for suffix in self.scheduler.kv.suffixes)
             result = PrefixResult.EVICTED if was_there else PrefixResult.NOT_FOUND
-        request.record.notes = Notes(request.kv.salt, result, num_usable * block_size)
+        request.record.notes = Notes(request.kv.salt, result, num_usable * block_size, num_found)
 
     def add_evicted(self, block_hash: bytes) -> None:
         """Remember the hash of a block that is overwritten."""

@@ -113,6 +113,9 @@ class BlockMap(msgspec.Struct, kw_only=True):
     block_size: int  # tokens
     num_blocks: int  # of the KV cache
     num_used: int
+    num_states: int  # of choices and snapshots, in models that have states
+    num_states_used: int  # held by choices
+    num_snapshots: int  # that a later prompt with the same beginning finds, whether they are held or not
     has_more: bool  # there are later blocks
     groups: list[BlockGroupView]
     owners: list[BlockOwnerView]  # only choices of the tenant that was asked for
@@ -142,6 +145,7 @@ class PrefixResult(StrEnum):
     TOO_SHORT = "too_short"  # the prompt fills no block before its last token, which is always computed
     CACHING_OFF = "caching_off"
     ALL_ROWS = "all_rows"  # the request needs outputs of all prompt positions, which are not cached
+    NO_SNAPSHOT = "no_snapshot"  # keys and values of `num_found_tokens` were cached, but no state after so many
     EVICTED = "evicted"  # the next block had been cached, and was overwritten since
     NOT_FOUND = "not_found"  # the next block was not cached; why is not known
     # These need the token ids of earlier requests.
@@ -167,6 +171,7 @@ class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
 
     result: PrefixResult
     num_cached_tokens: int
+    num_found_tokens: int  # whose keys and values were cached, with or without a state
     num_reusable_tokens: int  # with a cache that had seen the prompt before
     position: int | None  # of the first token that differs from the most similar earlier request
     token_id: int | None  # of the prompt, at `position`

@@ -53,7 +53,9 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int  # tokens
     num_blocks: int  # of the KV cache
     weight_bytes: int
-    kv_cache_bytes: int
+    kv_cache_bytes: int  # of all blocks and states
+    num_states: int  # of choices and snapshots, in models that have states
+    state_bytes: int  # of one
     activation_bytes: int  # of the largest step; 0: not measured
     num_engines: int  # with --data-parallel-size
     available_bytes: int  # memory of the host that is free now

@@ -12,6 +12,10 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.parts.hybrid.states import HybridKVManager
+from engine.parts.inspection.blocks import read_blocks
+from engine.parts.inspection.prefix import explain_prefix
+from engine.parts.inspection.recorder import Recorder
+from engine.parts.inspection.records import ReadBlocks
 from engine.scheduling.request import Step
 from server.text.templates.chat_encoding import encode_chat
 from tests.support.answers import assert_same, make_engine, run, watch
@@ -73,9 +77,12 @@ def test_the_next_turn_of_a_chat_computes_what_has_changed_and_two_blocks(family
 
 def test_a_snapshot_is_taken_where_prompts_branch_off(loaded: LoadedModel) -> None:
     engine, found = make_engine(loaded), []
+    recorder = Recorder(engine.scheduler)
     for number in range(3):
-        found.append(num_cached(engine, PROMPT[:64] + [100 + number] * 60)[0])
-    assert found == [0, 0, 64]
+        num_cached(engine, PROMPT[:64] + [100 + number] * 60)
+        prefix = explain_prefix(recorder.requests[-1], None, (), caches_prefixes=True, block_size=BLOCK_SIZE)
+        found.append((prefix.result.value, prefix.num_cached_tokens, prefix.num_found_tokens))
+    assert found == [("not_found", 0, 0), ("no_snapshot", 0, 64), ("not_found", 64, 64)]
 
 
 def test_answers_keep_one_snapshot(loaded: LoadedModel) -> None:
@@ -85,6 +92,12 @@ def test_answers_keep_one_snapshot(loaded: LoadedModel) -> None:
     num_cached(engine, PROMPT, max_tokens=100)
     assert len(kv.state_pool.published) == 3  # two of the prompt
     assert kv.state_pool.num_free == kv.state_pool.num_blocks
+    engine.add(new_submit(PROMPT, max_tokens=20, ignore_eos=True))
+    engine.step()
+    shown = read_blocks(ReadBlocks(start=0, limit=1), engine.scheduler)
+    assert (shown.num_states, shown.num_snapshots) == (loaded.memory.num_states, 3)
+    (request,) = engine.scheduler.requests()
+    assert shown.num_states_used == len(request.kv.states) == kv.state_pool.num_blocks - kv.state_pool.num_free > 0
 
 
 def test_answers_are_the_same_with_few_states(loaded: LoadedModel) -> None:

@@ -5,7 +5,8 @@ import { ownerColor, palette, prepare } from "../canvas.js";
  * @typedef {{start: number, num_blocks: number, state: "held" | "cached" | "free" | "unused", num_holders: number,
  *   is_cached: boolean, owner: number | null, group: number | null, position: number | null, age: number | null}} Run
  * @typedef {{id: string, prompt: number, index: number, key: string | null}} Owner
- * @typedef {{engine: string, block_size: number, num_blocks: number, num_used: number, has_more: boolean,
+ * @typedef {{engine: string, block_size: number, num_blocks: number, num_used: number, num_states: number,
+ *   num_states_used: number, num_snapshots: number, has_more: boolean,
  *   groups: {num_layers: number, window: number | null}[], owners: Owner[], data: Run[]}} BlockMap
  */
 

@@ -64,6 +64,9 @@ export function BlocksCard({ isPaused, request }) {
         <li><span class="mark hollow"></span>free${counts ? ` ${count(counts.free)}` : ""}</li>
         <li><span class="mark faint"></span>never used${counts ? ` ${count(counts.unused)}` : ""}</li>
       </ul>
+      ${map && map.num_states > 0 && html`
+        <p class="hint num">Some layers keep a state in place of keys and values: ${count(map.num_states_used)} of ${count(map.num_states)} states are held by choices that run, and later prompts find ${count(map.num_snapshots)} snapshots.</p>
+      `}
       ${(start > 0 || map?.has_more) && html`
         <div class="row">
           <${Button} icon="left" label="Earlier blocks" disabled=${start === 0} onClick=${() => setStart(Math.max(0, start - AT_ONCE))} />

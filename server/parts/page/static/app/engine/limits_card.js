@@ -24,9 +24,11 @@ export function LimitsCard({ history, isPaused }) {
 
 /** @param {{engine: any}} props */
 function Memory({ engine }) {
+  const states = engine.num_states * engine.state_bytes;
   const parts = [
     ["weights", "Weights", engine.weight_bytes],
-    ["kv", "KV cache", engine.kv_cache_bytes],
+    ["kv", "KV cache", engine.kv_cache_bytes - states],
+    ["states", "States", states],
     ["activations", "Activations", engine.activation_bytes],
     ["rest", "Free on the host", engine.device === "cpu" ? engine.available_bytes : 0], // the bar is one memory
   ].filter(([, , size]) => size > 0);

@@ -39,6 +39,8 @@ function Why({ prefix }) {
       return html`The server was started with <code>--no-enable-prefix-caching</code>.`;
     case "all_rows":
       return "The request needs the outputs of all positions, for log probabilities of its prompt or an embedding, and these are not cached.";
+    case "no_snapshot":
+      return `Keys and values of ${count(prefix.num_found_tokens)} were, but there is no snapshot of the states after token ${count(prefix.num_cached_tokens)}.`;
     case "evicted":
       return "The next block had been cached, but its place was needed for other tokens since.";
     case "new":

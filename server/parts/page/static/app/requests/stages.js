@@ -8,7 +8,7 @@
  *   num_prompt_tokens: number, num_cached_tokens: number, num_output_tokens: number, num_accepted_tokens: number,
  *   num_preemptions: number, num_chunks: number, num_blocks: number}} Choice
  * @typedef {{step: number, position: number, num_tokens: number}} Chunk
- * @typedef {{result: string, num_cached_tokens: number, num_reusable_tokens: number, position: number | null,
+ * @typedef {{result: string, num_cached_tokens: number, num_found_tokens: number, num_reusable_tokens: number, position: number | null,
  *   token_id: number | null, similar_id: string | null}} Prefix
  * @typedef {Choice & {chunks: Chunk[], preemptions: {at: number, resumed: number | null}[], prefix: Prefix}} ChoiceDetail
  * @typedef {{stage: Stage, start: number, seconds: number}} Segment `start` is in seconds since the arrival
