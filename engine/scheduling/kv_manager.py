@@ -86,7 +86,7 @@ class KVManager:
         self._extend_hashes(request)
         # The last token is always computed: its logits are needed.
         num_usable = 0 if request.reads_all_rows else (len(request.token_ids) - 1) // pool.block_size
-        num_cached_blocks = self._num_cached_blocks(kv.block_hashes[:num_usable])
+        num_cached_blocks = self.num_cached_blocks(kv.block_hashes[:num_usable])
         cached = kv.block_hashes[:num_cached_blocks]
         kv.tables = [
             self._acquire(request, index, cached) if cached else BlockTable() for index in range(len(self.groups))
@@ -100,7 +100,7 @@ class KVManager:
         self.release(request)
         return False
 
-    def _num_cached_blocks(self, block_hashes: Sequence[bytes]) -> int:
+    def num_cached_blocks(self, block_hashes: Sequence[bytes]) -> int:
         """Return the length of the longest prefix whose next token finds all that it sees: in each group, the blocks
         from the start of its window to the end of the prefix.
         """

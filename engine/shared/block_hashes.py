@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 ROOT = b"lightwell.prefix"
 HASH_BYTES = 32
+STATE_SUFFIX = b"state"  # of the hashes of snapshots, after that of the prefix
 NAME_BYTES = 8  # two prefixes with the same name would only send a request to a less suitable engine
 
 

@@ -116,12 +116,9 @@ def test_inside_the_model(server: ServerProcess) -> None:
         assert stages == ["logits", "grammar", "temperature", "top_p"]
         for other in others:
             assert other.result()["usage"]["completion_tokens"] == 100
-    answer = inspect(server, prompt="The capital of France is", layer=0, head=0)
+    answer = inspect(server, prompt="The capital of France is")
     assert "".join(token["token"] for token in answer["tokens"]) == "The capital of France is"
     assert answer["positions"][-1]["layers"][-1]["lens"][0]["token"] == " Paris"
-    for position, row in zip(answer["positions"], answer["attention"]["rows"], strict=True):
-        assert len(row) == position["position"] + 1
-        assert sum(row) == pytest.approx(1, abs=1e-4)
 
 
 # Timings of a request: `"lightwell": {"explain": true}`.

@@ -96,7 +96,7 @@ def _inspected(engine: FakeEngine, question: records.Inspect) -> records.Inspect
         if not submits:
             return records.Inspected(problem=records.InspectionProblem.NOT_FOUND)
         token_ids, ids = [*submits[0].prompt_token_ids, 98], submits[0].ids
-    layer = records.LayerView([(97, -0.5)], 1.0, 2.0, 3.0, [[(0, 0.75)]], [])
+    layer = records.LayerView([(97, -0.5)], 1.0, 2.0, 3.0, [[(0, 0.75)]], [], (0.9, 0.25))
     num_prompt_tokens = len(token_ids) - len(ids[:1])
     end = min(num_prompt_tokens, question.end or num_prompt_tokens)
     stages = [("logits", 3, 0, [(97, -0.5)], []), ("top_k", 1, 2, [(98, 0.0)], [(97, -0.5)])]

@@ -93,19 +93,22 @@ def test_a_head_shows_where_it_looks(page: Page, real_server: ServerProcess) -> 
 
 
 @pytest.mark.long
-def test_chosen_experts_are_named(page: Page, real_server: ServerProcess) -> None:
-    def add_experts(route: Route) -> None:
+def test_layers_with_experts_and_a_state(page: Page, real_server: ServerProcess) -> None:
+    def change(route: Route) -> None:
         response = route.fetch()
         answer = response.json() | {"num_experts": 16}
         for position in answer["positions"]:
             for layer in position["layers"]:
                 layer["experts"] = [[3, 0.625], [11, 0.375]]
+            position["layers"][NUM_LAYERS // 2] |= {"heads": [], "state": {"kept": 0.9, "written": 0.25}}
         route.fulfill(response=response, json=answer)
 
-    page.route(INSPECT, add_experts)
+    page.route(INSPECT, change)
     look_inside(page, real_server)
     expect(section(page, "Layers")).to_contain_text("The MLP of this layer has 16 experts.")
     expect(section(page, "Layers").locator(".experts")).to_have_text("Expert 3 62.5 %Expert 11 37.5 %")
+    expect(page.get_by_role("region", name="State").get_by_role("row").last).to_contain_text("Written25 %25 %")
+    check_accessibility(page)
     page.unroute_all(behavior="wait")
 
 
@@ -139,13 +142,7 @@ def test_by_keyboard(page: Page, real_server: ServerProcess) -> None:
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("radio", checked=True)).to_be_focused()
     expect(page.get_by_role("img", name=re.compile("Attention of layer 17, head 2"))).to_be_visible()
-
-
-@pytest.mark.long
-def test_tokens_of_a_prompt_are_not_drawn(page: Page, real_server: ServerProcess) -> None:
-    look_inside(page, real_server)
-    page.get_by_role("button", name="Previous token").click()
-    expect(section(page, "Sampling")).to_contain_text("Nothing is drawn here")
+    expect(section(page, "Sampling")).to_contain_text("Nothing is drawn here")  # but for a token of the prompt
 
 
 @pytest.mark.long

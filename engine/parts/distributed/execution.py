@@ -106,6 +106,13 @@ class Rank:
         array: FloatArray = weights.cpu().numpy()
         return array
 
+    def read_gates(self, layer: int) -> FloatArray:
+        """Return what this rank's heads of the last part keep of their states and write to them."""
+        gates = self.last.gates
+        assert gates is not None
+        array: FloatArray = self.observed.state_gates(layer, gates).cpu().numpy()
+        return array
+
     def look_through_lens(self, hidden: FloatArray) -> None:
         self.observed.compute_logits(torch.from_numpy(hidden).to(self.last.residual))
 
@@ -134,6 +141,11 @@ class LeadingObservedExecution:
         with self.group.everywhere("weigh_attention", layer, block_ids.cpu().numpy(), first) as replies:
             own = self.execution.attention_weights(layer, q, block_ids, first)
         return torch.cat([own, *(torch.from_numpy(reply).to(own.device) for reply in replies)], dim=1)
+
+    def state_gates(self, layer: int, gates: Tensor) -> Tensor:
+        with self.group.everywhere("read_gates", layer) as replies:
+            own = self.execution.state_gates(layer, gates)
+        return torch.cat([own, *(torch.from_numpy(reply).to(own.device) for reply in replies)], dim=2)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         with self.group.everywhere("look_through_lens", hidden.float().cpu().numpy()):

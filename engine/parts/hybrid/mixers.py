@@ -155,7 +155,15 @@ class GatedDeltaNet(Mixer):
     def project(self, x: Tensor, inputs: LayerInputs) -> list[Tensor]:
         rows = self.in_proj(x, inputs.lora_slots)
         assert inputs.states is not None
-        return [self.mix(rows, inputs.kv_cache.states[self.index], inputs.states)]
+        mixed = self.mix(rows, inputs.kv_cache.states[self.index], inputs.states)
+        return [mixed, rows[:, self.num_channels : self.row_size]]  # what `gates` reads, for those who look inside
+
+    def gates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which share of the state is kept and how strongly is written, [..., V] each, for rows [..., 2 * V]."""
+        strengths, steps = rows.chunk(2, dim=-1)
+        steps = steps + self.step_bias
+        softplus = steps.clamp(min=0) + torch.log(1 + torch.exp(-steps.abs()))
+        return torch.exp(-self.decay * softplus), 1 / (1 + torch.exp(-strengths))
 
     def mix(self, rows: Tensor, states: Tensor, plan: StateRows) -> Tensor:
         """Return the outputs of all heads [T, V * D_v] for projected rows [T, row_size + V * D_v]."""
@@ -179,9 +187,8 @@ class GatedDeltaNet(Mixer):
         for number, (mixed, row) in enumerate(zip(sequence.convolved(self.conv), rows, strict=True), start=1):
             q, k, v = torch.split(_silu(mixed), [num_keys * sizes[0], num_keys * sizes[0], self.value_size])
             q, k = (_unit(each.view(num_keys, -1))[self.key_heads] for each in (q, k))
-            strengths, steps = 1 / (1 + torch.exp(-row[:num_values])), row[num_values:] + self.step_bias
-            softplus = steps.clamp(min=0) + torch.log(1 + torch.exp(-steps.abs()))
-            state = state * torch.exp(-self.decay * softplus)[:, None, None]
+            kept, strengths = self.gates(row)
+            state = state * kept[:, None, None]
             delta = (v.view(num_values, sizes[1]) - (state * k[:, :, None]).sum(1)) * strengths[:, None]
             state = state + k[:, :, None] * delta[:, None]
             yield (state * (q * sizes[0] ** -0.5)[:, :, None]).sum(1)

@@ -22,8 +22,8 @@ from engine.parts.hybrid.mixers import MAX_DRAFTED
 from engine.scheduling.block_pool import Block, BlockPool
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.request import BlockTable, Request, Scheduled, Step
+from engine.shared.block_hashes import STATE_SUFFIX
 
-SUFFIX = b"state"  # of the hashes of snapshots
 STATES_OF_A_REQUEST = 2  # that it has in every step
 
 
@@ -41,23 +41,23 @@ class HybridKVManager(KVManager):
             return False
         self._extend_hashes(request)
         num_usable = 0 if request.reads_all_rows else (len(request.token_ids) - 1) // self.pool.block_size
-        num_cached = super()._num_cached_blocks(request.kv.block_hashes[:num_usable])
+        num_cached = super().num_cached_blocks(request.kv.block_hashes[:num_usable])
         num_full = request.num_prompt_tokens // self.pool.block_size
         request.kv.num_found = num_cached * self.pool.block_size
         request.kv.borders = sorted({self.pool.block_size * n for n in (num_cached, num_full - 1, num_full) if n > 0})
         return super().admit(request, running, max_tokens)
 
-    def _num_cached_blocks(self, block_hashes: Sequence[bytes]) -> int:
-        longest = super()._num_cached_blocks(block_hashes)
+    def num_cached_blocks(self, block_hashes: Sequence[bytes]) -> int:
+        longest = super().num_cached_blocks(block_hashes)
         for num_blocks in range(longest, 0, -1):
-            has_snapshot = block_hashes[num_blocks - 1] + SUFFIX in self.state_pool.published
-            if has_snapshot and super()._num_cached_blocks(block_hashes[:num_blocks]) == num_blocks:
+            has_snapshot = block_hashes[num_blocks - 1] + STATE_SUFFIX in self.state_pool.published
+            if has_snapshot and super().num_cached_blocks(block_hashes[:num_blocks]) == num_blocks:
                 return num_blocks
         return 0
 
     def _acquire(self, request: Request, index: int, block_hashes: Sequence[bytes]) -> BlockTable:
         if index == 0:
-            (snapshot,) = self.state_pool.acquire([block_hashes[-1] + SUFFIX])
+            (snapshot,) = self.state_pool.acquire([block_hashes[-1] + STATE_SUFFIX])
             request.kv.states = {len(block_hashes) * self.pool.block_size: snapshot}
         return super()._acquire(request, index, block_hashes)
 
@@ -86,7 +86,7 @@ class HybridKVManager(KVManager):
         self._drop(request, [position for position in settled if position < newest])
 
     def _publish_snapshot(self, request: Request, block: Block, block_hash: bytes, is_of_answer: bool) -> None:
-        self.state_pool.publish(block, block_hash + SUFFIX)
+        self.state_pool.publish(block, block_hash + STATE_SUFFIX)
         if is_of_answer and block.block_hash is not None:
             previous = self.answers.get(request)
             if previous is not None and previous is not block and previous.ref_count == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
+from engine.config import GatedDeltaNetSpec
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.library import Program
 from engine.kernels.interface import AttentionScores
@@ -59,6 +61,14 @@ class ObservedExecution:
         keys = self.model.kernels.cached_keys(self.kv_cache.layers[layer], block_ids)[: first + len(q)]
         heads = q.view(len(q), attention.spec.num_heads, attention.spec.head_dim)
         return attention_weights(heads, keys, first, attention.scores, attention.spec.window)
+
+    def state_gates(self, layer: int, gates: Tensor) -> Tensor:
+        """Return which share of its state each head keeps at each row, and how strongly it writes: float32 [2, R, V].
+
+        `gates` are those of a projection.
+        """
+        mixer: Any = self.model.layers[layer].self_attn
+        return torch.stack(mixer.gates(gates.float()))
 
 
 class CpuObservedExecution(ObservedExecution):
@@ -111,8 +121,8 @@ class Part(Enum):
     """A part of a forward pass, after which there is something to see."""
 
     EMBEDDING = auto()
-    PROJECTION = auto()  # of a layer's queries, keys and values; these are in the KV cache
-    ATTENTION = auto()
+    PROJECTION = auto()  # of a layer's queries, keys and values; these are in the KV cache, or the state has advanced
+    ATTENTION = auto()  # or another mixer
     FEED_FORWARD = auto()  # the layer is complete
 
 
@@ -124,12 +134,13 @@ class Observation:
     layer: int  # -1 before the first
     residual: Tensor  # [T, hidden_size]
     q: Tensor | None = None  # [T, H * D], rotated: of a projection
+    gates: Tensor | None = None  # [T, 2 * V], what `GatedDeltaNet.gates` reads: of its projection
     router_logits: Tensor | None = None  # float32 [T, E]: of the feed-forward part of a layer with experts
 
     def first_rows(self, num_rows: int) -> Observation:
         """Return what it shows of the first rows only."""
-        q, logits = (None if some is None else some[:num_rows] for some in (self.q, self.router_logits))
-        return replace(self, residual=self.residual[:num_rows], q=q, router_logits=logits)
+        seen = {name: getattr(self, name) for name in ("residual", "q", "gates", "router_logits")}
+        return replace(self, **{name: some[:num_rows] for name, some in seen.items() if some is not None})
 
 
 def observe(model: CausalLM, batch: BatchInputs, kv_cache: KVCache) -> Iterator[Observation]:
@@ -143,7 +154,9 @@ def observe(model: CausalLM, batch: BatchInputs, kv_cache: KVCache) -> Iterator[
     for index, layer in enumerate(model.layers):
         with model.kernels.temporaries():
             projected = layer.project(x, inputs)
-            yield Observation(Part.PROJECTION, index, x, q=projected[0])
+            q = projected[0] if index in kv_cache.layers else None
+            has_gates = isinstance(model.config.layers[index].mixer, GatedDeltaNetSpec)
+            yield Observation(Part.PROJECTION, index, x, q, gates=projected[1] if has_gates else None)
             layer.attend(x, projected, inputs)
             yield Observation(Part.ATTENTION, index, x)
             router_logits = None

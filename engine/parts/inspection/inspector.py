@@ -36,7 +36,7 @@ from engine.scheduling.request import (
     new_request,
     without_early_end,
 )
-from engine.shared.block_hashes import extend_block_hashes, prefix_salt
+from engine.shared.block_hashes import STATE_SUFFIX, extend_block_hashes, prefix_salt
 from engine.shared.messages import SamplingParams, Submit
 
 MAX_ROWS = 64  # that are computed at once
@@ -162,8 +162,6 @@ class Inspector:
     def _inspect(self, question: Inspect) -> Generator[None, None, Inspected]:
         """Yield after each slice. Raises InspectionError or AdapterGoneError."""
         engine = self._engine
-        if engine.model_config.mixers:
-            raise InspectionError(InspectionProblem.HAS_STATES)
         target = self._target(question)
         start, end = target.positions(question)
         kv = engine.scheduler.kv
@@ -203,7 +201,9 @@ class Inspector:
         assert execution is not None
         seen: list[LayerObserver] = []
         with closing(BorrowedBlocks(engine.scheduler.kv, request, start)) as blocks:
-            for first, last in pairwise(self._bounds(request, start)):
+            for number, (first, last) in enumerate(pairwise(self._bounds(request, start))):
+                if blocks.states:
+                    request.kv.states[last] = blocks.states[number % 2]
                 step = Step(0, [Scheduled(request, first, last - first, num_samples=0)])
                 execution.builder.build(step)
                 slices: Iterator[object] = execution.forward()
@@ -319,13 +319,14 @@ def _run(
         return True, None
 
 
-# Free blocks of the KV cache in which tokens are computed again. Requests get them back whenever they need them.
+# Free blocks of the KV cache in which tokens are computed again, and free states. Requests get them back whenever they
+# need them.
 
 
 class BorrowedBlocks:
-    """The block tables of a request that the scheduler does not know.
+    """The block tables of a request that the scheduler does not know, and the states that its steps write in turn.
 
-    The beginning may be cached for other requests: these blocks are only read.
+    The beginning may be cached for other requests: these blocks, and the snapshot after them, are only read.
     """
 
     def __init__(self, kv: KVManager, request: Request, num_computed: int) -> None:
@@ -333,49 +334,57 @@ class BorrowedBlocks:
 
         Raises InspectionError.
         """
-        pool = kv.pool
+        pool, states = kv.pool, kv.state_pool
         num_prompt_tokens = request.num_prompt_tokens if pool.separates_prompts else None
         hashes: list[bytes] = []
         beginning = request.token_ids[:num_computed]
         extend_block_hashes(hashes, beginning, pool.block_size, request.kv.salt, num_prompt_tokens)
-        num_cached = _num_published(kv, hashes)
+        num_cached = kv.num_cached_blocks(hashes[: _num_published(kv, hashes)])
         num_new = pool.num_blocks_for(request.num_tokens) - num_cached
-        if (blocks := _borrow(pool, num_new * len(kv.groups))) is None:
-            raise InspectionError(InspectionProblem.NO_BLOCKS)
-        self._pool = pool
-        self._hashes = [(block, block.block_hash) for block in blocks]
-        for number, suffix in enumerate(kv.suffixes):
-            cached = [pool.published[block_hash + suffix] for block_hash in hashes[:num_cached]]
-            self._hashes += [(block, block.block_hash) for block in cached]
+        self._used: list[tuple[BlockPool, Block, bytes]] = []  # with the hash that they keep meanwhile
+        cached = [self._use(pool, [each + suffix for each in hashes[:num_cached]]) for suffix in kv.suffixes]
+        if states.num_blocks and num_cached:
+            (snapshot,) = self._use(states, [hashes[num_cached - 1] + STATE_SUFFIX])
+            request.kv.states[num_cached * pool.block_size] = snapshot
+        blocks = self._borrow(pool, num_new * len(kv.groups))
+        self.states = self._borrow(states, min(2, states.num_blocks))
+        for number, found in enumerate(cached):
             table = BlockTable()
-            table.append(cached + blocks[number * num_new : (number + 1) * num_new])
+            table.append(found + blocks[number * num_new : (number + 1) * num_new])
             request.kv.tables.append(table)
         request.kv.num_computed = num_cached * pool.block_size
 
     def check(self) -> None:
         """Raise InspectionError if a block has been handed out since."""
-        if any(block.block_hash != block_hash for block, block_hash in self._hashes):
+        if any(block.block_hash != block_hash for _, block, block_hash in self._used):
             raise InspectionError(InspectionProblem.NO_BLOCKS)
 
     def close(self) -> None:
         """Give back what has not been handed out."""
-        same = [block for block, block_hash in self._hashes if block.block_hash == block_hash]
-        blocks = [block for block in same if not is_prefix(block.block_hash)]
-        self._pool.unpublish(blocks)
-        for block in blocks:
-            self._pool.free(block)
+        for pool, block, block_hash in self._used:
+            if block.block_hash == block_hash and not is_prefix(block_hash):
+                pool.discard(block)
 
+    def _use(self, pool: BlockPool, hashes: Sequence[bytes]) -> list[Block]:
+        """Return the blocks that are published under these hashes."""
+        found = [(pool, pool.published[block_hash], block_hash) for block_hash in hashes]
+        self._used += found
+        return [block for _, block, _ in found]
 
-def _borrow(pool: BlockPool, num_blocks: int) -> list[Block] | None:
-    """Return free blocks that may be written to as long as they have the same hash; None if too few are free.
+    def _borrow(self, pool: BlockPool, num_blocks: int) -> list[Block]:
+        """Return free blocks that may be written to as long as they have the same hash. Raises InspectionError.
 
-    They stay free, like those of a cached prefix that was used just now.
-    """
-    blocks = pool.allocate(num_blocks)
-    for block in blocks or ():
-        pool.publish(block, BORROWED + block.block_id.to_bytes(8))
-    pool.release(blocks or ())
-    return blocks
+        They stay free, like those of a cached prefix that was used just now.
+        """
+        blocks = pool.allocate(num_blocks)
+        if blocks is None:
+            self.close()
+            raise InspectionError(InspectionProblem.NO_BLOCKS)
+        hashes = [BORROWED + block.block_id.to_bytes(8) for block in blocks]
+        for block, block_hash in zip(blocks, hashes, strict=True):
+            pool.publish(block, block_hash)
+        pool.release(blocks)
+        return self._use(pool, hashes)
 
 
 def _num_published(kv: KVManager, hashes: Sequence[bytes]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,13 @@ class LayerRows:
     feed_forward_norms: list[float] = field(default_factory=list)
     heads: list[list[Pairs]] = field(default_factory=list)
     experts: list[Pairs] = field(default_factory=list)
+    states: list[tuple[float, float]] = field(default_factory=list)
 
     def views(self) -> Iterator[LayerView]:
         norms = (self.residual_norms, self.attention_norms, self.feed_forward_norms)
-        return map(LayerView, self.lens, *norms, self.heads, self.experts or [[] for _ in self.heads])
+        empty: list[Any] = [[] for _ in self.lens]
+        states: list[Any] = self.states or [None] * len(self.lens)
+        return map(LayerView, self.lens, *norms, self.heads or empty, self.experts or empty, states)
 
 
 class LayerObserver:
@@ -77,8 +81,12 @@ class LayerObserver:
 
     def _see(self, execution: ObservedExecution, observation: Observation) -> None:
         index = observation.layer
-        if observation.q is not None:
-            self._see_attention(execution, index, observation.q)
+        if observation.part is Part.PROJECTION:
+            if observation.q is not None:
+                self._see_attention(execution, index, observation.q)
+            if observation.gates is not None:
+                means = execution.state_gates(index, observation.gates).mean(dim=-1).T.tolist()
+                self._layers[index].states = [(round(kept, DIGITS), round(written, DIGITS)) for kept, written in means]
             return
         before, residual = self._residual, observation.residual.to(torch.float32, copy=True)
         self._residual = residual

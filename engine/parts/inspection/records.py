@@ -239,7 +239,6 @@ class InspectionProblem(StrEnum):
     TOO_SLOW = "too_slow"  # it did not come to its end in time
     NO_ADAPTER = "no_adapter"  # its adapter has been unloaded
     NO_BLOCKS = "no_blocks"  # other requests need the blocks of the KV cache
-    HAS_STATES = "has_states"  # layers have states in place of attention
 
 
 class LayerView(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -251,6 +250,8 @@ class LayerView(msgspec.Struct, frozen=True, array_like=True, gc=False):
     feed_forward_norm: float  # ... of what MLP or experts add to it
     heads: list[list[tuple[int, float]]]  # of each head: position -> attention weight, the largest first
     experts: list[tuple[int, float]]  # expert -> weight, the largest score first
+    # Of a gated delta net: which share of its state is kept, and how strongly is written; means over heads.
+    state: tuple[float, float] | None = None
 
 
 class PositionView(msgspec.Struct, frozen=True, array_like=True):

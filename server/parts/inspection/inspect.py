@@ -29,7 +29,6 @@ PROBLEMS = {
     InspectionProblem.NO_BLOCKS: "Other requests need the free blocks of the KV cache. Please retry later.",
     InspectionProblem.TOO_SLOW: "The inspection did not come to its end beside other requests. Please retry later.",
     InspectionProblem.TOO_LONG: "Invalid 'end': the KV cache has too few blocks for so many positions.",
-    InspectionProblem.HAS_STATES: "This model cannot be inspected: layers have states in place of attention.",
     InspectionProblem.NO_ADAPTER: "The LoRA adapter of this request is no longer loaded.",
     InspectionProblem.NOT_KEPT: "The tokens of this request are not kept. With API keys, --record-requests keeps them.",
     InspectionProblem.NOT_FOUND: "No request with the id '{}' and this choice is running or among the last.",
@@ -85,7 +84,7 @@ class InspectRequest(OpenObject):
             message = f"Invalid 'layer': expected 0 to {len(layer_heads) - 1}, but got {self.layer} instead."
             raise errors.InvalidValueError(message, param="layer")
         if self.layer is not None and self.head is not None and self.head >= layer_heads[self.layer]:
-            message = f"Invalid 'head': expected 0 to {layer_heads[self.layer] - 1}, but got {self.head} instead."
+            message = f"Invalid 'head': layer {self.layer} has {layer_heads[self.layer]} heads, but got {self.head}."
             raise errors.InvalidValueError(message, param="head")
 
 
@@ -167,8 +166,6 @@ def _error(problem: InspectionProblem, num_tokens: int, body: InspectRequest, qu
             return errors.InvalidValueError(message, param="end")
         case InspectionProblem.TOO_LONG:
             return errors.InvalidValueError(PROBLEMS[problem], param="end")
-        case InspectionProblem.HAS_STATES:
-            return errors.InvalidValueError(PROBLEMS[problem], param="model")
     return errors.APIError(404, PROBLEMS[problem].format(errors.clip(body.id or "")), code=CODES[problem], param="id")
 
 
@@ -186,6 +183,13 @@ class RankedToken(msgspec.Struct, frozen=True):
     logprob: float
 
 
+class StateChange(msgspec.Struct, frozen=True):
+    """What a token does to the state of a gated delta net: means over its heads."""
+
+    kept: float  # share of the state that its decay leaves
+    written: float  # strength with which the token is written, 0 to 1
+
+
 class LayerInside(msgspec.Struct, frozen=True):
     """What a layer does at one position."""
 
@@ -195,6 +199,7 @@ class LayerInside(msgspec.Struct, frozen=True):
     mlp_norm: float  # and of what MLP or experts add
     heads: list[list[tuple[int, float]]]  # of each head: positions and their weights, the largest first
     experts: list[tuple[int, float]] | None  # the router's choice, and its weights
+    state: StateChange | None  # of a layer that has one in place of attention; null, too, for short convolutions
 
 
 class PositionInside(msgspec.Struct, frozen=True, kw_only=True):
@@ -331,6 +336,7 @@ def _layer(texts: _Texts, view: LayerView) -> LayerInside:
         mlp_norm=view.feed_forward_norm,
         heads=view.heads,
         experts=view.experts or None,
+        state=None if view.state is None else StateChange(*view.state),
     )
 
 

@@ -61,6 +61,12 @@ def prompt_logprobs(loaded: LoadedModel, adapter: str) -> list[float]:
     return [entry.logprob for entry in answer.prompt_logprobs]
 
 
+def states(loaded: LoadedModel) -> list[float]:
+    """Return what an inspection shows of states."""
+    seen = ask(inspector_of(Engine(EngineConfig(model_path=""), loaded)), prompt_token_ids=PROMPT).positions
+    return [share for view in seen for layer in view.layers for share in layer.state or ()]
+
+
 def test_adapters_are_those_of_one_process(tmp_path: Path) -> None:
     """One is loaded at start by each rank, the same one later through rank 0: of attention, mixers and MLPs."""
     save_family_model("qwen3_5", tmp_path, seed=4)  # whose heads divide
@@ -81,6 +87,8 @@ def test_adapters_are_those_of_one_process(tmp_path: Path) -> None:
         for name, values in expected.items():
             assert prompt_logprobs(loaded, name) == pytest.approx(values, abs=1e-3)
         assert prompt_logprobs(loaded, "later") == prompt_logprobs(loaded, "start")
+        assert len(states(whole)) == 2 * 3 * len(PROMPT)  # of three layers
+        assert states(loaded) == pytest.approx(states(whole), abs=TOLERANCE)
 
 
 def test_each_run_of_the_head_is_a_command(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

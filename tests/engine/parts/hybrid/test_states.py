@@ -11,7 +11,6 @@ from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
-from engine.parts.hybrid.states import HybridKVManager
 from engine.parts.inspection.blocks import read_blocks
 from engine.parts.inspection.prefix import explain_prefix
 from engine.parts.inspection.recorder import Recorder
@@ -28,6 +27,7 @@ from tests.support.tool_templates import load_template
 BLOCK_SIZE = 16
 FAMILIES = ("qwen3_5", "lfm2")
 PROMPT = [number % 250 + 3 for number in range(7, 700, 7)]  # 99 tokens
+SUBMITS = [new_submit(PROMPT[n:], f"{n}", max_tokens=20 + n, seed=n, ignore_eos=True) for n in range(6)]
 
 
 def load(family: str, folder: Path) -> LoadedModel:
@@ -76,8 +76,8 @@ def test_the_next_turn_of_a_chat_computes_what_has_changed_and_two_blocks(family
 
 
 def test_a_snapshot_is_taken_where_prompts_branch_off(loaded: LoadedModel) -> None:
-    engine, found = make_engine(loaded), []
-    recorder = Recorder(engine.scheduler)
+    engine = make_engine(loaded)
+    recorder, found = Recorder(engine.scheduler), []
     for number in range(3):
         num_cached(engine, PROMPT[:64] + [100 + number] * 60)
         prefix = explain_prefix(recorder.requests[-1], None, (), caches_prefixes=True, block_size=BLOCK_SIZE)
@@ -87,42 +87,29 @@ def test_a_snapshot_is_taken_where_prompts_branch_off(loaded: LoadedModel) -> No
 
 def test_answers_keep_one_snapshot(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
-    kv = engine.scheduler.kv
-    assert isinstance(kv, HybridKVManager)
+    states = engine.scheduler.kv.state_pool
     num_cached(engine, PROMPT, max_tokens=100)
-    assert len(kv.state_pool.published) == 3  # two of the prompt
-    assert kv.state_pool.num_free == kv.state_pool.num_blocks
+    assert states.num_free == states.num_blocks
     engine.add(new_submit(PROMPT, max_tokens=20, ignore_eos=True))
     engine.step()
     shown = read_blocks(ReadBlocks(start=0, limit=1), engine.scheduler)
-    assert (shown.num_states, shown.num_snapshots) == (loaded.memory.num_states, 3)
-    (request,) = engine.scheduler.requests()
-    assert shown.num_states_used == len(request.kv.states) == kv.state_pool.num_blocks - kv.state_pool.num_free > 0
+    assert (shown.num_states, shown.num_snapshots) == (loaded.memory.num_states, 3)  # two of the prompt
+    assert [shown.num_states_used] == [len(request.kv.states) for request in engine.scheduler.requests()] != [0]
 
 
 def test_answers_are_the_same_with_few_states(loaded: LoadedModel) -> None:
-    submits = [
-        new_submit(PROMPT[number:], f"{number}", max_tokens=20 + number, seed=number, ignore_eos=True)
-        for number in range(6)
-    ]
-    answers = run(make_engine(loaded), submits)
+    answers = run(make_engine(loaded), SUBMITS)
     for num_states in (2, 5):
         engine = make_engine(loaded)
-        kv = engine.scheduler.kv
-        assert isinstance(kv, HybridKVManager)
-        kv.state_pool.num_blocks = num_states
-        assert_same(run(engine, submits), answers)
+        engine.scheduler.kv.state_pool.num_blocks = num_states
+        assert_same(run(engine, SUBMITS), answers)
         engine.scheduler.check()
 
 
 def test_answers_are_the_same_when_steps_overlap_or_fail(loaded: LoadedModel) -> None:
-    submits = [
-        new_submit(PROMPT[number:], f"{number}", max_tokens=20 + number, seed=number, ignore_eos=True)
-        for number in range(4)
-    ]
-    answers = run(make_engine(loaded), submits)
+    answers = run(make_engine(loaded), SUBMITS)
     engine = new_engine(loaded, overlaps=True)
-    assert_same(run(engine, submits), answers)
+    assert_same(run(engine, SUBMITS), answers)
     forward, numbers = engine.runner.forward, itertools.count()
 
     def fail_sometimes(step: Step, *args: Any) -> BatchInputs:
@@ -132,5 +119,5 @@ def test_answers_are_the_same_when_steps_overlap_or_fail(loaded: LoadedModel) ->
         return batch
 
     engine.runner.forward = fail_sometimes  # type: ignore[assignment, method-assign]
-    assert_same(run(engine, [msgspec.structs.replace(each, cache_salt="other") for each in submits]), answers)
+    assert_same(run(engine, [msgspec.structs.replace(each, cache_salt="other") for each in SUBMITS]), answers)
     assert next(numbers) > 20

@@ -34,11 +34,12 @@ from tests.support.kernel_choice import choose_kernels
 from tests.support.submits import new_submit
 
 # Families whose layers differ, then others.
-FAMILIES = ("gemma3_text", "gpt_oss", "deepseek_v2_lite", "cohere2")
+FAMILIES = ("gemma3_text", "gpt_oss", "deepseek_v2_lite", "cohere2", "qwen3_5", "lfm2")
 OTHER_FAMILIES = ("llama3", "qwen3", "gemma2", "qwen3_moe", "phi3")
 PROMPT_CASES = [
     *((family, "default") for family in FAMILIES),
     ("gpt_oss", "torch"),
+    ("qwen3_5", "torch"),
     *(pytest.param(family, "default", marks=pytest.mark.long) for family in OTHER_FAMILIES),
     *(pytest.param(family, "torch", marks=pytest.mark.long) for family in ("gemma3_text", "deepseek_v2_lite", "phi3")),
 ]
@@ -97,8 +98,11 @@ def inspector_of(engine: Engine) -> Inspector:
 
 
 @pytest.fixture
-def engine(llama: LoadedModel) -> Engine:
-    return new_engine(llama)
+def engine(models: Callable[[str, str], tuple[LoadedModel, Any]], request: pytest.FixtureRequest) -> Engine:
+    return new_engine(models(getattr(request, "param", "llama3"), "default")[0])
+
+
+with_states = pytest.mark.parametrize("engine", ["llama3", "qwen3_5"], indirect=True)
 
 
 @pytest.fixture
@@ -140,11 +144,23 @@ def random_prompt(num_tokens: int = NUM_TOKENS) -> list[int]:
 @torch.inference_mode()
 def logits_of(model: Any, stream: torch.Tensor) -> torch.Tensor:
     """Return what the final norm and the LM head make of a hidden state."""
-    logits = model.get_output_embeddings()(model.base_model.norm(stream))
+    base = model.base_model
+    norm = base.embedding_norm if hasattr(base, "embedding_norm") else base.norm
+    logits = model.get_output_embeddings()(norm(stream))
     logits *= getattr(model.config, "logit_scale", 1.0)
     softcap = getattr(model.config, "final_logit_softcapping", None)
     capped: torch.Tensor = logits if softcap is None else softcap * (logits / softcap).tanh()
     return capped
+
+
+@torch.inference_mode()
+def states_of(layer: Any, stream: torch.Tensor) -> list[Any]:
+    """Return how much a gated delta net keeps of its state and writes to it at each token; None for other layers."""
+    if not hasattr(layer, "linear_attn"):
+        return [None] * len(stream)
+    net, x = layer.linear_attn, layer.input_layernorm(stream)
+    kept = (-net.A_log.exp() * torch.nn.functional.softplus(net.in_proj_a(x) + net.dt_bias)).exp()
+    return list(zip(kept.mean(-1).tolist(), net.in_proj_b(x).sigmoid().mean(-1).tolist(), strict=True))
 
 
 @pytest.mark.parametrize(("family", "kernels"), PROMPT_CASES)
@@ -155,18 +171,22 @@ def test_prompts(models: Callable[[str, str], tuple[LoadedModel, Any]], family: 
     with torch.inference_mode():
         expected = model(torch.tensor([prompt]), output_attentions=True, output_hidden_states=True)
     streams = [hidden[0] for hidden in expected.hidden_states]  # the last one is normed
-    num_layers = len(expected.attentions)
+    num_layers = len(loaded.config.layers)
+    attentions = dict(zip(loaded.config.attentions, expected.attentions, strict=True))
     for layer in range(num_layers):
-        weights = expected.attentions[layer][0]  # [H, n, n]
-        head = layer % weights.shape[0]
+        weights = attentions[layer][0] if layer in attentions else torch.empty(0, len(prompt), 0)  # [H, n, n]
+        head = layer % len(weights) if layer in attentions else None
+        states = states_of(model.base_model.layers[layer], streams[layer])
         answer = ask(inspector, prompt_token_ids=prompt, layer=layer, head=head)
         assert (answer.start, answer.end, answer.num_tokens) == (0, len(prompt), len(prompt))
         assert len(answer.positions) == len(prompt)
         for view in answer.positions:
             position = view.position
-            expected_weights = weights[head, position, : position + 1]
-            torch.testing.assert_close(weights_of(view), expected_weights, rtol=0, atol=TOLERANCE)
             seen = view.layers[layer]
+            if head is not None:
+                expected_weights = weights[head, position, : position + 1]
+                torch.testing.assert_close(weights_of(view), expected_weights, rtol=0, atol=TOLERANCE)
+            assert seen.state == pytest.approx(states[position], abs=TOLERANCE)
             for pairs, row in zip(seen.heads, weights[:, position], strict=True):
                 largest = [weight for weight in row.topk(min(TOP, position + 1)).values.tolist() if weight]
                 assert [weight for _, weight in pairs] == pytest.approx(largest, abs=TOLERANCE)
@@ -229,10 +249,11 @@ SETTINGS = {
     "allowed": SamplingParams(max_tokens=24, seed=15, allowed_token_ids=tuple(range(10, 60))),
     "chain": SamplingParams(max_tokens=24, seed=16, extra_samplers=EXTRA),
     "mirostat": SamplingParams(max_tokens=24, seed=17, extra_samplers=MIROSTAT),
+    "logprobs": SamplingParams(max_tokens=24, seed=21, logprobs=3, prompt_logprobs=2, post_sampling_probs=True),
+    "reasoning": SamplingParams(max_tokens=24, seed=22, reasoning_limit=REASONING),
 }
-STAGES = {
+STAGES = {name: ["logits", "temperature"] for name in ("sampled", "logprobs", "reasoning")} | {
     "greedy": ["logits"],
-    "sampled": ["logits", "temperature"],
     "truncated": ["logits", "temperature", "min_p", "top_k", "top_p"],
     "penalties": ["logits", "penalties", "temperature"],
     "bias": ["logits", "logit_bias", "temperature"],
@@ -266,40 +287,50 @@ def test_the_same_tokens_are_sampled_again(
             assert stage.name != "top_k" or stage.num_tokens <= 40
 
 
+@with_states
 def test_a_request_that_runs(engine: Engine, inspector: Inspector) -> None:
-    engine.add(submit("r", 9, SamplingParams(max_tokens=200, ignore_eos=True, seed=3)))
+    """Its answer is the same as without inspections, and after a preemption."""
+    params = SamplingParams(max_tokens=200, ignore_eos=True, seed=3)
+    (output,) = run(engine, params, "alone", num_prompt_tokens=9)
+    engine.add(submit("r", 9, params))
     for _ in range(20):
         engine.step()
     begin(inspector, id="r", max_positions=16)
-    answer = None
-    while answer is None:  # a step before each slice
+    ended = None
+    while ended is None:  # a step before each slice
         engine.step()
-        answer = inspector.advance(0.0)
-    view = answer[2]
+        ended = inspector.advance(0.0)
+    view = ended[2]
     assert isinstance(view, Inspected)
     assert view.num_tokens == 30  # it begins with its first slice
     assert [each.token_id for each in view.positions] == view.token_ids[view.start + 1 :]
-    assert engine.scheduler.running
-    engine.abort("r")
+    (request,) = engine.scheduler.running
+    engine.scheduler._preempt(request)
+    while engine.has_work:
+        engine.step()
     engine.scheduler.check()
+    answer = ask(inspector, id="r", start=8, max_positions=200)
+    assert answer.token_ids[9:] == [each.token_id for each in answer.positions] == output
 
 
+@with_states
 def test_blocks_go_to_requests(engine: Engine, inspector: Inspector) -> None:
-    """Requests take the blocks of an inspection, which ends. None of them is preempted for it."""
-    pool = engine.scheduler.pool
-    begin(inspector)
-    assert inspector.advance(0.0) is None
-    assert inspector.advance(0.0) is None
-    assert pool.num_free == pool.num_blocks
-    taken = pool.allocate(pool.num_blocks)
-    assert taken is not None
-    assert last_answer(inspector, 0.0).problem is InspectionProblem.NO_BLOCKS
-    assert ask(inspector).problem is InspectionProblem.NO_BLOCKS
-    pool.release(taken)
-    assert not pool.published
-    assert ask(inspector).problem is None
-    assert not pool.published
-    engine.scheduler.check()
+    """Requests take the blocks of an inspection, or its states, and it ends. None of them is preempted for it."""
+    pools = [pool for pool in (engine.scheduler.pool, engine.scheduler.kv.state_pool) if pool.num_blocks]
+    for pool in pools:
+        begin(inspector)
+        assert inspector.advance(0.0) is None
+        assert inspector.advance(0.0) is None
+        assert pool.num_free == pool.num_blocks
+        taken = pool.allocate(pool.num_blocks)
+        assert taken is not None
+        assert last_answer(inspector, 0.0).problem is InspectionProblem.NO_BLOCKS
+        assert ask(inspector).problem is InspectionProblem.NO_BLOCKS
+        pool.release(taken)
+        assert not any(each.published for each in pools)
+        assert ask(inspector).problem is None
+        assert not any(each.published for each in pools)
+        engine.scheduler.check()
 
 
 @pytest.fixture
@@ -317,13 +348,22 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return computed
 
 
-def test_a_cached_beginning_is_not_computed_again(engine: Engine, computed: list[tuple[int, int]]) -> None:
+@with_states
+def test_a_cached_beginning_is_not_computed_again(
+    engine: Engine, computed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But with an adapter it is, which has other keys."""
     run(engine, SETTINGS["sampled"], "r", num_prompt_tokens=100)
-    first = ask(inspector_of(engine), id="r", start=99)
-    assert computed[0] == (96, 3)  # three blocks of 32 tokens are cached
+    monkeypatch.setattr(engine.adapters, "find", lambda fingerprint: NO_LORA_SLOT)
+    own, prompt = {"id": "r", "start": 99}, {"prompt_token_ids": random_prompt(100), "start": 70}
+    seen = []
+    for fields, first in ((own, 96), (prompt, 64), (prompt | {"lora_fingerprint": "ab" * 16}, 0)):
+        computed.clear()
+        seen.append(ask(inspector_of(engine), **fields))
+        assert computed[0][0] == first  # blocks have 32 tokens
     engine.scheduler.pool.unpublish(list(engine.scheduler.pool.blocks))
     computed.clear()
-    assert ask(inspector_of(engine), id="r", start=99) == first
+    assert ask(inspector_of(engine), **own) == seen[0]
     assert computed[0][0] == 0
 
 
@@ -346,46 +386,6 @@ def test_slices_take_a_share_of_the_time_of_steps(llama: LoadedModel, monkeypatc
         while inspector.advance_after(step_seconds) is None:
             calls += 1
         assert calls == pytest.approx(num_calls, rel=0.1, abs=1)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"overlaps": True, "speculative": "off"}, {"speculative": "ngram"}, {"enable_prefix_caching": False}]
-)
-def test_other_engines(llama: LoadedModel, fields: dict[str, Any]) -> None:
-    engine = new_engine(llama, **fields)
-    for name, params in {
-        "plain": SETTINGS["penalties"],
-        "logprobs": SamplingParams(max_tokens=24, seed=21, logprobs=3, prompt_logprobs=2, post_sampling_probs=True),
-        "reasoning": SamplingParams(max_tokens=24, seed=22, reasoning_limit=REASONING),
-    }.items():
-        (output,) = run(engine, params, name)
-        answer = ask(inspector_of(engine), id=name, start=36, end=37 + len(output) - 1)
-        assert [view.token_id for view in answer.positions] == output, name
-
-
-def test_a_preempted_request(llama: LoadedModel) -> None:
-    engine = new_engine(llama, enable_prefix_caching=False)
-    engine.add(submit("r", 50, SamplingParams(max_tokens=40, seed=8, ignore_eos=True)))
-    for _ in range(20):
-        engine.step()
-    (request,) = engine.scheduler.running
-    engine.scheduler._preempt(request)
-    while engine.has_work:
-        engine.step()
-    answer = ask(inspector_of(engine), id="r", start=49)
-    assert [view.token_id for view in answer.positions] == answer.token_ids[50:]
-    assert len(answer.positions) == 40
-
-
-def test_an_adapter_has_no_keys_of_the_model(
-    engine: Engine, computed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(engine, SETTINGS["sampled"], "r", num_prompt_tokens=100)
-    monkeypatch.setattr(engine.adapters, "find", lambda fingerprint: NO_LORA_SLOT)
-    for fingerprint, num_cached in (("", 64), ("ab" * 16, 0)):
-        computed.clear()
-        ask(inspector_of(engine), prompt_token_ids=random_prompt(100), lora_fingerprint=fingerprint, start=70)
-        assert computed[0][0] == num_cached
 
 
 # Refusals.

@@ -14,18 +14,9 @@ def ended(index: int = 0, output: int = 0) -> Request:
     return request_for([output] * 4, number=index)
 
 
-def test_the_recorder_keeps_the_last_steps_and_requests() -> None:
-    recorder, requests = Recorder(Rig().scheduler, num_steps=3, num_requests=2), [ended(number) for number in range(5)]
-    for number, request in enumerate(requests):
-        recorder.keep_step(example_step(number))
-        recorder.add_request(request)
-    assert [step.id for step in recorder.steps] == [2, 3, 4]
-    assert list(recorder.requests) == [request.record for request in requests[3:]]
-
-
-def test_the_oldest_steps_are_dropped_when_there_are_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_steps_are_dropped_when_there_are_too_many_or_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.parts.inspection.recorder.MAX_ROWS_KEPT", 7)
-    recorder = Recorder(Rig().scheduler, num_steps=100)
+    recorder = Recorder(Rig().scheduler, num_steps=4)
 
     def kept() -> tuple[list[int], int, int]:
         return [step.id for step in recorder.steps], recorder.num_rows, recorder.last_dropped
@@ -37,6 +28,9 @@ def test_the_oldest_steps_are_dropped_when_there_are_too_many_rows(monkeypatch: 
     assert kept() == ([6], 10, 5)
     recorder.keep_step(example_step(7, ("a", "b")))
     assert kept() == ([7], 2, 6)
+    for number in range(8, 12):
+        recorder.keep_step(example_step(number))
+    assert kept()[0] == [8, 9, 10, 11]
 
 
 def test_token_ids_are_kept_only_if_asked_for_and_only_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +49,7 @@ def test_token_ids_are_kept_only_if_asked_for_and_only_as_many_as_fit(monkeypatc
         request.token_ids = []
         recorder.add_request(request)
     assert recorder.num_kept_bytes == 0
+    assert list(recorder.requests) == [request.record for request in requests[-4:]]
 
 
 def test_the_hashes_of_overwritten_blocks_are_remembered_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,7 +292,8 @@ def test_an_inspection_of_a_prompt(server: RunningServer) -> None:
     response = inspect(server, prompt="ab", layer=1, head=0)
     assert response.status_code == 200, response.text
     norms = {"residual_norm": 1.0, "attention_norm": 2.0, "mlp_norm": 3.0}
-    layer = {"lens": [A | {"logprob": -0.5}], **norms, "heads": [[[0, 0.75]]], "experts": None}
+    layer: dict[str, Any] = {"lens": [A | {"logprob": -0.5}], **norms, "heads": [[[0, 0.75]]], "experts": None}
+    layer["state"] = {"kept": 0.9, "written": 0.25}
     assert response.json() == {
         **{"id": None, "model": "tiny", "num_layers": 2, "num_heads": 1, "num_experts": 0},
         **{"num_prompt_tokens": 2, "num_tokens": 2, "start": 1, "end": 2},
@@ -320,7 +321,6 @@ def test_an_inspection_of_a_request(server: RunningServer, streams: ExitStack) -
 PROBLEMS = {
     InspectionProblem.BUSY: (429, "rate_limit_exceeded"),
     InspectionProblem.NO_BLOCKS: (503, "overloaded"),
-    InspectionProblem.HAS_STATES: (400, "invalid_value"),
     InspectionProblem.NO_ADAPTER: (404, "adapter_not_loaded"),
     InspectionProblem.NOT_FOUND: (404, "request_not_found"),
     InspectionProblem.NOT_KEPT: (404, "tokens_not_kept"),

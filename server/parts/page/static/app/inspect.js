@@ -12,6 +12,7 @@ import { ApiError, callJson } from "./api.js";
  * @property {number} mlp_norm
  * @property {Weight[][]} heads
  * @property {Weight[] | null} experts
+ * @property {{kept: number, written: number} | null} state
  */
 /**
  * @typedef {object} Position
@@ -125,7 +126,8 @@ async function askInTurn(question, signal) {
 export async function tokensOf(id, signal) {
   const { tokens, positions, num_prompt_tokens: numPrompt, ...rest } = await inspect({ id, top: 1 }, signal);
   const last = positions.at(-1)?.next;
-  return { ...rest, tokens: last ? [...tokens, last] : tokens, numPrompt };
+  const numHeads = positions[0].layers.map(({ heads }) => heads.length); // of each layer
+  return { ...rest, tokens: last ? [...tokens, last] : tokens, numPrompt, numHeads };
 }
 
 /**

@@ -6,7 +6,7 @@ import { encode, generate } from "../tokens/generation.js";
 
 /** @typedef {import("../inspect.js").Token} Token */
 /** @typedef {import("../inspect.js").Position & {isFull: boolean, sampling: import("../inspect.js").Sampling | null}} Reading */
-/** @typedef {{id: string, tokens: Token[], numPrompt: number, num_layers: number, num_heads: number, num_experts: number}} Text */
+/** @typedef {{id: string, tokens: Token[], numPrompt: number, numHeads: number[], num_layers: number, num_heads: number, num_experts: number}} Text */
 
 export const NUM_COLUMNS = 12; // positions in the table of layers
 const NUM_CANDIDATES = 8;
@@ -26,6 +26,8 @@ export const readings = signal(/** @type {Map<number, Reading>} */ (new Map()));
 /** Rows of attention weights, by `rowKey`. */
 export const rows = signal(/** @type {Map<string, number[]>} */ (new Map()));
 const firstColumn = signal(0);
+/** Whether the chosen layer has attention, and not something else in its place. */
+export const hasAttention = computed(() => text.value?.numHeads[layer.value] !== 0);
 
 /** The last position after which a token came. */
 export const lastCursor = computed(() => Math.max(0, (text.value?.tokens.length ?? 0) - 2));
@@ -50,10 +52,9 @@ export const rowOf = (position) => rows.value.get(rowKey({ layer: layer.value, h
  * @param {number} index
  */
 export function chooseLayer(index) {
-  const numHeads = reading.value?.layers[index].heads.length ?? text.value?.num_heads ?? 1;
   batch(() => {
     layer.value = index;
-    head.value = Math.min(head.value, Math.max(0, numHeads - 1));
+    head.value = Math.min(head.value, Math.max(0, (text.value?.numHeads[index] ?? 1) - 1));
   });
 }
 
@@ -142,7 +143,7 @@ export async function readShown(signal) {
     await sleep(DELAY, signal);
     problem.value = null;
     if (!reading.value?.isFull) await ask(cursor.value, cursor.value + 1, NUM_CANDIDATES, signal);
-    const missing = columns.value.filter((position) => !readings.value.has(position) || rowOf(position) === null);
+    const missing = columns.value.filter((position) => !readings.value.has(position) || (hasAttention.value && rowOf(position) === null));
     if (missing.length > 0) await ask(missing[0], missing[missing.length - 1] + 1, 1, signal);
   } catch (error) {
     if (isAbort(error)) return;
@@ -160,7 +161,7 @@ export async function readShown(signal) {
 async function ask(start, end, top, signal) {
   const { id } = /** @type {Text} */ (text.value);
   const place = { layer: layer.value, head: head.value }; // others may be chosen before the answer comes
-  const answer = await inspect({ id, start, end, top, ...place }, signal);
+  const answer = await inspect({ id, start, end, top, ...(hasAttention.value && place) }, signal);
   const isFull = top === NUM_CANDIDATES;
   const known = new Map(readings.value);
   for (const each of answer.positions) {

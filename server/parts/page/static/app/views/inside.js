@@ -5,7 +5,8 @@ import { percent } from "../format.js";
 import { AttentionMap, AttentionText, Heads } from "../inside/attention.js";
 import { Lens } from "../inside/lens.js";
 import { Norms } from "../inside/norms.js";
-import { cursor, head, isPlaying, isWriting, layer, moveTo, numTries, open, problem, reading, readShown, retry, text, write } from "../inside/playback.js";
+import { StateRows } from "../inside/states.js";
+import { cursor, hasAttention, head, isPlaying, isWriting, layer, moveTo, numTries, open, problem, reading, readShown, retry, text, write } from "../inside/playback.js";
 import { Player } from "../inside/player.js";
 import { Embedding, FedBack, Ids } from "../inside/text.js";
 import { Refusal } from "../inspection.js";
@@ -134,11 +135,15 @@ function Layers({ shown }) {
         ${current?.experts && html`<${Experts} experts=${current.experts} />`}
       </div>
       <div class="part">
-        <h3>Where attention looks ${place}</h3>
-        <p class="hint">Each head takes something from the earlier tokens. Its weights add up to 100 %; often the first token gets what is left over. Choose a head.</p>
-        ${current && html`<${Heads} heads=${current.heads} />`}
-        <${AttentionText} />
-        <${AttentionMap} />
+        ${hasAttention.value
+          ? html`
+              <h3>Where attention looks ${place}</h3>
+              <p class="hint">Each head takes something from the earlier tokens. Its weights add up to 100 %; often the first token gets what is left over. Choose a head.</p>
+              ${current && html`<${Heads} heads=${current.heads} />`}
+              <${AttentionText} />
+              <${AttentionMap} />
+            `
+          : html`<h3>What is kept of earlier tokens ${place}</h3><${StateRows} />`}
       </div>
     </div>
   `;
