@@ -295,7 +295,7 @@ def new_runner(
             num_groups=len(config.kv_groups),
             planners=[planner for planner in planners if planner is not None],
             new_buffer=new_buffer,
-            new_states=engine_part("hybrid", "states").StateBuffers if config.mixers else None,
+            fill_states=engine_part("hybrid", "states").fill_moves if config.mixers else None,
         ),
         kernels.new_sampler(config.num_token_ids, config.eos_token_ids),
         kernels,
@@ -323,7 +323,7 @@ def kernel_options(
         ),
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
-        enforce_eager=config.enforce_eager or bool(model_config.mixers),  # whose loops no graph can repeat
+        enforce_eager=config.enforce_eager,
         allow_slow_kernels=config.allow_slow_kernels,
     )
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch.inputs import AttentionPlanner, AttentionWork, BatchInputs, Lengths, StateFiller
+from engine.batch.inputs import AttentionPlanner, AttentionWork, BatchInputs, Lengths, StateMove
 from engine.batch.transfer import packed_copy
 from engine.scheduling.request import NO_LORA_SLOT, Request, Step
 
@@ -58,11 +58,11 @@ class BatchBuilder:
         num_groups: int = 1,
         planners: Sequence[AttentionPlanner] = (),
         new_buffer: NewBuffer = zeros,
-        new_states: Callable[[int, NewBuffer], StateFiller] | None = None,
+        fill_states: Callable[[Step, Lengths], None] | None = None,
     ) -> None:
         """`num_groups`: number of KV groups; `planners`: of each kind of attention, if the kernels need work lists.
 
-        `new_states` makes what fills in the states of so many sequences; None: the model has none.
+        `fill_states` fills in the `StateMove` of each sequence of a step, [S, 6]; None: the model has no states.
 
         `new_buffer` returns the buffers. Another process in which they are in the same memory may read each batch.
         """
@@ -82,8 +82,8 @@ class BatchBuilder:
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self.tables = new_buffer((num_groups, limits.max_num_seqs, max_blocks))
         self.query_lens, self.hidden_lens, self.seq_lens = new_buffer((3, limits.max_num_seqs))
-        self.new_states = new_states
-        self.states = None if new_states is None else new_states(limits.max_num_seqs, new_buffer)
+        self.fill_states = fill_states
+        self.states = [] if fill_states is None else [new_buffer((limits.max_num_seqs, len(StateMove._fields)))]
 
     def smaller(self, max_num_tokens: int) -> BatchBuilder:
         """Return a builder with buffers of its own for batches of one sequence."""
@@ -93,7 +93,7 @@ class BatchBuilder:
             num_groups=len(self.tables),
             planners=self.planners,
             new_buffer=self.new_buffer,
-            new_states=self.new_states,
+            fill_states=self.fill_states,
         )
 
     def buffers(self) -> BatchInputs:
@@ -101,7 +101,7 @@ class BatchBuilder:
 
         On a CPU, every step's inputs are views of them, so a program recorded on these runs any step.
         """
-        tensors = map(torch.from_numpy, (*self.rows, *self.slot_mappings, *self.tables))
+        tensors = map(torch.from_numpy, (*self.rows, *self.slot_mappings, *self.tables, *self.states))
         return self._inputs(list(tensors), self.tables.shape[1])
 
     def build(self, step: Step) -> BatchInputs:
@@ -139,8 +139,8 @@ class BatchBuilder:
         rows["sample_rows"][: len(sample_rows)] = sample_rows
         num_ahead = self._fill_ahead(step, rows["ahead_rows"], rows["ahead_samples"])
         self.max_blocks[0] = self._fill_tables(step)
-        if self.states is not None:
-            self.states.fill(step, self.query_lens[:num_seqs])
+        if self.fill_states is not None:
+            self.fill_states(step, self.states[0][:num_seqs])
         self._fill_positions(rows["positions"][:num_rows], num_seqs)
         has_adapters = max(lora_slots) != NO_LORA_SLOT
         lengths = [num_rows, num_rows, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters]
@@ -158,6 +158,7 @@ class BatchBuilder:
         num_rows = lengths[0]
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         parts += [*self.slot_mappings[:, :num_rows], *self.tables[:, :num_seqs, :max_blocks]]
+        parts += [moves[:num_seqs] for moves in self.states]
         work = [planner.plan(self.query_lens[:num_seqs], self.seq_lens[:num_seqs]) for planner in self.planners]
         num_parts = len(parts)
         parts += [some.table for some in work]
@@ -174,11 +175,11 @@ class BatchBuilder:
         return BatchInputs(
             **rows,
             slot_mappings=list(tensors[num_rows : num_rows + num_groups]),
-            block_tables=list(tensors[num_rows + num_groups :]),
+            block_tables=list(tensors[num_rows + num_groups : num_rows + 2 * num_groups]),
             query_lens=self.query_lens[:num_seqs],
             hidden_lens=self.hidden_lens[:num_seqs],
             seq_lens=self.seq_lens[:num_seqs],
-            states=None if self.states is None else self.states.rows(self.query_lens[:num_seqs]),
+            states=tensors[-1] if self.states else None,
         )
 
     def _fill_ahead(self, step: Step, rows: Lengths, samples: Lengths) -> int:

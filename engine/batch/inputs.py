@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +26,6 @@ class AttentionWork(NamedTuple):
     num_partial_rows: int
 
 
-class StateFiller(Protocol):
-    """Fills buffers with what a step does to the states of its sequences."""
-
-    def fill(self, step: Any, query_lens: Lengths) -> None:
-        """Fill them for a `Step` whose sequences have so many rows."""
-        ...
-
-    def rows(self, query_lens: Lengths) -> StateRows:
-        """Return views of the buffers for so many sequences."""
-        ...
-
-
 class AttentionPlanner(Protocol):
     """Makes the work lists of one kind of attention, for kernels that find there what to compute."""
 
@@ -48,19 +36,21 @@ class AttentionPlanner(Protocol):
         """Return an empty work list that has room for any step in which each of `num_seqs` sequences has one row."""
 
 
-@dataclass(frozen=True, slots=True)
-class StateRows:
-    """What each sequence of a step does to its state, in models that have states. All are [S], on the host.
+MAX_DRAFTED = 8  # rows of a draft that a state has room for, as in mixers.h
+
+
+class StateMove(NamedTuple):
+    """What a sequence of a step does to its state, in models that have states. The C++ kernels have the same struct.
 
     The block of a state holds that of one sequence in all layers.
     """
 
-    query_lens: Lengths
-    first_rows: Lengths
-    num_drafts: Lengths  # last rows, whose state is not kept
-    num_replayed: Lengths  # accepted rows of the last draft, by which the state is advanced before its own rows
-    sources: Lengths  # block of the state before; -1: there is none
-    targets: Lengths  # block of the state after, another one
+    first_row: int  # of the batch
+    num_rows: int
+    num_drafts: int  # last rows, whose state is not kept
+    num_replayed: int  # accepted rows of the last draft, by which the state is advanced before its own rows
+    source: int  # block of the state before; -1: there is none
+    target: int  # block of the state after, another one
 
 
 @dataclass(slots=True)
@@ -81,4 +71,4 @@ class BatchInputs:
     hidden_lens: Lengths  # number of trailing rows of each sequence that are in hidden_rows
     seq_lens: Lengths  # number of tokens of each sequence up to and including its last row
     attention_work: list[AttentionWork] = field(default_factory=list)  # of `query_lens`, for each kind of attention
-    states: StateRows | None = None  # of models that have states
+    states: Tensor | None = None  # of models that have states, [S, 6] int64: the `StateMove` of each sequence

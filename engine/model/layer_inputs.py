@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.batch.inputs import BatchInputs, StateRows
+from engine.batch.inputs import BatchInputs
 from engine.config import AttentionKind, ModelConfig
 from engine.kernels.interface import Kernels, LayerCache, Rotations
 from engine.model.rotary import gather_rotations
@@ -51,7 +51,7 @@ class LayerInputs:
     block_tables: list[Tensor]  # of each KV group
     plans: dict[AttentionKind, Any]  # of attention
     lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none; empty if no row has one
-    states: StateRows | None  # of each sequence, with all of its rows even in the inputs of `hidden_rows`
+    states: Tensor | None  # `StateMove` of each sequence, with all of its rows even in the inputs of `hidden_rows`
     own: list[Tensor]  # [T, size] for each layer: the input of that layer alone, if the model has such inputs
 
     def of_hidden_rows(

@@ -21,6 +21,8 @@ OTHER_TYPES = {name: kind for kind, names in OTHER_TENSORS.items() for name in n
 ROUTER_TYPES = {"logits": "*fp32", "bias": "*fp32", "expert_scales": "*fp32", "weights": "*fp32"}
 SAMPLER_TYPES = dict.fromkeys(("logits", "highest", "found", "states"), "*fp32")
 SAMPLER_TYPES |= dict.fromkeys(("changes", "lists", "draws", "nums_found"), "*i32")
+MIXER_TYPES = dict.fromkeys(("rows", "weights", "bias", "decays", "step_bias", "states", "out"), "*fp32")
+MIXER_TYPES |= {"moves": "*i64", "key_heads": "*i64"}
 SAMPLER_TYPES |= {"token_ids": "*i64", "is_finite": "*u8", "masks": "*u8", "rows": "*i64"}
 
 
@@ -77,6 +79,7 @@ def variants_of(target: str, dtype: str) -> list[Variant]:
         *attention_kernels(tiles, types, caches),
         *expert_kernels(tiles, types),
         *row_kernels(types, caches),
+        *mixer_kernels(dtype),
         *(Variant(f"top {flag}", "sampler._top", {"IS_CHANGED": flag, **PIECE}, *SAMPLER) for flag in (False, True)),
         *(Variant(name, f"sampler._{name}", PIECE, *SAMPLER) for name in ("forbid", "collect", "draw")),
         *(Variant(name, f"sampler._{name}", ID_PIECE, *SAMPLER) for name in ("add_biases", "penalise")),
@@ -188,3 +191,14 @@ def row_kernels(types: Types, caches: Mapping[str, Types]) -> Iterator[Variant]:
             constants = {"TOKENS": 32, **scales_of(cache), **own}
             kernel = f"rope_and_store_kv{norms}{name}"
             yield Variant(kernel, "rows._rope_and_store_kv", constants, types | cache, num_warps=1)
+
+
+def mixer_kernels(dtype: str) -> Iterator[Variant]:
+    """Yield those of Qwen 3.5 4B and of LFM 2 1.2B."""
+    delta = {"HEADS": 32, "KEY_SIZE": 128, "KEYS": 128, "VALUE_SIZE": 128, "CHANNELS": 8192}
+    yield Variant("advance", "mixers._advance", delta, MIXER_TYPES, num_warps=1)
+    types = MIXER_TYPES | {"rows": dtype}
+    with_silu = {"CHANNELS": 8192, "SIZE": 8256, "CONV": 4, "HAS_SILU": True, "bias": None}
+    yield Variant("convolve", "mixers._convolve", with_silu, types)
+    with_bias = {"CHANNELS": 2048, "SIZE": 2048, "CONV": 3, "HAS_SILU": False}
+    yield Variant("convolve with a bias", "mixers._convolve", with_bias, types)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import GptOssConfig
+from transformers import GptOssConfig, Qwen3_5TextConfig
 
 import engine.loading
 import engine.model.memory_plan
@@ -140,6 +140,12 @@ def gpt_oss_config(num_layers: int = 24, max_model_len: int = 131072) -> ModelCo
     return _read_config(GptOssConfig(num_local_experts=32, **lengths).to_dict())
 
 
+def hybrid_config(num_layers: int = 4, max_model_len: int = 131072) -> ModelConfig:
+    """Return the configuration of Qwen 3.5 4B: gated delta nets in three of four layers."""
+    lengths: dict[str, Any] = {"num_hidden_layers": num_layers, "max_position_embeddings": max_model_len}
+    return _read_config(Qwen3_5TextConfig(hidden_size=2560, intermediate_size=9216, **lengths).to_dict())
+
+
 def _read_config(values: dict[str, Any]) -> ModelConfig:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values))
@@ -221,5 +227,6 @@ def scheduled(model: MetaModel | LoadedModel, sequence: Sequence, lora_slot: int
         table = BlockTable()
         table.append([Block(block_id) for block_id in range(-(-num_tokens // model.memory.block_size))])
         request.kv.tables.append(table)
+    request.kv.states = {sequence.num_computed: Block(0), num_tokens: Block(1)}
     request.status = Status.RUNNING
     return Scheduled(request, sequence.num_computed, sequence.num_rows, num_samples=1)

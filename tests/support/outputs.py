@@ -20,8 +20,8 @@ def runner_with(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> ModelRun
     runner, model_len, block_size = loaded.runner, loaded.limits.max_model_len, loaded.memory.block_size
     limits = BatchLimits(num_tokens, num_seqs, model_len, block_size, loaded.config.num_token_ids)
     groups, planners = len(loaded.config.kv_groups), runner.builder.planners
-    new_states = runner.builder.new_states
-    builder = BatchBuilder(limits, loaded.device, num_groups=groups, planners=planners, new_states=new_states)
+    fill_states = runner.builder.fill_states
+    builder = BatchBuilder(limits, loaded.device, num_groups=groups, planners=planners, fill_states=fill_states)
     return ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
 
 

@@ -22,7 +22,7 @@ from engine.shared.messages import ReasoningLimit
 from tests.support.gpu_cards import GB, Card
 from tests.support.gpu_shapes import Shape
 from tests.support.gpu_trace import Launch, TensorSpec
-from tests.support.meta_models import Sequence, load_meta_model, model_config, traced_step
+from tests.support.meta_models import Sequence, hybrid_config, load_meta_model, model_config, traced_step
 from tests.support.ttir_intervals import Analysis, Interval, parse
 
 LARGEST_CARD = Card("192 GB", (9, 0), 160, 192 * GB, 8e12, 2.2e15, 126 * 2**20, 228 * 1024, 1.9e9)
@@ -49,17 +49,15 @@ TYPES |= {"torch.int8": "i8", "torch.int32": "i32", "torch.int64": "i64", "torch
 def extreme_launches() -> list[Launch]:
     """Return the launches of steps with the largest cache, logits, prompts, adapters and packed weights."""
     launches: list[Launch] = []
-    for shape, settings in (
-        (LARGEST_SHAPE, {"max_loras": 63, "max_lora_rank": 256}),
-        (LARGEST_SHAPE, {"kv_cache_dtype": "int8", "packed": "Q4_K"}),
-        (SMALL_SHAPE, {"packed": "Q8_0"}),
+    largest = model_config(LARGEST_SHAPE, MAX_MODEL_LEN)
+    for config, settings in (
+        (largest, {"max_loras": 63, "max_lora_rank": 256}),
+        (largest, {"kv_cache_dtype": "int8", "packed": "Q4_K"}),
+        (model_config(SMALL_SHAPE, MAX_MODEL_LEN), {"packed": "Q8_0"}),
+        (hybrid_config(4, MAX_MODEL_LEN), {}),
     ):
         model = load_meta_model(
-            model_config(shape, MAX_MODEL_LEN),
-            LARGEST_CARD,
-            max_num_seqs=NUM_SEQUENCES,
-            max_num_batched_tokens=NUM_ROWS,
-            **settings,
+            config, LARGEST_CARD, max_num_seqs=NUM_SEQUENCES, max_num_batched_tokens=NUM_ROWS, **settings
         )
         for sequences in EXTREMES:
             step = traced_step(model, sequences, 62 if "max_loras" in settings else NO_LORA_SLOT, **SAMPLING)

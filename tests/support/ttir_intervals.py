@@ -33,7 +33,7 @@ class Operation:
     @property
     def results(self) -> list[str]:
         """The names of its results: %5, or %5#0 and %5#1."""
-        match = re.match(r"(%\w+)(?::(\d+))? = ", self.text)
+        match = re.match(r"(%[\w-]+)(?::(\d+))? = ", self.text)
         if match is None:
             return []
         name, number = match.groups()
@@ -41,12 +41,12 @@ class Operation:
 
     @property
     def name(self) -> str:
-        match = re.match(r'(?:%[\w:]+ = )?"?([\w.]+)', self.text)
+        match = re.match(r'(?:%[\w:-]+ = )?"?([\w.]+)', self.text)
         return match[1] if match else ""
 
     @property
     def operands(self) -> list[str]:
-        return re.findall(r"%[\w#]+", self.text.partition(" = ")[2] or self.text)
+        return re.findall(r"%[\w#-]+", self.text.partition(" = ")[2] or self.text)
 
     @property
     def type(self) -> str:
@@ -219,7 +219,7 @@ class Analysis:
             self.values[name] = joined(values)
 
     def _for(self, operation: Operation) -> None:
-        head = re.search(r"scf\.for (?:unsigned )?(%\w+) = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)", operation.text)
+        head = re.search(r"scf\.for (?:unsigned )?(%\w+) = (%[\w#-]+) to (%[\w#-]+) step (%[\w#-]+)", operation.text)
         assert head is not None, operation.text
         variable, *names = head.groups()
         first, last, step = (self.values[name] for name in names)
@@ -232,7 +232,7 @@ class Analysis:
         self.values[variable] = Interval(first.low, max(first.low, last.high - 1))
         num_trips = max(0, -(-(last.high - first.low) // max(1, step.low)))
         (body,) = operation.regions
-        iterated = re.findall(r"(%\w+) = (%[\w#]+)", operation.text.partition("iter_args(")[2])
+        iterated = re.findall(r"(%\w+) = (%[\w#-]+)", operation.text.partition("iter_args(")[2])
         ends = body[-1].operands if iterated else []
         self._learn_iterated(body, iterated, ends, num_trips)
         self.run(body)
@@ -277,7 +277,7 @@ class Analysis:
 
     def _while(self, operation: Operation) -> None:
         """What it hands on may be any."""
-        begun = re.findall(r"(%\w+) = (%[\w#]+)", operation.text)
+        begun = re.findall(r"(%\w+) = (%[\w#-]+)", operation.text)
         self._begin_with_any(begun)
         before, after = operation.regions
         self.run(before)

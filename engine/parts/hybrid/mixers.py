@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.batch.inputs import StateRows
+from engine.batch.inputs import MAX_DRAFTED
 from engine.config import GatedDeltaNetSpec, MixerSpec, ModelConfig, ShortConvSpec
 from engine.kernels.cpu.c_structs import GatedDeltaNetParameters, ShortConvParameters, StateParameters
 from engine.kernels.cpu.kernels import CpuKernels
@@ -27,8 +27,8 @@ from engine.kernels.interface import Kernels
 from engine.kernels.lazy_memory import lazy_zeros
 from engine.model.layer_inputs import LayerInputs
 from engine.model.linear import Linear, Parameters
+from engine.shared.parts import engine_part
 
-MAX_DRAFTED = 8  # rows of the journal, as in mixers.h
 L2_EPS = 1e-6
 FLOAT_BYTES = 4
 
@@ -79,18 +79,16 @@ class Mixer(ABC):
         weights = parameters.take(name, self.num_channels, self.conv_size)
         return weights.float().T.contiguous().to(self.kernels.device)
 
-    def sequences(self, rows: Tensor, states: Tensor, plan: StateRows) -> Iterator[MixedRows]:
+    def sequences(self, rows: Tensor, states: Tensor, moves: Tensor) -> Iterator[MixedRows]:
         """Yield the rows of each sequence. `rows` is [T, row_size or more]; what is stored is [blocks, size]."""
-        for s, num_rows in enumerate(plan.query_lens.tolist()):
-            first, num_drafts = int(plan.first_rows[s]), int(plan.num_drafts[s])
-            source, target = int(plan.sources[s]), int(plan.targets[s])
+        for first, num_rows, num_drafts, num_replayed, source, target in moves.tolist():
             assert source != target
             past = states.new_zeros(self.conv_size - 1, self.num_channels)
             before = states.new_zeros(states.shape[1]) if source < 0 else states[source]
             if source >= 0:
                 past = before[: past.numel()].view_as(past)
             journal = before[past.numel() :][: MAX_DRAFTED * self.row_size].view(MAX_DRAFTED, self.row_size)
-            replayed = journal[: int(plan.num_replayed[s])]
+            replayed = journal[:num_replayed]
             own = rows[first : first + num_rows, : self.row_size].float()
             yield MixedRows(slice(first, first + num_rows), past, replayed, own, num_drafts, before, states[target])
 
@@ -165,10 +163,10 @@ class GatedDeltaNet(Mixer):
         softplus = steps.clamp(min=0) + torch.log(1 + torch.exp(-steps.abs()))
         return torch.exp(-self.decay * softplus), 1 / (1 + torch.exp(-strengths))
 
-    def mix(self, rows: Tensor, states: Tensor, plan: StateRows) -> Tensor:
+    def mix(self, rows: Tensor, states: Tensor, moves: Tensor) -> Tensor:
         """Return the outputs of all heads [T, V * D_v] for projected rows [T, row_size + V * D_v]."""
         out = rows.new_empty(len(rows), self.value_size)
-        for sequence in self.sequences(rows, states, plan):
+        for sequence in self.sequences(rows, states, moves):
             gates = rows[sequence.batch, self.row_size :].float()
             heads = list(self._advance(sequence))[len(sequence.replayed) :]
             for row, (head, gate) in enumerate(zip(heads, gates, strict=True), start=sequence.batch.start):
@@ -226,10 +224,10 @@ class ShortConv(Mixer):
         assert inputs.states is not None
         return [self.mix(rows, c, inputs.kv_cache.states[self.index], inputs.states)]
 
-    def mix(self, rows: Tensor, gate: Tensor, states: Tensor, plan: StateRows) -> Tensor:
+    def mix(self, rows: Tensor, gate: Tensor, states: Tensor, moves: Tensor) -> Tensor:
         """Return the gated convolution [T, C] of rows [T, C]."""
         out = torch.empty_like(rows)
-        for sequence in self.sequences(rows, states, plan):
+        for sequence in self.sequences(rows, states, moves):
             convolved = sequence.convolved(self.conv)[len(sequence.replayed) :]
             if self.bias is not None:
                 convolved = convolved + self.bias
@@ -241,24 +239,16 @@ class ShortConv(Mixer):
 # In C++: see mixers.h.
 
 
-def _state_parameters(recorder: ProgramRecorder, states: Tensor, plan: StateRows) -> ctypes.Structure:
+def _state_parameters(recorder: ProgramRecorder, states: Tensor, moves: Tensor) -> ctypes.Structure:
     return StateParameters(
-        blocks=states.data_ptr(),
-        block_stride=states.stride(0),
-        num_seqs=recorder.num_seqs,
-        first_rows=plan.first_rows.ctypes.data,
-        query_lens=plan.query_lens.ctypes.data,
-        num_drafts=plan.num_drafts.ctypes.data,
-        num_replayed=plan.num_replayed.ctypes.data,
-        sources=plan.sources.ctypes.data,
-        targets=plan.targets.ctypes.data,
+        blocks=states.data_ptr(), block_stride=states.stride(0), num_seqs=recorder.num_seqs, moves=moves.data_ptr()
     )
 
 
 class CpuGatedDeltaNet(GatedDeltaNet):
     """A gated delta net in C++. The matrix of a head is stored in strips of columns."""
 
-    def mix(self, rows: Tensor, states: Tensor, plan: StateRows) -> Tensor:
+    def mix(self, rows: Tensor, states: Tensor, moves: Tensor) -> Tensor:
         recorder, spec = self.kernels, self.spec
         assert isinstance(recorder, CpuKernels)
         assert rows.shape[1] == self.row_size + self.value_size
@@ -268,7 +258,7 @@ class CpuGatedDeltaNet(GatedDeltaNet):
         assert self.norm.shape == (spec.value_head_dim,)
         out = recorder.new(recorder.buffer(rows).num_rows, len(rows), self.value_size).tensor
         parameters = GatedDeltaNetParameters(
-            states=_state_parameters(recorder, states, plan),
+            states=_state_parameters(recorder, states, moves),
             input=recorder.read(rows),
             input_stride=rows.stride(0),
             num_key_heads=spec.num_key_heads,
@@ -285,14 +275,14 @@ class CpuGatedDeltaNet(GatedDeltaNet):
             output=out.data_ptr(),
             output_stride=out.stride(0),
         )
-        recorder.call("gated_delta_net", parameters, self, states, plan)
+        recorder.call("gated_delta_net", parameters, self, states, moves)
         return out
 
 
 class CpuShortConv(ShortConv):
     """A short convolution in C++."""
 
-    def mix(self, rows: Tensor, gate: Tensor, states: Tensor, plan: StateRows) -> Tensor:
+    def mix(self, rows: Tensor, gate: Tensor, states: Tensor, moves: Tensor) -> Tensor:
         recorder = self.kernels
         assert isinstance(recorder, CpuKernels)
         assert rows.shape == gate.shape
@@ -302,7 +292,7 @@ class CpuShortConv(ShortConv):
         assert self.bias is None or self.bias.shape == (self.num_channels,)
         out = recorder.new(recorder.buffer(rows).num_rows, len(rows), self.num_channels).tensor
         parameters = ShortConvParameters(
-            states=_state_parameters(recorder, states, plan),
+            states=_state_parameters(recorder, states, moves),
             input=recorder.read(rows),
             input_stride=rows.stride(0),
             gate=recorder.read(gate),
@@ -314,13 +304,41 @@ class CpuShortConv(ShortConv):
             output=out.data_ptr(),
             output_stride=out.stride(0),
         )
-        recorder.call("short_conv", parameters, self, states, plan)
+        recorder.call("short_conv", parameters, self, states, moves)
         return out
+
+
+# In Triton: see engine/parts/triton/mixers.py.
+
+
+class TritonGatedDeltaNet(GatedDeltaNet):
+    """A gated delta net on a GPU."""
+
+    def mix(self, rows: Tensor, states: Tensor, moves: Tensor) -> Tensor:
+        triton, size = engine_part("triton", "mixers"), self.spec.value_head_dim
+        convolved = triton.convolve(rows, self.row_size, self.conv, None, states, moves, has_silu=True)
+        heads = triton.advance(convolved, self.spec, states, moves, self.key_heads, self.decay, self.step_bias)
+        normed = self.kernels.rms_norm(heads.view(-1, size), self.norm, self.eps).view(heads.shape)
+        return self.kernels.act_and_mul(rows[:, self.row_size :], normed, "silu")
+
+
+class TritonShortConv(ShortConv):
+    """A short convolution on a GPU."""
+
+    def mix(self, rows: Tensor, gate: Tensor, states: Tensor, moves: Tensor) -> Tensor:
+        triton = engine_part("triton", "mixers")
+        convolved = triton.convolve(rows, self.row_size, self.conv, self.bias, states, moves, has_silu=False)
+        return self.kernels.act_and_mul(gate, convolved[-len(rows) :], "identity")
 
 
 def new_mixer(config: ModelConfig, index: int, parameters: Parameters, kernels: Kernels) -> Mixer:
     """Return the mixer of a layer, for its kernels."""
-    spec, is_cpu = config.mixers[index], isinstance(kernels, CpuKernels)
+    kinds: tuple[type[GatedDeltaNet], type[ShortConv]] = GatedDeltaNet, ShortConv
+    if isinstance(kernels, CpuKernels):
+        kinds = CpuGatedDeltaNet, CpuShortConv
+    elif kernels.name.startswith("triton"):
+        kinds = TritonGatedDeltaNet, TritonShortConv
+    spec = config.mixers[index]
     if isinstance(spec, GatedDeltaNetSpec):
-        return (CpuGatedDeltaNet if is_cpu else GatedDeltaNet)(index, spec, config, parameters, kernels)
-    return (CpuShortConv if is_cpu else ShortConv)(index, spec, config, parameters, kernels)
+        return kinds[0](index, spec, config, parameters, kernels)
+    return kinds[1](index, spec, config, parameters, kernels)

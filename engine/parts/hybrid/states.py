@@ -13,12 +13,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from engine.batch.builder import NewBuffer
-from engine.batch.inputs import Lengths, StateRows
+from engine.batch.inputs import MAX_DRAFTED, Lengths, StateMove
 from engine.config import ModelConfig
-from engine.parts.hybrid.mixers import MAX_DRAFTED
 from engine.scheduling.block_pool import Block, BlockPool
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.request import BlockTable, Request, Scheduled, Step
@@ -128,28 +124,21 @@ class HybridKVManager(KVManager):
         self.state_pool.release([request.kv.states.pop(position) for position in positions])
 
 
-class StateBuffers:
-    """Buffers of `StateRows`, in which the program of a step finds its states."""
-
-    def __init__(self, max_num_seqs: int, new_buffer: NewBuffer) -> None:
-        self.buffers = new_buffer((5, max_num_seqs))
-
-    def fill(self, step: Step, query_lens: Lengths) -> None:
-        """Fill in what each sequence of a step does to its state."""
-        first_rows = query_lens.cumsum() - query_lens
-        self.buffers[:, : len(query_lens)] = first_rows, *np.array([_move(item) for item in step.scheduled]).T
-
-    def rows(self, query_lens: Lengths) -> StateRows:
-        return StateRows(query_lens, *self.buffers[:, : len(query_lens)])
+def fill_moves(step: Step, moves: Lengths) -> None:
+    """Fill in what each sequence of a step does to its state, [S, 6]."""
+    first_row = 0
+    for item, move in zip(step.scheduled, moves, strict=True):
+        move[:] = _move(item, first_row)
+        first_row += item.num_tokens
 
 
-def _move(item: Scheduled) -> tuple[int, int, int, int]:
-    """Return numbers of drafts and of replayed rows, and the blocks of the states before and after."""
+def _move(item: Scheduled, first_row: int) -> StateMove:
     states, num_drafts = item.request.kv.states, len(item.draft_token_ids)
     position = max((position for position in states if position <= item.start), default=0)
     assert position or not item.start
     source = states[position].block_id if position else -1
-    return num_drafts, item.start - position, source, states[item.start + item.num_tokens - num_drafts].block_id
+    target = states[item.start + item.num_tokens - num_drafts].block_id
+    return StateMove(first_row, item.num_tokens, num_drafts, item.start - position, source, target)
 
 
 def new_manager(config: ModelConfig, pool: BlockPool, max_in_flight: int, num_states: int) -> HybridKVManager:

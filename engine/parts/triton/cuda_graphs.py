@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
-from engine.batch.inputs import AttentionWork, BatchInputs
+from engine.batch.inputs import AttentionWork, BatchInputs, StateMove
 from engine.execution import EagerExecution
 from engine.model.decoder import CausalLM
 from engine.model.layer_inputs import KVCache
@@ -85,6 +85,8 @@ class GraphedExecution(EagerExecution):
         self.rows = torch.zeros((len(self.padding), largest + largest % 2), dtype=torch.int64, device=builder.device)
         self.all_rows = torch.arange(largest, device=builder.device)
         self.tables = torch.zeros((num_groups, largest, max_blocks), dtype=torch.int64, device=builder.device)
+        # Where there are no rows, no state is written.
+        self.states = torch.zeros((largest, len(StateMove._fields)), dtype=torch.int64, device=builder.device)
         self.planners = builder.planners
         tables = [planner.largest(largest, self.max_model_len).table for planner in self.planners]
         self.work = [torch.from_numpy(table).to(builder.device) for table in tables]
@@ -95,7 +97,7 @@ class GraphedExecution(EagerExecution):
             return
         size = self.uncaptured.pop()
         self._pad(0, size)  # the capture runs the model, and must not change what is cached
-        for table in self.work:
+        for table in (*self.work, self.states):
             table.zero_()  # nor compute the attention of rows that this size does not have
         for is_adapted in self.kinds:
             forward = partial(self.model.forward, self._inputs(size, is_adapted), self.kv_cache)
@@ -139,6 +141,9 @@ class GraphedExecution(EagerExecution):
             table[:num_seqs, : some.shape[1]] = some
         for buffer, work in zip(self.work, batch.attention_work, strict=True):
             buffer[: len(work.table)] = work.table
+        if batch.states is not None:
+            self.states[:num_seqs] = batch.states
+            self.states[num_seqs:size] = 0
 
     def _pad(self, first: int, last: int) -> None:
         for row, padding in zip(self.rows, self.padding, strict=True):
@@ -169,6 +174,7 @@ class GraphedExecution(EagerExecution):
                 AttentionWork(table[: len(some.table)], some.num_partial_rows)
                 for table, some in zip(self.work, largest, strict=True)
             ],
+            states=self.states[:size] if self.model.config.mixers else None,
         )
 
 

@@ -41,15 +41,17 @@ def measure_activations(card: CudaMemory, model: CausalLM, limits: Limits, confi
 
 
 def run_largest_step(model: CausalLM, limits: Limits, block_size: int, device: torch.device) -> None:
-    """Run a step with all rows and all samples that the limits allow, on a KV cache of one block.
+    """Run a step with all rows and all samples that the limits allow, on a KV cache of one block and two states.
 
-    All its sequences share the block: what is in it is of no interest.
+    All its sequences share these: what is in them is of no interest.
     """
     num_groups = len(model.config.kv_groups)
     step = largest_step(
         limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, block_size, num_groups
     )
-    runner = new_runner(model, limits, MemoryPlan(1, block_size, 0, 1, limits.max_model_len), device)
+    num_states = 2 if model.config.mixers else 0
+    memory = MemoryPlan(1, block_size, 0, 1, limits.max_model_len, num_states=num_states)
+    runner = new_runner(model, limits, memory, device)
     clock = StepClock()
     runner.sample(step, runner.forward(step, clock), clock).read()
 
@@ -86,5 +88,6 @@ def _scheduled(num_prompt_tokens: int, start: int, num_tokens: int, block_size: 
         table = BlockTable()
         table.append([Block(0)] * -(-end // block_size))
         request.kv.tables.append(table)
+    request.kv.states = {start: Block(0), end: Block(1)}
     request.status = Status.RUNNING
     return Scheduled(request, start, num_tokens, num_samples=1)

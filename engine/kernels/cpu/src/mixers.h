@@ -23,12 +23,12 @@ struct MixedRows {
     const float* source;  // the state before, or null for zeros
     float* target;  // and after
 
-    MixedRows(const StateParameters& p, int64_t s, const float* input, int64_t stride, int64_t channels, int64_t width, int64_t conv_size)
+    MixedRows(const StateParameters& p, const StateMove& move, const float* input, int64_t stride, int64_t channels, int64_t width, int64_t conv_size)
         : input(input), input_stride(stride), channels(channels), width(width), num_past(conv_size - 1),
-          first_row(p.first_rows[s]), num_replayed(p.num_replayed[s]),
-          num_kept(num_replayed + p.query_lens[s] - p.num_drafts[s]), num_rows(num_replayed + p.query_lens[s]),
-          source(p.sources[s] < 0 ? nullptr : p.blocks + p.sources[s] * p.block_stride),
-          target(p.blocks + p.targets[s] * p.block_stride) {}
+          first_row(move.first_row), num_replayed(move.num_replayed),
+          num_kept(num_replayed + move.num_rows - move.num_drafts), num_rows(num_replayed + move.num_rows),
+          source(move.source < 0 ? nullptr : p.blocks + move.source * p.block_stride),
+          target(p.blocks + move.target * p.block_stride) {}
 
     INLINE int64_t journal_offset() const { return num_past * channels; }
     INLINE int64_t heads_offset() const { return journal_offset() + MAX_DRAFTED * width; }
@@ -121,7 +121,7 @@ struct DeltaHead {
 
     DeltaHead(const GatedDeltaNetParameters& p, int64_t sequence, int64_t key_head)
         : p(p),
-          rows(p.states, sequence, p.input, p.input_stride, channels_of(p), channels_of(p) + 2 * p.num_value_heads, p.conv_size),
+          rows(p.states, p.states.moves[sequence], p.input, p.input_stride, channels_of(p), channels_of(p) + 2 * p.num_value_heads, p.conv_size),
           key_head(key_head), num_values(p.num_value_heads / p.num_key_heads), head_size(p.key_size * p.value_size) {}
 
     // The value heads of a key head follow each other, or are as many apart as there are key heads.
@@ -232,7 +232,7 @@ void gated_delta_net(const void* parameters, const Worker& worker) {
 constexpr int64_t CONV_PIECE = 256;  // channels that a thread takes at a time
 
 inline void convolve_piece(const ShortConvParameters& p, int64_t sequence, int64_t start) {
-    const MixedRows rows(p.states, sequence, p.input, p.input_stride, p.num_channels, p.num_channels, p.conv_size);
+    const MixedRows rows(p.states, p.states.moves[sequence], p.input, p.input_stride, p.num_channels, p.num_channels, p.conv_size);
     const int64_t size = min_of(CONV_PIECE, p.num_channels - start);
     for (int64_t i = rows.num_replayed; i < rows.num_rows; i++) {
         const int64_t row = rows.first_row + i - rows.num_replayed;

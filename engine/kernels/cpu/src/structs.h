@@ -275,16 +275,20 @@ struct RopeAndStoreKvParameters {
 };
 
 // The states of a layer that has a mixer in place of attention, in blocks, and what each sequence of a step does to them.
+struct StateMove {
+    int64_t first_row;
+    int64_t num_rows;
+    int64_t num_drafts;  // last rows, whose state is not kept; they are in the journal
+    int64_t num_replayed;  // rows of the journal that come before the first one
+    int64_t source;  // block of the state before; -1: zeros
+    int64_t target;  // block of the state after
+};
+
 struct StateParameters {
     float* blocks;  // the layer's state in block 0
     int64_t block_stride;  // floats from one block to the next
     const int64_t* num_seqs;
-    const int64_t* first_rows;  // [S]
-    const int64_t* query_lens;  // [S] rows
-    const int64_t* num_drafts;  // [S] last rows, whose state is not kept; they are in the journal
-    const int64_t* num_replayed;  // [S] rows of the journal that come before the first one
-    const int64_t* sources;  // [S] block of the state before; -1: zeros
-    const int64_t* targets;  // [S] block of the state after
+    const StateMove* moves;  // [S]
 };
 
 struct GatedDeltaNetParameters {

@@ -35,9 +35,9 @@ class Limit(NamedTuple):
 
 
 SAMPLER = [Limit("forbid", 64, 2), Limit("collect", 128, 1), Limit("draw", 128, 1), Limit("top *", 128, 1)]
-NORMED = Limit("rope_and_store_kv with norms*", 255, 6, 64)
-OTHERS = [*SAMPLER, NORMED, Limit("reduce *", 64, 6), Limit("shrink", 128, 6), Limit("*", 80, 4)]
-OTHERS_WITH_FEWER_WARPS = [*SAMPLER, NORMED, Limit("reduce *", 64, 3), Limit("shrink", 136, 4), Limit("*", 80, 3)]
+LARGER = [*SAMPLER, Limit("rope_and_store_kv with norms*", 255, 6, 64), Limit("advance", 208, 9)]
+OTHERS = [*LARGER, Limit("reduce *", 64, 6), Limit("shrink", 128, 6), Limit("*", 80, 4)]
+OTHERS_WITH_FEWER_WARPS = [*LARGER, Limit("reduce *", 64, 3), Limit("shrink", 136, 4), Limit("*", 80, 3)]
 MMA_SYNC = [
     Limit("linear 32x32*", 176, 2),
     Limit("linear 64*", 168, 1),
@@ -91,17 +91,19 @@ class Target(NamedTuple):
 PRODUCTS, ATTENTION = ("linear [0-9]*", "add_splits"), ("attend 128", "reduce 128")
 # All but experts and heads of more than 256 dimensions, which nobody has compiled for most targets yet.
 MOST = ("[!ae]*", "a[!t]*", "attend [!5]*", "expand*")
-LARGE = (*PRODUCTS, "attend [!5]*", "reduce [!5]*", "shrink", "expand")  # what takes much shared memory, or has bits
+MIXERS = ("advance", "convolve*")
+# What takes much shared memory, or has bits.
+LARGE = (*PRODUCTS, *MIXERS, "attend [!5]*", "reduce [!5]*", "shrink", "expand")
 # A kernel compiles for one to four seconds, so `make test` compiles one. Each table of tiles and each type is compiled
 # once, and each format of weights by a card that converts float8 (8.9, 9.0 and later) and by one that does not.
 TARGETS = [
     Target("cuda 9.0", "*bf16", ("linear 64x128",), ("*",)),
     Target("cuda 9.0", "*bf16", ("*",), ("*",)),
     Target("cuda 8.0", "*fp16", MOST, (*PRODUCTS, *ATTENTION, "linear int4 of 128*")),
-    Target("cuda 8.6", "*fp16", ("linear 128x128", "attend 128"), ("*",)),
+    Target("cuda 8.6", "*fp16", ("linear 128x128", "attend 128", *MIXERS), ("*",)),
     Target("cuda 8.9", "*bf16", (*LARGE, "linear float*", "linear int8 with*"), ("linear 128x128", "attend 128")),
     Target("cuda 10.0", "*bf16", (*LARGE, "linear int*"), (*PRODUCTS, *ATTENTION)),
-    Target("cuda 12.0", "*fp16", (*PRODUCTS, *ATTENTION)),
+    Target("cuda 12.0", "*fp16", (*PRODUCTS, *ATTENTION, *MIXERS), MIXERS),
     Target("hip gfx942", "*fp16", (*LARGE, "linear float*")),
     Target("cuda 9.0", "*fp32", (*LARGE, "linear int8 of*")),
 ]
@@ -253,7 +255,7 @@ def test_segments_are_whole_steps() -> None:
 
 
 KERNELS = {"linear", "add_splits", "attend", "reduce", "norm", "act_and_mul", "rope_and_store_kv"}
-KERNELS |= {"shrink", "expand", "top", "forbid", "add_biases", "penalise", "collect", "draw"}
+KERNELS |= {"advance", "convolve", "shrink", "expand", "top", "forbid", "add_biases", "penalise", "collect", "draw"}
 
 
 @pytest.mark.long

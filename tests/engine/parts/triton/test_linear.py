@@ -19,7 +19,6 @@ from engine.parts.triton.kernels import TritonKernels
 from engine.parts.triton.linear import linear
 from engine.parts.triton.packed_matrix import READERS, PackedMatrix, from_float8, from_ggml, from_groups, to_int8
 from engine.parts.triton.tiles import MAX_SPLIT_SUMS, SMALLEST, TABLE, LinearTable, LinearTile, LinearTiles, Tiles
-from engine.weights import Weight
 from tests.support.examples import num_examples, star
 from tests.support.kernel_device import (
     ALSO_ON_A_GPU,
@@ -200,25 +199,6 @@ def test_float8(scales: str, is_native: bool, tiles_and_dtype: list[Any]) -> Non
         matrix = from_float8(weight, DEVICE, is_native=is_native)
         assert matrix.codes.nbytes == numbers.numel()
         assert_products(matrix, numbers.to(DEVICE), tiles.packed_linear.tiles_for(*matrix.shape), dtype, seed=2)
-
-
-@pytest.mark.long
-def test_parts_of_a_layout_are_one() -> None:
-    """Scales of q, k and v may be one, or one for each block of 128 rows, of which parts need not be multiples."""
-    kernels = TritonKernels(KernelOptions(torch.float32), DEVICE)
-    floats = [float8_weights(size, 128, "block", size) for size in (256, 128, 40, 70)]
-    codes = [random_groups(4, size, 128, group, size) for size, group in [(33, 32), (9, 32), (17, 64)]]
-    parts: list[tuple[Weight, Tensor]] = [
-        *floats,
-        float8_weights(20, 128, "tensor", 1),
-        float8_weights(30, 128, "tensor", 2),
-        *codes,
-    ]
-    matrix, numbers = kernels.pack([weight for weight, _ in parts]), torch.cat([numbers for _, numbers in parts])
-    assert [len(part) for part in matrix] == [384, 110 + 50, 42, 17]
-    assert kernels.formats == "weights float8, int4, KV cache float32"
-    x = random_tensor(0, 9, 128)
-    torch.testing.assert_close(kernels.linear(matrix)(x), x @ numbers.T.to(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("is_native", "dtype"), star(IS_NATIVE, PRODUCT_DTYPES), ids=str)
