@@ -2,49 +2,23 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import msgspec
 
-from server.parts.tool_formats.named import MAX_HEAD_CHARS, UNDECIDED, HeadMatch
-from server.text.parsers.tool_formats import KEY, Schema
+from server.text.parsers.tool_formats import Schema
 
 JSON_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 STRING = frozenset(("string",))
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-MAX_KEYS = 512  # names of an object's members that are looked at
 MAX_REFERENCES = 16  # `$ref` that refer to one another
 MAX_STEPS = 4000  # some milliseconds
 MAX_REFERENCE_CHARS = 1000
 ALTERNATIVES = ("anyOf", "oneOf")
 COMBINED = (*ALTERNATIVES, "allOf")
 ANYTHING: Schema = {}
-_USUAL_KEY = re.compile(r"[\w.-]{1,128}")
-
-
-class KeyNames:
-    """The names of an object's members by its schema that have unusual characters. All others are found without it."""
-
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        unusual = [name for name in islice(names, MAX_KEYS) if not _USUAL_KEY.fullmatch(name)]
-        short = {name.strip(): name for name in unusual if len(name) <= MAX_HEAD_CHARS}
-        written = {text.replace('"', "&quot;"): name for text, name in short.items()} | short  # as Kimi K3 writes
-        self._names = sorted(written.items(), key=lambda names: -len(names[0]))
-
-    def find(self, text: str, after: str) -> HeadMatch | None:
-        """Return the longest unusual name with which a text begins, if `after` follows. The match ends before it."""
-        for written, name in self._names:
-            rest = text[len(written) :].lstrip()
-            end = len(text) - len(rest)
-            if text.startswith(written) and rest.startswith(after) and end <= MAX_HEAD_CHARS:
-                return HeadMatch(end, {KEY: name})
-            may_go_on = written.startswith(text) or (text.startswith(written) and after.startswith(rest))
-            if may_go_on and len(text) < 2 * MAX_HEAD_CHARS:
-                return UNDECIDED
-        return None
 
 
 class ArgumentSchema:
@@ -61,7 +35,6 @@ class ArgumentSchema:
         # By the ids of schemas, which stay alive with what is known of them.
         self._resolved: dict[int, tuple[Schema, Schema]] = {}
         self._types: dict[int, tuple[Schema, frozenset[str]]] = {}
-        self._key_names: dict[int, tuple[Schema, KeyNames]] = {}
         self._targets: dict[str, Any] = {}  # of references
 
     def resolve(self, schema: Any) -> Schema:
@@ -86,18 +59,6 @@ class ArgumentSchema:
         """Return the types of the argument with this name."""
         schemas = self._parameters.get(name) or self._others
         return frozenset().union(*map(self.types, schemas)) if schemas else JSON_TYPES
-
-    @property
-    def parameter_names(self) -> KeyNames:
-        """The names of the arguments that are declared."""
-        return self.key_names(self._parameters)
-
-    def key_names(self, properties: Mapping[str, Any]) -> KeyNames:
-        """Return the names of properties, which may be those of a schema within."""
-        if id(properties) not in self._key_names:
-            names = KeyNames(properties if self._take(len(properties)) else ())
-            self._key_names[id(properties)] = (properties, names)
-        return self._key_names[id(properties)][1]
 
     @cached_property
     def _parameters(self) -> Mapping[str, Sequence[Any]]:

@@ -183,20 +183,16 @@ class ArgumentGrammar(ABC):
         if self._num_chars > MAX_GRAMMAR_BYTES:
             raise UnsupportedSchemaError(f"its grammar would be larger than {MAX_GRAMMAR_BYTES} bytes")
 
-    def named(self, key: str, write: Callable[[], str]) -> str:
+    def named(self, key: str, write: Callable[[], str], prefix: str = "") -> str:
         """Return the name of the rule with this key. `write` returns its body, which may refer to the rule itself."""
         if key not in self._names:
-            self._names[key] = f"{self._name}_{len(self._names)}"
+            self._names[key] = f"{self._name}_{prefix}{len(self._names)}"
             self._add(f"{self._names[key]}: {write()}")
         return self._names[key]
 
-    def rule(self, body: str, name: str = "") -> str:
+    def rule(self, body: str, prefix: str = "") -> str:
         """Return the name of a rule with this body, which is added once however often it is used."""
-        key = f"rule {body}"
-        if key not in self._names:
-            self._names[key] = f"{self._name}_{name}{len(self._names)}"
-            self._add(f"{self._names[key]}: {body or EMPTY}")
-        return self._names[key]
+        return self.named(f"rule {body}", lambda: body or EMPTY, prefix)
 
     def _terminal(self, body: str) -> str:
         key = f"terminal {body}"

@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 
-from server.parts.tool_formats.argument_schema import NUMBER, STRING, ArgumentSchema, KeyNames
+from server.parts.tool_formats.argument_schema import NUMBER, STRING, ArgumentSchema
 from server.parts.tool_formats.grammar import ArgumentGrammar, Property, listed_values, times
-from server.parts.tool_formats.named import UNDECIDED, ArgumentsReader, NamedArguments
+from server.parts.tool_formats.named import ArgumentsReader, NamedArguments
 from server.text.parsers.answer_parts import PieceReader
 from server.text.parsers.markers import Markers, MarkerWriter, literal
-from server.text.parsers.tool_formats import KEY, Schema
+from server.text.parsers.tool_formats import Schema
 
 MAX_WORD_CHARS = 512
 _WORD = re.compile(r"""[^\s,:=(){}\[\]"'<]*""")
@@ -117,24 +117,18 @@ class LiteralArgumentsReader(PieceReader, ArgumentsReader):
         return True
 
     def _key(self) -> bool:
-        known = self._keys.find(self.unread, self._assign)
-        quote = self._find_quote()
-        if known is UNDECIDED or (known is None and quote is None):
+        if (quote := self._find_quote()) is None:
             return False
-        if known is not None:
-            self._read(known.end or 0)
-            return self._end_key(known.slots[KEY])
         if quote:
             self._is_key, self._name = True, ""
             return self._begin_string(quote)
         word = self._read_word(_KEY)
         if word is None:
             return False
-        return self._end_key(word.rstrip()) if word.strip() else self._fail()
-
-    def _end_key(self, name: str) -> bool:
-        self._name = name
-        self._emit(json.dumps(name, ensure_ascii=False))
+        if not word.strip():
+            return self._fail()
+        self._name = word.rstrip()
+        self._emit(json.dumps(self._name, ensure_ascii=False))
         self._state = self._after_key
         return True
 
@@ -208,11 +202,6 @@ class LiteralArgumentsReader(PieceReader, ArgumentsReader):
     def _properties(self) -> Mapping[str, Any]:
         properties = self._schemas[-1].get("properties")
         return properties if isinstance(properties, Mapping) else _NO_PROPERTIES
-
-    @property
-    def _keys(self) -> KeyNames:
-        """The keys of the object that is read."""
-        return self._schema.key_names(self._properties)
 
     def _schema_of_value(self) -> Any:
         return self._properties.get(self._name) if self._in_object else self._schemas[-1].get("items")

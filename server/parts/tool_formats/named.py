@@ -3,13 +3,12 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Protocol
 
 import msgspec
 
 from server.text.parsers.answer_parts import AnswerPart, CallReader, JSONScanner, PartKind, Progress
-from server.text.parsers.tool_formats import ID, INDEX, NAME, SLOTS, Arguments, ObjectCall, ToolFormat, split_text
+from server.text.parsers.tool_formats import ID, INDEX, KEY, NAME, SLOTS, Arguments, ObjectCall, ToolFormat, split_text
 
 MAX_HEAD_CHARS = 512
 MAX_SPACE = 256  # characters of white space between a tool's name and its arguments
@@ -38,6 +37,7 @@ class Head:
         NAME: re.compile(r"[a-zA-Z0-9_.-]{1,128}"),
         ID: re.compile(r"[a-zA-Z0-9_.:-]{1,128}"),
         INDEX: re.compile(r"[0-9]{1,9}"),
+        KEY: re.compile(r"""[^<>"'=:,(){}\s/][^<>"\n=]{0,127}"""),
     }
 
     def __init__(self, text: str) -> None:
@@ -55,11 +55,11 @@ class Head:
 
     def _match(self, text: str) -> HeadMatch | None:
         position, slots = 0, dict[str, str]()
-        for part, after in pairwise([*self._parts, ""]):
+        for part in self._parts:
             position += len(text[position:]) - len(text[position:].lstrip())
             rest = text[position:]
             if SLOTS.match(part):
-                slot = self._slot(part, rest, after)
+                slot = self._slot(part, rest)
                 if slot is None or slot.end is None:
                     return slot
                 slots |= slot.slots
@@ -70,8 +70,8 @@ class Head:
                 return UNDECIDED if part.startswith(rest) else None
         return HeadMatch(position, slots)
 
-    def _slot(self, slot: str, text: str, after: str) -> HeadMatch | None:
-        """Match a slot at the beginning of a text. `after` is the part that follows it."""
+    def _slot(self, slot: str, text: str) -> HeadMatch | None:
+        """Match a slot at the beginning of a text."""
         found = self.slot_patterns[slot].match(text)
         if found is None:
             return None if text else UNDECIDED

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from server.parts.tool_formats.argument_schema import JSON_TYPES, STRING, ArgumentSchema, KeyNames, to_json
+from server.parts.tool_formats.argument_schema import JSON_TYPES, STRING, ArgumentSchema, to_json
 from server.parts.tool_formats.grammar import ArgumentGrammar, Property, times
-from server.parts.tool_formats.named import UNDECIDED, ArgumentsReader, Head, HeadMatch, NamedArguments
+from server.parts.tool_formats.named import UNDECIDED, ArgumentsReader, Head, NamedArguments
 from server.text.parsers.answer_parts import PieceReader
 from server.text.parsers.markers import Markers, MarkerWriter
 from server.text.parsers.tool_formats import KEY, Schema, UnsupportedSchemaError
@@ -59,21 +59,6 @@ class TaggedArguments(NamedArguments, msgspec.Struct, frozen=True, tag=True):
         return TaggedGrammar(name, self, schema, markers).write()
 
 
-class KeyHead(Head):
-    """The text before the value of an argument, whose name fills the slot KEY."""
-
-    slot_patterns = {KEY: re.compile(r"""[^<>"'=:,(){}\s/][^<>"\n=]{0,127}""")}
-
-    def __init__(self, text: str, names: KeyNames) -> None:
-        """`names` are those with unusual characters."""
-        super().__init__(text)
-        self._names = names
-
-    def _slot(self, slot: str, text: str, after: str) -> HeadMatch | None:
-        known = self._names.find(text, after)
-        return known if known is not None else super()._slot(slot, text, after)
-
-
 class TaggedArgumentsReader(PieceReader, ArgumentsReader):
     """Converts arguments to JSON. Values of strings are converted as they arrive, others when they are complete.
 
@@ -86,10 +71,7 @@ class TaggedArgumentsReader(PieceReader, ArgumentsReader):
         self._syntax = syntax
         self._schema = schema
         after_keys = dict.fromkeys(syntax.after_keys.values()) or [syntax.after_key]
-        self._heads = [
-            (KeyHead(syntax.before_key + KEY + after_key, schema.parameter_names), after_key)
-            for after_key in after_keys
-        ]
+        self._heads = [(Head(syntax.before_key + KEY + after_key), after_key) for after_key in after_keys]
         self._json = ["{"]
         self._is_complete = False
         self._num_keys = 0
