@@ -1,8 +1,8 @@
 """`lightwell bench`: send load to an OpenAI-compatible server, and report throughput and latency as its clients see it.
 
 Closed loop: a fixed number of requests is in flight. Open loop: requests arrive at random times (a Poisson process),
-however slow the server is. It uses plain asyncio streams and a minimal HTTP client, so that the load generator takes
-little CPU time from a server on the same machine.
+however slow the server is. It uses plain asyncio streams and HTTP/1.0, in which the end of an answer is that of the
+connection, so that the load generator takes little CPU time from a server on the same machine.
 """
 
 import asyncio
@@ -12,9 +12,9 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from urllib.parse import urlsplit
 
 import msgspec
@@ -85,7 +85,7 @@ class Target:
         is_chat = load.endpoint == "chat"
         path = f"{url.path}/v1/{'chat/completions' if is_chat else 'completions'}"
         key = f"Authorization: Bearer {load.api_key}\r\n" if load.api_key else ""
-        self._head = f"POST {path} HTTP/1.1\r\nHost: {url.netloc}\r\n{key}Content-Type: application/json\r\n"
+        self._head = f"POST {path} HTTP/1.0\r\nHost: {url.netloc}\r\n{key}Content-Type: application/json\r\n"
         self._fields = {
             "model": model,
             "max_tokens": load.output_len,
@@ -100,7 +100,7 @@ class Target:
         is_chat = self._load.endpoint == "chat"
         fields = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
         body = msgspec.json.encode(self._fields | fields)
-        return f"{self._head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        return f"{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(self._host, self._port, ssl=self._ssl, limit=1 << 20)
@@ -132,11 +132,10 @@ class Target:
                 await writer.wait_closed()
 
     async def _read(self, reader: asyncio.StreamReader, exchange: Exchange) -> None:
-        status, is_chunked = await _read_head(reader)
-        body = _chunked(reader) if is_chunked else _plain(reader)
-        if status != 200:
-            raise CommandError(f"HTTP {status}: {_error_message(b''.join([piece async for piece in body]))}")
-        async for line in _lines(body):
+        _, status, *_ = (await reader.readuntil(b"\r\n\r\n")).split()
+        if int(status) != 200:
+            raise CommandError(f"HTTP {int(status)}: {_error_message(await reader.read())}")
+        async for line in reader:
             data = line[5:].strip() if line.startswith(b"data:") else b""
             if data == b"[DONE]":
                 return
@@ -152,35 +151,6 @@ def _record_chunk(exchange: Exchange, data: bytes) -> None:
     if chunk.text:
         token_ids = chunk.choices[0].token_ids
         exchange.chunks.append((time.perf_counter(), len(token_ids) if token_ids else None))
-
-
-# A minimal HTTP/1.1 client.
-
-
-async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    """Return the status, and whether the body is chunked. Raises ValueError if the answer is not HTTP."""
-    lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
-    _, status, *_ = lines[0].split()
-    return int(status), any(b"chunked" in line for line in lines if line.startswith(b"transfer-encoding:"))
-
-
-async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while num_bytes := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-        yield await reader.readexactly(num_bytes)
-        await reader.readexactly(2)
-
-
-async def _plain(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while piece := await reader.read(1 << 16):
-        yield piece
-
-
-async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    rest = b""
-    async for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            yield line
 
 
 def _error_message(body: bytes) -> str:
@@ -222,10 +192,7 @@ async def send_all(
 def poisson_arrivals(rate: float, num_requests: int, seed: int) -> list[float]:
     """Return the arrival times of a Poisson process of `rate` requests per second: seconds, ascending from 0."""
     rng = random.Random(seed)
-    arrivals = [0.0]
-    while len(arrivals) < num_requests:
-        arrivals.append(arrivals[-1] + rng.expovariate(rate))
-    return arrivals
+    return list(accumulate((rng.expovariate(rate) for _ in range(num_requests - 1)), initial=0.0))
 
 
 class Summary(msgspec.Struct, frozen=True):
