@@ -25,21 +25,8 @@ from server.constrained.constraints import (
 from server.constrained.json_schema import lark_regex
 from server.http.errors import invalid
 from server.http.validation import from_validation_error
-from server.parts.structural_tags.schemas import (
-    AnyText,
-    ConstString,
-    Format,
-    GrammarPart,
-    JSONSchemaPart,
-    RegexPart,
-    RepeatedPart,
-    SeveralParts,
-    StructuralTag,
-    TagPart,
-    TagsWithSeparator,
-    TriggeredTags,
-    inner_parts,
-)
+from server.parts.structural_tags import schemas
+from server.parts.structural_tags.schemas import Format
 from server.text.parsers.markers import ANYTHING, MarkerWriter, escape_regex
 
 MAX_TAG_PARTS = 512  # of a structural tag; each part may repeat the grammar of the text after it
@@ -102,42 +89,42 @@ class TagGrammar:
 
     def _list_alternatives(self, format: Format, following: Alternatives, path: str) -> Sequence[Alternative]:
         match format:
-            case ConstString():
+            case schemas.ConstString():
                 rest = self._rule(self._either(following))
                 return [Alternative(format.value, rest)] if format.value else following or UNKNOWN
-            case SeveralParts(type="or"):
+            case schemas.SeveralParts(type="or"):
                 return self._of_all(format.elements, following, f"{path}.elements")
-            case SeveralParts():
+            case schemas.SeveralParts():
                 for index in reversed(range(len(format.elements))):
                     following = self._alternatives(format.elements[index], following, f"{path}.elements[{index}]")
                 return following
-            case RepeatedPart(type="optional"):
+            case schemas.RepeatedPart(type="optional"):
                 return [*self._alternatives(format.content, following, f"{path}.content"), *(following or UNKNOWN)]
-            case TagPart():
+            case schemas.TagPart():
                 return [Alternative(format.begin, self._rule(self._after_begin(format, following, path)))]
-            case AnyText():
+            case schemas.AnyText():
                 return [Alternative(None, self._free_text(format.excludes, following, path))]
-            case TriggeredTags():
+            case schemas.TriggeredTags():
                 return [Alternative(None, self._triggered(format, following, path))]
         return [Alternative(None, f"{self._self_delimiting(format, path)} {self._rule(self._either(following))}")]
 
     def _self_delimiting(self, format: Format, path: str) -> str:
         """Return the expression of a part whose end does not depend on the text after it."""
         match format:
-            case JSONSchemaPart():
+            case schemas.JSONSchemaPart():
                 allow = self.builder.allow_additional_properties
                 schema = compact_schema(format.json_schema, allow_additional_properties=allow)
                 return self._rule(f"%json {json.dumps(schema)}")
-            case RegexPart():
+            case schemas.RegexPart():
                 return self._rule(lark_regex(format.pattern))
-            case GrammarPart():
+            case schemas.GrammarPart():
                 name = f"grammar_{len(self.grammars)}"
                 self.grammars[name] = format.grammar
                 return f"@{name}"
-            case RepeatedPart():
+            case schemas.RepeatedPart():
                 repeated = self._either(self._alternatives(format.content, UNKNOWN, f"{path}.content"))
                 return f"({repeated}){'+' if format.type == 'plus' else '*'}"
-            case TagsWithSeparator():
+            case schemas.TagsWithSeparator():
                 tag = self._any_of(format.tags, path)
                 more = "" if format.stop_after_first else f" ({self.markers.write(format.separator)} {tag})*"
                 return f"({tag}{more}){'' if format.at_least_one else '?'}"
@@ -147,11 +134,11 @@ class TagGrammar:
         found = [self._alternatives(part, following, f"{path}[{index}]") for index, part in enumerate(parts)]
         return [each for alternatives in found for each in alternatives]
 
-    def _any_of(self, tags: Sequence[TagPart], path: str) -> str:
+    def _any_of(self, tags: Sequence[schemas.TagPart], path: str) -> str:
         """Return the expression of any one of the tags."""
         return self._rule(self._either(self._of_all(tags, UNKNOWN, f"{path}.{self.tags_name}")))
 
-    def _after_begin(self, tag: TagPart, following: Alternatives, path: str) -> str:
+    def _after_begin(self, tag: schemas.TagPart, following: Alternatives, path: str) -> str:
         """Return the expression of a tag after its begin marker, with the text after it."""
         rest = self._rule(self._either(following))
         ends = [each for end in tag.ends for each in ((Alternative(end, rest),) if end else following or UNKNOWN)]
@@ -178,7 +165,7 @@ class TagGrammar:
         self._add(f"{name}: /{ANYTHING}/{without}")
         return name
 
-    def _triggered(self, format: TriggeredTags, following: Alternatives, path: str) -> str:
+    def _triggered(self, format: schemas.TriggeredTags, following: Alternatives, path: str) -> str:
         """Return the expression of free text with tags in it. A required tag is at the beginning."""
         text = self._terminal(format.excludes)
         tag = self._rule(" | ".join(self._up_to(text, tuple(self._by_trigger(format, path)), path)))
@@ -189,7 +176,7 @@ class TagGrammar:
             return f"({tag} {rest} | {end})" if first is None else f"{first} {rest}"
         return f"{first or ''} {tag}* {end}"
 
-    def _by_trigger(self, format: TriggeredTags, path: str) -> Iterator[Alternative]:
+    def _by_trigger(self, format: schemas.TriggeredTags, path: str) -> Iterator[Alternative]:
         """Yield each trigger with the expression of its tags after the trigger."""
         forms: dict[str, list[str]] = {trigger: [] for trigger in format.triggers}
         for index, tag in enumerate(format.tags):
@@ -239,15 +226,15 @@ def _check_parts(format: Format, param: str) -> None:
         if num_parts > MAX_TAG_PARTS:
             raise invalid(param, f"expected at most {MAX_TAG_PARTS} parts")
         for part in level:
-            if isinstance(part, JSONSchemaPart):
+            if isinstance(part, schemas.JSONSchemaPart):
                 check_schema(part.json_schema, param)
-        level = [inner for part in level for inner in inner_parts(part)]
+        level = [inner for part in level for inner in schemas.inner_parts(part)]
 
 
-def _parse_tag(tag: dict[str, Any] | str, param: str) -> StructuralTag:
+def _parse_tag(tag: dict[str, Any] | str, param: str) -> schemas.StructuralTag:
     value = parse_object(tag, param) if isinstance(tag, str) else tag
     try:
-        return StructuralTag.model_validate(value)
+        return schemas.StructuralTag.model_validate(value)
     except ValidationError as error:
         *outer, last = param.split(".")
         body: Any = {last: value}
