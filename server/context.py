@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -182,6 +182,15 @@ def get_context(request: Request) -> ServerContext:
     return cast("ServerContext", request.app.state.context)
 
 
+class Listening(NamedTuple):
+    """What connections are accepted with."""
+
+    sockets: Sequence[socket.socket]
+    make_protocol: Callable[[], asyncio.BaseProtocol]
+    num_free: Callable[[], int]  # returns how many more of `max_connections` there may be
+    max_connections: int
+
+
 class Role:
     """The only API process: it accepts all connections, and keeps all accounts."""
 
@@ -204,17 +213,8 @@ class Role:
     def lead(self, context: ServerContext, app: FastAPI) -> None:
         """Begin to serve other processes with the application."""
 
-    def accept(
-        self,
-        sockets: Sequence[socket.socket],
-        make_protocol: Callable[[], asyncio.BaseProtocol],
-        num_free: Callable[[], int],
-        max_connections: int,
-    ) -> Any | None:
-        """Begin to start connections. `num_free` returns how many more of `max_connections` there may be.
-
-        Return None if this process accepts all of them.
-        """
+    def accept(self, listening: Listening) -> Any | None:
+        """Begin to start connections. Return None if this process accepts all of them."""
         return None
 
     async def open(self) -> None:

@@ -9,10 +9,11 @@ import errno
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain, count, islice
 from typing import NamedTuple, Protocol
 
+from server.context import Listening
 from server.shares import giving_way
 from server.tenants import network_of
 
@@ -68,17 +69,11 @@ class Acceptor:
     network that has most of them are closed. `workers` take their share of the connections, and have room of their own.
     """
 
-    def __init__(
-        self,
-        listeners: Sequence[socket.socket],
-        make_protocol: Callable[[], asyncio.BaseProtocol],
-        num_free: Callable[[], int],
-        workers: Handover | None = None,
-    ) -> None:
-        self._listeners = listeners
-        self._starter = Starter(make_protocol)
+    def __init__(self, listening: Listening, workers: Handover | None = None) -> None:
+        self._listeners = listening.sockets
+        self._starter = Starter(listening.make_protocol)
         self._workers = workers
-        self._num_free = num_free
+        self._num_free = listening.num_free
         self._waiting = Waiting()
         self._loop = asyncio.get_running_loop()
         self._next_start: asyncio.Handle | None = None

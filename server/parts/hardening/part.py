@@ -9,7 +9,7 @@ from typing import cast
 from starlette.types import ASGIApp
 
 from server.api_server import APIServer
-from server.context import ServerContext
+from server.context import Listening, ServerContext
 from server.part import Part
 from server.parts.hardening.acceptor import Acceptor
 from server.parts.hardening.protocol import HTTPProtocol, Room
@@ -33,8 +33,8 @@ class HardenedServer(APIServer):
         )
         if self._certificate is not None:
             make_protocol = partial(Handshake, Handshakes(self._certificate.context), make_protocol)
-        source = self._role.accept(sockets or (), make_protocol, self._num_free, self._max_connections)
-        source = source or Acceptor(sockets or (), make_protocol, self._num_free)
+        listening = Listening(sockets or (), make_protocol, self._num_free, self._max_connections)
+        source = self._role.accept(listening) or Acceptor(listening)
         self.servers = [cast("asyncio.Server", source)]
 
     async def on_tick(self, counter: int) -> bool:

@@ -33,7 +33,7 @@ from engine.shared.messages import (
     TokenEvent,
 )
 from server.app import DIALECTS, ERROR_FORMATS
-from server.context import Role, ServerContext
+from server.context import Listening, Role, ServerContext
 from server.engine_client.client import EngineClient
 from server.engine_client.connected_engine import EngineConnection
 from server.engine_client.reservation import Reservation
@@ -354,15 +354,9 @@ class CoordinatorRole(Role):
     def lead(self, context: ServerContext, app: FastAPI) -> None:
         context.workers.extend(Relay(link.address, context, app) for link in self._links)
 
-    def accept(
-        self,
-        sockets: Sequence[socket.socket],
-        make_protocol: Callable[[], asyncio.BaseProtocol],
-        num_free: Callable[[], int],
-        max_connections: int,
-    ) -> Acceptor:
-        self._workers = Workers(map(_inherited, self._links), max_connections)
-        return Acceptor(sockets, make_protocol, num_free, self._workers)
+    def accept(self, listening: Listening) -> Acceptor:
+        self._workers = Workers(map(_inherited, self._links), listening.max_connections)
+        return Acceptor(listening, self._workers)
 
     async def finish(self) -> None:
         if self._workers is not None:
@@ -395,14 +389,8 @@ class WorkerRole(Role):
         layer = partial(forwarding, paths=paths, forwarder=self._coordinator.forwarder, errors=ERROR_FORMATS)
         context.layers.append(layer)
 
-    def accept(
-        self,
-        sockets: Sequence[socket.socket],
-        make_protocol: Callable[[], asyncio.BaseProtocol],
-        num_free: Callable[[], int],
-        max_connections: int,
-    ) -> Receiver:
-        self._receiver = Receiver(_inherited(self._link), make_protocol)
+    def accept(self, listening: Listening) -> Receiver:
+        self._receiver = Receiver(_inherited(self._link), listening.make_protocol)
         self._accepts.set()
         return self._receiver
 

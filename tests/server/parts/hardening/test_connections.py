@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from server.context import Listening
 from server.parts.hardening import acceptor
 from server.parts.hardening.acceptor import Acceptor, Starter, Waiting
 from server.parts.workers.handover import NUMBER_BYTES, RELAY_COST, Receiver, Workers
@@ -63,7 +64,7 @@ def connect_from(stack: ExitStack, listener: socket.socket, address: str) -> soc
 async def accept_all(listener: socket.socket, num_free: int = 1000) -> list[tuple[str, int]]:
     """Return the addresses of the clients whose connections are started, in that order."""
     connections: list[Echo] = []
-    accepting = Acceptor([listener], lambda: Echo(connections), num_free=lambda: num_free)
+    accepting = Acceptor(Listening([listener], lambda: Echo(connections), lambda: num_free, 1000))
     while select.select([listener], [], [], 0)[0] or accepting._waiting:
         await turn(acceptor.RETRY_SECONDS)
     await turn(0)  # the last ones are started
@@ -118,7 +119,7 @@ def test_of_networks_that_have_as_many_the_longest_waiting_connection_is_closed(
 async def test_connections_that_wait_are_closed_at_the_end(tcp_listener: socket.socket, stack: ExitStack) -> None:
     clients = [connect_from(stack, tcp_listener, FLOOD) for _ in range(20)]
     started: list[Echo] = []
-    accepting = Acceptor([tcp_listener], lambda: Echo(started), num_free=lambda: 1000)
+    accepting = Acceptor(Listening([tcp_listener], lambda: Echo(started), lambda: 1000, 1000))
     for _ in range(2):
         await asyncio.sleep(0)
     accepting.close()
@@ -219,7 +220,7 @@ class Coordinator:
         self.own: list[Echo] = []
         self.workers = Workers(ends, ROOM, relay_cost)
         self._num_ends = len(ends)
-        self.acceptor = Acceptor([listener], lambda: Echo(self.own), lambda: num_free, self.workers)
+        self.acceptor = Acceptor(Listening([listener], lambda: Echo(self.own), lambda: num_free, 1000), self.workers)
 
     @property
     def num_passed_on(self) -> int:
